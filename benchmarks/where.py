@@ -30,7 +30,9 @@ from stroma.contracts.node import find_node
 from stroma.contracts.schema import schema_of
 from stroma.engine import ReliabilityContext
 from stroma.engine import loop as engine
-from stroma.engine.execution import CURRENT, new_execution
+from stroma.engine.current import CURRENT
+from stroma.engine.execution import NodeExecution
+from stroma.engine.outcome import Place
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 _TIMES, _REPEATS, _CHAIN = 500, 60, 50
@@ -58,11 +60,11 @@ def parts() -> list[tuple[str, float]]:
     state, output = In(**START), Out(**START)
     session: Any = manager.open_run(RunRequest("run", "bench", state, schema_of(In)))
     ctx.session = session
-    run = new_execution(ctx, "n", "node", 0, "", [], None)
-    plan = engine._plan(ctx, run, node, state, None)
+    run = NodeExecution(ctx, "n", "node", 0, "", [], None)
+    plan = engine._plan_of(ctx, run, node, state, None)
     given, promised = plan[0], plan[1]
     assert given is not None
-    model, kept = promised.give(dict(START))
+    model, kept = promised.accept_output(dict(START))
     row: Any = ("n", 1, 2, 3, kept, kept, "success", None, None, 0, "", None, plan, None)
     raw = dict(START)
     validate_in, validate_out = given.validate, promised.validate
@@ -76,19 +78,21 @@ def parts() -> list[tuple[str, float]]:
 
     idle = _least(lambda: None)
     validated = _least(validate) - idle
-    crossing = _least(lambda: given.take(output)) + _least(lambda: promised.give(raw)) - 2 * idle
+    crossing = (
+        _least(lambda: given.prepare_input(output)) + _least(lambda: promised.accept_output(raw)) - 2 * idle
+    )
     function = _least(lambda: _drive(node.func(state))) - idle
     coroutines = _least(lambda: _drive(nothing())) - idle
     noted = (
-        _least(lambda: new_execution(ctx, "n", "node", 0, "", [], None))
+        _least(lambda: NodeExecution(ctx, "n", "node", 0, "", [], None))
         + _least(lambda: CURRENT.set(run))
         - 2 * idle
     )
-    looked_up = _least(lambda: engine._plan(ctx, run, node, state, None)) - idle
+    looked_up = _least(lambda: engine._plan_of(ctx, run, node, state, None)) - idle
     recorded = _least(lambda: session.record(row, promised, model, None)) - idle
 
     def whole() -> None:
-        _drive(engine.execute_in_turn(ctx, nodes, output))
+        _drive(engine.execute_in_turn(ctx, nodes, output, Place()))
         ctx.trace.rows.clear()
 
     nodes = [node] * _CHAIN

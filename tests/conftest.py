@@ -2,7 +2,7 @@
 
 A test is in the default tier unless it is marked ``slow`` or ``nightly``. Whatever uses one of ``SLOW_FIXTURES`` is
 slow by itself. A test of the default tier that starts a process fails and says which mark it lacks, so a tier is what
-it claims to be.
+it claims to be. A test that leaves a handler of signals or logs behind fails too: the next one in this process would meet it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import datetime
 import gc
 import json
+import logging
 import os
 import platform
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -122,6 +124,7 @@ class _ProcessGuard:
     def __init__(self) -> None:
         self.is_active = False
         self.event = ""
+        self.handlers: list[Any] = []
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.is_active and event in _PROCESS_EVENTS and arguments[:1] not in _SDK_PROCESSES:
@@ -132,15 +135,31 @@ _guard = _ProcessGuard()
 sys.addaudithook(_guard)
 
 
+def _handlers() -> list[Any]:
+    """Return the handlers of logs and Stroma's own of signals: what a command in this process adds."""
+    signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    ours = [one for one in signals if str(getattr(one, "__module__", "")).startswith("stroma")]
+    listening = [
+        one for one in logging.getLogger("stroma").handlers if not isinstance(one, logging.NullHandler)
+    ]
+    return [*listening, *ours]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Guard the setup and the call of a test that is not slow."""
-    _guard.event = ""
+    """Guard the setup and the call of a test that is not slow; keep the handler of Control-C for the next one.
+
+    ddtrace puts one of its own in its place when it is imported, and asyncio.run() leaves a foreign handler alone.
+    """
+    interrupt = signal.getsignal(signal.SIGINT)
+    _guard.event, _guard.handlers = "", _handlers()
     _guard.is_active = not any(item.iter_markers("slow")) and not any(item.iter_markers("nightly"))
     try:
         return (yield)
     finally:
         _guard.is_active = False
+        if signal.getsignal(signal.SIGINT) is not interrupt:
+            signal.signal(signal.SIGINT, interrupt)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -151,8 +170,13 @@ def pytest_runtest_teardown() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Iterator[None]:
-    """Fail a test of the default tier that started a process."""
+    """Fail a test of the default tier that started a process, and any test that left a handler behind."""
     report: Any = yield
+    if report.when == "teardown" and _handlers() != _guard.handlers:
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{report.nodeid} left a handler of signals or logs behind; undo it, see tests.kit.undone_command"
+        )
     if report.when == "teardown" and _guard.event:
         report.outcome = "failed"
         report.longrepr = (

@@ -5,6 +5,11 @@ Imports Stroma and pydantic only: the environments of agent frameworks lack the 
 
 from __future__ import annotations
 
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import BaseModel
@@ -57,3 +62,18 @@ NEVER, ONCE, TWICE, THRICE = map(retry_policies, range(4))
 def quick(**config: Any) -> StromaRunner:
     """Return a runner that retries every failure twice, without waiting, unless ``config`` has policies."""
     return StromaRunner.quick(**{"policy_map": TWICE, **config})
+
+
+@contextmanager
+def undone_command() -> Iterator[None]:
+    """Undo what a command leaves behind that runs in this process: handlers of signals and of logs, `sys.path`."""
+    logger = logging.getLogger("stroma")
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers, paths = logger.handlers[:], sys.path[:]
+    try:
+        yield
+    finally:
+        for number, handler in signals.items():
+            signal.signal(number, handler)
+        logger.handlers[:] = handlers
+        sys.path[:] = paths

@@ -13,11 +13,12 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +26,10 @@ SOURCE = Path("src/stroma")
 MUTMUT = str(Path(sys.executable).with_name("mutmut"))
 MINIMUM_SCORE = 0.9
 PROGRESS_SECONDS = 15
+#: The results of mutmut that stand for a change which no test noticed.
+UNNOTICED = ("survived", "no tests")
+#: Lines of pytest's output that are shown if a run of unchanged source fails.
+SHOWN_LINES = 200
 #: Tests that parse the source, where mutmut has put copies of each function.
 TEXT_TESTS = ["--deselect=tests/test_guarantees.py::test_only_the_engine_calls_a_nodes_function"]
 #: What is measured if no module is named: where the guarantees are decided.
@@ -51,8 +56,9 @@ def copy_tree(target: Path, modules: list[str], pytest_args: list[str]) -> None:
         "only_mutate": modules,
         "also_copy": sorted({path.name for path in target.iterdir()} - {"src"}),
         "process_isolation": "forkserver",  # tests leave threads behind, and a process with threads may not fork
+        "debug": True,  # else the output of a test that fails before the first mutant is lost
         "timeout_multiplier": 10.0,  # a busy machine is no reason to call a mutant noticed
-        "pytest_add_cli_args": [*pytest_args, *TEXT_TESTS, "-p", "no:cacheprovider", "--timeout=30"],
+        "pytest_add_cli_args": [*pytest_args, *TEXT_TESTS, "-p", "no:cacheprovider"],
         "pytest_add_cli_args_test_selection": ["tests"],
     }
     with (target / "pyproject.toml").open("a") as file:
@@ -75,37 +81,54 @@ def draw(modules: list[str], count: int, seed: int) -> list[str]:
 
 
 def try_mutants(names: list[str]) -> int:
-    """Run mutmut on the named mutants, or on all; return its exit code. Off a terminal its spinner becomes a line now and then."""
+    """Run mutmut on the named mutants, or on all, and return its exit code.
+
+    Of its output, print the phases and its spinner now and then; the rest only if it fails.
+    """
     process = subprocess.Popen(
-        [MUTMUT, "run", *names], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [MUTMUT, "run", *names], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
     assert process.stdout is not None
     shown, last = 0.0, ""
+    hidden: deque[str] = deque(maxlen=SHOWN_LINES)
     for line in process.stdout:  # a carriage return ends a line in text mode
+        text = line.rstrip()
         is_spinner = line[:1] in "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
-        text = line.rstrip()[2 * is_spinner :]
-        if text and text != last and (not is_spinner or time.monotonic() > shown + PROGRESS_SECONDS):
+        if is_spinner:
+            text = text[2:]
+            is_phase = text[:1].isalpha()
+            if text != last and (is_phase or time.monotonic() > shown + PROGRESS_SECONDS):
+                print(text, flush=True)
+                shown, last = time.monotonic(), text
+        elif text.startswith("    done"):
             print(text, flush=True)
-            shown, last = time.monotonic(), text
-    return process.wait()
+        elif text:
+            hidden.append(text)
+    if code := process.wait():
+        print(*hidden, sep="\n", flush=True)
+    return code
 
 
 def report() -> float:
     """Print the unnoticed changes and a score per module; return the total score."""
-    found: dict[str, Counter[bool]] = defaultdict(Counter)
+    found: dict[str, Counter[str]] = defaultdict(Counter)
     for line in subprocess.check_output([MUTMUT, "results", "--all", "1"], text=True).splitlines():
         name, _, status = line.strip().rpartition(": ")
         if name and status != "not checked":
-            is_noticed = status not in ("survived", "no tests")
-            found[name.rpartition(".")[0]][is_noticed] += 1
-            if not is_noticed:
+            found[name.rpartition(".")[0]][status] += 1
+            if status in UNNOTICED:
                 print(subprocess.check_output([MUTMUT, "show", name], text=True))
     total = sum(found.values(), Counter())
+    score = 0.0
     for module, counts in [*sorted(found.items()), ("all", total)]:
-        print(
-            f"{module:32s} {counts[True]:5d} of {counts.total():5d} noticed, {counts[True] / max(counts.total(), 1):.1%}"
+        noticed = counts.total() - sum(counts[status] for status in UNNOTICED)
+        score = noticed / max(counts.total(), 1)
+        # Not by a test that fails: by a time limit, or because the process ended.
+        others = "".join(
+            f", {n} {status}" for status, n in counts.items() if status not in ("killed", *UNNOTICED)
         )
-    return total[True] / max(total.total(), 1)
+        print(f"{module:32s} {noticed:5d} of {counts.total():5d} noticed{others}, {score:.1%}")
+    return score
 
 
 def main(argv: list[str]) -> int:
@@ -129,6 +152,8 @@ def main(argv: list[str]) -> int:
     if not modules:
         print(f"no module differs from {options.changed}")
         return 0
+    # A shell lets its background jobs ignore Control-C, and with them the tests of Control-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="stroma-mutants-") as folder:
         copy_tree(Path(folder) / "tree", modules, argv[split + 1 :])
         os.chdir(Path(folder) / "tree")  # mutmut reads its settings and writes its results there

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from stroma.checkpoint import RunRequest, StepCall
 from stroma.checkpoint.durable.annotations import record_due_hooks, record_waiting
 from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.owner import new_owner
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, RunRow, Step
 from stroma.checkpoint.durable.session import DurableSession
@@ -89,6 +90,7 @@ class Store:
         self.operations = 0
 
     def submit(self, operation: Any, /) -> asyncio.Future[Any]:
+        assert not isinstance(operation, Transaction) or operation.run_id  # Some stores keep each run apart.
         done = asyncio.get_running_loop().create_future()
         self.operations += 1
         try:

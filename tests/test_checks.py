@@ -103,9 +103,9 @@ def kinds(given: type[BaseModel], taken: type[BaseModel]) -> list[tuple[str, str
 
 def crosses(given: type[BaseModel], taken: type[BaseModel], **fields: Any) -> bool:
     """Whether an output with these fields crosses the engine's boundary."""
-    output, _ = schema_of(given).give(fields.get("root", fields))
+    output, _ = schema_of(given).accept_output(fields.get("root", fields))
     try:
-        schema_of(taken).take(output)
+        schema_of(taken).prepare_input(output)
     except ValueError:
         return False
     return True
@@ -606,12 +606,12 @@ def test_no_pair_of_exotic_types_is_misjudged() -> None:
     """Of every two types of a long list of odd ones: what has no finding always crosses, what is an error never does."""
     judged = 0
     for given, values in EXOTIC.items():
-        outputs = [schema_of(made(given)).give({"x": value})[0] for value in values]
+        outputs = [schema_of(made(given)).accept_output({"x": value})[0] for value in values]
         for taken in EXOTIC:
             findings = kinds(made(given), made(taken))
             for output in outputs:
                 try:
-                    schema_of(made(taken)).take(output)
+                    schema_of(made(taken)).prepare_input(output)
                     crossed = True
                 except ValueError:
                     crossed = False

@@ -35,7 +35,7 @@ def crosses(first: Made, second: Made, values: Any) -> bool | None:
     """Whether an output crosses the engine's own boundary; None if the values make no output."""
     source, target = schema_of(first.model), schema_of(second.model)
     try:
-        output, _ = source.give(values)
+        output, _ = source.accept_output(values)
     except Exception:
         return None
     try:

@@ -1,16 +1,11 @@
-"""A config whose defaults are shared until they are asked for behaves like one that has its own from the start."""
+"""Defaults of a config are its own."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
 import dataclasses
-import os
 import pickle
-import subprocess
-import sys
-import textwrap
-import threading
 import warnings
 from typing import Any
 
@@ -132,23 +127,6 @@ def test_copies_are_equal_and_shown_alike(twin: Any, *, asked: bool) -> None:
     assert RunConfig().policy_map == EXPECTED["policy_map"]
 
 
-def test_threads_that_ask_at_once_get_one_object() -> None:
-    """None of them changes an object that nobody else will see."""
-    for _ in range(50):
-        config, found, together = RunConfig(), list[Any](), threading.Barrier(4)
-
-        def ask(config: RunConfig = config, found: list[Any] = found, together: Any = together) -> None:
-            together.wait()
-            found.append(config.policy_map)
-
-        threads = [threading.Thread(target=ask) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert {id(value) for value in found} == {id(config.policy_map)}
-
-
 def test_a_subclass_is_a_config() -> None:
     """With fields of its own, and with another default for one of ours: no warning, and each has its own."""
     with warnings.catch_warnings():
@@ -219,38 +197,3 @@ async def test_hooks_that_are_set_on_a_default_are_called() -> None:
 
 async def _same(state: State) -> State:
     return state
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_a_forked_child_can_ask_while_a_thread_of_its_parent_was_asking() -> None:
-    """What the thread held when the process was forked does not stop the child."""
-    child = textwrap.dedent("""
-        import os, threading, warnings
-        from stroma import RunConfig
-        from stroma._utils.models import one_at_a_time
-
-        warnings.simplefilter("ignore")
-        held, done = threading.Event(), threading.Event()
-
-        def hold():
-            with one_at_a_time():
-                held.set()
-                done.wait()
-
-        thread = threading.Thread(target=hold)
-        thread.start()
-        held.wait()
-        pid = os.fork()
-        if pid == 0:
-            RunConfig(tags=("a",)).policy_map
-            os._exit(7)
-        status = os.waitpid(pid, 0)[1]
-        done.set()
-        thread.join()
-        print(os.waitstatus_to_exitcode(status))
-    """)
-    out = subprocess.run(
-        [sys.executable, "-c", child], check=True, capture_output=True, text=True, timeout=60
-    ).stdout
-    assert out == "7\n"

@@ -95,7 +95,7 @@ def is_error(value: object) -> bool:
 
 
 def public_errors() -> dict[str, type[BaseException]]:
-    """The public exception classes of the package, found by importing it."""
+    """Return the exception classes that users meet: those of a public package, and those whose docstring says where they arise."""
     found: dict[str, type[BaseException]] = {}
     for info in pkgutil.walk_packages(stroma.__path__, "stroma."):
         if any(part.startswith("_") for part in info.name.split(".")):
@@ -108,10 +108,12 @@ def public_errors() -> dict[str, type[BaseException]]:
             assert info.name.startswith("stroma.adapters."), info.name
             continue
         for value in vars(module).values():
-            if is_error(value) and not value.__name__.startswith("_") and value.__module__ == info.name:
+            if is_error(value) and value.__module__ == info.name and "Where: " in (value.__doc__ or ""):
                 found[value.__name__] = value
-    # Whatever module they are kept in.
-    found |= {value.__name__: value for value in map(stroma.__getattr__, stroma.__all__) if is_error(value)}  # type: ignore[misc]
+    for package in ("stroma", "stroma.checkpoint", "stroma.telemetry", "stroma.temporal", "stroma.testing"):
+        public = importlib.import_module(package)
+        values = (getattr(public, name) for name in public.__all__)
+        found |= {value.__name__: value for value in values if is_error(value)}
     return found
 
 
@@ -126,7 +128,7 @@ def test_every_public_error_is_on_the_page(generate: Any) -> None:
             continue  # Its messages are listed under the command line.
         section = re.search(rf"^## {name}\n(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL)
         assert section is not None, f"{name} is not in docs/errors.md; {ANEW}"
-        home = "stroma" if name in stroma.__all__ else cls.__module__
+        home = "stroma" if name in stroma.__all__ else generate.public(cls.__module__)
         assert f"`{home}.{name}`" in section[1]
         for part in generate.PARTS:
             assert re.search(rf"^- \*\*{part}\.\*\* \S.{{20,}}", section[1], re.MULTILINE), (name, part)
@@ -157,7 +159,7 @@ def test_every_message_in_the_source_is_on_the_page(generate: Any) -> None:
 def test_every_reason_has_its_meaning(generate: Any) -> None:
     """Each word that a failure's reason may be is explained."""
     known = set()
-    for name in ("classifiers", "failures", "_engine", "_commit", "_usage"):
+    for name in ("failures/providers", "failures/failure", "engine/loop", "engine/commit", "engine/metering"):
         tree = ast.parse((ROOT / "src" / "stroma" / f"{name}.py").read_text("utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Verdict":

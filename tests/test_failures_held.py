@@ -28,7 +28,7 @@ from stroma.failures import (
     classify,
     default_policy_map,
 )
-from stroma.failures.failure import diagnose, is_a, message_of
+from stroma.failures.failure import diagnose, isinstance_by_type, message_of
 from stroma.failures.policy import Retry, Stop, decide, follow_up, policy_for
 
 RECOVERABLE, TERMINAL, AMBIGUOUS = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
@@ -258,8 +258,8 @@ def test_what_an_exception_is_is_told_by_its_type() -> None:
         def __class__(self) -> Any:
             raise RuntimeError
 
-    assert is_a(Hostile(), ValueError) is True
-    assert is_a(Hostile(), KeyError) is False
+    assert isinstance_by_type(Hostile(), ValueError) is True
+    assert isinstance_by_type(Hostile(), KeyError) is False
 
 
 def test_what_a_model_is_told_of_a_failure() -> None:

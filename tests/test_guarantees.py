@@ -6,6 +6,7 @@ import datetime as dt
 import gc
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -53,8 +54,9 @@ from stroma import (
 )
 from stroma.checkpoint import Committed, PriorUsage, RunRequest, Session, StepCall, resolve_schema
 from stroma.checkpoint.sessions import NullSession
-from stroma.contracts.copying import Packed, pack
+from stroma.contracts.copying import pickle_data
 from stroma.contracts.schema import Schema, schema_of
+from stroma.contracts.snapshots import PickledSnapshot
 from stroma.cost import CostTracker
 from stroma.trace.events import AttemptRow
 
@@ -1249,33 +1251,32 @@ def test_g11_no_module_of_ours_can_execute_data() -> None:
                 assert path == own_names or inside[0] in ("cli", "demo", "__main__.py"), path
 
 
-def test_g11_only_plain_data_is_packed() -> None:
-    """G11: what copies are made of names no class but those of plain values, and no store is ever given it."""
+def test_g11_only_plain_data_is_pickled() -> None:
+    """G11: the pickles of copies and snapshots name no class but those of plain values, and no store receives one."""
     moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
     plain = {
         "a": [1, 2.5, None, True, b"x", "y", (1, {2}), frozenset({3})],
         "at": moment,
         "id": uuid.UUID(int=1),
     }
-    packed = pack(plain)
-    assert packed is not None
-    assert packed.open() == plain
-    assert not isinstance(packed, bytes), "a store takes bytes for its own"
+    pickled = pickle_data(plain)
+    assert pickled is not None
+    assert pickle.loads(pickled) == plain
 
     class Mine:
         def __reduce__(self) -> Any:
             return (os.system, ("false",))
 
     for foreign in (Mine(), Mine, os.system, OrderedDict(a=1), Num(n=1), FailureClass.TERMINAL, range(3)):
-        assert pack(foreign) is None
-        assert pack({"a": [foreign]}) is None
+        assert pickle_data(foreign) is None
+        assert pickle_data({"a": [foreign]}) is None
 
     class Open(BaseModel):
         held: dict[str, Any]
 
     schema = schema_of(Open)
     state = Open(held=plain)
-    assert isinstance(schema.snapshot(state), Packed)
+    assert isinstance(schema.snapshot(state), PickledSnapshot), "bytes would be stored"
     assert schema.encode(state).startswith(b"[")
     assert schema.restore(schema.snapshot(state)) == state
 
@@ -1517,7 +1518,7 @@ def test_g12_cost_per_node_does_not_grow(kind: str) -> None:
 
 
 def test_only_the_engine_calls_a_nodes_function() -> None:
-    """No module but the engine's loop calls a node's function, but for a group that is called by hand (and Node.call itself)."""
+    """Only `engine/attempt.py` calls a node's function, but for a group that is called directly (and Node.call itself)."""
     found: set[tuple[str, str]] = set()
     # Stores never see a node; a guard makes a node of its own around what it calls.
     apart = ("adapters", "checkpoint", "cli", "demo", "testing")
@@ -1530,7 +1531,7 @@ def test_only_the_engine_calls_a_nodes_function() -> None:
             for item in ast.walk(outer):
                 if isinstance(item, ast.Attribute) and item.attr in ("func", "call"):
                     found.add((path.relative_to(SOURCE).as_posix(), outer.name))
-    callers = {(module, name) for module, name in found if module not in ("engine/loop.py",)}
+    callers = {(module, name) for module, name in found if module != "engine/attempt.py"}
     assert callers == {
         ("runner/sequence.py", "check_owners"),  # It names a function.
         ("runner/groups.py", "_call_by_hand"),
@@ -1569,7 +1570,7 @@ async def test_at_run_time_the_engine_stands_behind_every_node() -> None:
     await execute_step("step", note_async, Num(), ctx)
     await runner.with_node_timeouts({"async": 1000}).run([awaited], Num())
     # A sync node stands on a thread's own stack, which the engine began in _tasks.
-    assert (len(modules), set(modules)) == (8, {"stroma.engine.loop", "stroma.engine.tasks"})
+    assert (len(modules), set(modules)) == (8, {"stroma.engine.attempt", "stroma.engine.tasks"})
     modules.clear()
     await parallel(awaited)(Num())
     assert modules == ["stroma.runner.groups"]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from copy import deepcopy
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, Field
-from tests.kit import TWICE
+from pydantic import BaseModel, Field, RootModel
+from tests.kit import TWICE, quick
 
 from stroma import (
+    AsyncInMemoryStore,
     NodeContract,
     NodeHooks,
     ReliabilityContext,
@@ -24,7 +26,11 @@ from stroma.contracts.schema import schema_of
 from stroma.trace import RunStatus
 
 
-class AttemptRow(BaseModel):
+class Anything(RootModel[Any]):
+    pass
+
+
+class Row(BaseModel):
     id: int = Field(ge=0)
     score: float
     tags: list[str]
@@ -32,12 +38,12 @@ class AttemptRow(BaseModel):
 
 class Rows(BaseModel):
     n: int
-    rows: list[AttemptRow]
+    rows: list[Row]
 
 
 class RowsToo(BaseModel):
     n: int
-    rows: list[AttemptRow]
+    rows: list[Row]
 
 
 class Dicts(BaseModel):
@@ -78,6 +84,31 @@ def spoil(state: Any) -> None:
             row["id"] = -1
         else:
             row.id = -1
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("root", [{"rows": [1, 2, 3]}, [1, 2, 3]], ids=["a dict", "a list"])
+async def test_what_a_node_keeps_of_its_output_is_not_what_hooks_see(root: Any) -> None:
+    """G7, G8: a change of what a node has returned, made while its hooks are called, reaches no hook after it."""
+    shown: list[Any] = []
+    kept: list[Any] = []
+
+    async def work(state: Anything) -> Any:
+        kept.append(deepcopy(root))
+        return kept[0]
+
+    async def spoils(*_: Any) -> None:
+        kept[0].clear()
+
+    async def looks(run_id: str, node_id: str, state: Any, tokens: int) -> None:
+        shown.append(state)
+
+    # The hooks of an end are called from the last set to the first.
+    hooks = [NodeHooks(on_node_success=looks), NodeHooks(on_node_success=spoils)]
+    runner = quick(store=AsyncInMemoryStore(), hooks=hooks)
+    result = await runner.run([node("a", work, Anything, Anything)], Anything(None))
+    assert shown == [root if isinstance(root, dict) else {"root": root}]
+    assert result.final_state == Anything(root)
 
 
 @pytest.mark.core
@@ -278,7 +309,7 @@ async def test_a_subclass_inside_stays_one() -> None:
 def test_floats_deep_inside_have_a_stored_form(score: float) -> None:
     """What is written of a float inside a model is read back as the same, also where JSON has no word for it."""
     schema = schema_of(Rows)
-    state = Rows(n=1, rows=[AttemptRow(id=1, score=score, tags=["null", "NaN"])])
+    state = Rows(n=1, rows=[Row(id=1, score=score, tags=["null", "NaN"])])
     data = schema.encode(state)
     json.loads(data, parse_constant=lambda word: pytest.fail(f"not strict JSON: {word}"))
     back = schema.decode(data).rows[0].score  # type: ignore[attr-defined]

@@ -29,8 +29,8 @@ from stroma import (
 from stroma.contracts.node import find_node
 from stroma.engine import NodeExecution
 from stroma.engine.current import CURRENT
-from stroma.engine.execution import new_execution
-from stroma.engine.loop import Halt, attempt_once, begin_group
+from stroma.engine.loop import attempt_once, begin_group
+from stroma.engine.outcome import Halt
 
 
 class Late(BaseModel):
@@ -55,7 +55,7 @@ def context(diary: Diary, **config: Any) -> ReliabilityContext:
 def execution(
     ctx: ReliabilityContext, of: Any, attempt: int = 1, last: Failure | None = None
 ) -> NodeExecution:
-    run = new_execution(ctx, of.node_id, "node", 4, "", ctx.trace.rows)
+    run = NodeExecution(ctx, of.node_id, "node", 4, "", ctx.trace.rows)
     run.attempt, run.last_failure = attempt, last
     return run
 
@@ -185,9 +185,9 @@ async def test_exactly_at_the_limit_a_child_is_called(ns: int, called: bool) -> 
     """What the functions of its group took so far counts to the nanosecond; exactly at the limit is within it."""
     with Diary() as diary:
         ctx, one = context(diary, budget=ExecutionBudget(max_latency_ms=1000)), node("one", same)
-        group = new_execution(ctx, "group", "group", 0, "", ctx.trace.rows)
+        group = NodeExecution(ctx, "group", "group", 0, "", ctx.trace.rows)
         group.children, group.busy_ns = [], ns
-        run = new_execution(ctx, "one", "node", 0, "0", group.children, group)
+        run = NodeExecution(ctx, "one", "node", 0, "0", group.children, group)
         run.attempt = 1
         outcome = await attempt_once(ctx, run, one, Num())
     told = [line.split()[0] for line in diary.lines if line.startswith("node_")]
@@ -248,7 +248,7 @@ async def test_a_group_is_begun_alone(limited: bool) -> None:
     with Diary() as diary:
         ctx = context(diary, **({"budget": BUDGET} if limited else {}))
         group = group_of_one()
-        run, ended = new_execution(ctx, group.node_id, "group", 2, "", ctx.trace.rows), list[int]()
+        run, ended = NodeExecution(ctx, group.node_id, "group", 2, "", ctx.trace.rows), list[int]()
         run.attempt = 1
         run.at_end(lambda: ended.append(1))
         assert await begin_group(ctx, run, group, Num(n=4)) is None
@@ -305,7 +305,7 @@ async def test_a_group_that_is_begun_again_tells_of_the_wait() -> None:
         ctx = context(diary)
         group = group_of_one()
         last = Failure(ConnectionError("down"), FailureClass.RECOVERABLE, "a", 1, "down", "connection")
-        run = new_execution(ctx, group.node_id, "group", 2, "", ctx.trace.rows)
+        run = NodeExecution(ctx, group.node_id, "group", 2, "", ctx.trace.rows)
         run.attempt, run.last_failure = 2, last
         assert await begin_group(ctx, run, group, Num(), after_seconds=0.5) is None
     after = "after RECOVERABLE down (connection)"

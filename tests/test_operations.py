@@ -11,14 +11,18 @@ from tests.kit import NEVER, THRICE, Num
 
 from stroma import (
     CheckpointNotFound,
+    FailureClass,
+    FailurePolicy,
     NodeContract,
     NodeHooks,
     Pipeline,
+    ReliabilityContext,
     RunExists,
     RunStatus,
     SQLiteStore,
     StoreError,
     StromaRunner,
+    execute_step,
     parallel,
     stroma_node,
 )
@@ -51,6 +55,23 @@ class Work:
 
 def quick(store: Any, **config: Any) -> StromaRunner:
     return StromaRunner.quick(store=store, policy_map=NEVER, **config)
+
+
+async def test_a_store_says_where_an_attempt_failed(store: Any) -> None:
+    """Of the last failed attempt at a place a store has the frames of its traceback, with the line that raised."""
+
+    async def bad(state: Num) -> Any:
+        raise LookupError("nothing there")
+
+    contract: NodeContract[Any, Any] = NodeContract(node_id="bad", input_schema=Num, output_schema=Num)
+    policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
+    runner = StromaRunner.quick(store=store, policy_map=policies)
+    await runner.run([stroma_node("bad", contract)(bad)], Num(), run_id="r")
+    trouble = store.trouble_of("r", 0)
+    assert trouble is not None
+    frame = trouble.own[-1]
+    assert (trouble.attempt, frame.file, frame.name) == (2, __file__, "bad")
+    assert frame.source == 'raise LookupError("nothing there")'
 
 
 # ---------------------------------------------------------------------- cancel
@@ -119,6 +140,25 @@ async def test_a_node_that_swallows_its_cancellation_ends_the_run_all_the_same(s
     assert (result.status, result.final_state, work.calls, left) == (RunStatus.CANCELLED, Num(n=5), [], [0])
     assert store.get_run("r").status == "CANCELLED"
     assert (await quick(store).run(nodes, Num(), run_id="r", resume=True)).final_state == Num(n=6)
+
+
+async def test_steps_of_a_cancelled_run_are_not_called(store: Any) -> None:
+    """Code that attaches to a run calls no step of it after it was cancelled; the failure says how the run ended."""
+    work = Work()
+    task = asyncio.create_task(quick(store).run(work.nodes, Num(), run_id="r"))
+    await work.inside.wait()
+    runner = quick(store, run_id="r", if_running="attach")
+    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    step = asyncio.create_task(execute_step("c", work.make("c"), Num(), ctx))
+    assert await quick(store).cancel("r")
+    await task
+    result = await asyncio.wait_for(step, 10)
+    failure = result.failure
+    assert failure is not None
+    assert (result.status, failure.node_id, failure.attempt) == (RunStatus.PARTIAL, "c", 1)
+    assert failure.failure_class is FailureClass.RECOVERABLE
+    assert failure.message == "run 'r' has ended: CANCELLED"
+    assert "c" not in work.calls
 
 
 async def test_a_run_whose_loop_was_closed_can_be_cancelled(tmp_path: Path) -> None:

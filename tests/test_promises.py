@@ -339,6 +339,23 @@ async def test_whatever_redact_makes_every_hook_is_called(redact: Any, root: boo
     assert "7" not in repr(shown[0])
 
 
+@pytest.mark.parametrize(("made", "root"), [({"root": "***"}, "***"), ({"hidden": True}, {"hidden": True})])
+async def test_redact_of_a_root_model(made: dict[str, Any], root: Any) -> None:
+    """on_run_end gets what redact made of a root model's state, whether under the key "root" or without it."""
+    shown: list[Any] = []
+
+    async def end(run_id: str, result: Any) -> None:
+        shown.append(result.final_state.root)
+
+    async def same(state: Any) -> Any:
+        return state
+
+    contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=Pair, output_schema=Pair)
+    runner = quick(hooks=NodeHooks(on_run_end=end), redact=lambda _: made)
+    await runner.run([stroma_node("a", contract)(same)], Pair([7]))
+    assert shown == [root]
+
+
 async def test_a_trace_that_was_looked_at_is_still_the_runs_own() -> None:
     """G7, G8: neither redact nor on_run_end changes an event, also if a hook has looked at the trace during the run."""
 

@@ -109,7 +109,7 @@ def check(model: BaseModel) -> None:
     snapshot = schema.snapshot(model)
     assert same(schema.restore(snapshot), model)
     assert same(schema.thaw(snapshot), schema.state(model))
-    assert same(schema.cross(model), model)
+    assert same(schema.convert(model), model)
 
 
 ZONES = ["UTC", "Europe/Berlin", "America/New_York", "Asia/Kathmandu", "Australia/Lord_Howe"]
@@ -395,9 +395,9 @@ def test_a_subclass_crosses_as_what_it_is(name: str, strict: bool) -> None:
     model = holder(kind, strict=strict).model_construct(value=value)
     for target in (type(model), holder(kind, "Other", strict=strict)):
         for crossed in (
-            schema_of(target).cross(model),
-            schema_of(target).take(model)[0],
-            schema_of(target).give({"value": value})[0],
+            schema_of(target).convert(model),
+            schema_of(target).prepare_input(model)[0],
+            schema_of(target).accept_output({"value": value})[0],
         ):
             assert type(crossed) is target
             assert same(crossed.value, value)  # type: ignore[attr-defined]
@@ -480,7 +480,7 @@ def test_a_union_keeps_the_class(kind: Any) -> None:
     for value in (Base(n=1), Twin(n=1)):
         model = holder(kind)(value=[value, "x"] if kind == list[Base | Twin | str] else value)
         schema = schema_of(type(model))
-        assert same(schema.cross(model), model)
+        assert same(schema.convert(model), model)
         assert same(schema.restore(schema.snapshot(model)), model)
         try:
             back = schema.decode(schema.encode(model))
@@ -494,7 +494,7 @@ def test_a_union_of_a_model_and_a_dict_keeps_the_model() -> None:
     """A model that a union would read back as a dict is not stored as one."""
     model = holder(dict[str, Any] | Base)(value=Base(n=1))
     schema = schema_of(type(model))
-    assert same(schema.cross(model), model)
+    assert same(schema.convert(model), model)
     with pytest.raises(NotSerialisable, match="its Base would come back as dict"):
         schema.encode(model)
     check(holder(dict[str, Any] | Base)(value={"n": 1}))
@@ -507,14 +507,14 @@ def test_models_inside_are_validated_again() -> None:
     broken = [Sub.model_construct(n="no number", more="x")]  # type: ignore[arg-type]
     for output in (model.model_construct(value=broken), {"value": broken}):
         with pytest.raises(ValidationError) as raised:
-            schema_of(model).give(output)
+            schema_of(model).accept_output(output)
         assert raised.value.errors()[0]["loc"] == ("value", 0, "n")
     loose = Sub.model_construct(n="7", more="x")  # type: ignore[arg-type]
-    given_, _ = schema_of(model).give({"value": [loose]})
+    given_, _ = schema_of(model).accept_output({"value": [loose]})
     assert same(given_.value, [Sub(n=7, more="x")])  # type: ignore[attr-defined]
     point = Point("no number")  # type: ignore[arg-type]
     with pytest.raises(ValidationError):
-        schema_of(holder(Point)).give(holder(Point).model_construct(value=point))
+        schema_of(holder(Point)).accept_output(holder(Point).model_construct(value=point))
 
 
 def test_another_class_of_the_same_shape_is_built_from_the_fields() -> None:
@@ -528,7 +528,7 @@ def test_another_class_of_the_same_shape_is_built_from_the_fields() -> None:
         one: Twin
         two: Base
 
-    crossed = schema_of(Target).cross(Source(one=Base(n=1), two=Sub(n=2, more="x")))
+    crossed = schema_of(Target).convert(Source(one=Base(n=1), two=Sub(n=2, more="x")))
     assert same(crossed, Target(one=Twin(n=1), two=Sub(n=2, more="x")))
 
 
@@ -546,9 +546,9 @@ def test_a_field_may_have_any_name() -> None:
     for name in ("metadata", "config", "default", "function", "serialization", "type", "schema_"):
         model = create_model("Named", **{name: (dict[str, Any], ...)})(**{name: {"a": [1]}})
         schema = schema_of(type(model))
-        assert not schema.flat
+        assert not schema.is_flat
         check(model)
-        assert not shared(schema.cross(model), model)
+        assert not shared(schema.convert(model), model)
 
 
 # ---------------------------------------------------------------------- validators that see their own output
@@ -654,8 +654,8 @@ def test_a_model_that_its_own_making_changes_is_kept_or_refused(kind: Any) -> No
     ):
         schema.encode(model)
     assert same(schema.restore(schema.snapshot(model)), model)
-    output = schema.trust(schema.clone(model))
-    assert same(schema.take(output)[0], model)
+    output = schema.mark_exclusive(schema.clone(model))
+    assert same(schema.prepare_input(output)[0], model)
 
 
 @pytest.mark.parametrize("name", RESTLESS)
@@ -663,9 +663,9 @@ def test_a_validated_output_is_the_next_input_as_it_is(name: str) -> None:
     """What a class has validated at an output is the next node's input unchanged, at each attempt, as a copy."""
     model = RESTLESS[name]()
     schema = schema_of(type(model))
-    committed = schema.trust(schema.clone(model))
+    committed = schema.mark_exclusive(schema.clone(model))
     for _ in range(3):
-        state, _ = schema.take(committed)
+        state, _ = schema.prepare_input(committed)
         assert same(state, committed)
         assert not shared(state, committed)
 
@@ -680,23 +680,23 @@ def test_a_validator_sees_what_a_node_returned_once() -> None:
         (SECRETIVE, Secretive(**SECRETIVE)),
     ):
         schema = schema_of(type(model))
-        output, _ = schema.give(returned)
-        state, _ = schema.take(output)
+        output, _ = schema.accept_output(returned)
+        state, _ = schema.prepare_input(output)
         assert same(output, model)
         assert same(state, model)
 
 
 def test_another_class_gets_the_models_inside_as_they_are() -> None:
     """A model inside that was validated already is not validated again on its way to a node of another class."""
-    given_, _ = schema_of(holder(list[Loud])).give({"value": [{"word": "a"}]})
-    taken, _ = schema_of(holder(list[Loud], "Other")).take(given_)
+    given_, _ = schema_of(holder(list[Loud])).accept_output({"value": [{"word": "a"}]})
+    taken, _ = schema_of(holder(list[Loud], "Other")).prepare_input(given_)
     assert taken.value == [Loud.model_construct(word="a!")]  # type: ignore[attr-defined]
 
 
 def test_only_what_was_validated_here_is_trusted() -> None:
     """A state from outside is validated at the first boundary, whoever loaded or copied it."""
     schema = schema_of(Loud)
-    output, _ = schema.give({"word": "a"})
+    output, _ = schema.accept_output({"word": "a"})
     for stranger in (
         output.model_copy(),
         schema.decode(schema.encode(output)),
@@ -704,7 +704,7 @@ def test_only_what_was_validated_here_is_trusted() -> None:
     ):
         stranger.__dict__["word"] = 5
         with pytest.raises(ValidationError):
-            schema.take(stranger)
+            schema.prepare_input(stranger)
 
 
 @pytest.mark.parametrize("name", ["decoders", "decoders-inside", "json-str", "json-any"])
@@ -712,8 +712,8 @@ def test_decoded_values_cross(name: str) -> None:
     """Json, Base64Str and Base64Bytes cross decoded: an instance that pydantic made a moment ago is no violation."""
     model = RESTLESS[name]()
     schema = schema_of(type(model))
-    assert same(schema.cross(model), model)
-    output, _ = schema.give(model)
+    assert same(schema.convert(model), model)
+    output, _ = schema.accept_output(model)
     assert same(output, model)
     assert not shared(output, model)
 
@@ -721,7 +721,7 @@ def test_decoded_values_cross(name: str) -> None:
 def test_decoded_values_are_validated_all_the_same() -> None:
     """What a Json field holds is still what it declares."""
     with pytest.raises(ValidationError):
-        schema_of(Secretive).give(Secretive.model_construct(data=["x"], text="a", raw=b""))
+        schema_of(Secretive).accept_output(Secretive.model_construct(data=["x"], text="a", raw=b""))
 
 
 # ---------------------------------------------------------------------- strict classes
@@ -766,7 +766,7 @@ def test_strict_fields_do_not_loosen_at_a_boundary() -> None:
     model = holder(Point, strict=True)
     for output in ({"value": {"x": 1.0}}, {"value": 1}, model.model_construct(value="x")):
         with pytest.raises(ValidationError):
-            schema_of(model).give(output)
+            schema_of(model).accept_output(output)
 
 
 def test_bytearrays_cross_and_come_back() -> None:
@@ -774,7 +774,7 @@ def test_bytearrays_cross_and_come_back() -> None:
     model = holder(list[bytearray] | bytearray, arbitrary_types_allowed=True)
     for value in (bytearray(b"\xff"), [bytearray(b"a"), bytearray()]):
         check(model(value=value))
-        assert not shared(schema_of(model).cross(model(value=value)), model(value=value))
+        assert not shared(schema_of(model).convert(model(value=value)), model(value=value))
     check(holder(Any)(value=[bytearray(b"a")]))
 
 
@@ -831,7 +831,7 @@ def test_models_in_sets_and_keys_are_refused_by_name() -> None:
     for kind, value in ((frozenset[Fixed], {Fixed(n=1)}), (dict[Fixed, int], {Fixed(n=1): 2})):
         model = create_model("Bag", first=(int, 0), second=(kind, ...))(second=value)
         schema = schema_of(type(model))
-        assert schema.cross(model) == model
+        assert schema.convert(model) == model
         assert schema.restore(schema.snapshot(model)) == model
         with pytest.raises(NotSerialisable, match=r"Bag\.second cannot be serialised"):
             schema.encode(model)
@@ -875,7 +875,7 @@ def test_a_secret_crosses_boundaries_unharmed() -> None:
 
     schema = schema_of(Vault)
     model = Vault(key=SecretStr("s3cret"))
-    crossed = schema.cross(model)
+    crossed = schema.convert(model)
     assert isinstance(crossed, Vault)
     assert crossed.key.get_secret_value() == "s3cret"
     restored = schema.restore(schema.snapshot(model))

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import pytest
 from pydantic import BaseModel, SecretStr, field_validator
+from tests.kit import undone_command
 
 from stroma import (
     AsyncInMemoryStore,
@@ -228,7 +229,8 @@ def test_the_command_line_names_the_type(tmp_path: Path, capsys: pytest.CaptureF
         "contract = NodeContract(node_id='work', input_schema=S, output_schema=S)\n"
         "pipeline = Pipeline('p', [stroma_node('work', contract)(work)])\n"
     )
-    stroma_command(["run", f"{tmp_path / 'flow.py'}:pipeline", "--db", "memory://"])
+    with undone_command():
+        stroma_command(["run", f"{tmp_path / 'flow.py'}:pipeline", "--db", "memory://"])
     told = capsys.readouterr()
     assert "KeyError: '**********'" in told.err
     assert "sk-live-abcdef" not in told.err + told.out

@@ -10,7 +10,8 @@ import pytest
 from pydantic import BaseModel
 
 from stroma import FailureClass, NodeHooks, RunConfig, StromaRunner, parallel
-from stroma.contracts.schema import schema_of, stamped
+from stroma.contracts.copying import replicate
+from stroma.contracts.schema import schema_of
 
 
 class State(BaseModel):
@@ -95,7 +96,7 @@ def test_a_config_for_another_run_keeps_the_rest() -> None:
 def test_a_stamped_copy_is_the_model_and_apart_from_it() -> None:
     """A copy is equal, of the same class, and what is set on one is not seen on the other."""
     model = State(i=3)
-    twin = stamped(model)
+    twin = replicate(model)
     assert twin == model
     assert twin.model_fields_set == {"i"}
     twin.s = "changed"

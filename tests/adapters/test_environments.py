@@ -58,13 +58,12 @@ def test_every_framework_has_tests_a_page_and_an_example(folder: Path) -> None:
     assert len(module.read_text().splitlines()) < 120
 
 
-def test_a_driver_in_sketch_has_tests_and_a_decision() -> None:
+def test_a_driver_in_sketch_has_tests_and_names_its_limits() -> None:
     """What it cannot do is written down."""
     assert {folder.name for folder in FOLDERS} >= DRIVERS
     for name in DRIVERS:
         assert list((ROOT / "tests" / "frameworks" / name).glob("test_*.py"))
-        (page,) = (ROOT / "docs" / "adr").glob(f"*{name}*.md")
-        assert "What it cannot do" in page.read_text()
+        assert "What it cannot do" in (ROOT / "tests" / "drivers" / f"{name}_.py").read_text()
 
 
 @pytest.mark.slow

@@ -17,9 +17,6 @@ from tests.servers_postgres import PostgresServer, shared_postgres  # noqa: E402
 from stroma.checkpoint import PostgresStore, SQLiteStore, StoreError  # noqa: E402
 from stroma.testing.stores import State, begin, commit, finish  # noqa: E402
 
-pytestmark = pytest.mark.slow
-
-
 # ---------------------------------------------------------------------- PostgreSQL
 
 
@@ -79,6 +76,7 @@ TRIGGER = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["victim", "boss"])
 async def test_a_schema_of_another_role_is_refused(server: PostgresServer, role: str) -> None:
     """Its owner may add a trigger that runs as whoever writes, at any time: for a superuser that is the whole server."""
@@ -89,6 +87,7 @@ async def test_a_schema_of_another_role_is_refused(server: PostgresServer, role:
         assert db.execute("SELECT who FROM stroma.stolen").fetchall() == []
 
 
+@pytest.mark.slow
 async def test_a_table_of_another_role_is_refused(server: PostgresServer) -> None:
     """Also in a schema of our own, in which it could make one."""
     await _use(server, "victim")
@@ -99,6 +98,7 @@ async def test_a_table_of_another_role_is_refused(server: PostgresServer) -> Non
     await _refused(server, "victim", "its table cells belongs to mallory")
 
 
+@pytest.mark.slow
 async def test_a_function_of_another_role_is_refused(server: PostgresServer) -> None:
     """One that fits the arguments better would be called in place of the server's own."""
     await _use(server, "victim")
@@ -111,6 +111,7 @@ async def test_a_function_of_another_role_is_refused(server: PostgresServer) -> 
     await _refused(server, "victim", "its function make_interval belongs to mallory")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "why"),
     [
@@ -135,6 +136,7 @@ async def test_what_runs_programs_is_refused(server: PostgresServer, statement: 
     await _refused(server, "victim", why)
 
 
+@pytest.mark.slow
 async def test_who_may_share_a_schema(server: PostgresServer) -> None:
     """Members of the role that owns it, and whoever a superuser has made it for; a clean one can be made beside."""
     await _use(server, "crew")
@@ -207,6 +209,7 @@ async def test_a_file_with_programs_is_refused(tmp_path: Path, statements: tuple
         with pytest.raises(StoreError, match=why) as refused:
             store.list_runs()
         assert not refused.value.transient
+        assert str(refused.value).endswith("; drop it if it is yours, or give another path")
         with pytest.raises(StoreError, match=why):
             await begin(store, "other")
 

@@ -27,7 +27,7 @@ from stroma import (
     parallel,
 )
 from stroma.checkpoint import PostgresStore, RedisStore
-from stroma.contracts.schema import Stored
+from stroma.contracts.snapshots import StoredSnapshot
 from stroma.trace import TraceEvent
 
 LARGE = 20_000  # bytes from which these stores use blobs
@@ -145,7 +145,7 @@ async def test_a_trace_of_references_is_the_trace(kind: type[BaseModel], store: 
     mine, theirs = results
     assert mine.status is theirs.status is RunStatus.COMPLETED, mine.failure
     apart = [row for row in rows_of(mine) if row.output is not None]
-    assert all(isinstance(row.output, Stored) for row in apart)
+    assert all(isinstance(row.output, StoredSnapshot) for row in apart)
     assert mine.trace.diff(theirs.trace) == []
     for one, other in zip(mine.trace.walk(), theirs.trace.walk(), strict=True):
         assert (one.input_state, one.output_state) == (other.input_state, other.output_state)
@@ -165,7 +165,7 @@ async def test_no_row_of_a_trace_holds_what_stands_in_a_blob(kind: type[BaseMode
         held = [row.input] if row.output is None else [row.input, row.output]
         for snapshot in held:
             source = getattr(snapshot, "source", snapshot)
-            assert isinstance(source, Stored), (row.node_id, snapshot)
+            assert isinstance(source, StoredSnapshot), (row.node_id, snapshot)
 
 
 @pytest.mark.slow
@@ -210,7 +210,7 @@ async def test_maps_and_steps_refer_to_their_states_too(store: Any) -> None:
 
     given = Texts(items=[Inner(text=str(n) * LARGE) for n in range(3)])
     result = await runner.run([map_over("items", big, into="out")], given, run_id="r")
-    assert all(isinstance(row.output, Stored) for row in rows_of(result))
+    assert all(isinstance(row.output, StoredSnapshot) for row in rows_of(result))
     (event,) = result.trace
     assert [(child.output_state or {})["text"] for child in event.children] == [
         i.text * 3 for i in given.items

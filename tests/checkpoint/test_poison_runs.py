@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,10 +13,20 @@ from typing import Any
 
 import pytest
 from tests.dying_helper import State, pipeline
+from tests.kit import NEVER
 from tests.servers import environment
 from tests.shared_stores import SHARED, opened, place
 
-from stroma import StromaRunner
+from stroma import (
+    FailureClass,
+    FailurePolicy,
+    NodeContract,
+    NodeHooks,
+    RunFailed,
+    SQLiteStore,
+    StromaRunner,
+    stroma_node,
+)
 from stroma.checkpoint import RunRequest
 from stroma.checkpoint.durable.owner import Owner
 from stroma.contracts.schema import schema_of
@@ -97,6 +108,44 @@ def test_retries_count_across_crashes(dying: Dying, tmp_path: Path) -> None:
     # A resume of a run that has ended begins anew, as ever.
     assert dying(run_id="r", **wish) == ["PARTIAL"]
     assert calls(tmp_path) == 6
+
+
+async def test_the_failure_of_a_process_that_died_is_the_last_one(tmp_path: Path) -> None:
+    """A node whose retries a process had used up before it died is not called again: its failure is the recorded one."""
+    failed = asyncio.Event()
+
+    async def retried(*_: Any) -> None:
+        failed.set()
+
+    async def pay(state: State) -> State:
+        raise ConnectionError("no")
+
+    node = stroma_node("pay", NodeContract(node_id="pay", input_schema=State, output_schema=State))(pay)
+    patient = {cls: FailurePolicy(max_retries=1, backoff_seconds=60, jitter=False) for cls in FailureClass}
+    hooks = NodeHooks(on_node_retry=retried)
+    with SQLiteStore(tmp_path / "runs.db") as store:
+        runner = StromaRunner.quick(store=store, policy_map=patient, hooks=hooks)
+        running = asyncio.create_task(runner.run([node], State(), run_id="r"))
+        await failed.wait()
+        # What stands in the file now is what the next process finds if this one is killed.
+        with sqlite3.connect(tmp_path / "runs.db") as source, sqlite3.connect(tmp_path / "left.db") as left:
+            source.backup(left)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    with sqlite3.connect(tmp_path / "left.db") as left:
+        owner = Owner.read(left.execute("SELECT lease_owner FROM runs").fetchone()[0])
+        assert owner is not None
+        left.execute("UPDATE runs SET lease_owner = ?", (str(owner._replace(pid=owner.pid + 1)),))
+    with SQLiteStore(tmp_path / "left.db") as store:
+        runner = StromaRunner.quick(store=store, policy_map=NEVER, if_running="take_over")
+        result = await runner.run([node], State(), run_id="r", resume=True)
+    failure = result.failure
+    assert failure is not None
+    assert (failure.node_id, failure.attempt, failure.failure_class) == ("pay", 1, FailureClass.RECOVERABLE)
+    assert type(failure.exception) is RunFailed
+    assert str(failure.exception) == failure.message == "no"
+    assert [event.outcome for event in result.trace] == []
 
 
 @pytest.mark.parametrize("kind", SHARED)

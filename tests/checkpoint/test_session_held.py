@@ -32,7 +32,8 @@ from stroma.checkpoint.durable.annotations import record_due_hooks
 from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner
 from stroma.checkpoint.durable.rows import Annotation, Fence, Step
-from stroma.checkpoint.protocols import OF_MAP, Committed, Finished, PriorUsage, Waiting
+from stroma.checkpoint.durable.session import DurableSession
+from stroma.checkpoint.protocols import OF_MAP, Committed, Finished, PriorUsage, Tried, Waiting
 from stroma.failures import FailureClass
 from stroma.trace import AttemptUsage
 from stroma.trace.events import Failed
@@ -57,6 +58,71 @@ async def test_a_session_of_a_new_run(store: Store) -> None:
     assert session.fence == Fence(1, 1, 1, session.fence.owner, 30.0)
     assert LIVE_SESSIONS[Owner.read(session.fence.owner).token] is session  # type: ignore[union-attr]
     assert store.table("inputs") == [(1, 1, SCHEMA.fingerprint, stored(0), checksum(stored(0)))]
+
+
+def killed(store: Store, session: DurableSession) -> None:
+    """Leave a run as another process does that is killed."""
+    owner = Owner.read(session.fence.owner)
+    assert owner is not None
+    store.db.execute("UPDATE runs SET lease_owner = ?", (str(owner._replace(pid=owner.pid + 1)),))
+    lose(session)
+
+
+async def test_a_run_whose_process_died_too_often(store: Store) -> None:
+    """Its next session ends it as poison, and so does each one after that until one is forced."""
+    error = (
+        "poison: the process died 2 times under this run; see what kills it, then resume it with force_resume=True, "
+        "or stroma resume --force"
+    )
+    request: dict[str, Any] = {"if_exists": "resume", "max_recoveries": 2}
+    for _ in range(2):
+        session = store.open(**request)
+        assert session.finished is None
+        killed(store, session)
+    poisoned = store.open(**request)
+    assert poisoned.finished == Finished("FAILED", error, "poison")
+    await poisoned.end("FAILED", error)
+    assert store.open(**request).finished == Finished("FAILED", error, "poison")
+    assert store.open(**request, force=True).finished is None
+
+
+async def test_deaths_before_an_orderly_end_do_not_count(store: Store) -> None:
+    """A run that a process has ended in order is no poison, however often others died under it before."""
+    request: dict[str, Any] = {"if_exists": "resume", "max_recoveries": 2}
+    for _ in range(2):
+        killed(store, store.open(**request | {"max_recoveries": 3}))
+    await store.open(**request | {"max_recoveries": 3}).end("INTERRUPTED", None)
+    assert store.open(**request).finished is None
+
+
+async def test_what_a_process_that_died_had_tried(store: Store) -> None:
+    """After a death a session knows how often each node had failed that is not committed, and how it failed last.
+
+    What a group's children tried counts until the group itself is tried again.
+    """
+    failure = FailureClass.RECOVERABLE
+    session = store.open()
+    for place in (
+        row(0, 10, failed=Failed(failure, "early", "why", "KeyError")),
+        row(1, 20, failed=Failed(failure, "one", None, "KeyError")),
+        row(1, 21, number=2, failed=Failed(FailureClass.AMBIGUOUS, "two", "why", "KeyError")),
+        row(2, 30, "0", node="child", failed=Failed(failure, "child", None, "KeyError")),
+        row(2, 33, node="group", failed=Failed(failure, "group", None, "KeyError")),
+        row(2, 41, "1", node="child", failed=Failed(failure, "again", None, "KeyError")),
+        row(3, 50, "1.0", node="inner", failed=Failed(failure, "inner", None, "KeyError")),
+        row(3, 51, "10", node="other", failed=Failed(failure, "other", None, "KeyError")),
+        row(3, 60, "1", node="group", failed=Failed(failure, "group", None, "KeyError")),
+    ):
+        await session.record(place, None, None)
+    await session.record(row(0, 11, number=2), SCHEMA, State(n=10))
+    killed(store, session)
+    assert store.open(if_exists="resume").tried == {
+        (1, ""): Tried(2, "node", "AMBIGUOUS", "two", "why", "KeyError"),
+        (2, ""): Tried(1, "group", "RECOVERABLE", "group", None, "KeyError"),
+        (2, "1"): Tried(1, "child", "RECOVERABLE", "again", None, "KeyError"),
+        (3, "10"): Tried(1, "other", "RECOVERABLE", "other", None, "KeyError"),
+        (3, "1"): Tried(1, "group", "RECOVERABLE", "group", None, "KeyError"),
+    }
 
 
 @pytest.mark.parametrize("if_exists", ["resume", "return", "attach"])

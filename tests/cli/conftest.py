@@ -1,9 +1,7 @@
 """The real command in a process of its own, in an empty directory with an empty home."""
 
 import io
-import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kit import undone_command
 
 from stroma.cli import main
 
@@ -117,14 +116,9 @@ def inside(
     stroma: Shell, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Done]:
     """The same command in this process, which is ten times as quick: for what does not need a process of its own."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    modules, paths, listeners = set(sys.modules), sys.path[:], logging.getLogger("stroma").handlers[:]
+    modules = set(sys.modules)
 
     def forget() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        logging.getLogger("stroma").handlers[:] = listeners
-        sys.path[:] = paths
         for name in set(sys.modules) - modules:
             if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(stroma.home)):
                 del sys.modules[name]
@@ -136,7 +130,8 @@ def inside(
                 patch.setenv(name, value)
             capsys.readouterr()
             try:
-                code = main(words)
+                with undone_command():
+                    code = main(words)
             finally:
                 forget()
         return Done(code, *capsys.readouterr())

@@ -59,11 +59,11 @@ def test_a_run_that_waits_is_no_failure(desk, inside):
     done = inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x")
     assert (done.code, done.out) == (7, "")
     assert re.search(
-        r"\nsuspended: run x waits for a person\n  node 'ask' \(at 1\): is this right\?  \(asks for Approval\)\n",
+        r"\nsuspended: run x is waiting for an answer\n  node 'ask' \(at 1\): is this right\?  \(asks for Approval\)\n",
         done.err,
     )
     answer = re.search(r"  answer: stroma (approve .*)\n", done.err)
-    go_on = re.search(r"  then go on with: stroma (resume .*)\n", done.err)
+    go_on = re.search(r"  then resume with: stroma (resume .*)\n", done.err)
     assert answer is not None
     assert go_on is not None
     assert inside(*shlex.split(answer[1])).code == 0
@@ -95,11 +95,11 @@ def test_show_tells_what_a_run_waits_for(desk, inside):
     inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x")
     done = inside("show", "x")
     assert "\nwaits     node 'ask' (at 1): is this right?  (asks for Approval)\n" in done.out
-    assert "answer: stroma approve x FILE.py:NAME ANSWER\nthen go on with: stroma resume x " in done.err
+    assert "answer: stroma approve x FILE.py:NAME ANSWER\nthen resume with: stroma resume x " in done.err
     inside("approve", "x", "desk.py:pipeline", '{"approved": true}')
     done = inside("show", "x")
-    assert "(asks for Approval, has its answer)\n" in done.out
-    assert done.err.startswith("go on with: stroma resume x ")
+    assert "(asks for Approval, answered)\n" in done.out
+    assert done.err.startswith("resume with: stroma resume x ")
     inside("resume", "x", "desk.py:pipeline")
     assert "waits" not in inside("show", "x").out
 
@@ -116,12 +116,12 @@ def test_answers_that_do_not_fit(desk, inside, fails):
         "yes": ["ANSWER is not JSON"],
     }.items():
         fails(inside("approve", "x", "desk.py:pipeline", answer), 2, *words)
-    fails(inside("approve", "x", "desk.py:pipeline", "@no.json"), 4, "no input file no.json")
+    fails(inside("approve", "x", "desk.py:pipeline", "@no.json"), 4, "input file no.json does not exist")
     done = inside("approve", "x", "desk.py:pipeline", "-", "--resume", "-h")
-    assert "ANSWER must satisfy" in " ".join(done.out.split())
+    assert "must satisfy the class" in " ".join(done.out.split())
     done = inside("approve", "x", "desk.py:pipeline", "-", "--resume", stdin=b'{"approved": true}')
     assert (done.code, json.loads(done.out)) == (0, {"n": 103})
-    assert done.err.startswith("node 'ask' (at 1) has its answer\n")
+    assert done.err.startswith("node 'ask' (at 1) is answered\n")
 
 
 def test_any_json_is_an_answer_where_no_schema_was_asked_for(desk, inside):
@@ -137,11 +137,18 @@ def test_several_nodes_that_wait(desk, inside, fails):
     done = inside("run", "desk.py:both", '{"n": 1}', "--run-id", "x", "-q")
     assert done.err.count("  answer: stroma approve x desk.py:both ") == 2
     yes = '{"approved": true}'
-    words = ["2 nodes of run x wait", "node 'x' (at 0.0): is this right?", "node 'y' (at 0.1)", "--node x"]
+    words = [
+        "2 nodes of run x are waiting",
+        "node 'x' (at 0.0): is this right?",
+        "node 'y' (at 0.1)",
+        "--node x",
+    ]
     fails(inside("approve", "x", "desk.py:both", yes), 2, *words)
-    fails(inside("approve", "x", "desk.py:both", yes, "--node", "z"), 4, "does not wait there", "at node 'y'")
+    fails(
+        inside("approve", "x", "desk.py:both", yes, "--node", "z"), 4, "is not waiting there", "at node 'y'"
+    )
     done = inside("approve", "x", "desk.py:both", yes, "--node", "x")
-    assert (done.code, "still without one: node 'y' (at 0.1)" in done.err) == (0, True)
+    assert (done.code, "still waiting: node 'y' (at 0.1)" in done.err) == (0, True)
     assert inside("resume", "x", "desk.py:both", "-q").code == 7
     assert inside("approve", "x", "desk.py:both", yes, "--branch", "1").code == 0
     assert inside("resume", "x", "desk.py:both", "-q").code == 0
@@ -149,16 +156,16 @@ def test_several_nodes_that_wait(desk, inside, fails):
 
 def test_what_waits_for_nothing(desk, inside, fails):
     """An unknown run, one that has its answer and one that is done are 4."""
-    fails(inside("approve", "x", "desk.py:pipeline", "{}"), 4, "there is no run whose id begins with 'x'")
+    fails(inside("approve", "x", "desk.py:pipeline", "{}"), 4, "no run whose id begins with 'x'")
     inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x")
     yes = '{"approved": true}'
     inside("approve", "x", "desk.py:pipeline", yes)
-    fails(inside("approve", "x", "desk.py:pipeline", yes), 4, "has its answer already", "stroma resume x")
+    fails(inside("approve", "x", "desk.py:pipeline", yes), 4, "is answered already", "stroma resume x")
     inside("resume", "x", "desk.py:pipeline")
     fails(
         inside("approve", "x", "desk.py:pipeline", yes),
         4,
-        "waits for nothing: it is RESUMED",
+        "is not waiting for an answer: it is RESUMED",
         "stroma show x",
     )
 
@@ -183,5 +190,5 @@ def test_nothing_is_kept_in_memory(desk, inside):
     """A run that waits in a store that keeps nothing says so, and names no command that could not work."""
     done = inside("run", "desk.py:pipeline", '{"n": 1}', "--db", "memory://")
     assert done.code == 7
-    assert "keeps nothing to go on with" in done.err
+    assert "is not durable" in done.err
     assert "stroma approve" not in done.err

@@ -160,7 +160,7 @@ def test_a_dry_run(filled, stroma, inside, fails):
         r"kept +1 node, in groups 0\n +0 +first +\d\.\d\d s  120 tok, \$0\.000\d+\nsaves .* 120 tok", done.out
     )
     assert done.out.endswith("calls   second, third\n")
-    assert "nothing was done; go on with: stroma resume b sums.py:pipeline\n" in done.err
+    assert "nothing was done; resume with: stroma resume b sums.py:pipeline\n" in done.err
     data = json.loads(inside("resume", "a", "sums.py:pipeline", "--from", "third", "--dry-run", "--json").out)
     assert (data["schema"], data["saves"]["tokens"], data["calls"], data["resumable"]) == (
         "stroma.plan/1", 135, ["third"], True,
@@ -203,7 +203,7 @@ def test_what_a_terminal_would_obey(stroma, inside, monkeypatch, any_url):
         ["runs"], ["runs", "--json"], ["show", "r"], ["show", "r", "--tree", "--timing"], ["show", "r", "--json"],
         ["show", "r", "--input", "--output"], ["diff", "r", "other"], ["diff", "r", "other", "--json"], ["tail", "r"], ["tail"],
         ["tail", "r", "--json"], ["resume", "r", "--dry-run"], ["resume", "r", "evil.py:pipeline", "--dry-run"],
-        ["export", "r"], ["export", "r", "--format", "otlp"], ["export", "r", "--format", "chrome-trace"],
+        ["export", "r"], ["export", "r", "--format", "otlp"],
         ["export", "r", "--format", "html"], ["runs", "--search", EVIL], ["runs", "--tag", EVIL], ["show", EVIL],
         ["run", "evil.py:pipeline", "--run-id", "third" + EVIL], ["resume", "r", "evil.py:pipeline"], ["cancel", "other"],
         ["runs", "--tag", EVIL + "none"], ["diff", "r", "other", "--node", EVIL], ["show", "r", "--node", EVIL],

@@ -67,18 +67,18 @@ def files(stroma):
 @pytest.mark.parametrize(
     ("target", "code", "words"),
     [
-        ("nofile.py:pipeline", 4, ["there is no file nofile.py", "check the path; Python files in "]),
-        ("no/where.py:pipeline", 4, ["there is no file no/where.py", "check the path"]),
-        ("no.such.module:pipeline", 4, ["there is no module 'no.such.module'"]),
+        ("nofile.py:pipeline", 4, ["no file nofile.py", "check the path; Python files in "]),
+        ("no/where.py:pipeline", 4, ["no file no/where.py", "check the path"]),
+        ("no.such.module:pipeline", 4, ["no module 'no.such.module'"]),
         ("no-such-module:pipeline", 4, ["no file or module 'no-such-module'"]),
         ("package:pipeline", 2, ["package is a directory"]),
         ("text.txt:pipeline", 2, ["is not a Python file"]),
-        ("sums.py:nope", 4, ["there is no 'nope' in sums.py", "it has sums.py:pipeline"]),
+        ("sums.py:nope", 4, ["no 'nope' in sums.py", "it has sums.py:pipeline"]),
         ("many.py:nope", 4, ["it has many.py:pipeline"]),
         ("sums.py", 2, ["'sums.py' names no pipeline", "sums.py:pipeline"]),
         ("sums.py:", 2, ["names no pipeline"]),
         (":pipeline", 2, ["names no file or module"]),
-        ("sums.py:a b", 2, ["no Python name"]),
+        ("sums.py:a b", 2, ["not a Python name"]),
         ("sums.py:first", 2, ["a single node, not a pipeline", 'Pipeline("first", [first])']),
         ("many.py:nodes", 2, ["a list of nodes, not a pipeline", 'Pipeline("nodes", nodes)']),
         ("many.py:runner", 2, ["a StromaRunner, not a pipeline", "make one of its nodes"]),
@@ -125,7 +125,7 @@ def test_debug_shows_the_traceback(files):
         ("", 2, ["INPUT is not JSON", "no INPUT at all means {}"]),
         ("input.json", 2, ["put an @ before it: @input.json"]),
         ("@bad.json", 2, ["bad.json is not JSON", "line 3, column 3"]),
-        ("@none.json", 4, ["there is no input file none.json"]),
+        ("@none.json", 4, ["input file none.json"]),
         ("@.", 2, ["cannot be read: Is a directory"]),
         ("-", 2, ["stdin is not JSON"]),
         (None, 2, ["an empty input", "start: Field required", """'{"start": 0}'"""]),
@@ -179,12 +179,12 @@ def test_first_nodes_without_one_contract(files, inside, fails):
         (["run"], "missing argument"),
         (["runs", "--limit", "0"], "--limit"),
         (["runs", "--nope"], "no such option"),
-        (["run", "sums.py:pipeline", GOOD, "--budget-usd", "nan"], "no amount of money"),
+        (["run", "sums.py:pipeline", GOOD, "--budget-usd", "nan"], "must be at least 0 US dollars, got nan"),
         (["run", "sums.py:pipeline", GOOD, "--budget-tokens", "-1"], "--budget-tokens"),
         (["run", "sums.py:pipeline", GOOD, "--run-id", ""], "must not be empty"),
         (["run", "sums.py:pipeline", GOOD, "--resume"], "--resume needs --run-id"),
         (["run", "sums.py:pipeline", GOOD, "--db", "mysql://x"], "--db mysql://x"),
-        (["runs", "--db", "memory://"], "keeps nothing once its process has ended"),
+        (["runs", "--db", "memory://"], "is lost when its process ends"),
     ],
 )
 def test_usage(inside, fails, words, told):
@@ -205,7 +205,7 @@ def test_a_directory_that_is_gone(stroma):
         check=False,
     )
     assert done.returncode == 3
-    assert done.stderr.startswith("stroma: the current directory is gone")
+    assert done.stderr.startswith("stroma: the current directory does not exist any more")
 
 
 @pytest.mark.slow
@@ -216,7 +216,7 @@ def test_no_stdin(stroma):
         ["sh", "-c", line], cwd=stroma.home, env=stroma.env, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("stroma: there is no stdin")
+    assert done.stderr.startswith("stroma: cannot read the input from stdin")
 
 
 # ---------------------------------------------------------------------- the store
@@ -247,7 +247,7 @@ def test_a_directory_that_may_not_be_written(stroma, inside, fails):
     """A default store that cannot be made says so, and how to name another one."""
     stroma.file("plain", "")
     done = inside("run", "sums.py:pipeline", GOOD, "-q", env={"XDG_DATA_HOME": str(stroma.home / "plain")})
-    fails(done, 3, "the directory of the store cannot be made", "--db FILE")
+    fails(done, 3, "cannot create the directory of the store", "--db FILE")
 
 
 @pytest.mark.slow
@@ -306,7 +306,7 @@ def test_a_full_disk_on_the_way(stroma):
     assert (done.code, done.out) == (3, "")
     assert "Traceback" not in done.err
     assert "why: StoreError: the disk " in done.err
-    assert "mend what the store says, then go on with: stroma resume big big.py:pipeline" in done.err
+    assert "fix the store, then resume with: stroma resume big big.py:pipeline" in done.err
     assert stroma.calls() == ["first", "swell"]
     resumed = stroma("resume", "big", "big.py:pipeline", "-q")
     assert resumed.code == 0
@@ -338,7 +338,7 @@ def test_a_full_disk_on_the_way(stroma):
 )
 def test_masks(given, shown):
     """What may be a password is masked, whatever characters it holds; all else is shown as it is."""
-    assert stores.masked(given) == shown
+    assert stores.mask_passwords(given) == shown
 
 
 def test_a_driver_that_is_not_installed(inside, fails, monkeypatch):

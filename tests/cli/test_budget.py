@@ -38,7 +38,7 @@ def test_a_run_that_a_shared_budget_stops(spent) -> None:
     """It exits with 5, says what is spent, and offers to go on without raising the run's own budget."""
     assert spent.code == 5
     assert "shared budget 'team-a' has no room for a call of node 'ask'" in spent.err
-    assert "once the shared budget has room, go on with" in spent.err
+    assert "when the shared budget has room, resume with" in spent.err
     assert "--budget-usd" not in spent.err
     assert "stroma resume second asks.py:pipeline" in spent.err
 
@@ -53,7 +53,7 @@ def test_the_state_of_a_budget(spent, inside) -> None:
     assert re.split(r"  +", lines[2].strip()) == ["$0.200000", "$0.000000", "$0.050000", "$0.250000"]
     assert re.split(r"  +", lines[3].strip()) == ["20 tok", "0 tok", "980 tok", "1,000 tok"]
     assert re.split(r"  +", lines[5].strip()) == ["ask", "$0.200000", "20 tok"]
-    assert lines[6].startswith("it begins anew at ")
+    assert lines[6].startswith("it resets at ")
 
     found = json.loads(inside("budget", "team-a", "--store", "runs.db", "--json").out)
     assert re.fullmatch(r"\d{4}-\d\d-01T00:00:00\+00:00", found.pop("window_start"))
@@ -79,4 +79,4 @@ def test_a_budget_that_is_not_there(spent, inside) -> None:
     assert done.code == 2
     done = inside("budget", "team-a", "--db", "none.db")
     assert done.code == 4
-    assert "there is no store none.db" in done.err
+    assert "store none.db does not exist" in done.err

@@ -198,7 +198,7 @@ def test_against_a_run_with_another_input(stroma, inside):
     done = inside("check", "sums.py:pipeline", "--against", "r1", "--json")
     (change, *_) = json.loads(done.out)["against"]["changes"]
     assert (done.code, change["at"]) == (1, "input")
-    assert "did not begin with a Count" in change["message"]
+    assert "was not started with a Count" in change["message"]
 
 
 # ---------------------------------------------------------------------- graph

@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from tests.kit import undone_command
 
 from stroma.cli import main as stroma_command
 from stroma.demo.provider import Provider
@@ -59,7 +60,8 @@ def test_resume_from_the_web_interface(tmp_path: Path, hostile: Path) -> None:
     """A resume that a page begins imports nothing from the current directory, and does not get the page's token."""
     (tmp_path / "flow.py").write_text(PIPELINE)
     target, db = f"{tmp_path / 'flow.py'}:pipeline", str(tmp_path / "runs.db")
-    assert stroma_command(["run", target, "--run-id", "r", "--db", db, "-q"]) == 1
+    with undone_command():
+        assert stroma_command(["run", target, "--run-id", "r", "--db", db, "-q"]) == 1
     (tmp_path / "mended").touch()
     program = [str(Path(sys.executable).with_name("stroma")), "ui", target, "--db", db, "--port", "0"]
     env = os.environ | {"STROMA_UI_TOKEN": TOKEN}

@@ -143,12 +143,12 @@ def test_a_budget_goes_with_the_run(inside: Any, worker: Any, there: tuple[str, 
 def test_nobody_is_there_to_do_the_work(stroma: Any, there: tuple[str, ...]) -> None:
     """After some seconds the command that starts a worker is named; SIGTERM leaves the run, which cancel can end."""
     process = stroma.popen("run", "sums.py:pipeline", GOOD, *there, "--run-id", "three")
-    said = wait_for(process, "no worker has asked")
+    said = wait_for(process, "no worker polls")
     assert f"stroma worker sums.py:pipeline {' '.join(there)}" in said
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "")
-    assert "run three goes on without this command" in err
+    assert "run three continues without this command" in err
     assert f"stroma run sums.py:pipeline --run-id three --attach {' '.join(there)}" in err
 
 
@@ -175,7 +175,7 @@ def test_interrupting_the_command_cancels_the_run(
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out) == (130, "")
-        assert "asking the run to end" in err
+        assert "cancelling the run" in err
         assert "run five is CANCELLED" in err
         let_go(held)
         done = inside("resume", "five", "sums.py:pipeline", *there)
@@ -217,7 +217,7 @@ def test_a_person_answers_a_run_on_the_cluster(
         done = inside("approve", "six", "desk.py:pipeline", '{"approved": true}', *there, "--resume")
         assert (done.code, json.loads(done.out)) == (0, {"n": 103})
         late = inside("approve", "six", "desk.py:pipeline", '{"approved": true}', *there)
-        assert (late.code, "waits for nothing" in late.err) == (4, True)
+        assert (late.code, "is not waiting for an answer" in late.err) == (4, True)
 
 
 def test_a_cluster_that_is_not_there(inside: Any, fails: Any, temporal_server: TemporalServer) -> None:
@@ -227,11 +227,11 @@ def test_a_cluster_that_is_not_there(inside: Any, fails: Any, temporal_server: T
         inside(*run, "--temporal", "127.0.0.1:1"), 3, "no Temporal server answers at 127.0.0.1:1", "start-dev"
     )
     fails(inside("worker", "sums.py:pipeline", "--temporal", "127.0.0.1:1"), 3, "no Temporal server answers")
-    fails(inside(*run, "--temporal", "localhost"), 2, "give HOST:PORT")
+    fails(inside(*run, "--temporal", "localhost"), 2, "pass HOST:PORT")
     fails(
         inside(*run, "--temporal", temporal_server.address, "--namespace", "nowhere"),
         4,
-        "no such namespace",
+        "does not have the namespace",
         "--namespace",
     )
     for command in (("show",), ("cancel",)):
@@ -247,8 +247,8 @@ def test_variables_of_temporal(inside: Any, fails: Any, temporal_server: Tempora
     """They say how to get in, never that a run is to be elsewhere: that is for the command to say."""
     run = ("run", "sums.py:pipeline", GOOD)
     nowhere = {"TEMPORAL_NAMESPACE": "nowhere", "TEMPORAL_ADDRESS": temporal_server.address}
-    fails(inside(*run, "--temporal", temporal_server.address, env=nowhere), 4, "no such namespace")
-    fails(inside("worker", "sums.py:pipeline", env=nowhere), 4, "no such namespace")
+    fails(inside(*run, "--temporal", temporal_server.address, env=nowhere), 4, "does not have the namespace")
+    fails(inside("worker", "sums.py:pipeline", env=nowhere), 4, "does not have the namespace")
     assert inside(*run, "--db", "x.db", env=nowhere).code == 0
     missing = {"TEMPORAL_CONFIG_FILE": "/nowhere/temporal.toml"}
     here = inside(*run, "--temporal", "127.0.0.1:1", env=missing)
@@ -263,7 +263,7 @@ def test_variables_of_temporal(inside: Any, fails: Any, temporal_server: Tempora
         (("run", "sums.py:pipeline", "--drain", "3"), "--detach"),
         (("run", "sums.py:pipeline", "--take-over"), "another one"),
         (("run", "sums.py:pipeline", "--prometheus", "0"), "stroma worker"),
-        (("resume", "x", "sums.py:pipeline", "--from", "second"), "where a run has stopped"),
+        (("resume", "x", "sums.py:pipeline", "--from", "second"), "continues where it stopped"),
         (("runs", "--tag", "blue"), "stroma worker --db"),
         (("show", "x", "--output"), "stroma worker --db"),
     ],
@@ -281,7 +281,7 @@ def test_options_of_a_cluster_alone(inside: Any, fails: Any) -> None:
 def test_two_pipelines_of_one_name(stroma: Any, inside: Any, fails: Any) -> None:
     """Runs name their pipeline: a worker with two of a name could not tell which is meant."""
     done = inside("worker", "sums.py:pipeline", "sums.py:pipeline", "--temporal", "127.0.0.1:1")
-    fails(done, 2, "2 of these pipelines are called 'sums'")
+    fails(done, 2, "2 of these pipelines have the name 'sums'")
 
 
 def test_the_client_is_imported_only_for_a_cluster(stroma: Any) -> None:

@@ -87,7 +87,7 @@ def test_what_cannot_be_meant(old, inside, fails):
     fails(inside("gc", "--db", "runs.db"), 2, "--keep-for")
     for span in ("30", "-1d", "d", "30 days", "1e9d", "nan", "99999999w"):
         fails(inside("gc", "--keep-for", span, "--db", "runs.db"), 2, "is no span of time")
-    fails(inside("gc", "--keep-for", "1d", "--db", "none.db"), 4, "there is no store")
+    fails(inside("gc", "--keep-for", "1d", "--db", "none.db"), 4, "store none.db does not exist")
     assert not (old.home / "none.db").exists()
     assert left(inside) == {"ended", "gave up", "killed", "young"}
     assert inside("gc", "--keep-for", "1d").code == 0  # The default store, which nobody has used yet.

@@ -49,7 +49,7 @@ def test_many_items_are_one_line(stroma):
     assert len(failures) == 20
     assert "\r" not in done.err + done.out
     assert (
-        "30 items failed, the others went on; run them again: stroma resume m many.py:pipeline --retry-failed"
+        "30 items failed, the others succeeded; run them again: stroma resume m many.py:pipeline --retry-failed"
         in done.err
     )
     assert len((stroma.home / "out.jsonl").read_text().splitlines()) == 270
@@ -72,7 +72,7 @@ def test_failed_items_are_run_again(stroma, fails):
     fails(
         stroma("resume", "m", "many.py:pipeline", "--retry-failed", "--from", "after"),
         2,
-        "--retry-failed says by itself where to go on",
+        "--retry-failed and --from exclude each other",
     )
 
 

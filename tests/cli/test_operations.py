@@ -40,7 +40,7 @@ def test_a_run_of_somebody_else(stroma, inside, fails):
             ["run", "sums.py:pipeline", GOOD, "--run-id", "x"],
         ):
             done = inside(*words, "-q")
-            told = ["run x is being run by process ", f"{process.pid} on ", "; it is theirs for another "]
+            told = ["run x is already running in process ", f"{process.pid} on ", "lease expires in "]
             fails(done, 3, *told, "resume x sums.py:pipeline --attach", "cancel x", "--take-over")
         other = inside("run", "sums.py:pipeline", '{"start": 2}', "--run-id", "x", "-q")
         fails(other, 3, "with another input")
@@ -48,7 +48,7 @@ def test_a_run_of_somebody_else(stroma, inside, fails):
         assert re.search(rf"run by process {process.pid} on .*; last record ", listed.out)
         assert listed.err == ""
         shown = inside("show", "x")
-        assert re.search(rf"\nholder +process {process.pid} on .*; last record ", shown.out)
+        assert re.search(rf"\nowner +process {process.pid} on .*; last record ", shown.out)
         assert "wait for its result: stroma resume x FILE.py:NAME --attach" in shown.err
         (run,) = json.loads(inside("runs", "--json").out)["runs"]
         assert run["holder"].startswith(f"process {process.pid} on ")
@@ -98,7 +98,7 @@ def test_a_run_that_exists(stroma, inside, fails):
         """)  # fmt: skip
     assert inside("run", "once.py:pipeline", GOOD, "--run-id", "x").code == 0
     done = inside("run", "once.py:pipeline", GOOD, "--run-id", "x", "-q")
-    fails(done, 2, "run 'x' already exists", "go on with it: stroma resume x once.py:pipeline", "--run-id ID")
+    fails(done, 2, "run 'x' already exists", "resume it: stroma resume x once.py:pipeline", "--run-id ID")
 
 
 def _catches(pid: int, number: int) -> bool:
@@ -117,7 +117,7 @@ def test_sigterm_while_it_waits_for_somebody_else(stroma):
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=10)
         assert process.returncode == 130
-        assert "stopped by SIGTERM before the run began; nothing was called" in err
+        assert "stopped by SIGTERM before the run started; no node was called" in err
         assert holder.poll() is None
         assert json.loads(stroma("runs", "--json").out)["runs"][0]["status"] == "RUNNING"
 
@@ -138,8 +138,8 @@ def test_take_over(stroma):
 def test_what_cannot_be_meant(inside, fails):
     """--attach with --take-over or --from, --fork without --from and --state without --fork are usage errors."""
     for words, told in {
-        ("--attach", "--take-over"): "give one",
-        ("--attach", "--from", "first"): "give one",
+        ("--attach", "--take-over"): "exclude each other",
+        ("--attach", "--from", "first"): "exclude each other",
         ("--fork",): "--fork needs --from",
         ("--from", "first", "--state", "{}"): "--state needs --fork",
     }.items():
@@ -160,12 +160,12 @@ def test_cancel(stroma, inside, fails):
         assert asked["holder"].startswith(f"process {process.pid} on ")
         _, err = process.communicate(timeout=10)
         assert process.returncode == 130
-        assert "stroma: cancelled from elsewhere: run x is CANCELLED" in err
+        assert "stroma: cancelled by another process: run x is CANCELLED" in err
     done = inside("cancel", "x")
-    assert (done.code, done.err) == (0, "run x had ended already: it is CANCELLED; nothing was changed\n")
+    assert (done.code, done.err) == (0, "run x has ended already: it is CANCELLED; nothing was changed\n")
     assert inside("resume", "x", "sums.py:pipeline", env={"SECOND": "raise TimeoutError"}).code == 1
     done = inside("cancel", "last")
-    assert (done.code, done.err) == (0, "run x is CANCELLED; nobody was at work on it\n")
+    assert (done.code, done.err) == (0, "run x is CANCELLED; it had no owner\n")
     assert json.loads(inside("cancel", "x", "--json").out) == {
         "schema": "stroma.cancel/1", "run_id": "x", "outcome": "ended", "holder": None, "status": "CANCELLED",
     }  # fmt: skip
@@ -188,10 +188,10 @@ def test_fork(stroma, inside, fails):
     inside("run", "sums.py:pipeline", GOOD, "--run-id", "x")
     done = inside("resume", "x", "sums.py:pipeline", "--from", "second", "--fork", "--state", '{"n": 40}')
     assert (done.code, json.loads(done.out)) == (0, {"n": 80})
-    new = re.match(r"run (\w{32}) begins at 'second' of x\n", done.err)
+    new = re.match(r"run (\w{32}) starts at 'second' of x\n", done.err)
     assert new is not None
     assert stroma.calls() == ["first", "second", "third", "second", "third"]
-    assert re.search(r"\nparent +x, which it was forked from\n", inside("show", new[1]).out)
+    assert re.search(r"\nparent +x, source of this fork\n", inside("show", new[1]).out)
     assert json.loads(inside("show", "x", "--json").out)["run"]["status"] == "COMPLETED"
 
     plain = json.loads(inside("resume", "x", "sums.py:pipeline", "--from", "second", "--fork", "--json").out)
@@ -204,7 +204,7 @@ def test_fork(stroma, inside, fails):
     fails(
         inside(*words, "{}"),
         2,
-        "--state does not fit what node 'second' hands to 'third'",
+        "--state does not fit the output of node 'second' for 'third'",
         "n: Field required",
     )
 
@@ -224,7 +224,7 @@ def test_what_cannot_be_forked(stroma, inside, fails):
         """)  # fmt: skip
     inside("run", "group.py:pipeline", GOOD, "--run-id", "g")
     words = ["resume", "g", "group.py:pipeline", "--from", "third", "--fork", "-q"]
-    fails(inside(*words, "--state", "{}"), 2, "cannot stand in for what 'parallel(second)' makes")
+    fails(inside(*words, "--state", "{}"), 2, "cannot replace the output of 'parallel(second)'")
     assert json.loads(inside(*words).out) == {"n": 4}
     assert len(json.loads(inside("runs", "--json").out)["runs"]) == 3
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kit import undone_command
 
 from stroma.cli import main as stroma_command
 
@@ -46,7 +47,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     (tmp_path / "flow.py").write_text(PIPELINE, "utf-8")
 
     def run(*words: str) -> int:
-        return stroma_command([*words, "--db", "runs.db"])
+        with undone_command():
+            return stroma_command([*words, "--db", "runs.db"])
 
     assert run("run", "flow.py:pipeline", "{}", "--run-id", "good", "-q") == 0
     assert run("run", "flow.py:failing", "{}", "--run-id", "bad", "-q") == 1

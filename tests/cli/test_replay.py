@@ -94,13 +94,16 @@ def test_from_a_node_on_nodes_are_called(recorded, inside):
 def test_what_is_wrong_with_the_arguments(recorded, inside, fails):
     """An unknown node, an input that does not fit and a run that is not there are each one message."""
     fails(
-        inside("replay", "run-a", "sums.py:pipeline", "--from", "x"), 2, "no node of", "first, second, third"
+        inside("replay", "run-a", "sums.py:pipeline", "--from", "x"),
+        2,
+        "is not a node of",
+        "first, second, third",
     )
     wrong = ("--from", "third", "--input", '{"n": "many"}')
     fails(
         inside("replay", "run-a", "sums.py:pipeline", *wrong),
         2,
-        "does not fit what node 'second' hands to 'third'",
+        "does not fit the output of node 'second' for 'third'",
     )
     fails(inside("replay", "none", "sums.py:pipeline"), 4, "no run whose id begins with 'none'")
     fails(inside("record", "run-a", "--as-test", "test_x.py"), 2, "needs FILE_OR_MODULE:NAME")
@@ -136,7 +139,7 @@ def test_files_that_are_there_are_left_alone(recorded, inside, fails):
     assert inside("record", "run-a", "sums.py:pipeline", "--as-test", "test_run.py").code == 0
     (recorded.home / "test_run.py").write_text("mine")
     fails_there = inside("record", "run-a", "sums.py:pipeline", "--as-test", "test_run.py")
-    fails(fails_there, 2, "is there already", "--force")
+    fails(fails_there, 2, "exists already", "--force")
     assert (recorded.home / "test_run.py").read_text() == "mine"
     assert inside("record", "run-a", "sums.py:pipeline", "--as-test", "test_run.py", "--force").code == 0
 
@@ -147,7 +150,7 @@ def test_a_test_that_would_fail_is_not_written(recorded, inside):
     change(recorded, "max_retries=1", "max_retries=0")
     done = inside("record", "run-a", "changed.py:pipeline", "--as-test", "test_run.py")
     assert done.code == 6
-    assert "behaves differently from run run-a already" in done.err
+    assert "behaves differently from run run-a, so its test would fail" in done.err
     assert "stroma replay run-a changed.py:pipeline" in done.err
     assert not (recorded.home / "test_run.py").exists()
 

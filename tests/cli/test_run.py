@@ -27,7 +27,7 @@ def test_run_prints_the_final_state(stroma):
         done.err,
     )
     assert re.search(
-        r"done: COMPLETED in .*; 135 tok, \$0\.0000\d\d\nlook further: .* show [0-9a-f]{12}\n$", done.err
+        r"done: COMPLETED in .*; 135 tok, \$0\.0000\d\d\ndetails: .* show [0-9a-f]{12}\n$", done.err
     )
 
 
@@ -91,13 +91,13 @@ def test_failure_then_resume(stroma):
         in done.err
     )
     assert re.search(r'  File "<string>", line 1, in <module>\n', done.err)
-    mend = re.search(r"go on with: (stroma resume .*)\n", done.err)
+    mend = re.search(r"resume with: (stroma resume .*)\n", done.err)
     assert mend is not None
     resumed = subprocess.run(
         mend[1], shell=True, cwd=stroma.home, env=stroma.env, capture_output=True, text=True, check=False
     )
     assert (resumed.returncode, json.loads(resumed.stdout)) == (0, {"n": 4})
-    assert re.search(r"first +kept +finished earlier", resumed.stderr)
+    assert re.search(r"first +restored +finished earlier", resumed.stderr)
     assert "before that 120 tok" in resumed.stderr
     assert stroma.calls() == ["first", "second", "second", "second", "third"]
 
@@ -118,7 +118,7 @@ def test_terminal_failure(stroma, inside):
         "node_id": "second", "attempt": 1, "class": "TERMINAL", "reason": "contract", "exception": "ContractViolation",
     }  # fmt: skip
     assert data["resume"].startswith("stroma resume ")
-    assert "mend the cause" in done.err
+    assert "fix the cause" in done.err
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_budget(stroma):
     done = stroma("run", "sums.py:pipeline", GOOD, "--budget-tokens", "100")
     assert (done.code, done.out) == (5, "")
     assert re.search(r"first +BUDGET ", done.err)
-    mend = re.search(r"go on with more: stroma (resume .* --budget-tokens 200)\n", done.err)
+    mend = re.search(r"resume with more: stroma (resume .* --budget-tokens 200)\n", done.err)
     assert mend is not None
     resumed = stroma(*mend[1].split())
     assert (resumed.code, json.loads(resumed.out)) == (0, {"n": 4})
@@ -144,7 +144,7 @@ def test_a_spent_budget_under_another_failure(inside):
     assert done.code == 5
     assert "why: TimeoutError: slow\n" in done.err
     assert "and: budget exceeded: max_tokens_total limit 150 tokens, used 170 tokens" in done.err
-    assert re.search(r"go on with more: stroma resume .* --budget-tokens 300\n", done.err)
+    assert re.search(r"resume with more: stroma resume .* --budget-tokens 300\n", done.err)
 
 
 def test_run_id_again(stroma, inside):
@@ -182,7 +182,9 @@ def test_resume_says_what_it_cannot(stroma, inside, fails):
     fails(inside("resume", "z", "sums.py:pipeline"), 4, "no run whose id begins with 'z'")
     stroma.file("other.py", "from sums import *\nclass Text(BaseModel):\n    text: str\n"
                 "pipeline = Pipeline('others', [node('n', last, Text)])")  # fmt: skip
-    fails(inside("resume", "x", "other.py:pipeline", "-q"), 2, "did not begin with a Text", "Field required")
+    fails(
+        inside("resume", "x", "other.py:pipeline", "-q"), 2, "was not started with a Text", "Field required"
+    )
     stroma.file("fewer.py", "from sums import *\npipeline = Pipeline('sums', [first, third])")
     fails(inside("resume", "x", "fewer.py:pipeline", "-q"), 2, "cannot go on", "--from NODE")
 
@@ -194,7 +196,7 @@ def test_any_run_id(stroma):
     done = stroma("run", "sums.py:pipeline", GOOD, "--run-id", run_id)
     assert done.code == 0
     assert not set(done.err) & {"\x1b", "\u202e"}
-    command = done.err.split("look further: ")[1]
+    command = done.err.split("details: ")[1]
     shown = subprocess.run(
         ["bash", "-c", command], cwd=stroma.home, env=stroma.env, capture_output=True, text=True, check=False
     )
@@ -242,7 +244,7 @@ def test_groups_and_items(stroma, inside):
     assert re.search(r"\n1\.10 +  second +1 +success", shown.out)
     resumed = inside("resume", "last", "fan.py:pipeline")
     assert (resumed.code, json.loads(resumed.out)) == (0, {"total": 110})
-    assert "kept" in resumed.err
+    assert "restored" in resumed.err
 
 
 def test_unknown_price_and_raising_hook_are_noted(stroma, inside):
@@ -257,7 +259,7 @@ def test_unknown_price_and_raising_hook_are_noted(stroma, inside):
         """)  # fmt: skip
     done = inside("run", "odd.py:pipeline", GOOD)
     assert (done.code, json.loads(done.out)) == (0, {"n": 1})
-    assert "note: no price is known for no-such-model-anywhere" in done.err
+    assert "note: no price for no-such-model-anywhere" in done.err
     assert "note: 1 hook call raised" in done.err
     assert "KeyError('of the hook')" in done.err
     assert "Traceback" not in done.err
@@ -273,7 +275,7 @@ def test_what_breaks_off_a_run(stroma, fails):
     fails(stroma("run", "bad.py:pipeline", GOOD, "-q"), 1, "a hook of the pipeline's config", "not async")
     done = stroma("run", "sums.py:pipeline", GOOD, "-q", env={"SECOND": "sys.exit('enough')"})
     done.err = done.err.replace("printed by a node\n", "")
-    fails(done, 1, "ended the process: SystemExit: enough", "sums.py", "go on with: stroma resume ")
+    fails(done, 1, "ended the process: SystemExit: enough", "sums.py", "resume with: stroma resume ")
     assert json.loads(stroma("runs", "--json").out)["runs"][0]["status"] == "INTERRUPTED"
 
 

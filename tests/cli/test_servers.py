@@ -18,12 +18,12 @@ GOOD = '{"start": 1}'
 def test_a_store_on_a_server(url, stroma, inside, fails):
     """Every command works on PostgreSQL and Redis as it does on a file, and names the store in what it tells to do."""
     assert inside("runs", "--db", url).code == 0
-    fails(inside("show", "last", "--db", url), 4, "there is no run yet in ")
+    fails(inside("show", "last", "--db", url), 4, "no runs in ")
     failed = inside(
         "run", "sums.py:pipeline", GOOD, "--run-id", "x", "--db", url, env={"SECOND": "raise TimeoutError"}
     )
     assert failed.code == 1
-    go_on = re.search(r"go on with: stroma (resume .*)\n", failed.err)
+    go_on = re.search(r"resume with: stroma (resume .*)\n", failed.err)
     assert go_on is not None
     assert shlex.split(go_on[1]) == ["resume", "x", "sums.py:pipeline", "--db", url]
     done = inside(*shlex.split(go_on[1]), "-q")
@@ -39,7 +39,7 @@ def test_a_store_on_a_server(url, stroma, inside, fails):
 
 def test_check_against_a_run_on_a_server(url, stroma, inside, fails):
     """check --against reads a run of any store: it tells what changed, and a run or store that is not there."""
-    fails(inside("check", "sums.py:pipeline", "--against", "last", "--db", url), 4, "there is no run yet in ")
+    fails(inside("check", "sums.py:pipeline", "--against", "last", "--db", url), 4, "no runs in ")
     inside(
         "run", "sums.py:pipeline", GOOD, "--run-id", "x", "--db", url, env={"SECOND": "raise TimeoutError"}
     )
@@ -79,7 +79,7 @@ def test_a_password_is_never_shown(postgres, inside, fails):
     ]
     assert "geheim" not in "".join(done.out + done.err for done in shown)
     assert [done.code for done in shown] == [1, 1, 1, 0, 4, 0, 2, 2, 2]
-    assert "go on with: stroma resume x sums.py:pipeline  (with the same --db)\n" in shown[0].err
+    assert "resume with: stroma resume x sums.py:pipeline  (with the same --db)\n" in shown[0].err
     assert re.fullmatch(r"stroma resume \w+ sums.py:pipeline", json.loads(shown[1].out)["resume"])
     assert "stroma resume y sums.py:pipeline\n" in shown[2].err
     assert "in postgresql://" in shown[4].err

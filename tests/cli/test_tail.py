@@ -27,7 +27,7 @@ def test_a_run_that_ended(db, stroma, inside, fails):
     assert re.match(r"PARTIAL  120 tok, \$0\.000\d+, .*  TimeoutError: too slow$", lines[3])
     short = inside("tail", "x", "--lines", "1")
     assert len(short.out.splitlines()) == 2
-    assert "2 earlier attempts; see them with: stroma show x" in short.err
+    assert "2 earlier attempts: stroma show x" in short.err
     told = [json.loads(line) for line in inside("tail", "x", "--json").out.splitlines()]
     assert {one["schema"] for one in told} == {"stroma.tail/1"}
     assert [one["event"] for one in told] == ["attempt", "attempt", "attempt", "end"]
@@ -74,8 +74,8 @@ def test_a_run_whose_process_died(stroma, inside):
     assert killed.code == -9
     done = inside("tail", "x", "--follow")
     assert done.code == 0
-    assert done.out.splitlines()[-1] == "INTERRUPTED  nobody is at work on it any more"
-    assert "go on with it: stroma resume x FILE.py:NAME" in done.err
+    assert done.out.splitlines()[-1] == "INTERRUPTED  owner lost"
+    assert "resume it: stroma resume x FILE.py:NAME" in done.err
 
 
 @pytest.mark.slow

@@ -136,10 +136,10 @@ def test_a_backend_that_is_down(stroma: Any) -> None:
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        (("--otel", "localhost:4318"), "give its URL"),
-        (("--datadog", "localhost"), "give HOST:PORT"),
+        (("--otel", "localhost:4318"), "pass a URL"),
+        (("--datadog", "localhost"), "pass HOST:PORT"),
         (("--prometheus", "many"), "not a valid integer"),
-        (("--sentry", "no dsn"), "correct it"),
+        (("--sentry", "no dsn"), "correct the value"),
     ],
 )
 def test_wrong_addresses(inside: Any, option: tuple[str, str], said: str) -> None:
@@ -156,7 +156,7 @@ def test_a_port_that_is_taken(stroma: Any) -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as taken:
         done = stroma(*TARGET, "--prometheus", str(taken.server_address[1]))
     assert done.code == 3
-    assert "give another port" in done.err
+    assert "pass another port" in done.err
     assert stroma.calls() == []
 
 

@@ -4,7 +4,13 @@ A run is a workflow of DBOS, and each request of its interpreter a step. DBOS nu
 begun, which is not the same again where children of a group race each other; so a step is found by what it is *for* (its
 name), never by its number. A workflow that is recovered first reads what it had done, and draws numbers beyond that.
 
-docs/adr/0027 says what this driver cannot do.
+What it cannot do:
+
+- Take over at once on another machine: DBOS recovers the workflows of its own executor when that starts; its console service does so across machines.
+- Interrupt a node: DBOS ends a cancelled workflow at its next step.
+- Stop a zombie early: two executors with one id both call the node, and the second one's record is refused (by its documentation; not tried).
+- Use an id a second time: the second `run()` returns the first one's result, whatever `if_exists` says.
+- Resume a failed run, wait for a person, show a live trace: possible, not built.
 """
 
 from __future__ import annotations

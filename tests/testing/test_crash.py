@@ -142,13 +142,13 @@ async def test_no_except_exception_catches_a_death():
 async def test_a_point_that_no_run_comes_to_is_an_error():
     """A death that never happens proves nothing; the nodes that ran are named."""
     with pytest.raises(
-        AssertionError, match=r"no run came to 'after_node' of node 'x'; the nodes that ran are 'a'"
+        AssertionError, match=r"no run reached 'after_node' of node 'x'; the nodes that ran are 'a'"
     ):
         with crash_at("after_node", "x"):
             await StromaRunner.quick().run([counted("a", [])], Number())
-    with pytest.raises(ValueError, match="is no point of a run; give one of 'before_node'"):
+    with pytest.raises(ValueError, match="is not a point of a run; pass one of 'before_node'"):
         crash_at("somewhere")
-    with pytest.raises(ValueError, match="leave the node out"):
+    with pytest.raises(ValueError, match="remove the node"):
         crash_at("after_end", "a")
 
 

@@ -89,7 +89,7 @@ def test_the_fixtures(session):
             assert 1 == 2
     """)
     result.assert_outcomes(passed=2, failed=1, errors=1)
-    result.stdout.fnmatch_lines(["*planned and never met: fail 'nobody'*"])
+    result.stdout.fnmatch_lines(["*planned faults never occurred: fail 'nobody'*"])
 
 
 def test_the_fixtures_as_the_page_shows_them(session):
@@ -111,7 +111,7 @@ def test_snapshots_are_written_when_asked_for(session):
     """
     first = session(body)
     first.assert_outcomes(failed=1)
-    first.stdout.fnmatch_lines(["*there is no snapshot*--stroma-update-snapshots*"])
+    first.stdout.fnmatch_lines(["*no snapshot*--stroma-update-snapshots*"])
     session(body, "--stroma-update-snapshots").assert_outcomes(passed=1)
     assert sorted(path.name for path in (session.path / "snapshots" / "test_it").iterdir()) == [
         "test_it.trace.txt",
@@ -174,7 +174,7 @@ def test_answers_are_recorded_when_asked_for(session):
     """
     missing = session(body)
     missing.assert_outcomes(failed=1)
-    missing.stdout.fnmatch_lines(["*there is no recording*--stroma-record*"])
+    missing.stdout.fnmatch_lines(["*no recording*--stroma-record*"])
     session(body, "--stroma-record").assert_outcomes(passed=1)
     data = json.loads((session.path / "recordings" / "test_it" / "test_it.json").read_text())
     assert [entry["response"]["body"] for entry in data["responses"]] == ["forty-two"]

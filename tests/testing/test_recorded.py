@@ -282,7 +282,7 @@ def test_what_is_no_recording(tmp_path):
     with pytest.raises(FileNotFoundError, match="--stroma-record"):
         recorded(tmp_path / "none.json").__enter__()
     (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(ValueError, match="record it anew"):
+    with pytest.raises(ValueError, match="record it again"):
         recorded(tmp_path / "other.json").__enter__()
     with pytest.raises(ValueError, match="upstream="):
         recorded(tmp_path / "x.json", mode="record")

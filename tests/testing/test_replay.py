@@ -122,7 +122,7 @@ async def test_a_file_holds_all_of_it(store, nodes, tmp_path):
     assert RecordedRun.load(tmp_path / "r.json") == recorded
     assert json.loads((tmp_path / "r.json").read_text())["schema"] == "stroma.recorded-run/1"
     (tmp_path / "r.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"r.json: .*record it anew"):
+    with pytest.raises(ValueError, match=r"r.json: .*record it again"):
         RecordedRun.load(tmp_path / "r.json")
 
 
@@ -133,7 +133,7 @@ async def test_a_contract_that_fails_now(store, nodes, calls):
     assert said == [("schema", "read"), ("contract", "read"), ("status", "")]
     assert "n: Input should be less than 1" in str(found.differences[1])
     assert found.status is RunStatus.FAILED
-    with pytest.raises(AssertionError, match="would go another way now:\n  schema: 0 read"):
+    with pytest.raises(AssertionError, match="behaves differently now:\n  schema: 0 read"):
         found.assert_same()
 
 
@@ -344,7 +344,7 @@ async def test_calls_from_a_node_on(store, nodes, calls):
     assert found.called == ("read", "check", "left", "right")
     with pytest.raises(ValueError, match="its nodes are 'read', 'check'"):
         await replay(recorded, nodes, start_at="chek")
-    with pytest.raises(TypeError, match="put together of its children"):
+    with pytest.raises(TypeError, match="built from its children"):
         await replay(recorded, nodes, start_at=nodes[3].node_id, state={})
 
 
@@ -409,9 +409,7 @@ async def test_a_damaged_file_is_named(store, nodes, tmp_path, name, value):
     data["attempts"][0][name] = value
     path = tmp_path / "run.json"
     path.write_text(json.dumps(data))
-    with pytest.raises(
-        ValueError, match=rf"run\.json: this recorded run is damaged: {name}: .*; record it anew"
-    ):
+    with pytest.raises(ValueError, match=rf"run\.json: recorded run is damaged: {name}: .*; record it again"):
         RecordedRun.load(path)
 
 

@@ -66,7 +66,7 @@ async def test_a_node_that_keeps_state_in_a_global_is_found():
 
     with pytest.raises(AssertionError) as found:
         await assert_resumable([make("put", put), make("get", get)], Number())
-    assert "dies after node 'put' (position 0, attempt 1) was kept" in str(found.value)
+    assert "dies after the commit of node 'put' (position 0, attempt 1), before its hooks" in str(found.value)
     assert "node 'get': KeyError: 'n'" in str(found.value)
 
     async def get_or_not(state):
@@ -74,7 +74,7 @@ async def test_a_node_that_keeps_state_in_a_global_is_found():
 
     with pytest.raises(AssertionError) as found:
         await assert_resumable([make("put", put), make("get", get_or_not)], Number())
-    assert "the final state is another one, from the output of node 'get' (position 1) on: n 5 -> 0" in str(
+    assert "the final state differs, from the output of node 'get' (position 1) on: n 5 -> 0" in str(
         found.value
     )
     assert memory == {}  # It was never in this process.
@@ -100,7 +100,7 @@ async def test_state_in_the_context_is_found():
 
         await assert_resumable([put, get], Number(), processes=False)
 
-    with pytest.raises(AssertionError, match="the final state is another one, from the output of node 'get'"):
+    with pytest.raises(AssertionError, match="the final state differs, from the output of node 'get'"):
         await unsafe()
 
 
@@ -217,7 +217,7 @@ async def test_effects_on_files_are_seen_across_processes(tmp_path):
             file.write("mail\n")
         return state
 
-    with pytest.raises(AssertionError, match="its effects are others"):
+    with pytest.raises(AssertionError, match="its effects differ"):
         await assert_resumable(
             [make("send", send)], Number(), processes=True,
             effects=lambda: log.read_text() if log.exists() else "", reset=lambda: log.unlink(missing_ok=True),
@@ -242,7 +242,7 @@ async def test_most_spreads_the_boundaries():
     )
     assert len(proven.boundaries) == 5
     assert proven.boundaries[0].node_id == "0"
-    with pytest.raises(ValueError, match="from 1 up"):
+    with pytest.raises(ValueError, match="most must be at least 1"):
         await assert_resumable([make("a", add_one)], Number(), most=0, processes=False)
 
 
@@ -293,10 +293,10 @@ async def test_items_that_go_to_a_file_are_compared(processes, tmp_path):
     nodes = [map_over(items, make("item", count), into=made, max_concurrency=1)]
     again = {"processes": processes, "reset": lambda: memory.update(calls=0)}
     if processes:
-        with pytest.raises(AssertionError, match=r"another one: n 2 -> 1 at node 'item' \(position 0\.1\)"):
+        with pytest.raises(AssertionError, match=r"differs: n 2 -> 1 at node 'item' \(position 0\.1\)"):
             await assert_resumable(nodes, Number(), **again)
     else:
-        with pytest.raises(AssertionError, match=r"another one: n 1 -> 2 at node 'item' \(position 0\.0\)"):
+        with pytest.raises(AssertionError, match=r"differs: n 1 -> 2 at node 'item' \(position 0\.0\)"):
             await assert_resumable(nodes, Number(), **again)
     await assert_resumable(nodes, Number(), ignore=["n"], **again)
 

@@ -158,13 +158,13 @@ def test_attempts(site: Site) -> None:
     assert '<span class="key">n</span>: 2' in second
     total = by_title["total, attempt 1"]
     assert "<code>lines.0.price</code>" in total
-    assert "it committed nothing" in total
+    assert "no output" in total
     first = by_title["flaky, attempt 1"]
     frames = first[first.index("Where it failed") :].partition("</ol>")[0]
     assert re.search(r"conftest\.py:\d+</span> in <b>flaky</b><pre>raise TimeoutError", frames)
     assert "Where it failed" not in second
     child = by_title["left, attempt 1"]
-    assert "What its group was given." in child
+    assert "Input of its group." in child
 
 
 def test_the_field_that_broke_is_marked(store: SQLiteStore, serve: Any) -> None:
@@ -199,7 +199,7 @@ def test_downloads(site: Site) -> None:
     answer = site.ask("GET", f"{address}&side=output")
     assert json.loads(answer.body)["n"] == 1
     assert answer.headers["content-disposition"] == 'attachment; filename="output-0.json"'
-    for form in ("html", "otlp", "chrome-trace"):
+    for form in ("html", "otlp"):
         answer = site.get("/export", id="bad", format=form)
         assert answer.status == 200
         assert answer.headers["content-disposition"].startswith("attachment")
@@ -287,9 +287,9 @@ def test_runs_whose_owner_is_gone(store: SQLiteStore, serve: Any) -> None:
     site = serve(store)
     told = {row[1]: row for row in rows(site.get("/").text)}
     assert (told["here"][0], told["gone"][0]) == ("RUNNING", "INTERRUPTED")
-    assert told["gone"][3] == "nobody is at work on it any more"
+    assert told["gone"][3] == "owner lost"
     assert "its lease has expired" in site.get("/run", id="gone").text
-    assert "<b>at work</b>" in site.get("/run", id="here").text
+    assert "<b>owner</b>" in site.get("/run", id="here").text
     assert "/delete" not in site.get("/run", id="here").text
     assert here is not None
 

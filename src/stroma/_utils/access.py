@@ -9,7 +9,7 @@ __all__ = ["get"]
 
 
 def get(owner: Any, name: str) -> Any:
-    """A key of a mapping or an attribute of anything else; None if there is none, or none that can be read."""
+    """Return a key of a mapping or an attribute of any other object; None if it is missing or cannot be read."""
     try:
         return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
     except (KeyboardInterrupt, SystemExit):

@@ -106,7 +106,7 @@ svg{background:#fff;font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-s
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a box is, and the heights at which its lines meet the links."""
+    """The position of a box, and the heights at which its lines meet the links."""
 
     box: Box
     x: float
@@ -117,7 +117,7 @@ class _Place:
 
 
 def svg(boxes: Sequence[Box], links: Iterable[Link], *, title: str) -> str:
-    """A picture of boxes from left to right, frames around their children, and the links between their lines."""
+    """Return an image of boxes from left to right, frames around their children, and the links between their lines."""
     children: dict[str, list[Box]] = {}
     for box in boxes:
         children.setdefault(box.parent, []).append(box)
@@ -203,7 +203,7 @@ def _line_at(place: _Place, name: str, *, right: bool) -> float:
 
 
 def _links(links: Iterable[Link], places: Mapping[str, _Place]) -> tuple[list[str], float]:
-    """The paths, and the height of the lowest."""
+    """Return the paths of the links, and the height of the lowest."""
     drawn: list[str] = []
     lowest = 0.0
     edges = {p.column: (p.x, p.x + p.width) for p in places.values() if not p.box.parent}
@@ -238,7 +238,7 @@ def _links(links: Iterable[Link], places: Mapping[str, _Place]) -> tuple[list[st
 
 
 def _around(x1: float, y1: float, out: float, y: float, back: float, x2: float, y2: float) -> str:
-    """A path that leaves a column, goes along a lane and comes to another column, its corners round."""
+    """Return a path with round corners that leaves a column, follows a lane and reaches another column."""
     down, up = (
         r if abs(y - end) >= 2 * abs(r) else 0
         for r, end in ((6 if y > y1 else -6, y1), (6 if y2 > y else -6, y2))

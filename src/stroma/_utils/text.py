@@ -29,7 +29,7 @@ _HEX = frozenset("0123456789abcdef")
 
 
 def clean(text: str, limit: int = 300) -> str:
-    """One line of text that cannot move the cursor or hide anything, cut at ``limit`` characters."""
+    """Return one line of text that cannot move the cursor or hide anything, cut at ``limit`` characters."""
     text = " ".join(text[: 4 * limit].split())
     if not text.isprintable():
         text = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in text)
@@ -64,7 +64,7 @@ def typed(kind: str | None, message: str) -> str:
 
 
 def money(usd: float) -> str:
-    """To the micro-dollar."""
+    """Return an amount in US dollars to the micro-dollar."""
     return f"${usd:,.6f}"
 
 
@@ -77,7 +77,7 @@ def plural(n: int, noun: str) -> str:
 
 
 def span(seconds: float) -> str:
-    """A duration in at most two units."""
+    """Return a duration in at most two units."""
     seconds = max(0.0, seconds)
     if seconds < 9.995:
         return f"{seconds:.2f} s"
@@ -93,7 +93,7 @@ def span(seconds: float) -> str:
 
 
 def short_id(run_id: str) -> str:
-    """A run id as tables show it; the beginning is enough to name a run."""
+    """Return a run id as tables show it; the beginning is enough to name a run."""
     if len(run_id) == 32 and _HEX.issuperset(run_id):
         return run_id[:12]
     return clean(run_id, 40)

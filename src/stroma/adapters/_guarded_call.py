@@ -22,9 +22,10 @@ from stroma.cost.usage import Usage, usage_from
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.engine.execution import NodeExecution, current_node
-from stroma.engine.loop import GroupStopped, Halt, execute
+from stroma.engine.loop import execute
+from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import Failure, NodeContext, diagnose, is_a, message_of
+from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type, message_of
 from stroma.hooks.dispatch import HookNotAsync
 
 __all__ = ["Call"]
@@ -277,12 +278,9 @@ class Call:
                 value = self._streamed(value)
             return self._returned(execution, value, contract)
 
-        outcome = await execute(
-            ctx,
-            Node(step.step_id, perform, None, False, True, step.plan),
-            given,
+        place = Place(
             position,
-            branch=branch,
+            branch,
             parent=parent,
             contract=contract,
             step=known_as,
@@ -290,6 +288,7 @@ class Call:
             # What is recorded of an output is what contracts see of it, and not the object that the caller needs.
             restores=False,
         )
+        outcome = await execute(ctx, Node(step.step_id, perform, None, False, True, step.plan), given, place)
         if isinstance(outcome, Halt):
             halts.append((self._raised(outcome), outcome))
             run.note(outcome)
@@ -346,7 +345,9 @@ class Call:
                 Halt(_failure(error, FailureClass.TERMINAL, where, message_of(error)))
             ) from error
         # A cancellation that nobody has asked for is a failure like any other.
-        if isinstance(error, Exception) or (is_a(error, asyncio.CancelledError) and not _is_cancelled(begun)):
+        if isinstance(error, Exception) or (
+            isinstance_by_type(error, asyncio.CancelledError) and not _is_cancelled(begun)
+        ):
             halt = halt_behind(error, inside.halts)
             # It was tried again where it happened: not once more at each level above, unless the config asks for that.
             if halt is not None and step.step_id not in ctx.step_policies:

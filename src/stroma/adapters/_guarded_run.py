@@ -23,7 +23,7 @@ from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
-from stroma.engine.loop import Halt
+from stroma.engine.outcome import Halt
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunCancelled
 from stroma.failures.failure import Failure, NodeContext, diagnose, text_of
@@ -159,9 +159,11 @@ class GuardedRun:
             if parent is not None:
                 identity = parent.calls.next_of_input(step_id, digest)
                 return parent.position, parent.branch_of(identity.text), None
-            calls = self.ctx.calls = self.ctx.calls or StepCalls()
+            calls = self.ctx.plain_steps.calls = self.ctx.plain_steps.calls or StepCalls()
             identity = calls.next_of_input(step_id, digest)
-            if self.ctx.chained:  # In a thread that knows nothing of the node of the pipeline that began it.
+            if (
+                self.ctx.handover.is_active
+            ):  # In a thread that knows nothing of the node of the pipeline that began it.
                 return 0, identity.text, None
             return self.ctx.place_of(identity.text), "", StepCall(identity.number, None, identity.text)
 
@@ -196,7 +198,7 @@ class GuardedRun:
         if self.guard.runner is not None:  # Else the run is somebody else's, who is told.
             ctx.session.on_cancel = self.cancel
         if self.ends:
-            await ctx.tell_start(initial)
+            await ctx.announce_start(initial)
 
     # ------------------------------------------------------------------ the end
 
@@ -214,10 +216,10 @@ class GuardedRun:
             error, GeneratorExit
         ):  # The code around is being closed: nothing may be awaited any more.
             ctx.session.abandon()
-            await ctx.tell_end(self.result, now=True)
+            ctx.call_end_hooks_now(self.result)
             return
         cancelled = await ctx.end(status, why or None)
-        await ctx.tell_end(self.result)
+        await ctx.call_end_hooks(self.result)
         if cancelled and error is None:
             raise asyncio.CancelledError
         if error is None and ctx.hook_failures and ctx.config.hook_errors == "raise":

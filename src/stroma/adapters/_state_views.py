@@ -111,7 +111,7 @@ def violation(
 def _validated(model: type[BaseModel], view: Any) -> tuple[bool, Any]:
     """Whether a value satisfies a model, and the instance, or else the value as the engine shall show it."""
     schema = schema_of(model)
-    value = view if schema.root else _fields(model, view)
+    value = view if schema.is_root else _fields(model, view)
     try:
         made = schema.validate(value)
     except ValidationError:
@@ -122,7 +122,7 @@ def _validated(model: type[BaseModel], view: Any) -> tuple[bool, Any]:
             return False, _apart(value)  # So that what is wrong inside an object is named.
     except Exception:
         return False, value
-    return True, schema.trust(schema.own(made))
+    return True, schema.mark_exclusive(schema.detach(made))
 
 
 def _fields(model: type[BaseModel], view: Any) -> Any:
@@ -159,4 +159,4 @@ def _as_record(value: Any) -> Any:
 
 
 def _kept(value: Any) -> BaseModel:
-    return schema_of(Kept).made_of({"root": value if not isinstance(value, Mapping) else dict(value)})
+    return schema_of(Kept).construct({"root": value if not isinstance(value, Mapping) else dict(value)})

@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from stroma.adapters._state_views import View, as_it_is, first_argument
 from stroma.checkpoint.identity import StepCalls
 from stroma.contracts.contract import NodeContract
-from stroma.contracts.copying import with_records
+from stroma.contracts.copying import replace_records
 from stroma.engine.execution import NodeExecution, current_node
-from stroma.engine.loop import Halt
+from stroma.engine.outcome import Halt
 from stroma.trace.events import AttemptRow, TraceEvent
 
 __all__ = [
@@ -105,7 +105,7 @@ class Inside:
 
 def kept_for_retries(state: Any) -> Any:
     """A state as it is now: in containers of its own, which hold the very objects."""
-    return with_records(state, copy.copy)
+    return replace_records(state, copy.copy)
 
 
 def as_at_first(state: Any, kept: Any) -> Any:

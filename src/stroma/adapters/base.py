@@ -74,7 +74,7 @@ def extract_state_dict(state: Any) -> dict[str, Any]:
         return dict(state)
     if isinstance(state, BaseModel):
         # Not taken apart: what is validated next wants the instances inside.
-        names = {*schema_of(type(state)).names, *(state.__pydantic_extra__ or {})}
+        names = {*schema_of(type(state)).field_names, *(state.__pydantic_extra__ or {})}
         return {name: getattr(state, name) for name in names if hasattr(state, name)}
     if dataclasses.is_dataclass(state) and not isinstance(state, type):
         return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}

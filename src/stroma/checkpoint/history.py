@@ -372,7 +372,7 @@ def _opened(data: bytes, most_bytes: int | None) -> Payload:
     if most_bytes is not None and len(data) > most_bytes:
         return Payload(None, f"it has {len(data):,} bytes: too much to show here")
     try:
-        return Payload(jsonable(Schema.raw_of(data)))
+        return Payload(jsonable(Schema.decode_raw(data)))
     except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         return Payload(None, f"it cannot be read back: {type(error).__name__}: {error}")
 

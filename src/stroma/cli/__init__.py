@@ -15,7 +15,7 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None, *, program: str = "stroma") -> int:
     """Run one command and return its exit code (see :class:`stroma.cli.errors.Code`).
 
-    ``program``: what the user typed to get here; messages show commands that begin with it.
+    ``program``: the command that the user typed; suggested commands in messages begin with it.
     """
     try:
         from stroma.cli.app import start

@@ -1,4 +1,4 @@
-"""Spans of time on the command line: 30d, 12h, 90s."""
+"""Durations on the command line: 30d, 12h, 90s."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class _Span(click.ParamType[timedelta]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
         if isinstance(value, timedelta):
             return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", str(value).strip(), re.ASCII)
-        seconds = float(found[1]) * _SECONDS[found[2]] if found else _LONGEST + 1
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", str(value).strip(), re.ASCII)
+        seconds = float(match[1]) * _SECONDS[match[2]] if match else _LONGEST + 1
         if seconds > _LONGEST:
             self.fail(
                 f"{value!r} is no span of time; give a number and one of s, m, h, d and w: 30d, 12h",

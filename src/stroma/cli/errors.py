@@ -1,4 +1,4 @@
-"""How a command fails: one message that says what happened, why, and the command that mends it."""
+"""Errors of commands: one message with the problem, its cause and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import click
 from stroma._utils.text import one_line
 from stroma.cli.output import err
 
-__all__ = ["Code", "Problem", "command", "debugging"]
+__all__ = ["Code", "Problem", "command", "is_debugging"]
 
 
 class Code(IntEnum):
-    """The exit codes of every command."""
+    """Exit codes of all commands."""
 
     OK = 0
     FAILED = 1  # the run failed, or gave up for now
@@ -26,12 +26,12 @@ class Code(IntEnum):
     NOT_FOUND = 4
     BUDGET = 5  # the budget stopped the run
     DIFFERENT = 6  # `diff` or `replay` found differences
-    SUSPENDED = 7  # a node waits for a person
-    INTERRUPTED = 130  # everything committed is kept
+    SUSPENDED = 7  # a node waits for an answer
+    INTERRUPTED = 130  # committed outputs are stored
 
 
 class Problem(click.ClickException):
-    """Ends a command. The first line says what happened and why, the last one what to do.
+    """Failure of a command. The first line states the problem and its cause, the last one the fix.
 
     Where: on stderr, with the exit code that ``docs/cli.md`` lists.
     Cause: the command's arguments, the files it names, the store, or the run itself.
@@ -44,20 +44,20 @@ class Problem(click.ClickException):
         self.code = code
 
     def show(self, file: IO[Any] | None = None) -> None:
-        # Arguments, names of files and words of stores stand in these.
+        # These quote arguments, file names and messages of stores.
         err.line(("stroma: ", "bold red"), one_line(self.message))
         for line in self.more:
             err.line("  ", one_line(line))
 
 
 def command(name: str, *arguments: str, options: Sequence[str] = ()) -> str:
-    """A command line of ours, to be copied into a shell."""
+    """Return a stroma command line that can be pasted into a shell."""
     context = click.get_current_context(silent=True)
     program = context.find_root().info_name if context is not None else None
-    words = [name, *arguments, *options]
+    parts = [name, *arguments, *options]
     if any(word.startswith("-") and word != "-" for word in arguments):
-        words = [name, *options, "--", *arguments]
-    return " ".join([program or "stroma", *map(_quote, words)])
+        parts = [name, *options, "--", *arguments]
+    return " ".join([program or "stroma", *map(_quote, parts)])
 
 
 def _quote(word: str) -> str:
@@ -67,6 +67,6 @@ def _quote(word: str) -> str:
     return "$'" + "".join(ch if ch.isprintable() else f"\\U{ord(ch):08x}" for ch in plain) + "'"
 
 
-def debugging() -> bool:
-    """Whether errors are shown with their tracebacks."""
+def is_debugging() -> bool:
+    """Return True if errors are shown with their tracebacks."""
     return os.environ.get("STROMA_DEBUG", "") not in ("", "0")

@@ -1,4 +1,4 @@
-"""Where `stroma run` sends telemetry: its options, and the environment variables that each system is known by."""
+"""Exporters of `stroma run`: their options, and the environment variables that each system reads."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["FLUSH_SECONDS", "Exporters", "exporter_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 FLUSH_SECONDS: Final = 5.0
-#: What switches an exporter on without an option.
+#: Environment variables that enable an exporter without an option.
 _VARIABLES: Final = {
     "otel": ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"),
     "sentry": ("SENTRY_DSN",),
     "datadog": ("DD_TRACE_AGENT_URL", "DD_AGENT_HOST"),
 }
-#: What the exporters call the systems.
+#: Names of the systems, as in ``Observer.name``.
 _SYSTEMS: Final = {
     "otel": "OpenTelemetry",
     "prometheus": "Prometheus",
@@ -41,8 +41,8 @@ _METRICS_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_
 
 def _exporter(hooks: NodeHooks) -> Observer | None:
     """Return the exporter behind a set of hooks; None for any other set."""
-    found: Observer | None = getattr(hooks, "exporter", None)
-    return found
+    exporter: Observer | None = getattr(hooks, "exporter", None)
+    return exporter
 
 
 def _endpoint(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
@@ -50,7 +50,7 @@ def _endpoint(_ctx: click.Context, _parameter: click.Parameter, value: str | Non
         parts = urlsplit(value)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise click.BadParameter(
-                f"{value!r} is no OTLP/HTTP endpoint; give its URL: http://localhost:4318"
+                f"{value!r} is not an OTLP/HTTP endpoint; pass a URL such as http://localhost:4318"
             )
     return value
 
@@ -59,17 +59,19 @@ def _host_port(_ctx: click.Context, _parameter: click.Parameter, value: str | No
     if value is not None:
         host, _, port = value.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise click.BadParameter(f"{value!r} is no address of an agent; give HOST:PORT: localhost:8126")
+            raise click.BadParameter(
+                f"{value!r} is not an agent address; pass HOST:PORT, such as localhost:8126"
+            )
     return value
 
 
 def exporter_options(func: F) -> F:
-    """The options of every command that runs a pipeline and can be watched."""
+    """Add the options for telemetry to a command."""
     for option in (
-        click.option("--datadog", callback=_host_port, metavar="HOST:PORT", help="Send spans to a Datadog agent, and metrics to its port 8125."),
-        click.option("--sentry", metavar="DSN", help="Capture the final failure in Sentry."),
-        click.option("--prometheus", type=click.IntRange(0, 65535), metavar="PORT", help="Serve metrics on 127.0.0.1:PORT while it runs; 0 for any port."),
-        click.option("--otel", callback=_endpoint, metavar="ENDPOINT", help="Send spans and metrics to an OTLP/HTTP endpoint: http://localhost:4318."),
+        click.option("--datadog", callback=_host_port, metavar="HOST:PORT", help="Datadog agent for spans; metrics go to its port 8125."),
+        click.option("--sentry", metavar="DSN", help="Sentry DSN that captures the final failure."),
+        click.option("--prometheus", type=click.IntRange(0, 65535), metavar="PORT", help="Port on 127.0.0.1 that serves metrics; 0 picks one."),
+        click.option("--otel", callback=_endpoint, metavar="ENDPOINT", help="OTLP/HTTP endpoint for spans and metrics."),
     ):  # fmt: skip
         func = option(func)
     return func
@@ -77,27 +79,27 @@ def exporter_options(func: F) -> F:
 
 @dataclass
 class Exporters:
-    """What a command was told to send telemetry to."""
+    """Exporters that a command enables."""
 
     otel: str | None = None
     prometheus: int | None = None
     sentry: str | None = None
     datadog: str | None = None
-    #: What is to be done when all is sent.
+    #: Called by :meth:`close`, after everything was flushed.
     _closing: list[Callable[[], object]] = field(default_factory=list)
 
     @classmethod
-    def take(cls, options: dict[str, Any]) -> Exporters:
-        """From what click has read; takes its part out of that."""
+    def from_options(cls, options: dict[str, Any]) -> Exporters:
+        """Remove the options for telemetry from ``options`` and return them."""
         return cls(**{name: options.pop(name, None) for name in ("otel", "prometheus", "sentry", "datadog")})
 
     def hooks(
         self, own: Sequence[NodeHooks] = (), *, quiet: bool, environ: Mapping[str, str] = os.environ
     ) -> list[NodeHooks]:
-        """Return the sets of hooks for what was asked for. Raises Problem if one of them cannot be.
+        """Return the hooks of each enabled exporter. Raises Problem if one cannot be made.
 
-        ``own``: those of the pipelines. A variable adds no exporter beside one of theirs that is connected; what an option adds
-        stands in for theirs, see :meth:`joined`, and sends as much of states as that does.
+        ``own``: hooks of the pipelines. A variable adds no exporter if a connected one exists among them. An exporter added by an
+        option replaces theirs (see :meth:`merge`) and takes over its settings.
         """
         sets: list[NodeHooks] = []
         for name, make in (
@@ -106,63 +108,69 @@ class Exporters:
             ("sentry", self._sentry),
             ("datadog", self._datadog),
         ):
-            given = getattr(self, name)
+            setting = getattr(self, name)
             variable = next((v for v in _VARIABLES.get(name, ()) if environ.get(v)), None)
             if name == "otel" and environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
                 variable = None
-            if given is None and variable is None:
+            if setting is None and variable is None:
                 continue
-            theirs = [one for one in map(_exporter, own) if one is not None and one.name == _SYSTEMS[name]]
-            if given is None and any(exporter.is_connected() for exporter in theirs):
+            own_exporters = [
+                one for one in map(_exporter, own) if one is not None and one.name == _SYSTEMS[name]
+            ]
+            if setting is None and any(exporter.is_connected() for exporter in own_exporters):
                 continue
             try:
-                made = make(quiet, theirs)
-                if theirs:
-                    made.exporter.take_settings_of(theirs[0])
-                sets.append(made)
+                added_sets = make(quiet, own_exporters)
+                if own_exporters:
+                    added_sets.exporter.take_settings_of(own_exporters[0])
+                sets.append(added_sets)
             except ImportError as error:
-                if given is None:  # The variable may be about other programs.
+                if setting is None:  # The variable may be meant for other programs.
                     err.line(("note: ", "yellow"), f"{variable} is set, but {clean(str(error), 300)}")
                     continue
                 raise Problem(f"--{name}: {clean(str(error), 300)}", code=Code.ENVIRONMENT) from error
             except Problem:
                 raise
             except Exception as error:
-                where = f"--{name}" if given is not None else str(variable)
+                where = f"--{name}" if setting is not None else str(variable)
                 raise Problem(
-                    f"{where}: {clean(str(error), 300)}", "correct it, or leave it out", code=Code.USAGE
+                    f"{where}: {clean(str(error), 300)}", "correct the value, or remove it", code=Code.USAGE
                 ) from error
         return sets
 
     @staticmethod
-    def joined(made: Sequence[NodeHooks], own: Sequence[NodeHooks]) -> list[NodeHooks]:
-        """Return the hooks of a pipeline with those of the command: one exporter for each system.
+    def merge(added_sets: Sequence[NodeHooks], own: Sequence[NodeHooks]) -> list[NodeHooks]:
+        """Merge hooks of the command with those of a pipeline: one exporter for each system.
 
-        Where both feed the same, the pipeline's stays; else the command's takes its place.
+        The pipeline's exporter stays if both have the same destination; otherwise the command's replaces it.
         """
-        kept = list(own)
+        remaining = list(own)
         added: list[NodeHooks] = []
-        for one in made:
+        for one in added_sets:
             ours = _exporter(one)
-            theirs = [
+            own_exporters = [
                 (other, exporter)
-                for other in kept
+                for other in remaining
                 if (exporter := _exporter(other)) is not None
                 and ours is not None
                 and exporter.name == ours.name
             ]
-            if any(ours is not None and exporter.destination == ours.destination for _, exporter in theirs):
+            if any(
+                ours is not None and exporter.destination == ours.destination for _, exporter in own_exporters
+            ):
                 continue
-            kept = [other for other in kept if all(other is not replaced for replaced, _ in theirs)]
+            remaining = [
+                other for other in remaining if all(other is not replaced for replaced, _ in own_exporters)
+            ]
             added.append(one)
-        return [*added, *kept]
+        return [*added, *remaining]
 
     def close(self) -> None:
-        """Let go of what was opened, in threads that nobody waits for: everything was flushed."""
+        """Close exporters in daemon threads; their data was flushed before."""
         for close in self._closing:
             threading.Thread(target=close, daemon=True).start()
 
-    def _otel(self, quiet: bool, theirs: Sequence[Observer]) -> ExporterHooks:
+    def _otel(self, quiet: bool, own_exporters: Sequence[Observer]) -> ExporterHooks:
         from stroma.telemetry import otel_hooks
 
         try:
@@ -187,7 +195,7 @@ class Exporters:
             resource = resource.merge(Resource({"service.name": "stroma"}))
         tracer = TracerProvider(resource=resource, shutdown_on_exit=False)
         tracer.add_span_processor(BatchSpanProcessor(spans))
-        # An address of traces alone is no place for metrics; many systems take only the former.
+        # An endpoint for traces alone does not imply one for metrics: many systems take only traces.
         metrics = base is not None or any(os.environ.get(name) for name in _METRICS_ENDPOINTS)
         readers = []
         if metrics and os.environ.get("OTEL_METRICS_EXPORTER", "").lower() != "none":
@@ -195,27 +203,27 @@ class Exporters:
             readers.append(PeriodicExportingMetricReader(exporter))
         meter = MeterProvider(readers, resource=resource, shutdown_on_exit=False)
         self._closing += [tracer.shutdown, meter.shutdown]
-        # This process is ours: spans that nodes open themselves go the same way, unless the pipeline has chosen another.
+        # Spans that nodes open themselves go to the same provider, unless the pipeline has set another.
         if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
             trace.set_tracer_provider(tracer)
             if type(measures.get_meter_provider()).__name__ == "_ProxyMeterProvider":
                 measures.set_meter_provider(meter)
         return otel_hooks(tracer=tracer, meter=meter)
 
-    def _prometheus(self, quiet: bool, theirs: Sequence[Observer]) -> ExporterHooks:
+    def _prometheus(self, quiet: bool, own_exporters: Sequence[Observer]) -> ExporterHooks:
         from stroma.telemetry import prometheus_hooks
 
-        hooks = prometheus_hooks(registry=cast("Any", theirs[0]).registry if theirs else None)
+        hooks = prometheus_hooks(registry=cast("Any", own_exporters[0]).registry if own_exporters else None)
         from prometheus_client import REGISTRY, start_http_server
 
         assert self.prometheus is not None
         try:
-            registry = cast("Any", theirs[0]).registry if theirs else REGISTRY
+            registry = cast("Any", own_exporters[0]).registry if own_exporters else REGISTRY
             server, _ = start_http_server(self.prometheus, addr="127.0.0.1", registry=registry)
         except OSError as error:
             raise Problem(
-                f"--prometheus: port {self.prometheus} cannot be listened on: {error}",
-                "give another port, or 0 for any that is free",
+                f"--prometheus: cannot listen on port {self.prometheus}: {error}",
+                "pass another port, or 0 for any free port",
                 code=Code.ENVIRONMENT,
             ) from error
         self._closing.append(server.shutdown)
@@ -223,13 +231,13 @@ class Exporters:
             err.line(f"metrics are at http://127.0.0.1:{server.server_port}/metrics while it runs")
         return hooks
 
-    def _sentry(self, quiet: bool, theirs: Sequence[Observer]) -> ExporterHooks:
+    def _sentry(self, quiet: bool, own_exporters: Sequence[Observer]) -> ExporterHooks:
         from stroma.telemetry import sentry_hooks
 
         try:
             import sentry_sdk
         except ImportError:
-            return sentry_hooks()  # It says what to install.
+            return sentry_hooks()  # Raises, with the command that installs it.
         rate = os.environ.get("SENTRY_TRACES_SAMPLE_RATE")
         client = sentry_sdk.Client(
             dsn=self.sentry,
@@ -238,7 +246,7 @@ class Exporters:
         )
         return sentry_hooks(client=client)
 
-    def _datadog(self, quiet: bool, theirs: Sequence[Observer]) -> ExporterHooks:
+    def _datadog(self, quiet: bool, own_exporters: Sequence[Observer]) -> ExporterHooks:
         from stroma.telemetry import datadog_hooks
 
         statsd = os.environ.get("DD_AGENT_HOST", "localhost")

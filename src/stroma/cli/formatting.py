@@ -1,4 +1,4 @@
-"""Figures and foreign text as people read them."""
+"""Formatting of run ids, times and figures for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["ago", "clean", "count", "id_word", "iso", "local", "money", "plural"
 
 
 def id_word(run_id: str) -> str:
-    """What names a run in a command: the beginning of a generated id, all of any other."""
+    """Return the name of a run for a command: the first characters of a generated id, any other id in full."""
     return short_id(run_id) if run_id.startswith(short_id(run_id)) else run_id
 
 
@@ -20,7 +20,7 @@ def ago(ms: int) -> str:
 
 
 def local(ms: int) -> str:
-    """A time of this machine's zone; ``ms`` since the epoch."""
+    """Format ``ms`` since the epoch in the local time zone."""
     try:
         return datetime.fromtimestamp(ms / 1000).strftime("%Y-%m-%d %H:%M:%S")
     except (ValueError, OverflowError, OSError):
@@ -28,7 +28,7 @@ def local(ms: int) -> str:
 
 
 def iso(ms: int) -> str | None:
-    """ISO 8601 in UTC, to the millisecond."""
+    """Format ``ms`` since the epoch as ISO 8601 in UTC, with milliseconds."""
     try:
         return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")
     except (ValueError, OverflowError, OSError):

@@ -1,4 +1,4 @@
-"""A run's input: read, checked against what the first node asks for, and told apart field by field if it fails."""
+"""Input of a run: read, validate against the contract of the first node, report errors by field."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stroma._utils.text import clean, plural
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem, command
 from stroma.cli.stores import Database
-from stroma.cli.user_errors import said
+from stroma.cli.user_errors import describe_error
 from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import schema_of
 from stroma.runner.runner import Pipeline
@@ -24,48 +24,48 @@ __all__ = ["example", "input_model", "parse_as", "parse_input", "parse_json", "r
 
 
 class Input(BaseModel):
-    """The input of a pipeline whose first node does not say what it takes, or whose first nodes say it together."""
+    """Input of a pipeline whose first node has no contract, or whose first nodes have several."""
 
     model_config = ConfigDict(extra="allow")
 
 
-def read_input(given: str | None, called: str = "INPUT") -> tuple[bytes, str]:
-    """The JSON text that an argument stands for, and what to call it. Raises Problem."""
-    if given is None:
+def read_input(argument: str | None, called: str = "INPUT") -> tuple[bytes, str]:
+    """Return the JSON text of an argument and the name of its source. Raises Problem."""
+    if argument is None:
         return b"{}", "an empty input, {}"
-    if given == "-":
+    if argument == "-":
         if sys.stdin is None:
-            raise Problem("there is no stdin to read the input from: it is closed", code=Code.USAGE)
+            raise Problem("cannot read the input from stdin: it is closed", code=Code.USAGE)
         return sys.stdin.buffer.read(), "stdin"
-    if not given.startswith("@"):
-        return os.fsencode(given), called
-    path = Path(given[1:])
+    if not argument.startswith("@"):
+        return os.fsencode(argument), called
+    path = Path(argument[1:])
     try:
         return path.read_bytes(), str(path)
     except FileNotFoundError:
         raise Problem(
-            f"there is no input file {path}", "check the path after the @", code=Code.NOT_FOUND
+            f"input file {path} does not exist", "check the path after the @", code=Code.NOT_FOUND
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise Problem(f"the input file {path} cannot be read: {reason}", code=Code.USAGE) from error
+        raise Problem(f"input file {path} cannot be read: {reason}", code=Code.USAGE) from error
 
 
-def parse_json(given: str | None, called: str = "INPUT") -> tuple[Any, str, str]:
-    """What an argument says: as JSON data, as its text, and what to call it. Raises Problem if that is no JSON."""
-    data, source = read_input(given, called)
+def parse_json(argument: str | None, called: str = "INPUT") -> tuple[Any, str, str]:
+    """Return the JSON data of an argument, its text and the name of its source. Raises Problem."""
+    data, source = read_input(argument, called)
     text = _decode(data, source)
     try:
         return json.loads(text), text, source
     except json.JSONDecodeError as error:
-        raise _not_json(error, text, source, given, called) from None
+        raise _not_json(error, text, source, argument, called) from None
     except (ValueError, RecursionError) as error:  # A number of 5,000 digits, or too many brackets.
         raise Problem(f"{source} is not JSON that can be read: {error}", code=Code.USAGE) from None
 
 
-def parse_input(pipeline: Pipeline, given: str | None, target: str) -> BaseModel:
-    """The initial state that INPUT is. Raises Problem: no JSON, or not what the first node's contract asks for."""
-    value, text, source = parse_json(given)
+def parse_input(pipeline: Pipeline, argument: str | None, target: str) -> BaseModel:
+    """Parse INPUT as the initial state. Raises Problem if it is not JSON or breaks the first node's contract."""
+    value, text, source = parse_json(argument)
     model = input_model(pipeline)
     checks = _contracts(pipeline) or [("", Input)]
     for node_id, contract in checks:
@@ -77,29 +77,29 @@ def parse_input(pipeline: Pipeline, given: str | None, target: str) -> BaseModel
 
 
 def parse_as(
-    model: type[BaseModel], given: str, called: str, asked: str, again: Callable[[str], str]
+    model: type[BaseModel], argument: str, called: str, requirement: str, retry_command: Callable[[str], str]
 ) -> BaseModel:
-    """What an argument says, as a model. Raises Problem.
+    """Parse an argument as an instance of a model. Raises Problem.
 
-    ``asked``: what it must satisfy, in words. ``again``: the command to call, given an argument that fits.
+    ``requirement``: description of what it must satisfy. ``retry_command``: returns the command for a corrected argument.
     """
-    value, text, source = parse_json(given, called)
+    value, text, source = parse_json(argument, called)
     try:
         return _validate(model, text)
     except Exception as error:
         lines, wrong = _errors(error)
         fits = clean(json.dumps(example(model, value, wrong), ensure_ascii=False), 400)
         raise Problem(
-            f"{source} does not fit {asked} ({plural(len(lines), 'error')})", *lines, f"give it so: {again(fits)}",
+            f"{source} does not fit {requirement} ({plural(len(lines), 'error')})", *lines, f"for example: {retry_command(fits)}",
             code=Code.USAGE,
         ) from None  # fmt: skip
 
 
 def input_model(pipeline: Pipeline) -> type[BaseModel]:
-    """What the initial state of a pipeline is an instance of.
+    """Return the model of the initial state of a pipeline.
 
-    The first node's own input model. Nodes side by side may ask for different things, and each must find all of its
-    fields: if their models differ, it is an open model that keeps whatever was given.
+    The input model of the first node. If the first is a group whose children have different models, an open model that
+    keeps all fields, so that each child gets its own.
     """
     contracts = {model for _, model in _contracts(pipeline)}
     whole = bool(pipeline.nodes) and _all_declared(find_node(pipeline.nodes[0]))
@@ -107,11 +107,11 @@ def input_model(pipeline: Pipeline) -> type[BaseModel]:
 
 
 def _contracts(pipeline: Pipeline) -> list[tuple[str, type[BaseModel]]]:
-    """What the input must satisfy: (node id, model) of each node that is given it."""
-    return _asked(find_node(pipeline.nodes[0])) if pipeline.nodes else []
+    """Return (node id, model) for each node that receives the input."""
+    return _required_inputs(find_node(pipeline.nodes[0])) if pipeline.nodes else []
 
 
-def _asked(node: Node | Group) -> list[tuple[str, type[BaseModel]]]:
+def _required_inputs(node: Node | Group) -> list[tuple[str, type[BaseModel]]]:
     if isinstance(node, Node):
         return [(node.node_id, node.contract.input_schema)] if node.contract is not None else []
     if node.outside:
@@ -120,18 +120,18 @@ def _asked(node: Node | Group) -> list[tuple[str, type[BaseModel]]]:
     if field is not None:
         fields: dict[str, Any] = {field: (list[Any], ...)}
         return [(node.node_id, create_model("Input", __base__=Input, **fields))]
-    return [asked for child in node.children for asked in _asked(child)]
+    return [requirement for child in node.children for requirement in _required_inputs(child)]
 
 
 def _all_declared(node: Node | Group) -> bool:
-    """Whether every node that is given the input has a contract, so that nothing outside of it is asked for."""
+    """Return True if every node that receives the input has a contract."""
     if isinstance(node, Node):
         return node.contract is not None
     return not node.each and all(map(_all_declared, node.children))
 
 
 def _mapped_field(group: Group) -> str | None:
-    """The list field that a ``map_over`` takes its items from; None for ``parallel``."""
+    """Return the field with the items of a ``map_over``; None for ``parallel``."""
     return group.over if group.each and not group.outside else None
 
 
@@ -155,7 +155,9 @@ def _decode(data: bytes, source: str) -> str:
         ) from None
 
 
-def _not_json(error: json.JSONDecodeError, text: str, source: str, given: str | None, called: str) -> Problem:
+def _not_json(
+    error: json.JSONDecodeError, text: str, source: str, argument: str | None, called: str
+) -> Problem:
     line = text.splitlines()[error.lineno - 1] if text.strip() else ""
     start = max(0, error.colno - 1 - 40)
     more = (
@@ -163,8 +165,8 @@ def _not_json(error: json.JSONDecodeError, text: str, source: str, given: str | 
         if line
         else []
     )
-    if given is not None and not given.startswith("@") and Path(given).is_file():
-        more = [f"to read the file {given}, put an @ before it: @{given}"]
+    if argument is not None and not argument.startswith("@") and Path(argument).is_file():
+        more = [f"to read the file {argument}, put an @ before it: @{argument}"]
     elif not text.strip():
         more = ["give JSON, @FILE, or - to read it from stdin"]
         more[0] += "; no INPUT at all means {}" if called == "INPUT" else ""
@@ -188,23 +190,23 @@ def _misfit(
     )
     fits = clean(json.dumps(example(model, value, wrong), ensure_ascii=False), 400)
     return Problem(
-        f"{what} ({plural(len(lines), 'error')})", *lines, f"give it so: {command('run', target, fits)}",
+        f"{what} ({plural(len(lines), 'error')})", *lines, f"for example: {command('run', target, fits)}",
         code=Code.USAGE,
     )  # fmt: skip
 
 
 def _errors(error: Exception) -> tuple[list[str], set[Any]]:
-    """What a model found wrong, line by line, and the fields that are."""
-    if not isinstance(error, ValidationError):  # A validator may raise anything at all.
-        return [_told("", f"{type(error).__name__}: {error}")], set()
-    # Not the values: they may be secret, and the user has just typed them.
-    told = error.errors(include_url=False, include_input=False, include_context=False)
-    lines = [_told(".".join(map(str, e["loc"])), e["msg"]) for e in told[:20]]
-    lines += [f"... and {len(told) - 20} more"] if len(told) > 20 else []
-    return lines, {e["loc"][0] for e in told if e["loc"]}
+    """Return one line for each validation error, and the names of the fields."""
+    if not isinstance(error, ValidationError):  # A validator may raise any exception.
+        return [_error_line("", f"{type(error).__name__}: {error}")], set()
+    # Without the values: they may be secret.
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    lines = [_error_line(".".join(map(str, e["loc"])), e["msg"]) for e in errors[:20]]
+    lines += [f"... and {len(errors) - 20} more"] if len(errors) > 20 else []
+    return lines, {e["loc"][0] for e in errors if e["loc"]}
 
 
-def _told(path: str, message: str) -> str:
+def _error_line(path: str, message: str) -> str:
     return clean(f"{path}: {message}" if path else message)
 
 
@@ -212,23 +214,23 @@ _PLACEHOLDERS: dict[Any, Any] = {str: "...", int: 0, float: 0.0, bool: False, li
 
 
 def example(model: type[BaseModel], value: Any = None, wrong: Collection[Any] = ()) -> Any:
-    """What was given, with a placeholder for each field that is missing or wrong."""
+    """Return ``value`` with a placeholder for each field that is missing or wrong."""
     if model.__pydantic_root_model__:
         return "..."
-    made: dict[str, Any] = dict(value) if isinstance(value, dict) else {}
+    data: dict[str, Any] = dict(value) if isinstance(value, dict) else {}
     for name, info in model.model_fields.items():
         alias = info.validation_alias if isinstance(info.validation_alias, str) else name
-        missing = info.is_required() and alias not in made and name not in made
+        missing = info.is_required() and alias not in data and name not in data
         if missing or name in wrong or alias in wrong:
             kind = getattr(info.annotation, "__origin__", info.annotation)
-            made[name if name in made else alias] = _PLACEHOLDERS.get(kind, "...")
-    return made
+            data[name if name in data else alias] = _PLACEHOLDERS.get(kind, "...")
+    return data
 
 
 def stored_input(database: Database, record: RunRecord, pipeline: Pipeline, target: str) -> BaseModel:
-    """The state that a run began with, as the first node of the pipeline takes it. Raises Problem."""
+    """Return the stored input of a run as the input model of the first node. Raises Problem."""
     schema = schema_of(input_model(pipeline))
-    with database.explained():
+    with database.explain_errors():
         data = database.reader.input_of(record.run_id)
     why = "it is of another class"
     try:
@@ -236,11 +238,11 @@ def stored_input(database: Database, record: RunRecord, pipeline: Pipeline, targ
         if schema.encode(state) == data:
             return state
     except Exception as error:
-        why = said(error)
+        why = describe_error(error)
     raise Problem(
-        f"run {clean(record.run_id)} did not begin with a {schema.model.__name__}, which is what the first node of "
-        f"{target} takes: {why}",
-        "give the pipeline that began the run, or resume it from the program that began it: "
+        f"run {clean(record.run_id)} was not started with a {schema.model.__name__}, the input of the first node of "
+        f"{target}: {why}",
+        "pass the pipeline that started the run, or resume it from the program that started it: "
         "runner.run(nodes, state, run_id=..., resume=True)",
         code=Code.USAGE,
     )

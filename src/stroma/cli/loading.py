@@ -1,4 +1,4 @@
-"""FILE_OR_MODULE:NAME: from what the user typed to the Pipeline."""
+"""Load the pipeline that FILE_OR_MODULE:NAME names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from stroma.cli.errors import Code, Problem
-from stroma.cli.user_errors import last_frame, said
+from stroma.cli.user_errors import describe_error, last_frame
 from stroma.contracts.node import find_node
 from stroma.runner.runner import Pipeline, StromaRunner
 
@@ -27,12 +27,12 @@ _FORM = "name a pipeline as FILE.py:NAME or package.module:NAME"
 
 
 def load_pipeline(target: str) -> Pipeline:
-    """Import a module and take its pipeline. What the module prints goes to stderr. Raises Problem."""
+    """Import a module and return its pipeline. Output of the module goes to stderr. Raises Problem."""
     return load_with_module(target)[0]
 
 
 def load_with_module(target: str) -> tuple[Pipeline, ModuleType]:
-    """The same, with the module."""
+    """Return the pipeline and its module, as :func:`load_pipeline` does. Raises Problem."""
     place, name = _split(target)
     path = Path(place)
     if place.endswith(".py") or path.exists() or "/" in place or "\\" in place:
@@ -41,17 +41,17 @@ def load_with_module(target: str) -> tuple[Pipeline, ModuleType]:
         module = _load_module(place)
     if not name:
         raise Problem(
-            f"{target!r} names no pipeline", f"{_FORM}; {_what_there_is(module, place)}", code=Code.USAGE
+            f"{target!r} names no pipeline", f"{_FORM}; {_list_pipelines(module, place)}", code=Code.USAGE
         )
-    found: Any = module
+    value: Any = module
     for part in name.split("."):
         try:
-            found = _users(lambda: getattr(found, part), f"{part!r} of {place}")  # noqa: B023
+            value = _call_user_code(lambda: getattr(value, part), f"{part!r} of {place}")  # noqa: B023
         except AttributeError:
             raise Problem(
-                f"there is no {name!r} in {place}", _what_there_is(module, place), code=Code.NOT_FOUND
+                f"no {name!r} in {place}", _list_pipelines(module, place), code=Code.NOT_FOUND
             ) from None
-    return _as_pipeline(found, place, name), module
+    return _to_pipeline(value, place, name), module
 
 
 def _split(target: str) -> tuple[str, str]:
@@ -64,7 +64,7 @@ def _split(target: str) -> tuple[str, str]:
         if re.fullmatch(r"[A-Za-z]:[\\/].*", target):  # A drive of Windows.
             return target, ""
         raise Problem(
-            f"{name!r} cannot be the name of a pipeline in {place}: it is no Python name",
+            f"{name!r} cannot be a pipeline in {place}: it is not a Python name",
             _FORM,
             code=Code.USAGE,
         )
@@ -78,120 +78,126 @@ def _load_file(path: Path) -> ModuleType:
     if path.is_dir():
         raise Problem(f"{path} is a directory", _FORM, code=Code.USAGE)
     if not path.exists():
-        raise Problem(f"there is no file {path}", _nearby(path), code=Code.NOT_FOUND)
+        raise Problem(f"no file {path}", _suggest_files(path), code=Code.NOT_FOUND)
     path = path.resolve()
-    # The module is found again under its own name if another one imports it; a name that means something else
-    # already must not be taken from it.
+    # Registered under its own name, so that another module can import it; a name in use stays what it is.
     name = path.stem if path.stem.isidentifier() else "_stroma_" + re.sub(r"\W", "_", path.stem)
     if name in sys.stdlib_module_names or name in sys.modules:
         name = f"_stroma_{name}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise Problem(f"{path} is not a Python file", _FORM, code=Code.USAGE)
-    _look_first(str(path.parent))
+    _add_to_path(str(path.parent))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     execute = spec.loader.exec_module
-    _users(lambda: execute(module), str(path))
+    _call_user_code(lambda: execute(module), str(path))
     return module
 
 
 def _load_module(name: str) -> ModuleType:
     if not all(part.isidentifier() for part in name.split(".")):
-        raise Problem(f"there is no file or module {name!r}", _FORM, code=Code.NOT_FOUND)
-    _look_first(str(Path.cwd()))
+        raise Problem(f"no file or module {name!r}", _FORM, code=Code.NOT_FOUND)
+    _add_to_path(str(Path.cwd()))
     try:
-        return _users(lambda: importlib.import_module(name), name, absent=name)
+        return _call_user_code(lambda: importlib.import_module(name), name, absent=name)
     except _Absent:
         raise Problem(
-            f"there is no module {name!r}, here or among the installed packages",
-            f"call this where {name.split('.')[0]} is, or give the path of the file: FILE.py:NAME",
+            f"no module {name!r} here or among the installed packages",
+            f"run this in the directory of {name.split('.')[0]}, or pass the path of the file: FILE.py:NAME",
             code=Code.NOT_FOUND,
         ) from None
 
 
-def _look_first(directory: str) -> None:
+def _add_to_path(directory: str) -> None:
     # As `python x.py` does: the file's neighbours can be imported.
     if directory not in sys.path:
         sys.path.insert(0, directory)
 
 
 class _Absent(Exception):
-    """The module that was asked for is not there; not one that it imports."""
+    """The requested module itself does not exist, as opposed to a module that it imports."""
 
 
-def _users(call: Callable[[], T], what: str, *, absent: str = "") -> T:
-    """Call something of the user's, and put what it raises in one message with the last line of their own."""
+def _call_user_code(call: Callable[[], T], what: str, *, absent: str = "") -> T:
+    """Call user code; report an exception as a Problem with the last frame of that code."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             return call()
     except (KeyboardInterrupt, AttributeError) as error:
-        if isinstance(error, AttributeError) and _ran_code(error):
-            raise _broken(error, what) from error
+        if isinstance(error, AttributeError) and _is_from_user_code(error):
+            raise _load_problem(error, what) from error
         raise
     except ModuleNotFoundError as error:
         if absent and error.name and (absent == error.name or absent.startswith(f"{error.name}.")):
             raise _Absent from error
-        raise _broken(error, what) from error
+        raise _load_problem(error, what) from error
     except (Exception, SystemExit) as error:
-        raise _broken(error, what) from error
+        raise _load_problem(error, what) from error
 
 
-def _ran_code(error: BaseException) -> bool:
-    """Whether code of the user's was running: a missing attribute itself is reported elsewhere."""
+def _is_from_user_code(error: BaseException) -> bool:
+    """Return True if user code raised; a missing attribute of the module is reported by the caller."""
     return any(frame.filename != __file__ for frame in traceback.extract_tb(error.__traceback__))
 
 
-def _broken(error: BaseException, what: str) -> Problem:
+def _load_problem(error: BaseException, what: str) -> Problem:
     where = last_frame(error)
     if isinstance(error, SystemExit):
-        mend = "put what runs the program under: if __name__ == '__main__':"
-        return Problem(f"{what} ended the process: {said(error)}", *where, mend, code=Code.USAGE)
+        fix = "put what runs the program under: if __name__ == '__main__':"
+        return Problem(f"{what} ended the process: {describe_error(error)}", *where, fix, code=Code.USAGE)
     if isinstance(error, ModuleNotFoundError) and error.name:
-        mend = f"install what provides {error.name!r} for this Python: {sys.executable} -m pip install ..."
+        fix = f"install what provides {error.name!r} for this Python: {sys.executable} -m pip install ..."
         return Problem(
-            f"{what} needs a module that is not installed: {said(error)}", *where, mend, code=Code.ENVIRONMENT
+            f"{what} needs a module that is not installed: {describe_error(error)}",
+            *where,
+            fix,
+            code=Code.ENVIRONMENT,
         )
-    see = "mend that line; with STROMA_DEBUG=1 set, the whole traceback is shown"
-    return Problem(f"{what} cannot be loaded: {said(error)}", *where, see, code=Code.USAGE)
+    fix = "fix that line; set STROMA_DEBUG=1 to see the whole traceback"
+    return Problem(f"{what} cannot be loaded: {describe_error(error)}", *where, fix, code=Code.USAGE)
 
 
-# ---------------------------------------------------------------------- what was found
+# ---------------------------------------------------------------------- the value
 
 
-def _as_pipeline(found: Any, place: str, name: str) -> Pipeline:
-    if isinstance(found, Pipeline):
-        return found
+def _to_pipeline(value: Any, place: str, name: str) -> Pipeline:
+    if isinstance(value, Pipeline):
+        return value
     label = f"{name!r} in {place}"
-    if _is_factory(found):
-        needed = _required(found)
+    if _is_factory(value):
+        needed = _required_parameters(value)
         if needed:
             raise Problem(
                 f"{label} is a function that needs arguments ({', '.join(needed)}), not a pipeline",
-                f"give them defaults, or make it at the top level: {name}_pipeline = {name}(...)",
+                f"add defaults, or make the pipeline at the top level: {name}_pipeline = {name}(...)",
                 code=Code.USAGE,
             )
-        made = _users(found, f"{name}() in {place}")
-        if isinstance(made, Pipeline):
-            return made
-        if inspect.iscoroutine(made):
-            made.close()
+        returned = _call_user_code(value, f"{name}() in {place}")
+        if isinstance(returned, Pipeline):
+            return returned
+        if inspect.iscoroutine(returned):
+            returned.close()
             raise Problem(
                 f"{label} is an async function",
                 "make it a plain def that returns a Pipeline",
                 code=Code.USAGE,
             )
         raise Problem(
-            f"{name}() in {place} returned {_kind(made)}, not a pipeline", _how(name, made), code=Code.USAGE
+            f"{name}() in {place} returned {_describe_kind(returned)}, not a pipeline",
+            _suggest_pipeline(name, returned),
+            code=Code.USAGE,
         )
-    raise Problem(f"{label} is {_kind(found)}, not a pipeline", _how(name, found), code=Code.USAGE)
+    raise Problem(
+        f"{label} is {_describe_kind(value)}, not a pipeline", _suggest_pipeline(name, value), code=Code.USAGE
+    )
 
 
-def _is_factory(found: Any) -> bool:
-    return inspect.isroutine(found) and not _is_node(found)
+def _is_factory(value: Any) -> bool:
+    return inspect.isroutine(value) and not _is_node(value)
 
 
-def _required(func: Callable[..., Any]) -> list[str]:
+def _required_parameters(func: Callable[..., Any]) -> list[str]:
     try:
         parameters = inspect.signature(func).parameters.values()
     except (TypeError, ValueError):
@@ -200,59 +206,59 @@ def _required(func: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty and p.kind not in varied]
 
 
-def _is_node(found: Any) -> bool:
+def _is_node(value: Any) -> bool:
     try:
-        find_node(found)
+        find_node(value)
     except Exception:
         return False
     return True
 
 
-def _kind(found: Any) -> str:
-    if isinstance(found, (list, tuple)) and found and all(map(_is_node, found)):
-        return f"a {type(found).__name__} of nodes"
-    if _is_node(found):
+def _describe_kind(value: Any) -> str:
+    if isinstance(value, (list, tuple)) and value and all(map(_is_node, value)):
+        return f"a {type(value).__name__} of nodes"
+    if _is_node(value):
         return "a single node"
-    if isinstance(found, type):
+    if isinstance(value, type):
         return "a class"
-    kind = type(found).__name__
+    kind = type(value).__name__
     return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
 
 
-def _how(name: str, found: Any) -> str:
-    """How to make a pipeline of what was found."""
-    if isinstance(found, (list, tuple)) and found and all(map(_is_node, found)):
+def _suggest_pipeline(name: str, value: Any) -> str:
+    """Return how to build a pipeline from a value that is not one."""
+    if isinstance(value, (list, tuple)) and value and all(map(_is_node, value)):
         nodes = name
-    elif _is_node(found):
+    elif _is_node(value):
         nodes = f"[{name}]"
-    elif isinstance(found, StromaRunner):
+    elif isinstance(value, StromaRunner):
         return f'a runner runs a pipeline; make one of its nodes: pipeline = Pipeline("{name}", [node, ...])'
     else:
         nodes = "[node, ...]"
     return f'make one with: from stroma import Pipeline; pipeline = Pipeline("{name}", {nodes})'
 
 
-def _what_there_is(module: ModuleType, place: str) -> str:
+def _list_pipelines(module: ModuleType, place: str) -> str:
     names = [name for name, value in vars(module).items() if isinstance(value, Pipeline)]
-    names += [name for name, value in vars(module).items() if _says_pipeline(value)]
+    names += [name for name, value in vars(module).items() if _returns_pipeline(value)]
     if not names:
         return f'{place} has no Pipeline; make one: pipeline = Pipeline("name", [node, ...])'
-    shown = ", ".join(f"{place}:{name}" for name in names[:10])
-    return f"it has {shown}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    names_text = ", ".join(f"{place}:{name}" for name in names[:10])
+    return f"it has {names_text}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _says_pipeline(value: Any) -> bool:
+def _returns_pipeline(value: Any) -> bool:
     annotation = getattr(value, "__annotations__", {}).get("return") if inspect.isfunction(value) else None
-    return annotation in (Pipeline, "Pipeline") and not _required(value)
+    return annotation in (Pipeline, "Pipeline") and not _required_parameters(value)
 
 
-def _nearby(path: Path) -> str:
+def _suggest_files(path: Path) -> str:
     try:
         files = [p.name for p in path.parent.iterdir() if p.suffix == ".py"]
     except OSError:
-        return "check the path: its directory is not there either, or cannot be read"
+        return "check the path: its directory does not exist or cannot be read"
     if not files:
-        return f"check the path: there is no Python file in {path.parent.resolve()}"
+        return f"check the path: no Python file in {path.parent.resolve()}"
     more = f" and {len(files) - 8} more" if len(files) > 8 else ""
     likest = difflib.get_close_matches(path.name, files, 8, cutoff=0.0)
     return f"check the path; Python files in {path.parent.resolve()}: {', '.join(likest)}{more}"

@@ -1,4 +1,4 @@
-"""One run, from the configured pipeline to the exit code."""
+"""Run a pipeline in this process, from its config to the exit code."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from stroma.cli.errors import Code, Problem
 from stroma.cli.exporters import FLUSH_SECONDS, Exporters
 from stroma.cli.formatting import id_word
 from stroma.cli.output import err
-from stroma.cli.progress import Progress, listen
-from stroma.cli.report import Ending
-from stroma.cli.signals import Stop
+from stroma.cli.progress import Progress, show_warnings
+from stroma.cli.report import RunReport
+from stroma.cli.signals import StopSignals
 from stroma.cli.stores import Database
-from stroma.cli.user_errors import last_frame, said
+from stroma.cli.user_errors import describe_error, last_frame
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.schema import schema_of
 from stroma.engine.config import RunConfig
@@ -42,101 +42,101 @@ from stroma.runner.runner import Pipeline, StromaRunner
 from stroma.trace.result import ExecutionResult, RunStatus
 
 if TYPE_CHECKING:
-    from stroma.cli.options import Running
+    from stroma.cli.options import RunOptions
 
-__all__ = ["Fork", "Job"]
+__all__ = ["Fork", "LocalRun"]
 
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """A run that begins with what another one has made.
+    """A new run that starts from the outputs of another one.
 
     Attributes:
-        parent: the other run.
-        position: where the new one begins.
-        edited: in place of what the parent committed before that, or of its input.
+        parent: id of the other run.
+        position: position where the new run starts.
+        edited: replaces the parent's output before that position, or its input.
     """
 
     parent: str
     position: int
     edited: BaseModel | None
 
-    async def make(self, db: Database, run_id: str) -> None:
-        """Make it. Raises StoreError."""
-        given = {}
+    async def create(self, db: Database, run_id: str) -> None:
+        """Create the new run in the store. Raises StoreError."""
+        arguments = {}
         if self.edited is not None:
             name = "edited" if self.position else "state"
-            given[name] = (schema_of(type(self.edited)), self.edited)
-        await db.store.fork(self.parent, run_id, self.position, **given)
+            arguments[name] = (schema_of(type(self.edited)), self.edited)
+        await db.store.fork(self.parent, run_id, self.position, **arguments)
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One run to be done. ``known`` is the record of the run to go on with, if there is one."""
+class LocalRun:
+    """One run in this process. ``record``: the stored run to resume, if any."""
 
     target: str
     pipeline: Pipeline
     config: RunConfig
     state: BaseModel
     db: Database
-    known: RunRecord | None
+    record: RunRecord | None
     start_at: str | None
-    options: Running
+    options: RunOptions
     fork: Fork | None = None
 
-    def go(self) -> int:
-        """Run to the end, tell how it went, and return the exit code. Raises Problem."""
+    def execute(self) -> int:
+        """Run, print the report, and return the exit code. Raises Problem."""
         self.db.prepare()
         quiet = self.options.quiet
-        listen(quiet=quiet)
+        show_warnings(quiet=quiet)
         progress = Progress(quiet=quiet)
         if self.fork is not None and not quiet:
             err.line(
-                f"run {clean(self.config.run_id)} begins at {clean(self.start_at or '', 100)!r} of {clean(self.fork.parent)}"
+                f"run {clean(self.config.run_id)} starts at {clean(self.start_at or '', 100)!r} of {clean(self.fork.parent)}"
             )
         own = flatten(self.config.hooks)
         exporters = self.options.exporters.hooks(own, quiet=quiet)
-        hooks = [*Exporters.joined(exporters, own), progress.hooks()]
+        hooks = [*Exporters.merge(exporters, own), progress.hooks()]
         config = self.config.model_copy(update={"hooks": hooks})
         runner = StromaRunner(ContractRegistry(), CheckpointManager(self.db.store), config)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         result, waiting, stopped_by = self._run(runner, progress)
         if result is None:
             raise Problem(
-                f"stopped by {stopped_by or 'code of its own'} before the run began; nothing was called",
+                f"stopped by {stopped_by or 'the pipeline itself'} before the run started; no node was called",
                 code=Code.INTERRUPTED,
             )
-        remembered = self.known if self.start_at is None else None
-        if remembered is not None and config.if_running == "attach":
-            remembered = self._seen_since(result)
-        ending = Ending(
+        earlier = self.record if self.start_at is None else None
+        if earlier is not None and config.if_running == "attach":
+            earlier = self._earlier_usage(result)
+        report = RunReport(
             result,
             self.pipeline.name,
             self.target,
             self.db,
             stopped_by,
-            time.perf_counter() - begun,
+            time.perf_counter() - started,
             config.budget,
-            remembered.tokens if remembered is not None else 0,
-            remembered.cost_usd if remembered is not None else 0.0,
+            earlier.tokens if earlier is not None else 0,
+            earlier.cost_usd if earlier is not None else 0.0,
             waiting,
             self.fork.parent
             if self.fork is not None
-            else self.known.parent
-            if self.known is not None
+            else self.record.parent
+            if self.record is not None
             else None,
         )
-        ending.tell(json=self.options.as_json, quiet=quiet)
-        return int(ending.code)
+        report.print(json=self.options.as_json, quiet=quiet)
+        return int(report.code)
 
-    def _seen_since(self, result: ExecutionResult) -> RunRecord | None:
-        """What others used on the run, also while this process waited for them."""
+    def _earlier_usage(self, result: ExecutionResult) -> RunRecord | None:
+        """Return the record of the run with the usage of other processes only."""
         try:
-            record = self.db.known(result.run_id)
-        except Problem:  # The run is over all the same.
+            record = self.db.get_run(result.run_id)
+        except Problem:  # The run is over; its earlier usage is unknown.
             record = None
         if record is None:
-            return self.known
+            return self.record
         return replace(
             record,
             tokens=record.tokens - result.total_tokens,
@@ -146,18 +146,18 @@ class Job:
     def _run(
         self, runner: StromaRunner, progress: Progress
     ) -> tuple[ExecutionResult | None, list[Waiting], str | None]:
-        # What nodes print is talk: stdout is for the final state alone.
+        # Output of nodes goes to stderr: stdout has the final state only.
         with contextlib.redirect_stdout(sys.stderr):
             try:
                 return asyncio.run(self._drive(runner, progress))
             except StoreError as error:
                 raise self._store_problem(error) from error
             except (HookNotAsync, HookError) as error:
-                raise self._broke_off(error, "a hook of the pipeline's config") from error
+                raise self._failure_problem(error, "a hook of the pipeline's config") from error
             except SystemExit as error:
-                raise self._broke_off(error, "code of the pipeline ended the process") from error
+                raise self._failure_problem(error, "code of the pipeline ended the process") from error
             except Exception as error:
-                raise self._broke_off(error, "the run broke off") from error
+                raise self._failure_problem(error, "the run failed") from error
 
     async def _drive(
         self, runner: StromaRunner, progress: Progress
@@ -167,77 +167,79 @@ class Job:
         draining: list[asyncio.Task[None]] = []
 
         def drain() -> None:
-            if runner.config.if_running == "attach" and not progress.begun:
-                task.cancel()  # It waits for a run that is somebody else's.
+            if runner.config.if_running == "attach" and not progress.is_started:
+                task.cancel()  # Another process runs it.
             else:
                 draining.append(asyncio.create_task(runner.shutdown(drain_seconds=self.options.drain)))
 
-        stop = Stop(task, drain, patience=span(self.options.drain), after=self._way_on("go on with"))
-        going_on = self.known is not None and self.start_at is None
+        stop = StopSignals(
+            task, drain, patience=span(self.options.drain), after=self._next_step("resume with")
+        )
+        is_resumed = self.record is not None and self.start_at is None
         waiting: list[Waiting] = []
         try:
             if self.fork is not None:
-                await self.fork.make(self.db, self.config.run_id)
+                await self.fork.create(self.db, self.config.run_id)
             result: ExecutionResult | None = await runner.run(
                 self.pipeline,
                 self.state,
-                resume=going_on or None,
+                resume=is_resumed or None,
                 resume_from=self.start_at,
                 traceparent=os.environ.get("TRACEPARENT"),
             )
             if result is not None and result.status is RunStatus.SUSPENDED:
-                with contextlib.suppress(StoreError):  # The result has the reasons.
+                with contextlib.suppress(StoreError):  # The result has the reasons too.
                     waiting = self.db.store.waiting(result.run_id)
-        except asyncio.CancelledError:  # By the signal, or by code of the pipeline.
+        except asyncio.CancelledError:  # By a signal, or by the pipeline itself.
             result = progress.result
         finally:
-            # A signal that comes again ends the process; until then what is queued has its time.
+            # A second signal ends the process at once.
             await runner.aclose(timeout_seconds=FLUSH_SECONDS)
             self.options.exporters.close()
             await self.db.close()
         return result, waiting, stop.signal
 
-    # ------------------------------------------------------------------ what leaves run() as an exception
+    # ------------------------------------------------------------------ problems
 
-    def _resume(self, *options: str) -> str:
+    def _resume_hint(self, *options: str) -> str:
         return self.db.hint("resume", id_word(self.config.run_id), self.target, options=options)
 
-    def _way_on(self, words: str) -> str:
-        if not self.db.keeps:
-            return f"{self.db.name} keeps nothing of it"
-        return f"every finished node is kept; {words}: {self._resume()}"
+    def _next_step(self, verb: str) -> str:
+        if not self.db.is_durable:
+            return f"{self.db.name} stores nothing of it"
+        return f"finished nodes are stored; {verb}: {self._resume_hint()}"
 
     def _store_problem(self, error: StoreError) -> Problem:
         if isinstance(error, (PipelineChanged, CorruptCheckpoint)):
-            again = f"or make the outputs from a node on anew: {self._resume('--from', 'NODE')}"
-            return self.db.problem(error, again)
+            rerun = f"or rerun from a node: {self._resume_hint('--from', 'NODE')}"
+            return self.db.problem(error, rerun)
         if isinstance(error, RunBusy):
-            return self._busy(error)
+            return self._busy_problem(error)
         if isinstance(error, RunExists):
             return self.db.problem(
-                error, f"go on with it: {self._resume()}", "or take another id: --run-id ID"
+                error, f"resume it: {self._resume_hint()}", "or use another id: --run-id ID"
             )
         if isinstance(error, CheckpointNotFound):
             return self.db.problem(error)
         more = () if not self.db.is_default else ("or name another store: --db FILE, or STROMA_DB=FILE",)
         return self.db.problem(error, *more)
 
-    def _busy(self, error: RunBusy) -> Problem:
+    def _busy_problem(self, error: RunBusy) -> Problem:
         name = id_word(self.config.run_id)
         other = "" if error.same_input else ", with another input"
         return Problem(
-            f"run {clean(self.config.run_id)} is being run by {error.holder}{other}; it is theirs for another "
-            f"{span(error.left_seconds)}, and longer if they are still at work",
-            f"wait for what they make of it: {self._resume('--attach')}",
-            f"or have them stop: {self.db.hint('cancel', name)}",
-            f"or, if that process is known to be gone: {self._resume('--take-over')}",
+            f"run {clean(self.config.run_id)} is already running in {error.holder}{other} (lease expires in "
+            f"{span(error.left_seconds)} unless renewed)",
+            f"wait for its result: {self._resume_hint('--attach')}",
+            f"or cancel it: {self.db.hint('cancel', name)}",
+            f"or, if that process is dead: {self._resume_hint('--take-over')}",
             code=Code.ENVIRONMENT,
         )
 
-    def _broke_off(self, error: BaseException, what: str) -> Problem:
+    def _failure_problem(self, error: BaseException, what: str) -> Problem:
         return Problem(
-            f"{what}: {said(error)}",
+            f"{what}: {describe_error(error)}",
             *last_frame(error),
-            self._way_on("mend that, then go on with"),
+            self._next_step("fix that, then resume with"),
             code=Code.FAILED,
         )

@@ -1,4 +1,4 @@
-"""Options of every command that runs a pipeline."""
+"""Options of commands that run a pipeline."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from stroma.cli.exporters import Exporters, exporter_options
 from stroma.cli.stores import db_option
 from stroma.contracts.contract import check_id
 
-__all__ = ["Running", "run_id_option", "running_options"]
+__all__ = ["RunOptions", "run_id_option", "run_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """The options of every command that runs a pipeline.
+class RunOptions:
+    """Options of commands that run a pipeline.
 
     Attributes:
-        drain: seconds that the node in flight has left after a SIGTERM.
-        exporters: where telemetry goes.
+        drain: seconds for the node in flight after a SIGTERM.
+        exporters: enabled exporters.
     """
 
     budget_usd: float | None = None
@@ -36,24 +36,24 @@ class Running:
     exporters: Exporters = field(default_factory=Exporters)
 
     @classmethod
-    def of(cls, *, attach: bool, take_over: bool, **options: Any) -> Self:
-        """From what click has read."""
+    def from_click(cls, *, attach: bool, take_over: bool, **options: Any) -> Self:
+        """Build the options from the parameters that click parsed."""
         if attach and take_over:
-            raise click.UsageError("--attach waits for whoever has the run, --take-over does not; give one")
-        exporters = Exporters.take(options)
+            raise click.UsageError("--attach and --take-over exclude each other; pass one")
+        exporters = Exporters.from_options(options)
         if_running: Literal["attach", "take_over"] | None = "attach" if attach else None
         return cls(**options, if_running="take_over" if take_over else if_running, exporters=exporters)
 
 
 def _dollars(_ctx: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
     if value is not None and not (math.isfinite(value) and value >= 0):
-        raise click.BadParameter(f"{value} is no amount of money; give dollars, zero or more")
+        raise click.BadParameter(f"must be at least 0 US dollars, got {value}")
     return value
 
 
 def _seconds(_ctx: click.Context, _parameter: click.Parameter, value: float) -> float:
     if not (math.isfinite(value) and value >= 0):
-        raise click.BadParameter(f"{value} is no time to wait; give seconds, zero or more")
+        raise click.BadParameter(f"must be at least 0 seconds, got {value}")
     return value
 
 
@@ -66,16 +66,20 @@ def run_id_option(_ctx: click.Context, _parameter: click.Parameter, value: str |
     return value
 
 
-def running_options(func: F) -> F:
-    """The options of every command that runs a pipeline."""
+def run_options(func: F) -> F:
+    """Add the options of commands that run a pipeline."""
     for option in (
-        click.option(
-            "-q", "--quiet", is_flag=True, help="Say nothing on stderr unless something goes wrong."
-        ),
+        click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr."),
         click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.run/1".'),
-        click.option("--budget-tokens", type=click.IntRange(min=0), metavar="N", help="Stop above N tokens."),
         click.option(
-            "--budget-usd", type=float, callback=_dollars, metavar="USD", help="Stop above USD dollars."
+            "--budget-tokens", type=click.IntRange(min=0), metavar="N", help="Token limit that stops the run."
+        ),
+        click.option(
+            "--budget-usd",
+            type=float,
+            callback=_dollars,
+            metavar="USD",
+            help="Cost limit that stops the run, in US dollars.",
         ),
         click.option(
             "--drain",
@@ -84,16 +88,14 @@ def running_options(func: F) -> F:
             default=10.0,
             show_default=True,
             metavar="SECONDS",
-            help="What the node in flight has left after a SIGTERM.",
+            help="Seconds for the node in flight after a SIGTERM.",
         ),
         click.option(
             "--take-over",
             is_flag=True,
-            help="Take the run from whoever has it: only if that process is known to be gone.",
+            help="Take over the run from its owner; only safe if that process is dead.",
         ),
-        click.option(
-            "--attach", is_flag=True, help="If somebody else is at work on the run, wait for its result."
-        ),
+        click.option("--attach", is_flag=True, help="If another process runs it, wait for its result."),
         exporter_options,
         db_option,
     ):

@@ -1,4 +1,4 @@
-"""Where words go: data to stdout, talk to stderr, colours only where somebody looks."""
+"""Terminal output: data on stdout, messages on stderr, colour only on a terminal."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Part = str | tuple[str, str]
 
 
 class OutputError(Exception):
-    """stdout cannot be written to."""
+    """Writing to stdout failed."""
 
 
 class Stream:
-    """stdout or stderr, whichever it is at the moment of writing."""
+    """stdout or stderr, looked up for each write."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -37,7 +37,6 @@ class Stream:
 
     @property
     def _file(self) -> IO[str] | None:
-        # None if the process was started without it.
         file: IO[str] | None = getattr(sys, self._name)
         return file
 
@@ -46,16 +45,16 @@ class Stream:
         file = self._file
         try:
             return file is not None and file.isatty()
-        except ValueError:  # It was closed.
+        except ValueError:
             return False
 
     @property
     def width(self) -> int | None:
-        """Columns of the terminal; None where there is none."""
+        """Columns of the terminal; None if this is not a terminal."""
         return shutil.get_terminal_size().columns if self.is_terminal else None
 
     def line(self, *parts: Part) -> None:
-        """Write one line; it never raises for a reader that has gone away."""
+        """Write one line. Never raises if the reader has closed the pipe."""
         if (
             any(isinstance(part, tuple) for part in parts)
             and self.is_terminal
@@ -67,24 +66,24 @@ class Stream:
 
     @property
     def is_live(self) -> bool:
-        """Whether a line can be written over."""
+        """Return True if a line can be overwritten."""
         return self.is_terminal and os.environ.get("TERM") != "dumb"
 
     def status(self, *parts: Part) -> None:
-        """Show a line until the next one is written. Only where a line can be written over."""
+        """Show a line that the next write replaces; call only if :attr:`is_live`."""
         text = _plain(parts).rstrip("\n")
         room = (self.width or 80) - 1
-        self.write(f"{_OVER}{text if len(text) <= room else text[: room - 1] + '…'}")
+        self.write(f"{_CLEAR_LINE}{text if len(text) <= room else text[: room - 1] + '…'}")
         self._has_status = True
 
     def write(self, text: str) -> None:
-        """Write text as it is. Raises OutputError if stdout cannot take it (a full disk, say)."""
+        """Write text unchanged. Raises OutputError if stdout fails (a full disk, for example)."""
         file = self._file
         if file is None or file is self._silent:
             return
         if self._has_status:
             self._has_status = False
-            text = text if text.startswith(_OVER) else _OVER + text
+            text = text if text.startswith(_CLEAR_LINE) else _CLEAR_LINE + text
         try:
             file.write(text)
             file.flush()
@@ -96,7 +95,7 @@ class Stream:
                 raise OutputError(str(error)) from error
 
     def silence(self) -> None:
-        """Write no more: the interpreter, too, would complain when it flushes the stream at its end."""
+        """Discard all further output, also what the interpreter flushes at exit."""
         self._silent = self._file
         with contextlib.suppress(OSError, ValueError, AttributeError):
             null = os.open(os.devnull, os.O_WRONLY)
@@ -111,7 +110,7 @@ class Stream:
             return _plain(parts)
         if self._console is None:
             self._console = Console(file=self._file, highlight=False, markup=False, emoji=False)
-        # Not printed by rich: it ends the process where the reader has gone away.
+        # rich must not print: it ends the process if the reader has closed the pipe.
         with self._console.capture() as capture:
             self._console.print(Text.assemble(*parts), soft_wrap=True)
         text: str = capture.get()
@@ -119,12 +118,12 @@ class Stream:
 
 
 def write_private(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file that only its owner can read, in place of what is there; never through a link. Raises OSError."""
+    """Replace a file by one that only its owner can read. Never follows a link. Raises OSError."""
     path = os.fspath(path)
     with contextlib.suppress(FileNotFoundError):
         kind = os.lstat(path).st_mode
         if stat.S_ISLNK(kind):
-            raise FileExistsError(errno.ELOOP, "it is a link, which is not followed", path)
+            raise FileExistsError(errno.ELOOP, "it is a link, and links are not followed", path)
         if not stat.S_ISREG(kind):  # A pipe, a terminal.
             with open(
                 os.open(path, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)), "w", encoding="utf-8"
@@ -142,15 +141,15 @@ def write_private(path: str | os.PathLike[str], text: str) -> None:
         raise
 
 
-#: To the beginning of the line, and nothing of what stands there stays.
-_OVER: Final = "\r\x1b[K"
+#: Return to the start of the line and clear it.
+_CLEAR_LINE: Final = "\r\x1b[K"
 
 out = Stream("stdout")
 err = Stream("stderr")
 
 
-# JSON escapes what is below a space. These move the cursor of a terminal, too, or hide what stands beside them.
-_UNSEEN: Final = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+# Characters that JSON does not escape and that move the cursor of a terminal or hide text.
+_INVISIBLE: Final = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
 
 def emit(data: Any) -> None:
@@ -158,10 +157,10 @@ def emit(data: Any) -> None:
     file = sys.stdout
     encoding = file.encoding if isinstance(file, io.TextIOWrapper) else "utf-8"
     text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False)
-    text = _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    text = _INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     try:
         text.encode(encoding)
-    except UnicodeEncodeError:  # JSON has escapes of its own for what the stream cannot say.
+    except UnicodeEncodeError:  # JSON can escape what the encoding lacks.
         text = json.dumps(data, indent=2, allow_nan=False)
     out.write(text + "\n")
 
@@ -169,7 +168,7 @@ def emit(data: Any) -> None:
 def table(
     stream: Stream, header: Sequence[str], rows: Sequence[Sequence[Part]], *, right: frozenset[int]
 ) -> None:
-    """Write columns, those in ``right`` aligned to the right. The last one is cut to the width of a terminal."""
+    """Write columns, those in ``right`` right-aligned; the last one is cut to the width of the terminal."""
     lines = [[(cell, "bold") for cell in header], *rows]
     widths = [max(_width(line[i]) for line in lines) for i in range(len(header))]
     room = (stream.width or 0) - sum(widths[:-1]) - 2 * (len(header) - 1)
@@ -179,7 +178,7 @@ def table(
             text, style = cell if isinstance(cell, tuple) else (cell, "")
             gap = " " * (widths[i] - _width(cell))
             if i == len(header) - 1:
-                # Too little room to read anything: let the terminal wrap it.
+                # With less than 20 columns the terminal wraps it.
                 text = text[: room - 1] + "…" if 20 <= room < _width(cell) else text
             elif i in right:
                 text = gap + text

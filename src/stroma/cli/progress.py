@@ -1,4 +1,4 @@
-"""What a run is doing, line by line on stderr, seen through its hooks."""
+"""Progress of a run on stderr, printed by hooks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from stroma._utils.text import clean, count, money, span, typed
-from stroma.cli.errors import debugging
+from stroma.cli.errors import is_debugging
 from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, err
 from stroma.cost.budget import BudgetExceeded
@@ -18,42 +18,42 @@ from stroma.failures.failure import Failure, NodeContext, diagnose, text_of
 from stroma.hooks.sets import MapProgress, NodeHooks
 from stroma.trace.result import ExecutionResult
 
-__all__ = ["Progress", "listen", "timed_line"]
+__all__ = ["Progress", "show_warnings", "timed_line"]
 
 _NAME_WIDTH = 30
-_FEW_ITEMS = 20  # of a map that are told one by one
-_SHOWN_FAILURES = 20  # of a map with more
-_LINE_SECONDS = 10.0  # between two lines about such a map, where none can be written over
+_MAX_ITEM_LINES = 20  # a larger map prints one line for all items
+_MAX_FAILURE_LINES = 20  # of such a map
+_LINE_SECONDS = 10.0  # between two lines about such a map, if not on a terminal
 _UNITS = {"tokens": "tokens", "cost": "USD", "latency": "ms"}
 
 
 def _message(node: NodeExecution | None, failure: Failure) -> str:
-    """The message of an attempt as it is recorded, without secrets, behind the type of the exception."""
+    """Return type and recorded message of a failure, without secrets."""
     recorded = None if node is None or node.ended is None else node.ended.failure
     return text_of(failure) if recorded is None else typed(recorded.error_type, recorded.message)
 
 
 class Progress:
-    """Hooks that print. One line for each start, end, wait and restored output; none when quiet.
+    """Hooks that print one line for each start, end, wait and restored output; none when quiet.
 
-    Of a map with many items, one line that tells how far it is, and the first failures.
+    A map with many items prints one line for all of them, and its first failures.
 
     Attributes:
-        begun: whether the run is ours: it was opened in the store.
-        result: how the run ended, also when ``run()`` raised; None until then.
+        is_started: this process opened the run in the store.
+        result: result of the run, also if ``run()`` raised; None until its end.
     """
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
-        self.begun = False
+        self.is_started = False
         self.result: ExecutionResult | None = None
         self._started: dict[tuple[int, str], float] = {}
-        #: Maps with many items by position and branch: how many lines of failures are left for each.
+        #: Maps with many items, by position and branch: the remaining lines for failures.
         self._many: dict[tuple[int, str], int] = {}
         self._shown_at = 0.0
 
     def hooks(self) -> NodeHooks:
-        """The set to give to a runner."""
+        """Return the set of hooks for the runner."""
         if self._quiet:
             return NodeHooks(on_run_start=self._run_start, on_run_end=self._run_end)
         return NodeHooks(
@@ -73,7 +73,7 @@ class Progress:
     # ------------------------------------------------------------------ runs
 
     async def _run_start(self, run_id: str, pipeline: str, state: dict[str, Any]) -> None:
-        self.begun = True
+        self.is_started = True
         if self._quiet:
             return
         timed_line(
@@ -90,26 +90,26 @@ class Progress:
 
     async def _map_progress(self, run_id: str, node_id: str, progress: MapProgress) -> None:
         node, total = current_node(), progress.total
-        if node is None or (total is not None and total <= _FEW_ITEMS):
+        if node is None or (total is not None and total <= _MAX_ITEM_LINES):
             return
-        self._many.setdefault((node.position, node.branch), _SHOWN_FAILURES)
+        self._many.setdefault((node.position, node.branch), _MAX_FAILURE_LINES)
         now = time.monotonic()
         of = f"{progress.done:,}" if total is None else f"{progress.done:,} of {total:,}"
-        told = [f"{of} items"]
+        details = [f"{of} items"]
         if progress.failed:
-            told.append(f"{progress.failed:,} failed")
+            details.append(f"{progress.failed:,} failed")
         if progress.rate:
-            told.append(f"{progress.rate:,.1f}/s")
+            details.append(f"{progress.rate:,.1f}/s")
         if progress.seconds_left is not None and not progress.ended:
-            told.append(f"{span(progress.seconds_left)} left")
+            details.append(f"{span(progress.seconds_left)} left")
         if err.is_live and not progress.ended:
-            err.status(f"{clean(node_id, 80)}  {', '.join(told)}")
+            err.status(f"{clean(node_id, 80)}  {', '.join(details)}")
         elif progress.ended or now - self._shown_at >= _LINE_SECONDS:
             self._shown_at = now
-            self._event(node, node_id, ("items", "cyan"), *told)
+            self._event(node, node_id, ("items", "cyan"), *details)
 
     def _is_one_of_many(self, node: NodeExecution | None, *, failed: bool = False) -> bool:
-        """Whether a node runs for an item of a map with many, whose lines nobody could read."""
+        """Return True if the node belongs to an item of a map with many items, which print no line."""
         around = None if node is None or not self._many else node.parent
         while around is not None:
             at = (around.position, around.branch)
@@ -130,7 +130,7 @@ class Progress:
 
     async def _node_success(self, run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
         if not self._is_one_of_many(current_node()):
-            self._event(current_node(), node_id, ("ok", "green"), *self._used(), totals=True)
+            self._event(current_node(), node_id, ("ok", "green"), *self._usage(), totals=True)
 
     async def _node_failure(
         self, run_id: str, node_id: str, exc: Exception, failure_class: FailureClass
@@ -142,7 +142,9 @@ class Progress:
         failure = diagnose(exc, NodeContext(node_id, attempt, run_id))
         verb = ("BUDGET", "bold red") if isinstance(exc, BudgetExceeded) else ("FAILED", "bold red")
         what = f"{failure_class}{f' {failure.reason}' if failure.reason else ''}"
-        self._event(node, node_id, verb, what, *self._used(), totals=True, why=clean(_message(node, failure)))
+        self._event(
+            node, node_id, verb, what, *self._usage(), totals=True, why=clean(_message(node, failure))
+        )
 
     async def _node_retry(
         self, run_id: str, node_id: str, attempt: int, delay: float, failure_class: FailureClass
@@ -152,17 +154,17 @@ class Progress:
 
     async def _node_skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
         if not self._is_one_of_many(current_node()):
-            self._event(current_node(), node_id, ("kept", "blue"), "finished earlier, not called again")
+            self._event(current_node(), node_id, ("restored", "blue"), "finished earlier, not called again")
 
     async def _node_cancelled(self, run_id: str, node_id: str) -> None:
         if not self._is_one_of_many(current_node()):
-            self._event(current_node(), node_id, ("cancelled", "yellow"), *self._used(), totals=True)
+            self._event(current_node(), node_id, ("cancelled", "yellow"), *self._usage(), totals=True)
 
     async def _node_suspended(self, run_id: str, node_id: str, reason: str) -> None:
         self._event(current_node(), node_id, ("suspended", "yellow"), clean(reason))
 
-    def _used(self) -> list[str]:
-        """Seconds, tokens, dollars and model of the attempt that ends here."""
+    def _usage(self) -> list[str]:
+        """Return seconds, tokens, dollars and model of the current attempt."""
         node = current_node()
         if node is None:
             return []
@@ -194,35 +196,35 @@ class Progress:
             spent = node.ctx.cost_tracker
             sums = f"{count(int(spent.used('tokens')))}, {money(spent.used('cost'))}"
             parts.append((f"  | run: {sums}", "dim"))
-        if why and (node is None or node.kind != "group"):  # Its child has said it.
+        if why and (node is None or node.kind != "group"):  # The child has printed it.
             parts.append(f"  | {why}")
         timed_line(*parts)
 
 
 def timed_line(*parts: Part) -> None:
-    """A line on stderr, after the time of day."""
+    """Print a line on stderr, prefixed by the time of day."""
     clock = datetime.now().strftime("%H:%M:%S.%f")[:-3]
-    # Nothing here may raise: what a hook raises could be made an error of the run's.
+    # Must not raise: with strict hooks that would fail the run.
     err.line((clock, "dim"), "  ", *parts)
 
 
-class _Listener(logging.Handler):
-    """Shows what the engine logs and no hook tells."""
+class _LogPrinter(logging.Handler):
+    """Print log records of the engine that no hook reports."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if " failed at attempt " in str(record.msg):
-            return  # The failure hook has told it.
+            return  # The failure hook has printed it.
         try:
             text = record.getMessage()
         except Exception:
             text = str(record.msg)
         if record.exc_info and record.exc_info[1] is not None:
             text += f": {record.exc_info[1]!r}"
-            if debugging():
+            if is_debugging():
                 text += "\n" + logging.Formatter().formatException(record.exc_info)
-        timed_line((f"{record.levelname.lower()}: ", "yellow"), text if debugging() else clean(text, 600))
+        timed_line((f"{record.levelname.lower()}: ", "yellow"), text if is_debugging() else clean(text, 600))
 
 
-def listen(*, quiet: bool) -> None:
-    """Show warnings of the engine from now on; only errors when quiet."""
-    logging.getLogger("stroma").addHandler(_Listener(logging.ERROR if quiet else logging.WARNING))
+def show_warnings(*, quiet: bool) -> None:
+    """Print warnings of the engine from now on; only errors when quiet."""
+    logging.getLogger("stroma").addHandler(_LogPrinter(logging.ERROR if quiet else logging.WARNING))

@@ -1,4 +1,4 @@
-"""--redact: what a pipeline hides from its hooks is hidden here, too."""
+"""--redact: apply the redaction of a pipeline's config to the output of a command."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import click
 
 from stroma.trace.redaction import Redact
 
-__all__ = ["redact_of", "redact_option"]
+__all__ = ["load_redact", "redact_option"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def redact_option(func: F) -> F:
-    """The option that every command has that shows states or messages of failures."""
+    """Add --redact to a command that shows states or messages of failures."""
     return click.option(
         "--redact",
         metavar="FILE_OR_MODULE:NAME",
-        help="Hide in states and messages what the config of this pipeline redacts. The store has them in full.",
+        help="Pipeline whose redact applies to states and messages shown.",
     )(func)
 
 
-def redact_of(target: str | None) -> Redact | None:
-    """The ``redact`` of a pipeline's config. Raises Problem."""
+def load_redact(target: str | None) -> Redact | None:
+    """Return the ``redact`` of a pipeline's config. Raises Problem."""
     if target is None:
         return None
     from stroma.cli.loading import load_pipeline  # Only who asks for it loads what runs pipelines.

@@ -1,4 +1,4 @@
-"""Changes of a pipeline since a run was recorded that stand in the way of a resume."""
+"""Changes of a pipeline that prevent the resume of a recorded run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from stroma.contracts.node import find_node
 from stroma.runner.compatibility import Change, changes_since
 from stroma.runner.runner import Pipeline
 
-__all__ = ["changes_of"]
+__all__ = ["find_changes"]
 
 
-def changes_of(database: Database, record: RunRecord, pipeline: Pipeline, target: str) -> list[Change]:
-    """What stands in the way of a resume of a run. Reads the store only. Raises Problem."""
+def find_changes(database: Database, record: RunRecord, pipeline: Pipeline, target: str) -> list[Change]:
+    """Return the changes that prevent a resume. Reads the store only. Raises Problem."""
     nodes = [find_node(node) for node in pipeline.nodes]
     changes = []
     try:
@@ -28,17 +28,17 @@ def changes_of(database: Database, record: RunRecord, pipeline: Pipeline, target
             raise
         changes.append(Change("input", "input", f"{problem.message}; {problem.more[0]}"))
     commits, damaged = _commits(database, record)
-    found = changes_since(record.run_id, commits, nodes, ContractRegistry(), pipeline.config)
-    return [*changes, *damaged, *found]
+    stored_run = changes_since(record.run_id, commits, nodes, ContractRegistry(), pipeline.config)
+    return [*changes, *damaged, *stored_run]
 
 
 def _commits(database: Database, record: RunRecord) -> tuple[dict[tuple[int, str], Committed], list[Change]]:
-    """The outputs that a run committed, and those of them that cannot be read."""
+    """Return the committed outputs of a run, and those that cannot be read."""
     store = database.reader
 
     def query(rows: Any) -> dict[tuple[int, str], str]:
-        found = rows.find(record.run_id)
-        steps = [] if found is None else rows.steps(found.run, found.execution)
+        stored_run = rows.find(record.run_id)
+        steps = [] if stored_run is None else rows.steps(stored_run.run, stored_run.execution)
         # Not of steps of plain code, which no pipeline has.
         return {
             (row.position, row.branch): row.step.contract
@@ -46,7 +46,7 @@ def _commits(database: Database, record: RunRecord) -> tuple[dict[tuple[int, str
             if is_of_pipeline(row.step.given, row.step.number)
         }
 
-    with database.explained():
+    with database.explain_errors():
         attempts = store.attempts(record.run_id)
         contracts = store.read(query, dict[tuple[int, str], str]())
     commits: dict[tuple[int, str], Committed] = {}

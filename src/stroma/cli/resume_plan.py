@@ -1,4 +1,4 @@
-"""`stroma resume --dry-run`: what a resume would keep, what it would call, and what keeping saves."""
+"""`stroma resume --dry-run`: outputs that a resume would restore, nodes it would call, and the savings."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word
 from stroma.cli.output import emit, err, out
-from stroma.cli.resume_changes import changes_of
+from stroma.cli.resume_changes import find_changes
 from stroma.cli.stores import Database
 from stroma.contracts.node import find_node
 from stroma.runner.compatibility import Change
 from stroma.runner.runner import Pipeline
 
-__all__ = ["tell_plan"]
+__all__ = ["print_plan"]
 
 _ALL = 10_000_000
 
 
-def tell_plan(
+def print_plan(
     database: Database,
     record: RunRecord,
     pipeline: Pipeline | None,
@@ -29,22 +29,22 @@ def tell_plan(
     start_at: str | None,
     as_json: bool,
 ) -> int:
-    """Say what a resume would do, and do nothing. The exit code is that of the resume, as far as it can be told."""
-    with database.explained():
+    """Print what a resume would do, without doing it. Return the exit code that it would have, if that is known."""
+    with database.explain_errors():
         attempts, _ = History(database.reader).attempts(record.run_id, _ALL)
     before = _position(attempts, pipeline, start_at)
-    kept = _kept(attempts, before)
-    again = _again(attempts, kept, pipeline)
+    restored = _restored(attempts, before)
+    called = _called_nodes(attempts, restored, pipeline)
     changes: list[Change] = []
     if pipeline is not None and target is not None:
         changes = [
             change
-            for change in changes_of(database, record, pipeline, target)
+            for change in find_changes(database, record, pipeline, target)
             if before is None or change.at == "input" or int(change.at.partition(".")[0]) < before
         ]
     # A group's time is its own; what its children took is part of it.
-    seconds = sum(one.duration_ms for one in kept if not one.branch) / 1000
-    tokens, cost = sum(one.tokens for one in kept), sum(one.cost_usd for one in kept)
+    seconds = sum(one.duration_ms for one in restored if not one.branch) / 1000
+    tokens, cost = sum(one.tokens for one in restored), sum(one.cost_usd for one in restored)
     code = Code.OK
     if record.holder is not None:
         code = Code.ENVIRONMENT
@@ -59,25 +59,25 @@ def tell_plan(
                 "from": start_at,
                 "resumable": code is Code.OK,
                 "holder": record.holder,
-                "kept": [_data(one) for one in kept],
+                "kept": [_data(one) for one in restored],
                 "saves": {"tokens": tokens, "cost_usd": cost, "seconds": seconds},
-                "calls": again,
+                "calls": called,
                 "changes": [_change(change) for change in changes],
             }
         )
         return code
     out.line(
-        f"kept    {plural(sum(not one.branch for one in kept), 'node')}, in groups {sum(bool(one.branch) for one in kept):,}"
+        f"kept    {plural(sum(not one.branch for one in restored), 'node')}, in groups {sum(bool(one.branch) for one in restored):,}"
     )
-    for one in kept:
+    for one in restored:
         if not one.branch:
             used = f"  {count(one.tokens)}, {money(one.cost_usd)}" if one.tokens else ""
             out.line(
                 f"          {place_of(one):<6} {clean(one.node_id, 60)}  {span(one.duration_ms / 1000)}{used}"
             )
     out.line(f"saves   {span(seconds)}, {count(tokens)}, {money(cost)} that are not spent again")
-    what = ", ".join(clean(node_id, 60) for node_id in again[:50]) or "nothing: every node has its output"
-    if pipeline is None and again:
+    what = ", ".join(clean(node_id, 60) for node_id in called[:50]) or "nothing: every node has its output"
+    if pipeline is None and called:
         what = f"{what}, and what follows"
     out.line(f"calls   {what}")
     for change in changes:
@@ -95,12 +95,12 @@ def tell_plan(
     else:
         options = ("--from", start_at) if start_at is not None else ()
         hint = database.hint("resume", id_word(record.run_id), target or "FILE.py:NAME", options=options)
-        err.line(f"nothing was done; go on with: {hint}")
+        err.line(f"nothing was done; resume with: {hint}")
     return code
 
 
 def _position(attempts: list[AttemptRecord], pipeline: Pipeline | None, start_at: str | None) -> int | None:
-    """Where a resume would begin; None: at the first position without an output."""
+    """Return the position where a resume would start; None: the first one without output."""
     if start_at is None:
         return None
     if pipeline is not None:
@@ -108,8 +108,8 @@ def _position(attempts: list[AttemptRecord], pipeline: Pipeline | None, start_at
     return next(one.position for one in attempts if one.node_id == start_at and not one.branch)
 
 
-def _kept(attempts: list[AttemptRecord], before: int | None) -> list[AttemptRecord]:
-    """The attempts whose outputs would be restored."""
+def _restored(attempts: list[AttemptRecord], before: int | None) -> list[AttemptRecord]:
+    """Return the attempts whose outputs would be restored."""
     places: dict[tuple[int, str], AttemptRecord] = {}
     for one in attempts:
         if one.output_bytes is not None and (before is None or one.position < before):
@@ -117,8 +117,10 @@ def _kept(attempts: list[AttemptRecord], before: int | None) -> list[AttemptReco
     return list(places.values())
 
 
-def _again(attempts: list[AttemptRecord], kept: list[AttemptRecord], pipeline: Pipeline | None) -> list[str]:
-    done = {one.position for one in kept if not one.branch}
+def _called_nodes(
+    attempts: list[AttemptRecord], restored: list[AttemptRecord], pipeline: Pipeline | None
+) -> list[str]:
+    done = {one.position for one in restored if not one.branch}
     if pipeline is not None:
         nodes = [find_node(node).node_id for node in pipeline.nodes]
         return [node_id for position, node_id in enumerate(nodes) if position not in done]

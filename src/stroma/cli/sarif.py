@@ -1,4 +1,4 @@
-"""Findings as SARIF 2.1.0, which code review shows beside the lines they are about."""
+"""Write findings as SARIF 2.1.0 for code review."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from stroma.cli.errors import Code, Problem
 from stroma.contracts.checks.finding import Finding
 from stroma.contracts.node import Group, Node
 
-__all__ = ["sarif_of", "write_json"]
+__all__ = ["to_sarif", "write_json"]
 
-#: What each kind of finding means, in a few words; docs/checks.md says more.
+#: Short description of each kind of finding; see docs/checks.md.
 RULES: Final = {
     "missing": "A field that a node needs is not given",
     "type": "A field has a type that the next node never takes",
@@ -34,8 +34,8 @@ RULES: Final = {
 }
 
 
-def sarif_of(findings: Sequence[Finding], nodes: Sequence[Node | Group]) -> dict[str, Any]:
-    """A SARIF log of one run."""
+def to_sarif(findings: Sequence[Finding], nodes: Sequence[Node | Group]) -> dict[str, Any]:
+    """Return the SARIF log of one check."""
     used = list(dict.fromkeys(finding.kind for finding in findings))
     try:
         version = metadata.version("stroma")
@@ -61,7 +61,7 @@ def sarif_of(findings: Sequence[Finding], nodes: Sequence[Node | Group]) -> dict
             },
         }
         for at, name in ((finding.target_at, "locations"), (finding.source_at, "relatedLocations")):
-            place = _location(_at(nodes, at))
+            place = _location(_node_at(nodes, at))
             if place is not None:
                 result[name] = [place]
         results.append(result)
@@ -70,7 +70,13 @@ def sarif_of(findings: Sequence[Finding], nodes: Sequence[Node | Group]) -> dict
         "version": "2.1.0",
         "runs": [
             {
-                "tool": {"driver": {"name": "stroma", "semanticVersion": _semantic(version), "rules": rules}},
+                "tool": {
+                    "driver": {
+                        "name": "stroma",
+                        "semanticVersion": _semantic_version(version),
+                        "rules": rules,
+                    }
+                },
                 "columnKind": "unicodeCodePoints",
                 "results": results,
             }
@@ -78,28 +84,28 @@ def sarif_of(findings: Sequence[Finding], nodes: Sequence[Node | Group]) -> dict
     }
 
 
-def _semantic(version: str) -> str:
-    """A version of Python's kind as one of semver's."""
+def _semantic_version(version: str) -> str:
+    """Convert a Python version to a semantic version."""
     release, dev, number = version.partition(".dev")
     return f"{release}-dev.{number}" if dev else release
 
 
-def _at(nodes: Sequence[Node | Group], at: str) -> Node | None:
-    """The node at a place; of a group its first one. None for the input."""
+def _node_at(nodes: Sequence[Node | Group], at: str) -> Node | None:
+    """Return the node at a place, for a group its first node; None for the input."""
     if at == "input":
         return None
     first, *rest = map(int, at.split("."))
-    found = nodes[first]
+    node = nodes[first]
     for index in rest:
-        if isinstance(found, Group):
-            found = found.children[index]
-    while isinstance(found, Group):
-        found = found.children[0]
-    return found
+        if isinstance(node, Group):
+            node = node.children[index]
+    while isinstance(node, Group):
+        node = node.children[0]
+    return node
 
 
 def _location(node: Node | None) -> dict[str, Any] | None:
-    """The file and line of a node's function."""
+    """Return the file and line of a node's function."""
     func: Any = None if node is None else node.func
     while isinstance(func, functools.partial):
         func = func.func
@@ -121,7 +127,7 @@ def _location(node: Node | None) -> dict[str, Any] | None:
 
 
 def _artifact(path: Path) -> dict[str, str]:
-    """Relative to where the command is called, if it is there: that is what reviews find their files by."""
+    """Return the path relative to the current directory, if it is below it: reviews look files up by that."""
     try:
         relative = path.relative_to(Path.cwd())
     except ValueError:

@@ -1,4 +1,4 @@
-"""--db: which store, opened so that every way in which that fails is one message."""
+"""--db: the store of a command; every failure to open it is one message."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ from stroma.cli.errors import Code, Problem, command
 from stroma.cli.formatting import ago
 from stroma.cli.output import err
 
-__all__ = ["Database", "Keeper", "db_option"]
+__all__ = ["Database", "RunSource", "db_option"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-#: What may be a password: from the first colon of "user:password@host" on, and whatever an option calls one.
+#: Passwords: the part after the first colon of "user:password@host", and options with such names.
 _USER: Final = re.compile(r"(?<=://)([^:@]*):.+@", re.DOTALL)
 _SECRET: Final = re.compile("passw(or)?d|pwd|passphrase|token|secret|api_?key", re.IGNORECASE)
-#: "name = value" as libpq reads it: a value may be quoted, with backslashes before quotes in it.
+#: "name = value" in the syntax of libpq: values may be quoted, with backslashes before inner quotes.
 _PAIR: Final = re.compile(r"([^\s=&?]*)(\s*=\s*)('(?:\\.|[^'\\])*(?:'|$)|[^\s&]*)", re.DOTALL)
 
 
 def db_option(func: F) -> F:
-    """The option that every command with a store has."""
+    """Add --db to a command."""
     return click.option(
         "--db",
         envvar="STROMA_DB",
         metavar="PATH_OR_URL",
-        help="The store: a SQLite file, or a URL (postgresql://, redis://).  [env: STROMA_DB; default: runs.db in your data directory]",
+        help="Store: a SQLite file or a URL (postgresql://, redis://).  [env: STROMA_DB; default: runs.db in your data directory]",
     )(func)
 
 
-def masked(given: str) -> str:
-    """A path or URL without its passwords, whatever form they have."""
-    if "://" not in given:
-        return _PAIR.sub(lambda pair: f"{pair[1]}{pair[2]}***" if _is_secret(pair[1]) else pair[0], given)
-    if not given.startswith(("sqlite:", "memory:")):
-        given = _USER.sub(r"\1:***@", given)
-    address, mark, query = given.partition("?")
+def mask_passwords(address: str) -> str:
+    """Return a path or URL with each password replaced by ***."""
+    if "://" not in address:
+        return _PAIR.sub(lambda pair: f"{pair[1]}{pair[2]}***" if _is_secret(pair[1]) else pair[0], address)
+    if not address.startswith(("sqlite:", "memory:")):
+        address = _USER.sub(r"\1:***@", address)
+    address, mark, query = address.partition("?")
     options = [option.partition("=") for option in query.split("&")]
-    shown = "&".join(
+    masked_address = "&".join(
         f"{name}=***" if _is_secret(name) else f"{name}{sep}{value}" for name, sep, value in options
     )
-    return f"{address}{mark}{shown}"
+    return f"{address}{mark}{masked_address}"
 
 
 def _is_secret(name: str) -> bool:
@@ -66,10 +66,10 @@ def _is_secret(name: str) -> bool:
 
 
 def data_directory() -> Path:
-    """Where this user's programs keep data, by the conventions of the platform."""
-    given = os.environ.get("XDG_DATA_HOME", "")
-    if os.path.isabs(given):
-        return Path(given, "stroma")
+    """Return the data directory of this user, by the conventions of the platform."""
+    address = os.environ.get("XDG_DATA_HOME", "")
+    if os.path.isabs(address):
+        return Path(address, "stroma")
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local", "stroma")
     if sys.platform == "darwin":
@@ -77,26 +77,26 @@ def data_directory() -> Path:
     return Path.home() / ".local" / "share" / "stroma"
 
 
-class Keeper(Protocol):
-    """Where runs are kept, in words, and the commands that find them there."""
+class RunSource(Protocol):
+    """A place where runs are stored: its name, and commands that address it."""
 
     @property
     def name(self) -> str: ...
     @property
-    def keeps(self) -> bool: ...
+    def is_durable(self) -> bool: ...
     def command(self, name: str, *arguments: str, options: Sequence[str] = ()) -> str: ...
     def hint(self, name: str, *arguments: str, options: Sequence[str] = ()) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Database:
-    """The store that a command was given.
+    """Store of a command.
 
     Attributes:
-        name: as messages show it, without a password.
-        words: the option to repeat in a command that shall find the same store; none if it holds a password.
-        is_default: nothing was given.
-        is_secret: the option holds a password, and so is not shown.
+        name: name for messages, without a password.
+        words: option that selects the same store in another command; empty if it holds a password.
+        is_default: no store was named.
+        is_secret: the option holds a password and is not printed.
     """
 
     name: str
@@ -106,85 +106,87 @@ class Database:
     is_secret: bool = False
 
     @classmethod
-    def choose(cls, given: str | None, *, quiet: bool = False) -> Database:
-        """The store of --db, of STROMA_DB, or the default one. Nothing is opened yet. Raises Problem.
+    def from_option(cls, address: str | None, *, quiet: bool = False) -> Database:
+        """Return the store of --db, of STROMA_DB, or the default one, without opening it. Raises Problem.
 
-        Warns of a file that others can write to, unless ``quiet``.
+        Warns about a file that others can write to, unless ``quiet``.
         """
-        database = cls._chosen(given)
-        problem = None if quiet else database.written_by_others()
+        database = cls._open(address)
+        problem = None if quiet else database.find_write_risk()
         if problem is not None:
             err.line(("warning: ", "yellow"), "; ".join(problem))
         return database
 
-    def written_by_others(self) -> tuple[str, str] | None:
-        """Return what is wrong with who may write to the file of the store, and the fix; None if nothing is."""
+    def find_write_risk(self) -> tuple[str, str] | None:
+        """Return the problem and its fix if other users can write to the file of the store, else None."""
         if not isinstance(self.store, SQLiteStore) or not hasattr(os, "geteuid"):
             return None
         try:
-            found = os.stat(self.store.path)
+            run_ids = os.stat(self.store.path)
         except OSError:
             return None
         fix = f"chmod go-w {shlex.quote(self.store.path)}"
-        if found.st_mode & 0o022:
-            return f"{self.name} can be written by other users, who can change what runs go on with", fix
-        if found.st_uid not in (0, os.geteuid()):
+        if run_ids.st_mode & 0o022:
+            return f"{self.name} can be written by other users, who could change stored states", fix
+        if run_ids.st_uid not in (0, os.geteuid()):
             return (
-                f"{self.name} belongs to another user, who can change what runs go on with",
-                "use one of your own",
+                f"{self.name} belongs to another user, who could change stored states",
+                "use a store of your own",
             )
         return None
 
     @classmethod
-    def _chosen(cls, given: str | None) -> Database:
-        if not given:
+    def _open(cls, address: str | None) -> Database:
+        if not address:
             try:
                 path = data_directory() / "runs.db"
-            except RuntimeError as error:  # No home directory.
+            except RuntimeError as error:
                 raise Problem(
-                    f"there is no place for the store: {error}", "name one: --db FILE", code=Code.ENVIRONMENT
+                    f"no directory for the store: {error}", "name a store: --db FILE", code=Code.ENVIRONMENT
                 ) from None
             return cls(str(path), (), True, SQLiteStore(path))
-        shown = masked(given)
-        secret = shown != given
+        masked_address = mask_passwords(address)
+        is_secret = masked_address != address
         try:
-            store = open_store(given)
+            store = open_store(address)
         except ValueError as error:
             why = str(error)
-            if secret:  # The message may quote a part of the password.
-                why = "this is no address of a store; in a password, write @ as %40, / as %2F and : as %3A"
-            raise Problem(f"--db {clean(shown)}: {why}", code=Code.USAGE) from (None if secret else error)
+            if is_secret:  # The message may quote a part of the password.
+                why = "not the address of a store; in a password, write @ as %40, / as %2F and : as %3A"
+            raise Problem(f"--db {clean(masked_address)}: {why}", code=Code.USAGE) from (
+                None if is_secret else error
+            )
         except ImportError as error:
-            raise Problem(f"--db {clean(shown)}: {error}", code=Code.ENVIRONMENT) from error
+            raise Problem(f"--db {clean(masked_address)}: {error}", code=Code.ENVIRONMENT) from error
         if isinstance(store, SQLiteStore) and os.path.isdir(store.path):
-            raise Problem(f"--db {shown} is a directory", "name a file in it", code=Code.ENVIRONMENT)
+            raise Problem(f"--db {masked_address} is a directory", "name a file in it", code=Code.ENVIRONMENT)
         context = click.get_current_context(silent=True)
         source = None if context is None else context.get_parameter_source("db")
         if source is click.core.ParameterSource.ENVIRONMENT:
-            return cls(shown, (), False, store)
-        return cls(shown, () if secret else ("--db", given), False, store, secret)
+            return cls(masked_address, (), False, store)
+        return cls(masked_address, () if is_secret else ("--db", address), False, store, is_secret)
 
     def command(self, name: str, *arguments: str, options: Sequence[str] = ()) -> str:
-        """A command line of ours that finds the same store, but for an option with a password."""
+        """Return a stroma command line for the same store; an option with a password is left out."""
         return command(name, *arguments, options=(*options, *self.words))
 
     def hint(self, name: str, *arguments: str, options: Sequence[str] = ()) -> str:
-        """The same for a person, who is told what is missing."""
+        """Return the command line for a person, with a note about a missing --db."""
         line = self.command(name, *arguments, options=options)
         return f"{line}  (with the same --db)" if self.is_secret else line
 
     @property
-    def keeps(self) -> bool:
-        """Whether another process can find what this one stores."""
+    def is_durable(self) -> bool:
+        """Return True if other processes can read what this one stores."""
         return isinstance(self.store, AsyncStates)
 
     async def close(self) -> None:
-        """Write what is queued, and disconnect."""
+        """Flush queued writes and disconnect."""
         if isinstance(self.store, AsyncStates):
             await self.store.aclose()
 
     def prepare(self) -> None:
-        """Make the directory of the default store, readable by nobody else."""
+        """Create the directory of the default store, readable only by its owner."""
         if not self.is_default:
             return
         missing = [path for path in Path(self.name).parents if not path.exists()]
@@ -193,21 +195,21 @@ class Database:
                 path.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise Problem(
-                f"the directory of the store cannot be made: {error.strerror}: {error.filename}",
-                "make it, or name another store: --db FILE, or STROMA_DB=FILE",
+                f"cannot create the directory of the store: {error.strerror}: {error.filename}",
+                "create it, or name another store: --db FILE, or STROMA_DB=FILE",
                 code=Code.ENVIRONMENT,
             ) from error
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
-        """What the store raises ends the command with its own words, which say what to do."""
+    def explain_errors(self) -> Iterator[None]:
+        """Turn a StoreError into a Problem with its message."""
         try:
             yield
         except StoreError as error:
             raise self.problem(error) from error
 
     def problem(self, error: StoreError, *more: str) -> Problem:
-        """A StoreError as the end of a command."""
+        """Return the Problem for a StoreError."""
         code = Code.ENVIRONMENT
         if isinstance(error, CheckpointNotFound):
             code = Code.NOT_FOUND
@@ -219,47 +221,47 @@ class Database:
 
     @property
     def reader(self) -> AsyncStates:
-        """The store, to read runs from. Raises Problem if there is none."""
+        """The store for reading. Raises Problem if it does not exist."""
         if not isinstance(self.store, AsyncStates):
             raise Problem(
-                f"{self.name} keeps nothing once its process has ended",
-                "name a store that lasts: --db FILE",
+                f"{self.name} is lost when its process ends",
+                "name a durable store: --db FILE",
                 code=Code.USAGE,
             )
         if self._is_missing and not self.is_default:
             raise Problem(
-                f"there is no store {self.name}",
-                f"check --db, or begin one: {self.hint('run', 'FILE.py:NAME')}",
+                f"store {self.name} does not exist",
+                f"check --db, or create it: {self.hint('run', 'FILE.py:NAME')}",
                 code=Code.NOT_FOUND,
             )
         return self.store
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was ever run with the default store."""
+        """Return True if the default store does not exist yet."""
         return self.is_default and self._is_missing
 
     @property
     def _is_missing(self) -> bool:
-        # A file may not be there; a server is, or cannot be reached.
+        # Only a file can be missing.
         return isinstance(self.store, SQLiteStore) and not os.path.exists(self.store.path)
 
     def find(self, run: str) -> RunRecord:
-        """The one run that an id, its beginning, or "last" names. Raises Problem."""
+        """Return the run that an id, a prefix of one, or "last" names. Raises Problem."""
         store = self.reader
-        with self.explained():
+        with self.explain_errors():
             try:
-                found = [] if self.is_empty else store.find_run(run)
-                records = [record for run_id in found if (record := store.get_run(run_id)) is not None]
-            except ValueError as error:  # No text that an id can be.
+                run_ids = [] if self.is_empty else store.find_run(run)
+                records = [record for run_id in run_ids if (record := store.get_run(run_id)) is not None]
+            except ValueError as error:  # Not a valid id.
                 raise Problem(str(error), code=Code.USAGE) from None
         if len(records) == 1:
             return records[0]
         if not records:
-            what = "there is no run yet" if run == "last" else f"there is no run whose id begins with {run!r}"
+            what = "no runs" if run == "last" else f"no run whose id begins with {run!r}"
             raise Problem(
                 f"{what} in {self.name}",
-                f"see which there are: {self.hint('runs')}",
+                f"list the runs: {self.hint('runs')}",
                 code=Code.NOT_FOUND,
             )
         lines = [
@@ -267,17 +269,17 @@ class Database:
             for r in records
         ]
         raise Problem(
-            f"{run!r} begins the ids of {len(records)}{' or more' if len(records) >= 20 else ''} runs; give more of the one you mean", *lines, code=Code.USAGE
+            f"{run!r} is a prefix of {len(records)}{' or more' if len(records) >= 20 else ''} run ids; pass more characters", *lines, code=Code.USAGE
         )  # fmt: skip
 
-    def known(self, run_id: str) -> RunRecord | None:
-        """The run with exactly this id, if the store has it already."""
+    def get_run(self, run_id: str) -> RunRecord | None:
+        """Return the run with exactly this id; None if the store has none."""
         if not isinstance(self.store, AsyncStates) or self._is_missing:
             return None
-        with self.explained():
+        with self.explain_errors():
             return self.store.get_run(run_id)
 
     def waiting(self, run_id: str) -> list[Waiting]:
-        """What nodes of a run wait for, or waited for. Raises Problem."""
-        with self.explained():
+        """Return answered and pending questions of a run. Raises Problem."""
+        with self.explain_errors():
             return self.store.waiting(run_id)

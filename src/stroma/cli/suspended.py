@@ -1,4 +1,4 @@
-"""What suspended runs wait for: as data, in words, and as the command that answers."""
+"""Pending questions of suspended runs: JSON data, text, and the commands that answer them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from stroma.checkpoint.manager import resolve_schema
 from stroma.checkpoint.protocols import Waiting
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import example
-from stroma.cli.stores import Keeper
+from stroma.cli.stores import RunSource
 
-__all__ = ["approve_hint", "asked", "find_schema", "open_ones", "waiting_data", "where"]
+__all__ = ["answer_type", "approve_hint", "find_schema", "place_text", "unanswered", "waiting_data"]
 
 
-def open_ones(waiting: Sequence[Waiting]) -> list[Waiting]:
-    """Those without an answer."""
+def unanswered(waiting: Sequence[Waiting]) -> list[Waiting]:
+    """Return the questions without an answer."""
     return [one for one in waiting if one.payload is None]
 
 
 def waiting_data(one: Waiting) -> dict[str, Any]:
-    """A node that waits, as the JSON schemas show it."""
+    """Return a question in the form of the JSON schemas."""
     return {
         "position": one.position,
         "branch": one.branch,
@@ -36,23 +36,22 @@ def waiting_data(one: Waiting) -> dict[str, Any]:
     }
 
 
-def where(one: Waiting) -> str:
-    """The node that waits, and its place in the run."""
+def place_text(one: Waiting) -> str:
+    """Describe the waiting node and its position in the run."""
     at = f"{one.position}.{one.branch}" if one.branch else str(one.position)
     return f"node {clean(one.node_id, 100)!r} (at {at})"
 
 
-def asked(one: Waiting) -> str:
-    """What an answer must be."""
+def answer_type(one: Waiting) -> str:
+    """Return the name of the class that an answer must satisfy."""
     name = one.schema_ref.partition(":")[2]
     return clean(name, 100) if name else "any JSON"
 
 
 def find_schema(one: Waiting, module: ModuleType | None = None) -> type[BaseModel] | None:
-    """The class that a node asked for, among what is imported; nothing is imported for it.
+    """Return the class that a node requires, if it is imported already.
 
-    ``module``: looked into where the class is not found by its full name: a program that ran as ``__main__`` recorded
-    that, and a file may be known by another name in this process.
+    ``module``: searched if the recorded module name does not resolve, as for a program that ran as ``__main__``.
     """
     recorded, _, name = one.schema_ref.partition(":")
     places = [] if recorded == "__main__" else [recorded]
@@ -66,9 +65,9 @@ def find_schema(one: Waiting, module: ModuleType | None = None) -> type[BaseMode
 
 
 def approve_hint(
-    db: Keeper, run_id: str, target: str, waiting: Sequence[Waiting], *, limit: int = 5
+    db: RunSource, run_id: str, target: str, waiting: Sequence[Waiting], *, limit: int = 5
 ) -> list[str]:
-    """The commands that answer, one for each node that waits."""
+    """Return one command per question that answers it."""
     lines = []
     for one in waiting[:limit]:
         model = find_schema(one) if one.schema_ref else None

@@ -1,4 +1,4 @@
-"""The runs of a cluster as those of a store are shown."""
+"""Runs on Temporal in the form of stored runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from stroma.checkpoint.history import in_order
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
-from stroma.cli.temporal import Cluster
+from stroma.cli.temporal import TemporalCluster
 from stroma.failures.failure import text_of
 from stroma.trace.events import TraceEvent
 from stroma.trace.result import ExecutionResult
@@ -18,35 +18,35 @@ from stroma.trace.result import ExecutionResult
 if TYPE_CHECKING:
     from temporalio.client import Client, WorkflowExecution
 
-__all__ = ["look_at", "record_of", "runs_there"]
+__all__ = ["list_runs", "read_run", "record_of"]
 
-#: Runs that are asked at the same time.
-_AT_ONCE: Final = 10
-#: So many more are looked at than are shown, where not all match.
-_LOOKED_AT: Final = 10
-_HOLDER: Final = "the workers of its task queue"
+#: Queries at the same time.
+_MAX_QUERIES: Final = 10
+#: Runs to read per run to show, with a filter that the server does not have.
+_SCAN_FACTOR: Final = 10
+_OWNER: Final = "the workers of its task queue"
 
 
-def runs_there(cluster: Cluster, query: RunQuery, limit: int) -> list[RunRecord]:
-    """Runs of a cluster, the newest first. Raises Problem."""
+def list_runs(cluster: TemporalCluster, query: RunQuery, limit: int) -> list[RunRecord]:
+    """Return runs on Temporal, newest first. Raises Problem."""
 
-    async def look() -> list[RunRecord]:
+    async def read() -> list[RunRecord]:
         client = await cluster.connect()
         where = []
         if query.since_ms is not None:
             where.append(f"StartTime >= '{datetime.fromtimestamp(query.since_ms / 1000, UTC).isoformat()}'")
         narrowed = bool(query.statuses or query.pipeline)
-        found = await cluster.list(client, limit=limit * (_LOOKED_AT if narrowed else 1), where=where)
-        turn = asyncio.Semaphore(_AT_ONCE)
+        executions = await cluster.list(client, limit=limit * (_SCAN_FACTOR if narrowed else 1), where=where)
+        turn = asyncio.Semaphore(_MAX_QUERIES)
 
         async def one(execution: WorkflowExecution) -> RunRecord:
             async with turn:
                 return await record_of(cluster, client, execution)
 
-        records = await asyncio.gather(*[one(execution) for execution in found])
+        records = await asyncio.gather(*[one(execution) for execution in executions])
         return [record for record in records if _matches(record, query)][:limit]
 
-    return cluster.run(look())
+    return cluster.run(read())
 
 
 def _matches(record: RunRecord, query: RunQuery) -> bool:
@@ -56,30 +56,30 @@ def _matches(record: RunRecord, query: RunQuery) -> bool:
     )
 
 
-def look_at(cluster: Cluster, run: str) -> tuple[RunRecord, list[AttemptRecord], list[Waiting]]:
-    """One run, as far as it is. Raises Problem."""
+def read_run(cluster: TemporalCluster, run: str) -> tuple[RunRecord, list[AttemptRecord], list[Waiting]]:
+    """Return a run, its attempts so far, and its pending questions. Raises Problem."""
 
-    async def look() -> tuple[RunRecord, list[AttemptRecord], list[Waiting]]:
+    async def read() -> tuple[RunRecord, list[AttemptRecord], list[Waiting]]:
         client = await cluster.connect()
         execution = await cluster.find(client, run)
         runner = cluster.runner(client)
-        result = await cluster.answer(runner.trace([], execution.id))
+        result = await cluster.query(runner.trace([], execution.id))
         record = await _record(execution, result)
         attempts = in_order(_attempt(event) for event in result.trace.walk())
-        return record, attempts, await cluster.answer(runner.waiting(execution.id))
+        return record, attempts, await cluster.query(runner.waiting(execution.id))
 
-    return cluster.run(look())
+    return cluster.run(read())
 
 
-async def record_of(cluster: Cluster, client: Client, execution: WorkflowExecution) -> RunRecord:
-    """A run as a store would list it; one of which no worker tells has no figures."""
+async def record_of(cluster: TemporalCluster, client: Client, execution: WorkflowExecution) -> RunRecord:
+    """Return a run in the form of a stored one, without figures if no worker answers."""
     from temporalio.service import RPCError
 
     result: ExecutionResult | None = None
     try:
-        result = await cluster.answer(cluster.runner(client).trace([], execution.id))
+        result = await cluster.query(cluster.runner(client).trace([], execution.id))
     except (TimeoutError, RPCError):
-        pass  # It is listed all the same.
+        pass  # Listed without figures.
     return await _record(execution, result)
 
 
@@ -90,7 +90,7 @@ async def _record(execution: WorkflowExecution, result: ExecutionResult | None) 
     is_open = execution.status is WorkflowExecutionStatus.RUNNING
     updated = execution.close_time or datetime.now(UTC)
     status = "RUNNING" if is_open else execution.status.name if execution.status is not None else "?"
-    error = "no worker of its task queue tells more" if result is None else None
+    error = "no worker of its task queue answers" if result is None else None
     if result is not None:
         status = "RUNNING" if is_open and result.status == "INTERRUPTED" else result.status.value
         error = text_of(result.failure) if result.failure is not None else "; ".join(result.suspended) or None
@@ -110,7 +110,7 @@ async def _record(execution: WorkflowExecution, result: ExecutionResult | None) 
         0.0 if result is None else result.total_cost_usd,
         0 if result is None else sum(event.output_state is not None for event in result.trace),
         error,
-        _HOLDER if status == "RUNNING" else None,
+        _OWNER if status == "RUNNING" else None,
     )
 
 

@@ -1,15 +1,15 @@
-"""Exceptions of the user's code in a few lines."""
+"""Short descriptions of exceptions in user code."""
 
 from __future__ import annotations
 
 from stroma._utils.text import clean
 from stroma.failures.tracebacks import frames_of
 
-__all__ = ["last_frame", "said"]
+__all__ = ["describe_error", "last_frame"]
 
 
-def said(error: BaseException) -> str:
-    """The type and message of an exception, whatever its ``str()`` does."""
+def describe_error(error: BaseException) -> str:
+    """Return type and message of an exception; never raises, whatever its ``str()`` does."""
     name = type(error).__name__
     try:
         text = str(error.msg) if isinstance(error, SyntaxError) else str(error)
@@ -19,9 +19,9 @@ def said(error: BaseException) -> str:
 
 
 def last_frame(error: BaseException, *, of_any: bool = True) -> list[str]:
-    """The last line of the user's own code in a traceback, as Python shows it.
+    """Return the last frame of user code in a traceback, in the form of Python.
 
-    If there is none: the last line of any code but ours, unless ``of_any`` is false.
+    Without such a frame, the last one outside of stroma; none if ``of_any`` is false.
     """
     if isinstance(error, SyntaxError) and error.filename:
         lines = [f'File "{error.filename}", line {error.lineno}']

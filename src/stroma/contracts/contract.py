@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, Type
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from stroma._utils.models import Deferred
+from stroma._utils.models import LazyModel
 from stroma.contracts.schema import schema_of
 
 __all__ = [
@@ -49,8 +49,8 @@ def check_id(value: str, what: str) -> str:
     return value
 
 
-class NodeContract(Deferred, Generic[In, Out]):
-    """What a node promises: input that satisfies ``input_schema`` becomes output that satisfies ``output_schema``.
+class NodeContract(LazyModel, Generic[In, Out]):
+    """The contract of a node: input that satisfies ``input_schema`` becomes output that satisfies ``output_schema``.
 
     ``upcast`` makes what an earlier ``output_schema`` recorded (plain data: a dict of its fields) into what the present
     one accepts; a resume asks it when they differ.
@@ -117,7 +117,7 @@ class ContractViolation(Exception):
         return type(self), self.args, kept
 
     def as_prompt(self, *, max_chars: int = 2000) -> str:
-        """What is wrong, as a text for the model whose answer it was, of at most ``max_chars`` characters.
+        """Return the errors as a text of at most ``max_chars`` characters for the model that produced the output.
 
         It says of each field what is wrong, what came, and what is expected, in a compact form of the schema. What the
         schema declares as a secret (``SecretStr``) is masked.
@@ -142,7 +142,7 @@ def as_violation(
     error: BaseException,
     schema: type[BaseModel] | None = None,
 ) -> ContractViolation:
-    """The ContractViolation for what a validator raised."""
+    """Return the ContractViolation for an exception that a validator raised."""
     if isinstance(error, ValidationError):
         errors: list[Any] = list(error.errors(include_url=False))
     else:  # A validator may raise anything at all.
@@ -234,11 +234,11 @@ class ContractRegistry:
 
     @property
     def ids(self) -> set[str]:
-        """The node ids that have a contract."""
+        """Return the node ids that have a contract."""
         return set(self._contracts)
 
     def get(self, node_id: str) -> NodeContract[Any, Any]:
-        """The contract of a node; raises KeyError."""
+        """Return the contract of a node. Raises KeyError."""
         try:
             return self._contracts[node_id]
         except KeyError:
@@ -247,7 +247,7 @@ class ContractRegistry:
             ) from None
 
     def find(self, node_id: str) -> NodeContract[Any, Any] | None:
-        """The contract of a node, or None."""
+        """Return the contract of a node, or None."""
         return self._contracts.get(node_id)
 
     def validate_input(self, node_id: str, raw: dict[str, Any]) -> BaseModel:

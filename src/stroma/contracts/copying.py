@@ -1,4 +1,7 @@
-"""Values in general, whatever schema they belong to: walking through them, copying them, telling their classes."""
+"""Copies of values of any schema: models built without validation, deep copies, and pickles of plain data.
+
+Must not import the schema module: all that depends on the class of a model is passed in.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +18,41 @@ import pickle
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from pydantic import BaseModel, SecretBytes, SecretStr
 
-from stroma.contracts.core_schema import nodes_of, restless
+from stroma.contracts.core_schema import may_change_on_revalidation, nodes_of
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 __all__ = [
-    "Packed",
     "classes_in",
-    "holds_record",
+    "construct",
+    "copy_containers",
+    "has_record",
     "is_record",
+    "is_small_dict_of_atoms",
     "isolate",
-    "pack",
-    "pack_atoms",
+    "pickle_atoms",
+    "pickle_data",
     "renew_dataclass",
-    "walk",
-    "with_records",
+    "replace_records",
+    "replicate",
+    "set_extra",
+    "set_fields",
+    "unpickle_data",
 ]
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+# The descriptors of a model's slots: half the time of object.__setattr__, which checks the frozen setting of the class.
+_set_values: Final[Any] = BaseModel.__dict__["__dict__"].__set__
+_set_fields_set: Final[Any] = BaseModel.__dict__["__pydantic_fields_set__"].__set__
+_set_extra: Final[Any] = BaseModel.__dict__["__pydantic_extra__"].__set__
+_set_private: Final[Any] = BaseModel.__dict__["__pydantic_private__"].__set__
+_NO_UPDATE: Final[Mapping[str, Any]] = {}
 
 _ATOMS: Final = frozenset(
     {
@@ -62,151 +79,188 @@ _ATOMS: Final = frozenset(
 )
 
 
+#: The largest dict whose entries are examined one by one: for a larger one, a pickle takes no longer.
+_SMALL_DICT: Final = 16
+_CONTAINERS: Final = frozenset({dict, list, tuple, set, frozenset})
+
+
+# ---------------------------------------------------------------------- models without validation
+
+
+def construct(cls: type[ModelT], values: dict[str, Any], fields_set: set[str]) -> ModelT:
+    """Return a new model that holds ``values`` as they are, with neither extra nor private values."""
+    model: ModelT = object.__new__(cls)
+    if cls.__pydantic_root_model__:
+        _set_values(model, values)
+        _set_fields_set(model, fields_set)
+    else:
+        set_fields(model, values, fields_set)
+    return model
+
+
+def replicate(model: ModelT, update: Mapping[str, Any] = _NO_UPDATE) -> ModelT:
+    """Return a shallow copy with some values changed.
+
+    A class may override ``model_copy`` with one that changes more, so that is not called.
+    """
+    twin: ModelT = object.__new__(model.__class__)
+    extra = model.__pydantic_extra__
+    if extra is None:
+        _set_values(twin, {**model.__dict__, **update})
+    else:
+        _set_values(twin, model.__dict__ | {k: v for k, v in update.items() if k not in extra})
+    _set_fields_set(twin, model.__pydantic_fields_set__.copy())
+    if not model.__pydantic_root_model__:
+        _set_extra(twin, None if extra is None else {k: update.get(k, v) for k, v in extra.items()})
+        private = model.__pydantic_private__
+        _set_private(twin, None if private is None else private.copy())
+    return twin
+
+
+def set_fields(model: BaseModel, values: dict[str, Any], fields_set: set[str]) -> None:
+    """Set the values of a new model, unvalidated. ``fields_set``: the fields that were not left to their defaults."""
+    _set_values(model, values)
+    _set_fields_set(model, fields_set)
+    _set_extra(model, None)
+    _set_private(model, None)
+
+
+def set_extra(model: BaseModel, extra: dict[str, Any]) -> None:
+    """Set the values of unknown names."""
+    _set_extra(model, extra)
+
+
+# ---------------------------------------------------------------------- copies
+
+
 def is_record(value: Any) -> bool:
-    """Whether it is a model or a dataclass: what has fields."""
+    """Return True for an instance with fields: a model or a dataclass."""
     return isinstance(value, BaseModel) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
 
 
-def walk(value: Any, record: Callable[[Any], Any]) -> Any:
-    """A copy in containers of its own, in which ``record`` says what becomes of each model and dataclass."""
-    kind = type(value)
-    if kind in _ATOMS:
-        return value
-    if kind is list:
-        return [walk(v, record) for v in value]
-    if kind is dict:
-        return {k: walk(v, record) for k, v in value.items()}
-    if kind is tuple or kind is set or kind is frozenset:
-        if kind is not tuple and not all(type(v) in _ATOMS for v in value):
-            return isolate(value)  # A dict cannot stand in a set.
-        return kind(walk(v, record) for v in value)
-    return record(value) if is_record(value) else isolate(value)
-
-
-def holds_record(value: Any) -> bool:
-    """Whether there is a model or a dataclass in a list, tuple or dict, however deep."""
+def has_record(value: Any) -> bool:
+    """Return True if there is a model or a dataclass in a list, tuple or dict, at any depth."""
     try:
-        return _holds_record(value)
-    except RecursionError:  # It contains itself; whoever validates it says so better.
+        return _has_record(value)
+    except RecursionError:  # It contains itself; validation reports that better.
         return False
 
 
-def _holds_record(value: Any) -> bool:
+def _has_record(value: Any) -> bool:
     for item in value.values() if type(value) is dict else value:
         kind = type(item)
         if kind in _ATOMS:
             continue
         if kind is dict or kind is list or kind is tuple:
-            if _holds_record(item):
+            if _has_record(item):
                 return True
         elif is_record(item):
             return True
     return False
 
 
-def with_records(value: Any, record: Callable[[Any], Any]) -> Any:
-    """Like walk(), but that all else stays the very object."""
+def copy_containers(value: Any, convert: Callable[[Any], Any]) -> Any:
+    """Return a copy in new containers, with ``convert`` called on each model and dataclass."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if kind is list:
+        return [copy_containers(v, convert) for v in value]
+    if kind is dict:
+        return {k: copy_containers(v, convert) for k, v in value.items()}
+    if kind is tuple or kind is set or kind is frozenset:
+        if kind is not tuple and not all(type(v) in _ATOMS for v in value):
+            return isolate(value)  # A set cannot hold the dict that a record may become.
+        return kind(copy_containers(v, convert) for v in value)
+    return convert(value) if is_record(value) else isolate(value)
+
+
+def replace_records(value: Any, convert: Callable[[Any], Any]) -> Any:
+    """Return a value with ``convert`` called on each model and dataclass; all other leaves stay the same objects."""
     kind = type(value)
     if kind is dict:
-        return {k: with_records(v, record) for k, v in value.items()}
+        return {k: replace_records(v, convert) for k, v in value.items()}
     if kind is list or kind is tuple:
-        return kind(with_records(v, record) for v in value)
-    return record(value) if is_record(value) else value
+        return kind(replace_records(v, convert) for v in value)
+    return convert(value) if is_record(value) else value
 
 
 def isolate(value: Any) -> Any:
-    """A deep copy where one can be made; what cannot be copied (a lock, a client) is shared."""
+    """Return a deep copy; an object that cannot be copied (a lock, a client) is shared."""
     kind = type(value)
     if kind in _ATOMS or isinstance(value, enum.Enum):
         return value
     if kind in _CONTAINERS:
-        packed = pack(value)
-        if packed is not None:
-            return packed.open()
+        data = pickle_data(value)
+        if data is not None:
+            return unpickle_data(data)
     try:
         return copy.deepcopy(value)
     except Exception:
         return value
 
 
-_CONTAINERS: Final = frozenset({dict, list, tuple, set, frozenset})
+# ---------------------------------------------------------------------- pickles of plain data
 
 
-class Packed:
-    """A value of plain data in a form that nothing can change; several times faster than a copy in Python."""
-
-    __slots__ = ("_data",)
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    @property
-    def size(self) -> int:
-        """About how many bytes it takes."""
-        return len(self._data)
-
-    def open(self) -> Any:
-        """The value, made anew on each call."""
-        return pickle.loads(self._data)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Packed):
-            return NotImplemented
-        return self._data == other._data or bool(self.open() == other.open())
-
-
-class _Packer(pickle.Pickler):
-    """Knows plain data only: what a class of the user's says of copies must be asked of the class."""
+class _DataPickler(pickle.Pickler):
+    """Pickles plain data only: how an instance of a user's class is copied is decided by that class."""
 
     def reducer_override(self, value: Any) -> Any:
-        # Asked for all but the containers and atoms that pickle knows itself; an atom's class makes it again.
+        # Called for all but the containers and atoms that pickle itself knows. An atom is rebuilt by its class.
         if type(value) in _ATOMS or (isinstance(value, type) and value in _ATOMS):
             return NotImplemented
         raise pickle.PicklingError
 
 
-def pack(value: Any) -> Packed | None:
-    """A value as plain data, packed; None if there is anything else in it, or it contains itself."""
-    if type(value) is dict and are_atoms(value.get("root") if len(value) == 1 and "root" in value else value):
-        return pack_atoms(value)
+def pickle_data(value: Any) -> bytes | None:
+    """Return a pickle of plain data; None if the value holds anything else, or contains itself."""
+    if type(value) is dict and is_small_dict_of_atoms(
+        value.get("root") if len(value) == 1 and "root" in value else value
+    ):
+        return pickle_atoms(value)
     buffer = io.BytesIO()
-    packer = _Packer(buffer, 5)
-    # Without the memory of what it has met. It takes half the time, and plain data is a tree.
-    packer.fast = True
+    pickler = _DataPickler(buffer, 5)
+    # Plain data is a tree. Without the memo of repeated objects, pickling takes half the time.
+    pickler.fast = True
     try:
-        packer.dump(value)
+        pickler.dump(value)
     except Exception:
         return None
-    return Packed(buffer.getvalue())
+    return buffer.getvalue()
 
 
-def pack_atoms(value: Mapping[str, Any]) -> Packed:
-    """:func:`pack` for what is known to hold nothing that must be asked about."""
-    return Packed(pickle.dumps(value, 5))
+def unpickle_data(data: bytes) -> Any:
+    """Return the value of a pickle that :func:`pickle_data` made in this process, as new objects on each call."""
+    return pickle.loads(data)
 
 
-def are_atoms(value: Any) -> bool:
-    """Whether a value is a small dict of texts to atoms, which a shallow copy isolates."""
-    if type(value) is not dict or len(value) > _FEW:
+def pickle_atoms(value: Mapping[str, Any]) -> bytes:
+    """Return a pickle of a dict whose values are all known to be atoms."""
+    return pickle.dumps(value, 5)
+
+
+def is_small_dict_of_atoms(value: Any) -> bool:
+    """Return True for a small dict of texts to atoms, which a shallow copy isolates."""
+    if type(value) is not dict or len(value) > _SMALL_DICT:
         return False
-    for name, held in value.items():  # noqa: SIM110 a generator would take twice as long
-        if type(name) is not str or type(held) not in _ATOMS:
+    for name, item in value.items():  # noqa: SIM110 a generator would take twice as long
+        if type(name) is not str or type(item) not in _ATOMS:
             return False
     return True
 
 
-#: Entries that are looked at one by one, where the whole might as well be copied.
-_FEW: Final = 16
+# ---------------------------------------------------------------------- records
 
 
 def classes_in(value: Any) -> Iterator[type]:
-    """The classes of a value and of all that it holds, in an order that equal values share."""
+    """Yield the classes of a value and of all that it holds, in the same order for equal values."""
     yield type(value)
     inner: Any = ()
     if isinstance(value, BaseModel):
         fields, extra = type(value).model_fields, value.__pydantic_extra__ or {}
-        kept = [k for k, info in fields.items() if not info.exclude and k in value.__dict__]
-        inner = [*(value.__dict__[k] for k in kept), *(extra[k] for k in sorted(extra))]
+        names = [k for k, info in fields.items() if not info.exclude and k in value.__dict__]
+        inner = [*(value.__dict__[k] for k in names), *(extra[k] for k in sorted(extra))]
     elif is_record(value):
         inner = [getattr(value, f.name) for f in dataclasses.fields(value) if f.init]
     elif isinstance(value, dict):
@@ -219,15 +273,18 @@ def classes_in(value: Any) -> Iterator[type]:
         yield from classes_in(part)
 
 
-def renew_dataclass(value: Any, inner: Callable[[Any], Any]) -> Any:
-    """A dataclass made anew from its field values, ``inner`` of each. Raises pydantic's ValidationError.
+def renew_dataclass(value: Any, convert: Callable[[Any], Any]) -> Any:
+    """Return a dataclass validated again from its field values, each converted by ``convert``.
 
-    One whose fields do not say all that it holds, or that runs code of its own, is copied as it is.
+    A class that holds more than its fields, or that runs user code, is copied without validation. Raises pydantic's
+    ValidationError.
     """
     adapter = _adapter(cast("Any", type(value)))
     if adapter is None:
         return isolate(value)
-    return adapter.validate_python({f.name: inner(getattr(value, f.name)) for f in dataclasses.fields(value)})
+    return adapter.validate_python(
+        {f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -244,6 +301,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any] | None:
         nodes = list(nodes_of(adapter.core_schema))
     except Exception:  # Not every class has a schema.
         return None
-    own = any(map(restless, nodes)) or any("validation_alias" in node or node.get("strict") for node in nodes)
-    # One whose names cannot be looked up from here says nothing of its fields.
-    return None if own or not adapter.pydantic_complete else adapter
+    may_change = any(map(may_change_on_revalidation, nodes)) or any(
+        "validation_alias" in node or node.get("strict") for node in nodes
+    )
+    # A class with forward references that cannot be resolved here does not describe its fields.
+    return None if may_change or not adapter.pydantic_complete else adapter

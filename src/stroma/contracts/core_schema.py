@@ -14,23 +14,23 @@ __all__ = [
     "FLAT_LEAVES",
     "JSON_LEAVES",
     "MODELS",
-    "ambiguous",
-    "chooses",
+    "build_constant_writer",
+    "build_renewing_validator",
+    "build_validator_without",
+    "builds_instances",
+    "calls_user_code",
     "core_schema_of",
-    "decodes",
+    "decodes_text",
     "field_nodes",
-    "foreign",
+    "has_ambiguous_choices",
+    "has_callable_discriminator",
+    "is_exact_in_json",
+    "is_renewable",
     "is_strict",
-    "makes_instances",
+    "may_change_on_revalidation",
     "never_a_dict",
     "nodes_of",
-    "plain_json",
     "reachable",
-    "renewable",
-    "restless",
-    "validator_that_renews",
-    "validator_without",
-    "writer_of_constants",
 ]
 
 JSON_LEAVES: Final = frozenset({"str", "int", "bool", "none", "literal"})
@@ -81,7 +81,7 @@ _NO_SCHEMAS: Final = frozenset({"metadata", "serialization", "default", "config"
 
 
 def nodes_of(schema: Any) -> Iterator[dict[str, Any]]:
-    """Every node of a pydantic core schema, outermost first."""
+    """Yield every node of a pydantic core schema, outermost first."""
     stack = [schema]
     while stack:
         item = stack.pop()
@@ -96,8 +96,8 @@ def nodes_of(schema: Any) -> Iterator[dict[str, Any]]:
             stack.extend(item)
 
 
-def plain_json(node: dict[str, Any]) -> bool:
-    """Whether JSON keeps a literal's values, or a dict's keys, for what they are."""
+def is_exact_in_json(node: dict[str, Any]) -> bool:
+    """Return True if JSON represents the values of a literal, or the keys of a dict, exactly."""
     if node["type"] == "literal":
         return all(type(value) in (str, int, bool, type(None)) for value in node["expected"])
     return bool(node["type"] != "dict" or node.get("keys_schema", {}).get("type") == "str")
@@ -123,7 +123,7 @@ def field_nodes(core: Any, model: type[BaseModel], name: str) -> Iterator[dict[s
 
 
 def reachable(field: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> tuple[set[str], frozenset[type]]:
-    """The types of all nodes that a value of the field can meet, and the classes among them that have fields."""
+    """Return the types of all nodes that a value of the field can meet, and the classes among them that have fields."""
     kinds: set[str] = set()
     classes: set[type] = set()
     seen: set[str] = set()
@@ -143,8 +143,8 @@ def reachable(field: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> tupl
     return kinds, frozenset(classes)
 
 
-def ambiguous(node: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> bool:
-    """Whether a union may take what one of its classes was taken apart to for something else."""
+def has_ambiguous_choices(node: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> bool:
+    """Return True for a union that may take the fields of one of its classes for another choice."""
     if node["type"] != "union":
         return False
     choices = [choice[0] if isinstance(choice, tuple) else choice for choice in node["choices"]]
@@ -153,7 +153,7 @@ def ambiguous(node: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> bool:
 
 
 def never_a_dict(core: Any) -> bool:
-    """Whether the value of a root model is a list, say, or text: nothing that could be taken for fields."""
+    """Return True if the value of a root model, such as a list or text, cannot be read as fields."""
     while core["type"] in ("definitions", "model"):
         core = core["schema"]
     return core["type"] in FLAT_LEAVES | {"list", "tuple", "set", "frozenset"}
@@ -166,21 +166,21 @@ def is_strict(node: dict[str, Any]) -> bool:
 # ---------------------------------------------------------------------- validators that a value meets again
 
 
-def decodes(node: dict[str, Any]) -> bool:
-    """Whether it turns text into what the text says: its own output is no input for it."""
+def decodes_text(node: dict[str, Any]) -> bool:
+    """Return True for a node that decodes text, and so refuses its own output."""
     if node["type"] == "json":
         return True
     owner = getattr(_function(node), "__self__", None)
     return isinstance(owner, (EncodedBytes, EncodedStr))
 
 
-def chooses(node: dict[str, Any]) -> bool:
-    """Whether a function of the user's picks the class of a union: it may know instances, and not what is stored of one."""
+def has_callable_discriminator(node: dict[str, Any]) -> bool:
+    """Return True for a union whose class is chosen by user code, which may know instances only and no stored form."""
     return node["type"] == "tagged-union" and callable(node["discriminator"])
 
 
-def foreign(node: dict[str, Any]) -> bool:
-    """Whether it calls a function that is not pydantic's own: it may change a value each time it sees it."""
+def calls_user_code(node: dict[str, Any]) -> bool:
+    """Return True for a node that calls a function that is not pydantic's own: it may change a value each time."""
     function = _function(node)
     return function is not None and not str(getattr(function, "__module__", None)).startswith("pydantic.")
 
@@ -191,14 +191,14 @@ def _function(node: dict[str, Any]) -> Any:
     return None if isinstance(found, type) else found
 
 
-def restless(node: dict[str, Any]) -> bool:
-    """Whether a value that it has validated may be changed or refused by it the next time."""
+def may_change_on_revalidation(node: dict[str, Any]) -> bool:
+    """Return True for a node that may change or refuse a value that it has validated before."""
     own_code = node.get("custom_init") or node.get("post_init")
-    return bool(decodes(node) or foreign(node) or own_code or makes_instances(node))
+    return bool(decodes_text(node) or calls_user_code(node) or own_code or builds_instances(node))
 
 
-def makes_instances(node: dict[str, Any]) -> bool:
-    """Whether it calls a class of the user's with what it is given: its instances need not be that again."""
+def builds_instances(node: dict[str, Any]) -> bool:
+    """Return True for a node that calls a user class: its instances may not be valid input for that class."""
     made = node["function"].get("function") if node["type"] == "function-after" else None
     return isinstance(made, type) and made.__module__.partition(".")[0] not in _PLAIN
 
@@ -207,8 +207,8 @@ def makes_instances(node: dict[str, Any]) -> bool:
 _PLAIN: Final = frozenset({"pydantic", "pydantic_core", *sys.stdlib_module_names}) - {"__main__"}
 
 
-def validator_without(core: Any, left_out: Callable[[dict[str, Any]], bool]) -> SchemaValidator:
-    """A validator of the same schema without some of its nodes; what is inside them stays."""
+def build_validator_without(core: Any, left_out: Callable[[dict[str, Any]], bool]) -> SchemaValidator:
+    """Return a validator of the same schema without some of its nodes, but with those inside them."""
     schema = _without(core, left_out)
     try:
         # The validators that nested classes have already hold those nodes.
@@ -217,8 +217,8 @@ def validator_without(core: Any, left_out: Callable[[dict[str, Any]], bool]) -> 
         return SchemaValidator(schema)
 
 
-def validator_that_renews(core: Any) -> SchemaValidator | None:
-    """A validator of the same schema that takes no instance as it is, but validates its values and makes it anew.
+def build_renewing_validator(core: Any) -> SchemaValidator | None:
+    """Return a validator of the same schema that validates the values of each instance again and builds a new one.
 
     None if this version of pydantic cannot make one.
     """
@@ -228,7 +228,7 @@ def validator_that_renews(core: Any) -> SchemaValidator | None:
         return None
 
 
-def writer_of_constants(core: Any) -> Callable[..., bytes] | None:
+def build_constant_writer(core: Any) -> Callable[..., bytes] | None:
     """Writes JSON as the schema says, but NaN and Infinity for what they are: pydantic writes null.
 
     None if this version of pydantic cannot.
@@ -244,7 +244,7 @@ _CONSTANTS: Final = {"config": {"ser_json_inf_nan": "constants"}}
 
 
 def _with_models(item: Any, more: Mapping[str, Any]) -> Any:
-    """A copy in which the node of each model has more to it."""
+    """Return a copy in which the node of each model has more settings."""
     if type(item) is list or type(item) is tuple:
         return type(item)(_with_models(part, more) for part in item)
     if not isinstance(item, dict):
@@ -256,8 +256,8 @@ def _with_models(item: Any, more: Mapping[str, Any]) -> Any:
     return copied
 
 
-def renewable(node: dict[str, Any]) -> bool:
-    """Whether pydantic can make an instance anew from its values, and loses nothing of it."""
+def is_renewable(node: dict[str, Any]) -> bool:
+    """Return True if pydantic can build an instance again from its values without loss."""
     if node["type"] == "model":
         cls = node["cls"]
         open_to_more = cls.model_config.get("extra") == "allow"

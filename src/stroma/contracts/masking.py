@@ -21,7 +21,7 @@ _SHORTEST_SECRET: Final = 4  # characters; shorter ones would be found in half o
 
 
 class Secrets:
-    """What must not be said: fields that hold secrets, by every name they have, and the secrets that came."""
+    """The secrets of one input: secret fields by every name they have, and the secret values."""
 
     def __init__(self, schema: type[BaseModel] | None, values: list[Any]) -> None:
         self.names: set[str] = set()
@@ -102,11 +102,11 @@ class Secrets:
         return piece if len(text) <= _LONG + longest else piece[:-longest]
 
     def told_in(self, text: str) -> bool:
-        """Whether a text names a field that holds a secret, and what is in it."""
+        """Return True if a text names a field that holds a secret, followed by a value."""
         return self._telling is not None and self._telling.search(text) is not None
 
     def written(self, value: Any) -> str:
-        """A value as JSON, without its secrets."""
+        """Return a value as JSON, without its secrets."""
         try:
             text = json.dumps(self._masked(value, 0), ensure_ascii=False, default=_plain)
             return one_line(self.scrub(text)[:_SHOWN])
@@ -139,7 +139,7 @@ def _plain(value: Any) -> str:
 
 
 def _opened(value: Any) -> Any:
-    """The fields of a model or a dataclass; anything else as it is."""
+    """Return the fields of a model or a dataclass, and any other value unchanged."""
     if isinstance(value, BaseModel):
         return dict(value)
     if is_dataclass(value) and not isinstance(value, type):
@@ -148,7 +148,7 @@ def _opened(value: Any) -> Any:
 
 
 def _fields(annotation: Any) -> list[tuple[set[str], Any]]:
-    """The names and annotations of the fields of a model, dataclass or typed dict; [] for anything else."""
+    """Return the names and annotations of the fields of a model, dataclass or typed dict; [] for any other annotation."""
     if not isinstance(annotation, type):
         return []
     if issubclass(annotation, BaseModel):

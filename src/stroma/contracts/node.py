@@ -1,4 +1,4 @@
-"""What makes a function a node: the marker on the function and the frozen record behind it."""
+"""Nodes: the marker on a function and the frozen record behind it."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class Group:
 
 
 def output_class(contract: NodeContract[Any, Any] | None) -> type[BaseModel]:
-    """The class of what a node returns, by its contract."""
+    """Return the class of the output of a node, by its contract."""
     if contract is not None:
         return contract.output_schema
     from stroma.contracts.untyped import Kept
@@ -155,14 +155,14 @@ def output_class(contract: NodeContract[Any, Any] | None) -> type[BaseModel]:
 
 
 def held_by(state: Any) -> Any:
-    """What a node without a contract returned, of a Kept; any other state as it is."""
+    """Return the output of a node without a contract, unwrapped; any other state unchanged."""
     from stroma.contracts.untyped import Kept
 
     return state.root if isinstance(state, Kept) else state
 
 
 def takes_context(func: Callable[..., Any]) -> bool:
-    """Whether a function has a second positional parameter for the run's context."""
+    """Return True if a function has a second positional parameter, for the run's context."""
     try:
         parameters = inspect.signature(func).parameters.values()
     except (TypeError, ValueError):  # Some builtins have no signature.
@@ -172,14 +172,14 @@ def takes_context(func: Callable[..., Any]) -> bool:
 
 
 def gives_coroutine(func: Callable[..., Any]) -> bool:
-    """Whether a call gives a coroutine, as far as can be told without calling."""
+    """Return True if a call returns a coroutine, as far as can be decided without calling."""
     while isinstance(func, functools.partial):
         func = func.func
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
 
 
 def make_node(node_id: str, func: Callable[..., Any], contract: NodeContract[Any, Any] | None) -> Node:
-    """The record of a function as a node. Raises TypeError for what cannot be called, ValueError for a bad id."""
+    """Return the record of a function as a node. Raises TypeError if it is not callable, ValueError for an invalid id."""
     if not callable(func):
         raise TypeError(f"{func!r} cannot be a node: it is not callable")
     return Node(check_id(node_id, "node id"), func, contract, takes_context(func), gives_coroutine(func))
@@ -221,7 +221,7 @@ _FORWARDING: Final = _forward(_forward).__code__
 
 
 def find_node(obj: Any) -> Node | Group:
-    """The record of a node or group. Raises TypeError, saying how to make one, for anything else."""
+    """Return the record of a node or group. Raises TypeError for any other object."""
     node: Node | None
     try:  # getattr() with a default takes half as long again, and a run asks for each of its nodes.
         node, node_id, contract = obj._stroma_node, obj._stroma_node_id, obj._stroma_contract
@@ -267,7 +267,7 @@ stroma_step = stroma_node
 
 
 def apart_in(nodes: Sequence[Node | Group]) -> tuple[tuple[int, str], ...]:
-    """Where the items of maps stand whose outputs do not go into the state: (position, beginning of branches)."""
+    """Return the places of map items whose outputs do not enter the state: (position, beginning of branches)."""
     found: list[tuple[int, str]] = []
     for position, node in enumerate(nodes):
         if type(node) is Group:

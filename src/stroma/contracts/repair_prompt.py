@@ -35,7 +35,7 @@ _TAILS: Final = {"output": "Answer again with the whole answer, corrected, and n
 def repair_prompt(
     direction: str, errors: Sequence[Any], raw: Any, schema: type[BaseModel] | None, max_chars: int
 ) -> str:
-    """What is wrong with each field, what came there, and a compact schema of the fields concerned."""
+    """Return the errors of each field, the values received, and a compact schema of the fields concerned."""
     looked_at = errors[: max(_FEWEST, max_chars // 20)]  # No line is shorter than that.
     secrets = Secrets(schema, [raw, *(e.get("input") for e in looked_at if isinstance(e, Mapping))])
     document = _json_schema(schema)
@@ -144,7 +144,7 @@ def _json_schema(schema: type[BaseModel] | None) -> dict[str, Any] | None:
 
 
 def _branches(node: Any, defs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What a node can be, without references and unions around it."""
+    """Yield the alternatives of a node, without references and unions around them."""
     stack, seen = [node], 0
     while stack and seen < 100:
         node, seen = stack.pop(), seen + 1
@@ -160,7 +160,7 @@ def _branches(node: Any, defs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 class _Place(NamedTuple):
-    """Where an error is.
+    """The location of an error.
 
     Attributes:
         path: without the names of a union's branches.
@@ -217,7 +217,7 @@ def _follow(loc: tuple[Any, ...], document: dict[str, Any] | None) -> _Place:
 def _branch(
     part: Any, node: dict[str, Any], branches: list[dict[str, Any]], defs: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """The branch of a union that a part of a path names, by its discriminator, its class or its plain type."""
+    """Return the branch of a union that a part of a path names, by its discriminator, its class or its plain type."""
     if not isinstance(part, str) or len([b for b in branches if b.get("type") != "null"]) < 2:
         return None
     reference = node.get("discriminator", {}).get("mapping", {}).get(part)
@@ -269,7 +269,7 @@ _BOUNDS: Final = {
 
 
 def _shape(node: Any, defs: Mapping[str, Any], depth: int) -> str:
-    """A JSON schema in a line."""
+    """Return a JSON schema in one line."""
     if not isinstance(node, dict):
         return "anything"
     about = f" ({node['description']})" if isinstance(node.get("description"), str) and depth == _DEEP else ""

@@ -142,7 +142,7 @@ def _sorted(values: Iterable[Any], path: tuple[str, ...], plain: Plain) -> list[
 
 @functools.cache
 def _textual() -> tuple[type, ...]:
-    """The classes whose values are kept as their text. pydantic's URLs take long to load, and few states hold one."""
+    """Return the classes that are stored as text. pydantic's URLs take long to import, and few states hold one."""
     from pydantic import AnyUrl, PostgresDsn
 
     return (

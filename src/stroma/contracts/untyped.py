@@ -1,4 +1,4 @@
-"""What a node without a contract returns. Loaded by the first that runs: pydantic's root models are not loaded for less."""
+"""The output of nodes without a contract. Imported by the first that runs: root models of pydantic load slowly."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 from pydantic import ConfigDict, Field
 
-from stroma._utils.models import Deferred
+from stroma._utils.models import LazyModel
 
 __all__ = ["BudgetExceeded", "ExecutionBudget"]
 
@@ -53,7 +53,7 @@ _UNITS: Final[dict[str, tuple[str, str]]] = {
 LARGEST: Final = 10**30
 
 
-class ExecutionBudget(Deferred):
+class ExecutionBudget(LazyModel):
     """Limits of one run; None means no limit. Exactly at a limit is within it; 0 means spend nothing.
 
     Raises pydantic's ValidationError for a limit that it does not know: one that is misspelt would be none.
@@ -67,12 +67,12 @@ class ExecutionBudget(Deferred):
 
     @classmethod
     def unlimited(cls) -> ExecutionBudget:
-        """A budget without any limit."""
+        """Return a budget without any limit."""
         return cls()
 
 
 def limits(budget: ExecutionBudget) -> tuple[tuple[Dimension, float], ...]:
-    """The limits that are set, in the order in which they are checked."""
+    """Return the limits that are set, in the order in which they are checked."""
     found: list[tuple[Dimension, float]] = []
     if budget.max_tokens_total is not None:
         found.append(("tokens", budget.max_tokens_total))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stroma.cost.budget import ExecutionBudget
 from stroma.cost.tracker import CostTracker
 
-__all__ = ["MODEL_KEY", "FallbackPolicy", "ModelHint", "SignalView", "resolve_model"]
+__all__ = ["MODEL_KEY", "FallbackPolicy", "FallbackView", "ModelHint", "resolve_model"]
 
 
 @dataclass
 class ModelHint:
-    """Which model a node would like, for code that chooses models by hand."""
+    """The model that a node prefers, for code that chooses models itself."""
 
     node_id: str
     preferred_model: str
@@ -34,27 +34,27 @@ class FallbackPolicy:
 def resolve_model(
     declared_model: str | None, tracker: CostTracker, budget: ExecutionBudget, fallbacks: list[FallbackPolicy]
 ) -> str | None:
-    """The fallback of the first rule for ``declared_model`` whose share of the cost limit is reached, else it."""
+    """Return the fallback of the first rule for ``declared_model`` whose share of the limit is spent, else that model."""
     if declared_model is None or budget.max_cost_usd is None:
         return declared_model
     for rule in fallbacks:
-        if rule.preferred_model == declared_model and reached(rule, tracker, budget.max_cost_usd):
+        if rule.preferred_model == declared_model and is_reached(rule, tracker, budget.max_cost_usd):
             return rule.fallback_model
     return declared_model
 
 
-def reached(rule: FallbackPolicy, tracker: CostTracker, max_cost_usd: float) -> bool:
-    """Whether the spending has reached the rule's share of the limit (a limit of 0 is reached at once)."""
+def is_reached(rule: FallbackPolicy, tracker: CostTracker, max_cost_usd: float) -> bool:
+    """Return True if spending has reached the rule's share of the limit. A limit of 0 is always reached."""
     return tracker.used("cost") >= round(rule.at_budget_pct * max_cost_usd, 9)
 
 
 def fallback_due(
     tracker: CostTracker, budget: ExecutionBudget, fallbacks: Sequence[FallbackPolicy]
 ) -> str | None:
-    """The furthest fallback reached, following chains (a to b, b to c); None below every threshold."""
+    """Return the fallback of the highest threshold that is reached, following chains (a to b, b to c), or None."""
     if budget.max_cost_usd is None:
         return None
-    due = [rule for rule in fallbacks if reached(rule, tracker, budget.max_cost_usd)]
+    due = [rule for rule in fallbacks if is_reached(rule, tracker, budget.max_cost_usd)]
     return max(due, key=lambda rule: rule.at_budget_pct).fallback_model if due else None
 
 
@@ -62,93 +62,62 @@ def fallback_due(
 MODEL_KEY = "_stroma_model"
 
 
-class SignalView(dict[str, Any]):
-    """The user's context dict with one key added: reads and writes go through, the added key never lands there."""
+class FallbackView(dict[str, Any]):
+    """The user's context dict with ``MODEL_KEY`` added. Reads and writes go through to it; the added key never does."""
 
     __slots__ = ("_base", "_signal")
 
     def __init__(self, base: dict[str, Any], model: str) -> None:
-        # The same again in the dict itself, for what reads dicts from C and never calls a method: json.dumps, say.
-        super().__init__(base)
-        super().__setitem__(MODEL_KEY, model)
         self._base = base
-        self._signal = {MODEL_KEY: model}
-
-    def __reduce__(self) -> Any:  # A copy or a pickle is a plain dict: nothing can write through from there.
-        return (dict, (self._merged(),))
-
-    def __reversed__(self) -> Any:
-        return reversed(self._merged())
+        self._signal: dict[str, Any] = {MODEL_KEY: model}
+        self._mirror()
 
     def _mirror(self) -> None:
+        """Store the same items in the dict itself, for C code that calls no method of it, such as json.dumps."""
         super().clear()
-        super().update(self._merged())
+        super().update(self.copy())
 
-    def _of(self, key: Any) -> dict[str, Any]:
+    def _part_with(self, key: object) -> dict[str, Any]:
         return self._signal if key == MODEL_KEY else self._base
 
+    def copy(self) -> dict[str, Any]:
+        return {**self._base, **self._signal}
+
     def __getitem__(self, key: str) -> Any:
-        return self._of(key)[key]
+        return self._part_with(key)[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self._of(key)[key] = value
+        self._part_with(key)[key] = value
         self._mirror()
 
     def __delitem__(self, key: str) -> None:
-        del self._of(key)[key]
+        del self._part_with(key)[key]
         self._mirror()
 
-    def __contains__(self, key: object) -> bool:
-        return key in self._of(key)
-
-    def _merged(self) -> dict[str, Any]:
-        return {**self._base, **self._signal}
-
-    def __iter__(self) -> Any:
-        return iter(self._merged())
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.copy())
 
     def __len__(self) -> int:
-        return len(self._merged())
+        return len(self.copy())
 
-    def __bool__(self) -> bool:
-        return True
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(self.copy())
 
     def __repr__(self) -> str:
-        return repr(self._merged())
+        return repr(self.copy())
 
-    def __eq__(self, other: object) -> bool:
-        return self._merged() == other
+    def __or__(self, other: Any) -> Any:
+        return self.copy() | other
 
-    __hash__ = None
+    def __ror__(self, other: Any) -> Any:
+        return other | self.copy()
 
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._of(key).get(key, default)
+    def __ior__(self, other: Any) -> Any:
+        self.update(other)
+        return self
 
-    def keys(self) -> Any:
-        return self._merged().keys()
-
-    def values(self) -> Any:
-        return self._merged().values()
-
-    def items(self) -> Any:
-        return self._merged().items()
-
-    def copy(self) -> dict[str, Any]:
-        return self._merged()
-
-    def pop(self, key: str, *default: Any) -> Any:
-        value = self._of(key).pop(key, *default)
-        self._mirror()
-        return value
-
-    def setdefault(self, key: str, default: Any = None) -> Any:
-        value = self._of(key).setdefault(key, default)
-        self._mirror()
-        return value
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        for key, value in dict(*args, **kwargs).items():
-            self[key] = value
+    def __reduce__(self) -> Any:  # A copy or a pickle is a plain dict, and writes nothing through.
+        return (dict, (self.copy(),))
 
     def clear(self) -> None:
         self._base.clear()
@@ -159,12 +128,13 @@ class SignalView(dict[str, Any]):
         self._mirror()
         return item
 
-    def __or__(self, other: Any) -> Any:
-        return self._merged() | other
-
-    def __ror__(self, other: Any) -> Any:
-        return other | self._merged()
-
-    def __ior__(self, other: Any) -> Any:
-        self.update(other)
-        return self
+    if not TYPE_CHECKING:  # dict's own methods would read and write the mirror alone.
+        __contains__ = Mapping.__contains__
+        __eq__ = Mapping.__eq__
+        get = Mapping.get
+        keys = Mapping.keys
+        values = Mapping.values
+        items = Mapping.items
+        pop = MutableMapping.pop
+        setdefault = MutableMapping.setdefault
+        update = MutableMapping.update

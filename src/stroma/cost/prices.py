@@ -1,4 +1,4 @@
-"""What tokens cost: prices from genai-prices, overlaid by KNOWN_MODELS. US dollars per million tokens."""
+"""Prices of tokens: those of genai-prices, overlaid by KNOWN_MODELS. US dollars per million tokens."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Rates(NamedTuple):
         return total / 1_000_000 + self.request_usd
 
     def plain_cost(self, input_tokens: int, output_tokens: int) -> float:
-        """The same for a call without a cache, and without the making of a Usage."""
+        """Return the same for a call without a cache, without building a Usage."""
         total = input_tokens * _at(self.input, input_tokens) + output_tokens * _at(self.output, input_tokens)
         return total / 1_000_000 + self.request_usd
 
@@ -109,7 +109,7 @@ class _Listing:
 
     @property
     def tiers(self) -> list[str]:
-        """How calls can be served at another price."""
+        """Return the service tiers that have prices of their own."""
         found = [value for variant in self.info.price_variants or () for value in variant.when.values()]
         return [tier for tier in dict.fromkeys(found) if self.rates(tier) != self.rates(None)]
 
@@ -117,7 +117,7 @@ class _Listing:
         return self._priced(tier)[0]
 
     def plain(self) -> Pricer:
-        """The price of calls of which no more is known than input and output."""
+        """Return the price of a call by its input and output tokens alone."""
         return self._priced(None)[1]
 
     def _priced(self, tier: str | None) -> tuple[Rates, Pricer]:
@@ -185,7 +185,7 @@ def _load() -> Any:
 
 
 def _listing(model: str) -> _Listing | None:
-    """What genai-prices has of a model. Slow the first time: ask for it off the event loop."""
+    """Return the entry of a model in genai-prices. Slow the first time: call it off the event loop."""
     data = (_data or _load()).get_snapshot()
     kept = _looked_up.get(model)
     if kept is not None and kept[0] is data:
@@ -209,7 +209,7 @@ _MAKERS: Final = ("openai", "anthropic", "google", "mistral", "cohere")
 
 
 def cached_pricer(model: str, detail: Usage | None = None) -> Pricer | Literal["unread"] | None:
-    """The price function of a model without any import; "unread" if :func:`find_pricer` was never asked for it.
+    """Return the price function of a model without any import; "unread" if :func:`find_pricer` was never called for it.
 
     ``detail`` is the whole usage, where more than input and output makes the price.
     """
@@ -234,7 +234,7 @@ def cached_pricer(model: str, detail: Usage | None = None) -> Pricer | Literal["
 
 
 def find_pricer(model: str, detail: Usage | None = None) -> Pricer | None:
-    """The price function of a model, or None if nobody knows it. Slow the first time: call it off the event loop."""
+    """Return the price function of a model, or None if none is known. Slow the first time: call it off the event loop."""
     known = KNOWN_MODELS.get(model)
     return _pricer(known, None if known is not None and detail is None else _listing(model), detail)
 
@@ -256,7 +256,7 @@ def _pricer(
 
 
 def _overlaid(known: tuple[float, float] | None, listing: _Listing | None, tier: str | None) -> Rates:
-    """The rates of a model, of which KNOWN_MODELS may have two numbers: the others keep their proportion to them."""
+    """Return the rates of a model with the two numbers of KNOWN_MODELS; the other rates change in proportion."""
     if listing is None:
         assert known is not None
         return Rates(_flat(known[0]), _flat(known[1]))
@@ -290,7 +290,7 @@ def estimate_cost_usd(
     cache_write_tokens: int = 0,
     tier: str | None = None,
 ) -> float:
-    """The price of a call in US dollars; 0.0 for an unknown model. The tokens of a cache are parts of the input."""
+    """Return the price of a call in US dollars; 0.0 for an unknown model. Cached tokens are part of the input."""
     detail: Usage | None = None
     if cached_input_tokens or cache_write_tokens or tier is not None:
         detail = Usage(input_tokens, output_tokens, cached_input_tokens, cache_write_tokens, model, tier)
@@ -321,7 +321,7 @@ class ModelPrices(NamedTuple):
 
 
 def prices_of(model: str) -> ModelPrices | None:
-    """The prices that are used for a model now; None if nobody knows it."""
+    """Return the current prices of a model; None if none are known."""
     listing = _listing(model)
     known = KNOWN_MODELS.get(model)
     if known is None and listing is not None:
@@ -343,14 +343,14 @@ def prices_of(model: str) -> ModelPrices | None:
 
 
 def model_ids() -> list[str]:
-    """The models of those who make them, and what KNOWN_MODELS has."""
+    """Return the ids of the models that their makers list, and those of KNOWN_MODELS."""
     data = _load().get_snapshot()
     listed = {model.id for provider in data.providers if provider.id in _MAKERS for model in provider.models}
     return sorted(listed | set(KNOWN_MODELS))
 
 
 def data_state() -> tuple[str, datetime | None]:
-    """The version of genai-prices, and when its data was refreshed; None for the data that came with it."""
+    """Return the version of genai-prices and the time of its last refresh, None for the data it ships with."""
     import genai_prices
 
     snapshot = _load().get_snapshot()
@@ -389,7 +389,7 @@ def _count(snapshot: DataSnapshot | None) -> int:
 
 
 def kinds(rates: Rates) -> Iterator[tuple[str, Steps]]:
-    """The kinds of tokens that have a price of their own, by name."""
+    """Yield the kinds of tokens that have a price of their own, by name."""
     for name, steps in zip(rates._fields, rates, strict=True):
         if isinstance(steps, tuple):
             yield name, steps

@@ -15,7 +15,7 @@ __all__ = ["CostTracker", "NodeUsage", "StepUsage"]
 
 @dataclass
 class NodeUsage:
-    """What a node used. ``tokens_used`` is input + output; ``cost_usd`` in dollars; ``latency_ms`` wall time."""
+    """The usage of a node. ``tokens_used`` is input + output; ``cost_usd`` in dollars; ``latency_ms`` wall time."""
 
     node_id: str
     tokens_used: int
@@ -131,11 +131,11 @@ class CostTracker:
 
     @property
     def latency_ms(self) -> float:
-        """The same, not rounded, with what earlier processes spent."""
+        """Return the unrounded wall time, including that of earlier processes."""
         return self.latency_ns / 1e6 + self.prior_latency_ms
 
     def used(self, dimension: Dimension) -> float:
-        """What counts against a limit, in its unit, earlier processes included."""
+        """Return the amount that counts against a limit, in its unit, including that of earlier processes."""
         if dimension == "tokens":
             return self._tokens + self.prior_tokens
         if dimension == "cost":
@@ -150,7 +150,7 @@ class CostTracker:
             raise exceeded
 
     def exceeded(self, budget: ExecutionBudget, node_id: str) -> BudgetExceeded | None:
-        """The BudgetExceeded for the first limit that is crossed, or None."""
+        """Return the BudgetExceeded for the first limit that is crossed, or None."""
         # Asked twice for each node. Rounding adds less than the billionth that is looked at here, and is not always needed.
         tokens, cost, latency = budget.max_tokens_total, budget.max_cost_usd, budget.max_latency_ms
         if tokens is not None and self._tokens + self.prior_tokens > tokens:
@@ -166,7 +166,7 @@ class CostTracker:
         return None
 
     def summary(self) -> dict[str, NodeUsage]:
-        """The sums by node id, as fresh records."""
+        """Return the sums by node id, as new records."""
         sums = CostTracker()
         for node_id, row in self._nodes.items():
             sums.add(node_id, row[0], row[1], row[2], row[3], row[4])

@@ -1,4 +1,4 @@
-"""What a call of a model used: tokens by kind, read from a provider's response by its shape. Imports no SDK."""
+"""The usage of model calls: tokens by kind, read from a provider's response by its shape. Imports no SDK."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class UsageError(ValueError):
 
 
 def shown(value: object) -> str:
-    """A value in a message: never longer than a line, whatever its repr does."""
+    """Return a value as text for a message: at most one line, whatever its repr returns."""
     try:
         text = repr(value)
     except Exception:  # Among others an integer with more digits than Python prints.
@@ -57,7 +57,7 @@ def check_usage(node_id: str, *counts: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one call of a model used, in tokens.
+    """The tokens that one call of a model used.
 
     Attributes:
         input_tokens: all that went in, what was read from or written to a cache included.
@@ -101,7 +101,7 @@ class Usage:
 
     @property
     def is_plain(self) -> bool:
-        """Whether input and output are all that its price depends on."""
+        """Return True if the price depends on input and output tokens alone."""
         return self.tier is None and not self.cached_input_tokens and not self.cache_write_tokens
 
 
@@ -113,7 +113,7 @@ _COUNTS: Final = (
 
 
 def usage_from(response: object, *, model: str | None = None, tier: str | None = None) -> Usage:
-    """What a provider's response says it used.
+    """Return the usage that a provider's response reports.
 
     The response of OpenAI (chat, responses, embeddings), Anthropic, Google, Mistral, Cohere, AWS (Converse) or of
     anything that answers alike, as the SDK gives it or as plain data; the last chunk or event of a stream, of
@@ -160,7 +160,7 @@ def _read(response: object) -> Usage:
 
 
 def _is_silent(response: object) -> bool:
-    """Whether it is a response all the same: a field for the usage without any, or the answers of one that was left out."""
+    """Return True for a response without usage: its usage field is empty, or usage was not requested."""
     try:
         if isinstance(response, Mapping):
             empty = any(name in response and response[name] is None for name in _PLACES)
@@ -175,7 +175,7 @@ _NO_RESPONSES: Final = (type(None), bool, int, float, complex, str, bytes)
 
 
 def _levels(response: object) -> Iterator[Any]:
-    """Where usage stands: in a response, or in what an event of a stream or a line of a batch wraps."""
+    """Yield the objects that may hold usage: a response, and the ones that a stream event or batch line wraps."""
     inner = get(response, "response")
     yield response
     yield inner  # OpenAI: response.completed; Google: a batch
@@ -188,7 +188,7 @@ def _levels(response: object) -> Iterator[Any]:
 
 
 def _read_events(events: Sequence[Any]) -> Usage:
-    """The events of one raw stream of Anthropic: what is said later is said of the whole stream, not on top."""
+    """Return the usage of one raw stream of Anthropic: later events report totals, not increments."""
     first = get(events[0], "message") if events and get(events[0], "type") == "message_start" else None
     if first is None or any(get(event, "type") == "message_start" for event in events[1:]):
         raise UsageError(
@@ -336,7 +336,7 @@ def as_report(usage: Usage) -> Report:
 
 
 def report_of(node_id: str, response: object, **said: Any) -> Report | None:
-    """What a response reports; None for what is a plain value, and no response at all. Errors name the node."""
+    """Return the usage that a response reports; None for a plain value. Errors name the node."""
     if issubclass(type(response), _NO_RESPONSES):
         return None
     try:
@@ -348,7 +348,7 @@ def report_of(node_id: str, response: object, **said: Any) -> Report | None:
 
 
 def report_of_figures(node_id: str, figures: dict[str, Any]) -> Report:
-    """The same for figures that were given one by one."""
+    """Return the same for figures that were passed one by one."""
     try:
         return as_report(Usage(**figures))
     except UsageError as error:

@@ -1,4 +1,4 @@
-"""The demo's pipeline: a folder of business documents in, a report for the accounts department out.
+"""The demo's pipeline: read a folder of business documents, write a report for the accounts department.
 
     read -> extract (one call per document) -> check -> classify and risk, side by side -> report
 
@@ -61,7 +61,7 @@ logger = logging.getLogger("stroma.demo")
 
 
 class Folder(BaseModel):
-    """Where the documents are, and where the report goes."""
+    """Folder of the documents, and path of the report."""
 
     folder: str = str(DOCUMENTS)
     out: str = "stroma-report.md"
@@ -77,7 +77,7 @@ class Documents(Folder):
 
 
 class Extraction(BaseModel):
-    """What a model read in one document."""
+    """Record of one document, as read by a model."""
 
     name: str
     kind: Literal["invoice", "credit_note", "contract", "purchase_order", "support", "reminder", "other"]
@@ -95,7 +95,7 @@ class Extracted(Documents):
 
 
 class Checked(BaseModel):
-    """Records that passed the rules no model is needed for. ``notes`` says what those found, by document."""
+    """Records after checks that need no model. ``notes``: findings by document."""
 
     out: str
     records: list[Extraction]
@@ -123,7 +123,7 @@ class Assessed(BaseModel):
 
 
 class Finished(Classified, Assessed):
-    """All that the report needs: what classify and risk merge to."""
+    """Merged outputs of classify and risk, the input of the report."""
 
 
 class Report(BaseModel):
@@ -152,7 +152,7 @@ _clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, openai.AsyncOpenA
 
 
 def _client() -> openai.AsyncOpenAI:
-    """A client of this event loop: of the provider that the environment names, else of one of our own."""
+    """Return a client for this event loop: for the provider of the environment, or for one started here."""
     global _provider
     loop = asyncio.get_running_loop()
     client = _clients.get(loop)
@@ -178,7 +178,7 @@ def _client() -> openai.AsyncOpenAI:
 
 
 async def _ask(task: str, instructions: str, text: str) -> Any:
-    """The model's JSON answer; its text where that is no JSON, which no contract lets pass."""
+    """Return the model's JSON answer, or its text if that is not JSON, which fails every contract."""
     node = current_node()
     assert node is not None
     messages: list[Any] = [
@@ -214,7 +214,7 @@ def _decode(data: bytes) -> str:
 
 @stroma_node("read", NodeContract(node_id="read", input_schema=Folder, output_schema=Documents))
 def read(state: Folder) -> dict[str, Any]:
-    """Every text document of the folder, in the order of names."""
+    """Read all text documents of the folder, in order of names."""
     folder = Path(state.folder).expanduser()
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in _SUFFIXES)
     if not files:
@@ -230,7 +230,7 @@ def read(state: Folder) -> dict[str, Any]:
 
 @stroma_node("extract", NodeContract(node_id="extract", input_schema=Document, output_schema=Extraction))
 async def extract(state: Document) -> dict[str, Any]:
-    """One model call: what kind of document this is, from whom, about how much."""
+    """Ask the model for the kind, party and amount of one document."""
     if not state.text.strip():  # Nothing to read is nothing to pay for.
         nothing = dict.fromkeys(("party", "reference", "date", "currency", "total"))
         return {"name": state.name, "kind": "other", **nothing, "summary": "Empty file", "flags": ["empty"]}
@@ -243,7 +243,7 @@ _LINE_AMOUNT = re.compile(r"[£$€]\s?(\d[\d,]*\.\d\d)\s*$", re.MULTILINE)
 
 @stroma_node("check", NodeContract(node_id="check", input_schema=Extracted, output_schema=Checked))
 def check(state: Extracted) -> Checked:
-    """What takes no model: add up missing totals, find numbers that were used twice."""
+    """Add up missing totals and find duplicate numbers, without a model."""
     texts = {document.name: document.text for document in state.documents}
     notes: dict[str, list[str]] = defaultdict(list)
     bearers: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -271,20 +271,20 @@ def _as_request(state: Checked) -> str:
 
 @stroma_node("classify", NodeContract(node_id="classify", input_schema=Checked, output_schema=Classified))
 async def classify(state: Checked) -> dict[str, Any]:
-    """One model call for all records: who has to deal with each, and how soon."""
+    """Ask the model who handles each record, and how soon."""
     answer = await _ask("classify", _CLASSIFY, _as_request(state))
     return {**state.model_dump(), **answer} if isinstance(answer, dict) else answer
 
 
 @stroma_node("risk", NodeContract(node_id="risk", input_schema=Checked, output_schema=Assessed))
 async def risk(state: Checked) -> dict[str, Any]:
-    """One model call for all records: how risky it is to act on each."""
+    """Ask the model how risky each record is."""
     return await _ask("risk", _RISK, _as_request(state))  # type: ignore[no-any-return]
 
 
 @stroma_node("report", NodeContract(node_id="report", input_schema=Finished, output_schema=Report))
 def report(state: Finished) -> Report:
-    """Write the report, whole or not at all: a reader never sees half of it, and a second writing changes nothing."""
+    """Write the report atomically; writing it again changes nothing."""
     labels = {label.name: label for label in state.labels}
     risks = {item.name: item for item in state.risks}
     payable: dict[str, Decimal] = defaultdict(Decimal)
@@ -309,12 +309,12 @@ def report(state: Finished) -> Report:
         lines.append("| " + " | ".join(cells) + " |")
         if label and label.category == "payable" and record.total is not None:
             payable[record.currency or "?"] += record.total
-        found = [
+        remark_parts = [
             *state.notes.get(record.name, []),
             *(weighed.reasons if weighed and weighed.level != "low" else []),
         ]
-        if found:
-            remarks.append(f"- **{record.name}**: {'; '.join(found)}")
+        if remark_parts:
+            remarks.append(f"- **{record.name}**: {'; '.join(remark_parts)}")
     sums = ", ".join(f"{currency} {total:,.2f}" for currency, total in sorted(payable.items()))
     text = "\n".join(
         [*lines, "", f"Payable: {sums or 'nothing'}", "", "## Look at these first", "", *remarks, ""]
@@ -340,14 +340,14 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def lasting(exc: Exception, context: NodeContext) -> FailureClass | None:
-    """A folder that is not there will not be there in a second either."""
+    """Classify a missing folder as TERMINAL: a retry will not find it."""
     return (
         FailureClass.TERMINAL if isinstance(exc, OSError) and context.node_id in ("read", "report") else None
     )
 
 
 async def page_someone(run_id: str, node_id: str, exc: Exception, failure_class: FailureClass) -> None:
-    """Where a page to whoever is on call would go out: only for what no retry will mend."""
+    """Stand-in for a page to the person on call, for failures that no retry can fix."""
     node = current_node()
     if failure_class is FailureClass.TERMINAL and node is not None and node.kind != "group":
         logger.warning("on-call is paged: node %s of run %s failed for good: %s", node_id, run_id, exc)

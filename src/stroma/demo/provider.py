@@ -1,4 +1,4 @@
-"""A model provider for the demo: a process of its own that speaks the OpenAI HTTP protocol on 127.0.0.1.
+"""A model provider for the demo: a process that speaks the OpenAI HTTP protocol on 127.0.0.1.
 
 It needs no key and no network, answers from the text it is sent by the rules of `stroma.demo.rules`, and
 misbehaves the way real providers do: rate limits, server errors, hangs, dropped connections, truncated JSON,
@@ -92,7 +92,7 @@ class Served(TypedDict):
 
 
 class Stats(TypedDict):
-    """What the provider was asked so far. `by_outcome` has "ok" and the names of `FAULTS`."""
+    """Requests served so far. `by_outcome` has "ok" and the names of `FAULTS`."""
 
     calls: int
     by_outcome: dict[str, int]
@@ -104,8 +104,7 @@ class Stats(TypedDict):
 
 
 def text_sha(task: str, text: str) -> str:
-    """SHA-256 (hex) of a task and the text of its user message; `by_text` in the stats has its first 12
-    digits.
+    """Return the SHA-256 (hex) of a task and the text of its user message; `by_text` has its first 12 digits.
 
     Line ends, white space around a document and the layout of JSON do not count, what they say does.
     """
@@ -120,7 +119,7 @@ def text_sha(task: str, text: str) -> str:
 
 
 def _draws(*key: object) -> list[float]:
-    """Eight numbers in 0..1 that depend on nothing but the key."""
+    """Return eight numbers in 0..1 that depend on the key only."""
     digest = hashlib.sha256("\n".join(map(str, key)).encode()).digest()
     return [int.from_bytes(digest[i : i + 4], "big") / 2**32 for i in range(0, 32, 4)]
 
@@ -135,8 +134,7 @@ def _pick(draw: float) -> str:
 
 
 def fault_plan(seed: int, task: str, text: str) -> tuple[str, ...]:
-    """The faults that the first calls with this task and text get, in order, at most two; later calls are
-    answered.
+    """Return the faults of the first calls with this task and text, at most two; later calls succeed.
 
     A wrong answer (`malformed`, `wrong_type`) is always the last fault: the call after it is answered
     rightly.
@@ -165,7 +163,7 @@ class _Decision:
 
 @dataclass(slots=True)
 class _Ledger:
-    """Decides and remembers; shared by the threads that serve connections."""
+    """Decisions and counts of requests, shared by the threads that serve connections."""
 
     seed: int
     calm: bool
@@ -259,7 +257,7 @@ def _completion(
 
 
 class _HTTPError(Exception):
-    """An answer in the shape of OpenAI's errors."""
+    """Error response in the format of OpenAI's."""
 
     def __init__(
         self, status: int, message: str, kind: str = "invalid_request_error", *, code: str | None = None,
@@ -457,7 +455,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _await_client_gone(self, seconds: float) -> None:
-        """Stay silent for so long; less if the client hangs up, to keep no thread for nobody."""
+        """Wait until the client disconnects, or for so many seconds."""
         self.connection.settimeout(seconds)
         try:
             self.connection.recv(1, socket.MSG_PEEK)
@@ -484,14 +482,14 @@ class _Handler(BaseHTTPRequestHandler):
         return "stroma-demo"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: what was served is in /stats."""
+        """Print nothing: /stats has the requests."""
 
 
 # --- The process --------------------------------------------------------------------------------------------
 
 
 def _end_with_parent(parent: int) -> None:
-    """Leave the process once stdin, if a pipe, is closed, or the process `parent` is no more its parent."""
+    """Exit when stdin, if a pipe, is closed, or when the parent process has ended."""
 
     def watch_stdin() -> None:
         try:
@@ -520,7 +518,7 @@ def _end_with_parent(parent: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until stdin is closed, the parent is gone or Ctrl-C. Prints JSON with `port` when ready."""
+    """Serve until stdin is closed, the parent has ended, or Ctrl-C. Prints JSON with `port` when ready."""
     parser = argparse.ArgumentParser(
         prog="python -m stroma.demo.provider", description=(__doc__ or "").split("\n")[0]
     )
@@ -574,7 +572,7 @@ class Provider:
         self._finalizer = weakref.finalize(self, _stop, process, os.getpid())
 
     def stats(self) -> Stats:
-        """What was served so far. Raises OSError once the provider is closed."""
+        """Return the requests served so far. Raises OSError after :meth:`close`."""
         # Not through a client that honours proxy variables: this never leaves the machine.
         connection = http.client.HTTPConnection(_HOST, self.port, timeout=10)
         try:
@@ -585,7 +583,7 @@ class Provider:
             connection.close()
 
     def close(self) -> None:
-        """End the process and wait for its end. May be called again."""
+        """End the process and wait for it. Can be called again."""
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -623,9 +621,9 @@ def start_provider(seed: int = DEFAULT_SEED, *, calm: bool = False, hang_seconds
             if not isinstance(error, ValueError):
                 raise
             errors.seek(0)
-            said = errors.read().decode(errors="replace").strip() or "nothing"
+            output = errors.read().decode(errors="replace").strip() or "nothing"
             raise RuntimeError(
-                f"the demo's provider did not start (exit code {process.returncode}); it said: {said}"
+                f"the demo's provider did not start (exit code {process.returncode}); it said: {output}"
             ) from None
     return Provider(process, port)
 

@@ -1,4 +1,4 @@
-"""``stroma demo``: the pipeline on real documents, a provider that misbehaves, and a process that dies half-way.
+"""``stroma demo``: the pipeline on real documents, a provider with faults, and a process that is killed.
 
 The acts are the same commands that a user would type, in processes of their own; the provider is started here, so
 that it outlives the process that is killed and its ledger can tell what was bought.
@@ -34,7 +34,7 @@ _TIGHT_BUDGET_USD = "0.0015"
 
 
 class Demo:
-    """One showing: where its files are, and how its commands are run."""
+    """One run of the demo: its files, and how its commands are run."""
 
     def __init__(self, folder: Path, work: Path, provider: Provider, seed: int) -> None:
         self.seed = seed
@@ -48,15 +48,15 @@ class Demo:
     def title(self, text: str) -> None:
         print(f"\n\033[1m{text}\033[0m" if self.colour else f"\n{text}", flush=True)
 
-    def say(self, text: str = "") -> None:
+    def print_line(self, text: str = "") -> None:
         print(text, flush=True)
 
     def command(self, *words: str) -> list[str]:
         return [*words, "--db", str(self.db)]
 
     def start(self, words: Sequence[str], **environment: str) -> subprocess.Popen[bytes]:
-        """One ``stroma`` command in a process of its own, its progress shown as it goes."""
-        self.say("$ stroma " + shlex.join(words))
+        """Start one ``stroma`` command in a process of its own and show its progress."""
+        self.print_line("$ stroma " + shlex.join(words))
         env = child_environment(**{BASE_URL_VARIABLE: self.provider.base_url, **environment})
         env.pop("OPENAI_API_KEY", None)  # The demo buys nothing, whatever the user's shell is set up for.
         return subprocess.Popen(child_command(*words), env=env, stdout=subprocess.DEVNULL)
@@ -74,7 +74,7 @@ class Demo:
         return [document.text for document in self._documents(run_id).documents if document.text.strip()]
 
     def names(self, run_id: str) -> list[str]:
-        """The documents of a run, in order."""
+        """Return the documents of a run, in order."""
         return [document.name for document in self._documents(run_id).documents]
 
     def _documents(self, run_id: str) -> Documents:
@@ -84,7 +84,7 @@ class Demo:
         return read
 
     def calls(self, run_id: str) -> dict[str, int]:
-        """How often the provider was asked about each document, by its own ledger."""
+        """Return how often the provider was asked about each document, by its own ledger."""
         ledger = self.provider.stats()["by_text"]
         return {
             d.name: ledger.get(text_sha("extract", d.text)[:12], 0) for d in self._documents(run_id).documents
@@ -92,7 +92,7 @@ class Demo:
 
 
 def main(argv: list[str]) -> int:
-    """Run the demo; returns the exit code: 0 if everything went as announced."""
+    """Run the demo; return 0 if everything went as announced, else 1."""
     parser = argparse.ArgumentParser(prog="stroma demo", description="A guarded pipeline on real documents.")
     parser.add_argument(
         "--folder", type=Path, default=DOCUMENTS, help="documents to read (default: those that ship)"
@@ -110,14 +110,14 @@ def main(argv: list[str]) -> int:
     if (work / "runs.db").exists():
         print(f"{work} holds an earlier demo; name another folder with --dir", file=sys.stderr)
         return 2
-    begun = time.monotonic()
+    started = time.monotonic()
     with start_provider(options.seed) as provider:
         demo = Demo(options.folder.resolve(), work.resolve(), provider, options.seed)
         ok = _crash_and_resume(demo) and _on_a_budget(demo) and _without_quota(demo)
     if ok:
         _bill(demo, "inbox")
         _look_further(demo)
-        demo.say(f"\nAll of it took {time.monotonic() - begun:.0f} s.")
+        demo.print_line(f"\nAll of it took {time.monotonic() - started:.0f} s.")
     return 0 if ok else 1
 
 
@@ -128,11 +128,11 @@ def _crash_and_resume(demo: Demo) -> bool:
     demo.title(
         "1. Documents go through a pipeline; the model's provider misbehaves; then the process is killed."
     )
-    demo.say("   read -> extract each document -> check -> classify and risk -> report")
-    demo.say(
+    demo.print_line("   read -> extract each document -> check -> classify and risk -> report")
+    demo.print_line(
         "   Rate limits, server errors, a hang, a dropped connection and answers that break their contract are"
     )
-    demo.say(
+    demo.print_line(
         "   retried, each by its class; an answer that breaks its contract goes no further than its node.\n"
     )
     process = demo.start(demo.command("run", _TARGET, demo.input("report.md"), "--run-id", "inbox"))
@@ -144,9 +144,11 @@ def _crash_and_resume(demo: Demo) -> bool:
     process.wait()
     if not killed:
         if process.returncode not in (0, -9):
-            demo.say(f"The run ended by itself with exit code {process.returncode}, which it should not.")
+            demo.print_line(
+                f"The run ended by itself with exit code {process.returncode}, which it should not."
+            )
             return False
-        demo.say("\nThe folder is so small that the run was done before it could be killed.")
+        demo.print_line("\nThe folder is so small that the run was done before it could be killed.")
         return True
     names = demo.names("inbox")
     # What reached the disk before the kill, now that nobody writes any more.
@@ -155,36 +157,38 @@ def _crash_and_resume(demo: Demo) -> bool:
     demo.title(f"   kill -9: {len(done)} of {len(names)} documents were finished.")
 
     demo.title("2. The run is resumed. What was finished is not bought again.")
-    demo.say()
+    demo.print_line()
     code = demo.run(demo.command("resume", "inbox", _TARGET))
     after = demo.calls("inbox")
     again = sorted(name for name in done if after[name] != before[name])
-    demo.say(f"\n   By the provider's own ledger, {len(done)} documents were finished before the kill and")
-    demo.say(f"   {len(again)} of them were asked about again. The report: {demo.report}")
+    demo.print_line(
+        f"\n   By the provider's own ledger, {len(done)} documents were finished before the kill and"
+    )
+    demo.print_line(f"   {len(again)} of them were asked about again. The report: {demo.report}")
     return code == 0 and not again and demo.report.exists()
 
 
 def _is_time_to_kill(demo: Demo) -> bool:
-    """Some documents are finished, some are not, and the call that hangs, if one does, has been seen to time out."""
+    """Return True if some documents are finished, some are not, and a hanging call, if any, has timed out."""
     attempts = demo.attempts("inbox")
     if not any(a.position == 0 and a.output is not None for a in attempts):
         return False
     finished, texts = sum(bool(a.branch) and a.output is not None for a in attempts), demo.texts("inbox")
     hangs = any("hang" in fault_plan(demo.seed, "extract", text) for text in texts)
-    seen = not hangs or any(a.reason == "timeout" for a in attempts)
-    return seen and finished >= min(_KILL_AFTER, len(texts) // 2)
+    has_timed_out = not hangs or any(a.reason == "timeout" for a in attempts)
+    return has_timed_out and finished >= min(_KILL_AFTER, len(texts) // 2)
 
 
 def _on_a_budget(demo: Demo) -> bool:
     demo.title(
         f"3. The same folder on a budget of {_TIGHT_BUDGET_USD} US dollars: it stops before the next call."
     )
-    demo.say()
+    demo.print_line()
     words = demo.command(
         "run", _TARGET, demo.input("budget.md"), "--run-id", "tight", "--budget-usd", _TIGHT_BUDGET_USD
     )
     code = demo.run(words)
-    demo.say(
+    demo.print_line(
         f"\n   Exit code {code} (5: stopped by the budget). What was paid for is kept; a resume with more goes on."
     )
     return code == 5
@@ -192,10 +196,12 @@ def _on_a_budget(demo: Demo) -> bool:
 
 def _without_quota(demo: Demo) -> bool:
     demo.title("4. The quota is used up: the same status 429 as a rate limit, and no retry can help.")
-    demo.say()
+    demo.print_line()
     words = demo.command("run", _TARGET, demo.input("quota.md"), "--run-id", "broke")
     code = demo.run(words, STROMA_DEMO_MODEL="gpt-4o-mini-no-quota")
-    demo.say(f"\n   Exit code {code} (1: failed). TERMINAL at the first attempt, so nothing was tried again.")
+    demo.print_line(
+        f"\n   Exit code {code} (1: failed). TERMINAL at the first attempt, so nothing was tried again."
+    )
     return code == 1
 
 
@@ -203,7 +209,7 @@ def _without_quota(demo: Demo) -> bool:
 
 
 def _bill(demo: Demo, run_id: str) -> None:
-    """What each document cost, attempt by attempt."""
+    """Print the cost of each document, attempt by attempt."""
     demo.title("What it cost, attempt by attempt (US dollars)")
     names = demo.names(run_id)
     attempts = demo.attempts(run_id)
@@ -214,21 +220,21 @@ def _bill(demo: Demo, run_id: str) -> None:
         elif attempt.tokens or attempt.outcome == "failure":
             by_row[attempt.node_id].append(attempt)
     width = max(map(len, by_row), default=0)
-    demo.say(f"\n   {'document or step':{width}}  {'tokens':>7}  {'cost':>9}  attempts")
+    demo.print_line(f"\n   {'document or step':{width}}  {'tokens':>7}  {'cost':>9}  attempts")
     order = {name: i for i, name in enumerate(names)}
     for name in sorted(by_row, key=lambda n: order.get(n, len(order))):
         tries = by_row[name]
-        said = ", ".join(_in_words(attempt) for attempt in tries)
+        attempts_text = ", ".join(_describe_attempt(attempt) for attempt in tries)
         tokens, cost = sum(a.tokens for a in tries), sum(a.cost_usd for a in tries)
-        demo.say(f"   {name:{width}}  {tokens:>7,}  {cost:>9.6f}  {said}")
+        demo.print_line(f"   {name:{width}}  {tokens:>7,}  {cost:>9.6f}  {attempts_text}")
     total = sum(a.cost_usd for a in attempts)
     wasted = sum(a.cost_usd for a in attempts if a.outcome != "success")
-    demo.say(
+    demo.print_line(
         f"   {'total':{width}}  {sum(a.tokens for a in attempts):>7,}  {total:>9.6f}  of which wasted {wasted:.6f}"
     )
 
 
-def _in_words(attempt: AttemptRecord) -> str:
+def _describe_attempt(attempt: AttemptRecord) -> str:
     if attempt.outcome == "success":
         return f"ok {attempt.cost_usd:.6f}" if attempt.cost_usd else "ok"
     word = attempt.reason or attempt.failure_class or attempt.outcome
@@ -238,7 +244,7 @@ def _in_words(attempt: AttemptRecord) -> str:
 def _look_further(demo: Demo) -> None:
     db = shlex.quote(str(demo.db))
     demo.title("Look further")
-    demo.say(f"""
+    demo.print_line(f"""
    stroma runs --db {db}
    stroma show inbox --db {db}
    cat {shlex.quote(str(demo.report))}

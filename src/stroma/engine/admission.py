@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
-from stroma.engine.tasks import uninterrupted
+from stroma.engine.tasks import Shield
 from stroma.failures.errors import CircuitOpen, Wait
 from stroma.failures.failure import Failure
 from stroma.trace.events import TraceMark
@@ -101,7 +101,7 @@ class Permit:
 
         ``outcome``: the output, a Failure, or a Halt; None for an attempt that was cancelled. Raises what a hook may.
         """
-        ctx, run, cancelled = self.ctx, self.run, False
+        ctx, run, shield = self.ctx, self.run, Shield()
         failure: Failure | None = (
             outcome if isinstance(outcome, Failure) else getattr(outcome, "failure", None)
         )
@@ -113,13 +113,10 @@ class Permit:
                 ending = _charged(gate, self.token, self.answers[gate])
             else:
                 ending = gate.left(run.node_id, self.token, run.counted, began=True, learns=done)
-            told: list[Any] = []
-            problem, late = await uninterrupted(_collect(ending, told))
-            cancelled |= late
-            due += told
+            problem = await shield.finish(_collect(ending, due))
             if problem is not None:
                 ctx.run_logger.error(
-                    "%s could not be told what node %r took (%d tokens, %.6g USD): %s",
+                    "%s could not record what node %r used (%d tokens, %.6g USD): %s",
                     gate.label, run.node_id, run.counted.tokens, run.counted.cost_usd, problem,
                 )  # fmt: skip
         self.gates = []
@@ -129,7 +126,7 @@ class Permit:
             for warning in due:
                 arguments = (ctx.run_id, *warning)
                 await ctx.fire.fire("on_budget_warning", ctx.fire.on_budget_warning, None, lambda: arguments)  # noqa: B023
-        return cancelled
+        return shield.is_cancelled
 
     def _uncharge(self) -> None:
         if self.caller is not None and self.caller.place is not None:
@@ -161,8 +158,8 @@ async def _charged(gate: Gate, token: str, answer: Any) -> Any:
     return gate.charged(token, answer)
 
 
-async def _collect(ending: Any, told: list[Any]) -> None:
-    told.extend(await ending)
+async def _collect(ending: Any, due: list[Any]) -> None:
+    due.extend(await ending)
 
 
 async def admit(ctx: ReliabilityContext, run: NodeExecution) -> Permit | Exception:
@@ -340,7 +337,7 @@ def _waiting(ctx: ReliabilityContext, run: NodeExecution, reason: str) -> Iterat
 
 async def _tell_wait(ctx: ReliabilityContext, run: NodeExecution, reason: str, ms: int | None) -> None:
     seconds = 0.0 if ms is None else ms / 1000
-    ctx.run_logger.info("node %r waits: %s", run.node_id, reason)
+    ctx.run_logger.info("node %r is queued: %s", run.node_id, reason)
     calls = ctx.fire.on_node_wait
     if calls is not None:
         await ctx.fire.fire(

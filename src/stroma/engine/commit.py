@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from pydantic import BaseModel
@@ -13,7 +13,7 @@ from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
-from stroma.engine.tasks import refusal, uninterrupted
+from stroma.engine.tasks import Shield, as_store_error
 from stroma.failures.failure import Failure, kind_of
 from stroma.failures.tracebacks import trouble_writer
 from stroma.trace.events import NO_USAGE, AttemptRow, Failed, Outcome
@@ -80,49 +80,49 @@ def refer(ctx: ReliabilityContext, row: AttemptRow) -> AttemptRow:
     return ctx.session.with_references(row)
 
 
-def record(ctx: ReliabilityContext, row: AttemptRow) -> Awaitable[None] | Exception | None:
-    """Keep an attempt that committed nothing. Returns what is to be settled, if anything is."""
+def record(
+    ctx: ReliabilityContext,
+    row: AttemptRow,
+    schema: Schema | None = None,
+    output: BaseModel | None = None,
+    step: StepCall | None = None,
+    waiting: Waiting | None = None,
+) -> Awaitable[None] | Exception | None:
+    """Begin the store call of an attempt, with what it committed or waits for. Return what is to be settled, if anything."""
     try:
-        return ctx.session.record(row, None, None, None)
-    except BaseException as refused:
-        return refusal(refused)
+        if waiting is not None:
+            return ctx.session.suspend(row, waiting)
+        return ctx.session.record(row, schema, output, step)
+    except BaseException as error:
+        return as_store_error(error)
 
 
 async def settle(
     ctx: ReliabilityContext,
     row: AttemptRow,
-    schema: Schema | None,
-    output: BaseModel | None,
-    call: StepCall | None,
     pending: Awaitable[None] | Exception | None,
-    waiting: Waiting | None = None,
+    again: Callable[[], Awaitable[None] | Exception | None],
 ) -> tuple[Exception | None, bool]:
-    """See a commit through. One that the store refuses is tried again briefly; the node itself is not."""
-    cancelled = False
+    """See a store call through, and repeat one that the store refuses for a moment.
+
+    Return why the store refuses it in the end, and True if the task was cancelled meanwhile.
+    """
+    shield = Shield()
     delays = iter(_STORE_DELAYS)
     while True:
-        error, late = pending if isinstance(pending, Exception) else None, False
-        if isinstance(pending, Awaitable):
-            error, late = await uninterrupted(pending)
-        cancelled |= late
+        error = await shield.finish(pending) if isinstance(pending, Awaitable) else pending
         if error is None or isinstance(error, NotSerialisable):
-            return error, cancelled
+            return error, shield.is_cancelled
         delay = None if isinstance(error, StoreError) and not error.transient else next(delays, None)
         if delay is None:
             break
         ctx.run_logger.warning(
             "the store refused attempt %d of node %r: %s; trying again", row.attempt, row.node_id, error
         )
-        cancelled |= (await uninterrupted(asyncio.sleep(delay)))[1]
-        try:
-            if waiting is not None:
-                pending = ctx.session.suspend(row, waiting)
-            else:
-                pending = ctx.session.record(row, schema, output, call)
-        except BaseException as again:
-            pending = refusal(again)
+        await shield.finish(asyncio.sleep(delay))
+        pending = again()
     if isinstance(error, StoreError):
-        return error, cancelled
+        return error, shield.is_cancelled
     wrapped = StoreError(f"the store could not keep node {row.node_id!r} of run {ctx.run_id!r}: {error}")
     wrapped.__cause__ = error
-    return wrapped, cancelled
+    return wrapped, shield.is_cancelled

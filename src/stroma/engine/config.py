@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 from pydantic import ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
 
-from stroma._utils.models import Deferred, one_at_a_time
+from stroma._utils.models import LazyModel
 from stroma.contracts.contract import check_id
-from stroma.contracts.schema import become, stamped
 from stroma.cost.budget import LARGEST, ExecutionBudget
 from stroma.cost.fallback import FallbackPolicy
 from stroma.cost.usage import shown
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 else:  # Loaded by who makes one: pydantic leaves them to the validators below.
     Breaker = Limit = SharedBudget = Any
 
-__all__ = ["RunConfig", "is_shared", "new_run_id"]
+__all__ = ["RunConfig", "new_run_id"]
 
 
 _LONGEST_TAG: Final = 200  # An index holds them.
@@ -60,57 +59,7 @@ def _generate_id() -> str:
     return _GeneratedId(new_run_id())
 
 
-#: Defaults that can be changed, and are most of what a config costs (its empty dicts are next to nothing, since the
-#: collector does not look at them), by field. They are shared all the same, until somebody asks a config for one: see
-#: _Shared. Nobody else may hold them.
-_SHARED: Final[dict[str, Any]] = {
-    "budget": ExecutionBudget.model_construct(),
-    "policy_map": default_policy_map(),
-    "hooks": NodeHooks(),
-    "classifiers": [],
-    "model_fallbacks": [],
-}
-_OWN: Final[dict[str, Callable[[], Any]]] = {
-    "budget": ExecutionBudget.unlimited,
-    "policy_map": default_policy_map,
-    "hooks": NodeHooks,
-    "classifiers": list,
-    "model_fallbacks": list,
-}
-
-
-def is_shared(field: str, value: object) -> bool:
-    """Whether a value of a config's field is the default of all configs, which nobody may change."""
-    return value is _SHARED[field]
-
-
-class _Shared:
-    """A field whose default belongs to all configs until one is asked for it, and then has its own.
-
-    Who looks into the ``__dict__`` (pydantic, to compare and to write it down) finds an equal value there.
-    """
-
-    def __init__(self, field: str) -> None:
-        self._field = field
-
-    def __get__(self, config: RunConfig | None, kind: type[RunConfig]) -> Any:
-        if config is None:
-            raise AttributeError(
-                self._field
-            )  # As of every field: what is found on the class is taken for a default.
-        values: dict[str, Any] = vars(config)
-        field = self._field
-        if is_shared(field, values[field]):
-            with one_at_a_time():
-                if is_shared(field, values[field]):
-                    values[field] = _OWN[field]()
-        return values[field]
-
-    def __set__(self, config: RunConfig, value: Any) -> None:  # So that it comes before the __dict__.
-        vars(config)[self._field] = value
-
-
-class RunConfig(Deferred):
+class RunConfig(LazyModel):
     """How runs behave. Times say their unit in their name.
 
     Attributes:
@@ -168,17 +117,15 @@ class RunConfig(Deferred):
 
     run_id: str = Field(default_factory=_generate_id)
     pipeline: str = "pipeline"
-    budget: ExecutionBudget = Field(default_factory=lambda: _SHARED["budget"])
+    budget: ExecutionBudget = Field(default_factory=ExecutionBudget.unlimited)
     shared_budgets: Annotated[SharedBudget | Sequence[SharedBudget], SkipValidation] = ()
     limits: Annotated[dict[str, Limit], SkipValidation] = Field(default_factory=dict)
     node_limits: dict[str, str] = Field(default_factory=dict)
     breaker: Annotated[Breaker | None, SkipValidation] = None
-    policy_map: PolicyMap = Field(default_factory=lambda: _SHARED["policy_map"])
+    policy_map: PolicyMap = Field(default_factory=default_policy_map)
     node_policies: dict[str, PolicyMap] = Field(default_factory=dict)
-    hooks: Annotated[AnyHooks, SkipValidation] = Field(default_factory=lambda: _SHARED["hooks"])
-    classifiers: Annotated[list[Classifier], SkipValidation] = Field(
-        default_factory=lambda: _SHARED["classifiers"]
-    )
+    hooks: Annotated[AnyHooks, SkipValidation] = Field(default_factory=NodeHooks)
+    classifiers: Annotated[list[Classifier], SkipValidation] = Field(default_factory=list)
     context: InstanceOf[dict[str, Any]] = Field(default_factory=dict)
     node_timeouts: dict[str, int] = Field(default_factory=dict)
     contract_retries: dict[str, int] = Field(default_factory=dict)
@@ -192,7 +139,7 @@ class RunConfig(Deferred):
     allow_changes: bool = False
     check: bool = False
     lease_seconds: float = Field(default=30.0, ge=0.1, allow_inf_nan=False)
-    model_fallbacks: list[FallbackPolicy] = Field(default_factory=lambda: _SHARED["model_fallbacks"])
+    model_fallbacks: list[FallbackPolicy] = Field(default_factory=list)
     unknown_model: Literal["warn", "error"] | None = None
     hook_errors: Literal["isolate", "raise"] = "isolate"
     hook_delivery: Literal["at_most_once", "at_least_once"] = "at_most_once"
@@ -200,26 +147,9 @@ class RunConfig(Deferred):
     tags: tuple[str, ...] = ()
     redact: Annotated[Callable[[dict[str, Any]], dict[str, Any]] | None, SkipValidation] = None
 
-    if not TYPE_CHECKING:  # Type checkers know the fields' names from pydantic.
-
-        def __init__(self, **data: Any) -> None:
-            if data or type(self) is not RunConfig:
-                super().__init__(**data)
-            else:  # What validation comes to where there is nothing to validate: most runs of a service make one.
-                become(self, _defaults(), set())
-
-    def held(self, field: str) -> Any:
-        """A field for who only reads it: its default stays shared."""
-        return self.__dict__[field]
-
     def with_run_id(self, run_id: str) -> RunConfig:
         """The same config for a run of that id. Raises ValueError for what is no id."""
-        if type(self) is not RunConfig:
-            return self.model_copy(update={"run_id": check_id(run_id, "run id")})
-        twin = stamped(self)
-        vars(twin)["run_id"] = check_id(run_id, "run id")
-        twin.__pydantic_fields_set__.add("run_id")
-        return twin
+        return self.model_copy(update={"run_id": check_id(run_id, "run id")})
 
     @property
     def budgets(self) -> Sequence[SharedBudget]:
@@ -322,24 +252,3 @@ class RunConfig(Deferred):
                     f"node_timeouts[{node_id!r}] is {shown(limit)} ms; give a positive number of milliseconds, up to 10**30"
                 )
         return value
-
-
-for _field in _SHARED:
-    setattr(RunConfig, _field, _Shared(_field))
-
-
-def _defaults() -> dict[str, Any]:
-    """The fields of a config that says nothing; what can be changed is new, or will be once it is asked for."""
-    values = _FIXED.copy()
-    for name, make in _MADE:
-        values[name] = make()
-    return values
-
-
-#: The defaults that everybody shares, in the order of the fields, and what makes the others.
-_FIXED: Final = {name: _SHARED.get(name, field.default) for name, field in RunConfig.model_fields.items()}
-_MADE: Final = tuple(
-    (name, cast("Callable[[], Any]", field.default_factory))
-    for name, field in RunConfig.model_fields.items()
-    if field.default_factory is not None and name not in _SHARED
-)

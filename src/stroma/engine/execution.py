@@ -1,4 +1,4 @@
-"""What a node can know about the place where it runs: its execution, and the run around it."""
+"""The execution of a node, as the running code sees it, and the run around it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stroma.trace.redaction import scrubbed_error
 if TYPE_CHECKING:
     from stroma.engine.context import ReliabilityContext
 
-__all__ = ["NodeExecution", "RemainingBudget", "current_node", "current_run", "new_execution"]
+__all__ = ["NodeExecution", "RemainingBudget", "current_node", "current_run"]
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 Kind = Literal["node", "group", "item"]
@@ -31,7 +31,7 @@ Kind = Literal["node", "group", "item"]
 
 @dataclass(frozen=True, slots=True)
 class RemainingBudget:
-    """What is left under each limit, in its unit; None where there is no limit. Never below 0."""
+    """Rest of each limit, in its unit; None where there is no limit. Never below 0."""
 
     tokens: int | None
     cost_usd: float | None
@@ -51,71 +51,82 @@ class NodeExecution:
         redelivered: this end event was already sent once, by a process that died.
     """
 
-    # What every node asks for has a slot, and is set: on the class it takes several times as long to look up. What is
-    # seldom used stands on the class until it is. And there is no __init__, since a call that C makes back into Python
-    # takes as long as all the rest: new_execution() makes them.
+    # Slots for what every node sets; what few nodes need is on the class until it is set, and then in the __dict__.
     __slots__ = (
         "__dict__", "_at_end", "attempt", "branch", "children", "counted", "ctx", "ended", "group", "kind",
         "node_id", "parent", "position", "reported", "rows", "schemas", "step",
     )  # fmt: skip
 
-    ctx: ReliabilityContext
-    node_id: str
-    kind: Kind
-    position: int
-    branch: str
-    #: Where the engine puts this execution's events: the trace, or the rows of the group around it.
-    rows: list[AttemptRow | TraceEvent]
-    #: The group around it, and its id.
-    parent: NodeExecution | None
-    group: str | None
-    attempt: int
-    counted: AttemptUsage
-    #: Where the children of a group put their events.
-    children: list[AttemptRow | TraceEvent] | None
-    #: What reads the snapshots in its rows.
-    schemas: Schemas | None
-    #: Which call of its step id this is, outside of any pipeline.
-    step: StepCall | None
-    #: What report_usage() was told and nobody has counted yet.
-    reported: list[Report] | None
-    #: The row of the attempt that has just ended, while its hooks run.
-    ended: AttemptRow | None
-    _at_end: list[Callable[[], None]] | None
-
     last_failure: Failure | None = None
     redelivered: bool = False
-    #: A group's clock, which runs while the function of any node in it does: how many do, since when, ns before; and when
-    #: the first one began and the last one ended.
+    #: A group's clock, which runs while the function of any node in it does: the number of those functions, since when,
+    #: and ns before; the start of the first one and the end of the last one.
     running: int = 0
     running_since: int = 0
     busy_ns: int = 0
     first_ns: int = 0
     last_ns: int = 0
-    #: What a group got, which its children may get as well, and the picture of it.
+    #: The input of a group, which its children may have as well, and the snapshot of it.
     taken: tuple[BaseModel, Snapshot] | None = None
-    #: Whether its children's outputs are kept for another attempt of it; a map may have too many for that.
+    #: Its children's outputs are kept for another attempt of it; a map may have too many for that.
     remembers: bool = True
-    #: Attempts that were granted to mend an output contract, and whether the next one is.
+    #: Attempts that were granted to repair an output that broke its contract, and if the next one is.
     repairs: int = 0
     repairing: bool = False
-    #: What is wrong with a response that was reported, where the attempt is to fail of it once its output is safe.
+    #: What is wrong with a reported response, if the attempt is to fail of it once its output is safe.
     misreported: UsageError | None = None
     _notes: dict[Any, Any] | None = None
     _calls: StepCalls | None = None
 
+    def __init__(
+        self,
+        ctx: ReliabilityContext,
+        node_id: str,
+        kind: Kind,
+        position: int,
+        branch: str,
+        rows: list[AttemptRow | TraceEvent],
+        parent: NodeExecution | None = None,
+    ) -> None:
+        self.ctx = ctx
+        self.node_id = node_id
+        self.kind: Kind = kind
+        self.position = position
+        self.branch = branch
+        #: Where the engine puts the events of this execution: the trace, or the rows of the group around it.
+        self.rows = rows
+        #: The group around it, and its id.
+        self.parent = parent
+        self.group = None if parent is None else parent.node_id
+        self.attempt = 0
+        self.counted: AttemptUsage = NO_USAGE
+        #: What reads the snapshots in its rows.
+        self.schemas: Schemas | None = None
+        #: Where the children of a group put their events.
+        self.children: list[AttemptRow | TraceEvent] | None = None
+        #: Number of this call of its step id, outside of any pipeline.
+        self.step: StepCall | None = None
+        #: What was reported and is not counted yet.
+        self.reported: list[Report] | None = None
+        #: The row of the attempt that has just ended, while its hooks run.
+        self.ended: AttemptRow | None = None
+        self._at_end: list[Callable[[], None]] | None = None
+
     @property
     def calls(self) -> StepCalls:
-        """The steps that code calls inside of its present attempt."""
+        """Steps that code calls inside of the present attempt."""
         calls = self._calls
         if calls is None or calls.attempt != self.attempt:
-            # Each attempt has children and a clock of its own.
             calls = self._calls = StepCalls(self.attempt)
-            self.children, self.busy_ns, self.running = [], 0, 0
+            self.start_children()
         return calls
 
+    def start_children(self) -> None:
+        """Begin an attempt with children: they have rows and a clock of their own."""
+        self.children, self.busy_ns, self.running, self.first_ns, self.last_ns = [], 0, 0, 0, 0
+
     def branch_of(self, identity: str) -> str:
-        """Where a step stands that is called inside of its present attempt."""
+        """Return the branch of a step that is called inside of the present attempt."""
         attempts = [self.attempt]
         above = self.parent
         while above is not None and above.kind == "group":
@@ -123,12 +134,12 @@ class NodeExecution:
             above = above.parent
         while attempts and attempts[-1] == 1:
             attempts.pop()
-        # Another attempt calls its steps again: what the one before recorded is none of its own.
+        # Another attempt calls its steps again, and does not restore what the one before recorded.
         called = f"{'-'.join(map(str, attempts))}:{identity}" if attempts else identity
         return f"{self.branch}.{called}" if self.branch else called
 
     def enter(self, now: int) -> None:
-        """A function inside this group begins."""
+        """Note that a function inside this group begins."""
         if self.running == 0:
             self.running_since = now
             self.first_ns = self.first_ns or now
@@ -137,7 +148,7 @@ class NodeExecution:
             self.parent.enter(now)
 
     def leave(self, now: int) -> None:
-        """A function inside this group has ended."""
+        """Note that a function inside this group has ended."""
         self.running -= 1
         if self.running == 0:
             self.busy_ns += now - self.running_since
@@ -146,7 +157,7 @@ class NodeExecution:
             self.parent.leave(now)
 
     def busy(self, now: int) -> int:
-        """Nanoseconds for which functions of the outermost group around this execution ran in its present attempt."""
+        """Return for how many ns functions of the outermost group around this ran in its present attempt."""
         outer = self
         while outer.parent is not None:
             outer = outer.parent
@@ -161,17 +172,17 @@ class NodeExecution:
 
     @property
     def pipeline(self) -> str:
-        """The name that metrics and spans are labelled with."""
+        """Label of metrics and spans."""
         return self.ctx.pipeline
 
     @property
     def outcome(self) -> Outcome | None:
-        """What became of the attempt whose end hooks run; None before."""
+        """Outcome of the attempt whose end hooks run; None before."""
         return None if self.ended is None else self.ended.outcome
 
     @property
     def duration_ms(self) -> float | None:
-        """How long the function of that attempt took, hooks, waits and the store apart; None before its end.
+        """Duration of the function in that attempt, without hooks, waits and the store; None before its end.
 
         Of a group: from the first start of a function inside it to the last end of one.
         """
@@ -179,23 +190,23 @@ class NodeExecution:
 
     @property
     def function_ms(self) -> float | None:
-        """For how long functions ran in that attempt: of a group any inside it, of a node its own; None before its end."""
+        """Time in which functions ran in that attempt: of a group any inside it, of a node its own; None before its end."""
         return None if self.ended is None else self.ended.function_ns / 1e6
 
     @property
     def started_ns(self) -> int | None:
-        """When that attempt's function was called, in ns since the epoch; None before its end."""
+        """Start of that attempt's function, in ns since the epoch; None before its end."""
         return None if self.ended is None else self.ended.started_ns
 
     @property
     def reason(self) -> str | None:
-        """A stable word for why that attempt failed, such as "rate_limit"; None if it did not, or nobody knows."""
+        """Stable word for the failure of that attempt, such as "rate_limit"; None without a failure, or a known reason."""
         failed = None if self.ended is None else self.ended.failure
         return None if failed is None else failed.reason
 
     @property
     def notes(self) -> dict[Any, Any]:
-        """Whatever hooks want to find again later in this execution, in all of its attempts; a span, say."""
+        """Storage of hooks for this execution and all of its attempts; a span, say."""
         if self._notes is None:
             self._notes = {}
         return self._notes
@@ -211,13 +222,13 @@ class NodeExecution:
         self._at_end.append(callback)
 
     def close(self) -> None:
-        """The execution is over."""
+        """Call the callbacks of :meth:`at_end`. Never raises."""
         callbacks, self._at_end = self._at_end or [], None
         for callback in reversed(callbacks):
             try:
                 callback()
             except Exception as error:
-                shown = scrubbed_error(error, self.ctx.secrets)
+                shown = scrubbed_error(error, self.ctx.redactor.secrets)
                 self.ctx.run_logger.exception(
                     "at_end (%r) raised for node %r", callback, self.node_id, exc_info=shown
                 )
@@ -225,7 +236,7 @@ class NodeExecution:
 
     @property
     def idempotency_key(self) -> str:
-        """The same for all attempts of this node, or this call of a step, in this execution of the run, in every process."""
+        """Key that all attempts of this node, or this call of a step, share in this execution of the run, in every process."""
         ctx, outermost = self.ctx, self
         while outermost.parent is not None:
             outermost = outermost.parent
@@ -237,14 +248,15 @@ class NodeExecution:
 
     @property
     def usage(self) -> AttemptUsage:
-        """What this attempt used so far: what was counted, and what was reported since. Its price comes when it ends."""
+        """Usage of this attempt so far: counted, and reported since. Its price comes when it ends."""
         if self.reported is None:
             return self.counted
-        tokens = sum(given + made for given, made, *_ in self.reported)
+        output_tokens = sum(produced for _, produced, *_ in self.reported)
+        tokens = output_tokens + sum(consumed for consumed, *_ in self.reported)
         named = [model for _, _, model, _ in self.reported if model is not None]
         return AttemptUsage(
             self.counted.tokens + tokens,
-            self.counted.output_tokens + sum(made for _, made, *_ in self.reported),
+            self.counted.output_tokens + output_tokens,
             self.counted.cost_usd,
             named[-1] if named else self.counted.model,
             self.counted.cached_input_tokens + sum(d.cached_input_tokens for *_, d in self.reported if d),
@@ -253,17 +265,17 @@ class NodeExecution:
 
     @property
     def model(self) -> str | None:
-        """The model this attempt reported, else the fallback that is due, else None."""
+        """Model that this attempt reported, else the fallback that is due, else None."""
         return self.usage.model or self.ctx.fallback_model()
 
     @property
     def remaining_budget(self) -> RemainingBudget:
-        """What is left of the run's budget, this attempt's reported usage not yet deducted."""
-        left: dict[str, float] = {}
+        """Rest of the run's budget, without a deduction for the reported usage of this attempt."""
+        rest: dict[str, float] = {}
         for dimension, limit in limits(self.ctx.budget):
-            left[dimension] = max(0.0, limit - self.ctx.cost_tracker.used(dimension))
-        tokens = left.get("tokens")
-        return RemainingBudget(None if tokens is None else int(tokens), left.get("cost"), left.get("latency"))
+            rest[dimension] = max(0.0, limit - self.ctx.cost_tracker.used(dimension))
+        tokens = rest.get("tokens")
+        return RemainingBudget(None if tokens is None else int(tokens), rest.get("cost"), rest.get("latency"))
 
     def report_usage(
         self,
@@ -320,7 +332,7 @@ class NodeExecution:
         self.reported.append(report)
 
     def counts_as_zero(self, error: UsageError) -> bool:
-        """Whether usage that a response does not say is 0, with a warning: it is where no limit depends on it."""
+        """Return True if usage that a response leaves out is 0, with a warning: where no limit depends on it."""
         ctx = self.ctx
         limited = ctx.has_limit("tokens", self.node_id) or ctx.has_limit("cost", self.node_id)
         if not error.silent or limited or ctx.config.unknown_model == "error":
@@ -330,9 +342,9 @@ class NodeExecution:
 
     @property
     def signal(self) -> Any:
-        """The answer that this node waited for (see Suspend), as the model that was asked for; None without one.
+        """Answer that this node waited for (see Suspend), as the model that was asked for; None without one.
 
-        Plain JSON data where the model's module is not imported; :meth:`wait_for` needs no such luck.
+        Plain JSON data where the model's module is not imported. Use :meth:`wait_for` to avoid this restriction.
         """
         answer = self._answer()
         if answer is None:
@@ -344,7 +356,7 @@ class NodeExecution:
         return held_by(schema_of(model).decode(answer[0]))
 
     def wait_for(self, schema: type[AnswerT], *, reason: str) -> AnswerT:
-        """The answer of a person as a ``schema``; without one, or with one that does not fit, raises Suspend."""
+        """Return the answer of a person as a ``schema``. Raises Suspend without one, or with one that does not fit."""
         answer = self._answer()
         if answer is None:
             raise Suspend(reason, schema=schema)
@@ -360,44 +372,19 @@ class NodeExecution:
         return None if waiting is None or waiting.payload is None else (waiting.payload, waiting.schema_ref)
 
     def take_reported(self) -> list[Report]:
-        """What was reported and not yet counted."""
+        """Return what was reported and is not counted yet, and forget it."""
         reported, self.reported = self.reported or [], None
         return reported
 
 
-def new_execution(
-    ctx: ReliabilityContext,
-    node_id: str,
-    kind: Kind,
-    position: int,
-    branch: str,
-    rows: list[AttemptRow | TraceEvent],
-    parent: NodeExecution | None = None,
-) -> NodeExecution:
-    """An execution that has not begun yet. The only place that makes one."""
-    made = NodeExecution()
-    made.ctx = ctx
-    made.node_id = node_id
-    made.kind = kind
-    made.position = position
-    made.branch = branch
-    made.rows = rows
-    made.parent = parent
-    made.group = None if parent is None else parent.node_id
-    made.attempt = 0
-    made.counted = NO_USAGE
-    made.schemas = made.children = made.step = made.reported = made.ended = made._at_end = None
-    return made
-
-
 def current_node() -> NodeExecution | None:
-    """The node execution around this code: inside a node's function and its hooks, elsewhere None."""
+    """Return the node execution around this code: inside a node's function and its hooks, elsewhere None."""
     node: NodeExecution | None = CURRENT.get()
     return node
 
 
 def current_run() -> ReliabilityContext | None:
-    """The run around this code: inside a node's function and in all hooks, elsewhere None."""
+    """Return the run around this code: inside a node's function and in all hooks, elsewhere None."""
     node = current_node()
     run: ReliabilityContext | None = RUN.get() if node is None else node.ctx
     return run

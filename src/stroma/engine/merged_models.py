@@ -9,9 +9,9 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, create_model
 
+from stroma.contracts.copying import construct
 from stroma.contracts.core_schema import core_schema_of, never_a_dict
 from stroma.contracts.node import output_class
-from stroma.contracts.schema import filled
 from stroma.failures.errors import ItemFailure
 
 __all__ = ["merged_model", "spelled_out", "with_list"]
@@ -87,7 +87,7 @@ def spelled_out(state: BaseModel) -> BaseModel:
     if made is None:
         return state
     given = state.__pydantic_fields_set__ | state.__pydantic_extra__.keys()
-    return filled(made, {**state.__dict__, **state.__pydantic_extra__}, given)
+    return construct(made, {**state.__dict__, **state.__pydantic_extra__}, given)
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ from stroma.cost.prices import cached_pricer, find_pricer
 from stroma.cost.usage import UsageError, check_usage, report_of, shown
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
-from stroma.engine.tasks import in_thread, uninterrupted
+from stroma.engine.tasks import Shield, in_thread
 from stroma.trace.events import AttemptUsage
 
 __all__ = ["count_returned", "price"]
@@ -50,7 +50,7 @@ def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, 
 
 async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, UsageError | None]:
     """Put a price on what the attempt reported. Returns whether the task was cancelled meanwhile, and what is wrong."""
-    cancelled = False
+    shield = Shield()
     problem = run.misreported
     if problem is not None:
         run.misreported = None
@@ -76,7 +76,7 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
             pricer = cached_pricer(model, detail)
             if pricer == "unread":
                 # The price data takes a quarter of a second to import: not on the event loop.
-                cancelled |= (await uninterrupted(in_thread(find_pricer, (model, detail))))[1]
+                await shield.finish(in_thread(find_pricer, (model, detail)))
                 pricer = find_pricer(model, detail)
             asked = 0.0 if pricer is None else pricer(given, made)
             if not (math.isfinite(asked) and asked >= 0):
@@ -102,4 +102,4 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
         else:
             cost += asked
     run.counted = AttemptUsage(tokens, produced, cost, named, cached, written)
-    return cancelled, problem
+    return shield.is_cancelled, problem

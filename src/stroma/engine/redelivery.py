@@ -1,7 +1,8 @@
-"""End hooks that a process did not live to tell, told by the one that goes on with its run."""
+"""Redeliver end hooks that a crashed process did not call."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -11,72 +12,73 @@ from stroma.checkpoint.identity import child_indexes, is_called
 from stroma.contracts.node import Group, Node
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
-from stroma.engine.events import tell_end
-from stroma.engine.execution import Kind, NodeExecution, new_execution
+from stroma.engine.execution import Kind, NodeExecution
 from stroma.engine.restore import output_schema, raw_output, read_output
 from stroma.failures.errors import RunFailed
+from stroma.hooks.dispatch import HookNotAsync
 from stroma.trace.events import NO_USAGE, AttemptRow
 
 __all__ = ["redeliver"]
 
 
 async def redeliver(ctx: ReliabilityContext, nodes: Sequence[Node | Group]) -> None:
-    """Fire what is due of earlier processes, the oldest first. None of it is in the trace or in the totals."""
+    """Call the end hooks that earlier processes owe, the oldest first. None of it is in the trace or in the totals."""
     identities = {position: identity for identity, position in ctx.session.places.items()}
     for row in ctx.session.undelivered:
         node, kind = _node_at(nodes, row.position, row.branch)
-        run = new_execution(ctx, row.node_id, kind, row.position, row.branch, [])
+        run = NodeExecution(ctx, row.node_id, kind, row.position, row.branch, [])
         run.attempt, run.counted, run.ended, run.redelivered = row.attempt, row.usage or NO_USAGE, row, True
         run.step = StepCall(0, None, identities.get(row.position))
         token = CURRENT.set(run)
         try:
-            await _tell(ctx, run, row, node)
+            await _call_hooks(ctx, run, row, node)
         finally:
             run.close()
             leave(token)
 
 
-async def _tell(
+async def _call_hooks(
     ctx: ReliabilityContext, run: NodeExecution, row: AttemptRow, node: Node | Group | None
 ) -> None:
     event = f"on_node_{row.outcome}"
     calls = getattr(ctx.fire, event, None)
-    if not calls:
-        ctx.session.delivered(row)
-        return
-    said: tuple[Any, ...] = ()
-    failed = row.failure
-    if failed is not None:
-        error = RunFailed.recorded(failed.message, failed.error_type)
-        said = (failed.message,) if row.outcome == "suspended" else (error, failed.failure_class)
+    if calls:
+        failed, committed = row.failure, await _committed(ctx, row)
 
-    committed = await _committed(ctx, row)
+        def arguments() -> tuple[Any, ...]:
+            at = (ctx.run_id, run.node_id)
+            if row.outcome == "success":
+                return (
+                    *at,
+                    ctx.redactor.redact_state(_output(ctx, row, node, committed)),
+                    run.counted.tokens,
+                )
+            if failed is None:
+                return at
+            if row.outcome == "suspended":
+                return (*at, failed.message)
+            return (*at, RunFailed.recorded(failed.message, failed.error_type), failed.failure_class)
 
-    def arguments() -> tuple[Any, ...]:
-        if row.outcome == "success":
-            return (
-                ctx.run_id,
-                run.node_id,
-                ctx.shown(_output(ctx, row, node, committed)),
-                run.counted.tokens,
-            )
-        return (ctx.run_id, run.node_id, *said)
-
-    await tell_end(ctx, run, calls, row, arguments)
+        try:
+            await ctx.fire.fire(event, calls, run.node_id, arguments)
+        except (asyncio.CancelledError, HookNotAsync):  # They come out once every set was called.
+            ctx.session.delivered(row)
+            raise
+    ctx.session.delivered(row)
 
 
 async def _committed(ctx: ReliabilityContext, row: AttemptRow) -> Committed | None:
-    found = ctx.restored.get((row.position, row.branch))
-    if found is None and row.branch and row.outcome == "success":  # Of a map, it may stand apart.
-        kept: Any = ctx.session.committed(row.position, [row.branch])
-        found = (await kept if inspect.isawaitable(kept) else kept).get(row.branch)
-    return found
+    committed = ctx.restored.get((row.position, row.branch))
+    if committed is None and row.branch and row.outcome == "success":  # Those of a map may be read lazily.
+        outputs: Any = ctx.session.committed(row.position, [row.branch])
+        committed = (await outputs if inspect.isawaitable(outputs) else outputs).get(row.branch)
+    return committed
 
 
 def _output(
     ctx: ReliabilityContext, row: AttemptRow, node: Node | Group | None, committed: Committed | None
 ) -> dict[str, Any]:
-    """The output that was committed with an attempt, as its hook would have seen it."""
+    """Return the output that was committed with an attempt, as its hook would have seen it."""
     if committed is None or committed.is_failed_item:
         return {}  # It was discarded since.
     if isinstance(node, Node) and node.node_id == row.node_id:
@@ -90,7 +92,7 @@ def _output(
 
 
 def _node_at(nodes: Sequence[Node | Group], position: int, branch: str) -> tuple[Node | Group | None, Kind]:
-    """The node at a place, or None if the pipeline has none there any more."""
+    """Return the node at a place, or None if the pipeline has none there any more, and its kind."""
     children: Sequence[Node | Group] = nodes
     node: Node | Group | None = None
     kind: Kind = "node"

@@ -12,10 +12,12 @@ from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged
 from stroma.checkpoint.identity import child_indexes, is_called
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import Group, Node, held_by, output_class
-from stroma.contracts.schema import Schema, Stored, schema_of, told_of
+from stroma.contracts.schema import Schema, describe_error, schema_of
+from stroma.contracts.snapshots import StoredSnapshot
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
-from stroma.engine.execution import Kind, NodeExecution, new_execution
+from stroma.engine.execution import Kind, NodeExecution
+from stroma.engine.outcome import Place
 from stroma.failures.errors import ItemFailure
 
 __all__ = [
@@ -33,54 +35,49 @@ async def restore(
     ctx: ReliabilityContext,
     node: Node | Group,
     value: BaseModel,
-    position: int,
-    *,
-    branch: str = "",
-    kind: Kind = "node",
-    contract: NodeContract[Any, Any] | None = None,
-    parent: NodeExecution | None = None,
+    place: Place,
 ) -> BaseModel | None:
-    """The committed output of a position, in place of running it again; None if there is none.
+    """Return the output that is committed at a place, in place of running its node again; None if there is none.
 
-    Raises PipelineChanged, or CorruptCheckpoint if what was kept cannot be read back.
+    Raises PipelineChanged, or CorruptCheckpoint if the stored output cannot be read back.
     """
+    position, branch, parent, contract = place.position, place.branch, place.parent, place.contract
     committed = ctx.restored.get((position, branch))
     if committed is None or committed.is_failed_item:
         return None
     schema = schema_of(contract.output_schema) if contract is not None else output_schema(ctx, node, value)
     group = None if parent is None else parent.node_id
     check_committed(ctx, node, schema, committed, position, branch, group, contract)
-    if isinstance(committed.output, Stored):  # It is read here, and not all of a run's at once.
+    if isinstance(committed.output, StoredSnapshot):  # It is read here, and not all of a run's at once.
         committed = committed._replace(output=await asyncio.to_thread(committed.output.load))
     changed = committed.contract.partition(":")[0] != schema.fingerprint
     if changed and isinstance(node, Group):
-        return None  # It is put together anew, of children that are restored one by one.
+        return None  # It is assembled again, of children that are restored one by one.
     try:
         model = read_output(schema, committed, _upcast(ctx, node, contract) if changed else None)
     except Exception as error:
         target = node.node_id
         while parent is not None:  # Children of groups are no targets of a resume.
             target, parent = parent.node_id, parent.parent
-        why, cause = told_of(error)
+        why, cause = describe_error(error)
         raise CorruptCheckpoint(
             f"the output of node {node.node_id!r} at position {position} of run {ctx.run_id!r} cannot be read back: "
             f"{why}; resume from there (resume_from={target!r}) to make it anew"
         ) from cause
     if not branch:
-        ctx.last_state = model
+        ctx.handover.offer(model)
     if isinstance(node, Group):
         ctx.failed_items += _failed_items(ctx, position, branch)
     if ctx.fire.on_node_skipped is not None:
-        run = new_execution(
-            ctx, node.node_id, "group" if isinstance(node, Group) else kind, position, branch, []
-        )
+        kind: Kind = "group" if isinstance(node, Group) else place.kind
+        run = NodeExecution(ctx, node.node_id, kind, position, branch, [])
         token = CURRENT.set(run)
         try:
             await ctx.fire.fire(
                 "on_node_skipped",
                 ctx.fire.on_node_skipped,
                 node.node_id,
-                lambda: (ctx.run_id, node.node_id, ctx.shown(schema.state(model))),
+                lambda: (ctx.run_id, node.node_id, ctx.redactor.redact_state(schema.state(model))),
             )
         finally:
             run.close()
@@ -89,7 +86,7 @@ async def restore(
 
 
 def _failed_items(ctx: ReliabilityContext, position: int, branch: str) -> int:
-    """How many items failed of a group that is restored, those of maps inside it too."""
+    """Return how many items failed of a group that is restored, those of maps inside it too."""
     inside = f"{branch}." if branch else ""
     return sum(
         failed
@@ -99,20 +96,21 @@ def _failed_items(ctx: ReliabilityContext, position: int, branch: str) -> int:
 
 
 def read_output(schema: Schema, committed: Committed, upcast: Callable[[Any], Any] | None) -> BaseModel:
+    """Return a committed output as a model. Raises ValueError if it does not fit."""
     if upcast is not None:
         raw = raw_output(committed)
         try:
             upcasted = upcast(raw)
         except Exception as error:
             raise ValueError(f"its upcast raised {type(error).__name__}: {error}") from error
-        return schema.trust(schema.validate(upcasted))
+        return schema.mark_exclusive(schema.validate(upcasted))
     if committed.schema is not None and committed.schema is not schema:
-        return schema.trust(schema.validate(raw_output(committed)))
-    return schema.trust(schema.restore(committed.output))
+        return schema.mark_exclusive(schema.validate(raw_output(committed)))
+    return schema.mark_exclusive(schema.restore(committed.output))
 
 
 def value_of(registry: ContractRegistry, node: Node | Group, committed: Committed) -> Any:
-    """An output that is read without the input of its node: a model, or plain data of a group; or an ItemFailure.
+    """Return an output without the input of its node: as a model, or as plain data of a group; or an ItemFailure.
 
     Raises CorruptCheckpoint.
     """
@@ -127,47 +125,48 @@ def value_of(registry: ContractRegistry, node: Node | Group, committed: Committe
         model = read_output(schema, committed, contract.upcast if changed and contract is not None else None)
         return held_by(model)
     except ValueError as error:
-        why, cause = told_of(error)
+        why, cause = describe_error(error)
         raise CorruptCheckpoint(
             f"an output of node {node.node_id!r} cannot be read back: {why}; restore its schema, or begin a new run"
         ) from cause
 
 
 def raw_output(committed: Committed) -> Any:
-    """What was kept, as plain data: a dict of the fields, or the value of a root model."""
+    """Return a committed output as plain data: a dict of the fields, or the value of a root model."""
     if committed.schema is not None:
         return committed.schema.raw(committed.schema.restore(committed.output))
-    output = committed.output.load() if isinstance(committed.output, Stored) else committed.output
-    return Schema.raw_of(output) if isinstance(output, bytes) else output
+    output = committed.output.load() if isinstance(committed.output, StoredSnapshot) else committed.output
+    return Schema.decode_raw(output) if isinstance(output, bytes) else output
 
 
 def _upcast(
     ctx: ReliabilityContext, node: Node | Group, contract: NodeContract[Any, Any] | None
 ) -> Callable[[Any], Any] | None:
-    found = contract if contract is not None or isinstance(node, Group) else ctx.contract_of(node)
-    return None if found is None else found.upcast
+    if contract is None and isinstance(node, Node):
+        contract = ctx.contract_of(node)
+    return None if contract is None else contract.upcast
 
 
 def _tolerated(ctx: ReliabilityContext, node: Node | Group, contract: NodeContract[Any, Any] | None) -> bool:
-    """Whether outputs that were recorded with another schema may be read all the same."""
+    """Return True if outputs that were recorded with another schema may be read all the same."""
     if isinstance(node, Group):
         return any(_tolerated(ctx, child, None) for child in node.children)
     return _upcast(ctx, node, contract) is not None
 
 
 def _difference(schema: Schema, committed: Committed) -> str:
-    """What tells the fields of an output from those of the schema that it is to be read with."""
+    """Describe how the fields of an output differ from those of the schema that it is to be read with."""
     raw = raw_output(committed)
-    names = set(schema.names)
-    if not isinstance(raw, dict) or schema.root:
+    names = set(schema.field_names)
+    if not isinstance(raw, dict) or schema.is_root:
         return "it is another kind of value"
     parts = [f"it had {name!r}, which is gone" for name in raw if name not in names]
-    parts += [f"it lacks {name!r}, which is new" for name in schema.names if name not in raw]
+    parts += [f"it lacks {name!r}, which is new" for name in schema.field_names if name not in raw]
     return "; ".join(parts) or "types or constraints of its fields are others"
 
 
 def output_schema(ctx: ReliabilityContext, node: Node | Group, value: BaseModel | None) -> Schema:
-    """What a node's output must satisfy, given its input, which only that of a group depends on."""
+    """Return the schema of a node's output; only that of a group depends on its input."""
     if isinstance(node, Group):
         assert value is not None
         return schema_of(node.output(ctx, value))
@@ -225,15 +224,15 @@ def check_place(
     group: str | None = None
     for index in child_indexes(branch):
         children = node.children if isinstance(node, Group) else ()
-        place = 0 if isinstance(node, Group) and node.each else index
-        if place >= len(children):
+        child = 0 if isinstance(node, Group) and node.each else index
+        if child >= len(children):
             raise PipelineChanged(
                 f"run {ctx.run_id!r} cannot go on: it has the output of node {committed.node_id!r} inside "
                 f"position {position}, and {node.node_id!r} has no such child; restore it, or begin a new run"
             )
-        node, group = children[place], node.node_id
-    if is_called(branch):  # What a node calls, or its hooks, is known when it is called.
+        node, group = children[child], node.node_id
+    if is_called(branch):  # Steps that a node or its hooks call are known when they are called.
         return
-    # What a group gives depends on its input, so its schema is checked when it is restored.
+    # The schema of a group depends on its input, and is checked when it is restored.
     schema = output_schema(ctx, node, None) if isinstance(node, Node) else None
     check_committed(ctx, node, schema, committed, position, branch, group)

@@ -13,14 +13,14 @@ from typing import Any
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StoreError
 from stroma.hooks.dispatch import HookNotAsync
 
-__all__ = ["LAST_SECONDS", "gather", "in_thread", "passes_through", "refusal", "uninterrupted"]
+__all__ = ["LAST_SECONDS", "Shield", "as_store_error", "gather", "in_thread", "passes_through"]
 
 #: For how long a cancelled task waits for what must not be lost: longer than our own stores try.
 LAST_SECONDS = 60.0
 
 
 async def in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Call in a daemon thread of its own: one that is abandoned holds up neither the loop's end nor the process's."""
+    """Call in a daemon thread of its own: an abandoned one delays neither the end of the loop nor that of the process."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Any] = loop.create_future()
     context = contextvars.copy_context()
@@ -44,16 +44,16 @@ async def in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         try:
             loop.call_soon_threadsafe(settle, *outcome)
         except RuntimeError:
-            pass  # The loop ended; nobody waits for this any more.
+            pass  # The loop has ended, and nothing waits for this.
 
     threading.Thread(target=work, name=f"stroma-{getattr(func, '__name__', 'node')}", daemon=True).start()
     return await done
 
 
 def passes_through(error: BaseException, cancelling: int, *, in_group: bool) -> bool:
-    """Return whether what a node raised is not its failure but the end of this run or process.
+    """Return True if the exception must propagate instead of being recorded as a failure of the node.
 
-    Every BaseException that is no Exception is, but for a CancelledError while nobody cancels the node's task.
+    Every BaseException that is no Exception must, but for a CancelledError while nobody cancels the node's task.
     """
     kind = type(error)  # isinstance would ask the object for its __class__, which may raise.
     if issubclass(kind, Exception):
@@ -66,48 +66,60 @@ def passes_through(error: BaseException, cancelling: int, *, in_group: bool) -> 
     return True
 
 
-async def uninterrupted(work: Awaitable[Any]) -> tuple[Exception | None, bool]:
-    """Await to the very end. Returns what it raised, and whether the running task was cancelled meanwhile: the caller
-    raises that afterwards.
+class Shield:
+    """Awaits work to its very end, although the running task is cancelled; the caller raises the cancellation afterwards.
 
-    A task that is cancelled does not wait for ever: what has not ended after LAST_SECONDS is given up as a StoreError.
+    Attributes:
+        is_cancelled: the task was cancelled meanwhile.
     """
-    loop = asyncio.get_running_loop()
-    future = _begun(work, loop)
-    deadline: float | None = None
-    while not future.done():
-        left = None if deadline is None else deadline - loop.time()
-        if left is not None and left <= 0:
-            future.cancel()
-            return _given_up(), True
-        # What asyncio.wait() does, with less around it: a cancellation ends the waiting, not the work.
-        waiter: asyncio.Future[None] = loop.create_future()
-        wake = functools.partial(_wake, waiter)
-        future.add_done_callback(wake)
-        timer = None if left is None else loop.call_later(left, _wake, waiter, future)
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            deadline = deadline or loop.time() + LAST_SECONDS
-        finally:
-            future.remove_done_callback(wake)
-            if timer is not None:
-                timer.cancel()
-    cancelled = deadline is not None
-    if future.cancelled():
-        return refusal(asyncio.CancelledError()), cancelled
-    error = future.exception()
-    return None if error is None else refusal(error), cancelled
+
+    __slots__ = ("is_cancelled",)
+
+    def __init__(self) -> None:
+        self.is_cancelled = False
+
+    async def finish(self, work: Awaitable[Any]) -> Exception | None:
+        """Await to the end, and return what the work raised.
+
+        A task that is cancelled does not wait for ever: work that has not ended after LAST_SECONDS is cancelled, and a
+        StoreError returned.
+        """
+        loop = asyncio.get_running_loop()
+        future = _as_future(work, loop)
+        deadline: float | None = None
+        while not future.done():
+            remaining = None if deadline is None else deadline - loop.time()
+            if remaining is not None and remaining <= 0:
+                future.cancel()
+                return _timed_out()
+            # As asyncio.wait() does, with less around it: a cancellation ends the waiting, not the work.
+            waiter: asyncio.Future[None] = loop.create_future()
+            wake = functools.partial(_wake, waiter)
+            future.add_done_callback(wake)
+            timer = None if remaining is None else loop.call_later(remaining, _wake, waiter, future)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                self.is_cancelled = True
+                deadline = deadline or loop.time() + LAST_SECONDS
+            finally:
+                future.remove_done_callback(wake)
+                if timer is not None:
+                    timer.cancel()
+        if future.cancelled():
+            return as_store_error(asyncio.CancelledError())
+        error = future.exception()
+        return None if error is None else as_store_error(error)
 
 
-def _begun(work: Awaitable[Any], loop: asyncio.AbstractEventLoop) -> asyncio.Future[Any]:
-    """The work as a future. What need not wait for anything is done now, without a turn of the loop (Python 3.12)."""
+def _as_future(work: Awaitable[Any], loop: asyncio.AbstractEventLoop) -> asyncio.Future[Any]:
+    """Return the work as a future. Work that never waits is done at once, without a turn of the loop (Python 3.12)."""
     if asyncio.iscoroutine(work) and sys.version_info >= (3, 12):
         return asyncio.Task(work, loop=loop, eager_start=True)
     return asyncio.ensure_future(work, loop=loop)
 
 
-def _given_up() -> StoreError:
+def _timed_out() -> StoreError:
     error = StoreError(
         f"the store has not answered for {LAST_SECONDS:g} s since the run was cancelled; look after the store, then "
         "resume the run: that shows whether its last output is kept"
@@ -121,29 +133,29 @@ def _wake(waiter: asyncio.Future[None], _: asyncio.Future[Any]) -> None:
         waiter.set_result(None)
 
 
-def refusal(error: BaseException) -> Exception:
-    """What a store raised, as its refusal: a CancelledError or GeneratorExit of its own is nobody else's.
+def as_store_error(error: BaseException) -> Exception:
+    """Return the exception of a store as an Exception: its own CancelledError or GeneratorExit is a StoreError.
 
-    Raises what tells the process to stop.
+    Raises KeyboardInterrupt and SystemExit.
     """
     if isinstance(error, Exception):
         return error
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         raise error
     return StoreError(
-        f"the store gave up the operation by itself ({type(error).__name__}); resume the run once the store is well"
+        f"the store cancelled the operation ({type(error).__name__}); resume the run when the store is available"
     )
 
 
 async def gather(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Results in order. The first exception cancels and awaits the rest, and comes out as itself.
+    """Return results in order. The first exception cancels and awaits the rest, and comes out as itself.
 
     Not a TaskGroup: up to Python 3.12 that cancels the task around it to wake it, and so can swallow a cancellation
     from outside that comes at the same moment, or leave its own behind.
     """
     loop = asyncio.get_running_loop()
     failed: list[BaseException] = []
-    left, cancelled = len(work), False
+    pending, cancelled = len(work), False
     waiter: asyncio.Future[None] = loop.create_future()
 
     def abort() -> None:
@@ -151,27 +163,27 @@ async def gather(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
             task.cancel()
 
     def ended(task: asyncio.Task[Any]) -> None:
-        nonlocal left
-        left -= 1
+        nonlocal pending
+        pending -= 1
         error = None if task.cancelled() else task.exception()
         if error is not None:
             failed.append(error)
             if len(failed) == 1:
                 abort()
-        if not left and not waiter.done():
+        if not pending and not waiter.done():
             waiter.set_result(None)
 
     running = [loop.create_task(item) for item in work]
     for task in running:
         task.add_done_callback(ended)
-    while left:
+    while pending:
         try:
             await waiter
         except asyncio.CancelledError:
             cancelled = True
             abort()
             waiter = loop.create_future()
-    # In the order in which they failed; what tells the process to stop is told first.
+    # In the order in which they failed; what tells the process to stop precedes them.
     first = next((e for e in failed if not isinstance(e, Exception)), failed[0] if failed else None)
     if cancelled and (first is None or isinstance(first, Exception)):
         raise asyncio.CancelledError

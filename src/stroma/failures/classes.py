@@ -8,7 +8,7 @@ __all__ = ["FailureClass"]
 
 
 class FailureClass(StrEnum):
-    """What a failure means for trying again."""
+    """The meaning of a failure for retries."""
 
     RECOVERABLE = "RECOVERABLE"
     TERMINAL = "TERMINAL"

@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel
 
-from stroma._utils.models import Deferred
+from stroma._utils.models import LazyModel
 from stroma.cost.budget import BudgetExceeded, Dimension
 from stroma.cost.usage import shown
 from stroma.failures.classes import FailureClass
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-class ItemFailure(Deferred):
+class ItemFailure(LazyModel):
     """An item of a map that failed for good while the others went on.
 
     Attributes:
@@ -209,7 +209,7 @@ class RunCancelled(Exception):
 
 
 class RemoteFailure(Exception):
-    """What a node raised in another process. The exception itself stays there; this has its type's name and its words.
+    """An exception that a node raised in another process: the name of its type and its message, without the object.
 
     Attributes:
         type_name: of the exception.

@@ -8,16 +8,16 @@ from typing import Final, NamedTuple
 
 from pydantic import ConfigDict, Field
 
-from stroma._utils.models import Deferred
-from stroma.contracts.schema import stamped
+from stroma._utils.models import LazyModel
+from stroma.contracts.copying import replicate
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
 
 __all__ = ["FailurePolicy", "PolicyMap", "Retry", "RetryBudget", "Stop", "decide", "default_policy_map"]
 
 
-class FailurePolicy(Deferred):
-    """How often, and after how long, a node is tried again.
+class FailurePolicy(LazyModel):
+    """The number and delays of the retries of a node.
 
     Attributes:
         max_retries: further attempts after the first.
@@ -51,7 +51,7 @@ _DEFAULTS: PolicyMap = {
 def default_policy_map() -> PolicyMap:
     """RECOVERABLE 3 retries within 1 s each, TERMINAL none, AMBIGUOUS 1 within 0.5 s. A fresh dict."""
     # New ones, since a policy can be changed; made in the shortest way, since every run's config has three.
-    return {failure_class: stamped(policy) for failure_class, policy in _DEFAULTS.items()}
+    return {failure_class: replicate(policy) for failure_class, policy in _DEFAULTS.items()}
 
 
 class RetryBudget:
@@ -67,7 +67,7 @@ class RetryBudget:
         return count
 
     def exhausted(self, run_id: str, node_id: str, policy: FailurePolicy) -> bool:
-        """Whether the retries of a policy are used up."""
+        """Return True if the retries of a policy are used up."""
         return self._counts.get((run_id, node_id), 0) >= policy.max_retries
 
 
@@ -91,7 +91,7 @@ def policy_for(
     node_policies: Mapping[FailureClass, FailurePolicy] | None,
     policy_map: PolicyMap,
 ) -> FailurePolicy:
-    """The node's own policy for a class, else the run's, else the built-in default."""
+    """Return the node's own policy for a class, else the run's, else the built-in default."""
     if node_policies is not None and failure_class in node_policies:
         return node_policies[failure_class]
     return policy_map.get(failure_class) or _DEFAULTS[failure_class]
@@ -100,7 +100,7 @@ def policy_for(
 def decide(
     failure: Failure, policy: FailurePolicy, *, attempt: int, draw: Callable[[], float] = random.random
 ) -> Retry | Stop:
-    """Whether a failed attempt is followed by another. Pure, but for ``draw`` (uniform in 0..1).
+    """Return the decision on a failed attempt: Retry or Stop. Pure, but for ``draw`` (uniform in 0..1).
 
     ``attempt`` is 1-based: attempt n was the (n-1)-th retry, so one count serves all classes. Attempts that were
     granted on top (to mend a broken contract) are not in it.

@@ -1,4 +1,4 @@
-"""What providers' exceptions mean, read by their shape: a status code, response headers, a class name.
+"""The meaning of providers' exceptions, read by their shape: a status code, response headers, a class name.
 
 No SDK is imported. An exception is recognised by what it carries, so a new release of an SDK, or a client that
 wraps another, needs no change here.
@@ -22,7 +22,7 @@ ClassName = Literal["RECOVERABLE", "TERMINAL"]
 
 
 class Verdict(NamedTuple):
-    """What a provider's error means: a class, a stable reason, and the seconds the server asks to wait, if any."""
+    """The meaning of a provider error: a class, a stable reason, and the seconds that the server asks to wait, if any."""
 
     failure_class: ClassName
     reason: str
@@ -202,7 +202,7 @@ _NAMES: Final[tuple[tuple[frozenset[str], Verdict], ...]] = (
 
 
 def read_provider_error(exc: BaseException) -> Verdict | None:
-    """The verdict on an exception, or on what it was raised from; None if its shape says nothing.
+    """Return the verdict on an exception, or on the one it was raised from; None if its shape is unknown.
 
     An exception group is what its worst member is: TERMINAL if one of them is, else nothing if one says nothing, else
     the one with the longest wait. Never raises: an attribute that misbehaves is one that says nothing.
@@ -287,7 +287,7 @@ def _read(exc: BaseException) -> Verdict | None:
 
 
 def _read_prose(found: Verdict, levels: list[Any], packages: set[str]) -> Verdict:
-    """The same verdict, or a better one where the message says more than the status and the codes."""
+    """Return the same verdict, or a better one where the message says more than the status and the codes."""
     phrases: tuple[tuple[str, Verdict], ...] = ()
     if found is _BAD_REQUEST:
         phrases = _PHRASES
@@ -331,7 +331,7 @@ def _status(exc: BaseException, packages: set[str]) -> int | None:
 
 
 def _call(exc: BaseException, name: str) -> Any:
-    """What a method without arguments gives, as gRPC's exceptions have; None if there is none, or it raises."""
+    """Return the result of a method without arguments, as gRPC's exceptions have; None if it is missing or raises."""
     method = _get(exc, name)
     try:
         return method() if callable(method) else None
@@ -382,7 +382,7 @@ def _decoded(text: Any) -> str:
 
 
 def _levels(exc: BaseException, packages: set[str]) -> list[Any]:
-    """Where codes and messages stand: the exception, and its body from the outside in."""
+    """Return the objects that may hold codes and messages: the exception, and its body from the outside in."""
     if "grpc" in packages:
         return [exc, {"message": _call(exc, "details")}]
     if "aiohttp" in packages:
@@ -424,7 +424,7 @@ def _codes(exc: BaseException, levels: list[Any]) -> Iterator[str]:
 
 
 def _details(levels: list[Any]) -> Iterator[Any]:
-    """What Google's errors say in a list: ErrorInfo, QuotaFailure, RetryInfo."""
+    """Yield the details that Google's errors list: ErrorInfo, QuotaFailure, RetryInfo."""
     for level in levels[1:]:
         details = _get(level, "details")
         if isinstance(details, list):
@@ -440,7 +440,7 @@ def _retry_delay(levels: list[Any]) -> float | None:
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """The wait a server asks for: ``retry-after-ms``, or ``retry-after`` in seconds or as an HTTP date.
+    """Return the wait that a server asks for: ``retry-after-ms``, or ``retry-after`` in seconds or as an HTTP date.
 
     ``headers`` has lower-case names. A date that has passed is no wait. Of several wishes in one header, as a server
     and a proxy before it may have, the longest counts. None if there is no wish, or one that makes no sense.

@@ -1,4 +1,4 @@
-"""Where an exception came from, as data: the frames of the user's own code, and all others."""
+"""The origin of an exception as data: the frames of the user's own code, and all others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Frame(NamedTuple):
 
 
 class Trouble(NamedTuple):
-    """Where a failed attempt failed.
+    """The site of the failure of an attempt.
 
     Attributes:
         attempt, started_ns: which one; see AttemptRecord.
@@ -44,7 +44,7 @@ class Trouble(NamedTuple):
 
 
 def frames_of(error: BaseException) -> tuple[list[traceback.FrameSummary], list[traceback.FrameSummary]]:
-    """The frames of the user's own code, and those of libraries; ours and the interpreter's are neither."""
+    """Return the frames of the user's own code, and those of libraries, without Stroma and the interpreter."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
     return (
         [frame for frame in frames if not _is_library(frame.filename)],
@@ -69,7 +69,7 @@ def _libraries() -> tuple[str, ...]:
 
 
 def trouble_writer(error: BaseException) -> Callable[[], bytes]:
-    """What writes down where an exception came from: b"" if there is nothing to tell.
+    """Return a function that encodes the origin of an exception; it returns b"" if there is none.
 
     Nothing is read from files before it is asked, and it holds no frame, so that no variable lives on in it.
     """
@@ -105,7 +105,7 @@ def _written(places: Sequence[tuple[CodeType, int]]) -> bytes:
 
 
 def read_trouble(data: bytes, attempt: int, started_ns: int) -> Trouble | None:
-    """What was written; None for what was not."""
+    """Decode a failure site; None for other data."""
     try:
         own, others = json.loads(data)
         return Trouble(attempt, started_ns, _frames(own), _frames(others))

@@ -88,8 +88,8 @@ class NodeHooks:
             if hook is not None:
                 check_arguments(event, hook, arguments)
 
-    #: Of hooks that make a run wait for who reads what they tell: they are under no time limit.
-    _patient: ClassVar[bool] = False
+    #: False for hooks that make a run wait for its reader.
+    _has_time_limit: ClassVar[bool] = True
 
     def __or__(self, other: NodeHooks | Sequence[NodeHooks]) -> HookSets:
         return HookSets((self, *flatten(other)))

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict
 
-from stroma._utils.models import Deferred
+from stroma._utils.models import LazyModel
 from stroma.checkpoint import inside_of
 from stroma.contracts.copying import isolate
 from stroma.contracts.node import Group, Node, find_node, make_node
@@ -19,8 +19,9 @@ from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.untyped import Kept
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import Kind, NodeExecution
-from stroma.engine.loop import GroupStopped, Halt, execute_in_turn
+from stroma.engine.loop import execute_in_turn
 from stroma.engine.merged_models import merged_model, with_list
+from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.engine.restore import output_schema
 from stroma.engine.tasks import gather
 from stroma.failures.errors import ItemFailure
@@ -282,11 +283,11 @@ async def _side_by_side(
     async def one(index: int, node: Node | Group, value: BaseModel) -> BaseModel | None:
         if stopped:
             return None
-        outcome = await execute_in_turn(
-            ctx, (node,), value, group.position, f"{prefix}{index}", kind, group, step=inside_step
-        )
-        if not isinstance(outcome, Halt):
+        place = Place(group.position, f"{prefix}{index}", kind, group, step=inside_step)
+        outcome = await execute_in_turn(ctx, (node,), value, place)
+        if isinstance(outcome, BaseModel):
             return outcome
+        assert isinstance(outcome, Halt)  # There is no further node.
         if outcome.suspended:  # Its siblings need not wait: all that can be done is done.
             waiting.append(outcome)
             return None
@@ -354,7 +355,7 @@ def _by_name(state: Any, values: Callable[[Schema, BaseModel], dict[str, Any]]) 
         return _named(cast("dict[Any, Any]", isolate(state)))
     schema = schema_of(type(state))
     found = values(schema, state)
-    return _named(found["root"]) if schema.root and isinstance(found["root"], dict) else found
+    return _named(found["root"]) if schema.is_root and isinstance(found["root"], dict) else found
 
 
 def _named(fields: dict[Any, Any]) -> dict[str, Any]:
@@ -408,10 +409,10 @@ def as_state(raw: Any) -> BaseModel:
 
 
 def _item(fields: dict[str, Any]) -> BaseModel:
-    return schema_of(_Item).made_of(fields)
+    return schema_of(_Item).construct(fields)
 
 
-class _Item(Deferred):
+class _Item(LazyModel):
     """A dict on its way to a node: open to any field, validated by the node's own contract."""
 
     model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from time import monotonic, perf_counter_ns
 from typing import Any, Final, cast
 
@@ -17,12 +18,12 @@ from stroma.checkpoint.protocols import OF_MAP
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
-from stroma.engine.commit import failed_of, settle
+from stroma.engine.commit import failed_of, record, settle
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
-from stroma.engine.loop import GroupStopped, Halt, execute
+from stroma.engine.loop import execute
+from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.engine.restore import check_committed, output_schema, read_output, value_of
-from stroma.engine.tasks import refusal
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import ItemFailure
 from stroma.failures.failure import Failure, text_of
@@ -181,16 +182,8 @@ class MapRun:
 
     async def _execute(self, item: Item, value: BaseModel) -> BaseModel | Halt:
         group = self._group
-        return await execute(
-            self._ctx,
-            self._child,
-            value,
-            group.position,
-            branch=self._branch(item.index),
-            kind="item",
-            parent=group,
-            step=self._call_of(item),
-        )
+        place = Place(group.position, self._branch(item.index), "item", group, step=self._call_of(item))
+        return await execute(self._ctx, self._child, value, place)
 
     async def _failed(self, item: Item, halt: Halt) -> None:
         if halt.suspended:  # Its siblings need not wait: all that can be done is done.
@@ -222,13 +215,10 @@ class MapRun:
         )  # fmt: skip
         call = self._call_of(item)
         schema = schema_of(ItemFailure)
-        pending: Awaitable[None] | Exception | None
-        try:
-            pending = ctx.session.record(row, schema, kept, call)
-        except BaseException as refused:
-            pending = refusal(refused)
+        again = partial(record, ctx, row, schema, kept, call)
+        pending = again()
         if pending is not None:
-            problem, cancelled = await settle(ctx, row, schema, kept, call, pending)
+            problem, cancelled = await settle(ctx, row, pending, again)
             if problem is not None:
                 stored = Failure(
                     problem,

@@ -15,7 +15,8 @@ from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.usage import shown
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
-from stroma.engine.loop import Halt, execute_in_turn
+from stroma.engine.loop import execute_in_turn
+from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
 from stroma.engine.redelivery import redeliver
 from stroma.engine.restore import check_place, output_schema, restore
 from stroma.failures.classes import FailureClass
@@ -85,9 +86,9 @@ class OneRun:
             try:
                 await self._open()
                 begun = True
-                ctx.chain()
+                ctx.handover.is_active = True
                 ctx.session.on_cancel = self.cancel
-                await ctx.tell_start(self.initial)
+                await ctx.announce_start(self.initial)
                 if ctx.delivers:
                     await redeliver(ctx, self.nodes)
                 if ctx.session.finished is None:
@@ -96,12 +97,14 @@ class OneRun:
                     token = CURRENT.set(CURRENT.get())
                     try:
                         # Here, and in no coroutine of its own, which every run would have.
-                        outcome = None
+                        outcome: BaseModel | Halt | Stopped = STOPPED
                         first = self.start or 0
                         nodes = self.nodes[first:] if first else self.nodes
                         if not (ctx.stops and nodes):
                             cancels = 0 if self.task is None else self.task.cancelling()
-                            outcome = await execute_in_turn(ctx, nodes, self.state, first, cancelling=cancels)
+                            outcome = await execute_in_turn(
+                                ctx, nodes, self.state, Place(first, cancelling=cancels)
+                            )
                     finally:
                         leave(token)
                     failure, status = self._came_to(outcome)
@@ -112,7 +115,7 @@ class OneRun:
                 status = RunStatus.FAILED
                 if not begun:
                     begun = True
-                    await ctx.tell_start(self.initial)
+                    await ctx.announce_start(self.initial)
             if self._cancelled_as is not None and self.task is not None:
                 # A node has swallowed the cancellation, or ended without meeting it: the caller's task is left as it was.
                 with contextlib.suppress(asyncio.CancelledError):
@@ -126,7 +129,7 @@ class OneRun:
         except GeneratorExit:  # The coroutine is being closed: nothing may be awaited any more.
             ctx.session.abandon()
             if begun:
-                await ctx.tell_end(ctx.build_result(status, self.state), now=True)
+                ctx.call_end_hooks_now(ctx.build_result(status, self.state))
             begun = False
             raise
         except HookNotAsync as error:
@@ -170,7 +173,7 @@ class OneRun:
         ctx = self.ctx
         loaded = -1
         for position in range(start):
-            state = await restore(ctx, self.nodes[position], self.state, position)
+            state = await restore(ctx, self.nodes[position], self.state, Place(position))
             if state is not None:
                 loaded = position
         if loaded == start - 1:
@@ -183,11 +186,11 @@ class OneRun:
                 f"run {ctx.run_id!r} has no checkpoint of node {before.node_id!r}, which stands before "
                 f"{self.nodes[start].node_id!r}; run the pipeline from its beginning, or resume from an earlier node"
             )
-        ctx.last_state = saved
+        ctx.handover.offer(saved)
 
-    def _came_to(self, outcome: BaseModel | Halt | None) -> tuple[Failure | None, RunStatus]:
-        """The end of a run whose nodes came to an outcome; None if no further one was to begin."""
-        if outcome is None:
+    def _came_to(self, outcome: BaseModel | Halt | Stopped) -> tuple[Failure | None, RunStatus]:
+        """The end of a run whose nodes came to an outcome."""
+        if isinstance(outcome, Stopped):
             return None, self._cancelled_as or RunStatus.INTERRUPTED
         if isinstance(outcome, Halt):
             failure = None if outcome.suspended else outcome.failure
@@ -200,7 +203,7 @@ class OneRun:
         status = RunStatus(finished.status)
         completed = status in (RunStatus.COMPLETED, RunStatus.RESUMED)
         for position, node in enumerate(self.nodes):
-            if await restore(ctx, node, self.state, position) is None:
+            if await restore(ctx, node, self.state, Place(position)) is None:
                 if not completed:
                     break
                 raise PipelineChanged(
@@ -225,7 +228,7 @@ class OneRun:
         why = text_of(failure) if failure is not None else "; ".join(ctx.suspended) or None
         if ctx.run_logger.isEnabledFor(logging.INFO):
             ctx.run_logger.info("run of %r ended: %s", ctx.pipeline, status)
-        if await ctx.end_and_tell(status, why, result if ctx.fire.on_run_end is not None else None):
+        if await ctx.end_and_announce(status, why, result if ctx.fire.on_run_end is not None else None):
             raise asyncio.CancelledError
         if ctx.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:
             first = ctx.hook_failures[0]

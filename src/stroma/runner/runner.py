@@ -500,7 +500,7 @@ class StromaRunner:
             if isinstance(last, Node):
                 contract = self.registry.find(last.node_id) or last.contract
                 schema = schema_of(output_class(contract))
-            kept = Kept(schema_of(type(state)).raw(state)) if schema.model is Kept else schema.cross(state)
+            kept = Kept(schema_of(type(state)).raw(state)) if schema.model is Kept else schema.convert(state)
             given["edited" if before else "state"] = (schema, kept)
         await store.fork(run_id, fork_id, before, **given)
         initial = state
@@ -648,7 +648,7 @@ def answer_to(
                 "or say which class that is with schema="
             ) from error
     wanted = schema_of(model or output_class(None))
-    checked = wanted.cross(answer) if isinstance(answer, BaseModel) and model else wanted.validate(answer)
+    checked = wanted.convert(answer) if isinstance(answer, BaseModel) and model else wanted.validate(answer)
     return found[0]._replace(payload=wanted.encode(checked))
 
 

@@ -21,7 +21,8 @@ from stroma.contracts.tagged_json import NotSerialisable
 from stroma.contracts.untyped import Kept
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import current_node
-from stroma.engine.loop import Halt, execute
+from stroma.engine.loop import execute
+from stroma.engine.outcome import Halt, Place
 from stroma.engine.redelivery import redeliver
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunCancelled
@@ -70,14 +71,14 @@ async def execute_step(
     if parent is not None:
         calls = parent.calls
     else:
-        calls = ctx.calls = ctx.calls or StepCalls()
+        calls = ctx.plain_steps.calls = ctx.plain_steps.calls or StepCalls()
     # Before anything is awaited: which call it is depends on the order of the calls alone.
     scope = calls.scope()
     identity = calls.next(scope, step_id)
-    await ctx.open(input_state, ends=ctx.ends)
+    await ctx.open(input_state, ends=ctx.plain_steps.has_end)
     if parent is None:
-        if ctx.ends or ctx.delivers:
-            await ctx.begin(partial(_begin, ctx, input_state))
+        if ctx.plain_steps.has_end or ctx.delivers:
+            await ctx.plain_steps.begin(partial(_begin, ctx, input_state))
         position, branch = ctx.place_of(identity.text), ""
         call = StepCall(identity.number, _encoded(input_state), identity.text)
     else:
@@ -91,17 +92,10 @@ async def execute_step(
         if ctx.cancelled and (position, branch) not in ctx.restored:
             outcome: BaseModel | Halt = _not_called(ctx, step_id)
         else:
-            outcome = await execute(
-                ctx,
-                node,
-                input_state,
-                position,
-                branch=branch,
-                parent=parent,
-                contract=contract,
-                step=call,
-                cancelling=cancelling,
+            place = Place(
+                position, branch, parent=parent, contract=contract, step=call, cancelling=cancelling
             )
+            outcome = await execute(ctx, node, input_state, place)
     except HookNotAsync as error:
         error.result = ctx.build_result(RunStatus.INTERRUPTED, input_state)
         raise
@@ -110,9 +104,9 @@ async def execute_step(
         for at in apart:
             cast("dict[Any, Any]", ctx.restored).pop(at, None)
     if parent is None:
-        ctx.step_status, ctx.step_failure = RunStatus.COMPLETED, None
+        ctx.plain_steps.status, ctx.plain_steps.failure = RunStatus.COMPLETED, None
         if isinstance(outcome, Halt):
-            ctx.step_status, ctx.step_failure = (
+            ctx.plain_steps.status, ctx.plain_steps.failure = (
                 _status_of(outcome),
                 None if outcome.suspended else outcome.failure,
             )
@@ -209,10 +203,10 @@ def _note_cancel(reference: weakref.ref[ReliabilityContext]) -> None:
 
 
 async def _begin(ctx: ReliabilityContext, initial: BaseModel) -> None:
-    if ctx.ends:
+    if ctx.plain_steps.has_end:
         # By a weak reference: no context may wait for the garbage collector.
         ctx.session.on_cancel = partial(_note_cancel, weakref.ref(ctx))
-        await ctx.tell_start(initial)
+        await ctx.announce_start(initial)
     if ctx.delivers:
         await redeliver(ctx, ())
 

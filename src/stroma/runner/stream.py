@@ -346,7 +346,7 @@ class _Watched:
 
 
 class _Watch(NodeHooks):
-    _patient = True
+    _has_time_limit = False
 
 
 def _hooks(run: _Watched) -> NodeHooks:
@@ -361,7 +361,7 @@ def _hooks(run: _Watched) -> NodeHooks:
         node = current_node()
         about = where(node)
         if node is not None and node.ended is not None:
-            event, shown = node.ctx.trace.event_of(node.ended), node.ctx.shown
+            event, shown = node.ctx.trace.event_of(node.ended), node.ctx.redactor.redact_state
             output = event.output_state
             about["event"] = replace(
                 event,

@@ -59,22 +59,22 @@ class Content:
         """A state of a run as JSON text: its values, or the types and sizes of its fields."""
         if self.mode == "none":
             return self.cut(json.dumps({str(name): _shape(value) for name, value in state.items()}))
-        run.note_secrets(state)
+        run.redactor.note_secrets(state)
         try:
             text = json.dumps(self._allowed(jsonable(dict(state)), 0), ensure_ascii=False)
         except Exception as error:
             # A number of ten thousand digits, say. The span is worth more than its input.
             return f"[unreadable: {type(error).__name__}]"
-        return self.cut(run.masked(text))
+        return self.cut(run.redactor.mask(text))
 
     def message(self, run: ReliabilityContext, said: BaseException | str) -> str | None:
         """What an exception says; None in mode "none"."""
         if self.mode == "none":
             return None
         if isinstance(said, ContractViolation) and isinstance(said.raw, dict):
-            run.note_secrets(said.raw)  # Of an input that nobody was shown.
-        text = run.masked(said if isinstance(said, str) else message_of(said))
-        shown = run.shown({"message": text}).get("message")
+            run.redactor.note_secrets(said.raw)  # Of an input that nobody was shown.
+        text = run.redactor.mask(said if isinstance(said, str) else message_of(said))
+        shown = run.redactor.redact_state({"message": text}).get("message")
         return self.cut(visible(shown) if isinstance(shown, str) else _REDACTED)
 
     def cut(self, text: str) -> str:

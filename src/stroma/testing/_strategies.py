@@ -1,4 +1,4 @@
-"""Strategies of hypothesis for the classes that pydantic knows, by their core schemas. Needs hypothesis."""
+"""Hypothesis strategies for pydantic models, built from their core schemas. Needs hypothesis."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ _json = st.recursive(
 
 
 def instances(model: type[BaseModel], fields: Mapping[str, Strategy]) -> st.SearchStrategy[BaseModel]:
-    """Instances of a model. Raises TypeError that names the field whose values cannot be made up."""
+    """Return a strategy for instances of a model. Raises TypeError that names a field without a strategy."""
     unknown = [name for name in fields if name not in model.model_fields]
     if unknown:
         raise TypeError(
             f"{model.__name__} has no field {unknown[0]!r}; it has {', '.join(model.model_fields)}"
         )
-    return _Maker(dict(fields), model).of(core_schema_of(model), model.__name__)
+    return _StrategyBuilder(dict(fields), model).of(core_schema_of(model), model.__name__)
 
 
-class _Unknown(TypeError):
-    """Nobody can say what values something takes."""
+class _UnknownTypeError(TypeError):
+    """No strategy is known for a type."""
 
 
-class _Maker:
-    """Strategies for the parts of one core schema."""
+class _StrategyBuilder:
+    """Builder of strategies for the parts of one core schema."""
 
     def __init__(self, fields: dict[str, Strategy], model: type[BaseModel]) -> None:
-        self._given, self._outermost = fields, model
+        self._overrides, self._outermost = fields, model
         self._known: dict[str, Any] = {}
-        self._made: dict[str, Strategy] = {}
+        self._deferred: dict[str, Strategy] = {}
         #: Which of them are being made; and how often one of those was met as a part of itself.
         self._making: set[str] = set()
         self._loops = 0
@@ -59,8 +59,8 @@ class _Maker:
         kind = schema["type"].replace("-", "_")
         make: Callable[[Mapping[str, Any], str], Strategy] | None = getattr(self, f"_{kind}", None)
         if make is None:
-            raise _Unknown(
-                f"values for {path} cannot be made up (pydantic calls it {schema['type']!r}); give a strategy for the field "
+            raise _UnknownTypeError(
+                f"cannot generate values for {path} (pydantic type {schema['type']!r}); pass a strategy for the field "
                 "with fields=, or for the whole input with inputs="
             )
         return make(schema, path)
@@ -73,15 +73,15 @@ class _Maker:
 
     def _definition_ref(self, schema: Mapping[str, Any], path: str) -> Strategy:
         ref = schema["schema_ref"]
-        if ref not in self._made:
+        if ref not in self._deferred:
             # Put down before it is made: it may be part of itself.
-            self._made[ref] = st.deferred(lambda: made[0])
+            self._deferred[ref] = st.deferred(lambda: strategy[0])
             self._making.add(ref)
-            made = [self.of(self._known[ref], path)]
+            strategy = [self.of(self._known[ref], path)]
             self._making.remove(ref)
         elif ref in self._making:
             self._loops += 1
-        return self._made[ref]
+        return self._deferred[ref]
 
     def _inner(self, schema: Mapping[str, Any], path: str) -> Strategy:
         return self.of(schema["schema"], path)
@@ -100,7 +100,7 @@ class _Maker:
     def _json_or_python(self, schema: Mapping[str, Any], path: str) -> Strategy:
         try:
             return self.of(schema["python_schema"], path)
-        except _Unknown:  # Only instances of a class, which can be made of JSON.
+        except _UnknownTypeError:  # Only instances of a class, which can be made of JSON.
             return self.of(schema["json_schema"], path)
 
     def _json(self, schema: Mapping[str, Any], path: str) -> Strategy:
@@ -114,17 +114,17 @@ class _Maker:
         return self._any_of([one for one in schema["choices"].values() if isinstance(one, dict)], path)
 
     def _any_of(self, choices: list[Mapping[str, Any]], path: str) -> Strategy:
-        found: list[Strategy] = []
-        wrong: _Unknown | None = None
+        alternatives: list[Strategy] = []
+        wrong: _UnknownTypeError | None = None
         for one in choices:
             try:
-                found.append(self.of(one, path))
-            except _Unknown as error:
+                alternatives.append(self.of(one, path))
+            except _UnknownTypeError as error:
                 wrong = error
-        if not found:
+        if not alternatives:
             assert wrong is not None
             raise wrong
-        return st.one_of(found)
+        return st.one_of(alternatives)
 
     # ------------------------------------------------------------------ records
 
@@ -138,16 +138,16 @@ class _Maker:
             ):
                 inner = inner["schema"]
             return _instances(cls, self.of(inner, path), cls.model_validate)
-        given = self._given if cls is self._outermost else {}
+        overrides = self._overrides if cls is self._outermost else {}
         classes = {name: field.annotation for name, field in cls.model_fields.items()}
         return _instances(
-            cls, self._record(schema["schema"], path, by_name, given, classes), cls.model_validate
+            cls, self._record(schema["schema"], path, by_name, overrides, classes), cls.model_validate
         )
 
     def _dataclass(self, schema: Mapping[str, Any], path: str) -> Strategy:
         cls = schema["cls"]
-        made = self._record(schema["schema"], path, by_name=_by_name(schema))
-        return _instances(cls, made, TypeAdapter(cls).validate_python)
+        strategy = self._record(schema["schema"], path, by_name=_by_name(schema))
+        return _instances(cls, strategy, TypeAdapter(cls).validate_python)
 
     def _typed_dict(self, schema: Mapping[str, Any], path: str) -> Strategy:
         return self._record(schema, path, by_name=_by_name(schema))
@@ -157,7 +157,7 @@ class _Maker:
         schema: Mapping[str, Any],
         path: str,
         by_name: bool,
-        given: Mapping[str, Strategy] | None = None,
+        overrides: Mapping[str, Strategy] | None = None,
         classes: Mapping[str, Any] | None = None,
     ) -> Strategy:
         while "fields" not in schema:  # Validators of the whole model stand around its fields.
@@ -170,16 +170,18 @@ class _Maker:
         for name, field in fields.items():
             inner = field["schema"]
             may_lack = inner["type"] == "default" or field.get("required") is False
-            made = (given or {}).get(name)
+            strategy = (overrides or {}).get(name)
             try:
-                made = self.of(inner, f"{path}.{name}") if made is None else made
-            except _Unknown:
-                made = _by_class((classes or {}).get(name))
-                if made is None and not may_lack:
+                strategy = self.of(inner, f"{path}.{name}") if strategy is None else strategy
+            except _UnknownTypeError:
+                strategy = _strategy_for_class((classes or {}).get(name))
+                if strategy is None and not may_lack:
                     raise
-                made = st.just(_ABSENT) if made is None else made
-            parts[name] = st.just(_ABSENT) | made if may_lack and name not in (given or {}) else made
-            places[name] = (name,) if by_name else _alias(field, name, f"{path}.{name}")
+                strategy = st.just(_ABSENT) if strategy is None else strategy
+            parts[name] = (
+                st.just(_ABSENT) | strategy if may_lack and name not in (overrides or {}) else strategy
+            )
+            places[name] = (name,) if by_name else _input_key(field, name, f"{path}.{name}")
 
         def put_together(values: dict[str, Any]) -> dict[str, Any]:
             record: dict[str, Any] = {}
@@ -218,13 +220,13 @@ class _Maker:
 
     def _tuple(self, schema: Mapping[str, Any], path: str) -> Strategy:
         inner, more = schema["items_schema"], schema.get("variadic_item_index")
-        made = [self.of(one, f"{path}[{i}]") for i, one in enumerate(inner)]
+        strategy = [self.of(one, f"{path}[{i}]") for i, one in enumerate(inner)]
         if more is None:
-            return st.tuples(*made)
-        least = max(0, schema.get("min_length", 0) - len(made) + 1)
-        most = max(least, schema.get("max_length", least + _SOME + len(made) - 1) - len(made) + 1)
-        rest = st.lists(made[more], min_size=least, max_size=most)
-        before, after = st.tuples(*made[:more]), st.tuples(*made[more + 1 :])
+            return st.tuples(*strategy)
+        least = max(0, schema.get("min_length", 0) - len(strategy) + 1)
+        most = max(least, schema.get("max_length", least + _SOME + len(strategy) - 1) - len(strategy) + 1)
+        rest = st.lists(strategy[more], min_size=least, max_size=most)
+        before, after = st.tuples(*strategy[:more]), st.tuples(*strategy[more + 1 :])
         return st.tuples(before, rest, after).map(lambda parts: (*parts[0], *parts[1], *parts[2]))
 
     def _dict(self, schema: Mapping[str, Any], path: str) -> Strategy:
@@ -263,8 +265,8 @@ class _Maker:
                      min(_bounds(schema.get("le"), schema.get("lt")), default=None))  # fmt: skip
         if step:
             return st.integers(-1000, 1000).map(lambda n: n * step).filter(_within(schema))
-        made = st.floats(_as_float(low), _as_float(high), allow_nan=False, allow_infinity=False)
-        return made.filter(_within(schema))
+        strategy = st.floats(_as_float(low), _as_float(high), allow_nan=False, allow_infinity=False)
+        return strategy.filter(_within(schema))
 
     def _decimal(self, schema: Mapping[str, Any], path: str) -> Strategy:
         digits, places = schema.get("max_digits"), schema.get("decimal_places")
@@ -275,17 +277,17 @@ class _Maker:
             largest = Decimal(10) ** (digits - places) - Decimal(1).scaleb(-places)
             low = -largest if low is None else max(Decimal(low), -largest)
             high = largest if high is None else min(Decimal(high), largest)
-        made = st.decimals(
+        strategy = st.decimals(
             low, high, allow_nan=False, allow_infinity=False, places=2 if places is None else places
         )
-        return made.filter(_within(schema))
+        return strategy.filter(_within(schema))
 
     def _str(self, schema: Mapping[str, Any], path: str) -> Strategy:
         least, most = schema.get("min_length", 0), schema.get("max_length")
         pattern = schema.get("pattern")
         if pattern is not None:
-            made = st.from_regex(pattern, alphabet=_letters)
-            return made.filter(lambda text: least <= len(text) and (most is None or len(text) <= most))
+            strategy = st.from_regex(pattern, alphabet=_letters)
+            return strategy.filter(lambda text: least <= len(text) and (most is None or len(text) <= most))
         return st.text(_letters, min_size=least, max_size=most)
 
     def _bytes(self, schema: Mapping[str, Any], path: str) -> Strategy:
@@ -317,26 +319,28 @@ class _Maker:
 
     def _date(self, schema: Mapping[str, Any], path: str) -> Strategy:
         today = dt.date.today()
-        low, high = _ends(schema, dt.timedelta(days=1), dt.date.min, dt.date.max, today)
+        low, high = _datetime_bounds(schema, dt.timedelta(days=1), dt.date.min, dt.date.max, today)
         return st.dates(low, high)
 
     def _datetime(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        asked = schema.get("tz_constraint")
+        timezone = schema.get("tz_constraint")
         zones: Strategy = st.just(dt.UTC)
-        if asked == "naive":
+        if timezone == "naive":
             zones = st.none()
-        elif asked is None:
+        elif timezone is None:
             zones = st.none() | zones
-        elif isinstance(asked, int):
-            zones = st.just(dt.timezone(dt.timedelta(seconds=asked)))
+        elif isinstance(timezone, int):
+            zones = st.just(dt.timezone(dt.timedelta(seconds=timezone)))
         step, now = dt.timedelta(microseconds=1), dt.datetime.now()
-        low, high = _ends(schema, step, dt.datetime.min, dt.datetime.max, now)
+        low, high = _datetime_bounds(schema, step, dt.datetime.min, dt.datetime.max, now)
         if schema.get("now_op") is not None:
             # Whatever the time zone: a day from here.
             low, high = (now + dt.timedelta(days=1), high) if schema["now_op"] == "future" else (low, now - dt.timedelta(days=1))  # fmt: skip
-        made = st.datetimes(_naive(low), _naive(high), timezones=zones)
+        strategy = st.datetimes(_naive(low), _naive(high), timezones=zones)
         aware = [bound for bound in (low, high) if bound.tzinfo is not None]
-        return made.map(lambda value: value if value.tzinfo or not aware else value.replace(tzinfo=dt.UTC))
+        return strategy.map(
+            lambda value: value if value.tzinfo or not aware else value.replace(tzinfo=dt.UTC)
+        )
 
     def _time(self, schema: Mapping[str, Any], path: str) -> Strategy:
         low, high = schema.get("ge", dt.time.min), schema.get("le", dt.time.max)
@@ -347,32 +351,32 @@ class _Maker:
 
     def _timedelta(self, schema: Mapping[str, Any], path: str) -> Strategy:
         step = dt.timedelta(microseconds=1)
-        low, high = _ends(schema, step, -dt.timedelta(days=36500), dt.timedelta(days=36500), None)
+        low, high = _datetime_bounds(schema, step, -dt.timedelta(days=36500), dt.timedelta(days=36500), None)
         return st.timedeltas(low, high)
 
 
 def _instances(cls: type, raw: Strategy, validate: Callable[[Any], Any]) -> Strategy:
-    """What a class makes of raw values; those that its validators refuse are left out."""
+    """Return a strategy for instances of a class; values that its validators reject are filtered out."""
 
-    def made(value: Any) -> Any:
+    def strategy(value: Any) -> Any:
         try:
             return validate(value)
         except ValidationError:
             return _ABSENT
 
-    return raw.map(made).filter(lambda value: value is not _ABSENT)
+    return raw.map(strategy).filter(lambda value: value is not _ABSENT)
 
 
-def _by_class(cls: Any) -> Strategy | None:
-    """What hypothesis itself makes of a class; None if it does not know it."""
+def _strategy_for_class(cls: Any) -> Strategy | None:
+    """Return hypothesis's own strategy for a class; None if it has none."""
     if not isinstance(cls, type):
         return None
-    made: Strategy = st.from_type(cls)
+    strategy: Strategy = st.from_type(cls)
     try:
-        made.validate()
+        strategy.validate()
     except Exception:
         return None
-    return made
+    return strategy
 
 
 def _by_name(schema: Mapping[str, Any]) -> bool:
@@ -380,16 +384,16 @@ def _by_name(schema: Mapping[str, Any]) -> bool:
     return bool(config.get("populate_by_name") or config.get("validate_by_name"))
 
 
-def _alias(field: Mapping[str, Any], name: str, path: str) -> tuple[str, ...]:
-    """Where the value of a field is looked for."""
+def _input_key(field: Mapping[str, Any], name: str, path: str) -> tuple[str, ...]:
+    """Return the key that a field is read from."""
     alias = field.get("validation_alias", name)
     if isinstance(alias, str):
         return (alias,)
     for way in alias if alias and isinstance(alias[0], list) else [alias]:
         if all(isinstance(key, str) for key in way):
             return tuple(way)
-    raise _Unknown(
-        f"a value for {path} cannot be put where its alias looks for it; give a strategy for the whole input with inputs="
+    raise _UnknownTypeError(
+        f"cannot place a value for {path} at its alias; pass a strategy for the whole input with inputs="
     )
 
 
@@ -403,8 +407,8 @@ def _as_set(values: list[Any]) -> Any:
     return set(values)
 
 
-def _bounds(*given: Any) -> list[Any]:
-    return [bound for bound in given if bound is not None]
+def _bounds(*overrides: Any) -> list[Any]:
+    return [bound for bound in overrides if bound is not None]
 
 
 def _plus(bound: Any, step: Any) -> Any:
@@ -427,8 +431,10 @@ def _within(schema: Mapping[str, Any]) -> Callable[[Any], bool]:
     return is_within
 
 
-def _ends(schema: Mapping[str, Any], step: dt.timedelta, first: Any, last: Any, now: Any) -> tuple[Any, Any]:
-    """The least and the largest moment that a schema admits."""
+def _datetime_bounds(
+    schema: Mapping[str, Any], step: dt.timedelta, first: Any, last: Any, now: Any
+) -> tuple[Any, Any]:
+    """Return the earliest and latest moment that a schema accepts."""
     lows = _bounds(schema.get("ge"), None if "gt" not in schema else schema["gt"] + step)
     highs = _bounds(schema.get("le"), None if "lt" not in schema else schema["lt"] - step)
     if schema.get("now_op") == "past":

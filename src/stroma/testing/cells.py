@@ -1,4 +1,4 @@
-"""What every store with cells must do, as tests to inherit."""
+"""Conformance tests for stores with cells."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from stroma.testing.stores import HARD_IDS, State, begin, commit
 __all__ = ["CellStoreTests"]
 
 
-def put(data: bytes, told: Any = None) -> Change[Any]:
-    """A change that puts data in place of whatever is there."""
-    return lambda _data, _now: (data, told)
+def put(data: bytes, results: Any = None) -> Change[Any]:
+    """Return a change that replaces the data of a cell."""
+    return lambda _data, _now: (data, results)
 
 
 def count(data: bytes | None, _now: int) -> tuple[bytes, int]:
-    """A change that adds one and tells what there is then."""
+    """Increment the number in a cell and return it."""
     value = int(data or b"0") + 1
     return str(value).encode(), value
 
 
 class CellStoreTests:
-    """Inherit, and give a fixture ``store`` that makes a new store of yours, empty, for each test.
+    """Conformance tests for cells. Inherit, and define a fixture ``store`` with an empty store.
 
     pytest-asyncio must be in auto mode, or your class be marked ``asyncio``.
     """
 
     @pytest.fixture
     def store(self) -> Any:
-        raise NotImplementedError("give a fixture `store` that makes an empty store")
+        raise NotImplementedError("define a fixture `store` that returns an empty store")
 
     @pytest.fixture
     def other(self, store: Any) -> Any:
-        """Another client of the same data, as another process has one; override it if yours can be shared."""
+        """Return another client of the same data; override it if processes can share the store."""
         return store
 
     async def test_two_clients_at_once(self, store: Any, other: Any) -> None:
@@ -70,10 +70,10 @@ class CellStoreTests:
 
         await store.change_cell("a", put(b"1"))
         tasks = [store.change_cell("a", change) for change in (count, refuse, count)]
-        told = await asyncio.gather(*tasks, return_exceptions=True)
-        assert (told[0], told[2]) == (2, 3)
-        assert isinstance(told[1], Exception)
-        assert "no" in str(told[1])
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert (results[0], results[2]) == (2, 3)
+        assert isinstance(results[1], Exception)
+        assert "no" in str(results[1])
         assert store.read_cell("a")[0] == b"3"
 
     async def test_cells_are_kept_apart(self, store: Any) -> None:
@@ -92,10 +92,10 @@ class CellStoreTests:
 
     async def test_nothing_comes_between_reading_and_writing(self, store: Any) -> None:
         """Each of many changes at once, of tasks and threads, builds on the one before."""
-        told: list[int] = []
+        results: list[int] = []
 
         async def some() -> None:
-            told.extend(await asyncio.gather(*(store.change_cell("n", count) for _ in range(15))))
+            results.extend(await asyncio.gather(*(store.change_cell("n", count) for _ in range(15))))
 
         threads = [threading.Thread(target=lambda: asyncio.run(some())) for _ in range(3)]
         for thread in threads:
@@ -103,7 +103,7 @@ class CellStoreTests:
         await some()
         for thread in threads:
             await asyncio.to_thread(thread.join)
-        assert sorted(told) == list(range(1, 61))
+        assert sorted(results) == list(range(1, 61))
         assert store.read_cell("n")[0] == b"60"
 
     async def test_the_order_of_one_caller(self, store: Any) -> None:

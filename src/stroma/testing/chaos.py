@@ -1,4 +1,4 @@
-"""``pytest --stroma-chaos=N``: tests of pipelines, once more and with faults. Loaded by the plugin when it is asked for."""
+"""``pytest --stroma-chaos=N``: repeat tests of pipelines with faults. Loaded by the plugin on demand."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _KINDS: Final = ("again", "again", "slow")
 
 
 class _Place(NamedTuple):
-    """The n-th call of a node in a test, counted from 0 for each node id."""
+    """The n-th call of a node in a test, counted from 0 per node id."""
 
     node_id: str
     number: int
 
 
 class _Watch(Probe):
-    """Notes what is called in a test, and does something to one of the calls."""
+    """Interceptor that records the calls of a test and injects a fault into one of them."""
 
     def __init__(self, at: _Place | None = None, kind: str = "", seed: int = 0) -> None:
         self.places: list[_Place] = []
@@ -69,7 +69,7 @@ def _watched(watch: _Watch) -> Iterator[None]:
 
 
 class Chaos:
-    """Runs a test again, with fixtures of its own each time, if a pipeline ran in it and it passed."""
+    """Repeats a passed test that ran a pipeline, with new fixtures each time."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.rounds: int = config.option.stroma_chaos
@@ -114,17 +114,17 @@ class Chaos:
     def _rounds(self, item: pytest.Item, nextitem: pytest.Item | None, places: list[_Place]) -> None:
         # By the test's own name, so that a test alone meets what it met among others.
         dice = random.Random(f"{self.seed} {item.nodeid}")
-        told: set[tuple[str, str]] = set()
+        reported: set[tuple[str, str]] = set()
         for number in range(self.rounds):
             at, kind, seed = dice.choice(places), dice.choice(_KINDS), dice.randrange(1_000_000)
-            if (at.node_id, kind) in told:
+            if (at.node_id, kind) in reported:
                 continue  # One failure of a node is enough to know it by.
             item._initrequest()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
             _, passed, reports = self._run(item, nextitem, _Watch(at, kind, seed))
             failed = [report for report in reports if report.failed]
             if passed or not failed:
                 continue
-            told.add((at.node_id, kind))
+            reported.add((at.node_id, kind))
             report = failed[0]
             report.sections.insert(0, ("stroma chaos", self._what(at, kind, number)))
             report.__dict__["stroma_chaos"] = {"node_id": at.node_id, "kind": kind, "call": at.number + 1}
@@ -139,16 +139,16 @@ class Chaos:
         return f"run {number + 1}: call {at.number + 1} of node {at.node_id!r} {done} (--stroma-chaos-seed={self.seed})"
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        found = [
+        sensitive_tests = [
             (report.stroma_chaos, report.nodeid)
             for category in ("failed", "error")
             for report in terminalreporter.stats.get(category, ())
             if hasattr(report, "stroma_chaos")
         ]
         terminalreporter.section(f"stroma chaos, --stroma-chaos-seed={self.seed}")
-        if not found:
+        if not sensitive_tests:
             terminalreporter.write_line("no test of a pipeline fails of a node that is called twice, or slow")
-        for fault, nodeid in found:
+        for fault, nodeid in sensitive_tests:
             node, call = fault["node_id"], fault["call"]
             if fault["kind"] == "again":
                 line = f"node {node!r} is not safe to retry: {nodeid} fails if its call {call} is made twice"

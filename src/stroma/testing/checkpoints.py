@@ -1,4 +1,4 @@
-"""What a store of the simple protocol (save, load, delete) must do, as tests to inherit."""
+"""Conformance tests for stores of the simple protocol (save, load, delete)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["CheckpointStoreTests"]
 
 
 class Document(BaseModel):
-    """Another class than State."""
+    """A model other than State."""
 
     title: str
     parts: list[State] = []
@@ -27,7 +27,7 @@ class Document(BaseModel):
 
 
 class CheckpointStoreTests:
-    """Inherit, and give a fixture ``store`` that makes a new store of yours, empty, for each test. Sync or async.
+    """Conformance tests of the simple protocol, sync or async. Inherit, and define a fixture ``store`` with an empty store.
 
     Override :meth:`reopened` if what you keep outlives the object. pytest-asyncio must be in auto mode, or your class be
     marked ``asyncio``.
@@ -35,10 +35,10 @@ class CheckpointStoreTests:
 
     @pytest.fixture
     def store(self) -> Any:
-        raise NotImplementedError("give a fixture `store` that makes an empty store")
+        raise NotImplementedError("define a fixture `store` that returns an empty store")
 
     async def reopened(self, store: Any) -> Any:
-        """Another object on the same data, as another process would make it; None if there is no such thing."""
+        """Return another store object on the same data, as in another process; None if that is not possible."""
         return None
 
     async def test_what_was_saved_is_loaded(self, store: Any) -> None:
@@ -74,8 +74,8 @@ class CheckpointStoreTests:
         """Each node of each run has a state of its own."""
         for number, place in enumerate([("r1", "a"), ("r1", "b"), ("r2", "a")]):
             await settled(store.save(*place, State(n=number)))
-        found = [await settled(store.load(*place)) for place in [("r1", "a"), ("r1", "b"), ("r2", "a")]]
-        assert [state.n for state in found] == [0, 1, 2]
+        states = [await settled(store.load(*place)) for place in [("r1", "a"), ("r1", "b"), ("r2", "a")]]
+        assert [state.n for state in states] == [0, 1, 2]
 
     async def test_ids_are_any_text(self, store: Any) -> None:
         """Ids with separators, wildcards, quotes, newlines, emoji and 3,000 characters are told apart from one another."""
@@ -108,7 +108,7 @@ class CheckpointStoreTests:
         assert await settled(store.load("run", "node")) == State(n=2)
 
     async def test_later_changes_of_an_object_are_not_in_the_store(self, store: Any) -> None:
-        """What is done to an object after it was saved, or to one that was loaded, changes nothing that is kept."""
+        """Changes to an object after it was saved, or to a loaded one, do not change the stored state."""
         state = Document(title="t", sizes={"a": 1})
         await settled(store.save("run", "node", state))
         state.sizes["a"] = 2

@@ -1,4 +1,4 @@
-"""FakeClock: time that passes at once."""
+"""FakeClock: a clock whose waits take no time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ROUNDING: Final = 1e-6
 
 
 class FakeClock:
-    """Time that does not pass while code runs, and jumps over every wait as soon as nothing else is to be done.
+    """Clock that stands still while code runs, and jumps over each wait when nothing else can run.
 
     A context manager, for code with and without an event loop; ``stroma_clock`` is the fixture. Inside of it, all
     event loops of the process and Stroma itself go by it: ``asyncio.sleep`` and ``asyncio.timeout`` of any code, waits
@@ -70,17 +70,17 @@ class FakeClock:
 
     @property
     def elapsed(self) -> float:
-        """Seconds that have passed since the clock was made."""
+        """Seconds since the clock was created."""
         return self._passed
 
     def now(self) -> datetime:
-        """What the clock shows, in UTC."""
+        """Current time of the clock, in UTC."""
         return datetime.fromtimestamp(self._start_ns / 1e9, UTC) + timedelta(seconds=self._passed)
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, without a wait. Raises ValueError for less than none."""
+        """Move the clock forward. Raises ValueError for a negative duration."""
         if not seconds >= 0:
-            raise ValueError(f"time cannot pass by {seconds!r} s; give zero or more")
+            raise ValueError(f"seconds must be at least 0, got {seconds!r}")
         self._pass(seconds)
         for loop in list(self._loops):
             try:
@@ -115,7 +115,7 @@ class FakeClock:
 
     def __enter__(self) -> Self:
         if FakeClock._active is not None:
-            raise RuntimeError("a FakeClock is in use already; use that one, there is only one time")
+            raise RuntimeError("a FakeClock is active already; use that one")
         FakeClock._active = self
         try:
             self._put_in_place()
@@ -233,7 +233,7 @@ class FakeClock:
 
 
 class _Idle:
-    """What a loop waits on when it has nothing to do: its selector, and in place of time the clock."""
+    """Selector of an event loop that advances the clock instead of waiting."""
 
     def __init__(self, clock: FakeClock, selector: Any, run_in_executor: Callable[..., Any]) -> None:
         self.clock = clock
@@ -244,22 +244,22 @@ class _Idle:
         return getattr(self.selector, name)
 
     def select(self, timeout: float | None = None) -> Any:
-        found = self.selector.select(0)
-        if found or (timeout is not None and timeout <= 0):
-            return found
+        events = self.selector.select(0)
+        if events or (timeout is not None and timeout <= 0):
+            return events
         if timeout is None:
             return self.selector.select(None)
         clock = self.clock
         if not clock._outside and (not self._has_sockets() or self._waits_for_an_attempt(timeout)):
             clock._pass(timeout)
-            return found
+            return events
         begin = time.monotonic()
-        found = self.selector.select(timeout)
+        events = self.selector.select(timeout)
         clock._pass(time.monotonic() - begin)
-        return found
+        return events
 
     def _has_sockets(self) -> bool:
-        """Whether anything can come from outside, beside what wakes the loop."""
+        """Return True if events can arrive from outside of the process."""
         known: Any = getattr(self.selector, "get_map", dict)()
         return known is not None and len(known) > 1
 
@@ -269,7 +269,7 @@ class _Idle:
 
 
 class _Time:
-    """The module ``time`` as the clock has it."""
+    """Replacement for the module ``time`` that reads the clock."""
 
     def __init__(self, clock: FakeClock) -> None:
         self.monotonic = clock._monotonic

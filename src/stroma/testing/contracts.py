@@ -1,4 +1,4 @@
-"""assert_contract_holds: a node's function and what hypothesis makes of its input schema."""
+"""assert_contract_holds: call a node with inputs generated from its input schema."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["assert_contract_holds", "inputs_of"]
 def inputs_of(
     model: type[BaseModel], fields: Mapping[str, SearchStrategy[Any]] | None = None
 ) -> SearchStrategy[BaseModel]:
-    """A strategy of hypothesis for instances of a model, by what its schema says of every field, nested models included.
+    """Return a hypothesis strategy for instances of a model, from the schema of all fields, nested models included.
 
     ``fields``: strategies for single fields of it. Raises ImportError without hypothesis, TypeError that names the field for
     one whose values cannot be made up.
@@ -57,7 +57,7 @@ def assert_contract_holds(
     allow: tuple[type[BaseException], ...] = (),
     seed: int | None = None,
 ) -> None:
-    """Call a node with inputs that its input schema admits, and see that each output satisfies its output schema.
+    """Call a node with inputs that its input schema accepts, and check each output against its output schema.
 
     Each example is a run of this one node, without retries and without waits. Nodes that would call a provider need a
     recording of it, or a fake. The same examples are made each time, unless a ``seed`` says otherwise.
@@ -68,11 +68,13 @@ def assert_contract_holds(
     Raises AssertionError with the smallest input that breaks the contract, or that the node raises for; ImportError
     without hypothesis; TypeError for a group, a node without a contract, or an input that cannot be made up.
     """
-    found = find_node(node)
+    target = find_node(node)
     runner = runner or StromaRunner.quick()
-    contract = None if not isinstance(found, Node) else runner.registry.find(found.node_id) or found.contract
+    contract = (
+        None if not isinstance(target, Node) else runner.registry.find(target.node_id) or target.contract
+    )
     if contract is None:
-        raise TypeError(f"{found.node_id!r} has no contract that could hold; give a node with one")
+        raise TypeError(f"{target.node_id!r} has no contract; pass a node with a contract")
     strategy = inputs if inputs is not None else inputs_of(contract.input_schema, fields)
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
@@ -92,14 +94,16 @@ def assert_contract_holds(
         with clock, asyncio.Runner() as loop:
 
             def holds(state: Any) -> None:
-                given_ = (
+                example = (
                     state if isinstance(state, BaseModel) else contract.input_schema.model_validate(state)
                 )
-                result = loop.run(twin.run([node], given_, run_id=f"example-{next(count)}"))
+                result = loop.run(twin.run([node], example, run_id=f"example-{next(count)}"))
                 failure = result.failure
                 if failure is None or isinstance(failure.exception, allow):
                     return
-                raise AssertionError(_what(found.node_id, given_, failure.exception, failure.message))
+                raise AssertionError(
+                    _failure_message(target.node_id, example, failure.exception, failure.message)
+                )
 
             wrapped = given(strategy)(holds)
             if seed is not None:
@@ -115,15 +119,15 @@ def assert_contract_holds(
     _without_loop(prove)
 
 
-def _what(node_id: str, given: BaseModel, error: BaseException, message: str) -> str:
-    shown = json.dumps(jsonable(schema_of(type(given)).raw(given)), ensure_ascii=False)
+def _failure_message(node_id: str, given: BaseModel, error: BaseException, message: str) -> str:
+    input_json = json.dumps(jsonable(schema_of(type(given)).raw(given)), ensure_ascii=False)
     if isinstance(error, ContractViolation) and error.direction == "output":
-        return f"node {node_id!r} breaks its output contract: {message}; its input was {shown}"
-    return f"node {node_id!r} raises {type(error).__name__} for an input that its contract admits: {message}; it was {shown}"
+        return f"node {node_id!r} breaks its output contract: {message}; its input was {input_json}"
+    return f"node {node_id!r} raises {type(error).__name__} for an input that its contract accepts: {message}; its input was {input_json}"
 
 
 def _without_loop(work: Callable[[], None]) -> None:
-    """Do it here, or in a thread of its own where an event loop is running."""
+    """Call a function here, or in another thread if an event loop is running."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

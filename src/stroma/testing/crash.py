@@ -1,4 +1,4 @@
-"""crash_at: the death of a process at a boundary of a commit."""
+"""crash_at: simulate the death of a process around a commit."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ Point = Literal["before_node", "after_node", "after_commit", "after_hooks", "bef
 POINTS: Final[tuple[Point, ...]] = get_args(Point)
 _WORDS: Final = {
     "before_node": "before {} was called",
-    "after_node": "after {} had run, before anything of that was kept",
-    "after_commit": "after {} was kept, before anybody was told",
-    "after_hooks": "after the hooks of {} were told",
-    "before_end": "before the end of the run was kept",
-    "after_end": "after the end of the run was kept",
+    "after_node": "after {} had run, before its commit",
+    "after_commit": "after the commit of {}, before its hooks",
+    "after_hooks": "after the hooks of {}",
+    "before_end": "before the end of the run was stored",
+    "after_end": "after the end of the run was stored",
 }
 
 
@@ -54,7 +54,7 @@ class Boundary(NamedTuple):
 
 
 class Crashed(BaseException):
-    """A process has died, says a test; where that was is at ``boundary``.
+    """Simulated death of a process; ``boundary`` says where.
 
     Where: out of ``run()`` and ``execute_step()`` inside of ``crash_at``, which ends it.
     Cause: the run came to the boundary that was named.
@@ -66,22 +66,22 @@ class Crashed(BaseException):
         self.boundary = boundary
 
 
-class _Died(Fenced):
-    """What the engine is told in a process that has died: nothing more of it is kept."""
+class _ProcessDied(Fenced):
+    """Raised in the engine after a simulated death: nothing more is stored."""
 
 
 @dataclass(slots=True)
 class Life:
-    """What a process did with a run before it died, or came to its end."""
+    """Record of one process: what it did with a run until it died or the run ended."""
 
-    seen: list[Boundary] = field(default_factory=list)
+    boundaries: list[Boundary] = field(default_factory=list)
     #: (position, branch) of what was committed.
     committed: list[tuple[int, str]] = field(default_factory=list)
     died: Boundary | None = None
 
 
 class Deaths(Probe):
-    """Looks at every boundary, and lets the process die at the first one that ``at`` says yes to.
+    """Interceptor that ends the process at the first boundary that ``at`` selects.
 
     In this process that means: no node is called any more, nothing is kept, nobody is told, and whoever resumes the run
     need not wait for its lease. ``kill``: SIGKILL to this very process. ``tell``: told of each boundary and commit at once.
@@ -92,20 +92,20 @@ class Deaths(Probe):
         at: Callable[[Boundary], bool],
         *,
         kill: bool = False,
-        tell: Callable[[str, Any], None] = lambda what, of: None,
+        report: Callable[[str, Any], None] = lambda what, of: None,
     ) -> None:
         self._at = at
         self._kill = kill
-        self._tell = tell
+        self._report = report
         self.life = Life()
         self._dead: set[ReliabilityContext] = set()
 
     def reach(self, ctx: ReliabilityContext, boundary: Boundary) -> bool:
-        """Whether the process is dead behind a boundary."""
+        """Return True if the process is dead after this boundary."""
         if ctx in self._dead:
             return True
-        self.life.seen.append(boundary)
-        self._tell("seen", boundary)
+        self.life.boundaries.append(boundary)
+        self._report("seen", boundary)
         if self.life.died is None and self._at(boundary):
             self.life.died = boundary
             if self._kill:
@@ -116,22 +116,22 @@ class Deaths(Probe):
             return True
         return False
 
-    def refuse(self) -> _Died:
-        return _Died(f"the process died {self.life.died}")
+    def refuse(self) -> _ProcessDied:
+        return _ProcessDied(f"the process died {self.life.died}")
 
     def commits(self, row: AttemptRow) -> None:
         self.life.committed.append((row.position, row.branch))
-        self._tell("committed", self.life.committed[-1])
+        self._report("committed", self.life.committed[-1])
 
     # ------------------------------------------------------------------ as a probe
 
     def begins(self, ctx: ReliabilityContext) -> NodeHooks | None:
-        async def told(run_id: str, node_id: str, *_: Any) -> None:
+        async def hook(run_id: str, node_id: str, *_: Any) -> None:
             run = current_node()
             if run is not None:
                 self.reach(ctx, _at("after_hooks", run))
 
-        return NodeHooks(on_node_success=told, on_node_failure=told, on_node_suspended=told)
+        return NodeHooks(on_node_success=hook, on_node_failure=hook, on_node_suspended=hook)
 
     def opened(self, ctx: ReliabilityContext, session: Session) -> Session:
         return cast("Session", _MortalSession(self, ctx, session))
@@ -160,7 +160,7 @@ def _at(point: Point, run: NodeExecution) -> Boundary:
 
 
 class _MortalSession:
-    """A session of a process that may die: then nothing of it comes to the store any more."""
+    """Session that stores nothing after the simulated death of its process."""
 
     def __init__(self, deaths: Deaths, ctx: ReliabilityContext, session: Session) -> None:
         self._deaths, self._ctx, self._session = deaths, ctx, session
@@ -196,7 +196,7 @@ class _MortalSession:
     def _then(
         self, pending: Awaitable[None] | None, row: AttemptRow, *, committed: bool
     ) -> Awaitable[None] | None:
-        def kept() -> None:
+        def reach_commit() -> None:
             if committed:
                 self._deaths.commits(row)
             boundary = Boundary("after_commit", row.node_id, row.position, row.branch, row.attempt)
@@ -205,11 +205,11 @@ class _MortalSession:
 
         async def later(pending: Awaitable[None]) -> None:
             await pending
-            kept()
+            reach_commit()
 
         if pending is not None:
             return later(pending)
-        kept()
+        reach_commit()
         return None
 
     def delivered(self, row: AttemptRow) -> None:
@@ -236,7 +236,7 @@ class _MortalSession:
 
 
 class crash_at:
-    """Inside of it, the process dies once a run comes to a point: everything it has not kept is lost.
+    """Context manager in which the process dies when a run reaches a point; outputs not committed by then are lost.
 
     ::
 
@@ -265,21 +265,23 @@ class crash_at:
         kill: bool = False,
     ) -> None:
         if point not in POINTS:
-            raise ValueError(f"{point!r} is no point of a run; give one of {', '.join(map(repr, POINTS))}")
+            raise ValueError(f"{point!r} is not a point of a run; pass one of {', '.join(map(repr, POINTS))}")
         if node is not None and point.endswith("_end"):
-            raise ValueError(f"{point!r} is the end of the run, not of node {node!r}; leave the node out")
-        wanted = (node, attempt, branch)
+            raise ValueError(f"{point!r} is the end of the run, not of node {node!r}; remove the node")
+        expected = (node, attempt, branch)
 
         def is_it(boundary: Boundary) -> bool:
-            found = (boundary.node_id, boundary.attempt, boundary.branch)
-            return boundary.point == point and all(w in (None, f) for w, f in zip(wanted, found, strict=True))
+            actual = (boundary.node_id, boundary.attempt, boundary.branch)
+            return boundary.point == point and all(
+                w in (None, f) for w, f in zip(expected, actual, strict=True)
+            )
 
         self._what = f"{point!r}" + ("" if node is None else f" of node {node!r}")
         self._deaths = Deaths(is_it, kill=kill)
 
     @property
     def boundary(self) -> Boundary | None:
-        """Where the process died; None before."""
+        """Boundary at which the process died; None before."""
         return self._deaths.life.died
 
     def __enter__(self) -> Self:
@@ -293,6 +295,10 @@ class crash_at:
         if kind is not None:
             return issubclass(kind, Crashed)
         if self.boundary is None:
-            seen = ", ".join(dict.fromkeys(repr(b.node_id) for b in self._deaths.life.seen if b.node_id))
-            raise AssertionError(f"no run came to {self._what}; the nodes that ran are {seen or 'none'}")
+            boundaries = ", ".join(
+                dict.fromkeys(repr(b.node_id) for b in self._deaths.life.boundaries if b.node_id)
+            )
+            raise AssertionError(
+                f"no run reached {self._what}; the nodes that ran are {boundaries or 'none'}"
+            )
         return False

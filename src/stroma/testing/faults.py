@@ -1,4 +1,4 @@
-"""FaultPlan: what shall go wrong, and where."""
+"""FaultPlan: inject faults into the nodes of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NONSENSE: Final = "I'm sorry, but I can't help with that."
 
 
 class Transient(ConnectionError):
-    """The provider could not be reached, says a test. RECOVERABLE, like other errors of connections.
+    """Injected connection error. RECOVERABLE, like other errors of connections.
 
     Where: out of a node, inside of a FaultPlan; ``result.failure`` of a run that gave up.
     Cause: the plan says that this attempt fails, and does not say of what.
@@ -32,7 +32,7 @@ class Transient(ConnectionError):
 
 
 class Injected(NamedTuple):
-    """A fault that was put into a run. ``attempt``: 1-based."""
+    """A fault that was injected into a run. ``attempt``: 1-based."""
 
     kind: Kind
     node_id: str
@@ -67,7 +67,7 @@ class _Fault:
 
 
 class FaultPlan(Probe):
-    """What shall go wrong in the runs, and steps of plain code, that begin inside of it. Nothing of them is changed for it.
+    """Faults for the runs, and plain steps, that start inside of it. The pipeline itself is not changed.
 
     ::
 
@@ -96,27 +96,27 @@ class FaultPlan(Probe):
     def fail(
         self, node_id: str, error: Raised = Transient, *, attempt: int | Collection[int] | None = 1
     ) -> Self:
-        """Raise in place of calling the node. ``error``: an exception, its class, or a function that gives one."""
-        return self._add(_Fault("fail", node_id, _attempts(attempt), error))
+        """Raise instead of calling the node. ``error``: an exception, its class, or a function that returns one."""
+        return self._add(_Fault("fail", node_id, _attempt_set(attempt), error))
 
     def lose(
         self, node_id: str, error: Raised = Transient, *, attempt: int | Collection[int] | None = 1
     ) -> Self:
-        """Call the node, and raise in place of what it returns: the answer is lost on its way, what it did is done."""
-        return self._add(_Fault("lose", node_id, _attempts(attempt), error))
+        """Call the node and raise instead of returning its output, as if the response was lost."""
+        return self._add(_Fault("lose", node_id, _attempt_set(attempt), error))
 
     def delay(self, node_id: str, seconds: float, *, attempt: int | Collection[int] | None = 1) -> Self:
-        """Let time pass before the node is called; within its timeout. No test waits for it under a FakeClock."""
-        return self._add(_Fault("delay", node_id, _attempts(attempt), seconds=seconds))
+        """Wait before the node is called, within its timeout. Takes no time under a FakeClock."""
+        return self._add(_Fault("delay", node_id, _attempt_set(attempt), seconds=seconds))
 
     def malform(
         self, node_id: str, output: Any = _NONSENSE, *, attempt: int | Collection[int] | None = 1
     ) -> Self:
-        """Call the node and put something else in place of its output, by default a text; its usage stays.
+        """Call the node and replace its output, by default with a text; the usage stays.
 
         ``output``: what stands in its place, or a function that is given the output.
         """
-        return self._add(_Fault("malform", node_id, _attempts(attempt), output=output))
+        return self._add(_Fault("malform", node_id, _attempt_set(attempt), output=output))
 
     def at_random(
         self,
@@ -126,11 +126,11 @@ class FaultPlan(Probe):
         nodes: Collection[str] | None = None,
         attempts: int = 1,
     ) -> Self:
-        """Fail each of the first ``attempts`` of every node, or of some, with a probability from 0 to 1."""
+        """Fail the first ``attempts`` of each node, or of some nodes, with a probability from 0 to 1."""
         if not 0 <= probability <= 1:
-            raise ValueError(f"probability is {probability!r}; give a share, from 0 to 1")
+            raise ValueError(f"probability must be from 0 to 1, got {probability!r}")
         if not errors:
-            raise ValueError("errors is empty; give at least one exception")
+            raise ValueError("errors must not be empty; pass at least one exception")
         self._chances.append((probability, tuple(errors), nodes, attempts))
         return self
 
@@ -139,16 +139,16 @@ class FaultPlan(Probe):
         return self
 
     def forgive(self) -> None:
-        """Do not complain at the end of what was never met."""
+        """Do not raise at the end for planned faults that never occurred."""
         for fault in self._faults:
             fault.met = True
 
     def met_faults(self) -> list[int]:
-        """Which of the planned faults were met, by their numbers."""
+        """Return the numbers of the planned faults that occurred."""
         return [number for number, fault in enumerate(self._faults) if fault.met]
 
     def note_met(self, numbers: Collection[int]) -> None:
-        """Another process has met some of them."""
+        """Mark faults as occurred in another process."""
         for number in numbers:
             self._faults[number].met = True
 
@@ -165,11 +165,11 @@ class FaultPlan(Probe):
         missed = [str(fault) for fault in self._faults if not fault.met]
         if kind is None and missed:
             raise AssertionError(
-                f"planned and never met: {'; '.join(missed)}; see that the ids are those of nodes, and that they come so far"
+                f"planned faults never occurred: {'; '.join(missed)}; check the node ids, and that the run reaches them"
             )
 
     async def call(self, run: NodeExecution, node: Node | Group, call: Call, state: BaseModel) -> Any:
-        """Called by the engine in place of a node's function."""
+        """Call a node's function; called by the engine in its place."""
         due = [fault for fault in self._faults if fault.is_due(run)]
         for fault in due:
             self._note(fault, run)
@@ -203,22 +203,22 @@ class FaultPlan(Probe):
                 raise _made(dice.choice(errors))
 
 
-def _attempts(given: int | Collection[int] | None) -> frozenset[int] | None:
-    if given is None:
+def _attempt_set(attempts: int | Collection[int] | None) -> frozenset[int] | None:
+    if attempts is None:
         return None
-    found = frozenset((given,) if isinstance(given, int) else given)
-    if not found or min(found) < 1:
-        raise ValueError(f"attempt is {given!r}; attempts are counted from 1")
-    return found
+    numbers = frozenset((attempts,) if isinstance(attempts, int) else attempts)
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"attempt must be at least 1, got {attempts!r}")
+    return numbers
 
 
 def _made(error: Raised) -> BaseException:
-    made = error if isinstance(error, BaseException) else error()
-    return made.with_traceback(None)
+    result = error if isinstance(error, BaseException) else error()
+    return result.with_traceback(None)
 
 
 def _malformed(returned: Any, output: Any) -> Any:
-    """What a node returned, usage included, with another output."""
-    whole = returned if isinstance(returned, tuple) else (returned,)
-    made = output(whole[0]) if callable(output) else output
-    return (made, *whole[1:]) if isinstance(returned, tuple) else made
+    """Return the result of a node with another output, and the same usage."""
+    result_tuple = returned if isinstance(returned, tuple) else (returned,)
+    result = output(result_tuple[0]) if callable(output) else output
+    return (result, *result_tuple[1:]) if isinstance(returned, tuple) else result

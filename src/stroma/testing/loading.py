@@ -1,4 +1,4 @@
-"""The pipeline of a file, for tests that stand beside it and not in its package."""
+"""pipeline_in: load a pipeline from a file next to a test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["pipeline_in"]
 
 
 def pipeline_in(path: str | PathLike[str], name: str = "pipeline") -> Pipeline:
-    """The Pipeline of that name in a Python file, or what a function of that name without arguments returns.
+    """Return the Pipeline of that name in a Python file, or the result of the function of that name.
 
     The file is loaded once in a process; its neighbours can be imported by it, as under ``python FILE``. Raises
     FileNotFoundError, LookupError for a name that is not there, TypeError for what is no pipeline, and whatever the file
@@ -21,16 +21,16 @@ def pipeline_in(path: str | PathLike[str], name: str = "pipeline") -> Pipeline:
     """
     file = Path(path).resolve()
     if not file.exists():
-        raise FileNotFoundError(f"there is no file {path}; give the path of the file with the pipeline")
+        raise FileNotFoundError(f"no file {path}; pass the path of the file with the pipeline")
     module = next((m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == str(file)), None)
     if module is None:
-        taken = (
+        is_name_used = (
             file.stem in sys.modules or file.stem in sys.stdlib_module_names or not file.stem.isidentifier()
         )
-        own = f"_stroma_{abs(hash(str(file)))}" if taken else file.stem
+        own = f"_stroma_{abs(hash(str(file)))}" if is_name_used else file.stem
         spec = importlib.util.spec_from_file_location(own, file)
         if spec is None or spec.loader is None:
-            raise TypeError(f"{path} is no Python file; give the file with the pipeline")
+            raise TypeError(f"{path} is not a Python file; pass the file with the pipeline")
         if str(file.parent) not in sys.path:
             sys.path.insert(0, str(file.parent))
         module = importlib.util.module_from_spec(spec)
@@ -40,14 +40,14 @@ def pipeline_in(path: str | PathLike[str], name: str = "pipeline") -> Pipeline:
         except BaseException:
             del sys.modules[own]
             raise
-    found: object = module
+    value: object = module
     for part in name.split("."):
-        if not hasattr(found, part):
-            raise LookupError(f"there is no {name!r} in {path}; give the name of a Pipeline")
-        found = getattr(found, part)
-    made = found() if callable(found) else found
-    if not isinstance(made, Pipeline):
+        if not hasattr(value, part):
+            raise LookupError(f"no {name!r} in {path}; pass the name of a Pipeline")
+        value = getattr(value, part)
+    pipeline = value() if callable(value) else value
+    if not isinstance(pipeline, Pipeline):
         raise TypeError(
-            f"{name!r} in {path} is {type(made).__name__}, not a Pipeline; make one: Pipeline(name, nodes)"
+            f"{name!r} in {path} is {type(pipeline).__name__}, not a Pipeline; create one: Pipeline(name, nodes)"
         )
-    return made
+    return pipeline

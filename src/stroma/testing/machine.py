@@ -1,4 +1,4 @@
-"""Any history of calls, on a store and on plain dicts that are told the same: both must always say the same.
+"""Stateful tests that compare a store with a model: both get the same calls and must return the same.
 
 Needs hypothesis.
 """
@@ -53,7 +53,7 @@ _usages = st.tuples(st.integers(0, 50), st.sampled_from((0.0, 0.1, 0.25, 1e-12))
 
 
 @dataclass
-class _Kept:
+class _ModelAttempt:
     """An attempt."""
 
     row: AttemptRow
@@ -71,21 +71,21 @@ class _Execution:
     began: int
     status: str = "RUNNING"
     error: str | None = None
-    attempts: list[_Kept] = field(default_factory=list)
+    attempts: list[_ModelAttempt] = field(default_factory=list)
     #: How it had completed before it was opened once more, and how many attempts it had then.
     was: tuple[str, str | None, int] | None = None
 
-    def commits(self) -> dict[tuple[int, str], _Kept]:
+    def commits(self) -> dict[tuple[int, str], _ModelAttempt]:
         return {
-            (kept.row.position, kept.row.branch): kept
-            for kept in self.attempts
-            if kept.output is not None and not kept.discarded
+            (entry.row.position, entry.row.branch): entry
+            for entry in self.attempts
+            if entry.output is not None and not entry.discarded
         }
 
     def used(self) -> tuple[int, float, float]:
-        """Tokens, USD, ms. The time of what is inside of a group is part of the group's."""
-        usages = [usage for kept in self.attempts if (usage := kept.row.usage) is not None]
-        top = (kept.row.function_ns for kept in self.attempts if not kept.row.branch)
+        """Return tokens, USD and ms. The time of children is part of the group."""
+        usages = [usage for entry in self.attempts if (usage := entry.row.usage) is not None]
+        top = (entry.row.function_ns for entry in self.attempts if not entry.row.branch)
         return sum(u.tokens for u in usages), sum(u.cost_usd for u in usages), sum(top) / 1e6
 
 
@@ -102,13 +102,13 @@ class _Run:
         return self.executions[-1]
 
     @property
-    def held(self) -> bool:
+    def has_owner(self) -> bool:
         return self.owner is not None and self.owner.holds
 
 
 @dataclass(eq=False)
 class _Handle:
-    """A session, and what is known of it."""
+    """A session with its expected state."""
 
     run_id: str
     session: Any
@@ -122,7 +122,7 @@ class _Handle:
 
 
 class JournalStoreMachine(RuleBasedStateMachine):
-    """Inherit, and say how a store of yours is made::
+    """State machine for a journal store. Inherit, and define how your store is created::
 
         class MyMachine(JournalStoreMachine):
             def make_store(self):
@@ -142,7 +142,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
     keeps_history = True
 
     def make_store(self) -> Any:
-        """A store on the data of this example: empty at the first call, and then what was there before."""
+        """Return a store on the data of this example: empty at first, later with the data of before."""
         raise NotImplementedError("override make_store()")
 
     @initialize()
@@ -158,7 +158,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
         if not hasattr(self, "loop"):
             return
         try:
-            self.look()
+            self.compare_all()
         finally:
             self._close()
             self.loop.close()
@@ -167,7 +167,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
 
     @rule(
         run_id=_run_ids,
-        given=_inputs,
+        input_number=_inputs,
         if_exists=st.sampled_from(("restart", "resume", "return", "attach", "error")),
         if_running=st.sampled_from(("error", "attach", "take_over")),
         pipeline=st.sampled_from(("p", "q")),
@@ -177,24 +177,24 @@ class JournalStoreMachine(RuleBasedStateMachine):
     def open(
         self,
         run_id: str,
-        given: int,
+        input_number: int,
         if_exists: Any,
         if_running: Any,
         pipeline: str,
         ends: bool,
         refuses: bool,
     ) -> None:
-        self._open(run_id, State(n=given), if_exists, if_running, pipeline, ends, refuses, None)
+        self._open(run_id, State(n=input_number), if_exists, if_running, pipeline, ends, refuses, None)
 
     @rule(
         run_id=_run_ids,
-        given=_inputs,
+        input_number=_inputs,
         first=st.integers(0, _POSITIONS),
         refuses=st.sampled_from((False, False, True)),
     )
-    def open_from(self, run_id: str, given: int, first: int, refuses: bool) -> None:
+    def open_from(self, run_id: str, input_number: int, first: int, refuses: bool) -> None:
         """Resume without the commits from a position on."""
-        self._open(run_id, State(n=given), "resume", "error", "p", True, refuses, first)
+        self._open(run_id, State(n=input_number), "resume", "error", "p", True, refuses, first)
 
     @rule(which=_which)
     def take_over(self, which: int) -> None:
@@ -214,10 +214,10 @@ class JournalStoreMachine(RuleBasedStateMachine):
         refuses: bool,
         first: int | None,
     ) -> None:
-        asked: set[tuple[int, str, str]] = set()
+        accepted: set[tuple[int, str, str]] = set()
 
         def accept(position: int, branch: str, committed: Committed) -> None:
-            asked.add((position, branch, committed.node_id))
+            accepted.add((position, branch, committed.node_id))
             if refuses:
                 raise PipelineChanged("refused; give another")
 
@@ -232,11 +232,11 @@ class JournalStoreMachine(RuleBasedStateMachine):
         run = self.runs.get(run_id, _Run())
         there = bool(run.executions)
         commits = run.last.commits() if there else {}
-        stay = {at: kept for at, kept in commits.items() if first is None or at[0] < first}
+        stay = {at: entry for at, entry in commits.items() if first is None or at[0] < first}
         same = there and run.last.input == state
         expected: type[StoreError] | None = None
         way = "begin"
-        if run.held and if_running != "take_over":
+        if run.has_owner and if_running != "take_over":
             expected = RunBusy
         elif there and if_exists == "error":
             expected = RunExists
@@ -268,19 +268,23 @@ class JournalStoreMachine(RuleBasedStateMachine):
             assert prior.tokens == used[0], f"prior.tokens is {prior.tokens}, used were {used[0]}"
             assert abs(prior.cost_usd - used[1]) < 1e-9, f"prior.cost_usd is {prior.cost_usd}, not {used[1]}"
             assert abs(prior.latency_ms - used[2]) < 1e-6, f"prior.latency_ms is {prior.latency_ms}"
-        self._same("restored", restored(session), {at: kept.output for at, kept in stay.items()})
-        nodes = {at: found.node_id for at, found in session.restored.items()}
-        self._same("the nodes of restored", nodes, {at: kept.row.node_id for at, kept in stay.items()})
-        self._same("execution", session.execution, len(run.executions))
-        self._same("continued", session.continued, way == "continue")
+        self._assert_same("restored", restored(session), {at: entry.output for at, entry in stay.items()})
+        nodes = {at: actual.node_id for at, actual in session.restored.items()}
+        self._assert_same(
+            "the nodes of restored", nodes, {at: entry.row.node_id for at, entry in stay.items()}
+        )
+        self._assert_same("execution", session.execution, len(run.executions))
+        self._assert_same("continued", session.continued, way == "continue")
         if way != "begin":
-            self._same("accept() saw", asked, {(*at, kept.row.node_id) for at, kept in stay.items()})
+            self._assert_same(
+                "accept() saw", accepted, {(*at, entry.row.node_id) for at, entry in stay.items()}
+            )
         if way == "return":
             assert session.finished is not None, "a finished run was to be returned"
-            self._same("finished", session.finished[:2], (run.last.status, run.last.error))
+            self._assert_same("finished", session.finished[:2], (run.last.status, run.last.error))
             self._do(self._ending(session, "FAILED", "it may say so"))  # Of what is over it changes nothing.
         else:
-            self._same("finished", session.finished, None)
+            self._assert_same("finished", session.finished, None)
             run.last.was = None
             if way == "continue" and run.last.status in ("COMPLETED", "RESUMED") and first is None:
                 run.last.was = run.last.status, run.last.error, len(run.last.attempts)
@@ -293,7 +297,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
     # ------------------------------------------------------------------ writing
 
     def _owner(self, which: int) -> _Handle:
-        """One who may write; a run is opened for that if there is none."""
+        """Return a session that may write; open the run if there is none."""
         if not self._owners():
             run_id = _pick(_RUNS, which)
             there = self.runs.get(run_id, _Run()).executions
@@ -306,7 +310,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
         return [owner for owner in owners if owner is not None and owner.writes and not owner.closed]
 
     def _stale(self) -> list[_Handle]:
-        """Sessions that somebody else's has come after, or whose run was deleted."""
+        """Return sessions whose run was taken over or deleted."""
         return [
             handle
             for handle in self.handles
@@ -339,7 +343,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
 
     @rule(which=_which, position=st.integers(0, _POSITIONS - 1), usage=_usages, many=st.integers(2, 5))
     def commit_branches(self, which: int, position: int, usage: tuple[int, float, int], many: int) -> None:
-        """The children of a group, at once."""
+        """Commit the children of a group concurrently."""
         owner = self._owner(which)
         there = self.runs[owner.run_id].last.commits()
         free = [branch for branch in map(str, range(many)) if (position, branch) not in there]
@@ -369,7 +373,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
 
     @rule(which=_which, sent=_which)
     def send_again(self, which: int, sent: int) -> None:
-        """As if the acknowledgement was lost: it changes nothing."""
+        """Repeat a write, as after a lost acknowledgement: nothing changes."""
         owner = self._owner(which)
         if owner.sent:
             self._do(self._recording(owner, *_pick(owner.sent, sent)))
@@ -377,7 +381,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
 
     @rule(which=_which, how=st.sampled_from(("commit", "fail", "finish", "abandon", "again")))
     def write_too_late(self, which: int, how: str) -> None:
-        """Whoever was taken over from is told, and changes nothing."""
+        """Write after a takeover: the write is rejected and changes nothing."""
         if not self._stale():
             self._take_over(self._owner(which).run_id)
         stale = _pick(self._stale(), which)
@@ -421,7 +425,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
 
     @rule(which=_which)
     def abandon(self, which: int) -> None:
-        """Nobody holds the run any more, and nobody said how it ended."""
+        """Release a run without recording its end."""
         owner = self._owner(which)
         owner.session.abandon()
         owner.holds = owner.writes = False
@@ -460,7 +464,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.durable)
     @rule(abandon=st.booleans())
     def reopen(self, abandon: bool) -> None:
-        """Close the store, make a new one. Sessions of the old one write no more; those not abandoned hold their runs."""
+        """Close the store and open a new one. Old sessions write no more; those not abandoned still own their runs."""
         if abandon:
             for owner in self._owners():
                 owner.session.abandon()
@@ -469,7 +473,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
         for handle in self.handles:
             handle.closed = True
         self.store = self.make_store()
-        self.look()
+        self.compare_all()
 
     @precondition(lambda self: any(handle.closed and handle.writes for handle in self.handles))
     @rule(which=_which)
@@ -481,55 +485,62 @@ class JournalStoreMachine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------ looking
 
-    def look(self) -> None:
-        """Everything that can be read says what was written."""
+    def compare_all(self) -> None:
+        """Compare everything that can be read with the model."""
         for run_id in _RUNS:
             self._compare(run_id)
             self._compare_states(run_id)
-        begun = sorted(
+        run_ids = sorted(
             (run_id for run_id, run in self.runs.items() if run.executions),
             key=lambda run_id: -self.runs[run_id].last.began,
         )
-        assert [run.run_id for run in self.store.list_runs()] == begun, "list_runs() tells another order"
-        assert [run.run_id for run in self.store.list_runs(limit=1)] == begun[:1]
+        assert [run.run_id for run in self.store.list_runs()] == run_ids, "list_runs() tells another order"
+        assert [run.run_id for run in self.store.list_runs(limit=1)] == run_ids[:1]
         for name in ("p", "q"):
-            found = [run.run_id for run in self.store.list_runs(pipeline=name)]
-            assert found == [r for r in begun if self.runs[r].last.pipeline == name]
+            actual = [run.run_id for run in self.store.list_runs(pipeline=name)]
+            assert actual == [r for r in run_ids if self.runs[r].last.pipeline == name]
         for status in ("RUNNING", *_ENDS):
-            found = [run.run_id for run in self.store.list_runs(status=status)]
-            assert found == [r for r in begun if self.runs[r].last.status == status]
-        assert self.store.find_run("last") == begun[:1]
+            actual = [run.run_id for run in self.store.list_runs(status=status)]
+            assert actual == [r for r in run_ids if self.runs[r].last.status == status]
+        assert self.store.find_run("last") == run_ids[:1]
         for prefix in ("r", "run", "run:", "é", "x"):
-            found = [prefix] if prefix in begun else [r for r in begun if r.startswith(prefix)]
-            assert self.store.find_run(prefix) == found, f"find_run({prefix!r})"
-        assert self.store.find_run("r", limit=1) == [r for r in begun if r.startswith("r")][:1]
+            actual = [prefix] if prefix in run_ids else [r for r in run_ids if r.startswith(prefix)]
+            assert self.store.find_run(prefix) == actual, f"find_run({prefix!r})"
+        assert self.store.find_run("r", limit=1) == [r for r in run_ids if r.startswith("r")][:1]
 
     def _compare(self, run_id: str) -> None:
-        """One run, as it is listed, with its whole history."""
+        """Compare one run and its history with the model."""
         run, record = self.runs.get(run_id, _Run()), self.store.get_run(run_id)
         if not run.executions:
             assert record is None, f"get_run() knows a run that is not there: {record}"
-            self._same("attempts()", self.store.attempts(run_id), [])
+            self._assert_same("attempts()", self.store.attempts(run_id), [])
             return
         assert record is not None, f"run {run_id!r} is gone"
         last = run.last
         tokens, cost, _ = last.used()
-        told = (record.run_id, record.pipeline, record.status, record.execution, record.error, record.tokens)
+        actual = (
+            record.run_id,
+            record.pipeline,
+            record.status,
+            record.execution,
+            record.error,
+            record.tokens,
+        )
         should = (run_id, last.pipeline, last.status, len(run.executions), last.error, tokens)
-        self._same("get_run()", told, should)
+        self._assert_same("get_run()", actual, should)
         assert abs(record.cost_usd - cost) < 1e-9, f"cost_usd is {record.cost_usd}, not {cost}"
         assert record.nodes == sum(not branch for _, branch in last.commits()), f"nodes is {record.nodes}"
-        assert (record.holder is not None) is run.held, f"the holder is {record.holder!r}"
-        self._same("attempts()", self.store.attempts(run_id), self._history(last))
+        assert (record.holder is not None) is run.has_owner, f"the holder is {record.holder!r}"
+        self._assert_same("attempts()", self.store.attempts(run_id), self._history(last))
         if self.keeps_history:
             for number, execution in enumerate(run.executions, 1):
-                told_then = self.store.attempts(run_id, execution=number)
-                self._same(f"attempts() of execution {number}", told_then, self._history(execution))
+                earlier = self.store.attempts(run_id, execution=number)
+                self._assert_same(f"attempts() of execution {number}", earlier, self._history(execution))
 
     def _compare_states(self, run_id: str) -> None:
         run = self.runs.get(run_id, _Run())
         if run.executions:
-            self._same("input_of()", _SCHEMA.decode(self.store.input_of(run_id)), run.last.input)
+            self._assert_same("input_of()", _SCHEMA.decode(self.store.input_of(run_id)), run.last.input)
         else:
             try:
                 self.store.input_of(run_id)
@@ -548,18 +559,18 @@ class JournalStoreMachine(RuleBasedStateMachine):
                 loaded = await settled(self.store.load(run_id, node))
                 return loaded, await settled(self.store.load_typed(run_id, node, State))
 
-            self._same(f"load({run_id!r}, {node!r})", self._do(loading()), (newest, newest))
+            self._assert_same(f"load({run_id!r}, {node!r})", self._do(loading()), (newest, newest))
 
     def _history(self, execution: _Execution) -> list[AttemptRecord]:
-        def place(kept: _Kept) -> tuple[Any, ...]:
-            at = (kept.row.position, kept.row.started_ns, kept.row.branch, kept.row.attempt)
-            return (kept.process, *at) if self.keeps_history else at
+        def place(entry: _ModelAttempt) -> tuple[Any, ...]:
+            at = (entry.row.position, entry.row.started_ns, entry.row.branch, entry.row.attempt)
+            return (entry.process, *at) if self.keeps_history else at
 
-        return [_record(kept) for kept in sorted(execution.attempts, key=place)]
+        return [_record(entry) for entry in sorted(execution.attempts, key=place)]
 
     @staticmethod
-    def _same(what: str, found: Any, expected: Any) -> None:
-        assert found == expected, f"{what}: {found!r}, and should be {expected!r}"
+    def _assert_same(what: str, actual: Any, expected: Any) -> None:
+        assert actual == expected, f"{what}: {actual!r}, and should be {expected!r}"
 
     # ------------------------------------------------------------------ driving
 
@@ -606,15 +617,15 @@ class JournalStoreMachine(RuleBasedStateMachine):
         return attempt, output
 
     def _send(self, owner: _Handle, attempts: list[tuple[AttemptRow, State | None]]) -> None:
-        """Attempts at once; each is kept."""
+        """Record attempts concurrently; each is stored."""
 
         async def sending() -> None:
             await asyncio.gather(*(self._recording(owner, *attempt) for attempt in attempts))
 
         self._do(sending())
         for attempt, output in attempts:
-            kept = _Kept(attempt, owner.process, output, self._later())
-            self.runs[owner.run_id].last.attempts.append(kept)
+            entry = _ModelAttempt(attempt, owner.process, output, self._later())
+            self.runs[owner.run_id].last.attempts.append(entry)
             owner.sent.append((attempt, output))
         self._compare(owner.run_id)
 
@@ -632,7 +643,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
 
     @staticmethod
     def _next_millisecond() -> None:
-        """Which run was begun last is told by the millisecond."""
+        """Wait for the next millisecond: runs are ordered by their start in ms."""
         now = time.time_ns() // 1_000_000
         while time.time_ns() // 1_000_000 == now:
             time.sleep(0.0002)
@@ -642,9 +653,9 @@ def _pick(candidates: Sequence[T], which: int) -> T:
     return candidates[which % len(candidates)]
 
 
-def _record(kept: _Kept) -> AttemptRecord:
-    """An attempt as a store lists it; its output, unless it was discarded."""
-    attempt, output = kept.row, kept.output
+def _record(entry: _ModelAttempt) -> AttemptRecord:
+    """Return the expected record of an attempt, without a discarded output."""
+    attempt, output = entry.row, entry.output
     failure, message, reason, error_type = attempt.failure or (None, None, None, None)
     usage = attempt.usage
     assert usage is not None
@@ -663,6 +674,6 @@ def _record(kept: _Kept) -> AttemptRecord:
         output_tokens=usage.output_tokens,
         cost_usd=usage.cost_usd,
         model=usage.model,
-        output=None if output is None or kept.discarded else _SCHEMA.encode(output),
+        output=None if output is None or entry.discarded else _SCHEMA.encode(output),
         error_type=error_type,
     )

@@ -1,4 +1,4 @@
-"""The plugin of pytest, which every pytest session loads where Stroma is installed: so it imports nothing before it is used."""
+"""The pytest plugin. Loaded in every session where Stroma is installed, so it imports nothing before it is used."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "stroma_no_chaos: the faults of --stroma-chaos stay away from this test of a pipeline."
     )
     if config.option.stroma_chaos > 0:
-        given = getattr(config, "workerinput", {}).get("stroma_chaos_seed", config.option.stroma_chaos_seed)
-        config.option.stroma_chaos_seed = random.randrange(1_000_000) if given is None else given
+        seed = getattr(config, "workerinput", {}).get("stroma_chaos_seed", config.option.stroma_chaos_seed)
+        config.option.stroma_chaos_seed = random.randrange(1_000_000) if seed is None else seed
         from stroma.testing.chaos import Chaos
 
         config.pluginmanager.register(Chaos(config), "stroma-chaos")
@@ -61,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Of pytest-xdist: the workers go by the same seed."""
+    """Pass the seed to the workers of pytest-xdist."""
     node.workerinput["stroma_chaos_seed"] = node.config.option.stroma_chaos_seed
 
 
@@ -78,7 +78,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
 
 @pytest.fixture
 def stroma_clock() -> Iterator[FakeClock]:
-    """A FakeClock: no wait of the test takes any time."""
+    """A FakeClock: waits of the test take no time."""
     from stroma.testing.clock import FakeClock
 
     with FakeClock() as clock:
@@ -87,7 +87,7 @@ def stroma_clock() -> Iterator[FakeClock]:
 
 @pytest.fixture
 def stroma_store() -> AsyncInMemoryStore:
-    """An empty store in memory, which keeps a journal."""
+    """An empty journal store in memory."""
     from stroma.checkpoint import AsyncInMemoryStore
 
     return AsyncInMemoryStore()
@@ -95,7 +95,7 @@ def stroma_store() -> AsyncInMemoryStore:
 
 @pytest.fixture
 def stroma_faults(request: pytest.FixtureRequest) -> Iterator[FaultPlan]:
-    """A FaultPlan that is in place for the whole test: ``stroma_faults.fail("draft", attempt=1)``."""
+    """A FaultPlan for the whole test: ``stroma_faults.fail("draft", attempt=1)``."""
     from stroma.testing.faults import FaultPlan
 
     with FaultPlan() as plan:
@@ -106,7 +106,7 @@ def stroma_faults(request: pytest.FixtureRequest) -> Iterator[FaultPlan]:
 
 @pytest.fixture
 def stroma_recorded(request: pytest.FixtureRequest) -> Iterator[Callable[..., Recorded]]:
-    """A function of ``(upstream, name=None, **options)`` that gives the answers of a provider again, see recorded().
+    """A function of ``(upstream, name=None, **options)`` that replays recorded responses of a provider, see recorded().
 
     They are kept in ``recordings/`` beside the test, under the name of its module and its own, and are recorded with
     ``pytest --stroma-record``.
@@ -118,7 +118,7 @@ def stroma_recorded(request: pytest.FixtureRequest) -> Iterator[Callable[..., Re
     with ExitStack() as stack:
 
         def answers(upstream: str, name: str | None = None, **options: Any) -> Recorded:
-            path = _beside(request, "recordings", name, ".json")
+            path = _file_for_test(request, "recordings", name, ".json")
             mode: Mode = "record" if request.config.option.stroma_record else "replay"
             return stack.enter_context(recorded(path, upstream=upstream, mode=mode, **options))
 
@@ -138,19 +138,19 @@ def stroma_snapshot(request: pytest.FixtureRequest) -> Callable[..., None]:
     written: dict[Path, str] = {}
 
     def compare(trace: Any, name: str | None = None, **options: Any) -> None:
-        path = _beside(request, "snapshots", name, ".txt")
+        path = _file_for_test(request, "snapshots", name, ".txt")
         text = trace_snapshot(trace, **options)
         if written.setdefault(path, text) != text:
             raise AssertionError(
-                f'this test has two snapshots {path.name}; give each a name: stroma_snapshot(result, "name")'
+                f'this test has two snapshots {path.name}; pass a name for each: stroma_snapshot(result, "name")'
             )
         compare_with_file(text, path, update=request.config.option.stroma_update_snapshots)
 
     return compare
 
 
-def _beside(request: pytest.FixtureRequest, directory: str, name: str | None, suffix: str) -> Path:
-    """A file of a test's own."""
+def _file_for_test(request: pytest.FixtureRequest, directory: str, name: str | None, suffix: str) -> Path:
+    """Return the path of a file for one test."""
     test = Path(os.fspath(request.node.path))
     # Two classes can have tests of one name.
     of = "" if request.cls is None else f"{request.cls.__qualname__}."

@@ -1,4 +1,4 @@
-"""recorded: answers of a provider, kept in a file and given again by a server on this machine."""
+"""recorded: replay responses of a provider from a file, by a server on this machine."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ Mode = Literal["replay", "record"]
 
 
 class Request(NamedTuple):
-    """A request that was made. ``body``: JSON data, a text, or None; without its secrets."""
+    """A request of the client. ``body``: JSON data, text, or None; without secrets."""
 
     method: str
     path: str
@@ -73,7 +73,7 @@ def recorded(
     ignore: Collection[str] = (),
     scrub: Callable[[Any], Any] | None = None,
 ) -> Recorded:
-    """A server on this machine that gives the answers in a file again. A context manager; its ``url`` is for the client.
+    """Replay the responses in a file by a server on this machine. A context manager; its ``url`` is for the client.
 
     ::
 
@@ -96,7 +96,7 @@ def recorded(
 
 
 class Recorded:
-    """What :func:`recorded` gives.
+    """Server that :func:`recorded` returns.
 
     Attributes:
         url: the base URL for the client, with the path of ``upstream``.
@@ -112,7 +112,7 @@ class Recorded:
         scrub: Callable[[Any], Any] | None,
     ) -> None:
         if mode not in ("replay", "record"):
-            raise ValueError(f'mode is {mode!r}; give "replay" or "record"')
+            raise ValueError(f'mode must be "replay" or "record", got {mode!r}')
         if mode == "record" and upstream is None:
             raise ValueError('mode="record" needs upstream=, the base URL of the provider')
         self.path, self.mode = path, mode
@@ -122,15 +122,15 @@ class Recorded:
         self._lock = threading.Lock()
         self._entries: list[dict[str, Any]] = []
         self._answers: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-        self._given: defaultdict[str, int] = defaultdict(int)
+        self._served: defaultdict[str, int] = defaultdict(int)
         self._unknown: list[Request] = []
         self._server: ThreadingHTTPServer | None = None
         self.url = ""
 
     def rewind(self) -> None:
-        """Begin with the first answers again; for the ``reset=`` of assert_resumable."""
+        """Start with the first responses again; for the ``reset=`` of assert_resumable."""
         with self._lock:
-            self._given.clear()
+            self._served.clear()
 
     # ------------------------------------------------------------------ from beginning to end
 
@@ -156,7 +156,7 @@ class Recorded:
         first = self._unknown[0] if self._unknown else None
         if first is not None and self.mode == "record":
             raise AssertionError(
-                f"{self._upstream} cannot be reached: {first.method} {first.path}; nothing was written, {self.path} is as it was"
+                f"{self._upstream} cannot be reached: {first.method} {first.path}; {self.path} is not changed"
             )
         if first is not None:
             raise AssertionError(
@@ -171,12 +171,12 @@ class Recorded:
             data = json.loads(self.path.read_text("utf-8"))
         except FileNotFoundError:
             raise FileNotFoundError(
-                f'there is no recording {self.path}; make it with mode="record" and upstream=, in pytest with --stroma-record'
+                f'no recording {self.path}; create it with mode="record" and upstream=, in pytest with --stroma-record'
             ) from None
         except ValueError as error:
-            raise ValueError(f"{self.path} is no recording: {error}; record it anew") from error
+            raise ValueError(f"{self.path} is not a recording: {error}; record it again") from error
         if not isinstance(data, dict) or data.get("schema") != _SCHEMA:
-            raise ValueError(f"{self.path} is no recording of this release ({_SCHEMA}); record it anew")
+            raise ValueError(f"{self.path} is not a recording of this release ({_SCHEMA}); record it again")
         for entry in data["responses"]:
             self._answers[self._key(Request(**entry["request"]))].append(entry["response"])
         return str(data["upstream"])
@@ -189,7 +189,7 @@ class Recorded:
     # ------------------------------------------------------------------ one request
 
     def answer(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> _Answer:
-        """What a request is answered with. Called by the threads of the server."""
+        """Return the response for a request. Called by the threads of the server."""
         secrets = _secrets_of(headers)
         request = Request(method, _clean_path(path), self._cleaned(_read(body), secrets))
         if self.mode == "record":
@@ -207,8 +207,8 @@ class Recorded:
                 return _Answer(
                     404, {"content-type": "application/json"}, json.dumps({"error": error}).encode()
                 )
-            number = min(self._given[key], len(answers) - 1)
-            self._given[key] += 1
+            number = min(self._served[key], len(answers) - 1)
+            self._served[key] += 1
         return _Answer.of(answers[number])
 
     def _ask(
@@ -216,33 +216,36 @@ class Recorded:
     ) -> _Answer:
         assert self._upstream is not None
         base = urllib.parse.urlsplit(self._upstream)
-        kept = {name: value for name, value in headers.items() if name.lower() not in _NOT_FORWARDED}
-        asked = urllib.request.Request(
-            f"{base.scheme}://{base.netloc}{path}", data=body or None, headers=kept, method=request.method
+        forwarded = {name: value for name, value in headers.items() if name.lower() not in _NOT_FORWARDED}
+        query = urllib.request.Request(
+            f"{base.scheme}://{base.netloc}{path}",
+            data=body or None,
+            headers=forwarded,
+            method=request.method,
         )
         try:
-            with urllib.request.urlopen(asked, timeout=600) as response:
+            with urllib.request.urlopen(query, timeout=600) as response:
                 answer = _Answer(
-                    response.status, _kept_headers(dict(response.headers.items())), response.read()
+                    response.status, _response_headers(dict(response.headers.items())), response.read()
                 )
         except urllib.error.HTTPError as error:
-            answer = _Answer(error.code, _kept_headers(dict(error.headers.items())), error.read())
+            answer = _Answer(error.code, _response_headers(dict(error.headers.items())), error.read())
         except (OSError, http.client.HTTPException) as error:
             with self._lock:
                 self._unknown.append(request)
-            told = json.dumps({"error": {"message": f"{self._upstream} cannot be reached: {error}"}})
-            return _Answer(502, {"content-type": "application/json"}, told.encode())
+            data = json.dumps({"error": {"message": f"{self._upstream} cannot be reached: {error}"}})
+            return _Answer(502, {"content-type": "application/json"}, data.encode())
         with self._lock:
             self.requests.append(request)
             self._entries.append({"request": request._asdict(), "response": self._written(answer, secrets)})
         return answer
 
     def _written(self, answer: _Answer, secrets: list[str]) -> dict[str, Any]:
-        told: dict[str, Any] = {"status": answer.status, "headers": answer.headers}
+        data: dict[str, Any] = {"status": answer.status, "headers": answer.headers}
         read = _read(answer.body)
         if isinstance(read, bytes):
-            return {**told, "base64": base64.b64encode(read).decode()}
-        return {**told, "body": self._cleaned(read, secrets)}
+            return {**data, "base64": base64.b64encode(read).decode()}
+        return {**data, "body": self._cleaned(read, secrets)}
 
     def _cleaned(self, value: Any, secrets: list[str]) -> Any:
         if isinstance(value, bytes):
@@ -319,7 +322,7 @@ def _handler(owner: Recorded) -> type[BaseHTTPRequestHandler]:
 
 
 def _read(body: bytes) -> Any:
-    """A body as JSON data, else as text, else as it is; None for none."""
+    """Return a body as JSON data, else as text, else as bytes; None for an empty one."""
     if not body:
         return None
     try:
@@ -335,11 +338,11 @@ def _read(body: bytes) -> Any:
 
 
 def _secrets_of(headers: Mapping[str, str]) -> list[str]:
-    found = []
+    secrets_found = []
     for name, value in headers.items():
         if name.lower() in _SECRET_HEADERS:
-            found += [value, value.rpartition(" ")[2]]
-    return sorted({text for text in found if len(text) >= 6}, key=len, reverse=True)
+            secrets_found += [value, value.rpartition(" ")[2]]
+    return sorted({text for text in secrets_found if len(text) >= 6}, key=len, reverse=True)
 
 
 def _clean(value: Any, secrets: list[str]) -> Any:
@@ -365,11 +368,11 @@ def _clean_path(path: str) -> str:
     parts = urllib.parse.urlsplit(path)
     query = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
     cleaned = [(name, _HIDDEN if _SECRET_PARAMETERS.fullmatch(name) else value) for name, value in query]
-    asked = urllib.parse.urlencode(cleaned, safe="*")
-    return f"{_clean(parts.path, [])}?{asked}" if asked else str(_clean(parts.path, []))
+    query_text = urllib.parse.urlencode(cleaned, safe="*")
+    return f"{_clean(parts.path, [])}?{query_text}" if query_text else str(_clean(parts.path, []))
 
 
-def _kept_headers(headers: Mapping[str, str]) -> dict[str, str]:
+def _response_headers(headers: Mapping[str, str]) -> dict[str, str]:
     return {name.lower(): value for name, value in headers.items() if _KEPT_HEADERS.fullmatch(name)}
 
 

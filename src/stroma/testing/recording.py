@@ -1,4 +1,4 @@
-"""RecordedRun: what a journal has of a run, as data that can be kept in a file."""
+"""RecordedRun: a run from a journal as data for a file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SCHEMA: Final = "stroma.recorded-run/1"
 
 @dataclass(frozen=True, slots=True)
 class RecordedAttempt:
-    """An attempt as it was recorded.
+    """A recorded attempt.
 
     Attributes:
         output: what was committed, in its stored form (UTF-8 JSON); None if nothing was.
@@ -53,7 +53,7 @@ class RecordedAttempt:
     contract: str | None = None
 
     def as_record(self, position: int) -> AttemptRecord:
-        """The same, as a store would list it at a position."""
+        """Return the attempt as a store would list it at a position."""
         return AttemptRecord(
             position, self.branch, self.node_id, self.attempt, 0, self.duration_ms, self.outcome, self.failure_class,
             self.message, self.reason, self.tokens, self.output_tokens, self.cost_usd, self.model, self.output,
@@ -70,7 +70,7 @@ _ATTEMPT: Final = TypeAdapter(RecordedAttempt)
 
 @dataclass(frozen=True, slots=True)
 class RecordedRun:
-    """The last execution of a run: its input, and at each place the attempts of the process that was there last.
+    """The latest execution of a run: its input, and the attempts of the latest process at each position.
 
     Attributes:
         status: as the store has it: "RUNNING" or a RunStatus.
@@ -97,44 +97,46 @@ class RecordedRun:
         if record is None:
             raise CheckpointNotFound(f"there is no run {run_id!r} in this store; check the id, and the store")
         contracts = _contracts(store, run_id)
-        found = [_attempt(attempt, contracts) for attempt in _of_last_process(store.attempts(run_id))]
-        run = cls(run_id, record.pipeline, record.status, record.error, store.input_of(run_id), tuple(found))
+        attempts = [_attempt(attempt, contracts) for attempt in _of_last_process(store.attempts(run_id))]
+        run = cls(
+            run_id, record.pipeline, record.status, record.error, store.input_of(run_id), tuple(attempts)
+        )
         return run if redact is None else run.redacted(redact)
 
     def redacted(self, redact: Redact) -> RecordedRun:
-        """The same without what ``redact`` takes out of states."""
+        """Return the run without what ``redact`` removes from states."""
         hide = History(None, redact).hide  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-        seen: list[tuple[Any, Any]] = []
+        pairs: list[tuple[Any, Any]] = []
 
         def hidden(data: bytes) -> bytes:
-            raw = jsonable(Schema.raw_of(data))
-            shown = hide(raw)
-            seen.append((raw, shown))
-            return data if shown == raw else json.dumps(shown).encode()
+            raw = jsonable(Schema.decode_raw(data))
+            redacted_state = hide(raw)
+            pairs.append((raw, redacted_state))
+            return data if redacted_state == raw else json.dumps(redacted_state).encode()
 
-        given = hidden(self.input)
+        redacted_input = hidden(self.input)
         outputs = [None if one.output is None else hidden(one.output) for one in self.attempts]
-        values = hidden_values(seen)
+        values = hidden_values(pairs)
 
-        def told(message: str | None) -> str | None:
+        def fields(message: str | None) -> str | None:
             return None if message is None else hide_words(redact, message, values)
 
         attempts = [
-            replace(one, output=output, message=told(one.message))
+            replace(one, output=output, message=fields(one.message))
             for one, output in zip(self.attempts, outputs, strict=True)
         ]
-        return replace(self, input=given, error=told(self.error), attempts=tuple(attempts))
+        return replace(self, input=redacted_input, error=fields(self.error), attempts=tuple(attempts))
 
     # ------------------------------------------------------------------ files
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON data, schema "stroma.recorded-run/1"."""
+        """Return plain JSON data, schema "stroma.recorded-run/1"."""
         attempts = []
         for one in self.attempts:
-            told = {name: value for name, value in asdict(one).items() if value not in (None, "", 0)}
+            fields = {name: value for name, value in asdict(one).items() if value not in (None, "", 0)}
             if one.output is not None:
-                told["output"] = json.loads(one.output)
-            attempts.append({"position": one.position, **told})
+                fields["output"] = json.loads(one.output)
+            attempts.append({"position": one.position, **fields})
         return {
             "schema": _SCHEMA,
             "run_id": self.run_id,
@@ -147,10 +149,10 @@ class RecordedRun:
 
     @classmethod
     def from_json(cls, data: Any) -> RecordedRun:
-        """Raises ValueError for what is no recorded run."""
+        """Parse the data of :meth:`to_json`. Raises ValueError if it is invalid."""
         if not isinstance(data, Mapping) or data.get("schema") != _SCHEMA:
             raise ValueError(
-                f"this is no recorded run of this release ({_SCHEMA}); record it anew with: stroma record"
+                f"not a recorded run of this release ({_SCHEMA}); record it again with: stroma record"
             )
         try:
             attempts = [_attempt_in(one) for one in data["attempts"]]
@@ -168,32 +170,32 @@ class RecordedRun:
                 first = error.errors()[0]
                 why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise ValueError(
-                f"this recorded run is damaged: {why}; record it anew with: stroma record"
+                f"recorded run is damaged: {why}; record it again with: stroma record"
             ) from error
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RecordedRun:
-        """Read a file that :meth:`save` wrote. Raises ValueError for another one."""
+        """Read a file of :meth:`save`. Raises ValueError for any other file."""
         try:
             return cls.from_json(json.loads(Path(path).read_text("utf-8")))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write it down."""
+        """Write the run to a file."""
         Path(path).write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _attempt_in(data: Mapping[str, Any]) -> RecordedAttempt:
-    """Raises ValidationError, TypeError."""
-    told = {"branch": "", **data}
-    output = _stored(told.pop("output")) if "output" in told else None
+    """Parse an attempt. Raises ValidationError or TypeError."""
+    fields = {"branch": "", **data}
+    output = _stored(fields.pop("output")) if "output" in fields else None
     # As JSON, since strictly only that is taken for a dataclass.
-    return replace(_ATTEMPT.validate_json(json.dumps(told), strict=True), output=output)
+    return replace(_ATTEMPT.validate_json(json.dumps(fields), strict=True), output=output)
 
 
 def _stored(value: Any) -> bytes:
-    """A state in its stored form: as the encoder writes it, since how it begins says which form that is."""
+    """Return a state in its stored form; its first characters name that form."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
@@ -206,7 +208,7 @@ def _attempt(one: AttemptRecord, contracts: Mapping[tuple[int, str], str]) -> Re
 
 
 def _of_last_process(attempts: list[AttemptRecord]) -> list[AttemptRecord]:
-    """At each place, the attempts since the last first one: every process counts from 1."""
+    """Return the attempts at each position since the latest first one: each process counts from 1."""
     places: dict[tuple[int, str], list[AttemptRecord]] = {}
     for one in attempts:
         place = places.setdefault((one.position, one.branch), [])
@@ -217,23 +219,23 @@ def _of_last_process(attempts: list[AttemptRecord]) -> list[AttemptRecord]:
 
 
 def _contracts(store: Any, run_id: str) -> dict[tuple[int, str], str]:
-    """The fingerprint of each committed output's schema."""
+    """Return the schema fingerprint of each committed output."""
     if hasattr(store, "read"):
 
         def query(rows: Any) -> dict[tuple[int, str], str]:
-            found = rows.find(run_id)
-            steps = [] if found is None else rows.steps(found.run, found.execution)
+            attempts = rows.find(run_id)
+            steps = [] if attempts is None else rows.steps(attempts.run, attempts.execution)
             return {(row.position, row.branch): row.step.contract for row in steps}
 
-        kept: dict[tuple[int, str], str] = store.read(query, {})
+        fingerprints: dict[tuple[int, str], str] = store.read(query, {})
     else:
-        kept = {}
+        fingerprints = {}
         for key, (_, _, _, contract, _) in store._runs[run_id].entries():
             if not isinstance(key, str):
-                kept[key if isinstance(key, tuple) else (key, "")] = contract
-    return {place: contract.partition(":")[0] for place, contract in kept.items()}
+                fingerprints[key if isinstance(key, tuple) else (key, "")] = contract
+    return {place: contract.partition(":")[0] for place, contract in fingerprints.items()}
 
 
 def is_failed_item(one: RecordedAttempt) -> bool:
-    """Whether it is no attempt, but the note that an item of a map has failed for good."""
+    """Return True if this is not an attempt but the note of a failed item of a map."""
     return one.outcome == "collected" or one.contract == FAILED_ITEM

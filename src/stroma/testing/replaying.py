@@ -1,4 +1,4 @@
-"""replay: a recorded run once more, by the code of today, with what its nodes returned then."""
+"""replay: run a recorded run again by the current code, with the recorded outputs."""
 
 from __future__ import annotations
 
@@ -48,27 +48,27 @@ _FOR_EVER: Final = 1e9
 #: What an answer of a server may say of when to come back, which no journal keeps.
 _MAY_SAY_WHEN: Final = ("rate_limit", "overloaded", "server_error", "timeout", "connection")
 #: Fields of one output that are told.
-_MOST: Final = 5
+_MAX_CHANGES: Final = 5
 _ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "PARTIAL", "SUSPENDED")
 
 
 class _Open(BaseModel):
-    """An input that no first node has a class for."""
+    """Input model for a pipeline whose first node has none."""
 
     model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True)
 
 
 class _AsRecorded(Exception):
-    """A failure of which the journal has the message and the class."""
+    """A failure that is known by its recorded message and class."""
 
 
 class _NoAnswer(Exception):
-    """There is nothing that could be handed on."""
+    """No recorded output exists for a call."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where the code of today behaves differently.
+    """A difference in behaviour between the recording and the current code.
 
     Attributes:
         kind: "input" (it is no input any more), "missing" and "new" (nodes), "contract" (an output or input breaks it now, or
@@ -89,7 +89,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What came of a run that was run again.
+    """Result of a replay.
 
     Attributes:
         recorded: the run as it was.
@@ -107,14 +107,14 @@ class Replay:
 
     @property
     def status(self) -> RunStatus:
-        """How the run ends now."""
+        """Status of the run by the current code."""
         return self.result.status
 
     def assert_same(self) -> None:
-        """Raise AssertionError with every difference, if there is one."""
+        """Raise AssertionError that lists every difference, if there is one."""
         if self.differences:
             lines = "\n".join(f"  {difference}" for difference in self.differences)
-            raise AssertionError(f"run {self.recorded.run_id!r} would go another way now:\n{lines}")
+            raise AssertionError(f"run {self.recorded.run_id!r} behaves differently now:\n{lines}")
 
 
 async def replay(
@@ -125,7 +125,7 @@ async def replay(
     start_at: str | None = None,
     state: Any = None,
 ) -> Replay:
-    """Run a recorded run again, by the code of today and without a call: what each node returned then is handed on.
+    """Run a recorded run again by the current code, with the recorded outputs instead of calls.
 
     Contracts, validators, classification, decisions to retry or to stop, repairs, the arithmetic of budgets, groups and the
     order of nodes are those of today; the usage and the cost of each attempt are those of then. Nothing waits, no hook is
@@ -146,41 +146,43 @@ async def replay(
     runner = runner or StromaRunner(ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
     first = _position(records, start_at)
     redact = runner._config_of(pipeline).redact
-    told = recorded.error if redact is None else recorded.redacted(redact).error
-    tape = _Tape(recorded, records, runner.registry, first, told)
+    error_text = recorded.error if redact is None else recorded.redacted(redact).error
+    tape = _Tape(recorded, records, runner.registry, first, error_text)
     if state is not None and first != 0 and start_at is not None:
         tape.edit(first - 1, state)
     initial = state if state is not None and (start_at is None or first == 0) else None
-    given, wrong = _input(records, runner.registry, recorded, initial)
+    initial_input, wrong = _input(records, runner.registry, recorded, initial)
     if wrong is not None and redact is not None:
         wrong = without_values(wrong)
-    found = [] if wrong is None else [Difference("input", "", "", wrong)]
+    differences = [] if wrong is None else [Difference("input", "", "", wrong)]
     name = pipeline.name if isinstance(pipeline, Pipeline) else recorded.pipeline
     result, store = await _run(
-        Pipeline(name, nodes), runner, pipeline, tape, given, calls=start_at is not None
+        Pipeline(name, nodes), runner, pipeline, tape, initial_input, calls=start_at is not None
     )
-    made = [one for one in store.attempts(result.run_id) if (one.position, one.branch) not in tape.unanswered]
-    found += tape.changed()
-    found += _compared(tape, made, edited=state is not None, redact=redact)
-    found += tape.found
+    attempts = [
+        one for one in store.attempts(result.run_id) if (one.position, one.branch) not in tape.unanswered
+    ]
+    differences += tape.changed()
+    differences += _compare_attempts(tape, attempts, edited=state is not None, redact=redact)
+    differences += tape.differences
     if tape.stopped is None and recorded.status in _ENDED and _ends(recorded.status) != _ends(result.status):
-        found.append(Difference("status", "", "", f"{recorded.status} -> {result.status}"))
-    return Replay(recorded, result, tuple(dict.fromkeys(found)), tape.stopped, tuple(tape.called))
+        differences.append(Difference("status", "", "", f"{recorded.status} -> {result.status}"))
+    return Replay(recorded, result, tuple(dict.fromkeys(differences)), tape.stopped, tuple(tape.called))
 
 
 def replay_sync(recorded: RecordedRun, pipeline: Pipeline | Iterable[Any], **options: Any) -> Replay:
-    """:func:`replay` for code without an event loop. Raises RuntimeError where one is running."""
+    """Call :func:`replay` without an event loop. Raises RuntimeError if one is running."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(replay(recorded, pipeline, **options))
-    raise RuntimeError("an event loop is running here; use `await replay(...)` in place of replay_sync(...)")
+    raise RuntimeError("an event loop is running here; use `await replay(...)` instead of replay_sync(...)")
 
 
 async def _run(
-    named: Pipeline, runner: StromaRunner, given: Any, tape: _Tape, state: BaseModel, *, calls: bool
+    named: Pipeline, runner: StromaRunner, initial_input: Any, tape: _Tape, state: BaseModel, *, calls: bool
 ) -> tuple[ExecutionResult, AsyncInMemoryStore]:
-    config = runner._config_of(given)
+    config = runner._config_of(initial_input)
     context = config.context
     with contextlib.suppress(Exception):  # It holds a client, say.
         context = copy.deepcopy(context)
@@ -219,12 +221,12 @@ def _position(records: Sequence[Node | Group], start_at: str | None) -> int:
 def _input(
     records: Sequence[Node | Group], registry: ContractRegistry, recorded: RecordedRun, state: Any
 ) -> tuple[BaseModel, str | None]:
-    """What the run begins with, and what is wrong with it: then the first node will say so, too."""
+    """Return the input of the run, and its problem if the first node rejects it."""
     if isinstance(state, BaseModel):
         return state, None
     first = records[0] if records else None
     contract = registry.find(first.node_id) or first.contract if isinstance(first, Node) else None
-    raw = Schema.raw_of(recorded.input) if state is None else state
+    raw = Schema.decode_raw(recorded.input) if state is None else state
     wrong = None
     if contract is not None:
         schema = schema_of(contract.input_schema)
@@ -232,7 +234,7 @@ def _input(
             return (schema.decode(recorded.input) if state is None else schema.validate(state)), None
         except Exception as error:
             wrong = str(as_violation(contract.node_id, "input", raw, error, schema.model))
-    return schema_of(_Open).made_of(raw) if isinstance(raw, dict) else Kept(raw), wrong
+    return schema_of(_Open).construct(raw) if isinstance(raw, dict) else Kept(raw), wrong
 
 
 # ---------------------------------------------------------------------- what was recorded
@@ -240,7 +242,7 @@ def _input(
 
 @dataclass
 class _Tape(Probe):
-    """Hands on what was recorded, in place of calling nodes, and notes where there is nothing."""
+    """Interceptor that returns recorded outputs instead of calling nodes."""
 
     recorded: RecordedRun
     nodes: Sequence[Node | Group]
@@ -252,7 +254,7 @@ class _Tape(Probe):
     then: dict[int, int | None] = field(default_factory=dict)
     places: dict[tuple[int, str], list[RecordedAttempt]] = field(default_factory=dict)
     edited: dict[int, Any] = field(default_factory=dict)
-    found: list[Difference] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
     unanswered: set[tuple[int, str]] = field(default_factory=set)
     called: list[str] = field(default_factory=list)
     stopped: str | None = None
@@ -268,16 +270,16 @@ class _Tape(Probe):
             if not branch:
                 at[node_id, counts[node_id]] = position
                 counts[node_id] += 1
-        seen: Counter[str] = Counter()
+        occurrences: Counter[str] = Counter()
         for position, node in enumerate(self.nodes):
-            self.then[position] = at.get((node.node_id, seen[node.node_id]))
-            seen[node.node_id] += 1
+            self.then[position] = at.get((node.node_id, occurrences[node.node_id]))
+            occurrences[node.node_id] += 1
 
     def edit(self, position: int, state: Any) -> None:
         node = self.nodes[position]
         if isinstance(node, Group):
             raise TypeError(
-                f"state= cannot stand in for what {node.node_id!r} makes: a group's output is put together of its children's; "
+                f"state= cannot replace the output of {node.node_id!r}: a group's output is built from its children's; "
                 "start at the group, or at a later node"
             )
         self.edited[position] = state
@@ -286,15 +288,15 @@ class _Tape(Probe):
         return run.position >= self.first_called
 
     def _at(self, run: NodeExecution) -> list[RecordedAttempt] | None:
-        """The attempts at a place; None if the run had no such node there."""
+        """Return the attempts at a place; None if the recorded run has no such node."""
         then = self.then[run.position]
         if then is None:
             return None if self._is_new(run.position) else []
-        found = self.places.get((then, run.branch), [])
-        return None if found and found[0].node_id != run.node_id else found
+        differences = self.places.get((then, run.branch), [])
+        return None if differences and differences[0].node_id != run.node_id else differences
 
     def _is_new(self, position: int) -> bool:
-        """Whether a node that the run had not come to was not in its pipeline, as far as can be told."""
+        """Return True if a node that the recorded run did not reach was probably not in its pipeline."""
         matched = {then for then in self.then.values() if then is not None}
         came_to = {at for at, branch in self.places if not branch}
         later = any(then is not None for at, then in self.then.items() if at > position)
@@ -311,10 +313,10 @@ class _Tape(Probe):
         if isinstance(node, Group) and not (node.each and (node.outside or not node.into)):
             # What it is put together of is looked at, each by itself.
             output = await call(state)
-            self._took(run, attempts)
+            self._add_latency(run, attempts)
             return output
         one = await self._answer(run, attempts)
-        self._took(run, attempts)
+        self._add_latency(run, attempts)
         usage = AttemptUsage(one.tokens, one.output_tokens, one.cost_usd, one.model)
         if usage != AttemptUsage():
             run.counted = usage
@@ -322,10 +324,10 @@ class _Tape(Probe):
             return self.edited[run.position]
         if one.output is None:
             raise _failure_of(one)
-        return Schema.raw_of(one.output) if isinstance(node, Group) else self._read(run, node, one)
+        return Schema.decode_raw(one.output) if isinstance(node, Group) else self._read(run, node, one)
 
     async def _answer(self, run: NodeExecution, attempts: list[RecordedAttempt] | None) -> RecordedAttempt:
-        """What was recorded of this attempt. Raises _NoAnswer."""
+        """Return the recorded result of an attempt. Raises _NoAnswer."""
         if attempts is None:
             self._stop(run, "new", "the run had no such node, so nothing can be handed on")
         if run.attempt > len(attempts):
@@ -357,7 +359,7 @@ class _Tape(Probe):
     def _stop(self, run: NodeExecution, kind: Kind | None, why: str) -> NoReturn:
         place = f"{run.position}.{run.branch}" if run.branch else str(run.position)
         if kind is not None:
-            self.found.append(Difference(kind, place, run.node_id, why))
+            self.differences.append(Difference(kind, place, run.node_id, why))
         self.stopped = self.stopped or f"at {place} {run.node_id}: {why}"
         around: NodeExecution | None = run
         while around is not None:
@@ -365,13 +367,13 @@ class _Tape(Probe):
             around = around.parent
         raise _NoAnswer(why)
 
-    def _took(self, run: NodeExecution, attempts: list[RecordedAttempt] | None) -> None:
-        """A latency budget counts what it took then."""
+    def _add_latency(self, run: NodeExecution, attempts: list[RecordedAttempt] | None) -> None:
+        """Return the recorded duration, for latency budgets."""
         if attempts and not run.branch and run.attempt <= len(attempts):
             run.ctx.cost_tracker.latency_ns += int(attempts[run.attempt - 1].duration_ms * 1e6)
 
     def _read(self, run: NodeExecution, node: Node | Group, one: RecordedAttempt) -> Any:
-        """An output as the code of today reads it. Raises ContractViolation if it does not fit."""
+        """Decode an output by the current schema. Raises ContractViolation if it does not fit."""
         contract = self.registry.find(node.node_id) or (node.contract if isinstance(node, Node) else None)
         schema = schema_of(Kept if contract is None else contract.output_schema)
         upcast = None if contract is None or one.contract == schema.fingerprint else contract.upcast
@@ -380,7 +382,7 @@ class _Tape(Probe):
         except Exception as error:
             assert one.output is not None
             raise as_violation(
-                run.node_id, "output", Schema.raw_of(one.output), error, schema.model
+                run.node_id, "output", Schema.decode_raw(one.output), error, schema.model
             ) from error
         return model.root if isinstance(model, Kept) else model
 
@@ -396,32 +398,34 @@ class _Tape(Probe):
         plain = diagnose(error, NodeContext(run.node_id, run.attempt, run.run_id))
         if failure.failure_class is not plain.failure_class:
             return failure
-        asked = None
+        retry_after = None
         if (
             run.attempt == len(attempts)
             and one.reason in _MAY_SAY_WHEN
             and self.recorded.status == RunStatus.PARTIAL
         ):
-            asked = math.inf
+            retry_after = math.inf
         kind = FailureClass(one.failure_class) if one.failure_class else failure.failure_class
-        return replace(failure, failure_class=kind, reason=one.reason, retry_after_seconds=asked)
+        return replace(failure, failure_class=kind, reason=one.reason, retry_after_seconds=retry_after)
 
     # ------------------------------------------------------------------ what has changed by itself
 
     def changed(self) -> list[Difference]:
-        """Nodes that are gone, and schemas that are others."""
-        found: list[Difference] = []
+        """Return differences for removed nodes and changed schemas."""
+        differences: list[Difference] = []
         known = {then for then in self.then.values() if then is not None}
         for (position, branch), attempts in sorted(self.places.items()):
             one = attempts[-1]
             if not branch and position not in known:
-                found.append(Difference("missing", str(position), one.node_id, "the pipeline has it no more"))
-        found += self._out_of_order()
+                differences.append(
+                    Difference("missing", str(position), one.node_id, "the pipeline has it no more")
+                )
+        differences += self._out_of_order()
         for position, node in enumerate(self.nodes):
             then = self.then[position]
             for branch, inner in _nodes_in(node):
-                kept = self.places.get((then, branch), []) if then is not None else []
-                one_ = kept[-1] if kept else None
+                recorded_attempts = self.places.get((then, branch), []) if then is not None else []
+                one_ = recorded_attempts[-1] if recorded_attempts else None
                 if one_ is None or one_.output is None or one_.node_id != inner.node_id or not one_.contract:
                     continue
                 contract = self.registry.find(inner.node_id) or inner.contract
@@ -430,13 +434,13 @@ class _Tape(Probe):
                 schema = schema_of(Kept if contract is None else contract.output_schema)
                 if schema.fingerprint != one_.contract:
                     at = f"{position}.{branch}" if branch else str(position)
-                    found.append(
+                    differences.append(
                         Difference("schema", at, inner.node_id, f"{schema.model.__name__} is another one now")
                     )
-        return found
+        return differences
 
     def _out_of_order(self) -> Iterable[Difference]:
-        """Nodes that came before another one then, and come after it now."""
+        """Return nodes that preceded another one in the recording and follow it now."""
         furthest: int | None = None  # Of the nodes so far, the position today of the one that came last then.
         for position, node in enumerate(self.nodes):
             then = self.then[position]
@@ -453,7 +457,7 @@ class _Tape(Probe):
 
 
 def _nodes_in(node: Node | Group, branch: str = "") -> Iterable[tuple[str, Node]]:
-    """The nodes at one position, with their places; of a map, its first item."""
+    """Return the nodes at one position with their places; of a map, its first item."""
     if isinstance(node, Node):
         yield branch, node
         return
@@ -467,7 +471,7 @@ def _reached(recorded: RecordedRun, position: int | None) -> bool:
 
 
 def _failure_of(one: RecordedAttempt) -> Exception:
-    """An exception that means today what was recorded."""
+    """Return an exception that the current code classifies like the recorded failure."""
     message = one.message or one.outcome
     if one.outcome == "suspended":
         return Suspend(message)
@@ -481,49 +485,51 @@ def _failure_of(one: RecordedAttempt) -> Exception:
 # ---------------------------------------------------------------------- differences
 
 
-def _compared(
-    tape: _Tape, made: list[AttemptRecord], *, edited: bool, redact: Redact | None
+def _compare_attempts(
+    tape: _Tape, attempts: list[AttemptRecord], *, edited: bool, redact: Redact | None
 ) -> list[Difference]:
-    """What is different at the places that both have."""
-    shown = History(None, redact)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    """Return the differences at places that both runs have."""
+    history = History(None, redact)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
     def payload(one: AttemptRecord) -> Payload:
-        return Payload(shown.hide(_payload(one).value))
+        return Payload(history.hide(_payload(one).value))
 
-    def said(pair: NodeDiff) -> str:
+    def text(pair: NodeDiff) -> str:
         if redact is None:
-            return _said(pair)
-        seen = compare(pair.a or (), pair.b or (), payload)[0]
-        return _said(seen) if not seen.same else "it differs in what is redacted"
+            return _describe(pair)
+        occurrences = compare(pair.a or (), pair.b or (), payload)[0]
+        return _describe(occurrences) if not occurrences.same else "it differs in what is redacted"
 
     now = {then: position for position, then in tape.then.items() if then is not None}
-    places = {(one.position, one.branch) for one in made}
+    places = {(one.position, one.branch) for one in attempts}
     then = [
         one.as_record(now[one.position])
         for one in tape.recorded.attempts
         if one.position in now and (now[one.position], one.branch) in places
     ]
-    found: list[Difference] = []
-    for pair in compare(then, made, _payload):
+    differences: list[Difference] = []
+    for pair in compare(then, attempts, _payload):
         if pair.same or pair.a is None or pair.b is None:
             continue
         last = pair.b[-1]
         at = f"{last.position}.{last.branch}" if last.branch else str(last.position)
         if edited and last.position in tape.edited:
             continue
-        found.append(_difference(pair, at, said(pair), hidden=redact is not None))
-    return found
+        differences.append(_difference(pair, at, text(pair), hidden=redact is not None))
+    return differences
 
 
 def _payload(one: AttemptRecord) -> Payload:
-    return Payload(None if one.output is None else jsonable(Schema.raw_of(one.output)))
+    return Payload(None if one.output is None else jsonable(Schema.decode_raw(one.output)))
 
 
-def _said(pair: NodeDiff) -> str:
-    """What is different, in words."""
-    found = [change._replace(path=f"output.{change.path}".rstrip(".")) for change in pair.output]
-    said = [_change(change) for change in [*pair.facts, *found[:_MOST]]]
-    return "; ".join(said) + (f"; and {len(found) - _MOST} more" if len(found) > _MOST else "")
+def _describe(pair: NodeDiff) -> str:
+    """Describe a difference as text."""
+    differences = [change._replace(path=f"output.{change.path}".rstrip(".")) for change in pair.output]
+    text = [_change(change) for change in [*pair.facts, *differences[:_MAX_CHANGES]]]
+    return "; ".join(text) + (
+        f"; and {len(differences) - _MAX_CHANGES} more" if len(differences) > _MAX_CHANGES else ""
+    )
 
 
 def _change(change: Change) -> str:
@@ -533,7 +539,7 @@ def _change(change: Change) -> str:
     return f"{change.path} is gone: {a}" if change.kind == "removed" else f"{change.path}: {a} -> {b}"
 
 
-def _difference(pair: NodeDiff, at: str, said: str, *, hidden: bool) -> Difference:
+def _difference(pair: NodeDiff, at: str, text: str, *, hidden: bool) -> Difference:
     assert pair.a is not None
     assert pair.b is not None
     then, last = pair.a[-1], pair.b[-1]
@@ -541,5 +547,5 @@ def _difference(pair: NodeDiff, at: str, said: str, *, hidden: bool) -> Differen
     if "contract" in (then.reason, last.reason) and then.reason != last.reason:
         kind = "contract"
         broken = without_values(last.message or "") if hidden else last.message
-        said = f"{broken}" if last.reason == "contract" else f"it breaks its contract no more; {said}"
-    return Difference(kind, at, last.node_id, said)
+        text = f"{broken}" if last.reason == "contract" else f"it breaks its contract no more; {text}"
+    return Difference(kind, at, last.node_id, text)

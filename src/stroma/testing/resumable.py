@@ -1,4 +1,4 @@
-"""assert_resumable: a process dies at every boundary of a run in turn, and another one goes on with it."""
+"""assert_resumable: let a process die at each boundary of a run in turn, and resume it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _COMPLETED: Final = (RunStatus.COMPLETED, RunStatus.RESUMED)
 
 @dataclass(frozen=True, slots=True)
 class Resumability:
-    """What was proven.
+    """Result of :func:`assert_resumable`.
 
     Attributes:
         boundaries: where a process died, each in a run of its own.
@@ -60,9 +60,9 @@ class Resumability:
 
 @dataclass(slots=True)
 class _Life:
-    """What came of one process."""
+    """Record of one process."""
 
-    seen: list[Boundary] = field(default_factory=list)
+    boundaries: list[Boundary] = field(default_factory=list)
     committed: list[tuple[int, str]] = field(default_factory=list)
     died: bool = False
     status: str = ""
@@ -73,7 +73,7 @@ class _Life:
 
 @dataclass(slots=True)
 class _Trial:
-    """How lives are lived: what runs, where its store is, and whether in processes of their own."""
+    """Settings of a proof: pipeline, store, and whether processes are real."""
 
     proven: Any
     state: BaseModel
@@ -85,7 +85,7 @@ class _Trial:
     timeout_seconds: float
 
     def fresh(self) -> None:
-        """Outside of the pipeline everything is as it was."""
+        """Reset everything outside of the pipeline."""
         if self.reset is not None:
             self.reset()
 
@@ -94,7 +94,7 @@ class _Trial:
             life = _Life()
             deaths = Deaths(lambda boundary: boundary == die_at)
             await self._run(run_id, resume, deaths, life)
-            life.seen, life.committed = deaths.life.seen, deaths.life.committed
+            life.boundaries, life.committed = deaths.life.boundaries, deaths.life.committed
             return life
         return await self._in_child(run_id, resume, die_at)
 
@@ -160,7 +160,7 @@ class _Trial:
             child = os.fork()
         if child == 0:  # pragma: no cover - it ends without telling the measurement.
             os.close(reading)
-            self._be_child(writing, run_id, resume, die_at)
+            self._run_child(writing, run_id, resume, die_at)
         os.close(writing)
         # In a thread, so that a server on this event loop can answer the child.
         text, code = await asyncio.to_thread(_listen, child, reading, self.timeout_seconds)
@@ -168,7 +168,7 @@ class _Trial:
         for line in text.splitlines():
             what, of = json.loads(line)
             if what == "seen":
-                life.seen.append(Boundary(*of))
+                life.boundaries.append(Boundary(*of))
             elif what == "committed":
                 life.committed.append((of[0], of[1]))
             elif what == "met":
@@ -177,35 +177,35 @@ class _Trial:
             else:
                 life.status, life.failure, life.state, life.effects = of
         if code is None:
-            last = f"; the last it told is: {life.seen[-1]}" if life.seen else ""
+            last = f"; the last it told is: {life.boundaries[-1]}" if life.boundaries else ""
             raise AssertionError(
-                f"a process of this proof did not end within {self.timeout_seconds:g} s{last}; if the pipeline cannot live "
-                "in a forked process, give processes=False"
+                f"a process of this proof did not end within {self.timeout_seconds:g} s{last}; if the pipeline does not "
+                "work in a forked process, pass processes=False"
             )
         life.died = code == -signal.SIGKILL
         if not life.died and not life.status:
             raise AssertionError(
-                f"a process of this proof broke off with code {code}; what it says stands on stderr. If the pipeline cannot "
-                "live in a forked process, give processes=False"
+                f"a process of this proof exited with code {code}; see stderr. If the pipeline does not "
+                "work in a forked process, pass processes=False"
             )
         return life
 
-    def _be_child(self, writing: int, run_id: str, resume: bool, die_at: Boundary | None) -> None:
-        """Live, tell of it, and end without a word to whatever the parent has set up."""
+    def _run_child(self, writing: int, run_id: str, resume: bool, die_at: Boundary | None) -> None:
+        """Run in a child process, report, and exit without cleanup of the parent."""
         code = 1
         try:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if FakeClock._active is not None:
                 FakeClock._active._outside = 0  # What the parent waits for is none of the child's.
 
-            def tell(what: str, of: Any) -> None:
+            def report(what: str, of: Any) -> None:
                 os.write(writing, json.dumps([what, of]).encode() + b"\n")
 
             life = _Life()
-            deaths = Deaths(lambda boundary: boundary == die_at, kill=True, tell=tell)
+            deaths = Deaths(lambda boundary: boundary == die_at, kill=True, report=report)
             asyncio.run(self._run(run_id, resume, deaths, life))
-            tell("met", [plan.met_faults() for plan in _plans()])
-            tell("end", [life.status, life.failure, life.state, life.effects])
+            report("met", [plan.met_faults() for plan in _plans()])
+            report("end", [life.status, life.failure, life.state, life.effects])
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -214,18 +214,18 @@ class _Trial:
 
 
 def _plans() -> list[FaultPlan]:
-    """The plans around the proof: what a process meets of them is met."""
+    """Context manager for the fault plans of a test."""
     return [probe for probe in PROBES if isinstance(probe, FaultPlan)]
 
 
 def _listen(child: int, reading: int, timeout_seconds: float) -> tuple[str, int | None]:
-    """All that a child writes until its end, and its exit code, None if that was too late. Then it is gone either way."""
+    """Return the output and exit code of a child, None after a timeout. The child is dead afterwards."""
     written = b""
     ended = False
     deadline = time.monotonic() + timeout_seconds
     try:
-        while (left := deadline - time.monotonic()) > 0:
-            if not select.select([reading], [], [], left)[0]:
+        while (remaining := deadline - time.monotonic()) > 0:
+            if not select.select([reading], [], [], remaining)[0]:
                 break
             data = os.read(reading, 65536)
             if not data:
@@ -242,8 +242,8 @@ def _listen(child: int, reading: int, timeout_seconds: float) -> tuple[str, int 
 
 
 def _plain(state: BaseModel) -> Any:
-    """A state as plain JSON data."""
-    return jsonable(Schema.raw_of(schema_of(type(state)).encode(state)))
+    """Return a state as plain JSON data."""
+    return jsonable(Schema.decode_raw(schema_of(type(state)).encode(state)))
 
 
 # ---------------------------------------------------------------------- the proof
@@ -286,13 +286,13 @@ async def assert_resumable(
     if not isinstance(pipeline, Pipeline) and not inspect.iscoroutinefunction(pipeline):
         if not isinstance(pipeline, Iterable):
             raise TypeError(
-                f"{pipeline!r} cannot be run; give a Pipeline, a list of nodes, or an async function of (ctx, state)"
+                f"{pipeline!r} cannot be run; pass a Pipeline, a list of nodes, or an async function of (ctx, state)"
             )
         pipeline = list(pipeline)
     if processes is None:
         processes = hasattr(os, "fork") and effects is None
     elif processes and not hasattr(os, "fork"):
-        raise ValueError("processes=True needs a system with fork(); leave it out here")
+        raise ValueError("processes=True needs fork(); remove it on this system")
     with tempfile.TemporaryDirectory(prefix="stroma-resumable-") as directory:
         trial = _Trial(
             pipeline, state, runner or StromaRunner.quick(), Path(directory, "runs.db"), processes, effects, reset,
@@ -300,23 +300,23 @@ async def assert_resumable(
         )  # fmt: skip
         ignored = tuple(ignore)
         first, again = [await _undisturbed(trial, run_id) for run_id in ("undisturbed", "undisturbed-2")]
-        differs = _differences(first, again, ignored) or _item_told(
+        differs = _differences(first, again, ignored) or _map_difference(
             trial, "undisturbed", "undisturbed-2", ignored
         )
         if differs:
             where = _first_difference(trial, "undisturbed", "undisturbed-2", ignored)
             raise AssertionError(
-                f"two undisturbed runs differ{where}: {differs}; give the nodes the same answers each time (a recording, a seed), "
+                f"two undisturbed runs differ{where}: {differs}; give the nodes the same responses each time (a recording, a seed), "
                 "keep nothing outside of states, or name fields that may differ with ignore="
             )
-        boundaries = _some(list(dict.fromkeys(first.seen)), most)
+        boundaries = _some(list(dict.fromkeys(first.boundaries)), most)
         for number, boundary in enumerate(boundaries):
             await _try(trial, f"run-{number}", boundary, first, ignored)
     return Resumability(tuple(boundaries), processes)
 
 
 def assert_resumable_sync(pipeline: Proven, state: BaseModel, **options: Any) -> Resumability:
-    """:func:`assert_resumable` for tests without an event loop. Raises RuntimeError where one is running."""
+    """Call :func:`assert_resumable` without an event loop. Raises RuntimeError if one is running."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -343,65 +343,69 @@ async def _try(
     what = f"not resumable: the process dies {boundary}"
     if not died.died:
         raise AssertionError(
-            f"this run never came to the boundary {str(boundary)!r}, and the undisturbed one did: which way it takes hangs "
-            "on something outside of its input; let nodes decide by their input alone"
+            f"this run never reached the boundary {str(boundary)!r}, but the undisturbed one did: its path depends on "
+            "something outside of its input; let nodes decide by their input alone"
         )
     life = await trial.live(run_id, resume=True)
-    called = {(b.position, b.branch): b for b in life.seen if b.point == "before_node"}
+    called = {(b.position, b.branch): b for b in life.boundaries if b.point == "before_node"}
     twice = [called[place] for place in dict.fromkeys(died.committed) if place in called]
     if twice:
         raise AssertionError(f"{what}; node {twice[0].node_id!r} had finished, and was called again")
     if life.status not in _COMPLETED:
         raise AssertionError(
-            f"{what}; the run that goes on ends as {life.status or 'a process that died'}"
+            f"{what}; the resumed run ends as {life.status or 'a process that died'}"
             + (f", {life.failure}" if life.failure else "")
             + "; what a node needs must come with its input or the run's context, not from the memory of the process"
         )
-    found = _told(changes(undisturbed.state, life.state), ignore)
-    item = "" if found else _item_told(trial, "undisturbed", run_id, ignore)
+    difference = _describe_changes(changes(undisturbed.state, life.state), ignore)
+    item = "" if difference else _map_difference(trial, "undisturbed", run_id, ignore)
     if item:
         raise AssertionError(
-            f"{what}; an item that does not go into the state is another one: {item}; what a node needs must come with its "
+            f"{what}; an item outside of the state differs: {item}; what a node needs must come with its "
             "input or the run's context, not from the memory of the process"
         )
-    if found:
+    if difference:
         where = _first_difference(trial, "undisturbed", run_id, ignore)
         raise AssertionError(
-            f"{what}; the final state is another one{where}: {found}; what a node needs must come with its input or the "
+            f"{what}; the final state differs{where}: {difference}; what a node needs must come with its input or the "
             "run's context, not from the memory of the process"
         )
-    done = _told(changes(undisturbed.effects, life.effects), ())
+    done = _describe_changes(changes(undisturbed.effects, life.effects), ())
     if done:
         again = boundary.node_id if boundary.point == "after_node" else ""
         mend = f": node {again!r} did its work, and was called again" if again else ""
         raise AssertionError(
-            f"{what}; its effects are others{mend}: {done}; have the other side drop what comes twice, by "
+            f"{what}; its effects differ{mend}: {done}; let the other side drop duplicates by "
             "current_node().idempotency_key"
         )
 
 
 def _differences(a: _Life, b: _Life, ignore: tuple[str, ...]) -> str:
-    found = _told(changes(a.state, b.state), ignore) or _told(changes(a.effects, b.effects), ())
-    if found:
-        return found
-    steps = [[(s.node_id, s.position, s.branch, s.attempt) for s in sorted(life.seen)] for life in (a, b)]
+    difference = _describe_changes(changes(a.state, b.state), ignore) or _describe_changes(
+        changes(a.effects, b.effects), ()
+    )
+    if difference:
+        return difference
+    steps = [
+        [(s.node_id, s.position, s.branch, s.attempt) for s in sorted(life.boundaries)] for life in (a, b)
+    ]
     if steps[0] != steps[1]:
         other = next(iter({*steps[0]} ^ {*steps[1]}))
         return f"attempt {other[3]} of node {other[0]!r} is in one of them only"
     return ""
 
 
-def _told(found: list[Change], ignore: tuple[str, ...]) -> str:
-    """The first differences in words; "" if there are none that count."""
+def _describe_changes(difference: list[Change], ignore: tuple[str, ...]) -> str:
+    """Describe the first differences that count; "" if there are none."""
     counted = [
-        c for c in found if not any(c.path == path or c.path.startswith(f"{path}.") for path in ignore)
+        c for c in difference if not any(c.path == path or c.path.startswith(f"{path}.") for path in ignore)
     ]
-    said = [
+    descriptions = [
         f"{change.path or 'the value'} {_short(change.a)} -> {_short(change.b)}" if change.kind == "changed"
         else f"{change.path} {change.kind}"
         for change in counted[:3]
     ]  # fmt: skip
-    return "; ".join(said) + (f"; and {len(counted) - 3} more" if len(counted) > 3 else "")
+    return "; ".join(descriptions) + (f"; and {len(counted) - 3} more" if len(counted) > 3 else "")
 
 
 def _short(value: Any) -> str:
@@ -410,26 +414,26 @@ def _short(value: Any) -> str:
 
 
 def _first_difference(trial: _Trial, a: str, b: str, ignore: tuple[str, ...]) -> str:
-    """At which node two runs part, in words."""
-    for one, _ in _other_outputs(trial, a, b, ignore):
+    """Describe the first node at which two runs differ."""
+    for one, _ in _differing_outputs(trial, a, b, ignore):
         return f", from the output of node {one.node_id!r} (position {place_of(one)}) on"
     return ""
 
 
-def _item_told(trial: _Trial, a: str, b: str, ignore: tuple[str, ...]) -> str:
-    """The first other output of a map into a file or the journal, where no state shows it, in words; "" if there is none."""
+def _map_difference(trial: _Trial, a: str, b: str, ignore: tuple[str, ...]) -> str:
+    """Describe the first differing output of a map that is not part of a state; "" if there is none."""
     proven = trial.proven.nodes if isinstance(trial.proven, Pipeline) else trial.proven
     nodes = [] if inspect.iscoroutinefunction(proven) else [find_node(node) for node in proven]
-    maps = [place for position, node in enumerate(nodes) for place in _maps_out(node, str(position))]
+    maps = [place for position, node in enumerate(nodes) for place in _external_maps(node, str(position))]
     if maps:
-        for one, found in _other_outputs(trial, a, b, ignore):
+        for one, difference in _differing_outputs(trial, a, b, ignore):
             if any(place_of(one).startswith(f"{place}.") for place in maps):
-                return f"{found} at node {one.node_id!r} (position {place_of(one)})"
+                return f"{difference} at node {one.node_id!r} (position {place_of(one)})"
     return ""
 
 
-def _maps_out(node: Node | Group, place: str) -> Iterator[str]:
-    """The places of maps whose outputs do not go into the state."""
+def _external_maps(node: Node | Group, place: str) -> Iterator[str]:
+    """Return the places of maps whose outputs are not part of the state."""
     if not isinstance(node, Group):
         return
     if node.each:
@@ -437,13 +441,13 @@ def _maps_out(node: Node | Group, place: str) -> Iterator[str]:
             yield place
         return
     for index, child in enumerate(node.children):
-        yield from _maps_out(child, f"{place}.{index}")
+        yield from _external_maps(child, f"{place}.{index}")
 
 
-def _other_outputs(
+def _differing_outputs(
     trial: _Trial, a: str, b: str, ignore: tuple[str, ...]
 ) -> Iterator[tuple[AttemptRecord, str]]:
-    """What two runs have committed otherwise, in the order of places, and the difference in words."""
+    """Return the first different committed output of two runs, in order of places, with a description."""
     with SQLiteStore(trial.path) as store:
         outputs = [
             {(x.position, x.branch): x for x in store.attempts(run_id) if x.output is not None}
@@ -453,15 +457,15 @@ def _other_outputs(
         one, other = outputs[0][place], outputs[1][place]
         assert one.output is not None
         assert other.output is not None
-        raw = [jsonable(Schema.raw_of(data)) for data in (one.output, other.output)]
-        told = _told(changes(*raw), ignore)
-        if told:
-            yield one, told
+        raw = [jsonable(Schema.decode_raw(data)) for data in (one.output, other.output)]
+        difference = _describe_changes(changes(*raw), ignore)
+        if difference:
+            yield one, difference
 
 
 def _some(boundaries: list[Boundary], most: int) -> list[Boundary]:
     if most < 1:
-        raise ValueError(f"most is {most!r}; give a number of boundaries from 1 up")
+        raise ValueError(f"most must be at least 1, got {most!r}")
     if len(boundaries) <= most:
         return boundaries
     step = len(boundaries) / most

@@ -1,4 +1,4 @@
-"""Traces as text that stays the same from run to run."""
+"""Traces as text that is the same for each run."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ __all__ = ["compare_with_file", "trace_snapshot"]
 def trace_snapshot(
     trace: ExecutionTrace | ExecutionResult, *, states: bool = True, hide: Collection[str] = ()
 ) -> str:
-    """A trace, or the result with it, as text without what no two runs have in common: times, durations, the run id.
+    """Return a trace, or a result, as text without times, durations and the run id.
 
     Nodes that ran side by side stand in the order of their places, whichever was done first. ``states``: with the input and
     the output of each attempt. ``hide``: names of fields, at any depth, that are shown as ``...``.
     """
     lines: list[str] = []
     result = trace if isinstance(trace, ExecutionResult) else None
-    found = trace.trace if isinstance(trace, ExecutionResult) else trace
+    source = trace.trace if isinstance(trace, ExecutionResult) else trace
     hidden = frozenset(hide)
     if result is not None:
         lines.append(f"{result.status}, {result.total_tokens} tokens, ${result.total_cost_usd:.6f}")
         lines += [f"waits for {reason}" for reason in result.suspended]
-    for event in _sorted(list(found)):
+    for event in _sorted(list(source)):
         lines += _lines(event, states, hidden)
-    return "\n".join(lines).replace(found.run_id, "<run id>") + "\n"
+    return "\n".join(lines).replace(source.run_id, "<run id>") + "\n"
 
 
 def _sorted(events: list[TraceEvent]) -> list[TraceEvent]:
@@ -61,34 +61,36 @@ def _lines(event: TraceEvent, states: bool, hide: frozenset[str]) -> list[str]:
         if event.output_state is not None:
             lines.append(f"    > {_text(event.output_state, hide)}")
     if event.left_out is not None:
-        lines.append(f"    {event.left_out.events} attempts inside are counted, not kept")
+        lines.append(f"    {event.left_out.events} attempts inside are counted, not stored")
     for child in _sorted(event.children):
         lines += [f"  {inner}" for inner in _lines(child, states, hide)]
     return lines
 
 
 def _text(state: Any, hide: frozenset[str]) -> str:
-    return json.dumps(_shown(jsonable(state), hide), ensure_ascii=False, sort_keys=True)
+    return json.dumps(_state_json(jsonable(state), hide), ensure_ascii=False, sort_keys=True)
 
 
-def _shown(value: Any, hide: frozenset[str]) -> Any:
+def _state_json(value: Any, hide: frozenset[str]) -> Any:
     if isinstance(value, dict):
-        return {name: "..." if name in hide else _shown(inner, hide) for name, inner in value.items()}
-    return [_shown(inner, hide) for inner in value] if isinstance(value, list) else value
+        return {name: "..." if name in hide else _state_json(inner, hide) for name, inner in value.items()}
+    return [_state_json(inner, hide) for inner in value] if isinstance(value, list) else value
 
 
 def compare_with_file(text: str, path: Path, *, update: bool) -> None:
-    """Raise AssertionError with the difference, unless a file holds the text; ``update`` writes it."""
+    """Compare a text with a file; raise AssertionError with the difference. ``update`` writes the file."""
     if update:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
         return
     mend = "write it with: pytest --stroma-update-snapshots"
     if not path.exists():
-        raise AssertionError(f"there is no snapshot {path}; {mend}")
-    kept = path.read_text("utf-8")
-    if kept != text:
-        lines = difflib.unified_diff(kept.splitlines(), text.splitlines(), str(path), "this run", lineterm="")
+        raise AssertionError(f"no snapshot {path}; {mend}")
+    stored_text = path.read_text("utf-8")
+    if stored_text != text:
+        lines = difflib.unified_diff(
+            stored_text.splitlines(), text.splitlines(), str(path), "this run", lineterm=""
+        )
         raise AssertionError(
-            "\n".join([f"the trace is not the one in {path}; if it should be, {mend}", *lines])
+            "\n".join([f"the trace differs from {path}; if that is intended, {mend}", *lines])
         )

@@ -67,7 +67,7 @@ FAILED_ITEM: Final = "failed item"
 
 @dataclass(frozen=True, slots=True)
 class AttemptUsage:
-    """What one attempt used: tokens, US dollars, and the model that the node reported.
+    """The usage of one attempt: tokens, US dollars, and the model that the node reported.
 
     Attributes:
         cached_input_tokens: the part of the input that was read from the provider's cache.
@@ -149,14 +149,14 @@ class FewRows(list["AttemptRow | TraceEvent"]):
 
     @property
     def left_out(self) -> LeftOut | None:
-        """What is not kept; None if all is."""
+        """Return the sums of the rows that were omitted; None if there are none."""
         if not self._events:
             return None
         figures = tuple((node, *sums, model) for (node, model), sums in self._sums.items())
         return LeftOut(self._events, self._failures, self._lost_tokens, self._lost_cost_usd, figures)
 
     def like(self, rows: list[AttemptRow | TraceEvent]) -> FewRows:
-        """The same with other rows in it: copies of these."""
+        """Return the same list with other rows in it: copies of these."""
         twin = FewRows(self._most)
         twin.extend(rows)
         twin._events, twin._failures, twin._sums = self._events, self._failures, dict(self._sums)
@@ -165,7 +165,7 @@ class FewRows(list["AttemptRow | TraceEvent"]):
 
 
 def figures_of(rows: list[AttemptRow | TraceEvent]) -> Iterator[Figures]:
-    """The figures of every attempt in these rows, in groups too; those of what was left out are sums."""
+    """Yield the figures of every attempt in these rows, groups included; those of omitted rows as sums."""
     stack: list[AttemptRow | TraceEvent] = list(reversed(rows))
     while stack:
         row = stack.pop()
@@ -232,7 +232,7 @@ class TraceEvent:
 
     @property
     def step_id(self) -> str:
-        """The node id, under the name used outside pipelines."""
+        """Return the node id, under the name used outside pipelines."""
         return self.node_id
 
 
@@ -241,7 +241,7 @@ MarkKind = Literal["wait", "refused", "circuit_open", "circuit_half_open", "circ
 
 @dataclass(frozen=True, slots=True)
 class TraceMark:
-    """What happened to an attempt before or after its call.
+    """An event of an attempt before or after its call.
 
     Attributes:
         kind: "wait" for its turn, "refused" by a shared budget, a limit or an open circuit, or what a circuit came to.
@@ -261,6 +261,6 @@ class TraceMark:
 
 
 def contract_of(row: AttemptRow, schema: Schema) -> str:
-    """What an output is filed under: the fingerprint of its schema, and the group that asked for it."""
+    """Return the contract of a stored output: the fingerprint of its schema, and the group that requested it."""
     kind = FAILED_ITEM if schema.model is ItemFailure else schema.fingerprint
     return kind if row.group is None else f"{kind}:{row.group}"

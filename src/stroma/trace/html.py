@@ -90,7 +90,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """What stopped a run. ``fields``: the paths that broke a contract. ``mend``: the command that goes on, or "" ."""
+    """The cause that stopped a run. ``fields``: paths that broke a contract. ``mend``: the command to resume, or ""."""
 
     node_id: str
     at: str
@@ -133,14 +133,14 @@ _FIELD: Final = re.compile(r"([\w$-]+(?:\.[\w$-]+)*): ")
 
 
 def fields_named(message: str) -> list[str]:
-    """The paths that the message of a broken contract names: "lines.0.price"."""
+    """Return the paths that the message of a broken contract names: "lines.0.price"."""
     found = _VIOLATION.match(message)
     parts = found[1].split("; ") if found else []
     return [at[1] for part in parts if (at := _FIELD.match(part))]
 
 
 def without_values(message: str) -> str:
-    """The message of a broken contract with its paths alone: what is wrong with a value may quote it."""
+    """Return the message of a broken contract with its paths alone: an error text may quote a value."""
     found = _VIOLATION.match(message)
     if found is None:
         return message
@@ -210,7 +210,7 @@ def gantt(
     selected: str | None = None,
     fold_idle: bool = False,
 ) -> str:
-    """A row for every node, in it a bar for every attempt and a hatched one for every wait; groups fold.
+    """Return a row for every node, with a bar for every attempt and a hatched one for every wait; groups fold.
 
     ``link``: where a bar leads to. ``selected``: the key of an attempt that is marked; its group is open. ``fold_idle``:
     stretches in which nothing ran are drawn as short ones.
@@ -249,7 +249,7 @@ def gantt(
 
 
 def idle_ms(bars: Iterable[Bar]) -> float:
-    """How long nothing ran, in stretches so long that folding them shows the rest better."""
+    """Return the length of the idle stretches long enough to fold, in milliseconds."""
     return idle((bar.began_ms, bar.took_ms) for bar in bars)
 
 
@@ -374,12 +374,12 @@ def _branch(key: str, value: Any, path: str, marks: set[str], room: list[int], d
 
 
 def fragment(story: Story, *, states: bool = True) -> str:
-    """All of it in a ``div``, with its style: for a notebook."""
+    """Return the page as a ``div`` with its style, for a notebook."""
     return f'<div class="stroma"><style>{STYLE}</style>{_body(story, states=states)}</div>'
 
 
 def document(story: Story) -> str:
-    """One file that can be sent to somebody: it loads nothing, and runs nothing."""
+    """Return one self-contained HTML file: it loads nothing and runs nothing."""
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     return (
@@ -392,7 +392,7 @@ def document(story: Story) -> str:
 
 
 def utc(ms: int) -> str:
-    """A time for everybody; ``ms`` since the epoch. "?" for what is no time."""
+    """Return a time in UTC; ``ms`` since the epoch. "?" for an invalid time."""
     try:
         return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (ValueError, OverflowError, OSError):
@@ -400,7 +400,7 @@ def utc(ms: int) -> str:
 
 
 def head(story: Story) -> str:
-    """What a run is, and what it came to."""
+    """Return the summary of a run and its outcome."""
     tokens, cost = story.wasted
     wasted = f" (wasted {count(tokens)}, {money(cost)})" if tokens or cost else ""
     began = ""
@@ -424,7 +424,7 @@ def head(story: Story) -> str:
 
 
 def cause(story: Story) -> str:
-    """The box that says what stopped a run, what that cost, and how to go on; "" where nothing did."""
+    """Return the box with the cause that stopped a run, its cost, and how to resume; "" if nothing did."""
     box = story.box
     if box is None:
         return ""
@@ -485,12 +485,12 @@ def _gaps(spans: Iterable[tuple[float, float]]) -> tuple[list[tuple[float, float
 
 
 def idle(spans: Iterable[tuple[float, float]]) -> float:
-    """How long nothing ran, in stretches so long that folding them shows the rest better. ``spans``: (start, duration)."""
+    """Return the length of the idle stretches long enough to fold. ``spans``: (start, duration)."""
     return sum(b - a for a, b in _gaps(spans)[0])
 
 
 def places(spans: Iterable[tuple[float, float]]) -> Callable[[float], float]:
-    """Where a time is once those stretches are folded; in the same unit, and never before an earlier one."""
+    """Return a monotonic function from a time to its position once the idle stretches are folded, in the same unit."""
     gaps, busy = _gaps(spans)
     short = _SHORT * busy
     ends = [b for _, b in gaps]

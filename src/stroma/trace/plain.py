@@ -57,7 +57,7 @@ def jsonable(value: Any, depth: int = 0) -> Any:
 
 
 def secrets_in(value: Any, depth: int = 0) -> Iterator[str]:
-    """The texts that pydantic's secret types hide in any state, as deep as jsonable() goes."""
+    """Yield the texts that pydantic's secret types hide in any state, as deep as jsonable() goes."""
     if isinstance(value, (SecretStr, SecretBytes, Secret)):
         yield from _texts(value.get_secret_value(), depth)
     elif depth > _DEEPEST:
@@ -78,7 +78,7 @@ def secrets_in(value: Any, depth: int = 0) -> Iterator[str]:
 
 
 def _texts(secret: Any, depth: int) -> Iterator[str]:
-    """What a Secret hides may be a structure: every text in it."""
+    """Yield every text in the value of a Secret, which may be a structure."""
     if isinstance(secret, bytes):  # As a message has it after decode(), and after repr().
         yield from filter(None, (secret.decode("utf-8", "ignore"), repr(secret)[2:-1]))
     elif isinstance(secret, (Mapping, list, tuple)) and depth <= _DEEPEST:

@@ -1,4 +1,4 @@
-"""How a result and a trace show themselves: in a notebook, in a terminal, and as a file; and what they do not show."""
+"""Redaction and display of results and traces: in a notebook, in a terminal, and as a file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def hide_state(redact: Redact | None, state: Any) -> Any:
 
 
 def hidden_values(states: Iterable[tuple[Any, Any]]) -> frozenset[str]:
-    """What was taken out of states of plain data, (before, after), as it stands in a message; "" where it is too much."""
+    """Return the texts redacted from states of plain data, passed as (before, after); {""} if they are too many."""
     words: set[str] = set().union(*(_values(before) - _values(after) for before, after in states))
     if len(words) > _MOST_WORDS:
         return frozenset([""])
@@ -63,7 +63,7 @@ def hidden_values(states: Iterable[tuple[Any, Any]]) -> frozenset[str]:
 
 
 def hide_words(redact: Redact | None, text: str, hidden: Iterable[str]) -> str:
-    """A message as ``redact`` lets it be seen.
+    """Return a message as ``redact`` allows it to be seen.
 
     Of a broken contract the paths are kept. In any other message none of the ``hidden`` values stands; and redact sees
     it, as ``{"message": text}``.
@@ -83,7 +83,7 @@ def hide_words(redact: Redact | None, text: str, hidden: Iterable[str]) -> str:
 
 
 def without(text: str, hidden: Iterable[str], mask: str = HIDDEN) -> str:
-    """A text without values in any case, and without the halves of them that are left of ones that were cut off.
+    """Return a text without values in any case, and without the remaining part of a value that was cut off.
 
     Takes time linear in the text and in the values: where values and text are made to be slow, all of the text is hidden.
     """
@@ -108,7 +108,7 @@ def without(text: str, hidden: Iterable[str], mask: str = HIDDEN) -> str:
 
 
 def without_secrets(text: str, secrets: Mapping[str, set[str]]) -> str:
-    """A text without secrets; ``secrets``: each with its forms, see forms_of()."""
+    """Return a text without secrets. ``secrets``: each with its forms, see forms_of()."""
     if not secrets:
         return text
     from stroma.contracts.masking import MASK
@@ -150,7 +150,7 @@ def _scrubbed(error: BaseException, scrub: Callable[[str], str], depth: int) -> 
 
 
 def _values(state: Any) -> set[str]:
-    """The plain values in a state, as words."""
+    """Return the plain values in a state as texts."""
     found: set[str] = set()
     rest = [state]
     while rest:
@@ -167,7 +167,7 @@ def _values(state: Any) -> set[str]:
 
 
 def forms_of(word: str) -> set[str]:
-    """A word as it can stand in a message: escaped, in a URL, in base64 wherever it begins there, in hex."""
+    """Return the forms of a text in messages: escaped, in a URL, in base64 at any offset, in hex."""
     if word.isascii() and word.isalnum():
         return _encodings(word, {word})
     import html
@@ -205,7 +205,7 @@ def _encodings(word: str, forms: set[str]) -> set[str]:
 
 
 def _places(text: str, values: Iterable[str], room: list[int]) -> list[tuple[int, int]]:
-    """Where values stand in a text, or beginnings of them that tell what they are: (from, to).
+    """Return the positions of values in a text, or of beginnings that reveal them: (from, to).
 
     ``room``: how many characters may be compared, counted down; below 0 the answer is not complete.
     """
@@ -226,7 +226,7 @@ def _places(text: str, values: Iterable[str], room: list[int]) -> list[tuple[int
 
 
 def _starts(text: str, length: int, starts: Iterable[str], room: list[int]) -> Iterator[tuple[int, str]]:
-    """Return the places of any of these texts of one length in a text."""
+    """Yield the places of any of these texts of one length in a text."""
     starts = set(starts)
     if len(starts) <= _FEW:
         for start in starts:
@@ -256,22 +256,22 @@ def _common(text: str, at: int, value: str, known: int, room: list[int]) -> int:
 
 
 def _folded(text: str) -> str:
-    """The same in lower case, character by character."""
+    """Return a text in lower case, character by character."""
     low = text.lower()
     return low if len(low) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
 
 
 class Shown:
-    """What can be told as a story of a run."""
+    """A trace or result that can be displayed."""
 
     __slots__ = ()
 
     def _story(self, redact: Redact | None = None) -> Story:
-        """All of it as plain data; ``redact`` is applied to each state and each message."""
+        """Return the run as plain data; ``redact`` is applied to each state and each message."""
         raise NotImplementedError
 
     def to_html(self, path: str | os.PathLike[str] | None = None, *, redact: Redact | None = None) -> str:
-        """One HTML file that stands by itself, to attach to a bug report: it loads nothing and runs nothing.
+        """Return one self-contained HTML file, to attach to a bug report: it loads nothing and runs nothing.
 
         ``path``: also written there, readable by its owner only. ``redact``: applied to each state and each message; give the
         one of your RunConfig. Secrets of pydantic's types are masked all the same.

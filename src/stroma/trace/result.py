@@ -21,7 +21,7 @@ __all__ = ["ExecutionResult", "HookFailure", "RunStatus"]
 
 
 class RunStatus(StrEnum):
-    """How a run ended."""
+    """The outcome of a run."""
 
     COMPLETED = "COMPLETED"
     FAILED = "FAILED"  # a terminal failure: trying the same again will not help
@@ -43,7 +43,7 @@ class HookFailure:
 
 @dataclass
 class ExecutionResult(Shown):
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         final_state: the last committed state, else the initial one.

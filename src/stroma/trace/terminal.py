@@ -15,7 +15,7 @@ _STYLES: Final = {"success": "green", "failure": "red", "forked": "dim"}
 
 
 def renderable(story: Story) -> Any:
-    """A panel with the cause, and a table with a bar for every attempt and dots for every wait."""
+    """Return a panel with the cause, and a table with a bar for every attempt and dots for every wait."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.table import Table

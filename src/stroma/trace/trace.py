@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
 from stroma._utils.text import typed
+from stroma.contracts.copying import isolate
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.trace.redaction import Redact, Shown, hidden_values, hide_state, hide_words
 
@@ -52,13 +53,13 @@ class ExecutionTrace(Shown):
         self.rows.append(event)
 
     def copy(self) -> ExecutionTrace:
-        """A trace of its own with the same events: what is appended to or built in one is not seen in the other."""
+        """Return a trace with the same events; appending to one does not change the other."""
         twin = ExecutionTrace(self.run_id)
         twin.rows, twin.marks = _copy_rows(self.rows), list(self.marks)
         return twin
 
     def figures(self) -> Iterator[Figures]:
-        """The figures of every attempt that the engine recorded, in groups too; sums of those that were left out."""
+        """Return the figures of every recorded attempt, groups included; sums of those that were omitted."""
         return figures_of(self.rows)
 
     def _event(self, row: AttemptRow) -> TraceEvent:
@@ -95,7 +96,7 @@ class ExecutionTrace(Shown):
         return cast("list[TraceEvent]", rows)
 
     def event_of(self, row: AttemptRow) -> TraceEvent:
-        """The event of one row, without those inside it."""
+        """Return the event of one row, without those inside it."""
         return self._event(row._replace(children=None))
 
     @property
@@ -109,11 +110,11 @@ class ExecutionTrace(Shown):
         return iter(self._events)
 
     def replay(self) -> Iterator[TraceEvent]:
-        """The top-level events in recorded order."""
+        """Return the top-level events in recorded order."""
         return iter(self._events)
 
     def walk(self) -> Iterator[TraceEvent]:
-        """Every event, those inside groups too; a group before its children."""
+        """Yield every event, groups included; a group before its children."""
         stack = list(reversed(self._events))
         while stack:
             event = stack.pop()
@@ -121,11 +122,11 @@ class ExecutionTrace(Shown):
             stack.extend(reversed(event.children))
 
     def events_for(self, node_id: str) -> list[TraceEvent]:
-        """The top-level events of one node."""
+        """Return the top-level events of one node."""
         return [event for event in self._events if event.node_id == node_id]
 
     def failures(self) -> list[TraceEvent]:
-        """The top-level events that carry a failure class."""
+        """Return the top-level events that carry a failure class."""
         return [event for event in self._events if event.failure is not None]
 
     def to_json(self) -> str:
@@ -133,7 +134,7 @@ class ExecutionTrace(Shown):
         return json.dumps([jsonable(event) for event in self._events], allow_nan=False)
 
     def _story(self, redact: Redact | None = None) -> Story:
-        """All of it as plain data. What stands in rows is timed to the nanosecond."""
+        """Return the trace as plain data. Times in rows have nanosecond resolution."""
         from stroma.trace.html import Story
 
         found: list[tuple[int, int, TraceEvent]] = []
@@ -161,17 +162,17 @@ class ExecutionTrace(Shown):
         return Story(self.run_id, "", status, bars, tokens, cost, first // 1_000_000, (end - first) / 1e9)
 
     def _hidden(self, redact: Redact | None) -> frozenset[str]:
-        """What ``redact`` takes out of the states."""
+        """Return the texts that ``redact`` removes from the states."""
         if redact is None:
             return frozenset()
         return _hidden_in(redact, self.walk())
 
     def said(self, message: str, row: AttemptRow, redact: Redact) -> str:
-        """The message of a failed attempt without what ``redact`` takes out of the attempt's states."""
+        """Return the message of a failed attempt without the texts that ``redact`` removes from the attempt's states."""
         return hide_words(redact, message, _hidden_in(redact, [self._event(row._replace(children=None))]))
 
     def diff(self, other: ExecutionTrace) -> list[str]:
-        """What tells two traces apart: order, repeats, attempts, states, failures; not ids of runs nor times."""
+        """Return the differences of two traces: order, repeats, attempts, states, failures; neither run ids nor times."""
         mine, theirs = _occurrences(self._events), _occurrences(other._events)
         lines = [f"Missing event in other trace: {_name(key)}" for key in mine if key not in theirs]
         lines += [f"Extra event in other trace: {_name(key)}" for key in theirs if key not in mine]
@@ -233,8 +234,8 @@ def _copy_event(event: TraceEvent) -> TraceEvent:
     given, made = event.input_state, event.output_state
     return replace(
         event,
-        input_state=Schema.thaw_dict(given),
-        output_state=None if made is None else Schema.thaw_dict(made),
+        input_state=isolate(given),
+        output_state=None if made is None else isolate(made),
         children=[_copy_event(child) for child in event.children],
     )
 
@@ -243,7 +244,8 @@ def _thaw(schema: Schema | None, snapshot: Snapshot | None) -> dict[str, Any] | 
     if snapshot is None:
         return None
     if isinstance(snapshot, dict):
-        return Schema.thaw_dict(snapshot)
+        copied: dict[str, Any] = isolate(snapshot)
+        return copied
     assert schema is not None  # A row that has none holds plain dicts.
     return schema.thaw(snapshot)
 

@@ -1,4 +1,4 @@
-"""The two things that a page can do: go on with a run, and delete one."""
+"""Actions of pages: resume a run, delete a run."""
 
 from __future__ import annotations
 
@@ -19,61 +19,62 @@ if TYPE_CHECKING:
 
 __all__ = ["Actions", "can_resume"]
 
-_LARGEST_FORM = 100_000
+_MAX_FORM_BYTES = 100_000
 
 
 def can_resume(settings: Settings, record: RunRecord) -> bool:
-    """Whether a page may go on with a run: it is of the pipeline that was given, has not ended well, and is nobody's."""
+    """Return True if a page may resume a run: an unfinished one of this pipeline without an owner."""
     return (
         settings.resume is not None
         and record.pipeline == settings.pipeline
         and record.status not in FINISHED
         and record.holder is None
-        and record.run_id != "last"  # To the command that is another one.
+        and record.run_id != "last"  # The command would resume the latest run.
     )
 
 
 class Actions:
-    """Every form carries what only a page of this process could have given it."""
+    """Handlers of forms, which only accept forms with a key of this process."""
 
     def __init__(self, settings: Settings, keys: Keys) -> None:
         self._settings = settings
         self._keys = keys
 
     async def resume(self, request: Request) -> Response:
-        record = await self._asked("resume", request)
+        record = await self._read_form("resume", request)
         resume = self._settings.resume
         if resume is None or not can_resume(self._settings, record):
-            raise HTTPException(409, "this run cannot be resumed from here: see its page for the command")
+            raise HTTPException(409, "this run cannot be resumed here; its page shows the command")
         await to_thread.run_sync(resume, record.run_id)
         return RedirectResponse(f"/run?{urlencode({'id': record.run_id})}", 303)
 
     async def delete(self, request: Request) -> Response:
-        record = await self._asked("delete", request)
+        record = await self._read_form("delete", request)
         if record.holder is not None:
-            raise HTTPException(409, "somebody is at work on this run: cancel it first")
+            raise HTTPException(409, "this run is running; cancel it first")
         await self._settings.store.delete(record.run_id)
         return RedirectResponse("/", 303)
 
-    async def _asked(self, action: str, request: Request) -> RunRecord:
-        """The run that a form names. Raises HTTPException for a form that is none of ours."""
+    async def _read_form(self, action: str, request: Request) -> RunRecord:
+        """Return the run of a form. Raises HTTPException for a form without a valid key."""
         if request.headers.get("content-type", "").partition(";")[0] != "application/x-www-form-urlencoded":
-            raise HTTPException(415, "this takes the form of its page")
+            raise HTTPException(415, "content type must be application/x-www-form-urlencoded")
         body = b""
         async for chunk in request.stream():
             body += chunk
-            if len(body) > _LARGEST_FORM:
-                raise HTTPException(413, "this form is too large")
+            if len(body) > _MAX_FORM_BYTES:
+                raise HTTPException(413, "the form is too large")
         form = dict(parse_qsl(body.decode("utf-8", "replace")))
         run_id = form.get("id", "")
         if not self._keys.is_form(form.get("key", ""), action, run_id):
             raise HTTPException(
-                403, "this form is not from a page of this server, or it was started anew: reload the page"
+                403,
+                "the form is not from a page of this server, or the server was restarted; reload the page",
             )
         try:
             record = await to_thread.run_sync(self._settings.store.get_run, run_id)
         except ValueError:
             record = None
         if record is None:
-            raise HTTPException(404, "there is no such run any more")
+            raise HTTPException(404, "the run does not exist any more")
         return record

@@ -1,4 +1,4 @@
-"""The application: settings, addresses, and how an error becomes a page."""
+"""The ASGI application: routes and error pages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HERE = Path(__file__).parent
 
 
 def make_app(settings: Settings) -> ASGIApp:
-    """The ASGI application; every answer of it goes through the guard."""
+    """Return the ASGI application behind its :class:`Guard`."""
     keys = Keys(settings.token)
     history = History(settings.store, settings.redact)
     pages = Pages(settings, history, keys)
@@ -63,8 +63,8 @@ def make_app(settings: Settings) -> ASGIApp:
         return pages.problem(error.status_code, error.detail, "")
 
     async def on_anything(request: Request, error: Exception) -> Response:
-        # What went wrong may hold what a run holds. The server logs it; the page does not tell.
-        return pages.problem(500, "This should not have happened", "The log of `stroma ui` says more.")
+        # The exception may contain data of a run: it is logged, not shown.
+        return pages.problem(500, "Internal error", "The log of `stroma ui` has the details.")
 
     app = Starlette(
         routes=routes,

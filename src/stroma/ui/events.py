@@ -1,4 +1,4 @@
-"""Server-sent events: a word to the pages that are open when what they show has changed."""
+"""Server-sent events: notify open pages of changes."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ if TYPE_CHECKING:
 
 __all__ = ["Events"]
 
-#: Pages that are told at once. Each of them looks at the store.
-_MOST: Final = 50
-#: Looks without news after which a word shows that the connection lives.
-_STILL: Final = 15
-_LONGEST_ID: Final = 10_000  # characters
+#: Maximum number of open pages with events; each polls the store.
+_MAX_PAGES: Final = 50
+#: Polls without changes after which a comment keeps the connection open.
+_KEEPALIVE_POLLS: Final = 15
+_MAX_ID_LENGTH: Final = 10_000  # characters
 
 
-class _Watched:
-    """What pages watch: one run, or the list of all. One look serves all pages that are open."""
+class _WatchedState:
+    """State of one run, or of the list of runs, shared by all pages that show it."""
 
     def __init__(self) -> None:
         self.pages = 0
-        #: What was seen last, and when.
-        self.when, self.state = -math.inf, ""
-        self.looking = asyncio.Lock()
+        self.read_at, self.state = -math.inf, ""
+        self.lock = asyncio.Lock()
 
 
 class _Stream(StreamingResponse):
-    """Events for one page, which is counted from before the first one until the connection ends."""
+    """Events for one page, which counts as open until its connection ends."""
 
     def __init__(self, events: Events, request: Request, run_id: str | None) -> None:
         self._events, self._run_id = events, run_id
@@ -58,60 +57,62 @@ class _Stream(StreamingResponse):
 
 
 class Events:
-    """Tells that something changed, never what: the page asks for that, as it did the first time."""
+    """Change notifications without data: the page reloads itself."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._open = 0
-        self._watched: dict[str | None, _Watched] = {}
+        self._watched: dict[str | None, _WatchedState] = {}
 
     async def stream(self, request: Request) -> Response:
         run_id = request.query_params.get("id")
-        if run_id is not None and len(run_id) > _LONGEST_ID:
-            raise HTTPException(414, "this is longer than any run id")
-        if self._open >= _MOST:
+        if run_id is not None and len(run_id) > _MAX_ID_LENGTH:
+            raise HTTPException(414, "the run id is too long")
+        if self._open >= _MAX_PAGES:
             raise HTTPException(503, "too many pages are open; close some")
         return _Stream(self, request, run_id)
 
-    def open(self, run_id: str | None) -> _Watched:
-        """Count one more page."""
+    def open(self, run_id: str | None) -> _WatchedState:
+        """Count an open page."""
         self._open += 1
-        watched = self._watched.setdefault(run_id, _Watched())
+        watched = self._watched.setdefault(run_id, _WatchedState())
         watched.pages += 1
         return watched
 
     def close(self, run_id: str | None) -> None:
-        """Count one page less, and forget what no page watches any more."""
+        """Count a closed page, and drop state that no page shows."""
         self._open -= 1
         watched = self._watched[run_id]
         watched.pages -= 1
         if not watched.pages:
             del self._watched[run_id]
 
-    async def changes(self, request: Request, run_id: str | None, watched: _Watched) -> AsyncIterator[str]:
+    async def changes(
+        self, request: Request, run_id: str | None, watched: _WatchedState
+    ) -> AsyncIterator[str]:
         """Yield an event for each change, until the page is closed."""
-        seen, still = await self._look(run_id, watched), 0
+        previous, unchanged = await self._read_state(run_id, watched), 0
         yield "retry: 2000\n\n"
         while not await request.is_disconnected():
             await asyncio.sleep(self._settings.poll_seconds)
-            state = await self._look(run_id, watched)
-            if state != seen:
-                seen, still = state, 0
+            state = await self._read_state(run_id, watched)
+            if state != previous:
+                previous, unchanged = state, 0
                 yield "event: changed\ndata: {}\n\n"
             else:
-                still += 1
-                if still % _STILL == 0:
-                    yield ": still here\n\n"
+                unchanged += 1
+                if unchanged % _KEEPALIVE_POLLS == 0:
+                    yield ": keepalive\n\n"
 
-    async def _look(self, run_id: str | None, watched: _Watched) -> str:
-        async with watched.looking:
-            if time.monotonic() - watched.when >= self._settings.poll_seconds / 2:
+    async def _read_state(self, run_id: str | None, watched: _WatchedState) -> str:
+        async with watched.lock:
+            if time.monotonic() - watched.read_at >= self._settings.poll_seconds / 2:
                 watched.state = await to_thread.run_sync(self._state, run_id)
-                watched.when = time.monotonic()
+                watched.read_at = time.monotonic()
             return watched.state
 
     def _state(self, run_id: str | None) -> str:
-        """A fingerprint of what the page shows."""
+        """Return a fingerprint of the data on the page."""
         store = self._settings.store
         try:
             if not store.exists():
@@ -123,5 +124,5 @@ class Events:
                 records = store.list_runs(limit=100)
         except (StoreError, ValueError) as error:
             return type(error).__name__
-        told = [(r.run_id, r.execution, r.status, r.updated_ms, r.tokens, r.holder) for r in records]
-        return hashlib.sha256(repr(told).encode("utf-8", "surrogatepass")).hexdigest()
+        summary = [(r.run_id, r.execution, r.status, r.updated_ms, r.tokens, r.holder) for r in records]
+        return hashlib.sha256(repr(summary).encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,4 +1,4 @@
-"""How the nodes of a pipeline did in its last runs."""
+"""Figures about the nodes of a pipeline in its latest runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from stroma.checkpoint.records import RunQuery
 
 __all__ = ["Figures", "figures_of"]
 
-#: Runs that are looked at, and attempts of each of them.
+#: Maximum number of runs read, and of attempts read from each.
 RUNS: Final = 50
 _ATTEMPTS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One node. ``p50``, ``p95``: seconds that half, and nineteen of twenty of its attempts took at most."""
+    """Figures about one node. ``p50``, ``p95``: percentiles of its attempts in seconds."""
 
     node_id: str
     attempts: int
@@ -33,7 +33,7 @@ class Figures:
 
 
 def figures_of(store: AsyncStates, pipeline: str) -> tuple[int, list[Figures]]:
-    """How many of its last runs were looked at, and the nodes in the order of their places. Raises StoreError."""
+    """Return the number of runs read, and the nodes in order of position. Raises StoreError."""
     if not store.exists():
         return 0, []
     runs = store.run_page(RunQuery(pipeline=pipeline), limit=RUNS).runs
@@ -53,6 +53,6 @@ def figures_of(store: AsyncStates, pipeline: str) -> tuple[int, list[Figures]]:
 
 
 def _quantile(values: Sequence[float], part: float) -> float:
-    """The smallest of the values that at least this part of them does not exceed."""
+    """Return the smallest value that at least this fraction of the values does not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(part * len(ordered)) - 1)]

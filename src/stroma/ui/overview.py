@@ -1,4 +1,4 @@
-"""What went wrong, what it cost and what was slow, over all runs of some days."""
+"""Failures, costs and durations over all runs of some days."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from stroma.trace.html import utc
 
 __all__ = ["BUCKETS", "AttemptRow", "Overview"]
 
-#: Spans that the time is cut into.
+#: Number of time buckets of the chart.
 BUCKETS: Final = 24
-_MOST: Final = 10
+_MAX_ROWS: Final = 10
 _CLASSES: Final = ("TERMINAL", "RECOVERABLE", "AMBIGUOUS")
-_WIDE: Final = 40
-_HIGH: Final = 120
+_BAR_WIDTH: Final = 40
+_CHART_HEIGHT: Final = 120
 
 
 @dataclass(slots=True)
 class AttemptRow:
-    """The sums of one pipeline, node or model."""
+    """Totals of one pipeline, node or model."""
 
     name: str
     attempts: int = 0
@@ -47,13 +47,13 @@ class AttemptRow:
 
     @property
     def mean(self) -> float:
-        """Seconds of one attempt."""
+        """Mean seconds of an attempt."""
         return self.seconds / self.attempts if self.attempts else 0.0
 
 
 @dataclass(slots=True)
 class Overview:
-    """The sums of some days."""
+    """Totals of some days."""
 
     total: AttemptRow
     pipelines: list[AttemptRow]
@@ -63,53 +63,55 @@ class Overview:
     failures: dict[int, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, found: Sequence[Tally]) -> Overview:
+    def of(cls, tallies: Sequence[Tally]) -> Overview:
         total = AttemptRow("all")
         failures: dict[int, dict[str, int]] = {}
-        for one in found:
+        for one in tallies:
             total.add(one)
             if one.failure_class is not None:
                 at = failures.setdefault(one.bucket, {})
                 at[one.failure_class] = at.get(one.failure_class, 0) + one.attempts
-        nodes = _by(found, lambda one: one.node_id)
+        nodes = _group_by(tallies, lambda one: one.node_id)
         return cls(
             total,
-            _dearest(_by(found, lambda one: one.pipeline)),
-            _dearest(nodes),
-            _dearest(_by((one for one in found if one.model is not None), lambda one: one.model or "")),
-            sorted(nodes, key=lambda row: -row.mean)[:_MOST],
+            _most_expensive(_group_by(tallies, lambda one: one.pipeline)),
+            _most_expensive(nodes),
+            _most_expensive(
+                _group_by((one for one in tallies if one.model is not None), lambda one: one.model or "")
+            ),
+            sorted(nodes, key=lambda row: -row.mean)[:_MAX_ROWS],
             failures,
         )
 
     def chart(self, first: int, bucket_ms: int) -> Markup:
-        """Failed attempts by class over time, a column for each span from ``first`` on."""
+        """Draw failed attempts by class, one column per bucket from ``first`` on."""
         highest = max([1, *(sum(at.values()) for at in self.failures.values())])
-        drawn = []
+        bars = []
         for place in range(BUCKETS + 1):
-            at, y = self.failures.get(first + place, {}), float(_HIGH)
+            at, y = self.failures.get(first + place, {}), float(_CHART_HEIGHT)
             when = utc((first + place) * bucket_ms)
             for kind in sorted(at, key=lambda kind: _CLASSES.index(kind) if kind in _CLASSES else 9):
-                height = at[kind] / highest * (_HIGH - 10)
+                height = at[kind] / highest * (_CHART_HEIGHT - 10)
                 y -= height
-                said = f"{when}: {kind}, {plural(at[kind], 'attempt')}"
+                title = f"{when}: {kind}, {plural(at[kind], 'attempt')}"
                 tone = kind.lower() if kind in _CLASSES else "other"
-                drawn.append(
-                    f'<rect class="c-{tone}" x="{place * _WIDE + 3}" y="{y:.1f}" width="{_WIDE - 6}" '
-                    f'height="{max(height, 1):.1f}"><title>{as_xml(said)}</title></rect>'
+                bars.append(
+                    f'<rect class="c-{tone}" x="{place * _BAR_WIDTH + 3}" y="{y:.1f}" width="{_BAR_WIDTH - 6}" '
+                    f'height="{max(height, 1):.1f}"><title>{as_xml(title)}</title></rect>'
                 )
         label = f"failed attempts by class over time, {highest:,} at the most in one span"
         return Markup(
-            f'<svg class="chart" viewBox="0 0 {(BUCKETS + 1) * _WIDE} {_HIGH}" preserveAspectRatio="none" role="img" '
-            f'aria-label="{as_xml(label)}">{"".join(drawn)}</svg>'
+            f'<svg class="chart" viewBox="0 0 {(BUCKETS + 1) * _BAR_WIDTH} {_CHART_HEIGHT}" preserveAspectRatio="none" role="img" '
+            f'aria-label="{as_xml(label)}">{"".join(bars)}</svg>'
         )
 
 
-def _by(found: Iterable[Tally], name: Callable[[Tally], str]) -> list[AttemptRow]:
+def _group_by(tallies: Iterable[Tally], name: Callable[[Tally], str]) -> list[AttemptRow]:
     rows: dict[str, AttemptRow] = {}
-    for one in found:
+    for one in tallies:
         rows.setdefault(name(one), AttemptRow(name(one))).add(one)
     return list(rows.values())
 
 
-def _dearest(rows: list[AttemptRow]) -> list[AttemptRow]:
-    return sorted(rows, key=lambda row: (-row.cost_usd, -row.attempts))[:_MOST]
+def _most_expensive(rows: list[AttemptRow]) -> list[AttemptRow]:
+    return sorted(rows, key=lambda row: (-row.cost_usd, -row.attempts))[:_MAX_ROWS]

@@ -1,4 +1,4 @@
-"""The pages: what is read for each, and the template that says it."""
+"""Pages: read the data of each and render its template."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from stroma.checkpoint.history import (
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
 from stroma.failures.tracebacks import Trouble
-from stroma.telemetry.export_formats import chrome_trace, otlp
+from stroma.telemetry.otlp_json import otlp_spans
 from stroma.trace.html import (
     Bar,
     Box,
@@ -61,28 +61,28 @@ if TYPE_CHECKING:
 
 __all__ = ["Pages"]
 
-_PAGE: Final = 50
-#: Attempts that one page of a run draws.
-_DRAWN: Final = 2000
-#: A payload above this is not looked into, only handed out.
-_MOST_BYTES: Final = 1_000_000
+_PAGE_SIZE: Final = 50
+#: Maximum number of attempts on the page of a run.
+_MAX_DRAWN: Final = 2000
+#: Larger payloads are not shown, only downloadable.
+_MAX_SHOWN_BYTES: Final = 1_000_000
 _LARGE_PAGE: Final = 50_000  # bytes
-_EXPORTED: Final = 100_000
+_MAX_EXPORTED: Final = 100_000
 _SPANS: Final = (1, 7, 30)  # days
-_SUMMED: Final = 200_000  # attempts
+_MAX_SUMMED: Final = 200_000  # attempts
 _STATUSES: Final = ["RUNNING", *RunStatus]
-_LONGEST: Final = 4000  # characters of what is asked for
+_MAX_TEXT: Final = 4000  # characters of a parameter
 
 
 class Pages:
-    """Every answer is made anew from the store."""
+    """Handlers of pages; each response is read from the store."""
 
     def __init__(self, settings: Settings, history: History, keys: Keys) -> None:
         self._settings = settings
         self._history = history
         self._store = settings.store
         self._keys = keys
-        #: What may take much memory is made for one at a time.
+        #: Held by requests that need much memory.
         self._large = threading.Lock()
         self._templates = Environment(
             loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -90,10 +90,10 @@ class Pages:
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
-            finalize=_finalized,
+            finalize=_mark_controls,
         )
         self._templates.filters |= {
-            "clean": clean, "money": money, "count": count, "span": span, "took": _took, "tone": _tone, "json": _shown, "short": short_id, "when": utc,
+            "clean": clean, "money": money, "count": count, "span": span, "took": _took, "tone": _tone, "json": _to_json, "short": short_id, "when": utc,
         }  # fmt: skip
         self._templates.globals |= {
             "to": _address,
@@ -103,7 +103,7 @@ class Pages:
 
     def _page(self, template: str, code: int = 200, /, **values: Any) -> Response:
         text = self._templates.get_template(template).render(**values)
-        # What a store holds may be no text that can be sent.
+        # Stored text may contain lone surrogates, which UTF-8 cannot encode.
         return HTMLResponse(text.encode("utf-8", "replace"), code)
 
     def problem(self, status: int, what: str, more: str) -> Response:
@@ -112,28 +112,28 @@ class Pages:
     # ------------------------------------------------------------------ runs
 
     def runs(self, request: Request) -> Response:
-        asked = request.query_params
-        text = asked.get("q", "")[:_LONGEST].strip()
-        status, kind, after = asked.get("status", ""), asked.get("class", ""), asked.get("after")
+        params = request.query_params
+        text = params.get("q", "")[:_MAX_TEXT].strip()
+        status, kind, after = params.get("status", ""), params.get("class", ""), params.get("after")
         if status not in ("", "failed", *_STATUSES) or kind not in ("", *FailureClass):
-            raise HTTPException(400, "there is no such status or class")
+            raise HTTPException(400, "unknown status or class")
         if not self._store.exists():
             return self._empty()
         query = _query(text, status, kind)
         try:
-            page = self._history.page(query, _PAGE, after)
+            page = self._history.page(query, _PAGE_SIZE, after)
         except ValueError as error:
-            raise HTTPException(400, "there is no such page") from error
-        found = page.runs
+            raise HTTPException(400, "unknown page") from error
+        records = page.runs
         if text and after is None and query.text is not None:
-            # By their beginning ids are found however old their runs are.
-            known = {record.run_id for record in found}
-            found = [record for record in self._by_id(text) if record.run_id not in known] + found
-        if not found and query == RunQuery() and after is None:
+            # Ids are looked up by prefix, so that old runs are included.
+            known = {record.run_id for record in records}
+            records = [record for record in self._by_id(text) if record.run_id not in known] + records
+        if not records and query == RunQuery() and after is None:
             return self._empty()
         return self._page(
-            "runs.html", runs=[self._row(record) for record in found], q=text, status=status, kind=kind,
-            statuses=_STATUSES, classes=list(FailureClass), next=page.next, first=after is None, looked=not found and page.next,
+            "runs.html", runs=[self._row(record) for record in records], q=text, status=status, kind=kind,
+            statuses=_STATUSES, classes=list(FailureClass), next=page.next, first=after is None, looked=not records and page.next,
         )  # fmt: skip
 
     def _empty(self) -> Response:
@@ -142,7 +142,7 @@ class Pages:
     def _by_id(self, text: str) -> list[RunRecord]:
         try:
             ids = [] if text == "last" else self._store.find_run(text, limit=10)
-        except ValueError:  # No text that an id can be.
+        except ValueError:  # Not a valid id.
             return []
         return [record for run_id in ids if (record := self._history.run(run_id)) is not None]
 
@@ -152,7 +152,7 @@ class Pages:
             "status": status_of(record),
             "seconds": max(0, record.updated_ms - record.started_ms) / 1000,
             "failures": f"{record.failures}+" if record.failures >= 20 else str(record.failures or ""),
-            "why": _why(record),
+            "why": _cause_text(record),
         }
 
     # ------------------------------------------------------------------ one run
@@ -164,43 +164,45 @@ class Pages:
         except ValueError:
             record = None
         if record is None:
-            raise HTTPException(404, "there is no such run in this store")
+            raise HTTPException(404, "unknown run")
         return record
 
     def run(self, request: Request) -> Response:
         record = self._record(request)
         after = request.query_params.get("after")
         try:
-            page = self._history.attempt_page(record.run_id, _DRAWN, after)
+            page = self._history.attempt_page(record.run_id, _MAX_DRAWN, after)
         except ValueError as error:
-            raise HTTPException(400, "there is no such page") from error
+            raise HTTPException(400, "unknown page") from error
         attempts = in_order(page.attempts)
-        known = {_names(attempt) for attempt in attempts}
-        found = None
+        known = {_attempt_key(attempt) for attempt in attempts}
+        cause_attempt = None
         if record.cause is not None:
-            # What stopped it is shown, however far down it is.
+            # The attempt that stopped the run is always on the page.
             place = self._history.attempts_at(record.run_id, record.cause.position, record.cause.branch)
-            found = next(
+            cause_attempt = next(
                 (a for a in reversed(place) if a.attempt == record.cause.attempt and a.failure_class), None
             )
-            if found is not None and _names(found) not in known:
-                attempts = in_order([*attempts, found])
+            if cause_attempt is not None and _attempt_key(cause_attempt) not in known:
+                attempts = in_order([*attempts, cause_attempt])
         first = min((attempt.started_ns for attempt in attempts), default=0)
-        drawn = [(bar_of(attempt, first), attempt, _attempt_address(record, attempt)) for attempt in attempts]
-        story = self._story(record, [bar for bar, _, _ in drawn])
-        selected = None if found is None or record.status in FINISHED else bar_of(found, first).key
-        addresses = {bar.key: address for bar, _, address in drawn}
+        bars = [(bar_of(attempt, first), attempt, _attempt_address(record, attempt)) for attempt in attempts]
+        story = self._story(record, [bar for bar, _, _ in bars])
+        selected = (
+            None if cause_attempt is None or record.status in FINISHED else bar_of(cause_attempt, first).key
+        )
+        addresses = {bar.key: address for bar, _, address in bars}
         folded = request.query_params.get("idle") == "folded"
         picture = gantt(story.bars, link=lambda bar: addresses[bar.key], selected=selected, fold_idle=folded)
-        shown = self._page(
+        page_response = self._page(
             "run.html", record=record, status=status_of(record), gone=is_gone(record), head=Markup(head(story)),
-            cause=Markup(cause(story)), gantt=Markup(picture), attempts=[(one, address, bar.at) for bar, one, address in drawn],
+            cause=Markup(cause(story)), gantt=Markup(picture), attempts=[(one, address, bar.at) for bar, one, address in bars],
             waiting=[one for one in self._history.waiting(record.run_id) if one.payload is None], next=page.next, first=after is None,
             restored=_restored(record, attempts), can_resume=can_resume(self._settings, record),
             resume_key=self._keys.form("resume", record.run_id), delete_key=self._keys.form("delete", record.run_id),
-            command=self._mend(record), folded=folded, idle=idle_ms(story.bars) > 0, at=after,
+            command=self._resume_command(record), folded=folded, idle=idle_ms(story.bars) > 0, at=after,
         )  # fmt: skip
-        return _packed(request, shown)
+        return _compress(request, page_response)
 
     def _story(self, record: RunRecord, bars: list[Bar]) -> Story:
         box, why = None, record.cause
@@ -208,20 +210,26 @@ class Pages:
             at = f"{why.position}.{why.branch}" if why.branch else str(why.position)
             message = why.text or record.error or ""
             box = Box(
-                why.node_id, at, why.attempt, why.failure_class, message, why.reason, self._mend(record)
+                why.node_id,
+                at,
+                why.attempt,
+                why.failure_class,
+                message,
+                why.reason,
+                self._resume_command(record),
             )
         facts = [("tags", ", ".join(record.tags))] if record.tags else []
         if record.execution > 1:
             facts.append(("execution", str(record.execution)))
         if record.holder is not None:
-            facts.append(("at work", record.holder))
+            facts.append(("owner", record.holder))
         seconds = max(0, record.updated_ms - record.started_ms) / 1000
         return Story(
             record.run_id, record.pipeline, status_of(record), bars, record.tokens, record.cost_usd, record.started_ms, seconds, box,
             tuple(facts),
         )  # fmt: skip
 
-    def _mend(self, record: RunRecord) -> str:
+    def _resume_command(self, record: RunRecord) -> str:
         if record.status in FINISHED:
             return ""
         return self._settings.command("resume", record.run_id, "FILE.py:NAME")
@@ -230,92 +238,93 @@ class Pages:
 
     def attempt(self, request: Request) -> Response:
         record = self._record(request)
-        tried, this = self._tried(request, record)
-        at = tried.index(this)
-        before = tried[at - 1] if at else None
-        given = self._history.given_to(record.run_id, this, most_bytes=_MOST_BYTES)
-        made = self._made(record, this)
-        side = "input" if "(input)" in (this.message or "")[:_LONGEST] else "output"
-        broke = fields_named(this.text or "")
+        attempts, this = self._find_attempt(request, record)
+        at = attempts.index(this)
+        before = attempts[at - 1] if at else None
+        inputs = self._history.given_to(record.run_id, this, most_bytes=_MAX_SHOWN_BYTES)
+        output = self._read_output(record, this)
+        side = "input" if "(input)" in (this.message or "")[:_MAX_TEXT] else "output"
+        invalid_fields = fields_named(this.text or "")
         return self._page(
-            "attempt.html", record=record, this=this, place=place_of(this), tried=[(one, _attempt_address(record, one)) for one in tried],
-            given=_tree(given, broke if side == "input" else []), made=_tree(made, broke if side == "output" else []),
-            broke=broke, before=None if before is None else _facts(before, this), key=this.idempotency_key(record.run_id, record.execution),
-            in_group=bool(this.branch), kept=this.output_bytes is not None,
-            payload=_attempt_address(record, this, "/payload"), trouble=self._trouble(record, this),
+            "attempt.html", record=record, this=this, place=place_of(this), attempts=[(one, _attempt_address(record, one)) for one in attempts],
+            input=_tree(inputs, invalid_fields if side == "input" else []), output=_tree(output, invalid_fields if side == "output" else []),
+            invalid_fields=invalid_fields, before=None if before is None else _compare_facts(before, this), key=this.idempotency_key(record.run_id, record.execution),
+            in_group=bool(this.branch), committed=this.output_bytes is not None,
+            payload=_attempt_address(record, this, "/payload"), failure_site=self._failure_site(record, this),
         )  # fmt: skip
 
-    def _trouble(self, record: RunRecord, this: AttemptRecord) -> Trouble | None:
-        """Where this attempt failed, if it is the last one that did at its place."""
+    def _failure_site(self, record: RunRecord, this: AttemptRecord) -> Trouble | None:
+        """Return where this attempt failed, if it is the latest failure at its position."""
         if this.failure_class is None:
             return None
-        found = self._store.trouble_of(record.run_id, this.position, this.branch)
-        return found if found is not None and found.started_ns == this.started_ns else None
+        site = self._store.trouble_of(record.run_id, this.position, this.branch)
+        return site if site is not None and site.started_ns == this.started_ns else None
 
-    def _tried(self, request: Request, record: RunRecord) -> tuple[list[AttemptRecord], AttemptRecord]:
-        """All attempts at a place, and the one that is asked for."""
-        asked = request.query_params
-        position, _, branch = asked.get("at", "").partition(".")
+    def _find_attempt(self, request: Request, record: RunRecord) -> tuple[list[AttemptRecord], AttemptRecord]:
+        """Return all attempts at a position, and the requested one."""
+        params = request.query_params
+        position, _, branch = params.get("at", "").partition(".")
         if not (position.isdecimal() and position.isascii() and len(position) < 10):
-            raise HTTPException(404, "there is no such attempt in this run")
-        tried = self._history.attempts_at(record.run_id, int(position), branch)
-        tried.sort(key=lambda one: one.started_ns)
-        this = next((one for one in tried if str(one.started_ns) == asked.get("began")), None)
+            raise HTTPException(404, "unknown attempt")
+        attempts = self._history.attempts_at(record.run_id, int(position), branch)
+        attempts.sort(key=lambda one: one.started_ns)
+        this = next((one for one in attempts if str(one.started_ns) == params.get("began")), None)
         if this is None:
-            raise HTTPException(404, "there is no such attempt in this run")
-        return tried, this
+            raise HTTPException(404, "unknown attempt")
+        return attempts, this
 
-    def _made(self, record: RunRecord, this: AttemptRecord) -> Payload:
+    def _read_output(self, record: RunRecord, this: AttemptRecord) -> Payload:
         if this.output_bytes is None:
-            broke = this.reason == "contract" and "(output)" in (this.message or "")[:_LONGEST]
+            invalid_fields = this.reason == "contract" and "(output)" in (this.message or "")[:_MAX_TEXT]
             return Payload(
-                None, "it committed nothing" + (": what breaks its contract is not kept" if broke else "")
+                None,
+                "no output"
+                + (": an output that breaks its contract is not stored" if invalid_fields else ""),
             )
-        if this.output_bytes > _MOST_BYTES:
-            return Payload(None, f"it has {this.output_bytes:,} bytes: too much to show here")
+        if this.output_bytes > _MAX_SHOWN_BYTES:
+            return Payload(None, f"{this.output_bytes:,} bytes, too large to show")
         return self._history.output(record.run_id, this.position, this.branch)
 
     def payload(self, request: Request) -> Response:
-        """A state as a file."""
+        """Return a state as a file."""
         record = self._record(request)
-        _, this = self._tried(request, record)
+        _, this = self._find_attempt(request, record)
         side = request.query_params.get("side")
         if side not in ("input", "output"):
-            raise HTTPException(404, "an attempt has an input and an output")
+            raise HTTPException(404, "side must be input or output")
         with self._large:
             if side == "input":
-                held = self._history.given_to(record.run_id, this)
+                payload = self._history.given_to(record.run_id, this)
             else:
-                held = self._history.output(record.run_id, this.position, this.branch)
-            if held.problem is not None:
-                raise HTTPException(404, held.problem)
-            return _file(held.value, f"{side}-{this.position}.json")
+                payload = self._history.output(record.run_id, this.position, this.branch)
+            if payload.problem is not None:
+                raise HTTPException(404, payload.problem)
+            return _file(payload.value, f"{side}-{this.position}.json")
 
     def export(self, request: Request) -> Response:
-        """The run as a file in the format of another tool."""
+        """Return the run as an HTML or OTLP file."""
         record = self._record(request)
         with self._large:
             return self._export(record, request.query_params.get("format", ""))
 
     def _export(self, record: RunRecord, form: str) -> Response:
         if form == "html":
-            story = self._history.story(record, most=_DRAWN, mend=self._mend(record))
+            story = self._history.story(record, most=_MAX_DRAWN, mend=self._resume_command(record))
             text = document(story).encode("utf-8", "replace")
             return Response(text, media_type="text/html", headers=_as_file("run.html"))
-        formats = {"otlp": otlp, "chrome-trace": chrome_trace}
-        if form not in formats:
-            raise HTTPException(404, "there is no such format")
-        attempts, _ = self._history.attempts(record.run_id, _EXPORTED)
-        return _file(formats[form](record, attempts), f"run-{form}.json")
+        if form != "otlp":
+            raise HTTPException(404, "format must be html or otlp")
+        attempts, _ = self._history.attempts(record.run_id, _MAX_EXPORTED)
+        return _file(otlp_spans(record, attempts), "run-otlp.json")
 
     # ------------------------------------------------------------------ two runs, and the pipeline
 
     def compare(self, request: Request) -> Response:
-        asked = request.query_params
-        if not asked.get("b"):
+        params = request.query_params
+        if not params.get("b"):
             return self._page("compare.html", a=self._record(request, "a"), b=None)
         a, b = self._record(request, "a"), self._record(request, "b")
-        sides = [self._history.attempts(record.run_id, _DRAWN) for record in (a, b)]
+        sides = [self._history.attempts(record.run_id, _MAX_DRAWN) for record in (a, b)]
         owners = {
             id(attempt): record
             for (attempts, _), record in zip(sides, (a, b), strict=True)
@@ -323,11 +332,13 @@ class Pages:
         }
 
         def read(attempt: AttemptRecord) -> Payload:
-            return self._made(owners[id(attempt)], attempt)
+            return self._read_output(owners[id(attempt)], attempt)
 
         nodes = compare(sides[0][0], sides[1][0], read)
-        given = [self._history.given(record.run_id, 0, most_bytes=_MOST_BYTES) for record in (a, b)]
-        started = changes(*(held.value if held.problem is None else held.problem for held in given))
+        inputs = [self._history.given(record.run_id, 0, most_bytes=_MAX_SHOWN_BYTES) for record in (a, b)]
+        started = changes(
+            *(payload.value if payload.problem is None else payload.problem for payload in inputs)
+        )
         return self._page(
             "compare.html", a=a, b=b, input=started, more=sides[0][1] or sides[1][1],
             nodes=[_side_by_side(one) for one in nodes],
@@ -335,16 +346,16 @@ class Pages:
         )  # fmt: skip
 
     def overview(self, request: Request) -> Response:
-        asked = request.query_params.get("days", "7")
-        if asked not in map(str, _SPANS):
-            raise HTTPException(400, "there is no such span of time")
-        days = int(asked)
+        text = request.query_params.get("days", "7")
+        if text not in map(str, _SPANS):
+            raise HTTPException(400, "days must be 1, 7 or 30")
+        days = int(text)
         bucket_ms = days * 86_400_000 // BUCKETS
         now_ms = time.time_ns() // 1_000_000
         first = now_ms // bucket_ms - BUCKETS
-        found = self._store.tally(first * bucket_ms, bucket_ms) if self._store.exists() else []
-        it = Overview.of(found)
-        capped = it.total.attempts >= _SUMMED
+        tallies = self._store.tally(first * bucket_ms, bucket_ms) if self._store.exists() else []
+        it = Overview.of(tallies)
+        capped = it.total.attempts >= _MAX_SUMMED
         return self._page(
             "overview.html", it=it, days=days, spans=_SPANS, chart=it.chart(first, bucket_ms), capped=capped
         )
@@ -358,28 +369,30 @@ class Pages:
 
     def lineage(self, request: Request) -> Response:
         if self._settings.lineage is None:
-            raise HTTPException(404, "no pipeline was given")
+            raise HTTPException(404, "no pipeline was passed to stroma ui")
         text = self._settings.lineage.encode("utf-8", "replace")
         return Response(text, media_type="image/svg+xml", headers={"content-security-policy": PICTURE_POLICY})
 
 
-# ---------------------------------------------------------------------- words and addresses
+# ---------------------------------------------------------------------- text and addresses
 
-_WORDS: Final = ("tag", "node", "class", "pipeline")
+_FILTERS: Final = ("tag", "node", "class", "pipeline")
 
 
 def _query(text: str, status: str, kind: str) -> RunQuery:
-    """What was asked for: "tag:nightly node:extract", or any other words for ids, pipelines and errors."""
-    asked: dict[str, Any] = {"failure_class": kind or None}
+    """Parse a search: filters such as "tag:nightly node:extract", and words for ids, pipelines and errors."""
+    filters: dict[str, Any] = {"failure_class": kind or None}
     rest = []
     for word in text.split():
         name, colon, value = word.partition(":")
-        if colon and value and name in _WORDS:
-            asked["failure_class" if name == "class" else name] = value.upper() if name == "class" else value
+        if colon and value and name in _FILTERS:
+            filters["failure_class" if name == "class" else name] = (
+                value.upper() if name == "class" else value
+            )
         else:
             rest.append(word)
     statuses = FAILED if status == "failed" else (status,) if status else ()
-    return RunQuery(statuses=statuses, text=" ".join(rest) or None, **asked)
+    return RunQuery(statuses=statuses, text=" ".join(rest) or None, **filters)
 
 
 def _tone(status: str) -> str:
@@ -388,25 +401,25 @@ def _tone(status: str) -> str:
     return "bad" if status in (*FAILED, "failure") else "warn"
 
 
-def _why(record: RunRecord) -> str:
-    """The cause in words."""
+def _cause_text(record: RunRecord) -> str:
+    """Return the cause of a failed run as text."""
     if is_gone(record):
-        return "nobody is at work on it any more"
+        return "owner lost"
     if record.status in FINISHED:
         return ""
     if record.cause is None:
         return record.error or ""
-    said = record.cause
-    why = f"{said.failure_class}{f' ({said.reason})' if said.reason else ''}"
-    return f"{said.node_id}: {why}: {said.text or record.error or ''}"
+    cause_record = record.cause
+    why = f"{cause_record.failure_class}{f' ({cause_record.reason})' if cause_record.reason else ''}"
+    return f"{cause_record.node_id}: {why}: {cause_record.text or record.error or ''}"
 
 
-def _names(attempt: AttemptRecord) -> tuple[int, str, int, int]:
+def _attempt_key(attempt: AttemptRecord) -> tuple[int, str, int, int]:
     return attempt.position, attempt.branch, attempt.attempt, attempt.started_ns
 
 
 def _restored(record: RunRecord, attempts: list[AttemptRecord]) -> set[int]:
-    """Which attempts committed what a later process did not make again: it was restored; by their starts."""
+    """Return the starts of attempts whose outputs a later process has restored."""
     return {
         one.started_ns
         for one in attempts
@@ -415,12 +428,12 @@ def _restored(record: RunRecord, attempts: list[AttemptRecord]) -> set[int]:
 
 
 def _address(path: str, **query: Any) -> str:
-    given = {name: value for name, value in query.items() if value not in (None, "")}
-    return f"{path}?{urlencode(given, errors='replace')}" if given else path
+    inputs = {name: value for name, value in query.items() if value not in (None, "")}
+    return f"{path}?{urlencode(inputs, errors='replace')}" if inputs else path
 
 
 def _attempt_address(record: RunRecord, attempt: AttemptRecord, path: str = "/attempt") -> str:
-    # By hand: a page has thousands of them. Ids of branches are ours, numbers and dots.
+    # Without urlencode: a page has thousands of links. Branches are numbers and dots.
     at = quote_plus(place_of(attempt)) if attempt.branch else attempt.position
     return f"{path}?id={quote_plus(record.run_id, errors='replace')}&at={at}&began={attempt.started_ns}"
 
@@ -429,20 +442,20 @@ def _took(attempt: AttemptRecord) -> str:
     return duration(attempt.duration_ms, attempt.function_ms or None)
 
 
-def _facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:
-    """How an attempt differs from the one before it at the same place."""
-    said = [
+def _compare_facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:
+    """Return the differences between an attempt and the previous one at its position."""
+    facts = [
         {
             "outcome": one.outcome, "class": one.failure_class, "reason": one.reason, "message": one.text, "model": one.model,
             "seconds": round(one.duration_ms / 1000, 3), "tokens": one.tokens, "cost_usd": one.cost_usd,
         }
         for one in (before, this)
     ]  # fmt: skip
-    return changes(said[0], said[1])
+    return changes(facts[0], facts[1])
 
 
 def _side_by_side(one: NodeDiff) -> dict[str, Any]:
-    """A node of two runs, with what it took and cost in each."""
+    """Return a node of two runs with its time and cost in each."""
     first = (one.a or one.b or [])[0]
     took, cost = (
         [None if side is None else sum(getattr(x, name) for x in side) for side in (one.a, one.b)]
@@ -451,22 +464,25 @@ def _side_by_side(one: NodeDiff) -> dict[str, Any]:
     return {"it": one, "node": first, "place": place_of(first), "took": took, "cost": cost}
 
 
-def _tree(held: Payload, broke: list[str]) -> dict[str, Any]:
-    if held.problem is not None:
-        return {"problem": held.problem, "tree": None}
-    return {"problem": None, "tree": Markup(tree(held.value, broke))}  # page.py escapes every word
+def _tree(payload: Payload, invalid_fields: list[str]) -> dict[str, Any]:
+    if payload.problem is not None:
+        return {"problem": payload.problem, "tree": None}
+    return {
+        "problem": None,
+        "tree": Markup(tree(payload.value, invalid_fields)),
+    }  # trace/html.py escapes all text
 
 
-def _finalized(value: Any) -> Any:
+def _mark_controls(value: Any) -> Any:
     return with_marks(value) if type(value) is str else value
 
 
-def _shown(value: Any) -> str:
+def _to_json(value: Any) -> str:
     return clean(json.dumps(value, ensure_ascii=False), 300)
 
 
-def _packed(request: Request, page: Response) -> Response:
-    """A large page, as small as it gets on its way."""
+def _compress(request: Request, page: Response) -> Response:
+    """Compress a large page if the client accepts gzip."""
     accepted = [
         one.partition(";")[0].strip() for one in request.headers.get("accept-encoding", "").split(",")
     ]

@@ -11,7 +11,7 @@ __all__ = ["serve"]
 
 
 def serve(app: Any, listening: socket.socket) -> None:
-    """Serve an application on a socket that listens, until SIGINT or SIGTERM."""
+    """Serve an application on a listening socket until SIGINT or SIGTERM."""
     config = uvicorn.Config(
         app,
         log_level="warning",

@@ -13,20 +13,20 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What one web interface shows, and to whom.
+    """Settings of one web interface.
 
     Attributes:
-        store: whose runs are shown.
-        name: what the pages call the store; without a password.
-        hosts: what the Host header may be: "127.0.0.1:8427".
-        token: what everybody must show who connects; None where only this machine can.
-        private_host: one of ``hosts`` whose name nobody else has; only under it the token becomes a cookie.
+        store: store whose runs are shown.
+        name: name of the store on pages, without a password.
+        hosts: accepted Host headers, such as "127.0.0.1:8427".
+        token: access token that clients must send; None if only this machine can connect.
+        private_host: one of ``hosts`` that no other server uses; the token becomes a cookie only for it.
         redact: see RunConfig; applied to every state.
-        pipeline: the name of the pipeline whose runs can be resumed from here; None if none can.
-        resume: begins a process that resumes a run, by its id.
-        command: the words of a command of ours that finds the same store: ``command("resume", "RUN")``.
-        lineage: the picture of ``pipeline``, as SVG.
-        poll_seconds: how often the store is looked at for pages that are open.
+        pipeline: name of the pipeline whose runs can be resumed; None if none can.
+        resume: resumes a run by its id, in a process of its own.
+        command: returns a command line for the same store: ``command("resume", "RUN")``.
+        lineage: SVG picture of ``pipeline``.
+        poll_seconds: seconds between two reads of the store for open pages.
     """
 
     store: AsyncStates
@@ -37,6 +37,6 @@ class Settings:
     redact: Redact | None = None
     pipeline: str | None = None
     resume: Callable[[str], None] | None = None
-    command: Callable[..., str] = field(default=lambda *words: " ".join(["stroma", *words]))
+    command: Callable[..., str] = field(default=lambda *parts: " ".join(["stroma", *parts]))
     lineage: str | None = None
     poll_seconds: float = 1.0

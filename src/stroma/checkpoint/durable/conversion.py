@@ -10,7 +10,8 @@ from stroma.checkpoint.durable.rows import StepRow
 from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads
 from stroma.checkpoint.protocols import Committed, StepCall
 from stroma.checkpoint.records import PICO, Attempt
-from stroma.contracts.schema import Snapshot, Stored
+from stroma.contracts.schema import Snapshot
+from stroma.contracts.snapshots import StoredSnapshot
 from stroma.trace.events import NO_USAGE, AttemptRow
 
 __all__ = ["payload_reference", "to_attempt", "to_committed"]
@@ -72,6 +73,6 @@ def to_committed(
     return Committed(node_id, output, step.contract, call)
 
 
-def payload_reference(payloads: Payloads, stored: bytes, place: PayloadPlace, what: str) -> Stored:
+def payload_reference(payloads: Payloads, stored: bytes, place: PayloadPlace, what: str) -> StoredSnapshot:
     """Return a reference to a payload in a blob, which is read when it is needed."""
-    return Stored(partial(payloads.open, stored, place, what))
+    return StoredSnapshot(partial(payloads.open, stored, place, what))

@@ -45,8 +45,8 @@ from stroma.checkpoint.protocols import (
     is_answered_meanwhile,
 )
 from stroma.checkpoint.records import Attempt
-from stroma.contracts.copying import Packed
-from stroma.contracts.schema import Given, Schema, Snapshot, Stored
+from stroma.contracts.schema import Schema, Snapshot
+from stroma.contracts.snapshots import PickledSnapshot, SameSnapshot, StoredSnapshot
 from stroma.trace.events import AttemptRow, contract_of
 
 __all__ = ["DurableSession"]
@@ -124,10 +124,10 @@ class DurableSession:
         self._identities: dict[int, str] = {}
         #: References to payloads that this session stored in blobs: by checksum of the content, and by place until
         #: with_references() returns them.
-        self._large: dict[bytes, Stored] = {}
-        self._placed: dict[tuple[int, str], Stored] = {}
+        self._large: dict[bytes, StoredSnapshot] = {}
+        self._placed: dict[tuple[int, str], StoredSnapshot] = {}
         #: The snapshot of the last output that is stored in a blob, and the reference to it.
-        self._packed: tuple[Packed | None, Stored | None] = (None, None)
+        self._packed: tuple[PickledSnapshot | None, StoredSnapshot | None] = (None, None)
 
     def open(self, request: RunRequest, opening: Opening, plain_input: bytes, rows: Rows) -> DurableSession:
         """Open the run. One operation; see :class:`RunOpener`."""
@@ -185,24 +185,24 @@ class DurableSession:
         given = row.input
         stored = self._stored_input(schemas[0], given)
         if stored is not None:
-            given = Given(stored) if isinstance(given, Given) else stored
+            given = SameSnapshot(stored) if isinstance(given, SameSnapshot) else stored
         output = row.output
         if made is not None:
-            if isinstance(output, Packed):  # The input of the next node may be the very same.
+            if isinstance(output, PickledSnapshot):  # The input of the next node may be the very same.
                 self._packed = output, made
             output = made
         return row._replace(input=given, output=output)
 
-    def _stored_input(self, schema: Schema, snapshot: Snapshot) -> Stored | None:
+    def _stored_input(self, schema: Schema, snapshot: Snapshot) -> StoredSnapshot | None:
         """Return a reference to a large input, which usually is the previous output; None for any other."""
-        if isinstance(snapshot, Given) and snapshot.source is self._packed[0]:
+        if isinstance(snapshot, SameSnapshot) and snapshot.source is self._packed[0]:
             return self._packed[1]
-        found = snapshot.source if isinstance(snapshot, Given) else snapshot
+        found = snapshot.source if isinstance(snapshot, SameSnapshot) else snapshot
         data = found if isinstance(found, bytes) else None
         size = 0
         if isinstance(found, tuple):
             size = sum(len(value) for value in found if isinstance(value, (str, bytes)))
-        elif isinstance(found, Packed) and found is snapshot:
+        elif isinstance(found, PickledSnapshot) and found is snapshot:
             size = found.size
         if 4 * size >= self._payloads.blob_bytes:  # UTF-8 may be 4 times larger, JSON smaller.
             try:

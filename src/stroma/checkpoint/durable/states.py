@@ -15,7 +15,7 @@ from stroma.checkpoint.manager import resolve_schema
 from stroma.checkpoint.memory.store import coerce
 from stroma.checkpoint.payloads import PayloadPlace
 from stroma.contracts.contract import check_id
-from stroma.contracts.schema import Schema, schema_of, told_of
+from stroma.contracts.schema import Schema, describe_error, schema_of
 
 __all__ = ["AsyncStates"]
 
@@ -104,7 +104,7 @@ def _decode(schema: Schema, data: bytes, where: str) -> BaseModel:
     try:
         return schema.decode(data)
     except Exception as error:
-        why, cause = told_of(error)
+        why, cause = describe_error(error)
         raise CorruptCheckpoint(
             f"{where} is not a {schema.model.__name__}: {why}; restore the schema, or run the node again"
         ) from cause

@@ -34,8 +34,8 @@ from stroma.checkpoint.protocols import (
 )
 from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.contract import check_id
-from stroma.contracts.copying import Packed
-from stroma.contracts.schema import Schema, schema_of, told_of
+from stroma.contracts.schema import Schema, describe_error, schema_of
+from stroma.contracts.snapshots import PickledSnapshot
 from stroma.trace.events import AttemptRow, contract_of
 
 __all__ = ["AsyncInMemoryStore", "InMemoryStore"]
@@ -62,8 +62,6 @@ class _MemorySession(NullSession):
         "traceparent",
         "waiting",
     )
-
-    reads_rows = True  # And never an output whose snapshot is in its row.
 
     def __init__(self, run: MemoryRun, request: RunRequest) -> None:
         initial = request.schema.snapshot(request.initial_state)
@@ -138,7 +136,7 @@ class _MemorySession(NullSession):
             self._calls.pop(key, None)
         kind, schemas = type(row.output), row.schemas
         if (
-            (kind is tuple or kind is Packed or kind is bytes)
+            (kind is tuple or kind is PickledSnapshot or kind is bytes)
             and schemas is not None
             and schemas[1] is schema
         ):
@@ -325,7 +323,7 @@ def coerce(state: BaseModel, schema: type[BaseModel]) -> BaseModel:
     """Return a state as an instance of a schema. Raises TypeError if ``schema`` is no model, ValidationError."""
     if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
         raise TypeError("schema must be a BaseModel type")
-    return schema_of(schema).cross(state)
+    return schema_of(schema).convert(state)
 
 
 def as_schema(state: BaseModel, schema: type[BaseModel], run_id: str, node_id: str) -> BaseModel:
@@ -335,7 +333,7 @@ def as_schema(state: BaseModel, schema: type[BaseModel], run_id: str, node_id: s
     except TypeError:
         raise
     except Exception as error:
-        why, cause = told_of(error)
+        why, cause = describe_error(error)
         raise CorruptCheckpoint(
             f"the checkpoint of node {node_id!r} in run {run_id!r} is not a {schema.__name__}: {why}; "
             "restore the schema, or run the node again"

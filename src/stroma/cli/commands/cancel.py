@@ -10,7 +10,7 @@ import click
 from stroma._utils.text import clean
 from stroma.cli.output import emit, err
 from stroma.cli.stores import Database, db_option
-from stroma.cli.temporal import Cluster, cluster_options, only_here
+from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
 
 __all__ = ["cancel"]
 
@@ -19,35 +19,33 @@ __all__ = ["cancel"]
 @click.argument("run_", metavar="RUN")
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.cancel/1".')
 @db_option
-@cluster_options
+@temporal_options
 def cancel(run_: str, as_json: bool, db: str | None, **options: Any) -> None:
-    """Ask for the end of a run.
+    """Cancel a run.
 
-    Whoever is at work on it, in any process, ends it as CANCELLED within about a second; a run that nobody is at work
-    on is CANCELLED at once. What is finished is kept, and the run can be resumed. RUN is a run id, its beginning, or
-    "last". With --temporal, workers hear of it within a heartbeat.
+    The process that runs it, wherever it is, ends it as CANCELLED within about a second; a run without an owner is
+    CANCELLED at once. Finished nodes are stored, and the run can be resumed. RUN is a run id, a prefix of one, or
+    "last". With --temporal, workers cancel it within a heartbeat.
     """
-    cluster = Cluster.take(options)
+    cluster = TemporalCluster.from_options(options)
     if cluster is not None:
-        only_here("the run is on the cluster, not in a store", "db")
-        _cancel_there(cluster, run_, as_json)
+        reject_local_options("the run is on the cluster, not in a store", "db")
+        _cancel_on_temporal(cluster, run_, as_json)
         return
-    database = Database.choose(db)
+    database = Database.from_option(db)
     record = database.find(run_)
-    with database.explained():
-        wanted = asyncio.run(_cancel(database, record.run_id))
+    with database.explain_errors():
+        is_requested = asyncio.run(_cancel(database, record.run_id))
         after = database.reader.get_run(record.run_id) or record
     name = clean(record.run_id)
-    if not wanted:
-        outcome, told = "ended", f"run {name} had ended already: it is {after.status}; nothing was changed"
+    if not is_requested:
+        outcome, message = "ended", f"run {name} has ended already: it is {after.status}; nothing was changed"
     elif after.holder is not None or after.status != "CANCELLED":
-        holder = after.holder or record.holder or "its holder"
+        holder = after.holder or record.holder or "its owner"
         outcome = "asked"
-        told = (
-            f"{holder} was asked to end run {name}; it does so within about a second, unless a node keeps it"
-        )
+        message = f"{holder} will cancel run {name} within about a second, unless a node blocks it"
     else:
-        outcome, told = "cancelled", f"run {name} is CANCELLED; nobody was at work on it"
+        outcome, message = "cancelled", f"run {name} is CANCELLED; it had no owner"
     if as_json:
         emit(
             {
@@ -59,18 +57,18 @@ def cancel(run_: str, as_json: bool, db: str | None, **options: Any) -> None:
             }
         )
     else:
-        err.line(told)
+        err.line(message)
 
 
-def _cancel_there(cluster: Cluster, run: str, as_json: bool) -> None:
-    async def ask() -> tuple[str, bool]:
+def _cancel_on_temporal(cluster: TemporalCluster, run: str, as_json: bool) -> None:
+    async def request_cancel() -> tuple[str, bool]:
         client = await cluster.connect()
         run_id = (await cluster.find(client, run)).id
         return run_id, await cluster.runner(client).cancel(run_id)
 
-    run_id, wanted = cluster.run(ask())
+    run_id, is_requested = cluster.run(request_cancel())
     if as_json:
-        outcome = "asked" if wanted else "ended"
+        outcome = "asked" if is_requested else "ended"
         emit(
             {
                 "schema": "stroma.cancel/1",
@@ -80,10 +78,10 @@ def _cancel_there(cluster: Cluster, run: str, as_json: bool) -> None:
                 "status": None,
             }
         )
-    elif wanted:
-        err.line(f"the workers of {cluster.name} were asked to end run {clean(run_id)}")
+    elif is_requested:
+        err.line(f"the workers of {cluster.name} will cancel run {clean(run_id)}")
     else:
-        err.line(f"run {clean(run_id)} had ended already; nothing was changed")
+        err.line(f"run {clean(run_id)} has ended already; nothing was changed")
 
 
 async def _cancel(database: Database, run_id: str) -> bool:

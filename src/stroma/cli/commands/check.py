@@ -14,8 +14,8 @@ from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word
 from stroma.cli.loading import load_pipeline
 from stroma.cli.output import emit, err, out
-from stroma.cli.resume_changes import changes_of
-from stroma.cli.sarif import sarif_of, write_json
+from stroma.cli.resume_changes import find_changes
+from stroma.cli.sarif import to_sarif, write_json
 from stroma.cli.stores import Database, db_option
 from stroma.contracts.checks.check import check_nodes
 from stroma.contracts.checks.finding import Finding
@@ -34,17 +34,15 @@ __all__ = ["check"]
     "--sarif",
     metavar="FILE",
     type=click.Path(dir_okay=False, allow_dash=False, path_type=Path),
-    help="Write the findings into FILE too, in SARIF 2.1.0 for code review.",
+    help="Also write the findings to FILE, as SARIF 2.1.0.",
 )
-@click.option(
-    "--against", metavar="RUN", help="Say whether this recorded run can still be resumed, and what changed."
-)
+@click.option("--against", metavar="RUN", help="Recorded run; report changes that prevent its resume.")
 @db_option
 def check(target: str, as_json: bool, sarif: Path | None, against: str | None, db: str | None) -> int:
-    """Prove that each node's output can satisfy the next node's input. Nothing runs, and nothing is bought.
+    """Check that each node's output fits the next node's input. No node is called.
 
-    Findings go to stdout. An error can never work, and ends the command with 1; a warning may fail, or cannot be told.
-    RUN is a run id, its beginning, or "last"; nothing is written to its store.
+    Findings go to stdout. An error always fails at run time, and the exit code is 1; a warning may fail.
+    RUN is a run id, a prefix of one, or "last"; nothing is written to its store.
     """
     pipeline = load_pipeline(target)
     nodes = [find_node(node) for node in pipeline.nodes]
@@ -53,11 +51,11 @@ def check(target: str, as_json: bool, sarif: Path | None, against: str | None, d
     errors = sum(finding.severity == "error" for finding in findings)
     record, changes = None, list[Change]()
     if against is not None:
-        database = Database.choose(db)
+        database = Database.from_option(db)
         record = database.find(against)
-        changes = changes_of(database, record, pipeline, target)
+        changes = find_changes(database, record, pipeline, target)
     if sarif is not None:
-        write_json(sarif, sarif_of(findings, nodes))
+        write_json(sarif, to_sarif(findings, nodes))
     code = Code.FAILED if errors or changes else Code.OK
     if as_json:
         emit(
@@ -73,7 +71,7 @@ def check(target: str, as_json: bool, sarif: Path | None, against: str | None, d
         )
         return code
     for finding in findings:
-        _tell(finding)
+        _print_finding(finding)
     count = f"{plural(errors, 'error')}, {plural(len(findings) - errors, 'warning')}"
     err.line(f"{clean(pipeline.name, 100)}: {plural(len(nodes), 'node')}, {count}")
     if record is not None:
@@ -81,7 +79,7 @@ def check(target: str, as_json: bool, sarif: Path | None, against: str | None, d
     return code
 
 
-def _tell(finding: Finding) -> None:
+def _print_finding(finding: Finding) -> None:
     style = "bold red" if finding.severity == "error" else "yellow"
     where = f"{clean(finding.source, 60)} -> {clean(finding.target, 60)}"
     path = f"  {clean(finding.path, 100)}" if finding.path else ""

@@ -1,4 +1,4 @@
-"""`stroma completion`, and what the shell may complete: commands and options, which click knows, and ids of runs."""
+"""`stroma completion`, and the completion of run ids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PLAIN: Final = re.compile(r"[\w.:@%+,/=-]+")
 @click.command()
 @click.argument("shell", type=click.Choice(_SHELLS))
 def completion(shell: str) -> None:
-    """Print the script by which a shell completes commands, options and ids of runs.
+    """Print a script that completes commands, options and run ids in a shell.
 
     \b
     bash: stroma completion bash > ~/.local/share/bash-completion/completions/stroma
@@ -34,22 +34,22 @@ def completion(shell: str) -> None:
     fish: stroma completion fish > ~/.config/fish/completions/stroma.fish
     """
     root = click.get_current_context().find_root()
-    made = get_completion_class(shell)
-    assert made is not None  # They are click's own.
-    out.write(made(root.command, {}, "stroma", "_STROMA_COMPLETE").source() + "\n")
+    completion_class = get_completion_class(shell)
+    assert completion_class is not None
+    out.write(completion_class(root.command, {}, "stroma", "_STROMA_COMPLETE").source() + "\n")
     if out.is_terminal:
-        err.line("keep it where the shell looks: ", _WHERE[shell])
+        err.line("save it in: ", _WHERE[shell])
 
 
 def complete_run(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Ids of runs that begin so, the newest first; none where the store cannot be read."""
+    """Return run ids with this prefix, newest first; none if the store cannot be read."""
     from stroma._utils.text import clean
     from stroma.cli.formatting import ago
     from stroma.cli.stores import Database
 
     try:
-        # While a line is completed, click reads no option that stands behind the cursor, and no variable.
-        database = Database.choose(ctx.params.get("db") or os.environ.get("STROMA_DB"), quiet=True)
+        # During completion click reads neither options after the cursor nor environment variables.
+        database = Database.from_option(ctx.params.get("db") or os.environ.get("STROMA_DB"), quiet=True)
         if database.is_empty:
             return []
         store: Any = database.reader
@@ -58,12 +58,12 @@ def complete_run(ctx: click.Context, _parameter: click.Parameter, incomplete: st
             if incomplete
             else [run.run_id for run in store.list_runs(limit=_MOST)]
         )
-        # What the shell would take apart, or run, is not offered.
+        # Ids that the shell would split or run are not offered.
         records = [store.get_run(run_id) for run_id in ids if _PLAIN.fullmatch(run_id)]
         return [
             CompletionItem(run.run_id, help=f"{clean(run.pipeline, 30)} {run.status} {ago(run.started_ms)}")
             for run in records
             if run is not None
         ]
-    except Exception:  # A Tab never prints an error in the midst of a command line.
+    except Exception:  # Completion must not print errors into the command line.
         return []

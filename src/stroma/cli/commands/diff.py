@@ -11,10 +11,10 @@ from stroma._utils.text import clean, count, money, short_id, span
 from stroma.checkpoint.history import Change, History, NodeDiff, changes, compare, place_of, status_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
-from stroma.cli.commands.runs import run_data, styled
+from stroma.cli.commands.runs import run_data, style_status
 from stroma.cli.errors import Code, Problem
 from stroma.cli.output import Part, emit, err, out, table
-from stroma.cli.redaction import redact_of, redact_option
+from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
 
 __all__ = ["diff"]
@@ -26,63 +26,63 @@ _STYLES = {"added": "green", "removed": "red", "changed": "yellow"}
 @click.command()
 @click.argument("a", shell_complete=complete_run)
 @click.argument("b", shell_complete=complete_run)
-@click.option("--node", metavar="NODE", help="Only this node.")
-@click.option("--only-changed", is_flag=True, help="Leave out what is the same.")
+@click.option("--node", metavar="NODE", help="Node to compare.")
+@click.option("--only-changed", is_flag=True, help="Print only differences.")
 @redact_option
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.diff/1".')
 @db_option
 def diff(
     a: str, b: str, node: str | None, only_changed: bool, redact: str | None, as_json: bool, db: str | None
 ) -> int:
-    """Tell two runs apart, node by node and field by field.
+    """Compare two runs, node by node and field by field.
 
-    Exit code 6 if they differ: in the input, an output, an outcome, a class, a number of attempts or a model. What they
-    took and cost is shown, and never counts: no two runs are alike in it.
+    Exit code 6 if they differ in the input, an output, an outcome, a class, a number of attempts or a model. Times and
+    costs are shown, but do not count as differences.
     """
-    database = Database.choose(db)
-    found = database.find(a), database.find(b)
-    history = History(database.reader, redact_of(redact))
-    with database.explained():
-        first, second = map(history.shown_run, found)
+    database = Database.from_option(db)
+    records = database.find(a), database.find(b)
+    history = History(database.reader, load_redact(redact))
+    with database.explain_errors():
+        first, second = map(history.shown_run, records)
         sides = [
             history.shown_attempts(record.run_id, database.reader.attempts(record.run_id))
             for record in (first, second)
         ]
-        given = [history.given(record.run_id, 0) for record in (first, second)]
+        inputs = [history.given(record.run_id, 0) for record in (first, second)]
         nodes = compare(sides[0], sides[1], history.made)
     if node is not None:
         nodes = [one for one in nodes if _attempts(one)[0].node_id == node]
         if not nodes:
             raise Problem(
                 f"neither run has a node {node!r}",
-                f"see which there are: {database.hint('show', short_id(first.run_id))}",
+                f"list its nodes: {database.hint('show', short_id(first.run_id))}",
                 code=Code.NOT_FOUND,
             )
     started = (
         []
         if node is not None
-        else changes(*(held.value if held.problem is None else held.problem for held in given))
+        else changes(*(payload.value if payload.problem is None else payload.problem for payload in inputs))
     )
     same = not started and all(one.same for one in nodes)
     if as_json:
-        told = [_node_data(one) for one in nodes if not (only_changed and one.same)]
+        node_data = [_node_data(one) for one in nodes if not (only_changed and one.same)]
         sides_data = {"a": run_data(first), "b": run_data(second)}
         input_data = [_change_data(change) for change in started]
-        emit({"schema": "stroma.diff/1", **sides_data, "same": same, "input": input_data, "nodes": told})
+        emit({"schema": "stroma.diff/1", **sides_data, "same": same, "input": input_data, "nodes": node_data})
     else:
-        _tell(first, second, started, nodes, only_changed)
+        _print_diff(first, second, started, nodes, only_changed)
         if same:
             err.line("the same, but for what they took and cost")
     return Code.OK if same else Code.DIFFERENT
 
 
 def _attempts(one: NodeDiff) -> list[AttemptRecord]:
-    found = one.a if one.a is not None else one.b
-    assert found is not None
-    return found
+    records = one.a if one.a is not None else one.b
+    assert records is not None
+    return records
 
 
-def _tell(
+def _print_diff(
     a: RunRecord, b: RunRecord, started: list[Change], nodes: list[NodeDiff], only_changed: bool
 ) -> None:
     rows: list[list[Part]] = [
@@ -90,7 +90,7 @@ def _tell(
             name,
             clean(record.run_id, 60),
             clean(record.pipeline, 30),
-            styled(status_of(record)),
+            style_status(status_of(record)),
             f"{record.nodes:,}",
             count(record.tokens),
             money(record.cost_usd),
@@ -107,7 +107,7 @@ def _tell(
     if started:
         out.line()
         out.line(("input", "bold"))
-        _tell_changes(started)
+        _print_changes(started)
     for one in nodes:
         if one.same and only_changed:
             continue
@@ -122,8 +122,8 @@ def _tell(
             "  the same" if one.same else "",
             (f"  {_figures(one.a)} -> {_figures(one.b)}", "dim"),
         )
-        _tell_changes(one.facts)
-        _tell_changes(one.output, "output")
+        _print_changes(one.facts)
+        _print_changes(one.output, "output")
 
 
 def _figures(attempts: list[AttemptRecord]) -> str:
@@ -131,14 +131,14 @@ def _figures(attempts: list[AttemptRecord]) -> str:
     return f"{span(sum(x.duration_ms for x in attempts) / 1000)}, {count(tokens)}, {money(cost)}"
 
 
-def _tell_changes(found: list[Change], under: str = "") -> None:
-    for change in found:
+def _print_changes(differences: list[Change], under: str = "") -> None:
+    for change in differences:
         path = ".".join(part for part in (under, change.path) if part)
         values = [clean(json.dumps(value, ensure_ascii=False), 200) for value in (change.a, change.b)]
-        said = {"added": values[1], "removed": values[0], "changed": f"{values[0]} -> {values[1]}"}[
+        text = {"added": values[1], "removed": values[0], "changed": f"{values[0]} -> {values[1]}"}[
             change.kind
         ]
-        out.line("  ", (_SIGNS[change.kind], _STYLES[change.kind]), f" {clean(path, 200)}: {said}")
+        out.line("  ", (_SIGNS[change.kind], _STYLES[change.kind]), f" {clean(path, 200)}: {text}")
 
 
 def _change_data(change: Change) -> dict[str, Any]:
@@ -157,13 +157,13 @@ def _node_data(one: NodeDiff) -> dict[str, Any]:
         "facts": [_change_data(change) for change in one.facts],
         **{
             name: None
-            if found is None
+            if records is None
             else {
-                "attempts": len(found),
-                "seconds": sum(x.duration_ms for x in found) / 1000,
-                "tokens": sum(x.tokens for x in found),
-                "cost_usd": sum(x.cost_usd for x in found),
+                "attempts": len(records),
+                "seconds": sum(x.duration_ms for x in records) / 1000,
+                "tokens": sum(x.tokens for x in records),
+                "cost_usd": sum(x.cost_usd for x in records),
             }
-            for name, found in (("a", one.a), ("b", one.b))
+            for name, records in (("a", one.a), ("b", one.b))
         },
     }

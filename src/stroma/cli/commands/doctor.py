@@ -24,7 +24,7 @@ from stroma.cli.stores import Database, db_option
 
 __all__ = ["doctor"]
 
-#: By extra: what it is for, and the modules that it brings.
+#: Extra: its purpose, and the modules that it installs.
 _EXTRAS: Final = {
     "redis": ("runs in Redis", ("redis",)),
     "postgres": ("runs in PostgreSQL", ("psycopg",)),
@@ -44,7 +44,7 @@ _STYLES: Final = {"ok": "green", "note": "yellow", "wrong": "bold red"}
 
 
 class Finding(NamedTuple):
-    """One line: what was looked at, how it is, and how to mend it if that is needed."""
+    """Result of one check, with the fix if there is a problem."""
 
     check: str
     verdict: _Verdict
@@ -56,25 +56,25 @@ class Finding(NamedTuple):
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.doctor/1".')
 @db_option
 def doctor(as_json: bool, db: str | None) -> int:
-    """Check what runs need: the store and its format, the disk, the clock, the packages.
+    """Check the store and its format, the disk, the clock and the packages.
 
-    Each line is ok, or says how to mend it. Exit code 3 if something is wrong. Nothing is changed, but that a store of an older
-    format is brought up to date, as by every command that reads it.
+    Each line is ok or names the fix. Exit code 3 if a check fails. Nothing is changed, except that a store of an older format
+    is upgraded, as by every command that reads it.
     """
-    found: list[Finding] = []
+    findings: list[Finding] = []
     database: Database | None = None
     try:
-        database = Database.choose(db)
+        database = Database.from_option(db)
     except click.ClickException as error:
         more = getattr(error, "more", ())
-        found.append(Finding("store", "wrong", error.message, more[-1] if more else None))
+        findings.append(Finding("store", "wrong", error.message, more[-1] if more else None))
     for check in (_programs, *([] if database is None else [_store(database), _disk(database)]), _extras):
-        found += check()
-    wrong = sum(one.verdict == "wrong" for one in found)
+        findings += check()
+    wrong = sum(one.verdict == "wrong" for one in findings)
     if as_json:
-        emit({"schema": "stroma.doctor/1", "ok": not wrong, "checks": [one._asdict() for one in found]})
+        emit({"schema": "stroma.doctor/1", "ok": not wrong, "checks": [one._asdict() for one in findings]})
     else:
-        for one in found:
+        for one in findings:
             out.line(
                 (f"{one.verdict:<6}", _STYLES[one.verdict]), f"{one.check:<12} {clean(one.message, 500)}"
             )
@@ -96,13 +96,13 @@ def _store(database: Database) -> Callable[[], Iterator[Finding]]:
     def check() -> Iterator[Finding]:
         store = database.store
         if not isinstance(store, AsyncStates):
-            yield Finding("store", "ok", f"{database.name} keeps nothing once its process has ended")
+            yield Finding("store", "ok", f"{database.name} is lost when its process ends")
             return
         if isinstance(store, SQLiteStore) and not store.exists():
             directory = os.path.dirname(store.path)
             if database.is_default or os.access(directory, os.W_OK | os.X_OK):
-                message = f"{database.name} is not there yet: the first run makes it"
-                yield Finding("store", "ok", message, f"begin one: {database.hint('run', 'FILE.py:NAME')}")
+                message = f"{database.name} does not exist yet: the first run creates it"
+                yield Finding("store", "ok", message, f"start one: {database.hint('run', 'FILE.py:NAME')}")
             else:
                 what = "is not there" if not os.path.isdir(directory) else "may not be written to"
                 yield Finding(
@@ -120,15 +120,15 @@ def _store(database: Database) -> Callable[[], Iterator[Finding]]:
             yield Finding("store", "wrong", str(error))
             return
         took = time.perf_counter() - began
-        problem = database.written_by_others()
+        problem = database.find_write_risk()
         if problem is not None:
             yield Finding("store", "note", *problem)
         if facts is None:
-            yield Finding("store", "ok", f"{database.name} answers; the first run makes its tables")
+            yield Finding("store", "ok", f"{database.name} answers; the first run creates its tables")
             return
-        held = "no runs" if not newest else "has runs"
+        contents = "no runs" if not newest else "has runs"
         yield Finding(
-            "store", "ok", f"{database.name}: {facts.system}, {held}, answers in {1000 * took:.0f} ms"
+            "store", "ok", f"{database.name}: {facts.system}, {contents}, answers in {1000 * took:.0f} ms"
         )
         if facts.format > facts.writes:
             message = (
@@ -153,7 +153,7 @@ def _clock(clock_ms: int | None) -> Finding:
         return Finding("clock", "ok", "leases go by a clock of this machine that nobody can set")
     apart = abs(now - clock_ms / 1000)
     if apart > _CLOCK_SECONDS:
-        message = f"this machine's and the server's are {span(apart)} apart: times of attempts and of runs do not fit"
+        message = f"this machine's and the server's are {span(apart)} apart: times of attempts and runs do not match"
         return Finding("clock", "note", message, "set both by NTP")
     return Finding("clock", "ok", "this machine's and the server's agree; leases go by the server's")
 
@@ -186,7 +186,7 @@ def _disk(database: Database) -> Callable[[], Iterator[Finding]]:
             yield Finding(
                 "disk",
                 "wrong",
-                f"{store.path} may be read, not written",
+                f"{store.path} can be read but not written",
                 "change its permissions, or its owner",
             )
 
@@ -208,17 +208,17 @@ def _extras() -> Iterator[Finding]:
 
 
 def _import(module: str) -> str | None:
-    """None if it can be imported, "" if it is not there, else what is wrong with it."""
+    """Return None if the module can be imported, "" if it is not installed, else the problem."""
     try:
-        found: Any = importlib.util.find_spec(module)
+        spec: Any = importlib.util.find_spec(module)
     except ModuleNotFoundError:
         return ""
-    if found is None:
+    if spec is None:
         return ""
     if module.startswith("ddtrace"):
-        return None  # Importing it puts a hook into the process.
+        return None  # Its import installs a hook in the process.
     try:
         importlib.import_module(module)
     except Exception as error:
-        return f"{module} is installed and cannot be imported: {type(error).__name__}: {error}"
+        return f"{module} is installed but cannot be imported: {type(error).__name__}: {error}"
     return None

@@ -15,9 +15,9 @@ from stroma.cli.commands.show import attempt_data
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.output import out, write_private
-from stroma.cli.redaction import redact_of, redact_option
+from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
-from stroma.telemetry.export_formats import chrome_trace, otlp
+from stroma.telemetry.otlp_json import otlp_spans
 from stroma.trace.html import document
 
 __all__ = ["export"]
@@ -31,26 +31,24 @@ _DRAWN = 5000
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["json", "otlp", "chrome-trace", "html"]),
+    type=click.Choice(["json", "otlp", "html"]),
     default="json",
     show_default=True,
-    help="json: schema stroma.export/1; otlp: the body of a POST to /v1/traces; chrome-trace: for Perfetto; html: one file.",
+    help="json: schema stroma.export/1; otlp: body for /v1/traces; html: a page.",
 )
-@click.option("-o", "--output", "path", metavar="FILE", help="Write to FILE, not to stdout.")
-@click.option(
-    "--states/--no-states", default=True, help="json and html: with inputs and outputs, or without."
-)
+@click.option("-o", "--output", "path", metavar="FILE", help="File to write instead of stdout.")
+@click.option("--states/--no-states", default=True, help="Include inputs and outputs (json and html).")
 @redact_option
 @db_option
 def export(run_: str, form: str, path: str | None, states: bool, redact: str | None, db: str | None) -> int:
-    """Write one run in a format that something else reads.
+    """Write one run as JSON, OTLP or HTML.
 
-    otlp and chrome-trace hold no inputs and outputs, but the messages of failures.
+    otlp has no inputs and outputs, but the messages of failures.
     """
-    database = Database.choose(db)
+    database = Database.from_option(db)
     record = database.find(run_)
-    history = History(database.reader, redact_of(redact))
-    with database.explained():
+    history = History(database.reader, load_redact(redact))
+    with database.explain_errors():
         text = _text(history, database, history.shown_run(record), form, states)
     if path is None:
         out.write(text)
@@ -59,8 +57,8 @@ def export(run_: str, form: str, path: str | None, states: bool, redact: str | N
         write_private(path, text)
     except OSError as error:
         raise Problem(
-            f"{path} cannot be written: {error.strerror or error}",
-            "name another file: -o FILE",
+            f"cannot write {path}: {error.strerror or error}",
+            "pass another file: -o FILE",
             code=Code.ENVIRONMENT,
         ) from error
     return Code.OK
@@ -76,9 +74,7 @@ def _text(history: History, database: Database, record: RunRecord, form: str, st
         return document(history.story(record, most=_DRAWN, states=states, mend=hint))
     attempts, _ = history.attempts(record.run_id, _ALL)
     if form == "otlp":
-        data: Any = otlp(record, attempts)
-    elif form == "chrome-trace":
-        data = chrome_trace(record, attempts)
+        data: Any = otlp_spans(record, attempts)
     else:
         data = {
             "schema": "stroma.export/1",
@@ -90,13 +86,13 @@ def _text(history: History, database: Database, record: RunRecord, form: str, st
 
 
 def _attempt(history: History, record: RunRecord, one: AttemptRecord, states: bool) -> dict[str, Any]:
-    told = attempt_data(record, one)
+    data = attempt_data(record, one)
     if states:
-        told["output"] = None
+        data["output"] = None
         if one.output_bytes is not None:
-            told["output"] = _state(history.output(record.run_id, one.position, one.branch))
-    return told
+            data["output"] = _state(history.output(record.run_id, one.position, one.branch))
+    return data
 
 
-def _state(held: Any) -> Any:
-    return held.value if held.problem is None else {"problem": held.problem}
+def _state(payload: Any) -> Any:
+    return payload.value if payload.problem is None else {"problem": payload.problem}

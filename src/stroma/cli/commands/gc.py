@@ -26,23 +26,23 @@ __all__ = ["gc"]
     required=True,
     type=SPAN,
     metavar="SPAN",
-    help="Delete what ended longer ago: a number and s, m, h, d or w (30d).",
+    help="Minimum age: a number and s, m, h, d or w (30d).",
 )
-@click.option("--unfinished", is_flag=True, help="Also runs that could be resumed, and wait for a person.")
+@click.option("--unfinished", is_flag=True, help="Also delete suspended and other resumable runs.")
 @click.option(
     "--blobs",
     metavar="PATH_OR_URL",
-    help="Where the store's programs keep large payloads (their blobs=): also delete those that no run names.",
+    help="Payload storage (blobs=) whose unused blobs are deleted too.",
 )
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.gc/1".')
 @db_option
 def gc(keep_for: timedelta, unfinished: bool, blobs: str | None, as_json: bool, db: str | None) -> None:
-    """Delete old runs from the store, and all that was kept of them.
+    """Delete old runs and their data from the store.
 
-    Those that are COMPLETED, RESUMED, FAILED or CANCELLED; the others could be resumed. A run that somebody is at work
-    on is never touched.
+    Deletes runs that are COMPLETED, RESUMED, FAILED or CANCELLED; the others can be resumed. A run that has an owner is
+    never deleted.
     """
-    database = Database.choose(db)
+    database = Database.from_option(db)
     store = database.reader
     options: dict[str, Any] = {"keep_for": keep_for, "unfinished": unfinished}
     if blobs is not None:
@@ -52,7 +52,7 @@ def gc(keep_for: timedelta, unfinished: bool, blobs: str | None, as_json: bool, 
             raise Problem(f"--blobs {blobs}: {error}", code=Code.ENVIRONMENT) from error
     gone = (0, 0)
     if not database.is_empty:
-        with database.explained():
+        with database.explain_errors():
             gone = asyncio.run(_collect(database, store, options))
     if as_json:
         emit({"schema": "stroma.gc/1", "runs": gone[0], "blobs": gone[1]})

@@ -21,12 +21,12 @@ __all__ = ["graph"]
     type=click.Choice(["mermaid", "svg", "json"]),
     default="mermaid",
     show_default=True,
-    help="What is printed.",
+    help="Output format.",
 )
 def graph(target: str, form: str) -> None:
-    """Print what flows where: the nodes with their contracts, and which field of which node feeds which.
+    """Print the nodes with their contracts, and which field of a node feeds which other field.
 
-    Nothing runs. What `stroma check` finds is marked. JSON has the schema "stroma.graph/1".
+    No node is called. Findings of `stroma check` are marked. JSON has the schema "stroma.graph/1".
     """
     pipeline = load_pipeline(target)
     lineage = lineage_of(pipeline.name, [find_node(node) for node in pipeline.nodes], ContractRegistry())

@@ -39,21 +39,21 @@ _KINDS: Final = {
     "--update-prices",
     "update",
     is_flag=True,
-    help="Fetch today's prices first, for this command alone; without a network it says so and goes on.",
+    help="Fetch current prices first, for this command only.",
 )
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.prices/1".')
 def prices(models: tuple[str, ...], update: bool, as_json: bool) -> int:
-    """Show which prices are used for a model, where they are from, and as of when.
+    """Show the prices used for a model, their source and their date.
 
-    US dollars per million tokens. What your own code puts into KNOWN_MODELS is not seen here.
+    In US dollars per million tokens. Entries that your own code adds to KNOWN_MODELS are not included.
     """
     if update:
         try:
             update_prices()
         except RuntimeError as error:
             err.line(("stroma: ", "bold red"), clean(str(error)))
-    found = {model: prices_of(model) for model in dict.fromkeys(models)}
-    unknown = [model for model, known in found.items() if known is None]
+    by_model = {model: prices_of(model) for model in dict.fromkeys(models)}
+    unknown = [model for model, entry in by_model.items() if entry is None]
     if as_json:
         version, fetched_at = data_state()
         emit(
@@ -61,17 +61,17 @@ def prices(models: tuple[str, ...], update: bool, as_json: bool) -> int:
                 "schema": "stroma.prices/1",
                 "genai_prices": version,
                 "fetched_at": None if fetched_at is None else fetched_at.isoformat(timespec="seconds"),
-                "models": [_data(model, known) for model, known in found.items()],
+                "models": [_data(model, entry) for model, entry in by_model.items()],
             }
         )
     else:
-        for known in found.values():
-            if known is not None:
-                _show(known)
+        for entry in by_model.values():
+            if entry is not None:
+                _show(entry)
     if unknown:
         near = difflib.get_close_matches(unknown[0], model_ids(), 3, cutoff=0.5)
         raise Problem(
-            f"no price is known for {', '.join(clean(model, 80) for model in unknown)}: it would count as $0",
+            f"no price for {', '.join(clean(model, 80) for model in unknown)}, which would count as $0",
             *([f"near: {command('prices', *near)}"] if near else []),
             'give it one in your code: stroma.KNOWN_MODELS["..."] = (input, output), US dollars per million tokens',
             code=Code.NOT_FOUND,
@@ -79,41 +79,41 @@ def prices(models: tuple[str, ...], update: bool, as_json: bool) -> int:
     return Code.OK
 
 
-def _data(model: str, known: ModelPrices | None) -> dict[str, Any]:
-    if known is None:
+def _data(model: str, entry: ModelPrices | None) -> dict[str, Any]:
+    if entry is None:
         return {"model": model, "source": None, "listed_as": None, "rates": {}}
     return {
         "model": model,
-        "source": known.source,
+        "source": entry.source,
         "listed_as": None
-        if known.listed_as is None
-        else dict(zip(("provider", "id"), known.listed_as, strict=True)),
-        "rates": {tier: _rates(rates) for tier, rates in known.rates.items()},
+        if entry.listed_as is None
+        else dict(zip(("provider", "id"), entry.listed_as, strict=True)),
+        "rates": {tier: _rates(rates) for tier, rates in entry.rates.items()},
     }
 
 
 def _rates(rates: Rates) -> dict[str, Any]:
-    shown: dict[str, Any] = {name: _steps(steps) for name, steps in kinds(rates)}
-    return {**shown, "request_usd": rates.request_usd}
+    shown_rates: dict[str, Any] = {name: _steps(steps) for name, steps in kinds(rates)}
+    return {**shown_rates, "request_usd": rates.request_usd}
 
 
 def _steps(steps: Steps) -> list[dict[str, Any]]:
-    """From the smallest call up; ``above`` is in input tokens."""
+    """Return the price steps in ascending order; ``above`` is in input tokens."""
     return [{"above": max(above, 0), "usd_per_million": price} for above, price in reversed(steps)]
 
 
-def _show(known: ModelPrices) -> None:
-    out.line((clean(known.model, 80), "bold"), f": {_source(known)}")
+def _show(entry: ModelPrices) -> None:
+    out.line((clean(entry.model, 80), "bold"), f": {_source(entry)}")
     sizes = sorted(
-        {above for rates in known.rates.values() for _, steps in kinds(rates) for above, _ in steps}
+        {above for rates in entry.rates.values() for _, steps in kinds(rates) for above, _ in steps}
     )
-    tiers = list(known.rates)
+    tiers = list(entry.rates)
     rows = []
     for name, label in _KINDS.items():
-        if not any(name == kind for rates in known.rates.values() for kind, _ in kinds(rates)):
+        if not any(name == kind for rates in entry.rates.values() for kind, _ in kinds(rates)):
             continue
         for above in sizes:
-            cells = [_at(known.rates[tier], name, above) for tier in tiers]
+            cells = [_at(entry.rates[tier], name, above) for tier in tiers]
             if above < 0 or any(cells):
                 rows.append([label if above < 0 else f"{label}, above {above:,}", *cells, ""])
     table(
@@ -122,7 +122,7 @@ def _show(known: ModelPrices) -> None:
         rows,
         right=frozenset(range(1, len(tiers) + 1)),
     )
-    request = known.rates["standard"].request_usd
+    request = entry.rates["standard"].request_usd
     if request:
         out.line(f"and ${request:g} for each call")
 
@@ -132,12 +132,12 @@ def _at(rates: Rates, name: str, above: int) -> str:
     return next((f"${price:g}" for start, price in steps if start == above), "")
 
 
-def _source(known: ModelPrices) -> str:
-    as_of = f"fetched {known.fetched_at:%Y-%m-%d %H:%M}" if known.fetched_at else "the data that came with it"
-    data = f"genai-prices {known.version} ({as_of})"
-    listed = "" if known.listed_as is None else f", as {known.listed_as[1]} of {known.listed_as[0]}"
-    if known.source == "genai-prices":
+def _source(entry: ModelPrices) -> str:
+    as_of = f"fetched {entry.fetched_at:%Y-%m-%d %H:%M}" if entry.fetched_at else "the data that came with it"
+    data = f"genai-prices {entry.version} ({as_of})"
+    listed = "" if entry.listed_as is None else f", as {entry.listed_as[1]} of {entry.listed_as[0]}"
+    if entry.source == "genai-prices":
         return f"{data}{listed}"
-    name = known.model if known.model in KNOWN_MODELS or known.listed_as is None else known.listed_as[1]
-    rest = f"; the rest in the proportion of {data}{listed}" if known.listed_as else ""
+    name = entry.model if entry.model in KNOWN_MODELS or entry.listed_as is None else entry.listed_as[1]
+    rest = f"; the rest in the proportion of {data}{listed}" if entry.listed_as else ""
     return f"KNOWN_MODELS[{name!r}]{rest}"

@@ -14,12 +14,12 @@ import click
 
 from stroma._utils.text import clean, short_id
 from stroma.cli.commands.completion import complete_run
-from stroma.cli.commands.replay import again, recorded_run
+from stroma.cli.commands.replay import recorded_run, replay_run
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.loading import load_pipeline
 from stroma.cli.output import emit, err, out, write_private
-from stroma.cli.redaction import redact_of, redact_option
+from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
 from stroma.runner.runner import Pipeline
 from stroma.testing.recording import RecordedRun
@@ -29,7 +29,7 @@ __all__ = ["record"]
 
 _HALVES: Final = re.compile("[\ud800-\udfff]")
 _TEST = '''\
-"""Run {run} of the pipeline {pipeline}, as it was recorded: no node is called, all else is done by the code as it is now.
+"""Run {run} of the pipeline {pipeline}, replayed by the current code: no node is called.
 
 Written by `stroma record`; what the nodes returned stands in {data}.
 """
@@ -56,54 +56,57 @@ def test_run_{name}_goes_the_same_way() -> None:
     "path",
     metavar="TEST_FILE",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write a regression test for pytest to TEST_FILE, and beside it what it needs.",
+    help="Pytest file to write; its data file goes next to it.",
 )
-@click.option("--force", is_flag=True, help="With --as-test: write over files that are there.")
+@click.option("--force", is_flag=True, help="With --as-test: overwrite existing files.")
 @redact_option
 @db_option
 def record(
     run_: str, target: str | None, path: Path | None, force: bool, redact: str | None, db: str | None
 ) -> int:
-    """Write what a run's nodes returned as a regression test, or print it as JSON (schema "stroma.recorded-run/1").
+    """Write a recorded run as a regression test, or print it as JSON (schema "stroma.recorded-run/1").
 
-    The test runs the run again without calling a node (see `stroma replay`), and fails once the code behaves differently.
-    What the config of the pipeline redacts is not written.
+    The test replays the run without calling a node (see `stroma replay`), and fails if the code behaves differently.
+    Values that the config of the pipeline redacts are not written.
     """
     if path is not None and target is None:
         raise click.UsageError("--as-test needs FILE_OR_MODULE:NAME: the test has to find the pipeline")
-    database = Database.choose(db)
+    database = Database.from_option(db)
     whole = recorded_run(database, run_)
     pipeline = None if target is None else load_pipeline(target)
-    hide = redact_of(redact)
+    hide = load_redact(redact)
     if hide is None and pipeline is not None and pipeline.config is not None:
         hide = pipeline.config.redact
-    kept = whole if hide is None else whole.redacted(hide)
+    redacted_run = whole if hide is None else whole.redacted(hide)
     if hide is None and not database.reader._payloads.plain:
         err.line(("note: ", "yellow"), "the store encrypts states; what is written here is not encrypted")
     if path is None or target is None or pipeline is None:
-        emit(kept.to_json())
+        emit(redacted_run.to_json())
         return Code.OK
-    found = again(kept, pipeline)
-    if found.differences:
+    outcome = replay_run(redacted_run, pipeline)
+    if outcome.differences:
         raise _differs(
-            found, redacted=kept != whole, hint=database.hint("replay", id_word(whole.run_id), target)
+            outcome,
+            redacted=redacted_run != whole,
+            hint=database.hint("replay", id_word(whole.run_id), target),
         )
     data = path.with_name(f"{path.stem}.run.json")
     for file in (path, data):
         if file.exists() and not force:
-            raise Problem(f"{file} is there already", "give another name, or --force", code=Code.USAGE)
+            raise Problem(f"{file} exists already", "pass another name, or --force", code=Code.USAGE)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        recorded = json.dumps(kept.to_json(), indent=2, ensure_ascii=False) + "\n"
-        # JSON has escapes for what UTF-8 cannot say: halves of characters.
+        recorded = json.dumps(redacted_run.to_json(), indent=2, ensure_ascii=False) + "\n"
+        # UTF-8 cannot encode lone surrogates; JSON can escape them.
         recorded = _HALVES.sub(lambda half: f"\\u{ord(half[0]):04x}", recorded)
         write_private(data, recorded)
         write_private(
-            path, _test(kept, found, target, path, data).encode("utf-8", "backslashreplace").decode()
+            path,
+            _test(redacted_run, outcome, target, path, data).encode("utf-8", "backslashreplace").decode(),
         )
     except OSError as error:
         raise Problem(
-            f"the test cannot be written: {error}", "name another file", code=Code.ENVIRONMENT
+            f"cannot write the test: {error}", "pass another file", code=Code.ENVIRONMENT
         ) from error
     out.line(str(path))
     out.line(str(data))
@@ -111,20 +114,20 @@ def record(
     return Code.OK
 
 
-def _differs(found: Replay, *, redacted: bool, hint: str) -> Problem:
-    lines = [clean(str(difference), 500) for difference in found.differences[:5]]
-    mend = f"see all of it: {hint}"
+def _differs(outcome: Replay, *, redacted: bool, hint: str) -> Problem:
+    lines = [clean(str(difference), 500) for difference in outcome.differences[:5]]
+    mend = f"see all differences: {hint}"
     if redacted:
         mend += "; or redact has left what no contract takes: have it give other values of the same type"
     return Problem(
-        f"the code behaves differently from run {clean(found.recorded.run_id)} already, so its test would fail",
+        f"the code behaves differently from run {clean(outcome.recorded.run_id)}, so its test would fail",
         *lines,
         mend,
         code=Code.DIFFERENT,
     )
 
 
-def _test(run: RecordedRun, found: Replay, target: str, path: Path, data: Path) -> str:
+def _test(run: RecordedRun, outcome: Replay, target: str, path: Path, data: Path) -> str:
     place, _, name = target.rpartition(":")
     imports, line, called = _pipeline(place, name, path)
     attempts = Counter((one.position, one.node_id) for one in run.attempts if not one.branch)
@@ -132,12 +135,12 @@ def _test(run: RecordedRun, found: Replay, target: str, path: Path, data: Path) 
         clean(node_id, 60) + (f" ({number} attempts)" if number > 1 else "")
         for (_, node_id), number in sorted(attempts.items())
     )
-    asserts = [f"    assert replay.result.total_tokens == {found.result.total_tokens}\n"]
-    if found.stopped is None:
-        asserts.insert(0, f"    assert replay.status == {str(found.status)!r}\n")
+    asserts = [f"    assert replay.result.total_tokens == {outcome.result.total_tokens}\n"]
+    if outcome.stopped is None:
+        asserts.insert(0, f"    assert replay.status == {str(outcome.status)!r}\n")
     story = (
-        f"It is {found.status}: {nodes or 'no node was called'}."
-        if found.stopped is None
+        f"It is {outcome.status}: {nodes or 'no node was called'}."
+        if outcome.stopped is None
         else f"It came so far: {nodes}."
     )
     return _TEST.format(
@@ -155,20 +158,20 @@ def _test(run: RecordedRun, found: Replay, target: str, path: Path, data: Path) 
 
 
 def _plain(text: str) -> str:
-    """Text that can stand in a docstring."""
+    """Return text that is safe in a docstring."""
     return text.replace("\\", "/").replace('"', "'")
 
 
 def _pipeline(place: str, name: str, path: Path) -> tuple[str, str, str]:
-    """The lines that find the pipeline: imports, and a line of code; and what it is called then."""
+    """Return imports, a line of code and an expression that load the pipeline."""
     ours = "from stroma.testing import RecordedRun, replay_sync"
     if place.endswith(".py") or Path(place).exists():
         way = Path(os.path.relpath(Path(place).resolve(), path.parent.resolve())).as_posix()
         line = f"PIPELINE = pipeline_in(Path(__file__).parent / {way!r}, {name!r})\n"
         return "from stroma.testing import RecordedRun, pipeline_in, replay_sync", line, "PIPELINE"
     first, _, rest = name.partition(".")
-    found: object = importlib.import_module(place)  # It is loaded already.
+    value: object = importlib.import_module(place)  # Imported before.
     for part in name.split("."):
-        found = getattr(found, part)
-    call = "" if isinstance(found, Pipeline) else "()"
+        value = getattr(value, part)
+    call = "" if isinstance(value, Pipeline) else "()"
     return f"{ours}\n\nfrom {place} import {first}", "", f"{first}{'.' + rest if rest else ''}{call}"

@@ -22,7 +22,7 @@ from stroma.cli.inputs import parse_as, parse_input
 from stroma.cli.loading import load_pipeline
 from stroma.cli.output import emit, err, out
 from stroma.cli.stores import Database, db_option
-from stroma.cli.user_errors import last_frame, said
+from stroma.cli.user_errors import describe_error, last_frame
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, find_node
 from stroma.contracts.schema import schema_of
@@ -34,62 +34,60 @@ from stroma.testing.replaying import Replay
 from stroma.testing.replaying import replay as run_again
 from stroma.trace.plain import jsonable
 
-__all__ = ["again", "recorded_run", "replay"]
+__all__ = ["recorded_run", "replay", "replay_run"]
 
 
 @click.command()
 @click.argument("run_", metavar="RUN", shell_complete=complete_run)
 @click.argument("target", metavar="FILE_OR_MODULE:NAME")
-@click.option(
-    "--from", "start_at", metavar="NODE", help="Call the nodes from this one on: that may cost money."
-)
+@click.option("--from", "start_at", metavar="NODE", help="First node to call for real; may cost money.")
 @click.option(
     "--input",
-    "given",
+    "input_text",
     metavar="JSON",
-    help="What this node, or without --from the whole run, is given in place of what it was; or @FILE, or -.",
+    help="Input of that node, or of the run without --from; or @FILE, or -.",
 )
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.replay/1".')
 @db_option
 def replay(
-    run_: str, target: str, start_at: str | None, given: str | None, as_json: bool, db: str | None
+    run_: str, target: str, start_at: str | None, input_text: str | None, as_json: bool, db: str | None
 ) -> int:
-    """Run a recorded run again by the code as it is now, with what its nodes returned then. Nothing is called.
+    """Replay a recorded run by the current code, with the recorded outputs. No node is called.
 
-    Contracts, classification, retries, budgets and the order of nodes are those of the code now. Exit code 6 if it behaves
-    differently. Nothing is written to the store. RUN is a run id, its beginning, or "last".
+    Contracts, classification, retries, budgets and the order of nodes are those of the current code. Exit code 6 if it
+    behaves differently. Nothing is written to the store. RUN is a run id, a prefix of one, or "last".
     """
-    database = Database.choose(db)
+    database = Database.from_option(db)
     recorded = recorded_run(database, run_)
     pipeline = load_pipeline(target)
     ids = [find_node(node).node_id for node in pipeline.nodes]
     if start_at is not None and start_at not in ids:
         raise Problem(
-            f"--from {start_at!r} is no node of {target}",
+            f"--from {start_at!r} is not a node of {target}",
             f"its nodes are: {', '.join(clean(node_id, 100) for node_id in ids)}",
             code=Code.USAGE,
         )
     state = None
-    if given is not None:
+    if input_text is not None:
         position = 0 if start_at is None else ids.index(start_at)
-        state = _state(database, recorded, pipeline, target, position, given)
-    found = again(recorded, pipeline, start_at=start_at, state=state)
+        state = _state(database, recorded, pipeline, target, position, input_text)
+    outcome = replay_run(recorded, pipeline, start_at=start_at, state=state)
     if as_json:
-        emit(_data(found, pipeline))
+        emit(_data(outcome, pipeline))
     else:
-        _tell(found, start_at)
-    return Code.DIFFERENT if found.differences else Code.OK
+        _print_replay(outcome, start_at)
+    return Code.DIFFERENT if outcome.differences else Code.OK
 
 
 def recorded_run(database: Database, run_: str) -> RecordedRun:
-    """What the store has of a run. Raises Problem."""
+    """Read a recorded run from the store. Raises Problem."""
     record = database.find(run_)
-    with database.explained():
+    with database.explain_errors():
         return RecordedRun.read(database.reader, record.run_id)
 
 
-def again(recorded: RecordedRun, pipeline: Pipeline, **options: Any) -> Replay:
-    """Run a recorded run again. What nodes print goes to stderr. Raises Problem for what breaks off."""
+def replay_run(recorded: RecordedRun, pipeline: Pipeline, **options: Any) -> Replay:
+    """Replay a recorded run. Output of nodes goes to stderr. Raises Problem if the replay fails."""
     config = pipeline.config or RunConfig()
     runner = StromaRunner(ContractRegistry(), CheckpointManager(AsyncInMemoryStore()), config)
     with contextlib.redirect_stdout(sys.stderr):
@@ -97,20 +95,20 @@ def again(recorded: RecordedRun, pipeline: Pipeline, **options: Any) -> Replay:
             return asyncio.run(run_again(recorded, pipeline, runner=runner, **options))
         except Exception as error:
             raise Problem(
-                f"the replay broke off: {said(error)}", *last_frame(error), code=Code.FAILED
+                f"the replay failed: {describe_error(error)}", *last_frame(error), code=Code.FAILED
             ) from error
 
 
 def _state(
-    database: Database, recorded: RecordedRun, pipeline: Pipeline, target: str, position: int, given: str
+    database: Database, recorded: RecordedRun, pipeline: Pipeline, target: str, position: int, input_text: str
 ) -> BaseModel:
     if not position:
-        return parse_input(pipeline, given, target)
+        return parse_input(pipeline, input_text, target)
     node_id = find_node(pipeline.nodes[position]).node_id
     before = find_node(pipeline.nodes[position - 1])
     if isinstance(before, Group):
         raise Problem(
-            f"--input cannot stand in for what {clean(before.node_id, 200)!r} makes: a group's output is put together of its "
+            f"--input cannot replace the output of {clean(before.node_id, 200)!r}: a group's output is built from its "
             "children's",
             "start at the group, or at a later node",
             code=Code.USAGE,
@@ -122,44 +120,48 @@ def _state(
         )
 
     model = Kept if before.contract is None else before.contract.output_schema
-    asked = f"what node {clean(before.node_id, 100)!r} hands to {clean(node_id, 100)!r}"
-    return parse_as(model, given, "--input", asked, fits)
+    requirement = f"the output of node {clean(before.node_id, 100)!r} for {clean(node_id, 100)!r}"
+    return parse_as(model, input_text, "--input", requirement, fits)
 
 
-def _tell(found: Replay, start_at: str | None) -> None:
-    for difference in found.differences:
+def _print_replay(outcome: Replay, start_at: str | None) -> None:
+    for difference in outcome.differences:
         where = f"{difference.at} {clean(difference.node_id, 60)}  " if difference.at else ""
         out.line((f"{difference.kind:<9}", "yellow"), f" {where}{clean(difference.message, 1000)}")
-    result, run_id = found.result, clean(found.recorded.run_id)
+    result, run_id = outcome.result, clean(outcome.recorded.run_id)
     spent = f"{count(result.total_tokens)}, {money(result.total_cost_usd)}"
     err.line(
-        f"run {run_id}: {found.recorded.status} then, "
-        + (f"{found.status} now" if found.stopped is None else f"followed up to {clean(found.stopped, 300)}")
+        f"run {run_id}: {outcome.recorded.status} then, "
+        + (
+            f"{outcome.status} now"
+            if outcome.stopped is None
+            else f"followed up to {clean(outcome.stopped, 300)}"
+        )
         + f" ({spent})"
     )
     if start_at is not None:
-        err.line(f"called: {', '.join(clean(node_id, 60) for node_id in found.called) or 'nothing'}")
-    if found.differences:
-        err.line(plural(len(found.differences), "difference"))
+        err.line(f"called: {', '.join(clean(node_id, 60) for node_id in outcome.called) or 'nothing'}")
+    if outcome.differences:
+        err.line(plural(len(outcome.differences), "difference"))
     else:
         err.line("the code behaves as it did")
 
 
-def _data(found: Replay, pipeline: Pipeline) -> dict[str, Any]:
-    state = found.result.final_state
+def _data(outcome: Replay, pipeline: Pipeline) -> dict[str, Any]:
+    state = outcome.result.final_state
     redact = None if pipeline.config is None else pipeline.config.redact
-    shown = History(None, redact)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    redacted = History(None, redact)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     return {
         "schema": "stroma.replay/1",
-        "run_id": found.recorded.run_id,
+        "run_id": outcome.recorded.run_id,
         "pipeline": pipeline.name,
-        "then": found.recorded.status,
-        "now": str(found.status),
-        "same": not found.differences,
-        "stopped": found.stopped,
-        "called": list(found.called),
-        "tokens": found.result.total_tokens,
-        "cost_usd": found.result.total_cost_usd,
-        "differences": [asdict(difference) for difference in found.differences],
-        "final_state": None if state is None else shown.hide(jsonable(schema_of(type(state)).raw(state))),
+        "then": outcome.recorded.status,
+        "now": str(outcome.status),
+        "same": not outcome.differences,
+        "stopped": outcome.stopped,
+        "called": list(outcome.called),
+        "tokens": outcome.result.total_tokens,
+        "cost_usd": outcome.result.total_cost_usd,
+        "differences": [asdict(difference) for difference in outcome.differences],
+        "final_state": None if state is None else redacted.hide(jsonable(schema_of(type(state)).raw(state))),
     }

@@ -15,100 +15,94 @@ from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import parse_as, parse_input, stored_input
 from stroma.cli.loading import load_pipeline
-from stroma.cli.local_run import Fork, Job
-from stroma.cli.options import Running, run_id_option, running_options
+from stroma.cli.local_run import Fork, LocalRun
+from stroma.cli.options import RunOptions, run_id_option, run_options
 from stroma.cli.output import err
-from stroma.cli.resume_plan import tell_plan
+from stroma.cli.resume_plan import print_plan
 from stroma.cli.stores import Database
-from stroma.cli.temporal import Cluster, cluster_options, only_here
-from stroma.cli.temporal_run import ClusterJob
-from stroma.cli.user_errors import said
+from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
+from stroma.cli.temporal_run import TemporalRun
+from stroma.cli.user_errors import describe_error
 from stroma.contracts.node import Group, find_node
 from stroma.contracts.untyped import Kept
 from stroma.engine.config import RunConfig, new_run_id
 from stroma.runner.runner import Pipeline
 
-__all__ = ["go_on", "resume", "resume_there", "run"]
+__all__ = ["resume", "resume_on_temporal", "resume_run", "run"]
 
 
 @click.command()
 @click.argument("target", metavar="FILE_OR_MODULE:NAME")
-@click.argument("given", metavar="[INPUT]", required=False)
-@click.option("--run-id", callback=run_id_option, metavar="ID", help="Name the run.  [default: a fresh id]")
-@click.option(
-    "--resume", is_flag=True, help="Go on with the run of this --run-id if it is known, else begin it."
-)
+@click.argument("input_text", metavar="[INPUT]", required=False)
+@click.option("--run-id", callback=run_id_option, metavar="ID", help="Id of the run.  [default: a new id]")
+@click.option("--resume", is_flag=True, help="Resume the run of --run-id if it exists, else start it.")
 @click.option(
     "--tag",
     "tags",
     multiple=True,
     metavar="TAG",
-    help="A word to find the run by: stroma runs --tag TAG; may be repeated.",
+    help="Tag for `stroma runs --tag TAG`; may be repeated.",
 )
-@click.option("--detach", is_flag=True, help="With --temporal: begin the run, print its id, and leave.")
-@running_options
-@cluster_options
+@click.option("--detach", is_flag=True, help="With --temporal: start the run, print its id, and exit.")
+@run_options
+@temporal_options
 def run(
     target: str,
-    given: str | None,
+    input_text: str | None,
     run_id: str | None,
     resume: bool,
     tags: tuple[str, ...],
     detach: bool,
     db: str | None,
-    **running: Any,
+    **click_options: Any,
 ) -> int:
     """Run a pipeline and print its final state as JSON on stdout.
 
-    NAME is a Pipeline, or a function without arguments that returns one. INPUT is JSON, @FILE, or - for stdin; it is
-    {} if it is missing. Progress goes to stderr. With --temporal, workers run the nodes: see stroma worker. Ctrl-C asks the
-    run to end there, SIGTERM leaves it as it is.
+    NAME is a Pipeline, or a function without arguments that returns one. INPUT is JSON, @FILE, or - for stdin; {} by
+    default. Progress goes to stderr. With --temporal, workers run the nodes (see `stroma worker`): Ctrl-C cancels the
+    run there, SIGTERM leaves it running.
     """
     if resume and run_id is None:
-        raise click.UsageError("--resume needs --run-id: it tells which run to go on with")
-    cluster = _cluster(running)
-    options = Running.of(**running)
+        raise click.UsageError("--resume needs --run-id, the id of the run to resume")
+    cluster = _read_cluster(click_options)
+    options = RunOptions.from_click(**click_options)
     if cluster is not None:
-        return _run_there(cluster, target, given, run_id, options, tags, resume=resume, detach=detach)
+        return _run_on_temporal(
+            cluster, target, input_text, run_id, options, tags, resume=resume, detach=detach
+        )
     if detach:
-        raise click.UsageError("--detach needs --temporal: a run of this process ends with it")
-    database = Database.choose(db)
+        raise click.UsageError("--detach needs --temporal: a local run ends with this process")
+    database = Database.from_option(db)
     pipeline = load_pipeline(target)
-    config = _tagged(_configure(pipeline, run_id, options), tags)
-    known = database.known(config.run_id) if resume else None
-    if known is not None and given is None:
-        state = stored_input(database, known, pipeline, target)
+    config = _add_tags(_configure(pipeline, run_id, options), tags)
+    record = database.get_run(config.run_id) if resume else None
+    if record is not None and input_text is None:
+        state = stored_input(database, record, pipeline, target)
     else:
-        state = parse_input(pipeline, given, target)
-    job = Job(target, pipeline, config, state, database, known, None, options)
-    return job.go()
+        state = parse_input(pipeline, input_text, target)
+    job = LocalRun(target, pipeline, config, state, database, record, None, options)
+    return job.execute()
 
 
 @click.command()
 @click.argument("run_", metavar="RUN", shell_complete=complete_run)
 @click.argument("target", metavar="FILE_OR_MODULE:NAME", required=False)
-@click.option(
-    "--from", "start_at", metavar="NODE", help="Go on from this node, and forget what it and later ones made."
-)
-@click.option(
-    "--fork", is_flag=True, help="With --from: as a new run, with an id of its own; this one stays as it is."
-)
+@click.option("--from", "start_at", metavar="NODE", help="Resume at this node and discard later outputs.")
+@click.option("--fork", is_flag=True, help="With --from: start a new run; this one is not changed.")
 @click.option(
     "--retry-failed",
     is_flag=True,
-    help="Run the items of maps again that failed while the others went on, and what comes after those maps.",
+    help="Rerun failed items of maps, and the nodes after those maps.",
 )
-@click.option("--force", is_flag=True, help="Also a run that was given up because its process kept dying.")
+@click.option("--force", is_flag=True, help="Also resume a run that was abandoned after repeated crashes.")
 @click.option(
     "--state",
     metavar="JSON",
-    help="With --fork: the input of that node, in place of what it had; or @FILE, or -.",
+    help="With --fork: new input of that node; or @FILE, or -.",
 )
-@click.option(
-    "--dry-run", is_flag=True, help="Only say what would be kept, what that saves, and what would be called."
-)
-@running_options
-@cluster_options
+@click.option("--dry-run", is_flag=True, help="Print restored outputs, savings and calls; run nothing.")
+@run_options
+@temporal_options
 def resume(
     run_: str,
     target: str | None,
@@ -119,17 +113,17 @@ def resume(
     state: str | None,
     dry_run: bool,
     db: str | None,
-    **running: Any,
+    **click_options: Any,
 ) -> int:
-    """Go on with a run that stopped; its finished nodes are not called again.
+    """Resume a stopped run without repeating finished nodes.
 
-    RUN is a run id, its beginning, or "last". The input is the one that the run began with.
+    RUN is a run id, a prefix of one, or "last". The input is the original one.
     """
-    cluster = _cluster(running)
-    options = Running.of(**running)
+    cluster = _read_cluster(click_options)
+    options = RunOptions.from_click(**click_options)
     if cluster is not None:
-        only_here(
-            "a cluster goes on where a run has stopped",
+        reject_local_options(
+            "on Temporal a run always continues where it stopped",
             "start_at",
             "fork",
             "retry_failed",
@@ -137,28 +131,26 @@ def resume(
             "state",
             "dry_run",
         )
-        return _resume_there(cluster, run_, target, options)
+        return _resume_run_on_temporal(cluster, run_, target, options)
     if fork and start_at is None:
-        raise click.UsageError("--fork needs --from: it tells where the new run begins")
+        raise click.UsageError("--fork needs --from, the node where the new run starts")
     if retry_failed and start_at is not None:
-        raise click.UsageError(
-            "--retry-failed says by itself where to go on, --from makes all items anew; give one"
-        )
+        raise click.UsageError("--retry-failed and --from exclude each other; pass one")
     if state is not None and not fork:
-        raise click.UsageError("--state needs --fork: what a run has made is not changed, only in a new one")
+        raise click.UsageError("--state needs --fork: outputs of an existing run cannot be changed")
     if start_at is not None and options.if_running == "attach":
-        raise click.UsageError("--attach waits for what somebody else makes, --from makes it anew; give one")
-    database = Database.choose(db)
+        raise click.UsageError("--attach and --from exclude each other; pass one")
+    database = Database.from_option(db)
     record = database.find(run_)
     if dry_run and target is None:
         if start_at is not None:
-            raise click.UsageError("--dry-run with --from needs the pipeline: it tells where that node is")
-        return tell_plan(database, record, None, None, None, options.as_json)
+            raise click.UsageError("--dry-run with --from needs the pipeline")
+        return print_plan(database, record, None, None, None, options.as_json)
     if target is None:
-        # The store knows a name, never code: what to import is for the user to say.
+        # The store has the name of the pipeline, not the module to import.
         raise Problem(
-            f"run {clean(record.run_id)} was a run of the pipeline {clean(record.pipeline, 100)!r}; "
-            "say where that pipeline is",
+            f"run {clean(record.run_id)} is a run of the pipeline {clean(record.pipeline, 100)!r}; "
+            "pass the path of that pipeline",
             database.hint("resume", id_word(record.run_id), "FILE.py:NAME"),
             code=Code.USAGE,
         )
@@ -167,84 +159,90 @@ def resume(
         ids = [find_node(node).node_id for node in pipeline.nodes]
         if start_at not in ids:
             raise Problem(
-                f"--from {start_at!r} is no node of {target}",
+                f"--from {start_at!r} is not a node of {target}",
                 f"its nodes are: {', '.join(clean(node_id, 100) for node_id in ids)}",
                 code=Code.USAGE,
             )
         if fork and not dry_run:
             return _fork(database, record, pipeline, target, options, ids.index(start_at), state)
     if dry_run:
-        return tell_plan(database, record, pipeline, target, start_at, options.as_json)
+        return print_plan(database, record, pipeline, target, start_at, options.as_json)
     changes = {"retry_failed_items": retry_failed, "force_resume": force}
-    return go_on(database, record, pipeline, target, options, start_at, changes=changes)
+    return resume_run(database, record, pipeline, target, options, start_at, changes=changes)
 
 
-def _cluster(running: dict[str, Any]) -> Cluster | None:
-    """The cluster of --temporal, if it was given, with nothing beside it that is for this machine alone."""
-    cluster = Cluster.take(running)
+def _read_cluster(click_options: dict[str, Any]) -> TemporalCluster | None:
+    """Return the cluster of --temporal; raise UsageError if a local option is passed with it. None without it."""
+    cluster = TemporalCluster.from_options(click_options)
     if cluster is not None:
-        only_here("the workers write to a store: stroma worker --db", "db")
-        only_here("the workers send telemetry: stroma worker", "otel", "prometheus", "sentry", "datadog")
-        only_here("the run does not end with this command: see --detach", "drain")
-        only_here("the server itself gives the run of a lost worker to another one", "take_over")
+        reject_local_options("the workers write to a store: stroma worker --db", "db")
+        reject_local_options(
+            "the workers send telemetry: stroma worker", "otel", "prometheus", "sentry", "datadog"
+        )
+        reject_local_options("the run outlives this command: see --detach", "drain")
+        reject_local_options("the server reassigns runs of lost workers by itself", "take_over")
     return cluster
 
 
-def _run_there(
-    cluster: Cluster,
+def _run_on_temporal(
+    cluster: TemporalCluster,
     target: str,
-    given: str | None,
+    input_text: str | None,
     run_id: str | None,
-    options: Running,
+    options: RunOptions,
     tags: tuple[str, ...],
     *,
     resume: bool,
     detach: bool,
 ) -> int:
     pipeline = load_pipeline(target)
-    config = _tagged(_configure(pipeline, run_id, options), tags)
+    config = _add_tags(_configure(pipeline, run_id, options), tags)
     state: BaseModel | None = None
-    if given is not None or not (
-        (resume or options.if_running == "attach") and cluster.run(cluster.knows(config.run_id))
+    if input_text is not None or not (
+        (resume or options.if_running == "attach") and cluster.run(cluster.has_run(config.run_id))
     ):
-        state = parse_input(pipeline, given, target)
-    return ClusterJob(target, pipeline, config, state, cluster, options, resume, detach).go()
+        state = parse_input(pipeline, input_text, target)
+    return TemporalRun(target, pipeline, config, state, cluster, options, resume, detach).execute()
 
 
-def _resume_there(cluster: Cluster, run: str, target: str | None, options: Running) -> int:
+def _resume_run_on_temporal(
+    cluster: TemporalCluster, run: str, target: str | None, options: RunOptions
+) -> int:
     run_id = cluster.run(cluster.find_id(run))
     if target is None:
         raise Problem(
-            "say where the pipeline of the run is",
+            "pass the pipeline of the run",
             cluster.hint("resume", id_word(run_id), "FILE.py:NAME"),
             code=Code.USAGE,
         )
-    return resume_there(cluster, run_id, load_pipeline(target), target, options)
+    return resume_on_temporal(cluster, run_id, load_pipeline(target), target, options)
 
 
-def resume_there(cluster: Cluster, run_id: str, pipeline: Pipeline, target: str, options: Running) -> int:
-    """Go on with a run of a cluster, and return the exit code. Raises Problem."""
+def resume_on_temporal(
+    cluster: TemporalCluster, run_id: str, pipeline: Pipeline, target: str, options: RunOptions
+) -> int:
+    """Resume a run on Temporal and return the exit code. Raises Problem."""
     config = _configure(pipeline, run_id, options)
-    return ClusterJob(target, pipeline, config, None, cluster, options).go()
+    return TemporalRun(target, pipeline, config, None, cluster, options).execute()
 
 
-def go_on(
+def resume_run(
     database: Database,
     record: RunRecord,
     pipeline: Pipeline,
     target: str,
-    options: Running,
+    options: RunOptions,
     start_at: str | None = None,
     *,
     changes: Mapping[str, bool] | None = None,
 ) -> int:
-    """Resume a run, and return the exit code; ``changes`` to its config. Raises Problem."""
-    _note_another(record, pipeline, options)
+    """Resume a run and return the exit code. ``changes``: overrides of its config. Raises Problem."""
+    _warn_other_pipeline(record, pipeline, options)
     config = _configure(pipeline, record.run_id, options)
     if changes:
         config = config.model_copy(update={name: value for name, value in changes.items() if value})
     state = stored_input(database, record, pipeline, target)
-    return Job(target, pipeline, config, state, database, record, start_at, options).go()
+    return LocalRun(target, pipeline, config, state, database, record, start_at, options).execute()
 
 
 def _fork(
@@ -252,73 +250,73 @@ def _fork(
     record: RunRecord,
     pipeline: Pipeline,
     target: str,
-    options: Running,
+    options: RunOptions,
     position: int,
-    given: str | None,
+    input_text: str | None,
 ) -> int:
-    """Run on from a position of a run, as a new one."""
+    """Start a new run from a position of another one."""
     start_at = find_node(pipeline.nodes[position]).node_id
 
-    def again(fits: str) -> str:
-        words = ("--from", start_at, "--fork", "--state", fits)
-        return database.hint("resume", id_word(record.run_id), target, options=words)
+    def retry_command(fits: str) -> str:
+        options_text = ("--from", start_at, "--fork", "--state", fits)
+        return database.hint("resume", id_word(record.run_id), target, options=options_text)
 
-    _note_another(record, pipeline, options)
+    _warn_other_pipeline(record, pipeline, options)
     edited: BaseModel | None = None
-    if given is not None and position:
-        # It takes the place of what the node before has made, and so must be that.
+    if input_text is not None and position:
+        # It replaces the output of the node before, so it must satisfy that contract.
         before = find_node(pipeline.nodes[position - 1])
         if isinstance(before, Group):
             raise Problem(
-                f"--state cannot stand in for what {clean(before.node_id, 200)!r} makes: a group's output is put "
-                "together of its children's",
+                f"--state cannot replace the output of {clean(before.node_id, 200)!r}: a group's output is built "
+                "from its children's",
                 "fork at the group, or at a later node",
                 code=Code.USAGE,
             )
         model = Kept if before.contract is None else before.contract.output_schema
-        asked = f"what node {clean(before.node_id, 100)!r} hands to {clean(start_at, 100)!r}"
-        edited = parse_as(model, given, "--state", asked, again)
-    if given is not None and not position:
-        state = edited = parse_input(pipeline, given, target)
+        requirement = f"the output of node {clean(before.node_id, 100)!r} for {clean(start_at, 100)!r}"
+        edited = parse_as(model, input_text, "--state", requirement, retry_command)
+    if input_text is not None and not position:
+        state = edited = parse_input(pipeline, input_text, target)
     else:
         state = stored_input(database, record, pipeline, target)
     if position and not _has_output(database, record, position - 1):
         node_id = find_node(pipeline.nodes[position - 1]).node_id
         raise Problem(
-            f"run {clean(record.run_id)} has no output of node {clean(node_id, 100)!r}, which stands before "
+            f"run {clean(record.run_id)} has no output of node {clean(node_id, 100)!r}, which precedes "
             f"{clean(start_at, 100)!r}",
             "fork at an earlier node",
             code=Code.NOT_FOUND,
         )
     config = _configure(pipeline, new_run_id(), options)
     fork = Fork(record.run_id, position, edited)
-    return Job(target, pipeline, config, state, database, None, start_at, options, fork).go()
+    return LocalRun(target, pipeline, config, state, database, None, start_at, options, fork).execute()
 
 
 def _has_output(database: Database, record: RunRecord, position: int) -> bool:
-    with database.explained():
+    with database.explain_errors():
         attempts = database.reader.attempts(record.run_id)
     return any(a.position == position and not a.branch and a.output is not None for a in attempts)
 
 
-def _tagged(config: RunConfig, tags: tuple[str, ...]) -> RunConfig:
+def _add_tags(config: RunConfig, tags: tuple[str, ...]) -> RunConfig:
     try:
-        together = RunConfig(tags=(*config.tags, *tags)).tags
+        all_tags = RunConfig(tags=(*config.tags, *tags)).tags
     except ValidationError as error:
-        raise click.UsageError(f"--tag: {said(error)}") from None
-    return config.model_copy(update={"tags": together})
+        raise click.UsageError(f"--tag: {describe_error(error)}") from None
+    return config.model_copy(update={"tags": all_tags})
 
 
-def _note_another(record: RunRecord, pipeline: Pipeline, options: Running) -> None:
+def _warn_other_pipeline(record: RunRecord, pipeline: Pipeline, options: RunOptions) -> None:
     if record.pipeline != pipeline.name and not options.quiet:
         err.line(
             ("note: ", "yellow"),
-            f"the run was begun by the pipeline {clean(record.pipeline, 100)!r}; this one is {clean(pipeline.name, 100)!r}",
+            f"the run was started by the pipeline {clean(record.pipeline, 100)!r}; this one is {clean(pipeline.name, 100)!r}",
         )
 
 
-def _configure(pipeline: Pipeline, run_id: str | None, options: Running) -> RunConfig:
-    """The pipeline's own config with the command's options over it."""
+def _configure(pipeline: Pipeline, run_id: str | None, options: RunOptions) -> RunConfig:
+    """Return the pipeline's config with the options of the command applied."""
     config = pipeline.config if pipeline.config is not None else RunConfig()
     limits = {"max_cost_usd": options.budget_usd, "max_tokens_total": options.budget_tokens}
     changes: dict[str, Any] = {
@@ -329,5 +327,5 @@ def _configure(pipeline: Pipeline, run_id: str | None, options: Running) -> RunC
     if run_id is not None:
         changes["run_id"] = run_id
     elif "run_id" not in config.model_fields_set:
-        changes["run_id"] = new_run_id()  # Not the one the config was made with: that names another run.
+        changes["run_id"] = new_run_id()  # The generated id of a config belongs to its first run.
     return config.model_copy(update=changes)

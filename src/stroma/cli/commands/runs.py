@@ -14,13 +14,13 @@ from stroma.checkpoint.records import Cause, RunQuery, RunRecord
 from stroma.cli.durations import SPAN
 from stroma.cli.formatting import ago, iso, local
 from stroma.cli.output import Part, emit, err, out, table
-from stroma.cli.redaction import redact_of, redact_option
-from stroma.cli.stores import Database, Keeper, db_option
-from stroma.cli.temporal import Cluster, cluster_options, only_here
+from stroma.cli.redaction import load_redact, redact_option
+from stroma.cli.stores import Database, RunSource, db_option
+from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
 from stroma.failures.classes import FailureClass
 from stroma.trace.result import RunStatus
 
-__all__ = ["run_data", "runs", "styled"]
+__all__ = ["run_data", "runs", "style_status"]
 
 _STATUSES: Final = ["RUNNING", *RunStatus]
 _STYLES: Final = {
@@ -33,13 +33,13 @@ _STYLES: Final = {
 }
 
 
-def styled(status: str) -> tuple[str, str]:
-    """A status in its colour."""
+def style_status(status: str) -> tuple[str, str]:
+    """Return a status with its colour."""
     return status, _STYLES.get(status, "yellow")
 
 
 def run_data(record: RunRecord) -> dict[str, Any]:
-    """A run as the JSON schemas show it."""
+    """Return a run in the form of the JSON schemas."""
     return {
         "run_id": record.run_id,
         "pipeline": record.pipeline,
@@ -60,7 +60,7 @@ def run_data(record: RunRecord) -> dict[str, Any]:
 
 
 def cause_data(cause: Cause) -> dict[str, Any]:
-    """The failed attempt that stopped a run, as the JSON schemas show it."""
+    """Return the failed attempt that stopped a run, in the form of the JSON schemas."""
     return {
         "node_id": cause.node_id,
         "position": cause.position,
@@ -75,7 +75,12 @@ def cause_data(cause: Cause) -> dict[str, Any]:
 
 @click.command()
 @click.option(
-    "--limit", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="At most N runs."
+    "--limit",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    metavar="N",
+    help="Maximum number of runs.",
 )
 @click.option("--failed", is_flag=True, help="Only runs that are FAILED or PARTIAL.")
 @click.option(
@@ -85,23 +90,21 @@ def cause_data(cause: Cause) -> dict[str, Any]:
     multiple=True,
     help="Only runs with this status; may be repeated.",
 )
-@click.option(
-    "--since", type=SPAN, metavar="SPAN", help="Only runs begun since: a number and s, m, h, d or w (1h)."
-)
+@click.option("--since", type=SPAN, metavar="SPAN", help="Maximum age: a number and s, m, h, d or w (1h).")
 @click.option("--pipeline", metavar="NAME", help="Only runs of this pipeline.")
-@click.option("--tag", metavar="TAG", help="Only runs that were given this tag.")
+@click.option("--tag", metavar="TAG", help="Only runs with this tag.")
 @click.option(
     "--class",
     "failure_class",
     type=click.Choice(list(FailureClass), case_sensitive=False),
-    help="Only runs with an attempt that failed so.",
+    help="Only runs with a failed attempt of this class.",
 )
 @click.option("--node", metavar="NODE", help="Only runs with an attempt of this node that failed.")
 @click.option("--search", "text", metavar="TEXT", help="Only runs with TEXT in their id, pipeline or error.")
 @redact_option
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.runs/1".')
 @db_option
-@cluster_options
+@temporal_options
 def runs(
     limit: int,
     failed: bool,
@@ -110,36 +113,36 @@ def runs(
     redact: str | None,
     as_json: bool,
     db: str | None,
-    **asked: Any,
+    **options: Any,
 ) -> None:
-    """List the runs in the store, the newest first.
+    """List the runs in a store, newest first.
 
-    NODES counts finished positions. A run whose process died is INTERRUPTED until somebody resumes it. With --temporal:
-    those of a cluster.
+    NODES counts finished positions. A run whose process died is INTERRUPTED until it is resumed. With --temporal: the runs
+    of its task queue.
     """
-    cluster = Cluster.take(asked)
+    cluster = TemporalCluster.from_options(options)
     if failed and statuses:
         raise click.UsageError("--failed is short for --status FAILED --status PARTIAL; give one of both")
-    wanted = FAILED if failed else tuple(dict.fromkeys(status.upper() for status in statuses))
+    wanted_statuses = FAILED if failed else tuple(dict.fromkeys(status.upper() for status in statuses))
     since_ms = None if since is None else int((time.time() - since.total_seconds()) * 1000)
-    query = RunQuery(statuses=wanted, since_ms=since_ms, **asked)
+    query = RunQuery(statuses=wanted_statuses, since_ms=since_ms, **options)
     if cluster is not None:
-        from stroma.cli.temporal_show import runs_there
+        from stroma.cli.temporal_show import list_runs
 
         why = "a store finds runs by that: have the workers write to one, stroma worker --db, and ask it"
-        only_here(why, "db", "tag", "failure_class", "node", "text", "redact")
-        _print(cluster, runs_there(cluster, query, limit), query, limit, as_json)
+        reject_local_options(why, "db", "tag", "failure_class", "node", "text", "redact")
+        _print(cluster, list_runs(cluster, query, limit), query, limit, as_json)
         return
-    database = Database.choose(db)
+    database = Database.from_option(db)
     store = database.reader
     records: list[RunRecord] = []
     if not database.is_empty:
-        with database.explained():
-            records = History(store, redact_of(redact)).runs(query, limit)
+        with database.explain_errors():
+            records = History(store, load_redact(redact)).runs(query, limit)
     _print(database, records, query, limit, as_json)
 
 
-def _print(database: Keeper, records: list[RunRecord], query: RunQuery, limit: int, as_json: bool) -> None:
+def _print(database: RunSource, records: list[RunRecord], query: RunQuery, limit: int, as_json: bool) -> None:
     if as_json:
         emit({"schema": "stroma.runs/1", "runs": [run_data(record) for record in records]})
         return
@@ -150,9 +153,7 @@ def _print(database: Keeper, records: list[RunRecord], query: RunQuery, limit: i
     header = ("RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "STARTED", "DURATION", "ERROR")
     table(out, header, [_row(record) for record in records], right=frozenset({3, 4, 5, 7}))
     if any(map(is_gone, records)):
-        err.line(
-            "go on with a run that nobody is at work on: ", database.hint("resume", "RUN", "FILE.py:NAME")
-        )
+        err.line("resume a run without owner: ", database.hint("resume", "RUN", "FILE.py:NAME"))
     if len(records) == limit:
         err.line(("the newest ", "dim"), (f"{limit} runs; more with --limit", "dim"))
 
@@ -160,12 +161,12 @@ def _print(database: Keeper, records: list[RunRecord], query: RunQuery, limit: i
 def _row(record: RunRecord) -> list[Part]:
     error = clean(record.error or "", 80)
     if record.status == "RUNNING":
-        who = f"run by {clean(record.holder, 80)}" if record.holder else "nobody is at work on it any more"
+        who = f"run by {clean(record.holder, 80)}" if record.holder else "owner lost"
         error = f"{who}; last record {ago(record.updated_ms)}"
     return [
         short_id(record.run_id),
         clean(record.pipeline, 30),
-        styled(status_of(record)),
+        style_status(status_of(record)),
         f"{record.nodes:,}",
         f"{record.tokens:,}",
         money(record.cost_usd),

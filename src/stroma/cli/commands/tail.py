@@ -12,34 +12,32 @@ from stroma._utils.text import clean, count, money, short_id, span
 from stroma.checkpoint.history import History, is_gone, place_of, status_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
-from stroma.cli.commands.runs import run_data, styled
+from stroma.cli.commands.runs import run_data, style_status
 from stroma.cli.commands.show import attempt_data
 from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, err, out
-from stroma.cli.redaction import redact_of, redact_option
+from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
 from stroma.trace.redaction import Redact
 
 __all__ = ["tail"]
 
 _STYLES = {"success": "green", "failure": "red"}
-_MOST = 200  # runs that are watched at once
-_ALL = 10_000_000
+_MAX_RUNS = 200  # runs followed at once
+_MAX_ATTEMPTS = 10_000_000
 
 
 @click.command()
 @click.argument("run_", metavar="[RUN]", required=False, shell_complete=complete_run)
-@click.option(
-    "-f", "--follow", is_flag=True, help="Go on until the run has ended; without RUN, until stopped."
-)
+@click.option("-f", "--follow", is_flag=True, help="Follow until the run ends; without RUN, until stopped.")
 @click.option(
     "--lines",
     type=click.IntRange(min=0),
     default=20,
     show_default=True,
     metavar="N",
-    help="Begin with the last N attempts.",
+    help="Number of earlier attempts to print.",
 )
 @click.option(
     "--interval",
@@ -47,7 +45,7 @@ _ALL = 10_000_000
     default=0.5,
     show_default=True,
     metavar="SECONDS",
-    help="How often to look.",
+    help="Seconds between two reads of the store.",
 )
 @redact_option
 @click.option(
@@ -63,36 +61,36 @@ def tail(
     as_json: bool,
     db: str | None,
 ) -> int:
-    """Print what runs come to, a line for each attempt, as it is recorded.
+    """Follow runs: print one line for each attempt when it is recorded.
 
-    RUN is a run id, its beginning, or "last". Without it all runs are told that are at work, or begin.
+    RUN is a run id, a prefix of one, or "last"; without it, all runs that are running or start.
     """
-    database = Database.choose(db)
-    hide = redact_of(redact)
+    database = Database.from_option(db)
+    hide = load_redact(redact)
     if run_ is not None:
         record = database.find(run_)
         watch = _Watch(database, as_json, hide, named=False)
-        watch.tell(record, lines)
+        watch.print(record, lines)
         while follow and record.status == "RUNNING" and not is_gone(record):
             time.sleep(interval)
-            found = database.known(record.run_id)
-            if found is None:
-                err.line("the run was deleted meanwhile")
+            current = database.get_run(record.run_id)
+            if current is None:
+                err.line("the run was deleted")
                 return Code.NOT_FOUND
-            record = found
-            watch.tell(record)
+            record = current
+            watch.print(record)
         watch.end(record)
         return Code.OK
     store = database.reader
     watch = _Watch(database, as_json, hide, named=True)
     since = 0
     while True:
-        with database.explained():
-            recent = [] if database.is_empty else store.list_runs(limit=_MOST)
+        with database.explain_errors():
+            recent = [] if database.is_empty else store.list_runs(limit=_MAX_RUNS)
         for record in sorted(recent, key=lambda record: record.started_ms):
-            # What ended before this began to look is told once, in short.
+            # Runs that ended before the first read are printed once, without attempts.
             if since or record is recent[0] or record.status == "RUNNING":
-                watch.tell(record, None if since else lines)
+                watch.print(record, None if since else lines)
                 watch.end(record)
         if not follow:
             return Code.OK
@@ -101,34 +99,34 @@ def tail(
 
 
 class _Watch:
-    """What has been told of each run."""
+    """Attempts and endings of runs that were printed."""
 
     def __init__(self, database: Database, as_json: bool, redact: Redact | None, *, named: bool) -> None:
         self._database = database
         self._json = as_json
         self._history = History(database.reader, redact)
         self._named = named
-        self._told: dict[tuple[str, int], set[tuple[Any, ...]]] = {}
+        self._printed: dict[tuple[str, int], set[tuple[Any, ...]]] = {}
         self._states: dict[tuple[str, int], tuple[Any, ...]] = {}
         self._ended: dict[tuple[str, int], str] = {}
 
-    def tell(self, record: RunRecord, last: int | None = None) -> None:
-        """Print the attempts that were not there before; of those of the first look, the last ones only."""
+    def print(self, record: RunRecord, last: int | None = None) -> None:
+        """Print new attempts; on the first call for a run only the ``last`` ones."""
         run = (record.run_id, record.execution)
         state = (record.updated_ms, record.tokens, record.nodes, record.status)
         if self._states.get(run) == state:
             return
-        first_look = run not in self._told
-        told = self._told.setdefault(run, set())
-        fresh = [one for one in self._attempts(record) if _key(one) not in told]
-        told.update(map(_key, fresh))
+        first_look = run not in self._printed
+        printed = self._printed.setdefault(run, set())
+        fresh = [one for one in self._attempts(record) if _key(one) not in printed]
+        printed.update(map(_key, fresh))
         self._states[run] = state
-        # In the order in which they ended, as a group does after its children.
+        # In order of their ends: a group follows its children.
         fresh.sort(key=lambda one: one.started_ms + one.duration_ms)
         if first_look and last is not None and len(fresh) > last:
             if not self._json:
                 err.line(
-                    (f"{len(fresh) - last:,} earlier attempts; see them with: ", "dim"),
+                    (f"{len(fresh) - last:,} earlier attempts: ", "dim"),
                     self._database.hint("show", id_word(record.run_id)),
                 )
             fresh = fresh[len(fresh) - last :]
@@ -136,14 +134,14 @@ class _Watch:
             self._print(record, one)
 
     def end(self, record: RunRecord) -> None:
-        """Print how a run has ended, once."""
+        """Print the end of a run, once."""
         run = (record.run_id, record.execution)
         gone = is_gone(record)
         status = "gone" if gone else record.status
         if status == "RUNNING" or self._ended.get(run) == status:
             return
         self._ended[run] = status
-        with self._database.explained():
+        with self._database.explain_errors():
             record = self._history.shown_run(record)
         if self._json:
             self._emit({"schema": "stroma.tail/1", "event": "end", "run": run_data(record)})
@@ -151,15 +149,15 @@ class _Watch:
         why = f"  {clean(record.error)}" if record.error else ""
         if gone:
             hint = self._database.hint("resume", id_word(record.run_id), "FILE.py:NAME")
-            out.line(*self._name(record), styled(status_of(record)), "  nobody is at work on it any more")
-            err.line("go on with it: ", hint)
+            out.line(*self._name(record), style_status(status_of(record)), "  owner lost")
+            err.line("resume it: ", hint)
             return
         spent = f"  {count(record.tokens)}, {money(record.cost_usd)}, {span((record.updated_ms - record.started_ms) / 1000)}"
-        out.line(*self._name(record), styled(record.status), spent, why)
+        out.line(*self._name(record), style_status(record.status), spent, why)
 
     def _attempts(self, record: RunRecord) -> list[AttemptRecord]:
-        with self._database.explained():
-            return self._history.attempts(record.run_id, _ALL)[0]
+        with self._database.explain_errors():
+            return self._history.attempts(record.run_id, _MAX_ATTEMPTS)[0]
 
     def _name(self, record: RunRecord) -> list[Part]:
         return [(f"{short_id(record.run_id)}  ", "bold")] if self._named else []

@@ -15,27 +15,29 @@ __all__ = ["telemetry"]
 
 @click.group()
 def telemetry() -> None:
-    """What goes with the hooks for OpenTelemetry, Prometheus, Datadog and Sentry."""
+    """Assets for the exporters of OpenTelemetry, Prometheus, Datadog and Sentry."""
 
 
 @telemetry.command()
 @click.argument("directory", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--force", is_flag=True, help="Also over files that are there and differ.")
+@click.option("--force", is_flag=True, help="Overwrite existing files.")
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.assets/1".')
 def assets(directory: Path, force: bool, as_json: bool) -> None:
     """Write dashboards and alert rules into DIR, and print their paths.
 
     A Grafana dashboard, Prometheus alert rules with their unit tests (promtool test rules), a Datadog dashboard.
     """
-    found = {
+    assets_data = {
         asset.name: asset.read_bytes()
         for asset in files("stroma.telemetry").joinpath("assets").iterdir()
         if asset.is_file()
     }
-    paths = {name: directory / name for name in sorted(found)}
+    paths = {name: directory / name for name in sorted(assets_data)}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        changed = [path for name, path in paths.items() if path.exists() and path.read_bytes() != found[name]]
+        changed = [
+            path for name, path in paths.items() if path.exists() and path.read_bytes() != assets_data[name]
+        ]
         if changed and not force:
             raise Problem(
                 f"{', '.join(map(str, changed))} {'is' if len(changed) == 1 else 'are'} there and not what would be written",
@@ -43,7 +45,7 @@ def assets(directory: Path, force: bool, as_json: bool) -> None:
                 code=Code.USAGE,
             )
         for name, path in paths.items():
-            path.write_bytes(found[name])
+            path.write_bytes(assets_data[name])
     except OSError as error:
         raise Problem(
             f"cannot write into {directory}: {error.strerror or error}",

@@ -36,7 +36,7 @@ _PORT = 8427
     default=_PORT,
     show_default=True,
     metavar="N",
-    help="Where to listen; 0 takes a free port.",
+    help="Port to listen on; 0 picks a free one.",
 )
 @click.option(
     "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on."
@@ -45,29 +45,29 @@ _PORT = 8427
     "--token",
     envvar="STROMA_UI_TOKEN",
     metavar="TEXT",
-    help="Access token that clients must send; a new one if left out.  [env: STROMA_UI_TOKEN]",
+    help="Access token that clients must send (at least 16 characters).  [env: STROMA_UI_TOKEN; default: a new one]",
 )
 @click.option(
     "--name",
     "names",
     multiple=True,
     metavar="HOST[:PORT]",
-    help="Also answer by this name: of a proxy in front.",
+    help="Additional host name, as of a proxy in front.",
 )
 @db_option
 def ui(
     target: str | None, port: int, host: str, token: str | None, names: tuple[str, ...], db: str | None
 ) -> int:
-    """Show the runs of a store in a browser on this machine.
+    """Serve the web interface of a store on this machine.
 
-    With a pipeline, its runs can be resumed from their pages, its config's redact hides what it hides from hooks, and its lineage
-    is drawn. Nothing else is run, and nothing is changed but what a button says.
+    With a pipeline, its runs can be resumed from their pages, the redact of its config applies, and its lineage is drawn.
+    Only the buttons change or run anything.
     """
     try:
         from stroma.ui import Settings, make_app, serve
     except ImportError as error:
         raise Problem(str(error), code=Code.ENVIRONMENT) from error
-    loopback, made = _is_loopback(host), token is None
+    loopback, is_generated = _is_loopback(host), token is None
     if token is None and loopback:
         token = secrets.token_urlsafe(24)
     if not loopback and not token:
@@ -78,7 +78,7 @@ def ui(
         )
     if token and len(token) < 16:
         raise Problem("the token is shorter than 16 characters: it could be guessed", code=Code.USAGE)
-    database = Database.choose(db)
+    database = Database.from_option(db)
     store = database.store
     if not isinstance(store, AsyncStates):
         raise Problem(
@@ -89,9 +89,9 @@ def ui(
     pipeline = None if target is None else load_pipeline(target)
     listening = _listen(host, port)
     port = listening.getsockname()[1]
-    shown = f"[{host}]" if ":" in host else host
-    address, private_host = f"http://{shown}:{port}/", None
-    hosts = [f"{shown}:{port}", *names]
+    shown_host = f"[{host}]" if ":" in host else host
+    address, private_host = f"http://{shown_host}:{port}/", None
+    hosts = [f"{shown_host}:{port}", *names]
     if loopback:
         hosts += [f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"]
     if loopback and token:
@@ -114,11 +114,11 @@ def ui(
         lineage=None if pipeline is None else _lineage(pipeline),
     )
     # A token of the user's is in their environment or command line: here it is not repeated.
-    out.line(f"{address}{f'?token={token}' if token and made else '?token=...' if token else ''}")
+    out.line(f"{address}{f'?token={token}' if token and is_generated else '?token=...' if token else ''}")
     if private_host is not None:
         err.line(
             (
-                f"if the browser does not find that: http://{shown}:{port}/ with the token as the password",
+                f"if the browser does not find that: http://{shown_host}:{port}/ with the token as the password",
                 "dim",
             )
         )
@@ -138,7 +138,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, so that whoever reads the address can connect. Raises Problem."""
+    """Return a listening socket; from here on clients can connect. Raises Problem."""
     try:
         family, kind, protocol, _, at = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
@@ -160,23 +160,29 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _hint(database: Database, target: str | None) -> Callable[..., str]:
     def command(name: str, *arguments: str) -> str:
-        words = [target if word == "FILE.py:NAME" and target is not None else word for word in arguments]
+        arguments_text = [
+            target if word == "FILE.py:NAME" and target is not None else word for word in arguments
+        ]
         if name == "resume":
-            words[0] = id_word(words[0])
-        return database.hint(name, *words)
+            arguments_text[0] = id_word(arguments_text[0])
+        return database.hint(name, *arguments_text)
 
     return command
 
 
 def _resumer(database: Database, target: str, db: str | None) -> Callable[[str], None]:
-    """Begins a process of its own for each resume: it goes on when the interface ends."""
+    """Return a function that resumes a run in a process of its own, which outlives the interface."""
 
     def resume(run_id: str) -> None:
         # The store by the environment: every process can see the options of a command.
         env = child_environment(STROMA_DB=db) if db else child_environment()
-        words = child_command("resume", "--quiet", "--", run_id, target)
+        arguments_text = child_command("resume", "--quiet", "--", run_id, target)
         process = subprocess.Popen(
-            words, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+            arguments_text,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
         )
         threading.Thread(target=process.wait, daemon=True).start()  # Or it would stay as a zombie.
 

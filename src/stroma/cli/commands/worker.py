@@ -18,18 +18,18 @@ from stroma._utils.text import clean, plural, span
 from stroma.cli.errors import Code, Problem
 from stroma.cli.exporters import Exporters, exporter_options
 from stroma.cli.loading import load_pipeline
-from stroma.cli.progress import listen, timed_line
-from stroma.cli.signals import Stop
+from stroma.cli.progress import show_warnings, timed_line
+from stroma.cli.signals import StopSignals
 from stroma.cli.stores import Database, db_option
-from stroma.cli.temporal import Cluster, worker_options
-from stroma.cli.user_errors import last_frame, said
+from stroma.cli.temporal import TemporalCluster, worker_options
+from stroma.cli.user_errors import describe_error, last_frame
 from stroma.engine.config import RunConfig
 from stroma.hooks.sets import flatten
 from stroma.runner.runner import Pipeline
 
 __all__ = ["worker"]
 
-#: Seconds between two lines that say how a worker is.
+#: Seconds between two status lines.
 _HEALTH_SECONDS: Final = 60.0
 
 
@@ -41,7 +41,7 @@ _HEALTH_SECONDS: Final = 60.0
     default=100,
     show_default=True,
     metavar="N",
-    help="Attempts at the same time.",
+    help="Maximum number of concurrent attempts.",
 )
 @click.option(
     "--drain",
@@ -49,57 +49,57 @@ _HEALTH_SECONDS: Final = 60.0
     default=30.0,
     show_default=True,
     metavar="SECONDS",
-    help="What attempts in flight have left after a SIGTERM or Ctrl-C.",
+    help="Seconds for attempts in flight after SIGTERM or Ctrl-C.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing on stderr unless something goes wrong.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr.")
 @exporter_options
 @db_option
 @worker_options
 def worker(
     targets: tuple[str, ...], max_concurrent: int, drain: float, quiet: bool, db: str | None, **options: Any
 ) -> int:
-    """Run nodes for runs on a Temporal cluster, until SIGTERM.
+    """Serve runs of a Temporal task queue until SIGTERM.
 
     Each NAME is a Pipeline, or a function without arguments that returns one. With --db, every run is written to that
-    store when it has ended or waits, for `stroma runs`, `show` and `ui`. A line on stderr says when the worker is ready,
-    and one each minute how it is.
+    store when it ends or is suspended, for `stroma runs`, `show` and `ui`. Status lines go to stderr: one when the worker is
+    ready, then one per minute.
 
-    SIGTERM and Ctrl-C drain: nothing new is begun, attempts in flight have --drain seconds, the exit code is 0. What is
-    still in flight then is begun again by another worker.
+    SIGTERM and Ctrl-C drain: no new attempt starts, attempts in flight have --drain seconds, the exit code is 0. Attempts
+    still in flight then are repeated by another worker.
     """  # fmt: skip
-    exporters = Exporters.take(options)
-    cluster = Cluster.take(options)
+    exporters = Exporters.from_options(options)
+    cluster = TemporalCluster.from_options(options)
     assert cluster is not None
-    database = Database.choose(db) if db else None
-    if database is not None and not database.keeps:
-        raise Problem(f"{database.name} keeps nothing", "name a store that lasts: --db URL", code=Code.USAGE)
+    database = Database.from_option(db) if db else None
+    if database is not None and not database.is_durable:
+        raise Problem(f"{database.name} is not durable", "name a durable store: --db URL", code=Code.USAGE)
     pipelines = [load_pipeline(target) for target in targets]
     names = [pipeline.name for pipeline in pipelines]
     for name in {name for name in names if names.count(name) > 1}:
         raise Problem(
-            f"{names.count(name)} of these pipelines are called {clean(name, 100)!r}; runs could not tell them apart",
-            "give each a name of its own: Pipeline(name, nodes)",
+            f"{names.count(name)} of these pipelines have the name {clean(name, 100)!r}",
+            "use distinct names: Pipeline(name, nodes)",
             code=Code.USAGE,
         )
-    listen(quiet=quiet)
+    show_warnings(quiet=quiet)
     own = [
         one for pipeline in pipelines if pipeline.config is not None for one in flatten(pipeline.config.hooks)
     ]
     hooks = exporters.hooks(own, quiet=quiet)
     if hooks:
-        pipelines = [_observed(pipeline, hooks) for pipeline in pipelines]
+        pipelines = [_with_hooks(pipeline, hooks) for pipeline in pipelines]
     serving = _Serving(cluster, pipelines, database, max_concurrent, drain, quiet)
     try:
-        # What nodes print is talk.
+        # Output of nodes goes to stderr.
         with contextlib.redirect_stdout(sys.stderr):
             return cluster.run(serving.serve())
     finally:
         exporters.close()
 
 
-def _observed(pipeline: Pipeline, hooks: Sequence[Any]) -> Pipeline:
+def _with_hooks(pipeline: Pipeline, hooks: Sequence[Any]) -> Pipeline:
     config = pipeline.config or RunConfig()
-    config = config.model_copy(update={"hooks": Exporters.joined(hooks, flatten(config.hooks))})
+    config = config.model_copy(update={"hooks": Exporters.merge(hooks, flatten(config.hooks))})
     return Pipeline(pipeline.name, pipeline.nodes, config=config)
 
 
@@ -108,7 +108,7 @@ class _Serving:
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: TemporalCluster,
         pipelines: list[Pipeline],
         database: Database | None,
         max_concurrent: int,
@@ -127,10 +127,10 @@ class _Serving:
         client = await self._cluster.connect()
         from stroma.drivers.temporal.plugin import stroma_worker
 
-        # So that a namespace or a key that is wrong is told now, and not tried for ever.
+        # Fails at once for a wrong namespace or key, which the worker would retry for ever.
         await self._cluster.has_workers(client)
         self._count = _counter()
-        made = stroma_worker(
+        worker_ = stroma_worker(
             client, self._cluster.task_queue, self._pipelines, payloads=self._cluster.payloads,
             store=None if self._database is None else self._database.store,
             max_concurrent=self._max_concurrent,
@@ -138,29 +138,31 @@ class _Serving:
             graceful_shutdown_timeout=timedelta(seconds=self._drain),
             interceptors=[self._count],
         )  # fmt: skip
-        running = asyncio.ensure_future(made.run())
-        asked = asyncio.Event()
-        says = {
-            name: f"draining: attempts in flight have {span(self._drain)}; what is left is begun again by another "
-            "worker. Again to stop at once"
+        running = asyncio.ensure_future(worker_.run())
+        shutdown_requested = asyncio.Event()
+        messages = {
+            name: f"draining: attempts in flight have {span(self._drain)}; others are repeated by another "
+            "worker. Repeat the signal to stop at once"
             for name in ("SIGINT", "SIGTERM")
         }
-        waiting = asyncio.ensure_future(asked.wait())
-        after = "what was in flight is begun again by another worker"
-        stop = Stop(waiting, asked.set, patience=span(self._drain), after=after, says=says)
-        begun = time.monotonic()
-        self._say("ready", self._ready())
-        health = asyncio.ensure_future(self._tell_health(begun))
+        waiting = asyncio.ensure_future(shutdown_requested.wait())
+        after = "attempts in flight are repeated by another worker"
+        stop = StopSignals(
+            waiting, shutdown_requested.set, patience=span(self._drain), after=after, messages=messages
+        )
+        started = time.monotonic()
+        self._print("ready", self._ready())
+        health = asyncio.ensure_future(self._report_health(started))
         try:
             await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
-                await made.shutdown()
+                await worker_.shutdown()
             await running
         except Exception as error:
             raise Problem(
-                f"the worker of {self._cluster.name} ended: {said(error)}",
+                f"the worker of {self._cluster.name} ended: {describe_error(error)}",
                 *last_frame(error),
-                "mend that, then start it again; its runs wait for it",
+                "fix that, then restart it; its runs are waiting",
                 code=Code.ENVIRONMENT,
             ) from error
         finally:
@@ -168,7 +170,9 @@ class _Serving:
             waiting.cancel()
             if self._database is not None:
                 await self._database.close()
-        self._say("drained", f"after {stop.signal}; {self._count.told()} in {span(time.monotonic() - begun)}")
+        self._print(
+            "drained", f"after {stop.signal}; {self._count.describe()} in {span(time.monotonic() - started)}"
+        )
         return Code.OK
 
     def _ready(self) -> str:
@@ -176,38 +180,38 @@ class _Serving:
         store = "" if self._database is None else f", written to {self._database.name}"
         return f"{nodes} on {self._cluster.name}, {plural(self._max_concurrent, 'attempt')} at once{store}"
 
-    async def _tell_health(self, begun: float) -> None:
+    async def _report_health(self, started: float) -> None:
         while True:
             await asyncio.sleep(_HEALTH_SECONDS)
-            self._say("well", f"{self._count.told()} in {span(time.monotonic() - begun)}")
+            self._print("well", f"{self._count.describe()} in {span(time.monotonic() - started)}")
 
-    def _say(self, what: str, more: str) -> None:
+    def _print(self, what: str, more: str) -> None:
         if not self._quiet:
             timed_line("worker ", (what, "green"), f": {more}")
 
 
 def _counter() -> Any:
-    """Counts what a worker does. (Its base class is imported with the driver.)"""
+    """Return an interceptor that counts attempts; its base class is imported with the driver."""
     from temporalio.worker import ActivityInboundInterceptor, ExecuteActivityInput, Interceptor
 
     class Counting(ActivityInboundInterceptor):
         async def execute_activity(self, input: ExecuteActivityInput) -> Any:
-            count.at_work += 1
+            count.in_flight += 1
             try:
                 return await super().execute_activity(input)
             finally:
-                count.at_work -= 1
+                count.in_flight -= 1
                 count.done += 1
 
     class Counter(Interceptor):
-        done = at_work = 0
+        done = in_flight = 0
 
         def intercept_activity(self, next: ActivityInboundInterceptor) -> ActivityInboundInterceptor:
             return Counting(next)
 
-        def told(self) -> str:
-            left = f", {self.at_work} at work" if self.at_work else ""
-            return f"{plural(self.done, 'task')} done{left}"
+        def describe(self) -> str:
+            in_flight = f", {self.in_flight} in flight" if self.in_flight else ""
+            return f"{plural(self.done, 'task')} done{in_flight}"
 
     count = Counter()
     return count

@@ -1,4 +1,4 @@
-"""What can never work in a pipeline, or may not, said before anything runs."""
+"""The static checker: pipelines that cannot work, or may not, reported before anything runs."""
 
 from stroma.contracts.checks.check import check_nodes
 from stroma.contracts.checks.finding import CheckFailed, Finding

@@ -1,4 +1,4 @@
-"""What cannot work, before anything runs: whether each node's output can satisfy the next node's input."""
+"""Check before a run that each node's output can satisfy the next node's input."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Known = dict[tuple[type[BaseModel], type[BaseModel], bool], Fit]
 def check_nodes(
     nodes: Sequence[Node | Group], registry: ContractRegistry, initial: type[BaseModel] | None = None
 ) -> list[Finding]:
-    """Every finding, in the order of the nodes. A node without contract takes and gives anything: nothing is claimed.
+    """Return every finding, in the order of the nodes. Nothing is claimed of a node without a contract.
 
     ``initial``: the class of what the run begins with; without it, that is not looked at. Raises TypeError for what is
     no such class.
@@ -96,7 +96,7 @@ def _fit(state: State, wanted: type[BaseModel], known: Known) -> Fit:
 
 
 def _is_guess(reason: Reason) -> bool:
-    """What is only said since a node without a contract may give anything."""
+    """Return True if a finding holds only because a node without a contract may return anything."""
     return reason.verdict is Verdict.MAYBE and reason.kind in ("unknown", "missing", "extra")
 
 
@@ -129,7 +129,7 @@ def _shown(path: tuple[str, ...], state: State) -> str:
 def _told(
     crossing: Crossing, wanted: type[BaseModel], reason: Reason, by: Giver, path: str
 ) -> tuple[str, str]:
-    """What is wrong, and the mend."""
+    """Return the message of a mismatch and its fix."""
     source, target = repr(by.node_id), repr(crossing.to.node_id)
     what = path or "its output"
     pair = f"{source} gives {what} as {reason.source}, {target} takes {reason.target}: {reason.what}"
@@ -177,7 +177,7 @@ def _missing(
 
 
 def _undecided(crossing: Crossing, reasons: list[Reason]) -> Iterator[Finding]:
-    """One finding for all that cannot be told: it names what to look at, and drowns nothing."""
+    """Yield one finding for all that cannot be decided: it names what to review, and hides no other finding."""
     if not reasons:
         return
     state, to = crossing.state, crossing.to
@@ -196,7 +196,7 @@ def _undecided(crossing: Crossing, reasons: list[Reason]) -> Iterator[Finding]:
 
 
 def _of_list(crossing: Crossing, node: Group, model: type[BaseModel]) -> Iterator[Finding]:
-    """Whether the field that ``map_over`` goes over is a list."""
+    """Yield the finding for a field of ``map_over`` that is no list."""
     state, to = crossing.state, crossing.to
     by = state.origins.get(node.over, state.giver)
     record = record_of_class(model)

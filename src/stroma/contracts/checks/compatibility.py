@@ -1,4 +1,4 @@
-"""Whether every value that one class holds crosses the boundary to another one, as :meth:`Schema.cross` has it.
+"""Decide if every value of one class crosses the boundary to another, as :meth:`Schema.convert` does.
 
 Both sides are pydantic's core schemas. What is read off them is which values the source can hold *after* validation, and
 which the target's validator takes. Nothing of the user's is called. A reason is told for each place that may refuse;
@@ -50,8 +50,8 @@ __all__ = ["Fitter", "fit_classes"]
 
 
 def fit_classes(source: type[BaseModel], target: type[BaseModel], *, apart: bool = False) -> Fit:
-    """Whether each model of the one class crosses to the other. ``apart``: models inside come as dicts."""
-    noted = source is target and not apart and schema_of(source)._given is not None
+    """Return the verdict on models of one class as input of another. ``apart``: models inside arrive as dicts."""
+    noted = source is target and not apart and schema_of(source).traits.tracks_instances
     if noted and not loses_fields(Side.of_model(source)):
         return FITS  # The engine notes what such a class has validated, which crosses to itself unchanged.
     return Fitter(source, target, apart=apart).fit()
@@ -84,8 +84,8 @@ class Fitter(Taking):
         self.source = Side(UNKNOWN, EMPTY, {}) if source is None else Side.of(source)
         #: Classes that cross as instances, in the field that is looked at.
         self._accepted: frozenset[type] = frozenset()
-        given = frozenset[str]() if source is None else schema_of(source)._decoding
-        wanted = self.target_schema._decoding
+        given = frozenset[str]() if source is None else schema_of(source).traits.decoded_fields
+        wanted = self.target_schema.traits.decoded_fields
         #: Text that the source has decoded is not decoded again.
         self._decoded = bool(wanted) and wanted <= given
         self._open: set[tuple[int, int]] = set()
@@ -94,27 +94,29 @@ class Fitter(Taking):
         self._told = 0
 
     def fit(self) -> Fit:
-        """The verdict on the two classes."""
+        """Return the verdict on the two classes."""
         assert self.source_class is not None
         own = getattr(BaseModel.model_validate, "__func__", None)
         if getattr(self.target_class.model_validate, "__func__", None) is not own:
             return undecided(
                 (), self.source, self.target, f"{self.target_class.__name__}.model_validate decides"
             )
-        if not schema_of(self.source_class)._computed:  # Inside of itself it has nothing to add then.
+        if not schema_of(
+            self.source_class
+        ).traits.computed_fields:  # Inside of itself it has nothing to add then.
             own, its = Side.of_model(self.source_class), Side.of_model(self.target_class)
             self._open.add((id(own.node), id(its.node)))
         # What wraps the class are validators that have had their say.
-        if schema_of(self.source_class).root:
+        if schema_of(self.source_class).is_root:
             self._accepted = self._accepts("root")
             return self.match(Side.of_root(self.source_class), self.target, ())
         return self._whole(record_of(Side.of_model(self.source_class)))
 
     def _accepts(self, name: str) -> frozenset[type]:
-        return frozenset() if self.apart else self.target_schema._accepts.get(name, frozenset())
+        return frozenset() if self.apart else self.target_schema.traits.field_classes.get(name, frozenset())
 
     def fit_item(self, item: Side, *, bare: bool = False) -> Fit:
-        """The verdict on the items of a list, each of which ``map_over`` hands to the target as its input.
+        """Return the verdict on the items of a list, each of which ``map_over`` passes to the target as its input.
 
         ``bare``: through a group, whose nodes are given an item that is no record as it is.
         """
@@ -128,7 +130,7 @@ class Fitter(Taking):
             return self.match(item, self.target, ())
         if is_record(item) or item.kind == "dict":
             return self._whole(replace(record_of(item), computed={}))
-        if self.target_schema.root:
+        if self.target_schema.is_root:
             return self.match(item, self.target, ())
         required = [n for n, info in self.target_class.model_fields.items() if info.is_required()]
         if len(required) == 1 and not bare:
@@ -143,8 +145,8 @@ class Fitter(Taking):
         return verdict_on(Mismatch(Verdict.NEVER, "items", what), item, self.target, ())
 
     def _whole(self, record: Record) -> Fit:
-        """A record that was taken apart, as the input of the target itself."""
-        wanted = set(self.target_schema.names)
+        """Return the verdict on the fields of a record as the input of the target itself."""
+        wanted = set(self.target_schema.field_names)
         more = {k: v for k, v in record.computed.items() if k in wanted and k not in record.fields}
         return self._through(replace(record, fields={**record.fields, **more}), self.target)
 
@@ -171,7 +173,7 @@ class Fitter(Taking):
     # ------------------------------------------------------------------ any two types
 
     def match(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
-        """Whether all values of one type satisfy another."""
+        """Return the verdict on the values of one type as values of another."""
         source, target = source.resolved(), target.resolved()
         key = id(source.node), id(target.node)
         if key in self._open:  # A type inside itself: it fits if all the rest of it does.
@@ -196,7 +198,7 @@ class Fitter(Taking):
         return fit
 
     def _again(self, known: _Known, path: tuple[str, ...]) -> Fit:
-        """What was found of two types before, told of another place: once that was done often enough, the first of it."""
+        """Return an earlier verdict on two types for another place; after enough places, only its first mismatch."""
         reasons = known.fit.reasons
         self._told += len(reasons)
         if self._told > _OFTEN:

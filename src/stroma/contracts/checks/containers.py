@@ -58,7 +58,7 @@ class Inside(ABC):
 
     @abstractmethod
     def match(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
-        """Whether all values of one type satisfy another."""
+        """Return the verdict on the values of one type as values of another."""
 
     @abstractmethod
     def _accepts(self, name: str) -> frozenset[type]: ...
@@ -99,7 +99,7 @@ class Inside(ABC):
 
     @contextmanager
     def _whole_if(self, condition: bool) -> Iterator[None]:
-        """What is in a set, or is a key, cannot be a dict of its fields: a record crosses as it is."""
+        """Match records as instances if ``condition``: in a set or a key, a dict of their fields is not hashable."""
         was = self._as_is
         self._as_is = was or condition
         try:
@@ -141,7 +141,7 @@ class Inside(ABC):
     # ------------------------------------------------------------------ records: what has fields
 
     def _kept(self, source: Side) -> bool:
-        """Whether an instance crosses as the instance that it is."""
+        """Return True if an instance crosses as the instance that it is."""
         cls: Any = source.node.get("cls")
         return source.kind in ("model", "dataclass") and (
             self._as_is or not self._accepted.isdisjoint(cls.__mro__)
@@ -175,7 +175,7 @@ class Inside(ABC):
         return undecided(path, source, target, "it cannot be told before it runs")
 
     def _copied(self, source: Side, path: tuple[str, ...]) -> Fit:
-        """An instance is copied on its way, by its fields if some are excluded."""
+        """Return the verdict on an instance that is copied on its way, by its fields if some are excluded."""
         if self._as_is or not is_record(source) or not loses_fields(source):
             return FITS
         was, self._accepted = self._accepted, self._accepted | classes_of(source)
@@ -185,7 +185,7 @@ class Inside(ABC):
             self._accepted = was
 
     def _record_to(self, record: Record, target: Side, path: tuple[str, ...]) -> Fit:
-        """A record that was taken apart: a dict of its fields."""
+        """Return the verdict on a record that arrives as a dict of its fields."""
         target = target.resolved()
         kind = target.kind
         if kind == "any":
@@ -261,7 +261,7 @@ class Inside(ABC):
         fits: list[Fit] = []
         used: set[str] = set()
         for field in wanted.fields:
-            found = look_up(field, record, by_name=self.target_schema._by_name)
+            found = look_up(field, record, by_name=self.target_schema.traits.has_validation_aliases)
             at = (*path, field.name)
             shown = str(field.side)
             if found is None:
@@ -318,7 +318,7 @@ class Inside(ABC):
 
 
 def _if_there(fit: Fit, name: str, record: Record, required: bool = False) -> Fit:
-    """The verdict on a field that need not be there, unless it is required then."""
+    """Return the verdict on an optional field, which matters only if the target requires it."""
     return fit if name not in record.optional or required else at_most_maybe(fit)
 
 

@@ -1,4 +1,4 @@
-"""What is said of a pipeline that cannot work, or may not."""
+"""Findings: reports on a pipeline that cannot work, or may not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is handed to whom in a pipeline, by the contracts alone: nothing runs."""
+"""The flow of values through a pipeline, derived from the contracts alone: nothing runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Giver:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What stands between two nodes.
+    """The value between two nodes, as far as the contracts describe it.
 
     Attributes:
         model: its class; None if nothing is known of it, or if it is an ``item`` alone.
@@ -116,7 +116,7 @@ Step = Crossing | Collision | Unreadable
 def flow_of(
     nodes: Sequence[Node | Group], registry: ContractRegistry, initial: type[BaseModel] | None = None
 ) -> Iterator[Step]:
-    """Every crossing and collision, in the order of the nodes; a group before its children."""
+    """Yield every crossing and collision, in the order of the nodes; a group before its children."""
     start = Giver("input", "input")
     if initial is not None and (error := _unreadable(initial)):
         yield Unreadable(start, start, initial, error)
@@ -130,8 +130,8 @@ def flow_of(
 
 
 def record_of_class(model: type[BaseModel]) -> Record:
-    """What of a model crosses into a group, by name; of a root model the keys of its dict, or all of it as "root"."""
-    if not schema_of(model).root:
+    """Return the fields of a model that enter a group, by name: of a root model the keys of its dict, or "root"."""
+    if not schema_of(model).is_root:
         return record_of(Side.of_model(model))
     root = Side.of_root(model).resolved()
     if never_a_dict(root.node):
@@ -228,7 +228,7 @@ class _Walk:
 
 
 def holds_no_fields(side: Side) -> bool:
-    """Whether no value of it can have fields, or keys."""
+    """Return True if no value of a type can have fields or keys."""
     side = side.resolved()
     while side.kind in ("default", "nullable"):
         side = side.to(side.node["schema"]).resolved()
@@ -236,7 +236,7 @@ def holds_no_fields(side: Side) -> bool:
 
 
 def items_of(side: Side) -> Side | None:
-    """The type of the items of a field that ``map_over`` can go over; None for what is no list, and for several."""
+    """Return the item type of a field that ``map_over`` can iterate over; None for no list or several types."""
     side = side.resolved()
     while side.kind in ("default", "nullable"):
         side = side.to(side.node["schema"]).resolved()

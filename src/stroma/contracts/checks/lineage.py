@@ -1,4 +1,4 @@
-"""What flows where in a pipeline: which field of which node feeds which, as plain data, Mermaid or SVG."""
+"""The lineage of a pipeline: which field of which node feeds which, as plain data, Mermaid or SVG."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ class Lineage:
         }
 
     def svg(self) -> str:
-        """A picture that stands by itself."""
+        """Return the lineage as a self-contained SVG image."""
         return render.svg(self.boxes, self.links, title=self.name)
 
     def mermaid(self) -> str:
-        """A flow chart in Mermaid's language."""
+        """Return the lineage as a Mermaid flow chart."""
         lines = ["flowchart LR"]
         inside: dict[str, list[Box]] = {}
         for box in self.boxes:
@@ -125,7 +125,7 @@ def _mermaid(text: str) -> str:
 
 
 def lineage_of(name: str, nodes: Sequence[Node | Group], registry: ContractRegistry) -> Lineage:
-    """What flows where, by the contracts alone. A node without one is a box without lines."""
+    """Return the lineage of a pipeline by its contracts alone. A node without one is a box without lines."""
     findings = check_nodes(nodes, registry)
     tones = _tones(findings)
     maker = _Maker(tones)
@@ -138,7 +138,7 @@ def lineage_of(name: str, nodes: Sequence[Node | Group], registry: ContractRegis
 
 
 def _tones(findings: Sequence[Finding]) -> dict[tuple[str, str], Tone]:
-    """How the fields fare that a node takes, by its place and the field's name."""
+    """Return the verdicts on the fields that nodes take, by place and field name."""
     tones: dict[tuple[str, str], Tone] = {}
     for finding in findings:
         if finding.kind == "collision":
@@ -197,7 +197,7 @@ class _Maker:
         if wanted is None:
             name = "root"
             source = state.list_at or (
-                "root" if state.model is not None and schema_of(state.model).root else ""
+                "root" if state.model is not None and schema_of(state.model).is_root else ""
             )
             self.links.append(Link(state.giver.at, source, at, name, self._tone(at, "")))
             if state.giver.at == "input" and state.model is None and not state.list_at:
@@ -215,7 +215,7 @@ class _Maker:
             elif record is None:
                 pass
             else:
-                found = look_up(field, record, by_name=schema_of(taken)._by_name)
+                found = look_up(field, record, by_name=schema_of(taken).traits.has_validation_aliases)
                 if found is not None:
                     by = state.origins.get(found.name, state.giver)
                     source = state.list_at or found.name
@@ -228,7 +228,7 @@ class _Maker:
         return tuple(lines)
 
     def _record(self, crossing: Crossing) -> Record | None:
-        """What the node is given, by name; None if that is not known."""
+        """Return the input of a node by field name; None if it is not known."""
         state = crossing.state
         if state.item is not None:
             item = state.item.resolved()
@@ -240,20 +240,20 @@ class _Maker:
             if item.kind not in ("any", "dict") and len(required) == 1 and not state.bare:
                 return Record(str(item), {required[0]: item})
             return None
-        if state.model is None or schema_of(state.model).root:
+        if state.model is None or schema_of(state.model).is_root:
             return None
         record = record_of_class(state.model)
         return replace(record, fields={**record.computed, **record.fields})
 
 
 def _wanted(model: type[BaseModel]) -> Wanted | None:
-    """The fields that a class takes; None for a root model."""
-    if schema_of(model).root:
+    """Return the fields that a class takes; None for a root model."""
+    if schema_of(model).is_root:
         return None
     return wanted_of(Side.of_model(model))
 
 
 def _fields(model: type[BaseModel]) -> dict[str, Side]:
-    if not schema_of(model).root:
+    if not schema_of(model).is_root:
         return dict(record_of_class(model).fields)
     return {"root": Side.of_root(model)}

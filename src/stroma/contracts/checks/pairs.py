@@ -66,7 +66,7 @@ class Side:
 
     @classmethod
     def of_model(cls, model: type[BaseModel]) -> Side:
-        """The class itself, past the validators around it."""
+        """Return the side of the class itself, without the validators around it."""
         side = cls.of(model).resolved()
         while side.kind != "model":
             side = side.to(side.node.get("schema", UNKNOWN)).resolved()
@@ -74,7 +74,7 @@ class Side:
 
     @classmethod
     def of_root(cls, model: type[BaseModel]) -> Side:
-        """What a root model holds."""
+        """Return the side of the value of a root model."""
         side = cls.of_model(model)
         return cls(side.node["schema"], side.node.get("config") or EMPTY, side.defs)
 
@@ -107,7 +107,7 @@ class Side:
 
 
 def verdict_on(found: Mismatch | None, source: Side | str, target: Side | str, path: tuple[str, ...]) -> Fit:
-    """What a mismatch of two types comes to."""
+    """Return the fit for a mismatch of two types."""
     if found is None:
         return FITS
     reason = Reason(found.verdict, found.kind, path, str(source), str(target), found.what)
@@ -143,13 +143,13 @@ def part_of(side: Side, key: str) -> Side:
 
 
 def parts_of(side: Side) -> list[Side]:
-    """The types of the items: one for each place of a tuple, else one for all."""
+    """Return the types of the items: one for each position of a tuple, else one for all."""
     items = side.node.get("items_schema", UNKNOWN)
     return [side.to(item) for item in items] if isinstance(items, list) else [side.to(items)]
 
 
 def span_of(side: Side) -> dict[str, Any]:
-    """How many items there can be."""
+    """Return the least and the greatest number of items."""
     node = side.node
     if side.kind == "tuple" and node.get("variadic_item_index") is None:
         count = len(node["items_schema"])

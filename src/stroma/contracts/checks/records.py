@@ -1,4 +1,4 @@
-"""What has fields, on either side of a boundary: models, dataclasses, typed dicts, and dicts of anything."""
+"""Types with fields, on either side of a boundary: models, dataclasses, typed dicts, and dicts of any value."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _EMPTY: Final[dict[str, Any]] = {}
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What crosses of a record.
+    """The fields of a source record that reach the target.
 
     Attributes:
         fields: by name; what is excluded is not handed on.
@@ -61,7 +61,7 @@ class WantedField:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the target makes of the fields that come. ``code``: a function of the user's that has the last word, or ""."""
+    """The fields that a target takes. ``code``: a user function that runs after them, or ""."""
 
     name: str
     fields: tuple[WantedField, ...]
@@ -72,7 +72,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where a field's value comes from. ``deeper``: it is inside of that field."""
+    """The source of the value of a field. ``deeper``: the value is inside that field."""
 
     name: str
     side: Side
@@ -80,14 +80,14 @@ class Found:
 
 
 def is_record(side: Side) -> bool:
-    """Whether it has fields, and is no root model."""
+    """Return True for a type with fields that is no root model."""
     return side.kind in ("dataclass", "typed-dict") or (
         side.kind == "model" and not side.node.get("root_model")
     )
 
 
 def _inside(side: Side) -> tuple[Side, dict[str, Any]]:
-    """The part that lists the fields, past the validators around it, and the config that holds in there."""
+    """Return the node that lists the fields, without the validators around it, and the config that applies there."""
     config = side.node.get("config") or _EMPTY
     if side.kind == "typed-dict":
         return side, config or side.config
@@ -98,7 +98,7 @@ def _inside(side: Side) -> tuple[Side, dict[str, Any]]:
 
 
 def record_of(side: Side) -> Record:
-    """What a value of the source is when it was taken apart."""
+    """Return the fields of a value of the source as a dict of them holds it."""
     if side.kind == "dict":
         others = side.to(side.node.get("values_schema", {"type": "any"}))
         return Record(str(side), {}, is_open=True, others=others)
@@ -121,7 +121,7 @@ def record_of(side: Side) -> Record:
 
 
 def wanted_of(side: Side) -> Wanted:
-    """What a record of the target looks for in a dict."""
+    """Return the fields that a record of the target looks up in a dict."""
     inner, config = _inside(side)
     node = inner.node
     fields = []
@@ -139,19 +139,19 @@ def wanted_of(side: Side) -> Wanted:
 
 
 def _extras(inner: Side, config: dict[str, Any]) -> Side | None:
-    """The type of extra fields, if the class says one."""
+    """Return the type of extra fields, if the class declares one."""
     schema = inner.node.get("extras_schema")
     return None if schema is None else _side(inner, {"schema": schema}, config)
 
 
 def name_of(node: dict[str, Any]) -> str:
-    """What a validator function is called."""
+    """Return the name of a validator function."""
     function = node["function"].get("function")
     return str(getattr(function, "__qualname__", None) or type(function).__name__)
 
 
 def first_word(side: Side) -> str:
-    """The validator of the user's that sees what comes before it is asked for fields, and may change it; or ""."""
+    """Return the user validator that may change the input before its fields are read, or ""."""
     if side.kind not in ("model", "dataclass") or side.node.get("root_model"):
         return ""
     inner = side.to(side.node["schema"]).resolved()
@@ -163,7 +163,7 @@ def first_word(side: Side) -> str:
 
 
 def loses_fields(side: Side) -> bool:
-    """Whether a required field of a class, or of one inside of it, is excluded: no copy of it can be made then."""
+    """Return True if a required field of a class, or of one inside it, is excluded, so that no copy can be made."""
     seen: set[str] = set()
     todo = [side.node]
     while todo:
@@ -178,17 +178,17 @@ def loses_fields(side: Side) -> bool:
 
 
 def classes_of(side: Side) -> frozenset[type]:
-    """The classes that a value of it holds, its own included."""
+    """Return the classes that a value of a type holds, its own included."""
     return reachable(side.node, side.defs)[1]
 
 
 def by_name(wanted: Wanted) -> Wanted:
-    """The same where the fields come by name alone: an alias may be the name of another field."""
+    """Return the same fields looked up by name alone: an alias may be the name of another field."""
     return replace(wanted, fields=tuple(replace(field, keys=()) for field in wanted.fields))
 
 
 def _last_word(side: Side) -> str:
-    """What of the user's runs once all fields are there."""
+    """Return the user code that runs once all fields are known, or ""."""
     if not side.node.get("post_init"):
         return ""
     cls = side.node["cls"]
@@ -221,7 +221,7 @@ def _keys(alias: Any) -> tuple[tuple[Any, ...], ...]:
 
 
 def look_up(wanted: WantedField, record: Record, *, by_name: bool) -> Found | None:
-    """The field that a value is taken from, as the engine has it: by alias first, then by name."""
+    """Return the source field of a value as the engine looks it up: by alias first, then by name."""
     keys = (*wanted.keys, (wanted.name,)) if by_name or not wanted.keys else wanted.keys
     for key in keys:
         found = record.fields.get(key[0])

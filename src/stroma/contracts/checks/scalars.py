@@ -29,7 +29,7 @@ LEAVES: Final = FLAT_LEAVES | {"multi-host-url"}
 
 
 class Verdict(IntEnum):
-    """Whether values of one type satisfy another one."""
+    """The verdict on the values of one type as values of another."""
 
     ALWAYS = 0
     MAYBE = 1
@@ -100,12 +100,12 @@ _SHOWN: Final = (
 
 
 def worst(verdicts: Iterator[Verdict]) -> Verdict:
-    """The verdict on a whole all of whose parts must fit."""
+    """Return the verdict on a whole all of whose parts must fit."""
     return max(verdicts, default=Verdict.ALWAYS)
 
 
 def choices_of(node: Node) -> list[Any] | None:
-    """All values of a type that has but a few."""
+    """Return all values of a type that has only a few."""
     kind = node["type"]
     if kind == "none":
         return [None]
@@ -119,24 +119,24 @@ def choices_of(node: Node) -> list[Any] | None:
 
 
 def is_flag(node: Node) -> bool:
-    """Whether it is an enum that holds more values than its members."""
+    """Return True for an enum that holds more values than its members."""
     return node["type"] == "enum" and issubclass(node["cls"], enum.Flag)
 
 
 def converts_itself(node: Node) -> bool:
-    """Whether it is an enum that makes members of other values by code of the user's."""
+    """Return True for an enum whose own code converts other values to members."""
     missing = getattr(node["cls"], "_missing_", None) if node["type"] == "enum" else None
     return missing is not None and getattr(missing, "__module__", "enum") != "enum"
 
 
 def holds_other(node: Node) -> bool:
-    """Whether it is an enum of which some member's value is neither text nor a number."""
+    """Return True for an enum with a member whose value is neither text nor a number."""
     plain = (str, bytes, int, float, complex, type(None))
     return node["type"] == "enum" and not all(isinstance(member.value, plain) for member in node["members"])
 
 
 def limits_of(node: Node, config: dict[str, Any]) -> dict[str, Any]:
-    """The constraints of a plain type, those of the class around it included."""
+    """Return the constraints of a plain type, those of the class around it included."""
     found = {name: node[name] for name in _SHOWN if node.get(name) is not None}
     if node["type"] == "str":
         for name, general in _STRING.items():
@@ -151,7 +151,7 @@ def limits_of(node: Node, config: dict[str, Any]) -> dict[str, Any]:
 def fit_leaf(
     source: Node, source_config: dict[str, Any], target: Node, target_config: dict[str, Any]
 ) -> Mismatch | None:
-    """What stands between the values of one plain type and another one; None if nothing does.
+    """Return the mismatch between the values of one plain type and another; None if all fit.
 
     The source has more values than can be tried; see ``choices_of``.
     """
@@ -267,7 +267,7 @@ def _shown(target: Node, names: tuple[str, ...]) -> str:
 
 
 def in_words(value: Any, said: Callable[[Any], str] = repr) -> str:
-    """A value of the user's, cut short; the name of its class if it cannot be told."""
+    """Return the repr of a user's value, cut short, or the name of its class if the repr raises."""
     try:
         text = said(value)
     except Exception:  # A class of the user's.
@@ -276,7 +276,7 @@ def in_words(value: Any, said: Callable[[Any], str] = repr) -> str:
 
 
 def _end(node: Node, closed: str, open_: str, step: int) -> tuple[Any, bool] | None:
-    """A limit, and whether it is one of the values itself."""
+    """Return a limit, and True if the limit itself is a valid value."""
     ends = [(node[closed], True)] if node.get(closed) is not None else []
     if node.get(open_) is not None:
         whole = node["type"] == "int" and isinstance(node[open_], int)
@@ -293,7 +293,7 @@ def _within(bound: tuple[Any, bool], wanted: tuple[Any, bool], upper: bool) -> b
 
 
 def _outside(end: tuple[Any, bool], wanted: tuple[Any, bool], upper: bool) -> bool:
-    """Whether all of the source lies beyond a limit of the target; ``end`` is the source's nearest one."""
+    """Return True if the whole source lies beyond a limit of the target. ``end``: the nearest limit of the source."""
     if end[0] == wanted[0]:
         return not (end[1] and wanted[1])
     return bool(end[0] > wanted[0] if upper else end[0] < wanted[0])
@@ -359,7 +359,7 @@ def _lengths(source: dict[str, Any], target: dict[str, Any]) -> Mismatch | None:
 def length_mismatch(
     source: dict[str, Any], target: dict[str, Any], *, shrinks: bool = False, grows: bool = False
 ) -> Mismatch | None:
-    """What stands between the lengths of two; ``shrinks`` and ``grows``: what the target may do to them first."""
+    """Return the mismatch of two lengths. ``shrinks``, ``grows``: how the target may change the length first."""
     least, most = source.get("min_length") or 0, source.get("max_length")
     wanted, limit = target.get("min_length") or 0, target.get("max_length")
     if most is not None and most < wanted and not grows:

@@ -1,4 +1,4 @@
-"""What a type of the source can hold, once it was validated."""
+"""The values that a type of the source can hold after validation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pydantic_core import PydanticUndefined, SchemaValidator, ValidationError
 from stroma.contracts.checks.pairs import EMPTY, LISTS, UNKNOWN, Side
 from stroma.contracts.checks.records import record_of
 from stroma.contracts.checks.scalars import LEAVES, choices_of
-from stroma.contracts.core_schema import decodes, foreign, makes_instances, nodes_of
+from stroma.contracts.core_schema import builds_instances, calls_user_code, decodes_text, nodes_of
 
 __all__ = ["alike", "alternatives_of", "chosen", "is_harmless", "tags_of"]
 
 
 def alternatives_of(source: Side, kept: Callable[[Side], bool]) -> list[Side] | None:
-    """The types that a value is one of; one alone if the source only wraps it; None if it wraps nothing.
+    """Return the types that a value may have: one if the source only wraps it; None if it wraps nothing.
 
     ``kept``: whether an instance crosses as the instance that it is.
     """
@@ -69,20 +69,22 @@ _LOOKED_INTO: Final = frozenset({"model", "dataclass", "definition-ref", "defaul
 
 
 def alike(source: Side, target: Side) -> bool:
-    """Whether both are the very same type: what was validated by it once is taken by it."""
+    """Return True for two equal types: a type accepts what it has validated."""
     if source.kind != target.kind or source.kind == "any":
         return False
-    if any(map(makes_instances, nodes_of(source.node))):
+    if any(map(builds_instances, nodes_of(source.node))):
         return False
     if source.node is target.node:
-        same = not any(foreign(n) or decodes(n) or n["type"] in _LOOKED_INTO for n in nodes_of(source.node))
+        same = not any(
+            calls_user_code(n) or decodes_text(n) or n["type"] in _LOOKED_INTO for n in nodes_of(source.node)
+        )
     else:
         same = source.kind not in LEAVES and _same(source.node, target.node)
     return same and {**source.config, "title": 0} == {**target.config, "title": 0}
 
 
 def tags_of(source: Side, discriminator: Any) -> list[Any] | None:
-    """The values that a record's discriminator can have; None if they are not known."""
+    """Return the possible values of a record's discriminator; None if they are not known."""
     record = record_of(source)
     ways = [discriminator] if isinstance(discriminator, str) else discriminator
     if not isinstance(ways, list):
@@ -103,7 +105,7 @@ def tags_of(source: Side, discriminator: Any) -> list[Any] | None:
 
 
 def chosen(tags: list[Any], value: Any) -> Any:
-    """The tag of a union that a value stands for, as pydantic finds it; None if there is none."""
+    """Return the tag of a union that a value stands for, by the rules of pydantic; None if there is none."""
     try:
         return SchemaValidator({"type": "literal", "expected": tags}).validate_python(value)
     except ValidationError:
@@ -111,16 +113,16 @@ def chosen(tags: list[Any], value: Any) -> Any:
 
 
 def _made_by(node: dict[str, Any]) -> dict[str, Any]:
-    """What a validator function returns, as far as it says."""
+    """Return the schema of the values that a validator function returns, as far as it is declared."""
     inner: dict[str, Any] = node.get("schema", UNKNOWN)
     kind, function = node["type"], node["function"].get("function")
-    if kind == "function-before" or decodes(node) or inner["type"] in ("model", "dataclass"):
+    if kind == "function-before" or decodes_text(node) or inner["type"] in ("model", "dataclass"):
         return inner
     if isinstance(function, type):
         return {"type": "is-instance", "cls": function}
     if _takes_value(node):
         return {"type": "literal", "expected": [getattr(v, "value", v) for v in choices_of(inner) or ()]}
-    if not foreign(node):
+    if not calls_user_code(node):
         if inner["type"] == "list" and kind == "function-wrap":  # A Sequence stays what it was.
             items = [inner.get("items_schema", UNKNOWN)]
             many = {"type": "tuple", "items_schema": items, "variadic_item_index": 0}
@@ -137,27 +139,27 @@ def _made_by(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_harmless(node: dict[str, Any]) -> bool:
-    """Whether a function of pydantic's own refuses nothing that came so far."""
+    """Return True for a function of pydantic that refuses no value of the source."""
     function = node["function"].get("function")
     return "path_validator" in str(getattr(function, "__qualname__", "")) or _takes_value(node)
 
 
 def _takes_value(node: dict[str, Any]) -> bool:
-    """Whether it makes values of an enum's members: ``use_enum_values``."""
+    """Return True for a function that replaces enum members by their values: ``use_enum_values``."""
     function = node["function"].get("function") if node["type"] == "function-after" else None
     kind = node.get("schema", UNKNOWN)["type"]
     return (kind == "enum" and isinstance(function, operator.attrgetter)) or (
-        kind == "literal" and function is not None and not foreign(node)
+        kind == "literal" and function is not None and not calls_user_code(node)
     )
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two schemas are the same but for functions of pydantic's own, which it makes anew for each class."""
+    """Return True for two schemas that differ only in pydantic's own functions, which it creates for each class."""
     if isinstance(one, dict) and isinstance(other, dict):
-        if isinstance(one.get("type"), str) and (one["type"] != other.get("type") or foreign(one)):
+        if isinstance(one.get("type"), str) and (one["type"] != other.get("type") or calls_user_code(one)):
             return False
         if isinstance(one.get("type"), str) and (
-            decodes(one)
+            decodes_text(one)
             or one["type"] in _LOOKED_INTO
             or (one["type"] == "function-after" and _takes_value(one))
         ):

@@ -1,4 +1,4 @@
-"""What a type of the target takes, if it is made of others: unions, validators, JSON, and types of a few values."""
+"""Targets composed of other types: unions, validators, JSON, and types of a few values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from stroma.contracts.checks.scalars import (
     in_words,
 )
 from stroma.contracts.checks.sources import chosen, is_harmless, tags_of
-from stroma.contracts.core_schema import decodes, foreign, nodes_of
+from stroma.contracts.core_schema import calls_user_code, decodes_text, nodes_of
 
 __all__ = ["Taking"]
 
@@ -47,12 +47,15 @@ class Taking(Inside):
     _decoded: bool
 
     def _choices(self, source: Side, values: list[Any], target: Side, path: tuple[str, ...]) -> Fit:
-        """A type of a few values: each is tried."""
+        """Return the verdict on a source of a few values, each of which is tried."""
         try:
             schema: Any = {"type": "definitions", "schema": target.node, "definitions": []}
             schema["definitions"] = [n for n in target.defs.values() if n is not target.node]
             refers = any(n["type"] == "definition-ref" for n in nodes_of(target.node))
-            if any((foreign(n) and not is_harmless(n)) or converts_itself(n) for n in nodes_of(target.node)):
+            if any(
+                (calls_user_code(n) and not is_harmless(n)) or converts_itself(n)
+                for n in nodes_of(target.node)
+            ):
                 return undecided(path, source, target, "a validator decides")
             validator = SchemaValidator(
                 cast("Any", schema if refers else target.node), cast("Any", target.config)
@@ -79,7 +82,7 @@ class Taking(Inside):
     # ------------------------------------------------------------------ what the target takes
 
     def _unwrap_target(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit | None:
-        """The verdict, if the target is made of other types; None if it is one by itself."""
+        """Return the verdict for a target composed of other types; None for any other."""
         node, kind = target.node, target.kind
         if kind == "default":
             if node.get("on_error", "raise") == "default":
@@ -144,7 +147,7 @@ class Taking(Inside):
     def _past_function(self, target: Side, path: tuple[str, ...], source: Side | str, go_on: Any) -> Fit:
         node = target.node
         inner: Fit = go_on(target.to(node["schema"])) if "schema" in node else Fit(Verdict.MAYBE)
-        if decodes(node):
+        if decodes_text(node):
             if self._decoded or inner.verdict is Verdict.NEVER:
                 return inner
             what = "only text that is encoded so is taken"
@@ -157,13 +160,13 @@ class Taking(Inside):
             if isinstance(node["function"].get("function"), type) or is_harmless(node):
                 return inner
             name = name_of(node)
-            if not foreign(node):
+            if not calls_user_code(node):
                 what = f"not every {source} is a {target}"
                 own = verdict_on(Mismatch(Verdict.MAYBE, "conversion", what), source, target, path)
             else:
                 own = undecided(path, source, target, f"the validator {name} decides")
             return all_of([inner, own])
-        if node["type"] == "function-wrap" and not foreign(node) and "schema" in node:
+        if node["type"] == "function-wrap" and not calls_user_code(node) and "schema" in node:
             inside = target.to(node["schema"]).resolved()
             if inside.kind in LISTS and self._is_strict(inside):  # A Sequence: strict in its items alone.
                 return cast("Fit", go_on(inside.to({**inside.node, "strict": False})))

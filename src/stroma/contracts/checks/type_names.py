@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from stroma.contracts.checks.scalars import in_words, limits_of
-from stroma.contracts.core_schema import foreign
+from stroma.contracts.core_schema import calls_user_code
 
 __all__ = ["told"]
 
@@ -23,7 +23,7 @@ _DEEP: Final = 4  # levels of a type that are told; below them, what there is is
 
 
 def told(node: Any, config: dict[str, Any], defs: dict[str, Any], depth: int = 0) -> str:
-    """The type of a node, its constraints in parentheses: ``list[str (max_length=5)] | None``."""
+    """Return the type of a node with its constraints in parentheses: ``list[str (max_length=5)] | None``."""
     if depth > _DEEP or not isinstance(node, dict):
         return "..."
     kind = node["type"]
@@ -71,16 +71,16 @@ def told(node: Any, config: dict[str, Any], defs: dict[str, Any], depth: int = 0
         return inner("python_schema")
     if kind.startswith("function-"):
         name = _owner(node)
-        if name is not None and not foreign(node):
+        if name is not None and not calls_user_code(node):
             return name
-        return inner() + (" (with a validator)" if foreign(node) else "")
+        return inner() + (" (with a validator)" if calls_user_code(node) else "")
     if "schema" in node:  # default, definitions, model-field ...
         return inner()
     return str(_NAMES.get(kind, kind)) + _limits(node, config)
 
 
 def _owner(node: dict[str, Any]) -> str | None:
-    """The name of the class that made a schema of pydantic's own, HttpUrl say."""
+    """Return the name of the class behind a schema of pydantic's own, such as HttpUrl."""
     for function in (node.get("metadata") or {}).get("pydantic_js_functions", ()):
         owner = getattr(function, "__self__", None)
         if isinstance(owner, type):

@@ -51,8 +51,9 @@ from stroma.drivers.remote.wire import (
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
-from stroma.engine.execution import NodeExecution, new_execution
-from stroma.engine.loop import GroupStopped, Halt, attempt_once, begin_group
+from stroma.engine.execution import NodeExecution
+from stroma.engine.loop import attempt_once, begin_group
+from stroma.engine.outcome import GroupStopped, Halt
 from stroma.failures.errors import ItemFailure, Suspend
 from stroma.failures.failure import Failure, NodeContext, diagnose, message_of
 from stroma.hooks.dispatch import HookNotAsync
@@ -223,14 +224,14 @@ class _Work:
         parent: NodeExecution | None = None
         indexes = branch.split(".") if branch else []
         for depth, group_id in enumerate(request["groups"]):
-            above = new_execution(ctx, group_id, "group", position, ".".join(indexes[:depth]), [], parent)
+            above = NodeExecution(ctx, group_id, "group", position, ".".join(indexes[:depth]), [], parent)
             above.children = []
             if parent is None:
                 above.busy_ns = request.get("busy_ns", 0)
             parent = above
         rows = ctx.trace.rows if parent is None or parent.children is None else parent.children
         kind: Any = "group" if isinstance(node, Group) else request["kind"]
-        run = new_execution(ctx, node.node_id, kind, position, branch, rows, parent)
+        run = NodeExecution(ctx, node.node_id, kind, position, branch, rows, parent)
         run.attempt = request["attempt"]
         run.repairs = request.get("repairs", 0)
         run.redelivered = self.redelivered
@@ -258,7 +259,7 @@ class _Work:
         reply: Reply = {}
         initial = await self.model_of(request["value"])
         try:
-            await ctx.tell_start(initial)
+            await ctx.announce_start(initial)
             if ctx.fire.on_node_skipped is not None:
                 for skipped in request["skipped"]:
                     await self._skip(skipped)
@@ -274,11 +275,14 @@ class _Work:
         state = await self.model_of(skipped["value"])
         shown = schema_of(type(state)).state(state)
         kind: Any = "node" if spec["kind"] == "node" else "group"
-        run = new_execution(ctx, spec["id"], kind, skipped["position"], skipped["branch"], [])
+        run = NodeExecution(ctx, spec["id"], kind, skipped["position"], skipped["branch"], [])
         token = CURRENT.set(run)
         try:
             await ctx.fire.fire(
-                "on_node_skipped", calls, spec["id"], lambda: (ctx.run_id, spec["id"], ctx.shown(shown))
+                "on_node_skipped",
+                calls,
+                spec["id"],
+                lambda: (ctx.run_id, spec["id"], ctx.redactor.redact_state(shown)),
             )
         finally:
             run.close()
@@ -443,7 +447,7 @@ class _Work:
         result = await result_of(report, self.known, self.owner.payloads)
         reply: Reply = {}
         try:
-            await ctx.tell_end(result)
+            await ctx.call_end_hooks(result)
         except HookNotAsync as error:
             reply["broken"] = ["HookNotAsync", str(error)]
         return self._noted(reply)

@@ -229,8 +229,8 @@ class Known:
         data = text.encode()
         cls = self.class_of(name)
         if cls is not None:
-            return schema_of(cls).trust(schema_of(cls).decode(data))
-        return as_state(schema_of(Kept).raw_of(data))
+            return schema_of(cls).mark_exclusive(schema_of(cls).decode(data))
+        return as_state(schema_of(Kept).decode_raw(data))
 
 
 def _all(nodes: Iterable[Node | Group]) -> Iterable[Node | Group]:

@@ -96,12 +96,12 @@ class Reader:
         text = await fetch(self.payloads, value)
         cls = value["cls"]
         if cls[0] == "raw":
-            raw = schema_of(Kept).raw_of(text.encode())
+            raw = schema_of(Kept).decode_raw(text.encode())
             return raw if isinstance(raw, dict) else {"root": raw}
         try:
             model = self._known.decode(text, taken or cls)
         except ValueError:  # Its class has changed since.
-            raw = schema_of(Kept).raw_of(text.encode())
+            raw = schema_of(Kept).decode_raw(text.encode())
             return raw if isinstance(raw, dict) else {"root": raw}
         return schema_of(type(model)).state(model)
 

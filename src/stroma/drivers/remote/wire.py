@@ -9,7 +9,7 @@ from stroma.contracts.contract import ContractViolation
 from stroma.cost.budget import BudgetExceeded
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RemoteFailure
-from stroma.failures.failure import Failure, is_a
+from stroma.failures.failure import Failure, isinstance_by_type
 from stroma.trace.plain import jsonable
 
 __all__ = [
@@ -333,12 +333,12 @@ def said_of(failure: Failure) -> Failed:
     """A failure as plain data."""
     exc = failure.exception
     data: list[Any] | None = None
-    if is_a(exc, ContractViolation):
+    if isinstance_by_type(exc, ContractViolation):
         try:
             data = _violated(exc)
         except Exception:  # A node made it, and left out what belongs to it.
             data = None
-    elif is_a(exc, BudgetExceeded):
+    elif isinstance_by_type(exc, BudgetExceeded):
         data = [exc.dimension, exc.limit, exc.actual, exc.node_id]
     kind = type(exc)
     return {
@@ -348,8 +348,8 @@ def said_of(failure: Failure) -> Failed:
         "retry_after": failure.retry_after_seconds,
         "node_id": failure.node_id,
         "attempt": failure.attempt,
-        "type": exc.type_name if is_a(exc, RemoteFailure) else kind.__name__,
-        "full_name": exc.full_name if is_a(exc, RemoteFailure) else _full_name(kind),
+        "type": exc.type_name if isinstance_by_type(exc, RemoteFailure) else kind.__name__,
+        "full_name": exc.full_name if isinstance_by_type(exc, RemoteFailure) else _full_name(kind),
         "data": data,
     }
 

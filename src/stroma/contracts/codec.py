@@ -1,0 +1,279 @@
+"""Encode states for stores, and decode what stores return.
+
+A stored state is UTF-8 JSON: pydantic's own, where that changes no value, and tagged JSON of ours everywhere else.
+Where a class might not read its own output, the encoded state is decoded again before it is returned: a store never
+commits a state that cannot be restored. A state that only :attr:`Validators.reinstate` reads is marked as such.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, Protocol, cast
+
+import pydantic_core
+from pydantic import BaseModel, ValidationError
+
+from stroma.contracts.copying import classes_in
+from stroma.contracts.core_schema import build_constant_writer, core_schema_of
+from stroma.contracts.tagged_json import NotSerialisable, keeping_secrets, tag, untag
+from stroma.contracts.traits import SchemaTraits
+from stroma.contracts.validators import Validators
+
+__all__ = ["Codec", "decode_raw", "describe_error", "has_class_tags"]
+
+#: Starts a stored value in tagged encoding; a plain JSON object never does.
+_TAGGED_START: Final = b'["stroma/1",'
+_TAGGED_END: Final = b"]"
+#: Ends a tagged value that is read back without functions and strictness; see :attr:`Validators.reinstate`.
+_REINSTATED_END: Final = b',"settled"]'
+#: Tags a value that only the class of its field can restore.
+_CLASS_TAG: Final = b'{"$c":'
+#: Python reads no integer of more digits.
+_MAX_DIGITS: Final = 4300
+_DIGITS: Final = b"0123456789"
+_MAX_ERRORS: Final = 5
+_MISSING: Final = object()
+_subclasses_of: Final = operator.methodcaller("__subclasses__")
+
+
+class StateFields(Protocol):
+    """Access to the field values of a model class; see :class:`~stroma.contracts.schema.Schema`."""
+
+    @property
+    def traits(self) -> SchemaTraits: ...
+    @property
+    def validators(self) -> Validators: ...
+    def fields(self, model: BaseModel) -> dict[str, Any]: ...
+    def raw(self, model: BaseModel) -> Any: ...
+    def to_plain(self, value: Any) -> Any: ...
+
+
+class Codec:
+    """Encodes and decodes the instances of one model class."""
+
+    def __init__(self, schema: StateFields) -> None:
+        self._schema = schema
+        self._traits = schema.traits
+        self._validators = schema.validators
+        self._name = schema.traits.model.__name__
+        self._to_json = schema.traits.model.__pydantic_serializer__.to_json
+
+    def encode(self, model: BaseModel) -> bytes:
+        """Return the stored form of a model. Raises NotSerialisable, naming the field."""
+        traits = self._traits
+        data = self._write(model)
+        # Subclasses are looked up on each call, because one may be defined at any time.
+        has_classes = (
+            traits.has_ambiguous_union
+            or _CLASS_TAG in data
+            or (bool(traits.nested_classes) and any(map(_subclasses_of, traits.nested_classes)))
+        )
+        if (
+            has_classes
+            or traits.may_change_on_revalidation
+            or (traits.is_strict and data.startswith(_TAGGED_START))
+        ):
+            return self._verify(model, data, has_classes)
+        return data
+
+    def encode_with_secrets(self, model: BaseModel) -> bytes:
+        """Return the stored form including secrets, for a store that encrypts what it stores."""
+        with keeping_secrets():
+            return self.encode(model)
+
+    def decode(self, data: bytes) -> BaseModel:
+        """Return the model that :meth:`encode` encoded, validated by this class. Stored data names no class.
+
+        Raises pydantic's ValidationError, or ValueError for data that this codec did not write.
+        """
+        if data.startswith(_TAGGED_START):
+            _, raw, *marks = json.loads(data)
+            return (self._validators.reinstate if marks else self._validators.rebuild)(untag(raw))
+        validator = self._traits.model.__pydantic_validator__
+        if self._traits.has_validation_aliases:
+            return cast("BaseModel", validator.validate_json(data, by_alias=False, by_name=True))
+        return cast("BaseModel", validator.validate_json(data))
+
+    # ------------------------------------------------------------------ writing
+
+    def _write(self, model: BaseModel) -> bytes:
+        if self._is_json_exact(model):
+            try:
+                data = self._write_json(model)
+                if _is_readable(data) and not self._has_hidden_floats(model, data):
+                    return data
+            except pydantic_core.PydanticSerializationError:
+                pass  # Tagged JSON represents it: a lone surrogate, for example, or a value of another type.
+        return self._write_tagged(model, _TAGGED_END)
+
+    def _is_json_exact(self, model: BaseModel) -> bool:
+        traits = self._traits
+        return (
+            traits.is_exact_in_json
+            or traits.may_hide_floats_in_json
+            or (traits.is_exact_in_json_if_finite and all(map(_is_finite, model.__dict__.values())))
+        )
+
+    def _write_json(self, model: BaseModel) -> bytes:
+        exact_types = self._traits.exact_types
+        if exact_types is not None and _have_types(model.__dict__, exact_types):
+            return self._to_json(model, by_alias=False)
+        # Checking for warnings takes ten times as long.
+        return self._to_json(model, by_alias=False, warnings="error")
+
+    @functools.cached_property
+    def _write_constants(self) -> Callable[..., bytes] | None:
+        """Writes JSON with NaN and Infinity, where pydantic writes null; None if this pydantic cannot."""
+        return build_constant_writer(core_schema_of(self._traits.model))
+
+    def _has_hidden_floats(self, model: BaseModel, data: bytes) -> bool:
+        """Return True if a null in written JSON was NaN or an infinite number."""
+        if not self._traits.may_hide_floats_in_json or b"null" not in data:
+            return False
+        write = self._write_constants
+        with_constants = b"NaN" if write is None else write(model, by_alias=False)
+        return b"NaN" in with_constants or b"Infinity" in with_constants
+
+    def _write_tagged(self, model: BaseModel, end: bytes) -> bytes:
+        raw = self._schema.raw(model)
+        try:
+            text = json.dumps(tag(raw, (self._name,), self._schema.to_plain), separators=(",", ":"))
+        except RecursionError:
+            field = self._unwritable_field(raw)
+            raise NotSerialisable(
+                f"{field} cannot be serialised: it contains itself, or is nested too deeply; keep the state a shallow tree"
+            ) from None
+        except ValueError as error:  # An integer of more digits than Python reads back.
+            raise NotSerialisable(
+                f"{self._unwritable_field(raw)} cannot be serialised: {error}; keep it smaller"
+            ) from None
+        return _TAGGED_START + text.encode() + end
+
+    def _unwritable_field(self, raw: Any) -> str:
+        """Return the first field that cannot be written because of its depth or its digits."""
+        for name, value in raw.items() if isinstance(raw, dict) else ():
+            try:
+                json.dumps(tag(value, (), self._schema.to_plain))
+            except NotSerialisable:
+                continue
+            except (RecursionError, ValueError):
+                return f"{self._name}.{name}"
+        return self._name
+
+    # ------------------------------------------------------------------ reading back
+
+    def _verify(self, model: BaseModel, data: bytes, has_classes: bool) -> bytes:
+        """Return a stored form that decodes to an equal model. Raises NotSerialisable, naming the field."""
+        problem: NotSerialisable | None = None
+        for reinstated in (False, True):
+            stored = self._write_tagged(model, _REINSTATED_END) if reinstated else data
+            try:
+                decoded = self.decode(stored)
+                # If no class is in question, equal bytes prove equal values.
+                is_equal = not has_classes and self._write(decoded) == data
+                difference = None if is_equal else self._difference(model, decoded)
+            except (
+                Exception
+            ) as error:  # A strict class, for example, requires instances, and data holds none.
+                problem = problem or self._unreadable(model, error)
+            else:
+                if difference is None:
+                    return stored
+                problem = difference
+        assert problem is not None
+        raise problem
+
+    def _difference(self, model: BaseModel, decoded: BaseModel) -> NotSerialisable | None:
+        """Return the error for a field of a decoded model that differs, or None."""
+        before, after = self._schema.fields(model), self._schema.fields(decoded)
+        extra_before, extra_after = model.__pydantic_extra__ or {}, decoded.__pydantic_extra__ or {}
+        for name, value in before.items():
+            classes_before = classes_in(model.__dict__.get(name, extra_before.get(name)))
+            classes_after = classes_in(decoded.__dict__.get(name, extra_after.get(name)))
+            for kind, other in zip(classes_before, classes_after, strict=False):
+                if kind is not other:
+                    return NotSerialisable(
+                        f"{self._name}.{name} cannot be serialised: its {kind.__name__} would come back as "
+                        f"{other.__name__}; declare the field with the class it holds, or as a discriminated union"
+                    )
+            to_plain = self._schema.to_plain
+            if name not in after or tag(value, (name,), to_plain) != tag(after[name], (name,), to_plain):
+                return NotSerialisable(
+                    f"{self._name}.{name} cannot be serialised: it would come back as another value; "
+                    "make its validators return their own output unchanged"
+                )
+        return None
+
+    def _unreadable(self, model: BaseModel, error: Exception) -> NotSerialisable:
+        where: tuple[Any, ...] = ()
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            where, error = first["loc"], ValueError(first["msg"])
+        else:
+            for name, value in self._schema.fields(model).items():
+                try:
+                    untag(tag(value, (name,), self._schema.to_plain))
+                except Exception:
+                    where = (name,)
+                    break
+        return NotSerialisable(
+            f"{'.'.join(map(str, (self._name, *where)))} cannot be serialised: it could not be read back "
+            f"({error}); declare the field with the class it holds, and keep models out of sets and keys"
+        )
+
+
+def decode_raw(data: bytes) -> Any:
+    """Return stored data as plain values, without a schema. Raises ValueError for data that no codec wrote."""
+    raw = json.loads(data)
+    return untag(raw[1]) if data.startswith(_TAGGED_START) else raw
+
+
+def has_class_tags(data: bytes) -> bool:
+    """Return True if stored data has values that only the class of their field can restore."""
+    return _CLASS_TAG in data
+
+
+def describe_error(error: Exception) -> tuple[str, Exception | None]:
+    """Describe in one line why stored data was refused, and return the exception to chain as the cause, if any.
+
+    Neither shows the data. The text and the cause of a pydantic error are left out, because printing one formats all
+    of the data first, with up to four bytes for each byte of it.
+    """
+    if not isinstance(error, ValidationError):
+        return str(error), error
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    lines = [
+        ": ".join(filter(None, (".".join(map(str, one["loc"])), one["msg"]))) for one in errors[:_MAX_ERRORS]
+    ]
+    more = f"; and {len(errors) - _MAX_ERRORS} more" if len(errors) > _MAX_ERRORS else ""
+    return "; ".join(lines) + more, None
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) is not float or math.isfinite(value)
+
+
+def _have_types(values: Mapping[str, Any], exact_types: Iterable[tuple[str, frozenset[type]]]) -> bool:
+    for name, types in exact_types:  # noqa: SIM110 a generator would take twice as long
+        if type(values.get(name, _MISSING)) not in types:
+            return False
+    return True
+
+
+def _is_readable(data: bytes) -> bool:
+    """Return False if a number in JSON has more digits than Python reads.
+
+    Such a number covers a position that is a multiple of the limit, so only the bytes at those positions are read.
+    """
+    for position in range(0, len(data), _MAX_DIGITS) if len(data) >= _MAX_DIGITS else ():
+        if data[position] in _DIGITS:
+            before = data[max(0, position - _MAX_DIGITS) : position]
+            after = data[position : position + _MAX_DIGITS]
+            digits = len(before) - len(before.rstrip(_DIGITS)) + len(after) - len(after.lstrip(_DIGITS))
+            if digits >= _MAX_DIGITS:
+                return False
+    return True

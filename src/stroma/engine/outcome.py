@@ -1,0 +1,111 @@
+"""Ends of executions, and where an execution stands."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Final, NamedTuple, final
+
+from pydantic import BaseModel
+
+from stroma._utils.text import one_line
+from stroma.checkpoint import Finished, StepCall, StoreError
+from stroma.contracts.contract import NodeContract
+from stroma.cost.budget import BudgetExceeded
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.execution import Kind, NodeExecution
+from stroma.failures.classes import FailureClass
+from stroma.failures.errors import RunFailed
+from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
+from stroma.trace.result import RunStatus
+
+__all__ = ["STOPPED", "GroupStopped", "Halt", "Place", "Stopped", "halt_of_ended_run", "refuse"]
+
+
+@final
+class Halt(NamedTuple):
+    """An execution that stopped for good.
+
+    Attributes:
+        failure: the last failure.
+        output: the output that was committed by an attempt that took the run over its budget.
+        partial: trying again later may help, whatever the failure class is.
+        spent: a limit of this run is crossed, and not only one of a run inside the node.
+        suspended: a node waits for a person. ``failure`` is no failure then, and holds the reason.
+    """
+
+    failure: Failure
+    output: BaseModel | None = None
+    partial: bool = False
+    spent: bool = False
+    suspended: bool = False
+
+    @property
+    def status(self) -> RunStatus:
+        """SUSPENDED if a node waits, FAILED if trying the same again is pointless, else PARTIAL."""
+        if self.suspended:
+            return RunStatus.SUSPENDED
+        terminal = self.failure.failure_class is FailureClass.TERMINAL and not self.partial
+        return RunStatus.FAILED if terminal else RunStatus.PARTIAL
+
+
+@final
+class Stopped:
+    """The run was stopped from elsewhere between two nodes: no further node begins."""
+
+    __slots__ = ()
+
+
+STOPPED: Final = Stopped()
+
+
+class GroupStopped(Exception):
+    """Something inside stopped for good: a child of a group, or a step that the guard of an adapter called.
+
+    The execution around it fails with the inner exception and class.
+    """
+
+    def __init__(self, halt: Halt) -> None:
+        super().__init__(halt)
+        self.halt = halt
+
+
+@final
+class Place(NamedTuple):
+    """Where an execution stands, and under what.
+
+    Attributes:
+        position: of the first node, 0-based.
+        contract: precedes the registry, which precedes the marker.
+        cancelling: the running task's count of cancellations when the driver began (0 in a task of its own), to tell a
+            new one from a node's stray CancelledError.
+        restores: return the output that is committed there already; otherwise the function is called all the same.
+    """
+
+    position: int = 0
+    branch: str = ""
+    kind: Kind = "node"
+    parent: NodeExecution | None = None
+    contract: NodeContract[Any, Any] | None = None
+    step: StepCall | None = None
+    cancelling: int = 0
+    restores: bool = True
+
+
+def refuse(run: NodeExecution, error: Exception) -> Halt:
+    """Return the end of a node whose next attempt may not be made."""
+    if run.last_failure is not None and error.__cause__ is None:
+        error.__cause__ = run.last_failure.exception
+    failure = diagnose(error, NodeContext(run.node_id, run.attempt, run.run_id), run.ctx.classifiers)
+    run.ctx.run_logger.info("node %r is not called: %s", run.node_id, one_line(failure.message))
+    if isinstance_by_type(error, StoreError):
+        failure = replace(failure, failure_class=FailureClass.RECOVERABLE, reason="store")
+        return Halt(failure, partial=True)
+    return Halt(failure, spent=isinstance_by_type(error, BudgetExceeded))
+
+
+def halt_of_ended_run(ctx: ReliabilityContext, node_id: str, finished: Finished) -> Halt:
+    """Return the end of a step that is not called, since its run was cancelled or given up as poison."""
+    error = RunFailed(finished.error or f"run {ctx.run_id!r} has ended: {finished.status}")
+    failure = diagnose(error, NodeContext(node_id, 1, ctx.run_id))
+    kind = FailureClass.TERMINAL if finished.status == RunStatus.FAILED else FailureClass.RECOVERABLE
+    return Halt(replace(failure, failure_class=kind, reason=finished.reason or failure.reason))

@@ -1,0 +1,159 @@
+"""Redaction of what hooks, log lines and messages of one run show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from typing import Any, Final, final
+
+from pydantic import BaseModel
+
+from stroma._utils.text import one_line, typed
+from stroma.contracts.contract import ContractViolation
+from stroma.contracts.schema import schema_of
+from stroma.contracts.snapshots import PickledSnapshot
+from stroma.failures.failure import Failure, isinstance_by_type, kind_of
+from stroma.trace.events import AttemptRow
+from stroma.trace.plain import secrets_in
+from stroma.trace.redaction import HIDDEN, forms_of, without_secrets
+from stroma.trace.result import ExecutionResult
+from stroma.trace.trace import ExecutionTrace
+
+__all__ = ["Redactor"]
+
+_PLAIN_LEAVES: Final = frozenset({str, int, float, bool, type(None)})
+_MAX_SECRETS: Final = 1000  # that one run remembers
+
+
+@final
+class Redactor:
+    """Redacts with the function of the config, if it has one, and keeps secrets of states out of messages.
+
+    Attributes:
+        secrets: texts of secrets that the run has met, with their forms in messages; the newest last.
+    """
+
+    __slots__ = ("_context", "_redact", "_trace", "secrets")
+
+    def __init__(
+        self,
+        redact: Callable[[dict[str, Any]], dict[str, Any]] | None,
+        context: dict[str, Any],
+        trace: ExecutionTrace,
+    ) -> None:
+        self._redact = redact
+        self._context = context
+        self._trace = trace
+        self.secrets: dict[str, set[str]] = {}
+
+    def redact_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a state as hooks may see it."""
+        redact = self._redact
+        if redact is None:
+            return state
+        # A value that redact takes out of a state may be part of a message all the same.
+        self.note_secrets(state)
+        try:
+            redacted = redact(state)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            return {"redacted": f"redact raised {type(error).__name__}"}
+        return (
+            redacted
+            if isinstance(redacted, dict)
+            else {"redacted": f"redact returned {type(redacted).__name__}, not a dict"}
+        )
+
+    def note_secrets(self, state: Any) -> None:
+        """Remember the secrets in a state, to mask them in messages: the newest thousand."""
+        if type(state) is tuple and _PLAIN_LEAVES.issuperset(map(type, state)):
+            return  # A flat state without secrets, as most are: a failed attempt takes a tenth less.
+        try:
+            secrets = list(islice(secrets_in(state), _MAX_SECRETS))
+        except Exception:
+            return  # A class of the user's that cannot be read; it is shown as such, too.
+        known = self.secrets
+        for secret in secrets:
+            forms = known.pop(secret) if secret in known else forms_of(secret)
+            known[secret] = forms  # As the newest.
+        while len(known) > _MAX_SECRETS:
+            del known[next(iter(known))]
+
+    def mask(self, text: str) -> str:
+        """Return a text without the secrets that this run has met."""
+        return without_secrets(text, self.secrets)
+
+    def mask_failure(self, failure: Failure, snapshot: Any) -> Failure:
+        """Return a failure without the secrets of the run's context and the attempt's input in its message."""
+        if type(snapshot) is not PickledSnapshot and type(snapshot) is not bytes:  # Those hold plain data.
+            self.note_secrets(snapshot)
+        if self._context:
+            self.note_secrets(self._context)
+        message = failure.message
+        error = failure.exception
+        if isinstance_by_type(error, ContractViolation) and isinstance(error.schema, type):
+            from stroma.contracts.masking import Secrets
+
+            # A validator of the user's may quote the value of a field that is declared as a secret.
+            try:
+                message = Secrets(error.schema, [error.raw]).scrub(message)
+            except Exception:
+                pass  # The value cannot be read.
+        message = self.mask(message)
+        return failure if message == failure.message else replace(failure, message=message)
+
+    def log_text(self, failure: Failure, row: AttemptRow) -> str:
+        """Return a failed attempt as a log line shows it: ``Type: message``, in one line."""
+        message = failure.message
+        if self._redact is not None:
+            try:
+                message = self._trace.said(message, row, self._redact)
+            except Exception:  # A class of the user's that cannot be shown.
+                message = HIDDEN
+        return one_line(typed(kind_of(failure.exception), message))
+
+    def redact_error(self, error: BaseException) -> BaseException:
+        """Return an exception as hooks may see it: a violation carries the state that broke the contract."""
+        if self._redact is None or not isinstance_by_type(error, ContractViolation):
+            return error
+        try:
+            errors = [
+                {k: v for k, v in e.items() if k != "input"} if isinstance(e, dict) else e
+                for e in error.errors
+            ]
+            redacted = ContractViolation(error.node_id, error.direction, self.redact_state(error.raw), errors)
+            # Exporters that see both, in one hook and another, recognise them as one.
+            identity = error.__dict__.setdefault("_stroma_identity", object())
+            redacted.__dict__["_stroma_identity"] = identity
+            return redacted
+        except Exception:  # Code of the user made it, without some of its attributes.
+            return ContractViolation("", "output", {"redacted": f"a {type(error).__name__}"}, [])
+
+    def redact_result(self, result: ExecutionResult) -> ExecutionResult:
+        """Return a result for one set of hooks, which may change it."""
+        state, trace, failure = result.final_state, result.trace.copy(), result.failure
+        if isinstance(state, BaseModel):
+            schema = schema_of(type(state))
+            state = schema.copy(state)
+            if self._redact is not None:
+                # What redact returns need not satisfy the schema.
+                values = self.redact_state(schema.state(state))
+                state = schema.construct({"root": values.get("root", values)} if schema.is_root else values)
+        if self._redact is not None:
+            for event in trace.walk():
+                event.input_state = self.redact_state(event.input_state)
+                if event.output_state is not None:
+                    event.output_state = self.redact_state(event.output_state)
+            if failure is not None:
+                failure = replace(failure, exception=self.redact_error(failure.exception))
+        return replace(
+            result,
+            final_state=state,
+            trace=trace,
+            failure=failure,
+            hook_errors=list(result.hook_errors),
+            unpriced_models=list(result.unpriced_models),
+            suspended=list(result.suspended),
+        )

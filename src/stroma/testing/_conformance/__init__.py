@@ -1,0 +1,1 @@
+"""Conformance tests of journal stores by subject, for :class:`stroma.testing.JournalStoreTests`."""

@@ -1,0 +1,249 @@
+"""Tests of executions: commits, usage, restarts, plain steps and maps."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from stroma.checkpoint import (
+    CheckpointNotFound,
+    Committed,
+    PipelineChanged,
+    StepCall,
+)
+from stroma.checkpoint.protocols import OF_MAP
+from stroma.contracts.schema import schema_of
+from stroma.engine.restore import read_output
+from stroma.failures.classes import FailureClass
+from stroma.failures.errors import ItemFailure
+from stroma.testing._conformance.helpers import (
+    Other,
+    State,
+    begin,
+    commit,
+    fail,
+    finish,
+    read_texts,
+    restored,
+    row,
+    settled,
+)
+
+__all__ = ["ExecutionTests"]
+
+
+class ExecutionTests:
+    """Tests of executions: commits, usage, restarts, plain steps and maps."""
+
+    # ------------------------------------------------------------------ executions
+
+    async def test_a_new_run(self, store: Any) -> None:
+        """A run id that was never used begins execution 1, with nothing in it."""
+        session = await begin(store)
+        assert (session.execution, session.continued, session.finished) == (1, False, None)
+        assert (dict(session.restored), session.prior.tokens, session.prior.cost_usd) == ({}, 0, 0.0)
+        run = store.get_run("run")
+        assert (run.status, run.pipeline, run.execution, run.nodes) == ("RUNNING", "pipeline", 1, 0)
+
+    async def test_commits_come_back(self, store: Any) -> None:
+        """A resume finds every commit by its position and branch, as it was, and nothing else."""
+        session = await begin(store)
+        states = {
+            (0, ""): State(text="é🦜\u2028\x00", n=2**70, value=float("inf"), data=b"\x00\xff"),
+            (1, "0"): State(n=-1),
+            (1, "0.1"): State(text="x" * 10_000),
+            (1, ""): State(),
+            (7, ""): State(value=-0.0),
+        }
+        for (position, branch), state in states.items():
+            await commit(session, position, state, f"n{position}", branch=branch)
+        await fail(session, 8)
+        await finish(session, "PARTIAL", "gave up")
+        again = await begin(store, if_exists="resume")
+        assert (again.execution, again.continued) == (1, True)
+        assert restored(again) == states
+        assert {at: items.node_id for at, items in again.restored.items()} == {
+            (position, branch): f"n{position}" for position, branch in states
+        }
+        assert {items.contract for items in again.restored.values()} == {schema_of(State).fingerprint}
+
+    async def test_all_usage_counts(self, store: Any) -> None:
+        """The usage of an execution is the sum over its attempts, failed ones too; a group's children add no latency."""
+        session = await begin(store)
+        await fail(session, 0, tokens=3, cost=0.1, ms=10)
+        await commit(session, 0, State(), tokens=5, cost=0.2, ms=20, attempt=2)
+        await commit(session, 1, State(), tokens=7, cost=1e-12, ms=40, branch="0")
+        await finish(session, "PARTIAL")
+        prior = (await begin(store, if_exists="resume")).prior
+        assert (prior.tokens, prior.latency_ms) == (15, 30.0)
+        assert abs(prior.cost_usd - 0.300000000001) < 1e-13
+        run = store.get_run("run")
+        assert (run.tokens, round(run.cost_usd, 9), run.nodes) == (15, 0.3, 1)
+
+    async def test_an_attempt_that_is_sent_again_counts_once(self, store: Any) -> None:
+        """The acknowledgement of a commit may be lost; sending it again changes nothing."""
+        session = await begin(store)
+        attempt = row(0, tokens=5, cost=1.0, output=("", 1, 0.0, b""))
+        failed = row(1, tokens=2, failure=FailureClass.AMBIGUOUS)
+        schema = schema_of(State)
+        for _ in range(3):
+            await settled(session.record(attempt, schema, State(n=1)))
+            await settled(session.record(failed, None, None))
+        await finish(session, "PARTIAL")
+        again = await begin(store, if_exists="resume")
+        assert (again.prior.tokens, again.prior.cost_usd) == (7, 1.0)
+        assert restored(again) == {(0, ""): State(n=1)}
+        assert [a.attempt for a in store.attempts("run")] == [1, 1]
+
+    async def test_a_restart_is_a_new_execution(self, store: Any) -> None:
+        """Opening a run again begins an execution with commits and totals of its own."""
+        first = await begin(store)
+        await commit(first, 0, State(n=1), tokens=10, cost=0.5)
+        await finish(first)
+        second = await begin(store, state=State(text="other"))
+        assert (second.execution, second.continued, dict(second.restored)) == (2, False, {})
+        assert (second.prior.tokens, store.get_run("run").tokens) == (0, 0)
+        await finish(second, "CANCELLED")
+        third = await begin(store, state=State(text="other"), if_exists="resume")
+        assert (third.execution, dict(third.restored)) == (2, {})
+
+    async def test_discarded_commits_are_gone_and_paid_for(self, store: Any) -> None:
+        """``discard_from`` forgets the outputs from a position on; what they cost stays in the books."""
+        session = await begin(store)
+        for position in range(4):
+            await commit(session, position, State(n=position), tokens=1)
+        await finish(session)
+        again = await begin(store, if_exists="resume", discard_from=2, state=State(text="any input will do"))
+        assert restored(again) == {(0, ""): State(n=0), (1, ""): State(n=1)}
+        assert again.prior.tokens == 4
+        await commit(again, 2, State(n=20), tokens=1)
+        await finish(again)
+        last = await begin(store, if_exists="resume")
+        assert restored(last)[2, ""] == State(n=20)
+        assert sorted(last.restored) == [(0, ""), (1, ""), (2, "")]
+        assert len(store.attempts("run")) == 5
+
+    async def test_a_request_that_is_refused_changes_nothing(self, store: Any) -> None:
+        """An exception of ``accept`` propagates, and the run is not changed."""
+        session = await begin(store)
+        await commit(session, 0, State(n=1))
+        await finish(session, "PARTIAL", "why")
+
+        def refuse(position: int, branch: str, committed: Committed) -> None:
+            assert (position, branch, committed.node_id) == (0, "", "node")
+            raise PipelineChanged("this is refused; give another")
+
+        for discard_from in (None, 1):
+            with pytest.raises(PipelineChanged, match="this is refused"):
+                await begin(store, if_exists="resume", accept=refuse, discard_from=discard_from)
+        run = store.get_run("run")
+        assert (run.status, run.error, run.execution, run.nodes) == ("PARTIAL", "why", 1, 1)
+        assert len((await begin(store, if_exists="resume")).restored) == 1
+
+    async def test_another_input_is_refused(self, store: Any) -> None:
+        """A run is continued with the input it was begun with, or not at all."""
+        await finish(await begin(store, state=State(n=1)), "PARTIAL")
+        for other in (State(n=2), Other()):
+            with pytest.raises(PipelineChanged, match="started with another input"):
+                await begin(store, if_exists="resume", state=other)
+        assert (await begin(store, if_exists="resume", state=State(n=1))).continued
+
+    async def test_steps_of_plain_code(self, store: Any) -> None:
+        """The call number and input of a step are restored."""
+        session = await begin(store)
+        schema = schema_of(State)
+        for position, call in enumerate((StepCall(0, b"{}"), StepCall(1, None), None)):
+            await settled(session.record(row(position, output=("", 0, 0.0, b"")), schema, State(), call))
+        await finish(session)
+        again = await begin(store, if_exists="resume")
+        assert [again.restored[i, ""].step for i in range(3)] == [StepCall(0, b"{}"), StepCall(1, None), None]
+
+    async def test_places_of_plain_code(self, store: Any) -> None:
+        """The identity of a step is stored with its first attempt, or the first one inside it, whatever its outcome."""
+        session = await begin(store)
+        assert session.places == {}
+        for position, identity in ((4, "a#0"), (2, "1/a#0"), (3, "b#0@77")):
+            session.note_call(position, identity)
+        await commit(session, 4, State())
+        await commit(session, 3, State(), branch="0")
+        await settled(session.record(row(2), None, None))
+        assert {a.position: a.identity for a in store.attempts("run")} == {4: "a#0", 2: "1/a#0", 3: "b#0@77"}
+        assert store.attempts("run")[1].idempotency_key("run", 1) == "run:1:b#0@77:0"
+        await finish(session, "PARTIAL")
+        again = await begin(store, if_exists="resume")
+        assert dict(again.places) == {"a#0": 4, "1/a#0": 2, "b#0@77": 3}
+        await commit(again, 2, State())
+        assert {a.identity for a in store.attempts_at("run", 2)} == {"1/a#0"}
+        await commit(again, 3, State())
+        await finish(again)
+        await settled(store.fork("run", "fork", 4))
+        assert dict((await begin(store, "fork", if_exists="resume")).places) == {"1/a#0": 2, "b#0@77": 3}
+        assert (await begin(store)).places == {}
+
+    # ------------------------------------------------------------------ many items
+
+    async def test_items_are_read_a_few_at_a_time(self, store: Any) -> None:
+        """Lazily loaded outputs are not restored at once; committed() returns them, also those committed since."""
+        session = await begin(store)
+        await commit(session, 0, State(n=7))
+        for branch in ("0", "1", "10", "1.0", "2.1"):
+            await commit(session, 1, State(text=branch), branch=branch)
+        await commit(session, 2, State(n=9), branch="1")
+        assert await read_texts(session, 1, ["10", "0", "3", ""]) == {"10": "10", "0": "0"}
+        assert await read_texts(session, 1, []) == {}
+        await finish(session, "PARTIAL")
+        for apart, there in (
+            (((1, ""),), {(0, ""), (2, "1")}),
+            (((1, "1."), (2, "")), {(0, ""), (1, "0"), (1, "1"), (1, "10"), (1, "2.1"), (1, "3")}),
+        ):
+            again = await begin(store, if_exists="resume", lazily_loaded=apart)
+            assert again.restored.keys() == there
+            assert await read_texts(again, 1, ["1", "1.0", "2.1"]) == {"1": "1", "1.0": "1.0", "2.1": "2.1"}
+            await commit(again, 1, State(text="since"), branch="3")
+            assert await read_texts(again, 1, ["3"]) == {"3": "since"}
+            await finish(again, "PARTIAL")
+        anew = await begin(store)
+        assert await read_texts(anew, 1, ["0", "1"]) == {}
+
+    async def test_failed_items_and_what_follows_them_are_forgotten_if_asked(self, store: Any) -> None:
+        """retry_failed discards what comes after a map whose items failed, and restores neither it nor those."""
+        session = await begin(store)
+        failed = ItemFailure(index=1, node_id="node", failure_class=FailureClass.TERMINAL, message="no")
+        await commit(session, 0, State(n=1))
+        await commit(session, 1, State(n=2), branch="0")
+        late = row(1, branch="1")
+        await settled(session.record(late, schema_of(ItemFailure), failed, StepCall(0, b"item x")))
+        await settled(session.record(row(1), schema_of(State), State(), StepCall(1, OF_MAP + b"2")))
+        await commit(session, 2, State(n=3))
+        await finish(session)
+        resumed = await begin(store, if_exists="resume")
+        assert resumed.restored.keys() == {(0, ""), (1, "0"), (1, "1"), (1, ""), (2, "")}
+        assert (resumed.restored[1, "1"].is_failed_item, resumed.restored[1, "0"].is_failed_item) == (
+            True,
+            False,
+        )
+        assert [resumed.restored[at].failed_items for at in ((1, ""), (1, "1"), (0, ""))] == [1, 0, 0]
+        await finish(resumed)
+        again = await begin(store, if_exists="resume", retry_failed=True)
+        assert again.restored.keys() == {(0, ""), (1, "0")}
+        await finish(again, "PARTIAL")
+        last = await begin(store, if_exists="resume")
+        assert last.restored.keys() == {(0, ""), (1, "0"), (1, "1"), (1, "")}
+
+    async def test_the_items_of_a_map_are_read(self, store: Any) -> None:
+        """map_items() gives what a map committed of its items, in order, once it is committed itself."""
+        session = await begin(store)
+        for index in (2, 0, 1, 10):
+            await commit(session, 0, State(n=index), branch=f"1.{index}")
+        with pytest.raises(CheckpointNotFound, match="has no completed map 'map'"):
+            await asyncio.to_thread(store.map_items, "run", "map", 0, 10)
+        map_row = row(0, "map", branch="1")
+        await settled(session.record(map_row, schema_of(State), State(), StepCall(0, OF_MAP + b"3")))
+        for first, count, there in ((0, 9, [0, 1, 2]), (1, 1, [1]), (3, 5, [])):
+            items = await asyncio.to_thread(store.map_items, "run", "map", first, count)
+            assert [index for index, _ in items] == there
+            assert [read_output(schema_of(State), resumed, None) for _, resumed in items] == [
+                State(n=index) for index in there
+            ]

@@ -1,0 +1,136 @@
+"""Helpers of the conformance tests: states, rows, and sessions of a store."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from typing import Any
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import (
+    RunRequest,
+    Waiting,
+)
+from stroma.contracts.schema import Schema, schema_of
+from stroma.engine.restore import read_output
+from stroma.failures.classes import FailureClass
+from stroma.trace.events import AttemptRow, AttemptUsage, Failed
+
+__all__ = [
+    "HARD_IDS",
+    "ROUNDS",
+    "Other",
+    "State",
+    "begin",
+    "commit",
+    "fail",
+    "finish",
+    "has_codec",
+    "read_texts",
+    "restored",
+    "row",
+    "settled",
+    "suspend_run",
+]
+
+_STARTS = itertools.count(1_700_000_000_000_000_000, 1_000_000)
+
+#: How often two clients do the same at one moment.
+ROUNDS = 20
+
+#: Ids that are hard to keep apart, to quote or to order.
+HARD_IDS = (
+    "a", "a:b", "a:", ":b", "*", "?", "[a]", "/", "..", "a/b", "a\nb", " ", "a ", "'", '"', "%", "_", "\\", "{a}", "}{",
+    "é", "e\u0301", "🦜", "\u00a0", "A", "last", "\x7f", "\ufffe", "\U0010ffff", "x" * 3000, "x" * 2999 + "y",
+)  # fmt: skip
+
+
+class State(BaseModel):
+    text: str = ""
+    n: int = 0
+    value: float = 0.0
+    data: bytes = b""
+
+
+class Other(BaseModel):
+    other: list[int] = []
+
+
+def row(
+    position: int = 0,
+    node: str = "node",
+    *,
+    attempt: int = 1,
+    branch: str = "",
+    tokens: int = 0,
+    cost: float = 0.0,
+    ms: int = 0,
+    failure: FailureClass | None = None,
+    message: str = "",
+    output: Any = None,
+    schema: Schema | None = None,
+) -> AttemptRow:
+    """Return one attempt as the engine records it; each call has a later start. ``schema``: of its output, by default State's."""
+    reads = schema or schema_of(State)
+    return AttemptRow(
+        node, attempt, next(_STARTS), ms * 1_000_000, (), output, "success" if failure is None else "failure",
+        None if failure is None else Failed(failure, message, None, "ValueError"),
+        AttemptUsage(tokens, tokens // 2, cost, "model" if tokens else None), position, branch, None,
+        (reads, reads, None), None, ms * 1_000_000,
+    )  # fmt: skip
+
+
+async def suspend_run(store: Any, run_id: str) -> Waiting:
+    """Record a SUSPENDED run; return the question of its node at position 1."""
+    question = Waiting(1, "", "ask", "may I?", "module:Model")
+    session = await begin(store, run_id)
+    await commit(session, 0, State(n=1))
+    await settled(session.suspend(row(1, "ask"), question))
+    await finish(session, "SUSPENDED", "may I?")
+    return question
+
+
+async def read_texts(session: Any, position: int, branches: list[str]) -> dict[str, str]:
+    """Return the texts of the committed states in some branches."""
+    pending = session.committed(position, branches)
+    commits = await pending if inspect.isawaitable(pending) else pending
+    read = {branch: read_output(schema_of(State), commit, None) for branch, commit in commits.items()}
+    return {branch: state.text for branch, state in read.items() if isinstance(state, State)}
+
+
+async def begin(store: Any, run_id: str = "run", state: BaseModel | None = None, **request: Any) -> Any:
+    """Open a run; the keywords are fields of RunRequest."""
+    state = State() if state is None else state
+    opened = store.open_run(RunRequest(run_id, "pipeline", state, schema_of(type(state)), **request))
+    return await settled(opened)
+
+
+async def settled(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
+
+
+async def commit(session: Any, position: int, state: BaseModel, node: str = "node", **facts: Any) -> None:
+    """Record an attempt that committed a state."""
+    schema = schema_of(type(state))
+    attempt = row(position, node, output=schema.snapshot(state), schema=schema, **facts)
+    await settled(session.record(attempt, schema, state))
+
+
+async def fail(session: Any, position: int, node: str = "node", **facts: Any) -> None:
+    """Record an attempt that failed."""
+    facts.setdefault("failure", FailureClass.RECOVERABLE)
+    await settled(session.record(row(position, node, **facts), None, None))
+
+
+async def finish(session: Any, status: str = "COMPLETED", error: str | None = None) -> None:
+    await settled(session.end(status, error))
+
+
+def restored(session: Any, model: type[BaseModel] = State) -> dict[tuple[int, str], BaseModel]:
+    """Return the committed states that a session restored."""
+    return {at: schema_of(model).restore(commits.output) for at, commits in session.restored.items()}
+
+
+def has_codec(store: Any) -> bool:
+    return getattr(getattr(store, "_payloads", None), "codec", None) is not None

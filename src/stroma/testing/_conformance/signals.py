@@ -1,0 +1,227 @@
+"""Tests of signals: questions and answers, cancellation, forks, undelivered end hooks."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from stroma.checkpoint import (
+    AsyncInMemoryStore,
+    CheckpointNotFound,
+    Fenced,
+    InMemoryStore,
+    RunExists,
+    StoreError,
+    Waiting,
+)
+from stroma.contracts.schema import schema_of
+from stroma.testing._conformance.helpers import (
+    State,
+    begin,
+    commit,
+    fail,
+    finish,
+    restored,
+    row,
+    settled,
+)
+from stroma.trace.events import AttemptUsage
+
+__all__ = ["SignalTests"]
+
+
+class SignalTests:
+    """Tests of signals: questions and answers, cancellation, forks, undelivered end hooks."""
+
+    async def test_what_nodes_wait_for(self, store: Any) -> None:
+        """A question is kept with its attempt, an answer with its question; both belong to the execution."""
+        session = await begin(store)
+        question = Waiting(1, "0.2", "ask é", "may I?", "module:Model")
+        await commit(session, 0, State(n=1))
+        await settled(session.suspend(row(1, "ask é", branch="0.2", tokens=3), question))
+        await finish(session, "SUSPENDED", "may I?")
+        assert store.waiting("run") == [question]
+        assert [a.tokens for a in store.attempts("run")] == [0, 3]
+        with pytest.raises(StoreError, match="no longer waiting for an answer"):
+            await settled(store.signal("run", question._replace(position=0, payload=b"1")))
+        for _ in range(2):  # The same answer once more is no other one.
+            await settled(store.signal("run", question._replace(payload=b'{"yes":"\xc3\xa9"}')))
+        with pytest.raises(StoreError, match="no longer waiting for an answer"):
+            await settled(store.signal("run", question._replace(payload=b'{"yes":"no"}')))
+        again = await begin(store, if_exists="resume")
+        assert again.waiting == {(1, "0.2"): question._replace(payload=b'{"yes":"\xc3\xa9"}')}
+        assert restored(again) == {(0, ""): State(n=1)}
+        await settled(again.suspend(row(1, "ask é", branch="0.2"), question._replace(reason="and now?")))
+        await finish(again, "SUSPENDED")
+        assert [(w.reason, w.payload) for w in store.waiting("run")] == [("and now?", None)]
+        earlier = await begin(store, if_exists="resume", discard_from=1)
+        assert dict(earlier.waiting) == {}
+        await settled(earlier.suspend(row(1, "ask é"), question))
+        await finish(earlier, "SUSPENDED")
+        assert dict((await begin(store)).waiting) == {}
+        assert store.waiting("run") == []
+        with pytest.raises(StoreError, match="no longer waiting for an answer"):
+            await settled(store.signal("run", question._replace(payload=b"1")))
+        assert store.waiting("run") == []
+
+    async def test_a_stale_owner_asks_nothing(self, store: Any) -> None:
+        """A question of somebody who was taken over from is refused."""
+        stale = await begin(store)
+        await begin(store, if_running="take_over")
+        with pytest.raises(Fenced):
+            await settled(stale.suspend(row(0), Waiting(0, "", "node", "may I?", "")))
+        assert store.waiting("run") == []
+        with pytest.raises(CheckpointNotFound):
+            await settled(store.signal("unknown", Waiting(0, "", "node", "may I?", "", b"1")))
+
+    async def test_the_trace_context_belongs_to_the_execution(self, store: Any) -> None:
+        """The trace context of the first process is passed on when the execution is resumed, and to no other execution."""
+        first = await begin(store)
+        assert first.traceparent is None
+        first.note_traceparent("00-" + "a" * 32 + "-" + "b" * 16 + "-01")
+        await commit(first, 0, State())
+        await finish(first, "PARTIAL")
+        again = await begin(store, if_exists="resume")
+        assert again.traceparent == "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
+        assert restored(again) == {(0, ""): State()}
+        await finish(again)
+        assert (await begin(store)).traceparent is None
+
+    async def test_end_hooks_are_due_until_they_are_delivered(self, store: Any) -> None:
+        """Attempts with undelivered hooks are handed to the next owner until they are delivered."""
+        first = await begin(store, deliver=True)
+        assert list(first.undelivered) == []
+        await commit(first, 0, State(n=1), tokens=3)
+        await settled(first.record(row(1, "b é", branch="0.2", tokens=5, cost=0.25), None, None))
+        await settled(first.suspend(row(2, "c"), Waiting(2, "", "c", "may I?", "")))
+        first.abandon()
+        if not isinstance(store, (InMemoryStore, AsyncInMemoryStore)):
+            again = await begin(store, if_exists="resume", deliver=True)
+            due = list(again.undelivered)
+            usages = [AttemptUsage() if r.usage is None else r.usage for r in due]
+            assert [(r.position, r.branch, r.node_id) for r in due] == [
+                (0, "", "node"),
+                (1, "0.2", "b é"),
+                (2, "", "c"),
+            ]
+            assert [(usage.tokens, usage.cost_usd) for usage in usages] == [(3, 0.0), (5, 0.25), (0, 0.0)]
+            again.delivered(due[1])
+            await commit(again, 3, State())  # What is posted before is done before.
+            again.abandon()
+            third = await begin(store, if_exists="resume", deliver=True)
+            assert [r.position for r in third.undelivered] == [0, 2, 3]
+            third.abandon()
+        assert list((await begin(store, deliver=True)).undelivered) == []
+        assert (
+            list((await begin(store, if_exists="resume", if_running="take_over", deliver=True)).undelivered)
+            == []
+        )
+
+    async def test_a_held_run_is_asked_to_end(self, store: Any) -> None:
+        """cancel() reaches whoever holds the run, once; the next owner is not told."""
+        session = await begin(store)
+        question = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        session.on_cancel = lambda: loop.call_soon_threadsafe(question.set)
+        assert await settled(store.cancel("run")) is True
+        await asyncio.wait_for(question.wait(), 10)
+        await finish(session, "CANCELLED")
+        again = await begin(store, if_exists="resume")
+        calls: list[int] = []
+        again.on_cancel = lambda: calls.append(1)
+        await asyncio.sleep(1.5)
+        assert calls == []
+
+    async def test_a_failure_that_a_retry_has_fixed(self, store: Any) -> None:
+        """While a run runs or waits, its cause is no failure that a later attempt at its place has fixed."""
+        session = await begin(store)
+        await fail(session, 0, message="first")
+        assert store.get_run("run").cause.message == "first"
+        await commit(session, 0, State(), attempt=2)
+        assert store.get_run("run").cause is None
+        await fail(session, 1, branch="0", message="second")
+        assert store.get_run("run").cause.message == "second"
+        waits = Waiting(1, "0", "node", "why", "")
+        question = row(1, branch="0", attempt=2)
+        await settled(session.suspend(question._replace(outcome="suspended"), waits))
+        await finish(session, "SUSPENDED", "why")
+        record = store.get_run("run")
+        assert (record.cause, record.failures) == (None, 2)
+
+    async def test_a_cancel_outlives_its_owner(self, store: Any) -> None:
+        """If cancel() was acknowledged and the owner died before it stopped, the next owner sees it CANCELLED."""
+        for status in (None, "INTERRUPTED", "PARTIAL", "SUSPENDED"):
+            run_id = f"run {status}"
+            session = await begin(store, run_id)
+            await commit(session, 0, State(n=1))
+            assert await settled(store.cancel(run_id)) is True
+            if status is None:
+                session.abandon()
+            else:
+                await finish(session, status)
+            again = await begin(store, run_id, if_exists="resume")
+            assert again.finished is not None
+            assert again.finished.status == "CANCELLED"
+            await finish(again, "COMPLETED")
+            assert store.get_run(run_id).status == "CANCELLED"
+            assert restored(again) == {(0, ""): State(n=1)}
+            with pytest.raises(Fenced):
+                await commit(session, 1, State())
+            # It was cancelled once: who then asks for more gets it.
+            more = await begin(store, run_id, if_exists="resume")
+            assert (more.finished, more.continued) == (None, True)
+            more.abandon()
+
+    async def test_a_cancel_of_an_execution_is_none_of_the_next(self, store: Any) -> None:
+        """A cancel() that came too late, or concerned an execution that is begun anew, ends nothing later."""
+        session = await begin(store)
+        assert await settled(store.cancel("run")) is True
+        await finish(session, "COMPLETED")
+        late = await begin(store, if_exists="resume")
+        assert late.finished is None
+        assert await settled(store.cancel("run")) is True
+        late.abandon()
+        anew = await begin(store, if_exists="restart")
+        assert (anew.finished, anew.execution) == (None, 2)
+        await finish(anew, "INTERRUPTED")
+        assert (await begin(store, if_exists="resume")).finished is None
+
+    async def test_a_run_that_nobody_holds_is_cancelled(self, store: Any) -> None:
+        """cancel() marks a run that was interrupted, leaves one that has ended, and knows no other."""
+        with pytest.raises(CheckpointNotFound):
+            await settled(store.cancel("run"))
+        await finish(await begin(store), "INTERRUPTED")
+        assert await settled(store.cancel("run")) is True
+        assert store.get_run("run").status == "CANCELLED"
+        assert await settled(store.cancel("run")) is False
+        await finish(await begin(store), "COMPLETED")
+        assert await settled(store.cancel("run")) is False
+        assert store.get_run("run").status == "COMPLETED"
+
+    async def test_forks(self, store: Any) -> None:
+        """A fork has what its parent committed before a position, at no cost, and leaves the parent as it is."""
+        session = await begin(store, state=State(n=-1))
+        for position in range(4):
+            await commit(session, position, State(n=position), f"n{position}", tokens=5)
+        await commit(session, 2, State(n=20), "child", branch="0")
+        await finish(session)
+        before = store.get_run("run")
+        schema = schema_of(State)
+        await settled(store.fork("run", "f", 3, edited=(schema, State(n=99))))
+        assert store.get_run("run") == before
+        fork = store.get_run("f")
+        assert (fork.parent, fork.execution, fork.status, fork.tokens, fork.nodes, fork.holder) == (
+            "run", 1, "INTERRUPTED", 0, 3, None,
+        )  # fmt: skip
+        session = await begin(store, "f", State(n=-1), if_exists="resume")
+        assert restored(session) == {
+            (0, ""): State(n=0), (1, ""): State(n=1), (2, ""): State(n=99), (2, "0"): State(n=20),
+        }  # fmt: skip
+        await settled(store.fork("run", "g", 0, state=(schema, State(n=5))))
+        assert (await begin(store, "g", State(n=5), if_exists="resume")).continued
+        with pytest.raises(CheckpointNotFound):
+            await settled(store.fork("unknown", "h", 1))
+        with pytest.raises(RunExists):
+            await settled(store.fork("run", "f", 1))
