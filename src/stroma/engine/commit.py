@@ -24,12 +24,11 @@ __all__ = ["failed_of", "make_row", "record", "refer", "settle"]
 _STORE_DELAYS: Final = (0.02, 0.1, 0.4)
 
 
-def _note_traceback(run: NodeExecution, begin: int, failure: Failure) -> None:
-    """Record the traceback of a failure with its attempt, if the session does that."""
-    note = getattr(run.ctx.session, "note_trouble", None)
-    if note is not None and run.children is None and failure.exception.__traceback__ is not None:
+def _record_failure_site(run: NodeExecution, begin: int, failure: Failure) -> None:
+    """Have the session keep where it failed, beside the attempt."""
+    if run.children is None and failure.exception.__traceback__ is not None:
         try:
-            note(
+            run.ctx.session.record_failure_site(
                 run.position,
                 run.branch,
                 run.attempt,
@@ -57,7 +56,7 @@ def make_row(
 ) -> AttemptRow:
     """Return the row of an attempt with the snapshots of its input and its output."""
     if failure is not None:
-        _note_traceback(run, begin, failure)
+        _record_failure_site(run, begin, failure)
     fields = (
         run.node_id,
         run.attempt,
@@ -79,9 +78,8 @@ def make_row(
 
 
 def refer(ctx: ReliabilityContext, row: AttemptRow) -> AttemptRow:
-    """Return a row for the trace, with references in place of states that the store can load again."""
-    to_references = getattr(ctx.session, "refer", None)
-    return row if to_references is None else to_references(row)
+    """Return a row for the trace: with references in place of states that the store keeps apart."""
+    return ctx.session.with_references(row)
 
 
 def record(

@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 from pydantic import BaseModel
 
 from stroma._utils.text import one_line
-from stroma.checkpoint import Committed, PipelineChanged, StepCall, StoreError, inside_of
+from stroma.checkpoint import Committed, PipelineChanged, StepCall, inside_of
 from stroma.checkpoint.protocols import OF_MAP
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.node import Group, Node
@@ -303,15 +303,8 @@ class MapRun:
         return {branches[branch]: committed for branch, committed in found.items()}
 
     async def _read(self, branches: Sequence[str]) -> Mapping[str, Committed]:
-        read: Any = getattr(self._ctx.session, "committed", None)
-        if read is None:  # Of a store that was written for an earlier release.
-            store = type(self._ctx.checkpoint_manager.store).__name__
-            raise StoreError(
-                f"{store} cannot read the items of a map back; give a field of the state as into="
-            )
-        kept: Any = read(self._group.position, branches)
-        found: Mapping[str, Committed] = kept if isinstance(kept, Mapping) else await kept
-        return found
+        committed = self._ctx.session.committed(self._group.position, branches)
+        return committed if isinstance(committed, Mapping) else await committed
 
     def _forget(self, index: int) -> None:
         if self._again and self._inside:

@@ -17,6 +17,7 @@ from stroma.checkpoint.durable import worker as _worker
 from stroma.checkpoint.memory import runs as _memory_runs
 from stroma.checkpoint.sqlite import rows as _sqlite_rows
 from stroma.engine import admission as _admission
+from stroma.engine import attempt as _attempt
 from stroma.engine import context
 from stroma.engine import loop as _engine
 from stroma.engine import metering as _usage
@@ -145,14 +146,14 @@ class FakeClock:
         for module in (cells, _memory_runs, classifiers, breaker):
             self._patch(module, "time", shim)
         self._patch(_sqlite_rows, "_now_ms", lambda: self._time_ns() // 1_000_000)
-        for module in (_engine, _admission, _map, context):
+        for module in (_attempt, _engine, _admission, _map, context):
             self._patch(module, "perf_counter_ns", self._ns)
         for module in (_admission, dispatch):
             self._patch(module, "perf_counter", self._perf_counter)
         self._patch(_map, "monotonic", self._monotonic)
         self._patch(context, "time_ns", self._time_ns)
         self._patch(_engine, "sleep", self._sleep)
-        for module in (_engine, _usage):
+        for module in (_attempt, _usage):
             self._patch(module, "in_thread", self._watched(module.in_thread))
         submit = _worker.Worker.submit
         self._patch(_worker.Worker, "submit", lambda worker, work: self._watch(submit(worker, work)))

@@ -298,7 +298,7 @@ class ReadingTests:
         for number in (1, 2):
             failed = row(3, "n", branch="1", attempt=number, failure=FailureClass.AMBIGUOUS)
             data = b'[[["flow.py", %d, "work", "raise it"]], [["lib.py", 1, "call", ""]]]' % number
-            session.note_trouble(3, "1", number, failed.started_ns, partial(bytes, data))
+            session.record_failure_site(3, "1", number, failed.started_ns, partial(bytes, data))
             await settled(session.record(failed, None, None))
         site = store.trouble_of("run", 3, "1")
         if has_codec(store):
