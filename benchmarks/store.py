@@ -81,11 +81,11 @@ def ours(path: Path, runs: int, commits: int) -> float:
 
 def alone(path: Path) -> float:
     """Commits a second of many runs at once if each were a transaction of its own."""
-    most, worker._MOST = worker._MOST, 1  # type: ignore[misc]
+    most, worker._MAX_BATCH_SIZE = worker._MAX_BATCH_SIZE, 1  # type: ignore[misc]
     try:
         return ours(path, RUNS, COMMITS)
     finally:
-        worker._MOST = most  # type: ignore[misc]
+        worker._MAX_BATCH_SIZE = most  # type: ignore[misc]
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ from stroma.limits import budget_state as ledger
 from stroma.limits import rate_state as rates
 
 NODES = ("a", "b")
-TERMS = ledger.Terms("team", "hour", (100, 1000), {"b": 40})
+TERMS = ledger.BudgetTerms("team", "hour", (100, 1000), {"b": 40})
 LEASE_MS = 30_000
-RATES = rates.Rates("llm", 5, 100, 3)
+RATES = rates.RateLimits("llm", 5, 100, 3)
 START = int(datetime(2027, 3, 4, 5, 58, tzinfo=UTC).timestamp() * 1000)
 
 nodes = st.sampled_from(NODES)
@@ -114,7 +114,7 @@ class BudgetMachine(_Machine):
     @rule(node=nodes, declared=st.tuples(*(st.none() | st.integers(1, 30) for _ in range(2))))
     def reserve(self, node: str, declared: tuple[int | None, int | None]) -> None:
         token, wanted = self.token(), self.expected(node, declared)
-        told = self.change(ledger.reserve(TERMS, ledger.Ask(token, node, declared, LEASE_MS)))
+        told = self.change(ledger.reserve(TERMS, ledger.CallRequest(token, node, declared, LEASE_MS)))
         if wanted is None:
             assert isinstance(told, ledger.Refusal)
             assert told.waits == (told.spent + told.asked <= told.limit)
@@ -127,7 +127,7 @@ class BudgetMachine(_Machine):
         """The first answer was lost."""
         if self.calls:
             call = self.calls[i % len(self.calls)]
-            ask = ledger.Ask(call.token, call.node, (None, None), LEASE_MS)
+            ask = ledger.CallRequest(call.token, call.node, (None, None), LEASE_MS)
             if call.until + 24 * 3_600_000 > self.now:
                 assert self.change(ledger.reserve(TERMS, ask)) == call.amounts
 
@@ -138,7 +138,7 @@ class BudgetMachine(_Machine):
         call = self.calls.pop(i % len(self.calls))
         if within:
             took = (min(took[0], call.amounts[0]), min(took[1], call.amounts[1]))
-        spend = ledger.Spend(call.token, call.node, took)
+        spend = ledger.CallUsage(call.token, call.node, took)
         self.change(ledger.settle(TERMS, [spend]))
         self.change(ledger.settle(TERMS, [spend]))  # Told twice, counted once.
         if call.until + 24 * 3_600_000 > self.now:
@@ -159,13 +159,13 @@ class BudgetMachine(_Machine):
         if self.calls:
             call = self.calls[i % len(self.calls)]
             if call.until > self.now:  # Else it may take what was given to others meanwhile.
-                self.change(ledger.renew("team", [call.token], LEASE_MS))
+                self.change(ledger.renew_calls("team", [call.token], LEASE_MS))
                 call.until = self.now + LEASE_MS
 
     @invariant()
     def says_what_was_told(self) -> None:
         data, _ = self.store.read_cell("cell") if self.tokens else (None, 0)
-        found = ledger.view("team", data, self.now)
+        found = ledger.read_account("team", data, self.now)
         if found is not None:
             assert found.spent == (self.spent(0), self.spent(1))
             assert found.reserved == (self.reserved(0), self.reserved(1))
@@ -213,7 +213,7 @@ class RateMachine(_Machine):
             assert sum(at > self.now - 60_000 for at in self.begun) <= 5
             tokens = sum(tokens for at, tokens in self.counted.values() if at > self.now - 60_000)
             assert tokens <= 100 + self.beyond
-        elif isinstance(told, rates.Never):
+        elif isinstance(told, rates.TooLarge):
             assert wanted == told.asked > 100
             assert min(self.seen[node][-16:]) > 100
             self.seen[node] = []
@@ -230,7 +230,7 @@ class RateMachine(_Machine):
     def leave(self, i: int, took: int) -> None:
         if self.calls:
             call = self.calls.pop(i % len(self.calls))
-            self.change(rates.give_back("llm", call.token, took, learns=True))
+            self.change(rates.release_call("llm", call.token, took, learns=True))
             if call.until + 24 * 3_600_000 > self.now:
                 self.seen[call.node].append(took)
                 self.beyond += max(0, took - self.counted[call.token][1])
@@ -241,7 +241,7 @@ class RateMachine(_Machine):
         if self.calls:
             call = self.calls[i % len(self.calls)]
             if call.until > self.now:
-                self.change(rates.renew("llm", [call.token], LEASE_MS))
+                self.change(rates.renew_calls("llm", [call.token], LEASE_MS))
                 call.until = self.now + LEASE_MS
 
     @rule(i=which)

@@ -11,24 +11,14 @@ import pytest
 from pydantic import BaseModel
 
 from stroma.checkpoint import RunRequest, StepCall
-from stroma.checkpoint.durable.annotations import keep_due, keep_waiting
+from stroma.checkpoint.durable.annotations import record_due_hooks, record_waiting
+from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.owner import new_owner
-from stroma.checkpoint.durable.rows import (
-    CANCEL,
-    PARENT,
-    SAVED,
-    TRACE,
-    TROUBLE,
-    Doing,
-    Fence,
-    Opening,
-    RunRow,
-    Step,
-    checksum,
-)
+from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, RunRow, Step
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import Payloads, Place
+from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.protocols import Committed, PriorUsage, Waiting
 from stroma.checkpoint.records import Attempt
 from stroma.checkpoint.sqlite import rows as _sqlite_rows
@@ -85,9 +75,9 @@ class LockedRows(SqliteRows):
         assert opening.run_id in self.locked
         return super().begin(found, opening)
 
-    def go_on(self, found: RunRow, opening: Opening) -> Fence:
+    def take_over(self, found: RunRow, opening: Opening) -> Fence:
         assert found.run_id in self.locked
-        return super().go_on(found, opening)
+        return super().take_over(found, opening)
 
 
 class Store:
@@ -100,7 +90,7 @@ class Store:
         self.operations = 0
 
     def submit(self, operation: Any, /) -> asyncio.Future[Any]:
-        assert not isinstance(operation, Doing) or operation.run_id  # Some stores keep each run apart.
+        assert not isinstance(operation, Transaction) or operation.run_id  # Some stores keep each run apart.
         done = asyncio.get_running_loop().create_future()
         self.operations += 1
         try:
@@ -130,14 +120,14 @@ class Store:
         n: int = 0,
         *,
         payloads: Payloads | None = None,
-        opened: dict[tuple[Place, bytes], bytes] | None = None,
+        opened: dict[tuple[PayloadPlace, bytes], bytes] | None = None,
         **request: Any,
     ) -> DurableSession:
         payloads = payloads or Payloads()
         request.setdefault("if_running", "take_over")  # Not every system says that a process has died.
         asked = RunRequest(run_id, "pipeline", State(n=n), SCHEMA, **request)
         session = DurableSession(run_id, self.submit, payloads, opened)
-        sealed = payloads.seal_now(stored(n), Place(run_id, 1, "input"))
+        sealed = payloads.seal_now(stored(n), PayloadPlace(run_id, 1, "input"))
         opening = Opening(
             run_id, "pipeline", str(new_owner(session)), asked.lease_seconds, SCHEMA.fingerprint, sealed, checksum(sealed),
             asked.discard_from, asked.tags,
@@ -151,21 +141,27 @@ class Store:
     def tables(self) -> dict[str, list[tuple[Any, ...]]]:
         return {name: self.table(name) for name in TABLES}
 
-    def beside(self) -> list[tuple[int, str, str]]:
+    def annotations(self) -> list[tuple[int, str, str]]:
         return [
             (one.position, one.branch, one.node_id)
             for place in range(-9, 0)
-            for one in self.rows.kept(1, place)
+            for one in self.rows.annotations(1, place)
         ]
 
     def keep_beside(self, run_id: str = "r") -> None:
         """Something of each kind; two nodes wait, one of them has its answer."""
-        for position in (SAVED, CANCEL, PARENT, TRACE, TROUBLE):
-            self.rows.keep(run_id, position, "", f"at {position}", EMPTY)
-        keep_due(self.rows, run_id, attempt(1, 50))
-        keep_due(self.rows, run_id, attempt(0, 20))
+        for position in (
+            Annotation.SAVED,
+            Annotation.CANCEL,
+            Annotation.PARENT,
+            Annotation.TRACE,
+            Annotation.FAILURE_SITE,
+        ):
+            self.rows.annotate(run_id, position, "", f"at {position}", EMPTY)
+        record_due_hooks(self.rows, run_id, attempt(1, 50))
+        record_due_hooks(self.rows, run_id, attempt(0, 20))
         for waiting in (Waiting(0, "", "first", "why", "m:Q"), Waiting(2, "0", "second", "what", "", b"7")):
-            keep_waiting(self.rows, run_id, 1, waiting, Payloads())
+            record_waiting(self.rows, run_id, 1, waiting, Payloads())
 
 
 def store_fixture() -> Any:

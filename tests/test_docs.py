@@ -180,7 +180,7 @@ def test_every_reason_has_its_meaning(generate: Any) -> None:
 
 #: Parts of texts that name no way out, each with what stands against it.
 WITHOUT_MEND = {
-    "the store could not keep node": "the store's own error says it",
+    "the store could not record node": "the store's own error says it",
     "{path}: {error}": "what SQLite says that nobody has met yet",
     "cannot keep this: ": "what a driver says that nobody has met yet",
     "cannot be used: {error}, then": "what is wrong with the row ends with it: delete the run",
@@ -480,7 +480,7 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (not_found, CheckpointNotFound, ["'run-7'", "'read'", "'shorten'"], "run the pipeline from its beginning"),
     (missing_node, MissingNode, ["'cut'", "'pipe'", "it has 'read'"], "deploy the code with it"),
     (changed, PipelineChanged, ["'run-7'", "'shorten'", "'cut'", "position 1"], "restore the order of nodes, or begin a new run"),
-    (other_input, PipelineChanged, ["'run-7'"], "give it the same one, or another run id"),
+    (other_input, PipelineChanged, ["'run-7'"], "pass the same input, or use another run id"),
     (no_journal, StoreError, ["'run-7'", "Simple"], "use resume_from=, or a journal store such as SQLiteStore"),
     (refused, StoreError, ["'run-7'", "'read'", "the disk is full"], ""),
     (no_database, StoreError, ["x.db"], "give another path, or move that file away"),

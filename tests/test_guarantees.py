@@ -53,6 +53,7 @@ from stroma import (
     parallel,
 )
 from stroma.checkpoint import Committed, PriorUsage, RunRequest, Session, StepCall, resolve_schema
+from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.copying import pickle_data
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.snapshots import PickledSnapshot
@@ -160,7 +161,7 @@ class Suspending:
         return _SuspendingSession(self, session)
 
 
-class _SuspendingSession:
+class _SuspendingSession(NullSession):
     def __init__(self, store: Suspending, inner: Session) -> None:
         self.store = store
         self.inner = inner

@@ -75,7 +75,7 @@ class Clocked:
     """A limit's cell at a time of our own."""
 
     def __init__(self, **figures: int) -> None:
-        self.rates = rates.Rates(
+        self.rates = rates.RateLimits(
             "llm", figures.get("requests"), figures.get("tokens"), figures.get("concurrent")
         )
         self.data: bytes | None = None
@@ -92,7 +92,7 @@ class Clocked:
         return self.change(rates.acquire(self.rates, str(self.count), node, tokens, 30_000))
 
     def leave(self, number: int, tokens: int, **options: Any) -> None:
-        self.change(rates.give_back("llm", str(number), tokens, learns=True, **options))
+        self.change(rates.release_call("llm", str(number), tokens, learns=True, **options))
 
 
 @pytest.mark.core
@@ -174,7 +174,7 @@ def test_places_of_the_dead() -> None:
     assert limit.ask() is None
     limit.now += 29_999
     assert limit.ask() == Wait("concurrent", None)
-    limit.change(rates.renew("llm", ["1"], 30_000))
+    limit.change(rates.renew_calls("llm", ["1"], 30_000))
     limit.now += 29_999
     assert limit.ask() == Wait("concurrent", None)
     limit.now += 1
@@ -444,7 +444,7 @@ async def test_a_limit_that_can_never_be_met() -> None:
     assert isinstance(result.failure.exception, LimitError)
     assert (result.failure.failure_class, result.failure.reason) == (FailureClass.TERMINAL, "limit")
     assert (
-        "one call of node 'call' takes 500 tokens, more than tokens_per_minute=100" in result.failure.message
+        "one call of node 'call' needs 500 tokens, more than tokens_per_minute=100" in result.failure.message
     )
 
 
@@ -467,7 +467,7 @@ def test_calls_that_are_made_smaller() -> None:
     assert limit.ask() is None
     limit.leave(1, 500)
     limit.now += 61_000
-    assert limit.ask() == rates.Never(500)
+    assert limit.ask() == rates.TooLarge(500)
     assert limit.ask() is None
 
 
@@ -557,20 +557,23 @@ async def test_a_damaged_limit(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({}, "the limit has none; give requests_per_minute="),
+        ({}, "Limit has no limit; pass requests_per_minute="),
         *(
-            ({name: bad}, f"{name} is .*; give a whole number, 1 or more")
+            ({name: bad}, f"{name} must be an integer of at least 1, got")
             for name in ("requests_per_minute", "tokens_per_minute", "concurrent")
             for bad in (0, -1, True, 1.5, math.nan, "5", 10**40)
         ),
-        ({"concurrent": 1, "reserve_tokens": 5}, "of no use without tokens_per_minute"),
-        ({"tokens_per_minute": 100, "reserve_tokens": 0}, "reserve_tokens is 0; give a whole number"),
+        ({"concurrent": 1, "reserve_tokens": 5}, "reserve_tokens needs tokens_per_minute"),
+        (
+            {"tokens_per_minute": 100, "reserve_tokens": 0},
+            "reserve_tokens must be an integer of at least 1, got 0",
+        ),
         (
             {"tokens_per_minute": 100, "reserve_tokens": 101},
-            "more than tokens_per_minute=100: no call could ever be made",
+            "is more than tokens_per_minute=100, so no call could be made",
         ),
-        ({"concurrent": 1, "max_wait_seconds": math.nan}, "max_wait_seconds is nan; give seconds"),
-        ({"concurrent": 1, "lease_seconds": 0.01}, "lease_seconds is 0.01; give 0.1 or more"),
+        ({"concurrent": 1, "max_wait_seconds": math.nan}, "max_wait_seconds must be seconds"),
+        ({"concurrent": 1, "lease_seconds": 0.01}, "lease_seconds must be at least 0.1, got 0.01"),
     ],
 )
 def test_a_wrong_figure(options: dict[str, Any], says: str) -> None:
@@ -582,16 +585,16 @@ def test_a_wrong_figure(options: dict[str, Any], says: str) -> None:
 def test_a_config_refuses_what_cannot_be() -> None:
     """A name that is no limit's, a limit that is none, a name that no store can keep, a store without cells."""
     limit = Limit(concurrent=1)
-    with pytest.raises(ValueError, match=r"node_limits\['call'\] is 'lm', and there is no such limit"):
+    with pytest.raises(ValueError, match=r"node_limits\['call'\] names an unknown limit 'lm'"):
         RunConfig(limits={"llm": limit}, node_limits={"call": "lm"})
-    with pytest.raises(ValueError, match=r"limits\['llm'\] is 5; give a Limit"):
+    with pytest.raises(ValueError, match=r"limits\['llm'\] must be a Limit, got 5"):
         RunConfig(limits={"llm": 5})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match=r'limits is 5; give {"name": Limit'):
         RunConfig(limits=5)  # type: ignore[arg-type]
     for name in ("", "\0"):
         with pytest.raises(ValueError):
             RunConfig(limits={name: limit})
-    with pytest.raises(TypeError, match="cannot keep limit 'llm'"):
+    with pytest.raises(TypeError, match="cannot store limit 'llm'"):
         RunConfig(limits={"llm": Limit(concurrent=1, store=5)})  # type: ignore[arg-type]
     config = RunConfig(limits={"a:b*é": limit})
     assert copy.deepcopy(config).limits["a:b*é"] is limit
@@ -635,7 +638,7 @@ def test_event_loops_that_are_over() -> None:
     for _ in range(5):
         asyncio.run(two())
     (name,) = runner.config.limits
-    assert (len(calls), len(limit.named(name)._lines)) == (10, 1)
+    assert (len(calls), len(limit.named(name)._queues)) == (10, 1)
 
 
 @pytest.mark.slow

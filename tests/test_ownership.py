@@ -29,7 +29,7 @@ from stroma import (
     StromaRunner,
     stroma_node,
 )
-from stroma.checkpoint.durable.owner import LIVE, Owner, is_gone, new_owner
+from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner, is_gone, new_owner
 from stroma.checkpoint.durable.rows import Fence
 from stroma.checkpoint.durable.session import DurableSession
 
@@ -453,7 +453,7 @@ async def test_a_run_has_its_owner_until_its_end_is_kept() -> None:
     pending = session.end("COMPLETED", None)
     assert pending is not None
     await asyncio.sleep(0)
-    assert owner.token in LIVE
+    assert owner.token in LIVE_SESSIONS
     asyncio.get_running_loop().call_soon(kept.set_result, None)
     await pending
-    assert owner.token not in LIVE
+    assert owner.token not in LIVE_SESSIONS

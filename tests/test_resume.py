@@ -772,7 +772,7 @@ async def test_a_step_with_another_input_is_refused(store: Any) -> None:
     await steps.step(ctx, "add", 2)
     again = steps.context()
     assert await steps.step(again, "add", 1) == Num(n=2)
-    with pytest.raises(PipelineChanged, match=r"call 2 of step 'add' .*\"n\":2.*\"n\":7.*begin a new run"):
+    with pytest.raises(PipelineChanged, match=r"call 2 of step 'add' .*\"n\":2.*\"n\":7.*start a new run"):
         await steps.step(again, "add", 7)
     assert steps.calls == ["add 1", "add 2"]
 

@@ -32,6 +32,7 @@ from stroma import (
     parallel,
 )
 from stroma.checkpoint import Fenced, RunRequest, Session, StepCall
+from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.schema import Schema, schema_of
 from stroma.cost import KNOWN_MODELS, CostTracker, estimate_cost_usd
 from stroma.trace import ExecutionTrace, TraceEvent
@@ -57,7 +58,7 @@ class Journal:
     def open_run(self, request: RunRequest) -> Session:
         store, session = self, self.inner.open_run(request)
 
-        class Held:
+        class Held(NullSession):
             execution, continued = session.execution, session.continued
             finished, abandon = session.finished, session.abandon
             restored, prior = session.restored, session.prior

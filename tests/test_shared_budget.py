@@ -45,8 +45,17 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma.limits.budget_state import Ask, Refusal, Spend, Terms, reserve, settle, view, window
-from stroma.limits.lease_renewal import RENEWALS
+from stroma.limits.budget_state import (
+    BudgetTerms,
+    CallRequest,
+    CallUsage,
+    Refusal,
+    read_account,
+    reserve,
+    settle,
+    window,
+)
+from stroma.limits.lease_renewal import RENEWER
 
 
 def node(
@@ -186,19 +195,19 @@ def test_leases_are_kept_up() -> None:
     def fails(tokens: list[str]) -> None:
         raise RuntimeError("no")
 
-    RENEWALS.add("bad", 0.05, fails)
+    RENEWER.add("bad", 0.05, fails)
     for token in ("a", "b"):
-        RENEWALS.add(token, 0.05, told.put)
+        RENEWER.add(token, 0.05, told.put)
     try:
         renewed = [told.get(timeout=30) for _ in range(6)]
         assert {token for tokens in renewed for token in tokens} == {"a", "b"}
-        RENEWALS.drop("a")
+        RENEWER.remove("a")
         while "a" in told.get(timeout=30):
             pass
         assert {tuple(told.get(timeout=30)) for _ in range(3)} == {("b",)}
     finally:
         for token in ("bad", "a", "b"):
-            RENEWALS.drop(token)
+            RENEWER.remove(token)
 
 
 async def test_what_is_only_reserved_is_waited_for(store: Any) -> None:
@@ -629,18 +638,18 @@ def test_windows_are_units_of_the_calendar(per: str, start: str, end: str) -> No
     assert window(per, at[1])[0] == at[1]
 
 
-TERMS = Terms("team", "hour", (100, None), {})
+TERMS = BudgetTerms("team", "hour", (100, None), {})
 HOUR = 3_600_000
 NOON = 1_900_000 * HOUR
 
 
 def after(data: bytes | None, took: int, now: int) -> bytes | None:
     """The account once a call that nobody reserved has ended."""
-    return settle(TERMS, [Spend("", "a", (took, 0), known=False, learns=False)])(data, now)[0]
+    return settle(TERMS, [CallUsage("", "a", (took, 0), known=False, learns=False)])(data, now)[0]
 
 
 def spent(data: bytes | None, now: int) -> int:
-    found = view("team", data, now)
+    found = read_account("team", data, now)
     assert found is not None
     return found.spent[0]
 
@@ -650,17 +659,17 @@ def test_a_new_window_begins_anew() -> None:
     """What was spent counts to the end of its window; a call in flight counts in the window that it ends in."""
     data = after(None, 70, NOON)
     assert (spent(data, NOON + HOUR - 1), spent(data, NOON + HOUR)) == (70, 0)
-    data, told = reserve(TERMS, Ask("x", "a", (30, None), None))(data, NOON + HOUR - 1)
+    data, told = reserve(TERMS, CallRequest("x", "a", (30, None), None))(data, NOON + HOUR - 1)
     assert told == (30, 0)
-    data = settle(TERMS, [Spend("x", "a", (30, 0))])(data, NOON + HOUR)[0]
+    data = settle(TERMS, [CallUsage("x", "a", (30, 0))])(data, NOON + HOUR)[0]
     assert (spent(data, NOON + HOUR), spent(data, NOON + 2 * HOUR)) == (30, 0)
 
 
 @pytest.mark.core
 def test_a_call_in_flight_holds_its_share_of_the_next_window() -> None:
     """What is reserved counts in every window until it is settled."""
-    data, _ = reserve(TERMS, Ask("x", "a", (80, None), None))(None, NOON + HOUR - 1)
-    told = reserve(TERMS, Ask("y", "a", (30, None), None))(data, NOON + HOUR)[1]
+    data, _ = reserve(TERMS, CallRequest("x", "a", (80, None), None))(None, NOON + HOUR - 1)
+    told = reserve(TERMS, CallRequest("y", "a", (30, None), None))(data, NOON + HOUR)[1]
     assert isinstance(told, Refusal)
     assert (told.reserved, told.waits, told.ends_ms) == (80, True, NOON + 2 * HOUR)
 
@@ -670,11 +679,11 @@ def test_one_call_that_took_more_than_the_limit() -> None:
     """It keeps others from being made in its window alone; if every call of the node does, none is made."""
     data = None
     for took in (20, 500):
-        data = settle(TERMS, [Spend("", "a", (took, 0), known=False)])(data, NOON)[0]
-    ask = Ask("x", "a", (None, None), None)
+        data = settle(TERMS, [CallUsage("", "a", (took, 0), known=False)])(data, NOON)[0]
+    ask = CallRequest("x", "a", (None, None), None)
     assert isinstance(reserve(TERMS, ask)(data, NOON)[1], Refusal)
     assert reserve(TERMS, ask)(data, NOON + HOUR)[1] == (100, 0)
-    dear = settle(TERMS, [Spend("", "a", (500, 0), known=False)])(None, NOON)[0]
+    dear = settle(TERMS, [CallUsage("", "a", (500, 0), known=False)])(None, NOON)[0]
     told = reserve(TERMS, ask)(dear, NOON + HOUR)[1]
     assert isinstance(told, Refusal)
     assert (told.asked, told.waits) == (500, False)
@@ -695,32 +704,32 @@ def test_a_clock_that_is_set_back() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({}, "has no limit; give max_cost_usd= or max_tokens="),
+        ({}, "has no limit; pass max_cost_usd= or max_tokens="),
         *(
-            ({"max_cost_usd": bad}, "give US dollars, 0 or more and finite")
+            ({"max_cost_usd": bad}, "max_cost_usd must be US dollars, 0 or more and finite")
             for bad in (-1, math.nan, math.inf, True, "5", 1e300)
         ),
         *(
-            ({"max_tokens": bad}, "give a whole number, 0 or more")
+            ({"max_tokens": bad}, "max_tokens must be an integer of at least 0")
             for bad in (-1, 1.5, True, math.nan, 10**40)
         ),
         *(
-            ({"max_cost_usd": 1, "reserve_usd": bad}, "reserve_usd is .*; give US dollars, more than 0")
+            ({"max_cost_usd": 1, "reserve_usd": bad}, "reserve_usd must be US dollars, more than 0")
             for bad in (0, -1, math.nan, True)
         ),
         (
             {"max_cost_usd": 1, "reserve_usd": {"a": 0}},
-            r"reserve_usd\['a'\] is 0; give US dollars, more than 0",
+            r"reserve_usd\['a'\] must be US dollars, more than 0",
         ),
         ({"max_cost_usd": 1, "reserve_usd": 2}, "more than the whole budget of 1; no call could be made"),
         ({"max_cost_usd": 1, "reserve_tokens": 2}, "of no use without a limit on the same"),
-        ({"max_tokens": 5, "reserve_tokens": 0}, "reserve_tokens is 0; give a whole number, 1 or more"),
-        *(({"max_cost_usd": 1, "per": bad}, 'per is .*; give "minute"') for bad in ("week", "", "DAY")),
-        ({"max_cost_usd": 1, "lease_seconds": 0}, "lease_seconds is 0; give"),
-        ({"max_cost_usd": 1, "lease_seconds": 0.01}, "lease_seconds is 0.01; give 0.1 or more"),
-        ({"max_cost_usd": 1, "max_wait_seconds": -1}, "max_wait_seconds is -1; give seconds, 0 or more"),
-        ({"max_cost_usd": 1, "on_store_error": "ignore"}, 'give "refuse" or "allow"'),
-        ({"max_cost_usd": 1, "max_cost_usd_by_node": {"a": -1}}, r"max_cost_usd_by_node\['a'\] is -1"),
+        ({"max_tokens": 5, "reserve_tokens": 0}, "reserve_tokens must be an integer of at least 1, got 0"),
+        *(({"max_cost_usd": 1, "per": bad}, 'per must be "minute"') for bad in ("week", "", "DAY")),
+        ({"max_cost_usd": 1, "lease_seconds": 0}, "lease_seconds must be"),
+        ({"max_cost_usd": 1, "lease_seconds": 0.01}, "lease_seconds must be at least 0.1, got 0.01"),
+        ({"max_cost_usd": 1, "max_wait_seconds": -1}, "max_wait_seconds must be seconds, 0 or more"),
+        ({"max_cost_usd": 1, "on_store_error": "ignore"}, 'on_store_error must be "refuse" or "allow"'),
+        ({"max_cost_usd": 1, "max_cost_usd_by_node": {"a": -1}}, r"max_cost_usd_by_node\['a'\] must be"),
         ({"max_cost_usd": 1, "max_cost_usd_by_node": {"": 1}}, "node id"),
     ],
 )
@@ -755,9 +764,9 @@ def test_a_store_that_has_no_cells() -> None:
         def save(self, *_: Any) -> None: ...
 
     for wrong in (Simple(), 5):
-        with pytest.raises(TypeError, match="cannot keep budget 'team'; give SQLiteStore, PostgresStore"):
+        with pytest.raises(TypeError, match="cannot store budget 'team'; pass SQLiteStore, PostgresStore"):
             SharedBudget("team", max_cost_usd=1, store=wrong)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="give a list of node ids"):
+    with pytest.raises(TypeError, match="must be a list of node ids"):
         SharedBudget("team", max_cost_usd=1, nodes="call")
 
 
@@ -807,7 +816,7 @@ async def test_two_processes_that_do_not_agree_on_the_window(tmp_path: Path) -> 
     result = await StromaRunner.quick(shared_budgets=other).run([call], State())
     assert (result.status, len(calls)) == (RunStatus.PARTIAL, 1)
     assert result.failure is not None
-    assert "goes by per='day' in this store, and here by per='hour'" in result.failure.message
+    assert "has per='day' in this store, but per='hour' here" in result.failure.message
     await store.aclose()
 
 
@@ -845,7 +854,7 @@ async def test_the_state_of_a_damaged_account() -> None:
     """Looking at it is a StoreError too."""
     store = AsyncInMemoryStore()
     await store.change_cell("budget:team", lambda old, now: (b"5", None))
-    with pytest.raises(StoreError, match="what the store keeps of budget 'team' is damaged"):
+    with pytest.raises(StoreError, match="the data of budget 'team' in the store is damaged"):
         await SharedBudget("team", max_cost_usd=1, store=store).state()
 
 

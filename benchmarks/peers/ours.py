@@ -24,7 +24,7 @@ def _connect(uri: str) -> sqlite3.Connection:
 async def opened(address: str, nodes: int) -> tuple[Run, Close]:
     if address.startswith("alone+"):
         address = address.removeprefix("alone+")
-        worker._MOST = 1  # type: ignore[misc]
+        worker._MAX_BATCH_SIZE = 1  # type: ignore[misc]
     store: Any
     if SLOWER and address.startswith("sqlite:///"):
         store = SQLiteStore(address.removeprefix("sqlite:///"), _connect=_connect)

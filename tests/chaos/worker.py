@@ -49,7 +49,7 @@ from stroma import (
     open_store,
     stroma_node,
 )
-from stroma.checkpoint.durable.rows import Commit, Doing
+from stroma.checkpoint.durable.operations import Commit, Transaction
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.durable.worker import Worker
 from stroma.cost.prices import find_pricer
@@ -175,7 +175,7 @@ class Fuse:
             for job in worker._batch:
                 if job.error is None:
                     kind: Any = job.operation
-                    if isinstance(kind, Doing):
+                    if isinstance(kind, Transaction):
                         kind = kind.do
                     if isinstance(kind, functools.partial):
                         kind = getattr(kind.func, "__func__", kind.func)

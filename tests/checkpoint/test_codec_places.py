@@ -28,7 +28,9 @@ from stroma import (
     current_node,
     stroma_node,
 )
-from stroma.checkpoint.durable.rows import WAITING, Doing, Fence, Rows, Step, checksum
+from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.operations import Transaction
+from stroma.checkpoint.durable.rows import Annotation, Fence, Rows, Step
 
 NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
 KEY = bytes(range(32))
@@ -111,7 +113,7 @@ async def rewrite(store: Any, run_id: str, position: int, step: Callable[[Step],
         later = attempt._replace(started_ns=attempt.started_ns + 1)
         assert rows.commit(fence, later, step(kept.step))
 
-    await store._submit(Doing(run_id, do))
+    await store._submit(Transaction(run_id, do))
 
 
 async def stored(store: Any, run_id: str, position: int) -> bytes:
@@ -121,7 +123,7 @@ async def stored(store: Any, run_id: str, position: int) -> bytes:
         kept = rows.steps(found.run, found.execution)
         return next(row.step.output for row in kept if row.position == position)
 
-    return bytes(await store._submit(Doing(run_id, do)))
+    return bytes(await store._submit(Transaction(run_id, do)))
 
 
 def put(data: bytes) -> Callable[[Step], Step]:
@@ -173,14 +175,14 @@ async def test_an_answer_answers_one_question(open_store: Open) -> None:
             small, large = rows.find("small"), rows.find("large")
             assert small is not None
             assert large is not None
-            answer = next(iter(rows.kept(small.run, WAITING)))
-            asked = next(iter(rows.kept(large.run, WAITING)))
+            answer = next(iter(rows.annotations(small.run, Annotation.WAITING)))
+            asked = next(iter(rows.annotations(large.run, Annotation.WAITING)))
             step = asked.step._replace(
                 output=answer.step.output, sha256=answer.step.sha256, number=answer.step.number
             )
-            rows.keep("large", WAITING, asked.branch, asked.node_id, step)
+            rows.annotate("large", Annotation.WAITING, asked.branch, asked.node_id, step)
 
-        await store._submit(Doing(None, steal))
+        await store._submit(Transaction(None, steal))
         calls: list[Any] = []
         with pytest.raises(CorruptCheckpoint, match="written for another place"):
             await run(store, calls, "alice", 1, "large", asks="pay 1000000?", resume=True)
@@ -217,7 +219,7 @@ async def test_messages_and_questions_are_sealed(open_store: Open) -> None:
         rows.finish(fence, "FAILED", "all is well")
 
     async with open_store(codec=codec()) as store:
-        await store._submit(Doing("failed", forge))
+        await store._submit(Transaction("failed", forge))
         assert store.get_run("failed").error == "[not written by the codec of this store]"
 
 

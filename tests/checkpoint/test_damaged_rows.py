@@ -12,7 +12,8 @@ from tests.checkpoint.damage import loose
 from tests.shared_stores import SHARED, opened, place
 
 from stroma.checkpoint import RunQuery, StoreError
-from stroma.checkpoint.durable.rows import DAMAGED, readable_attempt, readable_run
+from stroma.checkpoint.durable.integrity import parse_attempt, parse_run
+from stroma.checkpoint.durable.rows import DAMAGED
 from stroma.checkpoint.history import History
 from stroma.cli import main
 from stroma.failures import FailureClass
@@ -182,14 +183,14 @@ async def test_keys_in_redis_that_hold_something_else(key: str, value: str) -> N
 def test_what_a_row_may_hold() -> None:
     """Every value that no store writes is named; each one in a row that is right makes a damaged one of it."""
     right = (1, "r", "p", 1, "RUNNING", None, 1, 2, 3, 4, 5, "owner", 1, -1.5, 0, 0, 0)
-    assert readable_run(right) == right
+    assert parse_run(right) == right
     for at in range(1, len(right)):
         for wrong in (b"x", 1.5 if at != 13 else None, [], "x" if isinstance(right[at], int | float) else 7):
-            row = readable_run((*right[:at], wrong, *right[at + 1 :]))
+            row = parse_run((*right[:at], wrong, *right[at + 1 :]))
             assert (row.status, row.owner) == (DAMAGED, None)
             assert row._fields[at] in (row.error or "")
     good = (0, 1, "", 1, "n", 1, "success", None, None, None, 1, 1, 1, None, 0, None, None, None)
-    assert readable_attempt(good) == good
+    assert parse_attempt(good) == good
     for at in range(len(good)):
-        row2 = readable_attempt((*good[:at], b"x", *good[at + 1 :]))
+        row2 = parse_attempt((*good[:at], b"x", *good[at + 1 :]))
         assert (row2.outcome, row2._fields[at] in (row2.message or "")) == (DAMAGED, True)

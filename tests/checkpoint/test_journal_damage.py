@@ -64,7 +64,7 @@ async def test_a_hole_in_what_is_read_later_is_damage(at: tuple[str, str]) -> No
         await finish(session, "PARTIAL")
         lose(*at, "output")
         with pytest.raises(CheckpointLost, match="'run'"):
-            await begin(store, if_exists="resume", apart=((0, ""),))
+            await begin(store, if_exists="resume", lazily_loaded=((0, ""),))
 
 
 async def test_counters_follow_discards_and_replacements(at: tuple[str, str]) -> None:

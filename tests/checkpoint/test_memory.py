@@ -43,7 +43,9 @@ async def test_a_row_of_another_schema_is_not_read_by_its_own() -> None:
     """What is loaded is what was committed, whatever reads the row's pictures."""
     store, schema = AsyncInMemoryStore(), schema_of(State)
     session = await begin(store)
-    odd = (*row(0, output=("x", 1, 0.5, b""), schema=schema)[:12], None, None, 0)
+    odd = row(0, output=("x", 1, 0.5, b""), schema=schema)._replace(
+        schemas=None, children=None, function_ns=0
+    )
     await settled(session.record(odd, schema, State(n=7)))
     assert store.attempts("run")[0].output == schema.encode(State(n=7))
     assert await store.load("run", "node") == State(n=7)

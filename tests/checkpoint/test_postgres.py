@@ -23,7 +23,8 @@ from tests.tiers import examples
 
 import stroma
 from stroma.checkpoint import CheckpointLost, Fenced, RunBusy, StoreError, open_store
-from stroma.checkpoint.durable.rows import Commit, Doing, Fence
+from stroma.checkpoint.durable.operations import Commit, Transaction
+from stroma.checkpoint.durable.rows import Fence
 from stroma.checkpoint.durable.worker import Job
 from stroma.checkpoint.records import Attempt
 from stroma.testing.machine import JournalStoreMachine
@@ -172,7 +173,7 @@ def test_threads_make_the_tables_together(server: PostgresServer) -> None:
     together = threading.Barrier(6)
 
     def connect(name: str) -> int:
-        target = _postgres_server.Server.at(server.dsn, name, 1.0)
+        target = _postgres_server.PostgresEndpoint.at(server.dsn, name, 1.0)
         together.wait()
         with contextlib.closing(target.connect()) as db:
             return len(db.execute("SELECT * FROM meta").fetchall())
@@ -370,7 +371,7 @@ def test_what_is_done_together() -> None:
         return Job(Commit(run_id, Fence(1, 1, 1, "", 1.0), Attempt(*[0] * 16), None), None)  # type: ignore[arg-type]
 
     def doing(run_id: str | None) -> Job:
-        return Job(Doing(run_id, lambda rows: None), None)
+        return Job(Transaction(run_id, lambda rows: None), None)
 
     a1, b1, c1, a2, b2 = map(a_commit, "abcab")
     opened, anything = doing("b"), doing(None)

@@ -23,9 +23,10 @@ from stroma.checkpoint import (
     CorruptCheckpoint,
     RunExists,
 )
+from stroma.checkpoint.durable.fork import fork_run
+from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.owner import new_owner
-from stroma.checkpoint.durable.rows import PARENT, SAVED, Opening, Step, StepRow, checksum
-from stroma.checkpoint.durable.session import fork
+from stroma.checkpoint.durable.rows import Annotation, Opening, Step, StepRow
 from stroma.checkpoint.payloads import Payloads
 from stroma.checkpoint.protocols import PriorUsage
 from stroma.checkpoint.records import Attempt
@@ -39,7 +40,7 @@ def forked(
     sha = b"" if n is None else checksum(stored(n))
     given = (("", b"") if n is None else ("another", stored(n)))  # fmt: skip
     opening = Opening(to, "", str(new_owner(None, ends=False)), 0.0, *given, sha, None)
-    store.do(lambda rows: fork(rows, Payloads(), source, opening, before, edited))
+    store.do(lambda rows: fork_run(rows, Payloads(), source, opening, before, edited))
 
 
 def of_fork(store: Store, run: int = 2) -> Any:
@@ -66,7 +67,9 @@ async def test_a_fork_has_what_was_committed_before(store: Store) -> None:
         "f", "pipeline", 1, "INTERRUPTED", "forked from run 'r' before position 2", 1000, 1000, 0, 0, 0
     )  # fmt: skip
     assert (found.epoch, found.left_seconds, found.nodes) == (1, -1.0, 2)
-    assert store.rows.kept(2, PARENT) == [StepRow(PARENT, "", "r", Step("", "", b"", checksum(b""), 2))]
+    assert store.rows.annotations(2, Annotation.PARENT) == [
+        StepRow(Annotation.PARENT, "", "r", Step("", "", b"", checksum(b""), 2))
+    ]
     for name in TABLES:
         assert store.table(name)[: len(before[name])] == before[name] or name == "steps"
     assert [one for one in store.table("steps") if one[1] == 1] == before["steps"]
@@ -105,7 +108,7 @@ async def test_a_fork_with_an_input_of_its_own(store: Store) -> None:
 async def test_what_cannot_be_forked(store: Store) -> None:
     """No run that is not there or has nothing, at no place before which nothing is committed, and not into another run."""
     await begun(store)
-    store.rows.keep("saved", SAVED, "n", "n", EMPTY)
+    store.rows.annotate("saved", Annotation.SAVED, "n", "n", EMPTY)
     before = store.tables()
     for source in ("nobody", "saved"):
         with pytest.raises(CheckpointNotFound) as caught:
@@ -114,11 +117,11 @@ async def test_what_cannot_be_forked(store: Store) -> None:
     with pytest.raises(CheckpointNotFound) as caught:
         forked(store, 4)
     assert str(caught.value) == (
-        "run 'r' has no output at position 3, before which it is forked; fork at an earlier node"
+        "run 'r' has no output at position 3, so it cannot be forked before position 4; fork at an earlier node"
     )
     with pytest.raises(RunExists) as exists:
         forked(store, 1, to="r")
-    assert str(exists.value) == "run 'r' exists already; give the fork another id"
+    assert str(exists.value) == "run 'r' already exists; use another id for the fork"
     assert store.tables() == before
     # A group of which only children are committed has no output.
     store.db.execute("DELETE FROM steps WHERE position = 1 AND branch = ''")
@@ -143,12 +146,12 @@ async def test_a_damaged_output_is_not_forked(store: Store) -> None:
 
 async def test_a_fork_takes_an_id_under_which_states_were_saved(store: Store) -> None:
     await begun(store)
-    store.rows.keep("f", SAVED, "n", "n", EMPTY)
+    store.rows.annotate("f", Annotation.SAVED, "n", "n", EMPTY)
     forked(store, 1)
     found = store.rows.find("f")
     assert found is not None
     assert (found.run, found.execution, found.nodes) == (2, 1, 1)
-    assert len(store.rows.kept(2, SAVED)) == 1
+    assert len(store.rows.annotations(2, Annotation.SAVED)) == 1
 
 
 async def test_the_last_execution_is_forked(store: Store) -> None:

@@ -28,9 +28,10 @@ from stroma.checkpoint import (
     RunExists,
     StepCall,
 )
-from stroma.checkpoint.durable.annotations import keep_due
-from stroma.checkpoint.durable.owner import LIVE, Owner
-from stroma.checkpoint.durable.rows import CANCEL, DUE, SAVED, WAITING, Fence, Step, checksum
+from stroma.checkpoint.durable.annotations import record_due_hooks
+from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner
+from stroma.checkpoint.durable.rows import Annotation, Fence, Step
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.protocols import OF_MAP, Committed, Finished, PriorUsage, Tried, Waiting
 from stroma.failures import FailureClass
@@ -55,7 +56,7 @@ async def test_a_session_of_a_new_run(store: Store) -> None:
         None,
     )
     assert session.fence == Fence(1, 1, 1, session.fence.owner, 30.0)
-    assert LIVE[Owner.read(session.fence.owner).token] is session  # type: ignore[union-attr]
+    assert LIVE_SESSIONS[Owner.read(session.fence.owner).token] is session  # type: ignore[union-attr]
     assert store.table("inputs") == [(1, 1, SCHEMA.fingerprint, stored(0), checksum(stored(0)))]
 
 
@@ -129,7 +130,7 @@ async def test_a_session_that_goes_on(store: Store, if_exists: Any) -> None:
     """It knows what was committed, used, waited for, and under which trace."""
     first = await begun(store)
     store.keep_beside()
-    store.rows.drop(1, CANCEL)
+    store.rows.delete_annotations(1, Annotation.CANCEL)
     history = store.table("attempts")
     session = store.open(if_exists=if_exists)
     assert (session.execution, session.continued, session.finished) == (1, True, None)
@@ -142,7 +143,7 @@ async def test_a_session_that_goes_on(store: Store, if_exists: Any) -> None:
         (2, "0"): Waiting(2, "0", "second", "what", "", b"7"),
     }
     assert session.undelivered == []  # Nobody asked for them.
-    assert store.beside() == [
+    assert store.annotations() == [
         (-7, "", "at -7"), (-6, "0:20:1:", "node"), (-6, "1:50:1:", "node"), (-5, "", "at -5"), (-4, "", "at -4"),
         (-2, "0:", "first"), (-2, "2:0", "second"), (-1, "", "at -1"),
     ]  # fmt: skip
@@ -153,7 +154,7 @@ async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
     """Who wants to deliver them is given them, the oldest first; what is damaged of them is left out."""
     await begun(store)
     for number, started in enumerate((70, 50, 90)):
-        keep_due(
+        record_due_hooks(
             store.rows,
             "r",
             attempt(
@@ -167,7 +168,7 @@ async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
                 error_type="KeyError",
             ),
         )
-    store.rows.keep("r", DUE, "damaged", "node", Step("", "", b"{}", b"wrong"))
+    store.rows.annotate("r", Annotation.DUE_HOOKS, "damaged", "node", Step("", "", b"{}", b"wrong"))
     session = store.open(if_exists="resume", deliver=True)
     failed = Failed(FailureClass.TERMINAL, "m", None, "KeyError")
     usage = AttemptUsage(5, 3, 0.25, "m")
@@ -175,7 +176,7 @@ async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
         ("node", 3, started, 7, {}, None, "failure", failed, usage, position, "2", None, None, None, 7)
         for position, started in ((1, 50), (0, 70), (2, 90))
     ]
-    assert len(store.rows.kept(1, DUE)) == 4  # Until they were told.
+    assert len(store.rows.annotations(1, Annotation.DUE_HOOKS)) == 4  # Until they were told.
 
 
 async def test_a_session_that_begins_anew(store: Store) -> None:
@@ -191,7 +192,7 @@ async def test_a_session_that_begins_anew(store: Store) -> None:
             {},
             [],
         )
-        assert store.beside() == [(-4, "", "at -4"), (-1, "", "at -1")]
+        assert store.annotations() == [(-4, "", "at -4"), (-1, "", "at -1")]
     assert session.execution == 3
     assert session.fence.epoch == 3
     assert [one[1] for one in store.table("inputs")] == [1, 2, 3]
@@ -199,10 +200,10 @@ async def test_a_session_that_begins_anew(store: Store) -> None:
 
 @pytest.mark.parametrize("if_exists", ["resume", "restart"])
 async def test_a_run_of_which_only_states_were_saved_begins(store: Store, if_exists: Any) -> None:
-    store.rows.keep("r", SAVED, "n", "n", EMPTY)
+    store.rows.annotate("r", Annotation.SAVED, "n", "n", EMPTY)
     session = store.open(if_exists=if_exists)
     assert (session.execution, session.continued, session.restored) == (1, False, {})
-    assert store.beside() == [(-1, "n", "n")]
+    assert store.annotations() == [(-1, "n", "n")]
 
 
 @pytest.mark.parametrize("status", ["COMPLETED", "RESUMED"])
@@ -244,7 +245,7 @@ async def test_a_session_that_goes_on_from_an_earlier_position(
     """What was committed or waited for from there on is forgotten; what was used counts all the same."""
     await begun(store)
     store.keep_beside()
-    store.rows.drop(1, CANCEL)
+    store.rows.delete_annotations(1, Annotation.CANCEL)
     # It goes on with another input, and with damage to what is forgotten.
     store.db.execute("UPDATE steps SET output = x'00' WHERE position >= ? AND position >= 0", (discard_from,))
     session = store.open(n=7, if_exists="resume", discard_from=discard_from)
@@ -253,7 +254,9 @@ async def test_a_session_that_goes_on_from_an_earlier_position(
     assert session.continued
     assert list(session.waiting) == waits
     assert {(one.position, one.branch) for one in store.rows.steps(1, 1)} == set(left)
-    assert [one.branch for one in store.rows.kept(1, WAITING)] == [f"{at}:{branch}" for at, branch in waits]
+    assert [one.branch for one in store.rows.annotations(1, Annotation.WAITING)] == [
+        f"{at}:{branch}" for at, branch in waits
+    ]
 
 
 async def test_what_was_waited_for_and_is_damaged_is_forgotten(store: Store) -> None:
@@ -261,19 +264,19 @@ async def test_what_was_waited_for_and_is_damaged_is_forgotten(store: Store) -> 
     await begun(store)
     store.keep_beside()
     store.open("s")
-    store.rows.keep("s", WAITING, "0:", "n", Step("", "", b"7", b"wrong", 1))
-    store.rows.keep("r", WAITING, "1:", "n", Step("", "", b"7", b"wrong", 1))
-    store.rows.keep("r", WAITING, "x:", "n", EMPTY)
+    store.rows.annotate("s", Annotation.WAITING, "0:", "n", Step("", "", b"7", b"wrong", 1))
+    store.rows.annotate("r", Annotation.WAITING, "1:", "n", Step("", "", b"7", b"wrong", 1))
+    store.rows.annotate("r", Annotation.WAITING, "x:", "n", EMPTY)
     session = store.open(if_exists="resume")
     assert list(session.waiting) == [(0, ""), (2, "0")]
-    assert [one.branch for one in store.rows.kept(1, WAITING)] == ["0:", "2:0"]
-    assert len(store.rows.kept(2, WAITING)) == 1
+    assert [one.branch for one in store.rows.annotations(1, Annotation.WAITING)] == ["0:", "2:0"]
+    assert len(store.rows.annotations(2, Annotation.WAITING)) == 1
 
 
 async def test_commits_that_are_apart_are_not_restored(store: Store) -> None:
     """They stay where they are, and committed() gives them."""
     await begun(store)
-    session = store.open(if_exists="resume", apart=((1, ""),))
+    session = store.open(if_exists="resume", lazily_loaded=((1, ""),))
     assert session.restored == {at: COMMITS[at] for at in ((0, ""), (1, ""), (2, ""))}
     assert await session.committed(1, ["0", "1", "2"]) == {"0": COMMITS[1, "0"], "1": COMMITS[1, "1"]}
     assert await session.committed(1, ["1"]) == {"1": COMMITS[1, "1"]}
@@ -323,8 +326,8 @@ async def test_a_run_that_is_held(store: Store, n: int, what: str) -> None:
     error = caught.value
     left = f"{error.left_seconds:.1f}"
     assert str(error) == (
-        f"run 'r' is being run{what} by {place}, whose lease is good for another {left} s; wait for its result with "
-        'if_running="attach", or use another run id'
+        f"run 'r' is already running{what} in {place} (lease expires in {left} s); "
+        'pass if_running="attach" to wait for its result, or use another run id'
     )
     assert error.holder == place
     assert 0 < error.left_seconds <= 3600.0
@@ -337,7 +340,7 @@ async def test_a_run_that_must_not_be_there(store: Store) -> None:
     with pytest.raises(RunExists) as caught:
         store.open(if_exists="error")
     assert str(caught.value) == (
-        "run 'r' exists already (execution 1, RUNNING); use another run id, or say what is to become of it: "
+        "run 'r' already exists (execution 1, RUNNING); use another run id, or pass "
         'if_exists="resume", "return" or "restart"'
     )
 
@@ -347,7 +350,7 @@ async def test_another_input_is_refused(store: Store) -> None:
     with pytest.raises(PipelineChanged) as caught:
         store.open(n=1, if_exists="resume")
     assert str(caught.value) == (
-        "run 'r' was started with another input (or State has changed); give it the same one, or another run id"
+        "run 'r' was started with another input (or State has changed); pass the same input, or use another run id"
     )
 
 

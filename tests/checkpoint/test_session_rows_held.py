@@ -32,10 +32,11 @@ from stroma.checkpoint import (
     StepCall,
     StoreError,
 )
-from stroma.checkpoint.durable.owner import LIVE, Owner, boot_id
-from stroma.checkpoint.durable.rows import DUE, TRACE, TROUBLE, WAITING, Fence, Step, StepRow, checksum
+from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner, boot_id
+from stroma.checkpoint.durable.rows import Annotation, Fence, Step, StepRow
 from stroma.checkpoint.durable.session import DurableSession
-from stroma.checkpoint.payloads import CODED, Payloads, Place
+from stroma.checkpoint.payloads import CODED, PayloadPlace, Payloads
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import Attempt
 from stroma.contracts import NotSerialisable
@@ -59,7 +60,7 @@ async def test_the_same_input_through_a_codec(store: Store) -> None:
     """Its bytes are others each time, and it is the same input all the same; another one is another one."""
     payloads = Payloads(Counting())
     lose(store.open(payloads=payloads))
-    place = Place("r", 1, "input").digest()
+    place = PayloadPlace("r", 1, "input").digest()
     assert store.table("inputs")[0][3] == CODED + b"1|" + (place + stored(0))[::-1]
     session = store.open(payloads=payloads, if_exists="resume")
     assert session.continued
@@ -119,7 +120,7 @@ async def test_commits_through_a_codec(store: Store) -> None:
     first, second, third = store.rows.steps(1, 1)
 
     def coded(number: int, data: bytes, position: int, kind: str = "output") -> bytes:
-        return CODED + b"%d|" % number + (Place("r", 1, kind, position).digest() + data)[::-1]
+        return CODED + b"%d|" % number + (PayloadPlace("r", 1, kind, position).digest() + data)[::-1]
 
     assert first.step.output == coded(2, stored(1), 0)
     assert first.step.given == coded(3, b"given", 0, "given")
@@ -134,7 +135,7 @@ async def test_commits_through_a_codec(store: Store) -> None:
     assert await session.committed(0, [""]) == {"": found[0]}
     assert codec.opened == 2
     lose(session)
-    place = Place("r", 1, "output")
+    place = PayloadPlace("r", 1, "output")
     ahead = {(place, first.step.sha256): stored(1), (place, b"another"): b"another"}
     again = store.open(payloads=payloads, if_exists="resume", opened=ahead)
     assert again.restored == {(at, ""): commit for at, commit in found.items()}
@@ -151,7 +152,7 @@ async def test_what_cannot_be_opened_is_named(store: Store) -> None:
     await session.record(row(4, 20), SCHEMA, State(n=1), StepCall(2, b"given"))
     session = DurableSession("r", store.submit, Payloads())
     session.fence = Fence(1, 1, 1, "", 0.0)
-    for position, what in ((3, ""), (4, "what was given for ")):
+    for position, what in ((3, ""), (4, "the input of the step for ")):
         with pytest.raises(CorruptCheckpoint) as caught:
             await session.committed(position, [""])
         assert str(caught.value) == (
@@ -197,7 +198,7 @@ async def test_an_attempt_is_kept_with_all_that_is_told_of_it(
     session = store.open()
     await session.record(given, None, None)
     assert list(store.rows.attempts(1, 1)) == [(kept, None)]
-    assert store.beside() == []
+    assert store.annotations() == []
 
 
 async def test_an_output_is_kept_with_its_schema(store: Store) -> None:
@@ -229,7 +230,7 @@ async def test_end_hooks_are_due_with_each_attempt(store: Store) -> None:
     session = store.open(deliver=True)
     await session.record(row(0), SCHEMA, State(n=1))
     await session.record(row(1, 20, "0", 3), None, None)
-    due = store.rows.kept(1, DUE)
+    due = store.rows.annotations(1, Annotation.DUE_HOOKS)
     assert [(one.branch, one.node_id, json.loads(one.step.output)) for one in due] == [
         ("0:10:1:", "node", attempt()._asdict()),
         ("1:20:3:0", "node", attempt(1, 20, "0", 3)._asdict()),
@@ -240,10 +241,10 @@ async def test_end_hooks_are_due_with_each_attempt(store: Store) -> None:
     assert len(store.rows.steps(1, 1)) == 1
     session.delivered(row(0))
     await asyncio.sleep(0)
-    assert [one.branch for one in store.rows.kept(1, DUE)] == ["1:20:3:0"]
+    assert [one.branch for one in store.rows.annotations(1, Annotation.DUE_HOOKS)] == ["1:20:3:0"]
     session.delivered(row(1, 20, "0", 3))
     await asyncio.sleep(0)
-    assert store.rows.kept(1, DUE) == []
+    assert store.rows.annotations(1, Annotation.DUE_HOOKS) == []
 
 
 @pytest.mark.parametrize("deliver", [False, True])
@@ -251,28 +252,28 @@ async def test_where_an_attempt_failed_is_kept_with_it(store: Store, deliver: bo
     """Once, at its place, in place of what failed there before; of another attempt's trouble nothing is kept."""
     session = store.open(deliver=deliver)
     failed = Failed(FailureClass.AMBIGUOUS, "no", None, "KeyError")
-    session.note_trouble(1, "0", 3, 20, lambda: b"frames")
-    assert store.rows.kept(1, TROUBLE) == []
+    session.record_failure_site(1, "0", 3, 20, lambda: b"frames")
+    assert store.rows.annotations(1, Annotation.FAILURE_SITE) == []
     await session.record(row(1, 10, "1"), None, None)
-    assert store.rows.kept(1, TROUBLE) == []
+    assert store.rows.annotations(1, Annotation.FAILURE_SITE) == []
     await session.record(row(1, 20, "0", 3, failed=failed), None, None)
-    first = StepRow(TROUBLE, "1:0", "node", Step("20", "", b"frames", checksum(b"frames"), 3))
-    assert store.rows.kept(1, TROUBLE) == [first]
+    first = StepRow(Annotation.FAILURE_SITE, "1:0", "node", Step("20", "", b"frames", checksum(b"frames"), 3))
+    assert store.rows.annotations(1, Annotation.FAILURE_SITE) == [first]
     await session.record(row(1, 30, "0", 4, failed=failed), None, None)
-    assert store.rows.kept(1, TROUBLE) == [first]
-    session.note_trouble(1, "0", 5, 40, lambda: b"others")
+    assert store.rows.annotations(1, Annotation.FAILURE_SITE) == [first]
+    session.record_failure_site(1, "0", 5, 40, lambda: b"others")
     await session.record(row(1, 41, "0", 5, failed=failed), None, None)
     await session.record(row(1, 40, "0", 6, failed=failed), None, None)
-    assert store.rows.kept(1, TROUBLE) == [first]
-    session.note_trouble(1, "0", 7, 50, lambda: b"")
+    assert store.rows.annotations(1, Annotation.FAILURE_SITE) == [first]
+    session.record_failure_site(1, "0", 7, 50, lambda: b"")
     await session.record(row(1, 50, "0", 7, failed=failed), None, None)
-    assert store.rows.kept(1, TROUBLE) == [first]
-    session.note_trouble(1, "0", 8, 60, lambda: b"later")
+    assert store.rows.annotations(1, Annotation.FAILURE_SITE) == [first]
+    session.record_failure_site(1, "0", 8, 60, lambda: b"later")
     await session.record(row(1, 60, "0", 8, failed=failed), None, None)
-    assert store.rows.kept(1, TROUBLE) == [
-        StepRow(TROUBLE, "1:0", "node", Step("60", "", b"later", checksum(b"later"), 8))
+    assert store.rows.annotations(1, Annotation.FAILURE_SITE) == [
+        StepRow(Annotation.FAILURE_SITE, "1:0", "node", Step("60", "", b"later", checksum(b"later"), 8))
     ]
-    assert len(store.rows.kept(1, DUE)) == (7 if deliver else 0)
+    assert len(store.rows.annotations(1, Annotation.DUE_HOOKS)) == (7 if deliver else 0)
     assert len(store.table("attempts")) == 7
 
 
@@ -285,9 +286,9 @@ async def test_lines_of_source_do_not_stand_beside_what_a_codec_hides(store: Sto
         read.append(1)
         return b"frames"
 
-    session.note_trouble(0, "", 1, 10, write)
+    session.record_failure_site(0, "", 1, 10, write)
     await session.record(row(0, 10), None, None)
-    assert store.rows.kept(1, TROUBLE) == []
+    assert store.rows.annotations(1, Annotation.FAILURE_SITE) == []
     assert read == []
 
 
@@ -295,10 +296,10 @@ async def test_the_trace_context_is_kept(store: Store) -> None:
     session = store.open()
     session.note_traceparent("00-a-b-01")
     await asyncio.sleep(0)
-    assert store.rows.kept(1, TRACE) == [StepRow(TRACE, "", "00-a-b-01", EMPTY)]
+    assert store.rows.annotations(1, Annotation.TRACE) == [StepRow(Annotation.TRACE, "", "00-a-b-01", EMPTY)]
     session.note_traceparent("00-c-d-01")
     await asyncio.sleep(0)
-    assert [one.node_id for one in store.rows.kept(1, TRACE)] == ["00-c-d-01"]
+    assert [one.node_id for one in store.rows.annotations(1, Annotation.TRACE)] == ["00-c-d-01"]
     lose(session)
     assert store.open(if_exists="resume").traceparent == "00-c-d-01"
 
@@ -327,10 +328,12 @@ async def test_an_attempt_that_waits_is_kept_with_what_for(store: Store, deliver
     await session.suspend(row(2, 20, "0"), waiting)
     kept = attempt(2, 20, "0", message="wh\\x00y")
     assert list(store.rows.attempts(1, 1)) == [(kept, None)]
-    assert store.rows.kept(1, WAITING) == [
-        StepRow(WAITING, "2:0", "node", Step("wh\\x00y", "m:Q", b"", checksum(b"")))
+    assert store.rows.annotations(1, Annotation.WAITING) == [
+        StepRow(Annotation.WAITING, "2:0", "node", Step("wh\\x00y", "m:Q", b"", checksum(b"")))
     ]
-    due = [(one.branch, json.loads(one.step.output)) for one in store.rows.kept(1, DUE)]
+    due = [
+        (one.branch, json.loads(one.step.output)) for one in store.rows.annotations(1, Annotation.DUE_HOOKS)
+    ]
     assert due == ([("2:20:1:0", kept._asdict())] if deliver else [])
 
 
@@ -351,10 +354,10 @@ async def test_the_end_is_kept(store: Store, status: Any, error: str | None, kep
     pending = session.end(status, error)
     assert pending is not None
     assert session.ended
-    assert token in LIVE
+    assert token in LIVE_SESSIONS
     await pending
     await asyncio.sleep(0)
-    assert token not in LIVE
+    assert token not in LIVE_SESSIONS
     found = store.rows.find("r")
     assert found is not None
     assert (found.status, found.error, found.holder) == (*kept, None)
@@ -371,7 +374,7 @@ async def test_a_session_that_is_abandoned_holds_nothing(store: Store) -> None:
     assert not other.ended
     assert store.operations == 0
     assert store.tables() == before
-    assert Owner.read(session.fence.owner).token not in LIVE  # type: ignore[union-attr]
+    assert Owner.read(session.fence.owner).token not in LIVE_SESSIONS  # type: ignore[union-attr]
     if boot_id():  # Where the system says which of its processes are alive.
         assert store.rows.find("r").holder is None  # type: ignore[union-attr]
     assert store.rows.find("s").holder is not None  # type: ignore[union-attr]
@@ -384,7 +387,7 @@ async def test_who_was_taken_over_keeps_nothing_more(store: Store, deliver: bool
     other = store.open(if_exists="resume")
     before = store.tables()
     place = Owner.read(other.fence.owner).place  # type: ignore[union-attr]
-    session.note_trouble(0, "", 1, 10, lambda: b"frames")
+    session.record_failure_site(0, "", 1, 10, lambda: b"frames")
     for pending in (
         session.record(row(), SCHEMA, State()),
         session.record(row(), None, None),

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from stroma.checkpoint import Fenced, StoreError
-from stroma.checkpoint.durable.rows import Commit, Fence, Opening, Step, checksum
+from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.operations import Commit
+from stroma.checkpoint.durable.rows import Fence, Opening, Step
 from stroma.checkpoint.durable.worker import Job
 from stroma.checkpoint.records import Attempt
 from stroma.checkpoint.sqlite import file as sqlite_file
@@ -104,7 +106,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 def put(name: str) -> Callable[[SqliteRows], str]:
     def operation(rows: SqliteRows) -> str:
-        rows.put_cell(name, b"")
+        rows.write_cell(name, b"")
         return f"put {name}"
 
     return operation
@@ -112,7 +114,7 @@ def put(name: str) -> Callable[[SqliteRows], str]:
 
 def failing(error: Exception, name: str = "failing") -> Callable[[SqliteRows], None]:
     def operation(rows: SqliteRows) -> None:
-        rows.put_cell(name, b"")
+        rows.write_cell(name, b"")
         raise error
 
     return operation
@@ -234,7 +236,7 @@ def test_what_comes_after_one_that_failed_is_done(bench: Bench) -> None:
 
     def counted(rows: SqliteRows) -> str:
         times.append("done")
-        rows.put_cell(str(len(times)), b"")
+        rows.write_cell(str(len(times)), b"")
         return "counted"
 
     bench.waiting = [Job(counted, None), Job(failing(ValueError("why")), None)]

@@ -12,22 +12,18 @@ from typing import Any
 
 import pytest
 
+from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.operations import Commit
 from stroma.checkpoint.durable.owner import Owner, boot_id, new_owner
 from stroma.checkpoint.durable.rows import (
-    CANCEL,
-    PARENT,
-    SAVED,
-    TRACE,
-    WAITING,
-    Beside,
-    Commit,
+    Annotation,
+    AttemptSummary,
     Fence,
     Opening,
+    RunExtras,
     RunRow,
     Step,
     StepRow,
-    Told,
-    checksum,
 )
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally
@@ -152,13 +148,13 @@ def test_an_execution_goes_on(rows: SqliteRows, clock: Clock) -> None:
     first = rows.begin(None, opening(tags=("one",)))
     for position in range(4):
         rows.commit(first, attempt(position, 10 + position), step())
-    rows.keep("r", WAITING, "3:", "node 3", step())
+    rows.annotate("r", Annotation.WAITING, "3:", "node 3", step())
     rows.finish(first, "PARTIAL", "why")
     clock.now, clock.lease = 2000, 600_000
     found = rows.find("r")
     assert found is not None
     changed = {"pipeline": "q", "owner": THEIRS, "lease_seconds": 2.0, "contract": "d", "input": OTHER}
-    fence = rows.go_on(found, opening(tags=("two", "one"), **changed))
+    fence = rows.take_over(found, opening(tags=("two", "one"), **changed))
     assert fence == Fence(1, 1, 2, THEIRS, 2.0)
     assert table(rows, "runs") == [
         (1, "r", "p", 1, "RUNNING", None, 1000, 2000, 20, 44, 28, THEIRS, 2, 602_000, 4, 4)
@@ -166,7 +162,7 @@ def test_an_execution_goes_on(rows: SqliteRows, clock: Clock) -> None:
     assert table(rows, "inputs") == [(1, 1, "c", INPUT, checksum(INPUT))]
     assert table(rows, "tags") == [(1, "one", 1000), (1, "two", 1000)]
     assert [one.position for one in rows.steps(1, 1)] == [0, 1, 2, 3]
-    assert [one.branch for one in rows.kept(1, WAITING)] == ["3:"]
+    assert [one.branch for one in rows.annotations(1, Annotation.WAITING)] == ["3:"]
 
 
 @pytest.mark.parametrize(
@@ -181,13 +177,13 @@ def test_an_execution_goes_on_without_the_commits_from_a_position_on(
     fence = rows.begin(rows.find("r"), opening())
     for position in range(3):
         rows.commit(fence, attempt(position, branch="0" if position == 1 else ""), step())
-    rows.keep("r", SAVED, "n", "n", step())
+    rows.annotate("r", Annotation.SAVED, "n", "n", step())
     found = rows.find("r")
     assert found is not None
-    assert rows.go_on(found, opening(discard_from=discard_from)).execution == 2
+    assert rows.take_over(found, opening(discard_from=discard_from)).execution == 2
     assert [one.position for one in rows.steps(1, 2)] == left
     assert [one.position for one in rows.steps(1, 1)] == [9]
-    assert len(rows.kept(1, SAVED)) == 1
+    assert len(rows.annotations(1, Annotation.SAVED)) == 1
 
 
 # ---------------------------------------------------------------------- commits
@@ -429,7 +425,7 @@ def test_the_commits_of_an_execution(rows: SqliteRows) -> None:
     for at, (position, branch) in enumerate(places):
         data = f"{position}:{branch}".encode()
         rows.commit(fence, attempt(position, at, branch), step(data, at, b"g"))
-    rows.keep("r", SAVED, "n", "n", step())
+    rows.annotate("r", Annotation.SAVED, "n", "n", step())
     whole = rows.steps(1, 1)
     assert whole[3] == StepRow(1, "1", "node 1", step(b"1:1", 3, b"g"))
     assert sorted((one.position, one.branch) for one in whole) == sorted(places)
@@ -454,7 +450,7 @@ def test_some_branches_of_a_position(rows: SqliteRows) -> None:
     rows.commit(fence, attempt(2, 1, "0"), step(b"elsewhere"))
 
     def told(branches: list[int]) -> list[int]:
-        found = rows.some(1, 1, 1, [str(number) for number in branches])
+        found = rows.steps_at(1, 1, 1, [str(number) for number in branches])
         assert all(one == StepRow(1, one.branch, "node 1", step(one.branch.encode())) for one in found)
         return sorted(int(one.branch) for one in found)
 
@@ -464,8 +460,8 @@ def test_some_branches_of_a_position(rows: SqliteRows) -> None:
     assert told(list(range(501))) == there[:5]
     assert told([500]) == [500]
     assert told([]) == []
-    assert rows.some(1, 2, 1, ["0"]) == []
-    assert rows.some(2, 1, 1, ["0"]) == []
+    assert rows.steps_at(1, 2, 1, ["0"]) == []
+    assert rows.steps_at(2, 1, 1, ["0"]) == []
 
 
 def test_the_commit_at_a_place(rows: SqliteRows) -> None:
@@ -481,12 +477,12 @@ def test_the_commit_at_a_place(rows: SqliteRows) -> None:
 
 def test_what_is_kept_beside_a_run(rows: SqliteRows) -> None:
     """It makes the run, without an execution; what is there gives way to it; it is told in the order of its branches."""
-    rows.keep("r", SAVED, "b", "node", step(b"1"))
+    rows.annotate("r", Annotation.SAVED, "b", "node", step(b"1"))
     assert table(rows, "runs") == [(1, "r", "", 0, "RUNNING", None, 1000, 1000, 0, 0, 0, None, 0, None, 0, 0)]
-    rows.keep("r", SAVED, "a", "node", step(b"2", 4, b"g"))
-    rows.keep("r", SAVED, "b", "other", step(b"3"))
-    rows.keep("r", TRACE, "", "trace", step(b"4"))
-    rows.keep("s", SAVED, "a", "node", step(b"5"))
+    rows.annotate("r", Annotation.SAVED, "a", "node", step(b"2", 4, b"g"))
+    rows.annotate("r", Annotation.SAVED, "b", "other", step(b"3"))
+    rows.annotate("r", Annotation.TRACE, "", "trace", step(b"4"))
+    rows.annotate("s", Annotation.SAVED, "a", "node", step(b"5"))
     assert table(rows, "steps", "1") == [
         (2, 1, 0, -1, "a", "node", 0, 0, 0, "contract", "module:Model", b"2", checksum(b"2"), 4, b"g"),
         (3, 1, 0, -1, "b", "other", 0, 0, 0, "contract", "module:Model", b"3", checksum(b"3"), None, None),
@@ -495,55 +491,55 @@ def test_what_is_kept_beside_a_run(rows: SqliteRows) -> None:
     ]  # fmt: skip
     assert len(table(rows, "runs")) == 2
     a, b = StepRow(-1, "a", "node", step(b"2", 4, b"g")), StepRow(-1, "b", "other", step(b"3"))
-    assert rows.kept(1, SAVED) == [a, b]
-    assert rows.kept(1, SAVED, "b") == [b]
-    assert rows.kept(1, SAVED, "c") == []
-    assert rows.kept(3, SAVED) == []
-    rows.drop(1, SAVED, "c")
-    assert rows.kept(1, SAVED) == [a, b]
-    rows.drop(1, SAVED, "b")
-    assert rows.kept(1, SAVED) == [a]
-    rows.drop(1, SAVED)
-    assert rows.kept(1, SAVED) == []
-    assert len(rows.kept(1, TRACE)) == len(rows.kept(2, SAVED)) == 1
+    assert rows.annotations(1, Annotation.SAVED) == [a, b]
+    assert rows.annotations(1, Annotation.SAVED, "b") == [b]
+    assert rows.annotations(1, Annotation.SAVED, "c") == []
+    assert rows.annotations(3, Annotation.SAVED) == []
+    rows.delete_annotations(1, Annotation.SAVED, "c")
+    assert rows.annotations(1, Annotation.SAVED) == [a, b]
+    rows.delete_annotations(1, Annotation.SAVED, "b")
+    assert rows.annotations(1, Annotation.SAVED) == [a]
+    rows.delete_annotations(1, Annotation.SAVED)
+    assert rows.annotations(1, Annotation.SAVED) == []
+    assert len(rows.annotations(1, Annotation.TRACE)) == len(rows.annotations(2, Annotation.SAVED)) == 1
 
 
 def test_a_run_that_had_only_saved_states_begins(rows: SqliteRows, clock: Clock) -> None:
     """It keeps its key, and what was saved; its execution is the first one."""
-    rows.keep("r", SAVED, "n", "n", step())
+    rows.annotate("r", Annotation.SAVED, "n", "n", step())
     clock.now = 2000
     assert rows.begin(rows.find("r"), opening()) == Fence(1, 1, 1, OURS, 30.0)
     assert [one[:8] for one in table(rows, "runs")] == [(1, "r", "p", 1, "RUNNING", None, 2000, 2000)]
-    assert len(rows.kept(1, SAVED)) == 1
+    assert len(rows.annotations(1, Annotation.SAVED)) == 1
 
 
 def test_which_runs_somebody_wants_to_end(rows: SqliteRows) -> None:
     """Those with a mark of cancellation, in the order in which they were asked for."""
     for run_id in ("r", "s", "t", "u"):
         rows.begin(None, opening(run_id))
-    rows.keep("s", CANCEL, "", "", step())
-    rows.keep("u", CANCEL, "", "", step())
-    rows.keep("t", WAITING, "", "", step())
-    assert rows.wanted([4, 1, 3, 2]) == [4, 2]
-    assert rows.wanted([1, 2]) == [2]
-    assert rows.wanted([1]) == []
+    rows.annotate("s", Annotation.CANCEL, "", "", step())
+    rows.annotate("u", Annotation.CANCEL, "", "", step())
+    rows.annotate("t", Annotation.WAITING, "", "", step())
+    assert rows.cancel_requests([4, 1, 3, 2]) == [4, 2]
+    assert rows.cancel_requests([1, 2]) == [2]
+    assert rows.cancel_requests([1]) == []
 
 
 def test_the_newest_of_a_node(rows: SqliteRows) -> None:
     """What the last execution committed or what was saved, whichever came later; nothing of earlier executions."""
     fence = rows.begin(None, opening())
     rows.commit(fence, attempt(0, 1, node_id="n"), step(b"1"))
-    assert rows.newest("r", "n") == StepRow(0, "", "n", step(b"1"))
-    rows.keep("r", SAVED, "n", "n", step(b"2", 1, b"g"))
-    assert rows.newest("r", "n") == StepRow(-1, "n", "n", step(b"2", 1, b"g"))
+    assert rows.newest_output("r", "n") == StepRow(0, "", "n", step(b"1"))
+    rows.annotate("r", Annotation.SAVED, "n", "n", step(b"2", 1, b"g"))
+    assert rows.newest_output("r", "n") == StepRow(-1, "n", "n", step(b"2", 1, b"g"))
     rows.commit(fence, attempt(1, 2, node_id="n"), step(b"3"))
-    assert rows.newest("r", "n") == StepRow(1, "", "n", step(b"3"))
-    rows.keep("r", WAITING, "0:", "n", step(b"4"))
-    assert rows.newest("r", "n") == StepRow(1, "", "n", step(b"3"))
+    assert rows.newest_output("r", "n") == StepRow(1, "", "n", step(b"3"))
+    rows.annotate("r", Annotation.WAITING, "0:", "n", step(b"4"))
+    assert rows.newest_output("r", "n") == StepRow(1, "", "n", step(b"3"))
     rows.begin(rows.find("r"), opening())
-    assert rows.newest("r", "n") == StepRow(-1, "n", "n", step(b"2", 1, b"g"))
-    assert rows.newest("r", "m") is None
-    assert rows.newest("s", "n") is None
+    assert rows.newest_output("r", "n") == StepRow(-1, "n", "n", step(b"2", 1, b"g"))
+    assert rows.newest_output("r", "m") is None
+    assert rows.newest_output("s", "n") is None
 
 
 def test_a_run_is_deleted_from_all_tables(rows: SqliteRows) -> None:
@@ -551,7 +547,7 @@ def test_a_run_is_deleted_from_all_tables(rows: SqliteRows) -> None:
     for run_id in ("r", "s"):
         fence = rows.begin(None, opening(run_id, tags=("t",)))
         rows.commit(fence, attempt(), step())
-        rows.keep(run_id, SAVED, "n", "n", step())
+        rows.annotate(run_id, Annotation.SAVED, "n", "n", step())
     rows.delete("s")
     names = ("runs", "inputs", "tags", "attempts", "steps")
     assert [{one[0] if name != "steps" else one[1] for one in table(rows, name)} for name in names] == [
@@ -564,14 +560,14 @@ def test_a_run_is_deleted_from_all_tables(rows: SqliteRows) -> None:
 
 def test_cells(rows: SqliteRows, clock: Clock) -> None:
     """A cell is told with the time; it keeps what it was given last."""
-    assert rows.cell("c") == (None, 1000)
-    rows.put_cell("c", b"1")
-    rows.put_cell("d", b"2")
-    rows.put_cell("c", b"3")
+    assert rows.read_cell("c") == (None, 1000)
+    rows.write_cell("c", b"1")
+    rows.write_cell("d", b"2")
+    rows.write_cell("c", b"3")
     clock.now = 4000
-    assert rows.cell("c") == (b"3", 4000)
-    assert rows.cell("d", lock=True) == (b"2", 4000)
-    assert rows.cell("e", lock=True) == (None, 4000)
+    assert rows.read_cell("c") == (b"3", 4000)
+    assert rows.read_cell("d", lock=True) == (b"2", 4000)
+    assert rows.read_cell("e", lock=True) == (None, 4000)
 
 
 # ---------------------------------------------------------------------- retention
@@ -586,14 +582,14 @@ def test_which_runs_have_expired(rows: SqliteRows, clock: Clock) -> None:
         if status is not None:
             rows.finish(fence, status, None)
     clock.now = 4000
-    rows.keep("saved", SAVED, "n", "n", step())
+    rows.annotate("saved", Annotation.SAVED, "n", "n", step())
     ended = ["CANCELLED", "FAILED", "RESUMED", "COMPLETED"]
     everything = ["saved", "None", "INTERRUPTED", "SUSPENDED", "PARTIAL", *ended]
-    assert rows.expired(5001, unfinished=False, limit=100) == ended
-    assert rows.expired(5000, unfinished=False, limit=100) == ended[:-1]
-    assert rows.expired(5001, unfinished=False, limit=2) == ended[:2]
-    assert rows.expired(5001, unfinished=True, limit=100) == everything
-    assert rows.expired(4001, unfinished=True, limit=100) == ["saved"]
+    assert rows.expired_run_ids(5001, unfinished=False, limit=100) == ended
+    assert rows.expired_run_ids(5000, unfinished=False, limit=100) == ended[:-1]
+    assert rows.expired_run_ids(5001, unfinished=False, limit=2) == ended[:2]
+    assert rows.expired_run_ids(5001, unfinished=True, limit=100) == everything
+    assert rows.expired_run_ids(4001, unfinished=True, limit=100) == ["saved"]
 
 
 def test_the_payloads_that_stand_in_blobs(rows: SqliteRows) -> None:
@@ -603,7 +599,7 @@ def test_the_payloads_that_stand_in_blobs(rows: SqliteRows) -> None:
     rows.commit(fence, attempt(0, 1), step(two, 1, three))
     rows.commit(fence, attempt(1, 2), step(b"{}" + two, 1, b"plain"))
     rows.begin(None, opening("s", input=BLOB[:-1]))
-    rows.keep("s", SAVED, "n", "n", step(four))
+    rows.annotate("s", Annotation.SAVED, "n", "n", step(four))
     assert sorted(rows.blobs()) == [one, two, three, four]
 
 
@@ -620,16 +616,16 @@ def test_what_is_told_of_a_run_beside_its_row(rows: SqliteRows) -> None:
     within = failed(2, 90, duration_ns=1)
     for one in (early, late, attempt(3, 400), within):
         rows.commit(fence, one, None)
-    rows.keep("r", PARENT, "", "the parent", step())
+    rows.annotate("r", Annotation.PARENT, "", "the parent", step())
     rows.begin(None, opening("s"))
     r, s = rows.find("r"), rows.find("s")
     assert r is not None
     assert s is not None
-    told = rows.beside([r, s], failed=20)
-    assert told == [Beside("the parent", ("x", "y"), [late, early, within]), Beside(None, (), [])]
-    assert rows.beside([s, r], failed=2)[1].failed == [late, early]
-    assert rows.beside([r], failed=1)[0].failed == [late]
-    assert rows.beside([r], failed=0)[0] == Beside("the parent", ("x", "y"), [])
+    told = rows.run_extras([r, s], failed=20)
+    assert told == [RunExtras("the parent", ("x", "y"), [late, early, within]), RunExtras(None, (), [])]
+    assert rows.run_extras([s, r], failed=2)[1].failed == [late, early]
+    assert rows.run_extras([r], failed=1)[0].failed == [late]
+    assert rows.run_extras([r], failed=0)[0] == RunExtras("the parent", ("x", "y"), [])
 
 
 @pytest.mark.parametrize("many", [1, 3, 4, 5, 5000])
@@ -641,16 +637,16 @@ def test_ids_that_begin_with_a_text(
     for started, run_id in enumerate(["ab", "a", "abc", "b", "aé", "a\U0010ffff", "AB", "a%"]):
         clock.now = 1000 + started // 2
         rows.begin(None, opening(run_id))
-    rows.keep("abz", SAVED, "n", "n", step())
-    assert rows.ids("a", 20) == ["a", "a%", "a\U0010ffff", "aé", "abc", "ab"]
-    assert rows.ids("a", 3) == ["a", "a%", "a\U0010ffff"]
-    assert rows.ids("a", 1) == ["a"]
-    assert rows.ids("ab", 20) == ["ab", "abc"]
-    assert rows.ids("abz", 20) == []
-    assert rows.ids("a%", 20) == ["a%"]
-    assert rows.ids("aé", 20) == ["aé"]
-    assert rows.ids("z", 20) == []
-    assert rows.ids("", 2) == ["a%", "AB"]
+    rows.annotate("abz", Annotation.SAVED, "n", "n", step())
+    assert rows.find_run_ids("a", 20) == ["a", "a%", "a\U0010ffff", "aé", "abc", "ab"]
+    assert rows.find_run_ids("a", 3) == ["a", "a%", "a\U0010ffff"]
+    assert rows.find_run_ids("a", 1) == ["a"]
+    assert rows.find_run_ids("ab", 20) == ["ab", "abc"]
+    assert rows.find_run_ids("abz", 20) == []
+    assert rows.find_run_ids("a%", 20) == ["a%"]
+    assert rows.find_run_ids("aé", 20) == ["aé"]
+    assert rows.find_run_ids("z", 20) == []
+    assert rows.find_run_ids("", 2) == ["a%", "AB"]
 
 
 def test_runs_are_listed_through_the_same_columns(rows: SqliteRows, clock: Clock) -> None:
@@ -661,7 +657,7 @@ def test_runs_are_listed_through_the_same_columns(rows: SqliteRows, clock: Clock
             None, opening(run_id, pipeline="p" if number else "q", tags=("odd",) if number % 2 else ())
         )
         rows.commit(fence, failed(0, 10, node_id="n") if run_id == "t" else attempt(), step())
-    rows.keep("saved", SAVED, "n", "n", step())
+    rows.annotate("saved", Annotation.SAVED, "n", "n", step())
 
     def told(query: RunQuery, limit: int = 10, after: str | None = None, look_at: int | None = None) -> Any:
         found, following = rows.runs(query, limit=limit, after=after, look_at=look_at)
@@ -692,7 +688,7 @@ def test_the_history_of_an_execution(rows: SqliteRows) -> None:
     rows.commit(first, one, None)
     found = rows.find("r")
     assert found is not None
-    second = rows.go_on(found, opening())
+    second = rows.take_over(found, opening())
     later = attempt(0, 5)
     rows.commit(second, later, None)
     in_order = [
@@ -701,14 +697,14 @@ def test_the_history_of_an_execution(rows: SqliteRows) -> None:
     assert list(rows.attempts(1, 1)) == in_order
     assert list(rows.attempts(1, 2)) == list(rows.attempts(2, 1)) == []
     sized = [
-        Told(tried, None if made is None else len(made.output), 2 if tried is later else 1)
+        AttemptSummary(tried, None if made is None else len(made.output), 2 if tried is later else 1)
         for tried, made in in_order
     ]
     assert rows.attempt_page(1, 1, limit=100, after=None) == (sized, None)
     assert rows.attempt_page(1, 1, limit=6, after=None) == (sized, None)
     assert rows.attempt_page(1, 1, limit=5, after=None) == (sized[:5], "1:1:30:2:0")
     for limit in (1, 2, 4):
-        pages, after = list[Told](), None
+        pages, after = list[AttemptSummary](), None
         while True:
             page, after = rows.attempt_page(1, 1, limit=limit, after=after)
             assert len(page) <= limit

@@ -98,7 +98,7 @@ def test_a_run_that_exists(stroma, inside, fails):
         """)  # fmt: skip
     assert inside("run", "once.py:pipeline", GOOD, "--run-id", "x").code == 0
     done = inside("run", "once.py:pipeline", GOOD, "--run-id", "x", "-q")
-    fails(done, 2, "run 'x' exists already", "resume it: stroma resume x once.py:pipeline", "--run-id ID")
+    fails(done, 2, "run 'x' already exists", "resume it: stroma resume x once.py:pipeline", "--run-id ID")
 
 
 def _catches(pid: int, number: int) -> bool:

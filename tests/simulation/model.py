@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.simulation.world import CALL_TOKENS, PROCESSES
 
-from stroma.limits.budget_state import view
+from stroma.limits.budget_state import read_account
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -42,7 +42,7 @@ def check(world: World) -> list[str]:
 
 def _budget(world: World, journaled: int) -> list[str]:
     rows: Any = world.database.rows()
-    account = view("team", *rows.cell("budget:team"))
+    account = read_account("team", *rows.read_cell("budget:team"))
     calls = sum(event[2] == "call" and not event[6].startswith("p") for event in world.history)
     spent = 0 if account is None else account.spent[1]
     problems = []

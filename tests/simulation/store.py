@@ -15,16 +15,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from stroma.checkpoint import StoreError
-from stroma.checkpoint.durable.leases import _LOOK_SECONDS, Keeper, _renew
+from stroma.checkpoint.durable.leases import _LOOK_SECONDS, LeaseRenewer, _renew
+from stroma.checkpoint.durable.operations import Transaction, fenced_error
 from stroma.checkpoint.durable.owner import Owner
-from stroma.checkpoint.durable.rows import CANCEL, Doing, Rows, RunRow, StepRow, fenced
+from stroma.checkpoint.durable.rows import Annotation, Rows, RunRow, StepRow
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.durable.store import DurableStore
 from stroma.checkpoint.durable.worker import Connection, Job, generation
 from stroma.checkpoint.sqlite.connection import SqliteConnection
 from stroma.checkpoint.sqlite.file import _SCHEMA
 from stroma.checkpoint.sqlite.rows import SqliteRows
-from stroma.limits.lease_renewal import Renewals
+from stroma.limits.lease_renewal import ReservationRenewer
 
 if TYPE_CHECKING:
     from tests.simulation.scheduler import Process
@@ -113,7 +114,7 @@ class LoggedRows(SqliteRows):
         return fence
 
     def kept(self, run: Any, position: int, branch: str | None = None) -> list[StepRow]:
-        if position == CANCEL and self.database.forgets_cancels:
+        if position == Annotation.CANCEL and self.database.forgets_cancels:
             return []
         return super().kept(run, position, branch)
 
@@ -144,7 +145,7 @@ class LoggedRows(SqliteRows):
 
     def keep(self, run_id: str, position: int, branch: str, node_id: str, step: Any) -> None:
         super().keep(run_id, position, branch, node_id, step)
-        if position == CANCEL:
+        if position == Annotation.CANCEL:
             self.log.append(("cancel asked", run_id))
 
 
@@ -190,7 +191,7 @@ class GatheredRows(LoggedRows):
     def _fenced(self, done: Any, fence: Any) -> None:
         if not done:
             run_id = self.database.ids[fence.run]
-            raise fenced(self.find(run_id), run_id)
+            raise fenced_error(self.find(run_id), run_id)
 
     def keep(self, run_id: str, position: int, branch: str, node_id: str, step: Any) -> None:
         self.writes.append(partial(super().keep, run_id, position, branch, node_id, step))
@@ -389,7 +390,7 @@ class SimulatedStore(DurableStore):
         """Do operations once more, as after a connection that broke: what opened a run is recognised by its owner."""
         open_still: list[Job] = []
         for job in batch:
-            opening = job.operation.opening if isinstance(job.operation, Doing) else None
+            opening = job.operation.opening if isinstance(job.operation, Transaction) else None
             if opening is not None and job.error is None:
                 found = self.database.rows().find(opening.run_id)
                 if found is not None and found.owner == opening.owner:
@@ -411,7 +412,7 @@ class SimulatedStore(DurableStore):
         self._after(self.world.latency(), arrived)
 
 
-class _SimulatedKeeper(Keeper):
+class _SimulatedKeeper(LeaseRenewer):
     """The thread that renews the leases of runs, as events of its process."""
 
     def __init__(self, store: SimulatedStore) -> None:
@@ -446,26 +447,26 @@ class SimulatedRenewals:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._of: dict[Process, Renewals] = {}
+        self._of: dict[Process, ReservationRenewer] = {}
 
     def add(self, token: str, lease_seconds: float, renew: Any) -> None:
         process = self._world.scheduler.current
         assert process is not None
         found = self._of.get(process)
         if found is None:
-            found = self._of[process] = Renewals()
+            found = self._of[process] = ReservationRenewer()
             found._running = True  # No thread of its own.
         begin = not found._held
         found.add(token, lease_seconds, renew)
         if begin:
             process.scheduler.after(lease_seconds / 3, process, partial(self._tick, process, found))
 
-    def drop(self, token: str) -> None:
+    def remove(self, token: str) -> None:
         process = self._world.scheduler.current
         if process is not None and process in self._of:
-            self._of[process].drop(token)
+            self._of[process].remove(token)
 
-    def _tick(self, process: Process, found: Renewals) -> None:
-        if not found._look():
+    def _tick(self, process: Process, found: ReservationRenewer) -> None:
+        if not found._renew_due():
             seconds = max(0.01, found._sleeps_until - self._world.clock._monotonic())
             process.scheduler.after(seconds, process, partial(self._tick, process, found))

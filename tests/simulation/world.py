@@ -38,7 +38,7 @@ from stroma import (
 )
 from stroma.checkpoint.durable import rows as _rows
 from stroma.checkpoint.durable import store as _durable
-from stroma.checkpoint.durable.owner import LIVE, Owner
+from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner
 from stroma.checkpoint.sqlite import connection as _sqlite_connection
 from stroma.checkpoint.sqlite import rows as _sqlite_rows
 from stroma.engine.admission import Permit
@@ -183,14 +183,14 @@ class World:
             f"{self.seed}.{self.tokens}",
         )
         if ends:
-            LIVE[owner.token] = session
+            LIVE_SESSIONS[owner.token] = session
         return owner
 
     def is_gone(self, owner: Owner) -> bool:
         """Stand in for the function of this name: only on one machine can others tell."""
         me, process = self.scheduler.current, self.pids[owner.pid]
         if me is process:
-            return owner.token not in LIVE
+            return owner.token not in LIVE_SESSIONS
         return me is not None and me.place == process.place and process.dead
 
     # ------------------------------------------------------------------ the pipeline
@@ -412,7 +412,7 @@ class World:
             patches: list[tuple[Any, str, Any]] = [
                 (_sqlite_rows, "_clock_ms", clock.milliseconds),
                 (_renewals, "time", shim),
-                (_gate, "RENEWALS", SimulatedRenewals(self)),
+                (_gate, "RENEWER", SimulatedRenewals(self)),
                 (_gate, "_DECLARED", weakref.WeakValueDictionary()),
                 (_durable, "new_owner", self.new_owner),
                 (_rows, "is_gone", self.is_gone),

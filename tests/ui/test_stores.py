@@ -20,7 +20,7 @@ from tests.ui.test_pages import rows
 from tests.ui.test_security import attempts_of, keys
 
 from stroma.checkpoint import open_store
-from stroma.checkpoint.redis.server import Link
+from stroma.checkpoint.redis.server import RedisLink
 
 #: Of these there is nothing that a store could do otherwise.
 _OF_THE_SERVER = {"test_many_open_pages", "test_the_command"}
@@ -77,13 +77,13 @@ def test_pages_take_few_round_trips(
 ) -> None:
     """However many runs and attempts a page shows, it asks a Redis server some ten times for them, not once for each."""
     trips: list[int] = []
-    send = Link._once
+    send = RedisLink._once
 
-    def counted(self: Link, commands: Any, atomic: bool) -> list[Any]:
+    def counted(self: RedisLink, commands: Any, atomic: bool) -> list[Any]:
         trips.append(len(commands))
         return send(self, commands, atomic)
 
-    monkeypatch.setattr(Link, "_once", counted)
+    monkeypatch.setattr(RedisLink, "_once", counted)
     site = serve(store)
     make_runs(store, *((f"run-{i}", GOOD if i % 5 else BAD) for i in range(60)))
     for path in (

@@ -5,27 +5,14 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from pydantic import BaseModel
 
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
-from stroma.checkpoint.protocols import (
-    AsyncCheckpointStore,
-    Charge,
-    CheckpointStore,
-    Committed,
-    Finished,
-    PriorUsage,
-    RunRequest,
-    Session,
-    StepCall,
-    Tried,
-    Waiting,
-)
-from stroma.contracts.schema import Schema
-from stroma.trace.events import AttemptRow
+from stroma.checkpoint.protocols import AsyncCheckpointStore, CheckpointStore, RunRequest, Session
+from stroma.checkpoint.sessions import SimpleSession
 
 __all__ = ["CheckpointManager", "resolve_schema", "schema_ref"]
 
@@ -102,67 +89,7 @@ class CheckpointManager:
                 f"{type(self.store).__name__} keeps no journal, so it cannot tell where run {request.run_id!r} stopped; "
                 "use resume_from=, or a journal store such as SQLiteStore"
             )
-        return _SimpleSession(self.store, request.run_id)
-
-
-class _SimpleSession:
-    """A run on a store that only knows the last state of each node."""
-
-    __slots__ = ("_run_id", "_store", "on_cancel")
-    address = ""
-    epoch = 0
-    charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there.
-    tried: Mapping[tuple[int, str], Tried] = {}
-    execution = 1
-    continued = False
-    finished: Finished | None = None
-    restored: Mapping[tuple[int, str], Committed] = {}
-    places: Mapping[str, int] = {}
-    prior = PriorUsage()
-    waiting: Mapping[tuple[int, str], Waiting] = {}
-    traceparent: str | None = None
-    undelivered: Sequence[AttemptRow] = ()
-
-    def __init__(self, store: Any, run_id: str) -> None:
-        self.on_cancel: Callable[[], None] | None = None
-        self._store = store
-        self._run_id = run_id
-
-    def record(
-        self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
-    ) -> Awaitable[None] | None:
-        if output is None or schema is None:
-            return None
-        # The store may keep the object that it is given: give it one of its own.
-        pending = self._store.save(self._run_id, row.node_id, schema.clone(output))
-        return pending if inspect.isawaitable(pending) else None
-
-    def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
-        raise StoreError(
-            f"{type(self._store).__name__} keeps no journal, so the items of a map cannot be read back from there; use a "
-            "journal store such as SQLiteStore, or a field of the state as into="
-        )
-
-    def suspend(self, row: AttemptRow, waiting: Waiting) -> None:
-        raise StoreError(
-            f"{type(self._store).__name__} keeps no journal, so run {self._run_id!r} cannot wait for a person there; "
-            "use a journal store such as SQLiteStore"
-        )
-
-    def delivered(self, row: AttemptRow) -> None:
-        return None
-
-    def note_call(self, position: int, identity: str) -> None:
-        return None
-
-    def note_traceparent(self, traceparent: str) -> None:
-        return None
-
-    def end(self, status: str, error: str | None) -> None:
-        return None
-
-    def abandon(self) -> None:
-        return None
+        return SimpleSession(self.store, request.run_id)
 
 
 def schema_ref(schema: type[BaseModel]) -> str:

@@ -22,8 +22,8 @@ __all__ = [
     "Codec",
     "DirectoryBlobs",
     "FsspecBlobs",
+    "PayloadPlace",
     "Payloads",
-    "Place",
     "blob_store",
     "collect",
 ]
@@ -184,7 +184,7 @@ class FsspecBlobs:
             yield path.rpartition("/")[2], self._fs.modified(path).timestamp()
 
 
-class Place(NamedTuple):
+class PayloadPlace(NamedTuple):
     """The place of a payload in a store: what is sealed for one cannot be opened at another.
 
     Attributes:
@@ -232,13 +232,13 @@ class Payloads:
         """Whether a stored payload is the payload itself, as this store would write it."""
         return self.plain and not stored.startswith((CODED, BLOB))
 
-    async def seal(self, data: bytes, place: Place) -> bytes:
+    async def seal(self, data: bytes, place: PayloadPlace) -> bytes:
         """Return what is written to the rows for a payload. Raises StoreError."""
         if len(data) >= _LARGE:
             return await asyncio.to_thread(self.seal_now, data, place)
         return self.seal_now(data, place)
 
-    def seal_now(self, data: bytes, place: Place) -> bytes:
+    def seal_now(self, data: bytes, place: PayloadPlace) -> bytes:
         """Do the same in this thread, which may take as long as a blob store does."""
         if self.codec is not None:
             data = CODED + self._encoded(self.codec, place.digest() + data)
@@ -253,14 +253,14 @@ class Payloads:
             ) from error
         return BLOB + digest
 
-    def seal_text(self, said: str | None, place: Place) -> str | None:
+    def seal_text(self, said: str | None, place: PayloadPlace) -> str | None:
         """Return what is written for a text, such as a failure's message. Raises StoreError."""
         if said is None or self.codec is None:
             return said
         sealed = self._encoded(self.codec, place.digest() + said.encode("utf-8", "backslashreplace"))
         return _CODED_TEXT + base64.b64encode(sealed).decode()
 
-    def open_text(self, stored: str | None, place: Place) -> str | None:
+    def open_text(self, stored: str | None, place: PayloadPlace) -> str | None:
         """Return the text of what was written; in place of one that cannot be opened, a text that says so.
 
         Never raises: a message that is damaged hides nothing else of its run.
@@ -276,7 +276,7 @@ class Payloads:
         except (StoreError, TypeError, ValueError):
             return "[sealed, and cannot be opened]"
 
-    def move(self, stored: bytes, source: Place, target: Place, what: str) -> bytes:
+    def move(self, stored: bytes, source: PayloadPlace, target: PayloadPlace, what: str) -> bytes:
         """Seal a stored payload for another place. Raises StoreError."""
         return stored if self.codec is None else self.seal_now(self.open(stored, source, what), target)
 
@@ -293,7 +293,7 @@ class Payloads:
             raise _no_bytes(codec, "encode", encoded)
         return encoded
 
-    def open(self, stored: bytes, place: Place, what: str) -> bytes:
+    def open(self, stored: bytes, place: PayloadPlace, what: str) -> bytes:
         """Return the payload of what was written at a place. Raises CorruptCheckpoint, which calls it ``what``;
         StoreError if a blob cannot be reached."""
         if stored.startswith(BLOB):
@@ -310,7 +310,7 @@ class Payloads:
         return self._decoded(self.codec, stored[len(CODED) :], place, what)
 
     @staticmethod
-    def _decoded(codec: Codec, data: bytes, place: Place, what: str) -> bytes:
+    def _decoded(codec: Codec, data: bytes, place: PayloadPlace, what: str) -> bytes:
         try:
             data = codec.decode(data)
         except Exception as error:

@@ -1,8 +1,7 @@
-"""What a store must be able to do, and what the engine tells it.
+"""Protocols between the engine and the stores.
 
-Two protocols. The simple one (``save``, ``load``, ``delete``) keeps the last state of each node. A *journal* store
-also knows runs: which positions are committed, what every attempt used, who is at work; it gives resume, history and
-the command line.
+The simple protocol (``save``, ``load``, ``delete``) stores the last state of each node. A *journal* store also stores
+runs: committed positions, the usage of each attempt, the owner. Resume, history and the command line need a journal.
 """
 
 from __future__ import annotations
@@ -29,23 +28,23 @@ __all__ = [
     "CheckpointStore",
     "Committed",
     "Finished",
-    "Held",
     "IfExists",
     "IfRunning",
     "JournalStore",
+    "LastExecution",
     "PriorUsage",
     "RunRequest",
     "Session",
     "StepCall",
     "Tried",
     "Waiting",
+    "count_items",
     "decide",
     "inside_of",
     "is_answered_meanwhile",
-    "items_in",
-    "no_map",
-    "of_pipeline",
-    "waits_no_longer",
+    "is_of_pipeline",
+    "map_not_found",
+    "not_waiting",
 ]
 
 IfExists = Literal["restart", "resume", "return", "error", "attach"]
@@ -54,7 +53,7 @@ IfRunning = Literal["error", "attach", "take_over"]
 
 @runtime_checkable
 class CheckpointStore(Protocol):
-    """Keeps the last state of each node of each run."""
+    """Store of the last state of each node of each run."""
 
     def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
     def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
@@ -63,7 +62,7 @@ class CheckpointStore(Protocol):
 
 @runtime_checkable
 class AsyncCheckpointStore(Protocol):
-    """The same, async."""
+    """Store of the last state of each node of each run, with async calls."""
 
     async def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
     async def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
@@ -71,34 +70,33 @@ class AsyncCheckpointStore(Protocol):
 
 
 class CheckpointKey(NamedTuple):
-    """What a checkpoint is filed under."""
+    """Key of a checkpoint."""
 
     run_id: str
     node_id: str
 
 
 class RunRequest(NamedTuple):
-    """What a driver asks a journal for when a run begins.
+    """Request to open a run.
 
     Attributes:
-        initial_state, schema: the run's input and its Schema; a durable store encodes it.
-        if_exists: "resume" continues the last execution, "return" too but for one that has finished, which stays as it
-            is; "restart" begins a new one, "error" refuses; "attach" gives what a holder that was waited for came to.
-        if_running: what becomes of a run that somebody else holds: "take_over" fences them off, all else is RunBusy.
-        lease_seconds: how long a holder that is not heard of keeps the run.
-        ends: whether the caller will say that the run has ended. From plain code that does not, another request of the
-            same process takes the run over at once.
-        deliver: keep with each attempt that its end hooks are due, until delivered() is called.
-        tags: kept with the execution; of one that goes on, added to those it has.
-        discard_from: forget the commits from this position on (of the execution that is continued).
-        accept: asked, before anything is changed, about each commit that would be restored; what it raises refuses
-            the request.
-        apart: (position, beginning of branches) of commits that are not restored at once: there may be very many, and
-            committed() gives them a few at a time.
-        retry_failed: forget what was made of the items of a map while some of them had failed, see ItemFailure.
-        max_recoveries: a run whose process died so often is given up as FAILED; None: never. ``force``: it goes on all the
-            same, and deaths are counted anew.
-        only_unfinished: RunExists for a run that has ended, or waits; go on only with one that was interrupted or died.
+        initial_state, schema: the input of the run and its Schema; a durable store encodes it.
+        if_exists: "resume" continues the last execution. "return" does too, unless it is finished: then it returns it
+            unchanged. "restart" starts a new execution, "error" refuses, "attach" returns the result of the owner that
+            was waited for.
+        if_running: what to do with a run that has another owner: "take_over" fences it off, anything else is RunBusy.
+        lease_seconds: how long the run stays with an owner that does not renew its lease.
+        ends: the caller will call end(). Otherwise another request of the same process takes the run over at once.
+        deliver: store with each attempt that its end hooks are due, until delivered() is called.
+        tags: stored with the execution, added to those of a continued one.
+        discard_from: discard the commits of the continued execution from this position on.
+        accept: called for each commit to restore, before anything is changed; what it raises refuses the request.
+        lazily_loaded: (position, prefix of branches) of commits that are not restored at the start, since there may be
+            very many; committed() returns them in portions.
+        retry_failed: discard the failed items of maps and what was computed from them, see ItemFailure.
+        max_recoveries: end a run as FAILED once its process died so often; None: never.
+        force: continue it all the same, and count deaths from 0.
+        only_unfinished: raise RunExists for a run that ended or is suspended.
     """
 
     run_id: str
@@ -112,60 +110,61 @@ class RunRequest(NamedTuple):
     lease_seconds: float = 30.0
     ends: bool = True
     deliver: bool = False
-    apart: tuple[tuple[int, str], ...] = ()
+    lazily_loaded: tuple[tuple[int, str], ...] = ()
     retry_failed: bool = False
-
-    def is_apart(self, position: int, branch: str) -> bool:
-        """Whether a commit is not restored at once."""
-        return bool(branch) and any(
-            position == at and branch.startswith(beginning) for at, beginning in self.apart
-        )
-
-    def going_on(self, commits: Mapping[tuple[int, str], Committed]) -> RunRequest:
-        """The request as it stands once the commits are known: ``retry_failed`` discards what came after the items."""
-        if not self.retry_failed or self.discard_from is not None:
-            return self
-        failed = [at for (at, _), commit in commits.items() if commit.failed_items]
-        return self._replace(discard_from=min(failed) + 1) if failed else self
-
     tags: tuple[str, ...] = ()
     max_recoveries: int | None = None
     force: bool = False
     only_unfinished: bool = False
 
-    def accepted(self, commits: Mapping[tuple[int, str], Committed]) -> Mapping[tuple[int, str], Committed]:
-        """The commits that stay; raises what ``accept`` raises."""
+    def is_lazily_loaded(self, position: int, branch: str) -> bool:
+        """Return True if a commit is not restored at the start."""
+        return bool(branch) and any(
+            position == at and branch.startswith(prefix) for at, prefix in self.lazily_loaded
+        )
+
+    def resolve_discard(self, commits: Mapping[tuple[int, str], Committed]) -> RunRequest:
+        """Return the request with ``discard_from`` set to the position after the first map that ``retry_failed`` retries."""
+        if not self.retry_failed or self.discard_from is not None:
+            return self
+        failed = [at for (at, _), commit in commits.items() if commit.failed_items]
+        return self._replace(discard_from=min(failed) + 1) if failed else self
+
+    def accept_commits(
+        self, commits: Mapping[tuple[int, str], Committed]
+    ) -> Mapping[tuple[int, str], Committed]:
+        """Return the commits to restore. Raises what ``accept`` raises."""
         first = self.discard_from
-        kept = {at: commit for at, commit in commits.items() if first is None or at[0] < first}
+        restored = {at: commit for at, commit in commits.items() if first is None or at[0] < first}
         if self.retry_failed:
-            kept = _without_failed(kept)
+            restored = _without_failed(restored)
         if self.accept is not None:
-            for (position, branch), commit in kept.items():
+            for (position, branch), commit in restored.items():
                 self.accept(position, branch, commit)
-        return kept
+        return restored
 
 
 def _without_failed(commits: Mapping[tuple[int, str], Committed]) -> dict[tuple[int, str], Committed]:
-    """The commits but for items that failed, and for the groups around them."""
-    anew = [at for at, commit in commits.items() if commit.failed_items]
+    """Return the commits without failed items and without the groups around them."""
+    retried = [at for at, commit in commits.items() if commit.failed_items]
 
-    def stays(position: int, branch: str, commit: Committed) -> bool:
+    def is_valid(position: int, branch: str, commit: Committed) -> bool:
         if commit.is_failed_item:
             return False
-        around = f"{branch}." if branch else ""
-        return not any(at == position and (of == branch or of.startswith(around)) for at, of in anew)
+        inside = f"{branch}." if branch else ""
+        return not any(at == position and (of == branch or of.startswith(inside)) for at, of in retried)
 
-    return {at: commit for at, commit in commits.items() if stays(*at, commit)}
+    return {at: commit for at, commit in commits.items() if is_valid(*at, commit)}
 
 
 class StepCall(NamedTuple):
-    """What a resumed run knows a step of plain code by; and of a map, how many items failed, and what each was made of.
+    """Identifies a step of plain code in a resumed run. For a map: its failed items, and the input of each item.
 
     Attributes:
-        number: which call of its step id it is, 0-based.
-        given: its input in stored form; None if that has none, and so cannot be compared. Inside of a group that is such a
-            step, a checksum of that of the group.
-        identity: what the step is known by in plain code; see ``stroma.checkpoint.identity``. It is kept with its attempts.
+        number: 0-based number of the call of its step id; for a map, the number of failed items.
+        given: the input in stored form; None if it has none and so cannot be compared. For a node inside a group that is
+            a step: a checksum of the group's input.
+        identity: see ``stroma.checkpoint.identity``; stored with the attempts of the step.
     """
 
     number: int
@@ -174,24 +173,24 @@ class StepCall(NamedTuple):
 
 
 def inside_of(call: StepCall | None) -> StepCall | None:
-    """What the nodes inside of a group are recorded with if it is a step: a checksum of what the step was called with."""
+    """Return the StepCall of the nodes inside a group that is a step: a checksum of the input of that step."""
     given = None if call is None else call.given
     if given is None:
         return None
     if given.startswith(INSIDE):
         return call
-    if given.startswith(b"item"):  # Of a map, whose items are compared one by one.
+    if given.startswith(b"item"):  # A map: its items are compared one by one.
         return None
     return StepCall(0, INSIDE + hashlib.sha256(given).hexdigest().encode())
 
 
 class Committed(NamedTuple):
-    """One committed output, as it was kept.
+    """One committed output.
 
     Attributes:
         contract: see :func:`stroma.trace.events.contract_of`.
-        step: of a step outside of any pipeline, and of maps and their items; None for other nodes.
-        schema: what ``output`` was made with, in the process that made it; elsewhere ``output`` is in stored form.
+        step: set for steps outside any pipeline, and for maps and their items.
+        schema: the schema of the snapshot ``output``; None if ``output`` is in stored form.
     """
 
     node_id: str
@@ -202,47 +201,48 @@ class Committed(NamedTuple):
 
     @property
     def is_failed_item(self) -> bool:
-        """Whether it is an item that failed for good, and not an output."""
+        """True for an item that failed permanently: there is no output."""
         return self.contract.partition(":")[0] == FAILED_ITEM
 
     @property
     def failed_items(self) -> int:
-        """Of a group that goes over items: how many of them failed."""
+        """Number of failed items of a map; 0 for anything else."""
         of_map = self.step is not None and self.step.given is not None and self.step.given.startswith(OF_MAP)
         return self.step.number if of_map and self.step is not None else 0
 
 
-#: What stands in ``StepCall.given`` inside of a group that is a step, before a checksum.
+#: Prefix of a checksum in ``StepCall.given`` of a node inside a group that is a step.
 INSIDE: Final = b"item of step "
-#: What stands in ``StepCall.given`` of a map that is committed, before the number of its items.
+#: Prefix of the number of items in ``StepCall.given`` of a committed map.
 OF_MAP: Final = b"items "
 
 
-def of_pipeline(given: bytes | None, number: int | None) -> bool:
-    """Whether what is kept as a StepCall is of a pipeline: of nothing at all, or of a map and its items."""
+def is_of_pipeline(given: bytes | None, number: int | None) -> bool:
+    """Return True if the fields of a StepCall belong to a node of a pipeline: they are empty, or of a map or its items."""
     return number is None or (given is not None and given.startswith((b"item ", OF_MAP)))
 
 
-def items_in(given: bytes) -> int:
-    """How many items a map had, by what stands in its ``StepCall.given``; 0 for anything else."""
+def count_items(given: bytes) -> int:
+    """Return the number of items of a committed map, from its ``StepCall.given``; 0 for anything else."""
     number = given.removeprefix(OF_MAP)
     return int(number) if given.startswith(OF_MAP) and number.isdigit() else 0
 
 
-def no_map(run_id: str, node_id: str) -> CheckpointNotFound:
+def map_not_found(run_id: str, node_id: str) -> CheckpointNotFound:
+    """Return the error for items of a map that are not in the journal."""
     return CheckpointNotFound(
-        f"run {run_id!r} has no {node_id!r} that is done and whose outputs are in the journal; give it into=Journal() or "
-        "JsonLines(path), and let it end"
+        f"run {run_id!r} has no completed map {node_id!r} with outputs in the journal; use into=Journal() or "
+        "JsonLines(path), and let the map complete"
     )
 
 
-#: Statuses of executions that have nothing left to do, and of those that a cancel() finds over.
+#: Statuses of completed executions, and of those that cancel() cannot change any more.
 COMPLETE: Final = ("COMPLETED", "RESUMED")
 ENDED: Final = (*COMPLETE, "FAILED", "CANCELLED")
 
 
-class Held(NamedTuple):
-    """What a store knows of the last execution of a run. ``holder``: who is at work on it, in words, or None."""
+class LastExecution(NamedTuple):
+    """The last execution of a run. ``holder``: description of the process that is running it; None if there is none."""
 
     execution: int
     status: str
@@ -251,43 +251,41 @@ class Held(NamedTuple):
 
 
 def decide(
-    request: RunRequest, held: Held | None, same_input: bool
+    request: RunRequest, last: LastExecution | None, same_input: bool
 ) -> Literal["begin", "continue", "return"]:
-    """What a request comes to, given the last execution, if there is one. Raises RunBusy, RunExists, PipelineChanged."""
-    if held is None:
+    """Return what to do with the last execution. Raises RunBusy, RunExists, PipelineChanged."""
+    if last is None:
         return "begin"
-    if held.holder is not None and request.if_running != "take_over":
+    if last.holder is not None and request.if_running != "take_over":
         what = "" if same_input else " with another input"
         error = RunBusy(
-            f"run {request.run_id!r} is being run{what} by {held.holder}, whose lease is good for another "
-            f'{max(held.left_seconds, 0.0):.1f} s; wait for its result with if_running="attach", or use another run id'
+            f"run {request.run_id!r} is already running{what} in {last.holder} (lease expires in "
+            f'{max(last.left_seconds, 0.0):.1f} s); pass if_running="attach" to wait for its result, or use another run id'
         )
-        error.holder, error.left_seconds, error.same_input = held.holder, held.left_seconds, same_input
+        error.holder, error.left_seconds, error.same_input = last.holder, last.left_seconds, same_input
         raise error
-    if request.only_unfinished and held.status not in ("RUNNING", "INTERRUPTED"):
-        raise RunExists(
-            f"run {request.run_id!r} has ended meanwhile: {held.status}; there is nothing to recover"
-        )
+    if request.only_unfinished and last.status not in ("RUNNING", "INTERRUPTED"):
+        raise RunExists(f"run {request.run_id!r} has nothing to recover: its status is {last.status}")
     if request.if_exists == "error":
         raise RunExists(
-            f"run {request.run_id!r} exists already (execution {held.execution}, {held.status}); use another run id, or "
-            'say what is to become of it: if_exists="resume", "return" or "restart"'
+            f"run {request.run_id!r} already exists (execution {last.execution}, {last.status}); use another run id, or pass "
+            'if_exists="resume", "return" or "restart"'
         )
     if request.if_exists == "restart":
         return "begin"
     if request.discard_from is None and not same_input:
         raise PipelineChanged(
             f"run {request.run_id!r} was started with another input (or {request.schema.model.__name__} has changed); "
-            "give it the same one, or another run id"
+            "pass the same input, or use another run id"
         )
-    finished = held.status in COMPLETE
-    if request.if_exists == "attach":  # Whatever the holder came to; if it died on the way, we go on.
-        finished = held.status != "RUNNING"
+    finished = last.status in COMPLETE
+    if request.if_exists == "attach":  # An owner that died is continued.
+        finished = last.status != "RUNNING"
     return "return" if finished and request.if_exists in ("return", "attach") else "continue"
 
 
 class PriorUsage(NamedTuple):
-    """What earlier processes used on this execution."""
+    """Usage of this execution by earlier processes."""
 
     tokens: int = 0
     cost_usd: float = 0.0
@@ -295,12 +293,12 @@ class PriorUsage(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """A node that waits for a person.
+    """A node that waits for an approval.
 
     Attributes:
-        reason: what for, in words.
-        schema_ref: "module:qualname" of what the answer must satisfy; "" if any JSON value will do.
-        payload: the answer in stored form; None as long as there is none.
+        reason: the question.
+        schema_ref: "module:qualname" of the schema of the answer; "" for any JSON value.
+        payload: the answer in stored form; None while there is none.
     """
 
     position: int
@@ -312,10 +310,10 @@ class Waiting(NamedTuple):
 
 
 def is_answered_meanwhile(asked: Waiting | None, seen: Waiting | None, question: Waiting) -> bool:
-    """Return whether the store has an answer to a question that its session, which asks it now, has not seen.
+    """Return True if the store has an answer to a question that the session, which asks it now, has not seen.
 
-    Such an answer was acknowledged while the session was running, and stays. One that it has seen was used or did not
-    fit, and the question is a new one.
+    Such an answer was acknowledged while the session was running, and stays. An answer that the session has seen was
+    used or did not fit: then the question is a new one.
     """
     return (
         asked is not None
@@ -325,18 +323,18 @@ def is_answered_meanwhile(asked: Waiting | None, seen: Waiting | None, question:
     )
 
 
-def waits_no_longer(run_id: str, waiting: Waiting) -> StoreError:
-    """Why an answer is refused: somebody else was faster, or the run has gone another way."""
+def not_waiting(run_id: str, waiting: Waiting) -> StoreError:
+    """Return the error for an answer that nothing waits for."""
     error = StoreError(
-        f"node {waiting.node_id!r} of run {run_id!r} waits for no answer any more: it has one, or the run was begun again; "
-        "see its status, then resume it"
+        f"node {waiting.node_id!r} of run {run_id!r} is no longer waiting for an answer: it was already answered, or the run "
+        "was restarted; check its status, then resume it"
     )
     error.transient = False
     return error
 
 
 class Finished(NamedTuple):
-    """How an execution ended: its status and, unless it completed, why; ``reason``: that in one word, if there is one."""
+    """The end of an execution: its status and, unless it completed, the error; ``reason``: a one-word code, or None."""
 
     status: str
     error: str | None
@@ -344,10 +342,10 @@ class Finished(NamedTuple):
 
 
 class Tried(NamedTuple):
-    """Failed attempts of one node at one place, made by processes that died before they could decide what follows.
+    """Failed attempts of one node at one place, by processes that died before the next attempt.
 
     Attributes:
-        attempts: how many; the other fields are of the last one.
+        attempts: their number; the other fields are of the last one.
     """
 
     attempts: int
@@ -364,35 +362,35 @@ class Charge(Protocol):
     def changes(self, tokens: int, cost_pico: int, *, committed: bool) -> list[tuple[str, Change[Any]]]:
         """Return (cell, change) of each cell, in the order in which they are to be locked.
 
-        ``committed``: whether the attempt has an output. Making the same changes twice must be making them once.
+        ``committed``: the attempt has an output. The changes are idempotent.
         """
         ...
 
     def settled(self, answers: list[Any]) -> None:
-        """Take what the changes answered, in their order. Called in the event loop, once they are stored."""
+        """Receive the answers of the changes, in their order. Called in the event loop after they are stored."""
 
 
 class Session(Protocol):
     """One execution of a run, held by this process.
 
     Attributes:
-        address: names the store among all stores: cells of a store with this address change in the transactions of the
-            session's commits. "" where there are no such transactions.
-        epoch: raised by each session that opens the run; 0 where that is not recorded.
-        charges: what the attempt in progress at a (position, branch) is to settle when it is recorded; whoever puts it
-            there takes it out again. Not read where ``address`` is "".
+        address: identifies the store among all stores: cells of a store with this address change in the transactions of
+            the session's commits. "" without such transactions.
+        epoch: incremented by each session that opens the run; 0 if that is not recorded.
+        charges: what to settle when the attempt in progress at a (position, branch) is recorded; removed by the code that
+            added it. Not read if ``address`` is "".
         execution: 1 for the first execution of the run id, 2 after a restart, and so on.
-        continued: whether it goes on with an execution that an earlier call began.
+        continued: the session continues an execution that an earlier call started.
         restored: the committed outputs by (position, branch).
-        places: the position of each step of plain code that an attempt was recorded for, by its identity.
-        finished: how the execution ended that is returned as it is, or is to end before anything of it is called; None for
-            one that goes on.
-        waiting: what nodes of it wait or waited for, by (position, branch).
-        traceparent: what note_traceparent() was told by the process that began the execution; None before.
-        undelivered: attempts of earlier processes whose end hooks may not have been told, the oldest first; without
-            states. Always empty where the process that made them is this one.
-        tried: attempts that were made of what is not committed, by (position, branch), if the process before died.
-        on_cancel: called, from any thread, when somebody asks for the end of this run.
+        places: the position of each step of plain code with a recorded attempt, by its identity.
+        finished: the end of an execution that is returned unchanged, or that must end before a node is called; otherwise
+            None.
+        waiting: approvals that its nodes wait for, or waited for, by (position, branch).
+        traceparent: trace context recorded by the process that started the execution; None before.
+        undelivered: attempts of earlier processes whose end hooks may not have been called, the oldest first; without
+            states. Always empty if all attempts are of this process.
+        tried: failed attempts without a later commit, by (position, branch), if the previous process died.
+        on_cancel: called, from any thread, when cancel() is called for this run.
     """
 
     address: str
@@ -413,40 +411,48 @@ class Session(Protocol):
     def committed(
         self, position: int, branches: Sequence[str]
     ) -> Mapping[str, Committed] | Awaitable[Mapping[str, Committed]]:
-        """What is committed in some branches of a position, this process's own commits too. Raises StoreError."""
+        """Return the commits in some branches of a position, including those of this process. Raises StoreError."""
         ...
 
     def delivered(self, row: AttemptRow) -> None:
-        """The end hooks of an attempt were told. Only called if the request asked for it; nobody waits for it."""
+        """Record, without waiting, that the end hooks of an attempt were called. Only called if the request has ``deliver``."""
 
     def note_call(self, position: int, identity: str) -> None:
-        """Keep with each attempt that is recorded at a position, or inside it, which step of plain code it is of."""
+        """Store an identity with each attempt that is recorded at a position, or inside it."""
 
     def note_traceparent(self, traceparent: str) -> None:
-        """Keep the W3C trace context of this execution, for those who go on with it. Nobody waits for that."""
+        """Store, without waiting, the W3C trace context of this execution for processes that resume it."""
 
     def record(
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> Awaitable[None] | None:
-        """Keep one attempt and, with ``output``, its commit: together or not at all.
+        """Store one attempt and, with ``output``, its commit: both or nothing.
 
-        Returns None if it is done, else what to await. The engine never abandons that half-way, not even when the
-        run is cancelled: it must come to an end by itself. Raises NotSerialisable at once for an output that cannot
-        be kept.
+        Returns None if it is done, otherwise an awaitable. The engine always awaits it to its end, even if the run is
+        cancelled: it must end by itself. Raises NotSerialisable at once for an output without a stored form.
         """
 
+    def with_references(self, row: AttemptRow) -> AttemptRow:
+        """Return a row for the trace, with references in place of the states that the store holds in blobs."""
+        ...
+
+    def record_failure_site(
+        self, position: int, branch: str, attempt: int, started_ns: int, write: Callable[[], bytes]
+    ) -> None:
+        """Store where an attempt failed together with the attempt. ``write``: see :func:`trouble_writer`."""
+
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
-        """Keep an attempt that waits for a person, and what for: together or not at all. Raises StoreError."""
+        """Store an attempt that waits for an approval, and its question: both or nothing. Raises StoreError."""
 
     def end(self, status: str, error: str | None) -> Awaitable[None] | None:
-        """The run has stopped with a status (see RunStatus) and, unless it completed, the reason in words."""
+        """Record that the run stopped with a status (see RunStatus) and, unless it completed, an error text."""
 
     def abandon(self) -> None:
-        """The run has stopped, and nothing may be awaited any more: the run is free for others."""
+        """Release the run when nothing can be awaited any more. Nothing is recorded."""
 
 
 @runtime_checkable
 class JournalStore(Protocol):
-    """A store that keeps runs. Any awaitable result is awaited."""
+    """Store of runs. Awaitable results are awaited."""
 
     def open_run(self, request: RunRequest) -> Session | Awaitable[Session]: ...

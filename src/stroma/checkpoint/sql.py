@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from stroma.checkpoint.durable.rows import RunRow, Told, readable_attempt
+from stroma.checkpoint.durable.integrity import parse_attempt
+from stroma.checkpoint.durable.rows import AttemptSummary, RunRow
 from stroma.checkpoint.records import RunQuery, Tally, marked
 
 __all__ = ["Dialect", "attempt_page", "find_runs", "tally"]
@@ -87,9 +88,9 @@ def tally(
     ]
 
 
-def attempt_page(found: list[Any], limit: int) -> tuple[list[Told], str | None]:
+def attempt_page(found: list[Any], limit: int) -> tuple[list[AttemptSummary], str | None]:
     """A page of what was found, one more than the page has if there is another one. Rows: Attempt, epoch, size."""
-    told = [Told(readable_attempt(row[:-2]), row[-1], row[-2]) for row in found[:limit]]
+    told = [AttemptSummary(parse_attempt(row[:-2]), row[-1], row[-2]) for row in found[:limit]]
     if len(found) <= limit:
         return told, None
     last = told[-1].attempt

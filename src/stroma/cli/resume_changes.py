@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stroma.checkpoint.protocols import Committed, of_pipeline
+from stroma.checkpoint.protocols import Committed, is_of_pipeline
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem
 from stroma.cli.inputs import stored_input
@@ -43,7 +43,7 @@ def _commits(database: Database, record: RunRecord) -> tuple[dict[tuple[int, str
         return {
             (row.position, row.branch): row.step.contract
             for row in steps
-            if of_pipeline(row.step.given, row.step.number)
+            if is_of_pipeline(row.step.given, row.step.number)
         }
 
     with database.explain_errors():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter_ns, time_ns
@@ -17,20 +17,17 @@ from stroma._utils.text import typed
 from stroma.checkpoint import (
     CheckpointManager,
     Committed,
-    Finished,
-    PriorUsage,
     RunBusy,
     RunExists,
     RunRequest,
     Session,
-    StepCall,
     StoreError,
-    Waiting,
 )
-from stroma.checkpoint.protocols import Charge, Tried
+from stroma.checkpoint.protocols import Tried
+from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import Node
-from stroma.contracts.schema import Schema, schema_of
+from stroma.contracts.schema import schema_of
 from stroma.cost.budget import ExecutionBudget, limits
 from stroma.cost.fallback import FallbackPolicy, FallbackView, fallback_due
 from stroma.cost.tracker import CostTracker
@@ -46,7 +43,6 @@ from stroma.failures.failure import Classifier, Failure, kind_of, message_of
 from stroma.failures.policy import PolicyMap, RetryBudget
 from stroma.hooks.dispatch import NO_HOOKS, Firing, HookNotAsync, Hooks
 from stroma.hooks.sets import AnyHooks, distinct, flatten
-from stroma.trace.events import AttemptRow
 from stroma.trace.result import ExecutionResult, HookFailure, RunStatus
 from stroma.trace.trace import ExecutionTrace
 
@@ -64,52 +60,6 @@ _WARN_AT = 0.8
 _ATTACH_POLL_SECONDS = (0.02, 1.0)  # between looks at a run that another process owns: at first, at most
 
 
-class _NullSession:
-    """Session of a run that is not opened in its store yet: it has nothing, and records nothing."""
-
-    address = ""
-    epoch = 0
-    charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there.
-    tried: Mapping[tuple[int, str], Tried] = {}
-    execution = 1
-    continued = False
-    finished: Finished | None = None
-    restored: Mapping[tuple[int, str], Committed] = {}
-    places: Mapping[str, int] = {}
-    prior = PriorUsage()
-    waiting: Mapping[tuple[int, str], Waiting] = {}
-    traceparent: str | None = None
-    undelivered: Sequence[AttemptRow] = ()
-    on_cancel: Callable[[], None] | None = None
-
-    def delivered(self, row: AttemptRow) -> None:
-        return None
-
-    def note_call(self, position: int, identity: str) -> None:
-        return None
-
-    def note_traceparent(self, traceparent: str) -> None:
-        return None
-
-    def record(
-        self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
-    ) -> Awaitable[None] | None:
-        return None
-
-    def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
-        return {}
-
-    def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
-        return None
-
-    def end(self, status: str, error: str | None) -> Awaitable[None] | None:
-        return None
-
-    def abandon(self) -> None:
-        return None
-
-
-_NULL_SESSION = _NullSession()
 _NO_FAILED_MAPS: Mapping[tuple[int, str], int] = {}
 
 
@@ -203,8 +153,8 @@ class ReliabilityContext:
         self.run_logger = run_logger
         self.config = RunConfig() if config is None else config
         self.pipeline = pipeline
-        self.session: Session = _NULL_SESSION
-        self.restored: Mapping[tuple[int, str], Committed] = _NULL_SESSION.restored
+        self.session: Session = NULL_SESSION
+        self.restored: Mapping[tuple[int, str], Committed] = NULL_SESSION.restored
         #: Attempts of processes that died, until their node runs again.
         self.tried: dict[tuple[int, str], Tried] | None = None
         self.handover = Handover()
@@ -332,7 +282,7 @@ class ReliabilityContext:
 
         ``ends``: :meth:`end` will be called. ``apart``: see RunRequest. Raises StoreError (RunBusy, PipelineChanged ...).
         """
-        if self.session is _NULL_SESSION:
+        if self.session is NULL_SESSION:
             if self._opening is None:
                 config = self.config
                 self.apart = apart
@@ -370,7 +320,7 @@ class ReliabilityContext:
             except Exception:
                 self._opening = None
                 raise
-            if self.session is _NULL_SESSION:
+            if self.session is NULL_SESSION:
                 self._begin(session, carry=discard_from is None)
                 if self.config.shared_budgets and session.epoch > 1:
                     await self._settle_earlier(session)
@@ -435,7 +385,7 @@ class ReliabilityContext:
         shield = Shield()
         try:
             session = self.session
-            if session is _NULL_SESSION and self._opening is not None:
+            if session is NULL_SESSION and self._opening is not None:
                 self._attach_is_over = True
                 if self._is_polling:  # For a run of another process.
                     self._opening.cancel()

@@ -1,4 +1,4 @@
-"""Breaker: a provider that fails is left alone for a while."""
+"""Circuit breaker: stop calling a failing provider for a while."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from stroma._utils.access import get
+from stroma._utils.access import safe_get
 from stroma.cost.usage import shown
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
-from stroma.limits.gate import a_count, an_amount, seconds_or_none
+from stroma.limits.gate import optional_seconds, positive_int, positive_number
 
 __all__ = ["Breaker", "CircuitState", "Entry", "check_breaker", "host_of"]
 
 CircuitState = Literal["closed", "open", "half_open"]
 
-#: Reasons of failures that say that the provider is not well. One that asks to come back later (429) is: its limits are
-#: what limits= and Retry-After are for.
-_ILL: Final = frozenset({"connection", "timeout", "server_error", "overloaded"})
-#: Reasons that say nothing about the provider: they come from this side of the wire.
-_OURS: Final = frozenset({"budget", "usage", "not_serialisable", "store"})
+#: Reasons of failures of a provider. A rate limit (429) is none: limits= and Retry-After are for those.
+_PROVIDER_REASONS: Final = frozenset({"connection", "timeout", "server_error", "overloaded"})
+#: Reasons that say nothing about the provider, since they arise locally.
+_LOCAL_REASONS: Final = frozenset({"budget", "usage", "not_serialisable", "store"})
 
-# One for all: what is done under it takes microseconds.
+# One lock for all breakers: it is held for microseconds.
 _lock = threading.Lock()
 
 
@@ -41,12 +40,12 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch
 
 
 class Entry(NamedTuple):
-    """Whether a call may be made now.
+    """Answer to a request to make a call.
 
     Attributes:
-        wait_seconds: when to ask again; None: now is well.
-        probe: it is the one call that finds out whether the provider is well again.
-        changed: the state that the circuit has come to by this, if it did.
+        wait_seconds: time until the next request; None: the call may be made.
+        probe: the call is the one that tests if the provider has recovered.
+        changed: the new state of the circuit, if it changed.
     """
 
     wait_seconds: float | None = None
@@ -59,7 +58,7 @@ class _Circuit:
     state: CircuitState = "closed"
     opened: float = 0.0
     probing: bool = False
-    #: (when, whether it went well) of the calls in the window, and how many of them did not.
+    #: (time, success) of the calls in the window; ``failed`` counts those without success.
     calls: deque[tuple[float, bool]] = field(default_factory=deque)
     failed: int = 0
 
@@ -97,45 +96,45 @@ class Breaker:
         max_wait_seconds: float | None = 60.0,
         _clock: Callable[[], float] | None = None,
     ) -> None:
-        self.failure_rate = an_amount("failure_rate", failure_rate, "a share")
+        self.failure_rate = positive_number("failure_rate", failure_rate, "a share")
         if self.failure_rate > 1:
-            raise ValueError(f"failure_rate is {shown(failure_rate)}; give a share, from above 0 to 1")
-        self.min_calls = a_count("min_calls", min_calls)
-        self.window_seconds = an_amount("window_seconds", window_seconds, "seconds")
-        self.open_seconds = an_amount("open_seconds", open_seconds, "seconds")
-        self.max_wait_seconds = seconds_or_none("max_wait_seconds", max_wait_seconds)
+            raise ValueError(f"failure_rate must be above 0 and at most 1, got {shown(failure_rate)}")
+        self.min_calls = positive_int("min_calls", min_calls)
+        self.window_seconds = positive_number("window_seconds", window_seconds, "seconds")
+        self.open_seconds = positive_number("open_seconds", open_seconds, "seconds")
+        self.max_wait_seconds = optional_seconds("max_wait_seconds", max_wait_seconds)
         self._clock = _clock or _now
         self._circuits: dict[str, _Circuit] = {}
-        #: The host that a node's calls last failed at.
+        #: The host of the last failed call of each node.
         self._hosts: dict[str, str] = {}
 
     def __copy__(self) -> Breaker:
-        return self  # It is what runs share: copies of a config have the same.
+        return self  # Runs share it, so copies of a config do too.
 
     def __deepcopy__(self, memo: object) -> Breaker:
         return self
 
     @staticmethod
     def verdict(failure: Failure) -> bool | None:
-        """Whether a failed attempt shows that the provider is well; None if it says nothing about that."""
-        if failure.reason in _ILL and failure.failure_class is not FailureClass.TERMINAL:
+        """Return True if a failed attempt shows that the provider works, False if it does not, None if unknown."""
+        if failure.reason in _PROVIDER_REASONS and failure.failure_class is not FailureClass.TERMINAL:
             return False
-        if failure.reason is None or failure.reason in _OURS:
+        if failure.reason is None or failure.reason in _LOCAL_REASONS:
             return None
-        if failure.reason == "contract":  # It has answered, unless the input never got that far.
-            return True if get(failure.exception, "direction") == "output" else None
+        if failure.reason == "contract":  # It has answered, unless the input was rejected locally.
+            return True if safe_get(failure.exception, "direction") == "output" else None
         return True
 
     def states(self) -> dict[str, CircuitState]:
-        """The circuits that have counted anything, by host or limit."""
+        """Return the state of each circuit with a counted call, by host or limit."""
         return {key: circuit.state for key, circuit in list(self._circuits.items())}
 
     def key_of(self, node_id: str, limit: str | None) -> str | None:
-        """The circuit that a call of a node stands behind; None while nobody knows."""
+        """Return the circuit of a call of a node; None while it is unknown."""
         return self._hosts.get(node_id, limit)
 
     def enter(self, key: str) -> Entry:
-        """Ask whether a call may be made; whoever may says with leave() what became of it."""
+        """Request to make a call. A caller that may make it reports its outcome with leave()."""
         with _lock:
             circuit = self._circuits.get(key)
             if circuit is None or circuit.state == "closed":
@@ -150,7 +149,7 @@ class Breaker:
             return Entry(probe=True, changed=changed)
 
     def leave(self, key: str | None, went_well: bool | None, *, probe: bool) -> CircuitState | None:
-        """Count a call; None: it says nothing about the provider. Returns what the circuit has come to, if it changed."""
+        """Count a call; None: it says nothing about the provider. Returns the new state of the circuit, if it changed."""
         if key is None:
             return None
         with _lock:
@@ -164,7 +163,7 @@ class Breaker:
                 circuit.failed = 0
                 circuit.state, circuit.opened = ("closed", 0.0) if went_well else ("open", now)
                 return circuit.state
-            if went_well is None or circuit.state != "closed":  # It was begun before the circuit opened.
+            if went_well is None or circuit.state != "closed":  # It began before the circuit opened.
                 return None
             circuit.calls.append((now, went_well))
             circuit.failed += not went_well
@@ -180,7 +179,7 @@ class Breaker:
             return "open"
 
     def learn(self, node_id: str, failure: Failure, key: str | None) -> str | None:
-        """The circuit that a failed call counts for: that of the host it names, else the one it stood behind."""
+        """Return the circuit that a failed call counts for: that of the host in the exception, otherwise ``key``."""
         host = host_of(failure.exception)
         if host is None:
             return key
@@ -189,43 +188,43 @@ class Breaker:
 
 
 def check_breaker(value: object) -> Breaker:
-    """What was given as a breaker. Raises ValueError for what is none."""
+    """Return the breaker. Raises ValueError for any other object."""
     if not isinstance(value, Breaker):
-        raise ValueError(f"breaker is {shown(value)}; give a Breaker(...)")
+        raise ValueError(f"breaker must be a Breaker, got {shown(value)}")
     return value
 
 
-# ---------------------------------------------------------------------- whose failure it was
+# ---------------------------------------------------------------------- host of a failure
 
 
 def host_of(error: BaseException) -> str | None:
-    """The host that an exception of a provider's client was about, by its shape; None if it does not say.
+    """Return the host of a failed call from the attributes of an exception; None if it has none.
 
-    Looks at the exceptions it was raised from, too: SDKs wrap those of their HTTP client.
+    Reads its causes too: SDKs wrap the exceptions of their HTTP client.
     """
     seen: BaseException | None = error
     for _ in range(4):
         if seen is None:
             return None
-        for found in _places(seen):
-            host = _host(found)
+        for candidate in _host_candidates(seen):
+            host = _host(candidate)
             if host is not None:
                 return host
         seen = seen.__cause__ or seen.__context__
     return None
 
 
-def _places(error: BaseException) -> Iterator[Any]:
-    request = get(error, "request")  # httpx, openai, anthropic, requests
-    yield get(request, "url")
-    response = get(error, "response")
-    yield get(response, "url")
-    yield get(get(response, "request"), "url")
-    info = get(error, "request_info")  # aiohttp
-    yield get(info, "real_url") or get(info, "url")
-    yield get(get(error, "kwargs"), "endpoint_url")  # botocore
-    yield get(error, "url")  # urllib
-    connection = get(error, "host")  # aiohttp, where no connection was made
+def _host_candidates(error: BaseException) -> Iterator[Any]:
+    request = safe_get(error, "request")  # httpx, openai, anthropic, requests
+    yield safe_get(request, "url")
+    response = safe_get(error, "response")
+    yield safe_get(response, "url")
+    yield safe_get(safe_get(response, "request"), "url")
+    info = safe_get(error, "request_info")  # aiohttp
+    yield safe_get(info, "real_url") or safe_get(info, "url")
+    yield safe_get(safe_get(error, "kwargs"), "endpoint_url")  # botocore
+    yield safe_get(error, "url")  # urllib
+    connection = safe_get(error, "host")  # aiohttp, if no connection was made
     if isinstance(connection, str) and connection:
         yield f"//{connection}"
 
@@ -233,7 +232,7 @@ def _places(error: BaseException) -> Iterator[Any]:
 def _host(url: Any) -> str | None:
     if url is None:
         return None
-    host = get(url, "host")
+    host = safe_get(url, "host")
     if isinstance(host, str) and host:
         return host.lower()
     try:

@@ -1,7 +1,7 @@
-"""The account of a shared budget: what was spent in its window, and what calls in flight have reserved.
+"""State of a shared budget: the usage of its window, and the reservations of calls in flight.
 
-Pure: each function here makes a change of a cell (see stroma.checkpoint.cells), which is told its data and the store's
-clock. Money is in whole pico-dollars, so that sums are exact in any order.
+Pure functions: each returns a change of a cell (see stroma.checkpoint.cells), which receives the data and the clock of
+the store. Money is in whole pico-dollars, so that sums are exact in any order.
 """
 
 from __future__ import annotations
@@ -12,25 +12,33 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 from stroma.checkpoint.errors import StoreError
-from stroma.limits.reservations import estimate, is_live, keep_up, learn, load, pack, prune
+from stroma.limits.reservations import (
+    estimate_usage,
+    is_live,
+    load_state,
+    pack_state,
+    prune_holds,
+    remember_usage,
+    renew_leases,
+)
 
 __all__ = [
     "PERIODS",
     "PICO",
-    "Account",
-    "Ask",
-    "Left",
+    "BudgetAccount",
+    "BudgetTerms",
+    "CallRequest",
+    "CallUsage",
+    "JournalPlace",
     "Per",
-    "Place",
     "Refusal",
-    "Spend",
-    "Terms",
-    "left_by",
+    "UnsettledCalls",
+    "read_account",
     "release",
-    "renew",
+    "renew_calls",
     "reserve",
     "settle",
-    "view",
+    "unsettled_calls_of",
     "window",
 ]
 
@@ -39,16 +47,16 @@ PERIODS: Final = get_args(Per)
 PICO: Final = 10**12
 _FORMAT: Final = 1
 _WARN_AT: Final = 4, 5  # 80 %, in whole numbers
-#: A clock that was set back by less stays in the window that had begun: else it would begin anew, and again.
+#: A clock that is set back by less stays in the current window; otherwise that window would start twice.
 _SET_BACK_MS: Final = 3600 * 1000
 _DIMENSIONS: Final[tuple[Literal["cost"], Literal["tokens"]]] = ("cost", "tokens")
 
 
-class Terms(NamedTuple):
-    """What one process goes by.
+class BudgetTerms(NamedTuple):
+    """The limits of one process.
 
     Attributes:
-        limits: of a window: pico-dollars, tokens; None for no limit.
+        limits: pico-dollars and tokens of a window; None for no limit.
         caps: pico-dollars of a window by node id.
     """
 
@@ -58,12 +66,12 @@ class Terms(NamedTuple):
     caps: Mapping[str, int]
 
 
-class Place(NamedTuple):
-    """The place in a journal of the attempt that a call belongs to.
+class JournalPlace(NamedTuple):
+    """Place of an attempt in a journal.
 
     Attributes:
         address: of the journal's store, see DurableStore.
-        since_ns: when the call asked, in nanoseconds since the epoch by the clock of its attempt's start.
+        since_ns: time of the request in nanoseconds since the epoch, by the clock of the attempt's start.
     """
 
     address: str
@@ -76,32 +84,36 @@ class Place(NamedTuple):
     since_ns: int
 
 
-class Ask(NamedTuple):
-    """A call that wants to begin.
+class CallRequest(NamedTuple):
+    """Request to admit a call.
 
     Attributes:
-        declared: what it may take at least; None if nobody said.
+        declared: declared usage; None if unknown.
         place: None for a call that no journal records.
-        looked: tokens of calls whose journal was looked at after their lease had ended, in vain.
+        not_in_journal: tokens of expired calls that were not found in their journal.
     """
 
     token: str
     node: str
     declared: tuple[int | None, int | None]
     lease_ms: int | None
-    place: Place | None = None
-    looked: Collection[str] = ()
+    place: JournalPlace | None = None
+    not_in_journal: Collection[str] = ()
 
 
-class Left(NamedTuple):
-    """Calls whose lease has ended and that nobody settled, by token: look into their journal, then ask again."""
+class UnsettledCalls(NamedTuple):
+    """Answer: calls with an expired lease that are not counted, by token. Read their journal, then ask again."""
 
-    calls: dict[str, tuple[str, Place]]
+    calls: dict[str, tuple[str, JournalPlace]]
 
 
-class Spend(NamedTuple):
-    """A call that has ended. ``known``: it was reserved, so that a token that is not there says that it is settled
-    already. ``learns``: whether what it took tells what the next one will."""
+class CallUsage(NamedTuple):
+    """Usage of a call that has ended.
+
+    Attributes:
+        known: the call was reserved: if there is no reservation any more, it is counted already.
+        learns: the usage counts for the estimate of the next call.
+    """
 
     token: str
     node: str
@@ -111,7 +123,7 @@ class Spend(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """Why a call may not begin. ``waits``: it may, once calls in flight turn out to take less than they reserved."""
+    """Answer: the call may not begin. ``waits``: it may once calls in flight have used less than they reserved."""
 
     dimension: Literal["cost", "tokens"]
     capped: bool
@@ -123,8 +135,8 @@ class Refusal(NamedTuple):
     waits: bool
 
 
-class Account(NamedTuple):
-    """A shared budget as it stands, for people."""
+class BudgetAccount(NamedTuple):
+    """Readable state of a shared budget."""
 
     per: str | None
     limits: tuple[int | None, int | None]
@@ -137,7 +149,7 @@ class Account(NamedTuple):
 
 
 def window(per: str | None, now_ms: int) -> tuple[int, int | None]:
-    """When the window began that a moment is in, and when it ends, in ms since the epoch: calendar units of UTC."""
+    """Return start and end of the window around a time, in ms since the epoch: calendar units of UTC."""
     if per is None:
         return 0, None
     now = datetime.fromtimestamp(now_ms // 1000, UTC)
@@ -155,21 +167,21 @@ def window(per: str | None, now_ms: int) -> tuple[int, int | None]:
 
 
 @dataclass
-class _State:
+class _BudgetCell:
     per: str | None
     limits: list[int | None]
     start: int
     spent: list[int] = field(default_factory=lambda: [0, 0])
-    #: By node id: what its calls took in this window.
+    #: By node id: usage in this window.
     by: dict[str, list[int]] = field(default_factory=dict)
     #: By token: [until, node, cost, tokens, place].
     holds: dict[str, list[Any]] = field(default_factory=dict)
-    #: By node id: what its last calls took, by dimension.
+    #: By dimension and node id: usage of recent calls.
     seen: list[dict[str, list[int]]] = field(default_factory=lambda: [{}, {}])
     warned: list[str] = field(default_factory=list)
 
-    def pack(self) -> bytes:
-        return pack(vars(self), _FORMAT)
+    def pack_state(self) -> bytes:
+        return pack_state(vars(self), _FORMAT)
 
     def reserved(self, dimension: int, now: int, node: str | None = None) -> int:
         return sum(
@@ -182,72 +194,74 @@ class _State:
         return window(self.per, self.start)[1]
 
 
-def _called(name: str) -> str:
+def _label(name: str) -> str:
     return f"shared budget {name!r}"
 
 
-def _read(data: bytes | None, name: str) -> _State | None:
-    found = load(data, _called(name), _FORMAT)
-    return None if found is None else _State(**found)
+def _read(data: bytes | None, name: str) -> _BudgetCell | None:
+    fields = load_state(data, _label(name), _FORMAT)
+    return None if fields is None else _BudgetCell(**fields)
 
 
-def _roll(state: _State, now: int) -> None:
-    """Begin the window anew if its time has come."""
+def _roll_window(state: _BudgetCell, now: int) -> None:
+    """Start the next window if the current one has ended."""
     start = window(state.per, now)[0]
     if start > state.start:
         state.start, state.spent, state.by, state.warned = start, [0, 0], {}, []
     elif state.start - now > _SET_BACK_MS:
-        # The clock was far ahead. What was spent meanwhile stays spent; nobody waits for a day that is years away.
+        # The clock was far ahead. The usage stays; do not wait for a window in the far future.
         state.start = start
 
 
-def _open(data: bytes | None, now: int, terms: Terms) -> _State:
+def _open(data: bytes | None, now: int, terms: BudgetTerms) -> _BudgetCell:
     state = _read(data, terms.name)
     if state is None:
-        state = _State(terms.per, list(terms.limits), window(terms.per, now)[0])
+        state = _BudgetCell(terms.per, list(terms.limits), window(terms.per, now)[0])
     if state.per != terms.per:
         error = StoreError(
-            f"shared budget {terms.name!r} goes by per={state.per!r} in this store, and here by per={terms.per!r}; "
-            "give all processes the same, or use another name"
+            f"shared budget {terms.name!r} has per={state.per!r} in this store, but per={terms.per!r} here; "
+            "use the same in all processes, or another name"
         )
         error.transient = False
         raise error
     state.limits = list(terms.limits)
-    _roll(state, now)
-    prune(state.holds, now)
+    _roll_window(state, now)
+    prune_holds(state.holds, now)
     return state
 
 
 def reserve(
-    terms: Terms, ask: Ask
-) -> Callable[[bytes | None, int], tuple[bytes | None, Refusal | Left | tuple[int, int]]]:
-    """A change that reserves what a call may take. It tells the amounts, or why it may not begin.
+    terms: BudgetTerms, request: CallRequest
+) -> Callable[[bytes | None, int], tuple[bytes | None, Refusal | UnsettledCalls | tuple[int, int]]]:
+    """Return a change that reserves what a call may use. It answers the amounts, or why the call may not begin.
 
-    Left comes first: what a process that is gone spent belongs to what is spent.
+    UnsettledCalls comes first: the usage of dead processes belongs to the total.
     """
 
-    def change(data: bytes | None, now: int) -> tuple[bytes | None, Refusal | Left | tuple[int, int]]:
+    def change(
+        data: bytes | None, now: int
+    ) -> tuple[bytes | None, Refusal | UnsettledCalls | tuple[int, int]]:
         state = _open(data, now, terms)
-        if ask.token in state.holds:  # By the try whose answer was lost.
-            held = state.holds[ask.token]
+        if request.token in state.holds:  # Reserved by an earlier try whose answer was lost.
+            held = state.holds[request.token]
             return None, (held[2], held[3])
-        if ask.place is not None:
-            address = ask.place.address
-            left = _calls(state, lambda hold, at: at.address == address and not is_live(hold, now))
-            if new := {token: call for token, call in left.items() if token not in ask.looked}:
-                return None, Left(new)
+        if request.place is not None:
+            address = request.place.address
+            left = _select_calls(state, lambda hold, at: at.address == address and not is_live(hold, now))
+            if new := {token: call for token, call in left.items() if token not in request.not_in_journal}:
+                return None, UnsettledCalls(new)
         amounts = [0, 0]
         for i in (0, 1):
-            bounds = _bounds(state, terms, ask.node, i, now)
+            bounds = _bounds(state, terms, request.node, i, now)
             if not bounds:
                 continue
             lowest = min(limit for limit, *_ in bounds)
-            amount = estimate(state.seen[i], ask.node, ask.declared[i], lowest)
+            amount = estimate_usage(state.seen[i], request.node, request.declared[i], lowest)
             if amount is None:
-                # Of what nobody knows anything of, all that is left: no other call begins beside the first one.
+                # Without an estimate, reserve all that is left, so that no other call begins beside the first one.
                 amount = max(1, min(limit - spent - reserved for limit, spent, reserved, _ in bounds))
             for limit, spent, reserved, capped in bounds:
-                # What takes nothing need not wait for those who do.
+                # A call that uses nothing need not wait for reservations.
                 if spent + (reserved if amount else 0) + amount > limit:
                     waits = spent + amount <= limit
                     dimension = _DIMENSIONS[i]
@@ -256,35 +270,41 @@ def reserve(
                     )
                     return None, refusal
             amounts[i] = amount
-        until = None if ask.lease_ms is None else now + ask.lease_ms
-        state.holds[ask.token] = [until, ask.node, *amounts, ask.place]
-        return state.pack(), (amounts[0], amounts[1])
+        until = None if request.lease_ms is None else now + request.lease_ms
+        state.holds[request.token] = [until, request.node, *amounts, request.place]
+        return state.pack_state(), (amounts[0], amounts[1])
 
     return change
 
 
-def _calls(state: _State, which: Callable[[list[Any], Place], bool]) -> dict[str, tuple[str, Place]]:
-    """The node and the place of some calls that are not settled, by token."""
-    found: dict[str, tuple[str, Place]] = {}
+def _select_calls(
+    state: _BudgetCell, which: Callable[[list[Any], JournalPlace], bool]
+) -> dict[str, tuple[str, JournalPlace]]:
+    """Return node and place of the selected calls that are not counted, by token."""
+    calls: dict[str, tuple[str, JournalPlace]] = {}
     for token, hold in state.holds.items():
-        if hold[4] is not None and which(hold, place := Place(*hold[4])):
-            found[token] = hold[1], place
-    return found
+        if hold[4] is not None and which(hold, place := JournalPlace(*hold[4])):
+            calls[token] = hold[1], place
+    return calls
 
 
-def left_by(name: str, data: bytes | None, run: Place) -> dict[str, tuple[str, Place]]:
-    """The calls of a run that are not settled, by token; those of its execution and epoch left out."""
+def unsettled_calls_of(
+    name: str, data: bytes | None, run: JournalPlace
+) -> dict[str, tuple[str, JournalPlace]]:
+    """Return the calls of a run that are not counted, by token, except those of its current execution and epoch."""
     state = _read(data, name)
     if state is None:
         return {}
-    return _calls(
+    return _select_calls(
         state,
         lambda _, at: at[:2] == run[:2] and (at.execution, at.epoch) != (run.execution, run.epoch),
     )
 
 
-def _bounds(state: _State, terms: Terms, node: str, i: int, now: int) -> list[tuple[int, int, int, bool]]:
-    """(limit, spent, reserved, of one node alone) of each limit that a call stands under."""
+def _bounds(
+    state: _BudgetCell, terms: BudgetTerms, node: str, i: int, now: int
+) -> list[tuple[int, int, int, bool]]:
+    """Return (limit, spent, reserved, is_node_cap) of each limit of a call."""
     bounds = []
     limit, cap = terms.limits[i], None if i else terms.caps.get(node)
     if limit is not None:
@@ -295,11 +315,11 @@ def _bounds(state: _State, terms: Terms, node: str, i: int, now: int) -> list[tu
 
 
 def settle(
-    terms: Terms, spends: Iterable[Spend]
+    terms: BudgetTerms, spends: Iterable[CallUsage]
 ) -> Callable[[bytes | None, int], tuple[bytes | None, list[tuple[str, int, int]]]]:
-    """A change that counts what calls took in place of what they reserved.
+    """Return a change that counts what calls used in place of their reservations.
 
-    It tells (dimension, used, limit) of each limit that this uses to 80 %, once in a window.
+    It answers (dimension, used, limit) of each limit that has reached 80 %, once in a window.
     """
     spends = list(spends)
 
@@ -313,19 +333,19 @@ def settle(
                 state.spent[i] += amount
                 totals[i] += amount
                 if learns:
-                    learn(state.seen[i], node, amount)
+                    remember_usage(state.seen[i], node, amount)
         due = []
         for name, used, limit in zip(_DIMENSIONS, state.spent, terms.limits, strict=True):
             if limit is not None and name not in state.warned and used * _WARN_AT[1] >= limit * _WARN_AT[0]:
                 state.warned.append(name)
                 due.append((name, used, limit))
-        return state.pack(), due
+        return state.pack_state(), due
 
     return change
 
 
 def release(name: str, tokens: Iterable[str]) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
-    """A change that gives back what calls had reserved that never began."""
+    """Return a change that releases the reservations of calls that never began."""
     tokens = list(tokens)
 
     def change(data: bytes | None, now: int) -> tuple[bytes | None, None]:
@@ -333,25 +353,25 @@ def release(name: str, tokens: Iterable[str]) -> Callable[[bytes | None, int], t
         if state is None:
             return None, None
         held = [token for token in tokens if state.holds.pop(token, None) is not None]
-        return (state.pack() if held else None), None
+        return (state.pack_state() if held else None), None
 
     return change
 
 
-def renew(
+def renew_calls(
     name: str, tokens: Iterable[str], lease_ms: int
 ) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
-    """A change that keeps up the leases of calls in flight."""
-    return keep_up(_called(name), _FORMAT, tokens, lease_ms)
+    """Return a change that renews the leases of calls in flight."""
+    return renew_leases(_label(name), _FORMAT, tokens, lease_ms)
 
 
-def view(name: str, data: bytes | None, now: int) -> Account | None:
-    """What a cell says at a moment; None if there is no such budget."""
+def read_account(name: str, data: bytes | None, now: int) -> BudgetAccount | None:
+    """Return the readable state of a cell at a time; None if there is no such budget."""
     state = _read(data, name)
     if state is None:
         return None
-    _roll(state, now)
-    return Account(
+    _roll_window(state, now)
+    return BudgetAccount(
         state.per,
         (state.limits[0], state.limits[1]),
         (state.spent[0], state.spent[1]),

@@ -1,4 +1,4 @@
-"""What an attempt passes before its function is called: what budgets and limits that runs share have in common."""
+"""Base class of shared budgets and rate limits: gates that an attempt passes before its function is called."""
 
 from __future__ import annotations
 
@@ -18,52 +18,52 @@ from stroma.contracts.contract import check_id
 from stroma.cost.budget import LARGEST
 from stroma.cost.usage import shown
 from stroma.failures.errors import Wait
-from stroma.limits.budget_state import Place
-from stroma.limits.lease_renewal import RENEWALS
-from stroma.limits.reservations import readable
+from stroma.limits.budget_state import JournalPlace
+from stroma.limits.lease_renewal import RENEWER
+from stroma.limits.reservations import report_damage
 
 if TYPE_CHECKING:
     from stroma.trace.events import AttemptUsage
 
-__all__ = ["Caller", "Gate", "OnStoreError", "a_count", "an_amount", "seconds_or_none"]
+__all__ = ["Caller", "Gate", "OnStoreError", "optional_seconds", "positive_int", "positive_number"]
 
 T = TypeVar("T")
 logger = logging.getLogger("stroma")
 
 OnStoreError = Literal["refuse", "allow"]
 
-#: What gates without a store share: by name, as those with one do.
+#: The store of gates without a store: they share state by name.
 _PROCESS: Final = MemoryCells()
 if hasattr(os, "register_at_fork"):  # pragma: no branch
-    os.register_at_fork(after_in_child=_PROCESS.forget)  # What is in flight is the parent's.
+    os.register_at_fork(after_in_child=_PROCESS.forget)  # Calls in flight belong to the parent.
 
 
-class Line:
-    """Those who wait at one gate in one event loop, first come first served."""
+class WaitQueue:
+    """Attempts that wait at one gate in one event loop, in the order of their arrival."""
 
     def __init__(self) -> None:
         self.turn = asyncio.Lock()
         self.waiting = 0
-        #: Somebody of this loop has left: there may be room.
+        #: Set when a call of this loop has ended, so that there may be room.
         self.moved = asyncio.Event()
 
 
 class Caller(NamedTuple):
-    """The attempt that asks.
+    """The attempt that wants to pass a gate.
 
     Attributes:
-        place: where its journal records it; None if that is in no store that another process can read.
-        journal: the store that it is recorded in.
+        place: its place in the journal; None if no other process can read that store.
+        journal: the store that records it.
     """
 
-    place: Place | None
+    place: JournalPlace | None
     journal: Any
 
 
 class Gate(ABC):
-    """Lets an attempt pass, has it wait, or refuses it; and is told what became of it."""
+    """Admits an attempt, makes it wait, or refuses it; and counts what it used."""
 
-    #: What the gate is, in words and in the name of its cell.
+    #: The kind of gate, in messages and in the name of its cell.
     kind: ClassVar[str]
     max_wait_seconds: float | None
 
@@ -80,104 +80,107 @@ class Gate(ABC):
         self.store = _store_of(store, self)
         self.lease_seconds = lease_seconds
         if on_store_error not in ("refuse", "allow"):
-            raise ValueError(f'on_store_error is {shown(on_store_error)}; give "refuse" or "allow"')
+            raise ValueError(f'on_store_error must be "refuse" or "allow", got {shown(on_store_error)}')
         self.on_store_error = on_store_error
         self._terms = terms
-        self._lines: dict[asyncio.AbstractEventLoop, Line] = {}
+        self._queues: dict[asyncio.AbstractEventLoop, WaitQueue] = {}
         _declare(self)
 
     def __copy__(self) -> Any:
-        return self  # It is what runs share: copies of a config have the same.
+        return self  # Runs share it, so copies of a config do too.
 
     def __deepcopy__(self, memo: object) -> Any:
         return self
 
     @property
     def label(self) -> str:
-        """What messages and reasons call it."""
+        """Name in messages and reasons."""
         return f"{self.kind} {self.name!r}"
 
     @property
     def lease_ms(self) -> int | None:
-        """How long a hold is good for; None where holder and store live and die together."""
+        """Lease of a reservation in milliseconds; None for a store in memory, which ends with its process."""
         return None if isinstance(self.store, MemoryCells) else int(self.lease_seconds * 1000)
 
     @property
-    def line(self) -> Line:
-        """Those who wait in the running event loop."""
+    def line(self) -> WaitQueue:
+        """Queue of the running event loop."""
         loop = asyncio.get_running_loop()
-        found = self._lines.get(loop)
-        if found is None:
-            # A line that was waited in keeps its loop: those of loops that are over go here.
-            for over in [known for known in list(self._lines) if known.is_closed()]:
-                self._lines.pop(over, None)
-            found = self._lines[loop] = Line()
-        return found
+        queue = self._queues.get(loop)
+        if queue is None:
+            # A used queue references its loop: remove those of closed loops here.
+            for closed in [known for known in list(self._queues) if known.is_closed()]:
+                self._queues.pop(closed, None)
+            queue = self._queues[loop] = WaitQueue()
+        return queue
 
     def change(self, change: Change[T]) -> Awaitable[T]:
-        return self.store.change_cell(self.cell, readable(self.label, change))
+        return self.store.change_cell(self.cell, report_damage(self.label, change))
 
     def post(self, change: Change[Any]) -> None:
-        """Have it done where nothing can be awaited."""
+        """Change the cell without waiting."""
         try:
-            self.store.post_cell(self.cell, readable(self.label, change))
+            self.store.post_cell(self.cell, report_damage(self.label, change))
         except Exception as error:
-            logger.warning("%s could not be told of the end of a call: %s", self.label, error)
+            logger.warning("the end of a call could not be recorded in %s: %s", self.label, error)
 
-    def keep_up(self, token: str) -> None:
-        """From now on the hold of a call is renewed, until drop()."""
+    def renew_lease(self, token: str) -> None:
+        """Start to renew the reservation of a call, until release()."""
         if self.lease_ms is not None:
-            RENEWALS.add(token, self.lease_seconds, self._renew)
+            RENEWER.add(token, self.lease_seconds, self._renew)
 
-    def drop(self, token: str) -> None:
-        RENEWALS.drop(token)
+    def release(self, token: str) -> None:
+        """Stop to renew a reservation, and wake the attempts that wait in this event loop."""
+        RENEWER.remove(token)
         try:
-            line = self._lines.get(asyncio.get_running_loop())
-        except RuntimeError:  # A coroutine that was thrown away is closed where no loop runs.
+            queue = self._queues.get(asyncio.get_running_loop())
+        except RuntimeError:  # A coroutine that was never awaited is closed outside a loop.
             return
-        if line is not None:
-            line.moved.set()
+        if queue is not None:
+            queue.moved.set()
 
     def allows(self, error: StoreError) -> bool:
-        """Whether calls go on while the store is down."""
+        """Return True if calls continue while the store is down."""
         if self.on_store_error == "allow" and error.transient:
-            logger.warning("%s is not enforced for a call, since its store is down: %s", self.label, error)
+            logger.warning(
+                "%s is not enforced for a call because its store is unavailable: %s", self.label, error
+            )
             return True
         return False
 
     @abstractmethod
     async def ask(self, node_id: str, token: str, caller: Caller | None) -> Wait | Exception | None:
-        """Whether a call may begin: None if so, and then it holds what it may take under the token.
+        """Reserve what a call may use, under a token. Returns None if it may begin, otherwise why not.
 
-        Raises nothing but what ends the task.
+        Raises only what ends the task.
         """
 
     @abstractmethod
     async def left(self, node_id: str, token: str, used: AttemptUsage, *, began: bool, learns: bool) -> Any:
-        """A call that passed has ended. Raises StoreError."""
+        """Count what an admitted call used. Raises StoreError."""
 
     def charge(self, node_id: str, token: str, took: tuple[int, int], *, learns: bool) -> Change[Any] | None:
-        """The change of its cell that ends a call, for the transaction that records its attempt; None if it has none.
+        """Return the change of the cell that counts a call, for the transaction that records its attempt, or None.
 
-        ``took``: pico-dollars and tokens. Making it twice must be making it once.
+        ``took``: pico-dollars and tokens. The change is idempotent.
         """
         return None
 
     def charged(self, token: str, answer: Any) -> Any:
-        """Return the same as :meth:`left`, for a call that a charge has ended. Raises StoreError."""
+        """Return the same as :meth:`left`, for a call that a charge has counted. Raises StoreError."""
         raise NotImplementedError
 
     @abstractmethod
     def abandon(self, node_id: str, token: str, used: AttemptUsage | None) -> None:
-        """The same where nothing can be awaited; None: it never began, and may not even have passed."""
+        """Count a call without waiting. ``used`` is None for a call that never began, and may not have been admitted."""
 
     @abstractmethod
     def too_long(self, wait: Wait, node_id: str) -> Exception:
-        """Why a call is refused that has waited as long as it may."""
+        """Return the error for a call that waited for ``max_wait_seconds``."""
 
     @abstractmethod
     def _renew(self, tokens: list[str]) -> None:
-        """Post that the leases of these tokens go on. From any thread."""
+        """Renew the leases of these tokens without waiting. Called from any thread."""
 
 
 def _store_of(store: Any, gate: Gate) -> CellStore:
@@ -189,7 +192,7 @@ def _store_of(store: Any, gate: Gate) -> CellStore:
         store = open_store(store)
     if not isinstance(store, CellStore):
         raise TypeError(
-            f"{shown(store)} cannot keep {gate.label}; give SQLiteStore, PostgresStore, RedisStore, an in-memory store, or "
+            f"{shown(store)} cannot store {gate.label}; pass SQLiteStore, PostgresStore, RedisStore, an in-memory store, or "
             "the URL of one"
         )
     return store
@@ -201,30 +204,30 @@ _DECLARED: Final[weakref.WeakValueDictionary[tuple[str, str], Gate]] = weakref.W
 
 
 def _declare(gate: Gate) -> None:
-    """Note what a name stands for. Raises ValueError if something else in use here has the same one."""
+    """Register a name. Raises ValueError if a gate in use has the same name and other limits."""
     at = (gate.cell, f"{id(gate.store)}" if isinstance(gate.store, MemoryCells) else repr(gate.store))
-    if (found := _DECLARED.get(at)) is not None and found._terms != gate._terms:
-        del found
-        gc.collect()  # What only a cycle of references keeps is in use no more.
+    if (existing := _DECLARED.get(at)) is not None and existing._terms != gate._terms:
+        del existing
+        gc.collect()  # A gate in an unreachable reference cycle is not in use.
     other = _DECLARED.get(at)
     if other is not None and other._terms != gate._terms:
         raise ValueError(
-            f"{gate.label} is already in use in this process with other limits ({_said(other)}; here: {_said(gate)}); give "
-            "both the same, or one of them another name"
+            f"{gate.label} is already in use in this process with other limits ({_describe_terms(other)}; here: {_describe_terms(gate)}); use "
+            "the same limits for both, or another name for one"
         )
     if other is None:
         _DECLARED[at] = gate
 
 
-def _said(gate: Gate) -> str:
+def _describe_terms(gate: Gate) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in gate._terms if value not in (None, {}))
 
 
 # ---------------------------------------------------------------------- figures
 
 
-def an_amount(name: str, value: object, unit: str, *, zero: bool = False) -> float:
-    """A finite number above 0 (with ``zero``: or 0). Raises ValueError."""
+def positive_number(name: str, value: object, unit: str, *, zero: bool = False) -> float:
+    """Return a finite number above 0 (with ``zero``: or 0). Raises ValueError."""
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))
@@ -234,16 +237,17 @@ def an_amount(name: str, value: object, unit: str, *, zero: bool = False) -> flo
         or (value == 0 and not zero)
     ):
         least = "0 or more" if zero else "more than 0"
-        raise ValueError(f"{name} is {shown(value)}; give {unit}, {least} and finite")
+        raise ValueError(f"{name} must be {unit}, {least} and finite, got {shown(value)}")
     return float(value)
 
 
-def a_count(name: str, value: object, *, zero: bool = False) -> int:
-    """A whole number from 1 (with ``zero``: from 0). Raises ValueError."""
+def positive_int(name: str, value: object, *, zero: bool = False) -> int:
+    """Return an integer from 1 (with ``zero``: from 0). Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int) or not (0 if zero else 1) <= value <= LARGEST:
-        raise ValueError(f"{name} is {shown(value)}; give a whole number, {0 if zero else 1} or more")
+        raise ValueError(f"{name} must be an integer of at least {0 if zero else 1}, got {shown(value)}")
     return value
 
 
-def seconds_or_none(name: str, value: float | None, *, zero: bool = True) -> float | None:
-    return None if value is None else an_amount(name, value, "seconds", zero=zero)
+def optional_seconds(name: str, value: float | None, *, zero: bool = True) -> float | None:
+    """Return a number of seconds, or None. Raises ValueError."""
+    return None if value is None else positive_number(name, value, "seconds", zero=zero)

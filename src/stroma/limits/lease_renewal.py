@@ -1,4 +1,4 @@
-"""Keeping up the leases of calls in flight, from a thread: an event loop that a node blocks loses none."""
+"""Renew the leases of reservations from a thread, so that a blocked event loop loses none."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["RENEWALS"]
+__all__ = ["RENEWER"]
 
 logger = logging.getLogger("stroma")
 
-_PARTS: Final = 3  # Renewals in the time of a lease: two may be late or lost.
-_IDLE_SECONDS: Final = 10.0  # for which the thread outlives the last call
+_RENEWALS_PER_LEASE: Final = 3  # Two may be late or lost.
+_IDLE_SECONDS: Final = 10.0  # The thread ends so long after the last call.
 
-#: Posts, without waiting, that the leases of these tokens go on.
+#: Renews the leases of these tokens without waiting.
 Renew = Callable[[list[str]], None]
 
 
@@ -28,8 +28,8 @@ class _Hold:
     due: float
 
 
-class Renewals:
-    """The calls of this process that hold something in a store."""
+class ReservationRenewer:
+    """Renews the reservations of the calls of this process."""
 
     def __init__(self) -> None:
         self._held: dict[str, _Hold] = {}
@@ -39,7 +39,7 @@ class Renewals:
         self._sleeps_until = 0.0
 
     def add(self, token: str, lease_seconds: float, renew: Renew) -> None:
-        seconds = lease_seconds / _PARTS
+        seconds = lease_seconds / _RENEWALS_PER_LEASE
         due = time.monotonic() + seconds
         with self._lock:
             self._held[token] = _Hold(seconds, renew, due)
@@ -49,13 +49,13 @@ class Renewals:
             elif due < self._sleeps_until:
                 self._wake.set()
 
-    def drop(self, token: str) -> None:
+    def remove(self, token: str) -> None:
         with self._lock:
             self._held.pop(token, None)
 
     def _work(self) -> None:
         while True:
-            idle = self._look()  # In a call: a thread that waits keeps nobody's state alive.
+            idle = self._renew_due()  # A call of its own, so that the waiting thread references no gate.
             woken = self._wake.wait(max(0.0, self._sleeps_until - time.monotonic()))
             if idle and not woken:
                 with self._lock:
@@ -63,8 +63,8 @@ class Renewals:
                         self._running = False
                         return
 
-    def _look(self) -> bool:
-        """Renew what is due, and note when to look again. Returns whether there is nothing to look after."""
+    def _renew_due(self) -> bool:
+        """Renew the leases that are due, and set the time of the next look. Returns True if there are no leases."""
         now = time.monotonic()
         due: dict[Renew, list[str]] = {}
         with self._lock:
@@ -78,16 +78,16 @@ class Renewals:
         for renew, tokens in due.items():
             try:
                 renew(tokens)
-            except Exception as error:  # All calls of this process would lose their holds with the thread.
-                logger.warning("leases of calls in flight could not be kept up: %s", error)
+            except Exception as error:  # The thread must survive: it renews all leases of this process.
+                logger.warning("leases of calls in flight could not be renewed: %s", error)
         return idle
 
 
-RENEWALS = Renewals()
+RENEWER = ReservationRenewer()
 
 
 def _after_fork() -> None:
-    RENEWALS.__init__()  # type: ignore[misc]  # They are the parent's.
+    RENEWER.__init__()  # type: ignore[misc]  # The leases belong to the parent.
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch

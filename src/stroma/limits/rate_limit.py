@@ -1,4 +1,4 @@
-"""Limit: how many calls, and how many tokens, a minute; how many calls at once."""
+"""Rate limits: calls and tokens per minute, and concurrent calls."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from stroma.checkpoint.cells import CellStore
 from stroma.checkpoint.errors import StoreError
 from stroma.cost.usage import shown
 from stroma.failures.errors import LimitError, Wait, WaitedTooLong
-from stroma.limits.gate import Caller, Gate, OnStoreError, a_count, an_amount, seconds_or_none
-from stroma.limits.rate_state import Never, Rates, acquire, give_back, renew
+from stroma.limits.gate import Caller, Gate, OnStoreError, optional_seconds, positive_int, positive_number
+from stroma.limits.rate_state import RateLimits, TooLarge, acquire, release_call, renew_calls
 
 if TYPE_CHECKING:
     from stroma.trace.events import AttemptUsage
@@ -22,7 +22,7 @@ __all__ = ["Limit", "RateGate", "check_limits"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """What attempts of the nodes under one name may do together; attempts wait for their turn.
+    """Rate limit of the nodes under one name; attempts wait for their turn.
 
     The name is the limit's key in ``RunConfig.limits``. Runs of this process share it by that name; with a ``store``, those
     of all processes that use that store.
@@ -30,16 +30,16 @@ class Limit:
     Attributes:
         requests_per_minute: attempts that begin within any 60 seconds.
         tokens_per_minute: tokens, input and output, of the attempts that begin within any 60 seconds. An attempt counts
-            for what is reserved for it, and once it has ended for what it used.
+            with its reservation, and with its usage once it has ended.
         concurrent: attempts in flight, their end hooks included.
-        reserve_tokens: what one attempt uses at the least; what those of the node used lately counts where it is more. Of
-            a node that nobody knows anything of, the first attempt takes all that is left of the minute.
-        store: what keeps it, or its URL; None: this process.
-        max_wait_seconds: for how long an attempt waits; then its run ends as PARTIAL. None: without end.
-        lease_seconds: for how long the place of an attempt outlives its process.
+        reserve_tokens: tokens to reserve for an attempt; the recent usage of the node counts if it is higher. The first
+            attempt of a node without either reserves the rest of the minute.
+        store: the store that holds the state, or its URL; None: this process.
+        max_wait_seconds: maximum wait of an attempt; then its run ends as PARTIAL. None: no maximum.
+        lease_seconds: time for which a reservation outlives its process.
         on_store_error: "refuse" makes no call while the store is down; "allow" makes it.
 
-    Raises ValueError for a wrong figure.
+    Raises ValueError for an invalid value.
     """
 
     requests_per_minute: int | None = None
@@ -58,34 +58,32 @@ class Limit:
         for name in ("requests_per_minute", "tokens_per_minute", "concurrent", "reserve_tokens"):
             value = getattr(self, name)
             if value is not None:
-                a_count(name, value)
+                positive_int(name, value)
         if self.requests_per_minute is self.tokens_per_minute is self.concurrent is None:
             raise ValueError(
-                "the limit has none; give requests_per_minute=, tokens_per_minute= or concurrent="
+                "Limit has no limit; pass requests_per_minute=, tokens_per_minute= or concurrent="
             )
         if self.reserve_tokens is not None:
             if self.tokens_per_minute is None:
-                raise ValueError(
-                    "reserve_tokens is of no use without tokens_per_minute; give that, or leave it out"
-                )
+                raise ValueError("reserve_tokens needs tokens_per_minute; pass both, or neither")
             if self.reserve_tokens > self.tokens_per_minute:
                 raise ValueError(
-                    f"reserve_tokens is {self.reserve_tokens}, more than tokens_per_minute={self.tokens_per_minute}: no call "
-                    "could ever be made; raise the limit, or lower what a call reserves"
+                    f"reserve_tokens={self.reserve_tokens} is more than tokens_per_minute={self.tokens_per_minute}, so no call "
+                    "could be made; raise the limit, or lower reserve_tokens"
                 )
-        seconds_or_none("max_wait_seconds", self.max_wait_seconds)
-        if an_amount("lease_seconds", self.lease_seconds, "seconds") < 0.1:
-            raise ValueError(f"lease_seconds is {self.lease_seconds!r}; give 0.1 or more")
+        optional_seconds("max_wait_seconds", self.max_wait_seconds)
+        if positive_number("lease_seconds", self.lease_seconds, "seconds") < 0.1:
+            raise ValueError(f"lease_seconds must be at least 0.1, got {self.lease_seconds!r}")
 
     def __deepcopy__(self, memo: object) -> Limit:
-        return self  # It is what runs share: copies of a config have the same.
+        return self  # Runs share it, so copies of a config do too.
 
     def named(self, name: str) -> RateGate:
-        """The gate of this limit under a name. Raises ValueError for a name that another limit in use here has."""
-        found = self._gates.get(name)
-        if found is None:
-            found = self._gates.setdefault(name, RateGate(name, self))
-        return found
+        """Return the gate of this limit under a name. Raises ValueError if another limit in use has the name."""
+        gate = self._gates.get(name)
+        if gate is None:
+            gate = self._gates.setdefault(name, RateGate(name, self))
+        return gate
 
 
 class RateGate(Gate):
@@ -100,36 +98,36 @@ class RateGate(Gate):
         self.max_wait_seconds = limit.max_wait_seconds
         terms = tuple(zip(names, figures, strict=True))
         super().__init__(name, limit.store, terms, limit.lease_seconds, limit.on_store_error)
-        self._rates = Rates(name, *figures)
-        #: Whether the end of a call is of any interest.
-        self._follows = limit.tokens_per_minute is not None or limit.concurrent is not None
+        self._rates = RateLimits(name, *figures)
+        #: The end of a call must be recorded.
+        self._records_end = limit.tokens_per_minute is not None or limit.concurrent is not None
 
     async def ask(self, node_id: str, token: str, caller: Caller | None) -> Wait | Exception | None:
         try:
             answer = await self.change(acquire(self._rates, token, node_id, self._declared, self.lease_ms))
         except StoreError as error:
             return None if self.allows(error) else error
-        if isinstance(answer, Never):
+        if isinstance(answer, TooLarge):
             return LimitError(
-                f"one call of node {node_id!r} takes {answer.asked} tokens, more than tokens_per_minute="
-                f"{self._rates.tokens} of {self.label}: it could never be made; raise that, or make the calls smaller"
+                f"one call of node {node_id!r} needs {answer.tokens} tokens, more than tokens_per_minute="
+                f"{self._rates.tokens} of {self.label}; raise the limit, or make the calls smaller"
             )
-        if answer is None and self._follows:
-            self.keep_up(token)
+        if answer is None and self._records_end:
+            self.renew_lease(token)
         return answer
 
     async def left(self, node_id: str, token: str, used: AttemptUsage, *, began: bool, learns: bool) -> Any:
-        if self._follows:
-            self.drop(token)
+        if self._records_end:
+            self.release(token)
             took = used.tokens
-            await self.change(give_back(self.name, token, took, learns=learns or took > 0, began=began))
+            await self.change(release_call(self.name, token, took, learns=learns or took > 0, began=began))
         return ()
 
     def abandon(self, node_id: str, token: str, used: AttemptUsage | None) -> None:
-        if self._follows:
-            self.drop(token)
+        if self._records_end:
+            self.release(token)
             took = None if used is None else used.tokens
-            self.post(give_back(self.name, token, took, learns=False, began=used is not None))
+            self.post(release_call(self.name, token, took, learns=False, began=used is not None))
 
     def too_long(self, wait: Wait, node_id: str) -> Exception:
         figure = dict(self._terms).get(wait.reason)
@@ -139,17 +137,17 @@ class RateGate(Gate):
         )
 
     def _renew(self, tokens: list[str]) -> None:
-        self.post(renew(self.name, tokens, int(self.lease_seconds * 1000)))
+        self.post(renew_calls(self.name, tokens, int(self.lease_seconds * 1000)))
 
 
 def check_limits(limits: Mapping[str, Limit], node_limits: Mapping[str, str]) -> None:
-    """Refuse limits that cannot be: two of one name, nodes under a name that is not there. Raises ValueError."""
+    """Raise ValueError for two limits of one name, and for nodes under an unknown name."""
     for name, limit in limits.items():
         if not isinstance(limit, Limit):
-            raise ValueError(f"limits[{name!r}] is {shown(limit)}; give a Limit(...)")
+            raise ValueError(f"limits[{name!r}] must be a Limit, got {shown(limit)}")
         limit.named(name)
     for node, name in node_limits.items():
         if name not in limits:
             raise ValueError(
-                f"node_limits[{node!r}] is {name!r}, and there is no such limit; give limits={{{name!r}: Limit(...)}}"
+                f"node_limits[{node!r}] names an unknown limit {name!r}; pass limits={{{name!r}: Limit(...)}}"
             )

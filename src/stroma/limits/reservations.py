@@ -1,4 +1,4 @@
-"""What cells of budgets and of rate limits have in common: holds under a lease, and what calls took lately."""
+"""Reservations with leases, and the usage of recent calls: shared by the cells of budgets and rate limits."""
 
 from __future__ import annotations
 
@@ -8,19 +8,29 @@ from typing import Any, Final, TypeVar
 
 from stroma.checkpoint.errors import StoreError
 
-__all__ = ["LATELY", "estimate", "is_live", "keep_up", "learn", "load", "pack", "prune", "readable"]
+__all__ = [
+    "RECENT_CALLS",
+    "estimate_usage",
+    "is_live",
+    "load_state",
+    "pack_state",
+    "prune_holds",
+    "remember_usage",
+    "renew_leases",
+    "report_damage",
+]
 
 T = TypeVar("T")
 
-#: How many calls of a node are remembered.
-LATELY: Final = 16
-#: For how long a hold is kept that nobody renewed: whoever was stopped that long may still say what its call cost, and
-#: whoever reads its journal.
-_KEPT_MS: Final = 7 * 24 * 3600 * 1000
+#: Calls of a node whose usage is stored.
+RECENT_CALLS: Final = 16
+#: Retention of a reservation that is not renewed: a process that was stopped so long may still count its call, or its
+#: journal may be read.
+_HOLD_RETENTION_MS: Final = 7 * 24 * 3600 * 1000
 
 
-def load(data: bytes | None, what: str, form: int) -> dict[str, Any] | None:
-    """The state in a cell, None for a new one. Raises StoreError for one of a later format, anything for damage."""
+def load_state(data: bytes | None, what: str, form: int) -> dict[str, Any] | None:
+    """Return the state in a cell, None for a new cell. Raises StoreError for a later format, anything for damage."""
     if data is None:
         return None
     state: dict[str, Any] = json.loads(data)
@@ -31,76 +41,76 @@ def load(data: bytes | None, what: str, form: int) -> dict[str, Any] | None:
     return state
 
 
-def pack(state: Mapping[str, Any], form: int) -> bytes:
-    """A state as :func:`load` reads it."""
+def pack_state(state: Mapping[str, Any], form: int) -> bytes:
+    """Return a state as :func:`load_state` reads it."""
     return json.dumps({"format": form, **state}, separators=(",", ":")).encode()
 
 
-def keep_up(
+def renew_leases(
     what: str, form: int, tokens: Iterable[str], lease_ms: int
 ) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
-    """A change that keeps up the leases of calls in flight."""
+    """Return a change that renews the leases of calls in flight."""
     tokens = list(tokens)
 
     def change(data: bytes | None, now: int) -> tuple[bytes | None, None]:
-        state = load(data, what, form)
+        state = load_state(data, what, form)
         if state is None:
             return None, None
         for token in tokens:
             if token in state["holds"]:
                 state["holds"][token][0] = now + lease_ms
-        return pack(state, form), None
+        return pack_state(state, form), None
 
     return change
 
 
-def readable(what: str, change: Callable[[bytes | None, int], T]) -> Callable[[bytes | None, int], T]:
-    """A change that says of data that makes no sense to it, whatever that is, that it is damaged: StoreError."""
+def report_damage(what: str, change: Callable[[bytes | None, int], T]) -> Callable[[bytes | None, int], T]:
+    """Return a change that raises StoreError for data that it cannot read."""
 
-    def careful(data: bytes | None, now: int) -> T:
+    def checked(data: bytes | None, now: int) -> T:
         try:
             return change(data, now)
         except StoreError:
             raise
         except Exception as error:
-            told = StoreError(
-                f"what the store keeps of {what} is damaged; restore the store, or use another name"
+            damaged = StoreError(
+                f"the data of {what} in the store is damaged; restore the store, or use another name"
             )
-            told.transient = False
-            raise told from error
+            damaged.transient = False
+            raise damaged from error
 
-    return careful
+    return checked
 
 
 def is_live(hold: list[Any], now: int) -> bool:
-    """Whether a hold counts: its holder is heard of, or lives in this process (no lease)."""
+    """Return True if a reservation counts: its lease is valid, or it has none because its process is this one."""
     until = hold[0]
     return until is None or until > now
 
 
-def prune(holds: dict[str, list[Any]], now: int) -> None:
-    """Forget the holds of those who will not come back."""
+def prune_holds(holds: dict[str, list[Any]], now: int) -> None:
+    """Delete reservations that expired longer ago than the retention."""
     for token in [
-        token for token, hold in holds.items() if hold[0] is not None and hold[0] + _KEPT_MS <= now
+        token for token, hold in holds.items() if hold[0] is not None and hold[0] + _HOLD_RETENTION_MS <= now
     ]:
         del holds[token]
 
 
-def estimate(seen: Mapping[str, list[int]], node: str, declared: int | None, limit: int) -> int | None:
-    """What a call of a node may take: the most of what was declared and what its calls took lately; None if unknown.
+def estimate_usage(seen: Mapping[str, list[int]], node: str, declared: int | None, limit: int) -> int | None:
+    """Return what a call of a node may use: the maximum of the declared and the recent usage; None if unknown.
 
-    One call that took more than the limit allows does not keep all that follow from being made: of those the limit is
-    reserved, unless every one took more.
+    One recent call above the limit does not block all later ones: they reserve the limit, unless every recent call was
+    above it.
     """
-    lately = seen.get(node)
-    if not lately:
+    recent = seen.get(node)
+    if not recent:
         return declared
-    most = max(lately)
-    if most > limit >= min(lately) and limit:
-        most = limit
-    return most if declared is None else max(declared, most)
+    highest = max(recent)
+    if highest > limit >= min(recent) and limit:
+        highest = limit
+    return highest if declared is None else max(declared, highest)
 
 
-def learn(seen: dict[str, list[int]], node: str, took: int) -> None:
-    """Remember what a call took."""
-    seen[node] = [*seen.get(node, ())[-LATELY + 1 :], took]
+def remember_usage(seen: dict[str, list[int]], node: str, took: int) -> None:
+    """Store the usage of a call."""
+    seen[node] = [*seen.get(node, ())[-RECENT_CALLS + 1 :], took]

@@ -1,4 +1,4 @@
-"""SharedBudget: money and tokens that several runs, in any process, spend from together."""
+"""Budgets of money and tokens that several runs, in any process, share."""
 
 from __future__ import annotations
 
@@ -17,23 +17,31 @@ from stroma.failures.errors import SharedBudgetExceeded, Wait
 from stroma.limits.budget_state import (
     PERIODS,
     PICO,
-    Account,
-    Ask,
-    Left,
+    BudgetAccount,
+    BudgetTerms,
+    CallRequest,
+    CallUsage,
+    JournalPlace,
     Per,
-    Place,
     Refusal,
-    Spend,
-    Terms,
-    left_by,
+    UnsettledCalls,
+    read_account,
     release,
-    renew,
+    renew_calls,
     reserve,
     settle,
-    view,
+    unsettled_calls_of,
 )
-from stroma.limits.gate import Caller, Gate, OnStoreError, a_count, an_amount, logger, seconds_or_none
-from stroma.limits.reservations import readable
+from stroma.limits.gate import (
+    Caller,
+    Gate,
+    OnStoreError,
+    logger,
+    optional_seconds,
+    positive_int,
+    positive_number,
+)
+from stroma.limits.reservations import report_damage
 
 if TYPE_CHECKING:
     from stroma.checkpoint.protocols import Session
@@ -41,18 +49,18 @@ if TYPE_CHECKING:
 
 __all__ = ["BudgetState", "SharedBudget", "caller_of", "check_budgets", "read_budget"]
 
-_LEAST_LEASE_SECONDS = 0.1
+_MIN_LEASE_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetState:
-    """A shared budget as its store has it. Money in US dollars, times in UTC.
+    """State of a shared budget in its store. Money in US dollars, times in UTC.
 
     Attributes:
-        max_cost_usd, max_tokens: the limits of whoever changed it last.
+        max_cost_usd, max_tokens: the limits of the process that changed it last.
         spent_usd, spent_tokens: in this window.
         reserved_usd, reserved_tokens: by calls in flight.
-        calls: how many those are.
+        calls: number of calls in flight.
         window_start, window_end: None for a budget without ``per=``.
         by_node: (USD, tokens) of this window by node id.
     """
@@ -119,17 +127,19 @@ class SharedBudget(Gate):
         on_store_error: OnStoreError = "refuse",
     ) -> None:
         if max_cost_usd is None and max_tokens is None:
-            raise ValueError(f"shared budget {shown(name)} has no limit; give max_cost_usd= or max_tokens=")
+            raise ValueError(f"shared budget {shown(name)} has no limit; pass max_cost_usd= or max_tokens=")
         if per is not None and per not in PERIODS:
-            raise ValueError(f'per is {shown(per)}; give "minute", "hour", "day", "month" or None')
+            raise ValueError(f'per must be "minute", "hour", "day", "month" or None, got {shown(per)}')
         if isinstance(nodes, str):
-            raise TypeError(f"nodes is {shown(nodes)}; give a list of node ids")
+            raise TypeError(f"nodes must be a list of node ids, got {shown(nodes)}")
         cost = (
-            None if max_cost_usd is None else an_amount("max_cost_usd", max_cost_usd, "US dollars", zero=True)
+            None
+            if max_cost_usd is None
+            else positive_number("max_cost_usd", max_cost_usd, "US dollars", zero=True)
         )
-        tokens = None if max_tokens is None else a_count("max_tokens", max_tokens, zero=True)
+        tokens = None if max_tokens is None else positive_int("max_tokens", max_tokens, zero=True)
         caps = {
-            check_id(node, "node id"): an_amount(
+            check_id(node, "node id"): positive_number(
                 f"max_cost_usd_by_node[{node!r}]", cap, "US dollars", zero=True
             )
             for node, cap in (max_cost_usd_by_node or {}).items()
@@ -137,19 +147,19 @@ class SharedBudget(Gate):
         self.per = per
         self.max_cost_usd, self.max_tokens = cost, tokens
         self.nodes = None if nodes is None else frozenset(check_id(node, "node id") for node in nodes)
-        self.max_wait_seconds = seconds_or_none("max_wait_seconds", max_wait_seconds)
-        if an_amount("lease_seconds", lease_seconds, "seconds") < _LEAST_LEASE_SECONDS:
-            raise ValueError(f"lease_seconds is {lease_seconds!r}; give {_LEAST_LEASE_SECONDS} or more")
+        self.max_wait_seconds = optional_seconds("max_wait_seconds", max_wait_seconds)
+        if positive_number("lease_seconds", lease_seconds, "seconds") < _MIN_LEASE_SECONDS:
+            raise ValueError(f"lease_seconds must be at least {_MIN_LEASE_SECONDS}, got {lease_seconds!r}")
         self._declared = (
             {node: _pico(usd) for node, usd in _by_node("reserve_usd", reserve_usd, cost, _an_usd).items()},
-            _by_node("reserve_tokens", reserve_tokens, tokens, a_count),
+            _by_node("reserve_tokens", reserve_tokens, tokens, positive_int),
         )
-        #: What calls took that the store could not be told of.
-        self._owed: list[Spend] = []
-        #: Calls in flight that were let pass while the store was down.
+        #: Usage that could not be written to the store yet.
+        self._unwritten: list[CallUsage] = []
+        #: Calls in flight that were admitted while the store was unavailable.
         self._unreserved: set[str] = set()
-        #: Calls of processes that are gone whose journal says nothing of them.
-        self._looked: set[str] = set()
+        #: Calls of dead processes that are not in their journal.
+        self._not_in_journal: set[str] = set()
         terms = (
             ("max_cost_usd", cost),
             ("max_tokens", tokens),
@@ -158,47 +168,49 @@ class SharedBudget(Gate):
         )
         super().__init__(name, store, terms, lease_seconds, on_store_error)
         limits = (None if cost is None else _pico(cost), tokens)
-        self._ledger = Terms(name, per, limits, {node: _pico(cap) for node, cap in caps.items()})
+        self._budget_terms = BudgetTerms(name, per, limits, {node: _pico(cap) for node, cap in caps.items()})
 
     def __repr__(self) -> str:
         limits = [f"{name}={value!r}" for name, value in self._terms if value not in (None, {})]
         return f"SharedBudget({self.name!r}, {', '.join(limits)})"
 
     def has_limit(self, dimension: Literal["tokens", "cost"], node_id: str) -> bool:
-        """Return whether it limits what a node may take of tokens, or of US dollars."""
+        """Return True if the budget limits the tokens, or the cost, of a node."""
         if self.nodes is not None and node_id not in self.nodes:
             return False
         if dimension == "tokens":
             return self.max_tokens is not None
-        return self.max_cost_usd is not None or node_id in self._ledger.caps
+        return self.max_cost_usd is not None or node_id in self._budget_terms.caps
 
     async def state(self) -> BudgetState | None:
-        """The budget as its store has it; None before its first call. Raises StoreError."""
+        """Return the state in the store; None before the first call. Raises StoreError."""
         return await asyncio.to_thread(read_budget, self.store, self.name)
 
     # ------------------------------------------------------------------ the gate
 
     async def ask(self, node_id: str, token: str, caller: Caller | None) -> Wait | Exception | None:
         declared = [by.get(node_id, by.get("")) for by in self._declared]
-        # Where store and caller live and die together, nobody is left who could ask.
+        # Not for a store in memory: its reservations end with this process.
         place = None if caller is None or self.lease_ms is None else caller.place
-        asked = Ask(token, node_id, (declared[0], declared[1]), self.lease_ms, place, self._looked)
+        request = CallRequest(
+            token, node_id, (declared[0], declared[1]), self.lease_ms, place, self._not_in_journal
+        )
         try:
-            if self._owed:
-                await self._pay()
-            answer = await self.change(reserve(self._ledger, asked))
-            while isinstance(answer, Left):
+            if self._unwritten:
+                await self._write_usage()
+            answer = await self.change(reserve(self._budget_terms, request))
+            while isinstance(answer, UnsettledCalls):
                 assert caller is not None
-                await self._settle_left(answer.calls, caller.journal)
-                self._looked.update(answer.calls)
-                answer = await self.change(reserve(self._ledger, asked))
+                await self._count_unsettled(answer.calls, caller.journal)
+                self._not_in_journal.update(answer.calls)
+                answer = await self.change(reserve(self._budget_terms, request))
         except StoreError as error:
             if not self.allows(error):
                 return error
             self._unreserved.add(token)
             return None
         if not isinstance(answer, Refusal):
-            self.keep_up(token)
+            self.renew_lease(token)
             return None
         if answer.waits:
             return Wait("reserved", None, self._refusal(answer, node_id))
@@ -207,13 +219,13 @@ class SharedBudget(Gate):
     async def left(
         self, node_id: str, token: str, used: AttemptUsage, *, began: bool, learns: bool
     ) -> list[tuple[str, float, float]]:
-        """What it took is counted. Returns (dimension, used, limit) of each limit that this uses to 80 %."""
-        self.drop(token)
+        """Count what a call used. Returns (dimension, used, limit) of each limit that has reached 80 %. Raises StoreError."""
+        self.release(token)
         spend = self._spend(node_id, token, used, learns)
         try:
-            due = await self.change(settle(self._ledger, [spend]))
+            due = await self.change(settle(self._budget_terms, [spend]))
         except StoreError:
-            self._owed.append(spend)
+            self._unwritten.append(spend)
             raise
         return self._warnings(due)
 
@@ -230,20 +242,21 @@ class SharedBudget(Gate):
     def charge(
         self, node_id: str, token: str, took: tuple[int, int], *, learns: bool
     ) -> Change[list[tuple[str, int, int]] | StoreError] | None:
-        """The change that counts what a call took, for the transaction that records its attempt.
+        """Return the change that counts what a call used, for the transaction that records its attempt. It is idempotent.
 
-        Making it twice counts it once. None for a call that was let pass while the store was down: it is counted later.
+        None for a call that was admitted while the store was unavailable: it is counted later.
         """
         if token in self._unreserved:
             return None
-        count = readable(
-            self.label, settle(self._ledger, [Spend(token, node_id, took, True, learns or any(took))])
+        count = report_damage(
+            self.label,
+            settle(self._budget_terms, [CallUsage(token, node_id, took, True, learns or any(took))]),
         )
 
         def change(data: bytes | None, now: int) -> tuple[bytes | None, Any]:
             try:
                 return count(data, now)
-            except StoreError as error:  # A damaged budget must not cost the output, which is paid for.
+            except StoreError as error:  # A damaged budget must not lose the output, which is paid for.
                 return None, error
 
         return change
@@ -251,56 +264,56 @@ class SharedBudget(Gate):
     def charged(
         self, token: str, answer: list[tuple[str, int, int]] | StoreError
     ) -> list[tuple[str, float, float]]:
-        """What :meth:`left` returns, for a call that a charge has settled. Raises StoreError."""
-        self.drop(token)
+        """Return the same as :meth:`left`, for a call that a charge has counted. Raises StoreError."""
+        self.release(token)
         if isinstance(answer, StoreError):
             raise answer
         return self._warnings(answer)
 
     async def settle_run(self, caller: Caller) -> None:
-        """Count what earlier processes spent on a run, as its journal has it. Raises StoreError."""
+        """Count the calls of earlier processes of a run, from its journal. Raises StoreError."""
         place = caller.place
         if place is None or self.lease_ms is None:
             return
         data, _ = await asyncio.to_thread(self.store.read_cell, self.cell)
-        look = readable(self.label, lambda data, _: left_by(self.name, data, place))
-        await self._settle_left(look(data, 0), caller.journal)
+        look = report_damage(self.label, lambda data, _: unsettled_calls_of(self.name, data, place))
+        await self._count_unsettled(look(data, 0), caller.journal)
 
-    async def _settle_left(self, calls: dict[str, tuple[str, Place]], journal: Any) -> None:
-        spends = await asyncio.to_thread(_journaled, calls, journal) if calls else []
+    async def _count_unsettled(self, calls: dict[str, tuple[str, JournalPlace]], journal: Any) -> None:
+        spends = await asyncio.to_thread(_read_usages, calls, journal) if calls else []
         if spends:
-            await self.change(settle(self._ledger, spends))
-            logger.info("%s: %d calls of processes that are gone were counted", self.label, len(spends))
+            await self.change(settle(self._budget_terms, spends))
+            logger.info("%s: counted %d calls of dead processes", self.label, len(spends))
 
     def abandon(self, node_id: str, token: str, used: AttemptUsage | None) -> None:
-        self.drop(token)
+        self.release(token)
         if used is None:
             self._unreserved.discard(token)
             self.post(release(self.name, [token]))
         else:
-            self.post(settle(self._ledger, [self._spend(node_id, token, used, False)]))
+            self.post(settle(self._budget_terms, [self._spend(node_id, token, used, False)]))
 
     def too_long(self, wait: Wait, node_id: str) -> Exception:
         assert wait.refusal is not None
         return wait.refusal
 
     def _renew(self, tokens: list[str]) -> None:
-        self.post(renew(self.name, tokens, int(self.lease_seconds * 1000)))
+        self.post(renew_calls(self.name, tokens, int(self.lease_seconds * 1000)))
 
-    def _spend(self, node_id: str, token: str, used: AttemptUsage, learns: bool) -> Spend:
+    def _spend(self, node_id: str, token: str, used: AttemptUsage, learns: bool) -> CallUsage:
         took = (_pico(used.cost_usd), used.tokens)
         known = token not in self._unreserved
         self._unreserved.discard(token)
-        return Spend(token, node_id, took, known, learns or any(took))
+        return CallUsage(token, node_id, took, known, learns or any(took))
 
-    async def _pay(self) -> None:
-        owed, self._owed = self._owed, []
+    async def _write_usage(self) -> None:
+        owed, self._unwritten = self._unwritten, []
         try:
-            await self.change(settle(self._ledger, owed))
+            await self.change(settle(self._budget_terms, owed))
         except BaseException:
-            self._owed = [*owed, *self._owed]
+            self._unwritten = [*owed, *self._unwritten]
             raise
-        logger.info("%s: %d calls were counted late", self.label, len(owed))
+        logger.info("%s: counted %d calls after the store was available again", self.label, len(owed))
 
     def _refusal(self, why: Refusal, node_id: str) -> SharedBudgetExceeded:
         unit = PICO if why.dimension == "cost" else 1
@@ -309,30 +322,30 @@ class SharedBudget(Gate):
         return SharedBudgetExceeded(self.name, why.dimension, *figures, node_id, ends, why.capped)
 
 
-def _journaled(calls: dict[str, tuple[str, Place]], journal: Any) -> list[Spend]:
-    """What a journal says that calls took; of those that it does not know, nothing. Blocking. Raises StoreError."""
-    spends: list[Spend] = []
+def _read_usages(calls: dict[str, tuple[str, JournalPlace]], journal: Any) -> list[CallUsage]:
+    """Read the usage of calls from a journal; calls that it does not have are left out. Blocking. Raises StoreError."""
+    spends: list[CallUsage] = []
     for token, (node, at) in calls.items():
         attempts = [
             one
             for one in journal.attempts_at(at.run_id, at.position, at.branch, execution=at.execution)
             if (one.epoch, one.attempt) == (at.epoch, at.attempt) and one.started_ns >= at.since_ns
         ]
-        if attempts:  # A group that is tried again counts attempts from 1: the next one is this call's.
-            made = min(attempts, key=lambda one: one.started_ns)
-            took = (_pico(made.cost_usd), made.tokens)
-            spends.append(Spend(token, node, took, True, made.outcome == "success" or any(took)))
+        if attempts:  # A retried group counts attempts from 1 again: take the first one since.
+            recorded = min(attempts, key=lambda one: one.started_ns)
+            took = (_pico(recorded.cost_usd), recorded.tokens)
+            spends.append(CallUsage(token, node, took, True, recorded.outcome == "success" or any(took)))
     return spends
 
 
 def caller_of(
     session: Session, run_id: str, journal: Any, position: int, branch: str, attempt: int, since_ns: int
 ) -> Caller:
-    """The attempt of a run that asks, as a budget remembers it."""
+    """Return the caller of a gate for an attempt of a run."""
     place = None
     if session.address:
         at = (session.execution, session.epoch, position, branch, attempt, since_ns)
-        place = Place(session.address, run_id, *at)
+        place = JournalPlace(session.address, run_id, *at)
     return Caller(place, journal)
 
 
@@ -349,8 +362,8 @@ def check_budgets(given: Any) -> tuple[SharedBudget, ...]:
 def read_budget(store: Any, name: str) -> BudgetState | None:
     """A shared budget as a store has it; None if there is none. Blocking. Raises ValueError for a name, StoreError."""
     data, now = store.read_cell(f"{SharedBudget.kind}:{check_id(name, 'name of a budget')}")
-    look = readable(f"budget {name!r}", lambda data, now: view(name, data, now))
-    found: Account | None = look(data, now)
+    look = report_damage(f"budget {name!r}", lambda data, now: read_account(name, data, now))
+    found: BudgetAccount | None = look(data, now)
     if found is None:
         return None
     cost, tokens = found.limits
@@ -375,7 +388,7 @@ def read_budget(store: Any, name: str) -> BudgetState | None:
 
 
 def _an_usd(name: str, value: object) -> float:
-    return an_amount(name, value, "US dollars")
+    return positive_number(name, value, "US dollars")
 
 
 def _by_node(name: str, given: Any, limit: float | None, checked: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol, TypeVar
 from stroma.checkpoint.durable.rows import Fence, Rows
 from stroma.checkpoint.durable.session import DurableSession
 
-__all__ = ["Keeper"]
+__all__ = ["LeaseRenewer"]
 
 T = TypeVar("T")
 logger = logging.getLogger("stroma")
@@ -30,7 +30,7 @@ class Store(Protocol):
     def read(self, query: Callable[[Rows], T], nothing: T) -> T: ...
 
 
-class Keeper:
+class LeaseRenewer:
     """Keeps up the leases of this process's runs, from a thread: an event loop that is blocked loses none.
 
     It also looks whether somebody wants a run to end. A process that is stopped renews nothing, nor does one whose
@@ -89,7 +89,7 @@ class Keeper:
         if not sessions:
             return
         try:
-            wanted = store.read(lambda rows: rows.wanted(list(sessions)), list[Any]())
+            wanted = store.read(lambda rows: rows.cancel_requests(list(sessions)), list[Any]())
         except Exception as error:  # Whatever it is: without this thread no lease is renewed.
             logger.debug("could not look for cancelled runs: %s", error)
             return

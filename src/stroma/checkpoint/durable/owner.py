@@ -9,13 +9,13 @@ import socket
 from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
-__all__ = ["LIVE", "Owner", "boot_id", "is_gone", "new_owner"]
+__all__ = ["LIVE_SESSIONS", "Owner", "boot_id", "is_gone", "new_owner"]
 
 #: Begins the token of a session that never says when it ends.
 _ENDLESS: Final = "-"
 
 #: The sessions of this process, by the token of their owner.
-LIVE: Final[WeakValueDictionary[str, Any]] = WeakValueDictionary()
+LIVE_SESSIONS: Final[WeakValueDictionary[str, Any]] = WeakValueDictionary()
 
 
 class Owner(NamedTuple):
@@ -68,7 +68,7 @@ def new_owner(session: object, *, ends: bool = True) -> Owner:
     token = os.urandom(8).hex()
     owner = _process(os.getpid())._replace(token=token if ends else f"{_ENDLESS}{token}")
     if ends:
-        LIVE[owner.token] = session
+        LIVE_SESSIONS[owner.token] = session
     return owner
 
 
@@ -78,7 +78,7 @@ def is_gone(owner: Owner) -> bool:
     if not here.boot or (owner.boot, owner.space) != (here.boot, here.space):
         return False
     if (owner.pid, owner.born) == (here.pid, here.born):
-        return owner.token not in LIVE
+        return owner.token not in LIVE_SESSIONS
     return _has_ended(owner.pid, owner.born)
 
 
@@ -129,7 +129,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def _after_fork() -> None:
-    LIVE.clear()  # They are the parent's.
+    LIVE_SESSIONS.clear()  # They are the parent's.
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch

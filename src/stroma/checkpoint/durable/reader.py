@@ -7,21 +7,19 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from stroma.checkpoint.durable.annotations import read_waiting
+from stroma.checkpoint.durable.integrity import is_intact, verify_step
 from stroma.checkpoint.durable.rows import (
     DAMAGED,
-    TROUBLE,
-    WAITING,
-    Beside,
+    Annotation,
+    AttemptSummary,
     Rows,
+    RunExtras,
     RunRow,
     Step,
     StepRow,
-    Told,
-    intact,
-    verify,
 )
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
-from stroma.checkpoint.payloads import Payloads, Place
+from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import (
     PICO,
@@ -114,7 +112,7 @@ class ReadableStore(ABC):
         if prefix_or_last == "last":
             return [row.run_id for row in self.list_runs(limit=1)]
         prefix = check_id(prefix_or_last, "run id")
-        found = self.read(lambda rows: rows.ids(prefix, limit), list[str]())
+        found = self.read(lambda rows: rows.find_run_ids(prefix, limit), list[str]())
         return found[:1] if found[:1] == [prefix] else found
 
     def attempts(self, run_id: str, *, execution: int | None = None) -> list[AttemptRecord]:
@@ -175,13 +173,17 @@ class ReadableStore(ABC):
 
         def query(rows: Rows) -> StepRow | None:
             found = rows.find(run_id)
-            kept = [] if found is None else rows.kept(found.run, TROUBLE, f"{position}:{branch}")
+            kept = (
+                []
+                if found is None
+                else rows.annotations(found.run, Annotation.FAILURE_SITE, f"{position}:{branch}")
+            )
             return next(iter(kept), None)
 
         kept = self.read(query, None)
         if (
             kept is None
-            or not intact(kept.step.output, kept.step.sha256)
+            or not is_intact(kept.step.output, kept.step.sha256)
             or not kept.step.contract.isdecimal()
         ):
             return None
@@ -207,21 +209,23 @@ class ReadableStore(ABC):
         number, kept = self.read(query, nothing)
         if kept is None:
             return None
-        verify(kept.step, run_id, position, kept.node_id, branch)
+        verify_step(kept.step, run_id, position, kept.node_id, branch)
         what = f"the output of node {kept.node_id!r} at position {position} of run {run_id!r}"
-        return self._payloads.open(kept.step.output, Place(run_id, number, "output", position, branch), what)
+        return self._payloads.open(
+            kept.step.output, PayloadPlace(run_id, number, "output", position, branch), what
+        )
 
     def _with_message(self, run_id: str, execution: int, attempt: Attempt) -> Attempt:
-        place = Place(run_id, execution, "message", attempt.position, attempt.branch)
+        place = PayloadPlace(run_id, execution, "message", attempt.position, attempt.branch)
         return attempt._replace(message=self._payloads.open_text(attempt.message, place))
 
-    def _told(self, run_id: str, execution: int, told: Told) -> AttemptRecord:
+    def _told(self, run_id: str, execution: int, told: AttemptSummary) -> AttemptRecord:
         return _record_of(self._with_message(run_id, execution, told.attempt), told.size, told.epoch)
 
     def _run_records(self, rows: Rows, found: list[RunRow], *, failed: int) -> list[RunRecord]:
         records: list[RunRecord] = []
-        for row, beside in zip(found, rows.beside(found, failed=failed), strict=True):
-            error = self._payloads.open_text(row.error, Place(row.run_id, row.execution, "error"))
+        for row, beside in zip(found, rows.run_extras(found, failed=failed), strict=True):
+            error = self._payloads.open_text(row.error, PayloadPlace(row.run_id, row.execution, "error"))
             failed_ones = [self._with_message(row.run_id, row.execution, one) for one in beside.failed]
             unsettled = _unsettled(rows, row, failed_ones)
             records.append(_run_record(row._replace(error=error), beside, unsettled))
@@ -234,8 +238,8 @@ class ReadableStore(ABC):
         if step is not None:
             what = f"the output of node {attempt.node_id!r} at position {attempt.position} of run {run_id!r}"
             try:
-                verify(step, run_id, attempt.position, attempt.node_id, attempt.branch)
-                place = Place(run_id, execution, "output", attempt.position, attempt.branch)
+                verify_step(step, run_id, attempt.position, attempt.node_id, attempt.branch)
+                place = PayloadPlace(run_id, execution, "output", attempt.position, attempt.branch)
                 output = self._payloads.open(step.output, place, what)
             except CorruptCheckpoint:
                 damaged = True  # The rest of the history can be told all the same.
@@ -257,11 +261,11 @@ class ReadableStore(ABC):
         execution, kept = self.read(query, nothing)
         if kept is None:
             raise self._no_run(run_id)
-        if not intact(kept[1], kept[2]):
+        if not is_intact(kept[1], kept[2]):
             raise CorruptCheckpoint(
                 f"the input of run {run_id!r} is damaged; begin a new run with the input it had"
             )
-        place = Place(run_id, execution, "input")
+        place = PayloadPlace(run_id, execution, "input")
         return self._payloads.open(kept[1], place, f"the input of run {run_id!r}")
 
     def waiting(self, run_id: str) -> list[Waiting]:
@@ -274,7 +278,7 @@ class ReadableStore(ABC):
                 return []
             kept = [
                 read_waiting(row, run_id, found.execution, self._payloads)
-                for row in rows.kept(found.run, WAITING)
+                for row in rows.annotations(found.run, Annotation.WAITING)
             ]
             return [waiting for waiting in kept if waiting is not None]
 
@@ -314,7 +318,7 @@ def _unsettled(rows: Rows, row: RunRow, failed: list[Attempt]) -> list[Attempt]:
     return [one for one in failed if one.started_ns > fixed[one.position, one.branch]]
 
 
-def _run_record(row: RunRow, beside: Beside, failed: list[Attempt]) -> RunRecord:
+def _run_record(row: RunRow, beside: RunExtras, failed: list[Attempt]) -> RunRecord:
     holder = row.holder
     return RunRecord(
         row.run_id,

@@ -1,7 +1,7 @@
-"""One execution of a run in a durable store: how it begins, what it keeps, and the fence around it.
+"""One execution of a run in a durable store, behind a fence.
 
-Everything that is decided is decided here, once for all stores. A store only has to read and write plain rows
-(:class:`Rows`): all of one operation in one transaction.
+All decisions are made here and in ``session_open``, once for all stores. A store only reads and writes plain rows
+(:class:`Rows`), in one transaction for each operation.
 """
 
 from __future__ import annotations
@@ -15,86 +15,61 @@ from pydantic import BaseModel
 
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.durable.annotations import (
-    due_key,
-    keep_due,
-    keep_waiting,
-    read_due,
+    due_hooks_key,
     read_waiting,
-    waiting_branch,
+    record_due_hooks,
+    record_waiting,
+    waiting_key,
 )
-from stroma.checkpoint.durable.owner import LIVE, Owner
-from stroma.checkpoint.durable.rows import (
-    CANCEL,
-    DEATHS,
-    DUE,
-    PARENT,
-    TRACE,
-    TROUBLE,
-    WAITING,
-    CellChange,
-    Commit,
-    Doing,
-    Fence,
-    Opening,
-    Rows,
-    RunRow,
-    Step,
-    StepRow,
-    Submit,
+from stroma.checkpoint.durable.conversion import payload_reference, to_attempt, to_committed
+from stroma.checkpoint.durable.integrity import (
     checksum,
-    intact,
-    lost,
-    refused,
-    sound,
-    text,
-    verify,
+    storable_text,
 )
-from stroma.checkpoint.errors import CheckpointNotFound, RunExists, StoreError
+from stroma.checkpoint.durable.operations import CellChange, Commit, Submit, Transaction
+from stroma.checkpoint.durable.owner import LIVE_SESSIONS
+from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunRow, Step, StepRow
+from stroma.checkpoint.durable.session_open import RunOpener, finish_execution, record_end
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import BLOB, Payloads, Place
+from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads
 from stroma.checkpoint.protocols import (
     COMPLETE,
-    ENDED,
     Charge,
     Committed,
     Finished,
-    Held,
     PriorUsage,
     RunRequest,
     StepCall,
     Tried,
     Waiting,
-    decide,
     is_answered_meanwhile,
 )
-from stroma.checkpoint.records import PICO, Attempt
+from stroma.checkpoint.records import Attempt
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.snapshots import PickledSnapshot, SameSnapshot, StoredSnapshot
-from stroma.trace.events import NO_USAGE, AttemptRow, contract_of
+from stroma.trace.events import AttemptRow, contract_of
 
-__all__ = ["DurableSession", "fork"]
-
-Opened = tuple[Place, bytes]
+__all__ = ["DurableSession"]
 
 
 class DurableSession:
-    """One execution of a run, held by this process until it ends, or until another one takes it over.
+    """One execution of a run, owned by this process until it ends, or until another process takes it over.
 
     Attributes: see :class:`stroma.checkpoint.protocols.Session`.
     """
 
     __slots__ = (
         "__weakref__",
-        "_called",
+        "_completed",
+        "_decrypted",
         "_deliver",
+        "_failure_sites",
+        "_identities",
         "_large",
-        "_opened",
         "_packed",
         "_payloads",
         "_placed",
         "_submit",
-        "_troubles",
-        "_was",
         "address",
         "charges",
         "continued",
@@ -130,212 +105,57 @@ class DurableSession:
         run_id: str,
         submit: Submit,
         payloads: Payloads,
-        opened: Mapping[Opened, bytes] | None = None,
+        decrypted: Mapping[tuple[PayloadPlace, bytes], bytes] | None = None,
         address: str = "",
     ) -> None:
-        """``opened``: payloads that were opened before, by their place and the checksum of what is stored."""
+        """``decrypted``: payloads that were decrypted before, by place and checksum of the stored form."""
         self.run_id, self.address = run_id, address
         self._payloads = payloads
-        self._opened = opened or {}
+        self._decrypted = decrypted or {}
         self.on_cancel: Callable[[], None] | None = None
-        #: Whether its lease need not be kept up any more.
+        #: The lease need not be renewed any more.
         self.ended = False
         self._submit = submit
-        self._troubles: dict[tuple[int, str], tuple[int, int, bytes]] = {}
+        self._failure_sites: dict[tuple[int, str], tuple[int, int, bytes]] = {}
         self.charges: dict[tuple[int, str], Charge] = {}
-        #: The run as it was found, if it had completed and nothing was recorded since.
-        self._was: RunRow | None = None
+        #: The run as it was opened, if it had completed and nothing was recorded since.
+        self._completed: RunRow | None = None
         #: The identity of the step of plain code at each position.
-        self._called: dict[int, str] = {}
-        #: References to payloads that this session put into blobs, by the checksums of their contents, and by the places of
-        #: commits that nobody has asked for yet.
+        self._identities: dict[int, str] = {}
+        #: References to payloads that this session stored in blobs: by checksum of the content, and by place until
+        #: with_references() returns them.
         self._large: dict[bytes, StoredSnapshot] = {}
         self._placed: dict[tuple[int, str], StoredSnapshot] = {}
-        #: The snapshot of the last output that stands in a blob, and the reference to it.
+        #: The snapshot of the last output that is stored in a blob, and the reference to it.
         self._packed: tuple[PickledSnapshot | None, StoredSnapshot | None] = (None, None)
 
-    def open(self, request: RunRequest, opening: Opening, given: bytes, rows: Rows) -> DurableSession:
-        """One operation: a request that is refused changes nothing and fences nobody off. ``given``: the plain input."""
-        run_id = request.run_id
-        found = rows.find(run_id, lock=True)
-        kept = None
-        if found is not None and found.execution > 0:
-            kept = rows.input(found.run, found.execution)
-        # Without its input a run is damaged, which is said below, unless it begins anew.
-        same = (
-            found is None
-            or kept is None
-            or kept[2] == opening.sha256
-            or self._is(given, kept, request, found.execution)
-        )
-        way = decide(request, None if found is None or not found.execution else _held(found), same)
-        if way != "begin" and found is not None and not rows.is_whole(found):
-            raise lost(run_id, "some of its rows are missing")
-        self.restored, self.prior, self.traceparent, self.tried = {}, PriorUsage(), None, {}
-        self.places = {}
-        self.undelivered, self._deliver = [], request.deliver
-        self.finished, self.waiting = None, {}
-        if way == "begin" or found is None:
-            self.fence = rows.begin(found, self._sealed_for_next(found, opening, given))
-        else:
-            self.prior = PriorUsage(found.tokens, found.cost_pico / PICO, found.latency_ns / 1e6)
-            self.places = dict(rows.identities(found.run, found.execution))
-            self._called = {position: identity for identity, position in self.places.items()}
-            commits = {
-                (row.position, row.branch): self._committed(found.execution, row)
-                for row in rows.steps(found.run, found.execution, request.apart)
-                if request.discard_from is None or row.position < request.discard_from
-            }
-            if request.retry_failed:
-                request = request.going_on(commits)
-                opening = opening._replace(discard_from=request.discard_from)
-            self.restored = request.accepted(commits)
-            if way == "return":
-                self.finished = Finished(found.status, self._error_of(found))
-                self.fence = Fence(found.run, found.execution, found.epoch, "", 0.0)
-            elif found.status not in ENDED and any(rows.kept(found.run, CANCEL)):
-                # Acknowledged, and its owner stopped before it knew.
-                self._claim_to_end(rows, found, request, opening, Finished("CANCELLED", None))
-            else:
-                self._recover(rows, found, request, opening)
-                if found.status in COMPLETE and request.discard_from is None:
-                    self._was = found
-        self.continued = way == "continue" and self.finished is None
-        if found is not None:
-            self._look_beside(rows, found, request)
-        self.execution = self.fence.execution
-        self._opened = {}
+    def open(self, request: RunRequest, opening: Opening, plain_input: bytes, rows: Rows) -> DurableSession:
+        """Open the run. One operation; see :class:`RunOpener`."""
+        opened = RunOpener(self._payloads, request, opening, plain_input, self._decrypted).open(rows)
+        self.fence, self.execution = opened.fence, opened.fence.execution
+        self.finished, self.continued = opened.finished, opened.continued
+        self.restored, self.places, self.tried = opened.restored, opened.places, opened.tried
+        self.prior, self.traceparent = opened.prior, opened.traceparent
+        self.waiting, self.undelivered = opened.waiting, opened.undelivered
+        self._identities = {position: identity for identity, position in opened.places.items()}
+        self._completed = opened.completed
+        self._deliver = request.deliver
+        self._decrypted = {}
         return self
 
-    def _recover(self, rows: Rows, found: RunRow, request: RunRequest, opening: Opening) -> None:
-        """Go on with the execution, or give it up: its process may have died under it too often.
-
-        A death is a run that is RUNNING though its owner, which says when it ends, is gone; it is counted when the run is
-        taken over, and so costs no write before. Deaths that follow one another stand in one row: their number, and the
-        epochs in which they began and of the one who counted last.
-        """
-        owner = Owner.read(found.owner)
-        died = found.status == "RUNNING" and owner is not None and owner.may_die
-        kept = (
-            next(iter(rows.kept(found.run, DEATHS)), None)
-            if died or found.status == "FAILED" or request.force
-            else None
-        )
-        number, first = 0, found.epoch
-        if kept is not None:
-            number = kept.step.number or 0
-            if kept.step.schema_ref == str(found.epoch):
-                first = int(kept.step.contract)
-        number += died
-        if request.force:
-            rows.drop(found.run, DEATHS)
-        elif (
-            request.max_recoveries is not None
-            and number >= request.max_recoveries
-            and (died or kept is not None)
-        ):
-            error = (
-                f"poison: the process died {number} times under this run; see what kills it, then resume it with "
-                "force_resume=True, or stroma resume --force"
-            )
-            if died:
-                self._claim_to_end(rows, found, request, opening, Finished("FAILED", error, "poison"))
-                self._count_deaths(rows, number, first)
-            else:
-                self.fence = Fence(found.run, found.execution, found.epoch, "", 0.0)
-                self.finished = Finished("FAILED", self._error_of(found), "poison")
-            return
-        self.fence = rows.go_on(found, opening)
-        if died and not request.force:
-            self._count_deaths(rows, number, first)
-            if request.discard_from is None:
-                failed = map(self._readable, rows.failed_since(found.run, found.execution, first))
-                self.tried = _tried(failed, self.restored)
-
-    def _claim_to_end(
-        self, rows: Rows, found: RunRow, request: RunRequest, opening: Opening, finished: Finished
-    ) -> None:
-        """Take the execution over only to end it: by :meth:`end`, or at once for who never calls that.
-
-        The claim fences off an owner that is only late.
-        """
-        self.fence = rows.go_on(found, opening._replace(discard_from=None))
-        self.finished = finished
-        if not request.ends:
-            self._finish(finished.status, finished.error, rows)
-
-    def _count_deaths(self, rows: Rows, number: int, first: int) -> None:
-        step = Step(str(first), str(self.fence.epoch), b"", checksum(b""), number)
-        rows.keep(self.run_id, DEATHS, "", "deaths", step)
-
-    def _error_of(self, found: RunRow) -> str | None:
-        return self._payloads.open_text(found.error, self._place("error", found.execution))
-
-    def _readable(self, attempt: Attempt) -> Attempt:
-        place = self._place("message", self.fence.execution, attempt.position, attempt.branch)
-        return attempt._replace(message=self._payloads.open_text(attempt.message, place))
-
-    def _place(self, kind: str, execution: int, position: int = 0, branch: str = "") -> Place:
-        return Place(self.run_id, execution, kind, position, branch)
-
-    def _sealed_for_next(self, found: RunRow | None, opening: Opening, given: bytes) -> Opening:
-        """Seal the input again if somebody else has begun the execution that it was sealed for."""
-        execution = 1 if found is None else found.execution + 1
-        if self._payloads.codec is None or execution == opening.execution:
-            return opening
-        sealed = self._payloads.seal_now(given, self._place("input", execution))
-        return opening._replace(input=sealed, sha256=checksum(sealed), execution=execution)
-
-    def _is(self, given: bytes, kept: tuple[str, bytes, bytes], request: RunRequest, execution: int) -> bool:
-        """Whether an input with another checksum is the same all the same: a codec need not give the same bytes twice."""
-        if self._payloads.is_plain(kept[1]) or not intact(kept[1], kept[2]):
-            return False
-        try:
-            place = self._place("input", execution)
-            return self._payloads.open(kept[1], place, f"the input of run {request.run_id!r}") == given
-        except StoreError:
-            if request.if_exists in ("restart", "error") or request.discard_from is not None:
-                return False  # What the run began with is no matter to who does not go on with it.
-            raise
-
-    def _look_beside(self, rows: Rows, found: RunRow, request: RunRequest) -> None:
-        """What nodes wait for belongs to an execution and its commits; a cancel() that came too late ends no other."""
-        ours = self.finished is None
-        if ours:
-            rows.drop(found.run, CANCEL)
-        if ours and not self.continued:
-            rows.drop(found.run, TRACE)
-            rows.drop(found.run, DUE)
-            rows.drop(found.run, TROUBLE)
-            rows.drop(found.run, DEATHS)
-            rows.drop(found.run, WAITING)
-            return  # A store that writes at the end of an operation would still read what was dropped.
-        self.traceparent = next((kept.node_id for kept in rows.kept(found.run, TRACE)), None)
-        if ours and self.continued and self._deliver:
-            kept_due = [
-                read_due(kept, self.run_id, found.execution, self._payloads)
-                for kept in rows.kept(found.run, DUE)
-            ]
-            due = [row for row in kept_due if row is not None]
-            self.undelivered = sorted(due, key=lambda row: row.started_ns)
-        for kept in list(rows.kept(found.run, WAITING)):
-            waiting = read_waiting(kept, self.run_id, found.execution, self._payloads)
-            first = request.discard_from
-            if waiting is None or (first is not None and waiting.position >= first):
-                rows.drop(found.run, WAITING, kept.branch)
-            else:
-                self.waiting[waiting.position, waiting.branch] = waiting
+    def _place(self, kind: str, execution: int, position: int = 0, branch: str = "") -> PayloadPlace:
+        return PayloadPlace(self.run_id, execution, kind, position, branch)
 
     def record(
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> Awaitable[None]:
-        """Keep one attempt and, with ``output``, its commit: together or not at all.
+        """Store one attempt and, with ``output``, its commit: both or nothing.
 
         Raises NotSerialisable at once; awaited: Fenced, or another StoreError. Repeating the call after an error is
-        safe: an attempt that was kept all the same is not counted twice.
+        safe: an attempt that was stored in spite of the error is not counted twice.
         """
         if output is None or schema is None:
-            return self._keep(Commit(self.run_id, self.fence, self._attempt(row), None))
+            return self._submit_commit(Commit(self.run_id, self.fence, self._attempt(row), None))
         data = schema.encode(output, secrets=self._payloads.codec is not None)
         if not self._payloads.plain:
             return self._record_sealed(row, schema, data, call)
@@ -348,7 +168,7 @@ class DurableSession:
         place = self._place("output", *at)
         plain, data = data, await self._payloads.seal(data, place)
         if data.startswith(BLOB):
-            stored = self._reference(data, place, "a state of the trace")
+            stored = payload_reference(self._payloads, data, place, "a state of the trace")
             self._large[await asyncio.to_thread(checksum, plain)] = stored
             self._placed[row.position, row.branch] = stored
         del plain
@@ -356,8 +176,8 @@ class DurableSession:
             call = call._replace(given=await self._payloads.seal(call.given, self._place("given", *at)))
         await self._commit(row, schema, data, call)
 
-    def refer(self, row: AttemptRow) -> AttemptRow:
-        """Return the row of an attempt with references in place of states that stand in blobs, for who keeps it in memory."""
+    def with_references(self, row: AttemptRow) -> AttemptRow:
+        """Return a row for the trace, with references in place of states that are stored in blobs."""
         made = self._placed.pop((row.position, row.branch), None)
         schemas = row.schemas
         if not self._large or schemas is None:
@@ -374,7 +194,7 @@ class DurableSession:
         return row._replace(input=given, output=output)
 
     def _stored_input(self, schema: Schema, snapshot: Snapshot) -> StoredSnapshot | None:
-        """Return a reference to a large input: mostly it is the output before it."""
+        """Return a reference to a large input, which usually is the previous output; None for any other."""
         if isinstance(snapshot, SameSnapshot) and snapshot.source is self._packed[0]:
             return self._packed[1]
         found = snapshot.source if isinstance(snapshot, SameSnapshot) else snapshot
@@ -384,7 +204,7 @@ class DurableSession:
             size = sum(len(value) for value in found if isinstance(value, (str, bytes)))
         elif isinstance(found, PickledSnapshot) and found is snapshot:
             size = found.size
-        if 4 * size >= self._payloads.blob_bytes:  # In UTF-8 it may be that much larger, and in JSON smaller.
+        if 4 * size >= self._payloads.blob_bytes:  # UTF-8 may be 4 times larger, JSON smaller.
             try:
                 data = schema.encode(schema.restore(snapshot), secrets=self._payloads.codec is not None)
             except Exception:  # It has no stored form.
@@ -393,67 +213,70 @@ class DurableSession:
             return None
         return self._large.get(checksum(data))
 
-    def _reference(self, stored: bytes, place: Place, what: str) -> StoredSnapshot:
-        return StoredSnapshot(partial(self._payloads.open, stored, place, what))
-
     def _commit(self, row: AttemptRow, schema: Schema, data: bytes, call: StepCall | None) -> Awaitable[None]:
         contract, ref = contract_of(row, schema), schema_ref(schema.model)
         number, given = (None, None) if call is None else (call.number, call.given)
         step = Step(contract, ref, data, checksum(data), number, given)
-        return self._keep(Commit(self.run_id, self.fence, self._attempt(row), step))
+        return self._submit_commit(Commit(self.run_id, self.fence, self._attempt(row), step))
 
     def note_call(self, position: int, identity: str) -> None:
-        """Have each attempt that is recorded at a position, or inside it, say which step of plain code it is of."""
-        self._called[position] = identity
+        """See Session."""
+        self._identities[position] = identity
 
     def _attempt(self, row: AttemptRow) -> Attempt:
-        attempt = self._called_attempt(row)
+        attempt = self._attempt_with_identity(row)
         if self._payloads.codec is None or attempt.message is None:
             return attempt
         return attempt._replace(message=self._sealed_message(attempt, attempt.message))
 
-    def _called_attempt(self, row: AttemptRow) -> Attempt:
-        attempt = _attempt(row)
-        return attempt._replace(identity=self._called.get(row.position)) if self._called else attempt
+    def _attempt_with_identity(self, row: AttemptRow) -> Attempt:
+        attempt = to_attempt(row)
+        return attempt._replace(identity=self._identities.get(row.position)) if self._identities else attempt
 
     def _sealed_message(self, attempt: Attempt, message: str) -> str | None:
         place = self._place("message", self.fence.execution, attempt.position, attempt.branch)
-        return self._payloads.seal_text(text(message), place)
+        return self._payloads.seal_text(storable_text(message), place)
 
     @property
     def epoch(self) -> int:
-        """Raised by each session that opens the run."""
+        """Incremented by each session that opens the run."""
         return self.fence.epoch
 
-    def note_trouble(
+    def record_failure_site(
         self, position: int, branch: str, attempt: int, started_ns: int, write: Callable[[], bytes]
     ) -> None:
-        """Keep where an attempt failed together with it, when it is recorded; in place of what failed there before.
+        """See Session. Replaces the site of an earlier failure at the same place.
 
-        Not under a codec: lines of source would stand beside what it hides.
+        Nothing is stored with a codec: source lines may contain what the codec encrypts.
         """
         if self._payloads.codec is None and (data := write()):
-            self._troubles[position, branch] = (attempt, started_ns, data)
+            self._failure_sites[position, branch] = (attempt, started_ns, data)
 
-    def _keep(self, commit: Commit) -> Awaitable[None]:
-        attempt, self._was = commit.attempt, None
-        trouble = self._troubles.pop((attempt.position, attempt.branch), None)
-        if trouble is not None and trouble[1] != attempt.started_ns:
-            trouble = None
-        if not self._deliver and trouble is None and not self.charges:
+    def _submit_commit(self, commit: Commit) -> Awaitable[None]:
+        attempt, self._completed = commit.attempt, None
+        site = self._failure_sites.pop((attempt.position, attempt.branch), None)
+        if site is not None and site[1] != attempt.started_ns:
+            site = None
+        if not self._deliver and site is None and not self.charges:
             return self._submit(commit)
 
-        def beside(rows: Rows) -> None:
-            if trouble is not None:
-                number, started_ns, data = trouble
+        def annotate(rows: Rows) -> None:
+            if site is not None:
+                number, started_ns, data = site
                 step = Step(str(started_ns), "", data, checksum(data), number)
-                rows.keep(self.run_id, TROUBLE, f"{attempt.position}:{attempt.branch}", attempt.node_id, step)
+                rows.annotate(
+                    self.run_id,
+                    Annotation.FAILURE_SITE,
+                    f"{attempt.position}:{attempt.branch}",
+                    attempt.node_id,
+                    step,
+                )
 
-        return self._with(commit, beside)
+        return self._submit_with(commit, annotate)
 
-    def _with(self, commit: Commit, beside: Callable[[Rows], None]) -> asyncio.Future[Any]:
-        """Make a commit, and in its transaction all that belongs to it: hooks that are due, and what it settles."""
-        attempt, self._was = commit.attempt, None
+    def _submit_with(self, commit: Commit, annotate: Callable[[Rows], None]) -> asyncio.Future[Any]:
+        """Commit together with its annotations and the changes of its cells, in one transaction."""
+        attempt, self._completed = commit.attempt, None
         charge = self.charges.get((attempt.position, attempt.branch))
         changes: list[tuple[str, Change[Any]]] = []
         if charge is not None:
@@ -462,250 +285,93 @@ class DurableSession:
         def operation(rows: Rows) -> list[Any]:
             commit(rows)
             if self._deliver:
-                keep_due(rows, self.run_id, attempt)
-            beside(rows)
-            # Cells last: others wait for their locks.
+                record_due_hooks(rows, self.run_id, attempt)
+            annotate(rows)
+            # Cells last, to hold their locks briefly: other runs wait for them.
             return [CellChange(name, change)(rows) for name, change in changes]
 
-        pending = self._submit(Doing(self.run_id, operation))
+        pending = self._submit(Transaction(self.run_id, operation))
         if charge is not None:
-            pending.add_done_callback(partial(_settled, charge))
+            pending.add_done_callback(partial(_settle_charge, charge))
         return pending
 
     async def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
-        """What is committed in some branches of a position. Raises StoreError (CorruptCheckpoint ...)."""
+        """Return the commits in some branches of a position. Raises StoreError (CorruptCheckpoint ...)."""
         fence = self.fence
 
         def read(rows: Rows) -> list[StepRow]:
-            return list(rows.some(fence.run, fence.execution, position, branches))
+            return list(rows.steps_at(fence.run, fence.execution, position, branches))
 
-        found: list[StepRow] = await self._submit(Doing(self.run_id, read))
+        steps: list[StepRow] = await self._submit(Transaction(self.run_id, read))
         if self._payloads.plain:
-            return self._opened_rows(found)
-        return await asyncio.to_thread(self._opened_rows, found)
+            return self._to_commits(steps)
+        return await asyncio.to_thread(self._to_commits, steps)
 
-    def _opened_rows(self, found: Iterable[StepRow]) -> dict[str, Committed]:
-        return {row.branch: self._committed(self.fence.execution, row) for row in found}
+    def _to_commits(self, steps: Iterable[StepRow]) -> dict[str, Committed]:
+        execution = self.fence.execution
+        return {row.branch: to_committed(self._payloads, self.run_id, execution, row, {}) for row in steps}
 
     def delivered(self, row: AttemptRow) -> None:
-        """The end hooks of an attempt were told. Nobody waits for it: what is not kept is told once more."""
-        run, key = self.fence.run, due_key(_attempt(row))
-        self._post(lambda rows: rows.drop(run, DUE, key))
-
-    def _committed(self, execution: int, row: StepRow) -> Committed:
-        position, branch, node_id, step = row
-        verify(step, self.run_id, position, node_id, branch)
-        what = f"the output of node {node_id!r} at position {position} of run {self.run_id!r}"
-        call = None
-        if step.number is not None:
-            given = step.given
-            if given is not None:
-                place = self._place("given", execution, position, branch)
-                given = self._payloads.open(given, place, f"what was given for {what}")
-            call = StepCall(step.number, given)
-        place = self._place("output", execution, position, branch)
-        output: Snapshot | None = self._opened.get((place, step.sha256))
-        if output is None:
-            if step.output.startswith(BLOB) and self._payloads.blobs is not None:
-                output = self._reference(step.output, place, what)
-            else:
-                output = self._payloads.open(step.output, place, what)
-        return Committed(node_id, output, step.contract, call)
+        """Record, without waiting, that end hooks were called. If this is lost, they are called again."""
+        run, key = self.fence.run, due_hooks_key(to_attempt(row))
+        self._post(lambda rows: rows.delete_annotations(run, Annotation.DUE_HOOKS, key))
 
     def note_traceparent(self, traceparent: str) -> None:
-        """Keep the trace context of this execution. Nobody waits for it; without it a resumed run is not linked."""
+        """Store the trace context without waiting. If this is lost, the trace of a resumed run is not linked."""
         step = Step("", "", b"", checksum(b""))
-        self._post(lambda rows: rows.keep(self.run_id, TRACE, "", traceparent, step))
+        self._post(lambda rows: rows.annotate(self.run_id, Annotation.TRACE, "", traceparent, step))
 
     def _post(self, do: Callable[[Rows], Any]) -> None:
-        pending = asyncio.ensure_future(self._submit(Doing(self.run_id, do)))
+        pending = asyncio.ensure_future(self._submit(Transaction(self.run_id, do)))
         pending.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None]:
-        """Keep an attempt that waits, and what for. Awaited: raises Fenced, or another StoreError."""
-        attempt = self._called_attempt(row)
+        """Store a suspended attempt and its question. Awaited: raises Fenced, or another StoreError."""
+        attempt = self._attempt_with_identity(row)
         message = self._sealed_message(attempt, waiting.reason)
         commit = Commit(self.run_id, self.fence, attempt._replace(message=message), None)
 
         execution = self.fence.execution
 
         def ask(rows: Rows) -> None:
-            found = rows.find(self.run_id, lock=True)
-            asked = [] if found is None else rows.kept(found.run, WAITING, waiting_branch(waiting))
-            before = next(
-                (read_waiting(kept, self.run_id, execution, self._payloads) for kept in asked), None
-            )
+            run, key = rows.find(self.run_id, lock=True), waiting_key(waiting)
+            asked = [] if run is None else rows.annotations(run.run, Annotation.WAITING, key)
+            before = next((read_waiting(row, self.run_id, execution, self._payloads) for row in asked), None)
             seen = self.waiting.get((waiting.position, waiting.branch))
             if not is_answered_meanwhile(before, seen, waiting):
-                keep_waiting(rows, self.run_id, execution, waiting, self._payloads)
+                record_waiting(rows, self.run_id, execution, waiting, self._payloads)
 
-        return self._with(commit, ask)
+        return self._submit_with(commit, ask)
 
     def abandon(self) -> None:
-        """Nothing more comes from here, and nothing can be awaited: whoever resumes the run need not wait."""
+        """Release the run without waiting: the next session need not wait for the lease to expire."""
         self.ended = True
-        LIVE.pop(self.fence.owner.rpartition("|")[2], None)
+        LIVE_SESSIONS.pop(self.fence.owner.rpartition("|")[2], None)
 
     def end(self, status: str, error: str | None) -> Awaitable[None] | None:
-        """Note how the run stopped. Awaited: raises Fenced, or another StoreError."""
+        """Record how the run stopped. Awaited: raises Fenced, or another StoreError."""
         if self.finished is not None:
             if not self.fence.owner:
                 return None
             status, error = self.finished.status, self.finished.error
         self.ended = True
-        pending = self._submit(Doing(self.run_id, partial(self._finish, str(status), text(error))))
-        # Not before it is kept: who looks meanwhile would take the run for one whose process died.
+        pending = self._submit(
+            Transaction(self.run_id, partial(self._finish, str(status), storable_text(error)))
+        )
+        # Only after it is stored: otherwise the run looks like one whose process died.
         pending.add_done_callback(lambda _: self.abandon())
         return pending
 
     def _finish(self, status: str, error: str | None, rows: Rows) -> None:
-        updated_ms = None
+        before = self._completed
         if (
-            self._was is not None and status in COMPLETE
-        ):  # A resume that had nothing to do leaves it as it was.
-            status, error, updated_ms = self._was.status, self._was.error, self._was.updated_ms
+            before is not None and status in COMPLETE
+        ):  # A resume without anything to do leaves the run unchanged.
+            record_end(rows, self.fence, self.run_id, before.status, before.error, before.updated_ms)
         else:
-            error = self._payloads.seal_text(error, self._place("error", self.fence.execution))
-        if not rows.finish(self.fence, status, error, updated_ms):
-            raise refused(rows, self.fence, self.run_id)
-        if status == "CANCELLED":
-            rows.drop(self.fence.run, CANCEL)
+            finish_execution(rows, self._payloads, self.fence, self.run_id, status, error)
 
 
-def _settled(charge: Charge, pending: asyncio.Future[Any]) -> None:
+def _settle_charge(charge: Charge, pending: asyncio.Future[Any]) -> None:
     if not pending.cancelled() and pending.exception() is None:
         charge.settled(pending.result())
-
-
-def _tried(
-    failed: Iterable[Attempt], restored: Mapping[tuple[int, str], Committed]
-) -> dict[tuple[int, str], Tried]:
-    """How often what is not committed was tried; ``failed``: in the order of their ends."""
-    found: dict[tuple[int, str], Tried] = {}
-    for attempt in failed:
-        at = attempt.position, attempt.branch
-        # A group that is tried again tries its children anew.
-        inside = f"{attempt.branch}." if attempt.branch else ""
-        for other in [
-            other for other in found if other[0] == at[0] and other != at and other[1].startswith(inside)
-        ]:
-            del found[other]
-        before = found.get(at)
-        if at not in restored:
-            found[at] = Tried(
-                1 if before is None else before.attempts + 1,
-                attempt.node_id,
-                attempt.failure_class or "",
-                attempt.message or "",
-                attempt.reason,
-                attempt.error_type,
-            )
-    return found
-
-
-def _attempt(row: AttemptRow) -> Attempt:
-    failure, message, reason, error_type = row.failure or (None, None, None, None)
-    usage = row.usage or NO_USAGE
-    return Attempt(
-        row.position,
-        row.started_ns,
-        row.branch,
-        row.attempt,
-        row.node_id,
-        row.duration_ns,
-        row.outcome,
-        failure and failure.value,
-        text(message),
-        text(reason),
-        usage.tokens,
-        usage.output_tokens,
-        round(usage.cost_usd * PICO),
-        text(usage.model),
-        row.function_ns,
-        text(row.group),
-        error_type=text(error_type),
-    )
-
-
-def fork(
-    rows: Rows, payloads: Payloads, source: str, opening: Opening, before: int, edited: Step | None
-) -> None:
-    """Make a new run of what another one committed before a position; ``edited`` stands in for the last of that.
-
-    Raises CheckpointNotFound, RunExists, CorruptCheckpoint.
-    """
-    found = sound(rows.find(source))
-    kept = None if found is None else rows.input(found.run, found.execution)
-    if found is None or kept is None:
-        raise CheckpointNotFound(f"there is no run {source!r} to fork; check the id and the store")
-    if before and all(
-        (row.position, row.branch) != (before - 1, "") for row in rows.steps(found.run, found.execution)
-    ):
-        raise CheckpointNotFound(
-            f"run {source!r} has no output at position {before - 1}, before which it is forked; fork at an earlier node"
-        )
-    taken = rows.find(opening.run_id, lock=True)
-    if taken is not None and taken.execution:
-        raise RunExists(f"run {opening.run_id!r} exists already; give the fork another id")
-    old, new = partial(Place, source, found.execution), partial(Place, opening.run_id, 1)
-    if not opening.sha256:
-        contract, given, sha = kept
-        if payloads.codec is not None:
-            given = payloads.move(given, old("input"), new("input"), f"the input of run {source!r}")
-            sha = checksum(given)
-        opening = opening._replace(contract=contract, input=given, sha256=sha)
-    steps = [row for row in rows.steps(found.run, found.execution) if row.position < before]
-    called = {position: identity for identity, position in rows.identities(found.run, found.execution)}
-    fence = rows.begin(taken, opening._replace(pipeline=found.pipeline))
-    for number, (position, branch, node_id, step) in enumerate(steps):
-        verify(step, source, position, node_id, branch)
-        if edited is not None and (position, branch) == (before - 1, ""):
-            step = edited._replace(contract=step.contract)
-        elif payloads.codec is not None:
-            step = _moved(payloads, step, old, new, position, branch)
-        attempt = Attempt(
-            position,
-            number,
-            branch,
-            1,
-            node_id,
-            0,
-            "forked",
-            None,
-            None,
-            None,
-            0,
-            0,
-            0,
-            None,
-            identity=called.get(position),
-        )
-        rows.commit(fence, attempt, step)
-    parent = Step("", "", b"", checksum(b""), before)
-    rows.keep(opening.run_id, PARENT, "", source, parent)
-    why = f"forked from run {source!r} before position {before}"
-    rows.finish(fence, "INTERRUPTED", payloads.seal_text(text(why), new("error")))
-
-
-def _moved(
-    payloads: Payloads,
-    step: Step,
-    old: Callable[..., Place],
-    new: Callable[..., Place],
-    position: int,
-    branch: str,
-) -> Step:
-    """Seal what is copied from one run to another for its new place."""
-
-    def move(stored: bytes, kind: str) -> bytes:
-        what = f"the {kind} at position {position}"
-        return payloads.move(stored, old(kind, position, branch), new(kind, position, branch), what)
-
-    output = move(step.output, "output")
-    given = None if step.given is None else move(step.given, "given")
-    return step._replace(output=output, sha256=checksum(output), given=given)
-
-
-def _held(found: RunRow) -> Held:
-    holder = found.holder
-    return Held(found.execution, found.status, None if holder is None else holder.place, found.left_seconds)

@@ -6,12 +6,14 @@ import asyncio
 
 from pydantic import BaseModel
 
-from stroma.checkpoint.durable.rows import SAVED, Doing, Rows, Step, StepRow, verify
+from stroma.checkpoint.durable.integrity import verify_step
+from stroma.checkpoint.durable.operations import Transaction
+from stroma.checkpoint.durable.rows import Annotation, Rows, Step, StepRow
 from stroma.checkpoint.durable.store import DurableStore
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.checkpoint.manager import resolve_schema
 from stroma.checkpoint.memory.store import coerce
-from stroma.checkpoint.payloads import Place
+from stroma.checkpoint.payloads import PayloadPlace
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema, describe_error, schema_of
 
@@ -26,9 +28,11 @@ class AsyncStates(DurableStore):
         check_id(run_id, "run id")
         check_id(node_id, "node id")
         schema = schema_of(type(state))
-        place = Place(run_id, 0, "output", SAVED, node_id)
+        place = PayloadPlace(run_id, 0, "output", Annotation.SAVED, node_id)
         step = await self._step(schema, self._encode(schema, state), place)
-        await self._submit(Doing(run_id, lambda rows: rows.keep(run_id, SAVED, node_id, node_id, step)))
+        await self._submit(
+            Transaction(run_id, lambda rows: rows.annotate(run_id, Annotation.SAVED, node_id, node_id, step))
+        )
 
     async def save_typed(self, run_id: str, node_id: str, state: BaseModel, schema: type[BaseModel]) -> None:
         """Save as an instance of ``schema``; raises TypeError("schema must be a BaseModel type")."""
@@ -69,7 +73,7 @@ class AsyncStates(DurableStore):
     async def delete(self, run_id: str) -> None:
         """Delete everything kept of one run, of all its executions. Whoever is at work on it is fenced off."""
         check_id(run_id, "run id")
-        await self._submit(Doing(run_id, lambda rows: rows.delete(run_id)))
+        await self._submit(Transaction(run_id, lambda rows: rows.delete(run_id)))
 
     async def _newest(self, run_id: str, node_id: str) -> Step | None:
         check_id(run_id, "run id")
@@ -79,8 +83,8 @@ class AsyncStates(DurableStore):
             return None
 
         def query(rows: Rows) -> tuple[int, StepRow] | None:
-            newest = rows.newest(run_id, node_id)
-            if newest is None or newest.position == SAVED:  # What save() stores may have no run.
+            newest = rows.newest_output(run_id, node_id)
+            if newest is None or newest.position == Annotation.SAVED:  # What save() stores may have no run.
                 return None if newest is None else (0, newest)
             run = rows.find(run_id)
             return None if run is None else (run.execution, newest)
@@ -89,9 +93,9 @@ class AsyncStates(DurableStore):
         if kept is None:
             return None
         execution, found = kept
-        verify(found.step, run_id, found.position, node_id, found.branch)
+        verify_step(found.step, run_id, found.position, node_id, found.branch)
         what = f"the checkpoint of node {node_id!r} in run {run_id!r}"
-        place = Place(run_id, execution, "output", found.position, found.branch)
+        place = PayloadPlace(run_id, execution, "output", found.position, found.branch)
         output = await asyncio.to_thread(self._payloads.open, found.step.output, place, what)
         return found.step._replace(output=output)
 

@@ -16,37 +16,27 @@ from typing import Any, Final, NamedTuple, Self, TypeVar
 from pydantic import BaseModel
 
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.durable.annotations import keep_waiting, read_waiting, waiting_branch
-from stroma.checkpoint.durable.leases import Keeper
+from stroma.checkpoint.durable.annotations import read_waiting, record_waiting, waiting_key
+from stroma.checkpoint.durable.fork import fork_run
+from stroma.checkpoint.durable.integrity import checksum, is_intact, verify_step
+from stroma.checkpoint.durable.leases import LeaseRenewer
+from stroma.checkpoint.durable.operations import CellChange, Transaction
 from stroma.checkpoint.durable.owner import new_owner
 from stroma.checkpoint.durable.reader import ReadableStore
-from stroma.checkpoint.durable.rows import (
-    CANCEL,
-    WAITING,
-    CellChange,
-    Doing,
-    Fence,
-    Opening,
-    Rows,
-    Step,
-    StepRow,
-    checksum,
-    intact,
-    verify,
-)
-from stroma.checkpoint.durable.session import DurableSession, fork
+from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, Step, StepRow
+from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.durable.worker import Connection, Operation, Worker, generation
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import BLOB, BlobStore, Payloads, Place, collect
+from stroma.checkpoint.payloads import BLOB, BlobStore, PayloadPlace, Payloads, collect
 from stroma.checkpoint.protocols import (
     ENDED,
     Committed,
     RunRequest,
     Waiting,
-    items_in,
-    no_map,
-    waits_no_longer,
+    count_items,
+    map_not_found,
+    not_waiting,
 )
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema
@@ -83,7 +73,7 @@ class DurableStore(ReadableStore):
         self._payloads = Payloads() if payloads is None else payloads
         #: By generation: a forked child finds its parent's worker here, whose thread it does not have.
         self._workers: dict[int, Worker] = {}
-        self._keepers: dict[int, Keeper] = {}
+        self._keepers: dict[int, LeaseRenewer] = {}
 
     @abstractmethod
     def _connect(self) -> Connection:
@@ -122,16 +112,16 @@ class DurableStore(ReadableStore):
     def _encode(self, schema: Schema, state: BaseModel) -> bytes:
         return schema.encode(state, secrets=self._payloads.codec is not None)
 
-    async def _step(self, schema: Schema, data: bytes, place: Place) -> Step:
+    async def _step(self, schema: Schema, data: bytes, place: PayloadPlace) -> Step:
         sealed = await self._payloads.seal(data, place)
         return Step(schema.fingerprint, schema_ref(schema.model), sealed, checksum(sealed))
 
     async def _open(self, request: RunRequest, data: bytes) -> DurableSession:
-        last, opened = 0, dict[tuple[Place, bytes], bytes]()
+        last, opened = 0, dict[tuple[PayloadPlace, bytes], bytes]()
         if not self._payloads.plain:
             last, opened = await asyncio.to_thread(self._open_ahead, request)
         session = DurableSession(request.run_id, self._submit, self._payloads, opened, self.address)
-        sealed = await self._payloads.seal(data, Place(request.run_id, last + 1, "input"))
+        sealed = await self._payloads.seal(data, PayloadPlace(request.run_id, last + 1, "input"))
         opening = Opening(
             request.run_id,
             request.pipeline,
@@ -145,15 +135,15 @@ class DurableStore(ReadableStore):
             last + 1,
         )
         open_it = partial(session.open, request, opening, data)
-        await self._submit(Doing(request.run_id, open_it, opening, session))
+        await self._submit(Transaction(request.run_id, open_it, opening, session))
         if session.fence.owner:  # Not that of a run which is returned as it is.
             keeper = self._keepers.get(generation())
             if keeper is None:
-                keeper = self._keepers.setdefault(generation(), Keeper(self))
+                keeper = self._keepers.setdefault(generation(), LeaseRenewer(self))
             keeper.watch(session)
         return session
 
-    def _open_ahead(self, request: RunRequest) -> tuple[int, dict[tuple[Place, bytes], bytes]]:
+    def _open_ahead(self, request: RunRequest) -> tuple[int, dict[tuple[PayloadPlace, bytes], bytes]]:
         """Return the last execution of a run, and what its commits hold, opened outside of the transaction that claims
         it: that can take long."""
 
@@ -161,18 +151,18 @@ class DurableStore(ReadableStore):
             found = rows.find(request.run_id)
             if found is None:
                 return 0, []
-            kept = rows.steps(found.run, found.execution, request.apart)
+            kept = rows.steps(found.run, found.execution, request.lazily_loaded)
             # What stands in blobs is read when it is needed: all of it may be more than there is memory.
             return found.execution, [
                 row
                 for row in kept
-                if not row.step.output.startswith(BLOB) and intact(row.step.output, row.step.sha256)
+                if not row.step.output.startswith(BLOB) and is_intact(row.step.output, row.step.sha256)
             ]
 
-        opened: dict[tuple[Place, bytes], bytes] = {}
+        opened: dict[tuple[PayloadPlace, bytes], bytes] = {}
         execution, kept = self.read(query, (0, list[StepRow]())) if self.exists() else (0, [])
         for position, branch, _, step in kept:
-            place = Place(request.run_id, execution, "output", position, branch)
+            place = PayloadPlace(request.run_id, execution, "output", position, branch)
             try:
                 opened[place, step.sha256] = self._payloads.open(step.output, place, "")
             except CorruptCheckpoint:
@@ -191,7 +181,7 @@ class DurableStore(ReadableStore):
             if found is None or not found.execution:
                 raise self._no_run(run_id)
             if found.holder is not None:
-                rows.keep(run_id, CANCEL, "", "cancel", Step("", "", b"", checksum(b"")))
+                rows.annotate(run_id, Annotation.CANCEL, "", "cancel", Step("", "", b"", checksum(b"")))
             elif found.status in ENDED:
                 return False
             else:
@@ -199,7 +189,7 @@ class DurableStore(ReadableStore):
                 rows.finish(last, "CANCELLED", None)
             return True
 
-        done: bool = await self._submit(Doing(run_id, operation))
+        done: bool = await self._submit(Transaction(run_id, operation))
         return done
 
     async def signal(self, run_id: str, waiting: Waiting) -> None:
@@ -208,22 +198,24 @@ class DurableStore(ReadableStore):
         Raises CheckpointNotFound, StoreError, also if the node has an answer or waits no longer.
         """
         check_id(run_id, "run id")
-        await self._submit(Doing(run_id, partial(self._answer, run_id, waiting)))
+        await self._submit(Transaction(run_id, partial(self._answer, run_id, waiting)))
 
     def _answer(self, run_id: str, waiting: Waiting, rows: Rows) -> None:
         found = rows.find(run_id, lock=True)
         if found is None:
             raise self._no_run(run_id)
-        branch = waiting_branch(waiting)
-        asked = next((row for row in rows.kept(found.run, WAITING) if row.branch == branch), None)
+        branch = waiting_key(waiting)
+        asked = next(
+            (row for row in rows.annotations(found.run, Annotation.WAITING) if row.branch == branch), None
+        )
         if asked is None or asked.node_id != waiting.node_id:
-            raise waits_no_longer(run_id, waiting)
+            raise not_waiting(run_id, waiting)
         if asked.step.number is None:
-            keep_waiting(rows, run_id, found.execution, waiting, self._payloads)
+            record_waiting(rows, run_id, found.execution, waiting, self._payloads)
             return
         answered = read_waiting(asked, run_id, found.execution, self._payloads)
         if answered is None or answered.payload != waiting.payload:  # Else it was sent once more.
-            raise waits_no_longer(run_id, waiting)
+            raise not_waiting(run_id, waiting)
 
     async def fork(
         self,
@@ -240,16 +232,16 @@ class DurableStore(ReadableStore):
         check_id(new_run_id, "run id")
         step = None
         if edited is not None:
-            place = Place(new_run_id, 1, "output", before - 1)
+            place = PayloadPlace(new_run_id, 1, "output", before - 1)
             step = await self._step(edited[0], self._encode(*edited), place)
         contract, given, sha = "", b"", b""
         if state is not None:
-            place = Place(new_run_id, 1, "input")
+            place = PayloadPlace(new_run_id, 1, "input")
             contract, given = state[0].fingerprint, await self._payloads.seal(self._encode(*state), place)
             sha = checksum(given)
         opening = Opening(new_run_id, "", str(new_owner(self, ends=False)), 0.0, contract, given, sha, None)
-        do = lambda rows: fork(rows, self._payloads, run_id, opening, before, step)  # noqa: E731
-        await self._submit(Doing(None, do, opening))
+        do = lambda rows: fork_run(rows, self._payloads, run_id, opening, before, step)  # noqa: E731
+        await self._submit(Transaction(None, do, opening))
 
     # ------------------------------------------------------------------ items
 
@@ -261,22 +253,22 @@ class DurableStore(ReadableStore):
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> tuple[int, list[StepRow]]:
-            found, kept = rows.find(run_id), rows.newest(run_id, node_id)
+            found, kept = rows.find(run_id), rows.newest_output(run_id, node_id)
             if found is None or kept is None or kept.step.given is None:
                 return 0, []
-            place = Place(run_id, found.execution, "given", kept.position, kept.branch)
-            total = items_in(self._payloads.open(kept.step.given, place, "the number of items"))
+            place = PayloadPlace(run_id, found.execution, "given", kept.position, kept.branch)
+            total = count_items(self._payloads.open(kept.step.given, place, "the number of items"))
             prefix = f"{kept.branch}." if kept.branch else ""
             branches = [f"{prefix}{index}" for index in range(first, min(total, first + count))]
-            return found.execution, list(rows.some(found.run, found.execution, kept.position, branches))
+            return found.execution, list(rows.steps_at(found.run, found.execution, kept.position, branches))
 
         execution, steps = self.read(query, (0, list[StepRow]()))
         if not execution:
-            raise no_map(run_id, node_id)
+            raise map_not_found(run_id, node_id)
         items: list[tuple[int, Committed]] = []
         for row in steps:
-            verify(row.step, run_id, row.position, row.node_id, row.branch)
-            place = Place(run_id, execution, "output", row.position, row.branch)
+            verify_step(row.step, run_id, row.position, row.node_id, row.branch)
+            place = PayloadPlace(run_id, execution, "output", row.position, row.branch)
             output = self._payloads.open(row.step.output, place, f"the output of node {row.node_id!r}")
             items.append(
                 (int(row.branch.rpartition(".")[2]), Committed(row.node_id, output, row.step.contract))
@@ -297,7 +289,7 @@ class DurableStore(ReadableStore):
         """A cell's data, None if there is none, and the store's clock in milliseconds. Blocking. Raises StoreError."""
         check_id(name, "cell name")
         nothing: tuple[bytes | None, int] = (None, time.time_ns() // 1_000_000)
-        return self.read(lambda rows: rows.cell(name), nothing) if self.exists() else nothing
+        return self.read(lambda rows: rows.read_cell(name), nothing) if self.exists() else nothing
 
     # ------------------------------------------------------------------ retention
 
@@ -315,7 +307,7 @@ class DurableStore(ReadableStore):
         deleted = 0
         while found := await asyncio.to_thread(
             self.read,
-            lambda rows: rows.expired(before, unfinished=unfinished, limit=_AT_ONCE),
+            lambda rows: rows.expired_run_ids(before, unfinished=unfinished, limit=_AT_ONCE),
             list[str](),
         ):
             gone: list[bool] = []
@@ -323,7 +315,7 @@ class DurableStore(ReadableStore):
                 # Each is looked at again in the transaction that deletes it.
                 gone += await asyncio.gather(
                     *(
-                        self._submit(Doing(run_id, partial(_delete_if_free, run_id, before)))
+                        self._submit(Transaction(run_id, partial(_delete_if_free, run_id, before)))
                         for run_id in found[first : first + _TOGETHER]
                     )
                 )

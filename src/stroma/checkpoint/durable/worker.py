@@ -15,14 +15,14 @@ from typing import Any, Final, Protocol, TypeVar
 
 from stroma.checkpoint.errors import StoreError
 
-__all__ = ["Connection", "Job", "Operation", "Worker", "generation", "lasting"]
+__all__ = ["Connection", "Job", "Operation", "Worker", "generation", "permanent_error"]
 
 T = TypeVar("T")
 
 #: What is to be done, with whatever the connection hands it.
 Operation = Callable[[Any], Any]
 
-_MOST: Final = 1024  # operations at once: nobody waits for the end of an endless stream
+_MAX_BATCH_SIZE: Final = 1024  # operations at once: nobody waits for the end of an endless stream
 
 _generation = 0
 
@@ -41,7 +41,7 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def lasting(message: str) -> StoreError:
+def permanent_error(message: str) -> StoreError:
     """A StoreError that trying again will not mend."""
     error = StoreError(message)
     error.transient = False
@@ -108,7 +108,7 @@ class Worker:
             self._thread.start()
         except RuntimeError as error:
             why = f"cannot write to {self._connection.name}: {error}"
-            self._end(lambda: lasting(why))
+            self._end(lambda: permanent_error(why))
 
     def submit(self, operation: Operation) -> asyncio.Future[Any]:
         """Have an operation done. The future ends when it is kept, with its value or exception.
@@ -162,13 +162,13 @@ class Worker:
         except BaseException as error:
             why = f"the writer thread of {connection.name} died ({error!r}); make a new store, then resume"
         del held
-        self._end(lambda: lasting(why))
+        self._end(lambda: permanent_error(why))
         connection.close()
 
     def _take_waiting(self) -> bool:
         before = len(self._batch)
         try:
-            while len(self._batch) < _MOST and not self._stopping:
+            while len(self._batch) < _MAX_BATCH_SIZE and not self._stopping:
                 job = self._queue.get_nowait()
                 if job is None:
                     self._stopping = True

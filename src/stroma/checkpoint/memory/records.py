@@ -1,4 +1,4 @@
-"""The runs of a store in memory, told as every store tells of its own. Loaded when somebody asks: no run does."""
+"""Records of the runs in memory. Imported when they are first read: running a pipeline does not need them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from stroma.checkpoint.memory.runs import Kept, MemoryRun, row_of, stored
+from stroma.checkpoint.memory.runs import MemoryRun, SavedState, as_state, encode_state, row_of
 from stroma.checkpoint.records import (
     PICO,
     AttemptPage,
@@ -26,13 +26,13 @@ from stroma.trace.events import NO_USAGE, AttemptRow
 
 __all__ = ["MemoryRecords"]
 
-_FAILED: Final = 20  # failed attempts in which the cause is looked for
-#: Outcomes of attempts after which an earlier failure at their place is no matter any more.
+_MAX_FAILED: Final = 20  # failed attempts among which the cause is searched
+#: Outcomes after which an earlier failure at the same place is no cause any more.
 _FIXES: Final = ("success", "suspended")
 
 
 class MemoryRecords:
-    """What is told of the runs; see MemoryReading. Nothing here awaits."""
+    """Records of all runs, see MemoryReader."""
 
     def __init__(self, runs: Mapping[str, MemoryRun]) -> None:
         self._runs = runs
@@ -44,15 +44,15 @@ class MemoryRecords:
     def run_page(self, query: RunQuery | None, limit: int, after: str | None) -> RunPage:
         end = None if after is None else marked(after)
         query = query or RunQuery()
-        found = [
+        runs = [
             (run.started_ms, run.number, run_id, run)
             for run_id, run in list(self._runs.items())
-            if run.execution and _asked(query, run_id, run)
+            if run.execution and _matches(query, run_id, run)
         ]
-        found.sort(key=lambda one: one[:2], reverse=True)
-        found = [one for one in found if end is None or one[:2] < end]
-        page = found[:limit]
-        following = f"{page[-1][0]}.{page[-1][1]}" if len(found) > limit else None
+        runs.sort(key=lambda item: item[:2], reverse=True)
+        runs = [item for item in runs if end is None or item[:2] < end]
+        page = runs[:limit]
+        following = f"{page[-1][0]}.{page[-1][1]}" if len(runs) > limit else None
         return RunPage([_record(run_id, run) for _, _, run_id, run in page], following)
 
     def get_run(self, run_id: str) -> RunRecord | None:
@@ -67,9 +67,9 @@ class MemoryRecords:
 
     def attempt_page(self, run_id: str, execution: int | None, limit: int, after: str | None) -> AttemptPage:
         end = None if after is None else _place_of(attempt_mark(after))
-        found = [a for a in self.attempts(run_id, execution) if end is None or _place(a) > end]
-        page = [replace(one, output=None) for one in found[:limit]]
-        if len(found) <= limit:
+        attempts = [a for a in self.attempts(run_id, execution) if end is None or _place(a) > end]
+        page = [replace(attempt, output=None) for attempt in attempts[:limit]]
+        if len(attempts) <= limit:
             return AttemptPage(page, None)
         last = page[-1]
         return AttemptPage(page, f"0:{last.position}:{last.started_ns}:{last.attempt}:{last.branch}")
@@ -82,8 +82,11 @@ class MemoryRecords:
 
     def trouble_of(self, run_id: str, position: int, branch: str) -> Trouble | None:
         run = self._runs.get(run_id)
-        kept = None if run is None else run.troubles.get((position, branch))
-        return None if kept is None else read_trouble(kept[2](), kept[0], kept[1])
+        site = None if run is None else run.failure_sites.get((position, branch))
+        if site is None:
+            return None
+        attempt, started_ns, encode_frames = site
+        return read_trouble(encode_frames(), attempt, started_ns)
 
     def tally(self, since_ms: int, bucket_ms: int, runs: int, attempts: int) -> list[Tally]:
         sums: defaultdict[tuple[int, str, str, str | None, str | None], list[int]] = defaultdict(
@@ -108,26 +111,26 @@ class MemoryRecords:
 
 
 def _record(run_id: str, run: MemoryRun) -> RunRecord:
-    tokens, cost, _ = run.used()
+    tokens, cost, _ = run.usage()
     rows = run.attempts()
     updated = max([run.started_ms, *((row.started_ns + row.duration_ns) // 1_000_000 for row in rows)])
-    nodes = sum(isinstance(key, int) for key in run.kept)
+    nodes = sum(isinstance(key, int) for key in run.states)
     failed = [row for row in rows if row.failure is not None]
-    failed = sorted(failed, key=lambda row: row.started_ns + row.duration_ns, reverse=True)[:_FAILED]
-    told = failed
-    if run.status in ("RUNNING", "SUSPENDED"):  # What a later attempt has fixed is no cause.
+    failed = sorted(failed, key=lambda row: row.started_ns + row.duration_ns, reverse=True)[:_MAX_FAILED]
+    causes = failed
+    if run.status in ("RUNNING", "SUSPENDED"):  # A failure that a later attempt fixed is no cause.
         fixed = {(row.position, row.branch): row.started_ns for row in rows if row.outcome in _FIXES}
-        told = [row for row in failed if row.started_ns > fixed.get((row.position, row.branch), 0)]
-    held = run.held()
+        causes = [row for row in failed if row.started_ns > fixed.get((row.position, row.branch), 0)]
+    last = run.last_execution()
     return RunRecord(
         run_id, run.pipeline, run.status, run.execution, run.started_ms, updated, tokens, cost, nodes, run.error,
-        held and held.holder, run.parent, sum(row.function_ns for row in rows if not row.branch) / 1e6,
-        tuple(sorted(run.tags)), cause_of([_attempt(row, run, with_output=False) for row in told]), len(failed), run.epoch,
+        last and last.holder, run.parent, sum(row.function_ns for row in rows if not row.branch) / 1e6,
+        tuple(sorted(run.tags)), cause_of([_attempt(row, run, with_output=False) for row in causes]), len(failed), run.epoch,
     )  # fmt: skip
 
 
-def _asked(query: RunQuery, run_id: str, run: MemoryRun) -> bool:
-    """Whether all that is asked for holds of a run."""
+def _matches(query: RunQuery, run_id: str, run: MemoryRun) -> bool:
+    """Return True if a run matches a query."""
     if query.pipeline not in (None, run.pipeline) or (query.statuses and run.status not in query.statuses):
         return False
     if query.tag is not None and query.tag not in run.tags:
@@ -165,20 +168,20 @@ def _place_of(mark: tuple[int, int, int, int, str]) -> tuple[int, int, str, int]
     return position, started, branch, attempt
 
 
-def _committed(row: AttemptRow, run: MemoryRun) -> Kept | None:
-    """What an attempt committed, as long as nothing has taken its place."""
+def _committed(row: AttemptRow, run: MemoryRun) -> SavedState | None:
+    """Return what an attempt committed; None if it was replaced since."""
     branch = row.branch
-    entry = run.kept.get((row.position, branch) if branch else row.position)
+    entry = run.states.get((row.position, branch) if branch else row.position)
     if row.output is None or entry is None or row_of(entry) is not row:
         return None
-    return run.entry(entry)
+    return as_state(entry)
 
 
 def _attempt(row: AttemptRow, run: MemoryRun, *, with_output: bool = True) -> AttemptRecord:
     usage = row.usage or NO_USAGE
     failure, message, reason, error_type = row.failure or (None, None, None, None)
-    kept = _committed(row, run) if with_output else None
-    output = None if kept is None else stored(kept)
+    state = _committed(row, run) if with_output else None
+    output = None if state is None else encode_state(state)
     return AttemptRecord(
         row.position, row.branch, row.node_id, row.attempt, row.started_ns // 1_000_000, row.duration_ns / 1e6, row.outcome,
         failure and failure.value, message, reason, usage.tokens, usage.output_tokens, usage.cost_usd, usage.model,

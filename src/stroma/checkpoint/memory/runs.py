@@ -1,4 +1,4 @@
-"""What a store in memory keeps of a run, and how it is read."""
+"""The data of one run in memory."""
 
 from __future__ import annotations
 
@@ -7,42 +7,71 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
-from stroma.checkpoint.protocols import Held, StepCall, Waiting
+from stroma.checkpoint.protocols import LastExecution, StepCall, Waiting
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.trace.events import AttemptRow, contract_of
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["Kept", "Key", "MemoryRun", "nobody", "position_of", "row_of", "stored"]
+__all__ = [
+    "Key",
+    "MemoryRun",
+    "SavedState",
+    "as_state",
+    "encode_state",
+    "no_session",
+    "position_of",
+    "row_of",
+]
 
 _NUMBERS: Final = itertools.count(1)
 
 Key = int | str | tuple[int, str]
-#: Node id, schema, output and what it is filed under; and the row of the attempt, if there was one.
-Kept = tuple[str, Schema, Snapshot, str, AttemptRow | None]
 
 
-def nobody() -> None:
-    """The session of a run that nobody is at work on."""
+class SavedState(NamedTuple):
+    """A committed output, or a state that ``save()`` stored.
+
+    Attributes:
+        contract: see :func:`stroma.trace.events.contract_of`.
+        row: the attempt that committed it; None if it was saved, or copied by a fork.
+    """
+
+    node_id: str
+    schema: Schema
+    snapshot: Snapshot
+    contract: str
+    row: AttemptRow | None
+
+
+def no_session() -> None:
+    """Return None, in place of a weak reference to a session."""
     return
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class MemoryRun:
-    """One run. ``kept`` holds what was committed by position or by (position, branch), and what the simple calls saved
-    by node id; the newest last. Most entries are the very row of the trace.
-    ``spent`` holds the rows of all other attempts, ``calls`` which calls of plain code the commits were."""
+    """One run.
+
+    Attributes:
+        states: outputs by position or by (position, branch), and states that ``save()`` stored by node id; the newest
+            last. Most are the rows of the trace.
+        other_rows: the attempts without a current output.
+        calls: the calls of plain code that the outputs belong to.
+        places: the position of each step of plain code, by its identity.
+        number: distinguishes runs of this process that started in the same millisecond.
+        failure_sites: (attempt, started_ns, function that encodes the frames) of the last failed attempt at a place.
+        cancelled: cancel() was acknowledged; reset by the next session.
+        epoch: incremented by each session that opens the run; only the last session may write.
+        session: weak reference to that session.
+    """
 
     execution: int = 0
     input: Snapshot | None = None
-    kept: dict[Key, AttemptRow | Kept] = field(default_factory=dict)
-    spent: list[AttemptRow] = field(default_factory=list)
+    states: dict[Key, AttemptRow | SavedState] = field(default_factory=dict)
+    other_rows: list[AttemptRow] = field(default_factory=list)
     calls: dict[Key, StepCall] = field(default_factory=dict)
-    #: The position of each step of plain code, by its identity.
     places: dict[str, int] = field(default_factory=dict)
     waiting: dict[tuple[int, str], Waiting] = field(default_factory=dict)
     traceparent: str | None = None
@@ -51,47 +80,41 @@ class MemoryRun:
     tags: tuple[str, ...] = ()
     schema: Schema | None = None
     started_ms: int = 0
-    #: Which of the runs of this process it is: of those begun in one millisecond too, one is the first.
     number: int = 0
-    #: (attempt, started_ns, what writes its frames) of the last attempt that failed at a place.
-    troubles: dict[tuple[int, str], tuple[int, int, Callable[[], bytes]]] = field(default_factory=dict)
-    #: Whether cancel() was acknowledged; until somebody opens the run.
+    failure_sites: dict[tuple[int, str], tuple[int, int, Callable[[], bytes]]] = field(default_factory=dict)
     cancelled: bool = False
     status: str = "RUNNING"
     error: str | None = None
-    #: Raised by each session that opens the run; only the last one may write.
     epoch: int = 0
-    #: That session, while somebody has it.
-    session: Callable[[], Any] = nobody
+    session: Callable[[], Any] = no_session
 
-    def forget(self) -> None:
-        """What the execution before has left. What was saved by hand belongs to none."""
-        self.kept = {k: v for k, v in self.kept.items() if isinstance(k, str)}
-        self.spent, self.calls, self.waiting, self.places = [], {}, {}, {}
+    def discard_execution(self) -> None:
+        """Delete what the last execution recorded. States from ``save()`` belong to no execution and stay."""
+        self.states = {k: v for k, v in self.states.items() if isinstance(k, str)}
+        self.other_rows, self.calls, self.waiting, self.places = [], {}, {}, {}
         self.traceparent, self.tags = None, ()
 
-    def begins(self) -> None:
-        """An execution of it begins now."""
-        self.started_ms, self.number, self.troubles = time.time_ns() // 1_000_000, next(_NUMBERS), {}
+    def start_execution(self) -> None:
+        """Record that an execution starts now."""
+        self.started_ms, self.number = time.time_ns() // 1_000_000, next(_NUMBERS)
+        self.failure_sites = {}
 
-    def held(self) -> Held | None:
-        """What is known of the last execution."""
+    def last_execution(self) -> LastExecution | None:
+        """Return the state of the last execution, or None if there is none."""
         if self.execution == 0:
             return None
-        running = self.session() is not None
-        return Held(
-            self.execution, self.status, "another task of this process" if running else None, math.inf
-        )
+        holder = "another task of this process" if self.session() is not None else None
+        return LastExecution(self.execution, self.status, holder, math.inf)
 
     def attempts(self) -> list[AttemptRow]:
-        """The rows of the last execution, by position and time."""
-        rows = [*self.spent, *(row for row in map(row_of, self.kept.values()) if row is not None)]
-        # One that was sent again is one attempt.
-        one = {(row.position, row.started_ns, row.branch, row.attempt): row for row in rows}
-        return [one[key] for key in sorted(one)]
+        """Return the rows of the last execution, by position and time."""
+        rows = [*self.other_rows, *(row for row in map(row_of, self.states.values()) if row is not None)]
+        # An attempt that was sent twice is one attempt.
+        distinct = {(row.position, row.started_ns, row.branch, row.attempt): row for row in rows}
+        return [distinct[key] for key in sorted(distinct)]
 
-    def used(self) -> tuple[int, float, float]:
-        """Tokens, USD and milliseconds of the last execution."""
+    def usage(self) -> tuple[int, float, float]:
+        """Return tokens, USD and milliseconds of the last execution."""
         rows = self.attempts()
         usages = [usage for row in rows if (usage := row.usage) is not None]
         return (
@@ -100,34 +123,37 @@ class MemoryRun:
             sum(row.function_ns for row in rows if not row.branch) / 1e6,
         )
 
-    def entries(self) -> Iterator[tuple[Key, Kept]]:
-        """What is kept, the newest first."""
-        for key, entry in reversed(self.kept.items()):
-            yield key, self.entry(entry)
-
-    def entry(self, entry: AttemptRow | Kept) -> Kept:
-        """One of what is kept."""
-        if len(entry) == 5:
-            return entry
-        schemas = entry.schemas
-        assert schemas is not None  # Its output is a snapshot.
-        schema = schemas[1]
-        return entry.node_id, schema, cast("Snapshot", entry.output), contract_of(entry, schema), entry
+    def newest_states(self) -> Iterator[tuple[Key, SavedState]]:
+        """Iterate over all states, the newest first."""
+        for key, entry in reversed(self.states.items()):
+            yield key, as_state(entry)
 
 
-def row_of(entry: AttemptRow | Kept) -> AttemptRow | None:
-    """The attempt that committed what is kept; None for what was saved, or came with a fork."""
-    return entry[4] if len(entry) == 5 else entry
+def as_state(entry: AttemptRow | SavedState) -> SavedState:
+    """Return an entry of ``MemoryRun.states`` as a SavedState."""
+    if isinstance(entry, SavedState):
+        return entry
+    schemas = entry.schemas
+    assert schemas is not None  # The output of such a row is a snapshot.
+    schema = schemas[1]
+    return SavedState(
+        entry.node_id, schema, cast("Snapshot", entry.output), contract_of(entry, schema), entry
+    )
+
+
+def row_of(entry: AttemptRow | SavedState) -> AttemptRow | None:
+    """Return the attempt that committed a state; None for one that was saved, or copied by a fork."""
+    return entry.row if isinstance(entry, SavedState) else entry
 
 
 def position_of(key: Key) -> tuple[int, str]:
+    """Return the (position, branch) of a key that is no node id."""
     return cast("tuple[int, str]", key if isinstance(key, tuple) else (key, ""))
 
 
-def stored(kept: Kept) -> bytes | None:
-    """One of what is kept in its stored form; None if it has none."""
-    _, schema, snapshot, *_ = kept
+def encode_state(state: SavedState) -> bytes | None:
+    """Return a state in stored form; None if it has none."""
     try:
-        return schema.encode(schema.restore(snapshot))
+        return state.schema.encode(state.schema.restore(state.snapshot))
     except NotSerialisable:
         return None

@@ -1,4 +1,4 @@
-"""Stores that live and die with the process."""
+"""Stores in the memory of this process."""
 
 from __future__ import annotations
 
@@ -9,23 +9,30 @@ from pydantic import BaseModel
 
 from stroma.checkpoint.cells import MemoryCells
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, Fenced, RunExists
-from stroma.checkpoint.memory.reader import MemoryReading
-from stroma.checkpoint.memory.runs import Kept, Key, MemoryRun, nobody, position_of, row_of
+from stroma.checkpoint.memory.reader import MemoryReader
+from stroma.checkpoint.memory.runs import (
+    Key,
+    MemoryRun,
+    SavedState,
+    as_state,
+    no_session,
+    position_of,
+    row_of,
+)
 from stroma.checkpoint.protocols import (
     COMPLETE,
     ENDED,
-    Charge,
     Committed,
     Finished,
     PriorUsage,
     RunRequest,
     StepCall,
-    Tried,
     Waiting,
     decide,
     is_answered_meanwhile,
-    waits_no_longer,
+    not_waiting,
 )
+from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema, describe_error, schema_of
 from stroma.contracts.snapshots import PickledSnapshot
@@ -34,18 +41,17 @@ from stroma.trace.events import AttemptRow, contract_of
 __all__ = ["AsyncInMemoryStore", "InMemoryStore"]
 
 _NOTHING_RESTORED: Mapping[tuple[int, str], Committed] = {}
-_NOTHING_SPENT = PriorUsage()
+_NO_PRIOR_USAGE = PriorUsage()
 
 
-class _MemorySession:
+class _MemorySession(NullSession):
     __slots__ = (
-        "__weakref__",
         "_calls",
+        "_completion",
         "_epoch",
-        "_kept",
+        "_other_rows",
         "_run",
-        "_spent",
-        "_was",
+        "_states",
         "continued",
         "execution",
         "finished",
@@ -57,69 +63,62 @@ class _MemorySession:
         "waiting",
     )
 
-    restored: Mapping[tuple[int, str], Committed]
-    places: dict[str, int]
-    on_cancel: Callable[[], None] | None
-    undelivered: Sequence[AttemptRow] = ()  # A process that lives tells its hooks.
-    reads_rows = True  # And never an output whose picture is in its row.
-    address = ""
-    epoch = 0
-    charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there.
-    tried: Mapping[tuple[int, str], Tried] = {}
-
     def __init__(self, run: MemoryRun, request: RunRequest) -> None:
-        given = request.schema.snapshot(request.initial_state)
-        held = run.held()
-        way = "begin" if held is None else decide(request, held, run.input == given)
-        self.continued, self.finished, self.on_cancel = way == "continue", None, None
-        if way != "begin":
+        initial = request.schema.snapshot(request.initial_state)
+        last = run.last_execution()
+        action = "begin" if last is None else decide(request, last, run.input == initial)
+        self.continued, self.finished, self.on_cancel = action == "continue", None, None
+        if action != "begin":
             self._continue(run, request)
-        if way == "continue" and run.cancelled and run.status not in ENDED:
-            # Acknowledged, and its owner stopped before it knew.
-            run.status, run.error, way, self.continued = "CANCELLED", None, "return", False
+        if action == "continue" and run.cancelled and run.status not in ENDED:
+            # cancel() was acknowledged, and the owner stopped before it noticed.
+            run.status, run.error, action, self.continued = "CANCELLED", None, "return", False
             run.epoch += 1
         run.cancelled = False
-        #: How the run had completed, and how many attempts it had then.
-        self._was: tuple[str, str | None, int] | None = None
-        if way == "continue" and run.status in COMPLETE and request.discard_from is None:
-            self._was = run.status, run.error, _recorded(run)
-        if way == "return":
+        #: Status and error of a completed run, and the number of its attempts: end() restores them if none was added.
+        self._completion: tuple[str, str | None, int] | None = None
+        if action == "continue" and run.status in COMPLETE and request.discard_from is None:
+            self._completion = run.status, run.error, _count_attempts(run)
+        if action == "return":
             self.finished = Finished(run.status, run.error)
-        elif way == "begin":
-            if run.execution or run.kept:
-                run.forget()
+        elif action == "begin":
+            if run.execution or run.states:
+                run.discard_execution()
             run.execution += 1
-            run.input, run.pipeline, run.schema = given, request.pipeline, request.schema
-            run.begins()
-            self.restored, self.prior = _NOTHING_RESTORED, _NOTHING_SPENT
-        if way != "return":
+            run.input, run.pipeline, run.schema = initial, request.pipeline, request.schema
+            run.start_execution()
+            self.restored, self.prior = _NOTHING_RESTORED, _NO_PRIOR_USAGE
+        if action != "return":
             run.status, run.error = "RUNNING", None
             if request.tags:
                 run.tags = tuple(dict.fromkeys((*run.tags, *request.tags)))
             run.epoch += 1
-            run.session = weakref.ref(self) if request.ends else nobody
+            run.session = weakref.ref(self) if request.ends else no_session
         self.execution, self._epoch = run.execution, run.epoch
-        self._run, self._kept, self._spent = run, run.kept, run.spent
+        self._run, self._states, self._other_rows = run, run.states, run.other_rows
         self._calls, self.waiting, self.traceparent = run.calls, dict(run.waiting), run.traceparent
         self.places = run.places
 
     def _continue(self, run: MemoryRun, request: RunRequest) -> None:
         commits = {
-            position_of(key): Committed(node_id, snapshot, contract, run.calls.get(key), schema)
-            for key, (node_id, schema, snapshot, contract, _) in reversed(list(run.entries()))
-            if not isinstance(key, str) and not (request.apart and request.is_apart(*position_of(key)))
+            position_of(key): Committed(
+                state.node_id, state.snapshot, state.contract, run.calls.get(key), state.schema
+            )
+            for key, state in reversed(list(run.newest_states()))
+            if not isinstance(key, str)
+            and not (request.lazily_loaded and request.is_lazily_loaded(*position_of(key)))
         }
-        request = request.going_on(commits)
+        request = request.resolve_discard(commits)
         first = request.discard_from
-        restored = request.accepted(commits)
+        restored = request.accept_commits(commits)
         if first is not None:
-            for key in [k for k in run.kept if not isinstance(k, str) and position_of(k)[0] >= first]:
-                row = row_of(run.kept.pop(key))
-                if row is not None:  # Discarded, but paid for.
-                    run.spent.append(row)
+            for key in [k for k in run.states if not isinstance(k, str) and position_of(k)[0] >= first]:
+                row = row_of(run.states.pop(key))
+                if row is not None:  # The output is discarded; its cost still counts.
+                    run.other_rows.append(row)
             run.waiting = {at: waiting for at, waiting in run.waiting.items() if at[0] < first}
         self.restored = restored
-        self.prior = PriorUsage(*run.used())
+        self.prior = PriorUsage(*run.usage())
 
     def record(
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
@@ -127,7 +126,7 @@ class _MemorySession:
         if self._run.epoch != self._epoch:
             raise _fenced()
         if schema is None or output is None:
-            self._spent.append(row)
+            self._other_rows.append(row)
             return
         branch = row.branch
         key = (row.position, branch) if branch else row.position
@@ -141,44 +140,43 @@ class _MemorySession:
             and schemas is not None
             and schemas[1] is schema
         ):
-            entry: AttemptRow | Kept = row
-        else:  # The row's picture is for people.
-            entry = (row.node_id, schema, schema.snapshot(output), contract_of(row, schema), row)
-        before = self._kept.setdefault(key, entry)
+            entry: AttemptRow | SavedState = row
+        else:  # The snapshot in the row is for display only.
+            entry = SavedState(row.node_id, schema, schema.snapshot(output), contract_of(row, schema), row)
+        before = self._states.setdefault(key, entry)
         if before is not entry:
             self._replace(key, before, entry)
 
-    def _replace(self, key: Key, before: AttemptRow | Kept, entry: AttemptRow | Kept) -> None:
-        """A place is committed again: what stood there is history, and paid for."""
-        del self._kept[key]
-        self._kept[key] = entry
+    def _replace(self, key: Key, before: AttemptRow | SavedState, entry: AttemptRow | SavedState) -> None:
+        """Replace a committed output; the attempt that it came from stays in the history."""
+        del self._states[key]
+        self._states[key] = entry
         row = row_of(before)
         if row is not None:
-            self._spent.append(row)
+            self._other_rows.append(row)
 
     def committed(self, position: int, branches: Sequence[str]) -> dict[str, Committed]:
-        found: dict[str, Committed] = {}
+        commits: dict[str, Committed] = {}
         for branch in branches:
             key = (position, branch)
-            entry = self._kept.get(key)
+            entry = self._states.get(key)
             if entry is not None:
-                node_id, schema, snapshot, contract, _ = self._run.entry(entry)
-                found[branch] = Committed(node_id, snapshot, contract, self._calls.get(key), schema)
-        return found
+                state = as_state(entry)
+                commits[branch] = Committed(
+                    state.node_id, state.snapshot, state.contract, self._calls.get(key), state.schema
+                )
+        return commits
 
-    def delivered(self, row: AttemptRow) -> None:
-        return None
-
-    def note_trouble(
+    def record_failure_site(
         self, position: int, branch: str, attempt: int, started_ns: int, write: Callable[[], bytes]
     ) -> None:
-        """Keep where an attempt failed, in place of what failed there before; it is written down when it is asked for."""
+        """See Session. The frames are encoded when they are read."""
         if self._run.epoch == self._epoch:
-            self._run.troubles[position, branch] = (attempt, started_ns, write)
+            self._run.failure_sites[position, branch] = (attempt, started_ns, write)
 
     def note_call(self, position: int, identity: str) -> None:
         if self._run.epoch == self._epoch:
-            self.places[identity] = position
+            self._run.places[identity] = position
 
     def note_traceparent(self, traceparent: str) -> None:
         if self._run.epoch == self._epoch:
@@ -195,29 +193,29 @@ class _MemorySession:
             if self._run.epoch != self._epoch:
                 raise _fenced()
             status = str(status)
-            if self._was is not None and status in COMPLETE and self._was[2] == _recorded(self._run):
-                status, error = self._was[:2]  # A resume that had nothing to do leaves the run as it was.
+            before = self._completion
+            if before is not None and status in COMPLETE and before[2] == _count_attempts(self._run):
+                status, error = before[:2]  # A resume without anything to do leaves the run unchanged.
             self._run.status, self._run.error = status, error
             self.abandon()
 
     def abandon(self) -> None:
         if self._run.epoch == self._epoch:
-            self._run.session = nobody
+            self._run.session = no_session
 
 
-def _recorded(run: MemoryRun) -> int:
-    return len(run.kept) + len(run.spent)
+def _count_attempts(run: MemoryRun) -> int:
+    return len(run.states) + len(run.other_rows)
 
 
 def _fenced() -> Fenced:
     return Fenced(
-        "the run was taken over or deleted meanwhile; nothing more of this execution is kept, see what the other one "
-        "makes of it"
+        "the run was taken over or deleted; this execution records nothing more, see the result of the other one"
     )
 
 
-class _Memory(MemoryReading, MemoryCells):
-    """What the sync and the async store share. All calls are atomic: nothing here awaits."""
+class _MemoryStore(MemoryReader, MemoryCells):
+    """Base class of the sync and the async store. All calls are atomic: nothing here awaits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,12 +227,12 @@ class _Memory(MemoryReading, MemoryCells):
             run = self._runs[request.run_id] = MemoryRun()
         return _MemorySession(run, request)
 
-    # ---- as of every journal store
+    # ---- journal
 
     async def cancel(self, run_id: str) -> bool:
-        """Ask whoever is at work on a run to end it; a run that nobody holds is CANCELLED at once.
+        """Ask the owner of a run to end it; a run without an owner is CANCELLED at once.
 
-        False if it had ended already. Raises CheckpointNotFound.
+        Returns False if the run had ended. Raises CheckpointNotFound.
         """
         run = self._known(run_id)
         session = run.session()
@@ -249,14 +247,14 @@ class _Memory(MemoryReading, MemoryCells):
         return True
 
     async def signal(self, run_id: str, waiting: Waiting) -> None:
-        """Keep the answer that a node waits for; ``waiting`` with its payload.
+        """Store the answer that a node waits for; ``waiting`` has the payload.
 
-        Raises CheckpointNotFound, StoreError if the node has an answer or waits no longer.
+        Raises CheckpointNotFound, StoreError if the node is no longer waiting for an answer.
         """
         run, at = self._known(run_id), (waiting.position, waiting.branch)
         asked = run.waiting.get(at)
         if asked is None or asked.node_id != waiting.node_id or asked.payload not in (None, waiting.payload):
-            raise waits_no_longer(run_id, waiting)
+            raise not_waiting(run_id, waiting)
         run.waiting[at] = waiting
 
     async def fork(
@@ -268,43 +266,44 @@ class _Memory(MemoryReading, MemoryCells):
         edited: tuple[Schema, BaseModel] | None = None,
         state: tuple[Schema, BaseModel] | None = None,
     ) -> None:
-        """Make a new run of what a run committed before a position: ``edited`` in place of the last of that,
-        ``state`` in place of its input. Raises CheckpointNotFound, RunExists."""
-        source, run = self._known(run_id), MemoryRun()
-        if before and before - 1 not in source.kept:
+        """Copy what a run committed before a position into a new run, with ``edited`` in place of the last output and
+        ``state`` in place of the input. Raises CheckpointNotFound, RunExists."""
+        source, run, initial = self._known(run_id), MemoryRun(), state
+        if before and before - 1 not in source.states:
             raise CheckpointNotFound(
-                f"run {run_id!r} has no output at position {before - 1}, before which it is forked; fork at an earlier node"
+                f"run {run_id!r} has no output at position {before - 1}, so it cannot be forked before position {before}; fork at an earlier node"
             )
         taken = self._runs.get(check_id(new_run_id, "run id"))
         if taken is not None and taken.execution:
-            raise RunExists(f"run {new_run_id!r} exists already; give the fork another id")
-        for key, (node_id, schema, snapshot, contract, _) in reversed(list(source.entries())):
+            raise RunExists(f"run {new_run_id!r} already exists; use another id for the fork")
+        for key, saved in reversed(list(source.newest_states())):
             if not isinstance(key, str) and position_of(key)[0] < before:
+                copied = saved._replace(row=None)
                 if edited is not None and key == before - 1:
-                    schema, snapshot = edited[0], edited[0].snapshot(edited[1])
-                run.kept[key] = (node_id, schema, snapshot, contract, None)
+                    copied = copied._replace(schema=edited[0], snapshot=edited[0].snapshot(edited[1]))
+                run.states[key] = copied
         run.places = {identity: at for identity, at in source.places.items() if at < before}
         run.execution, run.parent, run.status = 1, run_id, "INTERRUPTED"
         run.pipeline, run.schema, run.input = source.pipeline, source.schema, source.input
-        run.begins()
-        if state is not None:
-            run.schema, run.input = state[0], state[0].snapshot(state[1])
+        run.start_execution()
+        if initial is not None:
+            run.schema, run.input = initial[0], initial[0].snapshot(initial[1])
         self._runs[new_run_id] = run
 
-    # ---- the simple protocol
+    # ---- simple protocol
 
     def _save(self, run_id: str, node_id: str, state: BaseModel) -> None:
         run = self._runs.setdefault(check_id(run_id, "run id"), MemoryRun())
         schema = schema_of(type(state))
-        run.kept.pop(check_id(node_id, "node id"), None)
-        run.kept[node_id] = (node_id, schema, schema.snapshot(state), schema.fingerprint, None)
+        run.states.pop(check_id(node_id, "node id"), None)
+        run.states[node_id] = SavedState(node_id, schema, schema.snapshot(state), schema.fingerprint, None)
 
     def _load(self, run_id: str, node_id: str) -> BaseModel | None:
         run = self._runs.get(run_id)
         if run is not None:
-            for _, (node, schema, snapshot, *_) in run.entries():
-                if node == node_id:
-                    return schema.restore(snapshot)
+            for _, saved in run.newest_states():
+                if saved.node_id == node_id:
+                    return saved.schema.restore(saved.snapshot)
         return None
 
     def _save_typed(self, run_id: str, node_id: str, state: BaseModel, schema: type[BaseModel]) -> None:
@@ -317,18 +316,18 @@ class _Memory(MemoryReading, MemoryCells):
     def _delete(self, run_id: str) -> None:
         run = self._runs.pop(run_id, None)
         if run is not None:
-            run.epoch += 1  # Whoever is at work on it is fenced off.
+            run.epoch += 1  # Fences off the session that has the run open.
 
 
 def coerce(state: BaseModel, schema: type[BaseModel]) -> BaseModel:
-    """The state as an instance of a schema. Raises TypeError for what is no schema, ValidationError if it cannot be."""
+    """Return a state as an instance of a schema. Raises TypeError if ``schema`` is no model, ValidationError."""
     if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
         raise TypeError("schema must be a BaseModel type")
     return schema_of(schema).convert(state)
 
 
 def as_schema(state: BaseModel, schema: type[BaseModel], run_id: str, node_id: str) -> BaseModel:
-    """A loaded state as an instance of a schema; raises CorruptCheckpoint if it is not one."""
+    """Return a loaded state as an instance of a schema. Raises CorruptCheckpoint if it is not one."""
     try:
         return coerce(state, schema)
     except TypeError:
@@ -341,8 +340,8 @@ def as_schema(state: BaseModel, schema: type[BaseModel], run_id: str, node_id: s
         ) from cause
 
 
-class InMemoryStore(_Memory):
-    """Keeps everything in this process; sync. What is not serialisable is kept as a copy."""
+class InMemoryStore(_MemoryStore):
+    """Store in the memory of this process, with sync calls. A state that is not serialisable is stored as a copy."""
 
     def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
         self._save(run_id, node_id, state)
@@ -362,8 +361,8 @@ class InMemoryStore(_Memory):
         self._delete(run_id)
 
 
-class AsyncInMemoryStore(_Memory):
-    """The same with async calls; the default of ``StromaRunner.quick``."""
+class AsyncInMemoryStore(_MemoryStore):
+    """Store in the memory of this process, with async calls. The default of ``StromaRunner.quick``."""
 
     async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
         self._save(run_id, node_id, state)

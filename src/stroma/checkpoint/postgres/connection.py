@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import psycopg
 
-from stroma.checkpoint.durable.rows import CellChange, Commit, Doing, change_together
+from stroma.checkpoint.durable.operations import CellChange, Commit, Transaction, apply_changes
 from stroma.checkpoint.durable.worker import Job
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.postgres.rows import PostgresRows, commit_query, commit_reply
-from stroma.checkpoint.postgres.server import Server, is_lost, is_misled, may_pass, pause
+from stroma.checkpoint.postgres.server import PostgresEndpoint, is_lost, is_misled, may_pass, pause
 
 __all__ = ["PostgresConnection", "stages"]
 
@@ -24,7 +24,7 @@ Database = psycopg.Connection[Any]
 _LOSSES = 3  # of connections, with the same operations under way: one of them may be what the server dies of
 
 
-class _Unreachable(Exception):
+class _PostgresUnreachable(Exception):
     """There is no connection, and so no use in trying the other operations."""
 
     def __init__(self, why: psycopg.Error | StoreError) -> None:
@@ -39,7 +39,7 @@ class PostgresConnection:
     operation finds out by itself, from the rows, what is there already.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: PostgresEndpoint) -> None:
         self.name = server.name
         self._server = server
         self._db: Database | None = None
@@ -60,7 +60,7 @@ class PostgresConnection:
                 for job in stage:
                     if id(job) in self._left:
                         self._alone(job)
-        except _Unreachable as gone:
+        except _PostgresUnreachable as gone:
             more()  # They would fail for the same reason, one after another.
             for job in [*self._left.values(), *batch[known:]]:
                 job.error = self._explain(gone.why)
@@ -89,7 +89,7 @@ class PostgresConnection:
 
         try:
             kept = self._try(commit, lambda _: False)
-        except _Unreachable:
+        except _PostgresUnreachable:
             raise
         except Exception:
             return  # One of them is at fault: alone, it spoils no other.
@@ -104,11 +104,11 @@ class PostgresConnection:
 
         def change(db: Database, _: bool) -> list[Any]:
             with db.transaction():
-                return change_together(PostgresRows(db), changes)
+                return apply_changes(PostgresRows(db), changes)
 
         try:
             told = self._try(change)
-        except _Unreachable:
+        except _PostgresUnreachable:
             raise
         except Exception:
             return  # One of them is at fault: alone, it spoils no other.
@@ -122,7 +122,7 @@ class PostgresConnection:
                 self._settle(job)
             else:  # Also for a commit that is fenced off, to say why.
                 self._settle(job, self._try(lambda db, doubt: _transact(db, operation, doubt)))
-        except _Unreachable:
+        except _PostgresUnreachable:
             raise
         except Exception as error:
             self._settle(job, error=self._explain(error))
@@ -169,10 +169,10 @@ class PostgresConnection:
             try:
                 self._db = self._server.connect()
             except StoreError as error:
-                raise _Unreachable(error) from error
+                raise _PostgresUnreachable(error) from error
             except psycopg.Error as error:
                 if not may_pass(error) or time.monotonic() > deadline:
-                    raise _Unreachable(error) from error
+                    raise _PostgresUnreachable(error) from error
                 tries += 1
                 pause(tries)
         return self._db
@@ -218,7 +218,7 @@ def stages(batch: list[Job]) -> list[list[Job]]:
 
 def _run_of(operation: Any) -> str | None:
     """The run that an operation concerns, if it is known to concern no other."""
-    return operation.run_id if isinstance(operation, (Commit, Doing)) else None
+    return operation.run_id if isinstance(operation, (Commit, Transaction)) else None
 
 
 def _send(db: Database, commit: Commit) -> psycopg.Cursor[Any]:
@@ -235,7 +235,7 @@ def _commit(db: Database, commit: Commit) -> bool:
 def _transact(db: Database, operation: Any, doubt: bool) -> Any:
     rows = PostgresRows(db)
     with db.transaction():
-        opening = operation.opening if isinstance(operation, Doing) else None
+        opening = operation.opening if isinstance(operation, Transaction) else None
         if doubt and opening is not None:
             # An owner's name is given once. A run that has it was opened by the try whose answer was lost, and the
             # session knows what that came to; opening again would be refused, or begin one more execution.

@@ -11,7 +11,7 @@ import psycopg
 from stroma.checkpoint.durable.rows import Rows
 from stroma.checkpoint.durable.worker import generation
 from stroma.checkpoint.postgres.rows import PostgresRows
-from stroma.checkpoint.postgres.server import Server, may_pass, pause
+from stroma.checkpoint.postgres.server import PostgresEndpoint, may_pass, pause
 
 __all__ = ["PostgresReader"]
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 class PostgresReader:
     """Reads, from any thread. Between calls it keeps one connection at most."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: PostgresEndpoint) -> None:
         self._server = server
         #: By generation: a forked child leaves its parent's connections alone.
         self._idle: dict[int, list[psycopg.Connection[Any]]] = {}

@@ -8,19 +8,16 @@ from typing import Any, Final, LiteralString
 
 import psycopg
 
+from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, require_undamaged
 from stroma.checkpoint.durable.rows import (
-    CANCEL,
-    SAVED,
-    Beside,
+    Annotation,
+    AttemptSummary,
     Fence,
     Opening,
+    RunExtras,
     RunRow,
     Step,
     StepRow,
-    Told,
-    readable_attempt,
-    readable_run,
-    sound,
 )
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.postgres.schema import SCHEMA_VERSION, key
@@ -219,7 +216,7 @@ class PostgresRows:
     def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
         if not lock:
             row = self._execute(_FIND, (key(run_id),)).fetchone()
-            return None if row is None else readable_run(row)
+            return None if row is None else parse_run(row)
         found, is_new = self._lock(run_id)
         if is_new:
             self._made = found
@@ -228,8 +225,8 @@ class PostgresRows:
     def _lock(self, run_id: str) -> tuple[RunRow, bool]:
         """The row of a run, made if need be, and whether it was; nobody else changes it, or makes another one."""
         row: Any = self._execute(_LOCK, (key(run_id), run_id)).fetchone()
-        found = readable_run(row[:-1])
-        sound(found)
+        found = parse_run(row[:-1])
+        require_undamaged(found)
         return found, row[-1]
 
     def begin(self, found: RunRow | None, opening: Opening) -> Fence:
@@ -246,7 +243,7 @@ class PostgresRows:
         self._tag(opening, run)
         return fence
 
-    def go_on(self, found: RunRow, opening: Opening) -> Fence:
+    def take_over(self, found: RunRow, opening: Opening) -> Fence:
         if opening.discard_from is not None:
             place = (found.run, found.execution, max(opening.discard_from, 0))
             self._execute(_DISCARDED, (self._execute(_DISCARD, place).rowcount, found.run))
@@ -274,7 +271,7 @@ class PostgresRows:
             values += place
         return [_step_row(row) for row in self._execute(query, values).fetchall()]
 
-    def some(self, run: int, execution: int, position: int, branches: Sequence[str]) -> list[StepRow]:
+    def steps_at(self, run: int, execution: int, position: int, branches: Sequence[str]) -> list[StepRow]:
         values = (run, execution, position, [key(branch) for branch in branches])
         return [_step_row(row) for row in self._execute(_SOME, values).fetchall()]
 
@@ -307,25 +304,25 @@ class PostgresRows:
 
     # ------------------------------------------------------------------ beside the commits
 
-    def keep(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
+    def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
         found, _ = self._lock(run_id)
         self._execute(_KEEP, (found.run, position, key(branch), branch, node_id, *step))
 
-    def kept(self, run: int, position: int, branch: str | None = None) -> list[StepRow]:
+    def annotations(self, run: int, position: int, branch: str | None = None) -> list[StepRow]:
         branch_key = None if branch is None else key(branch)
         found = self._execute(_KEPT, (run, position, branch_key, branch_key)).fetchall()
         return [_step_row(row) for row in found]
 
-    def drop(self, run: int, position: int, branch: str | None = None) -> None:
+    def delete_annotations(self, run: int, position: int, branch: str | None = None) -> None:
         branch_key = None if branch is None else key(branch)
         self._execute(_DROP, (run, position, branch_key, branch_key))
 
-    def wanted(self, runs: list[int]) -> list[int]:
-        found = {run for (run,) in self._execute(_WANTED, (runs, CANCEL)).fetchall()}
+    def cancel_requests(self, runs: list[int]) -> list[int]:
+        found = {run for (run,) in self._execute(_WANTED, (runs, Annotation.CANCEL)).fetchall()}
         return [run for run in runs if run in found]
 
-    def newest(self, run_id: str, node_id: str) -> StepRow | None:
-        row = self._execute(_NEWEST, (SAVED, key(run_id), node_id)).fetchone()
+    def newest_output(self, run_id: str, node_id: str) -> StepRow | None:
+        row = self._execute(_NEWEST, (Annotation.SAVED, key(run_id), node_id)).fetchone()
         return None if row is None else _step_row(row)
 
     def delete(self, run_id: str) -> None:
@@ -340,14 +337,14 @@ class PostgresRows:
 
     # ------------------------------------------------------------------ cells
 
-    def cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
+    def read_cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
         row: Any = self._execute(_LOCK_CELL if lock else _CELL, (key(name),)).fetchone()
         if row is None:
             row = self._execute(_NEW_CELL if lock else _CLOCK, (key(name), name) if lock else ()).fetchone()
         # An empty one is there only for the lock.
         return bytes(row[0]) or None, row[1]
 
-    def put_cell(self, name: str, data: bytes) -> None:
+    def write_cell(self, name: str, data: bytes) -> None:
         self._execute(_PUT_CELL, (data, key(name)))
 
     # ------------------------------------------------------------------ retention
@@ -356,7 +353,7 @@ class PostgresRows:
         ((now,),) = self._execute(_SERVER_CLOCK).fetchall()
         return int(now)
 
-    def expired(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
+    def expired_run_ids(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
         return [run_id for (run_id,) in self._execute(_EXPIRED, (before_ms, unfinished, limit)).fetchall()]
 
     def blobs(self) -> list[bytes]:
@@ -372,9 +369,9 @@ class PostgresRows:
             # Made of our own words alone: what is asked for goes as parameters.
             return self.db.execute(statement.encode(), values, binary=True).fetchall()
 
-        return find_runs(execute, readable_run, _DIALECT, query, limit=limit, after=after, look_at=look_at)
+        return find_runs(execute, parse_run, _DIALECT, query, limit=limit, after=after, look_at=look_at)
 
-    def beside(self, runs: list[RunRow], *, failed: int) -> list[Beside]:
+    def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:
         if not runs:
             return []
         ids = [found.run for found in runs]
@@ -383,10 +380,10 @@ class PostgresRows:
         if failed:
             wanted = (ids, [found.execution for found in runs], failed)
             for run, *attempt in self._execute(_FAILED, wanted).fetchall():
-                failures.setdefault(run, []).append(readable_attempt(attempt))
-        return [Beside(about[run][0], tuple(about[run][1]), failures.get(run, [])) for run in ids]
+                failures.setdefault(run, []).append(parse_attempt(attempt))
+        return [RunExtras(about[run][0], tuple(about[run][1]), failures.get(run, [])) for run in ids]
 
-    def ids(self, prefix: str, limit: int) -> list[str]:
+    def find_run_ids(self, prefix: str, limit: int) -> list[str]:
         lowest = prefix[:_INDEXED]
         last = lowest + _LAST_CHARACTERS
         ((number,),) = self._execute(_IS_MANY, (lowest, last, _MANY)).fetchall()
@@ -404,17 +401,17 @@ class PostgresRows:
             for row in self._execute(_OUTPUTS, (run, execution)).fetchall()
         }
         for *row, epoch in self._execute(_ATTEMPTS, (run, execution)).fetchall():
-            attempt = readable_attempt(row)
+            attempt = parse_attempt(row)
             yield attempt, outputs.get((epoch, *attempt[:4]))
 
     def attempt_page(
         self, run: int, execution: int, *, limit: int, after: str | None
-    ) -> tuple[list[Told], str | None]:
+    ) -> tuple[list[AttemptSummary], str | None]:
         epoch, position, started, number, branch = (-1, 0, 0, 0, "") if after is None else attempt_mark(after)
         place = (run, execution, epoch, position, started, key(branch), number, limit + 1)
         return attempt_page(self._execute(_ATTEMPT_PAGE, place).fetchall(), limit)
 
-    def attempts_at(self, run: int, execution: int, position: int, branch: str) -> list[Told]:
+    def attempts_at(self, run: int, execution: int, position: int, branch: str) -> list[AttemptSummary]:
         found = self._execute(_ATTEMPTS_AT, (run, execution, position, key(branch))).fetchall()
         return attempt_page(found, len(found))[0]
 

@@ -8,7 +8,7 @@ from typing import Any, Final, LiteralString
 import psycopg
 from psycopg import sql
 
-from stroma.checkpoint.durable.worker import lasting
+from stroma.checkpoint.durable.worker import permanent_error
 
 __all__ = ["SCHEMA_VERSION", "is_current", "is_ours", "key", "prepare"]
 
@@ -130,7 +130,7 @@ def prepare(db: psycopg.Connection[Any], schema: str, where: str, safe: set[int]
             return
         for older in range(_version(db, schema), SCHEMA_VERSION):
             if older not in _MIGRATIONS:
-                raise lasting(
+                raise permanent_error(
                     f'schema "{schema}" of {where} has format {older}, which no release wrote and this one does not read; '
                     "give another schema="
                 )
@@ -144,7 +144,7 @@ def _create(db: psycopg.Connection[Any], schema: str, where: str) -> None:
     found: Any = db.execute(_PLACE, (schema,)).fetchone()
     encoding, missing = found
     if encoding != "UTF8":
-        raise lasting(
+        raise permanent_error(
             f"{where} keeps text as {encoding}, which does not have every character; create a database "
             "WITH ENCODING 'UTF8' TEMPLATE template0, and give that one"
         )
@@ -170,11 +170,11 @@ def is_ours(db: psycopg.Connection[Any], schema: str, where: str, safe: set[int]
         return False
     needed = _meta(db, schema, "min_reader") if meta else None
     if needed is None:
-        raise lasting(
+        raise permanent_error(
             f'schema "{schema}" of {where} has tables of another program, or is damaged; give another schema='
         )
     if needed > SCHEMA_VERSION:
-        raise lasting(
+        raise permanent_error(
             f'schema "{schema}" of {where} was written by a newer stroma (its format is {needed}, this one reads up '
             f"to {SCHEMA_VERSION}); upgrade stroma, or give another schema="
         )
@@ -185,7 +185,7 @@ def _refuse_strangers(db: psycopg.Connection[Any], schema: str, where: str) -> N
     """Raise StoreError for a schema whose tables others control, or that runs programs of its own."""
     for name, what in db.execute(_STRANGERS, (schema,)).fetchall():
         subject = f'schema "{schema}" of {where}' + (f": {name}" if name else "")
-        raise lasting(
+        raise permanent_error(
             f"{subject} {what}; its statements would run as our role. Make a clean one: CREATE SCHEMA ... AUTHORIZATION "
             "CURRENT_USER, and give its name as schema="
         )

@@ -15,11 +15,11 @@ import psycopg
 from psycopg import conninfo
 from psycopg.types.numeric import Int8BinaryDumper, Int8Dumper
 
-from stroma.checkpoint.durable.worker import lasting
+from stroma.checkpoint.durable.worker import permanent_error
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.postgres import schema as tables
 
-__all__ = ["Server", "is_lost", "is_misled", "may_pass", "pause"]
+__all__ = ["PostgresEndpoint", "is_lost", "is_misled", "may_pass", "pause"]
 
 T = TypeVar("T")
 
@@ -110,7 +110,7 @@ class _Connection(psycopg.Connection[Any]):
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class PostgresEndpoint:
     """Which database a store keeps its runs in, and how it connects to that.
 
     Attributes:
@@ -126,7 +126,7 @@ class Server:
     safe: set[int] = field(default_factory=set, repr=False, compare=False)
 
     @classmethod
-    def at(cls, dsn: str, schema: str, patience_seconds: float) -> Server:
+    def at(cls, dsn: str, schema: str, patience_seconds: float) -> PostgresEndpoint:
         """Raises ValueError for what is no address; never with what it says, which may be a part of a password."""
         try:
             given = {k: str(v) for k, v in conninfo.conninfo_to_dict(dsn).items() if v is not None}
@@ -213,7 +213,7 @@ class Server:
     def _explain(self, error: Exception) -> StoreError:
         name, code, words = self.name, _code(error), " ".join(str(error).split())
         if not isinstance(error, psycopg.Error):
-            return lasting(f"{name} cannot keep this: {type(error).__name__}: {words}")
+            return permanent_error(f"{name} cannot keep this: {type(error).__name__}: {words}")
         if code == _LOCKED:
             return StoreError(
                 f"another session has held a lock on the run in {name} for 5 s; "
@@ -235,12 +235,12 @@ class Server:
                 "give the address of the primary, then resume"
             )
         if code == "42501":
-            return lasting(
+            return permanent_error(
                 f"{name} does not let us ({words}); have the schema {self.schema} made for this user: "
                 f'CREATE SCHEMA "{self.schema}" AUTHORIZATION ...'
             )
         if code.startswith("28") or code == "3D000" or (not code and _REFUSED.search(words)):
-            return lasting(
+            return permanent_error(
                 f"{name} refuses the connection ({words}); check the user, the password and the database"
             )
         if may_pass(error) or not code:
@@ -248,8 +248,8 @@ class Server:
                 f"{name} cannot be reached, or broke off ({words}); see whether it is up and lets us in, then resume"
             )
         if code.startswith(("22", "54")):
-            return lasting(f"{name} cannot keep this: {words}")
-        return lasting(f"{name} failed: {words}; if that is no fault of the server, report it")
+            return permanent_error(f"{name} cannot keep this: {words}")
+        return permanent_error(f"{name} failed: {words}; if that is no fault of the server, report it")
 
 
 def _defaults() -> dict[str, str]:

@@ -63,7 +63,7 @@ class PostgresStore(AsyncStates):
     ) -> None:
         _require_driver()
         from stroma.checkpoint.postgres.reader import PostgresReader
-        from stroma.checkpoint.postgres.server import Server
+        from stroma.checkpoint.postgres.server import PostgresEndpoint
 
         if not isinstance(schema, str) or not _SCHEMA.fullmatch(schema):
             raise ValueError(
@@ -72,7 +72,7 @@ class PostgresStore(AsyncStates):
             )
         super().__init__(Payloads(codec, blobs, blob_bytes, plain_until_migrated))
         self.schema = schema
-        self._server = Server.at(dsn, schema, _patience_seconds)
+        self._server = PostgresEndpoint.at(dsn, schema, _patience_seconds)
         self.address = f"{self._server.name}#{schema}"
         self._reader = PostgresReader(self._server)
         weakref.finalize(self, self._reader.close).atexit = False

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from stroma.checkpoint.durable.rows import CellChange, Commit, Rows, change_together, fenced
+from stroma.checkpoint.durable.operations import CellChange, Commit, apply_changes, fenced_error
+from stroma.checkpoint.durable.rows import Rows
 from stroma.checkpoint.durable.worker import Job
 from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.redis.line import Line
-from stroma.checkpoint.redis.rows import Changed, RedisRows, commit_command, kept_or_raise
-from stroma.checkpoint.redis.server import Link, Server
+from stroma.checkpoint.redis.rows import RedisRows, RunChanged, commit_command, is_recorded
+from stroma.checkpoint.redis.server import RedisEndpoint, RedisLink
 
 __all__ = ["RedisConnection", "perform"]
 
@@ -24,7 +24,7 @@ _LARGEST = (
 )  # bytes of output that are sent at once: a reply must come within the socket's timeout
 
 
-def perform(link: Link, ttl_ms: int | None, operation: Callable[[Rows], T]) -> T:
+def perform(link: RedisLink, ttl_ms: int | None, operation: Callable[[Rows], T]) -> T:
     """Do an operation as one transaction; again, if another process was faster.
 
     Raises what the operation raises, StoreError, or the driver's error.
@@ -36,7 +36,7 @@ def perform(link: Link, ttl_ms: int | None, operation: Callable[[Rows], T]) -> T
             value = operation(rows)
             rows.flush()
             return value
-        except Changed as error:
+        except RunChanged as error:
             if time.monotonic() > deadline:
                 raise StoreError(
                     f"other processes keep changing the same in {link.server.name}; see that one alone is at work on a run, "
@@ -46,7 +46,7 @@ def perform(link: Link, ttl_ms: int | None, operation: Callable[[Rows], T]) -> T
         pause = min(pause * 2, 0.1)
 
 
-class _Unreachable(Exception):
+class _RedisUnreachable(Exception):
     """The server does not answer, so there is no use in trying the other operations."""
 
     def __init__(self, why: Exception) -> None:
@@ -57,11 +57,11 @@ class _Unreachable(Exception):
 class RedisConnection:
     """See :class:`stroma.checkpoint.durable.worker.Connection`."""
 
-    def __init__(self, server: Server, ttl_ms: int | None) -> None:
+    def __init__(self, server: RedisEndpoint, ttl_ms: int | None) -> None:
         self.name = server.name
         self._server = server
         self._ttl_ms = ttl_ms
-        self._link: Line | None = None
+        self._link: RedisLink | None = None
         #: The jobs of the batch that are done, by identity.
         self._done: set[int] = set()
 
@@ -91,7 +91,7 @@ class RedisConnection:
             for job in batch:
                 if id(job) not in self._done:
                     self._do(link, job)
-        except _Unreachable as gone:
+        except _RedisUnreachable as gone:
             more()  # They would fail for the same reason, one after another.
             for job in batch:
                 if id(job) not in self._done:
@@ -105,12 +105,12 @@ class RedisConnection:
         if link is not None:
             link.close()
 
-    def _open(self) -> Line:
+    def _open(self) -> RedisLink:
         if self._link is None:
-            self._link = Line(self._server)
+            self._link = self._server.link()
         return self._link
 
-    def _commit(self, link: Link, jobs: list[Job]) -> None:
+    def _commit(self, link: RedisLink, jobs: list[Job]) -> None:
         sent: list[tuple[Job, Commit]] = []
         commands = []
         for job in jobs:
@@ -126,36 +126,36 @@ class RedisConnection:
         try:
             replies = link.send(commands, atomic=len(commands) > 1) if commands else []
         except Exception as error:
-            raise _Unreachable(error) from error
+            raise _RedisUnreachable(error) from error
         for (job, commit), reply in zip(sent, replies, strict=True):
             try:
                 if isinstance(reply, Exception):
                     raise reply
-                if not kept_or_raise(commit.fence.run, reply, self.name):
-                    raise fenced(RedisRows(link, None).find(commit.run_id), commit.run_id)
+                if not is_recorded(commit.fence.run, reply, self.name):
+                    raise fenced_error(RedisRows(link, None).find(commit.run_id), commit.run_id)
             except Exception as error:
                 job.error = self._explain(error)
             self._done.add(id(job))
 
-    def _one_cell(self, link: Link, jobs: list[Job]) -> None:
+    def _one_cell(self, link: RedisLink, jobs: list[Job]) -> None:
         """Changes of one cell, all or none of them; those that are not done by this are left."""
         changes = [job.operation for job in jobs if isinstance(job.operation, CellChange)]
         try:
-            told = perform(link, self._ttl_ms, lambda rows: change_together(rows, changes))
+            told = perform(link, self._ttl_ms, lambda rows: apply_changes(rows, changes))
         except Exception as error:
             if self._server.passes(error):
-                raise _Unreachable(error) from error
+                raise _RedisUnreachable(error) from error
             return  # One of them is at fault: alone, it spoils no other.
         for job, value in zip(jobs, told, strict=True):
             job.value = value
             self._done.add(id(job))
 
-    def _do(self, link: Link, job: Job) -> None:
+    def _do(self, link: RedisLink, job: Job) -> None:
         try:
             job.value = perform(link, self._ttl_ms, job.operation)
         except Exception as error:
             if self._server.passes(error):
-                raise _Unreachable(error) from error
+                raise _RedisUnreachable(error) from error
             job.error = self._explain(error)
         self._done.add(id(job))
 

@@ -6,24 +6,25 @@ import json
 from typing import Any, Final
 from urllib.parse import quote
 
-from stroma.checkpoint.durable.rows import RunRow, Step, StepRow, readable_run
+from stroma.checkpoint.durable.integrity import parse_run
+from stroma.checkpoint.durable.rows import RunRow, Step, StepRow
 
 __all__ = [
-    "Run",
+    "RedisRun",
+    "as_hash",
+    "as_text",
     "cell_prefix",
-    "found_row",
     "from_hex",
-    "lines",
+    "info_lines",
     "node_of",
     "pack",
     "pack_step",
-    "pairs",
     "payloads_of",
     "prefix_of",
     "read_head",
+    "read_run_row",
     "read_step",
     "step_row",
-    "text",
     "unpack",
 ]
 
@@ -31,7 +32,7 @@ __all__ = [
 _compact: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 
-class Run:
+class RedisRun:
     """A run as it was found, or as its session knows it.
 
     Attributes:
@@ -129,18 +130,18 @@ def step_row(place: str, node_id: str, value: bytes) -> StepRow:
 def _run_row(reply: list[Any], run_id: str) -> RunRow:
     """The row of a run; a damaged one, see readable_run(), if a field is missing or cannot be read."""
     now, fields, parent = reply
-    f = pairs(fields)
+    f = as_hash(fields)
     number: dict[str, Any] = {name: _number(f.get(name, b"0")) for name in _NUMBERS}
     texts = {name: _readable(f.get(name)) for name in ("pipeline", "status", "error", "owner", "token")}
     left = _number(f["until_ms"]) if "until_ms" in f else None
     values = (
-        Run(
+        RedisRun(
             run_id,
             str(texts["token"]),
             number["epoch"],
             number["version"],
             bool(parent),
-            text(f.get("beside", b"")),
+            as_text(f.get("beside", b"")),
         ),
         run_id if f.get("run_id") == run_id.encode() else f.get("run_id"),
         texts["pipeline"],
@@ -159,17 +160,17 @@ def _run_row(reply: list[Any], run_id: str) -> RunRow:
         number["tried"],
         number["kept"],
     )
-    return readable_run(values, run_id)
+    return parse_run(values, run_id)
 
 
-def found_row(reply: Any, run_id: str) -> RunRow:
+def read_run_row(reply: Any, run_id: str) -> RunRow:
     """The row of a run, damaged if its key holds something else. Raises any other error that the reply is."""
     if not isinstance(reply, Exception):
         return _run_row(reply, run_id)
     if "WRONGTYPE" not in f"{type(reply).__name__}: {reply}":
         raise reply
-    values = (Run(run_id, "", 0, 0), run_id, "", 0, None, None, *[0] * 5, None, 0, -1.0, 0, 0, 0)
-    return readable_run(values, run_id)
+    values = (RedisRun(run_id, "", 0, 0), run_id, "", 0, None, None, *[0] * 5, None, 0, -1.0, 0, 0, 0)
+    return parse_run(values, run_id)
 
 
 def _number(value: bytes) -> Any:
@@ -190,24 +191,24 @@ _NUMBERS: Final = (
 )  # fmt: skip
 
 
-def pairs(reply: Any) -> dict[str, bytes]:
+def as_hash(reply: Any) -> dict[str, bytes]:
     """A hash, as a server of either protocol gives it."""
     items = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
-    return {text(key): value for key, value in items}
+    return {as_text(key): value for key, value in items}
 
 
-def lines(info: Any) -> list[str]:
+def info_lines(info: Any) -> list[str]:
     """The lines of a reply to INFO, which some drivers have read already."""
     if isinstance(info, dict):
         return [f"{name}:{value}" for name, value in info.items()]
-    return text(info).splitlines()
+    return as_text(info).splitlines()
 
 
 def node_of(value: bytes) -> str:
-    return text(value.partition(b" ")[2])
+    return as_text(value.partition(b" ")[2])
 
 
-def text(value: Any) -> str:
+def as_text(value: Any) -> str:
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 

@@ -7,27 +7,28 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 from urllib.parse import quote, unquote_to_bytes
 
-from stroma.checkpoint.durable.rows import Beside, RunRow, Step, StepRow, Told, readable_attempt
+from stroma.checkpoint.durable.integrity import parse_attempt
+from stroma.checkpoint.durable.rows import AttemptSummary, RunExtras, RunRow, Step, StepRow
 from stroma.checkpoint.errors import CheckpointLost
 from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally, attempt_mark
 from stroma.checkpoint.redis.format import (
-    Run,
-    found_row,
-    lines,
+    RedisRun,
+    as_hash,
+    as_text,
+    info_lines,
     node_of,
-    pairs,
     prefix_of,
     read_head,
+    read_run_row,
     read_step,
     step_row,
-    text,
     unpack,
 )
 from stroma.checkpoint.redis.scripts import IDS, RUNS
-from stroma.checkpoint.redis.server import Link, script
+from stroma.checkpoint.redis.server import RedisLink, script_command
 from stroma.checkpoint.sql import attempt_page
 
-__all__ = ["PAGE", "RedisReading", "lost"]
+__all__ = ["PAGE", "RedisReader", "run_lost_error"]
 
 PAGE: Final = 200
 _TALLIED: Final = 200  # runs whose attempts are summed up
@@ -35,16 +36,18 @@ _AT_ONCE: Final = 20  # runs whose attempts are asked for in one round trip
 _LOOKED_AT: Final = 2000  # runs that the server goes through at once
 
 
-class RedisReading:
+class RedisReader:
     """The half of :class:`stroma.checkpoint.durable.rows.Rows` that tells of runs."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: RedisLink) -> None:
         self._link = link
 
     def runs(
         self, query: RunQuery, *, limit: int, after: str | None, look_at: int | None
     ) -> tuple[list[RunRow], str | None]:
-        self._link.send([script("stroma:", "sweep")])  # Whoever may only read is refused, and no harm done.
+        self._link.send(
+            [script_command("stroma:", "sweep")]
+        )  # Whoever may only read is refused, and no harm done.
         found: list[RunRow] = []
         seen_to: tuple[bytes, bytes] | None = None
         start_at = None if after is None else _marked(after)
@@ -52,7 +55,7 @@ class RedisReading:
             rows = {row.run_id: row for row in self._rows([run_id for run_id, _ in told])}
             for run_id, start in told:
                 # It is read after it was found, and may have become another one.
-                row = rows.get(text(run_id))
+                row = rows.get(as_text(run_id))
                 if row is None or not _still(row, query):
                     continue
                 found.append(row)
@@ -62,7 +65,9 @@ class RedisReading:
 
     def _more(self, start: bytes, run_id: bytes) -> str | None:
         """Where the next page begins, if any run is older: whether it is asked for, the next page tells."""
-        ((looked_at, *_),) = self._get(script("stroma:", "matching", start, run_id, "-inf", 1, b"", ""))
+        ((looked_at, *_),) = self._get(
+            script_command("stroma:", "matching", start, run_id, "-inf", 1, b"", "")
+        )
         return _mark(start, run_id) if looked_at else None
 
     def _matching(
@@ -80,7 +85,7 @@ class RedisReading:
         while looked_at >= most and (look_at is None or seen < look_at):
             start, before = place or (b"+inf", b"")
             about = (start, before, lowest, most, beginning, asked)
-            (looked_at, *end), ids = self._found(script("stroma:", "matching", *about))
+            (looked_at, *end), ids = self._found(script_command("stroma:", "matching", *about))
             seen += looked_at
             if looked_at < most or tuple(end) == place:
                 place = None
@@ -100,15 +105,17 @@ class RedisReading:
         ids = reply[3:]
         return reply[:3], list(zip(ids[::2], ids[1::2], strict=True))
 
-    def beside(self, runs: list[RunRow], *, failed: int) -> list[Beside]:
-        told: list[Beside] = []
+    def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:
+        told: list[RunExtras] = []
         for first in range(0, len(runs), PAGE):
             some = runs[first : first + PAGE]
-            replies = self._try(*(script(row.run.prefix, "beside", row.execution, failed) for row in some))
+            replies = self._try(
+                *(script_command(row.run.prefix, "beside", row.execution, failed) for row in some)
+            )
             told += map(_beside, replies)
         return told
 
-    def ids(self, prefix: str, limit: int) -> list[str]:
+    def find_run_ids(self, prefix: str, limit: int) -> list[str]:
         beginning = prefix.encode()
         low, high = b"[" + beginning, b"(" + beginning + b"\xff"  # No byte of UTF-8 is that high.
         (count,) = self._get(("ZLEXCOUNT", IDS, low, high))
@@ -148,27 +155,27 @@ class RedisReading:
     def _rows(self, ids: list[bytes]) -> list[RunRow]:
         if not ids:
             return []
-        names = [text(run_id) for run_id in ids]
-        replies = self._try(*(script(prefix_of(name), "find", name) for name in names))
+        names = [as_text(run_id) for run_id in ids]
+        replies = self._try(*(script_command(prefix_of(name), "find", name) for name in names))
         # Those whose keys have expired, or got lost, have no row any more.
         return [
-            found_row(reply, name)
+            read_run_row(reply, name)
             for name, reply in zip(names, replies, strict=True)
             if isinstance(reply, list | Exception)
         ]
 
-    def attempts(self, run: Run, execution: int) -> Iterator[tuple[Attempt, Step | None]]:
+    def attempts(self, run: RedisRun, execution: int) -> Iterator[tuple[Attempt, Step | None]]:
         attempts, steps = self._get(
             ("HGETALL", f"{run.prefix}attempts:{execution}"), ("HGETALL", f"{run.prefix}steps:{execution}")
         )
-        outputs = {place: read_step(value) for place, value in pairs(steps).items()}
+        outputs = {place: read_step(value) for place, value in as_hash(steps).items()}
         for epoch, attempt in _attempts(attempts):
             step, by = outputs.get(f"{attempt.position}:{attempt.branch}", (None, None))
             yield attempt, step if by in (None, [epoch, attempt.attempt, attempt.started_ns]) else None
 
     def attempt_page(
-        self, run: Run, execution: int, *, limit: int, after: str | None
-    ) -> tuple[list[Told], str | None]:
+        self, run: RedisRun, execution: int, *, limit: int, after: str | None
+    ) -> tuple[list[AttemptSummary], str | None]:
         # A hash has no order: the server tells all attempts for each page.
         first = None
         if after is not None:
@@ -178,28 +185,28 @@ class RedisReading:
         rest = [one for one in told if first is None or (one.epoch, one.attempt[:4]) > first]
         return attempt_page([(*one.attempt, one.epoch, one.size) for one in rest[: limit + 1]], limit)
 
-    def _told(self, runs: Sequence[tuple[Run, int]]) -> list[list[Told]]:
+    def _told(self, runs: Sequence[tuple[RedisRun, int]]) -> list[list[AttemptSummary]]:
         """Of each execution its attempts, in the order in which history is told, without outputs."""
-        replies = self._try(*(script(run.prefix, "told", execution) for run, execution in runs))
-        found: list[list[Told]] = []
+        replies = self._try(*(script_command(run.prefix, "told", execution) for run, execution in runs))
+        found: list[list[AttemptSummary]] = []
         for reply in replies:
             attempts, heads = (
                 ([], []) if isinstance(reply, Exception) else reply
             )  # Keys that hold something else.
-            outputs = {place: read_head(line) for place, line in pairs(heads).items()}
+            outputs = {place: read_head(line) for place, line in as_hash(heads).items()}
             told = []
             for epoch, attempt in _attempts(attempts):
                 size, by = outputs.get(f"{attempt.position}:{attempt.branch}", (None, None))
                 mine = by in (None, [epoch, attempt.attempt, attempt.started_ns])
-                told.append(Told(attempt, size if mine else None, epoch))
+                told.append(AttemptSummary(attempt, size if mine else None, epoch))
             found.append(told)
         return found
 
-    def attempts_at(self, run: Run, execution: int, position: int, branch: str) -> list[Told]:
+    def attempts_at(self, run: RedisRun, execution: int, position: int, branch: str) -> list[AttemptSummary]:
         (told,) = self._told([(run, execution)])
         return [one for one in told if (one.attempt.position, one.attempt.branch) == (position, branch)]
 
-    def failed_since(self, run: Run, execution: int, epoch: int) -> list[Attempt]:
+    def failed_since(self, run: RedisRun, execution: int, epoch: int) -> list[Attempt]:
         # As many as the server lists: the last 20.
         (listed,) = self._get(("LRANGE", f"{run.prefix}failed:{execution}", 0, -1))
         places = [at for at in listed if int(at.partition(b":")[0]) >= epoch]
@@ -240,7 +247,7 @@ class RedisReading:
         (seconds, micros), *found = self._get(
             ("TIME",), ("INFO", "server"), ("INFO", "persistence"), ("INFO", "memory")
         )
-        info = dict(line.split(":", 1) for part in found for line in lines(part) if ":" in line)
+        info = dict(line.split(":", 1) for part in found for line in info_lines(part) if ":" in line)
         risky = []
         if info.get("aof_enabled") == "0":
             risky.append(
@@ -252,7 +259,7 @@ class RedisReading:
         clock_ms = int(seconds) * 1000 + int(micros) // 1000
         return StoreFacts(f"Redis {info.get('redis_version', '?')}", 1, 1, clock_ms, tuple(risky))
 
-    def step_at(self, run: Run, execution: int, position: int, branch: str) -> StepRow | None:
+    def step_at(self, run: RedisRun, execution: int, position: int, branch: str) -> StepRow | None:
         place = f"{position}:{branch}"
         node, step = self._get(
             ("HGET", f"{run.prefix}nodes:{execution}", place),
@@ -273,7 +280,7 @@ class RedisReading:
         return self._link.send(commands)
 
 
-def lost(run_id: str, server: str) -> CheckpointLost:
+def run_lost_error(run_id: str, server: str) -> CheckpointLost:
     return CheckpointLost(
         f"what {server} kept of run {run_id!r} is gone, or older than what it acknowledged: it was evicted, flushed, or "
         "lost in a crash or failover; set appendonly yes, appendfsync always and maxmemory-policy noeviction, then "
@@ -284,7 +291,7 @@ def lost(run_id: str, server: str) -> CheckpointLost:
 def _attempts(reply: Any) -> list[tuple[int, Attempt]]:
     """(epoch, attempt) in the order in which history is told; of one that cannot be read, what its place says."""
     told: list[tuple[int, Attempt]] = []
-    for at, value in pairs(reply).items():
+    for at, value in as_hash(reply).items():
         epoch, *place, branch = [*at.split(":", 4), *[""] * 5][:5]
         if not all(number.isdecimal() and len(number) < 20 for number in (epoch, *place)):
             continue  # It has none.
@@ -292,13 +299,13 @@ def _attempts(reply: Any) -> list[tuple[int, Attempt]]:
         if header is None or len(header) != len(Attempt._fields):
             position, started, attempt = map(int, place)
             header = [position, started, branch, attempt, *[None] * (len(Attempt._fields) - 4)]
-        told.append((int(epoch), readable_attempt(header)))
+        told.append((int(epoch), parse_attempt(header)))
     told.sort(key=lambda one: (one[0], one[1][:4]))
     return told
 
 
 def _mark(start: bytes, run_id: bytes) -> str:
-    return f"{text(start)}.{quote(run_id, safe='')}"
+    return f"{as_text(start)}.{quote(run_id, safe='')}"
 
 
 def _place_of(told: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
@@ -318,18 +325,18 @@ def _still(row: RunRow, query: RunQuery) -> bool:
     return query.pipeline in (None, row.pipeline) and (not query.statuses or row.status in query.statuses)
 
 
-def _beside(reply: Any) -> Beside:
+def _beside(reply: Any) -> RunExtras:
     if isinstance(reply, Exception):
-        return Beside(None, (), [])  # Keys that hold something else.
+        return RunExtras(None, (), [])  # Keys that hold something else.
     beside, tags, attempts = reply
-    parent = next(iter(pairs(beside).values()), None)
+    parent = next(iter(as_hash(beside).values()), None)
     header = None if parent is None else unpack(parent)[0]
     failed = [
-        readable_attempt(facts)
+        parse_attempt(facts)
         for attempt in attempts
         if len(facts := unpack(attempt)[0] or []) == len(Attempt._fields)
     ]
-    return Beside(None if header is None else str(header[0]), _tags_of(tags), failed)
+    return RunExtras(None if header is None else str(header[0]), _tags_of(tags), failed)
 
 
 def _tags_of(data: bytes | None) -> tuple[str, ...]:
@@ -341,14 +348,14 @@ def _tags_of(data: bytes | None) -> tuple[str, ...]:
 
 def _asked(query: RunQuery) -> str:
     """What a run must be, as the script reads it; "" for any."""
-    text = query.text
+    as_text = query.text
     want = {
         "pipeline": query.pipeline,
         "statuses": dict.fromkeys(query.statuses, True) or None,
         "tag": query.tag,
         "class": query.failure_class,
         "node": query.node,
-        "text": None if text is None else "".join(ch.lower() if ch.isascii() else ch for ch in text),
+        "as_text": None if as_text is None else "".join(ch.lower() if ch.isascii() else ch for ch in as_text),
     }
     given = {name: value for name, value in want.items() if value is not None}
     return json.dumps(given) if given else ""

@@ -12,36 +12,38 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from stroma.checkpoint.durable.rows import PARENT, SAVED, Fence, Opening, RunRow, Step, StepRow, fenced, sound
+from stroma.checkpoint.durable.integrity import require_undamaged
+from stroma.checkpoint.durable.operations import fenced_error
+from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, RunRow, Step, StepRow
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.records import Attempt
 from stroma.checkpoint.redis.format import (
-    Run,
+    RedisRun,
+    as_hash,
+    as_text,
     cell_prefix,
-    found_row,
     from_hex,
     node_of,
     pack,
     pack_step,
-    pairs,
     payloads_of,
     prefix_of,
+    read_run_row,
     read_step,
     step_row,
-    text,
     unpack,
 )
-from stroma.checkpoint.redis.reader import PAGE, RedisReading, lost
+from stroma.checkpoint.redis.reader import PAGE, RedisReader, run_lost_error
 from stroma.checkpoint.redis.scripts import RUNS, TOMBSTONE_SECONDS
-from stroma.checkpoint.redis.server import Link, script
+from stroma.checkpoint.redis.server import RedisLink, script_command
 
-__all__ = ["Changed", "RedisRows", "commit_command", "kept_or_raise"]
+__all__ = ["RedisRows", "RunChanged", "commit_command", "is_recorded"]
 
 _ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "CANCELLED")
 
 
-class Changed(Exception):
+class RunChanged(Exception):
     """Another process changed the run since it was read; nothing was done."""
 
 
@@ -53,10 +55,10 @@ class _Write(NamedTuple):
     read: Callable[[Any], None]
 
 
-class RedisRows(RedisReading):
+class RedisRows(RedisReader):
     """See :class:`stroma.checkpoint.durable.rows.Rows`; whoever uses it calls :meth:`flush` at the end."""
 
-    def __init__(self, link: Link, ttl_ms: int | None) -> None:
+    def __init__(self, link: RedisLink, ttl_ms: int | None) -> None:
         super().__init__(link)
         self._ttl = "" if ttl_ms is None else str(ttl_ms)
         self._writes: list[_Write] = []
@@ -82,28 +84,28 @@ class RedisRows(RedisReading):
             if run_id not in self._claimed
         ]
         if len(writes) == 1 and not checks:
-            (reply,) = self._get(script(writes[0].prefix, *writes[0].values))
+            (reply,) = self._get(script_command(writes[0].prefix, *writes[0].values))
             replies = [reply]
         else:
             steps = [part for w in writes for part in (len(w.values) + 1, w.prefix, *w.values)]
             about = (os.urandom(8).hex(), json.dumps(checks))
-            (replies,) = self._get(script(writes[0].prefix, "together", *about, *steps))
+            (replies,) = self._get(script_command(writes[0].prefix, "together", *about, *steps))
             if replies == b"changed":
-                raise Changed
+                raise RunChanged
         for write, reply in zip(writes, replies, strict=False):  # They end with the first one that refuses.
             write.read(reply)
 
     # ------------------------------------------------------------------ runs
 
     def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
-        (reply,) = self._try(script(prefix_of(run_id), "find", run_id))
+        (reply,) = self._try(script_command(prefix_of(run_id), "find", run_id))
         if reply == b"lost":
-            raise lost(run_id, self._link.server.name)
+            raise run_lost_error(run_id, self._link.server.name)
         if lock and isinstance(reply, Exception):
             raise reply  # It may be another program's: nothing is written over it.
-        found = None if reply is None else found_row(reply, run_id)
+        found = None if reply is None else read_run_row(reply, run_id)
         if lock:
-            sound(found)
+            require_undamaged(found)
             self._locked[run_id] = found
         return found
 
@@ -118,7 +120,7 @@ class RedisRows(RedisReading):
         about = (opening.owner, token, execution, epoch, opening.pipeline, lease, data, _tags(opening))
         return self._claim("begin", (*old, *about), found, opening, token, execution, epoch)
 
-    def go_on(self, found: RunRow, opening: Opening) -> Fence:
+    def take_over(self, found: RunRow, opening: Opening) -> Fence:
         run, epoch = found.run, found.epoch + 1
         discard = "" if opening.discard_from is None else max(opening.discard_from, 0)
         lease = int(opening.lease_seconds * 1000)
@@ -137,23 +139,23 @@ class RedisRows(RedisReading):
         execution: int,
         epoch: int,
     ) -> Fence:
-        run = Run(opening.run_id, token, epoch, 1 if found is None else found.run.version + 1)
+        run = RedisRun(opening.run_id, token, epoch, 1 if found is None else found.run.version + 1)
         self._owners[opening.run_id] = opening.owner
         self._claimed.add(opening.run_id)
         self._append(run, operation, opening.run_id, *about)
         return Fence(run, execution, epoch, opening.owner, opening.lease_seconds)
 
-    def input(self, run: Run, execution: int) -> tuple[str, bytes, bytes] | None:
+    def input(self, run: RedisRun, execution: int) -> tuple[str, bytes, bytes] | None:
         token = ("HGET", f"{run.prefix}run", "token")
         before, value, after = self._get(token, ("HGET", f"{run.prefix}inputs", execution), token)
-        if {text(before), text(after)} != {run.token}:
-            raise Changed
+        if {as_text(before), as_text(after)} != {run.token}:
+            raise RunChanged
         if value is None:
-            raise lost(run.run_id, self._link.server.name)
+            raise run_lost_error(run.run_id, self._link.server.name)
         header, parts = unpack(value)
         return (str(header[0]), parts[0], from_hex(header[1])) if header else ("", value, b"")
 
-    def steps(self, run: Run, execution: int, apart: Sequence[tuple[int, str]] = ()) -> list[StepRow]:
+    def steps(self, run: RedisRun, execution: int, apart: Sequence[tuple[int, str]] = ()) -> list[StepRow]:
         if apart:
             return self._steps_but(run, execution, apart)
         state = ("HMGET", f"{run.prefix}run", "token", "epoch", "version", "kept")
@@ -163,16 +165,16 @@ class RedisRows(RedisReading):
             ("HGETALL", f"{run.prefix}steps:{execution}"),
             state,
         )
-        if before != after or [*map(text, before[:3])] != [run.token, str(run.epoch), str(run.version)]:
-            raise Changed
-        nodes, steps = pairs(nodes), pairs(steps)
+        if before != after or [*map(as_text, before[:3])] != [run.token, str(run.epoch), str(run.version)]:
+            raise RunChanged
+        nodes, steps = as_hash(nodes), as_hash(steps)
         if len(steps) != int(before[3]) or nodes.keys() != steps.keys():
-            raise lost(run.run_id, self._link.server.name)
+            raise run_lost_error(run.run_id, self._link.server.name)
         # In the order of their commits: a hash has none of its own.
         told = sorted(steps, key=lambda place: int(nodes[place].partition(b" ")[0]))
         return [step_row(place, node_of(nodes[place]), steps[place]) for place in told]
 
-    def _steps_but(self, run: Run, execution: int, apart: Sequence[tuple[int, str]]) -> list[StepRow]:
+    def _steps_but(self, run: RedisRun, execution: int, apart: Sequence[tuple[int, str]]) -> list[StepRow]:
         """Only some of the outputs: which there are stands in a hash of its own."""
         state = ("HMGET", f"{run.prefix}run", "token", "epoch", "version", "kept")
         before, nodes, count, after = self._get(
@@ -181,17 +183,19 @@ class RedisRows(RedisReading):
             ("HLEN", f"{run.prefix}steps:{execution}"),
             state,
         )
-        if before != after or [*map(text, before[:3])] != [run.token, str(run.epoch), str(run.version)]:
-            raise Changed
-        nodes = pairs(nodes)
+        if before != after or [*map(as_text, before[:3])] != [run.token, str(run.epoch), str(run.version)]:
+            raise RunChanged
+        nodes = as_hash(nodes)
         if len(nodes) != int(before[3]) or count != len(nodes):
-            raise lost(run.run_id, self._link.server.name)
+            raise run_lost_error(run.run_id, self._link.server.name)
         beginnings = tuple(f"{position}:{beginning}" for position, beginning in apart)
         wanted = [place for place in nodes if place.endswith(":") or not place.startswith(beginnings)]
         wanted.sort(key=lambda place: int(nodes[place].partition(b" ")[0]))
         return self._steps_at(run, execution, wanted, nodes)
 
-    def some(self, run: Run, execution: int, position: int, branches: Sequence[str]) -> list[StepRow]:
+    def steps_at(
+        self, run: RedisRun, execution: int, position: int, branches: Sequence[str]
+    ) -> list[StepRow]:
         places = [f"{position}:{branch}" for branch in branches]
         if not places:
             return []
@@ -200,23 +204,23 @@ class RedisRows(RedisReading):
         return self._steps_at(run, execution, list(nodes), nodes)
 
     def _steps_at(
-        self, run: Run, execution: int, places: list[str], nodes: Mapping[str, bytes]
+        self, run: RedisRun, execution: int, places: list[str], nodes: Mapping[str, bytes]
     ) -> list[StepRow]:
         told: list[StepRow] = []
         for first in range(0, len(places), PAGE):
             part = places[first : first + PAGE]
             (values,) = self._get(("HMGET", f"{run.prefix}steps:{execution}", *part))
             if None in values:
-                raise lost(run.run_id, self._link.server.name)
+                raise run_lost_error(run.run_id, self._link.server.name)
             told += (
                 step_row(place, node_of(nodes[place]), value)
                 for place, value in zip(part, values, strict=True)
             )
         return told
 
-    def identities(self, run: Run, execution: int) -> list[tuple[str, int]]:
+    def identities(self, run: RedisRun, execution: int) -> list[tuple[str, int]]:
         (reply,) = self._get(("HGETALL", f"{run.prefix}called:{execution}"))
-        return [(identity, int(position)) for identity, position in pairs(reply).items()]
+        return [(identity, int(position)) for identity, position in as_hash(reply).items()]
 
     def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
         # False, were it told now, would be Fenced: that is raised when the reply is there.
@@ -235,14 +239,14 @@ class RedisRows(RedisReading):
     def is_whole(self, found: RunRow) -> bool:
         return True  # steps() and the claim look at that themselves: both at one moment with what they read.
 
-    def was_deleted(self, run: Run) -> bool:
+    def was_deleted(self, run: RedisRun) -> bool:
         (there,) = self._get(("EXISTS", f"{run.prefix}gone:{run.token}"))
         return bool(there)
 
     def renew(self, fences: list[Fence]) -> None:
         replies = self._link.send(
             [
-                script(f.run.prefix, "renew", f.run.token, f.epoch, f.owner, f.run.version, _lease(f))
+                script_command(f.run.prefix, "renew", f.run.token, f.epoch, f.owner, f.run.version, _lease(f))
                 for f in fences
             ]
         )
@@ -250,32 +254,32 @@ class RedisRows(RedisReading):
             if isinstance(reply, int):  # The next commit finds out what else there is to say.
                 fence.run.version = max(fence.run.version, reply)
 
-    def _append(self, run: Run, *values: Any) -> None:
+    def _append(self, run: RedisRun, *values: Any) -> None:
         """Have something written as a session, or raise why that is refused."""
         self._writes.append(_Write(run.prefix, values, lambda reply: self._settle(run, reply)))
 
-    def _settle(self, run: Run, reply: Any) -> None:
+    def _settle(self, run: RedisRun, reply: Any) -> None:
         if reply == b"changed":
-            raise Changed
-        if not kept_or_raise(run, reply, self._link.server.name):
-            raise fenced(self.find(run.run_id), run.run_id)
+            raise RunChanged
+        if not is_recorded(run, reply, self._link.server.name):
+            raise fenced_error(self.find(run.run_id), run.run_id)
 
     # ------------------------------------------------------------------ beside the commits
 
-    def keep(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
-        if position == SAVED:
+    def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
+        if position == Annotation.SAVED:
             value = pack_step(step, 0, 0, 0)
             self._write(prefix_of(run_id), "save", branch, value, self._ttl)
             return
         value = pack([node_id], pack_step(step, 0, 0, 0))
-        self._write(prefix_of(run_id), "keep", self._owners.get(run_id, ""), position, branch, value)
+        self._write(prefix_of(run_id), "keep", self._owners.get(run_id, ""), int(position), branch, value)
 
-    def kept(self, run: Run, position: int, branch: str | None = None) -> list[StepRow]:
-        if position == PARENT and not run.parent:
+    def annotations(self, run: RedisRun, position: int, branch: str | None = None) -> list[StepRow]:
+        if position == Annotation.PARENT and not run.parent:
             return []
         if branch is None:
             (reply,) = self._get(("HGETALL", f"{run.prefix}beside:{position}"))
-            values = sorted(pairs(reply).items())
+            values = sorted(as_hash(reply).items())
         else:
             (reply,) = self._get(("HGET", f"{run.prefix}beside:{position}", branch))
             values = [] if reply is None else [(branch, reply)]
@@ -286,16 +290,16 @@ class RedisRows(RedisReading):
             found.append(StepRow(position, branch, node_id, read_step(data)[0]))
         return found
 
-    def drop(self, run: Run, position: int, branch: str | None = None) -> None:
+    def delete_annotations(self, run: RedisRun, position: int, branch: str | None = None) -> None:
         branches = () if branch is None else (branch,)
-        self._write(run.prefix, "drop", self._owners.get(run.run_id, ""), position, *branches)
+        self._write(run.prefix, "drop", self._owners.get(run.run_id, ""), int(position), *branches)
 
-    def wanted(self, runs: list[Run]) -> list[Run]:
+    def cancel_requests(self, runs: list[RedisRun]) -> list[RedisRun]:
         replies = self._get(*(("EXISTS", f"{run.prefix}beside:-3") for run in runs)) if runs else []
         return [run for run, there in zip(runs, replies, strict=True) if there]
 
-    def newest(self, run_id: str, node_id: str) -> StepRow | None:
-        (reply,) = self._get(script(prefix_of(run_id), "newest", node_id))
+    def newest_output(self, run_id: str, node_id: str) -> StepRow | None:
+        (reply,) = self._get(script_command(prefix_of(run_id), "newest", node_id))
         now, saved, order, place, value, _ = [*reply, None][:6]
         if saved is not None:
             head, _, data = saved.partition(b"\n")
@@ -305,7 +309,7 @@ class RedisRows(RedisReading):
                     step, header = read_step(data)
                     if header is None:
                         raise ValueError("it is not in our format")
-                    return StepRow(SAVED, node_id, node_id, step)
+                    return StepRow(Annotation.SAVED, node_id, node_id, step)
             except ValueError as error:
                 raise CorruptCheckpoint(
                     f"the checkpoint of node {node_id!r} in run {run_id!r} cannot be read back: {error}; save it again"
@@ -313,7 +317,7 @@ class RedisRows(RedisReading):
         if place is None:
             return None
         if value is None:
-            raise lost(run_id, self._link.server.name)
+            raise run_lost_error(run_id, self._link.server.name)
         return step_row(place.decode(), node_id, value)
 
     def delete(self, run_id: str) -> None:
@@ -322,17 +326,17 @@ class RedisRows(RedisReading):
     def _write(self, prefix: str, operation: str, *values: Any) -> None:
         def read(reply: Any) -> None:
             if reply == b"changed":
-                raise Changed
+                raise RunChanged
 
         self._writes.append(_Write(prefix, (operation, *values), read))
 
     # ------------------------------------------------------------------ cells
 
-    def cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
-        ((now, self._numbers[name], data),) = self._get(script(cell_prefix(name), "cell"))
+    def read_cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
+        ((now, self._numbers[name], data),) = self._get(script_command(cell_prefix(name), "cell"))
         return data, now
 
-    def put_cell(self, name: str, data: bytes) -> None:
+    def write_cell(self, name: str, data: bytes) -> None:
         self._write(cell_prefix(name), "put_cell", self._numbers[name], os.urandom(8).hex(), data)
 
     # ------------------------------------------------------------------ retention
@@ -341,7 +345,7 @@ class RedisRows(RedisReading):
         ((seconds, micros),) = self._get(("TIME",))
         return int(seconds) * 1000 + int(micros) // 1000
 
-    def expired(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
+    def expired_run_ids(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
         # What only save() kept expires by itself, or was meant to stay.
         found: list[str] = []
         start = 0
@@ -374,7 +378,7 @@ class RedisRows(RedisReading):
 
 def commit_command(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[Any, ...]:
     """What keeps an attempt, its usage and its output, and renews the lease."""
-    return script(fence.run.prefix, *commit_values(fence, attempt, step))
+    return script_command(fence.run.prefix, *commit_values(fence, attempt, step))
 
 
 def commit_values(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[Any, ...]:
@@ -392,10 +396,10 @@ def commit_values(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[An
     return ("commit", *held, at, pack(list(attempt)), *sums, failed, *output)
 
 
-def kept_or_raise(run: Run, reply: Any, server: str) -> bool:
+def is_recorded(run: RedisRun, reply: Any, server: str) -> bool:
     """Whether a session's write was done; False if its fence is in the way. Raises CheckpointLost, StoreError."""
     if reply == b"lost":
-        raise lost(run.run_id, server)
+        raise run_lost_error(run.run_id, server)
     if isinstance(reply, int):
         run.version = max(run.version, reply)
         return True

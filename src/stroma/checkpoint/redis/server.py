@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
-from stroma.checkpoint.durable.worker import lasting
+from stroma.checkpoint.durable.worker import permanent_error
 from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.redis.format import lines, pairs, text
+from stroma.checkpoint.redis.format import as_hash, as_text, info_lines
 from stroma.checkpoint.redis.scripts import SCRIPT, SHA
 
-__all__ = ["Link", "Server", "script"]
+__all__ = ["RedisEndpoint", "RedisLink", "script_command"]
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ _warned: Final[set[str]] = set()
 _LARGEST: Final = 512 * 1024 * 1024
 
 
-class Server:
+class RedisEndpoint:
     """One server, and the driver that talks to it. Shared by all threads of a store.
 
     Attributes:
@@ -59,19 +59,24 @@ class Server:
         self._url = url
         self._looked = False
 
-    def link(self) -> Link:
+    def link(self) -> RedisLink:
         """Connections of its own, made when they are first used."""
-        return Link(self, self.client())
+        return RedisLink(self, self.client())
 
     def client(self) -> Any:
         """The driver's client, with connections of its own."""
         redis = self._driver
-        # What is tried again, and for how long, is decided here alone. The URL's own options go before.
+        options: dict[str, Any] = {}
+        if (maintenance := getattr(redis, "maint_notifications", None)) is not None:
+            # With these notifications, the driver uses a connection on which a reply is left over.
+            options["maint_notifications_config"] = maintenance.MaintNotificationsConfig(enabled=False)
+        # Link decides what is retried, and for how long. Options in the URL take precedence.
         client = redis.Redis.from_url(
             self._url,
             socket_connect_timeout=_CONNECT_SECONDS,
             socket_timeout=_REPLY_SECONDS,
             retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0),
+            **options,
         )
         client.connection_pool.connection_kwargs["decode_responses"] = False
         return client
@@ -117,22 +122,24 @@ class Server:
         if isinstance(error, StoreError):
             return error
         if not self.is_driver_error(error):
-            told = lasting(f"{name} cannot keep this: {type(error).__name__}: {error}")
+            told = permanent_error(f"{name} cannot keep this: {type(error).__name__}: {error}")
         elif _says(
             error, "AuthenticationError", "AuthorizationError", "NOAUTH", "NOPERM", "NoPermissionError"
         ):
-            told = lasting(
+            told = permanent_error(
                 f"{name} refused the user of the URL ({said}); correct the user and the password, and allow it the "
                 "keys stroma:*, EVALSHA and SCRIPT LOAD"
             )
         elif _says(error, "MOVED", "MovedError", "CROSSSLOT", "CrossSlotError", "ClusterDownError"):
-            told = lasting(f"{name} is part of a Redis Cluster ({said}); use a server that is not")
+            told = permanent_error(f"{name} is part of a Redis Cluster ({said}); use a server that is not")
         elif _says(error, "WRONGTYPE"):
-            told = lasting(
+            told = permanent_error(
                 f"{name} holds keys stroma:* of another program ({said}); use another database number"
             )
         elif _says(error, "would overflow", "out of range"):
-            told = lasting(f"{name} cannot add up what the run used ({said}); report less for one run")
+            told = permanent_error(
+                f"{name} cannot add up what the run used ({said}); report less for one run"
+            )
         elif _says(error, "OOM ", "OutOfMemoryError"):
             told = StoreError(
                 f"{name} is out of memory; raise maxmemory, or delete runs, then resume: nothing was evicted for it"
@@ -163,10 +170,10 @@ class Server:
         largest = settings.get("proto-max-bulk-len", "")
         self.largest = int(largest) if largest.isdecimal() else _LARGEST
         for problem in _problems(settings):
-            text = f"{self.name}: {problem}"
-            if text not in _warned:
-                _warned.add(text)
-                _log.warning("%s", text)
+            as_text = f"{self.name}: {problem}"
+            if as_text not in _warned:
+                _warned.add(as_text)
+                _log.warning("%s", as_text)
         self._looked = True
 
 
@@ -177,7 +184,7 @@ def _settings(ask: Callable[..., Any]) -> dict[str, str]:
         reply = ask("INFO", section)
         if isinstance(reply, Exception):
             continue
-        facts = dict(line.split(":", 1) for line in lines(reply) if ":" in line)
+        facts = dict(line.split(":", 1) for line in info_lines(reply) if ":" in line)
         if "aof_enabled" in facts:
             settings["appendonly"] = "no" if facts["aof_enabled"] == "0" else "yes"
         if "maxmemory_policy" in facts:
@@ -186,13 +193,13 @@ def _settings(ask: Callable[..., Any]) -> dict[str, str]:
         reply = ask("CONFIG", "GET", setting)
         if isinstance(reply, Exception):
             break
-        settings.update((key, text(value)) for key, value in pairs(reply).items())
+        settings.update((key, as_text(value)) for key, value in as_hash(reply).items())
     return settings
 
 
 def _says(error: BaseException, *words: str) -> bool:
-    text = f"{type(error).__name__}: {error}"
-    return any(word in text for word in words)
+    as_text = f"{type(error).__name__}: {error}"
+    return any(word in as_text for word in words)
 
 
 def _problems(settings: dict[str, str]) -> list[str]:
@@ -226,10 +233,10 @@ def _problems(settings: dict[str, str]) -> list[str]:
     return problems
 
 
-class Link:
+class RedisLink:
     """Connections to a server, and how commands are sent on them."""
 
-    def __init__(self, server: Server, client: Any) -> None:
+    def __init__(self, server: RedisEndpoint, client: Any) -> None:
         self.server = server
         self.client = client
 
@@ -245,7 +252,7 @@ class Link:
         largest = self.server.largest
         for value in command:
             if type(value) is bytes and (size := len(value)) > largest:
-                return lasting(
+                return permanent_error(
                     f"a payload of {size} bytes is larger than {self.server.name} takes (proto-max-bulk-len is "
                     f"{largest}); give the store blobs=, or raise that, then resume"
                 )
@@ -286,6 +293,6 @@ class Link:
         self.client.connection_pool.disconnect()
 
 
-def script(prefix: str, operation: str, *values: Any) -> tuple[Any, ...]:
+def script_command(prefix: str, operation: str, *values: Any) -> tuple[Any, ...]:
     """The command for an operation of the script."""
     return ("EVALSHA", SHA, 1, prefix, operation, *values)

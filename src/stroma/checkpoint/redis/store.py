@@ -17,7 +17,7 @@ from stroma.checkpoint.durable.store import DurableStore
 from stroma.checkpoint.durable.worker import generation
 from stroma.checkpoint.payloads import BlobStore, Codec, Payloads
 from stroma.checkpoint.redis.connection import RedisConnection, perform
-from stroma.checkpoint.redis.server import Link, Server
+from stroma.checkpoint.redis.server import RedisEndpoint, RedisLink
 
 __all__ = ["RedisStore", "SyncRedisStore"]
 
@@ -46,11 +46,11 @@ class _Journal(DurableStore):
                 f"ttl_seconds is {ttl_seconds!r}; give a number of seconds, or None to keep everything until it is deleted"
             )
         super().__init__(Payloads(codec, blobs, blob_bytes, plain_until_migrated))
-        self._server = Server(driver, redis_url, _patience_seconds)
+        self._server = RedisEndpoint(driver, redis_url, _patience_seconds)
         self.address = self._server.name
         self._ttl_ms = None if ttl_seconds is None else int(ttl_seconds * 1000)
         #: What the threads of callers read on. By generation: a forked child has its own.
-        self._links: dict[int, Link] = {}
+        self._links: dict[int, RedisLink] = {}
 
     def __repr__(self) -> str:
         ttl = None if self._ttl_ms is None else self._ttl_ms / 1000

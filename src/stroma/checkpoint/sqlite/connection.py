@@ -7,8 +7,8 @@ import itertools
 import sqlite3
 from collections.abc import Callable
 
-from stroma.checkpoint.durable.rows import Commit
-from stroma.checkpoint.durable.worker import Job, lasting
+from stroma.checkpoint.durable.operations import Commit
+from stroma.checkpoint.durable.worker import Job, permanent_error
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.sqlite.file import DatabaseFile, is_fatal
 from stroma.checkpoint.sqlite.rows import SqliteRows
@@ -108,7 +108,7 @@ class SqliteConnection:
         if isinstance(error, sqlite3.Error):
             told = self._file.explain(error)
         else:
-            told = lasting(f"{self.name} cannot keep this: {type(error).__name__}: {error}")
+            told = permanent_error(f"{self.name} cannot keep this: {type(error).__name__}: {error}")
         told.__cause__ = error
         return told
 

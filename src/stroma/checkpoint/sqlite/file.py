@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeVar
 
-from stroma.checkpoint.durable.worker import lasting
+from stroma.checkpoint.durable.worker import permanent_error
 from stroma.checkpoint.errors import StoreError
 
 __all__ = ["SCHEMA_VERSION", "Connect", "DatabaseFile", "connect", "is_fatal"]
@@ -162,7 +162,7 @@ class DatabaseFile:
     def open(self) -> sqlite3.Connection:
         """A connection to write with; the file is made (mode 0600) if need be. Raises StoreError."""
         if sqlite3.sqlite_version_info < _NEEDED_SQLITE:
-            raise lasting(
+            raise permanent_error(
                 f"SQLite {sqlite3.sqlite_version} is too old for {self.path}; use a Python with SQLite 3.37 or newer"
             )
         self._refuse_orphan()
@@ -184,7 +184,7 @@ class DatabaseFile:
         self._refuse_orphan()
         try:
             if not os.path.exists(self.path):
-                raise lasting(
+                raise permanent_error(
                     f"no such database: {self.path}; check the path, or run a pipeline with this store first"
                 )
             db = self.connect(self._uri("ro"))
@@ -242,27 +242,33 @@ class DatabaseFile:
                 "make room or mend it, then resume"
             )
         if kind == sqlite3.SQLITE_TOOBIG:
-            return lasting(
+            return permanent_error(
                 f"a payload is larger than {path} can hold in a row (a thousand million bytes); give the store blobs=, then "
                 "resume"
             )
         if kind == sqlite3.SQLITE_NOTADB:
-            return lasting(f"{path} is not a SQLite database; give another path, or move that file away")
+            return permanent_error(
+                f"{path} is not a SQLite database; give another path, or move that file away"
+            )
         if kind == sqlite3.SQLITE_CORRUPT:
-            return lasting(
+            return permanent_error(
                 f"{path} is damaged ({error}); restore it from a backup, or save what can be saved with "
                 "the `.recover` command of the sqlite3 shell"
             )
         if kind in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM) or isinstance(error, PermissionError):
-            return lasting(
+            return permanent_error(
                 f"{path} may not be written ({error}); check its permissions and those of its directory"
             )
         if isinstance(error, FileNotFoundError):
-            return lasting(f"there is no directory {os.path.dirname(path)}; create it, or give another path")
+            return permanent_error(
+                f"there is no directory {os.path.dirname(path)}; create it, or give another path"
+            )
         if kind == sqlite3.SQLITE_CANTOPEN:
-            return lasting(f"cannot open {path} ({error}); check its permissions and those of its directory")
+            return permanent_error(
+                f"cannot open {path} ({error}); check its permissions and those of its directory"
+            )
         if is_fatal(error):
-            return lasting(
+            return permanent_error(
                 f"the disk failed under {path} ({error}): what was acknowledged before is kept, nothing more is written; "
                 "check the disk, then resume in a new process"
             )
@@ -279,7 +285,7 @@ class DatabaseFile:
         # The file is written before its WAL, so this is no store that another process is making. But that process may
         # have been faster than the two looks.
         if not _size(self.path) and _size(wal) > _WAL_HEADER_BYTES:
-            raise lasting(
+            raise permanent_error(
                 f"{self.path} is damaged: it is missing or empty, and {wal} beside it holds commits; restore the file "
                 "from a copy, or delete both to begin anew"
             )
@@ -298,7 +304,9 @@ class DatabaseFile:
         # This can be "locked" when processes open a new file together.
         (mode,) = self.patiently(lambda: db.execute("PRAGMA journal_mode=WAL").fetchone())
         if mode != "wal":
-            raise lasting(f"{self.path} is on a file system without shared memory; put it on a local disk")
+            raise permanent_error(
+                f"{self.path} is on a file system without shared memory; put it on a local disk"
+            )
         db.execute(f"PRAGMA synchronous={self.synchronous}")
         if self.synchronous == "full":
             db.execute("PRAGMA fullfsync=1")  # On macOS an fsync alone leaves data in the drive's cache.
@@ -317,7 +325,7 @@ class DatabaseFile:
         self.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
         for version in range(self._version(db), SCHEMA_VERSION):  # Another process may have been faster.
             if version not in _MIGRATIONS:
-                raise lasting(
+                raise permanent_error(
                     f"{self.path} has format {version}, which no release wrote and this one does not read; give another path"
                 )
             for statement in _MIGRATIONS[version]:
@@ -347,16 +355,18 @@ class DatabaseFile:
                 self.plain.add(seen)
             rows = db.execute("SELECT v FROM meta WHERE k = 'min_reader'").fetchall()
             if not rows or not str(rows[0][0]).isdecimal():
-                raise lasting(f"{self.path} is damaged: it does not say its format; restore it from a backup")
+                raise permanent_error(
+                    f"{self.path} is damaged: it does not say its format; restore it from a backup"
+                )
             needed = int(rows[0][0])
             if needed > SCHEMA_VERSION:
-                raise lasting(
+                raise permanent_error(
                     f"{self.path} was written by a newer stroma (its format is {needed}, this one reads up to "
                     f"{SCHEMA_VERSION}); upgrade stroma, or give another path"
                 )
             return True
         if application or tables:
-            raise lasting(
+            raise permanent_error(
                 f"{self.path} is a SQLite database of another program, not a stroma store; give another path"
             )
         return False
@@ -364,12 +374,12 @@ class DatabaseFile:
     def _refuse_programs(self, db: sqlite3.Connection) -> None:
         """Raise StoreError for a file in which reading or writing a row can run what somebody else put there."""
         for kind, name in db.execute(_PROGRAMS):
-            raise lasting(
+            raise permanent_error(
                 f"{self.path} has a {kind} {name!r}, which a stroma store never has; drop it if it is yours, or give "
                 "another path"
             )
         for (name,) in db.execute(_NOT_PLAIN):
-            raise lasting(
+            raise permanent_error(
                 f"{self.path} has a table {name!r} that is not a plain STRICT table, as all of a stroma store are; drop it "
                 "if it is yours, or give another path"
             )

@@ -7,20 +7,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, require_undamaged
+from stroma.checkpoint.durable.operations import Commit
 from stroma.checkpoint.durable.owner import Owner, boot_id
-from stroma.checkpoint.durable.rows import (
-    Beside,
-    Commit,
-    Fence,
-    Opening,
-    RunRow,
-    Step,
-    StepRow,
-    Told,
-    readable_attempt,
-    readable_run,
-    sound,
-)
+from stroma.checkpoint.durable.rows import AttemptSummary, Fence, Opening, RunExtras, RunRow, Step, StepRow
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally, attempt_mark
 from stroma.checkpoint.sql import Dialect, attempt_page, find_runs, tally
@@ -157,7 +147,7 @@ class SqliteRows:
     def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
         row = self.db.execute(f"{_RUN} WHERE run_id = ?", (run_id,)).fetchone()
         found = None if row is None else _run_row(row)
-        return sound(found) if lock else found
+        return require_undamaged(found) if lock else found
 
     def begin(self, found: RunRow | None, opening: Opening) -> Fence:
         run = found.run if found is not None else self._new_run(opening.run_id)
@@ -169,7 +159,7 @@ class SqliteRows:
             self.db.execute(_UNTAG, (run,))
         return self._claim(run, execution, opening)
 
-    def go_on(self, found: RunRow, opening: Opening) -> Fence:
+    def take_over(self, found: RunRow, opening: Opening) -> Fence:
         if opening.discard_from is not None:
             place = (found.run, found.execution, max(opening.discard_from, 0))
             self.db.execute(_DISCARDED, (self.db.execute(_DISCARD, place).rowcount, found.run))
@@ -201,7 +191,7 @@ class SqliteRows:
             values += [position, len(beginning), beginning]
         return [_step_row(row) for row in self.db.execute(sql, values).fetchall()]
 
-    def some(self, run: int, execution: int, position: int, branches: Sequence[str]) -> list[StepRow]:
+    def steps_at(self, run: int, execution: int, position: int, branches: Sequence[str]) -> list[StepRow]:
         found: list[StepRow] = []
         for first in range(0, len(branches), _VALUES):
             part = branches[first : first + _VALUES]
@@ -264,22 +254,22 @@ class SqliteRows:
 
     # ------------------------------------------------------------------ beside the commits
 
-    def keep(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
+    def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
         found = self.find(run_id)
         run = self._new_run(run_id) if found is None else found.run
         self.db.execute(_STEP, (run, 0, position, branch, node_id, 0, 0, 0, *step))
 
-    def kept(self, run: int, position: int, branch: str | None = None) -> list[StepRow]:
+    def annotations(self, run: int, position: int, branch: str | None = None) -> list[StepRow]:
         return [_step_row(row) for row in self.db.execute(_KEPT, (run, position, branch)).fetchall()]
 
-    def drop(self, run: int, position: int, branch: str | None = None) -> None:
+    def delete_annotations(self, run: int, position: int, branch: str | None = None) -> None:
         self.db.execute(_DROP, (run, position, branch))
 
-    def wanted(self, runs: list[int]) -> list[int]:
+    def cancel_requests(self, runs: list[int]) -> list[int]:
         found = {run for (run,) in self.db.execute("SELECT run FROM steps WHERE position = -3").fetchall()}
         return [run for run in runs if run in found]
 
-    def newest(self, run_id: str, node_id: str) -> StepRow | None:
+    def newest_output(self, run_id: str, node_id: str) -> StepRow | None:
         row = self.db.execute(_NEWEST, (run_id, node_id)).fetchone()
         return None if row is None else _step_row(row)
 
@@ -291,11 +281,11 @@ class SqliteRows:
 
     # ------------------------------------------------------------------ cells
 
-    def cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
+    def read_cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
         row = self.db.execute("SELECT data FROM cells WHERE name = ?", (name,)).fetchone()
         return None if row is None else row[0], _now_ms()
 
-    def put_cell(self, name: str, data: bytes) -> None:
+    def write_cell(self, name: str, data: bytes) -> None:
         self.db.execute("INSERT OR REPLACE INTO cells (name, data) VALUES (?, ?)", (name, data))
 
     # ------------------------------------------------------------------ retention
@@ -303,7 +293,7 @@ class SqliteRows:
     def now_ms(self) -> int:
         return _now_ms()
 
-    def expired(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
+    def expired_run_ids(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
         rows = self.db.execute(_EXPIRED, (before_ms, unfinished, limit)).fetchall()
         return [run_id for (run_id,) in rows]
 
@@ -321,16 +311,16 @@ class SqliteRows:
 
         return find_runs(execute, _run_row, _DIALECT, query, limit=limit, after=after, look_at=look_at)
 
-    def beside(self, runs: list[RunRow], *, failed: int) -> list[Beside]:
+    def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:
         return [self._beside(found, failed) for found in runs]
 
-    def _beside(self, found: RunRow, failed: int) -> Beside:
+    def _beside(self, found: RunRow, failed: int) -> RunExtras:
         parent = self.db.execute(_PARENTS, (found.run,)).fetchone()
         tags = self.db.execute("SELECT tag FROM tags WHERE run = ?", (found.run,)).fetchall()
         rows = self.db.execute(_FAILED, (found.run, found.execution, failed)).fetchall() if failed else []
-        return Beside(parent and parent[0], tuple(tag for (tag,) in tags), list(map(readable_attempt, rows)))
+        return RunExtras(parent and parent[0], tuple(tag for (tag,) in tags), list(map(parse_attempt, rows)))
 
-    def ids(self, prefix: str, limit: int) -> list[str]:
+    def find_run_ids(self, prefix: str, limit: int) -> list[str]:
         first, last, size = prefix, prefix + _LAST_CHARACTERS, len(prefix)
         ((number,),) = self.db.execute(_IS_MANY, (first, last, _MANY)).fetchall()
         if number < _MANY:
@@ -344,17 +334,17 @@ class SqliteRows:
     def attempts(self, run: int, execution: int) -> Iterator[tuple[Attempt, Step | None]]:
         for row in self.db.execute(_ATTEMPTS, (run, execution)).fetchall():
             step = row[len(Attempt._fields) :]
-            yield readable_attempt(row[: len(Attempt._fields)]), None if step[2] is None else Step(*step)
+            yield parse_attempt(row[: len(Attempt._fields)]), None if step[2] is None else Step(*step)
 
     def attempt_page(
         self, run: int, execution: int, *, limit: int, after: str | None
-    ) -> tuple[list[Told], str | None]:
+    ) -> tuple[list[AttemptSummary], str | None]:
         epoch, position, started, number, branch = (-1, 0, 0, 0, "") if after is None else attempt_mark(after)
         place = (run, execution, epoch, position, started, branch, number, limit + 1)
         found = self.db.execute(_ATTEMPT_PAGE, place).fetchall()
         return attempt_page(found, limit)
 
-    def attempts_at(self, run: int, execution: int, position: int, branch: str) -> list[Told]:
+    def attempts_at(self, run: int, execution: int, position: int, branch: str) -> list[AttemptSummary]:
         found = self.db.execute(_ATTEMPTS_AT, (run, execution, position, branch)).fetchall()
         return attempt_page(found, len(found))[0]
 
@@ -392,7 +382,7 @@ def _step_values(fence: Fence, attempt: Attempt, step: Step) -> tuple[Any, ...]:
 
 
 def _run_row(row: Any) -> RunRow:
-    return readable_run((*row[:13], _left(row[11], row[13]), *row[14:]))
+    return parse_run((*row[:13], _left(row[11], row[13]), *row[14:]))
 
 
 def _step_row(row: Any) -> StepRow:

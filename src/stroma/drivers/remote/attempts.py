@@ -19,17 +19,14 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import (
     CheckpointManager,
-    Committed,
-    Finished,
     InMemoryStore,
-    PriorUsage,
     StepCall,
     StoreError,
     Waiting,
 )
 from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.payloads import BlobStore
-from stroma.checkpoint.protocols import Charge, Tried
+from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.contract import ContractRegistry, ContractViolation
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema, schema_of
@@ -139,20 +136,8 @@ class _ClosingGroup(Group):
         return self._group.output_class(input_class, child_classes)
 
 
-class _Record:
-    """Session whose records become the reply to a request."""
-
-    address = ""
-    epoch = 0
-    charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there.
-    tried: Mapping[tuple[int, str], Tried] = {}
-    continued = False
-    finished: Finished | None = None
-    restored: Mapping[tuple[int, str], Committed] = {}
-    places: Mapping[str, int] = {}
-    prior = PriorUsage()
-    undelivered: Sequence[AttemptRow] = ()
-    on_cancel: Callable[[], None] | None = None
+class _Record(NullSession):
+    """The session of a run on another machine: what the engine records of an attempt becomes the reply."""
 
     def __init__(self, work: _Work, execution: int, traceparent: str | None) -> None:
         self.execution = execution
@@ -178,24 +163,6 @@ class _Record:
 
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
         self.row, self.asks = row, waiting
-        return None
-
-    def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
-        return {}
-
-    def delivered(self, row: AttemptRow) -> None:
-        return None
-
-    def note_call(self, position: int, identity: str) -> None:
-        return None
-
-    def note_traceparent(self, traceparent: str) -> None:
-        return None
-
-    def end(self, status: str, error: str | None) -> Awaitable[None] | None:
-        return None
-
-    def abandon(self) -> None:
         return None
 
 

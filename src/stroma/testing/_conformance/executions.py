@@ -198,7 +198,7 @@ class ExecutionTests:
             (((1, ""),), {(0, ""), (2, "1")}),
             (((1, "1."), (2, "")), {(0, ""), (1, "0"), (1, "1"), (1, "10"), (1, "2.1"), (1, "3")}),
         ):
-            again = await begin(store, if_exists="resume", apart=apart)
+            again = await begin(store, if_exists="resume", lazily_loaded=apart)
             assert again.restored.keys() == there
             assert await read_texts(again, 1, ["1", "1.0", "2.1"]) == {"1": "1", "1.0": "1.0", "2.1": "2.1"}
             await commit(again, 1, State(text="since"), branch="3")
@@ -237,7 +237,7 @@ class ExecutionTests:
         session = await begin(store)
         for index in (2, 0, 1, 10):
             await commit(session, 0, State(n=index), branch=f"1.{index}")
-        with pytest.raises(CheckpointNotFound, match="has no 'map' that is done"):
+        with pytest.raises(CheckpointNotFound, match="has no completed map 'map'"):
             await asyncio.to_thread(store.map_items, "run", "map", 0, 10)
         map_row = row(0, "map", branch="1")
         await settled(session.record(map_row, schema_of(State), State(), StepCall(0, OF_MAP + b"3")))

@@ -138,7 +138,7 @@ class ReadingTests:
             assert matches(limit, failure_class="TERMINAL", tag="all") == [6, 3, 0]
             assert matches(limit, failure_class="TERMINAL", node="n3") == [3]
             assert matches(limit, failure_class="RECOVERABLE", node="n3") == []
-            if not has_codec(store):  # What it hides cannot be searched.
+            if not has_codec(store):  # Encrypted text cannot be searched.
                 assert matches(limit, text="ERROR 3") == [3]
             assert matches(limit, text="RUN-", statuses=("COMPLETED",)) == [7, 4, 1]
             assert matches(limit, pipeline="pipeline", tag="é 1", text="pipe") == list(range(8, -1, -1))
@@ -298,7 +298,7 @@ class ReadingTests:
         for number in (1, 2):
             failed = row(3, "n", branch="1", attempt=number, failure=FailureClass.AMBIGUOUS)
             data = b'[[["flow.py", %d, "work", "raise it"]], [["lib.py", 1, "call", ""]]]' % number
-            session.note_trouble(3, "1", number, failed.started_ns, partial(bytes, data))
+            session.record_failure_site(3, "1", number, failed.started_ns, partial(bytes, data))
             await settled(session.record(failed, None, None))
         site = store.trouble_of("run", 3, "1")
         if has_codec(store):

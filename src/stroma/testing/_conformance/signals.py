@@ -44,11 +44,11 @@ class SignalTests:
         await finish(session, "SUSPENDED", "may I?")
         assert store.waiting("run") == [question]
         assert [a.tokens for a in store.attempts("run")] == [0, 3]
-        with pytest.raises(StoreError, match="waits for no answer"):
+        with pytest.raises(StoreError, match="no longer waiting for an answer"):
             await settled(store.signal("run", question._replace(position=0, payload=b"1")))
         for _ in range(2):  # The same answer once more is no other one.
             await settled(store.signal("run", question._replace(payload=b'{"yes":"\xc3\xa9"}')))
-        with pytest.raises(StoreError, match="waits for no answer"):
+        with pytest.raises(StoreError, match="no longer waiting for an answer"):
             await settled(store.signal("run", question._replace(payload=b'{"yes":"no"}')))
         again = await begin(store, if_exists="resume")
         assert again.waiting == {(1, "0.2"): question._replace(payload=b'{"yes":"\xc3\xa9"}')}
@@ -62,7 +62,7 @@ class SignalTests:
         await finish(earlier, "SUSPENDED")
         assert dict((await begin(store)).waiting) == {}
         assert store.waiting("run") == []
-        with pytest.raises(StoreError, match="waits for no answer"):
+        with pytest.raises(StoreError, match="no longer waiting for an answer"):
             await settled(store.signal("run", question._replace(payload=b"1")))
         assert store.waiting("run") == []
 
@@ -108,7 +108,7 @@ class SignalTests:
             ]
             assert [(usage.tokens, usage.cost_usd) for usage in usages] == [(3, 0.0), (5, 0.25), (0, 0.0)]
             again.delivered(due[1])
-            await commit(again, 3, State())  # What is posted before is done before.
+            await commit(again, 3, State())  # Posted operations are done in order.
             again.abandon()
             third = await begin(store, if_exists="resume", deliver=True)
             assert [r.position for r in third.undelivered] == [0, 2, 3]

@@ -1,0 +1,78 @@
+"""Conversion between rows of the trace, rows of a store, and commits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from stroma.checkpoint.durable.integrity import storable_text, verify_step
+from stroma.checkpoint.durable.rows import StepRow
+from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads
+from stroma.checkpoint.protocols import Committed, StepCall
+from stroma.checkpoint.records import PICO, Attempt
+from stroma.contracts.schema import Snapshot
+from stroma.contracts.snapshots import StoredSnapshot
+from stroma.trace.events import NO_USAGE, AttemptRow
+
+__all__ = ["payload_reference", "to_attempt", "to_committed"]
+
+
+def to_attempt(row: AttemptRow) -> Attempt:
+    """Return the attempt of a row of the trace, as a store records it."""
+    failure, message, reason, error_type = row.failure or (None, None, None, None)
+    usage = row.usage or NO_USAGE
+    return Attempt(
+        row.position,
+        row.started_ns,
+        row.branch,
+        row.attempt,
+        row.node_id,
+        row.duration_ns,
+        row.outcome,
+        failure and failure.value,
+        storable_text(message),
+        storable_text(reason),
+        usage.tokens,
+        usage.output_tokens,
+        round(usage.cost_usd * PICO),
+        storable_text(usage.model),
+        row.function_ns,
+        storable_text(row.group),
+        error_type=storable_text(error_type),
+    )
+
+
+def to_committed(
+    payloads: Payloads,
+    run_id: str,
+    execution: int,
+    row: StepRow,
+    opened: Mapping[tuple[PayloadPlace, bytes], bytes],
+) -> Committed:
+    """Return a commit of a store. ``opened``: payloads that were decrypted before, by place and checksum.
+
+    Raises CorruptCheckpoint.
+    """
+    position, branch, node_id, step = row
+    verify_step(step, run_id, position, node_id, branch)
+    what = f"the output of node {node_id!r} at position {position} of run {run_id!r}"
+    call = None
+    if step.number is not None:
+        given = step.given
+        if given is not None:
+            place = PayloadPlace(run_id, execution, "given", position, branch)
+            given = payloads.open(given, place, f"the input of the step for {what}")
+        call = StepCall(step.number, given)
+    place = PayloadPlace(run_id, execution, "output", position, branch)
+    output: Snapshot | None = opened.get((place, step.sha256))
+    if output is None:
+        if step.output.startswith(BLOB) and payloads.blobs is not None:
+            output = payload_reference(payloads, step.output, place, what)
+        else:
+            output = payloads.open(step.output, place, what)
+    return Committed(node_id, output, step.contract, call)
+
+
+def payload_reference(payloads: Payloads, stored: bytes, place: PayloadPlace, what: str) -> StoredSnapshot:
+    """Return a reference to a payload in a blob, which is read when it is needed."""
+    return StoredSnapshot(partial(payloads.open, stored, place, what))

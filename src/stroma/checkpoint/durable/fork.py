@@ -1,0 +1,94 @@
+"""Fork a run: copy what it committed before a position into a new run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from stroma.checkpoint.durable.integrity import checksum, require_undamaged, storable_text, verify_step
+from stroma.checkpoint.durable.rows import Annotation, Opening, Rows, Step
+from stroma.checkpoint.errors import CheckpointNotFound, RunExists
+from stroma.checkpoint.payloads import PayloadPlace, Payloads
+from stroma.checkpoint.records import Attempt
+
+__all__ = ["fork_run"]
+
+
+def fork_run(
+    rows: Rows, payloads: Payloads, source: str, opening: Opening, before: int, edited: Step | None
+) -> None:
+    """Copy what a run committed before a position into a new run, with ``edited`` in place of the last output.
+
+    Raises CheckpointNotFound, RunExists, CorruptCheckpoint.
+    """
+    origin = require_undamaged(rows.find(source))
+    stored = None if origin is None else rows.input(origin.run, origin.execution)
+    if origin is None or stored is None:
+        raise CheckpointNotFound(f"there is no run {source!r} to fork; check the id and the store")
+    if before and all(
+        (row.position, row.branch) != (before - 1, "") for row in rows.steps(origin.run, origin.execution)
+    ):
+        raise CheckpointNotFound(
+            f"run {source!r} has no output at position {before - 1}, so it cannot be forked before position {before}; fork at an "
+            "earlier node"
+        )
+    existing = rows.find(opening.run_id, lock=True)
+    if existing is not None and existing.execution:
+        raise RunExists(f"run {opening.run_id!r} already exists; use another id for the fork")
+    old, new = partial(PayloadPlace, source, origin.execution), partial(PayloadPlace, opening.run_id, 1)
+    if not opening.sha256:
+        contract, data, sha = stored
+        if payloads.codec is not None:
+            data = payloads.move(data, old("input"), new("input"), f"the input of run {source!r}")
+            sha = checksum(data)
+        opening = opening._replace(contract=contract, input=data, sha256=sha)
+    steps = [row for row in rows.steps(origin.run, origin.execution) if row.position < before]
+    identities = {position: identity for identity, position in rows.identities(origin.run, origin.execution)}
+    fence = rows.begin(existing, opening._replace(pipeline=origin.pipeline))
+    for number, (position, branch, node_id, step) in enumerate(steps):
+        verify_step(step, source, position, node_id, branch)
+        if edited is not None and (position, branch) == (before - 1, ""):
+            step = edited._replace(contract=step.contract)
+        elif payloads.codec is not None:
+            step = _reseal_step(payloads, step, old, new, position, branch)
+        attempt = Attempt(
+            position,
+            number,
+            branch,
+            1,
+            node_id,
+            0,
+            "forked",
+            None,
+            None,
+            None,
+            0,
+            0,
+            0,
+            None,
+            identity=identities.get(position),
+        )
+        rows.commit(fence, attempt, step)
+    parent = Step("", "", b"", checksum(b""), before)
+    rows.annotate(opening.run_id, Annotation.PARENT, "", source, parent)
+    why = f"forked from run {source!r} before position {before}"
+    rows.finish(fence, "INTERRUPTED", payloads.seal_text(storable_text(why), new("error")))
+
+
+def _reseal_step(
+    payloads: Payloads,
+    step: Step,
+    old: Callable[..., PayloadPlace],
+    new: Callable[..., PayloadPlace],
+    position: int,
+    branch: str,
+) -> Step:
+    """Seal the payloads of a step for its place in the new run."""
+
+    def move(stored: bytes, kind: str) -> bytes:
+        what = f"the {kind} at position {position}"
+        return payloads.move(stored, old(kind, position, branch), new(kind, position, branch), what)
+
+    output = move(step.output, "output")
+    given = None if step.given is None else move(step.given, "given")
+    return step._replace(output=output, sha256=checksum(output), given=given)

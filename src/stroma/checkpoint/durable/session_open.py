@@ -1,0 +1,339 @@
+"""Open a run in a durable store: begin an execution, continue the last one, or return its result.
+
+All of it is one transaction: a request that is refused changes nothing and fences nobody off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from stroma.checkpoint.durable.annotations import read_due_hooks, read_waiting
+from stroma.checkpoint.durable.conversion import to_committed
+from stroma.checkpoint.durable.integrity import checksum, is_intact, lost_error
+from stroma.checkpoint.durable.operations import fence_error
+from stroma.checkpoint.durable.owner import Owner
+from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunRow, Step
+from stroma.checkpoint.errors import StoreError
+from stroma.checkpoint.payloads import PayloadPlace, Payloads
+from stroma.checkpoint.protocols import (
+    COMPLETE,
+    ENDED,
+    Committed,
+    Finished,
+    LastExecution,
+    PriorUsage,
+    RunRequest,
+    Tried,
+    Waiting,
+    decide,
+)
+from stroma.checkpoint.records import PICO, Attempt
+from stroma.trace.events import AttemptRow
+
+__all__ = ["OpenedRun", "RunOpener", "finish_execution", "record_end"]
+
+
+class OpenedRun:
+    """An opened execution. Attributes: see :class:`stroma.checkpoint.protocols.Session`.
+
+    Attributes:
+        completed: the run as it was, if it had completed and nothing is discarded.
+    """
+
+    __slots__ = (
+        "completed",
+        "continued",
+        "fence",
+        "finished",
+        "places",
+        "prior",
+        "restored",
+        "traceparent",
+        "tried",
+        "undelivered",
+        "waiting",
+    )
+
+    def __init__(self) -> None:
+        self.fence = Fence(None, 0, 0, "", 0.0)
+        self.completed: RunRow | None = None
+        self.continued = False
+        self.finished: Finished | None = None
+        self.places: dict[str, int] = {}
+        self.prior = PriorUsage()
+        self.restored: Mapping[tuple[int, str], Committed] = {}
+        self.traceparent: str | None = None
+        self.tried: Mapping[tuple[int, str], Tried] = {}
+        self.undelivered: list[AttemptRow] = []
+        self.waiting: dict[tuple[int, str], Waiting] = {}
+
+
+class RunOpener:
+    """Opens a run in one transaction.
+
+    Args:
+        opening: what is written for the request; its input is sealed for one execution.
+        plain_input: the input before encryption.
+        decrypted: payloads that were decrypted before the transaction, by place and checksum.
+    """
+
+    def __init__(
+        self,
+        payloads: Payloads,
+        request: RunRequest,
+        opening: Opening,
+        plain_input: bytes,
+        decrypted: Mapping[tuple[PayloadPlace, bytes], bytes],
+    ) -> None:
+        self._payloads = payloads
+        self._request = request
+        self._opening = opening
+        self._plain_input = plain_input
+        self._decrypted = decrypted
+        self._run_id = request.run_id
+        self._opened = OpenedRun()
+
+    def open(self, rows: Rows) -> OpenedRun:
+        """Return the opened run. Raises RunBusy, RunExists, PipelineChanged, CheckpointLost, CorruptCheckpoint."""
+        run = rows.find(self._run_id, lock=True)
+        action = decide(
+            self._request,
+            None if run is None or not run.execution else _last_execution(run),
+            self._has_same_input(rows, run),
+        )
+        if action != "begin" and run is not None and not rows.is_whole(run):
+            raise lost_error(self._run_id, "some of its rows are missing")
+        opened = self._opened
+        if action == "begin" or run is None:
+            opened.fence = rows.begin(run, self._seal_for_next(run))
+        else:
+            self._load(rows, run)
+            if action == "return":
+                opened.finished = Finished(run.status, self._error_of(run))
+                opened.fence = _read_only_fence(run)
+            elif run.status not in ENDED and any(rows.annotations(run.run, Annotation.CANCEL)):
+                # cancel() was acknowledged, and the owner stopped before it noticed.
+                self._claim_to_end(rows, run, Finished("CANCELLED", None))
+            else:
+                self._recover(rows, run)
+                if run.status in COMPLETE and self._request.discard_from is None:
+                    opened.completed = run
+        opened.continued = action == "continue" and opened.finished is None
+        if run is not None:
+            self._load_annotations(rows, run)
+        return opened
+
+    def _load(self, rows: Rows, run: RunRow) -> None:
+        """Load usage, steps and commits of the last execution, and resolve what the request discards."""
+        opened, request = self._opened, self._request
+        opened.prior = PriorUsage(run.tokens, run.cost_pico / PICO, run.latency_ns / 1e6)
+        opened.places = dict(rows.identities(run.run, run.execution))
+        commits = {
+            (row.position, row.branch): to_committed(
+                self._payloads, self._run_id, run.execution, row, self._decrypted
+            )
+            for row in rows.steps(run.run, run.execution, request.lazily_loaded)
+            if request.discard_from is None or row.position < request.discard_from
+        }
+        if request.retry_failed:
+            self._request = request.resolve_discard(commits)
+            self._opening = self._opening._replace(discard_from=self._request.discard_from)
+        opened.restored = self._request.accept_commits(commits)
+
+    def _recover(self, rows: Rows, run: RunRow) -> None:
+        """Continue the execution, or end it if its process died too often.
+
+        A death is a run with status RUNNING whose owner is gone, if that owner would have recorded its end. It is counted
+        when the run is taken over, so that it costs no write before. Consecutive deaths share one annotation: their number,
+        the epoch of the first one (contract), and the epoch of the session that counted last (schema_ref).
+        """
+        opened, request = self._opened, self._request
+        owner = Owner.read(run.owner)
+        has_died = run.status == "RUNNING" and owner is not None and owner.may_die
+        deaths = (
+            next(iter(rows.annotations(run.run, Annotation.DEATHS)), None)
+            if has_died or run.status == "FAILED" or request.force
+            else None
+        )
+        number, first_epoch = 0, run.epoch
+        if deaths is not None:
+            number = deaths.step.number or 0
+            if deaths.step.schema_ref == str(run.epoch):
+                first_epoch = int(deaths.step.contract)
+        number += has_died
+        if request.force:
+            rows.delete_annotations(run.run, Annotation.DEATHS)
+        elif (
+            request.max_recoveries is not None
+            and number >= request.max_recoveries
+            and (has_died or deaths is not None)
+        ):
+            error = (
+                f"poison: the process died {number} times under this run; see what kills it, then resume it with "
+                "force_resume=True, or stroma resume --force"
+            )
+            if has_died:
+                self._claim_to_end(rows, run, Finished("FAILED", error, "poison"))
+                self._count_deaths(rows, number, first_epoch)
+            else:
+                opened.fence = _read_only_fence(run)
+                opened.finished = Finished("FAILED", self._error_of(run), "poison")
+            return
+        opened.fence = rows.take_over(run, self._opening)
+        if has_died and not request.force:
+            self._count_deaths(rows, number, first_epoch)
+            if request.discard_from is None:
+                failed = rows.failed_since(run.run, run.execution, first_epoch)
+                opened.tried = _count_failed(map(self._with_message, failed), opened.restored)
+
+    def _claim_to_end(self, rows: Rows, run: RunRow, finished: Finished) -> None:
+        """Take the execution over only to end it: in Session.end(), or now if the caller will not call that.
+
+        The claim fences off an owner that is only late.
+        """
+        opened = self._opened
+        opened.fence = rows.take_over(run, self._opening._replace(discard_from=None))
+        opened.finished = finished
+        if not self._request.ends:
+            finish_execution(
+                rows, self._payloads, opened.fence, self._run_id, finished.status, finished.error
+            )
+
+    def _count_deaths(self, rows: Rows, number: int, first_epoch: int) -> None:
+        step = Step(str(first_epoch), str(self._opened.fence.epoch), b"", checksum(b""), number)
+        rows.annotate(self._run_id, Annotation.DEATHS, "", "deaths", step)
+
+    def _error_of(self, run: RunRow) -> str | None:
+        return self._payloads.open_text(run.error, PayloadPlace(self._run_id, run.execution, "error"))
+
+    def _with_message(self, attempt: Attempt) -> Attempt:
+        place = PayloadPlace(
+            self._run_id, self._opened.fence.execution, "message", attempt.position, attempt.branch
+        )
+        return attempt._replace(message=self._payloads.open_text(attempt.message, place))
+
+    def _seal_for_next(self, run: RunRow | None) -> Opening:
+        """Seal the input again if another process has begun the execution that it was sealed for."""
+        opening = self._opening
+        execution = 1 if run is None else run.execution + 1
+        if self._payloads.codec is None or execution == opening.execution:
+            return opening
+        sealed = self._payloads.seal_now(self._plain_input, PayloadPlace(self._run_id, execution, "input"))
+        return opening._replace(input=sealed, sha256=checksum(sealed), execution=execution)
+
+    def _has_same_input(self, rows: Rows, run: RunRow | None) -> bool:
+        """Return True if the input is that of the last execution, or if there is nothing to compare it with."""
+        stored = rows.input(run.run, run.execution) if run is not None and run.execution > 0 else None
+        # A run without its input is damaged, which is_whole() reports unless the run begins anew.
+        if run is None or stored is None or stored[2] == self._opening.sha256:
+            return True
+        # Compare decrypted inputs: a codec may produce different bytes for equal input.
+        _, data, sha256 = stored
+        if self._payloads.is_plain(data) or not is_intact(data, sha256):
+            return False
+        try:
+            place = PayloadPlace(self._run_id, run.execution, "input")
+            what = f"the input of run {self._run_id!r}"
+            return self._payloads.open(data, place, what) == self._plain_input
+        except StoreError:
+            if self._request.if_exists in ("restart", "error") or self._request.discard_from is not None:
+                return False  # These do not use the old input, so an unreadable one is no error.
+            raise
+
+    def _load_annotations(self, rows: Rows, run: RunRow) -> None:
+        """Load the annotations of the execution, and delete those of an earlier one."""
+        opened, request = self._opened, self._request
+        is_claimed = opened.finished is None
+        if is_claimed:
+            rows.delete_annotations(run.run, Annotation.CANCEL)
+        if is_claimed and not opened.continued:
+            for kind in _OF_EXECUTION:
+                rows.delete_annotations(run.run, kind)
+            return  # A store that writes at the end of an operation would still read what was deleted.
+        trace = rows.annotations(run.run, Annotation.TRACE)
+        opened.traceparent = next((row.node_id for row in trace), None)
+        if is_claimed and opened.continued and request.deliver:
+            due = [
+                read_due_hooks(row, self._run_id, run.execution, self._payloads)
+                for row in rows.annotations(run.run, Annotation.DUE_HOOKS)
+            ]
+            opened.undelivered = sorted(
+                (row for row in due if row is not None), key=lambda row: row.started_ns
+            )
+        for row in list(rows.annotations(run.run, Annotation.WAITING)):
+            waiting = read_waiting(row, self._run_id, run.execution, self._payloads)
+            first = request.discard_from
+            if waiting is None or (first is not None and waiting.position >= first):
+                rows.delete_annotations(run.run, Annotation.WAITING, row.branch)
+            else:
+                opened.waiting[waiting.position, waiting.branch] = waiting
+
+
+#: Annotations that belong to one execution; SAVED and PARENT belong to the run.
+_OF_EXECUTION = (
+    Annotation.TRACE,
+    Annotation.DUE_HOOKS,
+    Annotation.FAILURE_SITE,
+    Annotation.DEATHS,
+    Annotation.WAITING,
+)
+
+
+def finish_execution(
+    rows: Rows,
+    payloads: Payloads,
+    fence: Fence,
+    run_id: str,
+    status: str,
+    error: str | None,
+) -> None:
+    """Record how an execution stopped. Raises Fenced, CheckpointLost."""
+    error = payloads.seal_text(error, PayloadPlace(run_id, fence.execution, "error"))
+    record_end(rows, fence, run_id, status, error, None)
+
+
+def record_end(
+    rows: Rows, fence: Fence, run_id: str, status: str, sealed_error: str | None, updated_ms: int | None
+) -> None:
+    """Record how an execution stopped, and when (None: now). Raises Fenced, CheckpointLost."""
+    if not rows.finish(fence, status, sealed_error, updated_ms):
+        raise fence_error(rows, fence, run_id)
+    if status == "CANCELLED":
+        rows.delete_annotations(fence.run, Annotation.CANCEL)
+
+
+def _read_only_fence(run: RunRow) -> Fence:
+    return Fence(run.run, run.execution, run.epoch, "", 0.0)
+
+
+def _count_failed(
+    failed: Iterable[Attempt], restored: Mapping[tuple[int, str], Committed]
+) -> dict[tuple[int, str], Tried]:
+    """Count the failed attempts of what is not committed. ``failed``: in the order of their ends."""
+    counts: dict[tuple[int, str], Tried] = {}
+    for attempt in failed:
+        at = attempt.position, attempt.branch
+        # A retried group retries its children from the start.
+        inside = f"{attempt.branch}." if attempt.branch else ""
+        for other in [
+            other for other in counts if other[0] == at[0] and other != at and other[1].startswith(inside)
+        ]:
+            del counts[other]
+        before = counts.get(at)
+        if at not in restored:
+            counts[at] = Tried(
+                1 if before is None else before.attempts + 1,
+                attempt.node_id,
+                attempt.failure_class or "",
+                attempt.message or "",
+                attempt.reason,
+                attempt.error_type,
+            )
+    return counts
+
+
+def _last_execution(found: RunRow) -> LastExecution:
+    holder = found.holder
+    return LastExecution(
+        found.execution, found.status, None if holder is None else holder.place, found.left_seconds
+    )

@@ -1,0 +1,114 @@
+"""Sessions that record nothing, or only the last state of each node."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final
+
+from pydantic import BaseModel
+
+from stroma.checkpoint.errors import StoreError
+from stroma.checkpoint.protocols import (
+    Charge,
+    Committed,
+    Finished,
+    PriorUsage,
+    StepCall,
+    Tried,
+    Waiting,
+)
+from stroma.contracts.schema import Schema
+from stroma.trace.events import AttemptRow
+
+__all__ = ["NULL_SESSION", "NullSession", "SimpleSession"]
+
+
+class NullSession:
+    """A session that records nothing, see :class:`stroma.checkpoint.protocols.Session`.
+
+    Base class of the sessions that override what their store can do.
+    """
+
+    address: str = ""
+    epoch: int = 0
+    charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there without an address.
+    tried: Mapping[tuple[int, str], Tried] = {}
+    execution: int = 1
+    continued: bool = False
+    finished: Finished | None = None
+    restored: Mapping[tuple[int, str], Committed] = {}
+    places: Mapping[str, int] = {}
+    prior: PriorUsage = PriorUsage()
+    waiting: Mapping[tuple[int, str], Waiting] = {}
+    traceparent: str | None = None
+    undelivered: Sequence[AttemptRow] = ()
+    on_cancel: Callable[[], None] | None = None
+
+    def record(
+        self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+    ) -> Awaitable[None] | None:
+        return None
+
+    def with_references(self, row: AttemptRow) -> AttemptRow:
+        return row
+
+    def committed(
+        self, position: int, branches: Sequence[str]
+    ) -> Mapping[str, Committed] | Awaitable[Mapping[str, Committed]]:
+        return {}
+
+    def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
+        return None
+
+    def delivered(self, row: AttemptRow) -> None:
+        return None
+
+    def note_call(self, position: int, identity: str) -> None:
+        return None
+
+    def record_failure_site(
+        self, position: int, branch: str, attempt: int, started_ns: int, write: Callable[[], bytes]
+    ) -> None:
+        return None
+
+    def note_traceparent(self, traceparent: str) -> None:
+        return None
+
+    def end(self, status: str, error: str | None) -> Awaitable[None] | None:
+        return None
+
+    def abandon(self) -> None:
+        return None
+
+
+NULL_SESSION: Final = NullSession()
+
+
+class SimpleSession(NullSession):
+    """A run in a store that has only the last state of each node."""
+
+    def __init__(self, store: Any, run_id: str) -> None:
+        self._store = store
+        self._run_id = run_id
+
+    def record(
+        self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+    ) -> Awaitable[None] | None:
+        if output is None or schema is None:
+            return None
+        # A clone: the store may keep the object, and the next node may change it.
+        pending = self._store.save(self._run_id, row.node_id, schema.clone(output))
+        return pending if inspect.isawaitable(pending) else None
+
+    def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
+        raise StoreError(
+            f"{type(self._store).__name__} has no journal, so the items of a map cannot be read back; use a journal store "
+            "such as SQLiteStore, or pass a field of the state as into="
+        )
+
+    def suspend(self, row: AttemptRow, waiting: Waiting) -> None:
+        raise StoreError(
+            f"{type(self._store).__name__} has no journal, so run {self._run_id!r} cannot wait for an approval; "
+            "use a journal store such as SQLiteStore"
+        )
