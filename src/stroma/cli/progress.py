@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from datetime import datetime
@@ -14,7 +15,7 @@ from stroma.cli.output import Part, err
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine.execution import NodeExecution, current_node
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import Failure, NodeContext, diagnose, text_of
+from stroma.failures.failure import Failure, NodeContext, diagnose, kind_of, message_of, text_of
 from stroma.hooks.sets import MapProgress, NodeHooks
 from stroma.trace.result import ExecutionResult
 
@@ -219,9 +220,11 @@ class _LogPrinter(logging.Handler):
         except Exception:
             text = str(record.msg)
         if record.exc_info and record.exc_info[1] is not None:
-            text += f": {record.exc_info[1]!r}"
+            error = record.exc_info[1]
+            text += f": {typed(kind_of(error), message_of(error))}"
             if is_debugging():
-                text += "\n" + logging.Formatter().formatException(record.exc_info)
+                with contextlib.suppress(Exception):  # a traceback ends with the exception's own text
+                    text += "\n" + logging.Formatter().formatException(record.exc_info)
         timed_line((f"{record.levelname.lower()}: ", "yellow"), text if is_debugging() else clean(text, 600))
 
 
