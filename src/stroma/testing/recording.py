@@ -230,9 +230,9 @@ def _contracts(store: Any, run_id: str) -> dict[tuple[int, str], str]:
         fingerprints: dict[tuple[int, str], str] = store.read(query, {})
     else:
         fingerprints = {}
-        for key, (_, _, _, contract, _) in store._runs[run_id].entries():
+        for key, state in store._runs[run_id].newest_states():
             if not isinstance(key, str):
-                fingerprints[key if isinstance(key, tuple) else (key, "")] = contract
+                fingerprints[key if isinstance(key, tuple) else (key, "")] = state.contract
     return {place: contract.partition(":")[0] for place, contract in fingerprints.items()}
 
 
