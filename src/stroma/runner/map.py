@@ -29,7 +29,7 @@ from stroma.failures.errors import ItemFailure
 from stroma.failures.failure import Failure, text_of
 from stroma.hooks.sets import MapProgress
 from stroma.runner.items import Item, LinesFile, Source
-from stroma.trace.events import AttemptRow, FewRows, Outcome
+from stroma.trace.events import AttemptRow, BoundedRows, Outcome
 
 __all__ = ["DEFAULT_CONCURRENCY", "MapRun", "branches_in"]
 
@@ -82,7 +82,7 @@ class MapRun:
         self.failures: list[ItemFailure] = []
         self.count = 0
         if not keep:
-            group.children = FewRows(_KEPT_EVENTS)
+            group.children = BoundedRows(_KEPT_EVENTS)
             group.remembers = False
         if self._again and ctx.restored is ctx.session.restored:
             ctx.restored = dict(ctx.restored)  # Ours to change.
