@@ -25,7 +25,7 @@ def test_equal_traces_differ_in_nothing() -> None:
     )
     other = trace(
         row("a", started=1, took=1, usage=USED, position=5),
-        row("g", children=[failed("h", branch="1", children=[z, y]), (*x[:9], 7, *x[10:])]),
+        row("g", children=[failed("h", branch="1", children=[z, y]), x._replace(**{x._fields[9]: 7})]),
         failed("a", attempt=2, failure=Failed(FailureClass.RECOVERABLE, "it broke", None, "OSError")),
     )
     other.run_id = "other"
