@@ -1040,9 +1040,9 @@ async def test_the_trace_of_many_items_is_short_and_its_sums_exact(doubler: Doub
 def test_rows_that_are_left_out_are_summed() -> None:
     """What a copy of the rows and a trace that was looked at say of sums is what the rows said."""
     from stroma.trace import AttemptUsage, ExecutionTrace
-    from stroma.trace.events import AttemptRow, Failed, FewRows
+    from stroma.trace.events import AttemptRow, BoundedRows, Failed
 
-    rows = FewRows(1)
+    rows = BoundedRows(1)
     for n in range(4):
         usage = AttemptUsage(10, 4, 0.5, "m")
         failed = Failed(FailureClass.TERMINAL, "no", None, "OSError") if n == 3 else None

@@ -16,7 +16,7 @@ from stroma.contracts.schema import schema_of
 from stroma.failures import ItemFailure
 from stroma.failures.failure import diagnose
 from stroma.trace import AttemptUsage, TraceMark
-from stroma.trace.events import Failed, FewRows, LeftOut, MarkKind, Outcome, contract_of
+from stroma.trace.events import BoundedRows, Failed, LeftOut, MarkKind, Outcome, contract_of
 from stroma.trace.plain import jsonable
 
 
@@ -357,7 +357,7 @@ def test_setting_the_state_of_a_trace_keeps_the_list_it_was_given_apart() -> Non
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_so_many_are_kept_and_as_many_failures_more(most: int) -> None:
     """The first ones, whatever they are; after those failures only, up to twice as many in all; the rest is counted."""
-    rows = FewRows(most)
+    rows = BoundedRows(most)
     for n in range(10):
         rows.append(row(f"ok{n}"))
         rows.append(failed(f"no{n}"))
@@ -371,7 +371,7 @@ def test_so_many_are_kept_and_as_many_failures_more(most: int) -> None:
 
 def test_nothing_is_left_out_as_long_as_all_is_kept() -> None:
     """Exactly at the limit nothing is counted, and the failures after it are kept."""
-    rows = FewRows(2)
+    rows = BoundedRows(2)
     for one in (row(), row(), failed(), failed()):
         rows.append(one)
     assert (len(rows), rows.left_out) == (4, None)
@@ -381,15 +381,15 @@ def test_nothing_is_left_out_as_long_as_all_is_kept() -> None:
 
 def test_an_event_among_few_rows_is_kept_like_any_other() -> None:
     """Whoever looked at a row and puts it back finds it there, a failed one no longer than others."""
-    rows = FewRows(2)
+    rows = BoundedRows(2)
     rows.append(event("x"))
     rows.append(failed_event("y"))
     assert rows == [event("x"), failed_event("y")]
     assert rows.left_out is None
 
 
-def sums() -> FewRows:
-    rows = FewRows(1)
+def sums() -> BoundedRows:
+    rows = BoundedRows(1)
     rows.append(row("kept", usage=USED, took=100))
     inside = [
         row("in", usage=AttemptUsage(10, 4, 0.25, "m"), took=1),
@@ -419,7 +419,7 @@ LEFT = LeftOut(
 def test_what_is_left_out_is_summed_by_node_and_model() -> None:
     """Those inside groups too; lost is what came to no output, whether it failed or not."""
     assert sums().left_out == LEFT
-    rows = FewRows(0)
+    rows = BoundedRows(0)
     rows.append(row(made=None, outcome="cancelled", usage=USED))
     rows.append(row(made=None, outcome="cancelled", usage=USED))
     assert rows.left_out == LeftOut(2, 0, 14, 1.0, (("node", 14, 4, 1.0, 11_999_998, "m"),))

@@ -25,7 +25,7 @@ def test_equal_traces_differ_in_nothing() -> None:
     )
     other = trace(
         row("a", started=1, took=1, usage=USED, position=5),
-        row("g", children=[failed("h", branch="1", children=[z, y]), (*x[:9], 7, *x[10:])]),
+        row("g", children=[failed("h", branch="1", children=[z, y]), x._replace(**{x._fields[9]: 7})]),
         failed("a", attempt=2, failure=Failed(FailureClass.RECOVERABLE, "it broke", None, "OSError")),
     )
     other.run_id = "other"
@@ -275,7 +275,7 @@ def test_what_redact_leaves_may_stand_in_messages() -> None:
         failure=Failed(FailureClass.TERMINAL, "sesame visible", None, "OSError"),
     )
     (drawn,) = trace(one)._story(without_key).bars
-    assert trace(one).said("sesame visible", one, without_key) == "[redacted] visible"
+    assert trace(one).redacted_message("sesame visible", one, without_key) == "[redacted] visible"
     assert drawn.message == "OSError: [redacted] visible"
     assert drawn.given == {"key": "***", "name": "visible"}
 
@@ -297,10 +297,11 @@ def test_what_a_failed_attempt_said_is_told_without_what_its_states_hide() -> No
     """The values of the attempt's own states are taken out, input and output; those of others may stand."""
     one = failed(given={"key": "sesame"}, made={"key": "poppy"}, children=[row("in", given={"key": "opium"})])
     assert (
-        trace(one).said("noisy sesame poppy opium", one, without_key) == "quiet [redacted] [redacted] opium"
+        trace(one).redacted_message("noisy sesame poppy opium", one, without_key)
+        == "quiet [redacted] [redacted] opium"
     )
     other = failed(given={"key": "sesame"})
-    assert trace(other).said("noisy sesame", other, without_key) == "quiet [redacted]"
+    assert trace(other).redacted_message("noisy sesame", other, without_key) == "quiet [redacted]"
     assert one.children == [row("in", given={"key": "opium"})]
 
 

@@ -165,13 +165,13 @@ def _size(box: Box, children: Mapping[str, list[Box]]) -> tuple[float, float]:
 
 def _columns(box: Box) -> tuple[float, float]:
     def wide(lines: tuple[Line, ...], title: str) -> float:
-        longest = max((len(_cut(_said(line))) for line in lines), default=0)
+        longest = max((len(_cut(_line_text(line))) for line in lines), default=0)
         return max(longest * _CHAR, len(_cut(title)) * 6.2)
 
     return wide(box.left, box.left_title), wide(box.right, box.right_title)
 
 
-def _said(line: Line) -> str:
+def _line_text(line: Line) -> str:
     return f"{line.name}: {line.note}" if line.note else line.name
 
 
@@ -293,7 +293,7 @@ def _box(place: _Place, is_frame: bool) -> str:
 
 
 def _line(line: Line, x: float, y: float, width: float) -> str:
-    text = _cut(_said(line))
+    text = _cut(_line_text(line))
     name, colon, note = text.partition(": ") if line.note else (text, "", "")
     mark = (
         f'<rect class="mark {as_xml(line.tone)}" x="{x - 4:.1f}" y="{y + 1:.1f}" width="{width + 8:.1f}" height="{_LINE - 2}" rx="4"/>'
@@ -302,7 +302,7 @@ def _line(line: Line, x: float, y: float, width: float) -> str:
     )
     return (
         f'<g class="{as_xml(line.tone)}">{mark}<text class="line" x="{x:.1f}" y="{y + 14:.1f}">{as_xml(name)}'
-        f'<tspan class="note">{as_xml(colon + note)}</tspan><title>{as_xml(_said(line))}</title></text></g>'
+        f'<tspan class="note">{as_xml(colon + note)}</tspan><title>{as_xml(_line_text(line))}</title></text></g>'
     )
 
 

@@ -43,9 +43,11 @@ def check_id(value: str, what: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{what} {value!r} holds a lone surrogate; use valid Unicode text") from None
+            raise ValueError(
+                f"{what} {value!r} must be valid Unicode text, but contains a lone surrogate"
+            ) from None
     if "\0" in value:
-        raise ValueError(f"{what} {value!r} holds a NUL character; remove it")
+        raise ValueError(f"{what} {value!r} must not contain NUL characters")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Reading pydantic's core schemas: which kinds of values a class can hold."""
+"""Core schemas of pydantic: the kinds of values that a class can hold, and validators derived from its schema."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ CLOSED: Final = FLAT_LEAVES | {
     "dataclass-field",
     "typed-dict",
     "typed-dict-field",
-    "function-before",  # What other validators give back, nothing describes.
+    "function-before",  # The output of other validators is described by no schema.
     "chain",
     "lax-or-strict",
     "json-or-python",
@@ -88,9 +88,9 @@ def nodes_of(schema: Any) -> Iterator[dict[str, Any]]:
         if isinstance(item, dict):
             if isinstance(item.get("type"), str):
                 yield item
-                # These hold callables and schemas that validate nothing ("function" has a "type" of its own).
+                # These hold callables, and schemas that validate nothing ("function" has a "type" of its own).
                 stack.extend(v for k, v in item.items() if k not in _NO_SCHEMAS)
-            else:  # Nodes by the name of a field, which may be any.
+            else:  # Nodes by field name.
                 stack.extend(item.values())
         elif isinstance(item, (list, tuple)):
             stack.extend(item)
@@ -163,7 +163,7 @@ def is_strict(node: dict[str, Any]) -> bool:
     return bool(node.get("strict") or (node.get("config") or {}).get("strict"))
 
 
-# ---------------------------------------------------------------------- validators that a value meets again
+# ---------------------------------------------------------------------- validation of values that were validated before
 
 
 def decodes_text(node: dict[str, Any]) -> bool:
@@ -187,7 +187,7 @@ def calls_user_code(node: dict[str, Any]) -> bool:
 
 def _function(node: dict[str, Any]) -> Any:
     function = node["function"].get("function") if node["type"].startswith("function-") else None
-    # A class that is called makes an instance, of the same value each time.
+    # A class builds an equal instance from the same value each time.
     return None if isinstance(function, type) else function
 
 
@@ -203,13 +203,13 @@ def builds_instances(node: dict[str, Any]) -> bool:
     return isinstance(function, type) and function.__module__.partition(".")[0] not in _PLAIN
 
 
-#: Where the classes come from whose schemas take their own instances.
+#: Packages of classes whose schemas accept their own instances.
 _PLAIN: Final = frozenset({"pydantic", "pydantic_core", *sys.stdlib_module_names}) - {"__main__"}
 
 
-def build_validator_without(core: Any, left_out: Callable[[dict[str, Any]], bool]) -> SchemaValidator:
+def build_validator_without(core: Any, is_dropped: Callable[[dict[str, Any]], bool]) -> SchemaValidator:
     """Return a validator of the same schema without some of its nodes, but with those inside them."""
-    schema = _without(core, left_out)
+    schema = _without(core, is_dropped)
     try:
         # The validators that nested classes have already hold those nodes.
         return SchemaValidator(schema, _use_prebuilt=False)
@@ -229,7 +229,7 @@ def build_renewing_validator(core: Any) -> SchemaValidator | None:
 
 
 def build_constant_writer(core: Any) -> Callable[..., bytes] | None:
-    """Writes JSON as the schema says, but NaN and Infinity for what they are: pydantic writes null.
+    """Return a JSON serializer that writes NaN and Infinity, where pydantic writes null.
 
     None if this version of pydantic cannot.
     """
@@ -265,16 +265,16 @@ def is_renewable(node: dict[str, Any]) -> bool:
     return bool(node["type"] != "dataclass")
 
 
-def _without(item: Any, left_out: Callable[[dict[str, Any]], bool]) -> Any:
+def _without(item: Any, is_dropped: Callable[[dict[str, Any]], bool]) -> Any:
     if type(item) is list or type(item) is tuple:
-        return type(item)(_without(part, left_out) for part in item)
+        return type(item)(_without(part, is_dropped) for part in item)
     if not isinstance(item, dict):
         return item
     if not isinstance(item.get("type"), str):
-        return {k: _without(v, left_out) for k, v in item.items()}
-    while left_out(item):
+        return {k: _without(v, is_dropped) for k, v in item.items()}
+    while is_dropped(item):
         inner = item.get("schema", {"type": "any"})
         item = {**inner, "ref": item["ref"]} if "ref" in item else inner
     return {
-        k: v if k in _NO_SCHEMAS else _without(v, left_out) for k, v in item.items() if k != "custom_init"
+        k: v if k in _NO_SCHEMAS else _without(v, is_dropped) for k, v in item.items() if k != "custom_init"
     }

@@ -29,14 +29,14 @@ from pydantic import BaseModel, SecretBytes, SecretStr
 
 __all__ = ["NotSerialisable", "keeping_secrets", "tag", "untag"]
 
-#: Whether secrets may be written down: what is written goes through a codec.
+#: True while secrets may be written, because the result goes through a codec.
 _KEEPS_SECRETS: ContextVar[bool] = ContextVar("stroma_keeps_secrets", default=False)
 
 Plain = Callable[[Any], Any]
 
 
 class NotSerialisable(TypeError):
-    """A state holds a value that no store can keep. The message names the field.
+    """A state holds a value that cannot be stored. The message names the field.
 
     Where: ``result.failure`` of a FAILED run whose input or output cannot be stored.
     Cause: a secret, an open file, a client, a value that contains itself, or a class that its field does not declare.
@@ -45,9 +45,9 @@ class NotSerialisable(TypeError):
 
 
 def tag(value: Any, path: tuple[str, ...], plain: Plain) -> Any:
-    """JSON for any value we know; "$c" marks what only a declared class can restore.
+    """Return tagged JSON for a value. "$c" tags a value that only the declared class can restore.
 
-    ``path`` names the value in errors; ``plain`` takes models and dataclasses apart. Raises NotSerialisable.
+    ``path`` names the value in errors; ``plain`` converts models and dataclasses to dicts. Raises NotSerialisable.
     """
     kind = type(value)
     if value is None or kind is str or kind is bool or kind is int:
@@ -70,7 +70,7 @@ def tag(value: Any, path: tuple[str, ...], plain: Plain) -> Any:
                 {"$sb": base64.b64encode(secret).decode()} if isinstance(secret, bytes) else {"$ss": secret}
             )
         raise NotSerialisable(
-            f"{'.'.join(path)} cannot be serialised: it is a secret, and stores keep no secrets without a codec; "
+            f"{'.'.join(path)} cannot be serialised: it is a secret, and a store without a codec stores no secrets; "
             "keep it in the run's context, or give the store a codec"
         )
     if isinstance(value, enum.Enum):
@@ -99,20 +99,20 @@ def _write_datetime(value: dt.datetime, path: tuple[str, ...], plain: Plain) -> 
         return {"$dtz": [value.replace(tzinfo=None).isoformat(), zone.key, value.fold]}
     if zone is not None and zone.utcoffset(value) is None:
         raise NotSerialisable(
-            f"{'.'.join(path)} cannot be serialised: its time zone has no offset; use one that has"
+            f"{'.'.join(path)} cannot be serialised: its time zone has no offset; use one with an offset"
         )
     return {"$dt": [value.isoformat(), value.fold]}
 
 
-#: The largest exponent of a stored Decimal, either way. Whole numbers of it take 0.1 ms; of 10**9, some bytes on the
-#: disk would hang whoever reads them.
-_MOST_EXPONENT: Final = 10_000
+#: The largest exponent of a stored Decimal, positive or negative. Converting one to int takes 0.1 ms; with 10**9, a few
+#: stored bytes would hang the reader.
+_MAX_EXPONENT: Final = 10_000
 
 
 def _write_decimal(value: decimal.Decimal, path: tuple[str, ...]) -> Any:
     if _is_beyond(value):
         raise NotSerialisable(
-            f"{'.'.join(path)} cannot be serialised: the exponent of a Decimal is at most {_MOST_EXPONENT:,}, got "
+            f"{'.'.join(path)} cannot be serialised: the exponent of a Decimal is at most {_MAX_EXPONENT:,}, got "
             f"{value.adjusted():,}; store such a number as text"
         )
     return {"$n": str(value)}
@@ -122,15 +122,15 @@ def _read_decimal(text: Any) -> decimal.Decimal:
     value = decimal.Decimal(text)
     if _is_beyond(value):
         raise ValueError(
-            f"a stored Decimal has the exponent {value.adjusted():,}; at most {_MOST_EXPONENT:,} is written"
+            f"a stored Decimal has the exponent {value.adjusted():,}; at most {_MAX_EXPONENT:,} is written"
         )
     return value
 
 
 def _is_beyond(value: decimal.Decimal) -> bool:
     exponent = value.as_tuple().exponent
-    # A long number whose digits are all written down is no longer than what is stored.
-    return isinstance(exponent, int) and (exponent > _MOST_EXPONENT or value.adjusted() < -_MOST_EXPONENT)
+    # A number with all of its digits written is as long as its stored form.
+    return isinstance(exponent, int) and (exponent > _MAX_EXPONENT or value.adjusted() < -_MAX_EXPONENT)
 
 
 def _sorted(values: Iterable[Any], path: tuple[str, ...], plain: Plain) -> list[Any]:
@@ -196,7 +196,7 @@ _READERS: Final[dict[str, Callable[[Any], Any]]] = {
 
 @contextlib.contextmanager
 def keeping_secrets() -> Iterator[None]:
-    """Inside, tag() writes secrets down."""
+    """Let tag() write secrets within this context."""
     token = _KEEPS_SECRETS.set(True)
     try:
         yield

@@ -109,7 +109,7 @@ class Redactor:
         message = failure.message
         if self._redact is not None:
             try:
-                message = self._trace.said(message, row, self._redact)
+                message = self._trace.redacted_message(message, row, self._redact)
             except Exception:  # A class of the user's that cannot be shown.
                 message = HIDDEN
         return one_line(typed(kind_of(failure.exception), message))

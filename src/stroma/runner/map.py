@@ -31,7 +31,7 @@ from stroma.failures.failure import Failure, text_of
 from stroma.hooks.sets import MapProgress
 from stroma.runner.items import Item, LinesFile, Source
 from stroma.runner.states import item_state
-from stroma.trace.events import AttemptRow, FewRows, Outcome
+from stroma.trace.events import AttemptRow, BoundedRows, Outcome
 
 __all__ = ["DEFAULT_CONCURRENCY", "MapRun", "branches_in"]
 
@@ -74,7 +74,7 @@ class MapRun:
         self.failures: list[ItemFailure] = []
         self.count = 0
         if not keeps_outputs:
-            execution.children = FewRows(_MAX_EVENTS)
+            execution.children = BoundedRows(_MAX_EVENTS)
             execution.remembers = False
         if self._may_have_committed and ctx.restored is ctx.session.restored:
             ctx.restored = dict(ctx.restored)  # A copy, from which this map removes what it has restored.

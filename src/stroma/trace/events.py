@@ -110,7 +110,7 @@ class LeftOut:
     figures: tuple[Figures, ...]
 
 
-class FewRows(list["AttemptRow | TraceEvent"]):
+class BoundedRows(list["AttemptRow | TraceEvent"]):
     """The rows of the items of a map that are too many to be kept: the first ones, and the first failures after those.
 
     The others are summed up.
@@ -155,9 +155,9 @@ class FewRows(list["AttemptRow | TraceEvent"]):
         figures = tuple((node, *sums, model) for (node, model), sums in self._sums.items())
         return LeftOut(self._events, self._failures, self._lost_tokens, self._lost_cost_usd, figures)
 
-    def like(self, rows: list[AttemptRow | TraceEvent]) -> FewRows:
+    def like(self, rows: list[AttemptRow | TraceEvent]) -> BoundedRows:
         """Return the same list with other rows in it: copies of these."""
-        twin = FewRows(self._most)
+        twin = BoundedRows(self._most)
         twin.extend(rows)
         twin._events, twin._failures, twin._sums = self._events, self._failures, dict(self._sums)
         twin._lost_tokens, twin._lost_cost_usd = self._lost_tokens, self._lost_cost_usd
@@ -177,7 +177,7 @@ def figures_of(rows: list[AttemptRow | TraceEvent]) -> Iterator[Figures]:
         else:
             node_id, used, ns = row.node_id, row.usage or NO_USAGE, row.function_ns
             inside = row.children or []
-            left_out = inside.left_out if isinstance(inside, FewRows) else None
+            left_out = inside.left_out if isinstance(inside, BoundedRows) else None
         stack.extend(reversed(inside))
         yield node_id, used.tokens, used.output_tokens, used.cost_usd, ns, used.model
         if left_out is not None:

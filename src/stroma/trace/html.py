@@ -58,8 +58,8 @@ class Bar:
         began_ms, took_ms: since the first attempt began, and of the function alone; of a group, from the first function inside
             it to the last.
         outcome: "success", "failure", "cancelled", "suspended" or "forked".
-        kept: whether its output is committed.
-        given, made: plain JSON data; None where it is not known.
+        kept: True if its output was committed.
+        given, made: plain JSON data; None if not known.
         function_ms: for how long functions ran, of a group in which there were waits as well; None for all others.
     """
 
@@ -295,7 +295,7 @@ def _row(
         width = at_ms(bar.began_ms + bar.took_ms) - began
         x = min(began * scale, _WIDE - 7)
         rect = f'<rect class="b-{as_xml(bar.outcome)}{on}" x="{x:.1f}" y="2" width="{max(width * scale, 6):.1f}" height="18"'
-        title = f"<title>{as_xml(_said(bar))}</title>"
+        title = f"<title>{as_xml(_bar_title(bar))}</title>"
         drawn.append(
             f"{rect}>{title}</rect>" if link is None else f'<a href="{as_xml(link(bar))}">{title}{rect}/></a>'
         )
@@ -307,7 +307,7 @@ def _row(
     fold = "fold " if folds else ""
     # A picture has nothing in it that could be pressed.
     role, label = (
-        ("img", _said(last)) if link is None else ("group", f"attempts of {clean(last.node_id, 100)}")
+        ("img", _bar_title(last)) if link is None else ("group", f"attempts of {clean(last.node_id, 100)}")
     )
     took = sum(bar.took_ms for bar in bars)
     ran = sum(bar.took_ms if bar.function_ms is None else bar.function_ms for bar in bars)
@@ -319,7 +319,7 @@ def _row(
     )
 
 
-def _said(bar: Bar) -> str:
+def _bar_title(bar: Bar) -> str:
     why = f": {bar.failure_class}{f' ({bar.reason})' if bar.reason else ''}" if bar.failure_class else ""
     message = f": {clean(bar.message, 200)}" if bar.message else ""
     return f"{clean(bar.node_id, 100)}, attempt {bar.attempt}, {bar.outcome}{why}, {duration(bar.took_ms, bar.function_ms)}{message}"
@@ -461,7 +461,7 @@ def _attempt(bar: Bar) -> str:
         if value is not None
     )
     return (
-        f'<details class="attempt" id="{bar.key}"><summary><span class="mono dim">{as_xml(bar.at)}</span> {as_xml(_said(bar))}'
+        f'<details class="attempt" id="{bar.key}"><summary><span class="mono dim">{as_xml(bar.at)}</span> {as_xml(_bar_title(bar))}'
         f" · {count(bar.tokens)} · {money(bar.cost_usd)}{model}</summary>{message}"
         f'<div class="two">{states}</div></details>'
     )

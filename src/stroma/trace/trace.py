@@ -20,7 +20,7 @@ from stroma.trace.redaction import Redact, Shown, hidden_values, hide_state, hid
 
 if TYPE_CHECKING:
     from stroma.trace.html import Bar, Story
-from stroma.trace.events import NO_USAGE, AttemptRow, FewRows, Figures, TraceEvent, TraceMark, figures_of
+from stroma.trace.events import NO_USAGE, AttemptRow, BoundedRows, Figures, TraceEvent, TraceMark, figures_of
 from stroma.trace.plain import jsonable
 
 __all__ = ["ExecutionTrace"]
@@ -83,7 +83,7 @@ class ExecutionTrace(Shown):
             usage=row.usage or NO_USAGE,
             position=row.position,
             branch=row.branch,
-            left_out=children.left_out if isinstance(children, FewRows) else None,
+            left_out=children.left_out if isinstance(children, BoundedRows) else None,
             function_ms=row.function_ns // 1_000_000,
             error_type=error_type,
         )
@@ -167,7 +167,7 @@ class ExecutionTrace(Shown):
             return frozenset()
         return _hidden_in(redact, self.walk())
 
-    def said(self, message: str, row: AttemptRow, redact: Redact) -> str:
+    def redacted_message(self, message: str, row: AttemptRow, redact: Redact) -> str:
         """Return the message of a failed attempt without the texts that ``redact`` removes from the attempt's states."""
         return hide_words(redact, message, _hidden_in(redact, [self._event(row._replace(children=None))]))
 
@@ -227,7 +227,7 @@ def _copy_rows(rows: list[AttemptRow | TraceEvent]) -> list[AttemptRow | TraceEv
         else:
             children = row.children
             copies.append(row if children is None else row._replace(children=_copy_rows(children)))
-    return rows.like(copies) if isinstance(rows, FewRows) else copies
+    return rows.like(copies) if isinstance(rows, BoundedRows) else copies
 
 
 def _copy_event(event: TraceEvent) -> TraceEvent:
