@@ -39,7 +39,7 @@ def crosses(first: Made, second: Made, values: Any) -> bool | None:
     except Exception:
         return None
     try:
-        target.take(output)
+        target.prepare_input(output)
     except Exception:
         return False
     return True

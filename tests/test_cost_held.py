@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from stroma import BudgetExceeded, CostTracker, ExecutionBudget, FallbackPolicy, NodeUsage
 from stroma.cost import KNOWN_MODELS, ModelHint, StepUsage, UsageError, estimate_cost_usd, resolve_model
 from stroma.cost.budget import LARGEST, limits
-from stroma.cost.fallback import fallback_due, reached
+from stroma.cost.fallback import fallback_due, is_reached
 
 
 def spent(cost: float = 0.0, tokens: int = 0, ms: float = 0.0) -> CostTracker:
@@ -295,7 +295,7 @@ def test_costs_are_summed_exactly(figures: list[float]) -> None:
 def test_the_records_have_their_defaults() -> None:
     """A fallback is for four fifths of the limit; hints and usages name no model by themselves."""
     assert astuple(FallbackPolicy("a", "b")) == ("a", "b", 0.8)
-    assert [reached(FallbackPolicy("a", "b"), spent(cost), 10) for cost in (7.99, 8)] == [False, True]
+    assert [is_reached(FallbackPolicy("a", "b"), spent(cost), 10) for cost in (7.99, 8)] == [False, True]
     assert astuple(ModelHint("node", "a")) == ("node", "a", None, None)
     assert astuple(NodeUsage("node", 1, 0.5, 2)) == ("node", 1, 0.5, 2, None, 0)
     assert StepUsage is NodeUsage
@@ -304,7 +304,7 @@ def test_the_records_have_their_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "limit", "cost", "is_reached"),
+    ("share", "limit", "cost", "expected"),
     [
         (0.8, 1.0, 0.8, True),
         (0.8, 1.0, 0.799999999, False),
@@ -319,17 +319,17 @@ def test_the_records_have_their_defaults() -> None:
     ],
 )
 def test_a_share_of_a_limit_is_reached_exactly(
-    share: float, limit: float, cost: float, is_reached: bool
+    share: float, limit: float, cost: float, expected: bool
 ) -> None:
     """To the billionth of a dollar; what earlier processes spent counts."""
     rule = FallbackPolicy("a", "b", share)
     earlier = CostTracker()
     earlier.prior_cost_usd = cost
     for tracker in (spent(cost), earlier):
-        assert reached(rule, tracker, limit) is is_reached
+        assert is_reached(rule, tracker, limit) is expected
         budget = ExecutionBudget(max_cost_usd=limit)
-        assert resolve_model("a", tracker, budget, [rule]) == ("b" if is_reached else "a")
-        assert fallback_due(tracker, budget, [rule]) == ("b" if is_reached else None)
+        assert resolve_model("a", tracker, budget, [rule]) == ("b" if expected else "a")
+        assert fallback_due(tracker, budget, [rule]) == ("b" if expected else None)
 
 
 def test_the_first_rule_for_a_model_counts() -> None:

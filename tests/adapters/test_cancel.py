@@ -21,7 +21,7 @@ def stroma_cancel(path: str | Path, run_id: str = "x") -> None:
     command = [sys.executable, "-m", "stroma", "cancel", run_id, "--db", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done
-    assert "was asked to end run" in done.stderr
+    assert "will cancel run" in done.stderr
 
 
 def result_of(guard: Guard) -> ExecutionResult:

@@ -174,7 +174,7 @@ def test_a_dry_run(filled, stroma, inside, fails):
     changed = inside("resume", "b", "changed.py:pipeline", "--dry-run")
     assert changed.code == 2
     assert "changed 0  first: " in changed.out
-    assert "it cannot be resumed as it is" in changed.err
+    assert "the run cannot be resumed; restore" in changed.err
     assert stroma.calls() == before
     assert inside("resume", "b", "sums.py:pipeline", "-q").code == 0
 

@@ -261,7 +261,7 @@ def test_variables_of_temporal(inside: Any, fails: Any, temporal_server: Tempora
     [
         (("run", "sums.py:pipeline", "--db", "x.db"), "stroma worker --db"),
         (("run", "sums.py:pipeline", "--drain", "3"), "--detach"),
-        (("run", "sums.py:pipeline", "--take-over"), "another one"),
+        (("run", "sums.py:pipeline", "--take-over"), "reassigns runs"),
         (("run", "sums.py:pipeline", "--prometheus", "0"), "stroma worker"),
         (("resume", "x", "sums.py:pipeline", "--from", "second"), "continues where it stopped"),
         (("runs", "--tag", "blue"), "stroma worker --db"),

@@ -36,7 +36,7 @@ def test_it_goes_as_announced(shown: tuple[subprocess.CompletedProcess[str], Pat
     assert done.returncode == 0, done.stdout
     assert "Traceback" not in done.stdout
     assert "kill -9:" in done.stdout
-    assert re.search(r"\b0 of them were asked about again", done.stdout)
+    assert re.search(r"\b0 of them were sent again", done.stdout)
     assert "Exit code 5" in done.stdout
     assert "Exit code 1" in done.stdout
     report = (work / "report.md").read_text(encoding="utf-8")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["get"]
+__all__ = ["safe_get"]
 
 
-def get(owner: Any, name: str) -> Any:
+def safe_get(owner: Any, name: str) -> Any:
     """Return a key of a mapping or an attribute of any other object; None if it is missing or cannot be read."""
     try:
         return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["LazyModel", "one_at_a_time"]
+__all__ = ["LazyModel"]
 
 _build_lock = threading.RLock()
-
-
-def one_at_a_time() -> AbstractContextManager[Any]:
-    """Return the lock that is held while a validator is built."""
-    return _build_lock
 
 
 class LazyModel(BaseModel):

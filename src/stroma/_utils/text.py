@@ -43,7 +43,7 @@ def one_line(text: str) -> str:
 
 def visible(text: str) -> str:
     """Return text that shows as it is, like :func:`one_line`, but with its lines and tabs."""
-    return _HIDES.sub(lambda found: found[0] if found[0] in "\n\t" else _escaped(found), text)
+    return _HIDES.sub(lambda match: match[0] if match[0] in "\n\t" else _escaped(match), text)
 
 
 def with_marks(text: str) -> str:
@@ -51,8 +51,8 @@ def with_marks(text: str) -> str:
     return _TURNS.sub(_escaped, text)
 
 
-def _escaped(found: re.Match[str]) -> str:
-    return json.dumps(found[0])[1:-1]
+def _escaped(match: re.Match[str]) -> str:
+    return json.dumps(match[0])[1:-1]
 
 
 def typed(kind: str | None, message: str) -> str:

@@ -66,15 +66,7 @@ def print_plan(
             }
         )
         return code
-    out.line(
-        f"kept    {plural(sum(not one.branch for one in restored), 'node')}, in groups {sum(bool(one.branch) for one in restored):,}"
-    )
-    for one in restored:
-        if not one.branch:
-            used = f"  {count(one.tokens)}, {money(one.cost_usd)}" if one.tokens else ""
-            out.line(
-                f"          {place_of(one):<6} {clean(one.node_id, 60)}  {span(one.duration_ms / 1000)}{used}"
-            )
+    _print_nodes(restored)
     out.line(f"saves   {span(seconds)}, {count(tokens)}, {money(cost)} that are not spent again")
     what = ", ".join(clean(node_id, 60) for node_id in called[:50]) or "nothing: every node has its output"
     if pipeline is None and called:
@@ -88,15 +80,27 @@ def print_plan(
     if record.holder is not None:
         err.line(
             ("busy: ", "yellow"),
-            f"the run is being run by {clean(record.holder)}; wait for it: {database.hint('resume', id_word(record.run_id), target or 'FILE.py:NAME', options=('--attach',))}",
+            f"the run is already running in {clean(record.holder)}; wait for it: {database.hint('resume', id_word(record.run_id), target or 'FILE.py:NAME', options=('--attach',))}",
         )
     elif changes:
-        err.line("it cannot be resumed as it is; restore what is named, or resume before it with --from")
+        err.line("the run cannot be resumed; restore the listed nodes, or resume before them with --from")
     else:
         options = ("--from", start_at) if start_at is not None else ()
         hint = database.hint("resume", id_word(record.run_id), target or "FILE.py:NAME", options=options)
         err.line(f"nothing was done; resume with: {hint}")
     return code
+
+
+def _print_nodes(restored: list[AttemptRecord]) -> None:
+    out.line(
+        f"kept    {plural(sum(not one.branch for one in restored), 'node')}, in groups {sum(bool(one.branch) for one in restored):,}"
+    )
+    for one in restored:
+        if not one.branch:
+            used = f"  {count(one.tokens)}, {money(one.cost_usd)}" if one.tokens else ""
+            out.line(
+                f"          {place_of(one):<6} {clean(one.node_id, 60)}  {span(one.duration_ms / 1000)}{used}"
+            )
 
 
 def _position(attempts: list[AttemptRecord], pipeline: Pipeline | None, start_at: str | None) -> int | None:

@@ -113,8 +113,8 @@ class ContractViolation(Exception):
 
     def __reduce__(self) -> Any:
         # Without the class: one that was made in a function cannot be pickled, nor what refers to it.
-        kept = {name: value for name, value in self.__dict__.items() if name != "schema"}
-        return type(self), self.args, kept
+        attributes = {name: value for name, value in self.__dict__.items() if name != "schema"}
+        return type(self), self.args, attributes
 
     def as_prompt(self, *, max_chars: int = 2000) -> str:
         """Return the errors as a text of at most ``max_chars`` characters for the model that produced the output.

@@ -41,7 +41,6 @@ __all__ = [
     "replace_records",
     "replicate",
     "set_extra",
-    "set_fields",
     "unpickle_data",
 ]
 
@@ -88,13 +87,16 @@ _CONTAINERS: Final = frozenset({dict, list, tuple, set, frozenset})
 
 
 def construct(cls: type[ModelT], values: dict[str, Any], fields_set: set[str]) -> ModelT:
-    """Return a new model that holds ``values`` as they are, with neither extra nor private values."""
+    """Return a new model that holds ``values`` unvalidated, with neither extra nor private values.
+
+    ``fields_set``: the fields that were not left to their defaults.
+    """
     model: ModelT = object.__new__(cls)
-    if cls.__pydantic_root_model__:
-        _set_values(model, values)
-        _set_fields_set(model, fields_set)
-    else:
-        set_fields(model, values, fields_set)
+    _set_values(model, values)
+    _set_fields_set(model, fields_set)
+    if not cls.__pydantic_root_model__:
+        _set_extra(model, None)
+        _set_private(model, None)
     return model
 
 
@@ -115,14 +117,6 @@ def replicate(model: ModelT, update: Mapping[str, Any] = _NO_UPDATE) -> ModelT:
         private = model.__pydantic_private__
         _set_private(twin, None if private is None else private.copy())
     return twin
-
-
-def set_fields(model: BaseModel, values: dict[str, Any], fields_set: set[str]) -> None:
-    """Set the values of a new model, unvalidated. ``fields_set``: the fields that were not left to their defaults."""
-    _set_values(model, values)
-    _set_fields_set(model, fields_set)
-    _set_extra(model, None)
-    _set_private(model, None)
 
 
 def set_extra(model: BaseModel, extra: dict[str, Any]) -> None:

@@ -186,9 +186,9 @@ def calls_user_code(node: dict[str, Any]) -> bool:
 
 
 def _function(node: dict[str, Any]) -> Any:
-    found = node["function"].get("function") if node["type"].startswith("function-") else None
+    function = node["function"].get("function") if node["type"].startswith("function-") else None
     # A class that is called makes an instance, of the same value each time.
-    return None if isinstance(found, type) else found
+    return None if isinstance(function, type) else function
 
 
 def may_change_on_revalidation(node: dict[str, Any]) -> bool:
@@ -199,8 +199,8 @@ def may_change_on_revalidation(node: dict[str, Any]) -> bool:
 
 def builds_instances(node: dict[str, Any]) -> bool:
     """Return True for a node that calls a user class: its instances may not be valid input for that class."""
-    made = node["function"].get("function") if node["type"] == "function-after" else None
-    return isinstance(made, type) and made.__module__.partition(".")[0] not in _PLAIN
+    function = node["function"].get("function") if node["type"] == "function-after" else None
+    return isinstance(function, type) and function.__module__.partition(".")[0] not in _PLAIN
 
 
 #: Where the classes come from whose schemas take their own instances.

@@ -46,17 +46,17 @@ class Secrets:
             return True
         if isinstance(annotation, str):  # A hint that could not be read.
             return "Secret" in annotation
-        found = False
+        is_secret = False
         for argument in get_args(annotation):
-            found |= self._collect(argument)
+            is_secret |= self._collect(argument)
         fields = _fields(annotation)
         if fields and annotation not in self._seen:
             self._seen.add(annotation)
             for names, inner in fields:
                 if self._collect(inner):
                     self.names.update(names)
-                    found |= "root" in names and issubclass(annotation, BaseModel)
-        return found
+                    is_secret |= "root" in names and issubclass(annotation, BaseModel)
+        return is_secret
 
     def _find(self, value: Any, depth: int) -> None:
         if depth > 20 or id(value) in self._looked_at:

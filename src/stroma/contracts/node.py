@@ -268,18 +268,18 @@ stroma_step = stroma_node
 
 def apart_in(nodes: Sequence[Node | Group]) -> tuple[tuple[int, str], ...]:
     """Return the places of map items whose outputs do not enter the state: (position, beginning of branches)."""
-    found: list[tuple[int, str]] = []
+    places: list[tuple[int, str]] = []
     for position, node in enumerate(nodes):
         if type(node) is Group:
-            _find_apart(node, position, "", found)
-    return tuple(found)
+            _find_apart(node, position, "", places)
+    return tuple(places)
 
 
-def _find_apart(group: Group, position: int, beginning: str, found: list[tuple[int, str]]) -> None:
+def _find_apart(group: Group, position: int, beginning: str, places: list[tuple[int, str]]) -> None:
     if group.each:
         if not group.into:
-            found.append((position, beginning))
+            places.append((position, beginning))
         return
     for index, child in enumerate(group.children):
         if type(child) is Group:
-            _find_apart(child, position, f"{beginning}{index}.", found)
+            _find_apart(child, position, f"{beginning}{index}.", places)

@@ -61,24 +61,24 @@ def repair_prompt(
             expected.setdefault(secrets.scrub(_written(place.whole, each=True)), what)
     unseen = len(errors) - seen
     room = max_chars - len(head) - len(tail) - 60
-    said = _fitting(list(wrong), room * 6 // 10 if expected else room, unseen)
-    text = f"{head}\n\nWhat is wrong:\n{said}"
+    problems = _fitting(list(wrong), room * 6 // 10 if expected else room, unseen)
+    text = f"{head}\n\nWhat is wrong:\n{problems}"
     if expected:
         lines = [f"- {where}: {what}" if where else f"- {what}" for where, what in expected.items()]
-        text += f"\n\nWhat is expected:\n{_fitting(lines, room - len(said))}"
+        text += f"\n\nWhat is expected:\n{_fitting(lines, room - len(problems))}"
     text += f"\n\n{tail}" if tail else ""
     return _cut(text, max_chars)
 
 
 def _fitting(lines: list[str], room: int, unseen: int = 0) -> str:
-    kept: list[str] = []
+    fitting: list[str] = []
     for line in lines:
         room -= len(line) + 1
-        if room < 0 and kept:
+        if room < 0 and fitting:
             break
-        kept.append(line)
-    rest = len(lines) - len(kept) + unseen
-    return "\n".join([*kept, *([_MORE.format(rest)] if rest else [])])
+        fitting.append(line)
+    rest = len(lines) - len(fitting) + unseen
+    return "\n".join([*fitting, *([_MORE.format(rest)] if rest else [])])
 
 
 def _cut(text: str, limit: int) -> str:
@@ -222,8 +222,8 @@ def _branch(
         return None
     reference = node.get("discriminator", {}).get("mapping", {}).get(part)
     if isinstance(reference, str):
-        found = defs.get(reference.rpartition("/")[2])
-        return found if isinstance(found, dict) else None
+        definition = defs.get(reference.rpartition("/")[2])
+        return definition if isinstance(definition, dict) else None
     kind = _TYPES.get(part.partition("[")[0])
     for branch in branches:
         title = branch.get("title")

@@ -316,23 +316,20 @@ class Schema:
             state, is_derived = self.convert(value if exclusive else source.restore(snapshot)), False
         return state, SameSnapshot(snapshot) if is_derived else self.snapshot(state), took_values
 
-    def accept_output(self, output: Any, lent: bool = False) -> tuple[BaseModel, Snapshot]:
-        """Return a validated output from the value that a node returned, and its snapshot. Raises what validators raise.
-
-        ``lent``: if the snapshot is pickled, the model may share its values with that value: they are read from the snapshot.
-        """
+    def accept_output(self, output: Any) -> tuple[BaseModel, Snapshot]:
+        """Return a validated output from the value that a node returned, and its snapshot. Raises what validators raise."""
         traits = self.traits
         if self.is_flat and self._exclusive is None and type(output) is dict:  # The output of most nodes.
             model = self.validate(output)
             return model, self._flat_values(model.__dict__)
         if traits.is_picklable and type(output) is dict and not traits.nested_classes:
-            if traits.is_untyped and not lent and is_small_dict_of_atoms(output):
+            if traits.is_untyped and is_small_dict_of_atoms(output):
                 model = self.validate(output.copy())  # A shallow copy isolates atoms.
                 return model, PickledSnapshot(pickle_atoms(model.__dict__))
             model = self.validate(output)
             snapshot = self.snapshot(model)
             if type(snapshot) is PickledSnapshot:
-                return model if lent else self.restore(snapshot), snapshot
+                return self.restore(snapshot), snapshot
             model = self.detach(model)
         # The fields of a model are validated: it may have been constructed without validation, or changed since.
         elif isinstance(output, BaseModel) and not traits.is_untyped:

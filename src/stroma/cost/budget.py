@@ -73,11 +73,11 @@ class ExecutionBudget(LazyModel):
 
 def limits(budget: ExecutionBudget) -> tuple[tuple[Dimension, float], ...]:
     """Return the limits that are set, in the order in which they are checked."""
-    found: list[tuple[Dimension, float]] = []
+    limits: list[tuple[Dimension, float]] = []
     if budget.max_tokens_total is not None:
-        found.append(("tokens", budget.max_tokens_total))
+        limits.append(("tokens", budget.max_tokens_total))
     if budget.max_cost_usd is not None:
-        found.append(("cost", budget.max_cost_usd))
+        limits.append(("cost", budget.max_cost_usd))
     if budget.max_latency_ms is not None:
-        found.append(("latency", budget.max_latency_ms))
-    return tuple(found)
+        limits.append(("latency", budget.max_latency_ms))
+    return tuple(limits)

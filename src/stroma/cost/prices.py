@@ -110,8 +110,8 @@ class _Listing:
     @property
     def tiers(self) -> list[str]:
         """Return the service tiers that have prices of their own."""
-        found = [value for variant in self.info.price_variants or () for value in variant.when.values()]
-        return [tier for tier in dict.fromkeys(found) if self.rates(tier) != self.rates(None)]
+        tiers = [value for variant in self.info.price_variants or () for value in variant.when.values()]
+        return [tier for tier in dict.fromkeys(tiers) if self.rates(tier) != self.rates(None)]
 
     def rates(self, tier: str | None) -> Rates:
         return self._priced(tier)[0]
@@ -122,23 +122,23 @@ class _Listing:
 
     def _priced(self, tier: str | None) -> tuple[Rates, Pricer]:
         if tier is None:
-            if not self._timed and (found := self._rates.get(None)) is not None:
-                return found
+            if not self._timed and (priced := self._rates.get(None)) is not None:
+                return priced
             prices = self.info.get_prices(datetime.now(UTC))
             key: Any = id(prices) if self._timed else None  # One of few, which live as long as the data.
         else:
-            if not self._timed_tiers and (found := self._rates.get(tier)) is not None:
-                return found
+            if not self._timed_tiers and (priced := self._rates.get(tier)) is not None:
+                return priced
             # Who calls it what: OpenAI and Google service_tier, Anthropic speed; all of them have batches.
             context = {"processing": tier, "service_tier": tier, "speed": tier}
             prices = self.info.get_prices(datetime.now(UTC), context)
             key = None if self._timed_tiers else tier
             if key is None:
                 return _read_rates(prices)
-        found = self._rates.get(key)
-        if found is None:
-            self._rates[key] = found = _read_rates(prices)
-        return found
+        priced = self._rates.get(key)
+        if priced is None:
+            self._rates[key] = priced = _read_rates(prices)
+        return priced
 
 
 def _read_rates(prices: ModelPrice) -> tuple[Rates, Pricer]:
@@ -187,18 +187,18 @@ def _load() -> Any:
 def _listing(model: str) -> _Listing | None:
     """Return the entry of a model in genai-prices. Slow the first time: call it off the event loop."""
     data = (_data or _load()).get_snapshot()
-    kept = _looked_up.get(model)
-    if kept is not None and kept[0] is data:
-        return kept[1]
-    found: _Listing | None = None
+    cached = _looked_up.get(model)
+    if cached is not None and cached[0] is data:
+        return cached[1]
+    listing: _Listing | None = None
     for provider in (None, *_MAKERS):
         try:
-            found = _Listing(*data.find_provider_model(model, None, provider, None))
+            listing = _Listing(*data.find_provider_model(model, None, provider, None))
             break
         except LookupError:
             continue
-    _looked_up[model] = (data, found)
-    return found
+    _looked_up[model] = (data, listing)
+    return listing
 
 
 #: Who is asked for a name that does not tell whose it is (text-embedding-3-small): who makes models, not who resells them.
@@ -216,10 +216,10 @@ def cached_pricer(model: str, detail: Usage | None = None) -> Pricer | Literal["
     known = KNOWN_MODELS.get(model)
     if known is not None and detail is None:
         return _flat_price(*known)
-    kept = _looked_up.get(model)
-    if kept is None:
+    cached = _looked_up.get(model)
+    if cached is None:
         return "unread"
-    data, listing = kept
+    data, listing = cached
     # Whoever has genai-prices refresh itself gets the new prices at once.
     if data is not _data.get_snapshot():
         return "unread"
@@ -252,7 +252,7 @@ def _pricer(
     if known is None and listing is None:
         return None
     rates = _overlaid(known, listing, detail.tier)
-    return lambda given, made: rates.cost(detail)
+    return lambda _input, _output: rates.cost(detail)
 
 
 def _overlaid(known: tuple[float, float] | None, listing: _Listing | None, tier: str | None) -> Rates:
@@ -271,13 +271,13 @@ def _overlaid(known: tuple[float, float] | None, listing: _Listing | None, tier:
         base = whole[-1][1]
         return _flat(own * (steps[-1][1] / base) if base else own)
 
-    given, made = known
+    input_price, output_price = known
     return Rates(
-        scaled(rates.input, given, standard.input) or _flat(given),
-        scaled(rates.output, made, standard.output) or _flat(made),
-        scaled(rates.cached_input, given, standard.input),
-        scaled(rates.cache_write, given, standard.input),
-        scaled(rates.cache_write_1h, given, standard.input),
+        scaled(rates.input, input_price, standard.input) or _flat(input_price),
+        scaled(rates.output, output_price, standard.output) or _flat(output_price),
+        scaled(rates.cached_input, input_price, standard.input),
+        scaled(rates.cache_write, input_price, standard.input),
+        scaled(rates.cache_write_1h, input_price, standard.input),
     )
 
 

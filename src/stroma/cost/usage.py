@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias, cast
 
-from stroma._utils.access import get
+from stroma._utils.access import safe_get
 
 __all__ = ["Usage", "UsageError", "usage_from"]
 
@@ -139,18 +139,18 @@ def _read(response: object) -> Usage:
         raise UsageError(f"{shown(response)} is no response of a provider; give the response as it came")
     if issubclass(kind, (list, tuple)):
         return _read_events(cast("Sequence[Any]", response))
-    if get(response, "type") == "message_start":
+    if safe_get(response, "type") == "message_start":
         raise UsageError(
             "message_start says what went in but not what came out; give the final message, or a list of all events"
         )
     for level in _levels(response):
         for name in ("usage", "usage_metadata", "usageMetadata", "meta"):
-            found = _read_figures(get(level, name), level)
-            if found is not None:
-                return found
-    found = _read_figures(response, None)  # The usage itself.
-    if found is not None:
-        return found
+            usage = _read_figures(safe_get(level, name), level)
+            if usage is not None:
+                return usage
+    usage = _read_figures(response, None)  # The usage itself.
+    if usage is not None:
+        return usage
     error = UsageError(
         f"a {_kind(response)} carries no usage; give figures instead, or for a stream of OpenAI its last chunk, "
         'which has it if it was asked for with stream_options={"include_usage": True}'
@@ -176,29 +176,33 @@ _NO_RESPONSES: Final = (type(None), bool, int, float, complex, str, bytes)
 
 def _levels(response: object) -> Iterator[Any]:
     """Yield the objects that may hold usage: a response, and the ones that a stream event or batch line wraps."""
-    inner = get(response, "response")
+    inner = safe_get(response, "response")
     yield response
     yield inner  # OpenAI: response.completed; Google: a batch
-    yield get(inner, "body")  # OpenAI: a line of a batch
-    yield get(response, "data")  # Mistral: an event
-    yield get(response, "delta")  # Cohere: message-end
-    yield get(response, "metadata")  # AWS: the last event of a stream
-    yield get(get(response, "result"), "message")  # Anthropic: a line of a batch
-    yield get(response, "message")  # Anthropic: message_stop, where the SDK has put the message together
+    yield safe_get(inner, "body")  # OpenAI: a line of a batch
+    yield safe_get(response, "data")  # Mistral: an event
+    yield safe_get(response, "delta")  # Cohere: message-end
+    yield safe_get(response, "metadata")  # AWS: the last event of a stream
+    yield safe_get(safe_get(response, "result"), "message")  # Anthropic: a line of a batch
+    yield safe_get(response, "message")  # Anthropic: message_stop, where the SDK has put the message together
 
 
 def _read_events(events: Sequence[Any]) -> Usage:
     """Return the usage of one raw stream of Anthropic: later events report totals, not increments."""
-    first = get(events[0], "message") if events and get(events[0], "type") == "message_start" else None
-    if first is None or any(get(event, "type") == "message_start" for event in events[1:]):
+    first = (
+        safe_get(events[0], "message") if events and safe_get(events[0], "type") == "message_start" else None
+    )
+    if first is None or any(safe_get(event, "type") == "message_start" for event in events[1:]):
         raise UsageError(
             f"a {_kind(events)} is no response; report each response by itself with report_usage(), of a stream the "
             "last chunk; a list can only be the events of one stream of Anthropic, from message_start on"
         )
-    usages = [get(first, "usage")]
-    usages += [get(event, "usage") for event in events[1:] if get(event, "type") == "message_delta"]
-    said = {name: value for usage in usages for name in _SAID if (value := get(usage, name)) is not None}
-    return _read({"usage": said, "model": get(first, "model")})
+    usages = [safe_get(first, "usage")]
+    usages += [safe_get(event, "usage") for event in events[1:] if safe_get(event, "type") == "message_delta"]
+    figures = {
+        name: value for usage in usages for name in _SAID if (value := safe_get(usage, name)) is not None
+    }
+    return _read({"usage": figures, "model": safe_get(first, "model")})
 
 
 _SAID: Final = (
@@ -213,22 +217,30 @@ def _read_figures(usage: Any, level: Any) -> Usage | None:
     for reader in _READERS:
         figures = reader(usage)
         if figures is not None:
-            given, made, cached, written, hour = figures
+            input_tokens, output_tokens, cached, written, hour = figures
             model = _text(level, "model", "model_version", "modelVersion")
             tier = _text(usage, "service_tier") or _text(level, "service_tier")
             if _text(usage, "speed") == "fast":  # Anthropic
                 tier = "fast"
             # A gateway may count what was cached beside the input: never less than the sum of its parts.
-            return Usage(max(given, cached + written), made, cached, written, model, tier, min(hour, written))
+            return Usage(
+                max(input_tokens, cached + written),
+                output_tokens,
+                cached,
+                written,
+                model,
+                tier,
+                min(hour, written),
+            )
     return None
 
 
 def _text(owner: Any, *names: str) -> str | None:
-    return next((value for name in names if isinstance(value := get(owner, name), str) and value), None)
+    return next((value for name in names if isinstance(value := safe_get(owner, name), str) and value), None)
 
 
 def _count(owner: Any, name: str) -> int | None:
-    value = get(owner, name)
+    value = safe_get(owner, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     if not math.isfinite(value) or value < 0 or value != int(value):
@@ -246,16 +258,16 @@ _Figures: TypeAlias = tuple[int, int, int, int, int]
 
 def _chat(usage: Any) -> _Figures | None:
     """OpenAI's chat and embeddings, Mistral, and most who are compatible."""
-    given = _count(usage, "prompt_tokens")
-    if given is None:
+    input_tokens = _count(usage, "prompt_tokens")
+    if input_tokens is None:
         return None
     # xAI counts reasoning beside what it calls completion; the total has it.
-    made = max(_sum(usage, "completion_tokens"), (_count(usage, "total_tokens") or 0) - given)
-    details = get(usage, "prompt_tokens_details")
+    output_tokens = max(_sum(usage, "completion_tokens"), (_count(usage, "total_tokens") or 0) - input_tokens)
+    details = safe_get(usage, "prompt_tokens_details")
     cached = _count(details, "cached_tokens")
     if cached is None:
         cached = _sum(usage, "prompt_cache_hit_tokens")  # DeepSeek
-    return given, made, cached, _sum(details, "cache_write_tokens"), 0
+    return input_tokens, output_tokens, cached, _sum(details, "cache_write_tokens"), 0
 
 
 def _google(usage: Any) -> _Figures | None:
@@ -265,10 +277,10 @@ def _google(usage: Any) -> _Figures | None:
         if _count(usage, names[0]) is None and _count(usage, "totalTokenCount") is None:
             return None
     prompt, tools, answer, thoughts, cached, total = names
-    given = _sum(usage, prompt, tools)
+    input_tokens = _sum(usage, prompt, tools)
     # What only the total has came out: some models do not count their thoughts apart.
-    made = max(_sum(usage, answer, thoughts), _sum(usage, total) - given)
-    return given, made, _sum(usage, cached), 0, 0
+    output_tokens = max(_sum(usage, answer, thoughts), _sum(usage, total) - input_tokens)
+    return input_tokens, output_tokens, _sum(usage, cached), 0, 0
 
 
 _GOOGLE: Final = (
@@ -282,10 +294,10 @@ _GOOGLE_JSON: Final = (
 
 
 def _cohere(usage: Any) -> _Figures | None:
-    billed = get(usage, "billed_units")
+    billed = safe_get(usage, "billed_units")
     if _count(billed, "input_tokens") is not None:
         return _sum(billed, "input_tokens"), _sum(billed, "output_tokens"), 0, 0, 0
-    counted = get(usage, "tokens")
+    counted = safe_get(usage, "tokens")
     if _count(counted, "input_tokens") is None:
         return None
     return (
@@ -298,29 +310,35 @@ def _cohere(usage: Any) -> _Figures | None:
 
 
 def _aws(usage: Any) -> _Figures | None:
-    given = _count(usage, "inputTokens")
-    if given is None:
+    input_tokens = _count(usage, "inputTokens")
+    if input_tokens is None:
         return None
     cached, written = _sum(usage, "cacheReadInputTokens"), _sum(usage, "cacheWriteInputTokens")
-    return given + cached + written, _sum(usage, "outputTokens"), cached, written, 0
+    return input_tokens + cached + written, _sum(usage, "outputTokens"), cached, written, 0
 
 
 def _input_output(usage: Any) -> _Figures | None:
     """OpenAI's responses, and Anthropic, who counts what was cached beside the input."""
-    given, made = _count(usage, "input_tokens"), _count(usage, "output_tokens")
-    if given is None and made is None:
+    input_tokens, output_tokens = _count(usage, "input_tokens"), _count(usage, "output_tokens")
+    if input_tokens is None and output_tokens is None:
         return None
-    if given is None:
+    if input_tokens is None:
         raise UsageError(
             "the event says what came out but not what went in; give the final message, or a list of all events"
         )
     cached, written = _count(usage, "cache_read_input_tokens"), _count(usage, "cache_creation_input_tokens")
     if cached is None and written is None:
-        details = get(usage, "input_tokens_details")
-        return given, made or 0, _sum(details, "cached_tokens"), _sum(details, "cache_write_tokens"), 0
+        details = safe_get(usage, "input_tokens_details")
+        return (
+            input_tokens,
+            output_tokens or 0,
+            _sum(details, "cached_tokens"),
+            _sum(details, "cache_write_tokens"),
+            0,
+        )
     cached, written = cached or 0, written or 0
-    hour = _sum(get(usage, "cache_creation"), "ephemeral_1h_input_tokens")
-    return given + cached + written, made or 0, cached, written, hour
+    hour = _sum(safe_get(usage, "cache_creation"), "ephemeral_1h_input_tokens")
+    return input_tokens + cached + written, output_tokens or 0, cached, written, hour
 
 
 _READERS: Final[tuple[Callable[[Any], _Figures | None], ...]] = (_chat, _google, _cohere, _aws, _input_output)
@@ -335,12 +353,12 @@ def as_report(usage: Usage) -> Report:
     return usage.input_tokens, usage.output_tokens, usage.model, None if usage.is_plain else usage
 
 
-def report_of(node_id: str, response: object, **said: Any) -> Report | None:
+def report_of(node_id: str, response: object, **options: Any) -> Report | None:
     """Return the usage that a response reports; None for a plain value. Errors name the node."""
     if issubclass(type(response), _NO_RESPONSES):
         return None
     try:
-        return as_report(usage_from(response, **said))
+        return as_report(usage_from(response, **options))
     except UsageError as error:
         named = UsageError(f"node {node_id!r}: {error}")
         named.silent = error.silent

@@ -25,7 +25,6 @@ model named `...-no-quota`.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import http.client
 import json
 import os
@@ -38,17 +37,27 @@ import tempfile
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Final, Self, TypedDict
+from typing import IO, Any, Final, Self
 
 from stroma._utils.child_process import child_environment
-from stroma.demo import rules as _rules
+from stroma.demo.fault_plan import (
+    DEFAULT_SEED,
+    FAULTS,
+    TASKS,
+    TRANSPORT_FAULTS,
+    Ledger,
+    Served,
+    Stats,
+    fault_plan,
+    text_sha,
+)
+from stroma.demo.responses import HTTPError, answer_task, completion, to_error, with_wrong_type
 
 __all__ = [
     "DEFAULT_SEED",
@@ -63,239 +72,9 @@ __all__ = [
     "text_sha",
 ]
 
-# Chosen so that the documents that ship with the demo meet every fault of `FAULTS` but the quota, with one
-# hang, the slow fault, among them. A changed document changes its own faults: `tests/demo/test_provider.py`
-# says when another seed is needed.
-DEFAULT_SEED: Final = 6637
-
-TASKS: Final = ("extract", "classify", "risk")
-
-# Share of the faults, by kind. A hang costs a client its whole timeout, so it is the rarest.
-_WEIGHTS: Final = {"429": 6, "500": 4, "503": 4, "hang": 2, "drop": 3, "malformed": 3, "wrong_type": 3}
-FAULTS: Final = (*_WEIGHTS, "quota")
-TRANSPORT_FAULTS: Final = ("429", "500", "503", "hang", "drop")
-_FIRST_FAULT_RATE: Final = 0.35
-_SECOND_FAULT_RATE: Final = 0.30  # after a transport fault; the third call is always right
-
 _HOST: Final = "127.0.0.1"
 _MAX_BODY: Final = 32 * 1024 * 1024  # bytes
 _MODELS: Final = ("gpt-4o-mini", "gpt-4o")
-
-
-class Served(TypedDict):
-    """One answered request. `call` counts the requests with that task and text, 1-based."""
-
-    task: str
-    sha12: str
-    call: int
-    outcome: str
-
-
-class Stats(TypedDict):
-    """Requests served so far. `by_outcome` has "ok" and the names of `FAULTS`."""
-
-    calls: int
-    by_outcome: dict[str, int]
-    by_text: dict[str, int]
-    served: list[Served]
-
-
-# --- Which fault a call gets --------------------------------------------------------------------------------
-
-
-def text_sha(task: str, text: str) -> str:
-    """Return the SHA-256 (hex) of a task and the text of its user message; `by_text` has its first 12 digits.
-
-    Line ends, white space around a document and the layout of JSON do not count, what they say does.
-    """
-    if task == "extract":
-        text = _rules.unwrap(text)
-    else:
-        try:
-            text = json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
-        except ValueError:
-            text = text.strip()
-    return hashlib.sha256(f"{task}\n{text}".encode("utf-8", "replace")).hexdigest()
-
-
-def _draws(*key: object) -> list[float]:
-    """Return eight numbers in 0..1 that depend on the key only."""
-    digest = hashlib.sha256("\n".join(map(str, key)).encode()).digest()
-    return [int.from_bytes(digest[i : i + 4], "big") / 2**32 for i in range(0, 32, 4)]
-
-
-def _pick(draw: float) -> str:
-    point = draw * sum(_WEIGHTS.values())
-    for kind, weight in _WEIGHTS.items():
-        point -= weight
-        if point < 0:
-            return kind
-    return next(reversed(_WEIGHTS))
-
-
-def fault_plan(seed: int, task: str, text: str) -> tuple[str, ...]:
-    """Return the faults of the first calls with this task and text, at most two; later calls succeed.
-
-    A wrong answer (`malformed`, `wrong_type`) is always the last fault: the call after it is answered
-    rightly.
-    """
-    return _plan(seed, text_sha(task, text))
-
-
-def _plan(seed: int, sha: str) -> tuple[str, ...]:
-    first, first_kind, second, second_kind, *_ = _draws(seed, sha, "plan")
-    if first >= _FIRST_FAULT_RATE:
-        return ()
-    kind = _pick(first_kind)
-    if kind not in TRANSPORT_FAULTS or second >= _SECOND_FAULT_RATE:
-        return (kind,)
-    return (kind, _pick(second_kind))
-
-
-@dataclass(frozen=True, slots=True)
-class _Decision:
-    outcome: str
-    call: int  # 1-based, of this text
-    sha: str
-    latency: float  # seconds
-    retry_after_ms: int
-
-
-@dataclass(slots=True)
-class _Ledger:
-    """Decisions and counts of requests, shared by the threads that serve connections."""
-
-    seed: int
-    calm: bool
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _planned: Counter[str] = field(default_factory=Counter)
-    _calls: Counter[str] = field(default_factory=Counter)
-    _outcomes: Counter[str] = field(default_factory=Counter)
-    _served: list[Served] = field(default_factory=list)
-
-    def decide(self, task: str, text: str, forced: str | None) -> _Decision:
-        sha = text_sha(task, text)
-        with self._lock:
-            self._calls[sha] += 1
-            call = self._calls[sha]
-            if forced is not None:
-                # Shown on purpose: it leaves the faults that the text has coming as they are.
-                outcome = forced
-            else:
-                plan = () if self.calm else _plan(self.seed, sha)
-                planned = self._planned[sha]
-                outcome = plan[planned] if planned < len(plan) else "ok"
-                self._planned[sha] += 1
-            # Counted before it is answered: a client that dies in between has bought this answer all the
-            # same.
-            self._outcomes[outcome] += 1
-            self._served.append({"task": task, "sha12": sha[:12], "call": call, "outcome": outcome})
-        latency, header, *_ = _draws(self.seed, sha, call, "answer")
-        return _Decision(outcome, call, sha, 0.02 + 0.04 * latency, 1000 if header < 0.5 else 300)
-
-    def stats(self) -> Stats:
-        with self._lock:
-            return {
-                "calls": len(self._served),
-                "by_outcome": dict(self._outcomes),
-                "by_text": {sha[:12]: count for sha, count in self._calls.items()},
-                "served": list(self._served),
-            }
-
-
-# --- Answers ------------------------------------------------------------------------------------------------
-
-
-def _answer(task: str, text: str) -> dict[str, Any]:
-    if task == "extract":
-        return _rules.extract(text)
-    message = json.loads(text)
-    if not isinstance(message, dict):
-        raise ValueError('the user message must be JSON of the form {"records": [...]}')
-    return _rules.classify(message) if task == "classify" else _rules.risk(message)
-
-
-def _with_wrong_type(task: str, answer: dict[str, Any]) -> dict[str, Any]:
-    if task == "extract":
-        return {**answer, "total": "twelve hundred"}
-    key, spoilt = ("labels", {"priority": 3}) if task == "classify" else ("risks", {"level": 3})
-    if not answer[key]:
-        return {key: "none"}
-    return {key: [{**answer[key][0], **spoilt}, *answer[key][1:]]}
-
-
-def _tokens(text: str) -> int:
-    return -(-len(text) // 4)
-
-
-def _completion(
-    model: str, messages: Sequence[tuple[str, str]], content: str, decision: _Decision
-) -> dict[str, Any]:
-    # The protocol's own overhead: four tokens a message and three for the reply's start.
-    prompt = sum(_tokens(text) + 4 for _, text in messages) + 3
-    completion = _tokens(content)
-    return {
-        "id": f"chatcmpl-demo-{decision.sha[:12]}-{decision.call}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": content, "refusal": None},
-                "logprobs": None,
-                "finish_reason": "length" if decision.outcome == "malformed" else "stop",
-            }
-        ],
-        "usage": {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-        },
-        "system_fingerprint": "fp_stroma_demo",
-    }
-
-
-class _HTTPError(Exception):
-    """Error response in the format of OpenAI's."""
-
-    def __init__(
-        self, status: int, message: str, kind: str = "invalid_request_error", *, code: str | None = None,
-        param: str | None = None, headers: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(message)
-        self.status = status
-        self.headers = headers or {}
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def _error_for(decision: _Decision, model: str) -> _HTTPError:
-    if decision.outcome == "429":
-        wait = decision.retry_after_ms
-        # Both forms are in use; the one in milliseconds is OpenAI's own and the finer.
-        header = {"retry-after": str(wait // 1000)} if wait >= 1000 else {"retry-after-ms": str(wait)}
-        return _HTTPError(
-            429,
-            f"Rate limit reached for {model} in organization org-demo on requests per min (RPM): Limit 500, "
-            f"Used 500, Requested 1. Please try again in {wait}ms.",
-            "requests",
-            code="rate_limit_exceeded",
-            headers={"x-ratelimit-limit-requests": "500", "x-ratelimit-remaining-requests": "0", **header},
-        )
-    if decision.outcome == "quota":
-        return _HTTPError(
-            429,
-            "You exceeded your current quota, please check your plan and billing details.",
-            "insufficient_quota",
-            code="insufficient_quota",
-        )
-    if decision.outcome == "503":
-        return _HTTPError(
-            503, "The engine is currently overloaded, please try again later.", "service_unavailable_error"
-        )
-    return _HTTPError(
-        500, "The server had an error while processing your request. Sorry about that!", "server_error"
-    )
 
 
 # --- HTTP ---------------------------------------------------------------------------------------------------
@@ -323,27 +102,27 @@ def _parse_request(body: bytes) -> _Request:
     try:
         data = json.loads(body)
     except ValueError:
-        raise _HTTPError(400, "We could not parse the JSON body of your request.") from None
+        raise HTTPError(400, "We could not parse the JSON body of your request.") from None
     if not isinstance(data, dict) or not isinstance(data.get("model"), str) or not data["model"]:
-        raise _HTTPError(400, "you must provide a model parameter", param="model")
+        raise HTTPError(400, "you must provide a model parameter", param="model")
     if data.get("stream"):
-        raise _HTTPError(400, "the demo provider does not stream; leave out `stream`", param="stream")
+        raise HTTPError(400, "the demo provider does not stream; leave out `stream`", param="stream")
     raw = data.get("messages")
     if not isinstance(raw, list) or not all(isinstance(m, dict) for m in raw):
-        raise _HTTPError(400, "`messages` must be a list of objects", param="messages")
+        raise HTTPError(400, "`messages` must be a list of objects", param="messages")
     messages = tuple((str(m.get("role")), _text_of(m.get("content"))) for m in raw)
     system = next((text for role, text in messages if role in {"system", "developer"}), "")
     user = next((text for role, text in messages if role == "user"), None)
     first_line = system.strip().partition("\n")[0]
     task = first_line.removeprefix("TASK:").strip().lower() if first_line.startswith("TASK:") else ""
     if task not in TASKS:
-        raise _HTTPError(
+        raise HTTPError(
             400,
             f"the system message must start with one of {', '.join(f'`TASK: {t}`' for t in TASKS)}",
             param="messages",
         )
     if user is None:
-        raise _HTTPError(400, "there is no message with the role `user`", param="messages")
+        raise HTTPError(400, "there is no message with the role `user`", param="messages")
     return _Request(data["model"], messages, task, user)
 
 
@@ -351,7 +130,7 @@ def _forced_fault(headers: Message, model: str) -> str | None:
     fault = headers.get("X-Demo-Fault")
     if fault is not None:
         if fault not in FAULTS:
-            raise _HTTPError(400, f"X-Demo-Fault is {fault!r}; it must be one of {', '.join(FAULTS)}")
+            raise HTTPError(400, f"X-Demo-Fault is {fault!r}; it must be one of {', '.join(FAULTS)}")
         return fault
     if headers.get("X-Demo-Quota") == "exhausted" or model.endswith("-no-quota"):
         return "quota"
@@ -362,7 +141,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, port: int, ledger: _Ledger, hang_seconds: float) -> None:
+    def __init__(self, port: int, ledger: Ledger, hang_seconds: float) -> None:
         self.ledger = ledger
         self.hang_seconds = hang_seconds
         super().__init__((_HOST, port), _Handler)
@@ -400,16 +179,16 @@ class _Handler(BaseHTTPRequestHandler):
             models = [{"id": m, "object": "model", "created": 0, "owned_by": "stroma-demo"} for m in _MODELS]
             self._send(200, {"object": "list", "data": models})
         else:
-            self._send_error(_HTTPError(404, f"Invalid URL (GET {path})"))
+            self._send_error(HTTPError(404, f"Invalid URL (GET {path})"))
 
     def do_POST(self) -> None:
         try:
             body = self._read_body()
             path = self.path.partition("?")[0]
             if path != "/v1/chat/completions":
-                raise _HTTPError(404, f"Invalid URL (POST {path})")
+                raise HTTPError(404, f"Invalid URL (POST {path})")
             self._complete(_parse_request(body))
-        except _HTTPError as error:
+        except HTTPError as error:
             self._send_error(error)
 
     def _read_body(self) -> bytes:
@@ -419,19 +198,17 @@ class _Handler(BaseHTTPRequestHandler):
             length = -1
         if not 0 <= length <= _MAX_BODY:
             self.close_connection = True  # the body stays unread, so nothing after it can be understood
-            raise _HTTPError(
-                411 if length < 0 else 413, f"send a Content-Length of at most {_MAX_BODY} bytes"
-            )
+            raise HTTPError(411 if length < 0 else 413, f"send a Content-Length of at most {_MAX_BODY} bytes")
         return self.rfile.read(length)
 
     def _complete(self, request: _Request) -> None:
         forced = _forced_fault(self.headers, request.model)
         try:
-            answer = _answer(request.task, request.text)
+            answer = answer_task(request.task, request.text)
         except ValueError as error:
-            raise _HTTPError(400, str(error), param="messages") from None
+            raise HTTPError(400, str(error), param="messages") from None
         except Exception as error:  # said in full: a dropped connection would look like one of the faults
-            raise _HTTPError(
+            raise HTTPError(
                 500, f"the demo's rules failed on this text: {error!r}", "server_error"
             ) from error
         decision = self._owner.ledger.decide(request.task, request.text, forced)
@@ -442,15 +219,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if decision.outcome not in {"ok", "malformed", "wrong_type"}:
-            raise _error_for(decision, request.model)
+            raise to_error(decision, request.model)
         if decision.outcome == "wrong_type":
-            answer = _with_wrong_type(request.task, answer)
+            answer = with_wrong_type(request.task, answer)
         content = json.dumps(answer, ensure_ascii=False)
         if decision.outcome == "malformed":
             content = content[: max(1, len(content) * 3 // 5)]
         self._send(
             200,
-            _completion(request.model, request.messages, content, decision),
+            completion(request.model, request.messages, content, decision),
             {"openai-processing-ms": str(round(decision.latency * 1000))},
         )
 
@@ -462,7 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             pass
 
-    def _send_error(self, error: _HTTPError) -> None:
+    def _send_error(self, error: HTTPError) -> None:
         self._send(error.status, error.body, error.headers)
 
     def _send(self, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> None:
@@ -533,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     parent = os.getppid()
     try:
-        server = _Server(options.port, _Ledger(options.seed, options.calm), options.hang_seconds)
+        server = _Server(options.port, Ledger(options.seed, options.calm), options.hang_seconds)
     except (OSError, OverflowError) as error:
         print(f"cannot listen on {_HOST}:{options.port}: {error}; try --port 0", file=sys.stderr)
         return 3

@@ -103,12 +103,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the provider's misbehaviour")
     options = parser.parse_args(argv)
     if not options.folder.is_dir():
-        print(f"there is no folder {options.folder}; name one with --folder", file=sys.stderr)
+        print(f"folder {options.folder} does not exist; pass --folder", file=sys.stderr)
         return 2
     work = options.dir or Path(tempfile.mkdtemp(prefix="stroma-demo-"))
     work.mkdir(parents=True, exist_ok=True)
     if (work / "runs.db").exists():
-        print(f"{work} holds an earlier demo; name another folder with --dir", file=sys.stderr)
+        print(f"{work} contains an earlier demo; pass another folder with --dir", file=sys.stderr)
         return 2
     started = time.monotonic()
     with start_provider(options.seed) as provider:
@@ -145,18 +145,18 @@ def _crash_and_resume(demo: Demo) -> bool:
     if not killed:
         if process.returncode not in (0, -9):
             demo.print_line(
-                f"The run ended by itself with exit code {process.returncode}, which it should not."
+                f"The run ended by itself with exit code {process.returncode}; it should have been killed."
             )
             return False
         demo.print_line("\nThe folder is so small that the run was done before it could be killed.")
         return True
     names = demo.names("inbox")
-    # What reached the disk before the kill, now that nobody writes any more.
+    # Read after the kill, so that the list is final.
     done = {names[int(a.branch)] for a in demo.attempts("inbox") if a.branch and a.output is not None}
     before = demo.calls("inbox")
     demo.title(f"   kill -9: {len(done)} of {len(names)} documents were finished.")
 
-    demo.title("2. The run is resumed. What was finished is not bought again.")
+    demo.title("2. The run is resumed. Finished nodes are not called again.")
     demo.print_line()
     code = demo.run(demo.command("resume", "inbox", _TARGET))
     after = demo.calls("inbox")
@@ -164,7 +164,7 @@ def _crash_and_resume(demo: Demo) -> bool:
     demo.print_line(
         f"\n   By the provider's own ledger, {len(done)} documents were finished before the kill and"
     )
-    demo.print_line(f"   {len(again)} of them were asked about again. The report: {demo.report}")
+    demo.print_line(f"   {len(again)} of them were sent again. The report: {demo.report}")
     return code == 0 and not again and demo.report.exists()
 
 
@@ -189,7 +189,7 @@ def _on_a_budget(demo: Demo) -> bool:
     )
     code = demo.run(words)
     demo.print_line(
-        f"\n   Exit code {code} (5: stopped by the budget). What was paid for is kept; a resume with more goes on."
+        f"\n   Exit code {code} (5: stopped by the budget). Finished nodes are stored; resume with a larger budget to continue."
     )
     return code == 5
 

@@ -1,7 +1,7 @@
-"""How an attempt comes to its turn: shared budgets, limits and breakers, in this order, and back out of them.
+"""Admission of attempts: through shared budgets, limits and breakers, in this order, and back out of them.
 
-Only runs that are given one of these come here. Waiting is neither the node's time nor one of its retries; it is told
-to the hooks when it begins, kept as a mark of the trace when it ends, and ends with the run's latency budget.
+Only runs with one of these come here. Waiting is neither the node's time nor one of its retries. Hooks are called when it
+begins, it is a mark of the trace when it ends, and it ends with the run's latency budget.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _LOOK_SECONDS: Final = 1.0  # between looks where somebody can: room may come so
 
 
 class Permit:
-    """What one attempt holds while it is made."""
+    """Reservations of one attempt while it is made."""
 
     __slots__ = ("answers", "breaker", "caller", "charged", "ctx", "gates", "key", "probe", "run", "token")
 
@@ -55,9 +55,9 @@ class Permit:
         self.run = run
         # Not from random: programs that seed it alike, in several processes, would share their holds.
         self.token = os.urandom(8).hex()
-        #: Those that have been asked.
+        #: Gates that were asked for admission.
         self.gates: list[Gate] = []
-        #: The budgets among them that the commit of the attempt settles, and what they answered once it has.
+        #: The budgets among them that the commit of the attempt settles, and their answers once it has.
         self.charged: list[Gate] = []
         self.answers: dict[Gate, Any] = {}
         #: None if there are no budgets.
@@ -69,7 +69,7 @@ class Permit:
     # ---- as a stroma.checkpoint.protocols.Charge
 
     def changes(self, tokens: int, cost_pico: int, *, committed: bool) -> list[tuple[str, Change[Any]]]:
-        """The changes that the commit of the attempt makes; see Charge."""
+        """Return the changes that the commit of the attempt makes; see Charge."""
         node_id = self.run.node_id
         changes: list[tuple[str, Change[Any]]] = []
         self.charged = []
@@ -88,7 +88,7 @@ class Permit:
     # ----
 
     def drop(self, used: AttemptUsage | None = None) -> None:
-        """Give everything back where nothing can be awaited; with ``used``, of an attempt that was begun."""
+        """Return all reservations where nothing can be awaited; with ``used``, of an attempt that has begun."""
         self._uncharge()
         for gate in reversed(self.gates):
             gate.abandon(self.run.node_id, self.token, used)
@@ -97,7 +97,7 @@ class Permit:
             self.breaker.leave(self.key, None, probe=True)
 
     async def leave(self, outcome: Any) -> bool:
-        """Say what the attempt took and came to. Returns whether the task was cancelled meanwhile.
+        """Settle what the attempt used, by its outcome. Return True if the task was cancelled meanwhile.
 
         ``outcome``: the output, a Failure, or a Halt; None for an attempt that was cancelled. Raises what a hook may.
         """
@@ -137,13 +137,13 @@ class Permit:
         key = self.key
         if well is not None and failure is not None and not done:
             key = breaker.learn(self.run.node_id, failure, key)
-        if self.probe and key != self.key:  # The one call that was to find out went elsewhere.
+        if self.probe and key != self.key:  # The call that was to probe the circuit went elsewhere.
             breaker.leave(self.key, None, probe=True)
             self.probe = False
         changed = breaker.leave(key, well, probe=self.probe)
         self.probe = False
         if changed is not None and key is not None:
-            await _tell_circuit(self.ctx, self.run, key, changed)
+            await _announce_circuit(self.ctx, self.run, key, changed)
 
 
 def _caller(ctx: ReliabilityContext, run: NodeExecution) -> Caller:
@@ -163,9 +163,9 @@ async def _collect(ending: Any, due: list[Any]) -> None:
 
 
 async def admit(ctx: ReliabilityContext, run: NodeExecution) -> Permit | Exception:
-    """Wait for an attempt's turn. What is returned in place of a permit is why it may not be made.
+    """Wait for an attempt's turn. Return a permit, or why it may not be made.
 
-    Cancelled, or closed, it holds nothing.
+    If it is cancelled, or closed, no reservation is left.
     """
     config, permit = ctx.config, Permit(ctx, run)
     name = config.limit_of(run.node_id)
@@ -197,7 +197,7 @@ async def _pass(ctx: ReliabilityContext, run: NodeExecution, permit: Permit, gat
     line, token = gate.line, permit.token
     permit.gates.append(gate)
     wait = Wait("in line", None)
-    if not line.waiting:  # Nobody overtakes those who wait.
+    if not line.waiting:  # No attempt overtakes those that wait.
         first = await gate.ask(run.node_id, token, permit.caller)
         if not isinstance(first, Wait):
             return first
@@ -206,7 +206,7 @@ async def _pass(ctx: ReliabilityContext, run: NodeExecution, permit: Permit, gat
     line.waiting += 1
     try:
         with _waiting(ctx, run, reason):
-            await _tell_wait(ctx, run, reason, wait.ms)
+            await _announce_wait(ctx, run, reason, wait.ms)
             return await _in_line(ctx, run, gate, wait, permit)
     finally:
         line.waiting -= 1
@@ -215,7 +215,7 @@ async def _pass(ctx: ReliabilityContext, run: NodeExecution, permit: Permit, gat
 async def _in_line(
     ctx: ReliabilityContext, run: NodeExecution, gate: Gate, wait: Wait, permit: Permit
 ) -> Exception | None:
-    """Ask, once those who came before have passed, until the gate lets the call pass or refuses it."""
+    """Ask, once earlier attempts have passed, until the gate admits the call or refuses it."""
     token = permit.token
     line, pause, begin = gate.line, _POLL_SECONDS[0], perf_counter()
     scope = asyncio.timeout(_seconds(ctx, run, gate.max_wait_seconds))
@@ -240,7 +240,7 @@ async def _in_line(
 
 
 async def _too_long(gate: Gate, wait: Wait, run: NodeExecution, permit: Permit) -> Exception | None:
-    """The refusal of who waited too long. Whoever never came to be asked is asked now, once."""
+    """Return the refusal of an attempt that waited too long. The gate is asked once if it never was."""
     if wait.reason == "in line":
         answer = await gate.ask(run.node_id, permit.token, permit.caller)
         if not isinstance(answer, Wait):
@@ -260,28 +260,28 @@ async def _pass_circuit(
         if limit is not None and (entry.wait_seconds > limit or limit == 0):
             return CircuitOpen(key, entry.wait_seconds)
         with _waiting(ctx, run, reason):
-            await _tell_wait(ctx, run, reason, int(entry.wait_seconds * 1000))
+            await _announce_wait(ctx, run, reason, int(entry.wait_seconds * 1000))
             at_most = _seconds(ctx, run, limit)
             while entry.wait_seconds is not None:
                 waited = perf_counter() - begin
                 if at_most is not None and waited + entry.wait_seconds > at_most:
                     return _late(ctx, run, at_most, limit) or CircuitOpen(key, entry.wait_seconds)
-                # A probe in flight says nothing of when it will end.
+                # The end of a probe in flight is unknown.
                 await asyncio.sleep(max(entry.wait_seconds, random.uniform(0.5, 1) * 0.1))
                 entry = breaker.enter(key)
                 if entry.wait_seconds == 0.0 and at_most is not None and perf_counter() - begin > at_most:
                     return _late(ctx, run, at_most, limit) or CircuitOpen(key, 0.0)
     permit.probe = entry.probe
     if entry.changed is not None:
-        await _tell_circuit(ctx, run, key, entry.changed)
+        await _announce_circuit(ctx, run, key, entry.changed)
     return None
 
 
 # ---------------------------------------------------------------------- time
 
 
-def _left(ctx: ReliabilityContext, run: NodeExecution) -> float | None:
-    """Seconds that the run's latency budget has left."""
+def _remaining(ctx: ReliabilityContext, run: NodeExecution) -> float | None:
+    """Return the remaining seconds of the run's latency budget."""
     limit = ctx.budget.max_latency_ms
     if limit is None:
         return None
@@ -292,23 +292,23 @@ def _left(ctx: ReliabilityContext, run: NodeExecution) -> float | None:
 
 
 def _seconds(ctx: ReliabilityContext, run: NodeExecution, at_most: float | None) -> float | None:
-    """For how long an attempt may wait."""
-    bounds = [bound for bound in (_left(ctx, run), at_most) if bound is not None]
+    """Return for how many seconds an attempt may wait; None for ever."""
+    bounds = [bound for bound in (_remaining(ctx, run), at_most) if bound is not None]
     return min(bounds, default=None)
 
 
 def _late(
     ctx: ReliabilityContext, run: NodeExecution, waited: float, at_most: float | None
 ) -> BudgetExceeded | None:
-    """The latency budget, if that is what the waiting has come to the end of."""
-    left, limit = _left(ctx, run), ctx.budget.max_latency_ms
+    """Return the error of the latency budget if that has ended the waiting."""
+    left, limit = _remaining(ctx, run), ctx.budget.max_latency_ms
     if left is None or limit is None or (at_most is not None and at_most < left):
         return None
     return BudgetExceeded("latency", limit, limit - left * 1000 + max(waited, left) * 1000, run.node_id)
 
 
 async def _nap(moved: asyncio.Event, seconds: float) -> None:
-    """Wait, at the most until somebody has left."""
+    """Wait until an attempt has left the gate, for some seconds at most."""
     scope = asyncio.timeout(seconds)
     try:
         async with scope:
@@ -318,7 +318,7 @@ async def _nap(moved: asyncio.Event, seconds: float) -> None:
             raise
 
 
-# ---------------------------------------------------------------------- who watches
+# ---------------------------------------------------------------------- hooks and marks
 
 
 def mark(ctx: ReliabilityContext, run: NodeExecution, kind: MarkKind, reason: str, waited_ms: float) -> None:
@@ -335,7 +335,7 @@ def _waiting(ctx: ReliabilityContext, run: NodeExecution, reason: str) -> Iterat
         mark(ctx, run, "wait", reason, (perf_counter() - begin) * 1000)
 
 
-async def _tell_wait(ctx: ReliabilityContext, run: NodeExecution, reason: str, ms: int | None) -> None:
+async def _announce_wait(ctx: ReliabilityContext, run: NodeExecution, reason: str, ms: int | None) -> None:
     seconds = 0.0 if ms is None else ms / 1000
     ctx.run_logger.info("node %r is queued: %s", run.node_id, reason)
     calls = ctx.fire.on_node_wait
@@ -345,7 +345,9 @@ async def _tell_wait(ctx: ReliabilityContext, run: NodeExecution, reason: str, m
         )
 
 
-async def _tell_circuit(ctx: ReliabilityContext, run: NodeExecution, key: str, state: CircuitState) -> None:
+async def _announce_circuit(
+    ctx: ReliabilityContext, run: NodeExecution, key: str, state: CircuitState
+) -> None:
     mark(ctx, run, _MARKS[state], key, 0.0)
     ctx.run_logger.warning("the circuit of %s is %s", key, state.replace("_", "-"))
     calls = ctx.fire.on_circuit_change

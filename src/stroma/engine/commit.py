@@ -1,4 +1,4 @@
-"""Keeping an attempt: its row, and the store call that must not be lost half-way."""
+"""Commits: the row of an attempt, and the store call that must not be lost half-way."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["failed_of", "make_row", "record", "refer", "settle"]
 _STORE_DELAYS: Final = (0.02, 0.1, 0.4)
 
 
-def _note_trouble(run: NodeExecution, begin: int, failure: Failure) -> None:
+def _record_failure_site(run: NodeExecution, begin: int, failure: Failure) -> None:
     """Have the session keep where it failed, beside the attempt."""
     if run.children is None and failure.exception.__traceback__ is not None:
         try:
@@ -36,11 +36,11 @@ def _note_trouble(run: NodeExecution, begin: int, failure: Failure) -> None:
                 trouble_writer(failure.exception),
             )
         except Exception as error:  # Its source, its file name: anything can be odd.
-            run.ctx.run_logger.debug("the traceback of node %r is not kept: %r", run.node_id, error)
+            run.ctx.run_logger.debug("the traceback of node %r is not recorded: %r", run.node_id, error)
 
 
 def failed_of(failure: Failure, outcome: Outcome | None = None) -> Failed:
-    """Return what a row holds of a failure. A suspension has a reason, but no type of exception."""
+    """Return the record of a failure for a row. A suspension has a reason, but no type of exception."""
     error_type = None if outcome == "suspended" else kind_of(failure.exception)
     return Failed(failure.failure_class, failure.message, failure.reason, error_type)
 
@@ -49,20 +49,21 @@ def make_row(
     run: NodeExecution,
     begin: int,
     duration: int,
-    picture: Snapshot,
-    kept: Snapshot | None,
+    snapshot: Snapshot,
+    output: Snapshot | None,
     failure: Failure | None,
     outcome: Outcome,
 ) -> AttemptRow:
+    """Return the row of an attempt with the snapshots of its input and its output."""
     if failure is not None:
-        _note_trouble(run, begin, failure)
-    return AttemptRow(
+        _record_failure_site(run, begin, failure)
+    fields = (
         run.node_id,
         run.attempt,
         begin + run.ctx.epoch_ns,
         duration,
-        picture,
-        kept,
+        snapshot,
+        output,
         outcome,
         None if failure is None else failed_of(failure, outcome),
         None if run.counted is NO_USAGE else run.counted,
@@ -73,6 +74,7 @@ def make_row(
         run.children,
         min(run.busy_ns, duration) if run.kind == "group" else duration,
     )
+    return tuple.__new__(AttemptRow, fields)  # AttemptRow(*fields) takes 0.3 us more of the 7 of a node.
 
 
 def refer(ctx: ReliabilityContext, row: AttemptRow) -> AttemptRow:
@@ -123,6 +125,6 @@ async def settle(
         pending = again()
     if isinstance(error, StoreError):
         return error, shield.is_cancelled
-    wrapped = StoreError(f"the store could not keep node {row.node_id!r} of run {ctx.run_id!r}: {error}")
+    wrapped = StoreError(f"the store could not record node {row.node_id!r} of run {ctx.run_id!r}: {error}")
     wrapped.__cause__ = error
     return wrapped, shield.is_cancelled

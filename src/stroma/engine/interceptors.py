@@ -20,33 +20,33 @@ Call = Callable[[BaseModel], Awaitable[Any]]
 
 
 class Probe:
-    """Stands around what a run does. Each method leaves things as they are, unless a probe says otherwise.
+    """Interceptor around the parts of a run. Each method changes nothing, unless a subclass does.
 
     ``ctx`` is the ReliabilityContext and ``run`` the NodeExecution; the context imports this module, so it cannot name them.
     """
 
     def begins(self, ctx: Any) -> NodeHooks | None:
-        """A run, or plain code with steps, begins. Hooks that are given begin first and end last."""
+        """Return hooks for a run, or plain code with steps, that begins; they begin first and end last."""
         return None
 
     def opened(self, ctx: Any, session: Session) -> Session:
-        """The run was opened in its store. What is returned takes the place of the session."""
+        """Return the session of a run that was opened in its store, or one to use in place of it."""
         return session
 
     async def call(self, run: Any, node: Node | Group, call: Call, state: BaseModel) -> Any:
-        """Called in place of a node's function, which ``call`` calls; within its timeout."""
+        """Call a node's function by ``call``, or something in place of it; within its timeout."""
         return await call(state)
 
     def diagnosed(self, run: Any, failure: Failure) -> Failure:
-        """An attempt has failed, and was classified."""
+        """Return the failure of an attempt, or one to use in place of it."""
         return failure
 
     def ended(self, ctx: Any, result: ExecutionResult) -> None:
-        """A run has come to its end, or a step of plain code has, and this is about to be returned.
+        """Inspect the result of a run, or of a step of plain code, before it is returned.
 
-        What is raised comes out of ``run()``, or ``execute_step()``.
+        An exception comes out of ``run()``, or ``execute_step()``.
         """
 
 
-#: Asked when a run begins; the first one stands outermost.
+#: Interceptors of each run that begins; the first one is outermost.
 PROBES: list[Probe] = []

@@ -1,4 +1,4 @@
-"""The classes of what groups make: the fields of all their children in one model."""
+"""Classes of the outputs of groups: the fields of all their children in one model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from stroma.failures.errors import ItemFailure
 __all__ = ["merged_model", "spelled_out", "with_list"]
 
 #: More fields than that stay extra ones: a class of so many takes long to make.
-_MOST_FIELDS: Final = 1000
+_MAX_FIELDS: Final = 1000
 
 
 @functools.lru_cache(maxsize=1024)
 def merged_model(name: str, classes: tuple[type[BaseModel], ...]) -> type[BaseModel]:
-    """One model with the fields of all, later ones winning; open where a child has no contract."""
+    """Return one model with the fields of all, later ones winning; open where a child has no contract."""
     fields: dict[str, Any] = {}
     for cls in classes:
         if _is_open(cls):
@@ -34,14 +34,14 @@ def merged_model(name: str, classes: tuple[type[BaseModel], ...]) -> type[BaseMo
 
 
 def _is_open(cls: type[BaseModel]) -> bool:
-    """Whether it may hold any fields: extra ones, or those of the dict that a root model is."""
+    """Return True if it may have any fields: extra ones, or those of the dict that a root model is."""
     if cls.__pydantic_root_model__:
         return not never_a_dict(core_schema_of(cls))
     return cls.model_config.get("extra") == "allow"
 
 
 def _fields_of(cls: type[BaseModel]) -> dict[str, Any]:
-    """Its fields, as a model is made of them; those that are excluded cross no boundary."""
+    """Return its fields, for create_model(); those that are excluded cross no boundary."""
     return {n: (info.annotation, info) for n, info in cls.model_fields.items() if not info.exclude}
 
 
@@ -49,7 +49,7 @@ def _fields_of(cls: type[BaseModel]) -> dict[str, Any]:
 def with_list(
     name: str, base: type[BaseModel], into: str, item: type[BaseModel], failed: str = ""
 ) -> type[BaseModel]:
-    """The model ``base`` with a field ``into: list[item]``, and one for the items that failed."""
+    """Return the model ``base`` with a field ``into: list[item]``, and one for the items that failed."""
     fields = {} if base.__pydantic_root_model__ and _is_open(base) else _fields_of(base)
     fields[into] = (list[Any] if item is output_class(None) else list[item], ...)  # type: ignore[valid-type]
     if failed:
@@ -65,18 +65,18 @@ def _make_model(name: str, fields: dict[str, Any], bases: Sequence[type[BaseMode
         use_enum_values=any(cls.model_config.get("use_enum_values", False) for cls in bases),
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Whoever wrote the classes has been told of odd names.
+        warnings.simplefilter("ignore")  # pydantic has warned the author of the classes of odd names.
         try:
-            made: type[BaseModel] = create_model(name, __config__=config, __module__=__name__, **fields)
-            core_schema_of(made)
-            return made
+            model: type[BaseModel] = create_model(name, __config__=config, __module__=__name__, **fields)
+            core_schema_of(model)
+            return model
         except Exception:  # An annotation means something in its own module only.
             undescribed: dict[str, Any] = dict.fromkeys(fields, (Any, ...))
             return create_model(name, __config__=config, __module__=__name__, **undescribed)
 
 
 def spelled_out(state: BaseModel) -> BaseModel:
-    """What a group made, as a model whose class declares all of its fields, those of children without a contract too.
+    """Return the output of a group as a model whose class declares all fields, those of children without a contract too.
 
     It takes whatever the group's own class takes. Another state comes back as it is, and so does one with names that no
     field can have.
@@ -92,7 +92,7 @@ def spelled_out(state: BaseModel) -> BaseModel:
 
 @functools.lru_cache(maxsize=256)
 def _spelled_out(model: type[BaseModel], names: tuple[str, ...]) -> type[BaseModel] | None:
-    if len(names) > _MOST_FIELDS or any(
+    if len(names) > _MAX_FIELDS or any(
         not name.isidentifier() or name.startswith("_") or hasattr(model, name) for name in names
     ):
         return None

@@ -1,4 +1,4 @@
-"""What an attempt used: read from what the node returned or reported, and priced."""
+"""Usage of an attempt: read from the return value and from reports, and priced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["count_returned", "price"]
 
 
 def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, UsageError | None]:
-    """The output of a tuple, without its usage; the usage is noted on the execution."""
+    """Return the output of a tuple without its usage, which is noted on the execution, and what is wrong with that."""
     model: Any = None
     produced: Any = 0
     if len(returned) == 2:
@@ -35,35 +35,35 @@ def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, 
     elif len(returned) == 4:
         output, used, produced, model = returned
     else:
-        return returned, None  # The output contract says what is wrong with it.
+        return returned, None  # The output contract will refuse it.
     if model is not None and not isinstance(model, str):
         return output, UsageError(f"node {run.node_id!r} named the model {shown(model)}; {RETURN_SHAPES}")
     try:
         check_usage(run.node_id, used, produced)
     except UsageError as error:
         return output, error
-    # What report_usage() would note, which would check it once more.
+    # As report_usage() does, which would check it once more.
     reported = (used, produced, model, None)
     run.reported = [reported] if run.reported is None else [*run.reported, reported]
     return output, None
 
 
 async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, UsageError | None]:
-    """Put a price on what the attempt reported. Returns whether the task was cancelled meanwhile, and what is wrong."""
+    """Put a price on what the attempt reported. Return if the task was cancelled meanwhile, and what is wrong."""
     shield = Shield()
     problem = run.misreported
     if problem is not None:
         run.misreported = None
     tokens, produced, cost, named = 0, 0, 0.0, None
     cached, written = 0, 0
-    for given, made, model, detail in run.take_reported():
-        tokens += given + made
-        produced += made
+    for consumed, generated, model, detail in run.take_reported():
+        tokens += consumed + generated
+        produced += generated
         if detail is not None:
             cached += detail.cached_input_tokens
             written += detail.cache_write_tokens
         if model is None:
-            if given + made and ctx.has_limit("cost", run.node_id):
+            if consumed + generated and ctx.has_limit("cost", run.node_id):
                 ctx.warn_once(
                     run.node_id,
                     "modelless",
@@ -78,10 +78,10 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
                 # The price data takes a quarter of a second to import: not on the event loop.
                 await shield.finish(in_thread(find_pricer, (model, detail)))
                 pricer = find_pricer(model, detail)
-            asked = 0.0 if pricer is None else pricer(given, made)
-            if not (math.isfinite(asked) and asked >= 0):
-                raise ValueError(f"it comes to {asked!r} USD")
-        except Exception as error:  # What was bought is kept, whatever its price is.
+            amount = 0.0 if pricer is None else pricer(consumed, generated)
+            if not (math.isfinite(amount) and amount >= 0):
+                raise ValueError(f"it comes to {amount!r} USD")
+        except Exception as error:  # The output is safe, whatever its price is.
             problem = UsageError(
                 f"node {run.node_id!r} used model {model!r}, whose price makes no sense ({error}); "
                 "give KNOWN_MODELS two finite numbers for it, zero or more"
@@ -100,6 +100,6 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
             if model not in ctx.unpriced:
                 ctx.unpriced.append(model)
         else:
-            cost += asked
+            cost += amount
     run.counted = AttemptUsage(tokens, produced, cost, named, cached, written)
     return shield.is_cancelled, problem

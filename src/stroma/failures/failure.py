@@ -124,10 +124,10 @@ def ends_run(error: BaseException) -> bool:
 def message_of(exc: BaseException) -> str:
     """``str(exc)``, or the type's name where that is empty or raises. Lone surrogates become escapes: it is stored."""
     try:
-        said = str(exc)
-        if type(said) is not str or not said.isascii():
-            said = said.encode("utf-8", "backslashreplace").decode()
-        return said or type(exc).__name__
+        text = str(exc)
+        if type(text) is not str or not text.isascii():
+            text = text.encode("utf-8", "backslashreplace").decode()
+        return text or type(exc).__name__
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:

@@ -116,11 +116,11 @@ def decide(
         delay = policy.max_backoff_seconds
     if policy.jitter:
         delay *= draw()
-    asked = failure.retry_after_seconds
-    if asked is not None:
-        if asked > policy.max_retry_after_seconds:
-            return Stop(f"the server asks to come back in {asked:.6g} s")
-        delay = max(delay, asked)
+    retry_after = failure.retry_after_seconds
+    if retry_after is not None:
+        if retry_after > policy.max_retry_after_seconds:
+            return Stop(f"the server asks to come back in {retry_after:.6g} s")
+        delay = max(delay, retry_after)
     return Retry(delay)
 
 

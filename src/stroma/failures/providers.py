@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC
 from typing import Any, Final, Literal, NamedTuple, cast
 
-from stroma._utils.access import get as _get
+from stroma._utils.access import safe_get
 
 __all__ = ["Verdict", "read_provider_error", "retry_after_seconds"]
 
@@ -245,7 +245,7 @@ def _worst(group: BaseExceptionGroup[Any], seen: set[int]) -> Verdict | None:
     if id(group) in seen:  # A member can be raised from the group that it is in.
         return None
     seen.add(id(group))
-    found: list[Verdict] = []
+    verdicts: list[Verdict] = []
     silent = False
     for member in group.exceptions:
         late = _TIMEOUT if issubclass(type(member), TimeoutError) else None
@@ -255,35 +255,35 @@ def _worst(group: BaseExceptionGroup[Any], seen: set[int]) -> Verdict | None:
         elif verdict.failure_class == "TERMINAL":
             return verdict
         else:
-            found.append(verdict)
-    return None if silent else max(found, key=lambda verdict: verdict.retry_after or 0.0)
+            verdicts.append(verdict)
+    return None if silent else max(verdicts, key=lambda verdict: verdict.retry_after or 0.0)
 
 
 def _read(exc: BaseException) -> Verdict | None:
     packages = {_package(cls) for cls in type(exc).__mro__}
     levels = _levels(exc, packages)
     codes = list(_codes(exc, levels))
-    found = next((_CODES[code] for code in codes if code in _CODES), None)
+    verdict = next((_CODES[code] for code in codes if code in _CODES), None)
     status = _status(exc, packages)
-    if found is None and status is not None:
+    if verdict is None and status is not None:
         own = (_OWN.get((package, status)) for package in packages)
-        found = next(filter(None, own), None) or _STATUS.get(status) or (_SERVER if status >= 500 else None)
-    if found is None and (status is None or status < 400):
-        found = next((_STREAMED[code] for code in codes if code in _STREAMED), None)
-    if found is not None:
-        found = _read_prose(found, levels, packages)
+        verdict = next(filter(None, own), None) or _STATUS.get(status) or (_SERVER if status >= 500 else None)
+    if verdict is None and (status is None or status < 400):
+        verdict = next((_STREAMED[code] for code in codes if code in _STREAMED), None)
+    if verdict is not None:
+        verdict = _read_prose(verdict, levels, packages)
     if status is None:
-        return found or _read_transport(exc)
+        return verdict or _read_transport(exc)
     headers = _headers(exc, packages)
     wish = headers.get("x-should-retry")
     if wish == "false" and status >= 400:
-        found = (found or _BAD_REQUEST)._replace(failure_class="TERMINAL")
-    elif wish == "true" and status >= 400 and found is not _QUOTA and found is not _AUTH:
-        found = (found or _SERVER)._replace(failure_class="RECOVERABLE")
-    if found is None:
+        verdict = (verdict or _BAD_REQUEST)._replace(failure_class="TERMINAL")
+    elif wish == "true" and status >= 400 and verdict is not _QUOTA and verdict is not _AUTH:
+        verdict = (verdict or _SERVER)._replace(failure_class="RECOVERABLE")
+    if verdict is None:
         return None
-    asked = retry_after_seconds(headers)
-    return found._replace(retry_after=_retry_delay(levels) if asked is None else asked)
+    retry_after = retry_after_seconds(headers)
+    return verdict._replace(retry_after=_retry_delay(levels) if retry_after is None else retry_after)
 
 
 def _read_prose(found: Verdict, levels: list[Any], packages: set[str]) -> Verdict:
@@ -297,8 +297,8 @@ def _read_prose(found: Verdict, levels: list[Any], packages: set[str]) -> Verdic
         phrases += _GRPC_PHRASES
     if not phrases:
         return found
-    said = [_get(level, name) for level in levels for name in ("message", "Message")]
-    prose = " ".join(text for text in said if isinstance(text, str)).lower()
+    messages = [safe_get(level, name) for level in levels for name in ("message", "Message")]
+    prose = " ".join(text for text in messages if isinstance(text, str)).lower()
     return next((verdict for phrase, verdict in phrases if phrase in prose), found)
 
 
@@ -315,24 +315,24 @@ def _package(cls: type) -> str:
 
 
 def _status(exc: BaseException, packages: set[str]) -> int | None:
-    response = _get(exc, "response")
+    response = safe_get(exc, "response")
     places = [(exc, "status_code"), (exc, "status"), (response, "status_code"), (response, "status")]
-    places.append((_get(response, "ResponseMetadata"), "HTTPStatusCode"))  # botocore
+    places.append((safe_get(response, "ResponseMetadata"), "HTTPStatusCode"))  # botocore
     if "google" in packages:
         # Before the response, whose status is 200 where an error came in the middle of a stream.
         places.insert(0, (exc, "code"))
     for owner, name in places:
-        value = _get(owner, name)
+        value = safe_get(owner, name)
         if isinstance(value, int) and 100 <= value <= 599:
             return int(value)
     if "grpc" in packages:
-        return _GRPC.get(str(_get(_call(exc, "code"), "name")))
+        return _GRPC.get(str(safe_get(_call(exc, "code"), "name")))
     return None
 
 
 def _call(exc: BaseException, name: str) -> Any:
     """Return the result of a method without arguments, as gRPC's exceptions have; None if it is missing or raises."""
-    method = _get(exc, name)
+    method = safe_get(exc, name)
     try:
         return method() if callable(method) else None
     except Exception:
@@ -341,22 +341,22 @@ def _call(exc: BaseException, name: str) -> Any:
 
 def _headers(exc: BaseException, packages: set[str]) -> dict[str, str]:
     if "grpc" in packages:
-        found = _pairs(_call(exc, "trailing_metadata"))
-        if (pushback := found.get("grpc-retry-pushback-ms")) is not None:
-            found["retry-after-ms"] = pushback
+        pairs = _pairs(_call(exc, "trailing_metadata"))
+        if (pushback := pairs.get("grpc-retry-pushback-ms")) is not None:
+            pairs["retry-after-ms"] = pushback
             if pushback.strip().startswith("-"):  # gRPC's way to say: do not try again.
-                found["x-should-retry"] = "false"
-        return found
-    response = _get(exc, "response")
+                pairs["x-should-retry"] = "false"
+        return pairs
+    response = safe_get(exc, "response")
     places = (
         (response, "headers"),
         (exc, "headers"),
-        (_get(response, "ResponseMetadata"), "HTTPHeaders"),
+        (safe_get(response, "ResponseMetadata"), "HTTPHeaders"),
     )
     for owner, name in places:
-        found = _pairs(_get(owner, name))
-        if found:
-            return found
+        pairs = _pairs(safe_get(owner, name))
+        if pairs:
+            return pairs
     return {}
 
 
@@ -365,16 +365,16 @@ def _pairs(headers: Any) -> dict[str, str]:
 
     A header that came several times is joined by commas, as HTTP has it.
     """
-    found: dict[str, str] = {}
+    pairs: dict[str, str] = {}
     try:
         items = headers.items() if hasattr(headers, "items") else headers
         for key, value in items if isinstance(items, Iterable) else ():
             name = _decoded(key).lower()
             text = ", ".join(map(_decoded, value)) if isinstance(value, (list, tuple)) else _decoded(value)
-            found[name] = f"{found[name]}, {text}" if name in found else text
+            pairs[name] = f"{pairs[name]}, {text}" if name in pairs else text
     except Exception:
         return {}
-    return found
+    return pairs
 
 
 def _decoded(text: Any) -> str:
@@ -387,15 +387,15 @@ def _levels(exc: BaseException, packages: set[str]) -> list[Any]:
         return [exc, {"message": _call(exc, "details")}]
     if "aiohttp" in packages:
         return []  # It keeps no body, and warns whoever asks for its code.
-    response = _get(exc, "response")
-    body = _get(exc, "body")
+    response = safe_get(exc, "response")
+    body = safe_get(exc, "body")
     if body is None and isinstance(response, Mapping):
-        return [exc, _get(response, "Error")]
-    if body is None and isinstance(_get(exc, "details"), Mapping):
-        body = _get(exc, "details")  # google
+        return [exc, safe_get(response, "Error")]
+    if body is None and isinstance(safe_get(exc, "details"), Mapping):
+        body = safe_get(exc, "details")  # google
     if body is None:
         # httpx has the body on the response; a body that was never read must not be fetched here.
-        body = _get(response, "_content")
+        body = safe_get(response, "_content")
     if isinstance(body, (bytes, str)):
         try:
             body = json.loads(body) if len(body) < 65_536 else None
@@ -403,37 +403,37 @@ def _levels(exc: BaseException, packages: set[str]) -> list[Any]:
             body = None
     if isinstance(body, list) and len(body) == 1:
         body = body[0]  # google, from some of its addresses
-    return [exc, body, _get(body, "error")]
+    return [exc, body, safe_get(body, "error")]
 
 
 def _codes(exc: BaseException, levels: list[Any]) -> Iterator[str]:
-    for level in [*levels, *[_get(level, "details") for level in levels]]:
+    for level in [*levels, *[safe_get(level, "details") for level in levels]]:
         for name in ("error_code", "code", "Code", "type"):
-            value = _get(level, name)
+            value = safe_get(level, name)
             if isinstance(value, str):
                 yield value
     for detail in _details(levels):
-        reason = _get(detail, "reason")
+        reason = safe_get(detail, "reason")
         if isinstance(reason, str):
             yield reason
-        violations = _get(detail, "violations")
+        violations = safe_get(detail, "violations")
         for violation in violations if isinstance(violations, list) else ():
             # The wait that is asked for beside it is of seconds, for a quota that is filled again at midnight.
-            if "PerDay" in str(_get(violation, "quotaId")):
+            if "PerDay" in str(safe_get(violation, "quotaId")):
                 yield "PerDay"
 
 
 def _details(levels: list[Any]) -> Iterator[Any]:
     """Yield the details that Google's errors list: ErrorInfo, QuotaFailure, RetryInfo."""
     for level in levels[1:]:
-        details = _get(level, "details")
+        details = safe_get(level, "details")
         if isinstance(details, list):
             yield from details
 
 
 def _retry_delay(levels: list[Any]) -> float | None:
     for detail in _details(levels):
-        delay = _get(detail, "retryDelay")
+        delay = safe_get(detail, "retryDelay")
         if isinstance(delay, str):
             return retry_after_seconds({"retry-after": delay.removesuffix("s")})
     return None
@@ -447,8 +447,8 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     """
     for name, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         text = headers.get(name, "").strip()
-        found = [_number(part) for part in text.split(",")]
-        waits = [wait / scale for wait in found if math.isfinite(wait) and wait >= 0]
+        numbers = [_number(part) for part in text.split(",")]
+        waits = [wait / scale for wait in numbers if math.isfinite(wait) and wait >= 0]
         if not waits and scale == 1.0:
             waits = _moment(text)
         if waits:

@@ -89,7 +89,7 @@ def _written(places: Sequence[tuple[CodeType, int]]) -> bytes:
         return b""
     own = [place for place in places if not _is_library(place[0].co_filename)]
     others = [place for place in places if _is_library(place[0].co_filename)]
-    told = [
+    frames = [
         [
             [
                 code.co_filename[-_LONGEST:],
@@ -101,7 +101,7 @@ def _written(places: Sequence[tuple[CodeType, int]]) -> bytes:
         ]
         for kind in (own, others)
     ]
-    return json.dumps(told).encode()
+    return json.dumps(frames).encode()
 
 
 def read_trouble(data: bytes, attempt: int, started_ns: int) -> Trouble | None:
@@ -113,5 +113,5 @@ def read_trouble(data: bytes, attempt: int, started_ns: int) -> Trouble | None:
         return None
 
 
-def _frames(told: Sequence[Sequence[Any]]) -> tuple[Frame, ...]:
-    return tuple(Frame(str(file), int(line), str(name), str(source)) for file, line, name, source in told)
+def _frames(rows: Sequence[Sequence[Any]]) -> tuple[Frame, ...]:
+    return tuple(Frame(str(file), int(line), str(name), str(source)) for file, line, name, source in rows)

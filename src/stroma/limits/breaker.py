@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from stroma._utils.access import get
+from stroma._utils.access import safe_get
 from stroma.cost.usage import shown
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
@@ -122,7 +122,7 @@ class Breaker:
         if failure.reason is None or failure.reason in _LOCAL_REASONS:
             return None
         if failure.reason == "contract":  # It has answered, unless the input was rejected locally.
-            return True if get(failure.exception, "direction") == "output" else None
+            return True if safe_get(failure.exception, "direction") == "output" else None
         return True
 
     def states(self) -> dict[str, CircuitState]:
@@ -215,16 +215,16 @@ def host_of(error: BaseException) -> str | None:
 
 
 def _host_candidates(error: BaseException) -> Iterator[Any]:
-    request = get(error, "request")  # httpx, openai, anthropic, requests
-    yield get(request, "url")
-    response = get(error, "response")
-    yield get(response, "url")
-    yield get(get(response, "request"), "url")
-    info = get(error, "request_info")  # aiohttp
-    yield get(info, "real_url") or get(info, "url")
-    yield get(get(error, "kwargs"), "endpoint_url")  # botocore
-    yield get(error, "url")  # urllib
-    connection = get(error, "host")  # aiohttp, if no connection was made
+    request = safe_get(error, "request")  # httpx, openai, anthropic, requests
+    yield safe_get(request, "url")
+    response = safe_get(error, "response")
+    yield safe_get(response, "url")
+    yield safe_get(safe_get(response, "request"), "url")
+    info = safe_get(error, "request_info")  # aiohttp
+    yield safe_get(info, "real_url") or safe_get(info, "url")
+    yield safe_get(safe_get(error, "kwargs"), "endpoint_url")  # botocore
+    yield safe_get(error, "url")  # urllib
+    connection = safe_get(error, "host")  # aiohttp, if no connection was made
     if isinstance(connection, str) and connection:
         yield f"//{connection}"
 
@@ -232,7 +232,7 @@ def _host_candidates(error: BaseException) -> Iterator[Any]:
 def _host(url: Any) -> str | None:
     if url is None:
         return None
-    host = get(url, "host")
+    host = safe_get(url, "host")
     if isinstance(host, str) and host:
         return host.lower()
     try:

@@ -48,7 +48,7 @@ class CellStoreTests:
         assert store.read_cell("n")[0] == other.read_cell("n")[0] == b"40"
 
     async def test_a_cell_is_what_was_put_into_it(self, store: Any) -> None:
-        """A change is told what the last one left, byte for byte, and its caller what it tells."""
+        """A change gets the bytes of the previous one, and its caller gets its result."""
         data = bytes(range(256)) * 400
         assert await store.change_cell("a", lambda old, now: (data, old)) is None
         assert await store.change_cell("a", lambda old, now: (b"{}", old)) == data
@@ -63,7 +63,7 @@ class CellStoreTests:
         assert store.read_cell("a")[0] == b"1"
 
     async def test_a_change_that_raises(self, store: Any) -> None:
-        """What a change raises changes nothing, spoils no other that waits with it, and is told its caller."""
+        """An exception of a change leaves the cell unchanged, affects no other change, and reaches its caller."""
 
         def refuse(data: bytes | None, now: int) -> tuple[bytes | None, None]:
             raise ZeroDivisionError("no")
@@ -77,7 +77,7 @@ class CellStoreTests:
         assert store.read_cell("a")[0] == b"3"
 
     async def test_cells_are_kept_apart(self, store: Any) -> None:
-        """Any legal id is the name of a cell of its own; what is no id is a ValueError."""
+        """Any valid id names a separate cell; an invalid id is a ValueError."""
         for name in HARD_IDS:
             await store.change_cell(name, put(name.encode()))
         for name in HARD_IDS:
@@ -107,7 +107,7 @@ class CellStoreTests:
         assert store.read_cell("n")[0] == b"60"
 
     async def test_the_order_of_one_caller(self, store: Any) -> None:
-        """What one caller asks for is done in that order, whether it is waited for or not."""
+        """Changes of one caller are applied in order, awaited or not."""
         first = store.change_cell("a", put(b"1"))
         first = asyncio.ensure_future(first)
         await asyncio.sleep(0)  # It is asked for now.
@@ -117,7 +117,7 @@ class CellStoreTests:
         assert store.read_cell("a")[0] == b"123"
 
     async def test_a_caller_that_goes_away(self, store: Any) -> None:
-        """Cancelling the caller does not undo a change that was asked for."""
+        """Cancelling the caller does not undo its change."""
         task = asyncio.ensure_future(store.change_cell("n", count))
         await asyncio.sleep(0)
         task.cancel()
@@ -134,7 +134,7 @@ class CellStoreTests:
         assert abs(before - time.time() * 1000) < 600_000
 
     async def test_runs_and_cells_do_not_meet(self, store: Any) -> None:
-        """A cell with the name of a run is none of its business, and stays when that is deleted."""
+        """A cell with the id of a run is independent of it, and stays when the run is deleted."""
         await store.change_cell("run", put(b"1"))
         assert store.list_runs() == []
         session = await begin(store)

@@ -19,8 +19,8 @@ from stroma.engine.interceptors import PROBES, Call, Probe
 
 __all__ = ["Chaos"]
 
-#: What happens to one execution of a node. "again": its answer is lost with its process, and it is called once more, as
-#: after a crash between its end and its commit. "slow": other nodes go ahead of it.
+#: Faults. "again": the output is lost and the node is called again, as after a crash between its end and its commit.
+#: "slow": other nodes run first.
 _KINDS: Final = ("again", "again", "slow")
 
 
@@ -54,7 +54,7 @@ class _Watch(Probe):
         pristine = schema_of(type(state)).copy(state)
         reported = list(run.reported or ())
         await call(state)
-        # What was lost was never counted either.
+        # The usage of the lost call was never recorded either.
         run.reported = reported or None
         return await call(pristine)
 

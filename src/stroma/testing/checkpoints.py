@@ -128,11 +128,11 @@ class CheckpointStoreTests:
             assert (await settled(store.load(f"run {number % 3}", f"node {number}"))).n == number
 
     async def test_another_object_finds_what_was_saved(self, store: Any) -> None:
-        """What was saved is found by whoever opens the same data."""
+        """Another object on the same data finds the saved states."""
         await settled(store.save("run", "node", State(n=7)))
         other = await self.reopened(store)
         if other is None:
-            pytest.skip("what this store keeps does not outlive it")
+            pytest.skip("the data of this store does not outlive it")
         assert await settled(other.load("run", "node")) == State(n=7)
         await settled(other.delete("run"))
         assert await settled(other.load("run", "node")) is None

@@ -17,6 +17,7 @@ from stroma.checkpoint.durable import worker as _worker
 from stroma.checkpoint.memory import runs as _memory_runs
 from stroma.checkpoint.sqlite import rows as _sqlite_rows
 from stroma.engine import admission as _admission
+from stroma.engine import attempt as _attempt
 from stroma.engine import context
 from stroma.engine import loop as _engine
 from stroma.engine import metering as _usage
@@ -27,7 +28,7 @@ from stroma.runner import map as _map
 
 __all__ = ["FakeClock"]
 
-#: What two sums of the same seconds may differ by.
+#: Tolerance for sums of the same seconds in another order.
 _ROUNDING: Final = 1e-6
 
 
@@ -62,7 +63,7 @@ class FakeClock:
         self._patched: list[tuple[Any, str, Any]] = []
         #: When waits between attempts end.
         self._due: list[float] = []
-        #: How much is being done outside of event loops.
+        #: Number of operations running outside of event loops.
         self._outside = 0
         self.waits: list[float] = []
 
@@ -145,14 +146,14 @@ class FakeClock:
         for module in (cells, _memory_runs, classifiers, breaker):
             self._patch(module, "time", shim)
         self._patch(_sqlite_rows, "_now_ms", lambda: self._time_ns() // 1_000_000)
-        for module in (_engine, _admission, _map, context):
+        for module in (_attempt, _engine, _admission, _map, context):
             self._patch(module, "perf_counter_ns", self._ns)
         for module in (_admission, dispatch):
             self._patch(module, "perf_counter", self._perf_counter)
         self._patch(_map, "monotonic", self._monotonic)
         self._patch(context, "time_ns", self._time_ns)
         self._patch(_engine, "sleep", self._sleep)
-        for module in (_engine, _usage):
+        for module in (_attempt, _usage):
             self._patch(module, "in_thread", self._watched(module.in_thread))
         submit = _worker.Worker.submit
         self._patch(_worker.Worker, "submit", lambda worker, work: self._watch(submit(worker, work)))
@@ -198,7 +199,7 @@ class FakeClock:
         attributes.pop("run_in_executor", None)
         attributes.pop("shutdown_default_executor", None)
         for timer in getattr(loop, "_scheduled", ()):
-            # What is still to come shall not come later by what has passed here alone.
+            # Shift pending timers back by the time that passed on this clock only.
             timer._when -= self._monotonic() - time.monotonic()
 
     # ------------------------------------------------------------------ waiting

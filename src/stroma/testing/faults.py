@@ -18,7 +18,7 @@ from stroma.engine.interceptors import PROBES, Call, Probe
 __all__ = ["FaultPlan", "Injected", "Transient"]
 
 Kind = Literal["fail", "lose", "delay", "malform"]
-#: What a model says that does not do what it was asked for.
+#: Output of a model that ignores its instructions.
 _NONSENSE: Final = "I'm sorry, but I can't help with that."
 
 

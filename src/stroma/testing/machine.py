@@ -72,7 +72,7 @@ class _Execution:
     status: str = "RUNNING"
     error: str | None = None
     attempts: list[_ModelAttempt] = field(default_factory=list)
-    #: How it had completed before it was opened once more, and how many attempts it had then.
+    #: Status and number of attempts at its completion, before it was opened again.
     was: tuple[str, str | None, int] | None = None
 
     def commits(self) -> dict[tuple[int, str], _ModelAttempt]:
@@ -113,7 +113,7 @@ class _Handle:
     run_id: str
     session: Any
     process: int
-    #: Whether others are kept out; whether it may still be asked to write, by itself.
+    #: It blocks other owners; it may still write.
     holds: bool
     writes: bool = True
     #: Its store object was closed.

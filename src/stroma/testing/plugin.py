@@ -101,7 +101,7 @@ def stroma_faults(request: pytest.FixtureRequest) -> Iterator[FaultPlan]:
     with FaultPlan() as plan:
         yield plan
         if request.node.stash.get(_FAILED, False):
-            plan.forgive()  # What the test says is more than that it did not come so far.
+            plan.forgive()  # The failure of the test is more useful than unmet faults.
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ _SECRET_PAIRS: Final = re.compile(
     re.IGNORECASE,
 )
 _HIDDEN: Final = "***"
-#: What of an answer's headers means something to a client.
+#: Response headers that matter to a client.
 _KEPT_HEADERS: Final = re.compile(
     r"(?i)content-type|retry-after(-ms)?|x-should-retry|(x-)?request-id|.*ratelimit-.*|openai-model|x-amzn-errortype"
 )

@@ -45,7 +45,7 @@ __all__ = ["Difference", "Replay", "replay", "replay_sync"]
 Kind = Literal["input", "missing", "new", "contract", "schema", "decision", "output", "status"]
 #: Longer than anything waits that has something to wait for.
 _FOR_EVER: Final = 1e9
-#: What an answer of a server may say of when to come back, which no journal keeps.
+#: Message of a server with a retry delay; the journal does not store the delay.
 _MAY_SAY_WHEN: Final = ("rate_limit", "overloaded", "server_error", "timeout", "connection")
 #: Fields of one output that are told.
 _MAX_CHANGES: Final = 5
@@ -311,7 +311,7 @@ class _Tape(Probe):
             return await call(state)
         attempts = self._at(run)
         if isinstance(node, Group) and not (node.each and (node.outside or not node.into)):
-            # What it is put together of is looked at, each by itself.
+            # Its children are compared one by one.
             output = await call(state)
             self._add_latency(run, attempts)
             return output
@@ -394,7 +394,7 @@ class _Tape(Probe):
         if not isinstance(error, _AsRecorded) or not attempts or run.attempt > len(attempts):
             return failure
         one = attempts[run.attempt - 1]
-        # Whether a classifier of today has something to say.
+        # Ask the current classifiers first.
         plain = diagnose(error, NodeContext(run.node_id, run.attempt, run.run_id))
         if failure.failure_class is not plain.failure_class:
             return failure

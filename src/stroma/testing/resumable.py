@@ -39,7 +39,7 @@ from stroma.trace.result import RunStatus
 
 __all__ = ["Resumability", "assert_resumable", "assert_resumable_sync"]
 
-#: What is proven: a pipeline, its nodes, or plain code with steps.
+#: Code under test: a pipeline, its nodes, or plain code with steps.
 Proven = Pipeline | Iterable[Any] | Callable[[ReliabilityContext, Any], Awaitable[BaseModel]]
 
 _COMPLETED: Final = (RunStatus.COMPLETED, RunStatus.RESUMED)
@@ -196,7 +196,7 @@ class _Trial:
         try:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if FakeClock._active is not None:
-                FakeClock._active._outside = 0  # What the parent waits for is none of the child's.
+                FakeClock._active._outside = 0  # The child must not wait for operations of the parent.
 
             def report(what: str, of: Any) -> None:
                 os.write(writing, json.dumps([what, of]).encode() + b"\n")

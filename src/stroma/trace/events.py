@@ -136,9 +136,9 @@ class FewRows(list["AttemptRow | TraceEvent"]):
             one = stack.pop()
             assert not isinstance(one, TraceEvent)  # The engine's own: nobody has looked at them.
             used = one.usage or NO_USAGE
-            tokens, made, cost, ns = self._sums.get((one.node_id, used.model), (0, 0, 0.0, 0))
+            tokens, output_tokens, cost, ns = self._sums.get((one.node_id, used.model), (0, 0, 0.0, 0))
             self._sums[one.node_id, used.model] = (
-                tokens + used.tokens, made + used.output_tokens, cost + used.cost_usd, ns + one.function_ns,
+                tokens + used.tokens, output_tokens + used.output_tokens, cost + used.cost_usd, ns + one.function_ns,
             )  # fmt: skip
             self._events += 1
             self._failures += one.failure is not None

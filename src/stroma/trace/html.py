@@ -134,17 +134,17 @@ _FIELD: Final = re.compile(r"([\w$-]+(?:\.[\w$-]+)*): ")
 
 def fields_named(message: str) -> list[str]:
     """Return the paths that the message of a broken contract names: "lines.0.price"."""
-    found = _VIOLATION.match(message)
-    parts = found[1].split("; ") if found else []
+    match = _VIOLATION.match(message)
+    parts = match[1].split("; ") if match else []
     return [at[1] for part in parts if (at := _FIELD.match(part))]
 
 
 def without_values(message: str) -> str:
     """Return the message of a broken contract with its paths alone: an error text may quote a value."""
-    found = _VIOLATION.match(message)
-    if found is None:
+    match = _VIOLATION.match(message)
+    if match is None:
         return message
-    return message[: found.start(1)] + "; ".join(f"{path}: hidden" for path in fields_named(message))
+    return message[: match.start(1)] + "; ".join(f"{path}: hidden" for path in fields_named(message))
 
 
 def waits(bars: Iterable[Bar]) -> Iterator[tuple[Bar, float, float]]:
@@ -266,7 +266,7 @@ def _order(at: str) -> tuple[int, ...]:
 
 
 def _is_telling(at: str, rows: dict[str, list[Bar]], selected: str | None) -> bool:
-    inside = [bar for place, found in rows.items() if place.startswith(f"{at}.") for bar in found]
+    inside = [bar for place, row in rows.items() if place.startswith(f"{at}.") for bar in row]
     return any(bar.key == selected for bar in inside)
 
 
@@ -295,9 +295,9 @@ def _row(
         width = at_ms(bar.began_ms + bar.took_ms) - began
         x = min(began * scale, _WIDE - 7)
         rect = f'<rect class="b-{as_xml(bar.outcome)}{on}" x="{x:.1f}" y="2" width="{max(width * scale, 6):.1f}" height="18"'
-        said = f"<title>{as_xml(_said(bar))}</title>"
+        title = f"<title>{as_xml(_said(bar))}</title>"
         drawn.append(
-            f"{rect}>{said}</rect>" if link is None else f'<a href="{as_xml(link(bar))}">{said}{rect}/></a>'
+            f"{rect}>{title}</rect>" if link is None else f'<a href="{as_xml(link(bar))}">{title}{rect}/></a>'
         )
     used = sum(bar.tokens for bar in bars)
     cost = sum(bar.cost_usd for bar in bars)

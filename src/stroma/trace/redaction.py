@@ -98,13 +98,13 @@ def without(text: str, hidden: Iterable[str], mask: str = HIDDEN) -> str:
     if room[0] < 0:
         return mask
     # All are found before any is taken out: two values can begin alike.
-    kept: list[str] = []
+    parts: list[str] = []
     behind = 0
     for at, end in sorted(spans):
-        if at > behind or not kept:
-            kept += [text[behind:at], mask]
+        if at > behind or not parts:
+            parts += [text[behind:at], mask]
         behind = max(behind, end)
-    return "".join(kept) + text[behind:]
+    return "".join(parts) + text[behind:]
 
 
 def without_secrets(text: str, secrets: Mapping[str, set[str]]) -> str:
@@ -127,15 +127,15 @@ def scrubbed_error(error: BaseException, secrets: Mapping[str, set[str]]) -> Bas
 def _scrubbed(error: BaseException, scrub: Callable[[str], str], depth: int) -> BaseException | None:
     """Return what stands in for an exception; None where it can stand for itself."""
     try:
-        said = str(error)
+        text = str(error)
     except Exception:
         return None
     cause, context = error.__cause__, error.__context__
     inner = [
         None if one is None or not depth else _scrubbed(one, scrub, depth - 1) for one in (cause, context)
     ]
-    message = scrub(said)
-    if message == said and inner == [None, None] and not hasattr(error, "__notes__"):
+    message = scrub(text)
+    if message == text and inner == [None, None] and not hasattr(error, "__notes__"):
         return None
     kind = type(error)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
@@ -151,7 +151,7 @@ def _scrubbed(error: BaseException, scrub: Callable[[str], str], depth: int) -> 
 
 def _values(state: Any) -> set[str]:
     """Return the plain values in a state as texts."""
-    found: set[str] = set()
+    words: set[str] = set()
     rest = [state]
     while rest:
         value = rest.pop()
@@ -162,8 +162,8 @@ def _values(state: Any) -> set[str]:
         elif value is not None and not isinstance(value, bool):
             word = str(value)
             if len(word) >= _SHORTEST:
-                found.add(word)
-    return found
+                words.add(word)
+    return words
 
 
 def forms_of(word: str) -> set[str]:

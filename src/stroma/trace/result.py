@@ -76,8 +76,8 @@ class ExecutionResult(Shown):
             hidden = self.trace._hidden(redact)
             message = typed(kind_of(failure.exception), hide_words(redact, failure.message, hidden))
             # Of a group, the child whose failure became its own is the one that stands deepest.
-            said = [bar for bar in story.bars if bar.message == message and bar.outcome == "failure"]
-            at = max(said, key=lambda bar: (bar.began_ms, len(bar.at)), default=None)
+            failed = [bar for bar in story.bars if bar.message == message and bar.outcome == "failure"]
+            at = max(failed, key=lambda bar: (bar.began_ms, len(bar.at)), default=None)
             box = Box(
                 failure.node_id if at is None else at.node_id, "?" if at is None else at.at, failure.attempt,
                 failure.failure_class.value, message, failure.reason,

@@ -34,11 +34,11 @@ def renderable(story: Story) -> Any:
     box = story.box
     if box is not None:
         why = f"{box.failure_class}{f' ({box.reason})' if box.reason else ''}"
-        said = Text(clean(box.message, 1000))
+        message = Text(clean(box.message, 1000))
         if box.fields:
-            said.append(f"\nfield {', '.join(clean(path, 100) for path in box.fields[:10])}", "bold")
+            message.append(f"\nfield {', '.join(clean(path, 100) for path in box.fields[:10])}", "bold")
         title = Text(f"{why} at node {clean(box.node_id, 60)} (at {box.at}, attempt {box.attempt})")
-        parts.append(Panel(said, title=title, title_align="left", border_style="red"))
+        parts.append(Panel(message, title=title, title_align="left", border_style="red"))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, right in (
         ("AT", False),

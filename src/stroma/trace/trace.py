@@ -137,26 +137,26 @@ class ExecutionTrace(Shown):
         """Return the trace as plain data. Times in rows have nanosecond resolution."""
         from stroma.trace.html import Story
 
-        found: list[tuple[int, int, TraceEvent]] = []
+        marks: list[tuple[int, int, TraceEvent]] = []
         stack: list[AttemptRow | TraceEvent] = list(self.rows)
         while stack:
             row = stack.pop()
             if isinstance(row, TraceEvent):
                 ms = int(row.timestamp_utc.timestamp() * 1_000_000) * 1000
-                found.append((ms, row.duration_ms * 1_000_000, row))
+                marks.append((ms, row.duration_ms * 1_000_000, row))
                 stack.extend(row.children)
             else:
                 alone = self._event(row._replace(children=None))
-                found.append((row.started_ns, row.duration_ns, alone))
+                marks.append((row.started_ns, row.duration_ns, alone))
                 stack.extend(row.children or ())
-        found.sort(key=lambda one: one[0])
-        first = found[0][0] if found else 0
+        marks.sort(key=lambda one: one[0])
+        first = marks[0][0] if marks else 0
         hidden = self._hidden(redact)
         bars = [
-            _bar(event, (began - first) / 1e6, took / 1e6, redact, hidden) for began, took, event in found
+            _bar(event, (began - first) / 1e6, took / 1e6, redact, hidden) for began, took, event in marks
         ]
         failed = [bar for bar in bars if bar.failure_class is not None]
-        end = max((began + took for began, took, _ in found), default=first)
+        end = max((began + took for began, took, _ in marks), default=first)
         tokens, cost = sum(bar.tokens for bar in bars), math.fsum(bar.cost_usd for bar in bars)
         status = "FAILED" if failed and failed[-1] is bars[-1] else "trace"
         return Story(self.run_id, "", status, bars, tokens, cost, first // 1_000_000, (end - first) / 1e9)
@@ -231,11 +231,11 @@ def _copy_rows(rows: list[AttemptRow | TraceEvent]) -> list[AttemptRow | TraceEv
 
 
 def _copy_event(event: TraceEvent) -> TraceEvent:
-    given, made = event.input_state, event.output_state
+    input_state, output_state = event.input_state, event.output_state
     return replace(
         event,
-        input_state=isolate(given),
-        output_state=None if made is None else isolate(made),
+        input_state=isolate(input_state),
+        output_state=None if output_state is None else isolate(output_state),
         children=[_copy_event(child) for child in event.children],
     )
 
@@ -283,6 +283,6 @@ def _text(value: Any) -> str:
 
 
 def _child_text(event: TraceEvent) -> str:
-    said = (event.failure, event.failure_message, event.outcome)
-    parts = (event.branch, event.node_id, event.attempt, event.input_state, event.output_state, *said)
+    outcome = (event.failure, event.failure_message, event.outcome)
+    parts = (event.branch, event.node_id, event.attempt, event.input_state, event.output_state, *outcome)
     return _text(parts) + str(sorted(map(_child_text, event.children)))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import quote_plus, urlencode
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
@@ -16,12 +13,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from stroma._utils.text import clean, count, money, short_id, span, with_marks
+from stroma._utils.text import clean, count, money, short_id, span
 from stroma.checkpoint.history import (
-    FAILED,
     FINISHED,
     History,
-    NodeDiff,
     Payload,
     bar_of,
     changes,
@@ -41,17 +36,33 @@ from stroma.trace.html import (
     Story,
     cause,
     document,
-    duration,
     fields_named,
     gantt,
     head,
     idle_ms,
-    tree,
     utc,
 )
 from stroma.trace.result import RunStatus
 from stroma.ui.actions import can_resume
 from stroma.ui.figures import figures_of
+from stroma.ui.formatting import (
+    as_attachment,
+    attempt_address,
+    attempt_key,
+    cause_text,
+    compare_facts,
+    compress,
+    duration_text,
+    json_file,
+    mark_controls,
+    parse_search,
+    restored_starts,
+    side_by_side,
+    state_tree,
+    to_address,
+    to_json,
+    tone_of,
+)
 from stroma.ui.overview import BUCKETS, Overview
 from stroma.ui.security import PICTURE_POLICY
 
@@ -66,7 +77,6 @@ _PAGE_SIZE: Final = 50
 _MAX_DRAWN: Final = 2000
 #: Larger payloads are not shown, only downloadable.
 _MAX_SHOWN_BYTES: Final = 1_000_000
-_LARGE_PAGE: Final = 50_000  # bytes
 _MAX_EXPORTED: Final = 100_000
 _SPANS: Final = (1, 7, 30)  # days
 _MAX_SUMMED: Final = 200_000  # attempts
@@ -90,13 +100,13 @@ class Pages:
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
-            finalize=_mark_controls,
+            finalize=mark_controls,
         )
         self._templates.filters |= {
-            "clean": clean, "money": money, "count": count, "span": span, "took": _took, "tone": _tone, "json": _to_json, "short": short_id, "when": utc,
+            "clean": clean, "money": money, "count": count, "span": span, "took": duration_text, "tone": tone_of, "json": to_json, "short": short_id, "when": utc,
         }  # fmt: skip
         self._templates.globals |= {
-            "to": _address,
+            "to": to_address,
             "store_name": settings.name,
             "pipeline_name": settings.pipeline,
         }
@@ -119,7 +129,7 @@ class Pages:
             raise HTTPException(400, "unknown status or class")
         if not self._store.exists():
             return self._empty()
-        query = _query(text, status, kind)
+        query = parse_search(text, status, kind)
         try:
             page = self._history.page(query, _PAGE_SIZE, after)
         except ValueError as error:
@@ -152,7 +162,7 @@ class Pages:
             "status": status_of(record),
             "seconds": max(0, record.updated_ms - record.started_ms) / 1000,
             "failures": f"{record.failures}+" if record.failures >= 20 else str(record.failures or ""),
-            "why": _cause_text(record),
+            "why": cause_text(record),
         }
 
     # ------------------------------------------------------------------ one run
@@ -175,7 +185,7 @@ class Pages:
         except ValueError as error:
             raise HTTPException(400, "unknown page") from error
         attempts = in_order(page.attempts)
-        known = {_attempt_key(attempt) for attempt in attempts}
+        known = {attempt_key(attempt) for attempt in attempts}
         cause_attempt = None
         if record.cause is not None:
             # The attempt that stopped the run is always on the page.
@@ -183,10 +193,10 @@ class Pages:
             cause_attempt = next(
                 (a for a in reversed(place) if a.attempt == record.cause.attempt and a.failure_class), None
             )
-            if cause_attempt is not None and _attempt_key(cause_attempt) not in known:
+            if cause_attempt is not None and attempt_key(cause_attempt) not in known:
                 attempts = in_order([*attempts, cause_attempt])
         first = min((attempt.started_ns for attempt in attempts), default=0)
-        bars = [(bar_of(attempt, first), attempt, _attempt_address(record, attempt)) for attempt in attempts]
+        bars = [(bar_of(attempt, first), attempt, attempt_address(record, attempt)) for attempt in attempts]
         story = self._story(record, [bar for bar, _, _ in bars])
         selected = (
             None if cause_attempt is None or record.status in FINISHED else bar_of(cause_attempt, first).key
@@ -198,11 +208,11 @@ class Pages:
             "run.html", record=record, status=status_of(record), gone=is_gone(record), head=Markup(head(story)),
             cause=Markup(cause(story)), gantt=Markup(picture), attempts=[(one, address, bar.at) for bar, one, address in bars],
             waiting=[one for one in self._history.waiting(record.run_id) if one.payload is None], next=page.next, first=after is None,
-            restored=_restored(record, attempts), can_resume=can_resume(self._settings, record),
+            restored=restored_starts(record, attempts), can_resume=can_resume(self._settings, record),
             resume_key=self._keys.form("resume", record.run_id), delete_key=self._keys.form("delete", record.run_id),
             command=self._resume_command(record), folded=folded, idle=idle_ms(story.bars) > 0, at=after,
         )  # fmt: skip
-        return _compress(request, page_response)
+        return compress(request, page_response)
 
     def _story(self, record: RunRecord, bars: list[Bar]) -> Story:
         box, why = None, record.cause
@@ -246,11 +256,11 @@ class Pages:
         side = "input" if "(input)" in (this.message or "")[:_MAX_TEXT] else "output"
         invalid_fields = fields_named(this.text or "")
         return self._page(
-            "attempt.html", record=record, this=this, place=place_of(this), attempts=[(one, _attempt_address(record, one)) for one in attempts],
-            input=_tree(inputs, invalid_fields if side == "input" else []), output=_tree(output, invalid_fields if side == "output" else []),
-            invalid_fields=invalid_fields, before=None if before is None else _compare_facts(before, this), key=this.idempotency_key(record.run_id, record.execution),
+            "attempt.html", record=record, this=this, place=place_of(this), attempts=[(one, attempt_address(record, one)) for one in attempts],
+            input=state_tree(inputs, invalid_fields if side == "input" else []), output=state_tree(output, invalid_fields if side == "output" else []),
+            invalid_fields=invalid_fields, before=None if before is None else compare_facts(before, this), key=this.idempotency_key(record.run_id, record.execution),
             in_group=bool(this.branch), committed=this.output_bytes is not None,
-            payload=_attempt_address(record, this, "/payload"), failure_site=self._failure_site(record, this),
+            payload=attempt_address(record, this, "/payload"), failure_site=self._failure_site(record, this),
         )  # fmt: skip
 
     def _failure_site(self, record: RunRecord, this: AttemptRecord) -> Trouble | None:
@@ -299,7 +309,7 @@ class Pages:
                 payload = self._history.output(record.run_id, this.position, this.branch)
             if payload.problem is not None:
                 raise HTTPException(404, payload.problem)
-            return _file(payload.value, f"{side}-{this.position}.json")
+            return json_file(payload.value, f"{side}-{this.position}.json")
 
     def export(self, request: Request) -> Response:
         """Return the run as an HTML or OTLP file."""
@@ -311,11 +321,11 @@ class Pages:
         if form == "html":
             story = self._history.story(record, most=_MAX_DRAWN, mend=self._resume_command(record))
             text = document(story).encode("utf-8", "replace")
-            return Response(text, media_type="text/html", headers=_as_file("run.html"))
+            return Response(text, media_type="text/html", headers=as_attachment("run.html"))
         if form != "otlp":
             raise HTTPException(404, "format must be html or otlp")
         attempts, _ = self._history.attempts(record.run_id, _MAX_EXPORTED)
-        return _file(otlp_spans(record, attempts), "run-otlp.json")
+        return json_file(otlp_spans(record, attempts), "run-otlp.json")
 
     # ------------------------------------------------------------------ two runs, and the pipeline
 
@@ -341,7 +351,7 @@ class Pages:
         )
         return self._page(
             "compare.html", a=a, b=b, input=started, more=sides[0][1] or sides[1][1],
-            nodes=[_side_by_side(one) for one in nodes],
+            nodes=[side_by_side(one) for one in nodes],
             seconds=[max(0, record.updated_ms - record.started_ms) / 1000 for record in (a, b)],
         )  # fmt: skip
 
@@ -372,130 +382,3 @@ class Pages:
             raise HTTPException(404, "no pipeline was passed to stroma ui")
         text = self._settings.lineage.encode("utf-8", "replace")
         return Response(text, media_type="image/svg+xml", headers={"content-security-policy": PICTURE_POLICY})
-
-
-# ---------------------------------------------------------------------- text and addresses
-
-_FILTERS: Final = ("tag", "node", "class", "pipeline")
-
-
-def _query(text: str, status: str, kind: str) -> RunQuery:
-    """Parse a search: filters such as "tag:nightly node:extract", and words for ids, pipelines and errors."""
-    filters: dict[str, Any] = {"failure_class": kind or None}
-    rest = []
-    for word in text.split():
-        name, colon, value = word.partition(":")
-        if colon and value and name in _FILTERS:
-            filters["failure_class" if name == "class" else name] = (
-                value.upper() if name == "class" else value
-            )
-        else:
-            rest.append(word)
-    statuses = FAILED if status == "failed" else (status,) if status else ()
-    return RunQuery(statuses=statuses, text=" ".join(rest) or None, **filters)
-
-
-def _tone(status: str) -> str:
-    if status in (*FINISHED, "success"):
-        return "good"
-    return "bad" if status in (*FAILED, "failure") else "warn"
-
-
-def _cause_text(record: RunRecord) -> str:
-    """Return the cause of a failed run as text."""
-    if is_gone(record):
-        return "owner lost"
-    if record.status in FINISHED:
-        return ""
-    if record.cause is None:
-        return record.error or ""
-    cause_record = record.cause
-    why = f"{cause_record.failure_class}{f' ({cause_record.reason})' if cause_record.reason else ''}"
-    return f"{cause_record.node_id}: {why}: {cause_record.text or record.error or ''}"
-
-
-def _attempt_key(attempt: AttemptRecord) -> tuple[int, str, int, int]:
-    return attempt.position, attempt.branch, attempt.attempt, attempt.started_ns
-
-
-def _restored(record: RunRecord, attempts: list[AttemptRecord]) -> set[int]:
-    """Return the starts of attempts whose outputs a later process has restored."""
-    return {
-        one.started_ns
-        for one in attempts
-        if one.output_bytes is not None and (one.epoch < record.epoch or one.outcome == "forked")
-    }
-
-
-def _address(path: str, **query: Any) -> str:
-    inputs = {name: value for name, value in query.items() if value not in (None, "")}
-    return f"{path}?{urlencode(inputs, errors='replace')}" if inputs else path
-
-
-def _attempt_address(record: RunRecord, attempt: AttemptRecord, path: str = "/attempt") -> str:
-    # Without urlencode: a page has thousands of links. Branches are numbers and dots.
-    at = quote_plus(place_of(attempt)) if attempt.branch else attempt.position
-    return f"{path}?id={quote_plus(record.run_id, errors='replace')}&at={at}&began={attempt.started_ns}"
-
-
-def _took(attempt: AttemptRecord) -> str:
-    return duration(attempt.duration_ms, attempt.function_ms or None)
-
-
-def _compare_facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:
-    """Return the differences between an attempt and the previous one at its position."""
-    facts = [
-        {
-            "outcome": one.outcome, "class": one.failure_class, "reason": one.reason, "message": one.text, "model": one.model,
-            "seconds": round(one.duration_ms / 1000, 3), "tokens": one.tokens, "cost_usd": one.cost_usd,
-        }
-        for one in (before, this)
-    ]  # fmt: skip
-    return changes(facts[0], facts[1])
-
-
-def _side_by_side(one: NodeDiff) -> dict[str, Any]:
-    """Return a node of two runs with its time and cost in each."""
-    first = (one.a or one.b or [])[0]
-    took, cost = (
-        [None if side is None else sum(getattr(x, name) for x in side) for side in (one.a, one.b)]
-        for name in ("duration_ms", "cost_usd")
-    )
-    return {"it": one, "node": first, "place": place_of(first), "took": took, "cost": cost}
-
-
-def _tree(payload: Payload, invalid_fields: list[str]) -> dict[str, Any]:
-    if payload.problem is not None:
-        return {"problem": payload.problem, "tree": None}
-    return {
-        "problem": None,
-        "tree": Markup(tree(payload.value, invalid_fields)),
-    }  # trace/html.py escapes all text
-
-
-def _mark_controls(value: Any) -> Any:
-    return with_marks(value) if type(value) is str else value
-
-
-def _to_json(value: Any) -> str:
-    return clean(json.dumps(value, ensure_ascii=False), 300)
-
-
-def _compress(request: Request, page: Response) -> Response:
-    """Compress a large page if the client accepts gzip."""
-    accepted = [
-        one.partition(";")[0].strip() for one in request.headers.get("accept-encoding", "").split(",")
-    ]
-    if "gzip" not in accepted or len(page.body) < _LARGE_PAGE:
-        return page
-    headers = {"content-encoding": "gzip", "vary": "accept-encoding"}
-    return HTMLResponse(gzip.compress(bytes(page.body), 6, mtime=0), page.status_code, headers)
-
-
-def _as_file(name: str) -> dict[str, str]:
-    return {"content-disposition": f'attachment; filename="{name}"'}
-
-
-def _file(value: Any, name: str) -> Response:
-    text = json.dumps(value, allow_nan=False, default=str)
-    return Response(text.encode(), media_type="application/json", headers=_as_file(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -66,68 +67,71 @@ def approve(
     cluster = TemporalCluster.from_options(options)
     if cluster is not None:
         reject_local_options("the run is on the cluster, not in a store", "db")
-        return _approve_on_temporal(cluster, run_, target, answer_text, node, branch, resume, as_json)
-    database = Database.from_option(db)
-    record = database.find(run_)
-    every = database.waiting(record.run_id)
-    one = _find_waiting(database, record, every, target, node, branch)
+    source = cluster or Database.from_option(db)
+    record, questions = _read_questions(source, run_)
+    request = _Request(target, answer_text, node, branch)
+    one = _find_waiting(source, record, questions, request)
     pipeline, module = load_with_module(target)
-    answer, model = _parse_answer(database, record, one, module, target, answer_text, node, branch)
-    with database.explain_errors():
-        asyncio.run(_signal(database, record.run_id, answer, one, model))
-    remaining = unanswered([other for other in every if other[:3] != one[:3]])
+    answer, model = _parse_answer(source, record, one, module, request)
+    _send_answer(source, record.run_id, answer, one, model)
     if resume:
         err.line(f"{place_text(one)} is answered")
-        return resume_run(Database.from_option(db), record, pipeline, target, RunOptions(as_json=as_json))
-    _report(database, record.run_id, target, one, remaining, as_json)
+        run_options = RunOptions(as_json=as_json)
+        if isinstance(source, TemporalCluster):
+            return resume_on_temporal(source, record.run_id, pipeline, target, run_options)
+        return resume_run(Database.from_option(db), record, pipeline, target, run_options)
+    remaining = unanswered([other for other in questions if other[:3] != one[:3]])
+    _report(source, record.run_id, target, one, remaining, as_json)
     return Code.OK
 
 
-def _approve_on_temporal(
-    cluster: TemporalCluster,
-    run: str,
-    target: str,
-    answer_text: str,
-    node: str | None,
-    branch: str | None,
-    resume: bool,
-    as_json: bool,
-) -> int:
-    """Answer a suspended run on Temporal; return the exit code."""
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """Arguments of one call: the pipeline, the answer, and the node that it is for."""
+
+    target: str
+    answer_text: str
+    node: str | None
+    branch: str | None
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Options that select the same node."""
+        options = () if self.node is None else ("--node", self.node)
+        return options if self.branch is None else (*options, "--branch", self.branch)
+
+
+def _read_questions(source: Database | TemporalCluster, run: str) -> tuple[RunRecord, list[Waiting]]:
+    if isinstance(source, Database):
+        record = source.find(run)
+        return record, source.waiting(record.run_id)
     from stroma.cli.temporal_show import record_of
 
-    async def read_waiting() -> tuple[RunRecord, list[Waiting]]:
-        client = await cluster.connect()
-        record = await record_of(cluster, client, await cluster.find(client, run))
-        return record, await cluster.query(cluster.runner(client).waiting(record.run_id))
+    async def read() -> tuple[RunRecord, list[Waiting]]:
+        client = await source.connect()
+        record = await record_of(source, client, await source.find(client, run))
+        return record, await source.query(source.runner(client).waiting(record.run_id))
 
-    record, every = cluster.run(read_waiting())
-    one = _find_waiting(cluster, record, every, target, node, branch)
-    pipeline, module = load_with_module(target)
-    answer, model = _parse_answer(cluster, record, one, module, target, answer_text, node, branch)
+    return source.run(read())
 
-    async def send_answer() -> None:
-        runner = cluster.runner(await cluster.connect())
-        await runner.signal(record.run_id, answer, node_id=one.node_id, branch=one.branch, schema=model)
 
-    cluster.run(send_answer())
-    if resume:
-        err.line(f"{place_text(one)} is answered")
-        return resume_on_temporal(cluster, record.run_id, pipeline, target, RunOptions(as_json=as_json))
-    remaining = unanswered([other for other in every if other[:3] != one[:3]])
-    _report(cluster, record.run_id, target, one, remaining, as_json)
-    return Code.OK
+def _send_answer(
+    source: Database | TemporalCluster, run_id: str, answer: Any, one: Waiting, model: Any
+) -> None:
+    if isinstance(source, Database):
+        with source.explain_errors():
+            asyncio.run(_signal(source, run_id, answer, one, model))
+        return
+
+    async def send() -> None:
+        runner = source.runner(await source.connect())
+        await runner.signal(run_id, answer, node_id=one.node_id, branch=one.branch, schema=model)
+
+    source.run(send())
 
 
 def _parse_answer(
-    database: RunSource,
-    record: RunRecord,
-    one: Waiting,
-    module: ModuleType,
-    target: str,
-    answer_text: str,
-    node: str | None,
-    branch: str | None,
+    database: RunSource, record: RunRecord, one: Waiting, module: ModuleType, request: _Request
 ) -> tuple[Any, Any]:
     """Return ANSWER as an instance of the required class, and that class. Raises Problem."""
     answer: Any
@@ -135,7 +139,7 @@ def _parse_answer(
         model = find_schema(one, module)
         if model is None:
             raise Problem(
-                f"{place_text(one)} of run {clean(record.run_id)} requires {clean(one.schema_ref, 200)}, which {target} "
+                f"{place_text(one)} of run {clean(record.run_id)} requires {clean(one.schema_ref, 200)}, which {request.target} "
                 "neither defines nor imports",
                 "pass the pipeline of the run; its module must have that class at its top level",
                 code=Code.NOT_FOUND,
@@ -143,18 +147,18 @@ def _parse_answer(
 
         def retry_command(fits: str) -> str:
             return database.hint(
-                "approve", id_word(record.run_id), target, fits, options=_node_options(node, branch)
+                "approve", id_word(record.run_id), request.target, fits, options=request.options
             )
 
         answer = parse_as(
             model,
-            answer_text,
+            request.answer_text,
             "ANSWER",
             f"what {place_text(one)} asks for, {answer_type(one)}",
             retry_command,
         )
     else:
-        model, answer = None, parse_json(answer_text, "ANSWER")[0]
+        model, answer = None, parse_json(request.answer_text, "ANSWER")[0]
     return answer, model
 
 
@@ -178,17 +182,12 @@ def _report(
         err.line(f"  still waiting: {place_text(other)}: {clean(other.reason)}")
 
 
-def _find_waiting(
-    database: RunSource,
-    record: RunRecord,
-    every: list[Waiting],
-    target: str,
-    node: str | None,
-    branch: str | None,
-) -> Waiting:
+def _find_waiting(database: RunSource, record: RunRecord, every: list[Waiting], request: _Request) -> Waiting:
     """Return the question to answer. Raises Problem if there is none, or several."""
     waiting = [] if record.status in _COMPLETE else unanswered(every)
-    matching = [one for one in waiting if node in (None, one.node_id) and branch in (None, one.branch)]
+    matching = [
+        one for one in waiting if request.node in (None, one.node_id) and request.branch in (None, one.branch)
+    ]
     if len(matching) == 1:
         return matching[0]
     name = clean(record.run_id)
@@ -199,7 +198,7 @@ def _find_waiting(
                 f"{place_text(one)}: {clean(one.reason)}, asks for {answer_type(one)}"
                 for one in matching[:20]
             ],
-            f"for example: {approve_hint(database, record.run_id, target, matching, limit=1)[0]}",
+            f"for example: {approve_hint(database, record.run_id, request.target, matching, limit=1)[0]}",
             code=Code.USAGE,
         )
     if waiting:
@@ -209,18 +208,13 @@ def _find_waiting(
             code=Code.NOT_FOUND,
         )
     if every and record.status not in _COMPLETE:
-        what = f"resume with: {database.hint('resume', id_word(record.run_id), target)}"
+        what = f"resume with: {database.hint('resume', id_word(record.run_id), request.target)}"
         raise Problem(f"run {name} is answered already", what, code=Code.NOT_FOUND)
     raise Problem(
         f"run {name} is not waiting for an answer: it is {record.status}",
         f"details: {database.hint('show', id_word(record.run_id))}",
         code=Code.NOT_FOUND,
     )
-
-
-def _node_options(node: str | None, branch: str | None) -> tuple[str, ...]:
-    named = () if node is None else ("--node", node)
-    return named if branch is None else (*named, "--branch", branch)
 
 
 async def _signal(database: Database, run_id: str, answer: Any, one: Waiting, model: Any) -> None:

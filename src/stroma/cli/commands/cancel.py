@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -30,58 +30,56 @@ def cancel(run_: str, as_json: bool, db: str | None, **options: Any) -> None:
     cluster = TemporalCluster.from_options(options)
     if cluster is not None:
         reject_local_options("the run is on the cluster, not in a store", "db")
-        _cancel_on_temporal(cluster, run_, as_json)
-        return
-    database = Database.from_option(db)
-    record = database.find(run_)
+        done = _cancel_on_temporal(cluster, run_)
+    else:
+        done = _cancel_in_store(Database.from_option(db), run_)
+    if as_json:
+        data = done._asdict()
+        del data["message"]
+        emit({"schema": "stroma.cancel/1", **data})
+    else:
+        err.line(done.message)
+
+
+class _Cancellation(NamedTuple):
+    """Result of a cancellation. ``outcome``: "asked", "cancelled" or "ended"; ``holder``: owner of the run, if known."""
+
+    run_id: str
+    outcome: str
+    holder: str | None
+    status: str | None
+    message: str
+
+
+def _cancel_in_store(database: Database, run: str) -> _Cancellation:
+    record = database.find(run)
     with database.explain_errors():
         is_requested = asyncio.run(_cancel(database, record.run_id))
         after = database.reader.get_run(record.run_id) or record
     name = clean(record.run_id)
     if not is_requested:
-        outcome, message = "ended", f"run {name} has ended already: it is {after.status}; nothing was changed"
-    elif after.holder is not None or after.status != "CANCELLED":
-        holder = after.holder or record.holder or "its owner"
-        outcome = "asked"
-        message = f"{holder} will cancel run {name} within about a second, unless a node blocks it"
-    else:
-        outcome, message = "cancelled", f"run {name} is CANCELLED; it had no owner"
-    if as_json:
-        emit(
-            {
-                "schema": "stroma.cancel/1",
-                "run_id": record.run_id,
-                "outcome": outcome,
-                "holder": after.holder or record.holder if outcome == "asked" else None,
-                "status": after.status,
-            }
-        )
-    else:
-        err.line(message)
+        message = f"run {name} has ended already: it is {after.status}; nothing was changed"
+        return _Cancellation(record.run_id, "ended", None, after.status, message)
+    if after.holder is None and after.status == "CANCELLED":
+        message = f"run {name} is CANCELLED; it had no owner"
+        return _Cancellation(record.run_id, "cancelled", None, after.status, message)
+    owner = after.holder or record.holder
+    message = f"{owner or 'its owner'} will cancel run {name} within about a second, unless a node blocks it"
+    return _Cancellation(record.run_id, "asked", owner, after.status, message)
 
 
-def _cancel_on_temporal(cluster: TemporalCluster, run: str, as_json: bool) -> None:
+def _cancel_on_temporal(cluster: TemporalCluster, run: str) -> _Cancellation:
     async def request_cancel() -> tuple[str, bool]:
         client = await cluster.connect()
         run_id = (await cluster.find(client, run)).id
         return run_id, await cluster.runner(client).cancel(run_id)
 
     run_id, is_requested = cluster.run(request_cancel())
-    if as_json:
-        outcome = "asked" if is_requested else "ended"
-        emit(
-            {
-                "schema": "stroma.cancel/1",
-                "run_id": run_id,
-                "outcome": outcome,
-                "holder": None,
-                "status": None,
-            }
-        )
-    elif is_requested:
-        err.line(f"the workers of {cluster.name} will cancel run {clean(run_id)}")
+    if is_requested:
+        message = f"the workers of {cluster.name} will cancel run {clean(run_id)}"
     else:
-        err.line(f"run {clean(run_id)} has ended already; nothing was changed")
+        message = f"run {clean(run_id)} has ended already; nothing was changed"
+    return _Cancellation(run_id, "asked" if is_requested else "ended", None, None, message)
 
 
 async def _cancel(database: Database, run_id: str) -> bool:

@@ -66,15 +66,16 @@ def run(
         raise click.UsageError("--resume needs --run-id, the id of the run to resume")
     cluster = _read_cluster(click_options)
     options = RunOptions.from_click(**click_options)
-    if cluster is not None:
-        return _run_on_temporal(
-            cluster, target, input_text, run_id, options, tags, resume=resume, detach=detach
-        )
-    if detach:
+    if cluster is None and detach:
         raise click.UsageError("--detach needs --temporal: a local run ends with this process")
-    database = Database.from_option(db)
     pipeline = load_pipeline(target)
     config = _add_tags(_configure(pipeline, run_id, options), tags)
+    if cluster is not None:
+        may_exist = input_text is None and (resume or options.if_running == "attach")
+        exists = may_exist and cluster.run(cluster.has_run(config.run_id))
+        initial = None if exists else parse_input(pipeline, input_text, target)
+        return TemporalRun(target, pipeline, config, initial, cluster, options, resume, detach).execute()
+    database = Database.from_option(db)
     record = database.get_run(config.run_id) if resume else None
     if record is not None and input_text is None:
         state = stored_input(database, record, pipeline, target)
@@ -182,27 +183,6 @@ def _read_cluster(click_options: dict[str, Any]) -> TemporalCluster | None:
         reject_local_options("the run outlives this command: see --detach", "drain")
         reject_local_options("the server reassigns runs of lost workers by itself", "take_over")
     return cluster
-
-
-def _run_on_temporal(
-    cluster: TemporalCluster,
-    target: str,
-    input_text: str | None,
-    run_id: str | None,
-    options: RunOptions,
-    tags: tuple[str, ...],
-    *,
-    resume: bool,
-    detach: bool,
-) -> int:
-    pipeline = load_pipeline(target)
-    config = _add_tags(_configure(pipeline, run_id, options), tags)
-    state: BaseModel | None = None
-    if input_text is not None or not (
-        (resume or options.if_running == "attach") and cluster.run(cluster.has_run(config.run_id))
-    ):
-        state = parse_input(pipeline, input_text, target)
-    return TemporalRun(target, pipeline, config, state, cluster, options, resume, detach).execute()
 
 
 def _resume_run_on_temporal(

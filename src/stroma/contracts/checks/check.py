@@ -44,14 +44,14 @@ def check_nodes(
         raise TypeError(
             f"input_schema is {in_words(initial)}; give the pydantic model class of what runs begin with"
         )
-    found: list[Finding] = []
+    findings: list[Finding] = []
     known: Known = {}
     for one in flow_of(nodes, registry, initial):
         if isinstance(one, Crossing):
-            found += _of_crossing(one, known)
+            findings += _of_crossing(one, known)
         else:
-            found.append(_of_collision(one) if isinstance(one, Collision) else _of_unreadable(one))
-    return list(dict.fromkeys(found))
+            findings.append(_of_collision(one) if isinstance(one, Collision) else _of_unreadable(one))
+    return list(dict.fromkeys(findings))
 
 
 # ---------------------------------------------------------------------- crossings
@@ -63,10 +63,10 @@ def _of_crossing(crossing: Crossing, known: Known) -> Iterator[Finding]:
         if node.each and not node.outside and state.model is not None:
             yield from _of_list(crossing, node, state.model)
         elif node.each and state.item is not None and holds_no_fields(state.item):
-            by, to, given = state.giver, crossing.to, str(state.item)
+            by, to, item = state.giver, crossing.to, str(state.item)
             yield Finding(
-                "error", "items", by.node_id, to.node_id, by.at, to.at, f"{state.list_at}[].{node.over}", given, "list",
-                f"{to.node_id!r} goes over {node.over} of each item of {state.list_at}, and those are {given}",
+                "error", "items", by.node_id, to.node_id, by.at, to.at, f"{state.list_at}[].{node.over}", item, "list",
+                f"{to.node_id!r} goes over {node.over} of each item of {state.list_at}, and those are {item}",
                 f"let the items be models with a list {node.over!r}",
             )  # fmt: skip
         return
@@ -76,8 +76,8 @@ def _of_crossing(crossing: Crossing, known: Known) -> Iterator[Finding]:
     try:
         fit = _fit(state, wanted, known)
     except Exception as error:  # Classes of the user's take part, in comparisons and the like.
-        given = "" if state.model is None else state.model.__name__
-        fit = undecided((), given, wanted.__name__, f"comparing them raised {type(error).__name__}")
+        item = "" if state.model is None else state.model.__name__
+        fit = undecided((), item, wanted.__name__, f"comparing them raised {type(error).__name__}")
     reasons = [r for r in fit.reasons if not (state.loose and _is_guess(r))]
     for reason in reasons:
         if reason.kind != "undecidable":
@@ -110,7 +110,7 @@ def _of_reason(crossing: Crossing, wanted: type[BaseModel], reason: Reason) -> F
     absent = reason.kind == "missing" and not reason.source and len(reason.path) == 1
     by = state.giver if absent else _giver_of(state, reason.path)
     path = _shown(reason.path, state)
-    message, mend = _told(crossing, wanted, reason, by, path)
+    message, mend = _message_and_fix(crossing, wanted, reason, by, path)
     severity: Literal["error", "warning"] = "error" if reason.verdict is Verdict.NEVER else "warning"
     return Finding(
         severity, reason.kind, by.node_id, to.node_id, by.at, to.at, path, reason.source, reason.target,
@@ -126,7 +126,7 @@ def _shown(path: tuple[str, ...], state: State) -> str:
     return text
 
 
-def _told(
+def _message_and_fix(
     crossing: Crossing, wanted: type[BaseModel], reason: Reason, by: Giver, path: str
 ) -> tuple[str, str]:
     """Return the message of a mismatch and its fix."""
@@ -204,10 +204,10 @@ def _of_list(crossing: Crossing, node: Group, model: type[BaseModel]) -> Iterato
     target = repr(to.node_id)
 
     def finding(
-        severity: Literal["error", "warning"], kind: Kind, given: str, what: str, mend: str
+        severity: Literal["error", "warning"], kind: Kind, type_name: str, what: str, mend: str
     ) -> Finding:
         return Finding(
-            severity, kind, by.node_id, to.node_id, by.at, to.at, node.over, given, "list",
+            severity, kind, by.node_id, to.node_id, by.at, to.at, node.over, type_name, "list",
             f"{target} goes over {node.over}, and {what}", mend,
         )  # fmt: skip
 
@@ -223,42 +223,42 @@ def _of_list(crossing: Crossing, node: Group, model: type[BaseModel]) -> Iterato
         if record.others is None:
             return
         side = record.others
-    kind, given = side.resolved(), str(side)
+    kind, type_name = side.resolved(), str(side)
     while kind.kind == "default":
         kind = kind.to(kind.node["schema"]).resolved()
     if kind.kind == "nullable":
         mend = f"promise a list in the output of {by.node_id!r}"
-        yield finding("warning", "optional", given, "it may be None", mend)
+        yield finding("warning", "optional", type_name, "it may be None", mend)
         kind = kind.to(kind.node["schema"]).resolved()
     if kind.kind == "any":
         if not state.loose:
             mend = f"declare it as a list in the output of {by.node_id!r}"
-            yield finding("warning", "unknown", given, "nothing is known of what it holds", mend)
+            yield finding("warning", "unknown", type_name, "nothing is known of what it holds", mend)
     elif items_of(kind) is None:
         plain = (
             kind.kind not in ("union", "tagged-union", "chain", "lax-or-strict")
             and "function" not in kind.kind
         )
         mend = f"declare it as a list in the output of {by.node_id!r}"
-        what = f"{by.node_id!r} gives it as {given}: only a list or a tuple will do"
-        yield finding("error" if plain else "warning", "type" if plain else "union", given, what, mend)
+        what = f"{by.node_id!r} gives it as {type_name}: only a list or a tuple will do"
+        yield finding("error" if plain else "warning", "type" if plain else "union", type_name, what, mend)
 
 
-def _of_unreadable(found: Unreadable) -> Finding:
-    is_output = found.source == found.to
-    name = str(getattr(found.model, "__name__", found.model))
+def _of_unreadable(unreadable: Unreadable) -> Finding:
+    is_output = unreadable.source == unreadable.to
+    name = str(getattr(unreadable.model, "__name__", unreadable.model))
     return Finding(
-        "warning", "broken", found.source.node_id, found.to.node_id, found.source.at, found.to.at, "",
+        "warning", "broken", unreadable.source.node_id, unreadable.to.node_id, unreadable.source.at, unreadable.to.at, "",
         name if is_output else "", "" if is_output else name,
-        f"the {'output' if is_output else 'input'} of {found.to.node_id!r} cannot be read: {found.error}",
+        f"the {'output' if is_output else 'input'} of {unreadable.to.node_id!r} cannot be read: {unreadable.error}",
         "correct its class; if that names classes which come later, call model_rebuild() once they are there",
     )  # fmt: skip
 
 
-def _of_collision(found: Collision) -> Finding:
-    first, second = repr(found.first.node_id), repr(found.second.node_id)
+def _of_collision(collision: Collision) -> Finding:
+    first, second = repr(collision.first.node_id), repr(collision.second.node_id)
     return Finding(
-        "warning", "collision", found.first.node_id, found.second.node_id, found.first.at, found.second.at, found.name,
-        *found.types, f"{first} and {second} both give {found.name}; that of {second} wins, since it comes later",
+        "warning", "collision", collision.first.node_id, collision.second.node_id, collision.first.at, collision.second.at, collision.name,
+        *collision.types, f"{first} and {second} both give {collision.name}; that of {second} wins, since it comes later",
         f"take it out of the output of one of them, or call the two differently; if {second} is to win, leave it so",
     )  # fmt: skip

@@ -57,7 +57,7 @@ def fit_classes(source: type[BaseModel], target: type[BaseModel], *, apart: bool
     return Fitter(source, target, apart=apart).fit()
 
 
-_OFTEN: Final = 100
+_MAX_REPEATED: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +84,14 @@ class Fitter(Taking):
         self.source = Side(UNKNOWN, EMPTY, {}) if source is None else Side.of(source)
         #: Classes that cross as instances, in the field that is looked at.
         self._accepted: frozenset[type] = frozenset()
-        given = frozenset[str]() if source is None else schema_of(source).traits.decoded_fields
+        decoded_by_source = frozenset[str]() if source is None else schema_of(source).traits.decoded_fields
         wanted = self.target_schema.traits.decoded_fields
         #: Text that the source has decoded is not decoded again.
-        self._decoded = bool(wanted) and wanted <= given
+        self._decoded = bool(wanted) and wanted <= decoded_by_source
         self._open: set[tuple[int, int]] = set()
         #: What was found of types that hold others, in the order in which that was done.
         self._known: dict[Any, _Known] = {}
-        self._told = 0
+        self._repeated = 0
 
     def fit(self) -> Fit:
         """Return the verdict on the two classes."""
@@ -121,7 +121,7 @@ class Fitter(Taking):
         ``bare``: through a group, whose nodes are given an item that is no record as it is.
         """
         item = item.resolved()
-        alternatives = alternatives_of(item, self._kept)
+        alternatives = alternatives_of(item, self._stays_instance)
         if alternatives is not None:
             return self._each(
                 item, alternatives, self.target, (), lambda one, *_: self.fit_item(one, bare=bare)
@@ -200,8 +200,8 @@ class Fitter(Taking):
     def _again(self, known: _Known, path: tuple[str, ...]) -> Fit:
         """Return an earlier verdict on two types for another place; after enough places, only its first mismatch."""
         reasons = known.fit.reasons
-        self._told += len(reasons)
-        if self._told > _OFTEN:
+        self._repeated += len(reasons)
+        if self._repeated > _MAX_REPEATED:
             reasons = reasons[:1]
         start = len(known.path)
         moved = tuple(replace(reason, path=(*path, *reason.path[start:])) for reason in reasons)
@@ -210,7 +210,7 @@ class Fitter(Taking):
     def _match(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
         if target.kind == "any" or alike(source, target):
             return FITS
-        alternatives = alternatives_of(source, self._kept)
+        alternatives = alternatives_of(source, self._stays_instance)
         if alternatives is not None:
             return self._each(source, alternatives, target, path)
         unwrapped = self._unwrap_target(source, target, path)
@@ -233,8 +233,8 @@ class Fitter(Taking):
                 return FITS
             return undecided(path, source, target, "combinations of its members have values of their own")
         if holds_other(target.node):
-            found = Mismatch(Verdict.MAYBE, "choices", "only the values of its members are taken")
-            return verdict_on(found, source, target, path)
+            mismatch = Mismatch(Verdict.MAYBE, "choices", "only the values of its members are taken")
+            return verdict_on(mismatch, source, target, path)
         if kind in LEAVES and wanted in LEAVES:
             return verdict_on(
                 fit_leaf(source.node, source.config, target.node, target.config), source, target, path
@@ -294,13 +294,15 @@ class Fitter(Taking):
         reasons: list[Reason] = []
         for alternative, fit in zip(alternatives, fits, strict=True):
             for reason in fit.reasons:
-                kind, what, given = reason.kind, reason.what, reason.source
+                kind, what, source_type = reason.kind, reason.what, reason.source
                 if alternative.resolved().kind == "none":
-                    kind, what, given = "optional", "it may be None", str(source)
+                    kind, what, source_type = "optional", "it may be None", str(source)
                 elif fit.verdict is Verdict.NEVER and reason.path == path:
-                    kind, given = "union", str(source)
+                    kind, source_type = "union", str(source)
                     what = f"it may be {_article(alternative)}, which is not taken"
-                reasons.append(replace(reason, verdict=Verdict.MAYBE, kind=kind, what=what, source=given))
+                reasons.append(
+                    replace(reason, verdict=Verdict.MAYBE, kind=kind, what=what, source=source_type)
+                )
         return Fit(Verdict.MAYBE, tuple(dict.fromkeys(reasons)))
 
 

@@ -76,8 +76,8 @@ class Inside(ABC):
             )
         wanted = parts_of(target)
         merges = target.kind in SETS and source.kind not in SETS  # What is equal becomes one.
-        found = length_mismatch(span_of(source), span_of(target), shrinks=merges)
-        lengths = verdict_on(found, source, target, path)
+        mismatch = length_mismatch(span_of(source), span_of(target), shrinks=merges)
+        lengths = verdict_on(mismatch, source, target, path)
         if lengths.verdict is Verdict.NEVER or 0 in (
             span_of(source)["max_length"],
             span_of(target)["max_length"],
@@ -89,13 +89,13 @@ class Inside(ABC):
             return all_of([lengths, *self._parts(source, target, path)])
 
     def _parts(self, source: Side, target: Side, path: tuple[str, ...]) -> list[Fit]:
-        given, wanted = parts_of(source), parts_of(target)
-        if source.kind == "tuple" and target.kind == "tuple" and len(given) == len(wanted):
+        parts, wanted = parts_of(source), parts_of(target)
+        if source.kind == "tuple" and target.kind == "tuple" and len(parts) == len(wanted):
             return [
-                self.match(a, b, (*path, f"[{i}]" if len(given) > 1 else "[]"))
-                for i, (a, b) in enumerate(zip(given, wanted, strict=True))
+                self.match(a, b, (*path, f"[{i}]" if len(parts) > 1 else "[]"))
+                for i, (a, b) in enumerate(zip(parts, wanted, strict=True))
             ]
-        return [self.match(a, b, (*path, "[]")) for a in given for b in wanted]
+        return [self.match(a, b, (*path, "[]")) for a in parts for b in wanted]
 
     @contextmanager
     def _whole_if(self, condition: bool) -> Iterator[None]:
@@ -120,27 +120,29 @@ class Inside(ABC):
 
     def _instance(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
         wanted = target.node["cls"]
-        given = _CLASSES.get(source.kind)
+        source_class = _CLASSES.get(source.kind)
         if source.kind in ("is-instance", "enum"):
-            given = source.node["cls"]
+            source_class = source.node["cls"]
         wanted = getattr(wanted, "__origin__", wanted)  # typing.Sequence is no class, and stands for one.
-        if not (isinstance(given, type) and isinstance(wanted, type)):
+        if not (isinstance(source_class, type) and isinstance(wanted, type)):
             return undecided(path, source, target, "it cannot be told before it runs")
         try:
             # What an abstract class says of hashing, say, its classes need not keep to.
-            if wanted in given.__mro__ or (not inspect.isabstract(given) and issubclass(given, wanted)):
+            if wanted in source_class.__mro__ or (
+                not inspect.isabstract(source_class) and issubclass(source_class, wanted)
+            ):
                 return FITS
-            related = source.kind == "is-instance" or issubclass(wanted, given)
+            related = source.kind == "is-instance" or issubclass(wanted, source_class)
         except TypeError:  # A protocol that cannot be asked.
             return undecided(path, source, target, "it cannot be told before it runs")
         if not related:
-            found = Mismatch(Verdict.NEVER, "type", f"it is no {target}")
-            return verdict_on(found, source, target, path)
+            mismatch = Mismatch(Verdict.NEVER, "type", f"it is no {target}")
+            return verdict_on(mismatch, source, target, path)
         return undecided(path, source, target, "it cannot be told before it runs")
 
     # ------------------------------------------------------------------ records: what has fields
 
-    def _kept(self, source: Side) -> bool:
+    def _stays_instance(self, source: Side) -> bool:
         """Return True if an instance crosses as the instance that it is."""
         cls: Any = source.node.get("cls")
         return source.kind in ("model", "dataclass") and (
@@ -148,10 +150,10 @@ class Inside(ABC):
         )
 
     def _is_one(self, source: Side, cls: type) -> bool:
-        return self._kept(source) and issubclass(source.node["cls"], cls)
+        return self._stays_instance(source) and issubclass(source.node["cls"], cls)
 
     def _record(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
-        if self._kept(source):
+        if self._stays_instance(source):
             return self._kept_to(source, target, path)
         return self._record_to(record_of(source), target, path)
 
@@ -261,10 +263,10 @@ class Inside(ABC):
         fits: list[Fit] = []
         used: set[str] = set()
         for field in wanted.fields:
-            found = look_up(field, record, by_name=self.target_schema.traits.has_validation_aliases)
+            source_field = look_up(field, record, by_name=self.target_schema.traits.has_validation_aliases)
             at = (*path, field.name)
             shown = str(field.side)
-            if found is None:
+            if source_field is None:
                 if not field.required:
                     if record.is_open:
                         others = record.others or Side(UNKNOWN, EMPTY, {})
@@ -277,19 +279,26 @@ class Inside(ABC):
                     what = f"{record.name} has no such field"
                     fits.append(Fit(Verdict.NEVER, (Reason(Verdict.NEVER, "missing", at, "", shown, what),)))
                 continue
-            used.add(found.name)
-            if found.deeper:
+            used.add(source_field.name)
+            if source_field.deeper:
                 fits.append(
-                    undecided(at, found.side, field.side, "its alias looks inside of the other field")
+                    undecided(at, source_field.side, field.side, "its alias looks inside of the other field")
                 )
                 continue
             if outermost:
-                self._accepted = self._accepts(found.name)
-            fits.append(_if_there(self.match(found.side, field.side, at), found.name, record, field.required))
-            if found.name in record.optional and field.required:
+                self._accepted = self._accepts(source_field.name)
+            fits.append(
+                _if_there(
+                    self.match(source_field.side, field.side, at), source_field.name, record, field.required
+                )
+            )
+            if source_field.name in record.optional and field.required:
                 what = "it may be missing"
                 fits.append(
-                    Fit(Verdict.MAYBE, (Reason(Verdict.MAYBE, "missing", at, str(found.side), shown, what),))
+                    Fit(
+                        Verdict.MAYBE,
+                        (Reason(Verdict.MAYBE, "missing", at, str(source_field.side), shown, what),),
+                    )
                 )
         fits += self._extras(record, wanted, used, path)
         if wanted.code:
@@ -302,8 +311,8 @@ class Inside(ABC):
             for name in more:
                 verdict = Verdict.MAYBE if name in record.optional else Verdict.NEVER
                 what = f"{wanted.name} forbids fields that it does not know"
-                given = str(record.fields[name])
-                yield Fit(verdict, (Reason(verdict, "extra", (*path, name), given, "", what),))
+                type_name = str(record.fields[name])
+                yield Fit(verdict, (Reason(verdict, "extra", (*path, name), type_name, "", what),))
             if record.is_open:
                 what = f"{wanted.name} forbids fields that it does not know, and {record.name} may hold more"
                 yield Fit(

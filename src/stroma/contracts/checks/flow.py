@@ -124,9 +124,9 @@ def flow_of(
     state = State(initial, start, _origins(initial, start))
     walk = _Walk(registry)
     for position, node in enumerate(nodes):
-        made = yield from walk.through(node, state, str(position))
+        passed = yield from walk.through(node, state, str(position))
         earlier = state.earlier if state.model is None else ((state.giver, state.model), *state.earlier)
-        state = State(made.model, made.giver, made.origins, loose=made.loose, earlier=earlier)
+        state = State(passed.model, passed.giver, passed.origins, loose=passed.loose, earlier=earlier)
 
 
 def record_of_class(model: type[BaseModel]) -> Record:
@@ -181,12 +181,12 @@ class _Walk:
 
     def _side_by_side(self, node: Group, state: State, giver: Giver) -> Generator[Step, None, State]:
         yield Crossing(node, giver, state, None, None)
-        made: list[State] = []
+        outputs: list[State] = []
         for index, child in enumerate(node.children):
-            made.append((yield from self.through(child, state, f"{giver.at}.{index}")))
+            outputs.append((yield from self.through(child, state, f"{giver.at}.{index}")))
         origins: dict[str, Giver] = {}
         sides: dict[str, Side] = {}
-        for one in made:
+        for one in outputs:
             if one.model is None:
                 origins = {}  # It may have given any of them anew.
                 sides = {}
@@ -196,8 +196,8 @@ class _Walk:
                 if name in sides:
                     yield Collision(origins[name], by, name, (str(sides[name]), str(side)))
                 origins[name], sides[name] = by, side
-        model = node.joined(_Anything, [one.model or Kept for one in made])
-        return State(model, giver, origins, loose=any(one.loose for one in made))
+        model = node.joined(_Anything, [one.model or Kept for one in outputs])
+        return State(model, giver, origins, loose=any(one.loose for one in outputs))
 
     def _each(self, node: Group, state: State, giver: Giver) -> Generator[Step, None, State]:
         yield Crossing(node, giver, state, None, None)
@@ -214,15 +214,18 @@ class _Walk:
         child = node.children[0]
         bare = isinstance(child, Group)
         loose = state.loose or node.outside
-        given = State(model, origin, _origins(model, origin), True, loose, item, bare, node.over)
-        made = yield from self.through(child, given, f"{giver.at}.0")
+        item_state = State(model, origin, _origins(model, origin), True, loose, item, bare, node.over)
+        output = yield from self.through(child, item_state, f"{giver.at}.0")
         if node.into in fields and node.into != node.over:
-            types = (str(fields[node.into]), f"list[{'Any' if made.model is None else made.model.__name__}]")
-            yield Collision(state.origins.get(node.into, state.giver), made.giver, node.into, types)
+            types = (
+                str(fields[node.into]),
+                f"list[{'Any' if output.model is None else output.model.__name__}]",
+            )
+            yield Collision(state.origins.get(node.into, state.giver), output.giver, node.into, types)
         if not node.into:  # What was given goes on as it is.
             return State(state.model, giver, state.origins, loose=state.loose)
-        joined = node.joined(state.model or _Anything, [made.model or Kept])
-        origins = {**state.origins, node.into: made.giver}
+        joined = node.joined(state.model or _Anything, [output.model or Kept])
+        origins = {**state.origins, node.into: output.giver}
         # What the items are made by is no concern of the other fields.
         return State(joined, giver, origins, loose=state.loose or state.model is None)
 

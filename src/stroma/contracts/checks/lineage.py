@@ -101,8 +101,8 @@ class Lineage:
 
 
 def _line_data(line: Line) -> dict[str, Any]:
-    found = asdict(line)
-    return {"name": found["name"], "type": found["note"], "verdict": found["tone"] or "fits"}
+    data = asdict(line)
+    return {"name": data["name"], "type": data["note"], "verdict": data["tone"] or "fits"}
 
 
 def _feeds(link: Link) -> str:
@@ -132,8 +132,8 @@ def lineage_of(name: str, nodes: Sequence[Node | Group], registry: ContractRegis
     for one in flow_of(nodes, registry):
         if isinstance(one, Crossing):
             maker.add(one)
-    given = tuple(maker.given.values())
-    boxes = [Box("input", "input", "input", right=given, right_title=maker.given_title), *maker.boxes]
+    inputs = tuple(maker.given.values())
+    boxes = [Box("input", "input", "input", right=inputs, right_title=maker.given_title), *maker.boxes]
     return Lineage(name, tuple(boxes), tuple(dict.fromkeys(maker.links)))
 
 
@@ -172,10 +172,14 @@ class _Maker:
             self.boxes.append(Box(at, node.node_id, "no contract", parent))
             self.links.append(Link(crossing.state.giver.at, "", at, "", "unknown"))
             return
-        taken, given = crossing.contract.input_schema, crossing.output  # None: it cannot be read.
+        taken, returned = crossing.contract.input_schema, crossing.output  # None: it cannot be read.
         left = self._takes(crossing, taken)
-        right = () if given is None else tuple(Line(name, str(side)) for name, side in _fields(given).items())
-        promised = "" if given is None else given.__name__
+        right = (
+            ()
+            if returned is None
+            else tuple(Line(name, str(side)) for name, side in _fields(returned).items())
+        )
+        promised = "" if returned is None else returned.__name__
         self.boxes.append(Box(at, node.node_id, "node", parent, left, right, taken.__name__, promised))
 
     def _over(self, crossing: Crossing, group: Group) -> None:
@@ -184,12 +188,12 @@ class _Maker:
 
     def _tone(self, at: str, name: str, list_at: str = "") -> Tone:
         start = f"{list_at}[].{name}" if list_at else name
-        found = [
+        tones = [
             tone
             for (target, path), tone in self._tones.items()
             if target == at and (path == start or path.startswith((f"{start}.", f"{start}[")))
         ]
-        return "error" if "error" in found else "warning" if found else ""
+        return "error" if "error" in tones else "warning" if tones else ""
 
     def _takes(self, crossing: Crossing, taken: type[BaseModel]) -> tuple[Line, ...]:
         state, at = crossing.state, crossing.to.at
@@ -215,10 +219,10 @@ class _Maker:
             elif record is None:
                 pass
             else:
-                found = look_up(field, record, by_name=schema_of(taken).traits.has_validation_aliases)
-                if found is not None:
-                    by = state.origins.get(found.name, state.giver)
-                    source = state.list_at or found.name
+                source_field = look_up(field, record, by_name=schema_of(taken).traits.has_validation_aliases)
+                if source_field is not None:
+                    by = state.origins.get(source_field.name, state.giver)
+                    source = state.list_at or source_field.name
                     self.links.append(Link(by.at, source, at, field.name, tone))
                     lines.append(Line(field.name, str(field.side), tone))
                     continue

@@ -9,7 +9,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from stroma.contracts.checks.scalars import Kind, Mismatch, Verdict, worst
-from stroma.contracts.checks.type_names import told
+from stroma.contracts.checks.type_names import type_text
 from stroma.contracts.core_schema import core_schema_of, nodes_of
 
 __all__ = [
@@ -86,7 +86,7 @@ class Side:
         return str(self.node["type"])
 
     def __str__(self) -> str:
-        return told(self.node, self.config, self.defs)
+        return type_text(self.node, self.config, self.defs)
 
     def resolved(self) -> Side:
         """Without what only names, wraps or configures."""
@@ -94,8 +94,8 @@ class Side:
         while True:
             node, kind = side.node, side.kind
             if kind == "definition-ref":
-                found = side.defs.get(node["schema_ref"])
-                side = side.to(UNKNOWN if found is None else found)
+                definition = side.defs.get(node["schema_ref"])
+                side = side.to(UNKNOWN if definition is None else definition)
             elif kind in ("definitions", "model-field", "typed-dict-field", "dataclass-field"):
                 side = side.to(node["schema"])
             elif kind == "json-or-python":
@@ -106,12 +106,14 @@ class Side:
                 return side
 
 
-def verdict_on(found: Mismatch | None, source: Side | str, target: Side | str, path: tuple[str, ...]) -> Fit:
+def verdict_on(
+    mismatch: Mismatch | None, source: Side | str, target: Side | str, path: tuple[str, ...]
+) -> Fit:
     """Return the fit for a mismatch of two types."""
-    if found is None:
+    if mismatch is None:
         return FITS
-    reason = Reason(found.verdict, found.kind, path, str(source), str(target), found.what)
-    return Fit(found.verdict, (reason,))
+    reason = Reason(mismatch.verdict, mismatch.kind, path, str(source), str(target), mismatch.what)
+    return Fit(mismatch.verdict, (reason,))
 
 
 def undecided(path: tuple[str, ...], source: Side | str, target: Side | str, what: str) -> Fit:

@@ -202,8 +202,8 @@ def _last_word(side: Side) -> str:
 
 
 def _fields(node: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    found = node["fields"]
-    return list(found.items()) if isinstance(found, Mapping) else [(item["name"], item) for item in found]
+    nodes = node["fields"]
+    return list(nodes.items()) if isinstance(nodes, Mapping) else [(item["name"], item) for item in nodes]
 
 
 def _side(inner: Side, item: dict[str, Any], config: dict[str, Any]) -> Side:
@@ -224,7 +224,7 @@ def look_up(wanted: WantedField, record: Record, *, by_name: bool) -> Found | No
     """Return the source field of a value as the engine looks it up: by alias first, then by name."""
     keys = (*wanted.keys, (wanted.name,)) if by_name or not wanted.keys else wanted.keys
     for key in keys:
-        found = record.fields.get(key[0])
-        if found is not None:
-            return Found(key[0], found, len(key) > 1)
+        field_side = record.fields.get(key[0])
+        if field_side is not None:
+            return Found(key[0], field_side, len(key) > 1)
     return None

@@ -137,15 +137,15 @@ def holds_other(node: Node) -> bool:
 
 def limits_of(node: Node, config: dict[str, Any]) -> dict[str, Any]:
     """Return the constraints of a plain type, those of the class around it included."""
-    found = {name: node[name] for name in _SHOWN if node.get(name) is not None}
+    limits = {name: node[name] for name in _SHOWN if node.get(name) is not None}
     if node["type"] == "str":
         for name, general in _STRING.items():
             value = node.get(name, config.get(general))
             if value not in (None, False):
-                found[name] = value
+                limits[name] = value
     if node["type"] == "float" and node.get("allow_inf_nan", config.get("allow_inf_nan")) is False:
-        found["allow_inf_nan"] = False
-    return found
+        limits["allow_inf_nan"] = False
+    return limits
 
 
 def fit_leaf(
@@ -221,27 +221,29 @@ def _constraints(
         return _addresses(source, target)
     if wanted == "uuid":
         return _version(source.get("version"), target.get("version"))
-    found = _bounds(source, target)
-    if found is not None and found.verdict is Verdict.NEVER:
-        return found
+    mismatch = _bounds(source, target)
+    if mismatch is not None and mismatch.verdict is Verdict.NEVER:
+        return mismatch
     return (
-        found
+        mismatch
         or _digits(source, target)
         or _finite(source, source_config, target, target_config)
         or (_times(source, target) if kind == wanted or kind == "date" else None)
     )
 
 
-def _version(given: int | None, wanted: int | None) -> Mismatch | None:
-    if wanted is None or given == wanted:
+def _version(version: int | None, wanted: int | None) -> Mismatch | None:
+    if wanted is None or version == wanted:
         return None
-    if given is None:
+    if version is None:
         return _maybe("constraint", f"it may be no UUID of version {wanted}")
-    return Mismatch(Verdict.NEVER, "constraint", f"it is of version {given}, and must be of version {wanted}")
+    return Mismatch(
+        Verdict.NEVER, "constraint", f"it is of version {version}, and must be of version {wanted}"
+    )
 
 
 def _bounds(source: Node, target: Node) -> Mismatch | None:
-    found: Mismatch | None = None
+    mismatch: Mismatch | None = None
     try:
         low, high = _end(source, "ge", "gt", 1), _end(source, "le", "lt", -1)
         for bound, other, names in ((low, high, ("ge", "gt")), (high, low, ("le", "lt"))):
@@ -254,10 +256,10 @@ def _bounds(source: Node, target: Node) -> Mismatch | None:
                     Verdict.NEVER, "constraint", f"no value of it is within {_shown(target, names)}"
                 )
             if bound is None or not _within(bound, wanted, upper):
-                found = _maybe("constraint", f"it may be outside of {_shown(target, names)}")
+                mismatch = _maybe("constraint", f"it may be outside of {_shown(target, names)}")
     except TypeError:  # A time with a zone and one without.
         return _maybe("constraint", "its limits cannot be compared")
-    return found
+    return mismatch
 
 
 def _shown(target: Node, names: tuple[str, ...]) -> str:
@@ -266,10 +268,10 @@ def _shown(target: Node, names: tuple[str, ...]) -> str:
     )
 
 
-def in_words(value: Any, said: Callable[[Any], str] = repr) -> str:
+def in_words(value: Any, to_text: Callable[[Any], str] = repr) -> str:
     """Return the repr of a user's value, cut short, or the name of its class if the repr raises."""
     try:
-        text = said(value)
+        text = to_text(value)
     except Exception:  # A class of the user's.
         return type(value).__name__
     return text if len(text) <= 40 else text[:39] + "…"
@@ -319,11 +321,13 @@ def _finite(
     wanted = target.get("allow_inf_nan", target_config.get("allow_inf_nan", target["type"] != "decimal"))
     if wanted or source["type"] not in ("float", "decimal") or target["type"] not in ("float", "decimal"):
         return None
-    given = source.get("allow_inf_nan", source_config.get("allow_inf_nan", source["type"] != "decimal"))
+    may_be_infinite = source.get(
+        "allow_inf_nan", source_config.get("allow_inf_nan", source["type"] != "decimal")
+    )
     low, high = _end(source, "ge", "gt", 1), _end(source, "le", "lt", -1)
     # No limit lets nan through.
     bounded = low is not None and high is not None and math.isfinite(low[0]) and math.isfinite(high[0])
-    if not given or bounded:
+    if not may_be_infinite or bounded:
         return None
     return _maybe("constraint", "it may be nan or infinite")
 
@@ -347,9 +351,9 @@ def _lengths(source: dict[str, Any], target: dict[str, Any]) -> Mismatch | None:
     changes = any(
         target.get(name) and not source.get(name) for name in ("strip_whitespace", "to_lower", "to_upper")
     )
-    found = length_mismatch(source, target, shrinks=changes, grows=changes)
-    if found is not None:
-        return found
+    mismatch = length_mismatch(source, target, shrinks=changes, grows=changes)
+    if mismatch is not None:
+        return mismatch
     pattern = target.get("pattern")
     if pattern is not None and (changes or source.get("pattern") != pattern):
         return _maybe("constraint", f"it may not match the pattern {pattern!r}")

@@ -18,7 +18,7 @@ from stroma.contracts.core_schema import builds_instances, calls_user_code, deco
 __all__ = ["alike", "alternatives_of", "chosen", "is_harmless", "tags_of"]
 
 
-def alternatives_of(source: Side, kept: Callable[[Side], bool]) -> list[Side] | None:
+def alternatives_of(source: Side, is_kept_whole: Callable[[Side], bool]) -> list[Side] | None:
     """Return the types that a value may have: one if the source only wraps it; None if it wraps nothing.
 
     ``kept``: whether an instance crosses as the instance that it is.
@@ -47,7 +47,7 @@ def alternatives_of(source: Side, kept: Callable[[Side], bool]) -> list[Side] | 
         return [source.to(node["strict_schema"])]
     if kind == "json":
         return [source.to(node.get("schema", UNKNOWN))]
-    if kind == "model" and node.get("root_model") and not kept(source):
+    if kind == "model" and node.get("root_model") and not is_kept_whole(source):
         return [Side(node["schema"], node.get("config") or EMPTY, source.defs)]
     if kind.startswith("function-"):
         return [source.to(_made_by(node))]
@@ -132,10 +132,10 @@ def _made_by(node: dict[str, Any]) -> dict[str, Any]:
         return UNKNOWN
     try:
         returned = typing.get_type_hints(function).get("return", Any)
-        made = cast("dict[str, Any]", TypeAdapter(returned).core_schema)
+        schema = cast("dict[str, Any]", TypeAdapter(returned).core_schema)
     except Exception:  # It says nothing that we understand.
         return UNKNOWN
-    return made if made["type"] != "definitions" else UNKNOWN
+    return schema if schema["type"] != "definitions" else UNKNOWN
 
 
 def is_harmless(node: dict[str, Any]) -> bool:

@@ -71,13 +71,13 @@ class Taking(Inside):
         if not refused:
             return FITS
         if len(refused) == len(values):
-            found = Mismatch(Verdict.NEVER, "type", "none of its values is taken")
+            mismatch = Mismatch(Verdict.NEVER, "type", "none of its values is taken")
             if source.kind == "none":
-                found = Mismatch(Verdict.NEVER, "type", "None is not taken")
+                mismatch = Mismatch(Verdict.NEVER, "type", "None is not taken")
         else:
             shown = ", ".join(map(in_words, refused[:3])) + (", ..." if len(refused) > 3 else "")
-            found = Mismatch(Verdict.MAYBE, "choices", f"of its values {shown} is not taken")
-        return verdict_on(found, source, target, path)
+            mismatch = Mismatch(Verdict.MAYBE, "choices", f"of its values {shown} is not taken")
+        return verdict_on(mismatch, source, target, path)
 
     # ------------------------------------------------------------------ what the target takes
 
@@ -124,12 +124,12 @@ class Taking(Inside):
             if values is not None:
                 return self._choices(source, values, target, path)
             if source.kind in ("any", "str", "bytes"):
-                found = Mismatch(Verdict.MAYBE, "conversion", "only text that is JSON is taken")
+                mismatch = Mismatch(Verdict.MAYBE, "conversion", "only text that is JSON is taken")
             elif source.kind in LEAVES | LISTS | {"dict", "model", "dataclass", "typed-dict"}:
-                found = Mismatch(Verdict.NEVER, "type", "only JSON text is taken")
+                mismatch = Mismatch(Verdict.NEVER, "type", "only JSON text is taken")
             else:
                 return undecided(path, source, target, "it cannot be told before it runs")
-            return verdict_on(found, source, target, path)
+            return verdict_on(mismatch, source, target, path)
         if kind == "model" and node.get("root_model") and not self._is_one(source, node["cls"]):
             inner = replace(target.to(node["schema"]), config=node.get("config") or EMPTY)
             if node.get("custom_init"):
@@ -195,16 +195,14 @@ class Taking(Inside):
         choices = {tag: target.to(choice) for tag, choice in target.node["choices"].items()}
         tags = tags_of(source, target.node["discriminator"]) if is_record(source) else None
         if tags is None:
-            found = self._any_of(source, target, list(choices.values()), path)
-            if found.verdict is Verdict.NEVER:
-                return found
+            fit = self._any_of(source, target, list(choices.values()), path)
+            if fit.verdict is Verdict.NEVER:
+                return fit
             return undecided(path, source, target, "its tag is not known before it runs")
         # As pydantic itself finds one: a member of an enum may be its value, or may not.
         found_tags = {tag: chosen(list(choices), tag) for tag in tags}
-        fits = [
-            self.match(source, choices[found], path) for found in found_tags.values() if found is not None
-        ]
-        strange = [tag for tag, found in found_tags.items() if found is None]
+        fits = [self.match(source, choices[fit], path) for fit in found_tags.values() if fit is not None]
+        strange = [tag for tag, fit in found_tags.items() if fit is None]
         if not strange:
             return all_of(fits) if len(fits) <= 1 or all(f == fits[0] for f in fits) else one_of(fits)
         shown = ", ".join(map(in_words, strange[:3]))

@@ -7,7 +7,7 @@ from typing import Any, Final
 from stroma.contracts.checks.scalars import in_words, limits_of
 from stroma.contracts.core_schema import calls_user_code
 
-__all__ = ["told"]
+__all__ = ["type_text"]
 
 _NAMES: Final = {
     "none": "None",
@@ -22,22 +22,22 @@ _ITEMS: Final = {"list": "list", "set": "set", "frozenset": "frozenset", "genera
 _DEEP: Final = 4  # levels of a type that are told; below them, what there is is cut short
 
 
-def told(node: Any, config: dict[str, Any], defs: dict[str, Any], depth: int = 0) -> str:
+def type_text(node: Any, config: dict[str, Any], defs: dict[str, Any], depth: int = 0) -> str:
     """Return the type of a node with its constraints in parentheses: ``list[str (max_length=5)] | None``."""
     if depth > _DEEP or not isinstance(node, dict):
         return "..."
     kind = node["type"]
 
     def inner(key: str = "schema", default: Any = None) -> str:
-        return told(node.get(key, default or {"type": "any"}), config, defs, depth + 1)
+        return type_text(node.get(key, default or {"type": "any"}), config, defs, depth + 1)
 
     if kind in ("model", "dataclass"):
         return str(node["cls"].__name__)
     if kind == "typed-dict":
         return str(getattr(node.get("cls"), "__name__", node.get("cls_name", "TypedDict")))
     if kind == "definition-ref":
-        found = defs.get(node["schema_ref"])
-        return told(found, config, defs, depth + 1) if found is not None else "..."
+        definition = defs.get(node["schema_ref"])
+        return type_text(definition, config, defs, depth + 1) if definition is not None else "..."
     if kind == "enum":
         return str(node["cls"].__name__)
     if kind == "literal":
@@ -48,23 +48,25 @@ def told(node: Any, config: dict[str, Any], defs: dict[str, Any], depth: int = 0
         return f"{inner()} | None"
     if kind == "union":
         choices = [c[0] if isinstance(c, tuple) else c for c in node["choices"]]
-        return " | ".join(dict.fromkeys(told(c, config, defs, depth + 1) for c in choices))
+        return " | ".join(dict.fromkeys(type_text(c, config, defs, depth + 1) for c in choices))
     if kind == "tagged-union":
-        return " | ".join(dict.fromkeys(told(c, config, defs, depth + 1) for c in node["choices"].values()))
+        return " | ".join(
+            dict.fromkeys(type_text(c, config, defs, depth + 1) for c in node["choices"].values())
+        )
     if kind in _ITEMS:
         return f"{_ITEMS[kind]}[{inner('items_schema')}]{_limits(node, {})}"
     if kind == "dict":
         return f"dict[{inner('keys_schema')}, {inner('values_schema')}]{_limits(node, {})}"
     if kind == "tuple":
         at = node.get("variadic_item_index")
-        items = [told(item, config, defs, depth + 1) for item in node["items_schema"]]
+        items = [type_text(item, config, defs, depth + 1) for item in node["items_schema"]]
         if at is not None:
             items.insert(at + 1, "...")
         return f"tuple[{', '.join(items) or '()'}]{_limits(node, {})}"
     if kind == "json":
         return f"Json[{inner()}]"
     if kind == "chain":
-        return told(node["steps"][-1], config, defs, depth + 1)
+        return type_text(node["steps"][-1], config, defs, depth + 1)
     if kind == "lax-or-strict":
         return inner("strict_schema")
     if kind == "json-or-python":

@@ -36,7 +36,7 @@ __all__ = [
 
 _STARTS = itertools.count(1_700_000_000_000_000_000, 1_000_000)
 
-#: How often two clients do the same at one moment.
+#: Rounds of each race between two clients.
 ROUNDS = 20
 
 #: Ids that are hard to keep apart, to quote or to order.

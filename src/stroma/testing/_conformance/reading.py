@@ -138,7 +138,7 @@ class ReadingTests:
             assert matches(limit, failure_class="TERMINAL", tag="all") == [6, 3, 0]
             assert matches(limit, failure_class="TERMINAL", node="n3") == [3]
             assert matches(limit, failure_class="RECOVERABLE", node="n3") == []
-            if not has_codec(store):  # What it hides cannot be searched.
+            if not has_codec(store):  # Encrypted text cannot be searched.
                 assert matches(limit, text="ERROR 3") == [3]
             assert matches(limit, text="RUN-", statuses=("COMPLETED",)) == [7, 4, 1]
             assert matches(limit, pipeline="pipeline", tag="é 1", text="pipe") == list(range(8, -1, -1))

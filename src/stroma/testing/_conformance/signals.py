@@ -108,7 +108,7 @@ class SignalTests:
             ]
             assert [(usage.tokens, usage.cost_usd) for usage in usages] == [(3, 0.0), (5, 0.25), (0, 0.0)]
             again.delivered(due[1])
-            await commit(again, 3, State())  # What is posted before is done before.
+            await commit(again, 3, State())  # Posted operations are done in order.
             again.abandon()
             third = await begin(store, if_exists="resume", deliver=True)
             assert [r.position for r in third.undelivered] == [0, 2, 3]

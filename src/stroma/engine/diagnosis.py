@@ -1,0 +1,79 @@
+"""Failures of attempts: what an exception means for the node that it came out of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from stroma.checkpoint import PipelineChanged, StoreError
+from stroma.contracts.contract import ContractViolation
+from stroma.contracts.schema import Snapshot
+from stroma.cost.budget import BudgetExceeded
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.execution import NodeExecution
+from stroma.engine.outcome import GroupStopped, Halt
+from stroma.failures.classes import FailureClass
+from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
+
+__all__ = ["DeadlineExceeded", "diagnose_attempt"]
+
+
+class DeadlineExceeded(BudgetExceeded):
+    """The latency budget ran out under the function in flight."""
+
+    def __init__(
+        self, ctx: ReliabilityContext, dimension: Any, limit: float, used: float, node_id: str
+    ) -> None:
+        super().__init__(dimension, limit, used, node_id)
+        self.ctx = ctx  # of the run whose budget it was: a run inside the node has one of its own
+
+    def __reduce__(self) -> Any:
+        return (BudgetExceeded, self.args)
+
+
+def diagnose_attempt(
+    ctx: ReliabilityContext,
+    run: NodeExecution,
+    error: BaseException,
+    snapshot: Snapshot,
+    *,
+    is_of_store: bool,
+) -> tuple[Failure, Halt | None]:
+    """Return what an exception means, and the Halt if policies do not decide what follows.
+
+    ``is_of_store``: the store refused the commit of an output.
+    """
+    if isinstance_by_type(error, GroupStopped):
+        inner = error.halt.failure
+        failure = Failure(
+            inner.exception, inner.failure_class, run.node_id, run.attempt, inner.message, inner.reason,
+            inner.retry_after_seconds,
+        )  # fmt: skip
+        if error.halt.spent or error.halt.partial:
+            return failure, Halt(failure, partial=error.halt.partial, spent=error.halt.spent)
+        return failure, None
+    failure = diagnose(error, NodeContext(run.node_id, run.attempt, ctx.run_id), ctx.classifiers)
+    if isinstance_by_type(error, PipelineChanged):  # Of a step inside: another attempt meets the same.
+        failure = replace(failure, failure_class=FailureClass.TERMINAL, reason="changed")
+    failure = ctx.redactor.mask_failure(failure, snapshot)
+    for probe in ctx.probes:
+        failure = probe.diagnosed(run, failure)
+    if isinstance_by_type(error, ContractViolation) and _may_repair(ctx, run, failure):
+        run.repairing = True
+        failure = replace(failure, failure_class=FailureClass.RECOVERABLE)
+    if isinstance_by_type(error, DeadlineExceeded) and error.ctx is ctx:
+        return failure, Halt(failure, spent=True)
+    if is_of_store and isinstance_by_type(error, StoreError):
+        failure = Failure(error, FailureClass.RECOVERABLE, run.node_id, run.attempt, failure.message, "store")
+        return failure, Halt(failure, partial=True)
+    return failure, None
+
+
+def _may_repair(ctx: ReliabilityContext, run: NodeExecution, failure: Failure) -> bool:
+    """Return True if the config grants another attempt after an output that broke its contract."""
+    error = failure.exception
+    if getattr(error, "node_id", None) != run.node_id:
+        return False  # Of a run inside the node: not its own output.
+    is_output = getattr(error, "direction", None) == "output"
+    granted = ctx.config.contract_retries.get(run.node_id, 0)
+    return is_output and failure.failure_class is FailureClass.TERMINAL and run.repairs < granted

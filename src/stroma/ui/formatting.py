@@ -1,0 +1,172 @@
+"""Text, addresses and responses of pages."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from typing import Any, Final
+from urllib.parse import quote_plus, urlencode
+
+from markupsafe import Markup
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from stroma._utils.text import clean, with_marks
+from stroma.checkpoint.history import (
+    FAILED,
+    FINISHED,
+    NodeDiff,
+    Payload,
+    changes,
+    is_gone,
+    place_of,
+)
+from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
+from stroma.trace.html import (
+    duration,
+    tree,
+)
+
+__all__ = [
+    "as_attachment",
+    "attempt_address",
+    "attempt_key",
+    "cause_text",
+    "compare_facts",
+    "compress",
+    "duration_text",
+    "json_file",
+    "mark_controls",
+    "parse_search",
+    "restored_starts",
+    "side_by_side",
+    "state_tree",
+    "to_address",
+    "to_json",
+    "tone_of",
+]
+
+_LARGE_PAGE: Final = 50_000  # bytes
+_FILTERS: Final = ("tag", "node", "class", "pipeline")
+
+
+def parse_search(text: str, status: str, kind: str) -> RunQuery:
+    """Parse a search: filters such as "tag:nightly node:extract", and words for ids, pipelines and errors."""
+    filters: dict[str, Any] = {"failure_class": kind or None}
+    rest = []
+    for word in text.split():
+        name, colon, value = word.partition(":")
+        if colon and value and name in _FILTERS:
+            filters["failure_class" if name == "class" else name] = (
+                value.upper() if name == "class" else value
+            )
+        else:
+            rest.append(word)
+    statuses = FAILED if status == "failed" else (status,) if status else ()
+    return RunQuery(statuses=statuses, text=" ".join(rest) or None, **filters)
+
+
+def tone_of(status: str) -> str:
+    if status in (*FINISHED, "success"):
+        return "good"
+    return "bad" if status in (*FAILED, "failure") else "warn"
+
+
+def cause_text(record: RunRecord) -> str:
+    """Return the cause of a failed run as text."""
+    if is_gone(record):
+        return "owner lost"
+    if record.status in FINISHED:
+        return ""
+    if record.cause is None:
+        return record.error or ""
+    cause_record = record.cause
+    why = f"{cause_record.failure_class}{f' ({cause_record.reason})' if cause_record.reason else ''}"
+    return f"{cause_record.node_id}: {why}: {cause_record.text or record.error or ''}"
+
+
+def attempt_key(attempt: AttemptRecord) -> tuple[int, str, int, int]:
+    return attempt.position, attempt.branch, attempt.attempt, attempt.started_ns
+
+
+def restored_starts(record: RunRecord, attempts: list[AttemptRecord]) -> set[int]:
+    """Return the starts of attempts whose outputs a later process has restored."""
+    return {
+        one.started_ns
+        for one in attempts
+        if one.output_bytes is not None and (one.epoch < record.epoch or one.outcome == "forked")
+    }
+
+
+def to_address(path: str, **query: Any) -> str:
+    inputs = {name: value for name, value in query.items() if value not in (None, "")}
+    return f"{path}?{urlencode(inputs, errors='replace')}" if inputs else path
+
+
+def attempt_address(record: RunRecord, attempt: AttemptRecord, path: str = "/attempt") -> str:
+    # Without urlencode: a page has thousands of links. Branches are numbers and dots.
+    at = quote_plus(place_of(attempt)) if attempt.branch else attempt.position
+    return f"{path}?id={quote_plus(record.run_id, errors='replace')}&at={at}&began={attempt.started_ns}"
+
+
+def duration_text(attempt: AttemptRecord) -> str:
+    return duration(attempt.duration_ms, attempt.function_ms or None)
+
+
+def compare_facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:
+    """Return the differences between an attempt and the previous one at its position."""
+    facts = [
+        {
+            "outcome": one.outcome, "class": one.failure_class, "reason": one.reason, "message": one.text, "model": one.model,
+            "seconds": round(one.duration_ms / 1000, 3), "tokens": one.tokens, "cost_usd": one.cost_usd,
+        }
+        for one in (before, this)
+    ]  # fmt: skip
+    return changes(facts[0], facts[1])
+
+
+def side_by_side(one: NodeDiff) -> dict[str, Any]:
+    """Return a node of two runs with its time and cost in each."""
+    first = (one.a or one.b or [])[0]
+    took, cost = (
+        [None if side is None else sum(getattr(x, name) for x in side) for side in (one.a, one.b)]
+        for name in ("duration_ms", "cost_usd")
+    )
+    return {"it": one, "node": first, "place": place_of(first), "took": took, "cost": cost}
+
+
+def state_tree(payload: Payload, invalid_fields: list[str]) -> dict[str, Any]:
+    if payload.problem is not None:
+        return {"problem": payload.problem, "tree": None}
+    return {
+        "problem": None,
+        "tree": Markup(tree(payload.value, invalid_fields)),
+    }  # trace/html.py escapes all text
+
+
+def mark_controls(value: Any) -> Any:
+    return with_marks(value) if type(value) is str else value
+
+
+def to_json(value: Any) -> str:
+    return clean(json.dumps(value, ensure_ascii=False), 300)
+
+
+def compress(request: Request, page: Response) -> Response:
+    """Compress a large page if the client accepts gzip."""
+    accepted = [
+        one.partition(";")[0].strip() for one in request.headers.get("accept-encoding", "").split(",")
+    ]
+    if "gzip" not in accepted or len(page.body) < _LARGE_PAGE:
+        return page
+    headers = {"content-encoding": "gzip", "vary": "accept-encoding"}
+    return HTMLResponse(gzip.compress(bytes(page.body), 6, mtime=0), page.status_code, headers)
+
+
+def as_attachment(name: str) -> dict[str, str]:
+    return {"content-disposition": f'attachment; filename="{name}"'}
+
+
+def json_file(value: Any, name: str) -> Response:
+    text = json.dumps(value, allow_nan=False, default=str)
+    return Response(text.encode(), media_type="application/json", headers=as_attachment(name))
