@@ -261,16 +261,16 @@ async def test_plain_payloads_are_read_until_they_are_migrated(open_store: Open)
 async def test_runs_begun_at_once_are_sealed_for_their_execution(open_store: Open) -> None:
     """An input that was sealed for one execution is sealed anew if somebody else has begun that meanwhile."""
     async with open_store(codec=codec()) as one, open_store(codec=codec()) as two:
-        ahead = two._open_ahead
+        ahead = two._decrypt_ahead
 
         def late(request: Any) -> Any:
             found = ahead(request)
             asyncio.run(run(one, [], "bob", 2, "r"))
             return found
 
-        two._open_ahead = late
+        two._decrypt_ahead = late
         await run(two, [], "alice", 1, "r", fails=True)
-        two._open_ahead = ahead
+        two._decrypt_ahead = ahead
         assert b"alice" in two.input_of("r")
         result = await run(two, [], "alice", 1, "r", resume=True)
         assert result.status is RunStatus.RESUMED

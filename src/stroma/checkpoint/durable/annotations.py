@@ -1,4 +1,4 @@
-"""What a durable store keeps of a run beside its commits: what nodes wait for, and end hooks that may not have been told."""
+"""Annotations of a run besides its commits: pending approvals, and end hooks that may not have been called."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def due_hooks_key(attempt: Attempt) -> str:
 
 
 def record_due_hooks(rows: Rows, run_id: str, attempt: Attempt) -> None:
-    # All that its hooks are to be told, but for its output: that stands with its commit.
+    # The arguments of its hooks, except the output, which is stored with its commit.
     data = json.dumps(attempt._asdict()).encode()
     rows.annotate(
         run_id,
@@ -40,33 +40,35 @@ def record_due_hooks(rows: Rows, run_id: str, attempt: Attempt) -> None:
     )
 
 
-def read_due_hooks(kept: StepRow, run_id: str, execution: int, payloads: Payloads) -> AttemptRow | None:
-    """Return what :func:`record_due_hooks` saved, as the row that it was made of; None for what is damaged."""
-    if not is_intact(kept.step.output, kept.step.sha256):
+def read_due_hooks(row: StepRow, run_id: str, execution: int, payloads: Payloads) -> AttemptRow | None:
+    """Return the row that :func:`record_due_hooks` stored; None if it is damaged."""
+    if not is_intact(row.step.output, row.step.sha256):
         return None
     try:
-        found = Attempt(**json.loads(kept.step.output))
-        place = PayloadPlace(run_id, execution, "message", found.position, found.branch)
-        found = found._replace(message=payloads.open_text(found.message, place))
-        usage = AttemptUsage(found.tokens, found.output_tokens, found.cost_pico / PICO, found.model)
+        attempt = Attempt(**json.loads(row.step.output))
+        place = PayloadPlace(run_id, execution, "message", attempt.position, attempt.branch)
+        attempt = attempt._replace(message=payloads.open_text(attempt.message, place))
+        usage = AttemptUsage(attempt.tokens, attempt.output_tokens, attempt.cost_pico / PICO, attempt.model)
         failed = None
-        if found.failure_class is not None:
+        if attempt.failure_class is not None:
             failed = Failed(
-                FailureClass(found.failure_class), found.message or "", found.reason, found.error_type
+                FailureClass(attempt.failure_class), attempt.message or "", attempt.reason, attempt.error_type
             )
-        elif found.message is not None:
-            failed = Failed(FailureClass.RECOVERABLE, found.message, found.reason)  # Why it waits.
+        elif attempt.message is not None:
+            failed = Failed(
+                FailureClass.RECOVERABLE, attempt.message, attempt.reason
+            )  # The reason of a suspension.
     except (TypeError, ValueError):
         return None
     return AttemptRow(
-        found.node_id, found.attempt, found.started_ns, found.duration_ns, {}, None,
-        cast("Outcome", found.outcome), failed, usage, found.position, found.branch, found.group_id, None, None,
-        found.function_ns,
+        attempt.node_id, attempt.attempt, attempt.started_ns, attempt.duration_ns, {}, None,
+        cast("Outcome", attempt.outcome), failed, usage, attempt.position, attempt.branch, attempt.group_id, None, None,
+        attempt.function_ns,
     )  # fmt: skip
 
 
 def record_waiting(rows: Rows, run_id: str, execution: int, waiting: Waiting, payloads: Payloads) -> None:
-    """Save what a node waits for, or the answer."""
+    """Store the question that a node waits for, or its answer."""
     data, number = b"", None
     if waiting.payload is not None:
         data, number = payloads.seal_now(waiting.payload, answer_place(run_id, execution, waiting)), 1
@@ -77,28 +79,26 @@ def record_waiting(rows: Rows, run_id: str, execution: int, waiting: Waiting, pa
 
 
 def waiting_key(waiting: Waiting) -> str:
-    """Where :func:`record_waiting` keeps it."""
+    """Return the branch of the annotation for an approval."""
     return f"{waiting.position}:{waiting.branch}"
 
 
 def answer_place(run_id: str, execution: int, waiting: Waiting) -> PayloadPlace:
-    """Return the place of an answer: one question's, so that it answers no other one that is asked there."""
+    """Return the place of an answer. It includes the question, so that the answer fits no other question."""
     question = f"answer\0{waiting.schema_ref}\0{storable_text(waiting.reason)}"
     return PayloadPlace(run_id, execution, question, waiting.position, waiting.branch)
 
 
-def read_waiting(kept: StepRow, run_id: str, execution: int, payloads: Payloads) -> Waiting | None:
-    """Return what :func:`record_waiting` saved; None for anything else."""
-    number, _, branch = kept.branch.partition(":")
-    step = kept.step
+def read_waiting(row: StepRow, run_id: str, execution: int, payloads: Payloads) -> Waiting | None:
+    """Return the approval that :func:`record_waiting` stored; None for anything else."""
+    number, _, branch = row.branch.partition(":")
+    step = row.step
     if not number.isdecimal() or not is_intact(step.output, step.sha256):
         return None
     position = int(number)
     reason = payloads.open_text(step.contract, PayloadPlace(run_id, execution, "question", position, branch))
-    waiting = Waiting(position, branch, kept.node_id, reason or "", step.schema_ref)
+    waiting = Waiting(position, branch, row.node_id, reason or "", step.schema_ref)
     if step.number is None:
         return waiting
     place = answer_place(run_id, execution, waiting)
-    return waiting._replace(
-        payload=payloads.open(step.output, place, f"the answer for node {kept.node_id!r}")
-    )
+    return waiting._replace(payload=payloads.open(step.output, place, f"the answer for node {row.node_id!r}"))

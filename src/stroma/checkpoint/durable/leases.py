@@ -1,4 +1,4 @@
-"""Leases, kept up for as long as their runs go on, and the wish of others that a run should end."""
+"""Renew the leases of running runs, and look for cancel() calls of other processes."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ __all__ = ["LeaseRenewer"]
 T = TypeVar("T")
 logger = logging.getLogger("stroma")
 
-_RENEWALS: Final = 3  # in the time of a lease: two may be late or lost
-_LOOK_SECONDS: Final = 1.0  # between looks whether somebody wants a run to end
-_IDLE_SECONDS: Final = 10.0  # for which the thread outlives the last run
+_RENEWALS: Final = 3  # per lease: two may be late or lost
+_LOOK_SECONDS: Final = 1.0  # between looks for cancel() calls
+_IDLE_SECONDS: Final = 10.0  # The thread ends so long after the last run.
 
 
 class Store(Protocol):
-    """What the keeper needs of a store; called in its thread."""
+    """The methods of a store that the renewer calls in its thread."""
 
     def post(self, operation: Callable[[Rows], Any]) -> None: ...
     def read(self, query: Callable[[Rows], T], nothing: T) -> T: ...
 
 
 class LeaseRenewer:
-    """Keeps up the leases of this process's runs, from a thread: an event loop that is blocked loses none.
+    """Renews the leases of the runs of this process from a thread, so that a blocked event loop loses none.
 
-    It also looks whether somebody wants a run to end. A process that is stopped renews nothing, nor does one whose
-    sessions were all forgotten.
+    It also looks for cancel() calls. A stopped process renews nothing, and leases of collected sessions are not renewed.
     """
 
     def __init__(self, store: Store) -> None:
@@ -79,21 +78,23 @@ class LeaseRenewer:
                 if time.monotonic() - renewed >= min(seconds, self._interval()) * 0.9:
                     renewed = time.monotonic()
                     store.post(partial(_renew, [session.fence for session in sessions]))
-                self._look(store, {session.fence.run: session for session in sessions if session.on_cancel})
-            except Exception:  # All runs of this process would lose their leases with the thread.
-                logger.exception("leases could not be looked after; trying again")
-            del store, sessions  # A thread that waits keeps nobody's state alive.
+                self._notify_cancelled(
+                    store, {session.fence.run: session for session in sessions if session.on_cancel}
+                )
+            except Exception:  # The thread must survive: it renews all leases of this process.
+                logger.exception("leases could not be renewed; retrying")
+            del store, sessions  # The waiting thread must not keep sessions alive.
 
     @staticmethod
-    def _look(store: Store, sessions: dict[Any, DurableSession]) -> None:
+    def _notify_cancelled(store: Store, sessions: dict[Any, DurableSession]) -> None:
         if not sessions:
             return
         try:
-            wanted = store.read(lambda rows: rows.cancel_requests(list(sessions)), list[Any]())
-        except Exception as error:  # Whatever it is: without this thread no lease is renewed.
+            cancelled = store.read(lambda rows: rows.cancel_requests(list(sessions)), list[Any]())
+        except Exception as error:  # The thread must survive: it renews all leases of this process.
             logger.debug("could not look for cancelled runs: %s", error)
             return
-        for run in wanted:
+        for run in cancelled:
             on_cancel = sessions[run].on_cancel
             if on_cancel is not None:
                 on_cancel()

@@ -26,7 +26,7 @@ __all__ = [
 
 
 class Commit(NamedTuple):
-    """The operation that happens most; a store may do many of them in a way of its own."""
+    """The most frequent operation. A store may commit many of them together."""
 
     run_id: str
     fence: Fence
@@ -40,14 +40,14 @@ class Commit(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CellChange:
-    """A change of a cell. A store may do many of one cell together, see :func:`apply_changes`."""
+    """A change of a cell. A store may apply many of one cell together, see :func:`apply_changes`."""
 
     name: str
     change: Change[Any]
 
     @property
     def run_id(self) -> str:
-        """What keeps its order among the changes of this cell; NUL is in no run id, so that no run waits for it."""
+        """Key that orders the changes of this cell. NUL is in no run id, so no run waits for it."""
         return f"\0{self.name}"
 
     def __call__(self, rows: Rows) -> Any:
@@ -55,17 +55,17 @@ class CellChange:
 
 
 def apply_changes(rows: Rows, changes: Sequence[CellChange]) -> list[Any]:
-    """Changes of one cell, each on what the one before made: read once, written once. If one raises, none is done."""
+    """Apply changes of one cell, one after another: one read, one write. If one raises, none is applied."""
     data, now = rows.read_cell(changes[0].name, lock=True)
-    made: bytes | None = None
-    told: list[Any] = []
-    for asked in changes:
-        fresh, said = asked.change(data if made is None else made, now)
-        made = made if fresh is None else fresh
-        told.append(said)
-    if made is not None:
-        rows.write_cell(changes[0].name, made)
-    return told
+    new_data: bytes | None = None
+    answers: list[Any] = []
+    for cell_change in changes:
+        changed, answer = cell_change.change(data if new_data is None else new_data, now)
+        new_data = new_data if changed is None else changed
+        answers.append(answer)
+    if new_data is not None:
+        rows.write_cell(changes[0].name, new_data)
+    return answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,9 @@ class Transaction:
     """Any other operation.
 
     Attributes:
-        run_id: the only run that it concerns; None if there are others.
-        opening: of one that opens a run, which must not be done twice: its owner's name is given once, so a run that
-            has it was opened by an earlier try whose answer was lost. That has come to ``result``.
+        run_id: the only run that it uses; None for several.
+        opening: set if it opens a run, which must not be done twice. The name of an owner is unique, so a run that has it
+            was opened by an earlier try whose answer was lost; its result is ``result``.
     """
 
     run_id: str | None
@@ -88,33 +88,30 @@ class Transaction:
 
 
 class Submit(Protocol):
-    """Has an operation done in a transaction; what it returns ends when it is kept."""
+    """Submits an operation; the future ends when its transaction is stored."""
 
     def __call__(self, operation: Any, /) -> asyncio.Future[Any]: ...
 
 
 def fence_error(rows: Rows, fence: Fence, run_id: str) -> StoreError:
     """Return the reason why a session may not write any more."""
-    found = rows.find(run_id)
-    if found is None:
+    run = rows.find(run_id)
+    if run is None:
         if rows.was_deleted(fence.run):
             return fenced_error(None, run_id)
         return lost_error(run_id, "it is not in the store any more, and nobody deleted it")
-    if found.run == fence.run and (
-        found.epoch < fence.epoch
-        or (
-            (found.epoch, found.owner) == (fence.epoch, fence.owner)
-            and found.attempt_count < fence.acknowledged
-        )
+    if run.run == fence.run and (
+        run.epoch < fence.epoch
+        or ((run.epoch, run.owner) == (fence.epoch, fence.owner) and run.attempt_count < fence.acknowledged)
     ):
         return lost_error(run_id, "the store is older than what it acknowledged")
-    return fenced_error(found, run_id)
+    return fenced_error(run, run_id)
 
 
-def fenced_error(found: RunRow | None, run_id: str) -> Fenced:
+def fenced_error(run: RunRow | None, run_id: str) -> Fenced:
     """Return the error for a session whose run was deleted (None) or taken over."""
-    owner = None if found is None else Owner.read(found.owner)
-    if found is None:
+    owner = None if run is None else Owner.read(run.owner)
+    if run is None:
         what = f"run {run_id!r} is no longer in the store: it was deleted"
     else:
         what = f"run {run_id!r} was taken over meanwhile, by {owner.place if owner else 'another process'}"

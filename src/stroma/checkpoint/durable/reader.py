@@ -1,4 +1,4 @@
-"""What durable stores know of runs, as callers read it. Nothing here makes a store, or changes one."""
+"""Reading the runs of durable stores. Nothing here creates or changes a store."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ __all__ = ["ReadableStore"]
 
 T = TypeVar("T")
 
-_LOOK_AT: Final = 20_000  # runs that one page looks at one by one
-_FAILED: Final = 20  # failed attempts in which the cause is looked for
-#: Outcomes of attempts after which an earlier failure at their place is no matter any more.
+_MAX_FILTERED: Final = 20_000  # runs that one page filters one by one
+_MAX_FAILED: Final = 20  # failed attempts among which the cause is searched
+#: Outcomes after which an earlier failure at the same place is no cause any more.
 _FIXES: Final = ("success", "suspended")
 _ALL_RUNS: Final = RunQuery()
 
 
 class ReadableStore(ABC):
-    """A store whose runs can be read. All of it blocks, from any thread, and raises StoreError."""
+    """A store whose runs can be read. All methods block, may be called from any thread, and raise StoreError."""
 
     _payloads: Payloads
 
@@ -57,19 +57,19 @@ class ReadableStore(ABC):
         """Read in the calling thread; ``nothing`` while the store is empty. Raises StoreError."""
 
     def exists(self) -> bool:
-        """Whether there is anything to read from: a file is made by the first run."""
+        """Return True if there is something to read: the first run creates the file."""
         return True
 
     @abstractmethod
     def _named(self) -> str:
-        """What messages call the store."""
+        """Return the name of the store for messages."""
 
     def list_runs(
         self, *, limit: int = 50, pipeline: str | None = None, status: str | None = None
     ) -> list[RunRecord]:
-        """The last execution of each run, the one begun last first.
+        """Return the last execution of each run, the newest first.
 
-        Blocking, like all of this section; none of it makes a store. Raises StoreError.
+        Raises StoreError.
         """
         wanted = None if status is None else str(status)
 
@@ -81,31 +81,31 @@ class ReadableStore(ABC):
         return self.read(query, [])
 
     def run_page(self, query: RunQuery = _ALL_RUNS, *, limit: int = 50, after: str | None = None) -> RunPage:
-        """The last executions of the runs that are asked for, the one begun last first, with the cause of failures.
+        """Return the last executions of the runs that match a query, the newest first, with the cause of failures.
 
-        ``after``: the ``next`` of the page before. Raises ValueError for one that is none, StoreError.
+        ``after``: the ``next`` of the previous page. Raises ValueError for any other text, StoreError.
         """
 
         def read(rows: Rows) -> RunPage:
-            found, following = rows.runs(query, limit=limit, after=after, look_at=_LOOK_AT)
-            return RunPage(self._run_records(rows, found, failed=_FAILED), following)
+            found, following = rows.runs(query, limit=limit, after=after, look_at=_MAX_FILTERED)
+            return RunPage(self._run_records(rows, found, failed=_MAX_FAILED), following)
 
         return self.read(read, RunPage([], None))
 
     def get_run(self, run_id: str) -> RunRecord | None:
-        """The last execution of a run, or None. Raises ValueError for an illegal id, StoreError."""
+        """Return the last execution of a run, or None. Raises ValueError for an illegal id, StoreError."""
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> RunRecord | None:
-            found = rows.find(run_id)
-            if found is None or not (found.execution or found.is_damaged):
+            run = rows.find(run_id)
+            if run is None or not (run.execution or run.is_damaged):
                 return None
-            return self._run_records(rows, [found], failed=_FAILED)[0]
+            return self._run_records(rows, [run], failed=_MAX_FAILED)[0]
 
         return self.read(query, None)
 
     def find_run(self, prefix_or_last: str, *, limit: int = 20) -> list[str]:
-        """The ids that begin with a text, newest first, or the newest id of all for "last". A whole id stands alone.
+        """Return the ids with a prefix, the newest first; the newest id for "last". A complete id is returned alone.
 
         Raises StoreError.
         """
@@ -116,18 +116,18 @@ class ReadableStore(ABC):
         return found[:1] if found[:1] == [prefix] else found
 
     def attempts(self, run_id: str, *, execution: int | None = None) -> list[AttemptRecord]:
-        """Every attempt of an execution (1-based; None is the last), by process, position and time. [] if unknown.
+        """Return each attempt of an execution (1-based; None: the last), by process, position and time; [] if unknown.
 
-        A group stands before its children. Raises StoreError.
+        A group comes before its children. Raises StoreError.
         """
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> list[AttemptRecord]:
-            found = rows.find(run_id)
-            if found is None:
+            run = rows.find(run_id)
+            if run is None:
                 return []
-            number = found.execution if execution is None else execution
-            kept = rows.attempts(found.run, number)
+            number = run.execution if execution is None else execution
+            kept = rows.attempts(run.run, number)
             return [self._attempt_record(run_id, number, attempt, step) for attempt, step in kept]
 
         return self.read(query, [])
@@ -135,48 +135,50 @@ class ReadableStore(ABC):
     def attempt_page(
         self, run_id: str, *, execution: int | None = None, limit: int = 1000, after: str | None = None
     ) -> AttemptPage:
-        """The same, page by page, without outputs. Raises ValueError for an ``after`` that is none, StoreError."""
+        """Return a page of the attempts, without outputs. Raises ValueError if ``after`` is not from a page, StoreError."""
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> AttemptPage:
-            found = rows.find(run_id)
-            if found is None:
+            run = rows.find(run_id)
+            if run is None:
                 return AttemptPage([], None)
-            number = found.execution if execution is None else execution
-            kept, following = rows.attempt_page(found.run, number, limit=limit, after=after)
-            return AttemptPage([self._told(run_id, number, told) for told in kept], following)
+            number = run.execution if execution is None else execution
+            summaries, following = rows.attempt_page(run.run, number, limit=limit, after=after)
+            return AttemptPage(
+                [self._attempt_summary(run_id, number, summary) for summary in summaries], following
+            )
 
         return self.read(query, AttemptPage([], None))
 
     def attempts_at(
         self, run_id: str, position: int, branch: str = "", *, execution: int | None = None
     ) -> list[AttemptRecord]:
-        """Every attempt of an execution (None: the last) at one place, without outputs. [] if unknown.
+        """Return each attempt of an execution (None: the last) at one place, without outputs; [] if unknown.
 
         Raises StoreError.
         """
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> list[AttemptRecord]:
-            found = rows.find(run_id)
-            if found is None:
+            run = rows.find(run_id)
+            if run is None:
                 return []
-            number = found.execution if execution is None else execution
-            kept = rows.attempts_at(found.run, number, position, branch)
-            return [self._told(run_id, number, told) for told in kept]
+            number = run.execution if execution is None else execution
+            summaries = rows.attempts_at(run.run, number, position, branch)
+            return [self._attempt_summary(run_id, number, summary) for summary in summaries]
 
         return self.read(query, [])
 
     def trouble_of(self, run_id: str, position: int, branch: str = "") -> Trouble | None:
-        """Where the last failed attempt at a place failed; None if nothing is known. Raises StoreError."""
+        """Return where the last failed attempt at a place failed; None if unknown. Raises StoreError."""
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> StepRow | None:
-            found = rows.find(run_id)
+            run = rows.find(run_id)
             kept = (
                 []
-                if found is None
-                else rows.annotations(found.run, Annotation.FAILURE_SITE, f"{position}:{branch}")
+                if run is None
+                else rows.annotations(run.run, Annotation.FAILURE_SITE, f"{position}:{branch}")
             )
             return next(iter(kept), None)
 
@@ -192,18 +194,18 @@ class ReadableStore(ABC):
     def output_of(
         self, run_id: str, position: int, branch: str = "", *, execution: int | None = None
     ) -> bytes | None:
-        """What is committed at a place, in its stored form (see Schema.decode); None if nothing is.
+        """Return the output committed at a place in stored form (see Schema.decode); None if there is none.
 
         Raises CorruptCheckpoint, StoreError.
         """
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> tuple[int, StepRow | None]:
-            found = rows.find(run_id)
-            if found is None:
+            run = rows.find(run_id)
+            if run is None:
                 return 0, None
-            number = found.execution if execution is None else execution
-            return number, rows.step_at(found.run, number, position, branch)
+            number = run.execution if execution is None else execution
+            return number, rows.step_at(run.run, number, position, branch)
 
         nothing: tuple[int, StepRow | None] = (0, None)
         number, kept = self.read(query, nothing)
@@ -219,8 +221,8 @@ class ReadableStore(ABC):
         place = PayloadPlace(run_id, execution, "message", attempt.position, attempt.branch)
         return attempt._replace(message=self._payloads.open_text(attempt.message, place))
 
-    def _told(self, run_id: str, execution: int, told: AttemptSummary) -> AttemptRecord:
-        return _record_of(self._with_message(run_id, execution, told.attempt), told.size, told.epoch)
+    def _attempt_summary(self, run_id: str, execution: int, summary: AttemptSummary) -> AttemptRecord:
+        return _record_of(self._with_message(run_id, execution, summary.attempt), summary.size, summary.epoch)
 
     def _run_records(self, rows: Rows, found: list[RunRow], *, failed: int) -> list[RunRecord]:
         records: list[RunRecord] = []
@@ -242,20 +244,20 @@ class ReadableStore(ABC):
                 place = PayloadPlace(run_id, execution, "output", attempt.position, attempt.branch)
                 output = self._payloads.open(step.output, place, what)
             except CorruptCheckpoint:
-                damaged = True  # The rest of the history can be told all the same.
+                damaged = True  # The rest of the history is still readable.
         size = None if step is None else len(step.output)
         return _record_of(attempt, size, 0, output=output, damaged=damaged)
 
     def input_of(self, run_id: str) -> bytes:
-        """The initial state of a run in its stored form (see Schema.decode).
+        """Return the initial state of a run in stored form (see Schema.decode).
 
         Raises CheckpointNotFound if there is no such run, CorruptCheckpoint, StoreError.
         """
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> tuple[int, tuple[str, bytes, bytes] | None]:
-            found = rows.find(run_id)
-            return (0, None) if found is None else (found.execution, rows.input(found.run, found.execution))
+            run = rows.find(run_id)
+            return (0, None) if run is None else (run.execution, rows.input(run.run, run.execution))
 
         nothing: tuple[int, tuple[str, bytes, bytes] | None] = (0, None)
         execution, kept = self.read(query, nothing)
@@ -269,16 +271,16 @@ class ReadableStore(ABC):
         return self._payloads.open(kept[1], place, f"the input of run {run_id!r}")
 
     def waiting(self, run_id: str) -> list[Waiting]:
-        """What nodes of the last execution of a run wait for, or waited for. [] if unknown. Raises StoreError."""
+        """Return the approvals that nodes of the last execution wait for, or waited for; [] if unknown. Raises StoreError."""
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> list[Waiting]:
-            found = rows.find(run_id)
-            if found is None:
+            run = rows.find(run_id)
+            if run is None:
                 return []
             kept = [
-                read_waiting(row, run_id, found.execution, self._payloads)
-                for row in rows.annotations(found.run, Annotation.WAITING)
+                read_waiting(row, run_id, run.execution, self._payloads)
+                for row in rows.annotations(run.run, Annotation.WAITING)
             ]
             return [waiting for waiting in kept if waiting is not None]
 
@@ -287,16 +289,16 @@ class ReadableStore(ABC):
     def tally(
         self, since_ms: int, bucket_ms: int, *, runs: int = 2000, attempts: int = 200_000
     ) -> list[Tally]:
-        """The attempts of the runs begun since, summed up by span of time, pipeline, node, model and class.
+        """Return sums over the attempts of runs started since, by time bucket, pipeline, node, model and failure class.
 
-        Of so many runs and attempts at the most, the newest runs first. Raises StoreError.
+        Reads at most so many runs and attempts, the newest runs first. Raises StoreError.
         """
         return self.read(
             lambda rows: rows.tally(since_ms, bucket_ms, runs=runs, attempts=attempts), list[Tally]()
         )
 
     def facts(self) -> StoreFacts | None:
-        """What the store says of itself; None while it is empty. Raises StoreError."""
+        """Return version and settings of the store; None while it is empty. Raises StoreError."""
         return self.read(lambda rows: rows.facts(), None)
 
     def _no_run(self, run_id: str) -> CheckpointNotFound:
@@ -306,7 +308,7 @@ class ReadableStore(ABC):
 
 
 def _unsettled(rows: Rows, row: RunRow, failed: list[Attempt]) -> list[Attempt]:
-    """Failed attempts of a run that may be its cause: while it runs or waits, not those that a later attempt has fixed."""
+    """Return the failed attempts that may be the cause: of an unfinished run, those without a later success."""
     if row.status not in ("RUNNING", "SUSPENDED"):
         return failed
     fixed: dict[tuple[int, str], int] = {}

@@ -1,6 +1,6 @@
-"""The plain rows that a durable store reads and writes, and the operations on them: all of one operation in one transaction.
+"""The plain rows that a durable store reads and writes.
 
-What is decided about them is decided in ``_session``, once for all stores.
+Decisions about them are made in ``session`` and ``session_open``, once for all stores.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Annotation(IntEnum):
     DEATHS = -8  #: number of deaths of the owner; see :meth:`DurableSession._recover`
 
 
-#: The status of a run, and the outcome of an attempt, whose row holds what no store writes.
+#: The status of a run, and the outcome of an attempt, with values that no store writes.
 DAMAGED: Final = "DAMAGED"
 
 
@@ -49,7 +49,7 @@ class Fence:
     """The right of a session to write: rows change only while these are the last epoch and owner of the run.
 
     Attributes:
-        run: the store's own key of the run, never used again for another one.
+        run: the key of the run in the store; never reused for another run.
         acknowledged: attempts of the execution that the store has acknowledged; a run that counts fewer has lost some.
             Written by the thread that writes to the store, after each transaction.
     """
@@ -62,17 +62,17 @@ class Fence:
     acknowledged: int = field(default=0, compare=False)
 
     def acknowledge(self, attempts: int) -> None:
-        """Note that the store has committed a transaction after which the execution has so many attempts."""
+        """Record that the store committed a transaction after which the execution has so many attempts."""
         self.acknowledged = max(self.acknowledged, attempts)
 
 
 class RunRow(NamedTuple):
-    """A run as its store has it.
+    """A run.
 
     Attributes:
-        execution: 0 while it has only what ``save()`` kept.
-        left_seconds: how long its lease is good for, by the clock that the store goes by; below 0 it has expired.
-        nodes: positions with a commit in the last execution, those inside groups not counted.
+        execution: 0 if it has only states from ``save()``.
+        left_seconds: remaining time of the lease by the clock of the store; negative if it has expired.
+        nodes: positions with a commit in the last execution, except those inside groups.
         attempt_count, commit_count: rows that the last execution must have, counted in the transaction of each.
     """
 
@@ -96,7 +96,7 @@ class RunRow(NamedTuple):
 
     @property
     def holder(self) -> Owner | None:
-        """Who is at work on the run, as far as anybody can tell."""
+        """The owner of the run; None if it is not running, or if its owner is gone."""
         owner = Owner.read(self.owner) if self.status == "RUNNING" else None
         return None if owner is None or self.left_seconds < 0 or is_gone(owner) else owner
 
@@ -107,7 +107,7 @@ class RunRow(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One committed output, as it is kept. ``number`` and ``given``: see StepCall."""
+    """One committed output in stored form. ``number`` and ``given``: see StepCall."""
 
     contract: str
     schema_ref: str
@@ -118,7 +118,7 @@ class Step(NamedTuple):
 
 
 class StepRow(NamedTuple):
-    """A Step and the place it has in its execution."""
+    """A Step and its place in the execution."""
 
     position: int
     branch: str
@@ -127,8 +127,12 @@ class StepRow(NamedTuple):
 
 
 class Opening(NamedTuple):
-    """What a session writes when it begins. ``discard_from``: see RunRequest. ``execution``: the one that ``input`` is
-    sealed for."""
+    """The values that a session writes when it opens a run.
+
+    Attributes:
+        discard_from: see RunRequest.
+        execution: the execution that ``input`` is sealed for.
+    """
 
     run_id: str
     pipeline: str
@@ -143,7 +147,7 @@ class Opening(NamedTuple):
 
 
 class AttemptSummary(NamedTuple):
-    """An attempt without its output. ``size``: of that as it is stored; None if nothing was committed. ``epoch``: see Fence."""
+    """An attempt without its output. ``size``: of the stored output; None without a commit. ``epoch``: see Fence."""
 
     attempt: Attempt
     size: int | None
@@ -151,7 +155,7 @@ class AttemptSummary(NamedTuple):
 
 
 class RunExtras(NamedTuple):
-    """What is told of a run beside its row. ``failed``: its last failed attempts, the one that ended last first."""
+    """Data of a run besides its row. ``failed``: its last failed attempts, the latest end first."""
 
     parent: str | None
     tags: tuple[str, ...]
@@ -159,151 +163,151 @@ class RunExtras(NamedTuple):
 
 
 class Rows(Protocol):
-    """The rows of a store inside one transaction. Whoever raises in it undoes it."""
+    """The rows of a store inside one transaction. An exception rolls it back."""
 
     # ---- runs
     def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
-        """The row of a run; with ``lock`` nobody else changes it before the transaction ends."""
+        """Return the row of a run, or None. With ``lock`` no other transaction changes it before this one ends."""
         ...
 
     def begin(self, found: RunRow | None, opening: Opening) -> Fence:
-        """Begin an execution: number 1, or the next one of a run that was found. Raises the epoch."""
+        """Begin an execution: number 1, or the next one of an existing run. Increments the epoch."""
         ...
 
     def take_over(self, found: RunRow, opening: Opening) -> Fence:
-        """Take over the last execution, without its commits from ``discard_from`` on. Raises the epoch."""
+        """Take over the last execution, without its commits from ``discard_from`` on. Increments the epoch."""
         ...
 
     def input(self, run: Any, execution: int) -> tuple[str, bytes, bytes] | None:
-        """(contract, input, sha256) of an execution."""
+        """Return (contract, input, sha256) of an execution, or None."""
         ...
 
     def steps(self, run: Any, execution: int, apart: Sequence[tuple[int, str]] = ()) -> Iterable[StepRow]:
-        """The commits of an execution; not what ``save()`` kept, nor what is ``apart`` (see RunRequest)."""
+        """Return the commits of an execution, except the lazily loaded ones (``apart``, see RunRequest)."""
         ...
 
     def steps_at(self, run: Any, execution: int, position: int, branches: Sequence[str]) -> Iterable[StepRow]:
-        """The commits in these branches of a position."""
+        """Return the commits in these branches of a position."""
         ...
 
     def is_whole(self, found: RunRow) -> bool:
-        """Return whether the last execution has its input and all the attempts and commits that its run counts."""
+        """Return True if the last execution has its input and all attempts and commits that its run counts."""
         ...
 
     def identities(self, run: Any, execution: int) -> Iterable[tuple[str, int]]:
-        """(identity, position) of each step of plain code that has an attempt in an execution, or one inside it."""
+        """Return (identity, position) of each step of plain code with an attempt in an execution, or one inside it."""
         ...
 
     def was_deleted(self, run: Any) -> bool:
-        """Return whether a run that is not there was deleted, within the last day at least."""
+        """Return True if a missing run was deleted. Known for at least a day."""
         ...
 
     def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
         """Record an attempt, its usage and its output, count them, and renew the lease.
 
-        False if the fence refuses it, also for a run that counts fewer attempts than were acknowledged. An attempt that
-        is recorded already is left as it is, with its usage, and so is its output.
+        Returns False if the fence refuses it, also for a run that counts fewer attempts than were acknowledged. An attempt
+        that is recorded already stays unchanged, with its usage and output.
         """
         ...
 
     def finish(self, fence: Fence, status: str, error: str | None, updated_ms: int | None = None) -> bool:
-        """Note how an execution stopped, and when (None: now), and give up the lease. False if the fence is in the way."""
+        """Record how an execution stopped, and when (None: now), and release the lease. Returns False if fenced off."""
         ...
 
     def renew(self, fences: list[Fence]) -> None:
-        """Renew leases; those of runs that somebody else has taken over stay as they are."""
+        """Renew leases, except those of runs that another session has taken over."""
 
-    # ---- beside the commits
+    # ---- annotations
     def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
-        """Keep something at a position below 0, in place of what was there, outside of any session.
+        """Write an annotation, in place of an existing one, without a session.
 
-        Makes the run, without an execution, if there is none.
+        Creates the run, without an execution, if there is none.
         """
 
     def annotations(self, run: Any, position: int, branch: str | None = None) -> Iterable[StepRow]:
-        """What is kept at a position below 0; None: in all branches."""
+        """Return the annotations of one kind; branch None: in all branches."""
         ...
 
     def delete_annotations(self, run: Any, position: int, branch: str | None = None) -> None:
-        """Forget what is kept at a position below 0; None: in all branches."""
+        """Delete the annotations of one kind; branch None: in all branches."""
 
     def cancel_requests(self, runs: list[Any]) -> list[Any]:
-        """Which of these runs somebody wants to end: those with something kept at position CANCEL."""
+        """Return those of these runs for which cancel() was called."""
         ...
 
     def newest_output(self, run_id: str, node_id: str) -> StepRow | None:
-        """The newest output of a node in the last execution, or what was saved since."""
+        """Return the newest output of a node in the last execution, or a state saved since."""
         ...
 
     def delete(self, run_id: str) -> None: ...
 
-    # ---- beside all runs
+    # ---- cells
     def read_cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
-        """A cell's data, None if there is none, and the clock in ms since the epoch; with ``lock`` nobody else changes
-        the cell before the transaction ends."""
+        """Return the data of a cell, or None, and the clock in ms since the epoch. With ``lock`` no other transaction
+        changes the cell before this one ends."""
         ...
 
     def write_cell(self, name: str, data: bytes) -> None:
-        """Put data into a cell that this transaction has locked."""
+        """Write a cell that this transaction has locked."""
 
     # ---- retention
     def now_ms(self) -> int:
-        """Return the time by the clock that rows are dated by, in milliseconds since the epoch."""
+        """Return the clock of the rows in milliseconds since the epoch."""
         ...
 
     def expired_run_ids(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
-        """Runs that have ended (with ``unfinished``: any, also what only ``save()`` kept) and were last written before."""
+        """Return ids of runs that ended (with ``unfinished``: all runs) and were last written before a time."""
         ...
 
     def blobs(self) -> Iterable[bytes]:
-        """All payloads that stand in blobs, of all runs: what begins with BLOB."""
+        """Return the references to blobs of all runs: payloads that begin with BLOB."""
         ...
 
     # ---- reading
     def runs(
         self, query: RunQuery, *, limit: int, after: str | None, look_at: int | None
     ) -> tuple[list[RunRow], str | None]:
-        """The runs that have an execution, the one begun last first, and what ``after`` is of those that follow.
+        """Return the runs with an execution, the newest first, and the ``after`` of the next page.
 
-        ``look_at``: how many may be looked at one by one, at least about; None for all. Raises ValueError for an ``after`` that is
-        none.
+        ``look_at``: approximate maximum of runs to filter one by one; None: no maximum. Raises ValueError for an ``after``
+        that is not from a page.
         """
         ...
 
     def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:
-        """What is kept beside each of these runs, with so many failed attempts at the most."""
+        """Return the extras of each of these runs, with at most so many failed attempts."""
         ...
 
     def find_run_ids(self, prefix: str, limit: int) -> list[str]:
-        """Ids of runs that have an execution and begin with a text: that very one first, then the newest."""
+        """Return ids with a prefix of runs with an execution: an equal id first, then the newest."""
         ...
 
     def attempts(self, run: Any, execution: int) -> Iterable[tuple[Attempt, Step | None]]:
-        """By process, position and time; a group before its children. With what each one committed."""
+        """Return attempts with their commits, by process, position and time; a group before its children."""
         ...
 
     def attempt_page(
         self, run: Any, execution: int, *, limit: int, after: str | None
     ) -> tuple[list[AttemptSummary], str | None]:
-        """The same page by page, with the stored size of what each one committed, which is not read."""
+        """Return a page of the attempts, with the stored size of each output instead of the output."""
         ...
 
     def attempts_at(self, run: Any, execution: int, position: int, branch: str) -> list[AttemptSummary]:
-        """The same of one place."""
+        """Return the attempts of one place, without outputs."""
         ...
 
     def failed_since(self, run: Any, execution: int, epoch: int) -> list[Attempt]:
-        """The last attempts of an execution that failed under this epoch or a later one, the one that ended first first."""
+        """Return the last failed attempts of an execution since an epoch, the earliest end first."""
         ...
 
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
-        """The attempts of the runs begun since, of so many runs and attempts at the most, the newest runs first."""
+        """Return sums over the attempts of runs started since; at most so many runs and attempts, the newest runs first."""
         ...
 
     def facts(self) -> StoreFacts:
-        """What the store says of itself."""
+        """Return version and settings of the store."""
         ...
 
     def step_at(self, run: Any, execution: int, position: int, branch: str) -> StepRow | None:
-        """The commit at one place."""
+        """Return the commit at one place, or None."""
         ...

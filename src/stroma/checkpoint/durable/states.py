@@ -1,4 +1,4 @@
-"""The simple protocol on durable stores: the last state of each node of a run."""
+"""The simple protocol of durable stores: the last state of each node of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class AsyncStates(DurableStore):
     """A durable store whose ``save``, ``load`` and ``delete`` are async."""
 
     async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
-        """Keep a state as the last one of a node. Raises NotSerialisable, ValueError for an id, StoreError."""
+        """Store a state as the last one of a node. Raises NotSerialisable, ValueError for an id, StoreError."""
         check_id(run_id, "run id")
         check_id(node_id, "node id")
         schema = schema_of(type(state))
@@ -39,10 +39,10 @@ class AsyncStates(DurableStore):
         await self.save(run_id, node_id, coerce(state, schema))
 
     async def load(self, run_id: str, node_id: str) -> BaseModel | None:
-        """The newest output or saved state of a node, or None.
+        """Return the newest output or saved state of a node, or None.
 
-        Its class is looked up among the modules that are imported, nothing is imported for it: StoreError if it is
-        not there. :meth:`load_typed` needs no such luck. Raises CorruptCheckpoint for a damaged one.
+        Its class must be in an imported module, otherwise StoreError. Use :meth:`load_typed` to avoid this restriction.
+        Raises CorruptCheckpoint for a damaged state.
         """
         found = await self._newest(run_id, node_id)
         if found is None:
@@ -57,7 +57,7 @@ class AsyncStates(DurableStore):
         return _decode(schema_of(model), found.output, where)
 
     async def load_typed(self, run_id: str, node_id: str, schema: type[BaseModel]) -> BaseModel | None:
-        """The newest output or saved state of a node as an instance of ``schema``, or None.
+        """Return the newest output or saved state of a node as an instance of ``schema``, or None.
 
         Raises CorruptCheckpoint if it is damaged or not one, TypeError("schema must be a BaseModel type").
         """
@@ -71,7 +71,7 @@ class AsyncStates(DurableStore):
         )
 
     async def delete(self, run_id: str) -> None:
-        """Delete everything kept of one run, of all its executions. Whoever is at work on it is fenced off."""
+        """Delete all executions and states of a run. A session that has it open is fenced off."""
         check_id(run_id, "run id")
         await self._submit(Transaction(run_id, lambda rows: rows.delete(run_id)))
 
@@ -84,7 +84,9 @@ class AsyncStates(DurableStore):
 
         def query(rows: Rows) -> tuple[int, StepRow] | None:
             newest = rows.newest_output(run_id, node_id)
-            if newest is None or newest.position == Annotation.SAVED:  # What save() stores may have no run.
+            if (
+                newest is None or newest.position == Annotation.SAVED
+            ):  # A state from save() may have no execution.
                 return None if newest is None else (0, newest)
             run = rows.find(run_id)
             return None if run is None else (run.execution, newest)

@@ -1,4 +1,4 @@
-"""What all durable stores have in common: the journal, the simple protocol, reading, and leases that are kept up."""
+"""Base class of the durable stores: journal, items, cells, retention."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ __all__ = ["DurableStore"]
 T = TypeVar("T")
 logger = logging.getLogger("stroma")
 
-_AT_ONCE: Final = 500  # runs that one look for old ones gives
-_TOGETHER: Final = 50  # runs that one transaction deletes: others wait for it
+_GC_PAGE_SIZE: Final = 500  # expired runs of one query
+_GC_BATCH_SIZE: Final = 50  # deletions submitted together: other operations wait for them
 
 
 class Collected(NamedTuple):
-    """What a gc() deleted: how many runs, and how many blobs."""
+    """Numbers of runs and blobs that gc() deleted."""
 
     runs: int
     blobs: int
@@ -60,50 +60,49 @@ class Collected(NamedTuple):
 class DurableStore(ReadableStore):
     """A journal store whose data outlives the process. Safe to share between tasks, threads and event loops.
 
-    Async calls are done by a thread of ours, which does together what waits together; cancelling a caller does not
-    undo what it asked for. Whatever the store cannot do is a StoreError that says how to mend it. A forked child
-    connects anew.
+    A worker thread performs async calls, and batches those that wait; cancelling a caller does not undo its operation.
+    Errors are StoreErrors that say how to fix them. A forked child opens its own connection.
     """
 
     _thread_name = "stroma-store"
-    #: Names the store among all stores, without a password: two with one address hold the same rows.
+    #: Identifies the store, without a password: stores of one address have the same rows.
     address: str
 
     def __init__(self, payloads: Payloads | None = None) -> None:
         self._payloads = Payloads() if payloads is None else payloads
-        #: By generation: a forked child finds its parent's worker here, whose thread it does not have.
+        #: By generation: a forked child sees its parent's worker here, but does not have its thread.
         self._workers: dict[int, Worker] = {}
-        self._keepers: dict[int, LeaseRenewer] = {}
+        self._lease_renewers: dict[int, LeaseRenewer] = {}
 
     @abstractmethod
     def _connect(self) -> Connection:
-        """What the worker thread does its operations on."""
+        """Return the connection of the worker thread."""
 
     def _worker(self) -> Worker:
         worker = self._workers.get(generation())
         if worker is None:
             fresh = Worker(self._connect(), self._thread_name)
             worker = self._workers.setdefault(generation(), fresh)
-            # Not a lock, which a forked child might find held by nobody.
+            # No lock: a forked child might inherit it locked.
             if worker is fresh:
                 weakref.finalize(self, fresh.stop).atexit = False
                 fresh.start()
         return worker
 
     def post(self, operation: Callable[[Any], None]) -> None:
-        """Have an operation done that nobody waits for. From any thread."""
+        """Submit an operation without waiting. May be called from any thread."""
         self._worker().post(operation)
 
     def _submit(self, operation: Operation) -> asyncio.Future[Any]:
         return self._worker().submit(operation)
 
-    # ------------------------------------------------------------------ the journal
+    # ------------------------------------------------------------------ journal
 
     def open_run(self, request: RunRequest) -> Awaitable[DurableSession]:
         """Begin an execution of a run, or continue its last one. Earlier sessions of the run are fenced off.
 
-        Raises ValueError for an illegal run id and NotSerialisable for an input that cannot be kept, both at once;
-        awaited: RunBusy, RunExists, PipelineChanged if the run to continue was begun with another input,
+        Raises ValueError for an illegal run id and NotSerialisable for an input without a stored form, both at once;
+        awaited: RunBusy, RunExists, PipelineChanged if the run to continue has another input,
         CorruptCheckpoint, StoreError.
         """
         check_id(request.run_id, "run id")
@@ -119,7 +118,7 @@ class DurableStore(ReadableStore):
     async def _open(self, request: RunRequest, data: bytes) -> DurableSession:
         last, opened = 0, dict[tuple[PayloadPlace, bytes], bytes]()
         if not self._payloads.plain:
-            last, opened = await asyncio.to_thread(self._open_ahead, request)
+            last, opened = await asyncio.to_thread(self._decrypt_ahead, request)
         session = DurableSession(request.run_id, self._submit, self._payloads, opened, self.address)
         sealed = await self._payloads.seal(data, PayloadPlace(request.run_id, last + 1, "input"))
         opening = Opening(
@@ -136,24 +135,26 @@ class DurableStore(ReadableStore):
         )
         open_it = partial(session.open, request, opening, data)
         await self._submit(Transaction(request.run_id, open_it, opening, session))
-        if session.fence.owner:  # Not that of a run which is returned as it is.
-            keeper = self._keepers.get(generation())
-            if keeper is None:
-                keeper = self._keepers.setdefault(generation(), LeaseRenewer(self))
-            keeper.watch(session)
+        if session.fence.owner:  # A run that is returned unchanged has no lease.
+            renewer = self._lease_renewers.get(generation())
+            if renewer is None:
+                renewer = self._lease_renewers.setdefault(generation(), LeaseRenewer(self))
+            renewer.watch(session)
         return session
 
-    def _open_ahead(self, request: RunRequest) -> tuple[int, dict[tuple[PayloadPlace, bytes], bytes]]:
-        """Return the last execution of a run, and what its commits hold, opened outside of the transaction that claims
-        it: that can take long."""
+    def _decrypt_ahead(self, request: RunRequest) -> tuple[int, dict[tuple[PayloadPlace, bytes], bytes]]:
+        """Return the last execution of a run and its decrypted outputs.
+
+        Decryption can be slow, so it is done before the transaction that claims the run.
+        """
 
         def query(rows: Rows) -> tuple[int, list[StepRow]]:
-            found = rows.find(request.run_id)
-            if found is None:
+            run = rows.find(request.run_id)
+            if run is None:
                 return 0, []
-            kept = rows.steps(found.run, found.execution, request.lazily_loaded)
-            # What stands in blobs is read when it is needed: all of it may be more than there is memory.
-            return found.execution, [
+            kept = rows.steps(run.run, run.execution, request.lazily_loaded)
+            # Blobs are read when needed: together they may exceed the memory.
+            return run.execution, [
                 row
                 for row in kept
                 if not row.step.output.startswith(BLOB) and is_intact(row.step.output, row.step.sha256)
@@ -166,26 +167,26 @@ class DurableStore(ReadableStore):
             try:
                 opened[place, step.sha256] = self._payloads.open(step.output, place, "")
             except CorruptCheckpoint:
-                pass  # It is told in its place, if it is needed at all.
+                pass  # It is reported when the output is needed.
         return execution, opened
 
     async def cancel(self, run_id: str) -> bool:
-        """Ask whoever is at work on a run to end it; a run that nobody holds is CANCELLED at once.
+        """Ask the owner of a run to end it; a run without an owner is CANCELLED at once.
 
-        False if it had ended already. Raises CheckpointNotFound, StoreError.
+        Returns False if the run had ended. Raises CheckpointNotFound, StoreError.
         """
         check_id(run_id, "run id")
 
         def operation(rows: Rows) -> bool:
-            found = rows.find(run_id, lock=True)
-            if found is None or not found.execution:
+            run = rows.find(run_id, lock=True)
+            if run is None or not run.execution:
                 raise self._no_run(run_id)
-            if found.holder is not None:
+            if run.holder is not None:
                 rows.annotate(run_id, Annotation.CANCEL, "", "cancel", Step("", "", b"", checksum(b"")))
-            elif found.status in ENDED:
+            elif run.status in ENDED:
                 return False
             else:
-                last = Fence(found.run, found.execution, found.epoch, found.owner or "", 0.0)
+                last = Fence(run.run, run.execution, run.epoch, run.owner or "", 0.0)
                 rows.finish(last, "CANCELLED", None)
             return True
 
@@ -193,28 +194,28 @@ class DurableStore(ReadableStore):
         return done
 
     async def signal(self, run_id: str, waiting: Waiting) -> None:
-        """Keep the answer that a node waits for; ``waiting`` with its payload.
+        """Store the answer that a node waits for; ``waiting`` has the payload.
 
-        Raises CheckpointNotFound, StoreError, also if the node has an answer or waits no longer.
+        Raises CheckpointNotFound, StoreError, also if the node is no longer waiting for an answer.
         """
         check_id(run_id, "run id")
         await self._submit(Transaction(run_id, partial(self._answer, run_id, waiting)))
 
     def _answer(self, run_id: str, waiting: Waiting, rows: Rows) -> None:
-        found = rows.find(run_id, lock=True)
-        if found is None:
+        run = rows.find(run_id, lock=True)
+        if run is None:
             raise self._no_run(run_id)
         branch = waiting_key(waiting)
         asked = next(
-            (row for row in rows.annotations(found.run, Annotation.WAITING) if row.branch == branch), None
+            (row for row in rows.annotations(run.run, Annotation.WAITING) if row.branch == branch), None
         )
         if asked is None or asked.node_id != waiting.node_id:
             raise not_waiting(run_id, waiting)
         if asked.step.number is None:
-            record_waiting(rows, run_id, found.execution, waiting, self._payloads)
+            record_waiting(rows, run_id, run.execution, waiting, self._payloads)
             return
-        answered = read_waiting(asked, run_id, found.execution, self._payloads)
-        if answered is None or answered.payload != waiting.payload:  # Else it was sent once more.
+        answered = read_waiting(asked, run_id, run.execution, self._payloads)
+        if answered is None or answered.payload != waiting.payload:  # An equal answer was sent twice.
             raise not_waiting(run_id, waiting)
 
     async def fork(
@@ -226,8 +227,8 @@ class DurableStore(ReadableStore):
         edited: tuple[Schema, BaseModel] | None = None,
         state: tuple[Schema, BaseModel] | None = None,
     ) -> None:
-        """Make a new run of what a run committed before a position: ``edited`` in place of the last of that,
-        ``state`` in place of its input. Raises CheckpointNotFound, RunExists, StoreError, NotSerialisable."""
+        """Copy what a run committed before a position into a new run, with ``edited`` in place of the last output and
+        ``state`` in place of the input. Raises CheckpointNotFound, RunExists, StoreError, NotSerialisable."""
         check_id(run_id, "run id")
         check_id(new_run_id, "run id")
         step = None
@@ -246,21 +247,21 @@ class DurableStore(ReadableStore):
     # ------------------------------------------------------------------ items
 
     def map_items(self, run_id: str, node_id: str, first: int, count: int) -> list[tuple[int, Committed]]:
-        """What a map committed of its items, from one on, of the last execution of a run; [] behind the last one.
+        """Return committed items of a map in the last execution of a run, from index ``first``; [] after the last one.
 
-        Raises CheckpointNotFound if there is no such map that is done, CorruptCheckpoint, StoreError.
+        Raises CheckpointNotFound if there is no such completed map, CorruptCheckpoint, StoreError.
         """
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> tuple[int, list[StepRow]]:
-            found, kept = rows.find(run_id), rows.newest_output(run_id, node_id)
-            if found is None or kept is None or kept.step.given is None:
+            run, kept = rows.find(run_id), rows.newest_output(run_id, node_id)
+            if run is None or kept is None or kept.step.given is None:
                 return 0, []
-            place = PayloadPlace(run_id, found.execution, "given", kept.position, kept.branch)
+            place = PayloadPlace(run_id, run.execution, "given", kept.position, kept.branch)
             total = count_items(self._payloads.open(kept.step.given, place, "the number of items"))
             prefix = f"{kept.branch}." if kept.branch else ""
             branches = [f"{prefix}{index}" for index in range(first, min(total, first + count))]
-            return found.execution, list(rows.steps_at(found.run, found.execution, kept.position, branches))
+            return run.execution, list(rows.steps_at(run.run, run.execution, kept.position, branches))
 
         execution, steps = self.read(query, (0, list[StepRow]()))
         if not execution:
@@ -282,11 +283,11 @@ class DurableStore(ReadableStore):
         return self._submit(_changing(name, change))
 
     def post_cell(self, name: str, change: Change[Any]) -> None:
-        """The same where nobody waits for it. From any thread."""
+        """Change a cell without waiting. May be called from any thread."""
         self.post(_changing(name, change))
 
     def read_cell(self, name: str) -> tuple[bytes | None, int]:
-        """A cell's data, None if there is none, and the store's clock in milliseconds. Blocking. Raises StoreError."""
+        """Return the data of a cell, or None, and the clock of the store in milliseconds. Blocking. Raises StoreError."""
         check_id(name, "cell name")
         nothing: tuple[bytes | None, int] = (None, time.time_ns() // 1_000_000)
         return self.read(lambda rows: rows.read_cell(name), nothing) if self.exists() else nothing
@@ -296,32 +297,32 @@ class DurableStore(ReadableStore):
     async def gc(
         self, *, keep_for: timedelta, unfinished: bool = False, blobs: BlobStore | None = None
     ) -> Collected:
-        """Delete the runs that ended longer ago than ``keep_for``, and then the blobs that nobody names.
+        """Delete the runs that ended longer ago than ``keep_for``, and then the blobs that no run references.
 
-        ``unfinished``: also those that could be resumed. ``blobs``: where those are, unless the store was given them.
-        A run that somebody is at work on is never touched, nor is a blob younger than an hour. Ages go by the clock of
-        the store's server, where it has one: that of the blobs must not differ by as much. Raises StoreError.
+        ``unfinished``: also runs that could be resumed. ``blobs``: the blob store, if the store has none.
+        Runs with an owner and blobs younger than an hour are never deleted. Ages are measured by the clock of the store's
+        server, if it has one; the clock of the blobs must differ by less than an hour. Raises StoreError.
         """
         now_ms = await asyncio.to_thread(self.read, lambda rows: rows.now_ms(), 0)
         before = now_ms - int(keep_for.total_seconds() * 1000)
         deleted = 0
         while found := await asyncio.to_thread(
             self.read,
-            lambda rows: rows.expired_run_ids(before, unfinished=unfinished, limit=_AT_ONCE),
+            lambda rows: rows.expired_run_ids(before, unfinished=unfinished, limit=_GC_PAGE_SIZE),
             list[str](),
         ):
             gone: list[bool] = []
-            for first in range(0, len(found), _TOGETHER):
-                # Each is looked at again in the transaction that deletes it.
+            for first in range(0, len(found), _GC_BATCH_SIZE):
+                # The transaction that deletes a run checks it again.
                 gone += await asyncio.gather(
                     *(
                         self._submit(Transaction(run_id, partial(_delete_if_free, run_id, before)))
-                        for run_id in found[first : first + _TOGETHER]
+                        for run_id in found[first : first + _GC_BATCH_SIZE]
                     )
                 )
             deleted += sum(gone)
             if not any(gone):
-                break  # What is left is somebody's.
+                break  # The remaining runs have owners.
         swept, blobs = 0, blobs or self._payloads.blobs
         if blobs is not None:
             start = len(BLOB)
@@ -330,19 +331,19 @@ class DurableStore(ReadableStore):
             swept = await asyncio.to_thread(collect, blobs, in_use, now_ms / 1000)
         return Collected(deleted, swept)
 
-    # ------------------------------------------------------------------ the end
+    # ------------------------------------------------------------------ closing
 
     def close(self) -> None:
         """Write what is queued, then disconnect. Blocks until that is done; the store cannot write afterwards."""
-        keeper = self._keepers.get(generation())
-        if keeper is not None:
-            keeper.stop()
+        renewer = self._lease_renewers.get(generation())
+        if renewer is not None:
+            renewer.stop()
         worker = self._worker()
         worker.stop()
         worker.join()
 
     async def aclose(self) -> None:
-        """The same without blocking the event loop."""
+        """Close the store without blocking the event loop."""
         await asyncio.to_thread(self.close)
 
     def __enter__(self) -> Self:
@@ -364,10 +365,10 @@ def _changing(name: str, change: Change[Any]) -> CellChange:
 
 def _delete_if_free(run_id: str, before_ms: int, rows: Rows) -> bool:
     try:
-        found = rows.find(run_id, lock=True)
+        run = rows.find(run_id, lock=True)
     except CorruptCheckpoint:
-        return False  # It may be somebody's: a person deletes it.
-    if found is None or found.holder is not None or found.updated_ms >= before_ms:
+        return False  # A damaged run may have an owner: it must be deleted by delete().
+    if run is None or run.holder is not None or run.updated_ms >= before_ms:
         return False
     rows.delete(run_id)
     return True

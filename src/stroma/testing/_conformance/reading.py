@@ -189,7 +189,7 @@ class ReadingTests:
         known = [matches(query, 50) for query in queries]
         assert known[0] == ["run-10", "run-5", "run-0"]
         for look_at in (1, 2, 3, 11):
-            monkeypatch.setattr("stroma.checkpoint.durable.reader._LOOK_AT", look_at)
+            monkeypatch.setattr("stroma.checkpoint.durable.reader._MAX_FILTERED", look_at)
             for limit in (1, 2, 50):
                 assert [matches(query, limit) for query in queries] == known, (look_at, limit)
 
