@@ -261,7 +261,7 @@ def test_unknown_price_and_raising_hook_are_noted(stroma, inside):
     assert (done.code, json.loads(done.out)) == (0, {"n": 1})
     assert "note: no price for no-such-model-anywhere" in done.err
     assert "note: 1 hook call raised" in done.err
-    assert "KeyError('of the hook')" in done.err
+    assert "of the hook" in done.err
     assert "Traceback" not in done.err
 
 
