@@ -348,14 +348,14 @@ def _tags_of(data: bytes | None) -> tuple[str, ...]:
 
 def _asked(query: RunQuery) -> str:
     """What a run must be, as the script reads it; "" for any."""
-    as_text = query.text
+    text = query.text
     want = {
         "pipeline": query.pipeline,
         "statuses": dict.fromkeys(query.statuses, True) or None,
         "tag": query.tag,
         "class": query.failure_class,
         "node": query.node,
-        "as_text": None if as_text is None else "".join(ch.lower() if ch.isascii() else ch for ch in as_text),
+        "text": None if text is None else "".join(ch.lower() if ch.isascii() else ch for ch in text),
     }
     given = {name: value for name, value in want.items() if value is not None}
     return json.dumps(given) if given else ""
