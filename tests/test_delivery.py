@@ -229,7 +229,7 @@ async def test_a_store_without_a_journal_cannot_promise_it() -> None:
             return state
 
         if refused:
-            with pytest.raises(StoreError, match=r"keeps no journal.*hook_delivery"):
+            with pytest.raises(StoreError, match=r"has no journal.*hook_delivery"):
                 await runner.run([node], State())
         else:
             assert (await runner.run([node], State())).status is RunStatus.COMPLETED

@@ -963,7 +963,7 @@ async def test_stores_and_runs_without_items(tmp_path: Path, doubler: Doubler) -
     out = JsonLines(tmp_path / "out")
     result = await quick(Simple()).run([map_over("nums", doubler.node, into=out)], State(nums=[1]))
     assert result.failure is not None
-    assert "Simple keeps no journal, so the items of a map cannot be read back" in result.failure.message
+    assert "Simple has no journal, so the items of a map cannot be read back" in result.failure.message
     assert doubler.calls == {}
     runner = quick(AsyncInMemoryStore())
     kept = map_over("nums", doubler.node, into=Journal())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,7 +62,9 @@ def execution(
 def group_of_one(run: Any = None) -> Any:
     """A group around the node "a"; ``run``: what is called in the place of running that."""
     group: Any = find_node(parallel(node("a", same)))
-    return group if run is None else replace(group, run=run)
+    if run is not None:
+        group.run = run
+    return group
 
 
 def spent(ctx: ReliabilityContext) -> ReliabilityContext:

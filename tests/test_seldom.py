@@ -458,7 +458,7 @@ async def test_what_a_store_without_a_journal_cannot_do() -> None:
         lambda: runner.cancel("r"),
     ]
     for call in calls:
-        with pytest.raises(StoreError, match="keeps no journal"):
+        with pytest.raises(StoreError, match="has no journal"):
             await call()
 
 

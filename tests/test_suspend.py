@@ -373,7 +373,7 @@ async def test_a_store_without_a_journal_cannot_wait() -> None:
     result = await StromaRunner.quick(store=Simple()).run(Desk().nodes, Num())
     assert result.status is RunStatus.PARTIAL
     assert result.failure is not None
-    assert "keeps no journal" in result.failure.message
+    assert "has no journal" in result.failure.message
 
 
 @pytest.mark.core

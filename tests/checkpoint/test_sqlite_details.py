@@ -9,8 +9,8 @@ import pytest
 from pydantic import BaseModel
 
 from stroma import NodeContract, Pipeline, SQLiteStore, StromaRunner, map_over, stroma_node
-from stroma.checkpoint.durable import rows as _rows
 from stroma.checkpoint.durable.owner import new_owner
+from stroma.checkpoint.durable.rows import Annotation
 from stroma.checkpoint.sqlite import rows as _sqlite_rows
 from stroma.checkpoint.sqlite.rows import SqliteRows
 
@@ -91,7 +91,14 @@ def test_a_lease_is_good_for_as_long_as_it_says(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_positions_of_what_stands_beside_a_run_differ() -> None:
     """They are below all positions of nodes, and stay what they are: files that were written keep their meaning."""
-    places = [
-        getattr(_rows, name) for name in ("CANCEL", "DUE", "PARENT", "SAVED", "TRACE", "TROUBLE", "WAITING")
-    ]
-    assert places == [-3, -6, -4, -1, -5, -7, -2]
+    places = {annotation.name: annotation.value for annotation in Annotation}
+    assert places == {
+        "SAVED": -1,
+        "WAITING": -2,
+        "CANCEL": -3,
+        "PARENT": -4,
+        "TRACE": -5,
+        "DUE_HOOKS": -6,
+        "FAILURE_SITE": -7,
+        "DEATHS": -8,
+    }

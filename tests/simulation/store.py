@@ -108,15 +108,15 @@ class LoggedRows(SqliteRows):
         self.log.append(("begun", opening.run_id, fence.epoch, _place(opening.owner), _held(found)))
         return fence
 
-    def go_on(self, found: Any, opening: Any) -> Any:
-        fence = super().go_on(found, opening)
+    def take_over(self, found: Any, opening: Any) -> Any:
+        fence = super().take_over(found, opening)
         self.log.append(("taken", opening.run_id, fence.epoch, _place(opening.owner), _held(found)))
         return fence
 
-    def kept(self, run: Any, position: int, branch: str | None = None) -> list[StepRow]:
+    def annotations(self, run: Any, position: int, branch: str | None = None) -> list[StepRow]:
         if position == Annotation.CANCEL and self.database.forgets_cancels:
             return []
-        return super().kept(run, position, branch)
+        return super().annotations(run, position, branch)
 
     def commit(self, fence: Any, attempt: Any, step: Any, *more: Any) -> Any:
         before = self.db.total_changes
@@ -143,8 +143,8 @@ class LoggedRows(SqliteRows):
             self.log.append(("finished", self.database.ids[fence.run], fence.epoch, str(status)))
         return done
 
-    def keep(self, run_id: str, position: int, branch: str, node_id: str, step: Any) -> None:
-        super().keep(run_id, position, branch, node_id, step)
+    def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Any) -> None:
+        super().annotate(run_id, position, branch, node_id, step)
         if position == Annotation.CANCEL:
             self.log.append(("cancel asked", run_id))
 
@@ -160,8 +160,8 @@ class GatheredRows(LoggedRows):
     def begin(self, found: Any, opening: Any) -> Any:
         return self._open(super().begin, found, opening)
 
-    def go_on(self, found: Any, opening: Any) -> Any:
-        return self._open(super().go_on, found, opening)
+    def take_over(self, found: Any, opening: Any) -> Any:
+        return self._open(super().take_over, found, opening)
 
     def _open(self, do: Callable[..., Any], found: Any, opening: Any) -> Any:
         # What it makes is known before it is written; it is undone until then.
@@ -193,22 +193,22 @@ class GatheredRows(LoggedRows):
             run_id = self.database.ids[fence.run]
             raise fenced_error(self.find(run_id), run_id)
 
-    def keep(self, run_id: str, position: int, branch: str, node_id: str, step: Any) -> None:
-        self.writes.append(partial(super().keep, run_id, position, branch, node_id, step))
+    def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Any) -> None:
+        self.writes.append(partial(super().annotate, run_id, position, branch, node_id, step))
 
-    def drop(self, run: Any, position: int, branch: str | None = None) -> None:
-        self.writes.append(partial(super().drop, run, position, branch))
+    def delete_annotations(self, run: Any, position: int, branch: str | None = None) -> None:
+        self.writes.append(partial(super().delete_annotations, run, position, branch))
 
-    def cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
-        found = super().cell(name)
+    def read_cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
+        found = super().read_cell(name)
         self.cells[name] = found[0]
         return found
 
-    def put_cell(self, name: str, data: bytes) -> None:
-        do, before = super().put_cell, self.cells[name]
+    def write_cell(self, name: str, data: bytes) -> None:
+        do, before = super().write_cell, self.cells[name]
 
         def write() -> None:
-            if SqliteRows.cell(self, name)[0] != before:
+            if SqliteRows.read_cell(self, name)[0] != before:
                 raise Changed
             do(name, data)
 
@@ -282,7 +282,7 @@ class SimulatedStore(DurableStore):
         file: Any = database
         self.connection = SqliteConnection(file)
         self.busy = False
-        self._keepers[generation()] = _SimulatedKeeper(self)
+        self._lease_renewers[generation()] = _SimulatedRenewer(self)
 
     def __repr__(self) -> str:
         return f"SimulatedStore({self.process.pid})"
@@ -412,7 +412,7 @@ class SimulatedStore(DurableStore):
         self._after(self.world.latency(), arrived)
 
 
-class _SimulatedKeeper(LeaseRenewer):
+class _SimulatedRenewer(LeaseRenewer):
     """The thread that renews the leases of runs, as events of its process."""
 
     def __init__(self, store: SimulatedStore) -> None:
@@ -438,7 +438,9 @@ class _SimulatedKeeper(LeaseRenewer):
         if now - self._renewed >= self._interval() * 0.9:
             self._renewed = now
             store.post(partial(_renew, [session.fence for session in sessions]))
-        self._look(store, {session.fence.run: session for session in sessions if session.on_cancel})
+        self._notify_cancelled(
+            store, {session.fence.run: session for session in sessions if session.on_cancel}
+        )
         self._next()
 
 

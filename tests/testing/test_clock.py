@@ -236,7 +236,7 @@ async def test_with_sockets_open_it_jumps_over_waits_between_attempts_only():
 def test_there_is_one_clock_at_a_time():
     """A second clock says that there is one; afterwards another can be used."""
     with FakeClock():
-        with pytest.raises(RuntimeError, match="in use already"):
+        with pytest.raises(RuntimeError, match="active already"):
             FakeClock().__enter__()
     with FakeClock():
         pass

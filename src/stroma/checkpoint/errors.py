@@ -20,7 +20,7 @@ class StoreError(Exception):
     ``transient``: whether trying the same again may help.
 
     Where: out of ``run()`` if the run cannot begin; ``result.failure`` of a PARTIAL run if a commit could not be kept.
-    Cause: the file, disk or server of the store, or a store that keeps no journal where one is needed.
+    Cause: the file, disk or server of the store, or a store without a journal where one is needed.
     Mend: do what the message says, then run with ``resume=True``; nothing committed is lost.
     """
 

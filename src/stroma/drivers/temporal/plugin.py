@@ -42,7 +42,7 @@ class StromaPlugin(SimplePlugin):
     ``payloads``: where states of 256 KiB and more go: a BlobStore, a directory that all machines share, or a URL.
     ``store``: a journal store that every run is written to when it ends or waits, for ``stroma runs``, ``show`` and ``ui``.
     ``beat_seconds``: how often an attempt says that it is alive, and hears whether it is cancelled; None is half of the
-    run's ``heartbeat_seconds``. Raises TypeError for what is no pipeline or keeps no journal.
+    run's ``heartbeat_seconds``. Raises TypeError for what is no pipeline or has no journal.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class StromaPlugin(SimplePlugin):
             if not isinstance(pipeline, Pipeline):
                 raise TypeError(f"{pipeline!r} is no pipeline; give Pipeline(name, nodes)")
         if store is not None and not isinstance(store, JournalStore):
-            raise TypeError(f"{store!r} keeps no journal of runs; give a journal store such as SQLiteStore")
+            raise TypeError(f"{store!r} has no journal of runs; use a journal store such as SQLiteStore")
         self.attempts = Attempts(
             listed, config=config, registry=registry, payloads=blob_store(payloads), store=store
         )
