@@ -406,13 +406,15 @@ class Attempt:
         """Append the row of a committed output. From here on it is safe."""
         ctx, run = self.ctx, self.run
         fire = ctx.fire
-        if self.failure is None and fire.on_node_success is None:
+        if self.failure is not None:
+            self._end(row, fire.on_node_failure, failure_arguments, ctx, run, self.failure)
+        else:  # As _end() does, for 0.4 us less; every set of hooks has seen the start of an attempt that succeeds.
             self.row = run.ended = row
             run.rows.append(row)
-        elif self.failure is not None:
-            self._end(row, fire.on_node_failure, failure_arguments, ctx, run, self.failure)
-        else:
-            self._end(row, fire.on_node_success, success_arguments, ctx, run, self.plan[1], self.model)
+            calls = fire.on_node_success
+            if calls is not None:
+                about = (ctx, run, self.plan[1], self.model)
+                self.firing = Firing(fire, "on_node_success", calls, run.node_id, success_arguments, about)
         if ctx.step_policies:
             # With the commit: a cancellation that comes after it must not have the node called again.
             self._remember_output()
