@@ -98,8 +98,8 @@ class Attempt:
 
     async def make(self) -> BaseModel | Failure | Halt:
         """Make the attempt. Return the committed output, a Failure for the policies to decide about, or a Halt."""
-        # One coroutine for the call and its commit, and few calls of methods where nothing is to be done: 2 us of the 11 of a
-        # node.
+        # One coroutine for the call and its commit, and few calls of methods where nothing is to be done: 0.7 us less of the
+        # 11 of a node.
         ctx, run, node = self.ctx, self.run, self.node
         raised: BaseException | None = None
         try:
@@ -149,7 +149,7 @@ class Attempt:
             self._end_with_output(row)
             if self.interrupt is None and self.failure is None and not ctx.limits:
                 end_hooks = self.firing
-                # Most hooks never wait: 1 us less for a node that has one.
+                # Most hooks never wait. Without a coroutine around them, at start and end: 0.6 us less for a node.
                 if end_hooks is None or (end_hooks.advance() and not ctx.delivers):
                     return self.model
             return await self._announce()
@@ -383,7 +383,7 @@ class Attempt:
         """Store the output, in one call. Return its row, and what is to be settled, if anything."""
         ctx, run, duration = self.ctx, self.run, self.duration
         if self.failure is None and run.counted is NO_USAGE and type(self.node) is Node:
-            # As make_row() and record() do, without their calls: 0.5 us of the 10 of a node.
+            # As make_row() and record() do, without their calls: 0.3 us less of the 11 of a node.
             fields = (
                 run.node_id, run.attempt, self.begin + ctx.epoch_ns, duration, self.snapshot, self.saved, "success", None,
                 None, run.position, run.branch, run.group, run.schemas, run.children, duration,
@@ -408,7 +408,7 @@ class Attempt:
         fire = ctx.fire
         if self.failure is not None:
             self._end(row, fire.on_node_failure, failure_arguments, ctx, run, self.failure)
-        else:  # As _end() does, for 0.4 us less; every set of hooks has seen the start of an attempt that succeeds.
+        else:  # As _end() does, for 0.2 us less; every set of hooks has seen the start of an attempt that succeeds.
             self.row = run.ended = row
             run.rows.append(row)
             calls = fire.on_node_success
