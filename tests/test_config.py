@@ -27,6 +27,7 @@ from stroma import (
     current_run,
     default_policy_map,
 )
+from stroma.engine.config import default_config
 from stroma.trace import RunStatus
 
 FIELDS = ("budget", "policy_map", "hooks", "classifiers", "model_fallbacks")
@@ -197,3 +198,15 @@ async def test_hooks_that_are_set_on_a_default_are_called() -> None:
 
 async def _same(state: State) -> State:
     return state
+
+
+def test_a_runner_without_a_config_has_the_default_config() -> None:
+    """A runner without a config goes by ``RunConfig()``, with containers of its own."""
+    one, other = default_config(), default_config()
+    assert one.model_copy(update={"run_id": "a"}) == RunConfig().model_copy(update={"run_id": "a"})
+    assert list(vars(one)) == list(vars(RunConfig()))
+    assert one.run_id != other.run_id
+    assert one.policy_map is not other.policy_map
+    assert one.context is not other.context
+    assert one.hooks is not other.hooks
+    assert not one.model_fields_set

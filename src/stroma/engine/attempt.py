@@ -37,7 +37,7 @@ from stroma.engine.execution import NodeExecution
 from stroma.engine.interceptors import Call
 from stroma.engine.metering import count_returned, price
 from stroma.engine.outcome import GroupStopped, Halt, refuse
-from stroma.engine.tasks import in_thread, passes_through
+from stroma.engine.tasks import as_store_error, in_thread, passes_through
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure, NodeContext, diagnose, ends_run, isinstance_by_type, message_of
@@ -98,38 +98,60 @@ class Attempt:
 
     async def make(self) -> BaseModel | Failure | Halt:
         """Make the attempt. Return the committed output, a Failure for the policies to decide about, or a Halt."""
-        # A coroutine only for a step that waits: each takes 0.3 us of the 7 that a node does.
+        # One coroutine for the call and its commit, and few calls of methods where nothing is to be done: 0.7 us less of the
+        # 11 of a node.
+        ctx, run, node = self.ctx, self.run, self.node
+        raised: BaseException | None = None
         try:
             violation = self._take_input()
             if violation is not None:
                 return await self._fail(violation)
-            if self.ctx.fire.on_node_start is not None:
-                await self._call_start_hooks()
-            raised = await self._call()
-            if type(self.output) is tuple or self.run.reported is not None:
+            if ctx.fire.on_node_start is not None:
+                firing = self._start_hooks()
+                if not firing.advance():
+                    await self._finish_start_hooks(firing)
+            self.begin = begin = perf_counter_ns()
+            try:
+                if type(node) is Node and node.is_async and not ctx.timed and run.parent is None:
+                    self.output = output = await (
+                        node.func(self.state, ctx.node_context())
+                        if node.wants_context
+                        else node.func(self.state)
+                    )
+                    self.duration = perf_counter_ns() - begin
+                else:
+                    output = await self._call()
+            except BaseException as error:
+                self._stop_clock()
+                if passes_through(error, self.cancelling, in_group=type(node) is not Node):
+                    raise
+                raised, output = error, None
+            if type(output) is tuple or run.reported is not None:
                 await self._price_usage()
-            self._count_usage()
+            self.is_counted = True
+            if run.counted is NO_USAGE and not run.branch and type(node) is Node:
+                ctx.cost_tracker.latency_ns += self.duration
+            else:
+                self._count_usage()
             if raised is not None:
                 return await self._end_of_call(raised)
             violation = self._accept_output()
             if violation is not None:
                 return await self._fail(violation)
-            if self.usage_error is not None or self.ctx.limits:
+            if self.usage_error is not None or ctx.limits:
                 self._judge()
             row, pending = self._begin_commit()
             if pending is not None:
                 problem = await self._finish_commit(row, pending)
                 if problem is not None:
                     return await self._fail(problem, is_of_store=True)
-                row = refer(self.ctx, row)
+                row = refer(ctx, row)
             self._end_with_output(row)
-            if (
-                self.firing is None
-                and self.interrupt is None
-                and self.failure is None
-                and not self.ctx.limits
-            ):
-                return self.model
+            if self.interrupt is None and self.failure is None and not ctx.limits:
+                end_hooks = self.firing
+                # Most hooks never wait. Without a coroutine around them, at start and end: 0.6 us less for a node.
+                if end_hooks is None or (end_hooks.advance() and not ctx.delivers):
+                    return self.model
             return await self._announce()
         except BaseException as interrupt:
             await self._end_interrupted(interrupt)
@@ -137,7 +159,7 @@ class Attempt:
         finally:
             # What the function raised references the frames that it passed, they this attempt, and the execution its last
             # failure: otherwise each failed run is a cycle that only the garbage collector frees.
-            del self.run
+            del self.run, run, raised
 
     async def begin_only(self) -> Failure | Halt | None:
         """Make the part of the attempt that precedes the call. Return its end if the input is not valid."""
@@ -146,7 +168,9 @@ class Attempt:
             if violation is not None:
                 return await self._fail(violation)
             if self.ctx.fire.on_node_start is not None:
-                await self._call_start_hooks()
+                firing = self._start_hooks()
+                if not firing.advance():
+                    await self._finish_start_hooks(firing)
             return None
         except BaseException as interrupt:
             await self._end_interrupted(interrupt)
@@ -172,7 +196,7 @@ class Attempt:
         try:
             if schema is None:
                 self.state, self.snapshot = self._copy_input()
-            elif handover.has(self.value):
+            elif handover.snapshot is not None and self.value is handover.model:
                 self.state, self.snapshot = handover.take(schema)
             else:
                 self.state, self.snapshot = schema.prepare_input(self.value)
@@ -209,47 +233,32 @@ class Attempt:
         snapshot = shared[1] if shared is not None and shared[0] is value else schema.snapshot(value)
         return schema.copy(value), snapshot
 
-    async def _call_start_hooks(self) -> None:
+    def _start_hooks(self) -> Firing:
         ctx, state, schema = self.ctx, self.state, self.plan[0]
         calls = ctx.fire.on_node_start
         assert calls is not None
         if schema is None or type(state) is not schema.model:
             schema = schema_of(type(state))
         about = (ctx, self.run, schema, state)
-        firing = Firing(ctx.fire, "on_node_start", calls, self.run.node_id, start_arguments, about)
-        if not firing.advance():
-            try:
-                await firing.finish()
-            except HookNotAsync as error:
-                self.first_unstarted = error.set_index
-                raise
+        return Firing(ctx.fire, "on_node_start", calls, self.run.node_id, start_arguments, about)
+
+    async def _finish_start_hooks(self, firing: Firing) -> None:
+        try:
+            await firing.finish()
+        except HookNotAsync as error:
+            self.first_unstarted = error.set_index
+            raise
 
     # ------------------------------------------------------------------ call
 
-    async def _call(self) -> BaseException | None:
-        """Call the function. Return what it raised, or raise that if it ends the run."""
-        node = self.node
-        self.begin = begin = perf_counter_ns()
-        if self.run.parent is not None and type(node) is Node:
-            self.run.parent.enter(begin)
-        try:
-            if self.ctx.timed:
-                self.output = await self._call_in_time()
-            elif type(node) is Node and node.is_async:  # As call_function() does, without another coroutine.
-                self.output = await (
-                    node.func(self.state, self.ctx.node_context())
-                    if node.wants_context
-                    else node.func(self.state)
-                )
-            else:
-                self.output = await self._call_function(self.state)
-        except BaseException as error:
-            self._stop_clock()
-            if passes_through(error, self.cancelling, in_group=type(node) is not Node):
-                raise
-            return error
+    async def _call(self) -> Any:
+        """Call a function or a group that make() does not call itself. Return its output."""
+        ctx, node, parent = self.ctx, self.node, self.run.parent
+        if parent is not None and type(node) is Node:
+            parent.enter(self.begin)
+        self.output = await (self._call_in_time() if ctx.timed else self._call_function(self.state))
         self._stop_clock()
-        return None
+        return self.output
 
     def _stop_clock(self) -> None:
         """Note how long the function took; for a group, from the start of its first function to the end of its last."""
@@ -372,10 +381,21 @@ class Attempt:
 
     def _begin_commit(self) -> tuple[AttemptRow, Awaitable[None] | Exception | None]:
         """Store the output, in one call. Return its row, and what is to be settled, if anything."""
-        run = self.run
+        ctx, run, duration = self.ctx, self.run, self.duration
+        if self.failure is None and run.counted is NO_USAGE and type(self.node) is Node:
+            # As make_row() and record() do, without their calls: 0.3 us less of the 11 of a node.
+            fields = (
+                run.node_id, run.attempt, self.begin + ctx.epoch_ns, duration, self.snapshot, self.saved, "success", None,
+                None, run.position, run.branch, run.group, run.schemas, run.children, duration,
+            )  # fmt: skip
+            row: AttemptRow = tuple.__new__(AttemptRow, fields)
+            try:
+                return row, ctx.session.record(row, self.plan[1], self.model, run.step)
+            except BaseException as error:
+                return row, as_store_error(error)
         outcome: Outcome = "success" if self.failure is None else "failure"
-        row = make_row(run, self.begin, self.duration, self.snapshot, self.saved, self.failure, outcome)
-        return row, record(self.ctx, row, self.plan[1], self.model, run.step)
+        row = make_row(run, self.begin, duration, self.snapshot, self.saved, self.failure, outcome)
+        return row, record(ctx, row, self.plan[1], self.model, run.step)
 
     async def _finish_commit(self, row: AttemptRow, pending: Awaitable[None] | Exception) -> Exception | None:
         """See the commit through. Return why the store refuses it."""
@@ -386,13 +406,15 @@ class Attempt:
         """Append the row of a committed output. From here on it is safe."""
         ctx, run = self.ctx, self.run
         fire = ctx.fire
-        if self.failure is None and fire.on_node_success is None:
+        if self.failure is not None:
+            self._end(row, fire.on_node_failure, failure_arguments, ctx, run, self.failure)
+        else:  # As _end() does, for 0.2 us less; every set of hooks has seen the start of an attempt that succeeds.
             self.row = run.ended = row
             run.rows.append(row)
-        elif self.failure is not None:
-            self._end(row, fire.on_node_failure, failure_arguments, ctx, run, self.failure)
-        else:
-            self._end(row, fire.on_node_success, success_arguments, ctx, run, self.plan[1], self.model)
+            calls = fire.on_node_success
+            if calls is not None:
+                about = (ctx, run, self.plan[1], self.model)
+                self.firing = Firing(fire, "on_node_success", calls, run.node_id, success_arguments, about)
         if ctx.step_policies:
             # With the commit: a cancellation that comes after it must not have the node called again.
             self._remember_output()

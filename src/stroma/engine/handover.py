@@ -22,42 +22,42 @@ class Handover:
     Attributes:
         is_active: outputs go from node to node, and not to plain code between them.
         model: the output itself.
+        snapshot: of the model; None for a flat state, of which reading the model takes no longer.
         is_shared: the next node has values of the model itself, which it may change; the snapshot has them unchanged.
     """
 
-    __slots__ = ("_snapshot", "is_active", "is_shared", "model")
+    __slots__ = ("is_active", "is_shared", "model", "snapshot")
 
     def __init__(self) -> None:
         self.is_active = False
         self.model: BaseModel | None = None
         self.is_shared = False
-        self._snapshot: PickledSnapshot | bytes | None = None
+        self.snapshot: PickledSnapshot | bytes | None = None
 
     def offer(self, model: BaseModel, snapshot: Snapshot | None = None, schema: Schema | None = None) -> None:
         """Take over an output that was committed, with the snapshot that ``schema`` made of it."""
         self.model = model
         self.is_shared = False
-        self._snapshot = None
+        self.snapshot = None
         if schema is None or snapshot is None or type(snapshot) is tuple or not self.is_active:
             return  # Of a flat state, reading the model takes no longer.
         if schema.is_reusable(snapshot):
-            self._snapshot = cast("PickledSnapshot | bytes", snapshot)
-
-    def has(self, state: BaseModel) -> bool:
-        """Return True if :meth:`take` has the input of the next node from this state."""
-        return self._snapshot is not None and state is self.model
+            self.snapshot = cast("PickledSnapshot | bytes", snapshot)
 
     def take(self, schema: Schema) -> tuple[BaseModel, Snapshot]:
-        """Return the input of the next node, and its snapshot. Raises what validators raise."""
+        """Return the input of the next node, and its snapshot. Raises what validators raise.
+
+        Only while there is a ``snapshot``, for the state that is ``model``.
+        """
         assert self.model is not None
-        assert self._snapshot is not None
-        state, snapshot, is_shared = schema.prepare_input_from(self.model, self._snapshot, not self.is_shared)
+        assert self.snapshot is not None
+        state, snapshot, is_shared = schema.prepare_input_from(self.model, self.snapshot, not self.is_shared)
         self.is_shared |= is_shared
         return state, snapshot
 
     def packed(self, state: BaseModel) -> PickledSnapshot | None:
         """Return the snapshot of a state if it is one that any class of states can be read from."""
-        return self._snapshot if state is self.model and type(self._snapshot) is PickledSnapshot else None
+        return self.snapshot if state is self.model and type(self.snapshot) is PickledSnapshot else None
 
     def own(self, state: BaseModel) -> BaseModel:
         """Return a state of a driver with values that no node can change."""
@@ -67,7 +67,7 @@ class Handover:
         """Return the last output, with values that no node can change; None before the first."""
         if self.is_shared:
             assert self.model is not None
-            assert self._snapshot is not None
-            return schema_of(type(self.model)).restore(self._snapshot)
-        self._snapshot = None  # The caller may change the model.
+            assert self.snapshot is not None
+            return schema_of(type(self.model)).restore(self.snapshot)
+        self.snapshot = None  # The caller may change the model.
         return self.model

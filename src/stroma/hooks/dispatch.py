@@ -167,13 +167,15 @@ class Firing:
         self._begin = 0.0
 
     def advance(self) -> bool:
-        """Call hooks until one waits. Return True if all were called and nothing is to be raised."""
-        task = current_task()
-        while self._index < len(self._calls):
-            set_index, hook = self._calls[self._index]
+        """Call hooks until one waits. Return True if all were called and nothing is to be raised. Safe to call again."""
+        if self._waiting is not None:
+            return False
+        task, calls, limits = current_task(), self._calls, self._hooks.limits
+        while self._index < len(calls):
+            set_index, hook = calls[self._index]
             self._index += 1
-            self._before = 0 if task is None else task.cancelling()
-            self._begin = perf_counter()
+            self._before = before = 0 if task is None else task.cancelling()
+            self._begin = begin = perf_counter()
             try:
                 awaitable: Any = hook(*self._make(*self._about))
                 if type(awaitable) is CoroutineType:
@@ -190,8 +192,12 @@ class Firing:
             except BaseException as error:
                 self._handle(error, task)
             else:
-                self._check_time(set_index, hook)
-            self._check_cancelled(task)
+                # Asked here as well, since two more calls take 0.15 us of the 4 of a hook.
+                limit = limits[set_index]
+                if limit is not None and perf_counter() - begin > limit:
+                    self._check_time(set_index, hook)
+            if task is not None and task.cancelling() > before:
+                self._check_cancelled(task)
         return self._stopped is None
 
     async def finish(self) -> None:

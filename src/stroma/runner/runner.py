@@ -36,7 +36,7 @@ from stroma.contracts.node import (
 from stroma.contracts.schema import Schema, schema_of
 from stroma.cost.budget import ExecutionBudget
 from stroma.cost.fallback import FallbackPolicy
-from stroma.engine.config import RunConfig
+from stroma.engine.config import RunConfig, default_config
 from stroma.engine.config import new_run_id as fresh_run_id
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.restore import value_of
@@ -101,7 +101,7 @@ class StromaRunner:
         self._batches: dict[Batch, None] = {}
         #: Node ids of the config that no node has, and that were warned of.
         self._warned: set[str] = set()
-        self.config = config if config is not None else RunConfig()
+        self.config = config if config is not None else default_config()
 
     @classmethod
     def quick(
