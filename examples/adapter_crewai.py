@@ -22,8 +22,7 @@ from pydantic import BaseModel
 
 from stroma import StromaRunner
 from stroma.adapters import Guard
-from stroma.adapters._crewai_llm import guard_llm
-from stroma.adapters.crewai import attach
+from stroma.adapters.crewai import attach, guard_llm
 
 answers: list[Any] = [ConnectionError("gone"), "tea", "tea is a drink"]
 
