@@ -159,7 +159,7 @@ def test_every_message_in_the_source_is_on_the_page(generate: Any) -> None:
 def test_every_reason_has_its_meaning(generate: Any) -> None:
     """Each word that a failure's reason may be is explained."""
     known = set()
-    for name in ("failures/providers", "failures/failure", "engine/loop", "engine/commit", "engine/metering"):
+    for name in ("failures/providers", "failures/failure", "engine/attempt", "engine/commit", "engine/diagnosis", "engine/loop", "engine/metering", "engine/outcome"):
         tree = ast.parse((ROOT / "src" / "stroma" / f"{name}.py").read_text("utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Verdict":
@@ -182,7 +182,6 @@ def test_every_reason_has_its_meaning(generate: Any) -> None:
 WITHOUT_MEND = {
     "the store could not record node": "the store's own error says it",
     "{path}: {error}": "what SQLite says that nobody has met yet",
-    "cannot keep this: ": "what a driver says that nobody has met yet",
     "cannot be used: {error}, then": "what is wrong with the row ends with it: delete the run",
     "node {node_id}: {error}": "what is wrong with a response, said for a node",
     "hook calls raised; the first": "the hook's own exception says it",
@@ -469,7 +468,7 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (violation, ContractViolation, ["'shorten'", "output", "text: Input should be a valid string"], ""),
     (budget, BudgetExceeded, ["'shorten'", "10 tokens", "11 tokens"], "raise max_tokens_total"),
     (shared_budget, SharedBudgetExceeded, ["'team-a'", "'shorten'", "10 tokens", "8 spent"], "raise max_tokens, then resume the run"),
-    (never_met, LimitError, ["'read'", "8 tokens", "tokens_per_minute=5", "limit 'docs-tokens'"], "raise that"),
+    (never_met, LimitError, ["'read'", "8 tokens", "tokens_per_minute=5", "limit 'docs-tokens'"], "raise the limit"),
     (waited_too_long, WaitedTooLong, ["'read'", "limit 'docs-requests'"], "raise the limit, or max_wait_seconds"),
     (circuit_open, CircuitOpen, ["limit 'read'"], "raise max_wait_seconds of the breaker"),
     (over_by_hand, BudgetExceeded, ["'read'"], "raise max_tokens_total"),
@@ -477,7 +476,7 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (usage, UsageError, ["'shorten'", "-1"], "report whole numbers of tokens"),
     (unpriced, UsageError, ["'shorten'", "'no-such-model'"], "add it to KNOWN_MODELS"),
     (unserialisable, NotSerialisable, ["Secret.key"], ""),
-    (not_found, CheckpointNotFound, ["'run-7'", "'read'", "'shorten'"], "run the pipeline from its beginning"),
+    (not_found, CheckpointNotFound, ["'run-7'", "'read'", "'shorten'"], "run the pipeline from its start"),
     (missing_node, MissingNode, ["'cut'", "'pipe'", "it has 'read'"], "deploy the code with it"),
     (changed, PipelineChanged, ["'run-7'", "'shorten'", "'cut'", "position 1"], "restore the order of nodes, or begin a new run"),
     (other_input, PipelineChanged, ["'run-7'"], "pass the same input, or use another run id"),
@@ -501,8 +500,8 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (no_contract, KeyError, ["'read'"], "register one, or decorate the node"),
     (other_class, TypeError, ["schema"], "must be a BaseModel type"),
     (no_store, ValueError, ["mongodb://"], "use "),
-    (no_such_tool, UnknownNode, ["'serach'", "tool"], "there is 'search'"),
-    (ended_from_elsewhere, RunCancelled, ["'r1'", "'read'"], "call again, in a run of its own"),
+    (no_such_tool, UnknownNode, ["'serach'", "tool"], "known: 'search'"),
+    (ended_from_elsewhere, RunCancelled, ["'r1'", "'read'"], "call it in another run"),
     (zero_timeout, ValueError, ["'read'", "0 ms"], "give a positive number of milliseconds"),
 ]  # fmt: skip
 
