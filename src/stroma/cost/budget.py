@@ -68,7 +68,7 @@ class ExecutionBudget(LazyModel):
     @classmethod
     def unlimited(cls) -> ExecutionBudget:
         """Return a budget without any limit."""
-        return cls()
+        return cls.model_construct()  # no validator: building the first one loads every plugin of pydantic
 
 
 def limits(budget: ExecutionBudget) -> tuple[tuple[Dimension, float], ...]:
