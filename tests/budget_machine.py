@@ -214,7 +214,7 @@ class RateMachine(_Machine):
             tokens = sum(tokens for at, tokens in self.counted.values() if at > self.now - 60_000)
             assert tokens <= 100 + self.beyond
         elif isinstance(told, rates.TooLarge):
-            assert wanted == told.asked > 100
+            assert wanted == told.tokens > 100
             assert min(self.seen[node][-16:]) > 100
             self.seen[node] = []
         elif told.ms is not None:
