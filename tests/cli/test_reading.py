@@ -102,7 +102,7 @@ def test_show(filled, inside, fails):
 
     assert inside("show", "last").out.startswith("run       other\n")
     assert "owner     lost; last record " in inside("show", "oth").out
-    fails(inside("show", "run-"), 2, "is a prefix of 2 runs", "run-a", "run-b")
+    fails(inside("show", "run-"), 2, "is a prefix of 2 run ids", "run-a", "run-b")
     fails(inside("show", "nope"), 4, "no run whose id begins with 'nope'", "stroma runs")
 
 

@@ -146,7 +146,7 @@ def test_each_test_has_snapshots_of_its_own(session):
         "--stroma-update-snapshots",
     )
     twice.assert_outcomes(failed=1)
-    twice.stdout.fnmatch_lines(["*this test has two snapshots test_it.txt; give each a name*"])
+    twice.stdout.fnmatch_lines(["*this test has two snapshots test_it.txt; pass a name for each*"])
 
 
 def test_answers_are_recorded_when_asked_for(session):
