@@ -159,7 +159,16 @@ def test_every_message_in_the_source_is_on_the_page(generate: Any) -> None:
 def test_every_reason_has_its_meaning(generate: Any) -> None:
     """Each word that a failure's reason may be is explained."""
     known = set()
-    for name in ("failures/providers", "failures/failure", "engine/attempt", "engine/commit", "engine/diagnosis", "engine/loop", "engine/metering", "engine/outcome"):
+    for name in (
+        "failures/providers",
+        "failures/failure",
+        "engine/attempt",
+        "engine/commit",
+        "engine/diagnosis",
+        "engine/loop",
+        "engine/metering",
+        "engine/outcome",
+    ):
         tree = ast.parse((ROOT / "src" / "stroma" / f"{name}.py").read_text("utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Verdict":

@@ -265,7 +265,9 @@ def decide(
         error.holder, error.left_seconds, error.same_input = last.holder, last.left_seconds, same_input
         raise error
     if request.only_unfinished and last.status not in ("RUNNING", "INTERRUPTED"):
-        raise RunExists(f"run {request.run_id!r} has nothing to recover, its status is {last.status}; start or resume it instead")
+        raise RunExists(
+            f"run {request.run_id!r} has nothing to recover, its status is {last.status}; start or resume it instead"
+        )
     if request.if_exists == "error":
         raise RunExists(
             f"run {request.run_id!r} already exists (execution {last.execution}, {last.status}); use another run id, or pass "

@@ -133,6 +133,8 @@ async def execute_in_turn(
         finally:
             if run._at_end is not None:
                 run.close()
+            # The traceback of a failure references this frame: a node that is over must not stand in it (a cycle on 3.12).
+            del run
         if type(outcome) is Halt:
             return outcome
         value = outcome
