@@ -1,4 +1,4 @@
-"""What is wrong with a store, with what it holds, or with what it was asked."""
+"""Errors of stores, of their contents, and of requests to them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CheckpointNotFound(StoreError, LookupError):
 
 
 class CorruptCheckpoint(StoreError, TypeError):
-    """What a store gave back is not a state of the schema it is read with.
+    """Stored data that is not a state of the schema it is read with.
 
     Where: out of ``run()`` on resume; reading a state from a store.
     Cause: a damaged store, data that something else wrote, or a schema that has changed since.
@@ -46,7 +46,7 @@ class CorruptCheckpoint(StoreError, TypeError):
 
 
 class CheckpointLost(StoreError):
-    """What a store acknowledged of a run is gone.
+    """Data of a run that the store acknowledged is gone.
 
     Where: ``result.failure`` of a PARTIAL run; out of ``run()`` on resume, before anything is called; reading a run.
     Cause: rows of the run are missing, or the store came back older: it was restored from a copy, failed over to a replica

@@ -1,4 +1,4 @@
-"""What stores know of runs, as the command line and the web interface tell it: one layer for both.
+"""History of runs in a store, for the command line and the web interface.
 
 Everything is read through the public reading functions of a journal store; nothing is imported or run for it.
 """
@@ -64,7 +64,7 @@ class Payload(NamedTuple):
 
 
 def place_of(attempt: AttemptRecord) -> str:
-    """Where an attempt stands in its run: "2", "2.0" for a child of a group."""
+    """Return the place of an attempt in its run: "2", or "2.0" for a child of a group."""
     return f"{attempt.position}.{attempt.branch}" if attempt.branch else str(attempt.position)
 
 
@@ -109,7 +109,7 @@ def waste(attempts: Iterable[AttemptRecord]) -> tuple[int, float]:
 
 
 def is_gone(record: RunRecord) -> bool:
-    """Whether a run stands as one that runs, and nobody is at work on it any more."""
+    """Return True if a run is recorded as running, but its owner is gone."""
     return record.status == "RUNNING" and record.holder is None
 
 
@@ -186,7 +186,7 @@ class History:
         return self.shown_attempts(run_id, self.store.attempts_at(run_id, position, branch))
 
     def waiting(self, run_id: str) -> list[Waiting]:
-        """What nodes of the last execution of a run wait for, or waited for. [] if unknown."""
+        """Return the questions of nodes in the last execution of a run, answered ones too; [] if unknown."""
         hide = _Hiding(self, run_id)
         found = self.store.waiting(run_id)
         return [one._replace(reason=hide(one.reason, one.position, one.branch) or "") for one in found]
@@ -220,7 +220,7 @@ class History:
     def output(
         self, run_id: str, position: int, branch: str = "", *, most_bytes: int | None = None
     ) -> Payload:
-        """What is committed at a place. Above ``most_bytes`` it is not looked into."""
+        """Return the committed output at a place, without its content above ``most_bytes``."""
         try:
             data = self.store.output_of(run_id, position, branch)
         except CorruptCheckpoint as error:
@@ -244,7 +244,7 @@ class History:
         return (inputs or Inputs(self, run_id)).of(attempt, most_bytes)
 
     def given(self, run_id: str, position: int, *, most_bytes: int | None = None) -> Payload:
-        """What was given at a position: the output before it, or what the run began with."""
+        """Return the input of a position: the output before it, or the run's own input."""
         if position:
             found = self.output(run_id, position - 1, most_bytes=most_bytes)
             if found.problem == "nothing is committed here":
@@ -413,7 +413,7 @@ class _Hiding:
         return hidden
 
     def _taken_out(self, place: tuple[int, str] | None) -> frozenset[str] | None:
-        """What is hidden of the input (None) or of an output; None if that cannot be told."""
+        """Return the values that redaction removes from the input (None) or an output; None if unknown."""
         store = self._history.store
         if place is not None and place[0] < 0:
             return _NONE
@@ -456,7 +456,7 @@ class Change(NamedTuple):
 
 
 def changes(a: Any, b: Any, path: str = "") -> list[Change]:
-    """What tells two states of plain JSON data apart, field by field; at most a thousand differences."""
+    """Return the differences of two states of plain JSON data, field by field, at most a thousand."""
     found: list[Change] = []
     for change in _changes(a, b, path):
         found.append(change)

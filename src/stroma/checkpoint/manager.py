@@ -22,7 +22,7 @@ _KEPT: Final = "stroma.contracts.untyped:Kept"
 
 
 def _no_store(given: object) -> str:
-    """What is wrong with what was given as a store. Without its text: a URL may hold a password."""
+    """Describe an object that is not a store, without its text: a URL may hold a password."""
     if isinstance(given, type):
         return f"the class {given.__name__} was given as a store; make one of it: {given.__name__}(...)"
     mend = (
@@ -68,7 +68,7 @@ class CheckpointManager:
 
     @property
     def keeps_journal(self) -> bool:
-        """Whether the store knows runs, and so can resume them by itself."""
+        """Return True if the store has a journal of runs and can resume them."""
         return hasattr(self.store, "open_run")
 
     def open_run(self, request: RunRequest) -> Session | Awaitable[Session]:

@@ -1,4 +1,4 @@
-"""What a durable store makes of each payload: encrypted or compressed by a codec, and apart from the rows if it is large."""
+"""Payloads of durable stores: sealed by a codec, and stored as blobs if they are large."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ class Payloads:
         self.plain = codec is None and blobs is None
 
     def is_plain(self, stored: bytes) -> bool:
-        """Whether a stored payload is the payload itself, as this store would write it."""
+        """Return True if a stored payload is the payload itself, as this store would write it."""
         return self.plain and not stored.startswith((CODED, BLOB))
 
     async def seal(self, data: bytes, place: PayloadPlace) -> bytes:
@@ -375,7 +375,7 @@ def _no_bytes(codec: Codec, method: str, given: object) -> StoreError:
 
 
 def blob_store(given: BlobStore | str | os.PathLike[str] | None) -> BlobStore | None:
-    """What ``blobs=`` may be: a store of them, a directory, or a URL that fsspec knows."""
+    """Return the blob store for ``blobs=``: a blob store, a directory, or a URL that fsspec supports."""
     if given is None or isinstance(given, BlobStore):
         return given
     text = os.fsdecode(given)

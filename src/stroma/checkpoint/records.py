@@ -50,7 +50,7 @@ class RunQuery:
 
     @property
     def looks_closer(self) -> bool:
-        """Whether no index leads to what is asked for, so that runs must be looked at one by one."""
+        """Return True if no index serves the query, so that runs are examined one by one."""
         return (self.failure_class, self.node, self.text) != (None, None, None)
 
 
@@ -165,12 +165,12 @@ class AttemptRecord:
         return None if self.message is None else typed(self.error_type, self.message)
 
     def idempotency_key(self, run_id: str, execution: int) -> str:
-        """What ``current_node().idempotency_key`` was in it."""
+        """Return the ``current_node().idempotency_key`` of the attempt."""
         return f"{run_id}:{execution}:{self.identity or self.position}:{self.branch}"
 
 
 class StoreFacts(NamedTuple):
-    """What a store says of itself.
+    """Facts about a store as a whole.
 
     Attributes:
         system: what keeps it, with its version.

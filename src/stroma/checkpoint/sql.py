@@ -1,4 +1,4 @@
-"""How the SQL stores find runs: the statement for a page of them, in the words that SQLite and PostgreSQL share."""
+"""SQL statements for a page of runs, in the syntax that SQLite and PostgreSQL share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Dialect", "attempt_page", "find_runs", "tally"]
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """What is not said in the same words.
+    """Differences of SQL syntax.
 
     Attributes:
         columns: of a RunRow, from ``runs r``.
@@ -155,7 +155,7 @@ def _find(
 
 
 def _closer(dialect: Dialect, query: RunQuery) -> tuple[str, list[Any]]:
-    """What must be looked up for each run, and its parameters."""
+    """Return the conditions that are checked for each run, with their parameters."""
     parts, given = [], list[Any]()
     if query.failure_class is not None or query.node is not None:
         failed = _FAILED

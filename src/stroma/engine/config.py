@@ -48,7 +48,7 @@ class _GeneratedId(str):
         return self  # A deep copy of a config shares the mark too.
 
     def take(self) -> bool:
-        """Whether this call is the first; atomic, so also between threads."""
+        """Return True for the first call only. Atomic between threads."""
         # A process forked since has an id of its own to take.
         found: int | None = vars(self).pop("_fresh_in", None)
         return found == os.getpid()
@@ -61,7 +61,7 @@ def _generate_id() -> str:
 
 
 class RunConfig(LazyModel):
-    """How runs behave. Times say their unit in their name.
+    """Configuration of runs. Names of times include their unit.
 
     Attributes:
         run_id: any text; generated when not given, and then fresh for each run.
@@ -165,7 +165,7 @@ class RunConfig(LazyModel):
 
     @property
     def gated(self) -> bool:
-        """Whether attempts wait for their turn anywhere."""
+        """Return True if attempts may wait at a shared budget, limit or breaker."""
         return bool(self.shared_budgets or self.limits or self.breaker is not None)
 
     def take_run_id(self) -> str:

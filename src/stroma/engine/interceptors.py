@@ -1,4 +1,4 @@
-"""Where a test kit reaches into runs. Nothing is here unless a test has asked for it, and then nothing is paid for it."""
+"""Interception points of runs for the test kit. Outside of tests the list is empty and costs nothing."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class GroupStopped(Exception):
 
 @final
 class Place(NamedTuple):
-    """Where an execution stands, and under what.
+    """Place of an execution: position, branch, parent and contract.
 
     Attributes:
         position: of the first node, 0-based.

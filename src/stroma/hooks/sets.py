@@ -27,7 +27,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class MapProgress:
-    """How far a map is.
+    """Progress of a map.
 
     Attributes:
         done: items that have ended, the failed and the restored ones among them.

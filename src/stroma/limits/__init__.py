@@ -1,4 +1,4 @@
-"""What runs share: budgets, rate limits, circuit breakers."""
+"""Shared limits: budgets, rate limits, circuit breakers."""
 
 from typing import TYPE_CHECKING
 

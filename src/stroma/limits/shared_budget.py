@@ -392,7 +392,7 @@ def _an_usd(name: str, value: object) -> float:
 
 
 def _by_node(name: str, given: Any, limit: float | None, checked: Any) -> dict[str, Any]:
-    """What was declared, by node id; for all others under "". Raises ValueError."""
+    """Return the declared estimates by node id, and under "" those of all other nodes. Raises ValueError."""
     if given is None:
         return {}
     if limit is None:

@@ -32,7 +32,7 @@ _WORD_ENDS: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """How much of the inputs and outputs of nodes is sent.
+    """Amount of the inputs and outputs of nodes that is sent.
 
     Attributes:
         mode: "none" sends names, types and sizes of fields, and of failures the type, class and reason. "redacted"

@@ -122,7 +122,7 @@ def storable_text(value: str | None) -> str | None:
 
 
 def is_intact(data: Any, sha: Any) -> bool:
-    """Whether data has its checksum. In a store from elsewhere, either may be anything."""
+    """Return True if the data matches its checksum. Both may be anything in a store from another source."""
     return isinstance(data, bytes) and checksum(data) == sha
 
 

@@ -1,4 +1,4 @@
-"""Who is at work on a run: how a process names itself, and how another one can tell that it is gone."""
+"""Owners of runs: the name of a process, and the test whether that process still exists."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class Owner(NamedTuple):
 
     @property
     def may_die(self) -> bool:
-        """Whether its process has died if the run is found as it left it: it says when it ends, and is not this one."""
+        """Return True if a run without an end means that its process died: the process records ends, and is another one."""
         here = _process(os.getpid())
         return not self.token.startswith(_ENDLESS) and self[:5] != here[:5]
 
     @classmethod
     def read(cls, text: str | None) -> Owner | None:
-        """What ``str()`` wrote; None for anything else: it comes out of a store."""
+        """Parse the text that ``str()`` wrote; return None for any other text, since it comes from a store."""
         parts = (text or "").split("|")
         try:
             host, boot, space, pid, born, token = parts

@@ -102,7 +102,7 @@ class RunRow(NamedTuple):
 
     @property
     def is_damaged(self) -> bool:
-        """Whether the row holds what no store writes, see :func:`parse_run`."""
+        """Return True if the row holds values that no store writes; see :func:`parse_run`."""
         return self.status == DAMAGED
 
 

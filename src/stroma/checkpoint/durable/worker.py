@@ -28,7 +28,7 @@ _generation = 0
 
 
 def generation() -> int:
-    """How many forks lie between this process and the first one. A thread of another generation is not here."""
+    """Return the number of forks between this process and the first one. Threads of other generations do not exist here."""
     return _generation
 
 
@@ -84,7 +84,7 @@ class Connection(Protocol):
         """
 
     def handle(self) -> object:
-        """What must not be collected in a forked child, where closing it would harm the parent's connection."""
+        """Object that must not be garbage-collected in a forked child, where closing it would harm the parent's connection."""
 
     def close(self) -> None: ...
 

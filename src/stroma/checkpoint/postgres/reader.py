@@ -1,4 +1,4 @@
-"""How a Postgres store reads: in the calling thread, on a connection that is kept for the next one."""
+"""Reads of a Postgres store: in the calling thread, on a reused connection."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PostgresReader:
         self._closed = False
 
     def read(self, query: Callable[[Rows], T], nothing: T) -> T:
-        """What a query comes to; ``nothing`` where there are no tables. Raises StoreError."""
+        """Return the result of a query, or ``nothing`` if there are no tables. Raises StoreError."""
         deadline = time.monotonic() + self._server.patience_seconds
         tries = 0
         while True:

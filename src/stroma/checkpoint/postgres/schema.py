@@ -113,7 +113,7 @@ _SHORT: Final = 64
 
 
 def key(text: str) -> bytes:
-    """What an index has in place of an id: its UTF-8 if that is short, else a hash, which no UTF-8 looks like."""
+    """Return the index key of an id: its UTF-8 if that is short, else a hash, which is never valid UTF-8."""
     data = text.encode()
     return data if len(data) <= _SHORT else b"\xff" + hashlib.sha256(data).digest()
 
@@ -192,7 +192,7 @@ def _refuse_strangers(db: psycopg.Connection[Any], schema: str, where: str) -> N
 
 
 def is_current(db: psycopg.Connection[Any], schema: str) -> bool:
-    """Whether this release can read the tables as they are."""
+    """Return True if this release can read the tables as they are."""
     return _version(db, schema) >= SCHEMA_VERSION
 
 

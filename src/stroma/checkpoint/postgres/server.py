@@ -63,7 +63,7 @@ _warned: set[str] = set()
 
 
 def is_lost(db: psycopg.Connection[Any]) -> bool:
-    """Whether a connection is of no more use, and what was under way on it may or may not have been done."""
+    """Return True if the connection is lost; the operation in progress may or may not have been executed."""
     return bool(db.closed or db.broken)
 
 
@@ -72,12 +72,12 @@ def _code(error: BaseException) -> str:
 
 
 def is_misled(error: psycopg.Error) -> bool:
-    """Whether a connection leads to what is not the store, or is not any more: the next one may."""
+    """Return True if the connection leads to a server that is not the store now; a new connection may be right."""
     return _code(error).startswith(_MISLED)
 
 
 def may_pass(error: psycopg.Error) -> bool:
-    """Whether trying again at once may help. A lock that is held for long is left to the caller: others wait for us."""
+    """Return True if an immediate retry may help. A lock that is held for long is left to the caller."""
     code = _code(error)
     if not code:
         return isinstance(error, psycopg.OperationalError) and not _REFUSED.search(str(error))
@@ -253,7 +253,7 @@ class PostgresEndpoint:
 
 
 def _defaults() -> dict[str, str]:
-    """What the environment says (PGHOST and so on), and where there is nothing, what the client library does."""
+    """Return the settings of the environment (PGHOST and so on), else the client library's defaults."""
     found = {o.keyword.decode(): o.val.decode() for o in psycopg.pq.Conninfo.get_defaults() if o.val}
     return {k: found[k] for k in ("user", "host", "port", "dbname") if k in found}
 

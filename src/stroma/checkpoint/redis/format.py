@@ -1,4 +1,4 @@
-"""How a Redis store writes things down."""
+"""Data format of the Redis store."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def pack(header: list[Any], *parts: bytes) -> bytes:
 
 
 def unpack(value: bytes) -> tuple[list[Any] | None, list[bytes]]:
-    """What was packed; (None, []) for what was not: it comes out of a store."""
+    """Unpack data of a store; return (None, []) for data in another format."""
     line, _, rest = value.partition(b"\n")
     try:
         header, lengths = json.loads(line)

@@ -1,4 +1,4 @@
-"""How a Redis store is read. Everything is asked for at once, and nothing is changed but that what has expired is swept away."""
+"""Reads of the Redis store. One request reads everything; the only change is the removal of expired data."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class RedisReader:
         return found, None if seen_to is None else _mark(*seen_to)
 
     def _more(self, start: bytes, run_id: bytes) -> str | None:
-        """Where the next page begins, if any run is older: whether it is asked for, the next page tells."""
+        """Return the start of the next page, if older runs exist; the next page applies the filter."""
         ((looked_at, *_),) = self._get(
             script_command("stroma:", "matching", start, run_id, "-inf", 1, b"", "")
         )
@@ -347,7 +347,7 @@ def _tags_of(data: bytes | None) -> tuple[str, ...]:
 
 
 def _asked(query: RunQuery) -> str:
-    """What a run must be, as the script reads it; "" for any."""
+    """Return the filter of a query as the script reads it; "" for any run."""
     text = query.text
     want = {
         "pipeline": query.pipeline,

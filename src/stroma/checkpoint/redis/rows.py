@@ -377,7 +377,7 @@ class RedisRows(RedisReader):
 
 
 def commit_command(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[Any, ...]:
-    """What keeps an attempt, its usage and its output, and renews the lease."""
+    """Return the command that records an attempt with its usage and output, and renews the lease."""
     return script_command(fence.run.prefix, *commit_values(fence, attempt, step))
 
 
@@ -397,7 +397,7 @@ def commit_values(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[An
 
 
 def is_recorded(run: RedisRun, reply: Any, server: str) -> bool:
-    """Whether a session's write was done; False if its fence is in the way. Raises CheckpointLost, StoreError."""
+    """Return True if a session's write was executed, False if it was fenced. Raises CheckpointLost, StoreError."""
     if reply == b"lost":
         raise run_lost_error(run.run_id, server)
     if isinstance(reply, int):

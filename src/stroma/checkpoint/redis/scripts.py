@@ -1,4 +1,4 @@
-"""What happens inside the Redis server: one Lua script, so that it is there as a whole or not at all.
+"""The Lua script that runs inside the Redis server; one script, so that it is complete or absent.
 
 ``EVALSHA sha 1 PREFIX operation arguments...``; every operation is one atomic step. Sent again, each changes nothing:
 a reply that was lost is asked for by sending the same once more. A script that fails is not undone by Redis, so

@@ -104,7 +104,7 @@ class RedisEndpoint:
             pause = min(pause * 2, _LONGEST_PAUSE)
 
     def passes(self, error: BaseException) -> bool:
-        """Whether an error is one of reaching the server, and may be gone in a moment."""
+        """Return True if the server could not be reached, which may pass in a moment."""
         redis = self._driver
         if isinstance(error, redis.AuthenticationError | redis.exceptions.AuthorizationError):
             return False
@@ -113,7 +113,7 @@ class RedisEndpoint:
         return isinstance(error, redis.ResponseError) and _says(error, *_PASSING)
 
     def is_driver_error(self, error: BaseException) -> bool:
-        """Whether it comes from the driver or the system."""
+        """Return True if the error comes from the driver or the system."""
         return isinstance(error, self._driver.RedisError | OSError)
 
     def explain(self, error: Exception) -> StoreError:
@@ -178,7 +178,7 @@ class RedisEndpoint:
 
 
 def _settings(ask: Callable[..., Any]) -> dict[str, str]:
-    """What the server says of itself; some forbid the question."""
+    """Return those of the server's settings that it permits to read."""
     settings: dict[str, str] = {}
     for section in ("persistence", "memory"):
         reply = ask("INFO", section)

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class _Journal(DurableStore):
-    """What both stores are."""
+    """Base of both Redis stores."""
 
     _thread_name = "stroma-redis"
 

@@ -136,7 +136,7 @@ def _code(error: BaseException) -> int:
 
 
 def is_fatal(error: BaseException) -> bool:
-    """Whether nothing that is written to the file may be trusted any more: after a failed fsync, above all.
+    """Return True if no write to the file can be trusted any more, such as after a failed fsync.
 
     The kernel may have dropped what it could not write, and the next fsync would succeed all the same.
     """
@@ -145,7 +145,7 @@ def is_fatal(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class DatabaseFile:
-    """Where a store keeps its runs, and how it opens that.
+    """The database file of a store, and its opening.
 
     Attributes:
         path: absolute.
@@ -205,7 +205,7 @@ class DatabaseFile:
             raise self.explain(error) from error
 
     def identity(self) -> tuple[int, int] | None:
-        """What tells the file from another one of its name; None if there is none."""
+        """Return the identity of the file, to tell it from another file of the same name; None if it does not exist."""
         try:
             found = os.stat(self.path)
         except OSError:

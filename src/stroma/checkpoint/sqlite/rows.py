@@ -368,7 +368,7 @@ class SqliteRows:
 
 
 def _counted(attempt: Attempt) -> tuple[int, int, int]:
-    """What an attempt adds to its run. What a group took is what functions inside it did, its children's is part of it."""
+    """Return the usage and time that an attempt adds to its run; a group's time includes its children's."""
     return attempt.tokens, attempt.cost_pico, 0 if attempt.branch else attempt.function_ns
 
 

@@ -239,7 +239,7 @@ class Children:
         return busy_ns([self])
 
     def span_ns(self) -> list[int]:
-        """When the first function inside began, and the last one ended; [] if none ran."""
+        """Return the start of the first function inside and the end of the last one; [] if none ran."""
         spans = self.spans()
         return [min(span[0] for span in spans), max(span[1] for span in spans)] if spans else []
 
