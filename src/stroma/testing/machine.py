@@ -152,6 +152,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
         self.runs: dict[str, _Run] = {}
         self.handles: list[_Handle] = []
         self.order = 0
+        self.last_ms = 0
         self._delete("run")  # A store may have nothing to be read before it was first written to.
 
     def teardown(self) -> None:
@@ -641,12 +642,11 @@ class JournalStoreMachine(RuleBasedStateMachine):
         self.order += 1
         return self.order
 
-    @staticmethod
-    def _next_millisecond() -> None:
-        """Wait for the next millisecond: runs are ordered by their start in ms."""
-        now = time.time_ns() // 1_000_000
-        while time.time_ns() // 1_000_000 == now:
+    def _next_millisecond(self) -> None:
+        """Wait for a later millisecond than the last one: runs are ordered by their start, and a clock may be set back."""
+        while (now := time.time_ns() // 1_000_000) <= self.last_ms:
             time.sleep(0.0002)
+        self.last_ms = now
 
 
 def _pick(candidates: Sequence[T], which: int) -> T:
