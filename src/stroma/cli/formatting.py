@@ -16,6 +16,7 @@ def id_word(run_id: str) -> str:
 
 
 def ago(ms: int) -> str:
+    """Format the time since ``ms``, milliseconds since the epoch."""
     return f"{span(time.time() - ms / 1000)} ago"
 
 

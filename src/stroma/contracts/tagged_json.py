@@ -205,6 +205,7 @@ def keeping_secrets() -> Iterator[None]:
 
 
 def untag(value: Any) -> Any:
+    """Return decoded JSON with tagged values restored to their types."""
     if isinstance(value, list):
         return [untag(v) for v in value]
     if isinstance(value, dict):

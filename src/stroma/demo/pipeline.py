@@ -68,11 +68,15 @@ class Folder(BaseModel):
 
 
 class Document(BaseModel):
+    """Name and text of one document."""
+
     name: str
     text: str
 
 
 class Documents(Folder):
+    """The documents of a folder."""
+
     documents: list[Document]
 
 

@@ -32,7 +32,7 @@ _LONGEST_TAG: Final = 200  # An index holds them.
 
 
 def new_run_id() -> str:
-    """A fresh id: 32 hexadecimal digits."""
+    """Return a fresh id: 32 hexadecimal digits."""
     return os.urandom(16).hex()
 
 
@@ -149,7 +149,7 @@ class RunConfig(LazyModel):
     redact: Annotated[Callable[[dict[str, Any]], dict[str, Any]] | None, SkipValidation] = None
 
     def with_run_id(self, run_id: str) -> RunConfig:
-        """The same config for a run of that id. Raises ValueError for what is no id."""
+        """Return the same config for a run of that id. Raises ValueError for an illegal id."""
         return self.model_copy(update={"run_id": check_id(run_id, "run id")})
 
     @property
@@ -159,7 +159,7 @@ class RunConfig(LazyModel):
         return given if isinstance(given, Sequence) else (given,)
 
     def limit_of(self, node_id: str) -> str | None:
-        """The name of the limit that a node goes by: the one that it is given, else that of its own id."""
+        """Return the name of the limit of a node: the configured one, else that of its own id."""
         name = self.node_limits.get(node_id, node_id)
         return name if name in self.limits else None
 
@@ -169,7 +169,7 @@ class RunConfig(LazyModel):
         return bool(self.shared_budgets or self.limits or self.breaker is not None)
 
     def take_run_id(self) -> str:
-        """The id of the next run: the one that was given; or the generated one, once, and then fresh ones."""
+        """Return the id of the next run: the configured one; or the generated one, once, and then fresh ones."""
         run_id = self.run_id
         if type(run_id) is not _GeneratedId:
             return run_id

@@ -92,8 +92,12 @@ _NAMES: Final = {"cost": "max_cost_usd", "tokens": "max_tokens", "latency": "max
 
 
 class Wait(NamedTuple):
-    """A call may not begin yet. ``ms``: when to ask again at the earliest; None if nobody can tell. ``refusal``: why it
-    is refused in the end, where that is known already."""
+    """A call may not begin yet.
+
+    Attributes:
+        ms: the earliest time to ask again; None if unknown.
+        refusal: the reason why it is refused in the end, where that is known already.
+    """
 
     reason: str
     ms: int | None

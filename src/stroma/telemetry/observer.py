@@ -127,36 +127,36 @@ class Observer:
     # ------------------------------------------------------------------ to override
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
-        """Called when the run is open in its store, before its first node."""
+        """Handle a run that is open in its store, before its first node."""
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
-        """Called at every end of a run."""
+        """Handle the end of a run, whatever its status."""
 
     def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
-        """Called before the function. An input that violates its contract has an end without a start."""
+        """Handle an attempt before its function is called. An input that violates its contract has an end without a start."""
 
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
-        """Called when the attempt is in the trace; ``node.usage`` and ``node.duration_ms`` are final."""
+        """Handle an attempt that is in the trace; ``node.usage`` and ``node.duration_ms`` are final."""
 
     def node_ended(self, node: NodeExecution) -> None:
-        """Called when no attempt follows. Not called without an attempt."""
+        """Handle a node that gets no further attempt. Not called for a node without an attempt."""
 
     def retrying(
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
-        """Called before the wait for attempt number ``attempt``."""
+        """Handle a retry, before the wait for attempt number ``attempt``."""
 
     def skipped(self, node: NodeExecution) -> None:
-        """Called when the output was restored from the journal."""
+        """Handle a node whose output was restored from the journal."""
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
-        """Called when 80 % of a limit are used."""
+        """Handle the use of 80 % of a limit."""
 
     def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
-        """Called when an attempt is queued for a limit; 0 seconds if the time is unknown."""
+        """Handle an attempt that is queued for a limit; 0 seconds if the time is unknown."""
 
     def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
-        """Called when the circuit of a host or limit becomes "open", "half_open" or "closed"."""
+        """Handle a circuit of a host or limit that becomes "open", "half_open" or "closed"."""
 
     def flush(self, timeout_seconds: float) -> bool:
         """Send what is queued, blocking; return True if all of it was sent. Called in a thread."""

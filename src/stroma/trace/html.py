@@ -148,7 +148,7 @@ def without_values(message: str) -> str:
 
 
 def waits(bars: Iterable[Bar]) -> Iterator[tuple[Bar, float, float]]:
-    """(the attempt that follows, when its wait began, how long it was) of every attempt that another one went before."""
+    """Yield each attempt that follows another one, with the start of its wait and how long it was, in milliseconds."""
     last: dict[str, Bar] = {}
     for bar in sorted(bars, key=lambda bar: (bar.began_ms, bar.attempt)):
         before = last.get(bar.at)

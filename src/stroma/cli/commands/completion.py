@@ -32,7 +32,7 @@ def completion(shell: str) -> None:
     bash: stroma completion bash > ~/.local/share/bash-completion/completions/stroma
     zsh:  stroma completion zsh > ~/.zfunc/_stroma     (a directory of fpath)
     fish: stroma completion fish > ~/.config/fish/completions/stroma.fish
-    """
+    """  # noqa: D301, click reads the backspace
     root = click.get_current_context().find_root()
     completion_class = get_completion_class(shell)
     assert completion_class is not None

@@ -117,23 +117,26 @@ def verdict_on(
 
 
 def undecided(path: tuple[str, ...], source: Side | str, target: Side | str, what: str) -> Fit:
+    """Return a fit that may or may not hold, with the type that cannot be decided."""
     return verdict_on(Mismatch(Verdict.MAYBE, "undecidable", what), source, target, path)
 
 
 def all_of(fits: Iterable[Fit]) -> Fit:
+    """Return the fit of parts that must all fit: the worst verdict, and every reason once."""
     fits = list(fits)
     verdict = worst(fit.verdict for fit in fits)
     return Fit(verdict, tuple(dict.fromkeys(reason for fit in fits for reason in fit.reasons)))
 
 
 def at_most_maybe(fit: Fit) -> Fit:
+    """Return the fit, with MAYBE in place of FITS."""
     if fit.verdict is not Verdict.NEVER:
         return fit
     return Fit(Verdict.MAYBE, tuple(replace(reason, verdict=Verdict.MAYBE) for reason in fit.reasons))
 
 
 def one_of(fits: list[Fit]) -> Fit:
-    """Of a value that goes one of several ways."""
+    """Return the fit of a value that takes one of several types."""
     found = all_of(fits)
     if found.verdict is not Verdict.NEVER or all(fit.verdict is Verdict.NEVER for fit in fits):
         return found
@@ -141,6 +144,7 @@ def one_of(fits: list[Fit]) -> Fit:
 
 
 def part_of(side: Side, key: str) -> Side:
+    """Return the type under one key of a schema node."""
     return side.to(side.node.get(key, UNKNOWN))
 
 

@@ -80,6 +80,7 @@ def _policies(policies: PolicyMap) -> dict[str, dict[str, Any]]:
 
 
 def policies_of(data: dict[str, dict[str, Any]]) -> PolicyMap:
+    """Decode the retry policies of a plan."""
     return {FailureClass(kind): FailurePolicy(**policy) for kind, policy in data.items()}
 
 

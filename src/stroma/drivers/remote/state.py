@@ -132,6 +132,7 @@ def shortened(message: str, room: int) -> str:
 
 
 def nothing() -> Spent:
+    """Return a usage of zero."""
     return {"tokens": 0, "cost_usd": 0.0, "latency_ms": 0.0}
 
 

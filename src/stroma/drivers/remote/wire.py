@@ -97,6 +97,8 @@ class Plan(TypedDict):
 
 
 class Spent(TypedDict):
+    """Usage of an attempt, a node or a run."""
+
     tokens: int
     cost_usd: float
     latency_ms: float
