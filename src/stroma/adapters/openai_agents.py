@@ -76,8 +76,8 @@ class GuardedRunner:
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
-        self._run = guard.each_call(self._arun_step, _asked)
-        self._run_sync = guard.each_call(self._run_step, _asked)
+        self._run = guard.each_call(self._arun_step, _input_view)
+        self._run_sync = guard.each_call(self._run_step, _input_view)
 
     async def run(self, agent: Any, input: Any, **options: Any) -> Any:
         """Call ``Runner.run`` under this guard."""
@@ -88,12 +88,12 @@ class GuardedRunner:
         return self._run_sync(agent, input, **options)
 
     async def _arun_step(self, agent: Any, input: Any, **options: Any) -> Any:
-        step = Step(agent.name, input_view=_asked, output_view=_final, control=control, can_retry=False)
+        step = Step(agent.name, input_view=_input_view, output_view=_final, control=control, can_retry=False)
         return self._noted(await self.guard.acall(step, Runner.run, agent, input, **self._options(options)))
 
     def _run_step(self, agent: Any, input: Any, **options: Any) -> Any:
         # Its models and tools had their retries: it is called once.
-        step = Step(agent.name, input_view=_asked, output_view=_final, control=control, can_retry=False)
+        step = Step(agent.name, input_view=_input_view, output_view=_final, control=control, can_retry=False)
         return self._noted(self.guard.call(step, Runner.run_sync, agent, input, **self._options(options)))
 
     def _noted(self, result: Any) -> Any:
@@ -109,7 +109,7 @@ class GuardedRunner:
         return {**options, "run_config": config}
 
 
-def _asked(args: tuple[Any, ...], _: dict[str, Any]) -> dict[str, Any]:
+def _input_view(args: tuple[Any, ...], _: dict[str, Any]) -> dict[str, Any]:
     return {"input": args[1] if isinstance(args[1], (str, list)) else type(args[1]).__name__}
 
 

@@ -93,7 +93,7 @@ class GuardedModel(WrapperModel):
     def __init__(self, wrapped: Any, guard: Guard) -> None:
         super().__init__(wrapped)
         about: dict[str, Any] = {
-            "input_view": _asked,
+            "input_view": _input_view,
             "output_view": _answer,
             "usage": _used,
             "control": control,
@@ -130,7 +130,7 @@ _TOLD_TO_THE_MODEL = tuple(
 )
 
 
-def _asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _input_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return newest_of(args[0] if args else kwargs.get("messages"))
 
 

@@ -196,20 +196,20 @@ def _follow(loc: tuple[Any, ...], document: dict[str, Any] | None) -> _Place:
             node = chosen
             continue
         for branch in branches:
-            found: Any = None
+            subschema: Any = None
             if isinstance(part, int) and branch.get("type") == "array":
                 places = branch.get("prefixItems", [])
-                found = places[part] if part < len(places) else branch.get("items", {})
+                subschema = places[part] if part < len(places) else branch.get("items", {})
             elif isinstance(part, str) and part in branch.get("properties", {}):
-                found = branch["properties"][part]
+                subschema = branch["properties"][part]
             elif isinstance(part, str) and isinstance(branch.get("additionalProperties"), dict):
-                found = branch["additionalProperties"]
+                subschema = branch["additionalProperties"]
             elif isinstance(part, str) and branch.get("additionalProperties") is False and part == loc[-1]:
                 path.append(part)  # It is not expected at all: what is expected is around it.
                 return union._replace(path=path) if union else _Place(path, None, None, path)
-            if isinstance(found, dict):
+            if isinstance(subschema, dict):
                 path.append(part)
-                node = found
+                node = subschema
                 break
     return union._replace(path=path) if union else _Place(path, node, None, path)
 

@@ -200,12 +200,15 @@ def _read_events(events: Sequence[Any]) -> Usage:
     usages = [safe_get(first, "usage")]
     usages += [safe_get(event, "usage") for event in events[1:] if safe_get(event, "type") == "message_delta"]
     figures = {
-        name: value for usage in usages for name in _SAID if (value := safe_get(usage, name)) is not None
+        name: value
+        for usage in usages
+        for name in _ANTHROPIC_FIELDS
+        if (value := safe_get(usage, name)) is not None
     }
     return _read({"usage": figures, "model": safe_get(first, "model")})
 
 
-_SAID: Final = (
+_ANTHROPIC_FIELDS: Final = (
     "input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation",
     "service_tier", "speed",
 )  # fmt: skip

@@ -40,9 +40,9 @@ class _GeneratedId(str):
     """An id that names one run. Copies of a config share the mark, so that no two runs take it."""
 
     def __new__(cls, value: str) -> Self:
-        made = super().__new__(cls, value)
-        made._fresh_in = os.getpid()
-        return made
+        run_id = super().__new__(cls, value)
+        run_id._fresh_in = os.getpid()
+        return run_id
 
     def __deepcopy__(self, memo: object) -> Self:
         return self  # A deep copy of a config shares the mark too.
@@ -50,8 +50,8 @@ class _GeneratedId(str):
     def take(self) -> bool:
         """Return True for the first call only. Atomic between threads."""
         # A process forked since has an id of its own to take.
-        found: int | None = vars(self).pop("_fresh_in", None)
-        return found == os.getpid()
+        fresh_in: int | None = vars(self).pop("_fresh_in", None)
+        return fresh_in == os.getpid()
 
     _fresh_in: int
 
@@ -155,8 +155,8 @@ class RunConfig(LazyModel):
     @property
     def budgets(self) -> Sequence[SharedBudget]:
         """The shared budgets, in an order that is the same for everybody: nobody waits for who waits for them."""
-        given = self.shared_budgets
-        return given if isinstance(given, Sequence) else (given,)
+        budgets = self.shared_budgets
+        return budgets if isinstance(budgets, Sequence) else (budgets,)
 
     def limit_of(self, node_id: str) -> str | None:
         """Return the name of the limit of a node: the configured one, else that of its own id."""

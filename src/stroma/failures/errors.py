@@ -112,7 +112,7 @@ class SharedBudgetExceeded(BudgetExceeded):
         dimension: "cost" (USD) or "tokens".
         limit, actual: what may be and was spent in this window, of the node alone where it has a limit of its own.
         reserved: what calls in flight may spend besides, in all processes.
-        asked: what the call that was refused may take.
+        requested: what the call that was refused may take.
         resets_at: when the window ends, in UTC; None for a budget without ``per=``.
 
     Where: ``result.failure`` of a PARTIAL run; the node was not called.
@@ -127,7 +127,7 @@ class SharedBudgetExceeded(BudgetExceeded):
         limit: float,
         actual: float,
         reserved: float,
-        asked: float,
+        requested: float,
         node_id: str,
         resets_at: datetime | None,
         capped: bool = False,
@@ -135,12 +135,12 @@ class SharedBudgetExceeded(BudgetExceeded):
         super().__init__(dimension, limit, actual, node_id)
         self.budget = budget
         self.reserved = reserved
-        self.asked = asked
+        self.requested = requested
         self.resets_at = resets_at
         self.capped = capped
 
     def __reduce__(self) -> Any:
-        figures = (self.limit, self.actual, self.reserved, self.asked)
+        figures = (self.limit, self.actual, self.reserved, self.requested)
         where = (self.node_id, self.resets_at, self.capped)
         return type(self), (self.budget, self.dimension, *figures, *where)
 
@@ -156,7 +156,7 @@ class SharedBudgetExceeded(BudgetExceeded):
         return (
             f"shared budget {self.budget!r} has no room for a call of node {self.node_id!r}: {name}{whose} is "
             f"{self.limit:.12g}{unit}, {self.actual:.12g} spent, {self.reserved:.12g} reserved by calls in flight, and this "
-            f"one may take {self.asked:.12g}; {way}"
+            f"one may take {self.requested:.12g}; {way}"
         )
 
 

@@ -286,20 +286,20 @@ def _read(exc: BaseException) -> Verdict | None:
     return verdict._replace(retry_after=_retry_delay(levels) if retry_after is None else retry_after)
 
 
-def _read_prose(found: Verdict, levels: list[Any], packages: set[str]) -> Verdict:
+def _read_prose(known: Verdict, levels: list[Any], packages: set[str]) -> Verdict:
     """Return the same verdict, or a better one where the message says more than the status and the codes."""
     phrases: tuple[tuple[str, Verdict], ...] = ()
-    if found is _BAD_REQUEST:
+    if known is _BAD_REQUEST:
         phrases = _PHRASES
-    elif found is _RATE_LIMIT:
+    elif known is _RATE_LIMIT:
         phrases = _LASTING
     if "grpc" in packages:
         phrases += _GRPC_PHRASES
     if not phrases:
-        return found
+        return known
     messages = [safe_get(level, name) for level in levels for name in ("message", "Message")]
     prose = " ".join(text for text in messages if isinstance(text, str)).lower()
-    return next((verdict for phrase, verdict in phrases if phrase in prose), found)
+    return next((verdict for phrase, verdict in phrases if phrase in prose), known)
 
 
 def _read_transport(exc: BaseException) -> Verdict | None:

@@ -183,7 +183,7 @@ def flatten(hooks: NodeHooks | Iterable[NodeHooks] | None) -> tuple[NodeHooks, .
 
 def distinct(sets: Sequence[NodeHooks]) -> list[NodeHooks]:
     """Return the sets of hooks without exporters that feed what an earlier one feeds: each event is counted once."""
-    found: list[NodeHooks] = []
+    counted: list[NodeHooks] = []
     fed: list[object] = []
     for one in sets:
         destination = getattr(getattr(one, "exporter", None), "destination", None)
@@ -191,8 +191,8 @@ def distinct(sets: Sequence[NodeHooks]) -> list[NodeHooks]:
             if destination in fed:
                 continue
             fed.append(destination)
-        found.append(one)
-    return found
+        counted.append(one)
+    return counted
 
 
 class HookError(Exception):

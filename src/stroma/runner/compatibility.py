@@ -10,7 +10,7 @@ from stroma.checkpoint.identity import child_indexes, is_called
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.restore import check_place, read_output
@@ -75,6 +75,6 @@ def _read(
     if isinstance(node, Group) or committed.is_failed_item:
         return
     contract = ctx.contract_of(node)
-    schema = schema_of(Kept if contract is None else contract.output_schema)
+    schema = schema_of(UntypedState if contract is None else contract.output_schema)
     changed = committed.contract.partition(":")[0] != schema.fingerprint
     read_output(schema, committed, contract.upcast if changed and contract is not None else None)

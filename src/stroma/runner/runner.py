@@ -494,7 +494,7 @@ class StromaRunner:
         run stays as it is. ``input_schema``: the class of its input, if the pipeline starts with a group. Raises
         CheckpointNotFound, RunExists, ValueError for an unknown node, TypeError for a state that is not a model.
         """
-        from stroma.contracts.untyped import Kept
+        from stroma.contracts.untyped import UntypedState
 
         if state is not None and not isinstance(state, BaseModel):
             raise TypeError(f"the state of a fork must be a pydantic model, not {type(state).__name__}")
@@ -513,7 +513,11 @@ class StromaRunner:
             if isinstance(last, Node):
                 contract = self.registry.find(last.node_id) or last.contract
                 schema = schema_of(output_class(contract))
-            value = Kept(schema_of(type(state)).raw(state)) if schema.model is Kept else schema.convert(state)
+            value = (
+                UntypedState(schema_of(type(state)).raw(state))
+                if schema.model is UntypedState
+                else schema.convert(state)
+            )
             replaced["edited" if before else "state"] = (schema, value)
         await store.fork(run_id, fork_id, before, **replaced)
         initial = state

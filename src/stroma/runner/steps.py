@@ -18,7 +18,7 @@ from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Group, Node, find_node, make_node
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import current_node
 from stroma.engine.loop import execute
@@ -228,7 +228,7 @@ def _shorten(encoded: bytes | None) -> str:
 
 
 def _as_returned(state: BaseModel, input_state: BaseModel) -> Any:
-    if not isinstance(state, Kept):
+    if not isinstance(state, UntypedState):
         return state
     if isinstance(state.root, dict):
         try:

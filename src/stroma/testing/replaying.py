@@ -20,7 +20,7 @@ from stroma.checkpoint.records import AttemptRecord
 from stroma.contracts.contract import ContractRegistry, ContractViolation, as_violation
 from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import Schema, schema_of
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.cost.budget import BudgetExceeded
 from stroma.cost.usage import UsageError
 from stroma.engine.config import new_run_id
@@ -234,7 +234,7 @@ def _input(
             return (schema.decode(recorded.input) if state is None else schema.validate(state)), None
         except Exception as error:
             wrong = str(as_violation(contract.node_id, "input", raw, error, schema.model))
-    return schema_of(_Open).construct(raw) if isinstance(raw, dict) else Kept(raw), wrong
+    return schema_of(_Open).construct(raw) if isinstance(raw, dict) else UntypedState(raw), wrong
 
 
 # ---------------------------------------------------------------------- what was recorded
@@ -377,7 +377,7 @@ class _Tape(Probe):
     def _read(self, run: NodeExecution, node: Node | Group, one: RecordedAttempt) -> Any:
         """Decode an output by the current schema. Raises ContractViolation if it does not fit."""
         contract = self.registry.find(node.node_id) or (node.contract if isinstance(node, Node) else None)
-        schema = schema_of(Kept if contract is None else contract.output_schema)
+        schema = schema_of(UntypedState if contract is None else contract.output_schema)
         upcast = None if contract is None or one.contract == schema.fingerprint else contract.upcast
         try:
             model = read_output(schema, one.committed(), upcast)
@@ -386,7 +386,7 @@ class _Tape(Probe):
             raise as_violation(
                 run.node_id, "output", Schema.decode_raw(one.output), error, schema.model
             ) from error
-        return model.root if isinstance(model, Kept) else model
+        return model.root if isinstance(model, UntypedState) else model
 
     def diagnosed(self, run: NodeExecution, failure: Failure) -> Failure:
         error = failure.exception
@@ -433,7 +433,7 @@ class _Tape(Probe):
                 contract = self.registry.find(inner.node_id) or inner.contract
                 if contract is not None and contract.upcast is not None:
                     continue
-                schema = schema_of(Kept if contract is None else contract.output_schema)
+                schema = schema_of(UntypedState if contract is None else contract.output_schema)
                 if schema.fingerprint != one_.contract:
                     at = f"{position}.{branch}" if branch else str(position)
                     differences.append(

@@ -58,8 +58,8 @@ class Bar:
         began_ms, took_ms: since the first attempt began, and of the function alone; of a group, from the first function inside
             it to the last.
         outcome: "success", "failure", "cancelled", "suspended" or "forked".
-        kept: True if its output was committed.
-        given, made: plain JSON data; None if not known.
+        is_committed: True if its output was committed.
+        input_state, output_state: plain JSON data; None if not known.
         function_ms: for how long functions ran, of a group in which there were waits as well; None for all others.
     """
 
@@ -76,9 +76,9 @@ class Bar:
     output_tokens: int = 0
     cost_usd: float = 0.0
     model: str | None = None
-    kept: bool = True
-    given: Any = None
-    made: Any = None
+    is_committed: bool = True
+    input_state: Any = None
+    output_state: Any = None
     function_ms: float | None = None
 
     @property
@@ -124,7 +124,7 @@ class Story:
     @property
     def wasted(self) -> tuple[int, float]:
         """Tokens and US dollars of the attempts that came to nothing."""
-        lost = [bar for bar in self.bars if not bar.kept]
+        lost = [bar for bar in self.bars if not bar.is_committed]
         return sum(bar.tokens for bar in lost), sum(bar.cost_usd for bar in lost)
 
 
@@ -457,7 +457,7 @@ def _attempt(bar: Bar) -> str:
     model = f" · {as_xml(clean(bar.model, 80))}" if bar.model else ""
     states = "".join(
         f'<div><span class="dim">{name}</span>{tree(value, broke if side == name else ())}</div>'
-        for name, value in (("input", bar.given), ("output", bar.made))
+        for name, value in (("input", bar.input_state), ("output", bar.output_state))
         if value is not None
     )
     return (

@@ -26,7 +26,7 @@ from stroma.cli.user_errors import describe_error, last_frame
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, find_node
 from stroma.contracts.schema import schema_of
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig
 from stroma.runner.runner import Pipeline, StromaRunner
 from stroma.testing.recording import RecordedRun
@@ -119,7 +119,7 @@ def _state(
             "replay", id_word(recorded.run_id), target, options=("--from", node_id, "--input", text)
         )
 
-    model = Kept if before.contract is None else before.contract.output_schema
+    model = UntypedState if before.contract is None else before.contract.output_schema
     requirement = f"the output of node {clean(before.node_id, 100)!r} for {clean(node_id, 100)!r}"
     return parse_as(model, input_text, "--input", requirement, fits)
 

@@ -24,7 +24,7 @@ from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_
 from stroma.cli.temporal_run import TemporalRun
 from stroma.cli.user_errors import describe_error
 from stroma.contracts.node import Group, find_node
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig, new_run_id
 from stroma.runner.runner import Pipeline
 
@@ -253,7 +253,7 @@ def _fork(
                 "fork at the group, or at a later node",
                 code=Code.USAGE,
             )
-        model = Kept if before.contract is None else before.contract.output_schema
+        model = UntypedState if before.contract is None else before.contract.output_schema
         requirement = f"the output of node {clean(before.node_id, 100)!r} for {clean(start_at, 100)!r}"
         edited = parse_as(model, input_text, "--state", requirement, retry_command)
     if input_text is not None and not position:

@@ -15,7 +15,7 @@ from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.core_schema import never_a_dict
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 
 __all__ = [
     "Collision",
@@ -196,7 +196,7 @@ class _Walk:
                 if name in sides:
                     yield Collision(origins[name], by, name, (str(sides[name]), str(side)))
                 origins[name], sides[name] = by, side
-        model = node.output_class(_Anything, [one.model or Kept for one in outputs])
+        model = node.output_class(_Anything, [one.model or UntypedState for one in outputs])
         return State(model, giver, origins, loose=any(one.loose for one in outputs))
 
     def _each(self, node: Group, state: State, giver: Giver) -> Generator[Step, None, State]:
@@ -226,7 +226,7 @@ class _Walk:
             )
         if not node.output_field:  # What was given goes on as it is.
             return State(state.model, giver, state.origins, loose=state.loose)
-        joined = node.output_class(state.model or _Anything, [output.model or Kept])
+        joined = node.output_class(state.model or _Anything, [output.model or UntypedState])
         origins = {**state.origins, node.output_field: output.giver}
         # What the items are made by is no concern of the other fields.
         return State(joined, giver, origins, loose=state.loose or state.model is None)

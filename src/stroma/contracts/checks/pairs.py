@@ -137,10 +137,10 @@ def at_most_maybe(fit: Fit) -> Fit:
 
 def one_of(fits: list[Fit]) -> Fit:
     """Return the fit of a value that takes one of several types."""
-    found = all_of(fits)
-    if found.verdict is not Verdict.NEVER or all(fit.verdict is Verdict.NEVER for fit in fits):
-        return found
-    return at_most_maybe(found)
+    combined = all_of(fits)
+    if combined.verdict is not Verdict.NEVER or all(fit.verdict is Verdict.NEVER for fit in fits):
+        return combined
+    return at_most_maybe(combined)
 
 
 def part_of(side: Side, key: str) -> Side:

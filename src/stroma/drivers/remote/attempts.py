@@ -30,7 +30,7 @@ from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.contract import ContractRegistry, ContractViolation
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema, schema_of
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.drivers.remote.mirror import is_mirrored, mirror
 from stroma.drivers.remote.plans import FROZEN, KnownNodes, MissingNode, context_of
 from stroma.drivers.remote.results import Reader, fetch, result_of, unpack
@@ -264,10 +264,10 @@ class _Work:
                 violation.schema = contract.output_schema
         answer = request.get("answer")
         if answer is not None and answer["payload"] is not None:
-            told = Waiting(
+            answered = Waiting(
                 position, branch, node.node_id, answer["reason"], answer["schema_ref"], answer["payload"].encode()
             )  # fmt: skip
-            self.record.waiting = {(position, branch): told}
+            self.record.waiting = {(position, branch): answered}
         return run
 
     # ------------------------------------------------------------------ operations
@@ -313,7 +313,7 @@ class _Work:
         value = await self.model_of(self.request["value"])
         return await self._attempt(node, value)
 
-    async def _attempt(self, node: Node | Group, value: BaseModel, *, begun: bool = False) -> Reply:
+    async def _attempt(self, node: Node | Group, value: BaseModel, *, has_begun: bool = False) -> Reply:
         run = self._execution(node)
         task = asyncio.current_task()
         cancelling = task.cancelling() if task is not None else 0
@@ -321,7 +321,7 @@ class _Work:
         outcome: BaseModel | Failure | Halt | None = None
         try:
             outcome = await attempt_once(
-                self.ctx, run, node, value, after_seconds=self.request.get("after"), begun=begun
+                self.ctx, run, node, value, after_seconds=self.request.get("after"), begun=has_begun
             )
         except asyncio.CancelledError:
             if self.record.row is None:
@@ -385,9 +385,9 @@ class _Work:
         first = self.request["first"]
         try:
             page = slice(first, first + self.request["count"])
-            total, found = group.read_items(self.ctx.registry, value, page)
+            total, page_items = group.read_items(self.ctx.registry, value, page)
             items: list[Value] = []
-            for item in found:
+            for item in page_items:
                 kind = type(item)
                 text = schema_of(kind).encode(item).decode()
                 items.append(await self.value(text, ["class", f"{kind.__module__}:{kind.__qualname__}"]))
@@ -404,7 +404,7 @@ class _Work:
         self.ctx.fire.on_node_start = None  # It was called when the group was opened.
         # So that row and hooks have the time at which the group was opened.
         self.ctx.epoch_ns -= max(0, time_ns() - request["opened_ns"])
-        return await self._attempt(_ClosingGroup(group, self._merge_children), value, begun=True)
+        return await self._attempt(_ClosingGroup(group, self._merge_children), value, has_begun=True)
 
     async def _merge_children(self, execution: NodeExecution, value: BaseModel) -> dict[str, Any]:
         """Return the output of a group whose children have run elsewhere, or raise as it would have."""
@@ -438,11 +438,11 @@ class _Work:
 
     async def _outputs(self) -> list[Value]:
         request = self.request
-        found = list(request["outputs"])
+        outputs = list(request["outputs"])
         if not request["packs"]:
-            return found
+            return outputs
         # Of a map: in the order of the items, whichever pack they are in.
-        numbered = dict(zip(request["indexes"], found, strict=True))
+        numbered = dict(zip(request["indexes"], outputs, strict=True))
         for pack in request["packs"]:
             for index, value in unpack(await self.text_of(pack))["outputs"].items():
                 numbered[int(index)] = value
@@ -540,7 +540,7 @@ class _Work:
                 return None
             cls: ClassName = ["raw"]
             try:
-                text = schema_of(Kept).encode(Kept(picture)).decode()
+                text = schema_of(UntypedState).encode(UntypedState(picture)).decode()
             except Exception:
                 text = json.dumps(jsonable(picture))
         elif contract is None:
@@ -554,10 +554,10 @@ class _Work:
                 ).decode()
             except Exception:  # It holds a value without a stored form.
                 text, cls = json.dumps(jsonable(schema.thaw(picture))), ["raw"]
-        given = self.request["value"]
-        if cls[0] == "in" and given.get("text") == text:
+        request_value = self.request["value"]
+        if cls[0] == "in" and request_value.get("text") == text:
             return None
-        if "blob" in given and given["blob"] == hashlib.sha256(text.encode()).hexdigest():
+        if "blob" in request_value and request_value["blob"] == hashlib.sha256(text.encode()).hexdigest():
             return None
         try:
             return await self.value(text, cls)

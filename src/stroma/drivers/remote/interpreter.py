@@ -84,7 +84,7 @@ class Interpreter:
         self.status, self._failure, self._broken = None, None, None
         cancelled = False
         try:
-            if not state["begun"]:
+            if not state["has_begun"]:
                 await self._begin()
             status = await self._positions()
         except asyncio.CancelledError:
@@ -115,7 +115,7 @@ class Interpreter:
             self._request("begin", value=state["initial"], nodes=nodes, skipped=skipped)
         )
         state["traceparent"] = reply.get("traceparent")
-        state["begun"] = True
+        state["has_begun"] = True
         self._note(reply)
         if "failure" in reply:  # No worker could begin it.
             self._failure = reply["failure"]

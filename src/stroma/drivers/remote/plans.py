@@ -16,7 +16,7 @@ from stroma.checkpoint.identity import child_indexes, is_called
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import schema_of
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.drivers.remote.wire import CONTEXT, ClassName, NodeSpec, Plan, fit_context
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
@@ -203,7 +203,7 @@ class KnownNodes:
             if contract is not None:
                 classes.append(contract.input_schema if kind == "in" else contract.output_schema)
             elif kind == "out":
-                classes.append(Kept)
+                classes.append(UntypedState)
         exact = [cls for cls in classes if schema_of(cls).fingerprint == fingerprint]
         return next(iter(exact + classes), None)
 
@@ -223,7 +223,7 @@ class KnownNodes:
         if isinstance(node, Group):
             return node.output_class(base, [self._output(child, base) for child in node.children])
         contract = self.contract(node)
-        return Kept if contract is None else contract.output_schema
+        return UntypedState if contract is None else contract.output_schema
 
     def decode(self, text: str, name: ClassName) -> BaseModel:
         """Return the state of a text; without its class, an open model of its fields."""
@@ -231,7 +231,7 @@ class KnownNodes:
         cls = self.class_of(name)
         if cls is not None:
             return schema_of(cls).mark_exclusive(schema_of(cls).decode(data))
-        return as_state(schema_of(Kept).decode_raw(data))
+        return as_state(schema_of(UntypedState).decode_raw(data))
 
 
 def _all(nodes: Iterable[Node | Group]) -> Iterable[Node | Group]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from stroma.checkpoint import StoreError
 from stroma.checkpoint.payloads import BlobStore
 from stroma.contracts.schema import schema_of
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.drivers.remote.plans import KnownNodes
 from stroma.drivers.remote.wire import ClassName, Report, Value, decode_failure
 from stroma.engine.merged_models import spelled_out
@@ -98,12 +98,12 @@ class Reader:
         text = await fetch(self.payloads, value)
         cls = value["cls"]
         if cls[0] == "raw":
-            raw = schema_of(Kept).decode_raw(text.encode())
+            raw = schema_of(UntypedState).decode_raw(text.encode())
             return raw if isinstance(raw, dict) else {"root": raw}
         try:
             model = self._known.decode(text, taken or cls)
         except ValueError:  # Its class has changed since.
-            raw = schema_of(Kept).decode_raw(text.encode())
+            raw = schema_of(UntypedState).decode_raw(text.encode())
             return raw if isinstance(raw, dict) else {"root": raw}
         return schema_of(type(model)).state(model)
 

@@ -97,7 +97,7 @@ class State(TypedDict):
     position: int
     value: Value
     initial: Value
-    begun: bool
+    has_begun: bool
     continued: bool
     segment: int
     spent: Spent
@@ -142,7 +142,7 @@ def new_state(value: Value, *, context: dict[str, Any], traceparent: str | None 
         "position": 0,
         "value": value,
         "initial": value,
-        "begun": False,
+        "has_begun": False,
         "continued": False,
         "segment": 0,
         "spent": nothing(),
@@ -177,17 +177,17 @@ def next_segment(state: State) -> State:
     state["hook_errors"], state["unpriced"], state["warned"] = [], [], []
     state["waiting"] = {}
     state["failed_items"] = 0
-    state["begun"], state["continued"] = False, True
+    state["has_begun"], state["continued"] = False, True
     state["segment"] += 1
     for progress in state["maps"].values():
         progress["old_packs"] += progress["packs"]
         progress["rows"], progress["packs"] = [], []
         progress["opened_ns"] = 0
-    state["room"] = ROOM - _kept(state)
+    state["room"] = ROOM - _state_bytes(state)
     return state
 
 
-def _kept(state: State) -> int:
+def _state_bytes(state: State) -> int:
     """Return the bytes of a state between two segments, without the rows of each."""
     values = [state["initial"], *state["committed"], *state["done"].values()]
     size = sum(len(answer["payload"] or "") for answer in state["answers"].values())

@@ -275,15 +275,15 @@ def clip(text: str) -> str:
     return text if omitted <= 0 else f"{text[:_MAX_TEXT]} ... ({omitted} characters omitted)"
 
 
-def fit_context(context: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+def fit_context(context: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return the new values of a context dict for which there is room in it."""
-    if not made:
+    if not changes:
         return {}
     free = _CONTEXTS - sum(
-        json_size(key) + len(json.dumps(context[key])) for key in context if key not in made
+        json_size(key) + len(json.dumps(context[key])) for key in context if key not in changes
     )
     fits: dict[str, Any] = {}
-    for key, value in made.items():
+    for key, value in changes.items():
         size = json_size(key) + len(json.dumps(value))
         if size <= free:
             free -= size
@@ -380,24 +380,24 @@ def _violated(exc: ContractViolation) -> list[Any]:
     return data
 
 
-def decode_failure(said: Failed) -> Failure:
+def decode_failure(record: Failed) -> Failure:
     """Return the failure of plain data. Exceptions of Stroma are restored; any other one is a RemoteFailure."""
     exc: BaseException
-    data, name = said["data"], said["type"]
+    data, name = record["data"], record["type"]
     if name == "ContractViolation" and data is not None:
-        exc = ContractViolation(said["node_id"], data[0], data[1], data[2])
+        exc = ContractViolation(record["node_id"], data[0], data[1], data[2])
     elif name in ("BudgetExceeded", "_Deadline") and data is not None:
         exc = BudgetExceeded(data[0], data[1], data[2], data[3])
     elif name == "TimeoutError":
-        exc = TimeoutError(said["message"])
+        exc = TimeoutError(record["message"])
     else:
-        exc = RemoteFailure(said["message"], name, said.get("full_name"))
+        exc = RemoteFailure(record["message"], name, record.get("full_name"))
     return Failure(
         exc,
-        FailureClass(said["failure_class"]),
-        said["node_id"],
-        said["attempt"],
-        said["message"],
-        said["reason"],
-        said["retry_after"],
+        FailureClass(record["failure_class"]),
+        record["node_id"],
+        record["attempt"],
+        record["message"],
+        record["reason"],
+        record["retry_after"],
     )

@@ -63,7 +63,7 @@ class Activities:
         finally:
             if heart is not None:
                 heart.stop()
-        return cast("dict[str, Any]", _told(reply, request))
+        return cast("dict[str, Any]", _reply_when_stopped(reply, request))
 
 
 class _Heart:
@@ -95,7 +95,7 @@ class _Heart:
         self._look()
 
 
-def _told(reply: Reply, request: dict[str, Any]) -> Reply:
+def _reply_when_stopped(reply: Reply, request: dict[str, Any]) -> Reply:
     details = activity.cancellation_details()
     was_requested = details is not None and details.cancel_requested
     if reply.get("cancelled") and not was_requested and not request.get("cancelled"):
