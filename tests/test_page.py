@@ -24,7 +24,7 @@ from tests.tiers import examples
 from stroma import FailurePolicy, NodeContract, StromaRunner, current_node, parallel, stroma_node
 from stroma.trace.html import (
     Bar,
-    Box,
+    StopCause,
     Story,
     document,
     fields_named,
@@ -240,7 +240,9 @@ def test_no_text_is_ever_markup(one: str, two: str, three: str, state: Any) -> N
             Bar(a, "0", 1, 0, 5, "failure", "TERMINAL", b, c, 3, 1, 0.1, b, False, held, None),
             Bar(a, "0", 2, 9, 5, "success", None, None, None, 3, 1, 0.1, b, True, held, held),
         ]
-        return Story(a, b, "FAILED", bars, 3, 0.1, 1, 2.0, Box(a, "0", 1, "TERMINAL", c, b, a), ((a, b),))
+        return Story(
+            a, b, "FAILED", bars, 3, 0.1, 1, 2.0, StopCause(a, "0", 1, "TERMINAL", c, b, a), ((a, b),)
+        )
 
     def shape(text: str) -> list[str]:
         return check_page(text).tags

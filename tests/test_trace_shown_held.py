@@ -12,7 +12,7 @@ from stroma import ExecutionResult, ExecutionTrace, FailureClass, RunStatus, Tra
 from stroma.failures import Failure
 from stroma.trace import AttemptUsage
 from stroma.trace.events import Failed
-from stroma.trace.html import Bar, Box, Story
+from stroma.trace.html import Bar, StopCause, Story
 
 # ---------------------------------------------------------------- what tells two traces apart
 
@@ -336,7 +336,7 @@ def test_the_box_of_a_failed_run_names_the_child_that_failed() -> None:
         failed("y", started=START + 1, failure=Failed(FailureClass.TERMINAL, "no", None, "OSError")),
     )
     story = result(held, failure=failure())._story()
-    assert story.box == Box("x", "1.0.1", 3, "RECOVERABLE", "OSError: it broke", "rate_limit")
+    assert story.box == StopCause("x", "1.0.1", 3, "RECOVERABLE", "OSError: it broke", "rate_limit")
     assert story.facts == ()
     # The trace of a group that was told after its child is the same.
     held = trace(first, child, failed("g", position=1))
@@ -353,7 +353,7 @@ def test_the_box_of_a_failed_run_names_the_child_that_failed() -> None:
 )
 def test_the_box_of_a_failure_without_an_attempt(held: ExecutionTrace) -> None:
     """It has the node of the failure, and a question mark for its place."""
-    assert result(held, failure=failure())._story().box == Box(
+    assert result(held, failure=failure())._story().box == StopCause(
         "elsewhere", "?", 3, "RECOVERABLE", "OSError: it broke", "rate_limit"
     )
 
@@ -375,7 +375,7 @@ def test_box_and_facts_show_what_redact_lets_be_seen() -> None:
     )
     one = result(held, failure=failure("noisy sesame"), suspended=["noisy sesame"])
     story = one._story(without_key)
-    assert story.box == Box("node", "0", 3, "RECOVERABLE", "OSError: quiet [redacted]", "rate_limit")
+    assert story.box == StopCause("node", "0", 3, "RECOVERABLE", "OSError: quiet [redacted]", "rate_limit")
     assert story.facts == (("waits for", "quiet [redacted]"),)
     assert [one.given for one in story.bars] == [{"key": "***"}]
     assert one._story().facts == (("waits for", "noisy sesame"),)

@@ -105,7 +105,7 @@ svg{background:#fff;font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-s
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _Layout:
     """The position of a box, and the heights at which its lines meet the links."""
 
     box: Box
@@ -121,7 +121,7 @@ def svg(boxes: Sequence[Box], links: Iterable[Link], *, title: str) -> str:
     children: dict[str, list[Box]] = {}
     for box in boxes:
         children.setdefault(box.parent, []).append(box)
-    places: dict[str, _Place] = {}
+    places: dict[str, _Layout] = {}
     x: float = _MARGIN
     top = _MARGIN + 30
     for column, box in enumerate(children.get("", [])):
@@ -181,19 +181,19 @@ def _cut(text: str, longest: int = _LONGEST) -> str:
 
 
 def _put(
-    box: Box, children: Mapping[str, list[Box]], places: dict[str, _Place], x: float, y: float, width: float,
+    box: Box, children: Mapping[str, list[Box]], places: dict[str, _Layout], x: float, y: float, width: float,
     column: int,
 ) -> float:  # fmt: skip
     """Place a box and all inside it; how high that is."""
     _, height = _size(box, children)
-    places[box.id] = _Place(box, x, y, width, height, column)
+    places[box.id] = _Layout(box, x, y, width, height, column)
     below = y + _FRAME
     for child in children.get(box.id, ()):
         below += _put(child, children, places, x + _PAD, below, width - 2 * _PAD, column) + _STACK
     return height
 
 
-def _line_at(place: _Place, name: str, *, right: bool) -> float:
+def _line_at(place: _Layout, name: str, *, right: bool) -> float:
     lines = place.box.right if right else place.box.left
     for index, line in enumerate(lines):
         if line.name == name:
@@ -202,7 +202,7 @@ def _line_at(place: _Place, name: str, *, right: bool) -> float:
     return place.y + _HEAD / 2
 
 
-def _links(links: Iterable[Link], places: Mapping[str, _Place]) -> tuple[list[str], float]:
+def _links(links: Iterable[Link], places: Mapping[str, _Layout]) -> tuple[list[str], float]:
     """Return the paths of the links, and the height of the lowest."""
     drawn: list[str] = []
     lowest = 0.0
@@ -249,7 +249,7 @@ def _around(x1: float, y1: float, out: float, y: float, back: float, x2: float, 
     )
 
 
-def _box(place: _Place, is_frame: bool) -> str:
+def _box(place: _Layout, is_frame: bool) -> str:
     box, x, y, width, height = place.box, place.x, place.y, place.width, place.height
     title = f'<text class="title" x="{x + _PAD:.1f}" y="{y + 19:.1f}">{as_xml(_cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>'
     if is_frame:

@@ -64,7 +64,7 @@ class StromaCapability(AbstractCapability[Any]):
     async def before_model_request(self, ctx: Any, request_context: Any) -> Any:
         if not self._checked:
             self._check(ctx.agent, request_context.model_request_parameters)
-        request_context.model = GuardedModel(request_context.model, self.guard)
+        request_context.model = StepModel(request_context.model, self.guard)
         return request_context
 
     async def wrap_tool_execute(self, ctx: Any, *, call: Any, tool_def: Any, args: Any, handler: Any) -> Any:
@@ -87,7 +87,7 @@ class StromaCapability(AbstractCapability[Any]):
         self._checked = True
 
 
-class GuardedModel(WrapperModel):
+class StepModel(WrapperModel):
     """A model whose requests are steps: they may be made again, which the handlers around a request may not be."""
 
     def __init__(self, wrapped: Any, guard: Guard) -> None:

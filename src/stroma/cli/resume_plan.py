@@ -13,7 +13,7 @@ from stroma.cli.output import emit, err, out
 from stroma.cli.resume_changes import find_changes
 from stroma.cli.stores import Database
 from stroma.contracts.node import find_node
-from stroma.runner.compatibility import Change
+from stroma.runner.compatibility import Incompatibility
 from stroma.runner.runner import Pipeline
 
 __all__ = ["print_plan"]
@@ -35,7 +35,7 @@ def print_plan(
     before = _position(attempts, pipeline, start_at)
     restored = _restored(attempts, before)
     called = _called_nodes(attempts, restored, pipeline)
-    changes: list[Change] = []
+    changes: list[Incompatibility] = []
     if pipeline is not None and target is not None:
         changes = [
             change
@@ -143,5 +143,5 @@ def _data(one: AttemptRecord) -> dict[str, Any]:
     }
 
 
-def _change(change: Change) -> dict[str, Any]:
+def _change(change: Incompatibility) -> dict[str, Any]:
     return {"at": change.at, "node_id": change.node_id, "message": change.message}

@@ -23,7 +23,7 @@ from stroma.contracts.tagged_json import NotSerialisable, keeping_secrets, tag, 
 from stroma.contracts.traits import SchemaTraits
 from stroma.contracts.validators import Validators
 
-__all__ = ["Codec", "decode_raw", "describe_error", "has_class_tags"]
+__all__ = ["SchemaCodec", "decode_raw", "describe_error", "has_class_tags"]
 
 #: Starts a stored value in tagged encoding; a plain JSON object never does.
 _TAGGED_START: Final = b'["stroma/1",'
@@ -52,7 +52,7 @@ class StateFields(Protocol):
     def to_plain(self, value: Any) -> Any: ...
 
 
-class Codec:
+class SchemaCodec:
     """Encodes and decodes the instances of one model class."""
 
     def __init__(self, schema: StateFields) -> None:

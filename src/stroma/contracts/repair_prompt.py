@@ -159,7 +159,7 @@ def _branches(node: Any, defs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             yield node
 
 
-class _Place(NamedTuple):
+class _ErrorLocation(NamedTuple):
     """The location of an error.
 
     Attributes:
@@ -175,13 +175,13 @@ class _Place(NamedTuple):
     whole: list[str | int]
 
 
-def _follow(loc: tuple[Any, ...], document: dict[str, Any] | None) -> _Place:
+def _follow(loc: tuple[Any, ...], document: dict[str, Any] | None) -> _ErrorLocation:
     if document is None:
-        return _Place(list(loc), None, None, list(loc))
+        return _ErrorLocation(list(loc), None, None, list(loc))
     defs = document.get("$defs", {})
     path: list[str | int] = []
     node: dict[str, Any] | None = document
-    union: _Place | None = None
+    union: _ErrorLocation | None = None
     for part in loc:
         if node is None:
             path.append(part)
@@ -192,7 +192,7 @@ def _follow(loc: tuple[Any, ...], document: dict[str, Any] | None) -> _Place:
             # Without a discriminator all branches complain, each of what it would have been.
             if union is None and "discriminator" not in node:
                 kind = str(chosen.get("title", part)) if "properties" in chosen else None
-                union = _Place(path, node, kind, list(path))
+                union = _ErrorLocation(path, node, kind, list(path))
             node = chosen
             continue
         for branch in branches:
@@ -206,12 +206,12 @@ def _follow(loc: tuple[Any, ...], document: dict[str, Any] | None) -> _Place:
                 subschema = branch["additionalProperties"]
             elif isinstance(part, str) and branch.get("additionalProperties") is False and part == loc[-1]:
                 path.append(part)  # It is not expected at all: what is expected is around it.
-                return union._replace(path=path) if union else _Place(path, None, None, path)
+                return union._replace(path=path) if union else _ErrorLocation(path, None, None, path)
             if isinstance(subschema, dict):
                 path.append(part)
                 node = subschema
                 break
-    return union._replace(path=path) if union else _Place(path, node, None, path)
+    return union._replace(path=path) if union else _ErrorLocation(path, node, None, path)
 
 
 def _branch(

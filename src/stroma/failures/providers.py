@@ -16,12 +16,12 @@ from typing import Any, Final, Literal, NamedTuple, cast
 
 from stroma._utils.access import safe_get
 
-__all__ = ["Verdict", "read_provider_error", "retry_after_seconds"]
+__all__ = ["ProviderVerdict", "read_provider_error", "retry_after_seconds"]
 
 ClassName = Literal["RECOVERABLE", "TERMINAL"]
 
 
-class Verdict(NamedTuple):
+class ProviderVerdict(NamedTuple):
     """The meaning of a provider error: a class, a stable reason, and the seconds that the server asks to wait, if any."""
 
     failure_class: ClassName
@@ -29,22 +29,22 @@ class Verdict(NamedTuple):
     retry_after: float | None = None
 
 
-_BAD_REQUEST: Final = Verdict("TERMINAL", "bad_request")
-_AUTH: Final = Verdict("TERMINAL", "auth")
-_PERMISSION: Final = Verdict("TERMINAL", "permission")
-_QUOTA: Final = Verdict("TERMINAL", "quota")
-_NOT_FOUND: Final = Verdict("TERMINAL", "not_found")
-_TOO_LARGE: Final = Verdict("TERMINAL", "too_large")
-_CONTEXT: Final = Verdict("TERMINAL", "context_length")
-_CONTENT: Final = Verdict("TERMINAL", "content_policy")
-_TIMEOUT: Final = Verdict("RECOVERABLE", "timeout")
-_CONNECTION: Final = Verdict("RECOVERABLE", "connection")
-_CONFLICT: Final = Verdict("RECOVERABLE", "conflict")
-_RATE_LIMIT: Final = Verdict("RECOVERABLE", "rate_limit")
-_OVERLOADED: Final = Verdict("RECOVERABLE", "overloaded")
-_SERVER: Final = Verdict("RECOVERABLE", "server_error")
+_BAD_REQUEST: Final = ProviderVerdict("TERMINAL", "bad_request")
+_AUTH: Final = ProviderVerdict("TERMINAL", "auth")
+_PERMISSION: Final = ProviderVerdict("TERMINAL", "permission")
+_QUOTA: Final = ProviderVerdict("TERMINAL", "quota")
+_NOT_FOUND: Final = ProviderVerdict("TERMINAL", "not_found")
+_TOO_LARGE: Final = ProviderVerdict("TERMINAL", "too_large")
+_CONTEXT: Final = ProviderVerdict("TERMINAL", "context_length")
+_CONTENT: Final = ProviderVerdict("TERMINAL", "content_policy")
+_TIMEOUT: Final = ProviderVerdict("RECOVERABLE", "timeout")
+_CONNECTION: Final = ProviderVerdict("RECOVERABLE", "connection")
+_CONFLICT: Final = ProviderVerdict("RECOVERABLE", "conflict")
+_RATE_LIMIT: Final = ProviderVerdict("RECOVERABLE", "rate_limit")
+_OVERLOADED: Final = ProviderVerdict("RECOVERABLE", "overloaded")
+_SERVER: Final = ProviderVerdict("RECOVERABLE", "server_error")
 
-_STATUS: Final[dict[int, Verdict]] = {
+_STATUS: Final[dict[int, ProviderVerdict]] = {
     400: _BAD_REQUEST,
     401: _AUTH,
     402: _QUOTA,
@@ -54,14 +54,14 @@ _STATUS: Final[dict[int, Verdict]] = {
     409: _CONFLICT,
     413: _TOO_LARGE,
     422: _BAD_REQUEST,
-    425: Verdict("RECOVERABLE", "too_early"),
+    425: ProviderVerdict("RECOVERABLE", "too_early"),
     429: _RATE_LIMIT,
     503: _OVERLOADED,
     504: _TIMEOUT,
     529: _OVERLOADED,
 }
 #: Codes and types in the body that say more than the status does, whichever that is.
-_CODES: Final[dict[str, Verdict]] = {
+_CODES: Final[dict[str, ProviderVerdict]] = {
     "insufficient_quota": _QUOTA,
     "billing_hard_limit_reached": _QUOTA,
     "billing_error": _QUOTA,
@@ -91,7 +91,7 @@ _CODES: Final[dict[str, Verdict]] = {
     "TooManyRequestsException": _RATE_LIMIT,
 }
 #: Those that only matter where there is no status that says something: an error inside a stream that began with 200.
-_STREAMED: Final[dict[str, Verdict]] = {
+_STREAMED: Final[dict[str, ProviderVerdict]] = {
     "rate_limit_error": _RATE_LIMIT,
     "rate_limit_exceeded": _RATE_LIMIT,
     "server_error": _SERVER,
@@ -113,10 +113,10 @@ _STREAMED: Final[dict[str, Verdict]] = {
     "validationException": _BAD_REQUEST,
 }
 #: Statuses that mean something of their own at one provider.
-_OWN: Final[dict[tuple[str, int], Verdict]] = {("cohere", 498): _CONTENT}  # a token of its deny-list
+_OWN: Final[dict[tuple[str, int], ProviderVerdict]] = {("cohere", 498): _CONTENT}  # a token of its deny-list
 #: What a bad request is about where only its prose tells. It is TERMINAL either way: new words cost a good reason,
 #: never the class.
-_PHRASES: Final[tuple[tuple[str, Verdict], ...]] = (
+_PHRASES: Final[tuple[tuple[str, ProviderVerdict], ...]] = (
     ("prompt is too long", _CONTEXT),
     ("input is too long", _CONTEXT),
     ("context length", _CONTEXT),
@@ -130,12 +130,12 @@ _PHRASES: Final[tuple[tuple[str, Verdict], ...]] = (
     ("credit balance is too low", _QUOTA),
 )
 #: The same for a rate limit that no wait of ours outlasts.
-_LASTING: Final[tuple[tuple[str, Verdict], ...]] = (
+_LASTING: Final[tuple[tuple[str, ProviderVerdict], ...]] = (
     ("api calls / month", _QUOTA),
     ("tokens must be reduced", _TOO_LARGE),  # OpenAI: one request is more than the limit of a minute.
 )
 #: And for what gRPC's client says of its own under a status that a server gives too.
-_GRPC_PHRASES: Final[tuple[tuple[str, Verdict], ...]] = (
+_GRPC_PHRASES: Final[tuple[tuple[str, ProviderVerdict], ...]] = (
     ("message larger than max", _TOO_LARGE),
     ("failed to connect", _CONNECTION),
     ("errors resolving", _CONNECTION),
@@ -166,7 +166,7 @@ _CLIENTS: Final = frozenset(
         "openai", "requests", "urllib3",
     }
 )  # fmt: skip
-_NAMES: Final[tuple[tuple[frozenset[str], Verdict], ...]] = (
+_NAMES: Final[tuple[tuple[frozenset[str], ProviderVerdict], ...]] = (
     # Subclasses of transport errors that no second try mends.
     (
         frozenset(
@@ -201,7 +201,7 @@ _NAMES: Final[tuple[tuple[frozenset[str], Verdict], ...]] = (
 )  # fmt: skip
 
 
-def read_provider_error(exc: BaseException) -> Verdict | None:
+def read_provider_error(exc: BaseException) -> ProviderVerdict | None:
     """Return the verdict on an exception, or on the one it was raised from; None if its shape is unknown.
 
     An exception group is what its worst member is: TERMINAL if one of them is, else nothing if one says nothing, else
@@ -210,7 +210,7 @@ def read_provider_error(exc: BaseException) -> Verdict | None:
     return _verdict(exc, set())
 
 
-def _verdict(exc: BaseException, seen: set[int]) -> Verdict | None:
+def _verdict(exc: BaseException, seen: set[int]) -> ProviderVerdict | None:
     for candidate in (exc, _cause(exc)):
         kind = type(candidate)
         if candidate is None or (kind in _SILENT and not candidate.__dict__):
@@ -241,11 +241,11 @@ _SILENT: Final = frozenset(
 )
 
 
-def _worst(group: BaseExceptionGroup[Any], seen: set[int]) -> Verdict | None:
+def _worst(group: BaseExceptionGroup[Any], seen: set[int]) -> ProviderVerdict | None:
     if id(group) in seen:  # A member can be raised from the group that it is in.
         return None
     seen.add(id(group))
-    verdicts: list[Verdict] = []
+    verdicts: list[ProviderVerdict] = []
     silent = False
     for member in group.exceptions:
         late = _TIMEOUT if issubclass(type(member), TimeoutError) else None
@@ -259,7 +259,7 @@ def _worst(group: BaseExceptionGroup[Any], seen: set[int]) -> Verdict | None:
     return None if silent else max(verdicts, key=lambda verdict: verdict.retry_after or 0.0)
 
 
-def _read(exc: BaseException) -> Verdict | None:
+def _read(exc: BaseException) -> ProviderVerdict | None:
     packages = {_package(cls) for cls in type(exc).__mro__}
     levels = _levels(exc, packages)
     codes = list(_codes(exc, levels))
@@ -286,9 +286,9 @@ def _read(exc: BaseException) -> Verdict | None:
     return verdict._replace(retry_after=_retry_delay(levels) if retry_after is None else retry_after)
 
 
-def _read_prose(known: Verdict, levels: list[Any], packages: set[str]) -> Verdict:
+def _read_prose(known: ProviderVerdict, levels: list[Any], packages: set[str]) -> ProviderVerdict:
     """Return the same verdict, or a better one where the message says more than the status and the codes."""
-    phrases: tuple[tuple[str, Verdict], ...] = ()
+    phrases: tuple[tuple[str, ProviderVerdict], ...] = ()
     if known is _BAD_REQUEST:
         phrases = _PHRASES
     elif known is _RATE_LIMIT:
@@ -302,7 +302,7 @@ def _read_prose(known: Verdict, levels: list[Any], packages: set[str]) -> Verdic
     return next((verdict for phrase, verdict in phrases if phrase in prose), known)
 
 
-def _read_transport(exc: BaseException) -> Verdict | None:
+def _read_transport(exc: BaseException) -> ProviderVerdict | None:
     names = {cls.__name__ for cls in type(exc).__mro__ if _package(cls) in _CLIENTS}
     for known, verdict in _NAMES:
         if names & known:

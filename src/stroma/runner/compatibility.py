@@ -15,11 +15,11 @@ from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.restore import check_place, read_output
 
-__all__ = ["Change", "changes_since"]
+__all__ = ["Incompatibility", "changes_since"]
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class Incompatibility:
     """A reason that an output of a run cannot be restored. ``at``: its position, and its place in groups: "2", "2.0"."""
 
     at: str
@@ -33,24 +33,24 @@ def changes_since(
     nodes: Sequence[Node | Group],
     registry: ContractRegistry,
     config: RunConfig | None = None,
-) -> list[Change]:
+) -> list[Incompatibility]:
     """Return the changes that prevent a resume of committed outputs by (position, branch).
 
     Decides as a resume does. Nothing is written, and no user code is called but validators and upcasts.
     """
     config = (config or RunConfig()).model_copy(update={"run_id": run_id})
     ctx = ReliabilityContext.for_run(config, registry, CheckpointManager(InMemoryStore()))
-    changes: list[Change] = []
+    changes: list[Incompatibility] = []
     for (position, branch), committed in sorted(commits.items()):
         at = f"{position}.{branch}" if branch else str(position)
         try:
             check_place(ctx, nodes, committed, position, branch)
             _read(ctx, nodes, committed, position, branch)
         except PipelineChanged as error:
-            changes.append(Change(at, committed.node_id, str(error)))
+            changes.append(Incompatibility(at, committed.node_id, str(error)))
         except Exception as error:  # A validator or an upcast may raise anything.
             changes.append(
-                Change(
+                Incompatibility(
                     at, committed.node_id,
                     f"the output of node {committed.node_id!r} cannot be read back: {type(error).__name__}: {error}; "
                     "restore its schema, add an upcast to the contract, or resume from there to run it again",

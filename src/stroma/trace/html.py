@@ -23,7 +23,7 @@ from stroma._utils.text import clean, count, money, plural, span, visible
 __all__ = [
     "STYLE",
     "Bar",
-    "Box",
+    "StopCause",
     "Story",
     "cause",
     "document",
@@ -89,7 +89,7 @@ class Bar:
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class StopCause:
     """The cause that stopped a run. ``fields``: paths that broke a contract. ``mend``: the command to resume, or ""."""
 
     node_id: str
@@ -117,7 +117,7 @@ class Story:
     cost_usd: float
     began_ms: int = 0
     seconds: float = 0.0
-    box: Box | None = None
+    box: StopCause | None = None
     facts: Sequence[tuple[str, str]] = field(default=())
     left_out: int = 0
 

@@ -69,7 +69,7 @@ class ExecutionResult(Shown):
     failed_items: int = 0
 
     def _story(self, redact: Redact | None = None) -> Story:
-        from stroma.trace.html import Box
+        from stroma.trace.html import StopCause
 
         story, failure, box = self.trace._story(redact), self.failure, None
         if failure is not None:
@@ -78,7 +78,7 @@ class ExecutionResult(Shown):
             # Of a group, the child whose failure became its own is the one that stands deepest.
             failed = [bar for bar in story.bars if bar.message == message and bar.outcome == "failure"]
             at = max(failed, key=lambda bar: (bar.began_ms, len(bar.at)), default=None)
-            box = Box(
+            box = StopCause(
                 failure.node_id if at is None else at.node_id, "?" if at is None else at.at, failure.attempt,
                 failure.failure_class.value, message, failure.reason,
             )  # fmt: skip

@@ -13,7 +13,7 @@ from stroma._utils.text import plural
 from stroma.checkpoint.records import PICO, Tally
 from stroma.trace.html import utc
 
-__all__ = ["BUCKETS", "AttemptRow", "Overview"]
+__all__ = ["BUCKETS", "AttemptTotals", "Overview"]
 
 #: Number of time buckets of the chart.
 BUCKETS: Final = 24
@@ -24,7 +24,7 @@ _CHART_HEIGHT: Final = 120
 
 
 @dataclass(slots=True)
-class AttemptRow:
+class AttemptTotals:
     """Totals of one pipeline, node or model."""
 
     name: str
@@ -55,16 +55,16 @@ class AttemptRow:
 class Overview:
     """Totals of some days."""
 
-    total: AttemptRow
-    pipelines: list[AttemptRow]
-    nodes: list[AttemptRow]
-    models: list[AttemptRow]
-    slowest: list[AttemptRow]
+    total: AttemptTotals
+    pipelines: list[AttemptTotals]
+    nodes: list[AttemptTotals]
+    models: list[AttemptTotals]
+    slowest: list[AttemptTotals]
     failures: dict[int, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tallies: Sequence[Tally]) -> Overview:
-        total = AttemptRow("all")
+        total = AttemptTotals("all")
         failures: dict[int, dict[str, int]] = {}
         for one in tallies:
             total.add(one)
@@ -106,12 +106,12 @@ class Overview:
         )
 
 
-def _group_by(tallies: Iterable[Tally], name: Callable[[Tally], str]) -> list[AttemptRow]:
-    rows: dict[str, AttemptRow] = {}
+def _group_by(tallies: Iterable[Tally], name: Callable[[Tally], str]) -> list[AttemptTotals]:
+    rows: dict[str, AttemptTotals] = {}
     for one in tallies:
-        rows.setdefault(name(one), AttemptRow(name(one))).add(one)
+        rows.setdefault(name(one), AttemptTotals(name(one))).add(one)
     return list(rows.values())
 
 
-def _most_expensive(rows: list[AttemptRow]) -> list[AttemptRow]:
+def _most_expensive(rows: list[AttemptTotals]) -> list[AttemptTotals]:
     return sorted(rows, key=lambda row: (-row.cost_usd, -row.attempts))[:_MAX_ROWS]

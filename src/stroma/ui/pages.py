@@ -32,7 +32,7 @@ from stroma.failures.tracebacks import Trouble
 from stroma.telemetry.otlp_json import otlp_spans
 from stroma.trace.html import (
     Bar,
-    Box,
+    StopCause,
     Story,
     cause,
     document,
@@ -219,7 +219,7 @@ class Pages:
         if why is not None and record.status not in FINISHED:
             at = f"{why.position}.{why.branch}" if why.branch else str(why.position)
             message = why.text or record.error or ""
-            box = Box(
+            box = StopCause(
                 why.node_id,
                 at,
                 why.attempt,

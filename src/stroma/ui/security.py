@@ -12,7 +12,7 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, urlencode
 
-__all__ = ["HEADERS", "Guard", "Keys"]
+__all__ = ["HEADERS", "Keys", "SecurityMiddleware"]
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -99,7 +99,7 @@ def _password(credentials: str) -> str:
         return ""
 
 
-class Guard:
+class SecurityMiddleware:
     """ASGI middleware that checks each request and adds headers to each response."""
 
     def __init__(

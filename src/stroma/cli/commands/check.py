@@ -21,7 +21,7 @@ from stroma.contracts.checks.check import check_nodes
 from stroma.contracts.checks.finding import Finding
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import find_node
-from stroma.runner.compatibility import Change
+from stroma.runner.compatibility import Incompatibility
 from stroma.runner.runner import Pipeline
 
 __all__ = ["check"]
@@ -49,7 +49,7 @@ def check(target: str, as_json: bool, sarif: Path | None, against: str | None, d
     registry = ContractRegistry()
     findings = check_nodes(nodes, registry)
     errors = sum(finding.severity == "error" for finding in findings)
-    record, changes = None, list[Change]()
+    record, changes = None, list[Incompatibility]()
     if against is not None:
         database = Database.from_option(db)
         record = database.find(against)
@@ -91,7 +91,7 @@ def _print_finding(finding: Finding) -> None:
 # ---------------------------------------------------------------------- against a run
 
 
-def _against_data(record: RunRecord, changes: list[Change]) -> dict[str, Any]:
+def _against_data(record: RunRecord, changes: list[Incompatibility]) -> dict[str, Any]:
     return {
         "run_id": record.run_id,
         "pipeline": record.pipeline,
@@ -101,7 +101,7 @@ def _against_data(record: RunRecord, changes: list[Change]) -> dict[str, Any]:
     }
 
 
-def _tell_changes(record: RunRecord, changes: list[Change], pipeline: Pipeline) -> None:
+def _tell_changes(record: RunRecord, changes: list[Incompatibility], pipeline: Pipeline) -> None:
     name = f"run {clean(id_word(record.run_id), 100)} ({record.status})"
     if not changes:
         out.line(("ok      ", "green"), f" {name} can be resumed: all it has committed fits")

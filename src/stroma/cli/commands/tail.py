@@ -69,7 +69,7 @@ def tail(
     hide = load_redact(redact)
     if run_ is not None:
         record = database.find(run_)
-        watch = _Watch(database, as_json, hide, named=False)
+        watch = _Follower(database, as_json, hide, named=False)
         watch.print(record, lines)
         while follow and record.status == "RUNNING" and not is_gone(record):
             time.sleep(interval)
@@ -82,7 +82,7 @@ def tail(
         watch.end(record)
         return Code.OK
     store = database.reader
-    watch = _Watch(database, as_json, hide, named=True)
+    watch = _Follower(database, as_json, hide, named=True)
     since = 0
     while True:
         with database.explain_errors():
@@ -98,7 +98,7 @@ def tail(
         time.sleep(interval)
 
 
-class _Watch:
+class _Follower:
     """Attempts and endings of runs that were printed."""
 
     def __init__(self, database: Database, as_json: bool, redact: Redact | None, *, named: bool) -> None:

@@ -13,8 +13,8 @@ from stroma.contracts.checks.finding import Finding
 from stroma.contracts.checks.flow import (
     Collision,
     Crossing,
+    FlowState,
     Giver,
-    State,
     Unreadable,
     flow_of,
     holds_no_fields,
@@ -85,7 +85,7 @@ def _of_crossing(crossing: Crossing, known: Known) -> Iterator[Finding]:
     yield from _undecided(crossing, [reason for reason in reasons if reason.kind == "undecidable"])
 
 
-def _fit(state: State, wanted: type[BaseModel], known: Known) -> Fit:
+def _fit(state: FlowState, wanted: type[BaseModel], known: Known) -> Fit:
     if state.item is not None:
         return Fitter(None, wanted, apart=True).fit_item(state.item, bare=state.bare)
     assert state.model is not None
@@ -100,7 +100,7 @@ def _is_guess(reason: Reason) -> bool:
     return reason.verdict is Verdict.MAYBE and reason.kind in ("unknown", "missing", "extra")
 
 
-def _giver_of(state: State, path: tuple[str, ...]) -> Giver:
+def _giver_of(state: FlowState, path: tuple[str, ...]) -> Giver:
     return state.origins.get(path[0], state.giver) if path else state.giver
 
 
@@ -118,7 +118,7 @@ def _of_reason(crossing: Crossing, wanted: type[BaseModel], reason: Reason) -> F
     )  # fmt: skip
 
 
-def _shown(path: tuple[str, ...], state: State) -> str:
+def _shown(path: tuple[str, ...], state: FlowState) -> str:
     parts = (state.list_at, "[]", *path) if state.list_at else path
     text = ""
     for part in parts:

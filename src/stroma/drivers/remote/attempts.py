@@ -36,12 +36,12 @@ from stroma.drivers.remote.plans import FROZEN, KnownNodes, MissingNode, context
 from stroma.drivers.remote.results import Reader, fetch, result_of, unpack
 from stroma.drivers.remote.wire import (
     LARGE,
+    ActivityRequest,
     ClassName,
     Event,
     NodeSpec,
     Reply,
-    Report,
-    Request,
+    RunReport,
     Value,
     clip,
     decode_failure,
@@ -97,7 +97,7 @@ class Attempts:
                 f"this worker lacks pipeline {pipeline!r}; it has {have}: give it to the worker of this task queue"
             ) from None
 
-    async def perform(self, request: Request, *, redelivered: bool = False) -> Reply:
+    async def perform(self, request: ActivityRequest, *, redelivered: bool = False) -> Reply:
         """Perform a request. Raises MissingNode, and CancelledError if nothing was started; other failures are replies.
 
         ``redelivered``: another process may have started, or even finished, the same request.
@@ -170,7 +170,12 @@ class _Work:
     """One request."""
 
     def __init__(
-        self, owner: Attempts, known: KnownNodes, config: RunConfig, request: Request, redelivered: bool
+        self,
+        owner: Attempts,
+        known: KnownNodes,
+        config: RunConfig,
+        request: ActivityRequest,
+        redelivered: bool,
     ) -> None:
         self.owner = owner
         self.known = known
@@ -469,7 +474,7 @@ class _Work:
             reply["broken"] = ["HookNotAsync", str(error)]
         return self._noted(reply)
 
-    async def _mirror(self, report: Report) -> None:
+    async def _mirror(self, report: RunReport) -> None:
         reader = Reader(self.known, self.owner.payloads, report["run_id"], report["values"])
         try:
             initial = await self.model_of(self.request["value"])

@@ -20,23 +20,23 @@ from stroma.drivers.remote.state import (
     Broken,
     Continue,
     Driver,
-    Place,
-    State,
-    Stopped,
+    NodePlace,
+    RunState,
+    StoppedExecution,
     new_state,
     next_segment,
     row_size,
     shortened,
 )
 from stroma.drivers.remote.wire import (
+    ActivityRequest,
     Event,
-    Failed,
+    FailureData,
     NodeSpec,
     Operation,
     Plan,
     Reply,
-    Report,
-    Request,
+    RunReport,
     Value,
     decode_failure,
     fit_context,
@@ -47,13 +47,13 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.policy import Retry, Stop, follow_up
 from stroma.trace.result import RunStatus
 
-__all__ = ["Continue", "Driver", "Interpreter", "State", "new_state", "next_segment"]
+__all__ = ["Continue", "Driver", "Interpreter", "RunState", "new_state", "next_segment"]
 
 
 class Interpreter:
     """One run. ``state`` is always as far as the run is; between two awaits of the driver it is whole."""
 
-    def __init__(self, plan: Plan, state: State, driver: Driver) -> None:
+    def __init__(self, plan: Plan, state: RunState, driver: Driver) -> None:
         self.plan = plan
         self.state = state
         self.driver = driver
@@ -71,14 +71,14 @@ class Interpreter:
         tracker.prior_latency_ms = prior["latency_ms"]
         #: What the run has come to in this segment; None while it is under way.
         self.status: RunStatus | None = None
-        self._failure: Failed | None = None
+        self._failure: FailureData | None = None
         self._broken: list[str] | None = None
         #: The groups that are under way, by position.
         self._open: dict[int, list[Children]] = {}
 
     # ------------------------------------------------------------------ a segment
 
-    async def go(self) -> Report:
+    async def go(self) -> RunReport:
         """Run until the run ends or waits for a person. Raises Continue. Cancelled, it ends as CANCELLED."""
         state = self.state
         self.status, self._failure, self._broken = None, None, None
@@ -128,21 +128,21 @@ class Interpreter:
             return RunStatus.PARTIAL
         while state["position"] < len(nodes):
             position = state["position"]
-            place = Place(nodes[position], (position,), position, "", (), state["rows"])
+            place = NodePlace(nodes[position], (position,), position, "", (), state["rows"])
             outcome = await self.execute(place, state["value"])
-            output = outcome.output if isinstance(outcome, Stopped) else outcome
+            output = outcome.output if isinstance(outcome, StoppedExecution) else outcome
             if output is not None:
                 state["committed"].append(output)
                 state["value"] = output
                 state["position"] = position + 1
                 self._forget(position)
-            if isinstance(outcome, Stopped):
+            if isinstance(outcome, StoppedExecution):
                 return self._stopped_as(outcome)
             if self.driver.full() and state["position"] < len(nodes):
                 raise Continue
         return RunStatus.RESUMED if state["continued"] else RunStatus.COMPLETED
 
-    def _stopped_as(self, outcome: Stopped) -> RunStatus:
+    def _stopped_as(self, outcome: StoppedExecution) -> RunStatus:
         if outcome.suspended:
             return RunStatus.SUSPENDED
         self._failure = outcome.failure
@@ -155,7 +155,7 @@ class Interpreter:
             for key in [key for key in states if key.startswith(prefix)]:
                 del states[key]
 
-    def report(self) -> Report:
+    def report(self) -> RunReport:
         """Return the report of this segment of the run so far."""
         state = self.state
         values: list[Value] = []
@@ -205,7 +205,7 @@ class Interpreter:
 
     # ------------------------------------------------------------------ requests
 
-    def _request(self, op: Operation, **more: Any) -> Request:
+    def _request(self, op: Operation, **more: Any) -> ActivityRequest:
         state = self.state
         spent, prior = state["spent"], state["prior"]
         request: dict[str, Any] = {
@@ -229,7 +229,7 @@ class Interpreter:
         }
         return request  # type: ignore[return-value]  # pyright: ignore[reportReturnType]
 
-    def of(self, place: Place, op: Operation, value: Value, **more: Any) -> Request:
+    def of(self, place: NodePlace, op: Operation, value: Value, **more: Any) -> ActivityRequest:
         return self._request(
             op,
             value=value,
@@ -242,7 +242,7 @@ class Interpreter:
             **{"traceparent": place.traceparent or self.state["traceparent"], **self._busy(place), **more},
         )
 
-    def _busy(self, place: Place) -> dict[str, Any]:
+    def _busy(self, place: NodePlace) -> dict[str, Any]:
         """Return how much of a time limit a run has used in the current group."""
         if not place.groups or self._budget.max_latency_ms is None:
             return {}
@@ -267,20 +267,20 @@ class Interpreter:
 
     # ------------------------------------------------------------------ nodes
 
-    async def execute(self, place: Place, value: Value) -> Value | Stopped:
+    async def execute(self, place: NodePlace, value: Value) -> Value | StoppedExecution:
         if place.key in self.state["done"]:
             return self.state["done"][place.key]
         if place.spec["kind"] != "node":
             outcome = await self._group(place, value)
         else:
             outcome = await self._node(place, value)
-        if place.branch and not isinstance(outcome, Stopped) and place.kind != "item":
+        if place.branch and not isinstance(outcome, StoppedExecution) and place.kind != "item":
             self.state["done"][place.key] = outcome
         return outcome
 
-    async def _node(self, place: Place, value: Value) -> Value | Stopped:
+    async def _node(self, place: NodePlace, value: Value) -> Value | StoppedExecution:
         attempt, repairs = 0, 0
-        last: Failed | None = None
+        last: FailureData | None = None
         after: float | None = None
         while True:
             attempt += 1
@@ -290,7 +290,7 @@ class Interpreter:
             )  # fmt: skip
             reply, cancelled = await self.driver.ask(request)
             outcome = self._settle(place, value, reply)
-            if reply.get("cancelled") or (cancelled and not isinstance(outcome, (dict, Stopped))):
+            if reply.get("cancelled") or (cancelled and not isinstance(outcome, (dict, StoppedExecution))):
                 raise asyncio.CancelledError
             if cancelled and isinstance(outcome, dict):
                 self._keep(place, outcome)
@@ -300,12 +300,12 @@ class Interpreter:
             last = reply["failure"]
             again = self._decide(place.spec, last, attempt, bool(reply.get("repairing")), repairs)
             if isinstance(again, Stop):
-                return Stopped(last, spent=self._exceeded(place.spec["id"]) is not None)
+                return StoppedExecution(last, spent=self._exceeded(place.spec["id"]) is not None)
             repairs += bool(reply.get("repairing"))
             after = again.delay_seconds
             await self.driver.sleep(after)
 
-    def _keep(self, place: Place, output: Value) -> None:
+    def _keep(self, place: NodePlace, output: Value) -> None:
         """Record an output that was committed during a cancellation, so that a resume does not run it again."""
         if place.branch:
             self.state["done"][place.key] = output
@@ -315,7 +315,7 @@ class Interpreter:
         state["value"], state["position"] = output, place.position + 1
         self._forget(place.position)
 
-    def _settle(self, place: Place, value: Value, reply: Reply) -> Value | Stopped | None:
+    def _settle(self, place: NodePlace, value: Value, reply: Reply) -> Value | StoppedExecution | None:
         """Take an attempt into the run: its row, what it spent, what it came to. None: ask whether another follows."""
         state = self.state
         self._note(reply)
@@ -354,7 +354,9 @@ class Interpreter:
             state["waiting"][place.key] = reply["waiting"]
         if "halt" in reply:
             halt = reply["halt"]
-            return Stopped(reply["failure"], output, halt["partial"], halt["spent"], halt["suspended"])
+            return StoppedExecution(
+                reply["failure"], output, halt["partial"], halt["spent"], halt["suspended"]
+            )
         if "failure" in reply:
             return None
         assert output is not None
@@ -369,9 +371,9 @@ class Interpreter:
             exceeded["reason"],
             exceeded["type"],
         ]
-        return Stopped({**exceeded, "attempt": row["attempt"]}, output, spent=True)
+        return StoppedExecution({**exceeded, "attempt": row["attempt"]}, output, spent=True)
 
-    def _exceeded(self, node_id: str) -> Failed | None:
+    def _exceeded(self, node_id: str) -> FailureData | None:
         exceeded = self._tracker.exceeded(self._budget, node_id)
         if exceeded is None:
             return None
@@ -387,7 +389,7 @@ class Interpreter:
         }
 
     def _decide(
-        self, spec: NodeSpec, last: Failed, attempt: int, repairing: bool, repairs: int
+        self, spec: NodeSpec, last: FailureData, attempt: int, repairing: bool, repairs: int
     ) -> Retry | Stop:
         if self._exceeded(spec["id"]) is not None:
             return Stop("the budget is spent")
@@ -404,10 +406,10 @@ class Interpreter:
 
     # ------------------------------------------------------------------ groups
 
-    async def _group(self, place: Place, value: Value) -> Value | Stopped:
+    async def _group(self, place: NodePlace, value: Value) -> Value | StoppedExecution:
         progress = self.state["maps"].get(place.key)
         attempt = 0
-        last: Failed | None = None
+        last: FailureData | None = None
         after: float | None = None
         going = progress is not None and progress["opened_ns"] > 0
         if progress is not None and going:
@@ -419,7 +421,7 @@ class Interpreter:
                 reply, cancelled = await self.driver.ask(request)
                 if "halt" in reply:
                     halted = self._settle(place, value, reply)
-                    assert isinstance(halted, Stopped)
+                    assert isinstance(halted, StoppedExecution)
                     return halted
                 self._note(reply)
                 if "broken" in reply:
@@ -452,13 +454,13 @@ class Interpreter:
             last = failed
             again = self._decide(place.spec, last, attempt, False, 0)
             if isinstance(again, Stop):
-                return Stopped(last, spent=self._exceeded(place.spec["id"]) is not None)
+                return StoppedExecution(last, spent=self._exceeded(place.spec["id"]) is not None)
             after = again.delay_seconds
             await self.driver.sleep(after)
 
     async def _close(
-        self, place: Place, value: Value, attempt: int, opened: int, children: Children, cancelled: bool
-    ) -> tuple[Value | Stopped | None, Failed]:
+        self, place: NodePlace, value: Value, attempt: int, opened: int, children: Children, cancelled: bool
+    ) -> tuple[Value | StoppedExecution | None, FailureData]:
         stopped = children.stopped
         request = self.of(
             place, "close", value, attempt=attempt, traceparent=children.traceparent or self.state["traceparent"], opened_ns=opened, busy_ns=children.busy_ns(), span_ns=children.span_ns(),

@@ -19,7 +19,7 @@ from stroma._utils.text import typed
 from stroma.checkpoint import PipelineChanged, RunRequest, Session, Waiting
 from stroma.contracts.schema import Schema, schema_of
 from stroma.drivers.remote.results import Reader, fetch, unpack
-from stroma.drivers.remote.wire import Report
+from stroma.drivers.remote.wire import RunReport
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import AttemptRow, AttemptUsage, Failed
 from stroma.trace.result import RunStatus
@@ -32,7 +32,7 @@ _MOST: Final = 5_000
 
 
 async def mirror(
-    store: Any, report: Report, reader: Reader, initial: BaseModel, tags: tuple[str, ...]
+    store: Any, report: RunReport, reader: Reader, initial: BaseModel, tags: tuple[str, ...]
 ) -> None:
     """Write a run, or a segment of it, to a journal store. Raises StoreError."""
     try:
@@ -57,7 +57,7 @@ async def mirror(
 
 
 async def _open(
-    store: Any, report: Report, initial: BaseModel, tags: tuple[str, ...], if_exists: Any
+    store: Any, report: RunReport, initial: BaseModel, tags: tuple[str, ...], if_exists: Any
 ) -> Session:
     request = RunRequest(
         report["run_id"],
@@ -76,7 +76,7 @@ async def _done(pending: Any) -> Any:
 
 
 class _Writer:
-    def __init__(self, session: Session, report: Report, reader: Reader) -> None:
+    def __init__(self, session: Session, report: RunReport, reader: Reader) -> None:
         self._session = session
         self._reader = reader
         self._waiting = {(w["position"], w["branch"]): w for w in report["waiting"]}

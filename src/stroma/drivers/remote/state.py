@@ -10,12 +10,12 @@ from typing import Any, Final, NotRequired, Protocol, TypedDict
 
 from stroma.drivers.remote.wire import (
     ROOM,
+    ActivityRequest,
     Answer,
     Event,
-    Failed,
+    FailureData,
     NodeSpec,
     Reply,
-    Request,
     Spent,
     Value,
     json_size,
@@ -30,9 +30,9 @@ __all__ = [
     "Continue",
     "Driver",
     "MapState",
-    "Place",
-    "State",
-    "Stopped",
+    "NodePlace",
+    "RunState",
+    "StoppedExecution",
     "new_state",
     "next_segment",
     "nothing",
@@ -49,7 +49,7 @@ _FIRST_WORDS: Final = 200
 class Driver(Protocol):
     """Access of an interpreter to the outside: it uses nothing else."""
 
-    async def ask(self, request: Request) -> tuple[Reply, bool]:
+    async def ask(self, request: ActivityRequest) -> tuple[Reply, bool]:
         """Let a worker perform a request; return the reply, and whether the run was cancelled meanwhile.
 
         Raises CancelledError if it was cancelled before a worker took it up.
@@ -91,7 +91,7 @@ class MapState(TypedDict):
     traceparent: str | None
 
 
-class State(TypedDict):
+class RunState(TypedDict):
     """State of a run. All of it is plain JSON data."""
 
     position: int
@@ -136,7 +136,7 @@ def nothing() -> Spent:
     return {"tokens": 0, "cost_usd": 0.0, "latency_ms": 0.0}
 
 
-def new_state(value: Value, *, context: dict[str, Any], traceparent: str | None = None) -> State:
+def new_state(value: Value, *, context: dict[str, Any], traceparent: str | None = None) -> RunState:
     """Return the state of a new run."""
     return {
         "position": 0,
@@ -164,7 +164,7 @@ def new_state(value: Value, *, context: dict[str, Any], traceparent: str | None 
     }
 
 
-def next_segment(state: State) -> State:
+def next_segment(state: RunState) -> RunState:
     """Make a state ready to go on after a suspension, or where an earlier run has stopped."""
     spent, prior = state["spent"], state["prior"]
     state["prior"] = {
@@ -187,7 +187,7 @@ def next_segment(state: State) -> State:
     return state
 
 
-def _state_bytes(state: State) -> int:
+def _state_bytes(state: RunState) -> int:
     """Return the bytes of a state between two segments, without the rows of each."""
     values = [state["initial"], *state["committed"], *state["done"].values()]
     size = sum(len(answer["payload"] or "") for answer in state["answers"].values())
@@ -198,10 +198,10 @@ def _state_bytes(state: State) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Stopped:
+class StoppedExecution:
     """An execution that stopped for good; the plain form of the engine's Halt."""
 
-    failure: Failed
+    failure: FailureData
     output: Value | None = None
     partial: bool = False
     spent: bool = False
@@ -209,7 +209,7 @@ class Stopped:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class NodePlace:
     """Position of a node."""
 
     spec: NodeSpec
@@ -227,13 +227,13 @@ class Place:
 
     def child(
         self, index: int, spec: NodeSpec, number: int, rows: list[Event], kind: str, traceparent: str | None
-    ) -> Place:
+    ) -> NodePlace:
         branch = f"{self.branch}.{index}" if self.branch else str(index)
         groups = (*self.groups, self.spec["id"])
-        return Place(spec, (*self.path, number), self.position, branch, groups, rows, kind, traceparent)
+        return NodePlace(spec, (*self.path, number), self.position, branch, groups, rows, kind, traceparent)
 
 
-NO_FAILURE: Final[Failed] = {
+NO_FAILURE: Final[FailureData] = {
     "failure_class": FailureClass.TERMINAL.value, "message": "", "reason": None, "retry_after": None, "node_id": "",
     "attempt": 0, "type": "", "data": None,
 }  # fmt: skip

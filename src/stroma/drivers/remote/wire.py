@@ -13,14 +13,14 @@ from stroma.failures.failure import Failure, isinstance_by_type
 from stroma.trace.plain import jsonable
 
 __all__ = [
+    "ActivityRequest",
     "Answer",
     "Event",
-    "Failed",
+    "FailureData",
     "NodeSpec",
     "Plan",
     "Reply",
-    "Report",
-    "Request",
+    "RunReport",
     "Spent",
     "Value",
     "clip",
@@ -104,7 +104,7 @@ class Spent(TypedDict):
     latency_ms: float
 
 
-class Failed(TypedDict):
+class FailureData(TypedDict):
     """A failure. ``data``: what makes one of our own exceptions again."""
 
     failure_class: str
@@ -152,7 +152,7 @@ class Answer(TypedDict):
     payload: str | None
 
 
-class Request(TypedDict):
+class ActivityRequest(TypedDict):
     """An operation to perform on a worker.
 
     Attributes:
@@ -186,7 +186,7 @@ class Request(TypedDict):
     attempt: NotRequired[int]
     repairs: NotRequired[int]
     after: NotRequired[float | None]
-    last: NotRequired[Failed | None]
+    last: NotRequired[FailureData | None]
     answer: NotRequired[Answer | None]
     first: NotRequired[int]
     count: NotRequired[int]
@@ -206,7 +206,7 @@ class Request(TypedDict):
     #: Of "pack": what is to be kept out of the run's own state.
     rows: NotRequired[list[Event]]
     #: Of "end".
-    report: NotRequired[Report]
+    report: NotRequired[RunReport]
 
 
 class Reply(TypedDict, total=False):
@@ -224,7 +224,7 @@ class Reply(TypedDict, total=False):
 
     row: Event
     output: Value
-    failure: Failed
+    failure: FailureData
     halt: dict[str, bool]
     repairing: bool
     cancelled: bool
@@ -241,7 +241,7 @@ class Reply(TypedDict, total=False):
     at_ns: int
 
 
-class Report(TypedDict):
+class RunReport(TypedDict):
     """Result of a run, or of a segment of it up to a suspension. Rows refer to states by number in ``values``."""
 
     run_id: str
@@ -255,7 +255,7 @@ class Report(TypedDict):
     committed: bool
     tokens: int
     cost_usd: float
-    failure: Failed | None
+    failure: FailureData | None
     suspended: list[str]
     waiting: list[Answer]
     failed_items: int
@@ -333,7 +333,7 @@ def size_of(value: Value | None) -> int:
     return 0 if value is None else value["size"] if "text" in value else 100
 
 
-def encode_failure(failure: Failure) -> Failed:
+def encode_failure(failure: Failure) -> FailureData:
     """Return a failure as plain data."""
     exc = failure.exception
     data: list[Any] | None = None
@@ -380,7 +380,7 @@ def _violated(exc: ContractViolation) -> list[Any]:
     return data
 
 
-def decode_failure(record: Failed) -> Failure:
+def decode_failure(record: FailureData) -> Failure:
     """Return the failure of plain data. Exceptions of Stroma are restored; any other one is a RemoteFailure."""
     exc: BaseException
     data, name = record["data"], record["type"]

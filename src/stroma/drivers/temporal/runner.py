@@ -35,8 +35,18 @@ from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.drivers.remote.plans import KnownNodes, freeze, plain_context
 from stroma.drivers.remote.results import Reader, broken_of, result_of
-from stroma.drivers.remote.state import State, new_state, next_segment
-from stroma.drivers.remote.wire import LARGE, Answer, NodeSpec, Plan, Report, Value, fold, json_size, unfold
+from stroma.drivers.remote.state import RunState, new_state, next_segment
+from stroma.drivers.remote.wire import (
+    LARGE,
+    Answer,
+    NodeSpec,
+    Plan,
+    RunReport,
+    Value,
+    fold,
+    json_size,
+    unfold,
+)
 from stroma.drivers.temporal import names
 from stroma.drivers.temporal.stream import TemporalStream
 from stroma.engine.config import RunConfig
@@ -198,7 +208,7 @@ class TemporalRunner:
                     raise
         memo = await workflow.memo()
         same_input = memo.get("stroma_input") in (None, _input_of(value))
-        parked: Report | None = None
+        parked: RunReport | None = None
         if workflow.status in _OPEN:
             parked = await self._parked_now(handle)
             if parked is None or on_existing == "error":
@@ -382,7 +392,7 @@ class TemporalRunner:
             raise _not_found(run_id)
         if workflow.status not in _OPEN:
             return []
-        state = cast("State", unfold((await self._query(self._handle(run_id), names.STATE))["state"]))
+        state = cast("RunState", unfold((await self._query(self._handle(run_id), names.STATE))["state"]))
         answers = state["answers"]
         return [
             Waiting(
@@ -400,7 +410,7 @@ class TemporalRunner:
             raise _not_found(run_id)
         handle = self._handle(run_id)
         if workflow.status in _OPEN:
-            report = cast("Report", await self._query(handle, names.REPORT))
+            report = cast("RunReport", await self._query(handle, names.REPORT))
         else:  # A result that has ended needs no worker.
             report = await self._report(handle)
         if report["status"] == "RUNNING":
@@ -433,7 +443,7 @@ class TemporalRunner:
         return {"blob": name, "size": size, "cls": ["class", ref]}
 
     async def _start(
-        self, plan: Plan, state: State, known: KnownNodes, config: RunConfig, *, over_another: bool = False
+        self, plan: Plan, state: RunState, known: KnownNodes, config: RunConfig, *, over_another: bool = False
     ) -> _StartedRun:
         run_id = plan["run_id"]
         search = await self._has_search_attributes()
@@ -498,7 +508,7 @@ class TemporalRunner:
     ) -> _StartedRun:
         """Start a run that continues where the last one of its id has stopped."""
         reply = await self._query(handle, names.STATE)
-        before, state = cast("Plan", reply["plan"]), cast("State", unfold(reply["state"]))
+        before, state = cast("Plan", reply["plan"]), cast("RunState", unfold(reply["state"]))
         if initial is not None and not _same(initial, state["initial"]):
             raise _another_input(plan["run_id"])
         _check_unchanged(plan["run_id"], before["nodes"], plan["nodes"], state)
@@ -506,7 +516,7 @@ class TemporalRunner:
         return await self._start(plan, next_segment(state), known, config)
 
     async def _wake(
-        self, handle: WorkflowHandle[Any, Any], known: KnownNodes, config: RunConfig, parked: Report
+        self, handle: WorkflowHandle[Any, Any], known: KnownNodes, config: RunConfig, parked: RunReport
     ) -> _StartedRun:
         """Let a suspended run continue."""
         await handle.signal(names.RESUME, parked["segment"])
@@ -561,27 +571,27 @@ class TemporalRunner:
             ) from error
         return reply
 
-    async def _parked_now(self, handle: WorkflowHandle[Any, Any]) -> Report | None:
+    async def _parked_now(self, handle: WorkflowHandle[Any, Any]) -> RunReport | None:
         """Return the report of a suspended run; None for any other run."""
-        report = cast("Report", await self._query(handle, names.REPORT))
+        report = cast("RunReport", await self._query(handle, names.REPORT))
         return report if report["status"] == RunStatus.SUSPENDED else None
 
-    async def _report(self, handle: WorkflowHandle[Any, Any]) -> Report:
+    async def _report(self, handle: WorkflowHandle[Any, Any]) -> RunReport:
         """Return the report of a workflow when it has ended. Raises WorkflowFailureError for a workflow of other code."""
         try:
-            return cast("Report", await handle.result())
+            return cast("RunReport", await handle.result())
         except WorkflowFailureError as error:
             cause = error.cause
             if isinstance(cause, ApplicationError) and (cause.type or "").startswith(names.FAILURE):
-                return cast("Report", cause.details[0])
+                return cast("RunReport", cause.details[0])
             # Terminated, or timed out: its commits are in its history.
-            report = cast("Report", await self._query(handle, names.REPORT))
+            report = cast("RunReport", await self._query(handle, names.REPORT))
             return {**report, "status": RunStatus.INTERRUPTED.value}
 
-    async def _outcome(self, handle: WorkflowHandle[Any, Any], segment: int) -> Report:
+    async def _outcome(self, handle: WorkflowHandle[Any, Any], segment: int) -> RunReport:
         """Return the report of a run at its end or at its next suspension."""
         ended = asyncio.ensure_future(self._report(handle))
-        watch: asyncio.Future[Report | None] | None = None
+        watch: asyncio.Future[RunReport | None] | None = None
         try:
             await asyncio.wait([ended], timeout=_PATIENCE)
             while not ended.done():
@@ -598,14 +608,14 @@ class TemporalRunner:
                 if task is not None:
                     task.cancel()
 
-    async def _suspended(self, handle: WorkflowHandle[Any, Any], segment: int) -> Report | None:
+    async def _suspended(self, handle: WorkflowHandle[Any, Any], segment: int) -> RunReport | None:
         latest = self.client.get_workflow_handle(handle.id)
         try:
-            return cast("Report", await latest.execute_update(names.SUSPENDED, segment, result_type=dict))
+            return cast("RunReport", await latest.execute_update(names.SUSPENDED, segment, result_type=dict))
         except (RPCError, WorkflowUpdateFailedError, WorkflowUpdateRPCTimeoutOrCancelledError):
             return None  # It has ended, or continues with a fresh history.
 
-    async def _result(self, report: Report, known: KnownNodes, config: RunConfig) -> ExecutionResult:
+    async def _result(self, report: RunReport, known: KnownNodes, config: RunConfig) -> ExecutionResult:
         result = await result_of(report, known, self.payloads)
         broken = broken_of(report, result)
         if broken is not None:
@@ -679,7 +689,9 @@ def _same(a: Value, b: Value) -> bool:
     return (a.get("text"), a.get("blob")) == (b.get("text"), b.get("blob"))
 
 
-def _check_unchanged(run_id: str, before: Sequence[NodeSpec], now: Sequence[NodeSpec], state: State) -> None:
+def _check_unchanged(
+    run_id: str, before: Sequence[NodeSpec], now: Sequence[NodeSpec], state: RunState
+) -> None:
     """Raise PipelineChanged if a committed position has another node or schema in the pipeline."""
     for position in range(state["position"]):
         then = before[position]

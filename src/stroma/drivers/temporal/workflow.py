@@ -23,7 +23,7 @@ from temporalio.workflow import ActivityCancellationType, HandlerUnfinishedPolic
 with workflow.unsafe.imports_passed_through():
     from stroma.drivers.remote.interpreter import Interpreter
     from stroma.drivers.remote.state import Continue, next_segment
-    from stroma.drivers.remote.wire import Plan, Reply, Report, Request, fold, unfold
+    from stroma.drivers.remote.wire import ActivityRequest, Plan, Reply, RunReport, fold, unfold
     from stroma.drivers.temporal import names
     from stroma.failures.classes import FailureClass
     from stroma.trace.result import RunStatus
@@ -45,7 +45,7 @@ class _Driver:
             non_retryable_error_types=["TemporalTimeout:StartToClose"],
         )
 
-    async def ask(self, request: Request) -> tuple[Reply, bool]:
+    async def ask(self, request: ActivityRequest) -> tuple[Reply, bool]:
         of_run = request["op"] in ("begin", "end")
         handle = workflow.start_activity(
             names.RUN if of_run else names.NODE,
@@ -90,7 +90,7 @@ class _Driver:
         )
 
 
-def _reply_of(cause: BaseException | None, error: ActivityError, request: Request) -> Reply:
+def _reply_of(cause: BaseException | None, error: ActivityError, request: ActivityRequest) -> Reply:
     """Return the failure that a worker reported; or one that no worker was found or all were lost."""
     if isinstance(cause, ApplicationError) and (cause.type or "").startswith(names.FAILURE) and cause.details:
         return cast("Reply", cause.details[0])
@@ -147,7 +147,7 @@ class StromaRun:
             self._driver = _Driver(self._options)
             self._run = Interpreter(self._plan, unfold(start["state"]), self._driver)
         #: What the last segment came to, while the run waits for a person.
-        self._parked: Report | None = None
+        self._parked: RunReport | None = None
         self._go_on = False
 
     @workflow.run
