@@ -63,7 +63,7 @@ class UnknownNode(ValueError):
 
     Where: the function that attaches a guard to a graph, flow or agent.
     Cause: a name is misspelt, or belongs to another graph; its contract would never be checked.
-    Mend: use one of the names in the message.
+    Fix: use one of the names in the message.
     """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stroma._utils.text import clean, count, money, plural, span
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.checkpoint.history import History, place_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.errors import Code
@@ -67,7 +67,9 @@ def print_plan(
         )
         return code
     _print_nodes(restored)
-    out.line(f"saves   {span(seconds)}, {count(tokens)}, {money(cost)} that are not spent again")
+    out.line(
+        f"saves   {format_duration(seconds)}, {format_tokens(tokens)}, {format_usd(cost)} that are not spent again"
+    )
     what = ", ".join(clean(node_id, 60) for node_id in called[:50]) or "nothing: every node has its output"
     if pipeline is None and called:
         what = f"{what}, and what follows"
@@ -93,13 +95,13 @@ def print_plan(
 
 def _print_nodes(restored: list[AttemptRecord]) -> None:
     out.line(
-        f"kept    {plural(sum(not one.branch for one in restored), 'node')}, in groups {sum(bool(one.branch) for one in restored):,}"
+        f"kept    {pluralize(sum(not one.branch for one in restored), 'node')}, in groups {sum(bool(one.branch) for one in restored):,}"
     )
     for one in restored:
         if not one.branch:
-            used = f"  {count(one.tokens)}, {money(one.cost_usd)}" if one.tokens else ""
+            used = f"  {format_tokens(one.tokens)}, {format_usd(one.cost_usd)}" if one.tokens else ""
             out.line(
-                f"          {place_of(one):<6} {clean(one.node_id, 60)}  {span(one.duration_ms / 1000)}{used}"
+                f"          {place_of(one):<6} {clean(one.node_id, 60)}  {format_duration(one.duration_ms / 1000)}{used}"
             )
 
 

@@ -40,7 +40,7 @@ class NotSerialisable(TypeError):
 
     Where: ``result.failure`` of a FAILED run whose input or output cannot be stored.
     Cause: a secret, an open file, a client, a value that contains itself, or a class that its field does not declare.
-    Mend: keep it out of the state, hand it over in the run's context, or declare the field with the class it holds.
+    Fix: keep it out of the state, hand it over in the run's context, or declare the field with the class it holds.
     """
 
 

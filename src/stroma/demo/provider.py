@@ -13,7 +13,7 @@ stays behind.
 
 What it expects: the first line of the system message is `TASK: extract`, `TASK: classify` or `TASK: risk`.
 The first user message is the document's text (extract) or JSON `{"records": [{"name": ..., <fields of
-extract>}, ...]}`. Later messages, such as a request to mend an earlier answer, change neither the answer nor
+extract>}, ...]}`. Later messages, such as a request to fix an earlier answer, change neither the answer nor
 the faults.
 
 The faults of a text depend on the seed, the task, the text and how often that text was sent; never on the

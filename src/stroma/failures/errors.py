@@ -54,7 +54,7 @@ class Suspend(Exception):
 
     Where: out of a node's function, never out of ``run()``: it is no failure.
     Cause: the node needs a decision that nobody has made yet.
-    Mend: ``await runner.signal(run_id, answer)``, then run with ``resume=True``; the node finds the answer at
+    Fix: ``await runner.signal(run_id, answer)``, then run with ``resume=True``; the node finds the answer at
         ``current_node().signal``.
     """
 
@@ -75,7 +75,7 @@ class RunFailed(Exception):
 
     Where: ``result.failure`` of a run that was waited for (``if_running="attach"``).
     Cause: the run failed, or gave up, where it was run.
-    Mend: look at its attempts in the store (``stroma show``), then continue it with ``resume=True``.
+    Fix: look at its attempts in the store (``stroma show``), then continue it with ``resume=True``.
     """
 
     @classmethod
@@ -117,7 +117,7 @@ class SharedBudgetExceeded(BudgetExceeded):
 
     Where: ``result.failure`` of a PARTIAL run; the node was not called.
     Cause: runs that share the budget, in any process, have spent it, or their calls in flight may.
-    Mend: run with ``resume=True`` once the next window has begun, or raise the limit that the message names.
+    Fix: run with ``resume=True`` once the next window has begun, or raise the limit that the message names.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class LimitError(Exception):
 
     Where: ``result.failure`` of a FAILED run; the node was not called.
     Cause: one call takes more tokens than ``tokens_per_minute`` of its limit.
-    Mend: raise ``tokens_per_minute``, lower ``reserve_tokens`` if it is too high, or make the calls smaller; then resume.
+    Fix: raise ``tokens_per_minute``, lower ``reserve_tokens`` if it is too high, or make the calls smaller; then resume.
     """
 
 
@@ -174,7 +174,7 @@ class WaitedTooLong(Exception):
 
     Where: ``result.failure`` of a PARTIAL run; the node was not called.
     Cause: a limit had no room for ``max_wait_seconds``.
-    Mend: run with ``resume=True`` later, raise the limit, or ``max_wait_seconds``.
+    Fix: run with ``resume=True`` later, raise the limit, or ``max_wait_seconds``.
     """
 
 
@@ -187,7 +187,7 @@ class CircuitOpen(Exception):
 
     Where: ``result.failure`` of a PARTIAL run; the node was not called.
     Cause: too many of the last calls failed, and ``Breaker.max_wait_seconds`` is shorter than what is left.
-    Mend: see what the provider says of itself, then run with ``resume=True``.
+    Fix: see what the provider says of itself, then run with ``resume=True``.
     """
 
     def __init__(self, key: str, retry_after: float) -> None:
@@ -208,7 +208,7 @@ class RunCancelled(Exception):
     Where: out of a framework's call, of a guarded step, or of ``with guard.run()``; ``guard.stopped`` has it too. In
         ``result.failure`` of a step of plain code.
     Cause: ``stroma cancel`` or ``store.cancel()``, in this process or another one.
-    Mend: none is needed: what is finished is kept. Call again, in a run of its own.
+    Fix: none is needed: what is finished is kept. Call again, in a run of its own.
     """
 
 
@@ -221,7 +221,7 @@ class RemoteFailure(Exception):
 
     Where: ``result.failure`` of a run that was driven on other machines.
     Cause: the node raised an exception of a class that is not Stroma's own.
-    Mend: look at the log of the worker for its traceback.
+    Fix: look at the log of the worker for its traceback.
     """
 
     def __init__(self, message: str, type_name: str = "Exception", full_name: str | None = None) -> None:

@@ -167,7 +167,7 @@ _CLIENTS: Final = frozenset(
     }
 )  # fmt: skip
 _NAMES: Final[tuple[tuple[frozenset[str], ProviderVerdict], ...]] = (
-    # Subclasses of transport errors that no second try mends.
+    # Subclasses of transport errors that no second try fixes.
     (
         frozenset(
             {

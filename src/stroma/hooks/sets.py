@@ -200,7 +200,7 @@ class HookError(Exception):
 
     Where: out of ``run()``, after everything is committed.
     Cause: a hook raised; the first such exception is the ``__cause__``.
-    Mend: correct the hook, or leave ``hook_errors`` at "isolate": then it is logged and in ``result.hook_errors``.
+    Fix: correct the hook, or leave ``hook_errors`` at "isolate": then it is logged and in ``result.hook_errors``.
     """
 
     def __init__(self, message: str, result: ExecutionResult) -> None:

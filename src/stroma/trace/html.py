@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from stroma._utils.svg import as_xml
-from stroma._utils.text import clean, count, money, plural, span, visible
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize, visible
 
 __all__ = [
     "STYLE",
@@ -90,7 +90,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class StopCause:
-    """The cause that stopped a run. ``fields``: paths that broke a contract. ``mend``: the command to resume, or ""."""
+    """The cause that stopped a run. ``fields``: paths that broke a contract. ``resume_command``: "" if it cannot be resumed."""
 
     node_id: str
     at: str
@@ -98,7 +98,7 @@ class StopCause:
     failure_class: str
     message: str
     reason: str | None = None
-    mend: str = ""
+    resume_command: str = ""
 
     @property
     def fields(self) -> list[str]:
@@ -123,7 +123,7 @@ class Story:
 
     @property
     def wasted(self) -> tuple[int, float]:
-        """Tokens and US dollars of the attempts that came to nothing."""
+        """Tokens and US dollars of the attempts without output."""
         lost = [bar for bar in self.bars if not bar.is_committed]
         return sum(bar.tokens for bar in lost), sum(bar.cost_usd for bar in lost)
 
@@ -244,7 +244,7 @@ def gantt(
 
     drawn = "".join(draw(at) for at in children.get("", []))
     left_out = len(bars) - len(shown)
-    more = f'<p class="dim">and {plural(left_out, "attempt")} more</p>' if left_out else ""
+    more = f'<p class="dim">and {pluralize(left_out, "attempt")} more</p>' if left_out else ""
     return f'{_HATCH}<div class="gantt">{drawn}</div>{more}'
 
 
@@ -286,7 +286,7 @@ def _row(
         link = None
     drawn = [
         f'<rect class="b-wait" x="{began * scale:.1f}" y="7" width="{max(width * scale, 2):.1f}" height="8">'
-        f"<title>waited {span(took / 1000)}</title></rect>"
+        f"<title>waited {format_duration(took / 1000)}</title></rect>"
         for began, width, took in pauses
     ]
     for bar in bars:
@@ -301,8 +301,8 @@ def _row(
         )
     used = sum(bar.tokens for bar in bars)
     cost = sum(bar.cost_usd for bar in bars)
-    tries = f" · {plural(len(bars), 'attempt')}" if len(bars) > 1 else ""
-    spent = f" · {count(used)} · {money(cost)}" if used or cost else ""
+    tries = f" · {pluralize(len(bars), 'attempt')}" if len(bars) > 1 else ""
+    spent = f" · {format_tokens(used)} · {format_usd(cost)}" if used or cost else ""
     tone = {"success": "good", "failure": "bad", "forked": "dim"}.get(last.outcome, "warn")
     fold = "fold " if folds else ""
     # A picture has nothing in it that could be pressed.
@@ -327,8 +327,8 @@ def _bar_title(bar: Bar) -> str:
 
 def duration(took_ms: float, function_ms: float | None) -> str:
     """Return how long an attempt took, and for how long functions ran in it where that is less: of a group with waits."""
-    took = span(took_ms / 1000)
-    ran = took if function_ms is None or took_ms - function_ms < 1 else span(function_ms / 1000)
+    took = format_duration(took_ms / 1000)
+    ran = took if function_ms is None or took_ms - function_ms < 1 else format_duration(function_ms / 1000)
     return took if ran == took else f"{took} (functions {ran})"
 
 
@@ -351,11 +351,11 @@ def _branch(key: str, value: Any, path: str, marks: set[str], room: list[int], d
         parts: list[str] = []
         for inner, held in items:
             if room[0] <= 0:
-                parts.append(f'<li class="dim">… {plural(len(value) - len(parts), "item")} more</li>')
+                parts.append(f'<li class="dim">… {pluralize(len(value) - len(parts), "item")} more</li>')
                 break
             at = f"{path}.{inner}" if path else str(inner)
             parts.append(_branch(str(inner), held, at, marks, room, depth + 1))
-        what = plural(len(value), "field" if isinstance(value, dict) else "item")
+        what = pluralize(len(value), "field" if isinstance(value, dict) else "item")
         holds = any(mark.startswith(f"{path}.") for mark in marks) if path else True
         is_open = " open" if depth < 2 or holds else ""
         return (
@@ -402,7 +402,7 @@ def utc(ms: int) -> str:
 def head(story: Story) -> str:
     """Return the summary of a run and its outcome."""
     tokens, cost = story.wasted
-    wasted = f" (wasted {count(tokens)}, {money(cost)})" if tokens or cost else ""
+    wasted = f" (wasted {format_tokens(tokens)}, {format_usd(cost)})" if tokens or cost else ""
     began = ""
     if story.began_ms:
         when = utc(story.began_ms)
@@ -418,7 +418,7 @@ def head(story: Story) -> str:
     return (
         f'<h1>{as_xml(clean(story.pipeline or "run", 200))} <span class="status {tone}">{as_xml(story.status)}</span></h1>'
         f'<div class="facts"><span><b>run</b> <code>{as_xml(clean(story.run_id, 400))}</code></span>{began}'
-        f"<span><b>duration</b> {span(story.seconds)}</span><span><b>spent</b> {count(story.tokens)}, {money(story.cost_usd)}{wasted}</span>"
+        f"<span><b>duration</b> {format_duration(story.seconds)}</span><span><b>spent</b> {format_tokens(story.tokens)}, {format_usd(story.cost_usd)}{wasted}</span>"
         f"<span><b>attempts</b> {len(story.bars) + story.left_out:,}</span>{more}</div>"
     )
 
@@ -432,11 +432,13 @@ def cause(story: Story) -> str:
     why = f"{box.failure_class}{f' ({box.reason})' if box.reason else ''}"
     fields = "".join(f"<code>{as_xml(path)}</code> " for path in box.fields[:20])
     named = f"<p><b>field</b> {fields}</p>" if fields else ""
-    mend = f"<p><b>go on with</b> <code>{as_xml(box.mend)}</code></p>" if box.mend else ""
+    resume = (
+        f"<p><b>resume with</b> <code>{as_xml(box.resume_command)}</code></p>" if box.resume_command else ""
+    )
     return (
         f'<section class="cause" aria-label="cause"><p><b class="bad">{as_xml(why)}</b> at node <b>{as_xml(clean(box.node_id, 200))}</b> '
         f"(at {as_xml(box.at)}, attempt {box.attempt})</p><pre>{as_xml(visible(box.message[:_TEXT]))}</pre>{named}"
-        f"<p><b>spent</b> {count(story.tokens)}, {money(story.cost_usd)}; of it on attempts that came to nothing {count(tokens)}, {money(cost)}</p>{mend}</section>"
+        f"<p><b>spent</b> {format_tokens(story.tokens)}, {format_usd(story.cost_usd)}; of it on attempts without output {format_tokens(tokens)}, {format_usd(cost)}</p>{resume}</section>"
     )
 
 
@@ -462,7 +464,7 @@ def _attempt(bar: Bar) -> str:
     )
     return (
         f'<details class="attempt" id="{bar.key}"><summary><span class="mono dim">{as_xml(bar.at)}</span> {as_xml(_bar_title(bar))}'
-        f" · {count(bar.tokens)} · {money(bar.cost_usd)}{model}</summary>{message}"
+        f" · {format_tokens(bar.tokens)} · {format_usd(bar.cost_usd)}{model}</summary>{message}"
         f'<div class="two">{states}</div></details>'
     )
 

@@ -9,7 +9,7 @@ from typing import Final
 from markupsafe import Markup
 
 from stroma._utils.svg import as_xml
-from stroma._utils.text import plural
+from stroma._utils.text import pluralize
 from stroma.checkpoint.records import PICO, Tally
 from stroma.trace.html import utc
 
@@ -93,7 +93,7 @@ class Overview:
             for kind in sorted(at, key=lambda kind: _CLASSES.index(kind) if kind in _CLASSES else 9):
                 height = at[kind] / highest * (_CHART_HEIGHT - 10)
                 y -= height
-                title = f"{when}: {kind}, {plural(at[kind], 'attempt')}"
+                title = f"{when}: {kind}, {pluralize(at[kind], 'attempt')}"
                 tone = kind.lower() if kind in _CLASSES else "other"
                 bars.append(
                     f'<rect class="c-{tone}" x="{place * _BAR_WIDTH + 3}" y="{y:.1f}" width="{_BAR_WIDTH - 6}" '

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from stroma._utils.text import clean, count, money, short_id, span
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, short_id
 from stroma.checkpoint.history import (
     FINISHED,
     History,
@@ -103,7 +103,7 @@ class Pages:
             finalize=mark_controls,
         )
         self._templates.filters |= {
-            "clean": clean, "money": money, "count": count, "span": span, "took": duration_text, "tone": tone_of, "json": to_json, "short": short_id, "when": utc,
+            "clean": clean, "money": format_usd, "count": format_tokens, "span": format_duration, "took": duration_text, "tone": tone_of, "json": to_json, "short": short_id, "when": utc,
         }  # fmt: skip
         self._templates.globals |= {
             "to": to_address,

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from stroma._utils.text import clean, plural
+from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word
@@ -72,8 +72,8 @@ def check(target: str, as_json: bool, sarif: Path | None, against: str | None, d
         return code
     for finding in findings:
         _print_finding(finding)
-    count = f"{plural(errors, 'error')}, {plural(len(findings) - errors, 'warning')}"
-    err.line(f"{clean(pipeline.name, 100)}: {plural(len(nodes), 'node')}, {count}")
+    count = f"{pluralize(errors, 'error')}, {pluralize(len(findings) - errors, 'warning')}"
+    err.line(f"{clean(pipeline.name, 100)}: {pluralize(len(nodes), 'node')}, {count}")
     if record is not None:
         _tell_changes(record, changes, pipeline)
     return code
@@ -85,7 +85,7 @@ def _print_finding(finding: Finding) -> None:
     path = f"  {clean(finding.path, 100)}" if finding.path else ""
     out.line((f"{finding.severity:<8}", style), f" {where}{path}  ({finding.kind})")
     out.line(f"         {clean(finding.message, 1000)}")
-    out.line(f"         mend: {clean(finding.mend, 1000)}")
+    out.line(f"         fix: {clean(finding.fix, 1000)}")
 
 
 # ---------------------------------------------------------------------- against a run

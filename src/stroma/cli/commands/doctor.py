@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 import click
 
-from stroma._utils.text import clean, span
+from stroma._utils.text import clean, format_duration
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.sqlite.store import SQLiteStore
@@ -49,7 +49,7 @@ class Diagnosis(NamedTuple):
     check: str
     verdict: _Verdict
     message: str
-    mend: str | None = None
+    fix: str | None = None
 
 
 @click.command()
@@ -78,8 +78,8 @@ def doctor(as_json: bool, db: str | None) -> int:
             out.line(
                 (f"{one.verdict:<6}", _STYLES[one.verdict]), f"{one.check:<12} {clean(one.message, 500)}"
             )
-            if one.mend is not None:
-                out.line(f"{'':<19}mend: {clean(one.mend, 500)}")
+            if one.fix is not None:
+                out.line(f"{'':<19}fix: {clean(one.fix, 500)}")
     return Code.ENVIRONMENT if wrong else Code.OK
 
 
@@ -138,8 +138,8 @@ def _store(database: Database) -> Callable[[], Iterator[Diagnosis]]:
         else:
             yield Diagnosis("format", "ok", f"{facts.format}, which this release writes")
         for warning in facts.warnings:
-            what, _, mend = warning.rpartition("; ")
-            yield Diagnosis("settings", "note", what, mend)
+            what, _, fix = warning.rpartition("; ")
+            yield Diagnosis("settings", "note", what, fix)
         yield _clock(facts.clock_ms)
 
     return check
@@ -155,7 +155,7 @@ def _clock(clock_ms: int | None) -> Diagnosis:
         return Diagnosis("clock", "ok", "leases go by a clock of this machine that nobody can set")
     apart = abs(now - clock_ms / 1000)
     if apart > _CLOCK_SECONDS:
-        message = f"this machine's and the server's are {span(apart)} apart: times of attempts and runs do not match"
+        message = f"this machine's and the server's are {format_duration(apart)} apart: times of attempts and runs do not match"
         return Diagnosis("clock", "note", message, "set both by NTP")
     return Diagnosis("clock", "ok", "this machine's and the server's agree; leases go by the server's")
 

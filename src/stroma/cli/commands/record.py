@@ -116,13 +116,13 @@ def record(
 
 def _differs(outcome: Replay, *, redacted: bool, hint: str) -> Problem:
     lines = [clean(str(difference), 500) for difference in outcome.differences[:5]]
-    mend = f"see all differences: {hint}"
+    fix = f"see all differences: {hint}"
     if redacted:
-        mend += "; or redact has left what no contract takes: have it give other values of the same type"
+        fix += "; or redact has left what no contract takes: have it give other values of the same type"
     return Problem(
         f"the code behaves differently from run {clean(outcome.recorded.run_id)}, so its test would fail",
         *lines,
-        mend,
+        fix,
         code=Code.DIFFERENT,
     )
 

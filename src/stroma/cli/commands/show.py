@@ -7,14 +7,14 @@ from typing import Any, Final
 
 import click
 
-from stroma._utils.text import clean, count, money, plural, span
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.checkpoint.history import History, Inputs, Payload, bar_of, in_order, place_of, status_of, waste
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data, style_status
 from stroma.cli.errors import Code, Problem
-from stroma.cli.formatting import ago, id_word, iso, local
+from stroma.cli.formatting import format_age, format_local_time, id_word, to_iso
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, RunSource, db_option
@@ -240,21 +240,26 @@ def _print_head(
         ("run", [(clean(record.run_id, 4000), "bold"), again]),
         ("pipeline", [clean(record.pipeline)]),
         ("status", [style_status(status_of(record))]),
-        ("started", [f"{local(record.started_ms)}, {ago(record.started_ms)}"]),
-        ("duration", [span(seconds)]),
+        ("started", [f"{format_local_time(record.started_ms)}, {format_age(record.started_ms)}"]),
+        ("duration", [format_duration(seconds)]),
         (
             "nodes",
-            [f"{record.nodes:,} finished, {plural(attempts, 'attempt')}"],
+            [f"{record.nodes:,} finished, {pluralize(attempts, 'attempt')}"],
         ),
-        ("spent", [f"{count(record.tokens)}, {money(record.cost_usd)}"]),
+        ("spent", [f"{format_tokens(record.tokens)}, {format_usd(record.cost_usd)}"]),
     ]
     if attempts is not None:
-        lines.append(("wasted", [f"{count(wasted_tokens)}, {money(wasted_cost)} on attempts without output"]))
+        lines.append(
+            (
+                "wasted",
+                [f"{format_tokens(wasted_tokens)}, {format_usd(wasted_cost)} on attempts without output"],
+            )
+        )
     if record.parent is not None:
         lines.insert(1, ("parent", [f"{clean(record.parent, 4000)}, source of this fork"]))
     if record.status == "RUNNING":
         who = clean(record.holder) if record.holder else ("lost", "yellow")
-        lines.append(("owner", [who, f"; last record {ago(record.updated_ms)}"]))
+        lines.append(("owner", [who, f"; last record {format_age(record.updated_ms)}"]))
     for one in waiting if record.status not in _COMPLETE else ():
         answered = ", answered" if one.payload is not None else ""
         lines.append(
@@ -292,7 +297,7 @@ def _rows(attempts: list[AttemptRecord], as_tree: bool) -> Iterator[tuple[Attemp
             clean(a.reason or "", 20),
             duration(a.duration_ms, a.function_ms or None),
             f"{a.tokens:,}" if a.tokens else "",
-            money(a.cost_usd) if a.tokens else "",
+            format_usd(a.cost_usd) if a.tokens else "",
             clean(a.model or "", 30),
             clean(a.text or "", 120),
         ]
@@ -326,7 +331,7 @@ def _add_timing(rows: list[tuple[AttemptRecord | None, list[Part]]], attempts: l
         wait = waited.get(bars[id(attempt)].key)
         row[6:7] = [
             f"+{bars[id(attempt)].began_ms / 1000:.3f} s",
-            "" if wait is None else span(wait / 1000),
+            "" if wait is None else format_duration(wait / 1000),
             row[6],
         ]
 
@@ -342,7 +347,7 @@ def attempt_data(record: RunRecord, a: AttemptRecord) -> dict[str, Any]:
         "branch": a.branch,
         "node_id": a.node_id,
         "attempt": a.attempt,
-        "started": iso(a.started_ms),
+        "started": to_iso(a.started_ms),
         "seconds": a.duration_ms / 1000,
         "function_seconds": a.function_ms / 1000,
         "outcome": a.outcome,

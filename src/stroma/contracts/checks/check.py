@@ -110,11 +110,11 @@ def _of_reason(crossing: Crossing, wanted: type[BaseModel], reason: Reason) -> F
     absent = reason.kind == "missing" and not reason.source and len(reason.path) == 1
     by = state.giver if absent else _giver_of(state, reason.path)
     path = _shown(reason.path, state)
-    message, mend = _message_and_fix(crossing, wanted, reason, by, path)
+    message, fix = _message_and_fix(crossing, wanted, reason, by, path)
     severity: Literal["error", "warning"] = "error" if reason.verdict is Verdict.NEVER else "warning"
     return Finding(
         severity, reason.kind, by.node_id, to.node_id, by.at, to.at, path, reason.source, reason.target,
-        message, mend,
+        message, fix,
     )  # fmt: skip
 
 
@@ -159,9 +159,9 @@ def _missing(
     giver, name = repr(by.node_id), reason.path[-1]
     holder = state.model.__name__ if state.model is not None else "its output"
     message = f"{target} needs {path} ({reason.target}), and {reason.what}"
-    mend = f"add it to the output of {giver}, or give it a default in {wanted.__name__}"
+    fix = f"add it to the output of {giver}, or give it a default in {wanted.__name__}"
     if len(reason.path) > 1 or reason.source:
-        return message, mend
+        return message, fix
     for earlier, model in state.earlier:
         if name in record_of_class(model).fields:
             message += f"; {earlier.node_id!r} gave it, and {giver} does not hand it on"
@@ -172,8 +172,8 @@ def _missing(
     if state.model is not None and not state.apart:
         near = difflib.get_close_matches(name, record_of_class(state.model).fields, 1, 0.7)
         if near:
-            mend = f"did you mean its {near[0]!r}? Call both the same, or give the one the other's name as an alias"
-    return message, mend
+            fix = f"did you mean its {near[0]!r}? Call both the same, or give the one the other's name as an alias"
+    return message, fix
 
 
 def _undecided(crossing: Crossing, reasons: list[Reason]) -> Iterator[Finding]:
@@ -204,22 +204,22 @@ def _of_list(crossing: Crossing, node: Group, model: type[BaseModel]) -> Iterato
     target = repr(to.node_id)
 
     def finding(
-        severity: Literal["error", "warning"], kind: Kind, type_name: str, what: str, mend: str
+        severity: Literal["error", "warning"], kind: Kind, type_name: str, what: str, fix: str
     ) -> Finding:
         return Finding(
             severity, kind, by.node_id, to.node_id, by.at, to.at, node.items_field, type_name, "list",
-            f"{target} goes over {node.items_field}, and {what}", mend,
+            f"{target} goes over {node.items_field}, and {what}", fix,
         )  # fmt: skip
 
     if side is None and not record.is_open:
-        mend = f"add a list {node.items_field!r} to the output of {by.node_id!r}, or name another field"
-        yield finding("error", "missing", "", f"{model.__name__} has no such field", mend)
+        fix = f"add a list {node.items_field!r} to the output of {by.node_id!r}, or name another field"
+        yield finding("error", "missing", "", f"{model.__name__} has no such field", fix)
         return
     if side is None:
         if not state.loose:
-            mend = f"declare a list {node.items_field!r} in the output of {by.node_id!r}"
+            fix = f"declare a list {node.items_field!r} in the output of {by.node_id!r}"
             what = f"it may be among what {model.__name__} holds beside its fields, or may not"
-            yield finding("warning", "missing", "", what, mend)
+            yield finding("warning", "missing", "", what, fix)
         if record.others is None:
             return
         side = record.others
@@ -227,21 +227,21 @@ def _of_list(crossing: Crossing, node: Group, model: type[BaseModel]) -> Iterato
     while kind.kind == "default":
         kind = kind.to(kind.node["schema"]).resolved()
     if kind.kind == "nullable":
-        mend = f"promise a list in the output of {by.node_id!r}"
-        yield finding("warning", "optional", type_name, "it may be None", mend)
+        fix = f"promise a list in the output of {by.node_id!r}"
+        yield finding("warning", "optional", type_name, "it may be None", fix)
         kind = kind.to(kind.node["schema"]).resolved()
     if kind.kind == "any":
         if not state.loose:
-            mend = f"declare it as a list in the output of {by.node_id!r}"
-            yield finding("warning", "unknown", type_name, "nothing is known of what it holds", mend)
+            fix = f"declare it as a list in the output of {by.node_id!r}"
+            yield finding("warning", "unknown", type_name, "nothing is known of what it holds", fix)
     elif items_of(kind) is None:
         plain = (
             kind.kind not in ("union", "tagged-union", "chain", "lax-or-strict")
             and "function" not in kind.kind
         )
-        mend = f"declare it as a list in the output of {by.node_id!r}"
+        fix = f"declare it as a list in the output of {by.node_id!r}"
         what = f"{by.node_id!r} gives it as {type_name}: only a list or a tuple will do"
-        yield finding("error" if plain else "warning", "type" if plain else "union", type_name, what, mend)
+        yield finding("error" if plain else "warning", "type" if plain else "union", type_name, what, fix)
 
 
 def _of_unreadable(unreadable: Unreadable) -> Finding:

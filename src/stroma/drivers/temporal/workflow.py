@@ -41,7 +41,7 @@ class _Driver:
             maximum_interval=timedelta(seconds=30),
             # Lost workers, and workers that lack the node: what a node raises is no concern of Temporal's.
             maximum_attempts=options["deliveries"],
-            # It was at work all the time that it may take: to pay for that again would mend nothing.
+            # It was at work all the time that it may take: to pay for that again would fix nothing.
             non_retryable_error_types=["TemporalTimeout:StartToClose"],
         )
 
