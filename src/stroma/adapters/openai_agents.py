@@ -196,7 +196,7 @@ def _guard_tool(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None
     """Return a copy of a tool whose calls are steps."""
     if guard.has(tool.on_invoke_tool):
         return tool
-    # A copy that does not make a message of its errors: what the model is told of them is decided after the step.
+    # A copy that does not turn its errors into messages: what the model sees of them is decided after the step.
     bare = copy.copy(tool)
     bare._failure_error_function, bare._use_default_failure_error_function = None, False
     guarded = copy.copy(tool)

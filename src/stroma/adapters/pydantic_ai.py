@@ -34,7 +34,7 @@ class StromaCapability(AbstractCapability[Any]):
     """Guards an agent: ``Agent(..., capabilities=[StromaCapability(guard)])``.
 
     ``tools``: contracts by the names of tools; input is the arguments, output the result. ``output``: what the agent's
-    answer must satisfy: one that does not is told to the model, as often as the agent's output retries allow, and then
+    answer must satisfy: one that does not is sent back to the model, as often as the agent's output retries allow, and then
     fails the agent. A contract of no tool raises UnknownNode at the first model request.
     """
 

@@ -167,7 +167,7 @@ class Database:
         return cls(masked_address, () if is_secret else ("--db", address), False, store, is_secret)
 
     def command(self, name: str, *arguments: str, options: Sequence[str] = ()) -> str:
-        """Return a stroma command line for the same store; an option with a password is left out."""
+        """Return a stroma command line for the same store; an option with a password is omitted."""
         return command(name, *arguments, options=(*options, *self.words))
 
     def hint(self, name: str, *arguments: str, options: Sequence[str] = ()) -> str:

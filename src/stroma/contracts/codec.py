@@ -240,7 +240,7 @@ def has_class_tags(data: bytes) -> bool:
 def describe_error(error: Exception) -> tuple[str, Exception | None]:
     """Describe in one line why stored data was refused, and return the exception to chain as the cause, if any.
 
-    Neither shows the data. The text and the cause of a pydantic error are left out, because printing one formats all
+    Neither shows the data. The text and the cause of a pydantic error are omitted, because printing one formats all
     of the data first, with up to four bytes for each byte of it.
     """
     if not isinstance(error, ValidationError):

@@ -58,7 +58,7 @@ class SchemaTraits:
     allows_extra: bool
     excluded_fields: frozenset[str]
     computed_fields: frozenset[str]
-    #: Field names and aliases must be told apart by the arguments of each validation.
+    #: Field names and aliases must be distinguished by the arguments of each validation.
     has_validation_aliases: bool
     #: The class has a ``model_validate`` of its own, which must be called instead of the validator.
     overrides_validation: bool

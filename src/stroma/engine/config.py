@@ -87,23 +87,23 @@ class RunConfig(LazyModel):
         if_exists: what becomes of a run id that was used before. "restart" begins a new execution, "resume" continues
             the last one, "return" gives the result of one that has finished (and continues any other), "error" raises
             RunExists. All but "restart" compare the input.
-        if_running: what becomes of a run that somebody else is at work on. "error" raises RunBusy; "attach" waits and
-            gives the result, if the input is the same and there is no ``resume_from``; "take_over" fences them off:
-            only for a holder known to be gone.
-        allow_changes: go on with outputs of a pipeline that has changed since, by their positions: what a node's schema
+        if_running: the treatment of a run that another process owns. "error" raises RunBusy; "attach" waits and
+            gives the result, if the input is the same and there is no ``resume_from``; "take_over" fences that
+            process off: only for an owner known to be dead.
+        allow_changes: resume with outputs of a pipeline that has changed since, by their positions: what a node's schema
             accepts is its output, whatever recorded it.
         check: prove before each run that every node's output can satisfy the next node's input, and raise CheckFailed where
             it never can.
         max_recoveries: a run under which the process died so often is FAILED with reason "poison", and nothing of it is
             called. Journal stores only; a process that this one is, and plain code that does not say when it ends, do not count.
-        force_resume: go on with a run all the same that was given up as poison; deaths are counted anew.
-        lease_seconds: for how long the run belongs to a process that is not heard of any more.
+        force_resume: resume a run that failed with reason "poison"; deaths are counted anew.
+        lease_seconds: time after which a run whose owner stopped renewing its lease can be taken over.
         model_fallbacks: cheaper models to signal once their share of ``max_cost_usd`` is spent.
         unknown_model: what a model without a known price does: "warn" counts it as 0 USD, "error" stops the run. None:
             "error" for nodes under a cost limit (``budget.max_cost_usd`` or that of a shared budget), else "warn".
         hook_errors: "isolate" logs what hooks raise; "raise" raises HookError once the run is complete (for tests).
-        hook_delivery: "at_least_once" keeps with each attempt that its end hooks are due, and tells them on resume if
-            the process died before they were told; ``current_node().redelivered`` says so then, and the exception is a
+        hook_delivery: "at_least_once" records with each attempt that its end hooks are pending, and calls them on resume if
+            the process died before it called them; ``current_node().redelivered`` says so then, and the exception is a
             RunFailed with the old message. on_run_end is called before the store notes the end: if the process dies in
             between, whoever recovers the run calls it again. Needs a journal store, and costs a second write per attempt.
         hook_timeout_ms: how long one call of a hook may take; None for ever.

@@ -71,10 +71,10 @@ class Suspend(Exception):
 
 
 class RunFailed(Exception):
-    """A run that somebody else was at work on did not complete; the message is theirs.
+    """A run that another process executed did not complete; the message is that of the run.
 
     Where: ``result.failure`` of a run that was waited for (``if_running="attach"``).
-    Cause: the run failed, or gave up, where it was run.
+    Cause: the run failed or stopped in that process.
     Fix: look at its attempts in the store (``stroma show``), then continue it with ``resume=True``.
     """
 
@@ -203,7 +203,7 @@ class CircuitOpen(Exception):
 
 
 class RunCancelled(Exception):
-    """Somebody has asked for the end of a guarded run, or one of steps of plain code: nothing more of it is begun.
+    """A guarded run, or one of steps of plain code, was cancelled from elsewhere: no further step starts.
 
     Where: out of a framework's call, of a guarded step, or of ``with guard.run()``; ``guard.stopped`` has it too. In
         ``result.failure`` of a step of plain code.

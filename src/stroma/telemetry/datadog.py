@@ -232,7 +232,7 @@ class _Datadog(Observer):
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
         usage, seconds = node.usage, (node.duration_ms or 0.0) / 1000
         of_node = node.notes.get(self)
-        if of_node is None:  # Input that broke its contract, or an end that is told again after a crash.
+        if of_node is None:  # Input that broke its contract, or an end that is reported again after a crash.
             of_node = self._begin(node, activate=False)
             if node.started_ns is not None:
                 of_node.span.start_ns = node.started_ns

@@ -269,7 +269,7 @@ class _Sentry(Observer):
 
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
         of_node: _Node | None = node.notes.get(self)
-        if of_node is None:  # Input that broke its contract, or an end that is told again after a crash.
+        if of_node is None:  # Input that broke its contract, or an end that is reported again after a crash.
             of_node = self._begin(node, self._sdk.get_current_scope().fork(), ended=True)
             of_node.scope.span = of_node.span
         of_node.ended = ended

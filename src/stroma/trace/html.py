@@ -305,7 +305,7 @@ def _row(
     spent = f" · {format_tokens(used)} · {format_usd(cost)}" if used or cost else ""
     tone = {"success": "good", "failure": "bad", "forked": "dim"}.get(last.outcome, "warn")
     fold = "fold " if folds else ""
-    # A picture has nothing in it that could be pressed.
+    # Without a link, nothing in the image can be pressed.
     role, label = (
         ("img", _bar_title(last)) if link is None else ("group", f"attempts of {clean(last.node_id, 100)}")
     )

@@ -25,11 +25,11 @@ class RunStatus(StrEnum):
 
     COMPLETED = "COMPLETED"
     FAILED = "FAILED"  # a terminal failure: trying the same again will not help
-    PARTIAL = "PARTIAL"  # gave up for now: what was finished is kept, a later resume may work
+    PARTIAL = "PARTIAL"  # stopped for now: finished nodes are stored, a later resume may succeed
     RESUMED = "RESUMED"  # completed, continuing an earlier run
     CANCELLED = "CANCELLED"  # the run's task was cancelled; resumable
     SUSPENDED = "SUSPENDED"  # a node waits for a person; resumable
-    INTERRUPTED = "INTERRUPTED"  # the process was told to stop, or run() raised; resumable
+    INTERRUPTED = "INTERRUPTED"  # the process was asked to stop, or run() raised; resumable
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ from stroma.ui.formatting import (
     tone_of,
 )
 from stroma.ui.overview import BUCKETS, Overview
-from stroma.ui.security import PICTURE_POLICY
+from stroma.ui.security import IMAGE_POLICY
 
 if TYPE_CHECKING:
     from stroma.ui.security import Keys
@@ -203,10 +203,10 @@ class Pages:
         )
         addresses = {bar.key: address for bar, _, address in bars}
         folded = request.query_params.get("idle") == "folded"
-        picture = gantt(story.bars, link=lambda bar: addresses[bar.key], selected=selected, fold_idle=folded)
+        chart = gantt(story.bars, link=lambda bar: addresses[bar.key], selected=selected, fold_idle=folded)
         page_response = self._page(
             "run.html", record=record, status=status_of(record), gone=is_gone(record), head=Markup(head(story)),
-            cause=Markup(cause(story)), gantt=Markup(picture), attempts=[(one, address, bar.at) for bar, one, address in bars],
+            cause=Markup(cause(story)), gantt=Markup(chart), attempts=[(one, address, bar.at) for bar, one, address in bars],
             waiting=[one for one in self._history.waiting(record.run_id) if one.payload is None], next=page.next, first=after is None,
             restored=restored_starts(record, attempts), can_resume=can_resume(self._settings, record),
             resume_key=self._keys.form("resume", record.run_id), delete_key=self._keys.form("delete", record.run_id),
@@ -374,11 +374,11 @@ class Pages:
         name = self._settings.pipeline
         looked_at, nodes = (0, []) if name is None else figures_of(self._store, name)
         return self._page(
-            "pipeline.html", has_picture=self._settings.lineage is not None, nodes=nodes, looked_at=looked_at
+            "pipeline.html", has_image=self._settings.lineage is not None, nodes=nodes, looked_at=looked_at
         )
 
     def lineage(self, request: Request) -> Response:
         if self._settings.lineage is None:
             raise HTTPException(404, "no pipeline was passed to stroma ui")
         text = self._settings.lineage.encode("utf-8", "replace")
-        return Response(text, media_type="image/svg+xml", headers={"content-security-policy": PICTURE_POLICY})
+        return Response(text, media_type="image/svg+xml", headers={"content-security-policy": IMAGE_POLICY})

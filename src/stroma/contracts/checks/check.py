@@ -187,7 +187,7 @@ def _undecided(crossing: Crossing, reasons: list[Reason]) -> Iterator[Finding]:
     yield Finding(
         "warning", "undecidable", by.node_id, to.node_id, by.at, to.at, ", ".join(filter(None, paths)),
         ", ".join(dict.fromkeys(r.source for r in reasons)), ", ".join(dict.fromkeys(r.target for r in reasons)),
-        f"whether {to.node_id!r} takes what {by.node_id!r} gives cannot be told: {'; '.join(whys)}",
+        f"it is not known before the run whether {to.node_id!r} accepts the output of {by.node_id!r}: {'; '.join(whys)}",
         "see to it with a test that hands on real outputs",
     )  # fmt: skip
 

@@ -61,7 +61,7 @@ class Taking(Inside):
                 cast("Any", schema if refers else target.node), cast("Any", target.config)
             )
         except Exception:  # Half of a schema is not always one.
-            return undecided(path, source, target, "it cannot be told before it runs")
+            return undecided(path, source, target, "it is not known before the run")
         refused = []
         for value in values:
             try:
@@ -128,7 +128,7 @@ class Taking(Inside):
             elif source.kind in LEAVES | LISTS | {"dict", "model", "dataclass", "typed-dict"}:
                 mismatch = Mismatch(Verdict.NEVER, "type", "only JSON text is taken")
             else:
-                return undecided(path, source, target, "it cannot be told before it runs")
+                return undecided(path, source, target, "it is not known before the run")
             return verdict_on(mismatch, source, target, path)
         if kind == "model" and node.get("root_model") and not self._is_one(source, node["cls"]):
             inner = replace(target.to(node["schema"]), config=node.get("config") or EMPTY)

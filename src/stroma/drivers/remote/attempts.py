@@ -41,7 +41,7 @@ from stroma.drivers.remote.wire import (
     Event,
     NodeSpec,
     Reply,
-    RunReport,
+    SegmentReport,
     Value,
     clip,
     decode_failure,
@@ -331,7 +331,7 @@ class _Work:
         except asyncio.CancelledError:
             if self.record.row is None:
                 raise
-            # What was committed, or has failed, before that came through is told all the same.
+            # What was committed, or has failed, before the cancellation arrived is reported all the same.
             while task is not None and task.cancelling() > cancelling:
                 task.uncancel()
             reply["cancelled"] = True
@@ -474,7 +474,7 @@ class _Work:
             reply["broken"] = ["HookNotAsync", str(error)]
         return self._noted(reply)
 
-    async def _mirror(self, report: RunReport) -> None:
+    async def _mirror(self, report: SegmentReport) -> None:
         reader = Reader(self.known, self.owner.payloads, report["run_id"], report["values"])
         try:
             initial = await self.model_of(self.request["value"])
@@ -538,16 +538,16 @@ class _Work:
 
     async def _input(self, row: AttemptRow, node: Node | Group) -> Value | None:
         """Return the input of the attempt, if it differs from the request's."""
-        picture = row.input
+        snapshot = row.input
         contract = self.known.contract(node) if isinstance(node, Node) else None
-        if isinstance(picture, dict):  # It violated its contract, or has no other form.
+        if isinstance(snapshot, dict):  # It violated its contract, or has no other form.
             if contract is None:
                 return None
             cls: ClassName = ["raw"]
             try:
-                text = schema_of(UntypedState).encode(UntypedState(picture)).decode()
+                text = schema_of(UntypedState).encode(UntypedState(snapshot)).decode()
             except Exception:
-                text = json.dumps(jsonable(picture))
+                text = json.dumps(jsonable(snapshot))
         elif contract is None:
             return None
         else:
@@ -555,10 +555,10 @@ class _Work:
             cls = ["in", node.node_id, schema.fingerprint]
             try:
                 text = (
-                    picture if isinstance(picture, bytes) else schema.encode(schema.restore(picture))
+                    snapshot if isinstance(snapshot, bytes) else schema.encode(schema.restore(snapshot))
                 ).decode()
             except Exception:  # It holds a value without a stored form.
-                text, cls = json.dumps(jsonable(schema.thaw(picture))), ["raw"]
+                text, cls = json.dumps(jsonable(schema.thaw(snapshot))), ["raw"]
         request_value = self.request["value"]
         if cls[0] == "in" and request_value.get("text") == text:
             return None

@@ -36,7 +36,7 @@ from stroma.drivers.remote.wire import (
     Operation,
     Plan,
     Reply,
-    RunReport,
+    SegmentReport,
     Value,
     decode_failure,
     fit_context,
@@ -78,7 +78,7 @@ class Interpreter:
 
     # ------------------------------------------------------------------ a segment
 
-    async def go(self) -> RunReport:
+    async def go(self) -> SegmentReport:
         """Run until the run ends or waits for a person. Raises Continue. Cancelled, it ends as CANCELLED."""
         state = self.state
         self.status, self._failure, self._broken = None, None, None
@@ -155,7 +155,7 @@ class Interpreter:
             for key in [key for key in states if key.startswith(prefix)]:
                 del states[key]
 
-    def report(self) -> RunReport:
+    def report(self) -> SegmentReport:
         """Return the report of this segment of the run so far."""
         state = self.state
         values: list[Value] = []

@@ -18,7 +18,7 @@ from stroma.checkpoint.payloads import BlobStore
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.drivers.remote.plans import KnownNodes
-from stroma.drivers.remote.wire import ClassName, RunReport, Value, decode_failure
+from stroma.drivers.remote.wire import ClassName, SegmentReport, Value, decode_failure
 from stroma.engine.merged_models import spelled_out
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RemoteFailure
@@ -111,7 +111,7 @@ class Reader:
         return self._known.decode(await fetch(self.payloads, value), value["cls"])
 
 
-async def result_of(report: RunReport, known: KnownNodes, payloads: BlobStore | None) -> ExecutionResult:
+async def result_of(report: SegmentReport, known: KnownNodes, payloads: BlobStore | None) -> ExecutionResult:
     """Return the result of a run with its trace. Raises StoreError if a state cannot be read."""
     reader = Reader(known, payloads, report["run_id"], report["values"])
     trace = ExecutionTrace(report["run_id"])
@@ -136,7 +136,7 @@ async def result_of(report: RunReport, known: KnownNodes, payloads: BlobStore | 
     )
 
 
-def broken_of(report: RunReport, result: ExecutionResult) -> HookNotAsync | None:
+def broken_of(report: SegmentReport, result: ExecutionResult) -> HookNotAsync | None:
     """Return the programming error that ended a run and is raised by ``run()``, or None."""
     if report["broken"] is None:
         return None

@@ -68,7 +68,7 @@ class Driver(Protocol):
 
 
 class Continue(Exception):
-    """The driver asked for it: go on with the state as it is, in a new interpreter."""
+    """Signals that the driver wants a new interpreter, which continues with the state as it is."""
 
 
 class Broken(Exception):

@@ -20,7 +20,7 @@ __all__ = [
     "NodeSpec",
     "Plan",
     "Reply",
-    "RunReport",
+    "SegmentReport",
     "Spent",
     "Value",
     "clip",
@@ -206,7 +206,7 @@ class ActivityRequest(TypedDict):
     #: Of "pack": what is to be kept out of the run's own state.
     rows: NotRequired[list[Event]]
     #: Of "end".
-    report: NotRequired[RunReport]
+    report: NotRequired[SegmentReport]
 
 
 class Reply(TypedDict, total=False):
@@ -241,7 +241,7 @@ class Reply(TypedDict, total=False):
     at_ns: int
 
 
-class RunReport(TypedDict):
+class SegmentReport(TypedDict):
     """Result of a run, or of a segment of it up to a suspension. Rows refer to states by number in ``values``."""
 
     run_id: str

@@ -41,7 +41,7 @@ from stroma.drivers.remote.wire import (
     Answer,
     NodeSpec,
     Plan,
-    RunReport,
+    SegmentReport,
     Value,
     fold,
     json_size,
@@ -208,7 +208,7 @@ class TemporalRunner:
                     raise
         memo = await workflow.memo()
         same_input = memo.get("stroma_input") in (None, _input_of(value))
-        parked: RunReport | None = None
+        parked: SegmentReport | None = None
         if workflow.status in _OPEN:
             parked = await self._parked_now(handle)
             if parked is None or on_existing == "error":
@@ -410,7 +410,7 @@ class TemporalRunner:
             raise _not_found(run_id)
         handle = self._handle(run_id)
         if workflow.status in _OPEN:
-            report = cast("RunReport", await self._query(handle, names.REPORT))
+            report = cast("SegmentReport", await self._query(handle, names.REPORT))
         else:  # A result that has ended needs no worker.
             report = await self._report(handle)
         if report["status"] == "RUNNING":
@@ -516,7 +516,7 @@ class TemporalRunner:
         return await self._start(plan, next_segment(state), known, config)
 
     async def _wake(
-        self, handle: WorkflowHandle[Any, Any], known: KnownNodes, config: RunConfig, parked: RunReport
+        self, handle: WorkflowHandle[Any, Any], known: KnownNodes, config: RunConfig, parked: SegmentReport
     ) -> _StartedRun:
         """Let a suspended run continue."""
         await handle.signal(names.RESUME, parked["segment"])
@@ -571,27 +571,27 @@ class TemporalRunner:
             ) from error
         return reply
 
-    async def _parked_now(self, handle: WorkflowHandle[Any, Any]) -> RunReport | None:
+    async def _parked_now(self, handle: WorkflowHandle[Any, Any]) -> SegmentReport | None:
         """Return the report of a suspended run; None for any other run."""
-        report = cast("RunReport", await self._query(handle, names.REPORT))
+        report = cast("SegmentReport", await self._query(handle, names.REPORT))
         return report if report["status"] == RunStatus.SUSPENDED else None
 
-    async def _report(self, handle: WorkflowHandle[Any, Any]) -> RunReport:
+    async def _report(self, handle: WorkflowHandle[Any, Any]) -> SegmentReport:
         """Return the report of a workflow when it has ended. Raises WorkflowFailureError for a workflow of other code."""
         try:
-            return cast("RunReport", await handle.result())
+            return cast("SegmentReport", await handle.result())
         except WorkflowFailureError as error:
             cause = error.cause
             if isinstance(cause, ApplicationError) and (cause.type or "").startswith(names.FAILURE):
-                return cast("RunReport", cause.details[0])
+                return cast("SegmentReport", cause.details[0])
             # Terminated, or timed out: its commits are in its history.
-            report = cast("RunReport", await self._query(handle, names.REPORT))
+            report = cast("SegmentReport", await self._query(handle, names.REPORT))
             return {**report, "status": RunStatus.INTERRUPTED.value}
 
-    async def _outcome(self, handle: WorkflowHandle[Any, Any], segment: int) -> RunReport:
+    async def _outcome(self, handle: WorkflowHandle[Any, Any], segment: int) -> SegmentReport:
         """Return the report of a run at its end or at its next suspension."""
         ended = asyncio.ensure_future(self._report(handle))
-        watch: asyncio.Future[RunReport | None] | None = None
+        watch: asyncio.Future[SegmentReport | None] | None = None
         try:
             await asyncio.wait([ended], timeout=_PATIENCE)
             while not ended.done():
@@ -608,14 +608,16 @@ class TemporalRunner:
                 if task is not None:
                     task.cancel()
 
-    async def _suspended(self, handle: WorkflowHandle[Any, Any], segment: int) -> RunReport | None:
+    async def _suspended(self, handle: WorkflowHandle[Any, Any], segment: int) -> SegmentReport | None:
         latest = self.client.get_workflow_handle(handle.id)
         try:
-            return cast("RunReport", await latest.execute_update(names.SUSPENDED, segment, result_type=dict))
+            return cast(
+                "SegmentReport", await latest.execute_update(names.SUSPENDED, segment, result_type=dict)
+            )
         except (RPCError, WorkflowUpdateFailedError, WorkflowUpdateRPCTimeoutOrCancelledError):
             return None  # It has ended, or continues with a fresh history.
 
-    async def _result(self, report: RunReport, known: KnownNodes, config: RunConfig) -> ExecutionResult:
+    async def _result(self, report: SegmentReport, known: KnownNodes, config: RunConfig) -> ExecutionResult:
         result = await result_of(report, known, self.payloads)
         broken = broken_of(report, result)
         if broken is not None:
