@@ -18,7 +18,7 @@ from stroma.cli.stores import Database
 from stroma.cli.user_errors import describe_error
 from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import schema_of
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["example", "input_model", "parse_as", "parse_input", "parse_json", "read_input", "stored_input"]
 

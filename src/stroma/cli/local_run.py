@@ -38,7 +38,8 @@ from stroma.contracts.schema import schema_of
 from stroma.engine.config import RunConfig
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.hooks.sets import HookError, flatten
-from stroma.runner.runner import Pipeline, StromaRunner
+from stroma.runner.pipeline import Pipeline
+from stroma.runner.runner import StromaRunner
 from stroma.trace.result import ExecutionResult, RunStatus
 
 if TYPE_CHECKING:

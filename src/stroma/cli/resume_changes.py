@@ -12,7 +12,7 @@ from stroma.cli.stores import Database
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import find_node
 from stroma.runner.compatibility import Incompatibility, changes_since
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["find_changes"]
 

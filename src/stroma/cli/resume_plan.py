@@ -14,7 +14,7 @@ from stroma.cli.resume_changes import find_changes
 from stroma.cli.stores import Database
 from stroma.contracts.node import find_node
 from stroma.runner.compatibility import Incompatibility
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["print_plan"]
 

@@ -20,7 +20,7 @@ from stroma.cli.report import RunReport
 from stroma.cli.signals import StopSignals
 from stroma.cli.temporal import TemporalCluster
 from stroma.engine.config import RunConfig
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 from stroma.runner.stream import StreamEvent
 from stroma.trace.events import TraceEvent
 from stroma.trace.result import ExecutionResult, RunStatus

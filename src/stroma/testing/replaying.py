@@ -31,7 +31,8 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure, NodeContext, diagnose
 from stroma.hooks.sets import NodeHooks
-from stroma.runner.runner import Pipeline, StromaRunner
+from stroma.runner.pipeline import Pipeline
+from stroma.runner.runner import StromaRunner
 from stroma.testing.clock import FakeClock
 from stroma.testing.recording import RecordedAttempt, RecordedRun, is_failed_item
 from stroma.trace.events import AttemptUsage

@@ -30,7 +30,8 @@ from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.interceptors import PROBES
 from stroma.failures.failure import text_of
-from stroma.runner.runner import Pipeline, StromaRunner
+from stroma.runner.pipeline import Pipeline
+from stroma.runner.runner import StromaRunner
 from stroma.testing.clock import FakeClock
 from stroma.testing.crash import Boundary, Crashed, Deaths
 from stroma.testing.faults import FaultPlan

@@ -22,7 +22,7 @@ from stroma.contracts.checks.finding import Finding
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import find_node
 from stroma.runner.compatibility import Incompatibility
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["check"]
 

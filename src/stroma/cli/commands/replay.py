@@ -28,7 +28,8 @@ from stroma.contracts.node import Group, find_node
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig
-from stroma.runner.runner import Pipeline, StromaRunner
+from stroma.runner.pipeline import Pipeline
+from stroma.runner.runner import StromaRunner
 from stroma.testing.recording import RecordedRun
 from stroma.testing.replaying import Replay
 from stroma.testing.replaying import replay as run_again

@@ -26,7 +26,7 @@ from stroma.cli.user_errors import describe_error
 from stroma.contracts.node import Group, find_node
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig, new_run_id
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["resume", "resume_on_temporal", "resume_run", "run"]
 

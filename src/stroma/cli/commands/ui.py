@@ -21,7 +21,7 @@ from stroma.cli.output import err, out
 from stroma.cli.stores import Database, db_option
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import find_node
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["ui"]
 

@@ -25,7 +25,7 @@ from stroma.cli.temporal import TemporalCluster, worker_options
 from stroma.cli.user_errors import describe_error, last_frame
 from stroma.engine.config import RunConfig
 from stroma.hooks.sets import flatten
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["worker"]
 

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from stroma.contracts.checks.compatibility import Fitter, fit_classes
-from stroma.contracts.checks.finding import Finding
+from stroma.contracts.checks.finding import CheckFailed, Finding
 from stroma.contracts.checks.flow import (
     Collision,
     Crossing,
@@ -26,7 +26,7 @@ from stroma.contracts.checks.scalars import Kind, Verdict, in_words
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node
 
-__all__ = ["check_nodes"]
+__all__ = ["check_nodes", "raise_errors"]
 
 #: The verdicts on pairs of classes, which pipelines repeat.
 Known = dict[tuple[type[BaseModel], type[BaseModel], bool], Fit]
@@ -37,12 +37,11 @@ def check_nodes(
 ) -> list[Finding]:
     """Return every finding, in the order of the nodes. Nothing is claimed of a node without a contract.
 
-    ``initial``: the class of what the run begins with; without it, that is not looked at. Raises TypeError for what is
-    no such class.
+    ``initial``: the class of the initial state; without it, that is not checked. Raises TypeError for anything else.
     """
     if initial is not None and not (isinstance(initial, type) and issubclass(initial, BaseModel)):
         raise TypeError(
-            f"input_schema is {in_words(initial)}; give the pydantic model class of what runs begin with"
+            f"input_schema must be a pydantic model class, got {in_words(initial)}; pass the class of the initial state"
         )
     findings: list[Finding] = []
     known: Known = {}
@@ -52,6 +51,13 @@ def check_nodes(
         else:
             findings.append(_of_collision(one) if isinstance(one, Collision) else _of_unreadable(one))
     return list(dict.fromkeys(findings))
+
+
+def raise_errors(nodes: Sequence[Node | Group], registry: ContractRegistry) -> None:
+    """Raise CheckFailed with the findings that are errors, if there are any."""
+    errors = [finding for finding in check_nodes(nodes, registry) if finding.severity == "error"]
+    if errors:
+        raise CheckFailed(errors)
 
 
 # ---------------------------------------------------------------------- crossings

@@ -57,7 +57,7 @@ from stroma.engine.outcome import GroupStopped, Halt
 from stroma.failures.errors import ItemFailure, Suspend
 from stroma.failures.failure import Failure, NodeContext, diagnose, message_of
 from stroma.hooks.dispatch import HookNotAsync
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 from stroma.trace.events import AttemptRow
 from stroma.trace.plain import jsonable
 

@@ -23,7 +23,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.failures.classes import FailureClass
 from stroma.failures.policy import FailurePolicy, PolicyMap
 from stroma.runner.groups import map_over, parallel
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 from stroma.runner.sequence import check_owners
 from stroma.runner.states import as_state
 

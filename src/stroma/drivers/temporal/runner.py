@@ -53,7 +53,7 @@ from stroma.engine.config import RunConfig
 from stroma.failures.failure import NodeContext, diagnose
 from stroma.hooks.sets import HookError
 from stroma.runner.batch import Batch
-from stroma.runner.runner import Pipeline, nodes_of
+from stroma.runner.pipeline import Pipeline, nodes_of
 from stroma.runner.sequence import warn_of_unknown_ids
 from stroma.runner.signals import match_answer
 from stroma.trace.events import TraceEvent
