@@ -12,7 +12,6 @@ import asyncio
 from typing import Any
 
 from stroma.cost.budget import ExecutionBudget
-from stroma.cost.tracker import CostTracker
 from stroma.drivers.remote.children import Children, busy_ns
 from stroma.drivers.remote.plans import policies_of
 from stroma.drivers.remote.state import (
@@ -23,14 +22,17 @@ from stroma.drivers.remote.state import (
     NodePlace,
     RunState,
     StoppedExecution,
+    forget_position,
     new_state,
     next_segment,
+    number_states,
     row_size,
     shortened,
+    total_spent,
+    tracker_of,
 )
 from stroma.drivers.remote.wire import (
     ActivityRequest,
-    Event,
     FailureData,
     NodeSpec,
     Operation,
@@ -62,23 +64,17 @@ class Interpreter:
             node: policies_of(policies) for node, policies in plan["node_policies"].items()
         }
         self._budget = ExecutionBudget(**(plan["settings"].get("budget") or {}))
-        self._tracker = tracker = CostTracker()
-        spent, prior = state["spent"], state["prior"]
-        tracker.spend(spent["tokens"], spent["cost_usd"])
-        tracker.latency_ns = round(spent["latency_ms"] * 1e6)
-        tracker.prior_tokens = prior["tokens"]
-        tracker.prior_cost_usd = prior["cost_usd"]
-        tracker.prior_latency_ms = prior["latency_ms"]
-        #: What the run has come to in this segment; None while it is under way.
+        self._tracker = tracker_of(state)
+        #: The status at the end of this segment; None before.
         self.status: RunStatus | None = None
         self._failure: FailureData | None = None
         self._broken: list[str] | None = None
-        #: The groups that are under way, by position.
+        #: The groups that are running, by position.
         self._open: dict[int, list[Children]] = {}
 
     # ------------------------------------------------------------------ a segment
 
-    async def go(self) -> SegmentReport:
+    async def run(self) -> SegmentReport:
         """Run until the run ends or waits for a person. Raises Continue. Cancelled, it ends as CANCELLED."""
         state = self.state
         self.status, self._failure, self._broken = None, None, None
@@ -108,9 +104,10 @@ class Interpreter:
 
     async def _begin(self) -> None:
         state, nodes = self.state, self.plan["nodes"]
-        skipped: list[dict[str, Any]] = []
-        for position, value in enumerate(state["committed"]):
-            skipped.append({"spec": nodes[position], "value": value, "position": position, "branch": ""})
+        skipped = [
+            {"spec": nodes[position], "value": value, "position": position, "branch": ""}
+            for position, value in enumerate(state["committed"])
+        ]
         reply, cancelled = await self.driver.ask(
             self._request("begin", value=state["initial"], nodes=nodes, skipped=skipped)
         )
@@ -135,7 +132,7 @@ class Interpreter:
                 state["committed"].append(output)
                 state["value"] = output
                 state["position"] = position + 1
-                self._forget(position)
+                forget_position(state, position)
             if isinstance(outcome, StoppedExecution):
                 return self._stopped_as(outcome)
             if self.driver.full() and state["position"] < len(nodes):
@@ -149,38 +146,10 @@ class Interpreter:
         terminal = outcome.failure["failure_class"] == FailureClass.TERMINAL and not outcome.partial
         return RunStatus.FAILED if terminal else RunStatus.PARTIAL
 
-    def _forget(self, position: int) -> None:
-        prefix = f"{position}|"
-        for states in (self.state["done"], self.state["maps"], self.state["answers"]):
-            for key in [key for key in states if key.startswith(prefix)]:
-                del states[key]
-
     def report(self) -> SegmentReport:
         """Return the report of this segment of the run so far."""
         state = self.state
-        values: list[Value] = []
-        seen: dict[tuple[str, str], int] = {}
-
-        def number(value: Value | None) -> int | None:
-            if value is None:
-                return None
-            key = (value.get("text") or value.get("blob") or "", str(value["cls"]))
-            if key not in seen:
-                seen[key] = len(values)
-                values.append(value)
-            return seen[key]
-
-        def numbered(rows: list[Event]) -> list[dict[str, Any]]:
-            return [
-                {
-                    **row,
-                    "input": number(row["input"]),
-                    "output": number(row["output"]),
-                    "children": None if row["children"] is None else numbered(row["children"]),
-                }
-                for row in rows
-            ]
-
+        rows, values = number_states(state["rows"])
         waiting = [state["waiting"][key] for key in state["waiting"]]
         return {
             "run_id": self.plan["run_id"],
@@ -189,7 +158,7 @@ class Interpreter:
             "segment": state["segment"],
             "status": "RUNNING" if self.status is None else self.status.value,
             "values": values,
-            "rows": numbered(state["rows"]),
+            "rows": rows,
             "final": state["value"],
             "committed": bool(state["committed"]),
             "tokens": self._tracker.total_tokens,
@@ -207,7 +176,6 @@ class Interpreter:
 
     def _request(self, op: Operation, **more: Any) -> ActivityRequest:
         state = self.state
-        spent, prior = state["spent"], state["prior"]
         request: dict[str, Any] = {
             "op": op,
             "run_id": self.plan["run_id"],
@@ -217,11 +185,7 @@ class Interpreter:
             "traceparent": state["traceparent"],
             "context": state["context"],
             "gone": state["gone"],
-            "spent": {
-                "tokens": spent["tokens"] + prior["tokens"],
-                "cost_usd": spent["cost_usd"] + prior["cost_usd"],
-                "latency_ms": spent["latency_ms"] + prior["latency_ms"],
-            },
+            "spent": total_spent(state),
             "warned": state["warned"],
             "room": max(0, state["room"]),
             "value": state["value"],
@@ -313,7 +277,7 @@ class Interpreter:
         state = self.state
         state["committed"].append(output)
         state["value"], state["position"] = output, place.position + 1
-        self._forget(place.position)
+        forget_position(self.state, place.position)
 
     def _settle(self, place: NodePlace, value: Value, reply: Reply) -> Value | StoppedExecution | None:
         """Take an attempt into the run: its row, what it spent, what it came to. None: ask whether another follows."""

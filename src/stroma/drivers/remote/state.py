@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, NotRequired, Protocol, TypedDict
 
+from stroma.cost.tracker import CostTracker
 from stroma.drivers.remote.wire import (
     ROOM,
     ActivityRequest,
@@ -33,11 +34,15 @@ __all__ = [
     "NodePlace",
     "RunState",
     "StoppedExecution",
+    "forget_position",
     "new_state",
     "next_segment",
     "nothing",
+    "number_states",
     "row_size",
     "shortened",
+    "total_spent",
+    "tracker_of",
 ]
 
 ROW: Final = 400  # bytes of a row, its states and what a failure says apart
@@ -185,6 +190,64 @@ def next_segment(state: RunState) -> RunState:
         progress["opened_ns"] = 0
     state["room"] = ROOM - _state_bytes(state)
     return state
+
+
+def tracker_of(state: RunState) -> CostTracker:
+    """Return a tracker with what a run has spent, in this and in earlier executions."""
+    tracker = CostTracker()
+    spent, prior = state["spent"], state["prior"]
+    tracker.spend(spent["tokens"], spent["cost_usd"])
+    tracker.latency_ns = round(spent["latency_ms"] * 1e6)
+    tracker.prior_tokens = prior["tokens"]
+    tracker.prior_cost_usd = prior["cost_usd"]
+    tracker.prior_latency_ms = prior["latency_ms"]
+    return tracker
+
+
+def total_spent(state: RunState) -> Spent:
+    """Return what this and earlier executions of a run have spent."""
+    spent, prior = state["spent"], state["prior"]
+    return {
+        "tokens": spent["tokens"] + prior["tokens"],
+        "cost_usd": spent["cost_usd"] + prior["cost_usd"],
+        "latency_ms": spent["latency_ms"] + prior["latency_ms"],
+    }
+
+
+def forget_position(state: RunState, position: int) -> None:
+    """Delete what a state holds of the groups at a position."""
+    prefix = f"{position}|"
+    for states in (state["done"], state["maps"], state["answers"]):
+        for key in [key for key in states if key.startswith(prefix)]:
+            del states[key]
+
+
+def number_states(rows: list[Event]) -> tuple[list[dict[str, Any]], list[Value]]:
+    """Return rows that refer to their states by number, and those states, each once."""
+    values: list[Value] = []
+    seen: dict[tuple[str, str], int] = {}
+
+    def number(value: Value | None) -> int | None:
+        if value is None:
+            return None
+        key = (value.get("text") or value.get("blob") or "", str(value["cls"]))
+        if key not in seen:
+            seen[key] = len(values)
+            values.append(value)
+        return seen[key]
+
+    def numbered(some: list[Event]) -> list[dict[str, Any]]:
+        return [
+            {
+                **row,
+                "input": number(row["input"]),
+                "output": number(row["output"]),
+                "children": None if row["children"] is None else numbered(row["children"]),
+            }
+            for row in some
+        ]
+
+    return numbered(rows), values
 
 
 def _state_bytes(state: RunState) -> int:

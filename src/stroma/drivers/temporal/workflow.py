@@ -158,7 +158,7 @@ class StromaRun:
     async def _go(self) -> dict[str, Any]:
         while True:
             try:
-                report = await self._run.go()
+                report = await self._run.run()
             except Continue:
                 workflow.continue_as_new({"plan": self._plan, "state": fold(self._run.state)})
             if report["status"] != RunStatus.SUSPENDED:
