@@ -22,20 +22,10 @@ from tests.pages import check_page
 from tests.tiers import examples
 
 from stroma import FailurePolicy, NodeContract, StromaRunner, current_node, parallel, stroma_node
-from stroma.trace.html import (
-    Bar,
-    StopCause,
-    Story,
-    document,
-    fields_named,
-    fragment,
-    gantt,
-    idle_ms,
-    places,
-    tree,
-    waits,
-)
+from stroma.trace.gantt import gantt, idle_ms, places
+from stroma.trace.html import document, fragment, tree
 from stroma.trace.redaction import hidden_values, without
+from stroma.trace.story import Bar, StopCause, Story, fields_named, waits
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;]]><!--\x00\x1b[31m\u202e</pre></style>"
 

@@ -12,7 +12,7 @@ from stroma import ExecutionResult, ExecutionTrace, FailureClass, RunStatus, Tra
 from stroma.failures import Failure
 from stroma.trace import AttemptUsage
 from stroma.trace.events import Failed
-from stroma.trace.html import Bar, StopCause, Story
+from stroma.trace.story import Bar, StopCause, Story
 
 # ---------------------------------------------------------------- what tells two traces apart
 

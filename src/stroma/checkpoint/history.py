@@ -19,9 +19,9 @@ from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
 from stroma.contracts.schema import Schema
-from stroma.trace.html import Bar, StopCause, Story
 from stroma.trace.plain import jsonable
 from stroma.trace.redaction import HIDDEN, Redact, hidden_values, hide_state, hide_words, without
+from stroma.trace.story import Bar, StopCause, Story
 
 __all__ = [
     "FAILED",

@@ -36,10 +36,10 @@ from stroma.runner.runner import StromaRunner
 from stroma.testing.clock import FakeClock
 from stroma.testing.recording import RecordedAttempt, RecordedRun, is_failed_item
 from stroma.trace.events import AttemptUsage
-from stroma.trace.html import without_values
 from stroma.trace.plain import jsonable
 from stroma.trace.redaction import Redact
 from stroma.trace.result import ExecutionResult, RunStatus
+from stroma.trace.story import without_values
 
 __all__ = ["Difference", "Replay", "replay", "replay_sync"]
 

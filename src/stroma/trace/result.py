@@ -14,7 +14,7 @@ from stroma.failures.failure import Failure, kind_of
 from stroma.trace.redaction import Redact, Shown, hide_words
 
 if TYPE_CHECKING:
-    from stroma.trace.html import Story
+    from stroma.trace.story import Story
 from stroma.trace.trace import ExecutionTrace
 
 __all__ = ["ExecutionResult", "HookFailure", "RunStatus"]
@@ -69,7 +69,7 @@ class ExecutionResult(Shown):
     failed_items: int = 0
 
     def _story(self, redact: Redact | None = None) -> Story:
-        from stroma.trace.html import StopCause
+        from stroma.trace.story import StopCause
 
         story, failure, box = self.trace._story(redact), self.failure, None
         if failure is not None:

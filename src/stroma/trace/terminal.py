@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd
-from stroma.trace.html import Bar, Story, duration, waits
+from stroma.trace.gantt import duration
+from stroma.trace.story import Bar, Story, waits
 
 __all__ = ["renderable"]
 

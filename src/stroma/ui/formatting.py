@@ -22,10 +22,8 @@ from stroma.checkpoint.history import (
     place_of,
 )
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
-from stroma.trace.html import (
-    duration,
-    tree,
-)
+from stroma.trace.gantt import duration
+from stroma.trace.html import tree
 
 __all__ = [
     "as_attachment",

@@ -30,19 +30,10 @@ from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
 from stroma.failures.tracebacks import Trouble
 from stroma.telemetry.otlp_json import otlp_spans
-from stroma.trace.html import (
-    Bar,
-    StopCause,
-    Story,
-    cause,
-    document,
-    fields_named,
-    gantt,
-    head,
-    idle_ms,
-    utc,
-)
+from stroma.trace.gantt import gantt, idle_ms
+from stroma.trace.html import cause, document, head, utc
 from stroma.trace.result import RunStatus
+from stroma.trace.story import Bar, StopCause, Story, fields_named
 from stroma.ui.actions import can_resume
 from stroma.ui.figures import figures_of
 from stroma.ui.formatting import (

@@ -20,7 +20,8 @@ from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, RunSource, db_option
 from stroma.cli.suspended import answer_type, approve_hint, place_text, unanswered, waiting_data
 from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
-from stroma.trace.html import duration, waits
+from stroma.trace.gantt import duration
+from stroma.trace.story import waits
 
 __all__ = ["attempt_data", "show"]
 
