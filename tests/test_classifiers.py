@@ -50,7 +50,7 @@ from stroma import (
     parallel,
 )
 from stroma.failures.failure import diagnose
-from stroma.failures.providers import ProviderVerdict as Verdict
+from stroma.failures.provider_verdicts import ProviderVerdict as Verdict
 from stroma.failures.providers import read_provider_error, retry_after_seconds
 
 CASES = [*PROVIDER_CASES, *MORE_CASES]

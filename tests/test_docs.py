@@ -161,7 +161,7 @@ def test_every_reason_has_its_meaning(generate: Any) -> None:
     """Each word that a failure's reason may be is explained."""
     known = set()
     for name in (
-        "failures/providers",
+        "failures/provider_verdicts",
         "failures/failure",
         "engine/attempt",
         "engine/commit",
@@ -172,7 +172,7 @@ def test_every_reason_has_its_meaning(generate: Any) -> None:
     ):
         tree = ast.parse((ROOT / "src" / "stroma" / f"{name}.py").read_text("utf-8"))
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Verdict":
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ProviderVerdict":
                 known.add(ast.literal_eval(node.args[1]))
             if (
                 isinstance(node, ast.Call)
