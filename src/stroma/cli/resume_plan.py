@@ -42,9 +42,6 @@ def print_plan(
             for change in find_changes(database, record, pipeline, target)
             if before is None or change.at == "input" or int(change.at.partition(".")[0]) < before
         ]
-    # A group's time is its own; what its children took is part of it.
-    seconds = sum(one.duration_ms for one in restored if not one.branch) / 1000
-    tokens, cost = sum(one.tokens for one in restored), sum(one.cost_usd for one in restored)
     code = Code.OK
     if record.holder is not None:
         code = Code.ENVIRONMENT
@@ -60,25 +57,13 @@ def print_plan(
                 "resumable": code is Code.OK,
                 "holder": record.holder,
                 "kept": [_data(one) for one in restored],
-                "saves": {"tokens": tokens, "cost_usd": cost, "seconds": seconds},
+                "saves": dict(zip(("tokens", "cost_usd", "seconds"), _savings(restored), strict=True)),
                 "calls": called,
                 "changes": [_change(change) for change in changes],
             }
         )
         return code
-    _print_nodes(restored)
-    out.line(
-        f"saves   {format_duration(seconds)}, {format_tokens(tokens)}, {format_usd(cost)} that are not spent again"
-    )
-    what = ", ".join(clean(node_id, 60) for node_id in called[:50]) or "nothing: every node has its output"
-    if pipeline is None and called:
-        what = f"{what}, and what follows"
-    out.line(f"calls   {what}")
-    for change in changes:
-        out.line(
-            ("changed ", "bold red"),
-            f"{change.at}  {clean(change.node_id, 60)}: {clean(change.message, 1000)}",
-        )
+    _print_plan(restored, called, changes, is_complete=pipeline is not None)
     if record.holder is not None:
         err.line(
             ("busy: ", "yellow"),
@@ -91,6 +76,32 @@ def print_plan(
         hint = database.hint("resume", id_word(record.run_id), target or "FILE.py:NAME", options=options)
         err.line(f"nothing was done; resume with: {hint}")
     return code
+
+
+def _savings(restored: list[AttemptRecord]) -> tuple[int, float, float]:
+    """Return the tokens, US dollars and seconds of restored outputs."""
+    # A group's time includes that of its children.
+    seconds = sum(one.duration_ms for one in restored if not one.branch) / 1000
+    return sum(one.tokens for one in restored), sum(one.cost_usd for one in restored), seconds
+
+
+def _print_plan(
+    restored: list[AttemptRecord], called: list[str], changes: list[Incompatibility], *, is_complete: bool
+) -> None:
+    tokens, cost, seconds = _savings(restored)
+    _print_nodes(restored)
+    out.line(
+        f"saves   {format_duration(seconds)}, {format_tokens(tokens)}, {format_usd(cost)} that are not spent again"
+    )
+    what = ", ".join(clean(node_id, 60) for node_id in called[:50]) or "nothing: every node has its output"
+    if called and not is_complete:
+        what = f"{what}, and what follows"
+    out.line(f"calls   {what}")
+    for change in changes:
+        out.line(
+            ("changed ", "bold red"),
+            f"{change.at}  {clean(change.node_id, 60)}: {clean(change.message, 1000)}",
+        )
 
 
 def _print_nodes(restored: list[AttemptRecord]) -> None:

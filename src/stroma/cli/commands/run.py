@@ -133,14 +133,7 @@ def resume(
             "dry_run",
         )
         return _resume_run_on_temporal(cluster, run_, target, options)
-    if fork and start_at is None:
-        raise click.UsageError("--fork needs --from, the node where the new run starts")
-    if retry_failed and start_at is not None:
-        raise click.UsageError("--retry-failed and --from exclude each other; pass one")
-    if state is not None and not fork:
-        raise click.UsageError("--state needs --fork: outputs of an existing run cannot be changed")
-    if start_at is not None and options.if_running == "attach":
-        raise click.UsageError("--attach and --from exclude each other; pass one")
+    _check_options(start_at, options, fork=fork, retry_failed=retry_failed, has_state=state is not None)
     database = Database.from_option(db)
     record = database.find(run_)
     if dry_run and target is None:
@@ -156,20 +149,39 @@ def resume(
             code=Code.USAGE,
         )
     pipeline = load_pipeline(target)
-    if start_at is not None:
-        ids = [find_node(node).node_id for node in pipeline.nodes]
-        if start_at not in ids:
-            raise Problem(
-                f"--from {start_at!r} is not a node of {target}",
-                f"its nodes are: {', '.join(clean(node_id, 100) for node_id in ids)}",
-                code=Code.USAGE,
-            )
-        if fork and not dry_run:
-            return _fork(database, record, pipeline, target, options, ids.index(start_at), state)
+    position = None if start_at is None else _find_position(pipeline, target, start_at)
+    if position is not None and fork and not dry_run:
+        return _fork(database, record, pipeline, target, options, position, state)
     if dry_run:
         return print_plan(database, record, pipeline, target, start_at, options.as_json)
     changes = {"retry_failed_items": retry_failed, "force_resume": force}
     return resume_run(database, record, pipeline, target, options, start_at, changes=changes)
+
+
+def _check_options(
+    start_at: str | None, options: RunOptions, *, fork: bool, retry_failed: bool, has_state: bool
+) -> None:
+    """Raise UsageError for options of ``resume`` that exclude or need each other."""
+    if fork and start_at is None:
+        raise click.UsageError("--fork needs --from, the node where the new run starts")
+    if retry_failed and start_at is not None:
+        raise click.UsageError("--retry-failed and --from exclude each other; pass one")
+    if has_state and not fork:
+        raise click.UsageError("--state needs --fork: outputs of an existing run cannot be changed")
+    if start_at is not None and options.if_running == "attach":
+        raise click.UsageError("--attach and --from exclude each other; pass one")
+
+
+def _find_position(pipeline: Pipeline, target: str, start_at: str) -> int:
+    """Return the position of the node named by --from. Raises Problem."""
+    ids = [find_node(node).node_id for node in pipeline.nodes]
+    if start_at not in ids:
+        raise Problem(
+            f"--from {start_at!r} is not a node of {target}",
+            f"its nodes are: {', '.join(clean(node_id, 100) for node_id in ids)}",
+            code=Code.USAGE,
+        )
+    return ids.index(start_at)
 
 
 def _read_cluster(click_options: dict[str, Any]) -> TemporalCluster | None:
