@@ -14,7 +14,7 @@ from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
-from stroma.cli.commands.run import resume_on_temporal, resume_run
+from stroma.cli.commands.run import ResumedRun, resume_on_temporal, resume_run
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import parse_as, parse_json
@@ -79,7 +79,7 @@ def approve(
         run_options = RunOptions(as_json=as_json)
         if isinstance(source, TemporalCluster):
             return resume_on_temporal(source, record.run_id, pipeline, target, run_options)
-        return resume_run(Database.from_option(db), record, pipeline, target, run_options)
+        return resume_run(ResumedRun(Database.from_option(db), record, pipeline, target), run_options)
     remaining = unanswered([other for other in questions if other[:3] != one[:3]])
     _report(source, record.run_id, target, one, remaining, as_json)
     return Code.OK

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from pydantic import BaseModel, ValidationError
@@ -28,7 +28,7 @@ from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig, new_run_id
 from stroma.runner.pipeline import Pipeline
 
-__all__ = ["resume", "resume_on_temporal", "resume_run", "run"]
+__all__ = ["ResumedRun", "resume", "resume_on_temporal", "resume_run", "run"]
 
 
 @click.command()
@@ -150,12 +150,13 @@ def resume(
         )
     pipeline = load_pipeline(target)
     position = None if start_at is None else _find_position(pipeline, target, start_at)
+    stored = ResumedRun(database, record, pipeline, target)
     if position is not None and fork and not dry_run:
-        return _fork(database, record, pipeline, target, options, position, state)
+        return _fork(stored, options, position, state)
     if dry_run:
         return print_plan(database, record, pipeline, target, start_at, options.as_json)
     changes = {"retry_failed_items": retry_failed, "force_resume": force}
-    return resume_run(database, record, pipeline, target, options, start_at, changes=changes)
+    return resume_run(stored, options, start_at, changes=changes)
 
 
 def _check_options(
@@ -218,17 +219,24 @@ def resume_on_temporal(
     return TemporalRun(target, pipeline, config, None, cluster, options).execute()
 
 
+class ResumedRun(NamedTuple):
+    """A stored run, and the pipeline to resume it with."""
+
+    database: Database
+    record: RunRecord
+    pipeline: Pipeline
+    target: str
+
+
 def resume_run(
-    database: Database,
-    record: RunRecord,
-    pipeline: Pipeline,
-    target: str,
+    run: ResumedRun,
     options: RunOptions,
     start_at: str | None = None,
     *,
     changes: Mapping[str, bool] | None = None,
 ) -> int:
     """Resume a run and return the exit code. ``changes``: overrides of its config. Raises Problem."""
+    database, record, pipeline, target = run
     _warn_other_pipeline(record, pipeline, options)
     config = _configure(pipeline, record.run_id, options)
     if changes:
@@ -237,16 +245,9 @@ def resume_run(
     return LocalRun(target, pipeline, config, state, database, record, start_at, options).execute()
 
 
-def _fork(
-    database: Database,
-    record: RunRecord,
-    pipeline: Pipeline,
-    target: str,
-    options: RunOptions,
-    position: int,
-    input_text: str | None,
-) -> int:
+def _fork(run: ResumedRun, options: RunOptions, position: int, input_text: str | None) -> int:
     """Start a new run from a position of another one."""
+    database, record, pipeline, target = run
     start_at = find_node(pipeline.nodes[position]).node_id
 
     def retry_command(fits: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import click
@@ -54,19 +55,7 @@ _COMPLETE: Final = ("COMPLETED", "RESUMED")
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.show/1".')
 @db_option
 @temporal_options
-def show(
-    run_: str,
-    node: str | None,
-    attempt: int | None,
-    wants_input: bool,
-    wants_output: bool,
-    as_tree: bool,
-    timing: bool,
-    redact: str | None,
-    as_json: bool,
-    db: str | None,
-    **options: Any,
-) -> int:
+def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options: Any) -> int:
     """Show one run, attempt by attempt.
 
     RUN is a run id, a prefix of one, or "last". AT is the position in the run; children of groups are indented below
@@ -77,18 +66,19 @@ def show(
     With --temporal: a run on Temporal, so far.
     """
     cluster = TemporalCluster.from_options(options)
+    view = _View(**options)
     if cluster is not None:
         from stroma.cli.temporal_show import read_run
 
         why = "let the workers write to a store (stroma worker --db) and read that"
         reject_local_options(why, "db", "wants_input", "wants_output", "redact")
         record, attempts, waiting = read_run(cluster, run_)
-        selected = _select(attempts, record, node, attempt)
+        selected = _select(attempts, record, view)
         states: list[list[_State]] = [[] for _ in selected]
         if as_json:
             emit(_data(record, attempts, waiting, selected, states))
             return Code.OK
-        return _print_run(cluster, record, attempts, waiting, selected, as_tree, timing)
+        return _print_run(cluster, record, attempts, waiting, selected, view)
     database = Database.from_option(db)
     stored = database.find(run_)
     history = History(database.reader, load_redact(redact))
@@ -96,23 +86,34 @@ def show(
         record = history.shown_run(stored)
         attempts = in_order(history.shown_attempts(record.run_id, database.reader.attempts(record.run_id)))
         waiting = history.waiting(record.run_id)
-    selected = _select(attempts, record, node, attempt)
+    selected = _select(attempts, record, view)
     with database.explain_errors():
-        states = _states(history, record, selected, wants_input, wants_output)
+        states = _states(history, record, selected, view)
     code = Code.ENVIRONMENT if any(one.damaged for one in attempts) else Code.OK
     if as_json:
         emit(_data(record, attempts, waiting, selected, states))
         return code
-    if wants_input or wants_output:
+    if view.wants_input or view.wants_output:
         return _print_states(selected, states, code)
-    _print_run(database, record, attempts, waiting, selected, as_tree, timing)
+    _print_run(database, record, attempts, waiting, selected, view)
     return code
 
 
-def _select(
-    attempts: list[AttemptRecord], record: RunRecord, node: str | None, attempt: int | None
-) -> list[AttemptRecord]:
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The options that select what is shown of a run."""
+
+    node: str | None
+    attempt: int | None
+    wants_input: bool
+    wants_output: bool
+    as_tree: bool
+    timing: bool
+
+
+def _select(attempts: list[AttemptRecord], record: RunRecord, view: _View) -> list[AttemptRecord]:
     """Return the matching attempts. Raises Problem if there is none."""
+    node, attempt = view.node, view.attempt
     selected = [one for one in attempts if node in (None, one.node_id) and attempt in (None, one.attempt)]
     if not selected and (node is not None or attempt is not None):
         raise _no_such_attempt(attempts, record, node, attempt)
@@ -147,16 +148,15 @@ def _print_run(
     attempts: list[AttemptRecord],
     waiting: list[Waiting],
     selected: list[AttemptRecord],
-    as_tree: bool,
-    timing: bool,
+    view: _View,
 ) -> int:
     _print_head(record, waiting, len(attempts), *waste(attempts))
     if selected:
         out.line()
-        rows = list(_rows(selected, as_tree))
+        rows = list(_rows(selected, view.as_tree))
         header: list[str] = list(_HEADER)
         right = {2, 6, 7, 8}
-        if timing:
+        if view.timing:
             header[6:7] = ["BEGAN", "WAITED", "TIME"]
             right = {2, 6, 7, 8, 9, 10}
             _add_timing(rows, selected)
@@ -185,16 +185,16 @@ _State = tuple[str, Payload]
 
 
 def _states(
-    history: History, record: RunRecord, selected: list[AttemptRecord], wants_input: bool, wants_output: bool
+    history: History, record: RunRecord, selected: list[AttemptRecord], view: _View
 ) -> list[list[_State]]:
     """Return the requested states of each attempt."""
     inputs = Inputs(history, record.run_id, selected)
     rows: list[list[_State]] = []
     for one in selected:
         states: list[_State] = []
-        if wants_input:
+        if view.wants_input:
             states.append(("input", inputs.of(one)))
-        if wants_output:
+        if view.wants_output:
             states.append(("output", history.made(one)))
         rows.append(states)
     return rows

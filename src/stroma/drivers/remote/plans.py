@@ -91,13 +91,12 @@ def freeze(
     registry: ContractRegistry,
     *,
     run_id: str,
-    execution: int = 1,
     options: dict[str, Any] | None = None,
 ) -> Plan:
-    """Return the plan of a run as plain data. Raises ValueError for nodes that no other process could run."""
+    """Return the plan of the first execution of a run as plain data. Raises ValueError for nodes that no other process could run."""
     return {
         "run_id": run_id,
-        "execution": execution,
+        "execution": 1,
         "pipeline": pipeline,
         "nodes": [spec_of(node, registry) for node in nodes],
         "policies": _policies(config.policy_map),
