@@ -80,7 +80,7 @@ class Interpreter:
         self.status, self._failure, self._broken = None, None, None
         cancelled = False
         try:
-            if not state["has_begun"]:
+            if not state["begun"]:
                 await self._begin()
             status = await self._positions()
         except asyncio.CancelledError:
@@ -112,7 +112,7 @@ class Interpreter:
             self._request("begin", value=state["initial"], nodes=nodes, skipped=skipped)
         )
         state["traceparent"] = reply.get("traceparent")
-        state["has_begun"] = True
+        state["begun"] = True
         self._note(reply)
         if "failure" in reply:  # No worker could begin it.
             self._failure = reply["failure"]

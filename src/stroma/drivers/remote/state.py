@@ -102,7 +102,7 @@ class RunState(TypedDict):
     position: int
     value: Value
     initial: Value
-    has_begun: bool
+    begun: bool
     continued: bool
     segment: int
     spent: Spent
@@ -147,7 +147,7 @@ def new_state(value: Value, *, context: dict[str, Any], traceparent: str | None 
         "position": 0,
         "value": value,
         "initial": value,
-        "has_begun": False,
+        "begun": False,
         "continued": False,
         "segment": 0,
         "spent": nothing(),
@@ -182,7 +182,7 @@ def next_segment(state: RunState) -> RunState:
     state["hook_errors"], state["unpriced"], state["warned"] = [], [], []
     state["waiting"] = {}
     state["failed_items"] = 0
-    state["has_begun"], state["continued"] = False, True
+    state["begun"], state["continued"] = False, True
     state["segment"] += 1
     for progress in state["maps"].values():
         progress["old_packs"] += progress["packs"]
