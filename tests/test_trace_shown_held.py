@@ -256,7 +256,7 @@ def test_a_story_shows_what_redact_lets_be_seen() -> None:
     assert list(bars) == [
         failed_bar(
             "a",
-            given={"key": "***", "b": 1},
+            input_state={"key": "***", "b": 1},
             failure_class="TERMINAL",
             message="OSError: quiet: [redacted], [redacted]",
             reason=None,
