@@ -205,7 +205,6 @@ class Attempt:
             if ends_run(error):
                 raise
             return self._reject_input(error)
-        self.begin = perf_counter_ns()
         return None
 
     def _reject_input(self, error: BaseException) -> Exception:
@@ -234,6 +233,7 @@ class Attempt:
         return schema.copy(value), snapshot
 
     def _start_hooks(self) -> Firing:
+        self.begin = perf_counter_ns()
         ctx, state, schema = self.ctx, self.state, self.plan[0]
         calls = ctx.fire.on_node_start
         assert calls is not None

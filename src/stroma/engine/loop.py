@@ -236,7 +236,7 @@ def _plan_of(
 
     Without an input schema the state passes unvalidated.
     """
-    if isinstance(node, Group):
+    if type(node) is not Node:
         plan: Plan = None, output_schema(ctx, node, value), None
         run.schemas = schema_of(type(value)), plan[1], None
         return plan
