@@ -122,13 +122,18 @@ class ReliabilityContext:
         self.run_logger = run_logger
         self.config = RunConfig() if config is None else config
         self.pipeline = pipeline
+        self._begin_at_nothing()
+        self.fire = self._make_hooks()
+
+    def _begin_at_nothing(self) -> None:
+        """Set what the engine adds to the fields above."""
         self.session: Session = NULL_SESSION
         self.restored: Mapping[tuple[int, str], Committed] = NULL_SESSION.restored
         #: Attempts of processes that died, until their node runs again.
         self.tried: dict[tuple[int, str], Tried] | None = None
         self.handover = Handover()
         self.plain_steps = PlainSteps()
-        self._opening = Opening(checkpoint_manager)
+        self._opening = Opening(self.checkpoint_manager)
         #: See RunRequest.
         self.apart: tuple[tuple[int, str], ...] = ()
         #: Cancelled from elsewhere: nothing is tried again. And no further node is to begin.
@@ -147,44 +152,47 @@ class ReliabilityContext:
         self.traceparent: str | None = None
         self.kept_traceparent: str | None = None
         self._notes: dict[Any, Any] | None = None
-        self.redactor = Redactor(self.config.redact, context, trace)
+        self.redactor = Redactor(self.config.redact, self.context, self.trace)
         #: Outputs of a group's children in an earlier attempt of it, for the next one.
         self.done: dict[tuple[int, str], BaseModel] = {}
         self.hook_failures: list[HookFailure] = []
         self.unpriced: list[str] = []
         #: Reasons for which nodes of this run are suspended.
         self.suspended: list[str] = []
-        self.limits: tuple[tuple[Dimension, float], ...] = limits(budget)
+        self.limits: tuple[tuple[Dimension, float], ...] = limits(self.budget)
         #: Turns perf_counter_ns into nanoseconds since the epoch; a step of the wall clock changes no order in the run.
         self.epoch_ns = time_ns() - perf_counter_ns()
         self.cost_tracker.per_node = self.trace.figures
         #: Interceptors that tests have put around runs.
         self.probes: tuple[Probe, ...] = tuple(PROBES) if PROBES else ()
         #: Some functions run under a time limit, or with an interceptor around them.
-        self.timed = bool(self.step_timeouts) or budget.max_latency_ms is not None or bool(self.probes)
+        self.timed = bool(self.step_timeouts) or self.budget.max_latency_ms is not None or bool(self.probes)
         #: Warnings that were logged: dimensions of the budget, and what is wrong with a node.
         self._warned: dict[str | tuple[str, str], None] = {}  # A set would take 200 bytes in each run.
         #: The store records which end hooks are due.
         self.delivers = False
-        self.fire: Hooks = NO_HOOKS
         #: Attempts wait for their turn at a shared budget, a limit or a breaker.
         self.gated = self.config.gated
-        sets = [one for one in flatten(hooks) if any(one.__dict__.values())]
+
+    def _make_hooks(self) -> Hooks:
+        """Return the hooks by event: those of interceptors first, then the sets of the config."""
+        sets = [one for one in flatten(self.hooks) if any(one.__dict__.values())]
         if self.probes:
             sets = [own for probe in self.probes if (own := probe.begins(self)) is not None] + sets
-        if sets:
-            if len(sets) > 1:
-                sets = distinct(sets)
-            self.delivers = self.config.hook_delivery == "at_least_once"
-            limit = self.config.hook_timeout_ms
-            self.fire = Hooks(
-                tuple(sets),
-                run_id=self.run_id,
-                limit_seconds=None if limit is None else limit / 1000,
-                failures=self.hook_failures,
-                secrets=self.redactor.secrets,
-                all_ends=self.delivers,
-            )
+        if not sets:
+            return NO_HOOKS
+        if len(sets) > 1:
+            sets = distinct(sets)
+        self.delivers = self.config.hook_delivery == "at_least_once"
+        limit = self.config.hook_timeout_ms
+        return Hooks(
+            tuple(sets),
+            run_id=self.run_id,
+            limit_seconds=None if limit is None else limit / 1000,
+            failures=self.hook_failures,
+            secrets=self.redactor.secrets,
+            all_ends=self.delivers,
+        )
 
     @classmethod
     def for_run(

@@ -73,7 +73,6 @@ async def execute_in_turn(
     """
     # One coroutine for all nodes of a run, since it costs as much as the loop itself.
     first, branch, kind, parent, contract, step, cancelling, restores = place
-    rows = ctx.trace.rows if parent is None or parent.children is None else parent.children
     task = asyncio.current_task()
     attempt = Attempt(ctx)
     for position, node in enumerate(nodes, first):
@@ -95,7 +94,7 @@ async def execute_in_turn(
                 value = committed
                 continue
         run = NodeExecution(
-            ctx, node.node_id, kind if type(node) is Node else "group", position, branch, rows, parent
+            ctx, node.node_id, kind if type(node) is Node else "group", position, branch, parent
         )
         try:
             plan = _plan_of(ctx, run, node, value, contract)
