@@ -149,7 +149,7 @@ class _Work(RequestContext):
         state = await self.model_of(skipped["value"])
         shown = schema_of(type(state)).state(state)
         kind: Any = "node" if spec["kind"] == "node" else "group"
-        run = NodeExecution(ctx, spec["id"], kind, skipped["position"], skipped["branch"], [])
+        run = NodeExecution(ctx, spec["id"], kind, skipped["position"], skipped["branch"])
         token = CURRENT.set(run)
         try:
             await ctx.fire.fire(

@@ -173,14 +173,13 @@ class RequestContext:
         parent: NodeExecution | None = None
         indexes = branch.split(".") if branch else []
         for depth, group_id in enumerate(request["groups"]):
-            above = NodeExecution(ctx, group_id, "group", position, ".".join(indexes[:depth]), [], parent)
+            above = NodeExecution(ctx, group_id, "group", position, ".".join(indexes[:depth]), parent)
             above.children = []
             if parent is None:
                 above.busy_ns = request.get("busy_ns", 0)
             parent = above
-        rows = ctx.trace.rows if parent is None or parent.children is None else parent.children
         kind: Any = "group" if isinstance(node, Group) else request["kind"]
-        run = NodeExecution(ctx, node.node_id, kind, position, branch, rows, parent)
+        run = NodeExecution(ctx, node.node_id, kind, position, branch, parent)
         run.attempt = request["attempt"]
         run.repairs = request.get("repairs", 0)
         run.redelivered = self.redelivered
