@@ -54,7 +54,7 @@ def context(diary: Diary, **config: Any) -> ReliabilityContext:
 def execution(
     ctx: ReliabilityContext, of: Any, attempt: int = 1, last: Failure | None = None
 ) -> NodeExecution:
-    run = NodeExecution(ctx, of.node_id, "node", 4, "", ctx.trace.rows)
+    run = NodeExecution(ctx, of.node_id, "node", 4, "")
     run.attempt, run.last_failure = attempt, last
     return run
 
@@ -186,9 +186,9 @@ async def test_exactly_at_the_limit_a_child_is_called(ns: int, called: bool) -> 
     """What the functions of its group took so far counts to the nanosecond; exactly at the limit is within it."""
     with Diary() as diary:
         ctx, one = context(diary, budget=ExecutionBudget(max_latency_ms=1000)), node("one", same)
-        group = NodeExecution(ctx, "group", "group", 0, "", ctx.trace.rows)
+        group = NodeExecution(ctx, "group", "group", 0, "")
         group.children, group.busy_ns = [], ns
-        run = NodeExecution(ctx, "one", "node", 0, "0", group.children, group)
+        run = NodeExecution(ctx, "one", "node", 0, "0", group)
         run.attempt = 1
         outcome = await attempt_once(ctx, run, one, Num())
     told = [line.split()[0] for line in diary.lines if line.startswith("node_")]
@@ -249,7 +249,7 @@ async def test_a_group_is_begun_alone(limited: bool) -> None:
     with Diary() as diary:
         ctx = context(diary, **({"budget": BUDGET} if limited else {}))
         group = group_of_one()
-        run, ended = NodeExecution(ctx, group.node_id, "group", 2, "", ctx.trace.rows), list[int]()
+        run, ended = NodeExecution(ctx, group.node_id, "group", 2, ""), list[int]()
         run.attempt = 1
         run.at_end(lambda: ended.append(1))
         assert await begin_group(ctx, run, group, Num(n=4)) is None
@@ -306,7 +306,7 @@ async def test_a_group_that_is_begun_again_tells_of_the_wait() -> None:
         ctx = context(diary)
         group = group_of_one()
         last = Failure(ConnectionError("down"), FailureClass.RECOVERABLE, "a", 1, "down", "connection")
-        run = NodeExecution(ctx, group.node_id, "group", 2, "", ctx.trace.rows)
+        run = NodeExecution(ctx, group.node_id, "group", 2, "")
         run.attempt, run.last_failure = 2, last
         assert await begin_group(ctx, run, group, Num(), after_seconds=0.5) is None
     after = "after RECOVERABLE down (connection)"

@@ -85,7 +85,6 @@ class NodeExecution:
         kind: Kind,
         position: int,
         branch: str,
-        rows: list[AttemptRow | TraceEvent],
         parent: NodeExecution | None = None,
     ) -> None:
         self.ctx = ctx
@@ -94,7 +93,9 @@ class NodeExecution:
         self.position = position
         self.branch = branch
         #: Where the engine puts the events of this execution: the trace, or the rows of the group around it.
-        self.rows = rows
+        self.rows: list[AttemptRow | TraceEvent] = (
+            ctx.trace.rows if parent is None or parent.children is None else parent.children
+        )
         #: The group around it, and its id.
         self.parent = parent
         self.group = None if parent is None else parent.node_id

@@ -259,7 +259,8 @@ class MapRun:
         elif self.outputs is None and isinstance(self._child, Node) and ctx.fire.on_node_skipped is None:
             # No hook receives the output, and write() reads it later: checking its contract is enough.
             schema = output_schema(ctx, self._child, None)
-            check_committed(ctx, self._child, schema, committed, *at, self._execution.node_id)
+            place = Place(*at, parent=self._execution)
+            check_committed(ctx, self._child, schema, committed, place)
             await self._progress.count_item(restored=True)
         elif item.error is None:
             self._restored[at] = committed

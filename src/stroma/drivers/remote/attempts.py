@@ -244,14 +244,13 @@ class _Work:
         parent: NodeExecution | None = None
         indexes = branch.split(".") if branch else []
         for depth, group_id in enumerate(request["groups"]):
-            above = NodeExecution(ctx, group_id, "group", position, ".".join(indexes[:depth]), [], parent)
+            above = NodeExecution(ctx, group_id, "group", position, ".".join(indexes[:depth]), parent)
             above.children = []
             if parent is None:
                 above.busy_ns = request.get("busy_ns", 0)
             parent = above
-        rows = ctx.trace.rows if parent is None or parent.children is None else parent.children
         kind: Any = "group" if isinstance(node, Group) else request["kind"]
-        run = NodeExecution(ctx, node.node_id, kind, position, branch, rows, parent)
+        run = NodeExecution(ctx, node.node_id, kind, position, branch, parent)
         run.attempt = request["attempt"]
         run.repairs = request.get("repairs", 0)
         run.redelivered = self.redelivered
@@ -295,7 +294,7 @@ class _Work:
         state = await self.model_of(skipped["value"])
         shown = schema_of(type(state)).state(state)
         kind: Any = "node" if spec["kind"] == "node" else "group"
-        run = NodeExecution(ctx, spec["id"], kind, skipped["position"], skipped["branch"], [])
+        run = NodeExecution(ctx, spec["id"], kind, skipped["position"], skipped["branch"])
         token = CURRENT.set(run)
         try:
             await ctx.fire.fire(
