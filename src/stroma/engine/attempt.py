@@ -299,8 +299,8 @@ class Attempt:
         seconds = min(remaining, own)
         scope = asyncio.timeout(None if math.isinf(seconds) else max(0.0, seconds))
         call: Call = self._call_function
-        for probe in reversed(ctx.probes):
-            call = partial(probe.call, self.run, self.node, call)
+        for interceptor in reversed(ctx.interceptors):
+            call = partial(interceptor.call, self.run, self.node, call)
         try:
             async with scope:
                 return await call(self.state)
@@ -599,7 +599,7 @@ class Attempt:
             raise
 
     async def _abandon(self) -> None:
-        """End without a verdict: cancelled, or the process is told to stop. What was used is counted.
+        """End without a verdict: cancelled, or the process is asked to stop. The usage so far is counted.
 
         Does nothing if the attempt has an end, or has not begun.
         """

@@ -151,20 +151,20 @@ async def attempt_once(
     value: BaseModel,
     *,
     after_seconds: float | None = None,
-    begun: bool = False,
+    has_begun: bool = False,
 ) -> BaseModel | Failure | Halt:
     """Make exactly one attempt, for a driver that counts them and decides what follows (see ``stroma.drivers.remote``).
 
     Args:
         run: names the attempt, the last failure and the repairs.
         after_seconds: the wait of the driver before it, for the hooks; None for a first attempt.
-        begun: :func:`begin_group` was its beginning.
+        has_begun: the group was begun by :func:`begin_group`.
 
     A Failure is one for :func:`stroma.failures.policy.follow_up`; all else is as in :func:`execute`.
     """
     token = CURRENT.set(run)
     try:
-        attempt = await _prepare(ctx, run, node, value, after_seconds, has_begun=begun)
+        attempt = await _prepare(ctx, run, node, value, after_seconds, has_begun=has_begun)
         if isinstance(attempt, Halt):
             return attempt
         is_gated = ctx.gated and type(node) is Node

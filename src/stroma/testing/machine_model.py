@@ -12,11 +12,11 @@ from stroma.trace.events import AttemptRow
 
 __all__ = [
     "SCHEMA",
+    "AttemptPlace",
     "ModelAttempt",
     "ModelExecution",
     "ModelRun",
     "Opening",
-    "Place",
     "RecordedUsage",
     "SessionHandle",
     "record_of",
@@ -26,13 +26,15 @@ SCHEMA: Final = schema_of(State)
 
 
 class RecordedUsage(NamedTuple):
+    """Usage of one attempt."""
+
     tokens: int
     cost_usd: float
     duration_ms: int
 
 
 @dataclass(frozen=True)
-class Place:
+class AttemptPlace:
     """Place of an attempt in its run."""
 
     position: int
@@ -59,6 +61,8 @@ class Opening:
 
 @dataclass
 class ModelAttempt:
+    """One attempt as the model expects it."""
+
     row: AttemptRow
     process: int  # number of the session that wrote it, 1-based
     output: State | None
@@ -69,6 +73,8 @@ class ModelAttempt:
 
 @dataclass
 class ModelExecution:
+    """One execution of a run as the model expects it."""
+
     pipeline: str
     input: State
     start_order: int
@@ -128,6 +134,8 @@ class SessionHandle:
 
 @dataclass
 class ModelRun:
+    """One run as the model expects it."""
+
     executions: list[ModelExecution] = field(default_factory=list)
     saved: dict[str, tuple[int, State]] = field(default_factory=dict)
     open_count: int = 0
