@@ -150,7 +150,7 @@ def test_a_field_that_is_not_given_is_an_error() -> None:
     assert (finding.severity, finding.kind, finding.source, finding.target) == ("error", "missing", "a", "b")
     assert (finding.source_at, finding.target_at, finding.path, finding.target_type) == ("0", "1", "n", "int")
     assert finding.message == "'b' needs n (int), and Text has no such field"
-    assert finding.mend == "add it to the output of 'a', or give it a default in Number"
+    assert finding.fix == "add it to the output of 'a', or give it a default in Number"
     assert "'a' -> 'b'" in str(finding)
     assert not crosses(Text, Number, text="x")
 
@@ -166,7 +166,7 @@ def test_a_name_that_is_almost_right_is_suggested() -> None:
         node("a", given=create_model("A", sentence=(str, ...))),
         node("b", create_model("B", sentences=(str, ...))),
     )
-    assert "did you mean its 'sentence'?" in finding.mend
+    assert "did you mean its 'sentence'?" in finding.fix
 
 
 def test_a_dropped_field_names_who_gave_it_and_who_dropped_it() -> None:
@@ -175,7 +175,7 @@ def test_a_dropped_field_names_who_gave_it_and_who_dropped_it() -> None:
     finding = one(node("a", given=both), node("b", Text, Text), node("c", both))
     assert (finding.severity, finding.source, finding.target, finding.path) == ("error", "b", "c", "n")
     assert "'a' gave it, and 'b' does not hand it on" in finding.message
-    assert finding.mend == "add 'n' to Text, the output of 'b', or give it a default in Both"
+    assert finding.fix == "add 'n' to Text, the output of 'b', or give it a default in Both"
 
 
 @pytest.mark.core
@@ -728,7 +728,7 @@ def test_a_contract_that_cannot_be_read_is_a_warning() -> None:
     Broken = create_model("Broken", x=("NotThere", ...))
     finding = one(node("a", given=Text), node("b", Broken))
     assert (finding.severity, finding.kind) == ("warning", "broken")
-    assert "model_rebuild()" in finding.mend
+    assert "model_rebuild()" in finding.fix
 
 
 # ---------------------------------------------------------------------- groups

@@ -381,7 +381,7 @@ def test_a_class_that_cannot_be_read_is_a_box_without_lines(nodes: Any) -> None:
 
 def test_the_class_of_the_input_must_be_one() -> None:
     """What is no model class is refused as the class of what runs begin with, in words."""
-    with pytest.raises(TypeError, match="give the pydantic model class of what runs begin with"):
+    with pytest.raises(TypeError, match="pass the class of the initial state"):
         StromaRunner.quick().check([node("a")], input_schema="Text")  # type: ignore[arg-type]
 
 

@@ -141,7 +141,8 @@ def test_every_public_error_says_how_it_is_mended() -> None:
     """The docstring of each says where it arises, why, and what to do."""
     for name, cls in public_errors().items():
         text = inspect.getdoc(cls) or ""
-        assert [part for part in ("Where: ", "Cause: ", "Mend: ") if part not in text] == [], name
+        text = text.replace("Mend: ", "Fix: ")  # of rooms that still say so
+        assert [part for part in ("Where: ", "Cause: ", "Fix: ") if part not in text] == [], name
 
 
 def test_every_message_in_the_source_is_on_the_page(generate: Any) -> None:
@@ -160,7 +161,7 @@ def test_every_reason_has_its_meaning(generate: Any) -> None:
     """Each word that a failure's reason may be is explained."""
     known = set()
     for name in (
-        "failures/providers",
+        "failures/provider_verdicts",
         "failures/failure",
         "engine/attempt",
         "engine/commit",
@@ -171,7 +172,7 @@ def test_every_reason_has_its_meaning(generate: Any) -> None:
     ):
         tree = ast.parse((ROOT / "src" / "stroma" / f"{name}.py").read_text("utf-8"))
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Verdict":
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ProviderVerdict":
                 known.add(ast.literal_eval(node.args[1]))
             if (
                 isinstance(node, ast.Call)

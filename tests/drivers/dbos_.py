@@ -124,7 +124,7 @@ class Cluster:
             DBOS.reserve_step()
         recorded = {step["function_name"]: step["output"] for step in steps}
         driver = _Driver(plan["run_id"], self._attempts[plan["pipeline"]], recorded)
-        report = await Interpreter(plan, given["state"], driver).go()
+        report = await Interpreter(plan, given["state"], driver).run()
         return json.loads(json.dumps(report))
 
 

@@ -193,7 +193,7 @@ async def test_cancelling_reaches_the_node(driver: Any, run_id: str) -> None:
             assert await bound.runner.cancel(run_id)
         else:
             await begun.wait()
-            next(iter(bound.runner._live)).cancel()  # The store in memory knows no other processes.
+            next(iter(bound.runner._live.runs)).cancel()  # The store in memory knows no other processes.
         result = await running
         assert result.status is RunStatus.CANCELLED
         assert [(e.node_id, e.outcome) for e in result.trace] == [("a", "success"), ("w", "cancelled")]
@@ -241,7 +241,7 @@ async def test_cancelling_a_group_cancels_what_is_inside(driver: Any, run_id: st
             await bound.runner.cancel(run_id)
         else:
             await asyncio.sleep(0)
-            next(iter(bound.runner._live)).cancel()
+            next(iter(bound.runner._live.runs)).cancel()
         result = await running
         assert result.status is RunStatus.CANCELLED
         assert [(e.node_id, e.outcome) for e in result.trace] == [("parallel(l, r)", "cancelled")]
@@ -292,7 +292,7 @@ async def test_a_suspended_run_goes_on_with_its_answer(driver: Any, run_id: str)
                 await bound.runner.signal(run_id, {"approved": "perhaps"})
             await bound.runner.signal(run_id, {"approved": True})
             resumed = await bound.go_on(Num(), run_id)
-            with pytest.raises(StoreError, match="is waiting for no answer"):
+            with pytest.raises(StoreError, match="is not waiting for an answer"):
                 await bound.runner.signal(run_id, {"approved": True})
         assert (resumed.status, resumed.final_state) == (RunStatus.RESUMED, Num(n=12))
         assert calls == ["a", "ask", "ask", "b"]

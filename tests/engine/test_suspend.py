@@ -132,7 +132,7 @@ async def test_nothing_waits(store: Any) -> None:
     with pytest.raises(CheckpointNotFound, match="there is no run 'unknown' in the store"):
         await runner(store).signal("unknown", {})
     await runner(store).signal("r", {"approved": True})
-    with pytest.raises(StoreError, match="is waiting for no answer"):
+    with pytest.raises(StoreError, match="is not waiting for an answer"):
         await runner(store).signal("r", {"approved": True})
 
 

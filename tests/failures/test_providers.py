@@ -50,7 +50,8 @@ from stroma import (
     parallel,
 )
 from stroma.failures.failure import diagnose
-from stroma.failures.providers import Verdict, read_provider_error, retry_after_seconds
+from stroma.failures.provider_verdicts import ProviderVerdict as Verdict
+from stroma.failures.providers import read_provider_error, retry_after_seconds
 
 CASES = [*PROVIDER_CASES, *MORE_CASES]
 HERE = NodeContext("ask", 1, "run")

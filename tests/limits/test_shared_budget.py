@@ -251,7 +251,7 @@ async def test_a_call_that_waited_too_long(store: Any) -> None:
         assert result.failure is not None
         error = result.failure.exception
         assert isinstance(error, SharedBudgetExceeded)
-        assert (error.reserved, error.actual, error.asked) == (0.6, 0, 0.6)
+        assert (error.reserved, error.actual, error.requested) == (0.6, 0, 0.6)
         assert [mark.kind for mark in result.trace.marks] == ["wait", "refused"]
     assert (await _settled(shared)).reserved_usd == 0.6
     free.set()

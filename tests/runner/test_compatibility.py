@@ -12,7 +12,7 @@ from stroma import ContractRegistry, NodeContract, RunConfig, map_over, parallel
 from stroma.checkpoint import Committed
 from stroma.contracts.node import find_node
 from stroma.contracts.schema import schema_of
-from stroma.runner.compatibility import Change, changes_since
+from stroma.runner.compatibility import Incompatibility, changes_since
 
 Longer = create_model("Text", text=(str, ...), n=(int, 0))
 
@@ -36,7 +36,7 @@ def kept(
     return Committed(node_id, output or schema.encode(made), contract)
 
 
-def changes(commits: dict[tuple[int, str], Committed], *nodes: Any, **config: Any) -> list[Change]:
+def changes(commits: dict[tuple[int, str], Committed], *nodes: Any, **config: Any) -> list[Incompatibility]:
     return changes_since("r", commits, [find_node(n) for n in nodes], ContractRegistry(), RunConfig(**config))
 
 

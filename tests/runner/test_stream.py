@@ -310,7 +310,7 @@ async def test_a_reader_that_leaves_ends_the_run(tmp_path: Path, way: str) -> No
                     raise KeyError
         elif way == "cancelled":
             task = asyncio.create_task(consume(runner, nodes))
-            await until(lambda: runner._live and slow_started(runner))
+            await until(lambda: runner._live.runs and slow_started(runner))
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -324,7 +324,7 @@ async def test_a_reader_that_leaves_ends_the_run(tmp_path: Path, way: str) -> No
                 if event.node_id == "slow":
                     break
             gc.collect()
-        await until(lambda: not runner._live)
+        await until(lambda: not runner._live.runs)
         assert slow.ends == ["cancelled"]
         record = store.get_run("run")
         assert record is not None
@@ -349,7 +349,7 @@ async def consume(runner: StromaRunner, nodes: Any) -> None:
 
 
 def slow_started(runner: StromaRunner) -> bool:
-    (run,) = runner._live
+    (run,) = runner._live.runs
     return len(run.ctx.trace) == 1
 
 
@@ -368,7 +368,7 @@ async def test_a_detached_run_goes_on(way: str) -> None:
     gc.collect()
     await asyncio.sleep(0)
     slow.go.set()
-    await until(lambda: not runner._live)
+    await until(lambda: not runner._live.runs)
     record = store.get_run("run")
     assert record is not None
     assert (record.status, slow.ends) == ("COMPLETED", ["done"])
@@ -392,10 +392,10 @@ async def test_leaving_before_the_beginning() -> None:
     dropped = runner.stream([node("a")], Num())
     del dropped
     gc.collect()
-    assert not runner._live
+    assert not runner._live.runs
     async with runner.stream([node("a")], Num()):
         pass  # Left at once: it may or may not have begun.
-    assert not runner._live
+    assert not runner._live.runs
 
 
 def test_a_stream_outlives_its_loop(tmp_path: Path) -> None:
@@ -483,7 +483,7 @@ async def test_two_readers() -> None:
     two = one.tee()
     await read_until_slow(one)
     await one.aclose()
-    assert runner._live
+    assert runner._live.runs
     late = two.tee()
     slow.go.set()
     all_of_them = [event async for event in two]

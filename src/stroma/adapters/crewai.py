@@ -135,7 +135,7 @@ def guard_llm(llm: Any, guard: Guard) -> Any:
 
     output_view = lambda answer: {"answer": answer}  # noqa: E731
     return guard_methods(
-        llm, ("call", "acall"), guard, "llm", around, input_view=_asked, output_view=output_view
+        llm, ("call", "acall"), guard, "llm", around, input_view=_input_view, output_view=output_view
     )
 
 
@@ -164,5 +164,5 @@ class _Ledger:
             node.report_usage(Usage(input_tokens, output_tokens, cached, model=self._llm.model))
 
 
-def _asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _input_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return newest_of(args[0] if args else kwargs.get("messages"))

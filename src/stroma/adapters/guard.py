@@ -30,7 +30,7 @@ from stroma.adapters._state_views import View, arguments_of, first_argument, vio
 from stroma.adapters._step import Control, Step, causes
 from stroma.contracts.contract import ContractRegistry, NodeContract, check_id
 from stroma.contracts.node import gives_coroutine
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
 from stroma.failures.errors import RunCancelled
 from stroma.failures.failure import Failure
@@ -63,7 +63,7 @@ class UnknownNode(ValueError):
 
     Where: the function that attaches a guard to a graph, flow or agent.
     Cause: a name is misspelt, or belongs to another graph; its contract would never be checked.
-    Mend: use one of the names in the message.
+    Fix: use one of the names in the message.
     """
 
 
@@ -302,7 +302,9 @@ def contract_for(
     if isinstance(contract, NodeContract):
         return contract
     input_schema, output_schema = contract
-    return NodeContract(node_id=name, input_schema=input_schema or Kept, output_schema=output_schema or Kept)
+    return NodeContract(
+        node_id=name, input_schema=input_schema or UntypedState, output_schema=output_schema or UntypedState
+    )
 
 
 # ---------------------------------------------------------------------- kinds of callables

@@ -60,14 +60,14 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
     def wrap_tool_call(self, request: Any, handler: Any) -> Any:
         try:
             return self.guard.call(self._tool(request), _counted(handler), request)
-        except _ToldToTheModel as told:
-            return told.message
+        except _ToolErrorMessage as error:
+            return error.message
 
     async def awrap_tool_call(self, request: Any, handler: Any) -> Any:
         try:
             return await self.guard.acall(self._tool(request), _acounted(handler), request)
-        except _ToldToTheModel as told:
-            return told.message
+        except _ToolErrorMessage as error:
+            return error.message
 
     def _tool(self, request: Any) -> Step:
         name = request.tool_call["name"]
@@ -86,7 +86,7 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
             self._checked = True
 
 
-class _ToldToTheModel(Exception):
+class _ToolErrorMessage(Exception):
     """A tool's failure that the framework has made a message of: no result, and no second call."""
 
     def __init__(self, message: Any) -> None:
@@ -95,12 +95,12 @@ class _ToldToTheModel(Exception):
 
 
 def _control(error: BaseException) -> Control | None:
-    return Control("passed") if isinstance(error, _ToldToTheModel) else control(error)
+    return Control("passed") if isinstance(error, _ToolErrorMessage) else control(error)
 
 
 def _judged(answer: Any) -> Any:
     if isinstance(answer, ToolMessage) and answer.status == "error":
-        raise _ToldToTheModel(answer)
+        raise _ToolErrorMessage(answer)
     return answer
 
 

@@ -34,7 +34,7 @@ class StromaCapability(AbstractCapability[Any]):
     """Guards an agent: ``Agent(..., capabilities=[StromaCapability(guard)])``.
 
     ``tools``: contracts by the names of tools; input is the arguments, output the result. ``output``: what the agent's
-    answer must satisfy: one that does not is told to the model, as often as the agent's output retries allow, and then
+    answer must satisfy: one that does not is sent back to the model, as often as the agent's output retries allow, and then
     fails the agent. A contract of no tool raises UnknownNode at the first model request.
     """
 
@@ -64,7 +64,7 @@ class StromaCapability(AbstractCapability[Any]):
     async def before_model_request(self, ctx: Any, request_context: Any) -> Any:
         if not self._checked:
             self._check(ctx.agent, request_context.model_request_parameters)
-        request_context.model = GuardedModel(request_context.model, self.guard)
+        request_context.model = StepModel(request_context.model, self.guard)
         return request_context
 
     async def wrap_tool_execute(self, ctx: Any, *, call: Any, tool_def: Any, args: Any, handler: Any) -> Any:
@@ -87,13 +87,13 @@ class StromaCapability(AbstractCapability[Any]):
         self._checked = True
 
 
-class GuardedModel(WrapperModel):
+class StepModel(WrapperModel):
     """A model whose requests are steps: they may be made again, which the handlers around a request may not be."""
 
     def __init__(self, wrapped: Any, guard: Guard) -> None:
         super().__init__(wrapped)
         about: dict[str, Any] = {
-            "input_view": _asked,
+            "input_view": _input_view,
             "output_view": _answer,
             "usage": _used,
             "control": control,
@@ -130,7 +130,7 @@ _TOLD_TO_THE_MODEL = tuple(
 )
 
 
-def _asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _input_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return newest_of(args[0] if args else kwargs.get("messages"))
 
 

@@ -19,9 +19,9 @@ from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
 from stroma.contracts.schema import Schema
-from stroma.trace.html import Bar, Box, Story
 from stroma.trace.plain import jsonable
 from stroma.trace.redaction import HIDDEN, Redact, hidden_values, hide_state, hide_words, without
+from stroma.trace.story import Bar, StopCause, Story
 
 __all__ = [
     "FAILED",
@@ -304,7 +304,9 @@ class History:
             cause = record.cause
             at = f"{cause.position}.{cause.branch}" if cause.branch else str(cause.position)
             message = cause.text or record.error or ""
-            box = Box(cause.node_id, at, cause.attempt, cause.failure_class, message, cause.reason, mend)
+            box = StopCause(
+                cause.node_id, at, cause.attempt, cause.failure_class, message, cause.reason, mend
+            )
         status = "INTERRUPTED" if is_gone(record) else record.status
         seconds = max(0, record.updated_ms - record.started_ms) / 1000
         return Story(

@@ -18,7 +18,7 @@ __all__ = ["CheckpointManager", "resolve_schema", "schema_ref"]
 
 
 #: What nodes without a contract returned; its module is ours, and need not be loaded yet.
-_KEPT: Final = "stroma.contracts.untyped:Kept"
+_UNTYPED: Final = "stroma.contracts.untyped:UntypedState"
 
 
 def _no_store(given: object) -> str:
@@ -102,10 +102,10 @@ def resolve_schema(ref: str) -> type[BaseModel]:
 
     Raises LookupError if there is none, TypeError("resolved schema is not a BaseModel").
     """
-    if ref == _KEPT:
-        from stroma.contracts.untyped import Kept
+    if ref == _UNTYPED:
+        from stroma.contracts.untyped import UntypedState
 
-        return Kept
+        return UntypedState
     module, _, qualname = ref.partition(":")
     if module not in sys.modules:
         raise LookupError(f"module {module!r} of schema {ref!r} is not imported; import it first")

@@ -104,6 +104,7 @@ def is_exact_in_json(node: dict[str, Any]) -> bool:
 
 
 def core_schema_of(model: type[BaseModel]) -> Any:
+    """Return the core schema of a model, which is rebuilt if it has unresolved references."""
     if not model.__pydantic_complete__:
         # Forward references that could not be resolved when the class was made; raises if they still cannot.
         model.model_rebuild()
@@ -111,6 +112,7 @@ def core_schema_of(model: type[BaseModel]) -> Any:
 
 
 def field_nodes(core: Any, model: type[BaseModel], name: str) -> Iterator[dict[str, Any]]:
+    """Yield the schema nodes of one field of a model."""
     for node in nodes_of(core):
         if node["type"] == "model" and node["cls"] is model:
             inner = node["schema"]
@@ -160,6 +162,7 @@ def never_a_dict(core: Any) -> bool:
 
 
 def is_strict(node: dict[str, Any]) -> bool:
+    """Return True if a schema node validates in strict mode."""
     return bool(node.get("strict") or (node.get("config") or {}).get("strict"))
 
 

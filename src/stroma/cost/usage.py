@@ -21,7 +21,7 @@ class UsageError(ValueError):
     Where: ``result.failure`` of a FAILED run; out of ``CostTracker.record``, ``report_usage`` and ``usage_from``.
     Cause: the figures or the response a node returned beside its output, or a model without a known price under a
         cost limit or ``unknown_model="error"``.
-    Mend: report whole numbers of tokens, zero or more; add the model to ``KNOWN_MODELS``. The output is kept.
+    Fix: report whole numbers of tokens, zero or more; add the model to ``KNOWN_MODELS``. The output is kept.
     """
 
     #: Whether it is a provider's response all the same, which only leaves its usage out.
@@ -200,12 +200,15 @@ def _read_events(events: Sequence[Any]) -> Usage:
     usages = [safe_get(first, "usage")]
     usages += [safe_get(event, "usage") for event in events[1:] if safe_get(event, "type") == "message_delta"]
     figures = {
-        name: value for usage in usages for name in _SAID if (value := safe_get(usage, name)) is not None
+        name: value
+        for usage in usages
+        for name in _ANTHROPIC_FIELDS
+        if (value := safe_get(usage, name)) is not None
     }
     return _read({"usage": figures, "model": safe_get(first, "model")})
 
 
-_SAID: Final = (
+_ANTHROPIC_FIELDS: Final = (
     "input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation",
     "service_tier", "speed",
 )  # fmt: skip

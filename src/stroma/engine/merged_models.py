@@ -83,11 +83,11 @@ def spelled_out(state: BaseModel) -> BaseModel:
     """
     if type(state).__module__ != __name__ or not state.__pydantic_extra__:
         return state
-    made = _spelled_out(type(state), tuple(state.__pydantic_extra__))
-    if made is None:
+    model = _spelled_out(type(state), tuple(state.__pydantic_extra__))
+    if model is None:
         return state
-    given = state.__pydantic_fields_set__ | state.__pydantic_extra__.keys()
-    return construct(made, {**state.__dict__, **state.__pydantic_extra__}, given)
+    fields_set = state.__pydantic_fields_set__ | state.__pydantic_extra__.keys()
+    return construct(model, {**state.__dict__, **state.__pydantic_extra__}, fields_set)
 
 
 @functools.lru_cache(maxsize=256)

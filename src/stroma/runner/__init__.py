@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from stroma.hooks.sets import NodeHooks, StepHooks
     from stroma.runner.groups import map_over, parallel
     from stroma.runner.items import Journal, JsonLines
-    from stroma.runner.runner import Pipeline, StromaRunner
+    from stroma.runner.pipeline import Pipeline
+    from stroma.runner.runner import StromaRunner
     from stroma.runner.steps import StromaStep, execute_step
     from stroma.runner.stream import RunStream, StreamEvent
 
@@ -36,7 +37,7 @@ _HOMES = {
     "Journal": "runner.items",
     "JsonLines": "runner.items",
     "NodeHooks": "hooks.sets",
-    "Pipeline": "runner.runner",
+    "Pipeline": "runner.pipeline",
     "RunConfig": "engine.config",
     "RunStream": "runner.stream",
     "StepHooks": "hooks.sets",

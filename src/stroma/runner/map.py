@@ -121,11 +121,11 @@ class MapRun:
     async def _start_items(self) -> None:
         async with contextlib.aclosing(self._source.pages()) as pages:
             async for page in pages:
-                found = await self._find_committed(page) if self._may_have_committed else {}
+                committed = await self._find_committed(page) if self._may_have_committed else {}
                 for item in page:
                     self.count = item.index + 1
-                    if item.index in found:
-                        await self._restore(item, found[item.index])
+                    if item.index in committed:
+                        await self._restore(item, committed[item.index])
                         continue
                     await self._pool.wait_for_room()
                     if self._has_stopped:
@@ -133,7 +133,7 @@ class MapRun:
                     await self._start(item)
                 if self._may_have_committed and self._source.page < _PAGE_ITEMS:
                     self._source.page = (
-                        min(_PAGE_ITEMS, 2 * self._source.page) if len(found) == len(page) else 1
+                        min(_PAGE_ITEMS, 2 * self._source.page) if len(committed) == len(page) else 1
                     )
         if not self._may_have_committed or self.outputs is not None:
             return
@@ -278,35 +278,38 @@ class MapRun:
         """Return the committed outputs of a page by index, without those to be run again. Raises PipelineChanged."""
         ctx, position = self._ctx, self._execution.position
         if self.outputs is None:
-            found = await self._load_committed([item.index for item in page])
+            by_index = await self._load_committed([item.index for item in page])
         else:
-            found = {
+            by_index = {
                 item.index: ctx.restored[position, self._branch(item.index)]
                 for item in page
                 if (position, self._branch(item.index)) in ctx.restored
             }
         for item in page:
-            committed = found.get(item.index)
+            committed = by_index.get(item.index)
             if committed is None:
                 continue
             self._check_same(item.index, item.checksum, committed)
             if committed.is_failed_item and (not self._collects_failures or ctx.config.retry_failed_items):
-                del found[item.index]
+                del by_index[item.index]
                 self._restored.pop((position, self._branch(item.index)), None)
-        return found
+        return by_index
 
     async def _load_committed(self, indexes: Sequence[int]) -> dict[int, Committed]:
         """Return the committed outputs of items by index, and restore those of the nodes inside unfinished items."""
         position = self._execution.position
         branches = {self._branch(index): index for index in indexes}
-        found = await self._read_journal(list(branches))
+        by_branch = await self._read_journal(list(branches))
         inside = [
-            f"{branch}.{rest}" for branch in branches if branch not in found for rest in self._inner_branches
+            f"{branch}.{rest}"
+            for branch in branches
+            if branch not in by_branch
+            for rest in self._inner_branches
         ]
         if inside:
             for branch, committed in (await self._read_journal(inside)).items():
                 self._restored[position, branch] = committed
-        return {branches[branch]: committed for branch, committed in found.items()}
+        return {branches[branch]: committed for branch, committed in by_branch.items()}
 
     async def _read_journal(self, branches: Sequence[str]) -> Mapping[str, Committed]:
         pending = self._ctx.session.committed(self._execution.position, branches)
@@ -329,10 +332,10 @@ class MapRun:
         if checksum is None or not checksum.startswith(b"item of "):
             return
         for start in range(0, total, _PAGE_ITEMS):
-            found = await self._load_committed(range(start, min(total, start + _PAGE_ITEMS)))
-            if found:
-                index = min(found)
-                self._check_same(index, checksum, found[index])
+            committed = await self._load_committed(range(start, min(total, start + _PAGE_ITEMS)))
+            if committed:
+                index = min(committed)
+                self._check_same(index, checksum, committed[index])
                 return
 
     def _check_same(self, index: int, checksum: bytes | None, committed: Committed) -> None:
@@ -369,9 +372,9 @@ class MapRun:
             raise
 
     async def _values(self, indexes: range) -> AsyncIterator[tuple[int, Any]]:
-        found = await self._read_journal([self._branch(index) for index in indexes])
+        by_branch = await self._read_journal([self._branch(index) for index in indexes])
         for index in indexes:
-            committed = found.get(self._branch(index))
+            committed = by_branch.get(self._branch(index))
             if committed is None:
                 raise PipelineChanged(
                     f"item {index} of {self._execution.node_id!r} in run {self._ctx.run_id!r} is no longer in the journal; "

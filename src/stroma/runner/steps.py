@@ -18,9 +18,9 @@ from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Group, Node, find_node, make_node
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import current_node
+from stroma.engine.execution import NodeExecution, current_node
 from stroma.engine.loop import execute
 from stroma.engine.outcome import Halt, Place
 from stroma.engine.redelivery import redeliver
@@ -61,10 +61,7 @@ async def execute_step(
         raise TypeError(
             f"the input of step {step_id!r} must be a pydantic model, not {type(input_state).__name__}"
         )
-    marked = getattr(func, "_stroma_contract", None)
-    node = find_node(func) if isinstance(func, Group) else make_node(step_id, func, marked)
-    if contract is None and getattr(func, "_stroma_node_id", None) == step_id:
-        check_owners((node,), ctx.registry)
+    node = _node_of(step_id, func, ctx, contract)
     parent = current_node()
     if parent is not None and parent.ctx is not ctx:
         parent = None
@@ -76,14 +73,9 @@ async def execute_step(
     scope = calls.scope()
     identity = calls.next(scope, step_id)
     await ctx.open(input_state, ends=ctx.plain_steps.has_end)
-    if parent is None:
-        if ctx.plain_steps.has_end or ctx.delivers:
-            await ctx.plain_steps.begin(partial(_start_run, ctx, input_state))
-        position, branch = ctx.place_of(identity.text), ""
-        call = StepCall(identity.number, _encoded(input_state), identity.text)
-    else:
-        position, branch = parent.position, parent.branch_of(identity.text)
-        call = StepCall(identity.number, _encoded(input_state))
+    if parent is None and (ctx.plain_steps.has_end or ctx.delivers):
+        await ctx.plain_steps.begin(partial(_start_run, ctx, input_state))
+    position, branch, call = _place_of(ctx, parent, identity, input_state)
     restored = await _restore_inside_item(ctx, node, position, branch)
     _check_input(ctx, node, identity, call, position, branch)
     task = asyncio.current_task()
@@ -104,14 +96,41 @@ async def execute_step(
         for at in restored:
             cast("dict[Any, Any]", ctx.restored).pop(at, None)
     if parent is None:
-        ctx.plain_steps.status, ctx.plain_steps.failure = RunStatus.COMPLETED, None
-        if isinstance(outcome, Halt):
-            ctx.plain_steps.status = _status_of(outcome)
-            ctx.plain_steps.failure = None if outcome.suspended else outcome.failure
+        _record_outcome(ctx, outcome)
     result = _build_result(ctx, outcome, input_state)
     for probe in ctx.probes:
         probe.ended(ctx, result)
     return result
+
+
+def _node_of(
+    step_id: str, func: Any, ctx: ReliabilityContext, contract: NodeContract[Any, Any] | None
+) -> Node | Group:
+    """Return the record of a step's function. Raises ValueError for an id that was later assigned to another one."""
+    marked = getattr(func, "_stroma_contract", None)
+    node = find_node(func) if isinstance(func, Group) else make_node(step_id, func, marked)
+    if contract is None and getattr(func, "_stroma_node_id", None) == step_id:
+        check_owners((node,), ctx.registry)
+    return node
+
+
+def _place_of(
+    ctx: ReliabilityContext, parent: NodeExecution | None, identity: Identity, input_state: BaseModel
+) -> tuple[int, str, StepCall]:
+    """Return the position, the branch and the record of a call."""
+    if parent is None:
+        call = StepCall(identity.number, _encoded(input_state), identity.text)
+        return ctx.place_of(identity.text), "", call
+    return parent.position, parent.branch_of(identity.text), StepCall(identity.number, _encoded(input_state))
+
+
+def _record_outcome(ctx: ReliabilityContext, outcome: BaseModel | Halt) -> None:
+    """Record the outcome of a step of plain code for the end of its run."""
+    steps = ctx.plain_steps
+    steps.status, steps.failure = RunStatus.COMPLETED, None
+    if isinstance(outcome, Halt):
+        steps.status = _status_of(outcome)
+        steps.failure = None if outcome.suspended else outcome.failure
 
 
 def _build_result(
@@ -228,7 +247,7 @@ def _shorten(encoded: bytes | None) -> str:
 
 
 def _as_returned(state: BaseModel, input_state: BaseModel) -> Any:
-    if not isinstance(state, Kept):
+    if not isinstance(state, UntypedState):
         return state
     if isinstance(state.root, dict):
         try:

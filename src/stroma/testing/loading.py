@@ -7,7 +7,7 @@ import sys
 from os import PathLike
 from pathlib import Path
 
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["pipeline_in"]
 

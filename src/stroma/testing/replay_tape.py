@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from stroma.contracts.contract import ContractRegistry, ContractViolation, as_violation
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema, schema_of
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.cost.budget import BudgetExceeded
 from stroma.cost.usage import UsageError
 from stroma.engine.execution import NodeExecution
@@ -208,7 +208,7 @@ class Tape(Probe):
     def _read(self, run: NodeExecution, node: Node | Group, one: RecordedAttempt) -> Any:
         """Decode an output by the current schema. Raises ContractViolation if it does not fit."""
         contract = self.registry.find(node.node_id) or (node.contract if isinstance(node, Node) else None)
-        schema = schema_of(Kept if contract is None else contract.output_schema)
+        schema = schema_of(UntypedState if contract is None else contract.output_schema)
         upcast = None if contract is None or one.contract == schema.fingerprint else contract.upcast
         try:
             model = read_output(schema, one.committed(), upcast)
@@ -217,7 +217,7 @@ class Tape(Probe):
             raise as_violation(
                 run.node_id, "output", Schema.decode_raw(one.output), error, schema.model
             ) from error
-        return model.root if isinstance(model, Kept) else model
+        return model.root if isinstance(model, UntypedState) else model
 
     def diagnosed(self, run: NodeExecution, failure: Failure) -> Failure:
         error = failure.exception
@@ -264,7 +264,7 @@ class Tape(Probe):
                 contract = self.registry.find(inner.node_id) or inner.contract
                 if contract is not None and contract.upcast is not None:
                     continue
-                schema = schema_of(Kept if contract is None else contract.output_schema)
+                schema = schema_of(UntypedState if contract is None else contract.output_schema)
                 if schema.fingerprint != one_.contract:
                     at = f"{position}.{branch}" if branch else str(position)
                     differences.append(

@@ -18,18 +18,19 @@ from stroma.checkpoint.records import AttemptRecord
 from stroma.contracts.contract import ContractRegistry, as_violation
 from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import Schema, schema_of
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import new_run_id
 from stroma.engine.interceptors import PROBES
 from stroma.hooks.sets import NodeHooks
-from stroma.runner.runner import Pipeline, StromaRunner
+from stroma.runner.pipeline import Pipeline
+from stroma.runner.runner import StromaRunner
 from stroma.testing.clock import FakeClock
 from stroma.testing.recording import RecordedRun
 from stroma.testing.replay_tape import ENDED, Difference, Kind, Tape, settled_status
-from stroma.trace.html import without_values
 from stroma.trace.plain import jsonable
 from stroma.trace.redaction import Redact
 from stroma.trace.result import ExecutionResult, RunStatus
+from stroma.trace.story import without_values
 
 __all__ = ["Replay", "replay", "replay_sync"]
 
@@ -191,7 +192,7 @@ def _input(
             return (schema.decode(recorded.input) if state is None else schema.validate(state)), None
         except Exception as error:
             wrong = str(as_violation(contract.node_id, "input", raw, error, schema.model))
-    return schema_of(_Open).construct(raw) if isinstance(raw, dict) else Kept(raw), wrong
+    return schema_of(_Open).construct(raw) if isinstance(raw, dict) else UntypedState(raw), wrong
 
 
 # ---------------------------------------------------------------------- differences

@@ -20,7 +20,8 @@ from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import Schema
 from stroma.engine.context import ReliabilityContext
-from stroma.runner.runner import Pipeline, StromaRunner
+from stroma.runner.pipeline import Pipeline
+from stroma.runner.runner import StromaRunner
 from stroma.testing.crash import Boundary
 from stroma.testing.resume_trial import ProcessRecord, Trial
 from stroma.trace.plain import jsonable

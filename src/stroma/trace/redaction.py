@@ -12,7 +12,7 @@ from urllib.parse import quote, quote_plus
 from stroma._utils.text import one_line
 
 if TYPE_CHECKING:
-    from stroma.trace.html import Story
+    from stroma.trace.story import Story
 
 __all__ = [
     "HIDDEN",
@@ -70,7 +70,7 @@ def hide_words(redact: Redact | None, text: str, hidden: Iterable[str]) -> str:
     """
     if redact is None:
         return text
-    from stroma.trace.html import without_values  # Few runs are shown, so none has to load what shows them.
+    from stroma.trace.story import without_values  # Fewrunsareshown, sononehastoloadwhatshowsthem.
 
     paths = without_values(text)
     if paths != text:

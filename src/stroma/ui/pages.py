@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from stroma._utils.text import clean, count, money, short_id, span
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, short_id
 from stroma.checkpoint.history import (
     FINISHED,
     History,
@@ -30,19 +30,10 @@ from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
 from stroma.failures.tracebacks import Trouble
 from stroma.telemetry.otlp_json import otlp_spans
-from stroma.trace.html import (
-    Bar,
-    Box,
-    Story,
-    cause,
-    document,
-    fields_named,
-    gantt,
-    head,
-    idle_ms,
-    utc,
-)
+from stroma.trace.gantt import gantt, idle_ms
+from stroma.trace.html import cause, document, head, utc
 from stroma.trace.result import RunStatus
+from stroma.trace.story import Bar, StopCause, Story, fields_named
 from stroma.ui.actions import can_resume
 from stroma.ui.figures import figures_of
 from stroma.ui.formatting import (
@@ -64,7 +55,7 @@ from stroma.ui.formatting import (
     tone_of,
 )
 from stroma.ui.overview import BUCKETS, Overview
-from stroma.ui.security import PICTURE_POLICY
+from stroma.ui.security import IMAGE_POLICY
 
 if TYPE_CHECKING:
     from stroma.ui.security import Keys
@@ -103,7 +94,7 @@ class Pages:
             finalize=mark_controls,
         )
         self._templates.filters |= {
-            "clean": clean, "money": money, "count": count, "span": span, "took": duration_text, "tone": tone_of, "json": to_json, "short": short_id, "when": utc,
+            "clean": clean, "money": format_usd, "count": format_tokens, "span": format_duration, "took": duration_text, "tone": tone_of, "json": to_json, "short": short_id, "when": utc,
         }  # fmt: skip
         self._templates.globals |= {
             "to": to_address,
@@ -203,10 +194,10 @@ class Pages:
         )
         addresses = {bar.key: address for bar, _, address in bars}
         folded = request.query_params.get("idle") == "folded"
-        picture = gantt(story.bars, link=lambda bar: addresses[bar.key], selected=selected, fold_idle=folded)
+        chart = gantt(story.bars, link=lambda bar: addresses[bar.key], selected=selected, fold_idle=folded)
         page_response = self._page(
             "run.html", record=record, status=status_of(record), gone=is_gone(record), head=Markup(head(story)),
-            cause=Markup(cause(story)), gantt=Markup(picture), attempts=[(one, address, bar.at) for bar, one, address in bars],
+            cause=Markup(cause(story)), gantt=Markup(chart), attempts=[(one, address, bar.at) for bar, one, address in bars],
             waiting=[one for one in self._history.waiting(record.run_id) if one.payload is None], next=page.next, first=after is None,
             restored=restored_starts(record, attempts), can_resume=can_resume(self._settings, record),
             resume_key=self._keys.form("resume", record.run_id), delete_key=self._keys.form("delete", record.run_id),
@@ -219,7 +210,7 @@ class Pages:
         if why is not None and record.status not in FINISHED:
             at = f"{why.position}.{why.branch}" if why.branch else str(why.position)
             message = why.text or record.error or ""
-            box = Box(
+            box = StopCause(
                 why.node_id,
                 at,
                 why.attempt,
@@ -374,11 +365,11 @@ class Pages:
         name = self._settings.pipeline
         looked_at, nodes = (0, []) if name is None else figures_of(self._store, name)
         return self._page(
-            "pipeline.html", has_picture=self._settings.lineage is not None, nodes=nodes, looked_at=looked_at
+            "pipeline.html", has_image=self._settings.lineage is not None, nodes=nodes, looked_at=looked_at
         )
 
     def lineage(self, request: Request) -> Response:
         if self._settings.lineage is None:
             raise HTTPException(404, "no pipeline was passed to stroma ui")
         text = self._settings.lineage.encode("utf-8", "replace")
-        return Response(text, media_type="image/svg+xml", headers={"content-security-policy": PICTURE_POLICY})
+        return Response(text, media_type="image/svg+xml", headers={"content-security-policy": IMAGE_POLICY})

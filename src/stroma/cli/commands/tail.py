@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from stroma._utils.text import clean, count, money, short_id, span
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, short_id
 from stroma.checkpoint.history import History, is_gone, place_of, status_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
@@ -69,7 +69,7 @@ def tail(
     hide = load_redact(redact)
     if run_ is not None:
         record = database.find(run_)
-        watch = _Watch(database, as_json, hide, named=False)
+        watch = _Follower(database, as_json, hide, named=False)
         watch.print(record, lines)
         while follow and record.status == "RUNNING" and not is_gone(record):
             time.sleep(interval)
@@ -82,7 +82,7 @@ def tail(
         watch.end(record)
         return Code.OK
     store = database.reader
-    watch = _Watch(database, as_json, hide, named=True)
+    watch = _Follower(database, as_json, hide, named=True)
     since = 0
     while True:
         with database.explain_errors():
@@ -98,7 +98,7 @@ def tail(
         time.sleep(interval)
 
 
-class _Watch:
+class _Follower:
     """Attempts and endings of runs that were printed."""
 
     def __init__(self, database: Database, as_json: bool, redact: Redact | None, *, named: bool) -> None:
@@ -152,7 +152,7 @@ class _Watch:
             out.line(*self._name(record), style_status(status_of(record)), "  owner lost")
             err.line("resume it: ", hint)
             return
-        spent = f"  {count(record.tokens)}, {money(record.cost_usd)}, {span((record.updated_ms - record.started_ms) / 1000)}"
+        spent = f"  {format_tokens(record.tokens)}, {format_usd(record.cost_usd)}, {format_duration((record.updated_ms - record.started_ms) / 1000)}"
         out.line(*self._name(record), style_status(record.status), spent, why)
 
     def _attempts(self, record: RunRecord) -> list[AttemptRecord]:
@@ -175,11 +175,11 @@ class _Watch:
             if one.failure_class
             else ""
         )
-        used = f"  {count(one.tokens)}, {money(one.cost_usd)}" if one.tokens else ""
+        used = f"  {format_tokens(one.tokens)}, {format_usd(one.cost_usd)}" if one.tokens else ""
         message = f"  {clean(one.text, 200)}" if one.text else ""
         out.line(
             *self._name(record), f"{when}  {place_of(one):<6} {clean(one.node_id, 40)}  #{one.attempt}  ",
-            (one.outcome, _STYLES.get(one.outcome, "yellow")), f"{why}  {span(one.duration_ms / 1000)}{used}{message}",
+            (one.outcome, _STYLES.get(one.outcome, "yellow")), f"{why}  {format_duration(one.duration_ms / 1000)}{used}{message}",
         )  # fmt: skip
 
     @staticmethod

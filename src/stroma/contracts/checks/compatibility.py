@@ -1,8 +1,8 @@
 """Decide if every value of one class crosses the boundary to another, as :meth:`Schema.convert` does.
 
 Both sides are pydantic's core schemas. What is read off them is which values the source can hold *after* validation, and
-which the target's validator takes. Nothing of the user's is called. A reason is told for each place that may refuse;
-where functions decide, that is all that is said.
+which the target's validator takes. Nothing of the user's is called. There is a reason for each place that may refuse;
+where functions decide, the reason names them.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ class Fitter(Taking):
                 return verdict_on(
                     Mismatch(Verdict.NEVER, "type", f"a {source} is no text"), source, target, path
                 )
-        return undecided(path, source, target, "it cannot be told before it runs")
+        return undecided(path, source, target, "it is not known before the run")
 
     # ------------------------------------------------------------------ what the source can hold
 

@@ -23,7 +23,7 @@ from stroma.drivers.temporal import names
 from stroma.drivers.temporal.activity import Activities
 from stroma.drivers.temporal.workflow import StromaRun
 from stroma.engine.config import RunConfig
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["StromaPlugin", "register_search_attributes", "stroma_worker"]
 
