@@ -8,7 +8,16 @@ from typing import Any, Final
 import click
 
 from stroma._utils.text import clean, count, money, plural, span
-from stroma.checkpoint.history import History, Inputs, Payload, bar_of, in_order, place_of, status_of, waste
+from stroma.checkpoint.history import (
+    History,
+    Inputs,
+    Payload,
+    bar_of,
+    in_order,
+    place_of,
+    status_of,
+    sum_waste,
+)
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
@@ -92,8 +101,8 @@ def show(
     stored = database.find(run_)
     history = History(database.reader, load_redact(redact))
     with database.explain_errors():
-        record = history.shown_run(stored)
-        attempts = in_order(history.shown_attempts(record.run_id, database.reader.attempts(record.run_id)))
+        record = history.redact_run(stored)
+        attempts = in_order(history.redact_attempts(record.run_id, database.reader.attempts(record.run_id)))
         waiting = history.waiting(record.run_id)
     selected = _select(attempts, record, node, attempt)
     with database.explain_errors():
@@ -126,7 +135,7 @@ def _data(
     states: list[list[_State]],
 ) -> dict[str, Any]:
     """Return the object of ``--json``."""
-    tokens, cost = waste(attempts)
+    tokens, cost = sum_waste(attempts)
     return {
         "schema": "stroma.show/1",
         "run": run_data(record),
@@ -149,7 +158,7 @@ def _print_run(
     as_tree: bool,
     timing: bool,
 ) -> int:
-    _print_head(record, waiting, len(attempts), *waste(attempts))
+    _print_head(record, waiting, len(attempts), *sum_waste(attempts))
     if selected:
         out.line()
         rows = list(_rows(selected, as_tree))
@@ -194,7 +203,7 @@ def _states(
         if wants_input:
             states.append(("input", inputs.of(one)))
         if wants_output:
-            states.append(("output", history.made(one)))
+            states.append(("output", history.output_of(one)))
         rows.append(states)
     return rows
 
