@@ -3,7 +3,7 @@
 usage: ./dev run python docs/generate.py [--check]
 
 The table in architecture.md is made of the import contract and the docstrings of the packages.
-errors.md is made of the docstrings of the exception classes (their lines Where, Cause and Mend) and of every message
+errors.md is made of the docstrings of the exception classes (their lines Where, Cause and Fix) and of every message
 in the source; providers.md of the cases in tests/providers; guarantees.md of the tests that name one (promises.py);
 reference/ of the public names and the commands (reference.py). With --check nothing is written, and the exit
 code is 1 if a file is not up to date.
@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "stroma"
-PARTS = ("Where", "Cause", "Mend")
+PARTS = ("Where", "Cause", "Fix")
 ROOMS_BEGIN = "<!-- Rooms: written by docs/generate.py from the import contract. -->"
 ROOMS_END = "<!-- End of rooms. -->"
 
@@ -159,6 +159,7 @@ def read_docstring(text: str) -> tuple[str, dict[str, str]]:
     """The first paragraph, and the parts by name."""
     summary = " ".join(text.split("\n\n")[0].split())
     parts: dict[str, str] = {}
+    text = re.sub(r"^Mend: ", "Fix: ", text, flags=re.MULTILINE)  # of rooms that still say so
     for name in PARTS:
         match = re.search(rf"^{name}: (.*(?:\n(?!\w+: |\n).*)*)", text, re.MULTILINE)
         if match:

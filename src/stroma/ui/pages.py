@@ -28,7 +28,7 @@ from stroma.checkpoint.history import (
 )
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
-from stroma.failures.tracebacks import Trouble
+from stroma.failures.tracebacks import FailureSite
 from stroma.telemetry.otlp_json import otlp_spans
 from stroma.trace.html import (
     Bar,
@@ -263,11 +263,11 @@ class Pages:
             payload=attempt_address(record, this, "/payload"), failure_site=self._failure_site(record, this),
         )  # fmt: skip
 
-    def _failure_site(self, record: RunRecord, this: AttemptRecord) -> Trouble | None:
+    def _failure_site(self, record: RunRecord, this: AttemptRecord) -> FailureSite | None:
         """Return where this attempt failed, if it is the latest failure at its position."""
         if this.failure_class is None:
             return None
-        site = self._store.trouble_of(record.run_id, this.position, this.branch)
+        site = self._store.failure_site_of(record.run_id, this.position, this.branch)
         return site if site is not None and site.started_ns == this.started_ns else None
 
     def _find_attempt(self, request: Request, record: RunRecord) -> tuple[list[AttemptRecord], AttemptRecord]:
