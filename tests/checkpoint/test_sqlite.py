@@ -840,13 +840,13 @@ class TestFaults:
             session = await begin(store)
             await commit(session, 0)
             fail = True
-            with pytest.raises(StoreError, match="the disk of .* failed") as raised:
+            with pytest.raises(StoreError, match=r"the disk of .* failed") as raised:
                 await commit(session, 1)
             assert not raised.value.transient
             fail = False
             with pytest.raises(StoreError, match="resume in a new process"):
                 await commit(session, 2)
-            with pytest.raises(StoreError, match="the disk of .* failed"):
+            with pytest.raises(StoreError, match=r"the disk of .* failed"):
                 await begin(store, "other")
         assert [a.position for a in SQLiteStore(path).attempts("run")] == [0]
 
