@@ -419,7 +419,7 @@ def providers_page() -> str:
     ]
     from stroma.failures import providers as classifiers
 
-    for status, verdict in classifiers._STATUS.items():
+    for status, verdict in classifiers.STATUS.items():
         lines.append(f"| {status} | {verdict.failure_class} | {verdict.reason} |")
     lines += [
         "| other 5xx | RECOVERABLE | server_error |",
