@@ -154,7 +154,7 @@ class Left:
             with SQLiteStore(path) as store:
                 self.went_on = asyncio.run(self._go_on(store)) if on else 0
                 if not on:
-                    with store._file.reading() as db:
+                    with store._file.open_to_read() as db:
                         if db is not None:
                             self._look(db)
         except StoreError as error:

@@ -134,7 +134,7 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
         facts = {
             "token": f"t{i}", "run_id": name, "pipeline": f"p{i % 1000}", "execution": 1, "status": status,
             "started_ms": 1000 + i, "updated_ms": 1000 + i, "tokens": 1, "cost_pico": 1, "latency_ns": 1, "owner": "x",
-            "epoch": 1, "nodes": attempts, "kept": attempts, "tried": attempts, "calls": 0,
+            "epoch": 1, "nodes": attempts, "commits": attempts, "attempts": attempts, "identities": 0,
             "version": attempts + 2, "order": attempts,
         }  # fmt: skip
         pipe.hset(f"{prefix}run", mapping=facts)

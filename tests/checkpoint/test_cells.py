@@ -101,7 +101,7 @@ async def test_a_change_whose_answer_is_lost_on_redis() -> None:
             )  # The reply to what was just sent is thrown away, once.
 
         def asks(data: bytes) -> bool:
-            if b"put_cell" in data and not lost:
+            if b"write_cell" in data and not lost:
                 lost.append(data)
             return True
 

@@ -161,7 +161,7 @@ async def test_damaged_attempts(tmp_path: Any) -> None:
         assert main(["show", "r1", "--db", path]) == 3  # It is shown, and said to be damaged.
 
 
-@pytest.mark.parametrize("key", ["attempts:1", "steps:1", "beside:-4", "failed:1", "nodes:1"])
+@pytest.mark.parametrize("key", ["attempts:1", "steps:1", "annotations:-4", "failed:1", "nodes:1"])
 @pytest.mark.parametrize("value", ["text", "field"])
 async def test_keys_in_redis_that_hold_something_else(key: str, value: str) -> None:
     """A key of another type, or with fields that are none of ours, harms no other run."""

@@ -223,7 +223,7 @@ async def test_secrets_are_kept_only_through_a_codec(tmp_path: Path) -> None:
 @pytest.mark.parametrize("codec", [object(), 5, zlib])
 def test_what_is_no_codec(tmp_path: Path, codec: Any) -> None:
     """Something without encode and decode is refused when the store is made."""
-    with pytest.raises(TypeError, match="is no codec"):
+    with pytest.raises(TypeError, match="codec must be an object"):
         SQLiteStore(tmp_path / "runs.db", codec=codec)
 
 
@@ -277,7 +277,7 @@ async def test_a_blob_that_is_gone_is_a_named_error(tmp_path: Path, harm: str) -
         file.write_bytes(b"x" + file.read_bytes()[1:])
     given = None if harm == "not given" else folder
     async with SQLiteStore(tmp_path / "runs.db", blobs=given, blob_bytes=1000) as store:
-        with pytest.raises(CorruptCheckpoint, match="'first' at position 0 of run 'r' stands in"):
+        with pytest.raises(CorruptCheckpoint, match="'first' at position 0 of run 'r' is stored in"):
             await runner(store, resume=True).run(_big(calls), Text(text="y"))
         if harm == "missing":
             result = await runner(store).run(_big(calls), Text(text="y"), resume_from="first")
@@ -317,7 +317,7 @@ async def test_blobs_that_cannot_be_read_are_a_named_error(tmp_path: Path) -> No
     folder.rename(tmp_path / "away")
     folder.write_text("no directory")
     async with SQLiteStore(tmp_path / "runs.db", blobs=folder, blob_bytes=1000) as store:
-        with pytest.raises(StoreError, match=r"cannot be read .*mend that") as raised:
+        with pytest.raises(StoreError, match=r"cannot be read .*fix the blob store") as raised:
             await runner(store, resume=True).run(_big(calls), Text(text="y"))
         assert not isinstance(raised.value, CorruptCheckpoint)
         with pytest.raises(StoreError, match="cannot be read"):
@@ -346,7 +346,7 @@ class Moody:
 @pytest.mark.parametrize("turn", ["raises", "text"])
 async def test_a_codec_that_fails_is_a_named_error(tmp_path: Path, turn: str) -> None:
     """What a codec raises, or returns that is no bytes, is a StoreError that says so, whenever it happens."""
-    said = "the key server is down.*mend that" if turn == "raises" else "returned str; let it return bytes"
+    said = "the key server is down.*fix the codec" if turn == "raises" else "must return bytes, got str"
     calls: list[str] = []
     moody = Moody(turn)
     async with SQLiteStore(tmp_path / "runs.db", codec=moody) as store:

@@ -250,7 +250,7 @@ async def test_a_schema_that_is_dropped_is_made_again(
     """Dropping the schema under a store ends the runs in it, and the store goes on."""
     session = await begin(store)
     server.execute(f"DROP SCHEMA {schema} CASCADE")
-    with pytest.raises(CheckpointLost, match="nobody deleted it"):
+    with pytest.raises(CheckpointLost, match="was not deleted"):
         await commit(session, 0, State())
     assert (await begin(store)).execution == 1
 
@@ -263,7 +263,7 @@ async def test_a_format_that_was_never_released_is_refused(
     server.execute(f"UPDATE {schema}.meta SET v = '2'")
     for call in (lambda other: other.list_runs(), lambda other: begin(other, "other")):
         with PostgresStore(server.dsn, schema=schema) as other:
-            with pytest.raises(StoreError, match="has format 2, which no release wrote") as refused:
+            with pytest.raises(StoreError, match="has format 2, which this release cannot read") as refused:
                 await settled(call(other))
             assert not refused.value.transient
     assert server.execute(f"SELECT v FROM {schema}.meta") == [("2",), ("2",)]
@@ -391,7 +391,7 @@ async def test_one_bad_commit_spoils_no_other(store: PostgresStore) -> None:
     wrong = done.pop(4)
     assert isinstance(wrong, StoreError)
     assert not wrong.transient
-    assert "cannot keep this" in str(wrong)
+    assert "cannot store the data" in str(wrong)
     assert done == [None] * 7
     assert [store.get_run(f"run {i}").nodes for i in range(8)] == [2, 2, 2, 2, 1, 2, 2, 2]
     await commit(sessions[4], 1, State())  # The connection is as good as before.
@@ -583,7 +583,7 @@ async def test_a_server_that_stands_still(
     """A server that takes what we send and never answers is given up after a while; what it does later changes nothing."""
     session = await begin(store)
     pid = await store._submit(lambda rows: rows.db.info.backend_pid)
-    monkeypatch.setattr(_postgres_server, "_ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(_postgres_server, "_REPLY_SECONDS", 0.5)
     os.kill(pid, signal.SIGSTOP)
     try:
         await commit(session, 0, State(n=1), tokens=1)
@@ -746,7 +746,7 @@ async def test_what_is_queued_when_it_is_closed(server: PostgresServer, schema: 
     await asyncio.sleep(0)
     await store.aclose()
     await asyncio.gather(*pending)
-    with pytest.raises(StoreError, match="is closed; make a new one"):
+    with pytest.raises(StoreError, match="is closed; create a new one"):
         await commit(session, 60, State())
     assert store.get_run("run").nodes == 50
 
@@ -766,7 +766,7 @@ def test_what_is_no_schema(name: Any) -> None:
 )
 def test_what_is_no_address(dsn: str) -> None:
     """What is no connection string is refused when the store is made, without a part of it, which may be a secret."""
-    with pytest.raises(ValueError, match="percent signs") as refused:
+    with pytest.raises(ValueError, match="percent-encode") as refused:
         PostgresStore(dsn)
     assert "w0rd" not in str(refused.value)
     assert refused.value.__suppress_context__

@@ -281,7 +281,7 @@ class TestCrash:
         with pytest.raises(CheckpointLost):
             await commit(session, 0, State())
 
-    @pytest.mark.parametrize("part", ["run", "inputs", "steps:1", "nodes:1", "attempts:1", "called:1"])
+    @pytest.mark.parametrize("part", ["run", "inputs", "steps:1", "nodes:1", "attempts:1", "identities:1"])
     async def test_a_part_that_was_evicted_is_noticed(
         self, store: RedisStore, server: RedisServer, part: str
     ) -> None:
@@ -598,7 +598,7 @@ class TestOwners:
         other = child(code, server.url)
         assert other.stdout is not None
         assert other.stdout.readline() == "1\n"
-        with pytest.raises(Fenced, match=f"taken over meanwhile, by process {other.pid} on "):
+        with pytest.raises(Fenced, match=f"taken over by process {other.pid} on "):
             await commit(session, 1, State(n=666))
         _, errors = await asyncio.to_thread(other.communicate, "\n", 30)
         assert other.returncode == 0, errors
@@ -783,7 +783,7 @@ class TestExpiry:
             known = said()
             for page, looked_at in ((200, 1), (2, 4), (1, 3)):
                 monkeypatch.setattr(redis_reading, "PAGE", page)
-                monkeypatch.setattr(redis_reading, "_LOOKED_AT", looked_at)
+                monkeypatch.setattr(redis_reading, "_MAX_EXAMINED", looked_at)
                 assert said() == known
             assert known[2] == []
             assert known[8] == ids[::-3]
@@ -822,7 +822,7 @@ class TestExpiry:
             assert await brief.load_typed("run", "d", State) is None
             assert await brief.load_typed("run", "c", State) == State(n=3)
         for wrong in (0, -1):
-            with pytest.raises(ValueError, match="give a number of seconds, or None"):
+            with pytest.raises(ValueError, match="must be positive, or None"):
                 RedisStore(server.url, wrong)
 
     async def test_what_was_saved_before_a_run(self, store: RedisStore) -> None:
@@ -902,7 +902,7 @@ class TestServer:
         """A sum beyond 64 bits is refused whole: nothing of that attempt is kept, and the next one is."""
         session = await begin(store)
         await commit(session, 0, State(), tokens=3, cost=9_000_000.0)
-        with pytest.raises(StoreError, match="cannot add up") as raised:
+        with pytest.raises(StoreError, match="cannot add the usage") as raised:
             await commit(session, 1, State(), tokens=3, cost=9_000_000.0)
         assert not raised.value.transient
         await commit(session, 1, State(), tokens=2, cost=0.5)
@@ -923,7 +923,7 @@ class TestServer:
                 assert [type(error) for error in told] == [type(None), StoreError, type(None)]
                 assert isinstance(told[1], StoreError)
                 assert not told[1].transient
-                assert "give the store blobs=" in str(told[1])
+                assert "pass blobs= to the store" in str(told[1])
                 await finish(session)
                 with pytest.raises(StoreError, match="larger than"):
                     await begin(store, "other", State(text="x" * 2_000_000))
@@ -935,7 +935,7 @@ class TestServer:
             async with RedisStore(server.url, _patience_seconds=0.3) as store:
                 session = await begin(store)
                 server.execute("REPLICAOF", "127.0.0.1", "1")
-                with pytest.raises(StoreError, match="is a replica and takes no writes") as raised:
+                with pytest.raises(StoreError, match="is a replica and refuses writes") as raised:
                     await commit(session, 0, State())
                 assert raised.value.transient
                 for _ in range(2):

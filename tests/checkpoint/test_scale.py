@@ -188,7 +188,7 @@ def test_no_page_reads_all_runs(asked: str, tmp_path: Path) -> None:
 
         def read(rows: Any) -> Any:
             rows.db.set_trace_callback(said.append)
-            return rows.runs(PAGES[asked], limit=20, after=after, look_at=20_000)
+            return rows.runs(PAGES[asked], limit=20, after=after, max_filtered=20_000)
 
         store.read(read, None)
         pages = [text for text in said if "ORDER BY" in text]
@@ -197,7 +197,7 @@ def test_no_page_reads_all_runs(asked: str, tmp_path: Path) -> None:
             for text in pages:
                 plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {text}")]
                 assert any("USING INDEX" in line or "USING COVERING INDEX" in line for line in plan), plan
-                if PAGES[asked].looks_closer and plan[0].startswith("CO-ROUTINE"):
+                if PAGES[asked].needs_scan and plan[0].startswith("CO-ROUTINE"):
                     assert "LIMIT 20000" in text, "of so many runs that an index gave, in its order"
                 else:
                     assert not any(line.startswith("SCAN") or "TEMP B-TREE" in line for line in plan), plan

@@ -360,12 +360,12 @@ async def test_another_input_is_refused(store: Store) -> None:
         (
             "position = 0",
             "the output of node 'node' at position 0 of run 'r' is damaged; resume from that node "
-            "(resume_from='node') to make it anew",
+            "(resume_from='node') to recompute it",
         ),
         (
             "position = 1 AND branch = '1'",
             "the output of node 'node' at position 1 of run 'r' is damaged; resume from the outermost group around it "
-            "(resume_from='group') to make it anew",
+            "(resume_from='group') to recompute it",
         ),
     ],
 )

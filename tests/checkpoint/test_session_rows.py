@@ -123,9 +123,17 @@ async def test_commits_through_a_codec(store: Store) -> None:
         return CODED + b"%d|" % number + (PayloadPlace("r", 1, kind, position).digest() + data)[::-1]
 
     assert first.step.output == coded(2, stored(1), 0)
-    assert first.step.given == coded(3, b"given", 0, "given")
-    assert (second.step.output, second.step.number, second.step.given) == (coded(4, stored(2), 1), 3, None)
-    assert (third.step.output, third.step.number, third.step.given) == (coded(5, stored(3), 2), None, None)
+    assert first.step.input_key == coded(3, b"given", 0, "step input")
+    assert (second.step.output, second.step.number, second.step.input_key) == (
+        coded(4, stored(2), 1),
+        3,
+        None,
+    )
+    assert (third.step.output, third.step.number, third.step.input_key) == (
+        coded(5, stored(3), 2),
+        None,
+        None,
+    )
     assert all(one.step.sha256 == checksum(one.step.output) for one in (first, second, third))
     found = {
         0: committed(1, call=StepCall(2, b"given")),
@@ -398,8 +406,8 @@ async def test_who_was_taken_over_keeps_nothing_more(store: Store, deliver: bool
         with pytest.raises(Fenced) as caught:
             await pending
         assert str(caught.value) == (
-            f"run 'r' was taken over meanwhile, by {place}; nothing more of this execution is kept, see what the other one "
-            "makes of it"
+            f"run 'r' was taken over by {place}; this execution records nothing more, "
+            "see the result of the other one"
         )
     assert store.tables() == before
 
@@ -412,7 +420,7 @@ async def test_whose_run_was_deleted_keeps_nothing_more(store: Store) -> None:
         with pytest.raises(Fenced) as caught:
             await pending
         assert str(caught.value) == (
-            "run 'r' is no longer in the store: it was deleted; nothing more of this execution is kept, see what the other one "
-            "makes of it"
+            "run 'r' is no longer in the store: it was deleted; this execution records nothing more, "
+            "see the result of the other one"
         )
     assert store.table("runs") == []

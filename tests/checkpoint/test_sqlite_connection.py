@@ -205,7 +205,7 @@ def test_an_operation_that_fails_harms_no_other_one(bench: Bench) -> None:
     error = jobs[1].error
     assert told(jobs) == ["put a", error, "put b", refused, "put c"]
     assert type(error) is StoreError
-    assert str(error) == f"{bench.path} cannot keep this: ValueError: why"
+    assert str(error) == f"{bench.path} cannot store the data: ValueError: why"
     assert error.__cause__ is wrong
     assert not error.transient
     assert poisoned is None
@@ -270,7 +270,7 @@ def test_an_error_that_undoes_everything(bench: Bench) -> None:
         (
             "COMMIT",
             sqlite3.SQLITE_IOERR_WRITE,
-            "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; make room or mend it, "
+            "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; free some space or replace the disk, "
             "then resume",
         ),
         (
@@ -303,7 +303,7 @@ def test_what_failed_by_itself_keeps_its_reason(bench: Bench) -> None:
     bench.fails["COMMIT"] = [error_of(sqlite3.SQLITE_FULL)]
     jobs, _ = bench.apply(failing(ValueError("why")), put("a"))
     assert [str(job.error) for job in jobs] == [
-        f"{bench.path} cannot keep this: ValueError: why",
+        f"{bench.path} cannot store the data: ValueError: why",
         f"the disk is full: {bench.path} cannot grow; free some space, then resume",
     ]
 
@@ -315,7 +315,7 @@ def test_a_file_that_cannot_be_opened(bench: Bench, tmp_path: Path) -> None:
     bench.waiting = [Job(put("b"), None)]
     jobs, poisoned = bench.apply(put("a"))
     assert [str(job.error) for job in jobs] == [
-        f"there is no directory {tmp_path / 'none'}; create it, or give another path"
+        f"there is no directory {tmp_path / 'none'}; create it, or use another path"
     ] * 2
     assert len({id(job.error) for job in jobs}) == 2
     assert all(isinstance(job.error, StoreError) and not job.error.transient for job in jobs)
@@ -376,7 +376,7 @@ def test_a_disk_that_fails_is_not_written_to_any_more(bench: Bench, where: str, 
     bench.waiting = [Job(put("c"), None)]
     jobs, poisoned = bench.apply(*operations)
     why = (
-        f"the disk failed under {bench.path} (said): what was acknowledged before is kept, nothing more is written; check the "
+        f"the disk of {bench.path} failed (said): acknowledged commits are stored, no more are written; check the "
         "disk, then resume in a new process"
     )
     assert len(jobs) == len(operations) + 1

@@ -43,20 +43,20 @@ def fails(call: Callable[[], Any]) -> StoreError:
 
 def read(file: DatabaseFile) -> bool:
     """Whether there is anything to read in it."""
-    with file.reading() as db:
+    with file.open_to_read() as db:
         return db is not None
 
 
 # ---------------------------------------------------------------------- errors in words
 
-FOREIGN = "{} is a SQLite database of another program, not a stroma store; give another path"
+FOREIGN = "{} is an SQLite database of another program, not a stroma store; use another path"
 LOCKED = "database is locked: another process has held {} for 1.5 s; end that process (a stopped one keeps its lock), then resume"
-NO_ROOM = "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; make room or mend it, then resume"
+NO_ROOM = "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; free some space or replace the disk, then resume"
 DISK = (
-    "the disk failed under {} (said): what was acknowledged before is kept, nothing more is written; check the disk, then "
+    "the disk of {} failed (said): acknowledged commits are stored, no more are written; check the disk, then "
     "resume in a new process"
 )
-PERMISSIONS = "{} may not be written (said); check its permissions and those of its directory"
+PERMISSIONS = "cannot write to {} (said); check its permissions and those of its directory"
 
 
 @pytest.mark.parametrize(
@@ -74,17 +74,17 @@ PERMISSIONS = "{} may not be written (said); check its permissions and those of 
         (error_of(sqlite3.SQLITE_IOERR_NOMEM), NO_ROOM, True),
         (
             error_of(sqlite3.SQLITE_TOOBIG, kind=sqlite3.DataError),
-            "a payload is larger than {} can hold in a row (a thousand million bytes); give the store blobs=, then resume",
+            "a payload is larger than a row of {} can hold (10**9 bytes); pass blobs= to the store, then resume",
             False,
         ),
         (
             error_of(sqlite3.SQLITE_NOTADB, kind=sqlite3.DatabaseError),
-            "{} is not a SQLite database; give another path, or move that file away",
+            "{} is not an SQLite database; use another path, or move that file away",
             False,
         ),
         (
             error_of(sqlite3.SQLITE_CORRUPT, kind=sqlite3.DatabaseError),
-            "{} is damaged (said); restore it from a backup, or save what can be saved with the `.recover` command of the "
+            "{} is damaged (said); restore it from a backup, or recover it with the `.recover` command of the "
             "sqlite3 shell",
             False,
         ),
@@ -92,7 +92,7 @@ PERMISSIONS = "{} may not be written (said); check its permissions and those of 
         (error_of(sqlite3.SQLITE_READONLY_DIRECTORY), PERMISSIONS, False),
         (error_of(sqlite3.SQLITE_PERM), PERMISSIONS, False),
         (PermissionError("said"), PERMISSIONS, False),
-        (FileNotFoundError("said"), "there is no directory {folder}; create it, or give another path", False),
+        (FileNotFoundError("said"), "there is no directory {folder}; create it, or use another path", False),
         (
             error_of(sqlite3.SQLITE_CANTOPEN),
             "cannot open {} (said); check its permissions and those of its directory",
@@ -180,7 +180,7 @@ def test_a_lock_is_waited_for_until_the_patience_ends(
         raise error_of(code)
 
     with pytest.raises(sqlite3.OperationalError):
-        database(tmp_path / "runs.db", patience=20.0).patiently(call)
+        database(tmp_path / "runs.db", patience=20.0).retry_while_locked(call)
     assert tries == [100.0 + second for second in range(22)]
     assert len(clock.slept) == 21
     assert all(0.0001 <= seconds <= 0.002 for seconds in clock.slept)
@@ -199,7 +199,7 @@ def test_who_waited_gets_what_the_call_gives(tmp_path: Path, monkeypatch: pytest
             raise answer
         return str(answer)
 
-    assert database(tmp_path / "runs.db", patience=5.0).patiently(call) == "given"
+    assert database(tmp_path / "runs.db", patience=5.0).retry_while_locked(call) == "given"
     assert len(clock.slept) == 2
 
 
@@ -215,7 +215,7 @@ def test_nothing_but_a_lock_is_waited_for(
         raise error
 
     with pytest.raises(sqlite3.OperationalError) as caught:
-        database(tmp_path / "runs.db", patience=5.0).patiently(call)
+        database(tmp_path / "runs.db", patience=5.0).retry_while_locked(call)
     assert caught.value is error
     assert clock.slept == []
 
@@ -268,7 +268,7 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
         "attempts", "cells", "deleted", "inputs", "meta", "runs", "steps", "tags"
     ]  # fmt: skip
     assert [name for kind, name in found if kind == "index"] == [
-        "called", "failed", "runs_by_pipeline", "runs_by_start", "runs_by_status", "tags_by_start", "wanted"
+        "called", "cancel_requests", "failed", "runs_by_pipeline", "runs_by_start", "runs_by_status", "tags_by_start"
     ]  # fmt: skip
     assert not db.in_transaction
     db.execute("INSERT INTO cells VALUES ('c', x'01')")
@@ -308,13 +308,13 @@ def test_a_reader_cannot_write(tmp_path: Path) -> None:
     file.open().close()
     said = fails(lambda: _write(file))
     assert str(said) == (
-        f"{file.path} may not be written (attempt to write a readonly database); check its permissions and those of its "
+        f"cannot write to {file.path} (attempt to write a readonly database); check its permissions and those of its "
         "directory"
     )
 
 
 def _write(file: DatabaseFile) -> None:
-    with file.reading() as db:
+    with file.open_to_read() as db:
         assert db is not None
         db.execute("INSERT INTO cells VALUES ('c', x'01')")
 
@@ -323,12 +323,12 @@ def test_a_reader_is_closed_at_the_end(tmp_path: Path) -> None:
     """After an error, too."""
     file = database(tmp_path / "runs.db")
     file.open().close()
-    with file.reading() as db:
+    with file.open_to_read() as db:
         assert db is not None
         assert db.execute("SELECT count(*) FROM runs").fetchone() == (0,)
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         db.execute("SELECT 1")
-    with pytest.raises(ZeroDivisionError), file.reading() as other:
+    with pytest.raises(ZeroDivisionError), file.open_to_read() as other:
         raise ZeroDivisionError
     assert other is not None
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
@@ -352,7 +352,7 @@ def test_there_is_nothing_to_read(tmp_path: Path) -> None:
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     file = database(tmp_path / "none" / "runs.db")
     said = fails(file.open)
-    assert str(said) == f"there is no directory {tmp_path / 'none'}; create it, or give another path"
+    assert str(said) == f"there is no directory {tmp_path / 'none'}; create it, or use another path"
     assert isinstance(said.__cause__, FileNotFoundError)
     assert not said.transient
 
@@ -409,8 +409,8 @@ def _ours(db: sqlite3.Connection) -> None:
     db.execute("CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID, STRICT")
 
 
-DAMAGED = "{} is damaged: it does not say its format; restore it from a backup"
-NEWER = "{} was written by a newer stroma (its format is 5, this one reads up to 4); upgrade stroma, or give another path"
+DAMAGED = "{} is damaged: its format is missing; restore it from a backup"
+NEWER = "{} was written by a newer stroma (its format is 5, this one reads up to 4); upgrade stroma, or use another path"
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     path.write_bytes(b"no database, but a text that is longer than the header of one" * 20)
     for call in (database(path).open, lambda: read(database(path))):
         said = fails(call)
-        assert str(said) == f"{path} is not a SQLite database; give another path, or move that file away"
+        assert str(said) == f"{path} is not an SQLite database; use another path, or move that file away"
         assert isinstance(said.__cause__, sqlite3.DatabaseError)
 
 
@@ -469,7 +469,7 @@ def test_a_file_system_without_shared_memory(tmp_path: Path) -> None:
     said = fails(database(tmp_path / "runs.db", opens=opens).open)
     assert (
         str(said)
-        == f"{tmp_path / 'runs.db'} is on a file system without shared memory; put it on a local disk"
+        == f"{tmp_path / 'runs.db'} is on a file system without shared memory; use a path on a local disk"
     )
     assert not said.transient
 
@@ -593,9 +593,7 @@ def test_a_file_of_a_format_that_was_never_released_is_refused(tmp_path: Path, b
     change(path, "UPDATE meta SET v = '3'")
     before = shape(path)
     said = fails(database(path).open if by == "a writer" else lambda: read(database(path)))
-    assert str(said) == (
-        f"{path} has format 3, which no release wrote and this one does not read; give another path"
-    )
+    assert str(said) == (f"{path} has format 3, which this release cannot read; use another path")
     assert not said.transient
     assert shape(path) == before
 
@@ -734,7 +732,7 @@ def test_what_names_no_file(name: Any) -> None:
         SQLiteStore(name)
     told = os.fsdecode(name)
     assert str(caught.value) == (
-        f"{told!r} names no file; give a path, or use AsyncInMemoryStore to keep nothing on disk"
+        f"path must name a file, got {told!r}; use AsyncInMemoryStore to store nothing on disk"
     )
 
 
@@ -742,7 +740,7 @@ def test_what_names_no_file(name: Any) -> None:
 def test_how_sure_a_commit_may_be(tmp_path: Path, synchronous: Any) -> None:
     with pytest.raises(ValueError) as caught:
         SQLiteStore(tmp_path / "runs.db", synchronous=synchronous)
-    assert str(caught.value) == f'synchronous is {synchronous!r}; give "full" or "normal"'
+    assert str(caught.value) == f'synchronous must be "full" or "normal", got {synchronous!r}'
 
 
 def test_the_thread_that_writes_has_a_name(tmp_path: Path) -> None:

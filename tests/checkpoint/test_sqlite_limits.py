@@ -79,14 +79,16 @@ async def test_what_stands_beside_a_run_is_at_no_position_of_it(tmp_path: Path) 
 def test_a_lease_is_good_for_as_long_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left of a lease is told in seconds, to the millisecond; one of another start of the machine has expired."""
     monkeypatch.setattr(_sqlite_rows, "_clock_ms", lambda: 1_000_000)
-    until = _sqlite_rows._until(30)
+    until = _sqlite_rows._lease_end(30)
     assert until == 1_030_000
     owner = new_owner(None, ends=False)
-    assert _sqlite_rows._left(str(owner), until) == (30.0 if owner.boot == _sqlite_rows._BOOT else -1.0)
-    assert _sqlite_rows._left(str(owner._replace(boot="another start")), until) == -1.0
-    assert _sqlite_rows._left(str(owner), None) == -1.0
-    assert _sqlite_rows._left(None, until) == -1.0
-    assert _sqlite_rows._left("nobody", until) == -1.0
+    assert _sqlite_rows._seconds_left(str(owner), until) == (
+        30.0 if owner.boot == _sqlite_rows._BOOT else -1.0
+    )
+    assert _sqlite_rows._seconds_left(str(owner._replace(boot="another start")), until) == -1.0
+    assert _sqlite_rows._seconds_left(str(owner), None) == -1.0
+    assert _sqlite_rows._seconds_left(None, until) == -1.0
+    assert _sqlite_rows._seconds_left("nobody", until) == -1.0
 
 
 def test_the_positions_of_what_stands_beside_a_run_differ() -> None:

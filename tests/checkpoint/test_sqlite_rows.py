@@ -370,7 +370,7 @@ def test_leases_are_renewed_each_for_its_time(rows: SqliteRows, clock: Clock) ->
     ("seconds", "ms"), [(0.0, 0), (0.001, 1), (0.0019, 1), (1.0, 1000), (2.5, 2500), (30.0, 30_000)]
 )
 def test_a_lease_counts_whole_milliseconds(clock: Clock, seconds: float, ms: int) -> None:
-    assert _sqlite_rows._until(seconds) == 500_000 + ms
+    assert _sqlite_rows._lease_end(seconds) == 500_000 + ms
 
 
 @pytest.mark.parametrize(
@@ -660,7 +660,7 @@ def test_runs_are_listed_through_the_same_columns(rows: SqliteRows, clock: Clock
     rows.annotate("saved", Annotation.SAVED, "n", "n", step())
 
     def told(query: RunQuery, limit: int = 10, after: str | None = None, look_at: int | None = None) -> Any:
-        found, following = rows.runs(query, limit=limit, after=after, look_at=look_at)
+        found, following = rows.runs(query, limit=limit, after=after, max_filtered=look_at)
         assert found == [rows.find(one.run_id) for one in found]
         return "".join(one.run_id for one in found), following
 

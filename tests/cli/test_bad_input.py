@@ -226,7 +226,7 @@ def test_files_that_are_no_store(stroma, inside, fails):
     """A text file, another program's database, a damaged store, a directory: each is told apart, nothing is changed."""
     text = stroma.file("text.db", "x" * 5000)
     for words in (["run", "sums.py:pipeline", GOOD, "-q"], ["runs"], ["show", "last"]):
-        fails(inside(*words, "--db", "text.db"), 3, "is not a SQLite database")
+        fails(inside(*words, "--db", "text.db"), 3, "is not an SQLite database")
     assert text.read_text() == "x" * 5000
     with sqlite3.connect(stroma.home / "theirs.db") as theirs:
         theirs.execute("CREATE TABLE t (x)")

@@ -42,7 +42,7 @@ def test_what_is_wrong_names_its_mend(stroma, inside, monkeypatch, tmp_path):
     stroma.file("text.db", "this is no database, but long enough to be looked at as one")
     done = inside("doctor", "--json", "--db", "text.db")
     assert done.code == 3
-    assert "is not a SQLite database; give another path" in checks(done)["store"]["message"]
+    assert "is not an SQLite database; use another path" in checks(done)["store"]["message"]
     done = inside("doctor", "--json", "--db", "no/such/x.db")
     assert done.code == 3
     assert "--db FILE" in checks(done)["store"]["fix"]

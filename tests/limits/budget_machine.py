@@ -117,7 +117,7 @@ class BudgetMachine(_Machine):
         told = self.change(ledger.reserve(TERMS, ledger.CallRequest(token, node, declared, LEASE_MS)))
         if wanted is None:
             assert isinstance(told, ledger.Refusal)
-            assert told.waits == (told.spent + told.asked <= told.limit)
+            assert told.waits == (told.spent + told.requested <= told.limit)
         else:
             assert told == wanted
             self.calls.append(Call(token, node, wanted, self.now + LEASE_MS, self.now))

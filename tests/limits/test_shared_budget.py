@@ -645,7 +645,7 @@ NOON = 1_900_000 * HOUR
 
 def after(data: bytes | None, took: int, now: int) -> bytes | None:
     """The account once a call that nobody reserved has ended."""
-    return settle(TERMS, [CallUsage("", "a", (took, 0), known=False, learns=False)])(data, now)[0]
+    return settle(TERMS, [CallUsage("", "a", (took, 0), was_reserved=False, learns=False)])(data, now)[0]
 
 
 def spent(data: bytes | None, now: int) -> int:
@@ -679,14 +679,14 @@ def test_one_call_that_took_more_than_the_limit() -> None:
     """It keeps others from being made in its window alone; if every call of the node does, none is made."""
     data = None
     for took in (20, 500):
-        data = settle(TERMS, [CallUsage("", "a", (took, 0), known=False)])(data, NOON)[0]
+        data = settle(TERMS, [CallUsage("", "a", (took, 0), was_reserved=False)])(data, NOON)[0]
     ask = CallRequest("x", "a", (None, None), None)
     assert isinstance(reserve(TERMS, ask)(data, NOON)[1], Refusal)
     assert reserve(TERMS, ask)(data, NOON + HOUR)[1] == (100, 0)
-    dear = settle(TERMS, [CallUsage("", "a", (500, 0), known=False)])(None, NOON)[0]
+    dear = settle(TERMS, [CallUsage("", "a", (500, 0), was_reserved=False)])(None, NOON)[0]
     told = reserve(TERMS, ask)(dear, NOON + HOUR)[1]
     assert isinstance(told, Refusal)
-    assert (told.asked, told.waits) == (500, False)
+    assert (told.requested, told.waits) == (500, False)
 
 
 @pytest.mark.core
@@ -820,14 +820,14 @@ async def test_two_processes_that_do_not_agree_on_the_window(tmp_path: Path) -> 
     await store.aclose()
 
 
-ACCOUNT = {"format": 1, "per": None, "limits": [1, None], "start": 0, "spent": [0, 0], "by": {}}
+ACCOUNT = {"format": 1, "per": None, "limits": [1, None], "start": 0, "spent": [0, 0], "by_node": {}}
 DAMAGED = [
     b"\xff", b"{}", b"[]", b"5", b'{"format": "x"}', b'{"format": 99}', b'{"format": 1}',
     *(
         json.dumps({**ACCOUNT, **wrong}).encode()
         for wrong in (
             {"spent": "x"}, {"spent": []}, {"spent": [None, 0]}, {"holds": {"a": []}}, {"holds": [1]}, {"other": 1},
-            {"seen": [{"call": ["x"]}, {}]}, {"start": "x"}, {"by": {"call": 5}},
+            {"recent": [{"call": ["x"]}, {}]}, {"start": "x"}, {"by_node": {"call": 5}},
         )
     ),
 ]  # fmt: skip

@@ -101,7 +101,7 @@ async def test_an_item_has_its_own_input_in_every_store(shape: str, store: Any) 
             value: Any = whole if wanted == "all" else wanted
             if wanted.startswith("item "):
                 value = whole["items"][int(wanted[5:])]
-            held = history.given_to("r", found[branch])
+            held = history.input_of("r", found[branch])
             assert (held.value, held.problem) == (value, None)
             record = history.run("r")
             assert record is not None
@@ -132,7 +132,7 @@ async def test_an_item_of_a_group_that_has_not_ended_has_its_own_input(store: An
     await seen.wait()
     history = History(store)
     found = await asyncio.to_thread(attempts_of, history)
-    held = await asyncio.to_thread(history.given_to, "r", found["1"])
+    held = await asyncio.to_thread(history.input_of, "r", found["1"])
     assert held.value == given.model_dump()["items"][1]
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -160,7 +160,7 @@ async def test_items_that_are_not_in_the_state_are_said_to_be_elsewhere(store: A
         def look(run_id: str = run_id) -> Any:
             history = History(store)
             (item,) = [one for one in history.attempts(run_id, 10)[0] if one.branch]
-            return history.given_to(run_id, item)
+            return history.input_of(run_id, item)
 
         held = await asyncio.to_thread(look)
         assert held.value is None

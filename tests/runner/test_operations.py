@@ -67,7 +67,7 @@ async def test_a_store_says_where_an_attempt_failed(store: Any) -> None:
     policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
     runner = StromaRunner.quick(store=store, policy_map=policies)
     await runner.run([stroma_node("bad", contract)(bad)], Num(), run_id="r")
-    trouble = store.trouble_of("r", 0)
+    trouble = store.failure_site_of("r", 0)
     assert trouble is not None
     frame = trouble.own[-1]
     assert (trouble.attempt, frame.file, frame.name) == (2, __file__, "bad")

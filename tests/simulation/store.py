@@ -241,7 +241,7 @@ class Database:
     def identity(self) -> tuple[int, int]:
         return 0, 0
 
-    def patiently(self, call: Callable[[], T]) -> T:
+    def retry_while_locked(self, call: Callable[[], T]) -> T:
         return call()
 
     def explain(self, error: Exception) -> StoreError:
@@ -287,7 +287,7 @@ class SimulatedStore(DurableStore):
     def __repr__(self) -> str:
         return f"SimulatedStore({self.process.pid})"
 
-    def _named(self) -> str:
+    def _display_name(self) -> str:
         return "the simulated store"
 
     def _connect(self) -> Connection:

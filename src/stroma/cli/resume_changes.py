@@ -47,7 +47,7 @@ def _commits(
         return {
             (row.position, row.branch): row.step.contract
             for row in steps
-            if is_of_pipeline(row.step.given, row.step.number)
+            if is_of_pipeline(row.step.input_key, row.step.number)
         }
 
     with database.explain_errors():

@@ -15,7 +15,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.tasks import Shield, as_store_error
 from stroma.failures.failure import Failure, kind_of
-from stroma.failures.tracebacks import trouble_writer
+from stroma.failures.tracebacks import failure_site_writer
 from stroma.trace.events import AttemptRow, Failed, Outcome
 
 __all__ = ["failed_of", "record", "record_failure_site", "refer", "settle"]
@@ -33,7 +33,7 @@ def record_failure_site(run: NodeExecution, begin: int, failure: Failure) -> Non
                 run.branch,
                 run.attempt,
                 begin + run.ctx.epoch_ns,
-                trouble_writer(failure.exception),
+                failure_site_writer(failure.exception),
             )
         except Exception as error:  # Its source, its file name: anything can be odd.
             run.ctx.run_logger.debug("the traceback of node %r is not recorded: %r", run.node_id, error)

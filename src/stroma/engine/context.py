@@ -348,9 +348,9 @@ class ReliabilityContext:
 
     async def _settle_earlier(self, session: Session) -> None:
         """Count in the shared budgets what earlier processes spent on this run and, since they died, did not count."""
-        from stroma.limits.shared_budget import caller_of
+        from stroma.limits.shared_budget import AttemptPlace, caller_of
 
-        caller = caller_of(session, self.run_id, self.checkpoint_manager.store, -1, "", 0, 0)
+        caller = caller_of(session, self.run_id, self.checkpoint_manager.store, AttemptPlace())
         if session.finished is not None and caller.place is not None:
             caller = caller._replace(place=caller.place._replace(epoch=0))  # None of its calls is ours.
         for budget in self.config.budgets:

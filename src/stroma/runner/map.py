@@ -336,7 +336,7 @@ class MapRun:
                 return
 
     def _check_same(self, index: int, checksum: bytes | None, committed: Committed) -> None:
-        recorded = None if committed.step is None else committed.step.given
+        recorded = None if committed.step is None else committed.step.input_key
         if recorded is not None and checksum is not None and recorded != checksum:
             raise self._pipeline_changed(self._source.describe_change(index))
 

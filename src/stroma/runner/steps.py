@@ -172,12 +172,12 @@ def _check_input(
     branch: str,
 ) -> None:
     """Raise PipelineChanged if the recorded output of a call is of another input."""
-    if call.given is None or not ctx.restored:
+    if call.input_key is None or not ctx.restored:
         return
     committed = ctx.restored.get((position, branch))
     if committed is not None:
-        recorded = None if committed.step is None else committed.step.given
-        if recorded in (None, call.given):
+        recorded = None if committed.step is None else committed.step.input_key
+        if recorded in (None, call.input_key):
             return
         before = f"the input {_shorten(recorded)}"
     elif not isinstance(node, Group):
@@ -185,13 +185,13 @@ def _check_input(
     else:
         # A group that did not end: the rows inside it have a checksum of the group's input.
         mark = inside_of(call)
-        if mark is None or all(other == mark.given for other in _checksums_inside(ctx, position, branch)):
+        if mark is None or all(other == mark.input_key for other in _checksums_inside(ctx, position, branch)):
             return
         before = "another input"
     where = f" in task {identity.path}" if identity.path else ""
     raise PipelineChanged(
         f"run {ctx.run_id!r} cannot be resumed: call {identity.number + 1} of step {node.node_id!r}{where} was recorded with "
-        f"{before}, got {_shorten(call.given)}; pass the same input, or start a new run"
+        f"{before}, got {_shorten(call.input_key)}; pass the same input, or start a new run"
     )
 
 
@@ -201,7 +201,7 @@ def _checksums_inside(ctx: ReliabilityContext, position: int, branch: str) -> It
     for (at, inner), committed in ctx.restored.items():
         if at != position or not inner.startswith(prefix) or is_called(inner[len(prefix) :]):
             continue
-        checksum = None if committed.step is None else committed.step.given
+        checksum = None if committed.step is None else committed.step.input_key
         if checksum is not None and checksum.startswith(INSIDE):
             yield checksum
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from stroma.checkpoint.history import is_gone
+from stroma.checkpoint.history import is_interrupted
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 
 __all__ = ["otlp_spans"]
@@ -33,7 +33,7 @@ def otlp_spans(record: RunRecord, attempts: Sequence[AttemptRecord]) -> dict[str
             {
                 "gen_ai.operation.name": "invoke_workflow", "gen_ai.workflow.name": record.pipeline,
                 "stroma.run.id": record.run_id, "stroma.run.execution": record.execution,
-                "stroma.status": "INTERRUPTED" if is_gone(record) else record.status,
+                "stroma.status": "INTERRUPTED" if is_interrupted(record) else record.status,
                 "stroma.tokens": record.tokens, "stroma.cost_usd": record.cost_usd,
                 "stroma.tags": list(record.tags) or None,
             },

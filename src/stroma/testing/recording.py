@@ -105,7 +105,7 @@ class RecordedRun:
 
     def redacted(self, redact: Redact) -> RecordedRun:
         """Return the run without what ``redact`` removes from states."""
-        hide = History(None, redact).hide  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        hide = History(None, redact).redact_state  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         pairs: list[tuple[Any, Any]] = []
 
         def hidden(data: bytes) -> bytes:

@@ -204,7 +204,7 @@ def _compare_attempts(
     history = History(None, redact)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
     def payload(one: AttemptRecord) -> Payload:
-        return Payload(history.hide(_payload(one).value))
+        return Payload(history.redact_state(_payload(one).value))
 
     def text(pair: NodeDiff) -> str:
         if redact is None:

@@ -18,7 +18,7 @@ from stroma.checkpoint.history import (
     NodeDiff,
     Payload,
     changes,
-    is_gone,
+    is_interrupted,
     place_of,
 )
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
@@ -73,7 +73,7 @@ def tone_of(status: str) -> str:
 
 def cause_text(record: RunRecord) -> str:
     """Return the cause of a failed run as text."""
-    if is_gone(record):
+    if is_interrupted(record):
         return "owner lost"
     if record.status in FINISHED:
         return ""

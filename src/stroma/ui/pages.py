@@ -22,13 +22,13 @@ from stroma.checkpoint.history import (
     changes,
     compare,
     in_order,
-    is_gone,
+    is_interrupted,
     place_of,
     status_of,
 )
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
-from stroma.failures.tracebacks import Trouble
+from stroma.failures.tracebacks import FailureSite
 from stroma.telemetry.otlp_json import otlp_spans
 from stroma.trace.gantt import gantt, idle_ms
 from stroma.trace.html import cause, document, head, utc
@@ -196,7 +196,7 @@ class Pages:
         folded = request.query_params.get("idle") == "folded"
         chart = gantt(story.bars, link=lambda bar: addresses[bar.key], selected=selected, fold_idle=folded)
         page_response = self._page(
-            "run.html", record=record, status=status_of(record), gone=is_gone(record), head=Markup(head(story)),
+            "run.html", record=record, status=status_of(record), gone=is_interrupted(record), head=Markup(head(story)),
             cause=Markup(cause(story)), gantt=Markup(chart), attempts=[(one, address, bar.at) for bar, one, address in bars],
             waiting=[one for one in self._history.waiting(record.run_id) if one.payload is None], next=page.next, first=after is None,
             restored=restored_starts(record, attempts), can_resume=can_resume(self._settings, record),
@@ -242,7 +242,7 @@ class Pages:
         attempts, this = self._find_attempt(request, record)
         at = attempts.index(this)
         before = attempts[at - 1] if at else None
-        inputs = self._history.given_to(record.run_id, this, most_bytes=_MAX_SHOWN_BYTES)
+        inputs = self._history.input_of(record.run_id, this, max_bytes=_MAX_SHOWN_BYTES)
         output = self._read_output(record, this)
         side = "input" if "(input)" in (this.message or "")[:_MAX_TEXT] else "output"
         invalid_fields = fields_named(this.text or "")
@@ -254,11 +254,11 @@ class Pages:
             payload=attempt_address(record, this, "/payload"), failure_site=self._failure_site(record, this),
         )  # fmt: skip
 
-    def _failure_site(self, record: RunRecord, this: AttemptRecord) -> Trouble | None:
+    def _failure_site(self, record: RunRecord, this: AttemptRecord) -> FailureSite | None:
         """Return where this attempt failed, if it is the latest failure at its position."""
         if this.failure_class is None:
             return None
-        site = self._store.trouble_of(record.run_id, this.position, this.branch)
+        site = self._store.failure_site_of(record.run_id, this.position, this.branch)
         return site if site is not None and site.started_ns == this.started_ns else None
 
     def _find_attempt(self, request: Request, record: RunRecord) -> tuple[list[AttemptRecord], AttemptRecord]:
@@ -284,7 +284,7 @@ class Pages:
             )
         if this.output_bytes > _MAX_SHOWN_BYTES:
             return Payload(None, f"{this.output_bytes:,} bytes, too large to show")
-        return self._history.output(record.run_id, this.position, this.branch)
+        return self._history.output_at(record.run_id, this.position, this.branch)
 
     def payload(self, request: Request) -> Response:
         """Return a state as a file."""
@@ -295,9 +295,9 @@ class Pages:
             raise HTTPException(404, "side must be input or output")
         with self._large:
             if side == "input":
-                payload = self._history.given_to(record.run_id, this)
+                payload = self._history.input_of(record.run_id, this)
             else:
-                payload = self._history.output(record.run_id, this.position, this.branch)
+                payload = self._history.output_at(record.run_id, this.position, this.branch)
             if payload.problem is not None:
                 raise HTTPException(404, payload.problem)
             return json_file(payload.value, f"{side}-{this.position}.json")
@@ -310,7 +310,9 @@ class Pages:
 
     def _export(self, record: RunRecord, form: str) -> Response:
         if form == "html":
-            story = self._history.story(record, most=_MAX_DRAWN, mend=self._resume_command(record))
+            story = self._history.story(
+                record, max_attempts=_MAX_DRAWN, resume_command=self._resume_command(record)
+            )
             text = document(story).encode("utf-8", "replace")
             return Response(text, media_type="text/html", headers=as_attachment("run.html"))
         if form != "otlp":
@@ -336,7 +338,7 @@ class Pages:
             return self._read_output(owners[id(attempt)], attempt)
 
         nodes = compare(sides[0][0], sides[1][0], read)
-        inputs = [self._history.given(record.run_id, 0, most_bytes=_MAX_SHOWN_BYTES) for record in (a, b)]
+        inputs = [self._history.input_at(record.run_id, 0, max_bytes=_MAX_SHOWN_BYTES) for record in (a, b)]
         started = changes(
             *(payload.value if payload.problem is None else payload.problem for payload in inputs)
         )

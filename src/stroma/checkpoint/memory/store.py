@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pydantic import BaseModel
 
 from stroma.checkpoint.cells import MemoryCells
+from stroma.checkpoint.decisions import COMPLETE, ENDED, decide, is_answered_meanwhile, not_waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, Fenced, RunExists
 from stroma.checkpoint.memory.reader import MemoryReader
 from stroma.checkpoint.memory.runs import (
@@ -20,17 +21,12 @@ from stroma.checkpoint.memory.runs import (
     row_of,
 )
 from stroma.checkpoint.protocols import (
-    COMPLETE,
-    ENDED,
     Committed,
     Finished,
     PriorUsage,
     RunRequest,
     StepCall,
     Waiting,
-    decide,
-    is_answered_meanwhile,
-    not_waiting,
 )
 from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.contract import check_id
@@ -234,7 +230,7 @@ class _MemoryStore(MemoryReader, MemoryCells):
 
         Returns False if the run had ended. Raises CheckpointNotFound.
         """
-        run = self._known(run_id)
+        run = self._require_run(run_id)
         session = run.session()
         if session is not None:
             run.cancelled = True
@@ -251,9 +247,13 @@ class _MemoryStore(MemoryReader, MemoryCells):
 
         Raises CheckpointNotFound, StoreError if the node is no longer waiting for an answer.
         """
-        run, at = self._known(run_id), (waiting.position, waiting.branch)
-        asked = run.waiting.get(at)
-        if asked is None or asked.node_id != waiting.node_id or asked.payload not in (None, waiting.payload):
+        run, at = self._require_run(run_id), (waiting.position, waiting.branch)
+        question = run.waiting.get(at)
+        if (
+            question is None
+            or question.node_id != waiting.node_id
+            or question.payload not in (None, waiting.payload)
+        ):
             raise not_waiting(run_id, waiting)
         run.waiting[at] = waiting
 
@@ -266,15 +266,17 @@ class _MemoryStore(MemoryReader, MemoryCells):
         edited: tuple[Schema, BaseModel] | None = None,
         state: tuple[Schema, BaseModel] | None = None,
     ) -> None:
-        """Copy what a run committed before a position into a new run, with ``edited`` in place of the last output and
-        ``state`` in place of the input. Raises CheckpointNotFound, RunExists."""
-        source, run, initial = self._known(run_id), MemoryRun(), state
+        """Copy what a run committed before a position into a new run.
+
+        ``edited`` replaces the last output, ``state`` the input. Raises CheckpointNotFound, RunExists.
+        """
+        source, run, initial = self._require_run(run_id), MemoryRun(), state
         if before and before - 1 not in source.states:
             raise CheckpointNotFound(
                 f"run {run_id!r} has no output at position {before - 1}, so it cannot be forked before position {before}; fork at an earlier node"
             )
-        taken = self._runs.get(check_id(new_run_id, "run id"))
-        if taken is not None and taken.execution:
+        existing = self._runs.get(check_id(new_run_id, "run id"))
+        if existing is not None and existing.execution:
             raise RunExists(f"run {new_run_id!r} already exists; use another id for the fork")
         for key, saved in reversed(list(source.newest_states())):
             if not isinstance(key, str) and position_of(key)[0] < before:

@@ -43,13 +43,13 @@ def diff(
     records = database.find(a), database.find(b)
     history = History(database.reader, load_redact(redact))
     with database.explain_errors():
-        first, second = map(history.shown_run, records)
+        first, second = map(history.redact_run, records)
         sides = [
-            history.shown_attempts(record.run_id, database.reader.attempts(record.run_id))
+            history.redact_attempts(record.run_id, database.reader.attempts(record.run_id))
             for record in (first, second)
         ]
-        inputs = [history.given(record.run_id, 0) for record in (first, second)]
-        nodes = compare(sides[0], sides[1], history.made)
+        inputs = [history.input_at(record.run_id, 0) for record in (first, second)]
+        nodes = compare(sides[0], sides[1], history.output_of)
     if node is not None:
         nodes = [one for one in nodes if _attempts(one)[0].node_id == node]
         if not nodes:

@@ -164,5 +164,7 @@ def _data(outcome: Replay, pipeline: Pipeline) -> dict[str, Any]:
         "tokens": outcome.result.total_tokens,
         "cost_usd": outcome.result.total_cost_usd,
         "differences": [asdict(difference) for difference in outcome.differences],
-        "final_state": None if state is None else redacted.hide(jsonable(schema_of(type(state)).raw(state))),
+        "final_state": None
+        if state is None
+        else redacted.redact_state(jsonable(schema_of(type(state)).raw(state))),
     }

@@ -9,7 +9,7 @@ from typing import Any, Final
 import click
 
 from stroma._utils.text import clean, format_duration, format_usd, short_id
-from stroma.checkpoint.history import FAILED, History, is_gone, status_of
+from stroma.checkpoint.history import FAILED, History, is_interrupted, status_of
 from stroma.checkpoint.records import Cause, RunQuery, RunRecord
 from stroma.cli.durations import SPAN
 from stroma.cli.formatting import format_age, format_local_time, to_iso
@@ -152,7 +152,7 @@ def _print(database: RunSource, records: list[RunRecord], query: RunQuery, limit
         return
     header = ("RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "STARTED", "DURATION", "ERROR")
     table(out, header, [_row(record) for record in records], right=frozenset({3, 4, 5, 7}))
-    if any(map(is_gone, records)):
+    if any(map(is_interrupted, records)):
         err.line("resume a run without owner: ", database.hint("resume", "RUN", "FILE.py:NAME"))
     if len(records) == limit:
         err.line(("the newest ", "dim"), (f"{limit} runs; more with --limit", "dim"))

@@ -9,7 +9,16 @@ from typing import Any, Final
 import click
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
-from stroma.checkpoint.history import History, Inputs, Payload, bar_of, in_order, place_of, status_of, waste
+from stroma.checkpoint.history import (
+    History,
+    Inputs,
+    Payload,
+    bar_of,
+    in_order,
+    place_of,
+    status_of,
+    sum_waste,
+)
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
@@ -83,8 +92,8 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
     stored = database.find(run_)
     history = History(database.reader, load_redact(redact))
     with database.explain_errors():
-        record = history.shown_run(stored)
-        attempts = in_order(history.shown_attempts(record.run_id, database.reader.attempts(record.run_id)))
+        record = history.redact_run(stored)
+        attempts = in_order(history.redact_attempts(record.run_id, database.reader.attempts(record.run_id)))
         waiting = history.waiting(record.run_id)
     selected = _select(attempts, record, view)
     with database.explain_errors():
@@ -128,7 +137,7 @@ def _data(
     states: list[list[_State]],
 ) -> dict[str, Any]:
     """Return the object of ``--json``."""
-    tokens, cost = waste(attempts)
+    tokens, cost = sum_waste(attempts)
     return {
         "schema": "stroma.show/1",
         "run": run_data(record),
@@ -150,7 +159,7 @@ def _print_run(
     selected: list[AttemptRecord],
     view: _View,
 ) -> int:
-    _print_head(record, waiting, len(attempts), *waste(attempts))
+    _print_head(record, waiting, len(attempts), *sum_waste(attempts))
     if selected:
         out.line()
         rows = list(_rows(selected, view.as_tree))
@@ -195,7 +204,7 @@ def _states(
         if view.wants_input:
             states.append(("input", inputs.of(one)))
         if view.wants_output:
-            states.append(("output", history.made(one)))
+            states.append(("output", history.output_of(one)))
         rows.append(states)
     return rows
 

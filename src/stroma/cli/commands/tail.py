@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, short_id
-from stroma.checkpoint.history import History, is_gone, place_of, status_of
+from stroma.checkpoint.history import History, is_interrupted, place_of, status_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data, style_status
@@ -71,7 +71,7 @@ def tail(
         record = database.find(run_)
         watch = _Follower(database, as_json, hide, named=False)
         watch.print(record, lines)
-        while follow and record.status == "RUNNING" and not is_gone(record):
+        while follow and record.status == "RUNNING" and not is_interrupted(record):
             time.sleep(interval)
             current = database.get_run(record.run_id)
             if current is None:
@@ -136,13 +136,13 @@ class _Follower:
     def end(self, record: RunRecord) -> None:
         """Print the end of a run, once."""
         run = (record.run_id, record.execution)
-        gone = is_gone(record)
+        gone = is_interrupted(record)
         status = "gone" if gone else record.status
         if status == "RUNNING" or self._ended.get(run) == status:
             return
         self._ended[run] = status
         with self._database.explain_errors():
-            record = self._history.shown_run(record)
+            record = self._history.redact_run(record)
         if self._json:
             self._emit({"schema": "stroma.tail/1", "event": "end", "run": run_data(record)})
             return

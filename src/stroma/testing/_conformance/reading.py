@@ -157,7 +157,7 @@ class ReadingTests:
         assert third.cause[:5] == ("n3", 0, "", 1, "TERMINAL")
         assert store.get_run("run-1").cause is None
         for wrong in ("", "x", "1", "1.", ".1", "-1.1", "1e3.x", "9" * 99 + ".1", "²."):
-            with pytest.raises(ValueError, match="not where a page ended"):
+            with pytest.raises(ValueError, match="must be the `next` of a page"):
                 store.run_page(after=wrong)
 
     async def test_runs_are_looked_at_some_at_a_time(
@@ -268,7 +268,7 @@ class ReadingTests:
         )
         assert store.attempt_page("nobody") == ([], None)
         for wrong in ("", "x", "1:2:3", "a:0:0:0:"):
-            with pytest.raises(ValueError, match="not where a page ended"):
+            with pytest.raises(ValueError, match="must be the `next` of a page"):
                 store.attempt_page("run", after=wrong)
 
     async def test_attempts_are_summed_up(self, store: Any) -> None:
@@ -291,8 +291,8 @@ class ReadingTests:
         assert store.tally(store.get_run("two").started_ms + 1, 1000) == []
 
     async def test_where_attempts_failed(self, store: Any) -> None:
-        """trouble_of returns the site of the last failure at a place; it is removed with the execution."""
-        if not hasattr(store, "trouble_of"):
+        """failure_site_of returns the site of the last failure at a place; it is removed with the execution."""
+        if not hasattr(store, "failure_site_of"):
             pytest.skip("this store has no tracebacks")
         session = await begin(store)
         for number in (1, 2):
@@ -300,7 +300,7 @@ class ReadingTests:
             data = b'[[["flow.py", %d, "work", "raise it"]], [["lib.py", 1, "call", ""]]]' % number
             session.record_failure_site(3, "1", number, failed.started_ns, partial(bytes, data))
             await settled(session.record(failed, None, None))
-        site = store.trouble_of("run", 3, "1")
+        site = store.failure_site_of("run", 3, "1")
         if has_codec(store):
             assert site is None, "source lines must not be stored beside encrypted payloads"
             return
@@ -308,10 +308,10 @@ class ReadingTests:
         assert (site.attempt, site.started_ns) == (2, failed.started_ns)
         assert site.own == (("flow.py", 2, "work", "raise it"),)
         assert site.others == (("lib.py", 1, "call", ""),)
-        assert store.trouble_of("run", 3) is store.trouble_of("nobody", 3, "1") is None
+        assert store.failure_site_of("run", 3) is store.failure_site_of("nobody", 3, "1") is None
         await finish(session, "FAILED")
         await begin(store)
-        assert store.trouble_of("run", 3, "1") is None
+        assert store.failure_site_of("run", 3, "1") is None
 
     async def test_what_it_says_of_itself(self, store: Any) -> None:
         """facts() names the system, the formats, and the clock of leases."""
