@@ -159,7 +159,6 @@ def read_docstring(text: str) -> tuple[str, dict[str, str]]:
     """The first paragraph, and the parts by name."""
     summary = " ".join(text.split("\n\n")[0].split())
     parts: dict[str, str] = {}
-    text = re.sub(r"^Mend: ", "Fix: ", text, flags=re.MULTILINE)  # of rooms that still say so
     for name in PARTS:
         match = re.search(rf"^{name}: (.*(?:\n(?!\w+: |\n).*)*)", text, re.MULTILINE)
         if match:

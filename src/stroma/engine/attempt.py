@@ -44,13 +44,13 @@ from stroma.failures.failure import Failure, NodeContext, diagnose, ends_run, is
 from stroma.hooks.dispatch import Calls, Firing, HookNotAsync
 from stroma.trace.events import NO_USAGE, AttemptRow, Outcome
 
-__all__ = ["Attempt", "make_in_turn"]
+__all__ = ["NodeAttempt", "make_in_turn"]
 
 _NOTHING: Final[Snapshot] = ()
 
 
 @final
-class Attempt:
+class NodeAttempt:
     """One attempt of a node, from its input to its end.
 
     An object serves the attempts of a driver one after the other: a new one for each takes 0.3 us more of the 10 of a node.
@@ -70,7 +70,7 @@ class Attempt:
 
     def prepare(
         self, run: NodeExecution, node: Node | Group, plan: Plan, value: BaseModel, cancelling: int
-    ) -> Attempt:
+    ) -> NodeAttempt:
         """Begin the next attempt; call one of :meth:`make`, :meth:`begin_only` and :meth:`reject` after it."""
         self.run = run
         self.node = node
@@ -651,7 +651,7 @@ class Attempt:
                 CURRENT.reset(token)
 
 
-async def make_in_turn(attempt: Attempt) -> BaseModel | Failure | Halt:
+async def make_in_turn(attempt: NodeAttempt) -> BaseModel | Failure | Halt:
     """Make an attempt between its admission and the settlement of what it took."""
     run = attempt.run
     permit = await admit(attempt.ctx, run)

@@ -33,7 +33,7 @@ from stroma.engine.config import RunConfig
 from stroma.engine.handover import Handover
 from stroma.engine.interceptors import INTERCEPTORS, Interceptor
 from stroma.engine.merged_models import spelled_out
-from stroma.engine.opening import Opening
+from stroma.engine.opening import RunOpening
 from stroma.engine.plain_steps import PlainSteps
 from stroma.engine.redaction import Redactor
 from stroma.engine.run_hooks import call_run_hooks, call_run_hooks_now
@@ -175,7 +175,7 @@ class ReliabilityContext:
         self.tried: dict[tuple[int, str], Tried] | None = None
         self.handover = Handover()
         self.plain_steps = PlainSteps()
-        self._opening = Opening(self.checkpoint_manager)
+        self._opening = RunOpening(self.checkpoint_manager)
         #: See RunRequest.
         self.apart: tuple[tuple[int, str], ...] = ()
         #: Cancelled from elsewhere: nothing is tried again. And no further node is to begin.

@@ -12,11 +12,11 @@ from stroma.trace.events import AttemptRow
 
 __all__ = [
     "SCHEMA",
-    "AttemptPlace",
     "ModelAttempt",
     "ModelExecution",
+    "ModelPlace",
     "ModelRun",
-    "Opening",
+    "OpenArguments",
     "RecordedUsage",
     "SessionHandle",
     "record_of",
@@ -34,7 +34,7 @@ class RecordedUsage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AttemptPlace:
+class ModelPlace:
     """Place of an attempt in its run."""
 
     position: int
@@ -43,7 +43,7 @@ class AttemptPlace:
 
 
 @dataclass(frozen=True)
-class Opening:
+class OpenArguments:
     """Arguments of one open_run() call."""
 
     run_id: str
@@ -154,13 +154,15 @@ class ModelRun:
         """Return True if the run exists with this input."""
         return bool(self.executions) and self.last.input == state
 
-    def remaining(self, opening: Opening) -> dict[tuple[int, str], ModelAttempt]:
+    def remaining(self, opening: OpenArguments) -> dict[tuple[int, str], ModelAttempt]:
         """Return the commits that a resume keeps."""
         commits = self.last.commits() if self.executions else {}
         first = opening.first_position
         return {at: entry for at, entry in commits.items() if first is None or at[0] < first}
 
-    def expected_opening(self, opening: Opening) -> Literal["begin", "resume", "return"] | type[StoreError]:
+    def expected_opening(
+        self, opening: OpenArguments
+    ) -> Literal["begin", "resume", "return"] | type[StoreError]:
         """Return the action that open_run() must take, or the error that it must raise."""
         if self.has_owner and opening.if_running != "take_over":
             return RunBusy
