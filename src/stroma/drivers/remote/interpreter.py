@@ -393,9 +393,8 @@ class Interpreter:
                 opened, span = reply["at_ns"], reply.get("traceparent")
             else:
                 opened, span, cancelled = progress["opened_ns"], progress["traceparent"], False
-            going = False
+            going = broken = False
             children = Children(self, place, value, attempt, opened, span or place.traceparent)
-            broken = False
             around = self._open.setdefault(place.position, [])
             if not cancelled:
                 around.append(children)
@@ -408,14 +407,13 @@ class Interpreter:
                 finally:
                     around.remove(children)
             try:
-                outcome, failed = await self._close(place, value, attempt, opened, children, cancelled)
+                outcome, last = await self._close(place, value, attempt, opened, children, cancelled)
             except asyncio.CancelledError:
                 if broken:
                     raise Broken from None
                 raise
             if outcome is not None:
                 return outcome
-            last = failed
             again = self._decide(place.spec, last, attempt, False, 0)
             if isinstance(again, Stop):
                 return StoppedExecution(last, spent=self._exceeded(place.spec["id"]) is not None)
