@@ -25,10 +25,10 @@ __all__ = [
     "has_ambiguous_choices",
     "has_callable_discriminator",
     "is_exact_in_json",
+    "is_never_dict",
     "is_renewable",
     "is_strict",
     "may_change_on_revalidation",
-    "never_a_dict",
     "nodes_of",
     "reachable",
 ]
@@ -154,7 +154,7 @@ def has_ambiguous_choices(node: dict[str, Any], defs: Mapping[str, dict[str, Any
     return sum(not k <= FLAT_LEAVES | {"nullable"} for k in kinds) > 1 and any(k & MODELS for k in kinds)
 
 
-def never_a_dict(core: Any) -> bool:
+def is_never_dict(core: Any) -> bool:
     """Return True if the value of a root model, such as a list or text, cannot be read as fields."""
     while core["type"] in ("definitions", "model"):
         core = core["schema"]

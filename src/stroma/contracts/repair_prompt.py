@@ -91,7 +91,7 @@ def _complaint(error: Mapping[str, Any], secrets: Secrets) -> str:
         message += _why_text(error["input"])
     if secrets.names.intersection(map(str, error.get("loc", ()))) and error.get("type") in _SPOKEN:
         message = "is not valid"  # What a validator of the user's says may quote the value.
-    if secrets.told_in(message):
+    if secrets.is_revealed_in(message):
         message = "is not valid"
     return _cut(one_line(secrets.scrub(message)), _MESSAGE).rstrip(".")
 

@@ -72,7 +72,7 @@ def gantt(
         if at not in children:
             return f'<div class="row">{line}</div>'
         inside = "".join(draw(child) for child in children[at])
-        is_open = " open" if _is_telling(at, rows, selected) else ""
+        is_open = " open" if _has_selected(at, rows, selected) else ""
         return f'<details{is_open}><summary class="row">{line}</summary><div class="kids">{inside}</div></details>'
 
     drawn = "".join(draw(at) for at in children.get("", []))
@@ -98,7 +98,7 @@ def _order(at: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdecimal() else 0 for part in at.split("."))
 
 
-def _is_telling(at: str, rows: dict[str, list[Bar]], selected: str | None) -> bool:
+def _has_selected(at: str, rows: dict[str, list[Bar]], selected: str | None) -> bool:
     inside = [bar for place, row in rows.items() if place.startswith(f"{at}.") for bar in row]
     return any(bar.key == selected for bar in inside)
 

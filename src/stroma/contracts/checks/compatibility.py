@@ -42,7 +42,7 @@ from stroma.contracts.checks.scalars import (
     holds_other,
     is_flag,
 )
-from stroma.contracts.checks.sources import alike, alternatives_of
+from stroma.contracts.checks.sources import alternatives_of, is_alike
 from stroma.contracts.checks.targets import Taking
 from stroma.contracts.schema import schema_of
 
@@ -208,7 +208,7 @@ class Fitter(Taking):
         return Fit(known.fit.verdict, moved)
 
     def _match(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
-        if target.kind == "any" or alike(source, target):
+        if target.kind == "any" or is_alike(source, target):
             return FITS
         alternatives = alternatives_of(source, self._stays_instance)
         if alternatives is not None:

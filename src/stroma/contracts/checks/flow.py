@@ -12,7 +12,7 @@ from stroma.contracts.checks.pairs import LISTS, Side
 from stroma.contracts.checks.records import Record, record_of
 from stroma.contracts.checks.scalars import LEAVES
 from stroma.contracts.contract import ContractRegistry, NodeContract
-from stroma.contracts.core_schema import never_a_dict
+from stroma.contracts.core_schema import is_never_dict
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
@@ -134,7 +134,7 @@ def record_of_class(model: type[BaseModel]) -> Record:
     if not schema_of(model).is_root:
         return record_of(Side.of_model(model))
     root = Side.of_root(model).resolved()
-    if never_a_dict(root.node):
+    if is_never_dict(root.node):
         return Record(model.__name__, {"root": root})
     if root.kind == "dict":
         return replace(record_of(root), name=model.__name__)

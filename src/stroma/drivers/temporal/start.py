@@ -221,7 +221,7 @@ class RunStarter:
         """Start a run that continues where the last one of its id has stopped."""
         reply = await self.cluster.query(handle, names.STATE)
         before, state = cast("Plan", reply["plan"]), cast("RunState", unfold(reply["state"]))
-        if initial is not None and not _same(initial, state["initial"]):
+        if initial is not None and not _is_same_value(initial, state["initial"]):
             raise _another_input(plan["run_id"])
         check_unchanged(plan["run_id"], before["nodes"], plan["nodes"], state)
         plan["execution"] = before["execution"]
@@ -295,5 +295,5 @@ def _input_of(value: Value) -> str:
     return value.get("blob") or hashlib.sha256(value.get("text", "").encode()).hexdigest()
 
 
-def _same(a: Value, b: Value) -> bool:
+def _is_same_value(a: Value, b: Value) -> bool:
     return (a.get("text"), a.get("blob")) == (b.get("text"), b.get("blob"))
