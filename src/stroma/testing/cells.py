@@ -110,7 +110,7 @@ class CellStoreTests:
         """Changes of one caller are applied in order, awaited or not."""
         first = store.change_cell("a", put(b"1"))
         first = asyncio.ensure_future(first)
-        await asyncio.sleep(0)  # It is asked for now.
+        await asyncio.sleep(0)  # the change is requested now
         store.post_cell("a", lambda data, now: ((data or b"") + b"2", None))
         assert await store.change_cell("a", lambda data, now: ((data or b"") + b"3", data)) == b"12"
         await first

@@ -112,13 +112,13 @@ class Chaos:
         return watch.places, passed, reports
 
     def _rounds(self, item: pytest.Item, nextitem: pytest.Item | None, places: list[_Place]) -> None:
-        # By the test's own name, so that a test alone meets what it met among others.
+        # From the name of the test, so that a test alone gets the same faults as among others.
         dice = random.Random(f"{self.seed} {item.nodeid}")
         reported: set[tuple[str, str]] = set()
         for number in range(self.rounds):
             at, kind, seed = dice.choice(places), dice.choice(_KINDS), dice.randrange(1_000_000)
             if (at.node_id, kind) in reported:
-                continue  # One failure of a node is enough to know it by.
+                continue  # One failure per node is enough.
             item._initrequest()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
             _, passed, reports = self._run(item, nextitem, _Watch(at, kind, seed))
             failed = [report for report in reports if report.failed]

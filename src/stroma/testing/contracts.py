@@ -34,8 +34,8 @@ def inputs_of(
 ) -> SearchStrategy[BaseModel]:
     """Return a hypothesis strategy for instances of a model, from the schema of all fields, nested models included.
 
-    ``fields``: strategies for single fields of it. Raises ImportError without hypothesis, TypeError that names the field for
-    one whose values cannot be made up.
+    ``fields``: strategies for single fields. Raises ImportError without hypothesis, TypeError that names a field without a
+    known strategy.
     """
     try:
         from stroma.testing._strategies import instances
@@ -60,14 +60,14 @@ def assert_contract_holds(
 ) -> None:
     """Call a node with inputs that its input schema accepts, and check each output against its output schema.
 
-    Each example is a run of this one node, without retries and without waits. Nodes that would call a provider need a
-    recording of it, or a fake. The same examples are made each time, unless a ``seed`` says otherwise.
+    Each example is a run of this one node, without retries and without waits. A node that calls a provider needs a recording
+    or a fake of it. The examples are the same each time, unless a ``seed`` is passed.
 
-    ``fields``: strategies of hypothesis for single fields of the input; ``inputs``: one for the whole of it. ``runner``: whose
-    contracts, context and limits count. ``allow``: exceptions that the node may raise.
+    ``fields``: strategies of hypothesis for single fields of the input; ``inputs``: one for the whole input. ``runner``: source of
+    contracts and context. ``allow``: exceptions that the node may raise.
 
     Raises AssertionError with the smallest input that breaks the contract, or that the node raises for; ImportError
-    without hypothesis; TypeError for a group, a node without a contract, or an input that cannot be made up.
+    without hypothesis; TypeError for a group, a node without a contract, or an input without a known strategy.
     """
     target = find_node(node)
     runner = runner or StromaRunner.quick()

@@ -65,7 +65,7 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput["stroma_chaos_seed"] = node.config.option.stroma_chaos_seed
 
 
-# Not the newer kind of wrapper: whoever has an old pytest shall lose nothing by having Stroma installed.
+# Not the newer kind of wrapper: old versions of pytest must work where Stroma is installed.
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
     outcome = yield
@@ -101,14 +101,14 @@ def stroma_faults(request: pytest.FixtureRequest) -> Iterator[FaultPlan]:
     with FaultPlan() as plan:
         yield plan
         if request.node.stash.get(_FAILED, False):
-            plan.forgive()  # The failure of the test is more useful than unmet faults.
+            plan.forgive()  # The failure of the test is more useful than the list of faults that did not occur.
 
 
 @pytest.fixture
 def stroma_recorded(request: pytest.FixtureRequest) -> Iterator[Callable[..., Recorded]]:
     """A function of ``(upstream, name=None, **options)`` that replays recorded responses of a provider, see recorded().
 
-    They are kept in ``recordings/`` beside the test, under the name of its module and its own, and are recorded with
+    The file is in ``recordings/`` beside the test, named after its module and the test, and is recorded with
     ``pytest --stroma-record``.
     """
     from contextlib import ExitStack
@@ -131,7 +131,7 @@ def stroma_recorded(request: pytest.FixtureRequest) -> Iterator[Callable[..., Re
 def stroma_snapshot(request: pytest.FixtureRequest) -> Callable[..., None]:
     """A function of ``(trace, name=None, **options)`` that compares a trace, or a result, with a file; see trace_snapshot().
 
-    The file is kept in ``snapshots/`` beside the test, and is written with ``pytest --stroma-update-snapshots``.
+    The file is in ``snapshots/`` beside the test, and is written with ``pytest --stroma-update-snapshots``.
     """
     from stroma.testing.snapshots import compare_with_file, trace_snapshot
 

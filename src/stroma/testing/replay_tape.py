@@ -31,7 +31,7 @@ from stroma.trace.result import RunStatus
 __all__ = ["ENDED", "Difference", "Kind", "Tape", "settled_status"]
 
 Kind = Literal["input", "missing", "new", "contract", "schema", "decision", "output", "status"]
-#: Longer than anything waits that has something to wait for.
+#: Longer than any wait that ends.
 _FOR_EVER: Final = 1e9
 #: Message of a server with a retry delay; the journal does not store the delay.
 _MAY_SAY_WHEN: Final = ("rate_limit", "overloaded", "server_error", "timeout", "connection")
@@ -51,10 +51,10 @@ class Difference:
     """A difference in behaviour between the recording and the current code.
 
     Attributes:
-        kind: "input" (it is no input any more), "missing" and "new" (nodes), "contract" (an output or input breaks it now, or
-            does so no more), "schema" (it has changed; the output fits all the same), "decision" (attempts, stops, budgets),
-            "output" (what a group, a validator or a called node makes of it), "status".
-        at: the position, and the place in groups: "2", "2.0"; "" for the whole run.
+        kind: "input" (rejected now), "missing" and "new" (nodes), "contract" (an output or input breaks it now, or no longer
+            does), "schema" (it has changed, and the output still fits), "decision" (attempts, stops, budgets), "output" (changed
+            by a group, a validator or a called node), "status".
+        at: position and place in groups: "2", "2.0"; "" for the whole run.
     """
 
     kind: Kind
@@ -79,9 +79,9 @@ class Tape(Probe):
     nodes: Sequence[Node | Group]
     registry: ContractRegistry
     first_called: int
-    #: Why the run stopped, as it may be told.
+    #: Error of the recorded run, redacted.
     error: str | None
-    #: By position today, the position then; None for a node that is new.
+    #: Recorded position by current position; None for a new node.
     then: dict[int, int | None] = field(default_factory=dict)
     places: dict[tuple[int, str], list[RecordedAttempt]] = field(default_factory=dict)
     edited: dict[int, Any] = field(default_factory=dict)
@@ -183,7 +183,7 @@ class Tape(Probe):
             with contextlib.suppress(TimeoutError):
                 await asyncio.sleep(
                     _FOR_EVER
-                )  # Whatever cancelled it then does so now, or there is no answer.
+                )  # The cause of the cancellation cancels it again, or there is no recorded output.
             self._stop(run, "decision", "nothing cancels it now, and the run has no answer of it")
         if one.reason == "contract" and one.output is None and "(input)" in (one.message or ""):
             self._stop(run, "contract", "its input broke its contract, and is taken now")
@@ -201,7 +201,7 @@ class Tape(Probe):
         raise _NoAnswer(why)
 
     def _add_latency(self, run: NodeExecution, attempts: list[RecordedAttempt] | None) -> None:
-        """Return the recorded duration, for latency budgets."""
+        """Add the recorded duration, for latency budgets."""
         if attempts and not run.branch and run.attempt <= len(attempts):
             run.ctx.cost_tracker.latency_ns += int(attempts[run.attempt - 1].duration_ms * 1e6)
 
@@ -274,7 +274,7 @@ class Tape(Probe):
 
     def _out_of_order(self) -> Iterable[Difference]:
         """Return nodes that preceded another one in the recording and follow it now."""
-        furthest: int | None = None  # Of the nodes so far, the position today of the one that came last then.
+        furthest: int | None = None  # Current position of the node recorded last, among those so far.
         for position, node in enumerate(self.nodes):
             then = self.then[position]
             if then is None:

@@ -49,11 +49,11 @@ class Replay:
     """Result of a replay.
 
     Attributes:
-        recorded: the run as it was.
-        result: the run as it is by the code of today; of all attempts that were handed on or made.
-        differences: empty if nothing has changed.
-        stopped: why it could not be followed to its end, in words; None if it was.
-        called: the nodes that were called, with ``start_at``.
+        recorded: the recorded run.
+        result: result of the current code, of all attempts that were replayed or called.
+        differences: differences between the two; empty if there are none.
+        stopped: reason why the replay stopped early; None if it did not.
+        called: ids of the nodes that were called, with ``start_at``.
     """
 
     recorded: RecordedRun
@@ -85,18 +85,17 @@ async def replay(
     """Run a recorded run again by the current code, with the recorded outputs instead of calls.
 
     Contracts, validators, classification, decisions to retry or to stop, repairs, the arithmetic of budgets, groups and the
-    order of nodes are those of today; the usage and the cost of each attempt are those of then. Nothing waits, no hook is
-    told, and nothing is kept. Maps whose items or outputs are outside of the state are handed on as a whole.
+    order of nodes are those of the current code; the usage and the cost of each attempt are the recorded ones. Nothing waits,
+    no hook is called, and nothing is stored. Maps whose items or outputs are outside of the state are replayed as a whole.
 
-    ``runner``: whose contracts and config count; that of the pipeline otherwise. ``start_at``: from this node on, nodes are
-    called. ``state``: what this node is given in place of what it was given then, or what the whole run is, as a model or
-    plain data.
+    ``runner``: source of contracts and config; that of the pipeline by default. ``start_at``: nodes from this one on are called.
+    ``state``: input of this node, or of the whole run, instead of the recorded one, as a model or plain data.
 
-    A journal keeps the message and the class of a failure, not the exception: classifiers of today are asked about one with
-    that message, and where none answers it is of the class it was. Nor does it keep for how long a server asked to wait: a
-    run that stopped after a failure of that kind stops here, too.
+    A journal has the message and the class of a failure, not the exception: the current classifiers get one with that
+    message, and where none returns a class the recorded one is used. The retry delay of a server is not recorded: a run that
+    stopped after a failure of that kind stops here, too.
 
-    Raises ValueError for an unknown ``start_at``, TypeError for a ``state`` where a group made it.
+    Raises ValueError for an unknown ``start_at``, TypeError for a ``state`` that replaces the output of a group.
     """
     nodes = list(pipeline.nodes if isinstance(pipeline, Pipeline) else pipeline)
     records = [find_node(node) for node in nodes]

@@ -40,8 +40,8 @@ class Resumability:
     """Result of :func:`assert_resumable`.
 
     Attributes:
-        boundaries: where a process died, each in a run of its own.
-        killed: whether that was a SIGKILL to a process, and not a simulated death.
+        boundaries: boundaries at which a process died, each in its own run.
+        killed: True for SIGKILL, False for simulated deaths.
     """
 
     boundaries: tuple[Boundary, ...]
@@ -65,23 +65,24 @@ async def assert_resumable(
 ) -> Resumability:
     """Prove that a pipeline survives the death of its process, at every boundary of its run.
 
-    It is run once without a disturbance. Then, for every boundary of that run (see ``crash_at``), a process runs it and
-    dies there, and another one goes on with it. Nothing that had finished may be called again, and the final state must be
-    the one of the undisturbed run, as must be what maps write to files or the journal. Each process uses a SQLite file of its own; waits are jumped over as by FakeClock.
+    The pipeline is run twice without a death: both runs must be equal. Then, for every boundary of that run (see
+    ``crash_at``), a process runs it and dies there, and another one resumes it. No committed node may be called again, and
+    the final state must be that of the undisturbed run, as must the outputs that maps write to files or the journal. All
+    runs share one temporary SQLite file; waits take no time, as under FakeClock.
 
     ``pipeline``: a Pipeline, its nodes, or plain code: an async function of ``(ctx, state)`` that calls ``execute_step``.
-    ``runner``: whose config and contracts count; the store is ours. Shared budgets are left out. ``ignore``: fields of the
+    ``runner``: source of config and contracts; its store is replaced, and shared budgets are skipped. ``ignore``: fields of the
     final state that may differ, such as ``"made_at"``, ``"lines.0"``.
 
-    ``processes``: whether each process is a real one, forked from this and killed with SIGKILL: then whatever a node keeps
-    in memory is lost, as it would be (but not what this process holds in memory already: a global that an earlier test has
-    filled hides that it is needed). That is so by default where there is a fork, unless ``effects`` is given.
-    ``effects``: gives what the pipeline has done to the world, a list of mails sent say, as plain data; it must be the same
-    as after the undisturbed run. A node that dies after its work and before its commit is called again, so work that must
-    be done once has to go by ``current_node().idempotency_key``. ``reset``: called before each run, to make the world
-    anew. With ``processes=True`` both must look at what processes share: files, a server.
+    ``processes``: True forks each process and kills it with SIGKILL, so that the memory of nodes is lost. Memory that this
+    process has before the fork is not: a global that an earlier test has filled hides that it is needed. The default is
+    True where the system has fork(), unless ``effects`` is passed.
+    ``effects``: returns the side effects of the pipeline as plain data, such as a list of mails sent; they must equal those
+    of the undisturbed run. A node whose process dies after its work and before its commit is called again, so work that must
+    be done once needs ``current_node().idempotency_key``. ``reset``: called before each run, to remove side effects. With
+    ``processes=True`` both must use data that processes share: files, a server.
 
-    ``most``: how many boundaries are tried, spread over the run. ``timeout_seconds``: for each process.
+    ``most``: maximum number of boundaries, spread over the run. ``timeout_seconds``: limit for each process.
 
     Raises AssertionError that names the node and the boundary.
     """
@@ -192,9 +193,9 @@ async def _try(
     done = _describe_changes(changes(undisturbed.effects, life.effects), ())
     if done:
         again = boundary.node_id if boundary.point == "after_node" else ""
-        mend = f": node {again!r} did its work, and was called again" if again else ""
+        cause = f": node {again!r} did its work, and was called again" if again else ""
         raise AssertionError(
-            f"{what}; its effects differ{mend}: {done}; let the other side drop duplicates by "
+            f"{what}; its effects differ{cause}: {done}; let the other side drop duplicates by "
             "current_node().idempotency_key"
         )
 

@@ -88,7 +88,7 @@ class Trial:
         finally:
             PROBES.remove(deaths)
             await store.aclose()
-        # Plain code can have caught Crashed, or raised what its next step came to after the death.
+        # Plain code may have caught Crashed, or raised an error of a step after the death.
         life.died = deaths.life.died is not None
         if self.effects is not None and not life.died:
             life.effects = jsonable(self.effects())
@@ -97,7 +97,7 @@ class Trial:
         config = self.runner._config_of(self.proven)
         try:
             context = copy.deepcopy(config.context)
-        except Exception:  # It holds a client, say.
+        except Exception:  # It may hold a client, which cannot be copied.
             context = dict(config.context)
         changed: dict[str, Any] = {
             "run_id": run_id, "resume": resume, "resume_from": None, "if_exists": "restart", "context": context,
@@ -120,7 +120,7 @@ class Trial:
         twin = StromaRunner(self.runner.registry, manager, config)
         try:
             result = await twin.run(proven, state)
-        except Exception as error:  # StoreError, when it is opened: PipelineChanged, say.
+        except Exception as error:  # StoreError of the opening, such as PipelineChanged.
             life.status, life.failure = RunStatus.FAILED, f"{type(error).__name__}: {error}"
             return
         life.status = result.status
@@ -133,10 +133,10 @@ class Trial:
     async def _in_child(self, run_id: str, resume: bool, die_at: Boundary | None) -> ProcessRecord:
         reading, writing = os.pipe()
         with warnings.catch_warnings():
-            # Of threads that the child will not have; it asks nothing of them.
+            # Of threads, which the child does not have and does not need.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
-        if child == 0:  # pragma: no cover - it ends without telling the measurement.
+        if child == 0:  # pragma: no cover - it exits without writing coverage data.
             os.close(reading)
             self._run_child(writing, run_id, resume, die_at)
         os.close(writing)
@@ -155,7 +155,7 @@ class Trial:
             else:
                 life.status, life.failure, life.state, life.effects = of
         if code is None:
-            last = f"; the last it told is: {life.boundaries[-1]}" if life.boundaries else ""
+            last = f"; its last boundary is: {life.boundaries[-1]}" if life.boundaries else ""
             raise AssertionError(
                 f"a process of this proof did not end within {self.timeout_seconds:g} s{last}; if the pipeline does not "
                 "work in a forked process, pass processes=False"
@@ -192,7 +192,7 @@ class Trial:
 
 
 def _plans() -> list[FaultPlan]:
-    """Context manager for the fault plans of a test."""
+    """Return the active fault plans."""
     return [probe for probe in PROBES if isinstance(probe, FaultPlan)]
 
 
