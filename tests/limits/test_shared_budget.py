@@ -721,7 +721,10 @@ def test_a_clock_that_is_set_back() -> None:
             {"max_cost_usd": 1, "reserve_usd": {"a": 0}},
             r"reserve_usd\['a'\] must be US dollars, more than 0",
         ),
-        ({"max_cost_usd": 1, "reserve_usd": 2}, "must be at most the budget of 1, got .*no call could be made"),
+        (
+            {"max_cost_usd": 1, "reserve_usd": 2},
+            "must be at most the budget of 1, got .*no call could be made",
+        ),
         ({"max_cost_usd": 1, "reserve_tokens": 2}, "needs a limit in the same unit"),
         ({"max_tokens": 5, "reserve_tokens": 0}, "reserve_tokens must be an integer of at least 1, got 0"),
         *(({"max_cost_usd": 1, "per": bad}, 'per must be "minute"') for bad in ("week", "", "DAY")),
