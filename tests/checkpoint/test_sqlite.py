@@ -1301,7 +1301,7 @@ class TestReading:
         for ref, printed in (
             ("this:Zen", "not imported"),
             ("os:path", "not a BaseModel"),
-            ("os:no", "there is no"),
+            ("os:no", "has no"),
         ):
             with raw(path) as db:
                 db.execute("UPDATE steps SET schema_ref = ?", (ref,))

@@ -721,8 +721,11 @@ def test_a_clock_that_is_set_back() -> None:
             {"max_cost_usd": 1, "reserve_usd": {"a": 0}},
             r"reserve_usd\['a'\] must be US dollars, more than 0",
         ),
-        ({"max_cost_usd": 1, "reserve_usd": 2}, "more than the whole budget of 1; no call could be made"),
-        ({"max_cost_usd": 1, "reserve_tokens": 2}, "of no use without a limit on the same"),
+        (
+            {"max_cost_usd": 1, "reserve_usd": 2},
+            "must be at most the budget of 1, got .*no call could be made",
+        ),
+        ({"max_cost_usd": 1, "reserve_tokens": 2}, "needs a limit in the same unit"),
         ({"max_tokens": 5, "reserve_tokens": 0}, "reserve_tokens must be an integer of at least 1, got 0"),
         *(({"max_cost_usd": 1, "per": bad}, 'per must be "minute"') for bad in ("week", "", "DAY")),
         ({"max_cost_usd": 1, "lease_seconds": 0}, "lease_seconds must be"),
@@ -859,13 +862,13 @@ async def test_the_state_of_a_damaged_account() -> None:
 
 
 def test_a_config_takes_one_or_several() -> None:
-    """RunConfig(shared_budgets=) refuses all else, and two of one name; copies of a config share the budget."""
+    """RunConfig(shared_budgets=) refuses all else, and two budgets of one name; copies of a config share the budget."""
     shared = SharedBudget("team", max_cost_usd=1, store=AsyncInMemoryStore())
     other = SharedBudget("team", max_cost_usd=2, store=AsyncInMemoryStore())
     for wrong in ("team", 5, [1], {"a": shared}):
         with pytest.raises(ValueError, match="shared_budgets"):
             RunConfig(shared_budgets=wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="two of one name"):
+    with pytest.raises(ValueError, match="two budgets of one name"):
         RunConfig(shared_budgets=[shared, other])
     config = RunConfig(shared_budgets=shared)
     assert copy.deepcopy(config).budgets[0] is config.budgets[0] is shared
