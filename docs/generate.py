@@ -159,7 +159,6 @@ def read_docstring(text: str) -> tuple[str, dict[str, str]]:
     """The first paragraph, and the parts by name."""
     summary = " ".join(text.split("\n\n")[0].split())
     parts: dict[str, str] = {}
-    text = re.sub(r"^Mend: ", "Fix: ", text, flags=re.MULTILINE)  # of rooms that still say so
     for name in PARTS:
         match = re.search(rf"^{name}: (.*(?:\n(?!\w+: |\n).*)*)", text, re.MULTILINE)
         if match:
@@ -376,7 +375,7 @@ def providers_page() -> str:
     lines = [
         "<!-- Written by docs/generate.py: run `./dev run python docs/generate.py` after a change. -->",
         "",
-        "# What each provider error means",
+        "# Provider errors",
         "",
         "Stroma reads a provider's exception by what it carries: a status, headers, codes in the body, the name of its class.",
         "It imports no SDK, and reads the exception it was raised `from` too, one level down. RECOVERABLE is tried again",
@@ -417,9 +416,9 @@ def providers_page() -> str:
         "| status | class | reason |",
         "| --- | --- | --- |",
     ]
-    from stroma.failures import providers as classifiers
+    from stroma.failures.provider_verdicts import STATUS
 
-    for status, verdict in classifiers.STATUS.items():
+    for status, verdict in STATUS.items():
         lines.append(f"| {status} | {verdict.failure_class} | {verdict.reason} |")
     lines += [
         "| other 5xx | RECOVERABLE | server_error |",

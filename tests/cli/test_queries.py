@@ -61,8 +61,8 @@ def test_runs_are_asked_for(filled, inside, fails):
         "error_type": "TimeoutError", "message": "too slow",
     }  # fmt: skip
     assert "no run matches" in inside("runs", "--tag", "none").err
-    fails(inside("runs", "--failed", "--status", "failed"), 2, "give one of both")
-    fails(inside("runs", "--since", "yesterday"), 2, "is no span of time")
+    fails(inside("runs", "--failed", "--status", "failed"), 2, "pass one of them")
+    fails(inside("runs", "--since", "yesterday"), 2, "is not a time span")
     fails(inside("run", "sums.py:pipeline", GOOD, "--tag", "x" * 201), 2, "--tag", "at most 200")
 
 

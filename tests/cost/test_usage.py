@@ -133,7 +133,7 @@ class Hostile:
     [
         ({"choices": []}, "carries no usage"),
         (_CHAT_CHUNKS[0], "include_usage"),
-        (_MESSAGE_EVENTS[-2], "give the final message"),
+        (_MESSAGE_EVENTS[-2], "pass the final message"),
         (_MESSAGE_EVENTS[0], "a list of all events"),
         (_MESSAGE_EVENTS[1:], "a list is no response"),
         (_MESSAGE_EVENTS * 2, "one stream of Anthropic"),
@@ -147,9 +147,9 @@ class Hostile:
         ({"usage": {"prompt_tokens": float("nan")}}, "prompt_tokens=nan"),
         ({"usage": {"prompt_tokens": True}}, "carries no usage"),
         ({"usage": {"prompt_tokens": 10**12}}, "0 to 1,000,000,000"),
-        (None, "no response of a provider"),
-        ("text", "no response of a provider"),
-        (7, "no response of a provider"),
+        (None, "not a response of a provider"),
+        ("text", "not a response of a provider"),
+        (7, "not a response of a provider"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -164,8 +164,8 @@ def test_what_cannot_be_counted_is_said(response: Any, says: str) -> None:
     [
         ({"input_tokens": -1}, "whole number"),
         ({"input_tokens": True}, "whole number"),
-        ({"input_tokens": 5, "cached_input_tokens": 6}, "give the whole input"),
-        ({"input_tokens": 5, "cached_input_tokens": 3, "cache_write_tokens": 3}, "give the whole input"),
+        ({"input_tokens": 5, "cached_input_tokens": 6}, "report the whole input"),
+        ({"input_tokens": 5, "cached_input_tokens": 3, "cache_write_tokens": 3}, "report the whole input"),
         ({"input_tokens": 5, "cache_write_tokens": 3, "cache_write_1h_tokens": 4}, "a part of them"),
         ({"model": 5}, "strings or None"),
     ],
@@ -491,7 +491,7 @@ async def test_usage_without_a_model_is_said_where_cost_is_limited(
         (("text",), {}, "report a provider's response"),
         ((), {"input_tokens": 1, "cached_input_tokens": 2}, "node 'ask': 2 tokens from a cache"),
         ((), {"input_tokens": -1}, "node 'ask' reported -1 tokens"),
-        ((), {"tier": 5}, "node 'ask': a usage has"),
+        ((), {"tier": 5}, "node 'ask': model and tier of a usage must be"),
     ],
 )
 async def test_report_usage_refuses_what_makes_no_sense(

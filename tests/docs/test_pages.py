@@ -181,7 +181,7 @@ def test_every_system_has_a_page() -> None:
         assert f"test_the_code_about_{page.stem}" in globals()
         assert "## Questions" in text
         assert "How do I alert on final failures only?" in text
-        seen = text.partition("## What one sees")[2]
+        seen = text.partition("## Example output")[2]
         assert "![" in seen or page.stem == "logs"
     for picture in (DOCS / "images").iterdir():
         assert picture.stat().st_size < 150_000
@@ -400,7 +400,7 @@ def test_every_command_is_in_the_reference() -> None:
 
 def test_figures_of_the_comparison_are_those_that_were_measured() -> None:
     """Each figure of the comparison's measurements stands on the page that tells how it was measured."""
-    text = (DOCS / "comparison.md").read_text("utf-8").partition("## What was measured")[2]
+    text = (DOCS / "comparison.md").read_text("utf-8").partition("## Measurements")[2]
     measured = (DOCS / "performance.md").read_text("utf-8") + (DOCS / "durability.md").read_text("utf-8")
     figures = set(
         re.findall(

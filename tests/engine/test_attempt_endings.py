@@ -29,7 +29,7 @@ from stroma import (
     execute_step,
     parallel,
 )
-from stroma.engine.interceptors import PROBES, Probe
+from stroma.engine.interceptors import INTERCEPTORS, Interceptor
 from stroma.trace import AttemptUsage
 
 
@@ -403,7 +403,7 @@ async def test_the_signal_of_a_fallback_reaches_every_kind_of_node(timed: bool, 
 # ---------------------------------------------------------------- probes
 
 
-class Noting(Probe):
+class Noting(Interceptor):
     """Notes what stands around a call; changes what it is told to."""
 
     def __init__(self, name: str, seen: list[str], kind: FailureClass | None = None) -> None:
@@ -428,13 +428,13 @@ class Noting(Probe):
 
 
 @pytest.fixture
-def probes() -> Iterator[list[Probe]]:
-    before = list(PROBES)
-    yield PROBES
-    PROBES[:] = before
+def probes() -> Iterator[list[Interceptor]]:
+    before = list(INTERCEPTORS)
+    yield INTERCEPTORS
+    INTERCEPTORS[:] = before
 
 
-async def test_probes_stand_around_a_call(probes: list[Probe]) -> None:
+async def test_probes_stand_around_a_call(probes: list[Interceptor]) -> None:
     """The first one is outermost; each is told of the failure as the one before it has left it."""
     seen: list[str] = []
     probes += [Noting("1", seen, FailureClass.TERMINAL), Noting("2", seen)]
@@ -452,7 +452,7 @@ async def test_probes_stand_around_a_call(probes: list[Probe]) -> None:
     assert result.failure.failure_class is FailureClass.TERMINAL
 
 
-async def test_probes_stand_around_groups_and_their_children(probes: list[Probe]) -> None:
+async def test_probes_stand_around_groups_and_their_children(probes: list[Interceptor]) -> None:
     """A group is called like a node, and its children inside of that; its failure is its child's, diagnosed once."""
     seen: list[str] = []
     probes.append(Noting("1", seen))

@@ -37,7 +37,7 @@ from stroma import (
     parallel,
 )
 from stroma.contracts import NotSerialisable
-from stroma.engine.interceptors import PROBES, Probe
+from stroma.engine.interceptors import INTERCEPTORS, Interceptor
 
 #: The same objects for all: runs share a limit by its name.
 LIMITS = {"told": Limit(concurrent=5)}
@@ -902,14 +902,14 @@ async def note(name: str, setting: str = "plain") -> list[str]:
     config = SETTINGS[setting]
     if name in WITHOUT_LIMITS:
         config = {key: value for key, value in config.items() if key not in FAR_LIMITS}
-    probes = [Probe(), Probe()] if setting == "everything" else []
-    PROBES.extend(probes)
+    probes = [Interceptor(), Interceptor()] if setting == "everything" else []
+    INTERCEPTORS.extend(probes)
     try:
         with Diary(config) as diary:
             await SCENARIOS[name](diary)
     finally:
         for probe in probes:
-            PROBES.remove(probe)
+            INTERCEPTORS.remove(probe)
     return diary.lines
 
 

@@ -239,7 +239,7 @@ async def test_a_group_that_was_begun_is_ended_whatever_was_spent_meanwhile() ->
         refused = await attempt_once(ctx, execution(ctx, group), group, Num())
         assert isinstance(refused, Halt)
         assert not [line for line in diary.lines if line.startswith("node_start")]
-        started = await attempt_once(ctx, execution(ctx, group), group, Num(), begun=True)
+        started = await attempt_once(ctx, execution(ctx, group), group, Num(), has_begun=True)
     assert [line for line in diary.lines if line.startswith("node_start parallel")]
     assert isinstance(started, Halt)
     assert started.spent

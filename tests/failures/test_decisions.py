@@ -351,7 +351,8 @@ def test_a_suspension_that_asks_for_no_model_says_so(wrong: Any, shown: str) -> 
     with pytest.raises(TypeError) as caught:
         Suspend("why", schema=wrong)
     assert (
-        str(caught.value) == f"Suspend asks for {shown}; give a pydantic model, a RootModel for plain values"
+        str(caught.value)
+        == f"the schema of Suspend must be a pydantic model, got {shown}; pass a RootModel for plain values"
     )
 
 

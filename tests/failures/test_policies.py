@@ -87,7 +87,7 @@ async def test_a_classifier_that_raises_is_named(caplog: pytest.LogCaptureFixtur
 def test_a_suspension_says_what_it_waits_for() -> None:
     """Its reason is kept as given, and what is no model is named in the refusal."""
     assert Suspend("the boss", schema=Num).reason == "the boss"
-    with pytest.raises(TypeError, match=r"^Suspend asks for .*int.*; give a pydantic model"):
+    with pytest.raises(TypeError, match=r"^the schema of Suspend must be a pydantic model, got .*int.*"):
         Suspend("the boss", schema=int)  # type: ignore[arg-type]
 
 

@@ -597,7 +597,7 @@ def test_a_config_refuses_what_cannot_be() -> None:
         RunConfig(limits={"llm": limit}, node_limits={"call": "lm"})
     with pytest.raises(ValueError, match=r"limits\['llm'\] must be a Limit, got 5"):
         RunConfig(limits={"llm": 5})  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match=r'limits is 5; give {"name": Limit'):
+    with pytest.raises(ValueError, match=r'limits must be a dict, got 5; pass {"name": Limit'):
         RunConfig(limits=5)  # type: ignore[arg-type]
     for name in ("", "\0"):
         with pytest.raises(ValueError):

@@ -98,7 +98,9 @@ class CrewAIAdapter:
     def wrap(self, flow: Any) -> Any:
         """Make steps of the marked methods of a flow, whatever it calls them; returns it. ValueError if there is none."""
         if not isinstance(flow, Flow):
-            raise TypeError(f"{flow!r} is no flow; give an instance: adapter.wrap(MyFlow())")
+            raise TypeError(
+                f"adapter.wrap() needs an instance of a Flow, got {flow!r}; pass adapter.wrap(MyFlow())"
+            )
         steps = {}
         for name, method in flow._methods.items():
             # The mark stands on the function, or on what @start and the like have made of it.

@@ -28,7 +28,7 @@ except ImportError as error:
     ) from error
 
 from stroma.adapters._state_views import newest_of
-from stroma.adapters._step import Control, Step
+from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, what_stopped
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage, usage_from
@@ -88,12 +88,16 @@ class GuardedRunner:
         return self._run_sync(agent, input, **options)
 
     async def _arun_step(self, agent: Any, input: Any, **options: Any) -> Any:
-        step = Step(agent.name, input_view=_input_view, output_view=_final, control=control, can_retry=False)
+        step = GuardedStep(
+            agent.name, input_view=_input_view, output_view=_final, control=control, can_retry=False
+        )
         return self._noted(await self.guard.acall(step, Runner.run, agent, input, **self._options(options)))
 
     def _run_step(self, agent: Any, input: Any, **options: Any) -> Any:
         # Its models and tools had their retries: it is called once.
-        step = Step(agent.name, input_view=_input_view, output_view=_final, control=control, can_retry=False)
+        step = GuardedStep(
+            agent.name, input_view=_input_view, output_view=_final, control=control, can_retry=False
+        )
         return self._noted(self.guard.call(step, Runner.run_sync, agent, input, **self._options(options)))
 
     def _noted(self, result: Any) -> Any:
@@ -210,7 +214,7 @@ class _Invoker:
     def __init__(self, tool: Any, bare: Any, guard: Guard, contract: NodeContract[Any, Any] | None) -> None:
         self._tool, self._bare, self._guard = tool, bare, guard
         guard.mark(self)
-        self._step = Step(tool.name, contract, input_view=_arguments, control=control)
+        self._step = GuardedStep(tool.name, contract, input_view=_arguments, control=control)
 
     async def __call__(self, context: Any, arguments: str) -> Any:
         try:

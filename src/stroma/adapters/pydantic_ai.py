@@ -23,7 +23,7 @@ except ImportError as error:
 from pydantic import BaseModel
 
 from stroma.adapters._state_views import newest_of, violation
-from stroma.adapters._step import Control, Step
+from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
 from stroma.cost.usage import Usage
 
@@ -49,7 +49,7 @@ class StromaCapability(AbstractCapability[Any]):
     async def wrap_run(self, ctx: Any, *, handler: Any) -> Any:
         name = getattr(ctx.agent, "name", None) or "agent"
         # Its models and tools had their retries.
-        step = Step(
+        step = GuardedStep(
             name, self._output, output_view=lambda result: result.output, control=control, can_retry=False
         )
 
@@ -68,7 +68,7 @@ class StromaCapability(AbstractCapability[Any]):
         return request_context
 
     async def wrap_tool_execute(self, ctx: Any, *, call: Any, tool_def: Any, args: Any, handler: Any) -> Any:
-        step = Step(call.tool_name, self._tools.get(call.tool_name), control=control)
+        step = GuardedStep(call.tool_name, self._tools.get(call.tool_name), control=control)
         return await self.guard.acall(step, handler, args)
 
     async def after_output_process(self, ctx: Any, *, output_context: Any, output: Any) -> Any:

@@ -44,13 +44,13 @@ from stroma.failures.failure import Failure, NodeContext, diagnose, ends_run, is
 from stroma.hooks.dispatch import Calls, Firing, HookNotAsync
 from stroma.trace.events import NO_USAGE, AttemptRow, Outcome
 
-__all__ = ["Attempt", "make_in_turn"]
+__all__ = ["NodeAttempt", "make_in_turn"]
 
 _NOTHING: Final[Snapshot] = ()
 
 
 @final
-class Attempt:
+class NodeAttempt:
     """One attempt of a node, from its input to its end.
 
     An object serves the attempts of a driver one after the other: a new one for each takes 0.3 us more of the 10 of a node.
@@ -70,7 +70,7 @@ class Attempt:
 
     def prepare(
         self, run: NodeExecution, node: Node | Group, plan: Plan, value: BaseModel, cancelling: int
-    ) -> Attempt:
+    ) -> NodeAttempt:
         """Begin the next attempt; call one of :meth:`make`, :meth:`begin_only` and :meth:`reject` after it."""
         self.run = run
         self.node = node
@@ -299,8 +299,8 @@ class Attempt:
         seconds = min(remaining, own)
         scope = asyncio.timeout(None if math.isinf(seconds) else max(0.0, seconds))
         call: Call = self._call_function
-        for probe in reversed(ctx.probes):
-            call = partial(probe.call, self.run, self.node, call)
+        for interceptor in reversed(ctx.interceptors):
+            call = partial(interceptor.call, self.run, self.node, call)
         try:
             async with scope:
                 return await call(self.state)
@@ -599,7 +599,7 @@ class Attempt:
             raise
 
     async def _abandon(self) -> None:
-        """End without a verdict: cancelled, or the process is told to stop. What was used is counted.
+        """End without a verdict: cancelled, or the process is asked to stop. The usage so far is counted.
 
         Does nothing if the attempt has an end, or has not begun.
         """
@@ -651,7 +651,7 @@ class Attempt:
                 CURRENT.reset(token)
 
 
-async def make_in_turn(attempt: Attempt) -> BaseModel | Failure | Halt:
+async def make_in_turn(attempt: NodeAttempt) -> BaseModel | Failure | Halt:
     """Make an attempt between its admission and the settlement of what it took."""
     run = attempt.run
     permit = await admit(attempt.ctx, run)

@@ -229,7 +229,7 @@ class RunConfig(LazyModel):
     @classmethod
     def _are_limits(cls, value: Any) -> Any:
         if not isinstance(value, dict):
-            raise ValueError(f'limits is {shown(value)}; give {{"name": Limit(...)}}')
+            raise ValueError(f'limits must be a dict, got {shown(value)}; pass {{"name": Limit(...)}}')
         from stroma.limits.rate_limit import check_limits
 
         check_limits(value, {})
@@ -241,7 +241,7 @@ class RunConfig(LazyModel):
         for tag in value:
             if len(check_id(tag, "tag")) > _LONGEST_TAG:
                 raise ValueError(
-                    f"the tag {tag[:40]!r}... has {len(tag)} characters; give at most {_LONGEST_TAG}"
+                    f"a tag must have at most {_LONGEST_TAG} characters, got {len(tag)}: {tag[:40]!r}..."
                 )
         return value
 
@@ -251,7 +251,7 @@ class RunConfig(LazyModel):
         for node_id, limit in value.items():
             if not 0 < limit <= LARGEST:
                 raise ValueError(
-                    f"node_timeouts[{node_id!r}] is {shown(limit)} ms; give a positive number of milliseconds, up to 10**30"
+                    f"node_timeouts[{node_id!r}] must be a positive number of milliseconds up to 10**30, got {shown(limit)}"
                 )
         return value
 

@@ -31,9 +31,9 @@ from stroma.cost.fallback import FallbackPolicy, FallbackView, fallback_due
 from stroma.cost.tracker import CostTracker
 from stroma.engine.config import RunConfig
 from stroma.engine.handover import Handover
-from stroma.engine.interceptors import PROBES, Probe
+from stroma.engine.interceptors import INTERCEPTORS, Interceptor
 from stroma.engine.merged_models import spelled_out
-from stroma.engine.opening import Opening
+from stroma.engine.opening import RunOpening
 from stroma.engine.plain_steps import PlainSteps
 from stroma.engine.redaction import Redactor
 from stroma.engine.run_hooks import call_run_hooks, call_run_hooks_now
@@ -61,12 +61,54 @@ class ReliabilityContext:
 
     # Slots, since several of them are read for each node.
     __slots__ = (
-        "__weakref__", "_notes", "_opening", "_warned", "apart", "budget", "cancelled",
-        "checkpoint_manager", "classifiers", "config", "context", "cost_tracker", "delivers", "done", "elsewhere", "epoch_ns",
-        "failed_items", "failed_maps", "fire", "gated", "handover", "hook_failures", "hooks", "interrupt", "kept_traceparent",
-        "limits", "model_fallbacks", "pipeline", "plain_steps", "policy_map", "probes", "recovers", "redactor", "registry",
-        "restored", "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended",
-        "timed", "trace", "traceparent", "tried", "unpriced",
+        "__weakref__",
+        "_notes",
+        "_opening",
+        "_warned",
+        "apart",
+        "budget",
+        "cancelled",
+        "checkpoint_manager",
+        "classifiers",
+        "config",
+        "context",
+        "cost_tracker",
+        "delivers",
+        "done",
+        "elsewhere",
+        "epoch_ns",
+        "failed_items",
+        "failed_maps",
+        "fire",
+        "gated",
+        "handover",
+        "hook_failures",
+        "hooks",
+        "interceptors",
+        "interrupt",
+        "kept_traceparent",
+        "limits",
+        "model_fallbacks",
+        "pipeline",
+        "plain_steps",
+        "policy_map",
+        "recovers",
+        "redactor",
+        "registry",
+        "restored",
+        "retry_budget",
+        "run_id",
+        "run_logger",
+        "session",
+        "step_policies",
+        "step_timeouts",
+        "stops",
+        "suspended",
+        "timed",
+        "trace",
+        "traceparent",
+        "tried",
+        "unpriced",
     )  # fmt: skip
 
     run_id: str
@@ -133,7 +175,7 @@ class ReliabilityContext:
         self.tried: dict[tuple[int, str], Tried] | None = None
         self.handover = Handover()
         self.plain_steps = PlainSteps()
-        self._opening = Opening(self.checkpoint_manager)
+        self._opening = RunOpening(self.checkpoint_manager)
         #: See RunRequest.
         self.apart: tuple[tuple[int, str], ...] = ()
         #: Cancelled from elsewhere: nothing is tried again. And no further node is to begin.
@@ -164,9 +206,11 @@ class ReliabilityContext:
         self.epoch_ns = time_ns() - perf_counter_ns()
         self.cost_tracker.per_node = self.trace.figures
         #: Interceptors that tests have put around runs.
-        self.probes: tuple[Probe, ...] = tuple(PROBES) if PROBES else ()
+        self.interceptors: tuple[Interceptor, ...] = tuple(INTERCEPTORS) if INTERCEPTORS else ()
         #: Some functions run under a time limit, or with an interceptor around them.
-        self.timed = bool(self.step_timeouts) or self.budget.max_latency_ms is not None or bool(self.probes)
+        self.timed = (
+            bool(self.step_timeouts) or self.budget.max_latency_ms is not None or bool(self.interceptors)
+        )
         #: Warnings that were logged: dimensions of the budget, and what is wrong with a node.
         self._warned: dict[str | tuple[str, str], None] = {}  # A set would take 200 bytes in each run.
         #: The store records which end hooks are due.
@@ -177,8 +221,10 @@ class ReliabilityContext:
     def _make_hooks(self) -> Hooks:
         """Return the hooks by event: those of interceptors first, then the sets of the config."""
         sets = [one for one in flatten(self.hooks) if any(one.__dict__.values())]
-        if self.probes:
-            sets = [own for probe in self.probes if (own := probe.begins(self)) is not None] + sets
+        if self.interceptors:
+            sets = [
+                own for interceptor in self.interceptors if (own := interceptor.begins(self)) is not None
+            ] + sets
         if not sets:
             return NO_HOOKS
         if len(sets) > 1:
@@ -364,17 +410,17 @@ class ReliabilityContext:
         return self.handover.state()
 
     def _begin(self, session: Session, *, carry: bool) -> Session:
-        for probe in self.probes:
-            session = probe.opened(self, session)
+        for interceptor in self.interceptors:
+            session = interceptor.opened(self, session)
         self.session = session
         self.restored = session.restored
         if session.tried:
             self.tried = dict(session.tried)
         if self.restored:
             self.failed_maps = {
-                at: kept.failed_items
-                for at, kept in self.restored.items()
-                if kept.step is not None and kept.failed_items
+                at: committed.failed_items
+                for at, committed in self.restored.items()
+                if committed.step is not None and committed.failed_items
             }
         if carry and session.continued:
             # Only a resume that goes on by itself remembers the bill; resume_from starts a new one.

@@ -364,9 +364,7 @@ class NodeExecution:
         try:
             return cast("AnswerT", schema_of(schema).decode(answer[0]))
         except ValueError as error:
-            raise Suspend(
-                f"{reason} (the answer does not fit: {error}; give another)", schema=schema
-            ) from error
+            raise Suspend(f"{reason} (invalid answer: {error}; send another one)", schema=schema) from error
 
     def _answer(self) -> tuple[bytes, str] | None:
         waiting = self.ctx.session.waiting.get((self.position, self.branch))

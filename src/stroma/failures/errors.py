@@ -64,7 +64,7 @@ class Suspend(Exception):
         super().__init__(reason)
         if schema is not None and not (isinstance(schema, type) and issubclass(schema, BaseModel)):
             raise TypeError(
-                f"Suspend asks for {shown(schema)}; give a pydantic model, a RootModel for plain values"
+                f"the schema of Suspend must be a pydantic model, got {shown(schema)}; pass a RootModel for plain values"
             )
         self.reason = reason
         self.schema = schema

@@ -132,7 +132,7 @@ def check_arguments(name: str, func: Any, arguments: Sequence[str]) -> None:
         signature.bind(*arguments)
     except TypeError:
         raise TypeError(
-            f"{name} is called with ({', '.join(arguments)}), and {func!r} takes {signature}; give it these parameters"
+            f"{name} is called with ({', '.join(arguments)}), and {func!r} takes {signature}; define it with these parameters"
         ) from None
 
 

@@ -98,8 +98,8 @@ async def execute_step(
     if parent is None:
         _record_outcome(ctx, outcome)
     result = _build_result(ctx, outcome, input_state)
-    for probe in ctx.probes:
-        probe.ended(ctx, result)
+    for interceptor in ctx.interceptors:
+        interceptor.ended(ctx, result)
     return result
 
 

@@ -74,7 +74,7 @@ def _client(address: str) -> DogStatsd:
         raise missing("datadog", "datadog_hooks(statsd=...)", "datadog") from error
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise ValueError(f'statsd is {address!r}; give "host:port", as in "localhost:8125"')
+        raise ValueError(f'statsd must be "host:port", such as "localhost:8125", got {address!r}')
     return DogStatsd(host=host.strip("[]"), port=int(port), disable_telemetry=True)
 
 

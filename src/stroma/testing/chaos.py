@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
 from stroma.engine.execution import NodeExecution
-from stroma.engine.interceptors import PROBES, Call, Probe
+from stroma.engine.interceptors import INTERCEPTORS, Call, Interceptor
 
 __all__ = ["Chaos"]
 
@@ -31,7 +31,7 @@ class _Place(NamedTuple):
     number: int
 
 
-class _Watch(Probe):
+class _Watch(Interceptor):
     """Interceptor that records the calls of a test and injects a fault into one of them."""
 
     def __init__(self, at: _Place | None = None, kind: str = "", seed: int = 0) -> None:
@@ -61,11 +61,11 @@ class _Watch(Probe):
 
 @contextmanager
 def _watched(watch: _Watch) -> Iterator[None]:
-    PROBES.append(watch)
+    INTERCEPTORS.append(watch)
     try:
         yield
     finally:
-        PROBES.remove(watch)
+        INTERCEPTORS.remove(watch)
 
 
 class Chaos:

@@ -75,7 +75,7 @@ class FakeClock:
         return self._passed
 
     def now(self) -> datetime:
-        """Current time of the clock, in UTC."""
+        """Return the current time of the clock, in UTC."""
         return datetime.fromtimestamp(self._start_ns / 1e9, UTC) + timedelta(seconds=self._passed)
 
     def advance(self, seconds: float) -> None:

@@ -16,7 +16,7 @@ from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node
-from stroma.engine.interceptors import PROBES, Call, Probe
+from stroma.engine.interceptors import INTERCEPTORS, Call, Interceptor
 from stroma.hooks.dispatch import NO_HOOKS
 from stroma.hooks.sets import NodeHooks
 from stroma.trace.events import AttemptRow
@@ -58,7 +58,7 @@ class Crashed(BaseException):
 
     Where: out of ``run()`` and ``execute_step()`` inside of ``crash_at``, which ends it.
     Cause: the run reached the selected boundary.
-    Mend: nothing; resume the run after the block, as the next process would.
+    Fix: nothing; resume the run after the block, as the next process would.
     """
 
     def __init__(self, boundary: Boundary) -> None:
@@ -80,7 +80,7 @@ class Life:
     died: Boundary | None = None
 
 
-class Deaths(Probe):
+class Deaths(Interceptor):
     """Interceptor that ends the process at the first boundary that ``at`` selects.
 
     In this process that means: no node or hook is called any more, nothing is stored, and the lease is released. ``kill``:
@@ -123,7 +123,7 @@ class Deaths(Probe):
         self.life.committed.append((row.position, row.branch))
         self._report("committed", self.life.committed[-1])
 
-    # ------------------------------------------------------------------ as a probe
+    # ------------------------------------------------------------------ as an interceptor
 
     def begins(self, ctx: ReliabilityContext) -> NodeHooks | None:
         async def hook(run_id: str, node_id: str, *_: Any) -> None:
@@ -285,13 +285,13 @@ class crash_at:
         return self._deaths.life.died
 
     def __enter__(self) -> Self:
-        PROBES.insert(0, self._deaths)
+        INTERCEPTORS.insert(0, self._deaths)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        PROBES.remove(self._deaths)
+        INTERCEPTORS.remove(self._deaths)
         if kind is not None:
             return issubclass(kind, Crashed)
         if self.boundary is None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from stroma.contracts.node import Group, Node
 from stroma.engine.execution import NodeExecution
-from stroma.engine.interceptors import PROBES, Call, Probe
+from stroma.engine.interceptors import INTERCEPTORS, Call, Interceptor
 
 __all__ = ["FaultPlan", "Injected", "Transient"]
 
@@ -27,7 +27,7 @@ class Transient(ConnectionError):
 
     Where: out of a node, inside of a FaultPlan; ``result.failure`` of a run that gave up.
     Cause: the plan makes this attempt fail and names no exception.
-    Mend: nothing; check that the run does what it should, or pass another exception to the plan.
+    Fix: nothing; check that the run does what it should, or pass another exception to the plan.
     """
 
 
@@ -66,7 +66,7 @@ class _Fault:
         return f"{self.kind} {self.node_id!r} on {which}"
 
 
-class FaultPlan(Probe):
+class FaultPlan(Interceptor):
     """Faults for runs and plain steps that start inside of it. The pipeline itself is not changed.
 
     ::
@@ -155,13 +155,13 @@ class FaultPlan(Probe):
     # ------------------------------------------------------------------ around runs
 
     def __enter__(self) -> Self:
-        PROBES.append(self)
+        INTERCEPTORS.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        PROBES.remove(self)
+        INTERCEPTORS.remove(self)
         missed = [str(fault) for fault in self._faults if not fault.met]
         if kind is None and missed:
             raise AssertionError(

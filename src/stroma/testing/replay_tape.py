@@ -19,7 +19,7 @@ from stroma.contracts.untyped import UntypedState
 from stroma.cost.budget import BudgetExceeded
 from stroma.cost.usage import UsageError
 from stroma.engine.execution import NodeExecution
-from stroma.engine.interceptors import Call, Probe
+from stroma.engine.interceptors import Call, Interceptor
 from stroma.engine.restore import read_output
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
@@ -68,11 +68,12 @@ class Difference:
 
 
 def settled_status(status: str) -> str:
+    """Return a status as replays compare it: RESUMED counts as COMPLETED."""
     return "COMPLETED" if status == "RESUMED" else str(status)
 
 
 @dataclass
-class Tape(Probe):
+class Tape(Interceptor):
     """Interceptor that returns recorded outputs instead of calling nodes."""
 
     recorded: RecordedRun
@@ -133,7 +134,7 @@ class Tape(Probe):
         later = any(then is not None for at, then in self.then.items() if at > position)
         return later or came_to != matched or settled_status(self.recorded.status) == "COMPLETED"
 
-    # ------------------------------------------------------------------ as a probe
+    # ------------------------------------------------------------------ as an interceptor
 
     async def call(self, run: NodeExecution, node: Node | Group, call: Call, state: BaseModel) -> Any:
         if self._calls(run):

@@ -20,7 +20,7 @@ from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import new_run_id
-from stroma.engine.interceptors import PROBES
+from stroma.engine.interceptors import INTERCEPTORS
 from stroma.hooks.sets import NodeHooks
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner
@@ -157,12 +157,12 @@ async def _run(
     store = AsyncInMemoryStore()
     twin = StromaRunner(runner.registry, CheckpointManager(store), config)
     clock = contextlib.nullcontext() if calls or FakeClock._active is not None else FakeClock()
-    PROBES.append(tape)
+    INTERCEPTORS.append(tape)
     try:
         with clock:
             return await twin.run(pipeline, state), store
     finally:
-        PROBES.remove(tape)
+        INTERCEPTORS.remove(tape)
 
 
 def _position(records: Sequence[Node | Group], start_at: str | None) -> int:

@@ -24,7 +24,7 @@ from stroma.checkpoint import CheckpointManager
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.interceptors import PROBES
+from stroma.engine.interceptors import INTERCEPTORS
 from stroma.failures.failure import text_of
 from stroma.runner.runner import StromaRunner
 from stroma.testing.clock import FakeClock
@@ -78,7 +78,7 @@ class Trial:
 
     async def _run(self, run_id: str, resume: bool, deaths: Deaths, life: ProcessRecord) -> None:
         store = SQLiteStore(self.path, synchronous="normal")
-        PROBES.insert(0, deaths)
+        INTERCEPTORS.insert(0, deaths)
         clock = contextlib.nullcontext() if FakeClock._active is not None else FakeClock()
         try:
             with clock:
@@ -86,7 +86,7 @@ class Trial:
         except Crashed:
             pass
         finally:
-            PROBES.remove(deaths)
+            INTERCEPTORS.remove(deaths)
             await store.aclose()
         # Plain code may have caught Crashed, or raised an error of a step after the death.
         life.died = deaths.life.died is not None
@@ -193,7 +193,7 @@ class Trial:
 
 def _plans() -> list[FaultPlan]:
     """Return the active fault plans."""
-    return [probe for probe in PROBES if isinstance(probe, FaultPlan)]
+    return [interceptor for interceptor in INTERCEPTORS if isinstance(interceptor, FaultPlan)]
 
 
 def _listen(child: int, reading: int, timeout_seconds: float) -> tuple[str, int | None]:

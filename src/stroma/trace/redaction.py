@@ -273,8 +273,8 @@ class Shown:
     def to_html(self, path: str | os.PathLike[str] | None = None, *, redact: Redact | None = None) -> str:
         """Return one self-contained HTML file, to attach to a bug report: it loads nothing and runs nothing.
 
-        ``path``: also written there, readable by its owner only. ``redact``: applied to each state and each message; give the
-        one of your RunConfig. Secrets of pydantic's types are masked all the same.
+        ``path``: also written there, readable by its owner only. ``redact``: applied to each state and each message; pass that
+        of your RunConfig. Secrets of pydantic's types are masked all the same.
         """
         from stroma.trace.html import document
 

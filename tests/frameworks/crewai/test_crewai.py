@@ -305,6 +305,6 @@ def test_a_flow_without_marks_is_an_error() -> None:
     adapter = CrewAIAdapter(ContractRegistry())
     with pytest.raises(ValueError, match="stroma_crewai_step"):
         adapter.wrap(forecast(Script.of()))
-    with pytest.raises(TypeError, match="is no flow"):
+    with pytest.raises(TypeError, match="needs an instance of a Flow"):
         adapter.wrap(Flow)
     assert adapter.node_decorator("splitter", SPLIT)(lambda self: None)._stroma_node_id == "splitter"

@@ -99,6 +99,7 @@ def _is_valid(value: Any, types: tuple[type, ...]) -> bool:
 
 
 def checksum(data: bytes) -> bytes:
+    """Return the SHA-256 digest of data."""
     return hashlib.sha256(data).digest()
 
 

@@ -40,7 +40,7 @@ class Owner(NamedTuple):
 
     @property
     def place(self) -> str:
-        """ "process 123 on host", for messages."""
+        """Name for messages: "process 123 on host"."""
         return f"process {self.pid} on {self.host}"
 
     @property

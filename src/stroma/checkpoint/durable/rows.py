@@ -245,8 +245,10 @@ class Rows(Protocol):
 
     # ---- cells
     def read_cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
-        """Return the data of a cell, or None, and the clock in ms since the epoch. With ``lock`` no other transaction
-        changes the cell before this one ends."""
+        """Return the data of a cell, or None, and the clock in ms since the epoch.
+
+        With ``lock`` no other transaction changes the cell before this one ends.
+        """
         ...
 
     def write_cell(self, name: str, data: bytes) -> None:

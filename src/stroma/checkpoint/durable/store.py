@@ -225,8 +225,10 @@ class DurableStore(ReadableStore):
         edited: tuple[Schema, BaseModel] | None = None,
         state: tuple[Schema, BaseModel] | None = None,
     ) -> None:
-        """Copy what a run committed before a position into a new run, with ``edited`` in place of the last output and
-        ``state`` in place of the input. Raises CheckpointNotFound, RunExists, StoreError, NotSerialisable."""
+        """Copy what a run committed before a position into a new run.
+
+        ``edited`` replaces the last output, ``state`` the input. Raises CheckpointNotFound, RunExists, StoreError, NotSerialisable.
+        """
         check_id(run_id, "run id")
         check_id(new_run_id, "run id")
         step = None

@@ -104,7 +104,7 @@ class History:
     # ------------------------------------------------------------------ attempts
 
     def attempt_page(self, run_id: str, limit: int, after: str | None = None) -> AttemptPage:
-        """Return a page of the attempts of the last execution; see attempt_page() of the store."""
+        """Return a page of the attempts of the last execution; see the method of the store."""
         page = self.store.attempt_page(run_id, limit=limit, after=after)
         return AttemptPage(self.redact_attempts(run_id, page.attempts), page.next)
 

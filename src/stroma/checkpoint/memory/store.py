@@ -266,8 +266,10 @@ class _MemoryStore(MemoryReader, MemoryCells):
         edited: tuple[Schema, BaseModel] | None = None,
         state: tuple[Schema, BaseModel] | None = None,
     ) -> None:
-        """Copy what a run committed before a position into a new run, with ``edited`` in place of the last output and
-        ``state`` in place of the input. Raises CheckpointNotFound, RunExists."""
+        """Copy what a run committed before a position into a new run.
+
+        ``edited`` replaces the last output, ``state`` the input. Raises CheckpointNotFound, RunExists.
+        """
         source, run, initial = self._require_run(run_id), MemoryRun(), state
         if before and before - 1 not in source.states:
             raise CheckpointNotFound(

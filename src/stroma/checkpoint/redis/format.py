@@ -62,6 +62,7 @@ class RedisRun:
 
 
 def prefix_of(run_id: str) -> str:
+    """Return the prefix of a run's keys."""
     # Percent-encoded, so that the keys of two runs never overlap, and no id contains a brace.
     return f"stroma:{{{quote(run_id, safe='')}}}:"
 
@@ -92,6 +93,7 @@ def unpack(value: bytes) -> tuple[list[Any] | None, list[bytes]]:
 
 
 def pack_step(step: Step, epoch: int, attempt: int, started_ns: int) -> bytes:
+    """Encode a committed output with the place of its attempt."""
     contract, schema_ref, output, sha256, number, input_key = step
     header = [contract, schema_ref, sha256.hex(), number, input_key is not None, epoch, attempt, started_ns]
     return pack(header, output, input_key or b"")
@@ -130,6 +132,7 @@ def payloads_of(part: bytes, value: bytes) -> list[bytes]:
 
 
 def step_row(place: str, node_id: str, value: bytes) -> StepRow:
+    """Decode a row of committed outputs."""
     position, _, branch = place.partition(":")
     return StepRow(int(position), branch, node_id, read_step(value)[0])
 
@@ -212,14 +215,17 @@ def info_lines(info: Any) -> list[str]:
 
 
 def node_of(value: bytes) -> str:
+    """Return the node id in a value of ``nodes``."""
     return as_text(value.partition(b" ")[2])
 
 
 def as_text(value: Any) -> str:
+    """Return a reply as text; bytes that are not UTF-8 are escaped."""
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def from_hex(digits: Any) -> bytes:
+    """Decode hexadecimal digits; b"" for anything else."""
     try:
         return bytes.fromhex(digits)
     except (ValueError, TypeError):

@@ -17,7 +17,7 @@ The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
     identities:E  hash: identity of a step of plain code -> position
     failed:E      list: the fields in attempts:E of the last failed attempts, the latest first
     annotations:P hash: branch -> annotation, for each position below -1
-    saved         hash: node id -> "order until\\n" and the state from save()
+    saved         hash: node id -> "order until", a newline, and the state from save()
     deleted:TOKEN exists for a while after the run was deleted, to distinguish it from a lost run
 
 and of all runs: stroma:runs (zset: id by start), stroma:ids (zset: id, for prefixes), stroma:ended (zset: id by when its

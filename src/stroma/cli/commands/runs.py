@@ -122,7 +122,7 @@ def runs(
     """
     cluster = TemporalCluster.from_options(options)
     if failed and statuses:
-        raise click.UsageError("--failed is short for --status FAILED --status PARTIAL; give one of both")
+        raise click.UsageError("--failed is short for --status FAILED --status PARTIAL; pass one of them")
     wanted_statuses = FAILED if failed else tuple(dict.fromkeys(status.upper() for status in statuses))
     since_ms = None if since is None else int((time.time() - since.total_seconds()) * 1000)
     query = RunQuery(statuses=wanted_statuses, since_ms=since_ms, **options)

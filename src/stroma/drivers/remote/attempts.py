@@ -175,7 +175,7 @@ class _Work(RequestContext):
         outcome: BaseModel | Failure | Halt | None = None
         try:
             outcome = await attempt_once(
-                self.ctx, run, node, value, after_seconds=self.request.get("after"), begun=has_begun
+                self.ctx, run, node, value, after_seconds=self.request.get("after"), has_begun=has_begun
             )
         except asyncio.CancelledError:
             if self.record.row is None:

@@ -142,8 +142,8 @@ class RequestContext:
             return {"text": text, "size": size, "cls": cls}
         if store is None:
             error = StoreError(
-                f"a state of {size} bytes cannot be kept in the run itself, which has room for {self.room} more; give the "
-                "worker and the client a payload store: payloads="
+                f"a state of {size} bytes does not fit into the run, which has room for {self.room} more; pass a payload "
+                "store to the worker and the client: payloads="
             )
             error.transient = False
             raise error

@@ -35,7 +35,7 @@ async def fetch(payloads: BlobStore | None, value: Value) -> str:
     if "text" in value:
         return value["text"]
     if payloads is None:
-        raise StoreError(f"a state stands in blob {value['blob']}; give the payload store: payloads=")
+        raise StoreError(f"a state is stored in blob {value['blob']}; pass the payload store: payloads=")
     data = await asyncio.to_thread(payloads.get, value["blob"])
     if data is None or hashlib.sha256(data).hexdigest() != value["blob"]:
         raise StoreError(f"blob {value['blob']} is missing or damaged in {payloads!r}; restore it")
