@@ -200,11 +200,11 @@ WITHOUT_MEND = {
 
 
 def test_messages_name_the_fix(generate: Any) -> None:
-    """Every text of our own errors ends with what to do, but for those that are listed with a reason."""
+    """Every text of our own errors says what must be, or ends with what to do, but for those listed with a reason."""
     ours = {e.name for e in generate.error_classes()} - {"Problem", *generate.examples()}
     texts = {message.text for message in generate.messages() if message.error in ours}
     listed = {text for text in texts if any(part in text for part in WITHOUT_MEND)}
-    mended = {text for text in texts if re.search(r"; (or )?[a-z`{]+\b", text)}
+    mended = {text for text in texts if re.search(r"; (or )?[a-z`{]+\b| must (be|return) ", text)}
     assert texts - mended - listed == set(), "name the fix after a semicolon"
     assert [part for part in WITHOUT_MEND if not any(part in text for text in texts)] == [], "no longer there"
 
@@ -493,8 +493,8 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (other_input, PipelineChanged, ["'run-7'"], "pass the same input, or use another run id"),
     (no_journal, StoreError, ["'run-7'", "Simple"], "use resume_from=, or a journal store such as SQLiteStore"),
     (refused, StoreError, ["'run-7'", "'read'", "the disk is full"], ""),
-    (no_database, StoreError, ["x.db"], "give another path, or move that file away"),
-    (fenced, Fenced, ["'run-7'"], "see what the other one makes of it"),
+    (no_database, StoreError, ["x.db"], "use another path, or move that file away"),
+    (fenced, Fenced, ["'run-7'"], "see the result of the other one"),
     (busy, RunBusy, ["'run-7'", "process"], 'if_running="attach"'),
     (exists, RunExists, ["'run-7'", "COMPLETED"], "use another run id"),
     (failed_elsewhere, RunFailed, ["'read'", "text: Input should be a valid string"], ""),
@@ -513,7 +513,7 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (no_store, ValueError, ["mongodb://"], "use "),
     (no_such_tool, UnknownNode, ["'serach'", "tool"], "known: 'search'"),
     (ended_from_elsewhere, RunCancelled, ["'r1'", "'read'"], "call it in another run"),
-    (zero_timeout, ValueError, ["'read'", "0 ms"], "give a positive number of milliseconds"),
+    (zero_timeout, ValueError, ["'read'", "got 0"], "must be a positive number of milliseconds"),
 ]  # fmt: skip
 
 
