@@ -69,13 +69,13 @@ def damage(kind: str, where: str, column: str, value: Any) -> None:
 
 
 def paged(store: Any, limit: int, query: RunQuery) -> list[str]:
-    found: list[str] = []
+    findings: list[str] = []
     page = store.run_page(query, limit=limit)
     while True:
-        found += [run.run_id for run in page.runs]
-        assert len(found) <= len(RUNS)
+        findings += [run.run_id for run in page.runs]
+        assert len(findings) <= len(RUNS)
         if page.next is None:
-            return found
+            return findings
         page = store.run_page(query, limit=limit, after=page.next)
 
 

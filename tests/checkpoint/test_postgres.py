@@ -318,8 +318,8 @@ def test_two_processes_one_run(server: PostgresServer, schema: str) -> None:
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
-    said = sorted(ended(process).splitlines()[-1] for process in processes)
-    assert said == ["busy True", "busy True", "got 1"]
+    messages = sorted(ended(process).splitlines()[-1] for process in processes)
+    assert messages == ["busy True", "busy True", "got 1"]
 
 
 async def test_a_lease_goes_by_the_clock_of_the_server(
@@ -343,9 +343,9 @@ async def test_leases_are_renewed(server: PostgresServer, store: PostgresStore, 
     ended = await begin(store, "c", lease_seconds=0.6)
     await finish(ended)
     await asyncio.sleep(1.5)
-    found = dict(server.execute(f"SELECT run_id, lease_until > clock_timestamp() FROM {schema}.runs"))
-    assert found["b"] is True
-    assert found["c"] is None
+    findings = dict(server.execute(f"SELECT run_id, lease_until > clock_timestamp() FROM {schema}.runs"))
+    assert findings["b"] is True
+    assert findings["c"] is None
     assert held
 
 
@@ -728,14 +728,14 @@ def test_a_process_that_is_killed_keeps_nothing(server: PostgresServer, schema: 
         if line.strip() == "50":
             process.send_signal(signal.SIGKILL)
             break
-    told = int(("50\n" + process.stdout.read()).split("\n")[-2])
+    report = int(("50\n" + process.stdout.read()).split("\n")[-2])
     process.communicate()
 
     async def resume() -> int:
         with PostgresStore(server.dsn, schema=schema) as store:
             return len((await begin(store, if_exists="resume")).restored)
 
-    assert asyncio.run(resume()) - (told + 1) in (0, 1)
+    assert asyncio.run(resume()) - (report + 1) in (0, 1)
 
 
 async def test_what_is_queued_when_it_is_closed(server: PostgresServer, schema: str) -> None:

@@ -22,8 +22,8 @@ from stroma.trace.events import AttemptRow
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[SQLiteStore]:
-    async with SQLiteStore(tmp_path / "runs.db") as made:
-        yield made
+    async with SQLiteStore(tmp_path / "runs.db") as instance:
+        yield instance
 
 
 @pytest.mark.core

@@ -281,7 +281,7 @@ def test_every_view_names_the_type(any_url, stroma, inside, monkeypatch):
     assert "BadDate: bad date" in inside("tail", "x").out
     for kind in ("otlp", "html"):
         assert "BadDate: bad date" in inside("export", "x", "--format", kind).out, kind
-    told = json.loads(inside("show", "x", "--json").out)
-    first = told["attempts"][0]
+    report = json.loads(inside("show", "x", "--json").out)
+    first = report["attempts"][0]
     assert (first["error_type"], first["message"]) == ("BadDate", "bad date")
-    assert told["run"]["cause"]["error_type"] == "ConnectionResetError"
+    assert report["run"]["cause"]["error_type"] == "ConnectionResetError"

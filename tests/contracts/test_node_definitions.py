@@ -1,11 +1,10 @@
 """What a node may be, and what is refused when it is defined."""
 
-from functools import partial
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
-from tests.kit import NEVER, Num, node
+from tests.kit import Num, node, quick_without_retries, same
 
 from stroma import (
     ExecutionBudget,
@@ -13,7 +12,6 @@ from stroma import (
     NodeContract,
     ReliabilityContext,
     RunConfig,
-    StromaRunner,
     current_node,
     execute_step,
     map_over,
@@ -38,16 +36,9 @@ def test_a_misspelt_setting_is_refused(kind: Any, misspelt: dict[str, Any]) -> N
     assert list(misspelt)[-1] in str(raised.value)
 
 
-quick_without_retries = partial(StromaRunner.quick, policy_map=NEVER)
-
-
 def context(**config: Any) -> ReliabilityContext:
     runner = quick_without_retries(**config)
     return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
-
-
-async def same(state: BaseModel) -> Any:
-    return state
 
 
 def test_a_function_that_was_marked_by_hand_is_looked_at_once() -> None:

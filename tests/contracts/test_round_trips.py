@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -32,12 +31,11 @@ from pydantic import (
     model_validator,
 )
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, Num, node
+from tests.kit import Num, node, quick_without_retries, same
 
 from stroma import (
     FailureClass,
     RunStatus,
-    StromaRunner,
 )
 from stroma.contracts import NotSerialisable
 from stroma.contracts.schema import schema_of
@@ -77,10 +75,10 @@ CONTAINERS = [
 def test_containers_under_any_come_back_as_they_were(value: Any) -> None:
     """A container under Any comes back as one of its type with contents of theirs."""
     schema = schema_of(Loose)
-    found = schema.decode(schema.encode(Loose(anything=value))).anything  # type: ignore[attr-defined]
-    assert found == value
-    assert type(found) is type(value)
-    assert repr(found) == repr(value) or isinstance(value, (set, frozenset))
+    result = schema.decode(schema.encode(Loose(anything=value))).anything  # type: ignore[attr-defined]
+    assert result == value
+    assert type(result) is type(value)
+    assert repr(result) == repr(value) or isinstance(value, (set, frozenset))
 
 
 @pytest.mark.slow
@@ -106,13 +104,6 @@ print(schema_of(Loose).encode(Loose(anything=[names, frozenset(names)])).hex())
         for seed in ("1", "2")
     }
     assert len(stored) == 1
-
-
-quick_without_retries = partial(StromaRunner.quick, policy_map=NEVER)
-
-
-async def same(state: BaseModel) -> Any:
-    return state
 
 
 class Loop(BaseModel):
@@ -156,12 +147,12 @@ async def test_dataclasses_that_do_more_than_hold_fields() -> None:
         doubling: Doubling
         counting: Counting
 
-    made: list[Any] = []
+    outputs: list[Any] = []
 
     async def func(state: Num) -> Any:
-        made.append(Holder(doubling=Doubling(2), counting=Counting(3)))
-        made[0].doubling.n = 7
-        return made[0]
+        outputs.append(Holder(doubling=Doubling(2), counting=Counting(3)))
+        outputs[0].doubling.n = 7
+        return outputs[0]
 
     result = await quick_without_retries().run(
         [node("a", func, output=Holder), node("b", same, Holder, Holder)], Num()
@@ -169,7 +160,7 @@ async def test_dataclasses_that_do_more_than_hold_fields() -> None:
     state = result.final_state
     assert isinstance(state, Holder), result.failure
     assert (state.doubling.n, state.doubling.twice, state.counting.n) == (7, 4, 3)
-    assert state.doubling is not made[0].doubling
+    assert state.doubling is not outputs[0].doubling
 
 
 class Text(str):
@@ -217,8 +208,8 @@ def test_an_aliased_class_comes_back_though_it_would_refuse_itself() -> None:
             return self
 
     schema = schema_of(Sender)
-    made = schema.validate({"N": 1})
-    assert schema.decode(schema.encode(made)) == made
+    instance = schema.validate({"N": 1})
+    assert schema.decode(schema.encode(instance)) == instance
 
 
 def test_basemodel_itself_is_no_schema() -> None:
@@ -371,13 +362,13 @@ async def test_what_comes_back_equals_what_was_stored(name: str, store: Any) -> 
     """A state comes back from the store as it was, or is refused with the name of its field; the trace can be read
     either way."""
     annotation, value, config = (KEPT | EITHER)[name]
-    made: Any = create_model(
+    instance: Any = create_model(
         "Made",
         __config__=ConfigDict(arbitrary_types_allowed=True, **config),
         value=(annotation, ...),
         deep=(list[int], []),
     )
-    state = made(value=value)
+    state = instance(value=value)
     broken = [True]
     calls: list[str] = []
 
@@ -385,14 +376,14 @@ async def test_what_comes_back_equals_what_was_stored(name: str, store: Any) -> 
         calls.append("a")
         return state
 
-    async def b(given: Any) -> Any:
+    async def b(argument: Any) -> Any:
         calls.append("b")
-        assert exactly(given) == exactly(state)
+        assert exactly(argument) == exactly(state)
         if broken[0]:
             raise PermissionError
-        return given
+        return argument
 
-    nodes = [node("a", a, output=made), node("b", b, made, made)]
+    nodes = [node("a", a, output=instance), node("b", b, instance, instance)]
     runner = quick_without_retries(store=store, run_id="x")
     first = await runner.run(nodes, Num())
     events = list(first.trace)

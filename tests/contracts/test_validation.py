@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-from functools import partial
 from typing import Any
 
 import pytest
@@ -13,14 +12,13 @@ from pydantic import (
     model_validator,
 )
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, Num, node, quick
+from tests.kit import NEVER, Num, node, quick, quick_without_retries, record_node_hooks
 
 from stroma import (
     ContractViolation,
     NodeContract,
     NodeHooks,
     RunStatus,
-    StromaRunner,
     current_node,
     map_over,
     parallel,
@@ -116,14 +114,11 @@ async def test_every_attempt_of_an_item_gets_a_pristine_input(item: Any) -> None
         raise ValueError
 
     func._stroma_node_id, func._stroma_contract = "a", None  # type: ignore[attr-defined]
-    given = Nested(items=[item])
-    await quick().run([map_over("items", func, into="out")], given)
+    value = Nested(items=[item])
+    await quick().run([map_over("items", func, into="out")], value)
     assert len(seen) == 3
     assert len(set(seen)) == 1
-    assert "spoilt" not in repr(given)
-
-
-quick_without_retries = partial(StromaRunner.quick, policy_map=NEVER)
+    assert "spoilt" not in repr(value)
 
 
 store = store_fixture("async-memory", "sqlite")
@@ -198,17 +193,6 @@ async def test_an_output_is_validated_once(model: type[BaseModel], raw: Any, usa
     assert [e.output_state for e in result.trace] == [once.model_dump()]
 
 
-def record_node_hooks(seen: list[str], name: str = "", **others: Any) -> NodeHooks:
-    def noting(event: str) -> Any:
-        async def hook(*_: Any) -> None:
-            seen.append(f"{name}{event[8:]}")
-
-        return hook
-
-    events = ("on_node_start", "on_node_success", "on_node_failure", "on_node_cancelled")
-    return NodeHooks(**{**{event: noting(event) for event in events}, **others})
-
-
 @pytest.mark.core
 async def test_a_violation_of_the_nodes_own_making_is_shown() -> None:
     """A ContractViolation that a node made, without what belongs to it, is a failure like any other, redacted too."""
@@ -247,8 +231,10 @@ async def test_a_validator_that_raises_no_validation_error_is_a_violation(
     async def func(state: Any) -> Any:
         return {"n": 5}
 
-    given, promised = (Refusing, Num) if at == "input" else (Num, Refusing)
-    contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=given, output_schema=promised)
+    argument, promised = (Refusing, Num) if at == "input" else (Num, Refusing)
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id="a", input_schema=argument, output_schema=promised
+    )
     seen: list[str] = []
 
     async def end(*_: Any) -> None:

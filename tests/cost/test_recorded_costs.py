@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from pydantic import (
     BaseModel,
 )
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, TWICE, Num, node, quick
+from tests.kit import TWICE, Num, node, quick, quick_without_retries, record_node_hooks
 
 from stroma import (
     AsyncInMemoryStore,
@@ -23,7 +22,6 @@ from stroma import (
     NodeUsage,
     ReliabilityContext,
     RunStatus,
-    StromaRunner,
     current_node,
     execute_step,
     parallel,
@@ -50,9 +48,6 @@ def test_a_million_small_costs_are_summed_exactly() -> None:
         tracker.spend(1, 0.001)
     assert tracker.total_tokens == 1_000_000
     assert tracker.total_cost_usd == 1e9 + 1000
-
-
-quick_without_retries = partial(StromaRunner.quick, policy_map=NEVER)
 
 
 def context(**config: Any) -> ReliabilityContext:
@@ -143,11 +138,11 @@ async def plus(state: Num) -> Any:
 
 async def test_prices_are_read_once_and_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """The price data is imported off the event loop, and asked once for each model."""
-    asked: list[tuple[str, bool]] = []
+    requests: list[tuple[str, bool]] = []
     find = data_snapshot.DataSnapshot.find_provider_model
 
     def read(self: Any, model: str, *more: Any) -> Any:
-        asked.append((model, threading.current_thread() is threading.main_thread()))
+        requests.append((model, threading.current_thread() is threading.main_thread()))
         return find(self, model, *more)
 
     async def func(state: Num) -> Any:
@@ -158,7 +153,7 @@ async def test_prices_are_read_once_and_off_the_event_loop(monkeypatch: pytest.M
     for _ in range(2):
         result = await quick().run([node("a", func), node("b", func)], Num())
         assert result.total_cost_usd == 10.0
-    assert asked == [("gpt-5", False)]
+    assert requests == [("gpt-5", False)]
 
 
 async def test_what_was_refused_for_its_price_is_not_bought_again() -> None:
@@ -267,17 +262,6 @@ async def test_reported_usage_shows_at_once() -> None:
     once = [(0, 0, None), (7, 0, "gpt-4o"), (11, 3, "gpt-4o-mini")]
     assert seen == once * 2
     assert result.total_tokens == 22
-
-
-def record_node_hooks(seen: list[str], name: str = "", **others: Any) -> NodeHooks:
-    def noting(event: str) -> Any:
-        async def hook(*_: Any) -> None:
-            seen.append(f"{name}{event[8:]}")
-
-        return hook
-
-    events = ("on_node_start", "on_node_success", "on_node_failure", "on_node_cancelled")
-    return NodeHooks(**{**{event: noting(event) for event in events}, **others})
 
 
 @pytest.mark.parametrize("limit", [0.1, 0.3, 0.7, 1.1], ids=str)

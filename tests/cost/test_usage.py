@@ -202,10 +202,10 @@ def test_any_data_is_a_usage_or_a_usage_error(response: Any) -> None:
 @pytest.mark.parametrize("kind", ["Classless", "Nameless"])
 async def test_a_response_that_will_not_be_looked_at_is_bad_usage(kind: str) -> None:
     """An object that raises whatever it is asked: its class, or its class's name. The output is kept."""
-    made = {"Classless": Classless, "Nameless": Nameless}[kind]
+    instance = {"Classless": Classless, "Nameless": Nameless}[kind]
     with pytest.raises(UsageError, match="carries no usage"):
-        usage_from(made())
-    runner, ask = node_of(lambda: ({"text": "kept"}, made()))
+        usage_from(instance())
+    runner, ask = node_of(lambda: ({"text": "kept"}, instance()))
     result = await runner.run([ask], Text())
     assert (result.status, result.failure and result.failure.reason) == (RunStatus.FAILED, "usage")
     assert next(iter(result.trace)).output_state == {"text": "kept"}
@@ -394,8 +394,8 @@ async def test_a_server_that_leaves_usage_out_stops_no_run_without_a_limit(
     ask = how(response, runner)
     result = await runner.run([ask, ask], Text())
     assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 0), result.failure
-    (said,) = [r.getMessage() for r in caplog.records if "counts as 0" in r.getMessage()]
-    assert said.startswith("node 'ask': a ")
+    (message,) = [r.getMessage() for r in caplog.records if "counts as 0" in r.getMessage()]
+    assert message.startswith("node 'ask': a ")
 
 
 @pytest.mark.core

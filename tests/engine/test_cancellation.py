@@ -2,20 +2,27 @@
 
 import asyncio
 import contextvars
-import dataclasses
 import gc
 import sys
 import types
-from collections.abc import Awaitable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 from tests.engine.event_log import Between, Journal
+from tests.engine.gated_journal import GatedJournal
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, Num, node, quick
+from tests.kit import (
+    Num,
+    node,
+    quick,
+    quick_without_retries,
+    record_hooks,
+    record_node_hooks,
+    same,
+    sleep_forever,
+)
 
 from stroma import (
     AsyncInMemoryStore,
@@ -26,64 +33,10 @@ from stroma import (
     RunStatus,
     SQLiteStore,
     StoreError,
-    StromaRunner,
     Suspend,
     current_node,
     execute_step,
 )
-from stroma.checkpoint import RunRequest, Session, StepCall
-from stroma.checkpoint.sessions import NullSession
-from stroma.contracts.schema import Schema
-from stroma.trace.events import AttemptRow
-
-
-class GatedJournal:
-    """A journal store whose commits wait for ``gate``, and which refuses them with ``error`` if there is one."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.inner = AsyncInMemoryStore()
-        self.save, self.load, self.delete = self.inner.save, self.inner.load, self.inner.delete
-        self.error = error
-        self.late: list[Exception] = []  # with which the next commits are refused once the gate is open
-        self.tries = 0
-        self.waiting = asyncio.Event()
-        self.gate = asyncio.Event()
-
-    def open_run(self, request: RunRequest) -> Session:
-        store, session = self, self.inner.open_run(request)
-
-        class Held(NullSession):
-            execution, continued = session.execution, session.continued
-            finished, abandon = session.finished, session.abandon
-            restored, prior = session.restored, session.prior
-            address, epoch, charges = session.address, session.epoch, session.charges
-            places, tried, note_call = session.places, session.tried, session.note_call
-
-            def record(
-                self,
-                row: AttemptRow,
-                schema: Schema | None,
-                output: BaseModel | None,
-                call: StepCall | None = None,
-            ) -> Awaitable[None] | None:
-                if output is None:
-                    return session.record(row, schema, output, call)
-                return self.commit(row, schema, output)
-
-            async def commit(self, row: AttemptRow, schema: Schema | None, output: BaseModel) -> None:
-                store.tries += 1
-                store.waiting.set()
-                if store.error is not None:
-                    raise store.error
-                await store.gate.wait()
-                if store.late:
-                    raise store.late.pop()
-                session.record(row, schema, output, None)
-
-            def end(self, status: str, error: str | None) -> Awaitable[None] | None:
-                return session.end(status, error)
-
-        return Held()
 
 
 @pytest.mark.core
@@ -184,35 +137,13 @@ async def test_a_cancelled_attempt_is_no_failure() -> None:
     assert result.trace.failures() == []
 
 
-quick_without_retries = partial(StromaRunner.quick, policy_map=NEVER)
-
-
 def context(**config: Any) -> ReliabilityContext:
     runner = quick_without_retries(**config)
     return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
 
 
-def record_hooks(seen: list[str]) -> NodeHooks:
-    def noting(event: str) -> Any:
-        async def hook(run_id: str, what: Any, *_: Any) -> None:
-            seen.append(f"{event[8:]} {what}" if event.startswith("on_node") else event[3:])
-
-        return hook
-
-    names = [field.name for field in dataclasses.fields(NodeHooks) if field.name != "on_budget_warning"]
-    return NodeHooks(**{name: noting(name) for name in names})
-
-
-async def same(state: BaseModel) -> Any:
-    return state
-
-
 async def fail(state: BaseModel) -> Any:
     raise ConnectionError("down")
-
-
-async def sleep_forever(*_: Any) -> Any:
-    await asyncio.sleep(30)
 
 
 @pytest.mark.core
@@ -356,7 +287,7 @@ async def test_a_cancelled_run_is_recorded_as_cancelled(tmp_path: Path) -> None:
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
         await run
-    assert [kept.status for kept in store.list_runs()] == ["CANCELLED"]
+    assert [entry.status for entry in store.list_runs()] == ["CANCELLED"]
 
 
 class One(BaseModel):
@@ -431,17 +362,6 @@ async def test_a_cancelled_run_raises_cancelled_error(store: Any) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert task.cancelled()
-
-
-def record_node_hooks(seen: list[str], name: str = "", **others: Any) -> NodeHooks:
-    def noting(event: str) -> Any:
-        async def hook(*_: Any) -> None:
-            seen.append(f"{name}{event[8:]}")
-
-        return hook
-
-    events = ("on_node_start", "on_node_success", "on_node_failure", "on_node_cancelled")
-    return NodeHooks(**{**{event: noting(event) for event in events}, **others})
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit], ids=lambda e: e.__name__)

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from pydantic import (
     create_model,
 )
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, Num, bare, node, quick
+from tests.kit import NEVER, Num, bare, node, quick, quick_without_retries, same, sleep_forever
 
 from stroma import (
     AsyncInMemoryStore,
@@ -24,7 +23,6 @@ from stroma import (
     RunStatus,
     SQLiteStore,
     StoreError,
-    StromaRunner,
     map_over,
     parallel,
 )
@@ -57,19 +55,8 @@ class Other(BaseModel):
     m: int = 0
 
 
-quick_without_retries = partial(StromaRunner.quick, policy_map=NEVER)
-
-
-async def same(state: BaseModel) -> Any:
-    return state
-
-
 async def fail(state: BaseModel) -> Any:
     raise ConnectionError("down")
-
-
-async def sleep_forever(*_: Any) -> Any:
-    await asyncio.sleep(30)
 
 
 @pytest.mark.core
@@ -100,9 +87,9 @@ async def test_a_run_whose_input_no_longer_fits_is_not_recovered(tmp_path: Path)
     async with SQLiteStore(tmp_path / "runs.db") as store:
         for name, func in (("r", sleep_forever), ("s", sleep_forever)):
             runner = quick_without_retries(store=store)
-            given: BaseModel = Num(n=1) if name == "r" else Other(m=1)
-            first = node("a", func, type(given))
-            task = asyncio.create_task(runner.run(Pipeline("p", [first]), given, run_id=name))
+            value: BaseModel = Num(n=1) if name == "r" else Other(m=1)
+            first = node("a", func, type(value))
+            task = asyncio.create_task(runner.run(Pipeline("p", [first]), value, run_id=name))
             await asyncio.sleep(0.05)
             await runner.shutdown(drain_seconds=0)
             await task

@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,11 +11,9 @@ from pydantic import (
     BaseModel,
     TypeAdapter,
 )
-from tests.kit import NEVER, Num, node
+from tests.kit import Num, node, quick_without_retries
 
 from stroma import ExecutionBudget, FallbackPolicy, StromaRunner
-
-quick_without_retries = partial(StromaRunner.quick, policy_map=NEVER)
 
 
 @pytest.mark.core
@@ -79,8 +76,8 @@ READERS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "indented json": (lambda ctx: json.loads(json.dumps(ctx, indent=1, sort_keys=True)), FULL),
     "dict": (dict, FULL),
     "**": (lambda ctx: {**ctx}, FULL),
-    "keywords": (lambda ctx: (lambda **given: given)(**ctx), FULL),
-    "update": (lambda ctx: (made := {}, made.update(ctx))[0], FULL),
+    "keywords": (lambda ctx: (lambda **mapping: mapping)(**ctx), FULL),
+    "update": (lambda ctx: (copied := {}, copied.update(ctx))[0], FULL),
     "|": (lambda ctx: {} | ctx, FULL),
     "copy": (copy.copy, FULL),
     ".copy": (lambda ctx: ctx.copy(), FULL),
@@ -117,13 +114,13 @@ async def test_writes_reach_the_users_dict_and_copies_are_apart(make: Callable[[
     own: dict[str, Any] = {"user": "u", "old": 1}
 
     def write(ctx: Any) -> Any:
-        made = make(ctx)
-        made["lost"] = 1
+        copied = make(ctx)
+        copied["lost"] = 1
         ctx["kept"] = [1]
         del ctx["old"]
         ctx.setdefault("more", 2)
         assert ctx.pop("user") == "u"
-        return type(made), json.loads(json.dumps(ctx)), TypeAdapter(dict[str, Any]).validate_python(ctx)
+        return type(copied), json.loads(json.dumps(ctx)), TypeAdapter(dict[str, Any]).validate_python(ctx)
 
     runner = quick_without_retries(budget=ExecutionBudget(max_cost_usd=1), context=own).with_model_fallback(
         "gpt-4o", to="small", at_budget_pct=0

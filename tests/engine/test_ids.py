@@ -3,15 +3,14 @@
 import copy
 import sys
 import threading
-from functools import partial
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, TWICE, Num, node, quick
+from tests.kit import TWICE, Num, node, quick, quick_without_retries
 
-from stroma import NodeHooks, Pipeline, RunConfig, RunStatus, StromaRunner, current_node, parallel
+from stroma import NodeHooks, Pipeline, RunConfig, RunStatus, current_node, parallel
 
 
 async def test_a_copy_of_a_config_takes_the_same_generated_id() -> None:
@@ -53,9 +52,6 @@ async def test_a_bare_list_goes_by_the_name_in_the_config() -> None:
 
 class One(BaseModel):
     a: int = 0
-
-
-quick_without_retries = partial(StromaRunner.quick, policy_map=NEVER)
 
 
 store = store_fixture("async-memory", "sqlite")

@@ -1,7 +1,6 @@
 """Runs inside of nodes: their errors and deadlines, as the outer run sees them."""
 
 import asyncio
-from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from pydantic import (
     BaseModel,
 )
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, TWICE, Num, node, quick
+from tests.kit import TWICE, Num, node, quick, quick_without_retries
 
 from stroma import (
     BudgetExceeded,
@@ -23,7 +22,6 @@ from stroma import (
     RunStatus,
     SQLiteStore,
     StoreError,
-    StromaRunner,
     parallel,
 )
 from stroma.hooks.dispatch import HookNotAsync
@@ -94,9 +92,6 @@ class One(BaseModel):
     a: int = 0
 
 
-quick_without_retries = partial(StromaRunner.quick, policy_map=NEVER)
-
-
 async def forever() -> None:
     await asyncio.Event().wait()
 
@@ -144,7 +139,7 @@ async def test_errors_of_a_run_within_a_node_are_failures_like_any_other(
     inner: Any, error: type[Exception], kind: FailureClass, budget: int | None, in_group: bool, store: Any
 ) -> None:
     """What a run or a store of the node's own raises is that node's failure: classified, retried, and it may recover."""
-    asked: list[type[BaseException]] = []
+    requests: list[type[BaseException]] = []
     calls: list[int] = []
     recover_at = [99]
 
@@ -155,7 +150,7 @@ async def test_errors_of_a_run_within_a_node_are_failures_like_any_other(
         return {"a": 1}
 
     def look(exc: Exception, _: NodeContext) -> None:
-        asked.append(type(exc))
+        requests.append(type(exc))
 
     outer_node: Any = node("outer", outer, output=One)
     nodes = [parallel(outer_node)] if in_group else [outer_node]
@@ -167,8 +162,8 @@ async def test_errors_of_a_run_within_a_node_are_failures_like_any_other(
     assert isinstance(result.failure.exception, error)
     assert result.failure.failure_class is kind
     assert len(calls) == 3
-    assert len(asked) == 3
-    assert all(issubclass(a, error) for a in asked)
+    assert len(requests) == 3
+    assert all(issubclass(a, error) for a in requests)
     assert [e.failure for e in result.trace.walk() if e.node_id == "outer"] == [kind] * 3
 
     calls.clear()

@@ -1,79 +1,31 @@
 """Errors of stores: which are retried, which end the run, and what they cannot undo."""
 
 import asyncio
-import dataclasses
 import threading
-from collections.abc import Awaitable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 from tests.engine.event_log import Between, Journal
-from tests.kit import NEVER, ONCE, Num, node, quick
+from tests.engine.gated_journal import GatedJournal
+from tests.kit import (
+    ONCE,
+    Num,
+    node,
+    quick,
+    quick_without_retries,
+    record_hooks,
+    record_node_hooks,
+    same,
+)
 
 from stroma import (
-    AsyncInMemoryStore,
     NodeHooks,
     RunStatus,
     SQLiteStore,
     StoreError,
-    StromaRunner,
 )
-from stroma.checkpoint import RunRequest, Session, StepCall
-from stroma.checkpoint.sessions import NullSession
-from stroma.contracts.schema import Schema
-from stroma.trace.events import AttemptRow
-
-
-class GatedJournal:
-    """A journal store whose commits wait for ``gate``, and which refuses them with ``error`` if there is one."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.inner = AsyncInMemoryStore()
-        self.save, self.load, self.delete = self.inner.save, self.inner.load, self.inner.delete
-        self.error = error
-        self.late: list[Exception] = []  # with which the next commits are refused once the gate is open
-        self.tries = 0
-        self.waiting = asyncio.Event()
-        self.gate = asyncio.Event()
-
-    def open_run(self, request: RunRequest) -> Session:
-        store, session = self, self.inner.open_run(request)
-
-        class Held(NullSession):
-            execution, continued = session.execution, session.continued
-            finished, abandon = session.finished, session.abandon
-            restored, prior = session.restored, session.prior
-            address, epoch, charges = session.address, session.epoch, session.charges
-            places, tried, note_call = session.places, session.tried, session.note_call
-
-            def record(
-                self,
-                row: AttemptRow,
-                schema: Schema | None,
-                output: BaseModel | None,
-                call: StepCall | None = None,
-            ) -> Awaitable[None] | None:
-                if output is None:
-                    return session.record(row, schema, output, call)
-                return self.commit(row, schema, output)
-
-            async def commit(self, row: AttemptRow, schema: Schema | None, output: BaseModel) -> None:
-                store.tries += 1
-                store.waiting.set()
-                if store.error is not None:
-                    raise store.error
-                await store.gate.wait()
-                if store.late:
-                    raise store.late.pop()
-                session.record(row, schema, output, None)
-
-            def end(self, status: str, error: str | None) -> Awaitable[None] | None:
-                return session.end(status, error)
-
-        return Held()
 
 
 @pytest.mark.core
@@ -94,24 +46,6 @@ async def test_a_lasting_refusal_of_the_store_is_not_tried_again() -> None:
     assert (result.status, len(calls), store.tries) == (RunStatus.PARTIAL, 1, 1)
     assert result.failure is not None
     assert result.failure.message == "the file is gone"
-
-
-quick_without_retries = partial(StromaRunner.quick, policy_map=NEVER)
-
-
-def record_hooks(seen: list[str]) -> NodeHooks:
-    def noting(event: str) -> Any:
-        async def hook(run_id: str, what: Any, *_: Any) -> None:
-            seen.append(f"{event[8:]} {what}" if event.startswith("on_node") else event[3:])
-
-        return hook
-
-    names = [field.name for field in dataclasses.fields(NodeHooks) if field.name != "on_budget_warning"]
-    return NodeHooks(**{name: noting(name) for name in names})
-
-
-async def same(state: BaseModel) -> Any:
-    return state
 
 
 async def fail(state: BaseModel) -> Any:
@@ -160,31 +94,20 @@ async def test_what_a_store_without_a_journal_cannot_do() -> None:
 @pytest.mark.core
 async def test_a_store_that_cannot_be_opened_is_an_error_of_run(tmp_path: Path) -> None:
     """A store that cannot be opened comes out of run() as a StoreError: no node is called, no hook is told."""
-    told: list[str] = []
+    events: list[str] = []
 
     async def tell(*_: Any) -> None:
-        told.append("hook")
+        events.append("hook")
 
     async def func(state: Num) -> Any:
-        told.append("node")
+        events.append("node")
         return state
 
     store = SQLiteStore(tmp_path)  # A directory.
     hooks = NodeHooks(on_run_start=tell, on_run_end=tell, on_node_start=tell)
     with pytest.raises(StoreError):
         await quick(store=store, hooks=hooks).run([node("a", func)], Num())
-    assert told == []
-
-
-def record_node_hooks(seen: list[str], name: str = "", **others: Any) -> NodeHooks:
-    def noting(event: str) -> Any:
-        async def hook(*_: Any) -> None:
-            seen.append(f"{name}{event[8:]}")
-
-        return hook
-
-    events = ("on_node_start", "on_node_success", "on_node_failure", "on_node_cancelled")
-    return NodeHooks(**{**{event: noting(event) for event in events}, **others})
+    assert events == []
 
 
 class Loose(BaseModel):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import Any
 
 import pytest
-from tests.kit import NEVER, Num, node, quick, retry_policies
+from tests.kit import NEVER, Num, node, quick, quick_without_retries, retry_policies, sleep_forever
 
 from stroma import (
     BudgetExceeded,
@@ -127,13 +126,6 @@ async def test_the_time_of_hooks_counts_for_no_later_node() -> None:
     runner = quick(hooks=NodeHooks(on_node_success=hook), budget=ExecutionBudget(max_latency_ms=50))
     result = await runner.run([node("a", func), node("b", func)], Num())
     assert (result.status, result.final_state) == (RunStatus.COMPLETED, Num(n=2))
-
-
-quick_without_retries = partial(StromaRunner.quick, policy_map=NEVER)
-
-
-async def sleep_forever(*_: Any) -> Any:
-    await asyncio.sleep(30)
 
 
 @pytest.mark.core

@@ -79,9 +79,9 @@ async def test_a_classifier_that_raises_is_named(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING, logger="stroma"):
         result = await StromaRunner.quick(classifiers=[bad_classifier]).run([node("fails", fail)], Num())
     assert result.status != "COMPLETED"
-    (said, *_) = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
-    assert "bad_classifier" in said
-    assert "'fails'" in said
+    (text, *_) = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
+    assert "bad_classifier" in text
+    assert "'fails'" in text
 
 
 def test_a_suspension_says_what_it_waits_for() -> None:

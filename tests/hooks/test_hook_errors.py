@@ -6,14 +6,10 @@ import asyncio
 import dataclasses
 import logging
 import types
-from functools import partial
 from typing import Any
 
 import pytest
-from pydantic import (
-    BaseModel,
-)
-from tests.kit import NEVER, Num, node, quick
+from tests.kit import Num, node, quick, quick_without_retries, record_hooks, record_node_hooks, same
 
 from stroma import (
     CheckpointNotFound,
@@ -53,24 +49,6 @@ async def test_only_sets_that_saw_the_start_see_the_end() -> None:
     with pytest.raises(TypeError, match="on_node_start"):
         await quick(hooks=sets).run([node("a", func)], Num())
     assert seen == ["first start", "first cancelled"]
-
-
-quick_without_retries = partial(StromaRunner.quick, policy_map=NEVER)
-
-
-def record_hooks(seen: list[str]) -> NodeHooks:
-    def noting(event: str) -> Any:
-        async def hook(run_id: str, what: Any, *_: Any) -> None:
-            seen.append(f"{event[8:]} {what}" if event.startswith("on_node") else event[3:])
-
-        return hook
-
-    names = [field.name for field in dataclasses.fields(NodeHooks) if field.name != "on_budget_warning"]
-    return NodeHooks(**{name: noting(name) for name in names})
-
-
-async def same(state: BaseModel) -> Any:
-    return state
 
 
 async def test_no_hooks_may_be_said_with_none() -> None:
@@ -138,9 +116,9 @@ def test_a_set_without_hooks_has_none() -> None:
 def test_only_hooks_that_are_there_are_asked() -> None:
     """What no set has is nothing to call, event by event."""
     hooks = Hooks((), run_id="run", limit_seconds=None, failures=[])
-    found = {name: getattr(hooks, name) for name in dir(Hooks) if name.startswith("on_")}
-    assert found
-    assert {value for name, value in found.items()} == {None}
+    findings = {name: getattr(hooks, name) for name in dir(Hooks) if name.startswith("on_")}
+    assert findings
+    assert {value for name, value in findings.items()} == {None}
 
 
 async def test_a_hook_of_a_run_that_is_not_async_is_named_without_a_node() -> None:
@@ -177,12 +155,12 @@ async def test_a_hook_of_a_run_that_is_closed(raises: bool, caplog: pytest.LogCa
         while not began.is_set():
             next(step)
         run.close()
-    (said,) = [record for record in caplog.records if "on_node_cancelled" in record.getMessage()]
-    assert said.run_id == "closed"  # type: ignore[attr-defined]
-    assert "cancelled" in said.getMessage().split("(", 1)[1]
-    assert ("the run goes on" in said.getMessage()) is raises
-    assert ("was cut short" in said.getMessage()) is not raises
-    assert (said.exc_info is not None) is raises
+    (error,) = [record for record in caplog.records if "on_node_cancelled" in record.getMessage()]
+    assert error.run_id == "closed"  # type: ignore[attr-defined]
+    assert "cancelled" in error.getMessage().split("(", 1)[1]
+    assert ("the run goes on" in error.getMessage()) is raises
+    assert ("was cut short" in error.getMessage()) is not raises
+    assert (error.exc_info is not None) is raises
 
 
 async def plus(state: Num) -> Any:
@@ -214,17 +192,6 @@ async def test_run_end_fires_when_the_resume_target_has_no_checkpoint() -> None:
     with pytest.raises(CheckpointNotFound):
         await quick(hooks=hooks, resume_from="b").run([node("a", plus), node("b", plus)], Num())
     assert seen == ["start", RunStatus.INTERRUPTED]
-
-
-def record_node_hooks(seen: list[str], name: str = "", **others: Any) -> NodeHooks:
-    def noting(event: str) -> Any:
-        async def hook(*_: Any) -> None:
-            seen.append(f"{name}{event[8:]}")
-
-        return hook
-
-    events = ("on_node_start", "on_node_success", "on_node_failure", "on_node_cancelled")
-    return NodeHooks(**{**{event: noting(event) for event in events}, **others})
 
 
 @pytest.mark.parametrize("event", ["on_node_start", "on_node_success"])

@@ -24,8 +24,8 @@ def marks_of(path: Path) -> Iterator[tuple[str, set[str]]]:
         for node in body:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 continue
-            found = re.findall(r"pytest\.mark\.(\w+)", " ".join(map(ast.unparse, node.decorator_list)))
-            marks = outer | set(found)
+            result = re.findall(r"pytest\.mark\.(\w+)", " ".join(map(ast.unparse, node.decorator_list)))
+            marks = outer | set(result)
             if isinstance(node, ast.ClassDef):
                 yield from walk(node.body, marks)
             elif node.name.startswith("test"):

@@ -2,8 +2,6 @@
 
 import asyncio
 import collections
-import dataclasses
-from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +9,19 @@ from pydantic import (
     BaseModel,
 )
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, TWICE, Num, bare, node, quick
+from tests.kit import (
+    NEVER,
+    ONCE,
+    TWICE,
+    Num,
+    bare,
+    node,
+    quick,
+    quick_without_retries,
+    record_hooks,
+    record_node_hooks,
+    same,
+)
 
 from stroma import (
     AsyncInMemoryStore,
@@ -25,7 +35,6 @@ from stroma import (
     ReliabilityContext,
     RunConfig,
     RunStatus,
-    StromaRunner,
     current_node,
     execute_step,
     parallel,
@@ -82,24 +91,6 @@ async def test_a_failing_child_ends_its_siblings() -> None:
 
 class Other(BaseModel):
     m: int = 0
-
-
-quick_without_retries = partial(StromaRunner.quick, policy_map=NEVER)
-
-
-def record_hooks(seen: list[str]) -> NodeHooks:
-    def noting(event: str) -> Any:
-        async def hook(run_id: str, what: Any, *_: Any) -> None:
-            seen.append(f"{event[8:]} {what}" if event.startswith("on_node") else event[3:])
-
-        return hook
-
-    names = [field.name for field in dataclasses.fields(NodeHooks) if field.name != "on_budget_warning"]
-    return NodeHooks(**{name: noting(name) for name in names})
-
-
-async def same(state: BaseModel) -> Any:
-    return state
 
 
 @pytest.mark.core
@@ -334,14 +325,14 @@ async def test_many_steps_of_one_context_at_once(store: Any) -> None:
 async def test_a_crossed_budget_comes_before_a_siblings_failure() -> None:
     """Once a child has crossed the budget, a sibling that fails afterwards cancels nobody: children in flight finish,
     and the run stops as PARTIAL for its budget."""
-    kept = InMemoryStore()
-    crossed, broken, begun = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    entry = InMemoryStore()
+    crossed, broken, started = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     class Refused(Exception):
         status_code = 401
 
     async def over(state: Num) -> Any:
-        await begun.wait()
+        await started.wait()
         return {"a": 1}, 100
 
     async def bad(state: Num) -> Any:
@@ -349,7 +340,7 @@ async def test_a_crossed_budget_comes_before_a_siblings_failure() -> None:
         raise Refused("bad key")
 
     async def slow(state: Num) -> Any:
-        begun.set()
+        started.set()
         await broken.wait()
         for _ in range(20):  # Time enough for a cancellation to arrive.
             await asyncio.sleep(0)
@@ -362,7 +353,7 @@ async def test_a_crossed_budget_comes_before_a_siblings_failure() -> None:
         node("over", over, output=One), node("bad", bad, output=Two), node("slow", slow, output=Three)
     )
     result = await quick_without_retries(
-        store=kept,
+        store=entry,
         run_id="r",
         budget=ExecutionBudget(max_tokens_total=10),
         hooks=NodeHooks(on_node_failure=failure),
@@ -371,21 +362,10 @@ async def test_a_crossed_budget_comes_before_a_siblings_failure() -> None:
     assert result.failure is not None
     assert isinstance(result.failure.exception, BudgetExceeded)
     assert result.failure.exception.node_id == "over"
-    assert kept.load("r", "over") == One(a=1)
-    assert kept.load("r", "slow") == Three(c=1)
+    assert entry.load("r", "over") == One(a=1)
+    assert entry.load("r", "slow") == Three(c=1)
     (event,) = result.trace
     assert {e.node_id: e.failure for e in event.children} == {"over": R, "bad": T, "slow": R}
-
-
-def record_node_hooks(seen: list[str], name: str = "", **others: Any) -> NodeHooks:
-    def noting(event: str) -> Any:
-        async def hook(*_: Any) -> None:
-            seen.append(f"{name}{event[8:]}")
-
-        return hook
-
-    events = ("on_node_start", "on_node_success", "on_node_failure", "on_node_cancelled")
-    return NodeHooks(**{**{event: noting(event) for event in events}, **others})
 
 
 async def test_a_childs_own_budget_error_cancels_its_siblings() -> None:
@@ -423,17 +403,17 @@ async def test_a_group_is_tried_again_after_a_childs_own_budget_error() -> None:
 async def test_siblings_of_a_failed_attempt_over_the_limit_finish() -> None:
     """Children in flight finish and commit when a limit is crossed, also if the attempt that crossed it failed."""
     store = AsyncInMemoryStore()
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     async def fails(state: Num) -> Any:
-        await begun.wait()
+        await started.wait()
         run = current_node()
         assert run is not None
         run.report_usage(input_tokens=100)
         raise ValueError("and over the limit")
 
     async def goes_on(state: Num) -> Any:
-        begun.set()
+        started.set()
         for _ in range(20):
             await asyncio.sleep(0)
         return {"n": 7}, 1

@@ -51,10 +51,10 @@ def test_diff_tells_apart_what_python_takes_for_equal(one: Any, other: Any) -> N
     """1, 1.0 and True are equal to Python and not to whoever reads the states."""
 
     def trace(value: Any) -> ExecutionTrace:
-        made = ExecutionTrace()
+        outputs = ExecutionTrace()
         now = datetime(2026, 1, 1, tzinfo=UTC)
-        made.append(TraceEvent("a", "r", 1, now, {"value": value}, {}, 0))
-        return made
+        outputs.append(TraceEvent("a", "r", 1, now, {"value": value}, {}, 0))
+        return outputs
 
     assert trace(one).diff(trace(one)) == []
     assert len(trace(one).diff(trace(other))) == 1
@@ -141,7 +141,7 @@ async def test_every_record_carries_the_run_id(caplog: pytest.LogCaptureFixture)
     hooks = NodeHooks(on_node_start=raising, on_node_success=blocking)
     runner = quick(store=Stubborn(), hooks=hooks, hook_timeout_ms=5, classifiers=[lying], run_id="r")
     assert (await runner.run([node("a", func)], Num())).status is RunStatus.COMPLETED
-    said = "\n".join(record.getMessage() for record in caplog.records if record.name == "stroma")
+    text = "\n".join(record.getMessage() for record in caplog.records if record.name == "stroma")
     for part in (
         "classifier",
         "failed at attempt 1",
@@ -152,7 +152,7 @@ async def test_every_record_carries_the_run_id(caplog: pytest.LogCaptureFixture)
         "refused",
         "ended",
     ):
-        assert part in said
+        assert part in text
     ours = [record for record in caplog.records if record.name.startswith("stroma")]
     assert {(record.name, getattr(record, "run_id", None)) for record in ours} == {("stroma", "r")}
 

@@ -238,8 +238,8 @@ def test_no_text_is_ever_markup(one: str, two: str, three: str, state: Any) -> N
         return check_page(text).tags
 
     plain = story("a", "b", "c", None)
-    made = story(one or "x", two or "x", three or "x", None)
-    assert shape(document(made)) == shape(document(plain))
+    instance = story(one or "x", two or "x", three or "x", None)
+    assert shape(document(instance)) == shape(document(plain))
     check_page(document(story(one, two, three, state)))
     check_page(fragment(story(one, two, three, state)))
 
@@ -306,10 +306,10 @@ def test_idle_time_folds() -> None:
     assert idle_ms(bars) == 60_000 + 3_938_000
 
     def drawn(**how: bool) -> list[tuple[float, float]]:
-        found = re.findall(
+        result = re.findall(
             r'<rect class="b-(?!wait)[^"]*" x="([\d.]+)" y="2" width="([\d.]+)"', gantt(bars, **how)
         )
-        return [(float(x), float(width)) for x, width in found]
+        return [(float(x), float(width)) for x, width in result]
 
     assert [width for _, width in drawn()] == [6.0] * 4
     first, second, third, last = drawn(fold_idle=True)

@@ -48,7 +48,7 @@ def test_events_that_only_one_of_them_has() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "text"),
     [
         ({"given": {"a": 2}}, "input_state {'a': 1} != {'a': 2}"),
         ({"made": {"b": True}}, "output_state {'b': 2} != {'b': True}"),
@@ -66,10 +66,10 @@ def test_events_that_only_one_of_them_has() -> None:
         ),
     ],
 )
-def test_what_is_different_of_an_event(change: dict[str, Any], said: str) -> None:
+def test_what_is_different_of_an_event(change: dict[str, Any], text: str) -> None:
     """Every field with both values, in one line."""
     assert trace(row(attempt=2)).diff(trace(row(attempt=2, **change))) == [
-        f"Difference for node attempt 2: {said}"
+        f"Difference for node attempt 2: {text}"
     ]
 
 
@@ -284,10 +284,10 @@ def test_what_redact_leaves_may_stand_in_messages() -> None:
 
 def test_redact_is_asked_of_states_and_messages_alone() -> None:
     """A state that is not there is shown to nobody: it stays None."""
-    asked: list[dict[str, Any]] = []
+    requests: list[dict[str, Any]] = []
 
     def redact(state: dict[str, Any]) -> dict[str, Any]:
-        asked.append(state)
+        requests.append(state)
         return dict.fromkeys(state, "hidden")
 
     (drawn,) = trace(failed(given={"a": "long enough"}))._story(redact).bars
@@ -296,7 +296,7 @@ def test_redact_is_asked_of_states_and_messages_alone() -> None:
         None,
         "OSError: hidden",
     )
-    assert [state for state in asked if state not in ({"a": "long enough"}, {"message": "it broke"})] == []
+    assert [state for state in requests if state not in ({"a": "long enough"}, {"message": "it broke"})] == []
 
 
 def test_what_a_failed_attempt_said_is_told_without_what_its_states_hide() -> None:

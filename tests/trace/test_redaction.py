@@ -14,7 +14,7 @@ from pydantic import (
     SecretBytes,
     SecretStr,
 )
-from tests.kit import Num, quick
+from tests.kit import Num, quick, record_node_hooks
 
 from stroma import (
     NodeContract,
@@ -108,17 +108,6 @@ async def test_what_the_end_of_a_run_shows_is_redacted() -> None:
     assert "secret" in str(result.failure.exception.raw)  # type: ignore[union-attr, attr-defined]
 
 
-def record_node_hooks(seen: list[str], name: str = "", **others: Any) -> NodeHooks:
-    def noting(event: str) -> Any:
-        async def hook(*_: Any) -> None:
-            seen.append(f"{name}{event[8:]}")
-
-        return hook
-
-    events = ("on_node_start", "on_node_success", "on_node_failure", "on_node_cancelled")
-    return NodeHooks(**{**{event: noting(event) for event in events}, **others})
-
-
 class Pair(RootModel[list[int]]):
     pass
 
@@ -171,8 +160,10 @@ async def test_whatever_redact_makes_every_hook_is_called(redact: Any, root: boo
     assert "7" not in repr(shown[0])
 
 
-@pytest.mark.parametrize(("made", "root"), [({"root": "***"}, "***"), ({"hidden": True}, {"hidden": True})])
-async def test_redact_of_a_root_model(made: dict[str, Any], root: Any) -> None:
+@pytest.mark.parametrize(
+    ("instance", "root"), [({"root": "***"}, "***"), ({"hidden": True}, {"hidden": True})]
+)
+async def test_redact_of_a_root_model(instance: dict[str, Any], root: Any) -> None:
     """on_run_end gets what redact made of a root model's state, whether under the key "root" or without it."""
     shown: list[Any] = []
 
@@ -183,6 +174,6 @@ async def test_redact_of_a_root_model(made: dict[str, Any], root: Any) -> None:
         return state
 
     contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=Pair, output_schema=Pair)
-    runner = quick(hooks=NodeHooks(on_run_end=end), redact=lambda _: made)
+    runner = quick(hooks=NodeHooks(on_run_end=end), redact=lambda _: instance)
     await runner.run([stroma_node("a", contract)(same)], Pair([7]))
     assert shown == [root]

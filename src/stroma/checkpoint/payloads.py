@@ -208,13 +208,16 @@ class Payloads:
     """Seals payloads before they are stored, and opens stored payloads.
 
     Sealing encodes a payload with the codec, and replaces a large one by a reference to its blob.
+
+    Args:
+        blob_bytes: size from which payloads are stored as blobs.
+        plain_until_migrated: also read payloads that were stored before the store had a codec.
     """
 
     def __init__(
         self, codec: Codec | None = None, blobs: BlobStore | str | os.PathLike[str] | None = None,
         blob_bytes: int = 1_000_000, plain_until_migrated: bool = False,
     ) -> None:  # fmt: skip
-        """``plain_until_migrated``: also read payloads that were stored before the store had a codec."""
         if codec is not None and not isinstance(codec, Codec):
             raise TypeError(f"codec must be an object with encode(bytes) and decode(bytes), got {codec!r}")
         if blob_bytes < 1:

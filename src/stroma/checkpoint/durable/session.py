@@ -55,6 +55,9 @@ class DurableSession:
     """One execution of a run, owned by this process until it ends, or until another process takes it over.
 
     Attributes: see :class:`stroma.checkpoint.protocols.Session`.
+
+    Args:
+        decrypted: payloads that were decrypted before, by place and checksum of the stored form.
     """
 
     __slots__ = (
@@ -107,7 +110,6 @@ class DurableSession:
         decrypted: Mapping[tuple[PayloadPlace, bytes], bytes] | None = None,
         address: str = "",
     ) -> None:
-        """``decrypted``: payloads that were decrypted before, by place and checksum of the stored form."""
         self.run_id, self.address = run_id, address
         self._payloads = payloads
         self._decrypted = decrypted or {}
