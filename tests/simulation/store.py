@@ -454,14 +454,14 @@ class SimulatedRenewals:
     def add(self, token: str, lease_seconds: float, renew: Any) -> None:
         process = self._world.scheduler.current
         assert process is not None
-        findings = self._of.get(process)
-        if findings is None:
-            findings = self._of[process] = ReservationRenewer()
-            findings._running = True  # No thread of its own.
-        begin = not findings._held
-        findings.add(token, lease_seconds, renew)
+        renewer = self._of.get(process)
+        if renewer is None:
+            renewer = self._of[process] = ReservationRenewer()
+            renewer._running = True  # No thread of its own.
+        begin = not renewer._holds
+        renewer.add(token, lease_seconds, renew)
         if begin:
-            process.scheduler.after(lease_seconds / 3, process, partial(self._tick, process, findings))
+            process.scheduler.after(lease_seconds / 3, process, partial(self._tick, process, renewer))
 
     def remove(self, token: str) -> None:
         process = self._world.scheduler.current
