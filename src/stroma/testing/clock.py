@@ -25,6 +25,7 @@ from stroma.failures import providers as classifiers
 from stroma.hooks import dispatch
 from stroma.limits import breaker
 from stroma.runner import map as _map
+from stroma.runner import map_progress as _map_progress
 
 __all__ = ["FakeClock"]
 
@@ -150,7 +151,7 @@ class FakeClock:
             self._patch(module, "perf_counter_ns", self._ns)
         for module in (_admission, dispatch):
             self._patch(module, "perf_counter", self._perf_counter)
-        self._patch(_map, "monotonic", self._monotonic)
+        self._patch(_map_progress, "monotonic", self._monotonic)
         self._patch(context, "time_ns", self._time_ns)
         self._patch(_engine, "sleep", self._sleep)
         for module in (_attempt, _usage):
