@@ -32,7 +32,7 @@ ROOMS_BEGIN = "<!-- Rooms: written by docs/generate.py from the import contract.
 ROOMS_END = "<!-- End of rooms. -->"
 
 #: What makes an error without being its class.
-FACTORIES = {"lasting": "StoreError"}
+FACTORIES = {"permanent_error": "StoreError"}
 BUILT_IN = (
     "AttributeError",
     "FileNotFoundError",
