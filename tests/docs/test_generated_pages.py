@@ -191,6 +191,7 @@ def test_every_reason_has_its_meaning(generate: Any) -> None:
 
 #: Parts of texts that name no way out, each with what stands against it.
 WITHOUT_MEND = {
+    "cannot store the data": "what the database says of the value",
     "the store could not record node": "the store's own error says it",
     "{path}: {error}": "what SQLite says that nobody has met yet",
     "cannot be used: {error}, then": "what is wrong with the row ends with it: delete the run",
