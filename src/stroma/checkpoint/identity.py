@@ -17,6 +17,7 @@ import itertools
 import weakref
 from collections import Counter
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
@@ -87,12 +88,17 @@ class StepCalls:
         SCOPE.set(scope)
         return scope
 
-    def next(self, scope: Scope, step_id: str) -> Identity:
-        """The identity of the next call of a step in a scope."""
-        number = scope.counts[step_id]
-        scope.counts[step_id] += 1
-        text = f"{_quoted(step_id)}{_MARK}{number}"
+    def next(self, scope: Scope, step_id: str, kind: str = "") -> Identity:
+        """The identity of the next call of a step in a scope. ``kind``: a character that sets other calls apart."""
+        name = f"{kind}{_quoted(step_id)}"
+        number = scope.counts[name]
+        scope.counts[name] = number + 1
+        text = f"{name}{_MARK}{number}"
         return Identity(f"{scope.path}/{text}" if scope.path else text, number, scope.path)
+
+    def named(self, key: str) -> str:
+        """The identity of a call that has a name, whichever task makes it."""
+        return f"{_MARK}{_quoted(key)}"
 
     def next_of_input(self, step_id: str, digest: str) -> Identity:
         """The identity of the next call of a step with an input, whichever task or thread makes it.
@@ -108,6 +114,7 @@ def _weak(task: asyncio.Task[Any] | None) -> weakref.ref[asyncio.Task[Any]] | No
     return None if task is None else weakref.ref(task)
 
 
+@lru_cache(maxsize=1024)
 def _quoted(step_id: str) -> str:
     # A branch is split at its dots; "~", "-" and "_" stay, and nothing else that this module writes itself.
     return quote(step_id, safe="", errors="backslashreplace").replace(".", "%2E")

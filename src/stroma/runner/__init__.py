@@ -8,19 +8,26 @@ if TYPE_CHECKING:
     from stroma.contracts.node import stroma_node, stroma_step
     from stroma.engine.config import RunConfig
     from stroma.hooks.sets import NodeHooks, StepHooks
+    from stroma.runner.flow import Flow, FlowFunction, stroma_flow
+    from stroma.runner.flow_errors import FlowClosed, StepFailed
     from stroma.runner.groups import map_over, parallel
     from stroma.runner.items import Journal, JsonLines
-    from stroma.runner.runner import Pipeline, StromaRunner
+    from stroma.runner.pipeline import Pipeline
+    from stroma.runner.runner import StromaRunner
     from stroma.runner.steps import StromaStep, execute_step
     from stroma.runner.stream import RunStream, StreamEvent
 
 __all__ = [
+    "Flow",
+    "FlowClosed",
+    "FlowFunction",
     "Journal",
     "JsonLines",
     "NodeHooks",
     "Pipeline",
     "RunConfig",
     "RunStream",
+    "StepFailed",
     "StepHooks",
     "StreamEvent",
     "StromaRunner",
@@ -28,17 +35,22 @@ __all__ = [
     "execute_step",
     "map_over",
     "parallel",
+    "stroma_flow",
     "stroma_node",
     "stroma_step",
 ]
 
 _HOMES = {
+    "Flow": "runner.flow",
+    "FlowClosed": "runner.flow_errors",
+    "FlowFunction": "runner.flow",
     "Journal": "runner.items",
     "JsonLines": "runner.items",
     "NodeHooks": "hooks.sets",
-    "Pipeline": "runner.runner",
+    "Pipeline": "runner.pipeline",
     "RunConfig": "engine.config",
     "RunStream": "runner.stream",
+    "StepFailed": "runner.flow_errors",
     "StepHooks": "hooks.sets",
     "StreamEvent": "runner.stream",
     "StromaRunner": "runner.runner",
@@ -46,6 +58,7 @@ _HOMES = {
     "execute_step": "runner.steps",
     "map_over": "runner.groups",
     "parallel": "runner.groups",
+    "stroma_flow": "runner.flow",
     "stroma_node": "contracts.node",
     "stroma_step": "contracts.node",
 }

@@ -7,9 +7,8 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pydantic import BaseModel
 
@@ -24,7 +23,7 @@ from stroma.checkpoint import (
     StoreError,
     Waiting,
 )
-from stroma.contracts.contract import ContractRegistry, Decorated, NodeContract, check_id
+from stroma.contracts.contract import ContractRegistry, Decorated, NodeContract
 from stroma.contracts.node import (
     Group,
     Node,
@@ -44,6 +43,7 @@ from stroma.failures.failure import Classifier
 from stroma.failures.policy import PolicyMap
 from stroma.hooks.sets import NodeHooks, flatten
 from stroma.runner.batch import Batch, outcome_of
+from stroma.runner.pipeline import Pipeline
 from stroma.runner.run import RunExecution
 from stroma.runner.sequence import check_owners, find_nodes, find_position, ids_in, warn_of_unknown_ids
 from stroma.runner.signals import match_answer
@@ -52,6 +52,7 @@ from stroma.trace.result import ExecutionResult, RunStatus
 
 if TYPE_CHECKING:
     from stroma.contracts.checks.finding import Finding
+    from stroma.runner.flow import AnnotatedFlowDecorator, FlowDecorator, FlowFunction
     from stroma.runner.stream import RunStream
 
 __all__ = ["Pipeline", "StromaRunner"]
@@ -63,26 +64,6 @@ logger = logging.getLogger("stroma")
 
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
-
-
-@dataclass(frozen=True, slots=True, init=False)
-class Pipeline:
-    """A named sequence of nodes, with an optional configuration.
-
-    Metrics and spans are labelled with the name. Raises TypeError for anything that is not a node, ValueError for a name
-    that a store cannot save.
-    """
-
-    name: str
-    nodes: tuple[Any, ...]
-    config: RunConfig | None
-
-    def __init__(self, name: str, nodes: Iterable[Any], *, config: RunConfig | None = None) -> None:
-        object.__setattr__(self, "name", check_id(name, "pipeline name"))
-        object.__setattr__(self, "nodes", tuple(nodes))
-        object.__setattr__(self, "config", config)
-        for node in self.nodes:
-            find_node(node)
 
 
 class StromaRunner:
@@ -197,6 +178,33 @@ class StromaRunner:
 
         return decorate
 
+    @overload
+    def flow(
+        self, flow_id: str, *, input: type[In], output: type[Out], max_concurrency: int | None = None
+    ) -> FlowDecorator[In, Out]: ...
+    @overload
+    def flow(self, flow_id: str, *, max_concurrency: int | None = None) -> AnnotatedFlowDecorator: ...
+    def flow(
+        self,
+        flow_id: str,
+        *,
+        input: type[BaseModel] | None = None,
+        output: type[BaseModel] | None = None,
+        max_concurrency: int | None = None,
+    ) -> Any:
+        """Make a flow of an async function, and register its contract with this runner. See ``stroma_flow``."""
+        from stroma.runner.flow import define_flow  # Not loaded by runs without flows.
+
+        def decorate(body: Any) -> Any:
+            flow = define_flow(flow_id, body, input, output, max_concurrency)
+            contract = flow.node.contract
+            assert contract is not None
+            self.registry.register(contract)
+            self.registry.decorated[flow_id] = Decorated(contract, repr(body))
+            return flow
+
+        return decorate
+
     # ------------------------------------------------------------------ checking
 
     def check(
@@ -224,6 +232,22 @@ class StromaRunner:
 
     # ------------------------------------------------------------------ running
 
+    @overload
+    async def run(
+        self,
+        node_sequence: FlowFunction[In, Out],
+        initial_state: In,
+        *,
+        run_id: str | None = None,
+        context: dict[str, Any] | None = None,
+        resume: bool | None = None,
+        resume_from: str | None = None,
+        retry_failed_items: bool | None = None,
+        if_exists: Literal["restart", "resume", "return", "error"] | None = None,
+        if_running: Literal["error", "attach", "take_over"] | None = None,
+        traceparent: str | None = None,
+    ) -> ExecutionResult[Out]: ...
+    @overload
     async def run(
         self,
         node_sequence: Pipeline | Iterable[Any],
@@ -237,7 +261,21 @@ class StromaRunner:
         if_exists: Literal["restart", "resume", "return", "error"] | None = None,
         if_running: Literal["error", "attach", "take_over"] | None = None,
         traceparent: str | None = None,
-    ) -> ExecutionResult:
+    ) -> ExecutionResult: ...
+    async def run(
+        self,
+        node_sequence: Pipeline | Iterable[Any],
+        initial_state: BaseModel,
+        *,
+        run_id: str | None = None,
+        context: dict[str, Any] | None = None,
+        resume: bool | None = None,
+        resume_from: str | None = None,
+        retry_failed_items: bool | None = None,
+        if_exists: Literal["restart", "resume", "return", "error"] | None = None,
+        if_running: Literal["error", "attach", "take_over"] | None = None,
+        traceparent: str | None = None,
+    ) -> ExecutionResult[Any]:
         """Run nodes one after the other, each on the output of the one before.
 
         The keywords override the config's fields. ``traceparent`` is a W3C trace context that the run's spans belong to, in
@@ -300,6 +338,11 @@ class StromaRunner:
             if run.ended is not None and not run.ended.done():
                 run.ended.set_result(None)
 
+    @overload
+    async def resume(
+        self, node_sequence: FlowFunction[Any, Out], run_id: str, **options: Any
+    ) -> ExecutionResult[Out]: ...
+    @overload
     async def resume(
         self,
         node_sequence: Pipeline | Iterable[Any],
@@ -307,7 +350,15 @@ class StromaRunner:
         *,
         input_schema: type[BaseModel] | None = None,
         **options: Any,
-    ) -> ExecutionResult:
+    ) -> ExecutionResult: ...
+    async def resume(
+        self,
+        node_sequence: Pipeline | Iterable[Any],
+        run_id: str,
+        *,
+        input_schema: type[BaseModel] | None = None,
+        **options: Any,
+    ) -> ExecutionResult[Any]:
         """Resume a run of the store where it stopped, in any process; committed nodes are not called again.
 
         ``input_schema``: the class of the run's original input; by default the input of the first node. Further keywords
@@ -370,9 +421,17 @@ class StromaRunner:
                 yield index, value_of(self.registry, group.children[0], committed)
             first += _PAGE_ITEMS
 
+    @overload
+    def run_sync(
+        self, node_sequence: FlowFunction[In, Out], initial_state: In, **options: Any
+    ) -> ExecutionResult[Out]: ...
+    @overload
     def run_sync(
         self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, **options: Any
-    ) -> ExecutionResult:
+    ) -> ExecutionResult: ...
+    def run_sync(
+        self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, **options: Any
+    ) -> ExecutionResult[Any]:
         """Call :meth:`run` without an event loop. Raises RuntimeError where one is running: use ``await run()`` there."""
         try:
             asyncio.get_running_loop()
