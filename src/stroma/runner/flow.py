@@ -122,8 +122,26 @@ class Flow:
     @overload
     def map(
         self,
-        node: Callable[..., Any] | Group,
-        items: Iterable[BaseModel],
+        node: Callable[[In, dict[str, Any]], Coroutine[Any, Any, Out]],
+        items: Iterable[In],
+        *,
+        max_concurrency: int | None = None,
+        key: str | None = None,
+    ) -> Coroutine[Any, Any, list[Out]]: ...
+    @overload
+    def map(
+        self,
+        node: Callable[[In], Out],
+        items: Iterable[In],
+        *,
+        max_concurrency: int | None = None,
+        key: str | None = None,
+    ) -> Coroutine[Any, Any, list[Out]]: ...
+    @overload
+    def map(
+        self,
+        node: Callable[[In], Coroutine[Any, Any, Mapping[str, Any] | tuple[Any, ...]]] | Group,
+        items: Iterable[In],
         *,
         max_concurrency: int | None = None,
         key: str | None = None,

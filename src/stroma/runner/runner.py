@@ -25,6 +25,7 @@ from stroma.checkpoint import (
 )
 from stroma.contracts.contract import ContractRegistry, Decorated, NodeContract
 from stroma.contracts.node import (
+    FlowNode,
     Group,
     Node,
     NodeDecorator,
@@ -324,7 +325,8 @@ class StromaRunner:
         )
         if traceparent is not None:
             set_traceparent(ctx, traceparent)
-        if config.limits and not any(config.limit_of(node_id) for node_id in ids_in(nodes)):
+        has_flows = FlowNode in set(map(type, nodes))  # Whose steps are known when they are called.
+        if config.limits and not has_flows and not any(config.limit_of(node_id) for node_id in ids_in(nodes)):
             ctx.run_logger.warning(
                 "no node of pipeline %r uses any of the limits (%s); assign them with node_limits={node id: name}",
                 ctx.pipeline, ", ".join(map(repr, config.limits)),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from stroma.contracts.contract import ContractRegistry
-from stroma.contracts.node import Group, Node, find_node
+from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.engine.config import RunConfig
 
 __all__ = ["check_owners", "find_nodes", "find_position", "ids_in", "warn_of_unknown_ids"]
@@ -71,6 +71,8 @@ def warn_of_unknown_ids(
 ) -> None:
     """Warn of each id that a config names and no node has, once; ``warned`` has those of earlier runs."""
     if not any(getattr(config, field) for field in _BY_NODE):
+        return
+    if FlowNode in set(map(type, nodes)):  # Its steps are known when they are called.
         return
     known = set(ids_in(nodes))
     named: dict[str, list[str]] = {}
