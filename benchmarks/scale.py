@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.large_stores import OPERATIONS, fill, long_run, run_name
+from tests.checkpoint.large_stores import OPERATIONS, fill, long_run, run_name
 
 from stroma.checkpoint import open_store
 

@@ -148,7 +148,7 @@ ACCEPTED = {"landmark-unique": "the theme's list of pages has lists in it, all u
 def browse(site: Path, pictures: Path | None) -> list[str]:
     """What is wrong with some pages in a real browser."""
     sys.path.insert(0, str(ROOT))
-    from tests.browser import Browser, find_chromium
+    from tests.ui.browser import Browser, find_chromium
 
     program = find_chromium()
     if program is None:

@@ -31,7 +31,7 @@ UNNOTICED = ("survived", "no tests")
 #: Lines of pytest's output that are shown if a run of unchanged source fails.
 SHOWN_LINES = 200
 #: Tests that parse the source, where mutmut has put copies of each function.
-TEXT_TESTS = ["--deselect=tests/test_guarantees.py::test_only_the_engine_calls_a_nodes_function"]
+TEXT_TESTS = ["--deselect=tests/project/test_guarantees.py::test_only_the_engine_calls_a_nodes_function"]
 #: What is measured if no module is named: where the guarantees are decided.
 CORE = (
     "engine/loop", "engine/context", "engine/commit", "hooks/dispatch", "hooks/sets",

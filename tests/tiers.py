@@ -35,20 +35,20 @@ SLOW_PATHS = (
     "tests/demo/test_show.py",
     "tests/examples/",
     "tests/frameworks/",
-    "tests/test_docs.py",
-    "tests/test_docs_pages.py",
-    "tests/test_kill.py",
-    "tests/test_map_kill.py",
-    "tests/test_package.py",
-    "tests/test_temporal_page.py",
-    "tests/test_tutorial.py",
-    "tests/test_typing.py",
+    "tests/docs/test_generated_pages.py",
+    "tests/docs/test_pages.py",
+    "tests/checkpoint/test_kill.py",
+    "tests/runner/test_map_kill.py",
+    "tests/project/test_package.py",
+    "tests/docs/test_temporal_page.py",
+    "tests/docs/test_tutorial.py",
+    "tests/project/test_typing.py",
     "tests/ui/test_browser.py",
     "tests/ui/test_standards.py",
 )
 
 #: Files all of whose tests hold a guarantee or the published surface.
-CORE_PATHS = ("tests/test_guarantees.py", "tests/test_published_surface.py")
+CORE_PATHS = ("tests/project/test_guarantees.py", "tests/project/test_published_surface.py")
 
 
 def examples(count: int, **options: Any) -> settings:

@@ -41,11 +41,11 @@ def journal(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
 
 @pytest.fixture
 def dying(journal: tuple[str, str], tmp_path: Path) -> Dying:
-    """Runs a process of tests.dying_helper to its end; the statuses that it printed."""
+    """Runs a process of tests.checkpoint.dying_helper to its end; the statuses that it printed."""
 
     def run(**wish: Any) -> list[str]:
         wish = {"calls": str(tmp_path / "calls"), **wish}
-        command = [sys.executable, "-m", "tests.dying_helper", *journal, json.dumps(wish)]
+        command = [sys.executable, "-m", "tests.checkpoint.dying_helper", *journal, json.dumps(wish)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
         assert done.returncode == (-9 if wish.get("die") else 0), done.stderr
         return done.stdout.split()

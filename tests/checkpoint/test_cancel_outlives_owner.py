@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.dying_helper import State, pipeline
+from tests.checkpoint.dying_helper import State, pipeline
 from tests.servers import environment
 from tests.shared_stores import SHARED, opened, place
 
@@ -29,7 +29,7 @@ def journal(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
 def test_killed_before_it_knew(journal: tuple[str, str], tmp_path: Path, way: str) -> None:
     """Whoever goes on with a run that was cancelled finds it CANCELLED and calls nothing, whichever way it goes on."""
     wish = {"run_id": "r", "hang": True, "calls": str(tmp_path / "calls"), "options": {"lease_seconds": 1.0}}
-    command = [sys.executable, "-m", "tests.dying_helper", *journal, json.dumps(wish)]
+    command = [sys.executable, "-m", "tests.checkpoint.dying_helper", *journal, json.dumps(wish)]
 
     async def outcome() -> Any:
         with opened(*journal) as store:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.budget_machine import BudgetMachine, RateMachine
+from tests.limits.budget_machine import BudgetMachine, RateMachine
 from tests.servers import environment, proxied, shared_redis
 from tests.servers_postgres import Proxy as PostgresProxy
 from tests.servers_postgres import shared_postgres

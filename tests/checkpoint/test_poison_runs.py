@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.dying_helper import State, pipeline
+from tests.checkpoint.dying_helper import State, pipeline
 from tests.kit import NEVER
 from tests.servers import environment
 from tests.shared_stores import SHARED, opened, place
@@ -42,12 +42,12 @@ def journal(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
 
 @pytest.fixture
 def dying(journal: tuple[str, str], tmp_path: Path) -> Dying:
-    """Runs a process of tests.dying_helper to its end; the statuses that it printed."""
+    """Runs a process of tests.checkpoint.dying_helper to its end; the statuses that it printed."""
 
     def run(**wish: Any) -> list[str]:
         wish = {"calls": str(tmp_path / "calls"), **wish}
         wish["options"] = {"lease_seconds": 0.5, **wish.get("options", {})}
-        command = [sys.executable, "-m", "tests.dying_helper", *journal, json.dumps(wish)]
+        command = [sys.executable, "-m", "tests.checkpoint.dying_helper", *journal, json.dumps(wish)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
         assert done.returncode in (0, -9), done.stderr
         return done.stdout.split()
@@ -178,7 +178,7 @@ def test_plain_steps_are_no_deaths(journal: tuple[str, str]) -> None:
     """Plain code that calls a step in each of many processes, and never says that its run ends, goes on for ever."""
     code = """
 import asyncio, sys
-from tests.dying_helper import State, pipeline
+from tests.checkpoint.dying_helper import State, pipeline
 from tests.shared_stores import opened
 from stroma import CheckpointManager, ContractRegistry, ReliabilityContext, RunConfig, execute_step
 

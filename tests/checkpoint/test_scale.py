@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from tests import large_stores
-from tests.large_stores import Num, run_name
+from tests.checkpoint import large_stores
+from tests.checkpoint.large_stores import Num, run_name
 from tests.servers import RedisServer
 from tests.servers_postgres import PostgresServer
 

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from tests.sarif import problems_of
+from tests.cli.sarif import problems_of
 
 FLOW = """
     from pydantic import BaseModel, Field

@@ -6,8 +6,8 @@ import json
 import urllib.request
 
 import pytest
-from tests.pages import check_page
 from tests.receivers.otlp import OtlpReceiver
+from tests.trace.standalone_pages import check_page
 
 GOOD = '{"start": 1}'
 FLOWS = """

@@ -18,7 +18,7 @@ from typing import Any
 from temporalio.client import Client
 from tests.drivers.conftest import TemporalDriver, connect
 from tests.drivers.scenarios import Left, Right, Texts, counted, failing, half, joined, lengths, sleeping
-from tests.drivers.test_running import asking
+from tests.drivers.test_parity import asking
 from tests.kit import THRICE, Num
 from tests.servers_temporal import TemporalServer
 

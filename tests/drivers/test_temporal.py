@@ -22,7 +22,7 @@ from temporalio.worker import Replayer
 from tests.drivers import worker_helper
 from tests.drivers.conftest import TemporalDriver, connect
 from tests.drivers.scenarios import Left, Right, Texts, counted, failing, half, joined, lengths
-from tests.drivers.test_running import asking
+from tests.drivers.test_parity import asking
 from tests.kit import NEVER, THRICE, Num, node
 from tests.servers_temporal import TemporalServer
 

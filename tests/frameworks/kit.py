@@ -18,7 +18,7 @@ from stroma.trace import ExecutionResult
 
 F = TypeVar("F")
 
-#: What each framework's tests show with its real release; tests/adapters/test_lines.py sees that none is missing.
+#: What each framework's tests show with its real release; tests/adapters/test_framework_coverage.py sees that none is missing.
 LINES = {
     "same answer": "the framework's own program gives the same answer with and without the guard",
     "sync and async": "called either way, where the framework can be",

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.blocks import ROOT, promised, run_python
+from tests.docs.blocks import ROOT, promised, run_python
 
 DOCS = ROOT / "docs"
 #: What CrewAI prints by itself.

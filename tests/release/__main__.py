@@ -49,9 +49,9 @@ FRAMEWORKS = ROOT / "tests" / "frameworks"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # With the lowest releases: the guarantees, what crosses boundaries, prices, and the store.
 LOWEST_TESTS = (
-    "tests/test_guarantees.py",
-    "tests/test_schemas.py",
-    "tests/test_prices.py",
+    "tests/project/test_guarantees.py",
+    "tests/contracts/test_schemas.py",
+    "tests/cost/test_prices.py",
     "tests/checkpoint/test_sqlite.py",
 )
 

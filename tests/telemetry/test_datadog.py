@@ -1,4 +1,4 @@
-"""datadog_hooks, without the agent: what they do to tracers, sockets and wrong addresses. See also test_agreement."""
+"""datadog_hooks, without the agent: what they do to tracers, sockets and wrong addresses. See also test_consistency."""
 
 from __future__ import annotations
 

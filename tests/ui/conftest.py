@@ -16,8 +16,8 @@ from urllib.parse import urlencode
 import pytest
 import uvicorn
 from pydantic import BaseModel
-from tests.browser import Browser, find_chromium
-from tests.page_tools import missing
+from tests.ui.browser import Browser, find_chromium
+from tests.ui.page_tools import missing
 
 from stroma import (
     FailurePolicy,

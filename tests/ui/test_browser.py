@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from tests.browser import Browser
+from tests.ui.browser import Browser
 from tests.ui.conftest import GOOD, SCRIPT, Site, make_runs
 from tests.ui.test_large_run import make_large_run
 from tests.ui.test_security import attempts_of

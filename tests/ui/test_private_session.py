@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.browser import Browser, find_chromium
-from tests.page_tools import missing
+from tests.ui.browser import Browser, find_chromium
 from tests.ui.conftest import GOOD, make_runs
+from tests.ui.page_tools import missing
 
 from stroma import SQLiteStore
 

@@ -18,9 +18,9 @@ from urllib.parse import urlencode
 
 import pytest
 from pydantic import BaseModel
-from tests import large_stores
+from tests.checkpoint import large_stores
 from tests.checkpoint.damage import loose
-from tests.pages import Page
+from tests.trace.standalone_pages import Page
 from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, State, make_runs, node
 
 from stroma import NodeContract, Pipeline, SQLiteStore, StromaRunner, Suspend, stroma_node

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.browser import Browser
-from tests.page_tools import AXE, missing, page_tools, validate
+from tests.ui.browser import Browser
 from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, State, make_runs, node
+from tests.ui.page_tools import AXE, missing, page_tools, validate
 from tests.ui.test_security import attempts_of
 
 from stroma import Pipeline, SQLiteStore, Suspend

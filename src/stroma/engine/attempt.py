@@ -51,7 +51,10 @@ _NOTHING: Final[Snapshot] = ()
 
 @final
 class Attempt:
-    """One attempt of a node, from its input to its end."""
+    """One attempt of a node, from its input to its end.
+
+    An object serves the attempts of a driver one after the other: a new one for each takes 0.3 us more of the 10 of a node.
+    """
 
     __slots__ = (
         "begin", "cancelling", "ctx", "duration", "failure", "firing", "first_unstarted", "interrupt", "is_counted", "model",
@@ -62,16 +65,13 @@ class Attempt:
     model: BaseModel
     saved: Snapshot
 
-    def __init__(
-        self,
-        ctx: ReliabilityContext,
-        run: NodeExecution,
-        node: Node | Group,
-        plan: Plan,
-        value: BaseModel,
-        cancelling: int,
-    ) -> None:
+    def __init__(self, ctx: ReliabilityContext) -> None:
         self.ctx = ctx
+
+    def prepare(
+        self, run: NodeExecution, node: Node | Group, plan: Plan, value: BaseModel, cancelling: int
+    ) -> Attempt:
+        """Begin the next attempt; call one of :meth:`make`, :meth:`begin_only` and :meth:`reject` after it."""
         self.run = run
         self.node = node
         self.plan = plan
@@ -95,6 +95,7 @@ class Attempt:
         self.first_unstarted: int | None = None
         #: A cancellation, or a KeyboardInterrupt, that comes out once the attempt has its end.
         self.interrupt: BaseException | None = None
+        return self
 
     async def make(self) -> BaseModel | Failure | Halt:
         """Make the attempt. Return the committed output, a Failure for the policies to decide about, or a Halt."""
@@ -110,17 +111,26 @@ class Attempt:
                 firing = self._start_hooks()
                 if not firing.advance():
                     await self._finish_start_hooks(firing)
+            parent = run.parent
             self.begin = begin = perf_counter_ns()
+            if parent is not None and type(node) is Node:
+                parent.enter(begin)
             try:
-                if type(node) is Node and node.is_async and not ctx.timed and run.parent is None:
+                if type(node) is Node and node.is_async and not ctx.timed:
+                    # Without _call_function(), whose coroutine each turn of the event loop would pass through.
                     self.output = output = await (
                         node.func(self.state, ctx.node_context())
                         if node.wants_context
                         else node.func(self.state)
                     )
+                elif ctx.timed:
+                    self.output = output = await self._call_in_time()
+                else:
+                    self.output = output = await self._call_function(self.state)
+                if parent is None and type(node) is Node:
                     self.duration = perf_counter_ns() - begin
                 else:
-                    output = await self._call()
+                    self._stop_clock()
             except BaseException as error:
                 self._stop_clock()
                 if passes_through(error, self.cancelling, in_group=type(node) is not Node):
@@ -205,7 +215,6 @@ class Attempt:
             if ends_run(error):
                 raise
             return self._reject_input(error)
-        self.begin = perf_counter_ns()
         return None
 
     def _reject_input(self, error: BaseException) -> Exception:
@@ -234,6 +243,7 @@ class Attempt:
         return schema.copy(value), snapshot
 
     def _start_hooks(self) -> Firing:
+        self.begin = perf_counter_ns()
         ctx, state, schema = self.ctx, self.state, self.plan[0]
         calls = ctx.fire.on_node_start
         assert calls is not None
@@ -250,15 +260,6 @@ class Attempt:
             raise
 
     # ------------------------------------------------------------------ call
-
-    async def _call(self) -> Any:
-        """Call a function or a group that make() does not call itself. Return its output."""
-        ctx, node, parent = self.ctx, self.node, self.run.parent
-        if parent is not None and type(node) is Node:
-            parent.enter(self.begin)
-        self.output = await (self._call_in_time() if ctx.timed else self._call_function(self.state))
-        self._stop_clock()
-        return self.output
 
     def _stop_clock(self) -> None:
         """Note how long the function took; for a group, from the start of its first function to the end of its last."""

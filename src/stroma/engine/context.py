@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter_ns, time_ns
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,58 +30,29 @@ from stroma.cost.budget import ExecutionBudget, limits
 from stroma.cost.fallback import FallbackPolicy, FallbackView, fallback_due
 from stroma.cost.tracker import CostTracker
 from stroma.engine.config import RunConfig
-from stroma.engine.current import CURRENT, RUN, leave
 from stroma.engine.handover import Handover
 from stroma.engine.interceptors import PROBES, Probe
 from stroma.engine.merged_models import spelled_out
+from stroma.engine.opening import Opening
 from stroma.engine.plain_steps import PlainSteps
 from stroma.engine.redaction import Redactor
+from stroma.engine.run_hooks import call_run_hooks, call_run_hooks_now
+from stroma.engine.run_logger import RunLogger
 from stroma.engine.tasks import Shield
 from stroma.failures.failure import Classifier, Failure, kind_of, message_of
 from stroma.failures.policy import PolicyMap, RetryBudget
-from stroma.hooks.dispatch import NO_HOOKS, Firing, HookNotAsync, Hooks
+from stroma.hooks.dispatch import NO_HOOKS, HookNotAsync, Hooks
 from stroma.hooks.sets import AnyHooks, distinct, flatten
 from stroma.trace.result import ExecutionResult, HookFailure, RunStatus
 from stroma.trace.trace import ExecutionTrace
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
-
     from stroma.cost.budget import Dimension
 
 __all__ = ["ReliabilityContext"]
 
-logger = logging.getLogger("stroma")
-logger.addHandler(logging.NullHandler())
-
 _WARN_AT = 0.8
-_ATTACH_POLL_SECONDS = (0.02, 1.0)  # between looks at a run that another process owns: at first, at most
-
-
 _NO_FAILED_MAPS: Mapping[tuple[int, str], int] = {}
-
-
-def _has_handler(logger: logging.Logger) -> bool:
-    """Return True if a record would meet a handler, or a filter, that does anything."""
-    ancestor: logging.Logger | None = logger
-    while ancestor is not None:
-        if ancestor.filters:
-            return True
-        if any(type(handler) is not logging.NullHandler for handler in ancestor.handlers):
-            return True
-        ancestor = ancestor.parent if ancestor.propagate else None
-    return False
-
-
-class _RunLogger(logging.LoggerAdapter[logging.Logger]):
-    """Adds the ``run_id`` to every record, and makes none that no handler would get: a record takes 15 us."""
-
-    def isEnabledFor(self, level: int) -> bool:
-        return self.logger.isEnabledFor(level) and _has_handler(self.logger)
-
-    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
-        kwargs["extra"] = {**(kwargs.get("extra") or {}), **(self.extra or {})}
-        return msg, kwargs
 
 
 @dataclass(eq=False, init=False)
@@ -92,7 +61,7 @@ class ReliabilityContext:
 
     # Slots, since several of them are read for each node.
     __slots__ = (
-        "__weakref__", "_attach_is_over", "_is_polling", "_notes", "_opening", "_warned", "apart", "budget", "cancelled",
+        "__weakref__", "_notes", "_opening", "_warned", "apart", "budget", "cancelled",
         "checkpoint_manager", "classifiers", "config", "context", "cost_tracker", "delivers", "done", "elsewhere", "epoch_ns",
         "failed_items", "failed_maps", "fire", "gated", "handover", "hook_failures", "hooks", "interrupt", "kept_traceparent",
         "limits", "model_fallbacks", "pipeline", "plain_steps", "policy_map", "probes", "recovers", "redactor", "registry",
@@ -159,9 +128,7 @@ class ReliabilityContext:
         self.tried: dict[tuple[int, str], Tried] | None = None
         self.handover = Handover()
         self.plain_steps = PlainSteps()
-        self._opening: asyncio.Future[Session] | None = None
-        #: While it attaches to a run of another process: it waits between two looks, and need not look again.
-        self._is_polling = self._attach_is_over = False
+        self._opening = Opening(checkpoint_manager)
         #: See RunRequest.
         self.apart: tuple[tuple[int, str], ...] = ()
         #: Cancelled from elsewhere: nothing is tried again. And no further node is to begin.
@@ -230,7 +197,7 @@ class ReliabilityContext:
             run_id, registry, checkpoint_manager, CostTracker(), RetryBudget(), ExecutionTrace(run_id),
             config.budget, config.policy_map, config.node_policies, config.classifiers,
             config.node_timeouts, config.model_fallbacks, config.hooks, config.context,
-            _RunLogger(logger, {"run_id": run_id}), config, config.pipeline,
+            RunLogger(run_id), config, config.pipeline,
         )  # fmt: skip
 
     def warn_once(self, node_id: str, what: str, text: str) -> None:
@@ -283,48 +250,47 @@ class ReliabilityContext:
         ``ends``: :meth:`end` will be called. ``apart``: see RunRequest. Raises StoreError (RunBusy, PipelineChanged ...).
         """
         if self.session is NULL_SESSION:
-            if self._opening is None:
-                config = self.config
-                self.apart = apart
-                resumed = config.resume or discard_from is not None
-                request = RunRequest(
-                    self.run_id,
-                    self.pipeline,
-                    initial_state,
-                    schema_of(type(initial_state)),
-                    "resume" if resumed else config.if_exists,
-                    discard_from,
-                    accept,
-                    config.if_running,
-                    config.lease_seconds,
-                    ends,
-                    self.delivers,
-                    apart,
-                    config.retry_failed_items,
-                    config.tags,
-                    config.max_recoveries,
-                    config.force_resume,
-                    self.recovers,
-                )
-                opened: Session | Awaitable[Session]
-                if config.if_running == "attach":
-                    opened = self._attach(request)
-                else:
-                    opened = self.checkpoint_manager.open_run(request)
-                if not inspect.isawaitable(opened):
-                    return self._begin(opened, carry=discard_from is None)
-                self._opening = asyncio.ensure_future(opened)
-            try:
-                # Steps that begin at the same time wait for one opening, which the cancellation of one of them does not end.
-                session = await asyncio.shield(self._opening)
-            except Exception:
-                self._opening = None
-                raise
+            if not self._opening.has_begun:
+                session = self._opening.start(self._request(initial_state, discard_from, accept, ends, apart))
+                if session is not None:
+                    return self._begin(session, carry=discard_from is None)
+            session = await self._opening.wait()
             if self.session is NULL_SESSION:
                 self._begin(session, carry=discard_from is None)
                 if self.config.shared_budgets and session.epoch > 1:
                     await self._settle_earlier(session)
         return self.session
+
+    def _request(
+        self,
+        initial_state: BaseModel,
+        discard_from: int | None,
+        accept: Callable[[int, str, Committed], None] | None,
+        ends: bool,
+        apart: tuple[tuple[int, str], ...],
+    ) -> RunRequest:
+        config = self.config
+        self.apart = apart
+        resumed = config.resume or discard_from is not None
+        return RunRequest(
+            self.run_id,
+            self.pipeline,
+            initial_state,
+            schema_of(type(initial_state)),
+            "resume" if resumed else config.if_exists,
+            discard_from,
+            accept,
+            config.if_running,
+            config.lease_seconds,
+            ends,
+            self.delivers,
+            apart,
+            config.retry_failed_items,
+            config.tags,
+            config.max_recoveries,
+            config.force_resume,
+            self.recovers,
+        )
 
     async def _settle_earlier(self, session: Session) -> None:
         """Count in the shared budgets what earlier processes spent on this run and, since they died, did not count."""
@@ -340,23 +306,6 @@ class ReliabilityContext:
                 self.run_logger.warning(
                     "%s: calls of earlier processes are not counted: %s", budget.label, error
                 )
-
-    async def _attach(self, request: RunRequest) -> Session:
-        """Open the run once no other process owns it, to return its outcome."""
-        delay = _ATTACH_POLL_SECONDS[0]
-        while True:
-            try:
-                opened = self.checkpoint_manager.open_run(request)
-                return await opened if inspect.isawaitable(opened) else opened
-            except RunBusy as busy:
-                # A run that is to begin anew has no use for the outcome.
-                if not busy.same_input or self._attach_is_over or request.discard_from is not None:
-                    raise
-            request = request._replace(if_exists="attach")
-            self._is_polling = True
-            await asyncio.sleep(delay)
-            self._is_polling = False
-            delay = min(delay * 1.5, _ATTACH_POLL_SECONDS[1])
 
     async def end_and_announce(
         self, status: RunStatus, error: str | None, result: ExecutionResult | None
@@ -385,15 +334,11 @@ class ReliabilityContext:
         shield = Shield()
         try:
             session = self.session
-            if session is NULL_SESSION and self._opening is not None:
-                self._attach_is_over = True
-                if self._is_polling:  # For a run of another process.
-                    self._opening.cancel()
+            if session is NULL_SESSION and self._opening.has_begun:
+                opened = await self._opening.finish(shield)
+                if opened is None:
                     return False
-                problem = await shield.finish(self._opening)
-                if problem is not None:
-                    raise problem
-                session = self._opening.result()
+                session = opened
             pending = session.end(status.value, error)
             if pending is not None:
                 problem = await shield.finish(pending)
@@ -508,57 +453,32 @@ class ReliabilityContext:
                 state = self.redactor.redact_state(schema_of(type(initial)).state(initial))
                 return (self.run_id, self.pipeline, state)
 
-            with self._as_current():
-                await self.fire.fire("on_run_start", calls, None, arguments)
+            await call_run_hooks(self, self.fire, "on_run_start", calls, arguments)
         traceparent = self.kept_traceparent or self.traceparent
         if traceparent is not None and self.session.traceparent is None and self.session.finished is None:
             self.session.note_traceparent(traceparent)
 
     async def call_end_hooks(self, result: ExecutionResult) -> None:
         """Call the hooks of the run's end. Raises HookNotAsync, unless the run was cancelled."""
-        firing = self._end_hooks(result)
-        if firing is None:
+        calls = self.fire.on_run_end
+        if calls is None:
             return
-        with self._as_current():
-            try:
-                if not firing.advance():
-                    await firing.finish()
-            except GeneratorExit:
-                with self._as_current():  # The code that closes it has a context of its own.
-                    firing.finish_now()
+        try:
+            await call_run_hooks(self, self.fire, "on_run_end", calls, self._end_arguments(result))
+        except HookNotAsync as error:
+            error.result = result
+            if result.status is not RunStatus.CANCELLED:
                 raise
-            except HookNotAsync as error:
-                error.result = result
-                if result.status is not RunStatus.CANCELLED:
-                    raise
-                self.run_logger.warning("%s", error)
+            self.run_logger.warning("%s", error)
 
     def call_end_hooks_now(self, result: ExecutionResult) -> None:
         """Call the hooks of the run's end where nothing can be awaited: its coroutine is being closed."""
-        firing = self._end_hooks(result)
-        if firing is not None:
-            with self._as_current():
-                firing.finish_now()
-
-    def _end_hooks(self, result: ExecutionResult) -> Firing | None:
         calls = self.fire.on_run_end
-        if calls is None:
-            return None
-        arguments = lambda: (self.run_id, self.redactor.redact_result(result))  # noqa: E731
-        return Firing(self.fire, "on_run_end", calls, None, arguments, ())
+        if calls is not None:
+            call_run_hooks_now(self, self.fire, "on_run_end", calls, self._end_arguments(result))
 
-    @contextmanager
-    def _as_current(self) -> Iterator[None]:
-        """Make this the current run, and no node the current one."""
-        run, node = RUN.set(self), CURRENT.set(None)
-        try:
-            yield
-        finally:
-            leave(node)
-            try:
-                RUN.reset(run)
-            except ValueError:
-                pass  # As in leave().
+    def _end_arguments(self, result: ExecutionResult) -> Callable[[], tuple[Any, ...]]:
+        return lambda: (self.run_id, self.redactor.redact_result(result))
 
     def hook_failed(self, hook: str, node_id: str | None, error: BaseException) -> None:
         """Add what a hook raised to the result."""

@@ -75,6 +75,7 @@ async def execute_in_turn(
     first, branch, kind, parent, contract, step, cancelling, restores = place
     rows = ctx.trace.rows if parent is None or parent.children is None else parent.children
     task = asyncio.current_task()
+    attempt = Attempt(ctx)
     for position, node in enumerate(nodes, first):
         if position != first:
             if ctx.stops:
@@ -117,7 +118,7 @@ async def execute_in_turn(
                     if exceeded is not None:
                         # Earlier attempts, siblings or processes have spent it: the next call is never made.
                         return refuse(run, exceeded)
-                attempt = Attempt(ctx, run, node, plan, value, cancelling)
+                attempt.prepare(run, node, plan, value, cancelling)
                 is_gated = ctx.gated and type(node) is Node
                 outcome = await (make_in_turn(attempt) if is_gated else attempt.make())
                 if type(outcome) is not Failure:
@@ -219,7 +220,7 @@ async def _prepare(
         if exceeded is not None:
             return refuse(run, exceeded)
     task = asyncio.current_task()
-    return Attempt(ctx, run, node, plan, value, 0 if task is None else task.cancelling())
+    return Attempt(ctx).prepare(run, node, plan, value, 0 if task is None else task.cancelling())
 
 
 # ---------------------------------------------------------------------- before an attempt
@@ -236,7 +237,7 @@ def _plan_of(
 
     Without an input schema the state passes unvalidated.
     """
-    if isinstance(node, Group):
+    if type(node) is not Node:
         plan: Plan = None, output_schema(ctx, node, value), None
         run.schemas = schema_of(type(value)), plan[1], None
         return plan
@@ -274,7 +275,7 @@ async def _without_plan(
     CURRENT.set(run)
     try:
         run.attempt = 1
-        attempt = Attempt(ctx, run, node, _plan_without_contract(), value, 0)
+        attempt = Attempt(ctx).prepare(run, node, _plan_without_contract(), value, 0)
         outcome = await attempt.reject(error)
         return outcome if isinstance(outcome, Halt) else Halt(outcome)
     finally:

@@ -113,25 +113,29 @@ class ParallelGroup(Group):
         inside_step = None if execution.step is None else inside_of(execution.step)
 
         async def run_child(index: int, child: Node | Group) -> BaseModel | None:
-            async with gate:
-                if stopped:
-                    return None
-                place = Place(execution.position, f"{prefix}{index}", "node", execution, step=inside_step)
-                outcome = await execute_in_turn(ctx, (child,), value, place)
-                if isinstance(outcome, BaseModel):
-                    return outcome
-                assert isinstance(outcome, Halt)  # There is no further node.
-                if outcome.suspended:
-                    # Its siblings go on, so that only the suspended nodes remain to be run.
-                    suspended.append(outcome)
-                    return None
-                stopped.append(outcome)
-                # A spent budget cancels no sibling in flight: those are paid for. No further one starts.
-                if not stopped[0].spent:
-                    raise GroupStopped(outcome)
+            if stopped:
                 return None
+            place = Place(execution.position, f"{prefix}{index}", "node", execution, step=inside_step)
+            outcome = await execute_in_turn(ctx, (child,), value, place)
+            if isinstance(outcome, BaseModel):
+                return outcome
+            assert isinstance(outcome, Halt)  # There is no further node.
+            if outcome.suspended:
+                # Its siblings go on, so that only the suspended nodes remain to be run.
+                suspended.append(outcome)
+                return None
+            stopped.append(outcome)
+            # A spent budget cancels no sibling in flight: those are paid for. No further one starts.
+            if not stopped[0].spent:
+                raise GroupStopped(outcome)
+            return None
 
-        outputs = await gather([run_child(index, child) for index, child in enumerate(self.children)])
+        async def wait_and_run(index: int, child: Node | Group) -> BaseModel | None:
+            async with gate:
+                return await run_child(index, child)
+
+        run = run_child if self.max_concurrency is None else wait_and_run  # 2 us less for each child.
+        outputs = await gather([run(index, child) for index, child in enumerate(self.children)])
         for halt in (*stopped, *suspended):
             raise GroupStopped(halt)
         return self.merge(value, cast("list[BaseModel]", outputs), ())

@@ -19,7 +19,7 @@ import pytest
 from tests.drivers.conftest import Bound, LocalDriver
 from tests.drivers.dbos_ import Cluster, DbosRunner
 from tests.drivers.scenarios import SCENARIOS
-from tests.drivers.test_running import (  # noqa: F401
+from tests.drivers.test_parity import (  # noqa: F401
     run_id,
     test_a_hook_that_is_not_async_is_a_type_error,
     test_a_hook_that_raises_changes_nothing,

@@ -1,0 +1,630 @@
+"""Rules of single attempts that a run in good order never shows: whose cancellation, whose contract, whose hook it is."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, Field, RootModel
+from tests.engine.event_log import Between, Diary, Journal, M, ThrownAway, contract, counted, same, swallow
+from tests.kit import NEVER, ONCE, THRICE, Num, here, node
+
+from stroma import (
+    AsyncInMemoryStore,
+    BudgetExceeded,
+    ContractViolation,
+    ExecutionBudget,
+    FailureClass,
+    FallbackPolicy,
+    NodeHooks,
+    ReliabilityContext,
+    RunStatus,
+    StromaRunner,
+    Suspend,
+    current_run,
+    execute_step,
+    parallel,
+)
+from stroma.engine.interceptors import PROBES, Probe
+from stroma.trace import AttemptUsage
+
+
+class Positive(BaseModel):
+    n: int = Field(gt=0)
+
+
+# ---------------------------------------------------------------- cancellations
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+async def test_a_cancellation_that_an_attempt_swallowed_is_not_the_next_ones(grouped: bool) -> None:
+    """A stray CancelledError of a later attempt is a failure, though the task was cancelled once before it."""
+    calls: list[int] = []
+
+    async def func(state: Num) -> Any:
+        calls.append(here().attempt)
+        if len(calls) == 1:
+            await swallow()
+            raise ConnectionError("down")
+        if len(calls) == 2:
+            raise asyncio.CancelledError("stray")
+        return {"n": len(calls)}
+
+    one = node("a", func)
+
+    async def go() -> Any:
+        return await StromaRunner.quick(policy_map=THRICE).run([parallel(one) if grouped else one], Num())
+
+    result = await asyncio.create_task(go())
+    assert (result.status, calls) == (RunStatus.COMPLETED, [1, 2, 3])
+    assert result.final_state == Num(n=3) or result.final_state.model_dump() == {"n": 3}
+
+
+async def test_a_node_that_swallows_a_cancellation_and_raises_it_again_is_cancelled() -> None:
+    """A cancellation that comes during an attempt is the run's, in a second attempt as well."""
+    calls: list[int] = []
+    begun = asyncio.Event()
+
+    async def func(state: Num) -> Any:
+        calls.append(here().attempt)
+        if len(calls) == 1:
+            raise ConnectionError("down")
+        begun.set()
+        await asyncio.Event().wait()
+
+    seen: list[str] = []
+
+    async def cancelled(run_id: str, node_id: str) -> None:
+        seen.append(f"{node_id} {here().attempt}")
+
+    runner = StromaRunner.quick(policy_map=THRICE, hooks=NodeHooks(on_node_cancelled=cancelled))
+    task = asyncio.create_task(runner.run([node("a", func)], Num()))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (calls, seen) == ([1, 2], ["a 2"])
+
+
+async def test_a_run_in_a_task_that_was_cancelled_before() -> None:
+    """The driver's own count is taken when it begins: an old cancellation makes no failure a cancellation."""
+
+    async def stray(state: Num) -> Any:
+        raise asyncio.CancelledError("stray")
+
+    async def go() -> Any:
+        await swallow()
+        return await StromaRunner.quick(policy_map=NEVER).run([node("a", stray)], Num())
+
+    result = await asyncio.create_task(go())
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert result.failure.message == "stray"
+
+
+async def test_once_a_run_is_cancelled_elsewhere_nothing_is_tried_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A node that makes an error of its own of it is not called again, whatever its policy says; the log says why."""
+    calls: list[str] = []
+
+    async def func(state: Num) -> Any:
+        calls.append("a")
+        run = current_run()
+        assert run is not None
+        run.cancelled = True
+        raise ConnectionError("down")
+
+    with caplog.at_level("INFO", logger="stroma"):
+        await StromaRunner.quick(policy_map=THRICE).run([node("a", func)], Num())
+    assert calls == ["a"]
+    assert "node 'a' stopped: the run was cancelled" in [r.getMessage() for r in caplog.records]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("ending", ["success", "failure", "bad output", "question"])
+async def test_a_cancellation_while_usage_is_priced_comes_out_once_the_attempt_is_told(
+    ending: str, grouped: bool
+) -> None:
+    """Prices are read in a thread: what the attempt came to is kept and told, nothing more is called."""
+    calls: list[str] = []
+
+    async def func(state: Num) -> Any:
+        calls.append("a")
+        here().report_usage(input_tokens=3, model=f"held-unread-{ending}-{grouped}")
+        asyncio.get_running_loop().call_soon(task.cancel)
+        if ending == "failure":
+            raise ConnectionError("down")
+        if ending == "question":
+            raise Suspend("may I?")
+        return {"n": "none" if ending == "bad output" else 1}
+
+    with Diary() as diary:
+        one = node("a", func)
+        nodes = [parallel(one) if grouped else one, counted(calls, "b", {})]
+        config: dict[str, Any] = {"policy_map": THRICE, "contract_retries": {"a": 3}}
+        task = asyncio.create_task(diary.runner(**config).run(nodes, Num()))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        diary.journal()
+    ends = {"success": "success", "failure": "failure", "bad output": "failure", "question": "suspended"}
+    told = [line for line in diary.lines if line.startswith(("node_", "row a"))]
+    assert [line.split()[0] for line in told if " a " in line and "parallel" not in line][:2] == [
+        "node_start",
+        f"node_{ends[ending]}",
+    ]
+    (row,) = [line for line in told if line.startswith("row a")]
+    assert f"#1 {ends[ending]} ran" in row
+    assert row.endswith(" 3 tokens 0 USD")
+    assert calls == ["a"]
+    assert "run_end CANCELLED latency ran" in diary.lines
+
+
+# ---------------------------------------------------------------- contracts
+
+
+async def test_which_contract_wins() -> None:
+    """That of the call wins over the registry's, and that over the marker's."""
+
+    async def func(state: Num) -> Any:
+        return {"n": 0}
+
+    marked = node("a", func)
+    runner = StromaRunner.quick(policy_map=NEVER)
+    assert (await runner.run([marked], Num())).status is RunStatus.COMPLETED
+    runner.registry.register(contract("a", Num, Positive))
+    assert (await runner.run([marked], Num())).status is RunStatus.FAILED
+    assert (await StromaRunner.quick().run([marked], Num())).status is RunStatus.COMPLETED
+
+    def context() -> ReliabilityContext:
+        return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+
+    assert (await execute_step("a", marked, Num(), context())).status is RunStatus.FAILED
+    own = contract("a")
+    assert (await execute_step("a", marked, Num(), context(), contract=own)).status is RunStatus.COMPLETED
+    bare = await execute_step("b", func, Num(n=1), context())
+    assert bare.final_state == Num(n=0)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+async def test_a_class_that_is_rebuilt_is_validated_anew(side: str) -> None:
+    """model_rebuild() gives a class other rules; the next run goes by them, with the same node."""
+
+    class Grows(BaseModel):
+        n: int = 0
+
+    one = node("a", same, *((Grows, Grows) if side == "input" else (Num, Grows)))
+    runner = StromaRunner.quick(policy_map=NEVER)
+    assert (await runner.run([one], Num())).status is RunStatus.COMPLETED
+    Grows.model_fields["n"].metadata.append(Field(gt=0).metadata[0])
+    Grows.model_rebuild(force=True)
+    result = await runner.run([one], Num())
+    assert result.status is RunStatus.FAILED
+    assert result.failure is not None
+    assert result.failure.message == f"Contract violation for 'a' ({side}): n: Input should be greater than 0"
+    assert (await runner.run([one], Num(n=1))).final_state == Grows(n=1)
+
+
+async def test_a_broken_contract_says_whose_it_is() -> None:
+    """The violation has the node, the side, what came as a dict, pydantic's errors, and the class it should have been."""
+
+    async def odd(state: Num) -> Any:
+        return 7
+
+    for nodes, state, direction, raw, schema in (
+        ([node("a", same, Positive)], Num(), "input", {"n": 0}, Positive),
+        ([node("a", odd, Num, Positive)], Num(), "output", {"value": 7}, Positive),
+        ([node("z", same), node("a", same, Positive)], Num(), "input", {"n": 0}, Positive),
+        ([node("a", same, Positive)], _Root([1]), "input", {"root": [1]}, Positive),
+    ):
+        result = await StromaRunner.quick(policy_map=NEVER).run(nodes, state)
+        assert result.failure is not None
+        violation = result.failure.exception
+        assert isinstance(violation, ContractViolation)
+        assert (violation.node_id, violation.direction, violation.raw) == ("a", direction, raw)
+        assert violation.schema is schema
+        assert violation.__cause__ is not None
+        assert (result.failure.attempt, result.failure.reason, result.failure.retry_after_seconds) == (
+            1,
+            "contract",
+            None,
+        )
+
+
+class _Root(RootModel[list[int]]):
+    pass
+
+
+# ---------------------------------------------------------------- repairs
+
+BAD = {"n": "none"}
+
+
+@pytest.mark.parametrize(("granted", "calls"), [(0, 1), (1, 2), (2, 3)])
+async def test_as_many_repairs_as_are_granted(granted: int, calls: int) -> None:
+    """The violations before the last are recoverable, the last is terminal, and policies have no part in it."""
+    called: list[str] = []
+    runner = StromaRunner.quick(policy_map=NEVER, contract_retries={"a": granted, "other": 9})
+    result = await runner.run([counted(called, "a", BAD)], Num())
+    assert len(called) == calls
+    classes = [event.failure for event in result.trace]
+    assert classes == [FailureClass.RECOVERABLE] * granted + [FailureClass.TERMINAL]
+    assert result.status is RunStatus.FAILED
+
+
+async def test_repairs_are_no_retries() -> None:
+    """Attempts that were granted to mend an output are not counted as retries of other failures, nor those as repairs."""
+    called: list[str] = []
+    down = ConnectionError("down")
+    runner = StromaRunner.quick(policy_map=ONCE, contract_retries={"a": 1})
+    result = await runner.run([counted(called, "a", BAD, down, {"n": 1})], Num())
+    assert (result.status, len(called)) == (RunStatus.COMPLETED, 3)
+    called.clear()
+    result = await runner.run([counted(called, "a", down, BAD, {"n": 1})], Num())
+    assert (result.status, len(called)) == (RunStatus.COMPLETED, 3)
+    called.clear()
+    result = await runner.run([counted(called, "a", BAD, down, down, {"n": 1})], Num())
+    assert (result.status, len(called)) == (RunStatus.PARTIAL, 3)
+
+
+async def test_only_a_nodes_own_output_is_mended() -> None:
+    """A broken input, and a violation of a run inside the node, are not what was granted."""
+    called: list[str] = []
+    runner = StromaRunner.quick(policy_map=NEVER, contract_retries={"a": 3})
+    result = await runner.run([counted(called, "a", {}, input=Positive)], Num())
+    assert (result.status, len(result.trace), called) == (RunStatus.FAILED, 1, [])
+
+    async def inside(state: Num) -> Any:
+        called.append("a")
+        inner = await StromaRunner.quick(policy_map=NEVER).run([counted([], "b", BAD)], state)
+        inner.raise_for_status()
+
+    result = await runner.run([node("a", inside)], Num())
+    assert (result.status, called) == (RunStatus.FAILED, ["a"])
+
+
+async def test_a_violation_that_a_classifier_lets_retry_is_retried_by_policy() -> None:
+    """What a classifier calls recoverable goes by the policy of that class; no repair is used up for it."""
+    called: list[str] = []
+    said = [lambda error, _: FailureClass.RECOVERABLE]
+    runner = StromaRunner.quick(policy_map=ONCE, contract_retries={"a": 5}, classifiers=said)
+    result = await runner.run([counted(called, "a", BAD)], Num())
+    assert (result.status, len(called)) == (RunStatus.PARTIAL, 2)
+
+
+# ---------------------------------------------------------------- questions
+
+
+async def test_what_is_kept_of_a_question() -> None:
+    """Where it is asked, by which node, why, and what the answer must be; of a group around it nothing."""
+    store = AsyncInMemoryStore()
+    nodes = [
+        counted([], "z", {"n": 1}),
+        parallel(
+            counted([], "a", Suspend("which?", schema=M)),
+            counted([], "b", Suspend("why?"), output=M),
+            max_concurrency=1,
+        ),
+    ]
+    await StromaRunner.quick(store=store).run(nodes, Num(), run_id="r")
+    assert [tuple(waiting) for waiting in store.waiting("r")] == [
+        (1, "0", "a", "which?", f"{M.__module__}:M", None),
+        (1, "1", "b", "why?", "", None),
+    ]
+
+
+async def test_the_step_that_asks_is_no_failure() -> None:
+    """A step of plain code that waits is SUSPENDED with its reason, and has no failure."""
+    runner = StromaRunner.quick(store=AsyncInMemoryStore())
+    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    result = await execute_step("a", counted([], "a", Suspend("may I?")), Num(n=2), ctx)
+    assert (result.status, result.failure, result.suspended, result.final_state) == (
+        RunStatus.SUSPENDED,
+        None,
+        ["may I?"],
+        Num(n=2),
+    )
+
+
+# ---------------------------------------------------------------- calling
+
+
+@pytest.mark.parametrize("timed", [False, True])
+async def test_how_a_function_is_called(timed: bool) -> None:
+    """Async or not, with the run's own context or without, and whatever awaitable it returns: it is called once, so."""
+    mine: dict[str, Any] = {"calls": []}
+
+    async def one(state: Num) -> Any:
+        mine["calls"].append("one")
+        return {"n": state.n + 1}
+
+    async def two(state: Num, context: dict[str, Any]) -> Any:
+        context["calls"].append("two")
+        assert context is mine
+        return {"n": state.n + 1}
+
+    def three(state: Num) -> Any:
+        mine["calls"].append("three")
+        return {"n": state.n + 1}
+
+    def four(state: Num, context: dict[str, Any]) -> Any:
+        assert context is mine
+        context["calls"].append("four")
+        return {"n": state.n + 1}
+
+    def five(state: Num) -> Any:
+        return one(state)
+
+    more: dict[str, Any] = {"node_timeouts": {"a0": 60_000}} if timed else {}
+    for grouped in (False, True):
+        mine["calls"].clear()
+        nodes = [node(f"a{i}", func) for i, func in enumerate((one, two, three, four, five))]
+        wrapped = [parallel(each) for each in nodes] if grouped else nodes
+        result = await StromaRunner.quick(policy_map=NEVER, context=mine, **more).run(wrapped, Num())
+        assert result.failure is None
+        assert result.final_state is not None
+        assert result.final_state.model_dump() == {"n": 5}
+        assert mine["calls"] == ["one", "two", "three", "four", "one"]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("timed", [False, True])
+async def test_the_signal_of_a_fallback_reaches_every_kind_of_node(timed: bool, grouped: bool) -> None:
+    """Once a fallback is due the context names it, for async and sync nodes; before, the key is absent."""
+    seen: list[Any] = []
+
+    async def spend(state: Num, context: dict[str, Any]) -> Any:
+        seen.append(context.get("_stroma_model"))
+        return state, 1000, 1000, "gpt-4o"
+
+    async def look(state: Num, context: dict[str, Any]) -> Any:
+        seen.append(context.get("_stroma_model"))
+        return state
+
+    def look_too(state: Num, context: dict[str, Any]) -> Any:
+        seen.append(context.get("_stroma_model"))
+        return state
+
+    nodes = [node("a", spend), node("b", look), node("c", look_too)]
+    more: dict[str, Any] = {"node_timeouts": {"a": 60_000}} if timed else {}
+    result = await StromaRunner.quick(
+        budget=ExecutionBudget(max_cost_usd=1.0),
+        model_fallbacks=[FallbackPolicy("gpt-4o", "small", 0.001)],
+        **more,
+    ).run([parallel(each) for each in nodes] if grouped else nodes, Num())
+    assert result.failure is None
+    assert seen == [None, "small", "small"]
+
+
+# ---------------------------------------------------------------- probes
+
+
+class Noting(Probe):
+    """Notes what stands around a call; changes what it is told to."""
+
+    def __init__(self, name: str, seen: list[str], kind: FailureClass | None = None) -> None:
+        self.name = name
+        self.seen = seen
+        self.kind = kind
+
+    async def call(self, run: Any, node: Any, call: Any, state: BaseModel) -> Any:
+        self.seen.append(f"{self.name} before {run.node_id} {node.node_id} {state}")
+        try:
+            return await call(state)
+        finally:
+            self.seen.append(f"{self.name} after")
+
+    def diagnosed(self, run: Any, failure: Any) -> Any:
+        self.seen.append(f"{self.name} {run.node_id} {failure.failure_class}")
+        if self.kind is None:
+            return failure
+        return type(failure)(
+            failure.exception, self.kind, failure.node_id, failure.attempt, failure.message, failure.reason
+        )
+
+
+@pytest.fixture
+def probes() -> Iterator[list[Probe]]:
+    before = list(PROBES)
+    yield PROBES
+    PROBES[:] = before
+
+
+async def test_probes_stand_around_a_call(probes: list[Probe]) -> None:
+    """The first one is outermost; each is told of the failure as the one before it has left it."""
+    seen: list[str] = []
+    probes += [Noting("1", seen, FailureClass.TERMINAL), Noting("2", seen)]
+    result = await StromaRunner.quick(policy_map=THRICE).run([counted([], "a", ValueError("no"))], Num(n=2))
+    assert seen == [
+        "1 before a a n=2",
+        "2 before a a n=2",
+        "2 after",
+        "1 after",
+        "1 a AMBIGUOUS",
+        "2 a TERMINAL",
+    ]
+    assert result.status is RunStatus.FAILED
+    assert result.failure is not None
+    assert result.failure.failure_class is FailureClass.TERMINAL
+
+
+async def test_probes_stand_around_groups_and_their_children(probes: list[Probe]) -> None:
+    """A group is called like a node, and its children inside of that; its failure is its child's, diagnosed once."""
+    seen: list[str] = []
+    probes.append(Noting("1", seen))
+    await StromaRunner.quick(policy_map=NEVER).run([parallel(counted([], "a", ValueError("no")))], Num())
+    assert seen == [
+        "1 before parallel(a) parallel(a) n=0",
+        "1 before a a n=0",
+        "1 after",
+        "1 a AMBIGUOUS",
+        "1 after",
+    ]
+
+
+# ---------------------------------------------------------------- ends that are delivered
+
+
+async def test_every_end_is_marked_as_delivered_once() -> None:
+    """With delivery at least once, each end that has a hook is marked after it, whatever became of the attempt."""
+    marked: list[str] = []
+
+    def between(session: Any) -> Any:
+        return Between(session, delivered=lambda row: marked.append(f"{row[0]} {row[1]} {row[6]}"))
+
+    begun = asyncio.Event()
+
+    async def forever(state: Num) -> Any:
+        begun.set()
+        await asyncio.Event().wait()
+
+    with Diary() as diary:
+        diary.store = Journal(between)
+        nodes = [counted([], "a", ValueError("no"), {"n": 1}), node("b", forever)]
+        await diary.cut(begun, nodes, Num(), hook_delivery="at_least_once", policy_map=ONCE)
+        assert marked == ["a 1 failure", "a 2 success", "b 1 cancelled"]
+        marked.clear()
+        await diary.run([counted([], "a", Suspend("may I?"))], Num(), hook_delivery="at_least_once")
+        assert marked == ["a 1 suspended"]
+        marked.clear()
+        await diary.run([counted([], "a", {}, input=Positive)], Num(), hook_delivery="at_least_once")
+        assert marked == ["a 1 failure"]
+
+
+class Angry:
+    """Hooks of which each raises; ``listed`` is what the result of the run has of them."""
+
+    def __init__(self) -> None:
+        self.listed: list[tuple[str, str | None]] = []
+
+    def sets(self) -> list[NodeHooks]:
+        async def boom(*_: Any) -> None:
+            raise RuntimeError("hook")
+
+        async def end(run_id: str, result: Any) -> None:
+            self.listed = [(failed.hook, failed.node_id) for failed in result.hook_errors]
+
+        names = [f.name for f in dataclasses.fields(NodeHooks) if f.name != "on_run_end"]
+        return [NodeHooks(**dict.fromkeys(names, boom)), NodeHooks(on_run_end=end)]
+
+
+async def test_a_hook_that_raises_is_listed_by_its_name_and_node() -> None:
+    """Whatever the event, and in the order in which they were called; none of them changes the run."""
+    angry, store = Angry(), AsyncInMemoryStore()
+    down = ConnectionError("down")
+    nodes = [
+        counted([], "a", down, ({"n": 1}, 9)),
+        parallel(counted([], "b", {"n": 2})),
+        counted([], "c", Suspend("may I?")),
+    ]
+    runner = StromaRunner.quick(
+        store=store, hooks=angry.sets(), policy_map=ONCE, budget=ExecutionBudget(max_tokens_total=10)
+    )
+    result = await runner.run(nodes, Num(), run_id="r")
+    assert result.status is RunStatus.SUSPENDED
+    first = [
+        ("on_run_start", None),
+        ("on_node_start", "a"),
+        ("on_node_failure", "a"),
+        ("on_node_retry", "a"),
+        ("on_node_start", "a"),
+        ("on_node_success", "a"),
+        ("on_budget_warning", None),
+        ("on_node_start", "parallel(b)"),
+        ("on_node_start", "b"),
+        ("on_node_success", "b"),
+        ("on_node_success", "parallel(b)"),
+        ("on_node_start", "c"),
+        ("on_node_suspended", "c"),
+    ]
+    assert angry.listed == first
+    await runner.run(nodes, Num(), run_id="r", resume=True)
+    assert angry.listed == [
+        ("on_run_start", None),
+        ("on_node_skipped", "a"),
+        ("on_node_skipped", "parallel(b)"),
+        ("on_node_start", "c"),
+        ("on_node_suspended", "c"),
+    ]
+
+
+@pytest.mark.parametrize("closed", [False, True])
+async def test_a_hook_of_an_end_that_raises_is_listed(closed: bool) -> None:
+    """The same for an attempt that is cancelled, and for one that is thrown away."""
+    angry, begun = Angry(), asyncio.Event()
+
+    async def forever(state: Num) -> Any:
+        begun.set()
+        await asyncio.Event().wait()
+
+    work = StromaRunner.quick(hooks=angry.sets()).run([node("a", forever)], Num())
+    if closed:
+        await ThrownAway(work, begun)
+    else:
+        task = asyncio.create_task(work)
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert angry.listed == [("on_run_start", None), ("on_node_start", "a"), ("on_node_cancelled", "a")]
+
+
+@pytest.mark.parametrize("event", ["start", "success", "failure", "retry", "cancelled", "suspended"])
+async def test_a_hook_that_is_not_async_is_named(event: str) -> None:
+    """The error says which hook of which node it was, and what to do; of a cancelled attempt it stands in the log."""
+
+    def plain(*_: Any) -> None: ...
+
+    begun = asyncio.Event()
+
+    async def func(state: Num) -> Any:
+        if event == "suspended":
+            raise Suspend("may I?")
+        if event == "cancelled":
+            begun.set()
+            await asyncio.Event().wait()
+        if event in ("failure", "retry") and here().attempt == 1:
+            raise ConnectionError("down")
+        return {"n": 1}
+
+    hooks = NodeHooks(**{f"on_node_{event}": plain})  # type: ignore[arg-type]
+    with Diary() as diary:
+        if event == "cancelled":
+            await diary.cut(begun, [node("a", func)], Num(), hooks=hooks)
+            (said,) = [line for line in diary.lines if line.startswith("log WARNING")]
+        else:
+            await diary.run([node("a", func)], Num(), hooks=hooks, policy_map=ONCE)
+            (said,) = [line for line in diary.lines if line.startswith("raised HookNotAsync")]
+    assert f"hook on_node_{event} of node 'a' is not async: " in said
+    assert "returned NoneType, which cannot be awaited; define it with async def" in said
+
+
+# ---------------------------------------------------------------- what leaves the process
+
+
+async def test_a_deadline_is_a_budget_error_elsewhere() -> None:
+    """Pickled, it is the BudgetExceeded that it is for everybody."""
+
+    async def forever(state: Num) -> Any:
+        await asyncio.Event().wait()
+
+    runner = StromaRunner.quick(budget=ExecutionBudget(max_latency_ms=20))
+    result = await runner.run([node("a", forever)], Num())
+    assert result.failure is not None
+    again = pickle.loads(pickle.dumps(result.failure.exception))
+    assert type(again) is BudgetExceeded
+    assert (again.dimension, again.limit, again.node_id) == ("latency", 20, "a")
+    assert again.actual >= 20
+
+
+async def test_what_a_group_used_is_its_childrens() -> None:
+    """A group reports nothing itself, and its children's tokens count once."""
+    result = await StromaRunner.quick().run([parallel(counted([], "a", ({"n": 1}, 5)))], Num())
+    (group,) = result.trace
+    assert group.usage == AttemptUsage()
+    assert [child.usage.tokens for child in group.children] == [5]
+    assert result.total_tokens == 5

@@ -1,0 +1,610 @@
+"""Steps that code calls, in a node or in plain code: each is known by what it is, over every store."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from tests.shared_stores import SHARED, STORES, place, store_of
+
+from stroma import (
+    FailureClass,
+    FailurePolicy,
+    Journal,
+    NodeContract,
+    NodeHooks,
+    PipelineChanged,
+    ReliabilityContext,
+    RunStatus,
+    StromaRunner,
+    current_node,
+    current_run,
+    execute_step,
+    map_over,
+    parallel,
+    stroma_node,
+)
+from stroma.adapters import RunCancelled
+from stroma.checkpoint import AttemptRecord
+from stroma.checkpoint.history import in_order
+from stroma.checkpoint.identity import StepCalls, child_indexes, is_called
+
+AT_ONCE = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
+RETRIED = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+HELPER = Path(__file__).with_name("called_steps_helper.py")
+
+
+class Text(BaseModel):
+    text: str = ""
+
+
+class Texts(BaseModel):
+    texts: list[Text] = []
+    done: list[Any] = []
+
+
+class Numbers(BaseModel):
+    n: int = 0
+    a: int = 0
+    b: int = 0
+
+
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with store_of(request.param) as found:
+        yield found
+
+
+def node(node_id: str, func: Callable[..., Any], given: Any = Text, made: Any = Text) -> Any:
+    return stroma_node(node_id, NodeContract(node_id=node_id, input_schema=given, output_schema=made))(func)
+
+
+def runner_on(store: Any, **config: Any) -> StromaRunner:
+    return StromaRunner.quick(
+        **{"store": store, "run_id": "r", "resume": True, "policy_map": AT_ONCE, **config}
+    )
+
+
+def context_on(store: Any, **config: Any) -> ReliabilityContext:
+    runner = runner_on(store, **config)
+    return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+
+
+class World:
+    """What happens to functions, in all processes: what is called, with which key, and where they die."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.keys: dict[str, set[str]] = {}
+        self.dies_in: str | None = None
+        self.dies = asyncio.Event()
+
+    def step(self, name: str) -> Any:
+        async def step(state: Text) -> Any:
+            return await self.call(name, state)
+
+        return step
+
+    async def call(self, name: str, state: Text) -> Any:
+        what = f"{name} {state.text}"
+        self.calls.append(what)
+        here = current_node()
+        assert here is not None
+        self.keys.setdefault(what, set()).add(here.idempotency_key)
+        if name == self.dies_in:
+            await self.die()
+        return {"text": f"{state.text}{name[0]}"}
+
+    async def die(self) -> None:
+        self.dies.set()
+        await asyncio.Event().wait()
+
+    async def ask(self, name: str, text: str, ctx: Any = None) -> str:
+        """Call a step; in a node, one of its run."""
+        result = await execute_step(name, self.step(name), Text(text=text), ctx or current_run())
+        assert result.status is RunStatus.COMPLETED, result.failure
+        return str(result.final_state.text)
+
+    async def live(self, run: Callable[[], Any], dies_in: str | None = None) -> Any:
+        """One process: it ends in the call of a step, or by itself."""
+        self.dies_in = dies_in
+        self.dies.clear()
+        life, dying = asyncio.ensure_future(run()), asyncio.ensure_future(self.dies.wait())
+        await asyncio.wait([life, dying], return_when=asyncio.FIRST_COMPLETED)
+        if life.done():
+            dying.cancel()
+            return await life
+        life.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await life
+        return None
+
+
+# ---------------------------------------------------------------------- in nodes of a pipeline
+
+
+@pytest.mark.parametrize("next_id", ["second", "draft"])
+@pytest.mark.parametrize("times", [1, 3])
+async def test_steps_in_a_node_take_no_position_of_the_pipeline(store: Any, next_id: str, times: int) -> None:
+    """G5: After a crash behind a node that calls steps, no later node is skipped, whatever its id, and the state is right."""
+    world = World()
+
+    async def answer(state: Text) -> Text:
+        for _ in range(times):
+            state = Text(text=await world.ask("draft", state.text))
+        return state
+
+    nodes = [node("answer", answer), node(next_id, world.step("second")), node("third", world.step("third"))]
+
+    async def run() -> Any:
+        return await runner_on(store).run(nodes, Text(text="x"))
+
+    await world.live(run, "second")
+    world.calls.clear()
+    result = await world.live(run)
+    drafted = "x" + "d" * times
+    assert world.calls == [f"second {drafted}", f"third {drafted}s"]
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Text(text=f"{drafted}st"))
+
+
+async def test_a_node_that_died_goes_on_behind_its_last_step(store: Any) -> None:
+    """G5: Steps that are committed in a node which did not end are not called again on resume; the others are."""
+    world = World()
+
+    async def answer(state: Text) -> Text:
+        text = await world.ask("draft", state.text)
+        text = await world.ask("draft", text)
+        return Text(text=await world.ask("judge", text))
+
+    async def run() -> Any:
+        return await runner_on(store).run([node("answer", answer)], Text(text="x"))
+
+    await world.live(run, "judge")
+    world.calls.clear()
+    result = await world.live(run)
+    assert world.calls == ["judge xdd"]
+    assert result.final_state == Text(text="xddj")
+    assert all(len(keys) == 1 for keys in world.keys.values())
+
+
+async def test_steps_in_a_node_are_its_children() -> None:
+    """In trace and totals, what a node calls is inside of the node, and its time counts once."""
+    world = World()
+
+    async def answer(state: Text) -> Text:
+        return Text(text=await world.ask("draft", state.text))
+
+    result = await runner_on(None, resume=False).run([node("answer", answer)], Text(text="x"))
+    (event,) = result.trace
+    (inner,) = event.children
+    assert (inner.node_id, inner.position, inner.branch) == ("draft", 0, "draft#0")
+
+
+async def test_side_by_side_steps_are_known_by_their_task(store: Any) -> None:
+    """G5: Branches that race have the same steps and idempotency keys after a crash, whichever of them is faster then."""
+    world, slow = World(), asyncio.Event()
+    live = {"first": "1", "died": False}
+
+    async def branch(name: str) -> str:
+        if name != live["first"]:
+            await slow.wait()
+        text = await world.ask("fetch", name)
+        slow.set()
+        return await world.ask("judge", text)
+
+    # Every branch makes a first call before one of them waits: that is what tasks are numbered by.
+    async def all_first(state: Text) -> Text:
+        async def one(name: str) -> str:
+            await world.ask("begin", name)
+            return await branch(name)
+
+        return await _gathered(one, state)
+
+    async def _gathered(one: Callable[[str], Any], state: Text) -> Text:
+        slow.clear()
+        found = await asyncio.gather(*map(one, "012"))
+        if not live["died"]:
+            live["died"] = True
+            await world.die()
+        return Text(text=" ".join(found))
+
+    async def run() -> Any:
+        return await runner_on(store).run([node("answer", all_first)], Text(text="x"))
+
+    await world.live(run)
+    world.calls.clear()
+    live["first"] = "2"
+    result = await world.live(run)
+    assert world.calls == []
+    assert result.final_state == Text(text="0fj 1fj 2fj")
+    assert all(len(keys) == 1 for keys in world.keys.values())
+    assert len(set.union(*world.keys.values())) == 9
+
+
+async def test_another_attempt_of_a_node_calls_its_steps_again(store: Any) -> None:
+    """A retry of a node buys new answers; after a crash in it, no answers of two attempts are mixed."""
+    world = World()
+    tries = iter([False, True, True])
+
+    async def answer(state: Text) -> Text:
+        here = current_node()
+        assert here is not None
+        text = await world.ask("draft", f"{state.text}{here.attempt}")
+        await world.ask("judge", text)
+        if not next(tries):
+            raise ValueError("it is no good")
+        return Text(text=await world.ask("polish", text))
+
+    async def run() -> Any:
+        policy = {"answer": {FailureClass.AMBIGUOUS: FailurePolicy(max_retries=1, backoff_seconds=0)}}
+        return await runner_on(store, node_policies=policy).run([node("answer", answer)], Text(text="x"))
+
+    await world.live(run, "polish")
+    assert world.calls == ["draft x1", "judge x1d", "draft x2", "judge x2d", "polish x2d"]
+    world.calls.clear()
+    result = await world.live(run)
+    assert result.status is RunStatus.RESUMED
+    assert result.final_state in (Text(text="x1dp"), Text(text="x2dp"))
+    assert [call.partition(" ")[0] for call in world.calls] == ["polish"]
+
+
+async def test_a_step_in_a_node_with_another_input_is_refused(store: Any) -> None:
+    """A node that calls another step than before under the same identity is refused, with both inputs."""
+    world = World()
+    seen = iter(["a", "b"])
+
+    async def answer(state: Text) -> Text:
+        await world.ask("draft", next(seen))
+        return Text(text=await world.ask("judge", state.text))
+
+    async def run() -> Any:
+        return await runner_on(store).run([node("answer", answer)], Text(text="x"))
+
+    await world.live(run, "judge")
+    world.calls.clear()
+    result = await world.live(run)
+    assert result.status is RunStatus.FAILED
+    assert isinstance(result.failure.exception, PipelineChanged)
+    assert result.failure.reason == "changed"
+    assert '"a"' in result.failure.message
+    assert '"b"' in result.failure.message
+    assert world.calls == []
+
+
+@pytest.mark.parametrize("way", ["parallel", "map", "journal"])
+async def test_steps_in_parts_of_groups_are_found_again(store: Any, way: str) -> None:
+    """G5: In a child of a group, and in each item of a map, committed steps are not called again on resume."""
+    world = World()
+
+    async def part(state: Text) -> Text:
+        text = await world.ask("draft", state.text)
+        return Text(text=await world.ask("judge", text))
+
+    child = node("part", part)
+    if way == "parallel":
+        pipeline, state = [parallel(child, node("other", part))], Text(text="0")
+    else:
+        into: Any = "done" if way == "map" else Journal()
+        pipeline, state = [map_over("texts", child, into=into)], Texts(texts=[Text(text="0"), Text(text="1")])  # type: ignore[assignment]
+
+    async def run() -> Any:
+        return await runner_on(store).run(pipeline, state)
+
+    await world.live(run, "judge")
+    before = set(world.keys)
+    world.calls.clear()
+    result = await world.live(run)
+    assert result.status is RunStatus.RESUMED
+    assert not [
+        call for call in world.calls if call.startswith("draft") and call in before and way != "parallel"
+    ]
+    judged = [call for call in world.calls if call.startswith("judge")]
+    assert len(judged) == 2
+    if way == "parallel":  # Two of the same name, whose keys differ all the same.
+        assert [len(keys) for keys in world.keys.values()] == [2, 2]
+    else:
+        assert all(len(keys) == 1 for keys in world.keys.values())
+
+
+async def test_a_step_outside_of_the_nodes_of_a_pipeline_is_refused() -> None:
+    """A hook of the run cannot take the position of a node by calling a step."""
+    world, said = World(), []
+
+    async def start(*about: Any) -> None:
+        try:
+            await world.ask("draft", "x")
+        except RuntimeError as error:
+            said.append(str(error))
+
+    runner = runner_on(None, resume=False, hooks=NodeHooks(on_run_start=start))
+    await runner.run([node("first", world.step("first"))], Text(text="x"))
+    assert world.calls == ["first x"]
+    assert "step 'draft' was called in run 'r' of a pipeline, outside of its nodes" in said[0]
+
+
+# ---------------------------------------------------------------------- in plain code
+
+
+async def test_racing_steps_of_plain_code_keep_their_keys(store: Any) -> None:
+    """Steps of plain code that were in flight when the process died have the same idempotency keys, in whatever order."""
+    world = World()
+
+    async def run(first: str) -> list[str]:
+        ctx, gone = context_on(store), asyncio.Event()
+
+        async def branch(name: str) -> str:
+            text = await world.ask("fetch", name, ctx)
+            if name != first:
+                await gone.wait()
+            asyncio.get_running_loop().call_soon(gone.set)
+            return await world.ask("judge", text, ctx)
+
+        return await asyncio.gather(branch("0"), branch("1"))
+
+    await world.live(lambda: run("1"), "judge")
+    assert await world.live(lambda: run("0")) == ["0fj", "1fj"]
+    assert {call: len(keys) for call, keys in world.keys.items()} == dict.fromkeys(world.keys, 1)
+    assert len(set.union(*world.keys.values())) == 4
+
+
+async def test_a_step_that_failed_keeps_its_place(store: Any) -> None:
+    """Another process that calls another step first gives it neither the position nor the key of one that failed."""
+    world = World()
+
+    async def broken(state: Text) -> Any:
+        await world.call("a", state)
+        raise ValueError("no")
+
+    async with context_on(store) as ctx:
+        failed = await execute_step("a", broken, Text(), ctx)
+    assert failed.status is RunStatus.PARTIAL
+    again = context_on(store)
+    await world.ask("c", "", again)
+    await world.ask("a", "", again)
+    assert [(event.node_id, event.position) for event in again.trace] == [("c", 1), ("a", 0)]
+    assert all(len(keys) == 1 for keys in world.keys.values())
+
+
+async def test_an_answer_is_given_to_the_step_that_asked(store: Any) -> None:
+    """The answer to a step of plain code never reaches another one that is called before it."""
+    got: list[Any] = []
+
+    async def asks(state: Text) -> Any:
+        here = current_node()
+        assert here is not None
+        return {"text": here.wait_for(Text, reason="say something").text}
+
+    async def looks(state: Text) -> Any:
+        here = current_node()
+        assert here is not None
+        got.append(here.signal)
+        return {"text": state.text}
+
+    ctx = context_on(store)
+    async with ctx:
+        assert (await execute_step("asks", asks, Text(), ctx)).status is RunStatus.SUSPENDED
+    await runner_on(store).signal("r", Text(text="yes"))
+    again = context_on(store)
+    async with again:
+        await execute_step("looks", looks, Text(), again)
+        result = await execute_step("asks", asks, Text(), again)
+    assert got == [None]
+    assert result.final_state.text == "yes"
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("way", ["parallel", "map"])
+async def test_a_group_does_not_mix_two_inputs(store: Any, way: str, inside: bool) -> None:
+    """A group that is a step, failed with one input, is refused with another before anything of it is called again."""
+    world = World()
+    calls = world.calls
+    fails = [True]
+
+    def child(name: str) -> Any:
+        async def call(state: Numbers) -> Any:
+            calls.append(f"{name} {state.n}")
+            if name == "b" and fails[0]:
+                raise ValueError("no")
+            return {name: state.n}
+
+        return node(name, call, Numbers, Numbers)
+
+    async def item(state: Text) -> Any:
+        calls.append(f"item {state.text}")
+        if state.text.startswith("b") and fails[0]:
+            raise ValueError("no")
+        return state
+
+    group: Any = parallel(child("a"), child("b"), max_concurrency=1)
+    one: Any = Numbers(n=1)
+    two: Any = Numbers(n=2)
+    if way == "map":
+        group = map_over("texts", node("item", item), into="done", max_concurrency=1)
+        one, two = (Texts(texts=[Text(text=f"a{n}"), Text(text=f"b{n}")]) for n in (1, 2))
+
+    async def run(value: Any) -> Any:
+        if not inside:
+            ctx = context_on(store)
+            await ctx.open(Text(), ends=False)
+            return await execute_step("group", group, value, ctx)
+        found: list[Any] = []
+
+        async def outer(state: Text) -> Text:
+            found.append(await execute_step("group", group, value, current_run()))  # type: ignore[arg-type]
+            if found[0].status is not RunStatus.COMPLETED:
+                await world.die()
+            return state
+
+        result = await runner_on(store).run([node("outer", outer)], Text())
+        if not found:
+            raise result.failure.exception
+        return found[0]
+
+    await world.live(lambda: run(one))
+    assert len(calls) == 2
+    fails[0] = False
+    calls.clear()
+    with pytest.raises(PipelineChanged, match="recorded with another input"):
+        await run(two)
+    assert calls == []
+    result = await run(one)
+    assert result.status is RunStatus.COMPLETED
+    assert calls == (["item b1"] if way == "map" else ["b 1"])
+
+
+async def test_the_history_tells_the_keys(store: Any) -> None:
+    """What a store tells of an attempt has the idempotency key that its function saw, in plain code and in nodes."""
+    world = World()
+    ctx = context_on(store)
+
+    async def outer(state: Text) -> Any:
+        await world.call("outer", state)
+        return {"text": await world.ask("inner", "i")}
+
+    async with ctx:
+        await asyncio.gather(world.ask("a", "1", ctx), world.ask("a", "2", ctx))
+        await execute_step("outer", outer, Text(text="o"), ctx)
+    told = {a.idempotency_key("r", 1) for a in store.attempts("r")}
+    assert told == set.union(*world.keys.values())
+    assert len(told) == 4
+
+
+# ---------------------------------------------------------------------- processes that are killed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("way", ["pipeline", "plain"])
+def test_killed_inside_of_a_step(kind: str, way: str, tmp_path: Path) -> None:
+    """G5: Killed with SIGKILL in one of two racing branches, a resume calls only what was in flight, with the same keys."""
+    with place(kind) as where:
+        side = tmp_path / "side"
+        ends = []
+        for life in range(3):
+            command = [sys.executable, str(HELPER), kind, where, str(side), way, str(life)]
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=180, env=ENVIRONMENT
+            )
+            ends.append(done.returncode)
+            assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        assert ends == [-signal.SIGKILL, -signal.SIGKILL, 0]
+        assert done.stdout.strip() == "0fj 1fj 2fj"
+        lines = side.read_text().splitlines()
+        called = [line.partition("|") for line in lines]
+        keys: dict[str, set[str]] = {}
+        for what, _, key in called:
+            keys.setdefault(what, set()).add(key)
+        assert {what: len(found) for what, found in keys.items()} == dict.fromkeys(keys, 1)
+        assert len(set.union(*keys.values())) == len(keys) == 6
+
+
+def test_steps_are_shown_with_what_is_inside_of_them() -> None:
+    """In history, the steps of a node stand in the order in which they began, each before its own children."""
+
+    def at(branch: str, started: int) -> AttemptRecord:
+        return AttemptRecord(
+            0, branch, "n", 1, 0, 0.0, "success", None, None, None, 0, 0, 0.0, None, None, started_ns=started
+        )
+
+    order = ["", "z#0", "z#0.0", "z#0.1", "z#0.10", "a#0", "a#0.x#0", "a#1"]
+    told = [at(branch, started) for started, branch in enumerate(order)]
+    assert [one.branch for one in in_order(reversed(told))] == order
+
+
+def test_any_text_may_be_the_id_of_a_step() -> None:
+    """Identities of two steps are never the same, and no id reads as an index of a child."""
+    calls = StepCalls()
+    ids = [
+        "a",
+        "a.b",
+        "a#0",
+        "1",
+        "0:a",
+        "1/a",
+        "1-0/a",
+        "a@1",
+        "*",
+        "é",
+        "🙂",
+        "\n",
+        "~",
+        "x" * 3000,
+        "%2E",
+        ".",
+    ]
+
+    async def all_of_them() -> list[str]:
+        return [calls.next(calls.scope(), one).text for one in ids for _ in range(2)]
+
+    texts = asyncio.run(all_of_them())
+    assert len(set(texts)) == 2 * len(ids)
+    for text in texts:
+        assert "." not in text
+        assert is_called(text)
+        assert child_indexes(f"3.4.{text}.5") == [3, 4]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_cancelled_run_calls_no_further_step(store: Any, fails: bool) -> None:
+    """After an acknowledged cancel() the step that is under way is the last one, with its present attempt; the run is CANCELLED."""
+    runner = StromaRunner.quick(store=store, run_id="r", policy_map=RETRIED)
+    begun, asked = asyncio.Event(), asyncio.Event()
+    calls: list[str] = []
+
+    async def first(state: Text) -> dict[str, str]:
+        calls.append("first")
+        begun.set()
+        await asked.wait()
+        if fails:
+            raise ValueError("no")
+        return {"text": "first"}
+
+    async def second(state: Text) -> dict[str, str]:
+        calls.append("second")
+        return {"text": "second"}
+
+    async with ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager) as ctx:
+        under_way = asyncio.ensure_future(execute_step("first", first, Text(), ctx))
+        await begun.wait()
+        assert await runner.cancel("r")
+        async with asyncio.timeout(20):
+            while not ctx.cancelled:
+                await asyncio.sleep(0.001)
+        asked.set()
+        one = await under_way
+        two = await execute_step("second", second, Text(), ctx)
+    assert one.status is (RunStatus.PARTIAL if fails else RunStatus.COMPLETED)
+    assert two.status is RunStatus.CANCELLED
+    assert two.failure is not None
+    assert isinstance(two.failure.exception, RunCancelled)
+    assert calls == ["first"]
+    assert store.get_run("r").status == "CANCELLED"
+
+
+async def test_a_step_that_waits_for_its_retry_when_the_run_is_cancelled() -> None:
+    """A cancel() that comes while a step of plain code waits for its next attempt leaves out that attempt."""
+    calls = 0
+
+    async def cancel(*_: Any) -> None:
+        assert await runner.cancel("r")
+
+    async def fails(state: Text) -> Text:
+        nonlocal calls
+        calls += 1
+        raise ValueError("no")
+
+    runner = StromaRunner.quick(run_id="r", policy_map=RETRIED, hooks=NodeHooks(on_node_retry=cancel))
+    async with ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager) as ctx:
+        result = await execute_step("fails", fails, Text(), ctx)
+    assert (result.status, calls) == (RunStatus.PARTIAL, 1)

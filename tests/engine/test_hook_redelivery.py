@@ -1,0 +1,271 @@
+"""hook_delivery="at_least_once": what a process did not live to tell, the one that goes on with its run tells."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from tests.kit import ONCE
+
+from stroma import (
+    FailureClass,
+    InMemoryStore,
+    NodeHooks,
+    ReliabilityContext,
+    RunStatus,
+    SQLiteStore,
+    StoreError,
+    StromaRunner,
+    current_node,
+    execute_step,
+    map_over,
+    open_store,
+    parallel,
+)
+
+
+class State(BaseModel):
+    n: int = 0
+    items: list[int] = [1, 2]
+
+
+class Item(BaseModel):
+    n: int
+
+
+class Made(BaseModel):
+    n: int
+
+
+class Simple:
+    """A store of the simple protocol."""
+
+    def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
+    def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
+    def delete(self, run_id: str) -> None: ...
+
+
+Told = tuple[str, str, str, int, bool, Any]
+
+
+def make(url: str, die_at: tuple[str, str] | None, told: list[Told]) -> tuple[StromaRunner, list[Any]]:
+    """A runner and its nodes. ``die_at``: the hook, and the node, in which the process kills itself."""
+
+    def note(event: str, said: Any) -> None:
+        node = current_node()
+        assert node is not None
+        if die_at == (event, node.node_id) and not node.redelivered:
+            os.kill(os.getpid(), signal.SIGKILL)
+        told.append((event, node.node_id, node.branch, node.attempt, node.redelivered, said))
+
+    async def success(_run_id: str, _node_id: str, output: dict[str, Any], tokens: int) -> None:
+        note("success", (output.get("n"), tokens))
+
+    async def failure(_run_id: str, _node_id: str, exc: Exception, failure_class: FailureClass) -> None:
+        note("failure", (str(exc), failure_class))
+
+    runner = StromaRunner.quick(
+        store=open_store(url),
+        policy_map=ONCE,
+        hooks=NodeHooks(on_node_success=success, on_node_failure=failure),
+        hook_delivery="at_least_once",
+        resume=True,
+    )
+
+    @runner.node("flaky", input=State, output=State)
+    async def flaky(state: State) -> Any:
+        if current_node().attempt == 1:  # type: ignore[union-attr]
+            raise ConnectionError("gone")
+        return {"n": state.n + 1}, 3, 4, "gpt-4o-mini"
+
+    @runner.node("left", input=State, output=Made)
+    async def left(state: State) -> Made:
+        return Made(n=state.n + 10)
+
+    @runner.node("right", input=State, output=State)
+    async def right(state: State) -> State:
+        return state
+
+    @runner.node("item", input=Item, output=Made)
+    async def item(state: Item) -> Made:
+        return Made(n=state.n * 2)
+
+    return runner, [flaky, parallel(left, right), map_over("items", item, into="made")]
+
+
+ALL = [
+    ("failure", "flaky", "", ("gone", FailureClass.RECOVERABLE)),
+    ("success", "flaky", "", (1, 7)),
+    ("success", "item", "0", (2, 0)),
+    ("success", "item", "1", (4, 0)),
+    ("success", "left", "0", (11, 0)),
+    ("success", "map_over(items, item)", "", (1, 0)),
+    ("success", "parallel(left, right)", "", (1, 0)),
+    ("success", "right", "1", (1, 0)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "die_at",
+    [
+        ("failure", "flaky"),
+        ("success", "flaky"),
+        ("success", "left"),
+        ("success", "item"),
+        ("success", "parallel(left, right)"),
+        None,
+    ],
+)
+def test_what_a_killed_process_did_not_tell_is_told(
+    die_at: tuple[str, str] | None, tmp_path: pathlib.Path
+) -> None:
+    """A process is killed between a commit and its hook: the resumed run tells that event, marked as redelivered."""
+    url = f"sqlite:///{tmp_path / 'runs.db'}"
+    program = (
+        "import asyncio; from tests.engine.test_hook_redelivery import State, make;"
+        f"runner, nodes = make({url!r}, {die_at!r}, []);"
+        "asyncio.run(runner.run(nodes, State(), run_id='r'))"
+    )
+    root = pathlib.Path(__file__).parents[2]
+    child = subprocess.run([sys.executable, "-c", program], cwd=root, check=False, timeout=60)
+    assert child.returncode == (0 if die_at is None else -signal.SIGKILL)
+
+    told: list[Told] = []
+
+    async def resume() -> None:
+        runner, nodes = make(url, None, told)
+        async with runner.checkpoint_manager.store:
+            result = await runner.run(nodes, State(), run_id="r")
+            assert result.status is RunStatus.RESUMED
+            assert result.hook_errors == []
+
+    asyncio.run(resume())
+    again = [(event, node, said) for event, node, _, _, redelivered, said in told if redelivered]
+    if die_at is None:
+        assert told == []
+        return
+    known = [(event, node, said) for event, node, _, said in ALL]
+    assert again
+    assert set(again) <= set(known)
+    assert die_at in [(event, node) for event, node, _ in again]
+    assert told[0][4], "what is due is told before anything runs"
+
+    # All of it is delivered now.
+    told.clear()
+    asyncio.run(resume())
+    assert told == []
+
+
+@pytest.mark.core
+async def test_each_event_is_told_once_by_a_process_that_lives(tmp_path: pathlib.Path) -> None:
+    """Without a crash no event is told twice, nor is any of them redelivered on a later resume."""
+    told: list[Told] = []
+    runner, nodes = make(f"sqlite:///{tmp_path / 'runs.db'}", None, told)
+    async with runner.checkpoint_manager.store:
+        await runner.run(nodes, State(), run_id="r")
+        assert sorted((event, node, branch, said) for event, node, branch, _, _, said in told) == ALL
+        assert not any(redelivered for *_, redelivered, _ in told)
+        await runner.run(nodes, State(), run_id="r")
+        assert len(told) == len(ALL)
+        # A restart is another execution, to which nothing is owed.
+        await runner.run(nodes, State(), run_id="r", if_exists="restart", resume=False)
+        assert len(told) == 2 * len(ALL)
+
+
+async def test_suspended_and_cancelled_attempts_are_owed_too(tmp_path: pathlib.Path) -> None:
+    """The ends of attempts that wait, and of those that were cancelled, are marked like all others."""
+    from stroma import Suspend
+
+    store = SQLiteStore(tmp_path / "runs.db")
+    waiting = asyncio.Event()
+    told: list[Any] = []
+    mute = True
+
+    async def suspended(_run_id: str, _node_id: str, reason: str) -> None:
+        if mute:
+            raise KeyboardInterrupt  # As good as a death: the hook has not ended.
+        told.append(("suspended", reason, current_node().redelivered))  # type: ignore[union-attr]
+
+    runner = StromaRunner.quick(
+        store=store, hooks=NodeHooks(on_node_suspended=suspended), hook_delivery="at_least_once"
+    )
+
+    @runner.node("ask", input=State, output=State)
+    async def ask(state: State) -> State:
+        if not mute:
+            return state
+        raise Suspend("may I?")
+
+    async with store:
+        with pytest.raises(KeyboardInterrupt):
+            await runner.run([ask], State(), run_id="r")
+        mute = False
+        await runner.run([ask], State(), run_id="r", resume=True)
+        assert told == [("suspended", "may I?", True)]
+        assert not waiting.is_set()
+
+
+async def test_a_store_without_a_journal_cannot_promise_it() -> None:
+    """A store of the simple protocol is refused with what to do; the in-memory stores live as long as the process."""
+    for store, refused in ((Simple(), True), (InMemoryStore(), False)):
+        runner = StromaRunner.quick(
+            store=store, hooks=NodeHooks(on_node_start=None), hook_delivery="at_least_once"
+        )
+
+        async def tell(*_: Any) -> None: ...
+
+        runner = runner.with_hooks(NodeHooks(on_node_success=tell))
+
+        @runner.node("node", input=State, output=State)
+        async def node(state: State) -> State:
+            return state
+
+        if refused:
+            with pytest.raises(StoreError, match=r"has no journal.*hook_delivery"):
+                await runner.run([node], State())
+        else:
+            assert (await runner.run([node], State())).status is RunStatus.COMPLETED
+
+
+async def test_steps_of_plain_code_are_owed_too(tmp_path: pathlib.Path) -> None:
+    """In plain code the first step of a resumed run tells what is due, before it gives what was recorded."""
+    told: list[Any] = []
+    mute = True
+
+    async def success(_run_id: str, node_id: str, output: dict[str, Any], tokens: int) -> None:
+        if mute:
+            raise KeyboardInterrupt  # As good as a death: the hook has not ended.
+        told.append((node_id, output["n"], tokens, current_node().redelivered))  # type: ignore[union-attr]
+
+    async def step(state: State) -> Any:
+        return {"n": state.n + 1}, 3, 4, "gpt-4o-mini"
+
+    async def run(store: SQLiteStore, **config: Any) -> None:
+        runner = StromaRunner.quick(
+            store=store,
+            hooks=NodeHooks(on_node_success=success),
+            hook_delivery="at_least_once",
+            run_id="r",
+            **config,
+        )
+        ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+        async with ctx:
+            result = await execute_step("step", step, State(), ctx)
+            assert result.final_state is not None
+            told.append("step is done")
+
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        with pytest.raises(KeyboardInterrupt):
+            await run(store)
+        mute = False
+        await run(store, resume=True)
+        await run(store, resume=True)
+    assert told == [("step", 1, 7, True), "step is done", "step is done"]

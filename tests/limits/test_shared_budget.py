@@ -1,0 +1,871 @@
+"""Budgets that several runs share: what is spent under them, by whom, and what becomes of who comes too late."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import math
+import pickle
+import queue
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from tests.fixtures import store_fixture
+from tests.kit import TWICE
+from tests.limits.budget_helper import CONTRACT, RESERVE_CENTS, State, budget, spend
+from tests.servers import RedisServer, environment
+from tests.shared_stores import SHARED, STORES, opened, place, store_of
+
+from stroma import (
+    AsyncInMemoryStore,
+    FailureClass,
+    NodeContract,
+    NodeHooks,
+    ReliabilityContext,
+    RunConfig,
+    RunStatus,
+    SharedBudget,
+    SharedBudgetExceeded,
+    SQLiteStore,
+    StoreError,
+    StromaRunner,
+    Suspend,
+    current_node,
+    execute_step,
+    map_over,
+    open_store,
+    parallel,
+    stroma_node,
+)
+from stroma.limits.budget_state import (
+    BudgetTerms,
+    CallRequest,
+    CallUsage,
+    Refusal,
+    read_account,
+    reserve,
+    settle,
+    window,
+)
+from stroma.limits.lease_renewal import RENEWER
+
+
+def node(
+    node_id: str = "call", *, cents: int = 10, before: Callable[[State], Any] | None = None
+) -> tuple[Any, list[int]]:
+    """A node whose call costs so many cents; and its calls. ``before`` may raise, or give something to wait for."""
+    calls: list[int] = []
+
+    @stroma_node(node_id, NodeContract(node_id=node_id, input_schema=State, output_schema=State))
+    async def call(state: State) -> Any:
+        calls.append(cents)
+        running = current_node()
+        assert running is not None
+        running.report_usage(input_tokens=cents, model="cents")
+        if before is not None:
+            waits = before(state)
+            if waits is not None:
+                await waits
+        return {"n": state.n + 1}
+
+    return call, calls
+
+
+def anew(make: Callable[[], SharedBudget]) -> SharedBudget:
+    """A budget whose name another one had that is no longer in use: what looks after a run may hold that for a moment."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return make()
+        except ValueError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
+
+store = store_fixture(*STORES)
+
+
+def cents(usd: float) -> float:
+    return round(usd * 100, 6)
+
+
+# ---------------------------------------------------------------------- never more than the limit
+
+
+@pytest.mark.core
+async def test_a_hundred_runs_at_once(store: Any) -> None:
+    """100 runs at once, in one process, spend no more than the limit, and as much of it as fits."""
+    result = await spend(store, 1, 100)
+    found = await budget(store).state()
+    assert found is not None
+    assert result["cents"] == cents(found.spent_usd)
+    assert 1000 - RESERVE_CENTS < result["cents"] <= 1000
+    assert set(result["statuses"]) <= {"COMPLETED", "PARTIAL"}
+    assert (found.calls, found.reserved_usd) == (0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SHARED)
+def test_four_processes(kind: str) -> None:
+    """4 processes of 50 runs each never spend more than the limit, and what they spent is what the store says."""
+    with place(kind) as where:
+        command = [sys.executable, "-m", "tests.limits.budget_helper", kind, where, "spend"]
+        running = [start(*command, str(seed), "50") for seed in range(4)]
+        results = together(running)
+        with opened(kind, where) as store:
+            found = asyncio.run(budget(store).state())
+        assert found is not None
+        total = sum(result["cents"] for result in results)
+        assert total == cents(found.spent_usd)
+        assert 1000 - RESERVE_CENTS < total <= 1000
+        assert (found.calls, found.reserved_usd) == (0, 0)
+        statuses = [status for result in results for status in result["statuses"]]
+        assert len(statuses) == 200
+        assert "PARTIAL" in statuses
+        assert set(statuses) <= {"COMPLETED", "PARTIAL"}
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_process_that_is_killed(kind: str) -> None:
+    """kill -9 leaves a reservation that counts until its lease ends, and not after that."""
+    with place(kind) as where:
+        with opened(kind, where) as store:
+            process = start(sys.executable, "-m", "tests.limits.budget_helper", kind, where, "hang", "6")
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "calling\n"
+            began = time.monotonic()
+            # It is kept up as long as the process lives.
+            while time.monotonic() < began + 7.5:
+                assert cents(_state(store).reserved_usd) == RESERVE_CENTS
+                time.sleep(0.1)
+            process.kill()
+            process.wait()
+            assert cents(_state(store).reserved_usd) == RESERVE_CENTS
+            deadline = time.monotonic() + 30
+            while _state(store).calls:
+                assert time.monotonic() < deadline, "the reservation outlives its lease"
+                time.sleep(0.1)
+            assert (_state(store).reserved_usd, _state(store).spent_usd) == (0, 0)
+        process.communicate()
+
+
+def together(running: list[subprocess.Popen[str]]) -> list[Any]:
+    """What processes come to that begin at the same moment."""
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return [json.loads(process.communicate(timeout=100)[0]) for process in running]
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def _state(store: Any) -> Any:
+    found = asyncio.run(budget(store).state())
+    assert found is not None
+    return found
+
+
+@pytest.mark.core
+def test_leases_are_kept_up() -> None:
+    """What calls hold is renewed until they end, whatever goes wrong with one of them, and all of a gate at once."""
+    told: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+
+    def fails(tokens: list[str]) -> None:
+        raise RuntimeError("no")
+
+    RENEWER.add("bad", 0.05, fails)
+    for token in ("a", "b"):
+        RENEWER.add(token, 0.05, told.put)
+    try:
+        renewed = [told.get(timeout=30) for _ in range(6)]
+        assert {token for tokens in renewed for token in tokens} == {"a", "b"}
+        RENEWER.remove("a")
+        while "a" in told.get(timeout=30):
+            pass
+        assert {tuple(told.get(timeout=30)) for _ in range(3)} == {("b",)}
+    finally:
+        for token in ("bad", "a", "b"):
+            RENEWER.remove(token)
+
+
+async def test_what_is_only_reserved_is_waited_for(store: Any) -> None:
+    """A call waits while calls in flight may leave room for it; waiting is told, and kept in the trace."""
+    shared = SharedBudget("team", max_cost_usd=1, store=store, reserve_usd=0.6)
+    free, told = asyncio.Event(), list[Any]()
+
+    async def on_wait(*arguments: Any) -> None:
+        told.append(arguments)
+        free.set()
+
+    first, _ = node(before=lambda state: free.wait())
+    second, calls = node(cents=20)
+    runner = StromaRunner.quick(shared_budgets=shared, hooks=NodeHooks(on_node_wait=on_wait))
+    running = asyncio.create_task(runner.run([first], State(), run_id="1"))
+    while (found := await shared.state()) is None or not found.calls:
+        await asyncio.sleep(0.005)
+    result = await runner.run([second], State(), run_id="2")
+    await running
+    assert (result.status, len(calls)) == (RunStatus.COMPLETED, 1)
+    assert told == [("2", "call", "budget 'team': reserved", 0.0)]
+    (mark,) = result.trace.marks
+    assert (mark.kind, mark.reason, mark.node_id, mark.attempt) == ("wait", told[0][2], "call", 1)
+    assert mark.waited_ms > 0
+    assert pickle.loads(pickle.dumps(result.trace)).marks == result.trace.marks
+
+
+async def test_a_call_that_waited_too_long(store: Any) -> None:
+    """It is refused as one that has no room, and holds nothing."""
+    shared = SharedBudget("team", max_cost_usd=1, store=store, reserve_usd=0.6, max_wait_seconds=0.05)
+    free = asyncio.Event()
+    first, _ = node(before=lambda state: free.wait())
+    second, calls = node()
+    runner = StromaRunner.quick(shared_budgets=shared)
+    running = asyncio.create_task(runner.run([first], State()))
+    while (found := await shared.state()) is None or not found.calls:
+        await asyncio.sleep(0.005)
+    results = await asyncio.gather(*(runner.run([second], State()) for _ in range(3)))
+    for result in results:
+        assert (result.status, calls) == (RunStatus.PARTIAL, [])
+        assert result.failure is not None
+        error = result.failure.exception
+        assert isinstance(error, SharedBudgetExceeded)
+        assert (error.reserved, error.actual, error.asked) == (0.6, 0, 0.6)
+        assert [mark.kind for mark in result.trace.marks] == ["wait", "refused"]
+    assert (await _settled(shared)).reserved_usd == 0.6
+    free.set()
+    await running
+    assert (await _settled(shared)).reserved_usd == 0
+
+
+async def _settled(shared: SharedBudget) -> Any:
+    """The state once nothing is under way that nobody waits for."""
+    await shared.store.change_cell("other", lambda data, now: (None, None))
+    return await shared.state()
+
+
+@pytest.mark.core
+async def test_the_first_call_of_an_unknown_node_goes_alone(store: Any) -> None:
+    """Without an estimate the first call reserves what is left; those after it what calls of the node took."""
+    shared = SharedBudget("team", max_cost_usd=1, store=store)
+    at_once, most, begun = 0, list[int](), list[float]()
+
+    async def watch() -> None:
+        nonlocal at_once
+        at_once += 1
+        most.append(at_once)
+        found = await shared.state()
+        assert found is not None
+        begun.append(cents(found.reserved_usd))
+        at_once -= 1
+
+    call, calls = node(cents=10, before=lambda state: watch())
+    runner = StromaRunner.quick(shared_budgets=shared)
+    results = await asyncio.gather(*(runner.run([call], State()) for _ in range(12)))
+    assert (most[0], begun[0]) == (1, 100)
+    assert max(begun[1:]) <= 90
+    assert len(calls) == 10
+    assert sorted(str(result.status) for result in results) == ["COMPLETED"] * 10 + ["PARTIAL"] * 2
+
+
+# ---------------------------------------------------------------------- who is refused
+
+
+async def test_a_run_that_is_refused_goes_on_later(tmp_path: Path) -> None:
+    """It ends as PARTIAL with what it has, and a resume under a higher limit calls only what is left."""
+    with SQLiteStore(tmp_path / "runs.db") as store:
+        first, calls = node("first", cents=60)
+        second, later = node("second", cents=60)
+        low = SharedBudget("team", max_cost_usd=1, per="day", store=store, reserve_usd=0.6)
+        result = await StromaRunner.quick(store=store, shared_budgets=low).run(
+            [first, second], State(), run_id="r"
+        )
+        assert (result.status, result.final_state, later) == (RunStatus.PARTIAL, State(n=1), [])
+        assert result.failure is not None
+        assert (result.failure.failure_class, result.failure.reason) == (FailureClass.RECOVERABLE, "budget")
+        said = str(result.failure.exception)
+        assert (
+            "shared budget 'team' has no room for a call of node 'second': max_cost_usd is 1 USD, 0.6 spent"
+            in said
+        )
+        assert "UTC, when it begins anew, or raise max_cost_usd" in said
+        assert len(result.trace) == 1
+        again = pickle.loads(pickle.dumps(result.failure.exception))
+        assert (str(again), type(again)) == (said, SharedBudgetExceeded)
+        del low, result
+        high = anew(lambda: SharedBudget("team", max_cost_usd=2, per="day", store=store, reserve_usd=0.6))
+        result = await StromaRunner.quick(store=store, shared_budgets=high).run(
+            [first, second], State(), run_id="r", resume=True
+        )
+        assert (result.status, calls, later) == (RunStatus.RESUMED, [60], [60])
+        found = await high.state()
+        assert found is not None
+        assert cents(found.spent_usd) == 120
+
+
+async def test_failed_attempts_count() -> None:
+    """What failed attempts spent is spent, also by who gives up."""
+    shared = SharedBudget("team", max_cost_usd=10, store=AsyncInMemoryStore(), reserve_usd=0.5)
+
+    def fail(state: State) -> None:
+        raise ConnectionError("no")
+
+    call, calls = node(cents=10, before=fail)
+    result = await StromaRunner.quick(shared_budgets=shared, policy_map=TWICE).run([call], State())
+    assert (result.status, len(calls)) == (RunStatus.PARTIAL, 3)
+    found = await shared.state()
+    assert found is not None
+    assert (cents(found.spent_usd), found.calls) == (30, 0)
+
+
+@pytest.mark.core
+async def test_a_cancelled_call_counts_and_holds_nothing(store: Any) -> None:
+    """What it had reported is spent, and its reservation is given back; so is that of one that waited."""
+    shared = SharedBudget("team", max_cost_usd=1, store=store, reserve_usd=0.6)
+    begun = asyncio.Event()
+    call, _ = node(cents=7, before=lambda state: begun.set() or asyncio.sleep(3600))
+    waiting, calls = node()
+    told = asyncio.Event()
+
+    async def on_wait(*_: Any) -> None:
+        told.set()
+
+    runner = StromaRunner.quick(shared_budgets=shared, hooks=NodeHooks(on_node_wait=on_wait))
+    running = asyncio.create_task(runner.run([call], State()))
+    await begun.wait()
+    other = asyncio.create_task(runner.run([waiting], State()))
+    await told.wait()
+    other.cancel()
+    running.cancel()
+    assert all(
+        isinstance(error, asyncio.CancelledError)
+        for error in await asyncio.gather(running, other, return_exceptions=True)
+    )
+    found = await _settled(shared)
+    assert (cents(found.spent_usd), found.calls, found.reserved_usd, calls) == (7, 0, 0, [])
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2, 3, 5, 8])
+async def test_cancelled_at_any_step(store: Any, delay: int) -> None:
+    """Whenever a run is cancelled, nothing stays reserved."""
+    shared = SharedBudget("team", max_cost_usd=1, store=store, reserve_usd=0.6)
+    call, _ = node(before=lambda state: asyncio.sleep(0))
+    task = asyncio.create_task(StromaRunner.quick(shared_budgets=shared).run([call, call], State()))
+    for _ in range(delay):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    found = await _settled(shared)
+    assert found is None or (found.calls, found.reserved_usd) == (0, 0)
+
+
+@pytest.mark.core
+async def test_a_run_that_is_closed_holds_nothing() -> None:
+    """A coroutine that is thrown away gives back what it reserved, and counts what it reported."""
+    shared = SharedBudget("team", max_cost_usd=1, store=AsyncInMemoryStore(), reserve_usd=0.6)
+    call, calls = node(cents=7, before=lambda state: asyncio.sleep(3600))
+    run = StromaRunner.quick(shared_budgets=shared).run([call], State())
+    step = run.__await__()
+    while not calls:
+        next(step)
+    run.close()
+    found = await shared.state()
+    assert found is not None
+    assert found.calls == 0
+
+
+async def test_what_waits_for_a_person_is_settled() -> None:
+    """A suspended attempt holds nothing meanwhile."""
+    shared = SharedBudget("team", max_cost_usd=1, store=AsyncInMemoryStore(), reserve_usd=0.6)
+
+    def ask(state: State) -> None:
+        raise Suspend("may I?")
+
+    call, _ = node(cents=5, before=ask)
+    result = await StromaRunner.quick(shared_budgets=shared).run([call], State())
+    found = await shared.state()
+    assert found is not None
+    assert (result.status, found.calls, cents(found.spent_usd)) == (RunStatus.SUSPENDED, 0, 5)
+
+
+# ---------------------------------------------------------------------- which calls
+
+
+@pytest.mark.core
+async def test_limits_of_single_nodes() -> None:
+    """A node's own limit refuses it alone; the message names it."""
+    shared = SharedBudget(
+        "team",
+        max_cost_usd=10,
+        store=AsyncInMemoryStore(),
+        reserve_usd=0.1,
+        max_cost_usd_by_node={"dear": 0.25},
+    )
+    dear, calls = node("dear")
+    cheap, others = node("cheap")
+    runner = StromaRunner.quick(shared_budgets=shared)
+    for _ in range(4):
+        await runner.run([cheap], State())
+    results = [await runner.run([dear], State()) for _ in range(4)]
+    assert [str(result.status) for result in results] == ["COMPLETED"] * 2 + ["PARTIAL"] * 2
+    assert (len(calls), len(others)) == (2, 4)
+    assert "max_cost_usd_by_node of node 'dear' is 0.25 USD, 0.2 spent" in results[-1].failure.message  # type: ignore[union-attr]
+
+
+async def test_only_the_nodes_that_are_named() -> None:
+    """With nodes=, all others neither reserve nor spend."""
+    shared = SharedBudget(
+        "team", max_cost_usd=0.1, store=AsyncInMemoryStore(), reserve_usd=0.1, nodes=["dear"]
+    )
+    dear, calls = node("dear")
+    cheap, others = node("cheap")
+    runner = StromaRunner.quick(shared_budgets=shared)
+    result = await runner.run([cheap, dear, cheap, dear], State())
+    assert (result.status, len(calls), len(others)) == (RunStatus.PARTIAL, 1, 2)
+    found = await shared.state()
+    assert found is not None
+    assert dict(found.by_node) == {"dear": (0.1, 10)}
+
+
+async def test_children_of_groups(store: Any) -> None:
+    """Children of groups and items reserve each for itself; their group does not."""
+    shared = SharedBudget("team", max_cost_usd=0.5, store=store, reserve_usd=0.1)
+    call, calls = node("call")
+    other, _ = node("other")
+    runner = StromaRunner.quick(shared_budgets=shared)
+    result = await runner.run([parallel(call, other)], State())
+    assert result.status is RunStatus.COMPLETED
+
+    @stroma_node("item", NodeContract(node_id="item", input_schema=State, output_schema=State))
+    async def item(state: State) -> Any:
+        calls.append(10)
+        return {"n": state.n}, 10, "cents"
+
+    many = map_over("items", item, into="out", max_concurrency=4)
+    result = await runner.run([many], ItemStates(items=[State(n=n) for n in range(6)]))
+    assert result.status is RunStatus.PARTIAL
+    found = await _settled(shared)
+    assert cents(found.spent_usd) == 50
+    assert (len(calls), found.calls) == (4, 0)
+
+
+class ItemStates(BaseModel):
+    items: list[State] = []
+    out: list[State] = []
+
+
+async def test_several_budgets() -> None:
+    """A run may spend from several; what one of them refuses takes nothing from the others."""
+    store = AsyncInMemoryStore()
+    company = SharedBudget("company", max_cost_usd=1, store=store, reserve_usd=0.1)
+    team = SharedBudget("team", max_cost_usd=0.2, store=store, reserve_usd=0.1)
+    call, calls = node()
+    runner = StromaRunner.quick(shared_budgets=[team, company])
+    result = await runner.run([call, call, call], State())
+    assert (result.status, len(calls)) == (RunStatus.PARTIAL, 2)
+    for shared in (company, team):
+        found = await shared.state()
+        assert found is not None
+        assert (cents(found.spent_usd), found.calls) == (20, 0)
+
+
+async def test_plain_code_with_steps() -> None:
+    """execute_step spends from it too."""
+    shared = SharedBudget("team", max_cost_usd=0.1, store=AsyncInMemoryStore(), reserve_usd=0.1)
+    runner = StromaRunner.quick(shared_budgets=shared)
+    call, calls = node()
+    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    result = await execute_step("call", call, State(), ctx, contract=CONTRACT)
+    assert (result.status, result.final_state) == (RunStatus.COMPLETED, State(n=1))
+    result = await execute_step("call", call, State(), ctx, contract=CONTRACT)
+    assert (result.status, len(calls)) == (RunStatus.PARTIAL, 1)
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, SharedBudgetExceeded)
+
+
+@pytest.mark.core
+async def test_tokens() -> None:
+    """max_tokens counts input and output; the run that has no room says so in tokens."""
+    shared = SharedBudget("team", max_tokens=25, store=AsyncInMemoryStore(), reserve_tokens=10)
+    call, calls = node(cents=10)
+    runner = StromaRunner.quick(shared_budgets=shared)
+    result = await runner.run([call, call, call], State())
+    assert (result.status, len(calls)) == (RunStatus.PARTIAL, 2)
+    assert result.failure is not None
+    assert "max_tokens is 25 tokens, 20 spent" in result.failure.message
+
+
+async def test_a_budget_of_nothing() -> None:
+    """0 means spend nothing: no call is made."""
+    shared = SharedBudget("team", max_cost_usd=0, store=AsyncInMemoryStore())
+    call, calls = node()
+    result = await StromaRunner.quick(shared_budgets=shared).run([call], State())
+    assert (result.status, calls) == (RunStatus.PARTIAL, [])
+
+
+async def test_a_run_without_any_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a shared budget, limit or breaker no attempt waits for its turn."""
+    from stroma.engine import attempt as engine
+
+    async def never(*_: Any) -> Any:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(engine, "admit", never)
+    call, _ = node()
+    assert (await StromaRunner.quick().run([call], State())).status is RunStatus.COMPLETED
+
+
+# ---------------------------------------------------------------------- warnings
+
+
+@pytest.mark.core
+async def test_the_warning_at_80_percent(store: Any) -> None:
+    """on_budget_warning is told once in a window, by the call that reaches 80 %, with the budget's name."""
+    shared = SharedBudget("team", max_cost_usd=1, max_tokens=1000, per="month", store=store, reserve_usd=0.1)
+    told: list[Any] = []
+
+    async def warn(*arguments: Any) -> None:
+        told.append(arguments)
+
+    call, _ = node(cents=10)
+    runner = StromaRunner.quick(shared_budgets=shared, hooks=NodeHooks(on_budget_warning=warn))
+    for number in range(11):
+        await runner.run([call], State(), run_id=str(number))
+    assert told == [("7", "team:cost", 0.8, 1.0)]
+
+
+# ---------------------------------------------------------------------- a store that is down
+
+
+@pytest.mark.slow
+async def test_a_store_that_is_down() -> None:
+    """By default no call is made while it is; a resume goes on once it is back."""
+    with RedisServer() as server:
+        store = open_store(server.url)
+        store._server.patience_seconds = 0.2
+        shared = SharedBudget("team", max_cost_usd=1, store=store, reserve_usd=0.1)
+        call, calls = node()
+        runner = StromaRunner.quick(shared_budgets=shared)
+        assert (await runner.run([call], State(), run_id="0")).status is RunStatus.COMPLETED
+        server.kill()
+        result = await runner.run([call], State(), run_id="1")
+        assert (result.status, len(calls)) == (RunStatus.PARTIAL, 1)
+        assert result.failure is not None
+        assert (result.failure.reason, result.failure.failure_class) == ("store", FailureClass.RECOVERABLE)
+        server.start()
+        assert (await runner.run([call], State(), run_id="1", resume=True)).status is RunStatus.RESUMED
+        await store.aclose()
+
+
+@pytest.mark.slow
+async def test_a_store_that_is_down_and_calls_go_on() -> None:
+    """on_store_error="allow" makes the call; what it took is counted once the store is back."""
+    with RedisServer() as server:
+        store = open_store(server.url)
+        store._server.patience_seconds = 0.2
+        shared = SharedBudget("team", max_cost_usd=1, store=store, reserve_usd=0.1, on_store_error="allow")
+        call, calls = node()
+        runner = StromaRunner.quick(shared_budgets=shared)
+        server.kill()
+        assert (await runner.run([call, call], State())).status is RunStatus.COMPLETED
+        server.start()
+        assert (await runner.run([call], State())).status is RunStatus.COMPLETED
+        found = await shared.state()
+        assert found is not None
+        assert (cents(found.spent_usd), len(calls), found.calls) == (30, 3, 0)
+        await store.aclose()
+
+
+@pytest.mark.core
+async def test_a_store_that_fails_after_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output stays committed, the run goes on, and what the call took is counted with the next one."""
+    store = AsyncInMemoryStore()
+    shared = SharedBudget("team", max_cost_usd=1, store=store, reserve_usd=0.1)
+    call, _ = node()
+    original, failing = store.change_cell, [False, True]
+
+    async def change(name: str, change: Any) -> Any:
+        if failing and failing.pop(0):
+            raise StoreError("down for a moment")
+        return await original(name, change)
+
+    monkeypatch.setattr(store, "change_cell", change)
+    runner = StromaRunner.quick(shared_budgets=shared)
+    assert (await runner.run([call, call], State())).status is RunStatus.COMPLETED
+    found = await shared.state()
+    assert found is not None
+    assert (cents(found.spent_usd), found.calls) == (20, 0)
+
+
+# ---------------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize(
+    ("per", "start", "end"),
+    [
+        ("minute", "2028-02-29T23:59:00", "2028-03-01T00:00:00"),
+        ("hour", "2028-02-29T23:00:00", "2028-03-01T00:00:00"),
+        ("day", "2028-02-29T00:00:00", "2028-03-01T00:00:00"),
+        ("month", "2028-02-01T00:00:00", "2028-03-01T00:00:00"),
+    ],
+)
+def test_windows_are_units_of_the_calendar(per: str, start: str, end: str) -> None:
+    """A window is the calendar's unit in UTC that the moment is in."""
+    at = [int(datetime.fromisoformat(t).replace(tzinfo=UTC).timestamp() * 1000) for t in (start, end)]
+    for now in (at[1] - 1, at[1] - 59_000):
+        assert window(per, now) == (at[0], at[1])
+    assert window(per, at[1])[0] == at[1]
+
+
+TERMS = BudgetTerms("team", "hour", (100, None), {})
+HOUR = 3_600_000
+NOON = 1_900_000 * HOUR
+
+
+def after(data: bytes | None, took: int, now: int) -> bytes | None:
+    """The account once a call that nobody reserved has ended."""
+    return settle(TERMS, [CallUsage("", "a", (took, 0), known=False, learns=False)])(data, now)[0]
+
+
+def spent(data: bytes | None, now: int) -> int:
+    found = read_account("team", data, now)
+    assert found is not None
+    return found.spent[0]
+
+
+@pytest.mark.core
+def test_a_new_window_begins_anew() -> None:
+    """What was spent counts to the end of its window; a call in flight counts in the window that it ends in."""
+    data = after(None, 70, NOON)
+    assert (spent(data, NOON + HOUR - 1), spent(data, NOON + HOUR)) == (70, 0)
+    data, told = reserve(TERMS, CallRequest("x", "a", (30, None), None))(data, NOON + HOUR - 1)
+    assert told == (30, 0)
+    data = settle(TERMS, [CallUsage("x", "a", (30, 0))])(data, NOON + HOUR)[0]
+    assert (spent(data, NOON + HOUR), spent(data, NOON + 2 * HOUR)) == (30, 0)
+
+
+@pytest.mark.core
+def test_a_call_in_flight_holds_its_share_of_the_next_window() -> None:
+    """What is reserved counts in every window until it is settled."""
+    data, _ = reserve(TERMS, CallRequest("x", "a", (80, None), None))(None, NOON + HOUR - 1)
+    told = reserve(TERMS, CallRequest("y", "a", (30, None), None))(data, NOON + HOUR)[1]
+    assert isinstance(told, Refusal)
+    assert (told.reserved, told.waits, told.ends_ms) == (80, True, NOON + 2 * HOUR)
+
+
+@pytest.mark.core
+def test_one_call_that_took_more_than_the_limit() -> None:
+    """It keeps others from being made in its window alone; if every call of the node does, none is made."""
+    data = None
+    for took in (20, 500):
+        data = settle(TERMS, [CallUsage("", "a", (took, 0), known=False)])(data, NOON)[0]
+    ask = CallRequest("x", "a", (None, None), None)
+    assert isinstance(reserve(TERMS, ask)(data, NOON)[1], Refusal)
+    assert reserve(TERMS, ask)(data, NOON + HOUR)[1] == (100, 0)
+    dear = settle(TERMS, [CallUsage("", "a", (500, 0), known=False)])(None, NOON)[0]
+    told = reserve(TERMS, ask)(dear, NOON + HOUR)[1]
+    assert isinstance(told, Refusal)
+    assert (told.asked, told.waits) == (500, False)
+
+
+@pytest.mark.core
+def test_a_clock_that_is_set_back() -> None:
+    """Nothing spent is forgotten for that: not by a small step over the hour and back, nor by a big one."""
+    data = after(after(None, 70, NOON + 5), 10, NOON - 1000)
+    assert spent(data, NOON + 10) == 80
+    far = after(after(None, 70, NOON + 1000 * HOUR), 10, NOON)
+    assert (spent(far, NOON), spent(far, NOON + HOUR)) == (80, 0)
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "has no limit; pass max_cost_usd= or max_tokens="),
+        *(
+            ({"max_cost_usd": bad}, "max_cost_usd must be US dollars, 0 or more and finite")
+            for bad in (-1, math.nan, math.inf, True, "5", 1e300)
+        ),
+        *(
+            ({"max_tokens": bad}, "max_tokens must be an integer of at least 0")
+            for bad in (-1, 1.5, True, math.nan, 10**40)
+        ),
+        *(
+            ({"max_cost_usd": 1, "reserve_usd": bad}, "reserve_usd must be US dollars, more than 0")
+            for bad in (0, -1, math.nan, True)
+        ),
+        (
+            {"max_cost_usd": 1, "reserve_usd": {"a": 0}},
+            r"reserve_usd\['a'\] must be US dollars, more than 0",
+        ),
+        ({"max_cost_usd": 1, "reserve_usd": 2}, "more than the whole budget of 1; no call could be made"),
+        ({"max_cost_usd": 1, "reserve_tokens": 2}, "of no use without a limit on the same"),
+        ({"max_tokens": 5, "reserve_tokens": 0}, "reserve_tokens must be an integer of at least 1, got 0"),
+        *(({"max_cost_usd": 1, "per": bad}, 'per must be "minute"') for bad in ("week", "", "DAY")),
+        ({"max_cost_usd": 1, "lease_seconds": 0}, "lease_seconds must be"),
+        ({"max_cost_usd": 1, "lease_seconds": 0.01}, "lease_seconds must be at least 0.1, got 0.01"),
+        ({"max_cost_usd": 1, "max_wait_seconds": -1}, "max_wait_seconds must be seconds, 0 or more"),
+        ({"max_cost_usd": 1, "on_store_error": "ignore"}, 'on_store_error must be "refuse" or "allow"'),
+        ({"max_cost_usd": 1, "max_cost_usd_by_node": {"a": -1}}, r"max_cost_usd_by_node\['a'\] must be"),
+        ({"max_cost_usd": 1, "max_cost_usd_by_node": {"": 1}}, "node id"),
+    ],
+)
+def test_a_wrong_figure(options: dict[str, Any], says: str) -> None:
+    """Each is a ValueError that says what to give instead."""
+    with pytest.raises(ValueError, match=says):
+        SharedBudget("team", store=AsyncInMemoryStore(), **options)
+
+
+@pytest.mark.parametrize("name", ["", "\0", "a\0b", "\ud800"])
+def test_a_name_that_no_store_can_keep(name: str) -> None:
+    """It is a ValueError at once."""
+    with pytest.raises(ValueError):
+        SharedBudget(name, max_cost_usd=1)
+
+
+async def test_odd_names(store: Any) -> None:
+    """Any legal id is the name of a budget of its own."""
+    for name in ("a:b", "a", "*", "{a}", "é🦜\n", "x" * 3000, "budget:a"):
+        shared = SharedBudget(name, max_cost_usd=1, store=store, reserve_usd=0.1)
+        call, _ = node()
+        await StromaRunner.quick(shared_budgets=shared).run([call], State())
+        found = await shared.state()
+        assert found is not None
+        assert (found.name, cents(found.spent_usd)) == (name, 10)
+
+
+def test_a_store_that_has_no_cells() -> None:
+    """A store of the simple protocol, or none at all, is a TypeError that names those that will do."""
+
+    class Simple:
+        def save(self, *_: Any) -> None: ...
+
+    for wrong in (Simple(), 5):
+        with pytest.raises(TypeError, match="cannot store budget 'team'; pass SQLiteStore, PostgresStore"):
+            SharedBudget("team", max_cost_usd=1, store=wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be a list of node ids"):
+        SharedBudget("team", max_cost_usd=1, nodes="call")
+
+
+@pytest.mark.core
+def test_two_of_one_name(tmp_path: Path) -> None:
+    """Two with the same limits are one budget; with others the second is refused; elsewhere, or later, it is not."""
+    path = tmp_path / "runs.db"
+    first = SharedBudget("team", max_cost_usd=1, per="day", store=SQLiteStore(path))
+    same = SharedBudget("team", max_cost_usd=1, per="day", store=SQLiteStore(path))
+    says = r"already in use in this process with other limits \(max_cost_usd=1.0, per='day'; here: max_cost_usd=2.0, per='day'\)"
+    with pytest.raises(ValueError, match=says):
+        SharedBudget("team", max_cost_usd=2, per="day", store=SQLiteStore(path))
+    with pytest.raises(ValueError, match="already in use"):
+        SharedBudget("team", max_cost_usd=1, store=SQLiteStore(path))
+    SharedBudget("team", max_cost_usd=2, per="day", store=SQLiteStore(tmp_path / "other.db"))
+    SharedBudget("team", max_cost_usd=2, per="day")
+    del first, same
+    anew(lambda: SharedBudget("team", max_cost_usd=2, per="day", store=SQLiteStore(path)))
+
+
+async def test_a_store_by_its_url(tmp_path: Path) -> None:
+    """A path or URL opens the store; two who name the same place share what is there."""
+    path = tmp_path / "shared.db"
+    first = SharedBudget("team", max_cost_usd=1, store=path, reserve_usd=0.1)
+    second = SharedBudget("team", max_cost_usd=1, store=f"sqlite:///{path}", reserve_usd=0.1)
+    call, _ = node()
+    for shared in (first, second):
+        await StromaRunner.quick(shared_budgets=shared).run([call], State())
+    for shared in (first, second):
+        found = await shared.state()
+        assert found is not None
+        assert cents(found.spent_usd) == 20
+    with pytest.raises(ValueError, match="mongodb"):
+        SharedBudget("team", max_cost_usd=1, store="mongodb://somewhere")
+
+
+@pytest.mark.core
+async def test_two_processes_that_do_not_agree_on_the_window(tmp_path: Path) -> None:
+    """Another per= than the one that the store has is an error of the run, and nothing is called."""
+    store = SQLiteStore(tmp_path / "runs.db")
+    first = SharedBudget("team", max_cost_usd=1, per="day", store=store, reserve_usd=0.1)
+    call, calls = node()
+    await StromaRunner.quick(shared_budgets=first).run([call], State())
+    del first
+    hourly = {"max_cost_usd": 1, "per": "hour", "reserve_usd": 0.1, "on_store_error": "allow"}
+    other = anew(lambda: SharedBudget("team", store=store, **hourly))  # type: ignore[arg-type]
+    result = await StromaRunner.quick(shared_budgets=other).run([call], State())
+    assert (result.status, len(calls)) == (RunStatus.PARTIAL, 1)
+    assert result.failure is not None
+    assert "has per='day' in this store, but per='hour' here" in result.failure.message
+    await store.aclose()
+
+
+ACCOUNT = {"format": 1, "per": None, "limits": [1, None], "start": 0, "spent": [0, 0], "by": {}}
+DAMAGED = [
+    b"\xff", b"{}", b"[]", b"5", b'{"format": "x"}', b'{"format": 99}', b'{"format": 1}',
+    *(
+        json.dumps({**ACCOUNT, **wrong}).encode()
+        for wrong in (
+            {"spent": "x"}, {"spent": []}, {"spent": [None, 0]}, {"holds": {"a": []}}, {"holds": [1]}, {"other": 1},
+            {"seen": [{"call": ["x"]}, {}]}, {"start": "x"}, {"by": {"call": 5}},
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("data", DAMAGED)
+async def test_a_damaged_account(data: bytes, kind: str) -> None:
+    """Nothing is called under an account that cannot be read, whatever stands there, and the failure says so."""
+    with store_of(kind) as store:
+        await store.change_cell("budget:team", lambda old, now: (data, None))
+        shared = SharedBudget(
+            "team", max_cost_usd=1, store=store, max_cost_usd_by_node={"call": 1}, on_store_error="allow"
+        )
+        call, calls = node()
+        result = await StromaRunner.quick(shared_budgets=shared).run([call], State())
+        assert (result.status, calls) == (RunStatus.PARTIAL, [])
+        assert result.failure is not None
+        assert result.failure.reason == "store"
+        assert "budget 'team'" in result.failure.message
+
+
+async def test_the_state_of_a_damaged_account() -> None:
+    """Looking at it is a StoreError too."""
+    store = AsyncInMemoryStore()
+    await store.change_cell("budget:team", lambda old, now: (b"5", None))
+    with pytest.raises(StoreError, match="the data of budget 'team' in the store is damaged"):
+        await SharedBudget("team", max_cost_usd=1, store=store).state()
+
+
+def test_a_config_takes_one_or_several() -> None:
+    """RunConfig(shared_budgets=) refuses all else, and two of one name; copies of a config share the budget."""
+    shared = SharedBudget("team", max_cost_usd=1, store=AsyncInMemoryStore())
+    other = SharedBudget("team", max_cost_usd=2, store=AsyncInMemoryStore())
+    for wrong in ("team", 5, [1], {"a": shared}):
+        with pytest.raises(ValueError, match="shared_budgets"):
+            RunConfig(shared_budgets=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="two of one name"):
+        RunConfig(shared_budgets=[shared, other])
+    config = RunConfig(shared_budgets=shared)
+    assert copy.deepcopy(config).budgets[0] is config.budgets[0] is shared

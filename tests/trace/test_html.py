@@ -1,0 +1,343 @@
+"""A run as HTML and in a terminal: what a notebook shows, and the file to attach to a bug report."""
+
+from __future__ import annotations
+
+import html
+import io
+import itertools
+import json
+import re
+import stat
+from base64 import b64encode, urlsafe_b64encode
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, quote_plus
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, SecretStr, field_validator
+from rich.console import Console
+from tests.tiers import examples
+from tests.trace.standalone_pages import check_page
+
+from stroma import FailurePolicy, NodeContract, StromaRunner, current_node, parallel, stroma_node
+from stroma.trace.html import (
+    Bar,
+    Box,
+    Story,
+    document,
+    fields_named,
+    fragment,
+    gantt,
+    idle_ms,
+    places,
+    tree,
+    waits,
+)
+from stroma.trace.redaction import hidden_values, without
+
+HOSTILE = "<script>alert(1)</script>\"'&amp;]]><!--\x00\x1b[31m\u202e</pre></style>"
+
+
+class State(BaseModel):
+    n: int = 0
+    text: str = HOSTILE
+
+
+class Total(BaseModel):
+    lines: list[dict[str, int]]
+
+
+def node(node_id: str, func: Any, output: type[BaseModel] = State) -> Any:
+    contract: Any = NodeContract(node_id=node_id, input_schema=State, output_schema=output)
+    return stroma_node(node_id, contract)(func)
+
+
+async def flaky(state: Any) -> Any:
+    if current_node().attempt == 1:  # type: ignore[union-attr]
+        raise TimeoutError(HOSTILE)
+    return {"n": 1}, 1000, 200, "gpt-4o-mini"
+
+
+async def one(state: Any) -> Any:
+    return {"n": state.n + 1}
+
+
+async def breaks(state: Any) -> Any:
+    return {"lines": [{"price": HOSTILE}]}
+
+
+@pytest.fixture
+async def failed() -> Any:
+    """A retry, a group, and a contract that was broken deep inside."""
+    quick = FailurePolicy(max_retries=1, backoff_seconds=0.01, jitter=False)
+    runner = StromaRunner.quick(policy_map={"RECOVERABLE": quick})  # type: ignore[dict-item]
+    group = parallel(node("left", one), node(HOSTILE.replace("\x00", ""), one))
+    return await runner.run([node("flaky", flaky), group, node("total", breaks, Total)], State())
+
+
+async def test_a_result_as_a_page(failed: Any) -> None:
+    """The page has a bar for every attempt, one for every wait, the cause with its field, and every state; it runs nothing."""
+    text = failed.to_html()
+    check_page(text)
+    assert text.count('<rect class="b-failure') == 2
+    assert text.count('<rect class="b-success') == 4
+    assert text.count('<rect class="b-wait') == 1
+    assert "TERMINAL (contract)" in text
+    assert "<b>field</b> <code>lines.0.price</code>" in text
+    assert text.count('class="attempt"') == 6
+    assert "&lt;script&gt;alert(1)" in text
+    assert re.search(r"spent</b> 1,200 tok, \$0\.00027", text)
+    # The attempt that failed is the one that is marked.
+    (marked,) = re.findall(r'<rect class="b-(\w+) b-on"', text)
+    assert marked == "failure"
+    check_page(failed._repr_html_())
+    check_page(failed.trace._repr_html_())
+    assert failed._repr_html_().startswith('<div class="stroma">')
+
+
+async def test_a_file_for_a_bug_report(failed: Any, tmp_path: Path) -> None:
+    """to_html() of a trace writes one file, for its owner alone, and returns what is in it."""
+    path = tmp_path / "bug.html"
+    text = failed.trace.to_html(path)
+    assert path.read_text() == text
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert check_page(text).tags.count("svg") >= 4
+
+
+async def test_secrets_and_redaction() -> None:
+    """Secrets are masked, what redact takes out is not there, and a redact that raises leaves no state."""
+
+    class Private(BaseModel):
+        key: SecretStr = SecretStr("hunter2")
+        name: str = "Ada Lovelace"
+
+    async def keep(state: Any) -> Any:
+        return state
+
+    contract: Any = NodeContract(node_id="keep", input_schema=Private, output_schema=Private)
+    result = await StromaRunner.quick().run([stroma_node("keep", contract)(keep)], Private())
+    assert "Ada Lovelace" in result.to_html()
+    assert "hunter2" not in result.to_html()
+    assert "Ada" not in result.to_html(redact=lambda state: {**state, "name": "***"})
+
+    async def quotes(state: Any) -> Any:
+        return {"name": "Ada Lovelace"}
+
+    class Quoting(BaseModel):
+        name: str
+
+        @field_validator("name")
+        @classmethod
+        def _no_names(cls, value: str) -> str:
+            raise ValueError(f"{value} is a person")
+
+    broken: Any = NodeContract(node_id="quotes", input_schema=Private, output_schema=Quoting)
+    failed = await StromaRunner.quick().run([stroma_node("quotes", broken)(quotes)], Private(name="x"))
+    assert "Ada" in failed.to_html()
+    hidden = failed.to_html(redact=lambda state: {})
+    assert "Ada" not in hidden
+    assert "<code>name</code>" in hidden
+    assert "Ada" not in result.trace.to_html(redact=lambda state: 1 / 0)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.core
+async def test_messages_are_redacted(tmp_path: Path) -> None:
+    """What redact takes out of a state is not in a message either, whole or cut off, and no other word is lost."""
+
+    class Private(BaseModel):
+        name: str = "Augusta Ada King, Countess of Lovelace"
+        age: int = 36
+
+    async def bills(state: Any) -> Any:
+        raise ValueError(f"cannot bill {state.name[:25]}... or {json.dumps(state.name)} at {state.age}")
+
+    contract: Any = NodeContract(node_id="bills", input_schema=Private, output_schema=Private)
+    result = await StromaRunner.quick().run([stroma_node("bills", contract)(bills)], Private())
+
+    def redact(state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "name": "***"} if "name" in state else state
+
+    for shown in (result, result.trace):
+        text = html.unescape(shown.to_html(redact=redact))
+        assert "Ada King" not in text
+        assert 'cannot bill [redacted]... or "[redacted]" at 36' in text
+        assert "Ada King" in shown.to_html()
+
+
+_SECRET = 'Zoë\'s "key" p@ss/w\\ord\nof 2'
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "form",
+    [
+        str.upper, str.title, repr, ascii, json.dumps, html.escape, quote, quote_plus,
+        lambda value: json.dumps(value, ensure_ascii=False), lambda value: json.dumps(json.dumps([value])),
+        lambda value: repr(value.encode()), lambda value: quote(value, safe=""), lambda value: value.encode().hex(),
+        *(lambda value, before=n: b64encode(b"user:x"[before:] + value.encode() + b"!").decode() for n in range(3)),
+        *(lambda value, before=n: urlsafe_b64encode(b"user:x"[before:] + value.encode()).decode() for n in range(3)),
+    ],
+)  # fmt: skip
+def test_other_forms_of_what_is_hidden(form: Any) -> None:
+    """A hidden value stands in no message as something writes it down: in other case, quoted, in a URL, in base64, in hex."""
+    hidden = hidden_values([({"key": _SECRET, "n": 1}, {"key": "***", "n": 1})])
+    message = form(_SECRET)
+    left = without(f"the server at n=1 says {message}: no", hidden)
+    assert left.startswith("the server at n=1 says ")
+    assert left.endswith(": no")
+    assert "[redacted]" in left
+    # Nothing is left that tells more than how it was written.
+    assert len(left.replace("[redacted]", "")) < len("the server at n=1 says : no") + 24
+    parts = [message[at : at + 8] for at in range(8, len(message) - 16)]
+    assert not [part for part in parts if part in left]
+
+
+@pytest.mark.core
+def test_hidden_values_that_begin_alike() -> None:
+    """Of two hidden values that begin alike, each is hidden to its end, also where it is cut off."""
+    urls = ["https://example.com/reset/ada-4f2a", "https://example.com/reset/grace-91"]
+    for text in (f"no: {urls[0]} or {urls[1]}.", f"no: {urls[1]} or {urls[0]}."):
+        assert without(text, urls) == "no: [redacted] or [redacted]."
+    assert without(f"no: {urls[0][:-2]}...", urls) == "no: [redacted]..."
+    assert (
+        without("redacted is Redacted", ["redacted", "https://example.com/reset/"])
+        == "[redacted] is [redacted]"
+    )
+    assert without("İ Ada Lovelace İ", ["ada lovelace"]) == "İ [redacted] İ"
+
+
+async def test_in_a_terminal(failed: Any) -> None:
+    """rich prints the cause and a line for each attempt; control characters and markup of others are words."""
+    file = io.StringIO()
+    Console(file=file, width=140, force_terminal=True).print(failed)
+    text = re.sub(r"\x1b\[[\d;]*m", "", file.getvalue())
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert "TERMINAL (contract) at node total (at 2, attempt 1)" in text
+    assert "field lines.0.price" in text
+    assert len(re.findall(r"█", text)) >= 6
+    assert "·" in text
+
+
+words = st.text(max_size=40) | st.sampled_from([HOSTILE, "a: b", "{x}", "javascript:alert(1)"])
+json_data = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.mark.core
+@examples(60)
+@given(words, words, words, json_data)
+def test_no_text_is_ever_markup(one: str, two: str, three: str, state: Any) -> None:
+    """Whatever a run holds, its page has the elements that it has for plain words."""
+
+    def story(a: str, b: str, c: str, held: Any) -> Story:
+        bars = [
+            Bar(a, "0", 1, 0, 5, "failure", "TERMINAL", b, c, 3, 1, 0.1, b, False, held, None),
+            Bar(a, "0", 2, 9, 5, "success", None, None, None, 3, 1, 0.1, b, True, held, held),
+        ]
+        return Story(a, b, "FAILED", bars, 3, 0.1, 1, 2.0, Box(a, "0", 1, "TERMINAL", c, b, a), ((a, b),))
+
+    def shape(text: str) -> list[str]:
+        return check_page(text).tags
+
+    plain = story("a", "b", "c", None)
+    made = story(one or "x", two or "x", three or "x", None)
+    assert shape(document(made)) == shape(document(plain))
+    check_page(document(story(one, two, three, state)))
+    check_page(fragment(story(one, two, three, state)))
+
+
+def test_what_is_too_much_to_show() -> None:
+    """A payload of any size, depth or width makes a page of bounded size, which says what it leaves out."""
+    long = "x" * 50_000_000
+    assert len(tree({"text": long})) < 10_000
+    assert "more characters" in tree({"text": long})
+    wide = tree([{"n": i} for i in range(1_000_000)])
+    assert len(wide) < 200_000
+    assert "999," in wide
+    deep: Any = 1
+    for _ in range(5000):
+        deep = [deep]
+    assert len(tree(deep)) < 20_000
+    bars = [Bar(f"n{i}", str(i), 1, i, 1, "success") for i in range(100_000)]
+    bars[99_000] = Bar("bad", "99000", 1, 99_000, 1, "failure", "TERMINAL", None, "no")
+    text = gantt(bars)
+    assert len(text) < 2_000_000
+    assert "and 98,000 attempts more" in text
+    assert ">bad<" in text or "bad</span>" in text
+
+
+@pytest.mark.core
+def test_waits_are_between_attempts_of_one_place() -> None:
+    """A wait begins where an attempt ended and ends where the next one of the same place begins; overlaps are none."""
+    bars = [
+        Bar("a", "0", 1, 0, 10, "failure"), Bar("a", "0", 2, 25, 10, "failure"), Bar("a", "0", 3, 30, 10, "success"),
+        Bar("b", "1", 1, 100, 10, "success"),
+    ]  # fmt: skip
+    assert [(bar.attempt, began, took) for bar, began, took in waits(bars)] == [(2, 10, 15)]
+
+
+@pytest.mark.parametrize(("message", "fields"), [
+    ("Contract violation for 'x' (output): total: wrong; lines.0.price: bad; ... and 3 more", ["total", "lines.0.price"]),
+    ("Contract violation for 'a (b): c' (input): n: wrong", ["n"]),
+    ("Contract violation for 'x' (output): Value error, it: no", []),
+    ("something: else", []),
+])  # fmt: skip
+def test_fields_that_a_message_names(message: str, fields: list[str]) -> None:
+    """The paths of a broken contract are read from its message, and from no other."""
+    assert fields_named(message) == fields
+
+
+def test_groups_fold() -> None:
+    """Children of a group are folded away, unless the attempt that is selected is among them."""
+    bars = [
+        Bar("group", "0", 1, 0, 10, "failure"),
+        Bar("child", "0.0", 1, 0, 10, "failure"),
+        Bar("child", "0.1", 1, 0, 10, "success"),
+    ]
+    assert "<details><summary" in gantt(bars)
+    assert "<details open><summary" in gantt(bars, selected=bars[1].key)
+
+
+@pytest.mark.core
+def test_idle_time_folds() -> None:
+    """A stretch in which nothing ran is drawn as a short one; nothing changes its order, and work keeps its scale."""
+    bars = [
+        Bar("a", "0", 1, 0.0, 1000.0, "failure", "AMBIGUOUS"), Bar("a", "0", 2, 61_000.0, 500.0, "success"),
+        Bar("b", "1", 1, 61_500.0, 500.0, "success"), Bar("c", "2", 1, 4_000_000.0, 1000.0, "success"),
+    ]  # fmt: skip
+    assert idle_ms(bars) == 60_000 + 3_938_000
+
+    def drawn(**how: bool) -> list[tuple[float, float]]:
+        found = re.findall(
+            r'<rect class="b-(?!wait)[^"]*" x="([\d.]+)" y="2" width="([\d.]+)"', gantt(bars, **how)
+        )
+        return [(float(x), float(width)) for x, width in found]
+
+    assert [width for _, width in drawn()] == [6.0] * 4
+    first, second, third, last = drawn(fold_idle=True)
+    assert first[1] == pytest.approx(2 * second[1], abs=0.2) == pytest.approx(last[1], abs=0.2)
+    assert second[1] > 100
+    gap = second[0] - (first[0] + first[1])
+    assert gap == pytest.approx(last[0] - (third[0] + third[1]), abs=0.3)
+    assert 0 < gap < 40
+    assert last[0] + last[1] == pytest.approx(1000, abs=0.3)
+    assert "waited 60.0 s" in gantt(bars, fold_idle=True)
+    assert idle_ms(bars[1:3]) == 61_000
+    assert idle_ms([]) == 0
+
+
+@given(
+    spans=st.lists(st.tuples(st.floats(0, 1e9), st.floats(0, 1e9)), max_size=8),
+    times=st.lists(st.floats(0, 3e9), max_size=8),
+)
+def test_folded_time_goes_forward(spans: list[tuple[float, float]], times: list[float]) -> None:
+    """Whatever is folded, no time is placed before an earlier one, nor further apart than it was."""
+    place = places(spans)
+    for a, b in itertools.pairwise(sorted(times)):
+        assert -1e-3 <= place(b) - place(a) <= (b - a) * (1 + 1e-9) + 1e-3

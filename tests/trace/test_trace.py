@@ -1,0 +1,473 @@
+"""What a trace holds and gives out, to the last field: rows, events, sums of what was left out, copies, JSON."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from datetime import UTC, datetime
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+from tests.trace.rows import USED, WHEN, event, failed, failed_event, row, trace
+
+from stroma import ExecutionResult, ExecutionTrace, FailureClass, RunStatus
+from stroma.contracts.schema import schema_of
+from stroma.failures import ItemFailure
+from stroma.failures.failure import diagnose
+from stroma.trace import AttemptUsage, TraceMark
+from stroma.trace.events import BoundedRows, Failed, LeftOut, MarkKind, Outcome, contract_of
+from stroma.trace.plain import jsonable
+
+
+class Given(BaseModel):
+    a: int = 0
+
+
+class Made(BaseModel):
+    b: int = 0
+
+
+class Deep(BaseModel):
+    words: list[str]
+
+
+# ---------------------------------------------------------------- defaults
+
+
+def test_what_an_event_says_that_was_told_no_more_than_it_must() -> None:
+    """Of an event by hand all is empty that nobody gave, and it succeeded."""
+    one = event()
+    assert (one.failure, one.failure_message, one.outcome, one.reason) == (None, None, "success", None)
+    assert (one.children, one.usage, one.position, one.branch, one.left_out) == (
+        [],
+        AttemptUsage(),
+        0,
+        "",
+        None,
+    )
+    assert event().children is not one.children
+    assert one.step_id == "node"
+
+
+def test_an_attempt_without_usage_used_nothing() -> None:
+    """No tokens, no money, no model; and input is what of all tokens is no output."""
+    assert AttemptUsage() == AttemptUsage(0, 0, 0.0, None, 0, 0)
+    assert type(AttemptUsage().cost_usd) is float
+    assert USED.input_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("failure", "outcome", "then"),
+    [
+        (None, "success", "success"),
+        (None, "cancelled", "cancelled"),
+        (FailureClass.TERMINAL, "success", "failure"),
+        (FailureClass.TERMINAL, "cancelled", "cancelled"),
+        (FailureClass.TERMINAL, "failure", "failure"),
+    ],
+)
+def test_an_event_with_a_failure_is_no_success(failure: Any, outcome: Any, then: str) -> None:
+    """Who gives a failure class need not give the outcome; another outcome than success stays."""
+    assert event(failure=failure, outcome=outcome).outcome == then
+
+
+def test_the_words_for_the_end_of_a_run() -> None:
+    """They are written to stores and compared as text."""
+    words = ["COMPLETED", "FAILED", "PARTIAL", "RESUMED", "CANCELLED", "SUSPENDED", "INTERRUPTED"]
+    assert [one.name for one in RunStatus] == [str(one) for one in RunStatus] == words
+    assert [jsonable(one) for one in RunStatus] == words
+    ended = [ExecutionResult("run", one, None, ExecutionTrace(), 0.0, 0) for one in RunStatus]
+    assert [result._story().status for result in ended] == words
+
+
+def test_the_words_for_the_end_of_an_attempt_and_for_what_is_none() -> None:
+    """What the public types of an outcome and a mark allow, which stores and the command line write."""
+    assert event().outcome in get_args(Outcome)
+    assert get_args(Outcome) == ("success", "failure", "cancelled", "suspended")
+    assert get_args(MarkKind) == ("wait", "refused", "circuit_open", "circuit_half_open", "circuit_closed")
+
+
+def test_a_fresh_trace_is_empty() -> None:
+    """It has no run id, nothing in it, and shares nothing with another one."""
+    one = ExecutionTrace()
+    assert (one.run_id, one.rows, one.marks, len(one), list(one), one.to_json()) == ("", [], [], 0, [], "[]")
+    one.append(event())
+    assert (len(one), len(ExecutionTrace())) == (1, 0)
+
+
+def test_a_result_that_was_told_no_more_than_it_must() -> None:
+    """No failure, no failed items, and lists of its own."""
+    one, other = (ExecutionResult("run", RunStatus.COMPLETED, None, ExecutionTrace(), 0.0, 0) for _ in "ab")
+    assert (one.failure, one.hook_errors, one.unpriced_models, one.suspended, one.failed_items) == (
+        None,
+        [],
+        [],
+        [],
+        0,
+    )
+    assert one.hook_errors is not other.hook_errors
+    assert one.unpriced_models is not other.unpriced_models
+    assert one.suspended is not other.suspended
+    one.raise_for_status()
+
+
+def test_a_result_raises_the_very_exception() -> None:
+    """raise_for_status raises what stopped the run, the object itself."""
+    from stroma.failures import NodeContext
+
+    error = ValueError("no")
+    failure = diagnose(error, NodeContext("node", 1, "run"))
+    result = ExecutionResult("run", RunStatus.FAILED, None, ExecutionTrace(), 0.0, 0, failure)
+    with pytest.raises(ValueError, match=r"^no$") as caught:
+        result.raise_for_status()
+    assert caught.value is error
+
+
+# ---------------------------------------------------------------- from rows to events
+
+
+def test_every_field_of_a_row_is_in_its_event() -> None:
+    """Times are whole milliseconds, rounded down, and aware; what is not there is None or empty."""
+    (one,) = trace(
+        row(attempt=3, usage=USED, position=4, branch="0.1", outcome="suspended", group="g", took=1_999_999)
+    )
+    assert one == event(attempt=3, usage=USED, position=4, branch="0.1", outcome="suspended", duration_ms=1)
+    assert one.timestamp_utc.tzinfo is UTC
+
+
+def test_a_failed_row_has_its_class_message_reason_and_type() -> None:
+    """Each in its own field, and no output."""
+    assert list(trace(failed())) == [failed_event()]
+    unknown = Failed(FailureClass.AMBIGUOUS, "hm", None, "KeyError")
+    (one,) = trace(failed(failure=unknown))
+    assert (one.failure, one.failure_message, one.reason, one.error_type) == unknown
+
+
+def test_a_row_that_went_over_its_budget_has_both() -> None:
+    """An output and a failure, side by side."""
+    (one,) = trace(failed(made={"b": 9}))
+    assert one == failed_event(output_state={"b": 9})
+
+
+@pytest.mark.parametrize("digits", [0, 999, 1000, 999_999_999])
+def test_the_time_of_an_event_is_cut_off_not_rounded(digits: int) -> None:
+    """A start is told to the microsecond."""
+    (one,) = trace(row(started=1_700_000_000_000_000_000 + digits))
+    assert one.timestamp_utc == datetime(2023, 11, 14, 22, 13, 20, digits // 1000, UTC)
+
+
+@pytest.mark.core
+def test_snapshots_are_read_by_the_schemas_of_their_row() -> None:
+    """An input by the schema of the input, an output by that of the output; deep states too; whatever the node id."""
+    held = trace()
+    given, made, deep = schema_of(Given), schema_of(Made), schema_of(Deep)
+    words = deep.snapshot(Deep(words=["x"]))
+    held.rows += [
+        row(given=(5,), made=(6,), schemas=(given, made, None)),
+        row(given=(5,), made=(6,), schemas=(made, given, "what else there is")),
+        row("deep", given=words, made=words, schemas=(deep, deep, None)),
+        row("plain", given={}),
+    ]
+    assert [(one.input_state, one.output_state) for one in held] == [
+        ({"a": 5}, {"b": 6}),
+        ({"b": 5}, {"a": 6}),
+        ({"words": ["x"]}, {"words": ["x"]}),
+        ({}, {"b": 2}),
+    ]
+
+
+def test_an_event_is_built_once() -> None:
+    """Everybody is given the same object, at the top and in groups."""
+    held = trace(row("g", children=[row("x"), row("y")]), event("z"))
+    first, second = list(held), list(held)
+    assert [one.node_id for one in first] == ["g", "z"]
+    assert all(a is b for a, b in zip(first, second, strict=True))
+    assert all(a is b for a, b in zip(first[0].children, second[0].children, strict=True))
+    assert held.rows == first
+    assert next(held.replay()) is first[0]
+    (g,) = held.events_for("g")
+    assert g is first[0]
+
+
+def test_the_event_of_one_row_is_without_what_is_inside() -> None:
+    """It is a fresh one, and the row's own children stay rows."""
+    inside = [row("x")]
+    one = row("g", children=inside, usage=USED, branch="1", position=2)
+    assert trace(one).event_of(one) == event("g", usage=USED, branch="1", position=2)
+    assert inside == [row("x")]
+
+
+def nest() -> ExecutionTrace:
+    """a, then g(b, h(c, d!), e!), then f!; with ! a failure."""
+    h = failed("h", children=[row("c"), failed("d")])
+    return trace(row("a"), row("g", children=[row("b"), h, failed("e")]), failed("f"), failed("a", attempt=2))
+
+
+def test_the_ways_to_look_at_a_trace() -> None:
+    """walk() goes into groups, the group first; all others see the top level, in order."""
+    held = nest()
+    assert [one.node_id for one in held.walk()] == ["a", "g", "b", "h", "c", "d", "e", "f", "a"]
+    assert [one.node_id for one in held] == [one.node_id for one in held.replay()] == ["a", "g", "f", "a"]
+    assert [one.node_id for one in held.failures()] == ["f", "a"]
+    assert [one.attempt for one in held.events_for("a")] == [1, 2]
+    assert held.events_for("b") == []
+    assert len(held) == 4
+
+
+def test_a_trace_as_json_has_everything() -> None:
+    """Each event with all of its fields, children inside, and numbers that JSON lacks as text."""
+    held = trace(row("g", usage=USED, made={"b": float("nan")}, children=[failed("x", branch="0")]))
+    assert json.loads(held.to_json()) == [
+        {
+            "node_id": "g",
+            "run_id": "run",
+            "attempt": 1,
+            "timestamp_utc": "2023-11-14T22:13:20.123456+00:00",
+            "input_state": {"a": 1},
+            "output_state": {"b": "nan"},
+            "duration_ms": 5,
+            "failure": None,
+            "failure_message": None,
+            "outcome": "success",
+            "reason": None,
+            "children": [
+                {
+                    "node_id": "x",
+                    "run_id": "run",
+                    "attempt": 1,
+                    "timestamp_utc": "2023-11-14T22:13:20.123456+00:00",
+                    "input_state": {"a": 1},
+                    "output_state": None,
+                    "duration_ms": 5,
+                    "failure": "RECOVERABLE",
+                    "failure_message": "it broke",
+                    "outcome": "failure",
+                    "reason": "rate_limit",
+                    "children": [],
+                    "usage": {
+                        "tokens": 0,
+                        "output_tokens": 0,
+                        "cost_usd": 0.0,
+                        "model": None,
+                        "cached_input_tokens": 0,
+                        "cache_write_tokens": 0,
+                    },
+                    "position": 0,
+                    "branch": "0",
+                    "left_out": None,
+                    "function_ms": 5,
+                    "error_type": "OSError",
+                }
+            ],
+            "usage": {
+                "tokens": 7,
+                "output_tokens": 2,
+                "cost_usd": 0.5,
+                "model": "m",
+                "cached_input_tokens": 3,
+                "cache_write_tokens": 1,
+            },
+            "position": 0,
+            "branch": "",
+            "left_out": None,
+            "function_ms": 5,
+            "error_type": None,
+        }
+    ]
+
+
+def test_what_an_output_is_filed_under() -> None:
+    """The fingerprint of its schema, with the group that asked for it."""
+    made = schema_of(Made)
+    assert contract_of(row(), made) == made.fingerprint
+    assert contract_of(row(group="g"), made) == f"{made.fingerprint}:g"
+
+
+def test_what_an_item_that_failed_is_filed_under() -> None:
+    """A word of its own, whatever its schema is, with the group that asked for it."""
+    failure = schema_of(ItemFailure)
+    assert contract_of(row(), failure) == "failed item"
+    assert contract_of(row(group="g"), failure) == "failed item:g"
+
+
+# ---------------------------------------------------------------- copies
+
+
+def mark() -> TraceMark:
+    return TraceMark("node", 1, 0, "", "wait", "limit", 1.5, WHEN)
+
+
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_a_copy_is_equal_and_shares_nothing(looked_at: bool) -> None:
+    """Neither events, nor states, nor children, nor marks of a copy are those of the trace; the run id is."""
+    held = nest()
+    held.append(event(input_state={"list": [1]}, output_state={"list": [2]}, children=[event("in")]))
+    held.rows.append(row(given=(1,), made=(2,), schemas=(schema_of(Given), schema_of(Made), None)))
+    held.marks.append(mark())
+    if looked_at:
+        list(held)
+    twin = held.copy()
+    assert (twin.run_id, list(twin), twin.marks) == ("run", list(held), [mark()])
+    for mine, theirs in zip(held.walk(), twin.walk(), strict=True):
+        assert mine is not theirs
+        assert mine.input_state is not theirs.input_state
+    last = list(twin)[-2]
+    last.input_state["list"].append(3)
+    assert last.output_state is not None
+    last.output_state["list"].append(3)
+    last.children.append(event("new"))
+    twin.append(event("later"))
+    twin.marks.clear()
+    mine = list(held)[-2]
+    assert (mine.input_state, mine.output_state, len(mine.children)) == ({"list": [1]}, {"list": [2]}, 1)
+    assert (len(held), len(held.marks)) == (6, 1)
+
+
+def test_a_copied_event_without_an_output_has_none() -> None:
+    """None stays None, and is no empty state."""
+    twin = trace(failed_event(children=[failed_event("in")])).copy()
+    assert list(twin) == [failed_event(children=[failed_event("in")])]
+
+
+def test_a_trace_that_was_pickled_goes_on() -> None:
+    """Events, marks and the run id come back; it can be appended to."""
+    held = nest()
+    held.rows.append(row(given=(1,), made=(2,), schemas=(schema_of(Given), schema_of(Made), None)))
+    held.marks.append(mark())
+    back = pickle.loads(pickle.dumps(held))
+    assert (back.run_id, list(back), back.marks) == ("run", list(held), [mark()])
+    back.rows.append(row(given=(3,), made=(4,), schemas=(schema_of(Made), schema_of(Made), None)))
+    assert list(back)[-1] == event(input_state={"b": 3}, output_state={"b": 4})
+    assert len(held) == 5
+
+
+def test_setting_the_state_of_a_trace_keeps_the_list_it_was_given_apart() -> None:
+    """What is appended afterwards is not appended to the events that it was made of."""
+    events = [event()]
+    back = ExecutionTrace()
+    back.__setstate__(("r", events, []))
+    back.append(event())
+    assert (back.run_id, len(back), len(events)) == ("r", 2, 1)
+
+
+# ---------------------------------------------------------------- what is left out
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_so_many_are_kept_and_as_many_failures_more(most: int) -> None:
+    """The first ones, whatever they are; after those failures only, up to twice as many in all; the rest is counted."""
+    rows = BoundedRows(most)
+    for n in range(10):
+        rows.append(row(f"ok{n}"))
+        rows.append(failed(f"no{n}"))
+    every = [name for n in range(10) for name in (f"ok{n}", f"no{n}")]
+    kept = every[:most] + [name for name in every[most:] if name.startswith("no")][:most]
+    assert [one[0] for one in rows] == kept  # type: ignore[index]
+    assert rows.left_out is not None
+    assert rows.left_out.events == 20 - 2 * most
+    assert rows.left_out.failures == 10 - sum(name.startswith("no") for name in kept)
+
+
+def test_nothing_is_left_out_as_long_as_all_is_kept() -> None:
+    """Exactly at the limit nothing is counted, and the failures after it are kept."""
+    rows = BoundedRows(2)
+    for one in (row(), row(), failed(), failed()):
+        rows.append(one)
+    assert (len(rows), rows.left_out) == (4, None)
+    rows.append(failed())
+    assert (len(rows), rows.left_out) == (4, LeftOut(1, 1, 0, 0.0, (("node", 0, 0, 0.0, 5_999_999, None),)))
+
+
+def test_an_event_among_few_rows_is_kept_like_any_other() -> None:
+    """Whoever looked at a row and puts it back finds it there, a failed one no longer than others."""
+    rows = BoundedRows(2)
+    rows.append(event("x"))
+    rows.append(failed_event("y"))
+    assert rows == [event("x"), failed_event("y")]
+    assert rows.left_out is None
+
+
+def sums() -> BoundedRows:
+    rows = BoundedRows(1)
+    rows.append(row("kept", usage=USED, took=100))
+    inside = [
+        row("in", usage=AttemptUsage(10, 4, 0.25, "m"), took=1),
+        failed("in", usage=AttemptUsage(20, 5, 0.5, "n"), took=2),
+        row("g2", took=3, children=[failed("deep", usage=AttemptUsage(40, 6, 1.0, "m"), took=4, made={})]),
+    ]
+    rows.append(row("g", took=5, children=inside))
+    rows.append(row("in", usage=AttemptUsage(80, 7, 2.0, "m"), took=6))
+    return rows
+
+
+LEFT = LeftOut(
+    events=6,
+    failures=2,
+    lost_tokens=20,
+    lost_cost_usd=0.5,
+    figures=(
+        ("g", 0, 0, 0.0, 5, None),
+        ("g2", 0, 0, 0.0, 3, None),
+        ("deep", 40, 6, 1.0, 4, "m"),
+        ("in", 20, 5, 0.5, 2, "n"),
+        ("in", 90, 11, 2.25, 7, "m"),
+    ),
+)
+
+
+def test_what_is_left_out_is_summed_by_node_and_model() -> None:
+    """Those inside groups too; lost is what came to no output, whether it failed or not."""
+    assert sums().left_out == LEFT
+    rows = BoundedRows(0)
+    rows.append(row(made=None, outcome="cancelled", usage=USED))
+    rows.append(row(made=None, outcome="cancelled", usage=USED))
+    assert rows.left_out == LeftOut(2, 0, 14, 1.0, (("node", 14, 4, 1.0, 11_999_998, "m"),))
+
+
+def test_rows_like_others_have_their_limit_and_sums() -> None:
+    """A copy goes on by itself: what it leaves out afterwards the first does not count."""
+    rows = sums()
+    twin = rows.like([row("other")])
+    assert ([one[0] for one in twin], twin.left_out) == (["other"], LEFT)  # type: ignore[index]
+    twin.append(row("more", usage=USED))
+    twin.append(failed("kept too"))
+    twin.append(failed("lost", usage=USED))
+    assert rows.left_out == LEFT
+    assert len(twin) == 2
+    assert twin.left_out is not None
+    assert (twin.left_out.events, twin.left_out.failures) == (8, 3)
+    assert (twin.left_out.lost_tokens, twin.left_out.lost_cost_usd) == (27, 1.0)
+    assert twin.left_out.figures == (
+        *LEFT.figures,
+        ("more", 7, 2, 0.5, 5_999_999, "m"),
+        ("lost", 7, 2, 0.5, 5_999_999, "m"),
+    )
+
+
+def test_figures_of_every_attempt_in_the_order_of_a_walk() -> None:
+    """A group, what its map left out, then what is inside; looked at or not, but that events know whole milliseconds."""
+
+    def held() -> ExecutionTrace:
+        return trace(
+            row("a", usage=USED, took=7_000_001),
+            row("map", took=3_000_000, children=sums()),
+            failed("z", took=2_000_000, children=[row("in z", took=1_000_000)]),
+        )
+
+    expected = [
+        ("a", 7, 2, 0.5, 7_000_001, "m"),
+        ("map", 0, 0, 0.0, 3_000_000, None),
+        *LEFT.figures,
+        ("kept", 7, 2, 0.5, 100, "m"),
+        ("z", 0, 0, 0.0, 2_000_000, None),
+        ("in z", 0, 0, 0.0, 1_000_000, None),
+    ]
+    assert list(held().figures()) == expected
+    assert list(held().copy().figures()) == expected
+    looked = held()
+    assert next(e for e in looked if e.node_id == "map").left_out == LEFT
+    expected[0] = ("a", 7, 2, 0.5, 7_000_000, "m")
+    expected[7] = ("kept", 7, 2, 0.5, 0, "m")
+    assert list(looked.figures()) == expected
+    assert list(looked.copy().figures()) == expected
