@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
-__all__ = ["SCOPE", "Identity", "Scope", "StepCalls", "child_indexes", "is_called"]
+__all__ = ["SCOPE", "Identity", "Scope", "StepCalls", "child_indexes", "is_called", "quoted"]
 
 _MARK: Final = "#"  # in each identity, and nowhere else in a branch
 
@@ -90,7 +90,7 @@ class StepCalls:
 
     def next(self, scope: Scope, step_id: str, kind: str = "") -> Identity:
         """The identity of the next call of a step in a scope. ``kind``: a character that sets other calls apart."""
-        name = f"{kind}{_quoted(step_id)}"
+        name = f"{kind}{quoted(step_id)}"
         number = scope.counts[name]
         scope.counts[name] = number + 1
         text = f"{name}{_MARK}{number}"
@@ -98,7 +98,7 @@ class StepCalls:
 
     def named(self, key: str) -> str:
         """The identity of a call that has a name, whichever task makes it."""
-        return f"{_MARK}{_quoted(key)}"
+        return f"{_MARK}{quoted(key)}"
 
     def next_of_input(self, step_id: str, digest: str) -> Identity:
         """The identity of the next call of a step with an input, whichever task or thread makes it.
@@ -107,7 +107,7 @@ class StepCalls:
         """
         number = self._counts[step_id, digest]
         self._counts[step_id, digest] += 1
-        return Identity(f"{_quoted(step_id)}{_MARK}{number}@{digest}", number)
+        return Identity(f"{quoted(step_id)}{_MARK}{number}@{digest}", number)
 
 
 def _weak(task: asyncio.Task[Any] | None) -> weakref.ref[asyncio.Task[Any]] | None:
@@ -115,7 +115,8 @@ def _weak(task: asyncio.Task[Any] | None) -> weakref.ref[asyncio.Task[Any]] | No
 
 
 @lru_cache(maxsize=1024)
-def _quoted(step_id: str) -> str:
+def quoted(step_id: str) -> str:
+    """Return an id as it stands in identities."""
     # A branch is split at its dots; "~", "-" and "_" stay, and nothing else that this module writes itself.
     return quote(step_id, safe="", errors="backslashreplace").replace(".", "%2E")
 

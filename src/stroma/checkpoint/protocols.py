@@ -21,6 +21,7 @@ __all__ = [
     "COMPLETE",
     "ENDED",
     "INSIDE",
+    "OF_FLOW",
     "OF_MAP",
     "AsyncCheckpointStore",
     "Charge",
@@ -170,6 +171,10 @@ class StepCall(NamedTuple):
     number: int
     given: bytes | None
     identity: str | None = None
+
+
+#: ``StepCall.number`` of a step of a flow.
+OF_FLOW: Final = -1
 
 
 def inside_of(call: StepCall | None) -> StepCall | None:

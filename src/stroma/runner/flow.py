@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import inspect
 import random
@@ -17,7 +18,8 @@ from uuid import UUID
 from pydantic import BaseModel
 
 from stroma.checkpoint import StepCall, Waiting, schema_ref
-from stroma.checkpoint.identity import SCOPE
+from stroma.checkpoint.identity import SCOPE, quoted
+from stroma.checkpoint.protocols import OF_FLOW
 from stroma.contracts.contract import NodeContract, check_id
 from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import schema_of
@@ -100,14 +102,23 @@ class Flow:
         ``key`` names the call, in place of its number in its task. Raises StepFailed once the node has stopped for good.
         """
         run = self._run
-        found = _node_of(node, "flow.step")
-        if not isinstance(state, BaseModel):
-            raise TypeError(f"the input of step {found.node_id!r} must be a pydantic model, got {type(state).__name__}")
+        # Looking at a node and at the class of a state takes 2 us, and most steps are of the same ones.
+        try:
+            known = run.known.get(node) if type(state) in run.state_classes else None
+        except TypeError:  # It cannot be hashed.
+            known = None
+        if known is None:
+            known = _learn(run, node, state)
+        found, name, label = known
         scope = run.begin_call("flow.step")
-        identity = run.identify(scope, found.node_id, key)
+        if key is None and not scope.path:
+            count = scope.counts[name]
+            scope.counts[name] = count + 1
+            identity = f"{name}#{count}"
+        else:
+            identity = run.identify(scope, found.node_id, key)
         coroutine = run.step(found, state, identity, run.driver.activity, not scope.path)
-        # Python's warning of a coroutine that is never awaited shows it.
-        coroutine.__qualname__ = f"flow.step({found.node_id})"  # type: ignore[attr-defined]
+        coroutine.__qualname__ = label  # type: ignore[attr-defined]  # Python's warning of a coroutine that is never awaited shows it.
         return coroutine
 
     @overload
@@ -250,7 +261,7 @@ class Flow:
             except Exception as error:
                 raise _Failed(driver.halt_of(error, node.node_id).failure) from error
             target = schema_of(contract.output_schema)
-            call = StepCall(0, given, identity)
+            call = StepCall(OF_FLOW, given)
             outcome = await driver.commit(child, node, target, snapshot, returned, begin, call)
             driver.flows.remove(child)
             if isinstance(outcome, Halt):
@@ -530,6 +541,18 @@ def _part_of(run: FlowRun, limit: int | None, name: str | None = None) -> FlowNo
 
 def _not_called(*_: Any) -> Any:
     raise NotImplementedError
+
+
+def _learn(run: FlowRun, node: Any, state: Any) -> tuple[Node | Group, str, str]:
+    """Check the arguments of a step. Return its node, the name in its identity, and that of its coroutine."""
+    found = _node_of(node, "flow.step")
+    if not isinstance(state, BaseModel):
+        raise TypeError(f"the input of step {found.node_id!r} must be a pydantic model, got {type(state).__name__}")
+    run.state_classes.add(type(state))
+    known = (found, quoted(found.node_id), f"flow.step({found.node_id})")
+    with contextlib.suppress(TypeError):  # It cannot be hashed.
+        run.known[node] = known
+    return known
 
 
 def _node_of(node: Any, method: str) -> Node | Group:

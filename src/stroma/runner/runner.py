@@ -223,6 +223,18 @@ class StromaRunner:
         check_owners(nodes, self.registry)
         return check_nodes(nodes, self.registry, input_schema)
 
+    async def check_deterministic(
+        self, flow: FlowFunction[In, Out], initial_state: In
+    ) -> ExecutionResult[Out]:
+        """Run a flow once in memory, calling its steps, then replay it at another time of day without a call.
+
+        Returns the result of the run. Raises PipelineChanged if the replay makes other calls or ends otherwise: if
+        ``time.time()``, ``datetime.now()`` or ``random`` decide what the flow does, say. Hooks are not called.
+        """
+        from stroma.runner.flow_check import check_flow  # Not loaded by runs.
+
+        return await check_flow(flow, initial_state, self.config, self.registry)
+
     def _raise_check_errors(self, nodes: list[Node | Group]) -> None:
         from stroma.contracts.checks.check import check_nodes
         from stroma.contracts.checks.finding import CheckFailed

@@ -22,6 +22,7 @@ from stroma.checkpoint.memory.runs import (
 from stroma.checkpoint.protocols import (
     COMPLETE,
     ENDED,
+    OF_FLOW,
     Committed,
     Finished,
     PriorUsage,
@@ -227,7 +228,7 @@ class _MemorySession(NullSession):
 def _with_input(call: StepCall | None, state: SavedState) -> StepCall | None:
     """Return a call with its input in stored form, which is made here of the attempt: most are never asked for it."""
     row = state.row
-    if call is None or call.identity is None or call.given is not None or row is None or row.schemas is None:
+    if call is None or call.number != OF_FLOW or call.given is not None or row is None or row.schemas is None:
         return call
     try:
         return call._replace(given=row.schemas[0].encode(row.schemas[0].restore(row.input)))
