@@ -14,6 +14,7 @@ from typing import Final
 
 __all__ = ["ResultOrder"]
 
+_RECENT: Final = 1000  # results among which one is looked for
 #: Turns of the event loop without a call of the flow, after which its body waits for a result.
 _QUIET_TURNS: Final = 3
 
@@ -55,7 +56,24 @@ class ResultOrder:
         """Return True if a result may be handed out at once where no other call is under way."""
         if self._pending:
             return False
+        while self.recorded and self.recorded.get(len(self.delivered)) == "":
+            self.delivered.append("")
         return not self.recorded or self.recorded.get(len(self.delivered), identity) == identity
+
+    def missing(self) -> str | None:
+        """Return the text for a recorded result that is not asked for while others wait; None if there is none."""
+        if not self._pending or len(self.delivered) not in self.recorded:
+            return None
+        return f"does not ask for result {len(self.delivered) + 1}, which is recorded"
+
+    def withdraw(self, identity: str) -> None:
+        """Take back the number of a result that was handed out to a call which was cancelled in the same turn."""
+        for index in range(len(self.delivered) - 1, -1, -1):
+            if self.delivered[index] == identity:
+                self._note(index, "")
+                return
+            if len(self.delivered) - index > _RECENT:
+                return
 
     def deliver(self, identity: str, *, noted: bool) -> int:
         """Count a result that is handed out, and record its number. Return it."""
@@ -102,6 +120,9 @@ class ResultOrder:
     def _release(self) -> bool:
         """Hand out the next result. Return False if it is not there."""
         identity = self.recorded.get(len(self.delivered))
+        while identity == "":  # Of a call that was cancelled.
+            self.delivered.append("")
+            identity = self.recorded.get(len(self.delivered))
         while identity is None and self._queue:
             queued = heapq.heappop(self._queue)[2]
             if queued in self._pending:

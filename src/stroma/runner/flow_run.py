@@ -93,6 +93,8 @@ class FlowDriver:
         self.journal = journal
         self.loop = asyncio.get_running_loop()
         self.activity = self.busy = self.unreached = 0
+        #: What the loop does in its next turn, a task that has not begun, say. Of other loops than asyncio's nobody knows.
+        self.ready = getattr(self.loop, "_ready", (True,))
         self.stopping: Halt | Stopped | BaseException | None = None
         self.closing = False
         self.waits = Waits(self)
@@ -370,10 +372,11 @@ class FlowDriver:
         if self.activity != seen or self.busy or any(flow.order.is_turning for flow in self.flows):
             self.watch()
             return
-        missing = next((flow.missing() for flow in self.flows if flow.records and not flow.has_ended), None)
-        if missing is None:
-            return
-        self.stop(self.changed(missing))
+        for flow in self.flows:
+            said = None if flow.has_ended else flow.missing() or flow.order.missing()
+            if said is not None:
+                self.stop(self.changed(f"flow {flow.node.node_id!r} {said}"))
+                return
 
 
 class FlowRun:
@@ -453,7 +456,7 @@ class FlowRun:
             returned = await node.body(self, state)
             missing = self.missing()
             if missing is not None and self.driver.stopping is None:
-                await self.driver.stop_here(self.driver.changed(missing))
+                await self.driver.stop_here(self.driver.changed(f"flow {node.node_id!r} {missing}"))
             return returned
         finally:
             await self.end()
@@ -492,7 +495,7 @@ class FlowRun:
         identity = next((one for one in self.records if self._is_required(one)), None)
         if identity is None:
             return None
-        return f"flow {self.node.node_id!r} does not make {describe(identity)}, which is recorded"
+        return f"does not make {describe(identity)}, which is recorded"
 
     # ------------------------------------------------------------------ identities
 
@@ -557,6 +560,7 @@ class FlowRun:
         scope = SCOPE.get()
         given: bytes | None = None
         recorded: Recorded | None = None
+        begin = 0
         try:
             if self.stores_inputs or self.records:
                 given = encode_input(driver.ctx, node, state)
@@ -598,17 +602,18 @@ class FlowRun:
                     await driver.never()
                 if type(outcome) is Halt:
                     await self._settle(outcome, identity, given)
-                elif self.alive == 1 and not self.is_concurrent and self.order.is_next(identity):
+                elif self.alive == 1 and not self.is_concurrent and not driver.ready and self.order.is_next(identity):
                     self.order.delivered.append(identity)
                     if plan[2] is not None:
                         plan[1].mark_shared(outcome)
                         return outcome
                     return as_output(outcome)
             else:
+                begin = perf_counter_ns()
                 outcome = await self._execute(node, state, identity, given, task)
             index = await self.take_turn(identity, recorded is not None, number, in_main)
         except asyncio.CancelledError:
-            self.note_cancelled(identity, self.attempt.begin, given)
+            self.note_cancelled(identity, begin or self.attempt.begin or perf_counter_ns(), given)
             raise
         except (HookNotAsync, PipelineChanged, StoreError) as error:  # What leaves a run.
             await driver.stop_here(_end_of(error, node))
@@ -754,6 +759,7 @@ class FlowRun:
             return
         branch = self.prefix + identity
         driver.journal.note_cancelled(self.position, branch, (perf_counter_ns() - begin) / 1e9, given)
+        self.order.withdraw(identity)
         driver.cancelled.append((self.position, branch, driver.activity))
 
     # ------------------------------------------------------------------ results
@@ -763,9 +769,8 @@ class FlowRun:
         order = self.order
         if self.is_map:  # Its result is handed out as one.
             return 0
-        if is_recorded:
-            # Tasks that had begun before the result came in the first process must have begun here.
-            await asyncio.sleep(0)
+        # Live and on replay: tasks that the body has begun make their first calls before it gets another result.
+        await asyncio.sleep(0)
         if self.alive > 1:
             self.is_concurrent = True
         elif in_main and self.is_concurrent and all(task.done() for task in self.tasks):
@@ -787,6 +792,7 @@ class FlowRun:
         return error
 
     def _note_order(self, index: int, identity: str) -> None:
+        """Record the call whose result has a number; "" if it has none."""
         self.driver.journal.note_order(self.position, self.branch, index, identity)
         self.order.recorded[index] = identity
 
