@@ -96,9 +96,9 @@ class StepCalls:
         text = f"{name}{_MARK}{number}"
         return Identity(f"{scope.path}/{text}" if scope.path else text, number, scope.path)
 
-    def named(self, key: str) -> str:
+    def named(self, key: str, kind: str = "") -> str:
         """The identity of a call that has a name, whichever task makes it."""
-        return f"{_MARK}{quoted(key)}"
+        return f"{kind}{_MARK}{quoted(key)}"
 
     def next_of_input(self, step_id: str, digest: str) -> Identity:
         """The identity of the next call of a step with an input, whichever task or thread makes it.

@@ -79,7 +79,8 @@ class FlowJournal:
         for (position, branch), waiting in session.waiting.items():
             if waiting.payload is not None:
                 flow, _, identity = branch.rpartition(".")
-                self._flows[position, flow].add(identity, Recorded("answer", waiting.payload))
+                if identity.rpartition("/")[2].startswith("!"):  # Not of a node that waits.
+                    self._flows[position, flow].add(identity, Recorded("answer", waiting.payload))
         for key, data in dict(session.notes).items():
             self._read_note(key, data)
 

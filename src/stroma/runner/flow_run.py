@@ -534,7 +534,7 @@ class FlowRun:
         """Return the identity of a call. Raises ValueError for a key that was used before."""
         if key is None:
             return self.calls.next(scope, step_id, kind).text
-        identity = self.calls.named(key)
+        identity = self.calls.named(key, kind)
         if identity in self.keys:
             raise ValueError(f"key={key!r} is used by two calls of flow {self.node.node_id!r}; each needs a key of its own")
         self.keys.add(identity)
@@ -852,7 +852,7 @@ def describe(identity: str) -> str:
     path, _, text = identity.rpartition("/")
     name, _, number = text.rpartition("#")
     where = f" in branch {path.lstrip('-')}" if path else ""
-    if not name:
+    if name in ("", "!", "*"):
         return f"the call with key={unquote(number)!r}{where}"
     if name in _WORDS:
         return f"call {int(number) + 1} of {_WORDS[name]}{where}"

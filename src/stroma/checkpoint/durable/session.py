@@ -339,7 +339,7 @@ class DurableSession:
 
         def operation(rows: Rows) -> None:
             run = rows.find(self.run_id, lock=True)
-            if run is None or (run.run, run.epoch, run.owner) != (fence.run, fence.epoch, fence.owner):
+            if run is None or (run.epoch, run.owner) != (fence.epoch, fence.owner):
                 raise fence_error(rows, fence, self.run_id)
             do(rows)
             self._write_notes(rows, notes)
