@@ -72,13 +72,20 @@ async def f(flow: Flow, state: Num) -> Text:
     child = await flow.run(inner, x.result())
     await flow.sleep(0.01)
     answer = await flow.wait_for(Text, reason="Well?")
-    return Text(text=f"{state.n} {x.result().n} {y.result().n} {[one.n for one in items]} {child.n} {answer.text}")
+    return Text(
+        text=f"{state.n} {x.result().n} {y.result().n} {[one.n for one in items]} {child.n} {answer.text}"
+    )
 
 
 async def main() -> None:
     with opened(KIND, WHERE) as store:
         runner = StromaRunner.quick(
-            store=store, policy_map=NEVER, run_id=f"r{RUN}", resume=True, max_recoveries=100, if_running="take_over"
+            store=store,
+            policy_map=NEVER,
+            run_id=f"r{RUN}",
+            resume=True,
+            max_recoveries=100,
+            if_running="take_over",
         )
         result = await runner.run(f, Num())
         if result.status is RunStatus.SUSPENDED:

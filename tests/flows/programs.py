@@ -31,7 +31,9 @@ def _compound(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
-programs: st.SearchStrategy[Program] = st.lists(st.recursive(_LEAVES, _compound, max_leaves=8), min_size=1, max_size=5)
+programs: st.SearchStrategy[Program] = st.lists(
+    st.recursive(_LEAVES, _compound, max_leaves=8), min_size=1, max_size=5
+)
 
 
 def flow_of(program: Program, steps: dict[str, Any], name: str = "f") -> FlowFunction[Num, Num]:
@@ -66,7 +68,9 @@ def flow_of(program: Program, steps: dict[str, Any], name: str = "f") -> FlowFun
             except StepFailed as error:
                 return Num(n=len(error.failure.message))
         if kind == "gather":
-            found = await asyncio.gather(*(block(flow, body, state) for body in rest[0]), return_exceptions=True)
+            found = await asyncio.gather(
+                *(block(flow, body, state) for body in rest[0]), return_exceptions=True
+            )
             failed = [one for one in found if isinstance(one, BaseException)]
             if failed:
                 raise failed[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from pydantic import BaseModel
@@ -27,12 +27,15 @@ class World:
         self.dies_in: str | None = None
         self.dies = asyncio.Event()
 
-    def step(self, node_id: str, change: Callable[[int], int] = lambda n: n + 1) -> Any:
+    def step(
+        self, node_id: str, change: Callable[[int], int] = lambda n: n + 1
+    ) -> Callable[[Num], Coroutine[Any, Any, Num]]:
         async def step(state: Num) -> Num:
             await self._call(f"{node_id} {state.n}")
             return Num(n=change(state.n))
 
-        return node(node_id, step)
+        made: Callable[[Num], Coroutine[Any, Any, Num]] = node(node_id, step)
+        return made
 
     async def _call(self, what: str) -> None:
         from stroma import current_node
@@ -66,4 +69,6 @@ class World:
 
 def runner_on(store: Any, **config: Any) -> StromaRunner:
     """Return a runner that resumes run "r" of a store, without retries."""
-    return StromaRunner.quick(**{"store": store, "run_id": "r", "resume": True, "policy_map": NEVER, **config})
+    return StromaRunner.quick(
+        **{"store": store, "run_id": "r", "resume": True, "policy_map": NEVER, **config}
+    )

@@ -114,7 +114,9 @@ async def test_a_flow_used_outside_of_its_body() -> None:
         return state
 
     assert (await quick().run(a_flow(body), Num())).status is RunStatus.COMPLETED
-    assert "flow.step was called inside node 'inside'; return the data, and make the call in the flow" in said[0]
+    assert (
+        "flow.step was called inside node 'inside'; return the data, and make the call in the flow" in said[0]
+    )
     assert "in another thread or event loop" in said[1]
     with pytest.raises(FlowClosed, match="after flow 'f' had ended"):
         kept[0].step(add, Num())

@@ -79,12 +79,12 @@ def test_programs_survive_faults_and_deaths(
             seen = itertools.count(1)
 
             def at(_: Boundary, left: int = left, seen: Any = seen) -> bool:
-                return next(seen) == left
+                return bool(next(seen) == left)
 
             probe = Deaths(at)
             PROBES.insert(0, probe)
             try:
-                async with SQLiteStore(folder / "runs.db", synchronous="off" if False else "normal") as store:
+                async with SQLiteStore(folder / "runs.db", synchronous="normal") as store:
                     runner = StromaRunner.quick(
                         store=store, policy_map=retry_policies(30), run_id="r", resume=True, max_recoveries=10
                     )
@@ -96,6 +96,7 @@ def test_programs_survive_faults_and_deaths(
                 continue
             finally:
                 PROBES.remove(probe)
+        raise AssertionError
 
     plain = asyncio.run(undisturbed())
     if "value" in repr(program):  # Another run has other random values.
@@ -115,8 +116,18 @@ def test_killed_flows_lose_and_double_nothing(kind: str, tmp_path: Path) -> None
         for run in range(2):
             ends = []
             for life in range(40):
-                command = [sys.executable, str(HELPER), kind, where, str(tmp_path / f"side{run}"), str(run), str(life)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+                command = [
+                    sys.executable,
+                    str(HELPER),
+                    kind,
+                    where,
+                    str(tmp_path / f"side{run}"),
+                    str(run),
+                    str(life),
+                ]
+                done = subprocess.run(
+                    command, capture_output=True, text=True, check=False, timeout=120, env=environment
+                )
                 ends.append(done.returncode)
                 assert done.returncode in (0, -signal.SIGKILL), done.stderr
                 if done.returncode == 0 and "ended" in done.stdout:

@@ -152,7 +152,11 @@ async def test_a_question_expires(store: Any, clock: Clock) -> None:
         await runner_on(store).signal("r", Text(text="late"))
     clock.pass_by(days=-8)
     result = await world.live(run)
-    assert (result.status, result.final_state, world.calls) == (RunStatus.RESUMED, Num(n=2), ["add 0", "add 1", "add 1"])
+    assert (result.status, result.final_state, world.calls) == (
+        RunStatus.RESUMED,
+        Num(n=2),
+        ["add 0", "add 1", "add 1"],
+    )
 
 
 async def test_the_tear_down_of_a_suspended_flow_calls_nothing(store: Any) -> None:
@@ -194,7 +198,11 @@ async def test_a_step_may_wait_for_a_person(store: Any) -> None:
     assert (first.status, first.suspended) == (RunStatus.SUSPENDED, ["Node?"])
     await runner_on(store).signal("r", Text(text="yes"))
     result = await runner_on(store).run(f, Num())
-    assert (result.status, result.final_state, world.calls) == (RunStatus.RESUMED, Text(text="yes 1"), ["add 0"])
+    assert (result.status, result.final_state, world.calls) == (
+        RunStatus.RESUMED,
+        Text(text="yes 1"),
+        ["add 0"],
+    )
 
 
 async def test_a_shutdown_does_not_wait_for_a_sleep() -> None:

@@ -48,7 +48,11 @@ async def test_a_flow_decides_in_plain_python() -> None:
         return Text(text=str(state.n))
 
     result = await quick().run(f, Num(n=3))
-    assert (result.status, result.final_state, result.output) == (RunStatus.COMPLETED, Text(text="10"), Text(text="10"))
+    assert (result.status, result.final_state, result.output) == (
+        RunStatus.COMPLETED,
+        Text(text="10"),
+        Text(text="10"),
+    )
     assert world.calls == ["add 3", "add 4", "double 5"]
     assert [(event.node_id, event.branch) for event in result.trace] == [
         ("add", "add#0"), ("add", "add#1"), ("double", "double#0"),
@@ -150,7 +154,10 @@ async def test_the_first_failure_of_a_group_is_that_of_the_run() -> None:
     assert result.status is RunStatus.FAILED
     assert result.failure is not None
     assert (result.failure.node_id, result.failure.reason) == ("never", "bug")
-    assert {event.node_id: event.outcome for event in result.trace} == {"never": "failure", "slow": "cancelled"}
+    assert {event.node_id: event.outcome for event in result.trace} == {
+        "never": "failure",
+        "slow": "cancelled",
+    }
 
 
 async def test_a_crossed_budget_ends_a_flow_whatever_it_catches(store: Any) -> None:
@@ -183,7 +190,11 @@ async def test_a_crossed_budget_ends_a_flow_whatever_it_catches(store: Any) -> N
     assert "budget" in result.failure.message.lower()
     assert calls == ["ask 1", "ask 2", "ask 30"]
     assert [event.outcome for event in result.trace] == ["success", "failure", "failure"]
-    assert sorted(at.branch for at in store.attempts("r") if at.output is not None) == ["ask#0", "ask#1", "ask#2"]
+    assert sorted(at.branch for at in store.attempts("r") if at.output is not None) == [
+        "ask#0",
+        "ask#1",
+        "ask#2",
+    ]
 
 
 async def test_steps_at_once_share_the_clock() -> None:
@@ -455,8 +466,9 @@ async def test_open_calls_end_with_the_flow(caplog: pytest.LogCaptureFixture) ->
 
     @stroma_flow("f", input=Num, output=Num)
     async def f(flow: Flow, state: Num) -> Num:
-        _task = asyncio.create_task(flow.step(slow, state))
+        task = asyncio.create_task(flow.step(slow, state))
         await asyncio.sleep(0.001)
+        assert not task.done()
         return state
 
     result = await quick().run(f, Num())
@@ -486,7 +498,11 @@ async def test_a_cancelled_run_cancels_its_steps(store: Any) -> None:
     assert world.calls == ["add 0", "add 1"]
     assert store.get_run("r").status == "CANCELLED"
     result = await world.live(run)
-    assert (result.status, result.final_state, world.calls) == (RunStatus.RESUMED, Num(n=2), ["add 0", "add 1", "add 1"])
+    assert (result.status, result.final_state, world.calls) == (
+        RunStatus.RESUMED,
+        Num(n=2),
+        ["add 0", "add 1", "add 1"],
+    )
 
 
 async def test_a_shutdown_starts_no_further_step(store: Any) -> None:

@@ -68,7 +68,11 @@ class Flow:
     ) -> Coroutine[Any, Any, Out]: ...
     @overload
     def step(
-        self, node: Callable[[In, dict[str, Any]], Coroutine[Any, Any, Out]], state: In, *, key: str | None = None
+        self,
+        node: Callable[[In, dict[str, Any]], Coroutine[Any, Any, Out]],
+        state: In,
+        *,
+        key: str | None = None,
     ) -> Coroutine[Any, Any, Out]: ...
     @overload
     def step(
@@ -167,7 +171,9 @@ class Flow:
         run = self._run
         found = _node_of(node, "flow.map")
         if max_concurrency is not None and max_concurrency < 1:
-            raise ValueError(f"max_concurrency must be at least 1, or None for no bound, got {max_concurrency!r}")
+            raise ValueError(
+                f"max_concurrency must be at least 1, or None for no bound, got {max_concurrency!r}"
+            )
         states = list(items)
         for state in states:
             if not isinstance(state, BaseModel):
@@ -192,7 +198,9 @@ class Flow:
 
         async def work() -> tuple[list[Any], bool]:
             # The items are the steps of a part of the flow, by their indexes.
-            items = FlowRun(driver, run, _part_of(run, limit), run.position, run.prefix + identity, is_map=True)
+            items = FlowRun(
+                driver, run, _part_of(run, limit), run.position, run.prefix + identity, is_map=True
+            )
             items.path = run.path
             beyond = [int(index) for index in items.records if int(index) >= len(states)]
             if beyond:
@@ -225,7 +233,9 @@ class Flow:
         self, flow: FlowFunction[In, Out], state: In, *, key: str | None = None
     ) -> Coroutine[Any, Any, Out]: ...
     @overload
-    def run(self, flow: Pipeline, state: BaseModel, *, key: str | None = None) -> Coroutine[Any, Any, Any]: ...
+    def run(
+        self, flow: Pipeline, state: BaseModel, *, key: str | None = None
+    ) -> Coroutine[Any, Any, Any]: ...
     def run(self, flow: Any, state: Any, *, key: str | None = None) -> Coroutine[Any, Any, Any]:
         """Run another flow, or a pipeline, inside this one: under its budget, in its trace. Return the output.
 
@@ -233,9 +243,13 @@ class Flow:
         """
         run = self._run
         if not isinstance(flow, Pipeline):
-            raise TypeError(f"flow.run takes a flow or a Pipeline, got {flow!r}; call a single node with flow.step")
+            raise TypeError(
+                f"flow.run takes a flow or a Pipeline, got {flow!r}; call a single node with flow.step"
+            )
         if not isinstance(state, BaseModel):
-            raise TypeError(f"the input of {flow.name!r} must be a pydantic model, got {type(state).__name__}")
+            raise TypeError(
+                f"the input of {flow.name!r} must be a pydantic model, got {type(state).__name__}"
+            )
         scope = run.begin_call("flow.run")
         identity = run.identify(scope, flow.name, key)
         node = flow.node if isinstance(flow, FlowFunction) else None
@@ -243,7 +257,9 @@ class Flow:
             return self._run_pipeline(flow, state, identity, run.driver.activity, not scope.path)
         return self._run_flow(node, state, identity, run.driver.activity, not scope.path)
 
-    async def _run_flow(self, node: FlowNode, state: BaseModel, identity: str, number: int, in_main: bool) -> Any:
+    async def _run_flow(
+        self, node: FlowNode, state: BaseModel, identity: str, number: int, in_main: bool
+    ) -> Any:
         run = self._run
         driver, ctx = run.driver, run.driver.ctx
         given = encode_input(ctx, node, state) if run.stores_inputs or run.records else None
@@ -279,7 +295,9 @@ class Flow:
         driver = run.driver
 
         async def work() -> tuple[Any, bool]:
-            child = FlowRun(driver, run, _part_of(run, None, pipeline.name), run.position, run.prefix + identity)
+            child = FlowRun(
+                driver, run, _part_of(run, None, pipeline.name), run.position, run.prefix + identity
+            )
             is_recorded = len(child.records) == len(pipeline.nodes)
             inside = Flow(child)
             value: Any = state
@@ -399,7 +417,7 @@ class Flow:
         answer: type[AnswerT],
         *,
         reason: str,
-        timeout: float | timedelta | None = None,  # noqa: ASYNC109  # It is durable.
+        timeout: float | timedelta | None = None,  # It is durable.
         until: datetime | None = None,
         key: str | None = None,
     ) -> Coroutine[Any, Any, AnswerT]:
@@ -411,7 +429,9 @@ class Flow:
         """
         run = self._run
         if not (isinstance(answer, type) and issubclass(answer, BaseModel)):
-            raise TypeError(f"flow.wait_for takes a pydantic model, a RootModel for plain values, got {answer!r}")
+            raise TypeError(
+                f"flow.wait_for takes a pydantic model, a RootModel for plain values, got {answer!r}"
+            )
         wake_ms: int | None = None
         if timeout is not None or until is not None:
             duration = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout or 0)
@@ -501,7 +521,7 @@ class Flow:
 
     def random(self) -> float:
         """Return a random number from 0 up to 1: the same on replay."""
-        return random.Random(self._random_bytes("flow.random")).random()  # noqa: S311
+        return random.Random(self._random_bytes("flow.random")).random()
 
     def uuid(self) -> UUID:
         """Return a random UUID (version 4): the same on replay."""
@@ -547,7 +567,9 @@ def _learn(run: FlowRun, node: Any, state: Any) -> tuple[Node | Group, str, str]
     """Check the arguments of a step. Return its node, the name in its identity, and that of its coroutine."""
     found = _node_of(node, "flow.step")
     if not isinstance(state, BaseModel):
-        raise TypeError(f"the input of step {found.node_id!r} must be a pydantic model, got {type(state).__name__}")
+        raise TypeError(
+            f"the input of step {found.node_id!r} must be a pydantic model, got {type(state).__name__}"
+        )
     run.state_classes.add(type(state))
     known = (found, quoted(found.node_id), f"flow.step({found.node_id})")
     with contextlib.suppress(TypeError):  # It cannot be hashed.
@@ -584,7 +606,13 @@ class FlowFunction(Pipeline, Generic[In, Out]):
         check_id(flow_id, "flow id")
         put("body", body)
         node = FlowNode(
-            flow_id, self, contract, False, True, body=lambda run, state: body(Flow(run), state), max_concurrency=max_concurrency
+            flow_id,
+            self,
+            contract,
+            False,
+            True,
+            body=lambda run, state: body(Flow(run), state),
+            max_concurrency=max_concurrency,
         )
         put("_stroma_node", node)
         put("_stroma_node_id", flow_id)
@@ -624,7 +652,9 @@ def define_flow(
     """Return a function as a flow. Raises TypeError for one that cannot be the body of a flow."""
     name = getattr(body, "__qualname__", repr(body))
     if inspect.isasyncgenfunction(body):
-        raise TypeError(f"flow {flow_id!r}: {name} is an async generator; return the output in place of yielding it")
+        raise TypeError(
+            f"flow {flow_id!r}: {name} is an async generator; return the output in place of yielding it"
+        )
     if not inspect.iscoroutinefunction(body):
         raise TypeError(f"flow {flow_id!r}: {name} must be an `async def` function of (flow, state)")
     if max_concurrency is not None and (not isinstance(max_concurrency, int) or max_concurrency < 1):
@@ -654,7 +684,9 @@ def _class_of(flow_id: str, what: str, passed: Any, annotated: Any) -> type[Base
         return cast("type[BaseModel]", annotated)
     if not (isinstance(passed, type) and issubclass(passed, BaseModel)):
         raise TypeError(f"flow {flow_id!r}: {what}= must be a pydantic model, got {passed!r}")
-    agrees = not is_model or (issubclass(passed, annotated) if what == "input" else issubclass(annotated, passed))
+    agrees = not is_model or (
+        issubclass(passed, annotated) if what == "input" else issubclass(annotated, passed)
+    )
     if not agrees:
         raise TypeError(
             f"flow {flow_id!r} has {what}={passed.__name__}, and its function is annotated with {annotated.__name__}; "

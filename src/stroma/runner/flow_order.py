@@ -29,12 +29,25 @@ class ResultOrder:
     """
 
     __slots__ = (
-        "_activity", "_listed", "_note", "_pending", "_quiet", "_queue", "_seen", "delivered", "is_turning", "recorded",
+        "_activity",
+        "_listed",
+        "_note",
+        "_pending",
+        "_queue",
+        "_quiet",
+        "_seen",
+        "delivered",
+        "is_turning",
+        "recorded",
         "stuck",
     )  # fmt: skip
 
     def __init__(
-        self, recorded: dict[int, str], activity: Callable[[], int], note: Callable[[int, str], None], stuck: Callable[[], None]
+        self,
+        recorded: dict[int, str],
+        activity: Callable[[], int],
+        note: Callable[[int, str], None],
+        stuck: Callable[[], None],
     ) -> None:
         self.recorded = recorded
         self._listed = set(recorded.values())

@@ -7,7 +7,7 @@ import contextvars
 from collections.abc import Sequence
 from functools import partial
 from time import perf_counter_ns
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, NoReturn
 from urllib.parse import unquote
 
 from pydantic import BaseModel
@@ -65,7 +65,9 @@ async def run_with_flows(
         if isinstance(node, FlowNode):
             restored = await restore(ctx, node, value, here) if ctx.restored else None
             outcome = (
-                await FlowDriver(ctx, journal).run(node, value, here.position) if restored is None else restored
+                await FlowDriver(ctx, journal).run(node, value, here.position)
+                if restored is None
+                else restored
             )
             first += 1
         else:
@@ -107,6 +109,10 @@ class FlowDriver:
         #: Calls that the body has cancelled, and the activity until then.
         self.cancelled: list[tuple[int, str, int]] = []
         self.replay_only = REPLAY_ONLY.get()
+
+    @property
+    def flow_id(self) -> str:
+        return self.flows[0].node.node_id
 
     # ------------------------------------------------------------------ the body
 
@@ -159,7 +165,9 @@ class FlowDriver:
             error = body.exception()
         if error is None:
             return body.result()
-        if not isinstance(error, Exception) and not isinstance(error, (asyncio.CancelledError, BaseExceptionGroup)):
+        if not isinstance(error, Exception) and not isinstance(
+            error, (asyncio.CancelledError, BaseExceptionGroup)
+        ):
             raise error
         self._forget_what_ended(error)
         return self.halt_of(error, node.node_id)
@@ -169,9 +177,9 @@ class FlowDriver:
         while not body.done():
             if self.stopping is not None and not self.busy:
                 return
-            if self.stopping is None and self.waits.open and not self.busy and await self._is_idle():
-                if await self.waits.settle():
-                    continue
+            is_waiting = self.stopping is None and self.waits.open and not self.busy
+            if is_waiting and await self._is_idle() and await self.waits.settle():
+                continue
             if body.done() or self._is_woken or (self.stopping is not None and not self.busy):
                 self._is_woken = False
                 continue
@@ -187,9 +195,7 @@ class FlowDriver:
             await asyncio.sleep(0)
             if self.activity != seen or self.busy or self.stopping is not None:
                 return False
-        if any(flow.order.is_turning for flow in self.flows):
-            return False
-        return True
+        return not any(flow.order.is_turning for flow in self.flows)
 
     async def _tear_down(self, body: asyncio.Task[Any]) -> None:
         """Cancel the body, and wait for its end, for a while."""
@@ -208,7 +214,7 @@ class FlowDriver:
             elif not body.done() and self.loop.time() >= deadline:
                 self.ctx.run_logger.warning(
                     "flow %r does not end although it was cancelled; let CancelledError and FlowClosed out of its body",
-                    self.flows[0].node.node_id,
+                    self.flow_id,
                 )
                 break
         if cancelled:
@@ -245,7 +251,7 @@ class FlowDriver:
             f"run {ctx.run_id!r} cannot be resumed: {message}. A flow may depend only on its input, its steps, and flow.now(), "
             "flow.random() and flow.uuid(); restore the code that recorded this, or start a new run"
         )
-        node_id = self.flows[0].node.node_id
+        node_id = self.flow_id
         return Halt(Failure(error, FailureClass.TERMINAL, node_id, 1, str(error), "changed"))
 
     def _halt(self, error: BaseException, node_id: str) -> Halt:
@@ -301,7 +307,10 @@ class FlowDriver:
             if isinstance(returned, BaseModel) and not isinstance(returned, schema.model):
                 said = f"flow {node.node_id!r} must return a {schema.model.__name__}, got {type(returned).__name__}"
                 raise ContractViolation(
-                    node.node_id, "output", {}, [{"type": "model_type", "loc": (), "msg": said, "input": None}]
+                    node.node_id,
+                    "output",
+                    {},
+                    [{"type": "model_type", "loc": (), "msg": said, "input": None}],
                 )
             model, saved = schema.accept_output(returned)
         except BaseException as error:
@@ -313,7 +322,9 @@ class FlowDriver:
         failure = None
         if not flow.branch:
             ctx.cost_tracker.latency_ns += execution.busy_ns
-            exceeded: BudgetExceeded | None = ctx.cost_tracker.exceeded(ctx.budget, node.node_id) if ctx.limits else None
+            exceeded: BudgetExceeded | None = (
+                ctx.cost_tracker.exceeded(ctx.budget, node.node_id) if ctx.limits else None
+            )
             if exceeded is not None:
                 failure = self._halt(exceeded, node.node_id).failure
         source = schema_of(ctx.contract_of(node).input_schema)  # type: ignore[union-attr]
@@ -477,7 +488,9 @@ class FlowRun:
             return
         if not driver.closing and driver.stopping is None:
             driver.ctx.run_logger.warning(
-                "flow %r ended while %d of its calls were under way; they are cancelled: await them", self.node.node_id, len(tasks)
+                "flow %r ended while %d of its calls were under way; they are cancelled: await them",
+                self.node.node_id,
+                len(tasks),
             )
         for task in tasks:
             task.cancel()
@@ -503,7 +516,9 @@ class FlowRun:
         """Check that a call may be made here, and return the scope of the task that makes it."""
         driver = self.driver
         if driver.closing or self.has_ended:
-            raise FlowClosed(f"{what} was called after flow {self.node.node_id!r} had ended, or while it is being stopped")
+            raise FlowClosed(
+                f"{what} was called after flow {self.node.node_id!r} had ended, or while it is being stopped"
+            )
         current = CURRENT.get()
         if current is not None:
             raise RuntimeError(
@@ -521,7 +536,9 @@ class FlowRun:
                 assert self.main_scope is not None
                 return self.main_scope
         if loop is not driver.loop:
-            raise RuntimeError(f"{what} was called in another thread or event loop; call it in that of the flow")
+            raise RuntimeError(
+                f"{what} was called in another thread or event loop; call it in that of the flow"
+            )
         driver.activity += 1
         scope = self.calls.scope()
         if scope.path:
@@ -536,7 +553,9 @@ class FlowRun:
             return self.calls.next(scope, step_id, kind).text
         identity = self.calls.named(key, kind)
         if identity in self.keys:
-            raise ValueError(f"key={key!r} is used by two calls of flow {self.node.node_id!r}; each needs a key of its own")
+            raise ValueError(
+                f"key={key!r} is used by two calls of flow {self.node.node_id!r}; each needs a key of its own"
+            )
         self.keys.add(identity)
         return identity
 
@@ -572,7 +591,13 @@ class FlowRun:
                     if recorded.kind == "output"
                     else Halt(read_failure(recorded.data))
                 )
-            elif is_alone and self.is_plain and type(node) is Node and not driver.unreached and not driver.ctx.stops:
+            elif (
+                is_alone
+                and self.is_plain
+                and type(node) is Node
+                and not driver.unreached
+                and not driver.ctx.stops
+            ):
                 # What _execute() does, without its coroutines and what most steps do not need: 10 us in place of 18.
                 ctx, attempt = driver.ctx, self.attempt
                 run = NodeExecution(
@@ -602,7 +627,12 @@ class FlowRun:
                     await driver.never()
                 if type(outcome) is Halt:
                     await self._settle(outcome, identity, given)
-                elif self.alive == 1 and not self.is_concurrent and not driver.ready and self.order.is_next(identity):
+                elif (
+                    self.alive == 1
+                    and not self.is_concurrent
+                    and not driver.ready
+                    and self.order.is_next(identity)
+                ):
                     self.order.delivered.append(identity)
                     if plan[2] is not None:
                         plan[1].mark_shared(outcome)
@@ -635,14 +665,26 @@ class FlowRun:
             execution = execution.parent
 
     async def _execute(
-        self, node: Node | Group, state: BaseModel, identity: str, given: bytes | None, task: asyncio.Task[Any]
+        self,
+        node: Node | Group,
+        state: BaseModel,
+        identity: str,
+        given: bytes | None,
+        task: asyncio.Task[Any],
     ) -> BaseModel | Halt:
         """Make a step that is not recorded. Return its committed output, or the Halt of its failure."""
-        driver, ctx = self.driver, self.driver.ctx
+        driver = self.driver
         await self.before_live(identity)
         branch = self.prefix + identity
         place = Place(
-            self.position, branch, "node", self.execution, None, StepCall(OF_FLOW, given), task.cancelling(), restores=False
+            self.position,
+            branch,
+            "node",
+            self.execution,
+            None,
+            StepCall(OF_FLOW, given),
+            task.cancelling(),
+            restores=False,
         )
         if self.gate is None:
             outcome = await self._make(node, state, place)
@@ -673,7 +715,8 @@ class FlowRun:
             driver.busy -= 1
             if driver.waits.open or driver.stopping is not None:
                 driver.wake()
-        await driver.stop_here(_end_of(end, node))
+        assert end is not None
+        return await driver.stop_here(_end_of(end, node))
 
     async def _settle(self, halt: Halt, identity: str, given: bytes | None) -> None:
         """Record a failure that the body is to meet; of what it must not meet, the flow ends or waits."""
@@ -695,7 +738,9 @@ class FlowRun:
             await driver.replayed()
         if driver.replay_only:
             await driver.stop_here(
-                driver.changed(f"flow {self.node.node_id!r} makes {describe(identity)}, which is not recorded")
+                driver.changed(
+                    f"flow {self.node.node_id!r} makes {describe(identity)}, which is not recorded"
+                )
             )
         if driver.ctx.stops:
             await driver.stop_here(STOPPED)
@@ -709,7 +754,9 @@ class FlowRun:
             output = await restore(driver.ctx, node, state, place)
         except (PipelineChanged, StoreError) as error:
             await driver.stop_here(_end_of(error, node))
-        if output is None:  # A group whose schema has changed: it is assembled again, of children that are restored.
+        if (
+            output is None
+        ):  # A group whose schema has changed: it is assembled again, of children that are restored.
             task = asyncio.current_task()
             assert task is not None
             return await self._execute(node, state, identity, encode_input(driver.ctx, node, state), task)
@@ -755,7 +802,13 @@ class FlowRun:
 
     def note_cancelled(self, identity: str, begin: int, given: bytes | None) -> None:
         driver = self.driver
-        if self.is_map or self.has_ended or driver.closing or driver.stopping is not None or driver.ctx.cancelled:
+        if (
+            self.is_map
+            or self.has_ended
+            or driver.closing
+            or driver.stopping is not None
+            or driver.ctx.cancelled
+        ):
             return
         branch = self.prefix + identity
         driver.journal.note_cancelled(self.position, branch, (perf_counter_ns() - begin) / 1e9, given)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from time import time_ns
-from typing import TYPE_CHECKING, Final
+from typing import Final, NoReturn, Protocol
 
 from stroma.checkpoint import StoreError, Waiting
-from stroma.engine.outcome import STOPPED, Halt
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.outcome import STOPPED, Halt, Stopped
 from stroma.engine.tasks import Shield
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure
-
-if TYPE_CHECKING:
-    from stroma.runner.flow_run import FlowDriver
 
 __all__ = ["EXPIRED", "Wait", "Waits", "now_ms", "text_of_time"]
 
@@ -71,10 +70,23 @@ class Wait:
             self.done.set_result(outcome)
 
 
+class Driver(Protocol):
+    """What waits need of the driver of a flow."""
+
+    ctx: ReliabilityContext
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def flow_id(self) -> str: ...
+    def wake(self) -> None: ...
+    def stop(self, end: Halt | Stopped | BaseException) -> None: ...
+    async def stop_here(self, end: Halt | Stopped | BaseException) -> NoReturn: ...
+
+
 class Waits:
     """The open waits of a flow, and the suspension of the run when nothing else is left."""
 
-    def __init__(self, driver: FlowDriver) -> None:
+    def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self.open: dict[str, Wait] = {}
 
@@ -130,13 +142,12 @@ class Waits:
     async def _take_answers(self, pending: list[Wait]) -> bool:
         """End the waits whose answers have come since the run was opened. Return True if there is one."""
         session = self._driver.ctx.session
-        found = session.answers()
-        if not isinstance(found, dict):
-            try:
-                found = await found  # type: ignore[misc]
-            except StoreError as error:
-                self._driver.ctx.run_logger.warning("answers cannot be read now: %s", error)
-                return False
+        try:
+            answers = session.answers()
+            found = answers if isinstance(answers, Mapping) else await answers
+        except StoreError as error:
+            self._driver.ctx.run_logger.warning("answers cannot be read now: %s", error)
+            return False
         has_ended = False
         for wait in pending:
             question = wait.question
@@ -154,7 +165,7 @@ class Waits:
         # A suspended step has reported its own.
         ctx.suspended += [wait.reason for wait in pending if not wait.is_of_step]
         reason = "; ".join(reasons)
-        node_id = self._driver.flows[0].node.node_id
+        node_id = self._driver.flow_id
         failure = Failure(Suspend(reason), FailureClass.RECOVERABLE, node_id, 1, reason)
         return Halt(failure, suspended=True)
 
@@ -189,7 +200,7 @@ class Waits:
         if shield.is_cancelled:
             raise asyncio.CancelledError
 
-    async def refuse(self, error: Exception) -> None:
-        node_id = self._driver.flows[0].node.node_id
+    async def refuse(self, error: Exception) -> NoReturn:
+        node_id = self._driver.flow_id
         failure = Failure(error, FailureClass.RECOVERABLE, node_id, 1, str(error), "store")
         await self._driver.stop_here(Halt(failure, partial=True))

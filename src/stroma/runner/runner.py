@@ -436,7 +436,7 @@ class StromaRunner:
             first += _PAGE_ITEMS
 
     @overload
-    def run_sync(
+    def run_sync(  # pyright: ignore[reportOverlappingOverload]
         self, node_sequence: FlowFunction[In, Out], initial_state: In, **options: Any
     ) -> ExecutionResult[Out]: ...
     @overload

@@ -105,7 +105,11 @@ class _MemorySession(NullSession):
     def _continue(self, run: MemoryRun, request: RunRequest) -> None:
         commits = {
             position_of(key): Committed(
-                state.node_id, state.snapshot, state.contract, _with_input(run.calls.get(key), state), state.schema
+                state.node_id,
+                state.snapshot,
+                state.contract,
+                _with_input(run.calls.get(key), state),
+                state.schema,
             )
             for key, state in reversed(list(run.newest_states()))
             if not isinstance(key, str)
