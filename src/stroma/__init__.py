@@ -109,7 +109,6 @@ _HOMES = {
     ),
     "runner": (
         "Flow",
-        "FlowClosed",
         "FlowFunction",
         "Journal",
         "JsonLines",
@@ -165,7 +164,6 @@ __all__ = [
     "Fenced",
     "Finding",
     "Flow",
-    "FlowClosed",
     "FlowFunction",
     "HookError",
     "InMemoryStore",

@@ -17,7 +17,6 @@ from tests.kit import NEVER, Num, node, quick
 from stroma import (
     ContractViolation,
     Flow,
-    FlowClosed,
     PipelineChanged,
     RunStatus,
     StromaRunner,
@@ -26,6 +25,7 @@ from stroma import (
     parallel,
     stroma_flow,
 )
+from stroma.runner.flow_errors import FlowClosed
 
 world = World()
 add = world.step("add")

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from stroma.engine.config import RunConfig
     from stroma.hooks.sets import NodeHooks, StepHooks
     from stroma.runner.flow import Flow, FlowFunction, stroma_flow
-    from stroma.runner.flow_errors import FlowClosed, StepFailed
+    from stroma.runner.flow_errors import StepFailed
     from stroma.runner.groups import map_over, parallel
     from stroma.runner.items import Journal, JsonLines
     from stroma.runner.pipeline import Pipeline
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Flow",
-    "FlowClosed",
     "FlowFunction",
     "Journal",
     "JsonLines",
@@ -42,7 +41,6 @@ __all__ = [
 
 _HOMES = {
     "Flow": "runner.flow",
-    "FlowClosed": "runner.flow_errors",
     "FlowFunction": "runner.flow",
     "Journal": "runner.items",
     "JsonLines": "runner.items",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from stroma.failures.failure import Failure, text_of
 
 __all__ = ["FlowClosed", "StepFailed"]
@@ -26,6 +28,9 @@ class StepFailed(Exception):
         self.path = path
         #: Where it is recorded: the flow's place, the identity of the call, and its number among the results of the flow.
         self.place: tuple[int, str, str, int] | None = None
+
+    def __reduce__(self) -> Any:
+        return StepFailed, (self.failure, self.path)
 
 
 class FlowClosed(BaseException):
