@@ -71,7 +71,7 @@ class Wait:
 
 
 class Driver(Protocol):
-    """What waits need of the driver of a flow."""
+    """The driver of a flow, as its waits see it."""
 
     ctx: ReliabilityContext
     loop: asyncio.AbstractEventLoop
