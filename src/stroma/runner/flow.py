@@ -41,7 +41,7 @@ AnswerT = TypeVar("AnswerT", bound=BaseModel)
 
 
 class Flow:
-    """What the body of a flow calls its steps with. Each method takes the number of its call when it is called."""
+    """The handle with which the body of a flow calls its steps. Each call is numbered when it is made."""
 
     __slots__ = ("_run",)
 

@@ -1,4 +1,4 @@
-"""What a run has recorded of its flows: results by the identity of their calls, and the order in which they came.
+"""Records of the flows of a run: results by the identity of their calls, and the order in which they came.
 
 Outputs are commits of the run. All else is a note of the session (:meth:`Session.note`), which is stored with the next
 commit: what a body decided cannot be recorded without what it decided by. Keys are ``position:kind:branch``.
@@ -39,7 +39,7 @@ class Recorded(NamedTuple):
 
 
 class RecordedFlow:
-    """What is recorded of one execution of a flow.
+    """Records of one execution of a flow.
 
     Attributes:
         results: by the identity of the call.
