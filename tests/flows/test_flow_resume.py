@@ -477,7 +477,7 @@ async def test_a_flow_survives_death_at_every_boundary() -> None:
     assert len(found.boundaries) > 30
 
 
-async def test_ten_thousand_steps_resume_quickly(tmp_path: Any) -> None:
+async def test_a_long_flow_resumes_quickly(tmp_path: Any) -> None:
     """A long flow resumes in time linear in its steps: what is recorded is read once."""
     import time
 
