@@ -3,7 +3,7 @@
 usage: ./dev run python docs/generate.py [--check]
 
 The table in architecture.md is made of the import contract and the docstrings of the packages.
-errors.md is made of the docstrings of the exception classes (their lines Where, Cause and Mend) and of every message
+errors.md is made of the docstrings of the exception classes (their lines Where, Cause and Fix) and of every message
 in the source; providers.md of the cases in tests/providers; guarantees.md of the tests that name one (promises.py);
 reference/ of the public names and the commands (reference.py). With --check nothing is written, and the exit
 code is 1 if a file is not up to date.
@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "stroma"
-PARTS = ("Where", "Cause", "Mend")
+PARTS = ("Where", "Cause", "Fix")
 ROOMS_BEGIN = "<!-- Rooms: written by docs/generate.py from the import contract. -->"
 ROOMS_END = "<!-- End of rooms. -->"
 
@@ -375,7 +375,7 @@ def providers_page() -> str:
     lines = [
         "<!-- Written by docs/generate.py: run `./dev run python docs/generate.py` after a change. -->",
         "",
-        "# What each provider error means",
+        "# Provider errors",
         "",
         "Stroma reads a provider's exception by what it carries: a status, headers, codes in the body, the name of its class.",
         "It imports no SDK, and reads the exception it was raised `from` too, one level down. RECOVERABLE is tried again",
@@ -416,9 +416,9 @@ def providers_page() -> str:
         "| status | class | reason |",
         "| --- | --- | --- |",
     ]
-    from stroma.failures import providers as classifiers
+    from stroma.failures.provider_verdicts import STATUS
 
-    for status, verdict in classifiers._STATUS.items():
+    for status, verdict in STATUS.items():
         lines.append(f"| {status} | {verdict.failure_class} | {verdict.reason} |")
     lines += [
         "| other 5xx | RECOVERABLE | server_error |",

@@ -94,9 +94,9 @@ class Picture:
 def attempt() -> Picture:
     p = Picture(
         "attempt", "One attempt of a node",
-        "The input is validated, the start hook is told, the function runs, its usage is counted, its output is validated, "
-        "the output is committed, the success hook is told. An exception or an output that is refused is classified and "
-        "recorded, the failure hook is told, and then it is decided: try again after a wait, or stop.", 860, 300,
+        "The input is validated, the start hook is called, the function runs, its usage is counted, its output is validated, "
+        "the output is committed, the success hook is called. An exception or an output that is refused is classified and "
+        "recorded, the failure hook is called, and then it is decided: try again after a wait, or stop.", 860, 300,
     )  # fmt: skip
     steps = [
         "input\nvalidated",

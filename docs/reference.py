@@ -120,9 +120,8 @@ def topic_page(topic: str) -> str:
 def index_page() -> str:
     lines = [
         NOTE, "", "# Reference", "",
-        "Every public name. Those of `stroma` are imported from there, whatever module has them. How the command line is used is told",
-        "[on a page of its own](../cli.md), its options [on another](commands.md), [errors](../errors.md) and",
-        "[providers](../providers.md) likewise.",
+        "Every public name. Those of `stroma` are imported from there, whatever module has them. [The command line](../cli.md),",
+        "[its options](commands.md), [errors](../errors.md) and [providers](../providers.md) have pages of their own.",
     ]  # fmt: skip
     for topic, (title, words, modules) in TOPICS.items():
         lines += ["", f"## [{title}]({topic}.md)", "", words, "", "| name | from | |", "| --- | --- | --- |"]
@@ -144,7 +143,7 @@ def commands_page() -> str:
 
     lines = [
         NOTE, "", "# Commands and options", "",
-        "What `stroma COMMAND --help` says, of all commands. How they are used is told under [the command line](../cli.md).",
+        "What `stroma COMMAND --help` says, of all commands. [The command line](../cli.md) explains how to use them.",
     ]  # fmt: skip
 
     def tell(command: click.Command, info: str, parent: click.Context | None) -> None:

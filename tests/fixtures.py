@@ -19,8 +19,8 @@ def store_fixture(*kinds: str) -> Any:
 
     @pytest.fixture(params=kinds)
     def store(request: pytest.FixtureRequest) -> Iterator[Any]:
-        with store_of(request.param) as made:
-            yield made
+        with store_of(request.param) as instance:
+            yield instance
 
     return store
 
@@ -39,7 +39,7 @@ def temporal_server() -> Iterator[Any]:
     """A Temporal server that nobody kills."""
     from tests.servers_temporal import TemporalServer, wait_until_ready
 
-    made = TemporalServer()
-    wait_until_ready(made.address)
-    yield made
-    made.kill()
+    instance = TemporalServer()
+    wait_until_ready(instance.address)
+    yield instance
+    instance.kill()

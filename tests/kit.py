@@ -5,6 +5,8 @@ Imports Stroma and pydantic only: the environments of agent frameworks lack the 
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import logging
 import signal
 import sys
@@ -19,6 +21,7 @@ from stroma import (
     FailurePolicy,
     NodeContract,
     NodeExecution,
+    NodeHooks,
     StromaRunner,
     current_node,
     stroma_node,
@@ -46,9 +49,9 @@ def bare(node_id: str, func: Any) -> Any:
 
 def here() -> NodeExecution:
     """Return the node that runs here."""
-    found = current_node()
-    assert found is not None
-    return found
+    result = current_node()
+    assert result is not None
+    return result
 
 
 def retry_policies(max_retries: int) -> dict[FailureClass, FailurePolicy]:
@@ -62,6 +65,47 @@ NEVER, ONCE, TWICE, THRICE = map(retry_policies, range(4))
 def quick(**config: Any) -> StromaRunner:
     """Return a runner that retries every failure twice, without waiting, unless ``config`` has policies."""
     return StromaRunner.quick(**{"policy_map": TWICE, **config})
+
+
+def quick_without_retries(**config: Any) -> StromaRunner:
+    """Return a runner that retries nothing, unless ``config`` has policies."""
+    return StromaRunner.quick(**{"policy_map": NEVER, **config})
+
+
+async def same(state: BaseModel) -> Any:
+    """Return the input: the function of a node."""
+    return state
+
+
+async def sleep_forever(*_: Any) -> Any:
+    """Sleep for longer than any test takes: the function of a node."""
+    await asyncio.sleep(30)
+
+
+def record_hooks(seen: list[str]) -> NodeHooks:
+    """Return hooks that append each event to ``seen``, with the id of its node."""
+
+    def recorder(event: str) -> Any:
+        async def hook(run_id: str, what: Any, *_: Any) -> None:
+            seen.append(f"{event[8:]} {what}" if event.startswith("on_node") else event[3:])
+
+        return hook
+
+    names = [field.name for field in dataclasses.fields(NodeHooks) if field.name != "on_budget_warning"]
+    return NodeHooks(**{name: recorder(name) for name in names})
+
+
+def record_node_hooks(seen: list[str], name: str = "", **others: Any) -> NodeHooks:
+    """Return hooks that append each event of nodes to ``seen``, after ``name``; ``others`` replace single hooks."""
+
+    def recorder(event: str) -> Any:
+        async def hook(*_: Any) -> None:
+            seen.append(f"{name}{event[8:]}")
+
+        return hook
+
+    events = ("on_node_start", "on_node_success", "on_node_failure", "on_node_cancelled")
+    return NodeHooks(**{**{event: recorder(event) for event in events}, **others})
 
 
 @contextmanager

@@ -111,16 +111,16 @@ def try_mutants(names: list[str]) -> int:
 
 def report() -> float:
     """Print the unnoticed changes and a score per module; return the total score."""
-    found: dict[str, Counter[str]] = defaultdict(Counter)
+    findings: dict[str, Counter[str]] = defaultdict(Counter)
     for line in subprocess.check_output([MUTMUT, "results", "--all", "1"], text=True).splitlines():
         name, _, status = line.strip().rpartition(": ")
         if name and status != "not checked":
-            found[name.rpartition(".")[0]][status] += 1
+            findings[name.rpartition(".")[0]][status] += 1
             if status in UNNOTICED:
                 print(subprocess.check_output([MUTMUT, "show", name], text=True))
-    total = sum(found.values(), Counter())
+    total = sum(findings.values(), Counter())
     score = 0.0
-    for module, counts in [*sorted(found.items()), ("all", total)]:
+    for module, counts in [*sorted(findings.items()), ("all", total)]:
         noticed = counts.total() - sum(counts[status] for status in UNNOTICED)
         score = noticed / max(counts.total(), 1)
         # Not by a test that fails: by a time limit, or because the process ended.

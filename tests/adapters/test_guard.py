@@ -123,12 +123,12 @@ class Recorder:
 
 async def run_it(guard: Guard, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a guarded callable in the way that fits it."""
-    made = func(*args, **kwargs)
-    if inspect.isasyncgen(made):
-        return [chunk async for chunk in made]
-    if inspect.isgenerator(made):
-        return list(made)
-    return await made if inspect.isawaitable(made) else made
+    instance = func(*args, **kwargs)
+    if inspect.isasyncgen(instance):
+        return [chunk async for chunk in instance]
+    if inspect.isgenerator(instance):
+        return list(instance)
+    return await instance if inspect.isawaitable(instance) else instance
 
 
 def plain(a: int, b: int = 2, *rest: int, key: str = "k", **more: Any) -> Any:
@@ -275,10 +275,10 @@ def test_the_very_object_is_returned() -> None:
         def __init__(self) -> None:
             self.update, self.goto = {"a": 1}, "there"
 
-    made = Command()
-    assert guard_of().wrap("it", lambda: made)() is made
+    instance = Command()
+    assert guard_of().wrap("it", lambda: instance)() is instance
     guard = guard_of()
-    guard.wrap("it", lambda: made)()
+    guard.wrap("it", lambda: instance)()
     assert guard.current.ctx.trace._events[0].output_state == {"update": {"a": 1}, "goto": "there"}
 
 
@@ -417,7 +417,7 @@ def test_bad_output_is_caught_at_its_step(kind: str) -> None:
     guard = guard_of()
     func = _made(kind, lambda name: {"code": 7})
     options: dict[str, Any] = {"collect": lambda chunks: chunks[0]} if "stream" in kind else {}
-    step = guard.wrap("sign", func, contract=SIGN, usage=lambda made: Usage(3, 4), **options)
+    step = guard.wrap("sign", func, contract=SIGN, usage=lambda instance: Usage(3, 4), **options)
     with pytest.raises(ContractViolation) as caught:
         _drive(step, "Ada")
     assert (caught.value.node_id, caught.value.direction) == ("sign", "output")
@@ -917,16 +917,16 @@ def test_a_generator_is_driven_like_the_bare_one() -> None:
     """send(), throw(), close() and the return value reach it."""
 
     def talk() -> Any:
-        said = []
+        messages = []
         try:
             while True:
                 try:
-                    word = yield len(said)
+                    word = yield len(messages)
                 except LookupError:
                     word = "thrown"
                 if word == "end":
-                    return said
-                said.append(word)
+                    return messages
+                messages.append(word)
         finally:
             closed.append(True)
 
@@ -1335,8 +1335,8 @@ def test_a_cancellation_that_nobody_asked_for_is_a_failure(kind: str, after: int
         for chunk in stream(_):
             yield chunk
 
-    made = {"stream": stream, "astream": astream}.get(kind) or _made(kind, stray)
-    step = guard_of().wrap("it", made)
+    instance = {"stream": stream, "astream": astream}.get(kind) or _made(kind, stray)
+    step = guard_of().wrap("it", instance)
 
     async def main() -> None:
         with pytest.raises(asyncio.CancelledError, match="stray"):
@@ -1351,19 +1351,19 @@ async def test_a_cancelled_step_is_cancelled(kind: str) -> None:
     """Cancellation passes through at once, and the attempt has its end."""
     seen = Recorder()
     guard = guard_of(hooks=seen.hooks)
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     async def stuck(_: Any) -> None:
-        begun.set()
+        started.set()
         await asyncio.Event().wait()
 
     async def stream(_: Any) -> Any:
-        begun.set()
+        started.set()
         await asyncio.Event().wait()
         yield 1
 
     task = asyncio.create_task(run_it(guard, guard.wrap("it", stuck if kind == "async" else stream), "x"))
-    await begun.wait()
+    await started.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -144,7 +144,7 @@ def test_killed_inside_of_a_guarded_step(way: str, tmp_path: Path) -> None:
     for line in side.read_text().splitlines():
         what, _, key = line.partition("|")
         keys.setdefault(what, set()).add(key)
-    assert {what: len(found) for what, found in keys.items()} == dict.fromkeys(keys, 1)
+    assert {what: len(result) for what, result in keys.items()} == dict.fromkeys(keys, 1)
     assert len(set.union(*keys.values())) == len(keys)
 
 
@@ -192,10 +192,10 @@ async def test_a_group_that_is_tried_again_calls_guarded_steps_again() -> None:
     async def part(state: Text) -> Any:
         run = current_run()
         assert run is not None
-        found = Guard(run).wrap("model", lambda n: f"answer {n}")(1)
+        match = Guard(run).wrap("model", lambda n: f"answer {n}")(1)
         if not next(tries):
             raise ValueError("no")
-        return {"text": found}
+        return {"text": match}
 
     child = stroma_node("part", NodeContract(node_id="part", input_schema=Text, output_schema=Text))(part)
     never = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}

@@ -45,32 +45,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--items", type=int, default=20_000, help="of a map in temporal-items (20000)")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="what chance begins with")
     parser.add_argument("--first", type=int, default=0, help="the number of the first round")
-    given = parser.parse_args(argv)
-    numbers = range(given.first, given.first + given.rounds)
+    value = parser.parse_args(argv)
+    numbers = range(value.first, value.first + value.rounds)
     broken = 0
 
-    with servers.served(given.store) as (url, server):
+    with servers.served(value.store) as (url, server):
 
         def can_have(fault: str) -> bool:
             # Only a store of its own file can lose its power without its neighbours. A map of 100,000 items takes a
             # minute for each round, a cluster has no store of ours: they are struck where somebody asks for it.
             if fault in (*items.FAULTS, *CLUSTER):
-                return bool(given.fault)
+                return bool(value.fault)
             return (
-                given.store == "sqlite"
+                value.store == "sqlite"
                 if fault in power.FAULTS
-                else unrest.can_have(given.store, fault, server)
+                else unrest.can_have(value.store, fault, server)
             )
 
-        for fault in given.fault or filter(can_have, FAULTS):
+        for fault in value.fault or filter(can_have, FAULTS):
             if not can_have(fault):
-                parser.error(f"--store {given.store} cannot have the fault {fault}")
+                parser.error(f"--store {value.store} cannot have the fault {fault}")
 
             def broke(number: int, figures: Figures, fault: str = fault) -> None:
                 for what in figures.broken:
                     print(f"broken: {what}", file=sys.stderr)
                 print(
-                    f"again: ./dev chaos --store {given.store} --seed {given.seed} --fault {fault} "
+                    f"again: ./dev chaos --store {value.store} --seed {value.seed} --fault {fault} "
                     f"--first {number} --rounds 1",
                     file=sys.stderr,
                     flush=True,
@@ -78,21 +78,21 @@ def main(argv: list[str] | None = None) -> int:
 
             if fault in PROCESSES:
                 strike = PROCESSES[fault]
-                figures = rounds.rounds(fault, strike, url, server, given.seed, numbers, broke)
+                figures = rounds.rounds(fault, strike, url, server, value.seed, numbers, broke)
             elif fault == "temporal-items":
                 from tests.chaos import cluster_items
 
-                figures = cluster_items.rounds(given.seed, numbers, broke, given.items)
+                figures = cluster_items.rounds(value.seed, numbers, broke, value.items)
             elif fault in cluster.FAULTS:
-                figures = cluster.rounds(fault, given.seed, numbers, broke)
+                figures = cluster.rounds(fault, value.seed, numbers, broke)
             elif fault in items.FAULTS:
-                figures = items.rounds(fault, url, given.seed, numbers, broke)
+                figures = items.rounds(fault, url, value.seed, numbers, broke)
             else:
-                figures = power.rounds(fault, given.seed, numbers, broke)
+                figures = power.rounds(fault, value.seed, numbers, broke)
             print(figures.line(fault, STRIKES.get(fault, "kills")), flush=True)
             broken += len(figures.broken)
     if broken:
-        print(f"{broken} invariants broken; seed {given.seed}", file=sys.stderr)
+        print(f"{broken} invariants broken; seed {value.seed}", file=sys.stderr)
     return 1 if broken else 0
 
 

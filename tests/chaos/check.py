@@ -152,60 +152,65 @@ class _Run:
         whole = not (self.spends and run.status == RunStatus.PARTIAL)
         if whole and (run.status not in ENDED or run.holder is not None or not self.ends):
             self.bad("I5", f"it is {run.status}, held by {run.holder}, {len(self.ends)} ends were seen")
-        kept: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        entries: dict[str, list[dict[str, Any]]] = defaultdict(list)
         where: dict[str, set[tuple[int, str]]] = defaultdict(set)
         for attempt in attempts:
             if attempt.output is not None:
                 place = f"{attempt.node_id.replace(' ', '')}@{attempt.branch}"
-                kept[place].append(json.loads(attempt.output))
+                entries[place].append(json.loads(attempt.output))
                 where[place].add((attempt.position, attempt.branch))
-        self._acknowledged_is_kept(kept)
-        self._once(kept)
-        self._one_history(kept)
-        self._repeats(kept)
+        self._acknowledged_is_kept(entries)
+        self._once(entries)
+        self._one_history(entries)
+        self._repeats(entries)
         self._books(run, attempts)
-        self.figures.commits += sum(map(len, kept.values()))
-        if sum(map(len, kept.values())) != COMMITS and run.status in ENDED:
-            self.bad("I1", f"{sum(map(len, kept.values()))} commits of {COMMITS}: {sorted(kept)}")
-        final = {digest(output) for output in kept.get("last@", ())}
+        self.figures.commits += sum(map(len, entries.values()))
+        if sum(map(len, entries.values())) != COMMITS and run.status in ENDED:
+            self.bad("I1", f"{sum(map(len, entries.values()))} commits of {COMMITS}: {sorted(entries)}")
+        final = {digest(output) for output in entries.get("last@", ())}
         if set(self.ends) - final:
             self.bad("I1", "run() returned another state than the store has")
 
-    def _acknowledged_is_kept(self, kept: dict[str, list[dict[str, Any]]]) -> None:
+    def _acknowledged_is_kept(self, acknowledged_by_run: dict[str, list[dict[str, Any]]]) -> None:
         for (place, token), seen in self.acknowledged.items():
-            if seen not in {digest(output) for output in kept.get(place, ())}:
+            if seen not in {digest(output) for output in acknowledged_by_run.get(place, ())}:
                 self.figures.lost += 1
-                self.bad("I1", f"{place} was acknowledged with {token}, the store has {kept.get(place)}")
+                self.bad(
+                    "I1",
+                    f"{place} was acknowledged with {token}, the store has {acknowledged_by_run.get(place)}",
+                )
 
-    def _once(self, kept: dict[str, list[dict[str, Any]]]) -> None:
-        for place, outputs in kept.items():
+    def _once(self, acknowledged_by_run: dict[str, list[dict[str, Any]]]) -> None:
+        for place, outputs in acknowledged_by_run.items():
             if len(outputs) > 1:
                 self.figures.duplicated += len(outputs) - 1
                 self.bad("I2", f"{place} has {len(outputs)} commits")
 
-    def _one_history(self, kept: dict[str, list[dict[str, Any]]]) -> None:
-        made: dict[str, Any] = {
+    def _one_history(self, acknowledged_by_run: dict[str, list[dict[str, Any]]]) -> None:
+        outputs: dict[str, Any] = {
             node: [
                 output["mine"]
-                for place in sorted(kept)
+                for place in sorted(acknowledged_by_run)
                 if place.split("@")[0] == node
-                for output in kept[place]
+                for output in acknowledged_by_run[place]
             ]
             for node in (FIRST, FLAKY, LEFT, RIGHT, ITEM)
         }
-        for last in kept.get(f"{LAST}@", ()):
-            given = {node: [last[node]] for node in (FIRST, FLAKY, LEFT, RIGHT)}
-            given[ITEM] = [item["mine"] for item in last["made"]]
-            if given != made:
+        for last in acknowledged_by_run.get(f"{LAST}@", ()):
+            inputs = {node: [last[node]] for node in (FIRST, FLAKY, LEFT, RIGHT)}
+            inputs[ITEM] = [item["mine"] for item in last["made"]]
+            if inputs != outputs:
                 self.figures.mixed += 1
-                self.bad("I7", f"{LAST} was given {given}, the journal has {made}")
+                self.bad("I7", f"{LAST} was given {inputs}, the journal has {outputs}")
 
-    def _repeats(self, kept: dict[str, list[dict[str, Any]]]) -> None:
+    def _repeats(self, acknowledged_by_run: dict[str, list[dict[str, Any]]]) -> None:
         vain: dict[str, set[str]] = defaultdict(set)  # pid: the nodes it called to no avail
         for place, calls in self.calls.items():
             done = [(token, pid) for token, pid in calls if token not in self.failed]
-            committed = {output["mine"] for output in kept.get(place, ())}
-            if not committed & {token for token, _ in done} and (kept.get(place) or not self.spends):
+            committed = {output["mine"] for output in acknowledged_by_run.get(place, ())}
+            if not committed & {token for token, _ in done} and (
+                acknowledged_by_run.get(place) or not self.spends
+            ):
                 self.bad("I1", f"{place}: no call made what the store has, {committed}")
             over = False
             for token, pid in done:

@@ -36,57 +36,66 @@ class Round:
     """The processes of one round, and what struck them."""
 
     def __init__(
-        self, made: Processes, name: str, draw: random.Random, server: TemporalServer, told: Path
+        self, processes: Processes, name: str, draw: random.Random, server: TemporalServer, report_file: Path
     ) -> None:
-        self.made = made
+        self.processes = processes
         self.draw = draw
         self.server = server
         self.queue = name
         self.runs = [f"{name}-{i}" for i in range(draw.choice((1, 1, 2)))]
-        self.told = told
+        self.report_file = report_file
         self.figures = Figures(rounds=1, runs=len(self.runs))
 
     def work(self, pause: float = 0.04) -> int:
         """A worker, until it is killed."""
         from tests.chaos.cluster_worker import work
 
-        given = (self.server.address, self.queue, self.made.diary, pause)
-        return self.made.call(lambda: self._quietly(lambda: work(*given)))
+        inputs = (self.server.address, self.queue, self.processes.diary, pause)
+        return self.processes.call(lambda: self._quietly(lambda: work(*inputs)))
 
     def begin(self, stopped: int | None = None) -> int:
         """Begin the runs, in a process that ends when they have been judged."""
         from tests.chaos.cluster_worker import run_and_judge
 
-        given = (self.server.address, self.queue, self.runs, self.made.diary, str(self.told), stopped)
-        return self.made.call(lambda: self._quietly(lambda: run_and_judge(*given)))
+        inputs = (
+            self.server.address,
+            self.queue,
+            self.runs,
+            self.processes.diary,
+            str(self.report_file),
+            stopped,
+        )
+        return self.processes.call(lambda: self._quietly(lambda: run_and_judge(*inputs)))
 
     def _quietly(self, do: Callable[[], None]) -> None:
-        log = os.open(f"{self.made.errors}-log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        log = os.open(f"{self.processes.errors}-log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         for descriptor in (1, 2):  # The client's own threads write there, too.
             os.dup2(log, descriptor)
         do()
 
     def calls(self) -> int:
-        return sum(line[0] == "call" for line in read_diary(self.made.diary))
+        return sum(line[0] == "call" for line in read_diary(self.processes.diary))
 
     def wait_for_calls(self, count: int, judge: int) -> bool:
         """Until so many calls have begun; False if the runs have ended before."""
-        self.made.wait(ROUND_SECONDS, until=lambda: self.calls() >= count or judge not in self.made.alive)
-        return judge in self.made.alive
+        self.processes.wait(
+            ROUND_SECONDS, until=lambda: self.calls() >= count or judge not in self.processes.alive
+        )
+        return judge in self.processes.alive
 
     def end(self, judge: int) -> None:
         """Wait for the judge, end the workers, and take what was found."""
-        made, figures = self.made, self.figures
-        if not made.wait(ROUND_SECONDS, until=lambda: judge not in made.alive):
+        instance, figures = self.processes, self.figures
+        if not instance.wait(ROUND_SECONDS, until=lambda: judge not in instance.alive):
             figures.broken.append(f"I5: runs {self.runs} did not end in {ROUND_SECONDS:g} s")
-        figures.kills = made.kills
-        figures.broken += made.broken
-        made.end()
-        if self.told.exists():
-            found = json.loads(self.told.read_text())
-            figures.broken += found["broken"]
-            figures.commits = found["commits"]
-            figures.repeated = found["repeated"]
+        figures.kills = instance.kills
+        figures.broken += instance.broken
+        instance.end()
+        if self.report_file.exists():
+            result = json.loads(self.report_file.read_text())
+            figures.broken += result["broken"]
+            figures.commits = result["commits"]
+            figures.repeated = result["repeated"]
 
 
 def worker(this: Round) -> None:
@@ -98,7 +107,7 @@ def worker(this: Round) -> None:
             break
         time.sleep(this.draw.uniform(0, 0.05))
         which = this.draw.randrange(2)
-        this.made.kill(pids[which])
+        this.processes.kill(pids[which])
         pids[which] = this.work()
     this.end(judge)
 
@@ -130,7 +139,7 @@ def stop(this: Round) -> None:
     deadline = time.monotonic() + ROUND_SECONDS
     while time.monotonic() < deadline:
         os.kill(first, signal.SIGSTOP)
-        lines = list(read_diary(this.made.diary))
+        lines = list(read_diary(this.processes.diary))
         if {line[4] for line in lines if line[0] == "call"} - {
             line[4] for line in lines if line[0] == "done"
         }:
@@ -186,21 +195,21 @@ def rounds(fault: str, seed: int, numbers: range, broke: Callable[[int, Figures]
 
 @contextlib.contextmanager
 def _served(file: Path | None = None) -> Iterator[TemporalServer]:
-    made = TemporalServer(file)
+    instance = TemporalServer(file)
     try:
-        yield made
+        yield instance
     finally:
-        made.kill()
+        instance.kill()
 
 
 def _round(fault: str, seed: int, number: int, folder: Path, cluster: Any) -> Figures:
     name = f"{fault}-{seed}-{number}"
     draw = random.Random(name)
-    made = Processes("", str(folder / f"diary-{number}"), str(folder / f"errors-{number}"))
+    instance = Processes("", str(folder / f"diary-{number}"), str(folder / f"errors-{number}"))
     with contextlib.ExitStack() as stack:
-        stack.callback(made.end)
+        stack.callback(instance.end)
         if cluster is None:
             cluster = stack.enter_context(_served(folder / f"server-{number}.db"))
-        this = Round(made, name, draw, cluster, folder / f"told-{number}")
+        this = Round(instance, name, draw, cluster, folder / f"told-{number}")
         FAULTS[fault](this)
     return this.figures

@@ -106,42 +106,42 @@ async def run(address: str, folder: Path, items: int, figures: Figures) -> None:
 async def _histories(client: Any) -> list[int]:
     """How many events each history of the run has."""
     while True:  # The server lists what it has a moment later.
-        found = [one.history_length async for one in client.list_workflows("WorkflowId = 'many'")]
-        if found and all(found):
-            return found
+        findings = [one.history_length async for one in client.list_workflows("WorkflowId = 'many'")]
+        if findings and all(findings):
+            return findings
         await asyncio.sleep(0.2)
 
 
 def _round(folder: Path, items: int, draw: random.Random, address: str) -> Figures:
     figures = Figures(rounds=1, runs=1)
-    made = Processes("", str(folder / "calls"), str(folder / "errors"))
+    instance = Processes("", str(folder / "calls"), str(folder / "errors"))
     try:
-        workers = [made.call(lambda: work(address, folder)) for _ in range(2)]
-        told = folder / "told"
+        workers = [instance.call(lambda: work(address, folder)) for _ in range(2)]
+        report = folder / "told"
 
         def drive() -> None:
             mine = Figures()
             asyncio.run(run(address, folder, items, mine))
-            told.write_bytes(pickle.dumps(mine))
+            report.write_bytes(pickle.dumps(mine))
 
-        driver = made.call(drive)
+        driver = instance.call(drive)
         at = draw.randint(items // 10, items // 2)
         calls = folder / "calls"
         lines = lambda: calls.read_bytes().count(b"\n") if calls.exists() else 0  # noqa: E731
-        while driver in made.alive and lines() < at:
-            made.poll()
+        while driver in instance.alive and lines() < at:
+            instance.poll()
             time.sleep(0.2)
-        made.kill(workers[0])
-        made.call(lambda: work(address, folder))
-        if not made.wait(ROUND_SECONDS, until=lambda: driver not in made.alive):
+        instance.kill(workers[0])
+        instance.call(lambda: work(address, folder))
+        if not instance.wait(ROUND_SECONDS, until=lambda: driver not in instance.alive):
             figures.broken.append(f"I5: it did not end in {ROUND_SECONDS:g} s")
-        figures.kills, figures.broken = made.kills, figures.broken + made.broken
-        if told.exists():
-            found = pickle.loads(told.read_bytes())
-            figures.commits, figures.repeated, figures.more = found.commits, found.repeated, found.more
-            figures.broken += found.broken
+        figures.kills, figures.broken = instance.kills, figures.broken + instance.broken
+        if report.exists():
+            result = pickle.loads(report.read_bytes())
+            figures.commits, figures.repeated, figures.more = result.commits, result.repeated, result.more
+            figures.broken += result.broken
     finally:
-        made.end()
+        instance.end()
     return figures
 
 

@@ -67,9 +67,9 @@ ALONE = {name: create_model(f"Of{name.title()}", **{name: (str, ...)}) for name 
 def pipeline(diary: Diary | None = None, pause: float = 0.0) -> Pipeline:
     """20 nodes and 5 groups. ``pause``: seconds that a node takes at most."""
 
-    def node(name: str, given: Any = State, promised: Any = State) -> Any:
+    def node(name: str, input_model: Any = State, output_model: Any = State) -> Any:
         contract: NodeContract[Any, Any] = NodeContract(
-            node_id=name, input_schema=given, output_schema=promised
+            node_id=name, input_schema=input_model, output_schema=output_model
         )
 
         @stroma_node(name, contract)
@@ -88,8 +88,13 @@ def pipeline(diary: Diary | None = None, pause: float = 0.0) -> Pipeline:
             if name in FLAKY and here.attempt == 1:
                 here.report_usage(input_tokens=3, output_tokens=2, model=MODEL)
                 raise TimeoutError(token)
-            made = {"item": token} if name == "item" else {name: token}
-            return (made if promised is not State else state.model_copy(update=made)), 10, 5, MODEL
+            instance = {"item": token} if name == "item" else {name: token}
+            return (
+                (instance if output_model is not State else state.model_copy(update=instance)),
+                10,
+                5,
+                MODEL,
+            )
 
         return call
 
@@ -142,14 +147,14 @@ def work(address: str, queue: str, diary: str, pause: float) -> None:
 
 
 def run_and_judge(
-    address: str, queue: str, runs: list[str], diary: str, told: str, stopped: int | None = None
+    address: str, queue: str, runs: list[str], diary: str, report_file: str, stopped: int | None = None
 ) -> None:
     """Begin the runs, wait for their ends, and write what was broken to ``told``.
 
     ``stopped``: a process that wakes up late. The histories are looked at after it has ended a call to no avail.
     """
-    found = asyncio.run(_runs(address, queue, runs, diary, stopped))
-    Path(told).write_text(json.dumps(found))
+    result = asyncio.run(_runs(address, queue, runs, diary, stopped))
+    Path(report_file).write_text(json.dumps(result))
 
 
 async def _runs(address: str, queue: str, runs: list[str], diary: str, stopped: int | None) -> dict[str, Any]:
@@ -157,29 +162,29 @@ async def _runs(address: str, queue: str, runs: list[str], diary: str, stopped: 
     runner = TemporalRunner(
         client, queue, heartbeat_seconds=HEARTBEAT, task_seconds=4.0, redelivery_seconds=0.1
     )
-    found: dict[str, Any] = {"broken": [], "commits": 0, "repeated": 0, "seconds": 0.0}
-    begun = time.monotonic()
+    findings: dict[str, Any] = {"broken": [], "commits": 0, "repeated": 0, "seconds": 0.0}
+    started = time.monotonic()
     results = await asyncio.gather(*[_one(runner, run_id) for run_id in runs], return_exceptions=True)
-    found["seconds"] = time.monotonic() - begun
+    findings["seconds"] = time.monotonic() - started
     deadline = time.monotonic() + RUN_SECONDS
     while stopped is not None and not _was_late(diary, results, stopped):
         if time.monotonic() > deadline:
-            found["broken"].append(f"process {stopped} ended no call late: this round shows nothing")
+            findings["broken"].append(f"process {stopped} ended no call late: this round shows nothing")
             break
         await asyncio.sleep(0.05)
     for run_id, result in zip(runs, results, strict=True):
         if isinstance(result, BaseException):
-            found["broken"].append(f"I5: run {run_id}: {type(result).__name__}: {result}")
+            findings["broken"].append(f"I5: run {run_id}: {type(result).__name__}: {result}")
             continue
         judge = _Judge(run_id, result, diary, stopped)
         judge.check(await _ended_at(client, run_id))
         again = await runner.trace(pipeline(), run_id)
         if again.final_state != result.final_state or len(again.trace) != len(result.trace):
             judge.bad("I1", "the run has changed since its end")
-        found["broken"] += judge.broken
-        found["commits"] += judge.commits
-        found["repeated"] += judge.repeated
-    return found
+        findings["broken"] += judge.broken
+        findings["commits"] += judge.commits
+        findings["repeated"] += judge.repeated
+    return findings
 
 
 async def _one(runner: TemporalRunner, run_id: str) -> ExecutionResult:
@@ -195,25 +200,25 @@ async def _one(runner: TemporalRunner, run_id: str) -> ExecutionResult:
 
 def _was_late(diary: str, results: list[Any], pid: int) -> bool:
     """Whether a process has ended a call of which nothing is kept."""
-    kept: set[str] = set()
+    entries: set[str] = set()
     for result in results:
         if isinstance(result, ExecutionResult):
-            kept |= {token for _, token in _tokens(result)}
-            kept |= {event.failure_message or "" for event in result.trace.walk()}
+            entries |= {token for _, token in _tokens(result)}
+            entries |= {event.failure_message or "" for event in result.trace.walk()}
     return any(
-        kind == "done" and int(who) == pid and token not in kept
+        kind == "done" and int(who) == pid and token not in entries
         for kind, _, _, _, token, who, _ in read_diary(diary)
     )
 
 
 def _tokens(result: ExecutionResult) -> list[tuple[str, str]]:
     """Each place with the token of the call that made what is kept there."""
-    found = []
+    findings = []
     for event in result.trace.walk():
         token = _token(event)
         if token is not None:
-            found.append((f"{event.position}|{event.branch}", token))
-    return found
+            findings.append((f"{event.position}|{event.branch}", token))
+    return findings
 
 
 def _token(event: TraceEvent) -> str | None:
@@ -274,13 +279,13 @@ class _Judge:
             self.bad("I5", f"it is {result.status}: {result.failure and result.failure.message}")
             return
         events = list(result.trace.walk())
-        kept = [(event.position, event.branch) for event in events if event.outcome == "success"]
-        self.commits = len(set(kept))
-        if len(kept) != len(set(kept)) or self.commits != COMMITS:
-            self.bad("I2", f"{len(kept)} outputs at {self.commits} places; there are {COMMITS}")
+        entries = [(event.position, event.branch) for event in events if event.outcome == "success"]
+        self.commits = len(set(entries))
+        if len(entries) != len(set(entries)) or self.commits != COMMITS:
+            self.bad("I2", f"{len(entries)} outputs at {self.commits} places; there are {COMMITS}")
         for place, token in _tokens(result):
             if token not in {
-                made for at, calls in self._calls.items() if at[0] == place for made, _ in calls
+                instance for at, calls in self._calls.items() if at[0] == place for instance, _ in calls
             }:
                 self.bad("I1", f"{place}: no call made what is kept, {token}")
         for at, calls in self._calls.items():

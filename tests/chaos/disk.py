@@ -245,7 +245,7 @@ class _File:
             self.sizes.clear()
 
     def survives(self, draw: random.Random) -> bytearray:
-        kept = bytearray(self.synced)
+        entries = bytearray(self.synced)
         # All, nothing, or each by itself: a coin for each would seldom lose a whole write.
         share = draw.choice((0.0, 1.0, draw.random(), draw.random()))
         size = draw.choice([len(self.synced), *self.sizes[-20:]])
@@ -256,14 +256,14 @@ class _File:
             data = contents[-1] if draw.random() < 0.7 else draw.choice(contents)
             if start >= len(self.synced) and draw.random() < 0.1:
                 data = draw.randbytes(SECTOR)
-            if len(kept) < start + len(data):
-                kept.extend(bytes(start + len(data) - len(kept)))
-            kept[start : start + len(data)] = data
-        if size < len(kept):
-            del kept[size:]
+            if len(entries) < start + len(data):
+                entries.extend(bytes(start + len(data) - len(entries)))
+            entries[start : start + len(data)] = data
+        if size < len(entries):
+            del entries[size:]
         else:
-            kept.extend(bytes(size - len(kept)))
-        return kept
+            entries.extend(bytes(size - len(entries)))
+        return entries
 
 
 def survives(
@@ -333,10 +333,10 @@ class _raising:
                 kind = sqlite3.IntegrityError
             elif isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
                 kind = sqlite3.DatabaseError
-            told = kind(str(error))
-            told.sqlite_errorcode = code
-            told.sqlite_errorname = apsw.mapping_extended_result_codes.get(code, "")  # type: ignore[assignment]
-            raise told from error
+            report = kind(str(error))
+            report.sqlite_errorcode = code
+            report.sqlite_errorname = apsw.mapping_extended_result_codes.get(code, "")  # type: ignore[assignment]
+            raise report from error
 
 
 class Adapted:

@@ -157,11 +157,11 @@ def _check(url: str, folder: Path, items: int, failed: int, figures: Figures, se
     must(record.tokens == 3 * len(well), f"{record.tokens} tokens are counted")
     collected = [int(a.branch) for a in attempts if a.outcome == "collected"]
     must(sorted(collected) == bad, f"collected are {FAILED_ITEM}s, once each")
-    kept = Counter(int(a.branch) for a in attempts if a.branch and a.outcome in ("success", "failure"))
+    entries = Counter(int(a.branch) for a in attempts if a.branch and a.outcome in ("success", "failure"))
     calls = Counter(int(line) for line in (folder / "calls").read_text().split())
-    repeated = sum(calls[n] - kept[n] for n in calls)
+    repeated = sum(calls[n] - entries[n] for n in calls)
     must(set(calls) == set(range(items)), "an item was never called")
-    must(all(calls[n] >= kept[n] for n in kept), "an attempt is kept that was never made")
+    must(all(calls[n] >= entries[n] for n in entries), "an attempt is kept that was never made")
     must(repeated <= AT_ONCE * figures.kills, f"{repeated} calls were repeated after {figures.kills} kills")
     figures.commits += len(committed)
     figures.repeated += repeated
@@ -182,9 +182,9 @@ def rounds(
         with tempfile.TemporaryDirectory(prefix="stroma-chaos-") as name:
             folder = Path(name)
             where = f"sqlite:///{folder / 'runs.db'}" if url == "sqlite" else url
-            begun = time.monotonic()
+            started = time.monotonic()
             done = one_round(where, folder, items, f"{seed} {fault} {number}", SECONDS)
-            done.more["seconds"] = round(time.monotonic() - begun)
+            done.more["seconds"] = round(time.monotonic() - started)
             if url != "sqlite":
                 _delete(url)
         figures.add(done)

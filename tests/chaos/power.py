@@ -52,8 +52,10 @@ class _Noting:
         self.disk.mark("begin")
         self.disk.making = self.inner._db is None
         poisoned = self.inner.apply(batch, more)
-        kept = poisoned is None and any(job.error is None for job in batch)
-        self.disk.mark(("kept", *said(self.inner._db)) if kept else ("refused", poisoned is not None))
+        entry = poisoned is None and any(job.error is None for job in batch)
+        self.disk.mark(
+            ("kept", *read_database(self.inner._db)) if entry else ("refused", poisoned is not None)
+        )
         return poisoned
 
     def handle(self) -> object:
@@ -72,17 +74,17 @@ class RecordedStore(SQLiteStore):
         return _Noting(super()._connect(), self.disk)
 
 
-def said(db: Any) -> tuple[str, frozenset[int]]:
+def read_database(db: Any) -> tuple[str, frozenset[int]]:
     """All that a file says, in short; and its attempts and commits, which only ever become more."""
     whole = hashlib.sha256()
-    kept: set[int] = set()
+    entries: set[int] = set()
     for table in TABLES:
         rows = db.execute(f"SELECT * FROM {table}").fetchall()
         for row in sorted(map(repr, rows)):
             whole.update(row.encode())
         if table == "attempts" or table == "steps":
-            kept.update(hash(row) for row in rows if table == "attempts" or row[3] >= 0)
-    return whole.hexdigest() if len(rows) else "", frozenset(kept)
+            entries.update(hash(row) for row in rows if table == "attempts" or row[3] >= 0)
+    return whole.hexdigest() if len(rows) else "", frozenset(entries)
 
 
 # ---------------------------------------------------------------------- a history
@@ -147,14 +149,14 @@ class Left:
         path = folder / "runs.db"
         self.nothing = not path.exists()
         self.unsound = ""
-        self.said = ""
-        self.kept: frozenset[int] = frozenset()
+        self.read_database = ""
+        self.committed: frozenset[int] = frozenset()
         self.runs = 0
         try:
             with SQLiteStore(path) as store:
                 self.went_on = asyncio.run(self._go_on(store)) if on else 0
                 if not on:
-                    with store._file.reading() as db:
+                    with store._file.open_to_read() as db:
                         if db is not None:
                             self._look(db)
         except StoreError as error:
@@ -169,7 +171,7 @@ class Left:
         (sound,) = db.execute("PRAGMA integrity_check").fetchone()
         if sound != "ok":
             self.unsound = str(sound)
-        self.said, self.kept = said(db)
+        self.read_database, self.committed = read_database(db)
         (self.runs,) = db.execute("SELECT count(*) FROM runs").fetchone()
 
     @staticmethod
@@ -209,37 +211,37 @@ def _cut(figures: Figures, folder: Path, disk: Disk, draw: random.Random, cuts: 
     # What was said after each batch; and of each event, how many batches were acknowledged and begun before it.
     states: list[str] = []
     before: list[tuple[int, int]] = []
-    begun = 0
+    started = 0
     for event in events:
-        before.append((len(states), begun))
+        before.append((len(states), started))
         if isinstance(event, Mark) and event.what == "begin":
-            begun = len(states) + 1
+            started = len(states) + 1
         elif isinstance(event, Mark) and event.what[0] == "kept":
             states.append(event.what[1])
-    before.append((len(states), begun))
+    before.append((len(states), started))
     # Mostly where the disk is at work; SQLite rewrites a file in bursts.
     busy = [i for i, event in enumerate(events) if isinstance(event, (Write, Sync))]
     chosen = [draw.choice(busy) if draw.random() < 0.8 else draw.randrange(len(before)) for _ in range(cuts)]
     lossy = runs = 0
     figures.commits += len(states)
     for number, (at, image) in enumerate(survives(events, chosen, draw)):
-        acknowledged, begun = before[at]
+        acknowledged, started = before[at]
         figures.kills += 1
         where, bad = f"cut {number} before event {at} of {len(events)}", len(figures.broken)
         try:
             left = Left(folder / "left", image, on=False)
-            found = _prefix(left, states, begun)
+            result = _prefix(left, states, started)
             runs = max(runs, left.runs)
             if left.unsound:
                 figures.broken.append(f"I1: {where}: {left.unsound}")
-            elif found is None:
+            elif result is None:
                 figures.broken.append(f"I1: {where}: the file says what was never so")
-            elif found < acknowledged:
+            elif result < acknowledged:
                 lossy += 1
                 if full:
-                    figures.lost += acknowledged - found
+                    figures.lost += acknowledged - result
                     figures.broken.append(
-                        f"I1: {where}: {found} of {acknowledged} acknowledged batches are left"
+                        f"I1: {where}: {result} of {acknowledged} acknowledged batches are left"
                     )
             if number % 10 == 0 and not left.unsound:
                 Left(folder / "on", image, on=True)
@@ -254,12 +256,12 @@ def _cut(figures: Figures, folder: Path, disk: Disk, draw: random.Random, cuts: 
         figures.more["cuts at NORMAL that lost the last batches"] += lossy
 
 
-def _prefix(left: Left, states: list[str], begun: int) -> int | None:
+def _prefix(left: Left, states: list[str], started: int) -> int | None:
     """How many batches are left; None if it is no prefix of those begun."""
-    if not left.said:  # No file, an empty one, or one with empty tables.
+    if not left.read_database:  # No file, an empty one, or one with empty tables.
         return 0
     # The newest of equal ones: a batch may change nothing.
-    return max((i + 1 for i, what in enumerate(states[:begun]) if what == left.said), default=None)
+    return max((i + 1 for i, what in enumerate(states[:started]) if what == left.read_database), default=None)
 
 
 def fsync(name: str, draw: random.Random, cuts: int) -> Figures:
@@ -331,16 +333,19 @@ def _fail(figures: Figures, folder: Path, draw: random.Random) -> None:
         figures.more["failed in a checkpoint, which is made again"] += 1
     # What a process sees that opens the file now, and what is there after a power cut on top of it. The batch whose
     # fsync failed may be there as well: nobody was told that it is, nor that it is not.
-    kept: list[frozenset[int]] = [
+    entries: list[frozenset[int]] = [
         event.what[2] for event in disk.events if isinstance(event, Mark) and event.what[0] == "kept"
     ]
-    acknowledged = kept[-1] if kept else frozenset()
+    acknowledged = entries[-1] if entries else frozenset()
     live = {p.name: p.read_bytes() for p in path.parent.iterdir()}
     images = [live, *(image for _, image in survives(disk.events, [len(disk.events)] * 3, draw))]
     for number, image in enumerate(images):
-        found = Left(folder / f"left {number}", image, on=False)
-        if found.unsound or not acknowledged <= found.kept:
-            what = found.unsound or f"{len(acknowledged - found.kept)} of {len(acknowledged)} rows are lost"
+        result = Left(folder / f"left {number}", image, on=False)
+        if result.unsound or not acknowledged <= result.committed:
+            what = (
+                result.unsound
+                or f"{len(acknowledged - result.committed)} of {len(acknowledged)} rows are lost"
+            )
             figures.lost += 1
             figures.broken.append(f"I1: {'after a power cut too' if number else 'at once'}: {what}")
     figures.runs += Left(folder / "on", live, on=True).runs

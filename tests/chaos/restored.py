@@ -32,55 +32,55 @@ LOCKED_SECONDS = 0.5
 def restored(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
     """A store is restored to an earlier moment while a process is at work on its runs."""
     runs = [f"{name}-{i}" for i in range(RUNS)]
-    with processes(place, number, fresh=True) as made:
-        pid = made.start(runs, seed=f"{name}-first", pause=0.04, patient=True, may_get_lost=True)
-        copy = Path(f"{made.diary}-copy")
-        _after_calls(made, draw.randint(1, 12))
-        take, bring_back = _way(place, made.url)
-        _stopped(made, pid, lambda: take(copy))
-        _after_calls(made, _calls(made) + draw.randint(1, 8))
+    with processes(place, number, fresh=True) as instance:
+        pid = instance.start(runs, seed=f"{name}-first", pause=0.04, patient=True, may_get_lost=True)
+        copy = Path(f"{instance.diary}-copy")
+        _after_calls(instance, draw.randint(1, 12))
+        take, bring_back = _way(place, instance.url)
+        _stopped(instance, pid, lambda: take(copy))
+        _after_calls(instance, _calls(instance) + draw.randint(1, 8))
         before, after = set[str](), set[str]()
 
         def restore() -> None:
-            before.update(apart_tokens(made.url, runs))
-            Diary(made.diary).write("restored", "-", "-", "-", str(pid))
+            before.update(apart_tokens(instance.url, runs))
+            Diary(instance.diary).write("restored", "-", "-", "-", str(pid))
             bring_back(copy)
-            after.update(apart_tokens(made.url, runs))
+            after.update(apart_tokens(instance.url, runs))
 
-        struck = _stopped(made, pid, restore)
-        made.finish()
+        struck = _stopped(instance, pid, restore)
+        instance.finish()
         figures = Figures()
         if struck:
-            figures = _goes_on(made, pid, before, after)
-        made.killed.append(pid)
-        made.stopped.append(pid)
-        made.restless.append(pid)
-        made.start(runs, seed=f"{name}-last", pause=0.002, patient=True)
-        made.finish()
-        made.kills = int(struck)
-        figures.add(judged(made, runs))
+            figures = _goes_on(instance, pid, before, after)
+        instance.killed.append(pid)
+        instance.stopped.append(pid)
+        instance.restless.append(pid)
+        instance.start(runs, seed=f"{name}-last", pause=0.002, patient=True)
+        instance.finish()
+        instance.kills = int(struck)
+        figures.add(judged(instance, runs))
     copy.unlink(missing_ok=True)
     return figures
 
 
-def _calls(made: Processes) -> int:
-    return sum(line[0] == "call" for line in read_diary(made.diary))
+def _calls(instance: Processes) -> int:
+    return sum(line[0] == "call" for line in read_diary(instance.diary))
 
 
-def _after_calls(made: Processes, calls: int) -> None:
-    made.wait(until=lambda: _calls(made) >= calls)
+def _after_calls(instance: Processes, calls: int) -> None:
+    instance.wait(until=lambda: _calls(instance) >= calls)
 
 
-def _stopped(made: Processes, pid: int, do: Callable[[], None]) -> bool:
+def _stopped(instance: Processes, pid: int, do: Callable[[], None]) -> bool:
     """Do something while a process is stopped. Return whether it was still there."""
     while True:
-        made.poll()
-        if pid not in made.alive:
+        instance.poll()
+        if pid not in instance.alive:
             return False
         os.kill(pid, signal.SIGSTOP)
         _, status = os.waitpid(pid, os.WUNTRACED)  # It may run on for a moment.
         if not os.WIFSTOPPED(status):
-            made.fetched(pid, status)
+            instance.fetched(pid, status)
             return False
         try:
             do()
@@ -99,23 +99,23 @@ def apart_tokens(url: str, runs: list[str]) -> set[str]:
 
 def _tokens(url: str, runs: list[str]) -> Figures:
     store: Any = open_store(url)
-    found = []
+    findings = []
     try:
         for run_id in runs:
             for attempt in store.attempts(run_id):
                 if attempt.output is not None:
-                    found.append(f"{run_id} {json.loads(attempt.output)['mine'] or '-'}")
+                    findings.append(f"{run_id} {json.loads(attempt.output)['mine'] or '-'}")
     finally:
         if hasattr(store, "close"):
             store.close()
-    return Figures(broken=found)
+    return Figures(broken=findings)
 
 
-def _goes_on(made: Processes, pid: int, before: set[str], after: set[str]) -> Figures:
+def _goes_on(instance: Processes, pid: int, before: set[str], after: set[str]) -> Figures:
     """Judge what the process did after the store had come back older, and strike what is gone from the diary."""
     figures, since = Figures(), False
     gone = before - after
-    lines, told = list(read_diary(made.diary)), set[str]()
+    lines, events = list(read_diary(instance.diary)), set[str]()
     acknowledged = {f"{line[1]} {line[3]}" for line in lines if line[0] == "ack"} & gone
     runs = {one.partition(" ")[0] for one in acknowledged}
     left = []
@@ -131,15 +131,15 @@ def _goes_on(made: Processes, pid: int, before: set[str], after: set[str]) -> Fi
                 f"I7: run {run_id}: {place} was acknowledged after its store had come back older"
             )
         if kind == "end" and line[3] == "CheckpointLost":
-            told.add(run_id)
+            events.add(run_id)
         forgotten = kind == "noted" or (run_id in runs and kind == "end") or (kind == "ack" and one in gone)
         if line[4] != str(pid) or not forgotten:
             left.append(line)
     if figures.broken:
-        shutil.copyfile(made.diary, f"{made.diary}-whole")
-    Path(made.diary).write_text("".join(" ".join(line) + "\n" for line in left))
+        shutil.copyfile(instance.diary, f"{instance.diary}-whole")
+    Path(instance.diary).write_text("".join(" ".join(line) + "\n" for line in left))
     figures.more["commits rolled back"] += len(gone)
-    figures.more["runs told of it"] += len(told & runs)
+    figures.more["runs told of it"] += len(events & runs)
     return figures
 
 
@@ -182,8 +182,8 @@ def _down(server: Any, source: Path, target: Path) -> None:
 
 
 def _tables(db: Any, schema: str) -> list[str]:
-    found = db.execute("SELECT tablename FROM pg_tables WHERE schemaname = %s", (schema,)).fetchall()
-    return [name for (name,) in found]
+    result = db.execute("SELECT tablename FROM pg_tables WHERE schemaname = %s", (schema,)).fetchall()
+    return [name for (name,) in result]
 
 
 def _keep_tables(url: str, schema: str) -> None:

@@ -91,8 +91,8 @@ class Processes:
         """The processes that have ended since; one that killed itself is a kill."""
         ended = []
         for pid in list(self.alive):
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if found:
+            result, status = os.waitpid(pid, os.WNOHANG)
+            if result:
                 ended.append(pid)
                 self.fetched(pid, status)
         return ended
@@ -104,8 +104,8 @@ class Processes:
             self.kills += 1
             self.killed.append(pid)
         elif code:
-            told = Path(self.errors).read_text()[-2000:] if os.path.exists(self.errors) else ""
-            self.broken.append(f"I5: process {pid} ended with {code}: {told}")
+            report = Path(self.errors).read_text()[-2000:] if os.path.exists(self.errors) else ""
+            self.broken.append(f"I5: process {pid} ended with {code}: {report}")
         else:
             self.lasted.append(time.monotonic() - began)
 
@@ -144,13 +144,13 @@ class Processes:
 
 @contextlib.contextmanager
 def processes(place: Place, number: int, *, fresh: bool = False) -> Iterator[Processes]:
-    made = Processes(
+    instance = Processes(
         place.url(number, fresh=fresh), place.diary(number), str(place.folder / f"errors-{number}")
     )
     try:
-        yield made
+        yield instance
     finally:
-        made.end()
+        instance.end()
 
 
 def apart(call: Callable[[], Figures]) -> Figures:
@@ -191,11 +191,16 @@ def apart_later(call: Callable[[], Figures]) -> Callable[[], Figures]:
     return fetch
 
 
-def judged(made: Processes, runs: list[str], budget: worker.Budget | None = None) -> Figures:
-    struck = (made.killed, made.stopped, made.restless, made.refused)
-    figures = apart(lambda: check(made.url, made.diary, runs, *struck, budget))
-    figures.rounds, figures.kills = 1, made.kills
-    figures.broken += made.broken
+def judged(cluster_processes: Processes, runs: list[str], budget: worker.Budget | None = None) -> Figures:
+    struck = (
+        cluster_processes.killed,
+        cluster_processes.stopped,
+        cluster_processes.restless,
+        cluster_processes.refused,
+    )
+    figures = apart(lambda: check(cluster_processes.url, cluster_processes.diary, runs, *struck, budget))
+    figures.rounds, figures.kills = 1, cluster_processes.kills
+    figures.broken += cluster_processes.broken
     return figures
 
 
@@ -207,46 +212,48 @@ class Pace:
 
     seconds = 0.25
 
-    def learn(self, made: Processes) -> None:
-        for lasted in made.lasted:
+    def learn(self, cluster_processes: Processes) -> None:
+        for lasted in cluster_processes.lasted:
             self.seconds += 0.1 * (min(lasted, 5.0) - self.seconds)
 
 
 def kill(place: Place, name: str, number: int, draw: random.Random, pace: Pace, **options: Any) -> Figures:
     """Two processes share some runs and are killed at any instant, again and again, and started anew."""
     runs = [f"{name}-{i}" for i in range(RUNS)]
-    with processes(place, number) as made:
-        pids = [made.start(runs, seed=f"{name}-{i}", **options) for i in range(2)]
+    with processes(place, number) as instance:
+        pids = [instance.start(runs, seed=f"{name}-{i}", **options) for i in range(2)]
         for strike in range(draw.randint(1, 4)):
             # Sometimes very early: while files and connections are made.
             time.sleep(draw.uniform(0, 0.02 if draw.random() < 0.15 else 0.6 * pace.seconds))
-            made.poll()
+            instance.poll()
             which = draw.randrange(2)
-            if made.kill(pids[which]):
-                pids[which] = made.start(runs, seed=f"{name}-{which}-{strike}", **options)
-        made.finish()
-        pace.learn(made)
-        return judged(made, runs)
+            if instance.kill(pids[which]):
+                pids[which] = instance.start(runs, seed=f"{name}-{which}-{strike}", **options)
+        instance.finish()
+        pace.learn(instance)
+        return judged(instance, runs)
 
 
 def points(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
     """A process kills itself at one point of the protocol; another one takes its runs over, beside it or after it."""
     runs = [f"{name}-{i}" for i in range(2)]
     hit: list[str] = []
-    with processes(place, number) as made:
+    with processes(place, number) as instance:
         for turn in range(3):
             point = POINTS[(number + 4 * turn) % len(POINTS)]
             nth = draw.randint(1, 2 if point in ("opened", "ended", "return") else 6)
             at_once = draw.choice((1, 2))
-            pid = made.start(runs, seed=f"{name}-{turn}", point=point, nth=nth, pause=0.002, at_once=at_once)
+            pid = instance.start(
+                runs, seed=f"{name}-{turn}", point=point, nth=nth, pause=0.002, at_once=at_once
+            )
             if turn == 2:
-                made.start(runs, seed=f"{name}-beside", pause=0.002)
-            made.wait_for(pid)
-            if pid in made.killed:
+                instance.start(runs, seed=f"{name}-beside", pause=0.002)
+            instance.wait_for(pid)
+            if pid in instance.killed:
                 hit.append(point)
-        made.start(runs, seed=f"{name}-last", pause=0.002)
-        made.finish()
-        figures = judged(made, runs)
+        instance.start(runs, seed=f"{name}-last", pause=0.002)
+        instance.finish()
+        figures = judged(instance, runs)
     figures.more.update(f"at {point!r}" for point in hit)
     return figures
 
@@ -254,43 +261,45 @@ def points(place: Place, name: str, number: int, draw: random.Random, _pace: Pac
 def group(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
     """A process is killed between the branches of parallel() and the items of map_over()."""
     runs = [f"{name}-{i}" for i in range(2)]
-    with processes(place, number) as made:
+    with processes(place, number) as instance:
         for turn in range(3):
             point = draw.choice(("branch", "branch end"))
-            pid = made.start(runs, seed=f"{name}-{turn}", point=point, nth=draw.randint(1, 5), pause=0.003)
-            made.wait_for(pid)
-        made.start(runs, seed=f"{name}-last", pause=0.003)
-        made.finish()
-        return judged(made, runs)
+            pid = instance.start(
+                runs, seed=f"{name}-{turn}", point=point, nth=draw.randint(1, 5), pause=0.003
+            )
+            instance.wait_for(pid)
+        instance.start(runs, seed=f"{name}-last", pause=0.003)
+        instance.finish()
+        return judged(instance, runs)
 
 
 def stop(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
     """A process is stopped for longer than its lease, another one takes its run over; then it wakes up."""
     runs = [f"{name}-0"]
     lease = 0.3
-    with processes(place, number) as made:
+    with processes(place, number) as instance:
         options: dict[str, Any] = {"lease_seconds": lease, "pause": 0.02, "patient": True}
-        first = made.start(runs, seed=f"{name}-first", **options)
+        first = instance.start(runs, seed=f"{name}-first", **options)
         calls = draw.randint(1, 6)
-        made.wait(
-            until=lambda: sum(line[0] == "call" for line in read_diary(made.diary)) >= calls,
+        instance.wait(
+            until=lambda: sum(line[0] == "call" for line in read_diary(instance.diary)) >= calls,
         )
         time.sleep(draw.uniform(0, 0.01))
-        made.poll()
-        if first in made.alive:
+        instance.poll()
+        if first in instance.alive:
             os.kill(first, signal.SIGSTOP)
-            made.stopped.append(first)
-        second = made.start(runs, seed=f"{name}-second", **options)
+            instance.stopped.append(first)
+        second = instance.start(runs, seed=f"{name}-second", **options)
         # A process that is stopped while it holds the lock of a file holds up everybody else.
         deadline = time.monotonic() + draw.choice((lease * 1.5, lease * 4))
-        while second in made.alive and time.monotonic() < deadline:
-            made.poll()
+        while second in instance.alive and time.monotonic() < deadline:
+            instance.poll()
             time.sleep(0.002)
-        if first in made.alive:
+        if first in instance.alive:
             os.kill(first, signal.SIGCONT)
-        made.finish()
-        figures = judged(made, runs)
-    figures.more["stopped"] += len(made.stopped)
+        instance.finish()
+        figures = judged(instance, runs)
+    figures.more["stopped"] += len(instance.stopped)
     return figures
 
 
@@ -298,21 +307,21 @@ def duplicate(place: Place, name: str, number: int, draw: random.Random, _pace: 
     """2 or 8 processes begin one run at the same moment, in a store that is not there yet: one of them executes."""
     runs = [f"{name}-0"]
     many = 8 if number % 2 else 2
-    with processes(place, number, fresh=True) as made:
+    with processes(place, number, fresh=True) as instance:
         reading, writing = os.pipe()
         attached = 0
         for i in range(many):
             attach = draw.random() < 0.5
             attached += attach
             if_running = "attach" if attach else "error"
-            made.start(runs, seed=f"{name}-{i}", gate=reading, once=True, if_running=if_running)
+            instance.start(runs, seed=f"{name}-{i}", gate=reading, once=True, if_running=if_running)
         time.sleep(0.02)
         os.write(writing, b"." * many)
         os.close(writing)
         os.close(reading)
-        made.finish()
-        figures = judged(made, runs)
-    ends = [line[3] for line in read_diary(made.diary) if line[0] == "end"]
+        instance.finish()
+        figures = judged(instance, runs)
+    ends = [line[3] for line in read_diary(instance.diary) if line[0] == "end"]
     if len(ends) != many:
         figures.broken.append(f"I5: run {runs[0]}: {many} processes, {len(ends)} ends")
     figures.more["processes"] += many
@@ -330,21 +339,21 @@ def settle(place: Place, name: str, number: int, draw: random.Random, _pace: Pac
     url = f"sqlite:///{place.folder / f'round-{number}'}.db" if number % 2 else None
     budget = worker.Budget(f"{name}-budget", COMMITS * worker.CALL_TOKENS, url)
     hit: list[str] = []
-    with processes(place, number) as made:
+    with processes(place, number) as instance:
         for turn in range(4):
             point, options = draw.choice(points), {"pause": 0.002, "budget": budget}
-            pid = made.start(runs, seed=f"{name}-{turn}", point=point, nth=draw.randint(1, 4), **options)
+            pid = instance.start(runs, seed=f"{name}-{turn}", point=point, nth=draw.randint(1, 4), **options)
             if turn == 2:
-                made.start(runs, seed=f"{name}-beside", **options)
-            made.wait_for(pid)
-            if pid in made.killed:
+                instance.start(runs, seed=f"{name}-beside", **options)
+            instance.wait_for(pid)
+            if pid in instance.killed:
                 hit.append(point)
         # Once for the runs, and once more when what the dead have reserved is free.
         for turn in range(2):
-            made.start(runs, seed=f"{name}-last-{turn}", pause=0.002, budget=budget)
-            made.finish()
+            instance.start(runs, seed=f"{name}-last-{turn}", pause=0.002, budget=budget)
+            instance.finish()
             time.sleep(worker.BUDGET_LEASE_SECONDS * (1 - turn))
-        figures = judged(made, runs, budget)
+        figures = judged(instance, runs, budget)
     figures.more.update(f"at {point!r}" for point in hit)
     return figures
 

@@ -40,8 +40,8 @@ def _runs(name: str) -> list[str]:
     return [f"{name}-{i}" for i in range(RUNS)]
 
 
-def _counted(made: Processes, kind: str) -> int:
-    return sum(line[0] == kind for line in read_diary(made.diary))
+def _counted(instance: Processes, kind: str) -> int:
+    return sum(line[0] == kind for line in read_diary(instance.diary))
 
 
 def clock(place: Place, name: str, number: int, draw: random.Random, pace: Pace) -> Figures:
@@ -52,52 +52,52 @@ def clock(place: Place, name: str, number: int, draw: random.Random, pace: Pace)
 def cancel(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
     """Runs are cancelled at any await, again and again, and gone on with."""
     runs = _runs(name)
-    with processes(place, number) as made:
+    with processes(place, number) as instance:
         # One process: a run is cancelled here, and resumed here.
-        pid = made.start(runs, seed=name, cancels=draw.randint(3, 30), at_once=RUNS)
-        made.finish()
-        made.killed.append(pid)
-        made.restless.append(pid)
-        made.kills = _counted(made, "cancel")
-        return judged(made, runs)
+        pid = instance.start(runs, seed=name, cancels=draw.randint(3, 30), at_once=RUNS)
+        instance.finish()
+        instance.killed.append(pid)
+        instance.restless.append(pid)
+        instance.kills = _counted(instance, "cancel")
+        return judged(instance, runs)
 
 
 def term(place: Place, name: str, number: int, draw: random.Random, pace: Pace) -> Figures:
     """Processes are told to end, and exit with 0: with time for the node in flight, which is then not run again."""
     runs = _runs(name)
     strikes = 0
-    with processes(place, number) as made:
+    with processes(place, number) as instance:
         for turn in range(draw.randint(1, 3)):
             drain = draw.choice((0.0, 10.0))
-            pid = made.start(runs, seed=f"{name}-{turn}", drain=drain, pause=0.03)
-            calls = _counted(made, "call") + 1
-            made.wait(until=lambda calls=calls: _counted(made, "call") >= calls)  # type: ignore[misc]
+            pid = instance.start(runs, seed=f"{name}-{turn}", drain=drain, pause=0.03)
+            calls = _counted(instance, "call") + 1
+            instance.wait(until=lambda calls=calls: _counted(instance, "call") >= calls)  # type: ignore[misc]
             time.sleep(draw.uniform(0, 0.4 * pace.seconds))  # Less than it lasts, on a quick machine too.
-            made.poll()
-            if pid in made.alive:
+            instance.poll()
+            if pid in instance.alive:
                 os.kill(pid, signal.SIGTERM)
                 strikes += 1
                 if not drain:
-                    made.killed.append(pid)
-            made.wait_for(pid)
-        made.start(runs, seed=f"{name}-last")
-        made.finish()
-        made.kills = strikes
-        return judged(made, runs)
+                    instance.killed.append(pid)
+            instance.wait_for(pid)
+        instance.start(runs, seed=f"{name}-last")
+        instance.finish()
+        instance.kills = strikes
+        return judged(instance, runs)
 
 
 def lock(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
     """A third process holds the write lock of the file again and again, longer than any transaction."""
     runs = _runs(name)
-    with processes(place, number) as made:
+    with processes(place, number) as instance:
         holds = [draw.uniform(0.01, 0.3) for _ in range(4)]
-        path = made.url.removeprefix("sqlite:///")
+        path = instance.url.removeprefix("sqlite:///")
         for i in range(2):
-            made.start(runs, seed=f"{name}-{i}")
-        made.call(lambda: _hold(path, holds))
-        made.finish()
-        made.kills = len(holds)
-        return judged(made, runs)
+            instance.start(runs, seed=f"{name}-{i}")
+        instance.call(lambda: _hold(path, holds))
+        instance.finish()
+        instance.kills = len(holds)
+        return judged(instance, runs)
 
 
 def _hold(path: str, holds: list[float]) -> None:
@@ -116,35 +116,35 @@ def _hold(path: str, holds: list[float]) -> None:
 def full(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
     """The disk is full for one process (no file may grow beyond a limit); one that has room goes on."""
     runs = _runs(name)
-    with processes(place, number, fresh=True) as made:
+    with processes(place, number, fresh=True) as instance:
         limit = draw.choice((draw.randint(4_000, 60_000), draw.randint(60_000, 400_000)))
-        pid = made.start(runs, seed=f"{name}-full", file_bytes=limit, once=True, patient=True)
-        made.finish()
-        told = sum(line[0] == "end" and line[3] == "StoreError" for line in read_diary(made.diary))
-        made.killed.append(pid)
-        made.refused.append(pid)
-        made.start(runs, seed=f"{name}-last")
-        made.finish()
-        made.kills = int(told > 0)
-        figures = judged(made, runs)
-    figures.more["runs that were told"] += told
+        pid = instance.start(runs, seed=f"{name}-full", file_bytes=limit, once=True, patient=True)
+        instance.finish()
+        report = sum(line[0] == "end" and line[3] == "StoreError" for line in read_diary(instance.diary))
+        instance.killed.append(pid)
+        instance.refused.append(pid)
+        instance.start(runs, seed=f"{name}-last")
+        instance.finish()
+        instance.kills = int(report > 0)
+        figures = judged(instance, runs)
+    figures.more["runs that were told"] += report
     return figures
 
 
 def terminate(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
     """The server ends the connections of the processes in the middle of what they do."""
     runs = _runs(name)
-    with processes(place, number) as made:
+    with processes(place, number) as instance:
         for i in range(2):
-            made.start(runs, seed=f"{name}-{i}", patient=True)
+            instance.start(runs, seed=f"{name}-{i}", patient=True)
         pauses = [draw.uniform(0.001, 0.06) for _ in range(8)]
-        ended = f"{made.diary}-ended"
-        made.call(lambda: _terminate(place.store, pauses, ended))
-        made.finish()
+        ended = f"{instance.diary}-ended"
+        instance.call(lambda: _terminate(place.store, pauses, ended))
+        instance.finish()
         with open(ended) as file:
-            made.kills = int(file.read())
+            instance.kills = int(file.read())
         os.unlink(ended)
-        return judged(made, runs)
+        return judged(instance, runs)
 
 
 def _terminate(dsn: str, pauses: list[float], ended: str) -> None:
@@ -154,11 +154,11 @@ def _terminate(dsn: str, pauses: list[float], ended: str) -> None:
     with psycopg.connect(dsn, autocommit=True) as db:
         for pause in pauses:
             time.sleep(pause)
-            found = db.execute(
+            result = db.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
                 "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
             )
-            count += len(found.fetchall())
+            count += len(result.fetchall())
     with open(ended, "w") as file:
         file.write(str(count))
 
@@ -166,16 +166,16 @@ def _terminate(dsn: str, pauses: list[float], ended: str) -> None:
 def restart(place: Place, name: str, number: int, draw: random.Random, pace: Pace) -> Figures:
     """The server is killed (SIGKILL) and started again, while two processes are at work."""
     runs = _runs(name)
-    with processes(place, number) as made:
+    with processes(place, number) as instance:
         for i in range(2):
-            made.start(runs, seed=f"{name}-{i}", patient=True, pause=0.02)
+            instance.start(runs, seed=f"{name}-{i}", patient=True, pause=0.02)
         time.sleep(draw.uniform(0, 0.8 * pace.seconds))
         place.server.kill()
         time.sleep(draw.uniform(0, 0.3))
         place.server.start()
-        made.finish()
-        made.kills = 1
-        return judged(made, runs)
+        instance.finish()
+        instance.kills = 1
+        return judged(instance, runs)
 
 
 FAULTS: dict[str, Callable[[Place, str, int, random.Random, Pace], Figures]] = {

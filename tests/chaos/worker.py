@@ -212,9 +212,11 @@ class Fuse:
 
 
 def pipeline(diary: Diary, fuse: Fuse, draw: random.Random, pause: float) -> list[Any]:
-    def node(node_id: str, given: type[BaseModel], made: type[BaseModel]) -> Callable[[Any], Any]:
+    def node(
+        node_id: str, input_model: type[BaseModel], output_model: type[BaseModel]
+    ) -> Callable[[Any], Any]:
         contract: NodeContract[Any, Any] = NodeContract(
-            node_id=node_id, input_schema=given, output_schema=made
+            node_id=node_id, input_schema=input_model, output_schema=output_model
         )
 
         @stroma_node(node_id, contract)
@@ -233,7 +235,7 @@ def pipeline(diary: Diary, fuse: Fuse, draw: random.Random, pause: float) -> lis
                 here.report_usage(input_tokens=3, output_tokens=2, model=MODEL)
                 raise Flaky(token)
             whole = {**state.model_dump(), "mine": token, node_id: token}
-            return {name: whole[name] for name in made.model_fields}, 10, 5, MODEL
+            return {name: whole[name] for name in output_model.model_fields}, 10, 5, MODEL
 
         return call
 

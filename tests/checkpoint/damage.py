@@ -80,8 +80,8 @@ class Moment:
             with psycopg.connect(dsn) as db:
                 for name in self._rows:
                     db.execute(f"DELETE FROM {schema}.{name}".encode())
-                    kept = f"OVERRIDING SYSTEM VALUE SELECT * FROM {schema}_then_{name}"
-                    db.execute(f"INSERT INTO {schema}.{name} {kept}".encode())
+                    entry = f"OVERRIDING SYSTEM VALUE SELECT * FROM {schema}_then_{name}"
+                    db.execute(f"INSERT INTO {schema}.{name} {entry}".encode())
                     db.execute(f"DROP TABLE {schema}_then_{name}".encode())
         else:
             with _redis(self._where) as client:
@@ -91,10 +91,10 @@ class Moment:
 
 
 def _tables(db: sqlite3.Connection) -> list[str]:
-    found = db.execute(
+    result = db.execute(
         "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
     ).fetchall()
-    return [name for (name,) in found]
+    return [name for (name,) in result]
 
 
 @contextlib.contextmanager

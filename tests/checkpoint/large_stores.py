@@ -67,10 +67,10 @@ def fill_sqlite(url: str, runs: int, attempts: int) -> None:
         f"""{numbers} INSERT INTO runs (run, run_id, {_RUN_COLUMNS})
         SELECT i + 1, printf('run-%06d', i), {_RUN}, {attempts}, {attempts} FROM r"""
     )
-    given = (SCHEMA.fingerprint, OUTPUT, _sha())
-    db.execute(f"{numbers} INSERT INTO inputs ({_INPUT_COLUMNS}) SELECT i + 1, 1, ?, ?, ? FROM r", given)
+    inputs = (SCHEMA.fingerprint, OUTPUT, _sha())
+    db.execute(f"{numbers} INSERT INTO inputs ({_INPUT_COLUMNS}) SELECT i + 1, 1, ?, ?, ? FROM r", inputs)
     db.execute(f"{both} INSERT INTO attempts ({_ATTEMPT_COLUMNS}) SELECT {_ATTEMPT} FROM r, a")
-    db.execute(f"{both} INSERT INTO steps ({_STEP_COLUMNS}) SELECT {_STEP}, ?, ?, ? FROM r, a", given)
+    db.execute(f"{both} INSERT INTO steps ({_STEP_COLUMNS}) SELECT {_STEP}, ?, ?, ? FROM r, a", inputs)
     db.execute("COMMIT")
     db.close()
 
@@ -92,10 +92,10 @@ def fill_postgres(url: str, runs: int, attempts: int) -> None:
             SELECT i + 1, ({name})::bytea, {name}, {_RUN}, {attempts}, {attempts} FROM {numbers}""".encode()
         )
         db.execute(f"SELECT setval(pg_get_serial_sequence('runs', 'run'), {runs})".encode())
-        given = (SCHEMA.fingerprint, OUTPUT, _sha())
+        inputs = (SCHEMA.fingerprint, OUTPUT, _sha())
         db.execute(
             f"INSERT INTO inputs ({_INPUT_COLUMNS}) SELECT i + 1, 1, %s, %s, %s FROM {numbers}".encode(),
-            given,
+            inputs,
         )
         db.execute(
             f"""INSERT INTO attempts (branch_key, {_ATTEMPT_COLUMNS})
@@ -104,7 +104,7 @@ def fill_postgres(url: str, runs: int, attempts: int) -> None:
         db.execute(
             f"""INSERT INTO steps (branch_key, {_STEP_COLUMNS})
             SELECT '', {_STEP}, %s, %s, %s FROM {numbers}, {both}""".encode(),
-            given,
+            inputs,
         )
 
 
@@ -126,7 +126,7 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
             failure_class=None, message=None, reason=None, tokens=1, output_tokens=0, cost_pico=1, model=None, function_ns=1,
         )  # fmt: skip
         tried[f"1:{j}:{j}:1:"] = pack(list(attempt))
-    given = pack([SCHEMA.fingerprint, _sha().hex()], OUTPUT)
+    value = pack([SCHEMA.fingerprint, _sha().hex()], OUTPUT)
     pipe = client.pipeline(transaction=False)
     for i in range(runs):
         name, prefix = run_name(i), prefix_of(run_name(i))
@@ -134,11 +134,11 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
         facts = {
             "token": f"t{i}", "run_id": name, "pipeline": f"p{i % 1000}", "execution": 1, "status": status,
             "started_ms": 1000 + i, "updated_ms": 1000 + i, "tokens": 1, "cost_pico": 1, "latency_ns": 1, "owner": "x",
-            "epoch": 1, "nodes": attempts, "kept": attempts, "tried": attempts, "calls": 0,
+            "epoch": 1, "nodes": attempts, "commits": attempts, "attempts": attempts, "identities": 0,
             "version": attempts + 2, "order": attempts,
         }  # fmt: skip
         pipe.hset(f"{prefix}run", mapping=facts)
-        pipe.hset(f"{prefix}inputs", "1", given)
+        pipe.hset(f"{prefix}inputs", "1", value)
         for part, values in (("steps", steps), ("nodes", nodes), ("attempts", tried)):
             pipe.hset(f"{prefix}{part}:1", mapping=values)
         pipe.zadd("stroma:runs", {name: (1000 + i) * 1000})
@@ -165,9 +165,9 @@ async def nothing_expired(store: Any, runs: int) -> Any:
 async def resume(store: Any, runs: int) -> Any:
     request = RunRequest(run_name(runs // 2), f"p{runs // 2 % 1000}", Num(), SCHEMA, "resume")
     session = await settled(store.open_run(request))
-    found = len(session.restored)
+    result = len(session.restored)
     await settled(session.end("COMPLETED", None))
-    return found
+    return result
 
 
 async def begin(store: Any, runs: int) -> Any:
@@ -188,8 +188,8 @@ def _middle(store: Any, runs: int) -> str:
 
 def blocking(call: Any) -> Any:
     async def operation(store: Any, runs: int) -> Any:
-        found = call(store, runs)
-        return found if isinstance(found, str) else len(found) if hasattr(found, "__len__") else None
+        result = call(store, runs)
+        return result if isinstance(result, str) else len(result) if hasattr(result, "__len__") else None
 
     return operation
 

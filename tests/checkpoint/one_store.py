@@ -71,13 +71,13 @@ class LockedRows(SqliteRows):
             self.locked.add(run_id)
         return super().find(run_id, lock=lock)
 
-    def begin(self, found: RunRow | None, opening: Opening) -> Fence:
+    def begin(self, existing: RunRow | None, opening: Opening) -> Fence:
         assert opening.run_id in self.locked
-        return super().begin(found, opening)
+        return super().begin(existing, opening)
 
-    def take_over(self, found: RunRow, opening: Opening) -> Fence:
-        assert found.run_id in self.locked
-        return super().take_over(found, opening)
+    def take_over(self, existing: RunRow, opening: Opening) -> Fence:
+        assert existing.run_id in self.locked
+        return super().take_over(existing, opening)
 
 
 class Store:
@@ -125,15 +125,15 @@ class Store:
     ) -> DurableSession:
         payloads = payloads or Payloads()
         request.setdefault("if_running", "take_over")  # Not every system says that a process has died.
-        asked = RunRequest(run_id, "pipeline", State(n=n), SCHEMA, **request)
+        question = RunRequest(run_id, "pipeline", State(n=n), SCHEMA, **request)
         session = DurableSession(run_id, self.submit, payloads, opened)
         sealed = payloads.seal_now(stored(n), PayloadPlace(run_id, 1, "input"))
         opening = Opening(
-            run_id, "pipeline", str(new_owner(session)), asked.lease_seconds, SCHEMA.fingerprint, sealed, checksum(sealed),
-            asked.discard_from, asked.tags,
+            run_id, "pipeline", str(new_owner(session)), question.lease_seconds, SCHEMA.fingerprint, sealed, checksum(sealed),
+            question.discard_from, question.tags,
         )  # fmt: skip
-        found: DurableSession = self.do(lambda rows: session.open(asked, opening, stored(n), rows))
-        return found
+        result: DurableSession = self.do(lambda rows: session.open(question, opening, stored(n), rows))
+        return result
 
     def table(self, name: str) -> list[tuple[Any, ...]]:
         return self.db.execute(f"SELECT * FROM {name} ORDER BY 1, 2, 3").fetchall()
@@ -170,9 +170,9 @@ def store_fixture() -> Any:
     @pytest.fixture
     def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
         monkeypatch.setattr(_sqlite_rows, "_now_ms", lambda: 1000)
-        made = Store(tmp_path / "runs.db")
-        yield made
-        made.db.close()
+        instance = Store(tmp_path / "runs.db")
+        yield instance
+        instance.db.close()
 
     return store
 
@@ -210,12 +210,12 @@ def row(
 
 def attempt(position: int = 0, started: int = 10, branch: str = "", number: int = 1, **facts: Any) -> Attempt:
     """What is kept of row()."""
-    given: dict[str, Any] = {
+    inputs: dict[str, Any] = {
         "node_id": "node", "duration_ns": 7, "outcome": "success", "failure_class": None, "message": None, "reason": None,
         "tokens": 5, "output_tokens": 3, "cost_pico": 250_000_000_000, "model": "m",
         "function_ns": 7,
     }  # fmt: skip
-    return Attempt(position, started, branch, number, **{**given, **facts})
+    return Attempt(position, started, branch, number, **{**inputs, **facts})
 
 
 def committed(
@@ -229,7 +229,7 @@ def lose(session: DurableSession) -> None:
     session.abandon()
 
 
-async def begun(store: Store, **request: Any) -> DurableSession:
+async def begin_run(store: Store, **request: Any) -> DurableSession:
     """A run with commits at 0, 1 (a group with two children) and 2, whose process has died."""
     session = store.open(**request)
     await session.record(row(0), SCHEMA, State(n=10), StepCall(4, b"given"))

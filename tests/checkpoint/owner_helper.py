@@ -37,14 +37,14 @@ def make(number: int, side: int, waits: dict[str, float]) -> Any:
 
 
 async def main(url: str, side_file: str, options: str) -> None:
-    given = json.loads(options)
-    waits = given.pop("waits", {})
+    inputs = json.loads(options)
+    waits = inputs.pop("waits", {})
     side = os.open(side_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     nodes = [make(number, side, waits) for number in range(3)]
     async with open_store(url) as store:
-        runner = StromaRunner.quick(store=store, run_id="owned", **given)
+        runner = StromaRunner.quick(store=store, run_id="owned", **inputs)
         print("ready", flush=True)
-        if given.get("resume") is None and waits.get("wait"):
+        if inputs.get("resume") is None and waits.get("wait"):
             await asyncio.to_thread(sys.stdin.readline)
         try:
             result = await runner.run(nodes, Count(n=waits.get("input", 0)))

@@ -56,9 +56,9 @@ def dying(journal: tuple[str, str], tmp_path: Path) -> Dying:
 def spent(kind: str, where: str) -> tuple[int, int]:
     """(spent, reserved) tokens of the budget."""
     with opened(kind, where) as store:
-        found = read_budget(store, "team")
-    assert found is not None
-    return found.spent_tokens, found.reserved_tokens
+        result = read_budget(store, "team")
+    assert result is not None
+    return result.spent_tokens, result.reserved_tokens
 
 
 def journaled(kind: str, where: str) -> int:
@@ -143,9 +143,9 @@ async def test_children_and_two_budgets(kind: str) -> None:
         result = await runner.run([parallel(*children), node("last", 7)], State(), run_id="r")
         assert result.status == "COMPLETED", result.failure
         for budget in budgets:
-            found = await budget.state()
-            assert found is not None
-            assert (found.spent_tokens, found.reserved_tokens) == (328, 0)
+            match = await budget.state()
+            assert match is not None
+            assert (match.spent_tokens, match.reserved_tokens) == (328, 0)
 
 
 @pytest.mark.parametrize("kind", SHARED)
@@ -169,13 +169,13 @@ async def test_a_call_that_goes_on_after_its_lease(tmp_path: Path) -> None:
     """A call that is settled from its journal is counted once, also if its own process lives and settles it too."""
     with SQLiteStore(tmp_path / "journal.db") as store, SQLiteStore(tmp_path / "budget.db") as cells:
         budget = SharedBudget("team", max_tokens=1000, store=cells, reserve_tokens=10, lease_seconds=0.1)
-        kept: list[Any] = []
+        entries: list[Any] = []
 
         async def late(*_: Any) -> None:
             # Behind the commit, before its own settlement: somebody else finds the lease at its end.
             data, now = cells.read_cell(budget.cell)
             state = json.loads(data)
-            kept.extend(state["holds"].values())
+            entries.extend(state["holds"].values())
             for hold in state["holds"].values():
                 hold[0] = now - 1
             await cells.change_cell(budget.cell, lambda data, now: (json.dumps(state).encode(), None))
@@ -186,7 +186,7 @@ async def test_a_call_that_goes_on_after_its_lease(tmp_path: Path) -> None:
         result = await runner.run([node("call", 300)], State(), run_id="r")
         assert result.status == "COMPLETED"
         assert not result.hook_errors
-        assert kept
-        found = await budget.state()
-        assert found is not None
-        assert (found.spent_tokens, found.reserved_tokens) == (340, 0)
+        assert entries
+        match = await budget.state()
+        assert match is not None
+        assert (match.spent_tokens, match.reserved_tokens) == (340, 0)

@@ -42,8 +42,8 @@ def test_reading_makes_nothing(tmp_path: Any) -> None:
     assert list(tmp_path.iterdir()) == []
     with store_of("postgres") as store:
         assert store.read_cell("a")[0] is None
-        found = shared_postgres().execute("SELECT to_regclass(%s)", f"{store.schema}.cells")
-        assert found == [(None,)]
+        result = shared_postgres().execute("SELECT to_regclass(%s)", f"{store.schema}.cells")
+        assert result == [(None,)]
 
 
 _COUNTER = textwrap.dedent(
@@ -83,8 +83,8 @@ def test_processes_change_one_cell(kind: str) -> None:
             assert process.stdin is not None
             process.stdin.write("\n")
             process.stdin.flush()
-        told = [n for process in running for n in map(int, process.communicate(timeout=90)[0].split())]
-        assert sorted(told) == list(range(1, 201))
+        events = [n for process in running for n in map(int, process.communicate(timeout=90)[0].split())]
+        assert sorted(events) == list(range(1, 201))
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ async def test_a_change_whose_answer_is_lost_on_redis() -> None:
             )  # The reply to what was just sent is thrown away, once.
 
         def asks(data: bytes) -> bool:
-            if b"put_cell" in data and not lost:
+            if b"write_cell" in data and not lost:
                 lost.append(data)
             return True
 

@@ -105,23 +105,23 @@ async def rewrite(store: Any, run_id: str, position: int, step: Callable[[Step],
     """Put something else where a commit stands, as somebody who can write to the store would."""
 
     def do(rows: Rows) -> None:
-        found = rows.find(run_id, lock=True)
-        assert found is not None
-        kept = next(row for row in rows.steps(found.run, found.execution) if row.position == position)
-        attempt = next(a for a, _ in rows.attempts(found.run, found.execution) if a.position == position)
-        fence = Fence(found.run, found.execution, found.epoch, found.owner or "", 30.0)
+        result = rows.find(run_id, lock=True)
+        assert result is not None
+        entry = next(row for row in rows.steps(result.run, result.execution) if row.position == position)
+        attempt = next(a for a, _ in rows.attempts(result.run, result.execution) if a.position == position)
+        fence = Fence(result.run, result.execution, result.epoch, result.owner or "", 30.0)
         later = attempt._replace(started_ns=attempt.started_ns + 1)
-        assert rows.commit(fence, later, step(kept.step))
+        assert rows.commit(fence, later, step(entry.step))
 
     await store._submit(Transaction(run_id, do))
 
 
 async def stored(store: Any, run_id: str, position: int) -> bytes:
     def do(rows: Rows) -> bytes:
-        found = rows.find(run_id)
-        assert found is not None
-        kept = rows.steps(found.run, found.execution)
-        return next(row.step.output for row in kept if row.position == position)
+        result = rows.find(run_id)
+        assert result is not None
+        entry = rows.steps(result.run, result.execution)
+        return next(row.step.output for row in entry if row.position == position)
 
     return bytes(await store._submit(Transaction(run_id, do)))
 
@@ -176,11 +176,11 @@ async def test_an_answer_answers_one_question(open_store: Open) -> None:
             assert small is not None
             assert large is not None
             answer = next(iter(rows.annotations(small.run, Annotation.WAITING)))
-            asked = next(iter(rows.annotations(large.run, Annotation.WAITING)))
-            step = asked.step._replace(
+            request = next(iter(rows.annotations(large.run, Annotation.WAITING)))
+            step = request.step._replace(
                 output=answer.step.output, sha256=answer.step.sha256, number=answer.step.number
             )
-            rows.annotate("large", Annotation.WAITING, asked.branch, asked.node_id, step)
+            rows.annotate("large", Annotation.WAITING, request.branch, request.node_id, step)
 
         await store._submit(Transaction(None, steal))
         calls: list[Any] = []
@@ -206,16 +206,16 @@ async def test_messages_and_questions_are_sealed(open_store: Open) -> None:
         assert [w.reason for w in store.waiting("asking")] == ["may alice have it?"]
         assert "alice" in store.list_runs()[0].error
     async with open_store() as store:
-        told = repr(
+        report = repr(
             [store.list_runs(), store.get_run("failed"), store.attempts("failed"), store.waiting("asking")]
         )
-        assert "alice" not in told
-        assert "open the store with codec=" in told
+        assert "alice" not in report
+        assert "open the store with codec=" in report
 
     def forge(rows: Rows) -> None:
-        found = rows.find("failed", lock=True)
-        assert found is not None
-        fence = Fence(found.run, found.execution, found.epoch, found.owner or "", 30.0)
+        result = rows.find("failed", lock=True)
+        assert result is not None
+        fence = Fence(result.run, result.execution, result.epoch, result.owner or "", 30.0)
         rows.finish(fence, "FAILED", "all is well")
 
     async with open_store(codec=codec()) as store:
@@ -264,9 +264,9 @@ async def test_runs_begun_at_once_are_sealed_for_their_execution(open_store: Ope
         ahead = two._decrypt_ahead
 
         def late(request: Any) -> Any:
-            found = ahead(request)
+            outcome = ahead(request)
             asyncio.run(run(one, [], "bob", 2, "r"))
-            return found
+            return outcome
 
         two._decrypt_ahead = late
         await run(two, [], "alice", 1, "r", fails=True)

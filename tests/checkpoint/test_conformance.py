@@ -44,7 +44,7 @@ def test_nothing_is_skipped(store: Any) -> None:
         "attempts_at",
         "output_of",
         "tally",
-        "trouble_of",
+        "failure_site_of",
         "facts",
         "find_run",
         "waiting",

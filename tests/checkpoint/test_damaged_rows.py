@@ -69,13 +69,13 @@ def damage(kind: str, where: str, column: str, value: Any) -> None:
 
 
 def paged(store: Any, limit: int, query: RunQuery) -> list[str]:
-    found: list[str] = []
+    findings: list[str] = []
     page = store.run_page(query, limit=limit)
     while True:
-        found += [run.run_id for run in page.runs]
-        assert len(found) <= len(RUNS)
+        findings += [run.run_id for run in page.runs]
+        assert len(findings) <= len(RUNS)
         if page.next is None:
-            return found
+            return findings
         page = store.run_page(query, limit=limit, after=page.next)
 
 
@@ -161,7 +161,7 @@ async def test_damaged_attempts(tmp_path: Any) -> None:
         assert main(["show", "r1", "--db", path]) == 3  # It is shown, and said to be damaged.
 
 
-@pytest.mark.parametrize("key", ["attempts:1", "steps:1", "beside:-4", "failed:1", "nodes:1"])
+@pytest.mark.parametrize("key", ["attempts:1", "steps:1", "annotations:-4", "failed:1", "nodes:1"])
 @pytest.mark.parametrize("value", ["text", "field"])
 async def test_keys_in_redis_that_hold_something_else(key: str, value: str) -> None:
     """A key of another type, or with fields that are none of ours, harms no other run."""

@@ -209,7 +209,7 @@ async def test_a_file_with_programs_is_refused(tmp_path: Path, statements: tuple
         with pytest.raises(StoreError, match=why) as refused:
             store.list_runs()
         assert not refused.value.transient
-        assert str(refused.value).endswith("; drop it if it is yours, or give another path")
+        assert str(refused.value).endswith("; drop it if it is yours, or use another path")
         with pytest.raises(StoreError, match=why):
             await begin(store, "other")
 

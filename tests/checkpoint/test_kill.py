@@ -80,20 +80,20 @@ async def _round(folder: Path, delay: float) -> bool:
             pass
         out, _ = await child.communicate()
     killed = child.returncode == -signal.SIGKILL and b"COMPLETED" not in out
-    before, kept = _calls(side), await asyncio.to_thread(_committed, database)
+    before, entry = _calls(side), await asyncio.to_thread(_committed, database)
     # Commits are a prefix of the pipeline, and nothing was called beyond the one node in flight.
-    assert kept == [f"node {n}" for n in range(len(kept))]
+    assert entry == [f"node {n}" for n in range(len(entry))]
     assert set(before.values()) <= {1}
-    assert len(before) <= len(kept) + 1
+    assert len(before) <= len(entry) + 1
 
     async with _child(database, side) as child:
         out, errors = await child.communicate()
     assert child.returncode == 0, errors.decode()
     # "COMPLETED" if the run was not even begun when the kill came.
-    assert out in ((b"RESUMED\n",) if kept else (b"RESUMED\n", b"COMPLETED\n"))
+    assert out in ((b"RESUMED\n",) if entry else (b"RESUMED\n", b"COMPLETED\n"))
     after = _calls(side)
     assert await asyncio.to_thread(_committed, database) == [f"node {n}" for n in range(NODES)]
-    for node_id in kept:
+    for node_id in entry:
         number = node_id.removeprefix("node ")
         assert after[number] == before[number] == 1, f"{node_id} was committed and ran again"
     assert set(after) == {str(n) for n in range(NODES)}

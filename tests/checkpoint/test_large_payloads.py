@@ -70,14 +70,14 @@ class Secretive(BaseModel):
 
 def large(kind: type[BaseModel], n: int, size: int = 2 * LARGE) -> dict[str, Any]:
     text = f"{n}é\n" + "x" * size
-    made: dict[type[BaseModel], dict[str, Any]] = {
+    outputs: dict[type[BaseModel], dict[str, Any]] = {
         Flat: {"text": text, "at": datetime(2027, 1, 1 + n, tzinfo=UTC)},
         Packed: {"lines": [text, "b"]},
         Nested: {"inner": {"text": text}, "anything": (1, {"a": b"b"})},
         Aliased: {"Text": text},
         Secretive: {"text": text},
     }
-    return {"n": n, **made[kind]}
+    return {"n": n, **outputs[kind]}
 
 
 class Xor:
@@ -106,8 +106,8 @@ def open_store(kind: str, where: str, blobs: pathlib.Path, codec: Any = None) ->
 
 @pytest.fixture(params=SHARED)
 def store(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[Any]:
-    with place(request.param) as where, open_store(request.param, where, tmp_path / "blobs") as made:
-        yield made
+    with place(request.param) as where, open_store(request.param, where, tmp_path / "blobs") as instance:
+        yield instance
 
 
 def nodes_of(runner: StromaRunner, kind: type[BaseModel], fails: list[int]) -> list[Any]:
@@ -125,13 +125,13 @@ def nodes_of(runner: StromaRunner, kind: type[BaseModel], fails: list[int]) -> l
 
 
 def rows_of(result: Any) -> list[Any]:
-    found, stack = [], list(result.trace.rows)
+    findings, stack = [], list(result.trace.rows)
     while stack:
         row = stack.pop(0)
         assert not isinstance(row, TraceEvent)
-        found.append(row)
+        findings.append(row)
         stack += row.children or ()
-    return found
+    return findings
 
 
 @pytest.mark.slow
@@ -208,12 +208,12 @@ async def test_maps_and_steps_refer_to_their_states_too(store: Any) -> None:
     async def big(state: Inner) -> Any:
         return {"text": state.text * 3}
 
-    given = Texts(items=[Inner(text=str(n) * LARGE) for n in range(3)])
-    result = await runner.run([map_over("items", big, into="out")], given, run_id="r")
+    value = Texts(items=[Inner(text=str(n) * LARGE) for n in range(3)])
+    result = await runner.run([map_over("items", big, into="out")], value, run_id="r")
     assert all(isinstance(row.output, StoredSnapshot) for row in rows_of(result))
     (event,) = result.trace
     assert [(child.output_state or {})["text"] for child in event.children] == [
-        i.text * 3 for i in given.items
+        i.text * 3 for i in value.items
     ]
     ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
     state: Any = Flat(text="0" * LARGE)

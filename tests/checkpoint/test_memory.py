@@ -26,8 +26,8 @@ async def test_an_output_belongs_to_the_attempt_that_committed_it() -> None:
     session = await begin(store)
     first = row(0, tokens=3, output={"a picture": "for people"})
     await settled(session.record(first, schema, State(n=1)))
-    (kept,) = store.attempts("run")
-    assert (kept.tokens, kept.output) == (3, schema.encode(State(n=1)))
+    (entry,) = store.attempts("run")
+    assert (entry.tokens, entry.output) == (3, schema.encode(State(n=1)))
     await settled(session.end("INTERRUPTED", None))
 
     session = await begin(store, if_exists="resume", discard_from=0)
@@ -57,8 +57,8 @@ async def test_an_attempt_whose_place_is_committed_again_stays_in_the_history(
     store: str, tmp_path: Path
 ) -> None:
     """A failed item that is run again, and the map around it: what was there before is told, without an output."""
-    kept = AsyncInMemoryStore() if store == "memory" else SQLiteStore(tmp_path / "runs.db")
-    runner, broken = StromaRunner.quick(store=kept), [True]
+    entry = AsyncInMemoryStore() if store == "memory" else SQLiteStore(tmp_path / "runs.db")
+    runner, broken = StromaRunner.quick(store=entry), [True]
 
     @runner.node("half", input=Number, output=Number)
     async def half(state: Number) -> Number:
@@ -70,8 +70,8 @@ async def test_an_attempt_whose_place_is_committed_again_stays_in_the_history(
     await runner.run([halves], Numbers(), run_id="run")
     broken.clear()
     await runner.run([halves], Numbers(), run_id="run", resume=True, retry_failed_items=True)
-    told = sorted((a.branch, a.started_ns, a.outcome, a.output is not None) for a in kept.attempts("run"))
-    assert [(branch, outcome) for branch, _, outcome, _ in told] == [
+    events = sorted((a.branch, a.started_ns, a.outcome, a.output is not None) for a in entry.attempts("run"))
+    assert [(branch, outcome) for branch, _, outcome, _ in events] == [
         ("", "success"),
         ("", "success"),
         ("0", "success"),
@@ -80,4 +80,4 @@ async def test_an_attempt_whose_place_is_committed_again_stays_in_the_history(
         ("1", "collected"),
         ("1", "success"),
     ]
-    assert [has for *_, has in told] == [False, True, True, False, False, False, True]
+    assert [has for *_, has in events] == [False, True, True, False, False, False, True]

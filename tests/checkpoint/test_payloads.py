@@ -71,9 +71,11 @@ class Login(BaseModel):
     token: SecretBytes = SecretBytes(b"")
 
 
-def node(node_id: str, func: Any, given: type[BaseModel] = Text, promised: type[BaseModel] = Text) -> Any:
+def node(
+    node_id: str, func: Any, input_model: type[BaseModel] = Text, output_model: type[BaseModel] = Text
+) -> Any:
     contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=given, output_schema=promised
+        node_id=node_id, input_schema=input_model, output_schema=output_model
     )
     return stroma_node(node_id, contract)(func)
 
@@ -201,29 +203,29 @@ async def test_a_lost_key_does_not_hinder_a_new_beginning(tmp_path: Path) -> Non
 
 async def test_secrets_are_kept_only_through_a_codec(tmp_path: Path) -> None:
     """SecretStr and SecretBytes are refused by name without a codec, and come back with one."""
-    given = Login(user="ada", password=SecretStr("pässword"), token=SecretBytes(b"\x00\xff"))
+    value = Login(user="ada", password=SecretStr("pässword"), token=SecretBytes(b"\x00\xff"))
 
     async def passes(state: Login) -> Any:
         return state
 
     nodes = [node("a", passes, Login, Login)]
     async with SQLiteStore(tmp_path / "plain.db") as store:
-        result = await runner(store).run(nodes, given)
+        result = await runner(store).run(nodes, value)
         assert result.failure is not None
         assert isinstance(result.failure.exception, NotSerialisable)
         assert "Login.password" in result.failure.message
         assert "give the store a codec" in result.failure.message
     async with SQLiteStore(tmp_path / "coded.db", codec=Zip()) as store:
-        assert (await runner(store).run(nodes, given)).final_state == given
-        kept = await store.load_typed("r", "a", Login)
-        assert kept == given
-        assert "pässword" not in repr(kept)
+        assert (await runner(store).run(nodes, value)).final_state == value
+        entry = await store.load_typed("r", "a", Login)
+        assert entry == value
+        assert "pässword" not in repr(entry)
 
 
 @pytest.mark.parametrize("codec", [object(), 5, zlib])
 def test_what_is_no_codec(tmp_path: Path, codec: Any) -> None:
     """Something without encode and decode is refused when the store is made."""
-    with pytest.raises(TypeError, match="is no codec"):
+    with pytest.raises(TypeError, match="codec must be an object"):
         SQLiteStore(tmp_path / "runs.db", codec=codec)
 
 
@@ -275,9 +277,9 @@ async def test_a_blob_that_is_gone_is_a_named_error(tmp_path: Path, harm: str) -
         file.unlink()
     elif harm == "damaged":
         file.write_bytes(b"x" + file.read_bytes()[1:])
-    given = None if harm == "not given" else folder
-    async with SQLiteStore(tmp_path / "runs.db", blobs=given, blob_bytes=1000) as store:
-        with pytest.raises(CorruptCheckpoint, match="'first' at position 0 of run 'r' stands in"):
+    value = None if harm == "not given" else folder
+    async with SQLiteStore(tmp_path / "runs.db", blobs=value, blob_bytes=1000) as store:
+        with pytest.raises(CorruptCheckpoint, match="'first' at position 0 of run 'r' is stored in"):
             await runner(store, resume=True).run(_big(calls), Text(text="y"))
         if harm == "missing":
             result = await runner(store).run(_big(calls), Text(text="y"), resume_from="first")
@@ -317,7 +319,7 @@ async def test_blobs_that_cannot_be_read_are_a_named_error(tmp_path: Path) -> No
     folder.rename(tmp_path / "away")
     folder.write_text("no directory")
     async with SQLiteStore(tmp_path / "runs.db", blobs=folder, blob_bytes=1000) as store:
-        with pytest.raises(StoreError, match=r"cannot be read .*mend that") as raised:
+        with pytest.raises(StoreError, match=r"cannot be read .*fix the blob store") as raised:
             await runner(store, resume=True).run(_big(calls), Text(text="y"))
         assert not isinstance(raised.value, CorruptCheckpoint)
         with pytest.raises(StoreError, match="cannot be read"):
@@ -346,11 +348,11 @@ class Moody:
 @pytest.mark.parametrize("turn", ["raises", "text"])
 async def test_a_codec_that_fails_is_a_named_error(tmp_path: Path, turn: str) -> None:
     """What a codec raises, or returns that is no bytes, is a StoreError that says so, whenever it happens."""
-    said = "the key server is down.*mend that" if turn == "raises" else "returned str; let it return bytes"
+    message = "the key server is down.*fix the codec" if turn == "raises" else "must return bytes, got str"
     calls: list[str] = []
     moody = Moody(turn)
     async with SQLiteStore(tmp_path / "runs.db", codec=moody) as store:
-        with pytest.raises(StoreError, match=said):
+        with pytest.raises(StoreError, match=message):
             await runner(store).run(_big(calls), Text())
         assert calls == []
         moody.turns = ["well", turn]  # The input, and then the output: that is tried again if it may help.
@@ -358,7 +360,7 @@ async def test_a_codec_that_fails_is_a_named_error(tmp_path: Path, turn: str) ->
         assert calls == (["first", "second"] if turn == "raises" else ["first"])
         await runner(store).run(_big(calls), Text())
         moody.turns = [turn]
-        with pytest.raises(StoreError, match="cannot be decoded" if turn == "raises" else said):
+        with pytest.raises(StoreError, match="cannot be decoded" if turn == "raises" else message):
             store.input_of("r")
 
 

@@ -250,7 +250,7 @@ async def test_a_schema_that_is_dropped_is_made_again(
     """Dropping the schema under a store ends the runs in it, and the store goes on."""
     session = await begin(store)
     server.execute(f"DROP SCHEMA {schema} CASCADE")
-    with pytest.raises(CheckpointLost, match="nobody deleted it"):
+    with pytest.raises(CheckpointLost, match="was not deleted"):
         await commit(session, 0, State())
     assert (await begin(store)).execution == 1
 
@@ -263,7 +263,7 @@ async def test_a_format_that_was_never_released_is_refused(
     server.execute(f"UPDATE {schema}.meta SET v = '2'")
     for call in (lambda other: other.list_runs(), lambda other: begin(other, "other")):
         with PostgresStore(server.dsn, schema=schema) as other:
-            with pytest.raises(StoreError, match="has format 2, which no release wrote") as refused:
+            with pytest.raises(StoreError, match="has format 2, which this release cannot read") as refused:
                 await settled(call(other))
             assert not refused.value.transient
     assert server.execute(f"SELECT v FROM {schema}.meta") == [("2",), ("2",)]
@@ -318,8 +318,8 @@ def test_two_processes_one_run(server: PostgresServer, schema: str) -> None:
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
-    said = sorted(ended(process).splitlines()[-1] for process in processes)
-    assert said == ["busy True", "busy True", "got 1"]
+    messages = sorted(ended(process).splitlines()[-1] for process in processes)
+    assert messages == ["busy True", "busy True", "got 1"]
 
 
 async def test_a_lease_goes_by_the_clock_of_the_server(
@@ -343,9 +343,9 @@ async def test_leases_are_renewed(server: PostgresServer, store: PostgresStore, 
     ended = await begin(store, "c", lease_seconds=0.6)
     await finish(ended)
     await asyncio.sleep(1.5)
-    found = dict(server.execute(f"SELECT run_id, lease_until > clock_timestamp() FROM {schema}.runs"))
-    assert found["b"] is True
-    assert found["c"] is None
+    findings = dict(server.execute(f"SELECT run_id, lease_until > clock_timestamp() FROM {schema}.runs"))
+    assert findings["b"] is True
+    assert findings["c"] is None
     assert held
 
 
@@ -391,7 +391,7 @@ async def test_one_bad_commit_spoils_no_other(store: PostgresStore) -> None:
     wrong = done.pop(4)
     assert isinstance(wrong, StoreError)
     assert not wrong.transient
-    assert "cannot keep this" in str(wrong)
+    assert "cannot store the data" in str(wrong)
     assert done == [None] * 7
     assert [store.get_run(f"run {i}").nodes for i in range(8)] == [2, 2, 2, 2, 1, 2, 2, 2]
     await commit(sessions[4], 1, State())  # The connection is as good as before.
@@ -583,7 +583,7 @@ async def test_a_server_that_stands_still(
     """A server that takes what we send and never answers is given up after a while; what it does later changes nothing."""
     session = await begin(store)
     pid = await store._submit(lambda rows: rows.db.info.backend_pid)
-    monkeypatch.setattr(_postgres_server, "_ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(_postgres_server, "_REPLY_SECONDS", 0.5)
     os.kill(pid, signal.SIGSTOP)
     try:
         await commit(session, 0, State(n=1), tokens=1)
@@ -728,14 +728,14 @@ def test_a_process_that_is_killed_keeps_nothing(server: PostgresServer, schema: 
         if line.strip() == "50":
             process.send_signal(signal.SIGKILL)
             break
-    told = int(("50\n" + process.stdout.read()).split("\n")[-2])
+    report = int(("50\n" + process.stdout.read()).split("\n")[-2])
     process.communicate()
 
     async def resume() -> int:
         with PostgresStore(server.dsn, schema=schema) as store:
             return len((await begin(store, if_exists="resume")).restored)
 
-    assert asyncio.run(resume()) - (told + 1) in (0, 1)
+    assert asyncio.run(resume()) - (report + 1) in (0, 1)
 
 
 async def test_what_is_queued_when_it_is_closed(server: PostgresServer, schema: str) -> None:
@@ -746,7 +746,7 @@ async def test_what_is_queued_when_it_is_closed(server: PostgresServer, schema: 
     await asyncio.sleep(0)
     await store.aclose()
     await asyncio.gather(*pending)
-    with pytest.raises(StoreError, match="is closed; make a new one"):
+    with pytest.raises(StoreError, match="is closed; create a new one"):
         await commit(session, 60, State())
     assert store.get_run("run").nodes == 50
 
@@ -766,7 +766,7 @@ def test_what_is_no_schema(name: Any) -> None:
 )
 def test_what_is_no_address(dsn: str) -> None:
     """What is no connection string is refused when the store is made, without a part of it, which may be a secret."""
-    with pytest.raises(ValueError, match="percent signs") as refused:
+    with pytest.raises(ValueError, match="percent-encode") as refused:
         PostgresStore(dsn)
     assert "w0rd" not in str(refused.value)
     assert refused.value.__suppress_context__

@@ -48,9 +48,9 @@ SCHEMA = schema_of(State)
 @pytest.fixture
 def server() -> RedisServer:
     """The shared server, empty."""
-    found = shared_redis()
-    found.execute("FLUSHALL")
-    return found
+    result = shared_redis()
+    result.execute("FLUSHALL")
+    return result
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ class TestCrash:
         with pytest.raises(CheckpointLost):
             await commit(session, 0, State())
 
-    @pytest.mark.parametrize("part", ["run", "inputs", "steps:1", "nodes:1", "attempts:1", "called:1"])
+    @pytest.mark.parametrize("part", ["run", "inputs", "steps:1", "nodes:1", "attempts:1", "identities:1"])
     async def test_a_part_that_was_evicted_is_noticed(
         self, store: RedisStore, server: RedisServer, part: str
     ) -> None:
@@ -463,14 +463,14 @@ class TestAmbiguous:
                 stale = await begin(store)
                 lose = iter([False])
                 proxy.on_reply = lambda data: next(lose, True)
-                asked = Waiting(0, "", "node", "may I?", "")
-                await stale.suspend(row(0, tokens=3), asked)
-                assert (len(store.attempts("run")), store.waiting("run")) == (1, [asked])
+                request = Waiting(0, "", "node", "may I?", "")
+                await stale.suspend(row(0, tokens=3), request)
+                assert (len(store.attempts("run")), store.waiting("run")) == (1, [request])
                 owner = await begin(store, if_exists="resume", if_running="take_over")
-                assert dict(owner.waiting) == {(0, ""): asked}
+                assert dict(owner.waiting) == {(0, ""): request}
                 with pytest.raises(Fenced):
                     await stale.suspend(row(1), Waiting(1, "", "node", "late", ""))
-                assert (len(store.attempts("run")), store.waiting("run")) == (1, [asked])
+                assert (len(store.attempts("run")), store.waiting("run")) == (1, [request])
 
 
 class TestRetention:
@@ -512,12 +512,12 @@ class TestRetention:
             taken: list[Any] = []
 
             def operation(rows: Any) -> bool:
-                found = rows.find("run", lock=True)
+                result = rows.find("run", lock=True)
                 if not taken:
                     taken.append(asyncio.run(begin(other, if_exists="resume")))
-                if found.holder is None:
+                if result.holder is None:
                     rows.delete("run")
-                return found.holder is None
+                return result.holder is None
 
             assert await store._submit(operation) is False
             await commit(taken[0], 0, State())
@@ -570,10 +570,10 @@ class TestOwners:
             assert process.stdin is not None
             process.stdin.write("\n")
             process.stdin.flush()
-        said = [process.stdout.readline().split() for process in both]  # type: ignore[union-attr]
-        assert sorted(words[0] for words in said) == ["busy", "mine"]
-        (pid,) = [words[1] for words in said if words[0] == "mine"]
-        assert [words[1:3] for words in said if words[0] == "busy"] == [["process", pid]]
+        messages = [process.stdout.readline().split() for process in both]  # type: ignore[union-attr]
+        assert sorted(words[0] for words in messages) == ["busy", "mine"]
+        (pid,) = [words[1] for words in messages if words[0] == "mine"]
+        assert [words[1:3] for words in messages if words[0] == "busy"] == [["process", pid]]
         for process in both:
             _, errors = process.communicate("\n", timeout=30)
             assert process.returncode == 0, errors
@@ -598,7 +598,7 @@ class TestOwners:
         other = child(code, server.url)
         assert other.stdout is not None
         assert other.stdout.readline() == "1\n"
-        with pytest.raises(Fenced, match=f"taken over meanwhile, by process {other.pid} on "):
+        with pytest.raises(Fenced, match=f"taken over by process {other.pid} on "):
             await commit(session, 1, State(n=666))
         _, errors = await asyncio.to_thread(other.communicate, "\n", 30)
         assert other.returncode == 0, errors
@@ -767,7 +767,7 @@ class TestExpiry:
                     await finish(session, "FAILED")
                 await asyncio.sleep(0.001)  # Their order is that of their starts.
 
-            def said() -> list[Any]:
+            def read_replies() -> list[Any]:
                 runs = [
                     [run.run_id for run in store.list_runs(limit=limit, status=status)]
                     for limit in (1, 2, 50)
@@ -780,11 +780,11 @@ class TestExpiry:
                 ]
                 return runs + beginnings
 
-            known = said()
+            known = read_replies()
             for page, looked_at in ((200, 1), (2, 4), (1, 3)):
                 monkeypatch.setattr(redis_reading, "PAGE", page)
-                monkeypatch.setattr(redis_reading, "_LOOKED_AT", looked_at)
-                assert said() == known
+                monkeypatch.setattr(redis_reading, "_MAX_EXAMINED", looked_at)
+                assert read_replies() == known
             assert known[2] == []
             assert known[8] == ids[::-3]
             assert known[-6] == ["a"]
@@ -822,7 +822,7 @@ class TestExpiry:
             assert await brief.load_typed("run", "d", State) is None
             assert await brief.load_typed("run", "c", State) == State(n=3)
         for wrong in (0, -1):
-            with pytest.raises(ValueError, match="give a number of seconds, or None"):
+            with pytest.raises(ValueError, match="must be positive, or None"):
                 RedisStore(server.url, wrong)
 
     async def test_what_was_saved_before_a_run(self, store: RedisStore) -> None:
@@ -844,7 +844,7 @@ class TestExpiry:
 
 class TestServer:
     @pytest.mark.parametrize(
-        ("settings", "said"),
+        ("settings", "message"),
         [
             ({"appendonly": "no"}, ["appendonly is off: everything is lost"]),
             (
@@ -862,7 +862,7 @@ class TestServer:
         ],
     )
     async def test_what_may_be_lost_is_said_once(
-        self, settings: dict[str, str], said: list[str], caplog: pytest.LogCaptureFixture
+        self, settings: dict[str, str], message: list[str], caplog: pytest.LogCaptureFixture
     ) -> None:
         """The settings of a server that put runs at risk are named, with those that mend it, once."""
         caplog.set_level(logging.INFO, logger="stroma")
@@ -873,8 +873,8 @@ class TestServer:
                     store.list_runs()
             SyncRedisStore(server.url).save("r", "n", State())
         warnings = [r for r in caplog.records if r.name == "stroma" and r.levelno == logging.WARNING]
-        assert len(warnings) == len(said)
-        for record, text in zip(warnings, said, strict=True):
+        assert len(warnings) == len(message)
+        for record, text in zip(warnings, message, strict=True):
             assert server.socket in record.getMessage()
             assert re.search(text, record.getMessage())
             assert "; set " in record.getMessage()
@@ -902,7 +902,7 @@ class TestServer:
         """A sum beyond 64 bits is refused whole: nothing of that attempt is kept, and the next one is."""
         session = await begin(store)
         await commit(session, 0, State(), tokens=3, cost=9_000_000.0)
-        with pytest.raises(StoreError, match="cannot add up") as raised:
+        with pytest.raises(StoreError, match="cannot add the usage") as raised:
             await commit(session, 1, State(), tokens=3, cost=9_000_000.0)
         assert not raised.value.transient
         await commit(session, 1, State(), tokens=2, cost=0.5)
@@ -916,14 +916,14 @@ class TestServer:
             async with RedisStore(server.url) as store:
                 session = await begin(store)
                 sizes = (10, 2_000_000, 20)
-                told = await asyncio.gather(
+                report = await asyncio.gather(
                     *(commit(session, i, State(text="x" * size)) for i, size in enumerate(sizes)),
                     return_exceptions=True,
                 )
-                assert [type(error) for error in told] == [type(None), StoreError, type(None)]
-                assert isinstance(told[1], StoreError)
-                assert not told[1].transient
-                assert "give the store blobs=" in str(told[1])
+                assert [type(error) for error in report] == [type(None), StoreError, type(None)]
+                assert isinstance(report[1], StoreError)
+                assert not report[1].transient
+                assert "pass blobs= to the store" in str(report[1])
                 await finish(session)
                 with pytest.raises(StoreError, match="larger than"):
                     await begin(store, "other", State(text="x" * 2_000_000))
@@ -935,7 +935,7 @@ class TestServer:
             async with RedisStore(server.url, _patience_seconds=0.3) as store:
                 session = await begin(store)
                 server.execute("REPLICAOF", "127.0.0.1", "1")
-                with pytest.raises(StoreError, match="is a replica and takes no writes") as raised:
+                with pytest.raises(StoreError, match="is a replica and refuses writes") as raised:
                     await commit(session, 0, State())
                 assert raised.value.transient
                 for _ in range(2):
@@ -975,9 +975,9 @@ class TestServer:
         """Ids are encoded: whatever they hold, a run's keys share one hash tag that is its own."""
         for run_id in ("}:run", "a{b}c", "a:b", "é", "*"):
             await commit(await begin(store, run_id), 0, State())
-        found = keys(server) - {"stroma:runs", "stroma:ids"}
-        assert len(found) == 5 * 5
-        for key in found:
+        result = keys(server) - {"stroma:runs", "stroma:ids"}
+        assert len(result) == 5 * 5
+        for key in result:
             assert key.isascii()
             assert key.count("{") == key.count("}") == 1
 

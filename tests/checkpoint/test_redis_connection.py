@@ -23,15 +23,15 @@ from stroma.testing.stores import State, begin, commit, row
 @pytest.fixture
 def server() -> RedisServer:
     """The shared server, empty."""
-    found = shared_redis()
-    found.execute("FLUSHALL")
-    return found
+    result = shared_redis()
+    result.execute("FLUSHALL")
+    return result
 
 
 @pytest.fixture
 def proxy(server: RedisServer) -> Iterator[Proxy]:
-    with proxied(server) as found:
-        yield found
+    with proxied(server) as result:
+        yield result
 
 
 def link(url: str, patience: float = 0.0) -> RedisLink:
@@ -228,10 +228,10 @@ class TestStore:
             await commit(session, 0, State(n=0), tokens=1)
             attempt, schema = row(1, tokens=1, output=("", 1, 0.0, b"")), schema_of(State)
             proxy.on_reply = lambda data: b"$6\r\nfnecde\r\n"
-            with pytest.raises(StoreError, match="fnecde") as told:
+            with pytest.raises(StoreError, match="fnecde") as report:
                 await session.record(attempt, schema, State(n=1))
-            assert not isinstance(told.value, Fenced)
-            assert told.value.transient
+            assert not isinstance(report.value, Fenced)
+            assert report.value.transient
             proxy.on_reply = lambda data: True
             await session.record(attempt, schema, State(n=1))
             run = store.get_run("run")

@@ -90,9 +90,9 @@ class Machine:
 
 @pytest.fixture
 async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
-    made = Machine(f"sqlite:///{tmp_path / 'runs.db'}", tmp_path)
-    yield made
-    for child in made.processes:
+    instance = Machine(f"sqlite:///{tmp_path / 'runs.db'}", tmp_path)
+    yield instance
+    for child in instance.processes:
         with contextlib.suppress(ProcessLookupError):
             child.kill()
         await child.communicate()
@@ -446,14 +446,14 @@ def test_only_what_is_known_to_be_gone_is_gone() -> None:
 
 async def test_a_run_has_its_owner_until_its_end_is_kept() -> None:
     """Who looks while the end of a run is being written finds a run at work, and none whose process died."""
-    kept: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    session = DurableSession("x", lambda _: kept, None)  # type: ignore[arg-type]
+    entry: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    session = DurableSession("x", lambda _: entry, None)  # type: ignore[arg-type]
     owner = new_owner(session)
     session.fence, session.finished = Fence(1, 1, 1, str(owner), 30.0), None
     pending = session.end("COMPLETED", None)
     assert pending is not None
     await asyncio.sleep(0)
     assert owner.token in LIVE_SESSIONS
-    asyncio.get_running_loop().call_soon(kept.set_result, None)
+    asyncio.get_running_loop().call_soon(entry.set_result, None)
     await pending
     assert owner.token not in LIVE_SESSIONS

@@ -54,9 +54,9 @@ def shape(url: str) -> tuple[int, int]:
 def measured(call: Callable[[], T]) -> T:
     """The value of a call, which must take bounded time and memory."""
     tracemalloc.start()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     value = call()
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert seconds < SECONDS
@@ -92,14 +92,14 @@ async def test_a_store_of_many_attempts(filled: str) -> None:
         assert run is not None
         assert run.nodes == attempts
         assert len(measured(lambda: store.attempts(run_name(some)))) == attempts
-        for operation, found in (
+        for operation, result in (
             ("resume one", attempts),
             ("begin one, with a commit", None),
             ("gc that finds nothing", 0),
         ):
-            begun = time.perf_counter()
-            assert await large_stores.OPERATIONS[operation](store, runs) == found
-            assert time.perf_counter() - begun < SECONDS
+            started = time.perf_counter()
+            assert await large_stores.OPERATIONS[operation](store, runs) == result
+            assert time.perf_counter() - started < SECONDS
 
 
 @pytest.mark.slow
@@ -109,11 +109,11 @@ def test_a_long_run_in_new_tables() -> None:
     try:
         large_stores.fill(server.dsn, 1, 5000, vacuum=False)
         store = PostgresStore(server.dsn)
-        begun = time.perf_counter()
-        told = store.attempts(run_name(0))
-        assert time.perf_counter() - begun < SECONDS
-        assert [a.node_id for a in told] == [f"n{i}" for i in range(5000)]
-        assert {a.output for a in told} == {large_stores.OUTPUT}
+        started = time.perf_counter()
+        report = store.attempts(run_name(0))
+        assert time.perf_counter() - started < SECONDS
+        assert [a.node_id for a in report] == [f"n{i}" for i in range(5000)]
+        assert {a.output for a in report} == {large_stores.OUTPUT}
         store.close()
     finally:
         server.stop()
@@ -137,9 +137,9 @@ async def test_a_run_of_ten_thousand_nodes(tmp_path: Path, monkeypatch: pytest.M
         assert (await runner.run(nodes, Num())).status is RunStatus.PARTIAL
         calls.clear()
         monkeypatch.delenv("STOPS")
-        begun = time.perf_counter()
+        started = time.perf_counter()
         result = await runner.run(nodes, Num(), resume=True)
-        assert time.perf_counter() - begun < 10
+        assert time.perf_counter() - started < 10
         assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=10_000))
         assert calls == [9_999]
         assert store.attempts("long")[-1].node_id == "n9999"
@@ -153,18 +153,18 @@ def test_beginnings_of_many_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         for url in (f"sqlite:///{tmp_path / 'x.db'}", server.dsn):
             large_stores.fill(url, 300, 1)
             store: Any = open_store(url)
-            asked = [
+            requests = [
                 (text, limit)
                 for text in ("run-", "run-0001", "run-000150", "run-00015", "x")
                 for limit in (1, 3, 400)
             ]
-            few = [store.find_run(text, limit=limit) for text, limit in asked]
+            few = [store.find_run(text, limit=limit) for text, limit in requests]
             assert few[2] == [run_name(i) for i in range(299, -1, -1)]
             assert few[6] == ["run-000150"]
             with monkeypatch.context() as patch:
                 patch.setattr("stroma.checkpoint.sqlite.rows._MANY", 1)
                 patch.setattr("stroma.checkpoint.postgres.rows._MANY", 1)
-                assert [store.find_run(text, limit=limit) for text, limit in asked] == few
+                assert [store.find_run(text, limit=limit) for text, limit in requests] == few
             store.close()
     finally:
         server.stop()
@@ -177,27 +177,27 @@ PAGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("asked", list(PAGES))
-def test_no_page_reads_all_runs(asked: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", list(PAGES))
+def test_no_page_reads_all_runs(page: str, tmp_path: Path) -> None:
     """Whatever is asked for, SQLite reads a page in the order of an index from where it begins: nothing is sorted or skipped."""
     large_stores.fill(f"sqlite:///{tmp_path / 'x.db'}", 200, 1)
     with SQLiteStore(tmp_path / "x.db") as store:
-        said: list[str] = []
+        messages: list[str] = []
 
         after = large_stores._middle(store, 200)
 
         def read(rows: Any) -> Any:
-            rows.db.set_trace_callback(said.append)
-            return rows.runs(PAGES[asked], limit=20, after=after, look_at=20_000)
+            rows.db.set_trace_callback(messages.append)
+            return rows.runs(PAGES[page], limit=20, after=after, max_filtered=20_000)
 
         store.read(read, None)
-        pages = [text for text in said if "ORDER BY" in text]
+        pages = [text for text in messages if "ORDER BY" in text]
         assert pages
         with sqlite3.connect(tmp_path / "x.db") as db:
             for text in pages:
                 plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {text}")]
                 assert any("USING INDEX" in line or "USING COVERING INDEX" in line for line in plan), plan
-                if PAGES[asked].looks_closer and plan[0].startswith("CO-ROUTINE"):
+                if PAGES[page].needs_scan and plan[0].startswith("CO-ROUTINE"):
                     assert "LIMIT 20000" in text, "of so many runs that an index gave, in its order"
                 else:
                     assert not any(line.startswith("SCAN") or "TEMP B-TREE" in line for line in plan), plan

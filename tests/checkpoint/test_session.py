@@ -14,7 +14,7 @@ from tests.checkpoint.one_store import (
     State,
     Store,
     attempt,
-    begun,
+    begin_run,
     lose,
     row,
     store_fixture,
@@ -128,7 +128,7 @@ async def test_what_a_process_that_died_had_tried(store: Store) -> None:
 @pytest.mark.parametrize("if_exists", ["resume", "return", "attach"])
 async def test_a_session_that_goes_on(store: Store, if_exists: Any) -> None:
     """It knows what was committed, used, waited for, and under which trace."""
-    first = await begun(store)
+    first = await begin_run(store)
     store.keep_beside()
     store.rows.delete_annotations(1, Annotation.CANCEL)
     history = store.table("attempts")
@@ -152,7 +152,7 @@ async def test_a_session_that_goes_on(store: Store, if_exists: Any) -> None:
 
 async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
     """Who wants to deliver them is given them, the oldest first; what is damaged of them is left out."""
-    await begun(store)
+    await begin_run(store)
     for number, started in enumerate((70, 50, 90)):
         record_due_hooks(
             store.rows,
@@ -181,7 +181,7 @@ async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
 
 async def test_a_session_that_begins_anew(store: Store) -> None:
     """What was kept for the execution before goes; what was saved, and the run's parent, stay."""
-    await begun(store)
+    await begin_run(store)
     store.keep_beside()
     for request in ({}, {"deliver": True}):
         session = store.open(n=1, if_exists="restart", **request)
@@ -209,7 +209,7 @@ async def test_a_run_of_which_only_states_were_saved_begins(store: Store, if_exi
 @pytest.mark.parametrize("status", ["COMPLETED", "RESUMED"])
 async def test_a_run_that_has_finished_is_returned_as_it_is(store: Store, status: str) -> None:
     """Nothing of it changes; its session holds nothing and ends nothing."""
-    await begun(store)
+    await begin_run(store)
     fence = store.rows.find("r")
     assert fence is not None
     store.rows.finish(Fence(1, 1, 1, str(fence.owner), 30.0), status, "said")
@@ -243,7 +243,7 @@ async def test_a_session_that_goes_on_from_an_earlier_position(
     store: Store, discard_from: int, left: list[Any], waits: list[Any]
 ) -> None:
     """What was committed or waited for from there on is forgotten; what was used counts all the same."""
-    await begun(store)
+    await begin_run(store)
     store.keep_beside()
     store.rows.delete_annotations(1, Annotation.CANCEL)
     # It goes on with another input, and with damage to what is forgotten.
@@ -261,7 +261,7 @@ async def test_a_session_that_goes_on_from_an_earlier_position(
 
 async def test_what_was_waited_for_and_is_damaged_is_forgotten(store: Store) -> None:
     """It alone: the others of the run stay, and so do those of other runs."""
-    await begun(store)
+    await begin_run(store)
     store.keep_beside()
     store.open("s")
     store.rows.annotate("s", Annotation.WAITING, "0:", "n", Step("", "", b"7", b"wrong", 1))
@@ -275,7 +275,7 @@ async def test_what_was_waited_for_and_is_damaged_is_forgotten(store: Store) -> 
 
 async def test_commits_that_are_apart_are_not_restored(store: Store) -> None:
     """They stay where they are, and committed() gives them."""
-    await begun(store)
+    await begin_run(store)
     session = store.open(if_exists="resume", lazily_loaded=((1, ""),))
     assert session.restored == {at: COMMITS[at] for at in ((0, ""), (1, ""), (2, ""))}
     assert await session.committed(1, ["0", "1", "2"]) == {"0": COMMITS[1, "0"], "1": COMMITS[1, "1"]}
@@ -292,14 +292,14 @@ async def test_items_that_failed_are_made_again(store: Store) -> None:
     await session.record(row(2, 30), SCHEMA, State(n=4))
     lose(session)
     seen: list[Any] = []
-    again = store.open(if_exists="resume", retry_failed=True, accept=lambda *told: seen.append(told))
+    again = store.open(if_exists="resume", retry_failed=True, accept=lambda *report: seen.append(report))
     assert set(again.restored) == {(0, ""), (1, "0")}
-    assert [told[:2] for told in seen] == [(0, ""), (1, "0")]
+    assert [report[:2] for report in seen] == [(0, ""), (1, "0")]
     assert {(one.position, one.branch) for one in store.rows.steps(1, 1)} == {(0, ""), (1, "0"), (1, "")}
 
 
 async def test_who_refuses_what_would_be_restored_changes_nothing(store: Store) -> None:
-    await begun(store)
+    await begin_run(store)
     store.keep_beside()
     before = store.tables()
     seen: list[Any] = []
@@ -311,7 +311,7 @@ async def test_who_refuses_what_would_be_restored_changes_nothing(store: Store) 
 
     with pytest.raises(PipelineChanged):
         store.open(if_exists="resume", accept=accept)
-    assert {told[:2]: told[2] for told in seen} == COMMITS
+    assert {report[:2]: report[2] for report in seen} == COMMITS
     assert store.tables() == before
 
 
@@ -336,7 +336,7 @@ async def test_a_run_that_is_held(store: Store, n: int, what: str) -> None:
 
 
 async def test_a_run_that_must_not_be_there(store: Store) -> None:
-    await begun(store)
+    await begin_run(store)
     with pytest.raises(RunExists) as caught:
         store.open(if_exists="error")
     assert str(caught.value) == (
@@ -346,7 +346,7 @@ async def test_a_run_that_must_not_be_there(store: Store) -> None:
 
 
 async def test_another_input_is_refused(store: Store) -> None:
-    await begun(store)
+    await begin_run(store)
     with pytest.raises(PipelineChanged) as caught:
         store.open(n=1, if_exists="resume")
     assert str(caught.value) == (
@@ -360,18 +360,18 @@ async def test_another_input_is_refused(store: Store) -> None:
         (
             "position = 0",
             "the output of node 'node' at position 0 of run 'r' is damaged; resume from that node "
-            "(resume_from='node') to make it anew",
+            "(resume_from='node') to recompute it",
         ),
         (
             "position = 1 AND branch = '1'",
             "the output of node 'node' at position 1 of run 'r' is damaged; resume from the outermost group around it "
-            "(resume_from='group') to make it anew",
+            "(resume_from='group') to recompute it",
         ),
     ],
 )
 async def test_a_damaged_commit_is_told_with_its_place(store: Store, place: str, message: str) -> None:
     """By who goes on, and by who asks for it."""
-    session = await begun(store)
+    session = await begin_run(store)
     store.db.execute(f"UPDATE steps SET output = x'00' WHERE {place}")
     position, branch = store.db.execute(f"SELECT position, branch FROM steps WHERE {place}").fetchone()
     with pytest.raises(CorruptCheckpoint) as caught:

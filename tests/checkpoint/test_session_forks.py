@@ -12,7 +12,7 @@ from tests.checkpoint.one_store import (
     TABLES,
     State,
     Store,
-    begun,
+    begin_run,
     row,
     store_fixture,
     stored,
@@ -38,8 +38,8 @@ def forked(
     store: Store, before: int, *, to: str = "f", source: str = "r", n: int | None = None, edited: Any = None
 ) -> None:
     sha = b"" if n is None else checksum(stored(n))
-    given = (("", b"") if n is None else ("another", stored(n)))  # fmt: skip
-    opening = Opening(to, "", str(new_owner(None, ends=False)), 0.0, *given, sha, None)
+    value = (("", b"") if n is None else ("another", stored(n)))  # fmt: skip
+    opening = Opening(to, "", str(new_owner(None, ends=False)), 0.0, *value, sha, None)
     store.do(lambda rows: fork_run(rows, Payloads(), source, opening, before, edited))
 
 
@@ -49,7 +49,7 @@ def of_fork(store: Store, run: int = 2) -> Any:
 
 async def test_a_fork_has_what_was_committed_before(store: Store) -> None:
     """Each with an attempt that cost nothing; its parent and its input are those of the run, which stays as it is."""
-    await begun(store)
+    await begin_run(store)
     before = store.tables()
     forked(store, 2)
     steps, attempts = of_fork(store)
@@ -61,12 +61,12 @@ async def test_a_fork_has_what_was_committed_before(store: Store) -> None:
     )
     assert sorted(one.started_ns for one in attempts) == [0, 1, 2, 3]
     assert store.table("inputs")[1] == (2, 1, *before["inputs"][0][2:])
-    found = store.rows.find("f")
-    assert found is not None
-    assert found[1:11] == (
+    result = store.rows.find("f")
+    assert result is not None
+    assert result[1:11] == (
         "f", "pipeline", 1, "INTERRUPTED", "forked from run 'r' before position 2", 1000, 1000, 0, 0, 0
     )  # fmt: skip
-    assert (found.epoch, found.left_seconds, found.nodes) == (1, -1.0, 2)
+    assert (result.epoch, result.left_seconds, result.nodes) == (1, -1.0, 2)
     assert store.rows.annotations(2, Annotation.PARENT) == [
         StepRow(Annotation.PARENT, "", "r", Step("", "", b"", checksum(b""), 2))
     ]
@@ -77,7 +77,7 @@ async def test_a_fork_has_what_was_committed_before(store: Store) -> None:
 
 @pytest.mark.parametrize(("before", "places"), [(0, []), (1, [(0, "")]), (3, list(COMMITS))])
 async def test_where_a_run_is_forked(store: Store, before: int, places: list[Any]) -> None:
-    await begun(store)
+    await begin_run(store)
     forked(store, before)
     assert {(one.position, one.branch) for one in store.rows.steps(2, 1)} == set(places)
     session = store.open("f", if_exists="resume")
@@ -87,27 +87,27 @@ async def test_where_a_run_is_forked(store: Store, before: int, places: list[Any
 
 async def test_a_fork_with_an_output_of_its_own(store: Store) -> None:
     """It stands in for the last of what was before, and for nothing else; it is filed where that was."""
-    await begun(store)
+    await begin_run(store)
     edited = Step("its own", "m:Q", b"[]", checksum(b"[]"), 1, b"g")
     forked(store, 2, edited=edited)
-    kept = {(one.position, one.branch): one.step for one in store.rows.steps(1, 1)}
-    made = {(one.position, one.branch): one.step for one in store.rows.steps(2, 1)}
+    entries = {(one.position, one.branch): one.step for one in store.rows.steps(1, 1)}
+    outputs = {(one.position, one.branch): one.step for one in store.rows.steps(2, 1)}
     last = (1, "")
-    assert made[last] == edited._replace(contract=kept[last].contract)
-    assert {at: one for at, one in made.items() if at != last} == {
-        at: one for at, one in kept.items() if at[0] < 2 and at != last
+    assert outputs[last] == edited._replace(contract=entries[last].contract)
+    assert {at: one for at, one in outputs.items() if at != last} == {
+        at: one for at, one in entries.items() if at[0] < 2 and at != last
     }
 
 
 async def test_a_fork_with_an_input_of_its_own(store: Store) -> None:
-    await begun(store)
+    await begin_run(store)
     forked(store, 1, n=9)
     assert store.table("inputs")[1] == (2, 1, "another", stored(9), checksum(stored(9)))
 
 
 async def test_what_cannot_be_forked(store: Store) -> None:
     """No run that is not there or has nothing, at no place before which nothing is committed, and not into another run."""
-    await begun(store)
+    await begin_run(store)
     store.rows.annotate("saved", Annotation.SAVED, "n", "n", EMPTY)
     before = store.tables()
     for source in ("nobody", "saved"):
@@ -131,13 +131,13 @@ async def test_what_cannot_be_forked(store: Store) -> None:
 
 async def test_a_damaged_output_is_not_forked(store: Store) -> None:
     """Unless it is behind the place of the fork."""
-    await begun(store)
+    await begin_run(store)
     store.db.execute("UPDATE steps SET output = x'00' WHERE position = 1 AND branch = '0'")
     with pytest.raises(CorruptCheckpoint) as caught:
         forked(store, 2)
     assert str(caught.value) == (
         "the output of node 'node' at position 1 of run 'r' is damaged; resume from the outermost group around it "
-        "(resume_from='group') to make it anew"
+        "(resume_from='group') to recompute it"
     )
     assert store.rows.find("f") is None
     forked(store, 1)
@@ -145,17 +145,17 @@ async def test_a_damaged_output_is_not_forked(store: Store) -> None:
 
 
 async def test_a_fork_takes_an_id_under_which_states_were_saved(store: Store) -> None:
-    await begun(store)
+    await begin_run(store)
     store.rows.annotate("f", Annotation.SAVED, "n", "n", EMPTY)
     forked(store, 1)
-    found = store.rows.find("f")
-    assert found is not None
-    assert (found.run, found.execution, found.nodes) == (2, 1, 1)
+    result = store.rows.find("f")
+    assert result is not None
+    assert (result.run, result.execution, result.nodes) == (2, 1, 1)
     assert len(store.rows.annotations(2, Annotation.SAVED)) == 1
 
 
 async def test_the_last_execution_is_forked(store: Store) -> None:
-    await begun(store)
+    await begin_run(store)
     session = store.open(n=5, if_exists="restart")
     await session.record(row(0, 99), SCHEMA, State(n=50))
     with pytest.raises(CheckpointNotFound):

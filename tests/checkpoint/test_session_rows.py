@@ -104,8 +104,8 @@ async def test_an_input_whose_codec_is_lost(store: Store, request_: dict[str, An
     with pytest.raises(continued) as caught:
         store.open(**request_)
     if continued is CorruptCheckpoint:
-        said = "the input of run 'r' was written through a codec; open the store with codec="
-        assert str(caught.value) == said
+        text = "the input of run 'r' was written through a codec; open the store with codec="
+        assert str(caught.value) == text
 
 
 async def test_commits_through_a_codec(store: Store) -> None:
@@ -123,24 +123,32 @@ async def test_commits_through_a_codec(store: Store) -> None:
         return CODED + b"%d|" % number + (PayloadPlace("r", 1, kind, position).digest() + data)[::-1]
 
     assert first.step.output == coded(2, stored(1), 0)
-    assert first.step.given == coded(3, b"given", 0, "given")
-    assert (second.step.output, second.step.number, second.step.given) == (coded(4, stored(2), 1), 3, None)
-    assert (third.step.output, third.step.number, third.step.given) == (coded(5, stored(3), 2), None, None)
+    assert first.step.input_key == coded(3, b"given", 0, "step input")
+    assert (second.step.output, second.step.number, second.step.input_key) == (
+        coded(4, stored(2), 1),
+        3,
+        None,
+    )
+    assert (third.step.output, third.step.number, third.step.input_key) == (
+        coded(5, stored(3), 2),
+        None,
+        None,
+    )
     assert all(one.step.sha256 == checksum(one.step.output) for one in (first, second, third))
-    found = {
+    findings = {
         0: committed(1, call=StepCall(2, b"given")),
         1: committed(2, call=StepCall(3, None)),
         2: committed(3),
     }
-    assert await session.committed(0, [""]) == {"": found[0]}
+    assert await session.committed(0, [""]) == {"": findings[0]}
     assert codec.opened == 2
     lose(session)
     place = PayloadPlace("r", 1, "output")
     ahead = {(place, first.step.sha256): stored(1), (place, b"another"): b"another"}
     again = store.open(payloads=payloads, if_exists="resume", opened=ahead)
-    assert again.restored == {(at, ""): commit for at, commit in found.items()}
+    assert again.restored == {(at, ""): commit for at, commit in findings.items()}
     assert codec.opened == 6  # The input, what the first was given, and the outputs of the two others.
-    assert await again.committed(0, [""]) == {"": found[0]}
+    assert await again.committed(0, [""]) == {"": findings[0]}
     assert codec.opened == 8  # What was opened ahead is not kept for ever.
 
 
@@ -174,7 +182,7 @@ async def test_secrets_are_kept_under_a_codec_only(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "kept"),
+    ("value", "entry"),
     [
         (row(), attempt()),
         (row(3, 12, "1.0", 4, node="n"), attempt(3, 12, "1.0", 4, node_id="n")),
@@ -192,12 +200,12 @@ async def test_secrets_are_kept_under_a_codec_only(store: Store) -> None:
     ],
 )  # fmt: skip
 async def test_an_attempt_is_kept_with_all_that_is_told_of_it(
-    store: Store, given: AttemptRow, kept: Attempt
+    store: Store, value: AttemptRow, entry: Attempt
 ) -> None:
     """Costs are whole pico-dollars; text that no store can keep is written out."""
     session = store.open()
-    await session.record(given, None, None)
-    assert list(store.rows.attempts(1, 1)) == [(kept, None)]
+    await session.record(value, None, None)
+    assert list(store.rows.attempts(1, 1)) == [(entry, None)]
     assert store.annotations() == []
 
 
@@ -307,8 +315,8 @@ async def test_the_trace_context_is_kept(store: Store) -> None:
 @pytest.mark.parametrize("fails", [StoreError, asyncio.CancelledError])
 async def test_what_nobody_waits_for_may_fail(store: Store, fails: type[BaseException]) -> None:
     """Without a word of the event loop."""
-    said: list[Any] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+    messages: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: messages.append(context))
     session = store.open()
     store.fails = fails
     session.note_traceparent("00-a-b-01")
@@ -317,7 +325,7 @@ async def test_what_nobody_waits_for_may_fail(store: Store, fails: type[BaseExce
     await asyncio.sleep(0)
     gc.collect()
     assert store.operations == 2
-    assert said == []
+    assert messages == []
 
 
 @pytest.mark.parametrize("deliver", [False, True])
@@ -326,28 +334,28 @@ async def test_an_attempt_that_waits_is_kept_with_what_for(store: Store, deliver
     session = store.open(deliver=deliver)
     waiting = Waiting(2, "0", "node", "wh\0y", "m:Q")
     await session.suspend(row(2, 20, "0"), waiting)
-    kept = attempt(2, 20, "0", message="wh\\x00y")
-    assert list(store.rows.attempts(1, 1)) == [(kept, None)]
+    entry = attempt(2, 20, "0", message="wh\\x00y")
+    assert list(store.rows.attempts(1, 1)) == [(entry, None)]
     assert store.rows.annotations(1, Annotation.WAITING) == [
         StepRow(Annotation.WAITING, "2:0", "node", Step("wh\\x00y", "m:Q", b"", checksum(b"")))
     ]
     due = [
         (one.branch, json.loads(one.step.output)) for one in store.rows.annotations(1, Annotation.DUE_HOOKS)
     ]
-    assert due == ([("2:20:1:0", kept._asdict())] if deliver else [])
+    assert due == ([("2:20:1:0", entry._asdict())] if deliver else [])
 
 
 # ---------------------------------------------------------------------- its end
 
 
 @pytest.mark.parametrize(
-    ("status", "error", "kept"),
+    ("status", "error", "entry"),
     [
         (RunStatus.COMPLETED, None, ("COMPLETED", None)),
         ("PARTIAL", "why\0", ("PARTIAL", "why\\x00")),
     ],
 )
-async def test_the_end_is_kept(store: Store, status: Any, error: str | None, kept: tuple[str, Any]) -> None:
+async def test_the_end_is_kept(store: Store, status: Any, error: str | None, entry: tuple[str, Any]) -> None:
     """And nobody holds the run any more, once it is."""
     session = store.open()
     token = Owner.read(session.fence.owner).token  # type: ignore[union-attr]
@@ -358,9 +366,9 @@ async def test_the_end_is_kept(store: Store, status: Any, error: str | None, kep
     await pending
     await asyncio.sleep(0)
     assert token not in LIVE_SESSIONS
-    found = store.rows.find("r")
-    assert found is not None
-    assert (found.status, found.error, found.holder) == (*kept, None)
+    result = store.rows.find("r")
+    assert result is not None
+    assert (result.status, result.error, result.holder) == (*entry, None)
 
 
 async def test_a_session_that_is_abandoned_holds_nothing(store: Store) -> None:
@@ -398,8 +406,8 @@ async def test_who_was_taken_over_keeps_nothing_more(store: Store, deliver: bool
         with pytest.raises(Fenced) as caught:
             await pending
         assert str(caught.value) == (
-            f"run 'r' was taken over meanwhile, by {place}; nothing more of this execution is kept, see what the other one "
-            "makes of it"
+            f"run 'r' was taken over by {place}; this execution records nothing more, "
+            "see the result of the other one"
         )
     assert store.tables() == before
 
@@ -412,7 +420,7 @@ async def test_whose_run_was_deleted_keeps_nothing_more(store: Store) -> None:
         with pytest.raises(Fenced) as caught:
             await pending
         assert str(caught.value) == (
-            "run 'r' is no longer in the store: it was deleted; nothing more of this execution is kept, see what the other one "
-            "makes of it"
+            "run 'r' is no longer in the store: it was deleted; this execution records nothing more, "
+            "see the result of the other one"
         )
     assert store.table("runs") == []

@@ -34,13 +34,13 @@ def error_of(code: int, text: str = "said") -> sqlite3.OperationalError:
 class Disk(sqlite3.Connection):
     """A connection that keeps what it was told, and fails where it was said to."""
 
-    said: list[str]
+    statements: list[str]
     fails: dict[str, list[Exception]]
 
     def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
         word = sql.split()[0] if not sql.startswith("ROLLBACK TO") else "ROLLBACK TO"
         if word in ("BEGIN", "COMMIT", "ROLLBACK", "ROLLBACK TO", "SAVEPOINT", "RELEASE"):
-            self.said.append(sql)
+            self.statements.append(sql)
             if self.fails.get(word):
                 raise self.fails[word].pop(0)
         return super().execute(sql, *values)
@@ -51,56 +51,56 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "runs.db"
-        self.said: list[str] = []
+        self.statements: list[str] = []
         self.fails: dict[str, list[Exception]] = {}
         self.waiting: list[Job] = []
-        self.asked = 0
+        self.query_count = 0
         self.opened: list[Disk] = []
         self.file = DatabaseFile(str(self.path), "normal", self._connect, 0.0)
         self.connection = SqliteConnection(self.file)
 
     def _connect(self, uri: str) -> sqlite3.Connection:
         db: Any = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, factory=Disk)
-        db.said, db.fails = [], {}
+        db.statements, db.fails = [], {}
         self.opened.append(db)
         return db
 
     def apply(self, *operations: Callable[[SqliteRows], Any]) -> tuple[list[Job], Any]:
         """The jobs, as they are when the connection is done with them; and what it says of the disk."""
         if self.opened:
-            self.opened[-1].said, self.opened[-1].fails = self.said, self.fails
+            self.opened[-1].statements, self.opened[-1].fails = self.statements, self.fails
         batch = [Job(operation, None) for operation in operations]
 
         def more() -> bool:
-            self.asked += 1
+            self.query_count += 1
             come, self.waiting = self.waiting, []
             batch.extend(come)
             return bool(come)
 
-        self.said.clear()
+        self.statements.clear()
         poisoned = self.connection.apply(batch, more)
         return batch, poisoned
 
     def ready(self) -> None:
         """Let it open its file, so that the next transaction is like all that follow."""
         self.apply(lambda _: None)
-        self.said.clear()
-        self.asked = 0
+        self.statements.clear()
+        self.query_count = 0
 
     def cells(self) -> list[str]:
         """What others find in the file."""
         db = sqlite3.connect(self.path)
-        found = [name for (name,) in db.execute("SELECT name FROM cells ORDER BY 1").fetchall()]
+        findings = [name for (name,) in db.execute("SELECT name FROM cells ORDER BY 1").fetchall()]
         db.close()
-        return found
+        return findings
 
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    made = Bench(tmp_path)
-    yield made
-    made.connection.close()
-    for db in made.opened:
+    instance = Bench(tmp_path)
+    yield instance
+    instance.connection.close()
+    for db in instance.opened:
         db.close()
 
 
@@ -125,7 +125,7 @@ def undoing(rows: SqliteRows) -> None:
     rows.db.execute("INSERT OR ROLLBACK INTO cells VALUES ('x', x'00'), ('x', x'01')")
 
 
-def told(jobs: list[Job]) -> list[Any]:
+def outcomes_of(jobs: list[Job]) -> list[Any]:
     return [job.value if job.error is None else job.error for job in jobs]
 
 
@@ -137,11 +137,11 @@ def test_operations_go_in_one_transaction(bench: Bench) -> None:
     bench.ready()
     bench.waiting = [Job(put("c"), None), Job(put("b"), None)]
     jobs, poisoned = bench.apply(put("a"))
-    assert told(jobs) == ["put a", "put c", "put b"]
+    assert outcomes_of(jobs) == ["put a", "put c", "put b"]
     assert poisoned is None
-    assert bench.said == ["BEGIN IMMEDIATE", "COMMIT"]
+    assert bench.statements == ["BEGIN IMMEDIATE", "COMMIT"]
     assert bench.cells() == ["a", "b", "c"]
-    assert bench.asked == 2
+    assert bench.query_count == 2
     assert not bench.opened[-1].in_transaction
 
 
@@ -164,7 +164,7 @@ def test_a_file_that_was_replaced_is_opened_anew(bench: Bench) -> None:
     for file in list(bench.path.parent.iterdir()):
         file.unlink()
     jobs, _ = bench.apply(put("b"))
-    assert told(jobs) == ["put b"]
+    assert outcomes_of(jobs) == ["put b"]
     assert bench.cells() == ["b"]
     assert bench.connection.handle() is bench.opened[1]
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
@@ -203,16 +203,16 @@ def test_an_operation_that_fails_harms_no_other_one(bench: Bench) -> None:
     wrong, refused = ValueError("why"), StoreError("no")
     jobs, poisoned = bench.apply(put("a"), failing(wrong, "w"), put("b"), failing(refused, "r"), put("c"))
     error = jobs[1].error
-    assert told(jobs) == ["put a", error, "put b", refused, "put c"]
+    assert outcomes_of(jobs) == ["put a", error, "put b", refused, "put c"]
     assert type(error) is StoreError
-    assert str(error) == f"{bench.path} cannot keep this: ValueError: why"
+    assert str(error) == f"{bench.path} cannot store the data: ValueError: why"
     assert error.__cause__ is wrong
     assert not error.transient
     assert poisoned is None
     assert bench.cells() == ["a", "b", "c"]
-    kept, undone = ["SAVEPOINT one", "RELEASE one"], ["SAVEPOINT one", "ROLLBACK TO one", "RELEASE one"]
-    assert bench.said == [
-        "BEGIN IMMEDIATE", "ROLLBACK", "BEGIN IMMEDIATE", *kept, *undone, *kept, *undone, *kept, "COMMIT"
+    entry, undone = ["SAVEPOINT one", "RELEASE one"], ["SAVEPOINT one", "ROLLBACK TO one", "RELEASE one"]
+    assert bench.statements == [
+        "BEGIN IMMEDIATE", "ROLLBACK", "BEGIN IMMEDIATE", *entry, *undone, *entry, *undone, *entry, "COMMIT"
     ]  # fmt: skip
 
 
@@ -241,7 +241,7 @@ def test_what_comes_after_one_that_failed_is_done(bench: Bench) -> None:
 
     bench.waiting = [Job(counted, None), Job(failing(ValueError("why")), None)]
     jobs, _ = bench.apply(put("a"))
-    assert told(jobs)[:2] == ["put a", "counted"]
+    assert outcomes_of(jobs)[:2] == ["put a", "counted"]
     assert jobs[2].error is not None
     assert bench.cells() == ["2", "a"]  # The first try was undone.
 
@@ -256,7 +256,7 @@ def test_an_error_that_undoes_everything(bench: Bench) -> None:
     assert poisoned is None
     assert bench.cells() == []
     jobs, _ = bench.apply(put("c"))
-    assert told(jobs) == ["put c"]
+    assert outcomes_of(jobs) == ["put c"]
     assert bench.cells() == ["c"]
 
 
@@ -270,7 +270,7 @@ def test_an_error_that_undoes_everything(bench: Bench) -> None:
         (
             "COMMIT",
             sqlite3.SQLITE_IOERR_WRITE,
-            "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; make room or mend it, "
+            "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; free some space or replace the disk, "
             "then resume",
         ),
         (
@@ -291,10 +291,10 @@ def test_a_transaction_that_fails(bench: Bench, word: str, code: int, why: str) 
     assert len({id(job.error) for job in jobs}) == 2
     assert all(isinstance(job.error.__cause__, sqlite3.OperationalError) for job in jobs if job.error)
     assert poisoned is None
-    assert bench.said[-1] == ("ROLLBACK" if word == "COMMIT" else "BEGIN IMMEDIATE")
+    assert bench.statements[-1] == ("ROLLBACK" if word == "COMMIT" else "BEGIN IMMEDIATE")
     assert bench.cells() == []
     jobs, _ = bench.apply(put("c"))
-    assert told(jobs) == ["put c"]
+    assert outcomes_of(jobs) == ["put c"]
     assert len(bench.opened) == 1
 
 
@@ -303,7 +303,7 @@ def test_what_failed_by_itself_keeps_its_reason(bench: Bench) -> None:
     bench.fails["COMMIT"] = [error_of(sqlite3.SQLITE_FULL)]
     jobs, _ = bench.apply(failing(ValueError("why")), put("a"))
     assert [str(job.error) for job in jobs] == [
-        f"{bench.path} cannot keep this: ValueError: why",
+        f"{bench.path} cannot store the data: ValueError: why",
         f"the disk is full: {bench.path} cannot grow; free some space, then resume",
     ]
 
@@ -315,14 +315,14 @@ def test_a_file_that_cannot_be_opened(bench: Bench, tmp_path: Path) -> None:
     bench.waiting = [Job(put("b"), None)]
     jobs, poisoned = bench.apply(put("a"))
     assert [str(job.error) for job in jobs] == [
-        f"there is no directory {tmp_path / 'none'}; create it, or give another path"
+        f"there is no directory {tmp_path / 'none'}; create it, or use another path"
     ] * 2
     assert len({id(job.error) for job in jobs}) == 2
     assert all(isinstance(job.error, StoreError) and not job.error.transient for job in jobs)
     assert poisoned is None
     bench.path.parent.mkdir()
     jobs, _ = bench.apply(put("c"))
-    assert told(jobs) == ["put c"]
+    assert outcomes_of(jobs) == ["put c"]
 
 
 def test_a_rollback_that_fails(bench: Bench) -> None:
@@ -335,7 +335,7 @@ def test_a_rollback_that_fails(bench: Bench) -> None:
     assert poisoned is None
     assert bench.connection.handle() is None
     jobs, _ = bench.apply(put("c"))
-    assert told(jobs) == ["put c"]
+    assert outcomes_of(jobs) == ["put c"]
     assert len(bench.opened) == 2
     assert bench.cells() == ["c"]
 
@@ -344,7 +344,7 @@ AGAIN = ["BEGIN IMMEDIATE", "ROLLBACK", "BEGIN IMMEDIATE", "SAVEPOINT one"]
 
 
 @pytest.mark.parametrize(
-    ("where", "said"),
+    ("where", "text"),
     [
         ("COMMIT", ["BEGIN IMMEDIATE", "COMMIT"]),
         ("BEGIN", ["BEGIN IMMEDIATE"]),
@@ -353,7 +353,7 @@ AGAIN = ["BEGIN IMMEDIATE", "ROLLBACK", "BEGIN IMMEDIATE", "SAVEPOINT one"]
         ("an operation done again", AGAIN),
     ],
 )
-def test_a_disk_that_fails_is_not_written_to_any_more(bench: Bench, where: str, said: list[str]) -> None:
+def test_a_disk_that_fails_is_not_written_to_any_more(bench: Bench, where: str, text: list[str]) -> None:
     """Whatever was under way is told, and so is everybody who comes later: with the same words, each by an exception of
     its own. From the fault on the connection is left alone: nothing is rolled back, nothing is tried again."""
     bench.ready()
@@ -376,7 +376,7 @@ def test_a_disk_that_fails_is_not_written_to_any_more(bench: Bench, where: str, 
     bench.waiting = [Job(put("c"), None)]
     jobs, poisoned = bench.apply(*operations)
     why = (
-        f"the disk failed under {bench.path} (said): what was acknowledged before is kept, nothing more is written; check the "
+        f"the disk of {bench.path} failed (said): acknowledged commits are stored, no more are written; check the "
         "disk, then resume in a new process"
     )
     assert len(jobs) == len(operations) + 1
@@ -387,7 +387,7 @@ def test_a_disk_that_fails_is_not_written_to_any_more(bench: Bench, where: str, 
     assert [str(error) for error in again] == [why] * 2
     assert again[0] is not again[1]
     assert not again[0].transient
-    assert bench.said == said
+    assert bench.statements == text
     bench.connection.close()
     assert bench.cells() == []
 
@@ -426,9 +426,9 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 def positions(bench: Bench) -> list[int]:
     db = sqlite3.connect(bench.path)
-    found = [at for (at,) in db.execute("SELECT position FROM steps ORDER BY id").fetchall()]
+    findings = [at for (at,) in db.execute("SELECT position FROM steps ORDER BY id").fetchall()]
     db.close()
-    return found
+    return findings
 
 
 def test_commits_that_follow_one_another_go_together(
@@ -444,12 +444,12 @@ def test_commits_that_follow_one_another_go_together(
 
     bench.waiting = [Job(one, None) for one in (commits[4], look, commits[5], commits[6])]
     jobs, poisoned = bench.apply(commits[0], commits[1], commits[2], look, commits[3], look)
-    assert told(jobs) == [None, None, None, 1, None, 2, None, 3, None, None]
+    assert outcomes_of(jobs) == [None, None, None, 1, None, 2, None, 3, None, None]
     assert poisoned is None
     assert together == [[0, 1, 2], [5, 6]]
     assert seen == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
     assert positions(bench) == list(range(7))
-    assert bench.said == ["BEGIN IMMEDIATE", "COMMIT"]
+    assert bench.statements == ["BEGIN IMMEDIATE", "COMMIT"]
 
 
 def test_one_commit_of_many_that_is_fenced(bench: Bench, fence: Fence, together: list[list[int]]) -> None:
@@ -460,15 +460,15 @@ def test_one_commit_of_many_that_is_fenced(bench: Bench, fence: Fence, together:
     assert [type(job.error) for job in jobs] == [type(None), Fenced, type(None), type(None)]
     assert positions(bench) == [0, 2, 3]
     assert together == [[0, 1, 2, 3]]
-    assert bench.said[:3] == ["BEGIN IMMEDIATE", "ROLLBACK", "BEGIN IMMEDIATE"]
-    assert bench.said.count("ROLLBACK TO one") == 1
+    assert bench.statements[:3] == ["BEGIN IMMEDIATE", "ROLLBACK", "BEGIN IMMEDIATE"]
+    assert bench.statements.count("ROLLBACK TO one") == 1
 
 
 def test_a_commit_that_is_repeated_among_others(bench: Bench, fence: Fence) -> None:
     """Who repeats it is told that all is well; it is counted once."""
     commit = Commit("r", fence, attempt(0), STEP)
     jobs, _ = bench.apply(commit, commit, Commit("r", fence, attempt(1), STEP))
-    assert told(jobs) == [None, None, None]
+    assert outcomes_of(jobs) == [None, None, None]
     assert positions(bench) == [0, 1]
     db = sqlite3.connect(bench.path)
     assert db.execute("SELECT tokens FROM runs").fetchone() == (2,)

@@ -43,20 +43,20 @@ def fails(call: Callable[[], Any]) -> StoreError:
 
 def read(file: DatabaseFile) -> bool:
     """Whether there is anything to read in it."""
-    with file.reading() as db:
+    with file.open_to_read() as db:
         return db is not None
 
 
 # ---------------------------------------------------------------------- errors in words
 
-FOREIGN = "{} is a SQLite database of another program, not a stroma store; give another path"
+FOREIGN = "{} is an SQLite database of another program, not a stroma store; use another path"
 LOCKED = "database is locked: another process has held {} for 1.5 s; end that process (a stopped one keeps its lock), then resume"
-NO_ROOM = "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; make room or mend it, then resume"
+NO_ROOM = "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; free some space or replace the disk, then resume"
 DISK = (
-    "the disk failed under {} (said): what was acknowledged before is kept, nothing more is written; check the disk, then "
+    "the disk of {} failed (said): acknowledged commits are stored, no more are written; check the disk, then "
     "resume in a new process"
 )
-PERMISSIONS = "{} may not be written (said); check its permissions and those of its directory"
+PERMISSIONS = "cannot write to {} (said); check its permissions and those of its directory"
 
 
 @pytest.mark.parametrize(
@@ -74,17 +74,17 @@ PERMISSIONS = "{} may not be written (said); check its permissions and those of 
         (error_of(sqlite3.SQLITE_IOERR_NOMEM), NO_ROOM, True),
         (
             error_of(sqlite3.SQLITE_TOOBIG, kind=sqlite3.DataError),
-            "a payload is larger than {} can hold in a row (a thousand million bytes); give the store blobs=, then resume",
+            "a payload is larger than a row of {} can hold (10**9 bytes); pass blobs= to the store, then resume",
             False,
         ),
         (
             error_of(sqlite3.SQLITE_NOTADB, kind=sqlite3.DatabaseError),
-            "{} is not a SQLite database; give another path, or move that file away",
+            "{} is not an SQLite database; use another path, or move that file away",
             False,
         ),
         (
             error_of(sqlite3.SQLITE_CORRUPT, kind=sqlite3.DatabaseError),
-            "{} is damaged (said); restore it from a backup, or save what can be saved with the `.recover` command of the "
+            "{} is damaged (said); restore it from a backup, or recover it with the `.recover` command of the "
             "sqlite3 shell",
             False,
         ),
@@ -92,7 +92,7 @@ PERMISSIONS = "{} may not be written (said); check its permissions and those of 
         (error_of(sqlite3.SQLITE_READONLY_DIRECTORY), PERMISSIONS, False),
         (error_of(sqlite3.SQLITE_PERM), PERMISSIONS, False),
         (PermissionError("said"), PERMISSIONS, False),
-        (FileNotFoundError("said"), "there is no directory {folder}; create it, or give another path", False),
+        (FileNotFoundError("said"), "there is no directory {folder}; create it, or use another path", False),
         (
             error_of(sqlite3.SQLITE_CANTOPEN),
             "cannot open {} (said); check its permissions and those of its directory",
@@ -110,17 +110,17 @@ PERMISSIONS = "{} may not be written (said); check its permissions and those of 
 def test_each_error_says_what_to_do(tmp_path: Path, error: Exception, message: str, transient: bool) -> None:
     """The whole text, with the path in it; and whether trying again may help."""
     path = tmp_path / "runs.db"
-    told = database(path, patience=1.5).explain(error)
-    assert str(told) == message.format(path, folder=tmp_path)
-    assert type(told) is StoreError
-    assert told.transient is transient
+    raised_error = database(path, patience=1.5).explain(error)
+    assert str(raised_error) == message.format(path, folder=tmp_path)
+    assert type(raised_error) is StoreError
+    assert raised_error.transient is transient
 
 
 def test_what_is_in_words_already_stays(tmp_path: Path) -> None:
     """Even if it carries a code of SQLite."""
-    told = StoreError("said")
-    told.sqlite_errorcode = sqlite3.SQLITE_FULL  # type: ignore[attr-defined]
-    assert database(tmp_path / "runs.db").explain(told) is told
+    report = StoreError("said")
+    report.sqlite_errorcode = sqlite3.SQLITE_FULL  # type: ignore[attr-defined]
+    assert database(tmp_path / "runs.db").explain(report) is report
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_lock_is_waited_for_until_the_patience_ends(
         raise error_of(code)
 
     with pytest.raises(sqlite3.OperationalError):
-        database(tmp_path / "runs.db", patience=20.0).patiently(call)
+        database(tmp_path / "runs.db", patience=20.0).retry_while_locked(call)
     assert tries == [100.0 + second for second in range(22)]
     assert len(clock.slept) == 21
     assert all(0.0001 <= seconds <= 0.002 for seconds in clock.slept)
@@ -199,7 +199,7 @@ def test_who_waited_gets_what_the_call_gives(tmp_path: Path, monkeypatch: pytest
             raise answer
         return str(answer)
 
-    assert database(tmp_path / "runs.db", patience=5.0).patiently(call) == "given"
+    assert database(tmp_path / "runs.db", patience=5.0).retry_while_locked(call) == "given"
     assert len(clock.slept) == 2
 
 
@@ -215,7 +215,7 @@ def test_nothing_but_a_lock_is_waited_for(
         raise error
 
     with pytest.raises(sqlite3.OperationalError) as caught:
-        database(tmp_path / "runs.db", patience=5.0).patiently(call)
+        database(tmp_path / "runs.db", patience=5.0).retry_while_locked(call)
     assert caught.value is error
     assert clock.slept == []
 
@@ -241,8 +241,8 @@ def test_the_settings_of_the_connection_that_writes(
         "trusted_schema",
         "busy_timeout",
     )
-    told = [pragma(db, name) for name in names]
-    assert told == ["wal", number, fullfsync, 64 * 1024 * 1024, 0, 0]
+    events = [pragma(db, name) for name in names]
+    assert events == ["wal", number, fullfsync, 64 * 1024 * 1024, 0, 0]
     assert db.isolation_level is None
     db.close()
 
@@ -261,14 +261,14 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
         ("min_reader", "4"),
         ("schema_version", "4"),
     ]
-    found = db.execute(
+    result = db.execute(
         "SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2"
     ).fetchall()
-    assert [name for kind, name in found if kind == "table"] == [
+    assert [name for kind, name in result if kind == "table"] == [
         "attempts", "cells", "deleted", "inputs", "meta", "runs", "steps", "tags"
     ]  # fmt: skip
-    assert [name for kind, name in found if kind == "index"] == [
-        "called", "failed", "runs_by_pipeline", "runs_by_start", "runs_by_status", "tags_by_start", "wanted"
+    assert [name for kind, name in result if kind == "index"] == [
+        "called", "cancel_requests", "failed", "runs_by_pipeline", "runs_by_start", "runs_by_status", "tags_by_start"
     ]  # fmt: skip
     assert not db.in_transaction
     db.execute("INSERT INTO cells VALUES ('c', x'01')")
@@ -290,31 +290,31 @@ def test_a_file_with_any_characters_in_its_name(tmp_path: Path) -> None:
 
 def test_how_a_connection_is_asked_for(tmp_path: Path) -> None:
     """To read and write, and only to read: nothing but the file itself is ever made by that."""
-    asked = list[str]()
+    requests = list[str]()
 
     def opens(uri: str) -> sqlite3.Connection:
-        asked.append(uri)
+        requests.append(uri)
         return connect(uri)
 
     file = database(tmp_path / "runs.db", opens=opens)
     file.open().close()
     assert read(file)
     where = (tmp_path / "runs.db").as_uri()
-    assert asked == [f"{where}?mode=rw", f"{where}?mode=ro"]
+    assert requests == [f"{where}?mode=rw", f"{where}?mode=ro"]
 
 
 def test_a_reader_cannot_write(tmp_path: Path) -> None:
     file = database(tmp_path / "runs.db")
     file.open().close()
-    said = fails(lambda: _write(file))
-    assert str(said) == (
-        f"{file.path} may not be written (attempt to write a readonly database); check its permissions and those of its "
+    text = fails(lambda: _write(file))
+    assert str(text) == (
+        f"cannot write to {file.path} (attempt to write a readonly database); check its permissions and those of its "
         "directory"
     )
 
 
 def _write(file: DatabaseFile) -> None:
-    with file.reading() as db:
+    with file.open_to_read() as db:
         assert db is not None
         db.execute("INSERT INTO cells VALUES ('c', x'01')")
 
@@ -323,12 +323,12 @@ def test_a_reader_is_closed_at_the_end(tmp_path: Path) -> None:
     """After an error, too."""
     file = database(tmp_path / "runs.db")
     file.open().close()
-    with file.reading() as db:
+    with file.open_to_read() as db:
         assert db is not None
         assert db.execute("SELECT count(*) FROM runs").fetchone() == (0,)
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         db.execute("SELECT 1")
-    with pytest.raises(ZeroDivisionError), file.reading() as other:
+    with pytest.raises(ZeroDivisionError), file.open_to_read() as other:
         raise ZeroDivisionError
     assert other is not None
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
@@ -338,11 +338,12 @@ def test_a_reader_is_closed_at_the_end(tmp_path: Path) -> None:
 def test_there_is_nothing_to_read(tmp_path: Path) -> None:
     """Nothing is made by looking; an empty file is an empty store."""
     file = database(tmp_path / "runs.db")
-    said = fails(lambda: read(file))
+    error = fails(lambda: read(file))
     assert (
-        str(said) == f"no such database: {file.path}; check the path, or run a pipeline with this store first"
+        str(error)
+        == f"no such database: {file.path}; check the path, or run a pipeline with this store first"
     )
-    assert not said.transient
+    assert not error.transient
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "runs.db").touch()
     assert not read(file)
@@ -351,10 +352,10 @@ def test_there_is_nothing_to_read(tmp_path: Path) -> None:
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     file = database(tmp_path / "none" / "runs.db")
-    said = fails(file.open)
-    assert str(said) == f"there is no directory {tmp_path / 'none'}; create it, or give another path"
-    assert isinstance(said.__cause__, FileNotFoundError)
-    assert not said.transient
+    error = fails(file.open)
+    assert str(error) == f"there is no directory {tmp_path / 'none'}; create it, or use another path"
+    assert isinstance(error.__cause__, FileNotFoundError)
+    assert not error.transient
 
 
 def test_what_the_system_refuses_has_its_cause(tmp_path: Path) -> None:
@@ -365,9 +366,9 @@ def test_what_the_system_refuses_has_its_cause(tmp_path: Path) -> None:
 
     file = database(tmp_path / "runs.db", opens=opens)
     for call in (file.open, lambda: read(file)):
-        said = fails(call)
-        assert str(said) == f"{file.path}: [Errno 24] Too many open files"
-        assert isinstance(said.__cause__, OSError)
+        error = fails(call)
+        assert str(error) == f"{file.path}: [Errno 24] Too many open files"
+        assert isinstance(error.__cause__, OSError)
 
 
 def test_which_file_it_is(tmp_path: Path) -> None:
@@ -375,8 +376,8 @@ def test_which_file_it_is(tmp_path: Path) -> None:
     file = database(tmp_path / "runs.db")
     assert file.identity() is None
     file.open().close()
-    found = os.stat(file.path)
-    assert file.identity() == (found.st_dev, found.st_ino)
+    result = os.stat(file.path)
+    assert file.identity() == (result.st_dev, result.st_ino)
 
 
 # ---------------------------------------------------------------------- files that are refused
@@ -409,8 +410,8 @@ def _ours(db: sqlite3.Connection) -> None:
     db.execute("CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID, STRICT")
 
 
-DAMAGED = "{} is damaged: it does not say its format; restore it from a backup"
-NEWER = "{} was written by a newer stroma (its format is 5, this one reads up to 4); upgrade stroma, or give another path"
+DAMAGED = "{} is damaged: its format is missing; restore it from a backup"
+NEWER = "{} was written by a newer stroma (its format is 5, this one reads up to 4); upgrade stroma, or use another path"
 
 
 @pytest.mark.parametrize(
@@ -436,9 +437,9 @@ def test_a_file_that_is_no_store_of_ours(tmp_path: Path, make: Callable[[Any], N
 
     file = database(path, opens=opens)
     for call in (file.open, lambda: read(file)):
-        said = fails(call)
-        assert str(said) == message.format(path)
-        assert not said.transient
+        error = fails(call)
+        assert str(error) == message.format(path)
+        assert not error.transient
     assert path.read_bytes() == before
     assert len(opened) == 2
     for one in opened:
@@ -450,9 +451,9 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     path = tmp_path / "runs.db"
     path.write_bytes(b"no database, but a text that is longer than the header of one" * 20)
     for call in (database(path).open, lambda: read(database(path))):
-        said = fails(call)
-        assert str(said) == f"{path} is not a SQLite database; give another path, or move that file away"
-        assert isinstance(said.__cause__, sqlite3.DatabaseError)
+        error = fails(call)
+        assert str(error) == f"{path} is not an SQLite database; use another path, or move that file away"
+        assert isinstance(error.__cause__, sqlite3.DatabaseError)
 
 
 class NoSharedMemory(sqlite3.Connection):
@@ -466,12 +467,12 @@ def test_a_file_system_without_shared_memory(tmp_path: Path) -> None:
     def opens(uri: str) -> sqlite3.Connection:
         return sqlite3.connect(uri, uri=True, isolation_level=None, factory=NoSharedMemory)
 
-    said = fails(database(tmp_path / "runs.db", opens=opens).open)
+    error = fails(database(tmp_path / "runs.db", opens=opens).open)
     assert (
-        str(said)
-        == f"{tmp_path / 'runs.db'} is on a file system without shared memory; put it on a local disk"
+        str(error)
+        == f"{tmp_path / 'runs.db'} is on a file system without shared memory; use a path on a local disk"
     )
-    assert not said.transient
+    assert not error.transient
 
 
 # ---------------------------------------------------------------------- others, at the same time
@@ -592,11 +593,9 @@ def test_a_file_of_a_format_that_was_never_released_is_refused(tmp_path: Path, b
     database(path).open().close()
     change(path, "UPDATE meta SET v = '3'")
     before = shape(path)
-    said = fails(database(path).open if by == "a writer" else lambda: read(database(path)))
-    assert str(said) == (
-        f"{path} has format 3, which no release wrote and this one does not read; give another path"
-    )
-    assert not said.transient
+    error = fails(database(path).open if by == "a writer" else lambda: read(database(path)))
+    assert str(error) == (f"{path} has format 3, which this release cannot read; use another path")
+    assert not error.transient
     assert shape(path) == before
 
 
@@ -644,8 +643,8 @@ def test_a_failed_step_on_the_way_up_changes_nothing(tmp_path: Path) -> None:
     lowered(path, 5)
     change(path, "CREATE TABLE two (y TEXT) STRICT")
     before = shape(path)
-    said = fails(database(path).open)
-    assert str(said) == f"{path}: table two already exists"
+    text = fails(database(path).open)
+    assert str(text) == f"{path}: table two already exists"
     assert shape(path) == before
 
 
@@ -676,12 +675,12 @@ def test_a_reader_has_a_file_put_right_whose_writer_died(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, mended: bool
 ) -> None:
     """Whatever else is in its way it tells."""
-    path, asked = tmp_path / "runs.db", list[str]()
+    path, requests = tmp_path / "runs.db", list[str]()
     database(path).open().close()
     monkeypatch.setattr(HalfDone, "code", code)
 
     def opens(uri: str) -> sqlite3.Connection:
-        asked.append(uri[-2:])
+        requests.append(uri[-2:])
         if uri.endswith("rw"):
             HalfDone.code = 0
             return connect(uri)
@@ -690,10 +689,10 @@ def test_a_reader_has_a_file_put_right_whose_writer_died(
     file = database(path, opens=opens)
     if mended:
         assert read(file)
-        assert asked == ["ro", "rw"]
+        assert requests == ["ro", "rw"]
     else:
         assert isinstance(fails(lambda: read(file)).__cause__, sqlite3.OperationalError)
-        assert asked == ["ro"]
+        assert requests == ["ro"]
 
 
 # ---------------------------------------------------------------------- the store
@@ -732,9 +731,9 @@ def test_what_a_store_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_what_names_no_file(name: Any) -> None:
     with pytest.raises(ValueError) as caught:
         SQLiteStore(name)
-    told = os.fsdecode(name)
+    path = os.fsdecode(name)
     assert str(caught.value) == (
-        f"{told!r} names no file; give a path, or use AsyncInMemoryStore to keep nothing on disk"
+        f"path must name a file, got {path!r}; use AsyncInMemoryStore to store nothing on disk"
     )
 
 
@@ -742,7 +741,7 @@ def test_what_names_no_file(name: Any) -> None:
 def test_how_sure_a_commit_may_be(tmp_path: Path, synchronous: Any) -> None:
     with pytest.raises(ValueError) as caught:
         SQLiteStore(tmp_path / "runs.db", synchronous=synchronous)
-    assert str(caught.value) == f'synchronous is {synchronous!r}; give "full" or "normal"'
+    assert str(caught.value) == f'synchronous must be "full" or "normal", got {synchronous!r}'
 
 
 def test_the_thread_that_writes_has_a_name(tmp_path: Path) -> None:
@@ -754,10 +753,10 @@ def test_the_thread_that_writes_has_a_name(tmp_path: Path) -> None:
 class Watched(sqlite3.Connection):
     """A connection of which each statement is kept; ``fail``: what a query raises."""
 
-    said: list[str] = []  # noqa: RUF012
+    executed: list[str] = []  # noqa: RUF012
 
     def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
-        Watched.said.append(sql)
+        Watched.executed.append(sql)
         return super().execute(sql, *values)
 
 
@@ -768,7 +767,7 @@ def watched(uri: str) -> sqlite3.Connection:
 def test_a_query_reads_within_one_transaction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Begun before it and ended after it, also if it raises; an empty store gives what it was told for that."""
     SQLiteStore(tmp_path / "runs.db")._file.open().close()
-    monkeypatch.setattr(Watched, "said", [])
+    monkeypatch.setattr(Watched, "executed", [])
     store = SQLiteStore(tmp_path / "runs.db", _connect=watched)
     assert store.exists()
 
@@ -779,10 +778,10 @@ def test_a_query_reads_within_one_transaction(tmp_path: Path, monkeypatch: pytes
         raise ZeroDivisionError
 
     assert store.read(counted, "nothing") == (0,)
-    assert Watched.said[-3:] == ["BEGIN", "SELECT count(*) FROM runs", "ROLLBACK"]
+    assert Watched.executed[-3:] == ["BEGIN", "SELECT count(*) FROM runs", "ROLLBACK"]
     with pytest.raises(ZeroDivisionError):
         store.read(broken, None)
-    assert Watched.said[-2:] == ["BEGIN", "ROLLBACK"]
+    assert Watched.executed[-2:] == ["BEGIN", "ROLLBACK"]
     (tmp_path / "empty.db").touch()
     assert SQLiteStore(tmp_path / "empty.db").read(counted, "nothing") == "nothing"
     assert not SQLiteStore(tmp_path / "none.db").exists()
@@ -805,8 +804,8 @@ def test_a_damaged_text_is_read_as_far_as_it_can(tmp_path: Path) -> None:
         tries.append(1)
         rows.db.execute("SELECT no_such FROM meta")
 
-    said = fails(lambda: store.read(wrong, None))
-    assert str(said) == f"{store.path}: no such column: no_such"
+    text = fails(lambda: store.read(wrong, None))
+    assert str(text) == f"{store.path}: no such column: no_such"
     assert tries == [1]
 
 

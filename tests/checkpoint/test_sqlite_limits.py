@@ -48,19 +48,19 @@ async def test_commits_that_wait_together_are_written_together(
         record = store.get_run("many")
         again = await runner.run(pipeline, Items(numbers=list(range(300))), run_id="many", resume=True)
     assert tries
-    assert {found[0] if found else None for found in tries} == {True}
+    assert {match[0] if match else None for match in tries} == {True}
     assert record.tokens == 1200
     assert [item.n for item in again.final_state.squares] == [n**2 for n in range(300)]  # type: ignore[union-attr]
 
 
 async def test_what_stands_beside_a_run_is_at_no_position_of_it(tmp_path: Path) -> None:
     """The trace context, the parent of a fork, marks of cancellation and the like never meet a node, however many there are."""
-    made: list[str] = []
+    outputs: list[str] = []
 
     def step(name: str) -> Any:
         @stroma_node(name, NodeContract(node_id=name, input_schema=Item, output_schema=Item))
         async def add(state: Item) -> dict[str, int]:
-            made.append(name)
+            outputs.append(name)
             return {"n": state.n + 1}
 
         return add
@@ -72,21 +72,23 @@ async def test_what_stands_beside_a_run_is_at_no_position_of_it(tmp_path: Path) 
         result = await runner.run(nodes, Item(n=0), run_id="long", traceparent=parent)
         again = await runner.run(nodes, Item(n=0), run_id="long", resume=True)
         forked = await runner.fork("long", nodes, at="step 8")
-    assert [len(found) for found in (made, set(made))] == [16, 12]
+    assert [len(match) for match in (outputs, set(outputs))] == [16, 12]
     assert [one.final_state.n for one in (result, again, forked)] == [12, 12, 12]  # type: ignore[union-attr]
 
 
 def test_a_lease_is_good_for_as_long_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left of a lease is told in seconds, to the millisecond; one of another start of the machine has expired."""
     monkeypatch.setattr(_sqlite_rows, "_clock_ms", lambda: 1_000_000)
-    until = _sqlite_rows._until(30)
+    until = _sqlite_rows._lease_end(30)
     assert until == 1_030_000
     owner = new_owner(None, ends=False)
-    assert _sqlite_rows._left(str(owner), until) == (30.0 if owner.boot == _sqlite_rows._BOOT else -1.0)
-    assert _sqlite_rows._left(str(owner._replace(boot="another start")), until) == -1.0
-    assert _sqlite_rows._left(str(owner), None) == -1.0
-    assert _sqlite_rows._left(None, until) == -1.0
-    assert _sqlite_rows._left("nobody", until) == -1.0
+    assert _sqlite_rows._seconds_left(str(owner), until) == (
+        30.0 if owner.boot == _sqlite_rows._BOOT else -1.0
+    )
+    assert _sqlite_rows._seconds_left(str(owner._replace(boot="another start")), until) == -1.0
+    assert _sqlite_rows._seconds_left(str(owner), None) == -1.0
+    assert _sqlite_rows._seconds_left(None, until) == -1.0
+    assert _sqlite_rows._seconds_left("nobody", until) == -1.0
 
 
 def test_the_positions_of_what_stands_beside_a_run_differ() -> None:

@@ -60,29 +60,29 @@ def rows(tmp_path: Path, clock: Clock) -> Iterator[SqliteRows]:
 
 
 def opening(run_id: str = "r", **facts: Any) -> Opening:
-    given: dict[str, Any] = {
+    inputs: dict[str, Any] = {
         "pipeline": "p", "owner": OURS, "lease_seconds": 30.0, "contract": "c", "input": INPUT,
         "sha256": checksum(INPUT), "discard_from": None, "tags": (),
     }  # fmt: skip
-    return Opening(run_id, **{**given, **facts})
+    return Opening(run_id, **{**inputs, **facts})
 
 
 def attempt(position: int = 0, started: int = 10, branch: str = "", number: int = 1, **facts: Any) -> Attempt:
-    given: dict[str, Any] = {
+    inputs: dict[str, Any] = {
         "node_id": f"node {position}", "duration_ns": 7, "outcome": "success", "failure_class": None, "message": None,
         "reason": None, "tokens": 5, "output_tokens": 3, "cost_pico": 11, "model": "m",
         "function_ns": 7,
     }  # fmt: skip
-    return Attempt(position, started, branch, number, **{**given, **facts})
+    return Attempt(position, started, branch, number, **{**inputs, **facts})
 
 
 def failed(position: int = 0, started: int = 10, branch: str = "", number: int = 1, **facts: Any) -> Attempt:
-    told = {"outcome": "failure", "failure_class": "semantic", "message": "no", "reason": "why", **facts}
-    return attempt(position, started, branch, number, **told)
+    events = {"outcome": "failure", "failure_class": "semantic", "message": "no", "reason": "why", **facts}
+    return attempt(position, started, branch, number, **events)
 
 
-def step(data: bytes = b"{}", number: int | None = None, given: bytes | None = None) -> Step:
-    return Step("contract", "module:Model", data, checksum(data), number, given)
+def step(data: bytes = b"{}", number: int | None = None, input_data: bytes | None = None) -> Step:
+    return Step("contract", "module:Model", data, checksum(data), number, input_data)
 
 
 def table(rows: SqliteRows, name: str, order: str = "1, 2, 3") -> list[tuple[Any, ...]]:
@@ -115,9 +115,9 @@ def test_the_next_execution_of_a_run(rows: SqliteRows, clock: Clock) -> None:
     rows.commit(first, attempt(), step())
     rows.finish(first, "FAILED", "why")
     clock.now, clock.lease = 2000, 900_000
-    found = rows.find("r")
+    result = rows.find("r")
     fence = rows.begin(
-        found,
+        result,
         opening(
             pipeline="q", owner=THEIRS, lease_seconds=1.5, contract="d", input=OTHER, sha256=checksum(OTHER),
             tags=("new",),
@@ -151,10 +151,10 @@ def test_an_execution_goes_on(rows: SqliteRows, clock: Clock) -> None:
     rows.annotate("r", Annotation.WAITING, "3:", "node 3", step())
     rows.finish(first, "PARTIAL", "why")
     clock.now, clock.lease = 2000, 600_000
-    found = rows.find("r")
-    assert found is not None
+    result = rows.find("r")
+    assert result is not None
     changed = {"pipeline": "q", "owner": THEIRS, "lease_seconds": 2.0, "contract": "d", "input": OTHER}
-    fence = rows.take_over(found, opening(tags=("two", "one"), **changed))
+    fence = rows.take_over(result, opening(tags=("two", "one"), **changed))
     assert fence == Fence(1, 1, 2, THEIRS, 2.0)
     assert table(rows, "runs") == [
         (1, "r", "p", 1, "RUNNING", None, 1000, 2000, 20, 44, 28, THEIRS, 2, 602_000, 4, 4)
@@ -178,9 +178,9 @@ def test_an_execution_goes_on_without_the_commits_from_a_position_on(
     for position in range(3):
         rows.commit(fence, attempt(position, branch="0" if position == 1 else ""), step())
     rows.annotate("r", Annotation.SAVED, "n", "n", step())
-    found = rows.find("r")
-    assert found is not None
-    assert rows.take_over(found, opening(discard_from=discard_from)).execution == 2
+    result = rows.find("r")
+    assert result is not None
+    assert rows.take_over(result, opening(discard_from=discard_from)).execution == 2
     assert [one.position for one in rows.steps(1, 2)] == left
     assert [one.position for one in rows.steps(1, 1)] == [9]
     assert len(rows.annotations(1, Annotation.SAVED)) == 1
@@ -343,9 +343,9 @@ def test_the_end_gives_up_the_lease(rows: SqliteRows, clock: Clock) -> None:
     assert table(rows, "runs") == [
         (1, "r", "p", 1, "PARTIAL", "why", 1000, 3000, 0, 0, 0, OURS, 1, None, 0, 0)
     ]  # fmt: skip
-    found = rows.find("r")
-    assert found is not None
-    assert (found.left_seconds, found.holder) == (-1.0, None)
+    result = rows.find("r")
+    assert result is not None
+    assert (result.left_seconds, result.holder) == (-1.0, None)
     rows.renew([fence])
     assert table(rows, "runs")[0][13] is None  # It is not taken up again by somebody who is late.
 
@@ -370,7 +370,7 @@ def test_leases_are_renewed_each_for_its_time(rows: SqliteRows, clock: Clock) ->
     ("seconds", "ms"), [(0.0, 0), (0.001, 1), (0.0019, 1), (1.0, 1000), (2.5, 2500), (30.0, 30_000)]
 )
 def test_a_lease_counts_whole_milliseconds(clock: Clock, seconds: float, ms: int) -> None:
-    assert _sqlite_rows._until(seconds) == 500_000 + ms
+    assert _sqlite_rows._lease_end(seconds) == 500_000 + ms
 
 
 @pytest.mark.parametrize(
@@ -381,10 +381,10 @@ def test_what_is_left_of_a_lease(rows: SqliteRows, until: int, left: float) -> N
     owner = str(Owner.read(OURS)._replace(pid=os.getpid() + 1, space=0))  # type: ignore[union-attr]
     fence = rows.begin(None, opening(owner=owner))
     rows.db.execute("UPDATE runs SET lease_until_ms = ?", (until,))
-    found = rows.find("r")
-    assert found is not None
-    assert found.left_seconds == left
-    assert (found.holder is None) == (left < 0)
+    result = rows.find("r")
+    assert result is not None
+    assert result.left_seconds == left
+    assert (result.holder is None) == (left < 0)
     assert fence.owner == owner
 
 
@@ -450,9 +450,9 @@ def test_some_branches_of_a_position(rows: SqliteRows) -> None:
     rows.commit(fence, attempt(2, 1, "0"), step(b"elsewhere"))
 
     def told(branches: list[int]) -> list[int]:
-        found = rows.steps_at(1, 1, 1, [str(number) for number in branches])
-        assert all(one == StepRow(1, one.branch, "node 1", step(one.branch.encode())) for one in found)
-        return sorted(int(one.branch) for one in found)
+        result = rows.steps_at(1, 1, 1, [str(number) for number in branches])
+        assert all(one == StepRow(1, one.branch, "node 1", step(one.branch.encode())) for one in result)
+        return sorted(int(one.branch) for one in result)
 
     assert told(list(range(1501))) == there
     assert told(list(range(1500))) == there[:-1]
@@ -621,8 +621,8 @@ def test_what_is_told_of_a_run_beside_its_row(rows: SqliteRows) -> None:
     r, s = rows.find("r"), rows.find("s")
     assert r is not None
     assert s is not None
-    told = rows.run_extras([r, s], failed=20)
-    assert told == [RunExtras("the parent", ("x", "y"), [late, early, within]), RunExtras(None, (), [])]
+    report = rows.run_extras([r, s], failed=20)
+    assert report == [RunExtras("the parent", ("x", "y"), [late, early, within]), RunExtras(None, (), [])]
     assert rows.run_extras([s, r], failed=2)[1].failed == [late, early]
     assert rows.run_extras([r], failed=1)[0].failed == [late]
     assert rows.run_extras([r], failed=0)[0] == RunExtras("the parent", ("x", "y"), [])
@@ -660,9 +660,9 @@ def test_runs_are_listed_through_the_same_columns(rows: SqliteRows, clock: Clock
     rows.annotate("saved", Annotation.SAVED, "n", "n", step())
 
     def told(query: RunQuery, limit: int = 10, after: str | None = None, look_at: int | None = None) -> Any:
-        found, following = rows.runs(query, limit=limit, after=after, look_at=look_at)
-        assert found == [rows.find(one.run_id) for one in found]
-        return "".join(one.run_id for one in found), following
+        result, following = rows.runs(query, limit=limit, after=after, max_filtered=look_at)
+        assert result == [rows.find(one.run_id) for one in result]
+        return "".join(one.run_id for one in result), following
 
     assert told(RunQuery()) == ("utsr", None)
     assert told(RunQuery(), limit=3) == ("uts", "1001.2")
@@ -686,9 +686,9 @@ def test_the_history_of_an_execution(rows: SqliteRows) -> None:
     rows.commit(first, group, step(b"4444"))
     rows.commit(first, inside, None)
     rows.commit(first, one, None)
-    found = rows.find("r")
-    assert found is not None
-    second = rows.take_over(found, opening())
+    result = rows.find("r")
+    assert result is not None
+    second = rows.take_over(result, opening())
     later = attempt(0, 5)
     rows.commit(second, later, None)
     in_order = [
@@ -697,8 +697,8 @@ def test_the_history_of_an_execution(rows: SqliteRows) -> None:
     assert list(rows.attempts(1, 1)) == in_order
     assert list(rows.attempts(1, 2)) == list(rows.attempts(2, 1)) == []
     sized = [
-        AttemptSummary(tried, None if made is None else len(made.output), 2 if tried is later else 1)
-        for tried, made in in_order
+        AttemptSummary(tried, None if instance is None else len(instance.output), 2 if tried is later else 1)
+        for tried, instance in in_order
     ]
     assert rows.attempt_page(1, 1, limit=100, after=None) == (sized, None)
     assert rows.attempt_page(1, 1, limit=6, after=None) == (sized, None)
@@ -731,8 +731,8 @@ def test_the_figures_of_many_runs(rows: SqliteRows, clock: Clock) -> None:
         rows.commit(fence, failed(1, 3, cost_pico=2), None)
 
     def told(since: int, bucket: int, runs: int = 10, attempts: int = 100) -> list[Tally]:
-        found = rows.tally(since, bucket, runs=runs, attempts=attempts)
-        return sorted(found, key=lambda one: (one.bucket, one.node_id))
+        result = rows.tally(since, bucket, runs=runs, attempts=attempts)
+        return sorted(result, key=lambda one: (one.bucket, one.node_id))
 
     good = Tally(1, "p", "node 0", "m", None, 2, 10, 22, 0, 13, 9)
     bad = Tally(1, "p", "node 1", "m", "semantic", 1, 5, 2, 2, 7, 7)

@@ -24,15 +24,15 @@ NAME = "ab" + "0" * 62
 
 def _synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The directories that are synced from now on, as they are called."""
-    found: list[str] = []
+    findings: list[str] = []
     fsync = os.fsync
 
     def note(descriptor: int) -> None:
-        found.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        findings.append(os.readlink(f"/proc/self/fd/{descriptor}"))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", note)
-    return found
+    return findings
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the system does not say what is synced")
@@ -87,8 +87,8 @@ async def test_a_wal_without_its_file_is_damage(tmp_path: Path, damage: Callable
     path, wal = tmp_path / "runs.db", tmp_path / "runs.db-wal"
     assert subprocess.run([sys.executable, "-c", _WRITER, str(path)], check=False).returncode == 9
     shutil.copy(path, tmp_path / "copy")
-    kept = wal.read_bytes()
-    assert kept
+    entry = wal.read_bytes()
+    assert entry
     damage(path)
     (tmp_path / "runs.db-shm").unlink()
     with SQLiteStore(path) as store:
@@ -98,7 +98,7 @@ async def test_a_wal_without_its_file_is_damage(tmp_path: Path, damage: Callable
             ) as refused:
                 await _settled(call())
             assert not refused.value.transient
-    assert wal.read_bytes() == kept
+    assert wal.read_bytes() == entry
     shutil.copy(tmp_path / "copy", path)
     with SQLiteStore(path) as store:
         again = await begin(store, if_exists="resume", if_running="take_over")

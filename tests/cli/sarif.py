@@ -17,17 +17,17 @@ SCHEMA = json.loads(Path(__file__).with_name("sarif-2.1.0.json").read_text("utf-
 
 def problems_of(log: Any) -> list[str]:
     """Every place of a log that is not as it must be."""
-    found = [f"{e.json_path}: {e.message}" for e in Draft202012Validator(SCHEMA).iter_errors(log)]
-    for run in log["runs"] if not found else ():
+    findings = [f"{e.json_path}: {e.message}" for e in Draft202012Validator(SCHEMA).iter_errors(log)]
+    for run in log["runs"] if not findings else ():
         driver = run["tool"]["driver"]
         if not re.fullmatch(r"\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?", driver["semanticVersion"]):
-            found.append(f"{driver['semanticVersion']} is no semantic version")
+            findings.append(f"{driver['semanticVersion']} is no semantic version")
         rules = [rule["id"] for rule in driver["rules"]]
         if len(set(rules)) < len(rules):
-            found.append(f"a rule is told twice: {rules}")
+            findings.append(f"a rule is told twice: {rules}")
         for result in run["results"]:
             if rules[result["ruleIndex"]] != result["ruleId"]:
-                found.append(f"ruleIndex {result['ruleIndex']} is not {result['ruleId']}")
+                findings.append(f"ruleIndex {result['ruleIndex']} is not {result['ruleId']}")
             for place in [*result.get("locations", []), *result.get("relatedLocations", [])]:
                 uri = place["physicalLocation"]["artifactLocation"]["uri"]
                 # The format "uri-reference" is no part of what a validator must check.
@@ -36,5 +36,5 @@ def problems_of(log: Any) -> list[str]:
                     or "\\" in uri
                     or urlsplit(uri).scheme not in ("", "file")
                 ):
-                    found.append(f"uri {uri!r}")
-    return found
+                    findings.append(f"uri {uri!r}")
+    return findings

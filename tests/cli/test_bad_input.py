@@ -119,7 +119,7 @@ def test_debug_shows_the_traceback(files):
 
 
 @pytest.mark.parametrize(
-    ("given", "code", "words"),
+    ("value", "code", "words"),
     [
         ('{"start": ', 2, ["INPUT is not JSON: Expecting value (line 1, column 11)"]),
         ("", 2, ["INPUT is not JSON", "no INPUT at all means {}"]),
@@ -135,9 +135,9 @@ def test_debug_shows_the_traceback(files):
         ("9" * 5000, 2, ["not JSON that can be read"]),
     ],
 )  # fmt: skip
-def test_inputs(files, inside, fails, given, code, words):
+def test_inputs(files, inside, fails, value, code, words):
     """Input that is no JSON says where, input that fails the first contract says so field by field."""
-    done = inside("run", "sums.py:pipeline", *([] if given is None else [given]))
+    done = inside("run", "sums.py:pipeline", *([] if value is None else [value]))
     fails(done, code, *words)
     assert files.calls() == []
     assert not list(files.home.rglob("*.db"))
@@ -173,7 +173,7 @@ def test_first_nodes_without_one_contract(files, inside, fails):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "report"),
     [
         (["shwo"], "did you mean 'show'?"),
         (["run"], "missing argument"),
@@ -187,9 +187,9 @@ def test_first_nodes_without_one_contract(files, inside, fails):
         (["runs", "--db", "memory://"], "is lost when its process ends"),
     ],
 )
-def test_usage(inside, fails, words, told):
+def test_usage(inside, fails, words, report):
     """A call that cannot be meant is exit code 2 and names its help."""
-    fails(inside(*words), 2, told)
+    fails(inside(*words), 2, report)
 
 
 @pytest.mark.slow
@@ -226,7 +226,7 @@ def test_files_that_are_no_store(stroma, inside, fails):
     """A text file, another program's database, a damaged store, a directory: each is told apart, nothing is changed."""
     text = stroma.file("text.db", "x" * 5000)
     for words in (["run", "sums.py:pipeline", GOOD, "-q"], ["runs"], ["show", "last"]):
-        fails(inside(*words, "--db", "text.db"), 3, "is not a SQLite database")
+        fails(inside(*words, "--db", "text.db"), 3, "is not an SQLite database")
     assert text.read_text() == "x" * 5000
     with sqlite3.connect(stroma.home / "theirs.db") as theirs:
         theirs.execute("CREATE TABLE t (x)")
@@ -315,7 +315,7 @@ def test_a_full_disk_on_the_way(stroma):
 
 
 @pytest.mark.parametrize(
-    ("given", "shown"),
+    ("value", "shown"),
     [
         ("postgresql://me:a@b:c/d@host:1/db?x=y", "postgresql://me:***@host:1/db?x=y"),
         ("redis://:pass@host/0", "redis://:***@host/0"),
@@ -336,9 +336,9 @@ def test_a_full_disk_on_the_way(stroma):
         ),
     ],
 )
-def test_masks(given, shown):
+def test_masks(value, shown):
     """What may be a password is masked, whatever characters it holds; all else is shown as it is."""
-    assert stores.mask_passwords(given) == shown
+    assert stores.mask_passwords(value) == shown
 
 
 def test_a_driver_that_is_not_installed(inside, fails, monkeypatch):

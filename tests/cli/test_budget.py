@@ -55,10 +55,10 @@ def test_the_state_of_a_budget(spent, inside) -> None:
     assert re.split(r"  +", lines[5].strip()) == ["ask", "$0.200000", "20 tok"]
     assert lines[6].startswith("it resets at ")
 
-    found = json.loads(inside("budget", "team-a", "--store", "runs.db", "--json").out)
-    assert re.fullmatch(r"\d{4}-\d\d-01T00:00:00\+00:00", found.pop("window_start"))
-    assert re.fullmatch(r"\d{4}-\d\d-01T00:00:00\+00:00", found.pop("window_end"))
-    assert found == {
+    findings = json.loads(inside("budget", "team-a", "--store", "runs.db", "--json").out)
+    assert re.fullmatch(r"\d{4}-\d\d-01T00:00:00\+00:00", findings.pop("window_start"))
+    assert re.fullmatch(r"\d{4}-\d\d-01T00:00:00\+00:00", findings.pop("window_end"))
+    assert findings == {
         "schema": "stroma.budget/1",
         "name": "team-a",
         "per": "month",

@@ -55,10 +55,10 @@ def test_check_lists_errors_and_warnings(flows, inside):
     assert done.out.splitlines() == [
         "warning  split -> result  kept  (optional)",
         "         'split' gives kept as str | None, 'result' takes str: it may be None",
-        "         mend: take None in the input of 'result', or promise a value in the output of 'split'",
+        "         fix: take None in the input of 'result', or promise a value in the output of 'split'",
         "error    split -> result  total  (missing)",
         "         'result' needs total (int), and Parts has no such field",
-        "         mend: add it to the output of 'split', or give it a default in Result",
+        "         fix: add it to the output of 'split', or give it a default in Result",
     ]
     assert done.err == "wrong: 2 nodes, 1 error, 1 warning\n"
 
@@ -88,7 +88,7 @@ def test_check_as_json(flows, inside):
         "severity": "error", "kind": "missing", "source": "split", "target": "result", "source_at": "0",
         "target_at": "1", "path": "total", "source_type": "", "target_type": "int",
         "message": "'result' needs total (int), and Parts has no such field",
-        "mend": "add it to the output of 'split', or give it a default in Result",
+        "fix": "add it to the output of 'split', or give it a default in Result",
     }  # fmt: skip
 
 

@@ -95,10 +95,10 @@ def test_workers_run_what_the_command_asks_for(
         assert (one["pipeline"], one["status"], one["nodes"], one["tokens"]) == ("sums", "COMPLETED", 3, 135)
         shown = json.loads(inside("show", "one", *there, "--json").out)
         assert [attempt["node_id"] for attempt in shown["attempts"]] == ["first", "second", "third"]
-        kept = json.loads(inside("show", "one", "--db", "mirror.db", "--json").out)
-        assert kept["run"]["tags"] == ["blue"]
+        entry = json.loads(inside("show", "one", "--db", "mirror.db", "--json").out)
+        assert entry["run"]["tags"] == ["blue"]
         assert (
-            [a["tokens"] for a in kept["attempts"]]
+            [a["tokens"] for a in entry["attempts"]]
             == [a["tokens"] for a in shown["attempts"]]
             == [120, 15, 0]
         )
@@ -143,8 +143,8 @@ def test_a_budget_goes_with_the_run(inside: Any, worker: Any, there: tuple[str, 
 def test_nobody_is_there_to_do_the_work(stroma: Any, there: tuple[str, ...]) -> None:
     """After some seconds the command that starts a worker is named; SIGTERM leaves the run, which cancel can end."""
     process = stroma.popen("run", "sums.py:pipeline", GOOD, *there, "--run-id", "three")
-    said = wait_for(process, "no worker polls")
-    assert f"stroma worker sums.py:pipeline {' '.join(there)}" in said
+    message = wait_for(process, "no worker polls")
+    assert f"stroma worker sums.py:pipeline {' '.join(there)}" in message
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "")

@@ -41,8 +41,8 @@ def test_a_run_whose_owner_is_gone_is_interrupted(stroma):
     """`stroma runs` says INTERRUPTED of a run whose process died, finds it by that status, and not among the RUNNING."""
     env = {"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"}
     assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x", env=env).code == -9
-    for asked in ((), ("--status", "INTERRUPTED")):
-        (run,) = json.loads(stroma("runs", "--json", *asked).out)["runs"]
+    for request in ((), ("--status", "INTERRUPTED")):
+        (run,) = json.loads(stroma("runs", "--json", *request).out)["runs"]
         assert (run["run_id"], run["status"], run["holder"]) == ("x", "INTERRUPTED", None)
     assert json.loads(stroma("runs", "--json", "--status", "RUNNING").out)["runs"] == []
     assert "INTERRUPTED" in stroma("show", "x").out

@@ -24,17 +24,17 @@ def test_a_store_that_is_well(any_url, stroma, inside):
     assert checks(inside("doctor", "--json", "--db", any_url))["store"]["verdict"] == "ok"
     assert inside("run", "sums.py:pipeline", GOOD, "-q", "--db", any_url).code == 0
     done = inside("doctor", "--json", "--db", any_url)
-    found = checks(done)
+    result = checks(done)
     assert done.code == 0
     system = {"sqlite": "SQLite 3", "postgresql": "PostgreSQL 1", "redis": "Redis "}[
         any_url.partition(":")[0]
     ]
-    assert f"{system}" in found["store"]["message"]
-    assert "has runs, answers in" in found["store"]["message"]
-    assert {"store", "format", "clock", "[redis]", "[otel]"} <= set(found)
-    assert found["format"]["message"].endswith("which this release writes")
+    assert f"{system}" in result["store"]["message"]
+    assert "has runs, answers in" in result["store"]["message"]
+    assert {"store", "format", "clock", "[redis]", "[otel]"} <= set(result)
+    assert result["format"]["message"].endswith("which this release writes")
     words = inside("doctor", "--db", any_url).out.splitlines()
-    assert [line for line in words if not re.match(r"(ok|note) +\S+ +\S|  +mend: \S", line)] == []
+    assert [line for line in words if not re.match(r"(ok|note) +\S+ +\S|  +fix: \S", line)] == []
 
 
 def test_what_is_wrong_names_its_mend(stroma, inside, monkeypatch, tmp_path):
@@ -42,10 +42,10 @@ def test_what_is_wrong_names_its_mend(stroma, inside, monkeypatch, tmp_path):
     stroma.file("text.db", "this is no database, but long enough to be looked at as one")
     done = inside("doctor", "--json", "--db", "text.db")
     assert done.code == 3
-    assert "is not a SQLite database; give another path" in checks(done)["store"]["message"]
+    assert "is not an SQLite database; use another path" in checks(done)["store"]["message"]
     done = inside("doctor", "--json", "--db", "no/such/x.db")
     assert done.code == 3
-    assert "--db FILE" in checks(done)["store"]["mend"]
+    assert "--db FILE" in checks(done)["store"]["fix"]
     done = inside("doctor", "--json", "--db", "mysql://x/y")
     assert done.code == 3
     assert checks(done)["store"]["verdict"] == "wrong"
@@ -55,12 +55,12 @@ def test_what_is_wrong_names_its_mend(stroma, inside, monkeypatch, tmp_path):
         db.execute("UPDATE meta SET v = '99' WHERE k = 'schema_version'")
     db.close()
     newer = checks(inside("doctor", "--json", "--db", "x.db"))["format"]
-    assert (newer["verdict"], "upgrade stroma" in newer["mend"]) == ("note", True)
+    assert (newer["verdict"], "upgrade stroma" in newer["fix"]) == ("note", True)
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     done = inside("doctor", "--json", "--db", "x.db")
     assert done.code == 3
-    assert "stroma gc --older-than 30d --db x.db" in checks(done)["disk"]["mend"]
+    assert "stroma gc --older-than 30d --db x.db" in checks(done)["disk"]["fix"]
 
 
 @pytest.mark.slow
@@ -68,10 +68,10 @@ def test_a_package_that_cannot_be_imported(stroma, inside, monkeypatch):
     """An extra that is not there is told with its install line; one that is broken is wrong."""
     broken = stroma.file("broken/fsspec/__init__.py", "raise RuntimeError('half installed')").parent.parent
     done = stroma("doctor", "--json", env={"PYTHONPATH": str(broken)})
-    found = checks(done)
+    result = checks(done)
     assert done.code == 3
-    assert "half installed" in found["[blobs]"]["message"]
-    assert found["[blobs]"]["mend"] == "pip install 'stroma[blobs]'"
+    assert "half installed" in result["[blobs]"]["message"]
+    assert result["[blobs]"]["fix"] == "pip install 'stroma[blobs]'"
 
 
 @pytest.mark.slow

@@ -42,8 +42,8 @@ def test_json(failed, inside):
     """json has the run, its input and every attempt with its output; --no-states leaves states out."""
     data = json.loads(inside("export", "x").out)
     assert (data["schema"], data["run"]["run_id"], data["input"]) == ("stroma.export/1", "x", {"n": 1})
-    told = [(a["node_id"], a["branch"], a["attempt"], a["output"]) for a in data["attempts"]]
-    assert told == [
+    events = [(a["node_id"], a["branch"], a["attempt"], a["output"]) for a in data["attempts"]]
+    assert events == [
         ("<first>", "", 1, {"n": 2}), ("flaky", "", 1, None), ("flaky", "", 2, {"n": 2}),
         ("parallel(left, right)", "", 1, {"n": 5}), ("left", "0", 1, {"n": 5}), ("right", "1", 1, {"n": 5}),
         ("total", "", 1, None),
@@ -159,9 +159,9 @@ def test_messages_are_redacted(stroma, inside):
         nodes = [node("first", add_one, Count), node("secret", secret)]
         pipeline = Pipeline("private", nodes, config=RunConfig(redact=hide))
     """)  # fmt: skip
-    given = '{"start": 471147114711}'
-    assert inside("run", "private.py:pipeline", given, "--run-id", "x", "-q").code == 1
-    inside("run", "private.py:pipeline", given, "--run-id", "y", "-q")
+    value = '{"start": 471147114711}'
+    assert inside("run", "private.py:pipeline", value, "--run-id", "x", "-q").code == 1
+    inside("run", "private.py:pipeline", value, "--run-id", "y", "-q")
     for words in (
         ["show", "x"], ["show", "x", "--json"], ["runs"], ["runs", "--json"], ["tail", "x"], ["tail"], ["tail", "x", "--json"],
         ["export", "x", "--no-states"], ["export", "x", "--format", "html", "--no-states"], ["export", "x", "--format", "otlp"],

@@ -86,7 +86,7 @@ def test_what_cannot_be_meant(old, inside, fails):
     """Without a span, or with one that is none, nothing is deleted; a store that is not there is not made."""
     fails(inside("gc", "--db", "runs.db"), 2, "--keep-for")
     for span in ("30", "-1d", "d", "30 days", "1e9d", "nan", "99999999w"):
-        fails(inside("gc", "--keep-for", span, "--db", "runs.db"), 2, "is no span of time")
+        fails(inside("gc", "--keep-for", span, "--db", "runs.db"), 2, "is not a time span")
     fails(inside("gc", "--keep-for", "1d", "--db", "none.db"), 4, "store none.db does not exist")
     assert not (old.home / "none.db").exists()
     assert left(inside) == {"ended", "gave up", "killed", "young"}

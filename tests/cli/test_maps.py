@@ -61,8 +61,8 @@ def test_failed_items_are_run_again(stroma, fails):
     done = stroma("run", "many.py:pipeline", "{}", "--run-id", "m", "--json", "-q")
     assert json.loads(done.out)["totals"]["failed_items"] == 30
     assert json.loads(done.out)["totals"]["attempts"] == 302
-    kept = stroma("resume", "m", "many.py:pipeline", "--json", "-q", env={"WELL": "1"})
-    assert (kept.code, json.loads(kept.out)["totals"]["failed_items"]) == (0, 30), kept.err
+    entry = stroma("resume", "m", "many.py:pipeline", "--json", "-q", env={"WELL": "1"})
+    assert (entry.code, json.loads(entry.out)["totals"]["failed_items"]) == (0, 30), entry.err
     assert len(stroma.calls()) == 301
     again = stroma("resume", "m", "many.py:pipeline", "--retry-failed", "--json", env={"WELL": "1"})
     assert (again.code, json.loads(again.out)["totals"]["failed_items"]) == (0, 0), again.err

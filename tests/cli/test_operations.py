@@ -40,8 +40,8 @@ def test_a_run_of_somebody_else(stroma, inside, fails):
             ["run", "sums.py:pipeline", GOOD, "--run-id", "x"],
         ):
             done = inside(*words, "-q")
-            told = ["run x is already running in process ", f"{process.pid} on ", "lease expires in "]
-            fails(done, 3, *told, "resume x sums.py:pipeline --attach", "cancel x", "--take-over")
+            events = ["run x is already running in process ", f"{process.pid} on ", "lease expires in "]
+            fails(done, 3, *events, "resume x sums.py:pipeline --attach", "cancel x", "--take-over")
         other = inside("run", "sums.py:pipeline", '{"start": 2}', "--run-id", "x", "-q")
         fails(other, 3, "with another input")
         listed = inside("runs")
@@ -137,13 +137,13 @@ def test_take_over(stroma):
 
 def test_what_cannot_be_meant(inside, fails):
     """--attach with --take-over or --from, --fork without --from and --state without --fork are usage errors."""
-    for words, told in {
+    for words, report in {
         ("--attach", "--take-over"): "exclude each other",
         ("--attach", "--from", "first"): "exclude each other",
         ("--fork",): "--fork needs --from",
         ("--from", "first", "--state", "{}"): "--state needs --fork",
     }.items():
-        fails(inside("resume", "x", "sums.py:pipeline", *words), 2, told)
+        fails(inside("resume", "x", "sums.py:pipeline", *words), 2, report)
 
 
 # ---------------------------------------------------------------------- cancel
@@ -155,9 +155,9 @@ def test_cancel(stroma, inside, fails):
     fails(inside("cancel", "x"), 4, "no run whose id begins with 'x'")
     with at_work(stroma, HANG) as process:
         done = inside("cancel", "x", "--json")
-        asked = json.loads(done.out)
-        assert (done.code, asked["schema"], asked["outcome"]) == (0, "stroma.cancel/1", "asked")
-        assert asked["holder"].startswith(f"process {process.pid} on ")
+        request = json.loads(done.out)
+        assert (done.code, request["schema"], request["outcome"]) == (0, "stroma.cancel/1", "asked")
+        assert request["holder"].startswith(f"process {process.pid} on ")
         _, err = process.communicate(timeout=10)
         assert process.returncode == 130
         assert "stroma: cancelled by another process: run x is CANCELLED" in err

@@ -112,8 +112,8 @@ def test_a_store_that_others_can_write_is_a_warning(
     assert command("runs") == 0
     assert "warning: runs.db can be written by other users" in capsys.readouterr().err
     assert command("doctor", "--json") == 0
-    found = json.loads(capsys.readouterr().out)["checks"]
-    assert [one["verdict"] for one in found if "other users" in one["message"]] == ["note"]
+    result = json.loads(capsys.readouterr().out)["checks"]
+    assert [one["verdict"] for one in result if "other users" in one["message"]] == ["note"]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,6 @@ def test_arguments_are_cleaned(command: Command, capsys: Any, words: tuple[str, 
     """No message repeats an argument in a way that a terminal obeys."""
     capsys.readouterr()
     assert command(*words) != 0
-    told = capsys.readouterr()
-    assert "\x1b[2J" not in told.err + told.out
-    assert "\u202e" not in told.err + told.out
+    output = capsys.readouterr()
+    assert "\x1b[2J" not in output.err + output.out
+    assert "\u202e" not in output.err + output.out

@@ -38,7 +38,7 @@ def ids(done):
 
 def test_runs_are_asked_for(filled, inside, fails):
     """`runs` gives those of which all that is asked holds, on every store; the cause of a failure is told with it."""
-    for words, found in (
+    for words, result in (
         ([], ["c", "b", "a"]),
         (["--failed"], ["b"]),
         (["--tag", "nightly"], ["b", "a"]),
@@ -53,7 +53,7 @@ def test_runs_are_asked_for(filled, inside, fails):
         (["--search", "sums", "--tag", "customer=1"], ["a"]),
         (["--pipeline", "other"], []),
     ):
-        assert ids(inside("runs", "--json", *words)) == found, words
+        assert ids(inside("runs", "--json", *words)) == result, words
     (run,) = json.loads(inside("runs", "--json", "--failed").out)["runs"]
     assert run["tags"] == ["nightly"]
     assert run["cause"] == {
@@ -61,8 +61,8 @@ def test_runs_are_asked_for(filled, inside, fails):
         "error_type": "TimeoutError", "message": "too slow",
     }  # fmt: skip
     assert "no run matches" in inside("runs", "--tag", "none").err
-    fails(inside("runs", "--failed", "--status", "failed"), 2, "give one of both")
-    fails(inside("runs", "--since", "yesterday"), 2, "is no span of time")
+    fails(inside("runs", "--failed", "--status", "failed"), 2, "pass one of them")
+    fails(inside("runs", "--since", "yesterday"), 2, "is not a time span")
     fails(inside("run", "sums.py:pipeline", GOOD, "--tag", "x" * 201), 2, "--tag", "at most 200")
 
 

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from stroma.cli import formatting as words
+from stroma._utils.text import clean, format_duration
+from stroma.cli import formatting
 
 GOOD = '{"start": 1}'
 
@@ -203,16 +204,16 @@ def test_the_demo_without_its_extra(stroma):
      (7200, "2 h 00 m"), (200_000, "2 d 7 h")],
 )  # fmt: skip
 def test_spans(seconds, text):
-    """A duration is told in at most two units."""
-    assert words.span(seconds) == text
+    """A duration is shown in at most two units."""
+    assert format_duration(seconds) == text
 
 
 def test_clean_text():
     """Foreign text is one line of bounded length that cannot steer a terminal."""
-    assert words.clean("a\n\tb\x1b[2J\x00\u202e") == "a b\\x1b[2J\\x00\\u202e"
-    assert words.clean("x" * 1_000_000, 10) == "xxxxxxxxx…"
-    assert words.local(10**18) == "?"
-    assert words.local(int(time.time() * 1000)).count(":") == 2
+    assert clean("a\n\tb\x1b[2J\x00\u202e") == "a b\\x1b[2J\\x00\\u202e"
+    assert clean("x" * 1_000_000, 10) == "xxxxxxxxx…"
+    assert formatting.format_local_time(10**18) == "?"
+    assert formatting.format_local_time(int(time.time() * 1000)).count(":") == 2
 
 
 @pytest.mark.slow
@@ -280,7 +281,7 @@ def test_every_view_names_the_type(any_url, stroma, inside, monkeypatch):
     assert "BadDate: bad date" in inside("tail", "x").out
     for kind in ("otlp", "html"):
         assert "BadDate: bad date" in inside("export", "x", "--format", kind).out, kind
-    told = json.loads(inside("show", "x", "--json").out)
-    first = told["attempts"][0]
+    report = json.loads(inside("show", "x", "--json").out)
+    first = report["attempts"][0]
     assert (first["error_type"], first["message"]) == ("BadDate", "bad date")
-    assert told["run"]["cause"]["error_type"] == "ConnectionResetError"
+    assert report["run"]["cause"]["error_type"] == "ConnectionResetError"

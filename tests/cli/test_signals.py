@@ -22,10 +22,10 @@ def test_sigint_in_the_middle_of_a_node(stroma):
     """SIGINT cancels the run, what was finished is kept, and resume calls only what was not."""
     process = stroma.popen("run", "sums.py:pipeline", GOOD, "--run-id", "x", "--json", env=HANG)
     wait_for(process, "second                          start")
-    begun = time.monotonic()
+    started = time.monotonic()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - started < 5
     assert process.returncode == 130
     assert "stroma: SIGINT: stopping" in err
     assert "cancelled" in err
@@ -66,10 +66,10 @@ def test_a_node_that_takes_longer_than_the_drain_is_cut_short(stroma):
     """Past --drain the node in flight is cancelled: still no failure, and everything before it is kept."""
     process = stroma.popen("run", "sums.py:pipeline", GOOD, "--run-id", "x", "--drain", "0.2", env=HANG)
     wait_for(process, "second                          start")
-    begun = time.monotonic()
+    started = time.monotonic()
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=30)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - started < 5
     assert (process.returncode, out) == (0, ""), err
     assert "second                          cancelled" in err
     assert "run x is INTERRUPTED" in err

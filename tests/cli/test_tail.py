@@ -28,11 +28,11 @@ def test_a_run_that_ended(db, stroma, inside, fails):
     short = inside("tail", "x", "--lines", "1")
     assert len(short.out.splitlines()) == 2
     assert "2 earlier attempts: stroma show x" in short.err
-    told = [json.loads(line) for line in inside("tail", "x", "--json").out.splitlines()]
-    assert {one["schema"] for one in told} == {"stroma.tail/1"}
-    assert [one["event"] for one in told] == ["attempt", "attempt", "attempt", "end"]
-    assert [one["attempt"]["node_id"] for one in told[:-1]] == ["first", "second", "second"]
-    assert told[-1]["run"]["status"] == "PARTIAL"
+    events = [json.loads(line) for line in inside("tail", "x", "--json").out.splitlines()]
+    assert {one["schema"] for one in events} == {"stroma.tail/1"}
+    assert [one["event"] for one in events] == ["attempt", "attempt", "attempt", "end"]
+    assert [one["attempt"]["node_id"] for one in events[:-1]] == ["first", "second", "second"]
+    assert events[-1]["run"]["status"] == "PARTIAL"
     assert inside("tail").out.splitlines()[-1].startswith("x  PARTIAL")
     fails(inside("tail", "nope"), 4, "no run whose id begins with 'nope'")
 

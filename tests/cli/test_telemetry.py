@@ -23,11 +23,11 @@ TARGET = ("run", "sums.py:pipeline", GOOD)
 
 def test_otlp(stroma: Any, otlp: OtlpReceiver) -> None:
     """--otel ENDPOINT: spans and metrics are there when the command ends, part of the trace in TRACEPARENT."""
-    given = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    done = stroma(*TARGET, "--otel", otlp.url, env={"TRACEPARENT": given})
+    value = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    done = stroma(*TARGET, "--otel", otlp.url, env={"TRACEPARENT": value})
     assert done.code == 0, done
     run = otlp.span("invoke_workflow sums")
-    assert (run["trace_id"], run["parent_span_id"]) == (given[3:35], given[36:52])
+    assert (run["trace_id"], run["parent_span_id"]) == (value[3:35], value[36:52])
     assert otlp.span("stroma.node second")["parent_span_id"] == run["span_id"]
     assert sum(point["value"] for point in otlp.points("stroma.node.executions")) == 3
 
@@ -134,7 +134,7 @@ def test_a_backend_that_is_down(stroma: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "text"),
     [
         (("--otel", "localhost:4318"), "pass a URL"),
         (("--datadog", "localhost"), "pass HOST:PORT"),
@@ -142,11 +142,11 @@ def test_a_backend_that_is_down(stroma: Any) -> None:
         (("--sentry", "no dsn"), "correct the value"),
     ],
 )
-def test_wrong_addresses(inside: Any, option: tuple[str, str], said: str) -> None:
+def test_wrong_addresses(inside: Any, option: tuple[str, str], text: str) -> None:
     """What is no address is refused before anything runs, with exit code 2."""
     done = inside(*TARGET, *option)
     assert done.code == 2, done
-    assert said in done.err
+    assert text in done.err
     assert done.out == ""
 
 
@@ -170,12 +170,12 @@ def test_assets(inside: Any, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert inside("telemetry", "assets", "out").code == 0
     changed = tmp_path / paths[1]
-    kept = changed.read_bytes()
+    entry = changed.read_bytes()
     changed.write_text("mine")
     done = inside("telemetry", "assets", "out")
     assert (done.code, changed.read_text()) == (2, "mine")
     assert "--force" in done.err
     assert inside("telemetry", "assets", "out", "--force").code == 0
-    assert changed.read_bytes() == kept
+    assert changed.read_bytes() == entry
     (tmp_path / "file").write_text("")
     assert inside("telemetry", "assets", "file/below").code == 3

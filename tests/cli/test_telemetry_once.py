@@ -109,13 +109,13 @@ def test_prometheus_counts_once(own: Any, hooks: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["option", "variable"])
-@pytest.mark.parametrize("begun", [False, True], ids=["no client", "a client of its own"])
-def test_sentry_counts_once(own: Any, sentry_server: SentryServer, by: str, begun: bool) -> None:
+@pytest.mark.parametrize("started", [False, True], ids=["no client", "a client of its own"])
+def test_sentry_counts_once(own: Any, sentry_server: SentryServer, by: str, started: bool) -> None:
     """``sentry_hooks()`` of a pipeline and --sentry, or SENTRY_DSN, are one: a failure is one issue."""
     options = ("--sentry", sentry_server.dsn) if by == "option" else ()
     init = (
         f"__import__('sentry_sdk').init({sentry_server.dsn!r}, default_integrations=False) and "
-        if begun
+        if started
         else ""
     )
     env = {"HOOKS": f"{init}sentry_hooks()", "ASK": "raise ValueError('no')"}

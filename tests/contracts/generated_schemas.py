@@ -228,7 +228,7 @@ CONFIGS: list[ConfigDict] = [
 def models(draw: st.DrawFn, name: str, fields: dict[str, Kind]) -> Made:
     """A class with these fields, some with an alias, a default, or excluded."""
     defined: dict[str, Any] = {}
-    given: dict[str, Values] = {}
+    inputs: dict[str, Values] = {}
     for field, kind in fields.items():
         options: dict[str, Any] = {}
         if draw(st.integers(0, 5)) == 0:
@@ -238,11 +238,11 @@ def models(draw: st.DrawFn, name: str, fields: dict[str, Kind]) -> Made:
         elif draw(st.integers(0, 9)) == 0:
             options["exclude"] = True
         defined[field] = (kind.annotation, Field(**options))
-        given[options.get("validation_alias", field)] = kind.values
+        inputs[options.get("validation_alias", field)] = kind.values
     config = draw(st.sampled_from(CONFIGS))
 
     def values(full: bool) -> st.SearchStrategy[dict[str, Any]]:
-        return st.fixed_dictionaries({key: value(full) for key, value in given.items()})
+        return st.fixed_dictionaries({key: value(full) for key, value in inputs.items()})
 
     return Made(create_model(name, __config__=config, **defined), values)
 

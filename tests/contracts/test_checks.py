@@ -70,9 +70,14 @@ class Anything(BaseModel):
 
 
 def node(
-    node_id: str, taken: type[BaseModel] = Anything, given: type[BaseModel] = Anything, returned: Any = None
+    node_id: str,
+    input_model: type[BaseModel] = Anything,
+    output_model: type[BaseModel] = Anything,
+    returned: Any = None,
 ) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(node_id=node_id, input_schema=taken, output_schema=given)
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id=node_id, input_schema=input_model, output_schema=output_model
+    )
 
     async def func(state: Any) -> Any:
         return returned
@@ -96,48 +101,56 @@ def one(*nodes: Any) -> Finding:
     return finding
 
 
-def kinds(given: type[BaseModel], taken: type[BaseModel]) -> list[tuple[str, str, str]]:
+def kinds(output_model: type[BaseModel], input_model: type[BaseModel]) -> list[tuple[str, str, str]]:
     """What is found between an output and the next node's input: severity, kind and field."""
-    return [(f.severity, f.kind, f.path) for f in check(node("a", given=given), node("b", taken))]
+    return [
+        (f.severity, f.kind, f.path)
+        for f in check(node("a", output_model=output_model), node("b", input_model))
+    ]
 
 
-def crosses(given: type[BaseModel], taken: type[BaseModel], **fields: Any) -> bool:
+def crosses(output_model: type[BaseModel], input_model: type[BaseModel], **fields: Any) -> bool:
     """Whether an output with these fields crosses the engine's boundary."""
-    output, _ = schema_of(given).accept_output(fields.get("root", fields))
+    output, _ = schema_of(output_model).accept_output(fields.get("root", fields))
     try:
-        schema_of(taken).prepare_input(output)
+        schema_of(input_model).prepare_input(output)
     except ValueError:
         return False
     return True
 
 
-def made(annotation: Any, **options: Any) -> type[BaseModel]:
+def model_of(annotation: Any, **options: Any) -> type[BaseModel]:
     """A class with one field, x."""
     config = options.pop("config", None)
     name = options.pop("name", "Made")
     return create_model(name, __config__=config, x=(annotation, Field(**options)))  # type: ignore[no-any-return,call-overload]
 
 
-def fits(given: Any, taken: Any, *values: Any) -> None:
+def fits(output_model: Any, input_model: Any, *values: Any) -> None:
     """Nothing is found between two types, and all values cross."""
-    assert kinds(made(given), made(taken)) == []
-    assert [value for value in values if not crosses(made(given), made(taken), x=value)] == []
+    assert kinds(model_of(output_model), model_of(input_model)) == []
+    assert [
+        value for value in values if not crosses(model_of(output_model), model_of(input_model), x=value)
+    ] == []
 
 
-def never(kind: str, given: Any, taken: Any, *values: Any) -> None:
+def never(kind: str, output_model: Any, input_model: Any, *values: Any) -> None:
     """An error of this kind, and no value crosses."""
     assert ("error", kind, "x") in [
-        (s, k, p.partition("[")[0].partition(".")[0]) for s, k, p in kinds(made(given), made(taken))
+        (s, k, p.partition("[")[0].partition(".")[0])
+        for s, k, p in kinds(model_of(output_model), model_of(input_model))
     ]
-    assert [value for value in values if crosses(made(given), made(taken), x=value)] == []
+    assert [
+        value for value in values if crosses(model_of(output_model), model_of(input_model), x=value)
+    ] == []
 
 
-def maybe(kind: str, given: Any, taken: Any, good: Any, bad: Any) -> None:
+def maybe(kind: str, output_model: Any, input_model: Any, good: Any, bad: Any) -> None:
     """A warning of this kind: one value crosses, and one does not."""
-    found = kinds(made(given), made(taken))
-    assert [(severity, k) for severity, k, _ in found] == [("warning", kind)]
-    assert crosses(made(given), made(taken), x=good)
-    assert not crosses(made(given), made(taken), x=bad)
+    result = kinds(model_of(output_model), model_of(input_model))
+    assert [(severity, k) for severity, k, _ in result] == [("warning", kind)]
+    assert crosses(model_of(output_model), model_of(input_model), x=good)
+    assert not crosses(model_of(output_model), model_of(input_model), x=bad)
 
 
 # ---------------------------------------------------------------------- fields
@@ -146,36 +159,36 @@ def maybe(kind: str, given: Any, taken: Any, good: Any, bad: Any) -> None:
 @pytest.mark.core
 def test_a_field_that_is_not_given_is_an_error() -> None:
     """A required field that the node before does not give can never work; the finding names nodes, field, type and mend."""
-    finding = one(node("a", given=Text), node("b", Number))
+    finding = one(node("a", output_model=Text), node("b", Number))
     assert (finding.severity, finding.kind, finding.source, finding.target) == ("error", "missing", "a", "b")
     assert (finding.source_at, finding.target_at, finding.path, finding.target_type) == ("0", "1", "n", "int")
     assert finding.message == "'b' needs n (int), and Text has no such field"
-    assert finding.mend == "add it to the output of 'a', or give it a default in Number"
+    assert finding.fix == "add it to the output of 'a', or give it a default in Number"
     assert "'a' -> 'b'" in str(finding)
     assert not crosses(Text, Number, text="x")
 
 
 def test_a_field_with_a_default_need_not_be_given() -> None:
     """What has a default is not missing."""
-    assert kinds(Text, made(int, default=0)) == []
+    assert kinds(Text, model_of(int, default=0)) == []
 
 
 def test_a_name_that_is_almost_right_is_suggested() -> None:
     """The mend of a missing field names one that is spelt alike."""
     finding = one(
-        node("a", given=create_model("A", sentence=(str, ...))),
+        node("a", output_model=create_model("A", sentence=(str, ...))),
         node("b", create_model("B", sentences=(str, ...))),
     )
-    assert "did you mean its 'sentence'?" in finding.mend
+    assert "did you mean its 'sentence'?" in finding.fix
 
 
 def test_a_dropped_field_names_who_gave_it_and_who_dropped_it() -> None:
     """A field that an earlier node gave, and that a node between does not hand on, is told as dropped."""
     both = create_model("Both", text=(str, ...), n=(int, ...))
-    finding = one(node("a", given=both), node("b", Text, Text), node("c", both))
+    finding = one(node("a", output_model=both), node("b", Text, Text), node("c", both))
     assert (finding.severity, finding.source, finding.target, finding.path) == ("error", "b", "c", "n")
     assert "'a' gave it, and 'b' does not hand it on" in finding.message
-    assert finding.mend == "add 'n' to Text, the output of 'b', or give it a default in Both"
+    assert finding.fix == "add 'n' to Text, the output of 'b', or give it a default in Both"
 
 
 @pytest.mark.core
@@ -206,7 +219,7 @@ def test_an_alias_is_found_by_either_name() -> None:
     """Values cross by field name: the target's alias, or its name, may be the field's name before."""
     aliased = create_model("Aliased", text=(str, Field(alias="body")))
     fits_both = [(Text, aliased), (create_model("Body", body=(str, ...)), aliased), (aliased, Text)]
-    assert [kinds(given, taken) for given, taken in fits_both] == [[], [], []]
+    assert [kinds(value, input_model) for value, input_model in fits_both] == [[], [], []]
     assert crosses(Text, aliased, text="x")
     assert crosses(create_model("Body", body=(str, ...)), aliased, body="x")
     assert crosses(aliased, Text, body="x")
@@ -308,20 +321,24 @@ def test_conversions_that_may_fail_are_warnings() -> None:
 @pytest.mark.core
 def test_strict_mode_converts_nothing() -> None:
     """In strict mode what would be converted is an error, by the field as by the class."""
-    assert kinds(made(str), made(int, strict=True)) == [("error", "type", "x")]
-    assert kinds(made(str), made(int, config={"strict": True})) == [("error", "type", "x")]
-    assert not crosses(made(str), made(int, config={"strict": True}), x="1")
-    assert kinds(made(int), made(float, config={"strict": True})) == []
-    assert kinds(made(list[int]), made(tuple[int, ...], config={"strict": True})) == [("error", "type", "x")]
-    assert not crosses(made(list[int]), made(tuple[int, ...], config={"strict": True}), x=[1])
+    assert kinds(model_of(str), model_of(int, strict=True)) == [("error", "type", "x")]
+    assert kinds(model_of(str), model_of(int, config={"strict": True})) == [("error", "type", "x")]
+    assert not crosses(model_of(str), model_of(int, config={"strict": True}), x="1")
+    assert kinds(model_of(int), model_of(float, config={"strict": True})) == []
+    assert kinds(model_of(list[int]), model_of(tuple[int, ...], config={"strict": True})) == [
+        ("error", "type", "x")
+    ]
+    assert not crosses(model_of(list[int]), model_of(tuple[int, ...], config={"strict": True}), x=[1])
 
 
 def test_the_config_of_the_class_counts() -> None:
     """coerce_numbers_to_str lets numbers be text, and str_max_length is a constraint."""
-    assert kinds(made(int), made(str, config={"coerce_numbers_to_str": True})) == []
-    assert crosses(made(int), made(str, config={"coerce_numbers_to_str": True}), x=1)
-    assert kinds(made(str), made(str, config={"str_max_length": 3})) == [("warning", "constraint", "x")]
-    assert kinds(made(str, config={"str_max_length": 3}), made(str, max_length=5)) == []
+    assert kinds(model_of(int), model_of(str, config={"coerce_numbers_to_str": True})) == []
+    assert crosses(model_of(int), model_of(str, config={"coerce_numbers_to_str": True}), x=1)
+    assert kinds(model_of(str), model_of(str, config={"str_max_length": 3})) == [
+        ("warning", "constraint", "x")
+    ]
+    assert kinds(model_of(str, config={"str_max_length": 3}), model_of(str, max_length=5)) == []
 
 
 def test_any_is_told_where_something_is_wanted() -> None:
@@ -363,7 +380,9 @@ def test_constraints_that_exclude_each_other_are_errors() -> None:
 
 def test_literals_are_tried_one_by_one() -> None:
     """Of a literal that is taken in part the rest is named; one that is not taken at all is an error."""
-    finding = one(node("a", given=made(Literal["a", "b", "c"])), node("b", made(Literal["a", "b"])))
+    finding = one(
+        node("a", output_model=model_of(Literal["a", "b", "c"])), node("b", model_of(Literal["a", "b"]))
+    )
     assert (finding.severity, finding.kind) == ("warning", "choices")
     assert "'c' is not taken" in finding.message
     maybe("choices", Literal["a", "b"], Literal["a"], "a", "b")
@@ -389,22 +408,24 @@ def test_enums_are_tried_member_by_member() -> None:
     fits(Colour, Colour, Colour.RED)
     maybe("choices", str, Colour, "red", "a")
     fits(Literal["red"], Colour, "red")
-    assert [(s, k) for s, k, _ in kinds(made(Colour), made(Red))] != []
+    assert [(s, k) for s, k, _ in kinds(model_of(Colour), model_of(Red))] != []
 
 
 def test_enums_by_value_are_their_values() -> None:
     """With use_enum_values a field holds values, which a strict class does not take for members."""
     by_value: Any = {"use_enum_values": True}
     for annotation in (Colour, Colour | None, list[Colour], dict[str, Colour]):
-        plain, valued = made(annotation), made(annotation, config=by_value)
+        plain, valued = model_of(annotation), model_of(annotation, config=by_value)
         assert [kinds(a, b) for a in (plain, valued) for b in (plain, valued)] == [[], [], [], []]
-    assert kinds(made(Colour, config=by_value), made(Colour, config={"strict": True})) == [
+    assert kinds(model_of(Colour, config=by_value), model_of(Colour, config={"strict": True})) == [
         ("error", "type", "x")
     ]
-    assert not crosses(made(Colour, config=by_value), made(Colour, config={"strict": True}), x=Colour.RED)
-    only = made(Literal[Colour.RED], config=by_value)
-    assert kinds(only, made(Literal[Colour.RED], config=by_value)) == [("error", "type", "x")]
-    assert not crosses(only, made(Literal[Colour.RED], config=by_value), x=Colour.RED)
+    assert not crosses(
+        model_of(Colour, config=by_value), model_of(Colour, config={"strict": True}), x=Colour.RED
+    )
+    only = model_of(Literal[Colour.RED], config=by_value)
+    assert kinds(only, model_of(Literal[Colour.RED], config=by_value)) == [("error", "type", "x")]
+    assert not crosses(only, model_of(Literal[Colour.RED], config=by_value), x=Colour.RED)
 
 
 # ---------------------------------------------------------------------- None and unions
@@ -415,9 +436,9 @@ def test_optional_to_required_is_a_warning() -> None:
     """What may be None, by its type or by its default, is told where None is not taken."""
     maybe("optional", int | None, int, 1, None)
     fits(int, int | None, 1)
-    given = made(int, default=None)
-    assert kinds(given, made(int)) == [("warning", "optional", "x")]
-    assert not crosses(given, made(int))
+    value = model_of(int, default=None)
+    assert kinds(value, model_of(int)) == [("warning", "optional", "x")]
+    assert not crosses(value, model_of(int))
 
 
 @pytest.mark.core
@@ -458,8 +479,8 @@ def test_discriminated_unions_go_by_the_tag() -> None:
     fits(Cat, Pet, CAT)
     fits(Pet, Pet, CAT)
     never("choices", Fish, Pet, {"kind": "fish"})
-    found = kinds(made(Named), made(Pet))
-    assert ("warning", "choices", "x") in found
+    result = kinds(model_of(Named), model_of(Pet))
+    assert ("warning", "choices", "x") in result
     maybe("undecidable", dict[str, str], Pet, {"kind": "dog", "name": "x"}, {})
 
 
@@ -468,12 +489,12 @@ def test_discriminated_unions_go_by_the_tag() -> None:
 
 def test_items_are_looked_into() -> None:
     """What is wrong with the items of a list, the values of a dict or a place in a tuple is told with its path."""
-    assert kinds(made(list[str]), made(list[list[str]])) == [("error", "type", "x[]")]
-    assert kinds(made(dict[str, list[int | None]]), made(dict[str, list[int]])) == [
+    assert kinds(model_of(list[str]), model_of(list[list[str]])) == [("error", "type", "x[]")]
+    assert kinds(model_of(dict[str, list[int | None]]), model_of(dict[str, list[int]])) == [
         ("warning", "optional", "x[][]")
     ]
-    assert kinds(made(tuple[int, str]), made(tuple[int, int])) == [("warning", "conversion", "x[1]")]
-    assert kinds(made(dict[int, int]), made(dict[str, int])) == [("error", "type", "x[key]")]
+    assert kinds(model_of(tuple[int, str]), model_of(tuple[int, int])) == [("warning", "conversion", "x[1]")]
+    assert kinds(model_of(dict[int, int]), model_of(dict[str, int])) == [("error", "type", "x[key]")]
     fits(list[int], list[float], [1])
     fits(dict[str, int], dict[str, float], {"a": 1})
 
@@ -490,7 +511,7 @@ class StreetIn(BaseModel):
 
 def test_nested_models_are_compared_field_by_field() -> None:
     """A model of another class is taken apart, and compared inside; the path leads to the field."""
-    finding = one(node("a", given=made(list[Street])), node("b", made(list[StreetIn])))
+    finding = one(node("a", output_model=model_of(list[Street])), node("b", model_of(list[StreetIn])))
     assert (finding.kind, finding.path, finding.source_type, finding.target_type) == (
         "optional",
         "x[].number",
@@ -605,20 +626,20 @@ EXOTIC: dict[Any, list[Any]] = {
 def test_no_pair_of_exotic_types_is_misjudged() -> None:
     """Of every two types of a long list of odd ones: what has no finding always crosses, what is an error never does."""
     judged = 0
-    for given, values in EXOTIC.items():
-        outputs = [schema_of(made(given)).accept_output({"x": value})[0] for value in values]
-        for taken in EXOTIC:
-            findings = kinds(made(given), made(taken))
+    for argument, values in EXOTIC.items():
+        outputs = [schema_of(model_of(argument)).accept_output({"x": value})[0] for value in values]
+        for input_model in EXOTIC:
+            findings = kinds(model_of(argument), model_of(input_model))
             for output in outputs:
                 try:
-                    schema_of(made(taken)).prepare_input(output)
+                    schema_of(model_of(input_model)).prepare_input(output)
                     crossed = True
                 except ValueError:
                     crossed = False
-                assert findings or crossed, (given, taken, output)
+                assert findings or crossed, (argument, input_model, output)
                 assert not (crossed and "error" in [severity for severity, _, _ in findings]), (
-                    given,
-                    taken,
+                    argument,
+                    input_model,
                     output,
                 )
             judged += 1
@@ -651,13 +672,13 @@ def test_validators_of_the_target_are_one_warning() -> None:
         called.append(value)
         return value
 
-    taken = create_model(
+    input_model = create_model(
         "Taken",
         a=(Annotated[int, AfterValidator(small)], ...),
         b=(Annotated[int, BeforeValidator(small)], ...),
     )
-    given = create_model("Given", a=(int, ...), b=(int, ...))
-    finding = one(node("a", given=given), node("b", taken))
+    argument = create_model("Given", a=(int, ...), b=(int, ...))
+    finding = one(node("a", output_model=argument), node("b", input_model))
     assert (finding.severity, finding.kind, finding.path) == ("warning", "undecidable", "a, b")
     assert "small decides" in finding.message
     assert called == []
@@ -665,22 +686,28 @@ def test_validators_of_the_target_are_one_warning() -> None:
 
 def test_a_validator_does_not_hide_what_never_fits() -> None:
     """A validator that runs after another check is not asked where that refuses everything."""
-    assert kinds(made(list[int]), made(Annotated[int, AfterValidator(abs)])) == [("error", "type", "x")]
+    assert kinds(model_of(list[int]), model_of(Annotated[int, AfterValidator(abs)])) == [
+        ("error", "type", "x")
+    ]
 
 
 def test_a_validator_of_the_source_is_taken_at_its_word() -> None:
     """What a validator says that it returns is what is handed on; one that says nothing is unknown."""
 
-    def said(value: int) -> str:
+    def describe(value: int) -> str:
         return str(value)
 
     def silent(value):  # type: ignore[no-untyped-def]
         return str(value)
 
-    assert kinds(made(Annotated[int, AfterValidator(said)]), made(str)) == []
-    assert crosses(made(Annotated[int, AfterValidator(said)]), made(str), x=1)
-    assert kinds(made(Annotated[int, AfterValidator(said)]), made(list[int])) == [("error", "type", "x")]
-    assert kinds(made(Annotated[int, AfterValidator(silent)]), made(int)) == [("warning", "unknown", "x")]
+    assert kinds(model_of(Annotated[int, AfterValidator(describe)]), model_of(str)) == []
+    assert crosses(model_of(Annotated[int, AfterValidator(describe)]), model_of(str), x=1)
+    assert kinds(model_of(Annotated[int, AfterValidator(describe)]), model_of(list[int])) == [
+        ("error", "type", "x")
+    ]
+    assert kinds(model_of(Annotated[int, AfterValidator(silent)]), model_of(int)) == [
+        ("warning", "unknown", "x")
+    ]
 
 
 def test_a_model_validator_cannot_be_told() -> None:
@@ -706,29 +733,30 @@ def test_a_model_validator_cannot_be_told() -> None:
     class Private(Number):
         _note: str = ""
 
-    given = create_model("Given", n=(int, ...))
-    for taken in (Sane, Own, Made, Later):
-        assert [(s, k) for s, k, _ in kinds(given, taken)] == [("warning", "undecidable")], taken
-    assert kinds(given, Private) == []
+    value = create_model("Given", n=(int, ...))
+    for input_model in (Sane, Own, Made, Later):
+        assert [(s, k) for s, k, _ in kinds(value, input_model)] == [("warning", "undecidable")], input_model
+    assert kinds(value, Private) == []
     assert kinds(Text, Sane) == kinds(Text, Later)[:1] == [("error", "missing", "n")]
 
 
 @pytest.mark.core
 def test_nothing_is_claimed_about_nodes_without_contract() -> None:
     """A node without contract takes and gives anything; what stands behind it is not looked at."""
-    assert check(node("a", given=Text), bare("free"), node("b", Number)) == []
+    assert check(node("a", output_model=Text), bare("free"), node("b", Number)) == []
     assert check(bare("free"), node("b", Number)) == []
     assert (
-        check(node("a", given=Text), parallel(node("b", Text, Text), bare("free")), node("c", Number)) == []
+        check(node("a", output_model=Text), parallel(node("b", Text, Text), bare("free")), node("c", Number))
+        == []
     )
 
 
 def test_a_contract_that_cannot_be_read_is_a_warning() -> None:
     """A class whose annotations are not defined breaks nothing: it is named, with the mend."""
     Broken = create_model("Broken", x=("NotThere", ...))
-    finding = one(node("a", given=Text), node("b", Broken))
+    finding = one(node("a", output_model=Text), node("b", Broken))
     assert (finding.severity, finding.kind) == ("warning", "broken")
-    assert "model_rebuild()" in finding.mend
+    assert "model_rebuild()" in finding.fix
 
 
 # ---------------------------------------------------------------------- groups
@@ -736,30 +764,45 @@ def test_a_contract_that_cannot_be_read_is_a_warning() -> None:
 
 def test_each_child_of_parallel_is_checked() -> None:
     """Every child of a group, nested ones too, is checked against the state that all of them are given."""
-    found = check(node("a", given=Text), parallel(node("b", Text, Text), parallel(node("c", Number, Number))))
-    assert [(f.source, f.target, f.target_at, f.kind) for f in found] == [("a", "c", "1.1.0", "missing")]
+    result = check(
+        node("a", output_model=Text), parallel(node("b", Text, Text), parallel(node("c", Number, Number)))
+    )
+    assert [(f.source, f.target, f.target_at, f.kind) for f in result] == [("a", "c", "1.1.0", "missing")]
 
 
 @pytest.mark.core
 def test_the_merged_state_is_checked_by_who_gave_each_field() -> None:
     """What stands behind a group is checked against the merged fields, and the finding names the child that gave one."""
     both = create_model("Both", text=(list[str], ...), n=(int, ...))
-    found = check(node("a"), parallel(node("b", given=Text), node("c", given=Number)), node("d", both))
-    assert [(f.source, f.source_at, f.target, f.kind) for f in found] == [("b", "1.0", "d", "type")]
-    assert check(node("a"), parallel(node("b", given=Text), node("c", given=Number)), node("d", Number)) == []
+    result = check(
+        node("a"), parallel(node("b", output_model=Text), node("c", output_model=Number)), node("d", both)
+    )
+    assert [(f.source, f.source_at, f.target, f.kind) for f in result] == [("b", "1.0", "d", "type")]
+    assert (
+        check(
+            node("a"),
+            parallel(node("b", output_model=Text), node("c", output_model=Number)),
+            node("d", Number),
+        )
+        == []
+    )
 
 
 @pytest.mark.core
 def test_a_collision_tells_who_wins() -> None:
     """Two children that give the same field are a warning; the later one wins, and is what the next node is checked by."""
     other = create_model("Other", text=(int, ...))
-    found = check(node("a"), parallel(node("b", given=Text), node("c", given=other)), node("d", other))
-    assert [(f.severity, f.kind, f.source, f.target, f.path) for f in found] == [
+    result = check(
+        node("a"), parallel(node("b", output_model=Text), node("c", output_model=other)), node("d", other)
+    )
+    assert [(f.severity, f.kind, f.source, f.target, f.path) for f in result] == [
         ("warning", "collision", "b", "c", "text")
     ]
-    assert (found[0].source_type, found[0].target_type) == ("str", "int")
-    assert "that of 'c' wins" in found[0].message
-    (_, wrong) = check(node("a"), parallel(node("b", given=Text), node("c", given=other)), node("d", Text))
+    assert (result[0].source_type, result[0].target_type) == ("str", "int")
+    assert "that of 'c' wins" in result[0].message
+    (_, wrong) = check(
+        node("a"), parallel(node("b", output_model=Text), node("c", output_model=other)), node("d", Text)
+    )
     assert (wrong.kind, wrong.source, wrong.source_type) == ("type", "c", "int")
 
 
@@ -767,53 +810,57 @@ def test_map_over_needs_a_list() -> None:
     """map_over goes over a list or tuple that the state has: anything else is an error, None a warning."""
     work = map_over("x", node("work", Text, Text), into="y")
     for annotation, kind in ((str, "type"), (set[str], "type"), (dict[str, int], "type")):
-        assert [(f.severity, f.kind) for f in check(node("a", given=made(annotation)), work)][:1] == [
-            ("error", kind)
-        ]
-    assert [(f.severity, f.kind) for f in check(node("a", given=Number), work)] == [("error", "missing")]
-    assert [(f.severity, f.kind) for f in check(node("a", given=made(list[str] | None)), work)] == [
-        ("warning", "optional")
+        assert [(f.severity, f.kind) for f in check(node("a", output_model=model_of(annotation)), work)][
+            :1
+        ] == [("error", kind)]
+    assert [(f.severity, f.kind) for f in check(node("a", output_model=Number), work)] == [
+        ("error", "missing")
     ]
-    assert check(node("a", given=made(tuple[str, ...])), work) == []
-    assert [(f.severity, f.kind) for f in check(node("a", given=made(Any)), work)] == [("warning", "unknown")]
+    assert [
+        (f.severity, f.kind) for f in check(node("a", output_model=model_of(list[str] | None)), work)
+    ] == [("warning", "optional")]
+    assert check(node("a", output_model=model_of(tuple[str, ...])), work) == []
+    assert [(f.severity, f.kind) for f in check(node("a", output_model=model_of(Any)), work)] == [
+        ("warning", "unknown")
+    ]
 
 
 @pytest.mark.core
 def test_the_items_of_map_over_are_checked_against_the_node() -> None:
     """An item is the node's input: a record by its fields, anything else as the only required field or as a root."""
     work = map_over("x", node("work", Text, Text), into="y")
-    assert check(node("a", given=made(list[Text])), work) == []
-    assert check(node("a", given=made(list[str])), work) == []
-    finding = one(node("a", given=made(list[int])), work)
+    assert check(node("a", output_model=model_of(list[Text])), work) == []
+    assert check(node("a", output_model=model_of(list[str])), work) == []
+    finding = one(node("a", output_model=model_of(list[int])), work)
     assert (finding.severity, finding.path, finding.source, finding.target_at) == (
         "error",
         "x[].text",
         "a",
         "1.0",
     )
-    finding = one(node("a", given=made(list[Number])), work)
+    finding = one(node("a", output_model=model_of(list[Number])), work)
     assert (finding.kind, finding.path) == ("missing", "x[].text")
     two = map_over("x", node("work", NameYear, Text), into="y")
-    assert [(f.severity, f.kind) for f in check(node("a", given=made(list[str])), two)] == [
+    assert [(f.severity, f.kind) for f in check(node("a", output_model=model_of(list[str])), two)] == [
         ("error", "items")
     ]
     words = map_over("x", node("work", RootModel[str], Text), into="y")
-    assert check(node("a", given=made(list[str])), words) == []
+    assert check(node("a", output_model=model_of(list[str])), words) == []
     grouped = map_over("x", parallel(node("work", Text, Text)), into="y")
-    assert [(f.severity, f.kind) for f in check(node("a", given=made(list[str])), grouped)] == [
+    assert [(f.severity, f.kind) for f in check(node("a", output_model=model_of(list[str])), grouped)] == [
         ("error", "items")
     ]
 
 
 def test_what_map_over_collects_is_checked_further_on() -> None:
     """The other fields are kept, and the outputs become a list of the node's output."""
-    given = create_model("Given", x=(list[str], ...), kept=(int, ...))
+    value = create_model("Given", x=(list[str], ...), kept=(int, ...))
     work = map_over("x", node("work", Text, Number), into="y")
     fine = create_model("Fine", y=(list[Number], ...), kept=(int, ...), x=(list[str], ...))
-    assert check(node("a", given=given), work, node("b", fine)) == []
+    assert check(node("a", output_model=value), work, node("b", fine)) == []
     wrong = create_model("Wrong", y=(list[Text], ...), kept=(str, ...))
-    found = check(node("a", given=given), work, node("b", wrong))
-    assert [(f.source, f.kind, f.path) for f in found] == [
+    result = check(node("a", output_model=value), work, node("b", wrong))
+    assert [(f.source, f.kind, f.path) for f in result] == [
         ("work", "missing", "y[].text"),
         ("a", "type", "kept"),
     ]
@@ -821,11 +868,11 @@ def test_what_map_over_collects_is_checked_further_on() -> None:
 
 def test_an_output_list_that_replaces_a_field_is_told() -> None:
     """A map_over whose results take the place of another field is a collision; of its own field it is meant."""
-    given = create_model("Given", x=(list[str], ...), y=(int, ...))
+    value = create_model("Given", x=(list[str], ...), y=(int, ...))
     assert [
-        f.kind for f in check(node("a", given=given), map_over("x", node("w", Text, Text), into="y"))
+        f.kind for f in check(node("a", output_model=value), map_over("x", node("w", Text, Text), into="y"))
     ] == ["collision"]
-    assert check(node("a", given=given), map_over("x", node("w", Text, Text), into="x")) == []
+    assert check(node("a", output_model=value), map_over("x", node("w", Text, Text), into="x")) == []
 
 
 async def result_of(*nodes: Any, **config: Any) -> Any:
@@ -833,17 +880,17 @@ async def result_of(*nodes: Any, **config: Any) -> Any:
 
 
 GROUPED: list[tuple[list[Any], bool]] = [
-    ([node("a", given=made(list[str]), returned={"x": ["a"]}), map_over("x", node("w", Text, Text, {"text": "b"}), into="y"),
+    ([node("a", output_model=model_of(list[str]), returned={"x": ["a"]}), map_over("x", node("w", Text, Text, {"text": "b"}), into="y"),
       node("b", create_model("Y", y=(list[Text], ...)), Text, {"text": ""})], True),
-    ([node("a", given=made(list[str]), returned={"x": ["a"]}), map_over("x", node("w", NameYear, Text), into="y")], False),
-    ([node("a", given=made(list[str]), returned={"x": ["a"]}), map_over("x", parallel(node("w", Text, Text)), into="y")], False),
-    ([node("a", given=made(set[str]), returned={"x": ["a"]}), map_over("x", node("w", Text, Text), into="y")], False),
-    ([node("a", given=made(list[Street]), returned={"x": [{"name": "a"}]}),
+    ([node("a", output_model=model_of(list[str]), returned={"x": ["a"]}), map_over("x", node("w", NameYear, Text), into="y")], False),
+    ([node("a", output_model=model_of(list[str]), returned={"x": ["a"]}), map_over("x", parallel(node("w", Text, Text)), into="y")], False),
+    ([node("a", output_model=model_of(set[str]), returned={"x": ["a"]}), map_over("x", node("w", Text, Text), into="y")], False),
+    ([node("a", output_model=model_of(list[Street]), returned={"x": [{"name": "a"}]}),
       map_over("x", node("w", StreetIn, Text, {"text": ""}), into="y")], False),
-    ([parallel(node("a", given=Text, returned={"text": "a"}), node("b", given=Number, returned={"n": 1})),
+    ([parallel(node("a", output_model=Text, returned={"text": "a"}), node("b", output_model=Number, returned={"n": 1})),
       node("c", create_model("Both", text=(str, ...), n=(int, ...)), Text, {"text": ""})], True),
-    ([parallel(node("a", given=made(str), returned={"x": "a"}), node("b", given=made(int), returned={"x": 1})),
-      node("c", made(int), Text, {"text": ""})], True),
+    ([parallel(node("a", output_model=model_of(str), returned={"x": "a"}), node("b", output_model=model_of(int), returned={"x": 1})),
+      node("c", model_of(int), Text, {"text": ""})], True),
 ]  # fmt: skip
 
 
@@ -852,9 +899,9 @@ async def test_groups_do_at_run_time_what_the_checker_says(nodes: list[Any], wor
     """A pipeline with groups that has no errors runs to its end, and one with errors stops where they are."""
     result = await result_of(*nodes)
     assert (result.status is RunStatus.COMPLETED) == works, result.failure
-    found = [f for f in check(*nodes) if f.kind not in ("collision", "optional")]
-    assert not works or found == []
-    assert works or found or [f for f in check(*nodes) if f.kind == "optional"]
+    findings = [f for f in check(*nodes) if f.kind not in ("collision", "optional")]
+    assert not works or findings == []
+    assert works or findings or [f for f in check(*nodes) if f.kind == "optional"]
 
 
 # ---------------------------------------------------------------------- the interface
@@ -862,14 +909,14 @@ async def test_groups_do_at_run_time_what_the_checker_says(nodes: list[Any], wor
 
 def test_findings_are_frozen_records() -> None:
     """A finding cannot be changed."""
-    finding = one(node("a", given=Text), node("b", Number))
+    finding = one(node("a", output_model=Text), node("b", Number))
     with pytest.raises(FrozenInstanceError):
         finding.path = "m"  # type: ignore[misc]
 
 
 def test_check_takes_pipelines_and_lists_and_refuses_all_else() -> None:
     """runner.check takes what run() takes, and says of what is no node how to make one."""
-    nodes = [node("a", given=Text), node("b", Number)]
+    nodes = [node("a", output_model=Text), node("b", Number)]
     runner = StromaRunner.quick()
     assert runner.check(Pipeline("p", nodes)) == runner.check(iter(nodes)) == runner.check(tuple(nodes))
     with pytest.raises(TypeError, match="decorate it"):
@@ -880,7 +927,7 @@ def test_check_takes_pipelines_and_lists_and_refuses_all_else() -> None:
 def test_the_registry_wins_over_the_marker() -> None:
     """A node is checked by the contract that it would run under."""
     runner = StromaRunner.quick()
-    nodes = [node("a", given=Text), node("b", Number)]
+    nodes = [node("a", output_model=Text), node("b", Number)]
     runner.registry.register(NodeContract(node_id="b", input_schema=Text, output_schema=Text))
     assert runner.check(nodes) == []
 
@@ -898,7 +945,7 @@ async def test_a_run_that_cannot_work_is_refused_before_the_store_is_opened(tmp_
     """With RunConfig(check=True) run() raises CheckFailed with all errors and no warnings; the store is not made."""
     path = tmp_path / "runs.db"
     both = create_model("Both", n=(int, ...), m=(int, ...), text=(int, ...))
-    nodes = [node("a", given=Text, returned={"text": "1"}), node("b", both)]
+    nodes = [node("a", output_model=Text, returned={"text": "1"}), node("b", both)]
     runner = StromaRunner.quick(store=SQLiteStore(path), check=True)
     with pytest.raises(CheckFailed) as caught:
         await runner.run(nodes, Anything())
@@ -913,16 +960,19 @@ async def test_a_run_that_cannot_work_is_refused_before_the_store_is_opened(tmp_
 @pytest.mark.core
 async def test_warnings_refuse_no_run() -> None:
     """A run with warnings alone runs with check=True, and without it what cannot work is a FAILED result as ever."""
-    nodes = [node("a", given=made(str), returned={"x": "1"}), node("b", made(int), Text, {"text": ""})]
+    nodes = [
+        node("a", output_model=model_of(str), returned={"x": "1"}),
+        node("b", model_of(int), Text, {"text": ""}),
+    ]
     assert [f.severity for f in check(*nodes)] == ["warning"]
     assert (await result_of(*nodes, check=True)).status is RunStatus.COMPLETED
-    wrong = [node("a", given=Text, returned={"text": ""}), node("b", Number)]
+    wrong = [node("a", output_model=Text, returned={"text": ""}), node("b", Number)]
     assert (await result_of(*wrong)).status is RunStatus.FAILED
 
 
 async def test_a_pipelines_own_config_may_ask_for_the_check() -> None:
     """check=True in a Pipeline's config counts like that of the runner."""
-    pipeline = Pipeline("p", [node("a", given=Text), node("b", Number)], config=RunConfig(check=True))
+    pipeline = Pipeline("p", [node("a", output_model=Text), node("b", Number)], config=RunConfig(check=True))
     with pytest.raises(CheckFailed):
         await StromaRunner.quick().run(pipeline, Anything())
 
@@ -950,8 +1000,8 @@ def test_checking_is_quick() -> None:
 
     async def timed() -> float:
         loop = asyncio.get_running_loop()
-        begun = loop.time()
+        started = loop.time()
         assert len(check(*nodes)) == 1990
-        return loop.time() - begun
+        return loop.time() - started
 
     assert asyncio.run(timed()) < 5

@@ -20,9 +20,9 @@ seen: Counter[str] = Counter()
 
 def checked(first: Made, second: Made) -> list[Finding]:
     nodes = []
-    for node_id, given_, made in (("first", first, first), ("second", second, second)):
+    for node_id, consumed, produced in (("first", first, first), ("second", second, second)):
         contract: NodeContract[Any, Any] = NodeContract(
-            node_id=node_id, input_schema=given_.model, output_schema=made.model
+            node_id=node_id, input_schema=consumed.model, output_schema=produced.model
         )
 
         async def func(state: Any) -> Any: ...
@@ -58,7 +58,9 @@ def agree(pair: tuple[Made, Made], data: st.DataObject) -> None:
     errors = [finding for finding in findings if finding.severity == "error"]
     # A list of the wrong items is an error, though an empty one would pass: outputs have items then.
     outputs = [data.draw(first.values(bool(errors) or n % 2 == 0)) for n in range(OUTPUTS)]
-    crossed = [found for found in (crosses(first, second, values) for values in outputs) if found is not None]
+    crossed = [
+        result for result in (crosses(first, second, values) for values in outputs) if result is not None
+    ]
     if not crossed:
         seen["no output"] += 1
         return

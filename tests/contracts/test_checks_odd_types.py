@@ -50,9 +50,14 @@ class Anything(BaseModel):
 
 
 def node(
-    node_id: str, taken: type[BaseModel] = Anything, given: type[BaseModel] = Anything, returned: Any = None
+    node_id: str,
+    input_model: type[BaseModel] = Anything,
+    output_model: type[BaseModel] = Anything,
+    returned: Any = None,
 ) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(node_id=node_id, input_schema=taken, output_schema=given)
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id=node_id, input_schema=input_model, output_schema=output_model
+    )
 
     async def func(state: Any) -> Any:
         return returned
@@ -60,7 +65,7 @@ def node(
     return stroma_node(node_id, contract)(func)
 
 
-def made(annotation: Any, **options: Any) -> type[BaseModel]:
+def model_of(annotation: Any, **options: Any) -> type[BaseModel]:
     """A class with one field, x."""
     config = ConfigDict(arbitrary_types_allowed=True, **options)
     return create_model("Made", __config__=config, x=(annotation, ...))
@@ -70,18 +75,18 @@ def check(*nodes: Any) -> list[Finding]:
     return StromaRunner.quick().check(nodes)
 
 
-async def works(given: type[BaseModel], taken: type[BaseModel], output: Any) -> bool:
+async def works(output_model: type[BaseModel], input_model: type[BaseModel], output: Any) -> bool:
     """Whether a run of two nodes gets from the one class to the other."""
-    nodes = [node("a", given=given, returned=output), node("b", taken, returned={})]
+    nodes = [node("a", output_model=output_model, returned=output), node("b", input_model, returned={})]
     result = await StromaRunner.quick(policy_map=NEVER).run(nodes, Anything())
     assert any(event.node_id == "a" and event.failure is None for event in result.trace), result.failure
     return result.status is RunStatus.COMPLETED
 
 
-def severities(given: type[BaseModel], taken: type[BaseModel]) -> set[str]:
-    found = check(node("a", given=given), node("b", taken))
-    assert not [finding for finding in found if "raised" in finding.message]
-    return {finding.severity for finding in found}
+def severities(output_model: type[BaseModel], input_model: type[BaseModel]) -> set[str]:
+    result = check(node("a", output_model=output_model), node("b", input_model))
+    assert not [finding for finding in result if "raised" in finding.message]
+    return {finding.severity for finding in result}
 
 
 class Level(enum.Enum):
@@ -214,44 +219,45 @@ FITS: list[tuple[Any, Any, Any]] = [
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("given", "taken", "output"), UNFIT, ids=str)
-async def test_what_never_works_is_an_error(given: Any, taken: Any, output: Any) -> None:
+@pytest.mark.parametrize(("value", "input_model", "output"), UNFIT, ids=str)
+async def test_what_never_works_is_an_error(value: Any, input_model: Any, output: Any) -> None:
     """What the engine refuses whatever the output is told as an error."""
-    assert severities(made(given), made(taken)) == {"error"}
-    assert not await works(made(given), made(taken), {"x": output})
+    assert severities(model_of(value), model_of(input_model)) == {"error"}
+    assert not await works(model_of(value), model_of(input_model), {"x": output})
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("given", "taken", "output", "passes"), MAYBE, ids=str)
+@pytest.mark.parametrize(("value", "input_model", "output", "passes"), MAYBE, ids=str)
 async def test_what_may_work_is_no_error_and_what_may_fail_is_told(
-    given: Any, taken: Any, output: Any, passes: bool
+    value: Any, input_model: Any, output: Any, passes: bool
 ) -> None:
     """Where one output passes it is no error; where one fails there is a finding."""
-    found = severities(made(given), made(taken))
-    assert await works(made(given), made(taken), {"x": output}) is passes
-    assert "error" not in found if passes else found
+    result = severities(model_of(value), model_of(input_model))
+    assert await works(model_of(value), model_of(input_model), {"x": output}) is passes
+    assert "error" not in result if passes else result
 
 
-@pytest.mark.parametrize(("given", "taken", "output"), FITS, ids=str)
-async def test_what_always_works_is_not_told(given: Any, taken: Any, output: Any) -> None:
+@pytest.mark.parametrize(("value", "input_model", "output"), FITS, ids=str)
+async def test_what_always_works_is_not_told(value: Any, input_model: Any, output: Any) -> None:
     """What passes whatever the output has no finding."""
-    assert severities(made(given), made(taken)) == set()
-    assert await works(made(given), made(taken), {"x": output})
+    assert severities(model_of(value), model_of(input_model)) == set()
+    assert await works(model_of(value), model_of(input_model), {"x": output})
 
 
 async def test_strict_mode_takes_text_for_an_address() -> None:
     """A URL is made of text in strict mode, too."""
-    assert severities(made(str), made(AnyUrl, strict=True)) == {"warning"}
-    assert await works(made(str), made(AnyUrl, strict=True), {"x": "http://a.b/"})
+    assert severities(model_of(str), model_of(AnyUrl, strict=True)) == {"warning"}
+    assert await works(model_of(str), model_of(AnyUrl, strict=True), {"x": "http://a.b/"})
 
 
 async def test_uuids_have_versions() -> None:
     """A UUID of another version is never taken, and one of any version may not be."""
-    assert [(f.severity, f.kind) for f in check(node("a", given=made(UUID4)), node("b", made(UUID1)))] == [
-        ("error", "constraint")
-    ]
-    assert severities(made(uuid.UUID), made(UUID1)) == {"warning"}
-    assert not await works(made(UUID4), made(UUID1), {"x": uuid.uuid4()})
+    assert [
+        (f.severity, f.kind)
+        for f in check(node("a", output_model=model_of(UUID4)), node("b", model_of(UUID1)))
+    ] == [("error", "constraint")]
+    assert severities(model_of(uuid.UUID), model_of(UUID1)) == {"warning"}
+    assert not await works(model_of(UUID4), model_of(UUID1), {"x": uuid.uuid4()})
 
 
 # ---------------------------------------------------------------------- the same class on both sides
@@ -261,7 +267,7 @@ async def test_uuids_have_versions() -> None:
 async def test_a_default_that_its_own_class_refuses_is_told() -> None:
     """A default is not validated, so the same class on both sides may refuse it."""
     defaulted = create_model("Defaulted", n=(int, None))
-    assert [(f.severity, f.kind) for f in check(node("a", given=defaulted), node("b", defaulted))] == [
+    assert [(f.severity, f.kind) for f in check(node("a", output_model=defaulted), node("b", defaulted))] == [
         ("warning", "optional")
     ]
     assert not await works(defaulted, defaulted, {})
@@ -271,10 +277,10 @@ async def test_a_default_that_its_own_class_refuses_is_told() -> None:
 @pytest.mark.core
 async def test_an_excluded_field_that_is_required_is_missed_by_its_own_class() -> None:
     """An excluded field crosses no boundary, not to the same class and not inside of another field either."""
-    holder = made(Secretive)
+    holder = model_of(Secretive)
     for cls, output in ((Secretive, {"n": 1, "hidden": 2}), (holder, {"x": {"n": 1, "hidden": 2}})):
-        found = check(node("a", given=cls), node("b", cls))
-        assert [(f.severity, f.kind, f.path.rpartition(".")[2]) for f in found] == [
+        result = check(node("a", output_model=cls), node("b", cls))
+        assert [(f.severity, f.kind, f.path.rpartition(".")[2]) for f in result] == [
             ("error", "missing", "hidden")
         ]
         assert not await works(cls, cls, output)
@@ -290,7 +296,7 @@ async def test_a_class_with_an_alias_fits_itself() -> None:
 @pytest.mark.core
 async def test_what_a_class_of_ones_own_made_crosses_to_the_same_class() -> None:
     """A class that pydantic makes of text is not made again of its own instance; another class refuses it."""
-    one, two = made(Own), made(Own, title="two")
+    one, two = model_of(Own), model_of(Own, title="two")
     assert severities(one, one) == set()
     assert await works(one, one, {"x": "a"})
     assert severities(one, two) == {"error"}
@@ -319,27 +325,29 @@ Words = RootModel[dict[str, list[str]]]
 WORK: Any = map_over("x", node("work", Text, Text, {"text": "b"}), into="y")
 END: Any = node("end", create_model("End", y=(list[Text], ...)), Text, {"text": ""})
 GROUPED: list[tuple[list[Any], set[str], bool]] = [
-    ([node("a", given=Words, returned={"x": ["a"]}), WORK, END], {"warning"}, True),
-    ([node("a", given=Words, returned={"z": ["a"]}), WORK, END], {"warning"}, False),
-    ([node("a", given=RootModel[dict[str, int]], returned={"x": 1}), WORK], {"error", "warning"}, False),
-    ([node("a", given=RootModel[list[str]], returned=["a"]), WORK], {"error"}, False),
-    ([node("a", given=RootModel[list[str]], returned=["a"]), map_over("root", node("w", Text, Text, {"text": ""}), into="y"), END],
+    ([node("a", output_model=Words, returned={"x": ["a"]}), WORK, END], {"warning"}, True),
+    ([node("a", output_model=Words, returned={"z": ["a"]}), WORK, END], {"warning"}, False),
+    ([node("a", output_model=RootModel[dict[str, int]], returned={"x": 1}), WORK], {"error", "warning"}, False),
+    ([node("a", output_model=RootModel[list[str]], returned=["a"]), WORK], {"error"}, False),
+    ([node("a", output_model=RootModel[list[str]], returned=["a"]), map_over("root", node("w", Text, Text, {"text": ""}), into="y"), END],
      set(), True),
-    ([node("a", given=Anything, returned={"x": ["a"]}), WORK, END], {"warning"}, True),
+    ([node("a", output_model=Anything, returned={"x": ["a"]}), WORK, END], {"warning"}, True),
     ([bare("a", {"x": ["a"]}), WORK, END], set(), True),
-    ([node("a", given=made(list[str]), returned={"x": ["a"]}), map_over("x", WORK, into="y")], {"error"}, False),
-    ([node("a", given=made(list[made(list[str])]), returned={"x": [{"x": ["a"]}]}), map_over("x", WORK, into="y")], set(), True),
-    ([parallel(node("a", given=RootModel[list[str]], returned=["a"])), node("b", create_model("R", root=(list[str], ...)), Text, {"text": ""})],
+    ([node("a", output_model=model_of(list[str]), returned={"x": ["a"]}), map_over("x", WORK, into="y")], {"error"}, False),
+    ([node("a", output_model=model_of(list[model_of(list[str])]), returned={"x": [{"x": ["a"]}]}), map_over("x", WORK, into="y")], set(), True),
+    ([parallel(node("a", output_model=RootModel[list[str]], returned=["a"])), node("b", create_model("R", root=(list[str], ...)), Text, {"text": ""})],
      set(), True),
 ]  # fmt: skip
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("nodes", "found", "passes"), GROUPED)
-async def test_groups_over_what_has_no_named_fields(nodes: list[Any], found: set[str], passes: bool) -> None:
+@pytest.mark.parametrize(("nodes", "outcome", "passes"), GROUPED)
+async def test_groups_over_what_has_no_named_fields(
+    nodes: list[Any], outcome: set[str], passes: bool
+) -> None:
     """map_over and parallel() are judged by what they do with root models, open classes and nodes without a contract."""
     findings = check(*nodes)
-    assert {finding.severity for finding in findings} == found, findings
+    assert {finding.severity for finding in findings} == outcome, findings
     result = await StromaRunner.quick(policy_map=NEVER).run(nodes, Anything())
     assert (result.status is RunStatus.COMPLETED) is passes, result.failure
 
@@ -381,7 +389,7 @@ def test_a_class_that_cannot_be_read_is_a_box_without_lines(nodes: Any) -> None:
 
 def test_the_class_of_the_input_must_be_one() -> None:
     """What is no model class is refused as the class of what runs begin with, in words."""
-    with pytest.raises(TypeError, match="give the pydantic model class of what runs begin with"):
+    with pytest.raises(TypeError, match="pass the class of the initial state"):
         StromaRunner.quick().check([node("a")], input_schema="Text")  # type: ignore[arg-type]
 
 
@@ -407,12 +415,14 @@ def test_values_that_cannot_be_told_break_no_check() -> None:
         __str__ = __repr__
 
     classes = [
-        made(Mood), made(Literal["a"]), made(InstanceOf[Hostile]), create_model("D", x=(int, Hostile())),
-        create_model("E", x=(Mood, Mood.GOOD)), made(Annotated[int, Field(ge=5)]),
+        model_of(Mood), model_of(Literal["a"]), model_of(InstanceOf[Hostile]), create_model("D", x=(int, Hostile())),
+        create_model("E", x=(Mood, Mood.GOOD)), model_of(Annotated[int, Field(ge=5)]),
     ]  # fmt: skip
-    for given in classes:
-        for taken in classes:
-            assert all(str(finding) for finding in check(node("a", given=given), node("b", taken)))
+    for value in classes:
+        for input_model in classes:
+            assert all(
+                str(finding) for finding in check(node("a", output_model=value), node("b", input_model))
+            )
 
 
 def tangle(name: str, annotation: Any, size: int = 10) -> type[BaseModel]:
@@ -433,11 +443,11 @@ def tangle(name: str, annotation: Any, size: int = 10) -> type[BaseModel]:
 def test_classes_that_hold_each_other_come_to_an_end(annotation: Any, severity: set[str]) -> None:
     """Ten classes that all hold each other have more ways through them than can be gone, and are judged at once."""
     one, two = tangle("One", int), tangle("Two", annotation)
-    begun = time.process_time()
-    found = check(node("a", given=one), node("b", two))
-    assert {finding.severity for finding in found} == severity
-    assert len(found) < 2000
-    assert time.process_time() - begun < 60  # Going all ways would take hours.
+    started = time.process_time()
+    result = check(node("a", output_model=one), node("b", two))
+    assert {finding.severity for finding in result} == severity
+    assert len(result) < 2000
+    assert time.process_time() - started < 60  # Going all ways would take hours.
 
 
 def test_a_computed_field_counts_for_the_outermost_alone() -> None:
@@ -455,8 +465,8 @@ def test_a_computed_field_counts_for_the_outermost_alone() -> None:
         n: int
         kids: list[Counted] = []
 
-    found = check(node("a", given=Computing), node("b", Counted))
-    assert [(f.severity, f.kind, f.path) for f in found] == [("error", "missing", "kids[].n")]
+    result = check(node("a", output_model=Computing), node("b", Counted))
+    assert [(f.severity, f.kind, f.path) for f in result] == [("error", "missing", "kids[].n")]
     assert asyncio.run(works(Computing, Counted, {}))
     assert not asyncio.run(works(Computing, Counted, {"kids": [{}]}))
 
@@ -472,5 +482,5 @@ async def test_the_same_node_twice_and_no_node_at_all() -> None:
     """A node may stand anywhere, several times; nothing is found in nothing."""
     again = node("again", Text, Text, {"text": ""})
     assert check(again, again, again) == check() == []
-    one = node("one", given=create_model("N", n=(int, ...)), returned={"n": 1})
+    one = node("one", output_model=create_model("N", n=(int, ...)), returned={"n": 1})
     assert [(f.source_at, f.target_at) for f in check(one, again, one, again)] == [("0", "1"), ("2", "3")]

@@ -64,9 +64,9 @@ def start(one: Any) -> Any:
     return one(n=0, rows=[{"id": k, "score": k / 7, "tags": ["a"]} for k in range(3)])
 
 
-def node(node_id: str, func: Any, given: Any, promised: Any) -> Any:
+def node(node_id: str, func: Any, input_model: Any, output_model: Any) -> Any:
     contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=given, output_schema=promised
+        node_id=node_id, input_schema=input_model, output_schema=output_model
     )
     return stroma_node(node_id, contract)(func)
 
@@ -91,14 +91,14 @@ def spoil(state: Any) -> None:
 async def test_what_a_node_keeps_of_its_output_is_not_what_hooks_see(root: Any) -> None:
     """G7, G8: a change of what a node has returned, made while its hooks are called, reaches no hook after it."""
     shown: list[Any] = []
-    kept: list[Any] = []
+    entries: list[Any] = []
 
     async def work(state: Anything) -> Any:
-        kept.append(deepcopy(root))
-        return kept[0]
+        entries.append(deepcopy(root))
+        return entries[0]
 
     async def spoils(*_: Any) -> None:
-        kept[0].clear()
+        entries[0].clear()
 
     async def looks(run_id: str, node_id: str, state: Any, tokens: int) -> None:
         shown.append(state)
@@ -115,30 +115,30 @@ async def test_what_a_node_keeps_of_its_output_is_not_what_hooks_see(root: Any) 
 @PAIRS
 async def test_what_a_node_keeps_of_its_output_is_not_the_states(one: Any, two: Any) -> None:
     """G7: a node that changes later what it has returned changes no input, no trace and no final state."""
-    kept: list[Any] = []
+    entries: list[Any] = []
     seen: list[Any] = []
 
     async def first(state: Any) -> Any:
-        kept.append({"n": 1, "rows": state.rows})
-        return kept[-1]
+        entries.append({"n": 1, "rows": state.rows})
+        return entries[-1]
 
     async def second(state: Any) -> Any:
-        spoil(kept[0])
+        spoil(entries[0])
         seen.append(plain(state))
-        kept.append({"n": 2, "rows": state.rows})
-        return kept[-1]
+        entries.append({"n": 2, "rows": state.rows})
+        return entries[-1]
 
     async def last(state: Any) -> Any:
-        spoil(kept[1])
+        spoil(entries[1])
         seen.append(plain(state))
-        kept.append({"n": 3, "rows": state.rows})
-        return kept[-1]
+        entries.append({"n": 3, "rows": state.rows})
+        return entries[-1]
 
     nodes = [node("a", first, one, one), node("b", second, one, two), node("c", last, two, one)]
     whole = plain(start(one))["rows"]
     result = await StromaRunner.quick().run(nodes, start(one))
     assert result.status is RunStatus.COMPLETED, result.failure
-    spoil(kept[2])
+    spoil(entries[2])
     assert [state["rows"] for state in seen] == [whole, whole]
     assert plain(result.final_state) == {"n": 3, "rows": whole}
     for event in result.trace:
@@ -211,14 +211,14 @@ async def test_a_run_that_stops_ends_with_the_last_output(one: Any, two: Any) ->
 @PAIRS
 async def test_groups_and_plain_functions_after_a_large_output(one: Any, two: Any) -> None:
     """Children of a group, and nodes without a contract, get copies of the output before them."""
-    kept: list[Any] = []
+    entries: list[Any] = []
 
     async def first(state: Any) -> Any:
-        kept.append({"n": 1, "rows": state.rows})
-        return kept[-1]
+        entries.append({"n": 1, "rows": state.rows})
+        return entries[-1]
 
     async def child(state: Any) -> Any:
-        spoil(kept[0])
+        spoil(entries[0])
         seen = plain(state)["rows"]
         spoil(state)
         return {"left": seen}
@@ -238,7 +238,7 @@ async def test_groups_and_plain_functions_after_a_large_output(one: Any, two: An
 @PAIRS
 async def test_hooks_see_what_was_committed(one: Any, two: Any) -> None:
     """on_node_success shows the output as it was committed, and what it does to that changes nothing."""
-    kept: list[Any] = []
+    entries: list[Any] = []
     shown: list[Any] = []
 
     async def on_node_success(run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
@@ -246,11 +246,11 @@ async def test_hooks_see_what_was_committed(one: Any, two: Any) -> None:
         spoil(state)
 
     async def first(state: Any) -> Any:
-        kept.append({"n": 1, "rows": state.rows})
-        return kept[-1]
+        entries.append({"n": 1, "rows": state.rows})
+        return entries[-1]
 
     async def second(state: Any) -> Any:
-        spoil(kept[0])
+        spoil(entries[0])
         return {"n": 2, "rows": state.rows}
 
     result = await StromaRunner.quick(hooks=NodeHooks(on_node_success=on_node_success)).run(

@@ -170,5 +170,5 @@ async def test_what_a_child_returned_is_kept_as_it_was(output: dict[str, Any]) -
     )
     assert result.final_state is not None, result.failure
     assert result.final_state.model_dump() == before
-    given = next(event for event in result.trace.walk() if event.node_id == "gives")
-    assert given.output_state == before
+    value = next(event for event in result.trace.walk() if event.node_id == "gives")
+    assert value.output_state == before

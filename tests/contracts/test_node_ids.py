@@ -81,16 +81,16 @@ async def test_an_old_function_under_a_new_contract_is_refused(place: str, marke
         "item": lambda node: map_over("items", node, into="out"),
         "inside": lambda node: parallel(map_over("items", node, into="out")),
     }
-    made = nodes[place]
+    instance = nodes[place]
     for call in (
-        lambda: runner.run([made(first)], Texts()),
-        lambda: runner.run(Pipeline("p", [second, made(first)]), Texts()),
-        lambda: anext(runner.stream([made(first)], Texts())),
+        lambda: runner.run([instance(first)], Texts()),
+        lambda: runner.run(Pipeline("p", [second, instance(first)]), Texts()),
+        lambda: anext(runner.stream([instance(first)], Texts())),
     ):
         with pytest.raises(ValueError, match=REFUSED):
             await call()
     with pytest.raises(ValueError, match=REFUSED):
-        runner.check([second, made(first)])
+        runner.check([second, instance(first)])
     assert runner.check([second]) == []
     result = await runner.run([second], Text())
     assert (result.status, result.final_state) == (RunStatus.COMPLETED, Number(n=1))

@@ -247,13 +247,13 @@ def test_an_input_is_not_the_models_answer() -> None:
 
 def test_a_violation_made_by_hand_says_what_it_has() -> None:
     """Without a schema, and with errors of any shape, it says what is wrong all the same."""
-    made = ContractViolation(
+    instance = ContractViolation(
         "n", "output", {}, ["too short", {"loc": ("a", 0)}, {"msg": "odd", "input": object()}]
     )
-    lines = made.as_prompt().splitlines()
+    lines = instance.as_prompt().splitlines()
     assert lines[3:5] == ["- too short", "- a[0]: invalid"]
     assert lines[5].startswith("- the whole: odd. This came: ")
-    assert made.schema is None
+    assert instance.schema is None
 
 
 @pytest.mark.core
@@ -504,18 +504,18 @@ class Text(BaseModel):
 async def test_the_next_attempt_finds_it() -> None:
     """contract_retries: the next attempt has the text at current_node().last_failure; the first one has none."""
     runner = StromaRunner.quick(contract_retries={"ask": 2})
-    said: list[str | None] = []
+    messages: list[str | None] = []
 
     @runner.node("ask", input=Text, output=Bill)
     async def ask(state: Text) -> Any:
         node = current_node()
         assert node is not None
-        said.append(node.last_failure.as_prompt() if node.last_failure else None)
-        return ["no json", {**GOOD, "kind": "bill"}, GOOD][len(said) - 1]
+        messages.append(node.last_failure.as_prompt() if node.last_failure else None)
+        return ["no json", {**GOOD, "kind": "bill"}, GOOD][len(messages) - 1]
 
     result = await runner.run([ask], Text())
     assert result.status is RunStatus.COMPLETED
-    first, second, third = said
+    first, second, third = messages
     assert first is None
     assert second is not None
     assert third is not None
@@ -562,7 +562,7 @@ def test_a_violation_of_a_local_schema_can_be_pickled() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         ("wrong_type", "- total: Input should be"),
         (
@@ -571,7 +571,9 @@ def test_a_violation_of_a_local_schema_can_be_pickled() -> None:
         ),
     ],
 )
-async def test_the_example_mends_an_answer(fault: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_example_mends_an_answer(
+    fault: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """examples/repair.py: the real OpenAI client, a wrong answer, and one that is right after the model was told."""
     spec = importlib.util.spec_from_file_location("repair_example", EXAMPLE)
     assert spec is not None
@@ -586,5 +588,5 @@ async def test_the_example_mends_an_answer(fault: str, said: str, capsys: pytest
     assert result.total_cost_usd == pytest.approx(sum(e.usage.cost_usd for e in result.trace))
     printed = capsys.readouterr().out
     assert "attempt 2 says to the model:\nYour last answer was not accepted" in printed
-    assert said in printed
+    assert message in printed
     assert ("- total: number | string | null" in printed) == (fault == "wrong_type")

@@ -166,10 +166,10 @@ def test_declared_values_come_back(name: str, shape: int) -> None:
     @given(values)
     def holds(value: Any) -> None:
         try:
-            made = model(value=value)
+            instance = model(value=value)
         except ValidationError:
             return  # pydantic itself does not take it
-        check(made)
+        check(instance)
 
     holds()
 
@@ -646,8 +646,8 @@ def test_what_was_stored_comes_back_without_another_validation(name: str) -> Non
 @pytest.mark.parametrize("kind", [Counting, list[Counting]])
 def test_a_model_that_its_own_making_changes_is_kept_or_refused(kind: Any) -> None:
     """What model_post_init would change again crosses and comes back from memory as it is; stores refuse it by name."""
-    made = Counting(n=1)
-    model = made if kind is Counting else holder(kind)(value=[made])
+    instance = Counting(n=1)
+    model = instance if kind is Counting else holder(kind)(value=[instance])
     schema = schema_of(type(model))
     with pytest.raises(
         NotSerialisable, match=r"\.(n|value) cannot be serialised: it would come back as another value"
@@ -901,18 +901,18 @@ def test_private_and_excluded_fields_are_not_kept() -> None:
 def test_the_fingerprint_changes_with_the_shape_only() -> None:
     """The fingerprint changes with fields, types and constraints; not with the class's name or its words."""
 
-    def made(name: str, doc: str = "", **fields: Any) -> str:
+    def define_class(name: str, doc: str = "", **fields: Any) -> str:
         return schema_of(create_model(name, __doc__=doc, **fields)).fingerprint
 
-    base = made("A", n=(int, 0))
-    assert made("B", doc="Other words.", n=(int, 0)) == base
-    assert made("A", n=(int, Field(0, description="words", title="T"))) == base
+    base = define_class("A", n=(int, 0))
+    assert define_class("B", doc="Other words.", n=(int, 0)) == base
+    assert define_class("A", n=(int, Field(0, description="words", title="T"))) == base
     others = {
-        made("A", n=(str, "")),
-        made("A", m=(int, 0)),
-        made("A", n=(int, Field(0, ge=1))),
-        made("A", n=(int, 0), m=(int, 0)),
-        made("A", n=(int, ...)),
+        define_class("A", n=(str, "")),
+        define_class("A", m=(int, 0)),
+        define_class("A", n=(int, Field(0, ge=1))),
+        define_class("A", n=(int, 0), m=(int, 0)),
+        define_class("A", n=(int, ...)),
     }
     assert base not in others
     assert len(others) == 5

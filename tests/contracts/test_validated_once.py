@@ -52,11 +52,13 @@ SENT = {"data": "[1]", "text": "aGk=", "loud": "hi"}
 TAKEN = {"data": [1], "text": "hi", "loud": "hi!"}
 
 
-def gives(node_id: str, output: Any, promised: type[BaseModel], given: type[BaseModel] = Num) -> Any:
+def gives(
+    node_id: str, output: Any, output_model: type[BaseModel], input_model: type[BaseModel] = Num
+) -> Any:
     async def func(state: BaseModel) -> Any:
         return output
 
-    return node(node_id, func, given, promised)
+    return node(node_id, func, input_model, output_model)
 
 
 def quick(tmp_path: Path | None = None, **config: Any) -> StromaRunner:
@@ -86,8 +88,8 @@ async def test_outputs_merge_without_another_validation(durable: bool, tmp_path:
     """Outputs that a child's contract has validated merge as they are: no validator sees them again, no decoder."""
     runner = quick(tmp_path if durable else None)
     group = parallel(gives("a", SENT, Text), gives("b", {"value": 1}, Value))
-    made, restored = await resumed(runner, [group])
-    assert held(made) == held(restored) == {**TAKEN, "value": 1}
+    instance, restored = await resumed(runner, [group])
+    assert held(instance) == held(restored) == {**TAKEN, "value": 1}
 
 
 @pytest.mark.core
@@ -97,10 +99,10 @@ async def test_items_are_collected_without_another_validation(durable: bool, tmp
     runner = quick(tmp_path if durable else None)
     wide = create_model("Wide", __base__=Text, values=(list[int], ...))
     first = gives("first", {**SENT, "values": [1, 2]}, wide)
-    made, restored = await resumed(
+    instance, restored = await resumed(
         runner, [first, map_over("values", gives("a", SENT, Text, Value), into="out")]
     )
-    assert held(made) == held(restored) == {**TAKEN, "values": [1, 2], "out": [TAKEN, TAKEN]}
+    assert held(instance) == held(restored) == {**TAKEN, "values": [1, 2], "out": [TAKEN, TAKEN]}
 
 
 @pytest.mark.core
@@ -146,8 +148,8 @@ async def test_a_dict_that_is_a_root_model_merges() -> None:
         gives("b", [1], RootModel[list[int]]),
         gives("c", {"n": 2}, Num),
     )
-    made, restored = await resumed(quick(), [group])
-    assert held(made) == held(restored) == {"x": 1, "root": [1], "n": 2}
+    instance, restored = await resumed(quick(), [group])
+    assert held(instance) == held(restored) == {"x": 1, "root": [1], "n": 2}
 
 
 @pytest.mark.core
@@ -159,8 +161,8 @@ async def test_excluded_fields_of_children_do_not_cross() -> None:
         hidden: int = Field(exclude=True)
 
     group = parallel(gives("a", {"kept": 1, "hidden": 2}, Half), gives("b", {"n": 2}, Num))
-    made, restored = await resumed(quick(), [group])
-    assert held(made) == held(restored) == {"kept": 1, "n": 2}
+    instance, restored = await resumed(quick(), [group])
+    assert held(instance) == held(restored) == {"kept": 1, "n": 2}
     wide = create_model("Wide", __base__=Half, values=(list[int], []))
     result = await quick().run(
         [map_over("values", gives("a", {"n": 1}, Num), into="out")], wide(kept=1, hidden=2)
@@ -181,8 +183,8 @@ async def test_values_of_enums_merge_as_they_are(tmp_path: Path) -> None:
         colour: Colour
 
     group = parallel(gives("a", {"colour": "red"}, Paint), gives("b", {"n": 2}, Num))
-    made, restored = await resumed(quick(tmp_path), [group])
-    assert made.colour == restored.colour == "red"
+    instance, restored = await resumed(quick(tmp_path), [group])
+    assert instance.colour == restored.colour == "red"
 
 
 async def test_items_may_have_any_keys() -> None:
@@ -244,10 +246,10 @@ async def test_annotations_that_mean_something_elsewhere() -> None:
 @pytest.mark.core
 async def test_a_class_that_is_not_fully_defined_is_a_result() -> None:
     """A contract that cannot be read, for a class that is not fully defined, is FAILED at its node, with an event."""
-    told = []
+    events = []
 
     async def failed(run_id: str, node_id: str, *_: Any) -> None:
-        told.append(node_id)
+        events.append(node_id)
 
     class Thing:
         """Nothing that pydantic knows."""
@@ -255,7 +257,7 @@ async def test_a_class_that_is_not_fully_defined_is_a_result() -> None:
     unmade = create_model("Unmade", __config__=ConfigDict(defer_build=True), x=(Thing, ...))
     first, second = gives("a", {"n": 1}, Num), gives("b", {"n": 2}, Num, unmade)
     result = await quick(hooks=NodeHooks(on_node_failure=failed)).run([first, second], Num())
-    assert (result.status, result.final_state, told) == (RunStatus.FAILED, Num(n=1), ["b"])
+    assert (result.status, result.final_state, events) == (RunStatus.FAILED, Num(n=1), ["b"])
     assert [event.outcome for event in result.trace] == ["success", "failure"]
     assert result.failure is not None
     assert "Thing" in result.failure.message
@@ -336,13 +338,13 @@ async def test_a_union_whose_class_a_function_picks(tmp_path: Path) -> None:
         "Both",
         pet=(Annotated[PETS, Discriminator(lambda v: v["kind"] if isinstance(v, dict) else v.kind)], ...),
     )
-    made, restored = await resumed(quick(tmp_path), [gives("a", {"pet": Dog()}, both)])
-    assert made.pet == restored.pet == Dog()
+    instance, restored = await resumed(quick(tmp_path), [gives("a", {"pet": Dog()}, both)])
+    assert instance.pet == restored.pet == Dog()
     instances = create_model("Instances", pet=(Annotated[PETS, Discriminator(lambda v: v.kind)], ...))
-    made, restored = await resumed(quick(), [gives("a", {"pet": Dog()}, instances)])
-    assert made.pet == restored.pet == Dog()
+    instance, restored = await resumed(quick(), [gives("a", {"pet": Dog()}, instances)])
+    assert instance.pet == restored.pet == Dog()
     with pytest.raises(NotSerialisable, match="Instances"):
-        schema_of(instances).encode(made)
+        schema_of(instances).encode(instance)
 
 
 async def test_a_step_whose_input_is_of_another_type_warns_of_nothing() -> None:

@@ -26,7 +26,7 @@ def spent(cost: float = 0.0, tokens: int = 0, ms: float = 0.0) -> CostTracker:
 
 
 @pytest.mark.parametrize(
-    ("dimension", "limit", "actual", "said"),
+    ("dimension", "limit", "actual", "text"),
     [
         (
             "tokens", 1000, 1234567890123,
@@ -44,13 +44,13 @@ def spent(cost: float = 0.0, tokens: int = 0, ms: float = 0.0) -> CostTracker:
         ),
     ],
 )  # fmt: skip
-def test_what_a_crossed_limit_says(dimension: Any, limit: float, actual: float, said: str) -> None:
+def test_what_a_crossed_limit_says(dimension: Any, limit: float, actual: float, text: str) -> None:
     """The limit by the name under which it is set, both figures with their unit, the node, and the mend; pickled, too."""
     error = BudgetExceeded(dimension, limit, actual, "a")
     for one in (error, pickle.loads(pickle.dumps(error))):
         assert (one.dimension, one.limit, one.actual, one.node_id) == (dimension, limit, actual, "a")
         assert one.args == (dimension, limit, actual, "a")
-        assert str(one) == said
+        assert str(one) == text
 
 
 def test_a_crossed_limit_of_a_kind_of_ones_own() -> None:
@@ -113,7 +113,7 @@ def test_the_limits_that_are_set_are_listed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "at", "above", "told"),
+    ("budget", "at", "above", "report"),
     [
         ({"max_tokens_total": 10}, (0, 10, 0), (0, 11, 0), ("tokens", 10, 11)),
         ({"max_tokens_total": 0}, (1, 0, 1), (0, 1, 0), ("tokens", 0, 1)),
@@ -124,7 +124,7 @@ def test_the_limits_that_are_set_are_listed() -> None:
         ({"max_latency_ms": 0}, (9, 9, 0), (0, 0, 0.000001), ("latency", 0, 0.000001)),
     ],
 )
-def test_exactly_at_a_limit_is_within_it(budget: Any, at: Any, above: Any, told: Any) -> None:
+def test_exactly_at_a_limit_is_within_it(budget: Any, at: Any, above: Any, report: Any) -> None:
     """The least above it is not: a token, a billionth of a dollar, a nanosecond; what earlier processes spent counts."""
     limit = ExecutionBudget(**budget)
     assert spent(*at).exceeded(limit, "a") is None
@@ -136,7 +136,7 @@ def test_exactly_at_a_limit_is_within_it(budget: Any, at: Any, above: Any, told:
             tracker.prior_cost_usd, tracker.prior_tokens, tracker.prior_latency_ms = above
         error = tracker.exceeded(limit, "a")
         assert error is not None
-        assert (error.dimension, error.limit, error.actual, error.node_id) == (*told, "a")
+        assert (error.dimension, error.limit, error.actual, error.node_id) == (*report, "a")
         with pytest.raises(BudgetExceeded) as caught:
             tracker.check_budget(limit, "a")
         assert caught.value.args == error.args
@@ -234,7 +234,7 @@ def test_latency_is_kept_to_the_nanosecond() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "text"),
     [
         ({"cost_usd": -0.5}, "cost_usd=-0.5, latency_ms=1"),
         ({"cost_usd": math.inf}, "cost_usd=inf, latency_ms=1"),
@@ -244,14 +244,14 @@ def test_latency_is_kept_to_the_nanosecond() -> None:
         ({"latency_ms": math.nan}, "cost_usd=0.5, latency_ms=nan"),
     ],
 )
-def test_figures_that_are_refused_are_named(wrong: dict[str, Any], said: str) -> None:
+def test_figures_that_are_refused_are_named(wrong: dict[str, Any], text: str) -> None:
     """With the node and the mend, and nothing is recorded."""
     tracker = CostTracker()
     with pytest.raises(UsageError) as caught:
         tracker.record(
             NodeUsage(**{"node_id": "a", "tokens_used": 1, "cost_usd": 0.5, "latency_ms": 1, **wrong})
         )
-    assert str(caught.value) == f"node 'a' reported {said}; report finite figures, zero or more"
+    assert str(caught.value) == f"node 'a' reported {text}; report finite figures, zero or more"
     assert (tracker.summary(), tracker.total_tokens, tracker.latency_ns) == ({}, 0, 0)
 
 
@@ -341,8 +341,8 @@ def test_the_first_rule_for_a_model_counts() -> None:
         FallbackPolicy("a", "earlier", 0.1),
     ]
     budget = ExecutionBudget(max_cost_usd=1)
-    found = [resolve_model("a", spent(cost), budget, rules) for cost in (0.05, 0.2, 0.6, 0.95)]
-    assert found == ["a", "earlier", "early", "late"]
+    findings = [resolve_model("a", spent(cost), budget, rules) for cost in (0.05, 0.2, 0.6, 0.95)]
+    assert findings == ["a", "earlier", "early", "late"]
     assert resolve_model("b", spent(1), budget, rules) == "b"
     assert resolve_model(None, spent(1), budget, rules) is None
     assert resolve_model("a", spent(1), ExecutionBudget(), rules) == "a"

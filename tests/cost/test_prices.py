@@ -27,7 +27,7 @@ from stroma.cost.prices import Rates, cached_pricer, data_state, find_pricer, pr
 def everything() -> list[tuple[Provider, ModelInfo]]:
     """Every model that is found by its id alone."""
     snapshot = data_snapshot.get_snapshot()
-    found = []
+    findings = []
     for provider in snapshot.providers:
         for model in provider.models:
             try:
@@ -35,8 +35,8 @@ def everything() -> list[tuple[Provider, ModelInfo]]:
             except LookupError:
                 continue
             if listed[1] is model:
-                found.append((provider, model))
-    return found
+                findings.append((provider, model))
+    return findings
 
 
 MODELS = everything()
@@ -147,9 +147,9 @@ def test_the_models_that_are_built_in_cost_what_the_data_says() -> None:
     """KNOWN_MODELS as it ships changes no price: it only spares the import of the data."""
     # Of a process of its own: other tests have models of theirs in it.
     code = "import json, stroma.cost.prices; print(json.dumps(stroma.cost.prices.KNOWN_MODELS))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     snapshot = data_snapshot.get_snapshot()
-    for model, (given_price, made_price) in json.loads(told.stdout).items():
+    for model, (given_price, made_price) in json.loads(printed.stdout).items():
         prices = snapshot.find_provider_model(model, None, None, None)[1].get_prices(datetime.now(UTC))
         assert (float(prices.input_mtok), float(prices.output_mtok)) == (
             given_price,
@@ -245,8 +245,8 @@ def test_a_price_is_never_negative(rates: Rates, usage: Usage) -> None:
 @given(RATES, usages(), st.integers(0, 100_000), st.integers(0, 100_000))
 def test_more_tokens_never_cost_less(rates: Rates, usage: Usage, given_more: int, made_more: int) -> None:
     """More input or output, of whatever kind, costs as much or more."""
-    kept = (usage.cached_input_tokens, usage.cache_write_tokens, None, None, usage.cache_write_1h_tokens)
-    more = Usage(usage.input_tokens + given_more, usage.output_tokens + made_more, *kept)
+    entries = (usage.cached_input_tokens, usage.cache_write_tokens, None, None, usage.cache_write_1h_tokens)
+    more = Usage(usage.input_tokens + given_more, usage.output_tokens + made_more, *entries)
     assert rates.cost(more) >= rates.cost(usage) * (1 - 1e-12)
 
 

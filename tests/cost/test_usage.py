@@ -133,7 +133,7 @@ class Hostile:
     [
         ({"choices": []}, "carries no usage"),
         (_CHAT_CHUNKS[0], "include_usage"),
-        (_MESSAGE_EVENTS[-2], "give the final message"),
+        (_MESSAGE_EVENTS[-2], "pass the final message"),
         (_MESSAGE_EVENTS[0], "a list of all events"),
         (_MESSAGE_EVENTS[1:], "a list is no response"),
         (_MESSAGE_EVENTS * 2, "one stream of Anthropic"),
@@ -147,9 +147,9 @@ class Hostile:
         ({"usage": {"prompt_tokens": float("nan")}}, "prompt_tokens=nan"),
         ({"usage": {"prompt_tokens": True}}, "carries no usage"),
         ({"usage": {"prompt_tokens": 10**12}}, "0 to 1,000,000,000"),
-        (None, "no response of a provider"),
-        ("text", "no response of a provider"),
-        (7, "no response of a provider"),
+        (None, "not a response of a provider"),
+        ("text", "not a response of a provider"),
+        (7, "not a response of a provider"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -164,8 +164,8 @@ def test_what_cannot_be_counted_is_said(response: Any, says: str) -> None:
     [
         ({"input_tokens": -1}, "whole number"),
         ({"input_tokens": True}, "whole number"),
-        ({"input_tokens": 5, "cached_input_tokens": 6}, "give the whole input"),
-        ({"input_tokens": 5, "cached_input_tokens": 3, "cache_write_tokens": 3}, "give the whole input"),
+        ({"input_tokens": 5, "cached_input_tokens": 6}, "report the whole input"),
+        ({"input_tokens": 5, "cached_input_tokens": 3, "cache_write_tokens": 3}, "report the whole input"),
         ({"input_tokens": 5, "cache_write_tokens": 3, "cache_write_1h_tokens": 4}, "a part of them"),
         ({"model": 5}, "strings or None"),
     ],
@@ -202,10 +202,10 @@ def test_any_data_is_a_usage_or_a_usage_error(response: Any) -> None:
 @pytest.mark.parametrize("kind", ["Classless", "Nameless"])
 async def test_a_response_that_will_not_be_looked_at_is_bad_usage(kind: str) -> None:
     """An object that raises whatever it is asked: its class, or its class's name. The output is kept."""
-    made = {"Classless": Classless, "Nameless": Nameless}[kind]
+    instance = {"Classless": Classless, "Nameless": Nameless}[kind]
     with pytest.raises(UsageError, match="carries no usage"):
-        usage_from(made())
-    runner, ask = node_of(lambda: ({"text": "kept"}, made()))
+        usage_from(instance())
+    runner, ask = node_of(lambda: ({"text": "kept"}, instance()))
     result = await runner.run([ask], Text())
     assert (result.status, result.failure and result.failure.reason) == (RunStatus.FAILED, "usage")
     assert next(iter(result.trace)).output_state == {"text": "kept"}
@@ -394,8 +394,8 @@ async def test_a_server_that_leaves_usage_out_stops_no_run_without_a_limit(
     ask = how(response, runner)
     result = await runner.run([ask, ask], Text())
     assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 0), result.failure
-    (said,) = [r.getMessage() for r in caplog.records if "counts as 0" in r.getMessage()]
-    assert said.startswith("node 'ask': a ")
+    (message,) = [r.getMessage() for r in caplog.records if "counts as 0" in r.getMessage()]
+    assert message.startswith("node 'ask': a ")
 
 
 @pytest.mark.core
@@ -491,7 +491,7 @@ async def test_usage_without_a_model_is_said_where_cost_is_limited(
         (("text",), {}, "report a provider's response"),
         ((), {"input_tokens": 1, "cached_input_tokens": 2}, "node 'ask': 2 tokens from a cache"),
         ((), {"input_tokens": -1}, "node 'ask' reported -1 tokens"),
-        ((), {"tier": 5}, "node 'ask': a usage has"),
+        ((), {"tier": 5}, "node 'ask': model and tier of a usage must be"),
     ],
 )
 async def test_report_usage_refuses_what_makes_no_sense(

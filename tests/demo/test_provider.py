@@ -737,9 +737,9 @@ def test_taken_port_is_one_line() -> None:
         port = taken.getsockname()[1]
         code = f"import sys; from stroma.demo.provider import main; sys.exit(main(['--port', '{port}']))"
         with python(code, stderr=subprocess.PIPE) as process:
-            _, said = process.communicate(timeout=20)
+            _, text = process.communicate(timeout=20)
     assert process.returncode == 3
-    assert re.fullmatch(rb"cannot listen on 127\.0\.0\.1:\d+: .*; try --port 0\s*", said)
+    assert re.fullmatch(rb"cannot listen on 127\.0\.0\.1:\d+: .*; try --port 0\s*", text)
 
 
 def test_many_clients_at_once(calm: Provider) -> None:

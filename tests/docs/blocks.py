@@ -51,15 +51,15 @@ class Wrong(AssertionError):
 
 def of_page(text: str) -> list[Block]:
     """All fenced blocks of a page, nested ones (in lists, tabs, notes) too."""
-    found = []
+    findings = []
     for match in re.finditer(
         r"^( *)```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL
     ):
         indent, language, title, code = match[1], match[2], match[3] or "", match[4]
         code = re.sub(rf"^{indent}", "", code, flags=re.MULTILINE)
         line = text[: match.start(4)].count("\n") + 1
-        found.append(Block(line, language, title, code, match.start(4), match.end(4)))
-    return found
+        findings.append(Block(line, language, title, code, match.start(4), match.end(4)))
+    return findings
 
 
 def blocks(text: str) -> list[tuple[int, str]]:
@@ -74,12 +74,12 @@ def promised(code: str) -> list[str]:
 
 def _below(text: str) -> dict[int, Block]:
     """The block of output right below each executed block, by the line of the latter."""
-    found, all_of_them = {}, of_page(text)
+    result, all_of_them = {}, of_page(text)
     for block, after in itertools.pairwise(all_of_them):
         between = text[block.end : after.start]
         if block.language == "python" and not (block.title or after.language) and between == "```\n\n```\n":
-            found[block.line] = after
-    return found
+            result[block.line] = after
+    return result
 
 
 def shown(text: str) -> dict[int, list[str]]:
@@ -170,17 +170,17 @@ class Shell:
 
 def commands(block: str) -> list[tuple[str, list[str]]]:
     """The commands of a ```console block, each with the lines that it is shown to print."""
-    found: list[tuple[str, list[str]]] = []
+    findings: list[tuple[str, list[str]]] = []
     for line in block.splitlines():
         if line.startswith("$ "):
-            found.append((line[2:], []))
-        elif line.startswith("> ") and found and not found[-1][1]:
-            found[-1] = (f"{found[-1][0]}\n{line[2:]}", [])
-        elif found:
-            found[-1][1].append(line)
+            findings.append((line[2:], []))
+        elif line.startswith("> ") and findings and not findings[-1][1]:
+            findings[-1] = (f"{findings[-1][0]}\n{line[2:]}", [])
+        elif findings:
+            findings[-1][1].append(line)
         else:
             raise Wrong(f"a line of output without a command: {line!r}")
-    return found
+    return findings
 
 
 def walk(text: str, name: str, shell: Shell) -> Iterator[tuple[Block, str, list[str], list[str]]]:
@@ -191,10 +191,10 @@ def walk(text: str, name: str, shell: Shell) -> Iterator[tuple[Block, str, list[
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block.text, "utf-8")
         elif block.language == "console":
-            told = commands(block.text)
-            for number, (command, expected) in enumerate(told):
+            report = commands(block.text)
+            for number, (command, expected) in enumerate(report):
                 code, printed = shell.run(command)
-                after = told[number + 1][0] if number + 1 < len(told) else ""
+                after = report[number + 1][0] if number + 1 < len(report) else ""
                 if code and after != "echo $?":
                     raise Wrong(f"{name}, line {block.line}: {command!r} ended with {code}: {printed}")
                 yield block, command, printed, expected

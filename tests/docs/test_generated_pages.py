@@ -86,8 +86,10 @@ def test_generated_pages_are_up_to_date(generate: Any) -> None:
     command = [sys.executable, "docs/generate.py", "--check"]
     checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, f"{checked.stdout}{checked.stderr}: {ANEW}"
-    found = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs" / "reference").iterdir()}
-    assert found <= set(generate.PAGES)
+    findings = {
+        path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs" / "reference").iterdir()
+    }
+    assert findings <= set(generate.PAGES)
 
 
 def is_error(value: object) -> bool:
@@ -96,7 +98,7 @@ def is_error(value: object) -> bool:
 
 def public_errors() -> dict[str, type[BaseException]]:
     """Return the exception classes that users meet: those of a public package, and those whose docstring says where they arise."""
-    found: dict[str, type[BaseException]] = {}
+    findings: dict[str, type[BaseException]] = {}
     for info in pkgutil.walk_packages(stroma.__path__, "stroma."):
         if any(part.startswith("_") for part in info.name.split(".")):
             continue
@@ -109,21 +111,21 @@ def public_errors() -> dict[str, type[BaseException]]:
             continue
         for value in vars(module).values():
             if is_error(value) and value.__module__ == info.name and "Where: " in (value.__doc__ or ""):
-                found[value.__name__] = value
+                findings[value.__name__] = value
     for package in ("stroma", "stroma.checkpoint", "stroma.telemetry", "stroma.temporal", "stroma.testing"):
         public = importlib.import_module(package)
         values = (getattr(public, name) for name in public.__all__)
-        found |= {value.__name__: value for value in values if is_error(value)}
-    return found
+        findings |= {value.__name__: value for value in values if is_error(value)}
+    return findings
 
 
 def test_every_public_error_is_on_the_page(generate: Any) -> None:
     """docs/errors.md has every public exception class with its base, where it arises, its cause and its mend."""
     text = (ROOT / "docs" / "errors.md").read_text("utf-8")
-    found = public_errors()
-    assert {"StoreError", "ContractViolation", "BudgetExceeded", "HookError", "HookTimeout"} <= set(found)
-    assert set(found) == {error.name for error in generate.error_classes()}
-    for name, cls in found.items():
+    result = public_errors()
+    assert {"StoreError", "ContractViolation", "BudgetExceeded", "HookError", "HookTimeout"} <= set(result)
+    assert set(result) == {error.name for error in generate.error_classes()}
+    for name, cls in result.items():
         if cls.__module__.startswith("stroma.cli"):
             continue  # Its messages are listed under the command line.
         section = re.search(rf"^## {name}\n(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL)
@@ -140,8 +142,8 @@ def test_every_public_error_is_on_the_page(generate: Any) -> None:
 def test_every_public_error_says_how_it_is_mended() -> None:
     """The docstring of each says where it arises, why, and what to do."""
     for name, cls in public_errors().items():
-        text = inspect.getdoc(cls) or ""
-        assert [part for part in ("Where: ", "Cause: ", "Mend: ") if part not in text] == [], name
+        text = (inspect.getdoc(cls) or "").replace("Mend: ", "Fix: ")
+        assert [part for part in ("Where: ", "Cause: ", "Fix: ") if part not in text] == [], name
 
 
 def test_every_message_in_the_source_is_on_the_page(generate: Any) -> None:
@@ -160,7 +162,7 @@ def test_every_reason_has_its_meaning(generate: Any) -> None:
     """Each word that a failure's reason may be is explained."""
     known = set()
     for name in (
-        "failures/providers",
+        "failures/provider_verdicts",
         "failures/failure",
         "engine/attempt",
         "engine/commit",
@@ -171,7 +173,7 @@ def test_every_reason_has_its_meaning(generate: Any) -> None:
     ):
         tree = ast.parse((ROOT / "src" / "stroma" / f"{name}.py").read_text("utf-8"))
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Verdict":
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ProviderVerdict":
                 known.add(ast.literal_eval(node.args[1]))
             if (
                 isinstance(node, ast.Call)
@@ -198,11 +200,11 @@ WITHOUT_MEND = {
 
 
 def test_messages_name_the_fix(generate: Any) -> None:
-    """Every text of our own errors ends with what to do, but for those that are listed with a reason."""
+    """Every text of our own errors says what must be, or ends with what to do, but for those listed with a reason."""
     ours = {e.name for e in generate.error_classes()} - {"Problem", *generate.examples()}
     texts = {message.text for message in generate.messages() if message.error in ours}
     listed = {text for text in texts if any(part in text for part in WITHOUT_MEND)}
-    mended = {text for text in texts if re.search(r"; (or )?[a-z`{]+\b", text)}
+    mended = {text for text in texts if re.search(r"; (or )?[a-z`{]+\b| must (be|return) ", text)}
     assert texts - mended - listed == set(), "name the fix after a semicolon"
     assert [part for part in WITHOUT_MEND if not any(part in text for text in texts)] == [], "no longer there"
 
@@ -491,8 +493,8 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (other_input, PipelineChanged, ["'run-7'"], "pass the same input, or use another run id"),
     (no_journal, StoreError, ["'run-7'", "Simple"], "use resume_from=, or a journal store such as SQLiteStore"),
     (refused, StoreError, ["'run-7'", "'read'", "the disk is full"], ""),
-    (no_database, StoreError, ["x.db"], "give another path, or move that file away"),
-    (fenced, Fenced, ["'run-7'"], "see what the other one makes of it"),
+    (no_database, StoreError, ["x.db"], "use another path, or move that file away"),
+    (fenced, Fenced, ["'run-7'"], "see the result of the other one"),
     (busy, RunBusy, ["'run-7'", "process"], 'if_running="attach"'),
     (exists, RunExists, ["'run-7'", "COMPLETED"], "use another run id"),
     (failed_elsewhere, RunFailed, ["'read'", "text: Input should be a valid string"], ""),
@@ -511,7 +513,7 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (no_store, ValueError, ["mongodb://"], "use "),
     (no_such_tool, UnknownNode, ["'serach'", "tool"], "known: 'search'"),
     (ended_from_elsewhere, RunCancelled, ["'r1'", "'read'"], "call it in another run"),
-    (zero_timeout, ValueError, ["'read'", "0 ms"], "give a positive number of milliseconds"),
+    (zero_timeout, ValueError, ["'read'", "got 0"], "must be a positive number of milliseconds"),
 ]  # fmt: skip
 
 
@@ -546,10 +548,10 @@ def test_every_public_error_is_met() -> None:
 @pytest.mark.parametrize("store", ["memory", "sqlite"])
 async def test_a_corrupt_checkpoint_names_node_and_run(store: str, tmp_path: Path) -> None:
     """A saved state that is not of the schema it is asked for names its node and run."""
-    kept: Any = InMemoryStore() if store == "memory" else SQLiteStore(tmp_path / "x.db")
-    await settled(kept.save("run-7", "read", Text(text="x")))
+    entry: Any = InMemoryStore() if store == "memory" else SQLiteStore(tmp_path / "x.db")
+    await settled(entry.save("run-7", "read", Text(text="x")))
     with pytest.raises(CorruptCheckpoint) as caught:
-        await settled(kept.load_typed("run-7", "read", Strict))
+        await settled(entry.load_typed("run-7", "read", Strict))
     assert "'read'" in str(caught.value)
     assert "'run-7'" in str(caught.value)
 

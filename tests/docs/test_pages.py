@@ -124,15 +124,15 @@ with open(sys.argv[2], "w") as file:
 def run_alone(page: Path, tmp_path: Path, env: Mapping[str, str], *replaced: tuple[str, str]) -> int:
     """Run the blocks of a page in a process of its own, and compare what they print."""
     text = page.read_text("utf-8")
-    given, made = tmp_path / "page.md", tmp_path / "printed.json"
-    given.write_text(functools.reduce(lambda code, pair: code.replace(*pair), replaced, text))
+    value, instance = tmp_path / "page.md", tmp_path / "printed.json"
+    value.write_text(functools.reduce(lambda code, pair: code.replace(*pair), replaced, text))
     done = subprocess.run(
-        [sys.executable, "-c", ALONE, given, made, str(ROOT)],
+        [sys.executable, "-c", ALONE, value, instance, str(ROOT)],
         env={**environment(), **env, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=110,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    ran = json.loads(made.read_text())
+    ran = json.loads(instance.read_text())
     return compare(text, page.name, [(line, code, printed) for line, code, printed in ran])
 
 
@@ -181,7 +181,7 @@ def test_every_system_has_a_page() -> None:
         assert f"test_the_code_about_{page.stem}" in globals()
         assert "## Questions" in text
         assert "How do I alert on final failures only?" in text
-        seen = text.partition("## What one sees")[2]
+        seen = text.partition("## Example output")[2]
         assert "![" in seen or page.stem == "logs"
     for picture in (DOCS / "images").iterdir():
         assert picture.stat().st_size < 150_000
@@ -200,10 +200,12 @@ def test_metrics_on_the_pages_are_those_that_there_are() -> None:
     assert labels_on("prometheus", 2) == {name: set(labels) for name, (_, labels) in names.PROMETHEUS.items()}
     assert labels_on("datadog", 2) == {name: set(labels) for name, (_, labels) in names.DATADOG.items()}
     source = (ROOT / "src" / "stroma" / "telemetry" / "opentelemetry.py").read_text("utf-8")
-    made = set(re.findall(r'create_\w+\(\s*"([\w.]+)"', source))
-    assert set(labels_on("opentelemetry", 2)) == made
+    outputs = set(re.findall(r'create_\w+\(\s*"([\w.]+)"', source))
+    assert set(labels_on("opentelemetry", 2)) == outputs
     overview = (DOCS / "telemetry.md").read_text("utf-8")
-    assert [name for name in made | {*names.PROMETHEUS, *names.DATADOG} if f"`{name}`" not in overview] == []
+    assert [
+        name for name in outputs | {*names.PROMETHEUS, *names.DATADOG} if f"`{name}`" not in overview
+    ] == []
 
 
 def test_lines_on_the_page_about_logs_are_those_that_there_are() -> None:
@@ -272,10 +274,10 @@ def anchors(path: Path) -> set[str]:
         kinds = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
         return {node.name for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)}
     text = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    found: dict[str, int] = {}
+    findings: dict[str, int] = {}
     for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
-        found[slug(heading)] = found.get(slug(heading), 0) + 1
-    return {f"{name}_{n}" if n else name for name, times in found.items() for n in range(times)} | set(
+        findings[slug(heading)] = findings.get(slug(heading), 0) + 1
+    return {f"{name}_{n}" if n else name for name, times in findings.items() for n in range(times)} | set(
         re.findall(r"^::: (\S+)$", text, re.MULTILINE)
     )
 
@@ -390,15 +392,15 @@ def test_every_command_is_in_the_reference() -> None:
     from stroma.cli.app import app
 
     text = (DOCS / "reference" / "commands.md").read_text("utf-8")
-    told = (DOCS / "cli.md").read_text("utf-8")
+    report = (DOCS / "cli.md").read_text("utf-8")
     for name in app.list_commands(None):  # type: ignore[arg-type]
         assert f"\n## stroma {name}\n" in text, name
-        assert f"| `stroma {name}" in told, name
+        assert f"| `stroma {name}" in report, name
 
 
 def test_figures_of_the_comparison_are_those_that_were_measured() -> None:
     """Each figure of the comparison's measurements stands on the page that tells how it was measured."""
-    text = (DOCS / "comparison.md").read_text("utf-8").partition("## What was measured")[2]
+    text = (DOCS / "comparison.md").read_text("utf-8").partition("## Measurements")[2]
     measured = (DOCS / "performance.md").read_text("utf-8") + (DOCS / "durability.md").read_text("utf-8")
     figures = set(
         re.findall(
@@ -439,8 +441,8 @@ BROKEN = """<html lang="en"><head><link rel="stylesheet" href="https://elsewhere
 def test_the_look_at_the_site_finds_what_is_wrong(look: Any, tmp_path: Path) -> None:
     """A link or an anchor that leads nowhere, what is loaded from elsewhere, a picture without a text, a level left out."""
     (tmp_path / "page.html").write_text(BROKEN)
-    found = look.read(tmp_path)
-    assert found == [
+    result = look.read(tmp_path)
+    assert result == [
         "page.html: a picture without a text: a.png",
         "page.html: a heading of level 3 follows one of level 1",
         "page.html: it loads https://elsewhere.example/a.css",

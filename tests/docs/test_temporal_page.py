@@ -74,7 +74,7 @@ def test_the_commands_on_the_page_are_commands() -> None:
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
-    return [found for found in yaml.safe_load_all(path.read_text("utf-8")) if found]
+    return [result for result in yaml.safe_load_all(path.read_text("utf-8")) if result]
 
 
 def containers() -> Iterator[tuple[str, list[str], dict[str, str]]]:
@@ -85,7 +85,7 @@ def containers() -> Iterator[tuple[str, list[str], dict[str, str]]]:
                 yield name, service["command"], {}
             if document.get("kind") == "Deployment":
                 pod = document["spec"]["template"]["spec"]
-                given = {
+                inputs = {
                     d["metadata"]["name"]: d.get("data", {})
                     for d in documents(path)
                     if d["kind"] == "ConfigMap"
@@ -96,7 +96,7 @@ def containers() -> Iterator[tuple[str, list[str], dict[str, str]]]:
                         for source in container.get("envFrom", [])
                         if "configMapRef" in source
                     ]
-                    variables = {key: value for ref in refs for key, value in given[ref].items()}
+                    variables = {key: value for ref in refs for key, value in inputs[ref].items()}
                     yield container["name"], container["args"], variables
 
 
@@ -138,10 +138,10 @@ def test_workers_have_longer_to_end_than_they_drain() -> None:
 
 def test_the_objects_belong_together() -> None:
     """Selectors find pods, claims and config maps that are named are there."""
-    found = documents(EXAMPLES / "kubernetes.yaml")
-    named = {(d["kind"], d["metadata"]["name"]) for d in found}
-    labels = [d["spec"]["template"]["metadata"]["labels"] for d in found if d["kind"] == "Deployment"]
-    for document in found:
+    result = documents(EXAMPLES / "kubernetes.yaml")
+    named = {(d["kind"], d["metadata"]["name"]) for d in result}
+    labels = [d["spec"]["template"]["metadata"]["labels"] for d in result if d["kind"] == "Deployment"]
+    for document in result:
         assert document["apiVersion"]
         spec = document.get("spec", {})
         selector = spec.get("selector", {})

@@ -103,16 +103,16 @@ async def temporal(temporal_server: TemporalServer) -> TemporalDriver:
 
 @pytest.fixture(params=["local", "temporal", "temporal-uncached"])
 async def driver(request: pytest.FixtureRequest) -> Any:
-    return await made(request)
+    return await prepared_driver(request)
 
 
 @pytest.fixture(params=["local", "seam", "temporal", "temporal-uncached"])
 async def any_driver(request: pytest.FixtureRequest) -> Any:
     """Those that can only run, too."""
-    return await made(request)
+    return await prepared_driver(request)
 
 
-async def made(request: pytest.FixtureRequest) -> Any:
+async def prepared_driver(request: pytest.FixtureRequest) -> Any:
     if request.param == "local":
         return LocalDriver()
     if request.param == "seam":

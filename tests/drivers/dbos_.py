@@ -54,8 +54,8 @@ class _Driver:
         name = _name(request)
         if name in self._recorded:
             return self._recorded.pop(name), False
-        given = json.loads(json.dumps(request))
-        reply = await DBOS.reserve_step().run_async({"name": name}, self._perform, given)
+        value = json.loads(json.dumps(request))
+        reply = await DBOS.reserve_step().run_async({"name": name}, self._perform, value)
         return reply, False
 
     async def _perform(self, request: Any) -> Any:
@@ -98,8 +98,8 @@ class Cluster:
         )
 
         @DBOS.workflow(name="stroma.run")
-        async def run(given: dict[str, Any]) -> dict[str, Any]:
-            return await self._run(given)
+        async def run(value: dict[str, Any]) -> dict[str, Any]:
+            return await self._run(value)
 
         self.workflow = run
 
@@ -124,7 +124,7 @@ class Cluster:
             DBOS.reserve_step()
         recorded = {step["function_name"]: step["output"] for step in steps}
         driver = _Driver(plan["run_id"], self._attempts[plan["pipeline"]], recorded)
-        report = await Interpreter(plan, given["state"], driver).go()
+        report = await Interpreter(plan, given["state"], driver).run()
         return json.loads(json.dumps(report))
 
 
@@ -155,12 +155,12 @@ class DbosRunner:
             "size": len(text),
             "cls": ["class", f"{kind.__module__}:{kind.__qualname__}"],
         }
-        begun = new_state(value, context=plain_context(dict(self._config.context)))
+        started = new_state(value, context=plain_context(dict(self._config.context)))
         with SetWorkflowID(
             run_id
         ):  # The same id again attaches: what it came to is given, nothing runs twice.
             handle = await DBOS.start_workflow_async(
-                self._cluster.workflow, json.loads(json.dumps({"plan": plan, "state": begun}))
+                self._cluster.workflow, json.loads(json.dumps({"plan": plan, "state": started}))
             )
         report = await handle.get_result()
         result = await result_of(report, known, self._payloads)

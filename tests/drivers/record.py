@@ -79,18 +79,18 @@ RECORDINGS: dict[str, Callable[[TemporalDriver], Awaitable[None]]] = {
 }
 
 
-def _scrub(told: Any) -> None:
+def _scrub(report: Any) -> None:
     """Nothing of the machine that recorded it: who, and where its files are."""
-    if isinstance(told, dict):
-        for key, value in told.items():
+    if isinstance(report, dict):
+        for key, value in report.items():
             if key == "identity":
-                told[key] = "worker"
+                report[key] = "worker"
             elif key == "stackTrace":
-                told[key] = ""
+                report[key] = ""
             else:
                 _scrub(value)
-    elif isinstance(told, list):
-        for value in told:
+    elif isinstance(report, list):
+        for value in report:
             _scrub(value)
 
 

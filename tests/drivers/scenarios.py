@@ -372,7 +372,7 @@ SCENARIOS: dict[str, Scenario] = {
         lambda calls: [in_a_thread(calls)], RunStatus.COMPLETED, ["a"], {"n": 1}
     ),
     "what one node tells the next": Scenario(
-        lambda calls: [telling(calls), told(calls)], RunStatus.COMPLETED, ["a", "b"], {"n": 41},
+        lambda calls: [telling(calls), usage_node(calls)], RunStatus.COMPLETED, ["a", "b"], {"n": 41},
         config={"context": {"before": 1}},
     ),
 }  # fmt: skip
@@ -432,7 +432,7 @@ def telling(calls: list[str]) -> Any:
     return node("a", func)
 
 
-def told(calls: list[str]) -> Any:
+def usage_node(calls: list[str]) -> Any:
     async def func(state: Num, ctx: dict[str, Any]) -> dict[str, int]:
         calls.append("b")
         assert "before" not in ctx

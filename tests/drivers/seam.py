@@ -67,7 +67,7 @@ class SeamRunner:
         at = new_state(value, context=dict(self._config.context), traceparent=traceparent)
         while True:
             try:
-                report = await Interpreter(plan, at, self.seam).go()
+                report = await Interpreter(plan, at, self.seam).run()
                 break
             except Continue:
                 at = unfold(json.loads(json.dumps(fold(at))))

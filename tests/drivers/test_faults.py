@@ -57,14 +57,14 @@ async def test_a_retry_of_a_group_is_told_as_that_of_a_node() -> None:
     """The hook finds the group as the current node, at the attempt that failed."""
     heard: list[Any] = []
     for driver in (SeamDriver(), LocalDriver()):
-        told: list[Any] = []
+        events: list[Any] = []
         group = parallel(failing_once("l"), half([], "r", "right", Right))
         policies = {find_node(group).node_id: ONCE}  # fmt: skip
         async with driver.bind(
-            [group], hooks=watching(told), policy_map=NEVER, node_policies=policies
+            [group], hooks=watching(events), policy_map=NEVER, node_policies=policies
         ) as bound:
             assert (await bound.run(Num())).status is RunStatus.COMPLETED
-        heard.append([event for event in told if event[0] == "retry"])
+        heard.append([event for event in events if event[0] == "retry"])
     assert heard[0] == heard[1]
     assert heard[0][0][-1] == (0, "", 1)
 
@@ -94,13 +94,13 @@ async def test_a_limit_to_a_runs_time_holds_inside_of_a_group() -> None:
     """What its children took so far counts for the next one, which is stopped at the limit or not called."""
     calls: list[str] = []
 
-    def slow(node_id: str, name: str, made: Any) -> Any:
+    def slow(node_id: str, name: str, instance: Any) -> Any:
         async def func(state: Num) -> dict[str, int]:
             calls.append(node_id)
             await asyncio.sleep(0.2)
             return {name: 1}
 
-        return node(node_id, func, Num, made)
+        return node(node_id, func, Num, instance)
 
     nodes = [parallel(slow("l", "left", Left), slow("r", "right", Right), max_concurrency=1)]
     async with SeamDriver().bind(nodes, budget=ExecutionBudget(max_latency_ms=300)) as bound:
@@ -159,9 +159,9 @@ async def test_wordy_failures_of_many_items_fit(temporal: TemporalDriver) -> Non
         result = await bound.run(Texts(texts=[str(number) for number in range(150)]))
     assert result.status is RunStatus.COMPLETED, result.failure
     assert (result.failed_items, len(calls)) == (150, 150)
-    said = [child.failure_message for child in next(iter(result.trace)).children]
-    assert {text[:9] for text in said if text is not None} == {"z" * 9}
-    assert any(len(text or "") == 15_000 for text in said)
+    messages = [child.failure_message for child in next(iter(result.trace)).children]
+    assert {text[:9] for text in messages if text is not None} == {"z" * 9}
+    assert any(len(text or "") == 15_000 for text in messages)
     assert len(result.hook_errors) == 150
 
 
@@ -265,11 +265,11 @@ async def test_odd_run_ids_are_run_ids(temporal: TemporalDriver, run_id: str) ->
 async def test_clients_that_begin_one_id_at_once_share_one_run(temporal: TemporalDriver) -> None:
     """With "attach" each gets its result, whoever was the quickest; the node runs once."""
     calls: list[str] = []
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     async def func(state: Num) -> dict[str, int]:
         calls.append("a")
-        await begun.wait()
+        await started.wait()
         return {"n": 1}
 
     run_id = uuid.uuid4().hex
@@ -279,7 +279,7 @@ async def test_clients_that_begin_one_id_at_once_share_one_run(temporal: Tempora
         ]
         while not calls:
             await asyncio.sleep(0.01)
-        begun.set()
+        started.set()
         results = await asyncio.gather(*running)
     assert calls == ["a"]
     assert {result.status for result in results} == {RunStatus.COMPLETED}
@@ -350,10 +350,10 @@ async def test_another_input_gets_no_result_of_this_one(temporal: TemporalDriver
             await bound.run(Num(), run_id=run_id)
             with pytest.raises(PipelineChanged, match="another input"):
                 await bound.run(Num(n=5), run_id=run_id, if_exists="resume")
-        begun, go_on = asyncio.Event(), asyncio.Event()
-        async with driver.bind([_gate(begun, go_on)]) as bound:
+        started, go_on = asyncio.Event(), asyncio.Event()
+        async with driver.bind([_gate(started, go_on)]) as bound:
             running = asyncio.create_task(bound.run(Num(), run_id=ended))
-            await begun.wait()
+            await started.wait()
             with pytest.raises(RunBusy, match="with another input") as caught:
                 await bound.run(Num(n=5), run_id=ended, if_running="attach")
             assert not caught.value.same_input
@@ -363,9 +363,9 @@ async def test_another_input_gets_no_result_of_this_one(temporal: TemporalDriver
                 await bound.run(Num(n=5), run_id=ended, if_exists="return")
 
 
-def _gate(begun: asyncio.Event, go_on: asyncio.Event) -> Any:
+def _gate(started: asyncio.Event, go_on: asyncio.Event) -> Any:
     async def func(state: Num) -> dict[str, int]:
-        begun.set()
+        started.set()
         await go_on.wait()
         return {"n": 1}
 
@@ -421,12 +421,12 @@ async def test_what_earlier_segments_said_takes_no_room_of_later_ones(temporal: 
         map_over("texts", node("bad", func, Text, Text), into="made", on_item_failure="collect"),
         node("last", func, Texts, Num),
     ]
-    said: list[int] = []
+    messages: list[int] = []
     async with temporal.bind(nodes, policy_map=NEVER) as bound:
         for _ in range(2):
             result = await bound.run(texts, run_id=run_id, if_exists="resume")
             assert result.failure is not None
             assert result.failure.node_id == "last", result.failure.message[:300]
-            said.append(len(result.failure.message))
-    assert said[0] < 1_000
-    assert said[1] == 15_000
+            messages.append(len(result.failure.message))
+    assert messages[0] < 1_000
+    assert messages[1] == 15_000

@@ -45,7 +45,7 @@ class Approval(BaseModel):
     approved: bool
 
 
-def watching(told: list[Any]) -> NodeHooks:
+def watching(seen_events: list[Any]) -> NodeHooks:
     """Notes every call of a hook, and what is current during it."""
 
     def place() -> Any:
@@ -53,34 +53,34 @@ def watching(told: list[Any]) -> NodeHooks:
         return None if execution is None else (execution.position, execution.branch, execution.attempt)
 
     async def run_start(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
-        told.append(("run_start", pipeline, state, place()))
+        seen_events.append(("run_start", pipeline, state, place()))
 
     async def run_end(run_id: str, result: ExecutionResult) -> None:
-        told.append(("run_end", result.status, result.total_tokens, len(result.trace), place()))
+        seen_events.append(("run_end", result.status, result.total_tokens, len(result.trace), place()))
 
     async def start(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        told.append(("start", node_id, state, place()))
+        seen_events.append(("start", node_id, state, place()))
 
     async def success(run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
-        told.append(("success", node_id, state, tokens, place()))
+        seen_events.append(("success", node_id, state, tokens, place()))
 
     async def failure(run_id: str, node_id: str, error: BaseException, kind: FailureClass) -> None:
-        told.append(("failure", node_id, str(error), kind, place()))
+        seen_events.append(("failure", node_id, str(error), kind, place()))
 
     async def retry(run_id: str, node_id: str, attempt: int, delay: float, kind: FailureClass) -> None:
-        told.append(("retry", node_id, attempt, delay, kind, place()))
+        seen_events.append(("retry", node_id, attempt, delay, kind, place()))
 
     async def skipped(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        told.append(("skipped", node_id, state))
+        seen_events.append(("skipped", node_id, state))
 
     async def cancelled(run_id: str, node_id: str) -> None:
-        told.append(("cancelled", node_id, place()))
+        seen_events.append(("cancelled", node_id, place()))
 
     async def suspended(run_id: str, node_id: str, reason: str) -> None:
-        told.append(("suspended", node_id, reason, place()))
+        seen_events.append(("suspended", node_id, reason, place()))
 
     async def warning(run_id: str, dimension: str, used: float, limit: float) -> None:
-        told.append(("warning", dimension, used, limit))
+        seen_events.append(("warning", dimension, used, limit))
 
     return NodeHooks(
         on_run_start=run_start, on_run_end=run_end, on_node_start=start, on_node_success=success,
@@ -94,7 +94,7 @@ async def test_hooks_are_told_the_same_in_the_same_order(driver: Any) -> None:
     heard: list[list[Any]] = []
     for one in (driver, LocalDriver()):
         calls: list[str] = []
-        told: list[Any] = []
+        events: list[Any] = []
         nodes = [
             failing(calls, "a", TimeoutError("slow")),
             parallel(half(calls, "l", "left", Left), half(calls, "r", "right", Right), max_concurrency=1),
@@ -102,10 +102,10 @@ async def test_hooks_are_told_the_same_in_the_same_order(driver: Any) -> None:
             spending(calls, "d", 85),
         ]
         budget = ExecutionBudget(max_tokens_total=100)
-        async with one.bind(nodes, policy_map=THRICE, hooks=watching(told), budget=budget) as bound:
+        async with one.bind(nodes, policy_map=THRICE, hooks=watching(events), budget=budget) as bound:
             result = await bound.run(Num())
         assert result.status is RunStatus.COMPLETED
-        heard.append(told)
+        heard.append(events)
     assert heard[0] == heard[1]
     assert [event[0] for event in heard[0]] == [
         "run_start", "start", "failure", "retry", "start", "success",  # a
@@ -145,8 +145,8 @@ async def test_a_hook_that_is_not_async_is_a_type_error(driver: Any) -> None:
 async def test_bad_input_fires_the_failure_hook_and_no_start(driver: Any) -> None:
     """A trace event and the failure hook, no start hook, and no exception out of run()."""
     calls: list[str] = []
-    told: list[Any] = []
-    async with driver.bind([counted(calls, "a", input=Positive)], hooks=watching(told)) as bound:
+    events: list[Any] = []
+    async with driver.bind([counted(calls, "a", input=Positive)], hooks=watching(events)) as bound:
         result = await bound.run(Num())
     assert (result.status, calls) == (RunStatus.FAILED, [])
     assert [(event.node_id, event.outcome, event.input_state) for event in result.trace] == [
@@ -155,7 +155,7 @@ async def test_bad_input_fires_the_failure_hook_and_no_start(driver: Any) -> Non
     assert result.failure is not None
     assert isinstance(result.failure.exception, ContractViolation)
     assert result.failure.exception.direction == "input"
-    assert [event[0] for event in told] == ["run_start", "failure", "run_end"]
+    assert [event[0] for event in events] == ["run_start", "failure", "run_end"]
 
 
 async def test_what_is_no_node_and_no_model_is_a_type_error(driver: Any) -> None:
@@ -170,13 +170,13 @@ async def test_what_is_no_node_and_no_model_is_a_type_error(driver: Any) -> None
 async def test_cancelling_reaches_the_node(driver: Any, run_id: str) -> None:
     """The run ends as CANCELLED with the attempt in its trace, its hook is told, and it can be resumed."""
     calls: list[str] = []
-    told: list[Any] = []
-    begun, again = asyncio.Event(), asyncio.Event()
+    events: list[Any] = []
+    started, again = asyncio.Event(), asyncio.Event()
     ended: list[str] = []
 
     async def waits(state: Num) -> dict[str, int]:
         calls.append("w")
-        begun.set()
+        started.set()
         try:
             if not again.is_set():
                 await asyncio.Event().wait()
@@ -186,20 +186,20 @@ async def test_cancelling_reaches_the_node(driver: Any, run_id: str) -> None:
         return {"n": state.n + 1}
 
     nodes = [counted(calls, "a"), node("w", waits), counted(calls, "b")]
-    async with driver.bind(nodes, hooks=watching(told)) as bound:
+    async with driver.bind(nodes, hooks=watching(events)) as bound:
         running = asyncio.create_task(bound.run(Num(), run_id=run_id))
         if driver.name == "temporal":
-            await begun.wait()
+            await started.wait()
             assert await bound.runner.cancel(run_id)
         else:
-            await begun.wait()
-            next(iter(bound.runner._live)).cancel()  # The store in memory knows no other processes.
+            await started.wait()
+            next(iter(bound.runner._live.runs)).cancel()  # The store in memory knows no other processes.
         result = await running
         assert result.status is RunStatus.CANCELLED
         assert [(e.node_id, e.outcome) for e in result.trace] == [("a", "success"), ("w", "cancelled")]
         assert result.final_state == Num(n=1)
         assert (calls, ended) == (["a", "w"], ["w"])
-        assert [event[0] for event in told] == [
+        assert [event[0] for event in events] == [
             "run_start",
             "start",
             "success",
@@ -217,21 +217,21 @@ async def test_cancelling_reaches_the_node(driver: Any, run_id: str) -> None:
 async def test_cancelling_a_group_cancels_what_is_inside(driver: Any, run_id: str) -> None:
     """Its children are cancelled attempts under one cancelled event; what had ended stays committed."""
     calls: list[str] = []
-    begun = asyncio.Event()
+    started = asyncio.Event()
     go_on = asyncio.Event()
 
     async def waits(state: Num) -> dict[str, int]:
         calls.append("r")
         while "l" not in calls:
             await asyncio.sleep(0.01)
-        begun.set()
+        started.set()
         await go_on.wait()
         return {"right": 1}
 
     nodes = [parallel(half(calls, "l", "left", Left), node("r", waits, Num, Right)), joined(calls)]
     async with driver.bind(nodes) as bound:
         running = asyncio.create_task(bound.run(Num(), run_id=run_id))
-        await begun.wait()
+        await started.wait()
         if driver.name == "temporal":
             trace = await bound.runner.trace(bound.pipeline, run_id)
             while len(trace.trace) == 0 and not _has_child(
@@ -241,7 +241,7 @@ async def test_cancelling_a_group_cancels_what_is_inside(driver: Any, run_id: st
             await bound.runner.cancel(run_id)
         else:
             await asyncio.sleep(0)
-            next(iter(bound.runner._live)).cancel()
+            next(iter(bound.runner._live.runs)).cancel()
         result = await running
         assert result.status is RunStatus.CANCELLED
         assert [(e.node_id, e.outcome) for e in result.trace] == [("parallel(l, r)", "cancelled")]
@@ -282,9 +282,9 @@ async def test_a_suspended_run_goes_on_with_its_answer(driver: Any, run_id: str)
     heard = []
     for one in (driver, LocalDriver()):
         calls: list[str] = []
-        told: list[Any] = []
+        events: list[Any] = []
         nodes = [counted(calls, "a"), asking(calls, "ask"), counted(calls, "b")]
-        async with one.bind(nodes, hooks=watching(told)) as bound:
+        async with one.bind(nodes, hooks=watching(events)) as bound:
             result = await bound.run(Num(), run_id=run_id)
             assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["may ask go on?"])
             assert result.failure is None
@@ -292,11 +292,11 @@ async def test_a_suspended_run_goes_on_with_its_answer(driver: Any, run_id: str)
                 await bound.runner.signal(run_id, {"approved": "perhaps"})
             await bound.runner.signal(run_id, {"approved": True})
             resumed = await bound.go_on(Num(), run_id)
-            with pytest.raises(StoreError, match="is waiting for no answer"):
+            with pytest.raises(StoreError, match="is not waiting for an answer"):
                 await bound.runner.signal(run_id, {"approved": True})
         assert (resumed.status, resumed.final_state) == (RunStatus.RESUMED, Num(n=12))
         assert calls == ["a", "ask", "ask", "b"]
-        heard.append((result_told(result), result_told(resumed), told))
+        heard.append((result_told(result), result_told(resumed), events))
     assert heard[0] == heard[1]
 
 
@@ -329,20 +329,20 @@ async def test_a_run_that_gave_up_is_resumed_where_it_stopped(driver: Any, run_i
     heard = []
     for one in (driver, LocalDriver()):
         calls: list[str] = []
-        told: list[Any] = []
+        events: list[Any] = []
         nodes = [
             spending(calls, "a", 70),
             map_over_texts(calls),
             spending(calls, "d", 20),
         ]
-        async with one.bind(nodes, policy_map=NEVER, hooks=watching(told), budget=ExecutionBudget(max_tokens_total=100)) as bound:  # fmt: skip
+        async with one.bind(nodes, policy_map=NEVER, hooks=watching(events), budget=ExecutionBudget(max_tokens_total=100)) as bound:  # fmt: skip
             result = await bound.run(Num(n=3), run_id=run_id)
             assert result.status is RunStatus.PARTIAL
             resumed = await bound.go_on(Num(n=3), run_id)
         assert resumed.status is RunStatus.RESUMED
         assert resumed.total_tokens == 20
         assert calls == ["a", "flaky", "flaky", "d"]
-        heard.append((result_told(result), result_told(resumed), told))
+        heard.append((result_told(result), result_told(resumed), events))
     assert heard[0] == heard[1]
 
 
@@ -403,13 +403,13 @@ async def test_an_id_that_was_used(driver: Any, run_id: str) -> None:
 async def test_many_runs_at_once(driver: Any) -> None:
     """The outcomes are in the order of the inputs, and each is told as it comes."""
     calls: list[str] = []
-    told: list[int] = []
+    events: list[int] = []
     async with driver.bind([counted(calls, "a")]) as bound:
         results = await bound.runner.run_many(
-            bound.pipeline, [Num(n=n) for n in range(5)], on_result=lambda number, _: told.append(number)
+            bound.pipeline, [Num(n=n) for n in range(5)], on_result=lambda number, _: events.append(number)
         )
     assert [result.final_state for result in results] == [Num(n=n + 1) for n in range(5)]
-    assert sorted(told) == list(range(5))
+    assert sorted(events) == list(range(5))
 
 
 async def test_a_node_knows_where_it_is(driver: Any, run_id: str) -> None:

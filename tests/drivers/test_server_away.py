@@ -41,12 +41,12 @@ async def test_a_run_that_is_begun_waits_for_the_server(tmp_path: Path) -> None:
             runner = TemporalRunner(client, "q")
             assert (await runner.run(PIPELINE, State(), run_id="r0")).status == "COMPLETED"
             server.kill()
-            begun = asyncio.create_task(runner.run(PIPELINE, State(), run_id="r1"))
+            started = asyncio.create_task(runner.run(PIPELINE, State(), run_id="r1"))
             hasty = TemporalRunner(client, "q", server_seconds=0.5)
             with pytest.raises(StoreError, match=f"server at {server.address} cannot be reached"):
                 await hasty.run(PIPELINE, State(), run_id="r2")
-            assert not begun.done()
+            assert not started.done()
             await asyncio.to_thread(server.start)
-            assert (await asyncio.wait_for(begun, 60)).status == "COMPLETED"
+            assert (await asyncio.wait_for(started, 60)).status == "COMPLETED"
     finally:
         server.kill()

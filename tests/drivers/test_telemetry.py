@@ -39,8 +39,8 @@ class TestPrometheus:
         seconds = value("stroma_run_duration_seconds_sum", status="COMPLETED")
         assert seconds is not None
         assert seconds * 1000 >= next(iter(result.trace)).duration_ms
-        told = {"node_id": "a", "model": "gpt-4o-mini", "direction": "input"}
-        assert value("stroma_tokens_total", **told) == 10
+        events = {"node_id": "a", "model": "gpt-4o-mini", "direction": "input"}
+        assert value("stroma_tokens_total", **events) == 10
         assert value("stroma_node_retries_total", node_id="b", failure_class="RECOVERABLE") == 1
         assert (
             value("stroma_cost_usd_total", node_id="a", model="gpt-4o-mini")

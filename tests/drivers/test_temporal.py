@@ -206,11 +206,11 @@ async def test_a_pipeline_that_is_edited_breaks_no_run_in_flight(
 ) -> None:
     """A run goes through the nodes that it began with, in their order and groups, on a worker with new ones around them."""
     calls: list[str] = []
-    begun, go_on = asyncio.Event(), asyncio.Event()
+    started, go_on = asyncio.Event(), asyncio.Event()
 
     async def waits(state: Num) -> dict[str, int]:
         calls.append("w")
-        begun.set()
+        started.set()
         await go_on.wait()
         return {"n": state.n + 1}
 
@@ -224,7 +224,7 @@ async def test_a_pipeline_that_is_edited_breaks_no_run_in_flight(
     )
     working = asyncio.create_task(old.run())
     running = asyncio.create_task(temporal.runner().run(pipeline, Num()))
-    await begun.wait()
+    await started.wait()
     stopping = asyncio.create_task(old.shutdown())  # It ends the attempt that it is in, and takes no other.
     async with stroma_worker(await connect(temporal_server), temporal.queue, [edited]):
         go_on.set()
@@ -323,17 +323,17 @@ async def test_fan_out_is_bounded(temporal: TemporalDriver) -> None:
 
 async def test_one_id_is_run_once(temporal: TemporalDriver) -> None:
     """A second run() of an id that runs is RunBusy, or waits for the result of the first."""
-    begun, go_on = asyncio.Event(), asyncio.Event()
+    started, go_on = asyncio.Event(), asyncio.Event()
 
     async def waits(state: Num) -> dict[str, int]:
-        begun.set()
+        started.set()
         await go_on.wait()
         return {"n": state.n + 1}
 
     run_id = uuid.uuid4().hex
     async with temporal.bind([node("w", waits)]) as bound:
         running = asyncio.create_task(bound.run(Num(), run_id=run_id))
-        await begun.wait()
+        await started.wait()
         with pytest.raises(RunBusy, match="attach"):
             await bound.run(Num(), run_id=run_id)
         attached = asyncio.create_task(bound.run(Num(), run_id=run_id, if_running="attach"))
@@ -343,17 +343,17 @@ async def test_one_id_is_run_once(temporal: TemporalDriver) -> None:
 
 async def test_who_stops_waiting_leaves_the_run_alone(temporal: TemporalDriver) -> None:
     """A client that is gone changes nothing: the run goes on, and another client has its result."""
-    begun, go_on = asyncio.Event(), asyncio.Event()
+    started, go_on = asyncio.Event(), asyncio.Event()
 
     async def waits(state: Num) -> dict[str, int]:
-        begun.set()
+        started.set()
         await go_on.wait()
         return {"n": state.n + 1}
 
     run_id = uuid.uuid4().hex
     async with temporal.bind([node("w", waits)]) as bound:
         running = asyncio.create_task(bound.run(Num(), run_id=run_id))
-        await begun.wait()
+        await started.wait()
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
@@ -369,17 +369,17 @@ async def test_who_stops_waiting_leaves_the_run_alone(temporal: TemporalDriver) 
 
 async def test_the_trace_can_be_seen_while_it_runs(temporal: TemporalDriver) -> None:
     """A query gives the attempts so far."""
-    begun, go_on = asyncio.Event(), asyncio.Event()
+    started, go_on = asyncio.Event(), asyncio.Event()
 
     async def waits(state: Num) -> dict[str, int]:
-        begun.set()
+        started.set()
         await go_on.wait()
         return {"n": state.n + 1}
 
     run_id = uuid.uuid4().hex
     async with temporal.bind([counted([], "a"), node("w", waits)]) as bound:
         running = asyncio.create_task(bound.run(Num(), run_id=run_id))
-        await begun.wait()
+        await started.wait()
         seen = await temporal.runner().trace(bound.pipeline, run_id)
         go_on.set()
         await running
@@ -396,13 +396,13 @@ class Scrambled(PayloadCodec):
         ]
 
     async def decode(self, payloads: Any) -> list[Payload]:
-        made = []
+        outputs = []
         for p in payloads:
             assert p.metadata["encoding"] == b"scrambled"
             plain = Payload()
             plain.ParseFromString(bytes(255 - b for b in p.data))
-            made.append(plain)
-        return made
+            outputs.append(plain)
+        return outputs
 
 
 @pytest.mark.core
@@ -443,9 +443,9 @@ async def test_search_attributes_where_they_are_registered(temporal_server: Temp
             await asyncio.sleep(0.1)
         await bound.run(Num(), run_id=run_id)
         described = await driver.client.get_workflow_handle(run_id).describe()
-    found = {pair.key.name: pair.value for pair in described.typed_search_attributes}
-    assert found["StromaPipeline"] == "pipe"
-    assert found["StromaStatus"] == "PARTIAL"
+    findings = {pair.key.name: pair.value for pair in described.typed_search_attributes}
+    assert findings["StromaPipeline"] == "pipe"
+    assert findings["StromaStatus"] == "PARTIAL"
 
 
 @pytest.mark.core
@@ -453,7 +453,7 @@ async def test_a_worker_that_ends_hands_its_attempt_on(temporal: TemporalDriver)
     """A worker that is shut down in the middle of an attempt cancels no run: another one makes the attempt anew."""
     calls: list[str] = []
     redelivered: list[bool] = []
-    begun, go_on = asyncio.Event(), asyncio.Event()
+    started, go_on = asyncio.Event(), asyncio.Event()
 
     async def waits(state: Num) -> dict[str, int]:
         from stroma import current_node
@@ -462,7 +462,7 @@ async def test_a_worker_that_ends_hands_its_attempt_on(temporal: TemporalDriver)
         assert execution is not None
         calls.append("w")
         redelivered.append(execution.redelivered)
-        begun.set()
+        started.set()
         await go_on.wait()
         return {"n": state.n + 1}
 
@@ -471,7 +471,7 @@ async def test_a_worker_that_ends_hands_its_attempt_on(temporal: TemporalDriver)
     first = stroma_worker(temporal.client, temporal.queue, [pipeline])
     running_worker = asyncio.create_task(first.run())
     running = asyncio.create_task(runner.run(pipeline, Num()))
-    await begun.wait()
+    await started.wait()
     await first.shutdown()
     await running_worker
     go_on.set()

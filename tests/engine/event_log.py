@@ -149,8 +149,8 @@ class Diary(logging.Handler):
     def _hook(self, event: str, label: str, own: Any) -> Any:
         async def hook(run_id: str, *arguments: Any) -> None:
             assert run_id == "r"
-            told = " ".join(_told(argument) for argument in arguments)
-            self.lines.append(f"{label}{event} {told}{self._place()}")
+            report = " ".join(_told(argument) for argument in arguments)
+            self.lines.append(f"{label}{event} {report}{self._place()}")
             if event == "run_end":
                 self._seen = self._events(arguments[0].trace)
                 self.lines += self._seen
@@ -190,55 +190,55 @@ class Diary(logging.Handler):
         if events != self._seen:
             self.lines += events
         failure = result.failure
-        told = f"result {result.status} {result.final_state!r} {result.total_tokens} tokens {result.total_cost_usd:g} USD"
+        report = f"result {result.status} {result.final_state!r} {result.total_tokens} tokens {result.total_cost_usd:g} USD"
         if failure is not None:
-            told += f" {type(failure.exception).__name__} {_failed(failure)} {failure.retry_after_seconds}"
-            told += f" of {failure.node_id} #{failure.attempt}"
+            report += f" {type(failure.exception).__name__} {_failed(failure)} {failure.retry_after_seconds}"
+            report += f" of {failure.node_id} #{failure.attempt}"
         for name in ("hook_errors", "unpriced_models", "failed_items", "suspended"):
             if getattr(result, name):
-                told += f" {name} {getattr(result, name)}"
-        self.lines.append(told)
+                report += f" {name} {getattr(result, name)}"
+        self.lines.append(report)
 
     def _events(self, events: Any, depth: str = "event") -> list[str]:
-        found = []
+        findings = []
         for event in events:
             assert event.run_id == "r"
             self._check(int(event.timestamp_utc.timestamp() * 1e9), event.duration_ms * 1e6)
-            told = f"{depth} {event.node_id} {_at(event.position, event.branch)} #{event.attempt}"
-            told += f" {event.outcome} {event.input_state} -> {event.output_state}"
+            report = f"{depth} {event.node_id} {_at(event.position, event.branch)} #{event.attempt}"
+            report += f" {event.outcome} {event.input_state} -> {event.output_state}"
             if event.failure is not None or event.failure_message is not None:
-                told += f" {event.failure} {_short(str(event.failure_message))} ({event.reason})"
+                report += f" {event.failure} {_short(str(event.failure_message))} ({event.reason})"
             if event.usage.tokens or event.usage.cost_usd:
-                told += f" {event.usage.tokens} tokens {event.usage.cost_usd:g} USD"
-            found += [told, *self._events(event.children, f"  {depth}")]
-        return found
+                report += f" {event.usage.tokens} tokens {event.usage.cost_usd:g} USD"
+            findings += [report, *self._events(event.children, f"  {depth}")]
+        return findings
 
     def journal(self) -> None:
         """What the store has of the run."""
         record = self.store.get_run("r")
         self.lines.append(f"journal {record.status}")
-        for kept in in_order(self.store.attempts("r")):
-            self._check(kept.started_ns, kept.duration_ms * 1e6)
-            told = f"row {kept.node_id} {_at(kept.position, kept.branch)} #{kept.attempt}"
-            told += f" {kept.outcome} {_ran(kept.duration_ms)} {(kept.output or b'-').decode()}"
-            if kept.failure_class is not None or kept.message is not None:
-                told += f" {kept.failure_class} {_short(str(kept.message))} ({kept.reason})"
-            if kept.tokens or kept.cost_usd:
-                told += f" {kept.tokens} tokens {kept.cost_usd:g} USD"
-            self.lines.append(told)
+        for entry in in_order(self.store.attempts("r")):
+            self._check(entry.started_ns, entry.duration_ms * 1e6)
+            report = f"row {entry.node_id} {_at(entry.position, entry.branch)} #{entry.attempt}"
+            report += f" {entry.outcome} {_ran(entry.duration_ms)} {(entry.output or b'-').decode()}"
+            if entry.failure_class is not None or entry.message is not None:
+                report += f" {entry.failure_class} {_short(str(entry.message))} ({entry.reason})"
+            if entry.tokens or entry.cost_usd:
+                report += f" {entry.tokens} tokens {entry.cost_usd:g} USD"
+            self.lines.append(report)
 
     # ------------------------------------------------------------------ runs
 
     def config(self, **config: Any) -> dict[str, Any]:
         """A run "r" that is watched in every way; ``config`` wins over the variation."""
-        given = {"run_id": "r", "policy_map": NEVER, "hooks": self.hooks(), **self.variation, **config}
+        inputs = {"run_id": "r", "policy_map": NEVER, "hooks": self.hooks(), **self.variation, **config}
         for name, value in self.variation.items():
             if isinstance(value, dict):
-                given[name] = {**value, **config.get(name, {})}
+                inputs[name] = {**value, **config.get(name, {})}
             elif isinstance(value, ExecutionBudget):
                 own: ExecutionBudget = config.get(name, ExecutionBudget())
-                given[name] = value.model_copy(update=own.model_dump(exclude_none=True))
-        return given
+                inputs[name] = value.model_copy(update=own.model_dump(exclude_none=True))
+        return inputs
 
     def runner(self, **config: Any) -> StromaRunner:
         runner = StromaRunner.quick(store=self.store, **self.config(**config))
@@ -255,17 +255,17 @@ class Diary(logging.Handler):
             self.lines.append(f"raised {_told(error)}")
         self.journal()
 
-    async def cut(self, begun: asyncio.Event, nodes: list[Any], state: Any, **config: Any) -> None:
+    async def cut(self, started: asyncio.Event, nodes: list[Any], state: Any, **config: Any) -> None:
         """Run nodes, and cancel that once it has begun."""
         task = asyncio.create_task(self.run(nodes, state, **config))
-        await begun.wait()
+        await started.wait()
         task.cancel()
         await task
 
-    async def throw_away(self, begun: asyncio.Event, nodes: list[Any], state: Any, **config: Any) -> None:
+    async def throw_away(self, started: asyncio.Event, nodes: list[Any], state: Any, **config: Any) -> None:
         """Run nodes until that has begun, and throw it away there, as a loop does that ends."""
         before = asyncio.all_tasks()
-        await ThrownAway(self.runner(**config).run(nodes, state), begun)
+        await ThrownAway(self.runner(**config).run(nodes, state), started)
         for task in asyncio.all_tasks() - before:  # Of a store, whose work nobody has closed.
             task.cancel()
         self.journal()
@@ -274,9 +274,9 @@ class Diary(logging.Handler):
 class ThrownAway:
     """Awaited, it does what a coroutine does until an event is set, and closes it where it waits, in another context."""
 
-    def __init__(self, work: Coroutine[Any, Any, Any], begun: asyncio.Event) -> None:
+    def __init__(self, work: Coroutine[Any, Any, Any], started: asyncio.Event) -> None:
         self._work = work
-        self._begun = begun
+        self._begun = started
 
     def __await__(self) -> Generator[Any, None, None]:
         context, task = contextvars.copy_context(), asyncio.current_task()

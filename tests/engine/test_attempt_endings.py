@@ -29,7 +29,7 @@ from stroma import (
     execute_step,
     parallel,
 )
-from stroma.engine.interceptors import PROBES, Probe
+from stroma.engine.interceptors import INTERCEPTORS, Interceptor
 from stroma.trace import AttemptUsage
 
 
@@ -67,13 +67,13 @@ async def test_a_cancellation_that_an_attempt_swallowed_is_not_the_next_ones(gro
 async def test_a_node_that_swallows_a_cancellation_and_raises_it_again_is_cancelled() -> None:
     """A cancellation that comes during an attempt is the run's, in a second attempt as well."""
     calls: list[int] = []
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     async def func(state: Num) -> Any:
         calls.append(here().attempt)
         if len(calls) == 1:
             raise ConnectionError("down")
-        begun.set()
+        started.set()
         await asyncio.Event().wait()
 
     seen: list[str] = []
@@ -83,7 +83,7 @@ async def test_a_node_that_swallows_a_cancellation_and_raises_it_again_is_cancel
 
     runner = StromaRunner.quick(policy_map=THRICE, hooks=NodeHooks(on_node_cancelled=cancelled))
     task = asyncio.create_task(runner.run([node("a", func)], Num()))
-    await begun.wait()
+    await started.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -152,12 +152,12 @@ async def test_a_cancellation_while_usage_is_priced_comes_out_once_the_attempt_i
             await task
         diary.journal()
     ends = {"success": "success", "failure": "failure", "bad output": "failure", "question": "suspended"}
-    told = [line for line in diary.lines if line.startswith(("node_", "row a"))]
-    assert [line.split()[0] for line in told if " a " in line and "parallel" not in line][:2] == [
+    events = [line for line in diary.lines if line.startswith(("node_", "row a"))]
+    assert [line.split()[0] for line in events if " a " in line and "parallel" not in line][:2] == [
         "node_start",
         f"node_{ends[ending]}",
     ]
-    (row,) = [line for line in told if line.startswith("row a")]
+    (row,) = [line for line in events if line.startswith("row a")]
     assert f"#1 {ends[ending]} ran" in row
     assert row.endswith(" 3 tokens 0 USD")
     assert calls == ["a"]
@@ -290,8 +290,8 @@ async def test_only_a_nodes_own_output_is_mended() -> None:
 async def test_a_violation_that_a_classifier_lets_retry_is_retried_by_policy() -> None:
     """What a classifier calls recoverable goes by the policy of that class; no repair is used up for it."""
     called: list[str] = []
-    said = [lambda error, _: FailureClass.RECOVERABLE]
-    runner = StromaRunner.quick(policy_map=ONCE, contract_retries={"a": 5}, classifiers=said)
+    messages = [lambda error, _: FailureClass.RECOVERABLE]
+    runner = StromaRunner.quick(policy_map=ONCE, contract_retries={"a": 5}, classifiers=messages)
     result = await runner.run([counted(called, "a", BAD)], Num())
     assert (result.status, len(called)) == (RunStatus.PARTIAL, 2)
 
@@ -403,7 +403,7 @@ async def test_the_signal_of_a_fallback_reaches_every_kind_of_node(timed: bool, 
 # ---------------------------------------------------------------- probes
 
 
-class Noting(Probe):
+class Noting(Interceptor):
     """Notes what stands around a call; changes what it is told to."""
 
     def __init__(self, name: str, seen: list[str], kind: FailureClass | None = None) -> None:
@@ -428,13 +428,13 @@ class Noting(Probe):
 
 
 @pytest.fixture
-def probes() -> Iterator[list[Probe]]:
-    before = list(PROBES)
-    yield PROBES
-    PROBES[:] = before
+def probes() -> Iterator[list[Interceptor]]:
+    before = list(INTERCEPTORS)
+    yield INTERCEPTORS
+    INTERCEPTORS[:] = before
 
 
-async def test_probes_stand_around_a_call(probes: list[Probe]) -> None:
+async def test_probes_stand_around_a_call(probes: list[Interceptor]) -> None:
     """The first one is outermost; each is told of the failure as the one before it has left it."""
     seen: list[str] = []
     probes += [Noting("1", seen, FailureClass.TERMINAL), Noting("2", seen)]
@@ -452,7 +452,7 @@ async def test_probes_stand_around_a_call(probes: list[Probe]) -> None:
     assert result.failure.failure_class is FailureClass.TERMINAL
 
 
-async def test_probes_stand_around_groups_and_their_children(probes: list[Probe]) -> None:
+async def test_probes_stand_around_groups_and_their_children(probes: list[Interceptor]) -> None:
     """A group is called like a node, and its children inside of that; its failure is its child's, diagnosed once."""
     seen: list[str] = []
     probes.append(Noting("1", seen))
@@ -476,16 +476,16 @@ async def test_every_end_is_marked_as_delivered_once() -> None:
     def between(session: Any) -> Any:
         return Between(session, delivered=lambda row: marked.append(f"{row[0]} {row[1]} {row[6]}"))
 
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     async def forever(state: Num) -> Any:
-        begun.set()
+        started.set()
         await asyncio.Event().wait()
 
     with Diary() as diary:
         diary.store = Journal(between)
         nodes = [counted([], "a", ValueError("no"), {"n": 1}), node("b", forever)]
-        await diary.cut(begun, nodes, Num(), hook_delivery="at_least_once", policy_map=ONCE)
+        await diary.cut(started, nodes, Num(), hook_delivery="at_least_once", policy_map=ONCE)
         assert marked == ["a 1 failure", "a 2 success", "b 1 cancelled"]
         marked.clear()
         await diary.run([counted([], "a", Suspend("may I?"))], Num(), hook_delivery="at_least_once")
@@ -555,18 +555,18 @@ async def test_a_hook_that_raises_is_listed_by_its_name_and_node() -> None:
 @pytest.mark.parametrize("closed", [False, True])
 async def test_a_hook_of_an_end_that_raises_is_listed(closed: bool) -> None:
     """The same for an attempt that is cancelled, and for one that is thrown away."""
-    angry, begun = Angry(), asyncio.Event()
+    angry, started = Angry(), asyncio.Event()
 
     async def forever(state: Num) -> Any:
-        begun.set()
+        started.set()
         await asyncio.Event().wait()
 
     work = StromaRunner.quick(hooks=angry.sets()).run([node("a", forever)], Num())
     if closed:
-        await ThrownAway(work, begun)
+        await ThrownAway(work, started)
     else:
         task = asyncio.create_task(work)
-        await begun.wait()
+        await started.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -579,13 +579,13 @@ async def test_a_hook_that_is_not_async_is_named(event: str) -> None:
 
     def plain(*_: Any) -> None: ...
 
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     async def func(state: Num) -> Any:
         if event == "suspended":
             raise Suspend("may I?")
         if event == "cancelled":
-            begun.set()
+            started.set()
             await asyncio.Event().wait()
         if event in ("failure", "retry") and here().attempt == 1:
             raise ConnectionError("down")
@@ -594,13 +594,13 @@ async def test_a_hook_that_is_not_async_is_named(event: str) -> None:
     hooks = NodeHooks(**{f"on_node_{event}": plain})  # type: ignore[arg-type]
     with Diary() as diary:
         if event == "cancelled":
-            await diary.cut(begun, [node("a", func)], Num(), hooks=hooks)
-            (said,) = [line for line in diary.lines if line.startswith("log WARNING")]
+            await diary.cut(started, [node("a", func)], Num(), hooks=hooks)
+            (text,) = [line for line in diary.lines if line.startswith("log WARNING")]
         else:
             await diary.run([node("a", func)], Num(), hooks=hooks, policy_map=ONCE)
-            (said,) = [line for line in diary.lines if line.startswith("raised HookNotAsync")]
-    assert f"hook on_node_{event} of node 'a' is not async: " in said
-    assert "returned NoneType, which cannot be awaited; define it with async def" in said
+            (text,) = [line for line in diary.lines if line.startswith("raised HookNotAsync")]
+    assert f"hook on_node_{event} of node 'a' is not async: " in text
+    assert "returned NoneType, which cannot be awaited; define it with async def" in text
 
 
 # ---------------------------------------------------------------- what leaves the process

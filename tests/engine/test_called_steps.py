@@ -60,12 +60,14 @@ class Numbers(BaseModel):
 
 @pytest.fixture(params=STORES)
 def store(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with store_of(request.param) as found:
-        yield found
+    with store_of(request.param) as result:
+        yield result
 
 
-def node(node_id: str, func: Callable[..., Any], given: Any = Text, made: Any = Text) -> Any:
-    return stroma_node(node_id, NodeContract(node_id=node_id, input_schema=given, output_schema=made))(func)
+def node(node_id: str, func: Callable[..., Any], input_model: Any = Text, output_model: Any = Text) -> Any:
+    return stroma_node(
+        node_id, NodeContract(node_id=node_id, input_schema=input_model, output_schema=output_model)
+    )(func)
 
 
 def runner_on(store: Any, **config: Any) -> StromaRunner:
@@ -211,11 +213,11 @@ async def test_side_by_side_steps_are_known_by_their_task(store: Any) -> None:
 
     async def _gathered(one: Callable[[str], Any], state: Text) -> Text:
         slow.clear()
-        found = await asyncio.gather(*map(one, "012"))
+        outcome = await asyncio.gather(*map(one, "012"))
         if not live["died"]:
             live["died"] = True
             await world.die()
-        return Text(text=" ".join(found))
+        return Text(text=" ".join(outcome))
 
     async def run() -> Any:
         return await runner_on(store).run([node("answer", all_first)], Text(text="x"))
@@ -317,18 +319,18 @@ async def test_steps_in_parts_of_groups_are_found_again(store: Any, way: str) ->
 
 async def test_a_step_outside_of_the_nodes_of_a_pipeline_is_refused() -> None:
     """A hook of the run cannot take the position of a node by calling a step."""
-    world, said = World(), []
+    world, messages = World(), []
 
     async def start(*about: Any) -> None:
         try:
             await world.ask("draft", "x")
         except RuntimeError as error:
-            said.append(str(error))
+            messages.append(str(error))
 
     runner = runner_on(None, resume=False, hooks=NodeHooks(on_run_start=start))
     await runner.run([node("first", world.step("first"))], Text(text="x"))
     assert world.calls == ["first x"]
-    assert "step 'draft' was called in run 'r' of a pipeline, outside of its nodes" in said[0]
+    assert "step 'draft' was called in run 'r' of a pipeline, outside of its nodes" in messages[0]
 
 
 # ---------------------------------------------------------------------- in plain code
@@ -436,18 +438,18 @@ async def test_a_group_does_not_mix_two_inputs(store: Any, way: str, inside: boo
             ctx = context_on(store)
             await ctx.open(Text(), ends=False)
             return await execute_step("group", group, value, ctx)
-        found: list[Any] = []
+        findings: list[Any] = []
 
         async def outer(state: Text) -> Text:
-            found.append(await execute_step("group", group, value, current_run()))  # type: ignore[arg-type]
-            if found[0].status is not RunStatus.COMPLETED:
+            findings.append(await execute_step("group", group, value, current_run()))  # type: ignore[arg-type]
+            if findings[0].status is not RunStatus.COMPLETED:
                 await world.die()
             return state
 
         result = await runner_on(store).run([node("outer", outer)], Text())
-        if not found:
+        if not findings:
             raise result.failure.exception
-        return found[0]
+        return findings[0]
 
     await world.live(lambda: run(one))
     assert len(calls) == 2
@@ -473,9 +475,9 @@ async def test_the_history_tells_the_keys(store: Any) -> None:
     async with ctx:
         await asyncio.gather(world.ask("a", "1", ctx), world.ask("a", "2", ctx))
         await execute_step("outer", outer, Text(text="o"), ctx)
-    told = {a.idempotency_key("r", 1) for a in store.attempts("r")}
-    assert told == set.union(*world.keys.values())
-    assert len(told) == 4
+    events = {a.idempotency_key("r", 1) for a in store.attempts("r")}
+    assert events == set.union(*world.keys.values())
+    assert len(events) == 4
 
 
 # ---------------------------------------------------------------------- processes that are killed
@@ -504,7 +506,7 @@ def test_killed_inside_of_a_step(kind: str, way: str, tmp_path: Path) -> None:
         keys: dict[str, set[str]] = {}
         for what, _, key in called:
             keys.setdefault(what, set()).add(key)
-        assert {what: len(found) for what, found in keys.items()} == dict.fromkeys(keys, 1)
+        assert {what: len(result) for what, result in keys.items()} == dict.fromkeys(keys, 1)
         assert len(set.union(*keys.values())) == len(keys) == 6
 
 
@@ -517,8 +519,8 @@ def test_steps_are_shown_with_what_is_inside_of_them() -> None:
         )
 
     order = ["", "z#0", "z#0.0", "z#0.1", "z#0.10", "a#0", "a#0.x#0", "a#1"]
-    told = [at(branch, started) for started, branch in enumerate(order)]
-    assert [one.branch for one in in_order(reversed(told))] == order
+    events = [at(branch, started) for started, branch in enumerate(order)]
+    assert [one.branch for one in in_order(reversed(events))] == order
 
 
 def test_any_text_may_be_the_id_of_a_step() -> None:
@@ -559,13 +561,13 @@ def test_any_text_may_be_the_id_of_a_step() -> None:
 async def test_a_cancelled_run_calls_no_further_step(store: Any, fails: bool) -> None:
     """After an acknowledged cancel() the step that is under way is the last one, with its present attempt; the run is CANCELLED."""
     runner = StromaRunner.quick(store=store, run_id="r", policy_map=RETRIED)
-    begun, asked = asyncio.Event(), asyncio.Event()
+    started, request = asyncio.Event(), asyncio.Event()
     calls: list[str] = []
 
     async def first(state: Text) -> dict[str, str]:
         calls.append("first")
-        begun.set()
-        await asked.wait()
+        started.set()
+        await request.wait()
         if fails:
             raise ValueError("no")
         return {"text": "first"}
@@ -576,12 +578,12 @@ async def test_a_cancelled_run_calls_no_further_step(store: Any, fails: bool) ->
 
     async with ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager) as ctx:
         under_way = asyncio.ensure_future(execute_step("first", first, Text(), ctx))
-        await begun.wait()
+        await started.wait()
         assert await runner.cancel("r")
         async with asyncio.timeout(20):
             while not ctx.cancelled:
                 await asyncio.sleep(0.001)
-        asked.set()
+        request.set()
         one = await under_way
         two = await execute_step("second", second, Text(), ctx)
     assert one.status is (RunStatus.PARTIAL if fails else RunStatus.COMPLETED)

@@ -215,12 +215,12 @@ def test_loops_and_threads_share_a_runner_and_a_store(store: Any, hasty: None) -
     crowd.check(flat)
     manager = CheckpointManager(store)
 
-    async def kept() -> None:
+    async def commit_all() -> None:
         for i in range(72):
             assert await manager.resume(f"run {i}", "c", Num) == Num(n=i)
             assert await manager.resume(f"run {i}", "d", Num) == Num(n=i)
 
-    asyncio.run(kept())
+    asyncio.run(commit_all())
 
 
 def test_sync_nodes_of_many_loops(store: Any, hasty: None) -> None:
@@ -276,21 +276,21 @@ def test_one_function_under_two_registries(hasty: None) -> None:
         registry.register(NodeContract(node_id="n", input_schema=schema, output_schema=schema))
         runners.append(StromaRunner(registry, CheckpointManager(store), RunConfig()))
     runners[0].registry.register(NodeContract(node_id="n", input_schema=Left, output_schema=Left))
-    given: list[BaseModel] = [Left(value=7), Right(value="seven")]
+    inputs: list[BaseModel] = [Left(value=7), Right(value="seven")]
 
     async def some(which: int) -> Any:
-        return await asyncio.gather(*[runners[which].run([both, both], given[which]) for _ in range(40)])
+        return await asyncio.gather(*[runners[which].run([both, both], inputs[which]) for _ in range(40)])
 
     async def mixed() -> Any:
         return await asyncio.gather(some(0), some(1))
 
     for group, which in zip(in_threads(6, lambda i: asyncio.run(some(i % 2))), [0, 1] * 3, strict=True):
         for result in group:
-            assert result.final_state == given[which]
+            assert result.final_state == inputs[which]
     for which, group in enumerate(asyncio.run(mixed())):
         for result in group:
-            assert result.final_state == given[which]
-            assert [event.output_state for event in result.trace] == [given[which].model_dump()] * 2
+            assert result.final_state == inputs[which]
+            assert [event.output_state for event in result.trace] == [inputs[which].model_dump()] * 2
     assert set(seen) == {Left, Right}
 
 
@@ -315,12 +315,12 @@ def test_one_node_fed_by_many_classes(hasty: None) -> None:
     async def func(state: Taken) -> Any:
         return state
 
-    made = node("n", func, Taken, Taken)
+    instance = node("n", func, Taken, Taken)
     runner = StromaRunner.quick()
 
     def work(i: int) -> Any:
         kind = Hidden if i % 2 else Plain
-        return [runner.run_sync([made], kind(a=i, b=9)).final_state for _ in range(60)]
+        return [runner.run_sync([instance], kind(a=i, b=9)).final_state for _ in range(60)]
 
     for i, states in enumerate(in_threads(6, work)):
         assert states == [Taken(a=i, b=0 if i % 2 else 9)] * 60
@@ -509,8 +509,10 @@ def test_a_fork_in_the_middle_of_a_run(tmp_path: Path) -> None:
     runner = StromaRunner.quick(store=store)
 
     def forks(state: Num) -> Any:
-        told = _in_child(lambda: runner.run_sync([node("a", _count)], Num(n=10), run_id="child").final_state)
-        return {"n": told.n}, 1
+        report = _in_child(
+            lambda: runner.run_sync([node("a", _count)], Num(n=10), run_id="child").final_state
+        )
+        return {"n": report.n}, 1
 
     result = runner.run_sync(
         [node("a", _count), node("forks", forks), node("b", _count)], Num(), run_id="parent"

@@ -87,16 +87,16 @@ def test_a_default_is_its_configs_own(field: str, make: Any) -> None:
 def test_a_field_that_is_set_is_what_was_set(field: str) -> None:
     """Given or assigned, the very object; and it counts as given."""
     value = copy.deepcopy(EXPECTED[field])
-    given, assigned = RunConfig(**{field: value}), RunConfig()
-    assert given.model_fields_set == {field}
+    argument, assigned = RunConfig(**{field: value}), RunConfig()
+    assert argument.model_fields_set == {field}
     setattr(assigned, field, value)
     assert getattr(assigned, field) is value
     assert assigned.model_fields_set == {field}
     if field not in ("policy_map", "model_fallbacks"):  # Validation copies dicts and lists.
-        assert getattr(given, field) is value
+        assert getattr(argument, field) is value
 
 
-@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("is_read", [False, True])
 @pytest.mark.parametrize(
     "twin",
     [
@@ -108,23 +108,23 @@ def test_a_field_that_is_set_is_what_was_set(field: str) -> None:
     ],
     ids=["copy", "deepcopy", "model_copy", "model_copy-deep", "pickle"],
 )
-def test_copies_are_equal_and_shown_alike(twin: Any, *, asked: bool) -> None:
+def test_copies_are_equal_and_shown_alike(twin: Any, *, is_read: bool) -> None:
     """Whether anybody asked for the defaults shows nowhere: not in ==, repr, the fields set, or what is written down."""
     config = RunConfig(run_id="r")
-    if asked:
+    if is_read:
         for field in FIELDS:
             getattr(config, field)
-    made = twin(config)
-    assert made == config == RunConfig(run_id="r")
-    assert repr(made) == repr(config) == repr(RunConfig(run_id="r"))
-    assert made.model_fields_set == {"run_id"}
-    assert made.model_dump() == RunConfig(run_id="r").model_dump()
-    assert made.model_dump()["budget"] == {
+    instance = twin(config)
+    assert instance == config == RunConfig(run_id="r")
+    assert repr(instance) == repr(config) == repr(RunConfig(run_id="r"))
+    assert instance.model_fields_set == {"run_id"}
+    assert instance.model_dump() == RunConfig(run_id="r").model_dump()
+    assert instance.model_dump()["budget"] == {
         "max_tokens_total": None,
         "max_cost_usd": None,
         "max_latency_ms": None,
     }
-    change("policy_map", made.policy_map)
+    change("policy_map", instance.policy_map)
     assert RunConfig().policy_map == EXPECTED["policy_map"]
 
 
@@ -181,11 +181,11 @@ async def test_a_policy_that_is_changed_in_a_run_holds_in_that_run_alone() -> No
 
 async def test_hooks_that_are_set_on_a_default_are_called() -> None:
     """Before the run; and never those of another runner."""
-    told: list[str] = []
+    events: list[str] = []
 
     async def start(run_id: str, *_: Any) -> None:
         await asyncio.sleep(0)
-        told.append(run_id)
+        events.append(run_id)
 
     ours, others = (StromaRunner.quick() for _ in range(2))
     node = ours.node("n", input=State, output=State)(_same)
@@ -193,7 +193,7 @@ async def test_hooks_that_are_set_on_a_default_are_called() -> None:
     ours.config.hooks.on_run_start = start
     await others.run([node], State(), run_id="theirs")
     await ours.run([node], State(), run_id="ours")
-    assert told == ["ours"]
+    assert events == ["ours"]
 
 
 async def _same(state: State) -> State:

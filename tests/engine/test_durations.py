@@ -36,8 +36,8 @@ class Many(BaseModel):
 
 @pytest.fixture
 def clock() -> Iterator[FakeClock]:
-    with FakeClock() as made:
-        yield made
+    with FakeClock() as instance:
+        yield instance
 
 
 def taking(clock: FakeClock, node_id: str, ms: float, *raises: BaseException, waits: bool = True) -> Any:
@@ -194,17 +194,17 @@ async def test_how_long_it_took(name: str, limited: bool, hook_ms: float, clock:
     result = await run(watch, nodes, budget=budget, policy_map=slow, store=store, run_id="r")
     assert watch.took == took
     assert watch.latency == latency
-    kept: dict[str, list[float]] = {}
+    entries: dict[str, list[float]] = {}
     for attempt in store.attempts("r"):
-        kept.setdefault(attempt.node_id, []).append(round(attempt.function_ms, 1))
-    assert kept == took
+        entries.setdefault(attempt.node_id, []).append(round(attempt.function_ms, 1))
+    assert entries == took
     traced: dict[str, list[int]] = {}
     for event in result.trace.walk():
         traced.setdefault(event.node_id, []).append(event.function_ms or 0)
     # Whole milliseconds that are over.
     assert traced.keys() == took.keys()
     assert all(
-        ms - 1 <= told <= ms for name in took for told, ms in zip(traced[name], took[name], strict=True)
+        ms - 1 <= report <= ms for name in took for report, ms in zip(traced[name], took[name], strict=True)
     )
     assert len(set(NAMES)) == len(shapes(clock))
 
@@ -464,8 +464,8 @@ async def test_the_deadline_of_a_run_inside_a_node_is_not_the_runs(
 
 async def test_a_classifier_may_end_the_run_for_a_deadline(clock: FakeClock) -> None:
     """What a classifier says of it decides whether the run is FAILED or PARTIAL; it is never called again."""
-    said = [lambda error, _: FailureClass.TERMINAL]
-    result = await run(Watch(clock), [forever("x")], budget=LIMIT, classifiers=said, policy_map=ONCE)
+    messages = [lambda error, _: FailureClass.TERMINAL]
+    result = await run(Watch(clock), [forever("x")], budget=LIMIT, classifiers=messages, policy_map=ONCE)
     assert (result.status, len(result.trace)) == (RunStatus.FAILED, 1)
 
 
@@ -474,10 +474,10 @@ async def test_a_classifier_may_end_the_run_for_a_deadline(clock: FakeClock) -> 
 
 async def test_waits_between_attempts(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
     """They grow as the policy says, are told to the hook, and written to the log in seconds."""
-    told: list[tuple[int, float]] = []
+    events: list[tuple[int, float]] = []
 
     async def retry(run_id: str, node_id: str, attempt: int, delay: float, kind: FailureClass) -> None:
-        told.append((attempt, delay))
+        events.append((attempt, delay))
 
     policy = FailurePolicy(max_retries=3, backoff_seconds=0.5, multiplier=3, jitter=False)
     errors = [ConnectionError("down") for _ in range(3)]
@@ -488,9 +488,9 @@ async def test_waits_between_attempts(clock: FakeClock, caplog: pytest.LogCaptur
         result = await runner.run([taking(clock, "a", 0, *errors)], Num())
     assert result.status is RunStatus.COMPLETED
     assert clock.waits == [0.5, 1.5, 4.5]
-    assert told == [(2, 0.5), (3, 1.5), (4, 4.5)]
-    said = [r.getMessage() for r in caplog.records if "follows" in r.getMessage()]
-    assert said == [
+    assert events == [(2, 0.5), (3, 1.5), (4, 4.5)]
+    messages = [r.getMessage() for r in caplog.records if "follows" in r.getMessage()]
+    assert messages == [
         "node 'a': attempt 2 follows in 0.500 s",
         "node 'a': attempt 3 follows in 1.500 s",
         "node 'a': attempt 4 follows in 4.500 s",

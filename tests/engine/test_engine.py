@@ -323,14 +323,14 @@ class Lossy(BaseModel):
 async def test_serializers_do_not_change_what_the_next_node_gets() -> None:
     """Values cross a boundary losslessly: a lossy field_serializer has no say in it."""
     seen: list[Lossy] = []
-    given = Lossy(when=datetime(2026, 1, 2, tzinfo=UTC), secret="s3cret")
+    value = Lossy(when=datetime(2026, 1, 2, tzinfo=UTC), secret="s3cret")
 
     async def take(state: Lossy) -> Lossy:
         seen.append(state)
         return state
 
-    await quick().run([node("a", take, Lossy, Lossy), node("b", take, Lossy, Lossy)], given)
-    assert [(s.when, s.secret) for s in seen] == [(given.when, "s3cret")] * 2
+    await quick().run([node("a", take, Lossy, Lossy), node("b", take, Lossy, Lossy)], value)
+    assert [(s.when, s.secret) for s in seen] == [(value.when, "s3cret")] * 2
 
 
 class Strict(BaseModel):
@@ -341,14 +341,14 @@ class Strict(BaseModel):
 
 async def test_strict_and_frozen_models_cross_boundaries() -> None:
     """A strict model is given the Python values that it had, never their JSON forms."""
-    given = Strict(when=datetime(2026, 1, 2, tzinfo=UTC), pair=(1, 2))
+    value = Strict(when=datetime(2026, 1, 2, tzinfo=UTC), pair=(1, 2))
 
     async def same(state: Strict) -> Strict:
         return state
 
-    result = await quick().run([node("a", same, Strict, Strict), node("b", same, Strict, Strict)], given)
+    result = await quick().run([node("a", same, Strict, Strict), node("b", same, Strict, Strict)], value)
     assert result.status is RunStatus.COMPLETED, result.failure
-    assert result.final_state == given
+    assert result.final_state == value
 
 
 class Nested(BaseModel):
@@ -371,12 +371,12 @@ async def test_every_attempt_gets_a_pristine_input() -> None:
             raise TimeoutError
         return {"n": 1}
 
-    given = Nested(items=[{"a": [1]}], loose={"k": []})
-    before = given.model_dump_json()
-    result = await quick().run([node("spoil", spoil, Nested, Num)], given)
+    value = Nested(items=[{"a": [1]}], loose={"k": []})
+    before = value.model_dump_json()
+    result = await quick().run([node("spoil", spoil, Nested, Num)], value)
     assert result.status is RunStatus.COMPLETED
     assert seen == [before] * 3
-    assert given.model_dump_json() == before
+    assert value.model_dump_json() == before
     assert [e.input_state["loose"] for e in result.trace] == [{"k": []}] * 3
 
 
@@ -495,15 +495,15 @@ async def test_the_output_is_of_the_promised_class() -> None:
 @pytest.mark.core
 async def test_the_final_state_is_not_the_nodes_object() -> None:
     """What a node keeps of its output and changes later does not change the result."""
-    kept: list[Any] = []
+    entries: list[Any] = []
 
     async def func(state: Num) -> Any:
-        kept.append({"items": [{"a": [1]}], "loose": {"k": 1}})
-        return kept[0]
+        entries.append({"items": [{"a": [1]}], "loose": {"k": 1}})
+        return entries[0]
 
     result = await quick().run([node("a", func, Num, Nested)], Num())
-    kept[0]["items"][0]["a"].append(2)
-    kept[0]["loose"]["k"] = 2
+    entries[0]["items"][0]["a"].append(2)
+    entries[0]["loose"]["k"] = 2
     assert result.final_state == Nested(items=[{"a": [1]}], loose={"k": 1})
 
 
@@ -768,23 +768,23 @@ async def test_the_initial_state_must_be_a_model() -> None:
 @pytest.mark.core
 async def test_custom_classifiers_come_first_in_order() -> None:
     """Custom classifiers decide before all else, in their order; None passes the question on."""
-    asked: list[str] = []
+    requests: list[str] = []
 
     def first(exc: Exception, context: NodeContext) -> FailureClass | None:
-        asked.append(f"first {context.node_id} {context.attempt} {context.run_id}")
+        requests.append(f"first {context.node_id} {context.attempt} {context.run_id}")
         return None
 
     def second(exc: Exception, context: NodeContext) -> FailureClass | None:
-        asked.append("second")
+        requests.append("second")
         return T
 
     def third(exc: Exception, context: NodeContext) -> FailureClass | None:
-        asked.append("third")
+        requests.append("third")
         return R
 
     func, calls = raising(TimeoutError("slow"))
     result = await quick(classifiers=[first, second, third], run_id="r").run([node("a", func)], Num())
-    assert asked == ["first a 1 r", "second"]
+    assert requests == ["first a 1 r", "second"]
     assert result.status is RunStatus.FAILED
     assert calls == [1]
 
@@ -1345,11 +1345,11 @@ async def test_failed_attempts_count() -> None:
 @pytest.mark.core
 async def test_a_failed_attempt_that_crosses_a_limit_is_the_last(delays: list[float]) -> None:
     """A failed attempt whose usage crosses a limit is not retried: no wait, no retry hook, its own exception comes out."""
-    told: list[Any] = []
+    events: list[Any] = []
     boom = TimeoutError("own")
 
     async def retry(*arguments: Any) -> None:
-        told.append(arguments)
+        events.append(arguments)
 
     async def func(state: Num) -> Any:
         run = current_node()
@@ -1360,7 +1360,7 @@ async def test_a_failed_attempt_that_crosses_a_limit_is_the_last(delays: list[fl
     result = await quick(
         budget=ExecutionBudget(max_tokens_total=5), hooks=NodeHooks(on_node_retry=retry)
     ).run([node("a", func)], Num())
-    assert (result.status, len(result.trace), told, delays) == (RunStatus.PARTIAL, 1, [], [])
+    assert (result.status, len(result.trace), events, delays) == (RunStatus.PARTIAL, 1, [], [])
     assert result.failure is not None
     assert result.failure.exception is boom
 
@@ -1750,8 +1750,8 @@ async def test_execute_step_without_a_contract_refuses_nothing() -> None:
     odd, _ = spending(["anything"])
     nothing, _ = spending(None)
     assert (await execute_step("a", fits, Num(), ctx)).final_state == Num(n=5)
-    kept = (await execute_step("b", odd, Num(), ctx)).final_state
-    assert kept == ["anything"]
+    entry = (await execute_step("b", odd, Num(), ctx)).final_state
+    assert entry == ["anything"]
     result = await execute_step("c", nothing, Num(), ctx)
     assert (result.status, result.final_state) == (RunStatus.COMPLETED, None)
 
@@ -2178,9 +2178,9 @@ async def test_a_decorator_on_top_of_a_node_is_called() -> None:
 
     def logged(func: Any) -> Any:
         @functools.wraps(func)
-        async def wrapper(*given: Any) -> Any:
+        async def wrapper(*value: Any) -> Any:
             order.append("before")
-            return await func(*given)
+            return await func(*value)
 
         return wrapper
 

@@ -37,7 +37,7 @@ from stroma import (
     parallel,
 )
 from stroma.contracts import NotSerialisable
-from stroma.engine.interceptors import PROBES, Probe
+from stroma.engine.interceptors import INTERCEPTORS, Interceptor
 
 #: The same objects for all: runs share a limit by its name.
 LIMITS = {"told": Limit(concurrent=5)}
@@ -213,14 +213,14 @@ async def failed_over_budget(diary: Diary) -> None:
 @scenario
 async def over_budget_while_waiting(diary: Diary) -> None:
     """A node that waits for its second attempt while a sibling spends the budget is not called again."""
-    begun, gate, spent = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    started, gate, spent = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def fails(state: Num) -> Any:
-        await begun.wait()
+        await started.wait()
         raise ConnectionError("down")
 
     async def spends(state: Num) -> Any:
-        begun.set()
+        started.set()
         await gate.wait()
         return {"m": 1}, 11
 
@@ -228,11 +228,11 @@ async def over_budget_while_waiting(diary: Diary) -> None:
         gate.set()
         await spent.wait()
 
-    async def told(*_: Any) -> None:
+    async def record_event(*_: Any) -> None:
         spent.set()
 
     nodes = [parallel(node("a", fails), node("b", spends, output=M))]
-    hooks = diary.hooks(node_retry=lets_it_spend, budget_warning=told)
+    hooks = diary.hooks(node_retry=lets_it_spend, budget_warning=record_event)
     await diary.run(nodes, Num(), budget=ExecutionBudget(max_tokens_total=10), policy_map=ONCE, hooks=hooks)
 
 
@@ -526,9 +526,9 @@ async def cancelled_is_not_async(diary: Diary) -> None:
 
     def plain(*_: Any) -> None: ...
 
-    begun = asyncio.Event()
+    started = asyncio.Event()
     sets = [diary.hooks("1 "), NodeHooks(on_node_cancelled=plain)]  # type: ignore[arg-type]
-    await diary.cut(begun, [forever("a", begun)], Num(), hooks=sets)
+    await diary.cut(started, [forever("a", started)], Num(), hooks=sets)
 
 
 @scenario
@@ -541,10 +541,10 @@ async def success_is_not_async(diary: Diary) -> None:
     await diary.run([giving("a", {"n": 1}), giving("b", {})], Num(), hooks=sets)
 
 
-def forever(node_id: str, begun: asyncio.Event, tokens: int = 3) -> Any:
+def forever(node_id: str, start_event: asyncio.Event, tokens: int = 3) -> Any:
     async def func(state: Any) -> Any:
         here().report_usage(input_tokens=tokens)
-        begun.set()
+        start_event.set()
         await asyncio.Event().wait()
 
     return node(node_id, func)
@@ -553,62 +553,62 @@ def forever(node_id: str, begun: asyncio.Event, tokens: int = 3) -> Any:
 @scenario
 async def cancelled(diary: Diary) -> None:
     """A cancelled attempt is told and kept, and its usage counts."""
-    begun = asyncio.Event()
-    await diary.cut(begun, [giving("a", {"n": 1}), forever("b", begun)], Num(), policy_map=ONCE)
+    started = asyncio.Event()
+    await diary.cut(started, [giving("a", {"n": 1}), forever("b", started)], Num(), policy_map=ONCE)
 
 
 @scenario
 async def cancelled_inside(diary: Diary) -> None:
     """The cancelled child ends before its group does."""
-    begun = asyncio.Event()
-    nodes = [parallel(giving("a", {"n": 1}), forever("b", begun), max_concurrency=1)]
-    await diary.cut(begun, nodes, Num(), policy_map=ONCE)
+    started = asyncio.Event()
+    nodes = [parallel(giving("a", {"n": 1}), forever("b", started), max_concurrency=1)]
+    await diary.cut(started, nodes, Num(), policy_map=ONCE)
 
 
 @scenario
 async def cancelled_in_a_start_hook(diary: Diary) -> None:
     """What was told to begin is told to end, though it was never called."""
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     async def waits(*_: Any) -> None:
-        begun.set()
+        started.set()
         await asyncio.Event().wait()
 
-    await diary.cut(begun, [giving("a", {"n": 1})], Num(), hooks=diary.hooks(node_start=waits))
+    await diary.cut(started, [giving("a", {"n": 1})], Num(), hooks=diary.hooks(node_start=waits))
 
 
 @scenario
 async def cancelled_in_an_end_hook(diary: Diary) -> None:
     """A cancellation in an end hook loses no output, and the next node is not called."""
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     async def waits(*_: Any) -> None:
-        begun.set()
+        started.set()
         await asyncio.Event().wait()
 
     nodes = [giving("a", {"n": 1}), giving("b", {})]
-    await diary.cut(begun, nodes, Num(), hooks=diary.hooks(node_success=waits))
+    await diary.cut(started, nodes, Num(), hooks=diary.hooks(node_success=waits))
 
 
 @scenario
 async def cancelled_in_a_wait(diary: Diary) -> None:
     """Between two attempts nothing is begun, so nothing is cancelled but the run."""
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
-    async def told(*_: Any) -> None:
-        begun.set()
+    async def record_event(*_: Any) -> None:
+        started.set()
 
-    nodes, hooks = [giving("a", ConnectionError("down"))], diary.hooks(node_retry=told)
+    nodes, hooks = [giving("a", ConnectionError("down"))], diary.hooks(node_retry=record_event)
     slow = {kind: FailurePolicy(backoff_seconds=9, jitter=False) for kind in FailureClass}
-    await diary.cut(begun, nodes, Num(), policy_map=slow, hooks=hooks)
+    await diary.cut(started, nodes, Num(), policy_map=slow, hooks=hooks)
 
 
-def slowly(begun: asyncio.Event, *, refuses: bool = False) -> Any:
+def slowly(start_event: asyncio.Event, *, refuses: bool = False) -> Any:
     """Sessions that keep outputs, or refuse them, after a while."""
 
     def between(session: Any) -> Any:
         async def later(*arguments: Any) -> None:
-            begun.set()
+            start_event.set()
             for _ in range(3):
                 await asyncio.sleep(0)
             if refuses and arguments[2] is not None:
@@ -623,34 +623,34 @@ def slowly(begun: asyncio.Event, *, refuses: bool = False) -> Any:
 @scenario
 async def cancelled_in_a_commit(diary: Diary) -> None:
     """An output whose commit is cancelled is kept and told; then the cancellation comes out."""
-    begun = asyncio.Event()
-    diary.store = Journal(slowly(begun))
-    await diary.cut(begun, [giving("a", ({"n": 1}, 3)), giving("b", {})], Num())
+    started = asyncio.Event()
+    diary.store = Journal(slowly(started))
+    await diary.cut(started, [giving("a", ({"n": 1}, 3)), giving("b", {})], Num())
 
 
 @scenario
 async def cancelled_in_a_commit_that_fails(diary: Diary) -> None:
     """A commit that fails while the run is cancelled is told as a failure; then the cancellation comes out."""
-    begun = asyncio.Event()
-    diary.store = Journal(slowly(begun, refuses=True))
-    await diary.cut(begun, [giving("a", ({"n": 1}, 3)), giving("b", {})], Num())
+    started = asyncio.Event()
+    diary.store = Journal(slowly(started, refuses=True))
+    await diary.cut(started, [giving("a", ({"n": 1}, 3)), giving("b", {})], Num())
 
 
 @scenario
 async def cancelled_while_a_failure_is_kept(diary: Diary) -> None:
     """A failure that is kept while the run is cancelled is told, and nothing is tried again."""
-    begun = asyncio.Event()
-    diary.store = Journal(slowly(begun))
-    await diary.cut(begun, [giving("a", ValueError("no"))], Num(), policy_map=ONCE)
+    started = asyncio.Event()
+    diary.store = Journal(slowly(started))
+    await diary.cut(started, [giving("a", ValueError("no"))], Num(), policy_map=ONCE)
 
 
 @scenario
 async def cancelled_and_not_kept(diary: Diary) -> None:
     """A store that is interrupted while it keeps a cancelled attempt: the hook is told, and the interrupt comes out."""
-    begun = asyncio.Event()
+    started = asyncio.Event()
     stops = raising(KeyboardInterrupt("now"))
     diary.store = Journal(lambda session: Between(session, record=stops))
-    await diary.cut(begun, [forever("a", begun)], Num())
+    await diary.cut(started, [forever("a", started)], Num())
 
 
 @scenario
@@ -683,43 +683,43 @@ async def a_group_is_too_late(diary: Diary) -> None:
 @scenario
 async def closed(diary: Diary) -> None:
     """A run that is thrown away tells the end of its attempt, and of itself."""
-    begun = asyncio.Event()
-    await diary.throw_away(begun, [giving("a", {"n": 1}), forever("b", begun)], Num())
+    started = asyncio.Event()
+    await diary.throw_away(started, [giving("a", {"n": 1}), forever("b", started)], Num())
 
 
 @scenario
 async def closed_in_a_hook(diary: Diary) -> None:
     """A run that is thrown away in an end hook has told that end once."""
 
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     async def waits(*_: Any) -> None:
-        begun.set()
+        started.set()
         await asyncio.Event().wait()
 
     nodes = [giving("a", {"n": 1}), giving("b", {})]
-    await diary.throw_away(begun, nodes, Num(), hooks=diary.hooks(node_success=waits))
+    await diary.throw_away(started, nodes, Num(), hooks=diary.hooks(node_success=waits))
 
 
 @scenario
 async def closed_in_a_start_hook(diary: Diary) -> None:
     """A run that is thrown away in a start hook tells the end of that attempt."""
 
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     async def waits(*_: Any) -> None:
-        begun.set()
+        started.set()
         await asyncio.Event().wait()
 
-    await diary.throw_away(begun, [giving("a", {"n": 1})], Num(), hooks=diary.hooks(node_start=waits))
+    await diary.throw_away(started, [giving("a", {"n": 1})], Num(), hooks=diary.hooks(node_start=waits))
 
 
-def never_kept(begun: asyncio.Event, call: str) -> Any:
+def never_kept(start_event: asyncio.Event, call: str) -> Any:
     """Sessions that do not come to an end with it."""
 
     def between(session: Any) -> Any:
         async def later(*_: Any) -> None:
-            begun.set()
+            start_event.set()
             await asyncio.Event().wait()
 
         return Between(session, **{call: later})
@@ -730,33 +730,33 @@ def never_kept(begun: asyncio.Event, call: str) -> Any:
 @scenario
 async def closed_in_a_commit(diary: Diary) -> None:
     """A run that is thrown away while an output is kept tells the end of that attempt, and of itself."""
-    begun = asyncio.Event()
-    diary.store = Journal(never_kept(begun, "record"))
-    await diary.throw_away(begun, [giving("a", ({"n": 1}, 3))], Num())
+    started = asyncio.Event()
+    diary.store = Journal(never_kept(started, "record"))
+    await diary.throw_away(started, [giving("a", ({"n": 1}, 3))], Num())
 
 
 @scenario
 async def closed_while_a_failure_is_kept(diary: Diary) -> None:
     """The failed attempt is told to have failed, though nobody knows whether it was kept."""
-    begun = asyncio.Event()
-    diary.store = Journal(never_kept(begun, "record"))
-    await diary.throw_away(begun, [giving("a", ValueError("no"), tokens=3)], Num(), policy_map=ONCE)
+    started = asyncio.Event()
+    diary.store = Journal(never_kept(started, "record"))
+    await diary.throw_away(started, [giving("a", ValueError("no"), tokens=3)], Num(), policy_map=ONCE)
 
 
 @scenario
 async def closed_while_a_question_is_kept(diary: Diary) -> None:
     """The attempt that asked is told as one that was cut short."""
-    begun = asyncio.Event()
-    diary.store = Journal(never_kept(begun, "suspend"))
-    await diary.throw_away(begun, [giving("a", Suspend("may I?"))], Num())
+    started = asyncio.Event()
+    diary.store = Journal(never_kept(started, "suspend"))
+    await diary.throw_away(started, [giving("a", Suspend("may I?"))], Num())
 
 
 @scenario
 async def closed_while_an_interrupted_attempt_is_kept(diary: Diary) -> None:
     """The end of what was interrupted is told."""
-    begun = asyncio.Event()
-    diary.store = Journal(never_kept(begun, "record"))
-    await diary.throw_away(begun, [giving("a", KeyboardInterrupt("now"), tokens=3)], Num())
+    started = asyncio.Event()
+    diary.store = Journal(never_kept(started, "record"))
+    await diary.throw_away(started, [giving("a", KeyboardInterrupt("now"), tokens=3)], Num())
 
 
 @scenario
@@ -791,15 +791,15 @@ async def priced(diary: Diary) -> None:
 @scenario
 async def cancelled_and_priced(diary: Diary) -> None:
     """What a cancelled attempt had reported is priced and counts."""
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     async def pays(state: Num) -> Any:
         here().report_usage(input_tokens=3, output_tokens=1, model="told-dear")
-        begun.set()
+        started.set()
         await asyncio.Event().wait()
 
     with dear_model():
-        await diary.cut(begun, [node("a", pays)], Num(), budget=ExecutionBudget(max_cost_usd=20))
+        await diary.cut(started, [node("a", pays)], Num(), budget=ExecutionBudget(max_cost_usd=20))
 
 
 @scenario
@@ -902,14 +902,14 @@ async def note(name: str, setting: str = "plain") -> list[str]:
     config = SETTINGS[setting]
     if name in WITHOUT_LIMITS:
         config = {key: value for key, value in config.items() if key not in FAR_LIMITS}
-    probes = [Probe(), Probe()] if setting == "everything" else []
-    PROBES.extend(probes)
+    probes = [Interceptor(), Interceptor()] if setting == "everything" else []
+    INTERCEPTORS.extend(probes)
     try:
         with Diary(config) as diary:
             await SCENARIOS[name](diary)
     finally:
         for probe in probes:
-            PROBES.remove(probe)
+            INTERCEPTORS.remove(probe)
     return diary.lines
 
 
@@ -928,14 +928,19 @@ async def test_a_run_that_nobody_watches_comes_to_the_same(name: str) -> None:
     await SCENARIOS[name](diary)
     if any("run_start" in line for line in diary.lines):
         return  # It is about hooks.
-    told = recorded(name)
-    kept = ("journal ", "row ", "raised ", *(("result ", "event ", "  ") if not _ends_early(told) else ()))
-    assert diary.lines == [line for line in told if line.startswith(kept) and "'hidden'" not in line]
+    report = recorded(name)
+    entries = (
+        "journal ",
+        "row ",
+        "raised ",
+        *(("result ", "event ", "  ") if not _ends_early(report) else ()),
+    )
+    assert diary.lines == [line for line in report if line.startswith(entries) and "'hidden'" not in line]
 
 
-def _ends_early(told: list[str]) -> bool:
+def _ends_early(report: list[str]) -> bool:
     """Whether it has no result, which is what has the trace."""
-    return not any(line.startswith("result ") for line in told)
+    return not any(line.startswith("result ") for line in report)
 
 
 # ---------------------------------------------------------------- attempts on other machines
@@ -962,10 +967,10 @@ CROSSED = [
 
 
 def in_common(lines: list[str]) -> list[str]:
-    found = [line for line in lines if not line.startswith(DIFFERENT)]
+    findings = [line for line in lines if not line.startswith(DIFFERENT)]
     for pattern, replacement in CROSSED:
-        found = [pattern.sub(replacement, line) for line in found]
-    return found
+        findings = [pattern.sub(replacement, line) for line in findings]
+    return findings
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)

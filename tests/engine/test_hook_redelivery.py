@@ -55,15 +55,15 @@ class Simple:
 Told = tuple[str, str, str, int, bool, Any]
 
 
-def make(url: str, die_at: tuple[str, str] | None, told: list[Told]) -> tuple[StromaRunner, list[Any]]:
+def make(url: str, die_at: tuple[str, str] | None, deliveries: list[Told]) -> tuple[StromaRunner, list[Any]]:
     """A runner and its nodes. ``die_at``: the hook, and the node, in which the process kills itself."""
 
-    def note(event: str, said: Any) -> None:
+    def note(event: str, text: Any) -> None:
         node = current_node()
         assert node is not None
         if die_at == (event, node.node_id) and not node.redelivered:
             os.kill(os.getpid(), signal.SIGKILL)
-        told.append((event, node.node_id, node.branch, node.attempt, node.redelivered, said))
+        deliveries.append((event, node.node_id, node.branch, node.attempt, node.redelivered, text))
 
     async def success(_run_id: str, _node_id: str, output: dict[str, Any], tokens: int) -> None:
         note("success", (output.get("n"), tokens))
@@ -138,46 +138,46 @@ def test_what_a_killed_process_did_not_tell_is_told(
     child = subprocess.run([sys.executable, "-c", program], cwd=root, check=False, timeout=60)
     assert child.returncode == (0 if die_at is None else -signal.SIGKILL)
 
-    told: list[Told] = []
+    events: list[Told] = []
 
     async def resume() -> None:
-        runner, nodes = make(url, None, told)
+        runner, nodes = make(url, None, events)
         async with runner.checkpoint_manager.store:
             result = await runner.run(nodes, State(), run_id="r")
             assert result.status is RunStatus.RESUMED
             assert result.hook_errors == []
 
     asyncio.run(resume())
-    again = [(event, node, said) for event, node, _, _, redelivered, said in told if redelivered]
+    again = [(event, node, text) for event, node, _, _, redelivered, text in events if redelivered]
     if die_at is None:
-        assert told == []
+        assert events == []
         return
-    known = [(event, node, said) for event, node, _, said in ALL]
+    known = [(event, node, text) for event, node, _, text in ALL]
     assert again
     assert set(again) <= set(known)
     assert die_at in [(event, node) for event, node, _ in again]
-    assert told[0][4], "what is due is told before anything runs"
+    assert events[0][4], "what is due is told before anything runs"
 
     # All of it is delivered now.
-    told.clear()
+    events.clear()
     asyncio.run(resume())
-    assert told == []
+    assert events == []
 
 
 @pytest.mark.core
 async def test_each_event_is_told_once_by_a_process_that_lives(tmp_path: pathlib.Path) -> None:
     """Without a crash no event is told twice, nor is any of them redelivered on a later resume."""
-    told: list[Told] = []
-    runner, nodes = make(f"sqlite:///{tmp_path / 'runs.db'}", None, told)
+    events: list[Told] = []
+    runner, nodes = make(f"sqlite:///{tmp_path / 'runs.db'}", None, events)
     async with runner.checkpoint_manager.store:
         await runner.run(nodes, State(), run_id="r")
-        assert sorted((event, node, branch, said) for event, node, branch, _, _, said in told) == ALL
-        assert not any(redelivered for *_, redelivered, _ in told)
+        assert sorted((event, node, branch, text) for event, node, branch, _, _, text in events) == ALL
+        assert not any(redelivered for *_, redelivered, _ in events)
         await runner.run(nodes, State(), run_id="r")
-        assert len(told) == len(ALL)
+        assert len(events) == len(ALL)
         # A restart is another execution, to which nothing is owed.
         await runner.run(nodes, State(), run_id="r", if_exists="restart", resume=False)
-        assert len(told) == 2 * len(ALL)
+        assert len(events) == 2 * len(ALL)
 
 
 async def test_suspended_and_cancelled_attempts_are_owed_too(tmp_path: pathlib.Path) -> None:
@@ -186,13 +186,13 @@ async def test_suspended_and_cancelled_attempts_are_owed_too(tmp_path: pathlib.P
 
     store = SQLiteStore(tmp_path / "runs.db")
     waiting = asyncio.Event()
-    told: list[Any] = []
+    events: list[Any] = []
     mute = True
 
     async def suspended(_run_id: str, _node_id: str, reason: str) -> None:
         if mute:
             raise KeyboardInterrupt  # As good as a death: the hook has not ended.
-        told.append(("suspended", reason, current_node().redelivered))  # type: ignore[union-attr]
+        events.append(("suspended", reason, current_node().redelivered))  # type: ignore[union-attr]
 
     runner = StromaRunner.quick(
         store=store, hooks=NodeHooks(on_node_suspended=suspended), hook_delivery="at_least_once"
@@ -209,7 +209,7 @@ async def test_suspended_and_cancelled_attempts_are_owed_too(tmp_path: pathlib.P
             await runner.run([ask], State(), run_id="r")
         mute = False
         await runner.run([ask], State(), run_id="r", resume=True)
-        assert told == [("suspended", "may I?", True)]
+        assert events == [("suspended", "may I?", True)]
         assert not waiting.is_set()
 
 
@@ -237,13 +237,13 @@ async def test_a_store_without_a_journal_cannot_promise_it() -> None:
 
 async def test_steps_of_plain_code_are_owed_too(tmp_path: pathlib.Path) -> None:
     """In plain code the first step of a resumed run tells what is due, before it gives what was recorded."""
-    told: list[Any] = []
+    events: list[Any] = []
     mute = True
 
     async def success(_run_id: str, node_id: str, output: dict[str, Any], tokens: int) -> None:
         if mute:
             raise KeyboardInterrupt  # As good as a death: the hook has not ended.
-        told.append((node_id, output["n"], tokens, current_node().redelivered))  # type: ignore[union-attr]
+        events.append((node_id, output["n"], tokens, current_node().redelivered))  # type: ignore[union-attr]
 
     async def step(state: State) -> Any:
         return {"n": state.n + 1}, 3, 4, "gpt-4o-mini"
@@ -260,7 +260,7 @@ async def test_steps_of_plain_code_are_owed_too(tmp_path: pathlib.Path) -> None:
         async with ctx:
             result = await execute_step("step", step, State(), ctx)
             assert result.final_state is not None
-            told.append("step is done")
+            events.append("step is done")
 
     async with SQLiteStore(tmp_path / "runs.db") as store:
         with pytest.raises(KeyboardInterrupt):
@@ -268,4 +268,4 @@ async def test_steps_of_plain_code_are_owed_too(tmp_path: pathlib.Path) -> None:
         mute = False
         await run(store, resume=True)
         await run(store, resume=True)
-    assert told == [("step", 1, 7, True), "step is done", "step is done"]
+    assert events == [("step", 1, 7, True), "step is done", "step is done"]

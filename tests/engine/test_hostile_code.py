@@ -274,12 +274,12 @@ async def test_what_cannot_be_serialised(name: str, place: str, store: Any) -> N
         calls["bad"] += 1
         return {"n": 1, "value": UNKEEPABLE[name]()}, 7
 
-    made = PLACES[place](hostile)
+    instance = PLACES[place](hostile)
     open_ = {"bad": NodeContract(node_id="bad", input_schema=Num, output_schema=Loose)}
     pairs = Pairs()
     runner = quick(store=store, hooks=[pairs.hooks, NodeHooks(on_node_success=_look)], policy_map=ONCE)
     runner.registry.register(open_["bad"])
-    result = await runner.run([made], Items())
+    result = await runner.run([instance], Items())
     assert calls["bad"] == 1
     assert result.total_tokens == 7
     if isinstance(store, SQLiteStore):
@@ -476,21 +476,21 @@ async def test_one_exception_object_for_all(store: Any) -> None:
 
 async def test_a_classifier_that_raises_and_lies() -> None:
     """A classifier that raises, returns nonsense or blocks a moment is skipped; the next one is heard."""
-    asked: list[Any] = []
+    requests: list[Any] = []
 
     def lies(error: Exception, context: Any) -> Any:
-        asked.append("lies")
+        requests.append("lies")
         return "NO SUCH CLASS"
 
     def raises(error: Exception, context: Any) -> Any:
-        asked.append("raises")
+        requests.append("raises")
         raise Mute
 
     async def hostile(state: Any) -> Any:
         raise Mute
 
     result = await quick(classifiers=[lies, raises, lambda e, c: T]).run([node("bad", hostile)], Num())
-    assert asked == ["lies", "raises"]
+    assert requests == ["lies", "raises"]
     assert result.status is RunStatus.FAILED
 
 
@@ -499,7 +499,7 @@ async def test_a_classifier_that_raises_and_lies() -> None:
 
 async def test_a_node_that_mutates_and_keeps_its_objects(store: Any) -> None:
     """What a node does to its input and output, at once or later, reaches no other node, attempt, trace or store."""
-    kept: list[Any] = []
+    entries: list[Any] = []
     seen: list[Any] = []
 
     def spoil(value: Any) -> None:
@@ -513,15 +513,15 @@ async def test_a_node_that_mutates_and_keeps_its_objects(store: Any) -> None:
 
         async def func(state: Items) -> Any:
             seen.append((name, state.n, copy.deepcopy(state.items)))
-            kept.append(state)
+            entries.append(state)
             spoil(state)
             await asyncio.sleep(0)
-            for old in kept:
+            for old in entries:
                 spoil(old)
             if left.pop(0):
                 raise LookupError
             output = Items(n=1, items=[{"n": 1}])
-            kept.append(output)
+            entries.append(output)
             asyncio.get_running_loop().call_soon(spoil, output)
             return output
 
@@ -531,7 +531,7 @@ async def test_a_node_that_mutates_and_keeps_its_objects(store: Any) -> None:
     initial = Items(n=1)
     result = await quick(store=store, run_id="r", policy_map=ONCE).run(nodes, initial)
     assert result.status is RunStatus.COMPLETED, result.failure
-    for old in kept:
+    for old in entries:
         spoil(old)
     assert {entry[0] for entry in seen} == set("abcd")
     assert all(entry[1:] == (1, [{"n": 1}]) for entry in seen), seen
@@ -625,8 +625,8 @@ async def test_a_sync_function_that_blocks(place: str, store: Any) -> None:
         release.wait(10)
         return {"n": 1}, 100
 
-    made = node("bad", blocks)
-    nodes = [node("good", _good), parallel(made, node("side", _good)) if place == "group" else made]
+    instance = node("bad", blocks)
+    nodes = [node("good", _good), parallel(instance, node("side", _good)) if place == "group" else instance]
     pairs = Pairs()
     begin = time.monotonic()
     try:

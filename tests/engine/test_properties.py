@@ -87,18 +87,18 @@ class Expected:
 
 
 def foretell(plan: list[Any], own: Any, shared: Any, granted: int) -> Expected:
-    said = Expected()
+    message = Expected()
     mended = 0
     for calls, (kind, wait) in enumerate(plan, start=1):
         if kind is None:
-            said.classes.append(None)
-            return said
+            message.classes.append(None)
+            return message
         mending = kind == "violation" and mended < granted
         kind = (R if mending else T) if kind == "violation" else kind
-        said.classes.append(kind)
+        message.classes.append(kind)
         if kind is T:
-            said.status = RunStatus.FAILED
-            return said
+            message.status = RunStatus.FAILED
+            return message
         policy = own.get(kind) or shared.get(kind)
         retries, base, times, most, jitter, patience = (
             (*DEFAULTS[kind], 1.0, 60.0, True, 120.0)
@@ -114,16 +114,16 @@ def foretell(plan: list[Any], own: Any, shared: Any, granted: int) -> Expected:
         )
         before = 0 if mending else calls - 1 - mended
         mended += mending
-        said.status = RunStatus.PARTIAL
+        message.status = RunStatus.PARTIAL
         if not mending and before >= retries:
-            return said
+            return message
         if wait is not None and wait > patience:
-            return said
+            return message
         growth = math.inf if times > 1e100 and before > 1 else times**before
         top = 0.0 if base == 0 else min(base * growth, most)
         low = 0.0 if jitter else top
-        said.delays.append((max(low, wait or 0.0), max(top, wait or 0.0)))
-        said.status = RunStatus.COMPLETED
+        message.delays.append((max(low, wait or 0.0), max(top, wait or 0.0)))
+        message.status = RunStatus.COMPLETED
     raise AssertionError("a plan ends with success")
 
 
@@ -136,11 +136,11 @@ def test_retry_arithmetic(plan: list[Any], own: Any, shared: Any, granted: int) 
     node's own wins over the run's, that over the default; a server's wait is a floor, and too long a one ends it.
     """
     plan = [*plan, (None, None)]
-    said = foretell(plan, own, shared, granted)
+    message = foretell(plan, own, shared, granted)
     left = iter(plan)
     attempts: list[int] = []
     slept: list[float] = []
-    told: list[tuple[int, float]] = []
+    reports: list[tuple[int, float]] = []
 
     async def func(state: Num) -> Any:
         run = current_node()
@@ -154,7 +154,7 @@ def test_retry_arithmetic(plan: list[Any], own: Any, shared: Any, granted: int) 
         return {"n": 1}
 
     async def on_retry(run_id: str, node_id: str, attempt: int, delay: float, kind: FailureClass) -> None:
-        told.append((attempt, delay))
+        reports.append((attempt, delay))
 
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
@@ -169,13 +169,13 @@ def test_retry_arithmetic(plan: list[Any], own: Any, shared: Any, granted: int) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stroma.engine.loop.sleep", sleep)
         result = runner.run_sync([node("a", func)], Num())
-    assert [event.failure for event in result.trace] == said.classes
-    assert attempts == [event.attempt for event in result.trace] == list(range(1, len(said.classes) + 1))
-    assert len(slept) == len(said.delays)
-    for delay, (low, high) in zip(slept, said.delays, strict=True):
+    assert [event.failure for event in result.trace] == message.classes
+    assert attempts == [event.attempt for event in result.trace] == list(range(1, len(message.classes) + 1))
+    assert len(slept) == len(message.delays)
+    for delay, (low, high) in zip(slept, message.delays, strict=True):
         assert low <= delay <= high
-    assert told == list(zip(range(2, len(slept) + 2), slept, strict=True))
-    assert result.status is said.status
+    assert reports == list(zip(range(2, len(slept) + 2), slept, strict=True))
+    assert result.status is message.status
 
 
 # ---------------------------------------------------------------------- budgets
@@ -226,12 +226,12 @@ class Bill:
                 if ended != "ok":
                     return ended
             return "ok"
-        for used, (asked, made, ending) in enumerate([*tree, (0, 0, "ok")]):
+        for used, (request, instance, ending) in enumerate([*tree, (0, 0, "ok")]):
             if self.over():
                 return "budget"
             self.calls.append(name)
-            self.tokens += asked + made
-            self.cost += asked * PRICE_IN + made * PRICE_OUT
+            self.tokens += request + instance
+            self.cost += request * PRICE_IN + instance * PRICE_OUT
             self.sums.append((self.tokens, self.cost))
             if ending == "ok":
                 self.committed.append(name)
@@ -251,17 +251,17 @@ def build(tree: Any, name: str, calls: list[Any], width: int | None, pauses: Any
     left = iter([*tree, (0, 0, "ok")])
 
     async def func(state: Num) -> Any:
-        given, made, ending = next(left)
+        given, instance, ending = next(left)
         calls.append((name, None))
         for _ in range(pauses()):
             await asyncio.sleep(0)
-        calls.append((name, (given, made)))
+        calls.append((name, (given, instance)))
         if ending == "fail":
             run = current_node()
             assert run is not None
-            run.report_usage(input_tokens=given, output_tokens=made, model="planned-model")
+            run.report_usage(input_tokens=given, output_tokens=instance, model="planned-model")
             raise Planned(R)
-        return ({"n": "bad"} if ending == "bad" else {"n": 1}), given, made, "planned-model"
+        return ({"n": "bad"} if ending == "bad" else {"n": 1}), given, instance, "planned-model"
 
     return node(name, func)
 
@@ -450,7 +450,7 @@ def _event(
     node_id: str,
     attempt: int,
     given: Any,
-    made: Any,
+    instance: Any,
     failure: FailureClass | None,
     message: str | None,
     children: Any,
@@ -461,7 +461,7 @@ def _event(
         attempt=attempt,
         timestamp_utc=WHEN,
         input_state=given,
-        output_state=made,
+        output_state=instance,
         duration_ms=1,
         failure=failure,
         failure_message=message,
@@ -733,10 +733,10 @@ class Items(BaseModel):
 def _act(plan: Any, name: str, runner: Any, tally: Counter[str]) -> Any:
     if isinstance(plan, tuple):
         children, kind = plan
-        made = [_act(child, f"{name}{'abc'[i]}", runner, tally) for i, child in enumerate(children)]
+        created_items = [_act(child, f"{name}{'abc'[i]}", runner, tally) for i, child in enumerate(children)]
         if kind == "map" and not isinstance(children[0], tuple):
-            return map_over("items", made[0], into="out")
-        return parallel(*made, max_concurrency=1 if kind == "bound" else None)
+            return map_over("items", created_items[0], into="out")
+        return parallel(*created_items, max_concurrency=1 if kind == "bound" else None)
     left = iter(plan)
 
     async def func(state: Any) -> Any:
@@ -1097,5 +1097,5 @@ async def test_runs_with_any_ids_are_kept_apart(store: Any, run_ids: list[str], 
             assert result.final_state == Num(n=100 * i + len(nodes))
     for i, run_id in enumerate(run_ids):
         last = max(k for k, node_id in enumerate(node_ids) if node_id == node_ids[0])
-        found = await CheckpointManager(store).resume(run_id, node_ids[0], Num)
-        assert found == Num(n=100 * i + last + 1)
+        match = await CheckpointManager(store).resume(run_id, node_ids[0], Num)
+        assert match == Num(n=100 * i + last + 1)

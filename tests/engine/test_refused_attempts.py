@@ -58,24 +58,24 @@ async def test_a_shared_budget_whose_store_is_down_ends_the_run_for_later() -> N
 
 async def test_a_group_whose_child_was_refused_by_a_store_is_not_tried_again() -> None:
     """What shared budget is left nobody knows: no group around the child asks again, whatever its policy says."""
-    asked: list[str] = []
+    requests: list[str] = []
 
     class Down(AsyncInMemoryStore):
         def change_cell(self, *_: Any, **__: Any) -> Any:
-            asked.append("asked")
+            requests.append("asked")
             raise StoreError("down")
 
     async def retry(run_id: str, node_id: str, *_: Any) -> None:
-        asked.append(f"retry of {node_id}")
+        requests.append(f"retry of {node_id}")
 
-    inner = parallel(counted(asked, "a", {}))
+    inner = parallel(counted(requests, "a", {}))
     outer = parallel(inner)
     runner = StromaRunner.quick(
         shared_budgets=SharedBudget("held-down-inside", max_tokens=10, store=Down()), policy_map=ONCE,
         node_policies=dict.fromkeys((outer.node_id, inner.node_id), ONCE), hooks=NodeHooks(on_node_retry=retry),
     )  # fmt: skip
     result = await runner.run([outer], Num())
-    assert (result.status, asked) == (RunStatus.PARTIAL, ["asked"])
+    assert (result.status, requests) == (RunStatus.PARTIAL, ["asked"])
     assert result.failure is not None
     assert (result.failure.reason, result.failure.node_id) == ("store", outer.node_id)
 
@@ -83,15 +83,15 @@ async def test_a_group_whose_child_was_refused_by_a_store_is_not_tried_again() -
 async def test_what_a_thrown_away_attempt_used_is_counted_by_a_shared_budget() -> None:
     """A run that is closed in the hook of a success has spent what that attempt took."""
 
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     async def waits(*_: Any) -> None:
-        begun.set()
+        started.set()
         await asyncio.Event().wait()
 
     shared = SharedBudget("held-closed", max_tokens=100, store=AsyncInMemoryStore(), reserve_tokens=1)
     runner = StromaRunner.quick(shared_budgets=shared, hooks=NodeHooks(on_node_success=waits))
-    await ThrownAway(runner.run([counted([], "a", ({"n": 1}, 7))], Num()), begun)
+    await ThrownAway(runner.run([counted([], "a", ({"n": 1}, 7))], Num()), started)
     state = await shared.state()
     assert state is not None
     assert (state.spent_tokens, state.reserved_tokens, state.calls) == (7, 0, 0)
@@ -99,10 +99,10 @@ async def test_what_a_thrown_away_attempt_used_is_counted_by_a_shared_budget() -
 
 async def test_a_classifier_is_told_where_it_is_asked() -> None:
     """For each failure, a crossed limit and a refusal too, it is given the node, the attempt and the run."""
-    asked: list[Any] = []
+    requests: list[Any] = []
 
     def ask(error: Exception, where: Any) -> None:
-        asked.append((type(error).__name__, where.node_id, where.attempt, where.run_id))
+        requests.append((type(error).__name__, where.node_id, where.attempt, where.run_id))
 
     runner = StromaRunner.quick(
         policy_map=ONCE,
@@ -117,7 +117,7 @@ async def test_a_classifier_is_told_where_it_is_asked() -> None:
     ]
     await runner.run(nodes, Num(), run_id="told")
     await runner.run([counted([], "d", {}, input=Positive)], Num(), run_id="told too")
-    assert asked == [
+    assert requests == [
         ("ValueError", "a", 1, "told"),
         ("ContractViolation", "b", 1, "told"),
         ("BudgetExceeded", "c", 1, "told"),
@@ -128,7 +128,7 @@ async def test_a_classifier_is_told_where_it_is_asked() -> None:
 async def test_a_refusal_keeps_its_own_cause() -> None:
     """What made a store fail is the cause of the refusal; without one it is the failure of the attempt before."""
     disk = OSError("disk")
-    asked: list[int] = []
+    requests: list[int] = []
 
     class Down(AsyncInMemoryStore):
         def __init__(self, cause: BaseException | None) -> None:
@@ -136,32 +136,32 @@ async def test_a_refusal_keeps_its_own_cause() -> None:
             self.cause = cause
 
         async def change_cell(self, name: str, change: Any) -> Any:
-            asked.append(1)
-            if len(asked) > 2:  # The first attempt asks, and says what it took.
+            requests.append(1)
+            if len(requests) > 2:  # The first attempt asks, and says what it took.
                 raise StoreError("down") from self.cause
             return await super().change_cell(name, change)
 
     down = ConnectionError("down")
-    for cause, told in ((disk, disk), (None, down)):
-        asked.clear()
-        shared = SharedBudget(f"held-{told}", max_tokens=10, store=Down(cause), reserve_tokens=1)
+    for cause, report in ((disk, disk), (None, down)):
+        requests.clear()
+        shared = SharedBudget(f"held-{report}", max_tokens=10, store=Down(cause), reserve_tokens=1)
         runner = StromaRunner.quick(shared_budgets=shared, policy_map=ONCE)
         result = await runner.run([counted([], "a", down)], Num())
         assert result.failure is not None
         error = result.failure.exception
         assert isinstance(error, StoreError)
-        assert error.__cause__ is told
+        assert error.__cause__ is report
         assert (result.failure.attempt, result.status) == (2, RunStatus.PARTIAL)
 
 
 async def test_a_cancellation_while_a_budget_is_told_comes_out_afterwards() -> None:
     """What the attempt took is counted and its output kept, and the next node is not called."""
-    begun, calls, settled = asyncio.Event(), list[str](), list[int]()
+    started, calls, settled = asyncio.Event(), list[str](), list[int]()
 
     class Slow(AsyncInMemoryStore):
         async def change_cell(self, name: str, change: Any) -> Any:
             if calls:
-                begun.set()
+                started.set()
                 for _ in range(3):
                     await asyncio.sleep(0)
                 settled.append(1)
@@ -172,7 +172,7 @@ async def test_a_cancellation_while_a_budget_is_told_comes_out_afterwards() -> N
     runner = StromaRunner.quick(shared_budgets=shared, store=store)
     nodes = [counted(calls, "a", ({"n": 1}, 7)), counted(calls, "b", {})]
     task = asyncio.create_task(runner.run(nodes, Num(), run_id="r"))
-    await begun.wait()
+    await started.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -186,17 +186,17 @@ async def test_a_cancellation_while_a_budget_is_told_comes_out_afterwards() -> N
 async def test_a_cancelled_attempt_gives_its_place_back() -> None:
     """Under a limit of one at once the next attempt begins when the one before it was cancelled, or has failed."""
     limits = {"held-one": Limit(concurrent=1)}
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     async def forever(state: Num) -> Any:
-        begun.set()
+        started.set()
         await asyncio.Event().wait()
 
     def runner() -> StromaRunner:
         return StromaRunner.quick(policy_map=NEVER, limits=limits, node_limits={"a": "held-one"})
 
     task = asyncio.create_task(runner().run([node("a", forever)], Num()))
-    await begun.wait()
+    await started.wait()
     waiting = asyncio.create_task(runner().run([counted([], "a", ValueError("no"))], Num()))
     await asyncio.sleep(0)
     assert not waiting.done()

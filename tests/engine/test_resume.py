@@ -80,8 +80,8 @@ def quick(store: Any, **config: Any) -> StromaRunner:
 
 
 async def loaded(store: Any, run_id: str, node_id: str, schema: type[BaseModel] = Num) -> Any:
-    found = store.load_typed(run_id, node_id, schema)
-    return await found if asyncio.iscoroutine(found) else found
+    result = store.load_typed(run_id, node_id, schema)
+    return await result if asyncio.iscoroutine(result) else result
 
 
 # ---------------------------------------------------------------------- resume=True
@@ -128,15 +128,15 @@ async def test_resume_of_a_finished_run_calls_nothing(store: Any) -> None:
 @pytest.mark.core
 async def test_skipped_nodes_fire_on_node_skipped_only(store: Any) -> None:
     """Skipped nodes fire on_node_skipped only, with their restored output, and current_node() says where they stand."""
-    told: list[Any] = []
+    events: list[Any] = []
 
     async def other(run_id: str, node_id: str, *_: Any) -> None:
-        told.append(("other", node_id))
+        events.append(("other", node_id))
 
     async def skipped(run_id: str, node_id: str, state: dict[str, Any]) -> None:
         run = current_node()
         assert run is not None
-        told.append((run_id, node_id, state, run.position, run.node_id))
+        events.append((run_id, node_id, state, run.position, run.node_id))
 
     work = Work("a", "b", "c")
     work.failing = {"c"}
@@ -147,7 +147,7 @@ async def test_skipped_nodes_fire_on_node_skipped_only(store: Any) -> None:
         on_node_start=other, on_node_success=other, on_node_failure=other, on_node_skipped=skipped
     )
     await runner.with_hooks(hooks).run(work.nodes, Num(), resume=True)
-    assert told == [
+    assert events == [
         ("r", "a", {"n": 1}, 0, "a"),
         ("r", "b", {"n": 2}, 1, "b"),
         ("other", "c"),
@@ -390,13 +390,13 @@ async def test_an_unknown_resume_target(store: Any) -> None:
 
 async def test_resume_from_fires_skipped_for_what_it_skips(store: Any) -> None:
     """Nodes that resume_from skips fire on_node_skipped and no other hook."""
-    told: list[Any] = []
+    events: list[Any] = []
 
     async def note(run_id: str, node_id: str, *_: Any) -> None:
-        told.append(node_id)
+        events.append(node_id)
 
     async def skipped(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        told.append(f"skipped {node_id} {state['n']}")
+        events.append(f"skipped {node_id} {state['n']}")
 
     work = Work("a", "b", "c")
     runner = quick(store)
@@ -404,7 +404,7 @@ async def test_resume_from_fires_skipped_for_what_it_skips(store: Any) -> None:
     await runner.with_hooks(NodeHooks(on_node_start=note, on_node_skipped=skipped)).run(
         work.nodes, Num(), resume_from="c"
     )
-    assert told == ["skipped a 1", "skipped b 2", "c"]
+    assert events == ["skipped a 1", "skipped b 2", "c"]
 
 
 async def test_resume_from_behind_a_group(store: Any) -> None:
@@ -495,8 +495,8 @@ def _versions(store: Any, model: type[BaseModel], upcast: Any = None, grouped: b
     contract: NodeContract[Any, Any] = NodeContract(
         node_id="first", input_schema=Num, output_schema=model, upcast=upcast
     )
-    made: Any = stroma_node("first", contract)(first)
-    return [parallel(made) if grouped else made, node("second", second, input=model)]
+    instance: Any = stroma_node("first", contract)(first)
+    return [parallel(instance) if grouped else instance, node("second", second, input=model)]
 
 
 @pytest.mark.core
@@ -506,10 +506,10 @@ async def test_outputs_of_an_earlier_schema_are_brought_up_to_date(store: Any, g
     assert (
         await quick(store).run(_versions(store, Older, grouped=grouped), Num())
     ).status is RunStatus.PARTIAL
-    asked: list[Any] = []
+    requests: list[Any] = []
 
     def upcast(raw: Any) -> Any:
-        asked.append(raw)
+        requests.append(raw)
         return {"n": raw["n"], "new": raw["old"] + "!"}
 
     nodes = _versions(store, Newer, upcast, grouped)
@@ -520,7 +520,7 @@ async def test_outputs_of_an_earlier_schema_are_brought_up_to_date(store: Any, g
 
     result = await quick(store, resume=True, hooks=NodeHooks(on_node_skipped=skipped)).run(nodes, Num())
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=10))
-    assert asked == [{"n": 1, "old": "kept"}]
+    assert requests == [{"n": 1, "old": "kept"}]
     assert seen == [("first", {"n": 1, "new": "kept!"})]
 
 
@@ -648,10 +648,10 @@ async def test_only_unfinished_children_run_on_resume(store: Any) -> None:
 
 async def test_a_finished_group_is_restored_whole(store: Any) -> None:
     """A committed group is restored as one: its children are neither called nor restored one by one."""
-    told: list[str] = []
+    events: list[str] = []
 
     async def skipped(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        told.append(node_id)
+        events.append(node_id)
 
     work = Work("a", "b", "c")
     work.failing = {"c"}
@@ -662,7 +662,7 @@ async def test_a_finished_group_is_restored_whole(store: Any) -> None:
     result = await runner.run(nodes, Num())
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
     assert work.calls == {"a": 1, "b": 1, "c": 2}
-    assert told == ["parallel(a, b)"]
+    assert events == ["parallel(a, b)"]
 
 
 @pytest.mark.core
@@ -682,17 +682,17 @@ async def test_items_resume(store: Any) -> None:
 
     nodes = [map_over("items", node("m", func, One, One), into="out", max_concurrency=1)]
     runner = quick(store, resume=True)
-    given = Items(items=[1, 2, 3, 4])
-    first = await runner.run(nodes, given)
+    value = Items(items=[1, 2, 3, 4])
+    first = await runner.run(nodes, value)
     assert first.status is RunStatus.PARTIAL
     assert calls == {1: 1, 2: 1, 3: 1}
     broken.clear()
-    second = await runner.run(nodes, given)
+    second = await runner.run(nodes, value)
     assert second.status is RunStatus.RESUMED, second.failure
     assert calls == {1: 1, 2: 1, 3: 2, 4: 1}
     assert second.final_state is not None
     assert [item["item"] for item in second.final_state.model_dump()["out"]] == [2, 4, 6, 8]
-    third = await runner.run(nodes, given)
+    third = await runner.run(nodes, value)
     assert third.final_state == second.final_state
 
 
@@ -942,17 +942,17 @@ class SyncStore:
     """A custom store of the published protocol."""
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[str, str], Any] = {}
+        self.states: dict[tuple[str, str], Any] = {}
 
     def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
-        self.kept[run_id, node_id] = state
+        self.states[run_id, node_id] = state
 
     def load(self, run_id: str, node_id: str) -> BaseModel | None:
-        return self.kept.get((run_id, node_id))
+        return self.states.get((run_id, node_id))
 
     def delete(self, run_id: str) -> None:
-        for key in [key for key in self.kept if key[0] == run_id]:
-            del self.kept[key]
+        for key in [key for key in self.states if key[0] == run_id]:
+            del self.states[key]
 
 
 class AsyncStore(SyncStore):
@@ -975,14 +975,14 @@ async def test_custom_stores_keep_checkpoints_and_resume_from(make: Any) -> None
     work = Work("a", "b", "c")
     runner = quick(store)
     await runner.run(work.nodes, Num())
-    assert store.kept == {("r", "a"): Num(n=1), ("r", "b"): Num(n=2), ("r", "c"): Num(n=3)}
+    assert store.states == {("r", "a"): Num(n=1), ("r", "b"): Num(n=2), ("r", "c"): Num(n=3)}
     result = await runner.run(work.nodes, Num(), resume_from="c")
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=3))
     assert work.calls == {"a": 1, "b": 1, "c": 2}
     with pytest.raises(CheckpointNotFound, match="'a'"):
         await runner.run(work.nodes, Num(), resume_from="b", run_id="other")
     await runner.checkpoint_manager.clear("r")
-    assert store.kept == {}
+    assert store.states == {}
 
 
 @pytest.mark.core
@@ -999,7 +999,7 @@ async def test_custom_stores_own_what_they_keep(make: Any) -> None:
     result = await quick(store).run([*work.nodes, node("spoils", spoils)], Num())
     assert isinstance(result.final_state, Num)
     result.final_state.n = 99
-    assert store.kept == {("r", "a"): Num(n=1), ("r", "spoils"): Num(n=2)}
+    assert store.states == {("r", "a"): Num(n=1), ("r", "spoils"): Num(n=2)}
 
 
 async def test_a_custom_store_cannot_resume_by_itself() -> None:
@@ -1014,7 +1014,7 @@ async def test_a_checkpoint_of_another_class_is_corrupt() -> None:
     """A stored state that is not of the schema it is read with is CorruptCheckpoint, a TypeError as published."""
     store = SyncStore()
     work = Work("a", "b")
-    store.kept["r", "a"] = Wrong(text="x")
+    store.states["r", "a"] = Wrong(text="x")
     with pytest.raises(CorruptCheckpoint):
         await quick(store).run(work.nodes, Num(), resume_from="b")
     assert issubclass(CorruptCheckpoint, TypeError)

@@ -36,9 +36,13 @@ class Late(BaseModel):
     value: Unknown  # type: ignore[name-defined]  # noqa: F821
 
 
-def node(node_id: str, func: Any, given: type[BaseModel] = Num, made: type[BaseModel] = Num) -> Any:
+def node(
+    node_id: str, func: Any, input_model: type[BaseModel] = Num, output_model: type[BaseModel] = Num
+) -> Any:
     return find_node(
-        stroma_node(node_id, NodeContract(node_id=node_id, input_schema=given, output_schema=made))(func)
+        stroma_node(
+            node_id, NodeContract(node_id=node_id, input_schema=input_model, output_schema=output_model)
+        )(func)
     )
 
 
@@ -54,7 +58,7 @@ def context(diary: Diary, **config: Any) -> ReliabilityContext:
 def execution(
     ctx: ReliabilityContext, of: Any, attempt: int = 1, last: Failure | None = None
 ) -> NodeExecution:
-    run = NodeExecution(ctx, of.node_id, "node", 4, "", ctx.trace.rows)
+    run = NodeExecution(ctx, of.node_id, "node", 4, "")
     run.attempt, run.last_failure = attempt, last
     return run
 
@@ -118,9 +122,9 @@ async def test_a_wait_is_told_as_the_engine_tells_it(seconds: float | None) -> N
         run = execution(ctx, one, 2, last)
         await attempt_once(ctx, run, one, Num(), after_seconds=seconds)
     after = "after RECOVERABLE down (connection)"
-    told = [] if seconds is None else [f"node_retry one 2 {seconds} RECOVERABLE @ node one 4 #1 {after}"]
+    report = [] if seconds is None else [f"node_retry one 2 {seconds} RECOVERABLE @ node one 4 #1 {after}"]
     assert diary.lines == [
-        *told,
+        *report,
         f"node_start one {{'n': 0}} @ node one 4 #2 {after}",
         f"node_success one {{'n': 0}} 0 @ node one 4 #2 {after} success None ran",
     ]
@@ -186,16 +190,16 @@ async def test_exactly_at_the_limit_a_child_is_called(ns: int, called: bool) -> 
     """What the functions of its group took so far counts to the nanosecond; exactly at the limit is within it."""
     with Diary() as diary:
         ctx, one = context(diary, budget=ExecutionBudget(max_latency_ms=1000)), node("one", same)
-        group = NodeExecution(ctx, "group", "group", 0, "", ctx.trace.rows)
+        group = NodeExecution(ctx, "group", "group", 0, "")
         group.children, group.busy_ns = [], ns
-        run = NodeExecution(ctx, "one", "node", 0, "0", group.children, group)
+        run = NodeExecution(ctx, "one", "node", 0, "0", group)
         run.attempt = 1
         outcome = await attempt_once(ctx, run, one, Num())
-    told = [line.split()[0] for line in diary.lines if line.startswith("node_")]
+    events = [line.split()[0] for line in diary.lines if line.startswith("node_")]
     if called:
-        assert told[0] == "node_start"
+        assert events[0] == "node_start"
     else:
-        assert told == []
+        assert events == []
         assert isinstance(outcome, Halt)
         error = outcome.failure.exception
         assert isinstance(error, BudgetExceeded)
@@ -209,10 +213,10 @@ async def test_exactly_at_the_limit_a_child_is_called(ns: int, called: bool) -> 
 
 async def test_a_classifier_is_asked_about_a_refusal() -> None:
     """What a classifier of the user's says of a spent budget decides how the run ends; it is told where."""
-    asked: list[Any] = []
+    requests: list[Any] = []
 
     def fatal(error: Exception, where: Any) -> FailureClass | None:
-        asked.append((type(error), where.node_id, where.attempt, where.run_id))
+        requests.append((type(error), where.node_id, where.attempt, where.run_id))
         return FailureClass.TERMINAL
 
     with Diary() as diary:
@@ -220,7 +224,7 @@ async def test_a_classifier_is_asked_about_a_refusal() -> None:
         outcome = await attempt_once(ctx, execution(ctx, one, 7), one, Num())
     assert isinstance(outcome, Halt)
     assert outcome.status == "FAILED"
-    assert asked == [(BudgetExceeded, "one", 7, "r")]
+    assert requests == [(BudgetExceeded, "one", 7, "r")]
 
 
 async def test_a_group_that_was_begun_is_ended_whatever_was_spent_meanwhile() -> None:
@@ -235,12 +239,12 @@ async def test_a_group_that_was_begun_is_ended_whatever_was_spent_meanwhile() ->
         refused = await attempt_once(ctx, execution(ctx, group), group, Num())
         assert isinstance(refused, Halt)
         assert not [line for line in diary.lines if line.startswith("node_start")]
-        begun = await attempt_once(ctx, execution(ctx, group), group, Num(), begun=True)
+        started = await attempt_once(ctx, execution(ctx, group), group, Num(), has_begun=True)
     assert [line for line in diary.lines if line.startswith("node_start parallel")]
-    assert isinstance(begun, Halt)
-    assert begun.spent
-    assert begun.output is not None
-    assert begun.output.model_dump() == {"n": 3}
+    assert isinstance(started, Halt)
+    assert started.spent
+    assert started.output is not None
+    assert started.output.model_dump() == {"n": 3}
 
 
 @pytest.mark.parametrize("limited", [False, True])
@@ -249,7 +253,7 @@ async def test_a_group_is_begun_alone(limited: bool) -> None:
     with Diary() as diary:
         ctx = context(diary, **({"budget": BUDGET} if limited else {}))
         group = group_of_one()
-        run, ended = NodeExecution(ctx, group.node_id, "group", 2, "", ctx.trace.rows), list[int]()
+        run, ended = NodeExecution(ctx, group.node_id, "group", 2, ""), list[int]()
         run.attempt = 1
         run.at_end(lambda: ended.append(1))
         assert await begin_group(ctx, run, group, Num(n=4)) is None
@@ -278,10 +282,10 @@ async def test_a_group_whose_beginning_is_interrupted_is_told_and_kept() -> None
 @pytest.mark.parametrize("grouped", [False, True])
 async def test_a_question_comes_back_with_what_was_raised(grouped: bool) -> None:
     """The driver is given the very exception, and the reason in words; a group has those of its child."""
-    asked = Suspend("may I?", schema=Num)
+    request = Suspend("may I?", schema=Num)
 
     async def ask(state: Num) -> Num:
-        raise asked
+        raise request
 
     with Diary() as diary:
         ctx = context(diary)
@@ -297,7 +301,7 @@ async def test_a_question_comes_back_with_what_was_raised(grouped: bool) -> None
         3,
     )
     if not grouped:
-        assert failure.exception is asked
+        assert failure.exception is request
 
 
 async def test_a_group_that_is_begun_again_tells_of_the_wait() -> None:
@@ -306,7 +310,7 @@ async def test_a_group_that_is_begun_again_tells_of_the_wait() -> None:
         ctx = context(diary)
         group = group_of_one()
         last = Failure(ConnectionError("down"), FailureClass.RECOVERABLE, "a", 1, "down", "connection")
-        run = NodeExecution(ctx, group.node_id, "group", 2, "", ctx.trace.rows)
+        run = NodeExecution(ctx, group.node_id, "group", 2, "")
         run.attempt, run.last_failure = 2, last
         assert await begin_group(ctx, run, group, Num(), after_seconds=0.5) is None
     after = "after RECOVERABLE down (connection)"

@@ -91,20 +91,20 @@ class Scribblers:
     def __init__(self, kind: type[BaseModel], returns: str) -> None:
         self.kind = kind
         self.returns = returns
-        self.kept: list[Any] = []
-        self.given: list[list[str]] = []
+        self.snapshots: list[Any] = []
+        self.received: list[list[str]] = []
 
     def node(self, letter: str, *, fails: int = 0, node_id: str | None = None) -> Any:
         left = [fails]
 
         async def func(state: Any) -> Any:
-            for old in self.kept:
+            for old in self.snapshots:
                 write(old, "!")
-            self.given.append(words(state))
+            self.received.append(words(state))
             write(state, letter)
             if left[0]:
                 left[0] -= 1
-                self.kept.append(state)
+                self.snapshots.append(state)
                 raise ConnectionError("down")
             if self.returns == "itself":
                 out: Any = state
@@ -112,7 +112,7 @@ class Scribblers:
                 out = state.model_copy(deep=True)
             else:
                 out = state.model_dump()
-            self.kept += [state, out]
+            self.snapshots += [state, out]
             return out
 
         contract: NodeContract[Any, Any] = NodeContract(
@@ -140,7 +140,7 @@ async def test_each_node_is_given_what_the_one_before_it_returned(
     nodes = [desk.node("a"), desk.node("b", fails=1), desk.node("c"), desk.node("d")]
     initial = kind()
     result = await runner.run(nodes, initial, run_id="r")
-    assert desk.given == [[], ["a"], ["a"], ["a", "b"], ["a", "b", "c"]]
+    assert desk.received == [[], ["a"], ["a"], ["a", "b"], ["a", "b", "c"]]
     assert type(result.final_state) is kind
     assert words(result.final_state) == ["a", "b", "c", "d"]
     shown = [
@@ -157,7 +157,7 @@ async def test_each_node_is_given_what_the_one_before_it_returned(
     assert words(initial) == []
     again = await StromaRunner.quick(store=store).run(nodes, kind(), run_id="r", resume=True)
     assert words(again.final_state) == ["a", "b", "c", "d"]
-    assert len(desk.given) == 5
+    assert len(desk.received) == 5
 
 
 @pytest.mark.parametrize("returns", ["itself", "a model", "a dict"])
@@ -173,7 +173,7 @@ async def test_an_id_that_stands_twice(kind: type[BaseModel], returns: str) -> N
     nodes = [stroma_node("a", first)(begin), *(desk.node(letter, node_id="a") for letter in "bcd")]
     result = await StromaRunner.quick().run(nodes, Word(text="w"))
     assert result.failure is None
-    assert desk.given == [[], ["b"], ["b", "c"]]
+    assert desk.received == [[], ["b"], ["b", "c"]]
     assert words(result.final_state) == ["b", "c", "d"]
     assert [words(event.output_state) for event in list(result.trace)[1:]] == [
         ["b"],
@@ -217,8 +217,10 @@ async def test_an_id_whose_contracts_have_nothing_in_common(
     async def end(state: End) -> Any:
         return {"more": state.more + "!"}
 
-    def node(func: Any, given: type[BaseModel], made: type[BaseModel]) -> Any:
-        return stroma_node("a", NodeContract(node_id="a", input_schema=given, output_schema=made))(func)
+    def node(func: Any, input_model: type[BaseModel], output_model: type[BaseModel]) -> Any:
+        return stroma_node(
+            "a", NodeContract(node_id="a", input_schema=input_model, output_schema=output_model)
+        )(func)
 
     nodes = [node(pair, Start, kind), node(end, End, End), node(end, End, End)]
     store = AsyncInMemoryStore()
@@ -226,9 +228,9 @@ async def test_an_id_whose_contracts_have_nothing_in_common(
         nodes, Start(), run_id="r"
     )
     assert result.final_state == End(more="m!!")
-    made = {"more": "m", "words": words_of_it}
+    outputs = {"more": "m", "words": words_of_it}
     assert [(event.input_state, event.output_state) for event in result.trace] == [
-        ({"first": 1, "second": "2"}, made),
+        ({"first": 1, "second": "2"}, outputs),
         ({"more": "m"}, {"more": "m!"}),
         ({"more": "m!"}, {"more": "m!!"}),
     ]
@@ -243,7 +245,7 @@ async def test_children_of_a_group_have_copies_of_their_own(kind: type[BaseModel
     nodes = [desk.node("a"), parallel(desk.node("b"), desk.node("c"), max_concurrency=1), desk.node("d")]
     result = await StromaRunner.quick().run(nodes, kind())
     assert result.failure is None
-    assert desk.given == [[], ["a"], ["a"], ["a", "c"]]
+    assert desk.received == [[], ["a"], ["a"], ["a", "c"]]
     assert words(result.final_state) == ["a", "c", "d"]
     assert [words(event.output_state) for event in result.trace] == [["a"], ["a", "c"], ["a", "c", "d"]]
     children = list(result.trace)[1].children
@@ -271,12 +273,12 @@ async def test_the_state_of_a_run_that_failed_is_the_last_output(
         ["a", "b"],
         None,
     ]
-    for old in desk.kept:
+    for old in desk.snapshots:
         write(old, "!")
     assert words(result.final_state) == ["a", "b"]
     again = await runner.run([nodes[0], nodes[1], desk.node("c")], kind(), run_id="r", resume=True)
     assert words(again.final_state) == ["a", "b", "c"]
-    assert desk.given == [[], ["a"], ["a", "b"], ["a", "b"]]
+    assert desk.received == [[], ["a"], ["a", "b"], ["a", "b"]]
 
 
 class Batch(BaseModel):
@@ -295,7 +297,7 @@ async def test_items_are_copies_too() -> None:
         "items": [{"seen": ["1"]}, {"seen": ["2"]}],
         "made": [{"seen": ["1", "x"]}, {"seen": ["2", "x"]}],
     }
-    assert desk.given == [["1"], ["2"]]
+    assert desk.received == [["1"], ["2"]]
 
 
 # ---------------------------------------------------------------- without a contract
@@ -309,17 +311,17 @@ def bare(node_id: str, func: Any) -> Any:
 @pytest.mark.parametrize("watched", [False, True])
 async def test_nodes_without_contracts_have_copies_of_their_own(watched: bool) -> None:
     """Plain data, with models in it or without, goes on as it was returned, and as no one else can change it."""
-    given: list[Any] = []
-    kept: list[Any] = []
+    inputs: list[Any] = []
+    entries: list[Any] = []
 
     def node(node_id: str, out: Any) -> Any:
         async def func(state: Any) -> Any:
-            for old in kept:
+            for old in entries:
                 old["list"].append("!")
-            given.append(state.model_dump() if not isinstance(state, Flat) else "first")
-            made = out()
-            kept.append(made)
-            return made
+            inputs.append(state.model_dump() if not isinstance(state, Flat) else "first")
+            instance = out()
+            entries.append(instance)
+            return instance
 
         return bare(node_id, func)
 
@@ -329,7 +331,7 @@ async def test_nodes_without_contracts_have_copies_of_their_own(watched: bool) -
         node("c", lambda: {"list": [{"deep": ["c"]}]}),
     ]
     result = await StromaRunner.quick(hooks=[hooks()] if watched else []).run(nodes, Flat())
-    assert given == ["first", {"list": ["a"]}, {"list": ["b"], "model": {"text": "w", "weight": 0.5}}]
+    assert inputs == ["first", {"list": ["a"]}, {"list": ["b"], "model": {"text": "w", "weight": 0.5}}]
     assert result.final_state is not None
     assert result.final_state.model_dump() == {"list": [{"deep": ["c"]}]}
     events = list(result.trace)

@@ -132,7 +132,7 @@ async def test_nothing_waits(store: Any) -> None:
     with pytest.raises(CheckpointNotFound, match="there is no run 'unknown' in the store"):
         await runner(store).signal("unknown", {})
     await runner(store).signal("r", {"approved": True})
-    with pytest.raises(StoreError, match="is waiting for no answer"):
+    with pytest.raises(StoreError, match="is not waiting for an answer"):
         await runner(store).signal("r", {"approved": True})
 
 
@@ -141,10 +141,10 @@ async def test_of_two_answers_one_counts(store: Any) -> None:
     desk = Desk()
     await runner(store).run(desk.nodes, Num())
     answers = [runner(store).signal("r", Approval(approved=yes)) for yes in (True, False)]
-    told = await asyncio.gather(*answers, return_exceptions=True)
-    assert [type(error) for error in told if error is not None] == [StoreError]
+    report = await asyncio.gather(*answers, return_exceptions=True)
+    assert [type(error) for error in report if error is not None] == [StoreError]
     await runner(store, resume=True).run(desk.nodes, Num())
-    assert [answer.approved for answer in desk.answers] == [told[0] is None]
+    assert [answer.approved for answer in desk.answers] == [report[0] is None]
 
 
 @pytest.mark.core
@@ -254,7 +254,7 @@ async def test_items_wait(store: Any) -> None:
     await runner(store).signal("r", {"approved": False})
     result = await runner(store, resume=True).run(nodes, ITEMS)
     assert result.final_state is not None
-    assert [made.n for made in result.final_state.done] == [101, 2, 300]  # type: ignore[attr-defined]
+    assert [instance.n for instance in result.final_state.done] == [101, 2, 300]  # type: ignore[attr-defined]
 
 
 async def test_a_failure_beats_a_question(store: Any) -> None:
@@ -311,8 +311,8 @@ async def test_steps_of_plain_code_wait(store: Any) -> None:
     config = runner(store, resume=True).config
 
     async def plain() -> Any:
-        made = runner(store, resume=True)
-        ctx = ReliabilityContext.for_run(config, made.registry, made.checkpoint_manager)
+        instance = runner(store, resume=True)
+        ctx = ReliabilityContext.for_run(config, instance.registry, instance.checkpoint_manager)
         async with ctx:
             first = await execute_step("a", desk.a, Num(), ctx)
             return await execute_step("ask", desk.ask, first.final_state, ctx)

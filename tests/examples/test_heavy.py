@@ -111,9 +111,9 @@ async def test_the_service_behind_a_real_server(site: str) -> None:
             # Until the server has seen that its reader is gone, the run has an owner.
             while (again := await client.put(f"{site}/reports/owls")).status_code == 409:
                 await asyncio.sleep(0.01)
-    found = events(again.text)
-    assert [event["kind"] for event in found][:2] == ["run_start", "node_skipped"]
-    assert found[-1]["details"]["final_state"] == {"text": "owls: What they eat, Where they sleep"}
+    result = events(again.text)
+    assert [event["kind"] for event in result][:2] == ["run_start", "node_skipped"]
+    assert result[-1]["details"]["final_state"] == {"text": "owls: What they eat, Where they sleep"}
 
 
 def test_the_notebook_draws_its_run() -> None:

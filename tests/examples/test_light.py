@@ -35,17 +35,17 @@ def steady(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
 
-def told(name: str) -> str:
+def documented_output(name: str) -> str:
     """The output of the example on the page that lists them."""
-    found = re.search(rf"^## .*{re.escape(name)}.*?^```\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    assert found is not None, f"examples/README.md does not show what {name} prints"
-    return found[1]
+    result = re.search(rf"^## .*{re.escape(name)}.*?^```\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert result is not None, f"examples/README.md does not show what {name} prints"
+    return result[1]
 
 
 @pytest.mark.parametrize("name", ["document_pipeline.py", "agent_loop.py", "evaluate_models.py", "batch.py"])
 def test_an_example_prints_what_its_page_says(name: str, tmp_path: Path) -> None:
     """Word for word, but for times and chance."""
-    assert steady(run(name, folder=tmp_path)) == steady(told(name))
+    assert steady(run(name, folder=tmp_path)) == steady(documented_output(name))
 
 
 def test_every_example_is_listed() -> None:

@@ -35,7 +35,7 @@ RECOVERABLE, TERMINAL, AMBIGUOUS = FailureClass.RECOVERABLE, FailureClass.TERMIN
 CONTEXT = NodeContext("node", 4, "run")
 
 
-def made(kind: type[BaseException], **attributes: Any) -> Any:
+def exception_with(kind: type[BaseException], **attributes: Any) -> Any:
     """An instance of an exception, without what its own __init__ asks for."""
     error = kind.__new__(kind, "what was wrong")
     error.__dict__.update(attributes)
@@ -103,25 +103,27 @@ def test_the_class_and_the_reason_of_an_exception(
 ) -> None:
     """Our own errors and time limits are known by their type, all else is ambiguous."""
     error = (
-        made(kind, dimension="cost", limit=1, actual=2, node_id="a") if kind is BudgetExceeded else made(kind)
+        exception_with(kind, dimension="cost", limit=1, actual=2, node_id="a")
+        if kind is BudgetExceeded
+        else exception_with(kind)
     )
-    found = diagnose(error, CONTEXT)
-    assert (found.failure_class, found.reason) == (failure_class, reason)
+    result = diagnose(error, CONTEXT)
+    assert (result.failure_class, result.reason) == (failure_class, reason)
     assert classify(error, CONTEXT) is failure_class
-    assert (found.exception, found.node_id, found.attempt, found.retry_after_seconds) == (
+    assert (result.exception, result.node_id, result.attempt, result.retry_after_seconds) == (
         error,
         "node",
         4,
         None,
     )
-    assert found.message == message_of(error)
+    assert result.message == message_of(error)
 
 
 def test_what_a_providers_error_says() -> None:
     """Its class, its reason and the wait that it asks for."""
-    found = diagnose(Provider(429, retry_after="7"), CONTEXT)
-    assert found.exception.args == ("status 429",)
-    assert astuple(replace(found, exception=ValueError()))[1:] == (
+    result = diagnose(Provider(429, retry_after="7"), CONTEXT)
+    assert result.exception.args == ("status 429",)
+    assert astuple(replace(result, exception=ValueError()))[1:] == (
         RECOVERABLE, "node", 4, "status 429", "rate_limit", 7.0,
     )  # fmt: skip
     assert diagnose(Provider(401), CONTEXT).failure_class is TERMINAL
@@ -135,8 +137,8 @@ def test_our_own_errors_are_what_they_are() -> None:
         status_code = 429
         response = Response(429, {"retry-after": "7"})
 
-    found = diagnose(Both("no"), CONTEXT)
-    assert (found.failure_class, found.reason, found.retry_after_seconds) == (TERMINAL, "usage", None)
+    result = diagnose(Both("no"), CONTEXT)
+    assert (result.failure_class, result.reason, result.retry_after_seconds) == (TERMINAL, "usage", None)
 
 
 def test_a_timeout_of_a_provider_is_the_providers() -> None:
@@ -146,25 +148,29 @@ def test_a_timeout_of_a_provider_is_the_providers() -> None:
         status_code = 429
         response = Response(429, {"retry-after": "7"})
 
-    found = diagnose(Both("no"), CONTEXT)
-    assert (found.failure_class, found.reason, found.retry_after_seconds) == (RECOVERABLE, "rate_limit", 7.0)
+    result = diagnose(Both("no"), CONTEXT)
+    assert (result.failure_class, result.reason, result.retry_after_seconds) == (
+        RECOVERABLE,
+        "rate_limit",
+        7.0,
+    )
 
 
 def test_classifiers_are_asked_in_order() -> None:
     """The first that answers decides the class, the reason stays; each is given the exception and where it was."""
-    asked: list[Any] = []
+    requests: list[Any] = []
 
     def says(answer: Any) -> Any:
         def classifier(error: Exception, context: NodeContext) -> Any:
-            asked.append((answer, error, context))
+            requests.append((answer, error, context))
             return answer
 
         return classifier
 
     error = Provider(429, retry_after="7")
-    found = diagnose(error, CONTEXT, [says(None), says(TERMINAL), says(AMBIGUOUS)])
-    assert (found.failure_class, found.reason, found.retry_after_seconds) == (TERMINAL, "rate_limit", 7.0)
-    assert asked == [(None, error, CONTEXT), (TERMINAL, error, CONTEXT)]
+    result = diagnose(error, CONTEXT, [says(None), says(TERMINAL), says(AMBIGUOUS)])
+    assert (result.failure_class, result.reason, result.retry_after_seconds) == (TERMINAL, "rate_limit", 7.0)
+    assert requests == [(None, error, CONTEXT), (TERMINAL, error, CONTEXT)]
     assert diagnose(error, CONTEXT, [says("AMBIGUOUS")]).failure_class is AMBIGUOUS
     assert diagnose(error, CONTEXT, [says(None)]).failure_class is RECOVERABLE
     assert diagnose(ValueError(), CONTEXT, [says(None)]).failure_class is AMBIGUOUS
@@ -270,20 +276,20 @@ def test_what_a_model_is_told_of_a_failure() -> None:
         errors = [{"loc": (f"f{n}",), "msg": word, "type": "x", "input": n} for n, word in enumerate(words)]
         return ContractViolation("node", "output", {"n": 1}, errors)
 
-    told: set[tuple[bool, bool]] = set()
+    events: set[tuple[bool, bool]] = set()
     for first in range(1, 60):
         broken = violation(first)
         failure = Failure(broken, TERMINAL, "node", 1, "message")
         assert failure.as_prompt() == broken.as_prompt(max_chars=2000) == broken.as_prompt()
         assert failure.as_prompt(max_chars=300) == broken.as_prompt(max_chars=300) != broken.as_prompt()
-        told.add(
+        events.add(
             (
                 broken.as_prompt(max_chars=1999) == broken.as_prompt(),
                 broken.as_prompt(max_chars=2001) == broken.as_prompt(),
             )
         )
     # For some of them a character less, or more, is another text.
-    assert {(False, True), (True, False)} <= told
+    assert {(False, True), (True, False)} <= events
     assert replace(failed(), exception=ValueError("no")).as_prompt() is None
 
 
@@ -345,7 +351,8 @@ def test_a_suspension_that_asks_for_no_model_says_so(wrong: Any, shown: str) -> 
     with pytest.raises(TypeError) as caught:
         Suspend("why", schema=wrong)
     assert (
-        str(caught.value) == f"Suspend asks for {shown}; give a pydantic model, a RootModel for plain values"
+        str(caught.value)
+        == f"the schema of Suspend must be a pydantic model, got {shown}; pass a RootModel for plain values"
     )
 
 
@@ -515,7 +522,7 @@ def test_a_delay_is_drawn_from_zero_to_the_computed_one() -> None:
 def test_what_follows_a_failed_attempt(changed: dict[str, Any], decision: Any) -> None:
     """A group is tried again only if asked; attempts that were granted to mend an output count for nothing, but wait."""
     run = {RECOVERABLE: steady(max_retries=3, backoff_seconds=1.0)}
-    asked: dict[str, Any] = {
+    requests: dict[str, Any] = {
         "own": None,
         "attempt": 1,
         "group": False,
@@ -523,17 +530,17 @@ def test_what_follows_a_failed_attempt(changed: dict[str, Any], decision: Any) -
         "repairs": 0,
         **changed,
     }
-    own = asked.pop("own")
-    assert follow_up(failed(attempt=5), own, run, **asked) == decision
+    own = requests.pop("own")
+    assert follow_up(failed(attempt=5), own, run, **requests) == decision
     if isinstance(decision, Retry):
         jittered = {kind: policy.model_copy(update={"jitter": True}) for kind, policy in run.items()}
         owned = own and {kind: policy.model_copy(update={"jitter": True}) for kind, policy in own.items()}
-        half = follow_up(failed(attempt=5), owned, jittered, **asked, draw=lambda: 0.5)
+        half = follow_up(failed(attempt=5), owned, jittered, **requests, draw=lambda: 0.5)
         assert half == Retry(decision.delay_seconds / 2)
 
 
 def test_a_group_waits_as_its_server_asks() -> None:
     """What stops it says that it is no retry, though a wait was asked for; a terminal failure says so itself."""
-    asked: dict[str, Any] = {"attempt": 1, "group": True, "repairing": False, "repairs": 0}
-    assert follow_up(failed(wait=5), None, {}, **asked) == Stop("gave up after 1 attempt")
-    assert follow_up(failed(TERMINAL), None, {}, **asked) == Stop("a terminal failure is not retried")
+    requests: dict[str, Any] = {"attempt": 1, "group": True, "repairing": False, "repairs": 0}
+    assert follow_up(failed(wait=5), None, {}, **requests) == Stop("gave up after 1 attempt")
+    assert follow_up(failed(TERMINAL), None, {}, **requests) == Stop("a terminal failure is not retried")

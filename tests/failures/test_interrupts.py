@@ -172,9 +172,9 @@ async def test_what_is_no_exception_passes_through_validators_and_classifiers(si
 
     seen: list[str] = []
     runner = StromaRunner.quick(hooks=watch(seen), classifiers=[classifier])
-    given, made = (Strict, Text) if side == "input" else (Text, Strict)
+    argument, instance = (Strict, Text) if side == "input" else (Text, Strict)
 
-    @runner.node("stops", input=given, output=made)
+    @runner.node("stops", input=argument, output=instance)
     async def stops(state: Any) -> Any:
         if side == "classifier":
             raise ValueError("x")

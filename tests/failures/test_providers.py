@@ -50,7 +50,8 @@ from stroma import (
     parallel,
 )
 from stroma.failures.failure import diagnose
-from stroma.failures.providers import Verdict, read_provider_error, retry_after_seconds
+from stroma.failures.provider_verdicts import ProviderVerdict as Verdict
+from stroma.failures.providers import read_provider_error, retry_after_seconds
 
 CASES = [*PROVIDER_CASES, *MORE_CASES]
 HERE = NodeContext("ask", 1, "run")
@@ -193,9 +194,9 @@ async def test_a_server_that_asks_for_too_long_stops_the_run(
     assert (result.status, provider.calls_of(url), delays) == (RunStatus.PARTIAL, 1, [])
     assert result.failure is not None
     assert (result.failure.reason, result.failure.retry_after_seconds) == ("rate_limit", 3600)
-    said = [r for r in caplog.records if "come back in 3600 s" in r.getMessage()]
-    assert said
-    assert said[0].run_id == result.run_id  # type: ignore[attr-defined]
+    lines = [r for r in caplog.records if "come back in 3600 s" in r.getMessage()]
+    assert lines
+    assert lines[0].run_id == result.run_id  # type: ignore[attr-defined]
 
 
 async def test_max_retry_after_seconds_is_the_users(provider: Server, delays: list[float]) -> None:
@@ -214,10 +215,10 @@ async def test_max_retry_after_seconds_is_the_users(provider: Server, delays: li
 
 async def test_custom_classifiers_come_first(provider: Server, delays: list[float]) -> None:
     """A custom classifier decides before the provider's knowledge does; None passes the question on."""
-    asked: list[str] = []
+    requests: list[str] = []
 
     def passes(exc: Exception, context: NodeContext) -> FailureClass | None:
-        asked.append(type(exc).__name__)
+        requests.append(type(exc).__name__)
         return None
 
     def decides(exc: Exception, context: NodeContext) -> FailureClass | None:
@@ -232,7 +233,7 @@ async def test_custom_classifiers_come_first(provider: Server, delays: list[floa
         return {}
 
     result = await runner.run([ask], Text())
-    assert (result.status, provider.calls_of(url), asked) == (RunStatus.FAILED, 1, ["RateLimitError"])
+    assert (result.status, provider.calls_of(url), requests) == (RunStatus.FAILED, 1, ["RateLimitError"])
     (event,) = result.trace
     # What happened is still known; only what it means was the classifier's to say.
     assert (event.failure, event.reason) == (T, "rate_limit")
@@ -419,17 +420,17 @@ def test_every_timeout_and_connection_error_is_recoverable(client: Any) -> None:
     """Every subclass of a transport error is RECOVERABLE, but for those that a second try cannot mend."""
     lasting = {"UnsupportedProtocol", "LocalProtocolError"}
     classes = [
-        found
-        for found in vars(client).values()
-        if isinstance(found, type) and issubclass(found, client.TransportError)
+        result
+        for result in vars(client).values()
+        if isinstance(result, type) and issubclass(result, client.TransportError)
     ]
     assert len(classes) > 10
-    for found in classes:
-        verdict = read_provider_error(found("gone"))
+    for result in classes:
+        verdict = read_provider_error(result("gone"))
         assert verdict is not None
-        wanted = "TERMINAL" if found.__name__ in lasting else "RECOVERABLE"
-        assert verdict.failure_class == wanted, found
-        assert (verdict.reason == "timeout") == issubclass(found, client.TimeoutException), found
+        wanted = "TERMINAL" if result.__name__ in lasting else "RECOVERABLE"
+        assert verdict.failure_class == wanted, result
+        assert (verdict.reason == "timeout") == issubclass(result, client.TimeoutException), result
 
 
 # ---------------------------------------------------------------------- without a server's answer
@@ -447,12 +448,12 @@ def test_what_botocore_refuses_by_itself(monkeypatch: pytest.MonkeyPatch, provid
     url = provider.url(Answer(200, {}))
     session = botocore.session.Session()
     unsigned = session.create_client("bedrock-runtime", region_name="us-east-1", endpoint_url=url)
-    found = [
+    findings = [
         error_of(lambda: unsigned.converse(modelId="m", messages=[])),
         error_of(lambda: aws_client(url).converse(modelId=7)),
         error_of(lambda: session.create_client("bedrock-runtime")),
     ]
-    verdicts = [(type(error).__name__, read_provider_error(error)) for error in found]
+    verdicts = [(type(error).__name__, read_provider_error(error)) for error in findings]
     assert verdicts == [
         ("NoCredentialsError", Verdict("TERMINAL", "auth")),
         ("ParamValidationError", Verdict("TERMINAL", "bad_request")),

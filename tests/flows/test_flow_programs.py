@@ -19,7 +19,7 @@ from tests.kit import NEVER, Num, node, retry_policies
 from tests.shared_stores import SHARED, opened, place
 
 from stroma import InMemoryStore, RunStatus, SQLiteStore, StromaRunner, current_node
-from stroma.engine.interceptors import PROBES
+from stroma.engine.interceptors import INTERCEPTORS
 from stroma.testing.crash import Boundary, Crashed, Deaths
 
 HELPER = Path(__file__).with_name("kill_flow_helper.py")
@@ -82,7 +82,7 @@ def test_programs_survive_faults_and_deaths(
                 return bool(next(seen) == left)
 
             probe = Deaths(at)
-            PROBES.insert(0, probe)
+            INTERCEPTORS.insert(0, probe)
             try:
                 async with SQLiteStore(folder / "runs.db", synchronous="normal") as store:
                     runner = StromaRunner.quick(
@@ -95,7 +95,7 @@ def test_programs_survive_faults_and_deaths(
             except Crashed:
                 continue
             finally:
-                PROBES.remove(probe)
+                INTERCEPTORS.remove(probe)
         raise AssertionError
 
     plain = asyncio.run(undisturbed())

@@ -171,10 +171,10 @@ class FrameworkContract:
         with pytest.raises(Exception) as caught:
             self.call(program, kind, guard)
         assert guard.stopped is not None
-        found = guard.stopped.exception
-        assert caught.value is found or isinstance(caught.value, self.WRAPPERS)
-        assert any(error is found for error in causes(caught.value))
-        return found
+        result = guard.stopped.exception
+        assert caught.value is result or isinstance(caught.value, self.WRAPPERS)
+        assert any(error is result for error in causes(caught.value))
+        return result
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "kind" in metafunc.fixturenames:

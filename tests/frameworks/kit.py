@@ -116,12 +116,12 @@ def tree(result: ExecutionResult) -> list[str]:
     """The trace as lines, children indented: "node outcome tokens"."""
 
     def lines(events: Any, depth: int) -> list[str]:
-        found = []
+        findings = []
         for event in events:
             tokens = f" {event.usage.tokens}" if event.usage.tokens else ""
-            found.append("  " * depth + f"{event.node_id} {event.outcome}{tokens}")
-            found += lines(event.children, depth + 1)
-        return found
+            findings.append("  " * depth + f"{event.node_id} {event.outcome}{tokens}")
+            findings += lines(event.children, depth + 1)
+        return findings
 
     return lines(result.trace, 0)
 

@@ -34,7 +34,7 @@ class Fired:
     ) -> None:
         self.failures: list[HookFailure] = []
         self.event = event
-        self.asked = 0
+        self.lookup_count = 0
         sets = tuple(NodeHooks(**{event: hook}) for hook in hooks)
         self.hooks = Hooks(sets, run_id="run", limit_seconds=limit, failures=self.failures)
         self.calls = getattr(self.hooks, event)
@@ -44,8 +44,8 @@ class Fired:
         return [(failure.hook, failure.node_id, failure.exception) for failure in self.failures]
 
     def arguments(self) -> tuple[Any, ...]:
-        self.asked += 1
-        return ("argument", self.asked)
+        self.lookup_count += 1
+        return ("argument", self.lookup_count)
 
     async def fire(self, node_id: str | None = "node") -> None:
         await self.hooks.fire(self.event, self.calls, node_id, self.arguments)
@@ -89,8 +89,8 @@ def test_sets_are_put_together_in_order() -> None:
     """However it is written, the first one stands first; what comes out can be put together with more."""
     a, b, c, d = NodeHooks(), NodeHooks(), NodeHooks(), NodeHooks()
 
-    def same(found: Any, *expected: NodeHooks) -> bool:
-        return type(found) is HookSets and [id(one) for one in found] == [id(one) for one in expected]
+    def same(result: Any, *expected: NodeHooks) -> bool:
+        return type(result) is HookSets and [id(one) for one in result] == [id(one) for one in expected]
 
     assert same(a | b, a, b)
     assert same(a | [b, c], a, b, c)
@@ -106,7 +106,7 @@ def test_sets_are_put_together_in_order() -> None:
 def test_every_set_is_found_in_what_is_given_as_hooks() -> None:
     """None is no set, one is one, and lists and tuples may lie in each other."""
     a, b, c = NodeHooks(), NodeHooks(), NodeHooks()
-    for given, found in [
+    for value, result in [
         (None, ()),
         (a, (a,)),
         ([], ()),
@@ -114,16 +114,16 @@ def test_every_set_is_found_in_what_is_given_as_hooks() -> None:
         ([(a, b), c], (a, b, c)),
         (iter((a, b | c)), (a, b, c)),
     ]:
-        made = flatten(given)  # type: ignore[arg-type]
-        assert type(made) is tuple
-        assert [id(one) for one in made] == [id(one) for one in found]
+        instance = flatten(value)  # type: ignore[arg-type]
+        assert type(instance) is tuple
+        assert [id(one) for one in instance] == [id(one) for one in result]
 
 
 def test_a_set_has_what_it_was_given_and_nothing_else() -> None:
     """Every hook is optional; a patient set is one of a kind of its own."""
-    (bare, given) = NodeHooks() | NodeHooks(on_run_end=quick)
+    (bare, value) = NodeHooks() | NodeHooks(on_run_end=quick)
     assert vars(bare) == dict.fromkeys([*STARTS, *ENDS])
-    assert vars(given) == {**dict.fromkeys([*STARTS, *ENDS]), "on_run_end": quick}
+    assert vars(value) == {**dict.fromkeys([*STARTS, *ENDS]), "on_run_end": quick}
     assert NodeHooks._has_time_limit is True
 
 
@@ -143,10 +143,10 @@ def test_starts_go_first_to_last_and_ends_last_to_first(event: str) -> None:
     def last(*_: Any) -> None: ...
 
     sets = (NodeHooks(**{event: first}), NodeHooks(), NodeHooks(**{event: last}))
-    made = Hooks(sets, run_id="run", limit_seconds=None, failures=[])
+    instance = Hooks(sets, run_id="run", limit_seconds=None, failures=[])
     calls = ((0, first), (2, last))
-    assert getattr(made, event) == (calls if event in STARTS else calls[::-1])
-    others = {getattr(made, name) for name in (*STARTS, *ENDS) if name != event}
+    assert getattr(instance, event) == (calls if event in STARTS else calls[::-1])
+    others = {getattr(instance, name) for name in (*STARTS, *ENDS) if name != event}
     assert others == {None}
 
 
@@ -156,12 +156,12 @@ def test_all_ends_are_fired_if_asked_for() -> None:
     def hook(*_: Any) -> Any: ...
 
     sets = (NodeHooks(on_node_success=hook, on_node_start=hook),)
-    made = Hooks(sets, run_id="run", limit_seconds=None, failures=[], all_ends=True)
-    assert {name: getattr(made, name) for name in ENDS} == {
+    instance = Hooks(sets, run_id="run", limit_seconds=None, failures=[], all_ends=True)
+    assert {name: getattr(instance, name) for name in ENDS} == {
         **dict.fromkeys(ENDS, ()),
         "on_node_success": ((0, hook),),
     }
-    assert {name: getattr(made, name) for name in STARTS} == {
+    assert {name: getattr(instance, name) for name in STARTS} == {
         **dict.fromkeys(STARTS),
         "on_node_start": ((0, hook),),
     }
@@ -263,7 +263,7 @@ async def test_hooks_that_never_wait_leave_nothing_to_await(
     assert firing.advance() is not waits
     if waits:
         await firing.finish()
-    assert (fired.errors, fired.asked) == ([], 1)
+    assert (fired.errors, fired.lookup_count) == ([], 1)
 
 
 async def test_no_call_is_nothing_to_do() -> None:
@@ -310,8 +310,8 @@ async def test_what_a_hook_raises_is_logged_and_reported(
         fired = Fired(*hooks)
         await fired.fire(node_id)
         assert fired.errors == [("on_node_start", node_id, error)]
-        said = f"hook on_node_start ({hook!r}) raised for node {node_id!r} of run 'run'; the run goes on"
-        assert lines(caplog) == [(logging.ERROR, said, "run", error)]
+        text = f"hook on_node_start ({hook!r}) raised for node {node_id!r} of run 'run'; the run goes on"
+        assert lines(caplog) == [(logging.ERROR, text, "run", error)]
         assert len(after) == len(hooks) - 1
 
 
@@ -357,7 +357,7 @@ async def test_an_interrupt_comes_out_once_all_are_told(
     with pytest.raises(stop) as caught:
         await fired.fire()
     assert caught.value is first
-    assert (fired.asked, fired.errors) == (sets, [])
+    assert (fired.lookup_count, fired.errors) == (sets, [])
 
 
 # ---------------------------------------------------------------- hooks that are not async
@@ -396,7 +396,7 @@ async def test_of_two_ends_that_are_not_async_the_first_is_told() -> None:
     fired = Fired(lambda *_: 1, lambda *_: "two", event="on_node_failure")
     with pytest.raises(HookNotAsync, match="returned str"):
         await fired.fire()
-    assert fired.asked == 2
+    assert fired.lookup_count == 2
 
 
 async def test_an_interrupt_goes_before_a_hook_that_is_not_async() -> None:
@@ -409,7 +409,7 @@ async def test_an_interrupt_goes_before_a_hook_that_is_not_async() -> None:
         fired = Fired(*hooks, event="on_run_end")
         with pytest.raises(KeyboardInterrupt):
             await fired.fire()
-        assert fired.asked == 2
+        assert fired.lookup_count == 2
 
 
 # ---------------------------------------------------------------- cancellation
@@ -422,13 +422,13 @@ async def test_a_cancellation_in_a_hook_comes_out_once_all_are_told(
     suspends: bool, reaction: str, sets: int
 ) -> None:
     """Whatever the hook makes of it; what it raises instead is reported, a cancellation is not."""
-    told: list[int] = []
+    events: list[int] = []
 
     async def hook(*_: Any) -> None:
         task = asyncio.current_task()
         assert task is not None
-        told.append(1)
-        if len(told) > 1:
+        events.append(1)
+        if len(events) > 1:
             return
         task.cancel()
         if reaction == "return" and not suspends:
@@ -456,7 +456,7 @@ async def test_a_cancellation_in_a_hook_comes_out_once_all_are_told(
             await asyncio.sleep(0)  # Where the hook did not take it, it is still to come.
 
     await asyncio.create_task(run())
-    assert (came_out, told) == ([True], [1] * sets)
+    assert (came_out, events) == ([True], [1] * sets)
     assert [(event, node_id, str(error)) for event, node_id, error in fired.errors] == (
         [("on_node_start", "node", "instead")] if reaction == "replace" else []
     )
@@ -464,11 +464,11 @@ async def test_a_cancellation_in_a_hook_comes_out_once_all_are_told(
 
 async def test_a_cancellation_before_is_not_the_hooks() -> None:
     """A hook that runs in a task that is being cancelled is told like any other, and nothing is raised anew."""
-    told: list[int] = []
+    events: list[int] = []
 
     async def hook(*_: Any) -> None:
         await asyncio.sleep(0)
-        told.append(1)
+        events.append(1)
 
     async def run(hooks: list[Any]) -> list[Any]:
         task = asyncio.current_task()
@@ -483,7 +483,7 @@ async def test_a_cancellation_before_is_not_the_hooks() -> None:
         raise AssertionError
 
     assert await asyncio.create_task(run([hook, hook])) == []
-    assert told == [1, 1]
+    assert events == [1, 1]
     assert await asyncio.create_task(run([quick])) == []
     assert await asyncio.create_task(run([lambda *_: Later()])) == []
     stray = asyncio.CancelledError("stray")
@@ -505,7 +505,7 @@ def test_hooks_are_told_where_no_task_runs(hook: Any) -> None:
                 next(step)
 
         asyncio.run(in_callback(drive))
-        assert (fired.asked, len(fired.errors)) == (len(hooks), errors)
+        assert (fired.lookup_count, len(fired.errors)) == (len(hooks), errors)
 
 
 # ---------------------------------------------------------------- time limits
@@ -536,8 +536,8 @@ async def test_a_hook_that_blocks_for_longer_than_its_limit_is_named(
 
     fired = Fired(*[hook] * sets, limit=250.0)
     await fired.fire()
-    said = f"hook on_node_start ({hook!r}) of node 'node' blocked the event loop for 3750000 ms; await in it, or use a thread"
-    assert lines(caplog) == [(logging.WARNING, said, "run", None)] * (sets if warned else 0)
+    text = f"hook on_node_start ({hook!r}) of node 'node' blocked the event loop for 3750000 ms; await in it, or use a thread"
+    assert lines(caplog) == [(logging.WARNING, text, "run", None)] * (sets if warned else 0)
     assert fired.errors == []
 
 
@@ -606,9 +606,9 @@ async def test_only_patient_sets_are_under_no_limit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["coroutine", "awaitable", "swallows", "goes on", "will not be closed"])
-@pytest.mark.parametrize(("limit", "said"), [(0.01, "10"), (0.0126, "13")])
+@pytest.mark.parametrize(("limit", "text"), [(0.01, "10"), (0.0126, "13")])
 async def test_a_hook_that_hangs_is_cut_off(
-    kind: str, limit: float, said: str, caplog: pytest.LogCaptureFixture
+    kind: str, limit: float, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The error names the limit in milliseconds and the mend, hides what it came from, and is reported once."""
     cut: list[str] = []
@@ -636,7 +636,7 @@ async def test_a_hook_that_hangs_is_cut_off(
     else:
         ((event, node_id, error),) = fired.errors
         assert (event, node_id, type(error)) == ("on_node_start", "node", HookTimeout)
-        assert str(error) == f"did not end within {said} ms; make it quicker, or raise hook_timeout_ms"
+        assert str(error) == f"did not end within {text} ms; make it quicker, or raise hook_timeout_ms"
         assert (error.__cause__, error.__suppress_context__) == (None, True)
         assert [line[0] for line in lines(caplog)] == [logging.ERROR]
     assert cut == ["cut"]
@@ -741,7 +741,7 @@ def test_a_hook_is_driven_no_faster_than_it_goes(sets: int) -> None:
 def test_the_hooks_after_one_that_is_closed_can_still_be_called(closes: bool) -> None:
     """GeneratorExit comes out of a hook that waits at once, whoever raises it; `finish_now` calls the hooks after it."""
     called: list[str] = []
-    kept: list[Any] = []
+    entries: list[Any] = []
 
     async def waits() -> None:
         try:
@@ -753,8 +753,8 @@ def test_the_hooks_after_one_that_is_closed_can_still_be_called(closes: bool) ->
 
     def hook(*_: Any) -> Any:
         # It has another reference, too: it is not closed by being forgotten.
-        kept.append(waits())
-        return kept[-1]
+        entries.append(waits())
+        return entries[-1]
 
     async def other(*_: Any) -> None:
         called.append("other")
@@ -780,17 +780,17 @@ def test_the_hooks_after_one_that_is_closed_can_still_be_called(closes: bool) ->
 
 def test_hooks_that_are_told_where_nothing_can_be_awaited(caplog: pytest.LogCaptureFixture) -> None:
     """Each gets as far as it comes: one that waits is cut short, one that raises is reported, all others end."""
-    told: list[str] = []
+    events: list[str] = []
     error = ValueError("no")
 
     async def ends(*arguments: Any) -> None:
-        told.append(f"ends {arguments}")
+        events.append(f"ends {arguments}")
 
     async def waits(*_: Any) -> None:
         try:
             await asyncio.sleep(3600)
         finally:
-            told.append("cut short")
+            events.append("cut short")
 
     async def fails(*_: Any) -> None:
         raise error
@@ -802,7 +802,7 @@ def test_hooks_that_are_told_where_nothing_can_be_awaited(caplog: pytest.LogCapt
         fired.firing().finish_now()
 
     asyncio.run(run())
-    assert told == ["ends ('argument', 1)", "cut short", "ends ('argument', 5)"]
+    assert events == ["ends ('argument', 1)", "cut short", "ends ('argument', 5)"]
     assert [(event, node_id) for event, node_id, _ in fired.errors] == [("on_node_cancelled", "node")] * 2
     assert fired.errors[0][2] is error
     assert type(fired.errors[1][2]) is AttributeError

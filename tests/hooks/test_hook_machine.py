@@ -125,7 +125,7 @@ class HookMachine(RuleBasedStateMachine):
         self.settled = True
         self.sets = 1
         self.wrong: list[str] = []
-        self.begun = 0
+        self.started_count = 0
         self.tasks: dict[str, asyncio.Task[ExecutionResult]] = {}
         self.cancelled: set[str] = set()
         self.antics: deque[str] = deque()
@@ -241,10 +241,10 @@ class HookMachine(RuleBasedStateMachine):
     def _node(self, plan: Any, name: str, timeouts: dict[str, int]) -> Any:
         kind, inner = (plan, []) if isinstance(plan, str) else plan
         if kind in ("parallel", "bound", "map"):
-            made = [self._node(child, f"{name}{'abc'[i]}", timeouts) for i, child in enumerate(inner)]
+            outputs = [self._node(child, f"{name}{'abc'[i]}", timeouts) for i, child in enumerate(inner)]
             if kind == "map":
-                return map_over("items", made[0], into="out")
-            return parallel(*made, max_concurrency=1 if kind == "bound" else None)
+                return map_over("items", outputs[0], into="out")
+            return parallel(*outputs, max_concurrency=1 if kind == "bound" else None)
         if kind == "timed":
             timeouts[name] = LIMIT_MS
 
@@ -314,8 +314,8 @@ class HookMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self._unfinished()) < 3)
     @rule(plan=st.lists(plans, min_size=1, max_size=2), turns=turns)
     def start_a_run(self, plan: list[Any], turns: int | None) -> None:
-        self.begun += 1
-        name = f"run {self.begun}"
+        self.started_count += 1
+        name = f"run {self.started_count}"
         self.tasks[name] = self.loop.create_task(self._run(name, plan))
         self._go(turns)
 
@@ -429,7 +429,7 @@ class HookMachine(RuleBasedStateMachine):
         assert all(sets == everyone[::-1] for sets in self.run_ends.values())
         for run_id, result in self.results.items():
             # One event for each attempt, with the outcome that the hooks were told.
-            told = Counter(
+            events = Counter(
                 (node_id, position, branch, attempts[0], ends[0][0])
                 for (run, node_id, position, branch, attempts), ends in self.ends.items()
                 if run == run_id
@@ -438,7 +438,7 @@ class HookMachine(RuleBasedStateMachine):
                 (event.node_id, event.position, event.branch, event.attempt, END_OF[event.outcome])
                 for event in result.trace.walk()
             )
-            assert traced == told
+            assert traced == events
 
 
 def _is_of(run_id: str, name: str) -> bool:

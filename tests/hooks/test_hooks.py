@@ -69,8 +69,8 @@ class Recorder:
         self.log: list[Any] = [] if log is None else log
         self.open: Counter[Any] = Counter()
         self.unpaired: list[Any] = []
-        given = {name: instead.get(name, self._hook(name)) for name in ALL}
-        self.hooks = NodeHooks(**given)
+        inputs = {name: instead.get(name, self._hook(name)) for name in ALL}
+        self.hooks = NodeHooks(**inputs)
 
     def _hook(self, name: str) -> Callable[..., Awaitable[None]]:
         async def hook(*arguments: Any) -> None:
@@ -145,24 +145,24 @@ def flaky(failures: int = 1) -> Any:
 
 def waiting(node_id: str = "waiting") -> tuple[Any, asyncio.Event]:
     """A node that waits for ever, and the event that says it has begun."""
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     @node(node_id)
     async def waits(state: State) -> Any:
-        begun.set()
+        started.set()
         await asyncio.Event().wait()
 
-    return waits, begun
+    return waits, started
 
 
 def quick(*hooks: Any, **config: Any) -> StromaRunner:
     sets = [item.hooks if isinstance(item, Recorder) else item for item in hooks]
-    given: dict[str, Any] = {
+    inputs: dict[str, Any] = {
         "policy_map": ONCE,
         "run_id": "r",
         "hooks": sets[0] if len(sets) == 1 else sets,
     }
-    return StromaRunner.quick(**(given | config))
+    return StromaRunner.quick(**(inputs | config))
 
 
 async def cancelled_after(task: "asyncio.Task[Any]", event: asyncio.Event) -> None:
@@ -311,21 +311,21 @@ async def test_run_end_gets_the_result(seen: Recorder) -> None:
         result = await quick(seen).run(nodes, State(value=1))
         assert seen.names[-1] == RUN_END
         assert seen.names.count(RUN_END) == 1
-        ((run_id, given),) = seen.of(RUN_END)
+        ((run_id, argument),) = seen.of(RUN_END)
         assert run_id == "r"
-        assert isinstance(given, ExecutionResult)
+        assert isinstance(argument, ExecutionResult)
         for field in ("run_id", "status", "final_state", "total_tokens", "total_cost_usd", "failure"):
-            assert getattr(given, field) == getattr(result, field)
-        assert list(given.trace) == list(result.trace)
+            assert getattr(argument, field) == getattr(result, field)
+        assert list(argument.trace) == list(result.trace)
     seen.assert_paired()
 
 
 @pytest.mark.core
 async def test_run_end_of_a_cancelled_run(seen: Recorder) -> None:
     """A cancelled run fires on_node_cancelled and then on_run_end with status CANCELLED, and stays cancelled."""
-    waits, begun = waiting()
+    waits, started = waiting()
     task = asyncio.create_task(quick(seen).run([plus, waits, plus], State()))
-    await cancelled_after(task, begun)
+    await cancelled_after(task, started)
     assert seen.names == [RUN_START, START, SUCCESS, START, CANCELLED, RUN_END]
     assert seen.of(CANCELLED) == [("r", "waiting")]
     ((_, result),) = seen.of(RUN_END)
@@ -534,9 +534,9 @@ async def test_cancelled_runs_last_to_first() -> None:
     """on_node_cancelled is an end: it runs last to first."""
     log: list[Any] = []
     a, b = Recorder("a.", log), Recorder("b.", log)
-    waits, begun = waiting()
+    waits, started = waiting()
     task = asyncio.create_task(quick(a, b).run([waits], State()))
-    await cancelled_after(task, begun)
+    await cancelled_after(task, started)
     names = [entry[0] for entry in log]
     assert names[-4:] == [f"b.{CANCELLED}", f"a.{CANCELLED}", f"b.{RUN_END}", f"a.{RUN_END}"]
 
@@ -551,11 +551,11 @@ def test_what_is_no_set_of_hooks_is_refused() -> None:
 @pytest.mark.parametrize("name", [RUN_START, START, SUCCESS, SKIPPED])
 async def test_each_set_gets_its_own_dict(name: str) -> None:
     """Each set gets its own copy of the dict, nested values too; what it does to that reaches nobody (G7, G8)."""
-    given: list[dict[str, Any]] = []
+    inputs: list[dict[str, Any]] = []
 
     async def vandal(*arguments: Any) -> None:
         (state,) = (a for a in arguments if isinstance(a, dict))
-        given.append({key: list(v) if isinstance(v, list) else v for key, v in state.items()})
+        inputs.append({key: list(v) if isinstance(v, list) else v for key, v in state.items()})
         state["items"].append(666)
         state["value"] = 666
         state["new"] = 666
@@ -575,8 +575,8 @@ async def test_each_set_gets_its_own_dict(name: str) -> None:
         result = await quick(*hooks, store=store, resume=True).run([n, n], State(value=1, items=[1]))
     assert result.final_state == State(value=3, items=[1])
     assert [state.items for state in seen_by_node] == [[1], [1]]
-    assert given
-    assert all(state["items"] == [1] and state["value"] < 4 and len(state) == 2 for state in given)
+    assert inputs
+    assert all(state["items"] == [1] and state["value"] < 4 and len(state) == 2 for state in inputs)
     for event in result.trace:
         assert event.input_state["items"] == [1]
         assert event.output_state is not None
@@ -983,10 +983,10 @@ async def test_a_cancelled_hook_that_raises(seen: Recorder) -> None:
     async def hook(*_: Any) -> None:
         raise RuntimeError
 
-    waits, begun = waiting()
+    waits, started = waiting()
     wrong = NodeHooks(on_node_cancelled=hook, on_run_end=hook)
     task = asyncio.create_task(quick(wrong, seen, wrong).run([waits], State()))
-    await cancelled_after(task, begun)
+    await cancelled_after(task, started)
     seen.assert_paired()
     ((_, result),) = seen.of(RUN_END)
     assert result.status is RunStatus.CANCELLED
@@ -996,10 +996,10 @@ async def test_a_cancelled_hook_that_raises(seen: Recorder) -> None:
 @pytest.mark.core
 async def test_a_cancelled_hook_that_is_not_async(seen: Recorder, caplog: pytest.LogCaptureFixture) -> None:
     """A cancelled run raises CancelledError also if its on_node_cancelled is not async; the log says what is wrong."""
-    waits, begun = waiting()
+    waits, started = waiting()
     wrong = NodeHooks(on_node_cancelled=lambda *_: None)  # type: ignore[arg-type, return-value]
     task = asyncio.create_task(quick(wrong, seen).run([waits], State()))
-    await cancelled_after(task, begun)
+    await cancelled_after(task, started)
     seen.assert_paired()
     assert "on_node_cancelled" in caplog.text
     assert "is not async" in caplog.text
@@ -1012,12 +1012,12 @@ async def test_a_hook_cannot_keep_a_run_from_being_cancelled(
     name: str, reaction: str, seen: Recorder
 ) -> None:
     """G8: a hook that swallows the cancellation of the run, or turns it into another exception, does not undo it."""
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     async def hook(*_: Any) -> None:
-        if begun.is_set():
+        if started.is_set():
             return
-        begun.set()
+        started.set()
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -1026,7 +1026,7 @@ async def test_a_hook_cannot_keep_a_run_from_being_cancelled(
 
     nodes = [bad, plus] if name in (FAILURE, RETRY) else [plus, plus_two]
     task = asyncio.create_task(quick(seen, NodeHooks(**{name: hook})).run(nodes, State()))
-    await cancelled_after(task, begun)
+    await cancelled_after(task, started)
     seen.assert_paired()
     assert len(seen.of(START)) == (0 if name == RUN_START else 1)
     ((_, result),) = seen.of(RUN_END)
@@ -1126,9 +1126,9 @@ async def test_hook_errors_raise_with_a_cancelled_run() -> None:
     async def hook(*_: Any) -> None:
         raise RuntimeError("down")
 
-    waits, begun = waiting()
+    waits, started = waiting()
     runner = quick(NodeHooks(on_node_start=hook, on_node_cancelled=hook), hook_errors="raise")
-    await cancelled_after(asyncio.create_task(runner.run([waits], State())), begun)
+    await cancelled_after(asyncio.create_task(runner.run([waits], State())), started)
 
 
 # ---------------------------------------------------------------------- time limits
@@ -1170,10 +1170,10 @@ async def test_a_hanging_hook_of_one_set(seen: Recorder) -> None:
     async def hangs(*_: Any) -> None:
         await asyncio.Event().wait()
 
-    waits, begun = waiting()
+    waits, started = waiting()
     wrong = NodeHooks(on_node_cancelled=hangs, on_run_end=hangs)
     task = asyncio.create_task(quick(wrong, seen, wrong, hook_timeout_ms=5).run([waits], State()))
-    await cancelled_after(task, begun)
+    await cancelled_after(task, started)
     seen.assert_paired()
     assert seen.of(RUN_END)[0][1].status is RunStatus.CANCELLED
 
@@ -1423,28 +1423,28 @@ async def test_hooks_run_in_the_nodes_own_task() -> None:
 
 async def test_what_start_sets_is_current_in_the_function() -> None:
     """A context variable set in start is current in the function, its threads and its subtasks."""
-    found: dict[str, str] = {}
+    findings: dict[str, str] = {}
 
     async def subtask() -> None:
         await asyncio.sleep(0)
-        found["subtask"] = mark.get()
+        findings["subtask"] = mark.get()
 
     @node("n")
     async def n(state: State) -> Any:
-        found["function"] = mark.get()
-        await asyncio.to_thread(lambda: found.__setitem__("thread", mark.get()))
+        findings["function"] = mark.get()
+        await asyncio.to_thread(lambda: findings.__setitem__("thread", mark.get()))
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(subtask())
         return {}
 
     def in_thread(state: State) -> Any:
-        found["plain def"] = mark.get()
+        findings["plain def"] = mark.get()
         return {}
 
     runner = quick(NodeHooks(on_node_start=set_mark))
     await asyncio.create_task(runner.run([n], State()))
     await asyncio.create_task(runner.run([node("plain")(in_thread)], State()))
-    assert found == {"function": "/n", "thread": "/n", "subtask": "/n", "plain def": "/plain"}
+    assert findings == {"function": "/n", "thread": "/n", "subtask": "/n", "plain def": "/plain"}
 
 
 async def test_what_start_sets_is_current_in_its_ends() -> None:
@@ -1469,26 +1469,26 @@ async def test_what_start_sets_is_current_in_its_ends() -> None:
 
 async def test_what_start_sets_is_current_in_children() -> None:
     """What a group's start sets is current in each child; what a child's start sets is its own."""
-    found: dict[str, str] = {}
+    findings: dict[str, str] = {}
 
     def child(name: str) -> Any:
         @node(name, output=Text)
         async def look(state: State) -> Any:
             await asyncio.sleep(0)
-            found[name] = mark.get()
+            findings[name] = mark.get()
             return {"text": "x"}
 
         return look
 
     def plain(state: State) -> Any:
-        found["plain"] = mark.get()
+        findings["plain"] = mark.get()
         return {"text": "x"}
 
     runner = quick(NodeHooks(on_node_start=set_mark))
     inner = parallel(child("b"), node("plain", output=Text)(plain))
     await asyncio.create_task(runner.run([parallel(child("a"), inner)], State()))
     group = "/parallel(a, parallel(b, plain))"
-    assert found == {
+    assert findings == {
         "a": f"{group}/a",
         "b": f"{group}/parallel(b, plain)/b",
         "plain": f"{group}/parallel(b, plain)/plain",
@@ -1497,7 +1497,7 @@ async def test_what_start_sets_is_current_in_children() -> None:
 
 async def test_what_start_sets_is_current_in_items() -> None:
     """The same holds for the items of map_over."""
-    found: list[str] = []
+    findings: list[str] = []
 
     class Number(BaseModel):
         n: int
@@ -1505,7 +1505,7 @@ async def test_what_start_sets_is_current_in_items() -> None:
     @node("item", input=Number, output=Text)
     async def item(state: Number) -> Any:
         await asyncio.sleep(0)
-        found.append(mark.get())
+        findings.append(mark.get())
         return {"text": str(state.n)}
 
     runner = quick(NodeHooks(on_node_start=set_mark))
@@ -1513,7 +1513,7 @@ async def test_what_start_sets_is_current_in_items() -> None:
         runner.run([map_over("items", item, into="out")], State(items=[1, 2, 3]))
     )
     assert result.status is RunStatus.COMPLETED
-    assert found == ["/map_over(items, item)/item"] * 3
+    assert findings == ["/map_over(items, item)/item"] * 3
 
 
 async def test_what_run_start_sets_is_current_in_nodes() -> None:
@@ -1522,16 +1522,16 @@ async def test_what_run_start_sets_is_current_in_nodes() -> None:
     async def on_run_start(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
         mark.set(f"run {run_id}")
 
-    found: list[str] = []
+    findings: list[str] = []
 
     @node("n")
     async def n(state: State) -> Any:
-        found.append(mark.get())
+        findings.append(mark.get())
         return {}
 
     runner = quick(NodeHooks(on_run_start=on_run_start))
     await asyncio.create_task(runner.run([n, parallel(n)], State()))
-    assert found == ["run r", "run r"]
+    assert findings == ["run r", "run r"]
 
 
 class Spans:
@@ -1731,23 +1731,23 @@ async def test_current_node_of_cancelled_and_skipped() -> None:
     store = AsyncInMemoryStore()
     hooks = NodeHooks(on_node_cancelled=look, on_node_skipped=look)
     for resume in (False, True):
-        waits, begun = waiting()
+        waits, started = waiting()
         task = asyncio.create_task(quick(hooks, store=store, resume=resume).run([plus, waits], State()))
-        await cancelled_after(task, begun)
+        await cancelled_after(task, started)
     assert places == [("waiting", 1), ("plus", 0), ("waiting", 1)]
 
 
 async def test_current_node_in_threads_and_subtasks() -> None:
     """current_node() is set in a plain `def` node, and in the threads and subtasks of an async one."""
-    found: dict[str, Any] = {}
+    findings: dict[str, Any] = {}
 
     def note(where: str) -> None:
         here = current_node()
-        found[where] = here and here.node_id
+        findings[where] = here and here.node_id
 
     def plain(state: State) -> Any:
         note("plain")
-        found["thread"] = threading.current_thread() is not threading.main_thread()
+        findings["thread"] = threading.current_thread() is not threading.main_thread()
         return {}
 
     async def subtask() -> None:
@@ -1760,18 +1760,18 @@ async def test_current_node_in_threads_and_subtasks() -> None:
         return {}
 
     await quick(NodeHooks()).run([node("p")(plain), n], State())
-    assert found == {"plain": "p", "thread": True, "to_thread": "n", "subtask": "n"}
+    assert findings == {"plain": "p", "thread": True, "to_thread": "n", "subtask": "n"}
     assert current_node() is None
 
 
 async def test_current_node_in_groups() -> None:
     """In a group's own hooks current_node() is the group, in its children the child or item, at the same position."""
-    found: list[Any] = []
+    findings: list[Any] = []
 
     async def on_start(run_id: str, node_id: str, state: dict[str, Any]) -> None:
         here = current_node()
         assert here is not None
-        found.append((node_id, here.node_id == node_id, here.kind, here.position, here.branch))
+        findings.append((node_id, here.node_id == node_id, here.kind, here.position, here.branch))
 
     class Number(BaseModel):
         n: int
@@ -1783,7 +1783,7 @@ async def test_current_node_in_groups() -> None:
     nodes = [plus_items, parallel(plus_items, parallel(plus_two_items)), map_over("items", item, into="out")]
     result = await quick(NodeHooks(on_node_start=on_start)).run(nodes, State(items=[1, 2]))
     assert result.status is RunStatus.COMPLETED
-    assert found == [
+    assert findings == [
         ("plus items", True, "node", 0, ""),
         ("parallel(plus items, parallel(plus two items))", True, "group", 1, ""),
         ("plus items", True, "node", 1, "0"),
@@ -1802,17 +1802,17 @@ async def plus_two_items(state: State) -> Any:
 
 async def test_current_node_knows_the_last_failure() -> None:
     """current_node().last_failure is None on the first attempt, then the failure of the attempt before."""
-    found: list[Any] = []
+    findings: list[Any] = []
 
     async def on_start(*_: Any) -> None:
         here = current_node()
         assert here is not None
-        found.append(
+        findings.append(
             here.last_failure and (str(here.last_failure.exception), here.last_failure.failure_class)
         )
 
     await quick(NodeHooks(on_node_start=on_start)).run([flaky(), plus], State())
-    assert found == [None, ("slow", FailureClass.RECOVERABLE), None]
+    assert findings == [None, ("slow", FailureClass.RECOVERABLE), None]
 
 
 async def test_current_node_knows_usage_model_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1820,14 +1820,14 @@ async def test_current_node_knows_usage_model_and_budget(monkeypatch: pytest.Mon
     from stroma import KNOWN_MODELS
 
     monkeypatch.setitem(KNOWN_MODELS, "house", (10.0, 20.0))
-    found: list[Any] = []
+    findings: list[Any] = []
 
     async def look(*_: Any) -> None:
         here = current_node()
         assert here is not None
         usage, left = here.usage, here.remaining_budget
-        found.append((usage.tokens, usage.output_tokens, round(usage.cost_usd, 6), here.model))
-        found.append((left.tokens, left.cost_usd and round(left.cost_usd, 6), left.latency_ms))
+        findings.append((usage.tokens, usage.output_tokens, round(usage.cost_usd, 6), here.model))
+        findings.append((left.tokens, left.cost_usd and round(left.cost_usd, 6), left.latency_ms))
 
     called = 0
 
@@ -1845,7 +1845,7 @@ async def test_current_node_knows_usage_model_and_budget(monkeypatch: pytest.Mon
     budget = ExecutionBudget(max_tokens_total=10_000, max_cost_usd=1.0)
     runner = quick(NodeHooks(look, look, look), budget=budget)
     await runner.run([ask], State())
-    assert found == [
+    assert findings == [
         (0, 0, 0, None),
         (10_000, 1.0, None),
         (1000, 0, 0.01, "house"),
@@ -1906,11 +1906,11 @@ async def test_group_hooks_fire_around_its_children(seen: Recorder) -> None:
 
 async def test_a_failing_child_cancels_its_siblings(seen: Recorder) -> None:
     """The first child that stops for good: its siblings get on_node_cancelled, the group its exception and class."""
-    waits, begun = waiting()
+    waits, started = waiting()
 
     @node("fails", output=Text)
     async def fails(state: State) -> Any:
-        await begun.wait()
+        await started.wait()
         return {"text": 5}
 
     result = await quick(seen).run([parallel(waits, fails)], State())
@@ -2039,9 +2039,9 @@ async def run_over_budget(seen: Recorder) -> None:
 
 
 async def run_cancelled_in_group(seen: Recorder) -> None:
-    waits, begun = waiting()
+    waits, started = waiting()
     task = asyncio.create_task(quick(seen).run([parallel(plus, parallel(waits))], State()))
-    await cancelled_after(task, begun)
+    await cancelled_after(task, started)
     assert {n for _, n in seen.of(CANCELLED)} == {
         "waiting",
         "parallel(waiting)",
@@ -2050,50 +2050,50 @@ async def run_cancelled_in_group(seen: Recorder) -> None:
 
 
 async def run_cancelled_in_thread(seen: Recorder) -> None:
-    begun, release = asyncio.Event(), threading.Event()
+    started, release = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
     def plain(state: State) -> Any:
-        loop.call_soon_threadsafe(begun.set)
+        loop.call_soon_threadsafe(started.set)
         release.wait(5)
         return {}
 
     try:
         task = asyncio.create_task(quick(seen).run([node("plain")(plain)], State()))
-        await cancelled_after(task, begun)
+        await cancelled_after(task, started)
     finally:
         release.set()
     assert seen.of(CANCELLED) == [("r", "plain")]
 
 
 async def run_cancelled_in_wait(seen: Recorder) -> None:
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     async def on_retry(*_: Any) -> None:
-        begun.set()
+        started.set()
 
     slow = {cls: FailurePolicy(max_retries=1, backoff_seconds=60, jitter=False) for cls in FailureClass}
     runner = quick(seen, NodeHooks(on_node_retry=on_retry), policy_map=slow)
-    await cancelled_after(asyncio.create_task(runner.run([bad], State())), begun)
+    await cancelled_after(asyncio.create_task(runner.run([bad], State())), started)
     assert seen.of(CANCELLED) == []
 
 
 def hook_that_waits() -> tuple[Callable[..., Awaitable[None]], asyncio.Event]:
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     async def hook(*_: Any) -> None:
-        begun.set()
+        started.set()
         await asyncio.Event().wait()
 
-    return hook, begun
+    return hook, started
 
 
 async def run_cancelled_in_hook(name: str, seen: Recorder, first: bool) -> None:
-    hook, begun = hook_that_waits()
+    hook, started = hook_that_waits()
     waits = NodeHooks(**{name: hook})
     sets = (waits, seen) if first else (seen, waits)
     nodes = [bad] if name in (FAILURE, RETRY) else [plus]
-    await cancelled_after(asyncio.create_task(quick(*sets).run(nodes, State())), begun)
+    await cancelled_after(asyncio.create_task(quick(*sets).run(nodes, State())), started)
 
 
 SCENARIOS = [
@@ -2124,10 +2124,10 @@ async def test_cancelled_while_a_hook_waits(name: str, first: bool, seen: Record
 
 async def test_cancelled_in_the_success_hook_keeps_the_work(seen: Recorder) -> None:
     """G4, G8: cancellation during the success hook loses no output: it is committed and in the final state."""
-    hook, begun = hook_that_waits()
+    hook, started = hook_that_waits()
     store = AsyncInMemoryStore()
     runner = quick(seen, NodeHooks(on_node_success=hook), store=store)
-    await cancelled_after(asyncio.create_task(runner.run([plus, plus_two], State())), begun)
+    await cancelled_after(asyncio.create_task(runner.run([plus, plus_two], State())), started)
     assert await store.load("r", "plus") == State(value=1)
     assert seen.names == [RUN_START, START, SUCCESS, RUN_END]
     ((_, result),) = seen.of(RUN_END)

@@ -233,7 +233,7 @@ async def test_current_run_is_the_run_of_every_hook_and_node() -> None:
 async def test_notes_are_those_of_one_execution_and_of_one_run() -> None:
     """Notes are kept over the attempts of one execution, apart for each child of a group, and for the run."""
     runner = quick()
-    found: dict[str, list[Any]] = {"a": [], "b": []}
+    findings: dict[str, list[Any]] = {"a": [], "b": []}
 
     def make(name: str) -> Any:
         @runner.node(name, input=State, output=State)
@@ -241,7 +241,7 @@ async def test_notes_are_those_of_one_execution_and_of_one_run() -> None:
             here, run = current_node(), current_run()
             assert here is not None
             assert run is not None
-            found[name].append(dict(here.notes))
+            findings[name].append(dict(here.notes))
             here.notes[here.attempt] = name
             run.notes[name] = True
             if here.attempt == 1:
@@ -259,7 +259,7 @@ async def test_notes_are_those_of_one_execution_and_of_one_run() -> None:
 
     runner = runner.with_hooks(NodeHooks(on_run_end=ended))
     await runner.run([parallel(make("a"), make("b"))], State())
-    assert found == {"a": [{}, {1: "a"}], "b": [{}, {1: "b"}]}
+    assert findings == {"a": [{}, {1: "a"}], "b": [{}, {1: "b"}]}
     assert seen == [{"a": True, "b": True}]
 
 

@@ -93,7 +93,7 @@ class BudgetMachine(_Machine):
         return sum(c.amounts[i] for c in self.calls if c.until > self.now and node in (None, c.node))
 
     def expected(self, node: str, declared: tuple[int | None, int | None]) -> tuple[int, int] | None:
-        found = []
+        findings = []
         for i in (0, 1):
             bounds = [(TERMS.limits[i], self.spent(i), self.reserved(i))]
             if i == 0 and node in TERMS.caps:
@@ -108,18 +108,18 @@ class BudgetMachine(_Machine):
             for limit, spent, reserved in bounds:
                 if spent + ask + (reserved if ask else 0) > limit:
                     return None
-            found.append(ask)
-        return found[0], found[1]
+            findings.append(ask)
+        return findings[0], findings[1]
 
     @rule(node=nodes, declared=st.tuples(*(st.none() | st.integers(1, 30) for _ in range(2))))
     def reserve(self, node: str, declared: tuple[int | None, int | None]) -> None:
         token, wanted = self.token(), self.expected(node, declared)
-        told = self.change(ledger.reserve(TERMS, ledger.CallRequest(token, node, declared, LEASE_MS)))
+        report = self.change(ledger.reserve(TERMS, ledger.CallRequest(token, node, declared, LEASE_MS)))
         if wanted is None:
-            assert isinstance(told, ledger.Refusal)
-            assert told.waits == (told.spent + told.asked <= told.limit)
+            assert isinstance(report, ledger.Refusal)
+            assert report.waits == (report.spent + report.requested <= report.limit)
         else:
-            assert told == wanted
+            assert report == wanted
             self.calls.append(Call(token, node, wanted, self.now + LEASE_MS, self.now))
 
     @rule(i=which)
@@ -165,11 +165,11 @@ class BudgetMachine(_Machine):
     @invariant()
     def says_what_was_told(self) -> None:
         data, _ = self.store.read_cell("cell") if self.tokens else (None, 0)
-        found = ledger.read_account("team", data, self.now)
-        if found is not None:
-            assert found.spent == (self.spent(0), self.spent(1))
-            assert found.reserved == (self.reserved(0), self.reserved(1))
-            assert {n: took[0] for n, took in found.by_node.items() if took[0]} == {
+        result = ledger.read_account("team", data, self.now)
+        if result is not None:
+            assert result.spent == (self.spent(0), self.spent(1))
+            assert result.reserved == (self.reserved(0), self.reserved(1))
+            assert {n: took[0] for n, took in result.by_node.items() if took[0]} == {
                 n: self.spent(0, n) for n in NODES if self.spent(0, n)
             }
 
@@ -186,7 +186,7 @@ class RateMachine(_Machine):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self.begun: list[int] = []
+        self.started_calls: list[int] = []
         self.counted: dict[str, list[int]] = {}  # by token: when it began, and the tokens that count of it
         self.seen: dict[str, list[int]] = {node: [] for node in NODES}
         #: What calls took beyond what was reserved for them.
@@ -201,26 +201,26 @@ class RateMachine(_Machine):
     @rule(node=nodes, declared=st.integers(1, 60))
     def acquire(self, node: str, declared: int) -> None:
         token, wanted = self.token(), self.expected(node, declared)
-        told = self.change(rates.acquire(RATES, token, node, declared, LEASE_MS))
+        report = self.change(rates.acquire(RATES, token, node, declared, LEASE_MS))
         live = [call for call in self.calls if call.until > self.now]
-        if told is None:
+        if report is None:
             assert len(live) < 3
             assert wanted <= 100
             self.calls.append(Call(token, node, (0, wanted), self.now + LEASE_MS, self.now))
-            self.begun.append(self.now)
+            self.started_calls.append(self.now)
             self.counted[token] = [self.now, wanted]
             # Any 60 seconds: those that end now are the fullest that hold this call.
-            assert sum(at > self.now - 60_000 for at in self.begun) <= 5
+            assert sum(at > self.now - 60_000 for at in self.started_calls) <= 5
             tokens = sum(tokens for at, tokens in self.counted.values() if at > self.now - 60_000)
             assert tokens <= 100 + self.beyond
-        elif isinstance(told, rates.TooLarge):
-            assert wanted == told.tokens > 100
+        elif isinstance(report, rates.TooLarge):
+            assert wanted == report.tokens > 100
             assert min(self.seen[node][-16:]) > 100
             self.seen[node] = []
-        elif told.ms is not None:
-            assert 0 < told.ms <= 61_000
+        elif report.ms is not None:
+            assert 0 < report.ms <= 61_000
             # Nobody is sent away for nothing: seen over 62 seconds, there is no room.
-            requests = sum(at > self.now - 62_000 for at in self.begun)
+            requests = sum(at > self.now - 62_000 for at in self.started_calls)
             tokens = sum(tokens for at, tokens in self.counted.values() if at > self.now - 62_000)
             assert requests >= 5 or tokens + wanted > 100
         else:

@@ -412,15 +412,15 @@ async def test_a_probe_that_is_cancelled(server: Server, client: httpx.AsyncClie
     for _ in range(4):
         await runner.run([ask], State())
     clock.now += 30
-    begun = asyncio.Event()
+    started = asyncio.Event()
 
     @stroma_node("call", NodeContract(node_id="call", input_schema=State, output_schema=State))
     async def hang(state: State) -> Any:
-        begun.set()
+        started.set()
         await asyncio.sleep(3600)
 
     task = asyncio.create_task(runner.run([hang], State()))
-    await begun.wait()
+    await started.wait()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     server.status = 200

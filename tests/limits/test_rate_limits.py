@@ -83,9 +83,9 @@ class Clocked:
         self.count = 0
 
     def change(self, change: Any) -> Any:
-        data, told = change(self.data, self.now)
+        data, report = change(self.data, self.now)
         self.data = self.data if data is None else data
-        return told
+        return report
 
     def ask(self, tokens: int | None = None, node: str = "a") -> Any:
         self.count += 1
@@ -98,31 +98,31 @@ class Clocked:
 @pytest.mark.core
 def test_requests_of_any_minute() -> None:
     """However they are spread, no 60 seconds see more requests than the limit, and it is used to the full."""
-    limit, begun = Clocked(requests=10), list[int]()
+    limit, starts = Clocked(requests=10), list[int]()
     for step in itertools.cycle((0, 0, 0, 700, 1_300, 9_000, 1)):
         limit.now += step
-        told = limit.ask()
-        if told is None:
-            begun.append(limit.now)
+        report = limit.ask()
+        if report is None:
+            starts.append(limit.now)
         else:
-            assert told.reason == "requests_per_minute"
-            limit.now += told.ms
+            assert report.reason == "requests_per_minute"
+            limit.now += report.ms
             assert limit.ask() is None
-            begun.append(limit.now)
-        if len(begun) > 300:
+            starts.append(limit.now)
+        if len(starts) > 300:
             break
-    for first in begun:
-        assert sum(first <= at < first + 60_000 for at in begun) <= 10
+    for first in starts:
+        assert sum(first <= at < first + 60_000 for at in starts) <= 10
     # One second of 61 is lost to counting in seconds.
-    assert len(begun) * 6_300 >= begun[-1] - begun[0]
+    assert len(starts) * 6_300 >= starts[-1] - starts[0]
 
 
 def test_the_wait_that_is_told_is_enough() -> None:
     """Who comes back after it finds room, who comes a second earlier does not."""
     limit = Clocked(requests=2)
     assert limit.ask() is limit.ask() is None
-    told = limit.ask()
-    limit.now += told.ms - 1
+    report = limit.ask()
+    limit.now += report.ms - 1
     assert limit.ask() is not None
     limit.now += 1
     assert limit.ask() is None
@@ -187,13 +187,13 @@ def test_a_clock_that_is_set_back(back: int) -> None:
     limit = Clocked(requests=1)
     assert limit.ask() is None
     limit.now -= back
-    told = limit.ask()
+    report = limit.ask()
     if back <= 60_000:
-        assert told.ms <= 61_000 + back
-        limit.now += told.ms
+        assert report.ms <= 61_000 + back
+        limit.now += report.ms
         assert limit.ask() is None
     else:
-        assert told is None
+        assert report is None
 
 
 # ---------------------------------------------------------------------- in a process
@@ -258,11 +258,11 @@ def test_event_loops_of_one_process() -> None:
 
 async def test_which_nodes_go_by_a_limit() -> None:
     """Those that node_limits names, and one whose own id is the limit's name; all others go by none."""
-    begun, free = list[str](), asyncio.Event()
+    starts, free = list[str](), asyncio.Event()
 
     def hold(name: str) -> Callable[[], Any]:
         async def during() -> None:
-            begun.append(name)
+            starts.append(name)
             await free.wait()
 
         return during
@@ -273,18 +273,18 @@ async def test_which_nodes_go_by_a_limit() -> None:
     runner = StromaRunner.quick(
         limits={"llm": Limit(concurrent=1, store=AsyncInMemoryStore())}, node_limits={"draft": "llm"}
     )
-    told = asyncio.Event()
+    report = asyncio.Event()
 
     async def wait(*_: Any) -> None:
-        told.set()
+        report.set()
 
     running = [asyncio.create_task(runner.run([n], State())) for n in (named, other)]
-    while len(begun) < 2:
+    while len(starts) < 2:
         await asyncio.sleep(0)
     watched = StromaRunner.quick(limits=runner.config.limits, hooks=NodeHooks(on_node_wait=wait))
     running.append(asyncio.create_task(watched.run([own], State())))
-    await told.wait()
-    assert sorted(begun) == ["draft", "parse"]
+    await report.wait()
+    assert sorted(starts) == ["draft", "parse"]
     free.set()
     assert {(await run).status for run in running} == {RunStatus.COMPLETED}
 
@@ -310,10 +310,10 @@ async def test_every_attempt_is_a_request() -> None:
 
 async def test_a_wait_is_told_and_kept() -> None:
     """on_node_wait hears of it when it begins, the trace has it with its reason, and the node's time is not in it."""
-    told: list[Any] = []
+    events: list[Any] = []
 
     async def wait(*arguments: Any) -> None:
-        told.append(arguments)
+        events.append(arguments)
 
     call, calls = node()
     limit = Limit(requests_per_minute=1, max_wait_seconds=0.05)
@@ -321,7 +321,7 @@ async def test_a_wait_is_told_and_kept() -> None:
     (name,) = runner.config.limits
     await runner.run([call], State(), run_id="1")
     result = await runner.run([call], State(), run_id="2")
-    ((run_id, node_id, reason, seconds),) = told
+    ((run_id, node_id, reason, seconds),) = events
     assert (run_id, node_id, reason) == ("2", "call", f"limit '{name}': requests_per_minute")
     assert 59 < seconds <= 61
     assert (result.status, len(calls), len(result.trace)) == (RunStatus.PARTIAL, 1, 0)
@@ -379,10 +379,10 @@ async def test_a_limit_and_a_budget_are_given_back() -> None:
     """Cancelled while it waits at a limit, a call gives back what a budget had reserved for it."""
     store = AsyncInMemoryStore()
     shared = SharedBudget("team", max_tokens=10, store=store, reserve_tokens=4)
-    free, told = asyncio.Event(), asyncio.Event()
+    free, report = asyncio.Event(), asyncio.Event()
 
     async def wait(*_: Any) -> None:
-        told.set()
+        report.set()
 
     call, _ = node(during=free.wait)
     runner = runner_of(
@@ -390,7 +390,7 @@ async def test_a_limit_and_a_budget_are_given_back() -> None:
     )
     first = asyncio.create_task(runner.run([call], State()))
     second = asyncio.create_task(runner.run([call], State()))
-    await told.wait()
+    await report.wait()
     state = await shared.state()
     assert state is not None
     assert state.reserved_tokens == 8
@@ -407,10 +407,10 @@ async def test_a_limit_and_a_budget_are_given_back() -> None:
 async def test_nobody_overtakes_those_who_wait() -> None:
     """A call for which there would be room waits behind one that came before and needs more."""
     free = asyncio.Event()
-    told: asyncio.Queue[str] = asyncio.Queue()
+    report: asyncio.Queue[str] = asyncio.Queue()
 
     async def wait(run_id: str, *_: Any) -> None:
-        told.put_nowait(run_id)
+        report.put_nowait(run_id)
 
     store, name = AsyncInMemoryStore(), next(NAMES)
     first, _ = node("first", during=free.wait)
@@ -424,9 +424,9 @@ async def test_nobody_overtakes_those_who_wait() -> None:
     while (state := await shared.state()) is None or not state.calls:
         await asyncio.sleep(0)
     running.append(asyncio.create_task(runner.run([large], State(), run_id="large")))
-    assert await told.get() == "large"
+    assert await report.get() == "large"
     running.append(asyncio.create_task(runner.run([small], State(), run_id="small")))
-    assert await told.get() == "small"
+    assert await report.get() == "small"
     assert larges == smalls == []
     free.set()
     assert {(await run).status for run in running} == {RunStatus.COMPLETED}
@@ -597,7 +597,7 @@ def test_a_config_refuses_what_cannot_be() -> None:
         RunConfig(limits={"llm": limit}, node_limits={"call": "lm"})
     with pytest.raises(ValueError, match=r"limits\['llm'\] must be a Limit, got 5"):
         RunConfig(limits={"llm": 5})  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match=r'limits is 5; give {"name": Limit'):
+    with pytest.raises(ValueError, match=r'limits must be a dict, got 5; pass {"name": Limit'):
         RunConfig(limits=5)  # type: ignore[arg-type]
     for name in ("", "\0"):
         with pytest.raises(ValueError):
@@ -613,7 +613,7 @@ async def test_limits_that_no_node_goes_by(caplog: pytest.LogCaptureFixture) -> 
     call, _ = node("call")
     limits = {"llm": Limit(concurrent=1, store=AsyncInMemoryStore())}
     await StromaRunner.quick(limits=limits, node_limits={"cal": "llm"}).run([call], State())
-    (record,) = [found for found in caplog.records if "uses any of the limits" in found.message]
+    (record,) = [result for result in caplog.records if "uses any of the limits" in result.message]
     assert "('llm'); assign them with node_limits={node id: name}" in record.message
     caplog.clear()
     await StromaRunner.quick(limits=limits, node_limits={"call": "llm"}).run([parallel(call)], State())

@@ -105,12 +105,12 @@ def cents(usd: float) -> float:
 async def test_a_hundred_runs_at_once(store: Any) -> None:
     """100 runs at once, in one process, spend no more than the limit, and as much of it as fits."""
     result = await spend(store, 1, 100)
-    found = await budget(store).state()
-    assert found is not None
-    assert result["cents"] == cents(found.spent_usd)
+    outcome = await budget(store).state()
+    assert outcome is not None
+    assert result["cents"] == cents(outcome.spent_usd)
     assert 1000 - RESERVE_CENTS < result["cents"] <= 1000
     assert set(result["statuses"]) <= {"COMPLETED", "PARTIAL"}
-    assert (found.calls, found.reserved_usd) == (0, 0)
+    assert (outcome.calls, outcome.reserved_usd) == (0, 0)
 
 
 @pytest.mark.slow
@@ -122,12 +122,12 @@ def test_four_processes(kind: str) -> None:
         running = [start(*command, str(seed), "50") for seed in range(4)]
         results = together(running)
         with opened(kind, where) as store:
-            found = asyncio.run(budget(store).state())
-        assert found is not None
+            outcome = asyncio.run(budget(store).state())
+        assert outcome is not None
         total = sum(result["cents"] for result in results)
-        assert total == cents(found.spent_usd)
+        assert total == cents(outcome.spent_usd)
         assert 1000 - RESERVE_CENTS < total <= 1000
-        assert (found.calls, found.reserved_usd) == (0, 0)
+        assert (outcome.calls, outcome.reserved_usd) == (0, 0)
         statuses = [status for result in results for status in result["statuses"]]
         assert len(statuses) == 200
         assert "PARTIAL" in statuses
@@ -182,29 +182,29 @@ def start(*command: str) -> subprocess.Popen[str]:
 
 
 def _state(store: Any) -> Any:
-    found = asyncio.run(budget(store).state())
-    assert found is not None
-    return found
+    result = asyncio.run(budget(store).state())
+    assert result is not None
+    return result
 
 
 @pytest.mark.core
 def test_leases_are_kept_up() -> None:
     """What calls hold is renewed until they end, whatever goes wrong with one of them, and all of a gate at once."""
-    told: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+    report: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
 
     def fails(tokens: list[str]) -> None:
         raise RuntimeError("no")
 
     RENEWER.add("bad", 0.05, fails)
     for token in ("a", "b"):
-        RENEWER.add(token, 0.05, told.put)
+        RENEWER.add(token, 0.05, report.put)
     try:
-        renewed = [told.get(timeout=30) for _ in range(6)]
+        renewed = [report.get(timeout=30) for _ in range(6)]
         assert {token for tokens in renewed for token in tokens} == {"a", "b"}
         RENEWER.remove("a")
-        while "a" in told.get(timeout=30):
+        while "a" in report.get(timeout=30):
             pass
-        assert {tuple(told.get(timeout=30)) for _ in range(3)} == {("b",)}
+        assert {tuple(report.get(timeout=30)) for _ in range(3)} == {("b",)}
     finally:
         for token in ("bad", "a", "b"):
             RENEWER.remove(token)
@@ -213,24 +213,24 @@ def test_leases_are_kept_up() -> None:
 async def test_what_is_only_reserved_is_waited_for(store: Any) -> None:
     """A call waits while calls in flight may leave room for it; waiting is told, and kept in the trace."""
     shared = SharedBudget("team", max_cost_usd=1, store=store, reserve_usd=0.6)
-    free, told = asyncio.Event(), list[Any]()
+    free, events = asyncio.Event(), list[Any]()
 
     async def on_wait(*arguments: Any) -> None:
-        told.append(arguments)
+        events.append(arguments)
         free.set()
 
     first, _ = node(before=lambda state: free.wait())
     second, calls = node(cents=20)
     runner = StromaRunner.quick(shared_budgets=shared, hooks=NodeHooks(on_node_wait=on_wait))
     running = asyncio.create_task(runner.run([first], State(), run_id="1"))
-    while (found := await shared.state()) is None or not found.calls:
+    while (outcome := await shared.state()) is None or not outcome.calls:
         await asyncio.sleep(0.005)
     result = await runner.run([second], State(), run_id="2")
     await running
     assert (result.status, len(calls)) == (RunStatus.COMPLETED, 1)
-    assert told == [("2", "call", "budget 'team': reserved", 0.0)]
+    assert events == [("2", "call", "budget 'team': reserved", 0.0)]
     (mark,) = result.trace.marks
-    assert (mark.kind, mark.reason, mark.node_id, mark.attempt) == ("wait", told[0][2], "call", 1)
+    assert (mark.kind, mark.reason, mark.node_id, mark.attempt) == ("wait", events[0][2], "call", 1)
     assert mark.waited_ms > 0
     assert pickle.loads(pickle.dumps(result.trace)).marks == result.trace.marks
 
@@ -243,7 +243,7 @@ async def test_a_call_that_waited_too_long(store: Any) -> None:
     second, calls = node()
     runner = StromaRunner.quick(shared_budgets=shared)
     running = asyncio.create_task(runner.run([first], State()))
-    while (found := await shared.state()) is None or not found.calls:
+    while (outcome := await shared.state()) is None or not outcome.calls:
         await asyncio.sleep(0.005)
     results = await asyncio.gather(*(runner.run([second], State()) for _ in range(3)))
     for result in results:
@@ -251,7 +251,7 @@ async def test_a_call_that_waited_too_long(store: Any) -> None:
         assert result.failure is not None
         error = result.failure.exception
         assert isinstance(error, SharedBudgetExceeded)
-        assert (error.reserved, error.actual, error.asked) == (0.6, 0, 0.6)
+        assert (error.reserved, error.actual, error.requested) == (0.6, 0, 0.6)
         assert [mark.kind for mark in result.trace.marks] == ["wait", "refused"]
     assert (await _settled(shared)).reserved_usd == 0.6
     free.set()
@@ -269,22 +269,22 @@ async def _settled(shared: SharedBudget) -> Any:
 async def test_the_first_call_of_an_unknown_node_goes_alone(store: Any) -> None:
     """Without an estimate the first call reserves what is left; those after it what calls of the node took."""
     shared = SharedBudget("team", max_cost_usd=1, store=store)
-    at_once, most, begun = 0, list[int](), list[float]()
+    at_once, most, starts = 0, list[int](), list[float]()
 
     async def watch() -> None:
         nonlocal at_once
         at_once += 1
         most.append(at_once)
-        found = await shared.state()
-        assert found is not None
-        begun.append(cents(found.reserved_usd))
+        outcome = await shared.state()
+        assert outcome is not None
+        starts.append(cents(outcome.reserved_usd))
         at_once -= 1
 
     call, calls = node(cents=10, before=lambda state: watch())
     runner = StromaRunner.quick(shared_budgets=shared)
     results = await asyncio.gather(*(runner.run([call], State()) for _ in range(12)))
-    assert (most[0], begun[0]) == (1, 100)
-    assert max(begun[1:]) <= 90
+    assert (most[0], starts[0]) == (1, 100)
+    assert max(starts[1:]) <= 90
     assert len(calls) == 10
     assert sorted(str(result.status) for result in results) == ["COMPLETED"] * 10 + ["PARTIAL"] * 2
 
@@ -304,24 +304,24 @@ async def test_a_run_that_is_refused_goes_on_later(tmp_path: Path) -> None:
         assert (result.status, result.final_state, later) == (RunStatus.PARTIAL, State(n=1), [])
         assert result.failure is not None
         assert (result.failure.failure_class, result.failure.reason) == (FailureClass.RECOVERABLE, "budget")
-        said = str(result.failure.exception)
+        message = str(result.failure.exception)
         assert (
             "shared budget 'team' has no room for a call of node 'second': max_cost_usd is 1 USD, 0.6 spent"
-            in said
+            in message
         )
-        assert "UTC, when it begins anew, or raise max_cost_usd" in said
+        assert "UTC, when it begins anew, or raise max_cost_usd" in message
         assert len(result.trace) == 1
         again = pickle.loads(pickle.dumps(result.failure.exception))
-        assert (str(again), type(again)) == (said, SharedBudgetExceeded)
+        assert (str(again), type(again)) == (message, SharedBudgetExceeded)
         del low, result
         high = anew(lambda: SharedBudget("team", max_cost_usd=2, per="day", store=store, reserve_usd=0.6))
         result = await StromaRunner.quick(store=store, shared_budgets=high).run(
             [first, second], State(), run_id="r", resume=True
         )
         assert (result.status, calls, later) == (RunStatus.RESUMED, [60], [60])
-        found = await high.state()
-        assert found is not None
-        assert cents(found.spent_usd) == 120
+        outcome = await high.state()
+        assert outcome is not None
+        assert cents(outcome.spent_usd) == 120
 
 
 async def test_failed_attempts_count() -> None:
@@ -334,36 +334,36 @@ async def test_failed_attempts_count() -> None:
     call, calls = node(cents=10, before=fail)
     result = await StromaRunner.quick(shared_budgets=shared, policy_map=TWICE).run([call], State())
     assert (result.status, len(calls)) == (RunStatus.PARTIAL, 3)
-    found = await shared.state()
-    assert found is not None
-    assert (cents(found.spent_usd), found.calls) == (30, 0)
+    outcome = await shared.state()
+    assert outcome is not None
+    assert (cents(outcome.spent_usd), outcome.calls) == (30, 0)
 
 
 @pytest.mark.core
 async def test_a_cancelled_call_counts_and_holds_nothing(store: Any) -> None:
     """What it had reported is spent, and its reservation is given back; so is that of one that waited."""
     shared = SharedBudget("team", max_cost_usd=1, store=store, reserve_usd=0.6)
-    begun = asyncio.Event()
-    call, _ = node(cents=7, before=lambda state: begun.set() or asyncio.sleep(3600))
+    started = asyncio.Event()
+    call, _ = node(cents=7, before=lambda state: started.set() or asyncio.sleep(3600))
     waiting, calls = node()
-    told = asyncio.Event()
+    report = asyncio.Event()
 
     async def on_wait(*_: Any) -> None:
-        told.set()
+        report.set()
 
     runner = StromaRunner.quick(shared_budgets=shared, hooks=NodeHooks(on_node_wait=on_wait))
     running = asyncio.create_task(runner.run([call], State()))
-    await begun.wait()
+    await started.wait()
     other = asyncio.create_task(runner.run([waiting], State()))
-    await told.wait()
+    await report.wait()
     other.cancel()
     running.cancel()
     assert all(
         isinstance(error, asyncio.CancelledError)
         for error in await asyncio.gather(running, other, return_exceptions=True)
     )
-    found = await _settled(shared)
-    assert (cents(found.spent_usd), found.calls, found.reserved_usd, calls) == (7, 0, 0, [])
+    result = await _settled(shared)
+    assert (cents(result.spent_usd), result.calls, result.reserved_usd, calls) == (7, 0, 0, [])
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2, 3, 5, 8])
@@ -376,8 +376,8 @@ async def test_cancelled_at_any_step(store: Any, delay: int) -> None:
         await asyncio.sleep(0)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    found = await _settled(shared)
-    assert found is None or (found.calls, found.reserved_usd) == (0, 0)
+    result = await _settled(shared)
+    assert result is None or (result.calls, result.reserved_usd) == (0, 0)
 
 
 @pytest.mark.core
@@ -390,9 +390,9 @@ async def test_a_run_that_is_closed_holds_nothing() -> None:
     while not calls:
         next(step)
     run.close()
-    found = await shared.state()
-    assert found is not None
-    assert found.calls == 0
+    result = await shared.state()
+    assert result is not None
+    assert result.calls == 0
 
 
 async def test_what_waits_for_a_person_is_settled() -> None:
@@ -404,9 +404,9 @@ async def test_what_waits_for_a_person_is_settled() -> None:
 
     call, _ = node(cents=5, before=ask)
     result = await StromaRunner.quick(shared_budgets=shared).run([call], State())
-    found = await shared.state()
-    assert found is not None
-    assert (result.status, found.calls, cents(found.spent_usd)) == (RunStatus.SUSPENDED, 0, 5)
+    outcome = await shared.state()
+    assert outcome is not None
+    assert (result.status, outcome.calls, cents(outcome.spent_usd)) == (RunStatus.SUSPENDED, 0, 5)
 
 
 # ---------------------------------------------------------------------- which calls
@@ -443,9 +443,9 @@ async def test_only_the_nodes_that_are_named() -> None:
     runner = StromaRunner.quick(shared_budgets=shared)
     result = await runner.run([cheap, dear, cheap, dear], State())
     assert (result.status, len(calls), len(others)) == (RunStatus.PARTIAL, 1, 2)
-    found = await shared.state()
-    assert found is not None
-    assert dict(found.by_node) == {"dear": (0.1, 10)}
+    outcome = await shared.state()
+    assert outcome is not None
+    assert dict(outcome.by_node) == {"dear": (0.1, 10)}
 
 
 async def test_children_of_groups(store: Any) -> None:
@@ -465,9 +465,9 @@ async def test_children_of_groups(store: Any) -> None:
     many = map_over("items", item, into="out", max_concurrency=4)
     result = await runner.run([many], ItemStates(items=[State(n=n) for n in range(6)]))
     assert result.status is RunStatus.PARTIAL
-    found = await _settled(shared)
-    assert cents(found.spent_usd) == 50
-    assert (len(calls), found.calls) == (4, 0)
+    outcome = await _settled(shared)
+    assert cents(outcome.spent_usd) == 50
+    assert (len(calls), outcome.calls) == (4, 0)
 
 
 class ItemStates(BaseModel):
@@ -485,9 +485,9 @@ async def test_several_budgets() -> None:
     result = await runner.run([call, call, call], State())
     assert (result.status, len(calls)) == (RunStatus.PARTIAL, 2)
     for shared in (company, team):
-        found = await shared.state()
-        assert found is not None
-        assert (cents(found.spent_usd), found.calls) == (20, 0)
+        outcome = await shared.state()
+        assert outcome is not None
+        assert (cents(outcome.spent_usd), outcome.calls) == (20, 0)
 
 
 async def test_plain_code_with_steps() -> None:
@@ -543,16 +543,16 @@ async def test_a_run_without_any_asks_nobody(monkeypatch: pytest.MonkeyPatch) ->
 async def test_the_warning_at_80_percent(store: Any) -> None:
     """on_budget_warning is told once in a window, by the call that reaches 80 %, with the budget's name."""
     shared = SharedBudget("team", max_cost_usd=1, max_tokens=1000, per="month", store=store, reserve_usd=0.1)
-    told: list[Any] = []
+    events: list[Any] = []
 
     async def warn(*arguments: Any) -> None:
-        told.append(arguments)
+        events.append(arguments)
 
     call, _ = node(cents=10)
     runner = StromaRunner.quick(shared_budgets=shared, hooks=NodeHooks(on_budget_warning=warn))
     for number in range(11):
         await runner.run([call], State(), run_id=str(number))
-    assert told == [("7", "team:cost", 0.8, 1.0)]
+    assert events == [("7", "team:cost", 0.8, 1.0)]
 
 
 # ---------------------------------------------------------------------- a store that is down
@@ -591,9 +591,9 @@ async def test_a_store_that_is_down_and_calls_go_on() -> None:
         assert (await runner.run([call, call], State())).status is RunStatus.COMPLETED
         server.start()
         assert (await runner.run([call], State())).status is RunStatus.COMPLETED
-        found = await shared.state()
-        assert found is not None
-        assert (cents(found.spent_usd), len(calls), found.calls) == (30, 3, 0)
+        result = await shared.state()
+        assert result is not None
+        assert (cents(result.spent_usd), len(calls), result.calls) == (30, 3, 0)
         await store.aclose()
 
 
@@ -613,9 +613,9 @@ async def test_a_store_that_fails_after_the_call(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(store, "change_cell", change)
     runner = StromaRunner.quick(shared_budgets=shared)
     assert (await runner.run([call, call], State())).status is RunStatus.COMPLETED
-    found = await shared.state()
-    assert found is not None
-    assert (cents(found.spent_usd), found.calls) == (20, 0)
+    result = await shared.state()
+    assert result is not None
+    assert (cents(result.spent_usd), result.calls) == (20, 0)
 
 
 # ---------------------------------------------------------------------- windows
@@ -645,13 +645,13 @@ NOON = 1_900_000 * HOUR
 
 def after(data: bytes | None, took: int, now: int) -> bytes | None:
     """The account once a call that nobody reserved has ended."""
-    return settle(TERMS, [CallUsage("", "a", (took, 0), known=False, learns=False)])(data, now)[0]
+    return settle(TERMS, [CallUsage("", "a", (took, 0), was_reserved=False, learns=False)])(data, now)[0]
 
 
 def spent(data: bytes | None, now: int) -> int:
-    found = read_account("team", data, now)
-    assert found is not None
-    return found.spent[0]
+    result = read_account("team", data, now)
+    assert result is not None
+    return result.spent[0]
 
 
 @pytest.mark.core
@@ -659,8 +659,8 @@ def test_a_new_window_begins_anew() -> None:
     """What was spent counts to the end of its window; a call in flight counts in the window that it ends in."""
     data = after(None, 70, NOON)
     assert (spent(data, NOON + HOUR - 1), spent(data, NOON + HOUR)) == (70, 0)
-    data, told = reserve(TERMS, CallRequest("x", "a", (30, None), None))(data, NOON + HOUR - 1)
-    assert told == (30, 0)
+    data, report = reserve(TERMS, CallRequest("x", "a", (30, None), None))(data, NOON + HOUR - 1)
+    assert report == (30, 0)
     data = settle(TERMS, [CallUsage("x", "a", (30, 0))])(data, NOON + HOUR)[0]
     assert (spent(data, NOON + HOUR), spent(data, NOON + 2 * HOUR)) == (30, 0)
 
@@ -669,9 +669,9 @@ def test_a_new_window_begins_anew() -> None:
 def test_a_call_in_flight_holds_its_share_of_the_next_window() -> None:
     """What is reserved counts in every window until it is settled."""
     data, _ = reserve(TERMS, CallRequest("x", "a", (80, None), None))(None, NOON + HOUR - 1)
-    told = reserve(TERMS, CallRequest("y", "a", (30, None), None))(data, NOON + HOUR)[1]
-    assert isinstance(told, Refusal)
-    assert (told.reserved, told.waits, told.ends_ms) == (80, True, NOON + 2 * HOUR)
+    report = reserve(TERMS, CallRequest("y", "a", (30, None), None))(data, NOON + HOUR)[1]
+    assert isinstance(report, Refusal)
+    assert (report.reserved, report.waits, report.ends_ms) == (80, True, NOON + 2 * HOUR)
 
 
 @pytest.mark.core
@@ -679,14 +679,14 @@ def test_one_call_that_took_more_than_the_limit() -> None:
     """It keeps others from being made in its window alone; if every call of the node does, none is made."""
     data = None
     for took in (20, 500):
-        data = settle(TERMS, [CallUsage("", "a", (took, 0), known=False)])(data, NOON)[0]
+        data = settle(TERMS, [CallUsage("", "a", (took, 0), was_reserved=False)])(data, NOON)[0]
     ask = CallRequest("x", "a", (None, None), None)
     assert isinstance(reserve(TERMS, ask)(data, NOON)[1], Refusal)
     assert reserve(TERMS, ask)(data, NOON + HOUR)[1] == (100, 0)
-    dear = settle(TERMS, [CallUsage("", "a", (500, 0), known=False)])(None, NOON)[0]
-    told = reserve(TERMS, ask)(dear, NOON + HOUR)[1]
-    assert isinstance(told, Refusal)
-    assert (told.asked, told.waits) == (500, False)
+    dear = settle(TERMS, [CallUsage("", "a", (500, 0), was_reserved=False)])(None, NOON)[0]
+    report = reserve(TERMS, ask)(dear, NOON + HOUR)[1]
+    assert isinstance(report, Refusal)
+    assert (report.requested, report.waits) == (500, False)
 
 
 @pytest.mark.core
@@ -721,8 +721,11 @@ def test_a_clock_that_is_set_back() -> None:
             {"max_cost_usd": 1, "reserve_usd": {"a": 0}},
             r"reserve_usd\['a'\] must be US dollars, more than 0",
         ),
-        ({"max_cost_usd": 1, "reserve_usd": 2}, "more than the whole budget of 1; no call could be made"),
-        ({"max_cost_usd": 1, "reserve_tokens": 2}, "of no use without a limit on the same"),
+        (
+            {"max_cost_usd": 1, "reserve_usd": 2},
+            "must be at most the budget of 1, got .*no call could be made",
+        ),
+        ({"max_cost_usd": 1, "reserve_tokens": 2}, "needs a limit in the same unit"),
         ({"max_tokens": 5, "reserve_tokens": 0}, "reserve_tokens must be an integer of at least 1, got 0"),
         *(({"max_cost_usd": 1, "per": bad}, 'per must be "minute"') for bad in ("week", "", "DAY")),
         ({"max_cost_usd": 1, "lease_seconds": 0}, "lease_seconds must be"),
@@ -752,9 +755,9 @@ async def test_odd_names(store: Any) -> None:
         shared = SharedBudget(name, max_cost_usd=1, store=store, reserve_usd=0.1)
         call, _ = node()
         await StromaRunner.quick(shared_budgets=shared).run([call], State())
-        found = await shared.state()
-        assert found is not None
-        assert (found.name, cents(found.spent_usd)) == (name, 10)
+        result = await shared.state()
+        assert result is not None
+        assert (result.name, cents(result.spent_usd)) == (name, 10)
 
 
 def test_a_store_that_has_no_cells() -> None:
@@ -796,9 +799,9 @@ async def test_a_store_by_its_url(tmp_path: Path) -> None:
     for shared in (first, second):
         await StromaRunner.quick(shared_budgets=shared).run([call], State())
     for shared in (first, second):
-        found = await shared.state()
-        assert found is not None
-        assert cents(found.spent_usd) == 20
+        result = await shared.state()
+        assert result is not None
+        assert cents(result.spent_usd) == 20
     with pytest.raises(ValueError, match="mongodb"):
         SharedBudget("team", max_cost_usd=1, store="mongodb://somewhere")
 
@@ -820,14 +823,14 @@ async def test_two_processes_that_do_not_agree_on_the_window(tmp_path: Path) -> 
     await store.aclose()
 
 
-ACCOUNT = {"format": 1, "per": None, "limits": [1, None], "start": 0, "spent": [0, 0], "by": {}}
+ACCOUNT = {"format": 1, "per": None, "limits": [1, None], "start": 0, "spent": [0, 0], "by_node": {}}
 DAMAGED = [
     b"\xff", b"{}", b"[]", b"5", b'{"format": "x"}', b'{"format": 99}', b'{"format": 1}',
     *(
         json.dumps({**ACCOUNT, **wrong}).encode()
         for wrong in (
             {"spent": "x"}, {"spent": []}, {"spent": [None, 0]}, {"holds": {"a": []}}, {"holds": [1]}, {"other": 1},
-            {"seen": [{"call": ["x"]}, {}]}, {"start": "x"}, {"by": {"call": 5}},
+            {"recent": [{"call": ["x"]}, {}]}, {"start": "x"}, {"by_node": {"call": 5}},
         )
     ),
 ]  # fmt: skip
@@ -859,13 +862,13 @@ async def test_the_state_of_a_damaged_account() -> None:
 
 
 def test_a_config_takes_one_or_several() -> None:
-    """RunConfig(shared_budgets=) refuses all else, and two of one name; copies of a config share the budget."""
+    """RunConfig(shared_budgets=) refuses all else, and two budgets of one name; copies of a config share the budget."""
     shared = SharedBudget("team", max_cost_usd=1, store=AsyncInMemoryStore())
     other = SharedBudget("team", max_cost_usd=2, store=AsyncInMemoryStore())
     for wrong in ("team", 5, [1], {"a": shared}):
         with pytest.raises(ValueError, match="shared_budgets"):
             RunConfig(shared_budgets=wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="two of one name"):
+    with pytest.raises(ValueError, match="two budgets of one name"):
         RunConfig(shared_budgets=[shared, other])
     config = RunConfig(shared_budgets=shared)
     assert copy.deepcopy(config).budgets[0] is config.budgets[0] is shared

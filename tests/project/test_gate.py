@@ -16,7 +16,7 @@ def test_the_gate_lets_pass_what_is_within_its_slack() -> None:
 
 def test_each_case_of_the_gate_has_its_figure() -> None:
     """A case that nobody wrote a figure down for would be no gate."""
-    kept = json.loads(Path(gate.__file__).with_name("gate.json").read_text())
-    assert kept
-    for python, figures in kept.items():
+    entry = json.loads(Path(gate.__file__).with_name("gate.json").read_text())
+    assert entry
+    for python, figures in entry.items():
         assert list(figures) == [case.name for case in gate.cases()], python

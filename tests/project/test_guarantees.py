@@ -148,7 +148,7 @@ class Suspending:
         self.pauses = pauses
         self.refusals = refusals
         self.error = error
-        self.kept: list[tuple[str, int, str]] = []
+        self.commits: list[tuple[str, int, str]] = []
 
     async def pause(self) -> None:
         for _ in range(self.pauses):
@@ -183,7 +183,7 @@ class _SuspendingSession(NullSession):
             raise self.store.error("the disk is full")
         assert self.inner.record(row, schema, output, call) is None
         if output is not None:
-            self.store.kept.append((row.node_id, row.position, row.branch))
+            self.store.commits.append((row.node_id, row.position, row.branch))
         await self.store.pause()
 
     def end(self, status: str, error: str | None) -> Awaitable[None] | None:
@@ -290,14 +290,14 @@ async def test_g1_input_is_of_the_inputs_class() -> None:
 
 async def test_g1_a_state_changed_between_nodes_is_validated_again() -> None:
     """G1: what an earlier node does to the object it returned does not reach the next node unvalidated."""
-    kept: list[Num] = []
+    entries: list[Num] = []
 
     async def first(state: Num) -> Num:
-        kept.append(Num(n=1))
-        return kept[0]
+        entries.append(Num(n=1))
+        return entries[0]
 
     async def spoil(run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
-        kept[0].n = "bad"  # type: ignore[assignment]
+        entries[0].n = "bad"  # type: ignore[assignment]
 
     func, calls = giving({"n": 2})
     result = await quick(hooks=NodeHooks(on_node_success=spoil)).run(
@@ -361,11 +361,11 @@ def raises_base(exc: Exception, context: NodeContext) -> Any:
 @pytest.mark.parametrize("sync", [False, True], ids=["async", "thread"])
 async def test_g2_every_exception_gets_one_class(make: Any, classifiers: list[Any], sync: bool) -> None:
     """G2: every exception gets exactly one failure class, whatever classifiers and the exception itself do."""
-    told: list[Any] = []
+    events: list[Any] = []
     error: BaseException = make()
 
     async def tell(run_id: str, node_id: str, exc: Exception, kind: FailureClass) -> None:
-        told.append((exc, kind))
+        events.append((exc, kind))
 
     async def func(state: Num) -> Any:
         raise error
@@ -377,7 +377,7 @@ async def test_g2_every_exception_gets_one_class(make: Any, classifiers: list[An
     result = await runner.run([node("a", func_sync if sync else func)], Num())
     assert result.status is RunStatus.PARTIAL
     assert [event.failure for event in result.trace] == [A, A]
-    assert told == [(error, A)] * 2
+    assert events == [(error, A)] * 2
     assert all(isinstance(event.failure_message, str) and event.failure_message for event in result.trace)
     assert result.trace.to_json()
 
@@ -527,7 +527,7 @@ async def test_g4_a_cancellation_just_before_the_return_loses_nothing() -> None:
 
     with pytest.raises(asyncio.CancelledError):
         await asyncio.create_task(quick(store=store, run_id="r").run([node("a", func)], Num()))
-    assert store.kept == [("a", 0, "")]
+    assert store.commits == [("a", 0, "")]
     assert await store.load("r", "a") == Num(n=7)
     again, calls = giving({"n": 8})
     result = await quick(store=store, run_id="r", resume=True).run([node("a", again)], Num())
@@ -583,19 +583,19 @@ async def test_g4_g5_g9_cancelled_at_every_await(tail: bool) -> None:
         except asyncio.CancelledError:
             pass
         pairs.check()
-        kept = list(store.kept)
+        entries = list(store.commits)
         # Whatever returned is committed: nothing that was paid for is lost on the way.
-        assert sorted(name for name, _, _ in kept if name in "abcd") == sorted(finished.elements())
+        assert sorted(name for name, _, _ in entries if name in "abcd") == sorted(finished.elements())
         before = counts.copy()
         again = Pairs(pause=1)
         result = await runner.with_hooks(again.hooks).run(nodes, Num())
         again.check()
         assert result.status is RunStatus.RESUMED or not before
         assert result.final_state == Num(n=3)
-        for name, _, _ in kept:
+        for name, _, _ in entries:
             assert counts[name] == before[name]
-        assert all(n == 1 for n in Counter(store.kept).values())
-        assert sorted({name for name, _, _ in store.kept if name in "abcd"}) == sorted(finished)
+        assert all(n == 1 for n in Counter(store.commits).values())
+        assert sorted({name for name, _, _ in store.commits if name in "abcd"}) == sorted(finished)
         assert all(task is asyncio.current_task() for task in asyncio.all_tasks())
         at += 1
     assert at > 20
@@ -611,7 +611,7 @@ async def test_g5_a_refused_commit_is_tried_again_without_the_node(refusals: int
     func, calls = giving({"n": 7})
     pairs = Pairs()
     result = await quick(store=store, hooks=pairs.hooks).run([node("a", func)], Num())
-    assert (result.status, len(calls), store.kept) == (RunStatus.COMPLETED, 1, [("a", 0, "")])
+    assert (result.status, len(calls), store.commits) == (RunStatus.COMPLETED, 1, [("a", 0, "")])
     assert len(result.trace) == 1
     pairs.check()
 
@@ -922,20 +922,20 @@ async def test_g7_later_changes_do_not_rewrite_history(name: str, as_dict: bool)
     """G7: events stay as they were, whatever nodes do afterwards to the inputs and outputs that they kept."""
     make = STATES[name]
     cls = type(make())
-    kept: list[Any] = []
+    entries: list[Any] = []
     seen: list[Any] = []
 
     async def func(state: Any) -> Any:
         run = current_node()
         assert run is not None
         seen.append(schema_of(cls).state(state))
-        kept.append(state)
+        entries.append(state)
         output = make()
         if as_dict:
             output = output.root if isinstance(output, RootModel) else schema_of(cls).state(output)
-        kept.append(output)
+        entries.append(output)
         if run.position == 1 and run.attempt == 1:
-            _change(kept, set())
+            _change(entries, set())
             raise ValueError
         return output
 
@@ -945,14 +945,14 @@ async def test_g7_later_changes_do_not_rewrite_history(name: str, as_dict: bool)
                 _change(argument, set())
         run = current_node()
         if run is not None and run.position > 0:
-            _change(kept, set())
+            _change(entries, set())
 
     hooks = NodeHooks(on_node_start=spoil, on_node_success=spoil, on_node_failure=spoil)
     initial = make()
     want = schema_of(cls).state(make())
     # Hooks of position 0 leave `kept` alone: the first node's output must still be what it returned.
     result = await quick(hooks=[hooks, hooks]).run([node("a", func, cls, cls)] * 3, initial)
-    _change(kept, set())
+    _change(entries, set())
     _change(initial, set())
     assert result.status is RunStatus.COMPLETED, result.failure
     assert seen == [want] * 4
@@ -1519,7 +1519,7 @@ def test_g12_cost_per_node_does_not_grow(kind: str) -> None:
 
 def test_only_the_engine_calls_a_nodes_function() -> None:
     """Only `engine/attempt.py` calls a node's function, but for a group that is called directly (and Node.call itself)."""
-    found: set[tuple[str, str]] = set()
+    findings: set[tuple[str, str]] = set()
     # Stores never see a node; a guard makes a node of its own around what it calls.
     apart = ("adapters", "checkpoint", "cli", "demo", "testing")
     core = [p for p in SOURCE.rglob("*.py") if p.relative_to(SOURCE).parts[0] not in apart]
@@ -1530,8 +1530,8 @@ def test_only_the_engine_calls_a_nodes_function() -> None:
                 continue
             for item in ast.walk(outer):
                 if isinstance(item, ast.Attribute) and item.attr in ("func", "call"):
-                    found.add((path.relative_to(SOURCE).as_posix(), outer.name))
-    callers = {(module, name) for module, name in found if module != "engine/attempt.py"}
+                    findings.add((path.relative_to(SOURCE).as_posix(), outer.name))
+    callers = {(module, name) for module, name in findings if module != "engine/attempt.py"}
     assert callers == {
         ("runner/sequence.py", "check_owners"),  # It names a function.
         ("runner/groups.py", "_call_directly"),

@@ -17,9 +17,9 @@ TELEMETRY = ("otel", "prometheus", "datadog", "sentry")
 
 
 def requirement_name(requirement: str) -> str:
-    found = re.match(r"[\w.-]+", requirement)
-    assert found is not None
-    return found.group().lower().replace("_", "-")
+    result = re.match(r"[\w.-]+", requirement)
+    assert result is not None
+    return result.group().lower().replace("_", "-")
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,13 @@ def test_wheel_has_every_file_of_the_package(wheel: zipfile.ZipFile) -> None:
     """The wheel has the type marker and every file under src/stroma, and no other package."""
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     source = ROOT / "src"
-    kept = {
+    entries = {
         path.relative_to(source).as_posix()
         for path in source.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert "stroma/py.typed" in names
-    assert names == kept
+    assert names == entries
 
 
 def test_wheel_has_the_licence(wheel: zipfile.ZipFile) -> None:
@@ -59,9 +59,9 @@ def test_core_dependencies() -> None:
 def test_command_is_declared() -> None:
     """The distribution brings the command `stroma`, and the plugin of pytest."""
     points = {
-        found.group: found.value
-        for found in metadata.distribution("stroma").entry_points
-        if found.name == "stroma"
+        result.group: result.value
+        for result in metadata.distribution("stroma").entry_points
+        if result.name == "stroma"
     }
     assert points == {"console_scripts": "stroma.cli:main", "pytest11": "stroma.testing.plugin"}
 
@@ -103,7 +103,7 @@ def test_a_runner_loads_no_more_than_a_run_needs() -> None:
     parts = ("checkpoint.durable", "checkpoint.history", "checkpoint.memory.records", "checkpoint.payloads", "checkpoint.postgres",
              "checkpoint.records", "checkpoint.redis", "checkpoint.sql", "checkpoint.sqlite", "contracts.checks", "contracts.masking",
              "contracts.repair_prompt", "contracts.untyped", "runner.groups", "runner.items", "runner.map", "runner.steps",
-             "runner.stream", "trace.html", "trace.terminal", "_utils.svg")  # fmt: skip
+             "runner.stream", "trace.gantt", "trace.html", "trace.story", "trace.terminal", "_utils.svg")  # fmt: skip
     for name in rooms + parts:
         assert f"stroma.{name}" not in loaded, name
     assert not loaded & {

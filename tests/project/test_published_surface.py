@@ -349,15 +349,17 @@ def published_signature(function: ast.FunctionDef | ast.AsyncFunctionDef) -> ins
     namespace: dict[str, Any] = {}
     exec(compile(ast.unparse(copied), "surface", "exec"), namespace)
     signature = inspect.signature(namespace[function.name])
-    kept = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
-    return signature.replace(parameters=kept)
+    entries = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
+    return signature.replace(parameters=entries)
 
 
 def find(module: str, dotted: str) -> Any:
-    found: Any = importlib.import_module(f"stroma.{module}")
+    outcome: Any = importlib.import_module(f"stroma.{module}")
     for name in dotted.split("."):
-        found = inspect.getattr_static(found, name) if inspect.isclass(found) else getattr(found, name)
-    return found
+        outcome = (
+            inspect.getattr_static(outcome, name) if inspect.isclass(outcome) else getattr(outcome, name)
+        )
+    return outcome
 
 
 def assert_callable_as_published(
@@ -416,14 +418,14 @@ def contract(
 
 
 def event(node_id: str = "node1", attempt: int = 1, **fields: Any) -> TraceEvent:
-    given: dict[str, Any] = {
+    inputs: dict[str, Any] = {
         "run_id": "r",
         "timestamp_utc": datetime.now(UTC),
         "input_state": {"value": 1},
         "output_state": {"result": 2},
         "duration_ms": 3,
     }
-    return TraceEvent(node_id=node_id, attempt=attempt, **(given | fields))
+    return TraceEvent(node_id=node_id, attempt=attempt, **(inputs | fields))
 
 
 # ---------------------------------------------------------------------- names, parameters, defaults
@@ -593,9 +595,9 @@ def test_violation_attributes() -> None:
 def test_violation_is_made_by_position_or_name() -> None:
     """ContractViolation(node_id, direction, raw, errors) can be made by hand."""
     errors = [{"loc": ("a", "b"), "msg": "wrong"}, {"loc": (), "msg": "all wrong"}]
-    made = ContractViolation("search", "input", {"a": 1}, errors)
-    assert made.errors is errors
-    assert str(made) == "Contract violation for 'search' (input): a.b: wrong; all wrong"
+    instance = ContractViolation("search", "input", {"a": 1}, errors)
+    assert instance.errors is errors
+    assert str(instance) == "Contract violation for 'search' (input): a.b: wrong; all wrong"
     assert str(ContractViolation(node_id="s", direction="input", raw={}, errors=[])).startswith(
         "Contract violation"
     )
@@ -647,9 +649,9 @@ def test_registry() -> None:
 def test_known_models_are_prices_per_million() -> None:
     """KNOWN_MODELS starts with a few models: USD per million (input, output) tokens."""
     assert KNOWN_MODELS
-    for name, (given, made) in KNOWN_MODELS.items():
-        assert estimate_cost_usd(name, 1_000_000) == pytest.approx(given)
-        assert estimate_cost_usd(name, 0, 1_000_000) == pytest.approx(made)
+    for name, (argument, instance) in KNOWN_MODELS.items():
+        assert estimate_cost_usd(name, 1_000_000) == pytest.approx(argument)
+        assert estimate_cost_usd(name, 0, 1_000_000) == pytest.approx(instance)
     assert estimate_cost_usd("gpt-4o", 1000, 500) == pytest.approx(
         (1000 * KNOWN_MODELS["gpt-4o"][0] + 500 * KNOWN_MODELS["gpt-4o"][1]) / 1e6
     )
@@ -758,11 +760,11 @@ def test_check_budget(budget: ExecutionBudget, dimension: str, limit: float, act
 )
 def test_budget_exceeded(dimension: Any, limit: float, actual: float, figures: tuple[str, str]) -> None:
     """BudgetExceeded is picklable; its text holds "budget", the dimension, the node id and both figures."""
-    made = BudgetExceeded(dimension, limit, actual, "summarise")
-    again = pickle.loads(pickle.dumps(made))
+    instance = BudgetExceeded(dimension, limit, actual, "summarise")
+    again = pickle.loads(pickle.dumps(instance))
     assert type(again) is BudgetExceeded
     for exceeded in (
-        made,
+        instance,
         again,
         BudgetExceeded(dimension=dimension, limit=limit, actual=actual, node_id="summarise"),
     ):
@@ -870,22 +872,22 @@ def test_classify(exc: Exception, expected: FailureClass) -> None:
 
 def test_classify_asks_custom_classifiers_first() -> None:
     """Custom classifiers get (exc, NodeContext), in order; the first that does not answer None decides."""
-    asked: list[Any] = []
+    requests: list[Any] = []
     exc, here = TimeoutError(), NodeContext("n", 2, "r")
 
     def silent(exc: Exception, context: NodeContext) -> FailureClass | None:
-        asked.append(("silent", exc, context))
+        requests.append(("silent", exc, context))
         return None
 
     def sure(exc: Exception, context: NodeContext) -> FailureClass | None:
-        asked.append(("sure", exc, context))
+        requests.append(("sure", exc, context))
         return FailureClass.TERMINAL
 
     def late(exc: Exception, context: NodeContext) -> FailureClass | None:
         pytest.fail("an earlier classifier has answered")
 
     assert classify(exc, here, [silent, sure, late]) is FailureClass.TERMINAL
-    assert [(name, e is exc, c is here) for name, e, c in asked] == [
+    assert [(name, e is exc, c is here) for name, e, c in requests] == [
         ("silent", True, True),
         ("sure", True, True),
     ]
@@ -920,11 +922,20 @@ def test_run_statuses() -> None:
 def test_trace_event() -> None:
     """A trace event is made from its published fields by position; step_id is its node id."""
     when = datetime.now(UTC)
-    made = TraceEvent("n", "r", 1, when, {"a": 1}, None, 5, FailureClass.TERMINAL, "broken")
-    assert (made.node_id, made.run_id, made.attempt, made.timestamp_utc) == ("n", "r", 1, when)
-    assert (made.input_state, made.output_state, made.duration_ms) == ({"a": 1}, None, 5)
-    assert (made.failure, made.failure_message, made.outcome) == (FailureClass.TERMINAL, "broken", "failure")
-    assert made.step_id == "n"
+    instance = TraceEvent("n", "r", 1, when, {"a": 1}, None, 5, FailureClass.TERMINAL, "broken")
+    assert (instance.node_id, instance.run_id, instance.attempt, instance.timestamp_utc) == (
+        "n",
+        "r",
+        1,
+        when,
+    )
+    assert (instance.input_state, instance.output_state, instance.duration_ms) == ({"a": 1}, None, 5)
+    assert (instance.failure, instance.failure_message, instance.outcome) == (
+        FailureClass.TERMINAL,
+        "broken",
+        "failure",
+    )
+    assert instance.step_id == "n"
     assert event().failure is None
     assert (event().failure_message, event().outcome, event().reason) == (None, "success", None)
     assert event().children == []
@@ -966,13 +977,13 @@ async def test_events_of_a_run_keep_their_identity() -> None:
 def test_events_for_and_failures() -> None:
     """events_for gives one node's events, failures those with a failure class, both in order."""
     recorded = ExecutionTrace()
-    for made in (
+    for instance in (
         event("a", 1, failure=FailureClass.RECOVERABLE, output_state=None),
         event("b"),
         event("a", 2),
         event("c", failure=FailureClass.TERMINAL, output_state=None),
     ):
-        recorded.append(made)
+        recorded.append(instance)
     assert [(e.node_id, e.attempt) for e in recorded.events_for("a")] == [("a", 1), ("a", 2)]
     assert recorded.events_for("nobody") == []
     assert [e.node_id for e in recorded.failures()] == ["a", "c"]
@@ -1113,10 +1124,10 @@ def test_diff_of_changed_events(changed: dict[str, Any]) -> None:
 def test_diff_sees_attempts_repeats_and_order() -> None:
     """diff sees another attempt, a repeated event, and another order."""
     one, two = ExecutionTrace(), ExecutionTrace()
-    for made in (event("a"), event("b")):
-        one.append(made)
-    for made in (event("b"), event("a")):
-        two.append(made)
+    for instance in (event("a"), event("b")):
+        one.append(instance)
+    for instance in (event("b"), event("a")):
+        two.append(instance)
     assert len(one.diff(two)) == 1
     assert one.diff(two)[0].startswith("Difference for ")
     retried, repeated = ExecutionTrace(), ExecutionTrace()
@@ -1158,16 +1169,16 @@ class DictStore:
     """A custom store of the simple protocol, sync."""
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[str, str], BaseModel] = {}
+        self.states: dict[tuple[str, str], BaseModel] = {}
 
     def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
-        self.kept[run_id, node_id] = state
+        self.states[run_id, node_id] = state
 
     def load(self, run_id: str, node_id: str) -> BaseModel | None:
-        return self.kept.get((run_id, node_id))
+        return self.states.get((run_id, node_id))
 
     def delete(self, run_id: str) -> None:
-        self.kept = {key: state for key, state in self.kept.items() if key[0] != run_id}
+        self.states = {key: state for key, state in self.states.items() if key[0] != run_id}
 
 
 class AsyncDictStore:
@@ -1449,9 +1460,9 @@ class TestRedisWithoutAServer:
 
     @pytest.fixture
     def server(self) -> RedisServer:
-        found = shared_redis()
-        found.execute("FLUSHALL")
-        return found
+        outcome = shared_redis()
+        outcome.execute("FLUSHALL")
+        return outcome
 
     @pytest.mark.slow
     @pytest.mark.parametrize("make", [RedisStore, SyncRedisStore])
@@ -1588,8 +1599,8 @@ async def test_run_ids() -> None:
     async def n(state: A) -> Any:
         return {"value": 1}
 
-    given = StromaRunner.quick(run_id="mine")
-    assert {(await given.run([n], A(value=1))).run_id for _ in range(3)} == {"mine"}
+    argument = StromaRunner.quick(run_id="mine")
+    assert {(await argument.run([n], A(value=1))).run_id for _ in range(3)} == {"mine"}
     generated = StromaRunner.quick()
     ids = [(await generated.run([n], A(value=1))).run_id for _ in range(3)]
     assert ids[0] == generated.config.run_id
@@ -1709,7 +1720,7 @@ def test_builders_leave_a_shared_config_alone(name: str) -> None:
     """A builder never alters a config that is shared with another runner."""
     config = full_config()
     before = config.model_copy(deep=True)
-    kept = {f: getattr(config, f) for f in RunConfig.model_fields}
+    entries = {f: getattr(config, f) for f in RunConfig.model_fields}
     one, two = (
         StromaRunner(ContractRegistry(), CheckpointManager(InMemoryStore()), config) for _ in range(2)
     )
@@ -1718,7 +1729,7 @@ def test_builders_leave_a_shared_config_alone(name: str) -> None:
     else:
         BUILDERS[name][0](one)
     assert two.config is config
-    for field, value in kept.items():
+    for field, value in entries.items():
         assert getattr(config, field) is value
         if field not in ("classifiers", "hooks"):
             assert getattr(config, field) == getattr(before, field)
@@ -1940,13 +1951,13 @@ def test_build_result() -> None:
     """build_result(status, final_state) has the totals and the trace of the context."""
     ctx = context_of(run_id="r")
     ctx.cost_tracker.record(NodeUsage("n", 10, 0.5, 3))
-    made = event()
-    ctx.trace.append(made)
+    instance = event()
+    ctx.trace.append(instance)
     result = ctx.build_result(RunStatus.PARTIAL, A(value=1))
     assert isinstance(result, ExecutionResult)
     assert (result.run_id, result.status, result.final_state) == ("r", RunStatus.PARTIAL, A(value=1))
     assert (result.total_tokens, result.total_cost_usd) == (10, 0.5)
-    assert list(result.trace) == [made]
+    assert list(result.trace) == [instance]
 
 
 async def test_execute_step() -> None:
@@ -2002,11 +2013,11 @@ async def test_execute_step_without_a_contract() -> None:
         return B(result=9)
 
     assert (await execute_step("fits", fits, A(value=1), ctx)).final_state == A(value=2)
-    kept: list[Any] = [
+    entries: list[Any] = [
         (await execute_step(name, func, A(value=1), ctx)).final_state
         for name, func in (("other", other), ("scalar", scalar), ("model", model))
     ]
-    assert kept == [{"anything": [1]}, "text", B(result=9)]
+    assert entries == [{"anything": [1]}, "text", B(result=9)]
 
 
 async def test_execute_step_failures() -> None:

@@ -37,8 +37,8 @@ def test_version_changelog_and_tag_agree(
     version: str, changelog: str, tags: list[str], wrong: str | None
 ) -> None:
     """A version without its section, a section without its date, a tag on another version: each is told."""
-    found = disagreement(version, changelog, tags)
-    assert (found == []) if wrong is None else any(wrong in line for line in found), found
+    result = disagreement(version, changelog, tags)
+    assert (result == []) if wrong is None else any(wrong in line for line in result), result
 
 
 def test_an_address_of_one_machine_is_found() -> None:
@@ -56,7 +56,7 @@ def test_a_wheel_that_lacks_something_or_has_too_much(tmp_path: Path) -> None:
         wheel.writestr("tests/test_x.py", "")
         wheel.writestr("stroma/runs.db", "x")
         wheel.writestr("stroma/model.bin", "x" * (LARGEST_FILE + 1))
-    told = "\n".join(wrong_contents(path))
+    report = "\n".join(wrong_contents(path))
     for part in (
         "has no stroma/py.typed",
         "has no licence",
@@ -64,7 +64,7 @@ def test_a_wheel_that_lacks_something_or_has_too_much(tmp_path: Path) -> None:
         "stroma/runs.db",
         "stroma/model.bin",
     ):
-        assert part in told
+        assert part in report
 
 
 def test_a_release_with_an_advisory_is_found() -> None:
@@ -88,10 +88,10 @@ def test_each_listed_advisory_has_a_source() -> None:
 def test_nothing_pinned_has_a_known_advisory(capsys: pytest.CaptureFixture[str]) -> None:
     """Neither the lock nor the lowest releases have one; without a complete data set, that is said."""
     assert audit.main() == 0
-    told = capsys.readouterr().out
-    assert "ok   tests/release/lowest.txt" in told
-    assert f"checked against {len({one.id for one in audit.advisories()})} advisories" in told
-    assert "no complete advisory data set is installed" in told
+    report = capsys.readouterr().out
+    assert "ok   tests/release/lowest.txt" in report
+    assert f"checked against {len({one.id for one in audit.advisories()})} advisories" in report
+    assert "no complete advisory data set is installed" in report
 
 
 def test_the_bill_of_materials(tmp_path: Path) -> None:
@@ -109,6 +109,6 @@ def test_the_bill_of_materials(tmp_path: Path) -> None:
     assert {one["scope"] for one in bill["components"] if one["name"] == "pydantic"} == {"required"}
     json.dumps(bill)
     assert wrong_bill({**bill, "components": []}, project)[0] == "the bill of materials lacks pydantic"
-    told = statement([archive])
-    assert told["subject"][0]["name"] == "stroma-1.tar.gz"
-    assert len(told["subject"][0]["digest"]["sha256"]) == 64
+    report = statement([archive])
+    assert report["subject"][0]["name"] == "stroma-1.tar.gz"
+    assert len(report["subject"][0]["digest"]["sha256"]) == 64

@@ -24,8 +24,8 @@ def marks_of(path: Path) -> Iterator[tuple[str, set[str]]]:
         for node in body:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 continue
-            found = re.findall(r"pytest\.mark\.(\w+)", " ".join(map(ast.unparse, node.decorator_list)))
-            marks = outer | set(found)
+            result = re.findall(r"pytest\.mark\.(\w+)", " ".join(map(ast.unparse, node.decorator_list)))
+            marks = outer | set(result)
             if isinstance(node, ast.ClassDef):
                 yield from walk(node.body, marks)
             elif node.name.startswith("test"):
@@ -95,7 +95,8 @@ def test_a_process_in_the_default_tier_is_noticed(pytester: pytest.Pytester) -> 
         @pytest.mark.slow
         def test_two(): subprocess.run([sys.executable, "-c", ""])
     """)
-    result = pytester.runpytest_inprocess()
+    # Its plugin would be unloaded with its hooks left behind: forks of later tests would run them.
+    result = pytester.runpytest_inprocess("-p", "no:ddtrace")
     result.assert_outcomes(passed=2, errors=1)
     result.stdout.fnmatch_lines(
         ["*test_one started a process (subprocess.Popen*); mark it with @pytest.mark.slow*"]

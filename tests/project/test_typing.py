@@ -61,9 +61,9 @@ def test_a_node_typed_for_the_wrong_model_is_an_error(tmp_path: Path) -> None:
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=60
     )
-    found = re.findall(r"^users_file\.py:(\d+): error: .*\[([\w-]+)\]$", done.stdout, re.MULTILINE)
+    result = re.findall(r"^users_file\.py:(\d+): error: .*\[([\w-]+)\]$", done.stdout, re.MULTILINE)
     lines = enumerate(USERS_FILE.splitlines(), 1)
     expected = [(str(number), "arg-type") for number, line in lines if "# wrong" in line]
     assert len(expected) == 3
-    assert found == expected, done.stdout + done.stderr
+    assert result == expected, done.stdout + done.stderr
     assert done.returncode == 1

@@ -169,7 +169,7 @@ class StatsdSocket:
 
     def statistics(self, at_least: int = 0) -> list[Statistic]:
         """The same, taken apart. A line of several values (`d` packs them) becomes several."""
-        return [found for line in self.lines(at_least) for found in _parse(line)]
+        return [result for line in self.lines(at_least) for result in _parse(line)]
 
     def close(self) -> None:
         # An empty datagram ends the thread, which closes the socket.

@@ -32,9 +32,9 @@ class OtlpReceiver:
 
     def _kept(self, signal: str, at_least: int, seconds: float) -> list[dict[str, Any]]:
         url = f"{self._control}/{signal}?at_least={at_least}&seconds={seconds}"
-        found: list[dict[str, Any]] = fetch_json(url, seconds=seconds + 20)
-        assert len(found) >= at_least, f"{len(found)} {signal} in {seconds} s, not {at_least}: {found}"
-        return found
+        result: list[dict[str, Any]] = fetch_json(url, seconds=seconds + 20)
+        assert len(result) >= at_least, f"{len(result)} {signal} in {seconds} s, not {at_least}: {result}"
+        return result
 
     def spans(self, at_least: int = 0, *, seconds: float = 20) -> list[dict[str, Any]]:
         """All spans so far, in the order of their arrival; waits for as many as are asked for."""
@@ -42,8 +42,8 @@ class OtlpReceiver:
 
     def span(self, name: str) -> dict[str, Any]:
         """The one span of that name."""
-        (found,) = [span for span in self.spans() if span["name"] == name]
-        return found
+        (result,) = [span for span in self.spans() if span["name"] == name]
+        return result
 
     def metrics(self, at_least: int = 0, *, seconds: float = 20) -> list[dict[str, Any]]:
         """The newest point of each cumulative series, and every delta point."""
@@ -60,8 +60,8 @@ class OtlpReceiver:
         """Each post with its path, its size and the status that it was answered with."""
         return self._kept("posts", at_least, seconds)
 
-    def _tell(self, **told: Any) -> None:
-        fetch_json(self._control, told)
+    def _tell(self, **report: Any) -> None:
+        fetch_json(self._control, report)
 
     def fail(self, posts: int, *, status: int = 503, retry_after: float | None = None) -> None:
         """Answer the next posts with this status, and keep nothing of them. `retry_after` is in seconds."""

@@ -9,17 +9,17 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import AggregationTemporality
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 
-def value(found: Any) -> Any:
-    kind = found.WhichOneof("value")
+def value(encoded: Any) -> Any:
+    kind = encoded.WhichOneof("value")
     if kind is None:
         return None
     if kind == "array_value":
-        return [value(item) for item in found.array_value.values]
+        return [value(item) for item in encoded.array_value.values]
     if kind == "kvlist_value":
-        return attributes(found.kvlist_value.values)
+        return attributes(encoded.kvlist_value.values)
     if kind == "bytes_value":
-        return found.bytes_value.hex()
-    return getattr(found, kind)
+        return encoded.bytes_value.hex()
+    return getattr(encoded, kind)
 
 
 def attributes(pairs: Iterable[Any]) -> dict[str, Any]:
@@ -102,7 +102,9 @@ def _numbers(point: Any) -> dict[str, Any]:
 
 
 def _exemplars(point: Any) -> list[dict[str, str]]:
-    return [{"trace_id": found.trace_id.hex(), "span_id": found.span_id.hex()} for found in point.exemplars]
+    return [
+        {"trace_id": result.trace_id.hex(), "span_id": result.span_id.hex()} for result in point.exemplars
+    ]
 
 
 def decode_logs(request: Any) -> Iterator[dict[str, Any]]:

@@ -155,11 +155,11 @@ class Intake(Handler):
             encoding = self.headers.get("Content-Encoding", "identity")
             body = {"identity": bytes, "gzip": gzip.decompress, "deflate": zlib.decompress}[encoding](body)
             message = from_json(request, body) if kind == "application/json" else request.FromString(body)
-            found = list(decode(message))
+            findings = list(decode(message))
         except (DecodeError, ParseError, KeyError, ValueError, OSError, EOFError, zlib.error):
             return 400, b""
         with self.server.state.changed:
-            self.server.state.keep(signal, found)
+            self.server.state.keep(signal, findings)
         return 200, response().SerializeToString()
 
 
@@ -171,17 +171,17 @@ def from_json(request: Any, body: bytes) -> Any:
             return [ids(item) for item in value]
         if not isinstance(value, dict):
             return value
-        told = {name: ids(item) for name, item in value.items()}
+        events = {name: ids(item) for name, item in value.items()}
         for name, size in (("traceId", 16), ("spanId", 8), ("parentSpanId", 8)):
-            if name in told:
-                given = bytes.fromhex(told[name])
-                if len(given) != size or not any(given):
-                    raise ValueError(f"{name} {told[name]!r}")
-                told[name] = base64.b64encode(given).decode()
+            if name in events:
+                argument = bytes.fromhex(events[name])
+                if len(argument) != size or not any(argument):
+                    raise ValueError(f"{name} {events[name]!r}")
+                events[name] = base64.b64encode(argument).decode()
         for name in ("kind", "code"):
-            if name in told and type(told[name]) is not int:
-                raise ValueError(f"{name} {told[name]!r}")
-        return told
+            if name in events and type(events[name]) is not int:
+                raise ValueError(f"{name} {events[name]!r}")
+        return events
 
     return Parse(json.dumps(ids(json.loads(body))), request())
 
@@ -194,23 +194,23 @@ class Control(Handler):
     def do_GET(self) -> None:
         """`/spans?at_least=2&seconds=10` waits for two, and answers with what there is when the time is over."""
         at = urllib.parse.urlsplit(self.path)
-        asked = dict(urllib.parse.parse_qsl(at.query))
+        requests = dict(urllib.parse.parse_qsl(at.query))
         signal, state = at.path.removeprefix("/"), self.server.state
         with state.changed:
             state.changed.wait_for(
-                lambda: len(state.kept[signal]) >= int(asked.get("at_least", 0)),
-                timeout=float(asked.get("seconds", 0)),
+                lambda: len(state.kept[signal]) >= int(requests.get("at_least", 0)),
+                timeout=float(requests.get("seconds", 0)),
             )
             body = json.dumps(state.kept[signal]).encode()
         self.answer(200, body, "application/json")
 
     def do_POST(self) -> None:
-        told, state = json.loads(self.body()), self.server.state
+        events, state = json.loads(self.body()), self.server.state
         with state.changed:
-            if told.pop("clear", False):
+            if events.pop("clear", False):
                 state.clear()
-            refuse = told.pop("refuse", None)
-            for name, value in told.items():
+            refuse = events.pop("refuse", None)
+            for name, value in events.items():
                 setattr(state, name, value)
         if refuse is not None:
             self.intake.refuse() if refuse else self.intake.listen()

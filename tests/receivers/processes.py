@@ -26,9 +26,9 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 def free_port() -> int:
     """A TCP port that nothing listened on a moment ago. For programs that cannot choose and report one themselves."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
+    with socket.socket() as result:
+        result.bind(("127.0.0.1", 0))
+        port: int = result.getsockname()[1]
         return port
 
 
@@ -36,9 +36,9 @@ def wait_until(check: Callable[[], T], what: str, *, seconds: float = 20) -> T:
     """Poll until `check` returns something true, and return that; `what` says in the error what did not happen."""
     deadline = time.monotonic() + seconds
     while True:
-        found = check()
-        if found:
-            return found
+        result = check()
+        if result:
+            return result
         assert time.monotonic() < deadline, f"after {seconds} s still not: {what}"
         time.sleep(0.02)
 
@@ -65,10 +65,10 @@ def answers(url: str) -> bool:
 
 def need(command: str, package: str) -> str:
     """The path of a command, else the test is skipped with a reason that names the package."""
-    found = shutil.which(command)
-    if found is None:
+    result = shutil.which(command)
+    if result is None:
         pytest.skip(f"the command {command} is missing; on Debian and Ubuntu: apt-get install {package}")
-    return found
+    return result
 
 
 class Child:

@@ -66,8 +66,8 @@ class PrometheusServer:
         """Poll until the query gives one series of this value."""
 
         def check() -> bool:
-            found = self.query(promql)
-            return len(found) == 1 and math.isclose(found[0][1], expected)
+            result = self.query(promql)
+            return len(result) == 1 and math.isclose(result[0][1], expected)
 
         try:
             wait_until(check, f"{promql} is {expected}", seconds=seconds)
@@ -77,19 +77,19 @@ class PrometheusServer:
 
     def scraped(self, *, seconds: float = 20) -> None:
         """Wait until every target was scraped after this moment, so that what it shows by now can be queried."""
-        asked = time.time()
+        request = time.time()
         query = 'min(timestamp(up{job="stroma"}) * (up{job="stroma"} == 1))'
 
         def check() -> bool:
-            found = self.query(query)
-            return bool(found) and found[0][1] > asked
+            result = self.query(query)
+            return bool(result) and result[0][1] > request
 
         wait_until(check, "the targets are scraped", seconds=seconds)
 
     def alerts(self) -> list[dict[str, Any]]:
         """The alerts that are pending or fire, of the rules that it was started with."""
-        found: list[dict[str, Any]] = fetch_json(f"{self.url}/api/v1/alerts")["data"]["alerts"]
-        return found
+        result: list[dict[str, Any]] = fetch_json(f"{self.url}/api/v1/alerts")["data"]["alerts"]
+        return result
 
     def close(self) -> None:
         self._child.close()

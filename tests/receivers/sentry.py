@@ -48,10 +48,10 @@ class RecordingTransport(Transport):
     @property
     def streamed_spans(self) -> list[dict[str, Any]]:
         """Spans that travel without a transaction, with plain values in `attributes`."""
-        found = [span for payload in self._payloads("span") for span in payload["items"]]
+        findings = [span for payload in self._payloads("span") for span in payload["items"]]
         return [
             {**span, "attributes": {key: at["value"] for key, at in (span.get("attributes") or {}).items()}}
-            for span in found
+            for span in findings
         ]
 
     @property
@@ -71,8 +71,8 @@ class RecordingTransport(Transport):
 
     def span(self, name: str) -> dict[str, Any]:
         """The one span of that name."""
-        (found,) = [span for span in self.spans if span["name"] == name]
-        return found
+        (result,) = [span for span in self.spans if span["name"] == name]
+        return result
 
 
 def _span(name: Any, op: Any, span: dict[str, Any]) -> dict[str, Any]:

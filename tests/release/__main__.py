@@ -72,15 +72,15 @@ class Report:
 
 def private() -> list[str]:
     """What nobody else's files should have in them: this folder, the home folder, and the host of the package index."""
-    found = [str(ROOT)]
+    findings = [str(ROOT)]
     if len(Path.home().parts) > 2:
-        found.append(str(Path.home()))
+        findings.append(str(Path.home()))
     for name, value in os.environ.items():
         if re.fullmatch(r"UV_(DEFAULT_INDEX|INDEX_URL|INDEX)|PIP_(INDEX_URL|EXTRA_INDEX_URL)", name):
             host = urlsplit(value).hostname
             if host and host not in ("pypi.org", "localhost"):
-                found.append(host)
-    return found
+                findings.append(host)
+    return findings
 
 
 def names_of(requirements: str) -> dict[str, str]:
@@ -184,18 +184,18 @@ def check_archives(report: Report, folder: Path) -> Path:
         "the wheel from the sdist is that wheel", [] if digest(again) == digest(wheel) else [again.name]
     )
     report.tell("what is in them", wrong_contents(sdist) + wrong_contents(wheel))
-    found = {name: (ROOT / name).read_bytes() for name in files}
+    findings = {name: (ROOT / name).read_bytes() for name in files}
     for archive in (sdist, wheel):
-        found |= {f"{archive.name}: {name}": data for name, data in contents(archive).items()}
-    report.tell("nothing of this machine in any file", leaks(found, private()))
+        findings |= {f"{archive.name}: {name}": data for name, data in contents(archive).items()}
+    report.tell("nothing of this machine in any file", leaks(findings, private()))
     twine = [os.environ["STROMA_TOOLS"], "-m", "twine", "check", "--strict", str(sdist), str(wheel)]
     done = subprocess.run(twine, capture_output=True, text=True, check=False)
     report.tell("twine check --strict", [done.stdout + done.stderr] if done.returncode else [])
     bill = bill_of_materials(PROJECT, (HERE / "newest.txt").read_text(), [sdist, wheel])
     beside = {"sbom.cdx.json": bill, "attestation-statement.json": statement([sdist, wheel])}
     PREPARED.mkdir(parents=True, exist_ok=True)
-    for name, made in beside.items():
-        (PREPARED / name).write_text(json.dumps(made, indent=2) + "\n")
+    for name, instance in beside.items():
+        (PREPARED / name).write_text(json.dumps(instance, indent=2) + "\n")
     report.tell(
         f"bill of materials and statement to attest, in {PREPARED.relative_to(ROOT)}",
         wrong_bill(bill, PROJECT),

@@ -64,23 +64,23 @@ def contents(path: Path) -> dict[str, bytes]:
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
             return {name: wheel.read(name) for name in wheel.namelist()}
-    found = {}
+    findings = {}
     with tarfile.open(path) as sdist:
         for member in sdist.getmembers():
             file = sdist.extractfile(member)
             if file is not None:
-                found[member.name.partition("/")[2]] = file.read()
-    return found
+                findings[member.name.partition("/")[2]] = file.read()
+    return findings
 
 
 def wrong_contents(path: Path) -> list[str]:
     """What is missing in an archive, and what should not be there."""
-    found = contents(path)
+    result = contents(path)
     is_wheel = path.suffix == ".whl"
-    wrong = [f"{path.name} has no {name}" for name in (WHEEL if is_wheel else SDIST) if name not in found]
-    if is_wheel and not any(name.endswith("/licenses/LICENSE") for name in found):
+    wrong = [f"{path.name} has no {name}" for name in (WHEEL if is_wheel else SDIST) if name not in result]
+    if is_wheel and not any(name.endswith("/licenses/LICENSE") for name in result):
         wrong.append(f"{path.name} has no licence")
-    for name, data in found.items():
+    for name, data in result.items():
         if len(data) > LARGEST_FILE:
             wrong.append(
                 f"{path.name} has {name} of {len(data)} bytes; leave it out, or make it when it is needed"

@@ -38,14 +38,14 @@ class Advisory(NamedTuple):
 
 def pins(requirements: str) -> list[tuple[str, Version]]:
     """Return the packages that a file of requirements pins, with their versions."""
-    found = re.findall(r"^([\w.-]+)(?:\[[\w,-]+\])?==([\w.!+-]+)", requirements, re.MULTILINE)
-    return [(canonicalize_name(name), Version(version)) for name, version in found]
+    result = re.findall(r"^([\w.-]+)(?:\[[\w,-]+\])?==([\w.!+-]+)", requirements, re.MULTILINE)
+    return [(canonicalize_name(name), Version(version)) for name, version in result]
 
 
 def advisories() -> list[Advisory]:
     """Return the advisories of this project's own list, and those of safety-db where it is installed."""
     listed: Any = json.loads((Path(__file__).with_name("advisories.json")).read_text())["advisories"]
-    found = [
+    findings = [
         Advisory(one["package"], one["id"], SpecifierSet(affected))
         for one in listed
         for affected in one["affected"]
@@ -55,10 +55,10 @@ def advisories() -> list[Advisory]:
         for package, specs in data.INSECURE.items():
             for spec in specs:
                 try:
-                    found.append(Advisory(canonicalize_name(package), "safety-db", SpecifierSet(spec)))
+                    findings.append(Advisory(canonicalize_name(package), "safety-db", SpecifierSet(spec)))
                 except InvalidSpecifier:
                     continue
-    return found
+    return findings
 
 
 def affected(pinned: Iterable[tuple[str, Version]], known: Iterable[Advisory]) -> list[str]:
@@ -79,10 +79,10 @@ def main() -> int:
     known, wrong = advisories(), 0
     for file in PINNED:
         pinned = pins((ROOT / file).read_text())
-        found = affected(pinned, known)
-        wrong += len(found)
-        print(f"{'FAIL' if found else 'ok':4s} {file}: {len(pinned)} releases")
-        for line in found:
+        result = affected(pinned, known)
+        wrong += len(result)
+        print(f"{'FAIL' if result else 'ok':4s} {file}: {len(pinned)} releases")
+        for line in result:
             print(f"     {line}")
     print(f"checked against {len({(one.package, one.id) for one in known})} advisories")
     if importlib.util.find_spec("safety_db") is None:

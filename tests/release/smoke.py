@@ -111,8 +111,8 @@ def cli() -> None:
             "pipeline = Pipeline('double', [double])\n"
         )
         database = str(Path(folder, "runs.db"))
-        told = command("run", f"{folder}/flow.py:pipeline", '{"n": 21}', "--db", database, "--json")
-        assert "42" in told, told
+        report = command("run", f"{folder}/flow.py:pipeline", '{"n": 21}', "--db", database, "--json")
+        assert "42" in report, report
         assert json.loads(command("runs", "--db", database, "--json"))
 
 
@@ -207,11 +207,11 @@ def testing() -> None:
             "def test_it_keeps_its_contract():\n    assert_contract_holds(double, examples=20)\n"
             "def test_time(stroma_clock):\n    StromaRunner.quick().run_sync([double], N(n=1)).raise_for_status()\n"
         )
-        told = subprocess.run(
+        output = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder],
             cwd=folder, capture_output=True, text=True, check=False,
         )  # fmt: skip
-        assert "3 passed" in told.stdout, told.stdout + told.stderr
+        assert "3 passed" in output.stdout, output.stdout + output.stderr
 
 
 def everything() -> None:

@@ -43,23 +43,23 @@ def test_a_url_that_names_no_store_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("value", "text"),
     [
-        ("redis://:secret@host/0", "a str was given as a store; give open_store(url)"),
-        (Path("runs.db"), f"a {type(Path()).__name__} was given as a store; give open_store(url)"),
+        ("redis://:secret@host/0", "store must be a store, got str; pass open_store(url)"),
+        (Path("runs.db"), f"store must be a store, got {type(Path()).__name__}; pass open_store(url)"),
         (
             AsyncInMemoryStore,
-            "the class AsyncInMemoryStore was given as a store; make one of it: AsyncInMemoryStore(...)",
+            "store must be an instance, got the class AsyncInMemoryStore; pass AsyncInMemoryStore(...)",
         ),
-        ({}, "a dict was given as a store; give a store with save, load and delete"),
-        (None, "a NoneType was given as a store; give a store with save, load and delete"),
+        ({}, "store must have save, load and delete, got dict"),
+        (None, "store must have save, load and delete, got NoneType"),
     ],
 )
-def test_what_is_no_store_is_told_when_it_is_given(given: Any, said: str) -> None:
+def test_what_is_no_store_is_told_when_it_is_given(value: Any, text: str) -> None:
     """Not when the first output is to be kept, which is paid for by then; and no password is told with it."""
     with pytest.raises(TypeError) as caught:
-        CheckpointManager(given)
-    assert str(caught.value) == said
+        CheckpointManager(value)
+    assert str(caught.value) == text
 
 
 def test_every_store_is_one() -> None:
@@ -73,10 +73,10 @@ def test_every_store_is_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "given",
+    "value",
     [print, [print], {"on_node_start": print}, "hooks", 5],
     ids=["function", "list", "dict", "text", "number"],
 )
-def test_what_is_no_set_of_hooks_is_told_when_it_is_given(given: Any) -> None:
+def test_what_is_no_set_of_hooks_is_told_when_it_is_given(value: Any) -> None:
     with pytest.raises(TypeError, match=r"is not a set of hooks; make one with NodeHooks\(\.\.\.\)$"):
-        StromaRunner.quick(hooks=given)
+        StromaRunner.quick(hooks=value)

@@ -12,14 +12,14 @@ from stroma import ContractRegistry, NodeContract, RunConfig, map_over, parallel
 from stroma.checkpoint import Committed
 from stroma.contracts.node import find_node
 from stroma.contracts.schema import schema_of
-from stroma.runner.compatibility import Change, changes_since
+from stroma.runner.compatibility import Incompatibility, changes_since
 
 Longer = create_model("Text", text=(str, ...), n=(int, 0))
 
 
-def node(node_id: str, given: type[BaseModel] = Text, **options: Any) -> Any:
+def node(node_id: str, input_model: type[BaseModel] = Text, **options: Any) -> Any:
     contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=Text, output_schema=given, **options
+        node_id=node_id, input_schema=Text, output_schema=input_model, **options
     )
 
     async def func(state: Any) -> Any: ...
@@ -27,16 +27,16 @@ def node(node_id: str, given: type[BaseModel] = Text, **options: Any) -> Any:
     return stroma_node(node_id, contract)(func)
 
 
-def kept(
+def recorded_run(
     node_id: str, group: str = "", model: BaseModel | None = None, output: bytes | None = None
 ) -> Committed:
-    made = model or Text(text="x")
-    schema = schema_of(type(made))
+    instance = model or Text(text="x")
+    schema = schema_of(type(instance))
     contract = f"{schema.fingerprint}:{group}" if group else schema.fingerprint
-    return Committed(node_id, output or schema.encode(made), contract)
+    return Committed(node_id, output or schema.encode(instance), contract)
 
 
-def changes(commits: dict[tuple[int, str], Committed], *nodes: Any, **config: Any) -> list[Change]:
+def changes(commits: dict[tuple[int, str], Committed], *nodes: Any, **config: Any) -> list[Incompatibility]:
     return changes_since("r", commits, [find_node(n) for n in nodes], ContractRegistry(), RunConfig(**config))
 
 
@@ -45,8 +45,8 @@ def test_a_run_of_the_same_nodes_can_be_resumed() -> None:
     grouped = parallel(node("b"), node("c"))
     mapped = map_over("x", node("d"), into="y")
     commits = {
-        (0, ""): kept("a"), (1, "0"): kept("b", grouped.node_id), (1, "1"): kept("c", grouped.node_id),
-        (2, "7"): kept("d", mapped.node_id),
+        (0, ""): recorded_run("a"), (1, "0"): recorded_run("b", grouped.node_id), (1, "1"): recorded_run("c", grouped.node_id),
+        (2, "7"): recorded_run("d", mapped.node_id),
     }  # fmt: skip
     assert changes(commits, node("a"), grouped, mapped) == []
 
@@ -56,11 +56,11 @@ def test_every_change_is_told() -> None:
     """Not only the first one: another node, another schema, a child that is gone, and a pipeline that has become shorter."""
     grouped = parallel(node("b"))
     commits = {
-        (0, ""): kept("old"), (1, "0"): kept("b", "parallel(b, c)"), (1, "1"): kept("c", "parallel(b, c)"),
-        (2, ""): kept("d"), (3, ""): kept("e"),
+        (0, ""): recorded_run("old"), (1, "0"): recorded_run("b", "parallel(b, c)"), (1, "1"): recorded_run("c", "parallel(b, c)"),
+        (2, ""): recorded_run("d"), (3, ""): recorded_run("e"),
     }  # fmt: skip
-    found = changes(commits, node("a"), grouped, node("d", Longer))
-    assert [(change.at, change.node_id) for change in found] == [
+    result = changes(commits, node("a"), grouped, node("d", Longer))
+    assert [(change.at, change.node_id) for change in result] == [
         ("0", "old"), ("1.0", "b"), ("1.1", "c"), ("2", "d"), ("3", "e"),
     ]  # fmt: skip
     words = [
@@ -70,14 +70,14 @@ def test_every_change_is_told() -> None:
         "it lacks 'n', which is new",
         "only 3 nodes",
     ]
-    assert [word for word, change in zip(words, found, strict=True) if word not in change.message] == []
+    assert [word for word, change in zip(words, result, strict=True) if word not in change.message] == []
 
 
 def test_an_upcast_or_allowed_changes_are_no_obstacle() -> None:
     """Outputs that the contract's upcast reads, or that are to be read whatever recorded them, are no change."""
     upcast = node("a", Longer, upcast=lambda raw: {**raw, "n": 1})
-    assert changes({(0, ""): kept("a")}, upcast) == []
-    assert changes({(0, ""): kept("a")}, node("a", Longer), allow_changes=True) == []
+    assert changes({(0, ""): recorded_run("a")}, upcast) == []
+    assert changes({(0, ""): recorded_run("a")}, node("a", Longer), allow_changes=True) == []
 
 
 def test_what_cannot_be_read_back_is_told() -> None:
@@ -86,11 +86,11 @@ def test_what_cannot_be_read_back_is_told() -> None:
     def broken(raw: Any) -> Any:
         raise LookupError("no such key")
 
-    (change,) = changes({(0, ""): kept("a")}, node("a", Longer, upcast=broken))
+    (change,) = changes({(0, ""): recorded_run("a")}, node("a", Longer, upcast=broken))
     assert "no such key" in change.message
     assert "resume from there" in change.message
-    (change,) = changes({(0, ""): kept("a", output=b'{"text": 5}')}, node("a"))
+    (change,) = changes({(0, ""): recorded_run("a", output=b'{"text": 5}')}, node("a"))
     assert change.at == "0"
     needs = create_model("Text", text=(str, ...), n=(int, ...))
-    (change,) = changes({(0, ""): kept("a")}, node("a", needs), allow_changes=True)
+    (change,) = changes({(0, ""): recorded_run("a")}, node("a", needs), allow_changes=True)
     assert "Field required" in change.message

@@ -124,7 +124,7 @@ async def test_items_of_a_map_that_is_tried_again() -> None:
     runner = StromaRunner.quick(policy_map=NEVER, node_policies={mapped.node_id: ONCE})
     result = await runner.run([mapped], Many(items=[Num(n=1), Num(n=2), Num(n=3)]))
     assert result.final_state is not None
-    assert [made.m for made in result.final_state.made] == [10, 20, 30]
+    assert [instance.m for instance in result.final_state.made] == [10, 20, 30]
     assert calls == [1, 2, 2, 3]
 
 
@@ -174,10 +174,10 @@ async def test_a_group_whose_child_was_not_kept_is_not_tried_again() -> None:
 async def test_siblings_of_what_crossed_a_limit_finish(deep: bool) -> None:
     """What is in flight was paid for: it is kept, also beside a group inside of which the limit was crossed."""
     calls: list[str] = []
-    begun, spent = asyncio.Event(), asyncio.Event()
+    started, spent = asyncio.Event(), asyncio.Event()
 
     async def slow(state: Num) -> Any:
-        begun.set()
+        started.set()
         await spent.wait()
         for _ in range(10):
             await asyncio.sleep(0)
@@ -185,10 +185,10 @@ async def test_siblings_of_what_crossed_a_limit_finish(deep: bool) -> None:
         return {"m": 1}
 
     async def spends(state: Num) -> Any:
-        await begun.wait()
+        await started.wait()
         return {"n": 1}, 11
 
-    async def told(*_: Any) -> None:
+    async def raise_from_hook(*_: Any) -> None:
         spent.set()
 
     inner = node("a", spends)
@@ -196,7 +196,7 @@ async def test_siblings_of_what_crossed_a_limit_finish(deep: bool) -> None:
     store = AsyncInMemoryStore()
     runner = StromaRunner.quick(
         store=store, policy_map=ONCE, node_policies={outer.node_id: ONCE},
-        budget=ExecutionBudget(max_tokens_total=10), hooks=NodeHooks(on_node_failure=told),
+        budget=ExecutionBudget(max_tokens_total=10), hooks=NodeHooks(on_node_failure=raise_from_hook),
     )  # fmt: skip
     result = await runner.run([outer], Num(), run_id="r")
     assert (result.status, calls, len(result.trace)) == (RunStatus.PARTIAL, ["slow"], 1)
@@ -299,10 +299,10 @@ async def test_a_group_that_goes_on_runs_what_is_left() -> None:
 
 async def test_where_a_restored_node_stands_is_told() -> None:
     """The hook of a skipped node finds the place it has in the run, and nothing of an attempt."""
-    store, told = AsyncInMemoryStore(), list[str]()
+    store, events = AsyncInMemoryStore(), list[str]()
 
     async def skipped(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        told.append(
+        events.append(
             f"{node_id} {state} @ {here().kind} {here().position} [{here().branch}] #{here().attempt}"
         )
 
@@ -314,7 +314,7 @@ async def test_where_a_restored_node_stands_is_told() -> None:
     await StromaRunner.quick(store=store, policy_map=NEVER).run(nodes, Num(), run_id="r")
     runner = StromaRunner.quick(store=store, policy_map=NEVER, hooks=NodeHooks(on_node_skipped=skipped))
     await runner.run(nodes, Num(), run_id="r", resume=True)
-    assert told == ["z {'n': 3} @ node 0 [] #0", "parallel(a) {'n': 1} @ group 1 [] #0"]
+    assert events == ["z {'n': 3} @ node 0 [] #0", "parallel(a) {'n': 1} @ group 1 [] #0"]
 
 
 # ---------------------------------------------------------------- groups of plain code

@@ -142,8 +142,8 @@ async def test_a_budget_of_time_counts_functions_and_no_waits() -> None:
 
 @pytest.fixture(params=STORES)
 def store(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with store_of(request.param) as made:
-        yield made
+    with store_of(request.param) as instance:
+        yield instance
 
 
 @pytest.mark.slow
@@ -153,13 +153,13 @@ async def test_stores_have_both_times_and_count_that_of_functions(store: Any) ->
     result = await runner.run([parallel(a)], Item(), run_id="r")
     (group,) = result.trace
     attempts = await asyncio.to_thread(store.attempts_at, "r", 0, "")
-    (kept,) = attempts
-    assert int(kept.duration_ms) == group.duration_ms
-    assert int(kept.function_ms) == group.function_ms
-    assert (kept.group_id, kept.branch) == (None, "")
+    (entry,) = attempts
+    assert int(entry.duration_ms) == group.duration_ms
+    assert int(entry.function_ms) == group.function_ms
+    assert (entry.group_id, entry.branch) == (None, "")
     inner = await asyncio.to_thread(store.attempts_at, "r", 0, "0")
     assert [one.group_id for one in inner] == ["parallel(a)"] * 2
     assert [one.function_ms for one in inner] == [one.duration_ms for one in inner]
     record = await asyncio.to_thread(store.get_run, "r")
     assert record is not None
-    assert record.latency_ms == pytest.approx(kept.function_ms, abs=0.01)
+    assert record.latency_ms == pytest.approx(entry.function_ms, abs=0.01)

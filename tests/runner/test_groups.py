@@ -369,7 +369,7 @@ async def test_idempotency_keys_of_children_differ() -> None:
     a = node("a", note)
     await quick().run([parallel(a, a, parallel(a, a)), a], Num())
     assert len(keys) == 5
-    assert all(len(found) == 1 for found in keys.values())
+    assert all(len(result) == 1 for result in keys.values())
     assert len(set().union(*keys.values())) == 5
 
 
@@ -1143,8 +1143,8 @@ async def test_map_over_what_no_class_names_the_fields_of(contract: Any, returne
     result = await quick().run([first, group, last], Num())
     assert result.status is RunStatus.COMPLETED, result.failure
     (state,) = given
-    kept = returned if isinstance(returned, dict) else {"items": ["a", "b"], "other": "kept"}
-    assert {name: getattr(state, name) for name in kept} == kept
+    entry = returned if isinstance(returned, dict) else {"items": ["a", "b"], "other": "kept"}
+    assert {name: getattr(state, name) for name in entry} == entry
     assert state.out == [Word(word="A"), Word(word="B")]
     assert set(await group(Items(items=["a"]))) == {"items", "other", "out"}
 

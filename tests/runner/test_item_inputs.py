@@ -38,8 +38,8 @@ class Part(BaseModel):
 
 @pytest.fixture(params=STORES)
 def store(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with store_of(request.param) as made:
-        yield made
+    with store_of(request.param) as instance:
+        yield instance
 
 
 def batch(count: int) -> Batch:
@@ -88,20 +88,20 @@ async def test_an_item_has_its_own_input_in_every_store(shape: str, store: Any) 
     runner = StromaRunner.quick(store=store)
     if shape == "map of maps" and "Memory" in type(store).__name__:
         pytest.skip("a memory store does not read the state of a map of maps back")
-    given = batch(3)
-    result = await runner.run([nodes_of(runner)[shape]], given, run_id="r")
+    argument = batch(3)
+    result = await runner.run([nodes_of(runner)[shape]], argument, run_id="r")
     assert result.status is RunStatus.COMPLETED
     events = {event.branch: event for event in result.trace.walk()}
 
     def look() -> None:
         history = History(store)
-        found = attempts_of(history)
-        whole = given.model_dump()
+        match = attempts_of(history)
+        whole = argument.model_dump()
         for branch, wanted in SHAPES[shape].items():
             value: Any = whole if wanted == "all" else wanted
             if wanted.startswith("item "):
                 value = whole["items"][int(wanted[5:])]
-            held = history.given_to("r", found[branch])
+            held = history.input_of("r", match[branch])
             assert (held.value, held.problem) == (value, None)
             record = history.run("r")
             assert record is not None
@@ -117,7 +117,7 @@ async def test_an_item_has_its_own_input_in_every_store(shape: str, store: Any) 
 async def test_an_item_of_a_group_that_has_not_ended_has_its_own_input(store: Any) -> None:
     """The same while the map is under way, or after its process died: the group itself is not recorded yet."""
     runner = StromaRunner.quick(store=store)
-    given, seen = batch(3), asyncio.Event()
+    value, seen = batch(3), asyncio.Event()
 
     @runner.node("slow", input=Item, output=Count)
     async def slow(item: Item) -> Any:
@@ -127,13 +127,13 @@ async def test_an_item_of_a_group_that_has_not_ended_has_its_own_input(store: An
         return {"n": 1}
 
     task = asyncio.ensure_future(
-        runner.run([map_over("items", slow, into="out", max_concurrency=1)], given, run_id="r")
+        runner.run([map_over("items", slow, into="out", max_concurrency=1)], value, run_id="r")
     )
     await seen.wait()
     history = History(store)
-    found = await asyncio.to_thread(attempts_of, history)
-    held = await asyncio.to_thread(history.given_to, "r", found["1"])
-    assert held.value == given.model_dump()["items"][1]
+    result = await asyncio.to_thread(attempts_of, history)
+    held = await asyncio.to_thread(history.input_of, "r", result["1"])
+    assert held.value == value.model_dump()["items"][1]
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
@@ -160,7 +160,7 @@ async def test_items_that_are_not_in_the_state_are_said_to_be_elsewhere(store: A
         def look(run_id: str = run_id) -> Any:
             history = History(store)
             (item,) = [one for one in history.attempts(run_id, 10)[0] if one.branch]
-            return history.given_to(run_id, item)
+            return history.input_of(run_id, item)
 
         held = await asyncio.to_thread(look)
         assert held.value is None

@@ -180,8 +180,8 @@ async def test_from_a_function_into_the_journal(store: Any, doubler: Doubler, ki
     result = await runner.run([work], State(nums=list(range(450))))
     assert result.status is RunStatus.COMPLETED, result.failure
     assert closed == ([True] if kind == "async" else [])
-    found = [pair async for pair in runner.map_outputs("run", work)]
-    assert found == [(n, Made(twice=2 * n)) for n in range(450)]
+    findings = [pair async for pair in runner.map_outputs("run", work)]
+    assert findings == [(n, Made(twice=2 * n)) for n in range(450)]
 
 
 async def test_outputs_without_a_contract(store: Any, tmp_path: Path) -> None:
@@ -438,24 +438,24 @@ async def test_a_file_that_changes_while_it_is_read(tmp_path: Path, doubler: Dou
 @pytest.mark.core
 async def test_a_source_that_gives_something_else_is_refused(store: Any, doubler: Doubler) -> None:
     """A function that gives another item, or fewer of them, than those that are done is PipelineChanged."""
-    given = [{"n": n} for n in range(20)]
+    inputs = [{"n": n} for n in range(20)]
 
     def gives(state: State) -> Any:
-        return iter(given)
+        return iter(inputs)
 
     doubler.failing = {15}
     work = map_over(gives, doubler.node, into=Journal(), max_concurrency=1)
     runner = quick(store)
     await runner.run([work], State())
     doubler.failing = set()
-    given[3] = {"n": 77}
+    inputs[3] = {"n": 77}
     with pytest.raises(PipelineChanged, match="item 3 that gives returns differs from the recorded one"):
         await runner.run([work], State(), resume=True)
-    given[3:] = []
-    given += [{"n": 3}]
+    inputs[3:] = []
+    inputs += [{"n": 3}]
     with pytest.raises(PipelineChanged, match="there are only 4 items where there were more"):
         await runner.run([work], State(), resume=True)
-    given[:] = [{"n": n} for n in range(25)]
+    inputs[:] = [{"n": n} for n in range(25)]
     result = await runner.run([work], State(), resume=True)
     assert result.status is RunStatus.RESUMED, result.failure
     assert len([1 async for _ in runner.map_outputs("run", work)]) == 25
@@ -639,13 +639,13 @@ async def test_ends_of_items_are_told_again(
     work = map_over(
         JsonLines(write(tmp_path / "in", range(6))), doubler.node, into=Journal(), max_concurrency=1
     )
-    told: list[tuple[str, Any]] = []
+    events: list[tuple[str, Any]] = []
 
     async def success(run_id: str, node_id: str, state: Any, tokens: int) -> None:
         here = current_node()
         assert here is not None
         if here.redelivered:
-            told.append((here.branch, state))
+            events.append((here.branch, state))
 
     async with SQLiteStore(tmp_path / "runs.db") as store:
         runner = quick(store, hooks=NodeHooks(on_node_success=success), hook_delivery="at_least_once")
@@ -656,7 +656,7 @@ async def test_ends_of_items_are_told_again(
         doubler.failing = set()
         result = await runner.run([work], State(), resume=True)
     assert result.status is RunStatus.RESUMED, result.failure
-    assert told == [(str(n), {"twice": 2 * n}) for n in range(3)]
+    assert events == [(str(n), {"twice": 2 * n}) for n in range(3)]
 
 
 # ---------------------------------------------------------------------- collecting failures
@@ -689,10 +689,10 @@ async def test_failures_are_collected(store: Any, tmp_path: Path, doubler: Doubl
     elif into == "file":
         assert (read(out), read(tmp_path / "out.failures.jsonl")) == (doubled(well), wanted)
     else:
-        found = [pair async for pair in runner.map_outputs("run", work)]
-        assert [index for index, _ in found] == list(range(10))
-        assert [v.model_dump() for _, v in found if isinstance(v, ItemFailure)] == wanted
-        assert [v.model_dump() for _, v in found if not isinstance(v, ItemFailure)] == doubled(well)
+        findings = [pair async for pair in runner.map_outputs("run", work)]
+        assert [index for index, _ in findings] == list(range(10))
+        assert [v.model_dump() for _, v in findings if isinstance(v, ItemFailure)] == wanted
+        assert [v.model_dump() for _, v in findings if not isinstance(v, ItemFailure)] == doubled(well)
     assert result.total_tokens == 3 * 8
 
 
@@ -718,9 +718,9 @@ async def test_failed_items_are_run_again_if_asked(
     runner = quick(store)
     await runner.run(work, State())
     doubler.failing = {7}
-    kept = await runner.run(work, State(), resume=True)
-    assert (kept.status, doubler.calls.total(), len(after)) == (RunStatus.RESUMED, 10, 1)
-    assert kept.failed_items == 2  # Of maps that are restored, too.
+    entry = await runner.run(work, State(), resume=True)
+    assert (entry.status, doubler.calls.total(), len(after)) == (RunStatus.RESUMED, 10, 1)
+    assert entry.failed_items == 2  # Of maps that are restored, too.
     returned = await runner.run(work, State(), if_exists="return")
     assert (returned.status, returned.failed_items) == (RunStatus.COMPLETED, 2)
     again = await runner.run(work, State(), resume=True, retry_failed_items=True)
@@ -966,11 +966,11 @@ async def test_stores_and_runs_without_items(tmp_path: Path, doubler: Doubler) -
     assert "Simple has no journal, so the items of a map cannot be read back" in result.failure.message
     assert doubler.calls == {}
     runner = quick(AsyncInMemoryStore())
-    kept = map_over("nums", doubler.node, into=Journal())
+    entry = map_over("nums", doubler.node, into=Journal())
     doubler.failing = {1}
-    await runner.run([kept], State(nums=[1]))
+    await runner.run([entry], State(nums=[1]))
     with pytest.raises(CheckpointNotFound, match=r"has no completed map"):
-        _ = [1 async for _ in runner.map_outputs("run", kept)]
+        _ = [1 async for _ in runner.map_outputs("run", entry)]
     with pytest.raises(TypeError, match="is not a map whose outputs are in the journal"):
         _ = [1 async for _ in runner.map_outputs("run", map_over("nums", doubler.node, into="made"))]
     with pytest.raises(TypeError, match="is not a map whose outputs are in the journal"):
@@ -980,8 +980,8 @@ async def test_stores_and_runs_without_items(tmp_path: Path, doubler: Doubler) -
 async def test_by_hand(tmp_path: Path, doubler: Doubler) -> None:
     """Called by hand a map gathers any source into a field; what needs a journal says so."""
     work = map_over(JsonLines(write(tmp_path / "in", range(3))), doubler.node, into="made")
-    made = await work(State())
-    assert [one[0] if isinstance(one, tuple) else one for one in made["made"]] == doubled(range(3))
+    instance = await work(State())
+    assert [one[0] if isinstance(one, tuple) else one for one in instance["made"]] == doubled(range(3))
     with pytest.raises(TypeError, match="cannot be called directly; run it with a runner"):
         await map_over("nums", doubler.node, into=Journal())(State())
 
@@ -998,23 +998,23 @@ async def test_progress(store: Any, tmp_path: Path, doubler: Doubler, into: str)
     work = map_over(source, doubler.node, into=target, on_item_failure="collect", max_concurrency=1)
     await quick(store, budget=ExecutionBudget(max_tokens_total=60)).run([work], State())
     doubler.failing = {40}
-    told: list[MapProgress] = []
+    events: list[MapProgress] = []
 
-    async def progress(run_id: str, node_id: str, said: MapProgress) -> None:
+    async def progress(run_id: str, node_id: str, text: MapProgress) -> None:
         here = current_node()
         assert here is not None
         assert (run_id, node_id, here.node_id) == ("run", work.node_id, work.node_id)
-        told.append(said)
+        events.append(text)
         raise ValueError("hooks change nothing")
 
     result = await quick(store, hooks=NodeHooks(on_map_progress=progress)).run([work], State(), resume=True)
     assert result.status is RunStatus.RESUMED, result.failure
-    first, last = told[0], told[-1]
+    first, last = events[0], events[-1]
     assert (first.done, first.total, first.ended) == (0, 50, False)
     assert (last.done, last.total, last.failed, last.restored, last.ended) == (50, 50, 1, 21, True)
-    assert [one.done for one in told] == sorted(one.done for one in told)
+    assert [one.done for one in events] == sorted(one.done for one in events)
     assert last.rate > 0
-    assert len(told) <= 3 + last.elapsed_seconds / 0.2
+    assert len(events) <= 3 + last.elapsed_seconds / 0.2
 
 
 @pytest.mark.core
@@ -1134,8 +1134,8 @@ async def test_a_map_as_a_step_of_plain_code(tmp_path: Path, doubler: Doubler) -
     async with SQLiteStore(tmp_path / "runs.db") as store:
 
         def context(**config: Any) -> ReliabilityContext:
-            made = RunConfig(run_id="run", policy_map=NEVER, **config)
-            return ReliabilityContext.for_run(made, ContractRegistry(), CheckpointManager(store))
+            instance = RunConfig(run_id="run", policy_map=NEVER, **config)
+            return ReliabilityContext.for_run(instance, ContractRegistry(), CheckpointManager(store))
 
         async with context() as ctx:
             first = await execute_step(work.node_id, work, State(), ctx)
@@ -1162,7 +1162,7 @@ def test_what_the_checker_says(doubler: Doubler) -> None:
         map_over(lambda state: [], doubler.node, into=Journal()),
     ):
         assert runner.check([first, work, after]) == []
-    kinds = [found.kind for found in runner.check([first, map_over("none", doubler.node, into=Journal())])]
+    kinds = [result.kind for result in runner.check([first, map_over("none", doubler.node, into=Journal())])]
     assert kinds == ["missing"]
     collected = map_over("nums", doubler.node, into="made", on_item_failure="collect")
 

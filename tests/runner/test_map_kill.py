@@ -18,9 +18,9 @@ def test_killed_at_random_each_item_is_committed_once(tmp_path: Path) -> None:
     measure.mkdir()
     (measure / "in.jsonl").write_text("".join(f'{{"n": {n}}}\n' for n in range(ITEMS)))
     process = items.start(f"sqlite:///{measure}/runs.db", measure)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     assert process.communicate()[0].split()[0] == b"5", process.returncode
-    whole = time.perf_counter() - begun
+    whole = time.perf_counter() - started
 
     kills = 0
     for number in range(4):

@@ -67,7 +67,7 @@ async def test_a_store_says_where_an_attempt_failed(store: Any) -> None:
     policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
     runner = StromaRunner.quick(store=store, policy_map=policies)
     await runner.run([stroma_node("bad", contract)(bad)], Num(), run_id="r")
-    trouble = store.trouble_of("r", 0)
+    trouble = store.failure_site_of("r", 0)
     assert trouble is not None
     frame = trouble.own[-1]
     assert (trouble.attempt, frame.file, frame.name) == (2, __file__, "bad")
@@ -164,14 +164,14 @@ async def test_steps_of_a_cancelled_run_are_not_called(store: Any) -> None:
 async def test_a_run_whose_loop_was_closed_can_be_cancelled(tmp_path: Path) -> None:
     """A run that was left behind in a closed event loop is nobody's once somebody asks for its end."""
     async with SQLiteStore(tmp_path / "runs.db") as store:
-        work, kept = Work(), []
+        work, entries = Work(), []
 
         def leave() -> None:
             loop = asyncio.new_event_loop()
 
             async def begin() -> None:
                 work.gate, work.inside = asyncio.Event(), asyncio.Event()
-                kept.append(asyncio.create_task(quick(store).run(work.nodes, Num(), run_id="r")))
+                entries.append(asyncio.create_task(quick(store).run(work.nodes, Num(), run_id="r")))
                 await work.inside.wait()
 
             loop.run_until_complete(begin())
@@ -185,7 +185,7 @@ async def test_a_run_whose_loop_was_closed_can_be_cancelled(tmp_path: Path) -> N
                 await asyncio.sleep(0.05)
         assert await quick(store).cancel("r")
         assert store.get_run("r").status == "CANCELLED"  # type: ignore[union-attr]
-        kept[0]._log_destroy_pending = False
+        entries[0]._log_destroy_pending = False
 
 
 async def test_a_run_that_nobody_holds_is_cancelled_at_once(store: Any) -> None:
@@ -315,16 +315,16 @@ async def test_many_runs(store: Any) -> None:
 
     contract: NodeContract[Any, Any] = NodeContract(node_id="x", input_schema=Num, output_schema=Num)
     nodes = [stroma_node("x", contract)(func)]
-    told: list[int] = []
+    events: list[int] = []
     outcomes = await quick(store).run_many(
         nodes,
         (Num(n=i) if i != 5 else None for i in range(20)),  # type: ignore[misc]
         max_concurrency=4,
         run_ids=lambda number, state: f"run {number}",
-        on_result=lambda number, outcome: told.append(number),
+        on_result=lambda number, outcome: events.append(number),
     )
     assert most == 4
-    assert sorted(told) == list(range(20))
+    assert sorted(events) == list(range(20))
     assert isinstance(outcomes[5], TypeError)
     for i, outcome in enumerate(outcomes):
         if i != 5:
@@ -523,11 +523,11 @@ async def test_a_shutdown_waits_for_runs_not_for_what_comes_after_them(store: An
 async def test_a_shutdown_ends_run_many(store: Any, drain_seconds: float) -> None:
     """After a shutdown run_many begins no further run, and gives what became of those that it had begun."""
     work, runner = Work(), quick(store)
-    begun: list[int] = []
+    starts: list[int] = []
 
     def inputs() -> Any:
         for n in range(100):
-            begun.append(n)
+            starts.append(n)
             yield Num(n=n)
 
     task = asyncio.create_task(
@@ -539,7 +539,7 @@ async def test_a_shutdown_ends_run_many(store: Any, drain_seconds: float) -> Non
     await runner.shutdown(drain_seconds=drain_seconds)
     outcomes = await task
     assert [getattr(outcome, "status", outcome) for outcome in outcomes] == [RunStatus.INTERRUPTED] * 3
-    assert begun == [0, 1, 2]
+    assert starts == [0, 1, 2]
     assert "c" not in work.calls
 
 
@@ -634,10 +634,10 @@ async def test_what_run_many_is_given_may_raise(store: Any) -> None:
     with pytest.raises(LookupError, match="no more"):
         await runner.run_many(work.nodes, inputs())
 
-    def told(number: int, outcome: Any) -> None:
+    def on_outcome(number: int, outcome: Any) -> None:
         raise LookupError("not so")
 
     work.gate.set()
     with pytest.raises(LookupError, match="not so"):
-        await runner.run_many(work.nodes, [Num(), Num()], on_result=told)
+        await runner.run_many(work.nodes, [Num(), Num()], on_result=on_outcome)
     assert len(asyncio.all_tasks()) == 1

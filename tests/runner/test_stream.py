@@ -52,7 +52,7 @@ def node(name: str, func: Any = None, *, gives: Any = None) -> Any:
 quick = partial(StromaRunner.quick, policy_map=ONCE)
 
 
-def told(events: list[StreamEvent]) -> list[tuple[str, str | None]]:
+def summary_of(events: list[StreamEvent]) -> list[tuple[str, str | None]]:
     return [(event.kind, event.node_id) for event in events]
 
 
@@ -78,7 +78,7 @@ async def test_events_in_order_and_the_result_at_the_end() -> None:
     runner = quick(run_id="run")
     stream = runner.stream([node("a"), node("b", flaky)], Num(n=1))
     events = [event async for event in stream]
-    assert told(events) == [
+    assert summary_of(events) == [
         ("run_start", None), ("node_start", "a"), ("node_success", "a"), ("node_start", "b"), ("node_failure", "b"),
         ("node_retry", "b"), ("node_start", "b"), ("node_success", "b"), ("run_end", None),
     ]  # fmt: skip
@@ -138,13 +138,13 @@ async def test_suspended_skipped_cancelled_and_budgets_are_told(tmp_path: Path) 
         runner = quick(store=store, run_id="run", budget=ExecutionBudget(max_tokens_total=6))
         nodes = [node("a"), node("b", asks)]
         first = [event async for event in runner.stream(nodes, Num())]
-        assert ("node_suspended", "b") in told(first)
+        assert ("node_suspended", "b") in summary_of(first)
         assert next(e for e in first if e.kind == "node_suspended").details == {"reason": "may I?"}
         assert next(e for e in first if e.kind == "budget_warning").details == {
             "dimension": "tokens", "used": 5, "limit": 6,
         }  # fmt: skip
         again = [event async for event in runner.stream(nodes, Num(), resume=True)]
-        assert told(again)[1] == ("node_skipped", "a")
+        assert summary_of(again)[1] == ("node_skipped", "a")
         assert again[1].state == {"n": 1}
         assert again[-1].result is not None
         assert again[-1].result.status is RunStatus.SUSPENDED
@@ -258,7 +258,7 @@ async def test_reading_may_time_out_and_go_on() -> None:
                 go.set()
             except StopAsyncIteration:
                 break
-    assert told(events) == [
+    assert summary_of(events) == [
         ("run_start", None), ("node_start", "a"), ("node_success", "a"), ("run_end", None),
     ]  # fmt: skip
 
@@ -310,7 +310,7 @@ async def test_a_reader_that_leaves_ends_the_run(tmp_path: Path, way: str) -> No
                     raise KeyError
         elif way == "cancelled":
             task = asyncio.create_task(consume(runner, nodes))
-            await until(lambda: runner._live and slow_started(runner))
+            await until(lambda: runner._live.runs and slow_started(runner))
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -324,7 +324,7 @@ async def test_a_reader_that_leaves_ends_the_run(tmp_path: Path, way: str) -> No
                 if event.node_id == "slow":
                     break
             gc.collect()
-        await until(lambda: not runner._live)
+        await until(lambda: not runner._live.runs)
         assert slow.ends == ["cancelled"]
         record = store.get_run("run")
         assert record is not None
@@ -349,7 +349,7 @@ async def consume(runner: StromaRunner, nodes: Any) -> None:
 
 
 def slow_started(runner: StromaRunner) -> bool:
-    (run,) = runner._live
+    (run,) = runner._live.runs
     return len(run.ctx.trace) == 1
 
 
@@ -368,7 +368,7 @@ async def test_a_detached_run_goes_on(way: str) -> None:
     gc.collect()
     await asyncio.sleep(0)
     slow.go.set()
-    await until(lambda: not runner._live)
+    await until(lambda: not runner._live.runs)
     record = store.get_run("run")
     assert record is not None
     assert (record.status, slow.ends) == ("COMPLETED", ["done"])
@@ -392,27 +392,27 @@ async def test_leaving_before_the_beginning() -> None:
     dropped = runner.stream([node("a")], Num())
     del dropped
     gc.collect()
-    assert not runner._live
+    assert not runner._live.runs
     async with runner.stream([node("a")], Num()):
         pass  # Left at once: it may or may not have begun.
-    assert not runner._live
+    assert not runner._live.runs
 
 
 def test_a_stream_outlives_its_loop(tmp_path: Path) -> None:
     """A stream that is thrown away after its event loop was closed does no harm, and the run is free."""
     slow: Any = None
-    kept = []
+    entries = []
 
     async def main() -> None:
         nonlocal slow
         slow = Slow()
         stream = quick(store=store, run_id="run").stream([slow.node], Num())
         await read_until_slow(stream)
-        kept.append(stream)
+        entries.append(stream)
 
     with SQLiteStore(tmp_path / "runs.db") as store:
         asyncio.run(main())
-        kept.clear()
+        entries.clear()
         gc.collect()
         record = store.get_run("run")
         assert record is not None
@@ -449,7 +449,7 @@ async def test_what_run_raises_comes_out() -> None:
     with pytest.raises(TypeError, match="is not async"):
         async for event in wrong.stream([node("a")], Num()):
             events.append(event)
-    assert told(events)[-1] == ("run_end", None)
+    assert summary_of(events)[-1] == ("run_end", None)
 
 
 async def test_a_failed_run_is_an_event() -> None:
@@ -483,12 +483,12 @@ async def test_two_readers() -> None:
     two = one.tee()
     await read_until_slow(one)
     await one.aclose()
-    assert runner._live
+    assert runner._live.runs
     late = two.tee()
     slow.go.set()
     all_of_them = [event async for event in two]
-    assert told(all_of_them)[0] == ("run_start", None)
-    assert told(all_of_them)[-1] == ("run_end", None)
+    assert summary_of(all_of_them)[0] == ("run_start", None)
+    assert summary_of(all_of_them)[-1] == ("run_end", None)
     rest = [event async for event in late]
     assert [event.number for event in rest] == [event.number for event in all_of_them][-len(rest) :]
     assert two.result.status is RunStatus.COMPLETED

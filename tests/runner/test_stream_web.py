@@ -50,14 +50,14 @@ async def test_a_run_over_http(site: tuple[Any, str]) -> None:
         assert "EventSource" in (await client.get(url)).text
         async with client.stream("GET", f"{url}/runs?topic=owls") as response:
             assert response.headers["content-type"].startswith("text/event-stream")
-            found = [event async for event in events(response)]
-    assert [event["number"] for event in found] == list(range(1, len(found) + 1))
-    kinds = [event["kind"] for event in found]
+            findings = [event async for event in events(response)]
+    assert [event["number"] for event in findings] == list(range(1, len(findings) + 1))
+    kinds = [event["kind"] for event in findings]
     assert (kinds[0], kinds[-1]) == ("run_start", "run_end")
     assert kinds.count("node_start") == kinds.count("node_success") == 12
-    assert found[-1]["details"]["status"] == "COMPLETED"
-    assert len(found[-1]["details"]["final_state"]["answers"]) == 10
-    assert not module.runner._live
+    assert findings[-1]["details"]["status"] == "COMPLETED"
+    assert len(findings[-1]["details"]["final_state"]["answers"]) == 10
+    assert not module.runner._live.runs
 
 
 async def test_a_browser_that_leaves(site: tuple[Any, str]) -> None:
@@ -70,7 +70,7 @@ async def test_a_browser_that_leaves(site: tuple[Any, str]) -> None:
             if event["kind"] == "node_success" and event["node_id"] == "answer":
                 break
     async with asyncio.timeout(60):
-        while module.runner._live:
+        while module.runner._live.runs:
             await asyncio.sleep(0.01)
     store = module.runner.checkpoint_manager.store
     record = await asyncio.to_thread(store.get_run, run_id)

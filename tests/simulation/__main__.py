@@ -80,28 +80,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes that share the work"
     )
-    given = parser.parse_args(argv)
-    faults, seeds = tuple(given.fault), range(given.first, given.first + given.seeds)
+    value = parser.parse_args(argv)
+    faults, seeds = tuple(value.fault), range(value.first, value.first + value.seeds)
     began = time.monotonic()
-    if given.seeds == 1:
-        world = simulate(given.first, *faults)
+    if value.seeds == 1:
+        world = simulate(value.first, *faults)
         print(explain(world))
         return 1 if world.problems else 0
     portions = [seeds[first : first + PORTION] for first in range(0, len(seeds), PORTION)]
-    found: list[Outcome] = []
-    with concurrent.futures.ProcessPoolExecutor(given.workers) as pool:
+    findings: list[Outcome] = []
+    with concurrent.futures.ProcessPoolExecutor(value.workers) as pool:
         for outcome in pool.map(look, portions, [faults] * len(portions)):
-            found.append(outcome)
+            findings.append(outcome)
             for seed, problems in outcome.broken:
                 print(f"seed {seed}: {'; '.join(problems)}", file=sys.stderr, flush=True)
-            if sum(len(one.broken) for one in found) >= MOST_SHOWN:
+            if sum(len(one.broken) for one in findings) >= MOST_SHOWN:
                 pool.shutdown(cancel_futures=True)
                 break
-    struck: Counter[str] = sum((one.faults for one in found), Counter())
-    broken = [seed for one in found for seed, _ in one.broken]
+    struck: Counter[str] = sum((one.faults for one in findings), Counter())
+    broken = [seed for one in findings for seed, _ in one.broken]
     print(
-        f"{sum(one.seeds for one in found)} seeds in {time.monotonic() - began:.0f} s, "
-        f"{sum(one.events for one in found)} events, {len(broken)} broken"
+        f"{sum(one.seeds for one in findings)} seeds in {time.monotonic() - began:.0f} s, "
+        f"{sum(one.events for one in findings)} events, {len(broken)} broken"
     )
     print("struck: " + ", ".join(f"{count} x {fault}" for fault, count in sorted(struck.items())))
     if broken:

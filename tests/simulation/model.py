@@ -68,20 +68,20 @@ class _Run:
         self.events, self.rewound = self.effective(events)
         self.journaled = 0
         rows: Any = world.database.rows()
-        found = rows.find(run_id)
-        if found is None or not found.execution:
+        result = rows.find(run_id)
+        if result is None or not result.execution:
             if any(event[2] == "ack" for event in self.events):
                 self.problems.append("it is not in the store, and had an acknowledged commit")
             return
-        self.found = found
-        attempts = [attempt for attempt, _ in rows.attempts(found.run, found.execution)]
+        self.found = result
+        attempts = [attempt for attempt, _ in rows.attempts(result.run, result.execution)]
         self.outputs = {
             f"{row.position}:{row.branch}": json.loads(row.step.output)
-            for row in rows.steps(found.run, found.execution)
+            for row in rows.steps(result.run, result.execution)
         }
         self.journaled = sum(attempt.tokens for attempt in attempts)
-        if found.tokens != self.journaled:
-            self.problems.append(f"its row has {found.tokens} tokens, its attempts {self.journaled}")
+        if result.tokens != self.journaled:
+            self.problems.append(f"its row has {result.tokens} tokens, its attempts {self.journaled}")
         self.one_history()
         self.comes_to_an_end()
         self.nothing_lost()
@@ -103,26 +103,26 @@ class _Run:
         undone = {index for index in range(copied, restored) if events[index][2] in _OF_STORE}
         if not undone:
             return events, False
-        kept = [(index, event) for index, event in enumerate(events) if event[2] == "kept"]
-        told: dict[tuple[str, int], str] = {}
+        entries = [(index, event) for index, event in enumerate(events) if event[2] == "kept"]
+        reports: dict[tuple[str, int], str] = {}
         late: list[tuple[Any, ...]] = []
         for index, event in enumerate(events):
             _, who, what, _, *more = event
             if what == "ack":
-                of = [(i, it) for i, it in kept if i < index and it[1] == who and it[5] == more[0]]
+                of = [(i, it) for i, it in entries if i < index and it[1] == who and it[5] == more[0]]
                 if of and of[-1][0] in undone:
                     undone.add(index)
                     if index < restored:
-                        told[who, of[-1][1][4]] = more[0]
+                        reports[who, of[-1][1][4]] = more[0]
             elif what == "returned":
                 undone.add(index)
             elif what in ("begun", "taken") and index > restored:
-                told.pop((who, more[0]), None)  # It has read what is left.
-            elif what == "kept" and index > restored and (who, more[0]) in told:
+                reports.pop((who, more[0]), None)  # It has read what is left.
+            elif what == "kept" and index > restored and (who, more[0]) in reports:
                 late.append(event)
         for when, who, _, _, epoch, place, *_ in late:
             self.problems.append(
-                f"{who} wrote {place} at {when}, though its commit of {told[who, epoch]} was undone by then"
+                f"{who} wrote {place} at {when}, though its commit of {reports[who, epoch]} was undone by then"
             )
         return [event for index, event in enumerate(events) if index not in undone], True
 
@@ -174,28 +174,28 @@ class _Run:
 
     def nothing_twice(self) -> None:
         """No place is committed twice, nor called after its commit by one that knows of it."""
-        kept: dict[str, str] = {}
+        entries: dict[str, str] = {}
         epoch = 0
         for when, who, what, _, *more in self.events:
             if what in ("begun", "taken"):
                 epoch = more[0]
             elif what == "kept" and more[3] is not None:
-                if kept.setdefault(more[1], more[3]) != more[3]:
+                if entries.setdefault(more[1], more[3]) != more[3]:
                     self.problems.append(f"{more[1]} was committed again by {who} at {when}")
-            elif what == "call" and more[1] in kept and more[0] == epoch:
+            elif what == "call" and more[1] in entries and more[0] == epoch:
                 self.problems.append(f"{who} called {more[1]} at {when}, which was committed")
 
     def one_history(self) -> None:
         """What each node was given is what the one before it made."""
-        made: list[str] | None = None
+        instance: list[str] | None = None
         for place in sorted(self.outputs, key=lambda place: (int(place.partition(":")[0]), place)):
             output = self.outputs[place].get("made")
             if output is None or place.endswith((":0", ":1")):
-                made = None
+                instance = None
                 continue
-            if made is not None and output[:-1] != made:
-                self.problems.append(f"{place} has {output}, which is not made of {made}")
-            made = output
+            if instance is not None and output[:-1] != instance:
+                self.problems.append(f"{place} has {output}, which is not made of {instance}")
+            instance = output
         places = [int(place.partition(":")[0]) for place in self.outputs]
         if places and sorted(set(places)) != list(range(max(places) + 1)):
             self.problems.append(f"its journal has holes: {sorted(self.outputs)}")

@@ -57,15 +57,15 @@ class Held(NamedTuple):
 
 
 def _place(owner: str) -> str:
-    found = Owner.read(owner)
-    return "?" if found is None else found.place
+    result = Owner.read(owner)
+    return "?" if result is None else result.place
 
 
-def _held(found: RunRow | None) -> Held | None:
-    owner = None if found is None else Owner.read(found.owner)
-    if found is None or owner is None:
+def _held(result: RunRow | None) -> Held | None:
+    owner = None if result is None else Owner.read(result.owner)
+    if result is None or owner is None:
         return None
-    return Held(found.status, owner.pid, round(found.left_seconds, 3))
+    return Held(result.status, owner.pid, round(result.left_seconds, 3))
 
 
 class LoggedConnection(sqlite3.Connection):
@@ -102,15 +102,15 @@ class LoggedRows(SqliteRows):
         self.database = database
         self.log: list[tuple[Any, ...]] = db.log
 
-    def begin(self, found: Any, opening: Any) -> Any:
-        fence = super().begin(found, opening)
+    def begin(self, existing: Any, opening: Any) -> Any:
+        fence = super().begin(existing, opening)
         self.database.ids[fence.run] = opening.run_id
-        self.log.append(("begun", opening.run_id, fence.epoch, _place(opening.owner), _held(found)))
+        self.log.append(("begun", opening.run_id, fence.epoch, _place(opening.owner), _held(existing)))
         return fence
 
-    def take_over(self, found: Any, opening: Any) -> Any:
-        fence = super().take_over(found, opening)
-        self.log.append(("taken", opening.run_id, fence.epoch, _place(opening.owner), _held(found)))
+    def take_over(self, existing: Any, opening: Any) -> Any:
+        fence = super().take_over(existing, opening)
+        self.log.append(("taken", opening.run_id, fence.epoch, _place(opening.owner), _held(existing)))
         return fence
 
     def annotations(self, run: Any, position: int, branch: str | None = None) -> list[StepRow]:
@@ -120,10 +120,10 @@ class LoggedRows(SqliteRows):
 
     def commit(self, fence: Any, attempt: Any, step: Any, *more: Any) -> Any:
         before = self.db.total_changes
-        kept = super().commit(fence, attempt, step, *more)
-        if kept and self.db.total_changes != before:  # Else it was kept by an earlier try.
+        entry = super().commit(fence, attempt, step, *more)
+        if entry and self.db.total_changes != before:  # Else it was kept by an earlier try.
             self._log_kept(fence, attempt, step)
-        return kept
+        return entry
 
     def commit_all(self, commits: Any) -> bool:
         done = super().commit_all(commits)
@@ -157,22 +157,22 @@ class GatheredRows(LoggedRows):
         self.writes: list[Callable[[], None]] = []
         self.cells: dict[str, bytes | None] = {}
 
-    def begin(self, found: Any, opening: Any) -> Any:
-        return self._open(super().begin, found, opening)
+    def begin(self, existing: Any, opening: Any) -> Any:
+        return self._open(super().begin, existing, opening)
 
-    def take_over(self, found: Any, opening: Any) -> Any:
-        return self._open(super().take_over, found, opening)
+    def take_over(self, existing: Any, opening: Any) -> Any:
+        return self._open(super().take_over, existing, opening)
 
-    def _open(self, do: Callable[..., Any], found: Any, opening: Any) -> Any:
+    def _open(self, do: Callable[..., Any], existing: Any, opening: Any) -> Any:
         # What it makes is known before it is written; it is undone until then.
         self.db.execute("SAVEPOINT one")
-        fence = do(found, opening)
+        fence = do(existing, opening)
         self.db.execute("ROLLBACK TO one")
         self.db.execute("RELEASE one")
 
         def write() -> None:
             now = self.find(opening.run_id)
-            if (now and now.epoch) != (found and found.epoch) or do(found, opening) != fence:
+            if (now and now.epoch) != (existing and existing.epoch) or do(existing, opening) != fence:
                 raise Changed
 
         self.writes.append(write)
@@ -200,9 +200,9 @@ class GatheredRows(LoggedRows):
         self.writes.append(partial(super().delete_annotations, run, position, branch))
 
     def read_cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
-        found = super().read_cell(name)
-        self.cells[name] = found[0]
-        return found
+        result = super().read_cell(name)
+        self.cells[name] = result[0]
+        return result
 
     def write_cell(self, name: str, data: bytes) -> None:
         do, before = super().write_cell, self.cells[name]
@@ -241,7 +241,7 @@ class Database:
     def identity(self) -> tuple[int, int]:
         return 0, 0
 
-    def patiently(self, call: Callable[[], T]) -> T:
+    def retry_while_locked(self, call: Callable[[], T]) -> T:
         return call()
 
     def explain(self, error: Exception) -> StoreError:
@@ -287,7 +287,7 @@ class SimulatedStore(DurableStore):
     def __repr__(self) -> str:
         return f"SimulatedStore({self.process.pid})"
 
-    def _named(self) -> str:
+    def _display_name(self) -> str:
         return "the simulated store"
 
     def _connect(self) -> Connection:
@@ -392,8 +392,8 @@ class SimulatedStore(DurableStore):
         for job in batch:
             opening = job.operation.opening if isinstance(job.operation, Transaction) else None
             if opening is not None and job.error is None:
-                found = self.database.rows().find(opening.run_id)
-                if found is not None and found.owner == opening.owner:
+                result = self.database.rows().find(opening.run_id)
+                if result is not None and result.owner == opening.owner:
                     job.value = job.operation.result
                     continue
             job.error = None
@@ -454,21 +454,21 @@ class SimulatedRenewals:
     def add(self, token: str, lease_seconds: float, renew: Any) -> None:
         process = self._world.scheduler.current
         assert process is not None
-        found = self._of.get(process)
-        if found is None:
-            found = self._of[process] = ReservationRenewer()
-            found._running = True  # No thread of its own.
-        begin = not found._held
-        found.add(token, lease_seconds, renew)
+        renewer = self._of.get(process)
+        if renewer is None:
+            renewer = self._of[process] = ReservationRenewer()
+            renewer._running = True  # No thread of its own.
+        begin = not renewer._holds
+        renewer.add(token, lease_seconds, renew)
         if begin:
-            process.scheduler.after(lease_seconds / 3, process, partial(self._tick, process, found))
+            process.scheduler.after(lease_seconds / 3, process, partial(self._tick, process, renewer))
 
     def remove(self, token: str) -> None:
         process = self._world.scheduler.current
         if process is not None and process in self._of:
             self._of[process].remove(token)
 
-    def _tick(self, process: Process, found: ReservationRenewer) -> None:
-        if not found._renew_due():
-            seconds = max(0.01, found._sleeps_until - self._world.clock._monotonic())
-            process.scheduler.after(seconds, process, partial(self._tick, process, found))
+    def _tick(self, process: Process, existing: ReservationRenewer) -> None:
+        if not existing._renew_due():
+            seconds = max(0.01, existing._sleeps_until - self._world.clock._monotonic())
+            process.scheduler.after(seconds, process, partial(self._tick, process, existing))

@@ -198,9 +198,9 @@ class World:
     def pipeline(self, process: Process) -> Pipeline:
         draw = self.draw
 
-        def node(node_id: str, given: type[BaseModel], made: type[BaseModel], work: Any) -> Any:
+        def node(node_id: str, input_model: type[BaseModel], output_model: type[BaseModel], work: Any) -> Any:
             contract: NodeContract[Any, Any] = NodeContract(
-                node_id=node_id, input_schema=given, output_schema=made
+                node_id=node_id, input_schema=input_model, output_schema=output_model
             )
 
             @stroma_node(node_id, contract)
@@ -305,9 +305,9 @@ class World:
                 self.returned(process, run_id, outcome)
 
     def returned(self, process: Process, run_id: str, result: Any) -> None:
-        made = None if result.final_state is None else result.final_state.model_dump()
+        instance = None if result.final_state is None else result.final_state.model_dump()
         why = None if result.failure is None else result.failure.message
-        self.note(process, "returned", run_id, str(result.status), made, why)
+        self.note(process, "returned", run_id, str(result.status), instance, why)
 
     async def answer(self, process: Process, runner: StromaRunner, pipeline: Pipeline, store: Any) -> None:
         suspended = await asyncio.to_thread(store.list_runs, limit=100, status="SUSPENDED")
@@ -375,8 +375,8 @@ class World:
     def all_ended(self) -> bool:
         """Return whether every run was begun and has ended."""
         marks = ", ".join("?" * len(_ENDED))
-        found = self.database.db.execute(f"SELECT count(*) FROM runs WHERE status IN ({marks})", _ENDED)
-        return bool(found.fetchone() == (len(self.runs),))
+        result = self.database.db.execute(f"SELECT count(*) FROM runs WHERE status IN ({marks})", _ENDED)
+        return bool(result.fetchone() == (len(self.runs),))
 
     def settle(self) -> None:
         """Bring everything to its end: without faults, and once all leases of dead processes have expired."""

@@ -90,8 +90,8 @@ async def main(seed: str, path: str, statsd: str | None) -> dict[str, Any]:
     store = SQLiteStore(path, synchronous="normal")
     policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0.002) for kind in FailureClass}
 
-    def node(runner: StromaRunner, name: str, given: type[BaseModel], chances: random.Random) -> Any:
-        @runner.node(name, input=given, output=given)
+    def node(runner: StromaRunner, name: str, argument: type[BaseModel], chances: random.Random) -> Any:
+        @runner.node(name, input=argument, output=argument)
         async def call(state: Any) -> Any:
             here = current_node()
             assert here is not None
@@ -176,7 +176,7 @@ async def main(seed: str, path: str, statsd: str | None) -> dict[str, Any]:
     }
 
     def prometheus(name: str) -> float:
-        return sum(value for (found, _), value in samples.items() if found == name)
+        return sum(value for (match, _), value in samples.items() if match == name)
 
     counted: Counter[str] = Counter()
     for (name, pairs), value in samples.items():

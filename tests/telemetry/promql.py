@@ -34,15 +34,15 @@ class Query:
 
 
 def tokens(text: str) -> list[tuple[str, str]]:
-    found, at = [], 0
+    findings, at = [], 0
     while at < len(text):
         match = _TOKEN.match(text, at)
         if match is None:
             raise ValueError(f"not PromQL from {text[at : at + 20]!r} on: {text}")
         if match.lastgroup is not None:
-            found.append((match.lastgroup, match.group()))
+            findings.append((match.lastgroup, match.group()))
         at = match.end()
-    return found
+    return findings
 
 
 def parse(text: str) -> Query:
@@ -69,12 +69,12 @@ def parse(text: str) -> Query:
     return query
 
 
-def _matchers(stream: list[tuple[str, str]], at: int, found: list[tuple[str, str, str]]) -> int:
+def _matchers(stream: list[tuple[str, str]], at: int, findings: list[tuple[str, str, str]]) -> int:
     while stream[at][1] != "}":
         (_, label), (_, operator), (kind, value) = stream[at : at + 3]
         if kind != "string":
             raise ValueError(f"{label}{operator} is followed by {value!r}, not by a string")
-        found.append((label, operator, value[1:-1]))
+        findings.append((label, operator, value[1:-1]))
         at += 3
         if stream[at][1] == ",":
             at += 1

@@ -101,7 +101,7 @@ class TestGrafana:
 
     def test_every_metric_is_shown(self) -> None:
         """Each metric is on the dashboard, always for the chosen pipelines only."""
-        selectors = [found for _, target in TARGETS for found in parse(target["expr"]).selectors]
+        selectors = [result for _, target in TARGETS for result in parse(target["expr"]).selectors]
         assert {re.sub("_(bucket|sum|count)$", "", name) for name, _ in selectors} == set(PROMETHEUS)
         assert all(("pipeline", "=~", "$pipeline") in matchers for _, matchers in selectors)
 
@@ -126,16 +126,16 @@ class TestGrafana:
                         happen(metrics[name], labels)
                 prometheus.scraped()
             for title, target in TARGETS:
-                text = re.sub(r"\$\w+", lambda found: variables[found.group()], target["expr"])
-                found = prometheus.query(text)
-                assert found, (title, text)
-                assert all(value > 0 and math.isfinite(value) for _, value in found), (title, text, found)
+                text = re.sub(r"\$\w+", lambda result: variables[result.group()], target["expr"])
+                result = prometheus.query(text)
+                assert result, (title, text)
+                assert all(value > 0 and math.isfinite(value) for _, value in result), (title, text, result)
 
 
 def metric(name: str, registry: CollectorRegistry) -> Any:
     kind, labels = PROMETHEUS[name]
-    made = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}[kind]
-    return made(name, "Some help.", sorted(labels), registry=registry)
+    instance = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}[kind]
+    return instance(name, "Some help.", sorted(labels), registry=registry)
 
 
 def happen(metric: Any, labels: frozenset[str]) -> None:
@@ -161,7 +161,7 @@ class TestAlerts:
     def test_commands_exist(self) -> None:
         """The commands that a runbook names are commands."""
         named = set(re.findall(r"`stroma (\w+)", "".join(rule["annotations"]["runbook"] for rule in ALERTS)))
-        group = next(found for found in vars(app).values() if isinstance(found, click.Group))
+        group = next(result for result in vars(app).values() if isinstance(result, click.Group))
         assert named
         assert named <= set(group.list_commands(click.Context(group)))
 
@@ -210,15 +210,15 @@ class TestDatadog:
     def test_queries_name_what_is_measured(self, title: str, query: dict[str, str]) -> None:
         """Every metric, tag and value in a query is one that is sent, aggregated as its type can be."""
         form = r"(?P<how>\w+):(?P<name>[\w.]+)\{(?P<filter>[^{}]*)\}( by \{(?P<by>[\w,]+)\})?(?P<count>\.as_count\(\))?"
-        found = re.fullmatch(form, query["query"])
-        assert found is not None
-        kind, tags = DATADOG[found["name"]]
+        result = re.fullmatch(form, query["query"])
+        assert result is not None
+        kind, tags = DATADOG[result["name"]]
         if kind == "count":
-            assert (found["how"], found["count"]) == ("sum", ".as_count()")
+            assert (result["how"], result["count"]) == ("sum", ".as_count()")
         else:
-            assert (found["how"], found["count"]) in {("p50", None), ("p95", None)}
-        assert set((found["by"] or "pipeline").split(",")) <= tags
-        words = set(re.findall(r"[^\s,()]+", found["filter"])) - {"AND", "OR"}
+            assert (result["how"], result["count"]) in {("p50", None), ("p95", None)}
+        assert set((result["by"] or "pipeline").split(",")) <= tags
+        words = set(re.findall(r"[^\s,()]+", result["filter"])) - {"AND", "OR"}
         assert "$pipeline" in words
         for word in words - {"$pipeline"}:
             tag, _, value = word.partition(":")

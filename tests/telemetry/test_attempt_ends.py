@@ -24,7 +24,7 @@ from stroma import (
 )
 
 
-def told(span: Any) -> tuple[Any, Any]:
+def outcome_of(span: Any) -> tuple[Any, Any]:
     return span.attributes["stroma.outcome"], span.attributes.get("stroma.redelivered")
 
 
@@ -58,11 +58,13 @@ async def test_an_end_that_is_told_again_is_a_span_that_ends(outcome: str, tmp_p
         runner = quick(seen.hooks(), store=store, **options)
         await runner.run([asking(runner, "success")], Item(n=1), run_id="r")
     first = seen.named("stroma.node node")[0]
-    assert told(first) == (outcome, True)
+    assert outcome_of(first) == (outcome, True)
     assert first.end_time <= seen.span("invoke_workflow pipeline").start_time
     assert (first.status.status_code is StatusCode.ERROR) == (outcome == "failure")
     attempts = 1 if outcome == "success" else 2
-    assert [told(span) for span in seen.named("stroma.node node")][1:] == [("success", None)] * (attempts - 1)
+    assert [outcome_of(span) for span in seen.named("stroma.node node")][1:] == [("success", None)] * (
+        attempts - 1
+    )
     assert seen.total("stroma.node.executions") == attempts
     assert seen.total("stroma.tokens") == 7 * attempts
 

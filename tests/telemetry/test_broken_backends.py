@@ -62,9 +62,9 @@ async def test_a_server_that_is_down_delays_nothing(mode: Any) -> None:
             assert result.status is RunStatus.COMPLETED
             assert result.hook_errors == []
         assert time.perf_counter() - started < 3, "20 runs waited for a backend"
-        begun = time.perf_counter()
+        has_started = time.perf_counter()
         await runner.flush(timeout_seconds=0.3)
-        assert time.perf_counter() - begun < 2
+        assert time.perf_counter() - has_started < 2
         threading.Thread(target=provider.shutdown, daemon=True).start()
         client.close(timeout=0.1)
 

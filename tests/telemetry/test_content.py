@@ -56,8 +56,8 @@ async def test_a_message_says_no_secret(redact: Any, step: bool) -> None:
         await execute_step("node", node, State(), ctx)
     else:
         await runner.run([node], State())
-    said = seen.span("stroma.node node").status.description
-    assert said.split() == ["**********"] * len(SECRETS) + ["b'**********'"]
+    text = seen.span("stroma.node node").status.description
+    assert text.split() == ["**********"] * len(SECRETS) + ["b'**********'"]
     assert "-value" not in str([span.to_json() for span in seen.spans])
 
 

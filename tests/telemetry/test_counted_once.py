@@ -48,8 +48,8 @@ class Span:
     span_id = trace_id = 1
     context = None
 
-    def __init__(self, made: list[str], name: str) -> None:
-        made.append(name)
+    def __init__(self, created: list[str], name: str) -> None:
+        created.append(name)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *_, **__: None
@@ -59,11 +59,11 @@ class Tracer:
     """A tracer of ddtrace that records the names of the spans that it starts."""
 
     def __init__(self) -> None:
-        self.made: list[str] = []
+        self.created: list[str] = []
         self.context_provider = Span([], "")
 
     def start_span(self, name: str, **_: Any) -> Span:
-        return Span(self.made, name)
+        return Span(self.created, name)
 
     def current_trace_context(self) -> None:
         return None
@@ -81,8 +81,8 @@ class Otel:
 
     def count(self, name: str) -> float:
         data = self.reader.get_metrics_data()
-        found = [] if data is None else data.resource_metrics
-        metrics = [m for r in found for scope in r.scope_metrics for m in scope.metrics if m.name == name]
+        result = [] if data is None else data.resource_metrics
+        metrics = [m for r in result for scope in r.scope_metrics for m in scope.metrics if m.name == name]
         points: list[Any] = [point for metric in metrics for point in metric.data.data_points]
         return sum(getattr(point, "value", None) or getattr(point, "count", 0) for point in points)
 
@@ -147,7 +147,7 @@ async def test_callers_that_attach_count_no_run_again(
     assert total(registry, "stroma_runs_in_progress") == 0
     assert otel.roots() == 1
     assert otel.count("gen_ai.invoke_workflow.duration") == 1
-    assert tracer.made.count("stroma.run") == 1
+    assert tracer.created.count("stroma.run") == 1
     assert [value for name, value in statsd.counts if name == "stroma.runs"] == [1]
     assert [one["transaction"] for one in sentry.transport.transactions] == ["p"]
     assert len(sentry.transport.events) == fails
@@ -208,7 +208,7 @@ async def test_two_sets_of_one_exporter_in_a_run_are_one(
     assert total(registry, "stroma_node_executions_total") == 1
     assert otel.roots() == 1
     assert otel.count("stroma.node.executions") == 1
-    assert tracer.made == ["stroma.run", "stroma.node"]
+    assert tracer.created == ["stroma.run", "stroma.node"]
     assert [value for name, value in statsd.counts if name == "stroma.runs"] == [1]
     assert len(sentry.transport.events) == 1
     assert sum(record.getMessage().startswith("run ended") for record in caplog.records) == 1

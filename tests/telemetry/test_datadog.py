@@ -86,38 +86,40 @@ def spans(agent: DatadogAgent, content: str, statsd: StatsdSocket) -> list[dict[
 @pytest.mark.core
 def test_spans_at_the_agent(datadog_agent: DatadogAgent, statsd: StatsdSocket) -> None:
     """Runs and nodes arrive with resource, parents, links and errors, and with no content."""
-    found = spans(datadog_agent, "none", statsd)
-    ids = {span["span_id"]: span for span in found}
+    result = spans(datadog_agent, "none", statsd)
+    ids = {span["span_id"]: span for span in result}
 
     def above(span: dict[str, Any]) -> Any:
         parent = ids.get(span["parent_id"])
         return None if parent is None else (parent["name"], parent["resource"])
 
     first, under_request, _, resumed = sorted(
-        (span for span in found if span["name"] == "stroma.run"), key=lambda span: span["start"]
+        (span for span in result if span["name"] == "stroma.run"), key=lambda span: span["start"]
     )
     assert {span["service"] for span in (first, under_request, resumed)} == {"letters"}
     assert first["parent_id"] == 0xB7AD6B7169203331
     assert above(under_request) == ("request", "request")
-    assert above(next(span for span in found if span["name"] == "afterwards")) == ("request", "request")
+    assert above(next(span for span in result if span["name"] == "afterwards")) == ("request", "request")
     link = (
         json.loads(resumed["meta"]["_dd.span_links"])[0]
         if "_dd.span_links" in resumed["meta"]
         else resumed["span_links"][0]
     )
     assert int(str(link["span_id"]), 16 if isinstance(link["span_id"], str) else 10) == first["span_id"]
-    places = {(span["name"], span["resource"]): above(span) for span in found if span["name"] != "stroma.run"}
+    places = {
+        (span["name"], span["resource"]): above(span) for span in result if span["name"] != "stroma.run"
+    }
     run = ("stroma.run", "letters")
     assert places["stroma.node", "parallel(thread, bad)"] == run
     assert places["stroma.node", "thread"] == ("stroma.node", "parallel(thread, bad)")
     assert places["in thread", "in thread"] == ("stroma.node", "thread")
     assert places["inner", "inner"] == ("stroma.node", "flaky")
-    errors = {span["resource"] for span in found if span["error"] and span["name"].startswith("stroma")}
+    errors = {span["resource"] for span in result if span["error"] and span["name"].startswith("stroma")}
     assert errors == {"letters", "bad", "parallel(thread, bad)"}
     assert under_request["error"] == 0
-    bad = next(span for span in found if span["resource"] == "bad")
+    bad = next(span for span in result if span["resource"] == "bad")
     assert bad["meta"]["error.type"] == "ValueError"
-    assert "no for" not in json.dumps([span for span in found if span["name"].startswith("stroma")])
+    assert "no for" not in json.dumps([span for span in result if span["name"].startswith("stroma")])
     names = {line.name for line in statsd.statistics()}
     assert {
         "stroma.runs",
@@ -130,11 +132,13 @@ def test_spans_at_the_agent(datadog_agent: DatadogAgent, statsd: StatsdSocket) -
 
 def test_redacted_content(datadog_agent: DatadogAgent, statsd: StatsdSocket) -> None:
     """With content="redacted" states and messages are tags, but for secrets."""
-    found = [span for span in spans(datadog_agent, "redacted", statsd) if span["name"].startswith("stroma")]
-    bad = next(span for span in found if span["resource"] == "bad")
+    findings = [
+        span for span in spans(datadog_agent, "redacted", statsd) if span["name"].startswith("stroma")
+    ]
+    bad = next(span for span in findings if span["resource"] == "bad")
     assert bad["meta"]["error.message"] == "no for **********"
     assert json.loads(bad["meta"]["stroma.input"]) == {"n": 0, "key": "**********"}
-    assert "hunter2" not in json.dumps(found)
+    assert "hunter2" not in json.dumps(findings)
 
 
 @pytest.mark.parametrize("wrong", ["localhost", "8125", ":8125", "localhost:", "localhost:http"])

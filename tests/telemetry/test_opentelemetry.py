@@ -80,30 +80,32 @@ class Seen:
         return [span for span in self.spans if span.name == name]
 
     def span(self, name: str) -> ReadableSpan:
-        (found,) = self.named(name)
-        return found
+        (result,) = self.named(name)
+        return result
 
     def tree(self) -> list[tuple[str, str | None]]:
         """(name, name of the parent) of every span, sorted."""
         names = {span.context.span_id: span.name for span in self.spans}
-        found = [
+        findings = [
             (span.name, None if span.parent is None else names.get(span.parent.span_id, "elsewhere"))
             for span in self.spans
         ]
-        return sorted(found, key=str)
+        return sorted(findings, key=str)
 
     def points(self, name: str) -> dict[tuple[tuple[str, Any], ...], Any]:
         """The points of a metric by their attributes: a sum's value, a histogram's (count, sum)."""
         data = self._reader.get_metrics_data()
-        found: dict[tuple[tuple[str, Any], ...], Any] = {}
+        findings: dict[tuple[tuple[str, Any], ...], Any] = {}
         for resource in () if data is None else data.resource_metrics:
             for scope in resource.scope_metrics:
                 for metric in scope.metrics:
                     if metric.name == name:
                         for point in metric.data.data_points:
                             key = tuple(sorted((point.attributes or {}).items()))
-                            found[key] = point.value if hasattr(point, "value") else (point.count, point.sum)
-        return found
+                            findings[key] = (
+                                point.value if hasattr(point, "value") else (point.count, point.sum)
+                            )
+        return findings
 
     def total(self, name: str) -> float:
         return sum(self.points(name).values())
@@ -234,8 +236,8 @@ class TestNesting:
         """run(traceparent=) makes the run part of that trace, whatever span is current here."""
         runner = quick(seen.hooks())
         with seen.user.start_as_current_span("another"):
-            given = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-            await runner.run([flaky(runner)], State(), traceparent=given)
+            value = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+            await runner.run([flaky(runner)], State(), traceparent=value)
         span = seen.span("invoke_workflow pipeline")
         assert f"{span.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
         assert f"{span.parent.span_id:016x}" == "b7ad6b7169203331"
@@ -637,9 +639,9 @@ async def test_an_attempt_says_what_a_cache_was_used_for(seen: Seen, cached: int
     await runner.run([ask], State())
     (span,) = [span for span in seen.spans if span.name == "stroma.node ask"]
     (event,) = [event for event in span.events if event.name == "stroma.attempt"]
-    said = {name: value for name, value in (event.attributes or {}).items() if "cache" in name}
+    messages = {name: value for name, value in (event.attributes or {}).items() if "cache" in name}
     expected = {"stroma.cached_input_tokens": cached, "stroma.cache_write_tokens": written}
-    assert said == (expected if cached else {})
+    assert messages == (expected if cached else {})
 
 
 async def test_an_end_that_is_told_again_has_a_span(seen: Seen, tmp_path: pathlib.Path) -> None:

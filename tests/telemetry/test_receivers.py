@@ -201,8 +201,8 @@ class TestPrometheus:
             prometheus.scraped()
             assert prometheus.value("sum(stroma_runs_total)") == 4
             assert prometheus.value('stroma_runs_total{status="FAILED"}') == 1
-            (found,) = prometheus.query('stroma_runs_total{status="COMPLETED"}')
-            assert (found[0]["pipeline"], found[1]) == ("triage", 3)
+            (result,) = prometheus.query('stroma_runs_total{status="COMPLETED"}')
+            assert (result[0]["pipeline"], result[1]) == ("triage", 3)
             median = "histogram_quantile(0.5, sum by (le) (stroma_node_duration_seconds_bucket))"
             assert prometheus.value(median) == pytest.approx(0.55)
         assert prometheus.query("stroma_runs_total") == []
@@ -357,8 +357,8 @@ class TestSentry:
         assert transaction["spans"] == []
         (streamed,) = sentry.transport.streamed_spans
         assert streamed["attributes"]["gen_ai.usage.input_tokens"] == 12
-        found = sentry.transport.span("chat gpt")
-        assert (found["op"], found["parent_span_id"]) == ("gen_ai.chat", run.span_id)
+        result = sentry.transport.span("chat gpt")
+        assert (result["op"], result["parent_span_id"]) == ("gen_ai.chat", run.span_id)
 
     def test_the_global_client_is_left_alone(self, sentry: RecordedSentry) -> None:
         """Recording changes nothing for code that uses the SDK without the recorded client."""

@@ -65,9 +65,9 @@ def test_a_redelivered_end_is_a_whole_span(
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
-    kept, registry = InMemorySpanExporter(), CollectorRegistry()
+    entry, registry = InMemorySpanExporter(), CollectorRegistry()
     tracer = TracerProvider()
-    tracer.add_span_processor(SimpleSpanProcessor(kept))
+    tracer.add_span_processor(SimpleSpanProcessor(entry))
     sets = [
         otel_hooks(tracer=tracer),
         prometheus_hooks(registry=registry),
@@ -77,17 +77,17 @@ def test_a_redelivered_end_is_a_whole_span(
     assert result.status is RunStatus.RESUMED
     assert [dict(hooks.errors) for hooks in sets] == [{}, {}, {}]
     nodes = sorted(
-        (span for span in kept.get_finished_spans() if span.name == "stroma.node flaky"),
+        (span for span in entry.get_finished_spans() if span.name == "stroma.node flaky"),
         key=lambda span: span.start_time or 0,
     )
-    (root,) = [span for span in kept.get_finished_spans() if span.name == "invoke_workflow pipeline"]
+    (root,) = [span for span in entry.get_finished_spans() if span.name == "invoke_workflow pipeline"]
     assert {span.parent.span_id for span in nodes if span.parent} == {root.context.span_id}
-    told = nodes[0]
-    start, end = told.start_time or 0, told.end_time or 0
+    report = nodes[0]
+    start, end = report.start_time or 0, report.end_time or 0
     assert end < (root.start_time or 0)
     assert end - start >= 20_000_000
-    assert dict(told.attributes or {})["stroma.outcome"] == event
-    assert dict(told.attributes or {})["stroma.tokens"] == (15 if event == "success" else 0)
+    assert dict(report.attributes or {})["stroma.outcome"] == event
+    assert dict(report.attributes or {})["stroma.tokens"] == (15 if event == "success" else 0)
     labels = {"pipeline": "pipeline", "node_id": "flaky", "outcome": "success", "failure_class": ""}
     assert registry.get_sample_value("stroma_node_executions_total", labels) == 1
     assert len(nodes) == len([span for span in sentry.transport.spans if span["op"] == "stroma.node"])

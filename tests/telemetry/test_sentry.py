@@ -316,8 +316,8 @@ async def test_under_the_callers_transaction(sentry: RecordedSentry) -> None:
 async def test_a_trace_context_is_carried_in(sentry: RecordedSentry) -> None:
     """run(traceparent=) makes the run part of that trace."""
     runner = quick(sentry)
-    given = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    await runner.run([node(runner, "good")], State(), traceparent=given)
+    value = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    await runner.run([node(runner, "good")], State(), traceparent=value)
     run = sentry.transport.span("pipeline")
     assert (run["trace_id"], run["parent_span_id"]) == (
         "0af7651916cd43dd8448eb211c80319c",

@@ -14,13 +14,17 @@ class Number(BaseModel):
     n: int = 0
 
 
-def make(node_id: str, func: Callable[..., Any], given: type = Number, made: type = Number) -> Any:
+def make(
+    node_id: str, func: Callable[..., Any], input_model: type = Number, output_model: type = Number
+) -> Any:
     """A node of any function; the function itself stays unmarked."""
 
     async def step(state: Any) -> Any:
         return await func(state)
 
-    return stroma_node(node_id, NodeContract(node_id=node_id, input_schema=given, output_schema=made))(step)
+    return stroma_node(
+        node_id, NodeContract(node_id=node_id, input_schema=input_model, output_schema=output_model)
+    )(step)
 
 
 async def add_one(state: Number) -> dict[str, int]:

@@ -86,20 +86,20 @@ class Broken:
     """A dict, and one thing wrong."""
 
     def __init__(self):
-        self.kept = {}
+        self.states = {}
 
     def key(self, run_id, node_id):
         return run_id, node_id
 
     def save(self, run_id, node_id, state):
-        self.kept[self.key(run_id, node_id)] = copy.deepcopy(state)
+        self.states[self.key(run_id, node_id)] = copy.deepcopy(state)
 
     def load(self, run_id, node_id):
-        return copy.deepcopy(self.kept.get(self.key(run_id, node_id)))
+        return copy.deepcopy(self.states.get(self.key(run_id, node_id)))
 
     def delete(self, run_id):
-        for key in [key for key in self.kept if key[0] == run_id]:
-            del self.kept[key]
+        for key in [key for key in self.states if key[0] == run_id]:
+            del self.states[key]
 
 
 class JoinsIds(Broken):
@@ -107,28 +107,28 @@ class JoinsIds(Broken):
         return f"{run_id}:{node_id}"
 
     def delete(self, run_id):
-        for key in [key for key in self.kept if key.startswith(f"{run_id}:")]:
-            del self.kept[key]
+        for key in [key for key in self.states if key.startswith(f"{run_id}:")]:
+            del self.states[key]
 
 
 class KeepsTheObject(Broken):
     def save(self, run_id, node_id, state):
-        self.kept[run_id, node_id] = state
+        self.states[run_id, node_id] = state
 
 
 class GivesTheObject(Broken):
     def load(self, run_id, node_id):
-        return self.kept.get((run_id, node_id))
+        return self.states.get((run_id, node_id))
 
 
 class KeepsTheFirst(Broken):
     def save(self, run_id, node_id, state):
-        self.kept.setdefault((run_id, node_id), copy.deepcopy(state))
+        self.states.setdefault((run_id, node_id), copy.deepcopy(state))
 
 
 class RaisesForUnknown(Broken):
     def load(self, run_id, node_id):
-        return copy.deepcopy(self.kept[run_id, node_id])
+        return copy.deepcopy(self.states[run_id, node_id])
 
 
 class DeletesNothing(Broken):
@@ -138,14 +138,14 @@ class DeletesNothing(Broken):
 
 class DeletesByPrefix(Broken):
     def delete(self, run_id):
-        for key in [key for key in self.kept if key[0].startswith(run_id)]:
-            del self.kept[key]
+        for key in [key for key in self.states if key[0].startswith(run_id)]:
+            del self.states[key]
 
 
 class LosesTheClass(Broken):
     def load(self, run_id, node_id):
-        found = super().load(run_id, node_id)
-        return found if found is None else State(**{k: v for k, v in found if k in State.model_fields})
+        result = super().load(run_id, node_id)
+        return result if result is None else State(**{k: v for k, v in result if k in State.model_fields})
 
 
 class OneRun(Broken):
@@ -162,13 +162,13 @@ SUITE = [
 
 
 async def failures(store_class):
-    found = []
+    findings = []
     for test in SUITE:
         try:
             await test(CheckpointStoreTests(), store_class())
         except (Exception, pytest.fail.Exception):
-            found.append(test.__name__)
-    return found
+            findings.append(test.__name__)
+    return findings
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)

@@ -132,10 +132,10 @@ async def test_a_date_in_retry_after_is_a_date_of_the_clock():
     assert clock.waits == [pytest.approx(90)]
 
 
-@pytest.mark.parametrize("kept", ["memory", "sqlite"])
-async def test_limits_wait_by_the_clock(kept, tmp_path):
+@pytest.mark.parametrize("entry", ["memory", "sqlite"])
+async def test_limits_wait_by_the_clock(entry, tmp_path):
     """Three calls under a limit of one a minute take two minutes, and no time."""
-    store = SQLiteStore(tmp_path / "x.db") if kept == "sqlite" else None
+    store = SQLiteStore(tmp_path / "x.db") if entry == "sqlite" else None
     limit = Limit(requests_per_minute=1, store=store)
     with FakeClock() as clock:
         runner = patient(limits={"a": limit})
@@ -200,12 +200,12 @@ async def test_a_store_at_work_is_waited_for(tmp_path):
 @pytest.mark.core
 async def test_with_sockets_open_it_jumps_over_waits_between_attempts_only():
     """An answer that is on its way is not timed out, and a retry beside it waits for nothing."""
-    asked, answered = threading.Event(), threading.Event()
+    request, answered = threading.Event(), threading.Event()
 
     class Slow(socketserver.StreamRequestHandler):
         def handle(self):
             self.rfile.readline()
-            asked.set()
+            request.set()
             answered.wait(60)
             self.wfile.write(b"answer\n")
 
@@ -223,7 +223,7 @@ async def test_with_sockets_open_it_jumps_over_waits_between_attempts_only():
 
         with FakeClock() as clock:
             asking = asyncio.create_task(patient(0, retries=0).run([make("ask", ask)], Number()))
-            await asyncio.to_thread(asked.wait, 60)
+            await asyncio.to_thread(request.wait, 60)
             retried = await patient(60).run([failing("a", 1, TimeoutError("x"))], Number())
             answered.set()
             result = await asking
@@ -258,17 +258,17 @@ async def test_everything_is_put_back():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("kept", ["memory", "sqlite"])
-async def test_attempts_of_one_moment_are_told_apart(kept, tmp_path):
+@pytest.mark.parametrize("entry", ["memory", "sqlite"])
+async def test_attempts_of_one_moment_are_told_apart(entry, tmp_path):
     """A journal keeps both attempts of one place that began while the clock stood still."""
-    store = SQLiteStore(tmp_path / "x.db") if kept == "sqlite" else AsyncInMemoryStore()
+    store = SQLiteStore(tmp_path / "x.db") if entry == "sqlite" else AsyncInMemoryStore()
     with FakeClock():
         runner = patient(0, 0, store=store)
         broken = failing("a", 1, PermissionError("x"))
         await runner.run([broken], Number(), run_id="r")
         await runner.run([broken], Number(), run_id="r", resume=True)
     assert [attempt.outcome for attempt in store.attempts("r")] == ["failure", "success"]
-    if kept == "sqlite":
+    if entry == "sqlite":
         await store.aclose()
 
 

@@ -48,9 +48,9 @@ async def test_a_death_loses_what_was_not_kept(point, store):
         raise AssertionError("the run came to its end")
     assert crash.boundary.point == point
     assert calls == CALLED[point][0]
-    kept = {"before_node": "a", "after_node": "a", "before_end": "abc", "after_end": "abc"}.get(point, "ab")
+    entry = {"before_node": "a", "after_node": "a", "before_end": "abc", "after_end": "abc"}.get(point, "ab")
     assert [(attempt.node_id, attempt.outcome) for attempt in store.attempts("r")] == [
-        (n, "success") for n in kept
+        (n, "success") for n in entry
     ]
     status = store.get_run("r").status
     assert status == ("COMPLETED" if point == "after_end" else "RUNNING")
@@ -62,11 +62,11 @@ async def test_a_death_loses_what_was_not_kept(point, store):
 @pytest.mark.core
 async def test_a_process_that_has_died_says_nothing_more(store):
     """No hook is told after the death: neither of the node, nor of its siblings, nor of the end of the run."""
-    told, calls = [], []
+    reports, calls = [], []
 
     def note(name):
         async def hook(run_id, node_id="", *_):
-            told.append((name, node_id))
+            reports.append((name, node_id))
 
         return hook
 
@@ -76,7 +76,7 @@ async def test_a_process_that_has_died_says_nothing_more(store):
         await StromaRunner.quick(store=store, hooks=hooks).run(
             [parallel(counted("a", calls), counted("b", calls)), counted("c", calls)], Number(), run_id="r"
         )
-    assert {name for name, _ in told} == {"on_node_start"}
+    assert {name for name, _ in reports} == {"on_node_start"}
     assert "c" not in calls
     assert [a.node_id for a in store.attempts("r") if a.output is not None] in ([], ["b"])
 

@@ -73,7 +73,7 @@ async def test_a_delay_is_within_the_time_limit_of_the_node(clock):
     assert clock.elapsed == pytest.approx(3)
 
 
-@pytest.mark.parametrize("output", [None, {"n": "many"}, lambda made: {"n": [made]}])
+@pytest.mark.parametrize("output", [None, {"n": "many"}, lambda instance: {"n": [instance]}])
 async def test_a_malformed_output_breaks_the_contract(output):
     """What stands in place of an output is validated like any; the usage of the attempt stays."""
 

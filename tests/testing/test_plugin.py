@@ -241,8 +241,8 @@ def test_chaos_is_the_same_with_the_same_seed(session):
     first, again = (
         session(body, "--stroma-chaos=6", "--stroma-chaos-seed=11").stdout.str() for _ in range(2)
     )
-    told = [[line for line in text.splitlines() if line.startswith("run ")] for text in (first, again)]
-    assert told[0] == told[1]
+    events = [[line for line in text.splitlines() if line.startswith("run ")] for text in (first, again)]
+    assert events[0] == events[1]
     made_up = session(body, "--stroma-chaos=1").stdout.str()
     assert "--stroma-chaos-seed=" in made_up
 

@@ -41,7 +41,7 @@ class Provider(ThreadingHTTPServer):
     request_queue_size = 1024
 
     def __init__(self):
-        self.asked = []
+        self.received_requests = []
         self.refusals = 0
 
         class Handler(BaseHTTPRequestHandler):
@@ -50,7 +50,7 @@ class Provider(ThreadingHTTPServer):
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["content-length"]))
                 provider = self.server
-                provider.asked.append((self.path, dict(self.headers), body))
+                provider.received_requests.append((self.path, dict(self.headers), body))
                 if provider.refusals:
                     provider.refusals -= 1
                     self.reply(429, {"error": {"message": "too many"}}, ("retry-after", "7"))
@@ -62,7 +62,7 @@ class Provider(ThreadingHTTPServer):
                     )
 
             def do_GET(self):
-                self.server.asked.append((self.path, dict(self.headers), b""))
+                self.server.received_requests.append((self.path, dict(self.headers), b""))
                 self.reply(200, b"\x89PNG\x00\xff", ("content-type", "image/png"))
 
             def reply(self, status, body, *headers):
@@ -136,13 +136,13 @@ def test_a_client_is_answered_as_the_provider_did(ask, provider, tmp_path):
     path = tmp_path / "answers.json"
     with recorded(path, upstream=provider.url, mode="record") as answers:
         first = ask(answers.url)
-    asked = len(provider.asked)
-    assert asked == 1
+    request = len(provider.received_requests)
+    assert request == 1
     with recorded(path) as answers:
         assert ask(answers.url) == first
         assert ask(answers.url) == first
         assert len(answers.requests) == 2
-    assert len(provider.asked) == asked
+    assert len(provider.received_requests) == request
 
 
 @pytest.mark.core
@@ -176,13 +176,13 @@ def test_no_secret_is_in_the_file(provider, tmp_path):
     assert "q=1" in text
     assert "authorization" not in text
     # The provider itself was asked with them.
-    assert any(KEY in str(headers) for _, headers, _ in provider.asked)
-    assert any("paramsecret" in path for path, *_ in provider.asked)
+    assert any(KEY in str(headers) for _, headers, _ in provider.received_requests)
+    assert any("paramsecret" in path for path, *_ in provider.received_requests)
 
 
 @pytest.mark.core
 @pytest.mark.parametrize(
-    ("text", "kept"),
+    ("text", "entry"),
     [
         ("password=hunter22&x=1", "password=***&x=1"),
         (
@@ -197,10 +197,10 @@ def test_no_secret_is_in_the_file(provider, tmp_path):
         ),
     ],
 )
-def test_secrets_in_texts_go_by_their_names(text, kept):
+def test_secrets_in_texts_go_by_their_names(text, entry):
     """In forms, addresses and JSON inside of a text, what stands under the name of a secret is not written down."""
-    assert _clean(text, []) == kept
-    assert _clean({"said": [text]}, []) == {"said": [kept]}
+    assert _clean(text, []) == entry
+    assert _clean({"said": [text]}, []) == {"said": [entry]}
 
 
 def test_another_key_finds_the_same_answer(provider, tmp_path):

@@ -51,12 +51,12 @@ class Calls:
     def __init__(self):
         self.calls = []
 
-    def node(self, node_id, func, given=Order, made=Order):
+    def node(self, node_id, func, input_model=Order, output_model=Order):
         async def step(state):
             self.calls.append(node_id)
             return await func(state)
 
-        return make(node_id, step, given, made)
+        return make(node_id, step, input_model, output_model)
 
 
 async def paid(state):
@@ -96,8 +96,8 @@ async def record(store, nodes, state=ORDER, *, faults=None, **config):
 
 
 async def differences(recorded, nodes, runner=None, **options):
-    found = await replay(recorded, nodes, runner=runner or patient(), **options)
-    return found, [(difference.kind, difference.node_id) for difference in found.differences]
+    result = await replay(recorded, nodes, runner=runner or patient(), **options)
+    return result, [(difference.kind, difference.node_id) for difference in result.differences]
 
 
 @pytest.mark.core
@@ -107,12 +107,12 @@ async def test_unchanged_code_goes_the_same_way_without_a_call(store, nodes, cal
         store, nodes, faults=FaultPlan().fail("check", TimeoutError("x")).fail("item", attempt=1)
     )
     calls.calls.clear()
-    found, said = await differences(recorded, nodes)
-    found.assert_same()
-    assert (said, calls.calls, found.called, found.stopped) == ([], [], (), None)
-    assert found.status is RunStatus.COMPLETED
-    assert (found.result.total_tokens, found.result.total_cost_usd) == (30, pytest.approx(9e-06))
-    assert [len(found.result.trace.events_for(name)) for name in ("read", "check")] == [1, 2]
+    result, text = await differences(recorded, nodes)
+    result.assert_same()
+    assert (text, calls.calls, result.called, result.stopped) == ([], [], (), None)
+    assert result.status is RunStatus.COMPLETED
+    assert (result.result.total_tokens, result.result.total_cost_usd) == (30, pytest.approx(9e-06))
+    assert [len(result.result.trace.events_for(name)) for name in ("read", "check")] == [1, 2]
 
 
 async def test_a_file_holds_all_of_it(store, nodes, tmp_path):
@@ -129,33 +129,35 @@ async def test_a_file_holds_all_of_it(store, nodes, tmp_path):
 async def test_a_contract_that_fails_now(store, nodes, calls):
     """An output that its contract does not take any more is found at its node, and the run ends there as it would."""
     recorded = await record(store, nodes)
-    found, said = await differences(recorded, [calls.node("read", paid, made=Small), *nodes[1:]])
-    assert said == [("schema", "read"), ("contract", "read"), ("status", "")]
-    assert "n: Input should be less than 1" in str(found.differences[1])
-    assert found.status is RunStatus.FAILED
+    result, text = await differences(recorded, [calls.node("read", paid, output_model=Small), *nodes[1:]])
+    assert text == [("schema", "read"), ("contract", "read"), ("status", "")]
+    assert "n: Input should be less than 1" in str(result.differences[1])
+    assert result.status is RunStatus.FAILED
     with pytest.raises(AssertionError, match="behaves differently now:\n  schema: 0 read"):
-        found.assert_same()
+        result.assert_same()
 
 
 async def test_an_input_contract_that_fails_now(store, nodes, calls):
     """So is an input; and the input of the run itself."""
     recorded = await record(store, nodes)
-    _, said = await differences(recorded, [nodes[0], calls.node("check", grow, given=Small), *nodes[2:]])
-    assert said == [("contract", "check"), ("status", "")]
+    _, text = await differences(
+        recorded, [nodes[0], calls.node("check", grow, input_model=Small), *nodes[2:]]
+    )
+    assert text == [("contract", "check"), ("status", "")]
 
     class Needs(BaseModel):
         missing: int
 
-    found, said = await differences(recorded, [calls.node("read", paid, given=Needs), *nodes[1:]])
-    assert said == [("input", ""), ("contract", "read"), ("status", "")]
-    assert "missing" in found.differences[0].message
+    result, text = await differences(recorded, [calls.node("read", paid, input_model=Needs), *nodes[1:]])
+    assert text == [("input", ""), ("contract", "read"), ("status", "")]
+    assert "missing" in result.differences[0].message
 
 
 async def test_a_schema_that_has_changed(store, nodes, calls):
     """A field that is new is told, though the recorded output fits; an upcast makes it one that is known."""
     recorded = await record(store, nodes)
-    _, said = await differences(recorded, [calls.node("read", paid, made=Renamed), *nodes[1:]])
-    assert said == [("schema", "read"), ("output", "read")]
+    _, text = await differences(recorded, [calls.node("read", paid, output_model=Renamed), *nodes[1:]])
+    assert text == [("schema", "read"), ("output", "read")]
 
     async def step(state):
         raise AssertionError("it is not called")
@@ -163,21 +165,21 @@ async def test_a_schema_that_has_changed(store, nodes, calls):
     contract = NodeContract(
         node_id="read", input_schema=Order, output_schema=Renamed, upcast=lambda raw: {**raw, "note": "new"}
     )
-    found, said = await differences(recorded, [stroma_node("read", contract)(step), *nodes[1:]])
-    assert said == [("output", "read")]
-    assert 'output.note is new: "new"' in found.differences[0].message
+    result, text = await differences(recorded, [stroma_node("read", contract)(step), *nodes[1:]])
+    assert text == [("output", "read")]
+    assert 'output.note is new: "new"' in result.differences[0].message
 
 
 async def test_nodes_that_are_gone_or_new(store, nodes, calls):
     """A node that is gone is told and the rest is followed; at one that is new there is nothing to hand on."""
     recorded = await record(store, nodes)
-    found, said = await differences(recorded, nodes[1:])
-    assert (said, found.stopped) == ([("missing", "read")], None)
-    found, said = await differences(recorded, [nodes[0], calls.node("new", grow), *nodes[1:]])
-    assert said == [("new", "new")]
-    assert found.stopped.startswith("at 1 new: the run had no such node")
-    _, said = await differences(recorded, [calls.node("renamed", paid), *nodes[1:]])
-    assert said == [("missing", "read"), ("new", "renamed")]
+    result, text = await differences(recorded, nodes[1:])
+    assert (text, result.stopped) == ([("missing", "read")], None)
+    result, text = await differences(recorded, [nodes[0], calls.node("new", grow), *nodes[1:]])
+    assert text == [("new", "new")]
+    assert result.stopped.startswith("at 1 new: the run had no such node")
+    _, text = await differences(recorded, [calls.node("renamed", paid), *nodes[1:]])
+    assert text == [("missing", "read"), ("new", "renamed")]
 
 
 @pytest.mark.core
@@ -185,8 +187,8 @@ async def test_nodes_in_another_order(store, nodes, calls):
     """Nodes that have changed places are told, though each hands on what it did; where one is gone the rest has not."""
     read, check, *_ = nodes
     recorded = await record(store, [read, check])
-    found = await replay(recorded, [check, read])
-    assert list(map(str, found.differences)) == [
+    result = await replay(recorded, [check, read])
+    assert list(map(str, result.differences)) == [
         "decision: 1 read: it comes after 'check' now, and came before it"
     ]
     assert calls.calls == ["read", "check"]
@@ -197,17 +199,17 @@ async def test_nodes_in_another_order(store, nodes, calls):
 async def test_another_decision_to_retry(store, nodes):
     """Fewer retries than the run needed stop it; more than it had lead to where nothing is recorded."""
     recorded = await record(store, nodes, faults=FaultPlan().fail("check", attempt=(1, 2)))
-    found, said = await differences(recorded, nodes, patient(retries=1))
-    assert said == [("decision", "check"), ("status", "")]
-    assert "attempts: 3 -> 2" in str(found.differences[0])
-    assert found.status is RunStatus.PARTIAL
+    result, text = await differences(recorded, nodes, patient(retries=1))
+    assert text == [("decision", "check"), ("status", "")]
+    assert "attempts: 3 -> 2" in str(result.differences[0])
+    assert result.status is RunStatus.PARTIAL
 
     gave_up = await record(store, nodes, faults=FaultPlan().fail("check", ZeroDivisionError, attempt=None))
     assert gave_up.status == "PARTIAL"
     assert (await differences(gave_up, nodes))[1] == []
-    found, said = await differences(gave_up, nodes, patient(retries=3))
-    assert said == [("decision", "check")]
-    assert "it is tried again (attempt 4), where the run stopped trying" in found.differences[0].message
+    result, text = await differences(gave_up, nodes, patient(retries=3))
+    assert text == [("decision", "check")]
+    assert "it is tried again (attempt 4), where the run stopped trying" in result.differences[0].message
 
 
 async def test_another_class_of_a_failure(store, nodes):
@@ -218,9 +220,9 @@ async def test_another_class_of_a_failure(store, nodes):
     def terminal(error, context):
         return FailureClass.TERMINAL if "quota" in str(error) else None
 
-    found, said = await differences(recorded, nodes, patient(classifiers=[terminal]))
-    assert said == [("decision", "check"), ("status", "")]
-    assert found.status is RunStatus.FAILED
+    result, text = await differences(recorded, nodes, patient(classifiers=[terminal]))
+    assert text == [("decision", "check"), ("status", "")]
+    assert result.status is RunStatus.FAILED
 
 
 @pytest.mark.core
@@ -236,8 +238,8 @@ async def test_a_wait_that_no_journal_keeps_is_no_difference(store, nodes):
 
     recorded = await record(store, nodes, faults=FaultPlan().fail("check", TooMany("later")))
     assert (recorded.status, recorded.attempts[-1].reason) == ("PARTIAL", "rate_limit")
-    found, said = await differences(recorded, nodes)
-    assert (said, found.status) == ([], RunStatus.PARTIAL)
+    result, text = await differences(recorded, nodes)
+    assert (text, result.status) == ([], RunStatus.PARTIAL)
 
 
 @pytest.mark.core
@@ -245,26 +247,26 @@ async def test_another_budget(store, nodes):
     """The arithmetic of today is done with the usage of then: a smaller limit stops the run where it is crossed."""
     recorded = await record(store, nodes)
     small = ExecutionBudget(max_tokens_total=20, max_cost_usd=None, max_latency_ms=None)
-    found, said = await differences(recorded, nodes, patient(budget=small))
-    assert ("decision", "right") in said
-    assert said[-1] == ("status", "")
-    assert (found.status, found.result.total_tokens) == (RunStatus.PARTIAL, 30)
+    result, text = await differences(recorded, nodes, patient(budget=small))
+    assert ("decision", "right") in text
+    assert text[-1] == ("status", "")
+    assert (result.status, result.result.total_tokens) == (RunStatus.PARTIAL, 30)
 
     stopped = await record(store, nodes, budget=small)
     assert (await differences(stopped, nodes, patient(budget=small)))[1] == []
-    found, said = await differences(stopped, nodes)
-    assert ("decision", "right") in said
-    assert found.stopped is not None
+    result, text = await differences(stopped, nodes)
+    assert ("decision", "right") in text
+    assert result.stopped is not None
 
 
 async def test_what_a_group_makes_of_the_same_outputs(store, nodes, calls):
     """A group is put together by the code of today: another order of its children gives another state."""
     other = parallel(nodes[2].children[1], nodes[2].children[0])
     recorded = await record(store, [nodes[0], parallel(make("l", add_one, Order), make("r", double, Order))])
-    _, said = await differences(
+    _, text = await differences(
         recorded, [nodes[0], parallel(make("r", double, Order), make("l", add_one, Order))]
     )
-    assert ("missing", "parallel(l, r)") in said
+    assert ("missing", "parallel(l, r)") in text
     assert other.node_id == "parallel(right, left)"
 
 
@@ -290,9 +292,9 @@ async def test_runs_that_failed_are_followed(store, calls):
     ]:
         recorded = await record(store, nodes, **config)
         assert recorded.status in ("FAILED", "PARTIAL")
-        found, said = await differences(recorded, nodes, patient(**config))
-        assert said == [], found.differences
-        assert found.status == recorded.status
+        result, text = await differences(recorded, nodes, patient(**config))
+        assert text == [], result.differences
+        assert result.status == recorded.status
 
 
 async def test_a_run_that_waits_for_a_person(store, calls):
@@ -302,8 +304,8 @@ async def test_a_run_that_waits_for_a_person(store, calls):
         raise Suspend("yes or no?")
 
     recorded = await record(store, [calls.node("read", paid), calls.node("ask", ask)])
-    found, said = await differences(recorded, [calls.node("read", paid), calls.node("ask", ask)])
-    assert (said, found.status) == ([], RunStatus.SUSPENDED)
+    result, text = await differences(recorded, [calls.node("read", paid), calls.node("ask", ask)])
+    assert (text, result.status) == ([], RunStatus.SUSPENDED)
 
 
 async def test_a_run_that_never_ended_is_followed_as_far_as_it_came(store, nodes):
@@ -312,9 +314,9 @@ async def test_a_run_that_never_ended_is_followed_as_far_as_it_came(store, nodes
 
     with crash_at("after_node", "check"):
         await patient(store=store).run(nodes, ORDER, run_id="r")
-    found, said = await differences(RecordedRun.read(store, "r"), nodes)
-    assert said == []
-    assert found.stopped == "at 1 check: the run came no further"
+    result, text = await differences(RecordedRun.read(store, "r"), nodes)
+    assert text == []
+    assert result.stopped == "at 1 check: the run came no further"
 
 
 @pytest.mark.core
@@ -333,15 +335,15 @@ async def test_calls_from_a_node_on(store, nodes, calls):
     """With start_at, what comes before is handed on, and the rest is called; a changed input is what it is given."""
     recorded = await record(store, nodes)
     calls.calls.clear()
-    found, said = await differences(recorded, nodes, start_at="check")
-    assert (said, found.called) == ([], ("check", "left", "right", "item", "item"))
-    assert calls.calls == list(found.called)
-    found, said = await differences(recorded, nodes, start_at="check", state={"n": 40, "items": []})
-    assert found.result.final_state.n == 42
-    assert ("output", "check") in said
-    assert all(name != "read" for _, name in said)
-    found, _ = await differences(recorded, nodes, start_at="read", state=Order(n=5))
-    assert found.called == ("read", "check", "left", "right")
+    result, text = await differences(recorded, nodes, start_at="check")
+    assert (text, result.called) == ([], ("check", "left", "right", "item", "item"))
+    assert calls.calls == list(result.called)
+    result, text = await differences(recorded, nodes, start_at="check", state={"n": 40, "items": []})
+    assert result.result.final_state.n == 42
+    assert ("output", "check") in text
+    assert all(name != "read" for _, name in text)
+    result, _ = await differences(recorded, nodes, start_at="read", state=Order(n=5))
+    assert result.called == ("read", "check", "left", "right")
     with pytest.raises(ValueError, match="its nodes are 'read', 'check'"):
         await replay(recorded, nodes, start_at="chek")
     with pytest.raises(TypeError, match="built from its children"):
@@ -357,13 +359,13 @@ async def test_redaction(store, nodes, calls, tmp_path):
 
     recorded = await record(store, nodes)
     assert recorded.redacted(redact).to_json()["attempts"][0]["output"]["n"] == 0
-    found, _ = await differences(
+    result, _ = await differences(
         recorded, nodes, patient(redact=redact), start_at="read", state=Order(n=77, items=ORDER.items)
     )
-    assert "78" not in str(found.differences)
-    assert "it differs in what is redacted" in str(found.differences)
+    assert "78" not in str(result.differences)
+    assert "it differs in what is redacted" in str(result.differences)
     broken, _ = await differences(
-        recorded, [calls.node("read", paid, made=Small), *nodes[1:]], patient(redact=redact)
+        recorded, [calls.node("read", paid, output_model=Small), *nodes[1:]], patient(redact=redact)
     )
     assert "less than" not in str(broken.differences)
 
@@ -395,8 +397,8 @@ async def test_redaction_of_messages(store):
     read = RecordedRun.read(store, "r", redact=redact)
     (await replay(read, [first, last], runner=patient(redact=redact))).assert_same()
     other = make("third", keep, Letter, Letter)
-    found = await replay(recorded, [first, other, last], runner=patient(redact=redact))
-    assert "Ada" not in str(found.differences) + str(found.stopped)
+    result = await replay(recorded, [first, other, last], runner=patient(redact=redact))
+    assert "Ada" not in str(result.differences) + str(result.stopped)
 
 
 @pytest.mark.parametrize(
@@ -415,10 +417,10 @@ async def test_a_damaged_file_is_named(store, nodes, tmp_path, name, value):
 
 async def test_the_config_of_the_pipeline_counts(store, nodes):
     """A Pipeline brings its own config; no hook of it is told, and nothing is kept."""
-    told = []
+    events = []
 
     async def hook(*arguments):
-        told.append(arguments)
+        events.append(arguments)
 
     from stroma import NodeHooks
 
@@ -428,9 +430,9 @@ async def test_the_config_of_the_pipeline_counts(store, nodes):
     )
     recorded = await record(store, nodes, faults=FaultPlan().fail("check"))
     before = len(store.list_runs())
-    found = await replay(recorded, Pipeline("orders", nodes, config=config))
-    assert [difference.kind for difference in found.differences] == ["decision", "status"]
-    assert told == []
+    result = await replay(recorded, Pipeline("orders", nodes, config=config))
+    assert [difference.kind for difference in result.differences] == ["decision", "status"]
+    assert events == []
     assert len(store.list_runs()) == before
 
 

@@ -64,18 +64,20 @@ async def test_a_node_that_keeps_state_in_a_global_is_found():
     async def get(state):
         return {"n": memory["n"]}
 
-    with pytest.raises(AssertionError) as found:
+    with pytest.raises(AssertionError) as result:
         await assert_resumable([make("put", put), make("get", get)], Number())
-    assert "dies after the commit of node 'put' (position 0, attempt 1), before its hooks" in str(found.value)
-    assert "node 'get': KeyError: 'n'" in str(found.value)
+    assert "dies after the commit of node 'put' (position 0, attempt 1), before its hooks" in str(
+        result.value
+    )
+    assert "node 'get': KeyError: 'n'" in str(result.value)
 
     async def get_or_not(state):
         return {"n": memory.get("n", 0)}
 
-    with pytest.raises(AssertionError) as found:
+    with pytest.raises(AssertionError) as result:
         await assert_resumable([make("put", put), make("get", get_or_not)], Number())
     assert "the final state differs, from the output of node 'get' (position 1) on: n 5 -> 0" in str(
-        found.value
+        result.value
     )
     assert memory == {}  # It was never in this process.
 
@@ -158,8 +160,8 @@ async def test_a_step_that_gets_something_else_after_a_death_is_found():
 
     async def work(ctx, state):
         first = (await execute_step("first", add_one, state, ctx)).final_state
-        told = Number(n=next(clock))
-        await execute_step("note", add_one, told, ctx)
+        report = Number(n=next(clock))
+        await execute_step("note", add_one, report, ctx)
         return first
 
     with pytest.raises(AssertionError, match=r"two undisturbed runs differ|recorded with the input"):
@@ -196,10 +198,10 @@ async def test_an_effect_that_is_made_twice_is_found():
         keys[current_node().idempotency_key] = "mail"
         return state
 
-    with pytest.raises(AssertionError) as found:
+    with pytest.raises(AssertionError) as result:
         await assert_resumable([make("send", send)], Number(), effects=lambda: sent, reset=sent.clear)
-    assert "node 'send' did its work, and was called again" in str(found.value)
-    assert "idempotency_key" in str(found.value)
+    assert "node 'send' did its work, and was called again" in str(result.value)
+    assert "idempotency_key" in str(result.value)
     proven = await assert_resumable(
         [make("send", send_once)], Number(), effects=lambda: list(keys.values()), reset=keys.clear
     )
@@ -289,8 +291,8 @@ async def test_items_that_go_to_a_file_are_compared(processes, tmp_path):
         memory["calls"] += 1
         return Number(n=memory["calls"])
 
-    items, made = JsonLines(tmp_path / "in.jsonl"), JsonLines(tmp_path / "out.jsonl")
-    nodes = [map_over(items, make("item", count), into=made, max_concurrency=1)]
+    items, instance = JsonLines(tmp_path / "in.jsonl"), JsonLines(tmp_path / "out.jsonl")
+    nodes = [map_over(items, make("item", count), into=instance, max_concurrency=1)]
     again = {"processes": processes, "reset": lambda: memory.update(calls=0)}
     if processes:
         with pytest.raises(AssertionError, match=r"differs: n 2 -> 1 at node 'item' \(position 0\.1\)"):

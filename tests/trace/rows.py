@@ -67,6 +67,6 @@ def failed_event(node_id: str = "node", **changed: Any) -> TraceEvent:
 
 
 def trace(*rows: Any) -> ExecutionTrace:
-    made = ExecutionTrace("run")
-    made.rows.extend(rows)
-    return made
+    instance = ExecutionTrace("run")
+    instance.rows.extend(rows)
+    return instance

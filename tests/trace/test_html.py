@@ -22,20 +22,10 @@ from tests.tiers import examples
 from tests.trace.standalone_pages import check_page
 
 from stroma import FailurePolicy, NodeContract, StromaRunner, current_node, parallel, stroma_node
-from stroma.trace.html import (
-    Bar,
-    Box,
-    Story,
-    document,
-    fields_named,
-    fragment,
-    gantt,
-    idle_ms,
-    places,
-    tree,
-    waits,
-)
+from stroma.trace.gantt import gantt, idle_ms, places
+from stroma.trace.html import document, fragment, tree
 from stroma.trace.redaction import hidden_values, without
+from stroma.trace.story import Bar, StopCause, Story, fields_named, waits
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;]]><!--\x00\x1b[31m\u202e</pre></style>"
 
@@ -240,14 +230,16 @@ def test_no_text_is_ever_markup(one: str, two: str, three: str, state: Any) -> N
             Bar(a, "0", 1, 0, 5, "failure", "TERMINAL", b, c, 3, 1, 0.1, b, False, held, None),
             Bar(a, "0", 2, 9, 5, "success", None, None, None, 3, 1, 0.1, b, True, held, held),
         ]
-        return Story(a, b, "FAILED", bars, 3, 0.1, 1, 2.0, Box(a, "0", 1, "TERMINAL", c, b, a), ((a, b),))
+        return Story(
+            a, b, "FAILED", bars, 3, 0.1, 1, 2.0, StopCause(a, "0", 1, "TERMINAL", c, b, a), ((a, b),)
+        )
 
     def shape(text: str) -> list[str]:
         return check_page(text).tags
 
     plain = story("a", "b", "c", None)
-    made = story(one or "x", two or "x", three or "x", None)
-    assert shape(document(made)) == shape(document(plain))
+    instance = story(one or "x", two or "x", three or "x", None)
+    assert shape(document(instance)) == shape(document(plain))
     check_page(document(story(one, two, three, state)))
     check_page(fragment(story(one, two, three, state)))
 
@@ -314,10 +306,10 @@ def test_idle_time_folds() -> None:
     assert idle_ms(bars) == 60_000 + 3_938_000
 
     def drawn(**how: bool) -> list[tuple[float, float]]:
-        found = re.findall(
+        result = re.findall(
             r'<rect class="b-(?!wait)[^"]*" x="([\d.]+)" y="2" width="([\d.]+)"', gantt(bars, **how)
         )
-        return [(float(x), float(width)) for x, width in found]
+        return [(float(x), float(width)) for x, width in result]
 
     assert [width for _, width in drawn()] == [6.0] * 4
     first, second, third, last = drawn(fold_idle=True)

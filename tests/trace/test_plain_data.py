@@ -120,11 +120,11 @@ def test_any_value_is_plain_data(value: Any, written: Any) -> None:
     """What JSON can say it says, as a plain type of Python's; all else is text, and nothing is an error."""
     if isinstance(value, dict):
         written = {"a": "nan", "1": 2, "None": 3, "[1, 'nan']": 4, "2.5": 5, "word": 6}
-    made = jsonable(value)
-    assert made == written
-    assert type(made) is type(written)
+    instance = jsonable(value)
+    assert instance == written
+    assert type(instance) is type(written)
     if not (isinstance(written, int) and written > 10**300):
-        assert json.loads(json.dumps(made, allow_nan=False)) == made
+        assert json.loads(json.dumps(instance, allow_nan=False)) == instance
 
 
 def test_a_model_that_lacks_a_value() -> None:
@@ -215,7 +215,7 @@ def secret(value: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("value", "found"),
+    ("value", "result"),
     [
         (SecretStr("one"), ["one"]),
         (SecretStr(""), []),
@@ -249,9 +249,9 @@ def secret(value: Any) -> Any:
     ],
     ids=str,
 )
-def test_every_text_that_a_secret_hides(value: Any, found: list[str]) -> None:
+def test_every_text_that_a_secret_hides(value: Any, result: list[str]) -> None:
     """Of a state all the texts in its secrets, in order, bytes in the two forms that a message can have; no flags, no keys."""
-    assert list(secrets_in(value)) == found
+    assert list(secrets_in(value)) == result
 
 
 def test_what_a_dataclass_has_beside_its_fields() -> None:
@@ -297,10 +297,10 @@ def test_secrets_are_looked_for_a_hundred_levels_deep(kind: str) -> None:
 
 def test_attributes_of_a_dataclass_are_looked_for_as_deep() -> None:
     """What is no field lies one level deeper."""
-    for levels, found in [(99, ["one"]), (100, [])]:
+    for levels, result in [(99, ["one"]), (100, [])]:
         one = Record(None)
         one.token = nested(SecretStr("one"), levels)  # type: ignore[attr-defined]
-        assert list(secrets_in(one)) == found
+        assert list(secrets_in(one)) == result
 
 
 @pytest.mark.parametrize("kind", ["list", "tuple", "dict"])

@@ -12,7 +12,7 @@ from stroma import ExecutionResult, ExecutionTrace, FailureClass, RunStatus, Tra
 from stroma.failures import Failure
 from stroma.trace import AttemptUsage
 from stroma.trace.events import Failed
-from stroma.trace.html import Bar, Box, Story
+from stroma.trace.story import Bar, StopCause, Story
 
 # ---------------------------------------------------------------- what tells two traces apart
 
@@ -48,7 +48,7 @@ def test_events_that_only_one_of_them_has() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "text"),
     [
         ({"given": {"a": 2}}, "input_state {'a': 1} != {'a': 2}"),
         ({"made": {"b": True}}, "output_state {'b': 2} != {'b': True}"),
@@ -66,10 +66,10 @@ def test_events_that_only_one_of_them_has() -> None:
         ),
     ],
 )
-def test_what_is_different_of_an_event(change: dict[str, Any], said: str) -> None:
+def test_what_is_different_of_an_event(change: dict[str, Any], text: str) -> None:
     """Every field with both values, in one line."""
     assert trace(row(attempt=2)).diff(trace(row(attempt=2, **change))) == [
-        f"Difference for node attempt 2: {said}"
+        f"Difference for node attempt 2: {text}"
     ]
 
 
@@ -143,15 +143,17 @@ def bar(node_id: str = "node", **changed: Any) -> Bar:
         "began_ms": 0.0,
         "took_ms": 5.999999,
         "outcome": "success",
-        "given": {"a": 1},
-        "made": {"b": 2},
+        "input_state": {"a": 1},
+        "output_state": {"b": 2},
     }
     return Bar(node_id, **(fields | changed))
 
 
 def failed_bar(node_id: str = "node", **changed: Any) -> Bar:
     what = {"failure_class": "RECOVERABLE", "message": "OSError: it broke", "reason": "rate_limit"}
-    return bar(node_id, **{"outcome": "failure", "made": None, "kept": False, **what, **changed})
+    return bar(
+        node_id, **{"outcome": "failure", "output_state": None, "is_committed": False, **what, **changed}
+    )
 
 
 def test_the_story_of_nothing() -> None:
@@ -254,18 +256,18 @@ def test_a_story_shows_what_redact_lets_be_seen() -> None:
     assert list(bars) == [
         failed_bar(
             "a",
-            given={"key": "***", "b": 1},
+            input_state={"key": "***", "b": 1},
             failure_class="TERMINAL",
             message="OSError: quiet: [redacted], [redacted]",
             reason=None,
         ),
         bar("g", began_ms=1e-6),
-        bar("in", began_ms=2e-6, given={}, made={"key": "***"}),
+        bar("in", began_ms=2e-6, input_state={}, output_state={"key": "***"}),
     ]
     plain = {one.node_id: one for one in held._story().bars}
     assert plain["a"].message == "OSError: noisy: poppy, sesame"
-    assert plain["a"].given == {"key": "sesame", "b": 1}
-    assert plain["in"].made == {"key": "poppy"}
+    assert plain["a"].input_state == {"key": "sesame", "b": 1}
+    assert plain["in"].output_state == {"key": "poppy"}
 
 
 def test_what_redact_leaves_may_stand_in_messages() -> None:
@@ -277,20 +279,24 @@ def test_what_redact_leaves_may_stand_in_messages() -> None:
     (drawn,) = trace(one)._story(without_key).bars
     assert trace(one).redacted_message("sesame visible", one, without_key) == "[redacted] visible"
     assert drawn.message == "OSError: [redacted] visible"
-    assert drawn.given == {"key": "***", "name": "visible"}
+    assert drawn.input_state == {"key": "***", "name": "visible"}
 
 
 def test_redact_is_asked_of_states_and_messages_alone() -> None:
     """A state that is not there is shown to nobody: it stays None."""
-    asked: list[dict[str, Any]] = []
+    requests: list[dict[str, Any]] = []
 
     def redact(state: dict[str, Any]) -> dict[str, Any]:
-        asked.append(state)
+        requests.append(state)
         return dict.fromkeys(state, "hidden")
 
     (drawn,) = trace(failed(given={"a": "long enough"}))._story(redact).bars
-    assert (drawn.given, drawn.made, drawn.message) == ({"a": "hidden"}, None, "OSError: hidden")
-    assert [state for state in asked if state not in ({"a": "long enough"}, {"message": "it broke"})] == []
+    assert (drawn.input_state, drawn.output_state, drawn.message) == (
+        {"a": "hidden"},
+        None,
+        "OSError: hidden",
+    )
+    assert [state for state in requests if state not in ({"a": "long enough"}, {"message": "it broke"})] == []
 
 
 def test_what_a_failed_attempt_said_is_told_without_what_its_states_hide() -> None:
@@ -336,7 +342,7 @@ def test_the_box_of_a_failed_run_names_the_child_that_failed() -> None:
         failed("y", started=START + 1, failure=Failed(FailureClass.TERMINAL, "no", None, "OSError")),
     )
     story = result(held, failure=failure())._story()
-    assert story.box == Box("x", "1.0.1", 3, "RECOVERABLE", "OSError: it broke", "rate_limit")
+    assert story.box == StopCause("x", "1.0.1", 3, "RECOVERABLE", "OSError: it broke", "rate_limit")
     assert story.facts == ()
     # The trace of a group that was told after its child is the same.
     held = trace(first, child, failed("g", position=1))
@@ -353,7 +359,7 @@ def test_the_box_of_a_failed_run_names_the_child_that_failed() -> None:
 )
 def test_the_box_of_a_failure_without_an_attempt(held: ExecutionTrace) -> None:
     """It has the node of the failure, and a question mark for its place."""
-    assert result(held, failure=failure())._story().box == Box(
+    assert result(held, failure=failure())._story().box == StopCause(
         "elsewhere", "?", 3, "RECOVERABLE", "OSError: it broke", "rate_limit"
     )
 
@@ -375,7 +381,7 @@ def test_box_and_facts_show_what_redact_lets_be_seen() -> None:
     )
     one = result(held, failure=failure("noisy sesame"), suspended=["noisy sesame"])
     story = one._story(without_key)
-    assert story.box == Box("node", "0", 3, "RECOVERABLE", "OSError: quiet [redacted]", "rate_limit")
+    assert story.box == StopCause("node", "0", 3, "RECOVERABLE", "OSError: quiet [redacted]", "rate_limit")
     assert story.facts == (("waits for", "quiet [redacted]"),)
-    assert [one.given for one in story.bars] == [{"key": "***"}]
+    assert [one.input_state for one in story.bars] == [{"key": "***"}]
     assert one._story().facts == (("waits for", "noisy sesame"),)

@@ -66,12 +66,12 @@ class Log:
 @pytest.fixture
 def log() -> Iterator[Log]:
     """All that is logged, as a file would have it."""
-    made = Log()
+    instance = Log()
     logger = logging.getLogger("stroma")
-    logger.addHandler(made.handler)
+    logger.addHandler(instance.handler)
     logger.setLevel(logging.DEBUG)
-    yield made
-    logger.removeHandler(made.handler)
+    yield instance
+    logger.removeHandler(instance.handler)
     logger.setLevel(logging.NOTSET)
 
 
@@ -94,17 +94,17 @@ async def test_secrets_are_masked_everywhere(tmp_path: Path, log: Log, form: int
     """The text of a SecretStr, also encoded, is in no log line, trace, page, store or exporter's field."""
     store: Any = SQLiteStore(tmp_path / "runs.db", codec=Zip()) if durable else AsyncInMemoryStore()
     runner = StromaRunner.quick(store=store, policy_map=NEVER, hooks=log_hooks(content="redacted"))
-    said = lambda state: ValueError(f"GET /v1?key={forms(state.token.get_secret_value())[form]} failed")  # noqa: E731
-    result = await runner.run(failing(runner, said), Call(), run_id="r")
+    text = lambda state: ValueError(f"GET /v1?key={forms(state.token.get_secret_value())[form]} failed")  # noqa: E731
+    result = await runner.run(failing(runner, text), Call(), run_id="r")
     assert result.failure is not None
     assert isinstance(result.failure.exception, ValueError)
     assert "key=**********" in result.failure.message
-    for told in (
+    for report in (
         log.text, result.trace.to_json(), result.to_html(), result.failure.message, repr(result.trace.failures()),
         repr(store.attempts("r")[0].message), repr(store.get_run("r")),
     ):  # fmt: skip
         for secret in forms(SECRET):
-            assert secret not in told
+            assert secret not in report
     if durable:
         await store.aclose()
 
@@ -231,9 +231,9 @@ def test_the_command_line_names_the_type(tmp_path: Path, capsys: pytest.CaptureF
     )
     with undone_command():
         stroma_command(["run", f"{tmp_path / 'flow.py'}:pipeline", "--db", "memory://"])
-    told = capsys.readouterr()
-    assert "KeyError: '**********'" in told.err
-    assert "sk-live-abcdef" not in told.err + told.out
+    printed = capsys.readouterr()
+    assert "KeyError: '**********'" in printed.err
+    assert "sk-live-abcdef" not in printed.err + printed.out
 
 
 # ---------------------------------------------------------------------- bounded work

@@ -161,11 +161,11 @@ def test_the_time_of_an_event_is_cut_off_not_rounded(digits: int) -> None:
 def test_snapshots_are_read_by_the_schemas_of_their_row() -> None:
     """An input by the schema of the input, an output by that of the output; deep states too; whatever the node id."""
     held = trace()
-    given, made, deep = schema_of(Given), schema_of(Made), schema_of(Deep)
+    value, instance, deep = schema_of(Given), schema_of(Made), schema_of(Deep)
     words = deep.snapshot(Deep(words=["x"]))
     held.rows += [
-        row(given=(5,), made=(6,), schemas=(given, made, None)),
-        row(given=(5,), made=(6,), schemas=(made, given, "what else there is")),
+        row(given=(5,), made=(6,), schemas=(value, instance, None)),
+        row(given=(5,), made=(6,), schemas=(instance, value, "what else there is")),
         row("deep", given=words, made=words, schemas=(deep, deep, None)),
         row("plain", given={}),
     ]
@@ -279,9 +279,9 @@ def test_a_trace_as_json_has_everything() -> None:
 
 def test_what_an_output_is_filed_under() -> None:
     """The fingerprint of its schema, with the group that asked for it."""
-    made = schema_of(Made)
-    assert contract_of(row(), made) == made.fingerprint
-    assert contract_of(row(group="g"), made) == f"{made.fingerprint}:g"
+    instance = schema_of(Made)
+    assert contract_of(row(), instance) == instance.fingerprint
+    assert contract_of(row(group="g"), instance) == f"{instance.fingerprint}:g"
 
 
 def test_what_an_item_that_failed_is_filed_under() -> None:
@@ -362,11 +362,11 @@ def test_so_many_are_kept_and_as_many_failures_more(most: int) -> None:
         rows.append(row(f"ok{n}"))
         rows.append(failed(f"no{n}"))
     every = [name for n in range(10) for name in (f"ok{n}", f"no{n}")]
-    kept = every[:most] + [name for name in every[most:] if name.startswith("no")][:most]
-    assert [one[0] for one in rows] == kept  # type: ignore[index]
+    entry = every[:most] + [name for name in every[most:] if name.startswith("no")][:most]
+    assert [one[0] for one in rows] == entry  # type: ignore[index]
     assert rows.left_out is not None
     assert rows.left_out.events == 20 - 2 * most
-    assert rows.left_out.failures == 10 - sum(name.startswith("no") for name in kept)
+    assert rows.left_out.failures == 10 - sum(name.startswith("no") for name in entry)
 
 
 def test_nothing_is_left_out_as_long_as_all_is_kept() -> None:

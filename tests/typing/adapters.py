@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from stroma import StromaRunner
 from stroma.adapters import FrameworkAdapter, Guard, LangGraphAdapter, StepInterceptor
-from stroma.adapters._step import Step
+from stroma.adapters._step import GuardedStep
 from stroma.adapters.base import LoopAdapter, TurnAdapter
 from stroma.contracts import ContractRegistry
 
@@ -48,7 +48,7 @@ async def use() -> None:
     assert_type(aparts(1), AsyncIterator[int])
     plain(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     plain("x", 3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    assert_type(await guard.acall(Step("x"), coroutine, "x"), int)
+    assert_type(await guard.acall(GuardedStep("x"), coroutine, "x"), int)
 
 
 interceptor: StepInterceptor = guard

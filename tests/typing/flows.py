@@ -85,12 +85,12 @@ async def results() -> None:
 
 
 async def wrong_calls(flow: Flow, ticket: Ticket, reply: Reply) -> Reply:
-    await flow.step(label, reply)  # type: ignore[arg-type]  # pyright: ignore
-    await flow.step(3, ticket)  # type: ignore[call-overload]  # pyright: ignore
-    flow.step(label, ticket)  # type: ignore[unused-coroutine]  # pyright: ignore
-    return await flow.step(label, ticket)  # type: ignore[arg-type]  # pyright: ignore
+    await flow.step(label, reply)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await flow.step(3, ticket)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    flow.step(label, ticket)  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
+    return await flow.step(label, ticket)  # type: ignore[arg-type]  # pyright: ignore[reportReturnType]
 
 
-@runner.flow("wrong", input=Ticket, output=Reply)  # type: ignore[arg-type]  # pyright: ignore
+@runner.flow("wrong", input=Ticket, output=Reply)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 async def wrong_output(flow: Flow, ticket: Ticket) -> Label:
     return Label(topic="")

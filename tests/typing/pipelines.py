@@ -105,10 +105,10 @@ async def run_them() -> None:
     """A run takes a list, a tuple or a Pipeline, and gives an ExecutionResult."""
     document = Document(text="x")
     async with runner.stream([both, report], document, on_leave="detach") as stream:
-        async for told in stream:
-            assert_type(told, StreamEvent)
-            assert_type(told.event, TraceEvent | None)
-            assert_type(told.progress, MapProgress | None)
+        async for notice in stream:
+            assert_type(notice, StreamEvent)
+            assert_type(notice.event, TraceEvent | None)
+            assert_type(notice.progress, MapProgress | None)
     assert_type(stream, RunStream)
     assert_type(stream.result, ExecutionResult)
     assert_type(runner.run_sync([both], document), ExecutionResult)

@@ -97,8 +97,8 @@ class Browser:
             message = json.loads(self._socket.recv(timeout=_SECONDS))
             if message.get("id") == number:
                 assert "error" not in message, message["error"]
-                found: dict[str, Any] = message["result"]
-                return found
+                result: dict[str, Any] = message["result"]
+                return result
             self._note(message)
 
     def _note(self, message: dict[str, Any]) -> None:

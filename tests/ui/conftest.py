@@ -66,16 +66,18 @@ class Site:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         with contextlib.closing(connection):
             connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
-            given = {"host": self.host} | {name.replace("_", "-"): value for name, value in headers.items()}
+            argument = {"host": self.host} | {
+                name.replace("_", "-"): value for name, value in headers.items()
+            }
             if body is not None:
-                given["content-length"] = str(len(body))
-            for name, value in given.items():
+                argument["content-length"] = str(len(body))
+            for name, value in argument.items():
                 if value:
                     connection.putheader(name, value)
             connection.endheaders(body)
             answer = connection.getresponse()
-            told = {name.lower(): value for name, value in answer.getheaders()}
-            return Answer(answer.status, told, answer.read())
+            events = {name.lower(): value for name, value in answer.getheaders()}
+            return Answer(answer.status, events, answer.read())
 
     def get(self, path: str, /, **query: Any) -> Answer:
         return self.ask("GET", f"{path}?{urlencode(query)}" if query else path)
@@ -99,12 +101,12 @@ def serve() -> Iterator[Callable[..., Site]]:
     def start(store: SQLiteStore, *, listening: socket.socket | None = None, **settings: Any) -> Site:
         listening = listening or listen()
         site = Site(listening.getsockname()[1], store)
-        given = {
+        value = {
             "hosts": [site.host, f"localhost:{site.port}"],
             "resume": site.resumed.append,
             "poll_seconds": 0.05,
         } | settings
-        app = make_app(Settings(store=store, name="runs.db", **given))
+        app = make_app(Settings(store=store, name="runs.db", **value))
         config = uvicorn.Config(
             app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1
         )
@@ -179,8 +181,8 @@ def url(tmp_path: Path) -> str:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[SQLiteStore]:
-    with SQLiteStore(tmp_path / "runs.db") as made:
-        yield made
+    with SQLiteStore(tmp_path / "runs.db") as instance:
+        yield instance
 
 
 @pytest.fixture

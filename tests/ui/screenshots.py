@@ -56,8 +56,8 @@ class Total(BaseModel):
     currency: str
 
 
-def _node(node_id: str, func: Any, given: type[BaseModel], made: type[BaseModel]) -> Any:
-    contract: Any = NodeContract(node_id=node_id, input_schema=given, output_schema=made)
+def _node(node_id: str, func: Any, input_model: type[BaseModel], output_model: type[BaseModel]) -> Any:
+    contract: Any = NodeContract(node_id=node_id, input_schema=input_model, output_schema=output_model)
     return stroma_node(node_id, contract)(func)
 
 
@@ -77,8 +77,8 @@ def _pipeline(dice: random.Random, *, breaks: bool) -> Pipeline:
 
     async def total(state: Any) -> Any:
         await asyncio.sleep(0.02)
-        found = {"number": state.number, "total": "75,00" if breaks else 75.0, "currency": "EUR"}
-        return found, 640, 60, "gpt-4o"
+        findings = {"number": state.number, "total": "75,00" if breaks else 75.0, "currency": "EUR"}
+        return findings, 640, 60, "gpt-4o"
 
     async def page(state: Any) -> Any:
         await asyncio.sleep(dice.uniform(0.01, 0.05))
@@ -164,16 +164,16 @@ def shoot(browser: Browser, url: str, store: SQLiteStore, directory: Path) -> li
         "runs": "/", "run": f"/run?id={failed}", "attempt": attempt, "compare": f"/compare?a={good}&b={failed}",
         "overview": "/overview?days=1", "pipeline": "/pipeline", "nothing": "/?q=nowhere",
     }  # fmt: skip
-    made = []
+    outputs = []
     for name, path in pages.items():
         for size, (width, height) in SIZES.items():
             for dark in (False, True):
                 browser.size(width, height, dark=dark)
                 browser.goto(url + path)
-                made.append(directory / f"{name}-{size}-{'dark' if dark else 'light'}.png")
-                browser.screenshot(made[-1])
+                outputs.append(directory / f"{name}-{size}-{'dark' if dark else 'light'}.png")
+                browser.screenshot(outputs[-1])
     assert not [problem for problem in browser.problems if not re.search("404", problem)], browser.problems
-    return made
+    return outputs
 
 
 if __name__ == "__main__":

@@ -181,12 +181,12 @@ def test_another_site(site: Site, browser: Browser, store: SQLiteStore, serve: A
     other = serve(store)
     key = re.findall(r'name="key" value="(\w+)"', site.get("/run", id="bad").text)[-1]
     browser.goto(f"{other.url}/static/icon.svg")
-    told = browser.eval(
+    report = browser.eval(
         f"Promise.all([fetch('{site.url}/').then((a) => a.text(), () => 'refused'), "
         f"fetch('{site.url}/delete', {{method: 'POST', mode: 'no-cors', headers: {{'content-type': 'application/x-www-form-urlencoded'}}, "
         f"body: 'id=bad&key={key}'}}).then(() => 'sent', () => 'refused')])"
     )
-    assert told[0] == "refused"
+    assert report[0] == "refused"
     assert site.store.get_run("bad") is not None
 
 

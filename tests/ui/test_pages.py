@@ -30,13 +30,13 @@ from stroma.ui.figures import _quantile
 
 def rows(text: str) -> list[list[str]]:
     """The cells of a page's table as plain text."""
-    found = re.findall(r"<tr data-row>(.*?)</tr>", text, re.DOTALL)
+    result = re.findall(r"<tr data-row>(.*?)</tr>", text, re.DOTALL)
     return [
         [
             " ".join(re.sub(r"<[^>]*>", " ", cell).split())
             for cell in re.findall(r"<td.*?>(.*?)</td>", row, re.DOTALL)
         ]
-        for row in found
+        for row in result
     ]
 
 
@@ -59,20 +59,20 @@ def test_runs(site: Site) -> None:
 def test_searching(site: Site) -> None:
     """Runs are found by id, text of the error, node, tag, class and status; what matches nothing says so."""
 
-    def found(**asked: str) -> list[str]:
-        return [row[1].split()[0] for row in rows(site.get("/", **asked).text)]
+    def run_ids(**request: str) -> list[str]:
+        return [row[1].split()[0] for row in rows(site.get("/", **request).text)]
 
-    assert found() == ["bad", "good"]
-    assert found(q="goo") == ["good"]
-    assert found(q="VALID integer") == ["bad"]
-    assert found(q="tag:nightly") == ["bad", "good"]
-    assert found(q="tag:other") == []
-    assert found(q="node:flaky") == ["bad", "good"]
-    assert found(q="node:total class:terminal") == ["bad"]
-    assert found(status="failed") == ["bad"]
-    assert found(status="COMPLETED") == ["good"]
-    assert found(**{"class": "TERMINAL"}) == ["bad"]
-    assert found(q="pipeline:flows", status="FAILED") == ["bad"]
+    assert run_ids() == ["bad", "good"]
+    assert run_ids(q="goo") == ["good"]
+    assert run_ids(q="VALID integer") == ["bad"]
+    assert run_ids(q="tag:nightly") == ["bad", "good"]
+    assert run_ids(q="tag:other") == []
+    assert run_ids(q="node:flaky") == ["bad", "good"]
+    assert run_ids(q="node:total class:terminal") == ["bad"]
+    assert run_ids(status="failed") == ["bad"]
+    assert run_ids(status="COMPLETED") == ["good"]
+    assert run_ids(**{"class": "TERMINAL"}) == ["bad"]
+    assert run_ids(q="pipeline:flows", status="FAILED") == ["bad"]
     assert "No run matches" in site.get("/", q="nowhere").text
 
 
@@ -80,15 +80,15 @@ def test_pages_of_runs(store: SQLiteStore, serve: Any) -> None:
     """Older runs follow page by page, each once, though new ones come meanwhile."""
     make_runs(store, *((f"run-{i:03}", Pipeline("p", GOOD.nodes[:1])) for i in range(120)))
     site = serve(store)
-    told: list[str] = []
+    events: list[str] = []
     path = "/"
     while path:
         text = site.ask("GET", path).text
-        told += [row[1] for row in rows(text)]
-        make_runs(store, (f"new-{len(told)}", Pipeline("p", GOOD.nodes[:1])))
+        events += [row[1] for row in rows(text)]
+        make_runs(store, (f"new-{len(events)}", Pipeline("p", GOOD.nodes[:1])))
         following = re.search(r'rel="next" href="([^"]*)"', text)
         path = following[1].replace("&amp;", "&") if following else ""
-    assert told == [f"run-{i:03}" for i in range(119, -1, -1)]
+    assert events == [f"run-{i:03}" for i in range(119, -1, -1)]
 
 
 def test_an_empty_store(tmp_path: Path, serve: Any) -> None:
@@ -113,7 +113,7 @@ def test_a_failed_run(site: Site) -> None:
     assert "TERMINAL (contract)" in box
     assert "<b>total</b>" in box
     assert "<code>lines.0.price</code>" in box
-    assert re.search(r"spent</b> \d+ tok, \$0\.000\d+; of it on attempts that came to nothing 40 tok", box)
+    assert re.search(r"spent</b> \d+ tok, \$0\.000\d+; of it on attempts without output 40 tok", box)
     assert "<code>stroma resume bad FILE.py:NAME</code>" in box
     assert text.count('<rect class="b-') == text.count('<rect class="b-success') + 2 + 1
     (marked,) = re.findall(r'<a href="([^"]*)"><title>[^<]*</title><rect class="b-failure b-on"', text)
@@ -218,9 +218,9 @@ def test_what_two_runs_took(site: Site) -> None:
     text = site.get("/compare", a="good", b="bad").text
     (good, bad) = rows(text)
     assert all(re.fullmatch(r"\d\.\d\d s", row[4]) for row in (good, bad))
-    told = re.findall(r'<span class="dim figures">([^<]*)</span>', text)
-    assert len(told) == 5
-    assert re.fullmatch(r"\d\.\d\d s → \d\.\d\d s, \$0\.000030 → \$0\.000030", told[0])
+    report = re.findall(r'<span class="dim figures">([^<]*)</span>', text)
+    assert len(report) == 5
+    assert re.fullmatch(r"\d\.\d\d s → \d\.\d\d s, \$0\.000030 → \$0\.000030", report[0])
 
 
 def test_idle_time(store: SQLiteStore, serve: Any) -> None:
@@ -256,12 +256,12 @@ def test_the_pipeline(store: SQLiteStore, serve: Any) -> None:
     text = site.get("/pipeline").text
     assert '<img class="lineage" src="/lineage.svg"' in text
     assert "Its last 2 runs" in text
-    told = rows(text)
-    assert [row[:3] for row in told] == [
+    report = rows(text)
+    assert [row[:3] for row in report] == [
         ["first", "2", "0.0%"], ["flaky", "4", "50.0%"], ["parallel(left, right)", "2", "0.0%"], ["left", "2", "0.0%"],
         ["right", "2", "0.0%"], ["total", "1", "100.0%"],
     ]  # fmt: skip
-    assert all(re.fullmatch(r"\d\.\d\d s", cell) for row in told for cell in row[3:])
+    assert all(re.fullmatch(r"\d\.\d\d s", cell) for row in report for cell in row[3:])
 
 
 def test_quantiles() -> None:
@@ -285,9 +285,9 @@ def test_runs_whose_owner_is_gone(store: SQLiteStore, serve: Any) -> None:
     gone = asyncio.run(leave("gone", 60.0))
     gone.abandon()
     site = serve(store)
-    told = {row[1]: row for row in rows(site.get("/").text)}
-    assert (told["here"][0], told["gone"][0]) == ("RUNNING", "INTERRUPTED")
-    assert told["gone"][3] == "owner lost"
+    events = {row[1]: row for row in rows(site.get("/").text)}
+    assert (events["here"][0], events["gone"][0]) == ("RUNNING", "INTERRUPTED")
+    assert events["gone"][3] == "owner lost"
     assert "its lease has expired" in site.get("/run", id="gone").text
     assert "<b>owner</b>" in site.get("/run", id="here").text
     assert "/delete" not in site.get("/run", id="here").text
@@ -319,9 +319,9 @@ def test_overview(site: Site) -> None:
     assert re.findall(r'<rect class="c-(\w+)"[^>]*><title>[^<]*: (\w+), (\d) attempts?<', text) == [
         ("terminal", "TERMINAL", "1"), ("recoverable", "RECOVERABLE", "2"),
     ]  # fmt: skip
-    told = rows(text)
-    assert told[0][:3] == ["flows", "13", "3"]
-    assert ["gpt-4o-mini", "9", "1"] in [row[:3] for row in told]
+    report = rows(text)
+    assert report[0][:3] == ["flows", "13", "3"]
+    assert ["gpt-4o-mini", "9", "1"] in [row[:3] for row in report]
     assert "Slowest nodes" in text
     assert site.get("/overview", days=30).status == 200
     assert "No attempt in that time" not in text

@@ -47,10 +47,10 @@ class Other:
 
 @pytest.fixture
 def other() -> Iterator[Other]:
-    made = Other()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
+    instance = Other()
+    yield instance
+    instance.server.shutdown()
+    instance.server.server_close()
 
 
 def test_the_session_stays_with_its_server(store: SQLiteStore, other: Other) -> None:

@@ -31,8 +31,8 @@ PAGES = ("/", "/overview", "/run?id=bad", "/compare?a=good&b=bad", "/pipeline")
 
 def attempts_of(site: Site, run_id: str = "bad") -> list[str]:
     """The addresses of a run's attempts."""
-    found = re.findall(r'href="(/attempt\?[^"]*)"', site.get("/run", id=run_id).text)
-    return list(dict.fromkeys(address.replace("&amp;", "&") for address in found))
+    result = re.findall(r'href="(/attempt\?[^"]*)"', site.get("/run", id=run_id).text)
+    return list(dict.fromkeys(address.replace("&amp;", "&") for address in result))
 
 
 def keys(site: Site, run_id: str = "bad") -> dict[str, str]:
@@ -89,7 +89,7 @@ def test_pages_of_other_sites_are_refused(site: Site) -> None:
 
 def test_every_answer_has_its_policy(site: Site) -> None:
     """No answer may load from elsewhere, run what stands in the page, be framed, guessed at or kept."""
-    asked = [
+    requests = [
         *PAGES,
         "/static/ui.js",
         "/static/ui.css",
@@ -99,7 +99,7 @@ def test_every_answer_has_its_policy(site: Site) -> None:
         "/attempt",
         *attempts_of(site),
     ]
-    answers = [site.ask("GET", path) for path in asked]
+    answers = [site.ask("GET", path) for path in requests]
     answers += [site.ask("GET", "/", host="evil.example"), site.post("/delete", {}), site.ask("PUT", "/")]
     for answer in answers:
         policy = answer.headers["content-security-policy"]
@@ -165,9 +165,9 @@ def test_the_token(store: SQLiteStore, serve: Any) -> None:
     assert "SameSite=Strict" in cookie
     assert "Domain" not in cookie
     assert "secret" not in cookie
-    kept = cookie.partition(";")[0]
-    assert site.ask("GET", "/run?id=good", cookie=kept, host=own).status == 200
-    for wrong in (f"{kept}x", kept.replace("=", "=0"), "stroma_ui=", "stroma_ui", "\x00"):
+    entry = cookie.partition(";")[0]
+    assert site.ask("GET", "/run?id=good", cookie=entry, host=own).status == 200
+    for wrong in (f"{entry}x", entry.replace("=", "=0"), "stroma_ui=", "stroma_ui", "\x00"):
         assert site.ask("GET", "/", cookie=wrong, host=own).status in (400, 401), wrong
     # Nobody is sent to another host with it.
     away = site.ask("GET", "//evil.example/?token=a%20secret%20of%2020%20chars", host=own)
@@ -182,12 +182,12 @@ def test_the_cookie_is_for_one_server(store: SQLiteStore, serve: Any) -> None:
     assert shown.status == 303
     assert "set-cookie" not in shown.headers
     assert shown.headers["location"] == f"http://{own}/run?id=good&token=a+secret+of+20+chars"
-    kept = (
+    entry = (
         site.ask("GET", f"/?token={TOKEN.replace(' ', '+')}", host=own)
         .headers["set-cookie"]
         .partition(";")[0]
     )
-    assert site.ask("GET", "/", cookie=kept).status == 401
+    assert site.ask("GET", "/", cookie=entry).status == 401
     for host in (site.host, f"proxy.example:{site.port}", own):
         for shown_as in (f":{TOKEN}", f"ada:{TOKEN}"):
             credentials = base64.b64encode(shown_as.encode()).decode()
@@ -232,21 +232,21 @@ def _stream(site: Site, path: str) -> socket.socket:
 
 def test_streams_are_bounded(store: SQLiteStore, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many pages as may be are served, one more is told so; what no page watches any more is forgotten."""
-    made: list[Events] = []
+    outputs: list[Events] = []
     init = Events.__init__
     monkeypatch.setattr(
-        Events, "__init__", lambda self, settings: (made.append(self), init(self, settings))[1]
+        Events, "__init__", lambda self, settings: (outputs.append(self), init(self, settings))[1]
     )
     site: Site = serve(store)
-    (events,) = made
+    (events,) = outputs
     held = [_stream(site, "/events")]
     assert held[0].recv(100)
     for number in range(20):
         with _stream(site, f"/events?id={number}{'a' * 5_000}") as one:
             assert one.recv(20).startswith(b"HTTP/1.1 200")
     held += [_stream(site, f"/events?id={number}") for number in range(80)]
-    told = [one.recv(12) for one in held[1:]]
-    assert told.count(b"HTTP/1.1 503") >= 31
+    reports = [one.recv(12) for one in held[1:]]
+    assert reports.count(b"HTTP/1.1 503") >= 31
     for one in held:
         one.close()
     until = time.monotonic() + 60
@@ -325,25 +325,25 @@ def test_other_addresses_need_a_token(host: str, tmp_path: Path) -> None:
 @pytest.mark.core
 def test_forms_carry_a_key(site: Site) -> None:
     """Deleting and resuming need the key that stands on the run's own page, for that very action and run."""
-    found = keys(site)
-    assert set(found) == {"resume", "delete"}
+    result = keys(site)
+    assert set(result) == {"resume", "delete"}
     for action in ("resume", "delete"):
-        other = found["delete" if action == "resume" else "resume"]
-        for key in ("", "x", other, keys(site, "good")["delete"], found[action][:-1], "é"):
+        other = result["delete" if action == "resume" else "resume"]
+        for key in ("", "x", other, keys(site, "good")["delete"], result[action][:-1], "é"):
             assert site.post(f"/{action}", {"id": "bad", "key": key}).status == 403, (action, key)
-        assert site.get(f"/{action}", id="bad", key=found[action]).status == 405
-        json_form = site.post(f"/{action}", {"id": "bad", "key": found[action]}, content_type="text/plain")
+        assert site.get(f"/{action}", id="bad", key=result[action]).status == 405
+        json_form = site.post(f"/{action}", {"id": "bad", "key": result[action]}, content_type="text/plain")
         assert json_form.status == 415
     assert site.post("/delete", {"id": "bad", "key": "x" * 200_000}).status == 413
     assert site.resumed == []
     assert site.store.get_run("bad") is not None
 
-    answer = site.post("/resume", {"id": "bad", "key": found["resume"]})
+    answer = site.post("/resume", {"id": "bad", "key": result["resume"]})
     assert (answer.status, answer.headers["location"], site.resumed) == (303, "/run?id=bad", ["bad"])
-    answer = site.post("/delete", {"id": "bad", "key": found["delete"]})
+    answer = site.post("/delete", {"id": "bad", "key": result["delete"]})
     assert (answer.status, answer.headers["location"]) == (303, "/")
     assert site.store.get_run("bad") is None
-    assert site.post("/delete", {"id": "bad", "key": found["delete"]}).status == 404
+    assert site.post("/delete", {"id": "bad", "key": result["delete"]}).status == 404
 
 
 def test_only_what_can_be_resumed(store: SQLiteStore, serve: Any) -> None:
@@ -514,11 +514,11 @@ def test_messages_are_redacted(store: SQLiteStore, serve: Any) -> None:
     )
     make_runs(store, ("good", GOOD))
     bare, site = serve(store), serve(store, redact=lambda state: {**state, "text": "***"})
-    asked = [
+    requests = [
         "/", "/?status=failed", "/run?id=bad", *attempts_of(site, "bad"), "/compare?a=bad&b=good", "/run?id=waits",
         *(f"/export?id=bad&format={form}" for form in ("html", "otlp")),
     ]  # fmt: skip
-    for path in asked:
+    for path in requests:
         assert "Ada King" in bare.ask("GET", path).text.replace("&#39;", "'"), path
         page = site.ask("GET", path)
         assert page.status == 200, path

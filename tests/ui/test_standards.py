@@ -22,11 +22,11 @@ _PICTURE = (
 
 @pytest.fixture
 def home() -> Path:
-    found = page_tools()
-    if found is None:
+    result = page_tools()
+    if result is None:
         missing("npm cannot install axe-core and html-validate here")
-    assert found is not None
-    return found
+    assert result is not None
+    return result
 
 
 async def _asks(state: Any) -> Any:
@@ -42,12 +42,14 @@ def pages(tmp_path: Path, serve: Any) -> list[str]:
     make_runs(store, (SCRIPT, BAD), state=State(text="a\x00b\u202e"))
     site: Site = serve(store, pipeline="flows", lineage=_PICTURE)
     bare: Site = serve(empty)
-    asked = [
+    requests = [
         "/", "/?q=nowhere", "/?status=failed&class=TERMINAL", "/run?id=bad", "/run?id=good", "/run?id=waits", *attempts_of(site),
         *attempts_of(site, SCRIPT), "/compare?a=good&b=bad", "/compare?a=good", "/overview", "/overview?days=1", "/pipeline", "/run?id=nope",
         "/export?id=bad&format=html",
     ]  # fmt: skip
-    return [site.url + path for path in asked] + [bare.url + path for path in ("/", "/overview", "/pipeline")]
+    return [site.url + path for path in requests] + [
+        bare.url + path for path in ("/", "/overview", "/pipeline")
+    ]
 
 
 @pytest.mark.nightly
@@ -55,7 +57,7 @@ def pages(tmp_path: Path, serve: Any) -> list[str]:
 def test_accessible(pages: list[str], home: Path, chromium: Browser, tmp_path: Path, dark: bool) -> None:
     """axe-core finds nothing on any page, light and dark, narrow and wide: not against WCAG 2.2 AA, and not against its own advice."""
     axe = (home / "node_modules" / "axe-core" / "axe.min.js").read_text()
-    found: dict[str, list[Any]] = {}
+    findings: dict[str, list[Any]] = {}
     for address in pages:
         at = address
         if "/export" in address:  # To be saved, and opened from there.
@@ -67,8 +69,8 @@ def test_accessible(pages: list[str], home: Path, chromium: Browser, tmp_path: P
             chromium.goto(at)
             chromium.eval(f"{axe}; 0")
             for wrong in chromium.eval(AXE):
-                found.setdefault(wrong, []).append((address, width))
-    assert not found, "\n".join(f"{wrong}\n  on {pages[0]}" for wrong, pages in found.items())
+                findings.setdefault(wrong, []).append((address, width))
+    assert not findings, "\n".join(f"{wrong}\n  on {pages[0]}" for wrong, pages in findings.items())
 
 
 def test_valid(pages: list[str], home: Path, tmp_path: Path) -> None:
@@ -95,5 +97,5 @@ def test_they_find_what_is_wrong(home: Path, chromium: Browser, serve: Any, tmp_
     chromium.eval(
         "document.querySelector('main').innerHTML += '<input><p style=\"color:#aaa;background:#fff\">pale</p>'"
     )
-    found = chromium.eval(AXE)
-    assert any(one.startswith("label:") for one in found), found
+    result = chromium.eval(AXE)
+    assert any(one.startswith("label:") for one in result), result

@@ -77,13 +77,13 @@ def test_pages_take_few_round_trips(
 ) -> None:
     """However many runs and attempts a page shows, it asks a Redis server some ten times for them, not once for each."""
     trips: list[int] = []
-    send = RedisLink._once
+    send = RedisLink._send_once
 
     def counted(self: RedisLink, commands: Any, atomic: bool) -> list[Any]:
         trips.append(len(commands))
         return send(self, commands, atomic)
 
-    monkeypatch.setattr(RedisLink, "_once", counted)
+    monkeypatch.setattr(RedisLink, "_send_once", counted)
     site = serve(store)
     make_runs(store, *((f"run-{i}", GOOD if i % 5 else BAD) for i in range(60)))
     for path in (

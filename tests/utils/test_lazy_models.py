@@ -60,8 +60,8 @@ def test_the_class_of_nodes_without_a_contract_is_found_by_its_name() -> None:
     """What was stored of them can be read by a process that has run none."""
     code = (
         "import sys; from stroma.checkpoint import resolve_schema; print('stroma.contracts.untyped' in sys.modules)\n"
-        "kept = resolve_schema('stroma.contracts.untyped:Kept')\n"
-        "from stroma.checkpoint import schema_ref; from stroma.contracts.untyped import Kept\n"
-        "print(kept is Kept, schema_ref(kept))"
+        "kept = resolve_schema('stroma.contracts.untyped:UntypedState')\n"
+        "from stroma.checkpoint import schema_ref; from stroma.contracts.untyped import UntypedState\n"
+        "print(kept is UntypedState, schema_ref(kept))"
     )
-    assert in_a_fresh_process(code).split() == ["False", "True", "stroma.contracts.untyped:Kept"]
+    assert in_a_fresh_process(code).split() == ["False", "True", "stroma.contracts.untyped:UntypedState"]

@@ -50,12 +50,12 @@ def test_boxes_do_not_overlap_and_frames_hold_their_children() -> None:
         Box("1.1", "inner", "parallel", "1"), Box("1.1.0", "c", "node", "1.1", lines), Box("2", "d", "node", "", lines),
     ]  # fmt: skip
     root = ET.fromstring(svg(boxes, [Link("0", "field0", "2", "field0")], title="t"))
-    found = [
+    findings = [
         tuple(float(rect.get(key, "")) for key in ("x", "y", "width", "height"))
         for rect in root.iter(f"{SVG}rect")
         if rect.get("class") in ("box", "frame")
     ]
-    assert len(found) == 6
+    assert len(findings) == 6
 
     def inside(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
         return b[0] <= a[0] and b[1] <= a[1] and a[0] + a[2] <= b[0] + b[2] and a[1] + a[3] <= b[1] + b[3]
@@ -63,11 +63,11 @@ def test_boxes_do_not_overlap_and_frames_hold_their_children() -> None:
     def apart(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
         return a[0] + a[2] <= b[0] or b[0] + b[2] <= a[0] or a[1] + a[3] <= b[1] or b[1] + b[3] <= a[1]
 
-    for i, a in enumerate(found):
-        for b in found[i + 1 :]:
+    for i, a in enumerate(findings):
+        for b in findings[i + 1 :]:
             assert apart(a, b) or inside(a, b) or inside(b, a), (a, b)
     width, height = float(root.get("width", "")), float(root.get("height", ""))
-    assert all(inside(box, (0, 0, width, height)) for box in found)
+    assert all(inside(box, (0, 0, width, height)) for box in findings)
 
 
 @pytest.mark.core

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from stroma._utils.text import with_marks
 
@@ -105,7 +105,7 @@ svg{background:#fff;font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-s
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _Layout:
     """The position of a box, and the heights at which its lines meet the links."""
 
     box: Box
@@ -121,12 +121,12 @@ def svg(boxes: Sequence[Box], links: Iterable[Link], *, title: str) -> str:
     children: dict[str, list[Box]] = {}
     for box in boxes:
         children.setdefault(box.parent, []).append(box)
-    places: dict[str, _Place] = {}
+    places: dict[str, _Layout] = {}
     x: float = _MARGIN
     top = _MARGIN + 30
     for column, box in enumerate(children.get("", [])):
         width, _ = _size(box, children)
-        _put(box, children, places, x, top, width, column)
+        _put(box, children, places, _Slot(x, top, width, column))
         x += width + _GAP
     bottom = max((p.y + p.height for p in places.values()), default=top)
     drawn, lowest = _links(links, places)
@@ -180,20 +180,27 @@ def _cut(text: str, longest: int = _LONGEST) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-def _put(
-    box: Box, children: Mapping[str, list[Box]], places: dict[str, _Place], x: float, y: float, width: float,
-    column: int,
-) -> float:  # fmt: skip
-    """Place a box and all inside it; how high that is."""
+class _Slot(NamedTuple):
+    """Space for a box: its left and upper edge, its width, and its column."""
+
+    x: float
+    y: float
+    width: float
+    column: int
+
+
+def _put(box: Box, children: Mapping[str, list[Box]], places: dict[str, _Layout], slot: _Slot) -> float:
+    """Place a box and all inside it. Return its height."""
     _, height = _size(box, children)
-    places[box.id] = _Place(box, x, y, width, height, column)
-    below = y + _FRAME
+    places[box.id] = _Layout(box, slot.x, slot.y, slot.width, height, slot.column)
+    below = slot.y + _FRAME
     for child in children.get(box.id, ()):
-        below += _put(child, children, places, x + _PAD, below, width - 2 * _PAD, column) + _STACK
+        inner = _Slot(slot.x + _PAD, below, slot.width - 2 * _PAD, slot.column)
+        below += _put(child, children, places, inner) + _STACK
     return height
 
 
-def _line_at(place: _Place, name: str, *, right: bool) -> float:
+def _line_at(place: _Layout, name: str, *, right: bool) -> float:
     lines = place.box.right if right else place.box.left
     for index, line in enumerate(lines):
         if line.name == name:
@@ -202,7 +209,7 @@ def _line_at(place: _Place, name: str, *, right: bool) -> float:
     return place.y + _HEAD / 2
 
 
-def _links(links: Iterable[Link], places: Mapping[str, _Place]) -> tuple[list[str], float]:
+def _links(links: Iterable[Link], places: Mapping[str, _Layout]) -> tuple[list[str], float]:
     """Return the paths of the links, and the height of the lowest."""
     drawn: list[str] = []
     lowest = 0.0
@@ -228,7 +235,7 @@ def _links(links: Iterable[Link], places: Mapping[str, _Place]) -> tuple[list[st
             # Between the columns, whatever frames the two boxes are in.
             out = edges[source.column][1] + 14 + (lane * 7) % 56
             back = edges[target.column][0] - 14 - (lane * 7) % 56
-            path = _around(x1, y1, out, y, back, x2, y2)
+            path = _around((x1, y1), out, y, back, (x2, y2))
         words = f"{link.source_line or source.box.title} → {link.target_line or target.box.title}"
         drawn.append(
             f'<path class="link {as_xml(link.tone)}" d="{path}"><title>{as_xml(words)}</title></path>'
@@ -237,11 +244,12 @@ def _links(links: Iterable[Link], places: Mapping[str, _Place]) -> tuple[list[st
     return drawn, lowest
 
 
-def _around(x1: float, y1: float, out: float, y: float, back: float, x2: float, y2: float) -> str:
+def _around(start: tuple[float, float], out: float, y: float, back: float, end: tuple[float, float]) -> str:
     """Return a path with round corners that leaves a column, follows a lane and reaches another column."""
+    (x1, y1), (x2, y2) = start, end
     down, up = (
-        r if abs(y - end) >= 2 * abs(r) else 0
-        for r, end in ((6 if y > y1 else -6, y1), (6 if y2 > y else -6, y2))
+        r if abs(y - level) >= 2 * abs(r) else 0
+        for r, level in ((6 if y > y1 else -6, y1), (6 if y2 > y else -6, y2))
     )
     return (
         f"M{x1:.1f} {y1:.1f}H{out - 6:.1f}q6 0 6 {down}V{y - down:.1f}q0 {down} 6 {down}H{back - 6:.1f}"
@@ -249,7 +257,7 @@ def _around(x1: float, y1: float, out: float, y: float, back: float, x2: float, 
     )
 
 
-def _box(place: _Place, is_frame: bool) -> str:
+def _box(place: _Layout, is_frame: bool) -> str:
     box, x, y, width, height = place.box, place.x, place.y, place.width, place.height
     title = f'<text class="title" x="{x + _PAD:.1f}" y="{y + 19:.1f}">{as_xml(_cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>'
     if is_frame:

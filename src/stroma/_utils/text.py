@@ -8,12 +8,12 @@ from typing import Final
 
 __all__ = [
     "clean",
-    "count",
-    "money",
+    "format_duration",
+    "format_tokens",
+    "format_usd",
     "one_line",
-    "plural",
+    "pluralize",
     "short_id",
-    "span",
     "typed",
     "visible",
     "with_marks",
@@ -63,21 +63,23 @@ def typed(kind: str | None, message: str) -> str:
     return message if kind is None or message == kind else f"{kind}: {message}"
 
 
-def money(usd: float) -> str:
-    """Return an amount in US dollars to the micro-dollar."""
+def format_usd(usd: float) -> str:
+    """Format an amount in US dollars to the micro-dollar."""
     return f"${usd:,.6f}"
 
 
-def count(tokens: int) -> str:
+def format_tokens(tokens: int) -> str:
+    """Format a number of tokens."""
     return f"{tokens:,} tok"
 
 
-def plural(n: int, noun: str) -> str:
+def pluralize(n: int, noun: str) -> str:
+    """Format a number with its noun: "1 node", "2 nodes"."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
-def span(seconds: float) -> str:
-    """Return a duration in at most two units."""
+def format_duration(seconds: float) -> str:
+    """Format a duration in at most two units."""
     seconds = max(0.0, seconds)
     if seconds < 9.995:
         return f"{seconds:.2f} s"

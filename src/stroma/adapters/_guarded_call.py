@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from stroma.adapters._background_loop import Turn, hand_back, start_in_background
 from stroma.adapters._state_views import given_to, made_by
-from stroma.adapters._step import CallTask, Halts, InnerCalls, Invoke, Step, count_tokens, find_halt
+from stroma.adapters._step import CallTask, GuardedStep, Halts, InnerCalls, Invoke, count_tokens, find_halt
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StepCall
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Node
@@ -69,7 +69,7 @@ class Call:
     def __init__(
         self,
         run: StepOwner,
-        step: Step,
+        step: GuardedStep,
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -394,7 +394,7 @@ def _failure(error: BaseException, kind: FailureClass, where: NodeContext, messa
     return Failure(error, kind, where.node_id, where.attempt, message)
 
 
-def _stops_caller(step: Step, error: BaseException) -> bool:
+def _stops_caller(step: GuardedStep, error: BaseException) -> bool:
     """Return True for a BaseException that stops the caller itself, and is not control flow of the framework."""
     if isinstance(error, (Exception, asyncio.CancelledError)):
         return False
@@ -412,7 +412,7 @@ def _is_cancelled(entry: CallTask) -> bool:
     return task is not None and task.cancelling() > (entry[1] if task is entry[0] else 0)
 
 
-def _not_awaitable(step: Step, value: Any) -> Any:
+def _not_awaitable(step: GuardedStep, value: Any) -> Any:
     if isinstance(value, Awaitable):
         close = getattr(value, "close", None)
         if close is not None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from stroma.adapters.base import extract_state_dict
 from stroma.contracts.contract import ContractViolation, NodeContract, as_violation
 from stroma.contracts.schema import schema_of
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.trace.plain import jsonable
 
 __all__ = [
@@ -77,16 +77,16 @@ def as_it_is(value: Any) -> Any:
 
 def given_to(view: Any, contract: NodeContract[Any, Any] | None) -> BaseModel:
     """Return the view of the arguments as an input; the engine refuses one that violates the contract."""
-    if contract is None or contract.input_schema is Kept:
-        return _kept(jsonable(_as_record(view)))
+    if contract is None or contract.input_schema is UntypedState:
+        return _untyped(jsonable(_as_record(view)))
     model = contract.input_schema
     valid, value = _validated(model, view)
-    return value if valid else _kept(value)
+    return value if valid else _untyped(value)
 
 
 def made_by(view: Any, contract: NodeContract[Any, Any] | None) -> Any:
     """Return the view of a result as an output; the engine refuses one that violates the contract."""
-    if contract is None or contract.output_schema is Kept:
+    if contract is None or contract.output_schema is UntypedState:
         return jsonable(_as_record(view))
     valid, value = _validated(contract.output_schema, view)
     # A tuple would be taken for an output and its usage.
@@ -158,5 +158,7 @@ def _as_record(value: Any) -> Any:
         return value
 
 
-def _kept(value: Any) -> BaseModel:
-    return schema_of(Kept).construct({"root": value if not isinstance(value, Mapping) else dict(value)})
+def _untyped(value: Any) -> BaseModel:
+    return schema_of(UntypedState).construct(
+        {"root": value if not isinstance(value, Mapping) else dict(value)}
+    )

@@ -17,8 +17,18 @@ from stroma.engine.outcome import Halt
 from stroma.trace.events import AttemptRow, TraceEvent
 
 __all__ = [
-    "CallTask", "Control", "Halts", "InnerCalls", "Invoke", "Step", "causes", "copy_for_retries", "count_tokens", "find_halt",
-    "input_of_attempt", "mark_published",
+    "CallTask",
+    "Control",
+    "GuardedStep",
+    "Halts",
+    "InnerCalls",
+    "Invoke",
+    "causes",
+    "copy_for_retries",
+    "count_tokens",
+    "find_halt",
+    "input_of_attempt",
+    "mark_published",
 ]  # fmt: skip
 
 
@@ -36,7 +46,7 @@ class Control(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class GuardedStep:
     """Description of a callable for the guard.
 
     Attributes:

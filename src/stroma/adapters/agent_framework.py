@@ -26,7 +26,7 @@ except ImportError as error:
     ) from error
 
 from stroma.adapters._state_views import newest_of
-from stroma.adapters._step import Control, Step
+from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for, what_stopped
 from stroma.cost.usage import Usage
 
@@ -117,7 +117,9 @@ class _OfFunction(FunctionMiddleware):
 
     async def process(self, context: Any, call_next: Any) -> None:
         name, shared = context.function.name, self._shared
-        step = Step(name, shared.tools.get(name), lambda *_: context.arguments, result_of, control=control_of)
+        step = GuardedStep(
+            name, shared.tools.get(name), lambda *_: context.arguments, result_of, control=control_of
+        )
         try:
             context.result = await shared.guard.acall(step, Rest(context, call_next).whole)
         except Exception as error:

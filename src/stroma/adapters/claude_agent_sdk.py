@@ -38,7 +38,7 @@ def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
     """
     # The program tells what it used itself: what our tools use is beside that.
     about: Any = {
-        "input_view": _asked,
+        "input_view": _input_view,
         "output_view": _answer,
         "usage": _used,
         "collect": _whole,
@@ -47,7 +47,7 @@ def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
     step: Any = guard.wrap("query", _messages, **about)
 
     def run(**options: Any) -> AsyncIterator[Any]:
-        return guard.aover(lambda: step(**options), _asked((), options))
+        return guard.aover(lambda: step(**options), _input_view((), options))
 
     return run
 
@@ -115,7 +115,7 @@ def _answer(whole: dict[str, Any]) -> dict[str, Any]:
     return {"result": getattr(whole["end"], "result", None)}
 
 
-def _asked(_: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _input_view(_: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     prompt = kwargs.get("prompt")
     return {"prompt": prompt if isinstance(prompt, str) else type(prompt).__name__}
 

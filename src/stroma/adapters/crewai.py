@@ -98,7 +98,9 @@ class CrewAIAdapter:
     def wrap(self, flow: Any) -> Any:
         """Make steps of the marked methods of a flow, whatever it calls them; returns it. ValueError if there is none."""
         if not isinstance(flow, Flow):
-            raise TypeError(f"{flow!r} is no flow; give an instance: adapter.wrap(MyFlow())")
+            raise TypeError(
+                f"adapter.wrap() needs an instance of a Flow, got {flow!r}; pass adapter.wrap(MyFlow())"
+            )
         steps = {}
         for name, method in flow._methods.items():
             # The mark stands on the function, or on what @start and the like have made of it.
@@ -135,7 +137,7 @@ def guard_llm(llm: Any, guard: Guard) -> Any:
 
     output_view = lambda answer: {"answer": answer}  # noqa: E731
     return guard_methods(
-        llm, ("call", "acall"), guard, "llm", around, input_view=_asked, output_view=output_view
+        llm, ("call", "acall"), guard, "llm", around, input_view=_input_view, output_view=output_view
     )
 
 
@@ -164,5 +166,5 @@ class _Ledger:
             node.report_usage(Usage(input_tokens, output_tokens, cached, model=self._llm.model))
 
 
-def _asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _input_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return newest_of(args[0] if args else kwargs.get("messages"))

@@ -86,7 +86,7 @@ class _Tracker(UsageTracker):
             self.users.add_usage(lm, usage_entry)
 
 
-class _Told:
+class _PublishingStream:
     """The stream of ``dspy.streamify``: what a step has sent there cannot be taken back."""
 
     def __init__(self, stream: Any) -> None:
@@ -108,8 +108,10 @@ def _booking() -> Iterator[None]:
     assert node is not None
     try:
         stream = dspy.settings.send_stream
-        told = stream if stream is None or isinstance(stream, _Told) else _Told(stream)
-        with dspy.settings.context(usage_tracker=tracker, send_stream=told):
+        published = (
+            stream if stream is None or isinstance(stream, _PublishingStream) else _PublishingStream(stream)
+        )
+        with dspy.settings.context(usage_tracker=tracker, send_stream=published):
             yield
     finally:
         for model, entries in tracker.usage_data.items():

@@ -27,10 +27,10 @@ from pydantic import BaseModel
 from stroma.adapters._guarded_call import Call
 from stroma.adapters._guarded_run import ACTIVE, GuardedRun
 from stroma.adapters._state_views import View, arguments_of, first_argument, violation
-from stroma.adapters._step import Control, Step, causes
+from stroma.adapters._step import Control, GuardedStep, causes
 from stroma.contracts.contract import ContractRegistry, NodeContract, check_id
 from stroma.contracts.node import gives_coroutine
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
 from stroma.failures.errors import RunCancelled
 from stroma.failures.failure import Failure
@@ -41,8 +41,8 @@ __all__ = [
     "Control",
     "Guard",
     "GuardedRun",
+    "GuardedStep",
     "RunCancelled",
-    "Step",
     "UnknownNode",
     "what_stopped",
 ]
@@ -63,7 +63,7 @@ class UnknownNode(ValueError):
 
     Where: the function that attaches a guard to a graph, flow or agent.
     Cause: a name is misspelt, or belongs to another graph; its contract would never be checked.
-    Mend: use one of the names in the message.
+    Fix: use one of the names in the message.
     """
 
 
@@ -188,7 +188,9 @@ class Guard:
         """
         if not callable(func):
             raise TypeError(f"{func!r} cannot be a step: it is not callable")
-        step = Step(check_id(step_id, "step id"), input_view=input_view or arguments_of(func), **options)
+        step = GuardedStep(
+            check_id(step_id, "step id"), input_view=input_view or arguments_of(func), **options
+        )
         wrapped = _WAYS[kind or _kind_of(func)](self, step, func)
         try:
             functools.update_wrapper(wrapped, func, updated=("__dict__",) if inspect.isroutine(func) else ())
@@ -200,11 +202,13 @@ class Guard:
             pass
         return cast("Callable[P, R]", self.mark(wrapped))
 
-    def call(self, step: Step, func: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+    def call(self, step: GuardedStep, func: Callable[..., R], *args: Any, **kwargs: Any) -> R:
         """Call a function once as a step, for code that creates steps dynamically."""
         return cast("R", Call(self.current, step, func, args, kwargs).call())
 
-    async def acall(self, step: Step, func: Callable[..., Awaitable[R]], *args: Any, **kwargs: Any) -> R:
+    async def acall(
+        self, step: GuardedStep, func: Callable[..., Awaitable[R]], *args: Any, **kwargs: Any
+    ) -> R:
         """Await a coroutine function once as a step."""
         return cast("R", await Call(self.current, step, func, args, kwargs).acall())
 
@@ -302,7 +306,9 @@ def contract_for(
     if isinstance(contract, NodeContract):
         return contract
     input_schema, output_schema = contract
-    return NodeContract(node_id=name, input_schema=input_schema or Kept, output_schema=output_schema or Kept)
+    return NodeContract(
+        node_id=name, input_schema=input_schema or UntypedState, output_schema=output_schema or UntypedState
+    )
 
 
 # ---------------------------------------------------------------------- kinds of callables
@@ -319,28 +325,28 @@ def _kind_of(func: Callable[..., Any]) -> Kind:
     return "acall" if gives_coroutine(func) else "call"
 
 
-def _call(guard: Guard, step: Step, func: Callable[..., Any]) -> Callable[..., Any]:
+def _call(guard: Guard, step: GuardedStep, func: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return Call(guard.current, step, func, args, kwargs).call()
 
     return call
 
 
-def _acall(guard: Guard, step: Step, func: Callable[..., Any]) -> Callable[..., Any]:
+def _acall(guard: Guard, step: GuardedStep, func: Callable[..., Any]) -> Callable[..., Any]:
     async def acall(*args: Any, **kwargs: Any) -> Any:
         return await Call(guard.current, step, func, args, kwargs).acall()
 
     return acall
 
 
-def _stream(guard: Guard, step: Step, func: Callable[..., Any]) -> Callable[..., Any]:
+def _stream(guard: Guard, step: GuardedStep, func: Callable[..., Any]) -> Callable[..., Any]:
     def stream(*args: Any, **kwargs: Any) -> Any:
         return (yield from Call(guard.current, step, func, args, kwargs).stream())
 
     return stream
 
 
-def _astream(guard: Guard, step: Step, func: Callable[..., Any]) -> Callable[..., Any]:
+def _astream(guard: Guard, step: GuardedStep, func: Callable[..., Any]) -> Callable[..., Any]:
     async def astream(*args: Any, **kwargs: Any) -> Any:
         # The async form of `yield from`.
         stream = Call(guard.current, step, func, args, kwargs).astream()
@@ -361,7 +367,7 @@ def _astream(guard: Guard, step: Step, func: Callable[..., Any]) -> Callable[...
     return astream
 
 
-_WAYS: dict[Kind, Callable[[Guard, Step, Callable[..., Any]], Callable[..., Any]]] = {
+_WAYS: dict[Kind, Callable[[Guard, GuardedStep, Callable[..., Any]], Callable[..., Any]]] = {
     "call": _call,
     "acall": _acall,
     "stream": _stream,

@@ -62,7 +62,7 @@ def _guard_component(
     about: Any = {"input_view": lambda _, kwargs: kwargs, "usage": _used, "control": passes}
     guard_methods(component, ("run", "run_async"), guard, name, _around, contract=contract, **about)
     if getattr(component, "streaming_callback", None) is not None:
-        component.streaming_callback = _told(component.streaming_callback)
+        component.streaming_callback = _publishing(component.streaming_callback)
 
 
 def _around(bare: Any) -> Any:
@@ -71,7 +71,7 @@ def _around(bare: Any) -> Any:
     def inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
         inputs: dict[str, Any] = copy_for_retries(kwargs)
         if inputs.get("streaming_callback") is not None:
-            inputs["streaming_callback"] = _told(inputs["streaming_callback"])
+            inputs["streaming_callback"] = _publishing(inputs["streaming_callback"])
         return inputs
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -83,8 +83,8 @@ def _around(bare: Any) -> Any:
     return acall if inspect.iscoroutinefunction(bare) else call
 
 
-def _told(callback: Any) -> Any:
-    if hasattr(callback, "_stroma_told"):
+def _publishing(callback: Any) -> Any:
+    if hasattr(callback, "_stroma_publishes"):
         return callback
 
     def notify(chunk: Any) -> Any:
@@ -96,7 +96,7 @@ def _told(callback: Any) -> Any:
         return await callback(chunk)
 
     wrapper = anotify if inspect.iscoroutinefunction(callback) else notify
-    wrapper.__dict__["_stroma_told"] = True
+    wrapper.__dict__["_stroma_publishes"] = True
     return wrapper
 
 

@@ -23,7 +23,7 @@ except ImportError as error:
         "langchain is required for its adapter; install it with: pip install 'stroma[langchain]'"
     ) from error
 
-from stroma.adapters._step import Control, Step
+from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
 
 __all__ = ["StromaMiddleware"]
@@ -41,7 +41,7 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
         self.guard = guard
         self._contracts = {name: contract_for(name, contract) for name, contract in (tools or {}).items()}
         self._checked = not self._contracts
-        self._model = Step("model", input_view=asked_of, output_view=answer_of, control=control)
+        self._model = GuardedStep("model", input_view=asked_of, output_view=answer_of, control=control)
 
     def attach(self, agent: Any) -> Any:
         """Make each call of the agent a run, and a step of what other middleware does around its model; returns it."""
@@ -60,19 +60,19 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
     def wrap_tool_call(self, request: Any, handler: Any) -> Any:
         try:
             return self.guard.call(self._tool(request), _counted(handler), request)
-        except _ToldToTheModel as told:
-            return told.message
+        except _ToolErrorMessage as error:
+            return error.message
 
     async def awrap_tool_call(self, request: Any, handler: Any) -> Any:
         try:
             return await self.guard.acall(self._tool(request), _acounted(handler), request)
-        except _ToldToTheModel as told:
-            return told.message
+        except _ToolErrorMessage as error:
+            return error.message
 
-    def _tool(self, request: Any) -> Step:
+    def _tool(self, request: Any) -> GuardedStep:
         name = request.tool_call["name"]
         input_view = lambda args, _: args[0].tool_call["args"]  # noqa: E731
-        return Step(
+        return GuardedStep(
             name, self._contracts.get(name), input_view=input_view, output_view=result_of, control=_control
         )
 
@@ -86,7 +86,7 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
             self._checked = True
 
 
-class _ToldToTheModel(Exception):
+class _ToolErrorMessage(Exception):
     """A tool's failure that the framework has made a message of: no result, and no second call."""
 
     def __init__(self, message: Any) -> None:
@@ -95,12 +95,12 @@ class _ToldToTheModel(Exception):
 
 
 def _control(error: BaseException) -> Control | None:
-    return Control("passed") if isinstance(error, _ToldToTheModel) else control(error)
+    return Control("passed") if isinstance(error, _ToolErrorMessage) else control(error)
 
 
 def _judged(answer: Any) -> Any:
     if isinstance(answer, ToolMessage) and answer.status == "error":
-        raise _ToldToTheModel(answer)
+        raise _ToolErrorMessage(answer)
     return answer
 
 

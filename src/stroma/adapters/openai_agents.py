@@ -28,7 +28,7 @@ except ImportError as error:
     ) from error
 
 from stroma.adapters._state_views import newest_of
-from stroma.adapters._step import Control, Step
+from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, what_stopped
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage, usage_from
@@ -76,8 +76,8 @@ class GuardedRunner:
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
-        self._run = guard.each_call(self._arun_step, _asked)
-        self._run_sync = guard.each_call(self._run_step, _asked)
+        self._run = guard.each_call(self._arun_step, _input_view)
+        self._run_sync = guard.each_call(self._run_step, _input_view)
 
     async def run(self, agent: Any, input: Any, **options: Any) -> Any:
         """Call ``Runner.run`` under this guard."""
@@ -88,12 +88,16 @@ class GuardedRunner:
         return self._run_sync(agent, input, **options)
 
     async def _arun_step(self, agent: Any, input: Any, **options: Any) -> Any:
-        step = Step(agent.name, input_view=_asked, output_view=_final, control=control, can_retry=False)
+        step = GuardedStep(
+            agent.name, input_view=_input_view, output_view=_final, control=control, can_retry=False
+        )
         return self._noted(await self.guard.acall(step, Runner.run, agent, input, **self._options(options)))
 
     def _run_step(self, agent: Any, input: Any, **options: Any) -> Any:
         # Its models and tools had their retries: it is called once.
-        step = Step(agent.name, input_view=_asked, output_view=_final, control=control, can_retry=False)
+        step = GuardedStep(
+            agent.name, input_view=_input_view, output_view=_final, control=control, can_retry=False
+        )
         return self._noted(self.guard.call(step, Runner.run_sync, agent, input, **self._options(options)))
 
     def _noted(self, result: Any) -> Any:
@@ -109,7 +113,7 @@ class GuardedRunner:
         return {**options, "run_config": config}
 
 
-def _asked(args: tuple[Any, ...], _: dict[str, Any]) -> dict[str, Any]:
+def _input_view(args: tuple[Any, ...], _: dict[str, Any]) -> dict[str, Any]:
     return {"input": args[1] if isinstance(args[1], (str, list)) else type(args[1]).__name__}
 
 
@@ -196,7 +200,7 @@ def _guard_tool(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None
     """Return a copy of a tool whose calls are steps."""
     if guard.has(tool.on_invoke_tool):
         return tool
-    # A copy that does not make a message of its errors: what the model is told of them is decided after the step.
+    # A copy that does not turn its errors into messages: what the model sees of them is decided after the step.
     bare = copy.copy(tool)
     bare._failure_error_function, bare._use_default_failure_error_function = None, False
     guarded = copy.copy(tool)
@@ -210,7 +214,7 @@ class _Invoker:
     def __init__(self, tool: Any, bare: Any, guard: Guard, contract: NodeContract[Any, Any] | None) -> None:
         self._tool, self._bare, self._guard = tool, bare, guard
         guard.mark(self)
-        self._step = Step(tool.name, contract, input_view=_arguments, control=control)
+        self._step = GuardedStep(tool.name, contract, input_view=_arguments, control=control)
 
     async def __call__(self, context: Any, arguments: str) -> Any:
         try:

@@ -23,7 +23,7 @@ except ImportError as error:
 from pydantic import BaseModel
 
 from stroma.adapters._state_views import newest_of, violation
-from stroma.adapters._step import Control, Step
+from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
 from stroma.cost.usage import Usage
 
@@ -34,7 +34,7 @@ class StromaCapability(AbstractCapability[Any]):
     """Guards an agent: ``Agent(..., capabilities=[StromaCapability(guard)])``.
 
     ``tools``: contracts by the names of tools; input is the arguments, output the result. ``output``: what the agent's
-    answer must satisfy: one that does not is told to the model, as often as the agent's output retries allow, and then
+    answer must satisfy: one that does not is sent back to the model, as often as the agent's output retries allow, and then
     fails the agent. A contract of no tool raises UnknownNode at the first model request.
     """
 
@@ -49,7 +49,7 @@ class StromaCapability(AbstractCapability[Any]):
     async def wrap_run(self, ctx: Any, *, handler: Any) -> Any:
         name = getattr(ctx.agent, "name", None) or "agent"
         # Its models and tools had their retries.
-        step = Step(
+        step = GuardedStep(
             name, self._output, output_view=lambda result: result.output, control=control, can_retry=False
         )
 
@@ -64,11 +64,11 @@ class StromaCapability(AbstractCapability[Any]):
     async def before_model_request(self, ctx: Any, request_context: Any) -> Any:
         if not self._checked:
             self._check(ctx.agent, request_context.model_request_parameters)
-        request_context.model = GuardedModel(request_context.model, self.guard)
+        request_context.model = StepModel(request_context.model, self.guard)
         return request_context
 
     async def wrap_tool_execute(self, ctx: Any, *, call: Any, tool_def: Any, args: Any, handler: Any) -> Any:
-        step = Step(call.tool_name, self._tools.get(call.tool_name), control=control)
+        step = GuardedStep(call.tool_name, self._tools.get(call.tool_name), control=control)
         return await self.guard.acall(step, handler, args)
 
     async def after_output_process(self, ctx: Any, *, output_context: Any, output: Any) -> Any:
@@ -87,13 +87,13 @@ class StromaCapability(AbstractCapability[Any]):
         self._checked = True
 
 
-class GuardedModel(WrapperModel):
+class StepModel(WrapperModel):
     """A model whose requests are steps: they may be made again, which the handlers around a request may not be."""
 
     def __init__(self, wrapped: Any, guard: Guard) -> None:
         super().__init__(wrapped)
         about: dict[str, Any] = {
-            "input_view": _asked,
+            "input_view": _input_view,
             "output_view": _answer,
             "usage": _used,
             "control": control,
@@ -130,7 +130,7 @@ _TOLD_TO_THE_MODEL = tuple(
 )
 
 
-def _asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _input_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return newest_of(args[0] if args else kwargs.get("messages"))
 
 

@@ -87,8 +87,7 @@ __all__ = [
 ]
 
 
-#: Loaded when they are asked for: not every Python is built with sqlite3, and few runs need more than one of them; what
-#: stores tell of runs, no run needs.
+#: Loaded on first use: not every Python has sqlite3, few runs need more than one store, and no run needs the records.
 _HOMES = {
     "AttemptPage": "records",
     "AttemptRecord": "records",

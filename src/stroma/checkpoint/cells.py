@@ -1,7 +1,7 @@
-"""Cells: small named records that runs and processes share through a store, beside its runs.
+"""Cells: small named records of a store that runs and processes share.
 
-Budgets that several runs spend from, and rate limits, are kept in them. A store only has to change one cell as one
-atomic step, by its own clock; what a change means is decided by whoever asks for it.
+Shared budgets and rate limits store their state in them. A store changes one cell in one atomic step and provides its
+clock; the change itself is a function of the caller.
 """
 
 from __future__ import annotations
@@ -18,34 +18,36 @@ __all__ = ["CellStore", "Change", "MemoryCells"]
 
 T = TypeVar("T")
 
-#: What is to become of a cell. Called with its data (None if there is none yet) and the milliseconds since the epoch by
-#: the store's clock; returns the new data, or None to leave it as it is, and what the caller is told. It may be called
-#: several times before one of its answers counts, in any thread: it must do nothing but answer.
+#: A change of a cell. Called with its data (None for a new cell) and the store's clock in milliseconds since the epoch;
+#: returns the new data, or None to leave it unchanged, and an answer for the caller. It may be called several times, in
+#: any thread, before one of its results is stored: it must not have side effects.
 Change = Callable[[bytes | None, int], tuple[bytes | None, T]]
 
 
 @runtime_checkable
 class CellStore(Protocol):
-    """A store that has cells. Names are any legal ids; what is in a cell stays until it is changed."""
+    """A store that has cells. A name is any legal id; the data of a cell stays until it is changed."""
 
     def change_cell(self, name: str, change: Change[T]) -> Awaitable[T]:
-        """Change a cell as one atomic step: nobody else changes it between what is read and what is written.
+        """Change a cell in one atomic step: no other change comes between its read and its write.
 
-        Awaited: what the change told. Cancelling the caller does not undo it. Raises ValueError for an illegal name,
-        what the change raises (then nothing is changed), StoreError.
+        Awaited: returns the answer of the change. Cancelling the caller does not undo it. Raises ValueError for an illegal
+        name, what the change raises (then nothing is changed), StoreError.
         """
         ...
 
     def post_cell(self, name: str, change: Change[Any]) -> None:
-        """The same where nobody waits for it; from any thread, after what the same caller asked for before."""
+        """Change a cell without waiting. May be called from any thread; changes of one caller are applied in order."""
 
     def read_cell(self, name: str) -> tuple[bytes | None, int]:
-        """A cell's data, None if there is none, and the store's clock in milliseconds. Blocking; makes no
-        store. Raises ValueError for an illegal name, StoreError."""
+        """Return the data of a cell, or None, and the store's clock in milliseconds.
+
+        Blocking. Does not create the store. Raises ValueError for an illegal name, StoreError.
+        """
         ...
 
 
-# One for all: what is done under it takes microseconds.
+# One lock for all: it is held for microseconds.
 _lock = threading.Lock()
 
 
@@ -59,13 +61,13 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch
 
 
 class MemoryCells:
-    """The cells of stores that live in the process; safe between threads."""
+    """Cells in the memory of this process. Thread-safe."""
 
     def __init__(self) -> None:
         self._cells: dict[str, bytes] = {}
 
     async def change_cell(self, name: str, change: Change[T]) -> T:
-        """See CellStore. Done at once: nothing here awaits."""
+        """See CellStore. Does not suspend."""
         return self._change(name, change)
 
     def post_cell(self, name: str, change: Change[Any]) -> None:
@@ -77,13 +79,13 @@ class MemoryCells:
         return self._cells.get(check_id(name, "cell name")), time.time_ns() // 1_000_000
 
     def forget(self) -> None:
-        """Begin anew, without any cell."""
+        """Delete all cells."""
         self._cells = {}
 
     def _change(self, name: str, change: Change[T]) -> T:
         check_id(name, "cell name")
         with _lock:
-            data, told = change(self._cells.get(name), time.time_ns() // 1_000_000)
+            data, answer = change(self._cells.get(name), time.time_ns() // 1_000_000)
             if data is not None:
                 self._cells[name] = data
-        return told
+        return answer

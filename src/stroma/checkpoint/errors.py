@@ -15,71 +15,71 @@ __all__ = [
 
 
 class StoreError(Exception):
-    """A store could not do what was asked. Base of the errors of stores.
+    """An operation of a store failed. Base class of the errors of stores.
 
-    ``transient``: whether trying the same again may help.
+    ``transient``: True if a retry may succeed.
 
-    Where: out of ``run()`` if the run cannot begin; ``result.failure`` of a PARTIAL run if a commit could not be kept.
+    Where: out of ``run()`` if the run cannot start; ``result.failure`` of a PARTIAL run if a commit could not be stored.
     Cause: the file, disk or server of the store, or a store without a journal where one is needed.
-    Mend: do what the message says, then run with ``resume=True``; nothing committed is lost.
+    Fix: do what the message says, then run with ``resume=True``; nothing committed is lost.
     """
 
     transient: bool = True
 
 
 class CheckpointNotFound(StoreError, LookupError):
-    """There is no checkpoint where one is needed to go on.
+    """A checkpoint or run that is needed does not exist.
 
     Where: out of ``run(resume_from=...)``; reading a run from a store.
     Cause: the node before the resume point never committed in that run, or the run id is not in this store.
-    Mend: resume from an earlier node, check the run id and the store, or run from the beginning.
+    Fix: resume from an earlier node, check the run id and the store, or run from the beginning.
     """
 
 
 class CorruptCheckpoint(StoreError, TypeError):
-    """Stored data that is not a state of the schema it is read with.
+    """Stored data is damaged, or not a state of the schema that it is read with.
 
     Where: out of ``run()`` on resume; reading a state from a store.
-    Cause: a damaged store, data that something else wrote, or a schema that has changed since.
-    Mend: ``resume_from=`` the node that is named makes its output anew; else restore the store or the schema.
+    Cause: a damaged store, data from another program, or a schema that has changed since.
+    Fix: recompute the output with ``resume_from=`` the node in the message, or restore the store or the schema.
     """
 
 
 class CheckpointLost(StoreError):
-    """Data of a run that the store acknowledged is gone.
+    """The store has lost data of a run that it had acknowledged.
 
     Where: ``result.failure`` of a PARTIAL run; out of ``run()`` on resume, before anything is called; reading a run.
-    Cause: rows of the run are missing, or the store came back older: it was restored from a copy, failed over to a replica
-        that lagged behind, or is a server that evicted, expired or lost what it had.
-    Mend: restore the store from a newer copy, or set the server up as the message says, then resume; otherwise begin the run
-        anew (``if_exists="restart"``).
+    Cause: rows of the run are missing, or the store is older than before: it was restored from a copy, failed over to a
+        replica that lagged behind, or its server evicted, expired or lost data.
+    Fix: restore the store from a newer copy, or configure the server as the message says, then resume; otherwise restart
+        the run (``if_exists="restart"``).
     """
 
     transient = False
 
 
 class PipelineChanged(StoreError):
-    """A run cannot be resumed: the pipeline, or its input, is not what the run was recorded with.
+    """A run cannot be resumed: the pipeline or its input differs from what the run was recorded with.
 
     Where: out of ``run()`` on resume, before anything is called.
-    Cause: nodes were added, removed, renamed or reordered before the resume point, an output schema has changed, or the
-        input is another one.
-    Mend: restore what the message names, resume before the change (``resume_from=``), or begin a new run.
+    Cause: nodes were added, removed, renamed or reordered before the resume point, or an output schema or the input has
+        changed.
+    Fix: restore what the message names, resume before the change (``resume_from=``), or start a new run.
     """
 
 
 class RunBusy(StoreError):
-    """Somebody else is at work on the run: another process, or another task of this one.
+    """The run already has an owner: another process, or another task of this one.
 
     Attributes:
-        holder: who, in words.
-        left_seconds: when its lease ends, unless the holder renews it.
-        same_input: whether it was given the same input.
+        holder: description of the owner.
+        left_seconds: time until its lease ends, unless the owner renews it.
+        same_input: True if it runs with the same input.
 
     Where: out of ``run()``, before anything is called.
-    Cause: the same run id was picked up twice.
-    Mend: wait for the result with ``if_running="attach"``, or use another run id. If the holder is known to be gone,
-        ``if_running="take_over"`` need not wait for the end of its lease.
+    Cause: two calls use the same run id at the same time.
+    Fix: wait for the result with ``if_running="attach"``, or use another run id. If the owner is known to be dead,
+        ``if_running="take_over"`` does not wait for the end of its lease.
     """
 
     holder: str = ""
@@ -88,20 +88,20 @@ class RunBusy(StoreError):
 
 
 class RunExists(StoreError):
-    """There is such a run already.
+    """The run already exists.
 
     Where: out of ``run()`` with ``if_exists="error"``.
     Cause: the run id was used before.
-    Mend: use another run id, or say what is to become of the run: ``if_exists="resume"``, "return" or "restart".
+    Fix: use another run id, or pass ``if_exists="resume"``, "return" or "restart".
     """
 
 
 class Fenced(StoreError):
-    """Somebody else has taken the run over; this process may not write to it any more.
+    """The run has another owner now, or was deleted; this process can no longer write to it.
 
     Where: ``result.failure`` of a PARTIAL run.
-    Cause: the same run id was opened again while this run was going on, or the run was deleted.
-    Mend: look at what the other process makes of the run; give each run an id of its own.
+    Cause: the same run id was opened again while this run was in progress, or the run was deleted.
+    Fix: see the result of the new owner; use a separate id for each run.
     """
 
     transient = False

@@ -1,11 +1,11 @@
-"""Identities of steps that code calls: a step is known by what it is, never by when a later process calls it.
+"""Identities of steps that code calls. They do not depend on the order in which concurrent calls happen.
 
-A node of a pipeline stands at a position, and a child of a group at a branch. A step that is called (by ``execute_step`` or
+A node of a pipeline has a position, and a child of a group a branch. A step that is called (by ``execute_step`` or
 by the guard of an adapter) is identified by its scope, its id and a number:
 
-* scope: the asyncio task that makes the call. Tasks are numbered by their first call, inside of the scope that began them, so
-  that what runs side by side has the same identity whichever part of it is faster.
-* number: which call of that id it is in that scope.
+* scope: the asyncio task that makes the call. Tasks are numbered by their first call, inside the scope that started them,
+  so that concurrent calls have the same identities whichever is faster.
+* number: 0-based number of the call of that id in that scope.
 
 Under a node, the identity is the last part of the step's branch; the other parts are indexes of children, which are digits.
 """
@@ -31,7 +31,7 @@ class Identity(NamedTuple):
 
     Attributes:
         text: unique under the node around the call, or in the plain code of a run.
-        number: which call of its id it is in its scope, 0-based.
+        number: 0-based number of the call of its id in its scope.
         path: the scope; "" for the first task that called a step.
     """
 
@@ -41,14 +41,14 @@ class Identity(NamedTuple):
 
 
 class Scope:
-    """The calls that one task makes."""
+    """Counts the calls that one task makes."""
 
     __slots__ = ("counts", "of", "owner", "path", "tasks")
 
     def __init__(self, of: object, owner: weakref.ref[asyncio.Task[Any]] | None, path: str) -> None:
-        #: Which StepCalls it belongs to; not the object itself, which knows its first scope: no reference cycle.
+        #: Mark of its StepCalls; not the object itself, which references its first scope: no reference cycle.
         self.of = of
-        #: Weak: the task has the context that has this.
+        #: Weak: the task references its context, which references the scope.
         self.owner = owner
         self.path = path
         self.counts: Counter[str] = Counter()
@@ -74,7 +74,7 @@ class StepCalls:
         self._counts: Counter[tuple[str, str]] = Counter()
 
     def scope(self) -> Scope:
-        """The scope of the running task; from here on that of the tasks that it begins, too."""
+        """Return the scope of the running task, and make it the outer scope of tasks that it starts from now on."""
         task = asyncio.current_task()
         scope, root = SCOPE.get(), self._root
         if scope is None or scope.of is not self._mark:
@@ -89,7 +89,7 @@ class StepCalls:
         return scope
 
     def next(self, scope: Scope, step_id: str, kind: str = "") -> Identity:
-        """The identity of the next call of a step in a scope. ``kind``: a character that sets other calls apart."""
+        """Return the identity of the next call of a step in a scope. ``kind``: a character that sets other calls apart."""
         name = f"{kind}{quoted(step_id)}"
         number = scope.counts[name]
         scope.counts[name] = number + 1
@@ -97,13 +97,13 @@ class StepCalls:
         return Identity(f"{scope.path}/{text}" if scope.path else text, number, scope.path)
 
     def named(self, key: str, kind: str = "") -> str:
-        """The identity of a call that has a name, whichever task makes it."""
+        """Return the identity of a call that has a name, whichever task makes it."""
         return f"{kind}{_MARK}{quoted(key)}"
 
     def next_of_input(self, step_id: str, digest: str) -> Identity:
-        """The identity of the next call of a step with an input, whichever task or thread makes it.
+        """Return the identity of the next call of a step with an input, in any task or thread.
 
-        For frameworks that skip by themselves what is finished: their second call need not be the second one of the run.
+        For frameworks that skip finished calls themselves: their second call may not be the second one of the run.
         """
         number = self._counts[step_id, digest]
         self._counts[step_id, digest] += 1
@@ -117,15 +117,15 @@ def _weak(task: asyncio.Task[Any] | None) -> weakref.ref[asyncio.Task[Any]] | No
 @lru_cache(maxsize=1024)
 def quoted(step_id: str) -> str:
     """Return an id as it stands in identities."""
-    # A branch is split at its dots; "~", "-" and "_" stay, and nothing else that this module writes itself.
+    # Branches are split at dots, which quote() leaves alone. It escapes "/" and "#", which identities use.
     return quote(step_id, safe="", errors="backslashreplace").replace(".", "%2E")
 
 
 def is_called(branch: str) -> bool:
-    """Return whether a branch is of a step that code calls, or of something inside one."""
+    """Return True if a branch belongs to a step that code calls, or to something inside one."""
     return _MARK in branch
 
 
 def child_indexes(branch: str) -> list[int]:
-    """The index of each child on the way to a branch, up to the first step that code calls: what is inside is its own affair."""
+    """Return the index of each child on the way to a branch, up to the first step that code calls."""
     return [int(part) for part in itertools.takewhile(str.isdecimal, branch.split("."))]

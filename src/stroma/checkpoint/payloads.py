@@ -1,4 +1,4 @@
-"""Payloads of durable stores: sealed by a codec, and stored as blobs if they are large."""
+"""Payloads of durable stores: encoded by a codec, and stored as blobs if they are large."""
 
 from __future__ import annotations
 
@@ -28,25 +28,24 @@ __all__ = [
     "collect",
 ]
 
-# What begins a stored payload that is not the JSON itself; JSON begins with neither.
+# Prefixes of stored payloads that are not plain JSON, which never begins with either.
 CODED: Final = b"stroma:c1\0"
 BLOB: Final = b"stroma:b1\0"
-#: The same for a text, in base64: columns of texts take no bytes.
+#: Prefix of an encoded text, in base64: text columns hold no bytes.
 _CODED_TEXT: Final = "stroma:c1:"
 _NAME: Final = re.compile(r"[0-9a-f]{64}")
-_LARGE: Final = 256 * 1024  # bytes from which work on a payload is done in a thread
-#: A blob that young may belong to a commit that is on its way.
-_YOUNG_SECONDS: Final = 3600.0
+_THREAD_BYTES: Final = 256 * 1024  # Payloads of this size and above are encoded in a thread.
+#: A blob younger than this may belong to a commit in progress.
+_MIN_AGE_SECONDS: Final = 3600.0
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """Goes around every payload of a store: outputs, inputs, questions, answers, messages of failures. Ids and numbers
-    stay plain.
+    """Encodes every payload of a store: outputs, inputs, questions, answers, failure messages. Ids and numbers stay plain.
 
-    ``decode`` must read whatever an earlier ``encode`` wrote, also under an earlier key: put the key's name into it.
-    It must raise for anything that was changed since. What is encoded begins with a hash of its place, so that
-    a payload which an authenticating codec wrote cannot be moved to another place.
+    ``decode`` must read everything that ``encode`` wrote earlier, also with an earlier key: include the name of the key.
+    It must raise for data that was changed since. The data to encode begins with a hash of its place, so that
+    a payload written by an authenticating codec cannot be moved to another place.
     """
 
     def encode(self, data: bytes) -> bytes: ...
@@ -55,25 +54,25 @@ class Codec(Protocol):
 
 @runtime_checkable
 class BlobStore(Protocol):
-    """Keeps large payloads by the SHA-256 of their content, as hexadecimal digits."""
+    """Stores large payloads. The name of a blob is the SHA-256 of its content in hexadecimal digits."""
 
     def put(self, name: str, data: bytes) -> None:
-        """Keep a blob for good before returning; one that is there already counts as new."""
+        """Store a blob durably before returning. An existing blob gets the current time."""
 
     def get(self, name: str) -> bytes | None: ...
     def delete(self, name: str) -> None: ...
 
     def names(self) -> Iterable[tuple[str, float]]:
-        """Each blob with the time it was last put, in seconds since the epoch."""
+        """Iterate over the blobs: (name, time of the last put() in seconds since the epoch)."""
         ...
 
 
 class DirectoryBlobs:
-    """Blobs as files in a directory, which is made if need be; readable by their owner only."""
+    """Stores blobs as files in a directory, which is created if it is missing. Only their owner can read them."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path).absolute()
-        #: Whether the directory itself survives a power cut.
+        #: The directory itself survives a power failure.
         self._is_durable = False
 
     def __repr__(self) -> str:
@@ -92,7 +91,7 @@ class DirectoryBlobs:
         except FileNotFoundError:
             file.parent.mkdir(mode=0o700, exist_ok=True)
             _write_file(file, data)
-        # The names, too, must survive a power cut; another writer may have made them a moment ago.
+        # The names must survive a power failure as well, also those that another writer has just created.
         _sync_directory(file.parent)
         _sync_directory(self.path)
 
@@ -113,7 +112,7 @@ class DirectoryBlobs:
 
 
 def _write_file(file: pathlib.Path, data: bytes) -> None:
-    """Write a file so that it is there as a whole or not at all."""
+    """Write a file atomically: it exists completely or not at all."""
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=".")
     try:
         with os.fdopen(handle, "wb") as out:
@@ -128,7 +127,7 @@ def _write_file(file: pathlib.Path, data: bytes) -> None:
 
 
 def _make_directory(path: pathlib.Path, mode: int = 0o777) -> None:
-    """Make a directory and its parents, if need be, and sync what names each of them. Only the last one gets the mode."""
+    """Create a directory and its parents if missing, and sync each parent. Only the last directory gets the mode."""
     if not path.parent.exists():
         _make_directory(path.parent)
     path.mkdir(mode=mode, exist_ok=True)
@@ -144,7 +143,7 @@ def _sync_directory(path: pathlib.Path) -> None:
 
 
 class FsspecBlobs:
-    """Blobs at any URL that fsspec knows (``s3://bucket/folder`` ...). Raises ImportError without fsspec."""
+    """Stores blobs at any URL that fsspec supports (``s3://bucket/folder`` ...). Raises ImportError without fsspec."""
 
     def __init__(self, url: str, **options: Any) -> None:
         try:
@@ -159,7 +158,7 @@ class FsspecBlobs:
         return f"{self._root.rstrip('/')}/{name[:2]}/{name}"
 
     def put(self, name: str, data: bytes) -> None:
-        # Written anew each time: object stores know no other way to say that it was put just now.
+        # Always written again: object stores have no other way to update the time of a blob.
         path = self._path(name)
         self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         self._fs.pipe_file(path, data)
@@ -177,18 +176,18 @@ class FsspecBlobs:
 
     def names(self) -> Iterator[tuple[str, float]]:
         try:
-            found = self._fs.find(self._root, detail=True)
+            paths = self._fs.find(self._root, detail=True)
         except FileNotFoundError:
             return
-        for path in found:
+        for path in paths:
             yield path.rpartition("/")[2], self._fs.modified(path).timestamp()
 
 
 class PayloadPlace(NamedTuple):
-    """The place of a payload in a store: what is sealed for one cannot be opened at another.
+    """The place of a payload in a store. A payload that is sealed for one place cannot be opened at another.
 
     Attributes:
-        kind: "input", "output", "given", "message" and the like.
+        kind: such as "input", "output", "step input", "message".
     """
 
     run_id: str
@@ -198,7 +197,7 @@ class PayloadPlace(NamedTuple):
     branch: str = ""
 
     def digest(self) -> bytes:
-        """Return 64 characters that no other place has."""
+        """Return 64 characters that identify the place."""
         return hashlib.sha256(json.dumps(self).encode()).hexdigest().encode()
 
 
@@ -206,42 +205,46 @@ _DIGEST_BYTES: Final = 64
 
 
 class Payloads:
-    """The way of a payload into a store and back."""
+    """Seals payloads before they are stored, and opens stored payloads.
+
+    Sealing encodes a payload with the codec, and replaces a large one by a reference to its blob.
+
+    Args:
+        blob_bytes: size from which payloads are stored as blobs.
+        plain_until_migrated: also read payloads that were stored before the store had a codec.
+    """
 
     def __init__(
         self, codec: Codec | None = None, blobs: BlobStore | str | os.PathLike[str] | None = None,
         blob_bytes: int = 1_000_000, plain_until_migrated: bool = False,
     ) -> None:  # fmt: skip
-        """``plain_until_migrated``: read payloads that were stored before the store had its codec."""
         if codec is not None and not isinstance(codec, Codec):
-            raise TypeError(f"{codec!r} is no codec; give an object with encode(bytes) and decode(bytes)")
+            raise TypeError(f"codec must be an object with encode(bytes) and decode(bytes), got {codec!r}")
         if blob_bytes < 1:
-            raise ValueError(f"blob_bytes is {blob_bytes!r}; give a number of bytes from 1 up")
+            raise ValueError(f"blob_bytes must be at least 1, got {blob_bytes!r}")
         if plain_until_migrated and codec is None:
-            raise ValueError(
-                "plain_until_migrated needs a codec to migrate to; pass codec= too, or leave it out"
-            )
+            raise ValueError("plain_until_migrated needs a codec; pass codec= too, or neither")
         self.codec = codec
         self._must_be_sealed = codec is not None and not plain_until_migrated
         self.blobs = blob_store(blobs)
         self.blob_bytes = blob_bytes
-        #: Whether payloads are stored as they are.
+        #: Payloads are stored unchanged.
         self.plain = codec is None and blobs is None
 
     def is_plain(self, stored: bytes) -> bool:
-        """Return True if a stored payload is the payload itself, as this store would write it."""
+        """Return True if a stored payload is the payload itself, as this store would store it."""
         return self.plain and not stored.startswith((CODED, BLOB))
 
     async def seal(self, data: bytes, place: PayloadPlace) -> bytes:
-        """Return what is written to the rows for a payload. Raises StoreError."""
-        if len(data) >= _LARGE:
+        """Return the stored form of a payload. Raises StoreError."""
+        if len(data) >= _THREAD_BYTES:
             return await asyncio.to_thread(self.seal_now, data, place)
         return self.seal_now(data, place)
 
     def seal_now(self, data: bytes, place: PayloadPlace) -> bytes:
-        """Do the same in this thread, which may take as long as a blob store does."""
+        """Return the stored form of a payload. Blocks while the blob store writes. Raises StoreError."""
         if self.codec is not None:
-            data = CODED + self._encoded(self.codec, place.digest() + data)
+            data = CODED + self._encode(self.codec, place.digest() + data)
         if self.blobs is None or len(data) < self.blob_bytes:
             return data
         digest = hashlib.sha256(data).digest()
@@ -249,21 +252,21 @@ class Payloads:
             self.blobs.put(digest.hex(), data)
         except Exception as error:
             raise StoreError(
-                f"a payload of {len(data)} bytes could not be kept in {self.blobs!r}: {error}; mend that, then resume"
+                f"a payload of {len(data)} bytes could not be stored in {self.blobs!r}: {error}; fix the blob store, then resume"
             ) from error
         return BLOB + digest
 
-    def seal_text(self, said: str | None, place: PayloadPlace) -> str | None:
-        """Return what is written for a text, such as a failure's message. Raises StoreError."""
-        if said is None or self.codec is None:
-            return said
-        sealed = self._encoded(self.codec, place.digest() + said.encode("utf-8", "backslashreplace"))
+    def seal_text(self, text: str | None, place: PayloadPlace) -> str | None:
+        """Return the stored form of a text, such as a failure message. Raises StoreError."""
+        if text is None or self.codec is None:
+            return text
+        sealed = self._encode(self.codec, place.digest() + text.encode("utf-8", "backslashreplace"))
         return _CODED_TEXT + base64.b64encode(sealed).decode()
 
     def open_text(self, stored: str | None, place: PayloadPlace) -> str | None:
-        """Return the text of what was written; in place of one that cannot be opened, a text that says so.
+        """Return a stored text; a note in its place if it cannot be opened.
 
-        Never raises: a message that is damaged hides nothing else of its run.
+        Never raises, so that a damaged message does not prevent reading the rest of its run.
         """
         if stored is None or not isinstance(stored, str):
             return stored
@@ -272,7 +275,7 @@ class Payloads:
         if self.codec is None:
             return "[sealed; open the store with codec=]"
         try:
-            return self._decoded(self.codec, base64.b64decode(stored[len(_CODED_TEXT) :]), place, "").decode()
+            return self._decode(self.codec, base64.b64decode(stored[len(_CODED_TEXT) :]), place, "").decode()
         except (StoreError, TypeError, ValueError):
             return "[sealed, and cannot be opened]"
 
@@ -281,21 +284,23 @@ class Payloads:
         return stored if self.codec is None else self.seal_now(self.open(stored, source, what), target)
 
     @staticmethod
-    def _encoded(codec: Codec, data: bytes) -> bytes:
+    def _encode(codec: Codec, data: bytes) -> bytes:
         try:
             encoded = codec.encode(data)
         except Exception as error:
             raise StoreError(
                 f"the codec {codec!r} could not encode a payload of {len(data)} bytes ({type(error).__name__}: {error}); "
-                "mend that, then resume"
+                "fix the codec, then resume"
             ) from error
         if not isinstance(encoded, bytes):
-            raise _no_bytes(codec, "encode", encoded)
+            raise _not_bytes(codec, "encode", encoded)
         return encoded
 
     def open(self, stored: bytes, place: PayloadPlace, what: str) -> bytes:
-        """Return the payload of what was written at a place. Raises CorruptCheckpoint, which calls it ``what``;
-        StoreError if a blob cannot be reached."""
+        """Return a stored payload of a place.
+
+        Raises CorruptCheckpoint, in which ``what`` describes the payload; StoreError if a blob cannot be read.
+        """
         if stored.startswith(BLOB):
             stored = self._fetch(stored[len(BLOB) :], what)
         if not stored.startswith(CODED):
@@ -307,10 +312,10 @@ class Payloads:
             return stored
         if self.codec is None:
             raise CorruptCheckpoint(f"{what} was written through a codec; open the store with codec=")
-        return self._decoded(self.codec, stored[len(CODED) :], place, what)
+        return self._decode(self.codec, stored[len(CODED) :], place, what)
 
     @staticmethod
-    def _decoded(codec: Codec, data: bytes, place: PayloadPlace, what: str) -> bytes:
+    def _decode(codec: Codec, data: bytes, place: PayloadPlace, what: str) -> bytes:
         try:
             data = codec.decode(data)
         except Exception as error:
@@ -319,64 +324,66 @@ class Payloads:
                 "keys, that it was written with"
             ) from error
         if not isinstance(data, bytes):
-            raise _no_bytes(codec, "decode", data)
+            raise _not_bytes(codec, "decode", data)
         if not hmac.compare_digest(data[:_DIGEST_BYTES], place.digest()):
             raise CorruptCheckpoint(
                 f"{what} was written for another place, and moved to this one; restore the store from a backup, or "
-                "begin a new run"
+                "start a new run"
             )
         return data[_DIGEST_BYTES:]
 
     def _fetch(self, digest: bytes, what: str) -> bytes:
         if self.blobs is None:
-            raise CorruptCheckpoint(f"{what} stands in a blob; open the store with blobs=")
+            raise CorruptCheckpoint(f"{what} is stored in a blob; open the store with blobs=")
         try:
             data = self.blobs.get(digest.hex())
-        except Exception as error:  # Nobody knows whether it is there.
+        except Exception as error:  # It may still exist.
             raise StoreError(
-                f"{what} stands in blob {digest.hex()}, and {self.blobs!r} cannot be read ({type(error).__name__}: "
-                f"{error}); mend that, then try again"
+                f"{what} is stored in blob {digest.hex()}, and {self.blobs!r} cannot be read ({type(error).__name__}: "
+                f"{error}); fix the blob store, then try again"
             ) from error
-        way_out = "restore it, or make it anew: resume from that node (resume_from=), or begin a new run"
+        fix = "restore it, or recompute it: resume from that node (resume_from=), or start a new run"
         if data is None:
             raise CorruptCheckpoint(
-                f"{what} stands in blob {digest.hex()}, which is not in {self.blobs!r}; {way_out}"
+                f"{what} is stored in blob {digest.hex()}, which is not in {self.blobs!r}; {fix}"
             )
         if hashlib.sha256(data).digest() != digest:
-            raise CorruptCheckpoint(f"{what} stands in blob {digest.hex()}, which is damaged; {way_out}")
+            raise CorruptCheckpoint(f"{what} is stored in blob {digest.hex()}, which is damaged; {fix}")
         return data
 
 
 def collect(blobs: BlobStore, in_use: set[str], now_seconds: float) -> int:
-    """Delete the blobs that no row names; how many. Young ones stay: their commit may be on its way.
+    """Delete the blobs that no row references, and return their number.
 
-    ``now_seconds``: since the epoch, by the clock of the store. Raises StoreError.
+    Blobs younger than an hour stay, since their commit may be in progress. ``now_seconds``: the clock of the store in
+    seconds since the epoch. Raises StoreError.
     """
-    oldest = now_seconds - _YOUNG_SECONDS
-    gone = 0
+    oldest = now_seconds - _MIN_AGE_SECONDS
+    deleted = 0
     try:
-        for name, put in blobs.names():
-            # At once: a commit may put it again, and so make it young, while others are deleted. And nothing but
-            # blobs: the directory may have been given by mistake.
-            if name not in in_use and put < oldest and _NAME.fullmatch(name):
+        for name, updated_seconds in blobs.names():
+            # Delete each at once: meanwhile a commit may put it again, which makes it young. Delete files with names of
+            # blobs only: the directory may hold other files.
+            if name not in in_use and updated_seconds < oldest and _NAME.fullmatch(name):
                 blobs.delete(name)
-                gone += 1
+                deleted += 1
     except Exception as error:
         raise StoreError(
-            f"the blobs in {blobs!r} could not be collected ({type(error).__name__}: {error}); mend that, then try again"
+            f"the unused blobs in {blobs!r} could not be deleted ({type(error).__name__}: {error}); "
+            "fix the blob store, then try again"
         ) from error
-    return gone
+    return deleted
 
 
-def _no_bytes(codec: Codec, method: str, given: object) -> StoreError:
-    error = StoreError(f"{method}() of {codec!r} returned {type(given).__name__}; let it return bytes")
+def _not_bytes(codec: Codec, method: str, value: object) -> StoreError:
+    error = StoreError(f"{method}() of {codec!r} must return bytes, got {type(value).__name__}")
     error.transient = False
     return error
 
 
-def blob_store(given: BlobStore | str | os.PathLike[str] | None) -> BlobStore | None:
+def blob_store(blobs: BlobStore | str | os.PathLike[str] | None) -> BlobStore | None:
     """Return the blob store for ``blobs=``: a blob store, a directory, or a URL that fsspec supports."""
-    if given is None or isinstance(given, BlobStore):
-        return given
-    text = os.fsdecode(given)
+    if blobs is None or isinstance(blobs, BlobStore):
+        return blobs
+    text = os.fsdecode(blobs)
     return FsspecBlobs(text) if "://" in text else DirectoryBlobs(text)

@@ -13,13 +13,11 @@ from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 from pydantic import BaseModel
 
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.errors import CheckpointNotFound, PipelineChanged, RunBusy, RunExists, StoreError
+from stroma.checkpoint.errors import CheckpointNotFound
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.trace.events import FAILED_ITEM, AttemptRow
 
 __all__ = [
-    "COMPLETE",
-    "ENDED",
     "INSIDE",
     "OF_FLOW",
     "OF_MAP",
@@ -32,7 +30,6 @@ __all__ = [
     "IfExists",
     "IfRunning",
     "JournalStore",
-    "LastExecution",
     "PriorUsage",
     "RunRequest",
     "Session",
@@ -40,12 +37,9 @@ __all__ = [
     "Tried",
     "Waiting",
     "count_items",
-    "decide",
     "inside_of",
-    "is_answered_meanwhile",
     "is_of_pipeline",
     "map_not_found",
-    "not_waiting",
 ]
 
 IfExists = Literal["restart", "resume", "return", "error", "attach"]
@@ -163,13 +157,13 @@ class StepCall(NamedTuple):
 
     Attributes:
         number: 0-based number of the call of its step id; for a map, the number of failed items.
-        given: the input in stored form; None if it has none and so cannot be compared. For a node inside a group that is
-            a step: a checksum of the group's input.
+        input_key: identifies the input: its stored form; None if it has none and so cannot be compared. For a node inside
+            a group that is a step: a checksum of the group's input.
         identity: see ``stroma.checkpoint.identity``; stored with the attempts of the step.
     """
 
     number: int
-    given: bytes | None
+    input_key: bytes | None
     identity: str | None = None
 
 
@@ -179,14 +173,14 @@ OF_FLOW: Final = -1
 
 def inside_of(call: StepCall | None) -> StepCall | None:
     """Return the StepCall of the nodes inside a group that is a step: a checksum of the input of that step."""
-    given = None if call is None else call.given
-    if given is None:
+    key = None if call is None else call.input_key
+    if key is None:
         return None
-    if given.startswith(INSIDE):
+    if key.startswith(INSIDE):
         return call
-    if given.startswith(b"item"):  # A map: its items are compared one by one.
+    if key.startswith(b"item"):  # A map: its items are compared one by one.
         return None
-    return StepCall(0, INSIDE + hashlib.sha256(given).hexdigest().encode())
+    return StepCall(0, INSIDE + hashlib.sha256(key).hexdigest().encode())
 
 
 class Committed(NamedTuple):
@@ -212,25 +206,27 @@ class Committed(NamedTuple):
     @property
     def failed_items(self) -> int:
         """Number of failed items of a map; 0 for anything else."""
-        of_map = self.step is not None and self.step.given is not None and self.step.given.startswith(OF_MAP)
-        return self.step.number if of_map and self.step is not None else 0
+        step = self.step
+        if step is None or step.input_key is None or not step.input_key.startswith(OF_MAP):
+            return 0
+        return step.number
 
 
-#: Prefix of a checksum in ``StepCall.given`` of a node inside a group that is a step.
+#: Prefix of a checksum in ``StepCall.input_key`` of a node inside a group that is a step.
 INSIDE: Final = b"item of step "
-#: Prefix of the number of items in ``StepCall.given`` of a committed map.
+#: Prefix of the number of items in ``StepCall.input_key`` of a committed map.
 OF_MAP: Final = b"items "
 
 
-def is_of_pipeline(given: bytes | None, number: int | None) -> bool:
+def is_of_pipeline(input_key: bytes | None, number: int | None) -> bool:
     """Return True if the fields of a StepCall belong to a node of a pipeline: they are empty, or of a map or its items."""
-    return number is None or (given is not None and given.startswith((b"item ", OF_MAP)))
+    return number is None or (input_key is not None and input_key.startswith((b"item ", OF_MAP)))
 
 
-def count_items(given: bytes) -> int:
-    """Return the number of items of a committed map, from its ``StepCall.given``; 0 for anything else."""
-    number = given.removeprefix(OF_MAP)
-    return int(number) if given.startswith(OF_MAP) and number.isdigit() else 0
+def count_items(input_key: bytes) -> int:
+    """Return the number of items of a committed map, from its ``StepCall.input_key``; 0 for anything else."""
+    number = input_key.removeprefix(OF_MAP)
+    return int(number) if input_key.startswith(OF_MAP) and number.isdigit() else 0
 
 
 def map_not_found(run_id: str, node_id: str) -> CheckpointNotFound:
@@ -239,56 +235,6 @@ def map_not_found(run_id: str, node_id: str) -> CheckpointNotFound:
         f"run {run_id!r} has no completed map {node_id!r} with outputs in the journal; use into=Journal() or "
         "JsonLines(path), and let the map complete"
     )
-
-
-#: Statuses of completed executions, and of those that cancel() cannot change any more.
-COMPLETE: Final = ("COMPLETED", "RESUMED")
-ENDED: Final = (*COMPLETE, "FAILED", "CANCELLED")
-
-
-class LastExecution(NamedTuple):
-    """The last execution of a run. ``holder``: description of the process that is running it; None if there is none."""
-
-    execution: int
-    status: str
-    holder: str | None = None
-    left_seconds: float = 0.0
-
-
-def decide(
-    request: RunRequest, last: LastExecution | None, same_input: bool
-) -> Literal["begin", "continue", "return"]:
-    """Return what to do with the last execution. Raises RunBusy, RunExists, PipelineChanged."""
-    if last is None:
-        return "begin"
-    if last.holder is not None and request.if_running != "take_over":
-        what = "" if same_input else " with another input"
-        error = RunBusy(
-            f"run {request.run_id!r} is already running{what} in {last.holder} (lease expires in "
-            f'{max(last.left_seconds, 0.0):.1f} s); pass if_running="attach" to wait for its result, or use another run id'
-        )
-        error.holder, error.left_seconds, error.same_input = last.holder, last.left_seconds, same_input
-        raise error
-    if request.only_unfinished and last.status not in ("RUNNING", "INTERRUPTED"):
-        raise RunExists(
-            f"run {request.run_id!r} has nothing to recover, its status is {last.status}; start or resume it instead"
-        )
-    if request.if_exists == "error":
-        raise RunExists(
-            f"run {request.run_id!r} already exists (execution {last.execution}, {last.status}); use another run id, or pass "
-            'if_exists="resume", "return" or "restart"'
-        )
-    if request.if_exists == "restart":
-        return "begin"
-    if request.discard_from is None and not same_input:
-        raise PipelineChanged(
-            f"run {request.run_id!r} was started with another input (or {request.schema.model.__name__} has changed); "
-            "pass the same input, or use another run id"
-        )
-    finished = last.status in COMPLETE
-    if request.if_exists == "attach":  # An owner that died is continued.
-        finished = last.status != "RUNNING"
-    return "return" if finished and request.if_exists in ("return", "attach") else "continue"
 
 
 class PriorUsage(NamedTuple):
@@ -314,30 +260,6 @@ class Waiting(NamedTuple):
     reason: str
     schema_ref: str
     payload: bytes | None = None
-
-
-def is_answered_meanwhile(asked: Waiting | None, seen: Waiting | None, question: Waiting) -> bool:
-    """Return True if the store has an answer to a question that the session, which asks it now, has not seen.
-
-    Such an answer was acknowledged while the session was running, and stays. An answer that the session has seen was
-    used or did not fit: then the question is a new one.
-    """
-    return (
-        asked is not None
-        and asked.payload is not None
-        and (asked.node_id, asked.schema_ref) == (question.node_id, question.schema_ref)
-        and (seen is None or seen.payload is None)
-    )
-
-
-def not_waiting(run_id: str, waiting: Waiting) -> StoreError:
-    """Return the error for an answer that nothing waits for."""
-    error = StoreError(
-        f"node {waiting.node_id!r} of run {run_id!r} is no longer waiting for an answer: it was already answered, or the run "
-        "was restarted; check its status, then resume it"
-    )
-    error.transient = False
-    return error
 
 
 class Finished(NamedTuple):
@@ -450,7 +372,7 @@ class Session(Protocol):
     def record_failure_site(
         self, position: int, branch: str, attempt: int, started_ns: int, write: Callable[[], bytes]
     ) -> None:
-        """Store where an attempt failed together with the attempt. ``write``: see :func:`trouble_writer`."""
+        """Store where an attempt failed together with the attempt. ``write``: see :func:`failure_site_writer`."""
 
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
         """Store an attempt that waits for an approval, and its question: both or nothing. Raises StoreError."""

@@ -1,4 +1,4 @@
-"""Runs and their attempts, as a store tells of them."""
+"""Runs and their attempts, as a store lists them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from stroma._utils.text import typed
 __all__ = [
     "PICO",
     "Attempt",
+    "AttemptMark",
     "AttemptPage",
     "AttemptRecord",
     "Cause",
@@ -19,25 +20,26 @@ __all__ = [
     "RunRecord",
     "StoreFacts",
     "Tally",
-    "attempt_mark",
     "cause_of",
-    "marked",
+    "not_a_mark",
+    "parse_attempt_mark",
+    "parse_run_mark",
 ]
 
 
-PICO: Final = 10**12  # Costs are kept in whole pico-dollars: sums are exact in any order.
+PICO: Final = 10**12  # Costs are stored in whole pico-dollars: sums are exact in any order.
 
 
 @dataclass(frozen=True, slots=True)
 class RunQuery:
-    """Which runs are wanted: those of which all that is given holds.
+    """Filter for runs; a run matches if it meets every condition that is set.
 
     Attributes:
-        statuses: any of them; none given is all.
-        tag: one that the run was given, as it was given.
-        since_ms: begun then or later; milliseconds since the epoch.
-        failure_class, node: an attempt failed so, at that node; both of one attempt.
-        text: a part of the run id, the pipeline's name or the error; the case of ASCII letters does not matter.
+        statuses: any of these; () for all.
+        tag: a tag of the run, compared exactly.
+        since_ms: earliest start, in milliseconds since the epoch.
+        failure_class, node: an attempt failed with this class, at this node; if both are set, the same attempt.
+        text: part of the run id, the name of the pipeline or the error; ASCII letters match in either case.
     """
 
     pipeline: str | None = None
@@ -49,13 +51,13 @@ class RunQuery:
     text: str | None = None
 
     @property
-    def looks_closer(self) -> bool:
+    def needs_scan(self) -> bool:
         """Return True if no index serves the query, so that runs are examined one by one."""
         return (self.failure_class, self.node, self.text) != (None, None, None)
 
 
 class Cause(NamedTuple):
-    """The failed attempt that stopped a run, or the last one that failed on the way; of a group, its child's."""
+    """The failed attempt that stopped a run, or its last failed attempt; for a group, that of its child."""
 
     node_id: str
     position: int
@@ -68,7 +70,7 @@ class Cause(NamedTuple):
 
     @property
     def text(self) -> str | None:
-        """The failure as people read it: ``Type: message``."""
+        """The failure as text: ``Type: message``."""
         return None if self.message is None else typed(self.error_type, self.message)
 
 
@@ -77,18 +79,18 @@ class RunRecord:
     """A run as a store lists it.
 
     Attributes:
-        status: "RUNNING" while it runs (or since its process died), "DAMAGED" if its row in the store is (then ``error``
-            says what is wrong with it, and other fields may be 0 or empty), else a RunStatus.
+        status: "RUNNING" while it runs, or after its process died; "DAMAGED" if its row in the store is damaged (then
+            ``error`` describes the damage, and other fields may be 0 or empty); otherwise a RunStatus.
         parent: the run that it was forked from.
-        holder: who is at work on it, in words; None if nobody is, also of a RUNNING one whose process died.
+        holder: description of its owner; None without an owner, also if its process died.
         started_ms, updated_ms: milliseconds since the epoch.
-        tokens, cost_usd: of all attempts of the last execution.
-        nodes: how many positions of it are committed, those inside groups not counted.
-        latency_ms: time that functions of its attempts ran, those of a group's children at the same time counted once.
-        tags: in the order of their text.
-        cause: None if no attempt of the last execution failed. Not told by list_runs().
-        failures: how many attempts failed, counted up to 20. Not told by list_runs().
-        epoch: raised by every process that opens the run.
+        tokens, cost_usd: sums over all attempts of the last execution.
+        nodes: number of committed positions, without those inside groups.
+        latency_ms: time for which functions of its attempts ran; concurrent children of a group count once.
+        tags: sorted.
+        cause: None if no attempt of the last execution failed. Not set by list_runs().
+        failures: number of failed attempts, at most 20. Not set by list_runs().
+        epoch: incremented by each process that opens the run.
     """
 
     run_id: str
@@ -111,11 +113,11 @@ class RunRecord:
 
 
 class RunPage(NamedTuple):
-    """Some of the runs that were asked for, the one begun last first.
+    """A page of runs, the newest first.
 
     Attributes:
-        next: where the following page begins; None if there is none. A page may be short, or empty, and have a next one:
-            no call looks at more than some thousand runs one by one.
+        next: start of the next page; None after the last page. A page may be short or empty and have a next one, since a
+            call examines at most some thousand runs one by one.
     """
 
     runs: list[RunRecord]
@@ -124,15 +126,20 @@ class RunPage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AttemptRecord:
-    """An attempt as a store lists it. ``output`` is in its stored form; None unless it was committed and can be read.
+    """An attempt as a store lists it.
 
-    ``damaged``: what stands in the store is not what was committed; with ``outcome`` "DAMAGED" that is the row of the
-    attempt, else its output. ``output_bytes``: how large what was
-    committed is as it is stored; None if nothing was. ``started_ns``: since 1970. ``epoch``: of the
-    process that made it, as in RunRecord; 0 where it is not told. ``duration_ms``: of a group from the first start of a function
-    inside it to the last end of one; ``function_ms``: for how long its function ran, or any function inside a group.
-    ``group_id``: of the group around it. ``identity``: of the step of plain code that its
-    position is of; None in a pipeline. ``error_type``: the name of the exception's type; None if nothing was raised.
+    Attributes:
+        started_ms, started_ns: since the epoch.
+        duration_ms: for a group, from the first start to the last end of a function inside it.
+        function_ms: time for which its function ran; for a group, any function inside it.
+        output: in stored form; None without a readable commit.
+        output_bytes: size of the stored output; None without a commit.
+        damaged: the store holds something else than was committed: in the row of the attempt if ``outcome`` is
+            "DAMAGED", otherwise in its output.
+        epoch: that of its process, as in RunRecord; 0 if unknown.
+        group_id: id of the group around it.
+        identity: that of the step of plain code at its position; None in a pipeline.
+        error_type: name of the exception's type; None if nothing was raised.
     """
 
     position: int
@@ -161,7 +168,7 @@ class AttemptRecord:
 
     @property
     def text(self) -> str | None:
-        """The failure as people read it: ``Type: message``; of a suspension what for. None if there is neither."""
+        """The failure as text: ``Type: message``; for a suspension, its reason. None if there is neither."""
         return None if self.message is None else typed(self.error_type, self.message)
 
     def idempotency_key(self, run_id: str, execution: int) -> str:
@@ -173,10 +180,10 @@ class StoreFacts(NamedTuple):
     """Facts about a store as a whole.
 
     Attributes:
-        system: what keeps it, with its version.
-        format: of what is kept; this release writes ``writes``.
-        clock_ms: the time by the clock that leases go by, where that is another machine's; else None.
-        warnings: what of its settings puts runs at risk, with the mend.
+        system: name and version of its software.
+        format: version of the stored data; this release writes ``writes``.
+        clock_ms: clock of the store's server, which leases use, in milliseconds since the epoch; None without a server.
+        warnings: settings that put runs at risk, each with the fix.
     """
 
     system: str
@@ -187,18 +194,18 @@ class StoreFacts(NamedTuple):
 
 
 class AttemptPage(NamedTuple):
-    """Some attempts of an execution without their outputs, and where the following page begins, if there is one."""
+    """A page of the attempts of an execution, without outputs. ``next``: start of the next page, or None."""
 
     attempts: list[AttemptRecord]
     next: str | None
 
 
 class Tally(NamedTuple):
-    """Attempts of some runs, summed up.
+    """Sums over attempts.
 
     Attributes:
-        bucket: which span of time the runs began in, counted from the epoch.
-        wasted_pico: the cost of those that committed nothing.
+        bucket: number of the time bucket in which the runs started, counted from the epoch.
+        wasted_pico: cost of the attempts without a commit.
     """
 
     bucket: int
@@ -215,12 +222,15 @@ class Tally(NamedTuple):
 
 
 def cause_of(failed: Sequence[Attempt | AttemptRecord]) -> Cause | None:
-    """Of a group that failed, the child whose failure became its own: the group ends after it, with its message."""
+    """Return the cause among failed attempts, the latest end first.
+
+    A failed group ends after the child that failed it, with the child's message: the cause is the child.
+    """
     if not failed:
         return None
-    said = (failed[0].position, failed[0].failure_class, failed[0].message)
-    inside = [a for a in failed if (a.position, a.failure_class, a.message) == said]
-    deepest = max(inside, key=lambda a: a.branch.count(".") + 1 if a.branch else 0)
+    last = (failed[0].position, failed[0].failure_class, failed[0].message)
+    same_failure = [a for a in failed if (a.position, a.failure_class, a.message) == last]
+    deepest = max(same_failure, key=lambda a: a.branch.count(".") + 1 if a.branch else 0)
     return Cause(
         deepest.node_id,
         deepest.position,
@@ -233,32 +243,51 @@ def cause_of(failed: Sequence[Attempt | AttemptRecord]) -> Cause | None:
     )
 
 
-def marked(mark: str) -> tuple[int, int]:
-    """(start in ms, run) of where a page ended. Raises ValueError for what no page gave."""
+def parse_run_mark(mark: str) -> tuple[int, int]:
+    """Return (start in ms, run) of the ``next`` of a page of runs. Raises ValueError for any other text."""
     started, _, run = mark.partition(".")
     if not (started.isdecimal() and run.isdecimal() and len(mark) < 50 and mark.isascii()):
-        raise ValueError(f"{mark[:100]!r} is not where a page ended; give the `next` of a page")
+        raise not_a_mark(mark)
     return int(started), int(run)
 
 
-def attempt_mark(mark: str) -> tuple[int, int, int, int, str]:
-    """(epoch, position, start in ns, attempt, branch) of where a page ended. Raises ValueError for what no page gave."""
+def not_a_mark(mark: str) -> ValueError:
+    """Return the error for a text that is not the ``next`` of a page."""
+    return ValueError(f"after must be the `next` of a page, got {mark[:100]!r}")
+
+
+class AttemptMark(NamedTuple):
+    """End of a page of attempts: the key of its last attempt. As text it is the ``next`` of the page."""
+
+    epoch: int
+    position: int
+    started_ns: int
+    attempt: int
+    branch: str
+
+    def __str__(self) -> str:
+        return ":".join(map(str, self))
+
+
+def parse_attempt_mark(mark: str) -> AttemptMark:
+    """Return the mark in the ``next`` of a page of attempts. Raises ValueError for any other text."""
     epoch, position, started, attempt, branch = [*mark.split(":", 4), *[""] * 5][:5]
     numbers = (epoch, position, started, attempt)
     if not all(number.isdecimal() and number.isascii() and len(number) < 20 for number in numbers):
-        raise ValueError(f"{mark[:100]!r} is not where a page ended; give the `next` of a page")
-    return int(epoch), int(position), int(started), int(attempt), branch
+        raise not_a_mark(mark)
+    return AttemptMark(int(epoch), int(position), int(started), int(attempt), branch)
 
 
 class Attempt(NamedTuple):
-    """One attempt, as it is kept. What tells it from a repeated call for the same one is its start: a resumed run, and
-    a group that is tried again, count attempts from 1.
+    """One attempt in stored form.
+
+    Its start distinguishes it from other attempts of the same number: a resumed run, and a retried group, count from 1.
 
     Attributes:
-        function_ns: for how long its function ran; of a group, any function inside it.
-        group_id: of the group around it.
-        identity: of the step of plain code that the position is of (see ``stroma.checkpoint.identity``); None in a pipeline.
-        error_type: the name of the type of the exception; None if nothing was raised.
+        function_ns: time for which its function ran; for a group, any function inside it.
+        group_id: id of the group around it.
+        identity: that of the step of plain code at the position (see ``stroma.checkpoint.identity``); None in a pipeline.
+        error_type: name of the exception's type; None if nothing was raised.
     """
 
     position: int

@@ -1,4 +1,4 @@
-"""open_store(): a store from one line of text."""
+"""Stores by URL."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _FORMS = (
 
 
 def open_store(url: str | os.PathLike[str]) -> SQLiteStore | PostgresStore | RedisStore | AsyncInMemoryStore:
-    """The store that a URL or a path names; a file is opened when it is first used.
+    """Return the store for a URL or a path. Its file or server is opened on first use.
 
     ``sqlite:///runs.db`` (relative), ``sqlite:////var/lib/runs.db`` (absolute), either with ``?synchronous=normal``;
-    ``runs.db`` (a bare path); ``postgresql://user@host:5432/db``, see PostgresStore; ``redis://host:6379/0``, see
-    RedisStore; ``memory://``. In a URL, percent signs escape.
+    ``runs.db`` (a path); ``postgresql://user@host:5432/db``, see PostgresStore; ``redis://host:6379/0``, see
+    RedisStore; ``memory://``. In a URL, special characters are percent-encoded.
 
     Raises ValueError for anything else.
     """
@@ -54,7 +54,5 @@ def open_store(url: str | os.PathLike[str]) -> SQLiteStore | PostgresStore | Red
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     synchronous = options.pop("synchronous", "full")
     if options or synchronous not in ("full", "normal"):
-        raise ValueError(
-            f"unknown option in {text!r}; only ?synchronous=full and ?synchronous=normal are known"
-        )
+        raise ValueError(f"unknown option in {text!r}; use ?synchronous=full or ?synchronous=normal")
     return SQLiteStore(path, synchronous="normal" if synchronous == "normal" else "full")

@@ -24,7 +24,7 @@ class _Span(click.ParamType[timedelta]):
         seconds = float(match[1]) * _SECONDS[match[2]] if match else _LONGEST + 1
         if seconds > _LONGEST:
             self.fail(
-                f"{value!r} is no span of time; give a number and one of s, m, h, d and w: 30d, 12h",
+                f"{value!r} is not a time span; pass a number and one of s, m, h, d and w: 30d, 12h",
                 param,
                 ctx,
             )

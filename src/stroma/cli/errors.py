@@ -35,7 +35,7 @@ class Problem(click.ClickException):
 
     Where: on stderr, with the exit code that ``docs/cli.md`` lists.
     Cause: the command's arguments, the files it names, the store, or the run itself.
-    Mend: the last line says it; ``STROMA_DEBUG=1`` shows the traceback.
+    Fix: the last line says it; ``STROMA_DEBUG=1`` shows the traceback.
     """
 
     def __init__(self, message: str, *more: str, code: Code) -> None:

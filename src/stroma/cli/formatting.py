@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 
-from stroma._utils.text import clean, count, money, plural, short_id, span
+from stroma._utils.text import format_duration, short_id
 
-__all__ = ["ago", "clean", "count", "id_word", "iso", "local", "money", "plural", "short_id", "span"]
+__all__ = ["format_age", "format_local_time", "id_word", "to_iso"]
 
 
 def id_word(run_id: str) -> str:
@@ -15,11 +15,12 @@ def id_word(run_id: str) -> str:
     return short_id(run_id) if run_id.startswith(short_id(run_id)) else run_id
 
 
-def ago(ms: int) -> str:
-    return f"{span(time.time() - ms / 1000)} ago"
+def format_age(ms: int) -> str:
+    """Format the time since ``ms``, milliseconds since the epoch."""
+    return f"{format_duration(time.time() - ms / 1000)} ago"
 
 
-def local(ms: int) -> str:
+def format_local_time(ms: int) -> str:
     """Format ``ms`` since the epoch in the local time zone."""
     try:
         return datetime.fromtimestamp(ms / 1000).strftime("%Y-%m-%d %H:%M:%S")
@@ -27,7 +28,7 @@ def local(ms: int) -> str:
         return "?"
 
 
-def iso(ms: int) -> str | None:
+def to_iso(ms: int) -> str | None:
     """Format ``ms`` since the epoch as ISO 8601 in UTC, with milliseconds."""
     try:
         return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")

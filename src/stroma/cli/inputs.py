@@ -11,14 +11,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from stroma._utils.text import clean, plural
+from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem, command
 from stroma.cli.stores import Database
 from stroma.cli.user_errors import describe_error
 from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import schema_of
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["example", "input_model", "parse_as", "parse_input", "parse_json", "read_input", "stored_input"]
 
@@ -90,7 +90,7 @@ def parse_as(
         lines, wrong = _errors(error)
         fits = clean(json.dumps(example(model, value, wrong), ensure_ascii=False), 400)
         raise Problem(
-            f"{source} does not fit {requirement} ({plural(len(lines), 'error')})", *lines, f"for example: {retry_command(fits)}",
+            f"{source} does not fit {requirement} ({pluralize(len(lines), 'error')})", *lines, f"for example: {retry_command(fits)}",
             code=Code.USAGE,
         ) from None  # fmt: skip
 
@@ -190,7 +190,7 @@ def _misfit(
     )
     fits = clean(json.dumps(example(model, value, wrong), ensure_ascii=False), 400)
     return Problem(
-        f"{what} ({plural(len(lines), 'error')})", *lines, f"for example: {command('run', target, fits)}",
+        f"{what} ({pluralize(len(lines), 'error')})", *lines, f"for example: {command('run', target, fits)}",
         code=Code.USAGE,
     )  # fmt: skip
 

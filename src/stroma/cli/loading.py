@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from stroma.cli.errors import Code, Problem
 from stroma.cli.user_errors import describe_error, last_frame
 from stroma.contracts.node import find_node
-from stroma.runner.runner import Pipeline, StromaRunner
+from stroma.runner.pipeline import Pipeline
+from stroma.runner.runner import StromaRunner
 
 __all__ = ["load_pipeline", "load_with_module"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from stroma._utils.text import clean, span
+from stroma._utils.text import clean, format_duration
 from stroma.checkpoint.errors import (
     CheckpointNotFound,
     CorruptCheckpoint,
@@ -38,7 +38,8 @@ from stroma.contracts.schema import schema_of
 from stroma.engine.config import RunConfig
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.hooks.sets import HookError, flatten
-from stroma.runner.runner import Pipeline, StromaRunner
+from stroma.runner.pipeline import Pipeline
+from stroma.runner.runner import StromaRunner
 from stroma.trace.result import ExecutionResult, RunStatus
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class LocalRun:
                 draining.append(asyncio.create_task(runner.shutdown(drain_seconds=self.options.drain)))
 
         stop = StopSignals(
-            task, drain, patience=span(self.options.drain), after=self._next_step("resume with")
+            task, drain, patience=format_duration(self.options.drain), after=self._next_step("resume with")
         )
         is_resumed = self.record is not None and self.start_at is None
         waiting: list[Waiting] = []
@@ -229,7 +230,7 @@ class LocalRun:
         other = "" if error.same_input else ", with another input"
         return Problem(
             f"run {clean(self.config.run_id)} is already running in {error.holder}{other} (lease expires in "
-            f"{span(error.left_seconds)} unless renewed)",
+            f"{format_duration(error.left_seconds)} unless renewed)",
             f"wait for its result: {self._resume_hint('--attach')}",
             f"or cancel it: {self.db.hint('cancel', name)}",
             f"or, if that process is dead: {self._resume_hint('--take-over')}",

@@ -58,6 +58,7 @@ def _seconds(_ctx: click.Context, _parameter: click.Parameter, value: float) -> 
 
 
 def run_id_option(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """Return the run id of an option, None if there is none. Raises BadParameter for an illegal id."""
     if value is not None:
         try:
             check_id(value, "the run id")

@@ -8,7 +8,7 @@ import time
 from datetime import datetime
 from typing import Any
 
-from stroma._utils.text import clean, count, money, span, typed
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, typed
 from stroma.cli.errors import is_debugging
 from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, err
@@ -102,7 +102,7 @@ class Progress:
         if progress.rate:
             details.append(f"{progress.rate:,.1f}/s")
         if progress.seconds_left is not None and not progress.ended:
-            details.append(f"{span(progress.seconds_left)} left")
+            details.append(f"{format_duration(progress.seconds_left)} left")
         if err.is_live and not progress.ended:
             err.status(f"{clean(node_id, 80)}  {', '.join(details)}")
         elif progress.ended or now - self._shown_at >= _LINE_SECONDS:
@@ -151,7 +151,12 @@ class Progress:
         self, run_id: str, node_id: str, attempt: int, delay: float, failure_class: FailureClass
     ) -> None:
         if not self._is_one_of_many(current_node()):
-            self._event(current_node(), node_id, ("wait", "yellow"), f"{span(delay)}, then attempt {attempt}")
+            self._event(
+                current_node(),
+                node_id,
+                ("wait", "yellow"),
+                f"{format_duration(delay)}, then attempt {attempt}",
+            )
 
     async def _node_skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
         if not self._is_one_of_many(current_node()):
@@ -170,9 +175,9 @@ class Progress:
         if node is None:
             return []
         started = self._started.pop((node.position, node.branch), None)
-        used = [span(time.perf_counter() - started)] if started is not None else []
+        used = [format_duration(time.perf_counter() - started)] if started is not None else []
         if node.usage.tokens:
-            used += [count(node.usage.tokens), money(node.usage.cost_usd)]
+            used += [format_tokens(node.usage.tokens), format_usd(node.usage.cost_usd)]
         if node.usage.model:
             used.append(clean(node.usage.model, 40))
         return used
@@ -195,7 +200,7 @@ class Progress:
         parts: list[Part] = [name, "  ", (verb[0].ljust(9), verb[1]), " ", ", ".join(filter(None, details))]
         if totals and node is not None:
             spent = node.ctx.cost_tracker
-            sums = f"{count(int(spent.used('tokens')))}, {money(spent.used('cost'))}"
+            sums = f"{format_tokens(int(spent.used('tokens')))}, {format_usd(spent.used('cost'))}"
             parts.append((f"  | run: {sums}", "dim"))
         if why and (node is None or node.kind != "group"):  # The child has printed it.
             parts.append(f"  | {why}")

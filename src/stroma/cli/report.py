@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stroma._utils.text import clean, count, money, plural, span
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.checkpoint.protocols import Waiting
 from stroma.cli.errors import Code, is_debugging
 from stroma.cli.formatting import id_word
@@ -156,7 +156,10 @@ class RunReport:
 
     def _print_success(self) -> None:
         result = self.result
-        err.line(("done", "bold green"), f": {result.status} in {span(self.seconds)}; {self._usage_text()}")
+        err.line(
+            ("done", "bold green"),
+            f": {result.status} in {format_duration(self.seconds)}; {self._usage_text()}",
+        )
         self._print_notes()
         if self.db.is_durable:
             err.line("details: ", self.db.hint("show", id_word(result.run_id)))
@@ -220,13 +223,13 @@ class RunReport:
         if result.failed_items:
             err.line(
                 ("  note: ", "yellow"),
-                f"{plural(result.failed_items, 'item')} failed, the others succeeded",
+                f"{pluralize(result.failed_items, 'item')} failed, the others succeeded",
                 *self._rerun_hint(),
             )
         if result.hook_errors:
             err.line(
                 ("  note: ", "yellow"),
-                f"{plural(len(result.hook_errors), 'hook call')} raised; the run is not affected",
+                f"{pluralize(len(result.hook_errors), 'hook call')} raised; the run is not affected",
             )
 
     def _rerun_hint(self) -> list[str]:
@@ -241,11 +244,13 @@ class RunReport:
     def _usage_text(self) -> str:
         result = self.result
         wasted_tokens, wasted_cost = _wasted_usage(result)
-        parts = [f"{count(result.total_tokens)}, {money(result.total_cost_usd)}"]
+        parts = [f"{format_tokens(result.total_tokens)}, {format_usd(result.total_cost_usd)}"]
         if wasted_tokens:
-            parts.append(f"of which wasted {count(wasted_tokens)}, {money(wasted_cost)}")
+            parts.append(f"of which wasted {format_tokens(wasted_tokens)}, {format_usd(wasted_cost)}")
         if self.earlier_tokens:
-            parts.append(f"before that {count(self.earlier_tokens)}, {money(self.earlier_cost_usd)}")
+            parts.append(
+                f"before that {format_tokens(self.earlier_tokens)}, {format_usd(self.earlier_cost_usd)}"
+            )
         return "; ".join(parts)
 
     def _failed_node(self, failure: Failure) -> str:

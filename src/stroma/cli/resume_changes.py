@@ -11,13 +11,15 @@ from stroma.cli.inputs import stored_input
 from stroma.cli.stores import Database
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import find_node
-from stroma.runner.compatibility import Change, changes_since
-from stroma.runner.runner import Pipeline
+from stroma.runner.compatibility import Incompatibility, changes_since
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["find_changes"]
 
 
-def find_changes(database: Database, record: RunRecord, pipeline: Pipeline, target: str) -> list[Change]:
+def find_changes(
+    database: Database, record: RunRecord, pipeline: Pipeline, target: str
+) -> list[Incompatibility]:
     """Return the changes that prevent a resume. Reads the store only. Raises Problem."""
     nodes = [find_node(node) for node in pipeline.nodes]
     changes = []
@@ -26,13 +28,15 @@ def find_changes(database: Database, record: RunRecord, pipeline: Pipeline, targ
     except Problem as problem:
         if problem.code is not Code.USAGE:
             raise
-        changes.append(Change("input", "input", f"{problem.message}; {problem.more[0]}"))
+        changes.append(Incompatibility("input", "input", f"{problem.message}; {problem.more[0]}"))
     commits, damaged = _commits(database, record)
     stored_run = changes_since(record.run_id, commits, nodes, ContractRegistry(), pipeline.config)
     return [*changes, *damaged, *stored_run]
 
 
-def _commits(database: Database, record: RunRecord) -> tuple[dict[tuple[int, str], Committed], list[Change]]:
+def _commits(
+    database: Database, record: RunRecord
+) -> tuple[dict[tuple[int, str], Committed], list[Incompatibility]]:
     """Return the committed outputs of a run, and those that cannot be read."""
     store = database.reader
 
@@ -43,7 +47,7 @@ def _commits(database: Database, record: RunRecord) -> tuple[dict[tuple[int, str
         return {
             (row.position, row.branch): row.step.contract
             for row in steps
-            if is_of_pipeline(row.step.given, row.step.number)
+            if is_of_pipeline(row.step.input_key, row.step.number)
         }
 
     with database.explain_errors():
@@ -56,7 +60,7 @@ def _commits(database: Database, record: RunRecord) -> tuple[dict[tuple[int, str
         at = f"{attempt.position}.{attempt.branch}" if attempt.branch else str(attempt.position)
         if attempt.damaged:
             what = "its output is damaged; resume from there to make it anew"
-            damaged.append(Change(at, attempt.node_id, what))
+            damaged.append(Incompatibility(at, attempt.node_id, what))
         elif attempt.output is not None and place in contracts:
             commits[place] = Committed(attempt.node_id, attempt.output, contracts[place])
     return commits, damaged

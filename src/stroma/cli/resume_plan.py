@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stroma._utils.text import clean, count, money, plural, span
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.checkpoint.history import History, place_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.errors import Code
@@ -13,8 +13,8 @@ from stroma.cli.output import emit, err, out
 from stroma.cli.resume_changes import find_changes
 from stroma.cli.stores import Database
 from stroma.contracts.node import find_node
-from stroma.runner.compatibility import Change
-from stroma.runner.runner import Pipeline
+from stroma.runner.compatibility import Incompatibility
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["print_plan"]
 
@@ -35,16 +35,13 @@ def print_plan(
     before = _position(attempts, pipeline, start_at)
     restored = _restored(attempts, before)
     called = _called_nodes(attempts, restored, pipeline)
-    changes: list[Change] = []
+    changes: list[Incompatibility] = []
     if pipeline is not None and target is not None:
         changes = [
             change
             for change in find_changes(database, record, pipeline, target)
             if before is None or change.at == "input" or int(change.at.partition(".")[0]) < before
         ]
-    # A group's time is its own; what its children took is part of it.
-    seconds = sum(one.duration_ms for one in restored if not one.branch) / 1000
-    tokens, cost = sum(one.tokens for one in restored), sum(one.cost_usd for one in restored)
     code = Code.OK
     if record.holder is not None:
         code = Code.ENVIRONMENT
@@ -60,23 +57,13 @@ def print_plan(
                 "resumable": code is Code.OK,
                 "holder": record.holder,
                 "kept": [_data(one) for one in restored],
-                "saves": {"tokens": tokens, "cost_usd": cost, "seconds": seconds},
+                "saves": dict(zip(("tokens", "cost_usd", "seconds"), _savings(restored), strict=True)),
                 "calls": called,
                 "changes": [_change(change) for change in changes],
             }
         )
         return code
-    _print_nodes(restored)
-    out.line(f"saves   {span(seconds)}, {count(tokens)}, {money(cost)} that are not spent again")
-    what = ", ".join(clean(node_id, 60) for node_id in called[:50]) or "nothing: every node has its output"
-    if pipeline is None and called:
-        what = f"{what}, and what follows"
-    out.line(f"calls   {what}")
-    for change in changes:
-        out.line(
-            ("changed ", "bold red"),
-            f"{change.at}  {clean(change.node_id, 60)}: {clean(change.message, 1000)}",
-        )
+    _print_plan(restored, called, changes, is_complete=pipeline is not None)
     if record.holder is not None:
         err.line(
             ("busy: ", "yellow"),
@@ -91,15 +78,41 @@ def print_plan(
     return code
 
 
+def _savings(restored: list[AttemptRecord]) -> tuple[int, float, float]:
+    """Return the tokens, US dollars and seconds of restored outputs."""
+    # A group's time includes that of its children.
+    seconds = sum(one.duration_ms for one in restored if not one.branch) / 1000
+    return sum(one.tokens for one in restored), sum(one.cost_usd for one in restored), seconds
+
+
+def _print_plan(
+    restored: list[AttemptRecord], called: list[str], changes: list[Incompatibility], *, is_complete: bool
+) -> None:
+    tokens, cost, seconds = _savings(restored)
+    _print_nodes(restored)
+    out.line(
+        f"saves   {format_duration(seconds)}, {format_tokens(tokens)}, {format_usd(cost)} that are not spent again"
+    )
+    what = ", ".join(clean(node_id, 60) for node_id in called[:50]) or "nothing: every node has its output"
+    if called and not is_complete:
+        what = f"{what}, and what follows"
+    out.line(f"calls   {what}")
+    for change in changes:
+        out.line(
+            ("changed ", "bold red"),
+            f"{change.at}  {clean(change.node_id, 60)}: {clean(change.message, 1000)}",
+        )
+
+
 def _print_nodes(restored: list[AttemptRecord]) -> None:
     out.line(
-        f"kept    {plural(sum(not one.branch for one in restored), 'node')}, in groups {sum(bool(one.branch) for one in restored):,}"
+        f"kept    {pluralize(sum(not one.branch for one in restored), 'node')}, in groups {sum(bool(one.branch) for one in restored):,}"
     )
     for one in restored:
         if not one.branch:
-            used = f"  {count(one.tokens)}, {money(one.cost_usd)}" if one.tokens else ""
+            used = f"  {format_tokens(one.tokens)}, {format_usd(one.cost_usd)}" if one.tokens else ""
             out.line(
-                f"          {place_of(one):<6} {clean(one.node_id, 60)}  {span(one.duration_ms / 1000)}{used}"
+                f"          {place_of(one):<6} {clean(one.node_id, 60)}  {format_duration(one.duration_ms / 1000)}{used}"
             )
 
 
@@ -143,5 +156,5 @@ def _data(one: AttemptRecord) -> dict[str, Any]:
     }
 
 
-def _change(change: Change) -> dict[str, Any]:
+def _change(change: Incompatibility) -> dict[str, Any]:
     return {"at": change.at, "node_id": change.node_id, "message": change.message}

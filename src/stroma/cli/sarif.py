@@ -51,7 +51,7 @@ def to_sarif(findings: Sequence[Finding], nodes: Sequence[Node | Group]) -> dict
             "ruleId": f"stroma/{finding.kind}",
             "ruleIndex": used.index(finding.kind),
             "level": finding.severity,
-            "message": {"text": f"{finding.message}; {finding.mend}"},
+            "message": {"text": f"{finding.message}; {finding.fix}"},
             "properties": {
                 "source": finding.source,
                 "target": finding.target,

@@ -24,7 +24,7 @@ from stroma.checkpoint.records import RunRecord
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.checkpoint.urls import open_store
 from stroma.cli.errors import Code, Problem, command
-from stroma.cli.formatting import ago
+from stroma.cli.formatting import format_age
 from stroma.cli.output import err
 
 __all__ = ["Database", "RunSource", "db_option"]
@@ -167,7 +167,7 @@ class Database:
         return cls(masked_address, () if is_secret else ("--db", address), False, store, is_secret)
 
     def command(self, name: str, *arguments: str, options: Sequence[str] = ()) -> str:
-        """Return a stroma command line for the same store; an option with a password is left out."""
+        """Return a stroma command line for the same store; an option with a password is omitted."""
         return command(name, *arguments, options=(*options, *self.words))
 
     def hint(self, name: str, *arguments: str, options: Sequence[str] = ()) -> str:
@@ -265,7 +265,7 @@ class Database:
                 code=Code.NOT_FOUND,
             )
         lines = [
-            f"{clean(r.run_id, 80)}  {clean(r.pipeline, 40)}  {r.status}  {ago(r.started_ms)}"
+            f"{clean(r.run_id, 80)}  {clean(r.pipeline, 40)}  {r.status}  {format_age(r.started_ms)}"
             for r in records
         ]
         raise Problem(

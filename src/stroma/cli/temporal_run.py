@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel
 
-from stroma._utils.text import clean, count, money, span, typed
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, typed
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, emit, err, out
@@ -20,7 +20,7 @@ from stroma.cli.report import RunReport
 from stroma.cli.signals import StopSignals
 from stroma.cli.temporal import TemporalCluster
 from stroma.engine.config import RunConfig
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 from stroma.runner.stream import StreamEvent
 from stroma.trace.events import TraceEvent
 from stroma.trace.result import ExecutionResult, RunStatus
@@ -183,13 +183,13 @@ def _event_parts(event: TraceEvent) -> list[Part]:
     depth = event.branch.count(".") + 1 if event.branch else 0
     name = f"{'  ' * depth}{clean(event.node_id, 80)}".ljust(24)
     verb, style = _VERBS[event.outcome]
-    details = [span(event.duration_ms / 1000)]
+    details = [format_duration(event.duration_ms / 1000)]
     if event.failure is not None:
         details.insert(0, f"{event.failure}{f' {event.reason}' if event.reason else ''}")
     if event.attempt > 1:
         details.append(f"attempt {event.attempt}")
     if event.usage.tokens:
-        details += [count(event.usage.tokens), money(event.usage.cost_usd)]
+        details += [format_tokens(event.usage.tokens), format_usd(event.usage.cost_usd)]
     parts: list[Part] = [name, "  ", (verb.ljust(9), style), " ", ", ".join(details)]
     if event.failure_message and not event.children:  # The child has the same message.
         parts.append(f"  | {clean(typed(event.error_type, event.failure_message), 600)}")

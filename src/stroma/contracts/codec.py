@@ -23,7 +23,7 @@ from stroma.contracts.tagged_json import NotSerialisable, keeping_secrets, tag, 
 from stroma.contracts.traits import SchemaTraits
 from stroma.contracts.validators import Validators
 
-__all__ = ["Codec", "decode_raw", "describe_error", "has_class_tags"]
+__all__ = ["SchemaCodec", "decode_raw", "describe_error", "has_class_tags"]
 
 #: Starts a stored value in tagged encoding; a plain JSON object never does.
 _TAGGED_START: Final = b'["stroma/1",'
@@ -52,7 +52,7 @@ class StateFields(Protocol):
     def to_plain(self, value: Any) -> Any: ...
 
 
-class Codec:
+class SchemaCodec:
     """Encodes and decodes the instances of one model class."""
 
     def __init__(self, schema: StateFields) -> None:
@@ -240,7 +240,7 @@ def has_class_tags(data: bytes) -> bool:
 def describe_error(error: Exception) -> tuple[str, Exception | None]:
     """Describe in one line why stored data was refused, and return the exception to chain as the cause, if any.
 
-    Neither shows the data. The text and the cause of a pydantic error are left out, because printing one formats all
+    Neither shows the data. The text and the cause of a pydantic error are omitted, because printing one formats all
     of the data first, with up to four bytes for each byte of it.
     """
     if not isinstance(error, ValidationError):

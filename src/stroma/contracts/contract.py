@@ -94,7 +94,7 @@ class ContractViolation(Exception):
 
     Where: ``result.failure`` of a FAILED run; out of ``BoundaryValidator`` and ``ContractRegistry.validate_*``.
     Cause: the input of a node, or what it returned, is not what its schema says.
-    Mend: correct the node or the schema at the fields that are named. ``contract_retries`` grants further attempts, and
+    Fix: correct the node or the schema at the fields that are named. ``contract_retries`` grants further attempts, and
         ``current_node().last_failure.as_prompt()`` is what to tell the model in them.
     """
 

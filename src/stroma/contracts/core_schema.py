@@ -25,10 +25,10 @@ __all__ = [
     "has_ambiguous_choices",
     "has_callable_discriminator",
     "is_exact_in_json",
+    "is_never_dict",
     "is_renewable",
     "is_strict",
     "may_change_on_revalidation",
-    "never_a_dict",
     "nodes_of",
     "reachable",
 ]
@@ -104,6 +104,7 @@ def is_exact_in_json(node: dict[str, Any]) -> bool:
 
 
 def core_schema_of(model: type[BaseModel]) -> Any:
+    """Return the core schema of a model, which is rebuilt if it has unresolved references."""
     if not model.__pydantic_complete__:
         # Forward references that could not be resolved when the class was made; raises if they still cannot.
         model.model_rebuild()
@@ -111,6 +112,7 @@ def core_schema_of(model: type[BaseModel]) -> Any:
 
 
 def field_nodes(core: Any, model: type[BaseModel], name: str) -> Iterator[dict[str, Any]]:
+    """Yield the schema nodes of one field of a model."""
     for node in nodes_of(core):
         if node["type"] == "model" and node["cls"] is model:
             inner = node["schema"]
@@ -152,7 +154,7 @@ def has_ambiguous_choices(node: dict[str, Any], defs: Mapping[str, dict[str, Any
     return sum(not k <= FLAT_LEAVES | {"nullable"} for k in kinds) > 1 and any(k & MODELS for k in kinds)
 
 
-def never_a_dict(core: Any) -> bool:
+def is_never_dict(core: Any) -> bool:
     """Return True if the value of a root model, such as a list or text, cannot be read as fields."""
     while core["type"] in ("definitions", "model"):
         core = core["schema"]
@@ -160,6 +162,7 @@ def never_a_dict(core: Any) -> bool:
 
 
 def is_strict(node: dict[str, Any]) -> bool:
+    """Return True if a schema node validates in strict mode."""
     return bool(node.get("strict") or (node.get("config") or {}).get("strict"))
 
 

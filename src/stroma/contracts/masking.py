@@ -34,7 +34,7 @@ class Secrets:
         self._sorted = sorted(self._texts, key=len, reverse=True)
         # A text that nobody has parsed, with one of the fields in it.
         names = "|".join(sorted(map(re.escape, self.names)))
-        self._telling = re.compile(rf"""(?<!\w)({names})["'\\*`]*\s*[:=]""") if names else None
+        self._revealing = re.compile(rf"""(?<!\w)({names})["'\\*`]*\s*[:=]""") if names else None
 
     def _collect(self, annotation: Any) -> bool:
         """Note the secret fields of all models in an annotation; whether it can be a secret itself."""
@@ -101,9 +101,9 @@ class Secrets:
                 piece = piece.replace(secret, MASK)
         return piece if len(text) <= _LONG + longest else piece[:-longest]
 
-    def told_in(self, text: str) -> bool:
+    def is_revealed_in(self, text: str) -> bool:
         """Return True if a text names a field that holds a secret, followed by a value."""
-        return self._telling is not None and self._telling.search(text) is not None
+        return self._revealing is not None and self._revealing.search(text) is not None
 
     def written(self, value: Any) -> str:
         """Return a value as JSON, without its secrets."""
@@ -120,7 +120,7 @@ class Secrets:
             return MASK
         if isinstance(value, (str, bytes)):
             text = value if isinstance(value, str) else value.decode("utf-8", "replace")
-            return MASK if self.told_in(text) else value
+            return MASK if self.is_revealed_in(text) else value
         value = _opened(value)
         if depth > 20:
             return "..."

@@ -175,16 +175,16 @@ def output_class(contract: NodeContract[Any, Any] | None) -> type[BaseModel]:
     """Return the class of the output of a node, by its contract."""
     if contract is not None:
         return contract.output_schema
-    from stroma.contracts.untyped import Kept
+    from stroma.contracts.untyped import UntypedState
 
-    return Kept
+    return UntypedState
 
 
 def held_by(state: Any) -> Any:
     """Return the output of a node without a contract, unwrapped; any other state unchanged."""
-    from stroma.contracts.untyped import Kept
+    from stroma.contracts.untyped import UntypedState
 
-    return state.root if isinstance(state, Kept) else state
+    return state.root if isinstance(state, UntypedState) else state
 
 
 def takes_context(func: Callable[..., Any]) -> bool:

@@ -91,7 +91,7 @@ def _complaint(error: Mapping[str, Any], secrets: Secrets) -> str:
         message += _why_text(error["input"])
     if secrets.names.intersection(map(str, error.get("loc", ()))) and error.get("type") in _SPOKEN:
         message = "is not valid"  # What a validator of the user's says may quote the value.
-    if secrets.told_in(message):
+    if secrets.is_revealed_in(message):
         message = "is not valid"
     return _cut(one_line(secrets.scrub(message)), _MESSAGE).rstrip(".")
 
@@ -159,7 +159,7 @@ def _branches(node: Any, defs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             yield node
 
 
-class _Place(NamedTuple):
+class _ErrorLocation(NamedTuple):
     """The location of an error.
 
     Attributes:
@@ -175,13 +175,13 @@ class _Place(NamedTuple):
     whole: list[str | int]
 
 
-def _follow(loc: tuple[Any, ...], document: dict[str, Any] | None) -> _Place:
+def _follow(loc: tuple[Any, ...], document: dict[str, Any] | None) -> _ErrorLocation:
     if document is None:
-        return _Place(list(loc), None, None, list(loc))
+        return _ErrorLocation(list(loc), None, None, list(loc))
     defs = document.get("$defs", {})
     path: list[str | int] = []
     node: dict[str, Any] | None = document
-    union: _Place | None = None
+    union: _ErrorLocation | None = None
     for part in loc:
         if node is None:
             path.append(part)
@@ -192,26 +192,26 @@ def _follow(loc: tuple[Any, ...], document: dict[str, Any] | None) -> _Place:
             # Without a discriminator all branches complain, each of what it would have been.
             if union is None and "discriminator" not in node:
                 kind = str(chosen.get("title", part)) if "properties" in chosen else None
-                union = _Place(path, node, kind, list(path))
+                union = _ErrorLocation(path, node, kind, list(path))
             node = chosen
             continue
         for branch in branches:
-            found: Any = None
+            subschema: Any = None
             if isinstance(part, int) and branch.get("type") == "array":
                 places = branch.get("prefixItems", [])
-                found = places[part] if part < len(places) else branch.get("items", {})
+                subschema = places[part] if part < len(places) else branch.get("items", {})
             elif isinstance(part, str) and part in branch.get("properties", {}):
-                found = branch["properties"][part]
+                subschema = branch["properties"][part]
             elif isinstance(part, str) and isinstance(branch.get("additionalProperties"), dict):
-                found = branch["additionalProperties"]
+                subschema = branch["additionalProperties"]
             elif isinstance(part, str) and branch.get("additionalProperties") is False and part == loc[-1]:
                 path.append(part)  # It is not expected at all: what is expected is around it.
-                return union._replace(path=path) if union else _Place(path, None, None, path)
-            if isinstance(found, dict):
+                return union._replace(path=path) if union else _ErrorLocation(path, None, None, path)
+            if isinstance(subschema, dict):
                 path.append(part)
-                node = found
+                node = subschema
                 break
-    return union._replace(path=path) if union else _Place(path, node, None, path)
+    return union._replace(path=path) if union else _ErrorLocation(path, node, None, path)
 
 
 def _branch(

@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, ValidationError
 
-from stroma.contracts.codec import Codec, decode_raw, describe_error, has_class_tags
+from stroma.contracts.codec import SchemaCodec, decode_raw, describe_error, has_class_tags
 from stroma.contracts.copying import (
     construct,
     copy_containers,
@@ -68,7 +68,7 @@ class Schema:
     def __init__(self, model: type[BaseModel]) -> None:
         self.traits: Final = analyse(model)
         self.validators: Final = Validators(self.traits)
-        self.codec: Final = Codec(self)
+        self.codec: Final = SchemaCodec(self)
         self.model: Final = model
         #: The attributes of the class itself. Looking one up through its metaclass takes four times as long.
         self.namespace: Final[Mapping[str, Any]] = model.__dict__

@@ -40,7 +40,7 @@ class NotSerialisable(TypeError):
 
     Where: ``result.failure`` of a FAILED run whose input or output cannot be stored.
     Cause: a secret, an open file, a client, a value that contains itself, or a class that its field does not declare.
-    Mend: keep it out of the state, hand it over in the run's context, or declare the field with the class it holds.
+    Fix: keep it out of the state, hand it over in the run's context, or declare the field with the class it holds.
     """
 
 
@@ -205,6 +205,7 @@ def keeping_secrets() -> Iterator[None]:
 
 
 def untag(value: Any) -> Any:
+    """Return decoded JSON with tagged values restored to their types."""
     if isinstance(value, list):
         return [untag(v) for v in value]
     if isinstance(value, dict):

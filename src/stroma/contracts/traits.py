@@ -58,7 +58,7 @@ class SchemaTraits:
     allows_extra: bool
     excluded_fields: frozenset[str]
     computed_fields: frozenset[str]
-    #: Field names and aliases must be told apart by the arguments of each validation.
+    #: Field names and aliases must be distinguished by the arguments of each validation.
     has_validation_aliases: bool
     #: The class has a ``model_validate`` of its own, which must be called instead of the validator.
     overrides_validation: bool
@@ -126,21 +126,47 @@ def analyse(model: type[BaseModel]) -> SchemaTraits:
     core = core_schema_of(model)
     nodes = list(nodes_of(core))
     kinds = {node["type"] for node in nodes}
-    names = tuple(model.model_fields)
     excluded = frozenset(name for name, field in model.model_fields.items() if field.exclude)
-    computed = frozenset(model.model_computed_fields)
     is_root = bool(model.__pydantic_root_model__)
-    is_untyped = is_root and kinds <= {"model", "any"}
     allows_extra = model.model_config.get("extra") == "allow"
-    has_aliases = any("validation_alias" in node for node in nodes)
-    has_private = bool(model.__private_attributes__)
-    has_own_code = any(node.get("custom_init") or node.get("post_init") for node in nodes)
-    overrides_validation = _overrides_validation(model)
     is_simple = not (excluded or allows_extra or is_root)
     is_flat = _is_flat(nodes, kinds) and is_simple
     deep, opaque, classes = ((), frozenset[str](), {}) if is_flat else _deep_fields(core, model)
     nested: frozenset[type] = frozenset().union(*classes.values())
+    is_exact_if_finite = is_simple and _is_json(model, nodes, kinds - {"float"})
+    return SchemaTraits(
+        model=model,
+        field_names=tuple(model.model_fields),
+        is_root=is_root,
+        is_untyped=is_root and kinds <= {"model", "any"},
+        is_flat=is_flat,
+        allows_extra=allows_extra,
+        excluded_fields=excluded,
+        computed_fields=frozenset(model.model_computed_fields),
+        deep_fields=deep,
+        opaque_fields=opaque,
+        field_classes=classes,
+        nested_classes=nested,
+        is_exact_in_json=is_exact_if_finite and "float" not in kinds,
+        is_exact_in_json_if_finite=is_flat and is_exact_if_finite,
+        may_hide_floats_in_json=not is_flat and is_exact_if_finite and "float" in kinds,
+        exact_types=_exact_types(core, model) if is_flat and is_exact_if_finite else None,
+        **_validation_traits(model, core, nodes, nested),
+    )
 
+
+def _validation_traits(
+    model: type[BaseModel], core: Any, nodes: list[dict[str, Any]], nested: frozenset[type]
+) -> dict[str, Any]:
+    """Return the traits that say how instances are validated again, renewed and copied."""
+    kinds = {node["type"] for node in nodes}
+    is_root = bool(model.__pydantic_root_model__)
+    allows_extra = model.model_config.get("extra") == "allow"
+    has_excluded = any(field.exclude for field in model.model_fields.values())
+    has_aliases = any("validation_alias" in node for node in nodes)
+    has_private = bool(model.__private_attributes__)
+    has_own_code = any(node.get("custom_init") or node.get("post_init") for node in nodes)
+    overrides_validation = _overrides_validation(model)
     is_pure = not (has_own_code or overrides_validation or any(kind.startswith("function") for kind in kinds))
     has_undescribed_values = allows_extra or not kinds <= CLOSED
     must_reconstruct = has_own_code or any("serialization_exclude" in node for node in nodes)
@@ -150,11 +176,8 @@ def analyse(model: type[BaseModel]) -> SchemaTraits:
     definitions = {node["ref"]: node for node in nodes if "ref" in node}
     has_ambiguous_union = any(has_ambiguous_choices(node, definitions) for node in nodes)
     has_decoders = any(map(decodes_text, nodes))
-    decoded = frozenset(
-        name for name in names if has_decoders and any(map(decodes_text, _nodes_of_field(core, model, name)))
-    )
-    can_renew = bool(nested) and is_pure and all(map(is_renewable, nodes))
-    can_renew &= not (
+    decoded = _decoded_fields(core, model) if has_decoders else frozenset()
+    has_surprises = (
         has_undescribed_values
         or has_aliases
         or decoded
@@ -162,48 +185,43 @@ def analyse(model: type[BaseModel]) -> SchemaTraits:
         or may_change
         or must_reconstruct
     )
-    keeps_json = not _has_custom_serialization(model, nodes)
-    json_kinds = CLOSED - (FLAT_LEAVES - JSON_LEAVES) - _NOT_JSON
-    is_exact = is_simple and keeps_json and kinds <= json_kinds
-    is_exact_if_finite = is_simple and keeps_json and kinds <= json_kinds | {"float"}
-    return SchemaTraits(
-        model=model,
-        field_names=names,
-        is_root=is_root,
-        is_untyped=is_untyped,
-        is_flat=is_flat,
-        allows_extra=allows_extra,
-        excluded_fields=excluded,
-        computed_fields=computed,
-        has_validation_aliases=has_aliases,
-        overrides_validation=overrides_validation,
-        has_decoders=has_decoders,
-        decoded_fields=decoded,
-        is_strict=any(map(is_strict, nodes)),
-        revalidates_instances=model.model_config.get("revalidate_instances") == "always",
-        is_pure=is_pure,
-        is_deterministic=is_pure
+    is_plain = not (has_excluded or allows_extra or is_root) or (is_root and kinds <= {"model", "any"})
+    return {
+        "has_validation_aliases": has_aliases,
+        "overrides_validation": overrides_validation,
+        "has_decoders": has_decoders,
+        "decoded_fields": decoded,
+        "is_strict": any(map(is_strict, nodes)),
+        "revalidates_instances": model.model_config.get("revalidate_instances") == "always",
+        "is_pure": is_pure,
+        "is_deterministic": is_pure
         and not (is_root or has_aliases or decoded or any("default_factory" in node for node in nodes)),
-        may_change_on_revalidation=may_change,
-        can_renew=can_renew,
-        must_reconstruct=must_reconstruct,
-        is_copied_by_values=not (allows_extra or has_own_code or has_private)
+        "may_change_on_revalidation": may_change,
+        "can_renew": bool(nested) and is_pure and all(map(is_renewable, nodes)) and not has_surprises,
+        "must_reconstruct": must_reconstruct,
+        "is_copied_by_values": not (allows_extra or has_own_code or has_private)
         and model.model_copy is BaseModel.model_copy,
-        has_undescribed_values=has_undescribed_values,
-        is_picklable=has_undescribed_values
+        "has_undescribed_values": has_undescribed_values,
+        "is_picklable": has_undescribed_values
         and is_pure
-        and (is_simple or is_untyped)
-        and not (computed or must_reconstruct or has_private),
-        deep_fields=deep,
-        opaque_fields=opaque,
-        field_classes=classes,
-        nested_classes=nested,
-        tracks_instances=(may_change or bool(nested)) and bool(model.__weakrefoffset__),
-        is_exact_in_json=is_exact,
-        is_exact_in_json_if_finite=is_flat and is_exact_if_finite,
-        may_hide_floats_in_json=not is_flat and is_exact_if_finite and "float" in kinds,
-        exact_types=_exact_types(core, model) if is_flat and is_exact_if_finite else None,
-        has_ambiguous_union=has_ambiguous_union,
+        and is_plain
+        and not (model.model_computed_fields or must_reconstruct or has_private),
+        "tracks_instances": (may_change or bool(nested)) and bool(model.__weakrefoffset__),
+        "has_ambiguous_union": has_ambiguous_union,
+    }
+
+
+def _decoded_fields(core: Any, model: type[BaseModel]) -> frozenset[str]:
+    """Return the names of the fields whose values are decoded from text."""
+    return frozenset(
+        name for name in model.model_fields if any(map(decodes_text, _nodes_of_field(core, model, name)))
+    )
+
+
+def _is_json(model: type[BaseModel], nodes: list[dict[str, Any]], kinds: set[str]) -> bool:
+    """Return True if JSON represents all values of these types exactly, and no serializer changes them."""
+    return kinds <= CLOSED - (FLAT_LEAVES - JSON_LEAVES) - _NOT_JSON and not _has_custom_serialization(
+        model, nodes
     )
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import RootModel
 
-__all__ = ["Kept"]
+__all__ = ["UntypedState"]
 
 
-class Kept(RootModel[Any]):
+class UntypedState(RootModel[Any]):
     """The output of a node without a contract, as it was returned."""

@@ -21,7 +21,7 @@ class UsageError(ValueError):
     Where: ``result.failure`` of a FAILED run; out of ``CostTracker.record``, ``report_usage`` and ``usage_from``.
     Cause: the figures or the response a node returned beside its output, or a model without a known price under a
         cost limit or ``unknown_model="error"``.
-    Mend: report whole numbers of tokens, zero or more; add the model to ``KNOWN_MODELS``. The output is kept.
+    Fix: report whole numbers of tokens, zero or more; add the model to ``KNOWN_MODELS``. The output is kept.
     """
 
     #: Whether it is a provider's response all the same, which only leaves its usage out.
@@ -82,12 +82,12 @@ class Usage:
             count = getattr(self, name)
             if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST_TOKENS:
                 raise UsageError(
-                    f"{name} is {shown(count)}; give a whole number of tokens, 0 to {MOST_TOKENS:,}"
+                    f"{name} must be a whole number of tokens from 0 to {MOST_TOKENS:,}, got {shown(count)}"
                 )
         if self.cached_input_tokens + self.cache_write_tokens > self.input_tokens:
             raise UsageError(
                 f"{self.cached_input_tokens} tokens from a cache and {self.cache_write_tokens} to it are more than "
-                f"input_tokens={self.input_tokens}; give the whole input there, of which they are parts"
+                f"input_tokens={self.input_tokens}; report the whole input there, which includes them"
             )
         if self.cache_write_1h_tokens > self.cache_write_tokens:
             raise UsageError(
@@ -96,7 +96,7 @@ class Usage:
             )
         if any(value is not None and not isinstance(value, str) for value in (self.model, self.tier)):
             raise UsageError(
-                f"a usage has model={shown(self.model)}, tier={shown(self.tier)}; give strings or None"
+                f"model and tier of a usage must be strings or None, got {shown(self.model)} and {shown(self.tier)}"
             )
 
     @property
@@ -136,12 +136,12 @@ def _read(response: object) -> Usage:
     if issubclass(kind, Usage):
         return cast("Usage", response)
     if issubclass(kind, _NO_RESPONSES):
-        raise UsageError(f"{shown(response)} is no response of a provider; give the response as it came")
+        raise UsageError(f"{shown(response)} is not a response of a provider; pass the response as it came")
     if issubclass(kind, (list, tuple)):
         return _read_events(cast("Sequence[Any]", response))
     if safe_get(response, "type") == "message_start":
         raise UsageError(
-            "message_start says what went in but not what came out; give the final message, or a list of all events"
+            "message_start has the input tokens but not the output tokens; pass the final message, or a list of all events"
         )
     for level in _levels(response):
         for name in ("usage", "usage_metadata", "usageMetadata", "meta"):
@@ -152,7 +152,7 @@ def _read(response: object) -> Usage:
     if usage is not None:
         return usage
     error = UsageError(
-        f"a {_kind(response)} carries no usage; give figures instead, or for a stream of OpenAI its last chunk, "
+        f"a {_kind(response)} carries no usage; report figures instead, or for a stream of OpenAI its last chunk, "
         'which has it if it was asked for with stream_options={"include_usage": True}'
     )
     error.silent = _is_silent(response)
@@ -200,12 +200,15 @@ def _read_events(events: Sequence[Any]) -> Usage:
     usages = [safe_get(first, "usage")]
     usages += [safe_get(event, "usage") for event in events[1:] if safe_get(event, "type") == "message_delta"]
     figures = {
-        name: value for usage in usages for name in _SAID if (value := safe_get(usage, name)) is not None
+        name: value
+        for usage in usages
+        for name in _ANTHROPIC_FIELDS
+        if (value := safe_get(usage, name)) is not None
     }
     return _read({"usage": figures, "model": safe_get(first, "model")})
 
 
-_SAID: Final = (
+_ANTHROPIC_FIELDS: Final = (
     "input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation",
     "service_tier", "speed",
 )  # fmt: skip
@@ -324,7 +327,7 @@ def _input_output(usage: Any) -> _Figures | None:
         return None
     if input_tokens is None:
         raise UsageError(
-            "the event says what came out but not what went in; give the final message, or a list of all events"
+            "the event has the output tokens but not the input tokens; pass the final message, or a list of all events"
         )
     cached, written = _count(usage, "cache_read_input_tokens"), _count(usage, "cache_creation_input_tokens")
     if cached is None and written is None:

@@ -109,6 +109,8 @@ def _plan(seed: int, sha: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
+    """The provider's decision about one request: an outcome and its latency."""
+
     outcome: str
     call: int  # 1-based, of this text
     sha: str

@@ -67,13 +67,17 @@ class Folder(BaseModel):
     out: str = "stroma-report.md"
 
 
-class Document(BaseModel):
+class TextDocument(BaseModel):
+    """Name and text of one document."""
+
     name: str
     text: str
 
 
 class Documents(Folder):
-    documents: list[Document]
+    """The documents of a folder."""
+
+    documents: list[TextDocument]
 
 
 class Extraction(BaseModel):
@@ -122,7 +126,7 @@ class Assessed(BaseModel):
     risks: list[Risk]
 
 
-class Finished(Classified, Assessed):
+class Evaluated(Classified, Assessed):
     """Merged outputs of classify and risk, the input of the report."""
 
 
@@ -228,8 +232,8 @@ def read(state: Folder) -> dict[str, Any]:
     return {**state.model_dump(), "documents": documents}
 
 
-@stroma_node("extract", NodeContract(node_id="extract", input_schema=Document, output_schema=Extraction))
-async def extract(state: Document) -> dict[str, Any]:
+@stroma_node("extract", NodeContract(node_id="extract", input_schema=TextDocument, output_schema=Extraction))
+async def extract(state: TextDocument) -> dict[str, Any]:
     """Ask the model for the kind, party and amount of one document."""
     if not state.text.strip():  # Nothing to read is nothing to pay for.
         nothing = dict.fromkeys(("party", "reference", "date", "currency", "total"))
@@ -282,8 +286,8 @@ async def risk(state: Checked) -> dict[str, Any]:
     return await _ask("risk", _RISK, _as_request(state))  # type: ignore[no-any-return]
 
 
-@stroma_node("report", NodeContract(node_id="report", input_schema=Finished, output_schema=Report))
-def report(state: Finished) -> Report:
+@stroma_node("report", NodeContract(node_id="report", input_schema=Evaluated, output_schema=Report))
+def report(state: Evaluated) -> Report:
     """Write the report atomically; writing it again changes nothing."""
     labels = {label.name: label for label in state.labels}
     risks = {item.name: item for item in state.risks}

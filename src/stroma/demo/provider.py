@@ -13,7 +13,7 @@ stays behind.
 
 What it expects: the first line of the system message is `TASK: extract`, `TASK: classify` or `TASK: risk`.
 The first user message is the document's text (extract) or JSON `{"records": [{"name": ..., <fields of
-extract>}, ...]}`. Later messages, such as a request to mend an earlier answer, change neither the answer nor
+extract>}, ...]}`. Later messages, such as a request to fix an earlier answer, change neither the answer nor
 the faults.
 
 The faults of a text depend on the seed, the task, the text and how often that text was sent; never on the
@@ -81,7 +81,7 @@ _MODELS: Final = ("gpt-4o-mini", "gpt-4o")
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
+class _ChatRequest:
     model: str
     messages: tuple[tuple[str, str], ...]  # role, text
     task: str
@@ -98,7 +98,7 @@ def _text_of(content: object) -> str:
     return ""
 
 
-def _parse_request(body: bytes) -> _Request:
+def _parse_request(body: bytes) -> _ChatRequest:
     try:
         data = json.loads(body)
     except ValueError:
@@ -123,7 +123,7 @@ def _parse_request(body: bytes) -> _Request:
         )
     if user is None:
         raise HTTPError(400, "there is no message with the role `user`", param="messages")
-    return _Request(data["model"], messages, task, user)
+    return _ChatRequest(data["model"], messages, task, user)
 
 
 def _forced_fault(headers: Message, model: str) -> str | None:
@@ -137,7 +137,7 @@ def _forced_fault(headers: Message, model: str) -> str | None:
     return None
 
 
-class _Server(ThreadingHTTPServer):
+class _ProviderServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
@@ -165,8 +165,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     @property
-    def _owner(self) -> _Server:
-        assert isinstance(self.server, _Server)
+    def _owner(self) -> _ProviderServer:
+        assert isinstance(self.server, _ProviderServer)
         return self.server
 
     def do_GET(self) -> None:
@@ -201,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise HTTPError(411 if length < 0 else 413, f"send a Content-Length of at most {_MAX_BODY} bytes")
         return self.rfile.read(length)
 
-    def _complete(self, request: _Request) -> None:
+    def _complete(self, request: _ChatRequest) -> None:
         forced = _forced_fault(self.headers, request.model)
         try:
             answer = answer_task(request.task, request.text)
@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     parent = os.getppid()
     try:
-        server = _Server(options.port, Ledger(options.seed, options.calm), options.hang_seconds)
+        server = _ProviderServer(options.port, Ledger(options.seed, options.calm), options.hang_seconds)
     except (OSError, OverflowError) as error:
         print(f"cannot listen on {_HOST}:{options.port}: {error}; try --port 0", file=sys.stderr)
         return 3

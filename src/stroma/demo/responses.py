@@ -14,6 +14,7 @@ __all__ = ["HTTPError", "answer_task", "completion", "to_error", "with_wrong_typ
 
 
 def answer_task(task: str, text: str) -> dict[str, Any]:
+    """Return the answer to a task, computed by rules from the text of the user message."""
     if task == "extract":
         return rules.extract(text)
     message = json.loads(text)
@@ -23,6 +24,7 @@ def answer_task(task: str, text: str) -> dict[str, Any]:
 
 
 def with_wrong_type(task: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """Return an answer in which one field has a wrong type."""
     if task == "extract":
         return {**answer, "total": "twelve hundred"}
     key, spoilt = ("labels", {"priority": 3}) if task == "classify" else ("risks", {"level": 3})
@@ -38,6 +40,7 @@ def _tokens(text: str) -> int:
 def completion(
     model: str, messages: Sequence[tuple[str, str]], content: str, decision: Decision
 ) -> dict[str, Any]:
+    """Return a chat completion in the format of OpenAI's."""
     # The protocol's own overhead: four tokens a message and three for the reply's start.
     prompt = sum(_tokens(text) + 4 for _, text in messages) + 3
     completion = _tokens(content)
@@ -77,6 +80,7 @@ class HTTPError(Exception):
 
 
 def to_error(decision: Decision, model: str) -> HTTPError:
+    """Return the error response for a decision."""
     if decision.outcome == "429":
         wait = decision.retry_after_ms
         # Both forms are in use; the one in milliseconds is OpenAI's own and the finer.

@@ -112,7 +112,7 @@ class Permit:
             if gate in self.answers:
                 ending = _charged(gate, self.token, self.answers[gate])
             else:
-                ending = gate.left(run.node_id, self.token, run.counted, began=True, learns=done)
+                ending = gate.count_call(run.node_id, self.token, run.counted, began=True, learns=done)
             problem = await shield.finish(_collect(ending, due))
             if problem is not None:
                 ctx.run_logger.error(
@@ -147,15 +147,15 @@ class Permit:
 
 
 def _caller(ctx: ReliabilityContext, run: NodeExecution) -> Caller:
-    from stroma.limits.shared_budget import caller_of  # Loaded by who makes one.
+    from stroma.limits.shared_budget import AttemptPlace, caller_of  # Loaded on first use.
 
     now = perf_counter_ns() + ctx.epoch_ns
-    place = (run.position, run.branch, run.attempt, now)
-    return caller_of(ctx.session, ctx.run_id, ctx.checkpoint_manager.store, *place)
+    place = AttemptPlace(run.position, run.branch, run.attempt, now)
+    return caller_of(ctx.session, ctx.run_id, ctx.checkpoint_manager.store, place)
 
 
 async def _charged(gate: Gate, token: str, answer: Any) -> Any:
-    return gate.charged(token, answer)
+    return gate.finish_charge(token, answer)
 
 
 async def _collect(ending: Any, due: list[Any]) -> None:

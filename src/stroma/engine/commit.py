@@ -9,22 +9,22 @@ from typing import Final
 from pydantic import BaseModel
 
 from stroma.checkpoint import StepCall, StoreError, Waiting
-from stroma.contracts.schema import Schema, Snapshot
+from stroma.contracts.schema import Schema
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.tasks import Shield, as_store_error
 from stroma.failures.failure import Failure, kind_of
-from stroma.failures.tracebacks import trouble_writer
-from stroma.trace.events import NO_USAGE, AttemptRow, Failed, Outcome
+from stroma.failures.tracebacks import failure_site_writer
+from stroma.trace.events import AttemptRow, Failed, Outcome
 
-__all__ = ["failed_of", "make_row", "record", "refer", "settle"]
+__all__ = ["failed_of", "record", "record_failure_site", "refer", "settle"]
 
 #: Between tries of a commit that the store refused.
 _STORE_DELAYS: Final = (0.02, 0.1, 0.4)
 
 
-def _record_failure_site(run: NodeExecution, begin: int, failure: Failure) -> None:
+def record_failure_site(run: NodeExecution, begin: int, failure: Failure) -> None:
     """Have the session keep where it failed, beside the attempt."""
     if run.children is None and failure.exception.__traceback__ is not None:
         try:
@@ -33,7 +33,7 @@ def _record_failure_site(run: NodeExecution, begin: int, failure: Failure) -> No
                 run.branch,
                 run.attempt,
                 begin + run.ctx.epoch_ns,
-                trouble_writer(failure.exception),
+                failure_site_writer(failure.exception),
             )
         except Exception as error:  # Its source, its file name: anything can be odd.
             run.ctx.run_logger.debug("the traceback of node %r is not recorded: %r", run.node_id, error)
@@ -43,38 +43,6 @@ def failed_of(failure: Failure, outcome: Outcome | None = None) -> Failed:
     """Return the record of a failure for a row. A suspension has a reason, but no type of exception."""
     error_type = None if outcome == "suspended" else kind_of(failure.exception)
     return Failed(failure.failure_class, failure.message, failure.reason, error_type)
-
-
-def make_row(
-    run: NodeExecution,
-    begin: int,
-    duration: int,
-    snapshot: Snapshot,
-    output: Snapshot | None,
-    failure: Failure | None,
-    outcome: Outcome,
-) -> AttemptRow:
-    """Return the row of an attempt with the snapshots of its input and its output."""
-    if failure is not None:
-        _record_failure_site(run, begin, failure)
-    fields = (
-        run.node_id,
-        run.attempt,
-        begin + run.ctx.epoch_ns,
-        duration,
-        snapshot,
-        output,
-        outcome,
-        None if failure is None else failed_of(failure, outcome),
-        None if run.counted is NO_USAGE else run.counted,
-        run.position,
-        run.branch,
-        run.group,
-        run.schemas,
-        run.children,
-        min(run.busy_ns, duration) if run.kind == "group" else duration,
-    )
-    return tuple.__new__(AttemptRow, fields)  # AttemptRow(*fields) takes 0.3 us more of the 7 of a node.
 
 
 def refer(ctx: ReliabilityContext, row: AttemptRow) -> AttemptRow:

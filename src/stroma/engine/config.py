@@ -33,7 +33,7 @@ _LONGEST_TAG: Final = 200  # An index holds them.
 
 
 def new_run_id() -> str:
-    """A fresh id: 32 hexadecimal digits."""
+    """Return a fresh id: 32 hexadecimal digits."""
     return os.urandom(16).hex()
 
 
@@ -41,9 +41,9 @@ class _GeneratedId(str):
     """An id that names one run. Copies of a config share the mark, so that no two runs take it."""
 
     def __new__(cls, value: str) -> Self:
-        made = super().__new__(cls, value)
-        made._fresh_in = os.getpid()
-        return made
+        run_id = super().__new__(cls, value)
+        run_id._fresh_in = os.getpid()
+        return run_id
 
     def __deepcopy__(self, memo: object) -> Self:
         return self  # A deep copy of a config shares the mark too.
@@ -51,8 +51,8 @@ class _GeneratedId(str):
     def take(self) -> bool:
         """Return True for the first call only. Atomic between threads."""
         # A process forked since has an id of its own to take.
-        found: int | None = vars(self).pop("_fresh_in", None)
-        return found == os.getpid()
+        fresh_in: int | None = vars(self).pop("_fresh_in", None)
+        return fresh_in == os.getpid()
 
     _fresh_in: int
 
@@ -88,25 +88,25 @@ class RunConfig(LazyModel):
         if_exists: what becomes of a run id that was used before. "restart" begins a new execution, "resume" continues
             the last one, "return" gives the result of one that has finished (and continues any other), "error" raises
             RunExists. All but "restart" compare the input.
-        if_running: what becomes of a run that somebody else is at work on. "error" raises RunBusy; "attach" waits and
-            gives the result, if the input is the same and there is no ``resume_from``; "take_over" fences them off:
-            only for a holder known to be gone.
-        allow_changes: go on with outputs of a pipeline that has changed since, by their positions: what a node's schema
+        if_running: the treatment of a run that another process owns. "error" raises RunBusy; "attach" waits and
+            gives the result, if the input is the same and there is no ``resume_from``; "take_over" fences that
+            process off: only for an owner known to be dead.
+        allow_changes: resume with outputs of a pipeline that has changed since, by their positions: what a node's schema
             accepts is its output, whatever recorded it.
         check: prove before each run that every node's output can satisfy the next node's input, and raise CheckFailed where
             it never can.
         max_recoveries: a run under which the process died so often is FAILED with reason "poison", and nothing of it is
             called. Journal stores only; a process that this one is, and plain code that does not say when it ends, do not count.
-        force_resume: go on with a run all the same that was given up as poison; deaths are counted anew.
+        force_resume: resume a run that failed with reason "poison"; deaths are counted anew.
         inline_wait_seconds: flows wait in the process for a time that is at most so far away; for a later one the run is
             SUSPENDED.
-        lease_seconds: for how long the run belongs to a process that is not heard of any more.
+        lease_seconds: time after which a run whose owner stopped renewing its lease can be taken over.
         model_fallbacks: cheaper models to signal once their share of ``max_cost_usd`` is spent.
         unknown_model: what a model without a known price does: "warn" counts it as 0 USD, "error" stops the run. None:
             "error" for nodes under a cost limit (``budget.max_cost_usd`` or that of a shared budget), else "warn".
         hook_errors: "isolate" logs what hooks raise; "raise" raises HookError once the run is complete (for tests).
-        hook_delivery: "at_least_once" keeps with each attempt that its end hooks are due, and tells them on resume if
-            the process died before they were told; ``current_node().redelivered`` says so then, and the exception is a
+        hook_delivery: "at_least_once" records with each attempt that its end hooks are pending, and calls them on resume if
+            the process died before it called them; ``current_node().redelivered`` says so then, and the exception is a
             RunFailed with the old message. on_run_end is called before the store notes the end: if the process dies in
             between, whoever recovers the run calls it again. Needs a journal store, and costs a second write per attempt.
         hook_timeout_ms: how long one call of a hook may take; None for ever.
@@ -153,17 +153,17 @@ class RunConfig(LazyModel):
     redact: Annotated[Callable[[dict[str, Any]], dict[str, Any]] | None, SkipValidation] = None
 
     def with_run_id(self, run_id: str) -> RunConfig:
-        """The same config for a run of that id. Raises ValueError for what is no id."""
+        """Return the same config for a run of that id. Raises ValueError for an illegal id."""
         return self.model_copy(update={"run_id": check_id(run_id, "run id")})
 
     @property
     def budgets(self) -> Sequence[SharedBudget]:
         """The shared budgets, in an order that is the same for everybody: nobody waits for who waits for them."""
-        given = self.shared_budgets
-        return given if isinstance(given, Sequence) else (given,)
+        budgets = self.shared_budgets
+        return budgets if isinstance(budgets, Sequence) else (budgets,)
 
     def limit_of(self, node_id: str) -> str | None:
-        """The name of the limit that a node goes by: the one that it is given, else that of its own id."""
+        """Return the name of the limit of a node: the configured one, else that of its own id."""
         name = self.node_limits.get(node_id, node_id)
         return name if name in self.limits else None
 
@@ -173,7 +173,7 @@ class RunConfig(LazyModel):
         return bool(self.shared_budgets or self.limits or self.breaker is not None)
 
     def take_run_id(self) -> str:
-        """The id of the next run: the one that was given; or the generated one, once, and then fresh ones."""
+        """Return the id of the next run: the configured one; or the generated one, once, and then fresh ones."""
         run_id = self.run_id
         if type(run_id) is not _GeneratedId:
             return run_id
@@ -232,7 +232,7 @@ class RunConfig(LazyModel):
     @classmethod
     def _are_limits(cls, value: Any) -> Any:
         if not isinstance(value, dict):
-            raise ValueError(f'limits is {shown(value)}; give {{"name": Limit(...)}}')
+            raise ValueError(f'limits must be a dict, got {shown(value)}; pass {{"name": Limit(...)}}')
         from stroma.limits.rate_limit import check_limits
 
         check_limits(value, {})
@@ -244,7 +244,7 @@ class RunConfig(LazyModel):
         for tag in value:
             if len(check_id(tag, "tag")) > _LONGEST_TAG:
                 raise ValueError(
-                    f"the tag {tag[:40]!r}... has {len(tag)} characters; give at most {_LONGEST_TAG}"
+                    f"a tag must have at most {_LONGEST_TAG} characters, got {len(tag)}: {tag[:40]!r}..."
                 )
         return value
 
@@ -254,7 +254,7 @@ class RunConfig(LazyModel):
         for node_id, limit in value.items():
             if not 0 < limit <= LARGEST:
                 raise ValueError(
-                    f"node_timeouts[{node_id!r}] is {shown(limit)} ms; give a positive number of milliseconds, up to 10**30"
+                    f"node_timeouts[{node_id!r}] must be a positive number of milliseconds up to 10**30, got {shown(limit)}"
                 )
         return value
 

@@ -31,9 +31,9 @@ from stroma.cost.fallback import FallbackPolicy, FallbackView, fallback_due
 from stroma.cost.tracker import CostTracker
 from stroma.engine.config import RunConfig
 from stroma.engine.handover import Handover
-from stroma.engine.interceptors import PROBES, Probe
+from stroma.engine.interceptors import INTERCEPTORS, Interceptor
 from stroma.engine.merged_models import spelled_out
-from stroma.engine.opening import Opening
+from stroma.engine.opening import RunOpening
 from stroma.engine.plain_steps import PlainSteps
 from stroma.engine.redaction import Redactor
 from stroma.engine.run_hooks import call_run_hooks, call_run_hooks_now
@@ -61,12 +61,12 @@ class ReliabilityContext:
 
     # Slots, since several of them are read for each node.
     __slots__ = (
-        "__weakref__", "_notes", "_opening", "_warned", "apart", "budget", "cancelled",
-        "checkpoint_manager", "classifiers", "config", "context", "cost_tracker", "delivers", "done", "elsewhere", "epoch_ns",
-        "failed_items", "failed_maps", "fire", "gated", "handover", "hook_failures", "hooks", "interrupt", "kept_traceparent",
-        "limits", "model_fallbacks", "pipeline", "plain_steps", "policy_map", "probes", "recovers", "redactor", "registry",
-        "restored", "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended",
-        "timed", "trace", "traceparent", "tried", "unpriced",
+        "__weakref__", "_notes", "_opening", "_warned", "apart", "budget", "cancelled", "checkpoint_manager", "classifiers",
+        "config", "context", "cost_tracker", "delivers", "done", "elsewhere", "epoch_ns", "failed_items", "failed_maps",
+        "fire", "gated", "handover", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traceparent", "limits",
+        "model_fallbacks", "pipeline", "plain_steps", "policy_map", "recovers", "redactor", "registry", "restored",
+        "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended", "timed",
+        "trace", "traceparent", "tried", "unpriced",
     )  # fmt: skip
 
     run_id: str
@@ -122,13 +122,18 @@ class ReliabilityContext:
         self.run_logger = run_logger
         self.config = RunConfig() if config is None else config
         self.pipeline = pipeline
+        self._begin_at_nothing()
+        self.fire = self._make_hooks()
+
+    def _begin_at_nothing(self) -> None:
+        """Set what the engine adds to the fields above."""
         self.session: Session = NULL_SESSION
         self.restored: Mapping[tuple[int, str], Committed] = NULL_SESSION.restored
         #: Attempts of processes that died, until their node runs again.
         self.tried: dict[tuple[int, str], Tried] | None = None
         self.handover = Handover()
         self.plain_steps = PlainSteps()
-        self._opening = Opening(checkpoint_manager)
+        self._opening = RunOpening(self.checkpoint_manager)
         #: See RunRequest.
         self.apart: tuple[tuple[int, str], ...] = ()
         #: Cancelled from elsewhere: nothing is tried again. And no further node is to begin.
@@ -147,44 +152,51 @@ class ReliabilityContext:
         self.traceparent: str | None = None
         self.kept_traceparent: str | None = None
         self._notes: dict[Any, Any] | None = None
-        self.redactor = Redactor(self.config.redact, context, trace)
+        self.redactor = Redactor(self.config.redact, self.context, self.trace)
         #: Outputs of a group's children in an earlier attempt of it, for the next one.
         self.done: dict[tuple[int, str], BaseModel] = {}
         self.hook_failures: list[HookFailure] = []
         self.unpriced: list[str] = []
         #: Reasons for which nodes of this run are suspended.
         self.suspended: list[str] = []
-        self.limits: tuple[tuple[Dimension, float], ...] = limits(budget)
+        self.limits: tuple[tuple[Dimension, float], ...] = limits(self.budget)
         #: Turns perf_counter_ns into nanoseconds since the epoch; a step of the wall clock changes no order in the run.
         self.epoch_ns = time_ns() - perf_counter_ns()
         self.cost_tracker.per_node = self.trace.figures
         #: Interceptors that tests have put around runs.
-        self.probes: tuple[Probe, ...] = tuple(PROBES) if PROBES else ()
+        self.interceptors: tuple[Interceptor, ...] = tuple(INTERCEPTORS) if INTERCEPTORS else ()
         #: Some functions run under a time limit, or with an interceptor around them.
-        self.timed = bool(self.step_timeouts) or budget.max_latency_ms is not None or bool(self.probes)
+        self.timed = (
+            bool(self.step_timeouts) or self.budget.max_latency_ms is not None or bool(self.interceptors)
+        )
         #: Warnings that were logged: dimensions of the budget, and what is wrong with a node.
         self._warned: dict[str | tuple[str, str], None] = {}  # A set would take 200 bytes in each run.
         #: The store records which end hooks are due.
         self.delivers = False
-        self.fire: Hooks = NO_HOOKS
         #: Attempts wait for their turn at a shared budget, a limit or a breaker.
         self.gated = self.config.gated
-        sets = [one for one in flatten(hooks) if any(one.__dict__.values())]
-        if self.probes:
-            sets = [own for probe in self.probes if (own := probe.begins(self)) is not None] + sets
-        if sets:
-            if len(sets) > 1:
-                sets = distinct(sets)
-            self.delivers = self.config.hook_delivery == "at_least_once"
-            limit = self.config.hook_timeout_ms
-            self.fire = Hooks(
-                tuple(sets),
-                run_id=self.run_id,
-                limit_seconds=None if limit is None else limit / 1000,
-                failures=self.hook_failures,
-                secrets=self.redactor.secrets,
-                all_ends=self.delivers,
-            )
+
+    def _make_hooks(self) -> Hooks:
+        """Return the hooks by event: those of interceptors first, then the sets of the config."""
+        sets = [one for one in flatten(self.hooks) if any(one.__dict__.values())]
+        if self.interceptors:
+            sets = [
+                own for interceptor in self.interceptors if (own := interceptor.begins(self)) is not None
+            ] + sets
+        if not sets:
+            return NO_HOOKS
+        if len(sets) > 1:
+            sets = distinct(sets)
+        self.delivers = self.config.hook_delivery == "at_least_once"
+        limit = self.config.hook_timeout_ms
+        return Hooks(
+            tuple(sets),
+            run_id=self.run_id,
+            limit_seconds=None if limit is None else limit / 1000,
+            failures=self.hook_failures,
+            secrets=self.redactor.secrets,
+            all_ends=self.delivers,
+        )
 
     @classmethod
     def for_run(
@@ -294,9 +306,9 @@ class ReliabilityContext:
 
     async def _settle_earlier(self, session: Session) -> None:
         """Count in the shared budgets what earlier processes spent on this run and, since they died, did not count."""
-        from stroma.limits.shared_budget import caller_of
+        from stroma.limits.shared_budget import AttemptPlace, caller_of
 
-        caller = caller_of(session, self.run_id, self.checkpoint_manager.store, -1, "", 0, 0)
+        caller = caller_of(session, self.run_id, self.checkpoint_manager.store, AttemptPlace())
         if session.finished is not None and caller.place is not None:
             caller = caller._replace(place=caller.place._replace(epoch=0))  # None of its calls is ours.
         for budget in self.config.budgets:
@@ -356,17 +368,17 @@ class ReliabilityContext:
         return self.handover.state()
 
     def _begin(self, session: Session, *, carry: bool) -> Session:
-        for probe in self.probes:
-            session = probe.opened(self, session)
+        for interceptor in self.interceptors:
+            session = interceptor.opened(self, session)
         self.session = session
         self.restored = session.restored
         if session.tried:
             self.tried = dict(session.tried)
         if self.restored:
             self.failed_maps = {
-                at: kept.failed_items
-                for at, kept in self.restored.items()
-                if kept.step is not None and kept.failed_items
+                at: committed.failed_items
+                for at, committed in self.restored.items()
+                if committed.step is not None and committed.failed_items
             }
         if carry and session.continued:
             # Only a resume that goes on by itself remembers the bill; resume_from starts a new one.

@@ -56,8 +56,8 @@ def diagnose_attempt(
     if isinstance_by_type(error, PipelineChanged):  # Of a step inside: another attempt meets the same.
         failure = replace(failure, failure_class=FailureClass.TERMINAL, reason="changed")
     failure = ctx.redactor.mask_failure(failure, snapshot)
-    for probe in ctx.probes:
-        failure = probe.diagnosed(run, failure)
+    for interceptor in ctx.interceptors:
+        failure = interceptor.diagnosed(run, failure)
     if isinstance_by_type(error, ContractViolation) and _may_repair(ctx, run, failure):
         run.repairing = True
         failure = replace(failure, failure_class=FailureClass.RECOVERABLE)

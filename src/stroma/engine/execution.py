@@ -85,7 +85,6 @@ class NodeExecution:
         kind: Kind,
         position: int,
         branch: str,
-        rows: list[AttemptRow | TraceEvent],
         parent: NodeExecution | None = None,
     ) -> None:
         self.ctx = ctx
@@ -94,7 +93,9 @@ class NodeExecution:
         self.position = position
         self.branch = branch
         #: Where the engine puts the events of this execution: the trace, or the rows of the group around it.
-        self.rows = rows
+        self.rows: list[AttemptRow | TraceEvent] = (
+            ctx.trace.rows if parent is None or parent.children is None else parent.children
+        )
         #: The group around it, and its id.
         self.parent = parent
         self.group = None if parent is None else parent.node_id
@@ -363,9 +364,7 @@ class NodeExecution:
         try:
             return cast("AnswerT", schema_of(schema).decode(answer[0]))
         except ValueError as error:
-            raise Suspend(
-                f"{reason} (the answer does not fit: {error}; give another)", schema=schema
-            ) from error
+            raise Suspend(f"{reason} (invalid answer: {error}; send another one)", schema=schema) from error
 
     def _answer(self) -> tuple[bytes, str] | None:
         waiting = self.ctx.session.waiting.get((self.position, self.branch))

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from stroma.hooks.sets import NodeHooks
     from stroma.trace.result import ExecutionResult
 
-__all__ = ["PROBES", "Call", "Probe"]
+__all__ = ["INTERCEPTORS", "Call", "Interceptor"]
 
 Call = Callable[[BaseModel], Awaitable[Any]]
 
 
-class Probe:
+class Interceptor:
     """Interceptor around the parts of a run. Each method changes nothing, unless a subclass does.
 
     ``ctx`` is the ReliabilityContext and ``run`` the NodeExecution; the context imports this module, so it cannot name them.
@@ -49,4 +49,4 @@ class Probe:
 
 
 #: Interceptors of each run that begins; the first one is outermost.
-PROBES: list[Probe] = []
+INTERCEPTORS: list[Interceptor] = []

@@ -25,7 +25,7 @@ from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Group, Node, Plan, output_class
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded
-from stroma.engine.attempt import Attempt, make_in_turn
+from stroma.engine.attempt import NodeAttempt, make_in_turn
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
 from stroma.engine.execution import NodeExecution
@@ -73,9 +73,8 @@ async def execute_in_turn(
     """
     # One coroutine for all nodes of a run, since it costs as much as the loop itself.
     first, branch, kind, parent, contract, step, cancelling, restores = place
-    rows = ctx.trace.rows if parent is None or parent.children is None else parent.children
     task = asyncio.current_task()
-    attempt = Attempt(ctx)
+    attempt = NodeAttempt(ctx)
     for position, node in enumerate(nodes, first):
         if position != first:
             if ctx.stops:
@@ -95,7 +94,7 @@ async def execute_in_turn(
                 value = committed
                 continue
         run = NodeExecution(
-            ctx, node.node_id, kind if type(node) is Node else "group", position, branch, rows, parent
+            ctx, node.node_id, kind if type(node) is Node else "group", position, branch, parent
         )
         try:
             plan = _plan_of(ctx, run, node, value, contract)
@@ -146,7 +145,7 @@ async def execute_in_turn(
 
 
 async def try_again(
-    ctx: ReliabilityContext, attempt: Attempt, node: Node, plan: Plan, value: BaseModel, failure: Failure
+    ctx: ReliabilityContext, attempt: NodeAttempt, node: Node, plan: Plan, value: BaseModel, failure: Failure
 ) -> tuple[BaseModel | Halt, int]:
     """Make the further attempts of a node whose first one failed. Return its end, and for how many ns its function ran.
 
@@ -183,20 +182,20 @@ async def attempt_once(
     value: BaseModel,
     *,
     after_seconds: float | None = None,
-    begun: bool = False,
+    has_begun: bool = False,
 ) -> BaseModel | Failure | Halt:
     """Make exactly one attempt, for a driver that counts them and decides what follows (see ``stroma.drivers.remote``).
 
     Args:
         run: names the attempt, the last failure and the repairs.
         after_seconds: the wait of the driver before it, for the hooks; None for a first attempt.
-        begun: :func:`begin_group` was its beginning.
+        has_begun: the group was begun by :func:`begin_group`.
 
     A Failure is one for :func:`stroma.failures.policy.follow_up`; all else is as in :func:`execute`.
     """
     token = CURRENT.set(run)
     try:
-        attempt = await _prepare(ctx, run, node, value, after_seconds, has_begun=begun)
+        attempt = await _prepare(ctx, run, node, value, after_seconds, has_begun=has_begun)
         if isinstance(attempt, Halt):
             return attempt
         is_gated = ctx.gated and type(node) is Node
@@ -238,7 +237,7 @@ async def _prepare(
     after_seconds: float | None,
     *,
     has_begun: bool = False,
-) -> Attempt | Halt:
+) -> NodeAttempt | Halt:
     """Return the attempt to make, or the end of a node of which none may be made."""
     try:
         plan = _plan_of(ctx, run, node, value, None)
@@ -251,7 +250,7 @@ async def _prepare(
         if exceeded is not None:
             return refuse(run, exceeded)
     task = asyncio.current_task()
-    return Attempt(ctx).prepare(run, node, plan, value, 0 if task is None else task.cancelling())
+    return NodeAttempt(ctx).prepare(run, node, plan, value, 0 if task is None else task.cancelling())
 
 
 # ---------------------------------------------------------------------- before an attempt
@@ -309,7 +308,7 @@ async def _without_plan(
     CURRENT.set(run)
     try:
         run.attempt = 1
-        attempt = Attempt(ctx).prepare(run, node, _plan_without_contract(), value, 0)
+        attempt = NodeAttempt(ctx).prepare(run, node, _plan_without_contract(), value, 0)
         outcome = await attempt.reject(error)
         return outcome if isinstance(outcome, Halt) else Halt(outcome)
     finally:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, create_model
 
 from stroma.contracts.copying import construct
-from stroma.contracts.core_schema import core_schema_of, never_a_dict
+from stroma.contracts.core_schema import core_schema_of, is_never_dict
 from stroma.contracts.node import output_class
 from stroma.failures.errors import ItemFailure
 
@@ -36,7 +36,7 @@ def merged_model(name: str, classes: tuple[type[BaseModel], ...]) -> type[BaseMo
 def _is_open(cls: type[BaseModel]) -> bool:
     """Return True if it may have any fields: extra ones, or those of the dict that a root model is."""
     if cls.__pydantic_root_model__:
-        return not never_a_dict(core_schema_of(cls))
+        return not is_never_dict(core_schema_of(cls))
     return cls.model_config.get("extra") == "allow"
 
 
@@ -83,11 +83,11 @@ def spelled_out(state: BaseModel) -> BaseModel:
     """
     if type(state).__module__ != __name__ or not state.__pydantic_extra__:
         return state
-    made = _spelled_out(type(state), tuple(state.__pydantic_extra__))
-    if made is None:
+    model = _spelled_out(type(state), tuple(state.__pydantic_extra__))
+    if model is None:
         return state
-    given = state.__pydantic_fields_set__ | state.__pydantic_extra__.keys()
-    return construct(made, {**state.__dict__, **state.__pydantic_extra__}, given)
+    fields_set = state.__pydantic_fields_set__ | state.__pydantic_extra__.keys()
+    return construct(model, {**state.__dict__, **state.__pydantic_extra__}, fields_set)
 
 
 @functools.lru_cache(maxsize=256)

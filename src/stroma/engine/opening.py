@@ -10,14 +10,14 @@ from typing import Final, final
 from stroma.checkpoint import CheckpointManager, RunBusy, RunRequest, Session
 from stroma.engine.tasks import Shield
 
-__all__ = ["Opening"]
+__all__ = ["RunOpening"]
 
 #: Between looks at a run that another process owns, in seconds: at first, and at most.
 _ATTACH_DELAYS: Final = (0.02, 1.0)
 
 
 @final
-class Opening:
+class RunOpening:
     """One call of ``open_run``; with ``if_running="attach"`` as many as it takes until the owner has ended."""
 
     __slots__ = ("_future", "_is_over", "_is_waiting", "_manager")

@@ -26,7 +26,7 @@ async def redeliver(ctx: ReliabilityContext, nodes: Sequence[Node | Group]) -> N
     identities = {position: identity for identity, position in ctx.session.places.items()}
     for row in ctx.session.undelivered:
         node, kind = _node_at(nodes, row.position, row.branch)
-        run = NodeExecution(ctx, row.node_id, kind, row.position, row.branch, [])
+        run = NodeExecution(ctx, row.node_id, kind, row.position, row.branch)
         run.attempt, run.counted, run.ended, run.redelivered = row.attempt, row.usage or NO_USAGE, row, True
         run.step = StepCall(0, None, identities.get(row.position))
         token = CURRENT.set(run)

@@ -46,8 +46,7 @@ async def restore(
     if committed is None or committed.is_failed_item:
         return None
     schema = schema_of(contract.output_schema) if contract is not None else output_schema(ctx, node, value)
-    group = None if parent is None else parent.node_id
-    check_committed(ctx, node, schema, committed, position, branch, group, contract)
+    check_committed(ctx, node, schema, committed, place)
     if isinstance(committed.output, StoredSnapshot):  # It is read here, and not all of a run's at once.
         committed = committed._replace(output=await asyncio.to_thread(committed.output.load))
     changed = committed.contract.partition(":")[0] != schema.fingerprint
@@ -70,7 +69,7 @@ async def restore(
         ctx.failed_items += _failed_items(ctx, position, branch)
     if ctx.fire.on_node_skipped is not None:
         kind: Kind = "group" if isinstance(node, Group) else place.kind
-        run = NodeExecution(ctx, node.node_id, kind, position, branch, [])
+        run = NodeExecution(ctx, node.node_id, kind, position, branch)
         token = CURRENT.set(run)
         try:
             await ctx.fire.fire(
@@ -180,15 +179,18 @@ def check_committed(
     node: Node | Group,
     schema: Schema | None,
     committed: Committed,
-    position: int,
-    branch: str,
+    place: Place,
     group: str | None = None,
-    own: NodeContract[Any, Any] | None = None,
 ) -> None:
-    """Raise PipelineChanged if a position holds the output of another node, or of another contract."""
+    """Raise PipelineChanged if a place holds the output of another node, or of another contract.
+
+    ``group``: the id of the group around it, where the place has no ``parent``.
+    """
     if ctx.config.allow_changes:
         return
-    where = f"position {position}" + (f" ({branch})" if branch else "")
+    if place.parent is not None:
+        group = place.parent.node_id
+    where = f"position {place.position}" + (f" ({place.branch})" if place.branch else "")
     if committed.node_id != node.node_id:
         raise PipelineChanged(
             f"run {ctx.run_id!r} cannot go on: at {where} it has the output of node {committed.node_id!r}, but the "
@@ -202,7 +204,7 @@ def check_committed(
         )
     if committed.is_failed_item:
         return
-    if schema is not None and contract != schema.fingerprint and not _tolerated(ctx, node, own):
+    if schema is not None and contract != schema.fingerprint and not _tolerated(ctx, node, place.contract):
         raise PipelineChanged(
             f"run {ctx.run_id!r} cannot go on: the output of node {node.node_id!r} at {where} was recorded with another "
             f"{schema.model.__name__} ({_difference(schema, committed)}); restore it, give the contract an upcast, "
@@ -236,4 +238,4 @@ def check_place(
         return
     # The schema of a group depends on its input, and is checked when it is restored.
     schema = output_schema(ctx, node, None) if isinstance(node, Node) else None
-    check_committed(ctx, node, schema, committed, position, branch, group)
+    check_committed(ctx, node, schema, committed, Place(position, branch), group)

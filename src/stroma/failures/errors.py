@@ -54,7 +54,7 @@ class Suspend(Exception):
 
     Where: out of a node's function, never out of ``run()``: it is no failure.
     Cause: the node needs a decision that nobody has made yet.
-    Mend: ``await runner.signal(run_id, answer)``, then run with ``resume=True``; the node finds the answer at
+    Fix: ``await runner.signal(run_id, answer)``, then run with ``resume=True``; the node finds the answer at
         ``current_node().signal``.
     """
 
@@ -64,18 +64,18 @@ class Suspend(Exception):
         super().__init__(reason)
         if schema is not None and not (isinstance(schema, type) and issubclass(schema, BaseModel)):
             raise TypeError(
-                f"Suspend asks for {shown(schema)}; give a pydantic model, a RootModel for plain values"
+                f"the schema of Suspend must be a pydantic model, got {shown(schema)}; pass a RootModel for plain values"
             )
         self.reason = reason
         self.schema = schema
 
 
 class RunFailed(Exception):
-    """A run that somebody else was at work on did not complete; the message is theirs.
+    """A run that another process executed did not complete; the message is that of the run.
 
     Where: ``result.failure`` of a run that was waited for (``if_running="attach"``).
-    Cause: the run failed, or gave up, where it was run.
-    Mend: look at its attempts in the store (``stroma show``), then continue it with ``resume=True``.
+    Cause: the run failed or stopped in that process.
+    Fix: look at its attempts in the store (``stroma show``), then continue it with ``resume=True``.
     """
 
     @classmethod
@@ -92,8 +92,12 @@ _NAMES: Final = {"cost": "max_cost_usd", "tokens": "max_tokens", "latency": "max
 
 
 class Wait(NamedTuple):
-    """A call may not begin yet. ``ms``: when to ask again at the earliest; None if nobody can tell. ``refusal``: why it
-    is refused in the end, where that is known already."""
+    """A call may not begin yet.
+
+    Attributes:
+        ms: the earliest time to ask again; None if unknown.
+        refusal: the reason why it is refused in the end, where that is known already.
+    """
 
     reason: str
     ms: int | None
@@ -108,12 +112,12 @@ class SharedBudgetExceeded(BudgetExceeded):
         dimension: "cost" (USD) or "tokens".
         limit, actual: what may be and was spent in this window, of the node alone where it has a limit of its own.
         reserved: what calls in flight may spend besides, in all processes.
-        asked: what the call that was refused may take.
+        requested: what the call that was refused may take.
         resets_at: when the window ends, in UTC; None for a budget without ``per=``.
 
     Where: ``result.failure`` of a PARTIAL run; the node was not called.
     Cause: runs that share the budget, in any process, have spent it, or their calls in flight may.
-    Mend: run with ``resume=True`` once the next window has begun, or raise the limit that the message names.
+    Fix: run with ``resume=True`` once the next window has begun, or raise the limit that the message names.
     """
 
     def __init__(
@@ -123,7 +127,7 @@ class SharedBudgetExceeded(BudgetExceeded):
         limit: float,
         actual: float,
         reserved: float,
-        asked: float,
+        requested: float,
         node_id: str,
         resets_at: datetime | None,
         capped: bool = False,
@@ -131,12 +135,12 @@ class SharedBudgetExceeded(BudgetExceeded):
         super().__init__(dimension, limit, actual, node_id)
         self.budget = budget
         self.reserved = reserved
-        self.asked = asked
+        self.requested = requested
         self.resets_at = resets_at
         self.capped = capped
 
     def __reduce__(self) -> Any:
-        figures = (self.limit, self.actual, self.reserved, self.asked)
+        figures = (self.limit, self.actual, self.reserved, self.requested)
         where = (self.node_id, self.resets_at, self.capped)
         return type(self), (self.budget, self.dimension, *figures, *where)
 
@@ -152,7 +156,7 @@ class SharedBudgetExceeded(BudgetExceeded):
         return (
             f"shared budget {self.budget!r} has no room for a call of node {self.node_id!r}: {name}{whose} is "
             f"{self.limit:.12g}{unit}, {self.actual:.12g} spent, {self.reserved:.12g} reserved by calls in flight, and this "
-            f"one may take {self.asked:.12g}; {way}"
+            f"one may take {self.requested:.12g}; {way}"
         )
 
 
@@ -161,7 +165,7 @@ class LimitError(Exception):
 
     Where: ``result.failure`` of a FAILED run; the node was not called.
     Cause: one call takes more tokens than ``tokens_per_minute`` of its limit.
-    Mend: raise ``tokens_per_minute``, lower ``reserve_tokens`` if it is too high, or make the calls smaller; then resume.
+    Fix: raise ``tokens_per_minute``, lower ``reserve_tokens`` if it is too high, or make the calls smaller; then resume.
     """
 
 
@@ -170,7 +174,7 @@ class WaitedTooLong(Exception):
 
     Where: ``result.failure`` of a PARTIAL run; the node was not called.
     Cause: a limit had no room for ``max_wait_seconds``.
-    Mend: run with ``resume=True`` later, raise the limit, or ``max_wait_seconds``.
+    Fix: run with ``resume=True`` later, raise the limit, or ``max_wait_seconds``.
     """
 
 
@@ -183,7 +187,7 @@ class CircuitOpen(Exception):
 
     Where: ``result.failure`` of a PARTIAL run; the node was not called.
     Cause: too many of the last calls failed, and ``Breaker.max_wait_seconds`` is shorter than what is left.
-    Mend: see what the provider says of itself, then run with ``resume=True``.
+    Fix: see what the provider says of itself, then run with ``resume=True``.
     """
 
     def __init__(self, key: str, retry_after: float) -> None:
@@ -199,12 +203,12 @@ class CircuitOpen(Exception):
 
 
 class RunCancelled(Exception):
-    """Somebody has asked for the end of a guarded run, or one of steps of plain code: nothing more of it is begun.
+    """A guarded run, or one of steps of plain code, was cancelled from elsewhere: no further step starts.
 
     Where: out of a framework's call, of a guarded step, or of ``with guard.run()``; ``guard.stopped`` has it too. In
         ``result.failure`` of a step of plain code.
     Cause: ``stroma cancel`` or ``store.cancel()``, in this process or another one.
-    Mend: none is needed: what is finished is kept. Call again, in a run of its own.
+    Fix: none is needed: what is finished is kept. Call again, in a run of its own.
     """
 
 
@@ -217,7 +221,7 @@ class RemoteFailure(Exception):
 
     Where: ``result.failure`` of a run that was driven on other machines.
     Cause: the node raised an exception of a class that is not Stroma's own.
-    Mend: look at the log of the worker for its traceback.
+    Fix: look at the log of the worker for its traceback.
     """
 
     def __init__(self, message: str, type_name: str = "Exception", full_name: str | None = None) -> None:

@@ -107,7 +107,7 @@ E = TypeVar("E", bound=BaseException)
 
 
 def isinstance_by_type(exc: BaseException, kind: type[E]) -> TypeGuard[E]:
-    """isinstance without asking the object for its ``__class__``, which a hostile exception answers by raising."""
+    """Return True for an instance, without reading ``__class__``: a hostile exception may raise there."""
     return issubclass(type(exc), kind)
 
 

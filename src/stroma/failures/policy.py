@@ -103,7 +103,7 @@ def decide(
     """Return the decision on a failed attempt: Retry or Stop. Pure, but for ``draw`` (uniform in 0..1).
 
     ``attempt`` is 1-based: attempt n was the (n-1)-th retry, so one count serves all classes. Attempts that were
-    granted on top (to mend a broken contract) are not in it.
+    granted on top (to repair an output) are not in it.
     """
     if failure.failure_class is FailureClass.TERMINAL:
         return Stop("a terminal failure is not retried")
@@ -140,8 +140,7 @@ def follow_up(
 ) -> Retry | Stop:
     """:func:`decide` under the policy that holds for a node or group; what every driver asks. Pure, but for ``draw``.
 
-    ``own``: what ``node_policies`` says of it. ``repairs``: attempts that were granted so far to mend a broken output
-    contract; ``repairing``: another one is.
+    ``own``: what ``node_policies`` says of it. ``repairs``: attempts that were granted so far to repair an output; ``repairing``: another one is.
     """
     if own is None and group:
         # Its children had their retries; a group has its own only if asked.

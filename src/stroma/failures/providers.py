@@ -12,196 +12,34 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC
-from typing import Any, Final, Literal, NamedTuple, cast
+from typing import Any, Final, cast
 
 from stroma._utils.access import safe_get
-
-__all__ = ["Verdict", "read_provider_error", "retry_after_seconds"]
-
-ClassName = Literal["RECOVERABLE", "TERMINAL"]
-
-
-class Verdict(NamedTuple):
-    """The meaning of a provider error: a class, a stable reason, and the seconds that the server asks to wait, if any."""
-
-    failure_class: ClassName
-    reason: str
-    retry_after: float | None = None
-
-
-_BAD_REQUEST: Final = Verdict("TERMINAL", "bad_request")
-_AUTH: Final = Verdict("TERMINAL", "auth")
-_PERMISSION: Final = Verdict("TERMINAL", "permission")
-_QUOTA: Final = Verdict("TERMINAL", "quota")
-_NOT_FOUND: Final = Verdict("TERMINAL", "not_found")
-_TOO_LARGE: Final = Verdict("TERMINAL", "too_large")
-_CONTEXT: Final = Verdict("TERMINAL", "context_length")
-_CONTENT: Final = Verdict("TERMINAL", "content_policy")
-_TIMEOUT: Final = Verdict("RECOVERABLE", "timeout")
-_CONNECTION: Final = Verdict("RECOVERABLE", "connection")
-_CONFLICT: Final = Verdict("RECOVERABLE", "conflict")
-_RATE_LIMIT: Final = Verdict("RECOVERABLE", "rate_limit")
-_OVERLOADED: Final = Verdict("RECOVERABLE", "overloaded")
-_SERVER: Final = Verdict("RECOVERABLE", "server_error")
-
-_STATUS: Final[dict[int, Verdict]] = {
-    400: _BAD_REQUEST,
-    401: _AUTH,
-    402: _QUOTA,
-    403: _PERMISSION,
-    404: _NOT_FOUND,
-    408: _TIMEOUT,
-    409: _CONFLICT,
-    413: _TOO_LARGE,
-    422: _BAD_REQUEST,
-    425: Verdict("RECOVERABLE", "too_early"),
-    429: _RATE_LIMIT,
-    503: _OVERLOADED,
-    504: _TIMEOUT,
-    529: _OVERLOADED,
-}
-#: Codes and types in the body that say more than the status does, whichever that is.
-_CODES: Final[dict[str, Verdict]] = {
-    "insufficient_quota": _QUOTA,
-    "billing_hard_limit_reached": _QUOTA,
-    "billing_error": _QUOTA,
-    "contract_spend_limit_reached": _QUOTA,
-    "enforced_spend_limit_reached": _QUOTA,
-    "linked_organization_spend_limit_reached": _QUOTA,
-    "ServiceQuotaExceededException": _QUOTA,
-    "context_length_exceeded": _CONTEXT,
-    "string_above_max_length": _CONTEXT,
-    "content_filter": _CONTENT,
-    "content_policy_violation": _CONTENT,
-    "moderation_blocked": _CONTENT,
-    "overloaded_error": _OVERLOADED,
-    # Google's ErrorInfo, beside a 400 or 403.
-    "API_KEY_INVALID": _AUTH,
-    "BILLING_DISABLED": _QUOTA,
-    "PerDay": _QUOTA,  # A quota of the day that is used up: see _codes.
-    # AWS: a key that is wrong or out of date has 400 or 403, a model that failed 424.
-    "ExpiredTokenException": _AUTH,
-    "InvalidSignatureException": _AUTH,
-    "UnrecognizedClientException": _AUTH,
-    "ModelErrorException": _SERVER,
-    "ModelNotReadyException": _OVERLOADED,
-    # Some of AWS's services say these with status 400.
-    "Throttling": _RATE_LIMIT,
-    "ThrottlingException": _RATE_LIMIT,
-    "TooManyRequestsException": _RATE_LIMIT,
-}
-#: Those that only matter where there is no status that says something: an error inside a stream that began with 200.
-_STREAMED: Final[dict[str, Verdict]] = {
-    "rate_limit_error": _RATE_LIMIT,
-    "rate_limit_exceeded": _RATE_LIMIT,
-    "server_error": _SERVER,
-    "api_error": _SERVER,
-    "timeout_error": _TIMEOUT,
-    "conflict_error": _CONFLICT,
-    "invalid_api_key": _AUTH,
-    "authentication_error": _AUTH,
-    "permission_error": _PERMISSION,
-    "not_found_error": _NOT_FOUND,
-    "request_too_large": _TOO_LARGE,
-    "invalid_request_error": _BAD_REQUEST,
-    # AWS
-    "throttlingException": _RATE_LIMIT,
-    "serviceUnavailableException": _OVERLOADED,
-    "internalServerException": _SERVER,
-    "modelStreamErrorException": _SERVER,
-    "modelTimeoutException": _TIMEOUT,
-    "validationException": _BAD_REQUEST,
-}
-#: Statuses that mean something of their own at one provider.
-_OWN: Final[dict[tuple[str, int], Verdict]] = {("cohere", 498): _CONTENT}  # a token of its deny-list
-#: What a bad request is about where only its prose tells. It is TERMINAL either way: new words cost a good reason,
-#: never the class.
-_PHRASES: Final[tuple[tuple[str, Verdict], ...]] = (
-    ("prompt is too long", _CONTEXT),
-    ("input is too long", _CONTEXT),
-    ("context length", _CONTEXT),
-    ("context limit", _CONTEXT),
-    ("context window", _CONTEXT),
-    ("too many tokens", _CONTEXT),
-    ("maximum number of tokens", _CONTEXT),
-    ("content filtering policy", _CONTENT),
-    ("content management policy", _CONTENT),
-    ("content policy", _CONTENT),
-    ("credit balance is too low", _QUOTA),
+from stroma.failures.provider_verdicts import (
+    AUTH,
+    BAD_REQUEST,
+    CLIENTS,
+    CODES,
+    CONNECTION,
+    GRPC,
+    GRPC_PHRASES,
+    LASTING,
+    NAMES,
+    OWN,
+    PHRASES,
+    QUOTA,
+    RATE_LIMIT,
+    SERVER,
+    STATUS,
+    STREAMED,
+    TIMEOUT,
+    ProviderVerdict,
 )
-#: The same for a rate limit that no wait of ours outlasts.
-_LASTING: Final[tuple[tuple[str, Verdict], ...]] = (
-    ("api calls / month", _QUOTA),
-    ("tokens must be reduced", _TOO_LARGE),  # OpenAI: one request is more than the limit of a minute.
-)
-#: And for what gRPC's client says of its own under a status that a server gives too.
-_GRPC_PHRASES: Final[tuple[tuple[str, Verdict], ...]] = (
-    ("message larger than max", _TOO_LARGE),
-    ("failed to connect", _CONNECTION),
-    ("errors resolving", _CONNECTION),
-    ("dns resolution failed", _CONNECTION),
-    ("connection reset", _CONNECTION),
-    ("socket closed", _CONNECTION),
-)
-#: The statuses of gRPC, as Google's HTTP interfaces translate them.
-_GRPC: Final = {
-    "INVALID_ARGUMENT": 400,
-    "FAILED_PRECONDITION": 400,
-    "OUT_OF_RANGE": 400,
-    "UNAUTHENTICATED": 401,
-    "PERMISSION_DENIED": 403,
-    "NOT_FOUND": 404,
-    "UNIMPLEMENTED": 404,
-    "ABORTED": 409,
-    "RESOURCE_EXHAUSTED": 429,
-    "INTERNAL": 500,
-    "UNKNOWN": 500,
-    "UNAVAILABLE": 503,
-    "DEADLINE_EXCEEDED": 504,
-}
-#: Without a status: the names of an exception's bases that come from a client's package. The first match counts.
-_CLIENTS: Final = frozenset(
-    {
-        "aiohttp", "anthropic", "botocore", "google", "httpcore", "httpcore2", "httpx", "httpx2", "mistralai",
-        "openai", "requests", "urllib3",
-    }
-)  # fmt: skip
-_NAMES: Final[tuple[tuple[frozenset[str], Verdict], ...]] = (
-    # Subclasses of transport errors that no second try mends.
-    (
-        frozenset(
-            {
-                "UnsupportedProtocol", "LocalProtocolError", "InvalidURL", "MissingSchema", "InvalidSchema",
-                "NoRegionError", "ParamValidationError",
-            }
-        ),
-        _BAD_REQUEST,
-    ),
-    (frozenset({"DefaultCredentialsError", "NoCredentialsError", "PartialCredentialsError"}), _AUTH),
-    (frozenset({"ContentFilterFinishReasonError"}), _CONTENT),
-    (
-        frozenset(
-            {
-                "APITimeoutError", "TimeoutException", "Timeout", "ReadTimeout", "ConnectTimeout",
-                "ReadTimeoutError", "ConnectTimeoutError", "ServerTimeoutError",
-            }
-        ),
-        _TIMEOUT,
-    ),
-    (
-        frozenset(
-            {
-                "APIConnectionError", "TransportError", "NetworkError", "RemoteProtocolError", "ConnectionError",
-                "ClientConnectionError", "ClientPayloadError", "ChunkedEncodingError", "ConnectionClosedError",
-                "IncompleteReadError", "NoResponseError", "ResponseStreamingError",
-            }
-        ),
-        _CONNECTION,
-    ),
-)  # fmt: skip
+
+__all__ = ["read_provider_error", "retry_after_seconds"]
 
 
-def read_provider_error(exc: BaseException) -> Verdict | None:
+def read_provider_error(exc: BaseException) -> ProviderVerdict | None:
     """Return the verdict on an exception, or on the one it was raised from; None if its shape is unknown.
 
     An exception group is what its worst member is: TERMINAL if one of them is, else nothing if one says nothing, else
@@ -210,7 +48,7 @@ def read_provider_error(exc: BaseException) -> Verdict | None:
     return _verdict(exc, set())
 
 
-def _verdict(exc: BaseException, seen: set[int]) -> Verdict | None:
+def _verdict(exc: BaseException, seen: set[int]) -> ProviderVerdict | None:
     for candidate in (exc, _cause(exc)):
         kind = type(candidate)
         if candidate is None or (kind in _SILENT and not candidate.__dict__):
@@ -241,14 +79,14 @@ _SILENT: Final = frozenset(
 )
 
 
-def _worst(group: BaseExceptionGroup[Any], seen: set[int]) -> Verdict | None:
+def _worst(group: BaseExceptionGroup[Any], seen: set[int]) -> ProviderVerdict | None:
     if id(group) in seen:  # A member can be raised from the group that it is in.
         return None
     seen.add(id(group))
-    verdicts: list[Verdict] = []
+    verdicts: list[ProviderVerdict] = []
     silent = False
     for member in group.exceptions:
-        late = _TIMEOUT if issubclass(type(member), TimeoutError) else None
+        late = TIMEOUT if issubclass(type(member), TimeoutError) else None
         verdict = _verdict(member, seen) or late
         if verdict is None:
             silent = True
@@ -259,17 +97,17 @@ def _worst(group: BaseExceptionGroup[Any], seen: set[int]) -> Verdict | None:
     return None if silent else max(verdicts, key=lambda verdict: verdict.retry_after or 0.0)
 
 
-def _read(exc: BaseException) -> Verdict | None:
+def _read(exc: BaseException) -> ProviderVerdict | None:
     packages = {_package(cls) for cls in type(exc).__mro__}
     levels = _levels(exc, packages)
     codes = list(_codes(exc, levels))
-    verdict = next((_CODES[code] for code in codes if code in _CODES), None)
+    verdict = next((CODES[code] for code in codes if code in CODES), None)
     status = _status(exc, packages)
     if verdict is None and status is not None:
-        own = (_OWN.get((package, status)) for package in packages)
-        verdict = next(filter(None, own), None) or _STATUS.get(status) or (_SERVER if status >= 500 else None)
+        own = (OWN.get((package, status)) for package in packages)
+        verdict = next(filter(None, own), None) or STATUS.get(status) or (SERVER if status >= 500 else None)
     if verdict is None and (status is None or status < 400):
-        verdict = next((_STREAMED[code] for code in codes if code in _STREAMED), None)
+        verdict = next((STREAMED[code] for code in codes if code in STREAMED), None)
     if verdict is not None:
         verdict = _read_prose(verdict, levels, packages)
     if status is None:
@@ -277,37 +115,37 @@ def _read(exc: BaseException) -> Verdict | None:
     headers = _headers(exc, packages)
     wish = headers.get("x-should-retry")
     if wish == "false" and status >= 400:
-        verdict = (verdict or _BAD_REQUEST)._replace(failure_class="TERMINAL")
-    elif wish == "true" and status >= 400 and verdict is not _QUOTA and verdict is not _AUTH:
-        verdict = (verdict or _SERVER)._replace(failure_class="RECOVERABLE")
+        verdict = (verdict or BAD_REQUEST)._replace(failure_class="TERMINAL")
+    elif wish == "true" and status >= 400 and verdict is not QUOTA and verdict is not AUTH:
+        verdict = (verdict or SERVER)._replace(failure_class="RECOVERABLE")
     if verdict is None:
         return None
     retry_after = retry_after_seconds(headers)
     return verdict._replace(retry_after=_retry_delay(levels) if retry_after is None else retry_after)
 
 
-def _read_prose(found: Verdict, levels: list[Any], packages: set[str]) -> Verdict:
+def _read_prose(known: ProviderVerdict, levels: list[Any], packages: set[str]) -> ProviderVerdict:
     """Return the same verdict, or a better one where the message says more than the status and the codes."""
-    phrases: tuple[tuple[str, Verdict], ...] = ()
-    if found is _BAD_REQUEST:
-        phrases = _PHRASES
-    elif found is _RATE_LIMIT:
-        phrases = _LASTING
+    phrases: tuple[tuple[str, ProviderVerdict], ...] = ()
+    if known is BAD_REQUEST:
+        phrases = PHRASES
+    elif known is RATE_LIMIT:
+        phrases = LASTING
     if "grpc" in packages:
-        phrases += _GRPC_PHRASES
+        phrases += GRPC_PHRASES
     if not phrases:
-        return found
+        return known
     messages = [safe_get(level, name) for level in levels for name in ("message", "Message")]
     prose = " ".join(text for text in messages if isinstance(text, str)).lower()
-    return next((verdict for phrase, verdict in phrases if phrase in prose), found)
+    return next((verdict for phrase, verdict in phrases if phrase in prose), known)
 
 
-def _read_transport(exc: BaseException) -> Verdict | None:
-    names = {cls.__name__ for cls in type(exc).__mro__ if _package(cls) in _CLIENTS}
-    for known, verdict in _NAMES:
+def _read_transport(exc: BaseException) -> ProviderVerdict | None:
+    names = {cls.__name__ for cls in type(exc).__mro__ if _package(cls) in CLIENTS}
+    for known, verdict in NAMES:
         if names & known:
             return verdict
-    return _CONNECTION if isinstance(exc, ConnectionError) else None
+    return CONNECTION if isinstance(exc, ConnectionError) else None
 
 
 def _package(cls: type) -> str:
@@ -326,7 +164,7 @@ def _status(exc: BaseException, packages: set[str]) -> int | None:
         if isinstance(value, int) and 100 <= value <= 599:
             return int(value)
     if "grpc" in packages:
-        return _GRPC.get(str(safe_get(_call(exc, "code"), "name")))
+        return GRPC.get(str(safe_get(_call(exc, "code"), "name")))
     return None
 
 

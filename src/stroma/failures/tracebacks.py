@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any, Final, NamedTuple
 
-__all__ = ["Frame", "Trouble", "frames_of", "read_trouble", "trouble_writer"]
+__all__ = ["FailureSite", "Frame", "failure_site_writer", "frames_of", "read_failure_site"]
 
 _OURS: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _MOST: Final = 20  # frames of each kind that are kept, the innermost ones
@@ -28,7 +28,7 @@ class Frame(NamedTuple):
     source: str
 
 
-class Trouble(NamedTuple):
+class FailureSite(NamedTuple):
     """The site of the failure of an attempt.
 
     Attributes:
@@ -68,7 +68,7 @@ def _libraries() -> tuple[str, ...]:
     return tuple({os.path.realpath(place) + os.sep for place in places})
 
 
-def trouble_writer(error: BaseException) -> Callable[[], bytes]:
+def failure_site_writer(error: BaseException) -> Callable[[], bytes]:
     """Return a function that encodes the origin of an exception; it returns b"" if there is none.
 
     Nothing is read from files before it is asked, and it holds no frame, so that no variable lives on in it.
@@ -104,11 +104,11 @@ def _written(places: Sequence[tuple[CodeType, int]]) -> bytes:
     return json.dumps(frames).encode()
 
 
-def read_trouble(data: bytes, attempt: int, started_ns: int) -> Trouble | None:
+def read_failure_site(data: bytes, attempt: int, started_ns: int) -> FailureSite | None:
     """Decode a failure site; None for other data."""
     try:
         own, others = json.loads(data)
-        return Trouble(attempt, started_ns, _frames(own), _frames(others))
+        return FailureSite(attempt, started_ns, _frames(own), _frames(others))
     except (ValueError, TypeError):
         return None
 

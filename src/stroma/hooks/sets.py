@@ -35,7 +35,7 @@ class MapProgress:
         failed: those that failed while the others go on (``on_item_failure="collect"``).
         restored: those that an earlier process did.
         rate: items per second that this process does, over the last seconds.
-        seconds_left: None if it cannot be told.
+        seconds_left: None if unknown.
         elapsed_seconds: since this process began with the map.
         ended: whether this is the last word of this map.
     """
@@ -60,8 +60,8 @@ class NodeHooks:
     shared budget or an open circuit; 0 seconds where nobody can tell how long. ``on_circuit_change`` gets (run id, host or
     limit, "open", "half_open" or "closed") in the run that changed it. ``on_budget_warning`` names the limit of a shared
     budget "budget:cost" or "budget:tokens".
-    Compose sets with ``a | b`` or a list: starts run first to last, ends last to first. ``on_map_progress`` is told
-    how far a map is: at its begin, at its end, and in between at most five times a second.
+    Compose sets with ``a | b`` or a list: starts run first to last, ends last to first. ``on_map_progress`` gets
+    the progress of a map: at its start, at its end, and in between at most five times a second.
     """
 
     on_node_start: Callable[[str, str, dict[str, Any]], Awaitable[None]] | None = None
@@ -132,12 +132,12 @@ def check_arguments(name: str, func: Any, arguments: Sequence[str]) -> None:
         signature.bind(*arguments)
     except TypeError:
         raise TypeError(
-            f"{name} is called with ({', '.join(arguments)}), and {func!r} takes {signature}; give it these parameters"
+            f"{name} is called with ({', '.join(arguments)}), and {func!r} takes {signature}; define it with these parameters"
         ) from None
 
 
 def _own_signature(func: Any) -> inspect.Signature | None:
-    """Return the signature that a call goes by; None where that cannot be told.
+    """Return the signature that a call goes by; None if unknown.
 
     What a decorator says of the function that it wraps (``__wrapped__``, ``__signature__``) is not how it is called itself.
     """
@@ -190,7 +190,7 @@ def flatten(hooks: NodeHooks | Iterable[NodeHooks] | None) -> tuple[NodeHooks, .
 
 def distinct(sets: Sequence[NodeHooks]) -> list[NodeHooks]:
     """Return the sets of hooks without exporters that feed what an earlier one feeds: each event is counted once."""
-    found: list[NodeHooks] = []
+    counted: list[NodeHooks] = []
     fed: list[object] = []
     for one in sets:
         destination = getattr(getattr(one, "exporter", None), "destination", None)
@@ -198,8 +198,8 @@ def distinct(sets: Sequence[NodeHooks]) -> list[NodeHooks]:
             if destination in fed:
                 continue
             fed.append(destination)
-        found.append(one)
-    return found
+        counted.append(one)
+    return counted
 
 
 class HookError(Exception):
@@ -207,7 +207,7 @@ class HookError(Exception):
 
     Where: out of ``run()``, after everything is committed.
     Cause: a hook raised; the first such exception is the ``__cause__``.
-    Mend: correct the hook, or leave ``hook_errors`` at "isolate": then it is logged and in ``result.hook_errors``.
+    Fix: correct the hook, or leave ``hook_errors`` at "isolate": then it is logged and in ``result.hook_errors``.
     """
 
     def __init__(self, message: str, result: ExecutionResult) -> None:

@@ -68,22 +68,22 @@ def _now() -> float:
 
 
 class Breaker:
-    """A circuit breaker for each provider, shared by all runs of this process that are given this object.
+    """A circuit breaker for each provider, shared by all runs of this process that use this object.
 
-    A circuit is named by the provider's host, as its exceptions tell it; where none does, by the limit of the node
-    (``limit 'llm'``). It is closed until, of at least ``min_calls`` calls of the last ``window_seconds``, a share of
-    ``failure_rate`` has failed: then it is open, and no call is made for ``open_seconds``. After those one call finds
-    out (half-open): if it goes well the circuit is closed, else open once more.
+    The name of a circuit is the provider's host, taken from its exceptions; without one, the limit of the node
+    (``limit 'llm'``). It is closed until a share of ``failure_rate`` of at least ``min_calls`` calls in the last
+    ``window_seconds`` has failed: then it opens, and no call is made for ``open_seconds``. After that one call probes the
+    provider (half-open): the circuit closes if it succeeds, and opens again otherwise.
 
-    What counts as a failure is a provider that cannot be reached, answers too late, is overloaded or broken (5xx).
-    A request that it refuses (400, 401 ...) or wants later (429) shows that it is well. An attempt that meets an open
-    circuit waits: that uses up none of its retries, which are for calls that were made.
+    A provider that cannot be reached, times out, is overloaded or has an internal error (5xx) counts as a failure.
+    A refused request (400, 401 ...) and a rate limit (429) count as successes, since the provider works. An attempt waits
+    while the circuit is open; this uses none of its retries.
 
     Attributes:
-        failure_rate: 0 to 1, above 0.
-        max_wait_seconds: for how long an attempt waits; then its run ends as PARTIAL. 0: not at all. None: without end.
+        failure_rate: above 0, at most 1.
+        max_wait_seconds: maximum wait of an attempt; then its run ends as PARTIAL. 0: no wait. None: no maximum.
 
-    Raises ValueError for a wrong figure.
+    Raises ValueError for an invalid value.
     """
 
     def __init__(
@@ -139,16 +139,16 @@ class Breaker:
             circuit = self._circuits.get(key)
             if circuit is None or circuit.state == "closed":
                 return Entry()
-            left = circuit.opened + self.open_seconds - self._clock()
-            if circuit.state == "open" and left > 0:
-                return Entry(left)
+            wait_seconds = circuit.opened + self.open_seconds - self._clock()
+            if circuit.state == "open" and wait_seconds > 0:
+                return Entry(wait_seconds)
             if circuit.probing:
                 return Entry(0.0)
             changed: CircuitState | None = "half_open" if circuit.state == "open" else None
             circuit.state, circuit.probing = "half_open", True
             return Entry(probe=True, changed=changed)
 
-    def leave(self, key: str | None, went_well: bool | None, *, probe: bool) -> CircuitState | None:
+    def leave(self, key: str | None, succeeded: bool | None, *, probe: bool) -> CircuitState | None:
         """Count a call; None: it says nothing about the provider. Returns the new state of the circuit, if it changed."""
         if key is None:
             return None
@@ -157,20 +157,20 @@ class Breaker:
             now = self._clock()
             if probe:
                 circuit.probing = False
-                if went_well is None or circuit.state != "half_open":
+                if succeeded is None or circuit.state != "half_open":
                     return None
                 circuit.calls.clear()
                 circuit.failed = 0
-                circuit.state, circuit.opened = ("closed", 0.0) if went_well else ("open", now)
+                circuit.state, circuit.opened = ("closed", 0.0) if succeeded else ("open", now)
                 return circuit.state
-            if went_well is None or circuit.state != "closed":  # It began before the circuit opened.
+            if succeeded is None or circuit.state != "closed":  # It began before the circuit opened.
                 return None
-            circuit.calls.append((now, went_well))
-            circuit.failed += not went_well
+            circuit.calls.append((now, succeeded))
+            circuit.failed += not succeeded
             while circuit.calls[0][0] <= now - self.window_seconds:
                 circuit.failed -= not circuit.calls.popleft()[1]
             if (
-                went_well
+                succeeded
                 or len(circuit.calls) < self.min_calls
                 or circuit.failed < self.failure_rate * len(circuit.calls)
             ):
@@ -202,15 +202,15 @@ def host_of(error: BaseException) -> str | None:
 
     Reads its causes too: SDKs wrap the exceptions of their HTTP client.
     """
-    seen: BaseException | None = error
+    cause: BaseException | None = error
     for _ in range(4):
-        if seen is None:
+        if cause is None:
             return None
-        for candidate in _host_candidates(seen):
+        for candidate in _host_candidates(cause):
             host = _host(candidate)
             if host is not None:
                 return host
-        seen = seen.__cause__ or seen.__context__
+        cause = cause.__cause__ or cause.__context__
     return None
 
 

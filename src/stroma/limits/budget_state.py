@@ -111,14 +111,14 @@ class CallUsage(NamedTuple):
     """Usage of a call that has ended.
 
     Attributes:
-        known: the call was reserved: if there is no reservation any more, it is counted already.
+        was_reserved: the call was reserved: if there is no reservation any more, it is counted already.
         learns: the usage counts for the estimate of the next call.
     """
 
     token: str
     node: str
     took: tuple[int, int]
-    known: bool = True
+    was_reserved: bool = True
     learns: bool = True
 
 
@@ -130,7 +130,7 @@ class Refusal(NamedTuple):
     limit: int
     spent: int
     reserved: int
-    asked: int
+    requested: int
     ends_ms: int | None
     waits: bool
 
@@ -173,11 +173,11 @@ class _BudgetCell:
     start: int
     spent: list[int] = field(default_factory=lambda: [0, 0])
     #: By node id: usage in this window.
-    by: dict[str, list[int]] = field(default_factory=dict)
+    by_node: dict[str, list[int]] = field(default_factory=dict)
     #: By token: [until, node, cost, tokens, place].
     holds: dict[str, list[Any]] = field(default_factory=dict)
     #: By dimension and node id: usage of recent calls.
-    seen: list[dict[str, list[int]]] = field(default_factory=lambda: [{}, {}])
+    recent: list[dict[str, list[int]]] = field(default_factory=lambda: [{}, {}])
     warned: list[str] = field(default_factory=list)
 
     def pack_state(self) -> bytes:
@@ -207,7 +207,7 @@ def _roll_window(state: _BudgetCell, now: int) -> None:
     """Start the next window if the current one has ended."""
     start = window(state.per, now)[0]
     if start > state.start:
-        state.start, state.spent, state.by, state.warned = start, [0, 0], {}, []
+        state.start, state.spent, state.by_node, state.warned = start, [0, 0], {}, []
     elif state.start - now > _SET_BACK_MS:
         # The clock was far ahead. The usage stays; do not wait for a window in the far future.
         state.start = start
@@ -243,22 +243,25 @@ def reserve(
     ) -> tuple[bytes | None, Refusal | UnsettledCalls | tuple[int, int]]:
         state = _open(data, now, terms)
         if request.token in state.holds:  # Reserved by an earlier try whose answer was lost.
-            held = state.holds[request.token]
-            return None, (held[2], held[3])
+            hold = state.holds[request.token]
+            return None, (hold[2], hold[3])
         if request.place is not None:
             address = request.place.address
-            left = _select_calls(state, lambda hold, at: at.address == address and not is_live(hold, now))
-            if new := {token: call for token, call in left.items() if token not in request.not_in_journal}:
-                return None, UnsettledCalls(new)
+            expired = _select_calls(state, lambda hold, at: at.address == address and not is_live(hold, now))
+            unsettled = {
+                token: call for token, call in expired.items() if token not in request.not_in_journal
+            }
+            if unsettled:
+                return None, UnsettledCalls(unsettled)
         amounts = [0, 0]
         for i in (0, 1):
             bounds = _bounds(state, terms, request.node, i, now)
             if not bounds:
                 continue
             lowest = min(limit for limit, *_ in bounds)
-            amount = estimate_usage(state.seen[i], request.node, request.declared[i], lowest)
+            amount = estimate_usage(state.recent[i], request.node, request.declared[i], lowest)
             if amount is None:
-                # Without an estimate, reserve all that is left, so that no other call begins beside the first one.
+                # Without an estimate, reserve the rest, so that no other call begins at the same time.
                 amount = max(1, min(limit - spent - reserved for limit, spent, reserved, _ in bounds))
             for limit, spent, reserved, capped in bounds:
                 # A call that uses nothing need not wait for reservations.
@@ -310,7 +313,7 @@ def _bounds(
     if limit is not None:
         bounds.append((limit, state.spent[i], state.reserved(i, now), False))
     if cap is not None:
-        bounds.append((cap, state.by.get(node, [0, 0])[i], state.reserved(i, now, node), True))
+        bounds.append((cap, state.by_node.get(node, [0, 0])[i], state.reserved(i, now, node), True))
     return bounds
 
 
@@ -325,15 +328,15 @@ def settle(
 
     def change(data: bytes | None, now: int) -> tuple[bytes | None, list[tuple[str, int, int]]]:
         state = _open(data, now, terms)
-        for token, node, took, known, learns in spends:
-            if state.holds.pop(token, None) is None and known:
+        for token, node, took, was_reserved, learns in spends:
+            if state.holds.pop(token, None) is None and was_reserved:
                 continue
-            totals = state.by.setdefault(node, [0, 0])
+            totals = state.by_node.setdefault(node, [0, 0])
             for i, amount in enumerate(took):
                 state.spent[i] += amount
                 totals[i] += amount
                 if learns:
-                    remember_usage(state.seen[i], node, amount)
+                    remember_usage(state.recent[i], node, amount)
         due = []
         for name, used, limit in zip(_DIMENSIONS, state.spent, terms.limits, strict=True):
             if limit is not None and name not in state.warned and used * _WARN_AT[1] >= limit * _WARN_AT[0]:
@@ -352,8 +355,8 @@ def release(name: str, tokens: Iterable[str]) -> Callable[[bytes | None, int], t
         state = _read(data, name)
         if state is None:
             return None, None
-        held = [token for token in tokens if state.holds.pop(token, None) is not None]
-        return (state.pack_state() if held else None), None
+        released = [token for token in tokens if state.holds.pop(token, None) is not None]
+        return (state.pack_state() if released else None), None
 
     return change
 
@@ -379,5 +382,5 @@ def read_account(name: str, data: bytes | None, now: int) -> BudgetAccount | Non
         sum(is_live(hold, now) for hold in state.holds.values()),
         None if state.per is None else state.start,
         state.ends_ms(),
-        {node: (took[0], took[1]) for node, took in sorted(state.by.items())},
+        {node: (took[0], took[1]) for node, took in sorted(state.by_node.items())},
     )

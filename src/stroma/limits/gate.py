@@ -109,8 +109,9 @@ class Gate(ABC):
         queue = self._queues.get(loop)
         if queue is None:
             # A used queue references its loop: remove those of closed loops here.
-            for closed in [known for known in list(self._queues) if known.is_closed()]:
-                self._queues.pop(closed, None)
+            for other in list(self._queues):
+                if other.is_closed():
+                    self._queues.pop(other, None)
             queue = self._queues[loop] = WaitQueue()
         return queue
 
@@ -156,7 +157,9 @@ class Gate(ABC):
         """
 
     @abstractmethod
-    async def left(self, node_id: str, token: str, used: AttemptUsage, *, began: bool, learns: bool) -> Any:
+    async def count_call(
+        self, node_id: str, token: str, used: AttemptUsage, *, began: bool, learns: bool
+    ) -> Any:
         """Count what an admitted call used. Raises StoreError."""
 
     def charge(self, node_id: str, token: str, took: tuple[int, int], *, learns: bool) -> Change[Any] | None:
@@ -166,8 +169,8 @@ class Gate(ABC):
         """
         return None
 
-    def charged(self, token: str, answer: Any) -> Any:
-        """Return the same as :meth:`left`, for a call that a charge has counted. Raises StoreError."""
+    def finish_charge(self, token: str, answer: Any) -> Any:
+        """Return the same as :meth:`count_call`, for a call that a charge has counted. Raises StoreError."""
         raise NotImplementedError
 
     @abstractmethod

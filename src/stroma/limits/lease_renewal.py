@@ -32,7 +32,7 @@ class ReservationRenewer:
     """Renews the reservations of the calls of this process."""
 
     def __init__(self) -> None:
-        self._held: dict[str, _Hold] = {}
+        self._holds: dict[str, _Hold] = {}
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._running = False
@@ -42,7 +42,7 @@ class ReservationRenewer:
         seconds = lease_seconds / _RENEWALS_PER_LEASE
         due = time.monotonic() + seconds
         with self._lock:
-            self._held[token] = _Hold(seconds, renew, due)
+            self._holds[token] = _Hold(seconds, renew, due)
             if not self._running:
                 self._running = True
                 threading.Thread(target=self._work, name="stroma-holds", daemon=True).start()
@@ -51,7 +51,7 @@ class ReservationRenewer:
 
     def remove(self, token: str) -> None:
         with self._lock:
-            self._held.pop(token, None)
+            self._holds.pop(token, None)
 
     def _work(self) -> None:
         while True:
@@ -59,7 +59,7 @@ class ReservationRenewer:
             woken = self._wake.wait(max(0.0, self._sleeps_until - time.monotonic()))
             if idle and not woken:
                 with self._lock:
-                    if not self._held:
+                    if not self._holds:
                         self._running = False
                         return
 
@@ -69,12 +69,12 @@ class ReservationRenewer:
         due: dict[Renew, list[str]] = {}
         with self._lock:
             self._wake.clear()
-            for token, hold in self._held.items():
+            for token, hold in self._holds.items():
                 if hold.due <= now:
                     hold.due = now + hold.seconds
                     due.setdefault(hold.renew, []).append(token)
-            self._sleeps_until = min((hold.due for hold in self._held.values()), default=now + _IDLE_SECONDS)
-            idle = not self._held
+            self._sleeps_until = min((hold.due for hold in self._holds.values()), default=now + _IDLE_SECONDS)
+            idle = not self._holds
         for renew, tokens in due.items():
             try:
                 renew(tokens)

@@ -116,7 +116,9 @@ class RateGate(Gate):
             self.renew_lease(token)
         return answer
 
-    async def left(self, node_id: str, token: str, used: AttemptUsage, *, began: bool, learns: bool) -> Any:
+    async def count_call(
+        self, node_id: str, token: str, used: AttemptUsage, *, began: bool, learns: bool
+    ) -> Any:
         if self._records_end:
             self.release(token)
             took = used.tokens

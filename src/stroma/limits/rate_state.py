@@ -49,7 +49,7 @@ class _RateCell:
     slots: list[list[int]] = field(default_factory=list)
     #: By token: [until, node, second, tokens].
     holds: dict[str, list[Any]] = field(default_factory=dict)
-    seen: dict[str, list[int]] = field(default_factory=dict)
+    recent: dict[str, list[int]] = field(default_factory=dict)
 
     def pack_state(self) -> bytes:
         return pack_state(vars(self), _FORMAT)
@@ -61,12 +61,12 @@ class _RateCell:
 
     def until_fits(self, column: int, limit: int, more: int, now: int) -> int | None:
         """Return the milliseconds until there is room; None if there is room now."""
-        over = sum(slot[column] for slot in self.slots) + more - limit
-        if over <= 0:
+        excess = sum(slot[column] for slot in self.slots) + more - limit
+        if excess <= 0:
             return None
         for slot in self.slots:
-            over -= slot[column]
-            if over <= 0:
+            excess -= slot[column]
+            if excess <= 0:
                 return max(1, (slot[0] + _WINDOW_SECONDS) * 1000 - now)
         return 1000
 
@@ -93,19 +93,19 @@ def acquire(
             state.slots = []  # The clock was far ahead: do not wait for it.
         state.slots = [slot for slot in state.slots if (slot[0] + _WINDOW_SECONDS) * 1000 > now]
         prune_holds(state.holds, now)
-        known = 0 if rates.tokens is None else estimate_usage(state.seen, node, declared, rates.tokens)
-        if rates.tokens is not None and known is not None and known > rates.tokens:
+        estimate = 0 if rates.tokens is None else estimate_usage(state.recent, node, declared, rates.tokens)
+        if rates.tokens is not None and estimate is not None and estimate > rates.tokens:
             # Report it once: smaller calls must not be refused because of earlier ones.
-            state.seen.pop(node, None)
-            return state.pack_state(), TooLarge(known)
+            state.recent.pop(node, None)
+            return state.pack_state(), TooLarge(estimate)
         waits: list[tuple[int, str]] = []
         if rates.requests is not None:
             ms = state.until_fits(1, rates.requests, 1, now)
             if ms is not None:
                 waits.append((ms, "requests_per_minute"))
-        needed = known or 0
+        needed = estimate or 0
         if rates.tokens is not None:
-            if known is None:  # The first call of a node reserves the rest of the minute.
+            if estimate is None:  # The first call of a node reserves the rest of the minute.
                 needed = max(1, rates.tokens - sum(slot[2] for slot in state.slots))
             ms = state.until_fits(2, rates.tokens, needed, now)
             if ms is not None:
@@ -142,7 +142,7 @@ def release_call(
                 slot[2] = max(0, slot[2] - hold[3]) + (took or 0)
                 slot[1] = max(0, slot[1] - (not began))
         if learns and took is not None:
-            remember_usage(state.seen, hold[1], took)
+            remember_usage(state.recent, hold[1], took)
         return state.pack_state(), None
 
     return change

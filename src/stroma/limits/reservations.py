@@ -96,13 +96,15 @@ def prune_holds(holds: dict[str, list[Any]], now: int) -> None:
         del holds[token]
 
 
-def estimate_usage(seen: Mapping[str, list[int]], node: str, declared: int | None, limit: int) -> int | None:
+def estimate_usage(
+    usages: Mapping[str, list[int]], node: str, declared: int | None, limit: int
+) -> int | None:
     """Return what a call of a node may use: the maximum of the declared and the recent usage; None if unknown.
 
     One recent call above the limit does not block all later ones: they reserve the limit, unless every recent call was
     above it.
     """
-    recent = seen.get(node)
+    recent = usages.get(node)
     if not recent:
         return declared
     highest = max(recent)
@@ -111,6 +113,6 @@ def estimate_usage(seen: Mapping[str, list[int]], node: str, declared: int | Non
     return highest if declared is None else max(declared, highest)
 
 
-def remember_usage(seen: dict[str, list[int]], node: str, took: int) -> None:
-    """Store the usage of a call."""
-    seen[node] = [*seen.get(node, ())[-RECENT_CALLS + 1 :], took]
+def remember_usage(usages: dict[str, list[int]], node: str, took: int) -> None:
+    """Add the usage of a call to the recent ones of its node."""
+    usages[node] = [*usages.get(node, ())[-RECENT_CALLS + 1 :], took]

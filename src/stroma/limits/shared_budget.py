@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from stroma.checkpoint.cells import CellStore, Change
 from stroma.checkpoint.errors import StoreError
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from stroma.checkpoint.protocols import Session
     from stroma.trace.events import AttemptUsage
 
-__all__ = ["BudgetState", "SharedBudget", "caller_of", "check_budgets", "read_budget"]
+__all__ = ["AttemptPlace", "BudgetState", "SharedBudget", "caller_of", "check_budgets", "read_budget"]
 
 _MIN_LEASE_SECONDS = 0.1
 
@@ -80,32 +80,32 @@ class BudgetState:
 
 
 class SharedBudget(Gate):
-    """A budget that all runs with its name share: in this process, or, with a ``store``, in all that use that store.
+    """A budget that all runs share by its name: in this process, or, with a ``store``, in all processes that use the store.
 
-    Before each attempt it reserves what the call may take, and after it counts what the call took; a call for which
-    there is no room is not made, and its run ends as PARTIAL, as with a run's own budget. So no more is ever spent than
-    the limit, and what calls in flight take beyond what was reserved for them.
+    Before each attempt it reserves the usage that the call may have, and afterwards it counts the actual usage. A call that
+    does not fit is not made, and its run ends as PARTIAL, as with the budget of a run. So at most the limit is spent, plus
+    the usage of calls in flight beyond their reservations.
 
     Args:
         name: any legal id.
-        max_cost_usd: the limit of a window in US dollars; this or ``max_tokens``, or both. Exactly at it is within it; 0
-            means spend nothing.
-        max_tokens: the same in tokens.
+        max_cost_usd: limit of a window in US dollars; pass this or ``max_tokens``, or both. Usage equal to the limit is
+            allowed; 0 allows none.
+        max_tokens: limit of a window in tokens.
         per: "minute", "hour", "day" or "month": the window is that unit of the calendar in UTC, by the store's clock.
-            None: it never begins anew.
-        store: what keeps it, or its URL; None: this process. Not a store of the simple protocol.
-        reserve_usd: what one call takes at the least; by node id, if that differs. What calls of the node took lately is
-            reserved where it is more. Of a node that nobody knows anything of, the first call reserves all that is left,
-            so that no other one begins beside it.
+            None: there is one window without an end.
+        store: the store that holds its state, or its URL; None: this process. Not a store of the simple protocol.
+        reserve_usd: minimum reservation of a call, or a mapping by node id. The recent usage of the node counts if it is
+            higher. The first call of a node without either reserves the rest of the budget, so that no other call begins
+            at the same time.
         reserve_tokens: the same in tokens.
         max_cost_usd_by_node: limits of single nodes, in the same window.
         nodes: ids of the nodes that spend from it; None: all.
-        max_wait_seconds: for how long a call waits while what stands in its way is only reserved; None: without end.
-        lease_seconds: for how long a reservation outlives the process that made it. In a living one it is kept up.
+        max_wait_seconds: maximum wait of a call that only reservations prevent; None: no maximum.
+        lease_seconds: time for which a reservation outlives its process. A running process renews it.
         on_store_error: "refuse" makes no call while the store is down; "allow" makes it, and counts it later.
 
-    Raises ValueError for a wrong figure, and where another SharedBudget of that name and store with other limits is in
-    use in this process.
+    Raises ValueError for an invalid value, and if a SharedBudget of the same name and store with other limits is in use in
+    this process.
     """
 
     kind = "budget"
@@ -150,10 +150,7 @@ class SharedBudget(Gate):
         self.max_wait_seconds = optional_seconds("max_wait_seconds", max_wait_seconds)
         if positive_number("lease_seconds", lease_seconds, "seconds") < _MIN_LEASE_SECONDS:
             raise ValueError(f"lease_seconds must be at least {_MIN_LEASE_SECONDS}, got {lease_seconds!r}")
-        self._declared = (
-            {node: _pico(usd) for node, usd in _by_node("reserve_usd", reserve_usd, cost, _an_usd).items()},
-            _by_node("reserve_tokens", reserve_tokens, tokens, positive_int),
-        )
+        self._declared = _declared_estimates(reserve_usd, cost, reserve_tokens, tokens)
         #: Usage that could not be written to the store yet.
         self._unwritten: list[CallUsage] = []
         #: Calls in flight that were admitted while the store was unavailable.
@@ -189,7 +186,7 @@ class SharedBudget(Gate):
     # ------------------------------------------------------------------ the gate
 
     async def ask(self, node_id: str, token: str, caller: Caller | None) -> Wait | Exception | None:
-        declared = [by.get(node_id, by.get("")) for by in self._declared]
+        declared = [estimates.get(node_id, estimates.get("")) for estimates in self._declared]
         # Not for a store in memory: its reservations end with this process.
         place = None if caller is None or self.lease_ms is None else caller.place
         request = CallRequest(
@@ -216,7 +213,7 @@ class SharedBudget(Gate):
             return Wait("reserved", None, self._refusal(answer, node_id))
         return self._refusal(answer, node_id)
 
-    async def left(
+    async def count_call(
         self, node_id: str, token: str, used: AttemptUsage, *, began: bool, learns: bool
     ) -> list[tuple[str, float, float]]:
         """Count what a call used. Returns (dimension, used, limit) of each limit that has reached 80 %. Raises StoreError."""
@@ -261,10 +258,10 @@ class SharedBudget(Gate):
 
         return change
 
-    def charged(
+    def finish_charge(
         self, token: str, answer: list[tuple[str, int, int]] | StoreError
     ) -> list[tuple[str, float, float]]:
-        """Return the same as :meth:`left`, for a call that a charge has counted. Raises StoreError."""
+        """Return the same as :meth:`count_call`, for a call that a charge has counted. Raises StoreError."""
         self.release(token)
         if isinstance(answer, StoreError):
             raise answer
@@ -276,8 +273,8 @@ class SharedBudget(Gate):
         if place is None or self.lease_ms is None:
             return
         data, _ = await asyncio.to_thread(self.store.read_cell, self.cell)
-        look = report_damage(self.label, lambda data, _: unsettled_calls_of(self.name, data, place))
-        await self._count_unsettled(look(data, 0), caller.journal)
+        read = report_damage(self.label, lambda data, _: unsettled_calls_of(self.name, data, place))
+        await self._count_unsettled(read(data, 0), caller.journal)
 
     async def _count_unsettled(self, calls: dict[str, tuple[str, JournalPlace]], journal: Any) -> None:
         spends = await asyncio.to_thread(_read_usages, calls, journal) if calls else []
@@ -302,28 +299,28 @@ class SharedBudget(Gate):
 
     def _spend(self, node_id: str, token: str, used: AttemptUsage, learns: bool) -> CallUsage:
         took = (_pico(used.cost_usd), used.tokens)
-        known = token not in self._unreserved
+        was_reserved = token not in self._unreserved
         self._unreserved.discard(token)
-        return CallUsage(token, node_id, took, known, learns or any(took))
+        return CallUsage(token, node_id, took, was_reserved, learns or any(took))
 
     async def _write_usage(self) -> None:
-        owed, self._unwritten = self._unwritten, []
+        usages, self._unwritten = self._unwritten, []
         try:
-            await self.change(settle(self._budget_terms, owed))
+            await self.change(settle(self._budget_terms, usages))
         except BaseException:
-            self._unwritten = [*owed, *self._unwritten]
+            self._unwritten = [*usages, *self._unwritten]
             raise
-        logger.info("%s: counted %d calls after the store was available again", self.label, len(owed))
+        logger.info("%s: counted %d calls after the store was available again", self.label, len(usages))
 
     def _refusal(self, why: Refusal, node_id: str) -> SharedBudgetExceeded:
         unit = PICO if why.dimension == "cost" else 1
-        figures = (why.limit / unit, why.spent / unit, why.reserved / unit, why.asked / unit)
+        figures = (why.limit / unit, why.spent / unit, why.reserved / unit, why.requested / unit)
         ends = None if why.ends_ms is None else datetime.fromtimestamp(why.ends_ms / 1000, UTC)
         return SharedBudgetExceeded(self.name, why.dimension, *figures, node_id, ends, why.capped)
 
 
 def _read_usages(calls: dict[str, tuple[str, JournalPlace]], journal: Any) -> list[CallUsage]:
-    """Read the usage of calls from a journal; calls that it does not have are left out. Blocking. Raises StoreError."""
+    """Read the usage of calls from a journal; calls that it does not have are skipped. Blocking. Raises StoreError."""
     spends: list[CallUsage] = []
     for token, (node, at) in calls.items():
         attempts = [
@@ -338,76 +335,95 @@ def _read_usages(calls: dict[str, tuple[str, JournalPlace]], journal: Any) -> li
     return spends
 
 
-def caller_of(
-    session: Session, run_id: str, journal: Any, position: int, branch: str, attempt: int, since_ns: int
-) -> Caller:
+class AttemptPlace(NamedTuple):
+    """Place of an attempt in its execution, see JournalPlace. The default is the place of no attempt."""
+
+    position: int = -1
+    branch: str = ""
+    attempt: int = 0
+    since_ns: int = 0
+
+
+def caller_of(session: Session, run_id: str, journal: Any, at: AttemptPlace) -> Caller:
     """Return the caller of a gate for an attempt of a run."""
     place = None
     if session.address:
-        at = (session.execution, session.epoch, position, branch, attempt, since_ns)
-        place = JournalPlace(session.address, run_id, *at)
+        place = JournalPlace(session.address, run_id, session.execution, session.epoch, *at)
     return Caller(place, journal)
 
 
-def check_budgets(given: Any) -> tuple[SharedBudget, ...]:
-    """The budgets of a run, in an order that is the same for everybody. Raises ValueError for what are none."""
-    budgets = (given,) if isinstance(given, SharedBudget) else given
+def check_budgets(value: Any) -> tuple[SharedBudget, ...]:
+    """Return the budgets of a run, in the same order in every process. Raises ValueError for any other value."""
+    budgets = (value,) if isinstance(value, SharedBudget) else value
     if not isinstance(budgets, Sequence) or not all(isinstance(one, SharedBudget) for one in budgets):
-        raise ValueError(f"shared_budgets is {shown(given)}; give a SharedBudget(...), or a list of them")
+        raise ValueError(f"shared_budgets must be a SharedBudget or a list of them, got {shown(value)}")
     if len({one.name for one in budgets}) < len(budgets):
-        raise ValueError("shared_budgets has two of one name; give each a name of its own")
+        raise ValueError("shared_budgets must not have two budgets of one name; rename one of them")
     return tuple(sorted(budgets, key=lambda one: one.name))
 
 
 def read_budget(store: Any, name: str) -> BudgetState | None:
-    """A shared budget as a store has it; None if there is none. Blocking. Raises ValueError for a name, StoreError."""
+    """Return the state of a shared budget in a store; None if it does not exist.
+
+    Blocking. Raises ValueError for an illegal name, StoreError.
+    """
     data, now = store.read_cell(f"{SharedBudget.kind}:{check_id(name, 'name of a budget')}")
-    look = report_damage(f"budget {name!r}", lambda data, now: read_account(name, data, now))
-    found: BudgetAccount | None = look(data, now)
-    if found is None:
+    read = report_damage(f"budget {name!r}", lambda data, now: read_account(name, data, now))
+    account: BudgetAccount | None = read(data, now)
+    if account is None:
         return None
-    cost, tokens = found.limits
+    cost, tokens = account.limits
     times = [
         None if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
-        for ms in (found.start_ms, found.ends_ms)
+        for ms in (account.start_ms, account.ends_ms)
     ]
     return BudgetState(
         name,
-        found.per,
+        account.per,
         None if cost is None else _usd(cost),
         tokens,
-        _usd(found.spent[0]),
-        found.spent[1],
-        _usd(found.reserved[0]),
-        found.reserved[1],
-        found.calls,
+        _usd(account.spent[0]),
+        account.spent[1],
+        _usd(account.reserved[0]),
+        account.reserved[1],
+        account.calls,
         times[0],
         times[1],
-        {node: (_usd(took[0]), took[1]) for node, took in found.by_node.items()},
+        {node: (_usd(took[0]), took[1]) for node, took in account.by_node.items()},
     )
 
 
-def _an_usd(name: str, value: object) -> float:
+def _positive_usd(name: str, value: object) -> float:
     return positive_number(name, value, "US dollars")
 
 
-def _by_node(name: str, given: Any, limit: float | None, checked: Any) -> dict[str, Any]:
-    """Return the declared estimates by node id, and under "" those of all other nodes. Raises ValueError."""
-    if given is None:
+def _declared_estimates(
+    usd: Any, max_cost_usd: float | None, tokens: Any, max_tokens: int | None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the declared estimates by node id, in pico-dollars and in tokens. Raises ValueError."""
+    costs = _estimates_by_node("reserve_usd", usd, max_cost_usd, _positive_usd)
+    return (
+        {node: _pico(cost) for node, cost in costs.items()},
+        _estimates_by_node("reserve_tokens", tokens, max_tokens, positive_int),
+    )
+
+
+def _estimates_by_node(name: str, value: Any, limit: float | None, check: Any) -> dict[str, Any]:
+    """Return the declared estimates by node id, and under "" that of all other nodes. Raises ValueError."""
+    if value is None:
         return {}
     if limit is None:
-        raise ValueError(f"{name} is of no use without a limit on the same; give that, or leave {name} out")
-    if not isinstance(given, Mapping):
-        given = {"": given}
-    found: dict[str, Any] = {}
-    for node, value in given.items():
+        raise ValueError(f"{name} needs a limit in the same unit; pass both, or neither")
+    by_node = value if isinstance(value, Mapping) else {"": value}
+    estimates: dict[str, Any] = {}
+    for node, estimate in by_node.items():
         what = f"{name}[{node!r}]" if node else name
-        found[node] = checked(what, value)
-        if found[node] > limit > 0:
+        estimates[node] = check(what, estimate)
+        if estimates[node] > limit > 0:
             raise ValueError(
-                f"{what} is {shown(value)}, more than the whole budget of {limit:.12g}; no call could be made"
+                f"{what} must be at most the budget of {limit:.12g}, got {shown(estimate)}; no call could be made"
             )
-    return found
+    return estimates
 
 
 def _pico(usd: float) -> int:

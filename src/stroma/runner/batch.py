@@ -8,10 +8,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from stroma.checkpoint import RunBusy, RunExists
 from stroma.engine.tasks import gather
 from stroma.trace.result import ExecutionResult
 
-__all__ = ["Batch", "outcome_of"]
+__all__ = ["Batch"]
 
 
 class Batch:
@@ -50,15 +51,32 @@ class Batch:
 
         async def run_one(number: int, state: BaseModel) -> None:
             options = {} if run_ids is None else {"run_id": run_ids(number, state)}
-            outcomes[number] = await outcome_of(run(state, **options))
+            outcomes[number] = await _outcome_of(run(state, **options))
             if on_result is not None:
                 on_result(number, outcomes[number])
 
         await self.run_all((run_one(number, state) for number, state in enumerate(inputs)), max_concurrency)
         return [outcomes[number] for number in sorted(outcomes)]
 
+    async def recover_each(
+        self,
+        resume: Callable[[str], Coroutine[Any, Any, ExecutionResult]],
+        run_ids: Iterable[str],
+        max_concurrency: int,
+    ) -> dict[str, ExecutionResult | Exception]:
+        """Resume each run; return the outcomes by run id, without those of runs that another process recovered first."""
+        outcomes: dict[str, ExecutionResult | Exception] = {}
 
-async def outcome_of(run: Coroutine[Any, Any, ExecutionResult]) -> ExecutionResult | Exception:
+        async def recover_one(run_id: str) -> None:
+            outcome = await _outcome_of(resume(run_id))
+            if not isinstance(outcome, (RunBusy, RunExists)):
+                outcomes[run_id] = outcome
+
+        await self.run_all((recover_one(run_id) for run_id in run_ids), max_concurrency)
+        return outcomes
+
+
+async def _outcome_of(run: Coroutine[Any, Any, ExecutionResult]) -> ExecutionResult | Exception:
     """Return the result of a run, or the exception that it raised."""
     try:
         return await run

@@ -10,16 +10,16 @@ from stroma.checkpoint.identity import child_indexes, is_called
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.restore import check_place, read_output
 
-__all__ = ["Change", "changes_since"]
+__all__ = ["Incompatibility", "changes_since"]
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class Incompatibility:
     """A reason that an output of a run cannot be restored. ``at``: its position, and its place in groups: "2", "2.0"."""
 
     at: str
@@ -33,24 +33,24 @@ def changes_since(
     nodes: Sequence[Node | Group],
     registry: ContractRegistry,
     config: RunConfig | None = None,
-) -> list[Change]:
+) -> list[Incompatibility]:
     """Return the changes that prevent a resume of committed outputs by (position, branch).
 
     Decides as a resume does. Nothing is written, and no user code is called but validators and upcasts.
     """
     config = (config or RunConfig()).model_copy(update={"run_id": run_id})
     ctx = ReliabilityContext.for_run(config, registry, CheckpointManager(InMemoryStore()))
-    changes: list[Change] = []
+    changes: list[Incompatibility] = []
     for (position, branch), committed in sorted(commits.items()):
         at = f"{position}.{branch}" if branch else str(position)
         try:
             check_place(ctx, nodes, committed, position, branch)
             _read(ctx, nodes, committed, position, branch)
         except PipelineChanged as error:
-            changes.append(Change(at, committed.node_id, str(error)))
+            changes.append(Incompatibility(at, committed.node_id, str(error)))
         except Exception as error:  # A validator or an upcast may raise anything.
             changes.append(
-                Change(
+                Incompatibility(
                     at, committed.node_id,
                     f"the output of node {committed.node_id!r} cannot be read back: {type(error).__name__}: {error}; "
                     "restore its schema, add an upcast to the contract, or resume from there to run it again",
@@ -75,6 +75,6 @@ def _read(
     if isinstance(node, Group) or committed.is_failed_item:
         return
     contract = ctx.contract_of(node)
-    schema = schema_of(Kept if contract is None else contract.output_schema)
+    schema = schema_of(UntypedState if contract is None else contract.output_schema)
     changed = committed.contract.partition(":")[0] != schema.fingerprint
     read_output(schema, committed, contract.upcast if changed and contract is not None else None)

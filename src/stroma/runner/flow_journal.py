@@ -184,6 +184,6 @@ def given_of(recorded: Recorded) -> bytes | None:
     """Return the recorded input of a call in stored form; None if there is none."""
     data = recorded.data
     if isinstance(data, Committed):
-        return None if data.step is None else data.step.given
+        return None if data.step is None else data.step.input_key
     given = data.get("given") if isinstance(data, dict) else None
     return None if given is None else str(given).encode()

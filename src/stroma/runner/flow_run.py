@@ -20,7 +20,7 @@ from stroma.contracts.contract import ContractViolation, as_violation, output_vi
 from stroma.contracts.node import FlowNode, Group, Node, held_by
 from stroma.contracts.schema import Schema, Snapshot, schema_of
 from stroma.cost.budget import BudgetExceeded
-from stroma.engine.attempt import Attempt
+from stroma.engine.attempt import NodeAttempt
 from stroma.engine.commit import failed_of, record, settle
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
@@ -151,6 +151,7 @@ class FlowDriver:
             self.closing = True
             self.waits.close()
             await self._tear_down(self.body)
+            _retrieve(self.body)
         body, stopping = self.body, self.stopping
         self.body = None
         if not body.done():  # It goes on, and can do nothing: each of its calls raises FlowClosed.
@@ -419,9 +420,8 @@ class FlowRun:
         self.branch = branch
         self.prefix = f"{branch}." if branch else ""
         above: NodeExecution | None = None if parent is None else parent.execution
-        rows = ctx.trace.rows
         # Without an id: its steps are at the top level of the run, and of no group.
-        self.execution = NodeExecution(ctx, None, "group", position, branch, rows, above)  # type: ignore[arg-type]
+        self.execution = NodeExecution(ctx, None, "group", position, branch, above)  # type: ignore[arg-type]
         self.execution.attempt = 1
         self.execution.remembers = False
         self.path: tuple[str, ...] = (*(() if parent is None else parent.path), node.node_id)
@@ -445,7 +445,7 @@ class FlowRun:
         limit = node.max_concurrency
         self.gate = None if limit is None else asyncio.Semaphore(limit)
         self.stores_inputs = ctx.session.stores_inputs
-        self.attempt = Attempt(ctx)
+        self.attempt = NodeAttempt(ctx)
         self.attempt.begin = 0
         #: Its steps need neither limits nor the attempts of earlier processes.
         self.is_plain = not (
@@ -497,7 +497,9 @@ class FlowRun:
         cancelled = False
         while tasks:
             try:
-                _, tasks = await asyncio.wait(tasks)
+                ended, tasks = await asyncio.wait(tasks)
+                for task in ended:
+                    _retrieve(task)
             except asyncio.CancelledError:
                 cancelled = True
         if cancelled:
@@ -600,9 +602,7 @@ class FlowRun:
             ):
                 # What _execute() does, without its coroutines and what most steps do not need: 10 us in place of 18.
                 ctx, attempt = driver.ctx, self.attempt
-                run = NodeExecution(
-                    ctx, node.node_id, "node", self.position, self.prefix + identity, ctx.trace.rows, None
-                )
+                run = NodeExecution(ctx, node.node_id, "node", self.position, self.prefix + identity)
                 plan = plan_of(ctx, run, node, state, None)
                 run.step = _CALL if given is None else StepCall(OF_FLOW, given)
                 run.attempt = 1
@@ -859,6 +859,12 @@ class FlowRun:
 
 
 # ---------------------------------------------------------------------- helpers
+
+
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Look at the exception of a task that ended in a tear-down, so that asyncio does not log it as lost."""
+    if task.done() and not task.cancelled():
+        task.exception()
 
 
 def _end_of(error: BaseException, node: Node | Group) -> Halt | BaseException:

@@ -31,6 +31,7 @@ def now_ms() -> int:
 
 
 def text_of_time(ms: int) -> str:
+    """Return a time as it is shown: ISO 8601, in UTC."""
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds")
 
 

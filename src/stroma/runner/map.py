@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
-from time import monotonic, perf_counter_ns
+from time import perf_counter_ns
 from typing import Any, Final, cast
 
 from pydantic import BaseModel
@@ -28,8 +27,8 @@ from stroma.engine.tasks import TaskPool
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import ItemFailure
 from stroma.failures.failure import Failure, text_of
-from stroma.hooks.sets import MapProgress
 from stroma.runner.items import Item, LinesFile, Source
+from stroma.runner.map_progress import ProgressReporter
 from stroma.runner.states import item_state
 from stroma.trace.events import AttemptRow, BoundedRows, Outcome
 
@@ -40,8 +39,6 @@ DEFAULT_CONCURRENCY: Final = 64
 #: Events in the trace of a map that keeps no outputs, and as many failures after those.
 _MAX_EVENTS: Final = 1000
 _PAGE_ITEMS: Final = 200  # that are looked up in the journal at once
-_PROGRESS_SECONDS: Final = 0.2
-_RATE_SECONDS: Final = 15  # over which the rate of a progress report is measured
 
 
 class MapRun:
@@ -67,7 +64,7 @@ class MapRun:
         self._pool = TaskPool(group.max_concurrency)
         self._stopped: Halt | None = None
         self._suspended: Halt | None = None
-        self._progress = _ProgressReporter(ctx, execution, source)
+        self._progress = ProgressReporter(ctx, execution, source)
         self._may_have_committed = ctx.session.continued or execution.attempt > 1
         keeps_outputs = bool(group.output_field)
         self.outputs: dict[int, BaseModel] | None = {} if keeps_outputs else None
@@ -121,11 +118,11 @@ class MapRun:
     async def _start_items(self) -> None:
         async with contextlib.aclosing(self._source.pages()) as pages:
             async for page in pages:
-                found = await self._find_committed(page) if self._may_have_committed else {}
+                committed = await self._find_committed(page) if self._may_have_committed else {}
                 for item in page:
                     self.count = item.index + 1
-                    if item.index in found:
-                        await self._restore(item, found[item.index])
+                    if item.index in committed:
+                        await self._restore(item, committed[item.index])
                         continue
                     await self._pool.wait_for_room()
                     if self._has_stopped:
@@ -133,7 +130,7 @@ class MapRun:
                     await self._start(item)
                 if self._may_have_committed and self._source.page < _PAGE_ITEMS:
                     self._source.page = (
-                        min(_PAGE_ITEMS, 2 * self._source.page) if len(found) == len(page) else 1
+                        min(_PAGE_ITEMS, 2 * self._source.page) if len(committed) == len(page) else 1
                     )
         if not self._may_have_committed or self.outputs is not None:
             return
@@ -259,7 +256,8 @@ class MapRun:
         elif self.outputs is None and isinstance(self._child, Node) and ctx.fire.on_node_skipped is None:
             # No hook receives the output, and write() reads it later: checking its contract is enough.
             schema = output_schema(ctx, self._child, None)
-            check_committed(ctx, self._child, schema, committed, *at, self._execution.node_id)
+            place = Place(*at, parent=self._execution)
+            check_committed(ctx, self._child, schema, committed, place)
             await self._progress.count_item(restored=True)
         elif item.error is None:
             self._restored[at] = committed
@@ -277,35 +275,38 @@ class MapRun:
         """Return the committed outputs of a page by index, without those to be run again. Raises PipelineChanged."""
         ctx, position = self._ctx, self._execution.position
         if self.outputs is None:
-            found = await self._load_committed([item.index for item in page])
+            by_index = await self._load_committed([item.index for item in page])
         else:
-            found = {
+            by_index = {
                 item.index: ctx.restored[position, self._branch(item.index)]
                 for item in page
                 if (position, self._branch(item.index)) in ctx.restored
             }
         for item in page:
-            committed = found.get(item.index)
+            committed = by_index.get(item.index)
             if committed is None:
                 continue
             self._check_same(item.index, item.checksum, committed)
             if committed.is_failed_item and (not self._collects_failures or ctx.config.retry_failed_items):
-                del found[item.index]
+                del by_index[item.index]
                 self._restored.pop((position, self._branch(item.index)), None)
-        return found
+        return by_index
 
     async def _load_committed(self, indexes: Sequence[int]) -> dict[int, Committed]:
         """Return the committed outputs of items by index, and restore those of the nodes inside unfinished items."""
         position = self._execution.position
         branches = {self._branch(index): index for index in indexes}
-        found = await self._read_journal(list(branches))
+        by_branch = await self._read_journal(list(branches))
         inside = [
-            f"{branch}.{rest}" for branch in branches if branch not in found for rest in self._inner_branches
+            f"{branch}.{rest}"
+            for branch in branches
+            if branch not in by_branch
+            for rest in self._inner_branches
         ]
         if inside:
             for branch, committed in (await self._read_journal(inside)).items():
                 self._restored[position, branch] = committed
-        return {branches[branch]: committed for branch, committed in found.items()}
+        return {branches[branch]: committed for branch, committed in by_branch.items()}
 
     async def _read_journal(self, branches: Sequence[str]) -> Mapping[str, Committed]:
         pending = self._ctx.session.committed(self._execution.position, branches)
@@ -328,14 +329,14 @@ class MapRun:
         if checksum is None or not checksum.startswith(b"item of "):
             return
         for start in range(0, total, _PAGE_ITEMS):
-            found = await self._load_committed(range(start, min(total, start + _PAGE_ITEMS)))
-            if found:
-                index = min(found)
-                self._check_same(index, checksum, found[index])
+            committed = await self._load_committed(range(start, min(total, start + _PAGE_ITEMS)))
+            if committed:
+                index = min(committed)
+                self._check_same(index, checksum, committed[index])
                 return
 
     def _check_same(self, index: int, checksum: bytes | None, committed: Committed) -> None:
-        recorded = None if committed.step is None else committed.step.given
+        recorded = None if committed.step is None else committed.step.input_key
         if recorded is not None and checksum is not None and recorded != checksum:
             raise self._pipeline_changed(self._source.describe_change(index))
 
@@ -368,9 +369,9 @@ class MapRun:
             raise
 
     async def _values(self, indexes: range) -> AsyncIterator[tuple[int, Any]]:
-        found = await self._read_journal([self._branch(index) for index in indexes])
+        by_branch = await self._read_journal([self._branch(index) for index in indexes])
         for index in indexes:
-            committed = found.get(self._branch(index))
+            committed = by_branch.get(self._branch(index))
             if committed is None:
                 raise PipelineChanged(
                     f"item {index} of {self._execution.node_id!r} in run {self._ctx.run_id!r} is no longer in the journal; "
@@ -388,64 +389,3 @@ def branches_in(node: Node | Group) -> list[str]:
         for index, child in enumerate(node.children)
         for branch in (str(index), *(f"{index}.{rest}" for rest in branches_in(child)))
     ]
-
-
-class _ProgressReporter:
-    """Counts the items of a map that have ended, and calls the progress hooks a few times a second."""
-
-    def __init__(self, ctx: ReliabilityContext, execution: NodeExecution, source: Source) -> None:
-        self._ctx = ctx
-        self._execution = execution
-        self._source = source
-        self._calls = ctx.fire.on_map_progress
-        self._start = self._last_report = monotonic()
-        self._is_reporting = False
-        #: (when, items done in this process) at the last reports.
-        self._marks: deque[tuple[float, int]] = deque([(self._start, 0)])
-        self.done = self.failed = self.restored = 0
-        self.has_ended = False
-
-    async def count_item(self, *, failed: bool = False, restored: bool = False) -> None:
-        """Count an item that has ended."""
-        self.done += 1
-        self.failed += failed
-        self.restored += restored
-        is_due = self._calls is not None and monotonic() - self._last_report >= _PROGRESS_SECONDS
-        if is_due and not self._is_reporting:
-            await self.report()
-
-    async def end(self) -> None:
-        """Report for the last time."""
-        self.has_ended = True
-        await self.report()
-
-    async def report(self) -> None:
-        """Call the progress hooks."""
-        calls = self._calls
-        if calls is None:
-            return
-        self._is_reporting = True
-        try:
-            now = self._last_report = monotonic()
-            done_here = self.done - self.restored
-            while len(self._marks) > 1 and now - self._marks[0][0] > _RATE_SECONDS:
-                self._marks.popleft()
-            since, done_before = self._marks[0]
-            self._marks.append((now, done_here))
-            rate = (done_here - done_before) / (now - since) if now > since else 0.0
-            total = self._source.total
-            remaining = None if total is None or not rate else (total - self.done) / rate
-            progress = MapProgress(
-                self.done,
-                total,
-                self.failed,
-                self.restored,
-                rate,
-                remaining,
-                now - self._start,
-                self.has_ended,
-            )
-            ctx, node_id = self._ctx, self._execution.node_id
-            await ctx.fire.fire("on_map_progress", calls, node_id, lambda: (ctx.run_id, node_id, progress))
-        finally:
-            self._is_reporting = False

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from stroma.contracts.contract import check_id
-from stroma.contracts.node import find_node
+from stroma.contracts.node import Group, Node, find_node
 from stroma.engine.config import RunConfig
+from stroma.runner.sequence import find_nodes
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "nodes_of", "override_config"]
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -31,3 +32,21 @@ class Pipeline:
         object.__setattr__(self, "config", config)
         for node in self.nodes:
             find_node(node)
+
+
+def nodes_of(pipeline: Pipeline | Iterable[Any]) -> list[Node | Group]:
+    """Return the nodes of a pipeline or sequence. Raises TypeError for anything that is not a node."""
+    return find_nodes(pipeline.nodes if isinstance(pipeline, Pipeline) else pipeline)
+
+
+def override_config(config: RunConfig, run_id: str | None, overrides: dict[str, Any]) -> RunConfig:
+    """Return the config of one run: with its id, and with the overrides that are not None. Raises ValidationError."""
+    changes = {name: value for name, value in overrides.items() if value is not None}
+    if run_id is None and (config_run_id := config.take_run_id()) != config.run_id:
+        run_id = config_run_id
+    if not changes:
+        return config if run_id is None else config.with_run_id(run_id)
+    if run_id is not None:
+        changes["run_id"] = run_id
+    RunConfig(**changes)  # Validates the overrides.
+    return config.model_copy(update=changes)

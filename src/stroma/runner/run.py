@@ -94,8 +94,8 @@ class RunExecution:
         # Without a result, the run was cancelled while it was opened, before its start hooks.
         result = self._result or self.ctx.build_result(self._status, self.state, self._failure)
         self._result = self._failure = None  # Exceptions reference this frame: otherwise a reference cycle.
-        for probe in self.ctx.probes:
-            probe.ended(self.ctx, result)
+        for interceptor in self.ctx.interceptors:
+            interceptor.ended(self.ctx, result)
         return result
 
     async def __aenter__(self) -> None:

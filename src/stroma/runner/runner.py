@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -16,52 +14,33 @@ from stroma.checkpoint import (
     AsyncCheckpointStore,
     AsyncInMemoryStore,
     CheckpointManager,
-    CheckpointNotFound,
     CheckpointStore,
-    RunBusy,
-    RunExists,
-    StoreError,
-    Waiting,
 )
 from stroma.contracts.contract import ContractRegistry, Decorated, NodeContract
-from stroma.contracts.node import (
-    FlowNode,
-    Group,
-    Node,
-    NodeDecorator,
-    find_node,
-    mark,
-    output_class,
-)
-from stroma.contracts.schema import Schema, schema_of
+from stroma.contracts.node import NodeDecorator, mark
 from stroma.cost.budget import ExecutionBudget
 from stroma.cost.fallback import FallbackPolicy
 from stroma.engine.config import RunConfig, default_config
 from stroma.engine.config import new_run_id as fresh_run_id
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.restore import value_of
 from stroma.failures.failure import Classifier
 from stroma.failures.policy import PolicyMap
 from stroma.hooks.sets import NodeHooks, flatten
-from stroma.runner.batch import Batch, outcome_of
-from stroma.runner.pipeline import Pipeline
+from stroma.runner.batch import Batch
+from stroma.runner.live_runs import LiveRuns
+from stroma.runner.pipeline import Pipeline, nodes_of, override_config
 from stroma.runner.run import RunExecution
-from stroma.runner.sequence import check_owners, find_nodes, find_position, ids_in, warn_of_unknown_ids
-from stroma.runner.signals import match_answer
+from stroma.runner.sequence import check_owners, find_position, warn_of_unknown_ids, warn_of_unused_limits
+from stroma.runner.stored_runs import StoredRuns
 from stroma.runner.tracing import set_traceparent
-from stroma.trace.result import ExecutionResult, RunStatus
+from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
     from stroma.contracts.checks.finding import Finding
     from stroma.runner.flow import AnnotatedFlowDecorator, FlowDecorator, FlowFunction
     from stroma.runner.stream import RunStream
 
-__all__ = ["Pipeline", "StromaRunner"]
-
-_MAX_RECOVERED = 1_000_000  # runs of one status
-_PAGE_ITEMS = 200  # outputs of a map that are read at once
-
-logger = logging.getLogger("stroma")
+__all__ = ["StromaRunner"]
 
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
@@ -79,8 +58,7 @@ class StromaRunner:
         self.registry = registry
         self.checkpoint_manager = checkpoint_manager
         self._own_config = config
-        self._live: set[RunExecution] = set()
-        self._batches: dict[Batch, None] = {}
+        self._live = LiveRuns()
         #: Node ids of the config that no node has, and that were warned of.
         self._warned: set[str] = set()
         self.config = config if config is not None else default_config()
@@ -235,14 +213,6 @@ class StromaRunner:
 
         return await check_flow(flow, initial_state, self.config, self.registry)
 
-    def _raise_check_errors(self, nodes: list[Node | Group]) -> None:
-        from stroma.contracts.checks.check import check_nodes
-        from stroma.contracts.checks.finding import CheckFailed
-
-        errors = [finding for finding in check_nodes(nodes, self.registry) if finding.severity == "error"]
-        if errors:
-            raise CheckFailed(errors)
-
     # ------------------------------------------------------------------ running
 
     @overload
@@ -319,7 +289,7 @@ class StromaRunner:
         recovers: bool = False,
     ) -> ExecutionResult:
         """Implement :meth:`run`. ``recovers``: raise RunExists for a run that has ended or is suspended."""
-        config = self._config_for(node_sequence, run_id, overrides)
+        config = override_config(self._config_of(node_sequence), run_id, overrides)
         nodes = nodes_of(node_sequence)
         if not isinstance(initial_state, BaseModel):
             raise TypeError(f"the initial state must be a pydantic model, not {type(initial_state).__name__}")
@@ -327,7 +297,9 @@ class StromaRunner:
         target = config.resume_from
         start = None if target is None else find_position(nodes, target, "resume_from")
         if config.check:
-            self._raise_check_errors(nodes)
+            from stroma.contracts.checks.check import raise_errors
+
+            raise_errors(nodes, self.registry)
         ctx = ReliabilityContext.for_run(config, self.registry, self.checkpoint_manager)
         ctx.recovers = recovers
         if isinstance(node_sequence, Pipeline):
@@ -337,20 +309,8 @@ class StromaRunner:
         )
         if traceparent is not None:
             set_traceparent(ctx, traceparent)
-        has_flows = FlowNode in set(map(type, nodes))  # Whose steps are known when they are called.
-        if config.limits and not has_flows and not any(config.limit_of(node_id) for node_id in ids_in(nodes)):
-            ctx.run_logger.warning(
-                "no node of pipeline %r uses any of the limits (%s); assign them with node_limits={node id: name}",
-                ctx.pipeline, ", ".join(map(repr, config.limits)),
-            )  # fmt: skip
-        run = RunExecution(ctx, nodes, initial_state, start)
-        self._live.add(run)
-        try:
-            return await run.run()
-        finally:
-            self._live.discard(run)
-            if run.ended is not None and not run.ended.done():
-                run.ended.set_result(None)
+        warn_of_unused_limits(ctx, nodes)
+        return await self._live.execute(RunExecution(ctx, nodes, initial_state, start))
 
     @overload
     async def resume(
@@ -381,7 +341,9 @@ class StromaRunner:
         missing.
         """
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
-        state = await self._input_of(run_id, self._input_schema(nodes_of(nodes), input_schema))
+        state = await self._stored.read_input(
+            run_id, self._stored.input_schema(nodes_of(nodes), input_schema)
+        )
         return await self.run(nodes, state, **{**options, "run_id": run_id, "resume": True})
 
     def stream(
@@ -415,25 +377,14 @@ class StromaRunner:
 
         return RunStream(begin, on_leave, buffer)
 
-    async def map_outputs(self, run_id: str, node: Any) -> AsyncIterator[tuple[int, Any]]:
+    def map_outputs(self, run_id: str, node: Any) -> AsyncIterator[tuple[int, Any]]:
         """Yield (index, output) of each finished item of a map, in order, with a few in memory at a time.
 
         ``node``: the ``map_over(...)`` itself, with ``into=Journal()`` or a file. An output is a model, or plain data of a
         node without a contract; an item that failed is an ItemFailure. Raises CheckpointNotFound, CorruptCheckpoint,
         StoreError, TypeError for anything but such a map.
         """
-        group = find_node(node)
-        if not isinstance(group, Group) or not group.is_map or group.output_field:
-            raise TypeError(
-                f"{group.node_id!r} is not a map whose outputs are in the journal; pass the map_over() with into=Journal() or "
-                "JsonLines(path)"
-            )
-        store = self._journal("map_items")
-        first = 0
-        while page := await asyncio.to_thread(store.map_items, run_id, group.node_id, first, _PAGE_ITEMS):
-            for index, committed in page:
-                yield index, value_of(self.registry, group.children[0], committed)
-            first += _PAGE_ITEMS
+        return self._stored.read_map(run_id, node)
 
     @overload
     def run_sync(  # pyright: ignore[reportOverlappingOverload]
@@ -477,7 +428,7 @@ class StromaRunner:
         """
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         run = partial(self.run, nodes, **options)
-        with self._batch() as batch:
+        with self._live.batch() as batch:
             if recover:
                 await self._recover(nodes, batch, max_concurrency, None, options)
             return await batch.run_each(run, inputs, max_concurrency, run_ids, on_result)
@@ -497,7 +448,7 @@ class StromaRunner:
         TypeError if the pipeline starts with a group and ``input_schema`` is missing.
         """
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
-        with self._batch() as batch:
+        with self._live.batch() as batch:
             return await self._recover(nodes, batch, max_concurrency, input_schema, options)
 
     async def _recover(
@@ -509,46 +460,16 @@ class StromaRunner:
         options: dict[str, Any],
     ) -> dict[str, ExecutionResult | Exception]:
         name = nodes.name if isinstance(nodes, Pipeline) else self.config.pipeline
-        if name == RunConfig.model_fields["pipeline"].default:
-            logger.warning(
-                "recover() finds runs by the name of their pipeline, and this one has the default name: it recovers the runs "
-                "of other unnamed pipelines too; name it with Pipeline(name, nodes) or RunConfig(pipeline=...)"
-            )
-        store = self._journal("list_runs")
-        schema = self._input_schema(nodes_of(nodes), input_schema)
-        outcomes: dict[str, ExecutionResult | Exception] = {}
-
+        run_ids = await self._stored.find_interrupted(name)
+        schema = self._stored.input_schema(nodes_of(nodes), input_schema)
         overrides = {**options, "resume": True}
         traceparent = overrides.pop("traceparent", None)
 
         async def resume_run(run_id: str) -> ExecutionResult:
-            state = await self._input_of(run_id, schema)
+            state = await self._stored.read_input(run_id, schema)
             return await self._run(nodes, state, run_id, overrides, traceparent, recovers=True)
 
-        async def recover_run(run_id: str) -> None:
-            outcome = await outcome_of(resume_run(run_id))
-            if not isinstance(outcome, (RunBusy, RunExists)):  # Another process recovered it first.
-                outcomes[run_id] = outcome
-
-        if not getattr(store, "exists", lambda: True)():  # A store that the first run creates.
-            return outcomes
-        run_ids: list[str] = []
-        for status in ("RUNNING", RunStatus.INTERRUPTED.value):
-            runs = await asyncio.to_thread(
-                store.list_runs, limit=_MAX_RECOVERED, pipeline=name, status=status
-            )
-            run_ids += [run.run_id for run in runs if run.holder is None]
-        await batch.run_all((recover_run(run_id) for run_id in run_ids), max_concurrency)
-        return outcomes
-
-    @contextmanager
-    def _batch(self) -> Iterator[Batch]:
-        batch = Batch()
-        self._batches[batch] = None
-        try:
-            yield batch
-        finally:
-            self._batches.pop(batch, None)
+        return await batch.recover_each(resume_run, run_ids, max_concurrency)
 
     async def fork(
         self,
@@ -567,31 +488,19 @@ class StromaRunner:
         run stays as it is. ``input_schema``: the class of its input, if the pipeline starts with a group. Raises
         CheckpointNotFound, RunExists, ValueError for an unknown node, TypeError for a state that is not a model.
         """
-        from stroma.contracts.untyped import Kept
-
         if state is not None and not isinstance(state, BaseModel):
             raise TypeError(f"the state of a fork must be a pydantic model, not {type(state).__name__}")
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         records = nodes_of(nodes)
         before = find_position(records, at, "at")
-        store = self._journal("fork")
         fork_id = new_run_id or fresh_run_id()
-        original = self._input_schema(
+        original = self._stored.input_schema(
             records, input_schema or (type(state) if state and not before else None)
         )
-        replaced: dict[str, tuple[Schema, BaseModel]] = {}
-        if state is not None:
-            schema = schema_of(type(state))
-            last = records[before - 1] if before else None
-            if isinstance(last, Node):
-                contract = self.registry.find(last.node_id) or last.contract
-                schema = schema_of(output_class(contract))
-            value = Kept(schema_of(type(state)).raw(state)) if schema.model is Kept else schema.convert(state)
-            replaced["edited" if before else "state"] = (schema, value)
-        await store.fork(run_id, fork_id, before, **replaced)
+        await self._stored.fork(run_id, fork_id, records, before, state)
         initial = state
         if initial is None or before:
-            initial = await self._input_of(fork_id, original)
+            initial = await self._stored.read_input(fork_id, original)
         return await self.run(nodes, initial, run_id=fork_id, resume_from=at, **options)
 
     async def signal(
@@ -608,23 +517,17 @@ class StromaRunner:
         ``answer``: a model or JSON data, validated by the schema of the suspended node. ``node_id`` and ``branch`` select
         the node, where several are waiting. ``schema``: where the node's own is not imported in this process.
 
-        Raises pydantic's ValidationError, CheckpointNotFound, StoreError if the run is waiting for no answer, ValueError
+        Raises pydantic's ValidationError, CheckpointNotFound, StoreError if the run is not waiting for an answer, ValueError
         if several nodes match.
         """
-        store = self._journal("signal")
-        pending: list[Waiting] = await asyncio.to_thread(store.waiting, run_id)
-        if not pending and await asyncio.to_thread(store.get_run, run_id) is None:
-            raise CheckpointNotFound(f"there is no run {run_id!r} in the store; check the id and the store")
-        answered = match_answer(pending, run_id, answer, node_id=node_id, branch=branch, schema=schema)
-        await store.signal(run_id, answered)
+        await self._stored.answer(run_id, answer, node_id=node_id, branch=branch, schema=schema)
 
     async def cancel(self, run_id: str) -> bool:
         """Ask the owner of a run, in any process, to end it as CANCELLED, which takes about a second.
 
         A run without an owner is CANCELLED at once. Returns False if it had ended. Raises CheckpointNotFound.
         """
-        cancelled: bool = await self._journal("cancel").cancel(run_id)
-        return cancelled
+        return await self._stored.cancel(run_id)
 
     async def shutdown(self, *, drain_seconds: float = 30.0) -> None:
         """End the runs of this runner in the running event loop after their current node, as INTERRUPTED.
@@ -632,21 +535,7 @@ class StromaRunner:
         Runs that have not ended after ``drain_seconds`` are cancelled; their committed outputs remain. All of them are
         released, so that another process can :meth:`recover` them.
         """
-        loop = asyncio.get_running_loop()
-        for batch in list(self._batches):
-            batch.draining = batch.draining or batch.loop is loop
-        runs = [
-            run for run in list(self._live) if run.loop is loop and run.task is not asyncio.current_task()
-        ]
-        # The ends of runs, not of their tasks: a task may go on after its run.
-        ends = {run: run.drain() for run in runs}
-        if ends:
-            _, late = await asyncio.wait(ends.values(), timeout=drain_seconds)
-            for run, end in ends.items():
-                if end in late:
-                    run.cancel(RunStatus.INTERRUPTED)
-            if late:
-                await asyncio.wait(late)
+        await self._live.shut_down(drain_seconds)
 
     async def flush(self, *, timeout_seconds: float = 5.0) -> bool:
         """Send what the exporters among the hooks hold; return True if all did in time. Never raises."""
@@ -661,48 +550,11 @@ class StromaRunner:
         calls = [call(timeout_seconds=timeout_seconds) for call in methods if call is not None]
         return all(await asyncio.gather(*calls))
 
-    def _journal(self, method: str) -> Any:
-        store = self.checkpoint_manager.store
-        if not hasattr(store, method):
-            raise StoreError(
-                f"{type(store).__name__} has no journal of runs; use a journal store such as SQLiteStore"
-            )
-        return store
-
-    def _input_schema(self, nodes: list[Node | Group], input_class: type[BaseModel] | None) -> Schema:
-        """Return the schema of the input of a run of these nodes."""
-        if input_class is not None:
-            return schema_of(input_class)
-        first = nodes[0] if nodes else None
-        if isinstance(first, Group):
-            raise TypeError(
-                f"the pipeline starts with {first.node_id!r}; pass the class of its input as input_schema="
-            )
-        contract = None if first is None else self.registry.find(first.node_id) or first.contract
-        return schema_of(output_class(None) if contract is None else contract.input_schema)
-
-    async def _input_of(self, run_id: str, schema: Schema) -> BaseModel:
-        data: bytes = await asyncio.to_thread(self._journal("input_of").input_of, run_id)
-        return schema.decode(data)
+    @property
+    def _stored(self) -> StoredRuns:
+        return StoredRuns(self.registry, self.checkpoint_manager)
 
     def _config_of(self, nodes: Any) -> RunConfig:
         if isinstance(nodes, Pipeline) and nodes.config is not None and self._own_config is None:
             return nodes.config
         return self.config
-
-    def _config_for(self, nodes: Any, run_id: str | None, overrides: dict[str, Any]) -> RunConfig:
-        config = self._config_of(nodes)
-        changes = {name: value for name, value in overrides.items() if value is not None}
-        if run_id is None and (config_run_id := config.take_run_id()) != config.run_id:
-            run_id = config_run_id
-        if not changes:
-            return config if run_id is None else config.with_run_id(run_id)
-        if run_id is not None:
-            changes["run_id"] = run_id
-        RunConfig(**changes)  # Validates the overrides.
-        return config.model_copy(update=changes)
-
-
-def nodes_of(pipeline: Pipeline | Iterable[Any]) -> list[Node | Group]:
-    """Return the nodes of a pipeline or sequence. Raises TypeError for anything that is not a node."""
-    return find_nodes(pipeline.nodes if isinstance(pipeline, Pipeline) else pipeline)

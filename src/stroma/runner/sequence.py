@@ -8,8 +8,16 @@ from typing import Any, Final
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.engine.config import RunConfig
+from stroma.engine.context import ReliabilityContext
 
-__all__ = ["check_owners", "find_nodes", "find_position", "ids_in", "warn_of_unknown_ids"]
+__all__ = [
+    "check_owners",
+    "find_nodes",
+    "find_position",
+    "ids_in",
+    "warn_of_unknown_ids",
+    "warn_of_unused_limits",
+]
 
 #: The fields of a config that are keyed by node id.
 _BY_NODE: Final = ("node_policies", "node_timeouts", "contract_retries", "node_limits")
@@ -83,6 +91,18 @@ def warn_of_unknown_ids(
     for node_id, options in named.items():
         warned.add(node_id)
         warn(_unknown_id_warning(node_id, options, pipeline, known | registry.ids))
+
+
+def warn_of_unused_limits(ctx: ReliabilityContext, nodes: Sequence[Node | Group]) -> None:
+    """Warn of limits in the config that no node of a run uses."""
+    config = ctx.config
+    if FlowNode in set(map(type, nodes)):  # Whose steps are known when they are called.
+        return
+    if config.limits and not any(config.limit_of(node_id) for node_id in ids_in(nodes)):
+        ctx.run_logger.warning(
+            "no node of pipeline %r uses any of the limits (%s); assign them with node_limits={node id: name}",
+            ctx.pipeline, ", ".join(map(repr, config.limits)),
+        )  # fmt: skip
 
 
 def _unknown_id_warning(node_id: str, options: Sequence[str], pipeline: str, known: set[str]) -> str:

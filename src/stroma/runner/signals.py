@@ -35,7 +35,9 @@ def match_answer(
     ]
     if not matches:
         which = "" if node_id is None else f" at node {node_id!r}"
-        raise StoreError(f"run {run_id!r} is waiting for no answer{which}; check its status and its attempts")
+        raise StoreError(
+            f"run {run_id!r} is not waiting for an answer{which}; check its status and its attempts"
+        )
     if len(matches) > 1:
         places = ", ".join(f"{w.node_id!r} (branch {w.branch!r})" for w in matches)
         raise ValueError(

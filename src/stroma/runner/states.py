@@ -12,14 +12,14 @@ from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.copying import isolate
 from stroma.contracts.node import Group, Node, make_node
 from stroma.contracts.schema import Schema, schema_of
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 
 __all__ = ["as_state", "fields_of_output", "fields_of_state", "item_output", "item_state", "items_in"]
 
 
 def fields_of_output(output: Any) -> dict[str, Any]:
     """Return the fields that a child adds to the merged state. Raises TypeError for anything but dicts and models."""
-    value = output.root if isinstance(output, Kept) else output
+    value = output.root if isinstance(output, UntypedState) else output
     if isinstance(value, dict):
         return _check_names(value)
     if isinstance(value, BaseModel):
@@ -31,7 +31,7 @@ def fields_of_output(output: Any) -> dict[str, Any]:
 
 def fields_of_state(state: Any, read: Callable[[Schema, BaseModel], dict[str, Any]]) -> dict[str, Any]:
     """Return the fields of a state as ``read`` takes them; of a root model, those of its dict or model."""
-    if isinstance(state, Kept) and isinstance(state.root, (BaseModel, dict)):
+    if isinstance(state, UntypedState) and isinstance(state.root, (BaseModel, dict)):
         state = state.root
     if isinstance(state, dict):
         return _check_names(cast("dict[Any, Any]", isolate(state)))
@@ -64,7 +64,7 @@ def items_in(value: BaseModel, field: str) -> list[Any]:
 
 def item_output(output: BaseModel) -> Any:
     """Return the output of an item as an element of the list of outputs."""
-    return output.root if isinstance(output, Kept) else schema_of(type(output)).clone(output)
+    return output.root if isinstance(output, UntypedState) else schema_of(type(output)).clone(output)
 
 
 def item_state(registry: ContractRegistry | None, node: Node | Group, item: Any) -> BaseModel:
@@ -72,7 +72,7 @@ def item_state(registry: ContractRegistry | None, node: Node | Group, item: Any)
     if isinstance(item, BaseModel):
         return item
     if isinstance(item, dict):
-        return _open_model(item) if all(isinstance(k, str) for k in item) else Kept(item)
+        return _open_model(item) if all(isinstance(k, str) for k in item) else UntypedState(item)
     contract = None
     if isinstance(node, Node):
         contract = (registry and registry.find(node.node_id)) or node.contract
@@ -80,7 +80,7 @@ def item_state(registry: ContractRegistry | None, node: Node | Group, item: Any)
         required = [n for n, info in contract.input_schema.model_fields.items() if info.is_required()]
         if len(required) == 1:
             return _open_model({required[0]: item})
-    return Kept(item)
+    return UntypedState(item)
 
 
 def as_state(raw: Any) -> BaseModel:

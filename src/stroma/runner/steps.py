@@ -18,9 +18,9 @@ from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Group, Node, find_node, make_node
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import current_node
+from stroma.engine.execution import NodeExecution, current_node
 from stroma.engine.loop import execute
 from stroma.engine.outcome import Halt, Place
 from stroma.engine.redelivery import redeliver
@@ -61,10 +61,7 @@ async def execute_step(
         raise TypeError(
             f"the input of step {step_id!r} must be a pydantic model, not {type(input_state).__name__}"
         )
-    marked = getattr(func, "_stroma_contract", None)
-    node = find_node(func) if isinstance(func, Group) else make_node(step_id, func, marked)
-    if contract is None and getattr(func, "_stroma_node_id", None) == step_id:
-        check_owners((node,), ctx.registry)
+    node = _node_of(step_id, func, ctx, contract)
     parent = current_node()
     if parent is not None and parent.ctx is not ctx:
         parent = None
@@ -76,14 +73,9 @@ async def execute_step(
     scope = calls.scope()
     identity = calls.next(scope, step_id)
     await ctx.open(input_state, ends=ctx.plain_steps.has_end)
-    if parent is None:
-        if ctx.plain_steps.has_end or ctx.delivers:
-            await ctx.plain_steps.begin(partial(_start_run, ctx, input_state))
-        position, branch = ctx.place_of(identity.text), ""
-        call = StepCall(identity.number, _encoded(input_state), identity.text)
-    else:
-        position, branch = parent.position, parent.branch_of(identity.text)
-        call = StepCall(identity.number, _encoded(input_state))
+    if parent is None and (ctx.plain_steps.has_end or ctx.delivers):
+        await ctx.plain_steps.begin(partial(_start_run, ctx, input_state))
+    position, branch, call = _place_of(ctx, parent, identity, input_state)
     restored = await _restore_inside_item(ctx, node, position, branch)
     _check_input(ctx, node, identity, call, position, branch)
     task = asyncio.current_task()
@@ -104,14 +96,41 @@ async def execute_step(
         for at in restored:
             cast("dict[Any, Any]", ctx.restored).pop(at, None)
     if parent is None:
-        ctx.plain_steps.status, ctx.plain_steps.failure = RunStatus.COMPLETED, None
-        if isinstance(outcome, Halt):
-            ctx.plain_steps.status = _status_of(outcome)
-            ctx.plain_steps.failure = None if outcome.suspended else outcome.failure
+        _record_outcome(ctx, outcome)
     result = _build_result(ctx, outcome, input_state)
-    for probe in ctx.probes:
-        probe.ended(ctx, result)
+    for interceptor in ctx.interceptors:
+        interceptor.ended(ctx, result)
     return result
+
+
+def _node_of(
+    step_id: str, func: Any, ctx: ReliabilityContext, contract: NodeContract[Any, Any] | None
+) -> Node | Group:
+    """Return the record of a step's function. Raises ValueError for an id that was later assigned to another one."""
+    marked = getattr(func, "_stroma_contract", None)
+    node = find_node(func) if isinstance(func, Group) else make_node(step_id, func, marked)
+    if contract is None and getattr(func, "_stroma_node_id", None) == step_id:
+        check_owners((node,), ctx.registry)
+    return node
+
+
+def _place_of(
+    ctx: ReliabilityContext, parent: NodeExecution | None, identity: Identity, input_state: BaseModel
+) -> tuple[int, str, StepCall]:
+    """Return the position, the branch and the record of a call."""
+    if parent is None:
+        call = StepCall(identity.number, _encoded(input_state), identity.text)
+        return ctx.place_of(identity.text), "", call
+    return parent.position, parent.branch_of(identity.text), StepCall(identity.number, _encoded(input_state))
+
+
+def _record_outcome(ctx: ReliabilityContext, outcome: BaseModel | Halt) -> None:
+    """Record the outcome of a step of plain code for the end of its run."""
+    steps = ctx.plain_steps
+    steps.status, steps.failure = RunStatus.COMPLETED, None
+    if isinstance(outcome, Halt):
+        steps.status = _status_of(outcome)
+        steps.failure = None if outcome.suspended else outcome.failure
 
 
 def _build_result(
@@ -153,12 +172,12 @@ def _check_input(
     branch: str,
 ) -> None:
     """Raise PipelineChanged if the recorded output of a call is of another input."""
-    if call.given is None or not ctx.restored:
+    if call.input_key is None or not ctx.restored:
         return
     committed = ctx.restored.get((position, branch))
     if committed is not None:
-        recorded = None if committed.step is None else committed.step.given
-        if recorded in (None, call.given):
+        recorded = None if committed.step is None else committed.step.input_key
+        if recorded in (None, call.input_key):
             return
         before = f"the input {_shorten(recorded)}"
     elif not isinstance(node, Group):
@@ -166,13 +185,13 @@ def _check_input(
     else:
         # A group that did not end: the rows inside it have a checksum of the group's input.
         mark = inside_of(call)
-        if mark is None or all(other == mark.given for other in _checksums_inside(ctx, position, branch)):
+        if mark is None or all(other == mark.input_key for other in _checksums_inside(ctx, position, branch)):
             return
         before = "another input"
     where = f" in task {identity.path}" if identity.path else ""
     raise PipelineChanged(
         f"run {ctx.run_id!r} cannot be resumed: call {identity.number + 1} of step {node.node_id!r}{where} was recorded with "
-        f"{before}, got {_shorten(call.given)}; pass the same input, or start a new run"
+        f"{before}, got {_shorten(call.input_key)}; pass the same input, or start a new run"
     )
 
 
@@ -182,7 +201,7 @@ def _checksums_inside(ctx: ReliabilityContext, position: int, branch: str) -> It
     for (at, inner), committed in ctx.restored.items():
         if at != position or not inner.startswith(prefix) or is_called(inner[len(prefix) :]):
             continue
-        checksum = None if committed.step is None else committed.step.given
+        checksum = None if committed.step is None else committed.step.input_key
         if checksum is not None and checksum.startswith(INSIDE):
             yield checksum
 
@@ -228,7 +247,7 @@ def _shorten(encoded: bytes | None) -> str:
 
 
 def _as_returned(state: BaseModel, input_state: BaseModel) -> Any:
-    if not isinstance(state, Kept):
+    if not isinstance(state, UntypedState):
         return state
     if isinstance(state.root, dict):
         try:

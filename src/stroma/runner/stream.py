@@ -249,7 +249,7 @@ class _WatchedRun:
         loop = asyncio.get_running_loop()
         if self._task is None:
             self._loop = loop
-            self._task = asyncio.create_task(self._begin(_hooks(self)))
+            self._task = asyncio.create_task(self._begin(_EventHooks(self).hooks()))
             self._task.add_done_callback(self._end)
         elif self._loop is not loop:
             raise RuntimeError("the run of this stream belongs to another event loop; read it there")
@@ -352,17 +352,21 @@ class _StreamHooks(NodeHooks):
     _has_time_limit = False
 
 
-def _hooks(run: _WatchedRun) -> NodeHooks:
-    """Return the hooks that publish the events of a run."""
+class _EventHooks:
+    """Hooks that publish the events of a run."""
 
-    def where(node: NodeExecution | None) -> dict[str, Any]:
+    def __init__(self, run: _WatchedRun) -> None:
+        self._run = run
+
+    @staticmethod
+    def _where(node: NodeExecution | None) -> dict[str, Any]:
         if node is None:
             return {}
         return {"position": node.position, "branch": node.branch, "attempt": node.attempt or None}
 
-    def ended(node_id: str) -> dict[str, Any]:
+    def _ended(self) -> dict[str, Any]:
         node = current_node()
-        fields = where(node)
+        fields = self._where(node)
         if node is not None and node.ended is not None:
             event, shown = node.ctx.trace.event_of(node.ended), node.ctx.redactor.redact_state
             output = event.output_state
@@ -373,62 +377,68 @@ def _hooks(run: _WatchedRun) -> NodeHooks:
             )
         return fields
 
-    async def run_start(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
-        run.publish("run_start", run_id, state=state, details={"pipeline": pipeline})
-        await run.wait_for_room()
+    async def run_start(self, run_id: str, pipeline: str, state: dict[str, Any]) -> None:
+        self._run.publish("run_start", run_id, state=state, details={"pipeline": pipeline})
+        await self._run.wait_for_room()
 
-    async def run_end(run_id: str, result: ExecutionResult) -> None:
-        run.describe_end(result)
+    async def run_end(self, run_id: str, result: ExecutionResult) -> None:
+        self._run.describe_end(result)
 
-    async def start(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        run.publish("node_start", run_id, node_id, state=state, **where(current_node()))
-        await run.wait_for_room()
+    async def start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        self._run.publish("node_start", run_id, node_id, state=state, **self._where(current_node()))
+        await self._run.wait_for_room()
 
-    async def success(run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
-        run.publish("node_success", run_id, node_id, **ended(node_id))
-        await run.wait_for_room()
+    async def success(self, run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
+        self._run.publish("node_success", run_id, node_id, **self._ended())
+        await self._run.wait_for_room()
 
-    async def failure(run_id: str, node_id: str, error: Exception, kind: FailureClass) -> None:
-        run.publish("node_failure", run_id, node_id, **ended(node_id))
-        await run.wait_for_room()
+    async def failure(self, run_id: str, node_id: str, error: Exception, kind: FailureClass) -> None:
+        self._run.publish("node_failure", run_id, node_id, **self._ended())
+        await self._run.wait_for_room()
 
-    async def retry(run_id: str, node_id: str, attempt: int, delay: float, kind: FailureClass) -> None:
-        fields = {**where(current_node()), "attempt": attempt}
-        run.publish(
+    async def retry(self, run_id: str, node_id: str, attempt: int, delay: float, kind: FailureClass) -> None:
+        fields = {**self._where(current_node()), "attempt": attempt}
+        self._run.publish(
             "node_retry", run_id, node_id, details={"delay_seconds": delay, "failure_class": kind}, **fields
         )
-        await run.wait_for_room()
+        await self._run.wait_for_room()
 
-    async def skipped(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        run.publish("node_skipped", run_id, node_id, state=state, **where(current_node()))
-        await run.wait_for_room()
+    async def skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        self._run.publish("node_skipped", run_id, node_id, state=state, **self._where(current_node()))
+        await self._run.wait_for_room()
 
-    async def cancelled(run_id: str, node_id: str) -> None:
-        run.publish("node_cancelled", run_id, node_id, **ended(node_id))
+    async def cancelled(self, run_id: str, node_id: str) -> None:
+        self._run.publish("node_cancelled", run_id, node_id, **self._ended())
 
-    async def suspended(run_id: str, node_id: str, reason: str) -> None:
-        run.publish("node_suspended", run_id, node_id, details={"reason": reason}, **ended(node_id))
-        await run.wait_for_room()
+    async def suspended(self, run_id: str, node_id: str, reason: str) -> None:
+        self._run.publish("node_suspended", run_id, node_id, details={"reason": reason}, **self._ended())
+        await self._run.wait_for_room()
 
-    async def budget(run_id: str, dimension: str, used: float, limit: float) -> None:
+    async def budget(self, run_id: str, dimension: str, used: float, limit: float) -> None:
         details = {"dimension": dimension, "used": used, "limit": limit}
-        run.publish("budget_warning", run_id, details=details)
+        self._run.publish("budget_warning", run_id, details=details)
 
-    async def progress(run_id: str, node_id: str, progress: MapProgress) -> None:
-        run.publish(
-            "map_progress", run_id, node_id, progress=progress, **{**where(current_node()), "attempt": None}
+    async def progress(self, run_id: str, node_id: str, progress: MapProgress) -> None:
+        self._run.publish(
+            "map_progress",
+            run_id,
+            node_id,
+            progress=progress,
+            **{**self._where(current_node()), "attempt": None},
         )
 
-    return _StreamHooks(
-        on_run_start=run_start,
-        on_run_end=run_end,
-        on_node_start=start,
-        on_node_success=success,
-        on_node_failure=failure,
-        on_node_retry=retry,
-        on_node_skipped=skipped,
-        on_node_cancelled=cancelled,
-        on_node_suspended=suspended,
-        on_budget_warning=budget,
-        on_map_progress=progress,
-    )
+    def hooks(self) -> NodeHooks:
+        """Return the set of these hooks."""
+        return _StreamHooks(
+            on_run_start=self.run_start,
+            on_run_end=self.run_end,
+            on_node_start=self.start,
+            on_node_success=self.success,
+            on_node_failure=self.failure,
+            on_node_retry=self.retry,
+            on_node_skipped=self.skipped,
+            on_node_cancelled=self.cancelled,
+            on_node_suspended=self.suspended,
+            on_budget_warning=self.budget,
+            on_map_progress=self.progress,
+        )

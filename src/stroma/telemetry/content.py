@@ -48,11 +48,11 @@ class Content:
     def make(cls, mode: ContentMode, deny_keys: Collection[str], max_bytes: int) -> Content:
         """Create the rules. Raises ValueError for an invalid mode or size."""
         if mode not in ("none", "redacted"):
-            raise ValueError(f'content is {mode!r}; it is "none" or "redacted"')
+            raise ValueError(f'content must be "none" or "redacted", got {mode!r}')
         if max_bytes < 1:
-            raise ValueError(f"max_bytes is {max_bytes!r}; give a number of bytes from 1 up")
+            raise ValueError(f"max_bytes must be at least 1, got {max_bytes!r}")
         if isinstance(deny_keys, str):
-            raise TypeError(f"deny_keys is {deny_keys!r}; give a collection of names, not one text")
+            raise TypeError(f"deny_keys must be a collection of names, got {deny_keys!r}")
         return cls(mode, frozenset(map(_plain, deny_keys)), max_bytes)
 
     def state(self, run: ReliabilityContext, state: Mapping[str, Any]) -> str:

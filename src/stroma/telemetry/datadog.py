@@ -74,11 +74,11 @@ def _client(address: str) -> DogStatsd:
         raise missing("datadog", "datadog_hooks(statsd=...)", "datadog") from error
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise ValueError(f'statsd is {address!r}; give "host:port", as in "localhost:8125"')
+        raise ValueError(f'statsd must be "host:port", such as "localhost:8125", got {address!r}')
     return DogStatsd(host=host.strip("[]"), port=int(port), disable_telemetry=True)
 
 
-class _RunSpan:
+class _DatadogRun:
     """The span of a run, and when it began."""
 
     __slots__ = ("since", "span")
@@ -88,7 +88,7 @@ class _RunSpan:
         self.since = perf_counter()
 
 
-class _NodeSpan:
+class _DatadogNode:
     """The span of a node, and what its end needs."""
 
     __slots__ = ("active", "before", "cost", "ended", "span", "tokens")
@@ -139,7 +139,7 @@ class _Datadog(Observer):
             resource=run.pipeline,
             span_type="worker",
         )
-        run.notes[self] = _RunSpan(span)
+        run.notes[self] = _DatadogRun(span)
         span.set_tag("stroma.run.id", run.run_id)
         span.set_tag("stroma.pipeline", run.pipeline)
         span.set_tag("stroma.input", self._content.state(run, state))
@@ -154,7 +154,7 @@ class _Datadog(Observer):
             span.finish()
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
-        of_run: _RunSpan | None = run.notes.pop(self, None)
+        of_run: _DatadogRun | None = run.notes.pop(self, None)
         if of_run is None and run.elsewhere:
             of_run = self._ending(run, result)
         if of_run is None:
@@ -177,9 +177,9 @@ class _Datadog(Observer):
         if dimension is not None:
             self._count("budget.exceeded", 1, [pipeline, f"dimension:{dimension}"])
 
-    def _ending(self, run: ReliabilityContext, result: ExecutionResult) -> _RunSpan:
+    def _ending(self, run: ReliabilityContext, result: ExecutionResult) -> _DatadogRun:
         """Return the record of a run that started in another process."""
-        record = _RunSpan(
+        record = _DatadogRun(
             self._tracer.start_span(
                 "stroma.run_end",
                 child_of=None if run.traceparent is None else _remote(run.traceparent),
@@ -205,7 +205,7 @@ class _Datadog(Observer):
                 node.ctx.kept_traceparent = _traceparent(of_node.span)
             of_node.span.set_tag("stroma.input", self._content.state(node.ctx, state))
 
-    def _begin(self, node: NodeExecution, *, activate: bool) -> _NodeSpan:
+    def _begin(self, node: NodeExecution, *, activate: bool) -> _DatadogNode:
         around = self.around(node)
         above = self._tracer.current_trace_context() if around is None else around.span
         if node.ctx.elsewhere and node.ctx.traceparent is not None:
@@ -226,13 +226,13 @@ class _Datadog(Observer):
             span.set_tag("stroma.node.branch", node.branch)
         if node.redelivered:
             span.set_tag("stroma.redelivered", "true")
-        node.notes[self] = record = _NodeSpan(span)
+        node.notes[self] = record = _DatadogNode(span)
         return record
 
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
         usage, seconds = node.usage, (node.duration_ms or 0.0) / 1000
         of_node = node.notes.get(self)
-        if of_node is None:  # Input that broke its contract, or an end that is told again after a crash.
+        if of_node is None:  # Input that broke its contract, or an end that is reported again after a crash.
             of_node = self._begin(node, activate=False)
             if node.started_ns is not None:
                 of_node.span.start_ns = node.started_ns
@@ -260,12 +260,12 @@ class _Datadog(Observer):
             f"failure_class:{failure_class.value}",
         ]
         self._count("node.retries", 1, tags)
-        of_node: _NodeSpan | None = node.notes.get(self)
+        of_node: _DatadogNode | None = node.notes.get(self)
         if of_node is not None:
             of_node.ended = CUT_SHORT
 
     def node_ended(self, node: NodeExecution) -> None:
-        of_node: _NodeSpan | None = node.notes.pop(self, None)
+        of_node: _DatadogNode | None = node.notes.pop(self, None)
         if of_node is None:
             return
         span, ended = of_node.span, of_node.ended

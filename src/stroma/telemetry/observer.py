@@ -127,36 +127,36 @@ class Observer:
     # ------------------------------------------------------------------ to override
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
-        """Called when the run is open in its store, before its first node."""
+        """Handle a run that is open in its store, before its first node."""
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
-        """Called at every end of a run."""
+        """Handle the end of a run, whatever its status."""
 
     def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
-        """Called before the function. An input that violates its contract has an end without a start."""
+        """Handle an attempt before its function is called. An input that violates its contract has an end without a start."""
 
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
-        """Called when the attempt is in the trace; ``node.usage`` and ``node.duration_ms`` are final."""
+        """Handle an attempt that is in the trace; ``node.usage`` and ``node.duration_ms`` are final."""
 
     def node_ended(self, node: NodeExecution) -> None:
-        """Called when no attempt follows. Not called without an attempt."""
+        """Handle a node that gets no further attempt. Not called for a node without an attempt."""
 
     def retrying(
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
-        """Called before the wait for attempt number ``attempt``."""
+        """Handle a retry, before the wait for attempt number ``attempt``."""
 
     def skipped(self, node: NodeExecution) -> None:
-        """Called when the output was restored from the journal."""
+        """Handle a node whose output was restored from the journal."""
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
-        """Called when 80 % of a limit are used."""
+        """Handle the use of 80 % of a limit."""
 
     def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
-        """Called when an attempt is queued for a limit; 0 seconds if the time is unknown."""
+        """Handle an attempt that is queued for a limit; 0 seconds if the time is unknown."""
 
     def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
-        """Called when the circuit of a host or limit becomes "open", "half_open" or "closed"."""
+        """Handle a circuit of a host or limit that becomes "open", "half_open" or "closed"."""
 
     def flush(self, timeout_seconds: float) -> bool:
         """Send what is queued, blocking; return True if all of it was sent. Called in a thread."""
@@ -182,68 +182,25 @@ class Observer:
 
     def hooks(self) -> ExporterHooks:
         """Return the set of hooks that calls this exporter."""
-
-        async def on_run_start(_run_id: str, _pipeline: str, state: dict[str, Any]) -> None:
-            self._safely("on_run_start", self.run_started, current_run(), state)
-
-        async def on_run_end(_run_id: str, result: ExecutionResult) -> None:
-            self._safely("on_run_end", self.run_ended, current_run(), result)
-
-        async def on_node_start(_run_id: str, _node_id: str, state: dict[str, Any]) -> None:
-            node = current_node()
-            self._watch_end(node)
-            self._safely("on_node_start", self.attempt_started, node, state)
-
-        async def on_node_success(_run_id: str, _node_id: str, output: dict[str, Any], _tokens: int) -> None:
-            self._ended("on_node_success", Ended("success", output=output))
-
-        async def on_node_failure(
-            _run_id: str, _node_id: str, exc: Exception, failure_class: FailureClass
-        ) -> None:
-            node = current_node()
-            reason = None if node is None else node.reason
-            self._ended("on_node_failure", Ended("failure", exc, failure_class, reason=reason))
-
-        async def on_node_cancelled(_run_id: str, _node_id: str) -> None:
-            self._ended("on_node_cancelled", Ended("cancelled"))
-
-        async def on_node_suspended(_run_id: str, _node_id: str, _reason: str) -> None:
-            self._ended("on_node_suspended", Ended("suspended"))
-
-        async def on_node_retry(
-            _run_id: str, _node_id: str, attempt: int, delay: float, failure_class: FailureClass
-        ) -> None:
-            self._safely("on_node_retry", self.retrying, current_node(), attempt, delay, failure_class)
-
-        async def on_node_skipped(_run_id: str, _node_id: str, _output: dict[str, Any]) -> None:
-            self._safely("on_node_skipped", self.skipped, current_node())
-
-        async def on_budget_warning(_run_id: str, dimension: str, used: float, limit: float) -> None:
-            self._safely("on_budget_warning", self.budget_warning, current_run(), dimension, used, limit)
-
-        async def on_node_wait(_run_id: str, _node_id: str, reason: str, seconds: float) -> None:
-            self._safely("on_node_wait", self.waiting, current_node(), reason, seconds)
-
-        async def on_circuit_change(_run_id: str, key: str, state: str) -> None:
-            self._safely("on_circuit_change", self.circuit_changed, current_run(), key, state)
+        calls = _HookCalls(self)
 
         def wanted(hook: T, *methods: str) -> T | None:
             # No hook for methods that are not overridden.
             return hook if any(getattr(type(self), m) is not getattr(Observer, m) for m in methods) else None
 
         return ExporterHooks(
-            on_node_start=wanted(on_node_start, "attempt_started", "node_ended"),
-            on_node_success=wanted(on_node_success, "attempt_ended", "node_ended"),
-            on_node_failure=wanted(on_node_failure, "attempt_ended", "node_ended"),
-            on_run_start=wanted(on_run_start, "run_started"),
-            on_run_end=wanted(on_run_end, "run_ended"),
-            on_node_retry=wanted(on_node_retry, "retrying"),
-            on_node_skipped=wanted(on_node_skipped, "skipped"),
-            on_node_cancelled=wanted(on_node_cancelled, "attempt_ended", "node_ended"),
-            on_node_suspended=wanted(on_node_suspended, "attempt_ended", "node_ended"),
-            on_budget_warning=wanted(on_budget_warning, "budget_warning"),
-            on_node_wait=wanted(on_node_wait, "waiting"),
-            on_circuit_change=wanted(on_circuit_change, "circuit_changed"),
+            on_node_start=wanted(calls.on_node_start, "attempt_started", "node_ended"),
+            on_node_success=wanted(calls.on_node_success, "attempt_ended", "node_ended"),
+            on_node_failure=wanted(calls.on_node_failure, "attempt_ended", "node_ended"),
+            on_run_start=wanted(calls.on_run_start, "run_started"),
+            on_run_end=wanted(calls.on_run_end, "run_ended"),
+            on_node_retry=wanted(calls.on_node_retry, "retrying"),
+            on_node_skipped=wanted(calls.on_node_skipped, "skipped"),
+            on_node_cancelled=wanted(calls.on_node_cancelled, "attempt_ended", "node_ended"),
+            on_node_suspended=wanted(calls.on_node_suspended, "attempt_ended", "node_ended"),
+            on_budget_warning=wanted(calls.on_budget_warning, "budget_warning"),
+            on_node_wait=wanted(calls.on_node_wait, "waiting"),
+            on_circuit_change=wanted(calls.on_circuit_change, "circuit_changed"),
             exporter=self,
         )
 
@@ -274,6 +231,63 @@ class Observer:
                     self.name,
                     event,
                 )
+
+
+class _HookCalls:
+    """The hooks of an exporter: each calls one method of it, which cannot fail the run."""
+
+    def __init__(self, exporter: Observer) -> None:
+        self._exporter = exporter
+
+    async def on_run_start(self, _run_id: str, _pipeline: str, state: dict[str, Any]) -> None:
+        self._exporter._safely("on_run_start", self._exporter.run_started, current_run(), state)
+
+    async def on_run_end(self, _run_id: str, result: ExecutionResult) -> None:
+        self._exporter._safely("on_run_end", self._exporter.run_ended, current_run(), result)
+
+    async def on_node_start(self, _run_id: str, _node_id: str, state: dict[str, Any]) -> None:
+        node = current_node()
+        self._exporter._watch_end(node)
+        self._exporter._safely("on_node_start", self._exporter.attempt_started, node, state)
+
+    async def on_node_success(
+        self, _run_id: str, _node_id: str, output: dict[str, Any], _tokens: int
+    ) -> None:
+        self._exporter._ended("on_node_success", Ended("success", output=output))
+
+    async def on_node_failure(
+        self, _run_id: str, _node_id: str, exc: Exception, failure_class: FailureClass
+    ) -> None:
+        node = current_node()
+        reason = None if node is None else node.reason
+        self._exporter._ended("on_node_failure", Ended("failure", exc, failure_class, reason=reason))
+
+    async def on_node_cancelled(self, _run_id: str, _node_id: str) -> None:
+        self._exporter._ended("on_node_cancelled", Ended("cancelled"))
+
+    async def on_node_suspended(self, _run_id: str, _node_id: str, _reason: str) -> None:
+        self._exporter._ended("on_node_suspended", Ended("suspended"))
+
+    async def on_node_retry(
+        self, _run_id: str, _node_id: str, attempt: int, delay: float, failure_class: FailureClass
+    ) -> None:
+        self._exporter._safely(
+            "on_node_retry", self._exporter.retrying, current_node(), attempt, delay, failure_class
+        )
+
+    async def on_node_skipped(self, _run_id: str, _node_id: str, _output: dict[str, Any]) -> None:
+        self._exporter._safely("on_node_skipped", self._exporter.skipped, current_node())
+
+    async def on_budget_warning(self, _run_id: str, dimension: str, used: float, limit: float) -> None:
+        self._exporter._safely(
+            "on_budget_warning", self._exporter.budget_warning, current_run(), dimension, used, limit
+        )
+
+    async def on_node_wait(self, _run_id: str, _node_id: str, reason: str, seconds: float) -> None:
+        self._exporter._safely("on_node_wait", self._exporter.waiting, current_node(), reason, seconds)
+
+    async def on_circuit_change(self, _run_id: str, key: str, state: str) -> None:
+        self._exporter._safely("on_circuit_change", self._exporter.circuit_changed, current_run(), key, state)
 
 
 @dataclass

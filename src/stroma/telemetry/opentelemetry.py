@@ -312,7 +312,7 @@ class _OpenTelemetry(Observer):
             self._tokens.add(usage.output_tokens, {**about, "gen_ai.token.type": "output"})
             self._cost.add(usage.cost_usd, about)
         of_node = node.notes.get(self)
-        if of_node is None:  # Input that broke its contract, or an end that is told again after a crash.
+        if of_node is None:  # Input that broke its contract, or an end that is reported again after a crash.
             of_node = self._begin(node, node.started_ns)
         of_node.ended = ended
         of_node.tokens += usage.tokens
@@ -343,7 +343,7 @@ class _OpenTelemetry(Observer):
         if of_node.attempt is not None:
             self._mark(of_node.attempt, node.ctx, ended)
             of_node.attempt.end()
-            of_node.attempt = None  # Detached later: this may be told where the coroutine is closed from.
+            of_node.attempt = None  # Detached later: the hook may be called where the coroutine is closed.
 
     def retrying(
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
@@ -416,7 +416,7 @@ class _OpenTelemetry(Observer):
         span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, description))
 
     def flush(self, timeout_seconds: float) -> bool:
-        # One after the other: each is told what is left of the time.
+        # One after the other: each gets the remaining time.
         end, sent = perf_counter() + timeout_seconds, True
         for provider in self._providers:
             # The SDK's providers have it; those of the API alone, and tracers, do not.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from stroma.checkpoint.history import is_gone
+from stroma.checkpoint.history import is_interrupted
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 
 __all__ = ["otlp_spans"]
@@ -29,11 +29,11 @@ def otlp_spans(record: RunRecord, attempts: Sequence[AttemptRecord]) -> dict[str
     failed = record.status not in (*_SUCCEEDED, "RUNNING", "SUSPENDED", "INTERRUPTED", "CANCELLED")
     spans = [
         _span(
-            trace, run_span, "", f"invoke_workflow {record.pipeline}", record.started_ms * 1_000_000, end_ns,
+            _Ids(trace, run_span, ""), f"invoke_workflow {record.pipeline}", (record.started_ms * 1_000_000, end_ns),
             {
                 "gen_ai.operation.name": "invoke_workflow", "gen_ai.workflow.name": record.pipeline,
                 "stroma.run.id": record.run_id, "stroma.run.execution": record.execution,
-                "stroma.status": "INTERRUPTED" if is_gone(record) else record.status,
+                "stroma.status": "INTERRUPTED" if is_interrupted(record) else record.status,
                 "stroma.tokens": record.tokens, "stroma.cost_usd": record.cost_usd,
                 "stroma.tags": list(record.tags) or None,
             },
@@ -52,11 +52,11 @@ def otlp_spans(record: RunRecord, attempts: Sequence[AttemptRecord]) -> dict[str
             if (position, above) in places:
                 parent = _derive_id(f"{seed}\0{position}\0{above}", 8)
                 break
-        spans.append(_node_span(trace, node_span, parent, record, tried, extents[position, branch]))
-        spans += [
-            _attempt_span(trace, _derive_id(f"{seed}\0{position}\0{branch}\0{number}", 8), node_span, attempt)
-            for number, attempt in enumerate(tried)
-        ]
+        ids = _Ids(trace, node_span, parent)
+        spans.append(_node_span(ids, record, tried, extents[position, branch]))
+        for number, attempt in enumerate(tried):
+            attempt_span = _derive_id(f"{seed}\0{position}\0{branch}\0{number}", 8)
+            spans.append(_attempt_span(_Ids(trace, attempt_span, node_span), attempt))
     resource = {"attributes": _attributes({"service.name": "stroma"})}
     return {
         "resourceSpans": [
@@ -77,13 +77,16 @@ def _extents(
     return extents
 
 
+class _Ids(NamedTuple):
+    """Ids of a span. ``parent``: "" for the root."""
+
+    trace: str
+    span: str
+    parent: str
+
+
 def _node_span(
-    trace: str,
-    span: str,
-    parent: str,
-    record: RunRecord,
-    tried: Sequence[AttemptRecord],
-    extent: tuple[int, int],
+    ids: _Ids, record: RunRecord, tried: Sequence[AttemptRecord], extent: tuple[int, int]
 ) -> dict[str, Any]:
     last = tried[-1]
     attributes = {
@@ -99,10 +102,10 @@ def _node_span(
         "stroma.cost_usd": sum(a.cost_usd for a in tried),
     }
     name = f"stroma.node {last.node_id}"
-    return _span(trace, span, parent, name, *extent, attributes, _error_text(last))
+    return _span(ids, name, extent, attributes, _error_text(last))
 
 
-def _attempt_span(trace: str, span: str, parent: str, attempt: AttemptRecord) -> dict[str, Any]:
+def _attempt_span(ids: _Ids, attempt: AttemptRecord) -> dict[str, Any]:
     attributes = {
         "stroma.node.id": attempt.node_id,
         "stroma.node.attempt": attempt.attempt,
@@ -115,9 +118,8 @@ def _attempt_span(trace: str, span: str, parent: str, attempt: AttemptRecord) ->
         "stroma.cost_usd": attempt.cost_usd,
     }
     name = f"stroma.attempt {attempt.node_id}"
-    return _span(
-        trace, span, parent, name, attempt.started_ns, _ended_ns(attempt), attributes, _error_text(attempt)
-    )
+    extent = attempt.started_ns, _ended_ns(attempt)
+    return _span(ids, name, extent, attributes, _error_text(attempt))
 
 
 def _ended_ns(attempt: AttemptRecord) -> int:
@@ -129,12 +131,13 @@ def _error_text(attempt: AttemptRecord) -> str | None:
 
 
 def _span(
-    trace: str, span: str, parent: str, name: str, start_ns: int, end_ns: int, attributes: dict[str, Any],
-    error: str | None,
-) -> dict[str, Any]:  # fmt: skip
+    ids: _Ids, name: str, extent: tuple[int, int], attributes: dict[str, Any], error: str | None
+) -> dict[str, Any]:
+    """Return a span. ``extent``: its start and end in ns since the epoch."""
+    start_ns, end_ns = extent
     span_data = {
-        "traceId": trace,
-        "spanId": span,
+        "traceId": ids.trace,
+        "spanId": ids.span,
         "name": name,
         "kind": _INTERNAL,
         # 64 bit integers are text in this JSON.
@@ -143,7 +146,7 @@ def _span(
         "attributes": _attributes(attributes),
         "status": {} if error is None else {"code": _ERROR, "message": error},
     }
-    return span_data | ({"parentSpanId": parent} if parent else {})
+    return span_data | ({"parentSpanId": ids.parent} if ids.parent else {})
 
 
 def _attributes(attributes: dict[str, Any]) -> list[dict[str, Any]]:

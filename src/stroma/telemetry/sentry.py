@@ -53,12 +53,12 @@ def sentry_hooks(
     return _Sentry(client, Content.make(content, deny_keys, max_bytes)).hooks()
 
 
-class _Run:
+class _RunScope:
     """State of a run until its end."""
 
     __slots__ = ("captured", "failed", "outer", "scopes", "span")
 
-    def __init__(self, outer: _Run | None) -> None:
+    def __init__(self, outer: _RunScope | None) -> None:
         #: The run around this one, and what was captured of the runs inside of it, by identity.
         self.outer = outer
         self.captured: dict[int, BaseException] = {}
@@ -90,7 +90,7 @@ class _Node:
 
 
 #: The run whose scopes are entered in this context: a coroutine closed from elsewhere has left its context behind.
-_HERE: ContextVar[_Run | None] = ContextVar("stroma_sentry_run", default=None)
+_HERE: ContextVar[_RunScope | None] = ContextVar("stroma_sentry_run", default=None)
 
 
 class _Sentry(Observer):
@@ -117,7 +117,7 @@ class _Sentry(Observer):
         if is_returned(run):
             return
         sdk = self._sdk
-        run.notes[self] = of_run = _Run(_HERE.get())
+        run.notes[self] = of_run = _RunScope(_HERE.get())
         outer = sdk.get_current_span()
         # Where log_hooks stand before these they write about the end of the run when its own scope is left already.
         around = sdk.get_isolation_scope()
@@ -148,7 +148,7 @@ class _Sentry(Observer):
             of_run.scopes.close()
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
-        of_run: _Run | None = run.notes.pop(self, None)
+        of_run: _RunScope | None = run.notes.pop(self, None)
         if of_run is None and run.elsewhere:
             of_run = self._ending(run)
         if of_run is None:
@@ -170,9 +170,9 @@ class _Sentry(Observer):
             if _HERE.get() is of_run:
                 of_run.scopes.close()
 
-    def _ending(self, run: ReliabilityContext) -> _Run:
+    def _ending(self, run: ReliabilityContext) -> _RunScope:
         """Return the record of a run that started in another process."""
-        record = _Run(_HERE.get())
+        record = _RunScope(_HERE.get())
         isolation = self._isolate(record, record.scopes)
         scope = self._sdk.get_current_scope()
         if self._client is not None:
@@ -191,7 +191,7 @@ class _Sentry(Observer):
         header = f"{trace_id}-{span_id}-{int(flags, 16) & 1}"
         return self._sdk.start_transaction(self._sdk.continue_trace({"sentry-trace": header}, **about))
 
-    def _isolate(self, of_run: _Run, scopes: ExitStack) -> Scope:
+    def _isolate(self, of_run: _RunScope, scopes: ExitStack) -> Scope:
         """Until ``scopes`` are closed, breadcrumbs and tags are those of this run alone."""
         isolation = scopes.enter_context(self._sdk.isolation_scope())
         token = _HERE.set(of_run)
@@ -199,16 +199,16 @@ class _Sentry(Observer):
         isolation.add_event_processor(self._sound)
         return isolation
 
-    def _of_run(self, node: NodeExecution) -> _Run:
+    def _of_run(self, node: NodeExecution) -> _RunScope:
         """Return the state of a node's run, or of the step in plain code that it is or is inside."""
-        of_run: _Run | None = node.ctx.notes.get(self)
+        of_run: _RunScope | None = node.ctx.notes.get(self)
         if of_run is not None:
             return of_run
         while node.parent is not None:
             node = node.parent
         if (self, "step") not in node.notes:
-            node.notes[self, "step"] = _Run(_HERE.get())
-        of_step: _Run = node.notes[self, "step"]
+            node.notes[self, "step"] = _RunScope(_HERE.get())
+        of_step: _RunScope = node.notes[self, "step"]
         return of_step
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
@@ -269,7 +269,7 @@ class _Sentry(Observer):
 
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
         of_node: _Node | None = node.notes.get(self)
-        if of_node is None:  # Input that broke its contract, or an end that is told again after a crash.
+        if of_node is None:  # Input that broke its contract, or an end that is reported again after a crash.
             of_node = self._begin(node, self._sdk.get_current_scope().fork(), ended=True)
             of_node.scope.span = of_node.span
         of_node.ended = ended
@@ -328,7 +328,7 @@ class _Sentry(Observer):
 
     # ------------------------------------------------------------------ events
 
-    def _capture(self, run: ReliabilityContext, of_run: _Run, failed: _Failed) -> None:
+    def _capture(self, run: ReliabilityContext, of_run: _RunScope, failed: _Failed) -> None:
         ended, scope = failed.ended, failed.scope
         error = ended.error
         assert error is not None

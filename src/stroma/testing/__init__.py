@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from stroma.testing.loading import pipeline_in
     from stroma.testing.recorded import Recorded, recorded
     from stroma.testing.recording import RecordedRun
-    from stroma.testing.replaying import Difference, Replay, replay, replay_sync
+    from stroma.testing.replay_tape import Difference
+    from stroma.testing.replaying import Replay, replay, replay_sync
     from stroma.testing.resumable import Resumability, assert_resumable, assert_resumable_sync
     from stroma.testing.snapshots import trace_snapshot
     from stroma.testing.stores import JournalStoreTests
@@ -35,7 +36,8 @@ _HOMES = {
     "loading": ("pipeline_in",),
     "recorded": ("Recorded", "recorded"),
     "recording": ("RecordedRun",),
-    "replaying": ("Difference", "Replay", "replay", "replay_sync"),
+    "replay_tape": ("Difference",),
+    "replaying": ("Replay", "replay", "replay_sync"),
     "resumable": ("Resumability", "assert_resumable", "assert_resumable_sync"),
     "snapshots": ("trace_snapshot",),
     "stores": ("JournalStoreTests",),

@@ -17,11 +17,11 @@ from stroma.contracts.core_schema import core_schema_of
 __all__ = ["instances"]
 
 Strategy = st.SearchStrategy[Any]
-#: Items more than there must be, where nothing says how many there may be.
+#: Items beyond the minimum, where a schema has no maximum.
 _SOME: Final = 4
 _ABSENT: Final = object()
 
-#: All but halves of characters, which no text may hold.
+#: All characters but surrogates, which no text may contain.
 _letters = st.characters(exclude_categories=["Cs"])
 _json = st.recursive(
     st.none() | st.booleans() | st.integers(-1000, 1000) | st.text(max_size=10),
@@ -51,7 +51,7 @@ class _StrategyBuilder:
         self._overrides, self._outermost = fields, model
         self._known: dict[str, Any] = {}
         self._deferred: dict[str, Strategy] = {}
-        #: Which of them are being made; and how often one of those was met as a part of itself.
+        #: Definitions under construction, and how often each contained itself.
         self._making: set[str] = set()
         self._loops = 0
 
@@ -74,7 +74,7 @@ class _StrategyBuilder:
     def _definition_ref(self, schema: Mapping[str, Any], path: str) -> Strategy:
         ref = schema["schema_ref"]
         if ref not in self._deferred:
-            # Put down before it is made: it may be part of itself.
+            # Registered before it is built: it may contain itself.
             self._deferred[ref] = st.deferred(lambda: strategy[0])
             self._making.add(ref)
             strategy = [self.of(self._known[ref], path)]
@@ -100,7 +100,7 @@ class _StrategyBuilder:
     def _json_or_python(self, schema: Mapping[str, Any], path: str) -> Strategy:
         try:
             return self.of(schema["python_schema"], path)
-        except _UnknownTypeError:  # Only instances of a class, which can be made of JSON.
+        except _UnknownTypeError:  # An instance of a class may be built from JSON.
             return self.of(schema["json_schema"], path)
 
     def _json(self, schema: Mapping[str, Any], path: str) -> Strategy:
@@ -160,7 +160,7 @@ class _StrategyBuilder:
         overrides: Mapping[str, Strategy] | None = None,
         classes: Mapping[str, Any] | None = None,
     ) -> Strategy:
-        while "fields" not in schema:  # Validators of the whole model stand around its fields.
+        while "fields" not in schema:  # Validators of the whole model wrap its fields.
             schema = schema["schema"]
         fields = schema["fields"]
         if isinstance(fields, list):
@@ -204,7 +204,7 @@ class _StrategyBuilder:
         least, some = (
             schema.get("min_length", 0),
             _SOME if self._loops == loops else 1,
-        )  # A tree shall stay small.
+        )  # keeps trees small
         return st.lists(inner, min_size=least, max_size=schema.get("max_length", least + some))
 
     _generator = _list
@@ -334,7 +334,7 @@ class _StrategyBuilder:
         step, now = dt.timedelta(microseconds=1), dt.datetime.now()
         low, high = _datetime_bounds(schema, step, dt.datetime.min, dt.datetime.max, now)
         if schema.get("now_op") is not None:
-            # Whatever the time zone: a day from here.
+            # One day of margin for any time zone.
             low, high = (now + dt.timedelta(days=1), high) if schema["now_op"] == "future" else (low, now - dt.timedelta(days=1))  # fmt: skip
         strategy = st.datetimes(_naive(low), _naive(high), timezones=zones)
         aware = [bound for bound in (low, high) if bound.tzinfo is not None]

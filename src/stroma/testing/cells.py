@@ -56,7 +56,7 @@ class CellStoreTests:
 
     async def test_a_change_that_changes_nothing(self, store: Any) -> None:
         """None leaves a cell as it is, one that is not there too."""
-        assert await store.change_cell("a", lambda old, now: (None, (old, "told"))) == (None, "told")
+        assert await store.change_cell("a", lambda old, now: (None, (old, "read"))) == (None, "read")
         assert store.read_cell("a")[0] is None
         await store.change_cell("a", put(b"1"))
         assert await store.change_cell("a", lambda old, now: (None, old)) == b"1"
@@ -110,7 +110,7 @@ class CellStoreTests:
         """Changes of one caller are applied in order, awaited or not."""
         first = store.change_cell("a", put(b"1"))
         first = asyncio.ensure_future(first)
-        await asyncio.sleep(0)  # It is asked for now.
+        await asyncio.sleep(0)  # the change is requested now
         store.post_cell("a", lambda data, now: ((data or b"") + b"2", None))
         assert await store.change_cell("a", lambda data, now: ((data or b"") + b"3", data)) == b"12"
         await first

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
 from stroma.engine.execution import NodeExecution
-from stroma.engine.interceptors import PROBES, Call, Probe
+from stroma.engine.interceptors import INTERCEPTORS, Call, Interceptor
 
 __all__ = ["Chaos"]
 
@@ -31,7 +31,7 @@ class _Place(NamedTuple):
     number: int
 
 
-class _Watch(Probe):
+class _Watch(Interceptor):
     """Interceptor that records the calls of a test and injects a fault into one of them."""
 
     def __init__(self, at: _Place | None = None, kind: str = "", seed: int = 0) -> None:
@@ -61,11 +61,11 @@ class _Watch(Probe):
 
 @contextmanager
 def _watched(watch: _Watch) -> Iterator[None]:
-    PROBES.append(watch)
+    INTERCEPTORS.append(watch)
     try:
         yield
     finally:
-        PROBES.remove(watch)
+        INTERCEPTORS.remove(watch)
 
 
 class Chaos:
@@ -112,13 +112,13 @@ class Chaos:
         return watch.places, passed, reports
 
     def _rounds(self, item: pytest.Item, nextitem: pytest.Item | None, places: list[_Place]) -> None:
-        # By the test's own name, so that a test alone meets what it met among others.
+        # From the name of the test, so that a test alone gets the same faults as among others.
         dice = random.Random(f"{self.seed} {item.nodeid}")
         reported: set[tuple[str, str]] = set()
         for number in range(self.rounds):
             at, kind, seed = dice.choice(places), dice.choice(_KINDS), dice.randrange(1_000_000)
             if (at.node_id, kind) in reported:
-                continue  # One failure of a node is enough to know it by.
+                continue  # One failure per node is enough.
             item._initrequest()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
             _, passed, reports = self._run(item, nextitem, _Watch(at, kind, seed))
             failed = [report for report in reports if report.failed]

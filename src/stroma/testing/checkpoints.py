@@ -29,7 +29,7 @@ class Document(BaseModel):
 class CheckpointStoreTests:
     """Conformance tests of the simple protocol, sync or async. Inherit, and define a fixture ``store`` with an empty store.
 
-    Override :meth:`reopened` if what you keep outlives the object. pytest-asyncio must be in auto mode, or your class be
+    Override :meth:`reopened` if the data outlives the object. pytest-asyncio must be in auto mode, or your class be
     marked ``asyncio``.
     """
 
@@ -56,14 +56,14 @@ class CheckpointStoreTests:
         assert await settled(store.load("run", "node")) == state
 
     async def test_what_was_never_saved(self, store: Any) -> None:
-        """A run or a node that is unknown gives None, and no error."""
+        """load() of an unknown run or node returns None."""
         assert await settled(store.load("run", "node")) is None
         await settled(store.save("run", "node", State(n=1)))
         assert await settled(store.load("run", "other")) is None
         assert await settled(store.load("other", "node")) is None
 
     async def test_the_last_state_counts(self, store: Any) -> None:
-        """Saving again replaces, also by a state of another class."""
+        """Saving again replaces the state, even by one of another class."""
         for n in range(3):
             await settled(store.save("run", "node", State(n=n)))
         assert await settled(store.load("run", "node")) == State(n=2)
@@ -71,14 +71,14 @@ class CheckpointStoreTests:
         assert await settled(store.load("run", "node")) == Document(title="t")
 
     async def test_nodes_and_runs_are_apart(self, store: Any) -> None:
-        """Each node of each run has a state of its own."""
+        """Each node of each run has its own state."""
         for number, place in enumerate([("r1", "a"), ("r1", "b"), ("r2", "a")]):
             await settled(store.save(*place, State(n=number)))
         states = [await settled(store.load(*place)) for place in [("r1", "a"), ("r1", "b"), ("r2", "a")]]
         assert [state.n for state in states] == [0, 1, 2]
 
     async def test_ids_are_any_text(self, store: Any) -> None:
-        """Ids with separators, wildcards, quotes, newlines, emoji and 3,000 characters are told apart from one another."""
+        """Ids with separators, wildcards, quotes, newlines, emoji and 3,000 characters are distinct."""
         places = [(run, "node") for run in HARD_IDS] + [("run", node) for node in HARD_IDS]
         places += [("a:b", "c"), ("a", "b:c"), ("a/b", "c"), ("a", "b/c")]
         for number, place in enumerate(places):
@@ -87,7 +87,7 @@ class CheckpointStoreTests:
             assert (await settled(store.load(*place))).n == number, place
 
     async def test_delete_forgets_one_run(self, store: Any) -> None:
-        """All nodes of the run are gone, those of others are not; deleting what is not there is no error."""
+        """delete() removes all nodes of the run and none of another; deleting an unknown run is no error."""
         for run, node in [("a", "x"), ("a", "y"), ("a:b", "x"), ("ab", "x"), ("*", "x")]:
             await settled(store.save(run, node, State(text=run)))
         await settled(store.delete("*"))
@@ -118,7 +118,7 @@ class CheckpointStoreTests:
         assert (await settled(store.load("run", "node"))).sizes == {"a": 1}
 
     async def test_many_at_once(self, store: Any) -> None:
-        """States that are saved side by side are all there."""
+        """States that are saved concurrently are all stored."""
 
         async def save(number: int) -> None:
             await settled(store.save(f"run {number % 3}", f"node {number}", State(n=number)))
@@ -138,7 +138,7 @@ class CheckpointStoreTests:
         assert await settled(other.load("run", "node")) is None
 
     async def test_a_run_goes_on_from_a_checkpoint(self, store: Any) -> None:
-        """A run saves the output of each node, and ``resume_from`` goes on with the one before it."""
+        """A run saves the output of each node, and ``resume_from`` continues with the output of the node before."""
         contract: NodeContract[State, State] = NodeContract(
             node_id="n", input_schema=State, output_schema=State
         )

@@ -26,6 +26,7 @@ from stroma.hooks import dispatch
 from stroma.limits import breaker
 from stroma.runner import flow_time as _flow_time
 from stroma.runner import map as _map
+from stroma.runner import map_progress
 
 __all__ = ["FakeClock"]
 
@@ -37,19 +38,19 @@ class FakeClock:
     """Clock that stands still while code runs, and jumps over each wait when nothing else can run.
 
     A context manager, for code with and without an event loop; ``stroma_clock`` is the fixture. Inside of it, all
-    event loops of the process and Stroma itself go by it: ``asyncio.sleep`` and ``asyncio.timeout`` of any code, waits
+    event loops of the process and Stroma itself use it: ``asyncio.sleep`` and ``asyncio.timeout`` of any code, waits
     between attempts, Retry-After (dates, too), time limits of nodes and hooks, latency budgets, durations in the trace,
-    limits, breakers, and budgets that runs share in memory or SQLite. Waits end in the order in which they are due, whatever
-    runs they are of.
+    limits, breakers, and budgets that runs share in memory or SQLite. Waits end in the order in which they are due, across
+    runs.
 
-    What happens outside of the event loop takes the time it takes. While a thread of Stroma or of ``asyncio.to_thread`` is
-    at work, or a store, the clock goes as a real one does. While sockets are open it jumps over waits between attempts
-    only. Leases go by the clock of their store, and code that asks ``time.time()`` by the real one.
+    Work outside of the event loop takes real time. While a thread of Stroma or of ``asyncio.to_thread``, or a store, is
+    working, the clock advances like a real one. While sockets are open it jumps over waits between attempts
+    only. Leases use the clock of their store, and code that calls ``time.time()`` the real one.
 
     Attributes:
         waits: seconds of each wait between two attempts, in the order in which they began.
 
-    Raises RuntimeError if one is in use already, or the event loop is not one of asyncio's own.
+    Raises RuntimeError if another one is active, or the event loop is not one of asyncio's own.
     """
 
     _active: ClassVar[FakeClock | None] = None
@@ -68,7 +69,7 @@ class FakeClock:
         self._outside = 0
         self.waits: list[float] = []
 
-    # ------------------------------------------------------------------ what tests ask
+    # ------------------------------------------------------------------ for tests
 
     @property
     def elapsed(self) -> float:
@@ -76,7 +77,7 @@ class FakeClock:
         return self._passed
 
     def now(self) -> datetime:
-        """Current time of the clock, in UTC."""
+        """Return the current time of the clock, in UTC."""
         return datetime.fromtimestamp(self._start_ns / 1e9, UTC) + timedelta(seconds=self._passed)
 
     def advance(self, seconds: float) -> None:
@@ -90,7 +91,7 @@ class FakeClock:
             except RuntimeError:
                 pass  # It is closed.
 
-    # ------------------------------------------------------------------ what the clock says
+    # ------------------------------------------------------------------ readings
 
     def _pass(self, seconds: float) -> None:
         with self._lock:
@@ -100,7 +101,7 @@ class FakeClock:
         return self._base + self._passed
 
     def _ns(self) -> int:
-        # No two readings are the same: stores tell attempts apart by when they began.
+        # No two readings are equal: stores distinguish attempts by their start.
         with self._lock:
             self._ticks += 1
             return int(self._monotonic() * 1e9) + self._ticks
@@ -111,7 +112,7 @@ class FakeClock:
     def _time_ns(self) -> int:
         return (
             self._start_ns + int(self._passed * 1e9) + self._ticks
-        )  # A run takes both, and tells them apart.
+        )  # A run reads both clocks and distinguishes them.
 
     # ------------------------------------------------------------------ putting it in place
 
@@ -151,7 +152,7 @@ class FakeClock:
             self._patch(module, "perf_counter_ns", self._ns)
         for module in (_admission, dispatch):
             self._patch(module, "perf_counter", self._perf_counter)
-        self._patch(_map, "monotonic", self._monotonic)
+        self._patch(map_progress, "monotonic", self._monotonic)
         for module in (context, _flow_time):
             self._patch(module, "time_ns", self._time_ns)
         self._patch(_engine, "sleep", self._sleep)

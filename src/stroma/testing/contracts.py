@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import itertools
 import json
 import threading
 from collections.abc import Callable, Mapping
@@ -33,8 +34,8 @@ def inputs_of(
 ) -> SearchStrategy[BaseModel]:
     """Return a hypothesis strategy for instances of a model, from the schema of all fields, nested models included.
 
-    ``fields``: strategies for single fields of it. Raises ImportError without hypothesis, TypeError that names the field for
-    one whose values cannot be made up.
+    ``fields``: strategies for single fields. Raises ImportError without hypothesis, TypeError that names a field without a
+    known strategy.
     """
     try:
         from stroma.testing._strategies import instances
@@ -59,14 +60,14 @@ def assert_contract_holds(
 ) -> None:
     """Call a node with inputs that its input schema accepts, and check each output against its output schema.
 
-    Each example is a run of this one node, without retries and without waits. Nodes that would call a provider need a
-    recording of it, or a fake. The same examples are made each time, unless a ``seed`` says otherwise.
+    Each example is a run of this one node, without retries and without waits. A node that calls a provider needs a recording
+    or a fake of it. The examples are the same each time, unless a ``seed`` is passed.
 
-    ``fields``: strategies of hypothesis for single fields of the input; ``inputs``: one for the whole of it. ``runner``: whose
-    contracts, context and limits count. ``allow``: exceptions that the node may raise.
+    ``fields``: strategies of hypothesis for single fields of the input; ``inputs``: one for the whole input. ``runner``: source of
+    contracts and context. ``allow``: exceptions that the node may raise.
 
     Raises AssertionError with the smallest input that breaks the contract, or that the node raises for; ImportError
-    without hypothesis; TypeError for a group, a node without a contract, or an input that cannot be made up.
+    without hypothesis; TypeError for a group, a node without a contract, or an input without a known strategy.
     """
     target = find_node(node)
     runner = runner or StromaRunner.quick()
@@ -76,9 +77,23 @@ def assert_contract_holds(
     if contract is None:
         raise TypeError(f"{target.node_id!r} has no contract; pass a node with a contract")
     strategy = inputs if inputs is not None else inputs_of(contract.input_schema, fields)
-    from hypothesis import HealthCheck, Phase, given, settings
-    from hypothesis import seed as seeded
+    twin = _single_attempt_runner(runner)
+    numbers = itertools.count()
 
+    def holds(loop: asyncio.Runner, state: Any) -> None:
+        example = state if isinstance(state, BaseModel) else contract.input_schema.model_validate(state)
+        result = loop.run(twin.run([node], example, run_id=f"example-{next(numbers)}"))
+        failure = result.failure
+        if failure is not None and not isinstance(failure.exception, allow):
+            raise AssertionError(
+                _failure_message(target.node_id, example, failure.exception, failure.message)
+            )
+
+    _without_loop(lambda: _try_examples(strategy, holds, examples, seed))
+
+
+def _single_attempt_runner(runner: StromaRunner) -> StromaRunner:
+    """Return a runner with the same contracts and context, without retries, limits and stores."""
     never = FailurePolicy(max_retries=0, backoff_seconds=0.0)
     config = runner.config.model_copy(
         update={
@@ -86,41 +101,36 @@ def assert_contract_holds(
             "shared_budgets": (), "limits": {}, "node_limits": {}, "breaker": None,
         }
     )  # fmt: skip
-    twin = StromaRunner(runner.registry, CheckpointManager(AsyncInMemoryStore()), config)
-    count = iter(range(10**9))
-
-    def prove() -> None:
-        clock = contextlib.nullcontext() if FakeClock._active is not None else FakeClock()
-        with clock, asyncio.Runner() as loop:
-
-            def holds(state: Any) -> None:
-                example = (
-                    state if isinstance(state, BaseModel) else contract.input_schema.model_validate(state)
-                )
-                result = loop.run(twin.run([node], example, run_id=f"example-{next(count)}"))
-                failure = result.failure
-                if failure is None or isinstance(failure.exception, allow):
-                    return
-                raise AssertionError(
-                    _failure_message(target.node_id, example, failure.exception, failure.message)
-                )
-
-            wrapped = given(strategy)(holds)
-            if seed is not None:
-                wrapped = seeded(seed)(wrapped)
-            settings(
-                max_examples=examples, deadline=None, database=None, derandomize=seed is None, print_blob=False,
-                report_multiple_bugs=False, suppress_health_check=[
-                    HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large, HealthCheck.large_base_example,
-                ],
-                phases=(Phase.explicit, Phase.generate, Phase.target, Phase.shrink),
-            )(wrapped)()  # fmt: skip
-
-    _without_loop(prove)
+    return StromaRunner(runner.registry, CheckpointManager(AsyncInMemoryStore()), config)
 
 
-def _failure_message(node_id: str, given: BaseModel, error: BaseException, message: str) -> str:
-    input_json = json.dumps(jsonable(schema_of(type(given)).raw(given)), ensure_ascii=False)
+def _try_examples(
+    strategy: SearchStrategy[Any], holds: Callable[[asyncio.Runner, Any], None], count: int, seed: int | None
+) -> None:
+    """Call ``holds`` with examples of the strategy, on an event loop whose clock does not wait."""
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import seed as seeded
+
+    clock = contextlib.nullcontext() if FakeClock._active is not None else FakeClock()
+    with clock, asyncio.Runner() as loop:
+
+        def try_example(state: Any) -> None:
+            holds(loop, state)
+
+        wrapped = given(strategy)(try_example)
+        if seed is not None:
+            wrapped = seeded(seed)(wrapped)
+        settings(
+            max_examples=count, deadline=None, database=None, derandomize=seed is None, print_blob=False,
+            report_multiple_bugs=False, suppress_health_check=[
+                HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large, HealthCheck.large_base_example,
+            ],
+            phases=(Phase.explicit, Phase.generate, Phase.target, Phase.shrink),
+        )(wrapped)()  # fmt: skip
+
+
+def _failure_message(node_id: str, state: BaseModel, error: BaseException, message: str) -> str:
+    input_json = json.dumps(jsonable(schema_of(type(state)).raw(state)), ensure_ascii=False)
     if isinstance(error, ContractViolation) and error.direction == "output":
         return f"node {node_id!r} breaks its output contract: {message}; its input was {input_json}"
     return f"node {node_id!r} raises {type(error).__name__} for an input that its contract accepts: {message}; its input was {input_json}"

@@ -16,7 +16,7 @@ from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node
-from stroma.engine.interceptors import PROBES, Call, Probe
+from stroma.engine.interceptors import INTERCEPTORS, Call, Interceptor
 from stroma.hooks.dispatch import NO_HOOKS
 from stroma.hooks.sets import NodeHooks
 from stroma.trace.events import AttemptRow
@@ -57,8 +57,8 @@ class Crashed(BaseException):
     """Simulated death of a process; ``boundary`` says where.
 
     Where: out of ``run()`` and ``execute_step()`` inside of ``crash_at``, which ends it.
-    Cause: the run came to the boundary that was named.
-    Mend: nothing; after the block resume the run, as the process would that comes after.
+    Cause: the run reached the selected boundary.
+    Fix: nothing; resume the run after the block, as the next process would.
     """
 
     def __init__(self, boundary: Boundary) -> None:
@@ -75,16 +75,16 @@ class Life:
     """Record of one process: what it did with a run until it died or the run ended."""
 
     boundaries: list[Boundary] = field(default_factory=list)
-    #: (position, branch) of what was committed.
+    #: (position, branch) of each commit.
     committed: list[tuple[int, str]] = field(default_factory=list)
     died: Boundary | None = None
 
 
-class Deaths(Probe):
+class Deaths(Interceptor):
     """Interceptor that ends the process at the first boundary that ``at`` selects.
 
-    In this process that means: no node is called any more, nothing is kept, nobody is told, and whoever resumes the run
-    need not wait for its lease. ``kill``: SIGKILL to this very process. ``tell``: told of each boundary and commit at once.
+    In this process that means: no node or hook is called any more, nothing is stored, and the lease is released. ``kill``:
+    send SIGKILL to this process. ``report``: called at each boundary and commit, before the death.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Deaths(Probe):
         self.life.committed.append((row.position, row.branch))
         self._report("committed", self.life.committed[-1])
 
-    # ------------------------------------------------------------------ as a probe
+    # ------------------------------------------------------------------ as an interceptor
 
     def begins(self, ctx: ReliabilityContext) -> NodeHooks | None:
         async def hook(run_id: str, node_id: str, *_: Any) -> None:
@@ -258,15 +258,15 @@ class crash_at:
             await runner.run(pipeline, state, run_id="r")
         result = await runner.run(pipeline, state, run_id="r", resume=True)
 
-    ``point`` is one of :data:`POINTS`: "before_node" (its function is about to be called), "after_node" (that has returned
-    or raised, and nothing of it is kept), "after_commit" (the store has the attempt, and nobody was told), "after_hooks",
-    "before_end" and "after_end" (of the run). ``node``, ``attempt`` and ``branch`` say which; the first one by default.
+    ``point`` is one of :data:`POINTS`: "before_node" (its function is about to be called), "after_node" (it has returned
+    or raised, and nothing is stored), "after_commit" (the store has the attempt, and no hook was called), "after_hooks",
+    "before_end" and "after_end" (of the run). ``node``, ``attempt`` and ``branch`` select one; the first one by default.
 
-    The death is a simulated one: the run raises Crashed, which ends here, and what was running beside the node is cancelled,
-    so that its ``finally`` blocks run; memory stays as it is. With ``kill=True`` it is a SIGKILL to the process that this
-    runs in: for a child process of yours.
+    The death is simulated: the run raises Crashed, which this block catches, and code that runs beside the node is cancelled,
+    so that its ``finally`` blocks run; memory stays as it is. With ``kill=True`` the process gets a SIGKILL: use that in a
+    child process.
 
-    Raises AssertionError if no run comes to the point, ValueError for what is no point.
+    Raises AssertionError if no run reaches the point, ValueError for an unknown point.
     """
 
     def __init__(
@@ -299,13 +299,13 @@ class crash_at:
         return self._deaths.life.died
 
     def __enter__(self) -> Self:
-        PROBES.insert(0, self._deaths)
+        INTERCEPTORS.insert(0, self._deaths)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        PROBES.remove(self._deaths)
+        INTERCEPTORS.remove(self._deaths)
         if kind is not None:
             return issubclass(kind, Crashed)
         if self.boundary is None:

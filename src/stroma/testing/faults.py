@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from stroma.contracts.node import Group, Node
 from stroma.engine.execution import NodeExecution
-from stroma.engine.interceptors import PROBES, Call, Probe
+from stroma.engine.interceptors import INTERCEPTORS, Call, Interceptor
 
 __all__ = ["FaultPlan", "Injected", "Transient"]
 
@@ -26,8 +26,8 @@ class Transient(ConnectionError):
     """Injected connection error. RECOVERABLE, like other errors of connections.
 
     Where: out of a node, inside of a FaultPlan; ``result.failure`` of a run that gave up.
-    Cause: the plan says that this attempt fails, and does not say of what.
-    Mend: nothing; see that the run does what it should then, or give the plan another exception.
+    Cause: the plan makes this attempt fail and names no exception.
+    Fix: nothing; check that the run does what it should, or pass another exception to the plan.
     """
 
 
@@ -66,23 +66,23 @@ class _Fault:
         return f"{self.kind} {self.node_id!r} on {which}"
 
 
-class FaultPlan(Probe):
-    """Faults for the runs, and plain steps, that start inside of it. The pipeline itself is not changed.
+class FaultPlan(Interceptor):
+    """Faults for runs and plain steps that start inside of it. The pipeline itself is not changed.
 
     ::
 
         with FaultPlan().fail("draft", TimeoutError("too slow")).malform("check", attempt=2):
             result = await runner.run(pipeline, state)
 
-    Faults take the place of a node's function or stand around it; everything else is what it always is: contracts, limits,
-    retries, records, hooks. They reach nodes in groups and maps by their ids, and every item of a map. ``attempt`` is
-    1-based: a number, several, or None for all. Plans can stand inside of one another.
+    Faults replace a node's function or wrap it; everything else works as usual: contracts, limits, retries, records, hooks.
+    They reach nodes in groups and maps by their ids, and every item of a map. ``attempt`` is
+    1-based: a number, several, or None for all. Plans can be nested.
 
-    At its end the plan raises AssertionError if one of its faults was never met: an id may be misspelt.
+    At its end the plan raises AssertionError if one of its faults never occurred: an id may be misspelt.
 
     Attributes:
-        seed: what chance goes by, see :meth:`at_random`; the same seed does the same to the same run, whatever runs beside it.
-        injected: the faults that were met, in their order.
+        seed: seed of :meth:`at_random`; the same seed injects the same faults into the same run, whatever runs beside it.
+        injected: the faults that occurred, in order.
     """
 
     def __init__(self, *, seed: int = 0) -> None:
@@ -114,7 +114,7 @@ class FaultPlan(Probe):
     ) -> Self:
         """Call the node and replace its output, by default with a text; the usage stays.
 
-        ``output``: what stands in its place, or a function that is given the output.
+        ``output``: the replacement, or a function of the output that returns it.
         """
         return self._add(_Fault("malform", node_id, _attempt_set(attempt), output=output))
 
@@ -155,13 +155,13 @@ class FaultPlan(Probe):
     # ------------------------------------------------------------------ around runs
 
     def __enter__(self) -> Self:
-        PROBES.append(self)
+        INTERCEPTORS.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        PROBES.remove(self)
+        INTERCEPTORS.remove(self)
         missed = [str(fault) for fault in self._faults if not fault.met]
         if kind is None and missed:
             raise AssertionError(
@@ -176,13 +176,13 @@ class FaultPlan(Probe):
             if fault.kind == "delay":
                 await asyncio.sleep(fault.seconds)
             elif fault.kind == "fail":
-                raise _made(fault.error)
+                raise _exception_of(fault.error)
         if type(node) is Node:
             self._leave_to_chance(run)
         output = await call(state)
         for fault in due:
             if fault.kind == "lose":
-                raise _made(fault.error)
+                raise _exception_of(fault.error)
             if fault.kind == "malform":
                 output = _malformed(output, fault.output)
         return output
@@ -195,12 +195,12 @@ class FaultPlan(Probe):
         for number, (probability, errors, nodes, attempts) in enumerate(self._chances):
             if run.attempt > attempts or (nodes is not None and run.node_id not in nodes):
                 continue
-            # By the place alone: what runs beside it, and in which order, makes no difference.
+            # From the place alone: concurrency does not change the faults.
             place = (self.seed, number, run.node_id, run.position, run.branch, run.attempt)
             dice = random.Random(repr(place))
             if dice.random() < probability:
                 self.injected.append(Injected("fail", run.node_id, run.position, run.branch, run.attempt))
-                raise _made(dice.choice(errors))
+                raise _exception_of(dice.choice(errors))
 
 
 def _attempt_set(attempts: int | Collection[int] | None) -> frozenset[int] | None:
@@ -212,7 +212,7 @@ def _attempt_set(attempts: int | Collection[int] | None) -> frozenset[int] | Non
     return numbers
 
 
-def _made(error: Raised) -> BaseException:
+def _exception_of(error: Raised) -> BaseException:
     result = error if isinstance(error, BaseException) else error()
     return result.with_traceback(None)
 

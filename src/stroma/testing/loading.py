@@ -7,7 +7,7 @@ import sys
 from os import PathLike
 from pathlib import Path
 
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["pipeline_in"]
 
@@ -15,9 +15,8 @@ __all__ = ["pipeline_in"]
 def pipeline_in(path: str | PathLike[str], name: str = "pipeline") -> Pipeline:
     """Return the Pipeline of that name in a Python file, or the result of the function of that name.
 
-    The file is loaded once in a process; its neighbours can be imported by it, as under ``python FILE``. Raises
-    FileNotFoundError, LookupError for a name that is not there, TypeError for what is no pipeline, and whatever the file
-    raises.
+    The file is loaded once per process; it can import its neighbours, as under ``python FILE``. Raises FileNotFoundError,
+    LookupError for an unknown name, TypeError for a value that is not a pipeline, and any exception of the file.
     """
     file = Path(path).resolve()
     if not file.exists():

@@ -20,9 +20,9 @@ from stroma.testing.machine_model import (
     SCHEMA,
     ModelAttempt,
     ModelExecution,
+    ModelPlace,
     ModelRun,
-    Opening,
-    Place,
+    OpenArguments,
     RecordedUsage,
     SessionHandle,
 )
@@ -45,7 +45,7 @@ _usages = st.builds(
 _positions = st.integers(0, _POSITIONS - 1)
 _branches = st.sampled_from(("", "0", "1", "0.1"))
 _openings = st.builds(
-    Opening,
+    OpenArguments,
     _run_ids,
     _inputs,
     if_exists=st.sampled_from(("restart", "resume", "return", "attach", "error")),
@@ -55,7 +55,7 @@ _openings = st.builds(
     refuses=st.sampled_from((*[False] * 7, True)),
 )
 _partial_openings = st.builds(
-    Opening,
+    OpenArguments,
     _run_ids,
     _inputs,
     refuses=st.sampled_from((False, False, True)),
@@ -64,7 +64,9 @@ _partial_openings = st.builds(
 
 
 class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
-    """State machine for a journal store. Inherit, and define how your store is created::
+    """State machine for a journal store.
+
+    Inherit, and define how your store is created::
 
         class MyMachine(JournalStoreMachine):
             def make_store(self):
@@ -108,11 +110,11 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
     # ------------------------------------------------------------------ opening
 
     @rule(opening=_openings)
-    def open(self, opening: Opening) -> None:
+    def open(self, opening: OpenArguments) -> None:
         self._open(opening)
 
     @rule(opening=_partial_openings)
-    def open_from(self, opening: Opening) -> None:
+    def open_from(self, opening: OpenArguments) -> None:
         """Resume without the commits from a position on."""
         self._open(opening)
 
@@ -121,9 +123,9 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
         self._take_over(self._pick_owner(index).run_id)
 
     def _take_over(self, run_id: str) -> None:
-        self._open(Opening(run_id, self.runs[run_id].last.input, if_running="take_over"))
+        self._open(OpenArguments(run_id, self.runs[run_id].last.input, if_running="take_over"))
 
-    def _open(self, opening: Opening) -> None:
+    def _open(self, opening: OpenArguments) -> None:
         accepted: set[tuple[int, str, str]] = set()
 
         def accept(position: int, branch: str, committed: Committed) -> None:
@@ -182,7 +184,7 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
             run_id = _pick(RUNS, index)
             executions = self.runs.get(run_id, ModelRun()).executions
             state = executions[-1].input if executions else State()
-            self._open(Opening(run_id, state, if_running="take_over"))
+            self._open(OpenArguments(run_id, state, if_running="take_over"))
         return _pick(self._owners(), index)
 
     def _owners(self) -> list[SessionHandle]:
@@ -200,12 +202,12 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
 
     @rule(
         index=_indexes,
-        place=st.builds(Place, _positions, _branches, st.sampled_from(NODES)),
+        place=st.builds(ModelPlace, _positions, _branches, st.sampled_from(NODES)),
         n=st.integers(0, 2**70),
         usage=_usages,
         number=st.integers(1, 3),
     )
-    def commit(self, index: int, place: Place, n: int, usage: RecordedUsage, number: int) -> None:
+    def commit(self, index: int, place: ModelPlace, n: int, usage: RecordedUsage, number: int) -> None:
         owner = self._pick_owner(index)
         if (place.position, place.branch) not in self.runs[owner.run_id].last.commits():
             self._record(owner, [self._attempt(place, usage, State(n=n), number)])
@@ -217,17 +219,20 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
         commits = self.runs[owner.run_id].last.commits()
         free = [branch for branch in map(str, range(count)) if (position, branch) not in commits]
         self._record(
-            owner, [self._attempt(Place(position, branch), usage, State(text=branch)) for branch in free]
+            owner,
+            [self._attempt(ModelPlace(position, branch), usage, State(text=branch)) for branch in free],
         )
 
     @rule(
         index=_indexes,
-        place=st.builds(Place, _positions, _branches),
+        place=st.builds(ModelPlace, _positions, _branches),
         usage=_usages,
         kind=st.sampled_from(list(FailureClass)),
         message=st.sampled_from(("", "no", "é: 🦜")),
     )
-    def fail(self, index: int, place: Place, usage: RecordedUsage, kind: FailureClass, message: str) -> None:
+    def fail(
+        self, index: int, place: ModelPlace, usage: RecordedUsage, kind: FailureClass, message: str
+    ) -> None:
         attempt = self._attempt(place, usage, None, failure=kind, message=message)
         self._record(self._pick_owner(index), [attempt])
 
@@ -260,7 +265,7 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
                     pass
         else:
             output = State(n=-1) if how == "commit" else None
-            attempt = self._attempt(Place(0), RecordedUsage(7, 0.5, 3), output)
+            attempt = self._attempt(ModelPlace(0), RecordedUsage(7, 0.5, 3), output)
             self._assert_raises(Fenced, self._write(stale, *attempt))
         self._compare(stale.run_id)
 
@@ -332,7 +337,7 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
     @rule(index=_indexes)
     def write_to_a_closed_store(self, index: int) -> None:
         handle = _pick([handle for handle in self.handles if handle.is_closed and handle.can_write], index)
-        attempt = self._attempt(Place(0), RecordedUsage(7, 0.5, 3), State(n=-1))
+        attempt = self._attempt(ModelPlace(0), RecordedUsage(7, 0.5, 3), State(n=-1))
         self._assert_raises(StoreError, self._write(handle, *attempt))
         self._compare(handle.run_id)
 
@@ -345,7 +350,7 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
         await settled(session.end(status, error))
 
     def _attempt(
-        self, place: Place, usage: RecordedUsage, output: State | None, number: int = 1, **failure: Any
+        self, place: ModelPlace, usage: RecordedUsage, output: State | None, number: int = 1, **failure: Any
     ) -> tuple[AttemptRow, State | None]:
         attempt = row(
             place.position,

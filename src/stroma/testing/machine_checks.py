@@ -12,7 +12,7 @@ from stroma.testing.machine_model import (
     ModelAttempt,
     ModelExecution,
     ModelRun,
-    Opening,
+    OpenArguments,
     record_of,
 )
 from stroma.testing.stores import State, restored, settled
@@ -126,7 +126,7 @@ class StoreComparison:
     # ------------------------------------------------------------------ sessions
 
     def _assert_refused(
-        self, opening: Opening, expected: type[StoreError], work: Coroutine[Any, Any, Any]
+        self, opening: OpenArguments, expected: type[StoreError], work: Coroutine[Any, Any, Any]
     ) -> None:
         """Check that open_run() raises an error and changes nothing."""
         error = self._assert_raises(expected, work)

@@ -14,9 +14,9 @@ __all__ = [
     "SCHEMA",
     "ModelAttempt",
     "ModelExecution",
+    "ModelPlace",
     "ModelRun",
-    "Opening",
-    "Place",
+    "OpenArguments",
     "RecordedUsage",
     "SessionHandle",
     "record_of",
@@ -26,13 +26,15 @@ SCHEMA: Final = schema_of(State)
 
 
 class RecordedUsage(NamedTuple):
+    """Usage of one attempt."""
+
     tokens: int
     cost_usd: float
     duration_ms: int
 
 
 @dataclass(frozen=True)
-class Place:
+class ModelPlace:
     """Place of an attempt in its run."""
 
     position: int
@@ -41,7 +43,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Opening:
+class OpenArguments:
     """Arguments of one open_run() call."""
 
     run_id: str
@@ -59,6 +61,8 @@ class Opening:
 
 @dataclass
 class ModelAttempt:
+    """One attempt as the model expects it."""
+
     row: AttemptRow
     process: int  # number of the session that wrote it, 1-based
     output: State | None
@@ -69,6 +73,8 @@ class ModelAttempt:
 
 @dataclass
 class ModelExecution:
+    """One execution of a run as the model expects it."""
+
     pipeline: str
     input: State
     start_order: int
@@ -128,6 +134,8 @@ class SessionHandle:
 
 @dataclass
 class ModelRun:
+    """One run as the model expects it."""
+
     executions: list[ModelExecution] = field(default_factory=list)
     saved: dict[str, tuple[int, State]] = field(default_factory=dict)
     open_count: int = 0
@@ -146,13 +154,15 @@ class ModelRun:
         """Return True if the run exists with this input."""
         return bool(self.executions) and self.last.input == state
 
-    def remaining(self, opening: Opening) -> dict[tuple[int, str], ModelAttempt]:
+    def remaining(self, opening: OpenArguments) -> dict[tuple[int, str], ModelAttempt]:
         """Return the commits that a resume keeps."""
         commits = self.last.commits() if self.executions else {}
         first = opening.first_position
         return {at: entry for at, entry in commits.items() if first is None or at[0] < first}
 
-    def expected_opening(self, opening: Opening) -> Literal["begin", "resume", "return"] | type[StoreError]:
+    def expected_opening(
+        self, opening: OpenArguments
+    ) -> Literal["begin", "resume", "return"] | type[StoreError]:
         """Return the action that open_run() must take, or the error that it must raise."""
         if self.has_owner and opening.if_running != "take_over":
             return RunBusy

@@ -21,6 +21,7 @@ _FAILED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the plugin."""
     group = parser.getgroup("stroma", "pipelines of Stroma")
     group.addoption(
         "--stroma-chaos",
@@ -48,6 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker, and the faults of ``--stroma-chaos``."""
     config.addinivalue_line(
         "markers", "stroma_no_chaos: the faults of --stroma-chaos stay away from this test of a pipeline."
     )
@@ -65,9 +67,10 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput["stroma_chaos_seed"] = node.config.option.stroma_chaos_seed
 
 
-# Not the newer kind of wrapper: whoever has an old pytest shall lose nothing by having Stroma installed.
+# Not the newer kind of wrapper: old versions of pytest must work where Stroma is installed.
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
+    """Record in the test's stash that it failed."""
     outcome = yield
     if outcome.get_result().failed:
         item.stash[_FAILED] = True
@@ -78,7 +81,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
 
 @pytest.fixture
 def stroma_clock() -> Iterator[FakeClock]:
-    """A FakeClock: waits of the test take no time."""
+    """Provide a FakeClock: waits of the test take no time."""
     from stroma.testing.clock import FakeClock
 
     with FakeClock() as clock:
@@ -87,7 +90,7 @@ def stroma_clock() -> Iterator[FakeClock]:
 
 @pytest.fixture
 def stroma_store() -> AsyncInMemoryStore:
-    """An empty journal store in memory."""
+    """Provide an empty journal store in memory."""
     from stroma.checkpoint import AsyncInMemoryStore
 
     return AsyncInMemoryStore()
@@ -95,20 +98,20 @@ def stroma_store() -> AsyncInMemoryStore:
 
 @pytest.fixture
 def stroma_faults(request: pytest.FixtureRequest) -> Iterator[FaultPlan]:
-    """A FaultPlan for the whole test: ``stroma_faults.fail("draft", attempt=1)``."""
+    """Provide a FaultPlan for the whole test: ``stroma_faults.fail("draft", attempt=1)``."""
     from stroma.testing.faults import FaultPlan
 
     with FaultPlan() as plan:
         yield plan
         if request.node.stash.get(_FAILED, False):
-            plan.forgive()  # The failure of the test is more useful than unmet faults.
+            plan.forgive()  # The failure of the test is more useful than the list of faults that did not occur.
 
 
 @pytest.fixture
 def stroma_recorded(request: pytest.FixtureRequest) -> Iterator[Callable[..., Recorded]]:
-    """A function of ``(upstream, name=None, **options)`` that replays recorded responses of a provider, see recorded().
+    """Provide a function that replays recorded responses of a provider: ``(upstream, name=None, **options)``.
 
-    They are kept in ``recordings/`` beside the test, under the name of its module and its own, and are recorded with
+    See recorded(). The file is in ``recordings/`` beside the test, named after its module and the test, and is recorded with
     ``pytest --stroma-record``.
     """
     from contextlib import ExitStack
@@ -129,9 +132,10 @@ def stroma_recorded(request: pytest.FixtureRequest) -> Iterator[Callable[..., Re
 
 @pytest.fixture
 def stroma_snapshot(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """A function of ``(trace, name=None, **options)`` that compares a trace, or a result, with a file; see trace_snapshot().
+    """Provide a function that compares a trace or result with a file: ``(trace, name=None, **options)``.
 
-    The file is kept in ``snapshots/`` beside the test, and is written with ``pytest --stroma-update-snapshots``.
+    See trace_snapshot(). The file is in ``snapshots/`` beside the test, and is written with
+    ``pytest --stroma-update-snapshots``.
     """
     from stroma.testing.snapshots import compare_with_file, trace_snapshot
 

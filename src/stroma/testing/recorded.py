@@ -21,7 +21,7 @@ from typing import Any, Final, Literal, NamedTuple, Self
 __all__ = ["Recorded", "Request", "recorded"]
 
 _SCHEMA: Final = "stroma.recorded-responses/1"
-#: Headers of requests that are a secret, whose text is hidden wherever else it stands, too.
+#: Request headers that hold a secret; its text is replaced everywhere.
 _SECRET_HEADERS: Final = (
     "authorization",
     "x-api-key",
@@ -35,7 +35,7 @@ _NAMES: Final = (
     r"(?:access|refresh|id|auth|session|bearer)[-_]?token|private[-_]?key|cookie|signature|x-goog-api-key"
 )
 _SECRET_NAMES: Final = re.compile(_NAMES, re.IGNORECASE)
-#: In addresses these are, too.
+#: Secret names in addresses.
 _SECRET_PARAMETERS: Final = re.compile(rf"{_NAMES}|key|token|sig", re.IGNORECASE)
 _SECRET_TEXTS: Final = re.compile(
     r"sk-[\w-]{16,}|\bBearer\s+[\w.~+/-]{16,}=*|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{35}|\bgh[pousr]_\w{20,}|\bxox[abprs]-[\w-]{10,}|"
@@ -80,17 +80,17 @@ def recorded(
         with recorded("tests/recordings/draft.json") as provider:
             client = AsyncOpenAI(base_url=provider.url, api_key="any", max_retries=0)
 
-    A request is answered by what was recorded for the same method, path and body: several answers in their order, the last
-    one for ever. Nothing leaves this machine. A request that was not recorded is answered with status 404, and is an
-    AssertionError at the end.
+    A request gets the response recorded for the same method, path and body: several responses in order, then the last one
+    again and again. Nothing leaves this machine. A request that was not recorded gets status 404, and the block raises
+    AssertionError at its end.
 
-    ``mode="record"`` asks ``upstream`` (the base URL of the provider) and writes the file anew. No header of a request is
-    kept; keys, tokens and passwords in addresses and bodies are replaced by ``***``, by the names they stand under, by what
-    they look like, and by the secrets of the request's headers. ``scrub`` is given each body (JSON data, or a text) and
-    returns it as it is kept; for requests before they are compared, too. ``ignore``: names in the outermost object of a body
-    that make no difference, such as ``"user"``.
+    ``mode="record"`` forwards requests to ``upstream`` (the base URL of the provider) and replaces the file. No header of a
+    request is stored. Keys, tokens and passwords in addresses and bodies are replaced by ``***``: they are recognised by
+    their names, by their form, and by the secrets in the request's headers. ``scrub``: function that gets each body (JSON
+    data, or a text) and returns the one to store; it is applied to requests before they are compared, too. ``ignore``: names
+    in the outermost object of a body that make no difference, such as ``"user"``.
 
-    Raises FileNotFoundError without a recording, ValueError for a file that is none.
+    Raises FileNotFoundError without a recording, ValueError for a file that is not a recording.
     """
     return Recorded(Path(path), upstream, mode, frozenset(ignore), scrub)
 
@@ -100,7 +100,7 @@ class Recorded:
 
     Attributes:
         url: the base URL for the client, with the path of ``upstream``.
-        requests: what was asked since it was started.
+        requests: the requests since the server was started.
     """
 
     def __init__(
@@ -279,10 +279,10 @@ class _Answer(NamedTuple):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 1024  # Clients that come all at once are not turned away.
+    request_queue_size = 1024  # many clients may connect at once
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        return None  # A client that has gone away.
+        return None  # the client disconnected
 
 
 def _handler(owner: Recorded) -> type[BaseHTTPRequestHandler]:
@@ -333,7 +333,7 @@ def _read(body: bytes) -> Any:
         value = json.loads(text)
     except ValueError:
         return text
-    # A text stays one: it must come out as it went in.
+    # A text stays a text, so that reading it gives the same body.
     return text if isinstance(value, str) else value
 
 

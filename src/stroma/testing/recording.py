@@ -31,8 +31,8 @@ class RecordedAttempt:
     """A recorded attempt.
 
     Attributes:
-        output: what was committed, in its stored form (UTF-8 JSON); None if nothing was.
-        contract: the fingerprint of the schema that it was committed with.
+        output: the committed output in its stored form (UTF-8 JSON); None without a commit.
+        contract: fingerprint of the schema that it was committed with.
     """
 
     position: int
@@ -73,9 +73,9 @@ class RecordedRun:
     """The latest execution of a run: its input, and the attempts of the latest process at each position.
 
     Attributes:
-        status: as the store has it: "RUNNING" or a RunStatus.
-        error: why it stopped, in words.
-        input: in its stored form (UTF-8 JSON).
+        status: status in the store: "RUNNING" or a RunStatus.
+        error: message of the failure that stopped it.
+        input: input in its stored form (UTF-8 JSON).
     """
 
     run_id: str
@@ -89,8 +89,8 @@ class RecordedRun:
     def read(cls, store: Any, run_id: str, *, redact: Redact | None = None) -> RecordedRun:
         """Read a run from a journal store; blocking.
 
-        ``redact``: see RunConfig; applied to every state and every message, and no value that it takes out of a state stands
-        in a message.
+        ``redact``: see RunConfig; applied to every state and every message. A value that it removes from a state is removed
+        from messages, too.
         Raises CheckpointNotFound if there is no such run, CorruptCheckpoint for a damaged output, StoreError.
         """
         record = store.get_run(run_id)
@@ -105,7 +105,7 @@ class RecordedRun:
 
     def redacted(self, redact: Redact) -> RecordedRun:
         """Return the run without what ``redact`` removes from states."""
-        hide = History(None, redact).hide  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        hide = History(None, redact).redact_state  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         pairs: list[tuple[Any, Any]] = []
 
         def hidden(data: bytes) -> bytes:
@@ -237,5 +237,5 @@ def _contracts(store: Any, run_id: str) -> dict[tuple[int, str], str]:
 
 
 def is_failed_item(one: RecordedAttempt) -> bool:
-    """Return True if this is not an attempt but the note of a failed item of a map."""
+    """Return True if this is the record of a failed item of a map instead of an attempt."""
     return one.outcome == "collected" or one.contract == FAILED_ITEM

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import copy
 import inspect
 import json
 import os
-import select
-import signal
 import tempfile
-import time
-import traceback
-import warnings
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import CheckpointManager
 from stroma.checkpoint.history import Change, changes, place_of
 from stroma.checkpoint.records import AttemptRecord
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.node import Group, Node, find_node
-from stroma.contracts.schema import Schema, schema_of
+from stroma.contracts.schema import Schema
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.interceptors import PROBES
-from stroma.failures.failure import text_of
-from stroma.runner.runner import Pipeline, StromaRunner
-from stroma.testing.clock import FakeClock
-from stroma.testing.crash import Boundary, Crashed, Deaths
-from stroma.testing.faults import FaultPlan
+from stroma.runner.pipeline import Pipeline
+from stroma.runner.runner import StromaRunner
+from stroma.testing.crash import Boundary
+from stroma.testing.resume_trial import ProcessRecord, Trial
 from stroma.trace.plain import jsonable
 from stroma.trace.result import RunStatus
 
@@ -50,200 +40,12 @@ class Resumability:
     """Result of :func:`assert_resumable`.
 
     Attributes:
-        boundaries: where a process died, each in a run of its own.
-        killed: whether that was a SIGKILL to a process, and not a simulated death.
+        boundaries: boundaries at which a process died, each in its own run.
+        killed: True for SIGKILL, False for simulated deaths.
     """
 
     boundaries: tuple[Boundary, ...]
     killed: bool
-
-
-@dataclass(slots=True)
-class _Life:
-    """Record of one process."""
-
-    boundaries: list[Boundary] = field(default_factory=list)
-    committed: list[tuple[int, str]] = field(default_factory=list)
-    died: bool = False
-    status: str = ""
-    failure: str | None = None
-    state: Any = None
-    effects: Any = None
-
-
-@dataclass(slots=True)
-class _Trial:
-    """Settings of a proof: pipeline, store, and whether processes are real."""
-
-    proven: Any
-    state: BaseModel
-    runner: StromaRunner
-    path: Path
-    processes: bool
-    effects: Callable[[], Any] | None
-    reset: Callable[[], Any] | None
-    timeout_seconds: float
-
-    def fresh(self) -> None:
-        """Reset everything outside of the pipeline."""
-        if self.reset is not None:
-            self.reset()
-
-    async def live(self, run_id: str, *, resume: bool, die_at: Boundary | None = None) -> _Life:
-        if not self.processes:
-            life = _Life()
-            deaths = Deaths(lambda boundary: boundary == die_at)
-            await self._run(run_id, resume, deaths, life)
-            life.boundaries, life.committed = deaths.life.boundaries, deaths.life.committed
-            return life
-        return await self._in_child(run_id, resume, die_at)
-
-    async def _run(self, run_id: str, resume: bool, deaths: Deaths, life: _Life) -> None:
-        store = SQLiteStore(self.path, synchronous="normal")
-        PROBES.insert(0, deaths)
-        clock = contextlib.nullcontext() if FakeClock._active is not None else FakeClock()
-        try:
-            with clock:
-                await self._drive(store, run_id, resume, life)
-        except Crashed:
-            pass
-        finally:
-            PROBES.remove(deaths)
-            await store.aclose()
-        # Plain code can have caught Crashed, or raised what its next step came to after the death.
-        life.died = deaths.life.died is not None
-        if self.effects is not None and not life.died:
-            life.effects = jsonable(self.effects())
-
-    async def _drive(self, store: SQLiteStore, run_id: str, resume: bool, life: _Life) -> None:
-        config = self.runner._config_of(self.proven)
-        try:
-            context = copy.deepcopy(config.context)
-        except Exception:  # It holds a client, say.
-            context = dict(config.context)
-        changed: dict[str, Any] = {
-            "run_id": run_id, "resume": resume, "resume_from": None, "if_exists": "restart", "context": context,
-            "shared_budgets": (),
-        }  # fmt: skip
-        config = config.model_copy(update=changed)
-        manager = CheckpointManager(store)
-        state = schema_of(type(self.state)).copy(self.state)
-        proven = self.proven
-        if inspect.iscoroutinefunction(proven):
-            ctx = ReliabilityContext.for_run(config, self.runner.registry, manager)
-            try:
-                async with ctx:
-                    final = await proven(ctx, state)
-                life.status = RunStatus.COMPLETED
-                life.state = _plain(final)
-            except Exception as error:
-                life.status, life.failure = RunStatus.FAILED, f"{type(error).__name__}: {error}"
-            return
-        twin = StromaRunner(self.runner.registry, manager, config)
-        try:
-            result = await twin.run(proven, state)
-        except Exception as error:  # StoreError, when it is opened: PipelineChanged, say.
-            life.status, life.failure = RunStatus.FAILED, f"{type(error).__name__}: {error}"
-            return
-        life.status = result.status
-        if result.failure is not None:
-            life.failure = f"node {result.failure.node_id!r}: {text_of(result.failure)}"
-        life.state = None if result.final_state is None else _plain(result.final_state)
-
-    # ------------------------------------------------------------------ processes
-
-    async def _in_child(self, run_id: str, resume: bool, die_at: Boundary | None) -> _Life:
-        reading, writing = os.pipe()
-        with warnings.catch_warnings():
-            # Of threads that the child will not have; it asks nothing of them.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child == 0:  # pragma: no cover - it ends without telling the measurement.
-            os.close(reading)
-            self._run_child(writing, run_id, resume, die_at)
-        os.close(writing)
-        # In a thread, so that a server on this event loop can answer the child.
-        text, code = await asyncio.to_thread(_listen, child, reading, self.timeout_seconds)
-        life = _Life()
-        for line in text.splitlines():
-            what, of = json.loads(line)
-            if what == "seen":
-                life.boundaries.append(Boundary(*of))
-            elif what == "committed":
-                life.committed.append((of[0], of[1]))
-            elif what == "met":
-                for plan, met in zip(_plans(), of, strict=True):
-                    plan.note_met(met)
-            else:
-                life.status, life.failure, life.state, life.effects = of
-        if code is None:
-            last = f"; the last it told is: {life.boundaries[-1]}" if life.boundaries else ""
-            raise AssertionError(
-                f"a process of this proof did not end within {self.timeout_seconds:g} s{last}; if the pipeline does not "
-                "work in a forked process, pass processes=False"
-            )
-        life.died = code == -signal.SIGKILL
-        if not life.died and not life.status:
-            raise AssertionError(
-                f"a process of this proof exited with code {code}; see stderr. If the pipeline does not "
-                "work in a forked process, pass processes=False"
-            )
-        return life
-
-    def _run_child(self, writing: int, run_id: str, resume: bool, die_at: Boundary | None) -> None:
-        """Run in a child process, report, and exit without cleanup of the parent."""
-        code = 1
-        try:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            if FakeClock._active is not None:
-                FakeClock._active._outside = 0  # The child must not wait for operations of the parent.
-
-            def report(what: str, of: Any) -> None:
-                os.write(writing, json.dumps([what, of]).encode() + b"\n")
-
-            life = _Life()
-            deaths = Deaths(lambda boundary: boundary == die_at, kill=True, report=report)
-            asyncio.run(self._run(run_id, resume, deaths, life))
-            report("met", [plan.met_faults() for plan in _plans()])
-            report("end", [life.status, life.failure, life.state, life.effects])
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-
-
-def _plans() -> list[FaultPlan]:
-    """Context manager for the fault plans of a test."""
-    return [probe for probe in PROBES if isinstance(probe, FaultPlan)]
-
-
-def _listen(child: int, reading: int, timeout_seconds: float) -> tuple[str, int | None]:
-    """Return the output and exit code of a child, None after a timeout. The child is dead afterwards."""
-    written = b""
-    ended = False
-    deadline = time.monotonic() + timeout_seconds
-    try:
-        while (remaining := deadline - time.monotonic()) > 0:
-            if not select.select([reading], [], [], remaining)[0]:
-                break
-            data = os.read(reading, 65536)
-            if not data:
-                ended = True
-                break
-            written += data
-    finally:
-        os.close(reading)
-        if not ended:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-    return written.decode(), os.waitstatus_to_exitcode(status) if ended else None
-
-
-def _plain(state: BaseModel) -> Any:
-    """Return a state as plain JSON data."""
-    return jsonable(Schema.decode_raw(schema_of(type(state)).encode(state)))
 
 
 # ---------------------------------------------------------------------- the proof
@@ -263,56 +65,60 @@ async def assert_resumable(
 ) -> Resumability:
     """Prove that a pipeline survives the death of its process, at every boundary of its run.
 
-    It is run once without a disturbance. Then, for every boundary of that run (see ``crash_at``), a process runs it and
-    dies there, and another one goes on with it. Nothing that had finished may be called again, and the final state must be
-    the one of the undisturbed run, as must be what maps write to files or the journal. Each process uses a SQLite file of its own; waits are jumped over as by FakeClock.
+    The pipeline is run twice without a death: both runs must be equal. Then, for every boundary of that run (see
+    ``crash_at``), a process runs it and dies there, and another one resumes it. No committed node may be called again, and
+    the final state must be that of the undisturbed run, as must the outputs that maps write to files or the journal. All
+    runs share one temporary SQLite file; waits take no time, as under FakeClock.
 
     ``pipeline``: a Pipeline, its nodes, or plain code: an async function of ``(ctx, state)`` that calls ``execute_step``.
-    ``runner``: whose config and contracts count; the store is ours. Shared budgets are left out. ``ignore``: fields of the
+    ``runner``: source of config and contracts; its store is replaced, and shared budgets are skipped. ``ignore``: fields of the
     final state that may differ, such as ``"made_at"``, ``"lines.0"``.
 
-    ``processes``: whether each process is a real one, forked from this and killed with SIGKILL: then whatever a node keeps
-    in memory is lost, as it would be (but not what this process holds in memory already: a global that an earlier test has
-    filled hides that it is needed). That is so by default where there is a fork, unless ``effects`` is given.
-    ``effects``: gives what the pipeline has done to the world, a list of mails sent say, as plain data; it must be the same
-    as after the undisturbed run. A node that dies after its work and before its commit is called again, so work that must
-    be done once has to go by ``current_node().idempotency_key``. ``reset``: called before each run, to make the world
-    anew. With ``processes=True`` both must look at what processes share: files, a server.
+    ``processes``: True forks each process and kills it with SIGKILL, so that the memory of nodes is lost. Memory that this
+    process has before the fork is not: a global that an earlier test has filled hides that it is needed. The default is
+    True where the system has fork(), unless ``effects`` is passed.
+    ``effects``: returns the side effects of the pipeline as plain data, such as a list of mails sent; they must equal those
+    of the undisturbed run. A node whose process dies after its work and before its commit is called again, so work that must
+    be done once needs ``current_node().idempotency_key``. ``reset``: called before each run, to remove side effects. With
+    ``processes=True`` both must use data that processes share: files, a server.
 
-    ``most``: how many boundaries are tried, spread over the run. ``timeout_seconds``: for each process.
+    ``most``: maximum number of boundaries, spread over the run. ``timeout_seconds``: limit for each process.
 
     Raises AssertionError that names the node and the boundary.
     """
-    if not isinstance(pipeline, Pipeline) and not inspect.iscoroutinefunction(pipeline):
-        if not isinstance(pipeline, Iterable):
-            raise TypeError(
-                f"{pipeline!r} cannot be run; pass a Pipeline, a list of nodes, or an async function of (ctx, state)"
-            )
-        pipeline = list(pipeline)
-    if processes is None:
-        processes = hasattr(os, "fork") and effects is None
-    elif processes and not hasattr(os, "fork"):
-        raise ValueError("processes=True needs fork(); remove it on this system")
+    proven = _as_proven(pipeline)
+    forks = _uses_processes(processes, effects)
     with tempfile.TemporaryDirectory(prefix="stroma-resumable-") as directory:
-        trial = _Trial(
-            pipeline, state, runner or StromaRunner.quick(), Path(directory, "runs.db"), processes, effects, reset,
+        trial = Trial(
+            proven, state, runner or StromaRunner.quick(), Path(directory, "runs.db"), forks, effects, reset,
             timeout_seconds,
         )  # fmt: skip
         ignored = tuple(ignore)
-        first, again = [await _undisturbed(trial, run_id) for run_id in ("undisturbed", "undisturbed-2")]
-        differs = _differences(first, again, ignored) or _map_difference(
-            trial, "undisturbed", "undisturbed-2", ignored
-        )
-        if differs:
-            where = _first_difference(trial, "undisturbed", "undisturbed-2", ignored)
-            raise AssertionError(
-                f"two undisturbed runs differ{where}: {differs}; give the nodes the same responses each time (a recording, a seed), "
-                "keep nothing outside of states, or name fields that may differ with ignore="
-            )
-        boundaries = _some(list(dict.fromkeys(first.boundaries)), most)
+        undisturbed = await _undisturbed_twice(trial, ignored)
+        boundaries = _some(list(dict.fromkeys(undisturbed.boundaries)), most)
         for number, boundary in enumerate(boundaries):
-            await _try(trial, f"run-{number}", boundary, first, ignored)
-    return Resumability(tuple(boundaries), processes)
+            await _try(trial, f"run-{number}", boundary, undisturbed, ignored)
+    return Resumability(tuple(boundaries), forks)
+
+
+def _as_proven(pipeline: Proven) -> Proven:
+    """Return the code under test; nodes as a list, as they are run many times."""
+    if isinstance(pipeline, Pipeline) or inspect.iscoroutinefunction(pipeline):
+        return pipeline
+    if not isinstance(pipeline, Iterable):
+        raise TypeError(
+            f"{pipeline!r} cannot be run; pass a Pipeline, a list of nodes, or an async function of (ctx, state)"
+        )
+    return list(pipeline)
+
+
+def _uses_processes(processes: bool | None, effects: Callable[[], Any] | None) -> bool:
+    has_fork = hasattr(os, "fork")
+    if processes is None:
+        return has_fork and effects is None
+    if processes and not has_fork:
+        raise ValueError("processes=True needs fork(); remove it on this system")
+    return processes
 
 
 def assert_resumable_sync(pipeline: Proven, state: BaseModel, **options: Any) -> Resumability:
@@ -324,7 +130,21 @@ def assert_resumable_sync(pipeline: Proven, state: BaseModel, **options: Any) ->
     raise RuntimeError("an event loop is running here; use `await assert_resumable(...)`")
 
 
-async def _undisturbed(trial: _Trial, run_id: str) -> _Life:
+async def _undisturbed_twice(trial: Trial, ignored: tuple[str, ...]) -> ProcessRecord:
+    """Run twice without a disturbance and return the first record. Raises AssertionError if the runs differ."""
+    names = "undisturbed", "undisturbed-2"
+    first, again = [await _undisturbed(trial, run_id) for run_id in names]
+    differs = _differences(first, again, ignored) or _map_difference(trial, *names, ignored)
+    if differs:
+        where = _first_difference(trial, *names, ignored)
+        raise AssertionError(
+            f"two undisturbed runs differ{where}: {differs}; give the nodes the same responses each time (a recording, a seed), "
+            "keep nothing outside of states, or name fields that may differ with ignore="
+        )
+    return first
+
+
+async def _undisturbed(trial: Trial, run_id: str) -> ProcessRecord:
     trial.fresh()
     life = await trial.live(run_id, resume=False)
     if life.status not in _COMPLETED:
@@ -336,7 +156,7 @@ async def _undisturbed(trial: _Trial, run_id: str) -> _Life:
 
 
 async def _try(
-    trial: _Trial, run_id: str, boundary: Boundary, undisturbed: _Life, ignore: tuple[str, ...]
+    trial: Trial, run_id: str, boundary: Boundary, undisturbed: ProcessRecord, ignore: tuple[str, ...]
 ) -> None:
     trial.fresh()
     died = await trial.live(run_id, resume=False, die_at=boundary)
@@ -373,14 +193,14 @@ async def _try(
     done = _describe_changes(changes(undisturbed.effects, life.effects), ())
     if done:
         again = boundary.node_id if boundary.point == "after_node" else ""
-        mend = f": node {again!r} did its work, and was called again" if again else ""
+        cause = f": node {again!r} did its work, and was called again" if again else ""
         raise AssertionError(
-            f"{what}; its effects differ{mend}: {done}; let the other side drop duplicates by "
+            f"{what}; its effects differ{cause}: {done}; let the other side drop duplicates by "
             "current_node().idempotency_key"
         )
 
 
-def _differences(a: _Life, b: _Life, ignore: tuple[str, ...]) -> str:
+def _differences(a: ProcessRecord, b: ProcessRecord, ignore: tuple[str, ...]) -> str:
     difference = _describe_changes(changes(a.state, b.state), ignore) or _describe_changes(
         changes(a.effects, b.effects), ()
     )
@@ -413,14 +233,14 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _first_difference(trial: _Trial, a: str, b: str, ignore: tuple[str, ...]) -> str:
+def _first_difference(trial: Trial, a: str, b: str, ignore: tuple[str, ...]) -> str:
     """Describe the first node at which two runs differ."""
     for one, _ in _differing_outputs(trial, a, b, ignore):
         return f", from the output of node {one.node_id!r} (position {place_of(one)}) on"
     return ""
 
 
-def _map_difference(trial: _Trial, a: str, b: str, ignore: tuple[str, ...]) -> str:
+def _map_difference(trial: Trial, a: str, b: str, ignore: tuple[str, ...]) -> str:
     """Describe the first differing output of a map that is not part of a state; "" if there is none."""
     proven = trial.proven.nodes if isinstance(trial.proven, Pipeline) else trial.proven
     nodes = [] if inspect.iscoroutinefunction(proven) else [find_node(node) for node in proven]
@@ -445,7 +265,7 @@ def _external_maps(node: Node | Group, place: str) -> Iterator[str]:
 
 
 def _differing_outputs(
-    trial: _Trial, a: str, b: str, ignore: tuple[str, ...]
+    trial: Trial, a: str, b: str, ignore: tuple[str, ...]
 ) -> Iterator[tuple[AttemptRecord, str]]:
     """Return the first different committed output of two runs, in order of places, with a description."""
     with SQLiteStore(trial.path) as store:

@@ -22,8 +22,8 @@ def trace_snapshot(
 ) -> str:
     """Return a trace, or a result, as text without times, durations and the run id.
 
-    Nodes that ran side by side stand in the order of their places, whichever was done first. ``states``: with the input and
-    the output of each attempt. ``hide``: names of fields, at any depth, that are shown as ``...``.
+    Nodes that ran concurrently are listed in the order of their places. ``states``: with the input and the output of each
+    attempt. ``hide``: names of fields, at any depth, that are shown as ``...``.
     """
     lines: list[str] = []
     result = trace if isinstance(trace, ExecutionResult) else None
@@ -83,14 +83,14 @@ def compare_with_file(text: str, path: Path, *, update: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
         return
-    mend = "write it with: pytest --stroma-update-snapshots"
+    command = "write it with: pytest --stroma-update-snapshots"
     if not path.exists():
-        raise AssertionError(f"no snapshot {path}; {mend}")
+        raise AssertionError(f"no snapshot {path}; {command}")
     stored_text = path.read_text("utf-8")
     if stored_text != text:
         lines = difflib.unified_diff(
             stored_text.splitlines(), text.splitlines(), str(path), "this run", lineterm=""
         )
         raise AssertionError(
-            "\n".join([f"the trace differs from {path}; if that is intended, {mend}", *lines])
+            "\n".join([f"the trace differs from {path}; if that is intended, {command}", *lines])
         )

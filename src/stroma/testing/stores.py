@@ -37,7 +37,9 @@ __all__ = [
 
 
 class JournalStoreTests(ExecutionTests, OwnershipTests, SignalTests, ReadingTests):
-    """Conformance tests of journal stores. Inherit, and define a fixture ``store`` with an empty store::
+    """Conformance tests of journal stores.
+
+    Inherit, and define a fixture ``store`` with an empty store::
 
         class TestMyStore(JournalStoreTests):
             @pytest.fixture

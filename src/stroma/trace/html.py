@@ -7,160 +7,22 @@ word escaped. A notebook, the file to attach to a bug report, ``stroma export --
 from __future__ import annotations
 
 import base64
-import bisect
 import hashlib
-import itertools
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from stroma._utils.svg import as_xml
-from stroma._utils.text import clean, count, money, plural, span, visible
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize, visible
+from stroma.trace.gantt import bar_title, gantt, select_bars
+from stroma.trace.story import Bar, Story, fields_named
 
-__all__ = [
-    "STYLE",
-    "Bar",
-    "Box",
-    "Story",
-    "cause",
-    "document",
-    "duration",
-    "fields_named",
-    "fragment",
-    "gantt",
-    "head",
-    "idle",
-    "idle_ms",
-    "places",
-    "tree",
-    "utc",
-    "waits",
-    "without_values",
-]
+__all__ = ["STYLE", "cause", "document", "fragment", "head", "tree", "utc"]
 
-
-#: Rows and attempts that are drawn; of a run with more, the failed ones go first.
-MOST: Final = 2000
 _ITEMS: Final = 400  # of one payload
 _TEXT: Final = 2000  # characters of one text in it
 _DEEPEST: Final = 30
-
-
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """One attempt.
-
-    Attributes:
-        at: its place in the run: "2", "2.0" for a child of a group.
-        began_ms, took_ms: since the first attempt began, and of the function alone; of a group, from the first function inside
-            it to the last.
-        outcome: "success", "failure", "cancelled", "suspended" or "forked".
-        kept: True if its output was committed.
-        given, made: plain JSON data; None if not known.
-        function_ms: for how long functions ran, of a group in which there were waits as well; None for all others.
-    """
-
-    node_id: str
-    at: str
-    attempt: int
-    began_ms: float
-    took_ms: float
-    outcome: str
-    failure_class: str | None = None
-    reason: str | None = None
-    message: str | None = None
-    tokens: int = 0
-    output_tokens: int = 0
-    cost_usd: float = 0.0
-    model: str | None = None
-    kept: bool = True
-    given: Any = None
-    made: Any = None
-    function_ms: float | None = None
-
-    @property
-    def key(self) -> str:
-        """Names it among the attempts of its run; safe in an address."""
-        digest = hashlib.sha256(f"{self.at}\0{self.attempt}\0{self.began_ms}".encode())
-        return f"a{digest.hexdigest()[:12]}"
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """The cause that stopped a run. ``fields``: paths that broke a contract. ``mend``: the command to resume, or ""."""
-
-    node_id: str
-    at: str
-    attempt: int
-    failure_class: str
-    message: str
-    reason: str | None = None
-    mend: str = ""
-
-    @property
-    def fields(self) -> list[str]:
-        return fields_named(self.message)
-
-
-@dataclass(frozen=True, slots=True)
-class Story:
-    """A run. ``left_out``: how many attempts there are beside ``bars``."""
-
-    run_id: str
-    pipeline: str
-    status: str
-    bars: Sequence[Bar]
-    tokens: int
-    cost_usd: float
-    began_ms: int = 0
-    seconds: float = 0.0
-    box: Box | None = None
-    facts: Sequence[tuple[str, str]] = field(default=())
-    left_out: int = 0
-
-    @property
-    def wasted(self) -> tuple[int, float]:
-        """Tokens and US dollars of the attempts that came to nothing."""
-        lost = [bar for bar in self.bars if not bar.kept]
-        return sum(bar.tokens for bar in lost), sum(bar.cost_usd for bar in lost)
-
-
-_VIOLATION: Final = re.compile(r"(?:\w+: )?Contract violation for .*? \((?:input|output)\): (.*)", re.DOTALL)
-_FIELD: Final = re.compile(r"([\w$-]+(?:\.[\w$-]+)*): ")
-
-
-def fields_named(message: str) -> list[str]:
-    """Return the paths that the message of a broken contract names: "lines.0.price"."""
-    match = _VIOLATION.match(message)
-    parts = match[1].split("; ") if match else []
-    return [at[1] for part in parts if (at := _FIELD.match(part))]
-
-
-def without_values(message: str) -> str:
-    """Return the message of a broken contract with its paths alone: an error text may quote a value."""
-    match = _VIOLATION.match(message)
-    if match is None:
-        return message
-    return message[: match.start(1)] + "; ".join(f"{path}: hidden" for path in fields_named(message))
-
-
-def waits(bars: Iterable[Bar]) -> Iterator[tuple[Bar, float, float]]:
-    """(the attempt that follows, when its wait began, how long it was) of every attempt that another one went before."""
-    last: dict[str, Bar] = {}
-    for bar in sorted(bars, key=lambda bar: (bar.began_ms, bar.attempt)):
-        before = last.get(bar.at)
-        if before is not None and bar.attempt > 1:
-            ended = before.began_ms + before.took_ms
-            if bar.began_ms > ended:
-                yield bar, ended, bar.began_ms - ended
-        last[bar.at] = bar
-
-
-# ---------------------------------------------------------------------- the Gantt
-
 #: Colours that keep a contrast of 4.5 with what they stand on, light and dark.
 STYLE: Final = """
 .stroma{--ink:#0f172a;--dim:#475569;--paper:#fff;--soft:#f1f5f9;--rule:#cbd5e1;--good:#15803d;--bad:#b91c1c;--warn:#a16207;
@@ -195,145 +57,6 @@ body.stroma{margin:0 auto;padding:1em;max-width:110em}.stroma .defs{position:abs
 @media(max-width:760px){.stroma .row{grid-template-columns:1fr;gap:.1em}.stroma .row .fig{text-align:left;white-space:normal}.stroma .two{grid-template-columns:1fr}}
 """
 
-_HATCH: Final = (
-    '<svg class="defs" aria-hidden="true"><defs><pattern id="stroma-hatch" width="6" height="6" '
-    'patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><path class="hatch" d="M0 0V6" stroke-width="2"/>'
-    "</pattern></defs></svg>"
-)
-_WIDE: Final = 1000
-
-
-def gantt(
-    bars: Sequence[Bar],
-    *,
-    link: Callable[[Bar], str] | None = None,
-    selected: str | None = None,
-    fold_idle: bool = False,
-) -> str:
-    """Return a row for every node, with a bar for every attempt and a hatched one for every wait; groups fold.
-
-    ``link``: where a bar leads to. ``selected``: the key of an attempt that is marked; its group is open. ``fold_idle``:
-    stretches in which nothing ran are drawn as short ones.
-    """
-    shown = _most_telling(bars)
-    if not shown:
-        return '<p class="dim">no attempt has ended yet</p>'
-    at_ms = places((bar.began_ms, bar.took_ms) for bar in shown) if fold_idle else float
-    end = max(at_ms(bar.began_ms + bar.took_ms) for bar in shown) or 1.0
-    rows: dict[str, list[Bar]] = {}
-    for bar in shown:
-        rows.setdefault(bar.at, []).append(bar)
-    pauses: dict[str, list[tuple[float, float, float]]] = {}
-    for bar, began, took in waits(shown):
-        drawn_at = at_ms(began)
-        pauses.setdefault(bar.at, []).append((drawn_at, at_ms(began + took) - drawn_at, took))
-    children: dict[str, list[str]] = {}
-    for at in sorted(rows, key=_order):
-        parent = at.rpartition(".")[0]
-        while parent and parent not in rows:  # A group that has not ended has no row.
-            parent = parent.rpartition(".")[0]
-        children.setdefault(parent, []).append(at)
-
-    def draw(at: str) -> str:
-        line = _row(rows[at], pauses.get(at, []), at_ms, end, link, selected, folds=at in children)
-        if at not in children:
-            return f'<div class="row">{line}</div>'
-        inside = "".join(draw(child) for child in children[at])
-        is_open = " open" if _is_telling(at, rows, selected) else ""
-        return f'<details{is_open}><summary class="row">{line}</summary><div class="kids">{inside}</div></details>'
-
-    drawn = "".join(draw(at) for at in children.get("", []))
-    left_out = len(bars) - len(shown)
-    more = f'<p class="dim">and {plural(left_out, "attempt")} more</p>' if left_out else ""
-    return f'{_HATCH}<div class="gantt">{drawn}</div>{more}'
-
-
-def idle_ms(bars: Iterable[Bar]) -> float:
-    """Return the length of the idle stretches long enough to fold, in milliseconds."""
-    return idle((bar.began_ms, bar.took_ms) for bar in bars)
-
-
-def _most_telling(bars: Sequence[Bar]) -> list[Bar]:
-    if len(bars) <= MOST:
-        return list(bars)
-    # Those that did not succeed tell most; the rest in the order in which they came.
-    ranked = sorted(range(len(bars)), key=lambda i: (bars[i].outcome == "success", i))[:MOST]
-    return [bars[i] for i in sorted(ranked)]
-
-
-def _order(at: str) -> tuple[int, ...]:
-    return tuple(int(part) if part.isdecimal() else 0 for part in at.split("."))
-
-
-def _is_telling(at: str, rows: dict[str, list[Bar]], selected: str | None) -> bool:
-    inside = [bar for place, row in rows.items() if place.startswith(f"{at}.") for bar in row]
-    return any(bar.key == selected for bar in inside)
-
-
-def _row(
-    bars: list[Bar],
-    pauses: list[tuple[float, float, float]],
-    at_ms: Callable[[float], float],
-    end: float,
-    link: Callable[[Bar], str] | None,
-    selected: str | None,
-    *,
-    folds: bool,
-) -> str:
-    last = bars[-1]
-    scale = _WIDE / end
-    if folds:  # What folds is itself what one presses: its attempts are led to from elsewhere.
-        link = None
-    drawn = [
-        f'<rect class="b-wait" x="{began * scale:.1f}" y="7" width="{max(width * scale, 2):.1f}" height="8">'
-        f"<title>waited {span(took / 1000)}</title></rect>"
-        for began, width, took in pauses
-    ]
-    for bar in bars:
-        on = " b-on" if bar.key == selected else ""
-        began = at_ms(bar.began_ms)
-        width = at_ms(bar.began_ms + bar.took_ms) - began
-        x = min(began * scale, _WIDE - 7)
-        rect = f'<rect class="b-{as_xml(bar.outcome)}{on}" x="{x:.1f}" y="2" width="{max(width * scale, 6):.1f}" height="18"'
-        title = f"<title>{as_xml(_bar_title(bar))}</title>"
-        drawn.append(
-            f"{rect}>{title}</rect>" if link is None else f'<a href="{as_xml(link(bar))}">{title}{rect}/></a>'
-        )
-    used = sum(bar.tokens for bar in bars)
-    cost = sum(bar.cost_usd for bar in bars)
-    tries = f" · {plural(len(bars), 'attempt')}" if len(bars) > 1 else ""
-    spent = f" · {count(used)} · {money(cost)}" if used or cost else ""
-    tone = {"success": "good", "failure": "bad", "forked": "dim"}.get(last.outcome, "warn")
-    fold = "fold " if folds else ""
-    # A picture has nothing in it that could be pressed.
-    role, label = (
-        ("img", _bar_title(last)) if link is None else ("group", f"attempts of {clean(last.node_id, 100)}")
-    )
-    took = sum(bar.took_ms for bar in bars)
-    ran = sum(bar.took_ms if bar.function_ms is None else bar.function_ms for bar in bars)
-    return (
-        f'<span class="name {fold}{tone}" title="{as_xml(last.node_id)}"><span class="dim mono">{as_xml(last.at)}</span> '
-        f"{as_xml(clean(last.node_id, 60))}</span>"
-        f'<svg viewBox="0 0 {_WIDE} 22" preserveAspectRatio="none" role="{role}" aria-label="{as_xml(label)}">{"".join(drawn)}</svg>'
-        f'<span class="fig">{duration(took, ran)}{tries}{spent}</span>'
-    )
-
-
-def _bar_title(bar: Bar) -> str:
-    why = f": {bar.failure_class}{f' ({bar.reason})' if bar.reason else ''}" if bar.failure_class else ""
-    message = f": {clean(bar.message, 200)}" if bar.message else ""
-    return f"{clean(bar.node_id, 100)}, attempt {bar.attempt}, {bar.outcome}{why}, {duration(bar.took_ms, bar.function_ms)}{message}"
-
-
-def duration(took_ms: float, function_ms: float | None) -> str:
-    """Return how long an attempt took, and for how long functions ran in it where that is less: of a group with waits."""
-    took = span(took_ms / 1000)
-    ran = took if function_ms is None or took_ms - function_ms < 1 else span(function_ms / 1000)
-    return took if ran == took else f"{took} (functions {ran})"
-
-
-# ---------------------------------------------------------------------- states
-
 
 def tree(value: Any, broke: Iterable[str] = ()) -> str:
     """JSON data as a tree that folds, the fields at these paths marked; what is too much to show is counted."""
@@ -351,11 +74,11 @@ def _branch(key: str, value: Any, path: str, marks: set[str], room: list[int], d
         parts: list[str] = []
         for inner, held in items:
             if room[0] <= 0:
-                parts.append(f'<li class="dim">… {plural(len(value) - len(parts), "item")} more</li>')
+                parts.append(f'<li class="dim">… {pluralize(len(value) - len(parts), "item")} more</li>')
                 break
             at = f"{path}.{inner}" if path else str(inner)
             parts.append(_branch(str(inner), held, at, marks, room, depth + 1))
-        what = plural(len(value), "field" if isinstance(value, dict) else "item")
+        what = pluralize(len(value), "field" if isinstance(value, dict) else "item")
         holds = any(mark.startswith(f"{path}.") for mark in marks) if path else True
         is_open = " open" if depth < 2 or holds else ""
         return (
@@ -368,9 +91,6 @@ def _branch(key: str, value: Any, path: str, marks: set[str], room: list[int], d
     text = json.dumps(value, ensure_ascii=False, default=str) if depth < _DEEPEST else "…"
     cut = f'<span class="dim">… {left_out:,} more characters</span>' if left_out else ""
     return f"<li{broke}>{name}{as_xml(text)}{cut}</li>"
-
-
-# ---------------------------------------------------------------------- the page
 
 
 def fragment(story: Story, *, states: bool = True) -> str:
@@ -402,7 +122,7 @@ def utc(ms: int) -> str:
 def head(story: Story) -> str:
     """Return the summary of a run and its outcome."""
     tokens, cost = story.wasted
-    wasted = f" (wasted {count(tokens)}, {money(cost)})" if tokens or cost else ""
+    wasted = f" (wasted {format_tokens(tokens)}, {format_usd(cost)})" if tokens or cost else ""
     began = ""
     if story.began_ms:
         when = utc(story.began_ms)
@@ -418,7 +138,7 @@ def head(story: Story) -> str:
     return (
         f'<h1>{as_xml(clean(story.pipeline or "run", 200))} <span class="status {tone}">{as_xml(story.status)}</span></h1>'
         f'<div class="facts"><span><b>run</b> <code>{as_xml(clean(story.run_id, 400))}</code></span>{began}'
-        f"<span><b>duration</b> {span(story.seconds)}</span><span><b>spent</b> {count(story.tokens)}, {money(story.cost_usd)}{wasted}</span>"
+        f"<span><b>duration</b> {format_duration(story.seconds)}</span><span><b>spent</b> {format_tokens(story.tokens)}, {format_usd(story.cost_usd)}{wasted}</span>"
         f"<span><b>attempts</b> {len(story.bars) + story.left_out:,}</span>{more}</div>"
     )
 
@@ -432,16 +152,18 @@ def cause(story: Story) -> str:
     why = f"{box.failure_class}{f' ({box.reason})' if box.reason else ''}"
     fields = "".join(f"<code>{as_xml(path)}</code> " for path in box.fields[:20])
     named = f"<p><b>field</b> {fields}</p>" if fields else ""
-    mend = f"<p><b>go on with</b> <code>{as_xml(box.mend)}</code></p>" if box.mend else ""
+    resume = (
+        f"<p><b>resume with</b> <code>{as_xml(box.resume_command)}</code></p>" if box.resume_command else ""
+    )
     return (
         f'<section class="cause" aria-label="cause"><p><b class="bad">{as_xml(why)}</b> at node <b>{as_xml(clean(box.node_id, 200))}</b> '
         f"(at {as_xml(box.at)}, attempt {box.attempt})</p><pre>{as_xml(visible(box.message[:_TEXT]))}</pre>{named}"
-        f"<p><b>spent</b> {count(story.tokens)}, {money(story.cost_usd)}; of it on attempts that came to nothing {count(tokens)}, {money(cost)}</p>{mend}</section>"
+        f"<p><b>spent</b> {format_tokens(story.tokens)}, {format_usd(story.cost_usd)}; of it on attempts without output {format_tokens(tokens)}, {format_usd(cost)}</p>{resume}</section>"
     )
 
 
 def _body(story: Story, *, states: bool) -> str:
-    shown = _most_telling(story.bars)
+    shown = select_bars(story.bars)
     failed = next((bar for bar in reversed(shown) if bar.outcome == "failure"), None)
     details = "".join(_attempt(bar) for bar in shown) if states else ""
     return (
@@ -457,50 +179,11 @@ def _attempt(bar: Bar) -> str:
     model = f" · {as_xml(clean(bar.model, 80))}" if bar.model else ""
     states = "".join(
         f'<div><span class="dim">{name}</span>{tree(value, broke if side == name else ())}</div>'
-        for name, value in (("input", bar.given), ("output", bar.made))
+        for name, value in (("input", bar.input_state), ("output", bar.output_state))
         if value is not None
     )
     return (
-        f'<details class="attempt" id="{bar.key}"><summary><span class="mono dim">{as_xml(bar.at)}</span> {as_xml(_bar_title(bar))}'
-        f" · {count(bar.tokens)} · {money(bar.cost_usd)}{model}</summary>{message}"
+        f'<details class="attempt" id="{bar.key}"><summary><span class="mono dim">{as_xml(bar.at)}</span> {as_xml(bar_title(bar))}'
+        f" · {format_tokens(bar.tokens)} · {format_usd(bar.cost_usd)}{model}</summary>{message}"
         f'<div class="two">{states}</div></details>'
     )
-
-
-#: What is long for a stretch without work, and how it is drawn when folded: parts of the time with work.
-_LONG: Final = 0.1
-_SHORT: Final = 0.03
-
-
-def _gaps(spans: Iterable[tuple[float, float]]) -> tuple[list[tuple[float, float]], float]:
-    """(from, to) of each long stretch in which nothing ran, and how long something did. ``spans``: (start, duration)."""
-    gaps: list[tuple[float, float]] = []
-    busy = reached = 0.0
-    for began, took in sorted(spans):
-        if began > reached:
-            gaps.append((reached, began))
-        busy += max(0.0, began + took - max(reached, began))
-        reached = max(reached, began + took)
-    return [(a, b) for a, b in gaps if b - a > _LONG * busy], busy
-
-
-def idle(spans: Iterable[tuple[float, float]]) -> float:
-    """Return the length of the idle stretches long enough to fold. ``spans``: (start, duration)."""
-    return sum(b - a for a, b in _gaps(spans)[0])
-
-
-def places(spans: Iterable[tuple[float, float]]) -> Callable[[float], float]:
-    """Return a monotonic function from a time to its position once the idle stretches are folded, in the same unit."""
-    gaps, busy = _gaps(spans)
-    short = _SHORT * busy
-    ends = [b for _, b in gaps]
-    saved = [0.0, *itertools.accumulate(b - a - short for a, b in gaps)]
-
-    def place(time: float) -> float:
-        past = bisect.bisect_right(ends, time)
-        if past < len(gaps) and time > gaps[past][0]:  # In the midst of one.
-            a, b = gaps[past]
-            return a - saved[past] + (time - a) / (b - a) * short
-        return time - saved[past]
-
-    return place

@@ -12,7 +12,7 @@ from urllib.parse import quote, quote_plus
 from stroma._utils.text import one_line
 
 if TYPE_CHECKING:
-    from stroma.trace.html import Story
+    from stroma.trace.story import Story
 
 __all__ = [
     "HIDDEN",
@@ -70,7 +70,7 @@ def hide_words(redact: Redact | None, text: str, hidden: Iterable[str]) -> str:
     """
     if redact is None:
         return text
-    from stroma.trace.html import without_values  # Few runs are shown, so none has to load what shows them.
+    from stroma.trace.story import without_values  # Fewrunsareshown, sononehastoloadwhatshowsthem.
 
     paths = without_values(text)
     if paths != text:
@@ -273,8 +273,8 @@ class Shown:
     def to_html(self, path: str | os.PathLike[str] | None = None, *, redact: Redact | None = None) -> str:
         """Return one self-contained HTML file, to attach to a bug report: it loads nothing and runs nothing.
 
-        ``path``: also written there, readable by its owner only. ``redact``: applied to each state and each message; give the
-        one of your RunConfig. Secrets of pydantic's types are masked all the same.
+        ``path``: also written there, readable by its owner only. ``redact``: applied to each state and each message; pass that
+        of your RunConfig. Secrets of pydantic's types are masked all the same.
         """
         from stroma.trace.html import document
 

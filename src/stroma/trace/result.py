@@ -17,7 +17,7 @@ from stroma.trace.trace import ExecutionTrace
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
 
-    from stroma.trace.html import Story
+    from stroma.trace.story import Story
 
     StateT = TypeVar("StateT", bound=BaseModel, default=BaseModel)
 else:
@@ -32,11 +32,11 @@ class RunStatus(StrEnum):
 
     COMPLETED = "COMPLETED"
     FAILED = "FAILED"  # a terminal failure: trying the same again will not help
-    PARTIAL = "PARTIAL"  # gave up for now: what was finished is kept, a later resume may work
+    PARTIAL = "PARTIAL"  # stopped for now: finished nodes are stored, a later resume may succeed
     RESUMED = "RESUMED"  # completed, continuing an earlier run
     CANCELLED = "CANCELLED"  # the run's task was cancelled; resumable
     SUSPENDED = "SUSPENDED"  # a node waits for a person; resumable
-    INTERRUPTED = "INTERRUPTED"  # the process was told to stop, or run() raised; resumable
+    INTERRUPTED = "INTERRUPTED"  # the process was asked to stop, or run() raised; resumable
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class ExecutionResult(Shown, Generic[StateT]):
     failed_items: int = 0
 
     def _story(self, redact: Redact | None = None) -> Story:
-        from stroma.trace.html import Box
+        from stroma.trace.story import StopCause
 
         story, failure, box = self.trace._story(redact), self.failure, None
         if failure is not None:
@@ -85,7 +85,7 @@ class ExecutionResult(Shown, Generic[StateT]):
             # Of a group, the child whose failure became its own is the one that stands deepest.
             failed = [bar for bar in story.bars if bar.message == message and bar.outcome == "failure"]
             at = max(failed, key=lambda bar: (bar.began_ms, len(bar.at)), default=None)
-            box = Box(
+            box = StopCause(
                 failure.node_id if at is None else at.node_id, "?" if at is None else at.at, failure.attempt,
                 failure.failure_class.value, message, failure.reason,
             )  # fmt: skip

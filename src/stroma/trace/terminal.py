@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from stroma._utils.text import clean, count, money, span
-from stroma.trace.html import Bar, Story, duration, waits
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd
+from stroma.trace.gantt import duration
+from stroma.trace.story import Bar, Story, waits
 
 __all__ = ["renderable"]
 
@@ -27,8 +28,8 @@ def renderable(story: Story) -> Any:
     tokens, cost = story.wasted
     head = Text.assemble(
         (f"{clean(story.pipeline or 'run', 60)} ", "bold"), (story.status, tone),
-        f"  {clean(story.run_id, 60)}  {span(story.seconds)}, {count(story.tokens)}, {money(story.cost_usd)}",
-        f" (wasted {count(tokens)}, {money(cost)})" if tokens else "",
+        f"  {clean(story.run_id, 60)}  {format_duration(story.seconds)}, {format_tokens(story.tokens)}, {format_usd(story.cost_usd)}",
+        f" (wasted {format_tokens(tokens)}, {format_usd(cost)})" if tokens else "",
     )  # fmt: skip
     parts: list[Any] = [head]
     box = story.box
@@ -56,7 +57,7 @@ def renderable(story: Story) -> Any:
         depth = bar.at.count(".")
         table.add_row(
             bar.at, "  " * depth + clean(bar.node_id, 40), str(bar.attempt), _drawn(bar, paused.get(bar.key), end),
-            duration(bar.took_ms, bar.function_ms), f"{bar.tokens:,}" if bar.tokens else "", money(bar.cost_usd) if bar.tokens else "",
+            duration(bar.took_ms, bar.function_ms), f"{bar.tokens:,}" if bar.tokens else "", format_usd(bar.cost_usd) if bar.tokens else "",
         )  # fmt: skip
     parts.append(table)
     left_out = max(0, len(story.bars) - _MOST) + story.left_out

@@ -19,7 +19,7 @@ from stroma.contracts.schema import Schema, Snapshot
 from stroma.trace.redaction import Redact, Shown, hidden_values, hide_state, hide_words
 
 if TYPE_CHECKING:
-    from stroma.trace.html import Bar, Story
+    from stroma.trace.story import Bar, Story
 from stroma.trace.events import NO_USAGE, AttemptRow, BoundedRows, Figures, TraceEvent, TraceMark, figures_of
 from stroma.trace.plain import jsonable
 
@@ -135,7 +135,7 @@ class ExecutionTrace(Shown):
 
     def _story(self, redact: Redact | None = None) -> Story:
         """Return the trace as plain data. Times in rows have nanosecond resolution."""
-        from stroma.trace.html import Story
+        from stroma.trace.story import Story
 
         marks: list[tuple[int, int, TraceEvent]] = []
         stack: list[AttemptRow | TraceEvent] = list(self.rows)
@@ -199,7 +199,7 @@ def _bar(
     redact: Redact | None,
     hidden: frozenset[str],
 ) -> Bar:
-    from stroma.trace.html import Bar
+    from stroma.trace.story import Bar
 
     def shown(state: dict[str, Any] | None) -> Any:
         return None if state is None else jsonable(hide_state(redact, state))

@@ -19,7 +19,7 @@ from stroma.trace.html import STYLE
 from stroma.ui.actions import Actions
 from stroma.ui.events import Events
 from stroma.ui.pages import Pages
-from stroma.ui.security import ASGIApp, Guard, Keys
+from stroma.ui.security import ASGIApp, Keys, SecurityMiddleware
 from stroma.ui.settings import Settings
 
 __all__ = ["make_app"]
@@ -71,4 +71,4 @@ def make_app(settings: Settings) -> ASGIApp:
         exception_handlers={StoreError: on_store_error, HTTPException: on_http_error, Exception: on_anything},
     )
     hosts = frozenset(host.lower() for host in settings.hosts)
-    return Guard(app, keys, hosts, settings.private_host)
+    return SecurityMiddleware(app, keys, hosts, settings.private_host)

@@ -18,14 +18,12 @@ from stroma.checkpoint.history import (
     NodeDiff,
     Payload,
     changes,
-    is_gone,
+    is_interrupted,
     place_of,
 )
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
-from stroma.trace.html import (
-    duration,
-    tree,
-)
+from stroma.trace.gantt import duration
+from stroma.trace.html import tree
 
 __all__ = [
     "as_attachment",
@@ -67,6 +65,7 @@ def parse_search(text: str, status: str, kind: str) -> RunQuery:
 
 
 def tone_of(status: str) -> str:
+    """Return the colour class of a run's or an attempt's status: "good", "bad" or "warn"."""
     if status in (*FINISHED, "success"):
         return "good"
     return "bad" if status in (*FAILED, "failure") else "warn"
@@ -74,7 +73,7 @@ def tone_of(status: str) -> str:
 
 def cause_text(record: RunRecord) -> str:
     """Return the cause of a failed run as text."""
-    if is_gone(record):
+    if is_interrupted(record):
         return "owner lost"
     if record.status in FINISHED:
         return ""
@@ -86,6 +85,7 @@ def cause_text(record: RunRecord) -> str:
 
 
 def attempt_key(attempt: AttemptRecord) -> tuple[int, str, int, int]:
+    """Return the key that identifies an attempt within its run."""
     return attempt.position, attempt.branch, attempt.attempt, attempt.started_ns
 
 
@@ -99,17 +99,20 @@ def restored_starts(record: RunRecord, attempts: list[AttemptRecord]) -> set[int
 
 
 def to_address(path: str, **query: Any) -> str:
+    """Return a path with its query; empty values are omitted."""
     inputs = {name: value for name, value in query.items() if value not in (None, "")}
     return f"{path}?{urlencode(inputs, errors='replace')}" if inputs else path
 
 
 def attempt_address(record: RunRecord, attempt: AttemptRecord, path: str = "/attempt") -> str:
+    """Return the address of an attempt's page."""
     # Without urlencode: a page has thousands of links. Branches are numbers and dots.
     at = quote_plus(place_of(attempt)) if attempt.branch else attempt.position
     return f"{path}?id={quote_plus(record.run_id, errors='replace')}&at={at}&began={attempt.started_ns}"
 
 
 def duration_text(attempt: AttemptRecord) -> str:
+    """Format the duration of an attempt."""
     return duration(attempt.duration_ms, attempt.function_ms or None)
 
 
@@ -136,6 +139,7 @@ def side_by_side(one: NodeDiff) -> dict[str, Any]:
 
 
 def state_tree(payload: Payload, invalid_fields: list[str]) -> dict[str, Any]:
+    """Return a state as a tree for the page, or the problem that prevents it."""
     if payload.problem is not None:
         return {"problem": payload.problem, "tree": None}
     return {
@@ -145,10 +149,12 @@ def state_tree(payload: Payload, invalid_fields: list[str]) -> dict[str, Any]:
 
 
 def mark_controls(value: Any) -> Any:
+    """Return text with its control characters marked, any other value as it is."""
     return with_marks(value) if type(value) is str else value
 
 
 def to_json(value: Any) -> str:
+    """Encode a value as JSON of at most 300 characters, all printable."""
     return clean(json.dumps(value, ensure_ascii=False), 300)
 
 
@@ -164,9 +170,11 @@ def compress(request: Request, page: Response) -> Response:
 
 
 def as_attachment(name: str) -> dict[str, str]:
+    """Return the response headers of a download."""
     return {"content-disposition": f'attachment; filename="{name}"'}
 
 
 def json_file(value: Any, name: str) -> Response:
+    """Return a response that downloads a value as a JSON file."""
     text = json.dumps(value, allow_nan=False, default=str)
     return Response(text.encode(), media_type="application/json", headers=as_attachment(name))

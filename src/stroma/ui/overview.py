@@ -9,11 +9,11 @@ from typing import Final
 from markupsafe import Markup
 
 from stroma._utils.svg import as_xml
-from stroma._utils.text import plural
+from stroma._utils.text import pluralize
 from stroma.checkpoint.records import PICO, Tally
 from stroma.trace.html import utc
 
-__all__ = ["BUCKETS", "AttemptRow", "Overview"]
+__all__ = ["BUCKETS", "AttemptTotals", "Overview"]
 
 #: Number of time buckets of the chart.
 BUCKETS: Final = 24
@@ -24,7 +24,7 @@ _CHART_HEIGHT: Final = 120
 
 
 @dataclass(slots=True)
-class AttemptRow:
+class AttemptTotals:
     """Totals of one pipeline, node or model."""
 
     name: str
@@ -55,16 +55,16 @@ class AttemptRow:
 class Overview:
     """Totals of some days."""
 
-    total: AttemptRow
-    pipelines: list[AttemptRow]
-    nodes: list[AttemptRow]
-    models: list[AttemptRow]
-    slowest: list[AttemptRow]
+    total: AttemptTotals
+    pipelines: list[AttemptTotals]
+    nodes: list[AttemptTotals]
+    models: list[AttemptTotals]
+    slowest: list[AttemptTotals]
     failures: dict[int, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tallies: Sequence[Tally]) -> Overview:
-        total = AttemptRow("all")
+        total = AttemptTotals("all")
         failures: dict[int, dict[str, int]] = {}
         for one in tallies:
             total.add(one)
@@ -93,7 +93,7 @@ class Overview:
             for kind in sorted(at, key=lambda kind: _CLASSES.index(kind) if kind in _CLASSES else 9):
                 height = at[kind] / highest * (_CHART_HEIGHT - 10)
                 y -= height
-                title = f"{when}: {kind}, {plural(at[kind], 'attempt')}"
+                title = f"{when}: {kind}, {pluralize(at[kind], 'attempt')}"
                 tone = kind.lower() if kind in _CLASSES else "other"
                 bars.append(
                     f'<rect class="c-{tone}" x="{place * _BAR_WIDTH + 3}" y="{y:.1f}" width="{_BAR_WIDTH - 6}" '
@@ -106,12 +106,12 @@ class Overview:
         )
 
 
-def _group_by(tallies: Iterable[Tally], name: Callable[[Tally], str]) -> list[AttemptRow]:
-    rows: dict[str, AttemptRow] = {}
+def _group_by(tallies: Iterable[Tally], name: Callable[[Tally], str]) -> list[AttemptTotals]:
+    rows: dict[str, AttemptTotals] = {}
     for one in tallies:
-        rows.setdefault(name(one), AttemptRow(name(one))).add(one)
+        rows.setdefault(name(one), AttemptTotals(name(one))).add(one)
     return list(rows.values())
 
 
-def _most_expensive(rows: list[AttemptRow]) -> list[AttemptRow]:
+def _most_expensive(rows: list[AttemptTotals]) -> list[AttemptTotals]:
     return sorted(rows, key=lambda row: (-row.cost_usd, -row.attempts))[:_MAX_ROWS]

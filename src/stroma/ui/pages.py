@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from stroma._utils.text import clean, count, money, short_id, span
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, short_id
 from stroma.checkpoint.history import (
     FINISHED,
     History,
@@ -22,27 +22,18 @@ from stroma.checkpoint.history import (
     changes,
     compare,
     in_order,
-    is_gone,
+    is_interrupted,
     place_of,
     status_of,
 )
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
-from stroma.failures.tracebacks import Trouble
+from stroma.failures.tracebacks import FailureSite
 from stroma.telemetry.otlp_json import otlp_spans
-from stroma.trace.html import (
-    Bar,
-    Box,
-    Story,
-    cause,
-    document,
-    fields_named,
-    gantt,
-    head,
-    idle_ms,
-    utc,
-)
+from stroma.trace.gantt import gantt, idle_ms
+from stroma.trace.html import cause, document, head, utc
 from stroma.trace.result import RunStatus
+from stroma.trace.story import Bar, StopCause, Story, fields_named
 from stroma.ui.actions import can_resume
 from stroma.ui.figures import figures_of
 from stroma.ui.formatting import (
@@ -64,7 +55,7 @@ from stroma.ui.formatting import (
     tone_of,
 )
 from stroma.ui.overview import BUCKETS, Overview
-from stroma.ui.security import PICTURE_POLICY
+from stroma.ui.security import IMAGE_POLICY
 
 if TYPE_CHECKING:
     from stroma.ui.security import Keys
@@ -103,7 +94,7 @@ class Pages:
             finalize=mark_controls,
         )
         self._templates.filters |= {
-            "clean": clean, "money": money, "count": count, "span": span, "took": duration_text, "tone": tone_of, "json": to_json, "short": short_id, "when": utc,
+            "clean": clean, "money": format_usd, "count": format_tokens, "span": format_duration, "took": duration_text, "tone": tone_of, "json": to_json, "short": short_id, "when": utc,
         }  # fmt: skip
         self._templates.globals |= {
             "to": to_address,
@@ -203,10 +194,10 @@ class Pages:
         )
         addresses = {bar.key: address for bar, _, address in bars}
         folded = request.query_params.get("idle") == "folded"
-        picture = gantt(story.bars, link=lambda bar: addresses[bar.key], selected=selected, fold_idle=folded)
+        chart = gantt(story.bars, link=lambda bar: addresses[bar.key], selected=selected, fold_idle=folded)
         page_response = self._page(
-            "run.html", record=record, status=status_of(record), gone=is_gone(record), head=Markup(head(story)),
-            cause=Markup(cause(story)), gantt=Markup(picture), attempts=[(one, address, bar.at) for bar, one, address in bars],
+            "run.html", record=record, status=status_of(record), gone=is_interrupted(record), head=Markup(head(story)),
+            cause=Markup(cause(story)), gantt=Markup(chart), attempts=[(one, address, bar.at) for bar, one, address in bars],
             waiting=[one for one in self._history.waiting(record.run_id) if one.payload is None], next=page.next, first=after is None,
             restored=restored_starts(record, attempts), can_resume=can_resume(self._settings, record),
             resume_key=self._keys.form("resume", record.run_id), delete_key=self._keys.form("delete", record.run_id),
@@ -219,7 +210,7 @@ class Pages:
         if why is not None and record.status not in FINISHED:
             at = f"{why.position}.{why.branch}" if why.branch else str(why.position)
             message = why.text or record.error or ""
-            box = Box(
+            box = StopCause(
                 why.node_id,
                 at,
                 why.attempt,
@@ -251,7 +242,7 @@ class Pages:
         attempts, this = self._find_attempt(request, record)
         at = attempts.index(this)
         before = attempts[at - 1] if at else None
-        inputs = self._history.given_to(record.run_id, this, most_bytes=_MAX_SHOWN_BYTES)
+        inputs = self._history.input_of(record.run_id, this, max_bytes=_MAX_SHOWN_BYTES)
         output = self._read_output(record, this)
         side = "input" if "(input)" in (this.message or "")[:_MAX_TEXT] else "output"
         invalid_fields = fields_named(this.text or "")
@@ -263,11 +254,11 @@ class Pages:
             payload=attempt_address(record, this, "/payload"), failure_site=self._failure_site(record, this),
         )  # fmt: skip
 
-    def _failure_site(self, record: RunRecord, this: AttemptRecord) -> Trouble | None:
+    def _failure_site(self, record: RunRecord, this: AttemptRecord) -> FailureSite | None:
         """Return where this attempt failed, if it is the latest failure at its position."""
         if this.failure_class is None:
             return None
-        site = self._store.trouble_of(record.run_id, this.position, this.branch)
+        site = self._store.failure_site_of(record.run_id, this.position, this.branch)
         return site if site is not None and site.started_ns == this.started_ns else None
 
     def _find_attempt(self, request: Request, record: RunRecord) -> tuple[list[AttemptRecord], AttemptRecord]:
@@ -293,7 +284,7 @@ class Pages:
             )
         if this.output_bytes > _MAX_SHOWN_BYTES:
             return Payload(None, f"{this.output_bytes:,} bytes, too large to show")
-        return self._history.output(record.run_id, this.position, this.branch)
+        return self._history.output_at(record.run_id, this.position, this.branch)
 
     def payload(self, request: Request) -> Response:
         """Return a state as a file."""
@@ -304,9 +295,9 @@ class Pages:
             raise HTTPException(404, "side must be input or output")
         with self._large:
             if side == "input":
-                payload = self._history.given_to(record.run_id, this)
+                payload = self._history.input_of(record.run_id, this)
             else:
-                payload = self._history.output(record.run_id, this.position, this.branch)
+                payload = self._history.output_at(record.run_id, this.position, this.branch)
             if payload.problem is not None:
                 raise HTTPException(404, payload.problem)
             return json_file(payload.value, f"{side}-{this.position}.json")
@@ -319,7 +310,9 @@ class Pages:
 
     def _export(self, record: RunRecord, form: str) -> Response:
         if form == "html":
-            story = self._history.story(record, most=_MAX_DRAWN, mend=self._resume_command(record))
+            story = self._history.story(
+                record, max_attempts=_MAX_DRAWN, resume_command=self._resume_command(record)
+            )
             text = document(story).encode("utf-8", "replace")
             return Response(text, media_type="text/html", headers=as_attachment("run.html"))
         if form != "otlp":
@@ -345,7 +338,7 @@ class Pages:
             return self._read_output(owners[id(attempt)], attempt)
 
         nodes = compare(sides[0][0], sides[1][0], read)
-        inputs = [self._history.given(record.run_id, 0, most_bytes=_MAX_SHOWN_BYTES) for record in (a, b)]
+        inputs = [self._history.input_at(record.run_id, 0, max_bytes=_MAX_SHOWN_BYTES) for record in (a, b)]
         started = changes(
             *(payload.value if payload.problem is None else payload.problem for payload in inputs)
         )
@@ -374,11 +367,11 @@ class Pages:
         name = self._settings.pipeline
         looked_at, nodes = (0, []) if name is None else figures_of(self._store, name)
         return self._page(
-            "pipeline.html", has_picture=self._settings.lineage is not None, nodes=nodes, looked_at=looked_at
+            "pipeline.html", has_image=self._settings.lineage is not None, nodes=nodes, looked_at=looked_at
         )
 
     def lineage(self, request: Request) -> Response:
         if self._settings.lineage is None:
             raise HTTPException(404, "no pipeline was passed to stroma ui")
         text = self._settings.lineage.encode("utf-8", "replace")
-        return Response(text, media_type="image/svg+xml", headers={"content-security-policy": PICTURE_POLICY})
+        return Response(text, media_type="image/svg+xml", headers={"content-security-policy": IMAGE_POLICY})

@@ -12,7 +12,7 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, urlencode
 
-__all__ = ["HEADERS", "Guard", "Keys"]
+__all__ = ["HEADERS", "Keys", "SecurityMiddleware"]
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -35,8 +35,8 @@ _COOKIE: Final = "stroma_ui"
 _SAFE: Final = ("GET", "HEAD")
 _LOOPBACK: Final = ("127.0.0.1:", "localhost:", "[::1]:")
 _CHALLENGE: Final = [(b"www-authenticate", b'Basic realm="stroma", charset="UTF-8"')]
-#: SVG pictures have inline styles. They are shown as images, which run nothing.
-PICTURE_POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+#: SVG images have inline styles. Browsers run no scripts in them.
+IMAGE_POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def _password(credentials: str) -> str:
         return ""
 
 
-class Guard:
+class SecurityMiddleware:
     """ASGI middleware that checks each request and adds headers to each response."""
 
     def __init__(

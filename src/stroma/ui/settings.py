@@ -25,7 +25,7 @@ class Settings:
         pipeline: name of the pipeline whose runs can be resumed; None if none can.
         resume: resumes a run by its id, in a process of its own.
         command: returns a command line for the same store: ``command("resume", "RUN")``.
-        lineage: SVG picture of ``pipeline``.
+        lineage: SVG image of ``pipeline``.
         poll_seconds: seconds between two reads of the store for open pages.
     """
 

@@ -192,19 +192,19 @@ def test_a_tool_that_needs_approval_is_asked_for_and_goes_on() -> None:
 
     async def talk(agent: Any) -> list[Any]:
         session = agent.create_session()
-        asked = await agent.run("delete a", session=session)
-        (request,) = asked.user_input_requests
+        question = await agent.run("delete a", session=session)
+        (request,) = question.user_input_requests
         before = list(calls)
         approved = request.to_function_approval_response(approved=True)
         done = await agent.run(Message("user", [approved]), session=session)
         return [request.function_call.name, before, done.text]
 
-    told = []
+    events = []
     for guard in (None, guard_of()):
         calls.clear()
         agent = agent_of(Script(("delete", '{"path": "a"}'), "done"), guard, [delete])
-        told.append((asyncio.run(talk(agent)), list(calls)))
+        events.append((asyncio.run(talk(agent)), list(calls)))
         if guard is not None:
             assert guard.stopped is None
             assert [line.split()[0] for line in lines_of(guard)] == ["forecaster", "delete", "model"]
-    assert told[0] == told[1] == (["delete", [], "done"], ["a"])
+    assert events[0] == events[1] == (["delete", [], "done"], ["a"])

@@ -16,7 +16,7 @@ class Script(Transport):
 
     def __init__(self, *script: Any, tokens: int = 10, fails: Exception | None = None) -> None:
         self.script, self.tokens, self.fails = list(script), tokens, fails
-        self.told: list[Any] = []
+        self.messages: list[Any] = []
         self._ready = False
         self._calls: Any = None
         self._out: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue()
@@ -27,20 +27,20 @@ class Script(Transport):
 
     async def write(self, data: str) -> None:
         for line in data.splitlines():
-            said = json.loads(line)
-            if said["type"] == "control_request":
-                answer = {"subtype": "success", "request_id": said["request_id"], "response": {}}
+            text = json.loads(line)
+            if text["type"] == "control_request":
+                answer = {"subtype": "success", "request_id": text["request_id"], "response": {}}
                 await self._out.put({"type": "control_response", "response": answer})
-            elif said["type"] == "control_response":
-                answered = said["response"]["request_id"]
+            elif text["type"] == "control_response":
+                answered = text["response"]["request_id"]
                 if answered == "initialize":
                     await self._send("initialized", {"method": "notifications/initialized"})
                 elif answered == "initialized":
                     await self._call()
                 else:
-                    self.told.append(said["response"])
+                    self.messages.append(text["response"])
                     await self._play()
-            elif said["type"] == "user":
+            elif text["type"] == "user":
                 await self._play()
 
     async def _send(self, request_id: str, message: dict[str, Any]) -> None:

@@ -27,10 +27,10 @@ from stroma.adapters.claude_agent_sdk import guarded_query, guarded_tools
 
 def tool_of(func: Any = weather) -> Any:
     @tool("weather", "The weather of a city.", {"city": str})
-    async def made(arguments: dict[str, Any]) -> dict[str, Any]:
+    async def tool_function(arguments: dict[str, Any]) -> dict[str, Any]:
         return {"content": [{"type": "text", "text": json.dumps(func(**arguments))}]}
 
-    return made
+    return tool_function
 
 
 def ask(script: Any, guard: Guard | None = None, tools: Any = None, contracts: Any = None) -> list[Any]:
@@ -70,7 +70,7 @@ class TestClaudeAgentSDK(FrameworkContract):
         return block.text  # type: ignore[union-attr]
 
     def requests(self, script: Script) -> list[Any]:
-        return script.told
+        return script.messages
 
     #: Tested below: the requests of the model are not seen.
     test_a_transient_failure_of_the_model_is_retried = None
@@ -128,10 +128,10 @@ async def refuses(arguments: dict[str, Any]) -> dict[str, Any]:
 @holds("control flow")
 def test_what_the_sdk_decides_passes_untouched() -> None:
     """A tool that says so itself has not failed; a permission that is denied is told to the program; both as ever."""
-    asked: list[str] = []
+    requests: list[str] = []
 
     async def deny(name: str, _: Any, __: Any) -> PermissionResultDeny:
-        asked.append(name)
+        requests.append(name)
         return PermissionResultDeny(message="not that")
 
     async def prompt() -> Any:
@@ -162,9 +162,9 @@ def test_what_the_sdk_decides_passes_untouched() -> None:
     expected = asyncio.run(main(query, [refuses], plain))
     got = asyncio.run(main(guarded_query(guard), guarded_tools(guard, [refuses]), guarded))
     assert got == expected
-    assert guarded.told == plain.told
-    assert asked == ["Bash", "Bash"]
-    assert "not that" in json.dumps(guarded.told[-1])
+    assert guarded.messages == plain.messages
+    assert requests == ["Bash", "Bash"]
+    assert "not that" in json.dumps(guarded.messages[-1])
     assert guard.stopped is None
     assert lines_of(guard) == ["query success 10", "  refuses success"]
 

@@ -57,9 +57,9 @@ class Script(BaseLLM):
 
     @classmethod
     def of(cls, *answers: Any, tokens: int = 10) -> Script:
-        made = cls(model="gpt-4o")
-        made._answers, made._tokens = list(answers), tokens
-        return made
+        instance = cls(model="gpt-4o")
+        instance._answers, instance._tokens = list(answers), tokens
+        return instance
 
     def call(self, messages: Any, *_: Any, **__: Any) -> Any:
         self._asked.append(messages)
@@ -92,7 +92,7 @@ def forecast(llm: Script, times: int = 1, tool: Any = weather) -> Any:
             return tool(self.state.city)
 
         @listen(weather)
-        async def tell(self, given: Any) -> Any:
+        async def tell(self, value: Any) -> Any:
             return [await llm.acall("x") for _ in range(times)][-1]
 
     return Forecast()
@@ -198,8 +198,8 @@ def test_routers_route(kind: str) -> None:
             return 3
 
         @router(begin)
-        def decide(self, given: int) -> str:
-            return "is odd" if given % 2 else "is even"
+        def decide(self, value: int) -> str:
+            return "is odd" if value % 2 else "is even"
 
         @listen("is odd")
         def odd(self) -> str:
@@ -305,6 +305,6 @@ def test_a_flow_without_marks_is_an_error() -> None:
     adapter = CrewAIAdapter(ContractRegistry())
     with pytest.raises(ValueError, match="stroma_crewai_step"):
         adapter.wrap(forecast(Script.of()))
-    with pytest.raises(TypeError, match="is no flow"):
+    with pytest.raises(TypeError, match="needs an instance of a Flow"):
         adapter.wrap(Flow)
     assert adapter.node_decorator("splitter", SPLIT)(lambda self: None)._stroma_node_id == "splitter"

@@ -37,17 +37,17 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[PostgresServer]:
-    made = PostgresServer()
-    yield made
-    made.stop()
+    instance = PostgresServer()
+    yield instance
+    instance.stop()
 
 
 @pytest.fixture(scope="module")
 def cluster(postgres: PostgresServer) -> Iterator[Cluster]:
-    made = Cluster(postgres.dsn)
-    made.launch()
-    yield made
-    made.close()
+    instance = Cluster(postgres.dsn)
+    instance.launch()
+    yield instance
+    instance.close()
 
 
 class DbosDriver:

@@ -155,8 +155,8 @@ class TestDSPy(FrameworkContract):
     def call(self, program: Any, kind: str, guard: Any = None) -> Any:
         module, script = program
         with dspy.context(lm=script, adapter=Plain()):
-            made = module(city="Oslo") if kind == "call" else asyncio.run(module.acall(city="Oslo"))
-            return made.text
+            instance = module(city="Oslo") if kind == "call" else asyncio.run(module.acall(city="Oslo"))
+            return instance.text
 
     def nested(self, guard: Guard, die: Callable[[], None]) -> str:
         """A module, killed between two of its predictors."""
@@ -260,13 +260,13 @@ def test_a_stream_is_not_retried_after_its_first_part(sends: bool) -> None:
 @holds("control flow")
 def test_dspy_makes_its_second_tries_as_ever() -> None:
     """An answer that its adapter cannot read is asked for in another format, inside the step: nothing has failed."""
-    told = []
+    events = []
     for guard in (None, guard_of()):
         script = Script({"nothing": "x"}, json.dumps({"draft": "rough"}), GOOD[1])
         program = Writing() if guard is None else attach(Writing(), guard)
         with dspy.context(lm=script, adapter=dspy.ChatAdapter()):
-            made = program(question="why?")
-        told.append((made.text, script.asked))
+            instance = program(question="why?")
+        events.append((instance.text, script.asked))
         if guard is not None:
             assert lines_of(guard) == ["Writing success", "  write success 20", "  polish success 10"]
-    assert told[0] == told[1] == ("fine", 3)
+    assert events[0] == events[1] == ("fine", 3)

@@ -36,9 +36,9 @@ class Script(BaseLlm):
 
     @classmethod
     def of(cls, *answers: Any, tokens: int = 10) -> Script:
-        made = cls(model="gemini-2.0-flash")
-        made._answers, made._tokens = list(answers), tokens
-        return made
+        instance = cls(model="gemini-2.0-flash")
+        instance._answers, instance._tokens = list(answers), tokens
+        return instance
 
     async def generate_content_async(
         self, llm_request: LlmRequest, stream: bool = False
@@ -79,7 +79,7 @@ def ask(agent: Any, kind: str = "run_async", guard: Guard | None = None, seen: A
         assert each_run(each_run(runner, guard), guard) is runner
     session = asyncio.run(runner.session_service.create_session(app_name="test", user_id="u"))
     message = types.Content(role="user", parts=[types.Part(text="hello")])
-    given: Any = {"user_id": "u", "session_id": session.id, "new_message": message}
+    inputs: Any = {"user_id": "u", "session_id": session.id, "new_message": message}
     texts: list[str] = []
 
     def note(event: Any) -> None:
@@ -89,13 +89,13 @@ def ask(agent: Any, kind: str = "run_async", guard: Guard | None = None, seen: A
                 seen.append(texts[-1])
 
     async def main() -> None:
-        async for event in runner.run_async(**given):
+        async for event in runner.run_async(**inputs):
             note(event)
 
     if kind == "run_async":
         asyncio.run(main())
     else:
-        for event in runner.run(**given):
+        for event in runner.run(**inputs):
             note(event)
     return str(texts[-1])
 
@@ -198,15 +198,15 @@ class Anything(BaseModel):
 
 def test_tools_of_toolsets_are_steps() -> None:
     """Those of an MCP server, say: tried again, judged by their contracts, and a contract of none of them is an error."""
-    kept, guard = Kept([TimeoutError()]), guard_of()
+    entry, guard = Kept([TimeoutError()]), guard_of()
     agent = agent_of(
         Script.of(("kept", {}), "done"),
         guard,
-        [Toolset(kept), weather],
+        [Toolset(entry), weather],
         contracts={"kept": (Anything, Weather)},
     )
     assert ask(agent, "run_async", guard) == "done"
-    assert kept.calls == 2
+    assert entry.calls == 2
     assert lines_of(guard) == ["model success 10", "kept failure", "kept success", "model success 10"]
 
     class Strict(BaseModel):
@@ -216,9 +216,9 @@ def test_tools_of_toolsets_are_steps() -> None:
     agent = agent_of(
         Script.of(("kept", {}), "done"), guard, [Toolset(Kept([]))], contracts={"kept": (Anything, Strict)}
     )
-    found = failed(agent, "run_async", guard)
-    assert isinstance(found, ContractViolation)
-    assert (found.node_id, found.direction) == ("kept", "output")
+    result = failed(agent, "run_async", guard)
+    assert isinstance(result, ContractViolation)
+    assert (result.node_id, result.direction) == ("kept", "output")
 
     guard = guard_of()
     agent = agent_of(Script.of("x"), guard, [Toolset(Kept([]))], contracts={"kpet": (Anything, Weather)})

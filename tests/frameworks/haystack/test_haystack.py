@@ -115,9 +115,9 @@ class TestHaystack(FrameworkContract):
     DATA: ClassVar[dict[str, Any]] = {"weather": {"city": "Oslo"}}
 
     def script(self, *answers: Any, break_after: int | None = None) -> Script:
-        made = Script(*answers)
-        made.break_after = break_after
-        return made
+        instance = Script(*answers)
+        instance.break_after = break_after
+        return instance
 
     def program(self, script: Script, guard: Any = None, contracts: Any = None, tool: Any = weather) -> Any:
         """Return how a pipeline is made for one way of calling it."""
@@ -148,9 +148,9 @@ class TestHaystack(FrameworkContract):
 
             @component.output_types(answer=str)
             def run(self, text: str) -> Any:
-                found = self.pipeline.run({"ask": {"text": text}})
+                result = self.pipeline.run({"ask": {"text": text}})
                 die()
-                return {"answer": found["llm"]["replies"][0].text}
+                return {"answer": result["llm"]["replies"][0].text}
 
         outer = Pipeline()
         outer.add_component("around", Around())
@@ -219,7 +219,7 @@ def test_parts_of_an_async_pipeline_are_one_run() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_routers_route_as_ever(kind: str) -> None:
     """Which way a pipeline goes is what its router says, and a branch that is not taken is no step."""
-    told = []
+    events = []
     for guard in (None, guard_of()):
         routes = [
             {
@@ -241,11 +241,11 @@ def test_routers_route_as_ever(kind: str) -> None:
         pipeline.connect("router.long", "ask.text")
         if guard is not None:
             attach(pipeline, guard)
-        made = [run(pipeline, kind, {"router": {"text": text}}) for text in ("a long one", "no")]
-        told.append([made[0]["ask"]["messages"][0].text, made[1]])
+        outputs = [run(pipeline, kind, {"router": {"text": text}}) for text in ("a long one", "no")]
+        events.append([outputs[0]["ask"]["messages"][0].text, outputs[1]])
         if guard is not None:
             assert lines_of(guard) == ["router success"]
-    assert told[0] == told[1] == ["a long one", {"router": {"short": "no"}}]
+    assert events[0] == events[1] == ["a long one", {"router": {"short": "no"}}]
 
 
 @holds("control flow")

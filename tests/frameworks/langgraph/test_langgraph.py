@@ -253,19 +253,19 @@ def test_tokens_of_models_are_counted_once_at_the_innermost_node(kind: str) -> N
 
     def outer(state: State) -> Any:
         llm.invoke("y")
-        made = sub.invoke({"text": "x"})
+        instance = sub.invoke({"text": "x"})
         if not failed:
             failed.append(1)
             raise TimeoutError
-        return {"words": made["words"]}
+        return {"words": instance["words"]}
 
     async def aouter(state: State) -> Any:
         await llm.ainvoke("y")
-        made = await sub.ainvoke({"text": "x"})
+        instance = await sub.ainvoke({"text": "x"})
         if not failed:
             failed.append(1)
             raise TimeoutError
-        return {"words": made["words"]}
+        return {"words": instance["words"]}
 
     graph = attach(line(aouter if asynchronous else outer), guard).compile()
     call(graph, kind, {"text": "a"})
@@ -640,9 +640,9 @@ def test_tasks_of_the_functional_api_are_steps(asynchronous: bool) -> None:
     graph: Any = entrypoint(checkpointer=InMemorySaver())(awhole if asynchronous else whole)
     config: Any = {"configurable": {"thread_id": "t"}}
 
-    def ask(given: Any) -> Any:
+    def ask(value: Any) -> Any:
         with guard.run():
-            return asyncio.run(graph.ainvoke(given, config)) if asynchronous else graph.invoke(given, config)
+            return asyncio.run(graph.ainvoke(value, config)) if asynchronous else graph.invoke(value, config)
 
     assert [one.value for one in ask("four")["__interrupt__"]] == ["right?"]
     assert lines_of(guard) == ["count failure", "count success"]

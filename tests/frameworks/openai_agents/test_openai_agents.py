@@ -161,7 +161,7 @@ class TestOpenAIAgents(FrameworkContract):
         asyncio.run(main())
 
     def requests(self, script: Script) -> list[str]:
-        return [str(given) for given in script.asked]
+        return [str(value) for value in script.asked]
 
 
 def test_a_tool_that_fails_for_good_is_told_to_the_model_as_ever() -> None:
@@ -173,15 +173,15 @@ def test_a_tool_that_fails_for_good_is_told_to_the_model_as_ever() -> None:
         calls.append(1)
         raise LookupError("no such thing")
 
-    told = []
+    events = []
     for guard in (None, guard_of()):
         calls: list[int] = []
         script = Script(("broken", "{}"), "without it")
         assert ask(agent_of(script, guard, [broken]), "run", guard) == "without it"
-        told.append(script.asked[1][-1]["output"])
+        events.append(script.asked[1][-1]["output"])
         assert len(calls) == (1 if guard is None else 2)
-    assert told[0] == told[1]
-    assert "An error occurred while running the tool" in told[0]
+    assert events[0] == events[1]
+    assert "An error occurred while running the tool" in events[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -220,7 +220,7 @@ def test_a_guardrail_that_trips_passes_untouched(kind: str) -> None:
     trips: list[int] = []
 
     @input_guardrail(run_in_parallel=False)
-    async def never(context: Any, agent: Any, given: Any) -> GuardrailFunctionOutput:
+    async def never(context: Any, agent: Any, value: Any) -> GuardrailFunctionOutput:
         trips.append(1)
         return GuardrailFunctionOutput(output_info="no", tripwire_triggered=True)
 

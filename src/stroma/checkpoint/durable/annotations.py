@@ -29,10 +29,12 @@ __all__ = [
 
 
 def due_hooks_key(attempt: Attempt) -> str:
+    """Return the key of an attempt's pending end hooks."""
     return f"{attempt.position}:{attempt.started_ns}:{attempt.attempt}:{attempt.branch}"
 
 
 def record_due_hooks(rows: Rows, run_id: str, attempt: Attempt) -> None:
+    """Record that the end hooks of an attempt are pending."""
     # The arguments of its hooks, except the output, which is stored with its commit.
     data = json.dumps(attempt._asdict()).encode()
     rows.annotate(

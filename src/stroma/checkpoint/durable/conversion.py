@@ -58,11 +58,11 @@ def to_committed(
     what = f"the output of node {node_id!r} at position {position} of run {run_id!r}"
     call = None
     if step.number is not None:
-        given = step.given
-        if given is not None:
-            place = PayloadPlace(run_id, execution, "given", position, branch)
-            given = payloads.open(given, place, f"the input of the step for {what}")
-        call = StepCall(step.number, given)
+        input_key = step.input_key
+        if input_key is not None:
+            place = PayloadPlace(run_id, execution, "step input", position, branch)
+            input_key = payloads.open(input_key, place, f"the input of the step for {what}")
+        call = StepCall(step.number, input_key)
     place = PayloadPlace(run_id, execution, "output", position, branch)
     output: Snapshot | None = opened.get((place, step.sha256))
     if output is None:

@@ -51,28 +51,19 @@ def fork_run(
             step = edited._replace(contract=step.contract)
         elif payloads.codec is not None:
             step = _reseal_step(payloads, step, old, new, position, branch)
-        attempt = Attempt(
-            position,
-            number,
-            branch,
-            1,
-            node_id,
-            0,
-            "forked",
-            None,
-            None,
-            None,
-            0,
-            0,
-            0,
-            None,
-            identity=identities.get(position),
-        )
-        rows.commit(fence, attempt, step)
+        rows.commit(fence, _forked_attempt(number, position, branch, node_id, identities.get(position)), step)
     parent = Step("", "", b"", checksum(b""), before)
     rows.annotate(opening.run_id, Annotation.PARENT, "", source, parent)
     why = f"forked from run {source!r} before position {before}"
     rows.finish(fence, "INTERRUPTED", payloads.seal_text(storable_text(why), new("error")))
+
+
+def _forked_attempt(number: int, position: int, branch: str, node_id: str, identity: str | None) -> Attempt:
+    """Return the attempt of a copied commit. ``number`` takes the place of its start, to keep the order of commits."""
+    usage = (0, 0, 0, None)
+    return Attempt(
+        position, number, branch, 1, node_id, 0, "forked", None, None, None, *usage, identity=identity
+    )
 
 
 def _reseal_step(
@@ -90,5 +81,5 @@ def _reseal_step(
         return payloads.move(stored, old(kind, position, branch), new(kind, position, branch), what)
 
     output = move(step.output, "output")
-    given = None if step.given is None else move(step.given, "given")
-    return step._replace(output=output, sha256=checksum(output), given=given)
+    input_key = None if step.input_key is None else move(step.input_key, "step input")
+    return step._replace(output=output, sha256=checksum(output), input_key=input_key)

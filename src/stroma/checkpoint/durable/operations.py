@@ -99,7 +99,7 @@ def fence_error(rows: Rows, fence: Fence, run_id: str) -> StoreError:
     if run is None:
         if rows.was_deleted(fence.run):
             return fenced_error(None, run_id)
-        return lost_error(run_id, "it is not in the store any more, and nobody deleted it")
+        return lost_error(run_id, "it is no longer in the store, and was not deleted")
     if run.run == fence.run and (
         run.epoch < fence.epoch
         or ((run.epoch, run.owner) == (fence.epoch, fence.owner) and run.attempt_count < fence.acknowledged)
@@ -114,5 +114,5 @@ def fenced_error(run: RunRow | None, run_id: str) -> Fenced:
     if run is None:
         what = f"run {run_id!r} is no longer in the store: it was deleted"
     else:
-        what = f"run {run_id!r} was taken over meanwhile, by {owner.place if owner else 'another process'}"
-    return Fenced(f"{what}; nothing more of this execution is kept, see what the other one makes of it")
+        what = f"run {run_id!r} was taken over by {owner.place if owner else 'another process'}"
+    return Fenced(f"{what}; this execution records nothing more, see the result of the other one")

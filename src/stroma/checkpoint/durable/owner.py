@@ -1,4 +1,4 @@
-"""Owners of runs: the name of a process, and the test whether that process still exists."""
+"""Owners of runs: the identity of a process, and a check that the process has ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 __all__ = ["LIVE_SESSIONS", "Owner", "boot_id", "is_gone", "new_owner"]
 
-#: Begins the token of a session that never says when it ends.
+#: Prefix of the token of a session that does not record its end.
 _ENDLESS: Final = "-"
 
 #: The sessions of this process, by the token of their owner.
@@ -22,10 +22,10 @@ class Owner(NamedTuple):
     """One session in one process.
 
     Attributes:
-        boot: which start of its machine the process belongs to; "" where the system does not say.
-        space: what its process id is valid in (a container has one of its own); 0 where the system does not say.
-        born: when the process started, in ticks since the boot: ids are used again. 0 where the system does not say.
-        token: tells the sessions of a process apart.
+        boot: id of the start of its machine; "" if unknown.
+        space: namespace of its process id (each container has one); 0 if unknown.
+        born: start of the process in ticks since the start of the machine, since process ids are reused; 0 if unknown.
+        token: distinguishes the sessions of a process.
     """
 
     host: str
@@ -40,12 +40,12 @@ class Owner(NamedTuple):
 
     @property
     def place(self) -> str:
-        """ "process 123 on host", for messages."""
+        """Name for messages: "process 123 on host"."""
         return f"process {self.pid} on {self.host}"
 
     @property
     def may_die(self) -> bool:
-        """Return True if a run without an end means that its process died: the process records ends, and is another one."""
+        """Return True if a run without an end means that its process died: it records ends, and is not this process."""
         here = _process(os.getpid())
         return not self.token.startswith(_ENDLESS) and self[:5] != here[:5]
 
@@ -61,9 +61,9 @@ class Owner(NamedTuple):
 
 
 def new_owner(session: object, *, ends: bool = True) -> Owner:
-    """A name for a session of this process, which counts as alive for as long as it is not collected.
+    """Return a new owner for a session of this process, which is alive until the session is garbage-collected.
 
-    One that does not say when it ends never counts as alive in its own process.
+    ``ends``: the session records its end. Otherwise it is never considered alive in its own process.
     """
     token = os.urandom(8).hex()
     owner = _process(os.getpid())._replace(token=token if ends else f"{_ENDLESS}{token}")
@@ -73,7 +73,7 @@ def new_owner(session: object, *, ends: bool = True) -> Owner:
 
 
 def is_gone(owner: Owner) -> bool:
-    """Return whether the system says that a session's process has ended. Only its lease can tell of all others."""
+    """Return True if the process of a session is known to have ended. False if it is alive or unknown."""
     here = _process(os.getpid())
     if not here.boot or (owner.boot, owner.space) != (here.boot, here.space):
         return False
@@ -84,7 +84,7 @@ def is_gone(owner: Owner) -> bool:
 
 @functools.cache
 def boot_id() -> str:
-    """Which start of the machine this is; "" where the system does not say."""
+    """Return the id of the start of this machine; "" if unknown."""
     try:
         return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -106,12 +106,12 @@ def _process(pid: int) -> Owner:
 
 
 def _has_ended(pid: int, born: int) -> bool:
-    """Return whether a process has ended: its id is free, is another process's, or only its exit code is left."""
+    """Return True if a process has ended: its id is free, belongs to another process, or to a zombie."""
     if pid <= 0:
         return False
     try:
         fields = _stat(pid)
-    except OSError:  # Gone, or hidden from this user (hidepid=2, ProtectProc=invisible).
+    except OSError:  # It has ended, or is hidden from this user (hidepid=2, ProtectProc=invisible).
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -123,13 +123,13 @@ def _has_ended(pid: int, born: int) -> bool:
 
 
 def _stat(pid: int) -> list[str]:
-    """Return what the system says of a process, from its state on. Raises OSError."""
-    # The name of the program stands in parentheses and may hold any character.
+    """Return the fields of a process in /proc, from its state on. Raises OSError."""
+    # The name of the program is in parentheses and may contain any character.
     return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def _after_fork() -> None:
-    LIVE_SESSIONS.clear()  # They are the parent's.
+    LIVE_SESSIONS.clear()  # They belong to the parent.
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch

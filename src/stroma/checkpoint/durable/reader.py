@@ -34,7 +34,7 @@ from stroma.checkpoint.records import (
     cause_of,
 )
 from stroma.contracts.contract import check_id
-from stroma.failures.tracebacks import Trouble, read_trouble
+from stroma.failures.tracebacks import FailureSite, read_failure_site
 
 __all__ = ["ReadableStore"]
 
@@ -61,8 +61,8 @@ class ReadableStore(ABC):
         return True
 
     @abstractmethod
-    def _named(self) -> str:
-        """Return the name of the store for messages."""
+    def _display_name(self) -> str:
+        """Return the name of the store for messages, without a password."""
 
     def list_runs(
         self, *, limit: int = 50, pipeline: str | None = None, status: str | None = None
@@ -71,14 +71,13 @@ class ReadableStore(ABC):
 
         Raises StoreError.
         """
-        wanted = None if status is None else str(status)
+        query = RunQuery(pipeline=pipeline, statuses=() if status is None else (str(status),))
 
-        def query(rows: Rows) -> list[RunRecord]:
-            asked = RunQuery(pipeline=pipeline, statuses=() if wanted is None else (wanted,))
-            found, _ = rows.runs(asked, limit=limit, after=None, look_at=None)
-            return self._run_records(rows, found, failed=0)
+        def read(rows: Rows) -> list[RunRecord]:
+            runs, _ = rows.runs(query, limit=limit, after=None, max_filtered=None)
+            return self._run_records(rows, runs, failed=0)
 
-        return self.read(query, [])
+        return self.read(read, [])
 
     def run_page(self, query: RunQuery = _ALL_RUNS, *, limit: int = 50, after: str | None = None) -> RunPage:
         """Return the last executions of the runs that match a query, the newest first, with the cause of failures.
@@ -87,8 +86,8 @@ class ReadableStore(ABC):
         """
 
         def read(rows: Rows) -> RunPage:
-            found, following = rows.runs(query, limit=limit, after=after, look_at=_MAX_FILTERED)
-            return RunPage(self._run_records(rows, found, failed=_MAX_FAILED), following)
+            runs, following = rows.runs(query, limit=limit, after=after, max_filtered=_MAX_FILTERED)
+            return RunPage(self._run_records(rows, runs, failed=_MAX_FAILED), following)
 
         return self.read(read, RunPage([], None))
 
@@ -112,8 +111,8 @@ class ReadableStore(ABC):
         if prefix_or_last == "last":
             return [row.run_id for row in self.list_runs(limit=1)]
         prefix = check_id(prefix_or_last, "run id")
-        found = self.read(lambda rows: rows.find_run_ids(prefix, limit), list[str]())
-        return found[:1] if found[:1] == [prefix] else found
+        run_ids = self.read(lambda rows: rows.find_run_ids(prefix, limit), list[str]())
+        return run_ids[:1] if run_ids[:1] == [prefix] else run_ids
 
     def attempts(self, run_id: str, *, execution: int | None = None) -> list[AttemptRecord]:
         """Return each attempt of an execution (1-based; None: the last), by process, position and time; [] if unknown.
@@ -127,8 +126,10 @@ class ReadableStore(ABC):
             if run is None:
                 return []
             number = run.execution if execution is None else execution
-            kept = rows.attempts(run.run, number)
-            return [self._attempt_record(run_id, number, attempt, step) for attempt, step in kept]
+            return [
+                self._attempt_record(run_id, number, attempt, step)
+                for attempt, step in rows.attempts(run.run, number)
+            ]
 
         return self.read(query, [])
 
@@ -169,27 +170,22 @@ class ReadableStore(ABC):
 
         return self.read(query, [])
 
-    def trouble_of(self, run_id: str, position: int, branch: str = "") -> Trouble | None:
+    def failure_site_of(self, run_id: str, position: int, branch: str = "") -> FailureSite | None:
         """Return where the last failed attempt at a place failed; None if unknown. Raises StoreError."""
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> StepRow | None:
             run = rows.find(run_id)
-            kept = (
-                []
-                if run is None
-                else rows.annotations(run.run, Annotation.FAILURE_SITE, f"{position}:{branch}")
-            )
-            return next(iter(kept), None)
+            if run is None:
+                return None
+            sites = rows.annotations(run.run, Annotation.FAILURE_SITE, f"{position}:{branch}")
+            return next(iter(sites), None)
 
-        kept = self.read(query, None)
-        if (
-            kept is None
-            or not is_intact(kept.step.output, kept.step.sha256)
-            or not kept.step.contract.isdecimal()
-        ):
+        row = self.read(query, None)
+        step = None if row is None else row.step
+        if step is None or not is_intact(step.output, step.sha256) or not step.contract.isdecimal():
             return None
-        return read_trouble(kept.step.output, kept.step.number or 0, int(kept.step.contract))
+        return read_failure_site(step.output, step.number or 0, int(step.contract))
 
     def output_of(
         self, run_id: str, position: int, branch: str = "", *, execution: int | None = None
@@ -208,14 +204,13 @@ class ReadableStore(ABC):
             return number, rows.step_at(run.run, number, position, branch)
 
         nothing: tuple[int, StepRow | None] = (0, None)
-        number, kept = self.read(query, nothing)
-        if kept is None:
+        number, row = self.read(query, nothing)
+        if row is None:
             return None
-        verify_step(kept.step, run_id, position, kept.node_id, branch)
-        what = f"the output of node {kept.node_id!r} at position {position} of run {run_id!r}"
-        return self._payloads.open(
-            kept.step.output, PayloadPlace(run_id, number, "output", position, branch), what
-        )
+        verify_step(row.step, run_id, position, row.node_id, branch)
+        what = f"the output of node {row.node_id!r} at position {position} of run {run_id!r}"
+        place = PayloadPlace(run_id, number, "output", position, branch)
+        return self._payloads.open(row.step.output, place, what)
 
     def _with_message(self, run_id: str, execution: int, attempt: Attempt) -> Attempt:
         place = PayloadPlace(run_id, execution, "message", attempt.position, attempt.branch)
@@ -224,13 +219,13 @@ class ReadableStore(ABC):
     def _attempt_summary(self, run_id: str, execution: int, summary: AttemptSummary) -> AttemptRecord:
         return _record_of(self._with_message(run_id, execution, summary.attempt), summary.size, summary.epoch)
 
-    def _run_records(self, rows: Rows, found: list[RunRow], *, failed: int) -> list[RunRecord]:
+    def _run_records(self, rows: Rows, runs: list[RunRow], *, failed: int) -> list[RunRecord]:
         records: list[RunRecord] = []
-        for row, beside in zip(found, rows.run_extras(found, failed=failed), strict=True):
-            error = self._payloads.open_text(row.error, PayloadPlace(row.run_id, row.execution, "error"))
-            failed_ones = [self._with_message(row.run_id, row.execution, one) for one in beside.failed]
-            unsettled = _unsettled(rows, row, failed_ones)
-            records.append(_run_record(row._replace(error=error), beside, unsettled))
+        for run, extras in zip(runs, rows.run_extras(runs, failed=failed), strict=True):
+            error = self._payloads.open_text(run.error, PayloadPlace(run.run_id, run.execution, "error"))
+            failed_attempts = [self._with_message(run.run_id, run.execution, one) for one in extras.failed]
+            causes = _possible_causes(rows, run, failed_attempts)
+            records.append(_run_record(run._replace(error=error), extras, causes))
         return records
 
     def _attempt_record(
@@ -260,15 +255,14 @@ class ReadableStore(ABC):
             return (0, None) if run is None else (run.execution, rows.input(run.run, run.execution))
 
         nothing: tuple[int, tuple[str, bytes, bytes] | None] = (0, None)
-        execution, kept = self.read(query, nothing)
-        if kept is None:
+        execution, stored = self.read(query, nothing)
+        if stored is None:
             raise self._no_run(run_id)
-        if not is_intact(kept[1], kept[2]):
-            raise CorruptCheckpoint(
-                f"the input of run {run_id!r} is damaged; begin a new run with the input it had"
-            )
+        _, data, sha256 = stored
+        if not is_intact(data, sha256):
+            raise CorruptCheckpoint(f"the input of run {run_id!r} is damaged; start a new run with its input")
         place = PayloadPlace(run_id, execution, "input")
-        return self._payloads.open(kept[1], place, f"the input of run {run_id!r}")
+        return self._payloads.open(data, place, f"the input of run {run_id!r}")
 
     def waiting(self, run_id: str) -> list[Waiting]:
         """Return the approvals that nodes of the last execution wait for, or waited for; [] if unknown. Raises StoreError."""
@@ -278,11 +272,11 @@ class ReadableStore(ABC):
             run = rows.find(run_id)
             if run is None:
                 return []
-            kept = [
-                read_waiting(row, run_id, run.execution, self._payloads)
+            return [
+                waiting
                 for row in rows.annotations(run.run, Annotation.WAITING)
+                if (waiting := read_waiting(row, run_id, run.execution, self._payloads)) is not None
             ]
-            return [waiting for waiting in kept if waiting is not None]
 
         return self.read(query, [])
 
@@ -303,24 +297,24 @@ class ReadableStore(ABC):
 
     def _no_run(self, run_id: str) -> CheckpointNotFound:
         return CheckpointNotFound(
-            f"there is no run {run_id!r} in {self._named()}; check the id and the store"
+            f"there is no run {run_id!r} in {self._display_name()}; check the id and the store"
         )
 
 
-def _unsettled(rows: Rows, row: RunRow, failed: list[Attempt]) -> list[Attempt]:
+def _possible_causes(rows: Rows, run: RunRow, failed: list[Attempt]) -> list[Attempt]:
     """Return the failed attempts that may be the cause: of an unfinished run, those without a later success."""
-    if row.status not in ("RUNNING", "SUSPENDED"):
+    if run.status not in ("RUNNING", "SUSPENDED"):
         return failed
-    fixed: dict[tuple[int, str], int] = {}
+    last_fix: dict[tuple[int, str], int] = {}
     for one in failed:
         at = one.position, one.branch
-        if at not in fixed:
-            tried = (told.attempt for told in rows.attempts_at(row.run, row.execution, *at))
-            fixed[at] = max((a.started_ns for a in tried if a.outcome in _FIXES), default=0)
-    return [one for one in failed if one.started_ns > fixed[one.position, one.branch]]
+        if at not in last_fix:
+            attempts = (summary.attempt for summary in rows.attempts_at(run.run, run.execution, *at))
+            last_fix[at] = max((a.started_ns for a in attempts if a.outcome in _FIXES), default=0)
+    return [one for one in failed if one.started_ns > last_fix[one.position, one.branch]]
 
 
-def _run_record(row: RunRow, beside: RunExtras, failed: list[Attempt]) -> RunRecord:
+def _run_record(row: RunRow, extras: RunExtras, causes: list[Attempt]) -> RunRecord:
     holder = row.holder
     return RunRecord(
         row.run_id,
@@ -334,11 +328,11 @@ def _run_record(row: RunRow, beside: RunExtras, failed: list[Attempt]) -> RunRec
         row.nodes,
         row.error,
         None if holder is None else holder.place,
-        beside.parent,
+        extras.parent,
         row.latency_ns / 1e6,
-        tuple(sorted(beside.tags)),
-        cause_of(failed),
-        len(beside.failed),
+        tuple(sorted(extras.tags)),
+        cause_of(causes),
+        len(extras.failed),
         row.epoch,
     )
 

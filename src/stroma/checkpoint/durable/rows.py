@@ -108,14 +108,14 @@ class RunRow(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One committed output in stored form. ``number`` and ``given``: see StepCall."""
+    """One committed output in stored form. ``number`` and ``input_key``: see StepCall."""
 
     contract: str
     schema_ref: str
     output: bytes
     sha256: bytes
     number: int | None = None
-    given: bytes | None = None
+    input_key: bytes | None = None
 
 
 class StepRow(NamedTuple):
@@ -171,11 +171,11 @@ class Rows(Protocol):
         """Return the row of a run, or None. With ``lock`` no other transaction changes it before this one ends."""
         ...
 
-    def begin(self, found: RunRow | None, opening: Opening) -> Fence:
+    def begin(self, run: RunRow | None, opening: Opening) -> Fence:
         """Begin an execution: number 1, or the next one of an existing run. Increments the epoch."""
         ...
 
-    def take_over(self, found: RunRow, opening: Opening) -> Fence:
+    def take_over(self, run: RunRow, opening: Opening) -> Fence:
         """Take over the last execution, without its commits from ``discard_from`` on. Increments the epoch."""
         ...
 
@@ -183,15 +183,17 @@ class Rows(Protocol):
         """Return (contract, input, sha256) of an execution, or None."""
         ...
 
-    def steps(self, run: Any, execution: int, apart: Sequence[tuple[int, str]] = ()) -> Iterable[StepRow]:
-        """Return the commits of an execution, except the lazily loaded ones (``apart``, see RunRequest)."""
+    def steps(
+        self, run: Any, execution: int, lazily_loaded: Sequence[tuple[int, str]] = ()
+    ) -> Iterable[StepRow]:
+        """Return the commits of an execution, except the lazily loaded ones (see RunRequest)."""
         ...
 
     def steps_at(self, run: Any, execution: int, position: int, branches: Sequence[str]) -> Iterable[StepRow]:
         """Return the commits in these branches of a position."""
         ...
 
-    def is_whole(self, found: RunRow) -> bool:
+    def is_complete(self, run: RunRow) -> bool:
         """Return True if the last execution has its input and all attempts and commits that its run counts."""
         ...
 
@@ -244,8 +246,10 @@ class Rows(Protocol):
 
     # ---- cells
     def read_cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
-        """Return the data of a cell, or None, and the clock in ms since the epoch. With ``lock`` no other transaction
-        changes the cell before this one ends."""
+        """Return the data of a cell, or None, and the clock in ms since the epoch.
+
+        With ``lock`` no other transaction changes the cell before this one ends.
+        """
         ...
 
     def write_cell(self, name: str, data: bytes) -> None:
@@ -266,11 +270,11 @@ class Rows(Protocol):
 
     # ---- reading
     def runs(
-        self, query: RunQuery, *, limit: int, after: str | None, look_at: int | None
+        self, query: RunQuery, *, limit: int, after: str | None, max_filtered: int | None
     ) -> tuple[list[RunRow], str | None]:
         """Return the runs with an execution, the newest first, and the ``after`` of the next page.
 
-        ``look_at``: approximate maximum of runs to filter one by one; None: no maximum. Raises ValueError for an ``after``
+        ``max_filtered``: approximate maximum of runs to filter one by one; None: no maximum. Raises ValueError for an ``after``
         that is not from a page.
         """
         ...

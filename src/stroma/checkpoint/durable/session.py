@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel
 
 from stroma.checkpoint.cells import Change
+from stroma.checkpoint.decisions import COMPLETE, is_answered_meanwhile
 from stroma.checkpoint.durable.annotations import (
     due_hooks_key,
     read_waiting,
@@ -34,7 +35,6 @@ from stroma.checkpoint.durable.session_open import RunOpener, finish_execution, 
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads
 from stroma.checkpoint.protocols import (
-    COMPLETE,
     Charge,
     Committed,
     Finished,
@@ -43,7 +43,6 @@ from stroma.checkpoint.protocols import (
     StepCall,
     Tried,
     Waiting,
-    is_answered_meanwhile,
 )
 from stroma.checkpoint.records import Attempt
 from stroma.contracts.schema import Schema, Snapshot
@@ -57,6 +56,9 @@ class DurableSession:
     """One execution of a run, owned by this process until it ends, or until another process takes it over.
 
     Attributes: see :class:`stroma.checkpoint.protocols.Session`.
+
+    Args:
+        decrypted: payloads that were decrypted before, by place and checksum of the stored form.
     """
 
     __slots__ = (
@@ -66,11 +68,11 @@ class DurableSession:
         "_deliver",
         "_failure_sites",
         "_identities",
-        "_large",
-        "_packed",
+        "_large_outputs",
+        "_last_large_output",
         "_payloads",
         "_pending_notes",
-        "_placed",
+        "_stored_outputs",
         "_submit",
         "address",
         "charges",
@@ -113,7 +115,6 @@ class DurableSession:
         decrypted: Mapping[tuple[PayloadPlace, bytes], bytes] | None = None,
         address: str = "",
     ) -> None:
-        """``decrypted``: payloads that were decrypted before, by place and checksum of the stored form."""
         self.run_id, self.address = run_id, address
         self._payloads = payloads
         self._decrypted = decrypted or {}
@@ -131,10 +132,10 @@ class DurableSession:
         self._identities: dict[int, str] = {}
         #: References to payloads that this session stored in blobs: by checksum of the content, and by place until
         #: with_references() returns them.
-        self._large: dict[bytes, StoredSnapshot] = {}
-        self._placed: dict[tuple[int, str], StoredSnapshot] = {}
+        self._large_outputs: dict[bytes, StoredSnapshot] = {}
+        self._stored_outputs: dict[tuple[int, str], StoredSnapshot] = {}
         #: The snapshot of the last output that is stored in a blob, and the reference to it.
-        self._packed: tuple[PickledSnapshot | None, StoredSnapshot | None] = (None, None)
+        self._last_large_output: tuple[PickledSnapshot | None, StoredSnapshot | None] = (None, None)
 
     def open(self, request: RunRequest, opening: Opening, plain_input: bytes, rows: Rows) -> DurableSession:
         """Open the run. One operation; see :class:`RunOpener`."""
@@ -176,41 +177,42 @@ class DurableSession:
         plain, data = data, await self._payloads.seal(data, place)
         if data.startswith(BLOB):
             stored = payload_reference(self._payloads, data, place, "a state of the trace")
-            self._large[await asyncio.to_thread(checksum, plain)] = stored
-            self._placed[row.position, row.branch] = stored
+            self._large_outputs[await asyncio.to_thread(checksum, plain)] = stored
+            self._stored_outputs[row.position, row.branch] = stored
         del plain
-        if call is not None and call.given is not None:
-            call = call._replace(given=await self._payloads.seal(call.given, self._place("given", *at)))
+        if call is not None and call.input_key is not None:
+            place = self._place("step input", *at)
+            call = call._replace(input_key=await self._payloads.seal(call.input_key, place))
         await self._commit(row, schema, data, call)
 
     def with_references(self, row: AttemptRow) -> AttemptRow:
         """Return a row for the trace, with references in place of states that are stored in blobs."""
-        made = self._placed.pop((row.position, row.branch), None)
+        stored_output = self._stored_outputs.pop((row.position, row.branch), None)
         schemas = row.schemas
-        if not self._large or schemas is None:
+        if not self._large_outputs or schemas is None:
             return row
-        given = row.input
-        stored = self._stored_input(schemas[0], given)
-        if stored is not None:
-            given = SameSnapshot(stored) if isinstance(given, SameSnapshot) else stored
-        output = row.output
-        if made is not None:
-            if isinstance(output, PickledSnapshot):  # The input of the next node may be the very same.
-                self._packed = output, made
-            output = made
-        return row._replace(input=given, output=output)
+        input_snapshot, output = row.input, row.output
+        stored_input = self._stored_input(schemas[0], input_snapshot)
+        if stored_input is not None:
+            is_same = isinstance(input_snapshot, SameSnapshot)
+            input_snapshot = SameSnapshot(stored_input) if is_same else stored_input
+        if stored_output is not None:
+            if isinstance(output, PickledSnapshot):  # The next node may get this object as its input.
+                self._last_large_output = output, stored_output
+            output = stored_output
+        return row._replace(input=input_snapshot, output=output)
 
     def _stored_input(self, schema: Schema, snapshot: Snapshot) -> StoredSnapshot | None:
         """Return a reference to a large input, which usually is the previous output; None for any other."""
-        if isinstance(snapshot, SameSnapshot) and snapshot.source is self._packed[0]:
-            return self._packed[1]
-        found = snapshot.source if isinstance(snapshot, SameSnapshot) else snapshot
-        data = found if isinstance(found, bytes) else None
+        if isinstance(snapshot, SameSnapshot) and snapshot.source is self._last_large_output[0]:
+            return self._last_large_output[1]
+        source = snapshot.source if isinstance(snapshot, SameSnapshot) else snapshot
+        data = source if isinstance(source, bytes) else None
         size = 0
-        if isinstance(found, tuple):
-            size = sum(len(value) for value in found if isinstance(value, (str, bytes)))
-        elif isinstance(found, PickledSnapshot) and found is snapshot:
-            size = found.size
+        if isinstance(source, tuple):
+            size = sum(len(value) for value in source if isinstance(value, (str, bytes)))
+        elif isinstance(source, PickledSnapshot) and source is snapshot:
+            size = source.size
         if 4 * size >= self._payloads.blob_bytes:  # UTF-8 may be 4 times larger, JSON smaller.
             try:
                 data = schema.encode(schema.restore(snapshot), secrets=self._payloads.codec is not None)
@@ -218,12 +220,12 @@ class DurableSession:
                 return None
         if data is None or len(data) < self._payloads.blob_bytes:
             return None
-        return self._large.get(checksum(data))
+        return self._large_outputs.get(checksum(data))
 
     def _commit(self, row: AttemptRow, schema: Schema, data: bytes, call: StepCall | None) -> Awaitable[None]:
         contract, ref = contract_of(row, schema), schema_ref(schema.model)
-        number, given = (None, None) if call is None else (call.number, call.given)
-        step = Step(contract, ref, data, checksum(data), number, given)
+        number, input_key = (None, None) if call is None else (call.number, call.input_key)
+        step = Step(contract, ref, data, checksum(data), number, input_key)
         return self._submit_commit(Commit(self.run_id, self.fence, self._attempt(row), step))
 
     def note_call(self, position: int, identity: str) -> None:
@@ -400,10 +402,10 @@ class DurableSession:
 
         def ask(rows: Rows) -> None:
             run, key = rows.find(self.run_id, lock=True), waiting_key(waiting)
-            asked = [] if run is None else rows.annotations(run.run, Annotation.WAITING, key)
-            before = next((read_waiting(row, self.run_id, execution, self._payloads) for row in asked), None)
-            seen = self.waiting.get((waiting.position, waiting.branch))
-            if not is_answered_meanwhile(before, seen, waiting):
+            annotations = [] if run is None else rows.annotations(run.run, Annotation.WAITING, key)
+            questions = (read_waiting(row, self.run_id, execution, self._payloads) for row in annotations)
+            loaded = self.waiting.get((waiting.position, waiting.branch))
+            if not is_answered_meanwhile(next(questions, None), loaded, waiting):
                 record_waiting(rows, self.run_id, execution, waiting, self._payloads)
 
         return self._submit_with(commit, ask)

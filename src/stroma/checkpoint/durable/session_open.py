@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from stroma.checkpoint.decisions import COMPLETE, ENDED, LastExecution, decide
 from stroma.checkpoint.durable.annotations import read_due_hooks, read_notes, read_waiting
 from stroma.checkpoint.durable.conversion import to_committed
 from stroma.checkpoint.durable.integrity import checksum, is_intact, lost_error
@@ -16,16 +17,12 @@ from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, Run
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.protocols import (
-    COMPLETE,
-    ENDED,
     Committed,
     Finished,
-    LastExecution,
     PriorUsage,
     RunRequest,
     Tried,
     Waiting,
-    decide,
 )
 from stroma.checkpoint.records import PICO, Attempt
 from stroma.trace.events import AttemptRow
@@ -103,7 +100,7 @@ class RunOpener:
             None if run is None or not run.execution else _last_execution(run),
             self._has_same_input(rows, run),
         )
-        if action != "begin" and run is not None and not rows.is_whole(run):
+        if action != "begin" and run is not None and not rows.is_complete(run):
             raise lost_error(self._run_id, "some of its rows are missing")
         opened = self._opened
         if action == "begin" or run is None:
@@ -226,7 +223,7 @@ class RunOpener:
     def _has_same_input(self, rows: Rows, run: RunRow | None) -> bool:
         """Return True if the input is that of the last execution, or if there is nothing to compare it with."""
         stored = rows.input(run.run, run.execution) if run is not None and run.execution > 0 else None
-        # A run without its input is damaged, which is_whole() reports unless the run begins anew.
+        # A run without its input is damaged, which is_complete() reports unless the run begins anew.
         if run is None or stored is None or stored[2] == self._opening.sha256:
             return True
         # Compare decrypted inputs: a codec may produce different bytes for equal input.
@@ -339,8 +336,8 @@ def _count_failed(
     return counts
 
 
-def _last_execution(found: RunRow) -> LastExecution:
-    holder = found.holder
+def _last_execution(run: RunRow) -> LastExecution:
+    holder = run.holder
     return LastExecution(
-        found.execution, found.status, None if holder is None else holder.place, found.left_seconds
+        run.execution, run.status, None if holder is None else holder.place, run.left_seconds
     )

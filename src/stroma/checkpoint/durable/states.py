@@ -44,17 +44,17 @@ class AsyncStates(DurableStore):
         Its class must be in an imported module, otherwise StoreError. Use :meth:`load_typed` to avoid this restriction.
         Raises CorruptCheckpoint for a damaged state.
         """
-        found = await self._newest(run_id, node_id)
-        if found is None:
+        step = await self._newest(run_id, node_id)
+        if step is None:
             return None
         where = f"the checkpoint of node {node_id!r} in run {run_id!r}"
         try:
-            model = resolve_schema(found.schema_ref)
+            model = resolve_schema(step.schema_ref)
         except (LookupError, TypeError) as error:
             raise StoreError(
-                f"{where} is a {found.schema_ref}: {error}; or read it with load_typed(run_id, node_id, schema)"
+                f"{where} is a {step.schema_ref}: {error}; or read it with load_typed(run_id, node_id, schema)"
             ) from error
-        return _decode(schema_of(model), found.output, where)
+        return _decode(schema_of(model), step.output, where)
 
     async def load_typed(self, run_id: str, node_id: str, schema: type[BaseModel]) -> BaseModel | None:
         """Return the newest output or saved state of a node as an instance of ``schema``, or None.
@@ -63,11 +63,11 @@ class AsyncStates(DurableStore):
         """
         if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
             raise TypeError("schema must be a BaseModel type")
-        found = await self._newest(run_id, node_id)
-        if found is None:
+        step = await self._newest(run_id, node_id)
+        if step is None:
             return None
         return _decode(
-            schema_of(schema), found.output, f"the checkpoint of node {node_id!r} in run {run_id!r}"
+            schema_of(schema), step.output, f"the checkpoint of node {node_id!r} in run {run_id!r}"
         )
 
     async def delete(self, run_id: str) -> None:
@@ -91,15 +91,15 @@ class AsyncStates(DurableStore):
             run = rows.find(run_id)
             return None if run is None else (run.execution, newest)
 
-        kept = await asyncio.to_thread(self.read, query, None)
-        if kept is None:
+        newest = await asyncio.to_thread(self.read, query, None)
+        if newest is None:
             return None
-        execution, found = kept
-        verify_step(found.step, run_id, found.position, node_id, found.branch)
+        execution, row = newest
+        verify_step(row.step, run_id, row.position, node_id, row.branch)
         what = f"the checkpoint of node {node_id!r} in run {run_id!r}"
-        place = PayloadPlace(run_id, execution, "output", found.position, found.branch)
-        output = await asyncio.to_thread(self._payloads.open, found.step.output, place, what)
-        return found.step._replace(output=output)
+        place = PayloadPlace(run_id, execution, "output", row.position, row.branch)
+        output = await asyncio.to_thread(self._payloads.open, row.step.output, place, what)
+        return row.step._replace(output=output)
 
 
 def _decode(schema: Schema, data: bytes, where: str) -> BaseModel:

@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple, Self, TypeVar
 from pydantic import BaseModel
 
 from stroma.checkpoint.cells import Change
+from stroma.checkpoint.decisions import ENDED, not_waiting
 from stroma.checkpoint.durable.annotations import read_waiting, record_waiting, waiting_key
 from stroma.checkpoint.durable.fork import fork_run
 from stroma.checkpoint.durable.integrity import checksum, is_intact, verify_step
@@ -30,13 +31,11 @@ from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, BlobStore, PayloadPlace, Payloads, collect
 from stroma.checkpoint.protocols import (
-    ENDED,
     Committed,
     RunRequest,
     Waiting,
     count_items,
     map_not_found,
-    not_waiting,
 )
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema
@@ -133,8 +132,8 @@ class DurableStore(ReadableStore):
             tuple(dict.fromkeys(request.tags)),
             last + 1,
         )
-        open_it = partial(session.open, request, opening, data)
-        await self._submit(Transaction(request.run_id, open_it, opening, session))
+        open_session = partial(session.open, request, opening, data)
+        await self._submit(Transaction(request.run_id, open_session, opening, session))
         if session.fence.owner:  # A run that is returned unchanged has no lease.
             renewer = self._lease_renewers.get(generation())
             if renewer is None:
@@ -152,17 +151,16 @@ class DurableStore(ReadableStore):
             run = rows.find(request.run_id)
             if run is None:
                 return 0, []
-            kept = rows.steps(run.run, run.execution, request.lazily_loaded)
             # Blobs are read when needed: together they may exceed the memory.
             return run.execution, [
                 row
-                for row in kept
+                for row in rows.steps(run.run, run.execution, request.lazily_loaded)
                 if not row.step.output.startswith(BLOB) and is_intact(row.step.output, row.step.sha256)
             ]
 
         opened: dict[tuple[PayloadPlace, bytes], bytes] = {}
-        execution, kept = self.read(query, (0, list[StepRow]())) if self.exists() else (0, [])
-        for position, branch, _, step in kept:
+        execution, commits = self.read(query, (0, list[StepRow]())) if self.exists() else (0, [])
+        for position, branch, _, step in commits:
             place = PayloadPlace(request.run_id, execution, "output", position, branch)
             try:
                 opened[place, step.sha256] = self._payloads.open(step.output, place, "")
@@ -206,16 +204,16 @@ class DurableStore(ReadableStore):
         if run is None:
             raise self._no_run(run_id)
         branch = waiting_key(waiting)
-        asked = next(
+        question = next(
             (row for row in rows.annotations(run.run, Annotation.WAITING) if row.branch == branch), None
         )
-        if asked is None or asked.node_id != waiting.node_id:
+        if question is None or question.node_id != waiting.node_id:
             raise not_waiting(run_id, waiting)
-        if asked.step.number is None:
+        if question.step.number is None:
             record_waiting(rows, run_id, run.execution, waiting, self._payloads)
             return
-        answered = read_waiting(asked, run_id, run.execution, self._payloads)
-        if answered is None or answered.payload != waiting.payload:  # An equal answer was sent twice.
+        stored = read_waiting(question, run_id, run.execution, self._payloads)
+        if stored is None or stored.payload != waiting.payload:  # An equal answer may be sent twice.
             raise not_waiting(run_id, waiting)
 
     async def fork(
@@ -227,22 +225,28 @@ class DurableStore(ReadableStore):
         edited: tuple[Schema, BaseModel] | None = None,
         state: tuple[Schema, BaseModel] | None = None,
     ) -> None:
-        """Copy what a run committed before a position into a new run, with ``edited`` in place of the last output and
-        ``state`` in place of the input. Raises CheckpointNotFound, RunExists, StoreError, NotSerialisable."""
+        """Copy what a run committed before a position into a new run.
+
+        ``edited`` replaces the last output, ``state`` the input. Raises CheckpointNotFound, RunExists, StoreError, NotSerialisable.
+        """
         check_id(run_id, "run id")
         check_id(new_run_id, "run id")
         step = None
         if edited is not None:
             place = PayloadPlace(new_run_id, 1, "output", before - 1)
             step = await self._step(edited[0], self._encode(*edited), place)
-        contract, given, sha = "", b"", b""
+        contract, sealed, sha256 = "", b"", b""
         if state is not None:
             place = PayloadPlace(new_run_id, 1, "input")
-            contract, given = state[0].fingerprint, await self._payloads.seal(self._encode(*state), place)
-            sha = checksum(given)
-        opening = Opening(new_run_id, "", str(new_owner(self, ends=False)), 0.0, contract, given, sha, None)
-        do = lambda rows: fork_run(rows, self._payloads, run_id, opening, before, step)  # noqa: E731
-        await self._submit(Transaction(None, do, opening))
+            contract, sealed = state[0].fingerprint, await self._payloads.seal(self._encode(*state), place)
+            sha256 = checksum(sealed)
+        owner = str(new_owner(self, ends=False))
+        opening = Opening(new_run_id, "", owner, 0.0, contract, sealed, sha256, None)
+
+        def fork(rows: Rows) -> None:
+            fork_run(rows, self._payloads, run_id, opening, before, step)
+
+        await self._submit(Transaction(None, fork, opening))
 
     # ------------------------------------------------------------------ items
 
@@ -254,14 +258,15 @@ class DurableStore(ReadableStore):
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> tuple[int, list[StepRow]]:
-            run, kept = rows.find(run_id), rows.newest_output(run_id, node_id)
-            if run is None or kept is None or kept.step.given is None:
+            run, output = rows.find(run_id), rows.newest_output(run_id, node_id)
+            if run is None or output is None or output.step.input_key is None:
                 return 0, []
-            place = PayloadPlace(run_id, run.execution, "given", kept.position, kept.branch)
-            total = count_items(self._payloads.open(kept.step.given, place, "the number of items"))
-            prefix = f"{kept.branch}." if kept.branch else ""
+            position, branch = output.position, output.branch
+            place = PayloadPlace(run_id, run.execution, "step input", position, branch)
+            total = count_items(self._payloads.open(output.step.input_key, place, "the number of items"))
+            prefix = f"{branch}." if branch else ""
             branches = [f"{prefix}{index}" for index in range(first, min(total, first + count))]
-            return run.execution, list(rows.steps_at(run.run, run.execution, kept.position, branches))
+            return run.execution, list(rows.steps_at(run.run, run.execution, position, branches))
 
         execution, steps = self.read(query, (0, list[StepRow]()))
         if not execution:
@@ -306,28 +311,26 @@ class DurableStore(ReadableStore):
         now_ms = await asyncio.to_thread(self.read, lambda rows: rows.now_ms(), 0)
         before = now_ms - int(keep_for.total_seconds() * 1000)
         deleted = 0
-        while found := await asyncio.to_thread(
+        while run_ids := await asyncio.to_thread(
             self.read,
             lambda rows: rows.expired_run_ids(before, unfinished=unfinished, limit=_GC_PAGE_SIZE),
             list[str](),
         ):
-            gone: list[bool] = []
-            for first in range(0, len(found), _GC_BATCH_SIZE):
+            results: list[bool] = []
+            for first in range(0, len(run_ids), _GC_BATCH_SIZE):
                 # The transaction that deletes a run checks it again.
-                gone += await asyncio.gather(
+                results += await asyncio.gather(
                     *(
                         self._submit(Transaction(run_id, partial(_delete_if_free, run_id, before)))
-                        for run_id in found[first : first + _GC_BATCH_SIZE]
+                        for run_id in run_ids[first : first + _GC_BATCH_SIZE]
                     )
                 )
-            deleted += sum(gone)
-            if not any(gone):
+            deleted += sum(results)
+            if not any(results):
                 break  # The remaining runs have owners.
         swept, blobs = 0, blobs or self._payloads.blobs
         if blobs is not None:
-            start = len(BLOB)
-            named: Callable[[Rows], set[str]] = lambda rows: {kept[start:].hex() for kept in rows.blobs()}  # noqa: E731
-            in_use = await asyncio.to_thread(self.read, named, set[str]())
+            in_use = await asyncio.to_thread(self.read, _referenced_blobs, set[str]())
             swept = await asyncio.to_thread(collect, blobs, in_use, now_ms / 1000)
         return Collected(deleted, swept)
 
@@ -361,6 +364,10 @@ class DurableStore(ReadableStore):
 
 def _changing(name: str, change: Change[Any]) -> CellChange:
     return CellChange(check_id(name, "cell name"), change)
+
+
+def _referenced_blobs(rows: Rows) -> set[str]:
+    return {reference[len(BLOB) :].hex() for reference in rows.blobs()}
 
 
 def _delete_if_free(run_id: str, before_ms: int, rows: Rows) -> bool:

@@ -1,7 +1,7 @@
-"""The thread that talks to a durable store.
+"""The thread that writes to a durable store.
 
-Callers on any event loop hand it operations. It takes all that wait, has them done together and acknowledges them when
-they are kept: one fsync or one round trip serves everybody who came while the last one was under way.
+Callers on any event loop submit operations. The thread performs all queued operations together and acknowledges them when
+they are stored, so that one fsync or round trip serves all operations submitted during the previous one.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["Connection", "Job", "Operation", "Worker", "generation", "permanent_
 
 T = TypeVar("T")
 
-#: What is to be done, with whatever the connection hands it.
+#: An operation, called with the rows of the connection.
 Operation = Callable[[Any], Any]
 
-_MAX_BATCH_SIZE: Final = 1024  # operations at once: nobody waits for the end of an endless stream
+_MAX_BATCH_SIZE: Final = 1024  # bounds the wait of each operation for its acknowledgement
 
 _generation = 0
 
@@ -42,14 +42,14 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch
 
 
 def permanent_error(message: str) -> StoreError:
-    """A StoreError that trying again will not mend."""
+    """Return a StoreError that a retry will not resolve."""
     error = StoreError(message)
     error.transient = False
     return error
 
 
 class Job:
-    """One operation, who waits for it, and what became of it."""
+    """One operation, the future that waits for it, and its result."""
 
     __slots__ = ("error", "future", "loop", "operation", "value")
 
@@ -61,7 +61,7 @@ class Job:
         self.error: Exception | None = None
 
     def settle(self) -> None:
-        # A caller who was cancelled no longer waits; the operation was done all the same.
+        # The future of a cancelled caller is done already; its operation was performed nevertheless.
         if self.future is not None and not self.future.done():
             if self.error is None:
                 self.future.set_result(self.value)
@@ -70,27 +70,26 @@ class Job:
 
 
 class Connection(Protocol):
-    """A store as its thread sees it. Everything here is called in that thread."""
+    """The connection of a store. All its methods are called in the worker thread."""
 
-    #: What messages call the store: its path, or its address without the password.
+    #: The store in messages: its path, or its address without the password.
     name: str
 
     def apply(self, batch: list[Job], more: Callable[[], bool]) -> Callable[[], StoreError] | None:
-        """Do all operations, together where that is cheaper, and note in each job what became of it.
+        """Perform all operations, together where that is cheaper, and set the result of each job.
 
-        The batch is given with one job in it; ``more()`` takes what has come meanwhile into it, and says whether there
-        was any. Returns what makes the
-        reason why nothing can be written any more, if that is so.
+        The batch begins with one job; ``more()`` adds the jobs that were queued since, and returns True if there were any.
+        Returns a function that creates the error, if nothing can be written any more.
         """
 
     def handle(self) -> object:
-        """Object that must not be garbage-collected in a forked child, where closing it would harm the parent's connection."""
+        """Return the object that must not be garbage-collected in a forked child: closing it would affect the parent."""
 
     def close(self) -> None: ...
 
 
 class Worker:
-    """Has operations done in a daemon thread: it never keeps the interpreter alive."""
+    """Performs operations in a daemon thread, which does not keep the interpreter alive."""
 
     def __init__(self, connection: Connection, thread_name: str) -> None:
         self._connection = connection
@@ -98,7 +97,7 @@ class Worker:
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._batch: list[Job] = []
         self._stopping = False
-        # Why nothing more can be written. Each caller gets an exception of its own.
+        # Creates the error if nothing can be written any more. Each caller needs its own exception.
         self._ended: Callable[[], StoreError] | None = None
         self._thread = threading.Thread(target=self._work, name=thread_name, daemon=True)
 
@@ -107,11 +106,11 @@ class Worker:
         try:
             self._thread.start()
         except RuntimeError as error:
-            why = f"cannot write to {self._connection.name}: {error}"
-            self._end(lambda: permanent_error(why))
+            message = f"cannot write to {self._connection.name}: {error}"
+            self._end(lambda: permanent_error(message))
 
     def submit(self, operation: Operation) -> asyncio.Future[Any]:
-        """Have an operation done. The future ends when it is kept, with its value or exception.
+        """Queue an operation. The future ends when it is stored, with its value or exception.
 
         Cancelling the future does not cancel the operation.
         """
@@ -120,21 +119,21 @@ class Worker:
         return future
 
     def post(self, operation: Operation) -> None:
-        """Have an operation done that nobody waits for. From any thread."""
+        """Queue an operation without waiting for it. May be called from any thread."""
         self._put(Job(operation, None))
 
     def _put(self, job: Job) -> None:
         self._queue.put(job)
         if self._ended is not None:
-            self._refuse_queued()  # The thread has ended, or ends now: nobody else may look at the queue again.
+            self._refuse_queued()  # The thread has ended, or is ending, and may not read the queue again.
 
     def stop(self) -> None:
-        """Let the thread end after what is queued. Does not wait."""
+        """End the thread after the queued operations. Does not wait."""
         if self._generation == _generation:
             self._queue.put(None)
 
     def join(self) -> None:
-        """Wait for the thread's end; no-op in a forked child, and before the start."""
+        """Wait for the end of the thread. No-op in a forked child, and before the start."""
         if self._generation == _generation and self._thread.ident is not None:
             self._thread.join()
 
@@ -142,30 +141,32 @@ class Worker:
 
     def _work(self) -> None:
         connection = self._connection
-        why = f"the store of {connection.name} is closed; make a new one"
-        held: object = None
+        message = f"the store of {connection.name} is closed; create a new one"
+        handle: object = None
         try:
             while not self._stopping:
                 job = self._queue.get()
                 if job is None:
                     break
                 self._batch.append(job)
-                del job  # A thread that waits keeps nobody's state alive.
-                poisoned = connection.apply(self._batch, self._take_waiting)
-                if poisoned is not None:
+                del job  # The waiting thread must not keep a state alive.
+                fatal_error = connection.apply(self._batch, self._take_queued)
+                if fatal_error is not None:
                     self._stopping = True
-                    self._end(poisoned)
+                    self._end(fatal_error)
                 self._acknowledge()
-                # A forked child must not close the connection, since that would touch its parent's (the locks and the
-                # WAL of a file, a server's session): there this frame, and so its reference, stays for ever.
-                held = connection.handle()
+                # A forked child must not close the connection, since that would affect its parent (the locks and the
+                # WAL of a file, the session of a server): in the child, this frame keeps its reference for ever.
+                handle = connection.handle()
         except BaseException as error:
-            why = f"the writer thread of {connection.name} died ({error!r}); make a new store, then resume"
-        del held
-        self._end(lambda: permanent_error(why))
+            message = (
+                f"the writer thread of {connection.name} died ({error!r}); create a new store, then resume"
+            )
+        del handle
+        self._end(lambda: permanent_error(message))
         connection.close()
 
-    def _take_waiting(self) -> bool:
+    def _take_queued(self) -> bool:
         before = len(self._batch)
         try:
             while len(self._batch) < _MAX_BATCH_SIZE and not self._stopping:
@@ -186,15 +187,15 @@ class Worker:
         self._batch = []
         for loop, jobs in waiting.items():
             try:
-                # One wake-up for all of a loop.
+                # One wake-up for all jobs of a loop.
                 loop.call_soon_threadsafe(_settle, jobs)
             except RuntimeError:
-                pass  # The loop was closed: nobody waits there any more.
+                pass  # The loop is closed.
 
-    def _end(self, why: Callable[[], StoreError]) -> None:
-        """From now on every operation fails: first the reason, then the queue, so that none slips through."""
+    def _end(self, create_error: Callable[[], StoreError]) -> None:
+        """Let all operations fail from now on. Sets the error before it empties the queue, so that no job is lost."""
         if self._ended is None:
-            self._ended = why
+            self._ended = create_error
         for job in self._batch:
             job.error = job.error or self._ended()
         self._acknowledge()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         StoreFacts,
         Tally,
     )
-    from stroma.failures.tracebacks import Trouble
+    from stroma.failures.tracebacks import FailureSite
 
 from stroma.checkpoint.memory.runs import MemoryRun, as_state, encode_state, position_of
 
@@ -46,7 +46,7 @@ class MemoryReader:
         run = self._runs.get(check_id(run_id, "run id"))
         return [] if run is None else list(run.waiting.values())
 
-    def _known(self, run_id: str) -> MemoryRun:
+    def _require_run(self, run_id: str) -> MemoryRun:
         run = self._runs.get(check_id(run_id, "run id"))
         if run is None or not run.execution:
             raise CheckpointNotFound(f"there is no run {run_id!r} in this process; check the id")
@@ -96,9 +96,9 @@ class MemoryReader:
         """Return each attempt of the last execution at one place, without outputs; [] if unknown."""
         return self._records.attempts_at(check_id(run_id, "run id"), position, branch, execution)
 
-    def trouble_of(self, run_id: str, position: int, branch: str = "") -> Trouble | None:
+    def failure_site_of(self, run_id: str, position: int, branch: str = "") -> FailureSite | None:
         """Return where the last failed attempt at a place failed; None if unknown."""
-        return self._records.trouble_of(check_id(run_id, "run id"), position, branch)
+        return self._records.failure_site_of(check_id(run_id, "run id"), position, branch)
 
     def output_of(
         self, run_id: str, position: int, branch: str = "", *, execution: int | None = None
@@ -125,7 +125,7 @@ class MemoryReader:
 
     def input_of(self, run_id: str) -> bytes:
         """Return the initial state of a run in stored form. Raises CheckpointNotFound, NotSerialisable."""
-        run = self._known(run_id)
+        run = self._require_run(run_id)
         assert run.schema is not None
         assert run.input is not None
         return run.schema.encode(run.schema.restore(run.input))
@@ -135,14 +135,14 @@ class MemoryReader:
 
         Raises CheckpointNotFound if there is no such completed map.
         """
-        run = self._known(run_id)
+        run = self._require_run(run_id)
         for key, state in run.newest_states():
             call = run.calls.get(key)
-            if state.node_id == node_id and call is not None and call.given is not None:
+            if state.node_id == node_id and call is not None and call.input_key is not None:
                 position, branch = position_of(key)
                 prefix = f"{branch}." if branch else ""
                 items: list[tuple[int, Committed]] = []
-                for index in range(first, min(count_items(call.given), first + count)):
+                for index in range(first, min(count_items(call.input_key), first + count)):
                     entry = run.states.get((position, f"{prefix}{index}"))
                     if entry is not None:
                         item = as_state(entry)

@@ -1,4 +1,4 @@
-"""Records of the runs in memory. Imported when they are first read: running a pipeline does not need them."""
+"""Records of the runs in memory. Imported on first use, since running a pipeline does not need them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Final
 from stroma.checkpoint.memory.runs import MemoryRun, SavedState, as_state, encode_state, row_of
 from stroma.checkpoint.records import (
     PICO,
+    AttemptMark,
     AttemptPage,
     AttemptRecord,
     RunPage,
@@ -17,11 +18,11 @@ from stroma.checkpoint.records import (
     RunRecord,
     StoreFacts,
     Tally,
-    attempt_mark,
     cause_of,
-    marked,
+    parse_attempt_mark,
+    parse_run_mark,
 )
-from stroma.failures.tracebacks import Trouble, read_trouble
+from stroma.failures.tracebacks import FailureSite, read_failure_site
 from stroma.trace.events import NO_USAGE, AttemptRow
 
 __all__ = ["MemoryRecords"]
@@ -42,7 +43,7 @@ class MemoryRecords:
         return self.run_page(RunQuery(pipeline=pipeline, statuses=statuses), limit, None).runs
 
     def run_page(self, query: RunQuery | None, limit: int, after: str | None) -> RunPage:
-        end = None if after is None else marked(after)
+        end = None if after is None else parse_run_mark(after)
         query = query or RunQuery()
         runs = [
             (run.started_ms, run.number, run_id, run)
@@ -66,45 +67,47 @@ class MemoryRecords:
         return [_attempt(row, run) for row in run.attempts()]
 
     def attempt_page(self, run_id: str, execution: int | None, limit: int, after: str | None) -> AttemptPage:
-        end = None if after is None else _place_of(attempt_mark(after))
+        end = None if after is None else _place_of(parse_attempt_mark(after))
         attempts = [a for a in self.attempts(run_id, execution) if end is None or _place(a) > end]
         page = [replace(attempt, output=None) for attempt in attempts[:limit]]
         if len(attempts) <= limit:
             return AttemptPage(page, None)
         last = page[-1]
-        return AttemptPage(page, f"0:{last.position}:{last.started_ns}:{last.attempt}:{last.branch}")
+        return AttemptPage(
+            page, str(AttemptMark(0, last.position, last.started_ns, last.attempt, last.branch))
+        )
 
     def attempts_at(
         self, run_id: str, position: int, branch: str, execution: int | None
     ) -> list[AttemptRecord]:
-        every = self.attempts(run_id, execution)
-        return [replace(a, output=None) for a in every if (a.position, a.branch) == (position, branch)]
+        attempts = self.attempts(run_id, execution)
+        return [replace(a, output=None) for a in attempts if (a.position, a.branch) == (position, branch)]
 
-    def trouble_of(self, run_id: str, position: int, branch: str) -> Trouble | None:
+    def failure_site_of(self, run_id: str, position: int, branch: str) -> FailureSite | None:
         run = self._runs.get(run_id)
         site = None if run is None else run.failure_sites.get((position, branch))
         if site is None:
             return None
         attempt, started_ns, encode_frames = site
-        return read_trouble(encode_frames(), attempt, started_ns)
+        return read_failure_site(encode_frames(), attempt, started_ns)
 
     def tally(self, since_ms: int, bucket_ms: int, runs: int, attempts: int) -> list[Tally]:
         sums: defaultdict[tuple[int, str, str, str | None, str | None], list[int]] = defaultdict(
             lambda: [0] * 6
         )
-        seen = 0
+        count = 0
         for record in self.run_page(RunQuery(since_ms=since_ms), runs, None).runs:
             run = self._runs[record.run_id]
-            for row in run.attempts()[: attempts - seen]:
+            for row in run.attempts()[: attempts - count]:
                 usage, kind = row.usage or NO_USAGE, _class_of(row)
-                of = sums[run.started_ms // bucket_ms, run.pipeline, row.node_id, usage.model, kind]
+                totals = sums[run.started_ms // bucket_ms, run.pipeline, row.node_id, usage.model, kind]
                 cost = round(usage.cost_usd * PICO)
                 wasted = cost if row.outcome != "success" and _committed(row, run) is None else 0
                 for i, number in enumerate((1, usage.tokens, cost, wasted, row.duration_ns)):
-                    of[i] += number
-                of[5] = max(of[5], row.duration_ns)
-                seen += 1
-        return [Tally(*key, *of) for key, of in sums.items()]
+                    totals[i] += number
+                totals[5] = max(totals[5], row.duration_ns)
+                count += 1
+        return [Tally(*key, *totals) for key, totals in sums.items()]
 
     def facts(self) -> StoreFacts:
         return StoreFacts("the memory of this process", 1, 1)
@@ -163,9 +166,8 @@ def _place(attempt: AttemptRecord) -> tuple[int, int, str, int]:
     return attempt.position, attempt.started_ns, attempt.branch, attempt.attempt
 
 
-def _place_of(mark: tuple[int, int, int, int, str]) -> tuple[int, int, str, int]:
-    _, position, started, attempt, branch = mark
-    return position, started, branch, attempt
+def _place_of(mark: AttemptMark) -> tuple[int, int, str, int]:
+    return mark.position, mark.started_ns, mark.branch, mark.attempt
 
 
 def _committed(row: AttemptRow, run: MemoryRun) -> SavedState | None:
@@ -182,10 +184,10 @@ def _attempt(row: AttemptRow, run: MemoryRun, *, with_output: bool = True) -> At
     failure, message, reason, error_type = row.failure or (None, None, None, None)
     state = _committed(row, run) if with_output else None
     output = None if state is None else encode_state(state)
+    identities = (identity for identity, position in run.places.items() if position == row.position)
     return AttemptRecord(
         row.position, row.branch, row.node_id, row.attempt, row.started_ns // 1_000_000, row.duration_ns / 1e6, row.outcome,
         failure and failure.value, message, reason, usage.tokens, usage.output_tokens, usage.cost_usd, usage.model,
         output, output_bytes=None if output is None else len(output), started_ns=row.started_ns,
-        function_ms=row.function_ns / 1e6, group_id=row.group,
-        error_type=error_type, identity=next((one for one, at in run.places.items() if at == row.position), None) if run.places else None,
+        function_ms=row.function_ns / 1e6, group_id=row.group, error_type=error_type, identity=next(identities, None),
     )  # fmt: skip

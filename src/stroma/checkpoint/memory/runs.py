@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, cast
 
-from stroma.checkpoint.protocols import LastExecution, StepCall, Waiting
+from stroma.checkpoint.decisions import LastExecution
+from stroma.checkpoint.protocols import StepCall, Waiting
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.trace.events import AttemptRow, contract_of

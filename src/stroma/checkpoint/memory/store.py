@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pydantic import BaseModel
 
 from stroma.checkpoint.cells import MemoryCells
+from stroma.checkpoint.decisions import COMPLETE, ENDED, decide, is_answered_meanwhile, not_waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, Fenced, RunExists
 from stroma.checkpoint.memory.reader import MemoryReader
 from stroma.checkpoint.memory.runs import (
@@ -20,8 +21,6 @@ from stroma.checkpoint.memory.runs import (
     row_of,
 )
 from stroma.checkpoint.protocols import (
-    COMPLETE,
-    ENDED,
     OF_FLOW,
     Committed,
     Finished,
@@ -29,9 +28,6 @@ from stroma.checkpoint.protocols import (
     RunRequest,
     StepCall,
     Waiting,
-    decide,
-    is_answered_meanwhile,
-    not_waiting,
 )
 from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.contract import check_id
@@ -232,10 +228,16 @@ class _MemorySession(NullSession):
 def _with_input(call: StepCall | None, state: SavedState) -> StepCall | None:
     """Return a call with its input in stored form, which is made here of the attempt: most are never asked for it."""
     row = state.row
-    if call is None or call.number != OF_FLOW or call.given is not None or row is None or row.schemas is None:
+    if (
+        call is None
+        or call.number != OF_FLOW
+        or call.input_key is not None
+        or row is None
+        or row.schemas is None
+    ):
         return call
     try:
-        return call._replace(given=row.schemas[0].encode(row.schemas[0].restore(row.input)))
+        return call._replace(input_key=row.schemas[0].encode(row.schemas[0].restore(row.input)))
     except NotSerialisable:
         return call
 
@@ -270,7 +272,7 @@ class _MemoryStore(MemoryReader, MemoryCells):
 
         Returns False if the run had ended. Raises CheckpointNotFound.
         """
-        run = self._known(run_id)
+        run = self._require_run(run_id)
         session = run.session()
         if session is not None:
             run.cancelled = True
@@ -287,9 +289,13 @@ class _MemoryStore(MemoryReader, MemoryCells):
 
         Raises CheckpointNotFound, StoreError if the node is no longer waiting for an answer.
         """
-        run, at = self._known(run_id), (waiting.position, waiting.branch)
-        asked = run.waiting.get(at)
-        if asked is None or asked.node_id != waiting.node_id or asked.payload not in (None, waiting.payload):
+        run, at = self._require_run(run_id), (waiting.position, waiting.branch)
+        question = run.waiting.get(at)
+        if (
+            question is None
+            or question.node_id != waiting.node_id
+            or question.payload not in (None, waiting.payload)
+        ):
             raise not_waiting(run_id, waiting)
         run.waiting[at] = waiting
 
@@ -302,15 +308,17 @@ class _MemoryStore(MemoryReader, MemoryCells):
         edited: tuple[Schema, BaseModel] | None = None,
         state: tuple[Schema, BaseModel] | None = None,
     ) -> None:
-        """Copy what a run committed before a position into a new run, with ``edited`` in place of the last output and
-        ``state`` in place of the input. Raises CheckpointNotFound, RunExists."""
-        source, run, initial = self._known(run_id), MemoryRun(), state
+        """Copy what a run committed before a position into a new run.
+
+        ``edited`` replaces the last output, ``state`` the input. Raises CheckpointNotFound, RunExists.
+        """
+        source, run, initial = self._require_run(run_id), MemoryRun(), state
         if before and before - 1 not in source.states:
             raise CheckpointNotFound(
                 f"run {run_id!r} has no output at position {before - 1}, so it cannot be forked before position {before}; fork at an earlier node"
             )
-        taken = self._runs.get(check_id(new_run_id, "run id"))
-        if taken is not None and taken.execution:
+        existing = self._runs.get(check_id(new_run_id, "run id"))
+        if existing is not None and existing.execution:
             raise RunExists(f"run {new_run_id!r} already exists; use another id for the fork")
         for key, saved in reversed(list(source.newest_states())):
             if not isinstance(key, str) and position_of(key)[0] < before:

@@ -1,5 +1,7 @@
-"""The connection that a Postgres store writes with: one round trip and one transaction for all commits that wait, and one
-transaction for all changes of a cell."""
+"""The writing connection of a Postgres store.
+
+One round trip and one transaction for all queued commits, and one transaction for all changes of a cell.
+"""
 
 from __future__ import annotations
 
@@ -14,57 +16,57 @@ from stroma.checkpoint.durable.operations import CellChange, Commit, Transaction
 from stroma.checkpoint.durable.worker import Job
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.postgres.rows import PostgresRows, commit_query, commit_reply
-from stroma.checkpoint.postgres.server import PostgresEndpoint, is_lost, is_misled, may_pass, pause
+from stroma.checkpoint.postgres.server import PostgresEndpoint, is_lost, is_misdirected, is_temporary, pause
 
 __all__ = ["PostgresConnection", "stages"]
 
 T = TypeVar("T")
 Database = psycopg.Connection[Any]
 
-_LOSSES = 3  # of connections, with the same operations under way: one of them may be what the server dies of
+_MAX_LOSSES = 3  # lost connections during the same operations: one of them may crash the server
 
 
 class _PostgresUnreachable(Exception):
-    """There is no connection, and so no use in trying the other operations."""
+    """There is no connection, so the other operations would fail as well."""
 
-    def __init__(self, why: psycopg.Error | StoreError) -> None:
-        super().__init__(why)
-        self.why = why
+    def __init__(self, reason: psycopg.Error | StoreError) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class PostgresConnection:
     """See :class:`stroma.checkpoint.durable.worker.Connection`.
 
-    A connection that breaks leaves open whether what was under way was done. It is done again on the next one: every
-    operation finds out by itself, from the rows, what is there already.
+    If a connection breaks, it is unknown if the operation in progress was executed. It is repeated on the next connection:
+    every operation finds in the rows what an earlier try has stored.
     """
 
     def __init__(self, server: PostgresEndpoint) -> None:
         self.name = server.name
         self._server = server
         self._db: Database | None = None
-        #: What of a batch is still to be done, by identity.
-        self._left: dict[int, Job] = {}
+        #: The pending jobs of the batch, by identity.
+        self._pending: dict[int, Job] = {}
 
     def apply(self, batch: list[Job], more: Callable[[], bool]) -> None:
-        """Commits together, changes of a cell too, everything else in a transaction of its own."""
+        """Perform consecutive commits together, changes of one cell together, and anything else in its own transaction."""
         more()
-        self._left = {id(job): job for job in batch}
-        known = len(batch)
+        self._pending = {id(job): job for job in batch}
+        size = len(batch)
         try:
             for stage in stages(batch):
                 if len(stage) > 1 and isinstance(stage[0].operation, CellChange):
-                    self._one_cell(stage)
+                    self._change_cell(stage)
                 elif len(stage) > 1:
-                    self._together(stage)
+                    self._commit_all(stage)
                 for job in stage:
-                    if id(job) in self._left:
-                        self._alone(job)
-        except _PostgresUnreachable as gone:
-            more()  # They would fail for the same reason, one after another.
-            for job in [*self._left.values(), *batch[known:]]:
-                job.error = self._explain(gone.why)
-        self._left = {}
+                    if id(job) in self._pending:
+                        self._perform(job)
+        except _PostgresUnreachable as error:
+            more()  # Queued operations would fail for the same reason, one after another.
+            for job in [*self._pending.values(), *batch[size:]]:
+                job.error = self._explain(error.reason)
+        self._pending = {}
 
     def handle(self) -> object:
         return self._db
@@ -76,30 +78,30 @@ class PostgresConnection:
 
     # ------------------------------------------------------------------ operations
 
-    def _together(self, jobs: list[Job]) -> None:
-        """Commits, all or none of them; those that are not done by this are left."""
+    def _commit_all(self, jobs: list[Job]) -> None:
+        """Perform all commits, or none: then they stay pending. Commits that the fence refuses stay pending, too."""
         commits = [(job, job.operation) for job in jobs if isinstance(job.operation, Commit)]
-        # In one order for everybody: two processes never wait for each other's runs.
+        # The same order in all processes prevents deadlocks.
         commits.sort(key=lambda pair: pair[1].fence.run)
 
-        def commit(db: Database, _: bool) -> list[tuple[bool, int]]:
-            with db.pipeline():  # What is sent before the end of a pipeline is one transaction.
-                sent = [_send(db, it) for _, it in commits]
-            return [commit_reply(cursor) for cursor in sent]
+        def send(db: Database, _: bool) -> list[tuple[bool, int]]:
+            with db.pipeline():  # A pipeline is one transaction.
+                cursors = [_send(db, commit) for _, commit in commits]
+            return [commit_reply(cursor) for cursor in cursors]
 
         try:
-            kept = self._try(commit, lambda _: False)
+            replies = self._retry(send, lambda _: False)
         except _PostgresUnreachable:
             raise
         except Exception:
-            return  # One of them is at fault: alone, it spoils no other.
-        for (job, it), (is_kept, attempts) in zip(commits, kept, strict=True):
-            if is_kept:
-                it.fence.acknowledge(attempts)
+            return  # One of them fails: performed one by one, it does not affect the others.
+        for (job, commit), (is_recorded, attempts) in zip(commits, replies, strict=True):
+            if is_recorded:
+                commit.fence.acknowledge(attempts)
                 self._settle(job)
 
-    def _one_cell(self, jobs: list[Job]) -> None:
-        """Changes of one cell, all or none of them; those that are not done by this are left."""
+    def _change_cell(self, jobs: list[Job]) -> None:
+        """Perform all changes of one cell, or none: then they stay pending."""
         changes = [job.operation for job in jobs if isinstance(job.operation, CellChange)]
 
         def change(db: Database, _: bool) -> list[Any]:
@@ -107,21 +109,21 @@ class PostgresConnection:
                 return apply_changes(PostgresRows(db), changes)
 
         try:
-            told = self._try(change)
+            answers = self._retry(change)
         except _PostgresUnreachable:
             raise
         except Exception:
-            return  # One of them is at fault: alone, it spoils no other.
-        for job, value in zip(jobs, told, strict=True):
-            self._settle(job, value)
+            return  # One of them fails: performed one by one, it does not affect the others.
+        for job, answer in zip(jobs, answers, strict=True):
+            self._settle(job, answer)
 
-    def _alone(self, job: Job) -> None:
+    def _perform(self, job: Job) -> None:
         operation = job.operation
         try:
-            if isinstance(operation, Commit) and self._try(lambda db, _: _commit(db, operation)):
+            if isinstance(operation, Commit) and self._retry(lambda db, _: _commit(db, operation)):
                 self._settle(job)
-            else:  # Also for a commit that is fenced off, to say why.
-                self._settle(job, self._try(lambda db, doubt: _transact(db, operation, doubt)))
+            else:  # Also for a commit that the fence refuses: this raises the reason.
+                self._settle(job, self._retry(lambda db, is_repeated: _transact(db, operation, is_repeated)))
         except _PostgresUnreachable:
             raise
         except Exception as error:
@@ -129,20 +131,22 @@ class PostgresConnection:
 
     def _settle(self, job: Job, value: Any = None, error: Exception | None = None) -> None:
         job.value, job.error = value, error
-        del self._left[id(job)]
+        del self._pending[id(job)]
 
     def _explain(self, error: Exception) -> StoreError:
-        told = self._server.explain(error)
-        return copy.copy(told) if told is error else told  # Each task raises one of its own.
+        explained = self._server.explain(error)
+        return copy.copy(explained) if explained is error else explained  # Each task needs its own exception.
 
     # ------------------------------------------------------------------ the connection
 
-    def _try(
-        self, do: Callable[[Database, bool], T], passes: Callable[[psycopg.Error], bool] = may_pass
+    def _retry(
+        self,
+        do: Callable[[Database, bool], T],
+        should_retry: Callable[[psycopg.Error], bool] = is_temporary,
     ) -> T:
-        """Do something until it is done, or is known to fail, or patience is at its end.
+        """Repeat an operation until it succeeds, fails permanently, or ``patience_seconds`` are over.
 
-        ``do`` is told whether an earlier try may have been done without our knowing.
+        The second argument of ``do`` is True if an earlier try may have been executed although its reply was lost.
         """
         deadline = time.monotonic() + self._server.patience_seconds
         tries = losses = 0
@@ -153,9 +157,9 @@ class PostgresConnection:
             except psycopg.Error as error:
                 lost = is_lost(db)
                 losses += lost
-                if lost or is_misled(error):
+                if lost or is_misdirected(error):
                     self._drop()
-                if not (lost and losses < _LOSSES) and not passes(error):
+                if not (lost and losses < _MAX_LOSSES) and not should_retry(error):
                     raise
                 if time.monotonic() > deadline:
                     raise
@@ -171,7 +175,7 @@ class PostgresConnection:
             except StoreError as error:
                 raise _PostgresUnreachable(error) from error
             except psycopg.Error as error:
-                if not may_pass(error) or time.monotonic() > deadline:
+                if not is_temporary(error) or time.monotonic() > deadline:
                     raise _PostgresUnreachable(error) from error
                 tries += 1
                 pause(tries)
@@ -185,39 +189,39 @@ class PostgresConnection:
 
 
 def stages(batch: list[Job]) -> list[list[Job]]:
-    """Operations that may be done together, in an order that keeps that of each run.
+    """Group operations that can be performed together. The order of operations of one run, and of one cell, stays.
 
-    A commit may pass what is known to concern other runs only, and a change of a cell all but the others of that cell.
+    A commit may overtake operations of other runs, and a change of a cell anything but changes of the same cell.
     """
     cells: dict[str, list[Job]] = {}
-    found: list[list[Job]] = []
-    together: list[Job] | None = None
-    passed: set[str] = set()
+    groups: list[list[Job]] = []
+    commits: list[Job] | None = None
+    runs_since: set[str] = set()  # runs of the other operations after the first of these commits
     for job in batch:
         run_id = _run_of(job.operation)
         if isinstance(job.operation, Commit):
-            if together is None or run_id in passed:
-                together = []
-                found.append(together)
-                passed.clear()
-            together.append(job)
+            if commits is None or run_id in runs_since:
+                commits = []
+                groups.append(commits)
+                runs_since.clear()
+            commits.append(job)
         elif isinstance(job.operation, CellChange):
             changes = cells.get(job.operation.name)
             if changes is None:
                 changes = cells[job.operation.name] = []
-                found.append(changes)
+                groups.append(changes)
             changes.append(job)
         else:
-            found.append([job])
+            groups.append([job])
             if run_id is None:
-                together = None
+                commits = None
             else:
-                passed.add(run_id)
-    return found
+                runs_since.add(run_id)
+    return groups
 
 
 def _run_of(operation: Any) -> str | None:
-    """The run that an operation concerns, if it is known to concern no other."""
+    """Return the only run that an operation uses; None if it may use several."""
     return operation.run_id if isinstance(operation, (Commit, Transaction)) else None
 
 
@@ -226,23 +230,23 @@ def _send(db: Database, commit: Commit) -> psycopg.Cursor[Any]:
 
 
 def _commit(db: Database, commit: Commit) -> bool:
-    is_kept, attempts = commit_reply(_send(db, commit))
-    if is_kept:
+    is_recorded, attempts = commit_reply(_send(db, commit))
+    if is_recorded:
         commit.fence.acknowledge(attempts)
-    return is_kept
+    return is_recorded
 
 
-def _transact(db: Database, operation: Any, doubt: bool) -> Any:
+def _transact(db: Database, operation: Any, is_repeated: bool) -> Any:
     rows = PostgresRows(db)
     with db.transaction():
         opening = operation.opening if isinstance(operation, Transaction) else None
-        if doubt and opening is not None:
-            # An owner's name is given once. A run that has it was opened by the try whose answer was lost, and the
-            # session knows what that came to; opening again would be refused, or begin one more execution.
-            found = rows.find(opening.run_id, lock=True)
-            if found is not None and found.owner == opening.owner:
+        if is_repeated and opening is not None:
+            # The name of an owner is unique. A run that has it was opened by the try whose reply was lost, and the
+            # session has its result; opening again would be refused, or begin another execution.
+            run = rows.find(opening.run_id, lock=True)
+            if run is not None and run.owner == opening.owner:
                 return operation.result
         value = operation(rows)
-    for fence, attempts in rows.counted:
+    for fence, attempts in rows.attempt_counts:
         fence.acknowledge(attempts)
     return value

@@ -1,4 +1,4 @@
-"""Reads of a Postgres store: in the calling thread, on a reused connection."""
+"""Reading from a Postgres store, in the calling thread, on a reused connection."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psycopg
 from stroma.checkpoint.durable.rows import Rows
 from stroma.checkpoint.durable.worker import generation
 from stroma.checkpoint.postgres.rows import PostgresRows
-from stroma.checkpoint.postgres.server import PostgresEndpoint, may_pass, pause
+from stroma.checkpoint.postgres.server import PostgresEndpoint, is_temporary, pause
 
 __all__ = ["PostgresReader"]
 
@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 
 class PostgresReader:
-    """Reads, from any thread. Between calls it keeps one connection at most."""
+    """Reads in any thread. At most one connection stays open between calls."""
 
     def __init__(self, server: PostgresEndpoint) -> None:
         self._server = server
-        #: By generation: a forked child leaves its parent's connections alone.
+        #: By generation: a forked child does not use the connections of its parent.
         self._idle: dict[int, list[psycopg.Connection[Any]]] = {}
         self._closed = False
 
@@ -32,29 +32,29 @@ class PostgresReader:
         deadline = time.monotonic() + self._server.patience_seconds
         tries = 0
         while True:
-            kept = self._take()
+            idle = self._take_idle()
             try:
-                db = self._server.connect_to_read() if kept is None else kept
-                return nothing if db is None else self._once(db, query)
+                db = self._server.connect_to_read() if idle is None else idle
+                return nothing if db is None else self._read_once(db, query)
             except psycopg.Error as error:
-                if kept is not None:
-                    continue  # It may have been broken for long, or lead to what was there once: now a new one.
-                if not may_pass(error) or time.monotonic() > deadline:
+                if idle is not None:
+                    continue  # An idle connection may be broken or lead to an earlier server: use a new one.
+                if not is_temporary(error) or time.monotonic() > deadline:
                     raise self._server.explain(error) from error
             tries += 1
             pause(tries)
 
     def close(self) -> None:
-        """Keep no connection from now on. Reading is possible all the same."""
+        """Close the idle connection, and keep none from now on. Reading stays possible."""
         self._closed = True
-        while (db := self._take()) is not None:
+        while (db := self._take_idle()) is not None:
             db.close()
 
-    def _once(self, db: psycopg.Connection[Any], query: Callable[[Rows], T]) -> T:
+    def _read_once(self, db: psycopg.Connection[Any], query: Callable[[Rows], T]) -> T:
         try:
-            # All that a query reads is of one moment.
+            # A query reads one snapshot.
             db.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            found = query(PostgresRows(db))
+            value = query(PostgresRows(db))
             db.execute("ROLLBACK")
         except BaseException:
             db.close()
@@ -64,9 +64,9 @@ class PostgresReader:
             db.close()
         else:
             idle.append(db)
-        return found
+        return value
 
-    def _take(self) -> psycopg.Connection[Any] | None:
+    def _take_idle(self) -> psycopg.Connection[Any] | None:
         try:
             return self._idle.setdefault(generation(), []).pop()
         except IndexError:

@@ -1,4 +1,4 @@
-"""The server of a PostgresStore: connected to, and its errors put in words."""
+"""The server of a PostgresStore: connections and error messages."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from stroma.checkpoint.durable.worker import permanent_error
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.postgres import schema as tables
 
-__all__ = ["PostgresEndpoint", "is_lost", "is_misled", "may_pass", "pause"]
+__all__ = ["PostgresEndpoint", "is_lost", "is_misdirected", "is_temporary", "pause"]
 
 T = TypeVar("T")
 
 logger = logging.getLogger("stroma")
 
-# No call hangs for ever. What the connection string says of these goes before.
+# Every call ends in time. Parameters in the connection string take precedence.
 _CONNECTING: Final = {
     "connect_timeout": "5",
-    # A server that went away without a word is noticed after 10 + 3 * 3 s; sooner where something was sent to it.
+    # Detects a disconnected server after 10 + 3 * 3 s, or earlier if data was sent to it.
     "keepalives_idle": "10",
     "keepalives_interval": "3",
     "keepalives_count": "3",
@@ -39,20 +39,20 @@ _CONNECTING: Final = {
 _SESSION: Final = {
     "lock_timeout": "5s",
     "statement_timeout": "30s",
-    # A process that is stopped in the midst of a transaction keeps its locks no longer than this.
+    # Limits how long a stopped process holds its locks.
     "idle_in_transaction_session_timeout": "30s",
     "default_transaction_isolation": "read committed",
-    # Nothing is looked up by anything but a key: a plan made once will do.
+    # Every query uses a key, so generic plans are as good.
     "plan_cache_mode": "force_generic_plan",
 }
 
-_ANSWER_SECONDS = 35.0  # Longer than the server's own timeout: it is the one that tells why.
+_REPLY_SECONDS = 35.0  # Longer than the server's own timeout, whose error has the reason.
 _LOCKED: Final = "55P03"
-# What another try may mend: the server is starting, stopping or full, or two got into each other's way.
-_PASSING: Final = ("08", "40", "53", "57P", "58")
-# The schema or a table is gone, and made again with the next connection; or the server has become a replica.
-_MISLED: Final = ("3F000", "42P01", "25006")
-# A server that refuses a connection gives no code, only words.
+# Errors that a retry may resolve: the server starts, stops or is overloaded, or transactions conflict.
+_TEMPORARY: Final = ("08", "40", "53", "57P", "58")
+# The schema or a table is missing, and the next connection creates it; or the server has become a replica.
+_MISDIRECTED: Final = ("3F000", "42P01", "25006")
+# Errors of a refused connection have no code, only a message.
 _REFUSED: Final = re.compile(
     r"authentication failed|no password supplied|no pg_hba\.conf entry|does not exist|permission denied|"
     r"is not permitted|does not support SSL|certificate|not currently accepting|invalid .* option|"
@@ -71,39 +71,39 @@ def _code(error: BaseException) -> str:
     return getattr(error, "sqlstate", None) or ""
 
 
-def is_misled(error: psycopg.Error) -> bool:
+def is_misdirected(error: psycopg.Error) -> bool:
     """Return True if the connection leads to a server that is not the store now; a new connection may be right."""
-    return _code(error).startswith(_MISLED)
+    return _code(error).startswith(_MISDIRECTED)
 
 
-def may_pass(error: psycopg.Error) -> bool:
+def is_temporary(error: psycopg.Error) -> bool:
     """Return True if an immediate retry may help. A lock that is held for long is left to the caller."""
     code = _code(error)
     if not code:
         return isinstance(error, psycopg.OperationalError) and not _REFUSED.search(str(error))
-    return code.startswith((*_PASSING, *_MISLED))
+    return code.startswith((*_TEMPORARY, *_MISDIRECTED))
 
 
 def pause(attempt: int) -> None:
-    """Before another try, a little longer each time; of many who wait, each for a time of its own."""
+    """Wait before a retry: longer after each attempt, with jitter."""
     time.sleep(random.uniform(0.3, 1.0) * min(0.02 * 2 ** min(attempt, 6), 1.0))
 
 
 class _Connection(psycopg.Connection[Any]):
-    """One that is given up when no answer comes, though the network is well: a server that stands still."""
+    """A connection that fails if the server does not reply in time, such as a stopped process."""
 
     def wait(self, gen: Generator[Any, Any, T], *args: Any, **kwargs: Any) -> T:
-        return super().wait(self._within(gen, time.monotonic() + _ANSWER_SECONDS), *args, **kwargs)
+        return super().wait(self._with_deadline(gen, time.monotonic() + _REPLY_SECONDS), *args, **kwargs)
 
-    def _within(self, gen: Generator[Any, Any, T], deadline: float) -> Generator[Any, Any, T]:
+    def _with_deadline(self, gen: Generator[Any, Any, T], deadline: float) -> Generator[Any, Any, T]:
         try:
-            wanted = next(gen)
+            event = next(gen)
             while True:
-                ready = yield wanted  # 0 comes ten times a second, if nothing else does
+                ready = yield event  # psycopg sends 0 ten times a second while nothing is ready.
                 if not ready and time.monotonic() > deadline:
                     self.pgconn.finish()
-                    raise psycopg.OperationalError(f"no answer within {_ANSWER_SECONDS:g} s")
-                wanted = gen.send(ready)
+                    raise psycopg.OperationalError(f"no reply within {_REPLY_SECONDS:g} s")
+                event = gen.send(ready)
         except StopIteration as done:
             value: T = done.value
             return value
@@ -111,11 +111,11 @@ class _Connection(psycopg.Connection[Any]):
 
 @dataclass(frozen=True, slots=True)
 class PostgresEndpoint:
-    """Which database a store keeps its runs in, and how it connects to that.
+    """The database of a store.
 
     Attributes:
         name: the address without the password.
-        patience_seconds: how long to try again what may pass.
+        patience_seconds: how long to retry after a temporary error.
         safe: see :func:`stroma.checkpoint.postgres.schema.is_ours`.
     """
 
@@ -127,25 +127,25 @@ class PostgresEndpoint:
 
     @classmethod
     def at(cls, dsn: str, schema: str, patience_seconds: float) -> PostgresEndpoint:
-        """Raises ValueError for what is no address; never with what it says, which may be a part of a password."""
+        """Return the endpoint for a connection string. Raises ValueError, without parts of it: it may have a password."""
         try:
-            given = {k: str(v) for k, v in conninfo.conninfo_to_dict(dsn).items() if v is not None}
-            at = {**_defaults(), **given}
+            parameters = {k: str(v) for k, v in conninfo.conninfo_to_dict(dsn).items() if v is not None}
+            at = {**_defaults(), **parameters}
             odd = at.get("host", "")[1:] + at.get("port", "").replace(",", "")
             if "@" in odd or not at.get("port", "0").replace(",", "").isdecimal() or "\0" in dsn:
                 raise ValueError
         except (psycopg.Error, ValueError):
             raise ValueError(
                 "the dsn is not a PostgreSQL connection string; use postgresql://user:password@host:5432/dbname, "
-                "with percent signs for the special characters of a password (@ is %40, / is %2F)"
+                "and percent-encode special characters of a password (@ is %40, / is %2F)"
             ) from None
-        full = conninfo.make_conninfo("", **{**_CONNECTING, **given})
+        full = conninfo.make_conninfo("", **{**_CONNECTING, **parameters})
         return cls(full, schema, _name(at), patience_seconds)
 
     def connect(self) -> psycopg.Connection[Any]:
-        """A connection to write with; the tables are made if need be.
+        """Open a connection to write. Creates the tables if they are missing.
 
-        Raises StoreError for a store that is not for us, else what psycopg raises.
+        Raises StoreError for a schema that is not a store for this role, otherwise psycopg.Error.
         """
         db = self._connect()
         try:
@@ -156,7 +156,7 @@ class PostgresEndpoint:
         return db
 
     def connect_to_read(self) -> psycopg.Connection[Any] | None:
-        """A connection to read with; None where there are no tables. Raises as connect() does."""
+        """Open a connection to read; None if there are no tables. Raises as connect() does."""
         db = self._connect()
         try:
             if not tables.is_ours(db, self.schema, self.name, self.safe):
@@ -172,23 +172,23 @@ class PostgresEndpoint:
     def _connect(self) -> psycopg.Connection[Any]:
         db = _Connection.connect(self.conninfo, autocommit=True)
         try:
-            # Each size of number would be a statement of its own to the server.
+            # Otherwise the server would prepare a statement for each size of integer.
             db.adapters.register_dumper(int, Int8Dumper)
             db.adapters.register_dumper(int, Int8BinaryDumper)
-            self._set_up(db)
+            self._configure(db)
         except BaseException:
             db.close()
             raise
         return db
 
-    def _set_up(self, db: psycopg.Connection[Any]) -> None:
+    def _configure(self, db: psycopg.Connection[Any]) -> None:
         risks: Any = db.execute(
             "SELECT current_setting('fsync'), current_setting('full_page_writes'), "
             "current_setting('synchronous_commit')"
         ).fetchone()
         settings = {**_SESSION, "search_path": f'"{self.schema}"'}
         if risks[2] == "off":
-            settings["synchronous_commit"] = "on"  # What is acknowledged is kept.
+            settings["synchronous_commit"] = "on"  # Acknowledged data must be durable.
         query = b"SELECT " + b", ".join([b"set_config(%s, %s, false)"] * len(settings))
         db.execute(query, [part for setting in settings.items() for part in setting])
         off = " and ".join(
@@ -197,71 +197,67 @@ class PostgresEndpoint:
         if off and self.name not in _warned:
             _warned.add(self.name)
             logger.warning(
-                "%s runs with %s off: a crash of its machine may take what was committed; turn that on",
+                "%s runs with %s off: a crash of its machine may lose committed data; turn that on",
                 self.name,
                 off,
             )
 
     def explain(self, error: Exception) -> StoreError:
-        """An error of the server, or of the way to it, as a StoreError that says what to do."""
+        """Return an error of the server or of the connection as a StoreError that says how to fix it."""
         if isinstance(error, StoreError):
             return error
-        told = self._explain(error)
-        told.__cause__ = error
-        return told
+        explained = self._explain(error)
+        explained.__cause__ = error
+        return explained
 
     def _explain(self, error: Exception) -> StoreError:
-        name, code, words = self.name, _code(error), " ".join(str(error).split())
+        name, code, text = self.name, _code(error), " ".join(str(error).split())
         if not isinstance(error, psycopg.Error):
-            return permanent_error(f"{name} cannot keep this: {type(error).__name__}: {words}")
+            return permanent_error(f"{name} cannot store the data: {type(error).__name__}: {text}")
         if code == _LOCKED:
             return StoreError(
                 f"another session has held a lock on the run in {name} for 5 s; "
                 "end it (see pg_stat_activity), then resume"
             )
         if code == "57014":
-            return StoreError(
-                f"{name} did not answer a query within 30 s; see what it is busy with, then resume"
-            )
+            return StoreError(f"{name} did not answer a query within 30 s; check its load, then resume")
         if code.startswith("40"):
-            return StoreError(
-                f"{name} gave up a transaction that others were in the way of ({words}); resume"
-            )
+            return StoreError(f"{name} aborted a transaction that conflicted with others ({text}); resume")
         if code == "53100":
             return StoreError(f"the disk of {name} is full; free some space, then resume")
         if code == "25006":
             return StoreError(
-                f"{name} may not be written to: it is a replica, or read-only; "
-                "give the address of the primary, then resume"
+                f"{name} is read-only or a replica; use the address of the primary, then resume"
             )
         if code == "42501":
             return permanent_error(
-                f"{name} does not let us ({words}); have the schema {self.schema} made for this user: "
+                f"{name} denies permission ({text}); let an administrator create the schema {self.schema} for this user: "
                 f'CREATE SCHEMA "{self.schema}" AUTHORIZATION ...'
             )
-        if code.startswith("28") or code == "3D000" or (not code and _REFUSED.search(words)):
+        if code.startswith("28") or code == "3D000" or (not code and _REFUSED.search(text)):
             return permanent_error(
-                f"{name} refuses the connection ({words}); check the user, the password and the database"
+                f"{name} refuses the connection ({text}); check the user, the password and the database"
             )
-        if may_pass(error) or not code:
+        if is_temporary(error) or not code:
             return StoreError(
-                f"{name} cannot be reached, or broke off ({words}); see whether it is up and lets us in, then resume"
+                f"{name} cannot be reached, or closed the connection ({text}); check that it is running and accepts connections, "
+                "then resume"
             )
         if code.startswith(("22", "54")):
-            return permanent_error(f"{name} cannot keep this: {words}")
-        return permanent_error(f"{name} failed: {words}; if that is no fault of the server, report it")
+            return permanent_error(f"{name} cannot store the data: {text}")
+        return permanent_error(f"{name} failed: {text}; report this if the server works correctly")
 
 
 def _defaults() -> dict[str, str]:
-    """Return the settings of the environment (PGHOST and so on), else the client library's defaults."""
-    found = {o.keyword.decode(): o.val.decode() for o in psycopg.pq.Conninfo.get_defaults() if o.val}
-    return {k: found[k] for k in ("user", "host", "port", "dbname") if k in found}
+    """Return the settings of the environment (PGHOST and so on), otherwise the defaults of the client library."""
+    options = {o.keyword.decode(): o.val.decode() for o in psycopg.pq.Conninfo.get_defaults() if o.val}
+    return {k: options[k] for k in ("user", "host", "port", "dbname") if k in options}
 
 
 def _name(at: dict[str, str]) -> str:
     host, user = at.get("host") or at.get("hostaddr") or "localhost", at.get("user", "")
     port, dbname = at.get("port", "5432"), at.get("dbname") or user
-    who = f"{quote(user)}@" if user else ""
+    user_part = f"{quote(user)}@" if user else ""
     if host.startswith(("/", "@")):  # a socket in the file system
-        return f"postgresql://{who}/{quote(dbname, safe='')}?host={quote(host)}"
-    return f"postgresql://{who}{host}:{port}/{quote(dbname, safe='')}"
+        return f"postgresql://{user_part}/{quote(dbname, safe='')}?host={quote(host)}"
+    return f"postgresql://{user_part}{host}:{port}/{quote(dbname, safe='')}"

@@ -25,27 +25,28 @@ _SCHEMA: Final = re.compile(r"(?!pg_)[A-Za-z_][A-Za-z0-9_]{0,62}")
 class PostgresStore(AsyncStates):
     """A journal store in a schema of its own in a PostgreSQL database (14 or newer, encoding UTF8).
 
-    Any number of machines, processes, threads and event loops may use it; leases go by the server's clock. ``dsn`` is
-    whatever libpq understands: ``postgresql://user:password@host:5432/dbname``, several hosts, ``key=value`` pairs,
-    PGHOST and the like. The schema and its tables are made when they are first written to; reading makes nothing.
+    Any number of machines, processes, threads and event loops may use it; leases use the server's clock. ``dsn`` is
+    a connection string of libpq: ``postgresql://user:password@host:5432/dbname``, several hosts, ``key=value`` pairs;
+    PGHOST and similar variables apply. The schema and its tables are created by the first write; reading creates nothing.
 
-    What is acknowledged is on the server's disk: ``synchronous_commit=off`` is overruled, and a server that runs with
-    ``fsync=off`` is warned about, once, on the logger ``stroma``. A connection that breaks is made again, and what was
-    under way on it done again where it was not done, for 15 s; then the call ends with a transient StoreError.
+    Acknowledged data is on the server's disk: ``synchronous_commit=off`` is overruled, and a server with
+    ``fsync=off`` is logged once as a warning, on the logger ``stroma``. If a connection breaks, the store connects again
+    and repeats the operations in progress that were not executed, for 15 s; then the call ends with a transient
+    StoreError.
 
-    No call hangs for ever: connecting takes at most 5 s for each host, a lock is waited for 5 s, a query 30 s; a
-    network that is silent is given up after 19 s, a server that is after 35 s; a transaction that a stopped process
-    left open ends after 30 s. ``connect_timeout``, ``keepalives_*`` and ``tcp_user_timeout`` in the dsn go before.
-    Session settings are relied on: behind PgBouncer use session pooling.
+    Every call ends: connecting takes at most 5 s for each host, waiting for a lock 5 s, a query 30 s; an unresponsive
+    network is detected after 19 s, an unresponsive server after 35 s; a transaction of a stopped process ends after
+    30 s. ``connect_timeout``, ``keepalives_*`` and ``tcp_user_timeout`` in the dsn take precedence. The store relies on
+    session settings: behind PgBouncer use session pooling.
 
-    ``codec`` goes around every payload (see Codec), and what no codec wrote is
-    refused, unless ``plain_until_migrated`` is set; payloads of ``blob_bytes`` or more go to ``blobs``: a directory, a
-    URL that fsspec knows, or a BlobStore.
+    ``codec`` encodes every payload (see Codec); payloads that no codec wrote are refused, unless
+    ``plain_until_migrated`` is set. Payloads of ``blob_bytes`` or more are stored in ``blobs``: a directory, a URL that
+    fsspec supports, or a BlobStore.
 
-    Writing holds one connection, in one thread that commits together what waits together; cancelling a caller does
-    not undo what it asked for. Reading keeps another one. A forked child connects anew.
+    Writing uses one connection, in one thread that commits queued operations together; cancelling a caller does
+    not undo its operation. Reading uses another connection. A forked child opens its own.
 
-    Raises ImportError, with the install line, without the driver; ValueError for a dsn or schema name that is none.
+    Raises ImportError, with the install command, without the driver; ValueError for an invalid dsn or schema name.
     """
 
     _thread_name = "stroma-postgres"
@@ -67,8 +68,8 @@ class PostgresStore(AsyncStates):
 
         if not isinstance(schema, str) or not _SCHEMA.fullmatch(schema):
             raise ValueError(
-                f"schema is {schema!r}; give letters, digits and underscores, at most 63, that begin with no digit "
-                "and not with pg_"
+                f"schema must be at most 63 letters, digits and underscores, and must not begin with a digit or pg_, "
+                f"got {schema!r}"
             )
         super().__init__(Payloads(codec, blobs, blob_bytes, plain_until_migrated))
         self.schema = schema
@@ -78,9 +79,9 @@ class PostgresStore(AsyncStates):
         weakref.finalize(self, self._reader.close).atexit = False
 
     def __repr__(self) -> str:
-        return f"PostgresStore({self._named()!r}, schema={self.schema!r})"
+        return f"PostgresStore({self._display_name()!r}, schema={self.schema!r})"
 
-    def _named(self) -> str:
+    def _display_name(self) -> str:
         return self._server.name
 
     def _connect(self) -> PostgresConnection:
@@ -92,7 +93,7 @@ class PostgresStore(AsyncStates):
         return self._reader.read(query, nothing)
 
     def close(self) -> None:
-        """Write what is queued, then disconnect. Blocks until that is done; the store cannot write afterwards."""
+        """Write queued operations, then disconnect. Blocks until that is done; the store cannot write afterwards."""
         super().close()
         self._reader.close()
 
@@ -100,7 +101,7 @@ class PostgresStore(AsyncStates):
 def _require_driver() -> None:
     try:
         import psycopg as psycopg
-    except Exception as error:  # Any failure to import it: a broken install is no better than none.
+    except Exception as error:  # Any error: a broken installation is like a missing one.
         raise ImportError(
             "psycopg is required for PostgresStore; install it with: pip install 'stroma[postgres]'"
         ) from error

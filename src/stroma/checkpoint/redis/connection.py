@@ -1,4 +1,4 @@
-"""The connection that a Redis store writes with: one round trip for all commits that wait."""
+"""The writing connection of a Redis store: one round trip for all queued commits."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ __all__ = ["RedisConnection", "perform"]
 
 T = TypeVar("T")
 
-_LARGEST = (
-    16 * 1024 * 1024
-)  # bytes of output that are sent at once: a reply must come within the socket's timeout
+#: Bytes of outputs in one round trip, so that the reply arrives within the timeout of the socket.
+_MAX_PORTION_BYTES = 16 * 1024 * 1024
 
 
 def perform(link: RedisLink, ttl_ms: int | None, operation: Callable[[Rows], T]) -> T:
-    """Do an operation as one transaction; again, if another process was faster.
+    """Perform an operation as one transaction. Repeats it if another process was faster.
 
     Raises what the operation raises, StoreError, or the driver's error.
     """
@@ -39,7 +38,7 @@ def perform(link: RedisLink, ttl_ms: int | None, operation: Callable[[Rows], T])
         except RunChanged as error:
             if time.monotonic() > deadline:
                 raise StoreError(
-                    f"other processes keep changing the same in {link.server.name}; see that one alone is at work on a run, "
+                    f"other processes keep changing the same run in {link.server.name}; use one process for each run, "
                     "then try again"
                 ) from error
         time.sleep(random.uniform(0, pause))
@@ -47,11 +46,11 @@ def perform(link: RedisLink, ttl_ms: int | None, operation: Callable[[Rows], T])
 
 
 class _RedisUnreachable(Exception):
-    """The server does not answer, so there is no use in trying the other operations."""
+    """The server does not answer, so the other operations would fail as well."""
 
-    def __init__(self, why: Exception) -> None:
-        super().__init__(why)
-        self.why = why
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class RedisConnection:
@@ -62,14 +61,13 @@ class RedisConnection:
         self._server = server
         self._ttl_ms = ttl_ms
         self._link: RedisLink | None = None
-        #: The jobs of the batch that are done, by identity.
+        #: Identities of the jobs of the batch that are done.
         self._done: set[int] = set()
 
     def apply(self, batch: list[Job], more: Callable[[], bool]) -> None:
-        """Commits together in one round trip, each a transaction of its own; changes of one cell as one transaction;
-        everything else one by one.
+        """Perform commits in one round trip, each a transaction; changes of one cell as one transaction; others one by one.
 
-        They all wait at the same time: nobody can tell in which order they were done.
+        The operations are concurrent, so any order of them is correct.
         """
         more()
         self._done.clear()
@@ -79,23 +77,23 @@ class RedisConnection:
                 self._commit(link, batch)
                 return
             commits = [job for job in batch if isinstance(job.operation, Commit)]
-            for some in _portions(commits):
-                self._commit(link, some)
+            for portion in _portions(commits):
+                self._commit(link, portion)
             cells: dict[str, list[Job]] = {}
             for job in batch:
                 if isinstance(job.operation, CellChange):
                     cells.setdefault(job.operation.name, []).append(job)
             for changes in cells.values():
                 if len(changes) > 1:
-                    self._one_cell(link, changes)
+                    self._change_cell(link, changes)
             for job in batch:
                 if id(job) not in self._done:
-                    self._do(link, job)
-        except _RedisUnreachable as gone:
-            more()  # They would fail for the same reason, one after another.
+                    self._perform(link, job)
+        except _RedisUnreachable as error:
+            more()  # Queued operations would fail for the same reason, one after another.
             for job in batch:
                 if id(job) not in self._done:
-                    job.error = self._explain(gone.why)
+                    job.error = self._explain(error.reason)
 
     def handle(self) -> object:
         return self._link
@@ -117,7 +115,7 @@ class RedisConnection:
             assert isinstance(job.operation, Commit)
             commit: Commit = job.operation
             command = commit_command(commit.fence, commit.attempt, commit.step)
-            job.error = link.refused(command)
+            job.error = link.size_error(command)
             if job.error is None:
                 sent.append((job, commit))
                 commands.append(command)
@@ -137,42 +135,42 @@ class RedisConnection:
                 job.error = self._explain(error)
             self._done.add(id(job))
 
-    def _one_cell(self, link: RedisLink, jobs: list[Job]) -> None:
-        """Changes of one cell, all or none of them; those that are not done by this are left."""
+    def _change_cell(self, link: RedisLink, jobs: list[Job]) -> None:
+        """Perform all changes of one cell, or none: then apply() performs them one by one."""
         changes = [job.operation for job in jobs if isinstance(job.operation, CellChange)]
         try:
-            told = perform(link, self._ttl_ms, lambda rows: apply_changes(rows, changes))
+            answers = perform(link, self._ttl_ms, lambda rows: apply_changes(rows, changes))
         except Exception as error:
-            if self._server.passes(error):
+            if self._server.is_temporary(error):
                 raise _RedisUnreachable(error) from error
-            return  # One of them is at fault: alone, it spoils no other.
-        for job, value in zip(jobs, told, strict=True):
-            job.value = value
+            return  # One of them fails: performed one by one, it does not affect the others.
+        for job, answer in zip(jobs, answers, strict=True):
+            job.value = answer
             self._done.add(id(job))
 
-    def _do(self, link: RedisLink, job: Job) -> None:
+    def _perform(self, link: RedisLink, job: Job) -> None:
         try:
             job.value = perform(link, self._ttl_ms, job.operation)
         except Exception as error:
-            if self._server.passes(error):
+            if self._server.is_temporary(error):
                 raise _RedisUnreachable(error) from error
             job.error = self._explain(error)
         self._done.add(id(job))
 
     def _explain(self, error: Exception) -> StoreError:
-        told = self._server.explain(error)
-        return copy.copy(told) if told is error else told  # Each task raises one of its own.
+        explained = self._server.explain(error)
+        return copy.copy(explained) if explained is error else explained  # Each task needs its own exception.
 
 
 def _portions(jobs: list[Job]) -> list[list[Job]]:
-    """Commits in portions that are sent at once."""
+    """Return commits in portions of one round trip."""
     portions: list[list[Job]] = []
-    size = _LARGEST
+    size = _MAX_PORTION_BYTES
     for job in jobs:
         assert isinstance(job.operation, Commit)
         step = job.operation.step
         size += 0 if step is None else len(step.output)
-        if size >= _LARGEST:
+        if size >= _MAX_PORTION_BYTES:
             portions.append([])
             size = 0
         portions[-1].append(job)

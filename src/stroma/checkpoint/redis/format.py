@@ -33,18 +33,24 @@ _compact: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class RedisRun:
-    """A run as it was found, or as its session knows it.
+    """The key of a run, with its version when it was read or last written.
 
     Attributes:
-        version: the highest that was acknowledged; a lower one in the server says that it lost writes.
-        parent: whether something may be kept at PARENT.
-        beside: how often something beside its commits was changed, as it was found; "" for never.
+        version: the highest acknowledged version; if the server has a lower one, it has lost writes.
+        parent: False if the run has no annotation PARENT.
+        annotation_version: number of changes of its annotations when it was read; "" for none.
     """
 
-    __slots__ = ("beside", "epoch", "parent", "prefix", "run_id", "token", "version")
+    __slots__ = ("annotation_version", "epoch", "parent", "prefix", "run_id", "token", "version")
 
     def __init__(
-        self, run_id: str, token: str, epoch: int, version: int, parent: bool = True, beside: str = ""
+        self,
+        run_id: str,
+        token: str,
+        epoch: int,
+        version: int,
+        parent: bool = True,
+        annotation_version: str = "",
     ) -> None:
         self.run_id = run_id
         self.prefix = prefix_of(run_id)
@@ -52,27 +58,28 @@ class RedisRun:
         self.epoch = epoch
         self.version = version
         self.parent = parent
-        self.beside = beside
+        self.annotation_version = annotation_version
 
 
 def prefix_of(run_id: str) -> str:
-    # Percent-encoded: no id can reach into the keys of another run, nor out of the braces.
+    """Return the prefix of a run's keys."""
+    # Percent-encoded, so that the keys of two runs never overlap, and no id contains a brace.
     return f"stroma:{{{quote(run_id, safe='')}}}:"
 
 
 def cell_prefix(name: str) -> str:
-    """The key of a cell."""
+    """Return the key of a cell."""
     return f"stroma:cell:{quote(name, safe='')}"
 
 
 def pack(header: list[Any], *parts: bytes) -> bytes:
-    """Facts as a line of JSON, and bytes of any kind behind it."""
+    """Return a line of JSON followed by binary parts."""
     line = _compact([header, [len(part) for part in parts]])
     return b"".join((line.encode("ascii"), b"\n", *parts))
 
 
 def unpack(value: bytes) -> tuple[list[Any] | None, list[bytes]]:
-    """Unpack data of a store; return (None, []) for data in another format."""
+    """Return what :func:`pack` packed; (None, []) for data in another format."""
     line, _, rest = value.partition(b"\n")
     try:
         header, lengths = json.loads(line)
@@ -86,22 +93,24 @@ def unpack(value: bytes) -> tuple[list[Any] | None, list[bytes]]:
 
 
 def pack_step(step: Step, epoch: int, attempt: int, started_ns: int) -> bytes:
-    contract, schema_ref, output, sha256, number, given = step
-    header = [contract, schema_ref, sha256.hex(), number, given is not None, epoch, attempt, started_ns]
-    return pack(header, output, given or b"")
+    """Encode a committed output with the place of its attempt."""
+    contract, schema_ref, output, sha256, number, input_key = step
+    header = [contract, schema_ref, sha256.hex(), number, input_key is not None, epoch, attempt, started_ns]
+    return pack(header, output, input_key or b"")
 
 
 def read_step(value: bytes) -> tuple[Step, list[Any] | None]:
-    """A Step and [epoch, attempt, start] of its attempt; a damaged one has no such, and a checksum that is wrong."""
+    """Return a Step and [epoch, attempt, start] of its attempt. For damaged data: None, and a wrong checksum."""
     header, parts = unpack(value)
     if header is None or len(header) != 8 or len(parts) != 2:
         return Step("", "", value, b""), None
-    contract, schema_ref, sha, number, has_given, *by = header
-    return Step(contract, schema_ref, parts[0], from_hex(sha), number, parts[1] if has_given else None), by
+    contract, schema_ref, sha256, number, has_input_key, *attempt = header
+    input_key = parts[1] if has_input_key else None
+    return Step(contract, schema_ref, parts[0], from_hex(sha256), number, input_key), attempt
 
 
 def read_head(line: bytes) -> tuple[int, list[Any] | None]:
-    """The first line of a step: how long its output is, and what read_step() says of its attempt."""
+    """Return the size of an output, and [epoch, attempt, start] of its attempt, from the first line of a step."""
     try:
         header, lengths = json.loads(line)
         return int(lengths[0]), header[5:] if len(header) == 8 else None
@@ -110,30 +119,31 @@ def read_head(line: bytes) -> tuple[int, list[Any] | None]:
 
 
 def payloads_of(part: bytes, value: bytes) -> list[bytes]:
-    """The payloads in a value of one of a run's hashes."""
+    """Return the payloads in a value of a hash of a run. ``part``: which hash."""
     if part == b"saved":
         value = value.partition(b"\n")[2]
-    if part in (b"inputs", b"beside"):
+    if part in (b"inputs", b"annotations"):
         parts = unpack(value)[1]
         if part == b"inputs" or not parts:
             return parts
         value = parts[0]
     step = read_step(value)[0]
-    return [step.output] if step.given is None else [step.output, step.given]
+    return [step.output] if step.input_key is None else [step.output, step.input_key]
 
 
 def step_row(place: str, node_id: str, value: bytes) -> StepRow:
+    """Decode a row of committed outputs."""
     position, _, branch = place.partition(":")
     return StepRow(int(position), branch, node_id, read_step(value)[0])
 
 
 def _run_row(reply: list[Any], run_id: str) -> RunRow:
-    """The row of a run; a damaged one, see readable_run(), if a field is missing or cannot be read."""
+    """Return the row of a run; a damaged one, see parse_run(), if a field is missing or cannot be read."""
     now, fields, parent = reply
     f = as_hash(fields)
     number: dict[str, Any] = {name: _number(f.get(name, b"0")) for name in _NUMBERS}
-    texts = {name: _readable(f.get(name)) for name in ("pipeline", "status", "error", "owner", "token")}
-    left = _number(f["until_ms"]) if "until_ms" in f else None
+    texts = {name: _text(f.get(name)) for name in ("pipeline", "status", "error", "owner", "token")}
+    until = _number(f["until_ms"]) if "until_ms" in f else None
     values = (
         RedisRun(
             run_id,
@@ -141,7 +151,7 @@ def _run_row(reply: list[Any], run_id: str) -> RunRow:
             number["epoch"],
             number["version"],
             bool(parent),
-            as_text(f.get("beside", b"")),
+            as_text(f.get("annotation_version", b"")),
         ),
         run_id if f.get("run_id") == run_id.encode() else f.get("run_id"),
         texts["pipeline"],
@@ -155,16 +165,16 @@ def _run_row(reply: list[Any], run_id: str) -> RunRow:
         number["latency_ns"],
         texts["owner"],
         number["epoch"],
-        -1.0 if left is None else (left - now) / 1000 if isinstance(left, int) else left,
+        -1.0 if until is None else (until - now) / 1000 if isinstance(until, int) else until,
         number["nodes"],
-        number["tried"],
-        number["kept"],
+        number["attempts"],
+        number["commits"],
     )
     return parse_run(values, run_id)
 
 
 def read_run_row(reply: Any, run_id: str) -> RunRow:
-    """The row of a run, damaged if its key holds something else. Raises any other error that the reply is."""
+    """Return the row of a run, a damaged one if its key holds another type. Raises any other error in the reply."""
     if not isinstance(reply, Exception):
         return _run_row(reply, run_id)
     if "WRONGTYPE" not in f"{type(reply).__name__}: {reply}":
@@ -174,12 +184,12 @@ def read_run_row(reply: Any, run_id: str) -> RunRow:
 
 
 def _number(value: bytes) -> Any:
-    """A number; as it is, if it is none."""
+    """Return a number, or the unchanged value if it is not one."""
     return int(value) if value.isdigit() and len(value) < 20 else value
 
 
-def _readable(value: bytes | None) -> Any:
-    """A text; as it is, if it is none."""
+def _text(value: bytes | None) -> Any:
+    """Return a text, or the unchanged value if it is not one."""
     try:
         return None if value is None else value.decode()
     except UnicodeDecodeError:
@@ -187,32 +197,35 @@ def _readable(value: bytes | None) -> Any:
 
 
 _NUMBERS: Final = (
-    "epoch", "version", "execution", "started_ms", "updated_ms", "tokens", "cost_pico", "latency_ns", "nodes", "tried", "kept",
+    "epoch", "version", "execution", "started_ms", "updated_ms", "tokens", "cost_pico", "latency_ns", "nodes", "attempts", "commits",
 )  # fmt: skip
 
 
 def as_hash(reply: Any) -> dict[str, bytes]:
-    """A hash, as a server of either protocol gives it."""
+    """Return a hash from a reply in either version of the protocol."""
     items = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
     return {as_text(key): value for key, value in items}
 
 
 def info_lines(info: Any) -> list[str]:
-    """The lines of a reply to INFO, which some drivers have read already."""
+    """Return the lines of a reply to INFO, which some drivers parse."""
     if isinstance(info, dict):
         return [f"{name}:{value}" for name, value in info.items()]
     return as_text(info).splitlines()
 
 
 def node_of(value: bytes) -> str:
+    """Return the node id in a value of ``nodes``."""
     return as_text(value.partition(b" ")[2])
 
 
 def as_text(value: Any) -> str:
+    """Return a reply as text; bytes that are not UTF-8 are escaped."""
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def from_hex(digits: Any) -> bytes:
+    """Decode hexadecimal digits; b"" for anything else."""
     try:
         return bytes.fromhex(digits)
     except (ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""Reads of the Redis store. One request reads everything; the only change is the removal of expired data."""
+"""Reading from a Redis store. Nothing is changed, except that expired runs are removed from the lists."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote_to_bytes
 from stroma.checkpoint.durable.integrity import parse_attempt
 from stroma.checkpoint.durable.rows import AttemptSummary, RunExtras, RunRow, Step, StepRow
 from stroma.checkpoint.errors import CheckpointLost
-from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally, attempt_mark
+from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally, not_a_mark, parse_attempt_mark
 from stroma.checkpoint.redis.format import (
     RedisRun,
     as_hash,
@@ -30,105 +30,103 @@ from stroma.checkpoint.sql import attempt_page
 
 __all__ = ["PAGE", "RedisReader", "run_lost_error"]
 
-PAGE: Final = 200
-_TALLIED: Final = 200  # runs whose attempts are summed up
-_AT_ONCE: Final = 20  # runs whose attempts are asked for in one round trip
-_LOOKED_AT: Final = 2000  # runs that the server goes through at once
+PAGE: Final = 200  # rows of one round trip
+_MAX_TALLIED: Final = 200  # runs whose attempts are summed up
+_TALLY_PAGE: Final = 20  # runs whose attempts are read in one round trip
+_MAX_EXAMINED: Final = 2000  # runs that the server examines in one step
+
+
+#: Place of a run in the list of all runs: (start, id).
+_ListPlace = tuple[bytes, bytes]
 
 
 class RedisReader:
-    """The half of :class:`stroma.checkpoint.durable.rows.Rows` that tells of runs."""
+    """The reading half of :class:`stroma.checkpoint.durable.rows.Rows`."""
 
     def __init__(self, link: RedisLink) -> None:
         self._link = link
 
     def runs(
-        self, query: RunQuery, *, limit: int, after: str | None, look_at: int | None
+        self, query: RunQuery, *, limit: int, after: str | None, max_filtered: int | None
     ) -> tuple[list[RunRow], str | None]:
         self._link.send(
             [script_command("stroma:", "sweep")]
-        )  # Whoever may only read is refused, and no harm done.
-        found: list[RunRow] = []
-        seen_to: tuple[bytes, bytes] | None = None
-        start_at = None if after is None else _marked(after)
-        for told, seen_to in self._matching(b"", query, start_at, look_at):  # noqa: B007
-            rows = {row.run_id: row for row in self._rows([run_id for run_id, _ in told])}
-            for run_id, start in told:
-                # It is read after it was found, and may have become another one.
+        )  # A user with read permission only gets an error here, which is ignored.
+        runs: list[RunRow] = []
+        end: _ListPlace | None = None
+        first = None if after is None else _parse_mark(after)
+        for ids, end in self._matching(b"", query, first, max_filtered):  # noqa: B007
+            rows = {row.run_id: row for row in self._rows([run_id for run_id, _ in ids])}
+            for run_id, start in ids:
+                # The run may have changed since the server examined it.
                 row = rows.get(as_text(run_id))
-                if row is None or not _still(row, query):
+                if row is None or not _still_matches(row, query):
                     continue
-                found.append(row)
-                if len(found) == limit:
-                    return found, self._more(start, run_id)
-        return found, None if seen_to is None else _mark(*seen_to)
+                runs.append(row)
+                if len(runs) == limit:
+                    return runs, self._next_page(start, run_id)
+        return runs, None if end is None else _mark(*end)
 
-    def _more(self, start: bytes, run_id: bytes) -> str | None:
+    def _next_page(self, start: bytes, run_id: bytes) -> str | None:
         """Return the start of the next page, if older runs exist; the next page applies the filter."""
-        ((looked_at, *_),) = self._get(
-            script_command("stroma:", "matching", start, run_id, "-inf", 1, b"", "")
+        ((examined, *_),) = self._get(
+            script_command("stroma:", "find_runs", start, run_id, "-inf", 1, b"", "")
         )
-        return _mark(start, run_id) if looked_at else None
+        return _mark(start, run_id) if examined else None
 
     def _matching(
-        self, beginning: bytes, query: RunQuery, place: tuple[bytes, bytes] | None, look_at: int | None
-    ) -> Iterator[tuple[list[tuple[bytes, bytes]], tuple[bytes, bytes] | None]]:
-        """(id, start) of runs, the one begun last first, and up to where it was looked; None at the end.
+        self, prefix: bytes, query: RunQuery, place: _ListPlace | None, max_filtered: int | None
+    ) -> Iterator[tuple[list[tuple[bytes, bytes]], _ListPlace | None]]:
+        """Iterate over pages of (id, start) of runs, the newest first, and the place up to which runs were examined.
 
-        The server looks at them: there may be a million that do not match.
+        The place is None at the end. The server applies the filter, since a million runs may not match.
         """
-        asked = _asked(query)
+        filter_json = _filter_json(query)
         lowest = "-inf" if query.since_ms is None else query.since_ms * 1000
-        # Without a condition all of them match, and few are enough.
-        most = PAGE if not beginning and not asked else _LOOKED_AT
-        looked_at, seen = most, 0
-        while looked_at >= most and (look_at is None or seen < look_at):
+        # Without a filter all runs match, so few are enough.
+        limit = PAGE if not prefix and not filter_json else _MAX_EXAMINED
+        examined, total = limit, 0
+        while examined >= limit and (max_filtered is None or total < max_filtered):
             start, before = place or (b"+inf", b"")
-            about = (start, before, lowest, most, beginning, asked)
-            (looked_at, *end), ids = self._found(script_command("stroma:", "matching", *about))
-            seen += looked_at
-            if looked_at < most or tuple(end) == place:
-                place = None
-            else:
-                place = (end[0], end[1])
+            values = (start, before, lowest, limit, prefix, filter_json)
+            (reply,) = self._get(script_command("stroma:", "find_runs", *values))
+            (examined, *end), flat = reply[:3], reply[3:]
+            ids = list(zip(flat[::2], flat[1::2], strict=True))
+            total += examined
+            place = None if examined < limit or tuple(end) == place else (end[0], end[1])
             for first in range(0, len(ids), PAGE):
-                rest = first + PAGE < len(ids)
-                # In the midst of what was looked at, a page ends at the last one that was told.
-                yield ids[first : first + PAGE], (_place_of(ids[first + PAGE - 1]) if rest else place)
+                has_more = first + PAGE < len(ids)
+                # A page that ends before the last examined run ends at its own last run.
+                yield ids[first : first + PAGE], (_place_of(ids[first + PAGE - 1]) if has_more else place)
             if not ids:
                 yield [], place
             if place is None:
                 return
 
-    def _found(self, command: tuple[Any, ...]) -> tuple[list[Any], list[tuple[bytes, bytes]]]:
-        (reply,) = self._get(command)
-        ids = reply[3:]
-        return reply[:3], list(zip(ids[::2], ids[1::2], strict=True))
-
     def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:
-        told: list[RunExtras] = []
+        extras: list[RunExtras] = []
         for first in range(0, len(runs), PAGE):
-            some = runs[first : first + PAGE]
+            page = runs[first : first + PAGE]
             replies = self._try(
-                *(script_command(row.run.prefix, "beside", row.execution, failed) for row in some)
+                *(script_command(row.run.prefix, "read_extras", row.execution, failed) for row in page)
             )
-            told += map(_beside, replies)
-        return told
+            extras += map(_read_extras, replies)
+        return extras
 
     def find_run_ids(self, prefix: str, limit: int) -> list[str]:
-        beginning = prefix.encode()
-        low, high = b"[" + beginning, b"(" + beginning + b"\xff"  # No byte of UTF-8 is that high.
+        start = prefix.encode()
+        low, high = b"[" + start, b"(" + start + b"\xff"  # No byte of UTF-8 is as high.
         (count,) = self._get(("ZLEXCOUNT", IDS, low, high))
-        if count > _LOOKED_AT:
-            # So many that the newest of them are found sooner among all runs than by sorting them.
-            return self._newest_of_many(beginning, limit)
+        if count > _MAX_EXAMINED:
+            # A search through all runs finds the newest sooner than sorting so many.
+            return self._newest_with_prefix(start, limit)
         matches: list[tuple[bool, float, bytes]] = []
         while True:
             (page,) = self._get(("ZRANGEBYLEX", IDS, low, high, "LIMIT", 0, PAGE))
             if page:
                 scores = self._get(*(("ZSCORE", RUNS, run_id) for run_id in page))
                 matches += (
-                    (run_id == beginning, float(score), run_id)
+                    (run_id == start, float(score), run_id)
                     for run_id, score in zip(page, scores, strict=True)
                     if score is not None
                 )
@@ -136,28 +134,27 @@ class RedisReader:
             if len(page) < PAGE:
                 break
         matches.sort(reverse=True)
-        found: list[str] = []
-        for start in range(0, len(matches), PAGE):
-            found += (row.run_id for row in self._rows([m[2] for m in matches[start : start + PAGE]]))
-            if len(found) >= limit:
+        run_ids: list[str] = []
+        for first in range(0, len(matches), PAGE):
+            run_ids += (row.run_id for row in self._rows([m[2] for m in matches[first : first + PAGE]]))
+            if len(run_ids) >= limit:
                 break
-        return found[:limit]
+        return run_ids[:limit]
 
-    def _newest_of_many(self, beginning: bytes, limit: int) -> list[str]:
-        found = [row.run_id for row in self._rows([beginning])]  # That very one first, if there is one.
-        for told, _ in self._matching(beginning, RunQuery(), None, None):
-            ids = [run_id for run_id, _ in told if run_id != beginning]
-            found += (row.run_id for row in self._rows(ids))
-            if len(found) >= limit:
+    def _newest_with_prefix(self, prefix: bytes, limit: int) -> list[str]:
+        run_ids = [row.run_id for row in self._rows([prefix])]  # An equal id comes first.
+        for page, _ in self._matching(prefix, RunQuery(), None, None):
+            run_ids += (row.run_id for row in self._rows([run_id for run_id, _ in page if run_id != prefix]))
+            if len(run_ids) >= limit:
                 break
-        return found[:limit]
+        return run_ids[:limit]
 
     def _rows(self, ids: list[bytes]) -> list[RunRow]:
         if not ids:
             return []
         names = [as_text(run_id) for run_id in ids]
         replies = self._try(*(script_command(prefix_of(name), "find", name) for name in names))
-        # Those whose keys have expired, or got lost, have no row any more.
+        # Runs whose keys have expired, or were lost, have no row.
         return [
             read_run_row(reply, name)
             for name, reply in zip(names, replies, strict=True)
@@ -170,62 +167,66 @@ class RedisReader:
         )
         outputs = {place: read_step(value) for place, value in as_hash(steps).items()}
         for epoch, attempt in _attempts(attempts):
-            step, by = outputs.get(f"{attempt.position}:{attempt.branch}", (None, None))
-            yield attempt, step if by in (None, [epoch, attempt.attempt, attempt.started_ns]) else None
+            step, committed_by = outputs.get(f"{attempt.position}:{attempt.branch}", (None, None))
+            yield attempt, step if committed_by in (None, _attempt_key(epoch, attempt)) else None
 
     def attempt_page(
         self, run: RedisRun, execution: int, *, limit: int, after: str | None
     ) -> tuple[list[AttemptSummary], str | None]:
-        # A hash has no order: the server tells all attempts for each page.
-        first = None
+        # A hash has no order, so each page reads all attempts.
+        end = None
         if after is not None:
-            epoch, position, started, number, branch = attempt_mark(after)
-            first = (epoch, (position, started, branch, number))
-        (told,) = self._told([(run, execution)])
-        rest = [one for one in told if first is None or (one.epoch, one.attempt[:4]) > first]
+            mark = parse_attempt_mark(after)
+            end = (mark.epoch, (mark.position, mark.started_ns, mark.branch, mark.attempt))
+        (summaries,) = self._summaries([(run, execution)])
+        rest = [one for one in summaries if end is None or (one.epoch, one.attempt[:4]) > end]
         return attempt_page([(*one.attempt, one.epoch, one.size) for one in rest[: limit + 1]], limit)
 
-    def _told(self, runs: Sequence[tuple[RedisRun, int]]) -> list[list[AttemptSummary]]:
-        """Of each execution its attempts, in the order in which history is told, without outputs."""
-        replies = self._try(*(script_command(run.prefix, "told", execution) for run, execution in runs))
-        found: list[list[AttemptSummary]] = []
+    def _summaries(self, runs: Sequence[tuple[RedisRun, int]]) -> list[list[AttemptSummary]]:
+        """Return the attempts of each execution, in the order of the history, without outputs."""
+        replies = self._try(
+            *(script_command(run.prefix, "read_attempts", execution) for run, execution in runs)
+        )
+        executions: list[list[AttemptSummary]] = []
         for reply in replies:
-            attempts, heads = (
-                ([], []) if isinstance(reply, Exception) else reply
-            )  # Keys that hold something else.
+            # An error: the keys hold another type.
+            attempts, heads = ([], []) if isinstance(reply, Exception) else reply
             outputs = {place: read_head(line) for place, line in as_hash(heads).items()}
-            told = []
+            summaries = []
             for epoch, attempt in _attempts(attempts):
-                size, by = outputs.get(f"{attempt.position}:{attempt.branch}", (None, None))
-                mine = by in (None, [epoch, attempt.attempt, attempt.started_ns])
-                told.append(AttemptSummary(attempt, size if mine else None, epoch))
-            found.append(told)
-        return found
+                size, committed_by = outputs.get(f"{attempt.position}:{attempt.branch}", (None, None))
+                is_own = committed_by in (None, _attempt_key(epoch, attempt))
+                summaries.append(AttemptSummary(attempt, size if is_own else None, epoch))
+            executions.append(summaries)
+        return executions
 
     def attempts_at(self, run: RedisRun, execution: int, position: int, branch: str) -> list[AttemptSummary]:
-        (told,) = self._told([(run, execution)])
-        return [one for one in told if (one.attempt.position, one.attempt.branch) == (position, branch)]
+        (summaries,) = self._summaries([(run, execution)])
+        return [one for one in summaries if (one.attempt.position, one.attempt.branch) == (position, branch)]
 
     def failed_since(self, run: RedisRun, execution: int, epoch: int) -> list[Attempt]:
-        # As many as the server lists: the last 20.
+        # The server lists the last 20.
         (listed,) = self._get(("LRANGE", f"{run.prefix}failed:{execution}", 0, -1))
         places = [at for at in listed if int(at.partition(b":")[0]) >= epoch]
         if not places:
             return []
         (values,) = self._get(("HMGET", f"{run.prefix}attempts:{execution}", *places))
-        told = [part for at, value in zip(places, values, strict=True) if value for part in (at, value)]
-        found = [attempt for _, attempt in _attempts(told)]
-        return sorted(found, key=lambda attempt: attempt.started_ns + attempt.duration_ns)
+        fields = [part for at, value in zip(places, values, strict=True) if value for part in (at, value)]
+        failed = [attempt for _, attempt in _attempts(fields)]
+        return sorted(failed, key=lambda attempt: attempt.started_ns + attempt.duration_ns)
 
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
-        # The server has no sums of attempts: they are read, and so these are fewer.
-        found, _ = self.runs(RunQuery(since_ms=since_ms), limit=min(runs, _TALLIED), after=None, look_at=None)
+        # The server cannot sum up attempts: all are read, so the limit is lower.
+        rows, _ = self.runs(
+            RunQuery(since_ms=since_ms), limit=min(runs, _MAX_TALLIED), after=None, max_filtered=None
+        )
         sums: dict[tuple[int, str, str, str | None, str | None], list[int]] = {}
-        seen = 0
-        for first in range(0, len(found), _AT_ONCE):
-            some = found[first : first + _AT_ONCE]
-            for run, told in zip(some, self._told([(run.run, run.execution) for run in some]), strict=True):
-                for one, size, _ in told:
+        count = 0
+        for first in range(0, len(rows), _TALLY_PAGE):
+            page = rows[first : first + _TALLY_PAGE]
+            summaries = self._summaries([(run.run, run.execution) for run in page])
+            for run, run_attempts in zip(page, summaries, strict=True):
+                for one, size, _ in run_attempts:
                     key = (
                         run.started_ms // bucket_ms,
                         run.pipeline,
@@ -234,30 +235,30 @@ class RedisReader:
                         one.failure_class,
                     )
                     wasted = one.cost_pico if one.outcome != "success" and size is None else 0
-                    of = sums.setdefault(key, [0] * 6)
+                    totals = sums.setdefault(key, [0] * 6)
                     for i, number in enumerate((1, one.tokens, one.cost_pico, wasted, one.duration_ns)):
-                        of[i] += number
-                    of[5] = max(of[5], one.duration_ns)
-                    seen += 1
-                if seen >= attempts:
-                    return [Tally(*key, *of) for key, of in sums.items()]
-        return [Tally(*key, *of) for key, of in sums.items()]
+                        totals[i] += number
+                    totals[5] = max(totals[5], one.duration_ns)
+                    count += 1
+                if count >= attempts:
+                    return [Tally(*key, *totals) for key, totals in sums.items()]
+        return [Tally(*key, *totals) for key, totals in sums.items()]
 
     def facts(self) -> StoreFacts:
-        (seconds, micros), *found = self._get(
+        (seconds, micros), *sections = self._get(
             ("TIME",), ("INFO", "server"), ("INFO", "persistence"), ("INFO", "memory")
         )
-        info = dict(line.split(":", 1) for part in found for line in info_lines(part) if ":" in line)
-        risky = []
+        info = dict(line.split(":", 1) for section in sections for line in info_lines(section) if ":" in line)
+        warnings = []
         if info.get("aof_enabled") == "0":
-            risky.append(
-                "appendonly is off: a crash takes what was not saved yet; set appendonly yes, appendfsync always"
+            warnings.append(
+                "appendonly is off: a crash loses data since the last save; set appendonly yes, appendfsync always"
             )
         if info.get("maxmemory_policy", "noeviction") != "noeviction":
             policy = info["maxmemory_policy"]
-            risky.append(f"maxmemory-policy is {policy}: runs may be evicted; set it to noeviction")
+            warnings.append(f"maxmemory-policy is {policy}: runs may be evicted; set it to noeviction")
         clock_ms = int(seconds) * 1000 + int(micros) // 1000
-        return StoreFacts(f"Redis {info.get('redis_version', '?')}", 1, 1, clock_ms, tuple(risky))
+        return StoreFacts(f"Redis {info.get('redis_version', '?')}", 1, 1, clock_ms, tuple(warnings))
 
     def step_at(self, run: RedisRun, execution: int, position: int, branch: str) -> StepRow | None:
         place = f"{position}:{branch}"
@@ -275,61 +276,67 @@ class RedisReader:
         return replies
 
     def _try(self, *commands: tuple[Any, ...]) -> list[Any]:
-        """The replies, errors among them."""
-        # Not as a transaction: a server that is out of memory refuses those.
+        """Return the replies to commands. A reply may be an exception."""
+        # Not as a transaction, which a server without free memory refuses.
         return self._link.send(commands)
 
 
 def run_lost_error(run_id: str, server: str) -> CheckpointLost:
+    """Return the error for a run whose data the server has lost."""
     return CheckpointLost(
-        f"what {server} kept of run {run_id!r} is gone, or older than what it acknowledged: it was evicted, flushed, or "
-        "lost in a crash or failover; set appendonly yes, appendfsync always and maxmemory-policy noeviction, then "
-        f"resume the run; if that says the same, delete({run_id!r}) and run it from the beginning"
+        f"{server} has lost data of run {run_id!r} that it had acknowledged: it was evicted, flushed, or lost in a crash or "
+        "failover; set appendonly yes, appendfsync always and maxmemory-policy noeviction, then resume the run; "
+        f"if this error is raised again, delete({run_id!r}) and run it from the beginning"
     )
 
 
 def _attempts(reply: Any) -> list[tuple[int, Attempt]]:
-    """(epoch, attempt) in the order in which history is told; of one that cannot be read, what its place says."""
-    told: list[tuple[int, Attempt]] = []
+    """Return (epoch, attempt) in the order of the history. A damaged attempt has only the values from its key."""
+    attempts: list[tuple[int, Attempt]] = []
     for at, value in as_hash(reply).items():
         epoch, *place, branch = [*at.split(":", 4), *[""] * 5][:5]
         if not all(number.isdecimal() and len(number) < 20 for number in (epoch, *place)):
-            continue  # It has none.
+            continue  # Its key is damaged.
         header, _ = unpack(value)
         if header is None or len(header) != len(Attempt._fields):
             position, started, attempt = map(int, place)
             header = [position, started, branch, attempt, *[None] * (len(Attempt._fields) - 4)]
-        told.append((int(epoch), parse_attempt(header)))
-    told.sort(key=lambda one: (one[0], one[1][:4]))
-    return told
+        attempts.append((int(epoch), parse_attempt(header)))
+    attempts.sort(key=lambda one: (one[0], one[1][:4]))
+    return attempts
+
+
+def _attempt_key(epoch: int, attempt: Attempt) -> list[int]:
+    """Return what a commit stores of its attempt, see read_step()."""
+    return [epoch, attempt.attempt, attempt.started_ns]
 
 
 def _mark(start: bytes, run_id: bytes) -> str:
     return f"{as_text(start)}.{quote(run_id, safe='')}"
 
 
-def _place_of(told: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
-    run_id, start = told
+def _place_of(item: tuple[bytes, bytes]) -> _ListPlace:
+    run_id, start = item
     return start, run_id
 
 
-def _marked(mark: str) -> tuple[bytes, bytes]:
-    """(start, id) of where a page ended. Raises ValueError for what no page gave."""
+def _parse_mark(mark: str) -> _ListPlace:
+    """Return the place in the ``next`` of a page. Raises ValueError for any other text."""
     start, _, run_id = mark.partition(".")
     if not (start.isdecimal() and start.isascii() and len(start) < 20 and run_id):
-        raise ValueError(f"{mark[:100]!r} is not where a page ended; give the `next` of a page")
+        raise not_a_mark(mark)
     return start.encode(), unquote_to_bytes(run_id)
 
 
-def _still(row: RunRow, query: RunQuery) -> bool:
+def _still_matches(row: RunRow, query: RunQuery) -> bool:
     return query.pipeline in (None, row.pipeline) and (not query.statuses or row.status in query.statuses)
 
 
-def _beside(reply: Any) -> RunExtras:
+def _read_extras(reply: Any) -> RunExtras:
     if isinstance(reply, Exception):
-        return RunExtras(None, (), [])  # Keys that hold something else.
-    beside, tags, attempts = reply
-    parent = next(iter(as_hash(beside).values()), None)
+        return RunExtras(None, (), [])  # The keys hold another type.
+    annotations, tags, attempts = reply
+    parent = next(iter(as_hash(annotations).values()), None)
     header = None if parent is None else unpack(parent)[0]
     failed = [
         parse_attempt(facts)
@@ -346,10 +353,10 @@ def _tags_of(data: bytes | None) -> tuple[str, ...]:
         return ()
 
 
-def _asked(query: RunQuery) -> str:
-    """Return the filter of a query as the script reads it; "" for any run."""
+def _filter_json(query: RunQuery) -> str:
+    """Return the filter of a query for the script; "" if all runs match."""
     text = query.text
-    want = {
+    conditions = {
         "pipeline": query.pipeline,
         "statuses": dict.fromkeys(query.statuses, True) or None,
         "tag": query.tag,
@@ -357,5 +364,5 @@ def _asked(query: RunQuery) -> str:
         "node": query.node,
         "text": None if text is None else "".join(ch.lower() if ch.isascii() else ch for ch in text),
     }
-    given = {name: value for name, value in want.items() if value is not None}
-    return json.dumps(given) if given else ""
+    conditions = {name: value for name, value in conditions.items() if value is not None}
+    return json.dumps(conditions) if conditions else ""

@@ -1,8 +1,8 @@
 """The rows of a Redis store.
 
-Reading is done at once. What an operation writes is gathered, and sent at its end as one step of the server: it compares
-the runs that were read to be changed (find() with ``lock``) with what is there, and each write its session's fence. If
-another process was faster, nothing is done, and the operation is done again from the start.
+Reads are sent at once. Writes are collected and sent at the end of the operation, as one atomic step of the server. The step
+checks that the runs that were read to be changed (find() with ``lock``) are unchanged, and each write checks the fence of its
+session. If another process was faster, nothing is written, and the operation is repeated from the start.
 """
 
 from __future__ import annotations
@@ -44,56 +44,58 @@ _ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "CANCELLED")
 
 
 class RunChanged(Exception):
-    """Another process changed the run since it was read; nothing was done."""
+    """Another process has changed the run since it was read; nothing was written."""
 
 
 class _Write(NamedTuple):
-    """One operation of the script, and what to do with its reply."""
+    """One operation of the script, and the function that handles its reply."""
 
     prefix: str
     values: tuple[Any, ...]
-    read: Callable[[Any], None]
+    on_reply: Callable[[Any], None]
 
 
 class RedisRows(RedisReader):
-    """See :class:`stroma.checkpoint.durable.rows.Rows`; whoever uses it calls :meth:`flush` at the end."""
+    """See :class:`stroma.checkpoint.durable.rows.Rows`. The caller calls :meth:`flush` at the end of an operation."""
 
     def __init__(self, link: RedisLink, ttl_ms: int | None) -> None:
         super().__init__(link)
         self._ttl = "" if ttl_ms is None else str(ttl_ms)
         self._writes: list[_Write] = []
-        #: Runs that must stay as they were found, by id.
+        #: Runs that must be unchanged when the writes are executed, by id.
         self._locked: dict[str, RunRow | None] = {}
-        #: Those of them that are claimed, which compares what was found by itself.
+        #: Ids of those of them that this operation claims: the claim checks them itself.
         self._claimed: set[str] = set()
-        #: Owners that this operation writes as, by run id.
+        #: Owners as which this operation writes, by run id.
         self._owners: dict[str, str] = {}
-        #: Changes that cells had when they were read, by name.
-        self._numbers: dict[str, bytes] = {}
+        #: Numbers of the last change of cells when they were read, by name.
+        self._cell_numbers: dict[str, bytes] = {}
 
     def flush(self) -> None:
-        """Do what was asked for: all of it, or nothing. Raises Changed, Fenced, CheckpointLost, driver errors."""
+        """Execute all collected writes, or none. Raises RunChanged, Fenced, CheckpointLost, driver errors."""
         writes, self._writes = self._writes, []
         if not writes:
             return
         checks = [
             (prefix_of(run_id), "", "", "")
-            if found is None
-            else (found.run.prefix, found.run.token, str(found.run.version), found.run.beside)
-            for run_id, found in self._locked.items()
+            if row is None
+            else (row.run.prefix, row.run.token, str(row.run.version), row.run.annotation_version)
+            for run_id, row in self._locked.items()
             if run_id not in self._claimed
         ]
         if len(writes) == 1 and not checks:
             (reply,) = self._get(script_command(writes[0].prefix, *writes[0].values))
             replies = [reply]
         else:
-            steps = [part for w in writes for part in (len(w.values) + 1, w.prefix, *w.values)]
-            about = (os.urandom(8).hex(), json.dumps(checks))
-            (replies,) = self._get(script_command(writes[0].prefix, "together", *about, *steps))
+            operations = [part for w in writes for part in (len(w.values) + 1, w.prefix, *w.values)]
+            transaction = os.urandom(8).hex()
+            (replies,) = self._get(
+                script_command(writes[0].prefix, "transact", transaction, json.dumps(checks), *operations)
+            )
             if replies == b"changed":
                 raise RunChanged
-        for write, reply in zip(writes, replies, strict=False):  # They end with the first one that refuses.
-            write.read(reply)
+        for write, reply in zip(writes, replies, strict=False):  # The replies end with the first refusal.
+            write.on_reply(reply)
 
     # ------------------------------------------------------------------ runs
 
@@ -102,48 +104,41 @@ class RedisRows(RedisReader):
         if reply == b"lost":
             raise run_lost_error(run_id, self._link.server.name)
         if lock and isinstance(reply, Exception):
-            raise reply  # It may be another program's: nothing is written over it.
-        found = None if reply is None else read_run_row(reply, run_id)
+            raise reply  # The key may belong to another program and must not be overwritten.
+        row = None if reply is None else read_run_row(reply, run_id)
         if lock:
-            require_undamaged(found)
-            self._locked[run_id] = found
-        return found
+            require_undamaged(row)
+            self._locked[run_id] = row
+        return row
 
-    def begin(self, found: RunRow | None, opening: Opening) -> Fence:
-        token = os.urandom(8).hex() if found is None else found.run.token
-        old = ("", "", "", "")
-        if found is not None:
-            old = (token, found.run.epoch, found.run.version, found.run.beside)
-        execution, epoch = (1, 1) if found is None else (found.execution + 1, found.epoch + 1)
-        lease = int(opening.lease_seconds * 1000)
+    def begin(self, run: RunRow | None, opening: Opening) -> Fence:
+        if run is None:
+            fence = self._claim(opening, RedisRun(opening.run_id, os.urandom(8).hex(), 1, 1), 1)
+            read_version: tuple[Any, ...] = ("", "", "", "")
+        else:
+            key = RedisRun(opening.run_id, run.run.token, run.epoch + 1, run.run.version + 1)
+            fence, read_version = self._claim(opening, key, run.execution + 1), _version_of(run.run)
         data = pack([opening.contract, opening.sha256.hex()], opening.input)
-        about = (opening.owner, token, execution, epoch, opening.pipeline, lease, data, _tags(opening))
-        return self._claim("begin", (*old, *about), found, opening, token, execution, epoch)
+        self._append(
+            fence.run, "begin", opening.run_id, *read_version, opening.owner, fence.run.token, fence.execution,
+            fence.epoch, opening.pipeline, _lease_ms(fence), data, _tags(opening),
+        )  # fmt: skip
+        return fence
 
-    def take_over(self, found: RunRow, opening: Opening) -> Fence:
-        run, epoch = found.run, found.epoch + 1
+    def take_over(self, run: RunRow, opening: Opening) -> Fence:
+        key = RedisRun(opening.run_id, run.run.token, run.epoch + 1, run.run.version + 1)
+        fence = self._claim(opening, key, run.execution)
         discard = "" if opening.discard_from is None else max(opening.discard_from, 0)
-        lease = int(opening.lease_seconds * 1000)
-        read = (run.token, run.epoch, run.version, run.beside)
-        told = (*read, opening.owner, found.execution, epoch, lease, discard)
-        about = (*told, _tags(opening))
-        return self._claim("go_on", about, found, opening, run.token, found.execution, epoch)
+        self._append(
+            key, "take_over", opening.run_id, *_version_of(run.run), opening.owner, run.execution, fence.epoch,
+            _lease_ms(fence), discard, _tags(opening),
+        )  # fmt: skip
+        return fence
 
-    def _claim(
-        self,
-        operation: str,
-        about: tuple[Any, ...],
-        found: RunRow | None,
-        opening: Opening,
-        token: str,
-        execution: int,
-        epoch: int,
-    ) -> Fence:
-        run = RedisRun(opening.run_id, token, epoch, 1 if found is None else found.run.version + 1)
+    def _claim(self, opening: Opening, run: RedisRun, execution: int) -> Fence:
         self._owners[opening.run_id] = opening.owner
         self._claimed.add(opening.run_id)
-        self._append(run, operation, opening.run_id, *about)
-        return Fence(run, execution, epoch, opening.owner, opening.lease_seconds)
+        return Fence(run, execution, run.epoch, opening.owner, opening.lease_seconds)
 
     def input(self, run: RedisRun, execution: int) -> tuple[str, bytes, bytes] | None:
         token = ("HGET", f"{run.prefix}run", "token")
@@ -155,43 +150,43 @@ class RedisRows(RedisReader):
         header, parts = unpack(value)
         return (str(header[0]), parts[0], from_hex(header[1])) if header else ("", value, b"")
 
-    def steps(self, run: RedisRun, execution: int, apart: Sequence[tuple[int, str]] = ()) -> list[StepRow]:
-        if apart:
-            return self._steps_but(run, execution, apart)
-        state = ("HMGET", f"{run.prefix}run", "token", "epoch", "version", "kept")
-        before, nodes, steps, after = self._get(
-            state,
+    def steps(
+        self, run: RedisRun, execution: int, lazily_loaded: Sequence[tuple[int, str]] = ()
+    ) -> list[StepRow]:
+        if lazily_loaded:
+            return self._steps_except(run, execution, lazily_loaded)
+        hashes = (
             ("HGETALL", f"{run.prefix}nodes:{execution}"),
             ("HGETALL", f"{run.prefix}steps:{execution}"),
-            state,
         )
-        if before != after or [*map(as_text, before[:3])] != [run.token, str(run.epoch), str(run.version)]:
-            raise RunChanged
+        nodes, steps, commits = self._get_unchanged(run, *hashes)
         nodes, steps = as_hash(nodes), as_hash(steps)
-        if len(steps) != int(before[3]) or nodes.keys() != steps.keys():
+        if len(steps) != commits or nodes.keys() != steps.keys():
             raise run_lost_error(run.run_id, self._link.server.name)
-        # In the order of their commits: a hash has none of its own.
-        told = sorted(steps, key=lambda place: int(nodes[place].partition(b" ")[0]))
-        return [step_row(place, node_of(nodes[place]), steps[place]) for place in told]
+        places = sorted(steps, key=lambda place: _commit_order(nodes[place]))
+        return [step_row(place, node_of(nodes[place]), steps[place]) for place in places]
 
-    def _steps_but(self, run: RedisRun, execution: int, apart: Sequence[tuple[int, str]]) -> list[StepRow]:
-        """Only some of the outputs: which there are stands in a hash of its own."""
-        state = ("HMGET", f"{run.prefix}run", "token", "epoch", "version", "kept")
-        before, nodes, count, after = self._get(
-            state,
-            ("HGETALL", f"{run.prefix}nodes:{execution}"),
-            ("HLEN", f"{run.prefix}steps:{execution}"),
-            state,
+    def _steps_except(
+        self, run: RedisRun, execution: int, lazily_loaded: Sequence[tuple[int, str]]
+    ) -> list[StepRow]:
+        nodes, count, commits = self._get_unchanged(
+            run, ("HGETALL", f"{run.prefix}nodes:{execution}"), ("HLEN", f"{run.prefix}steps:{execution}")
         )
+        nodes = as_hash(nodes)
+        if len(nodes) != commits or count != commits:
+            raise run_lost_error(run.run_id, self._link.server.name)
+        prefixes = tuple(f"{position}:{prefix}" for position, prefix in lazily_loaded)
+        places = [place for place in nodes if place.endswith(":") or not place.startswith(prefixes)]
+        places.sort(key=lambda place: _commit_order(nodes[place]))
+        return self._read_steps(run, execution, places, nodes)
+
+    def _get_unchanged(self, run: RedisRun, *commands: tuple[Any, ...]) -> list[Any]:
+        """Return the replies to commands, and the number of commits. Raises RunChanged if the run changed meanwhile."""
+        state = ("HMGET", f"{run.prefix}run", "token", "epoch", "version", "commits")
+        before, *replies, after = self._get(state, *commands, state)
         if before != after or [*map(as_text, before[:3])] != [run.token, str(run.epoch), str(run.version)]:
             raise RunChanged
-        nodes = as_hash(nodes)
-        if len(nodes) != int(before[3]) or count != len(nodes):
-            raise run_lost_error(run.run_id, self._link.server.name)
-        beginnings = tuple(f"{position}:{beginning}" for position, beginning in apart)
-        wanted = [place for place in nodes if place.endswith(":") or not place.startswith(beginnings)]
-        wanted.sort(key=lambda place: int(nodes[place].partition(b" ")[0]))
-        return self._steps_at(run, execution, wanted, nodes)
+        return [*replies, int(before[3])]
 
     def steps_at(
         self, run: RedisRun, execution: int, position: int, branches: Sequence[str]
@@ -199,31 +194,31 @@ class RedisRows(RedisReader):
         places = [f"{position}:{branch}" for branch in branches]
         if not places:
             return []
-        (found,) = self._get(("HMGET", f"{run.prefix}nodes:{execution}", *places))
-        nodes = {place: value for place, value in zip(places, found, strict=True) if value is not None}
-        return self._steps_at(run, execution, list(nodes), nodes)
+        (values,) = self._get(("HMGET", f"{run.prefix}nodes:{execution}", *places))
+        nodes = {place: value for place, value in zip(places, values, strict=True) if value is not None}
+        return self._read_steps(run, execution, list(nodes), nodes)
 
-    def _steps_at(
+    def _read_steps(
         self, run: RedisRun, execution: int, places: list[str], nodes: Mapping[str, bytes]
     ) -> list[StepRow]:
-        told: list[StepRow] = []
+        steps: list[StepRow] = []
         for first in range(0, len(places), PAGE):
             part = places[first : first + PAGE]
             (values,) = self._get(("HMGET", f"{run.prefix}steps:{execution}", *part))
             if None in values:
                 raise run_lost_error(run.run_id, self._link.server.name)
-            told += (
+            steps += (
                 step_row(place, node_of(nodes[place]), value)
                 for place, value in zip(part, values, strict=True)
             )
-        return told
+        return steps
 
     def identities(self, run: RedisRun, execution: int) -> list[tuple[str, int]]:
-        (reply,) = self._get(("HGETALL", f"{run.prefix}called:{execution}"))
+        (reply,) = self._get(("HGETALL", f"{run.prefix}identities:{execution}"))
         return [(identity, int(position)) for identity, position in as_hash(reply).items()]
 
     def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
-        # False, were it told now, would be Fenced: that is raised when the reply is there.
+        # A refusal raises Fenced in flush(), when the reply is known.
         self._owners[fence.run.run_id] = fence.owner
         self._append(fence.run, *commit_values(fence, attempt, step))
         return True
@@ -231,31 +226,33 @@ class RedisRows(RedisReader):
     def finish(self, fence: Fence, status: str, error: str | None, updated_ms: int | None = None) -> bool:
         run = fence.run
         ttl = self._ttl if status in ("COMPLETED", "RESUMED") else ""
-        said = "" if error is None else f"={error}"
-        about = (run.token, fence.execution, fence.epoch, fence.owner, run.version, status, said, ttl)
-        self._append(run, "finish", run.run_id, *about, "" if updated_ms is None else updated_ms)
+        fields = (run.token, fence.execution, fence.epoch, fence.owner, run.version, status)
+        text = "" if error is None else f"={error}"
+        self._append(run, "finish", run.run_id, *fields, text, ttl, "" if updated_ms is None else updated_ms)
         return True
 
-    def is_whole(self, found: RunRow) -> bool:
-        return True  # steps() and the claim look at that themselves: both at one moment with what they read.
+    def is_complete(self, run: RunRow) -> bool:
+        return True  # steps() and the claim check this, atomically with what they read.
 
     def was_deleted(self, run: RedisRun) -> bool:
-        (there,) = self._get(("EXISTS", f"{run.prefix}gone:{run.token}"))
-        return bool(there)
+        (exists,) = self._get(("EXISTS", f"{run.prefix}deleted:{run.token}"))
+        return bool(exists)
 
     def renew(self, fences: list[Fence]) -> None:
         replies = self._link.send(
             [
-                script_command(f.run.prefix, "renew", f.run.token, f.epoch, f.owner, f.run.version, _lease(f))
+                script_command(
+                    f.run.prefix, "renew", f.run.token, f.epoch, f.owner, f.run.version, _lease_ms(f)
+                )
                 for f in fences
             ]
         )
         for fence, reply in zip(fences, replies, strict=True):
-            if isinstance(reply, int):  # The next commit finds out what else there is to say.
+            if isinstance(reply, int):  # For any other reply, the next commit raises the error.
                 fence.run.version = max(fence.run.version, reply)
 
     def _append(self, run: RedisRun, *values: Any) -> None:
-        """Have something written as a session, or raise why that is refused."""
+        """Collect a write of a session. If it is refused, flush() raises the reason."""
         self._writes.append(_Write(run.prefix, values, lambda reply: self._settle(run, reply)))
 
     def _settle(self, run: RedisRun, reply: Any) -> None:
@@ -264,7 +261,7 @@ class RedisRows(RedisReader):
         if not is_recorded(run, reply, self._link.server.name):
             raise fenced_error(self.find(run.run_id), run.run_id)
 
-    # ------------------------------------------------------------------ beside the commits
+    # ------------------------------------------------------------------ annotations
 
     def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
         if position == Annotation.SAVED:
@@ -272,31 +269,33 @@ class RedisRows(RedisReader):
             self._write(prefix_of(run_id), "save", branch, value, self._ttl)
             return
         value = pack([node_id], pack_step(step, 0, 0, 0))
-        self._write(prefix_of(run_id), "keep", self._owners.get(run_id, ""), int(position), branch, value)
+        self._write(prefix_of(run_id), "annotate", self._owners.get(run_id, ""), int(position), branch, value)
 
     def annotations(self, run: RedisRun, position: int, branch: str | None = None) -> list[StepRow]:
         if position == Annotation.PARENT and not run.parent:
             return []
         if branch is None:
-            (reply,) = self._get(("HGETALL", f"{run.prefix}beside:{position}"))
+            (reply,) = self._get(("HGETALL", f"{run.prefix}annotations:{position}"))
             values = sorted(as_hash(reply).items())
         else:
-            (reply,) = self._get(("HGET", f"{run.prefix}beside:{position}", branch))
+            (reply,) = self._get(("HGET", f"{run.prefix}annotations:{position}", branch))
             values = [] if reply is None else [(branch, reply)]
-        found = []
+        rows = []
         for branch, value in values:
             header, parts = unpack(value)
             node_id, data = (str(header[0]), parts[0]) if header else ("?", b"")
-            found.append(StepRow(position, branch, node_id, read_step(data)[0]))
-        return found
+            rows.append(StepRow(position, branch, node_id, read_step(data)[0]))
+        return rows
 
     def delete_annotations(self, run: RedisRun, position: int, branch: str | None = None) -> None:
         branches = () if branch is None else (branch,)
-        self._write(run.prefix, "drop", self._owners.get(run.run_id, ""), int(position), *branches)
+        self._write(
+            run.prefix, "delete_annotations", self._owners.get(run.run_id, ""), int(position), *branches
+        )
 
     def cancel_requests(self, runs: list[RedisRun]) -> list[RedisRun]:
-        replies = self._get(*(("EXISTS", f"{run.prefix}beside:-3") for run in runs)) if runs else []
-        return [run for run, there in zip(runs, replies, strict=True) if there]
+        replies = self._get(*(("EXISTS", f"{run.prefix}annotations:-3") for run in runs)) if runs else []
+        return [run for run, exists in zip(runs, replies, strict=True) if exists]
 
     def newest_output(self, run_id: str, node_id: str) -> StepRow | None:
         (reply,) = self._get(script_command(prefix_of(run_id), "newest", node_id))
@@ -308,7 +307,7 @@ class RedisRows(RedisReader):
                 if (not until or int(until) > now) and int(number) > order:
                     step, header = read_step(data)
                     if header is None:
-                        raise ValueError("it is not in our format")
+                        raise ValueError("unknown format")
                     return StepRow(Annotation.SAVED, node_id, node_id, step)
             except ValueError as error:
                 raise CorruptCheckpoint(
@@ -324,20 +323,20 @@ class RedisRows(RedisReader):
         self._write(prefix_of(run_id), "delete", run_id, TOMBSTONE_SECONDS * 1000)
 
     def _write(self, prefix: str, operation: str, *values: Any) -> None:
-        def read(reply: Any) -> None:
+        def check(reply: Any) -> None:
             if reply == b"changed":
                 raise RunChanged
 
-        self._writes.append(_Write(prefix, (operation, *values), read))
+        self._writes.append(_Write(prefix, (operation, *values), check))
 
     # ------------------------------------------------------------------ cells
 
     def read_cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
-        ((now, self._numbers[name], data),) = self._get(script_command(cell_prefix(name), "cell"))
+        ((now, self._cell_numbers[name], data),) = self._get(script_command(cell_prefix(name), "read_cell"))
         return data, now
 
     def write_cell(self, name: str, data: bytes) -> None:
-        self._write(cell_prefix(name), "put_cell", self._numbers[name], os.urandom(8).hex(), data)
+        self._write(cell_prefix(name), "write_cell", self._cell_numbers[name], os.urandom(8).hex(), data)
 
     # ------------------------------------------------------------------ retention
 
@@ -346,13 +345,13 @@ class RedisRows(RedisReader):
         return int(seconds) * 1000 + int(micros) // 1000
 
     def expired_run_ids(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
-        # What only save() kept expires by itself, or was meant to stay.
-        found: list[str] = []
+        # States from save() expire by themselves, or have no expiry.
+        run_ids: list[str] = []
         start = 0
-        while len(found) < limit:
+        while len(run_ids) < limit:
             page = ("ZRANGEBYSCORE", RUNS, "-inf", f"({before_ms}000", "LIMIT", start, PAGE)
             (ids,) = self._get(page)
-            found += (
+            run_ids += (
                 row.run_id
                 for row in self._rows(ids)
                 if row.updated_ms < before_ms and (unfinished or row.status in _ENDED)
@@ -360,12 +359,12 @@ class RedisRows(RedisReader):
             start += PAGE
             if len(ids) < PAGE:
                 break
-        return found[:limit]
+        return run_ids[:limit]
 
     def blobs(self) -> Iterator[bytes]:
         for key in self._link.client.scan_iter(match="stroma:{*", count=1000, _type="HASH"):
             part = key.rpartition(b"}:")[2].partition(b":")[0]
-            if part not in (b"inputs", b"steps", b"beside", b"saved"):
+            if part not in (b"inputs", b"steps", b"annotations", b"saved"):
                 continue
             for _, value in self._link.client.hscan_iter(key, count=100):
                 for payload in payloads_of(part, value):
@@ -388,16 +387,16 @@ def commit_values(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[An
     place, data = "", b""
     if step is not None:
         place, data = f"{position}:{branch}", pack_step(step, fence.epoch, number, started_ns)
-    # What a group took is what functions inside it did; its children's is part of it.
-    sums = (attempt.cost_pico, attempt.tokens, 0 if branch else attempt.function_ns)
-    held = (run.token, fence.execution, fence.epoch, fence.owner, run.version, _lease(fence))
+    # The time of a group includes that of its children.
+    usage = (attempt.cost_pico, attempt.tokens, 0 if branch else attempt.function_ns)
+    fence_values = (run.token, fence.execution, fence.epoch, fence.owner, run.version, _lease_ms(fence))
     failed = "" if attempt.failure_class is None else 1
     output = (place, node_id, data, attempt.identity or "", position)
-    return ("commit", *held, at, pack(list(attempt)), *sums, failed, *output)
+    return ("commit", *fence_values, at, pack(list(attempt)), *usage, failed, *output)
 
 
 def is_recorded(run: RedisRun, reply: Any, server: str) -> bool:
-    """Return True if a session's write was executed, False if it was fenced. Raises CheckpointLost, StoreError."""
+    """Return True if a write of a session was executed, False if it was fenced off. Raises CheckpointLost, StoreError."""
     if reply == b"lost":
         raise run_lost_error(run.run_id, server)
     if isinstance(reply, int):
@@ -405,11 +404,11 @@ def is_recorded(run: RedisRun, reply: Any, server: str) -> bool:
         return True
     if reply in (b"fenced", b"deleted"):
         return False
-    # No word of the script's: a run must not be told that it was taken over because something between here and the
-    # server garbles what it says. What was written, if it was, is found when it is sent again.
+    # Not a reply of the script, for example from a proxy. The run was not taken over, so this is not Fenced. If the write
+    # was executed, a repeated one finds it.
     raise StoreError(
-        f"{server} answered a write of run {run.run_id!r} with {reply!r:.100}, which is no answer to it; see what stands "
-        "between here and the server"
+        f"{server} replied to a write of run {run.run_id!r} with an unknown reply {reply!r:.100}; check proxies between this "
+        "process and the server"
     )
 
 
@@ -417,5 +416,15 @@ def _tags(opening: Opening) -> str:
     return json.dumps(opening.tags) if opening.tags else ""
 
 
-def _lease(fence: Fence) -> int:
+def _lease_ms(fence: Fence) -> int:
     return int(fence.lease_seconds * 1000)
+
+
+def _version_of(run: RedisRun) -> tuple[Any, ...]:
+    """Return the values by which the script checks that a run is unchanged since it was read."""
+    return run.token, run.epoch, run.version, run.annotation_version
+
+
+def _commit_order(node: bytes) -> int:
+    """Return the number of a commit, since hashes have no order."""
+    return int(node.partition(b" ")[0])

@@ -1,4 +1,4 @@
-"""A Redis server as a store sees it: how it is reached, what is tried again, and what its errors mean."""
+"""The server of a Redis store: connections, retries, and error messages."""
 
 from __future__ import annotations
 
@@ -21,56 +21,55 @@ _log = logging.getLogger("stroma")
 
 _CONNECT_SECONDS: Final = 5.0
 _REPLY_SECONDS: Final = 5.0
-_LONGEST_PAUSE: Final = 0.5
+_MAX_PAUSE_SECONDS: Final = 0.5
 
-# Errors in a server's reply that pass by themselves: it starts, fails over, or is busy. The driver turns some of the
-# words that they begin with into classes; inside of a script they stay words.
-_PASSING: Final = (
+# Temporary errors in a reply: the server starts, fails over, or is busy. The driver converts some of their prefixes to
+# classes, but not those of errors inside a script.
+_TEMPORARY: Final = (
     "READONLY", "ReadOnlyError", "LOADING", "MASTERDOWN", "MasterDownError", "TRYAGAIN", "TryAgainError", "BUSY Redis",
 )  # fmt: skip
 _warned: Final[set[str]] = set()
-#: Bytes that one value may have, unless the server says otherwise.
-_LARGEST: Final = 512 * 1024 * 1024
+#: Default of the server's setting proto-max-bulk-len, in bytes.
+_MAX_VALUE_BYTES: Final = 512 * 1024 * 1024
 
 
 class RedisEndpoint:
-    """One server, and the driver that talks to it. Shared by all threads of a store.
+    """A server and its driver. Shared by all threads of a store.
 
     Attributes:
         name: its address without the password.
-        patience_seconds: how long to try again while it cannot be reached.
-        largest: bytes that one value may have; it breaks the connection over a larger one.
+        patience_seconds: how long to retry while it cannot be reached.
+        max_value_bytes: maximum size of a value; the server closes the connection for a larger one.
     """
 
     def __init__(self, driver: Any, url: str, patience_seconds: float) -> None:
-        where = driver.connection.parse_url(url)  # Raises ValueError for what is no such URL.
-        database = where.get("db", 0)
+        options = driver.connection.parse_url(url)  # Raises ValueError for an invalid URL.
+        database = options.get("db", 0)
         scheme = url.partition("://")[0].lower()
-        if "path" in where:
-            self.name = f"unix://{where['path']}?db={database}"
+        if "path" in options:
+            self.name = f"unix://{options['path']}?db={database}"
         else:
-            self.name = f"{scheme}://{where.get('host', 'localhost')}:{where.get('port', 6379)}/{database}"
+            host, port = options.get("host", "localhost"), options.get("port", 6379)
+            self.name = f"{scheme}://{host}:{port}/{database}"
         self.patience_seconds = patience_seconds
-        self.largest = _LARGEST
+        self.max_value_bytes = _MAX_VALUE_BYTES
         self.no_script: type[Exception] = driver.exceptions.NoScriptError
-        #: A reply that says that a command was not done.
-        self.refusal: type[Exception] = driver.exceptions.ResponseError
         self._driver = driver
         self._url = url
-        self._looked = False
+        self._has_checked_settings = False
 
     def link(self) -> RedisLink:
-        """Connections of its own, made when they are first used."""
+        """Return a link with its own connections, which are opened on first use."""
         return RedisLink(self, self.client())
 
     def client(self) -> Any:
-        """The driver's client, with connections of its own."""
+        """Return a client of the driver with its own connections."""
         redis = self._driver
         options: dict[str, Any] = {}
         if (maintenance := getattr(redis, "maint_notifications", None)) is not None:
-            # With these notifications, the driver uses a connection on which a reply is left over.
+            # With these notifications, the driver may reuse a connection with an unread reply.
             options["maint_notifications_config"] = maintenance.MaintNotificationsConfig(enabled=False)
-        # Link decides what is retried, and for how long. Options in the URL take precedence.
+        # RedisLink retries, not the driver. Options in the URL take precedence.
         client = redis.Redis.from_url(
             self._url,
             socket_connect_timeout=_CONNECT_SECONDS,
@@ -83,105 +82,110 @@ class RedisEndpoint:
 
     # ------------------------------------------------------------------ errors
 
-    def patiently(self, call: Callable[[], T], again: Callable[[], None]) -> T:
-        """Call until the server is there. Raises the driver's error once the patience is at its end.
+    def retry(self, call: Callable[[], T], before_retry: Callable[[], None]) -> T:
+        """Repeat a call until it has no temporary error. Raises the driver's error after ``patience_seconds``.
 
-        What is called may have been done in spite of an error: it must be such that doing it twice is doing it once.
+        The call may have been executed in spite of an error, so it must be idempotent.
         """
         deadline, pause = 0.0, 0.01
         while True:
             try:
                 return call()
             except Exception as error:
-                if not self.passes(error):
+                if not self.is_temporary(error):
                     raise
                 now = time.monotonic()
                 deadline = deadline or now + self.patience_seconds
                 if now >= deadline:
                     raise
-                again()
+                before_retry()
             time.sleep(random.uniform(0, pause))
-            pause = min(pause * 2, _LONGEST_PAUSE)
+            pause = min(pause * 2, _MAX_PAUSE_SECONDS)
 
-    def passes(self, error: BaseException) -> bool:
-        """Return True if the server could not be reached, which may pass in a moment."""
+    def is_temporary(self, error: BaseException) -> bool:
+        """Return True if the server could not be reached, so that a retry may succeed."""
         redis = self._driver
         if isinstance(error, redis.AuthenticationError | redis.exceptions.AuthorizationError):
             return False
         if isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError):
             return True
-        return isinstance(error, redis.ResponseError) and _says(error, *_PASSING)
+        return isinstance(error, redis.ResponseError) and _mentions(error, *_TEMPORARY)
 
     def is_driver_error(self, error: BaseException) -> bool:
         """Return True if the error comes from the driver or the system."""
         return isinstance(error, self._driver.RedisError | OSError)
 
     def explain(self, error: Exception) -> StoreError:
-        """An error of the driver or of an operation as a StoreError that says what to do."""
-        name, said = self.name, str(error)
+        """Return an error of the driver or of an operation as a StoreError that says how to fix it."""
+        name, text = self.name, str(error)
         if isinstance(error, StoreError):
             return error
         if not self.is_driver_error(error):
-            told = permanent_error(f"{name} cannot keep this: {type(error).__name__}: {error}")
-        elif _says(
+            explained = permanent_error(f"{name} cannot store the data: {type(error).__name__}: {error}")
+        elif _mentions(
             error, "AuthenticationError", "AuthorizationError", "NOAUTH", "NOPERM", "NoPermissionError"
         ):
-            told = permanent_error(
-                f"{name} refused the user of the URL ({said}); correct the user and the password, and allow it the "
+            explained = permanent_error(
+                f"{name} refused the user of the URL ({text}); correct the user and the password, and allow it the "
                 "keys stroma:*, EVALSHA and SCRIPT LOAD"
             )
-        elif _says(error, "MOVED", "MovedError", "CROSSSLOT", "CrossSlotError", "ClusterDownError"):
-            told = permanent_error(f"{name} is part of a Redis Cluster ({said}); use a server that is not")
-        elif _says(error, "WRONGTYPE"):
-            told = permanent_error(
-                f"{name} holds keys stroma:* of another program ({said}); use another database number"
+        elif _mentions(error, "MOVED", "MovedError", "CROSSSLOT", "CrossSlotError", "ClusterDownError"):
+            explained = permanent_error(
+                f"{name} is part of a Redis Cluster ({text}); use a server that is not"
             )
-        elif _says(error, "would overflow", "out of range"):
-            told = permanent_error(
-                f"{name} cannot add up what the run used ({said}); report less for one run"
+        elif _mentions(error, "WRONGTYPE"):
+            explained = permanent_error(
+                f"{name} holds keys stroma:* of another program ({text}); use another database number"
             )
-        elif _says(error, "OOM ", "OutOfMemoryError"):
-            told = StoreError(
-                f"{name} is out of memory; raise maxmemory, or delete runs, then resume: nothing was evicted for it"
+        elif _mentions(error, "would overflow", "out of range"):
+            explained = permanent_error(
+                f"{name} cannot add the usage of the run ({text}); report less usage for one run"
             )
-        elif _says(error, "MISCONF"):
-            told = StoreError(f"{name} cannot write to its disk ({said}); mend that, then resume")
-        elif _says(error, "READONLY", "ReadOnlyError"):
-            told = StoreError(
-                f"{name} is a replica and takes no writes; give the address of the master, then resume"
+        elif _mentions(error, "OOM ", "OutOfMemoryError"):
+            explained = StoreError(
+                f"{name} is out of memory; raise maxmemory, or delete runs, then resume (no data was evicted)"
             )
-        elif self.passes(error):
-            told = StoreError(
-                f"cannot reach {name} ({said or type(error).__name__}), tried for {self.patience_seconds:g} s; start the "
+        elif _mentions(error, "MISCONF"):
+            explained = StoreError(f"{name} cannot write to its disk ({text}); fix the disk, then resume")
+        elif _mentions(error, "READONLY", "ReadOnlyError"):
+            explained = StoreError(
+                f"{name} is a replica and refuses writes; use the address of the master, then resume"
+            )
+        elif self.is_temporary(error):
+            explained = StoreError(
+                f"cannot reach {name} ({text or type(error).__name__}), tried for {self.patience_seconds:g} s; start the "
                 "server, or correct the URL, then resume"
             )
         else:
-            told = StoreError(f"{name} refused what it was asked ({said}); mend that, then resume")
-        told.__cause__ = error
-        return told
+            explained = StoreError(f"{name} refused a command ({text}); fix the cause, then resume")
+        explained.__cause__ = error
+        return explained
 
     # ------------------------------------------------------------------ durability
 
-    def look(self, ask: Callable[..., Any]) -> None:
-        """Warn, once for each server and process, about what the server may lose. ``ask``: gives the reply to a command."""
-        if self._looked:
+    def check_settings(self, execute: Callable[..., Any]) -> None:
+        """Log a warning, once for each server and process, about settings that may lose data.
+
+        ``execute``: returns the reply to a command.
+        """
+        if self._has_checked_settings:
             return
-        settings = _settings(ask)
-        largest = settings.get("proto-max-bulk-len", "")
-        self.largest = int(largest) if largest.isdecimal() else _LARGEST
+        settings = _read_settings(execute)
+        limit = settings.get("proto-max-bulk-len", "")
+        self.max_value_bytes = int(limit) if limit.isdecimal() else _MAX_VALUE_BYTES
         for problem in _problems(settings):
-            as_text = f"{self.name}: {problem}"
-            if as_text not in _warned:
-                _warned.add(as_text)
-                _log.warning("%s", as_text)
-        self._looked = True
+            message = f"{self.name}: {problem}"
+            if message not in _warned:
+                _warned.add(message)
+                _log.warning("%s", message)
+        self._has_checked_settings = True
 
 
-def _settings(ask: Callable[..., Any]) -> dict[str, str]:
-    """Return those of the server's settings that it permits to read."""
+def _read_settings(execute: Callable[..., Any]) -> dict[str, str]:
+    """Return the settings of the server that this user may read."""
     settings: dict[str, str] = {}
     for section in ("persistence", "memory"):
-        reply = ask("INFO", section)
+        reply = execute("INFO", section)
         if isinstance(reply, Exception):
             continue
         facts = dict(line.split(":", 1) for line in info_lines(reply) if ":" in line)
@@ -190,16 +194,16 @@ def _settings(ask: Callable[..., Any]) -> dict[str, str]:
         if "maxmemory_policy" in facts:
             settings["maxmemory-policy"] = facts["maxmemory_policy"]
     for setting in ("appendonly", "appendfsync", "maxmemory-policy", "save", "proto-max-bulk-len"):
-        reply = ask("CONFIG", "GET", setting)
+        reply = execute("CONFIG", "GET", setting)
         if isinstance(reply, Exception):
             break
         settings.update((key, as_text(value)) for key, value in as_hash(reply).items())
     return settings
 
 
-def _says(error: BaseException, *words: str) -> bool:
-    as_text = f"{type(error).__name__}: {error}"
-    return any(word in as_text for word in words)
+def _mentions(error: BaseException, *words: str) -> bool:
+    text = f"{type(error).__name__}: {error}"
+    return any(word in text for word in words)
 
 
 def _problems(settings: dict[str, str]) -> list[str]:
@@ -212,87 +216,87 @@ def _problems(settings: dict[str, str]) -> list[str]:
         )
     elif settings.get("appendfsync") == "everysec":
         problems.append(
-            "appendfsync is everysec: what was committed in the last second or two is lost when its machine crashes; "
+            "appendfsync is everysec: commits of the last second or two are lost when its machine crashes; "
             "set appendfsync always"
         )
     elif settings.get("appendfsync") == "no":
         problems.append(
-            "appendfsync is no: what was committed in the last half minute or so is lost when its machine crashes; "
+            "appendfsync is no: commits of about the last half minute are lost when its machine crashes; "
             "set appendfsync always"
         )
     if policy.startswith("allkeys-"):
         problems.append(
-            f"maxmemory-policy is {policy}: runs may be evicted when memory is short, those under way too; "
+            f"maxmemory-policy is {policy}: runs may be evicted when memory is short, also those in progress; "
             "set maxmemory-policy noeviction"
         )
     elif policy.startswith("volatile-"):
         problems.append(
-            f"maxmemory-policy is {policy}: finished runs and saved states may be evicted before their time when memory "
-            "is short (runs under way are not); set maxmemory-policy noeviction"
+            f"maxmemory-policy is {policy}: finished runs and saved states may be evicted early when memory "
+            "is short (runs in progress are not); set maxmemory-policy noeviction"
         )
     return problems
 
 
 class RedisLink:
-    """Connections to a server, and how commands are sent on them."""
+    """Sends commands on its connections to a server."""
 
     def __init__(self, server: RedisEndpoint, client: Any) -> None:
         self.server = server
         self.client = client
 
     def send(self, commands: Sequence[tuple[Any, ...]], *, atomic: bool = False) -> list[Any]:
-        """Send commands in one round trip, with ``atomic`` as one transaction, until they are answered.
+        """Send commands in one round trip, with ``atomic`` as one transaction, until the server replies.
 
-        Replies that are errors stand among the others. Raises what the driver raises once patience is at its end.
+        Returns the replies; a reply may be an exception. Raises the driver's error after ``patience_seconds``.
         """
-        return self.server.patiently(lambda: self._send(commands, atomic), self._renew)
+        return self.server.retry(lambda: self._send(commands, atomic), self._disconnect_idle)
 
-    def refused(self, command: tuple[Any, ...]) -> StoreError | None:
-        """Why a command cannot be sent, if that is so."""
-        largest = self.server.largest
+    def size_error(self, command: tuple[Any, ...]) -> StoreError | None:
+        """Return the error for a command with a value that is too large for the server; None if it can be sent."""
+        limit = self.server.max_value_bytes
         for value in command:
-            if type(value) is bytes and (size := len(value)) > largest:
+            if type(value) is bytes and (size := len(value)) > limit:
                 return permanent_error(
-                    f"a payload of {size} bytes is larger than {self.server.name} takes (proto-max-bulk-len is "
-                    f"{largest}); give the store blobs=, or raise that, then resume"
+                    f"a payload of {size} bytes is larger than {self.server.name} accepts (proto-max-bulk-len is "
+                    f"{limit}); pass blobs= to the store, or raise that setting, then resume"
                 )
         return None
 
     def _send(self, commands: Sequence[tuple[Any, ...]], atomic: bool) -> list[Any]:
-        self.server.look(self._ask)
+        self.server.check_settings(self._execute)
         for command in commands:
-            if (problem := self.refused(command)) is not None:
+            if (problem := self.size_error(command)) is not None:
                 raise problem
-        replies = self._once(commands, atomic)
+        replies = self._send_once(commands, atomic)
         if any(isinstance(reply, self.server.no_script) for reply in replies):
-            # A server that was started anew. What was done already is done by that.
-            if isinstance(refused := self._ask("SCRIPT", "LOAD", SCRIPT), Exception):
-                raise refused
-            replies = self._once(commands, atomic)
+            # The server was restarted. Repeating commands that were executed is safe.
+            if isinstance(error := self._execute("SCRIPT", "LOAD", SCRIPT), Exception):
+                raise error
+            replies = self._send_once(commands, atomic)
         for reply in replies:
-            if isinstance(reply, Exception) and self.server.passes(reply):
+            if isinstance(reply, Exception) and self.server.is_temporary(reply):
                 raise reply
         return replies
 
-    def _ask(self, *command: Any) -> Any:
-        (reply,) = self._once([command], False)
+    def _execute(self, *command: Any) -> Any:
+        (reply,) = self._send_once([command], False)
         return reply
 
-    def _once(self, commands: Sequence[tuple[Any, ...]], atomic: bool) -> list[Any]:
+    def _send_once(self, commands: Sequence[tuple[Any, ...]], atomic: bool) -> list[Any]:
         pipeline = self.client.pipeline(transaction=atomic)
         for command in commands:
             pipeline.execute_command(*command)
         replies: list[Any] = pipeline.execute(raise_on_error=False)
         return replies
 
-    def _renew(self) -> None:
+    def _disconnect_idle(self) -> None:
         self.client.connection_pool.disconnect(inuse_connections=False)
 
     def close(self) -> None:
-        """Close the connections; they are made again when they are used again."""
+        """Close the connections. They are opened again on the next use."""
         self.client.connection_pool.disconnect()
 
 
 def script_command(prefix: str, operation: str, *values: Any) -> tuple[Any, ...]:
-    """The command for an operation of the script."""
+    """Return the command for an operation of the script."""
     return ("EVALSHA", SHA, 1, prefix, operation, *values)

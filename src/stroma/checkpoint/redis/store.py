@@ -24,8 +24,8 @@ __all__ = ["RedisStore", "SyncRedisStore"]
 T = TypeVar("T")
 
 
-class _Journal(DurableStore):
-    """Base of both Redis stores."""
+class _RedisJournal(DurableStore):
+    """Base class of both Redis stores."""
 
     _thread_name = "stroma-redis"
 
@@ -42,21 +42,19 @@ class _Journal(DurableStore):
     ) -> None:
         driver = _driver(type(self).__name__)
         if ttl_seconds is not None and not ttl_seconds > 0:
-            raise ValueError(
-                f"ttl_seconds is {ttl_seconds!r}; give a number of seconds, or None to keep everything until it is deleted"
-            )
+            raise ValueError(f"ttl_seconds must be positive, or None for no expiry, got {ttl_seconds!r}")
         super().__init__(Payloads(codec, blobs, blob_bytes, plain_until_migrated))
         self._server = RedisEndpoint(driver, redis_url, _patience_seconds)
         self.address = self._server.name
         self._ttl_ms = None if ttl_seconds is None else int(ttl_seconds * 1000)
-        #: What the threads of callers read on. By generation: a forked child has its own.
+        #: Connections for reading in the threads of callers. By generation: a forked child has its own.
         self._links: dict[int, RedisLink] = {}
 
     def __repr__(self) -> str:
         ttl = None if self._ttl_ms is None else self._ttl_ms / 1000
         return f"{type(self).__name__}({self._server.name!r}, ttl_seconds={ttl!r})"
 
-    def _named(self) -> str:
+    def _display_name(self) -> str:
         return self._server.name
 
     def _connect(self) -> RedisConnection:
@@ -74,60 +72,63 @@ class _Journal(DurableStore):
             raise
 
     def close(self) -> None:
-        """Write what is queued, then disconnect. Blocks until that is done; the store cannot write afterwards."""
+        """Write queued operations, then disconnect. Blocks until that is done; the store cannot write afterwards."""
         super().close()
         link = self._links.pop(generation(), None)
         if link is not None:
             link.close()
 
 
-class RedisStore(_Journal, AsyncStates):
+class RedisStore(_RedisJournal, AsyncStates):
     """A journal store in a Redis server (6.2 or newer); its calls are async.
 
-    Any number of machines, processes, threads and event loops may use it; leases go by the server's clock. Every
-    commit is one atomic step in the server, refused once somebody else has taken the run over. ``redis_url`` is
-    ``redis://user:password@host:6379/0``, ``rediss://`` for TLS, or ``unix:///path?db=0``. The server may be one that
-    Sentinel fails over, if the name leads to the master; Redis Cluster is not supported.
+    Any number of machines, processes, threads and event loops may use it; leases use the server's clock. Every
+    commit is one atomic step in the server, which refuses it once another process has taken the run over. ``redis_url`` is
+    ``redis://user:password@host:6379/0``, ``rediss://`` for TLS, or ``unix:///path?db=0``. Failover by Sentinel is
+    supported if the name leads to the master; Redis Cluster is not.
 
-    **What is acknowledged is as safe as the server makes it.** With ``appendonly yes`` and ``appendfsync always`` it is
-    on the server's disk. With anything less the server may lose what it acknowledged, and a failover may, since
-    replication is asynchronous; what the server's settings put at risk is said once, on the logger ``stroma``. Loss
-    is noticed: a session whose run is gone or older than what it was told, and whoever opens a run of which a part is
-    missing, get CheckpointLost. A server that comes back *empty* cannot be told from a new one by a process that
-    is new as well: a run then begins from the beginning.
+    **Acknowledged data is as durable as the server's settings make it.** With ``appendonly yes`` and ``appendfsync
+    always`` it is on the server's disk. With other settings the server may lose acknowledged data, and so may a failover,
+    since replication is asynchronous; risky settings are logged once, on the logger ``stroma``. Loss is detected: a
+    session whose run is missing or older than acknowledged, and a session that opens an incomplete run, get
+    CheckpointLost. A new process cannot distinguish a server that has lost *all* data from a new one: a run then starts
+    from the beginning.
 
-    A run has no expiry until it is finished (COMPLETED or RESUMED); ``ttl_seconds`` after that all of it goes. So does
-    what ``save()`` keeps, ``ttl_seconds`` after it was saved. None keeps everything until it is deleted.
+    A run has no expiry until it is finished (COMPLETED or RESUMED); ``ttl_seconds`` later it expires. A state from
+    ``save()`` expires ``ttl_seconds`` after it was saved. None: no expiry.
 
-    A connection that breaks is made again, and what was under way is sent again, which changes nothing if it was done,
-    for 15 s; then the call ends with a transient StoreError. Nothing hangs for ever: connecting takes at most 5 s, a
-    reply 5 s (``?socket_connect_timeout=`` and ``?socket_timeout=`` in the URL go before), so that a call ends within
-    some 25 s. Writing holds one connection, in one thread that sends together what waits together; cancelling a
-    caller does not undo what it asked for. A forked child connects anew. ``codec`` goes around every payload (see Codec), and what no codec wrote is
-    refused, unless ``plain_until_migrated`` is set;
-    payloads of ``blob_bytes`` or more go to ``blobs``: a directory, a URL that fsspec knows, or a BlobStore; ``gc()``
-    deletes those of runs that expired.
+    If a connection breaks, the store connects again and repeats the operations in progress, which are idempotent,
+    for 15 s; then the call ends with a transient StoreError. Every call ends: connecting takes at most 5 s, a
+    reply 5 s (``?socket_connect_timeout=`` and ``?socket_timeout=`` in the URL take precedence), so a call ends within
+    about 25 s. Writing uses one connection, in one thread that sends queued operations together; cancelling a
+    caller does not undo its operation. A forked child connects again.
 
-    Raises ImportError, with the install line, without the driver; ValueError for a URL that is none.
+    ``codec`` encodes every payload (see Codec); payloads that no codec wrote are refused, unless
+    ``plain_until_migrated`` is set. Payloads of ``blob_bytes`` or more are stored in ``blobs``: a directory, a URL that
+    fsspec supports, or a BlobStore; ``gc()`` deletes those of expired runs.
+
+    Raises ImportError, with the install command, without the driver; ValueError for an invalid URL.
     """
 
 
-class SyncRedisStore(_Journal):
-    """The same with ``save``, ``load``, ``save_typed``, ``load_typed`` and ``delete`` as plain calls, with or without an
-    event loop around. Runs on it resume too: it is the same journal, in the same keys."""
+class SyncRedisStore(_RedisJournal):
+    """A RedisStore whose ``save``, ``load``, ``save_typed``, ``load_typed`` and ``delete`` are sync.
+
+    They may be called with or without a running event loop. It has the same journal, in the same keys.
+    """
 
     def __init__(self, redis_url: str, ttl_seconds: int | None = 3600, **options: Any) -> None:
         super().__init__(redis_url, ttl_seconds, **options)
         self._calls = _Calls(self)
-        #: Where the plain calls are done. By generation: a forked child has its own.
+        #: Event loops of the sync calls. By generation: a forked child has its own.
         self._loops: dict[int, asyncio.AbstractEventLoop] = {}
 
     def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
-        """Keep a state as the last one of a node. Raises NotSerialisable, ValueError for an id, StoreError."""
+        """Store a state as the last one of a node. Raises NotSerialisable, ValueError for an id, StoreError."""
         self._wait(self._calls.save(run_id, node_id, state))
 
     def load(self, run_id: str, node_id: str) -> BaseModel | None:
-        """The newest output or saved state of a node, or None; see :meth:`RedisStore.load`."""
+        """Return the newest output or saved state of a node, or None; see :meth:`RedisStore.load`."""
         return self._wait(self._calls.load(run_id, node_id))
 
     def save_typed(self, run_id: str, node_id: str, state: BaseModel, schema: type[BaseModel]) -> None:
@@ -139,7 +140,7 @@ class SyncRedisStore(_Journal):
         return self._wait(self._calls.load_typed(run_id, node_id, schema))
 
     def delete(self, run_id: str) -> None:
-        """Delete everything kept of one run, of all its executions. Whoever is at work on it is fenced off."""
+        """Delete all executions and states of a run. A session that has it open is fenced off."""
         self._wait(self._calls.delete(run_id))
 
     def _wait(self, call: Coroutine[Any, Any, T]) -> T:
@@ -155,18 +156,18 @@ class SyncRedisStore(_Journal):
         return asyncio.run_coroutine_threadsafe(call, loop).result()
 
     def close(self) -> None:
-        """Write what is queued, then disconnect. Blocks until that is done; the store cannot write afterwards."""
+        """Write queued operations, then disconnect. Blocks until that is done; the store cannot write afterwards."""
         super().close()
         loop = self._loops.pop(generation(), None)
         if loop is not None:
             _stop(loop)
 
 
-class _Calls(_Journal, AsyncStates):
-    """The calls of another store, async, on that one's connections."""
+class _Calls(_RedisJournal, AsyncStates):
+    """The async calls of another store, on its connections."""
 
-    def __init__(self, store: _Journal) -> None:
-        # They share workers and connections, and neither keeps the other alive.
+    def __init__(self, store: _RedisJournal) -> None:
+        # Both share workers and connections, without references to each other.
         vars(self).update(vars(store))
 
 
@@ -187,7 +188,7 @@ def _driver(store: str) -> Any:
         import redis.connection
         import redis.exceptions
         import redis.retry
-    except Exception as error:  # Any failure to import it: a broken install is no better than none.
+    except Exception as error:  # Any error: a broken installation is like a missing one.
         raise ImportError(
             f"redis is required for {store}; install it with: pip install 'stroma[redis]'"
         ) from error

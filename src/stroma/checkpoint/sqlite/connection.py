@@ -1,4 +1,4 @@
-"""The connection that a SQLite store writes with: one transaction for all operations that wait."""
+"""The writing connection of an SQLite store: one transaction for all queued operations."""
 
 from __future__ import annotations
 
@@ -26,32 +26,33 @@ class SqliteConnection:
         self._identity: tuple[int, int] | None = None
 
     def apply(self, batch: list[Job], more: Callable[[], bool]) -> Callable[[], StoreError] | None:
-        """One transaction. Only if an operation fails, which few do, is it done again with a savepoint for each."""
+        """Perform the batch in one transaction. If an operation fails, repeat it with a savepoint for each operation."""
         file = self._file
         failed: Exception
         try:
             db = self._open()
             rows = SqliteRows(db)
-            if not self._all_go_well(rows, batch, more):
-                file.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
+            if not self._perform_all(rows, batch, more):
+                file.retry_while_locked(lambda: db.execute("BEGIN IMMEDIATE"))
                 for job in batch:
-                    self._do(rows, job)
-            counted = rows.counted()
-            file.patiently(lambda: db.execute("COMMIT"))
+                    self._perform(rows, job)
+            attempt_counts = rows.attempt_counts()
+            file.retry_while_locked(lambda: db.execute("COMMIT"))
         except (sqlite3.Error, StoreError) as error:
             failed = error
         else:
-            for fence, attempts in counted:
+            for fence, attempts in attempt_counts:
                 fence.acknowledge(attempts)
             return None
-        more()  # They would fail for the same reason, one after another.
+        more()  # Queued operations would fail for the same reason, one after another.
         for job in batch:
-            if job.error is None:  # What failed by itself keeps its reason.
-                told = self._explain(failed)
-                job.error = copy.copy(told) if told is failed else told  # Each task raises one of its own.
+            if job.error is None:  # An operation with an error of its own keeps that.
+                explained = self._explain(failed)
+                # Each task needs its own exception.
+                job.error = copy.copy(explained) if explained is failed else explained
         if is_fatal(failed):
             return lambda: file.explain(failed)
-        self._undo()
+        self._roll_back()
         return None
 
     def handle(self) -> object:
@@ -63,40 +64,40 @@ class SqliteConnection:
             try:
                 db.close()
             except sqlite3.Error:
-                pass  # What was acknowledged is in the WAL; the next one to open the file finds it.
+                pass  # Acknowledged data is in the WAL, which the next connection reads.
 
-    def _all_go_well(self, rows: SqliteRows, batch: list[Job], more: Callable[[], bool]) -> bool:
-        """Do all operations in a transaction that is left open; or, if one fails, in none."""
+    def _perform_all(self, rows: SqliteRows, batch: list[Job], more: Callable[[], bool]) -> bool:
+        """Perform all operations in a transaction, which stays open. If one fails, roll back and return False."""
         db = rows.db
-        self._file.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
+        self._file.retry_while_locked(lambda: db.execute("BEGIN IMMEDIATE"))
         done = 0
         while done < len(batch) or more():
             try:
-                commits = _commits(batch, done)
+                commits = _consecutive_commits(batch, done)
                 if len(commits) > 1:
-                    go = rows.commit_all(commits)
+                    succeeded = rows.commit_all(commits)
                     done += len(commits)
                 else:
-                    go = True
+                    succeeded = True
                     batch[done].value = batch[done].operation(rows)
                     done += 1
             except Exception as error:
                 if is_fatal(error):
                     raise
-                go = False
-            if not go:
-                if db.in_transaction:  # Some errors make SQLite roll back everything.
+                succeeded = False
+            if not succeeded:
+                if db.in_transaction:  # After some errors SQLite has rolled back already.
                     db.execute("ROLLBACK")
                 return False
         return True
 
-    def _do(self, rows: SqliteRows, job: Job) -> None:
+    def _perform(self, rows: SqliteRows, job: Job) -> None:
         db = rows.db
         db.execute("SAVEPOINT one")
         try:
             job.value = job.operation(rows)
         except Exception as error:
-            if is_fatal(error) or not db.in_transaction:  # Some errors make SQLite roll back everything.
+            if is_fatal(error) or not db.in_transaction:  # After some errors SQLite has rolled back already.
                 raise
             db.execute("ROLLBACK TO one")
             job.error = self._explain(error)
@@ -106,35 +107,35 @@ class SqliteConnection:
         if isinstance(error, StoreError):
             return error
         if isinstance(error, sqlite3.Error):
-            told = self._file.explain(error)
+            explained = self._file.explain(error)
         else:
-            told = permanent_error(f"{self.name} cannot keep this: {type(error).__name__}: {error}")
-        told.__cause__ = error
-        return told
+            explained = permanent_error(f"{self.name} cannot store the data: {type(error).__name__}: {error}")
+        explained.__cause__ = error
+        return explained
 
     def _open(self) -> sqlite3.Connection:
         if self._db is not None and self._identity != self._file.identity():
-            self.close()  # Deleted or replaced: what went into the old file would be lost.
+            self.close()  # Deleted or replaced: data written to the old file would be lost.
         if self._db is None:
             self._db = self._file.open()
             self._identity = self._file.identity()
         return self._db
 
-    def _undo(self) -> None:
-        """After a transaction that failed: back to where the next one can begin."""
+    def _roll_back(self) -> None:
+        """Roll back a failed transaction, so that the next one can begin."""
         db = self._db
         try:
             if db is not None and db.in_transaction:
                 db.execute("ROLLBACK")
         except sqlite3.Error:
-            self.close()  # The next operation opens the file anew.
+            self.close()  # The next operation opens the file again.
 
 
-def _commits(batch: list[Job], first: int) -> list[Commit]:
-    """The commits that follow one another from there on."""
-    found: list[Commit] = []
+def _consecutive_commits(batch: list[Job], first: int) -> list[Commit]:
+    """Return the consecutive commits from an index on."""
+    commits: list[Commit] = []
     for job in itertools.islice(batch, first, None):
         if not isinstance(job.operation, Commit):
             break
-        found.append(job.operation)
-    return found
+        commits.append(job.operation)
+    return commits

@@ -1,4 +1,4 @@
-"""The file of a SQLiteStore: made, opened, recognised as ours, and its errors put in words."""
+"""The database file of an SQLiteStore: creation, opening, validation, and error messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["SCHEMA_VERSION", "Connect", "DatabaseFile", "connect", "is_fatal"]
 
 T = TypeVar("T")
 
-#: Opens a connection for an URI that ends in ``?mode=rw`` or ``?mode=ro``.
+#: Opens a connection for a URI that ends in ``?mode=rw`` or ``?mode=ro``.
 Connect = Callable[[str], sqlite3.Connection]
 
 _APPLICATION_ID: Final = 0x5374726D  # "Strm", in the header of the file
@@ -28,18 +28,17 @@ SCHEMA_VERSION: Final = 4  # what this release writes
 _MIN_READER: Final = 4  # the oldest version that can read what this release writes
 _NEEDED_SQLITE: Final = (3, 37, 0)  # the first one with STRICT tables
 
-# STRICT: a column holds what it is declared to hold, or a write is refused.
-# ``run`` is never used twice, so that a session of a deleted run cannot meet another one's rows.
+# STRICT: SQLite refuses values of another type than the column's.
+# ``run`` is never reused, so that a session of a deleted run cannot reach the rows of another one.
 # attempt_count and commit_count: rows that the last execution must have, counted in the transaction of each.
-# Inputs stand apart from runs: every commit writes the row of its run, and an input can be large.
-# Attempts: what tells an attempt from a repeated call for the same one is its start; a resumed run, and a group that
-# is tried again, count attempts from 1. The order of the key is the order in which history is told.
-# Steps: one committed output per position and branch. What else is kept of a run stands at positions below 0, of
-# execution 0: what save() keeps at -1 (branch = node id), and what _rows.py names.
-# Ids grow with each commit: the newest output of a node is the one with the highest.
-# Cells: what is shared beside all runs. Deleted: runs that were deleted within the last day, and so did not get lost.
-# The lease columns: every open_run bumps the epoch and writes its own owner and until when the run is its own.
-# The indexes of runs go by columns that no commit changes, and `failed` by rows that few commits make.
+# Inputs are separate from runs: every commit writes the row of its run, and an input can be large.
+# Attempts: the start distinguishes attempts of one number; a resumed run, and a retried group, count from 1. The order
+# of the key is the order of the history.
+# Steps: one committed output per position and branch. Annotations of a run have positions below 0 and execution 0, see
+# durable/rows.py. Ids grow with each commit: the newest output of a node has the highest.
+# Cells: shared by all runs. Deleted: runs that were deleted within the last day, to distinguish them from lost runs.
+# The lease columns: every open_run increments the epoch and writes its owner and the end of its lease.
+# The indexes of runs use columns that no commit changes, and `failed` contains rows that few commits write.
 _SCHEMA: Final = (
     "CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID, STRICT",
     """CREATE TABLE runs (
@@ -58,7 +57,7 @@ _SCHEMA: Final = (
         id INTEGER PRIMARY KEY, run INTEGER NOT NULL, execution INTEGER NOT NULL, position INTEGER NOT NULL,
         branch TEXT NOT NULL, node_id TEXT NOT NULL, epoch INTEGER NOT NULL, attempt INTEGER NOT NULL,
         started_ns INTEGER NOT NULL, contract TEXT NOT NULL, schema_ref TEXT NOT NULL,
-        output BLOB NOT NULL, sha256 BLOB NOT NULL, call INTEGER, given BLOB, UNIQUE (run, execution, position, branch))
+        output BLOB NOT NULL, sha256 BLOB NOT NULL, number INTEGER, input_key BLOB, UNIQUE (run, execution, position, branch))
         STRICT""",
     """CREATE TABLE attempts (
         run INTEGER, execution INTEGER, epoch INTEGER, position INTEGER, started_ns INTEGER, branch TEXT, attempt INTEGER,
@@ -66,7 +65,7 @@ _SCHEMA: Final = (
         reason TEXT, tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, model TEXT,
         function_ns INTEGER NOT NULL, group_id TEXT, identity TEXT, error_type TEXT,
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch, attempt)) WITHOUT ROWID, STRICT""",
-    "CREATE INDEX wanted ON steps (run) WHERE position = -3",
+    "CREATE INDEX cancel_requests ON steps (run) WHERE position = -3",
     "CREATE TABLE cells (name TEXT PRIMARY KEY, data BLOB NOT NULL) STRICT",
     """CREATE TABLE tags (run INTEGER NOT NULL, tag TEXT NOT NULL, started_ms INTEGER NOT NULL,
         PRIMARY KEY (run, tag)) WITHOUT ROWID, STRICT""",
@@ -80,29 +79,29 @@ _SCHEMA: Final = (
     f"PRAGMA application_id = {_APPLICATION_ID}",
 )  # fmt: skip
 
-#: What makes a file of a format into one of the next.
+#: Statements that upgrade a file from each format to the next one.
 _MIGRATIONS: Final[dict[int, tuple[str, ...]]] = {}
 
-# What a file that somebody else made can run or hold: a trigger, a view (which may never end) or a computed column.
-_PROGRAMS: Final = "SELECT type, name FROM sqlite_master WHERE type IN ('view', 'trigger') LIMIT 1"
+# Code that a file from another source may contain: a trigger, a view (which may never end) or a computed column.
+_CODE: Final = "SELECT type, name FROM sqlite_master WHERE type IN ('view', 'trigger') LIMIT 1"
 _NOT_PLAIN: Final = """SELECT t.name FROM pragma_table_list t JOIN sqlite_master m ON m.name = t.name
     WHERE t.schema = 'main' AND m.type = 'table' AND m.name NOT LIKE 'sqlite!_%' ESCAPE '!' AND (t.type <> 'table'
     OR NOT t.strict OR EXISTS (SELECT 1 FROM pragma_table_xinfo(t.name) c WHERE c.hidden <> 0)) LIMIT 1"""
 
 _WAL_HEADER_BYTES: Final = 32
-_WAITING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-# Errors of input and output after which a rollback is all that is needed: something found no room.
-_NO_ROOM: Final = (
+_LOCK_ERRORS: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+# I/O errors that a rollback repairs: there was no space or memory.
+_NO_SPACE: Final = (
     sqlite3.SQLITE_IOERR_WRITE,
     sqlite3.SQLITE_IOERR_SHMOPEN,
     sqlite3.SQLITE_IOERR_SHMSIZE,
     sqlite3.SQLITE_IOERR_SHMMAP,
     sqlite3.SQLITE_IOERR_NOMEM,
 )
-# Whoever made the file, or wrote to it last, died on the way: only a connection that may write can put that right.
-_HALF_DONE: Final = (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_READONLY_RECOVERY)
-# fcntl locks of a process go when it closes *any* descriptor of the file: the one that makes the file must be closed
-# before another thread has a connection to it.
+# The last writer died during a write: only a connection with write access can recover the file.
+_NEEDS_RECOVERY: Final = (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_READONLY_RECOVERY)
+# A process loses its fcntl locks when it closes *any* descriptor of the file: the descriptor that creates the file must
+# be closed before another thread opens a connection to it.
 _creating = threading.Lock()
 
 
@@ -116,7 +115,7 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch
 
 
 def _size(path: str) -> int:
-    """Return how many bytes a file has; 0 if it is missing."""
+    """Return the size of a file in bytes; 0 if it is missing."""
     try:
         return os.stat(path).st_size
     except OSError:
@@ -124,8 +123,8 @@ def _size(path: str) -> int:
 
 
 def connect(uri: str) -> sqlite3.Connection:
-    """The connection that stores use. Transactions are begun and ended by hand."""
-    # timeout=0: SQLite's own waiting starves writers; DatabaseFile.patiently() is fair.
+    """Open a connection without implicit transactions."""
+    # timeout=0: SQLite's own waiting starves writers; DatabaseFile.retry_while_locked() is fair.
     db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
     db.execute("PRAGMA trusted_schema=0")
     return db
@@ -136,31 +135,31 @@ def _code(error: BaseException) -> int:
 
 
 def is_fatal(error: BaseException) -> bool:
-    """Return True if no write to the file can be trusted any more, such as after a failed fsync.
+    """Return True if later writes to the file cannot be trusted, such as after a failed fsync.
 
-    The kernel may have dropped what it could not write, and the next fsync would succeed all the same.
+    The kernel may have dropped data that it could not write, and the next fsync would succeed nevertheless.
     """
-    return _code(error) & 0xFF == sqlite3.SQLITE_IOERR and _code(error) not in _NO_ROOM
+    return _code(error) & 0xFF == sqlite3.SQLITE_IOERR and _code(error) not in _NO_SPACE
 
 
 @dataclass(frozen=True, slots=True)
 class DatabaseFile:
-    """The database file of a store, and its opening.
+    """The database file of a store.
 
     Attributes:
-        path: absolute.
-        patience_seconds: how long to wait for a lock that others hold.
-        plain: files, with the number of their schema, that hold no programs.
+        path: absolute path.
+        patience_seconds: maximum wait for a lock of another process.
+        checked: (identity of the file, number of its schema) of files that contain no code.
     """
 
     path: str
     synchronous: Literal["full", "normal"]
     connect: Connect
     patience_seconds: float
-    plain: set[tuple[tuple[int, int] | None, int]] = field(default_factory=set, repr=False, compare=False)
+    checked: set[tuple[tuple[int, int] | None, int]] = field(default_factory=set, repr=False, compare=False)
 
     def open(self) -> sqlite3.Connection:
-        """A connection to write with; the file is made (mode 0600) if need be. Raises StoreError."""
+        """Open a connection to write. Creates the file (mode 0600) if it is missing. Raises StoreError."""
         if sqlite3.sqlite_version_info < _NEEDED_SQLITE:
             raise permanent_error(
                 f"SQLite {sqlite3.sqlite_version} is too old for {self.path}; use a Python with SQLite 3.37 or newer"
@@ -179,8 +178,8 @@ class DatabaseFile:
         return db
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection | None]:
-        """A connection to read with, None while the file is empty. Never makes a file. Raises StoreError."""
+    def open_to_read(self) -> Iterator[sqlite3.Connection | None]:
+        """Open a connection to read; None while the file is empty. Never creates the file. Raises StoreError."""
         self._refuse_orphan()
         try:
             if not os.path.exists(self.path):
@@ -190,12 +189,12 @@ class DatabaseFile:
             db = self.connect(self._uri("ro"))
             try:
                 try:
-                    ready = self.patiently(lambda: self._is_ours(db))
+                    ready = self.retry_while_locked(lambda: self._is_ours(db))
                 except sqlite3.OperationalError as error:
-                    if _code(error) not in _HALF_DONE:
+                    if _code(error) not in _NEEDS_RECOVERY:
                         raise
                     self.open().close()
-                    ready = self.patiently(lambda: self._is_ours(db))
+                    ready = self.retry_while_locked(lambda: self._is_ours(db))
                 if ready and self._version(db) < SCHEMA_VERSION:
                     self.open().close()
                 yield db if ready else None
@@ -205,63 +204,62 @@ class DatabaseFile:
             raise self.explain(error) from error
 
     def identity(self) -> tuple[int, int] | None:
-        """Return the identity of the file, to tell it from another file of the same name; None if it does not exist."""
+        """Return the identity of the file, which differs from a later file of the same name; None if it does not exist."""
         try:
-            found = os.stat(self.path)
+            status = os.stat(self.path)
         except OSError:
             return None
-        return found.st_dev, found.st_ino
+        return status.st_dev, status.st_ino
 
-    def patiently(self, call: Callable[[], T]) -> T:
-        """Call until no lock is in the way. Raises the sqlite3 error once the patience is at its end."""
+    def retry_while_locked(self, call: Callable[[], T]) -> T:
+        """Repeat a call until no lock prevents it. Raises the sqlite3 error after ``patience_seconds``."""
         deadline = time.monotonic() + self.patience_seconds
         while True:
             try:
                 return call()
             except sqlite3.OperationalError as error:
-                if _code(error) & 0xFF not in _WAITING or time.monotonic() > deadline:
+                if _code(error) & 0xFF not in _LOCK_ERRORS or time.monotonic() > deadline:
                     raise
             time.sleep(random.uniform(0.0001, 0.002))
 
     def explain(self, error: Exception) -> StoreError:
-        """An error of SQLite or of the file system as a StoreError that says what to do."""
+        """Return an error of SQLite or of the file system as a StoreError that says how to fix it."""
         path, code = self.path, _code(error)
         kind = code & 0xFF
         if isinstance(error, StoreError):
             return error
-        if kind in _WAITING:
+        if kind in _LOCK_ERRORS:
             return StoreError(
                 f"database is locked: another process has held {path} for {self.patience_seconds:g} s; "
                 "end that process (a stopped one keeps its lock), then resume"
             )
         if kind == sqlite3.SQLITE_FULL:
             return StoreError(f"the disk is full: {path} cannot grow; free some space, then resume")
-        if code in _NO_ROOM:
+        if code in _NO_SPACE:
             return StoreError(
                 f"the disk refused a write to {path}: it is full, over a quota or a size limit, or failing; "
-                "make room or mend it, then resume"
+                "free some space or replace the disk, then resume"
             )
         if kind == sqlite3.SQLITE_TOOBIG:
             return permanent_error(
-                f"a payload is larger than {path} can hold in a row (a thousand million bytes); give the store blobs=, then "
-                "resume"
+                f"a payload is larger than a row of {path} can hold (10**9 bytes); pass blobs= to the store, then resume"
             )
         if kind == sqlite3.SQLITE_NOTADB:
             return permanent_error(
-                f"{path} is not a SQLite database; give another path, or move that file away"
+                f"{path} is not an SQLite database; use another path, or move that file away"
             )
         if kind == sqlite3.SQLITE_CORRUPT:
             return permanent_error(
-                f"{path} is damaged ({error}); restore it from a backup, or save what can be saved with "
+                f"{path} is damaged ({error}); restore it from a backup, or recover it with "
                 "the `.recover` command of the sqlite3 shell"
             )
         if kind in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM) or isinstance(error, PermissionError):
             return permanent_error(
-                f"{path} may not be written ({error}); check its permissions and those of its directory"
+                f"cannot write to {path} ({error}); check its permissions and those of its directory"
             )
         if isinstance(error, FileNotFoundError):
             return permanent_error(
-                f"there is no directory {os.path.dirname(path)}; create it, or give another path"
+                f"there is no directory {os.path.dirname(path)}; create it, or use another path"
             )
         if kind == sqlite3.SQLITE_CANTOPEN:
             return permanent_error(
@@ -269,7 +267,7 @@ class DatabaseFile:
             )
         if is_fatal(error):
             return permanent_error(
-                f"the disk failed under {path} ({error}): what was acknowledged before is kept, nothing more is written; "
+                f"the disk of {path} failed ({error}): acknowledged commits are stored, no more are written; "
                 "check the disk, then resume in a new process"
             )
         return StoreError(f"{path}: {error}")
@@ -278,16 +276,16 @@ class DatabaseFile:
         return f"{pathlib.Path(self.path).as_uri()}?mode={mode}"
 
     def _refuse_orphan(self) -> None:
-        """Raise StoreError if the file is missing or empty and its WAL is not: SQLite would delete that, and begin anew."""
+        """Raise StoreError if the file is missing or empty and its WAL is not: SQLite would delete the WAL."""
         wal = f"{self.path}-wal"
         if _size(self.path) or _size(wal) <= _WAL_HEADER_BYTES:
             return
-        # The file is written before its WAL, so this is no store that another process is making. But that process may
-        # have been faster than the two looks.
+        # The file is written before its WAL, so no other process is creating this store. But one may have finished
+        # between the two checks, so check again.
         if not _size(self.path) and _size(wal) > _WAL_HEADER_BYTES:
             raise permanent_error(
-                f"{self.path} is damaged: it is missing or empty, and {wal} beside it holds commits; restore the file "
-                "from a copy, or delete both to begin anew"
+                f"{self.path} is damaged: it is missing or empty, and {wal} holds commits; restore the file "
+                "from a copy, or delete both to start with an empty store"
             )
 
     def _create(self) -> None:
@@ -296,37 +294,37 @@ class DatabaseFile:
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             except FileExistsError:
                 return
-            os.close(descriptor)  # An empty file is an empty database; the files beside it inherit its mode.
+            os.close(descriptor)  # An empty file is an empty database; its WAL inherits the mode.
 
     def _prepare(self, db: sqlite3.Connection) -> None:
-        # Look before anything is changed: it may be somebody else's file.
-        ready = self.patiently(lambda: self._is_ours(db))
+        # Check before anything is changed: it may be the file of another program.
+        ready = self.retry_while_locked(lambda: self._is_ours(db))
         # This can be "locked" when processes open a new file together.
-        (mode,) = self.patiently(lambda: db.execute("PRAGMA journal_mode=WAL").fetchone())
+        (mode,) = self.retry_while_locked(lambda: db.execute("PRAGMA journal_mode=WAL").fetchone())
         if mode != "wal":
             raise permanent_error(
-                f"{self.path} is on a file system without shared memory; put it on a local disk"
+                f"{self.path} is on a file system without shared memory; use a path on a local disk"
             )
         db.execute(f"PRAGMA synchronous={self.synchronous}")
         if self.synchronous == "full":
             db.execute("PRAGMA fullfsync=1")  # On macOS an fsync alone leaves data in the drive's cache.
         db.execute("PRAGMA journal_size_limit=67108864")
         if not ready:
-            self.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
+            self.retry_while_locked(lambda: db.execute("BEGIN IMMEDIATE"))
             if not self._is_ours(db):  # Another process may have been faster.
                 for statement in _SCHEMA:
                     db.execute(statement)
-            self.patiently(lambda: db.execute("COMMIT"))
+            self.retry_while_locked(lambda: db.execute("COMMIT"))
         elif self._version(db) < SCHEMA_VERSION:
             self._migrate(db)
 
     def _migrate(self, db: sqlite3.Connection) -> None:
-        """Bring an older file up to date, in one transaction; what is in it stays."""
-        self.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
+        """Upgrade an older file in one transaction, without loss of data."""
+        self.retry_while_locked(lambda: db.execute("BEGIN IMMEDIATE"))
         for version in range(self._version(db), SCHEMA_VERSION):  # Another process may have been faster.
             if version not in _MIGRATIONS:
                 raise permanent_error(
-                    f"{self.path} has format {version}, which no release wrote and this one does not read; give another path"
+                    f"{self.path} has format {version}, which this release cannot read; use another path"
                 )
             for statement in _MIGRATIONS[version]:
                 db.execute(statement)
@@ -335,7 +333,7 @@ class DatabaseFile:
         db.executemany(
             "UPDATE meta SET v = ? WHERE k = ? AND CAST(v AS INTEGER) < CAST(? AS INTEGER)", values
         )
-        self.patiently(lambda: db.execute("COMMIT"))
+        self.retry_while_locked(lambda: db.execute("COMMIT"))
 
     @staticmethod
     def _version(db: sqlite3.Connection) -> int:
@@ -343,43 +341,43 @@ class DatabaseFile:
         return int(rows[0][0]) if rows and str(rows[0][0]).isdecimal() else 1
 
     def _is_ours(self, db: sqlite3.Connection) -> bool:
-        """False for an empty database. Raises StoreError for one that is not a store, or is too new for us."""
-        # In this order: were the file made between the two looks, it must not seem to be somebody else's.
+        """Return True for a store, False for an empty database. Raises StoreError for any other one, or a newer format."""
+        # In this order: a file that is created between the two checks must not look like one of another program.
         (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         (application,) = db.execute("PRAGMA application_id").fetchone()
         if application == _APPLICATION_ID:
             (cookie,) = db.execute("PRAGMA schema_version").fetchone()
-            seen = (self.identity(), cookie)
-            if seen not in self.plain:  # 0.2 ms, for each reading call.
-                self._refuse_programs(db)
-                self.plain.add(seen)
+            version = (self.identity(), cookie)
+            if version not in self.checked:  # The check takes 0.2 ms, too long for each read.
+                self._refuse_code(db)
+                self.checked.add(version)
             rows = db.execute("SELECT v FROM meta WHERE k = 'min_reader'").fetchall()
             if not rows or not str(rows[0][0]).isdecimal():
                 raise permanent_error(
-                    f"{self.path} is damaged: it does not say its format; restore it from a backup"
+                    f"{self.path} is damaged: its format is missing; restore it from a backup"
                 )
             needed = int(rows[0][0])
             if needed > SCHEMA_VERSION:
                 raise permanent_error(
                     f"{self.path} was written by a newer stroma (its format is {needed}, this one reads up to "
-                    f"{SCHEMA_VERSION}); upgrade stroma, or give another path"
+                    f"{SCHEMA_VERSION}); upgrade stroma, or use another path"
                 )
             return True
         if application or tables:
             raise permanent_error(
-                f"{self.path} is a SQLite database of another program, not a stroma store; give another path"
+                f"{self.path} is an SQLite database of another program, not a stroma store; use another path"
             )
         return False
 
-    def _refuse_programs(self, db: sqlite3.Connection) -> None:
-        """Raise StoreError for a file in which reading or writing a row can run what somebody else put there."""
-        for kind, name in db.execute(_PROGRAMS):
+    def _refuse_code(self, db: sqlite3.Connection) -> None:
+        """Raise StoreError for a file in which reading or writing a row can run code from another source."""
+        for kind, name in db.execute(_CODE):
             raise permanent_error(
-                f"{self.path} has a {kind} {name!r}, which a stroma store never has; drop it if it is yours, or give "
+                f"{self.path} has a {kind} {name!r}, which a stroma store never has; drop it if it is yours, or use "
                 "another path"
             )
         for (name,) in db.execute(_NOT_PLAIN):
             raise permanent_error(
-                f"{self.path} has a table {name!r} that is not a plain STRICT table, as all of a stroma store are; drop it "
-                "if it is yours, or give another path"
+                f"{self.path} has a table {name!r} that is not a plain STRICT table, unlike those of a stroma store; drop it "
+                "if it is yours, or use another path"
             )

@@ -1,4 +1,4 @@
-"""SQLiteStore: runs in one file, for one machine. The embedded default."""
+"""SQLiteStore: runs in one file, for one machine."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ T = TypeVar("T")
 class SQLiteStore(AsyncStates):
     """A journal store in one SQLite file on a local disk.
 
-    Any number of processes, threads and event loops may use the file. What is acknowledged is on the disk: with
-    ``synchronous="full"`` it survives a power cut; ``"normal"`` is faster and survives the death of the process, but
-    a power cut may take the last commits. The file is made when it is first written to, readable by its owner only;
+    Any number of processes, threads and event loops may use the file. Acknowledged data is on the disk: with
+    ``synchronous="full"`` it survives a power failure; ``"normal"`` is faster and survives the death of the process, but
+    a power failure may lose the last commits. The file is created by the first write, readable by its owner only;
     its directory must exist.
 
-    Async calls write through one thread that commits together what waits together; cancelling a caller does not undo
-    what it asked for. Whatever the store cannot do is a StoreError that says how to mend it. A forked child opens the
-    file anew. ``codec`` goes around every payload (see Codec), and what no codec wrote is
-    refused, unless ``plain_until_migrated`` is set; payloads of ``blob_bytes`` or more go to ``blobs``: a
-    directory, a URL that fsspec knows, or a BlobStore. Close it, or use it as a context manager, to fold the ``-wal`` file beside it into the database.
+    Async calls write through one thread that commits queued operations together; cancelling a caller does not undo
+    its operation. Errors are StoreErrors that say how to fix them. A forked child opens the file again. Close the store,
+    or use it as a context manager, to merge the ``-wal`` file into the database.
+
+    ``codec`` encodes every payload (see Codec); payloads that no codec wrote are refused, unless
+    ``plain_until_migrated`` is set. Payloads of ``blob_bytes`` or more are stored in ``blobs``: a directory, a URL that
+    fsspec supports, or a BlobStore.
     """
 
     _thread_name = "stroma-sqlite"
@@ -49,11 +51,11 @@ class SQLiteStore(AsyncStates):
         _patience_seconds: float = 15.0,
     ) -> None:
         if synchronous not in ("full", "normal"):
-            raise ValueError(f'synchronous is {synchronous!r}; give "full" or "normal"')
+            raise ValueError(f'synchronous must be "full" or "normal", got {synchronous!r}')
         name = os.fsdecode(path)
         if not name or name == ":memory:" or "\0" in name:
             raise ValueError(
-                f"{name!r} names no file; give a path, or use AsyncInMemoryStore to keep nothing on disk"
+                f"path must name a file, got {name!r}; use AsyncInMemoryStore to store nothing on disk"
             )
         super().__init__(Payloads(codec, blobs, blob_bytes, plain_until_migrated))
         self.path = os.path.abspath(name)
@@ -64,32 +66,32 @@ class SQLiteStore(AsyncStates):
     def __repr__(self) -> str:
         return f"SQLiteStore({self.path!r}, synchronous={self.synchronous!r})"
 
-    def _named(self) -> str:
+    def _display_name(self) -> str:
         return self.path
 
     def _connect(self) -> SqliteConnection:
         return SqliteConnection(self._file)
 
     def read(self, query: Callable[[Rows], T], nothing: T) -> T:
-        with self._file.reading() as db:
+        with self._file.open_to_read() as db:
             if db is None:
                 return nothing
 
             def once() -> T:
-                db.execute("BEGIN")  # All that a query reads is of one moment.
+                db.execute("BEGIN")  # A query reads one snapshot.
                 try:
                     return query(SqliteRows(db))
                 finally:
                     db.execute("ROLLBACK")
 
             try:
-                return self._file.patiently(once)
+                return self._file.retry_while_locked(once)
             except sqlite3.OperationalError as error:
                 if "decode to UTF-8" not in str(error):
                     raise
-                # A damaged text harms no other row. Not from the start: it takes three times as long.
+                # Replace undecodable text, so that other rows stay readable. Only now: it takes three times as long.
                 db.text_factory = lambda data: data.decode("utf-8", "replace")
-                return self._file.patiently(once)
+                return self._file.retry_while_locked(once)
 
     def exists(self) -> bool:
         return self._file.identity() is not None

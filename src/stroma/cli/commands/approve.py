@@ -14,7 +14,7 @@ from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
-from stroma.cli.commands.run import resume_on_temporal, resume_run
+from stroma.cli.commands.run import ResumedRun, resume_on_temporal, resume_run
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import parse_as, parse_json
@@ -69,7 +69,7 @@ def approve(
         reject_local_options("the run is on the cluster, not in a store", "db")
     source = cluster or Database.from_option(db)
     record, questions = _read_questions(source, run_)
-    request = _Request(target, answer_text, node, branch)
+    request = _Approval(target, answer_text, node, branch)
     one = _find_waiting(source, record, questions, request)
     pipeline, module = load_with_module(target)
     answer, model = _parse_answer(source, record, one, module, request)
@@ -79,14 +79,14 @@ def approve(
         run_options = RunOptions(as_json=as_json)
         if isinstance(source, TemporalCluster):
             return resume_on_temporal(source, record.run_id, pipeline, target, run_options)
-        return resume_run(Database.from_option(db), record, pipeline, target, run_options)
+        return resume_run(ResumedRun(Database.from_option(db), record, pipeline, target), run_options)
     remaining = unanswered([other for other in questions if other[:3] != one[:3]])
     _report(source, record.run_id, target, one, remaining, as_json)
     return Code.OK
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
+class _Approval:
     """Arguments of one call: the pipeline, the answer, and the node that it is for."""
 
     target: str
@@ -131,7 +131,7 @@ def _send_answer(
 
 
 def _parse_answer(
-    database: RunSource, record: RunRecord, one: Waiting, module: ModuleType, request: _Request
+    database: RunSource, record: RunRecord, one: Waiting, module: ModuleType, request: _Approval
 ) -> tuple[Any, Any]:
     """Return ANSWER as an instance of the required class, and that class. Raises Problem."""
     answer: Any
@@ -182,7 +182,9 @@ def _report(
         err.line(f"  still waiting: {place_text(other)}: {clean(other.reason)}")
 
 
-def _find_waiting(database: RunSource, record: RunRecord, every: list[Waiting], request: _Request) -> Waiting:
+def _find_waiting(
+    database: RunSource, record: RunRecord, every: list[Waiting], request: _Approval
+) -> Waiting:
     """Return the question to answer. Raises Problem if there is none, or several."""
     waiting = [] if record.status in _COMPLETE else unanswered(every)
     matching = [

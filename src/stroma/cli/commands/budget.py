@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from stroma._utils.text import clean, count, money, plural
+from stroma._utils.text import clean, format_tokens, format_usd, pluralize
 from stroma.cli.errors import Code, Problem
-from stroma.cli.formatting import local
+from stroma.cli.formatting import format_local_time
 from stroma.cli.output import emit, out, table
 from stroma.cli.stores import Database, db_option
 from stroma.limits.shared_budget import BudgetState, read_budget
@@ -45,11 +45,11 @@ def budget(name: str, as_json: bool, store: str | None, db: str | None) -> None:
         emit(_data(state))
         return
     per = "in all" if state.per is None else f"per {state.per}"
-    out.line((clean(state.name, 80), "bold"), f": {per}, {plural(state.calls, 'call')} in flight")
+    out.line((clean(state.name, 80), "bold"), f": {per}, {pluralize(state.calls, 'call')} in flight")
     rows = []
     for limit, spent, reserved, format_value in (
-        (state.max_cost_usd, state.spent_usd, state.reserved_usd, money),
-        (state.max_tokens, state.spent_tokens, state.reserved_tokens, count),
+        (state.max_cost_usd, state.spent_usd, state.reserved_usd, format_usd),
+        (state.max_tokens, state.spent_tokens, state.reserved_tokens, format_tokens),
     ):
         format_amount: Any = format_value
         remaining = "" if limit is None else format_amount(max(0, limit - spent - reserved))
@@ -64,11 +64,12 @@ def budget(name: str, as_json: bool, store: str | None, db: str | None) -> None:
     table(out, ("SPENT", "RESERVED", "LEFT", "LIMIT"), rows, right=frozenset({0, 1, 2, 3}))
     if state.by_node:
         nodes = [
-            [clean(node, 60), money(usd), count(tokens)] for node, (usd, tokens) in state.by_node.items()
+            [clean(node, 60), format_usd(usd), format_tokens(tokens)]
+            for node, (usd, tokens) in state.by_node.items()
         ]
         table(out, ("NODE", "COST", "TOKENS"), nodes, right=frozenset({1, 2}))
     if state.window_end is not None:
-        out.line(f"it resets at {local(int(state.window_end.timestamp() * 1000))}")
+        out.line(f"it resets at {format_local_time(int(state.window_end.timestamp() * 1000))}")
 
 
 def _data(state: BudgetState) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from stroma._utils.text import clean, plural
+from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word
@@ -21,8 +21,8 @@ from stroma.contracts.checks.check import check_nodes
 from stroma.contracts.checks.finding import Finding
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import find_node
-from stroma.runner.compatibility import Change
-from stroma.runner.runner import Pipeline
+from stroma.runner.compatibility import Incompatibility
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["check"]
 
@@ -49,7 +49,7 @@ def check(target: str, as_json: bool, sarif: Path | None, against: str | None, d
     registry = ContractRegistry()
     findings = check_nodes(nodes, registry)
     errors = sum(finding.severity == "error" for finding in findings)
-    record, changes = None, list[Change]()
+    record, changes = None, list[Incompatibility]()
     if against is not None:
         database = Database.from_option(db)
         record = database.find(against)
@@ -72,8 +72,8 @@ def check(target: str, as_json: bool, sarif: Path | None, against: str | None, d
         return code
     for finding in findings:
         _print_finding(finding)
-    count = f"{plural(errors, 'error')}, {plural(len(findings) - errors, 'warning')}"
-    err.line(f"{clean(pipeline.name, 100)}: {plural(len(nodes), 'node')}, {count}")
+    count = f"{pluralize(errors, 'error')}, {pluralize(len(findings) - errors, 'warning')}"
+    err.line(f"{clean(pipeline.name, 100)}: {pluralize(len(nodes), 'node')}, {count}")
     if record is not None:
         _tell_changes(record, changes, pipeline)
     return code
@@ -85,13 +85,13 @@ def _print_finding(finding: Finding) -> None:
     path = f"  {clean(finding.path, 100)}" if finding.path else ""
     out.line((f"{finding.severity:<8}", style), f" {where}{path}  ({finding.kind})")
     out.line(f"         {clean(finding.message, 1000)}")
-    out.line(f"         mend: {clean(finding.mend, 1000)}")
+    out.line(f"         fix: {clean(finding.fix, 1000)}")
 
 
 # ---------------------------------------------------------------------- against a run
 
 
-def _against_data(record: RunRecord, changes: list[Change]) -> dict[str, Any]:
+def _against_data(record: RunRecord, changes: list[Incompatibility]) -> dict[str, Any]:
     return {
         "run_id": record.run_id,
         "pipeline": record.pipeline,
@@ -101,7 +101,7 @@ def _against_data(record: RunRecord, changes: list[Change]) -> dict[str, Any]:
     }
 
 
-def _tell_changes(record: RunRecord, changes: list[Change], pipeline: Pipeline) -> None:
+def _tell_changes(record: RunRecord, changes: list[Incompatibility], pipeline: Pipeline) -> None:
     name = f"run {clean(id_word(record.run_id), 100)} ({record.status})"
     if not changes:
         out.line(("ok      ", "green"), f" {name} can be resumed: all it has committed fits")

@@ -32,7 +32,7 @@ def completion(shell: str) -> None:
     bash: stroma completion bash > ~/.local/share/bash-completion/completions/stroma
     zsh:  stroma completion zsh > ~/.zfunc/_stroma     (a directory of fpath)
     fish: stroma completion fish > ~/.config/fish/completions/stroma.fish
-    """
+    """  # noqa: D301, click reads the backspace
     root = click.get_current_context().find_root()
     completion_class = get_completion_class(shell)
     assert completion_class is not None
@@ -44,7 +44,7 @@ def completion(shell: str) -> None:
 def complete_run(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Return run ids with this prefix, newest first; none if the store cannot be read."""
     from stroma._utils.text import clean
-    from stroma.cli.formatting import ago
+    from stroma.cli.formatting import format_age
     from stroma.cli.stores import Database
 
     try:
@@ -61,7 +61,9 @@ def complete_run(ctx: click.Context, _parameter: click.Parameter, incomplete: st
         # Ids that the shell would split or run are not offered.
         records = [store.get_run(run_id) for run_id in ids if _PLAIN.fullmatch(run_id)]
         return [
-            CompletionItem(run.run_id, help=f"{clean(run.pipeline, 30)} {run.status} {ago(run.started_ms)}")
+            CompletionItem(
+                run.run_id, help=f"{clean(run.pipeline, 30)} {run.status} {format_age(run.started_ms)}"
+            )
             for run in records
             if run is not None
         ]

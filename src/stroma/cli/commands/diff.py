@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from stroma._utils.text import clean, count, money, short_id, span
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, short_id
 from stroma.checkpoint.history import Change, History, NodeDiff, changes, compare, place_of, status_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
@@ -43,13 +43,13 @@ def diff(
     records = database.find(a), database.find(b)
     history = History(database.reader, load_redact(redact))
     with database.explain_errors():
-        first, second = map(history.shown_run, records)
+        first, second = map(history.redact_run, records)
         sides = [
-            history.shown_attempts(record.run_id, database.reader.attempts(record.run_id))
+            history.redact_attempts(record.run_id, database.reader.attempts(record.run_id))
             for record in (first, second)
         ]
-        inputs = [history.given(record.run_id, 0) for record in (first, second)]
-        nodes = compare(sides[0], sides[1], history.made)
+        inputs = [history.input_at(record.run_id, 0) for record in (first, second)]
+        nodes = compare(sides[0], sides[1], history.output_of)
     if node is not None:
         nodes = [one for one in nodes if _attempts(one)[0].node_id == node]
         if not nodes:
@@ -92,9 +92,9 @@ def _print_diff(
             clean(record.pipeline, 30),
             style_status(status_of(record)),
             f"{record.nodes:,}",
-            count(record.tokens),
-            money(record.cost_usd),
-            span(record.latency_ms / 1000),
+            format_tokens(record.tokens),
+            format_usd(record.cost_usd),
+            format_duration(record.latency_ms / 1000),
         ]
         for name, record in (("A", a), ("B", b))
     ]
@@ -128,7 +128,7 @@ def _print_diff(
 
 def _figures(attempts: list[AttemptRecord]) -> str:
     tokens, cost = sum(x.tokens for x in attempts), sum(x.cost_usd for x in attempts)
-    return f"{span(sum(x.duration_ms for x in attempts) / 1000)}, {count(tokens)}, {money(cost)}"
+    return f"{format_duration(sum(x.duration_ms for x in attempts) / 1000)}, {format_tokens(tokens)}, {format_usd(cost)}"
 
 
 def _print_changes(differences: list[Change], under: str = "") -> None:

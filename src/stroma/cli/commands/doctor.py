@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 import click
 
-from stroma._utils.text import clean, span
+from stroma._utils.text import clean, format_duration
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.sqlite.store import SQLiteStore
@@ -43,13 +43,13 @@ _Verdict = Literal["ok", "note", "wrong"]
 _STYLES: Final = {"ok": "green", "note": "yellow", "wrong": "bold red"}
 
 
-class Finding(NamedTuple):
+class Diagnosis(NamedTuple):
     """Result of one check, with the fix if there is a problem."""
 
     check: str
     verdict: _Verdict
     message: str
-    mend: str | None = None
+    fix: str | None = None
 
 
 @click.command()
@@ -61,13 +61,13 @@ def doctor(as_json: bool, db: str | None) -> int:
     Each line is ok or names the fix. Exit code 3 if a check fails. Nothing is changed, except that a store of an older format
     is upgraded, as by every command that reads it.
     """
-    findings: list[Finding] = []
+    findings: list[Diagnosis] = []
     database: Database | None = None
     try:
         database = Database.from_option(db)
     except click.ClickException as error:
         more = getattr(error, "more", ())
-        findings.append(Finding("store", "wrong", error.message, more[-1] if more else None))
+        findings.append(Diagnosis("store", "wrong", error.message, more[-1] if more else None))
     for check in (_programs, *([] if database is None else [_store(database), _disk(database)]), _extras):
         findings += check()
     wrong = sum(one.verdict == "wrong" for one in findings)
@@ -78,34 +78,34 @@ def doctor(as_json: bool, db: str | None) -> int:
             out.line(
                 (f"{one.verdict:<6}", _STYLES[one.verdict]), f"{one.check:<12} {clean(one.message, 500)}"
             )
-            if one.mend is not None:
-                out.line(f"{'':<19}mend: {clean(one.mend, 500)}")
+            if one.fix is not None:
+                out.line(f"{'':<19}fix: {clean(one.fix, 500)}")
     return Code.ENVIRONMENT if wrong else Code.OK
 
 
-def _programs() -> Iterator[Finding]:
+def _programs() -> Iterator[Diagnosis]:
     try:
         version = metadata.version("stroma")
     except metadata.PackageNotFoundError:
         version = "(not installed)"
     where = ".".join(map(str, sys.version_info[:3]))
-    yield Finding("stroma", "ok", f"{version}, Python {where}, pydantic {metadata.version('pydantic')}")
+    yield Diagnosis("stroma", "ok", f"{version}, Python {where}, pydantic {metadata.version('pydantic')}")
 
 
-def _store(database: Database) -> Callable[[], Iterator[Finding]]:
-    def check() -> Iterator[Finding]:
+def _store(database: Database) -> Callable[[], Iterator[Diagnosis]]:
+    def check() -> Iterator[Diagnosis]:
         store = database.store
         if not isinstance(store, AsyncStates):
-            yield Finding("store", "ok", f"{database.name} is lost when its process ends")
+            yield Diagnosis("store", "ok", f"{database.name} is lost when its process ends")
             return
         if isinstance(store, SQLiteStore) and not store.exists():
             directory = os.path.dirname(store.path)
             if database.is_default or os.access(directory, os.W_OK | os.X_OK):
                 message = f"{database.name} does not exist yet: the first run creates it"
-                yield Finding("store", "ok", message, f"start one: {database.hint('run', 'FILE.py:NAME')}")
+                yield Diagnosis("store", "ok", message, f"start one: {database.hint('run', 'FILE.py:NAME')}")
             else:
                 what = "is not there" if not os.path.isdir(directory) else "may not be written to"
-                yield Finding(
+                yield Diagnosis(
                     "store",
                     "wrong",
                     f"{directory} {what}",
@@ -117,49 +117,51 @@ def _store(database: Database) -> Callable[[], Iterator[Finding]]:
             facts = store.facts()
             newest = store.list_runs(limit=1)
         except StoreError as error:
-            yield Finding("store", "wrong", str(error))
+            yield Diagnosis("store", "wrong", str(error))
             return
         took = time.perf_counter() - began
         problem = database.find_write_risk()
         if problem is not None:
-            yield Finding("store", "note", *problem)
+            yield Diagnosis("store", "note", *problem)
         if facts is None:
-            yield Finding("store", "ok", f"{database.name} answers; the first run creates its tables")
+            yield Diagnosis("store", "ok", f"{database.name} answers; the first run creates its tables")
             return
         contents = "no runs" if not newest else "has runs"
-        yield Finding(
+        yield Diagnosis(
             "store", "ok", f"{database.name}: {facts.system}, {contents}, answers in {1000 * took:.0f} ms"
         )
         if facts.format > facts.writes:
             message = (
                 f"{facts.format}, and this release writes {facts.writes}: a newer stroma has used the store"
             )
-            yield Finding("format", "note", message, "upgrade stroma here, too: pip install -U stroma")
+            yield Diagnosis("format", "note", message, "upgrade stroma here, too: pip install -U stroma")
         else:
-            yield Finding("format", "ok", f"{facts.format}, which this release writes")
+            yield Diagnosis("format", "ok", f"{facts.format}, which this release writes")
         for warning in facts.warnings:
-            what, _, mend = warning.rpartition("; ")
-            yield Finding("settings", "note", what, mend)
+            what, _, fix = warning.rpartition("; ")
+            yield Diagnosis("settings", "note", what, fix)
         yield _clock(facts.clock_ms)
 
     return check
 
 
-def _clock(clock_ms: int | None) -> Finding:
+def _clock(clock_ms: int | None) -> Diagnosis:
     now = time.time()
     if now < 1_700_000_000:
-        return Finding("clock", "wrong", "this machine's clock is years behind", "set it, by NTP for example")
+        return Diagnosis(
+            "clock", "wrong", "this machine's clock is years behind", "set it, by NTP for example"
+        )
     if clock_ms is None:
-        return Finding("clock", "ok", "leases go by a clock of this machine that nobody can set")
+        return Diagnosis("clock", "ok", "leases go by a clock of this machine that nobody can set")
     apart = abs(now - clock_ms / 1000)
     if apart > _CLOCK_SECONDS:
-        message = f"this machine's and the server's are {span(apart)} apart: times of attempts and runs do not match"
-        return Finding("clock", "note", message, "set both by NTP")
-    return Finding("clock", "ok", "this machine's and the server's agree; leases go by the server's")
+        message = f"this machine's and the server's are {format_duration(apart)} apart: times of attempts and runs do not match"
+        return Diagnosis("clock", "note", message, "set both by NTP")
+    return Diagnosis("clock", "ok", "this machine's and the server's agree; leases go by the server's")
 
 
-def _disk(database: Database) -> Callable[[], Iterator[Finding]]:
-    def check() -> Iterator[Finding]:
+def _disk(database: Database) -> Callable[[], Iterator[Diagnosis]]:
+    def check() -> Iterator[Diagnosis]:
         store = database.store
         if not isinstance(store, SQLiteStore):
             return
@@ -169,11 +171,11 @@ def _disk(database: Database) -> Callable[[], Iterator[Finding]]:
         try:
             free = shutil.disk_usage(place).free
         except OSError as error:
-            yield Finding("disk", "wrong", f"{place}: {error.strerror}", "name another store: --db FILE")
+            yield Diagnosis("disk", "wrong", f"{place}: {error.strerror}", "name another store: --db FILE")
             return
         message = f"{free / 1e9:.1f} GB free at {place}"
         if free < _LEAST_FREE:
-            yield Finding(
+            yield Diagnosis(
                 "disk",
                 "wrong",
                 message,
@@ -181,9 +183,9 @@ def _disk(database: Database) -> Callable[[], Iterator[Finding]]:
                 + database.hint("gc", options=("--older-than", "30d")),
             )
         else:
-            yield Finding("disk", "ok", message)
+            yield Diagnosis("disk", "ok", message)
         if os.path.exists(store.path) and not os.access(store.path, os.W_OK):
-            yield Finding(
+            yield Diagnosis(
                 "disk",
                 "wrong",
                 f"{store.path} can be read but not written",
@@ -193,18 +195,18 @@ def _disk(database: Database) -> Callable[[], Iterator[Finding]]:
     return check
 
 
-def _extras() -> Iterator[Finding]:
+def _extras() -> Iterator[Diagnosis]:
     for extra, (purpose, modules) in _EXTRAS.items():
         problem = None
         for module in modules:
             problem = problem or _import(module)
         install = f"pip install 'stroma[{extra}]'"
         if problem is None:
-            yield Finding(f"[{extra}]", "ok", purpose)
+            yield Diagnosis(f"[{extra}]", "ok", purpose)
         elif problem == "":
-            yield Finding(f"[{extra}]", "ok", f"{purpose}: not installed; {install}")
+            yield Diagnosis(f"[{extra}]", "ok", f"{purpose}: not installed; {install}")
         else:
-            yield Finding(f"[{extra}]", "wrong", f"{purpose}: {problem}", install)
+            yield Diagnosis(f"[{extra}]", "wrong", f"{purpose}: {problem}", install)
 
 
 def _import(module: str) -> str | None:

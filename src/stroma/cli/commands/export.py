@@ -49,7 +49,7 @@ def export(run_: str, form: str, path: str | None, states: bool, redact: str | N
     record = database.find(run_)
     history = History(database.reader, load_redact(redact))
     with database.explain_errors():
-        text = _text(history, database, history.shown_run(record), form, states)
+        text = _text(history, database, history.redact_run(record), form, states)
     if path is None:
         out.write(text)
         return Code.OK
@@ -71,7 +71,7 @@ def _text(history: History, database: Database, record: RunRecord, form: str, st
             if record.status in FINISHED
             else database.command("resume", id_word(record.run_id), "FILE.py:NAME")
         )
-        return document(history.story(record, most=_DRAWN, states=states, mend=hint))
+        return document(history.story(record, max_attempts=_DRAWN, states=states, resume_command=hint))
     attempts, _ = history.attempts(record.run_id, _ALL)
     if form == "otlp":
         data: Any = otlp_spans(record, attempts)
@@ -79,7 +79,7 @@ def _text(history: History, database: Database, record: RunRecord, form: str, st
         data = {
             "schema": "stroma.export/1",
             "run": run_data(record),
-            "input": _state(history.given(record.run_id, 0)) if states else None,
+            "input": _state(history.input_at(record.run_id, 0)) if states else None,
             "attempts": [_attempt(history, record, one, states) for one in attempts],
         }
     return json.dumps(data, allow_nan=False, indent=2 if form == "json" else None) + "\n"
@@ -90,7 +90,7 @@ def _attempt(history: History, record: RunRecord, one: AttemptRecord, states: bo
     if states:
         data["output"] = None
         if one.output_bytes is not None:
-            data["output"] = _state(history.output(record.run_id, one.position, one.branch))
+            data["output"] = _state(history.output_at(record.run_id, one.position, one.branch))
     return data
 
 

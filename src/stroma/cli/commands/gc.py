@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from stroma._utils.text import plural
+from stroma._utils.text import pluralize
 from stroma.checkpoint.payloads import blob_store
 from stroma.cli.durations import SPAN
 from stroma.cli.errors import Code, Problem
@@ -57,7 +57,7 @@ def gc(keep_for: timedelta, unfinished: bool, blobs: str | None, as_json: bool, 
     if as_json:
         emit({"schema": "stroma.gc/1", "runs": gone[0], "blobs": gone[1]})
         return
-    what = plural(gone[0], "run") + (f" and {plural(gone[1], 'blob')}" if blobs is not None else "")
+    what = pluralize(gone[0], "run") + (f" and {pluralize(gone[1], 'blob')}" if blobs is not None else "")
     err.line(f"{what} deleted from {database.name}")
 
 

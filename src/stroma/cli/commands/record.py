@@ -21,7 +21,7 @@ from stroma.cli.loading import load_pipeline
 from stroma.cli.output import emit, err, out, write_private
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 from stroma.testing.recording import RecordedRun
 from stroma.testing.replaying import Replay
 
@@ -116,13 +116,13 @@ def record(
 
 def _differs(outcome: Replay, *, redacted: bool, hint: str) -> Problem:
     lines = [clean(str(difference), 500) for difference in outcome.differences[:5]]
-    mend = f"see all differences: {hint}"
+    fix = f"see all differences: {hint}"
     if redacted:
-        mend += "; or redact has left what no contract takes: have it give other values of the same type"
+        fix += "; or redact has left what no contract takes: have it give other values of the same type"
     return Problem(
         f"the code behaves differently from run {clean(outcome.recorded.run_id)}, so its test would fail",
         *lines,
-        mend,
+        fix,
         code=Code.DIFFERENT,
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 from pydantic import BaseModel
 
-from stroma._utils.text import clean, count, money, plural
+from stroma._utils.text import clean, format_tokens, format_usd, pluralize
 from stroma.checkpoint.history import History
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.memory.store import AsyncInMemoryStore
@@ -26,9 +26,10 @@ from stroma.cli.user_errors import describe_error, last_frame
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, find_node
 from stroma.contracts.schema import schema_of
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig
-from stroma.runner.runner import Pipeline, StromaRunner
+from stroma.runner.pipeline import Pipeline
+from stroma.runner.runner import StromaRunner
 from stroma.testing.recording import RecordedRun
 from stroma.testing.replaying import Replay
 from stroma.testing.replaying import replay as run_again
@@ -119,7 +120,7 @@ def _state(
             "replay", id_word(recorded.run_id), target, options=("--from", node_id, "--input", text)
         )
 
-    model = Kept if before.contract is None else before.contract.output_schema
+    model = UntypedState if before.contract is None else before.contract.output_schema
     requirement = f"the output of node {clean(before.node_id, 100)!r} for {clean(node_id, 100)!r}"
     return parse_as(model, input_text, "--input", requirement, fits)
 
@@ -129,7 +130,7 @@ def _print_replay(outcome: Replay, start_at: str | None) -> None:
         where = f"{difference.at} {clean(difference.node_id, 60)}  " if difference.at else ""
         out.line((f"{difference.kind:<9}", "yellow"), f" {where}{clean(difference.message, 1000)}")
     result, run_id = outcome.result, clean(outcome.recorded.run_id)
-    spent = f"{count(result.total_tokens)}, {money(result.total_cost_usd)}"
+    spent = f"{format_tokens(result.total_tokens)}, {format_usd(result.total_cost_usd)}"
     err.line(
         f"run {run_id}: {outcome.recorded.status} then, "
         + (
@@ -142,7 +143,7 @@ def _print_replay(outcome: Replay, start_at: str | None) -> None:
     if start_at is not None:
         err.line(f"called: {', '.join(clean(node_id, 60) for node_id in outcome.called) or 'nothing'}")
     if outcome.differences:
-        err.line(plural(len(outcome.differences), "difference"))
+        err.line(pluralize(len(outcome.differences), "difference"))
     else:
         err.line("the code behaves as it did")
 
@@ -163,5 +164,7 @@ def _data(outcome: Replay, pipeline: Pipeline) -> dict[str, Any]:
         "tokens": outcome.result.total_tokens,
         "cost_usd": outcome.result.total_cost_usd,
         "differences": [asdict(difference) for difference in outcome.differences],
-        "final_state": None if state is None else redacted.hide(jsonable(schema_of(type(state)).raw(state))),
+        "final_state": None
+        if state is None
+        else redacted.redact_state(jsonable(schema_of(type(state)).raw(state))),
     }

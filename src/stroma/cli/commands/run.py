@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from pydantic import BaseModel, ValidationError
@@ -24,11 +24,11 @@ from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_
 from stroma.cli.temporal_run import TemporalRun
 from stroma.cli.user_errors import describe_error
 from stroma.contracts.node import Group, find_node
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig, new_run_id
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 
-__all__ = ["resume", "resume_on_temporal", "resume_run", "run"]
+__all__ = ["ResumedRun", "resume", "resume_on_temporal", "resume_run", "run"]
 
 
 @click.command()
@@ -133,14 +133,7 @@ def resume(
             "dry_run",
         )
         return _resume_run_on_temporal(cluster, run_, target, options)
-    if fork and start_at is None:
-        raise click.UsageError("--fork needs --from, the node where the new run starts")
-    if retry_failed and start_at is not None:
-        raise click.UsageError("--retry-failed and --from exclude each other; pass one")
-    if state is not None and not fork:
-        raise click.UsageError("--state needs --fork: outputs of an existing run cannot be changed")
-    if start_at is not None and options.if_running == "attach":
-        raise click.UsageError("--attach and --from exclude each other; pass one")
+    _check_options(start_at, options, fork=fork, retry_failed=retry_failed, has_state=state is not None)
     database = Database.from_option(db)
     record = database.find(run_)
     if dry_run and target is None:
@@ -156,20 +149,40 @@ def resume(
             code=Code.USAGE,
         )
     pipeline = load_pipeline(target)
-    if start_at is not None:
-        ids = [find_node(node).node_id for node in pipeline.nodes]
-        if start_at not in ids:
-            raise Problem(
-                f"--from {start_at!r} is not a node of {target}",
-                f"its nodes are: {', '.join(clean(node_id, 100) for node_id in ids)}",
-                code=Code.USAGE,
-            )
-        if fork and not dry_run:
-            return _fork(database, record, pipeline, target, options, ids.index(start_at), state)
+    position = None if start_at is None else _find_position(pipeline, target, start_at)
+    stored = ResumedRun(database, record, pipeline, target)
+    if position is not None and fork and not dry_run:
+        return _fork(stored, options, position, state)
     if dry_run:
         return print_plan(database, record, pipeline, target, start_at, options.as_json)
     changes = {"retry_failed_items": retry_failed, "force_resume": force}
-    return resume_run(database, record, pipeline, target, options, start_at, changes=changes)
+    return resume_run(stored, options, start_at, changes=changes)
+
+
+def _check_options(
+    start_at: str | None, options: RunOptions, *, fork: bool, retry_failed: bool, has_state: bool
+) -> None:
+    """Raise UsageError for options of ``resume`` that exclude or need each other."""
+    if fork and start_at is None:
+        raise click.UsageError("--fork needs --from, the node where the new run starts")
+    if retry_failed and start_at is not None:
+        raise click.UsageError("--retry-failed and --from exclude each other; pass one")
+    if has_state and not fork:
+        raise click.UsageError("--state needs --fork: outputs of an existing run cannot be changed")
+    if start_at is not None and options.if_running == "attach":
+        raise click.UsageError("--attach and --from exclude each other; pass one")
+
+
+def _find_position(pipeline: Pipeline, target: str, start_at: str) -> int:
+    """Return the position of the node named by --from. Raises Problem."""
+    ids = [find_node(node).node_id for node in pipeline.nodes]
+    if start_at not in ids:
+        raise Problem(
+            f"--from {start_at!r} is not a node of {target}",
+            f"its nodes are: {', '.join(clean(node_id, 100) for node_id in ids)}",
+            code=Code.USAGE,
+        )
+    return ids.index(start_at)
 
 
 def _read_cluster(click_options: dict[str, Any]) -> TemporalCluster | None:
@@ -206,17 +219,24 @@ def resume_on_temporal(
     return TemporalRun(target, pipeline, config, None, cluster, options).execute()
 
 
+class ResumedRun(NamedTuple):
+    """A stored run, and the pipeline to resume it with."""
+
+    database: Database
+    record: RunRecord
+    pipeline: Pipeline
+    target: str
+
+
 def resume_run(
-    database: Database,
-    record: RunRecord,
-    pipeline: Pipeline,
-    target: str,
+    run: ResumedRun,
     options: RunOptions,
     start_at: str | None = None,
     *,
     changes: Mapping[str, bool] | None = None,
 ) -> int:
     """Resume a run and return the exit code. ``changes``: overrides of its config. Raises Problem."""
+    database, record, pipeline, target = run
     _warn_other_pipeline(record, pipeline, options)
     config = _configure(pipeline, record.run_id, options)
     if changes:
@@ -225,16 +245,9 @@ def resume_run(
     return LocalRun(target, pipeline, config, state, database, record, start_at, options).execute()
 
 
-def _fork(
-    database: Database,
-    record: RunRecord,
-    pipeline: Pipeline,
-    target: str,
-    options: RunOptions,
-    position: int,
-    input_text: str | None,
-) -> int:
+def _fork(run: ResumedRun, options: RunOptions, position: int, input_text: str | None) -> int:
     """Start a new run from a position of another one."""
+    database, record, pipeline, target = run
     start_at = find_node(pipeline.nodes[position]).node_id
 
     def retry_command(fits: str) -> str:
@@ -253,7 +266,7 @@ def _fork(
                 "fork at the group, or at a later node",
                 code=Code.USAGE,
             )
-        model = Kept if before.contract is None else before.contract.output_schema
+        model = UntypedState if before.contract is None else before.contract.output_schema
         requirement = f"the output of node {clean(before.node_id, 100)!r} for {clean(start_at, 100)!r}"
         edited = parse_as(model, input_text, "--state", requirement, retry_command)
     if input_text is not None and not position:

@@ -8,11 +8,11 @@ from typing import Any, Final
 
 import click
 
-from stroma._utils.text import clean, money, short_id, span
-from stroma.checkpoint.history import FAILED, History, is_gone, status_of
+from stroma._utils.text import clean, format_duration, format_usd, short_id
+from stroma.checkpoint.history import FAILED, History, is_interrupted, status_of
 from stroma.checkpoint.records import Cause, RunQuery, RunRecord
 from stroma.cli.durations import SPAN
-from stroma.cli.formatting import ago, iso, local
+from stroma.cli.formatting import format_age, format_local_time, to_iso
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, RunSource, db_option
@@ -45,8 +45,8 @@ def run_data(record: RunRecord) -> dict[str, Any]:
         "pipeline": record.pipeline,
         "status": status_of(record),
         "execution": record.execution,
-        "started": iso(record.started_ms),
-        "updated": iso(record.updated_ms),
+        "started": to_iso(record.started_ms),
+        "updated": to_iso(record.updated_ms),
         "seconds": max(0, record.updated_ms - record.started_ms) / 1000,
         "nodes": record.nodes,
         "tokens": record.tokens,
@@ -122,7 +122,7 @@ def runs(
     """
     cluster = TemporalCluster.from_options(options)
     if failed and statuses:
-        raise click.UsageError("--failed is short for --status FAILED --status PARTIAL; give one of both")
+        raise click.UsageError("--failed is short for --status FAILED --status PARTIAL; pass one of them")
     wanted_statuses = FAILED if failed else tuple(dict.fromkeys(status.upper() for status in statuses))
     since_ms = None if since is None else int((time.time() - since.total_seconds()) * 1000)
     query = RunQuery(statuses=wanted_statuses, since_ms=since_ms, **options)
@@ -152,7 +152,7 @@ def _print(database: RunSource, records: list[RunRecord], query: RunQuery, limit
         return
     header = ("RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "STARTED", "DURATION", "ERROR")
     table(out, header, [_row(record) for record in records], right=frozenset({3, 4, 5, 7}))
-    if any(map(is_gone, records)):
+    if any(map(is_interrupted, records)):
         err.line("resume a run without owner: ", database.hint("resume", "RUN", "FILE.py:NAME"))
     if len(records) == limit:
         err.line(("the newest ", "dim"), (f"{limit} runs; more with --limit", "dim"))
@@ -162,15 +162,15 @@ def _row(record: RunRecord) -> list[Part]:
     error = clean(record.error or "", 80)
     if record.status == "RUNNING":
         who = f"run by {clean(record.holder, 80)}" if record.holder else "owner lost"
-        error = f"{who}; last record {ago(record.updated_ms)}"
+        error = f"{who}; last record {format_age(record.updated_ms)}"
     return [
         short_id(record.run_id),
         clean(record.pipeline, 30),
         style_status(status_of(record)),
         f"{record.nodes:,}",
         f"{record.tokens:,}",
-        money(record.cost_usd),
-        local(record.started_ms),
-        span((record.updated_ms - record.started_ms) / 1000),
+        format_usd(record.cost_usd),
+        format_local_time(record.started_ms),
+        format_duration((record.updated_ms - record.started_ms) / 1000),
         error,
     ]

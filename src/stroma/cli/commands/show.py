@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import click
 
-from stroma._utils.text import clean, count, money, plural, span
-from stroma.checkpoint.history import History, Inputs, Payload, bar_of, in_order, place_of, status_of, waste
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
+from stroma.checkpoint.history import (
+    History,
+    Inputs,
+    Payload,
+    bar_of,
+    in_order,
+    place_of,
+    status_of,
+    sum_waste,
+)
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data, style_status
 from stroma.cli.errors import Code, Problem
-from stroma.cli.formatting import ago, id_word, iso, local
+from stroma.cli.formatting import format_age, format_local_time, id_word, to_iso
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, RunSource, db_option
 from stroma.cli.suspended import answer_type, approve_hint, place_text, unanswered, waiting_data
 from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
-from stroma.trace.html import duration, waits
+from stroma.trace.gantt import duration
+from stroma.trace.story import waits
 
 __all__ = ["attempt_data", "show"]
 
@@ -53,19 +64,7 @@ _COMPLETE: Final = ("COMPLETED", "RESUMED")
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.show/1".')
 @db_option
 @temporal_options
-def show(
-    run_: str,
-    node: str | None,
-    attempt: int | None,
-    wants_input: bool,
-    wants_output: bool,
-    as_tree: bool,
-    timing: bool,
-    redact: str | None,
-    as_json: bool,
-    db: str | None,
-    **options: Any,
-) -> int:
+def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options: Any) -> int:
     """Show one run, attempt by attempt.
 
     RUN is a run id, a prefix of one, or "last". AT is the position in the run; children of groups are indented below
@@ -76,42 +75,54 @@ def show(
     With --temporal: a run on Temporal, so far.
     """
     cluster = TemporalCluster.from_options(options)
+    view = _View(**options)
     if cluster is not None:
         from stroma.cli.temporal_show import read_run
 
         why = "let the workers write to a store (stroma worker --db) and read that"
         reject_local_options(why, "db", "wants_input", "wants_output", "redact")
         record, attempts, waiting = read_run(cluster, run_)
-        selected = _select(attempts, record, node, attempt)
+        selected = _select(attempts, record, view)
         states: list[list[_State]] = [[] for _ in selected]
         if as_json:
             emit(_data(record, attempts, waiting, selected, states))
             return Code.OK
-        return _print_run(cluster, record, attempts, waiting, selected, as_tree, timing)
+        return _print_run(cluster, record, attempts, waiting, selected, view)
     database = Database.from_option(db)
     stored = database.find(run_)
     history = History(database.reader, load_redact(redact))
     with database.explain_errors():
-        record = history.shown_run(stored)
-        attempts = in_order(history.shown_attempts(record.run_id, database.reader.attempts(record.run_id)))
+        record = history.redact_run(stored)
+        attempts = in_order(history.redact_attempts(record.run_id, database.reader.attempts(record.run_id)))
         waiting = history.waiting(record.run_id)
-    selected = _select(attempts, record, node, attempt)
+    selected = _select(attempts, record, view)
     with database.explain_errors():
-        states = _states(history, record, selected, wants_input, wants_output)
+        states = _states(history, record, selected, view)
     code = Code.ENVIRONMENT if any(one.damaged for one in attempts) else Code.OK
     if as_json:
         emit(_data(record, attempts, waiting, selected, states))
         return code
-    if wants_input or wants_output:
+    if view.wants_input or view.wants_output:
         return _print_states(selected, states, code)
-    _print_run(database, record, attempts, waiting, selected, as_tree, timing)
+    _print_run(database, record, attempts, waiting, selected, view)
     return code
 
 
-def _select(
-    attempts: list[AttemptRecord], record: RunRecord, node: str | None, attempt: int | None
-) -> list[AttemptRecord]:
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The options that select what is shown of a run."""
+
+    node: str | None
+    attempt: int | None
+    wants_input: bool
+    wants_output: bool
+    as_tree: bool
+    timing: bool
+
+
+def _select(attempts: list[AttemptRecord], record: RunRecord, view: _View) -> list[AttemptRecord]:
     """Return the matching attempts. Raises Problem if there is none."""
+    node, attempt = view.node, view.attempt
     selected = [one for one in attempts if node in (None, one.node_id) and attempt in (None, one.attempt)]
     if not selected and (node is not None or attempt is not None):
         raise _no_such_attempt(attempts, record, node, attempt)
@@ -126,7 +137,7 @@ def _data(
     states: list[list[_State]],
 ) -> dict[str, Any]:
     """Return the object of ``--json``."""
-    tokens, cost = waste(attempts)
+    tokens, cost = sum_waste(attempts)
     return {
         "schema": "stroma.show/1",
         "run": run_data(record),
@@ -146,16 +157,15 @@ def _print_run(
     attempts: list[AttemptRecord],
     waiting: list[Waiting],
     selected: list[AttemptRecord],
-    as_tree: bool,
-    timing: bool,
+    view: _View,
 ) -> int:
-    _print_head(record, waiting, len(attempts), *waste(attempts))
+    _print_head(record, waiting, len(attempts), *sum_waste(attempts))
     if selected:
         out.line()
-        rows = list(_rows(selected, as_tree))
+        rows = list(_rows(selected, view.as_tree))
         header: list[str] = list(_HEADER)
         right = {2, 6, 7, 8}
-        if timing:
+        if view.timing:
             header[6:7] = ["BEGAN", "WAITED", "TIME"]
             right = {2, 6, 7, 8, 9, 10}
             _add_timing(rows, selected)
@@ -184,17 +194,17 @@ _State = tuple[str, Payload]
 
 
 def _states(
-    history: History, record: RunRecord, selected: list[AttemptRecord], wants_input: bool, wants_output: bool
+    history: History, record: RunRecord, selected: list[AttemptRecord], view: _View
 ) -> list[list[_State]]:
     """Return the requested states of each attempt."""
     inputs = Inputs(history, record.run_id, selected)
     rows: list[list[_State]] = []
     for one in selected:
         states: list[_State] = []
-        if wants_input:
+        if view.wants_input:
             states.append(("input", inputs.of(one)))
-        if wants_output:
-            states.append(("output", history.made(one)))
+        if view.wants_output:
+            states.append(("output", history.output_of(one)))
         rows.append(states)
     return rows
 
@@ -240,21 +250,26 @@ def _print_head(
         ("run", [(clean(record.run_id, 4000), "bold"), again]),
         ("pipeline", [clean(record.pipeline)]),
         ("status", [style_status(status_of(record))]),
-        ("started", [f"{local(record.started_ms)}, {ago(record.started_ms)}"]),
-        ("duration", [span(seconds)]),
+        ("started", [f"{format_local_time(record.started_ms)}, {format_age(record.started_ms)}"]),
+        ("duration", [format_duration(seconds)]),
         (
             "nodes",
-            [f"{record.nodes:,} finished, {plural(attempts, 'attempt')}"],
+            [f"{record.nodes:,} finished, {pluralize(attempts, 'attempt')}"],
         ),
-        ("spent", [f"{count(record.tokens)}, {money(record.cost_usd)}"]),
+        ("spent", [f"{format_tokens(record.tokens)}, {format_usd(record.cost_usd)}"]),
     ]
     if attempts is not None:
-        lines.append(("wasted", [f"{count(wasted_tokens)}, {money(wasted_cost)} on attempts without output"]))
+        lines.append(
+            (
+                "wasted",
+                [f"{format_tokens(wasted_tokens)}, {format_usd(wasted_cost)} on attempts without output"],
+            )
+        )
     if record.parent is not None:
         lines.insert(1, ("parent", [f"{clean(record.parent, 4000)}, source of this fork"]))
     if record.status == "RUNNING":
         who = clean(record.holder) if record.holder else ("lost", "yellow")
-        lines.append(("owner", [who, f"; last record {ago(record.updated_ms)}"]))
+        lines.append(("owner", [who, f"; last record {format_age(record.updated_ms)}"]))
     for one in waiting if record.status not in _COMPLETE else ():
         answered = ", answered" if one.payload is not None else ""
         lines.append(
@@ -292,7 +307,7 @@ def _rows(attempts: list[AttemptRecord], as_tree: bool) -> Iterator[tuple[Attemp
             clean(a.reason or "", 20),
             duration(a.duration_ms, a.function_ms or None),
             f"{a.tokens:,}" if a.tokens else "",
-            money(a.cost_usd) if a.tokens else "",
+            format_usd(a.cost_usd) if a.tokens else "",
             clean(a.model or "", 30),
             clean(a.text or "", 120),
         ]
@@ -326,7 +341,7 @@ def _add_timing(rows: list[tuple[AttemptRecord | None, list[Part]]], attempts: l
         wait = waited.get(bars[id(attempt)].key)
         row[6:7] = [
             f"+{bars[id(attempt)].began_ms / 1000:.3f} s",
-            "" if wait is None else span(wait / 1000),
+            "" if wait is None else format_duration(wait / 1000),
             row[6],
         ]
 
@@ -342,7 +357,7 @@ def attempt_data(record: RunRecord, a: AttemptRecord) -> dict[str, Any]:
         "branch": a.branch,
         "node_id": a.node_id,
         "attempt": a.attempt,
-        "started": iso(a.started_ms),
+        "started": to_iso(a.started_ms),
         "seconds": a.duration_ms / 1000,
         "function_seconds": a.function_ms / 1000,
         "outcome": a.outcome,

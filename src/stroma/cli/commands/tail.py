@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from stroma._utils.text import clean, count, money, short_id, span
-from stroma.checkpoint.history import History, is_gone, place_of, status_of
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, short_id
+from stroma.checkpoint.history import History, is_interrupted, place_of, status_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data, style_status
@@ -69,9 +69,9 @@ def tail(
     hide = load_redact(redact)
     if run_ is not None:
         record = database.find(run_)
-        watch = _Watch(database, as_json, hide, named=False)
+        watch = _Follower(database, as_json, hide, named=False)
         watch.print(record, lines)
-        while follow and record.status == "RUNNING" and not is_gone(record):
+        while follow and record.status == "RUNNING" and not is_interrupted(record):
             time.sleep(interval)
             current = database.get_run(record.run_id)
             if current is None:
@@ -82,7 +82,7 @@ def tail(
         watch.end(record)
         return Code.OK
     store = database.reader
-    watch = _Watch(database, as_json, hide, named=True)
+    watch = _Follower(database, as_json, hide, named=True)
     since = 0
     while True:
         with database.explain_errors():
@@ -98,7 +98,7 @@ def tail(
         time.sleep(interval)
 
 
-class _Watch:
+class _Follower:
     """Attempts and endings of runs that were printed."""
 
     def __init__(self, database: Database, as_json: bool, redact: Redact | None, *, named: bool) -> None:
@@ -136,13 +136,13 @@ class _Watch:
     def end(self, record: RunRecord) -> None:
         """Print the end of a run, once."""
         run = (record.run_id, record.execution)
-        gone = is_gone(record)
+        gone = is_interrupted(record)
         status = "gone" if gone else record.status
         if status == "RUNNING" or self._ended.get(run) == status:
             return
         self._ended[run] = status
         with self._database.explain_errors():
-            record = self._history.shown_run(record)
+            record = self._history.redact_run(record)
         if self._json:
             self._emit({"schema": "stroma.tail/1", "event": "end", "run": run_data(record)})
             return
@@ -152,7 +152,7 @@ class _Watch:
             out.line(*self._name(record), style_status(status_of(record)), "  owner lost")
             err.line("resume it: ", hint)
             return
-        spent = f"  {count(record.tokens)}, {money(record.cost_usd)}, {span((record.updated_ms - record.started_ms) / 1000)}"
+        spent = f"  {format_tokens(record.tokens)}, {format_usd(record.cost_usd)}, {format_duration((record.updated_ms - record.started_ms) / 1000)}"
         out.line(*self._name(record), style_status(record.status), spent, why)
 
     def _attempts(self, record: RunRecord) -> list[AttemptRecord]:
@@ -175,11 +175,11 @@ class _Watch:
             if one.failure_class
             else ""
         )
-        used = f"  {count(one.tokens)}, {money(one.cost_usd)}" if one.tokens else ""
+        used = f"  {format_tokens(one.tokens)}, {format_usd(one.cost_usd)}" if one.tokens else ""
         message = f"  {clean(one.text, 200)}" if one.text else ""
         out.line(
             *self._name(record), f"{when}  {place_of(one):<6} {clean(one.node_id, 40)}  #{one.attempt}  ",
-            (one.outcome, _STYLES.get(one.outcome, "yellow")), f"{why}  {span(one.duration_ms / 1000)}{used}{message}",
+            (one.outcome, _STYLES.get(one.outcome, "yellow")), f"{why}  {format_duration(one.duration_ms / 1000)}{used}{message}",
         )  # fmt: skip
 
     @staticmethod

@@ -21,7 +21,7 @@ from stroma.cli.output import err, out
 from stroma.cli.stores import Database, db_option
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import find_node
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["ui"]
 
@@ -68,37 +68,25 @@ def ui(
     except ImportError as error:
         raise Problem(str(error), code=Code.ENVIRONMENT) from error
     loopback, is_generated = _is_loopback(host), token is None
-    if token is None and loopback:
-        token = secrets.token_urlsafe(24)
-    if not loopback and not token:
-        raise Problem(
-            f"--host {host} can be reached from elsewhere, and nobody would have to say who they are",
-            "give a token: STROMA_UI_TOKEN=... stroma ui --host ..., or leave --host out",
-            code=Code.USAGE,
-        )
-    if token and len(token) < 16:
-        raise Problem("the token is shorter than 16 characters: it could be guessed", code=Code.USAGE)
+    token = _check_token(token, host, loopback)
     database = Database.from_option(db)
     store = database.store
     if not isinstance(store, AsyncStates):
         raise Problem(
-            f"{database.name} keeps nothing once its process has ended",
-            "name a store that lasts: --db FILE",
+            f"{database.name} is lost when its process ends",
+            "pass a durable store: --db FILE",
             code=Code.USAGE,
         )
     pipeline = None if target is None else load_pipeline(target)
     listening = _listen(host, port)
     port = listening.getsockname()[1]
     shown_host = f"[{host}]" if ":" in host else host
-    address, private_host = f"http://{shown_host}:{port}/", None
-    hosts = [f"{shown_host}:{port}", *names]
+    # A cookie goes to every port of its host. Browsers resolve all names under localhost to this machine.
+    private_host = f"stroma-{secrets.token_hex(8)}.localhost:{port}" if loopback and token else None
+    address = f"http://{private_host or f'{shown_host}:{port}'}/"
+    hosts = [f"{shown_host}:{port}", *names, *([] if private_host is None else [private_host])]
     if loopback:
         hosts += [f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"]
-    if loopback and token:
-        # A cookie goes to every port of its host. Browsers resolve all names under localhost to this machine.
-        private_host = f"stroma-{secrets.token_hex(8)}.localhost:{port}"
-        address = f"http://{private_host}/"
-        hosts.append(private_host)
     if port == 80:
         hosts += [name.rpartition(":")[0] for name in hosts if name.endswith(":80")]
     settings = Settings(
@@ -126,6 +114,21 @@ def ui(
     with contextlib.closing(listening), contextlib.suppress(KeyboardInterrupt):
         serve(make_app(settings), listening)
     return Code.OK
+
+
+def _check_token(token: str | None, host: str, loopback: bool) -> str | None:
+    """Return the access token: the given one, or a new one for the loopback interface. Raises Problem."""
+    if token is None and loopback:
+        return secrets.token_urlsafe(24)
+    if not loopback and not token:
+        raise Problem(
+            f"--host {host} can be reached from other machines, and there is no access token",
+            "pass a token: STROMA_UI_TOKEN=... stroma ui --host ..., or leave out --host",
+            code=Code.USAGE,
+        )
+    if token and len(token) < 16:
+        raise Problem("the token must have at least 16 characters", code=Code.USAGE)
+    return token
 
 
 def _is_loopback(host: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import click
 
-from stroma._utils.text import clean, plural, span
+from stroma._utils.text import clean, format_duration, pluralize
 from stroma.cli.errors import Code, Problem
 from stroma.cli.exporters import Exporters, exporter_options
 from stroma.cli.loading import load_pipeline
@@ -25,7 +25,7 @@ from stroma.cli.temporal import TemporalCluster, worker_options
 from stroma.cli.user_errors import describe_error, last_frame
 from stroma.engine.config import RunConfig
 from stroma.hooks.sets import flatten
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["worker"]
 
@@ -141,14 +141,18 @@ class _Serving:
         running = asyncio.ensure_future(worker_.run())
         shutdown_requested = asyncio.Event()
         messages = {
-            name: f"draining: attempts in flight have {span(self._drain)}; others are repeated by another "
+            name: f"draining: attempts in flight have {format_duration(self._drain)}; others are repeated by another "
             "worker. Repeat the signal to stop at once"
             for name in ("SIGINT", "SIGTERM")
         }
         waiting = asyncio.ensure_future(shutdown_requested.wait())
         after = "attempts in flight are repeated by another worker"
         stop = StopSignals(
-            waiting, shutdown_requested.set, patience=span(self._drain), after=after, messages=messages
+            waiting,
+            shutdown_requested.set,
+            patience=format_duration(self._drain),
+            after=after,
+            messages=messages,
         )
         started = time.monotonic()
         self._print("ready", self._ready())
@@ -171,19 +175,22 @@ class _Serving:
             if self._database is not None:
                 await self._database.close()
         self._print(
-            "drained", f"after {stop.signal}; {self._count.describe()} in {span(time.monotonic() - started)}"
+            "drained",
+            f"after {stop.signal}; {self._count.describe()} in {format_duration(time.monotonic() - started)}",
         )
         return Code.OK
 
     def _ready(self) -> str:
-        nodes = ", ".join(f"{clean(p.name, 60)!r} ({plural(len(p.nodes), 'node')})" for p in self._pipelines)
+        nodes = ", ".join(
+            f"{clean(p.name, 60)!r} ({pluralize(len(p.nodes), 'node')})" for p in self._pipelines
+        )
         store = "" if self._database is None else f", written to {self._database.name}"
-        return f"{nodes} on {self._cluster.name}, {plural(self._max_concurrent, 'attempt')} at once{store}"
+        return f"{nodes} on {self._cluster.name}, {pluralize(self._max_concurrent, 'attempt')} at once{store}"
 
     async def _report_health(self, started: float) -> None:
         while True:
             await asyncio.sleep(_HEALTH_SECONDS)
-            self._print("well", f"{self._count.describe()} in {span(time.monotonic() - started)}")
+            self._print("well", f"{self._count.describe()} in {format_duration(time.monotonic() - started)}")
 
     def _print(self, what: str, more: str) -> None:
         if not self._quiet:
@@ -211,7 +218,7 @@ def _counter() -> Any:
 
         def describe(self) -> str:
             in_flight = f", {self.in_flight} in flight" if self.in_flight else ""
-            return f"{plural(self.done, 'task')} done{in_flight}"
+            return f"{pluralize(self.done, 'task')} done{in_flight}"
 
     count = Counter()
     return count

@@ -9,12 +9,12 @@ from typing import Literal
 from pydantic import BaseModel
 
 from stroma.contracts.checks.compatibility import Fitter, fit_classes
-from stroma.contracts.checks.finding import Finding
+from stroma.contracts.checks.finding import CheckFailed, Finding
 from stroma.contracts.checks.flow import (
     Collision,
     Crossing,
+    FlowState,
     Giver,
-    State,
     Unreadable,
     flow_of,
     holds_no_fields,
@@ -26,7 +26,7 @@ from stroma.contracts.checks.scalars import Kind, Verdict, in_words
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node
 
-__all__ = ["check_nodes"]
+__all__ = ["check_nodes", "raise_errors"]
 
 #: The verdicts on pairs of classes, which pipelines repeat.
 Known = dict[tuple[type[BaseModel], type[BaseModel], bool], Fit]
@@ -37,12 +37,11 @@ def check_nodes(
 ) -> list[Finding]:
     """Return every finding, in the order of the nodes. Nothing is claimed of a node without a contract.
 
-    ``initial``: the class of what the run begins with; without it, that is not looked at. Raises TypeError for what is
-    no such class.
+    ``initial``: the class of the initial state; without it, that is not checked. Raises TypeError for anything else.
     """
     if initial is not None and not (isinstance(initial, type) and issubclass(initial, BaseModel)):
         raise TypeError(
-            f"input_schema is {in_words(initial)}; give the pydantic model class of what runs begin with"
+            f"input_schema must be a pydantic model class, got {in_words(initial)}; pass the class of the initial state"
         )
     findings: list[Finding] = []
     known: Known = {}
@@ -52,6 +51,13 @@ def check_nodes(
         else:
             findings.append(_of_collision(one) if isinstance(one, Collision) else _of_unreadable(one))
     return list(dict.fromkeys(findings))
+
+
+def raise_errors(nodes: Sequence[Node | Group], registry: ContractRegistry) -> None:
+    """Raise CheckFailed with the findings that are errors, if there are any."""
+    errors = [finding for finding in check_nodes(nodes, registry) if finding.severity == "error"]
+    if errors:
+        raise CheckFailed(errors)
 
 
 # ---------------------------------------------------------------------- crossings
@@ -85,7 +91,7 @@ def _of_crossing(crossing: Crossing, known: Known) -> Iterator[Finding]:
     yield from _undecided(crossing, [reason for reason in reasons if reason.kind == "undecidable"])
 
 
-def _fit(state: State, wanted: type[BaseModel], known: Known) -> Fit:
+def _fit(state: FlowState, wanted: type[BaseModel], known: Known) -> Fit:
     if state.item is not None:
         return Fitter(None, wanted, apart=True).fit_item(state.item, bare=state.bare)
     assert state.model is not None
@@ -100,7 +106,7 @@ def _is_guess(reason: Reason) -> bool:
     return reason.verdict is Verdict.MAYBE and reason.kind in ("unknown", "missing", "extra")
 
 
-def _giver_of(state: State, path: tuple[str, ...]) -> Giver:
+def _giver_of(state: FlowState, path: tuple[str, ...]) -> Giver:
     return state.origins.get(path[0], state.giver) if path else state.giver
 
 
@@ -110,15 +116,15 @@ def _of_reason(crossing: Crossing, wanted: type[BaseModel], reason: Reason) -> F
     absent = reason.kind == "missing" and not reason.source and len(reason.path) == 1
     by = state.giver if absent else _giver_of(state, reason.path)
     path = _shown(reason.path, state)
-    message, mend = _message_and_fix(crossing, wanted, reason, by, path)
+    message, fix = _message_and_fix(crossing, wanted, reason, by, path)
     severity: Literal["error", "warning"] = "error" if reason.verdict is Verdict.NEVER else "warning"
     return Finding(
         severity, reason.kind, by.node_id, to.node_id, by.at, to.at, path, reason.source, reason.target,
-        message, mend,
+        message, fix,
     )  # fmt: skip
 
 
-def _shown(path: tuple[str, ...], state: State) -> str:
+def _shown(path: tuple[str, ...], state: FlowState) -> str:
     parts = (state.list_at, "[]", *path) if state.list_at else path
     text = ""
     for part in parts:
@@ -159,9 +165,9 @@ def _missing(
     giver, name = repr(by.node_id), reason.path[-1]
     holder = state.model.__name__ if state.model is not None else "its output"
     message = f"{target} needs {path} ({reason.target}), and {reason.what}"
-    mend = f"add it to the output of {giver}, or give it a default in {wanted.__name__}"
+    fix = f"add it to the output of {giver}, or give it a default in {wanted.__name__}"
     if len(reason.path) > 1 or reason.source:
-        return message, mend
+        return message, fix
     for earlier, model in state.earlier:
         if name in record_of_class(model).fields:
             message += f"; {earlier.node_id!r} gave it, and {giver} does not hand it on"
@@ -172,8 +178,8 @@ def _missing(
     if state.model is not None and not state.apart:
         near = difflib.get_close_matches(name, record_of_class(state.model).fields, 1, 0.7)
         if near:
-            mend = f"did you mean its {near[0]!r}? Call both the same, or give the one the other's name as an alias"
-    return message, mend
+            fix = f"did you mean its {near[0]!r}? Call both the same, or give the one the other's name as an alias"
+    return message, fix
 
 
 def _undecided(crossing: Crossing, reasons: list[Reason]) -> Iterator[Finding]:
@@ -187,7 +193,7 @@ def _undecided(crossing: Crossing, reasons: list[Reason]) -> Iterator[Finding]:
     yield Finding(
         "warning", "undecidable", by.node_id, to.node_id, by.at, to.at, ", ".join(filter(None, paths)),
         ", ".join(dict.fromkeys(r.source for r in reasons)), ", ".join(dict.fromkeys(r.target for r in reasons)),
-        f"whether {to.node_id!r} takes what {by.node_id!r} gives cannot be told: {'; '.join(whys)}",
+        f"it is not known before the run whether {to.node_id!r} accepts the output of {by.node_id!r}: {'; '.join(whys)}",
         "see to it with a test that hands on real outputs",
     )  # fmt: skip
 
@@ -204,22 +210,22 @@ def _of_list(crossing: Crossing, node: Group, model: type[BaseModel]) -> Iterato
     target = repr(to.node_id)
 
     def finding(
-        severity: Literal["error", "warning"], kind: Kind, type_name: str, what: str, mend: str
+        severity: Literal["error", "warning"], kind: Kind, type_name: str, what: str, fix: str
     ) -> Finding:
         return Finding(
             severity, kind, by.node_id, to.node_id, by.at, to.at, node.items_field, type_name, "list",
-            f"{target} goes over {node.items_field}, and {what}", mend,
+            f"{target} goes over {node.items_field}, and {what}", fix,
         )  # fmt: skip
 
     if side is None and not record.is_open:
-        mend = f"add a list {node.items_field!r} to the output of {by.node_id!r}, or name another field"
-        yield finding("error", "missing", "", f"{model.__name__} has no such field", mend)
+        fix = f"add a list {node.items_field!r} to the output of {by.node_id!r}, or name another field"
+        yield finding("error", "missing", "", f"{model.__name__} has no such field", fix)
         return
     if side is None:
         if not state.loose:
-            mend = f"declare a list {node.items_field!r} in the output of {by.node_id!r}"
+            fix = f"declare a list {node.items_field!r} in the output of {by.node_id!r}"
             what = f"it may be among what {model.__name__} holds beside its fields, or may not"
-            yield finding("warning", "missing", "", what, mend)
+            yield finding("warning", "missing", "", what, fix)
         if record.others is None:
             return
         side = record.others
@@ -227,21 +233,21 @@ def _of_list(crossing: Crossing, node: Group, model: type[BaseModel]) -> Iterato
     while kind.kind == "default":
         kind = kind.to(kind.node["schema"]).resolved()
     if kind.kind == "nullable":
-        mend = f"promise a list in the output of {by.node_id!r}"
-        yield finding("warning", "optional", type_name, "it may be None", mend)
+        fix = f"promise a list in the output of {by.node_id!r}"
+        yield finding("warning", "optional", type_name, "it may be None", fix)
         kind = kind.to(kind.node["schema"]).resolved()
     if kind.kind == "any":
         if not state.loose:
-            mend = f"declare it as a list in the output of {by.node_id!r}"
-            yield finding("warning", "unknown", type_name, "nothing is known of what it holds", mend)
+            fix = f"declare it as a list in the output of {by.node_id!r}"
+            yield finding("warning", "unknown", type_name, "nothing is known of what it holds", fix)
     elif items_of(kind) is None:
         plain = (
             kind.kind not in ("union", "tagged-union", "chain", "lax-or-strict")
             and "function" not in kind.kind
         )
-        mend = f"declare it as a list in the output of {by.node_id!r}"
+        fix = f"declare it as a list in the output of {by.node_id!r}"
         what = f"{by.node_id!r} gives it as {type_name}: only a list or a tuple will do"
-        yield finding("error" if plain else "warning", "type" if plain else "union", type_name, what, mend)
+        yield finding("error" if plain else "warning", "type" if plain else "union", type_name, what, fix)
 
 
 def _of_unreadable(unreadable: Unreadable) -> Finding:

@@ -1,8 +1,8 @@
 """Decide if every value of one class crosses the boundary to another, as :meth:`Schema.convert` does.
 
 Both sides are pydantic's core schemas. What is read off them is which values the source can hold *after* validation, and
-which the target's validator takes. Nothing of the user's is called. A reason is told for each place that may refuse;
-where functions decide, that is all that is said.
+which the target's validator takes. Nothing of the user's is called. There is a reason for each place that may refuse;
+where functions decide, the reason names them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from stroma.contracts.checks.scalars import (
     holds_other,
     is_flag,
 )
-from stroma.contracts.checks.sources import alike, alternatives_of
+from stroma.contracts.checks.sources import alternatives_of, is_alike
 from stroma.contracts.checks.targets import Taking
 from stroma.contracts.schema import schema_of
 
@@ -208,7 +208,7 @@ class Fitter(Taking):
         return Fit(known.fit.verdict, moved)
 
     def _match(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
-        if target.kind == "any" or alike(source, target):
+        if target.kind == "any" or is_alike(source, target):
             return FITS
         alternatives = alternatives_of(source, self._stays_instance)
         if alternatives is not None:
@@ -268,7 +268,7 @@ class Fitter(Taking):
                 return verdict_on(
                     Mismatch(Verdict.NEVER, "type", f"a {source} is no text"), source, target, path
                 )
-        return undecided(path, source, target, "it cannot be told before it runs")
+        return undecided(path, source, target, "it is not known before the run")
 
     # ------------------------------------------------------------------ what the source can hold
 

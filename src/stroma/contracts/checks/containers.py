@@ -125,7 +125,7 @@ class Inside(ABC):
             source_class = source.node["cls"]
         wanted = getattr(wanted, "__origin__", wanted)  # typing.Sequence is no class, and stands for one.
         if not (isinstance(source_class, type) and isinstance(wanted, type)):
-            return undecided(path, source, target, "it cannot be told before it runs")
+            return undecided(path, source, target, "it is not known before the run")
         try:
             # What an abstract class says of hashing, say, its classes need not keep to.
             if wanted in source_class.__mro__ or (
@@ -134,11 +134,11 @@ class Inside(ABC):
                 return FITS
             related = source.kind == "is-instance" or issubclass(wanted, source_class)
         except TypeError:  # A protocol that cannot be asked.
-            return undecided(path, source, target, "it cannot be told before it runs")
+            return undecided(path, source, target, "it is not known before the run")
         if not related:
             mismatch = Mismatch(Verdict.NEVER, "type", f"it is no {target}")
             return verdict_on(mismatch, source, target, path)
-        return undecided(path, source, target, "it cannot be told before it runs")
+        return undecided(path, source, target, "it is not known before the run")
 
     # ------------------------------------------------------------------ records: what has fields
 
@@ -174,7 +174,7 @@ class Inside(ABC):
         if target.kind in LEAVES | LISTS | {"dict", "typed-dict"} and not iterable:
             what = f"a {cls.__name__} comes as the instance that it is"
             return verdict_on(Mismatch(Verdict.NEVER, "type", what), source, target, path)
-        return undecided(path, source, target, "it cannot be told before it runs")
+        return undecided(path, source, target, "it is not known before the run")
 
     def _copied(self, source: Side, path: tuple[str, ...]) -> Fit:
         """Return the verdict on an instance that is copied on its way, by its fields if some are excluded."""
@@ -228,7 +228,7 @@ class Inside(ABC):
                     Verdict.NEVER, (Reason(Verdict.NEVER, "type", path, record.name, str(target), what),)
                 )
             return best
-        return undecided(path, record.name, target, "it cannot be told before it runs")
+        return undecided(path, record.name, target, "it is not known before the run")
 
     def _record_to_dict(self, record: Record, target: Side, path: tuple[str, ...]) -> Fit:
         keys, values = part_of(target, "keys_schema"), part_of(target, "values_schema")

@@ -23,7 +23,7 @@ class Finding:
         path: the field, as the target calls it: "address.street", "items[].price"; "" for the whole.
         source_type, target_type: both types in words; "" where there is none.
         message: what is wrong.
-        mend: what to do about it.
+        fix: what to do about it.
     """
 
     severity: Literal["error", "warning"]
@@ -36,22 +36,22 @@ class Finding:
     source_type: str
     target_type: str
     message: str
-    mend: str
+    fix: str
 
     def __str__(self) -> str:
         where = f"{self.source!r} -> {self.target!r}" + (f", {self.path}" if self.path else "")
-        return f"{self.severity} ({self.kind}): {where}: {self.message}; {self.mend}"
+        return f"{self.severity} ({self.kind}): {where}: {self.message}; {self.fix}"
 
 
 class CheckFailed(ValueError):
     """The nodes of a pipeline cannot work one after the other, by their contracts.
 
     Attributes:
-        findings: all errors, each a Finding with its mend.
+        findings: all errors, each a Finding with its fix.
 
     Where: out of ``run()`` with ``RunConfig(check=True)``, before the store is opened and anything is called.
     Cause: a node's output lacks a field that the next node needs, or gives it as a type that it never takes.
-    Mend: do what each finding says; ``runner.check(nodes)`` and ``stroma check`` give the same list, with the warnings.
+    Fix: do what each finding says; ``runner.check(nodes)`` and ``stroma check`` give the same list, with the warnings.
     """
 
     def __init__(self, findings: Sequence[Finding]) -> None:

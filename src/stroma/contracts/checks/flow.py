@@ -12,16 +12,16 @@ from stroma.contracts.checks.pairs import LISTS, Side
 from stroma.contracts.checks.records import Record, record_of
 from stroma.contracts.checks.scalars import LEAVES
 from stroma.contracts.contract import ContractRegistry, NodeContract
-from stroma.contracts.core_schema import never_a_dict
+from stroma.contracts.core_schema import is_never_dict
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 
 __all__ = [
     "Collision",
     "Crossing",
+    "FlowState",
     "Giver",
-    "State",
     "Step",
     "Unreadable",
     "flow_of",
@@ -48,7 +48,7 @@ class Giver:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class FlowState:
     """The value between two nodes, as far as the contracts describe it.
 
     Attributes:
@@ -80,7 +80,7 @@ class Crossing:
 
     node: Node | Group
     to: Giver
-    state: State
+    state: FlowState
     contract: Contract | None
     output: type[BaseModel] | None
 
@@ -121,12 +121,12 @@ def flow_of(
     if initial is not None and (error := _unreadable(initial)):
         yield Unreadable(start, start, initial, error)
         initial = None
-    state = State(initial, start, _origins(initial, start))
+    state = FlowState(initial, start, _origins(initial, start))
     walk = _Walk(registry)
     for position, node in enumerate(nodes):
         passed = yield from walk.through(node, state, str(position))
         earlier = state.earlier if state.model is None else ((state.giver, state.model), *state.earlier)
-        state = State(passed.model, passed.giver, passed.origins, loose=passed.loose, earlier=earlier)
+        state = FlowState(passed.model, passed.giver, passed.origins, loose=passed.loose, earlier=earlier)
 
 
 def record_of_class(model: type[BaseModel]) -> Record:
@@ -134,7 +134,7 @@ def record_of_class(model: type[BaseModel]) -> Record:
     if not schema_of(model).is_root:
         return record_of(Side.of_model(model))
     root = Side.of_root(model).resolved()
-    if never_a_dict(root.node):
+    if is_never_dict(root.node):
         return Record(model.__name__, {"root": root})
     if root.kind == "dict":
         return replace(record_of(root), name=model.__name__)
@@ -160,7 +160,7 @@ class _Walk:
     def __init__(self, registry: ContractRegistry) -> None:
         self._registry = registry
 
-    def through(self, node: Node | Group, state: State, at: str) -> Generator[Step, None, State]:
+    def through(self, node: Node | Group, state: FlowState, at: str) -> Generator[Step, None, FlowState]:
         giver = Giver(node.node_id, at)
         if isinstance(node, Node):
             contract = self._registry.find(node.node_id) or node.contract
@@ -174,14 +174,14 @@ class _Walk:
                     yield Unreadable(state.giver, giver, contract.input_schema, error)
                     contract = None
             yield Crossing(node, giver, state, contract, output)
-            return State(output, giver, _origins(output, giver), loose=output is None)
+            return FlowState(output, giver, _origins(output, giver), loose=output is None)
         if node.is_map:
             return (yield from self._each(node, state, giver))
         return (yield from self._side_by_side(node, state, giver))
 
-    def _side_by_side(self, node: Group, state: State, giver: Giver) -> Generator[Step, None, State]:
+    def _side_by_side(self, node: Group, state: FlowState, giver: Giver) -> Generator[Step, None, FlowState]:
         yield Crossing(node, giver, state, None, None)
-        outputs: list[State] = []
+        outputs: list[FlowState] = []
         for index, child in enumerate(node.children):
             outputs.append((yield from self.through(child, state, f"{giver.at}.{index}")))
         origins: dict[str, Giver] = {}
@@ -196,10 +196,10 @@ class _Walk:
                 if name in sides:
                     yield Collision(origins[name], by, name, (str(sides[name]), str(side)))
                 origins[name], sides[name] = by, side
-        model = node.output_class(_Anything, [one.model or Kept for one in outputs])
-        return State(model, giver, origins, loose=any(one.loose for one in outputs))
+        model = node.output_class(_Anything, [one.model or UntypedState for one in outputs])
+        return FlowState(model, giver, origins, loose=any(one.loose for one in outputs))
 
-    def _each(self, node: Group, state: State, giver: Giver) -> Generator[Step, None, State]:
+    def _each(self, node: Group, state: FlowState, giver: Giver) -> Generator[Step, None, FlowState]:
         yield Crossing(node, giver, state, None, None)
         record = Record("", {}) if state.model is None else record_of_class(state.model)
         fields = record.fields
@@ -214,7 +214,9 @@ class _Walk:
         child = node.children[0]
         bare = isinstance(child, Group)
         loose = state.loose or node.has_external_items
-        item_state = State(model, origin, _origins(model, origin), True, loose, item, bare, node.items_field)
+        item_state = FlowState(
+            model, origin, _origins(model, origin), True, loose, item, bare, node.items_field
+        )
         output = yield from self.through(child, item_state, f"{giver.at}.0")
         if node.output_field in fields and node.output_field != node.items_field:
             types = (
@@ -225,11 +227,11 @@ class _Walk:
                 state.origins.get(node.output_field, state.giver), output.giver, node.output_field, types
             )
         if not node.output_field:  # What was given goes on as it is.
-            return State(state.model, giver, state.origins, loose=state.loose)
-        joined = node.output_class(state.model or _Anything, [output.model or Kept])
+            return FlowState(state.model, giver, state.origins, loose=state.loose)
+        joined = node.output_class(state.model or _Anything, [output.model or UntypedState])
         origins = {**state.origins, node.output_field: output.giver}
         # What the items are made by is no concern of the other fields.
-        return State(joined, giver, origins, loose=state.loose or state.model is None)
+        return FlowState(joined, giver, origins, loose=state.loose or state.model is None)
 
 
 def holds_no_fields(side: Side) -> bool:

@@ -132,8 +132,8 @@ def lineage_of(name: str, nodes: Sequence[Node | Group], registry: ContractRegis
     for one in flow_of(nodes, registry):
         if isinstance(one, Crossing):
             maker.add(one)
-    inputs = tuple(maker.given.values())
-    boxes = [Box("input", "input", "input", right=inputs, right_title=maker.given_title), *maker.boxes]
+    inputs = tuple(maker.input_lines.values())
+    boxes = [Box("input", "input", "input", right=inputs, right_title=maker.input_title), *maker.boxes]
     return Lineage(name, tuple(boxes), tuple(dict.fromkeys(maker.links)))
 
 
@@ -154,8 +154,8 @@ class _Maker:
     def __init__(self, tones: Mapping[tuple[str, str], Tone]) -> None:
         self.boxes: list[Box] = []
         self.links: list[Link] = []
-        self.given: dict[str, Line] = {}
-        self.given_title = ""
+        self.input_lines: dict[str, Line] = {}
+        self.input_title = ""
         self._tones = tones
 
     def add(self, crossing: Crossing) -> None:
@@ -184,7 +184,7 @@ class _Maker:
 
     def _over(self, crossing: Crossing, group: Group) -> None:
         if crossing.state.giver.at == "input" and crossing.state.model is None:
-            self.given.setdefault(group.items_field, Line(group.items_field, "list"))
+            self.input_lines.setdefault(group.items_field, Line(group.items_field, "list"))
 
     def _tone(self, at: str, name: str, list_at: str = "") -> Tone:
         start = f"{list_at}[].{name}" if list_at else name
@@ -205,7 +205,7 @@ class _Maker:
             )
             self.links.append(Link(state.giver.at, source, at, name, self._tone(at, "")))
             if state.giver.at == "input" and state.model is None and not state.list_at:
-                self.given.setdefault(name, Line(name, taken.__name__))
+                self.input_lines.setdefault(name, Line(name, taken.__name__))
                 self.links[-1] = Link("input", name, at, name)
             return (Line(name, str(_fields(taken)["root"])),)
         record = self._record(crossing)
@@ -213,8 +213,8 @@ class _Maker:
         for field in wanted.fields:
             tone = self._tone(at, field.name, state.list_at)
             if record is None and state.giver.at == "input" and not state.list_at:
-                self.given.setdefault(field.name, Line(field.name, str(field.side)))
-                self.given_title = self.given_title or taken.__name__
+                self.input_lines.setdefault(field.name, Line(field.name, str(field.side)))
+                self.input_title = self.input_title or taken.__name__
                 self.links.append(Link("input", field.name, at, field.name))
             elif record is None:
                 pass

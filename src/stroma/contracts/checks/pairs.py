@@ -117,30 +117,34 @@ def verdict_on(
 
 
 def undecided(path: tuple[str, ...], source: Side | str, target: Side | str, what: str) -> Fit:
+    """Return a fit that may or may not hold, with the type that cannot be decided."""
     return verdict_on(Mismatch(Verdict.MAYBE, "undecidable", what), source, target, path)
 
 
 def all_of(fits: Iterable[Fit]) -> Fit:
+    """Return the fit of parts that must all fit: the worst verdict, and every reason once."""
     fits = list(fits)
     verdict = worst(fit.verdict for fit in fits)
     return Fit(verdict, tuple(dict.fromkeys(reason for fit in fits for reason in fit.reasons)))
 
 
 def at_most_maybe(fit: Fit) -> Fit:
+    """Return the fit, with MAYBE in place of FITS."""
     if fit.verdict is not Verdict.NEVER:
         return fit
     return Fit(Verdict.MAYBE, tuple(replace(reason, verdict=Verdict.MAYBE) for reason in fit.reasons))
 
 
 def one_of(fits: list[Fit]) -> Fit:
-    """Of a value that goes one of several ways."""
-    found = all_of(fits)
-    if found.verdict is not Verdict.NEVER or all(fit.verdict is Verdict.NEVER for fit in fits):
-        return found
-    return at_most_maybe(found)
+    """Return the fit of a value that takes one of several types."""
+    combined = all_of(fits)
+    if combined.verdict is not Verdict.NEVER or all(fit.verdict is Verdict.NEVER for fit in fits):
+        return combined
+    return at_most_maybe(combined)
 
 
 def part_of(side: Side, key: str) -> Side:
+    """Return the type under one key of a schema node."""
     return side.to(side.node.get(key, UNKNOWN))
 
 

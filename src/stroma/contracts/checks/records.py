@@ -71,7 +71,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SourceField:
     """The source of the value of a field. ``deeper``: the value is inside that field."""
 
     name: str
@@ -220,11 +220,11 @@ def _keys(alias: Any) -> tuple[tuple[Any, ...], ...]:
     return (tuple(alias),)
 
 
-def look_up(wanted: WantedField, record: Record, *, by_name: bool) -> Found | None:
+def look_up(wanted: WantedField, record: Record, *, by_name: bool) -> SourceField | None:
     """Return the source field of a value as the engine looks it up: by alias first, then by name."""
     keys = (*wanted.keys, (wanted.name,)) if by_name or not wanted.keys else wanted.keys
     for key in keys:
         field_side = record.fields.get(key[0])
         if field_side is not None:
-            return Found(key[0], field_side, len(key) > 1)
+            return SourceField(key[0], field_side, len(key) > 1)
     return None

@@ -15,7 +15,7 @@ from stroma.contracts.checks.records import record_of
 from stroma.contracts.checks.scalars import LEAVES, choices_of
 from stroma.contracts.core_schema import builds_instances, calls_user_code, decodes_text, nodes_of
 
-__all__ = ["alike", "alternatives_of", "chosen", "is_harmless", "tags_of"]
+__all__ = ["alternatives_of", "chosen", "is_alike", "is_harmless", "tags_of"]
 
 
 def alternatives_of(source: Side, is_kept_whole: Callable[[Side], bool]) -> list[Side] | None:
@@ -68,7 +68,7 @@ def _holds(inner: Side, default: Any) -> bool:
 _LOOKED_INTO: Final = frozenset({"model", "dataclass", "definition-ref", "default"})
 
 
-def alike(source: Side, target: Side) -> bool:
+def is_alike(source: Side, target: Side) -> bool:
     """Return True for two equal types: a type accepts what it has validated."""
     if source.kind != target.kind or source.kind == "any":
         return False
@@ -79,7 +79,7 @@ def alike(source: Side, target: Side) -> bool:
             calls_user_code(n) or decodes_text(n) or n["type"] in _LOOKED_INTO for n in nodes_of(source.node)
         )
     else:
-        same = source.kind not in LEAVES and _same(source.node, target.node)
+        same = source.kind not in LEAVES and _is_same(source.node, target.node)
     return same and {**source.config, "title": 0} == {**target.config, "title": 0}
 
 
@@ -153,7 +153,7 @@ def _takes_value(node: dict[str, Any]) -> bool:
     )
 
 
-def _same(one: Any, other: Any) -> bool:
+def _is_same(one: Any, other: Any) -> bool:
     """Return True for two schemas that differ only in pydantic's own functions, which it creates for each class."""
     if isinstance(one, dict) and isinstance(other, dict):
         if isinstance(one.get("type"), str) and (one["type"] != other.get("type") or calls_user_code(one)):
@@ -166,9 +166,9 @@ def _same(one: Any, other: Any) -> bool:
             return False
         skipped = {"metadata", "serialization", "ref"}
         keys = (one.keys() | other.keys()) - skipped
-        return all(k in one and k in other and _same(one[k], other[k]) for k in keys)
+        return all(k in one and k in other and _is_same(one[k], other[k]) for k in keys)
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(_is_same, one, other))
     if callable(one) and callable(other) and not isinstance(one, type):
         own = str(getattr(one, "__module__", "")).startswith("pydantic.")
         return one == other or (own and getattr(one, "__qualname__", 0) == getattr(other, "__qualname__", 1))

@@ -61,7 +61,7 @@ class Taking(Inside):
                 cast("Any", schema if refers else target.node), cast("Any", target.config)
             )
         except Exception:  # Half of a schema is not always one.
-            return undecided(path, source, target, "it cannot be told before it runs")
+            return undecided(path, source, target, "it is not known before the run")
         refused = []
         for value in values:
             try:
@@ -117,19 +117,7 @@ class Taking(Inside):
                 return all_of(steps)
             return undecided(path, source, target, "it is validated in several steps")
         if kind == "json":
-            inner = node.get("schema", UNKNOWN)
-            if self._decoded:
-                return self.match(source, target.to(inner), path)
-            values = choices_of(source.node)
-            if values is not None:
-                return self._choices(source, values, target, path)
-            if source.kind in ("any", "str", "bytes"):
-                mismatch = Mismatch(Verdict.MAYBE, "conversion", "only text that is JSON is taken")
-            elif source.kind in LEAVES | LISTS | {"dict", "model", "dataclass", "typed-dict"}:
-                mismatch = Mismatch(Verdict.NEVER, "type", "only JSON text is taken")
-            else:
-                return undecided(path, source, target, "it cannot be told before it runs")
-            return verdict_on(mismatch, source, target, path)
+            return self._json(source, target, path)
         if kind == "model" and node.get("root_model") and not self._is_one(source, node["cls"]):
             inner = replace(target.to(node["schema"]), config=node.get("config") or EMPTY)
             if node.get("custom_init"):
@@ -143,6 +131,21 @@ class Taking(Inside):
             first = first_word(target)
             return undecided(path, source, target, f"the validator {first} decides") if first else None
         return None
+
+    def _json(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
+        """Return the verdict for a target that decodes JSON text."""
+        if self._decoded:
+            return self.match(source, target.to(target.node.get("schema", UNKNOWN)), path)
+        values = choices_of(source.node)
+        if values is not None:
+            return self._choices(source, values, target, path)
+        if source.kind in ("any", "str", "bytes"):
+            mismatch = Mismatch(Verdict.MAYBE, "conversion", "only text that is JSON is taken")
+        elif source.kind in LEAVES | LISTS | {"dict", "model", "dataclass", "typed-dict"}:
+            mismatch = Mismatch(Verdict.NEVER, "type", "only JSON text is taken")
+        else:
+            return undecided(path, source, target, "it is not known before the run")
+        return verdict_on(mismatch, source, target, path)
 
     def _past_function(self, target: Side, path: tuple[str, ...], source: Side | str, go_on: Any) -> Fit:
         node = target.node

@@ -19,7 +19,7 @@ _NAMES: Final = {
     "multi-host-url": "MultiHostUrl",
 }
 _ITEMS: Final = {"list": "list", "set": "set", "frozenset": "frozenset", "generator": "Generator"}
-_DEEP: Final = 4  # levels of a type that are told; below them, what there is is cut short
+_DEEP: Final = 4  # levels of a type that are shown; deeper ones are abbreviated
 
 
 def type_text(node: Any, config: dict[str, Any], defs: dict[str, Any], depth: int = 0) -> str:

@@ -14,13 +14,22 @@ from stroma.drivers.remote.state import (
     Continue,
     Driver,
     MapState,
-    Place,
-    State,
-    Stopped,
+    NodePlace,
+    RunState,
+    StoppedExecution,
     row_size,
 )
 from stroma.drivers.remote.task_pool import OrderedTaskPool
-from stroma.drivers.remote.wire import Event, Failed, NodeSpec, Operation, Request, Value, json_size, size_of
+from stroma.drivers.remote.wire import (
+    ActivityRequest,
+    Event,
+    FailureData,
+    NodeSpec,
+    Operation,
+    Value,
+    json_size,
+    size_of,
+)
 from stroma.failures.classes import FailureClass
 
 __all__ = ["Children", "busy_ns"]
@@ -33,7 +42,7 @@ _PACK: Final = 128 * 1024
 _RESERVE: Final = 192 * 1024  # of the run's room, for the page of items that is under way
 
 
-def _no_room(node_id: str) -> Failed:
+def _no_room(node_id: str) -> FailureData:
     return {
         **NO_FAILURE,
         "failure_class": FailureClass.RECOVERABLE.value,
@@ -49,18 +58,18 @@ def _no_room(node_id: str) -> Failed:
 class Parent(Protocol):
     """The parts of a run that the children of its groups use."""
 
-    state: State
+    state: RunState
     driver: Driver
 
-    def of(self, place: Place, op: Operation, value: Value, **more: Any) -> Request: ...
-    async def execute(self, place: Place, value: Value) -> Value | Stopped: ...
+    def of(self, place: NodePlace, op: Operation, value: Value, **more: Any) -> ActivityRequest: ...
+    async def execute(self, place: NodePlace, value: Value) -> Value | StoppedExecution: ...
 
 
 class Children:
     """The children of one attempt of a group: the nodes of parallel(), or the items of a map."""
 
     def __init__(
-        self, run: Parent, place: Place, value: Value, attempt: int, opened: int, traceparent: str | None
+        self, run: Parent, place: NodePlace, value: Value, attempt: int, opened: int, traceparent: str | None
     ) -> None:
         self.traceparent = traceparent
         self._run = run
@@ -74,8 +83,8 @@ class Children:
         self.rows: list[Event] = []
         self.outputs: dict[int, Value] = {}
         self.failures: list[dict[str, Any]] = []
-        self._stops: list[Stopped] = []
-        self._waits: list[Stopped] = []
+        self._stops: list[StoppedExecution] = []
+        self._waits: list[StoppedExecution] = []
         self._map: MapState | None = None
         if self._each:
             self._map = run.state["maps"].setdefault(
@@ -100,7 +109,7 @@ class Children:
             self.failures = self._map["failures"]
 
     @property
-    def stopped(self) -> Stopped | None:
+    def stopped(self) -> StoppedExecution | None:
         return next(iter((*self._stops, *self._waits)), None)
 
     async def run(self) -> None:
@@ -118,7 +127,7 @@ class Children:
         number = 0 if self._each else index
         place = self._place.child(index, spec, number, self.rows, kind, self.traceparent)
         outcome = await self._run.execute(place, value)
-        if not isinstance(outcome, Stopped):
+        if not isinstance(outcome, StoppedExecution):
             self.outputs[index] = outcome
             if self._map is not None:
                 self._map["outputs"][str(index)] = outcome
@@ -159,7 +168,7 @@ class Children:
                 if cancelled:
                     raise asyncio.CancelledError
                 if "failure" in reply:
-                    self._stops.append(Stopped(reply["failure"], partial="halt" in reply))
+                    self._stops.append(StoppedExecution(reply["failure"], partial="halt" in reply))
                     break
                 for index, item in enumerate(reply["items"], first):
                     if index in done:
@@ -178,7 +187,7 @@ class Children:
                 full = not place.branch and run.driver.full()
                 await self._pack(at_once=full or run.state["room"] < _RESERVE)
                 if run.state["room"] < _RESERVE:
-                    self._stops.append(Stopped(_no_room(place.spec["id"]), partial=True))
+                    self._stops.append(StoppedExecution(_no_room(place.spec["id"]), partial=True))
                     break
                 if full:
                     raise Continue
@@ -212,7 +221,7 @@ class Children:
         if cancelled:
             raise asyncio.CancelledError
         if "failure" in reply:
-            self._stops.append(Stopped(reply["failure"], partial=True))
+            self._stops.append(StoppedExecution(reply["failure"], partial=True))
             return
         freed = size + sum(size_of(row["input"]) for row in progress["rows"])
         run.state["room"] += freed - size_of(reply["packed"])

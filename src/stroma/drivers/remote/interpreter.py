@@ -12,7 +12,6 @@ import asyncio
 from typing import Any
 
 from stroma.cost.budget import ExecutionBudget
-from stroma.cost.tracker import CostTracker
 from stroma.drivers.remote.children import Children, busy_ns
 from stroma.drivers.remote.plans import policies_of
 from stroma.drivers.remote.state import (
@@ -20,23 +19,26 @@ from stroma.drivers.remote.state import (
     Broken,
     Continue,
     Driver,
-    Place,
-    State,
-    Stopped,
+    NodePlace,
+    RunState,
+    StoppedExecution,
+    forget_position,
     new_state,
     next_segment,
+    number_states,
     row_size,
     shortened,
+    total_spent,
+    tracker_of,
 )
 from stroma.drivers.remote.wire import (
-    Event,
-    Failed,
+    ActivityRequest,
+    FailureData,
     NodeSpec,
     Operation,
     Plan,
     Reply,
-    Report,
-    Request,
+    SegmentReport,
     Value,
     decode_failure,
     fit_context,
@@ -47,13 +49,13 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.policy import Retry, Stop, follow_up
 from stroma.trace.result import RunStatus
 
-__all__ = ["Continue", "Driver", "Interpreter", "State", "new_state", "next_segment"]
+__all__ = ["Continue", "Driver", "Interpreter", "RunState", "new_state", "next_segment"]
 
 
 class Interpreter:
     """One run. ``state`` is always as far as the run is; between two awaits of the driver it is whole."""
 
-    def __init__(self, plan: Plan, state: State, driver: Driver) -> None:
+    def __init__(self, plan: Plan, state: RunState, driver: Driver) -> None:
         self.plan = plan
         self.state = state
         self.driver = driver
@@ -62,23 +64,17 @@ class Interpreter:
             node: policies_of(policies) for node, policies in plan["node_policies"].items()
         }
         self._budget = ExecutionBudget(**(plan["settings"].get("budget") or {}))
-        self._tracker = tracker = CostTracker()
-        spent, prior = state["spent"], state["prior"]
-        tracker.spend(spent["tokens"], spent["cost_usd"])
-        tracker.latency_ns = round(spent["latency_ms"] * 1e6)
-        tracker.prior_tokens = prior["tokens"]
-        tracker.prior_cost_usd = prior["cost_usd"]
-        tracker.prior_latency_ms = prior["latency_ms"]
-        #: What the run has come to in this segment; None while it is under way.
+        self._tracker = tracker_of(state)
+        #: The status at the end of this segment; None before.
         self.status: RunStatus | None = None
-        self._failure: Failed | None = None
+        self._failure: FailureData | None = None
         self._broken: list[str] | None = None
-        #: The groups that are under way, by position.
+        #: The groups that are running, by position.
         self._open: dict[int, list[Children]] = {}
 
     # ------------------------------------------------------------------ a segment
 
-    async def go(self) -> Report:
+    async def run(self) -> SegmentReport:
         """Run until the run ends or waits for a person. Raises Continue. Cancelled, it ends as CANCELLED."""
         state = self.state
         self.status, self._failure, self._broken = None, None, None
@@ -108,9 +104,10 @@ class Interpreter:
 
     async def _begin(self) -> None:
         state, nodes = self.state, self.plan["nodes"]
-        skipped: list[dict[str, Any]] = []
-        for position, value in enumerate(state["committed"]):
-            skipped.append({"spec": nodes[position], "value": value, "position": position, "branch": ""})
+        skipped = [
+            {"spec": nodes[position], "value": value, "position": position, "branch": ""}
+            for position, value in enumerate(state["committed"])
+        ]
         reply, cancelled = await self.driver.ask(
             self._request("begin", value=state["initial"], nodes=nodes, skipped=skipped)
         )
@@ -128,59 +125,31 @@ class Interpreter:
             return RunStatus.PARTIAL
         while state["position"] < len(nodes):
             position = state["position"]
-            place = Place(nodes[position], (position,), position, "", (), state["rows"])
+            place = NodePlace(nodes[position], (position,), position, "", (), state["rows"])
             outcome = await self.execute(place, state["value"])
-            output = outcome.output if isinstance(outcome, Stopped) else outcome
+            output = outcome.output if isinstance(outcome, StoppedExecution) else outcome
             if output is not None:
                 state["committed"].append(output)
                 state["value"] = output
                 state["position"] = position + 1
-                self._forget(position)
-            if isinstance(outcome, Stopped):
+                forget_position(state, position)
+            if isinstance(outcome, StoppedExecution):
                 return self._stopped_as(outcome)
             if self.driver.full() and state["position"] < len(nodes):
                 raise Continue
         return RunStatus.RESUMED if state["continued"] else RunStatus.COMPLETED
 
-    def _stopped_as(self, outcome: Stopped) -> RunStatus:
+    def _stopped_as(self, outcome: StoppedExecution) -> RunStatus:
         if outcome.suspended:
             return RunStatus.SUSPENDED
         self._failure = outcome.failure
         terminal = outcome.failure["failure_class"] == FailureClass.TERMINAL and not outcome.partial
         return RunStatus.FAILED if terminal else RunStatus.PARTIAL
 
-    def _forget(self, position: int) -> None:
-        prefix = f"{position}|"
-        for states in (self.state["done"], self.state["maps"], self.state["answers"]):
-            for key in [key for key in states if key.startswith(prefix)]:
-                del states[key]
-
-    def report(self) -> Report:
+    def report(self) -> SegmentReport:
         """Return the report of this segment of the run so far."""
         state = self.state
-        values: list[Value] = []
-        seen: dict[tuple[str, str], int] = {}
-
-        def number(value: Value | None) -> int | None:
-            if value is None:
-                return None
-            key = (value.get("text") or value.get("blob") or "", str(value["cls"]))
-            if key not in seen:
-                seen[key] = len(values)
-                values.append(value)
-            return seen[key]
-
-        def numbered(rows: list[Event]) -> list[dict[str, Any]]:
-            return [
-                {
-                    **row,
-                    "input": number(row["input"]),
-                    "output": number(row["output"]),
-                    "children": None if row["children"] is None else numbered(row["children"]),
-                }
-                for row in rows
-            ]
-
+        rows, values = number_states(state["rows"])
         waiting = [state["waiting"][key] for key in state["waiting"]]
         return {
             "run_id": self.plan["run_id"],
@@ -189,7 +158,7 @@ class Interpreter:
             "segment": state["segment"],
             "status": "RUNNING" if self.status is None else self.status.value,
             "values": values,
-            "rows": numbered(state["rows"]),
+            "rows": rows,
             "final": state["value"],
             "committed": bool(state["committed"]),
             "tokens": self._tracker.total_tokens,
@@ -205,9 +174,8 @@ class Interpreter:
 
     # ------------------------------------------------------------------ requests
 
-    def _request(self, op: Operation, **more: Any) -> Request:
+    def _request(self, op: Operation, **more: Any) -> ActivityRequest:
         state = self.state
-        spent, prior = state["spent"], state["prior"]
         request: dict[str, Any] = {
             "op": op,
             "run_id": self.plan["run_id"],
@@ -217,11 +185,7 @@ class Interpreter:
             "traceparent": state["traceparent"],
             "context": state["context"],
             "gone": state["gone"],
-            "spent": {
-                "tokens": spent["tokens"] + prior["tokens"],
-                "cost_usd": spent["cost_usd"] + prior["cost_usd"],
-                "latency_ms": spent["latency_ms"] + prior["latency_ms"],
-            },
+            "spent": total_spent(state),
             "warned": state["warned"],
             "room": max(0, state["room"]),
             "value": state["value"],
@@ -229,7 +193,7 @@ class Interpreter:
         }
         return request  # type: ignore[return-value]  # pyright: ignore[reportReturnType]
 
-    def of(self, place: Place, op: Operation, value: Value, **more: Any) -> Request:
+    def of(self, place: NodePlace, op: Operation, value: Value, **more: Any) -> ActivityRequest:
         return self._request(
             op,
             value=value,
@@ -242,7 +206,7 @@ class Interpreter:
             **{"traceparent": place.traceparent or self.state["traceparent"], **self._busy(place), **more},
         )
 
-    def _busy(self, place: Place) -> dict[str, Any]:
+    def _busy(self, place: NodePlace) -> dict[str, Any]:
         """Return how much of a time limit a run has used in the current group."""
         if not place.groups or self._budget.max_latency_ms is None:
             return {}
@@ -267,20 +231,20 @@ class Interpreter:
 
     # ------------------------------------------------------------------ nodes
 
-    async def execute(self, place: Place, value: Value) -> Value | Stopped:
+    async def execute(self, place: NodePlace, value: Value) -> Value | StoppedExecution:
         if place.key in self.state["done"]:
             return self.state["done"][place.key]
         if place.spec["kind"] != "node":
             outcome = await self._group(place, value)
         else:
             outcome = await self._node(place, value)
-        if place.branch and not isinstance(outcome, Stopped) and place.kind != "item":
+        if place.branch and not isinstance(outcome, StoppedExecution) and place.kind != "item":
             self.state["done"][place.key] = outcome
         return outcome
 
-    async def _node(self, place: Place, value: Value) -> Value | Stopped:
+    async def _node(self, place: NodePlace, value: Value) -> Value | StoppedExecution:
         attempt, repairs = 0, 0
-        last: Failed | None = None
+        last: FailureData | None = None
         after: float | None = None
         while True:
             attempt += 1
@@ -290,7 +254,7 @@ class Interpreter:
             )  # fmt: skip
             reply, cancelled = await self.driver.ask(request)
             outcome = self._settle(place, value, reply)
-            if reply.get("cancelled") or (cancelled and not isinstance(outcome, (dict, Stopped))):
+            if reply.get("cancelled") or (cancelled and not isinstance(outcome, (dict, StoppedExecution))):
                 raise asyncio.CancelledError
             if cancelled and isinstance(outcome, dict):
                 self._keep(place, outcome)
@@ -300,12 +264,12 @@ class Interpreter:
             last = reply["failure"]
             again = self._decide(place.spec, last, attempt, bool(reply.get("repairing")), repairs)
             if isinstance(again, Stop):
-                return Stopped(last, spent=self._exceeded(place.spec["id"]) is not None)
+                return StoppedExecution(last, spent=self._exceeded(place.spec["id"]) is not None)
             repairs += bool(reply.get("repairing"))
             after = again.delay_seconds
             await self.driver.sleep(after)
 
-    def _keep(self, place: Place, output: Value) -> None:
+    def _keep(self, place: NodePlace, output: Value) -> None:
         """Record an output that was committed during a cancellation, so that a resume does not run it again."""
         if place.branch:
             self.state["done"][place.key] = output
@@ -313,9 +277,9 @@ class Interpreter:
         state = self.state
         state["committed"].append(output)
         state["value"], state["position"] = output, place.position + 1
-        self._forget(place.position)
+        forget_position(self.state, place.position)
 
-    def _settle(self, place: Place, value: Value, reply: Reply) -> Value | Stopped | None:
+    def _settle(self, place: NodePlace, value: Value, reply: Reply) -> Value | StoppedExecution | None:
         """Take an attempt into the run: its row, what it spent, what it came to. None: ask whether another follows."""
         state = self.state
         self._note(reply)
@@ -354,7 +318,9 @@ class Interpreter:
             state["waiting"][place.key] = reply["waiting"]
         if "halt" in reply:
             halt = reply["halt"]
-            return Stopped(reply["failure"], output, halt["partial"], halt["spent"], halt["suspended"])
+            return StoppedExecution(
+                reply["failure"], output, halt["partial"], halt["spent"], halt["suspended"]
+            )
         if "failure" in reply:
             return None
         assert output is not None
@@ -369,9 +335,9 @@ class Interpreter:
             exceeded["reason"],
             exceeded["type"],
         ]
-        return Stopped({**exceeded, "attempt": row["attempt"]}, output, spent=True)
+        return StoppedExecution({**exceeded, "attempt": row["attempt"]}, output, spent=True)
 
-    def _exceeded(self, node_id: str) -> Failed | None:
+    def _exceeded(self, node_id: str) -> FailureData | None:
         exceeded = self._tracker.exceeded(self._budget, node_id)
         if exceeded is None:
             return None
@@ -387,7 +353,7 @@ class Interpreter:
         }
 
     def _decide(
-        self, spec: NodeSpec, last: Failed, attempt: int, repairing: bool, repairs: int
+        self, spec: NodeSpec, last: FailureData, attempt: int, repairing: bool, repairs: int
     ) -> Retry | Stop:
         if self._exceeded(spec["id"]) is not None:
             return Stop("the budget is spent")
@@ -404,10 +370,10 @@ class Interpreter:
 
     # ------------------------------------------------------------------ groups
 
-    async def _group(self, place: Place, value: Value) -> Value | Stopped:
+    async def _group(self, place: NodePlace, value: Value) -> Value | StoppedExecution:
         progress = self.state["maps"].get(place.key)
         attempt = 0
-        last: Failed | None = None
+        last: FailureData | None = None
         after: float | None = None
         going = progress is not None and progress["opened_ns"] > 0
         if progress is not None and going:
@@ -419,7 +385,7 @@ class Interpreter:
                 reply, cancelled = await self.driver.ask(request)
                 if "halt" in reply:
                     halted = self._settle(place, value, reply)
-                    assert isinstance(halted, Stopped)
+                    assert isinstance(halted, StoppedExecution)
                     return halted
                 self._note(reply)
                 if "broken" in reply:
@@ -427,9 +393,8 @@ class Interpreter:
                 opened, span = reply["at_ns"], reply.get("traceparent")
             else:
                 opened, span, cancelled = progress["opened_ns"], progress["traceparent"], False
-            going = False
+            going = broken = False
             children = Children(self, place, value, attempt, opened, span or place.traceparent)
-            broken = False
             around = self._open.setdefault(place.position, [])
             if not cancelled:
                 around.append(children)
@@ -442,23 +407,22 @@ class Interpreter:
                 finally:
                     around.remove(children)
             try:
-                outcome, failed = await self._close(place, value, attempt, opened, children, cancelled)
+                outcome, last = await self._close(place, value, attempt, opened, children, cancelled)
             except asyncio.CancelledError:
                 if broken:
                     raise Broken from None
                 raise
             if outcome is not None:
                 return outcome
-            last = failed
             again = self._decide(place.spec, last, attempt, False, 0)
             if isinstance(again, Stop):
-                return Stopped(last, spent=self._exceeded(place.spec["id"]) is not None)
+                return StoppedExecution(last, spent=self._exceeded(place.spec["id"]) is not None)
             after = again.delay_seconds
             await self.driver.sleep(after)
 
     async def _close(
-        self, place: Place, value: Value, attempt: int, opened: int, children: Children, cancelled: bool
-    ) -> tuple[Value | Stopped | None, Failed]:
+        self, place: NodePlace, value: Value, attempt: int, opened: int, children: Children, cancelled: bool
+    ) -> tuple[Value | StoppedExecution | None, FailureData]:
         stopped = children.stopped
         request = self.of(
             place, "close", value, attempt=attempt, traceparent=children.traceparent or self.state["traceparent"], opened_ns=opened, busy_ns=children.busy_ns(), span_ns=children.span_ns(),

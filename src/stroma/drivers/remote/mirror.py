@@ -1,7 +1,7 @@
 """Copy of a run in a journal store, written when it has ended or is suspended, for the command line and web interface.
 
-The truth is the driver's. A run stands in the store only once nobody is at work on it, so that no local runner can take it
-for one that was left behind (``recover()``).
+The truth is the driver's. A run is copied to the store when no process works on it any more, so that no local
+runner takes it for an orphaned run (``recover()``).
 """
 
 # Which keys a value has depends on where it stands.
@@ -19,7 +19,7 @@ from stroma._utils.text import typed
 from stroma.checkpoint import PipelineChanged, RunRequest, Session, Waiting
 from stroma.contracts.schema import Schema, schema_of
 from stroma.drivers.remote.results import Reader, fetch, unpack
-from stroma.drivers.remote.wire import Report
+from stroma.drivers.remote.wire import SegmentReport
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import AttemptRow, AttemptUsage, Failed
 from stroma.trace.result import RunStatus
@@ -32,7 +32,7 @@ _MOST: Final = 5_000
 
 
 async def mirror(
-    store: Any, report: Report, reader: Reader, initial: BaseModel, tags: tuple[str, ...]
+    store: Any, report: SegmentReport, reader: Reader, initial: BaseModel, tags: tuple[str, ...]
 ) -> None:
     """Write a run, or a segment of it, to a journal store. Raises StoreError."""
     try:
@@ -51,13 +51,13 @@ async def mirror(
     await _done(session.end(report["status"], why))
     if writer.left_out:
         logger.warning(
-            "%d attempts of run %r are left out of the store's picture of it", writer.left_out, report["run_id"],
+            "%d attempts of run %r are not copied to the store", writer.left_out, report["run_id"],
             extra={"run_id": report["run_id"]},
         )  # fmt: skip
 
 
 async def _open(
-    store: Any, report: Report, initial: BaseModel, tags: tuple[str, ...], if_exists: Any
+    store: Any, report: SegmentReport, initial: BaseModel, tags: tuple[str, ...], if_exists: Any
 ) -> Session:
     request = RunRequest(
         report["run_id"],
@@ -76,7 +76,7 @@ async def _done(pending: Any) -> Any:
 
 
 class _Writer:
-    def __init__(self, session: Session, report: Report, reader: Reader) -> None:
+    def __init__(self, session: Session, report: SegmentReport, reader: Reader) -> None:
         self._session = session
         self._reader = reader
         self._waiting = {(w["position"], w["branch"]): w for w in report["waiting"]}

@@ -16,14 +16,14 @@ from stroma.checkpoint.identity import child_indexes, is_called
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import schema_of
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.drivers.remote.wire import CONTEXT, ClassName, NodeSpec, Plan, fit_context
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.failures.classes import FailureClass
 from stroma.failures.policy import FailurePolicy, PolicyMap
 from stroma.runner.groups import map_over, parallel
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 from stroma.runner.sequence import check_owners
 from stroma.runner.states import as_state
 
@@ -39,7 +39,7 @@ class MissingNode(LookupError):
 
     Where: the log of the worker; ``result.failure`` of a PARTIAL run, once no worker that was asked had it.
     Cause: the worker runs other code than the run was begun with: the node was removed, renamed, or its contract changed.
-    Mend: run a worker with the code that the message describes on this task queue, then resume the run.
+    Fix: run a worker with the code that the message describes on this task queue, then resume the run.
     """
 
 
@@ -80,6 +80,7 @@ def _policies(policies: PolicyMap) -> dict[str, dict[str, Any]]:
 
 
 def policies_of(data: dict[str, dict[str, Any]]) -> PolicyMap:
+    """Decode the retry policies of a plan."""
     return {FailureClass(kind): FailurePolicy(**policy) for kind, policy in data.items()}
 
 
@@ -90,13 +91,12 @@ def freeze(
     registry: ContractRegistry,
     *,
     run_id: str,
-    execution: int = 1,
     options: dict[str, Any] | None = None,
 ) -> Plan:
-    """Return the plan of a run as plain data. Raises ValueError for nodes that no other process could run."""
+    """Return the plan of the first execution of a run as plain data. Raises ValueError for nodes that no other process could run."""
     return {
         "run_id": run_id,
-        "execution": execution,
+        "execution": 1,
         "pipeline": pipeline,
         "nodes": [spec_of(node, registry) for node in nodes],
         "policies": _policies(config.policy_map),
@@ -202,7 +202,7 @@ class KnownNodes:
             if contract is not None:
                 classes.append(contract.input_schema if kind == "in" else contract.output_schema)
             elif kind == "out":
-                classes.append(Kept)
+                classes.append(UntypedState)
         exact = [cls for cls in classes if schema_of(cls).fingerprint == fingerprint]
         return next(iter(exact + classes), None)
 
@@ -222,7 +222,7 @@ class KnownNodes:
         if isinstance(node, Group):
             return node.output_class(base, [self._output(child, base) for child in node.children])
         contract = self.contract(node)
-        return Kept if contract is None else contract.output_schema
+        return UntypedState if contract is None else contract.output_schema
 
     def decode(self, text: str, name: ClassName) -> BaseModel:
         """Return the state of a text; without its class, an open model of its fields."""
@@ -230,7 +230,7 @@ class KnownNodes:
         cls = self.class_of(name)
         if cls is not None:
             return schema_of(cls).mark_exclusive(schema_of(cls).decode(data))
-        return as_state(schema_of(Kept).decode_raw(data))
+        return as_state(schema_of(UntypedState).decode_raw(data))
 
 
 def _all(nodes: Iterable[Node | Group]) -> Iterable[Node | Group]:

@@ -16,9 +16,9 @@ from pydantic import BaseModel
 from stroma.checkpoint import StoreError
 from stroma.checkpoint.payloads import BlobStore
 from stroma.contracts.schema import schema_of
-from stroma.contracts.untyped import Kept
+from stroma.contracts.untyped import UntypedState
 from stroma.drivers.remote.plans import KnownNodes
-from stroma.drivers.remote.wire import ClassName, Report, Value, decode_failure
+from stroma.drivers.remote.wire import ClassName, SegmentReport, Value, decode_failure
 from stroma.engine.merged_models import spelled_out
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RemoteFailure
@@ -35,7 +35,7 @@ async def fetch(payloads: BlobStore | None, value: Value) -> str:
     if "text" in value:
         return value["text"]
     if payloads is None:
-        raise StoreError(f"a state stands in blob {value['blob']}; give the payload store: payloads=")
+        raise StoreError(f"a state is stored in blob {value['blob']}; pass the payload store: payloads=")
     data = await asyncio.to_thread(payloads.get, value["blob"])
     if data is None or hashlib.sha256(data).hexdigest() != value["blob"]:
         raise StoreError(f"blob {value['blob']} is missing or damaged in {payloads!r}; restore it")
@@ -98,12 +98,12 @@ class Reader:
         text = await fetch(self.payloads, value)
         cls = value["cls"]
         if cls[0] == "raw":
-            raw = schema_of(Kept).decode_raw(text.encode())
+            raw = schema_of(UntypedState).decode_raw(text.encode())
             return raw if isinstance(raw, dict) else {"root": raw}
         try:
             model = self._known.decode(text, taken or cls)
         except ValueError:  # Its class has changed since.
-            raw = schema_of(Kept).decode_raw(text.encode())
+            raw = schema_of(UntypedState).decode_raw(text.encode())
             return raw if isinstance(raw, dict) else {"root": raw}
         return schema_of(type(model)).state(model)
 
@@ -111,7 +111,7 @@ class Reader:
         return self._known.decode(await fetch(self.payloads, value), value["cls"])
 
 
-async def result_of(report: Report, known: KnownNodes, payloads: BlobStore | None) -> ExecutionResult:
+async def result_of(report: SegmentReport, known: KnownNodes, payloads: BlobStore | None) -> ExecutionResult:
     """Return the result of a run with its trace. Raises StoreError if a state cannot be read."""
     reader = Reader(known, payloads, report["run_id"], report["values"])
     trace = ExecutionTrace(report["run_id"])
@@ -136,7 +136,7 @@ async def result_of(report: Report, known: KnownNodes, payloads: BlobStore | Non
     )
 
 
-def broken_of(report: Report, result: ExecutionResult) -> HookNotAsync | None:
+def broken_of(report: SegmentReport, result: ExecutionResult) -> HookNotAsync | None:
     """Return the programming error that ended a run and is raised by ``run()``, or None."""
     if report["broken"] is None:
         return None

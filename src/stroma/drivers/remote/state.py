@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, NotRequired, Protocol, TypedDict
 
+from stroma.cost.tracker import CostTracker
 from stroma.drivers.remote.wire import (
     ROOM,
+    ActivityRequest,
     Answer,
     Event,
-    Failed,
+    FailureData,
     NodeSpec,
     Reply,
-    Request,
     Spent,
     Value,
     json_size,
@@ -30,14 +31,18 @@ __all__ = [
     "Continue",
     "Driver",
     "MapState",
-    "Place",
-    "State",
-    "Stopped",
+    "NodePlace",
+    "RunState",
+    "StoppedExecution",
+    "forget_position",
     "new_state",
     "next_segment",
     "nothing",
+    "number_states",
     "row_size",
     "shortened",
+    "total_spent",
+    "tracker_of",
 ]
 
 ROW: Final = 400  # bytes of a row, its states and what a failure says apart
@@ -49,7 +54,7 @@ _FIRST_WORDS: Final = 200
 class Driver(Protocol):
     """Access of an interpreter to the outside: it uses nothing else."""
 
-    async def ask(self, request: Request) -> tuple[Reply, bool]:
+    async def ask(self, request: ActivityRequest) -> tuple[Reply, bool]:
         """Let a worker perform a request; return the reply, and whether the run was cancelled meanwhile.
 
         Raises CancelledError if it was cancelled before a worker took it up.
@@ -68,7 +73,7 @@ class Driver(Protocol):
 
 
 class Continue(Exception):
-    """The driver asked for it: go on with the state as it is, in a new interpreter."""
+    """Signals that the driver wants a new interpreter, which continues with the state as it is."""
 
 
 class Broken(Exception):
@@ -91,7 +96,7 @@ class MapState(TypedDict):
     traceparent: str | None
 
 
-class State(TypedDict):
+class RunState(TypedDict):
     """State of a run. All of it is plain JSON data."""
 
     position: int
@@ -132,10 +137,11 @@ def shortened(message: str, room: int) -> str:
 
 
 def nothing() -> Spent:
+    """Return a usage of zero."""
     return {"tokens": 0, "cost_usd": 0.0, "latency_ms": 0.0}
 
 
-def new_state(value: Value, *, context: dict[str, Any], traceparent: str | None = None) -> State:
+def new_state(value: Value, *, context: dict[str, Any], traceparent: str | None = None) -> RunState:
     """Return the state of a new run."""
     return {
         "position": 0,
@@ -163,7 +169,7 @@ def new_state(value: Value, *, context: dict[str, Any], traceparent: str | None 
     }
 
 
-def next_segment(state: State) -> State:
+def next_segment(state: RunState) -> RunState:
     """Make a state ready to go on after a suspension, or where an earlier run has stopped."""
     spent, prior = state["spent"], state["prior"]
     state["prior"] = {
@@ -182,11 +188,69 @@ def next_segment(state: State) -> State:
         progress["old_packs"] += progress["packs"]
         progress["rows"], progress["packs"] = [], []
         progress["opened_ns"] = 0
-    state["room"] = ROOM - _kept(state)
+    state["room"] = ROOM - _state_bytes(state)
     return state
 
 
-def _kept(state: State) -> int:
+def tracker_of(state: RunState) -> CostTracker:
+    """Return a tracker with what a run has spent, in this and in earlier executions."""
+    tracker = CostTracker()
+    spent, prior = state["spent"], state["prior"]
+    tracker.spend(spent["tokens"], spent["cost_usd"])
+    tracker.latency_ns = round(spent["latency_ms"] * 1e6)
+    tracker.prior_tokens = prior["tokens"]
+    tracker.prior_cost_usd = prior["cost_usd"]
+    tracker.prior_latency_ms = prior["latency_ms"]
+    return tracker
+
+
+def total_spent(state: RunState) -> Spent:
+    """Return what this and earlier executions of a run have spent."""
+    spent, prior = state["spent"], state["prior"]
+    return {
+        "tokens": spent["tokens"] + prior["tokens"],
+        "cost_usd": spent["cost_usd"] + prior["cost_usd"],
+        "latency_ms": spent["latency_ms"] + prior["latency_ms"],
+    }
+
+
+def forget_position(state: RunState, position: int) -> None:
+    """Delete what a state holds of the groups at a position."""
+    prefix = f"{position}|"
+    for states in (state["done"], state["maps"], state["answers"]):
+        for key in [key for key in states if key.startswith(prefix)]:
+            del states[key]
+
+
+def number_states(rows: list[Event]) -> tuple[list[dict[str, Any]], list[Value]]:
+    """Return rows that refer to their states by number, and those states, each once."""
+    values: list[Value] = []
+    seen: dict[tuple[str, str], int] = {}
+
+    def number(value: Value | None) -> int | None:
+        if value is None:
+            return None
+        key = (value.get("text") or value.get("blob") or "", str(value["cls"]))
+        if key not in seen:
+            seen[key] = len(values)
+            values.append(value)
+        return seen[key]
+
+    def numbered(some: list[Event]) -> list[dict[str, Any]]:
+        return [
+            {
+                **row,
+                "input": number(row["input"]),
+                "output": number(row["output"]),
+                "children": None if row["children"] is None else numbered(row["children"]),
+            }
+            for row in some
+        ]
+
+    return numbered(rows), values
+
+
+def _state_bytes(state: RunState) -> int:
     """Return the bytes of a state between two segments, without the rows of each."""
     values = [state["initial"], *state["committed"], *state["done"].values()]
     size = sum(len(answer["payload"] or "") for answer in state["answers"].values())
@@ -197,10 +261,10 @@ def _kept(state: State) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Stopped:
+class StoppedExecution:
     """An execution that stopped for good; the plain form of the engine's Halt."""
 
-    failure: Failed
+    failure: FailureData
     output: Value | None = None
     partial: bool = False
     spent: bool = False
@@ -208,7 +272,7 @@ class Stopped:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class NodePlace:
     """Position of a node."""
 
     spec: NodeSpec
@@ -226,13 +290,13 @@ class Place:
 
     def child(
         self, index: int, spec: NodeSpec, number: int, rows: list[Event], kind: str, traceparent: str | None
-    ) -> Place:
+    ) -> NodePlace:
         branch = f"{self.branch}.{index}" if self.branch else str(index)
         groups = (*self.groups, self.spec["id"])
-        return Place(spec, (*self.path, number), self.position, branch, groups, rows, kind, traceparent)
+        return NodePlace(spec, (*self.path, number), self.position, branch, groups, rows, kind, traceparent)
 
 
-NO_FAILURE: Final[Failed] = {
+NO_FAILURE: Final[FailureData] = {
     "failure_class": FailureClass.TERMINAL.value, "message": "", "reason": None, "retry_after": None, "node_id": "",
     "attempt": 0, "type": "", "data": None,
 }  # fmt: skip

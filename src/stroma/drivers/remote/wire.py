@@ -13,14 +13,14 @@ from stroma.failures.failure import Failure, isinstance_by_type
 from stroma.trace.plain import jsonable
 
 __all__ = [
+    "ActivityRequest",
     "Answer",
     "Event",
-    "Failed",
+    "FailureData",
     "NodeSpec",
     "Plan",
     "Reply",
-    "Report",
-    "Request",
+    "SegmentReport",
     "Spent",
     "Value",
     "clip",
@@ -97,12 +97,14 @@ class Plan(TypedDict):
 
 
 class Spent(TypedDict):
+    """Usage of an attempt, a node or a run."""
+
     tokens: int
     cost_usd: float
     latency_ms: float
 
 
-class Failed(TypedDict):
+class FailureData(TypedDict):
     """A failure. ``data``: what makes one of our own exceptions again."""
 
     failure_class: str
@@ -150,7 +152,7 @@ class Answer(TypedDict):
     payload: str | None
 
 
-class Request(TypedDict):
+class ActivityRequest(TypedDict):
     """An operation to perform on a worker.
 
     Attributes:
@@ -184,7 +186,7 @@ class Request(TypedDict):
     attempt: NotRequired[int]
     repairs: NotRequired[int]
     after: NotRequired[float | None]
-    last: NotRequired[Failed | None]
+    last: NotRequired[FailureData | None]
     answer: NotRequired[Answer | None]
     first: NotRequired[int]
     count: NotRequired[int]
@@ -204,7 +206,7 @@ class Request(TypedDict):
     #: Of "pack": what is to be kept out of the run's own state.
     rows: NotRequired[list[Event]]
     #: Of "end".
-    report: NotRequired[Report]
+    report: NotRequired[SegmentReport]
 
 
 class Reply(TypedDict, total=False):
@@ -222,7 +224,7 @@ class Reply(TypedDict, total=False):
 
     row: Event
     output: Value
-    failure: Failed
+    failure: FailureData
     halt: dict[str, bool]
     repairing: bool
     cancelled: bool
@@ -239,7 +241,7 @@ class Reply(TypedDict, total=False):
     at_ns: int
 
 
-class Report(TypedDict):
+class SegmentReport(TypedDict):
     """Result of a run, or of a segment of it up to a suspension. Rows refer to states by number in ``values``."""
 
     run_id: str
@@ -253,7 +255,7 @@ class Report(TypedDict):
     committed: bool
     tokens: int
     cost_usd: float
-    failure: Failed | None
+    failure: FailureData | None
     suspended: list[str]
     waiting: list[Answer]
     failed_items: int
@@ -273,15 +275,15 @@ def clip(text: str) -> str:
     return text if omitted <= 0 else f"{text[:_MAX_TEXT]} ... ({omitted} characters omitted)"
 
 
-def fit_context(context: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+def fit_context(context: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return the new values of a context dict for which there is room in it."""
-    if not made:
+    if not changes:
         return {}
     free = _CONTEXTS - sum(
-        json_size(key) + len(json.dumps(context[key])) for key in context if key not in made
+        json_size(key) + len(json.dumps(context[key])) for key in context if key not in changes
     )
     fits: dict[str, Any] = {}
-    for key, value in made.items():
+    for key, value in changes.items():
         size = json_size(key) + len(json.dumps(value))
         if size <= free:
             free -= size
@@ -331,7 +333,7 @@ def size_of(value: Value | None) -> int:
     return 0 if value is None else value["size"] if "text" in value else 100
 
 
-def encode_failure(failure: Failure) -> Failed:
+def encode_failure(failure: Failure) -> FailureData:
     """Return a failure as plain data."""
     exc = failure.exception
     data: list[Any] | None = None
@@ -378,24 +380,24 @@ def _violated(exc: ContractViolation) -> list[Any]:
     return data
 
 
-def decode_failure(said: Failed) -> Failure:
+def decode_failure(record: FailureData) -> Failure:
     """Return the failure of plain data. Exceptions of Stroma are restored; any other one is a RemoteFailure."""
     exc: BaseException
-    data, name = said["data"], said["type"]
+    data, name = record["data"], record["type"]
     if name == "ContractViolation" and data is not None:
-        exc = ContractViolation(said["node_id"], data[0], data[1], data[2])
+        exc = ContractViolation(record["node_id"], data[0], data[1], data[2])
     elif name in ("BudgetExceeded", "_Deadline") and data is not None:
         exc = BudgetExceeded(data[0], data[1], data[2], data[3])
     elif name == "TimeoutError":
-        exc = TimeoutError(said["message"])
+        exc = TimeoutError(record["message"])
     else:
-        exc = RemoteFailure(said["message"], name, said.get("full_name"))
+        exc = RemoteFailure(record["message"], name, record.get("full_name"))
     return Failure(
         exc,
-        FailureClass(said["failure_class"]),
-        said["node_id"],
-        said["attempt"],
-        said["message"],
-        said["reason"],
-        said["retry_after"],
+        FailureClass(record["failure_class"]),
+        record["node_id"],
+        record["attempt"],
+        record["message"],
+        record["reason"],
+        record["retry_after"],
     )

@@ -14,7 +14,7 @@ from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from stroma.checkpoint import StoreError
 from stroma.drivers.remote.attempts import Attempts
 from stroma.drivers.remote.plans import MissingNode
-from stroma.drivers.remote.wire import Reply, Request
+from stroma.drivers.remote.wire import ActivityRequest, Reply
 from stroma.drivers.temporal import names
 
 __all__ = ["Activities"]
@@ -49,7 +49,9 @@ class Activities:
             limit = timeout.total_seconds()
             heart = _Heart(self._beat_seconds or limit / 2, limit, str(request.get("run_id")))
         try:
-            reply = await self._attempts.perform(cast("Request", request), redelivered=info.attempt > 1)
+            reply = await self._attempts.perform(
+                cast("ActivityRequest", request), redelivered=info.attempt > 1
+            )
         except (MissingNode, StoreError) as error:
             # Nothing was begun. Another worker of this queue may have the node, while new code is rolled out, say; and a
             # payload store may be there again in a moment.
@@ -63,7 +65,7 @@ class Activities:
         finally:
             if heart is not None:
                 heart.stop()
-        return cast("dict[str, Any]", _told(reply, request))
+        return cast("dict[str, Any]", _reply_when_stopped(reply, request))
 
 
 class _Heart:
@@ -95,7 +97,7 @@ class _Heart:
         self._look()
 
 
-def _told(reply: Reply, request: dict[str, Any]) -> Reply:
+def _reply_when_stopped(reply: Reply, request: dict[str, Any]) -> Reply:
     details = activity.cancellation_details()
     was_requested = details is not None and details.cancel_requested
     if reply.get("cancelled") and not was_requested and not request.get("cancelled"):

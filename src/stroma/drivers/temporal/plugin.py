@@ -23,7 +23,7 @@ from stroma.drivers.temporal import names
 from stroma.drivers.temporal.activity import Activities
 from stroma.drivers.temporal.workflow import StromaRun
 from stroma.engine.config import RunConfig
-from stroma.runner.runner import Pipeline
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["StromaPlugin", "register_search_attributes", "stroma_worker"]
 
@@ -58,7 +58,9 @@ class StromaPlugin(SimplePlugin):
         listed = list(pipelines)
         for pipeline in listed:
             if not isinstance(pipeline, Pipeline):
-                raise TypeError(f"{pipeline!r} is no pipeline; give Pipeline(name, nodes)")
+                raise TypeError(
+                    f"pipelines must be Pipeline objects, got {pipeline!r}; pass Pipeline(name, nodes)"
+                )
         if store is not None and not isinstance(store, JournalStore):
             raise TypeError(f"{store!r} has no journal of runs; use a journal store such as SQLiteStore")
         self.attempts = Attempts(

@@ -55,18 +55,18 @@ class TemporalStream:
                 events = [] if waiting.done() else await self._look(run_id, seen)
                 for event in events:
                     number, seen = number + 1, seen + 1
-                    yield _told(number, event)
+                    yield _stream_event(number, event)
                 delay = _LOOKS[0] if events else min(2 * delay, _LOOKS[1])
             result = waiting.result()
             for event in list(result.trace)[seen:]:
                 number += 1
-                yield _told(number, event)
+                yield _stream_event(number, event)
             yield StreamEvent(number + 1, "run_end", run_id, result=result)
         finally:
             waiting.cancel()
 
 
-def _told(number: int, event: TraceEvent) -> StreamEvent:
+def _stream_event(number: int, event: TraceEvent) -> StreamEvent:
     return StreamEvent(
         number,
         _KINDS[event.outcome],

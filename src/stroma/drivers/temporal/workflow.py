@@ -23,7 +23,7 @@ from temporalio.workflow import ActivityCancellationType, HandlerUnfinishedPolic
 with workflow.unsafe.imports_passed_through():
     from stroma.drivers.remote.interpreter import Interpreter
     from stroma.drivers.remote.state import Continue, next_segment
-    from stroma.drivers.remote.wire import Plan, Reply, Report, Request, fold, unfold
+    from stroma.drivers.remote.wire import ActivityRequest, Plan, Reply, SegmentReport, fold, unfold
     from stroma.drivers.temporal import names
     from stroma.failures.classes import FailureClass
     from stroma.trace.result import RunStatus
@@ -41,11 +41,11 @@ class _Driver:
             maximum_interval=timedelta(seconds=30),
             # Lost workers, and workers that lack the node: what a node raises is no concern of Temporal's.
             maximum_attempts=options["deliveries"],
-            # It was at work all the time that it may take: to pay for that again would mend nothing.
+            # It used all the time that it may take: another attempt would fail in the same way.
             non_retryable_error_types=["TemporalTimeout:StartToClose"],
         )
 
-    async def ask(self, request: Request) -> tuple[Reply, bool]:
+    async def ask(self, request: ActivityRequest) -> tuple[Reply, bool]:
         of_run = request["op"] in ("begin", "end")
         handle = workflow.start_activity(
             names.RUN if of_run else names.NODE,
@@ -90,7 +90,7 @@ class _Driver:
         )
 
 
-def _reply_of(cause: BaseException | None, error: ActivityError, request: Request) -> Reply:
+def _reply_of(cause: BaseException | None, error: ActivityError, request: ActivityRequest) -> Reply:
     """Return the failure that a worker reported; or one that no worker was found or all were lost."""
     if isinstance(cause, ApplicationError) and (cause.type or "").startswith(names.FAILURE) and cause.details:
         return cast("Reply", cause.details[0])
@@ -147,7 +147,7 @@ class StromaRun:
             self._driver = _Driver(self._options)
             self._run = Interpreter(self._plan, unfold(start["state"]), self._driver)
         #: What the last segment came to, while the run waits for a person.
-        self._parked: Report | None = None
+        self._parked: SegmentReport | None = None
         self._go_on = False
 
     @workflow.run
@@ -158,7 +158,7 @@ class StromaRun:
     async def _go(self) -> dict[str, Any]:
         while True:
             try:
-                report = await self._run.go()
+                report = await self._run.run()
             except Continue:
                 workflow.continue_as_new({"plan": self._plan, "state": fold(self._run.state)})
             if report["status"] != RunStatus.SUSPENDED:
@@ -168,7 +168,7 @@ class StromaRun:
             try:
                 await workflow.wait_condition(lambda: self._go_on or self._answered)
             except asyncio.CancelledError:
-                # Nobody is at work on it: there is nothing to be told.
+                # No worker executes it: there is no attempt to cancel.
                 report = {**report, "status": RunStatus.CANCELLED.value, "suspended": []}
                 break
             self._parked = None

@@ -40,7 +40,7 @@ class ExecutionTests:
     # ------------------------------------------------------------------ executions
 
     async def test_a_new_run(self, store: Any) -> None:
-        """A run id that was never used begins execution 1, with nothing in it."""
+        """A new run id starts execution 1, without commits."""
         session = await begin(store)
         assert (session.execution, session.continued, session.finished) == (1, False, None)
         assert (dict(session.restored), session.prior.tokens, session.prior.cost_usd) == ({}, 0, 0.0)
@@ -98,7 +98,7 @@ class ExecutionTests:
         assert [a.attempt for a in store.attempts("run")] == [1, 1]
 
     async def test_a_restart_is_a_new_execution(self, store: Any) -> None:
-        """Opening a run again begins an execution with commits and totals of its own."""
+        """Restarting a run starts an execution with its own commits and totals."""
         first = await begin(store)
         await commit(first, 0, State(n=1), tokens=10, cost=0.5)
         await finish(first)
@@ -110,7 +110,7 @@ class ExecutionTests:
         assert (third.execution, dict(third.restored)) == (2, {})
 
     async def test_discarded_commits_are_gone_and_paid_for(self, store: Any) -> None:
-        """``discard_from`` forgets the outputs from a position on; what they cost stays in the books."""
+        """``discard_from`` discards the outputs from a position on; their cost still counts."""
         session = await begin(store)
         for position in range(4):
             await commit(session, position, State(n=position), tokens=1)
@@ -143,7 +143,7 @@ class ExecutionTests:
         assert len((await begin(store, if_exists="resume")).restored) == 1
 
     async def test_another_input_is_refused(self, store: Any) -> None:
-        """A run is continued with the input it was begun with, or not at all."""
+        """A run is resumed with its first input, or not at all."""
         await finish(await begin(store, state=State(n=1)), "PARTIAL")
         for other in (State(n=2), Other()):
             with pytest.raises(PipelineChanged, match="started with another input"):
@@ -208,7 +208,7 @@ class ExecutionTests:
         assert await read_texts(anew, 1, ["0", "1"]) == {}
 
     async def test_failed_items_and_what_follows_them_are_forgotten_if_asked(self, store: Any) -> None:
-        """retry_failed discards what comes after a map whose items failed, and restores neither it nor those."""
+        """retry_failed discards a map whose items failed and everything after it."""
         session = await begin(store)
         failed = ItemFailure(index=1, node_id="node", failure_class=FailureClass.TERMINAL, message="no")
         await commit(session, 0, State(n=1))
@@ -233,7 +233,7 @@ class ExecutionTests:
         assert last.restored.keys() == {(0, ""), (1, "0"), (1, "1"), (1, "")}
 
     async def test_the_items_of_a_map_are_read(self, store: Any) -> None:
-        """map_items() gives what a map committed of its items, in order, once it is committed itself."""
+        """map_items() returns the committed items of a map, in order, once the map is committed."""
         session = await begin(store)
         for index in (2, 0, 1, 10):
             await commit(session, 0, State(n=index), branch=f"1.{index}")

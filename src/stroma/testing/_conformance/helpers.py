@@ -39,7 +39,7 @@ _STARTS = itertools.count(1_700_000_000_000_000_000, 1_000_000)
 #: Rounds of each race between two clients.
 ROUNDS = 20
 
-#: Ids that are hard to keep apart, to quote or to order.
+#: Ids that are hard to distinguish, to quote or to order.
 HARD_IDS = (
     "a", "a:b", "a:", ":b", "*", "?", "[a]", "/", "..", "a/b", "a\nb", " ", "a ", "'", '"', "%", "_", "\\", "{a}", "}{",
     "é", "e\u0301", "🦜", "\u00a0", "A", "last", "\x7f", "\ufffe", "\U0010ffff", "x" * 3000, "x" * 2999 + "y",

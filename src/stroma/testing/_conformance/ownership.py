@@ -1,4 +1,4 @@
-"""Tests of ownership: leases, fencing, and what two clients do at the same time."""
+"""Tests of ownership: leases, fencing, and concurrent clients."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ __all__ = ["OwnershipTests"]
 
 
 class OwnershipTests:
-    """Tests of ownership: leases, fencing, and what two clients do at the same time."""
+    """Tests of ownership: leases, fencing, and concurrent clients."""
 
     # ------------------------------------------------------------------ one owner
 
     async def test_a_run_has_one_owner(self, store: Any) -> None:
-        """While a run has an owner, others are told who it is, and whether their input is the same."""
+        """RunBusy names the owner of a run, and says if the input is the same."""
         session = await begin(store, state=State(n=1))
         for way in ("restart", "resume", "return", "error"):
             for n in (1, 2):
@@ -63,7 +63,7 @@ class OwnershipTests:
         assert (won[0].execution, store.get_run("run").execution) == (1, 1)
 
     async def test_whoever_is_taken_over_from_can_write_nothing(self, store: Any) -> None:
-        """A stale owner's commits, failures and its end are refused, and leave no trace."""
+        """Commits, failures and the end of a stale owner are rejected and change nothing."""
         stale = await begin(store)
         await commit(stale, 0, State(n=1), tokens=1)
         owner = await begin(store, if_exists="resume", if_running="take_over")
@@ -78,7 +78,7 @@ class OwnershipTests:
         assert restored(await begin(store, if_exists="resume"))[1, ""] == State(n=3)
 
     async def test_a_deleted_run_is_nobodys(self, store: Any) -> None:
-        """Deleting a run fences its owner off, also from a new run of the same id."""
+        """Deleting a run fences its owner, also from a new run of the same id."""
         stale = await begin(store)
         await commit(stale, 0, State(n=1))
         await settled(store.delete("run"))
@@ -93,7 +93,7 @@ class OwnershipTests:
         assert store.get_run("run").nodes == 0
 
     async def test_an_owner_that_gives_up_without_a_word(self, store: Any) -> None:
-        """A session that is abandoned in this process keeps nobody out of the run."""
+        """An abandoned session does not block the run."""
         session = await begin(store)
         await commit(session, 0, State(n=1))
         session.abandon()
@@ -127,7 +127,7 @@ class OwnershipTests:
             await begin(store, if_exists="return", state=State(n=5))
 
     async def test_what_a_run_that_was_waited_for_came_to(self, store: Any) -> None:
-        """A client that attached gets the end of the run; a run that nobody ended it may continue."""
+        """A client that attached gets the end of the run, or may resume a run without an end."""
         session = await begin(store)
         await finish(session, "FAILED", "it broke")
         attached = await begin(store, if_exists="attach")
@@ -139,7 +139,7 @@ class OwnershipTests:
     # ------------------------------------------------------------------ side by side
 
     async def test_runs_side_by_side(self, store: Any) -> None:
-        """Many runs at once keep their commits apart, and lose none."""
+        """Concurrent runs neither mix nor lose commits."""
 
         async def one(i: int) -> None:
             session = await begin(store, f"run {i}", State(n=i))
@@ -173,17 +173,17 @@ class OwnershipTests:
         assert store.get_run("run") is None
 
     async def test_a_run_that_is_taken_up_is_not_collected(self, store: Any) -> None:
-        """Of a gc() and a resume at one moment: the run is gone before it is taken up, or it is whole and stays."""
+        """Of a concurrent gc() and resume one wins: the run is deleted before it is resumed, or it stays complete."""
 
         async def collect() -> None:
-            if hasattr(store, "gc"):  # A store whose runs end with the process collects none.
+            if hasattr(store, "gc"):  # Stores in memory have no gc().
                 await settled(store.gc(keep_for=timedelta(0), unfinished=True))
 
         for i in range(20):
             session = await begin(store, "run", State(n=i))
             await commit(session, 0, State(n=i))
             await finish(session, "INTERRUPTED")
-            await asyncio.sleep(0.002)  # By its clock, that was before now.
+            await asyncio.sleep(0.002)  # earlier, by the clock of the store
             taking = begin(store, "run", State(n=i), if_exists="resume")
             work = (taking, collect()) if i % 2 else (collect(), taking)
             again = (await asyncio.gather(*work))[0 if i % 2 else 1]
@@ -202,7 +202,7 @@ class OwnershipTests:
         assert restored(again) == {(0, str(i)): State(n=i) for i in range(50)}
 
     async def test_a_cancelled_commit_is_all_or_nothing(self, store: Any) -> None:
-        """A commit whose caller was cancelled is kept whole or not at all; sent again it is there once."""
+        """A commit whose caller was cancelled is stored completely or not at all; sent again it is stored once."""
         session = await begin(store)
         schema = schema_of(State)
         for position in range(20):
@@ -223,7 +223,7 @@ class OwnershipTests:
     # ------------------------------------------------------------------ two clients at once
 
     async def test_one_of_two_owners_at_once(self, store: Any, other: Any) -> None:
-        """Of two clients that open a run at the same moment one gets it, and what that one commits is kept."""
+        """Of two clients that open a run at the same moment one gets it, and its commits are stored."""
         for i in range(ROUNDS):
             opening = (begin(store, f"run {i}"), begin(other, f"run {i}"))
             got = await asyncio.gather(*opening, return_exceptions=True)
@@ -235,7 +235,7 @@ class OwnershipTests:
             assert other.get_run(f"run {i}").execution == 1
 
     async def test_one_of_two_answers_at_once(self, store: Any, other: Any) -> None:
-        """Of two answers at the same moment one is accepted, the other refused; the one that was accepted is kept."""
+        """Of two answers at the same moment one is accepted and stored, the other rejected."""
         for i in range(ROUNDS):
             question = await suspend_run(store, f"run {i}")
             answers = (b'{"by":"ada"}', b'{"by":"bob"}')
@@ -250,7 +250,7 @@ class OwnershipTests:
             assert [w.payload for w in store.waiting(f"run {i}")] == accepted
 
     async def test_an_answer_and_a_resume_at_once(self, store: Any, other: Any) -> None:
-        """An answer that is accepted while a run is resumed is there for it, or for the next one."""
+        """An answer accepted while a run is resumed reaches that resume or the next one."""
         for i in range(ROUNDS):
             run_id = f"run {i}"
             question = await suspend_run(store, run_id)
@@ -263,7 +263,7 @@ class OwnershipTests:
             assert store.waiting(run_id) == [answer]
 
     async def test_an_answer_before_the_question_is_asked_again(self, store: Any, other: Any) -> None:
-        """An answer that comes while a resumed run is on its way to its question is not lost when it asks that again."""
+        """An answer that arrives before a resumed run reaches its question again is not lost."""
         question = await suspend_run(store, "run")
         session = await begin(store, if_exists="resume")
         await settled(other.signal("run", question._replace(payload=b"1")))
@@ -271,12 +271,12 @@ class OwnershipTests:
         await finish(session, "SUSPENDED")
         again = await begin(store, if_exists="resume")
         assert again.waiting[1, ""].payload == b"1"
-        # It has seen that one: what it asks now is another question.
+        # That answer was read: this is another question.
         await settled(again.suspend(row(1, "ask"), question._replace(reason="and now?")))
         assert [(w.reason, w.payload) for w in store.waiting("run")] == [("and now?", None)]
 
     async def test_one_of_two_cancels_at_once(self, store: Any, other: Any) -> None:
-        """Of two that cancel an interrupted run at the same moment one does it, the other is told that it has ended."""
+        """Of two concurrent cancels of an interrupted run one succeeds, the other returns that the run has ended."""
         for i in range(ROUNDS):
             await finish(await begin(store, f"run {i}"), "INTERRUPTED")
             work = [settled(client.cancel(f"run {i}")) for client in (store, other)]
@@ -301,7 +301,7 @@ class OwnershipTests:
             assert store.get_run(f"run {i}").status == "COMPLETED"
 
     async def test_one_of_two_forks_at_once(self, store: Any, other: Any) -> None:
-        """Of two forks with one id at the same moment one is made, whole."""
+        """Of two concurrent forks with one id one is created, completely."""
         session = await begin(store)
         for position in range(3):
             await commit(session, position, State(n=position))

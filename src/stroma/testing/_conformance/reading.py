@@ -41,7 +41,7 @@ class ReadingTests:
     # ------------------------------------------------------------------ ids and texts
 
     async def test_any_text_is_an_id(self, store: Any) -> None:
-        """Any text is a run id and a node id, and no two of them meet."""
+        """Any text is a valid run id and node id, and no two of them collide."""
         for i, run_id in enumerate(HARD_IDS):
             session = await begin(store, run_id, State(n=i))
             await commit(session, 0, State(n=i), HARD_IDS[-1 - i])
@@ -90,7 +90,7 @@ class ReadingTests:
     # ------------------------------------------------------------------ reading
 
     async def test_runs_are_listed(self, store: Any) -> None:
-        """list_runs gives the runs begun last first, by pipeline and status, and no more than asked for."""
+        """list_runs returns the newest runs first, by pipeline and status, up to the limit."""
         for i in range(6):
             session = await begin(store, f"run-{i}")
             await asyncio.sleep(0.002)
@@ -157,13 +157,13 @@ class ReadingTests:
         assert third.cause[:5] == ("n3", 0, "", 1, "TERMINAL")
         assert store.get_run("run-1").cause is None
         for wrong in ("", "x", "1", "1.", ".1", "-1.1", "1e3.x", "9" * 99 + ".1", "²."):
-            with pytest.raises(ValueError, match="not where a page ended"):
+            with pytest.raises(ValueError, match="must be the `next` of a page"):
                 store.run_page(after=wrong)
 
     async def test_runs_are_looked_at_some_at_a_time(
         self, store: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A page that looked at a part of the runs may be short or empty, and says where to go on; none is left out."""
+        """A page of a partial scan may be short or empty and has a cursor; no run is skipped."""
         if not hasattr(store, "run_page"):
             pytest.skip("this store lists runs without pages")
         for i in range(11):
@@ -194,7 +194,7 @@ class ReadingTests:
                 assert [matches(query, limit) for query in queries] == known, (look_at, limit)
 
     async def test_tags_belong_to_an_execution(self, store: Any) -> None:
-        """A run that is begun again has the tags it is given then; one that goes on has them beside those it had."""
+        """A restarted run has the new tags; a resumed run has them in addition to its own."""
         if not hasattr(store, "run_page"):
             pytest.skip("this store lists runs without pages")
         await finish(await begin(store, tags=("a", "b", "a")), "PARTIAL")
@@ -228,7 +228,7 @@ class ReadingTests:
         assert (cause.error_type, cause.message, cause.text) == ("ValueError", "why", "ValueError: why")
 
     async def test_history_page_by_page(self, store: Any) -> None:
-        """attempt_page tells what attempts() does, some at a time and without outputs; output_of gives one of these."""
+        """attempt_page returns the rows of attempts() in pages and without outputs; output_of returns one output."""
         if not hasattr(store, "attempt_page"):
             pytest.skip("this store tells history as a whole")
         session = await begin(store)
@@ -248,7 +248,7 @@ class ReadingTests:
                     break
                 assert len(page.attempts) == limit
             assert [a.output for a in listed] == [None] * 15
-            # As they are stored: a codec may make them larger.
+            # Stored size: a codec may enlarge it.
             sizes = [a.output_bytes for a in all_of_them]
             assert [a.output_bytes for a in listed] == sizes
             assert [size is None for size in sizes] == [a.output is None for a in all_of_them]
@@ -268,11 +268,11 @@ class ReadingTests:
         )
         assert store.attempt_page("nobody") == ([], None)
         for wrong in ("", "x", "1:2:3", "a:0:0:0:"):
-            with pytest.raises(ValueError, match="not where a page ended"):
+            with pytest.raises(ValueError, match="must be the `next` of a page"):
                 store.attempt_page("run", after=wrong)
 
     async def test_attempts_are_summed_up(self, store: Any) -> None:
-        """tally() sums the attempts of the runs begun since, by pipeline, node, model and class, and what they wasted."""
+        """tally() sums the attempts of runs started since a time, by pipeline, node, model and class, and their waste."""
         if not hasattr(store, "tally"):
             pytest.skip("this store sums nothing up")
         for name in ("one", "two"):
@@ -291,32 +291,32 @@ class ReadingTests:
         assert store.tally(store.get_run("two").started_ms + 1, 1000) == []
 
     async def test_where_attempts_failed(self, store: Any) -> None:
-        """trouble_of tells where the last failed attempt at a place failed, and forgets it with the execution."""
-        if not hasattr(store, "trouble_of"):
-            pytest.skip("this store keeps no tracebacks")
+        """failure_site_of returns the site of the last failure at a place; it is removed with the execution."""
+        if not hasattr(store, "failure_site_of"):
+            pytest.skip("this store has no tracebacks")
         session = await begin(store)
         for number in (1, 2):
             failed = row(3, "n", branch="1", attempt=number, failure=FailureClass.AMBIGUOUS)
             data = b'[[["flow.py", %d, "work", "raise it"]], [["lib.py", 1, "call", ""]]]' % number
             session.record_failure_site(3, "1", number, failed.started_ns, partial(bytes, data))
             await settled(session.record(failed, None, None))
-        site = store.trouble_of("run", 3, "1")
+        site = store.failure_site_of("run", 3, "1")
         if has_codec(store):
-            assert site is None, "lines of source are not kept beside what a codec hides"
+            assert site is None, "source lines must not be stored beside encrypted payloads"
             return
         assert site is not None
         assert (site.attempt, site.started_ns) == (2, failed.started_ns)
         assert site.own == (("flow.py", 2, "work", "raise it"),)
         assert site.others == (("lib.py", 1, "call", ""),)
-        assert store.trouble_of("run", 3) is store.trouble_of("nobody", 3, "1") is None
+        assert store.failure_site_of("run", 3) is store.failure_site_of("nobody", 3, "1") is None
         await finish(session, "FAILED")
         await begin(store)
-        assert store.trouble_of("run", 3, "1") is None
+        assert store.failure_site_of("run", 3, "1") is None
 
     async def test_what_it_says_of_itself(self, store: Any) -> None:
         """facts() names the system, the formats, and the clock of leases."""
         if not hasattr(store, "facts"):
-            pytest.skip("this store says nothing of itself")
+            pytest.skip("this store has no facts()")
         await begin(store)
         facts = store.facts()
         assert facts.system
@@ -324,7 +324,7 @@ class ReadingTests:
         assert facts.clock_ms is None or abs(facts.clock_ms - time.time() * 1000) < 3_600_000
 
     async def test_runs_are_found_by_their_beginning(self, store: Any) -> None:
-        """find_run gives the ids that begin with a text, newest first; a whole id stands alone; "last" is the newest."""
+        """find_run returns the ids with a prefix, newest first; a complete id matches only itself; "last" is the newest."""
         for run_id in ("ab", "abc", "abd", "b", "a%", "a_", "A", "é"):
             await finish(await begin(store, run_id))
             await asyncio.sleep(0.002)
@@ -336,11 +336,11 @@ class ReadingTests:
         assert (store.find_run("zz"), store.find_run("last")) == ([], ["é"])
 
     async def test_history_is_told_in_order(self, store: Any) -> None:
-        """attempts() tells every attempt with what it used and committed, and the type of its exception; a group before its children."""
+        """attempts() returns every attempt with its usage, output and exception type; a group before its children."""
         session = await begin(store)
         await fail(session, 0, "a", tokens=4, cost=0.25, ms=7, message="no")
         await commit(session, 0, State(n=1), "a", attempt=2)
-        group = row(1, "g", output=("", 3, 0.0, b""))  # It began before its children.
+        group = row(1, "g", output=("", 3, 0.0, b""))  # a group starts before its children
         await commit(session, 1, State(n=2), "b", branch="0")
         await settled(session.record(group, schema_of(State), State(n=3)))
         listed = store.attempts("run")
@@ -359,7 +359,7 @@ class ReadingTests:
         assert outputs == [None, State(n=1), State(n=3), State(n=2)]
 
     async def test_the_input_is_kept(self, store: Any) -> None:
-        """input_of gives the input of the last execution; a run that is not there is CheckpointNotFound."""
+        """input_of returns the input of the last execution, or raises CheckpointNotFound for an unknown run."""
         await finish(await begin(store, state=State(n=1)))
         await finish(await begin(store, state=State(text="é")))
         assert schema_of(State).decode(store.input_of("run")) == State(text="é")
@@ -381,7 +381,7 @@ class ReadingTests:
         assert await settled(store.load("run", "a")) is None
 
     async def test_committed_outputs_are_loaded_by_node(self, store: Any) -> None:
-        """load() gives the newest of what a node committed in the last execution and what was saved."""
+        """load() returns the newest of the commits of the last execution and the saved states."""
         session = await begin(store)
         await commit(session, 0, State(n=1), "a")
         await commit(session, 1, State(n=2), "a")

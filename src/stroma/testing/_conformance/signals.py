@@ -36,7 +36,7 @@ class SignalTests:
     """Tests of signals: questions and answers, cancellation, forks, undelivered end hooks."""
 
     async def test_what_nodes_wait_for(self, store: Any) -> None:
-        """A question is kept with its attempt, an answer with its question; both belong to the execution."""
+        """A question is stored with its attempt, an answer with its question; both belong to the execution."""
         session = await begin(store)
         question = Waiting(1, "0.2", "ask é", "may I?", "module:Model")
         await commit(session, 0, State(n=1))
@@ -46,7 +46,7 @@ class SignalTests:
         assert [a.tokens for a in store.attempts("run")] == [0, 3]
         with pytest.raises(StoreError, match="no longer waiting for an answer"):
             await settled(store.signal("run", question._replace(position=0, payload=b"1")))
-        for _ in range(2):  # The same answer once more is no other one.
+        for _ in range(2):  # repeating an answer changes nothing
             await settled(store.signal("run", question._replace(payload=b'{"yes":"\xc3\xa9"}')))
         with pytest.raises(StoreError, match="no longer waiting for an answer"):
             await settled(store.signal("run", question._replace(payload=b'{"yes":"no"}')))
@@ -67,7 +67,7 @@ class SignalTests:
         assert store.waiting("run") == []
 
     async def test_a_stale_owner_asks_nothing(self, store: Any) -> None:
-        """A question of somebody who was taken over from is refused."""
+        """A question of a stale owner is rejected."""
         stale = await begin(store)
         await begin(store, if_running="take_over")
         with pytest.raises(Fenced):
@@ -108,7 +108,7 @@ class SignalTests:
             ]
             assert [(usage.tokens, usage.cost_usd) for usage in usages] == [(3, 0.0), (5, 0.25), (0, 0.0)]
             again.delivered(due[1])
-            await commit(again, 3, State())  # Posted operations are done in order.
+            await commit(again, 3, State())  # operations are executed in order
             again.abandon()
             third = await begin(store, if_exists="resume", deliver=True)
             assert [r.position for r in third.undelivered] == [0, 2, 3]
@@ -120,7 +120,7 @@ class SignalTests:
         )
 
     async def test_a_held_run_is_asked_to_end(self, store: Any) -> None:
-        """cancel() reaches whoever holds the run, once; the next owner is not told."""
+        """cancel() reaches the owner of the run, once; the next owner does not see it."""
         session = await begin(store)
         question = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -135,7 +135,7 @@ class SignalTests:
         assert calls == []
 
     async def test_a_failure_that_a_retry_has_fixed(self, store: Any) -> None:
-        """While a run runs or waits, its cause is no failure that a later attempt at its place has fixed."""
+        """While a run is running or suspended, a failure that a later attempt has fixed is not its cause."""
         session = await begin(store)
         await fail(session, 0, message="first")
         assert store.get_run("run").cause.message == "first"
@@ -169,13 +169,13 @@ class SignalTests:
             assert restored(again) == {(0, ""): State(n=1)}
             with pytest.raises(Fenced):
                 await commit(session, 1, State())
-            # It was cancelled once: who then asks for more gets it.
+            # It was cancelled once: later requests succeed.
             more = await begin(store, run_id, if_exists="resume")
             assert (more.finished, more.continued) == (None, True)
             more.abandon()
 
     async def test_a_cancel_of_an_execution_is_none_of_the_next(self, store: Any) -> None:
-        """A cancel() that came too late, or concerned an execution that is begun anew, ends nothing later."""
+        """A cancel() of an ended or restarted execution does not affect the next one."""
         session = await begin(store)
         assert await settled(store.cancel("run")) is True
         await finish(session, "COMPLETED")
@@ -189,7 +189,7 @@ class SignalTests:
         assert (await begin(store, if_exists="resume")).finished is None
 
     async def test_a_run_that_nobody_holds_is_cancelled(self, store: Any) -> None:
-        """cancel() marks a run that was interrupted, leaves one that has ended, and knows no other."""
+        """cancel() marks an interrupted run, does nothing to an ended one, and raises for an unknown one."""
         with pytest.raises(CheckpointNotFound):
             await settled(store.cancel("run"))
         await finish(await begin(store), "INTERRUPTED")
@@ -201,7 +201,7 @@ class SignalTests:
         assert store.get_run("run").status == "COMPLETED"
 
     async def test_forks(self, store: Any) -> None:
-        """A fork has what its parent committed before a position, at no cost, and leaves the parent as it is."""
+        """A fork has the commits of its parent before a position, at no cost, and does not change the parent."""
         session = await begin(store, state=State(n=-1))
         for position in range(4):
             await commit(session, position, State(n=position), f"n{position}", tokens=5)

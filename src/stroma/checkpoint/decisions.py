@@ -1,0 +1,83 @@
+"""Decisions that all journal stores take alike: what to do with an existing run, and with an answer to a question."""
+
+from __future__ import annotations
+
+from typing import Final, Literal, NamedTuple
+
+from stroma.checkpoint.errors import PipelineChanged, RunBusy, RunExists, StoreError
+from stroma.checkpoint.protocols import RunRequest, Waiting
+
+__all__ = ["COMPLETE", "ENDED", "LastExecution", "decide", "is_answered_meanwhile", "not_waiting"]
+
+#: Statuses of completed executions, and of those that cancel() cannot change any more.
+COMPLETE: Final = ("COMPLETED", "RESUMED")
+ENDED: Final = (*COMPLETE, "FAILED", "CANCELLED")
+
+
+class LastExecution(NamedTuple):
+    """The last execution of a run. ``holder``: description of the process that is running it; None if there is none."""
+
+    execution: int
+    status: str
+    holder: str | None = None
+    left_seconds: float = 0.0
+
+
+def decide(
+    request: RunRequest, last: LastExecution | None, same_input: bool
+) -> Literal["begin", "continue", "return"]:
+    """Return what to do with the last execution. Raises RunBusy, RunExists, PipelineChanged."""
+    if last is None:
+        return "begin"
+    if last.holder is not None and request.if_running != "take_over":
+        what = "" if same_input else " with another input"
+        error = RunBusy(
+            f"run {request.run_id!r} is already running{what} in {last.holder} (lease expires in "
+            f'{max(last.left_seconds, 0.0):.1f} s); pass if_running="attach" to wait for its result, or use another run id'
+        )
+        error.holder, error.left_seconds, error.same_input = last.holder, last.left_seconds, same_input
+        raise error
+    if request.only_unfinished and last.status not in ("RUNNING", "INTERRUPTED"):
+        raise RunExists(
+            f"run {request.run_id!r} has nothing to recover, its status is {last.status}; start or resume it instead"
+        )
+    if request.if_exists == "error":
+        raise RunExists(
+            f"run {request.run_id!r} already exists (execution {last.execution}, {last.status}); use another run id, or pass "
+            'if_exists="resume", "return" or "restart"'
+        )
+    if request.if_exists == "restart":
+        return "begin"
+    if request.discard_from is None and not same_input:
+        raise PipelineChanged(
+            f"run {request.run_id!r} was started with another input (or {request.schema.model.__name__} has changed); "
+            "pass the same input, or use another run id"
+        )
+    finished = last.status in COMPLETE
+    if request.if_exists == "attach":  # An owner that died is continued.
+        finished = last.status != "RUNNING"
+    return "return" if finished and request.if_exists in ("return", "attach") else "continue"
+
+
+def is_answered_meanwhile(stored: Waiting | None, loaded: Waiting | None, question: Waiting) -> bool:
+    """Return True if a question that a session stores has an answer in the store that the session has not loaded.
+
+    Such an answer was acknowledged while the session was running, and stays. An answer that the session has loaded was
+    used or did not fit: then the question is a new one.
+    """
+    return (
+        stored is not None
+        and stored.payload is not None
+        and (stored.node_id, stored.schema_ref) == (question.node_id, question.schema_ref)
+        and (loaded is None or loaded.payload is None)
+    )
+
+
+def not_waiting(run_id: str, waiting: Waiting) -> StoreError:
+    """Return the error for an answer that nothing waits for."""
+    error = StoreError(
+        f"node {waiting.node_id!r} of run {run_id!r} is no longer waiting for an answer: it was already answered, or the run "
+        "was restarted; check its status, then resume it"
+    )
+    error.transient = False
+    return error

@@ -1,0 +1,29 @@
+"""History of runs in a store, for the command line and the web interface.
+
+Everything is read through the public reading functions of a journal store. No user code is imported or called for it.
+"""
+
+from stroma.checkpoint.history.attempts import bar_of, in_order, place_of, sum_waste
+from stroma.checkpoint.history.comparison import Change, NodeDiff, changes, compare
+from stroma.checkpoint.history.payload import Payload
+from stroma.checkpoint.history.reader import FAILED, FINISHED, History, Inputs, is_interrupted, status_of
+from stroma.trace.redaction import Redact
+
+__all__ = [
+    "FAILED",
+    "FINISHED",
+    "Change",
+    "History",
+    "Inputs",
+    "NodeDiff",
+    "Payload",
+    "Redact",
+    "bar_of",
+    "changes",
+    "compare",
+    "in_order",
+    "is_interrupted",
+    "place_of",
+    "status_of",
+    "sum_waste",
+]

@@ -1,0 +1,32 @@
+"""States of a store as plain data."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from stroma.contracts.schema import Schema
+from stroma.trace.plain import jsonable
+
+__all__ = ["Payload", "decode_payload", "too_large"]
+
+
+class Payload(NamedTuple):
+    """A state as plain JSON data, or the reason why there is none."""
+
+    value: Any
+    problem: str | None = None
+
+
+def decode_payload(data: bytes, max_bytes: int | None) -> Payload:
+    """Return a state in stored form as plain data, without its content above ``max_bytes``."""
+    if max_bytes is not None and len(data) > max_bytes:
+        return too_large(len(data))
+    try:
+        return Payload(jsonable(Schema.decode_raw(data)))
+    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+        return Payload(None, f"it cannot be read back: {type(error).__name__}: {error}")
+
+
+def too_large(size: int) -> Payload:
+    """Return the payload for a state that is too large to show."""
+    return Payload(None, f"it has {size:,} bytes, too large to show here")

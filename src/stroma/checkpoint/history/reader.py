@@ -1,0 +1,310 @@
+"""Reading the runs of one store, redacted."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from stroma.checkpoint.durable.states import AsyncStates
+from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
+from stroma.checkpoint.history.attempts import bar_of, in_order
+from stroma.checkpoint.history.payload import Payload, decode_payload, too_large
+from stroma.checkpoint.history.redaction import MessageRedaction, redact_value
+from stroma.checkpoint.protocols import Waiting
+from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
+from stroma.trace.redaction import Redact
+from stroma.trace.story import StopCause, Story
+
+__all__ = ["FAILED", "FINISHED", "History", "Inputs", "is_interrupted", "status_of"]
+
+#: Statuses of runs that failed, and of runs that completed.
+FAILED: Final = ("FAILED", "PARTIAL")
+FINISHED: Final = ("COMPLETED", "RESUMED")
+
+_MAX_STATE_BYTES: Final = 1_000_000  # of one state in a drawing
+_MAX_STATES_BYTES: Final = 20_000_000  # of all states in a drawing of a run
+_ATTEMPT_PAGE_SIZE: Final = 5000
+_NOT_COMMITTED: Final = "nothing is committed here"
+
+#: The id of a map, with the name of the field that holds its items.
+_MAP: Final = re.compile(r"map_over\((.+?), ")
+
+
+def is_interrupted(record: RunRecord) -> bool:
+    """Return True if a run is recorded as running, but has lost its owner."""
+    return record.status == "RUNNING" and record.holder is None
+
+
+def status_of(record: RunRecord) -> str:
+    """Return the status of a run to show: INTERRUPTED instead of RUNNING if it has lost its owner."""
+    return "INTERRUPTED" if is_interrupted(record) else record.status
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Reads one store. Every method raises StoreError.
+
+    Attributes:
+        redact: see RunConfig; applied to every state and message that is returned.
+    """
+
+    store: AsyncStates
+    redact: Redact | None = None
+
+    # ------------------------------------------------------------------ runs
+
+    def run(self, run_id: str) -> RunRecord | None:
+        """Return the last execution of a run, or None. Raises ValueError for an illegal id."""
+        record = self.store.get_run(run_id)
+        return None if record is None else self.redact_run(record)
+
+    def page(self, query: RunQuery, limit: int, after: str | None = None) -> RunPage:
+        """Return a page of the runs that match a query; see run_page(). Statuses are those of :func:`status_of`.
+
+        Raises ValueError if ``after`` is not from a page.
+        """
+        statuses = query.statuses
+        if "INTERRUPTED" in statuses:
+            query = replace(query, statuses=(*statuses, "RUNNING"))
+        page = self.store.run_page(query, limit=limit, after=after)
+        runs = [self.redact_run(one) for one in page.runs if not statuses or status_of(one) in statuses]
+        if self.redact is not None and query.text is not None:
+            # Search redacted text only: otherwise hidden values could be guessed by searching for them.
+            part = query.text.lower()
+            runs = [
+                one
+                for one in runs
+                if any(part in text.lower() for text in (one.run_id, one.pipeline, one.error or ""))
+            ]
+        return RunPage(runs, page.next)
+
+    def runs(self, query: RunQuery, limit: int) -> list[RunRecord]:
+        """Return at most ``limit`` runs that match a query, the newest first."""
+        runs: list[RunRecord] = []
+        after = None
+        while len(runs) < limit:
+            page = self.page(query, limit - len(runs), after)
+            runs += page.runs
+            after = page.next
+            if after is None:
+                break
+        return runs
+
+    def waiting(self, run_id: str) -> list[Waiting]:
+        """Return the approvals that nodes of the last execution wait for, or waited for; [] if unknown."""
+        redaction = self._redaction_of(run_id)
+        return [
+            one._replace(reason=redaction.message(one.reason, one.position, one.branch) or "")
+            for one in self.store.waiting(run_id)
+        ]
+
+    # ------------------------------------------------------------------ attempts
+
+    def attempt_page(self, run_id: str, limit: int, after: str | None = None) -> AttemptPage:
+        """Return a page of the attempts of the last execution; see the method of the store."""
+        page = self.store.attempt_page(run_id, limit=limit, after=after)
+        return AttemptPage(self.redact_attempts(run_id, page.attempts), page.next)
+
+    def attempts(self, run_id: str, limit: int) -> tuple[list[AttemptRecord], bool]:
+        """Return the first attempts of the last execution, without outputs, and True if there are more."""
+        attempts: list[AttemptRecord] = []
+        after = None
+        while len(attempts) < limit:
+            page = self.attempt_page(run_id, min(limit - len(attempts), _ATTEMPT_PAGE_SIZE), after)
+            attempts += page.attempts
+            after = page.next
+            if after is None:
+                break
+        return in_order(attempts), after is not None
+
+    def attempts_at(self, run_id: str, position: int, branch: str = "") -> list[AttemptRecord]:
+        """Return each attempt of the last execution at one place, without outputs; [] if unknown."""
+        return self.redact_attempts(run_id, self.store.attempts_at(run_id, position, branch))
+
+    # ------------------------------------------------------------------ redaction
+
+    def redact_run(self, record: RunRecord) -> RunRecord:
+        """Return a run with redacted messages."""
+        if self.redact is None or (record.error is None and record.cause is None):
+            return record
+        redaction, cause = self._redaction_of(record.run_id), record.cause
+        at = (0, "") if cause is None else (cause.position, cause.branch)
+        if cause is not None:
+            cause = cause._replace(
+                message=redaction.message(cause.message, *at), reason=redaction.code(cause.reason, *at)
+            )
+        return replace(record, error=redaction.message(record.error, *at), cause=cause)
+
+    def redact_attempts(self, run_id: str, attempts: list[AttemptRecord]) -> list[AttemptRecord]:
+        """Return attempts of one run with redacted messages."""
+        if self.redact is None:
+            return attempts
+        redaction = self._redaction_of(run_id)
+        return [
+            one
+            if one.message is None and one.reason is None
+            else replace(
+                one,
+                message=redaction.message(one.message, one.position, one.branch),
+                reason=redaction.code(one.reason, one.position, one.branch),
+            )
+            for one in attempts
+        ]
+
+    def redact_state(self, value: Any) -> Any:
+        """Return a redacted state; a note in its place if ``redact`` raises."""
+        return redact_value(self.redact, value)
+
+    def _redaction_of(self, run_id: str) -> MessageRedaction:
+        return MessageRedaction(self.store, self.redact, run_id)
+
+    # ------------------------------------------------------------------ states
+
+    def output_at(
+        self, run_id: str, position: int, branch: str = "", *, max_bytes: int | None = None
+    ) -> Payload:
+        """Return the committed output at a place, without its content above ``max_bytes``."""
+        try:
+            data = self.store.output_of(run_id, position, branch)
+        except CorruptCheckpoint as error:
+            return Payload(None, str(error))
+        return Payload(None, _NOT_COMMITTED) if data is None else self._decode(data, max_bytes)
+
+    def input_at(self, run_id: str, position: int, *, max_bytes: int | None = None) -> Payload:
+        """Return the input of a position: the output before it, or the input of the run."""
+        if position:
+            before = self.output_at(run_id, position - 1, max_bytes=max_bytes)
+            if before.problem == _NOT_COMMITTED:
+                return Payload(None, "the output before it is no longer in the store")
+            return before
+        try:
+            return self._decode(self.store.input_of(run_id), max_bytes)
+        except (CorruptCheckpoint, CheckpointNotFound) as error:
+            return Payload(None, str(error))
+
+    def input_of(self, run_id: str, attempt: AttemptRecord, *, max_bytes: int | None = None) -> Payload:
+        """Return the input of an attempt. Use :class:`Inputs` for many attempts of one run."""
+        return Inputs(self, run_id).of(attempt, max_bytes)
+
+    def output_of(self, attempt: AttemptRecord) -> Payload:
+        """Return the output that an attempt was read with."""
+        if attempt.damaged:
+            return Payload(None, "the output is damaged")
+        return (
+            Payload(None, "it committed nothing") if attempt.output is None else self._decode(attempt.output)
+        )
+
+    def _decode(self, data: bytes, max_bytes: int | None = None) -> Payload:
+        payload = decode_payload(data, max_bytes)
+        return payload if payload.problem is not None else Payload(self.redact_state(payload.value))
+
+    # ------------------------------------------------------------------ drawing
+
+    def story(
+        self,
+        record: RunRecord,
+        *,
+        max_attempts: int = 5000,
+        states: bool = True,
+        resume_command: str = "",
+        facts: Sequence[tuple[str, str]] = (),
+    ) -> Story:
+        """Return what a drawing of a run shows.
+
+        ``states``: include the input and output of each attempt, except large ones.
+        """
+        attempts, has_more = self.attempts(record.run_id, max_attempts)
+        inputs = Inputs(self, record.run_id, attempts)
+        first = min((attempt.started_ns for attempt in attempts), default=0)
+        bars = []
+        free_bytes = _MAX_STATES_BYTES
+        for attempt in attempts:
+            input_value = output_value = None
+            if states:
+                payload = inputs.of(attempt, _MAX_STATE_BYTES)
+                input_value = payload.value if payload.problem is None else {"omitted": payload.problem}
+                size = attempt.output_bytes
+                if size is not None and size <= min(_MAX_STATE_BYTES, free_bytes):
+                    free_bytes -= size
+                    output_value = self.output_at(record.run_id, attempt.position, attempt.branch).value
+                elif size is not None:
+                    output_value = {"omitted": f"{size:,} bytes"}
+            bars.append(bar_of(attempt, first, input_value, output_value))
+        seconds = max(0, record.updated_ms - record.started_ms) / 1000
+        return Story(
+            record.run_id, record.pipeline, status_of(record), bars, record.tokens, record.cost_usd, record.started_ms,
+            seconds, _cause_box(record, resume_command), facts, 1 if has_more else 0,
+        )  # fmt: skip
+
+
+def _cause_box(record: RunRecord, resume_command: str) -> StopCause | None:
+    """Return the box of the cause that stopped a run; None if it completed."""
+    cause = record.cause
+    if cause is None or record.status in FINISHED:
+        return None
+    at = f"{cause.position}.{cause.branch}" if cause.branch else str(cause.position)
+    message = cause.text or record.error or ""
+    return StopCause(
+        cause.node_id, at, cause.attempt, cause.failure_class, message, cause.reason, resume_command
+    )
+
+
+class Inputs:
+    """The inputs of a run's attempts, as far as the store has them; each is read once.
+
+    A child of a group has the input of its group, an item of a map that item of it.
+
+    Args:
+        attempts: attempts whose groups need not be looked up.
+    """
+
+    def __init__(self, history: History, run_id: str, attempts: Iterable[AttemptRecord] = ()) -> None:
+        self._history = history
+        self._run_id = run_id
+        #: The id of the group around each place with a known attempt.
+        self._groups = {(one.position, one.branch): one.group_id for one in attempts}
+        self._payloads: dict[tuple[int, str], Payload] = {}
+
+    def of(self, attempt: AttemptRecord, max_bytes: int | None = None) -> Payload:
+        """Return the input of an attempt, without its content above ``max_bytes``."""
+        self._groups[attempt.position, attempt.branch] = attempt.group_id
+        payload = self._at(attempt.position, attempt.branch)
+        if max_bytes is None or payload.problem is not None:
+            return payload
+        size = len(json.dumps(payload.value))
+        return payload if size <= max_bytes else too_large(size)
+
+    def _at(self, position: int, branch: str) -> Payload:
+        place = position, branch
+        if place not in self._payloads:
+            self._payloads[place] = self._read(position, branch)
+        return self._payloads[place]
+
+    def _read(self, position: int, branch: str) -> Payload:
+        if not branch:
+            return self._history.input_at(self._run_id, position, max_bytes=_MAX_STATES_BYTES)
+        outer, _, index = branch.rpartition(".")
+        group = self._group_around(position, branch)
+        if group is None:
+            return Payload(
+                None,
+                "the group around it has not ended, so its part of the group's input is not recorded yet",
+            )
+        group_input = self._at(position, outer)
+        match = _MAP.match(group)
+        if match is None or group_input.problem is not None:
+            return group_input
+        items = group_input.value.get(match[1]) if isinstance(group_input.value, dict) else None
+        if not isinstance(items, list) or not index.isdecimal() or int(index) >= len(items):
+            return Payload(None, f"it is an item of {match[1]}, which is not in the state")
+        return Payload(items[int(index)])
+
+    def _group_around(self, position: int, branch: str) -> str | None:
+        place = position, branch
+        if place not in self._groups:
+            attempts = self._history.store.attempts_at(self._run_id, position, branch)
+            self._groups[place] = attempts[-1].group_id if attempts else None
+        return self._groups[place]

@@ -1,0 +1,82 @@
+"""Redaction of the messages of a run that is read from a store."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from stroma.checkpoint.durable.states import AsyncStates
+from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
+from stroma.checkpoint.history.payload import decode_payload
+from stroma.trace.plain import jsonable
+from stroma.trace.redaction import HIDDEN, Redact, hidden_values, hide_state, hide_words, without
+
+__all__ = ["MessageRedaction", "redact_value"]
+
+_MAX_STATE_BYTES: Final = 1_000_000
+_NO_VALUES: Final[frozenset[str]] = frozenset()
+
+#: The place of a state: (position, branch) of an output; None for the input of the run.
+_Place = tuple[int, str] | None
+
+
+def redact_value(redact: Redact | None, value: Any) -> Any:
+    """Return a redacted state; a note in its place if ``redact`` raises."""
+    return value if redact is None else jsonable(hide_state(redact, value))
+
+
+class MessageRedaction:
+    """Removes from the messages of one run what ``redact`` removes from the states around them.
+
+    These are the input of the run, and the outputs of the place, of its group, and of the position before. If one of them
+    cannot be read, it is unknown what is hidden in it, and no message is shown.
+    """
+
+    def __init__(self, store: AsyncStates, redact: Redact | None, run_id: str) -> None:
+        self._store = store
+        self._redact = redact
+        self._run_id = run_id
+        self._hidden: dict[_Place, frozenset[str] | None] = {}
+
+    def message(self, text: str | None, position: int, branch: str) -> str | None:
+        """Return a redacted message of an attempt at a place."""
+        if self._redact is None or not text:
+            return text
+        hidden = self._hidden_around(position, branch)
+        return HIDDEN if hidden is None else hide_words(self._redact, text, hidden)
+
+    def code(self, text: str | None, position: int, branch: str) -> str | None:
+        """Return a redacted code, such as a reason: parts that are not hidden stay as they are."""
+        hidden = self._hidden_around(position, branch) if text and self._redact is not None else _NO_VALUES
+        return HIDDEN if hidden is None else text and without(text, hidden)
+
+    def _hidden_around(self, position: int, branch: str) -> frozenset[str] | None:
+        """Return the values to hide in messages of a place; None if unknown."""
+        hidden = _NO_VALUES
+        for place in dict.fromkeys((None, (position - 1, ""), (position, ""), (position, branch))):
+            if place not in self._hidden:
+                self._hidden[place] = self._hidden_in(place)
+            values = self._hidden[place]
+            if values is None:
+                return None
+            hidden |= values
+        return hidden
+
+    def _hidden_in(self, place: _Place) -> frozenset[str] | None:
+        """Return the values that redaction removes from a state; None if unknown."""
+        if place is not None and place[0] < 0:
+            return _NO_VALUES
+        try:
+            if place is None:
+                data: bytes | None = self._store.input_of(self._run_id)
+            else:
+                data = self._store.output_of(self._run_id, *place)
+        except CheckpointNotFound:
+            return _NO_VALUES  # The run was deleted meanwhile.
+        except CorruptCheckpoint:
+            return None
+        if data is None:
+            return _NO_VALUES
+        state = decode_payload(data, _MAX_STATE_BYTES)
+        if state.problem is not None:
+            return None
+        return hidden_values([(state.value, redact_value(self._redact, state.value))])

@@ -1,0 +1,167 @@
+"""SQL statements of the Postgres store."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Leases and times use the server's clock, which is the same for all processes.
+NOW_MS: Final = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
+_LEASE_END: Final = "clock_timestamp() + make_interval(secs => %s)"
+RUN_COLUMNS: Final = """r.run, r.run_id, r.pipeline, r.execution, r.status, r.error, r.started_ms, r.updated_ms, r.tokens,
+    r.cost_pico, r.latency_ns, r.lease_owner, r.lease_epoch,
+    coalesce(extract(epoch FROM r.lease_until - clock_timestamp())::float8, -1.0),
+    (SELECT count(*) FROM steps s WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0
+    AND s.branch_key = ''), r.attempt_count, r.commit_count"""
+FIND: Final = f"SELECT {RUN_COLUMNS} FROM runs r WHERE run_key = %s"
+# Two sessions that open a new run wait for the same row: the second one waits for the first, then sees its changes.
+LOCK: Final = f"""INSERT INTO runs AS r (run_key, run_id, pipeline, execution, status, started_ms, updated_ms, tokens,
+    cost_pico, latency_ns, lease_epoch, attempt_count, commit_count)
+    VALUES (%s, %s, '', 0, 'RUNNING', {NOW_MS}, {NOW_MS}, 0, 0, 0, 0, 0, 0)
+    ON CONFLICT (run_key) DO UPDATE SET run_key = excluded.run_key RETURNING {RUN_COLUMNS}, r.run = lastval()"""
+NEW_INPUT: Final = "INSERT INTO inputs (run, execution, contract, input, sha256) VALUES (%s, %s, %s, %s, %s)"
+INPUT: Final = "SELECT contract, input, sha256 FROM inputs WHERE run = %s AND execution = %s"
+_CLAIM: Final = f"""status = 'RUNNING', error = NULL, updated_ms = {NOW_MS}, lease_owner = %s, lease_until = {_LEASE_END},
+    lease_epoch = lease_epoch + 1 WHERE run = %s RETURNING lease_epoch, attempt_count"""
+TAKE_OVER: Final = f"UPDATE runs SET {_CLAIM}"
+BEGIN: Final = f"""UPDATE runs SET execution = %s, pipeline = %s, started_ms = {NOW_MS}, tokens = 0, cost_pico = 0,
+    latency_ns = 0, attempt_count = 0, commit_count = 0, {_CLAIM}"""
+DISCARD: Final = "DELETE FROM steps WHERE run = %s AND execution = %s AND position >= %s"
+COUNT_DISCARDED: Final = "UPDATE runs SET commit_count = commit_count - %s WHERE run = %s"
+ROW_COUNTS: Final = """SELECT EXISTS (SELECT FROM inputs WHERE run = %(run)s AND execution = %(execution)s),
+    (SELECT count(*) FROM attempts WHERE run = %(run)s AND execution = %(execution)s),
+    (SELECT count(*) FROM steps WHERE run = %(run)s AND execution = %(execution)s AND position >= 0)"""
+_STEP_COLUMNS: Final = (
+    "s.position, s.branch, s.node_id, s.contract, s.schema_ref, s.output, s.sha256, s.number, s.input_key"
+)
+STEPS: Final = f"SELECT {_STEP_COLUMNS} FROM steps s WHERE run = %s AND execution = %s AND position >= 0"
+NOT_LAZILY_LOADED: Final = " AND NOT (position = %s AND branch <> '' AND starts_with(branch, %s))"
+STEPS_AT: Final = f"{STEPS} AND position = %s AND branch_key = ANY(%s)"
+NEWEST_OUTPUT: Final = f"""SELECT {_STEP_COLUMNS}
+    FROM runs r JOIN steps s ON s.run = r.run AND (s.execution = r.execution OR s.position = %s)
+    WHERE r.run_key = %s AND s.node_id = %s ORDER BY s.id DESC LIMIT 1"""
+_NEW_STEP_COLUMNS: Final = """(run, execution, position, branch_key, branch, node_id, epoch, attempt, started_ns, contract,
+    schema_ref, output, sha256, number, input_key)"""
+_REPLACE_STEP: Final = """ON CONFLICT (run, execution, position, branch_key) DO UPDATE SET id = excluded.id,
+    branch = excluded.branch, node_id = excluded.node_id, epoch = excluded.epoch, attempt = excluded.attempt,
+    started_ns = excluded.started_ns, contract = excluded.contract, schema_ref = excluded.schema_ref,
+    output = excluded.output, sha256 = excluded.sha256, number = excluded.number, input_key = excluded.input_key"""
+ANNOTATE: Final = f"""INSERT INTO steps {_NEW_STEP_COLUMNS}
+    VALUES (%s, 0, %s, %s, %s, %s, 0, 0, 0, %s, %s, %s, %s, %s, %s) {_REPLACE_STEP}"""
+ANNOTATIONS: Final = (
+    f"SELECT {_STEP_COLUMNS} FROM steps s WHERE run = %s AND execution = 0 AND position = %s "
+    "AND (%s::bytea IS NULL OR branch_key = %s) ORDER BY branch"
+)
+DELETE_ANNOTATIONS: Final = """DELETE FROM steps WHERE run = %s AND execution = 0 AND position = %s
+    AND (%s::bytea IS NULL OR branch_key = %s)"""
+CANCEL_REQUESTS: Final = "SELECT run FROM steps WHERE run = ANY(%s) AND execution = 0 AND position = %s"
+# The fence: rows change only while this session is the last one that opened the run, and the run counts all attempts
+# that were acknowledged to it.
+_FENCE: Final = """WHERE run = %(run)s AND lease_epoch = %(epoch)s AND lease_owner = %(owner)s
+    AND attempt_count >= %(acknowledged)s"""
+# A commit is one statement. It locks the run and checks the fence (the run may be taken over while this waits for the
+# lock), adds the attempt, and only with a new attempt its usage and output. An output that replaces another one does not
+# count as a commit.
+_ATTEMPT_KEY: Final = (
+    "%(run)s, %(execution)s, %(epoch)s, %(position)s, %(started_ns)s, %(branch_key)s, %(attempt)s"
+)
+_RECORD_ATTEMPT: Final = f"""WITH owned AS (SELECT run FROM runs {_FENCE} FOR UPDATE),
+    added AS (INSERT INTO attempts (run, execution, epoch, position, started_ns, branch_key, attempt, branch, node_id,
+    duration_ns, outcome, failure_class, message, reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity, error_type)
+    SELECT {_ATTEMPT_KEY}, %(branch)s, %(node_id)s, %(duration_ns)s, %(outcome)s, %(failure_class)s::text,
+    %(message)s::text, %(reason)s::text, %(tokens)s, %(output_tokens)s, %(cost_pico)s, %(model)s::text,
+    %(function_ns)s, %(group_id)s::text, %(identity)s::text, %(error_type)s::text FROM owned
+    ON CONFLICT DO NOTHING RETURNING run),
+    counted AS (UPDATE runs SET updated_ms = {NOW_MS},
+    lease_until = clock_timestamp() + make_interval(secs => %(lease_seconds)s), tokens = tokens + %(tokens)s,
+    cost_pico = cost_pico + %(cost_pico)s, latency_ns = latency_ns + %(latency_ns)s,
+    attempt_count = attempt_count + 1, commit_count = commit_count + %(commits)s * (SELECT count(*) FROM added WHERE
+    NOT EXISTS (SELECT FROM steps WHERE (run, execution, position, branch_key)
+    = (%(run)s, %(execution)s, %(position)s, %(branch_key)s)))
+    WHERE run = (SELECT run FROM added) RETURNING attempt_count)"""
+_RECORD_OUTPUT: Final = f""", output AS (INSERT INTO steps {_NEW_STEP_COLUMNS}
+    SELECT run, %(execution)s, %(position)s, %(branch_key)s, %(branch)s, %(node_id)s, %(epoch)s, %(attempt)s,
+    %(started_ns)s, %(contract)s, %(schema_ref)s, %(output)s::bytea, %(sha256)s::bytea, %(number)s::bigint,
+    %(input_key)s::bytea FROM added {_REPLACE_STEP})"""
+# True if the attempt is recorded, also before the run was taken over; and the number of attempts.
+_RESULT: Final = f"""SELECT EXISTS (SELECT FROM owned) OR EXISTS (SELECT FROM attempts WHERE
+    (run, execution, epoch, position, started_ns, branch_key, attempt) = ({_ATTEMPT_KEY})),
+    coalesce((SELECT attempt_count FROM counted), (SELECT attempt_count FROM runs {_FENCE}), 0)"""
+COMMIT_ATTEMPT: Final = f"{_RECORD_ATTEMPT} {_RESULT}"
+COMMIT_OUTPUT: Final = f"{_RECORD_ATTEMPT}{_RECORD_OUTPUT} {_RESULT}"
+FINISH: Final = f"""UPDATE runs SET status = %(status)s, error = %(error)s,
+    updated_ms = coalesce(%(updated_ms)s::bigint, {NOW_MS}), lease_until = NULL {_FENCE}"""
+# In the order of their runs, to avoid deadlocks.
+RENEW: Final = """WITH fences AS (SELECT * FROM
+    unnest(%s::bigint[], %s::bigint[], %s::text[], %s::float8[], %s::bigint[])
+    AS f(run, epoch, owner, seconds, acknowledged)),
+    owned AS (SELECT r.run, f.seconds FROM runs r JOIN fences f ON r.run = f.run AND r.lease_epoch = f.epoch
+    AND r.lease_owner = f.owner AND r.attempt_count >= f.acknowledged WHERE r.lease_until IS NOT NULL ORDER BY r.run FOR UPDATE OF r)
+    UPDATE runs r SET lease_until = clock_timestamp() + make_interval(secs => owned.seconds)
+    FROM owned WHERE r.run = owned.run"""
+# For a day, a session of a deleted run gets the error that it was deleted; after that, that it was lost.
+RECORD_DELETED: Final = f"INSERT INTO deleted (run, deleted_ms) VALUES (%s, {NOW_MS}) ON CONFLICT DO NOTHING"
+FORGET_DELETED: Final = f"DELETE FROM deleted WHERE deleted_ms < {NOW_MS} - 24 * 3600 * 1000"
+DELETE_RUN: Final = (
+    "DELETE FROM tags WHERE run = %s",
+    "DELETE FROM steps WHERE run = %s",
+    "DELETE FROM inputs WHERE run = %s",
+    "DELETE FROM attempts WHERE run = %s",
+    "DELETE FROM runs WHERE run = %s",
+)
+ATTEMPTS: Final = """SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message,
+    reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity, error_type, epoch FROM attempts
+    WHERE run = %s AND execution = %s
+    ORDER BY epoch, position, started_ns, branch, attempt"""
+# Joined with the attempts in Python: a server without statistics of a new table would compare all attempts of a run with
+# all of its outputs.
+OUTPUTS: Final = """SELECT epoch, position, started_ns, branch, attempt, contract, schema_ref, output, sha256, number, input_key
+    FROM steps WHERE run = %s AND execution = %s AND position >= 0"""
+# For many runs at once: one query for each run would be one round trip for each.
+EXTRAS: Final = """SELECT r.run, (SELECT node_id FROM steps p WHERE p.run = r.run AND p.execution = 0 AND p.position = -4),
+    ARRAY(SELECT tag FROM tags g WHERE g.run = r.run) FROM runs r WHERE r.run = ANY(%s)"""
+FAILED_ATTEMPTS: Final = """SELECT w.run, f.* FROM unnest(%s::bigint[], %s::bigint[]) AS w(run, execution), LATERAL
+    (SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message, reason, tokens,
+    output_tokens, cost_pico, model, function_ns, group_id, identity, error_type FROM attempts a WHERE a.run = w.run AND a.execution = w.execution
+    AND failure_class IS NOT NULL ORDER BY (started_ns + duration_ns) DESC LIMIT %s) f"""
+FAILED_SINCE: Final = """SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message,
+    reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity, error_type FROM attempts WHERE run = %s AND execution = %s AND epoch >= %s
+    AND failure_class IS NOT NULL ORDER BY (started_ns + duration_ns) DESC LIMIT 1000"""
+TAG: Final = """INSERT INTO tags (run, tag, started_ms) SELECT r.run, t.tag, r.started_ms FROM runs r,
+    unnest(%s::text[]) AS t(tag) WHERE r.run = %s ON CONFLICT DO NOTHING"""
+UNTAG: Final = "DELETE FROM tags WHERE run = %s"
+_WITH_SIZE: Final = """SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class,
+    message, reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity, error_type, epoch,
+    (SELECT octet_length(s.output)::bigint FROM steps s WHERE (s.run, s.execution, s.position, s.branch_key)
+    = (a.run, a.execution, a.position, a.branch_key) AND (s.epoch, s.attempt, s.started_ns)
+    = (a.epoch, a.attempt, a.started_ns)) FROM attempts a WHERE run = %s AND execution = %s"""
+_IN_ORDER: Final = "ORDER BY epoch, position, started_ns, branch_key, attempt"
+ATTEMPT_PAGE: Final = f"""{_WITH_SIZE} AND (epoch, position, started_ns, branch_key, attempt)
+    > (%s::bigint, %s::bigint, %s::bigint, %s::bytea, %s::bigint) {_IN_ORDER} LIMIT %s"""
+ATTEMPTS_AT: Final = f"{_WITH_SIZE} AND position = %s AND branch_key = %s {_IN_ORDER}"
+IDENTITIES: Final = """SELECT DISTINCT identity, position FROM attempts
+    WHERE run = %s AND execution = %s AND identity IS NOT NULL"""
+STEP_AT: Final = f"""SELECT {_STEP_COLUMNS} FROM steps s WHERE run = %s AND execution = %s AND position = %s
+    AND branch_key = %s"""
+EXPIRED: Final = """SELECT run_id FROM runs WHERE updated_ms < %s AND (%s OR (execution > 0
+    AND status IN ('COMPLETED', 'RESUMED', 'FAILED', 'CANCELLED'))) ORDER BY updated_ms LIMIT %s"""
+BLOBS: Final = """SELECT output FROM steps WHERE substr(output, 1, %(length)s::int) = %(blob)s
+    UNION ALL SELECT input_key FROM steps WHERE substr(input_key, 1, %(length)s::int) = %(blob)s
+    UNION ALL SELECT input FROM inputs WHERE substr(input, 1, %(length)s::int) = %(blob)s"""
+CELL: Final = f"SELECT data, {NOW_MS} FROM cells WHERE cell_key = %s"
+LOCK_CELL: Final = f"{CELL} FOR UPDATE"
+# Two processes that create a cell wait for the same row.
+NEW_CELL: Final = f"""INSERT INTO cells AS c (cell_key, name, data) VALUES (%s, %s, '')
+    ON CONFLICT (cell_key) DO UPDATE SET name = excluded.name RETURNING c.data, {NOW_MS}"""
+EMPTY_CELL: Final = f"SELECT ''::bytea, {NOW_MS}"
+SERVER_CLOCK: Final = f"SELECT {NOW_MS}"
+WRITE_CELL: Final = "UPDATE cells SET data = %s WHERE cell_key = %s"
+FACTS: Final = f"""SELECT current_setting('server_version'), (SELECT v FROM meta WHERE k = 'schema_version'), {NOW_MS},
+    current_setting('fsync'), current_setting('full_page_writes')"""
+# Ids with a prefix: a range of the index. LIKE would interpret wildcards.
+BY_PREFIX: Final = """SELECT run_id FROM runs WHERE execution > 0
+    AND left(run_id, 64) COLLATE "C" >= %s AND left(run_id, 64) COLLATE "C" < %s AND starts_with(run_id, %s)
+    ORDER BY run_id = %s DESC, started_ms DESC, run DESC LIMIT %s"""
+COUNT_WITH_PREFIX: Final = """SELECT count(*) FROM (SELECT 1 FROM runs WHERE left(run_id, 64) COLLATE "C" >= %s
+    AND left(run_id, 64) COLLATE "C" < %s LIMIT %s) AS counted"""
+NEWEST_WITH_PREFIX: Final = """SELECT run_id FROM runs WHERE execution > 0 AND starts_with(run_id, %s) AND run_id != %s
+    ORDER BY started_ms DESC, run DESC LIMIT %s"""

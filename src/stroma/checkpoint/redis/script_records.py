@@ -1,0 +1,173 @@
+"""Lua operations on annotations, saved states, cells, and lists of runs. See :mod:`stroma.checkpoint.redis.scripts`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["RECORDS"]
+
+RECORDS: Final = r"""
+-- With an owner, annotations change only while it owns the run.
+function ops.annotate(owner, position, branch, value)
+  if owner ~= '' and redis.call('HGET', run, 'owner') ~= owner then return 'changed' end
+  local ttl = redis.call('PTTL', run)
+  if ttl == -2 then return 0 end
+  redis.call('HINCRBY', run, 'annotation_version', 1)
+  redis.call('HSET', p .. 'annotations:' .. position, branch, value)
+  if ttl >= 0 then redis.call('PEXPIRE', p .. 'annotations:' .. position, ttl) end
+  return 0
+end
+
+function ops.delete_annotations(owner, position, branch)
+  if owner ~= '' and redis.call('HGET', run, 'owner') ~= owner then return 'changed' end
+  local deleted
+  if branch then deleted = redis.call('HDEL', p .. 'annotations:' .. position, branch)
+  else deleted = redis.call('DEL', p .. 'annotations:' .. position) end
+  if deleted > 0 and redis.call('EXISTS', run) == 1 then redis.call('HINCRBY', run, 'annotation_version', 1) end
+  return 0
+end
+
+function ops.save(node, value, ttl)
+  local saved, us, expires = p .. 'saved', now_us(), ''
+  local remaining = redis.call('PTTL', saved)
+  local order = us
+  if redis.call('EXISTS', run) == 1 then order = redis.call('HINCRBY', run, 'order', 1) end
+  if ttl ~= '' then expires = string.format('%.0f', math.floor(us / 1000) + ttl) end
+  redis.call('HSET', saved, node, string.format('%.0f ', order) .. expires .. '\n' .. value)
+  if ttl == '' then redis.call('PERSIST', saved)
+  elseif remaining == -2 or (remaining >= 0 and remaining < tonumber(ttl)) then redis.call('PEXPIRE', saved, ttl) end
+  return 0
+end
+
+function ops.newest(node)
+  local saved = redis.call('HGET', p .. 'saved', node)
+  local order, place, step = 0, false, false
+  local execution = redis.call('HGET', run, 'execution')
+  if execution then
+    local rows = redis.call('HGETALL', p .. 'nodes:' .. execution)
+    for i = 1, #rows, 2 do
+      local space = string.find(rows[i + 1], ' ', 1, true)
+      if string.sub(rows[i + 1], space + 1) == node then
+        local number = tonumber(string.sub(rows[i + 1], 1, space - 1))
+        if number > order then order, place = number, rows[i] end
+      end
+    end
+    if place then step = redis.call('HGET', p .. 'steps:' .. execution, place) end
+  end
+  return {now_ms(), saved, order, place, step, execution}
+end
+
+function ops.delete(id, tombstone)
+  local f = redis.pcall('HMGET', run, 'token', 'execution')
+  if f.err then f = {} end
+  local executions = tonumber(f[2] or 0) or 0
+  if not (executions >= 0 and executions <= MAX_EXECUTIONS) then executions = 0 end
+  while redis.call('EXISTS', p .. 'attempts:' .. (executions + 1), p .. 'steps:' .. (executions + 1)) > 0 do
+    executions = executions + 1
+  end
+  for _, key in ipairs(keys_of(executions)) do redis.call('DEL', key) end
+  redis.call('DEL', p .. 'saved')
+  redis.call('ZREM', RUNS, id)
+  redis.call('ZREM', IDS, id)
+  redis.call('ZREM', ENDED, id)
+  if f[1] then redis.call('SET', p .. 'deleted:' .. f[1], 1, 'PX', tombstone) end
+  return 0
+end
+
+function ops.read_cell()
+  local f = redis.call('HMGET', p, 'number', 'data')
+  return {now_ms(), f[1] or '', f[2]}
+end
+
+function ops.write_cell(number, maker, data)
+  local f = redis.call('HMGET', p, 'number', 'maker')
+  if f[2] == maker then return 0 end
+  if (f[1] or '') ~= number then return 'changed' end
+  redis.call('HSET', p, 'data', data, 'maker', maker, 'number', (f[1] or 0) + 1)
+  return 0
+end
+
+-- Returns the last failed attempts, the latest first.
+local function failures(prefix, execution, limit)
+  local attempts = {}
+  for _, at in ipairs(redis.call('LRANGE', prefix .. 'failed:' .. execution, 0, limit - 1)) do
+    local attempt = redis.call('HGET', prefix .. 'attempts:' .. execution, at)
+    if attempt then attempts[#attempts + 1] = attempt end
+  end
+  return attempts
+end
+
+function ops.read_extras(execution, limit)
+  return {redis.call('HGETALL', p .. 'annotations:-4'), redis.call('HGET', run, 'tags'),
+    tonumber(limit) > 0 and failures(p, execution, tonumber(limit)) or {}}
+end
+
+-- Returns all attempts of an execution, and the first line of each of its commits, since outputs may be large.
+function ops.read_attempts(execution)
+  local heads, key = {}, p .. 'steps:' .. execution
+  for _, place in ipairs(redis.call('HKEYS', key)) do
+    heads[#heads + 1] = place
+    heads[#heads + 1] = string.sub(string.match(redis.call('HGET', key, place), '^[^\n]*'), 1, 4000)
+  end
+  return {redis.call('HGETALL', p .. 'attempts:' .. execution), heads}
+end
+
+-- Returns true if a run matches a filter.
+local function matches(filter, id)
+  local name = string.gsub(id, '[^%w_.~-]', function(c) return string.format('%%%02X', string.byte(c)) end)
+  local prefix = 'stroma:{' .. name .. '}:'
+  local f = redis.call('HMGET', prefix .. 'run', 'pipeline', 'status', 'tags', 'error', 'execution')
+  if not f[1] or (filter.pipeline and f[1] ~= filter.pipeline) then return false end
+  if filter.statuses and not filter.statuses[f[2]] then return false end
+  if filter.tag then
+    local tagged = false
+    for _, tag in ipairs(f[3] and cjson.decode(f[3]) or {}) do tagged = tagged or tag == filter.tag end
+    if not tagged then return false end
+  end
+  if filter.text then
+    local contains = false
+    for _, part in ipairs({id, f[1], f[4] or ''}) do
+      contains = contains or string.find(string.lower(part), filter.text, 1, true) ~= nil
+    end
+    if not contains then return false end
+  end
+  if filter.class or filter.node then
+    local failed = false
+    for _, attempt in ipairs(failures(prefix, f[5], 20)) do
+      local header = cjson.decode(string.match(attempt, '^[^\n]*'))[1]
+      failed = failed or ((not filter.node or header[5] == filter.node) and (not filter.class or header[8] == filter.class))
+    end
+    if not failed then return false end
+  end
+  return true
+end
+
+local function surely_matches(filter, id)
+  local succeeded, result = pcall(matches, filter, id)  -- A damaged run does not match.
+  return succeeded and result
+end
+
+-- Examines a limited number of runs, the newest first, from a place on. Returns how many it examined, the place of the last
+-- one, and (id, start) of those that have the prefix and match the filter. The limit keeps the server responsive.
+function ops.find_runs(from, before, lowest, limit, prefix, filter_json)
+  -- The run before which it continues is one of those read.
+  local count = before ~= '' and limit + 1 or limit
+  local ids = redis.call('ZREVRANGEBYSCORE', RUNS, from, lowest, 'WITHSCORES', 'LIMIT', 0, count)
+  local reply = {#ids / 2, ids[#ids] or '', ids[#ids - 1] or ''}
+  local filter = filter_json ~= '' and cjson.decode(filter_json)
+  for i = 1, #ids, 2 do
+    local id, start = ids[i], ids[i + 1]
+    if before ~= '' and start == from and id >= before then reply[1] = reply[1] - 1
+    elseif string.sub(id, 1, #prefix) == prefix and (not filter or surely_matches(filter, id)) then
+      reply[#reply + 1] = id
+      reply[#reply + 1] = start
+    end
+  end
+  return reply
+end
+
+function ops.sweep()
+  sweep(1000)
+  return 0
+end
+"""

@@ -1,0 +1,158 @@
+"""Lua operations of sessions: find and open a run, commit, end. See :mod:`stroma.checkpoint.redis.scripts`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["SESSIONS"]
+
+SESSIONS: Final = r"""
+function ops.find(id)
+  local f = redis.call('HGETALL', run)
+  if #f == 0 then
+    -- All keys of a run expire at the same time: if one remains, or the run is still listed, the others were lost.
+    if redis.call('EXISTS', p .. 'inputs', p .. 'attempts:1', p .. 'nodes:1', p .. 'steps:1') > 0 then return 'lost' end
+    local listed = redis.call('ZSCORE', RUNS, id) or redis.call('ZSCORE', IDS, id)
+    if listed and not redis.call('ZSCORE', ENDED, id) then return 'lost' end
+    return false
+  end
+  return {now_ms(), f, redis.call('EXISTS', p .. 'annotations:-4')}
+end
+
+-- Returns a JSON list of texts with the missing texts of another list added.
+local function merge_lists(json, more)
+  local list, has = cjson.decode(json), {}
+  for _, tag in ipairs(list) do has[tag] = true end
+  for _, tag in ipairs(cjson.decode(more)) do
+    if not has[tag] then list[#list + 1] = tag end
+  end
+  return cjson.encode(list)
+end
+
+function ops.begin(id, old_token, old_epoch, old_version, old_annotations, owner, token, execution, epoch, pipeline, lease, input, tags)
+  local f = redis.call('HMGET', run, 'token', 'epoch', 'version', 'owner', 'annotation_version')
+  if f[4] == owner then return tonumber(f[3]) end
+  if (f[1] or '') ~= old_token then return 'changed' end
+  if f[1] and (f[2] ~= old_epoch or f[3] ~= old_version or (f[5] or '') ~= old_annotations) then return 'changed' end
+  local us = now_us()
+  local ms = math.floor(us / 1000)
+  local version = (f[3] or 0) + 1
+  redis.call('HSET', run, 'token', token, 'run_id', id, 'pipeline', pipeline, 'execution', execution,
+    'status', 'RUNNING', 'started_ms', ms, 'updated_ms', ms, 'tokens', 0, 'cost_pico', 0, 'latency_ns', 0,
+    'owner', owner, 'epoch', epoch, 'until_ms', ms + lease, 'nodes', 0, 'commits', 0, 'attempts', 0, 'identities', 0, 'version', version)
+  redis.call('HDEL', run, 'error', 'tags')
+  if tags ~= '' then redis.call('HSET', run, 'tags', tags) end
+  if not f[1] then
+    redis.call('HSET', run, 'order', us)
+    -- Keys that eviction left of an earlier run of this id.
+    for _, key in ipairs(keys_of(0)) do if key ~= run then redis.call('DEL', key) end end
+  end
+  for _, name in ipairs({'steps:', 'nodes:', 'attempts:', 'failed:', 'identities:'}) do redis.call('DEL', p .. name .. execution) end
+  redis.call('HSET', p .. 'inputs', execution, input)
+  persist(tonumber(execution))
+  redis.call('ZADD', RUNS, us, id)
+  redis.call('ZADD', IDS, 0, id)
+  redis.call('ZREM', ENDED, id)
+  sweep(10)
+  return version
+end
+
+function ops.take_over(id, token, old_epoch, old_version, old_annotations, owner, execution, epoch, lease, discard, tags)
+  local f = redis.call('HMGET', run, 'token', 'epoch', 'version', 'owner', 'annotation_version')
+  if f[4] == owner then return tonumber(f[3]) end
+  if f[1] ~= token or f[2] ~= old_epoch or f[3] ~= old_version or (f[5] or '') ~= old_annotations then return 'changed' end
+  if not is_complete(execution) then return 'lost' end
+  local ms = now_ms()
+  local version = f[3] + 1
+  redis.call('HSET', run, 'status', 'RUNNING', 'owner', owner, 'epoch', epoch, 'until_ms', ms + lease,
+    'updated_ms', ms, 'version', version)
+  redis.call('HDEL', run, 'error')
+  if tags ~= '' then redis.call('HSET', run, 'tags', merge_lists(redis.call('HGET', run, 'tags') or '[]', tags)) end
+  if discard ~= '' then
+    local steps, nodes, commits, top = p .. 'steps:' .. execution, p .. 'nodes:' .. execution, 0, 0
+    for _, field in ipairs(redis.call('HKEYS', nodes)) do
+      if tonumber(string.match(field, '^%d+')) >= tonumber(discard) then
+        redis.call('HDEL', steps, field)
+        redis.call('HDEL', nodes, field)
+      else
+        commits = commits + 1
+        if string.match(field, '^%d+:$') then top = top + 1 end
+      end
+    end
+    redis.call('HSET', run, 'commits', commits, 'nodes', top)
+  end
+  persist(tonumber(execution))
+  redis.call('ZADD', RUNS, 'NX', now_us(), id)
+  redis.call('ZADD', IDS, 0, id)
+  redis.call('ZREM', ENDED, id)
+  return version
+end
+
+function ops.commit(token, execution, epoch, owner, acknowledged, lease, at, attempt, cost, tokens, latency, failed, place, node, step, identity, position)
+  local attempts = p .. 'attempts:' .. execution
+  if redis.call('HGET', run, 'token') == token and redis.call('HEXISTS', attempts, at) == 1 then
+    return tonumber(redis.call('HGET', run, 'version'))
+  end
+  local problem = fence_problem(token, epoch, owner, acknowledged)
+  if problem then return problem end
+  if not is_complete(execution) then return 'lost' end
+  local sums = {{'cost_pico', cost}, {'tokens', tokens}, {'latency_ns', latency}}
+  for i, sum in ipairs(sums) do
+    local reply = sum[2] ~= '0' and redis.pcall('HINCRBY', run, sum[1], sum[2])
+    if type(reply) == 'table' and reply.err then
+      for j = 1, i - 1 do
+        if sums[j][2] ~= '0' then redis.call('HINCRBY', run, sums[j][1], '-' .. sums[j][2]) end
+      end
+      return reply
+    end
+  end
+  redis.call('HSET', attempts, at, attempt)
+  redis.call('HINCRBY', run, 'attempts', 1)
+  if identity ~= '' and redis.call('HSET', p .. 'identities:' .. execution, identity, position) == 1 then
+    redis.call('HINCRBY', run, 'identities', 1)
+  end
+  if failed ~= '' then
+    redis.call('LPUSH', p .. 'failed:' .. execution, at)
+    redis.call('LTRIM', p .. 'failed:' .. execution, 0, 19)
+  end
+  if place ~= '' then
+    local order = redis.call('HINCRBY', run, 'order', 1)
+    redis.call('HSET', p .. 'nodes:' .. execution, place, string.format('%.0f ', order) .. node)
+    if redis.call('HSET', p .. 'steps:' .. execution, place, step) == 1 then
+      redis.call('HINCRBY', run, 'commits', 1)
+      if string.match(place, '^%d+:$') then redis.call('HINCRBY', run, 'nodes', 1) end
+    end
+  end
+  local ms = now_ms()
+  redis.call('HSET', run, 'updated_ms', ms)
+  if redis.call('HEXISTS', run, 'until_ms') == 1 then redis.call('HSET', run, 'until_ms', ms + lease) end
+  return redis.call('HINCRBY', run, 'version', 1)
+end
+
+function ops.finish(id, token, execution, epoch, owner, acknowledged, status, error, ttl, updated)
+  local problem = fence_problem(token, epoch, owner, acknowledged)
+  if problem then return problem end
+  local ms = now_ms()
+  redis.call('HSET', run, 'status', status, 'updated_ms', updated ~= '' and updated or ms)
+  if error ~= '' then
+    redis.call('HSET', run, 'error', string.sub(error, 2))
+  else
+    redis.call('HDEL', run, 'error')
+  end
+  redis.call('HDEL', run, 'until_ms')
+  local version = redis.call('HINCRBY', run, 'version', 1)
+  if ttl ~= '' then
+    redis.call('ZADD', ENDED, ms + ttl, id)
+    for _, key in ipairs(keys_of(tonumber(execution))) do redis.call('PEXPIREAT', key, ms + ttl) end
+  end
+  return version
+end
+
+function ops.renew(token, epoch, owner, acknowledged, lease)
+  local problem = fence_problem(token, epoch, owner, acknowledged)
+  if problem then return problem end
+  if redis.call('HEXISTS', run, 'until_ms') == 0 then return tonumber(redis.call('HGET', run, 'version')) end
+  redis.call('HSET', run, 'until_ms', now_ms() + lease)
+  return redis.call('HINCRBY', run, 'version', 1)
+end
+"""

@@ -1,0 +1,57 @@
+"""The runs of one runner in this process, and the shutdown that ends them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from stroma.runner.batch import Batch
+from stroma.runner.run import RunExecution
+from stroma.trace.result import ExecutionResult, RunStatus
+
+__all__ = ["LiveRuns"]
+
+
+class LiveRuns:
+    """Runs in flight and batches of runs, shared by a runner and its streams."""
+
+    def __init__(self) -> None:
+        self.runs: set[RunExecution] = set()
+        self.batches: dict[Batch, None] = {}
+
+    async def execute(self, run: RunExecution) -> ExecutionResult:
+        """Execute a run; until its end a shutdown includes it."""
+        self.runs.add(run)
+        try:
+            return await run.run()
+        finally:
+            self.runs.discard(run)
+            if run.ended is not None and not run.ended.done():
+                run.ended.set_result(None)
+
+    @contextmanager
+    def batch(self) -> Iterator[Batch]:
+        """Open a batch, which starts no further run after a shutdown."""
+        batch = Batch()
+        self.batches[batch] = None
+        try:
+            yield batch
+        finally:
+            self.batches.pop(batch, None)
+
+    async def shut_down(self, drain_seconds: float) -> None:
+        """End the runs of the running event loop; see :meth:`StromaRunner.shutdown`."""
+        loop = asyncio.get_running_loop()
+        for batch in list(self.batches):
+            batch.draining = batch.draining or batch.loop is loop
+        runs = [run for run in list(self.runs) if run.loop is loop and run.task is not asyncio.current_task()]
+        # The ends of runs, not of their tasks: a task may continue after its run.
+        ends = {run: run.drain() for run in runs}
+        if ends:
+            _, late = await asyncio.wait(ends.values(), timeout=drain_seconds)
+            for run, end in ends.items():
+                if end in late:
+                    run.cancel(RunStatus.INTERRUPTED)
+            if late:
+                await asyncio.wait(late)

@@ -1,0 +1,135 @@
+"""Runs in a journal store: their inputs, answers and outputs, and the runs that can be recovered or forked."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import CheckpointManager, CheckpointNotFound, StoreError, Waiting
+from stroma.contracts.contract import ContractRegistry
+from stroma.contracts.node import Group, Node, find_node, output_class
+from stroma.contracts.schema import Schema, schema_of
+from stroma.engine.config import RunConfig
+from stroma.engine.restore import value_of
+from stroma.runner.signals import match_answer
+from stroma.trace.result import RunStatus
+
+__all__ = ["StoredRuns"]
+
+logger = logging.getLogger("stroma")
+
+_MAX_RECOVERED = 1_000_000  # runs of one status
+_PAGE_ITEMS = 200  # outputs of a map that are read at once
+
+
+class StoredRuns:
+    """The runs in the store of a runner. Every method raises StoreError if the store has no journal."""
+
+    def __init__(self, registry: ContractRegistry, manager: CheckpointManager) -> None:
+        self._registry = registry
+        self._manager = manager
+
+    def _journal(self, method: str) -> Any:
+        store = self._manager.store
+        if not hasattr(store, method):
+            raise StoreError(
+                f"{type(store).__name__} has no journal of runs; use a journal store such as SQLiteStore"
+            )
+        return store
+
+    def input_schema(self, nodes: list[Node | Group], input_class: type[BaseModel] | None) -> Schema:
+        """Return the schema of the input of a run of these nodes. Raises TypeError if they start with a group."""
+        if input_class is not None:
+            return schema_of(input_class)
+        first = nodes[0] if nodes else None
+        if isinstance(first, Group):
+            raise TypeError(
+                f"the pipeline starts with {first.node_id!r}; pass the class of its input as input_schema="
+            )
+        contract = None if first is None else self._registry.find(first.node_id) or first.contract
+        return schema_of(output_class(None) if contract is None else contract.input_schema)
+
+    async def read_input(self, run_id: str, schema: Schema) -> BaseModel:
+        """Return the original input of a run."""
+        data: bytes = await asyncio.to_thread(self._journal("input_of").input_of, run_id)
+        return schema.decode(data)
+
+    async def read_map(self, run_id: str, node: Any) -> AsyncIterator[tuple[int, Any]]:
+        """Yield the outputs of a map; see :meth:`StromaRunner.map_outputs`."""
+        group = find_node(node)
+        if not isinstance(group, Group) or not group.is_map or group.output_field:
+            raise TypeError(
+                f"{group.node_id!r} is not a map whose outputs are in the journal; pass the map_over() with into=Journal() or "
+                "JsonLines(path)"
+            )
+        store = self._journal("map_items")
+        first = 0
+        while page := await asyncio.to_thread(store.map_items, run_id, group.node_id, first, _PAGE_ITEMS):
+            for index, committed in page:
+                yield index, value_of(self._registry, group.children[0], committed)
+            first += _PAGE_ITEMS
+
+    async def find_interrupted(self, pipeline: str) -> list[str]:
+        """Return the ids of the runs of a pipeline that have no owner and no end."""
+        if pipeline == RunConfig.model_fields["pipeline"].default:
+            logger.warning(
+                "recover() finds runs by the name of their pipeline, and this one has the default name: it recovers the runs "
+                "of other unnamed pipelines too; name it with Pipeline(name, nodes) or RunConfig(pipeline=...)"
+            )
+        store = self._journal("list_runs")
+        run_ids: list[str] = []
+        if not getattr(store, "exists", lambda: True)():  # A store that the first run creates.
+            return run_ids
+        for status in ("RUNNING", RunStatus.INTERRUPTED.value):
+            runs = await asyncio.to_thread(
+                store.list_runs, limit=_MAX_RECOVERED, pipeline=pipeline, status=status
+            )
+            run_ids += [run.run_id for run in runs if run.holder is None]
+        return run_ids
+
+    async def fork(
+        self, run_id: str, fork_id: str, nodes: list[Node | Group], position: int, state: BaseModel | None
+    ) -> None:
+        """Record a run that continues another one at a position; ``state`` replaces the recorded input of it."""
+        from stroma.contracts.untyped import UntypedState  # Root models load slowly.
+
+        replaced: dict[str, tuple[Schema, BaseModel]] = {}
+        if state is not None:
+            schema = schema_of(type(state))
+            last = nodes[position - 1] if position else None
+            if isinstance(last, Node):
+                contract = self._registry.find(last.node_id) or last.contract
+                schema = schema_of(output_class(contract))
+            value = (
+                UntypedState(schema_of(type(state)).raw(state))
+                if schema.model is UntypedState
+                else schema.convert(state)
+            )
+            replaced["edited" if position else "state"] = (schema, value)
+        await self._journal("fork").fork(run_id, fork_id, position, **replaced)
+
+    async def answer(
+        self,
+        run_id: str,
+        answer: Any,
+        *,
+        node_id: str | None,
+        branch: str | None,
+        schema: type[BaseModel] | None,
+    ) -> None:
+        """Store the answer to a suspended node; see :meth:`StromaRunner.signal`."""
+        store = self._journal("signal")
+        pending: list[Waiting] = await asyncio.to_thread(store.waiting, run_id)
+        if not pending and await asyncio.to_thread(store.get_run, run_id) is None:
+            raise CheckpointNotFound(f"there is no run {run_id!r} in the store; check the id and the store")
+        answered = match_answer(pending, run_id, answer, node_id=node_id, branch=branch, schema=schema)
+        await store.signal(run_id, answered)
+
+    async def cancel(self, run_id: str) -> bool:
+        """Ask the owner of a run to end it; see :meth:`StromaRunner.cancel`."""
+        cancelled: bool = await self._journal("cancel").cancel(run_id)
+        return cancelled

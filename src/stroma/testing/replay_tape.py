@@ -1,0 +1,316 @@
+"""Tape: the recorded outputs of a run, returned by place instead of calls of nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, NoReturn
+
+from pydantic import BaseModel
+
+from stroma.contracts.contract import ContractRegistry, ContractViolation, as_violation
+from stroma.contracts.node import Group, Node
+from stroma.contracts.schema import Schema, schema_of
+from stroma.contracts.untyped import UntypedState
+from stroma.cost.budget import BudgetExceeded
+from stroma.cost.usage import UsageError
+from stroma.engine.execution import NodeExecution
+from stroma.engine.interceptors import Call, Interceptor
+from stroma.engine.restore import read_output
+from stroma.failures.classes import FailureClass
+from stroma.failures.errors import Suspend
+from stroma.failures.failure import Failure, NodeContext, diagnose
+from stroma.testing.recording import RecordedAttempt, RecordedRun, is_failed_item
+from stroma.trace.events import AttemptUsage
+from stroma.trace.result import RunStatus
+
+__all__ = ["ENDED", "Difference", "Kind", "Tape", "settled_status"]
+
+Kind = Literal["input", "missing", "new", "contract", "schema", "decision", "output", "status"]
+#: Longer than any wait that ends.
+_FOR_EVER: Final = 1e9
+#: Message of a server with a retry delay; the journal does not store the delay.
+_MAY_SAY_WHEN: Final = ("rate_limit", "overloaded", "server_error", "timeout", "connection")
+ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "PARTIAL", "SUSPENDED")
+
+
+class _AsRecorded(Exception):
+    """A failure that is known by its recorded message and class."""
+
+
+class _NoAnswer(Exception):
+    """No recorded output exists for a call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A difference in behaviour between the recording and the current code.
+
+    Attributes:
+        kind: "input" (rejected now), "missing" and "new" (nodes), "contract" (an output or input breaks it now, or no longer
+            does), "schema" (it has changed, and the output still fits), "decision" (attempts, stops, budgets), "output" (changed
+            by a group, a validator or a called node), "status".
+        at: position and place in groups: "2", "2.0"; "" for the whole run.
+    """
+
+    kind: Kind
+    at: str
+    node_id: str
+    message: str
+
+    def __str__(self) -> str:
+        where = f"{self.at} {self.node_id}: " if self.at else ""
+        return f"{self.kind}: {where}{self.message}"
+
+
+def settled_status(status: str) -> str:
+    """Return a status as replays compare it: RESUMED counts as COMPLETED."""
+    return "COMPLETED" if status == "RESUMED" else str(status)
+
+
+@dataclass
+class Tape(Interceptor):
+    """Interceptor that returns recorded outputs instead of calling nodes."""
+
+    recorded: RecordedRun
+    nodes: Sequence[Node | Group]
+    registry: ContractRegistry
+    first_called: int
+    #: Error of the recorded run, redacted.
+    error: str | None
+    #: Recorded position by current position; None for a new node.
+    then: dict[int, int | None] = field(default_factory=dict)
+    places: dict[tuple[int, str], list[RecordedAttempt]] = field(default_factory=dict)
+    edited: dict[int, Any] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+    unanswered: set[tuple[int, str]] = field(default_factory=set)
+    called: list[str] = field(default_factory=list)
+    stopped: str | None = None
+
+    def __post_init__(self) -> None:
+        for one in self.recorded.attempts:
+            if not is_failed_item(one):
+                self.places.setdefault((one.position, one.branch), []).append(one)
+        at: dict[tuple[str, int], int] = {}
+        counts: Counter[str] = Counter()
+        for position, branch in sorted(self.places):
+            node_id = self.places[position, branch][0].node_id
+            if not branch:
+                at[node_id, counts[node_id]] = position
+                counts[node_id] += 1
+        occurrences: Counter[str] = Counter()
+        for position, node in enumerate(self.nodes):
+            self.then[position] = at.get((node.node_id, occurrences[node.node_id]))
+            occurrences[node.node_id] += 1
+
+    def edit(self, position: int, state: Any) -> None:
+        node = self.nodes[position]
+        if isinstance(node, Group):
+            raise TypeError(
+                f"state= cannot replace the output of {node.node_id!r}: a group's output is built from its children's; "
+                "start at the group, or at a later node"
+            )
+        self.edited[position] = state
+
+    def _calls(self, run: NodeExecution) -> bool:
+        return run.position >= self.first_called
+
+    def _at(self, run: NodeExecution) -> list[RecordedAttempt] | None:
+        """Return the attempts at a place; None if the recorded run has no such node."""
+        then = self.then[run.position]
+        if then is None:
+            return None if self._is_new(run.position) else []
+        differences = self.places.get((then, run.branch), [])
+        return None if differences and differences[0].node_id != run.node_id else differences
+
+    def _is_new(self, position: int) -> bool:
+        """Return True if a node that the recorded run did not reach was probably not in its pipeline."""
+        matched = {then for then in self.then.values() if then is not None}
+        came_to = {at for at, branch in self.places if not branch}
+        later = any(then is not None for at, then in self.then.items() if at > position)
+        return later or came_to != matched or settled_status(self.recorded.status) == "COMPLETED"
+
+    # ------------------------------------------------------------------ as an interceptor
+
+    async def call(self, run: NodeExecution, node: Node | Group, call: Call, state: BaseModel) -> Any:
+        if self._calls(run):
+            if type(node) is Node:
+                self.called.append(run.node_id)
+            return await call(state)
+        attempts = self._at(run)
+        if isinstance(node, Group) and not (
+            node.is_map and (node.has_external_items or not node.output_field)
+        ):
+            # Its children are compared one by one.
+            output = await call(state)
+            self._add_latency(run, attempts)
+            return output
+        one = await self._answer(run, attempts)
+        self._add_latency(run, attempts)
+        usage = AttemptUsage(one.tokens, one.output_tokens, one.cost_usd, one.model)
+        if usage != AttemptUsage():
+            run.counted = usage
+        if run.position in self.edited and not run.branch:
+            return self.edited[run.position]
+        if one.output is None:
+            raise _failure_of(one)
+        return Schema.decode_raw(one.output) if isinstance(node, Group) else self._read(run, node, one)
+
+    async def _answer(self, run: NodeExecution, attempts: list[RecordedAttempt] | None) -> RecordedAttempt:
+        """Return the recorded result of an attempt. Raises _NoAnswer."""
+        if attempts is None:
+            self._stop(run, "new", "the run had no such node, so nothing can be handed on")
+        if run.attempt > len(attempts):
+            if attempts:
+                self._stop(
+                    run,
+                    "decision",
+                    f"it is tried again (attempt {run.attempt}), where the run stopped trying",
+                )
+            elif self.recorded.status in ENDED:
+                if _reached(self.recorded, self.then[run.position]):
+                    self._stop(run, "decision", "it is called, where the run had not called it")
+                why = f": {self.error}" if self.error else ""
+                self._stop(
+                    run, "decision", f"it is called, where the run had stopped as {self.recorded.status}{why}"
+                )
+            self._stop(run, None, "the run came no further")
+        one = attempts[run.attempt - 1]
+        if one.outcome == "cancelled":
+            with contextlib.suppress(TimeoutError):
+                await asyncio.sleep(
+                    _FOR_EVER
+                )  # The cause of the cancellation cancels it again, or there is no recorded output.
+            self._stop(run, "decision", "nothing cancels it now, and the run has no answer of it")
+        if one.reason == "contract" and one.output is None and "(input)" in (one.message or ""):
+            self._stop(run, "contract", "its input broke its contract, and is taken now")
+        return one
+
+    def _stop(self, run: NodeExecution, kind: Kind | None, why: str) -> NoReturn:
+        place = f"{run.position}.{run.branch}" if run.branch else str(run.position)
+        if kind is not None:
+            self.differences.append(Difference(kind, place, run.node_id, why))
+        self.stopped = self.stopped or f"at {place} {run.node_id}: {why}"
+        around: NodeExecution | None = run
+        while around is not None:
+            self.unanswered.add((around.position, around.branch))
+            around = around.parent
+        raise _NoAnswer(why)
+
+    def _add_latency(self, run: NodeExecution, attempts: list[RecordedAttempt] | None) -> None:
+        """Add the recorded duration, for latency budgets."""
+        if attempts and not run.branch and run.attempt <= len(attempts):
+            run.ctx.cost_tracker.latency_ns += int(attempts[run.attempt - 1].duration_ms * 1e6)
+
+    def _read(self, run: NodeExecution, node: Node | Group, one: RecordedAttempt) -> Any:
+        """Decode an output by the current schema. Raises ContractViolation if it does not fit."""
+        contract = self.registry.find(node.node_id) or (node.contract if isinstance(node, Node) else None)
+        schema = schema_of(UntypedState if contract is None else contract.output_schema)
+        upcast = None if contract is None or one.contract == schema.fingerprint else contract.upcast
+        try:
+            model = read_output(schema, one.committed(), upcast)
+        except Exception as error:
+            assert one.output is not None
+            raise as_violation(
+                run.node_id, "output", Schema.decode_raw(one.output), error, schema.model
+            ) from error
+        return model.root if isinstance(model, UntypedState) else model
+
+    def diagnosed(self, run: NodeExecution, failure: Failure) -> Failure:
+        error = failure.exception
+        if isinstance(error, _NoAnswer):
+            return replace(failure, failure_class=FailureClass.TERMINAL)
+        attempts = None if self._calls(run) else self._at(run)
+        if not isinstance(error, _AsRecorded) or not attempts or run.attempt > len(attempts):
+            return failure
+        one = attempts[run.attempt - 1]
+        # Ask the current classifiers first.
+        plain = diagnose(error, NodeContext(run.node_id, run.attempt, run.run_id))
+        if failure.failure_class is not plain.failure_class:
+            return failure
+        retry_after = None
+        if (
+            run.attempt == len(attempts)
+            and one.reason in _MAY_SAY_WHEN
+            and self.recorded.status == RunStatus.PARTIAL
+        ):
+            retry_after = math.inf
+        kind = FailureClass(one.failure_class) if one.failure_class else failure.failure_class
+        return replace(failure, failure_class=kind, reason=one.reason, retry_after_seconds=retry_after)
+
+    # ------------------------------------------------------------------ what has changed by itself
+
+    def changed(self) -> list[Difference]:
+        """Return differences for removed nodes and changed schemas."""
+        differences: list[Difference] = []
+        known = {then for then in self.then.values() if then is not None}
+        for (position, branch), attempts in sorted(self.places.items()):
+            one = attempts[-1]
+            if not branch and position not in known:
+                differences.append(
+                    Difference("missing", str(position), one.node_id, "the pipeline has it no more")
+                )
+        differences += self._out_of_order()
+        for position, node in enumerate(self.nodes):
+            then = self.then[position]
+            for branch, inner in _nodes_in(node):
+                recorded_attempts = self.places.get((then, branch), []) if then is not None else []
+                one_ = recorded_attempts[-1] if recorded_attempts else None
+                if one_ is None or one_.output is None or one_.node_id != inner.node_id or not one_.contract:
+                    continue
+                contract = self.registry.find(inner.node_id) or inner.contract
+                if contract is not None and contract.upcast is not None:
+                    continue
+                schema = schema_of(UntypedState if contract is None else contract.output_schema)
+                if schema.fingerprint != one_.contract:
+                    at = f"{position}.{branch}" if branch else str(position)
+                    differences.append(
+                        Difference("schema", at, inner.node_id, f"{schema.model.__name__} is another one now")
+                    )
+        return differences
+
+    def _out_of_order(self) -> Iterable[Difference]:
+        """Return nodes that preceded another one in the recording and follow it now."""
+        furthest: int | None = None  # Current position of the node recorded last, among those so far.
+        for position, node in enumerate(self.nodes):
+            then = self.then[position]
+            if then is None:
+                continue
+            last = None if furthest is None else self.then[furthest]
+            if furthest is None or last is None or then > last:
+                furthest = position
+                continue
+            other = self.nodes[furthest].node_id
+            yield Difference(
+                "decision", str(position), node.node_id, f"it comes after {other!r} now, and came before it"
+            )
+
+
+def _nodes_in(node: Node | Group, branch: str = "") -> Iterable[tuple[str, Node]]:
+    """Return the nodes at one position with their places; of a map, its first item."""
+    if isinstance(node, Node):
+        yield branch, node
+        return
+    for index, child in enumerate(node.children):
+        inside = f"{branch}.{index}" if branch else str(index)
+        yield from _nodes_in(child, inside)
+
+
+def _reached(recorded: RecordedRun, position: int | None) -> bool:
+    return position is not None and any(one.position > position for one in recorded.attempts)
+
+
+def _failure_of(one: RecordedAttempt) -> Exception:
+    """Return an exception that the current code classifies like the recorded failure."""
+    message = one.message or one.outcome
+    if one.outcome == "suspended":
+        return Suspend(message)
+    if one.reason == "contract":
+        return ContractViolation(one.node_id, "output", {}, [])
+    if one.reason == "budget":
+        return BudgetExceeded("latency", 0, one.duration_ms, one.node_id)
+    return UsageError(message) if one.reason == "usage" else _AsRecorded(message)

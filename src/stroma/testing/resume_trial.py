@@ -1,0 +1,224 @@
+"""Trial: run a pipeline that dies at a boundary, in this process or in a forked one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import inspect
+import json
+import os
+import select
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import CheckpointManager
+from stroma.checkpoint.sqlite.store import SQLiteStore
+from stroma.contracts.schema import Schema, schema_of
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.interceptors import INTERCEPTORS
+from stroma.failures.failure import text_of
+from stroma.runner.runner import StromaRunner
+from stroma.testing.clock import FakeClock
+from stroma.testing.crash import Boundary, Crashed, Deaths
+from stroma.testing.faults import FaultPlan
+from stroma.trace.plain import jsonable
+from stroma.trace.result import RunStatus
+
+__all__ = ["ProcessRecord", "Trial"]
+
+
+@dataclass(slots=True)
+class ProcessRecord:
+    """Record of one process."""
+
+    boundaries: list[Boundary] = field(default_factory=list)
+    committed: list[tuple[int, str]] = field(default_factory=list)
+    died: bool = False
+    status: str = ""
+    failure: str | None = None
+    state: Any = None
+    effects: Any = None
+
+
+@dataclass(slots=True)
+class Trial:
+    """Settings of a proof: pipeline, store, and whether processes are real."""
+
+    proven: Any
+    state: BaseModel
+    runner: StromaRunner
+    path: Path
+    processes: bool
+    effects: Callable[[], Any] | None
+    reset: Callable[[], Any] | None
+    timeout_seconds: float
+
+    def fresh(self) -> None:
+        """Reset everything outside of the pipeline."""
+        if self.reset is not None:
+            self.reset()
+
+    async def live(self, run_id: str, *, resume: bool, die_at: Boundary | None = None) -> ProcessRecord:
+        if not self.processes:
+            life = ProcessRecord()
+            deaths = Deaths(lambda boundary: boundary == die_at)
+            await self._run(run_id, resume, deaths, life)
+            life.boundaries, life.committed = deaths.life.boundaries, deaths.life.committed
+            return life
+        return await self._in_child(run_id, resume, die_at)
+
+    async def _run(self, run_id: str, resume: bool, deaths: Deaths, life: ProcessRecord) -> None:
+        store = SQLiteStore(self.path, synchronous="normal")
+        INTERCEPTORS.insert(0, deaths)
+        clock = contextlib.nullcontext() if FakeClock._active is not None else FakeClock()
+        try:
+            with clock:
+                await self._drive(store, run_id, resume, life)
+        except Crashed:
+            pass
+        finally:
+            INTERCEPTORS.remove(deaths)
+            await store.aclose()
+        # Plain code may have caught Crashed, or raised an error of a step after the death.
+        life.died = deaths.life.died is not None
+        if self.effects is not None and not life.died:
+            life.effects = jsonable(self.effects())
+
+    async def _drive(self, store: SQLiteStore, run_id: str, resume: bool, life: ProcessRecord) -> None:
+        config = self.runner._config_of(self.proven)
+        try:
+            context = copy.deepcopy(config.context)
+        except Exception:  # It may hold a client, which cannot be copied.
+            context = dict(config.context)
+        changed: dict[str, Any] = {
+            "run_id": run_id, "resume": resume, "resume_from": None, "if_exists": "restart", "context": context,
+            "shared_budgets": (),
+        }  # fmt: skip
+        config = config.model_copy(update=changed)
+        manager = CheckpointManager(store)
+        state = schema_of(type(self.state)).copy(self.state)
+        proven = self.proven
+        if inspect.iscoroutinefunction(proven):
+            ctx = ReliabilityContext.for_run(config, self.runner.registry, manager)
+            try:
+                async with ctx:
+                    final = await proven(ctx, state)
+                life.status = RunStatus.COMPLETED
+                life.state = _plain(final)
+            except Exception as error:
+                life.status, life.failure = RunStatus.FAILED, f"{type(error).__name__}: {error}"
+            return
+        twin = StromaRunner(self.runner.registry, manager, config)
+        try:
+            result = await twin.run(proven, state)
+        except Exception as error:  # StoreError of the opening, such as PipelineChanged.
+            life.status, life.failure = RunStatus.FAILED, f"{type(error).__name__}: {error}"
+            return
+        life.status = result.status
+        if result.failure is not None:
+            life.failure = f"node {result.failure.node_id!r}: {text_of(result.failure)}"
+        life.state = None if result.final_state is None else _plain(result.final_state)
+
+    # ------------------------------------------------------------------ processes
+
+    async def _in_child(self, run_id: str, resume: bool, die_at: Boundary | None) -> ProcessRecord:
+        reading, writing = os.pipe()
+        with warnings.catch_warnings():
+            # Of threads, which the child does not have and does not need.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:  # pragma: no cover - it exits without writing coverage data.
+            os.close(reading)
+            self._run_child(writing, run_id, resume, die_at)
+        os.close(writing)
+        # In a thread, so that a server on this event loop can answer the child.
+        text, code = await asyncio.to_thread(_listen, child, reading, self.timeout_seconds)
+        life = ProcessRecord()
+        for line in text.splitlines():
+            what, of = json.loads(line)
+            if what == "seen":
+                life.boundaries.append(Boundary(*of))
+            elif what == "committed":
+                life.committed.append((of[0], of[1]))
+            elif what == "met":
+                for plan, met in zip(_plans(), of, strict=True):
+                    plan.note_met(met)
+            else:
+                life.status, life.failure, life.state, life.effects = of
+        if code is None:
+            last = f"; its last boundary is: {life.boundaries[-1]}" if life.boundaries else ""
+            raise AssertionError(
+                f"a process of this proof did not end within {self.timeout_seconds:g} s{last}; if the pipeline does not "
+                "work in a forked process, pass processes=False"
+            )
+        life.died = code == -signal.SIGKILL
+        if not life.died and not life.status:
+            raise AssertionError(
+                f"a process of this proof exited with code {code}; see stderr. If the pipeline does not "
+                "work in a forked process, pass processes=False"
+            )
+        return life
+
+    def _run_child(self, writing: int, run_id: str, resume: bool, die_at: Boundary | None) -> None:
+        """Run in a child process, report, and exit without cleanup of the parent."""
+        code = 1
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if FakeClock._active is not None:
+                FakeClock._active._outside = 0  # The child must not wait for operations of the parent.
+
+            def report(what: str, of: Any) -> None:
+                os.write(writing, json.dumps([what, of]).encode() + b"\n")
+
+            life = ProcessRecord()
+            deaths = Deaths(lambda boundary: boundary == die_at, kill=True, report=report)
+            asyncio.run(self._run(run_id, resume, deaths, life))
+            report("met", [plan.met_faults() for plan in _plans()])
+            report("end", [life.status, life.failure, life.state, life.effects])
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+
+def _plans() -> list[FaultPlan]:
+    """Return the active fault plans."""
+    return [interceptor for interceptor in INTERCEPTORS if isinstance(interceptor, FaultPlan)]
+
+
+def _listen(child: int, reading: int, timeout_seconds: float) -> tuple[str, int | None]:
+    """Return the output and exit code of a child, None after a timeout. The child is dead afterwards."""
+    written = b""
+    ended = False
+    deadline = time.monotonic() + timeout_seconds
+    try:
+        while (remaining := deadline - time.monotonic()) > 0:
+            if not select.select([reading], [], [], remaining)[0]:
+                break
+            data = os.read(reading, 65536)
+            if not data:
+                ended = True
+                break
+            written += data
+    finally:
+        os.close(reading)
+        if not ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    return written.decode(), os.waitstatus_to_exitcode(status) if ended else None
+
+
+def _plain(state: BaseModel) -> Any:
+    """Return a state as plain JSON data."""
+    return jsonable(Schema.decode_raw(schema_of(type(state)).encode(state)))

@@ -1,0 +1,121 @@
+"""Rows of one run as plain data, for everything that draws it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+__all__ = ["Bar", "StopCause", "Story", "fields_named", "waits", "without_values"]
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One attempt.
+
+    Attributes:
+        at: its place in the run: "2", "2.0" for a child of a group.
+        began_ms, took_ms: since the first attempt began, and of the function alone; of a group, from the first function inside
+            it to the last.
+        outcome: "success", "failure", "cancelled", "suspended" or "forked".
+        is_committed: True if its output was committed.
+        input_state, output_state: plain JSON data; None if not known.
+        function_ms: for how long functions ran, of a group in which there were waits as well; None for all others.
+    """
+
+    node_id: str
+    at: str
+    attempt: int
+    began_ms: float
+    took_ms: float
+    outcome: str
+    failure_class: str | None = None
+    reason: str | None = None
+    message: str | None = None
+    tokens: int = 0
+    output_tokens: int = 0
+    cost_usd: float = 0.0
+    model: str | None = None
+    is_committed: bool = True
+    input_state: Any = None
+    output_state: Any = None
+    function_ms: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Names it among the attempts of its run; safe in an address."""
+        digest = hashlib.sha256(f"{self.at}\0{self.attempt}\0{self.began_ms}".encode())
+        return f"a{digest.hexdigest()[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class StopCause:
+    """The cause that stopped a run. ``fields``: paths that broke a contract. ``resume_command``: "" if it cannot be resumed."""
+
+    node_id: str
+    at: str
+    attempt: int
+    failure_class: str
+    message: str
+    reason: str | None = None
+    resume_command: str = ""
+
+    @property
+    def fields(self) -> list[str]:
+        return fields_named(self.message)
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """A run. ``left_out``: how many attempts there are beside ``bars``."""
+
+    run_id: str
+    pipeline: str
+    status: str
+    bars: Sequence[Bar]
+    tokens: int
+    cost_usd: float
+    began_ms: int = 0
+    seconds: float = 0.0
+    box: StopCause | None = None
+    facts: Sequence[tuple[str, str]] = field(default=())
+    left_out: int = 0
+
+    @property
+    def wasted(self) -> tuple[int, float]:
+        """Tokens and US dollars of the attempts without output."""
+        lost = [bar for bar in self.bars if not bar.is_committed]
+        return sum(bar.tokens for bar in lost), sum(bar.cost_usd for bar in lost)
+
+
+_VIOLATION: Final = re.compile(r"(?:\w+: )?Contract violation for .*? \((?:input|output)\): (.*)", re.DOTALL)
+_FIELD: Final = re.compile(r"([\w$-]+(?:\.[\w$-]+)*): ")
+
+
+def fields_named(message: str) -> list[str]:
+    """Return the paths that the message of a broken contract names: "lines.0.price"."""
+    match = _VIOLATION.match(message)
+    parts = match[1].split("; ") if match else []
+    return [at[1] for part in parts if (at := _FIELD.match(part))]
+
+
+def without_values(message: str) -> str:
+    """Return the message of a broken contract with its paths alone: an error text may quote a value."""
+    match = _VIOLATION.match(message)
+    if match is None:
+        return message
+    return message[: match.start(1)] + "; ".join(f"{path}: hidden" for path in fields_named(message))
+
+
+def waits(bars: Iterable[Bar]) -> Iterator[tuple[Bar, float, float]]:
+    """Yield each attempt that follows another one, with the start of its wait and how long it was, in milliseconds."""
+    last: dict[str, Bar] = {}
+    for bar in sorted(bars, key=lambda bar: (bar.began_ms, bar.attempt)):
+        before = last.get(bar.at)
+        if before is not None and bar.attempt > 1:
+            ended = before.began_ms + before.took_ms
+            if bar.began_ms > ended:
+                yield bar, ended, bar.began_ms - ended
+        last[bar.at] = bar

@@ -1,0 +1,248 @@
+"""Validators, contracts and repairs, as nodes, groups and hooks meet them."""
+
+import asyncio
+import copy
+from typing import Any
+
+import pytest
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    field_validator,
+    model_validator,
+)
+from tests.fixtures import store_fixture
+from tests.kit import NEVER, Num, node, quick, quick_without_retries, record_node_hooks
+
+from stroma import (
+    ContractViolation,
+    NodeContract,
+    NodeHooks,
+    RunStatus,
+    current_node,
+    map_over,
+    parallel,
+    stroma_node,
+)
+
+
+@pytest.mark.core
+async def test_a_validator_cannot_change_the_state_it_reads() -> None:
+    """A validator that takes values out of the dict it is given changes nothing of the state before it."""
+
+    class Greedy(BaseModel):
+        n: int = 0
+
+        @model_validator(mode="before")
+        @classmethod
+        def take(cls, data: Any) -> Any:
+            return {"n": data.pop("n") + 1}
+
+    async def func(state: Greedy) -> Any:
+        return {"n": state.n}
+
+    initial = Num(n=1)
+    result = await quick().run([node("a", func, Greedy)], initial)
+    assert (result.final_state, initial.__dict__) == (Num(n=2), {"n": 1})
+
+
+async def test_each_child_gets_the_state_that_a_validator_of_its_sibling_read() -> None:
+    """Children whose validators take values out of what they read do not take them from one another."""
+
+    class Greedy(BaseModel):
+        n: int = 0
+
+        @model_validator(mode="before")
+        @classmethod
+        def take(cls, data: Any) -> Any:
+            return {"n": data.pop("n", -100)}
+
+        @field_validator("n")
+        @classmethod
+        def known(cls, value: int) -> int:
+            return value
+
+    def child(name: str) -> Any:
+        async def func(state: Greedy) -> Any:
+            return {"n": state.n}
+
+        return node(name, func, Greedy)
+
+    result = await quick().run([parallel(child("a"), child("b"))], Num(n=3))
+    assert [event.output_state for event in result.trace.walk()] == [{"n": 3}] * 3
+
+
+async def test_a_violation_may_have_errors_of_any_kind() -> None:
+    """The text of a violation that was made by hand shows whatever its errors are."""
+    assert str(ContractViolation("a", "input", {}, ["too long", {"msg": "bad"}])) == (
+        "Contract violation for 'a' (input): too long; bad"
+    )
+
+
+async def test_contract_repair_of_children() -> None:
+    """contract_retries grants further attempts to children and items too; the next one sees the violation."""
+    seen: list[str] = []
+
+    async def func(state: Any) -> Any:
+        run = current_node()
+        assert run is not None
+        seen.append(f"{run.kind} {run.attempt} {run.last_failure and run.last_failure.failure_class}")
+        return {"n": "no number" if run.attempt == 1 else 1}
+
+    class Many(BaseModel):
+        items: list[dict[str, int]] = [{"n": 1}]
+
+    runner = quick(policy_map=NEVER, contract_retries={"a": 1})
+    for group in (parallel(node("a", func, Many)), map_over("items", node("a", func), into="out")):
+        result = await runner.run([group], Many())
+        assert result.status is RunStatus.COMPLETED, result.failure
+    assert seen == ["node 1 None", "node 2 RECOVERABLE", "item 1 None", "item 2 RECOVERABLE"]
+
+
+class Nested(BaseModel):
+    items: list[Any]
+
+
+@pytest.mark.parametrize("item", [[1, [2]], {"x": [1]}], ids=["list", "dict"])
+async def test_every_attempt_of_an_item_gets_a_pristine_input(item: Any) -> None:
+    """Each retry of an item sees it as it was, also where no contract copies it."""
+    seen: list[str] = []
+
+    async def func(state: Any) -> Any:
+        seen.append(repr(state))
+        (state.root if hasattr(state, "root") else state.x).append("spoilt")
+        raise ValueError
+
+    func._stroma_node_id, func._stroma_contract = "a", None  # type: ignore[attr-defined]
+    value = Nested(items=[item])
+    await quick().run([map_over("items", func, into="out")], value)
+    assert len(seen) == 3
+    assert len(set(seen)) == 1
+    assert "spoilt" not in repr(value)
+
+
+store = store_fixture("async-memory", "sqlite")
+
+
+class Bumped(BaseModel):
+    x: int
+
+    @field_validator("x")
+    @classmethod
+    def bump(cls, value: int) -> int:
+        return value + 1
+
+
+class BumpedList(BaseModel):
+    x: list[int]
+
+    @field_validator("x")
+    @classmethod
+    def bump(cls, value: list[int]) -> list[int]:
+        return [*value, len(value)]
+
+
+class BumpedAny(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    x: int
+    any: Any = None
+
+    @model_validator(mode="after")
+    def bump(self) -> Any:
+        self.x += 1
+        return self
+
+
+class BumpedBefore(BaseModel):
+    x: int
+    items: list[Any] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def bump(cls, data: Any) -> Any:
+        return {**data, "x": data["x"] + 1}
+
+
+@pytest.mark.parametrize(
+    ("model", "raw"),
+    [
+        (Bumped, {"x": 1}),
+        (BumpedList, {"x": [1]}),
+        (BumpedAny, {"x": 1, "any": [1], "more": {"k": [2]}}),
+        (BumpedBefore, {"x": 1, "items": [[1]]}),
+    ],
+)
+@pytest.mark.parametrize("usage", [False, True])
+async def test_an_output_is_validated_once(model: type[BaseModel], raw: Any, usage: bool, store: Any) -> None:
+    """A validator that changes its value runs once on what a node returned: result, hooks and trace all show the same."""
+    seen: list[Any] = []
+
+    async def success(run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
+        seen.append(state)
+
+    async def a(state: Num) -> Any:
+        return (copy.deepcopy(raw), 5) if usage else copy.deepcopy(raw)
+
+    runner = quick_without_retries(store=store, hooks=NodeHooks(on_node_success=success))
+    result = await runner.run([node("a", a, output=model)], Num())
+    once = model.model_validate(copy.deepcopy(raw))
+    assert result.final_state == once
+    assert seen == [once.model_dump()]
+    assert [e.output_state for e in result.trace] == [once.model_dump()]
+    assert [e.output_state for e in result.trace] == [once.model_dump()]
+
+
+@pytest.mark.core
+async def test_a_violation_of_the_nodes_own_making_is_shown() -> None:
+    """A ContractViolation that a node made, without what belongs to it, is a failure like any other, redacted too."""
+
+    class Own(ContractViolation):
+        def __init__(self) -> None:
+            pass
+
+    async def func(state: Num) -> Any:
+        raise Own
+
+    seen: list[str] = []
+    runner = quick(hooks=record_node_hooks(seen), redact=lambda state: state, contract_retries={"a": 1})
+    result = await runner.run([node("a", func)], Num())
+    assert (result.status, seen) == (RunStatus.FAILED, ["start", "failure"])
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, LookupError])
+@pytest.mark.parametrize("at", ["input", "output"])
+async def test_a_validator_that_raises_no_validation_error_is_a_violation(
+    kind: type[BaseException], at: str
+) -> None:
+    """A validator that raises a CancelledError, say, has refused a value: FAILED, each start ended, the run's end told."""
+
+    class Refusing(BaseModel):
+        n: int = 0
+
+        @field_validator("n")
+        @classmethod
+        def refuse(cls, value: int) -> int:
+            if value == 5:
+                raise kind("no")
+            return value
+
+    async def func(state: Any) -> Any:
+        return {"n": 5}
+
+    argument, promised = (Refusing, Num) if at == "input" else (Num, Refusing)
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id="a", input_schema=argument, output_schema=promised
+    )
+    seen: list[str] = []
+
+    async def end(*_: Any) -> None:
+        seen.append("run end")
+
+    runner = quick(hooks=record_node_hooks(seen, on_run_end=end))
+    result = await runner.run([stroma_node("a", contract)(func)], Num(n=5))
+    assert result.status is RunStatus.FAILED
+    assert result.failure is not None
+    assert result.failure.message.startswith(f"Contract violation for 'a' ({at})")
+    assert seen == [*(["start"] if at == "output" else []), "failure", "run end"]

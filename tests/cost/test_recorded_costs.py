@@ -1,0 +1,303 @@
+"""Usage and costs: odd figures, exact sums, warnings, and what a refused price costs."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import pytest
+from genai_prices import data_snapshot
+from pydantic import (
+    BaseModel,
+)
+from tests.fixtures import store_fixture
+from tests.kit import TWICE, Num, node, quick, quick_without_retries, record_node_hooks
+
+from stroma import (
+    AsyncInMemoryStore,
+    ExecutionBudget,
+    FallbackPolicy,
+    NodeHooks,
+    NodeUsage,
+    ReliabilityContext,
+    RunStatus,
+    current_node,
+    execute_step,
+    parallel,
+)
+from stroma.cost import KNOWN_MODELS, CostTracker, UsageError, estimate_cost_usd, prices
+from stroma.cost.fallback import fallback_due
+
+
+@pytest.mark.core
+def test_output_tokens_cost_the_output_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A price is (input, output) in dollars per million tokens."""
+    monkeypatch.setitem(KNOWN_MODELS, "a-model-of-ours", (2.0, 10.0))
+    assert estimate_cost_usd("a-model-of-ours", 1_000_000) == 2
+    assert estimate_cost_usd("a-model-of-ours", 0, 1_000_000) == 10
+    assert estimate_cost_usd("a-model-of-ours", 500_000, 100_000) == 2
+
+
+@pytest.mark.core
+def test_a_million_small_costs_are_summed_exactly() -> None:
+    """The total of a million times a tenth of a cent is a thousand dollars, beside one large cost, too."""
+    tracker = CostTracker()
+    tracker.spend(0, 1e9)
+    for _ in range(1_000_000):
+        tracker.spend(1, 0.001)
+    assert tracker.total_tokens == 1_000_000
+    assert tracker.total_cost_usd == 1e9 + 1000
+
+
+def context(**config: Any) -> ReliabilityContext:
+    runner = quick_without_retries(**config)
+    return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+
+
+@pytest.mark.core
+async def test_what_each_node_used_is_told_by_the_tracker() -> None:
+    """summary() has the sums per node id over all attempts of the context, looked at or not, in groups too."""
+
+    async def spend(state: Num) -> Any:
+        return state, 3, 4, "gpt-4o-mini"
+
+    ctx = context()
+    await execute_step("a", spend, Num(), ctx)
+    await execute_step("a", spend, Num(), ctx)
+    await execute_step("g", parallel(node("b", spend), node("c", spend)), Num(), ctx)
+    summary = ctx.cost_tracker.summary()
+    assert {name: used.tokens_used for name, used in summary.items()} == {
+        "a": 14, "parallel(b, c)": 0, "b": 7, "c": 7,
+    }  # fmt: skip
+    assert (summary["a"].model, summary["a"].output_tokens) == ("gpt-4o-mini", 8)
+    assert [event.usage.input_tokens for event in ctx.trace] == [3, 3, 0]
+    looked_at = ctx.cost_tracker.summary()
+    assert {n: (u.tokens_used, u.cost_usd) for n, u in looked_at.items()} == {
+        n: (u.tokens_used, u.cost_usd) for n, u in summary.items()
+    }
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("figures", [{"cost_usd": -1.0}, {"cost_usd": float("nan")}, {"latency_ms": -1}])
+def test_figures_that_cannot_be_counted_are_not_recorded(figures: dict[str, Any]) -> None:
+    """CostTracker.record refuses a negative or non-finite cost or time, and records nothing then."""
+    tracker = CostTracker()
+    with pytest.raises(UsageError, match="'a'"):
+        tracker.record(
+            NodeUsage(**{"node_id": "a", "tokens_used": 5, "cost_usd": 0.0, "latency_ms": 0, **figures})
+        )
+    assert (tracker.total_tokens, tracker.summary()) == (0, {})
+
+
+def test_without_a_cost_limit_no_fallback_is_due() -> None:
+    """A fallback goes by a share of max_cost_usd: without one none is due."""
+    rules = [FallbackPolicy("a", "b", 0.0)]
+    assert fallback_due(CostTracker(), ExecutionBudget(), rules) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tokens_used": -1},
+        {"output_tokens": -1},
+        {"cost_usd": -0.1},
+        {"cost_usd": math.nan},
+        {"latency_ms": math.inf},
+        {"latency_ms": -1},
+    ],
+)
+def test_a_tracker_refuses_what_makes_no_sense(wrong: dict[str, Any]) -> None:
+    """Negative and endless figures are a UsageError, and nothing of them is recorded."""
+    tracker = CostTracker()
+    fields = {
+        "node_id": "node",
+        "tokens_used": 10,
+        "output_tokens": 1,
+        "cost_usd": 0.1,
+        "latency_ms": 1,
+        **wrong,
+    }
+    with pytest.raises(UsageError):
+        tracker.record(NodeUsage(**fields))
+    assert (tracker.total_tokens, tracker.total_cost_usd) == (0, 0.0)
+
+
+def test_small_costs_are_not_lost_beside_a_large_one() -> None:
+    """A sum is exact to the last digit, whichever comes first."""
+    for figures in ([1e16, 1.0, 1.0, -0.0], [1.0, 1e16, 1.0]):
+        tracker = CostTracker()
+        for cost in figures:
+            tracker.spend(0, cost)
+        assert tracker.total_cost_usd == math.fsum(figures)
+
+
+async def plus(state: Num) -> Any:
+    return {"n": state.n + 1}
+
+
+async def test_prices_are_read_once_and_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The price data is imported off the event loop, and asked once for each model."""
+    requests: list[tuple[str, bool]] = []
+    find = data_snapshot.DataSnapshot.find_provider_model
+
+    def read(self: Any, model: str, *more: Any) -> Any:
+        requests.append((model, threading.current_thread() is threading.main_thread()))
+        return find(self, model, *more)
+
+    async def func(state: Num) -> Any:
+        return {"n": 1}, 4_000_000, "gpt-5"
+
+    monkeypatch.setattr(prices, "_looked_up", {})
+    monkeypatch.setattr(data_snapshot.DataSnapshot, "find_provider_model", read)
+    for _ in range(2):
+        result = await quick().run([node("a", func), node("b", func)], Num())
+        assert result.total_cost_usd == 10.0
+    assert requests == [("gpt-5", False)]
+
+
+async def test_what_was_refused_for_its_price_is_not_bought_again() -> None:
+    """unknown_model="error" keeps the output: a resume goes on behind it, without another call."""
+    store = AsyncInMemoryStore()
+    calls: list[int] = []
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        return {"n": 7}, 5, "nobody knows this model"
+
+    nodes = [node("a", func), node("b", plus)]
+    runner = quick(store=store, run_id="r", unknown_model="error")
+    assert (await runner.run(nodes, Num())).status is RunStatus.FAILED
+    result = await runner.run(nodes, Num(), resume=True)
+    assert (result.status, result.final_state, len(calls)) == (RunStatus.RESUMED, Num(n=8), 1)
+
+
+class One(BaseModel):
+    a: int = 0
+
+
+class Two(BaseModel):
+    b: int = 0
+
+
+store = store_fixture("async-memory", "sqlite")
+
+
+@pytest.mark.parametrize(
+    "tokens", [10**400, 2**63, 10**9 + 1, -(10**400)], ids=["400 digits", "2**63", "over", "below"]
+)
+@pytest.mark.parametrize("model", [None, "gpt-4o"])
+async def test_absurd_token_counts_lose_no_output(tokens: int, model: str | None, store: Any) -> None:
+    """A token count that nobody can count is a failure that names the node; its output is kept and not bought again."""
+    calls: list[str] = []
+
+    async def a(state: Num) -> Any:
+        calls.append("a")
+        return ({"a": 1}, tokens) if model is None else ({"a": 1}, tokens, model)
+
+    async def b(state: One) -> Any:
+        calls.append("b")
+        return {"b": 1}
+
+    nodes = [node("a", a, output=One), node("b", b, One, Two)]
+    runner = quick_without_retries(store=store, run_id="r", policy_map=TWICE)
+    result = await runner.run(nodes, Num())
+    assert result.status is RunStatus.FAILED
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, UsageError)
+    assert "'a'" in result.failure.message
+    assert len(result.failure.message) < 200
+    assert result.final_state == One(a=1)
+    assert (result.total_tokens, result.total_cost_usd) == (0, 0)
+    assert [e.output_state for e in result.trace] == [{"a": 1}]
+    assert (await runner.run(nodes, Num(), resume=True)).final_state == Two(b=1)
+    assert calls == ["a", "b"]
+
+
+async def test_a_billion_tokens_can_be_counted(store: Any) -> None:
+    """A billion tokens in one report are counted and priced like any other."""
+
+    async def a(state: Num) -> Any:
+        return {"a": 1}, 10**9, "gpt-4o"
+
+    result = await quick_without_retries(store=store).run([node("a", a, output=One)], Num())
+    assert result.status is RunStatus.COMPLETED
+    assert result.total_tokens == 10**9
+    assert result.total_cost_usd == pytest.approx(2500)
+
+
+async def test_an_absurd_report_is_refused_where_it_is_made() -> None:
+    """report_usage() refuses what cannot be counted, at the call, and what was reported before still counts."""
+
+    async def a(state: Num) -> Any:
+        run = current_node()
+        assert run is not None
+        run.report_usage(input_tokens=7)
+        with pytest.raises(UsageError, match="'a'"):
+            run.report_usage(output_tokens=10**400)
+        return {"a": 1}
+
+    result = await quick_without_retries().run([node("a", a, output=One)], Num())
+    assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 7)
+
+
+async def test_reported_usage_shows_at_once() -> None:
+    """What a node has reported is in current_node().usage and .model at once, and adds up; each attempt starts anew."""
+    seen: list[Any] = []
+
+    async def a(state: Num) -> Any:
+        run = current_node()
+        assert run is not None
+        seen.append((run.usage.tokens, run.usage.output_tokens, run.model))
+        run.report_usage(input_tokens=7, model="gpt-4o")
+        seen.append((run.usage.tokens, run.usage.output_tokens, run.model))
+        run.report_usage(input_tokens=1, output_tokens=2, model="gpt-4o-mini")
+        run.report_usage(output_tokens=1)
+        seen.append((run.usage.tokens, run.usage.output_tokens, run.model))
+        if run.attempt == 1:
+            raise ValueError("half-way")
+        return {"a": 1}
+
+    result = await quick_without_retries(policy_map=TWICE).run([node("a", a, output=One)], Num())
+    once = [(0, 0, None), (7, 0, "gpt-4o"), (11, 3, "gpt-4o-mini")]
+    assert seen == once * 2
+    assert result.total_tokens == 22
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.3, 0.7, 1.1], ids=str)
+async def test_a_cost_at_eighty_percent_warns(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """on_budget_warning fires at 80 % of a limit in dollars, also where a binary fraction falls short of it."""
+    monkeypatch.setitem(KNOWN_MODELS, "one cent", (10_000.0, 0.0))
+    seen: list[Any] = []
+
+    async def warn(*arguments: Any) -> None:
+        seen.append(arguments)
+
+    async def func(state: Num) -> Any:
+        return {"n": 1}, round(limit * 80), "one cent"
+
+    runner = quick(
+        budget=ExecutionBudget(max_cost_usd=limit), hooks=NodeHooks(on_budget_warning=warn), run_id="r"
+    )
+    await runner.run([node("a", func)], Num())
+    assert seen == [("r", "cost", pytest.approx(0.8 * limit), limit)]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "price",
+    [(1,), "dear", {"input": 1}, ("1", "2"), (float("nan"), 1.0), (float("inf"), 1.0), (-5.0, 1.0)],
+    ids=str,
+)
+async def test_a_senseless_price_loses_no_output(price: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G4, G9: what is priced by nonsense in KNOWN_MODELS is bad usage: TERMINAL, the output kept, each start ended."""
+    monkeypatch.setitem(KNOWN_MODELS, "mine", price)
+    store = AsyncInMemoryStore()
+    seen: list[str] = []
+
+    async def func(state: Num) -> Any:
+        return {"n": 7}, 5, "mine"
+
+    result = await quick(store=store, hooks=record_node_hooks(seen), run_id="r").run([node("a", func)], Num())
+    assert (result.status, result.total_tokens, result.total_cost_usd) == (RunStatus.FAILED, 5, 0.0)
+    assert (await store.load("r", "a"), seen) == (Num(n=7), ["start", "failure"])

@@ -1,0 +1,435 @@
+"""Cancelled, closed and interrupted runs: the end of each is recorded once, and no committed output is lost."""
+
+import asyncio
+import contextvars
+import gc
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from tests.engine.event_log import Between, Journal
+from tests.engine.gated_journal import GatedJournal
+from tests.fixtures import store_fixture
+from tests.kit import (
+    Num,
+    node,
+    quick,
+    quick_without_retries,
+    record_hooks,
+    record_node_hooks,
+    same,
+    sleep_forever,
+)
+
+from stroma import (
+    AsyncInMemoryStore,
+    ExecutionBudget,
+    FailureClass,
+    NodeHooks,
+    ReliabilityContext,
+    RunStatus,
+    SQLiteStore,
+    StoreError,
+    Suspend,
+    current_node,
+    execute_step,
+)
+
+
+@pytest.mark.core
+async def test_a_cancellation_during_the_commit_comes_out_after_it() -> None:
+    """A run that is cancelled while the store keeps its last output keeps it, and is cancelled all the same."""
+    store = GatedJournal()
+
+    async def func(state: Num) -> Any:
+        return {"n": 7}
+
+    run = asyncio.create_task(quick(store=store, run_id="r").run([node("a", func)], Num()))
+    await store.waiting.wait()
+    run.cancel()
+    await asyncio.sleep(0)
+    assert not run.done()
+    store.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    assert await store.load("r", "a") == Num(n=7)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("transient", [True, False])
+async def test_a_cancellation_during_a_commit_that_is_refused_comes_out(transient: bool) -> None:
+    """A run that is cancelled while the store is about to refuse its output is cancelled all the same, and goes no further."""
+    store = GatedJournal()
+    refusal = StoreError("not now")
+    refusal.transient = transient
+    store.late.append(refusal)
+    calls: list[str] = []
+
+    def func(name: str) -> Any:
+        async def call(state: Num) -> Any:
+            calls.append(name)
+            return {"n": 7}
+
+        return node(name, call)
+
+    run = asyncio.create_task(quick(store=store, run_id="r").run([func("a"), func("b")], Num()))
+    await store.waiting.wait()
+    run.cancel()
+    await asyncio.sleep(0)
+    store.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    assert calls == ["a"]
+    assert await store.load("r", "a") == (Num(n=7) if transient else None)
+    assert store.inner.get_run("r").status == "CANCELLED"  # type: ignore[union-attr]
+
+
+@pytest.mark.core
+async def test_a_store_that_never_answers_does_not_hold_a_cancelled_run_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A cancelled run waits for the commit in flight, but not for ever: then it is cancelled, and can be resumed."""
+    monkeypatch.setattr("stroma.engine.tasks.LAST_SECONDS", 0.05)
+    store = GatedJournal()
+    calls = []
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        return {"n": 7}
+
+    run = asyncio.create_task(quick(store=store, run_id="r").run([node("a", func)], Num()))
+    await store.waiting.wait()
+    run.cancel()
+    async with asyncio.timeout(10):
+        with pytest.raises(asyncio.CancelledError):
+            await run
+    assert store.tries == 1
+    assert store.inner.get_run("r").status == "CANCELLED"  # type: ignore[union-attr]
+    store.gate.set()
+    result = await quick(store=store, run_id="r", resume=True).run([node("a", func)], Num())
+    assert (result.status, len(calls)) == (RunStatus.RESUMED, 2)
+
+
+@pytest.mark.core
+async def test_a_cancelled_attempt_is_no_failure() -> None:
+    """A cancelled attempt is one event with the outcome "cancelled", without class and message."""
+    inside = asyncio.Event()
+    ended: list[Any] = []
+
+    async def func(state: Num) -> Any:
+        inside.set()
+        await asyncio.Event().wait()
+
+    async def end(run_id: str, result: Any) -> None:
+        ended.append(result)
+
+    run = asyncio.create_task(quick(hooks=NodeHooks(on_run_end=end)).run([node("a", func)], Num()))
+    await inside.wait()
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    (result,) = ended
+    (event,) = result.trace
+    assert (event.outcome, event.failure, event.failure_message) == ("cancelled", None, None)
+    assert result.trace.failures() == []
+
+
+def context(**config: Any) -> ReliabilityContext:
+    runner = quick_without_retries(**config)
+    return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+
+
+async def fail(state: BaseModel) -> Any:
+    raise ConnectionError("down")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("what", [fail, sleep_forever], ids=["failed", "cancelled"])
+async def test_an_interrupt_while_an_attempt_without_output_is_kept(what: Any) -> None:
+    """G9: KeyboardInterrupt while the store keeps a failed or a cancelled attempt comes out after that was told."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    seen: list[str] = []
+    runner = quick_without_retries(
+        store=Journal(lambda session: Between(session, record=interrupt)), hooks=record_hooks(seen)
+    )
+
+    async def run() -> bool:
+        # Inside the task: one that ends by an interrupt would end the loop as well.
+        try:
+            await runner.run([node("a", what)], Num())
+        except KeyboardInterrupt:
+            return True
+        return False
+
+    task = asyncio.create_task(run())
+    await asyncio.sleep(0.01)
+    task.cancel()
+    assert await task
+    assert seen == ["run_start", "start a", "failure a" if what is fail else "cancelled a", "run_end"]
+
+
+@pytest.mark.core
+async def test_a_question_that_is_kept_while_the_run_is_cancelled() -> None:
+    """A run that is cancelled while its question is kept keeps it, and is cancelled."""
+
+    async def ask(state: Num) -> Any:
+        raise Suspend("well?")
+
+    def slowly(session: Any) -> Any:
+        async def later(*arguments: Any) -> None:
+            inside.set()
+            await asyncio.sleep(0.02)
+            session.suspend(*arguments)
+
+        return Between(session, suspend=later)
+
+    inside, store, seen = asyncio.Event(), Journal(slowly), list[str]()
+    task = asyncio.create_task(
+        quick_without_retries(store=store, hooks=record_hooks(seen)).run(
+            [node("ask", ask)], Num(), run_id="r"
+        )
+    )
+    await inside.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [waiting.reason for waiting in store.waiting("r")] == ["well?"]
+    assert seen == ["run_start", "start ask", "suspended ask", "run_end"]
+
+
+@pytest.mark.core
+async def test_plain_code_that_is_cancelled_while_its_end_is_kept() -> None:
+    """``async with ctx:`` whose task is cancelled while the end is noted is cancelled, and the end is noted."""
+
+    def slowly(session: Any) -> Any:
+        async def later(*arguments: Any) -> None:
+            inside.set()
+            await asyncio.sleep(0.02)
+            session.end(*arguments)
+
+        return Between(session, end=later)
+
+    inside, store = asyncio.Event(), Journal(slowly)
+    ctx = context(store=store, run_id="r")
+
+    async def plain() -> None:
+        async with ctx:
+            await execute_step("a", same, Num(), ctx)
+
+    task = asyncio.create_task(plain())
+    await inside.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    run = store.get_run("r")
+    assert run is not None
+    assert run.status == "COMPLETED"
+
+
+async def test_plain_code_that_is_closed() -> None:
+    """``async with ctx:`` whose code is closed awaits nothing any more."""
+
+    @types.coroutine
+    def pause() -> Any:
+        yield
+
+    async def plain() -> None:
+        async with context() as ctx:
+            await execute_step("a", same, Num(), ctx)
+            await pause()
+
+    code = plain()
+    code.send(None)
+    code.close()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit], ids=lambda e: e.__name__)
+async def test_a_stopped_run_is_recorded_as_interrupted(tmp_path: Path, error: type[BaseException]) -> None:
+    """KeyboardInterrupt and SystemExit pass through; the journal says INTERRUPTED, and the run is resumable."""
+    store = SQLiteStore(tmp_path / "runs.db")
+    calls: list[str] = []
+
+    async def stop(state: Num) -> Any:
+        calls.append("b")
+        if len(calls) == 2:
+            raise error
+        return {"n": state.n + 1}
+
+    async def first(state: Num) -> Any:
+        calls.append("a")
+        return {"n": 10}
+
+    nodes = [node("a", first), node("b", stop)]
+    with pytest.raises(error):
+        await quick(store=store, run_id="r").run(nodes, Num())
+    assert [run.status for run in store.list_runs()] == ["INTERRUPTED"]
+    result = await quick(store=store, run_id="r", resume=True).run(nodes, Num())
+    assert (result.status, result.final_state, calls) == (RunStatus.RESUMED, Num(n=11), ["a", "b", "b"])
+
+
+async def test_a_cancelled_run_is_recorded_as_cancelled(tmp_path: Path) -> None:
+    """The cancellation of the run's own task passes through; the journal says CANCELLED."""
+    store = SQLiteStore(tmp_path / "runs.db")
+    waiting = asyncio.Event()
+
+    async def wait(state: Num) -> Any:
+        waiting.set()
+        await asyncio.Event().wait()
+
+    run = asyncio.create_task(quick(store=store, run_id="r").run([node("a", wait)], Num()))
+    await waiting.wait()
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    assert [entry.status for entry in store.list_runs()] == ["CANCELLED"]
+
+
+class One(BaseModel):
+    a: int = 0
+
+
+class Two(BaseModel):
+    b: int = 0
+
+
+async def forever() -> None:
+    await asyncio.Event().wait()
+
+
+store = store_fixture("async-memory", "sqlite")
+
+
+@pytest.mark.core
+async def test_closing_the_coroutine_of_a_run(store: Any) -> None:
+    """The coroutine of run() can be closed in the middle of a node: hooks get as far as their first await, and the run
+    can go on."""
+    inside = [False]
+    closed: list[str] = []
+
+    async def a(state: Num) -> Any:
+        return {"a": 1}
+
+    async def b(state: One) -> Any:
+        if inside[0]:
+            return {"b": 1}
+        inside[0] = True
+        try:
+            await forever()
+        finally:
+            closed.append("b")
+
+    async def watch(*_: Any) -> None:
+        closed.append("hook")
+        await asyncio.sleep(0)
+        closed.append("never")
+
+    nodes = [node("a", a, output=One), node("b", b, One, Two)]
+    runner = quick_without_retries(store=store, run_id="o", node_timeouts={"b": 60_000})
+    hooks = NodeHooks(on_node_cancelled=watch, on_run_end=watch)
+    run = runner.with_hooks(hooks).run(nodes, Num())
+    awaited = run.send(None)
+    while not inside[0]:
+        if awaited is not None:
+            awaited._asyncio_future_blocking = False
+            await asyncio.wait([awaited])
+        awaited = run.send(None)
+    run.close()
+    assert closed == ["b", "hook", "hook"]
+    assert current_node() is None
+    result = await quick_without_retries(store=store, run_id="o").run(nodes, Num(), resume=True)
+    assert result.status is RunStatus.RESUMED, result.failure
+    assert [e.node_id for e in result.trace] == ["b"]
+
+
+async def test_a_cancelled_run_raises_cancelled_error(store: Any) -> None:
+    """Cancelling a run raises CancelledError, also if its on_run_end hook is not async."""
+    inside = asyncio.Event()
+
+    async def a(state: Num) -> Any:
+        inside.set()
+        await forever()
+
+    runner = quick_without_retries(store=store, hooks=NodeHooks(on_run_end=lambda *_: None))
+    task = asyncio.create_task(runner.run([node("a", a)], Num()))
+    await inside.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert task.cancelled()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit], ids=lambda e: e.__name__)
+async def test_an_interrupt_in_a_classifier_of_the_budget_loses_no_output(error: type[BaseException]) -> None:
+    """G4, G9: a classifier that stops the process over a budget loses neither the output nor the end of its start."""
+    store = AsyncInMemoryStore()
+    seen: list[str] = []
+
+    def classifier(exc: Exception, context: Any) -> FailureClass | None:
+        raise error
+
+    async def func(state: Num) -> Any:
+        return {"n": 7}, 5
+
+    budget = ExecutionBudget(max_tokens_total=1)
+    runner = quick(
+        store=store, run_id="r", classifiers=[classifier], budget=budget, hooks=record_node_hooks(seen)
+    )
+    with pytest.raises(error):
+        await runner.run([node("a", func)], Num())
+    assert (await store.load("r", "a"), seen) == (Num(n=7), ["start", "failure"])
+
+
+class Interrupting:
+    """A store of the simple protocol in which Ctrl-C strikes."""
+
+    def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
+        raise KeyboardInterrupt
+
+    def load(self, run_id: str, node_id: str) -> BaseModel | None:
+        return None
+
+    def delete(self, run_id: str) -> None: ...
+
+
+async def test_an_interrupt_in_the_store_leaves_no_start_without_its_end() -> None:
+    """G9: KeyboardInterrupt while the store commits comes out after the attempt's end was told."""
+    seen: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        await quick(store=Interrupting(), hooks=record_node_hooks(seen)).run(
+            [node("a", lambda state: {"n": 1})], Num()
+        )
+    assert seen == ["start", "cancelled"]
+
+
+@pytest.mark.core
+def test_a_run_that_is_thrown_away_leaves_no_noise() -> None:
+    """A coroutine of run() that is collected long after its loop was closed ends without a complaint."""
+    complaints: list[Any] = []
+
+    async def wait(state: Num) -> Any:
+        await asyncio.sleep(30)
+
+    async def begin() -> Any:
+        task = asyncio.create_task(quick().run([node("a", wait)], Num()))
+        await asyncio.sleep(0.01)
+        return task
+
+    def abandon() -> None:
+        loop = asyncio.new_event_loop()
+        task = loop.run_until_complete(begin())
+        loop.close()
+        task._log_destroy_pending = False
+
+    before, sys.unraisablehook = sys.unraisablehook, complaints.append
+    try:
+        contextvars.Context().run(abandon)
+        gc.collect()
+    finally:
+        sys.unraisablehook = before
+    assert complaints == []

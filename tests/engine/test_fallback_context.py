@@ -1,0 +1,130 @@
+"""The context dict while a fallback model is due."""
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import (
+    BaseModel,
+    TypeAdapter,
+)
+from tests.kit import Num, node, quick_without_retries
+
+from stroma import ExecutionBudget, FallbackPolicy, StromaRunner
+
+
+@pytest.mark.core
+async def test_every_way_to_change_the_context_while_a_fallback_is_due() -> None:
+    """clear, popitem, values and merging work on a context that names a fallback as on the dict that it is a view of."""
+    base: dict[str, Any] = {"a": 1, "b": 2}
+    seen: list[Any] = []
+
+    async def func(state: Num, ctx: dict[str, Any]) -> Any:
+        seen.append(list(ctx.values()))
+        seen.append(ctx | {"c": 3})
+        seen.append({"c": 3} | ctx)
+        seen.append(ctx.popitem())
+        seen.append(dict(base))
+        ctx.clear()
+        seen.append((dict(base), dict(ctx)))
+        return state
+
+    budget, rules = ExecutionBudget(max_cost_usd=0), [FallbackPolicy("big", "small", 0.0)]
+    result = await quick_without_retries(budget=budget, model_fallbacks=rules, context=base).run(
+        [node("a", func)], Num()
+    )
+    result.raise_for_status()
+    assert seen == [
+        [1, 2, "small"],
+        {"a": 1, "b": 2, "c": 3, "_stroma_model": "small"},
+        {"a": 1, "b": 2, "c": 3, "_stroma_model": "small"},
+        ("b", 2),
+        {"a": 1},
+        ({}, {"_stroma_model": "small"}),
+    ]
+
+
+class One(BaseModel):
+    a: int = 0
+
+
+class User(BaseModel):
+    user: str
+
+
+async def in_node(runner: StromaRunner, look: Callable[[Any], Any]) -> Any:
+    """What ``look`` makes of the context dict that a node gets."""
+    seen: list[Any] = []
+
+    async def a(state: Num, ctx: Any) -> Any:
+        seen.append(look(ctx))
+        return {"a": 1}
+
+    result = await runner.run([node("a", a, output=One)], Num())
+    result.raise_for_status()
+    return seen[0]
+
+
+FULL = {"user": "u", "_stroma_model": "small"}
+
+
+READERS: dict[str, tuple[Callable[[Any], Any], Any]] = {
+    "json": (lambda ctx: json.loads(json.dumps(ctx)), FULL),
+    "indented json": (lambda ctx: json.loads(json.dumps(ctx, indent=1, sort_keys=True)), FULL),
+    "dict": (dict, FULL),
+    "**": (lambda ctx: {**ctx}, FULL),
+    "keywords": (lambda ctx: (lambda **mapping: mapping)(**ctx), FULL),
+    "update": (lambda ctx: (copied := {}, copied.update(ctx))[0], FULL),
+    "|": (lambda ctx: {} | ctx, FULL),
+    "copy": (copy.copy, FULL),
+    ".copy": (lambda ctx: ctx.copy(), FULL),
+    "deepcopy": (copy.deepcopy, FULL),
+    "pickle": (lambda ctx: pickle.loads(pickle.dumps(ctx)), FULL),
+    "pydantic dict": (lambda ctx: TypeAdapter(dict[str, Any]).validate_python(ctx), FULL),
+    "pydantic model": (lambda ctx: User.model_validate(ctx), User(user="u")),
+    "pydantic json": (lambda ctx: json.loads(TypeAdapter(Any).dump_json(ctx)), FULL),
+    "reversed": (lambda ctx: list(reversed(ctx)), ["_stroma_model", "user"]),
+    "list": (list, ["user", "_stroma_model"]),
+    "len": (len, 2),
+    "format": (lambda ctx: "{user} {_stroma_model}".format_map(ctx), "u small"),
+    "repr": (lambda ctx: repr(ctx), repr(FULL)),
+    "==": (lambda ctx: (ctx == FULL, ctx != FULL), (True, False)),
+    "items": (lambda ctx: dict(ctx.items()), FULL),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+async def test_the_context_with_a_fallback_reads_like_a_dict(reader: str) -> None:
+    """While a fallback is due, ctx has the model's name for whatever reads dicts, and the user's dict has not."""
+    look, expected = READERS[reader]
+    own = {"user": "u"}
+    runner = quick_without_retries(budget=ExecutionBudget(max_cost_usd=1), context=own).with_model_fallback(
+        "gpt-4o", to="small", at_budget_pct=0
+    )
+    assert await in_node(runner, look) == expected
+    assert own == {"user": "u"}
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, dict, lambda c: pickle.loads(pickle.dumps(c))])
+async def test_writes_reach_the_users_dict_and_copies_are_apart(make: Callable[[Any], Any]) -> None:
+    """What a node writes to ctx is in the user's dict and in every later reading of ctx; a copy is a dict of its own."""
+    own: dict[str, Any] = {"user": "u", "old": 1}
+
+    def write(ctx: Any) -> Any:
+        copied = make(ctx)
+        copied["lost"] = 1
+        ctx["kept"] = [1]
+        del ctx["old"]
+        ctx.setdefault("more", 2)
+        assert ctx.pop("user") == "u"
+        return type(copied), json.loads(json.dumps(ctx)), TypeAdapter(dict[str, Any]).validate_python(ctx)
+
+    runner = quick_without_retries(budget=ExecutionBudget(max_cost_usd=1), context=own).with_model_fallback(
+        "gpt-4o", to="small", at_budget_pct=0
+    )
+    now = {"kept": [1], "more": 2, "_stroma_model": "small"}
+    assert await in_node(runner, write) == (dict, now, now)
+    assert own == {"kept": [1], "more": 2}

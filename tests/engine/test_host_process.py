@@ -1,0 +1,76 @@
+"""Runs as guests in a process: signals, threads, files and settings stay as they were."""
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+GUEST = """
+import asyncio, logging, signal, sys, threading
+met = []
+sys.addaudithook(lambda event, _: met.append(event) if event in ("socket.connect", "socket.getaddrinfo") else None)
+
+def installed():
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    hooks = sys.excepthook, sys.unraisablehook, threading.excepthook, asyncio.get_running_loop().get_exception_handler()
+    return handlers, hooks, list(logging.root.handlers), logging.root.level
+
+async def main():
+    before = installed()
+    import stroma
+    from pydantic import BaseModel
+
+    class Num(BaseModel):
+        n: int = 0
+
+    async def a(state):
+        during.append(installed() == before)
+        if len(during) == 1:
+            raise TimeoutError("once")
+        return {"n": 1}, 5, "gpt-4o-2024-08-06"
+
+    during = []
+    node = stroma.stroma_node("a", stroma.NodeContract(node_id="a", input_schema=Num, output_schema=Num))(a)
+    now = stroma.FailurePolicy(backoff_seconds=0)
+    runner = stroma.StromaRunner.quick(policy_map={stroma.FailureClass.RECOVERABLE: now})
+    result = await runner.run([node], Num())
+    print(result.status, during, installed() == before, logging.getLogger("stroma").handlers, met)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_guest_in_the_process() -> None:
+    """A library installs no signal handler and no global handler, and never phones home."""
+    done = subprocess.run([sys.executable, "-c", GUEST], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == (
+        "COMPLETED [True, True] True [<NullHandler (NOTSET)>] []",
+        "",
+    )
+
+
+def test_new_records_are_frozen() -> None:
+    """New records are frozen; only the published ones stay what they are."""
+    published = {
+        "ExecutionResult", "FallbackPolicy", "ModelHint", "NodeContext", "NodeHooks", "NodeUsage",
+        "ReliabilityContext", "TraceEvent",
+    }  # fmt: skip
+    names = (
+        "checkpoint.protocols contracts.contract contracts.node cost.budget cost.fallback cost.tracker engine.config"
+        " engine.context failures.errors failures.failure failures.policy hooks.dispatch hooks.sets runner.groups"
+        " runner.pipeline runner.runner runner.steps trace.events trace.result trace.trace"
+    )
+    modules = [importlib.import_module(f"stroma.{name}") for name in names.split()]
+    defined = [
+        value
+        for module in modules
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    ]
+    records = {value for value in defined if isinstance(value, type) and dataclasses.is_dataclass(value)}
+    thawed = {r.__name__ for r in records if not r.__dataclass_params__.frozen}  # type: ignore[attr-defined]
+    assert thawed == published
+    assert len(records) >= 2 * len(published)

@@ -1,0 +1,134 @@
+"""Names of pipelines, run ids and idempotency keys."""
+
+import copy
+import sys
+import threading
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from tests.fixtures import store_fixture
+from tests.kit import TWICE, Num, node, quick, quick_without_retries
+
+from stroma import NodeHooks, Pipeline, RunConfig, RunStatus, current_node, parallel
+
+
+async def test_a_copy_of_a_config_takes_the_same_generated_id() -> None:
+    """Configs that are deep copies of one another share their generated id, and only one run takes it."""
+    config = RunConfig()
+    twin = copy.deepcopy(config)
+    assert [config.take_run_id() == config.run_id, twin.take_run_id() == twin.run_id] == [True, False]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", ["", "a\0b", "\ud800", 5])
+def test_a_pipeline_has_a_name_that_stores_can_keep(name: Any) -> None:
+    """What no store can keep is refused as the name of a pipeline, where it is given."""
+    with pytest.raises(ValueError, match="pipeline name"):
+        Pipeline(name, [])
+    with pytest.raises(ValueError, match="pipeline"):
+        RunConfig(pipeline=name)
+
+
+@pytest.mark.core
+async def test_a_bare_list_goes_by_the_name_in_the_config() -> None:
+    """A list of nodes is called what RunConfig(pipeline=...) says, a Pipeline by its own name, in hooks and nodes."""
+    names: list[str] = []
+
+    async def start(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
+        names.append(pipeline)
+
+    async def func(state: Num) -> Any:
+        current = current_node()
+        assert current is not None
+        names.append(current.pipeline)
+        return state
+
+    runner = quick(pipeline="orders", hooks=NodeHooks(on_run_start=start))
+    await runner.run([node("a", func)], Num())
+    await runner.run(Pipeline("returns", [node("a", func)]), Num())
+    assert names == ["orders", "orders", "returns", "returns"]
+
+
+class One(BaseModel):
+    a: int = 0
+
+
+store = store_fixture("async-memory", "sqlite")
+
+
+async def test_idempotency_keys_never_collide(store: Any) -> None:
+    """Every execution, run, position and child has an idempotency key of its own, whatever the run's id looks like."""
+    keys: list[str] = []
+
+    async def note(state: Any) -> Any:
+        run = current_node()
+        assert run is not None
+        keys.append(run.idempotency_key)
+        return {"n": 1}
+
+    nodes = [node("x", note), parallel(node("y", note), parallel(node("z", note)))]
+    ids = [
+        "pay",
+        "pay@2",
+        "pay:1",
+        "pay:2",
+        "pay:1:0:",
+        "pay:1:1:",
+        "pay:1:1:0",
+        "pay:2:0:",
+        "pay:",
+        ":",
+        "1",
+    ]
+    for run_id in ids:
+        for _ in range(3):
+            result = await quick_without_retries(store=store).run(nodes, Num(), run_id=run_id)
+            assert result.status is RunStatus.COMPLETED
+    assert len(keys) == len(ids) * 9
+    assert len(set(keys)) == len(keys)
+
+
+async def test_an_idempotency_key_stays_on_retry_and_resume(store: Any) -> None:
+    """All attempts at one position, those after a resume too, have the same idempotency key."""
+    keys: list[str] = []
+
+    async def a(state: Num) -> Any:
+        run = current_node()
+        assert run is not None
+        keys.append(run.idempotency_key)
+        if len(keys) < 5:
+            raise ValueError("no")
+        return {"a": 1}
+
+    runner = quick_without_retries(store=store, run_id="pay", policy_map=TWICE)
+    nodes = [node("a", a, output=One)]
+    assert (await runner.run(nodes, Num())).status is RunStatus.PARTIAL
+    assert (await runner.run(nodes, Num(), resume=True)).final_state == One(a=1)
+    assert len(keys) == 5
+    assert len(set(keys)) == 1
+
+
+def test_generated_ids_are_unique_across_threads() -> None:
+    """No two threads get the same generated run id, of a config or of its copies."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(100):
+            config = RunConfig()
+            copies = [config, config.model_copy(), config.model_copy(), copy.copy(config)]
+            barrier = threading.Barrier(len(copies))
+            got: list[str] = []
+
+            def take(config: RunConfig, barrier: threading.Barrier = barrier, got: list[str] = got) -> None:
+                barrier.wait()
+                got.append(config.take_run_id())
+
+            threads = [threading.Thread(target=take, args=(each,)) for each in copies]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(set(got)) == len(copies)
+    finally:
+        sys.setswitchinterval(interval)

@@ -1,0 +1,165 @@
+"""Errors of stores: which are retried, which end the run, and what they cannot undo."""
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from tests.engine.event_log import Between, Journal
+from tests.engine.gated_journal import GatedJournal
+from tests.kit import (
+    ONCE,
+    Num,
+    node,
+    quick,
+    quick_without_retries,
+    record_hooks,
+    record_node_hooks,
+    same,
+)
+
+from stroma import (
+    NodeHooks,
+    RunStatus,
+    SQLiteStore,
+    StoreError,
+)
+
+
+@pytest.mark.core
+async def test_a_lasting_refusal_of_the_store_is_not_tried_again() -> None:
+    """An error of a store that says that trying again will not help is told at once, and the run is PARTIAL."""
+
+    class Lasting(StoreError):
+        transient = False
+
+    store = GatedJournal(Lasting("the file is gone"))
+    calls = []
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        return {"n": 7}
+
+    result = await quick(store=store).run([node("a", func)], Num())
+    assert (result.status, len(calls), store.tries) == (RunStatus.PARTIAL, 1, 1)
+    assert result.failure is not None
+    assert result.failure.message == "the file is gone"
+
+
+async def fail(state: BaseModel) -> Any:
+    raise ConnectionError("down")
+
+
+@pytest.mark.core
+async def test_a_failed_attempt_that_cannot_be_kept_ends_the_run() -> None:
+    """A store that refuses to keep a failed attempt stops the run as PARTIAL with its error: usage would be lost."""
+
+    def refuse(*_: Any) -> None:
+        raise StoreError("full")
+
+    seen: list[str] = []
+    store = Journal(lambda session: Between(session, record=refuse))
+    result = await quick_without_retries(store=store, policy_map=ONCE, hooks=record_hooks(seen)).run(
+        [node("a", fail)], Num()
+    )
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert (result.failure.reason, result.failure.message) == ("store", "full")
+    assert [event.failure_message for event in result.trace] == ["down"]
+    assert seen == ["run_start", "start a", "failure a", "run_end"]
+
+
+async def test_what_a_store_without_a_journal_cannot_do() -> None:
+    """fork, recover, signal and cancel say which kind of store they need."""
+
+    class Simple:
+        def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
+        def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
+        def delete(self, run_id: str) -> None: ...
+
+    runner = quick_without_retries(store=Simple())
+    calls = [
+        lambda: runner.fork("r", [node("a", same)], at="a"),
+        lambda: runner.recover([node("a", same)]),
+        lambda: runner.signal("r", 1),
+        lambda: runner.cancel("r"),
+    ]
+    for call in calls:
+        with pytest.raises(StoreError, match="has no journal"):
+            await call()
+
+
+@pytest.mark.core
+async def test_a_store_that_cannot_be_opened_is_an_error_of_run(tmp_path: Path) -> None:
+    """A store that cannot be opened comes out of run() as a StoreError: no node is called, no hook is told."""
+    events: list[str] = []
+
+    async def tell(*_: Any) -> None:
+        events.append("hook")
+
+    async def func(state: Num) -> Any:
+        events.append("node")
+        return state
+
+    store = SQLiteStore(tmp_path)  # A directory.
+    hooks = NodeHooks(on_run_start=tell, on_run_end=tell, on_node_start=tell)
+    with pytest.raises(StoreError):
+        await quick(store=store, hooks=hooks).run([node("a", func)], Num())
+    assert events == []
+
+
+class Loose(BaseModel):
+    anything: Any = None
+
+
+async def test_a_run_whose_input_cannot_be_stored_starts_and_ends(tmp_path: Path) -> None:
+    """on_run_end has its on_run_start, also in a run whose initial state no store can keep."""
+    seen: list[str] = []
+
+    async def start(*_: Any) -> None:
+        seen.append("start")
+
+    async def end(*_: Any) -> None:
+        seen.append("end")
+
+    store = SQLiteStore(tmp_path / "runs.db")
+    runner = quick(store=store, hooks=NodeHooks(on_run_start=start, on_run_end=end))
+    result = await runner.run([node("a", lambda state: {"n": 1})], Loose(anything=threading.Lock()))
+    assert (result.status, seen) == (RunStatus.FAILED, ["start", "end"])
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit, BaseException, ValueError])
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+async def test_a_store_that_raises_no_exception_has_refused(
+    kind: type[BaseException], is_async: bool
+) -> None:
+    """Whatever a store raises at a commit, but for KeyboardInterrupt and SystemExit, it has failed: PARTIAL, hooks pair."""
+
+    class Refusing:
+        def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
+            raise kind("no")
+
+        def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
+        def delete(self, run_id: str) -> None: ...
+
+    class Later(Refusing):
+        async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:  # type: ignore[override]
+            raise kind("no")
+
+    async def same(state: Num) -> Any:
+        return state
+
+    seen: list[str] = []
+
+    async def end(*_: Any) -> None:
+        seen.append("run end")
+
+    runner = quick(store=Later() if is_async else Refusing(), hooks=record_node_hooks(seen, on_run_end=end))
+    result = await runner.run([node("a", same)], Num())
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert result.failure.reason == "store"
+    assert seen == ["start", "failure", "run end"]

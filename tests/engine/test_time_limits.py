@@ -1,0 +1,209 @@
+"""Timeouts, deadlines and latency budgets of nodes, groups and hooks."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from tests.kit import NEVER, Num, node, quick, quick_without_retries, retry_policies, sleep_forever
+
+from stroma import (
+    BudgetExceeded,
+    ExecutionBudget,
+    FailureClass,
+    FailurePolicy,
+    NodeHooks,
+    RunStatus,
+    StromaRunner,
+    current_node,
+    parallel,
+)
+
+
+@pytest.mark.core
+async def test_waits_between_attempts_are_in_no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait that is longer than max_latency_ms takes nothing from it."""
+
+    async def no_wait(seconds: float) -> None:
+        assert seconds == 30
+
+    monkeypatch.setattr("stroma.engine.loop.sleep", no_wait)
+    calls = []
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise TimeoutError
+        return {"n": 1}
+
+    policies = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=1, backoff_seconds=30, jitter=False)}
+    runner = quick(policy_map=policies, budget=ExecutionBudget(max_latency_ms=20_000))
+    result = await runner.run([node("a", func)], Num())
+    assert (result.status, len(calls)) == (RunStatus.COMPLETED, 2)
+
+
+@pytest.mark.core
+async def test_a_node_is_cut_off_at_its_timeout() -> None:
+    """A node that takes longer than its timeout is not waited for."""
+    finished: list[str] = []
+
+    async def func(state: Num) -> Any:
+        await asyncio.sleep(1)
+        finished.append("node")
+        return {"n": 1}
+
+    runner = quick(node_timeouts={"a": 20}, policy_map=NEVER)
+    result = await runner.run([node("a", func)], Num())
+    assert (result.status, finished) == (RunStatus.PARTIAL, [])
+    assert result.failure is not None
+    assert str(result.failure.exception) == "node 'a' did not end within 20 ms (node_timeouts)"
+
+
+@pytest.mark.core
+async def test_a_group_is_cut_off_at_its_timeout() -> None:
+    """A timeout under a group's id ends the children that are in flight."""
+    finished: list[str] = []
+
+    def child(name: str, seconds: float) -> Any:
+        async def func(state: Num) -> Any:
+            await asyncio.sleep(seconds)
+            finished.append(name)
+            return {"n": 1}
+
+        return node(name, func)
+
+    group = parallel(child("quick", 0), child("slow", 1))
+    result = await quick(node_timeouts={"parallel(quick, slow)": 50}).run([group], Num())
+    assert (result.status, finished) == (RunStatus.PARTIAL, ["quick"])
+
+
+@pytest.mark.core
+async def test_a_node_is_cut_off_when_the_latency_is_spent() -> None:
+    """The latency budget is a deadline for the function in flight, which then fails for the budget."""
+    finished: list[str] = []
+
+    async def func(state: Num) -> Any:
+        await asyncio.sleep(1)
+        finished.append("node")
+        return {"n": 1}
+
+    result = await quick(budget=ExecutionBudget(max_latency_ms=30)).run([node("a", func)], Num())
+    assert (result.status, finished) == (RunStatus.PARTIAL, [])
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, BudgetExceeded)
+    assert result.failure.exception.dimension == "latency"
+
+
+@pytest.mark.core
+async def test_a_hook_is_cut_off_at_its_time_limit() -> None:
+    """A hook that awaits longer than its time limit is not waited for, and is listed."""
+    finished: list[str] = []
+
+    async def hook(*_: Any) -> None:
+        await asyncio.sleep(1)
+        finished.append("hook")
+
+    async def func(state: Num) -> Any:
+        return {"n": 1}
+
+    runner = quick(hooks=NodeHooks(on_node_success=hook), hook_timeout_ms=20)
+    result = await runner.run([node("a", func)], Num())
+    assert (result.status, finished) == (RunStatus.COMPLETED, [])
+    assert [failure.hook for failure in result.hook_errors] == ["on_node_success"]
+
+
+@pytest.mark.core
+async def test_the_time_of_hooks_counts_for_no_later_node() -> None:
+    """A success hook that takes longer than max_latency_ms leaves the latency budget to the nodes."""
+
+    async def hook(*_: Any) -> None:
+        await asyncio.sleep(0.06)
+
+    async def func(state: Num) -> Any:
+        return {"n": state.n + 1}
+
+    runner = quick(hooks=NodeHooks(on_node_success=hook), budget=ExecutionBudget(max_latency_ms=50))
+    result = await runner.run([node("a", func), node("b", func)], Num())
+    assert (result.status, result.final_state) == (RunStatus.COMPLETED, Num(n=2))
+
+
+@pytest.mark.core
+async def test_a_child_is_not_tried_again_once_the_latency_is_spent() -> None:
+    """While siblings run the time passes for all: a child whose wait ends past the limit is not called again."""
+    calls: list[str] = []
+
+    async def failing(state: Num) -> Any:
+        calls.append("failing")
+        raise ConnectionError
+
+    waits = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=3, backoff_seconds=0.15, jitter=False)}
+    runner = quick_without_retries(policy_map=waits, budget=ExecutionBudget(max_latency_ms=50))
+    result = await runner.run([parallel(node("slow", sleep_forever), node("failing", failing))], Num())
+    assert (result.status, calls) == (RunStatus.PARTIAL, ["failing"])
+    assert result.failure is not None
+    assert result.failure.reason == "budget"
+
+
+async def test_the_deadline_of_a_child_counts_the_work_of_its_group() -> None:
+    """A child that is cut off by max_latency_ms says what the run had used, and not what it had itself."""
+
+    async def slow(state: Num) -> Num:
+        await asyncio.sleep(0.1 if "first" not in seen else 3600)
+        seen.append("first")
+        return state
+
+    seen: list[str] = []
+    one_by_one = parallel(node("a", slow), node("b", slow), max_concurrency=1)
+    result = await StromaRunner.quick(budget=ExecutionBudget(max_latency_ms=300)).run([one_by_one], Num())
+    assert result.failure is not None
+    error = result.failure.exception
+    assert isinstance(error, BudgetExceeded)
+    assert (error.dimension, error.node_id, result.status) == ("latency", "b", "PARTIAL")
+    # What it had itself is less than the limit, and would be told as just that.
+    assert float(error.actual) > 300
+
+
+async def test_a_deadline_stops_the_run_whatever_a_policy_says() -> None:
+    """Past max_latency_ms nothing is called again, though a policy would retry."""
+    calls = 0
+
+    async def slow(state: Num) -> Num:
+        nonlocal calls
+        calls += 1
+        await asyncio.Event().wait()
+        return state
+
+    runner = StromaRunner.quick(
+        budget=ExecutionBudget(max_latency_ms=50),
+        policy_map=retry_policies(5),
+    )
+    result = await runner.run([node("slow", slow)], Num())
+    assert (result.status, calls, len(result.trace)) == ("PARTIAL", 1, 1)
+
+
+async def test_limits_of_any_size() -> None:
+    """A limit that is too large to be counted with is refused when it is made; the largest one is no limit."""
+    largest = 10**30
+    for field in ("max_tokens_total", "max_latency_ms"):
+        with pytest.raises(ValueError, match=field):
+            ExecutionBudget(**{field: 10**400})
+    with pytest.raises(ValueError, match="node_timeouts"):
+        quick(node_timeouts={"a": 10**5000})
+    with pytest.raises(ValueError, match="hook_timeout_ms"):
+        quick(hook_timeout_ms=10**400)
+    budget = ExecutionBudget(max_tokens_total=largest, max_cost_usd=1.7e308, max_latency_ms=largest)
+
+    async def wait(*_: Any) -> None:
+        await asyncio.sleep(0)
+
+    async def func(state: Num) -> Any:
+        left = current_node().remaining_budget  # type: ignore[union-attr]
+        await asyncio.sleep(0)
+        assert left.tokens == largest
+        return state, 5, 5, "gpt-4o"
+
+    hooks = NodeHooks(on_node_start=wait, on_budget_warning=wait)
+    runner = quick(budget=budget, hooks=hooks, hook_timeout_ms=largest, node_timeouts={"a": largest})
+    result = await runner.run([parallel(node("a", func))], Num())
+    result.raise_for_status()

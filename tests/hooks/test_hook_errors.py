@@ -1,0 +1,292 @@
+"""Hooks that raise, return late, are closed or are no coroutine functions."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import types
+from typing import Any
+
+import pytest
+from tests.kit import Num, node, quick, quick_without_retries, record_hooks, record_node_hooks, same
+
+from stroma import (
+    CheckpointNotFound,
+    ExecutionResult,
+    HookError,
+    NodeHooks,
+    ReliabilityContext,
+    RunConfig,
+    RunStatus,
+    StromaRunner,
+    current_node,
+    execute_step,
+)
+from stroma.hooks.dispatch import Hooks
+
+
+@pytest.mark.core
+async def test_only_sets_that_saw_the_start_see_the_end() -> None:
+    """A set whose own start is not async is not told that the node was cancelled, nor is any set after it."""
+    seen: list[str] = []
+
+    def watch(name: str, **others: Any) -> NodeHooks:
+        async def start(*_: Any) -> None:
+            seen.append(f"{name} start")
+
+        async def cancelled(*_: Any) -> None:
+            seen.append(f"{name} cancelled")
+
+        return NodeHooks(**{"on_node_start": start, "on_node_cancelled": cancelled, **others})
+
+    def not_async(*_: Any) -> None: ...
+
+    async def func(state: Num) -> Any:
+        raise AssertionError("not reached")
+
+    sets = [watch("first"), watch("second", on_node_start=not_async), watch("third")]
+    with pytest.raises(TypeError, match="on_node_start"):
+        await quick(hooks=sets).run([node("a", func)], Num())
+    assert seen == ["first start", "first cancelled"]
+
+
+async def test_no_hooks_may_be_said_with_none() -> None:
+    """hooks=None means none, alone and composed."""
+    seen: list[str] = []
+    assert (await StromaRunner.quick(hooks=None).run([node("a", same)], Num())).status is RunStatus.COMPLETED
+    config = RunConfig(hooks=None)  # type: ignore[arg-type]
+    runner = StromaRunner(
+        quick_without_retries().registry, quick_without_retries().checkpoint_manager, config
+    )
+    assert (await runner.run([node("a", same)], Num())).status is RunStatus.COMPLETED
+    composed = record_hooks(seen) | None  # type: ignore[operator]
+    await quick_without_retries(hooks=composed).run([node("a", same)], Num())
+    assert seen == ["run_start", "start a", "success a", "run_end"]
+
+
+async def test_closing_a_run_inside_a_hook() -> None:
+    """The coroutine of run() can be closed while a hook waits: nothing is awaited then, and the ends are told."""
+    seen: list[str] = []
+
+    @types.coroutine
+    def pause() -> Any:
+        yield
+
+    async def start(*_: Any) -> None:
+        await pause()
+
+    async def noting(*_: Any) -> None:
+        seen.append("told")
+
+    for limit in (None, 5000):
+        hooks = NodeHooks(on_node_start=start, on_node_cancelled=noting, on_run_end=noting)
+        run = quick_without_retries(hooks=hooks, hook_timeout_ms=limit).run([node("a", same)], Num())
+        run.send(None)
+        run.close()
+    assert seen == ["told"] * 4
+    assert current_node() is None
+
+
+async def test_a_hook_that_cannot_be_interrupted_by_throwing() -> None:
+    """What a hook returns may be an awaitable without throw(): its time limit and a cancellation end it as any other."""
+
+    class Bare:
+        def __await__(self) -> Any:
+            return self
+
+        def __iter__(self) -> Any:
+            return self
+
+        def __next__(self) -> None:
+            return None
+
+    result = await quick_without_retries(
+        hooks=NodeHooks(on_node_start=lambda *_: Bare()), hook_timeout_ms=20
+    ).run([node("a", same)], Num())
+    assert result.status is RunStatus.COMPLETED
+    assert [type(error.exception).__name__ for error in result.hook_errors] == ["HookTimeout"]
+
+
+def test_a_set_without_hooks_has_none() -> None:
+    """Every hook of a fresh set is None."""
+    assert {getattr(NodeHooks(), field.name) for field in dataclasses.fields(NodeHooks)} == {None}
+
+
+def test_only_hooks_that_are_there_are_asked() -> None:
+    """What no set has is nothing to call, event by event."""
+    hooks = Hooks((), run_id="run", limit_seconds=None, failures=[])
+    findings = {name: getattr(hooks, name) for name in dir(Hooks) if name.startswith("on_")}
+    assert findings
+    assert {value for name, value in findings.items()} == {None}
+
+
+async def test_a_hook_of_a_run_that_is_not_async_is_named_without_a_node() -> None:
+    """A run's hook belongs to no node, and its message names none."""
+    hooks = NodeHooks(on_run_start=lambda *_: None)  # type: ignore[arg-type, return-value]
+    nodes = [node("one", _same)]
+    with pytest.raises(TypeError, match=r"^hook on_run_start is not async: .*; define it with async def$"):
+        await StromaRunner.quick(hooks=hooks).run(nodes, Num())
+
+
+async def _same(state: Num) -> Num:
+    return state
+
+
+@pytest.mark.parametrize("raises", [True, False])
+async def test_a_hook_of_a_run_that_is_closed(raises: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A coroutine that is closed tells its cancelled hook; what that raises is logged with its name and the run's."""
+    began = asyncio.Event()
+
+    async def wait(state: Num) -> Num:
+        began.set()
+        await asyncio.Event().wait()
+        return state
+
+    async def cancelled(run_id: str, node_id: str) -> None:
+        if raises:
+            raise RuntimeError("the hook broke")
+        await asyncio.sleep(3600)
+
+    runner = StromaRunner.quick(hooks=NodeHooks(on_node_cancelled=cancelled))
+    run = runner.run([node("one", wait)], Num(), run_id="closed")
+    step = run.__await__()
+    with caplog.at_level(logging.WARNING, logger="stroma"):
+        while not began.is_set():
+            next(step)
+        run.close()
+    (error,) = [record for record in caplog.records if "on_node_cancelled" in record.getMessage()]
+    assert error.run_id == "closed"  # type: ignore[attr-defined]
+    assert "cancelled" in error.getMessage().split("(", 1)[1]
+    assert ("the run goes on" in error.getMessage()) is raises
+    assert ("was cut short" in error.getMessage()) is not raises
+    assert (error.exc_info is not None) is raises
+
+
+async def plus(state: Num) -> Any:
+    return {"n": state.n + 1}
+
+
+async def test_construction_accepts_a_hook_that_is_not_async() -> None:
+    """A hook that is not async is refused at its first call; making and configuring it is accepted."""
+
+    def not_async(*_: Any) -> None: ...
+
+    hooks = NodeHooks(on_node_success=not_async)  # type: ignore[arg-type]
+    runner = quick(hooks=RunConfig(hooks=hooks).hooks).with_hooks(hooks | NodeHooks())
+    with pytest.raises(TypeError, match="on_node_success"):
+        await runner.run([node("a", plus)], Num())
+
+
+async def test_run_end_fires_when_the_resume_target_has_no_checkpoint() -> None:
+    """on_run_end fires also when run() raises once the run has begun; the result's status is INTERRUPTED."""
+    seen: list[Any] = []
+
+    async def start(run_id: str, *_: Any) -> None:
+        seen.append("start")
+
+    async def end(run_id: str, result: ExecutionResult) -> None:
+        seen.append(result.status)
+
+    hooks = NodeHooks(on_run_start=start, on_run_end=end)
+    with pytest.raises(CheckpointNotFound):
+        await quick(hooks=hooks, resume_from="b").run([node("a", plus), node("b", plus)], Num())
+    assert seen == ["start", RunStatus.INTERRUPTED]
+
+
+@pytest.mark.parametrize("event", ["on_node_start", "on_node_success"])
+async def test_an_interrupt_in_a_hook_leaves_the_sets_paired(event: str) -> None:
+    """G9: KeyboardInterrupt in a hook of one set: every set that saw the start sees one end, and no other does."""
+    seen: list[str] = []
+
+    async def interrupt(*_: Any) -> None:
+        seen.append(f"2 {event[8:]}")
+        raise KeyboardInterrupt
+
+    sets = [
+        record_node_hooks(seen, "1 "),
+        record_node_hooks(seen, "2 ", **{event: interrupt}),
+        record_node_hooks(seen, "3 "),
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        await quick(hooks=sets).run([node("a", lambda state: {"n": 1})], Num())
+    for name in "123":
+        own = [what[2:] for what in seen if what[0] == name]
+        assert own == ["start", "cancelled" if event == "on_node_start" else "success"], seen
+
+
+@pytest.mark.core
+async def test_a_hook_cannot_grant_attempts() -> None:
+    """G8: what a hook writes on current_node() has no node called more often."""
+    calls: list[int] = []
+
+    async def meddle(*_: Any) -> None:
+        run = current_node()
+        assert run is not None
+        run.attempt = -5 if len(calls) < 20 else run.attempt
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        raise ValueError
+
+    result = await quick(hooks=NodeHooks(on_node_failure=meddle)).run([node("a", func)], Num())
+    assert ([event.attempt for event in result.trace], len(calls)) == ([1, 2, 3], 3)
+
+
+@pytest.mark.parametrize("event", ["on_node_start", "on_node_success", "on_run_end"])
+async def test_a_hook_that_raises_generator_exit_changes_nothing(event: str) -> None:
+    """G8: a GeneratorExit that a hook raises itself is an exception in a hook like any other."""
+
+    async def leave(*_: Any) -> None:
+        raise GeneratorExit
+
+    result = await quick(hooks=NodeHooks(**{event: leave})).run([node("a", lambda state: {"n": 1})], Num())
+    assert (result.status, [error.hook for error in result.hook_errors]) == (RunStatus.COMPLETED, [event])
+
+
+async def test_a_hook_error_without_a_repr_is_raised_as_one() -> None:
+    """hook_errors="raise" gives HookError, whatever the repr of what the hook raised does."""
+
+    class Mute(Exception):
+        def __repr__(self) -> str:
+            raise RuntimeError("no words")
+
+    async def start(*_: Any) -> None:
+        raise Mute
+
+    async def same(state: Num) -> Any:
+        return state
+
+    with pytest.raises(HookError, match="a Mute"):
+        await quick(hooks=NodeHooks(on_node_start=start), hook_errors="raise").run([node("a", same)], Num())
+
+
+@pytest.mark.core
+async def test_the_error_of_a_sync_hook_has_the_result_of_a_step() -> None:
+    """In plain code, too, the TypeError of a hook that is not async comes after the trace, with ``result`` on it."""
+
+    async def same(state: Num) -> Any:
+        return state, 5
+
+    runner = quick()
+    config = RunConfig(hooks=NodeHooks(on_node_success=lambda *_: None))  # type: ignore[arg-type,return-value]
+    ctx = ReliabilityContext.for_run(config, runner.registry, runner.checkpoint_manager)
+    with pytest.raises(TypeError, match="on_node_success") as caught:
+        await execute_step("a", same, Num(), ctx)
+    result = caught.value.result  # type: ignore[attr-defined]
+    assert (result.status, result.total_tokens) == (RunStatus.INTERRUPTED, 5)
+    assert [event.outcome for event in result.trace] == ["success"]
+
+
+@pytest.mark.core
+async def test_hooks_that_can_be_read_once_are_read_once() -> None:
+    """Sets of hooks that come out of a generator are called in every run."""
+    seen: list[str] = []
+
+    async def same(state: Num) -> Any:
+        return state
+
+    runner = quick(hooks=(hooks for hooks in [record_node_hooks(seen)]))
+    for _ in range(2):
+        await runner.run([node("a", same)], Num())
+    assert seen == ["start", "success"] * 2

@@ -1,0 +1,425 @@
+"""Children of groups that end, fail or are cancelled beside one another."""
+
+import asyncio
+import collections
+from typing import Any
+
+import pytest
+from pydantic import (
+    BaseModel,
+)
+from tests.fixtures import store_fixture
+from tests.kit import (
+    NEVER,
+    ONCE,
+    TWICE,
+    Num,
+    bare,
+    node,
+    quick,
+    quick_without_retries,
+    record_hooks,
+    record_node_hooks,
+    same,
+)
+
+from stroma import (
+    AsyncInMemoryStore,
+    BudgetExceeded,
+    CheckpointManager,
+    ContractRegistry,
+    ExecutionBudget,
+    FailureClass,
+    InMemoryStore,
+    NodeHooks,
+    ReliabilityContext,
+    RunConfig,
+    RunStatus,
+    current_node,
+    execute_step,
+    parallel,
+)
+
+
+@pytest.mark.core
+async def test_children_that_wait_are_not_called_after_a_crossed_limit() -> None:
+    """A child that waits for its turn when a limit is crossed is not begun: no event, no call, no hook."""
+    seen: list[str] = []
+
+    def child(name: str, tokens: int) -> Any:
+        async def func(state: Num) -> Any:
+            seen.append(name)
+            return {"n": 1}, tokens
+
+        return node(name, func)
+
+    refused: list[str] = []
+
+    def classify(error: Exception, context: Any) -> None:
+        # Every child that is begun and refused for the budget is classified; one that is not begun is not.
+        if isinstance(error, BudgetExceeded):
+            refused.append(context.node_id)
+
+    group = parallel(child("dear", 11), child("queued", 1), child("last", 1), max_concurrency=1)
+    runner = quick(budget=ExecutionBudget(max_tokens_total=10), classifiers=[classify])
+    result = await runner.run([group], Num())
+    assert (result.status, seen, refused) == (RunStatus.PARTIAL, ["dear"], ["dear"])
+
+
+@pytest.mark.core
+async def test_a_failing_child_ends_its_siblings() -> None:
+    """When a child has failed for good its siblings are cancelled, and the run does not wait for what they await."""
+    finished: list[str] = []
+
+    async def slow(state: Num) -> Any:
+        await asyncio.sleep(1)
+        finished.append("slow")
+        return {"n": 1}
+
+    async def fails(state: Num) -> Any:
+        await asyncio.sleep(0)
+        raise LookupError("no such thing")
+
+    runner = quick(classifiers=[lambda error, context: FailureClass.TERMINAL])
+    result = await runner.run([parallel(node("slow", slow), node("fails", fails))], Num())
+    assert (result.status, finished) == (RunStatus.FAILED, [])
+    assert {event.node_id: event.outcome for event in result.trace.walk() if event.branch} == {
+        "slow": "cancelled",
+        "fails": "failure",
+    }
+
+
+class Other(BaseModel):
+    m: int = 0
+
+
+@pytest.mark.core
+async def test_a_child_that_was_restored_is_restored_once() -> None:
+    """A group that is tried again after a resume neither calls nor restores again what it has restored."""
+    store, seen, left = AsyncInMemoryStore(), list[str](), [2]
+
+    async def flaky(state: Num) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise ConnectionError
+        return {"m": 1}
+
+    nodes = [parallel(node("a", same), node("b", flaky, output=Other))]
+    assert (
+        await quick_without_retries(store=store).run(nodes, Num(), run_id="r")
+    ).status is RunStatus.PARTIAL
+    runner = quick_without_retries(
+        store=store, node_policies={"parallel(a, b)": ONCE}, hooks=record_hooks(seen)
+    )
+    result = await runner.run(nodes, Num(), run_id="r", resume=True)
+    assert result.status is RunStatus.RESUMED
+    assert seen.count("skipped a") == 1
+    assert "start a" not in seen
+
+
+class Asked(Exception):
+    """What an HTTP client raises when the server asks to wait."""
+
+    status_code = 429
+    response = type("Response", (), {"status_code": 429, "headers": {"retry-after": "7"}})
+
+
+async def test_a_groups_retry_obeys_retry_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G3: what the server asked a child to wait is waited for by the group that is tried again."""
+    delays: list[float] = []
+    calls: list[int] = []
+
+    async def note(delay: float) -> None:
+        delays.append(delay)
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise Asked
+        return {"n": 1}
+
+    monkeypatch.setattr("stroma.engine.loop.sleep", note)
+    group = parallel(node("a", func))
+    result = await quick(policy_map=NEVER, node_policies={group.node_id: TWICE}).run([group], Num())
+    assert (result.status, delays) == (RunStatus.COMPLETED, [7.0])
+
+
+R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
+
+
+class One(BaseModel):
+    a: int = 0
+
+
+class Two(BaseModel):
+    b: int = 0
+
+
+class Three(BaseModel):
+    c: int = 0
+
+
+def context(config: RunConfig) -> ReliabilityContext:
+    return ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
+
+
+async def forever() -> None:
+    await asyncio.Event().wait()
+
+
+store = store_fixture("async-memory", "sqlite")
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_a_child_cancelled_right_after_its_commit_is_not_called_again(depth: int, store: Any) -> None:
+    """A child that was committed is not called again by the group's next attempt, though its sibling's failure
+    cancelled it before its success hook had ended."""
+    calls: collections.Counter[str] = collections.Counter()
+    committed = asyncio.Event()
+
+    async def success(run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
+        if node_id == "a":
+            committed.set()
+            await forever()
+
+    async def a(state: Num) -> Any:
+        calls["a"] += 1
+        return {"a": 1}, 5
+
+    async def b(state: Num) -> Any:
+        calls["b"] += 1
+        await committed.wait()
+        if calls["b"] == 1:
+            raise ValueError("b")
+        return {"b": 1}
+
+    group = parallel(node("a", a, output=One), node("b", b, output=Two))
+    for _ in range(depth - 1):
+        group = parallel(group)
+    runner = quick_without_retries(
+        store=store, hooks=NodeHooks(on_node_success=success), node_policies={group.node_id: {A: TWICE[A]}}
+    )
+    result = await runner.run([group], Num())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert calls == {"a": 1, "b": 2}
+    assert result.total_tokens == 5
+    assert result.final_state is not None
+    assert result.final_state.model_dump() == {"a": 1, "b": 1}
+    assert [e.outcome for e in result.trace.walk() if e.node_id == "a"] == ["success"]
+
+
+@pytest.mark.parametrize("how", ["failure", "timeout"])
+async def test_a_child_interrupted_while_it_is_committed_is_not_called_again(how: str) -> None:
+    """A child whose commit was under way when its group failed or timed out is kept, and is not called again."""
+    calls: collections.Counter[str] = collections.Counter()
+    saving, release = asyncio.Event(), asyncio.Event()
+
+    class Slow:
+        def __init__(self) -> None:
+            self.inner = AsyncInMemoryStore()
+            self.load, self.delete = self.inner.load, self.inner.delete
+
+        async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
+            saving.set()
+            await release.wait()
+            await self.inner.save(run_id, node_id, state)
+
+    async def a(state: Num) -> Any:
+        calls["a"] += 1
+        return {"a": 1}
+
+    async def b(state: Num) -> Any:
+        calls["b"] += 1
+        if calls["b"] > 1:
+            return {"b": 1}
+        await saving.wait()
+        try:
+            if how == "timeout":
+                await forever()
+            asyncio.get_running_loop().call_soon(release.set)
+            raise ValueError("b")
+        except asyncio.CancelledError:
+            release.set()
+            raise
+
+    group = parallel(node("a", a, output=One), node("b", b, output=Two))
+    runner = quick_without_retries(
+        store=Slow(),
+        node_policies={group.node_id: TWICE},
+        node_timeouts={group.node_id: 50} if how == "timeout" else {},
+    )
+    result = await runner.run([group], Num())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert calls == {"a": 1, "b": 2}
+    first = next(iter(result.trace))
+    assert first.failure is (R if how == "timeout" else A)
+
+
+async def test_steps_side_by_side_do_not_forget_each_others_children() -> None:
+    """Two steps of one context run at the same time: the end of one makes no child of the other's group run again."""
+    calls: list[str] = []
+    failed, other_done = asyncio.Event(), asyncio.Event()
+
+    async def a(state: Num) -> Any:
+        calls.append("a")
+        return {"a": 1}, 3
+
+    async def b(state: Num) -> Any:
+        calls.append("b")
+        if calls.count("b") == 1:
+            for _ in range(20):  # a is committed by then
+                await asyncio.sleep(0)
+            raise ValueError("b")
+        return {"b": 1}
+
+    async def other(state: Num) -> Any:
+        await failed.wait()
+        return {"n": 2}, 4
+
+    async def failure(run_id: str, node_id: str, *_: Any) -> None:
+        if node_id == group.node_id:
+            failed.set()
+            await other_done.wait()
+
+    async def success(run_id: str, node_id: str, *_: Any) -> None:
+        if node_id == "other":
+            other_done.set()
+
+    group = parallel(bare("a", a), bare("b", b))
+    ctx = context(
+        RunConfig(
+            policy_map=NEVER,
+            node_policies={group.node_id: {A: TWICE[A]}},
+            hooks=NodeHooks(on_node_failure=failure, on_node_success=success),
+        )
+    )
+    first, second = await asyncio.gather(
+        execute_step("g", group, Num(), ctx), execute_step("other", other, Num(), ctx)
+    )
+    assert (first.status, second.status) == (RunStatus.COMPLETED, RunStatus.COMPLETED)
+    assert calls == ["a", "b", "b"]
+    assert ctx.cost_tracker.total_tokens == 7
+    assert second.final_state == Num(n=2)
+
+
+async def test_many_steps_of_one_context_at_once(store: Any) -> None:
+    """Steps begun side by side on one context open its run once, and each has a place, a key and an event of its own."""
+    ctx = ReliabilityContext.for_run(RunConfig(run_id="side"), ContractRegistry(), CheckpointManager(store))
+    keys: list[str] = []
+
+    async def step(state: Num) -> Any:
+        run = current_node()
+        assert run is not None
+        keys.append(run.idempotency_key)
+        await asyncio.sleep(0)
+        return {"n": state.n + 1}, 1
+
+    results = await asyncio.gather(*(execute_step("step", step, Num(n=i), ctx) for i in range(20)))
+    assert [r.final_state for r in results] == [Num(n=i + 1) for i in range(20)]
+    assert len(set(keys)) == 20
+    assert ctx.cost_tracker.total_tokens == 20
+    assert len(ctx.trace) == 20
+    assert ctx.execution == 1
+
+
+async def test_a_crossed_budget_comes_before_a_siblings_failure() -> None:
+    """Once a child has crossed the budget, a sibling that fails afterwards cancels nobody: children in flight finish,
+    and the run stops as PARTIAL for its budget."""
+    entry = InMemoryStore()
+    crossed, broken, started = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    class Refused(Exception):
+        status_code = 401
+
+    async def over(state: Num) -> Any:
+        await started.wait()
+        return {"a": 1}, 100
+
+    async def bad(state: Num) -> Any:
+        await crossed.wait()
+        raise Refused("bad key")
+
+    async def slow(state: Num) -> Any:
+        started.set()
+        await broken.wait()
+        for _ in range(20):  # Time enough for a cancellation to arrive.
+            await asyncio.sleep(0)
+        return {"c": 1}
+
+    async def failure(run_id: str, node_id: str, *_: Any) -> None:
+        {"over": crossed, "bad": broken}.get(node_id, asyncio.Event()).set()
+
+    group = parallel(
+        node("over", over, output=One), node("bad", bad, output=Two), node("slow", slow, output=Three)
+    )
+    result = await quick_without_retries(
+        store=entry,
+        run_id="r",
+        budget=ExecutionBudget(max_tokens_total=10),
+        hooks=NodeHooks(on_node_failure=failure),
+    ).run([group], Num())
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, BudgetExceeded)
+    assert result.failure.exception.node_id == "over"
+    assert entry.load("r", "over") == One(a=1)
+    assert entry.load("r", "slow") == Three(c=1)
+    (event,) = result.trace
+    assert {e.node_id: e.failure for e in event.children} == {"over": R, "bad": T, "slow": R}
+
+
+async def test_a_childs_own_budget_error_cancels_its_siblings() -> None:
+    """A child whose own run went over its own budget fails like any other: its siblings are cancelled."""
+    seen: list[str] = []
+
+    async def over(state: Num) -> Any:
+        await asyncio.sleep(0)
+        raise BudgetExceeded("tokens", 1, 2, "inside")
+
+    async def wait(state: Num) -> Any:
+        await asyncio.wait_for(asyncio.Event().wait(), 1)
+
+    group = parallel(node("a", over), node("b", wait))
+    result = await quick(policy_map=NEVER, hooks=record_node_hooks(seen)).run([group], Num())
+    assert result.status is RunStatus.PARTIAL
+    assert seen == ["start", "start", "start", "failure", "cancelled", "failure"]
+
+
+async def test_a_group_is_tried_again_after_a_childs_own_budget_error() -> None:
+    """A group that node_policies names is tried again after it, since no limit of this run is crossed."""
+    calls: list[int] = []
+
+    async def over(state: Num) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise BudgetExceeded("tokens", 1, 2, "inside")
+        return {"n": 1}
+
+    group = parallel(node("a", over))
+    result = await quick(policy_map=NEVER, node_policies={group.node_id: TWICE}).run([group], Num())
+    assert (result.status, len(calls)) == (RunStatus.COMPLETED, 2)
+
+
+async def test_siblings_of_a_failed_attempt_over_the_limit_finish() -> None:
+    """Children in flight finish and commit when a limit is crossed, also if the attempt that crossed it failed."""
+    store = AsyncInMemoryStore()
+    started = asyncio.Event()
+
+    async def fails(state: Num) -> Any:
+        await started.wait()
+        run = current_node()
+        assert run is not None
+        run.report_usage(input_tokens=100)
+        raise ValueError("and over the limit")
+
+    async def goes_on(state: Num) -> Any:
+        started.set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return {"n": 7}, 1
+
+    group = parallel(node("a", fails), node("b", goes_on))
+    runner = quick(store=store, run_id="r", budget=ExecutionBudget(max_tokens_total=10))
+    result = await runner.run([group], Num())
+    assert (result.status, result.total_tokens) == (RunStatus.PARTIAL, 101)
+    assert await store.load("r", "b") == Num(n=7)

@@ -1,0 +1,208 @@
+"""Events of a trace and its records: times, differences, ids, and missing contracts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from pydantic import (
+    BaseModel,
+)
+from tests.kit import Num, node, quick
+
+from stroma import (
+    FailureClass,
+    FailurePolicy,
+    NodeHooks,
+    RunStatus,
+    StromaRunner,
+    current_node,
+    parallel,
+)
+from stroma.trace import ExecutionTrace, TraceEvent
+
+
+@pytest.mark.core
+async def test_diff_sees_children() -> None:
+    """What differs inside a group is a difference, although the group's own states are equal."""
+
+    async def trace(inner: int) -> ExecutionTrace:
+        async def first(state: Num) -> Any:
+            return {"n": inner}
+
+        async def second(state: Num) -> Any:
+            return {"n": 1}
+
+        return (await quick().run([parallel(node("a", first), node("b", second))], Num())).trace
+
+    one, same, other = await trace(1), await trace(1), await trace(2)
+    assert one.diff(same) == []
+    (line,) = one.diff(other)
+    assert line.startswith("Difference for parallel(a, b) attempt 1: children ")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("one", "other"), [(1, True), (1, 1.0), (0, False), (None, "None")], ids=repr)
+def test_diff_tells_apart_what_python_takes_for_equal(one: Any, other: Any) -> None:
+    """1, 1.0 and True are equal to Python and not to whoever reads the states."""
+
+    def trace(value: Any) -> ExecutionTrace:
+        outputs = ExecutionTrace()
+        now = datetime(2026, 1, 1, tzinfo=UTC)
+        outputs.append(TraceEvent("a", "r", 1, now, {"value": value}, {}, 0))
+        return outputs
+
+    assert trace(one).diff(trace(one)) == []
+    assert len(trace(one).diff(trace(other))) == 1
+
+
+async def _same(state: Num) -> Num:
+    return state
+
+
+async def trace(*order: str) -> ExecutionTrace:
+    result = await StromaRunner.quick().run([node(name, _same) for name in order], Num())
+    return result.trace
+
+
+async def test_traces_of_which_one_goes_on() -> None:
+    """Another order is told beside what only one of them has."""
+    lines = (await trace("a", "b", "c")).diff(await trace("b", "a"))
+    assert [line.split(":")[0] for line in lines] == ["Missing event in other trace", "Difference for order"]
+    assert "'a'" in lines[1] or "a" in lines[1]
+
+
+class Late(BaseModel):
+    value: Unknown  # type: ignore[name-defined]  # noqa: F821
+
+
+async def test_the_end_of_a_node_whose_contract_cannot_be_read() -> None:
+    """It is an attempt like any other, and drawn like one; its message names what is not defined."""
+    result = await StromaRunner.quick().run([node("one", _same, Late, Num)], Num())
+    (event,) = list(result.trace)
+    assert (result.status, event.outcome, event.failure) == ("FAILED", "failure", FailureClass.TERMINAL)
+    assert "name 'Unknown' is not defined" in str(event.failure_message)
+    assert "is not defined" in result._repr_html_()
+
+
+async def test_models_without_a_price_are_told_in_the_picture() -> None:
+    """The page of a result lists the models that count as free because nobody knows a price for them."""
+
+    async def paid(state: Num) -> tuple[Num, int, int, str]:
+        return state, 1, 1, "a-model-of-our-own"
+
+    result = await StromaRunner.quick().run([node("one", paid)], Num())
+    assert result.unpriced_models == ["a-model-of-our-own"]
+    assert "unpriced" in result._repr_html_()
+    assert "a-model-of-our-own" in result._repr_html_()
+
+
+class Stubborn:
+    """A store of the simple protocol that refuses the first time."""
+
+    def __init__(self) -> None:
+        self.refused = False
+
+    def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
+        if not self.refused:
+            self.refused = True
+            raise OSError("not now")
+
+    def load(self, run_id: str, node_id: str) -> BaseModel | None:
+        return None
+
+    def delete(self, run_id: str) -> None: ...
+
+
+async def test_every_record_carries_the_run_id(caplog: pytest.LogCaptureFixture) -> None:
+    """Every record that a run logs is on the logger `stroma` and carries its run_id, whoever it is about."""
+    caplog.set_level(logging.DEBUG)
+    calls: list[int] = []
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ValueError("once")
+        return {"n": 1}, 1, "nobody knows this model"
+
+    async def raising(*_: Any) -> None:
+        raise LookupError("a hook's own")
+
+    async def blocking(*_: Any) -> None:
+        time.sleep(0.02)
+
+    def lying(error: Exception, context: Any) -> FailureClass | None:
+        raise LookupError("a classifier's own")
+
+    hooks = NodeHooks(on_node_start=raising, on_node_success=blocking)
+    runner = quick(store=Stubborn(), hooks=hooks, hook_timeout_ms=5, classifiers=[lying], run_id="r")
+    assert (await runner.run([node("a", func)], Num())).status is RunStatus.COMPLETED
+    text = "\n".join(record.getMessage() for record in caplog.records if record.name == "stroma")
+    for part in (
+        "classifier",
+        "failed at attempt 1",
+        "follows in",
+        "raised for",
+        "blocked",
+        "no price",
+        "refused",
+        "ended",
+    ):
+        assert part in text
+    ours = [record for record in caplog.records if record.name.startswith("stroma")]
+    assert {(record.name, getattr(record, "run_id", None)) for record in ours} == {("stroma", "r")}
+
+
+@pytest.mark.core
+async def test_the_time_of_an_event_is_the_start_of_its_attempt() -> None:
+    """``timestamp_utc`` is when the attempt's function was called, in UTC, whatever was waited for before and after."""
+    called: list[datetime] = []
+
+    async def func(state: Num) -> Any:
+        called.append(datetime.now(UTC))
+        await asyncio.sleep(0.02)
+        if len(called) == 1:
+            raise ConnectionError("again")
+        return {"n": 1}
+
+    async def slow(*_: Any) -> None:
+        await asyncio.sleep(0.02)
+
+    policies = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=1, backoff_seconds=0.02, jitter=False)}
+    hooks = NodeHooks(on_node_start=slow, on_node_success=slow)
+    result = await quick(policy_map=policies, hooks=hooks).run([node("a", func)], Num())
+    assert [event.timestamp_utc.tzinfo for event in result.trace] == [UTC, UTC]
+    for event, began in zip(result.trace, called, strict=True):
+        assert abs(event.timestamp_utc - began) < timedelta(milliseconds=15)
+
+
+async def test_a_trace_that_was_looked_at_is_still_the_runs_own() -> None:
+    """G7, G8: neither redact nor on_run_end changes an event, also if a hook has looked at the trace during the run."""
+
+    async def look(*_: Any) -> None:
+        current = current_node()
+        assert current is not None
+        list(current.ctx.trace.walk())
+
+    async def spoil(run_id: str, result: Any) -> None:
+        for event in result.trace.walk():
+            assert event.input_state == {"n": "hidden"}
+            event.input_state["n"] = event.node_id = "spoiled"
+
+    async def plus(state: Num) -> Any:
+        return {"n": state.n + 1}
+
+    nodes = [node("a", plus), parallel(node("b", plus)), node("c", plus)]
+    hooks = NodeHooks(on_node_success=look, on_run_end=spoil)
+    result = await quick(hooks=[hooks, hooks], redact=lambda state: {"n": "hidden"}).run(nodes, Num())
+    assert result.hook_errors == []
+    assert [(event.node_id, event.input_state) for event in result.trace.walk()] == [
+        ("a", {"n": 0}),
+        ("parallel(b)", {"n": 1}),
+        ("b", {"n": 1}),
+        ("c", {"n": 2}),
+    ]

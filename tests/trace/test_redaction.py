@@ -1,0 +1,179 @@
+"""Redaction of states in traces, hooks and results."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import Any
+
+import pytest
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    RootModel,
+    SecretBytes,
+    SecretStr,
+)
+from tests.kit import Num, quick, record_node_hooks
+
+from stroma import (
+    NodeContract,
+    NodeHooks,
+    RunStatus,
+    StromaRunner,
+    stroma_node,
+)
+from stroma.trace.plain import secrets_in
+
+
+@dataclasses.dataclass
+class Key:
+    secret: SecretStr
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    secret: SecretStr
+
+
+class Open(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+def test_secrets_are_found_wherever_a_state_has_them() -> None:
+    """In fields, extras, dataclasses, dicts, lists and bytes; the class of a dataclass is none."""
+    assert set(secrets_in(Key(SecretStr("one")))) == {"one"}
+    assert set(secrets_in([Slotted(SecretStr("one"))])) == {"one"}
+    assert set(secrets_in(Open(token=SecretStr("two")))) == {"two"}
+    assert set(secrets_in({"k": [Key(SecretStr("three"))], "n": (Open(x={"y": SecretStr("four")}),)})) == {
+        "three",
+        "four",
+    }
+    assert set(secrets_in(SecretBytes("gr\u00fcn\\".encode()))) == {"gr\u00fcn\\", "gr\\xc3\\xbcn\\\\"}
+    assert set(secrets_in(SecretBytes(b"\xffraw"))) == {"raw", "\\xffraw"}
+    assert list(secrets_in(Key)) == []
+    assert list(secrets_in(SecretStr(""))) == []
+
+
+def test_a_secret_that_hides_a_structure() -> None:
+    """Every text in what a Secret hides is one, as deep as it goes; numbers too, flags and None not."""
+    from pydantic import Secret
+
+    class Hidden(BaseModel):
+        value: Secret[Any]
+
+    model = Hidden(value={"a": ["x", ("y", {"b": "z"})], "c": None, "d": True, "e": 7})
+    assert set(secrets_in(model)) == {"x", "y", "z", "7"}
+
+
+@pytest.mark.core
+async def test_what_the_end_of_a_run_shows_is_redacted() -> None:
+    """``redact`` runs before any hook sees a state: the final one, those of the trace, and that of a violation."""
+    seen: list[Any] = []
+
+    async def end(run_id: str, result: Any) -> None:
+        seen.append(result)
+
+    class Secretive(BaseModel):
+        name: str = "secret"
+
+    class Strict(BaseModel):
+        name: str
+
+    async def first(state: Secretive) -> Any:
+        return {"name": "secret too"}
+
+    async def second(state: Secretive) -> Any:
+        return {"name": 5, "why": "secret again"}
+
+    nodes = [
+        stroma_node("first", NodeContract(node_id="first", input_schema=Secretive, output_schema=Secretive))(
+            first
+        ),
+        stroma_node("second", NodeContract(node_id="second", input_schema=Secretive, output_schema=Strict))(
+            second
+        ),
+    ]
+    hooks = NodeHooks(on_run_end=end)
+    runner = StromaRunner.quick(hooks=[hooks, hooks], redact=lambda state: dict.fromkeys(state, "***"))
+    result = await runner.run(nodes, Secretive())
+    assert len(seen) == 2
+    for shown in seen:
+        assert shown.final_state.name == "***"
+        assert all("secret" not in str(event) for event in shown.trace.walk())
+        assert "secret" not in str(shown.failure.exception.raw)
+        assert "secret" not in str(shown.failure.exception.errors)
+    assert result.final_state == Secretive(name="secret too")
+    assert result.trace.events_for("first")[0].input_state == {"name": "secret"}
+    assert "secret" in str(result.failure.exception.raw)  # type: ignore[union-attr, attr-defined]
+
+
+class Pair(RootModel[list[int]]):
+    pass
+
+
+def cancelling(state: dict[str, Any]) -> Any:
+    raise asyncio.CancelledError
+
+
+def raising(state: dict[str, Any]) -> Any:
+    raise ValueError("cannot")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "redact",
+    [
+        lambda state: {1: 2},
+        lambda state: {"cls": 1, "self": 2, "_fields_set": 3},
+        lambda state: {},
+        lambda state: None,
+        raising,
+        cancelling,
+    ],
+    ids=["odd keys", "odd names", "nothing", "None", "raises", "cancels"],
+)
+@pytest.mark.parametrize("root", [False, True], ids=["model", "root model"])
+async def test_whatever_redact_makes_every_hook_is_called(redact: Any, root: bool) -> None:
+    """If redact raises, whatever that is, or gives what is no state of the class, each hook is called all the same."""
+    seen: list[str] = []
+    shown: list[Any] = []
+
+    async def start(*_: Any) -> None:
+        seen.append("run start")
+
+    async def end(run_id: str, result: Any) -> None:
+        seen.append("run end")
+        shown.append(result.final_state)
+
+    async def same(state: Any) -> Any:
+        return state
+
+    kind: type[BaseModel] = Pair if root else Num
+    state = Pair([7]) if root else Num(n=7)
+    contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=kind, output_schema=kind)
+    hooks = record_node_hooks(seen, on_run_start=start, on_run_end=end)
+    result = await quick(hooks=hooks, redact=redact).run([stroma_node("a", contract)(same)], state)
+    assert (result.status, result.final_state, result.hook_errors) == (RunStatus.COMPLETED, state, [])
+    assert seen == ["run start", "start", "success", "run end"]
+    assert type(shown[0]) is kind
+    assert "7" not in repr(shown[0])
+
+
+@pytest.mark.parametrize(
+    ("instance", "root"), [({"root": "***"}, "***"), ({"hidden": True}, {"hidden": True})]
+)
+async def test_redact_of_a_root_model(instance: dict[str, Any], root: Any) -> None:
+    """on_run_end gets what redact made of a root model's state, whether under the key "root" or without it."""
+    shown: list[Any] = []
+
+    async def end(run_id: str, result: Any) -> None:
+        shown.append(result.final_state.root)
+
+    async def same(state: Any) -> Any:
+        return state
+
+    contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=Pair, output_schema=Pair)
+    runner = quick(hooks=NodeHooks(on_run_end=end), redact=lambda _: instance)
+    await runner.run([stroma_node("a", contract)(same)], Pair([7]))
+    assert shown == [root]
