@@ -30,7 +30,7 @@ from stroma.failures.failure import Failure
 from stroma.runner.flow_errors import FlowClosed, StepFailed
 from stroma.runner.flow_journal import encode_input, read_failure
 from stroma.runner.flow_run import FlowRun, as_output
-from stroma.runner.flow_time import EXPIRED, Wait, now_ms, text_of_time
+from stroma.runner.flow_time import EXPIRED, OpenWait, now_ms, text_of_time
 from stroma.runner.pipeline import Pipeline
 
 __all__ = ["Flow", "FlowClosed", "FlowFunction", "StepFailed", "define_flow", "stroma_flow"]
@@ -113,15 +113,15 @@ class Flow:
             known = None
         if known is None:
             known = _learn(run, node, state)
-        found, name, label = known
+        record, name, label = known
         scope = run.begin_call("flow.step")
         if key is None and not scope.path:
             count = scope.counts[name]
             scope.counts[name] = count + 1
             identity = f"{name}#{count}"
         else:
-            identity = run.identify(scope, found.node_id, key)
-        coroutine = run.step(found, state, identity, run.driver.activity, not scope.path)
+            identity = run.identify(scope, record.node_id, key)
+        coroutine = run.step(record, state, identity, run.driver.activity, not scope.path)
         coroutine.__qualname__ = label  # type: ignore[attr-defined]  # Python's warning of a coroutine that is never awaited shows it.
         return coroutine
 
@@ -169,7 +169,7 @@ class Flow:
         The first item that stops for good cancels the others, and its StepFailed is raised.
         """
         run = self._run
-        found = _node_of(node, "flow.map")
+        record = _node_of(node, "flow.map")
         if max_concurrency is not None and max_concurrency < 1:
             raise ValueError(
                 f"max_concurrency must be at least 1, or None for no bound, got {max_concurrency!r}"
@@ -178,11 +178,11 @@ class Flow:
         for state in states:
             if not isinstance(state, BaseModel):
                 raise TypeError(
-                    f"the items of {found.node_id!r} must be pydantic models, got {type(state).__name__}"
+                    f"the items of {record.node_id!r} must be pydantic models, got {type(state).__name__}"
                 )
         scope = run.begin_call("flow.map")
-        identity = run.identify(scope, found.node_id, key, "*")
-        return self._map(found, states, max_concurrency, identity, run.driver.activity, not scope.path)
+        identity = run.identify(scope, record.node_id, key, "*")
+        return self._map(record, states, max_concurrency, identity, run.driver.activity, not scope.path)
 
     async def _map(
         self,
@@ -209,7 +209,7 @@ class Flow:
                         f"flow {run.node.node_id!r} has {len(states)} items for {node.node_id!r}, and had {max(beyond) + 1}"
                     )
                 )
-            failed = [int(at) for at, found in items.records.items() if found.kind == "failure"]
+            failed = [int(at) for at, record in items.records.items() if record.kind == "failure"]
             if failed:  # Its siblings were cancelled, or are of no use any more.
                 failure = read_failure(items.records[str(min(failed))].data)
                 await items.end()
@@ -262,7 +262,7 @@ class Flow:
     ) -> Any:
         run = self._run
         driver, ctx = run.driver, run.driver.ctx
-        given = encode_input(ctx, node, state) if run.stores_inputs or run.records else None
+        input_key = encode_input(ctx, node, state) if run.stores_inputs or run.records else None
 
         async def work() -> tuple[Any, bool]:
             contract = ctx.contract_of(node)
@@ -275,18 +275,18 @@ class Flow:
                 prepared, snapshot = schema_of(contract.input_schema).prepare_input(state)
                 returned = await child.call_body(node, prepared)
             except Exception as error:
-                raise _Failed(driver.halt_of(error, node.node_id).failure) from error
+                raise _InnerFailed(driver.halt_of(error, node.node_id).failure) from error
             target = schema_of(contract.output_schema)
-            call = StepCall(OF_FLOW, given)
+            call = StepCall(OF_FLOW, input_key)
             outcome = await driver.commit(child, node, target, snapshot, returned, begin, call)
             driver.flows.remove(child)
             if isinstance(outcome, Halt):
                 if outcome.partial or outcome.spent:
                     await driver.stop_here(outcome)
-                raise _Failed(outcome.failure) from outcome.failure.exception
+                raise _InnerFailed(outcome.failure) from outcome.failure.exception
             return as_output(outcome), False
 
-        return await self._compose(work, identity, number, in_main, given)
+        return await self._compose(work, identity, number, in_main, input_key)
 
     async def _run_pipeline(
         self, pipeline: Pipeline, state: BaseModel, identity: str, number: int, in_main: bool
@@ -321,7 +321,7 @@ class Flow:
         identity: str,
         number: int,
         in_main: bool,
-        given: bytes | None,
+        input_key: bytes | None,
     ) -> Any:
         """Make a call that is made of other calls, and hand out its result in turn.
 
@@ -338,7 +338,7 @@ class Flow:
         failure: Failure | None = None
         cause: BaseException | None = None
         try:
-            recorded = await run.find_recorded(identity, given) if run.records else None
+            recorded = await run.find_recorded(identity, input_key) if run.records else None
             is_recorded = recorded is not None
             if recorded is not None and recorded.kind == "failure":
                 failure = read_failure(recorded.data)
@@ -348,16 +348,16 @@ class Flow:
                     result, is_recorded = await work()
                 except StepFailed as error:
                     failure, cause = error.failure, error
-                except _Failed as error:
+                except _InnerFailed as error:
                     failure, cause = error.failure, error.__cause__
                 if failure is not None:
-                    driver.journal.note_failure(run.position, run.prefix + identity, failure, given)
+                    driver.journal.note_failure(run.position, run.prefix + identity, failure, input_key)
             index = await run.take_turn(identity, is_recorded, number, in_main)
             if failure is None:
                 return result
             raise run.step_failed(failure, identity, index, cause) from cause
         except asyncio.CancelledError:
-            run.note_cancelled(identity, begin, given)
+            run.note_cancelled(identity, begin, input_key)
             raise
         finally:
             cause = None  # Its traceback references this frame.
@@ -402,7 +402,7 @@ class Flow:
                 await driver.waits.flush()
             if wake <= now_ms():
                 return recorded is not None
-            wait = driver.waits.add(Wait(branch, f"sleeping until {text_of_time(wake)}", wake_ms=wake))
+            wait = driver.waits.add(OpenWait(branch, f"sleeping until {text_of_time(wake)}", wake_ms=wake))
             try:
                 assert wait.done is not None
                 await wait.done
@@ -454,27 +454,30 @@ class Flow:
     ) -> AnswerT:
         run = self._run
         driver, branch = run.driver, run.prefix + identity
-        found: list[Any] = []
+        outcomes: list[Any] = []
 
         async def work() -> bool:
             recorded = await run.find_recorded(identity, None) if run.records else None
             if recorded is not None and recorded.kind in ("answer", "expired"):
-                found.append(EXPIRED if recorded.kind == "expired" else recorded.data)
+                outcomes.append(EXPIRED if recorded.kind == "expired" else recorded.data)
                 return True
             wake = wake_ms if recorded is None else cast("int", recorded.data)
-            asked = driver.ctx.session.waiting.get((run.position, branch))
-            if asked is None or (asked.reason, asked.schema_ref) != (question.reason, question.schema_ref):
+            earlier = driver.ctx.session.waiting.get((run.position, branch))
+            if earlier is None or (earlier.reason, earlier.schema_ref) != (
+                question.reason,
+                question.schema_ref,
+            ):
                 await run.before_live(identity)
                 if wake is not None and recorded is None:
                     driver.journal.note_wake(run.position, branch, wake)
                 await driver.waits.ask(question)
-            wait = driver.waits.add(Wait(branch, question.reason, wake_ms=wake, question=question))
+            wait = driver.waits.add(OpenWait(branch, question.reason, wake_ms=wake, question=question))
             try:
                 assert wait.done is not None
                 outcome = await wait.done
                 if outcome is EXPIRED and await driver.waits._take_answers([wait]):
                     outcome = cast("Any", driver.ctx.session.waiting)[run.position, branch].payload
-                found.append(outcome)
+                outcomes.append(outcome)
                 if outcome is EXPIRED:
                     driver.journal.note_expired(run.position, branch)
                     # An answer that comes later is refused.
@@ -484,7 +487,7 @@ class Flow:
             return False
 
         await self._wait(work, identity, number, in_main)
-        (outcome,) = found
+        (outcome,) = outcomes
         if outcome is EXPIRED:
             raise TimeoutError(f"no answer came in time: {question.reason}")
         return cast("AnswerT", schema_of(answer).decode(outcome))
@@ -492,7 +495,7 @@ class Flow:
     async def _wait(
         self, work: Callable[[], Coroutine[Any, Any, bool]], identity: str, number: int, in_main: bool
     ) -> None:
-        """Wait, and go on in turn. ``work`` returns True if the wait had ended when the run was resumed."""
+        """OpenWait, and go on in turn. ``work`` returns True if the wait had ended when the run was resumed."""
         run = self._run
         run.alive += 1
         token, begin = object(), perf_counter_ns()
@@ -516,8 +519,8 @@ class Flow:
         scope = run.begin_call("flow.now")
         identity = run.identify(scope, "now", None, "!")
         branch = run.prefix + identity
-        made = run.driver.journal.value(run.position, "v", branch, lambda: str(now_ms()).encode())
-        return datetime.fromtimestamp(int(made) / 1000, UTC)
+        value = run.driver.journal.value(run.position, "v", branch, lambda: str(now_ms()).encode())
+        return datetime.fromtimestamp(int(value) / 1000, UTC)
 
     def random(self) -> float:
         """Return a random number from 0 up to 1: the same on replay."""
@@ -535,7 +538,7 @@ class Flow:
         return hashlib.sha256(b"%s:%s" % (seed, f"{run.prefix}{identity}".encode())).digest()
 
 
-class _Failed(Exception):
+class _InnerFailed(Exception):
     """A flow inside a flow failed; the cause is what its body raised."""
 
     def __init__(self, failure: Failure) -> None:
@@ -565,23 +568,23 @@ def _not_called(*_: Any) -> Any:
 
 def _learn(run: FlowRun, node: Any, state: Any) -> tuple[Node | Group, str, str]:
     """Check the arguments of a step. Return its node, the name in its identity, and that of its coroutine."""
-    found = _node_of(node, "flow.step")
+    record = _node_of(node, "flow.step")
     if not isinstance(state, BaseModel):
         raise TypeError(
-            f"the input of step {found.node_id!r} must be a pydantic model, got {type(state).__name__}"
+            f"the input of step {record.node_id!r} must be a pydantic model, got {type(state).__name__}"
         )
     run.state_classes.add(type(state))
-    known = (found, quoted(found.node_id), f"flow.step({found.node_id})")
+    known = (record, quoted(record.node_id), f"flow.step({record.node_id})")
     with contextlib.suppress(TypeError):  # It cannot be hashed.
         run.known[node] = known
     return known
 
 
 def _node_of(node: Any, method: str) -> Node | Group:
-    found = find_node(node)
-    if isinstance(found, FlowNode):
-        raise TypeError(f"{method} takes a node, and {found.node_id!r} is a flow; call it with flow.run")
-    return found
+    record = find_node(node)
+    if isinstance(record, FlowNode):
+        raise TypeError(f"{method} takes a node, and {record.node_id!r} is a flow; call it with flow.run")
+    return record
 
 
 # ---------------------------------------------------------------------- definition
@@ -663,9 +666,11 @@ def define_flow(
     if len(parameters) < 2:
         raise TypeError(f"flow {flow_id!r}: {name} must take (flow, state), got ({', '.join(parameters)})")
     hints = _hints_of(body)
-    taken = _class_of(flow_id, "input", input_class, hints.get(parameters[1]))
-    made = _class_of(flow_id, "output", output_class, hints.get("return"))
-    contract: NodeContract[Any, Any] = NodeContract(node_id=flow_id, input_schema=taken, output_schema=made)
+    input_model = _class_of(flow_id, "input", input_class, hints.get(parameters[1]))
+    output_model = _class_of(flow_id, "output", output_class, hints.get("return"))
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id=flow_id, input_schema=input_model, output_schema=output_model
+    )
     return FlowFunction(flow_id, body, contract, max_concurrency)
 
 

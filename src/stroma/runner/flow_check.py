@@ -45,8 +45,8 @@ async def check_flow(
     async def run() -> ExecutionResult[Any]:
         ctx = ReliabilityContext.for_run(config, registry, CheckpointManager(store))
         ctx.pipeline = flow.name
-        given = schema_of(type(state)).copy(state)
-        return await RunExecution(ctx, [flow.node], given, None).run()
+        initial = schema_of(type(state)).copy(state)
+        return await RunExecution(ctx, [flow.node], initial, None).run()
 
     first = await run()
     recorded = store._runs[_RUN_ID]

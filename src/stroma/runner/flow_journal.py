@@ -22,7 +22,15 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed
 from stroma.failures.failure import Failure, kind_of
 
-__all__ = ["FlowJournal", "Kind", "Recorded", "RecordedFlow", "encode_input", "given_of", "read_failure"]
+__all__ = [
+    "CallRecord",
+    "FlowJournal",
+    "Kind",
+    "RecordedFlow",
+    "encode_input",
+    "input_key_of",
+    "read_failure",
+]
 
 Kind = Literal["output", "failure", "cancelled", "sleep", "expired", "answer"]
 
@@ -31,7 +39,7 @@ _KINDS: Final[dict[str, Kind]] = {"f": "failure", "c": "cancelled", "s": "sleep"
 _RANK: Final = {"output": 0, "sleep": 0, "answer": 0, "failure": 1, "expired": 1, "cancelled": 2}
 
 
-class Recorded(NamedTuple):
+class CallRecord(NamedTuple):
     """The recorded result of one call. ``data``: the Committed of an output, else the fields of the note."""
 
     kind: Kind
@@ -50,11 +58,11 @@ class RecordedFlow:
     __slots__ = ("optional", "order", "results")
 
     def __init__(self) -> None:
-        self.results: dict[str, Recorded] = {}
+        self.results: dict[str, CallRecord] = {}
         self.order: dict[int, str] = {}
         self.optional: set[str] = set()
 
-    def add(self, identity: str, recorded: Recorded) -> None:
+    def add(self, identity: str, recorded: CallRecord) -> None:
         before = self.results.get(identity)
         if before is None or _RANK[before.kind] <= _RANK[recorded.kind]:
             self.results[identity] = recorded
@@ -75,12 +83,12 @@ class FlowJournal:
         for (position, branch), committed in ctx.restored.items():
             if branch:
                 flow, _, identity = branch.rpartition(".")
-                self._flows[position, flow].add(identity, Recorded("output", committed))
+                self._flows[position, flow].add(identity, CallRecord("output", committed))
         for (position, branch), waiting in session.waiting.items():
             if waiting.payload is not None:
                 flow, _, identity = branch.rpartition(".")
                 if identity.rpartition("/")[2].startswith("!"):  # Not of a node that waits.
-                    self._flows[position, flow].add(identity, Recorded("answer", waiting.payload))
+                    self._flows[position, flow].add(identity, CallRecord("answer", waiting.payload))
         for key, data in dict(session.notes).items():
             self._read_note(key, data)
 
@@ -94,7 +102,7 @@ class FlowJournal:
             self._flows[position, rest].optional.update(json.loads(data))
         elif kind in _KINDS:
             flow, _, identity = rest.rpartition(".")
-            self._flows[position, flow].add(identity, Recorded(_KINDS[kind], json.loads(data)))
+            self._flows[position, flow].add(identity, CallRecord(_KINDS[kind], json.loads(data)))
         else:
             self._values[key] = data
 
@@ -112,7 +120,7 @@ class FlowJournal:
         encoded = None if data is None else json.dumps(data).encode()
         self._ctx.session.note(f"{position}:{kind}:{branch}", encoded)
 
-    def note_failure(self, position: int, branch: str, failure: Failure, given: bytes | None) -> None:
+    def note_failure(self, position: int, branch: str, failure: Failure, input_key: bytes | None) -> None:
         fields = {
             "node": failure.node_id,
             "class": failure.failure_class.value,
@@ -121,12 +129,15 @@ class FlowJournal:
             "attempt": failure.attempt,
             "type": kind_of(failure.exception),
             "retry_after": failure.retry_after_seconds,
-            "given": None if given is None else given.decode(),
+            "input_key": None if input_key is None else input_key.decode(),
         }
         self._note(position, "f", branch, fields)
 
-    def note_cancelled(self, position: int, branch: str, seconds: float, given: bytes | None) -> None:
-        fields = {"seconds": round(seconds, 3), "given": None if given is None else given.decode()}
+    def note_cancelled(self, position: int, branch: str, seconds: float, input_key: bytes | None) -> None:
+        fields = {
+            "seconds": round(seconds, 3),
+            "input_key": None if input_key is None else input_key.decode(),
+        }
         self._note(position, "c", branch, fields)
 
     def note_wake(self, position: int, branch: str, wake_ms: int) -> None:
@@ -149,13 +160,13 @@ class FlowJournal:
     def value(self, position: int, kind: str, branch: str, make: Any) -> bytes:
         """Return the value that is recorded for a call, else record the one that ``make()`` returns."""
         key = f"{position}:{kind}:{branch}"
-        found = self._values.get(key)
-        if found is None:
-            found = make()
-            self._ctx.session.note(key, found)
+        data = self._values.get(key)
+        if data is None:
+            data = make()
+            self._ctx.session.note(key, data)
             if kind == "seed":
-                self._values[key] = found
-        return found
+                self._values[key] = data
+        return data
 
     def seed(self, position: int) -> bytes:
         """Return the seed of the random values of this execution of the run."""
@@ -180,10 +191,10 @@ def encode_input(ctx: ReliabilityContext, node: Node | Group, state: BaseModel) 
         return None
 
 
-def given_of(recorded: Recorded) -> bytes | None:
+def input_key_of(recorded: CallRecord) -> bytes | None:
     """Return the recorded input of a call in stored form; None if there is none."""
     data = recorded.data
     if isinstance(data, Committed):
         return None if data.step is None else data.step.input_key
-    given = data.get("given") if isinstance(data, dict) else None
-    return None if given is None else str(given).encode()
+    input_key = data.get("input_key") if isinstance(data, dict) else None
+    return None if input_key is None else str(input_key).encode()

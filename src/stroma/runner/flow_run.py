@@ -33,9 +33,9 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure, NodeContext, diagnose, ends_run
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.runner.flow_errors import FlowClosed, StepFailed
-from stroma.runner.flow_journal import FlowJournal, Recorded, encode_input, given_of, read_failure
+from stroma.runner.flow_journal import CallRecord, FlowJournal, encode_input, input_key_of, read_failure
 from stroma.runner.flow_order import ResultOrder
-from stroma.runner.flow_time import Wait, Waits
+from stroma.runner.flow_time import OpenWait, Waits
 from stroma.trace.events import AttemptRow
 
 __all__ = ["REPLAY_ONLY", "FlowDriver", "FlowRun", "as_output", "run_with_flows"]
@@ -306,12 +306,12 @@ class FlowDriver:
         ctx, execution = self.ctx, flow.execution
         try:
             if isinstance(returned, BaseModel) and not isinstance(returned, schema.model):
-                said = f"flow {node.node_id!r} must return a {schema.model.__name__}, got {type(returned).__name__}"
+                text = f"flow {node.node_id!r} must return a {schema.model.__name__}, got {type(returned).__name__}"
                 raise ContractViolation(
                     node.node_id,
                     "output",
                     {},
-                    [{"type": "model_type", "loc": (), "msg": said, "input": None}],
+                    [{"type": "model_type", "loc": (), "msg": text, "input": None}],
                 )
             model, saved = schema.accept_output(returned)
         except BaseException as error:
@@ -385,9 +385,9 @@ class FlowDriver:
             self.watch()
             return
         for flow in self.flows:
-            said = None if flow.has_ended else flow.missing() or flow.order.missing()
-            if said is not None:
-                self.stop(self.changed(f"flow {flow.node.node_id!r} {said}"))
+            text = None if flow.has_ended else flow.missing() or flow.order.missing()
+            if text is not None:
+                self.stop(self.changed(f"flow {flow.node.node_id!r} {text}"))
                 return
 
 
@@ -579,14 +579,14 @@ class FlowRun:
         driver.activity += 1
         self.open[identity] = task
         scope = SCOPE.get()
-        given: bytes | None = None
-        recorded: Recorded | None = None
+        input_key: bytes | None = None
+        recorded: CallRecord | None = None
         begin = 0
         try:
             if self.stores_inputs or self.records:
-                given = encode_input(driver.ctx, node, state)
+                input_key = encode_input(driver.ctx, node, state)
             if self.records:
-                recorded = await self.find_recorded(identity, given)
+                recorded = await self.find_recorded(identity, input_key)
             if recorded is not None:
                 outcome = (
                     await self.restore(node, state, identity)
@@ -604,15 +604,15 @@ class FlowRun:
                 ctx, attempt = driver.ctx, self.attempt
                 run = NodeExecution(ctx, node.node_id, "node", self.position, self.prefix + identity)
                 plan = plan_of(ctx, run, node, state, None)
-                run.step = _CALL if given is None else StepCall(OF_FLOW, given)
+                run.step = _CALL if input_key is None else StepCall(OF_FLOW, input_key)
                 run.attempt = 1
                 CURRENT.set(run)
                 driver.busy += 1
                 try:
-                    made = await attempt.prepare(run, node, plan, state, task.cancelling()).make()
+                    result = await attempt.prepare(run, node, plan, state, task.cancelling()).make()
                     busy_ns = attempt.duration
-                    if type(made) is Failure:
-                        made, more_ns = await try_again(ctx, attempt, node, plan, state, made)
+                    if type(result) is Failure:
+                        result, more_ns = await try_again(ctx, attempt, node, plan, state, result)
                         busy_ns += more_ns
                 finally:
                     driver.busy -= 1
@@ -622,11 +622,11 @@ class FlowRun:
                     if driver.waits.open or driver.stopping is not None:
                         driver.wake()
                 self._count(busy_ns)
-                outcome = made
+                outcome = result
                 if driver.stopping is not None:
                     await driver.never()
                 if type(outcome) is Halt:
-                    await self._settle(outcome, identity, given)
+                    await self._settle(outcome, identity, input_key)
                 elif (
                     self.alive == 1
                     and not self.is_concurrent
@@ -640,10 +640,10 @@ class FlowRun:
                     return as_output(outcome)
             else:
                 begin = perf_counter_ns()
-                outcome = await self._execute(node, state, identity, given, task)
+                outcome = await self._execute(node, state, identity, input_key, task)
             index = await self.take_turn(identity, recorded is not None, number, in_main)
         except asyncio.CancelledError:
-            self.note_cancelled(identity, begin or self.attempt.begin or perf_counter_ns(), given)
+            self.note_cancelled(identity, begin or self.attempt.begin or perf_counter_ns(), input_key)
             raise
         except (HookNotAsync, PipelineChanged, StoreError) as error:  # What leaves a run.
             await driver.stop_here(_end_of(error, node))
@@ -669,7 +669,7 @@ class FlowRun:
         node: Node | Group,
         state: BaseModel,
         identity: str,
-        given: bytes | None,
+        input_key: bytes | None,
         task: asyncio.Task[Any],
     ) -> BaseModel | Halt:
         """Make a step that is not recorded. Return its committed output, or the Halt of its failure."""
@@ -682,7 +682,7 @@ class FlowRun:
             "node",
             self.execution,
             None,
-            StepCall(OF_FLOW, given),
+            StepCall(OF_FLOW, input_key),
             task.cancelling(),
             restores=False,
         )
@@ -696,7 +696,7 @@ class FlowRun:
         if driver.stopping is not None:  # A sibling has ended the flow meanwhile: this one is committed.
             await driver.never()
         if type(outcome) is Halt:
-            await self._settle(outcome, identity, given)
+            await self._settle(outcome, identity, input_key)
         return outcome
 
     async def _make(self, node: Node | Group, state: BaseModel, place: Place) -> BaseModel | Halt:
@@ -718,18 +718,18 @@ class FlowRun:
         assert end is not None
         return await driver.stop_here(_end_of(end, node))
 
-    async def _settle(self, halt: Halt, identity: str, given: bytes | None) -> None:
+    async def _settle(self, halt: Halt, identity: str, input_key: bytes | None) -> None:
         """Record a failure that the body is to meet; of what it must not meet, the flow ends or waits."""
         driver = self.driver
         if halt.suspended:
-            wait = driver.waits.add(Wait(self.prefix + identity, halt.failure.message, is_of_step=True))
+            wait = driver.waits.add(OpenWait(self.prefix + identity, halt.failure.message, is_of_step=True))
             try:
                 await driver.never()
             finally:
                 driver.waits.remove(wait)
         if halt.spent or halt.partial:
             await driver.stop_here(halt)
-        driver.journal.note_failure(self.position, self.prefix + identity, halt.failure, given)
+        driver.journal.note_failure(self.position, self.prefix + identity, halt.failure, input_key)
 
     async def before_live(self, identity: str) -> None:
         """Wait until a call that is not recorded may be made."""
@@ -763,22 +763,22 @@ class FlowRun:
         driver.journal.forget_output(self.position, branch)
         return output
 
-    async def find_recorded(self, identity: str, given: bytes | None) -> Recorded | None:
+    async def find_recorded(self, identity: str, input_key: bytes | None) -> CallRecord | None:
         """Return the record of a call, and take it out of the records. Ends the flow if its input has changed."""
         driver = self.driver
         recorded = self.records.pop(identity, None)
         if recorded is None:
             return None
         is_optional = identity in self.optional
-        before = given_of(recorded)
-        if before is not None and given is not None and before != given:
+        before = input_key_of(recorded)
+        if before is not None and input_key is not None and before != input_key:
             if is_optional:  # It followed a failure that did not happen this time.
                 return None
             driver.unreached -= 1
             await driver.stop_here(
                 driver.changed(
                     f"flow {self.node.node_id!r} made {describe(identity)} with {_shorten(before)}, and makes it now with "
-                    f"{_shorten(given)} ({_difference(before, given)})"
+                    f"{_shorten(input_key)} ({_difference(before, input_key)})"
                 )
             )
         if is_optional:
@@ -793,14 +793,14 @@ class FlowRun:
     async def _await_cancellation(self, identity: str, seconds: float) -> NoReturn:
         """Wait until the body cancels a call again that it has cancelled before."""
         driver = self.driver
-        said = f"flow {self.node.node_id!r} cancelled {describe(identity)}, and does not cancel it now"
-        timer = driver.loop.call_later(seconds + STUCK_SECONDS, lambda: driver.stop(driver.changed(said)))
+        text = f"flow {self.node.node_id!r} cancelled {describe(identity)}, and does not cancel it now"
+        timer = driver.loop.call_later(seconds + STUCK_SECONDS, lambda: driver.stop(driver.changed(text)))
         try:
             await driver.never()
         finally:
             timer.cancel()
 
-    def note_cancelled(self, identity: str, begin: int, given: bytes | None) -> None:
+    def note_cancelled(self, identity: str, begin: int, input_key: bytes | None) -> None:
         driver = self.driver
         if (
             self.is_map
@@ -811,7 +811,7 @@ class FlowRun:
         ):
             return
         branch = self.prefix + identity
-        driver.journal.note_cancelled(self.position, branch, (perf_counter_ns() - begin) / 1e9, given)
+        driver.journal.note_cancelled(self.position, branch, (perf_counter_ns() - begin) / 1e9, input_key)
         self.order.withdraw(identity)
         driver.cancelled.append((self.position, branch, driver.activity))
 
@@ -888,7 +888,7 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 def _carried(error: BaseException) -> list[BaseException]:
     """Return an exception with all that it carries: members, causes and contexts."""
-    found: list[BaseException] = []
+    errors: list[BaseException] = []
     seen: set[int] = set()
     stack: list[BaseException | None] = [error]
     while stack:
@@ -896,11 +896,11 @@ def _carried(error: BaseException) -> list[BaseException]:
         if one is None or id(one) in seen:
             continue
         seen.add(id(one))
-        found.append(one)
+        errors.append(one)
         stack += [one.__cause__, one.__context__]
         if isinstance(one, BaseExceptionGroup):
             stack += one.exceptions
-    return found
+    return errors
 
 
 _WORDS: Final = {"!sleep": "flow.sleep", "!wait": "flow.wait_for", "!now": "flow.now"}

@@ -16,7 +16,7 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure
 
-__all__ = ["EXPIRED", "Wait", "Waits", "now_ms", "text_of_time"]
+__all__ = ["EXPIRED", "OpenWait", "Waits", "now_ms", "text_of_time"]
 
 _ANSWER_POLL_SECONDS: Final = 1.0
 _STOP_POLL_SECONDS: Final = 0.25
@@ -35,7 +35,7 @@ def text_of_time(ms: int) -> str:
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds")
 
 
-class Wait:
+class OpenWait:
     """One open wait.
 
     Attributes:
@@ -71,7 +71,7 @@ class Wait:
             self.done.set_result(outcome)
 
 
-class Driver(Protocol):
+class WaitingFlow(Protocol):
     """The driver of a flow, as its waits see it."""
 
     ctx: ReliabilityContext
@@ -87,11 +87,11 @@ class Driver(Protocol):
 class Waits:
     """The open waits of a flow, and the suspension of the run when nothing else is left."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: WaitingFlow) -> None:
         self._driver = driver
-        self.open: dict[str, Wait] = {}
+        self.open: dict[str, OpenWait] = {}
 
-    def add(self, wait: Wait) -> Wait:
+    def add(self, wait: OpenWait) -> OpenWait:
         """Open a wait. It ends by its timer, if it has one, while the process lives."""
         driver = self._driver
         wait.done = driver.loop.create_future()
@@ -101,7 +101,7 @@ class Waits:
         driver.wake()
         return wait
 
-    def _start_timer(self, wait: Wait) -> None:
+    def _start_timer(self, wait: OpenWait) -> None:
         assert wait.wake_ms is not None
         remaining = (wait.wake_ms - now_ms()) / 1000
         if remaining <= 0:
@@ -109,7 +109,7 @@ class Waits:
         else:  # An event loop may not take longer timers than a day.
             wait.timer = self._driver.loop.call_later(min(remaining, 3600.0), self._start_timer, wait)
 
-    def remove(self, wait: Wait) -> None:
+    def remove(self, wait: OpenWait) -> None:
         if wait.timer is not None:
             wait.timer.cancel()
         self.open.pop(wait.branch, None)
@@ -140,12 +140,12 @@ class Waits:
         driver.stop(self._suspension(pending))
         return True
 
-    async def _take_answers(self, pending: list[Wait]) -> bool:
+    async def _take_answers(self, pending: list[OpenWait]) -> bool:
         """End the waits whose answers have come since the run was opened. Return True if there is one."""
         session = self._driver.ctx.session
         try:
             answers = session.answers()
-            found = answers if isinstance(answers, Mapping) else await answers
+            by_place = answers if isinstance(answers, Mapping) else await answers
         except StoreError as error:
             self._driver.ctx.run_logger.warning("answers cannot be read now: %s", error)
             return False
@@ -154,13 +154,13 @@ class Waits:
             question = wait.question
             if question is None:
                 continue
-            answer = found.get((question.position, question.branch))
+            answer = by_place.get((question.position, question.branch))
             if answer is not None and answer.payload is not None:
                 wait.end(answer.payload)
                 has_ended = True
         return has_ended
 
-    def _suspension(self, pending: list[Wait]) -> Halt:
+    def _suspension(self, pending: list[OpenWait]) -> Halt:
         ctx = self._driver.ctx
         reasons = [wait.reason for wait in pending]
         # A suspended step has reported its own.

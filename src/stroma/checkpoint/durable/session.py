@@ -330,8 +330,8 @@ class DurableSession:
         def read(rows: Rows) -> list[StepRow]:
             return list(rows.annotations(run, Annotation.WAITING))
 
-        found = await self._submit(Transaction(self.run_id, read))
-        waiting = [read_waiting(row, self.run_id, execution, self._payloads) for row in found]
+        annotations = await self._submit(Transaction(self.run_id, read))
+        waiting = [read_waiting(row, self.run_id, execution, self._payloads) for row in annotations]
         self.waiting = {(one.position, one.branch): one for one in waiting if one is not None}
         return self.waiting
 
