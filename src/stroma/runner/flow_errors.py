@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from stroma.failures.failure import Failure, text_of
@@ -33,8 +34,8 @@ class StepFailed(Exception):
         return StepFailed, (self.failure, self.path)
 
 
-class FlowClosed(BaseException):
-    """A flow was used after its end, or while the run is being suspended or stopped.
+class FlowClosed(asyncio.CancelledError):
+    """A flow was used while it is being suspended or stopped, by a body or a task that goes on although it was cancelled.
 
     No ``except Exception`` catches it: the body is to end.
     """

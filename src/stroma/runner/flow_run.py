@@ -98,7 +98,7 @@ class FlowDriver:
         #: What the loop does in its next turn, a task that has not begun, say. Of other loops than asyncio's nobody knows.
         self.ready = getattr(self.loop, "_ready", (True,))
         self.stopping: Halt | Stopped | BaseException | None = None
-        self.closing = False
+        self.closing = self.is_over = False
         self.waits = Waits(self)
         self.flows: list[FlowRun] = []
         self.body: asyncio.Task[Any] | None = None
@@ -152,6 +152,7 @@ class FlowDriver:
             self.waits.close()
             await self._tear_down(self.body)
             _retrieve(self.body)
+            self.is_over = self.body.done()
         body, stopping = self.body, self.stopping
         self.body = None
         if not body.done():  # It goes on, and can do nothing: each of its calls raises FlowClosed.
@@ -517,6 +518,10 @@ class FlowRun:
     def begin_call(self, what: str) -> Scope:
         """Check that a call may be made here, and return the scope of the task that makes it."""
         driver = self.driver
+        if driver.is_over:
+            raise RuntimeError(
+                f"{what} was called after flow {self.node.node_id!r} had ended; call it in the body of the flow"
+            )
         if driver.closing or self.has_ended:
             raise FlowClosed(
                 f"{what} was called after flow {self.node.node_id!r} had ended, or while it is being stopped"
