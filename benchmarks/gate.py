@@ -55,6 +55,7 @@ def cases() -> list[Case]:
         Case("B: each node fails once, to the floor", work.retried, 100, work.floor, 100),
         Case("D: a node of 1,000 with a budget, to one of 100", work.limited, 1000, work.limited, 100),
         Case("H: a child of parallel, to one of gather", work.side_by_side, 100, work.gathered, 100),
+        Case("I: a step of a flow of 1,000, to a node of a list", work.flowing, 1000, work.ours, 1000),
     ]
 
 

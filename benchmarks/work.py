@@ -15,15 +15,17 @@ from stroma import (
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
+    Flow,
     NodeContract,
     NodeHooks,
     StromaRunner,
     parallel,
+    stroma_flow,
     stroma_node,
 )
 
 __all__ = [
-    "START", "In", "Run", "floor", "gathered", "limited", "ours", "retried", "sequence", "side_by_side", "watched",
+    "START", "In", "Run", "floor", "flowing", "gathered", "limited", "ours", "retried", "sequence", "side_by_side", "watched",
     "yielding",
 ]  # fmt: skip
 
@@ -94,6 +96,23 @@ def watched(nodes: int) -> Run:
         return None
 
     return ours(nodes, hooks=NodeHooks(on_node_start=see, on_node_success=see, on_node_failure=see))
+
+
+def flowing(nodes: int) -> Run:
+    """As many steps of a flow as :func:`ours` has nodes."""
+    made = sequence(10)
+
+    @stroma_flow("flow", input=In, output=Out)
+    async def body(flow: Flow, state: Any) -> Out:
+        for number in range(nodes):
+            state = await flow.step(made[number % 10], state)
+        assert isinstance(state, Out)
+        return state
+
+    async def run() -> int:
+        return (await StromaRunner.quick().run(body, In(**START))).output.i
+
+    return run
 
 
 def _children(number: int) -> list[Callable[[Any], Awaitable[dict[str, Any]]]]:

@@ -126,7 +126,7 @@ async def run_them() -> None:
         assert_type(event.output_state, dict[str, Any] | None)
     await runner.run((each,), Documents(documents=[document]), run_id="r", context={"client": object()})
     await runner.run(pipeline, document, resume=True)
-    await runner.run([report], {"text": "x"})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await runner.run([report], {"text": "x"})  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     runner.run([report], document)  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
     merged = await both(document)
     assert_type(merged, dict[str, Any])

@@ -17,10 +17,11 @@ import itertools
 import weakref
 from collections import Counter
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
-__all__ = ["SCOPE", "Identity", "Scope", "StepCalls", "child_indexes", "is_called"]
+__all__ = ["SCOPE", "Identity", "Scope", "StepCalls", "child_indexes", "is_called", "quoted"]
 
 _MARK: Final = "#"  # in each identity, and nowhere else in a branch
 
@@ -87,12 +88,17 @@ class StepCalls:
         SCOPE.set(scope)
         return scope
 
-    def next(self, scope: Scope, step_id: str) -> Identity:
-        """Return the identity of the next call of a step in a scope."""
-        number = scope.counts[step_id]
-        scope.counts[step_id] += 1
-        text = f"{_quoted(step_id)}{_MARK}{number}"
+    def next(self, scope: Scope, step_id: str, kind: str = "") -> Identity:
+        """Return the identity of the next call of a step in a scope. ``kind``: a character that sets other calls apart."""
+        name = f"{kind}{quoted(step_id)}"
+        number = scope.counts[name]
+        scope.counts[name] = number + 1
+        text = f"{name}{_MARK}{number}"
         return Identity(f"{scope.path}/{text}" if scope.path else text, number, scope.path)
+
+    def named(self, key: str, kind: str = "") -> str:
+        """Return the identity of a call that has a name, whichever task makes it."""
+        return f"{kind}{_MARK}{quoted(key)}"
 
     def next_of_input(self, step_id: str, digest: str) -> Identity:
         """Return the identity of the next call of a step with an input, in any task or thread.
@@ -101,14 +107,16 @@ class StepCalls:
         """
         number = self._counts[step_id, digest]
         self._counts[step_id, digest] += 1
-        return Identity(f"{_quoted(step_id)}{_MARK}{number}@{digest}", number)
+        return Identity(f"{quoted(step_id)}{_MARK}{number}@{digest}", number)
 
 
 def _weak(task: asyncio.Task[Any] | None) -> weakref.ref[asyncio.Task[Any]] | None:
     return None if task is None else weakref.ref(task)
 
 
-def _quoted(step_id: str) -> str:
+@lru_cache(maxsize=1024)
+def quoted(step_id: str) -> str:
+    """Return an id as it stands in identities."""
     # Branches are split at dots, which quote() leaves alone. It escapes "/" and "#", which identities use.
     return quote(step_id, safe="", errors="backslashreplace").replace(".", "%2E")
 

@@ -19,6 +19,7 @@ from stroma.trace.events import FAILED_ITEM, AttemptRow
 
 __all__ = [
     "INSIDE",
+    "OF_FLOW",
     "OF_MAP",
     "AsyncCheckpointStore",
     "Charge",
@@ -166,6 +167,10 @@ class StepCall(NamedTuple):
     identity: str | None = None
 
 
+#: ``StepCall.number`` of a step of a flow.
+OF_FLOW: Final = -1
+
+
 def inside_of(call: StepCall | None) -> StepCall | None:
     """Return the StepCall of the nodes inside a group that is a step: a checksum of the input of that step."""
     key = None if call is None else call.input_key
@@ -300,6 +305,7 @@ class Session(Protocol):
     Attributes:
         address: identifies the store among all stores: cells of a store with this address change in the transactions of
             the session's commits. "" without such transactions.
+        stores_inputs: it stores the inputs of calls (``StepCall.given``), so that they must be encoded.
         epoch: incremented by each session that opens the run; 0 if that is not recorded.
         charges: what to settle when the attempt in progress at a (position, branch) is recorded; removed by the code that
             added it. Not read if ``address`` is "".
@@ -310,6 +316,7 @@ class Session(Protocol):
         finished: the end of an execution that is returned unchanged, or that must end before a node is called; otherwise
             None.
         waiting: approvals that its nodes wait for, or waited for, by (position, branch).
+        notes: what :meth:`note` stored in this execution before, by key.
         traceparent: trace context recorded by the process that started the execution; None before.
         undelivered: attempts of earlier processes whose end hooks may not have been called, the oldest first; without
             states. Always empty if all attempts are of this process.
@@ -318,6 +325,7 @@ class Session(Protocol):
     """
 
     address: str
+    stores_inputs: bool
     epoch: int
     charges: dict[tuple[int, str], Charge]
     execution: int
@@ -328,6 +336,7 @@ class Session(Protocol):
     places: Mapping[str, int]
     prior: PriorUsage
     waiting: Mapping[tuple[int, str], Waiting]
+    notes: Mapping[str, bytes]
     traceparent: str | None
     undelivered: Sequence[AttemptRow]
     on_cancel: Callable[[], None] | None
@@ -367,6 +376,23 @@ class Session(Protocol):
 
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
         """Store an attempt that waits for an approval, and its question: both or nothing. Raises StoreError."""
+
+    def note(self, key: str, data: bytes | None) -> None:
+        """Store data of the driver under a key, "position:..."; None deletes it.
+
+        It is stored together with the next attempt, question or end of the run that is recorded, or by :meth:`flush`.
+        Discarding a position discards its notes.
+        """
+
+    def flush(self) -> Awaitable[None] | None:
+        """Store the notes now. Awaited: raises Fenced, or another StoreError."""
+
+    def ask(self, waiting: Waiting) -> Awaitable[None] | None:
+        """Store a question of no node, together with the notes. Raises StoreError."""
+
+    def answers(self) -> Mapping[tuple[int, str], Waiting] | Awaitable[Mapping[tuple[int, str], Waiting]]:
+        """Return what ``waiting`` is by now. Raises StoreError."""
+        ...
 
     def end(self, status: str, error: str | None) -> Awaitable[None] | None:
         """Record that the run stopped with a status (see RunStatus) and, unless it completed, an error text."""

@@ -31,6 +31,7 @@ class NullSession:
     """
 
     address: str = ""
+    stores_inputs: bool = False
     epoch: int = 0
     charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there without an address.
     tried: Mapping[tuple[int, str], Tried] = {}
@@ -41,6 +42,7 @@ class NullSession:
     places: Mapping[str, int] = {}
     prior: PriorUsage = PriorUsage()
     waiting: Mapping[tuple[int, str], Waiting] = {}
+    notes: Mapping[str, bytes] = {}
     traceparent: str | None = None
     undelivered: Sequence[AttemptRow] = ()
     on_cancel: Callable[[], None] | None = None
@@ -74,6 +76,20 @@ class NullSession:
 
     def note_traceparent(self, traceparent: str) -> None:
         return None
+
+    def note(self, key: str, data: bytes | None) -> None:
+        return None
+
+    def flush(self) -> Awaitable[None] | None:
+        return None
+
+    def ask(self, waiting: Waiting) -> Awaitable[None] | None:
+        raise StoreError(
+            f"this store has no journal, so a flow cannot wait for a {waiting.node_id}; use a journal store such as SQLiteStore"
+        )
+
+    def answers(self) -> Mapping[tuple[int, str], Waiting] | Awaitable[Mapping[tuple[int, str], Waiting]]:
+        return self.waiting
 
     def end(self, status: str, error: str | None) -> Awaitable[None] | None:
         return None

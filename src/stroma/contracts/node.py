@@ -7,7 +7,7 @@ import inspect
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, TypeVar, final, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, TypeVar, overload
 
 from pydantic import BaseModel
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stroma.contracts.schema import Schema
 
 __all__ = [
+    "FlowNode",
     "Group",
     "Node",
     "NodeDecorator",
@@ -73,7 +74,6 @@ class NodeDecorator(Protocol, Generic[In, Out]):
 Plan: TypeAlias = "tuple[Schema | None, Schema, NodeContract[Any, Any] | None]"
 
 
-@final
 @dataclass(frozen=True, slots=True, eq=False)
 class Node:
     """One function with an id. Inspected once, when it is made.
@@ -96,6 +96,19 @@ class Node:
     def call(self, state: BaseModel, context: dict[str, Any]) -> Any:
         """Call the function as it wants to be called. Only the engine does, and a group that is called by hand."""
         return self.func(state, context) if self.wants_context else self.func(state)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FlowNode(Node):
+    """A flow in a sequence of nodes: the runner drives its body, the engine never calls it.
+
+    Attributes:
+        body: calls the function of the flow for ``(its run, state)``.
+        max_concurrency: how many of its steps run at once; None is all.
+    """
+
+    body: Callable[[Any, Any], Coroutine[Any, Any, Any]] | None = None
+    max_concurrency: int | None = None
 
 
 class Group:

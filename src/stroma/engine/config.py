@@ -98,6 +98,8 @@ class RunConfig(LazyModel):
         max_recoveries: a run under which the process died so often is FAILED with reason "poison", and nothing of it is
             called. Journal stores only; a process that this one is, and plain code that does not say when it ends, do not count.
         force_resume: resume a run that failed with reason "poison"; deaths are counted anew.
+        inline_wait_seconds: flows wait in the process for a time that is at most so far away; for a later one the run is
+            SUSPENDED.
         lease_seconds: time after which a run whose owner stopped renewing its lease can be taken over.
         model_fallbacks: cheaper models to signal once their share of ``max_cost_usd`` is spent.
         unknown_model: what a model without a known price does: "warn" counts it as 0 USD, "error" stops the run. None:
@@ -141,6 +143,7 @@ class RunConfig(LazyModel):
     allow_changes: bool = False
     check: bool = False
     lease_seconds: float = Field(default=30.0, ge=0.1, allow_inf_nan=False)
+    inline_wait_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
     model_fallbacks: list[FallbackPolicy] = Field(default_factory=list)
     unknown_model: Literal["warn", "error"] | None = None
     hook_errors: Literal["isolate", "raise"] = "isolate"

@@ -37,7 +37,7 @@ from stroma.failures.failure import Failure
 from stroma.failures.policy import Retry, Stop, follow_up
 from stroma.trace.events import NO_USAGE
 
-__all__ = ["attempt_once", "begin_group", "execute", "execute_in_turn"]
+__all__ = ["attempt_once", "begin_group", "execute", "execute_in_turn", "plan_of", "try_again"]
 
 _SPENT: Final = Stop("the budget is spent")
 sleep = asyncio.sleep
@@ -139,6 +139,37 @@ async def execute_in_turn(
             return outcome
         value = outcome
     return value
+
+
+# ---------------------------------------------------------------------- a step of a flow
+
+
+async def try_again(
+    ctx: ReliabilityContext, attempt: NodeAttempt, node: Node, plan: Plan, value: BaseModel, failure: Failure
+) -> tuple[BaseModel | Halt, int]:
+    """Make the further attempts of a node whose first one failed. Return its end, and for how many ns its function ran.
+
+    :func:`execute_in_turn` for a flow, which makes first attempts itself: those of most steps are the only ones.
+    """
+    run, number, busy_ns = CURRENT.get(), 1, 0
+    try:
+        outcome: BaseModel | Failure | Halt = failure
+        while isinstance(outcome, Failure):
+            decision = _decide(ctx, run, node, outcome, number)
+            if isinstance(decision, Stop):
+                return _stop(ctx, outcome, decision), busy_ns
+            await _wait(ctx, run, outcome, number, decision.delay_seconds)
+            if ctx.cancelled:
+                return _stop(ctx, outcome, Stop("the run was cancelled")), busy_ns
+            number += 1
+            run.attempt = number
+            task = asyncio.current_task()
+            attempt.prepare(run, node, plan, value, 0 if task is None else task.cancelling())
+            outcome = await attempt.make()
+            busy_ns += attempt.duration
+        return outcome, busy_ns
+    finally:
+        del run  # As in execute_in_turn().
 
 
 # ---------------------------------------------------------------------- one attempt, for drivers that decide themselves
@@ -260,6 +291,9 @@ def _plan_of(
         known = node.plan[0] = schema_of(contract.input_schema), schema_of(contract.output_schema), contract
     run.schemas = known
     return known
+
+
+plan_of = _plan_of
 
 
 @cache

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from stroma.contracts.node import stroma_node, stroma_step
     from stroma.engine.config import RunConfig
     from stroma.hooks.sets import NodeHooks, StepHooks
+    from stroma.runner.flow import Flow, FlowFunction, stroma_flow
+    from stroma.runner.flow_errors import StepFailed
     from stroma.runner.groups import map_over, parallel
     from stroma.runner.items import Journal, JsonLines
     from stroma.runner.pipeline import Pipeline
@@ -16,12 +18,15 @@ if TYPE_CHECKING:
     from stroma.runner.stream import RunStream, StreamEvent
 
 __all__ = [
+    "Flow",
+    "FlowFunction",
     "Journal",
     "JsonLines",
     "NodeHooks",
     "Pipeline",
     "RunConfig",
     "RunStream",
+    "StepFailed",
     "StepHooks",
     "StreamEvent",
     "StromaRunner",
@@ -29,17 +34,21 @@ __all__ = [
     "execute_step",
     "map_over",
     "parallel",
+    "stroma_flow",
     "stroma_node",
     "stroma_step",
 ]
 
 _HOMES = {
+    "Flow": "runner.flow",
+    "FlowFunction": "runner.flow",
     "Journal": "runner.items",
     "JsonLines": "runner.items",
     "NodeHooks": "hooks.sets",
     "Pipeline": "runner.pipeline",
     "RunConfig": "engine.config",
     "RunStream": "runner.stream",
+    "StepFailed": "runner.flow_errors",
     "StepHooks": "hooks.sets",
     "StreamEvent": "runner.stream",
     "StromaRunner": "runner.runner",
@@ -47,6 +56,7 @@ _HOMES = {
     "execute_step": "runner.steps",
     "map_over": "runner.groups",
     "parallel": "runner.groups",
+    "stroma_flow": "runner.flow",
     "stroma_node": "contracts.node",
     "stroma_step": "contracts.node",
 }

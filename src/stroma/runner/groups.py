@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import inside_of
 from stroma.contracts.contract import ContractRegistry
-from stroma.contracts.node import Group, Node, find_node
+from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
@@ -49,7 +49,7 @@ def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
     if not nodes:
         raise ValueError("parallel() needs at least one node")
     _check_limit(max_concurrency)
-    return ParallelGroup(tuple(find_node(node) for node in nodes), max_concurrency)
+    return ParallelGroup(tuple(_child_of(node) for node in nodes), max_concurrency)
 
 
 def map_over(
@@ -80,7 +80,7 @@ def map_over(
     Raises TypeError for an argument that is not a node, ValueError for one that is not the name of a field.
     """
     _check_limit(max_concurrency)
-    child = find_node(node)
+    child = _child_of(node)
     _name_of_items(items)
     for field in (items, into):
         if isinstance(field, str) and not field.isidentifier():
@@ -268,6 +268,15 @@ class MapGroup(Group):
         if self.collects_failures:
             paths.append(path.with_name(f"{path.stem}.failures.jsonl"))
         return [LinesFile(path, run_id) for path in paths]
+
+
+def _child_of(node: Any) -> Node | Group:
+    child = find_node(node)
+    if isinstance(child, FlowNode):
+        raise TypeError(
+            f"flow {child.node_id!r} cannot be in a group; call it in a flow, with flow.run under asyncio.gather()"
+        )
+    return child
 
 
 def _name_of_items(items: Any) -> str:

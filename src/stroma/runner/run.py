@@ -10,7 +10,7 @@ from dataclasses import replace
 from pydantic import BaseModel
 
 from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
-from stroma.contracts.node import Group, Node, apart_in
+from stroma.contracts.node import FlowNode, Group, Node, apart_in
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.usage import shown
 from stroma.engine.context import ReliabilityContext
@@ -168,7 +168,10 @@ class RunExecution:
             nodes = self.nodes[first:] if first else self.nodes
             if not (ctx.stops and nodes):
                 cancelling = 0 if self.task is None else self.task.cancelling()
-                outcome = await execute_in_turn(ctx, nodes, self.state, Place(first, cancelling=cancelling))
+                drive = execute_in_turn
+                if FlowNode in set(map(type, nodes)):
+                    from stroma.runner.flow_run import run_with_flows as drive
+                outcome = await drive(ctx, nodes, self.state, Place(first, cancelling=cancelling))
         finally:
             leave(token)
         if isinstance(outcome, Stopped):  # A shutdown: no further node was to start.

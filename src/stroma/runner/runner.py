@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pydantic import BaseModel
 
@@ -37,6 +37,7 @@ from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
     from stroma.contracts.checks.finding import Finding
+    from stroma.runner.flow import AnnotatedFlowDecorator, FlowDecorator, FlowFunction
     from stroma.runner.stream import RunStream
 
 __all__ = ["StromaRunner"]
@@ -156,6 +157,33 @@ class StromaRunner:
 
         return decorate
 
+    @overload
+    def flow(
+        self, flow_id: str, *, input: type[In], output: type[Out], max_concurrency: int | None = None
+    ) -> FlowDecorator[In, Out]: ...
+    @overload
+    def flow(self, flow_id: str, *, max_concurrency: int | None = None) -> AnnotatedFlowDecorator: ...
+    def flow(
+        self,
+        flow_id: str,
+        *,
+        input: type[BaseModel] | None = None,
+        output: type[BaseModel] | None = None,
+        max_concurrency: int | None = None,
+    ) -> Any:
+        """Make a flow of an async function, and register its contract with this runner. See ``stroma_flow``."""
+        from stroma.runner.flow import define_flow  # Not loaded by runs without flows.
+
+        def decorate(body: Any) -> Any:
+            flow = define_flow(flow_id, body, input, output, max_concurrency)
+            contract = flow.node.contract
+            assert contract is not None
+            self.registry.register(contract)
+            self.registry.decorated[flow_id] = Decorated(contract, repr(body))
+            return flow
+
+        return decorate
+
     # ------------------------------------------------------------------ checking
 
     def check(
@@ -173,8 +201,36 @@ class StromaRunner:
         check_owners(nodes, self.registry)
         return check_nodes(nodes, self.registry, input_schema)
 
+    async def check_deterministic(
+        self, flow: FlowFunction[In, Out], initial_state: In
+    ) -> ExecutionResult[Out]:
+        """Run a flow once in memory, calling its steps, then replay it at another time of day without a call.
+
+        Returns the result of the run. Raises PipelineChanged if the replay makes other calls or ends otherwise: if
+        ``time.time()``, ``datetime.now()`` or ``random`` decide what the flow does, say. Hooks are not called.
+        """
+        from stroma.runner.flow_check import check_flow  # Not loaded by runs.
+
+        return await check_flow(flow, initial_state, self.config, self.registry)
+
     # ------------------------------------------------------------------ running
 
+    @overload
+    async def run(
+        self,
+        node_sequence: FlowFunction[In, Out],
+        initial_state: In,
+        *,
+        run_id: str | None = None,
+        context: dict[str, Any] | None = None,
+        resume: bool | None = None,
+        resume_from: str | None = None,
+        retry_failed_items: bool | None = None,
+        if_exists: Literal["restart", "resume", "return", "error"] | None = None,
+        if_running: Literal["error", "attach", "take_over"] | None = None,
+        traceparent: str | None = None,
+    ) -> ExecutionResult[Out]: ...
+    @overload
     async def run(
         self,
         node_sequence: Pipeline | Iterable[Any],
@@ -188,7 +244,21 @@ class StromaRunner:
         if_exists: Literal["restart", "resume", "return", "error"] | None = None,
         if_running: Literal["error", "attach", "take_over"] | None = None,
         traceparent: str | None = None,
-    ) -> ExecutionResult:
+    ) -> ExecutionResult: ...
+    async def run(
+        self,
+        node_sequence: Pipeline | Iterable[Any],
+        initial_state: BaseModel,
+        *,
+        run_id: str | None = None,
+        context: dict[str, Any] | None = None,
+        resume: bool | None = None,
+        resume_from: str | None = None,
+        retry_failed_items: bool | None = None,
+        if_exists: Literal["restart", "resume", "return", "error"] | None = None,
+        if_running: Literal["error", "attach", "take_over"] | None = None,
+        traceparent: str | None = None,
+    ) -> ExecutionResult[Any]:
         """Run nodes one after the other, each on the output of the one before.
 
         The keywords override the config's fields. ``traceparent`` is a W3C trace context that the run's spans belong to, in
@@ -242,6 +312,11 @@ class StromaRunner:
         warn_of_unused_limits(ctx, nodes)
         return await self._live.execute(RunExecution(ctx, nodes, initial_state, start))
 
+    @overload
+    async def resume(
+        self, node_sequence: FlowFunction[Any, Out], run_id: str, **options: Any
+    ) -> ExecutionResult[Out]: ...
+    @overload
     async def resume(
         self,
         node_sequence: Pipeline | Iterable[Any],
@@ -249,7 +324,15 @@ class StromaRunner:
         *,
         input_schema: type[BaseModel] | None = None,
         **options: Any,
-    ) -> ExecutionResult:
+    ) -> ExecutionResult: ...
+    async def resume(
+        self,
+        node_sequence: Pipeline | Iterable[Any],
+        run_id: str,
+        *,
+        input_schema: type[BaseModel] | None = None,
+        **options: Any,
+    ) -> ExecutionResult[Any]:
         """Resume a run of the store where it stopped, in any process; committed nodes are not called again.
 
         ``input_schema``: the class of the run's original input; by default the input of the first node. Further keywords
@@ -303,9 +386,17 @@ class StromaRunner:
         """
         return self._stored.read_map(run_id, node)
 
+    @overload
+    def run_sync(  # pyright: ignore[reportOverlappingOverload]
+        self, node_sequence: FlowFunction[In, Out], initial_state: In, **options: Any
+    ) -> ExecutionResult[Out]: ...
+    @overload
     def run_sync(
         self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, **options: Any
-    ) -> ExecutionResult:
+    ) -> ExecutionResult: ...
+    def run_sync(
+        self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, **options: Any
+    ) -> ExecutionResult[Any]:
         """Call :meth:`run` without an event loop. Raises RuntimeError where one is running: use ``await run()`` there."""
         try:
             asyncio.get_running_loop()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from stroma.contracts.contract import ContractRegistry
-from stroma.contracts.node import Group, Node, find_node
+from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 
@@ -80,6 +80,8 @@ def warn_of_unknown_ids(
     """Warn of each id that a config names and no node has, once; ``warned`` has those of earlier runs."""
     if not any(getattr(config, field) for field in _BY_NODE):
         return
+    if FlowNode in set(map(type, nodes)):  # Its steps are known when they are called.
+        return
     known = set(ids_in(nodes))
     named: dict[str, list[str]] = {}
     for field in _BY_NODE:
@@ -94,6 +96,8 @@ def warn_of_unknown_ids(
 def warn_of_unused_limits(ctx: ReliabilityContext, nodes: Sequence[Node | Group]) -> None:
     """Warn of limits in the config that no node of a run uses."""
     config = ctx.config
+    if FlowNode in set(map(type, nodes)):  # Whose steps are known when they are called.
+        return
     if config.limits and not any(config.limit_of(node_id) for node_id in ids_in(nodes)):
         ctx.run_logger.warning(
             "no node of pipeline %r uses any of the limits (%s); assign them with node_limits={node id: name}",

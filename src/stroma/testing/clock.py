@@ -24,6 +24,7 @@ from stroma.engine import metering as _usage
 from stroma.failures import providers as classifiers
 from stroma.hooks import dispatch
 from stroma.limits import breaker
+from stroma.runner import flow_time as _flow_time
 from stroma.runner import map as _map
 from stroma.runner import map_progress
 
@@ -152,7 +153,8 @@ class FakeClock:
         for module in (_admission, dispatch):
             self._patch(module, "perf_counter", self._perf_counter)
         self._patch(map_progress, "monotonic", self._monotonic)
-        self._patch(context, "time_ns", self._time_ns)
+        for module in (context, _flow_time):
+            self._patch(module, "time_ns", self._time_ns)
         self._patch(_engine, "sleep", self._sleep)
         for module in (_attempt, _usage):
             self._patch(module, "in_thread", self._watched(module.in_thread))

@@ -188,6 +188,20 @@ class _MortalSession:
         pending = self._session.record(row, schema, output, call)
         return self._then(pending, row, committed=output is not None)
 
+    def note(self, key: str, data: bytes | None) -> None:
+        if not self._is_dead:
+            self._session.note(key, data)
+
+    def flush(self) -> Awaitable[None] | None:
+        if self._is_dead:
+            raise self._deaths.refuse()
+        return self._session.flush()
+
+    def ask(self, waiting: Waiting) -> Awaitable[None] | None:
+        if self._is_dead:
+            raise self._deaths.refuse()
+        return self._session.ask(waiting)
+
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
         if self._is_dead:
             raise self._deaths.refuse()

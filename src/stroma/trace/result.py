@@ -5,18 +5,25 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic
 
 from pydantic import BaseModel
 
 from stroma._utils.text import typed
 from stroma.failures.failure import Failure, kind_of
 from stroma.trace.redaction import Redact, Shown, hide_words
-
-if TYPE_CHECKING:
-    from stroma.trace.story import Story
 from stroma.trace.trace import ExecutionTrace
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    from stroma.trace.story import Story
+
+    StateT = TypeVar("StateT", bound=BaseModel, default=BaseModel)
+else:
+    from typing import TypeVar
+
+    StateT = TypeVar("StateT")
 __all__ = ["ExecutionResult", "HookFailure", "RunStatus"]
 
 
@@ -42,7 +49,7 @@ class HookFailure:
 
 
 @dataclass
-class ExecutionResult(Shown):
+class ExecutionResult(Shown, Generic[StateT]):
     """The result of a run.
 
     Attributes:
@@ -58,7 +65,7 @@ class ExecutionResult(Shown):
 
     run_id: str
     status: RunStatus
-    final_state: BaseModel | None
+    final_state: StateT | None
     trace: ExecutionTrace
     total_cost_usd: float
     total_tokens: int
@@ -90,6 +97,14 @@ class ExecutionResult(Shown):
             story, run_id=self.run_id, status=self.status.value, tokens=self.total_tokens, cost_usd=self.total_cost_usd,
             box=box, facts=tuple(facts),
         )  # fmt: skip
+
+    @property
+    def output(self) -> StateT:
+        """The output of the run: its flow's, or its last node's. Raises what stopped it; RuntimeError if it has no output."""
+        self.raise_for_status()
+        if self.status not in (RunStatus.COMPLETED, RunStatus.RESUMED) or self.final_state is None:
+            raise RuntimeError(f"run {self.run_id!r} is {self.status} and has no output; resume it")
+        return self.final_state
 
     def raise_for_status(self) -> None:
         """Raise the exception that stopped the run, if one did."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 from stroma.checkpoint.durable.integrity import checksum, is_intact, storable_text
 from stroma.checkpoint.durable.rows import Annotation, Rows, Step, StepRow
+from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import PICO, Attempt
@@ -17,8 +19,10 @@ __all__ = [
     "answer_place",
     "due_hooks_key",
     "read_due_hooks",
+    "read_notes",
     "read_waiting",
     "record_due_hooks",
+    "record_notes",
     "record_waiting",
     "waiting_key",
 ]
@@ -104,3 +108,32 @@ def read_waiting(row: StepRow, run_id: str, execution: int, payloads: Payloads) 
         return waiting
     place = answer_place(run_id, execution, waiting)
     return waiting._replace(payload=payloads.open(step.output, place, f"the answer for node {row.node_id!r}"))
+
+
+def record_notes(
+    rows: Rows, run: Any, run_id: str, execution: int, notes: Mapping[str, bytes | None], payloads: Payloads
+) -> None:
+    """Store notes by key; delete those without data."""
+    for key, data in notes.items():
+        if data is None:
+            rows.delete_annotations(run, Annotation.NOTE, key)
+        else:
+            sealed = payloads.seal_now(data, PayloadPlace(run_id, execution, "note", 0, key))
+            rows.annotate(run_id, Annotation.NOTE, key, "note", Step("", "", sealed, checksum(sealed)))
+
+
+def read_notes(
+    rows: Rows, run: Any, run_id: str, execution: int, payloads: Payloads, first: int | None
+) -> dict[str, bytes]:
+    """Return the notes of an execution by key, and delete those of positions from ``first`` on. Raises StoreError."""
+    notes: dict[str, bytes] = {}
+    for row in list(rows.annotations(run, Annotation.NOTE)):
+        key, step = row.branch, row.step
+        if first is not None and int(key.partition(":")[0]) >= first:
+            rows.delete_annotations(run, Annotation.NOTE, key)
+            continue
+        if not is_intact(step.output, step.sha256):
+            raise CorruptCheckpoint(f"note {key!r} of run {run_id!r} is damaged; start a new run")
+        place = PayloadPlace(run_id, execution, "note", 0, key)
+        notes[key] = payloads.open(step.output, place, f"note {key!r} of run {run_id!r}")
+    return notes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
@@ -19,6 +19,7 @@ from stroma.checkpoint.durable.annotations import (
     due_hooks_key,
     read_waiting,
     record_due_hooks,
+    record_notes,
     record_waiting,
     waiting_key,
 )
@@ -27,7 +28,7 @@ from stroma.checkpoint.durable.integrity import (
     checksum,
     storable_text,
 )
-from stroma.checkpoint.durable.operations import CellChange, Commit, Submit, Transaction
+from stroma.checkpoint.durable.operations import CellChange, Commit, Submit, Transaction, fence_error
 from stroma.checkpoint.durable.owner import LIVE_SESSIONS
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunRow, Step, StepRow
 from stroma.checkpoint.durable.session_open import RunOpener, finish_execution, record_end
@@ -70,6 +71,7 @@ class DurableSession:
         "_large_outputs",
         "_last_large_output",
         "_payloads",
+        "_pending_notes",
         "_stored_outputs",
         "_submit",
         "address",
@@ -79,6 +81,7 @@ class DurableSession:
         "execution",
         "fence",
         "finished",
+        "notes",
         "on_cancel",
         "places",
         "prior",
@@ -90,11 +93,13 @@ class DurableSession:
         "waiting",
     )
 
+    stores_inputs: ClassVar[bool] = True
     fence: Fence
     execution: int
     continued: bool
     waiting: dict[tuple[int, str], Waiting]
     finished: Finished | None
+    notes: Mapping[str, bytes]
     places: Mapping[str, int]
     prior: PriorUsage
     restored: Mapping[tuple[int, str], Committed]
@@ -119,6 +124,8 @@ class DurableSession:
         self._submit = submit
         self._failure_sites: dict[tuple[int, str], tuple[int, int, bytes]] = {}
         self.charges: dict[tuple[int, str], Charge] = {}
+        #: Notes that no transaction has stored yet.
+        self._pending_notes: dict[str, bytes | None] = {}
         #: The run as it was opened, if it had completed and nothing was recorded since.
         self._completed: RunRow | None = None
         #: The identity of the step of plain code at each position.
@@ -137,7 +144,7 @@ class DurableSession:
         self.finished, self.continued = opened.finished, opened.continued
         self.restored, self.places, self.tried = opened.restored, opened.places, opened.tried
         self.prior, self.traceparent = opened.prior, opened.traceparent
-        self.waiting, self.undelivered = opened.waiting, opened.undelivered
+        self.waiting, self.undelivered, self.notes = opened.waiting, opened.undelivered, opened.notes
         self._identities = {position: identity for identity, position in opened.places.items()}
         self._completed = opened.completed
         self._deliver = request.deliver
@@ -259,7 +266,7 @@ class DurableSession:
         site = self._failure_sites.pop((attempt.position, attempt.branch), None)
         if site is not None and site[1] != attempt.started_ns:
             site = None
-        if not self._deliver and site is None and not self.charges:
+        if not self._deliver and site is None and not self.charges and not self._pending_notes:
             return self._submit(commit)
 
         def annotate(rows: Rows) -> None:
@@ -280,6 +287,7 @@ class DurableSession:
         """Commit together with its annotations and the changes of its cells, in one transaction."""
         attempt, self._completed = commit.attempt, None
         charge = self.charges.get((attempt.position, attempt.branch))
+        notes = dict(self._pending_notes)
         changes: list[tuple[str, Change[Any]]] = []
         if charge is not None:
             changes = charge.changes(attempt.tokens, attempt.cost_pico, committed=commit.step is not None)
@@ -289,13 +297,70 @@ class DurableSession:
             if self._deliver:
                 record_due_hooks(rows, self.run_id, attempt)
             annotate(rows)
+            self._write_notes(rows, notes)
             # Cells last, to hold their locks briefly: other runs wait for them.
             return [CellChange(name, change)(rows) for name, change in changes]
 
         pending = self._submit(Transaction(self.run_id, operation))
         if charge is not None:
             pending.add_done_callback(partial(_settle_charge, charge))
+        if notes:
+            pending.add_done_callback(partial(self._forget_notes, notes))
         return pending
+
+    def note(self, key: str, data: bytes | None) -> None:
+        """See Session."""
+        self._pending_notes[key] = data
+
+    def flush(self) -> Awaitable[None] | None:
+        """Store the notes now. Awaited: raises Fenced, or another StoreError."""
+        return self._submit_fenced(lambda rows: None) if self._pending_notes else None
+
+    def ask(self, waiting: Waiting) -> Awaitable[None]:
+        """Store a question of no node. Awaited: raises Fenced, or another StoreError."""
+        execution = self.fence.execution
+        return self._submit_fenced(
+            lambda rows: record_waiting(rows, self.run_id, execution, waiting, self._payloads)
+        )
+
+    async def answers(self) -> Mapping[tuple[int, str], Waiting]:
+        """See Session."""
+        run, execution = self.fence.run, self.fence.execution
+
+        def read(rows: Rows) -> list[StepRow]:
+            return list(rows.annotations(run, Annotation.WAITING))
+
+        annotations = await self._submit(Transaction(self.run_id, read))
+        waiting = [read_waiting(row, self.run_id, execution, self._payloads) for row in annotations]
+        self.waiting = {(one.position, one.branch): one for one in waiting if one is not None}
+        return self.waiting
+
+    def _submit_fenced(self, do: Callable[[Rows], None]) -> asyncio.Future[Any]:
+        """Write beside the commits, with the notes, in one transaction that the fence may refuse."""
+        notes, fence = dict(self._pending_notes), self.fence
+
+        def operation(rows: Rows) -> None:
+            run = rows.find(self.run_id, lock=True)
+            if run is None or (run.epoch, run.owner) != (fence.epoch, fence.owner):
+                raise fence_error(rows, fence, self.run_id)
+            do(rows)
+            self._write_notes(rows, notes)
+
+        pending = self._submit(Transaction(self.run_id, operation))
+        pending.add_done_callback(partial(self._forget_notes, notes))
+        return pending
+
+    def _write_notes(self, rows: Rows, notes: Mapping[str, bytes | None]) -> None:
+        if notes:
+            record_notes(rows, self.fence.run, self.run_id, self.fence.execution, notes, self._payloads)
+
+    def _forget_notes(self, stored: Mapping[str, bytes | None], pending: asyncio.Future[Any]) -> None:
+        """Drop notes that a transaction has stored; others are written again with the next one."""
+        if pending.cancelled() or pending.exception() is not None:
+            return
+        for key, data in stored.items():
+            if self._pending_notes.get(key, b"") is data:
+                del self._pending_notes[key]
 
     async def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
         """Return the commits in some branches of a position. Raises StoreError (CorruptCheckpoint ...)."""
@@ -366,6 +431,7 @@ class DurableSession:
 
     def _finish(self, status: str, error: str | None, rows: Rows) -> None:
         before = self._completed
+        self._write_notes(rows, self._pending_notes)
         if (
             before is not None and status in COMPLETE
         ):  # A resume without anything to do leaves the run unchanged.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from stroma.checkpoint.decisions import COMPLETE, ENDED, LastExecution, decide
-from stroma.checkpoint.durable.annotations import read_due_hooks, read_waiting
+from stroma.checkpoint.durable.annotations import read_due_hooks, read_notes, read_waiting
 from stroma.checkpoint.durable.conversion import to_committed
 from stroma.checkpoint.durable.integrity import checksum, is_intact, lost_error
 from stroma.checkpoint.durable.operations import fence_error
@@ -42,6 +42,7 @@ class OpenedRun:
         "continued",
         "fence",
         "finished",
+        "notes",
         "places",
         "prior",
         "restored",
@@ -56,6 +57,7 @@ class OpenedRun:
         self.completed: RunRow | None = None
         self.continued = False
         self.finished: Finished | None = None
+        self.notes: dict[str, bytes] = {}
         self.places: dict[str, int] = {}
         self.prior = PriorUsage()
         self.restored: Mapping[tuple[int, str], Committed] = {}
@@ -257,6 +259,10 @@ class RunOpener:
             opened.undelivered = sorted(
                 (row for row in due if row is not None), key=lambda row: row.started_ns
             )
+        if is_claimed:
+            opened.notes = read_notes(
+                rows, run.run, self._run_id, run.execution, self._payloads, request.discard_from
+            )
         for row in list(rows.annotations(run.run, Annotation.WAITING)):
             waiting = read_waiting(row, self._run_id, run.execution, self._payloads)
             first = request.discard_from
@@ -273,6 +279,7 @@ _OF_EXECUTION = (
     Annotation.FAILURE_SITE,
     Annotation.DEATHS,
     Annotation.WAITING,
+    Annotation.NOTE,
 )
 
 

@@ -75,6 +75,7 @@ class MemoryRun:
     calls: dict[Key, StepCall] = field(default_factory=dict)
     places: dict[str, int] = field(default_factory=dict)
     waiting: dict[tuple[int, str], Waiting] = field(default_factory=dict)
+    notes: dict[str, bytes] = field(default_factory=dict)
     traceparent: str | None = None
     parent: str | None = None
     pipeline: str = ""
@@ -93,7 +94,7 @@ class MemoryRun:
         """Delete what the last execution recorded. States from ``save()`` belong to no execution and stay."""
         self.states = {k: v for k, v in self.states.items() if isinstance(k, str)}
         self.other_rows, self.calls, self.waiting, self.places = [], {}, {}, {}
-        self.traceparent, self.tags = None, ()
+        self.traceparent, self.tags, self.notes = None, (), {}
 
     def start_execution(self) -> None:
         """Record that an execution starts now."""

@@ -21,6 +21,7 @@ from stroma.checkpoint.memory.runs import (
     row_of,
 )
 from stroma.checkpoint.protocols import (
+    OF_FLOW,
     Committed,
     Finished,
     PriorUsage,
@@ -32,6 +33,7 @@ from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema, describe_error, schema_of
 from stroma.contracts.snapshots import PickledSnapshot
+from stroma.contracts.tagged_json import NotSerialisable
 from stroma.trace.events import AttemptRow, contract_of
 
 __all__ = ["AsyncInMemoryStore", "InMemoryStore"]
@@ -51,6 +53,7 @@ class _MemorySession(NullSession):
         "continued",
         "execution",
         "finished",
+        "notes",
         "on_cancel",
         "places",
         "prior",
@@ -93,12 +96,16 @@ class _MemorySession(NullSession):
         self.execution, self._epoch = run.execution, run.epoch
         self._run, self._states, self._other_rows = run, run.states, run.other_rows
         self._calls, self.waiting, self.traceparent = run.calls, dict(run.waiting), run.traceparent
-        self.places = run.places
+        self.places, self.notes = run.places, run.notes
 
     def _continue(self, run: MemoryRun, request: RunRequest) -> None:
         commits = {
             position_of(key): Committed(
-                state.node_id, state.snapshot, state.contract, run.calls.get(key), state.schema
+                state.node_id,
+                state.snapshot,
+                state.contract,
+                _with_input(run.calls.get(key), state),
+                state.schema,
             )
             for key, state in reversed(list(run.newest_states()))
             if not isinstance(key, str)
@@ -113,6 +120,7 @@ class _MemorySession(NullSession):
                 if row is not None:  # The output is discarded; its cost still counts.
                     run.other_rows.append(row)
             run.waiting = {at: waiting for at, waiting in run.waiting.items() if at[0] < first}
+            run.notes = {key: data for key, data in run.notes.items() if int(key.partition(":")[0]) < first}
         self.restored = restored
         self.prior = PriorUsage(*run.usage())
 
@@ -184,6 +192,23 @@ class _MemorySession(NullSession):
         if not is_answered_meanwhile(self._run.waiting.get(at), self.waiting.get(at), waiting):
             self._run.waiting[at] = waiting
 
+    def note(self, key: str, data: bytes | None) -> None:
+        if self._run.epoch != self._epoch:
+            return
+        if data is None:
+            self._run.notes.pop(key, None)
+        else:
+            self._run.notes[key] = data
+
+    def ask(self, waiting: Waiting) -> None:
+        if self._run.epoch != self._epoch:
+            raise _fenced()
+        self._run.waiting[waiting.position, waiting.branch] = waiting
+
+    def answers(self) -> Mapping[tuple[int, str], Waiting]:
+        self.waiting = dict(self._run.waiting)
+        return self.waiting
+
     def end(self, status: str, error: str | None) -> None:
         if self.finished is None:
             if self._run.epoch != self._epoch:
@@ -198,6 +223,23 @@ class _MemorySession(NullSession):
     def abandon(self) -> None:
         if self._run.epoch == self._epoch:
             self._run.session = no_session
+
+
+def _with_input(call: StepCall | None, state: SavedState) -> StepCall | None:
+    """Return a call with its input in stored form, which is made here of the attempt: most are never asked for it."""
+    row = state.row
+    if (
+        call is None
+        or call.number != OF_FLOW
+        or call.input_key is not None
+        or row is None
+        or row.schemas is None
+    ):
+        return call
+    try:
+        return call._replace(input_key=row.schemas[0].encode(row.schemas[0].restore(row.input)))
+    except NotSerialisable:
+        return call
 
 
 def _count_attempts(run: MemoryRun) -> int:

@@ -1,0 +1,114 @@
+"""Check that a flow depends on nothing but its input and its steps, by replaying a run of it at another time."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import CheckpointManager, InMemoryStore, PipelineChanged
+from stroma.contracts.contract import ContractRegistry
+from stroma.contracts.schema import schema_of
+from stroma.engine.config import RunConfig
+from stroma.engine.context import ReliabilityContext
+from stroma.hooks.sets import NodeHooks
+from stroma.runner.flow import FlowFunction
+from stroma.runner.flow_run import REPLAY_ONLY
+from stroma.runner.run import RunExecution
+from stroma.trace.result import ExecutionResult
+
+__all__ = ["check_flow"]
+
+_RUN_ID: Final = "check"
+#: By how much the clock of a replay differs: in its minute, hour, day and weekday.
+_SHIFT: Final = datetime.timedelta(days=1, hours=5, minutes=7, seconds=11)
+
+
+async def check_flow(
+    flow: FlowFunction[Any, Any], state: BaseModel, config: RunConfig, registry: ContractRegistry
+) -> ExecutionResult[Any]:
+    """Run a flow once, calling its steps, then replay it at another time without a call.
+
+    Returns the result of the run. Raises PipelineChanged for the first difference.
+    """
+    store = InMemoryStore()
+    changes: dict[str, Any] = {
+        "run_id": _RUN_ID, "resume": True, "resume_from": None, "if_exists": "restart", "if_running": "error",
+        "hooks": NodeHooks(), "shared_budgets": (), "inline_wait_seconds": config.inline_wait_seconds,
+    }  # fmt: skip
+    config = config.model_copy(update=changes)
+
+    async def run() -> ExecutionResult[Any]:
+        ctx = ReliabilityContext.for_run(config, registry, CheckpointManager(store))
+        ctx.pipeline = flow.name
+        initial = schema_of(type(state)).copy(state)
+        return await RunExecution(ctx, [flow.node], initial, None).run()
+
+    first = await run()
+    recorded = store._runs[_RUN_ID]
+    recorded.states.pop(0, None)  # The output: the body is to run again.
+    recorded.status = "INTERRUPTED"
+    token = REPLAY_ONLY.set(True)
+    try:
+        with _another_time(flow):
+            second = await run()
+    finally:
+        REPLAY_ONLY.reset(token)
+    if second.failure is not None and isinstance(second.failure.exception, PipelineChanged):
+        raise second.failure.exception
+    before, after = _outcome(first), _outcome(second)
+    if before != after:
+        raise PipelineChanged(
+            f"flow {flow.name!r} ends with {after} when it is replayed, and ended with {before}; a flow may depend only on its "
+            "input, its steps, and flow.now(), flow.random() and flow.uuid()"
+        )
+    return first
+
+
+def _outcome(result: ExecutionResult[Any]) -> str:
+    if result.failure is not None:
+        return f"the failure {result.failure.message!r}"
+    return f"suspended: {result.suspended}" if result.suspended else repr(result.final_state)
+
+
+@contextlib.contextmanager
+def _another_time(flow: FlowFunction[Any, Any]) -> Iterator[None]:
+    """Shift ``time.time()`` and ``datetime.now()``, as far as the module of the flow's function sees them."""
+    seconds, real_time, real_ns, real = _SHIFT.total_seconds(), time.time, time.time_ns, datetime.datetime
+
+    class Meta(type):
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, real)
+
+    class Shifted(real, metaclass=Meta):  # type: ignore[misc, valid-type]
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+            return real.now(tz) + _SHIFT
+
+        @classmethod
+        def utcnow(cls) -> datetime.datetime:
+            return real.now(datetime.UTC).replace(tzinfo=None) + _SHIFT
+
+    patches: list[tuple[dict[str, Any], str, Any]] = [
+        (vars(time), "time", lambda: real_time() + seconds),
+        (vars(time), "time_ns", lambda: real_ns() + int(seconds * 1e9)),
+        (vars(datetime), "datetime", Shifted),
+    ]
+    names = getattr(flow.body, "__globals__", {})
+    for name, value in list(names.items()):
+        if value is real:
+            patches.append((names, name, Shifted))
+        elif value is real_time or value is real_ns:
+            patches.append((names, name, patches[0][2] if value is real_time else patches[1][2]))
+    before = [(names, name, names[name]) for names, name, _ in patches]
+    try:
+        for names, name, value in patches:
+            names[name] = value
+        yield
+    finally:
+        for names, name, value in before:
+            names[name] = value

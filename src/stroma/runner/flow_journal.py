@@ -1,0 +1,200 @@
+"""Records of the flows of a run: results by the identity of their calls, and the order in which they came.
+
+Outputs are commits of the run. All else is a note of the session (:meth:`Session.note`), which is stored with the next
+commit: what a body decided cannot be recorded without what it decided by. Keys are ``position:kind:branch``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from typing import Any, Final, Literal, NamedTuple
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import Committed
+from stroma.contracts.node import Group, Node
+from stroma.contracts.schema import schema_of
+from stroma.contracts.tagged_json import NotSerialisable
+from stroma.engine.context import ReliabilityContext
+from stroma.failures.classes import FailureClass
+from stroma.failures.errors import RunFailed
+from stroma.failures.failure import Failure, kind_of
+
+__all__ = [
+    "CallRecord",
+    "FlowJournal",
+    "Kind",
+    "RecordedFlow",
+    "encode_input",
+    "input_key_of",
+    "read_failure",
+]
+
+Kind = Literal["output", "failure", "cancelled", "sleep", "expired", "answer"]
+
+_KINDS: Final[dict[str, Kind]] = {"f": "failure", "c": "cancelled", "s": "sleep", "x": "expired"}
+#: Of two records of a call, the one that holds: a step may be cancelled after its output was committed.
+_RANK: Final = {"output": 0, "sleep": 0, "answer": 0, "failure": 1, "expired": 1, "cancelled": 2}
+
+
+class CallRecord(NamedTuple):
+    """The recorded result of one call. ``data``: the Committed of an output, else the fields of the note."""
+
+    kind: Kind
+    data: Any
+
+
+class RecordedFlow:
+    """Records of one execution of a flow.
+
+    Attributes:
+        results: by the identity of the call.
+        order: the identities of results that did not simply follow their calls, by their number among all results.
+        optional: identities of calls that need not be made again, since they followed a failure that is retried.
+    """
+
+    __slots__ = ("optional", "order", "results")
+
+    def __init__(self) -> None:
+        self.results: dict[str, CallRecord] = {}
+        self.order: dict[int, str] = {}
+        self.optional: set[str] = set()
+
+    def add(self, identity: str, recorded: CallRecord) -> None:
+        before = self.results.get(identity)
+        if before is None or _RANK[before.kind] <= _RANK[recorded.kind]:
+            self.results[identity] = recorded
+
+
+class FlowJournal:
+    """The records of all flows of one run; read once, and dropped as the bodies ask for them."""
+
+    def __init__(self, ctx: ReliabilityContext) -> None:
+        self._ctx = ctx
+        self._flows: defaultdict[tuple[int, str], RecordedFlow] = defaultdict(RecordedFlow)
+        self._values: dict[str, bytes] = {}
+        session = ctx.session
+        if not session.continued:
+            return
+        if ctx.restored is session.restored:
+            ctx.restored = dict(ctx.restored)  # A copy, from which flows remove what they have restored.
+        for (position, branch), committed in ctx.restored.items():
+            if branch:
+                flow, _, identity = branch.rpartition(".")
+                self._flows[position, flow].add(identity, CallRecord("output", committed))
+        for (position, branch), waiting in session.waiting.items():
+            if waiting.payload is not None:
+                flow, _, identity = branch.rpartition(".")
+                if identity.rpartition("/")[2].startswith("!"):  # Not of a node that waits.
+                    self._flows[position, flow].add(identity, CallRecord("answer", waiting.payload))
+        for key, data in dict(session.notes).items():
+            self._read_note(key, data)
+
+    def _read_note(self, key: str, data: bytes) -> None:
+        number, kind, rest = key.split(":", 2)
+        position = int(number)
+        if kind == "o":
+            index, _, flow = rest.partition(":")
+            self._flows[position, flow].order[int(index)] = data.decode()
+        elif kind == "p":
+            self._flows[position, rest].optional.update(json.loads(data))
+        elif kind in _KINDS:
+            flow, _, identity = rest.rpartition(".")
+            self._flows[position, flow].add(identity, CallRecord(_KINDS[kind], json.loads(data)))
+        else:
+            self._values[key] = data
+
+    def take(self, position: int, flow: str) -> RecordedFlow:
+        """Return the records of a flow, and forget them."""
+        return self._flows.pop((position, flow), None) or RecordedFlow()
+
+    def forget_output(self, position: int, branch: str) -> None:
+        """Drop an output that was handed out."""
+        self._ctx.restored.pop((position, branch), None)  # type: ignore[attr-defined]  # A dict, see __init__().
+
+    # ------------------------------------------------------------------ writing
+
+    def _note(self, position: int, kind: str, branch: str, data: Any) -> None:
+        encoded = None if data is None else json.dumps(data).encode()
+        self._ctx.session.note(f"{position}:{kind}:{branch}", encoded)
+
+    def note_failure(self, position: int, branch: str, failure: Failure, input_key: bytes | None) -> None:
+        fields = {
+            "node": failure.node_id,
+            "class": failure.failure_class.value,
+            "message": failure.message,
+            "reason": failure.reason,
+            "attempt": failure.attempt,
+            "type": kind_of(failure.exception),
+            "retry_after": failure.retry_after_seconds,
+            "input_key": None if input_key is None else input_key.decode(),
+        }
+        self._note(position, "f", branch, fields)
+
+    def note_cancelled(self, position: int, branch: str, seconds: float, input_key: bytes | None) -> None:
+        fields = {
+            "seconds": round(seconds, 3),
+            "input_key": None if input_key is None else input_key.decode(),
+        }
+        self._note(position, "c", branch, fields)
+
+    def note_wake(self, position: int, branch: str, wake_ms: int) -> None:
+        self._note(position, "s", branch, wake_ms)
+
+    def note_expired(self, position: int, branch: str) -> None:
+        self._note(position, "x", branch, True)
+
+    def note_order(self, position: int, flow: str, index: int, identity: str | None) -> None:
+        data = None if identity is None else identity.encode()
+        self._ctx.session.note(f"{position}:o:{index}:{flow}", data)
+
+    def note_optional(self, position: int, flow: str, identities: set[str]) -> None:
+        self._note(position, "p", flow, sorted(identities) or None)
+
+    def forget(self, kind: Kind, position: int, branch: str) -> None:
+        """Delete a note, so that a resume makes the call again."""
+        self._note(position, next(key for key, of in _KINDS.items() if of == kind), branch, None)
+
+    def value(self, position: int, kind: str, branch: str, make: Any) -> bytes:
+        """Return the value that is recorded for a call, else record the one that ``make()`` returns."""
+        key = f"{position}:{kind}:{branch}"
+        data = self._values.get(key)
+        if data is None:
+            data = make()
+            self._ctx.session.note(key, data)
+            if kind == "seed":
+                self._values[key] = data
+        return data
+
+    def seed(self, position: int) -> bytes:
+        """Return the seed of the random values of this execution of the run."""
+        return self.value(position, "seed", "", lambda: os.urandom(16))
+
+
+def read_failure(fields: dict[str, Any]) -> Failure:
+    """Return the failure that :meth:`FlowJournal.note_failure` recorded."""
+    return Failure(
+        RunFailed.recorded(fields["message"], fields["type"]), FailureClass(fields["class"]), fields["node"],
+        fields["attempt"], fields["message"], fields["reason"], fields["retry_after"],
+    )  # fmt: skip
+
+
+def encode_input(ctx: ReliabilityContext, node: Node | Group, state: BaseModel) -> bytes | None:
+    """Return the input of a call in stored form, as its node's contract has it; None if it has none."""
+    contract = None if isinstance(node, Group) else ctx.contract_of(node)
+    schema = schema_of(type(state) if contract is None else contract.input_schema)
+    try:
+        return schema.encode(state if type(state) is schema.model else schema.convert(state))
+    except (NotSerialisable, ValueError):  # The contract refuses it, which the attempt records.
+        return None
+
+
+def input_key_of(recorded: CallRecord) -> bytes | None:
+    """Return the recorded input of a call in stored form; None if there is none."""
+    data = recorded.data
+    if isinstance(data, Committed):
+        return None if data.step is None else data.step.input_key
+    input_key = data.get("input_key") if isinstance(data, dict) else None
+    return None if input_key is None else str(input_key).encode()

@@ -1,0 +1,270 @@
+"""Mistakes in flows: each has a message that names the fix."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from tests.flows.steps import Text, World
+from tests.kit import NEVER, Num, node, quick
+
+from stroma import (
+    ContractViolation,
+    Flow,
+    PipelineChanged,
+    RunStatus,
+    StromaRunner,
+    execute_step,
+    map_over,
+    parallel,
+    stroma_flow,
+)
+
+world = World()
+add = world.step("add")
+
+
+def a_flow(body: Any, output: type[BaseModel] = Num) -> Any:
+    return stroma_flow("f", input=Num, output=output)(body)
+
+
+async def test_a_wrong_output_class() -> None:
+    """A flow that returns another class than its output is FAILED, and says which it must return."""
+
+    async def body(flow: Flow, state: Num) -> Num:
+        return Text(text="x")  # type: ignore[return-value]
+
+    result = await quick().run(a_flow(body), Num())
+    assert result.status is RunStatus.FAILED
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, ContractViolation)
+    assert "flow 'f' must return a Num, got Text" in result.failure.message
+
+
+async def test_an_invalid_input() -> None:
+    """Input that breaks the contract of the flow is FAILED before the body is called."""
+
+    async def body(flow: Flow, state: Any) -> Num:
+        raise AssertionError
+
+    class Needed(BaseModel):
+        needed: int
+
+    result = await quick().run(stroma_flow("f", input=Needed, output=Num)(body), Text(text="x"))  # type: ignore[arg-type]
+    assert result.status is RunStatus.FAILED
+    assert result.failure is not None
+    assert "Contract violation for 'f' (input): needed" in result.failure.message
+
+
+async def test_a_step_awaited_twice() -> None:
+    """Awaiting the same step twice is Python's own error; the task of a step may be awaited twice."""
+
+    async def body(flow: Flow, state: Num) -> Num:
+        task = asyncio.create_task(flow.step(add, state))
+        assert await task == await task
+        step = flow.step(add, state)
+        await step
+        return await step
+
+    result = await quick(policy_map=NEVER).run(a_flow(body), Num())
+    assert result.failure is not None
+    assert "cannot reuse already awaited coroutine" in result.failure.message
+
+
+async def test_a_step_that_is_never_awaited() -> None:
+    """Python's warning names the step that was not awaited."""
+
+    async def body(flow: Flow, state: Num) -> Num:
+        flow.step(add, state)  # type: ignore[unused-coroutine]
+        return state
+
+    with pytest.warns(RuntimeWarning, match=r"flow\.step\(add\).* was never awaited"):
+        result = await quick().run(a_flow(body), Num())
+    assert result.status is RunStatus.COMPLETED
+
+
+async def test_a_flow_used_outside_of_its_body() -> None:
+    """After the end of the flow, in a node and in another thread, its methods say where they may be called."""
+    kept: list[Flow] = []
+    said: list[str] = []
+
+    async def inside(state: Num) -> Num:
+        try:
+            await kept[0].step(add, state)
+        except RuntimeError as error:
+            said.append(str(error))
+        return state
+
+    within = node("inside", inside)
+
+    async def body(flow: Flow, state: Num) -> Num:
+        kept.append(flow)
+        state = await flow.step(within, state)
+        try:
+            await asyncio.to_thread(flow.step, add, state)
+        except RuntimeError as error:
+            said.append(str(error))
+        return state
+
+    assert (await quick().run(a_flow(body), Num())).status is RunStatus.COMPLETED
+    assert (
+        "flow.step was called inside node 'inside'; return the data, and make the call in the flow" in said[0]
+    )
+    assert "in another thread or event loop" in said[1]
+    with pytest.raises(RuntimeError, match="after flow 'f' had ended"):
+        kept[0].step(add, Num())
+
+
+async def test_wrong_arguments() -> None:
+    """What is no node, no model, a flow in the place of a node, and a key used twice are refused by name."""
+    said: list[str] = []
+
+    async def inner(flow: Flow, state: Num) -> Num:
+        return state
+
+    other = a_flow(inner)
+
+    async def body(flow: Flow, state: Num) -> Num:
+        wrong: list[Any] = [
+            lambda: flow.step(len, state),  # type: ignore[arg-type, call-overload]
+            lambda: flow.step(add, {"n": 1}),
+            lambda: flow.step(other, state),
+            lambda: flow.run(add, state),
+            lambda: flow.map(add, [1]),
+            lambda: flow.wait_for(int, reason="x"),  # type: ignore[type-var]
+            lambda: flow.sleep(1, until=datetime.now()),
+            lambda: flow.sleep(until=datetime.now()),
+        ]
+        for call in wrong:
+            try:
+                call()
+            except (TypeError, ValueError) as error:
+                said.append(str(error))
+        await flow.step(add, state, key="k")
+        with pytest.raises(ValueError, match="key='k' is used by two calls"):
+            flow.step(add, state, key="k")
+        return state
+
+    assert (await quick().run(a_flow(body), Num())).status is RunStatus.COMPLETED
+    expected = [
+        "is not a stroma node; decorate it",
+        "the input of step 'add' must be a pydantic model, got dict",
+        "'f' is a flow; call it with flow.run",
+        "call a single node with flow.step",
+        "the items of 'add' must be pydantic models, got int",
+        "flow.wait_for takes a pydantic model",
+        "pass a duration or until=, not both",
+        "until must be an aware datetime",
+    ]
+    assert len(said) == len(expected)
+    for text, part in zip(said, expected, strict=True):
+        assert part in text
+
+
+async def test_wrong_definitions() -> None:
+    """A function that cannot be the body of a flow is refused when it is decorated."""
+
+    async def generator(flow: Flow, state: Num) -> AsyncIterator[Num]:
+        yield state
+
+    def plain(flow: Flow, state: Num) -> Num:
+        return state
+
+    async def short(flow: Flow) -> Num:
+        return Num()
+
+    async def bare(flow, state):  # type: ignore[no-untyped-def]
+        return state
+
+    async def body(flow: Flow, state: Num) -> Text:
+        return Text()
+
+    for function, options, said in (
+        (generator, {}, "is an async generator"),
+        (plain, {}, "must be an `async def` function"),
+        (short, {}, r"must take \(flow, state\), got \(flow\)"),
+        (bare, {}, "needs input=, or the annotation of a pydantic model"),
+        (body, {"input": Num, "output": Num}, "has output=Num, and its function is annotated with Text"),
+        (body, {"input": Text, "output": Text}, "has input=Text, and its function is annotated with Num"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            stroma_flow("f", **options)(function)  # type: ignore[call-overload]
+
+
+async def test_a_flow_in_the_place_of_a_node() -> None:
+    """A flow called by hand, in a group or by execute_step says how it is run."""
+
+    async def body(flow: Flow, state: Num) -> Num:
+        return state
+
+    f = a_flow(body)
+    with pytest.raises(TypeError, match=r"run it with `await runner.run\(f, state\)`"):
+        await f(Num(), Num())
+    with pytest.raises(TypeError, match="flow 'f' cannot be in a group"):
+        parallel(f)
+    with pytest.raises(TypeError, match="flow 'f' cannot be in a group"):
+        map_over("items", f, into="done")
+    from stroma import ReliabilityContext
+
+    runner = quick(policy_map=NEVER)
+    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    result = await execute_step("x", f, Num(), ctx)
+    assert result.failure is not None
+    assert "run it with" in result.failure.message
+
+
+async def test_a_flow_may_be_called_as_a_part_of_another() -> None:
+    """Called with the flow of another body, a flow is a part of that body."""
+
+    async def part(flow: Flow, state: Num) -> Num:
+        return await flow.step(add, state)
+
+    inner = a_flow(part)
+
+    async def body(flow: Flow, state: Num) -> Num:
+        return await inner(flow, await inner(flow, state))  # type: ignore[no-any-return]
+
+    result = await quick().run(a_flow(body), Num())
+    assert [event.branch for event in result.trace] == ["add#0", "add#1"]
+
+
+@pytest.mark.parametrize("way", ["time", "datetime", "random", "calls"])
+async def test_what_is_not_deterministic_is_found(way: str) -> None:
+    """check_deterministic finds a branch that the time, or chance, decides."""
+    lives = [0]
+
+    async def body(flow: Flow, state: Num) -> Num:
+        lives[0] += 1
+        if way == "time":
+            chosen = int(time.time() // 3600 % 24)
+        elif way == "datetime":
+            chosen = datetime.now().hour
+        elif way == "random":
+            chosen = random.randrange(10**9)
+        else:
+            chosen = 0
+            for _ in range(lives[0]):
+                await flow.step(add, state)
+        return await flow.step(add, Num(n=chosen))
+
+    with pytest.raises(PipelineChanged, match="A flow may depend only on its input, its steps"):
+        await quick().check_deterministic(a_flow(body), Num())
+
+
+async def test_what_is_deterministic_passes() -> None:
+    """check_deterministic returns the result of a flow that depends on its steps and recorded values alone."""
+
+    async def body(flow: Flow, state: Num) -> Num:
+        if flow.now().hour % 2 and flow.random() < 0.5:
+            state = await flow.step(add, state)
+        found = await asyncio.gather(*(flow.step(add, Num(n=n)) for n in range(5)))
+        return await flow.step(add, Num(n=len({str(flow.uuid()) for _ in found})))
+
+    result = await StromaRunner.quick().check_deterministic(a_flow(body), Num())
+    assert result.output == Num(n=6)

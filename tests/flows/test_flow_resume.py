@@ -1,0 +1,505 @@
+"""Flows that are resumed: what was recorded holds, whatever order things finish in, and changes are found."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.flows.steps import Text, World, runner_on
+from tests.kit import NEVER, Num, node, quick
+from tests.shared_stores import STORES, store_of
+
+from stroma import (
+    Flow,
+    InMemoryStore,
+    NodeHooks,
+    PipelineChanged,
+    RunStatus,
+    SQLiteStore,
+    StepFailed,
+    current_node,
+    stroma_flow,
+)
+from stroma.runner import flow_run
+from stroma.testing import assert_resumable
+
+
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with store_of(request.param) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def _changes_are_found_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flow_run, "STUCK_SECONDS", 0.05)
+
+
+async def test_committed_steps_are_not_called_again(store: Any) -> None:
+    """G5: A resumed flow gets the recorded outputs, calls on_node_skipped for them, and goes on with the same keys."""
+    world = World()
+    add, skipped = world.step("add"), []
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        for _ in range(4):
+            state = await flow.step(add, state)
+        return state
+
+    async def skip(_run: str, node_id: str, output: dict[str, Any]) -> None:
+        skipped.append((node_id, output["n"]))
+
+    async def run() -> Any:
+        return await runner_on(store, hooks=NodeHooks(on_node_skipped=skip)).run(f, Num())
+
+    await world.live(run, "add 2")
+    world.calls.clear()
+    result = await world.live(run)
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=4))
+    assert world.calls == ["add 2", "add 3"]
+    assert skipped == [("add", 1), ("add", 2)]
+    assert [event.branch for event in result.trace] == ["add#2", "add#3"]
+    assert all(len(keys) == 1 for keys in world.keys.values())
+    assert len(set.union(*world.keys.values())) == 4
+
+
+async def test_a_caught_failure_is_replayed(store: Any) -> None:
+    """A failure that the body has caught and gone on from is raised again from the journal, with the same fields."""
+    world = World()
+    world.failing.add("bad")
+    bad, good, last = world.step("bad"), world.step("good"), world.step("last")
+    seen: list[Any] = []
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            state = await flow.step(bad, state)
+        except StepFailed as error:
+            failure = error.failure
+            seen.append(
+                (failure.failure_class, failure.message, failure.node_id, failure.attempt, str(error))
+            )
+            state = await flow.step(good, state)
+        return await flow.step(last, state)
+
+    async def run() -> Any:
+        return await runner_on(store).run(f, Num())
+
+    await world.live(run, "last 1")
+    world.calls.clear()
+    world.failing.clear()
+    result = await world.live(run)
+    assert (result.status, result.final_state, world.calls) == (RunStatus.RESUMED, Num(n=2), ["last 1"])
+    assert seen[0] == seen[1]
+
+
+async def test_a_failure_that_ended_the_run_is_retried(store: Any) -> None:
+    """A resume tries the step again whose failure escaped the body, and no other one."""
+    world = World()
+    world.failing |= {"bad 1", "worse"}
+    bad, worse, good = world.step("bad"), world.step("worse"), world.step("good")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        state = await flow.step(good, state)
+        try:
+            await flow.step(worse, state)
+        except StepFailed:
+            state = await flow.step(good, state)
+        return await flow.step(bad, Num(n=1))
+
+    async def run() -> Any:
+        return await runner_on(store).run(f, Num())
+
+    first = await world.live(run)
+    assert first.status is RunStatus.PARTIAL
+    world.calls.clear()
+    world.failing.clear()
+    result = await world.live(run)
+    assert (result.status, result.final_state, world.calls) == (RunStatus.RESUMED, Num(n=2), ["bad 1"])
+
+
+async def test_a_cleanup_after_the_failure_need_not_come_again(store: Any) -> None:
+    """Steps that followed a failure which is retried are no change of the body if they do not come this time."""
+    world = World()
+    world.failing.add("bad")
+    bad, clean, last = world.step("bad"), world.step("clean"), world.step("last")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            state = await flow.step(bad, state)
+        except StepFailed:
+            await flow.step(clean, state)
+            raise
+        return await flow.step(last, state)
+
+    async def run() -> Any:
+        return await runner_on(store).run(f, Num())
+
+    assert (await world.live(run)).status is RunStatus.PARTIAL
+    world.failing.clear()
+    await world.live(run, "last 1")
+    result = await world.live(run)
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
+    assert world.calls == ["bad 0", "clean 0", "bad 0", "last 1", "last 1"]
+
+
+async def test_siblings_that_a_failure_cancelled_run_on_resume(store: Any) -> None:
+    """After a TaskGroup that failed, a resume runs the failed step and the cancelled ones, and not the finished one."""
+    world = World()
+    world.failing.add("bad")
+    world.turns.update({"slow": 10**6, "bad": 60})
+    bad, slow, quick_one = world.step("bad"), world.step("slow"), world.step("fast")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(flow.step(one, state)) for one in (slow, bad, quick_one)]
+        return Num(n=sum(task.result().n for task in tasks))
+
+    async def run() -> Any:
+        return await runner_on(store).run(f, Num())
+
+    assert (await world.live(run)).status is RunStatus.PARTIAL
+    world.failing.clear()
+    world.turns["slow"] = 1
+    calls = len(world.calls)
+    result = await world.live(run)
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=3))
+    assert set(world.calls[calls:]) - {"fast 0"} == {"slow 0", "bad 0"}
+
+
+async def test_an_error_of_the_body_is_fixed_and_resumed(store: Any) -> None:
+    """An exception of the body itself is a failure like a node's; with the body fixed, the resume goes on behind its steps."""
+    world = World()
+    add, broken = world.step("add"), [True]
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        state = await flow.step(add, state)
+        if broken[0]:
+            raise KeyError("oops")
+        return await flow.step(add, state)
+
+    async def run() -> Any:
+        return await runner_on(store).run(f, Num())
+
+    first = await world.live(run)
+    assert (first.status, first.failure.node_id) == (RunStatus.PARTIAL, "f")
+    assert isinstance(first.failure.exception, KeyError)
+    broken[0] = False
+    result = await world.live(run)
+    assert (result.status, world.calls) == (RunStatus.RESUMED, ["add 0", "add 1"])
+
+
+async def test_values_are_the_same_on_replay(store: Any) -> None:
+    """flow.now(), flow.random() and flow.uuid() return what they returned before; each call another value."""
+    world = World()
+    add, seen = world.step("add"), []
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        seen.append((flow.now(), flow.random(), flow.uuid(), flow.random(), flow.uuid()))
+        state = await flow.step(add, state)
+        return await flow.step(add, state)
+
+    async def run() -> Any:
+        return await runner_on(store).run(f, Num())
+
+    await world.live(run, "add 1")
+    await asyncio.sleep(0.01)
+    await world.live(run)
+    assert seen[0] == seen[1]
+    assert len(set(seen[0])) == 5
+    assert 0 <= seen[0][1] < 1
+    assert seen[0][2].version == 4
+
+
+async def test_a_restart_has_other_random_values(store: Any) -> None:
+    """Another execution of the same run id has other random values, and no records of the last one."""
+    world = World()
+    add, seen = world.step("add"), []
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        seen.append(flow.uuid())
+        return await flow.step(add, state)
+
+    for _ in range(2):
+        assert (await runner_on(store, resume=False).run(f, Num())).status is RunStatus.COMPLETED
+    assert len(set(seen)) == 2
+    assert world.calls == ["add 0", "add 0"]
+
+
+# ---------------------------------------------------------------------- order
+
+
+def _bodies(fetch: Any, judge: Any) -> dict[str, Callable[[Flow, Num], Any]]:
+    async def branch(flow: Flow, n: int) -> int:
+        return (await flow.step(judge, await flow.step(fetch, Num(n=n)))).n
+
+    async def gathered(flow: Flow, state: Num) -> str:
+        return str(await asyncio.gather(*(branch(flow, n) for n in range(4))))
+
+    async def bounded(flow: Flow, state: Num) -> str:
+        gate, order = asyncio.Semaphore(2), []
+
+        async def one(n: int) -> None:
+            async with gate:
+                order.append(await branch(flow, n))
+
+        async with asyncio.TaskGroup() as group:
+            for n in range(5):
+                group.create_task(one(n))
+        return str(order)
+
+    async def queued(flow: Flow, state: Num) -> str:
+        queue: asyncio.Queue[int] = asyncio.Queue()
+        for n in range(6):
+            queue.put_nowait(n)
+        order: list[tuple[int, int]] = []
+
+        async def work(worker: int) -> None:
+            while not queue.empty():
+                n = queue.get_nowait()
+                order.append((worker, (await flow.step(fetch, Num(n=n))).n))
+
+        async with asyncio.TaskGroup() as group:
+            for worker in range(3):
+                group.create_task(work(worker))
+        return str(order)
+
+    async def waited(flow: Flow, state: Num) -> str:
+        pending = {asyncio.create_task(branch(flow, n), name=str(n)) for n in range(3)}
+        order: list[str] = []
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=lambda task: task.get_name()):
+                order.append(task.get_name())
+                await flow.step(judge, Num(n=100 + int(task.get_name())))
+        return str(order)
+
+    async def completed(flow: Flow, state: Num) -> str:
+        tasks = [asyncio.create_task(branch(flow, n)) for n in range(4)]
+        order = []
+        for first in asyncio.as_completed(tasks):
+            order.append(await first)
+            await flow.step(judge, Num(n=200 + order[-1]))
+        return str(order)
+
+    async def raced(flow: Flow, state: Num) -> str:
+        tasks = [asyncio.create_task(flow.step(fetch, Num(n=n)), name=str(n)) for n in range(3)]
+        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        won = sorted(task.get_name() for task in done if not task.cancelled())
+        await flow.step(judge, Num(n=300 + int(won[0])))
+        return str(won)
+
+    return {
+        "gathered": gathered, "bounded": bounded, "queued": queued, "waited": waited, "completed": completed, "raced": raced,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["gathered", "bounded", "queued", "waited", "completed", "raced"])
+@settings(max_examples=12, deadline=None)
+@given(turns=st.lists(st.integers(0, 12), min_size=24, max_size=24), death=st.integers(0, 12))
+def test_bodies_that_depend_on_the_order_are_replayed(way: str, turns: list[int], death: int) -> None:
+    """G5: With other durations, and whatever the process died in, a replay calls nothing again and ends as it would have."""
+
+    async def trial() -> None:
+        store, world = InMemoryStore(), World()
+        speeds = iter(turns * 10)
+
+        async def take(state: Num) -> Num:
+            what = f"{state.n}"
+            world.calls.append(what)
+            here = current_node()
+            assert here is not None
+            world.keys.setdefault(what, set()).add(here.idempotency_key)
+            if len(world.calls) == death:
+                world.dies.set()
+                await asyncio.Event().wait()
+            for _ in range(next(speeds)):
+                await asyncio.sleep(0)
+            return state
+
+        body = _bodies(node("fetch", take), node("judge", take))[way]
+        outcomes: list[str] = []
+
+        @stroma_flow("f", input=Num, output=Text)
+        async def f(flow: Flow, state: Num) -> Text:
+            said = await body(flow, state)
+            outcomes.append(said)
+            return Text(text=said)
+
+        async def run() -> Any:
+            return await runner_on(store).run(f, Num())
+
+        first = await world.live(run)
+        if first is None:
+            committed = {at.branch for at in store.attempts("r") if at.outcome == "success"}
+            first = await world.live(run)
+            again = [at.branch for at in store.attempts("r") if at.outcome == "success"]
+            assert len(again) == len(set(again))
+            assert committed <= set(again)
+        assert first.status in (RunStatus.COMPLETED, RunStatus.RESUMED), first.failure
+        # The whole of it once more, without its output.
+        store._runs["r"].states.pop(0)
+        store._runs["r"].status = "INTERRUPTED"
+        calls = len(world.calls)
+        second = await world.live(run)
+        assert second.status is RunStatus.RESUMED, second.failure
+        assert outcomes[-1] == outcomes[-2]
+        assert len(world.calls) == calls
+
+    asyncio.run(trial())
+
+
+async def test_a_cancelled_step_is_cancelled_again(store: Any) -> None:
+    """A step that the body gave up on neither runs nor returns on replay: the body gives up on it again."""
+    world = World()
+    world.turns["slow"] = 10**6
+    slow, last = world.step("slow"), world.step("last")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            async with asyncio.timeout(0.02):
+                await flow.step(slow, state)
+        except TimeoutError:
+            state = await flow.step(last, Num(n=5))
+        return await flow.step(last, state)
+
+    async def run() -> Any:
+        return await runner_on(store).run(f, Num())
+
+    await world.live(run, "last 6")
+    assert world.calls == ["slow 0", "last 5", "last 6"]
+    result = await world.live(run)
+    assert (result.status, result.final_state, world.calls[3:]) == (RunStatus.RESUMED, Num(n=7), ["last 6"])
+
+
+# ---------------------------------------------------------------------- changes
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            "input",
+            "made call 1 of step 'b' with {\"n\":1}, and makes it now with {\"n\":9} (other values of 'n')",
+        ),
+        ("removed", "does not make call 1 of step 'b', which is recorded"),
+        ("last removed", "does not make call 1 of step 'c', which is recorded"),
+        ("inserted", "does not make call 1 of step 'b', which is recorded"),
+        ("node", "has the output of node 'b', but the pipeline has 'd' there"),
+    ],
+)
+async def test_a_changed_flow_is_refused(store: Any, change: str, said: str) -> None:
+    """A body that does another thing than it did is refused before anything is called, and says what differs."""
+    world = World()
+    a, b, c, d = (world.step(name) for name in "abcd")
+    changed = [False]
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        now = change if changed[0] else ""
+        state = await flow.step(a, state)
+        if now == "inserted":
+            state = await flow.step(d, state)
+        if now == "input":
+            state = Num(n=9)
+        if now == "node":
+            state = await flow.step(d, state, key="k")
+        elif now == "removed":
+            state = Num(n=2)
+        else:
+            state = await flow.step(b, state, key="k" if change == "node" else None)
+        if now != "last removed":
+            state = await flow.step(c, state)
+        return await flow.step(d, state) if now != "last removed" else state
+
+    async def run() -> Any:
+        return await runner_on(store).run(f, Num())
+
+    await world.live(run, "d 3")
+    world.calls.clear()
+    changed[0] = True
+    result = await world.live(run)
+    assert result.status is RunStatus.FAILED
+    assert result.failure.reason == "changed"
+    assert isinstance(result.failure.exception, PipelineChanged)
+    assert said in result.failure.message
+    assert world.calls == []
+    changed[0] = False
+    assert (await world.live(run)).final_state == Num(n=4)
+
+
+# ---------------------------------------------------------------------- every boundary
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_a_flow_survives_death_at_every_boundary() -> None:
+    """G5: assert_resumable takes a flow, with loops, tasks, failures, a map, and flows inside."""
+    world = World()
+    add, double, bad = world.step("add"), world.step("double", lambda n: 2 * n), world.step("bad")
+    world.failing.add("bad")
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        return await flow.step(double, await flow.step(add, state))
+
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        while state.n < 3:
+            state = await flow.step(add, state)
+        async with asyncio.TaskGroup() as group:
+            x = group.create_task(flow.step(double, state))
+            y = group.create_task(flow.step(add, state))
+        try:
+            await flow.step(bad, state)
+        except StepFailed as error:
+            state = Num(n=len(error.failure.message))
+        items = await flow.map(double, [Num(n=n) for n in range(3)], max_concurrency=2)
+        child = await flow.run(inner, x.result())
+        await flow.sleep(hours=1, minutes=-59)
+        return Text(text=f"{state.n} {x.result().n} {y.result().n} {[one.n for one in items]} {child.n}")
+
+    found = await assert_resumable(f, Num(), runner=quick(policy_map=NEVER), processes=False)
+    assert len(found.boundaries) > 30
+
+
+async def test_a_long_flow_resumes_quickly(tmp_path: Any) -> None:
+    """A long flow resumes in time linear in its steps: what is recorded is read once."""
+    import time
+
+    world = World()
+    world.turns["add"] = 0
+    add, count = world.step("add"), 2000
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        for _ in range(count):
+            state = await flow.step(add, state)
+        return state
+
+    async with SQLiteStore(tmp_path / "runs.db", synchronous="normal") as store:
+
+        async def run() -> Any:
+            return await runner_on(store).run(f, Num())
+
+        await world.live(run, f"add {count - 1}")
+        begin = time.process_time()
+        result = await world.live(run)
+        took = time.process_time() - begin
+    assert result.final_state == Num(n=count)
+    assert len(world.calls) == count + 1
+    assert took < 10

@@ -1,0 +1,223 @@
+"""Flows that wait: for a time, or for the answer of a person, over every store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from tests.flows.steps import Text, World, runner_on
+from tests.kit import Num
+from tests.shared_stores import STORES, store_of
+
+from stroma import Flow, RunStatus, StoreError, stroma_flow
+from stroma.runner import flow_time
+
+
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with store_of(request.param) as found:
+        yield found
+
+
+class Clock:
+    """The time of the waits, which tests move."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ms = 1_800_000_000_000
+        monkeypatch.setattr(flow_time, "time_ns", lambda: self.ms * 1_000_000)
+
+    def pass_by(self, **duration: float) -> None:
+        self.ms += round(timedelta(**duration).total_seconds() * 1000)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+async def test_a_long_sleep_suspends_the_run(store: Any, clock: Clock) -> None:
+    """The run is SUSPENDED until the recorded time, whatever process looks at it, and goes on from there."""
+    world = World()
+    add = world.step("add")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        state = await flow.step(add, state)
+        await flow.sleep(hours=1)
+        return await flow.step(add, state)
+
+    first = await runner_on(store).run(f, Num())
+    assert (first.status, first.failure) == (RunStatus.SUSPENDED, None)
+    assert first.suspended == ["sleeping until 2027-01-15T09:00:00+00:00"]
+    assert store.get_run("r").status == "SUSPENDED"
+    clock.pass_by(minutes=50)
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.SUSPENDED
+    clock.pass_by(minutes=10)
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
+    assert world.calls == ["add 0", "add 1"]
+
+
+async def test_a_short_sleep_stays_in_the_process(store: Any) -> None:
+    """Up to inline_wait_seconds a flow waits where it is; ``until`` may be past."""
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        await flow.sleep(0.02)
+        await flow.sleep(until=datetime(2020, 1, 1, tzinfo=UTC))
+        return state
+
+    result = await runner_on(store).run(f, Num())
+    assert result.status is RunStatus.COMPLETED
+    result = await runner_on(store, run_id="s", inline_wait_seconds=0).run(f, Num())
+    assert result.status is RunStatus.SUSPENDED
+
+
+async def test_an_answer_resumes_a_flow(store: Any) -> None:
+    """wait_for suspends the run, also inside ``except Exception``, and returns the answer in any later process."""
+    world = World()
+    add, seen = world.step("add"), []
+
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        state = await flow.step(add, state)
+        try:
+            answer = await flow.wait_for(Text, reason="Send it?")
+        except Exception:
+            seen.append("caught")
+            raise
+        state = await flow.step(add, state)
+        return Text(text=f"{answer.text} {state.n}")
+
+    first = await runner_on(store).run(f, Num())
+    assert (first.status, first.suspended) == (RunStatus.SUSPENDED, ["Send it?"])
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.SUSPENDED
+    await runner_on(store).signal("r", Text(text="yes"))
+    with pytest.raises(StoreError):
+        await runner_on(store).signal("r", Text(text="no"))
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Text(text="yes 2"))
+    assert (world.calls, seen) == (["add 0", "add 1"], [])
+
+
+async def test_answers_reach_the_question_that_they_are_for(store: Any) -> None:
+    """Of several open questions, each gets its own answer, in any order; steps beside them finish first."""
+    world = World()
+    add = world.step("add")
+    world.turns["add"] = 30
+
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        async with asyncio.TaskGroup() as group:
+            one = group.create_task(flow.wait_for(Text, reason="one?", key="one"))
+            two = group.create_task(flow.wait_for(Text, reason="two?", key="two"))
+            made = group.create_task(flow.step(add, state))
+        return Text(text=f"{one.result().text} {two.result().text} {made.result().n}")
+
+    first = await runner_on(store).run(f, Num())
+    assert (first.status, sorted(first.suspended)) == (RunStatus.SUSPENDED, ["one?", "two?"])
+    with pytest.raises(ValueError, match="select one"):
+        await runner_on(store).signal("r", Text(text="x"))
+    await runner_on(store).signal("r", Text(text="B"), node_id="two")
+    assert (await runner_on(store).run(f, Num())).suspended == ["one?"]
+    await runner_on(store).signal("r", Text(text="A"), node_id="one")
+    result = await runner_on(store).run(f, Num())
+    assert result.final_state == Text(text="A B 1")
+    assert world.calls == ["add 0"]
+
+
+async def test_a_question_expires(store: Any, clock: Clock) -> None:
+    """After its timeout a question is a TimeoutError, on replay too, and takes no answer any more."""
+    world = World()
+    add = world.step("add")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            await flow.wait_for(Text, reason="Well?", timeout=timedelta(days=7))
+        except TimeoutError:
+            state = await flow.step(add, state)
+        return await flow.step(add, state)
+
+    async def run() -> Any:
+        return await runner_on(store).run(f, Num())
+
+    assert (await run()).status is RunStatus.SUSPENDED
+    clock.pass_by(days=8)
+    await world.live(run, "add 1")
+    with pytest.raises(StoreError):
+        await runner_on(store).signal("r", Text(text="late"))
+    clock.pass_by(days=-8)
+    result = await world.live(run)
+    assert (result.status, result.final_state, world.calls) == (
+        RunStatus.RESUMED,
+        Num(n=2),
+        ["add 0", "add 1", "add 1"],
+    )
+
+
+async def test_the_tear_down_of_a_suspended_flow_calls_nothing(store: Any) -> None:
+    """A ``finally`` around a wait runs when the run is suspended, and its steps are not called."""
+    world = World()
+    add, ends = world.step("add"), []
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            await flow.wait_for(Text, reason="Well?")
+        finally:
+            ends.append(flow.is_closing)
+            await flow.step(add, state)
+        return state
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.SUSPENDED
+    assert (world.calls, ends) == ([], [True])
+
+
+async def test_a_step_may_wait_for_a_person(store: Any) -> None:
+    """A node that suspends is a step that suspends its flow; siblings finish, and the answer reaches the node."""
+    from tests.kit import here, node
+
+    world = World()
+    add = world.step("add")
+
+    async def ask(state: Num) -> Text:
+        return here().wait_for(Text, reason="Node?")
+
+    asks = node("ask", ask, Num, Text)
+
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        answer, made = await asyncio.gather(flow.step(asks, state), flow.step(add, state))
+        return Text(text=f"{answer.text} {made.n}")
+
+    first = await runner_on(store).run(f, Num())
+    assert (first.status, first.suspended) == (RunStatus.SUSPENDED, ["Node?"])
+    await runner_on(store).signal("r", Text(text="yes"))
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.final_state, world.calls) == (
+        RunStatus.RESUMED,
+        Text(text="yes 1"),
+        ["add 0"],
+    )
+
+
+async def test_a_shutdown_does_not_wait_for_a_sleep() -> None:
+    """A flow that sleeps in the process ends at once as INTERRUPTED when the runner shuts down."""
+    runner = runner_on(None)
+    asleep = asyncio.Event()
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        asleep.set()
+        await flow.sleep(30)
+        return state
+
+    under_way = asyncio.ensure_future(runner.run(f, Num()))
+    await asleep.wait()
+    async with asyncio.timeout(5):
+        await runner.shutdown()
+        assert (await under_way).status is RunStatus.INTERRUPTED

@@ -1,0 +1,96 @@
+"""Types of flows: those of their steps, and errors where a step or a flow gets or returns another class.
+
+An ignore that nothing needs is an error in mypy and pyright, so this file fails the check if one of the errors goes away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, assert_type
+
+from pydantic import BaseModel
+
+from stroma import ExecutionResult, Flow, FlowFunction, StromaRunner, stroma_flow
+
+
+class Ticket(BaseModel):
+    text: str
+
+
+class Label(BaseModel):
+    topic: str
+
+
+class Reply(BaseModel):
+    text: str
+
+
+runner = StromaRunner.quick()
+
+
+@runner.node("label", input=Ticket, output=Label)
+async def label(ticket: Ticket) -> Label:
+    return Label(topic=ticket.text)
+
+
+@runner.node("loose", input=Ticket, output=Label)
+async def loose(ticket: Ticket) -> dict[str, Any]:
+    return {"topic": ticket.text}
+
+
+@runner.node("plain", input=Ticket, output=Label)
+def plain(ticket: Ticket) -> Label:
+    return Label(topic=ticket.text)
+
+
+@runner.node("contextual", input=Ticket, output=Label)
+async def contextual(ticket: Ticket, ctx: dict[str, Any]) -> Label:
+    return Label(topic=ticket.text)
+
+
+@stroma_flow("inner")
+async def inner(flow: Flow, ticket: Ticket) -> Label:
+    return await flow.step(label, ticket)
+
+
+@runner.flow("triage", input=Ticket, output=Reply)
+async def triage(flow: Flow, ticket: Ticket) -> Reply:
+    assert_type(await flow.step(label, ticket), Label)
+    assert_type(await flow.step(plain, ticket), Label)
+    assert_type(await flow.step(contextual, ticket), Label)
+    one, two = await asyncio.gather(flow.step(label, ticket), flow.step(plain, ticket))
+    assert_type(one, Label)
+    assert_type(two, Label)
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(flow.step(label, ticket))
+    assert_type(task.result(), Label)
+    labels = await flow.map(label, [ticket])
+    assert_type(labels, list[Label])
+    assert_type(await flow.run(inner, ticket), Label)
+    assert_type(await flow.wait_for(Label, reason="Which?"), Label)
+    await flow.step(loose, ticket)
+    return Reply(text=one.topic)
+
+
+assert_type(triage, FlowFunction[Ticket, Reply])
+
+
+async def results() -> None:
+    result = await runner.run(triage, Ticket(text=""))
+    assert_type(result, ExecutionResult[Reply])
+    assert_type(result.output, Reply)
+    assert_type(runner.run_sync(triage, Ticket(text="")).output, Reply)
+    listed: ExecutionResult = await runner.run([label], Ticket(text=""))
+    assert_type(listed.final_state, BaseModel | None)
+
+
+async def wrong_calls(flow: Flow, ticket: Ticket, reply: Reply) -> Reply:
+    await flow.step(label, reply)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await flow.step(3, ticket)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    flow.step(label, ticket)  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
+    return await flow.step(label, ticket)  # type: ignore[arg-type]  # pyright: ignore[reportReturnType]
+
+
+@runner.flow("wrong", input=Ticket, output=Reply)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+async def wrong_output(flow: Flow, ticket: Ticket) -> Label:
+    return Label(topic="")
