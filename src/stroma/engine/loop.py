@@ -97,7 +97,7 @@ async def execute_in_turn(
             ctx, node.node_id, kind if type(node) is Node else "group", position, branch, parent
         )
         try:
-            plan = _plan_of(ctx, run, node, value, contract)
+            plan = plan_of(ctx, run, node, value, contract)
         except Exception as error:
             return await _without_plan(ctx, run, node, value, error)
         if step is not None:
@@ -240,7 +240,7 @@ async def _prepare(
 ) -> NodeAttempt | Halt:
     """Return the attempt to make, or the end of a node of which none may be made."""
     try:
-        plan = _plan_of(ctx, run, node, value, None)
+        plan = plan_of(ctx, run, node, value, None)
     except Exception as error:
         return await _without_plan(ctx, run, node, value, error)
     if after_seconds is not None and run.last_failure is not None:
@@ -256,7 +256,7 @@ async def _prepare(
 # ---------------------------------------------------------------------- before an attempt
 
 
-def _plan_of(
+def plan_of(
     ctx: ReliabilityContext,
     run: NodeExecution,
     node: Node | Group,
@@ -291,9 +291,6 @@ def _plan_of(
         known = node.plan[0] = schema_of(contract.input_schema), schema_of(contract.output_schema), contract
     run.schemas = known
     return known
-
-
-plan_of = _plan_of
 
 
 @cache
