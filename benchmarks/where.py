@@ -61,7 +61,7 @@ def parts() -> list[tuple[str, float]]:
     session: Any = manager.open_run(RunRequest("run", "bench", state, schema_of(In)))
     ctx.session = session
     run = NodeExecution(ctx, "n", "node", 0, "", [], None)
-    plan = engine._plan_of(ctx, run, node, state, None)
+    plan = engine.plan_of(ctx, run, node, state, None)
     given, promised = plan[0], plan[1]
     assert given is not None
     model, kept = promised.accept_output(dict(START))
@@ -88,7 +88,7 @@ def parts() -> list[tuple[str, float]]:
         + _least(lambda: CURRENT.set(run))
         - 2 * idle
     )
-    looked_up = _least(lambda: engine._plan_of(ctx, run, node, state, None)) - idle
+    looked_up = _least(lambda: engine.plan_of(ctx, run, node, state, None)) - idle
     recorded = _least(lambda: session.record(row, promised, model, None)) - idle
 
     def whole() -> None:
