@@ -33,6 +33,7 @@ from stroma.engine import loop as engine
 from stroma.engine.current import CURRENT
 from stroma.engine.execution import NodeExecution
 from stroma.engine.outcome import Place
+from stroma.trace.events import AttemptRow
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 _TIMES, _REPEATS, _CHAIN = 500, 60, 50
@@ -60,14 +61,14 @@ def parts() -> list[tuple[str, float]]:
     state, output = In(**START), Out(**START)
     session: Any = manager.open_run(RunRequest("run", "bench", state, schema_of(In)))
     ctx.session = session
-    run = NodeExecution(ctx, "n", "node", 0, "", [], None)
+    run = NodeExecution(ctx, "n", "node", 0, "")
     plan = engine.plan_of(ctx, run, node, state, None)
-    given, promised = plan[0], plan[1]
-    assert given is not None
-    model, kept = promised.accept_output(dict(START))
-    row: Any = ("n", 1, 2, 3, kept, kept, "success", None, None, 0, "", None, plan, None)
+    before, promised = plan[0], plan[1]
+    assert before is not None
+    model, snapshot = promised.accept_output(dict(START))
+    row = AttemptRow("n", 1, 2, 3, snapshot, snapshot, "success", None, None, 0, "", None, plan, None, 3)
     raw = dict(START)
-    validate_in, validate_out = given.validate, promised.validate
+    validate_in, validate_out = before.validate, promised.validate
 
     def validate() -> None:
         validate_in(raw)
@@ -79,12 +80,12 @@ def parts() -> list[tuple[str, float]]:
     idle = _least(lambda: None)
     validated = _least(validate) - idle
     crossing = (
-        _least(lambda: given.prepare_input(output)) + _least(lambda: promised.accept_output(raw)) - 2 * idle
+        _least(lambda: before.prepare_input(output)) + _least(lambda: promised.accept_output(raw)) - 2 * idle
     )
     function = _least(lambda: _drive(node.func(state))) - idle
     coroutines = _least(lambda: _drive(nothing())) - idle
     noted = (
-        _least(lambda: NodeExecution(ctx, "n", "node", 0, "", [], None))
+        _least(lambda: NodeExecution(ctx, "n", "node", 0, ""))
         + _least(lambda: CURRENT.set(run))
         - 2 * idle
     )
