@@ -165,7 +165,7 @@ def test_against_a_run_that_can_be_resumed(stroma, inside):
     ("old", "new", "words"),
     [
         ("class Sum(BaseModel):\n    n: int", "class Sum(BaseModel):\n    n: int\n    m: int = 0", "it lacks 'm', which is new"),
-        ("class Sum(BaseModel):\n    n: int", "class Sum(BaseModel):\n    n: float", "types or constraints of its fields are others"),
+        ("class Sum(BaseModel):\n    n: int", "class Sum(BaseModel):\n    n: float", "the types, constraints or defaults of its fields have changed"),
         ('node("first", add_one, Count)', 'node("begin", add_one, Count)', "the pipeline has 'begin' there"),
         ('Field(alias="start")', "Field(gt=0, alias='begin')", "could be"),
     ],

@@ -5,6 +5,8 @@ import datetime as dt
 import json
 import math
 import re
+import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -916,6 +918,50 @@ def test_the_fingerprint_changes_with_the_shape_only() -> None:
     }
     assert base not in others
     assert len(others) == 5
+
+
+def test_the_fingerprint_follows_the_classes_inside() -> None:
+    """The shapes of classes inside count, those of recursive ones too; their names and docstrings do not."""
+
+    def define_tree(name: str, doc: str = "", kind: Any = int) -> str:
+        leaf = create_model(name, __doc__=doc, value=(kind, ...), title=(str, "t"))
+        pair = create_model("Pair", left=(leaf, ...), right=(Tree | None, None), more=(list[leaf], []))
+        return schema_of(pair).fingerprint
+
+    base = define_tree("Leaf")
+    assert define_tree("Renamed", doc="Other words.") == base
+    assert define_tree("Leaf", kind=str) != base
+    one, two = ({"description": text} for text in ("x", "y"))
+    defaults = {schema_of(create_model("D", value=(dict[str, str], d))).fingerprint for d in (one, two)}
+    assert len(defaults) == 2, "a default is part of the contract, whatever its keys are"
+
+
+_NO_JSON_SCHEMA = """
+from collections.abc import Callable
+from typing import Annotated
+from pydantic import AfterValidator, BaseModel
+from stroma.contracts.schema import schema_of
+
+def check(value: float) -> float:
+    return value
+
+class Scores(BaseModel):
+    scores: list[Annotated[float, AfterValidator(check)]] = []
+    on_done: Callable[[], None] | None = None
+
+print(schema_of(Scores).fingerprint)
+"""
+
+
+@pytest.mark.slow
+def test_the_fingerprint_is_the_same_in_every_process() -> None:
+    """Also of a class without a JSON schema, whose validators stand at another address in each process."""
+    prints = set()
+    for used in (10, 100_000):  # Objects before it move the addresses.
+        code = f"junk = [object() for _ in range({used})]\n" + _NO_JSON_SCHEMA
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        prints.add(done.stdout)
+    assert len(prints) == 1
 
 
 @pytest.mark.core

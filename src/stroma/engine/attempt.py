@@ -1,7 +1,8 @@
 """One attempt of a node: validate, call, count, commit, announce. The only place that calls a node's function.
 
 Between a valid output and its commit, nothing but the commit is awaited. Whatever interrupts it, an attempt that has begun
-has one end: one row of the trace, and one call of an end hook for each start hook.
+has one end: one row of the trace, and one call of an end hook for each start hook. Once ``row`` is set, what is raised
+goes into ``interrupt``: an exception that left ``make()`` before the end hooks would keep them from being called.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def _difference(schema: Schema, committed: Committed) -> str:
         return "it is another kind of value"
     parts = [f"it had {name!r}, which is gone" for name in raw if name not in names]
     parts += [f"it lacks {name!r}, which is new" for name in schema.field_names if name not in raw]
-    return "; ".join(parts) or "types or constraints of its fields are others"
+    return "; ".join(parts) or "the types, constraints or defaults of its fields have changed"
 
 
 def output_schema(ctx: ReliabilityContext, node: Node | Group, value: BaseModel | None) -> Schema:

@@ -1,6 +1,7 @@
 """Meanings of providers' errors: tables by status, code, phrase and class name. Read by ``providers.py``.
 
-A new reason goes into one of these tables; nothing else has to change.
+A new reason goes into one of these tables: by status, code or phrase. A row of ``NAMES`` counts for the packages in
+``CLIENTS`` only. Waits that are not in headers are read in ``providers.py``.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def _read(exc: BaseException) -> ProviderVerdict | None:
     if verdict is not None:
         verdict = _read_prose(verdict, levels, packages)
     if status is None:
-        return verdict or _read_transport(exc)
+        return verdict or _read_by_name(exc)
     headers = _headers(exc, packages)
     wish = headers.get("x-should-retry")
     if wish == "false" and status >= 400:
@@ -140,7 +140,7 @@ def _read_prose(known: ProviderVerdict, levels: list[Any], packages: set[str]) -
     return next((verdict for phrase, verdict in phrases if phrase in prose), known)
 
 
-def _read_transport(exc: BaseException) -> ProviderVerdict | None:
+def _read_by_name(exc: BaseException) -> ProviderVerdict | None:
     names = {cls.__name__ for cls in type(exc).__mro__ if _package(cls) in CLIENTS}
     for known, verdict in NAMES:
         if names & known:
