@@ -211,5 +211,5 @@ async def test_a_hostile_answer_asks_again(tmp_path: Path, answer: bytes) -> Non
         await store.signal("r", waiting._replace(payload=answer))
         result = await _runner(store).run(nodes, Anything(), resume=True)
     assert result.status is RunStatus.SUSPENDED
-    assert "does not fit" in result.suspended[0]
+    assert "invalid answer" in result.suspended[0]
     assert issubclass(Suspend, Exception)

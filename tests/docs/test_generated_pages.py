@@ -533,7 +533,7 @@ async def test_what_an_error_says(
 def test_every_public_error_is_met() -> None:
     """Each public exception class is provoked above, but for those that no store of this release raises by itself."""
     met = {kind.__name__ for _, kind, _, _ in MET}
-    # Raised by nodes, never out of run(); by Redis alone; made of what another machine says; by tests that ask for it.
+    # Raised by nodes and in flows, never out of run(); by Redis alone; made of what another machine says; by tests that ask for it.
     unmet = {
         "CorruptCheckpoint",
         "Problem",
@@ -541,6 +541,7 @@ def test_every_public_error_is_met() -> None:
         "CheckpointLost",
         "RemoteFailure",
         "Crashed",
+        "StepFailed",
         "Transient",
     }
     assert set(public_errors()) - met == unmet

@@ -437,7 +437,7 @@ async def test_search_attributes_where_they_are_registered(temporal_server: Temp
         await register_search_attributes(driver.client)
         await register_search_attributes(driver.client)  # Again: no harm.
         for _ in range(100):  # A server takes a moment to know of them.
-            if await bound.runner._has_search_attributes():
+            if await bound.runner._cluster.has_search_attributes():
                 break
             bound.runner._search = None
             await asyncio.sleep(0.1)

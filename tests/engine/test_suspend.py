@@ -392,6 +392,6 @@ async def test_what_a_suspension_may_ask_for() -> None:
 
     result = await runner(AsyncInMemoryStore()).run([node("wrong", wrong)], Num())
     assert result.failure is not None
-    assert "give a pydantic model" in result.failure.message
+    assert "must be a pydantic model" in result.failure.message
     result = await runner(AsyncInMemoryStore()).run([node("quiet", quiet)], Num())
     assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["Quiet"])

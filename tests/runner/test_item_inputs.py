@@ -106,7 +106,7 @@ async def test_an_item_has_its_own_input_in_every_store(shape: str, store: Any) 
             record = history.run("r")
             assert record is not None
             at = f"0.{branch}"
-            assert [bar.given for bar in history.story(record).bars if bar.at == at] == [value]
+            assert [bar.input_state for bar in history.story(record).bars if bar.at == at] == [value]
             in_trace = events[branch].input_state
             assert in_trace == ({"text": value} if isinstance(value, str) else value)
 

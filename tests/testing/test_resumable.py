@@ -326,7 +326,7 @@ async def test_a_process_that_hangs_is_ended():
         threading.Event().wait()
 
     with pytest.raises(
-        AssertionError, match="did not end within 1 s; the last it told is: before node 'hang'"
+        AssertionError, match="did not end within 1 s; its last boundary is: before node 'hang'"
     ):
         await assert_resumable([make("hang", hang)], Number(), timeout_seconds=1)
 

@@ -312,7 +312,7 @@ def test_other_addresses_need_a_token(host: str, tmp_path: Path) -> None:
     """Listening where others can connect is refused without a token, and with one that could be guessed."""
     done = run_ui("--host", host, "--port", "0", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "can be reached from elsewhere" in done.stderr
+    assert "can be reached from other machines" in done.stderr
     assert "token" in done.stderr
     done = run_ui("--host", host, "--token", "short", cwd=tmp_path)
     assert done.returncode == 2
