@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel
@@ -120,7 +121,15 @@ class FlowJournal:
         encoded = None if data is None else json.dumps(data).encode()
         self._ctx.session.note(f"{position}:{kind}:{branch}", encoded)
 
-    def note_failure(self, position: int, branch: str, failure: Failure, input_key: bytes | None) -> None:
+    def note_failure(
+        self,
+        position: int,
+        branch: str,
+        failure: Failure,
+        input_key: bytes | None,
+        inside: Sequence[tuple[int, str, str]] = (),
+    ) -> None:
+        """Record a failure. ``inside``: positions, branches and kinds of those which caused it, inside a flow or map."""
         fields = {
             "node": failure.node_id,
             "class": failure.failure_class.value,
@@ -130,6 +139,7 @@ class FlowJournal:
             "type": kind_of(failure.exception),
             "retry_after": failure.retry_after_seconds,
             "input_key": None if input_key is None else input_key.decode(),
+            "inside": inside,
         }
         self._note(position, "f", branch, fields)
 
