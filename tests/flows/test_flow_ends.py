@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tests.flows.steps import World, runner_on
 from tests.kit import Num
+from tests.shared_stores import STORES, store_of
 
 from stroma import Flow, NodeHooks, Pipeline, RunStatus, StepFailed, stroma_flow
 from stroma.checkpoint import InMemoryStore
@@ -296,3 +297,46 @@ async def test_what_need_not_come_again_is_not_recorded_each_time(monkeypatch: p
     monkeypatch.setattr(FlowJournal, "note_optional", counted)
     result = await runner_on(store).run(f, Num())
     assert (result.status, result.final_state, noted) == (RunStatus.RESUMED, Num(n=49), [0])
+
+
+@pytest.mark.parametrize("kind", STORES)
+async def test_a_failure_beside_a_question_is_the_end_of_the_run(kind: str) -> None:
+    """A flow that fails while its open question is looked up is FAILED or PARTIAL, not SUSPENDED without it."""
+    world = World()
+    bad = world.step("bad")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(flow.wait_for(Answer, reason="Go on?"))
+            failing = group.create_task(flow.step(bad, state))
+        return failing.result()
+
+    world.failing.add("bad")
+    for turns in range(0, 60, 5):
+        world.turns["bad"] = turns
+        with store_of(kind) as store:
+            assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+
+
+async def test_a_step_that_is_queued_gets_the_state_it_was_called_with() -> None:
+    """A body that changes a state while its step waits for ``max_concurrency`` changes neither its input nor a replay."""
+    world, store = World(), InMemoryStore()
+    add = world.step("add")
+
+    @stroma_flow("f", input=Num, output=Num, max_concurrency=1)
+    async def f(flow: Flow, state: Num) -> Num:
+        queued = Num(n=1)
+        tasks = [asyncio.create_task(flow.step(add, one)) for one in (state, queued)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        queued.n = 9
+        outputs = await asyncio.gather(*tasks)
+        await flow.wait_for(Answer, reason="Go on?")
+        return outputs[1]
+
+    world.turns["add"] = 20
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.SUSPENDED
+    await runner_on(store).signal("r", Answer())
+    result = await runner_on(store).run(f, Num())
+    assert (result.final_state, world.calls) == (Num(n=2), ["add 0", "add 1"])

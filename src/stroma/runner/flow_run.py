@@ -44,7 +44,7 @@ __all__ = ["REPLAY_ONLY", "FlowDriver", "FlowRun", "as_output", "run_with_flows"
 #: For how long a replay may go without a call before what is missing counts as a change of the body.
 STUCK_SECONDS = 1.0
 _TEAR_DOWN_SECONDS: Final = 5.0
-_IDLE_TURNS: Final = 6
+_IDLE_TURNS: Final = 12
 
 _CALL: Final = StepCall(OF_FLOW, None)
 
@@ -221,13 +221,26 @@ class FlowDriver:
             self._is_woken = False
 
     async def _is_idle(self) -> bool:
-        """Return True if the body, left to itself, makes no further call."""
-        seen = self.activity
-        for _ in range(_IDLE_TURNS):
+        """Return True if the body, left to itself, does nothing further."""
+        seen, quiet = self.signs(), 0
+        while quiet < _IDLE_TURNS:
             await asyncio.sleep(0)
-            if self.activity != seen or self.busy or self.stopping is not None:
+            if self.busy or self.stopping is not None or not self.waits.open or self.has_returned:
                 return False
-        return not any(flow.order.is_turning for flow in self.flows)
+            signs = self.signs()
+            if signs != seen or any(flow.order.is_turning for flow in self.flows):
+                seen, quiet = signs, 0  # A failure takes a few turns from a task to the TaskGroup around it.
+            else:
+                quiet += 1
+        return True
+
+    @property
+    def has_returned(self) -> bool:
+        return self.body is not None and self.body.done()
+
+    def signs(self) -> tuple[int, int, int]:
+        """Return numbers that change with what the body does."""
+        return self.activity, self.endings, len(self.waits.open)
 
     async def _tear_down(self, body: asyncio.Task[Any]) -> None:
         """Cancel the body, and wait for its end, for a while."""
@@ -767,6 +780,8 @@ class FlowRun:
         if not self.gates:
             outcome = await self._make(node, state, place)
         else:
+            # What it is recorded with, though the body may change it while the step is queued.
+            state = schema_of(type(state)).copy(state)
             async with contextlib.AsyncExitStack() as stack:
                 for gate in self.gates:
                     await stack.enter_async_context(gate)
