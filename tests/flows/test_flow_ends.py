@@ -10,7 +10,7 @@ from tests.flows.steps import World, runner_on
 from tests.kit import Num
 from tests.shared_stores import STORES, store_of
 
-from stroma import Flow, NodeHooks, Pipeline, RunStatus, StepFailed, stroma_flow
+from stroma import Flow, NodeHooks, Pipeline, RunStatus, StepFailed, parallel, stroma_flow
 from stroma.checkpoint import InMemoryStore
 from stroma.runner import flow_run
 from stroma.runner.flow_journal import FlowJournal
@@ -340,3 +340,34 @@ async def test_a_step_that_is_queued_gets_the_state_it_was_called_with() -> None
     await runner_on(store).signal("r", Answer())
     result = await runner_on(store).run(f, Num())
     assert (result.final_state, world.calls) == (Num(n=2), ["add 0", "add 1"])
+
+
+async def test_a_call_with_another_input_after_a_retried_failure_is_made_anew() -> None:
+    """What was recorded behind a failure is not the result of a call with another input, of a flow or a group either."""
+    world, store = World(), InMemoryStore()
+    world.failing.add("bad")
+    bad, add, child = world.step("bad"), world.step("add"), world.step("child")
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        return await flow.step(add, state)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        async def both(state: Num) -> Num:
+            one = await flow.run(inner, state)
+            other = await flow.step(parallel(child), state)
+            return Num(n=one.n * 10 + other.n)
+
+        try:
+            await flow.step(bad, state)
+        except StepFailed:
+            await both(Num(n=5))
+            raise
+        return await both(Num(n=1))
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    world.failing.clear()
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=22))
+    assert world.calls[-2:] == ["add 1", "child 1"]

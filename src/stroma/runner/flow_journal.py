@@ -111,6 +111,14 @@ class FlowJournal:
         """Return the records of a flow, and forget them."""
         return self._flows.pop((position, flow), None) or RecordedFlow()
 
+    def drop(self, position: int, branch: str) -> None:
+        """Drop what was restored of a call, with all that is inside it."""
+        inside = f"{branch}."
+        restored: Any = self._ctx.restored
+        for known in (restored, self._flows):
+            for key in [key for key in known if key[0] == position and f"{key[1]}.".startswith(inside)]:
+                del known[key]
+
     def forget_output(self, position: int, branch: str) -> None:
         """Drop an output that was handed out."""
         self._ctx.restored.pop((position, branch), None)  # type: ignore[attr-defined]  # A dict, see __init__().

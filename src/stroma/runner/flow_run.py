@@ -876,7 +876,8 @@ class FlowRun:
         is_optional = identity in self.optional
         before = input_key_of(recorded)
         if before is not None and input_key is not None and before != input_key:
-            if is_optional:  # It followed a failure that did not happen this time.
+            if is_optional:  # It followed a failure that did not happen this time: it is another call.
+                driver.journal.drop(self.position, self.prefix + identity)
                 return None
             driver.unreached -= 1
             await driver.stop_here(
