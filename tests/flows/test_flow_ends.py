@@ -343,7 +343,7 @@ async def test_a_step_that_is_queued_gets_the_state_it_was_called_with() -> None
 
 
 async def test_a_call_with_another_input_after_a_retried_failure_is_made_anew() -> None:
-    """What was recorded behind a failure is not the result of a call with another input, of a flow or a group either."""
+    """What was recorded behind a failure is not the result of a call with another input: of a flow, a group, a map or a pipeline."""
     world, store = World(), InMemoryStore()
     world.failing.add("bad")
     bad, add, child = world.step("bad"), world.step("add"), world.step("child")
@@ -357,6 +357,8 @@ async def test_a_call_with_another_input_after_a_retried_failure_is_made_anew() 
         async def both(state: Num) -> Num:
             one = await flow.run(inner, state)
             other = await flow.step(parallel(child), state)
+            await flow.map(add, [state] * min(3, state.n))
+            await flow.run(Pipeline("p", [add, child]), state)
             return Num(n=one.n * 10 + other.n)
 
         try:
@@ -370,4 +372,4 @@ async def test_a_call_with_another_input_after_a_retried_failure_is_made_anew() 
     world.failing.clear()
     result = await runner_on(store).run(f, Num())
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=22))
-    assert world.calls[-2:] == ["add 1", "child 1"]
+    assert world.calls[-5:] == ["add 1", "child 1", "add 1", "add 1", "child 2"]

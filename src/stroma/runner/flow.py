@@ -202,7 +202,11 @@ class Flow:
                 driver, run, _part_of(run, limit), run.position, run.prefix + identity, is_map=True
             )
             items.path = run.path
-            beyond = [int(index) for index in items.records if int(index) >= len(states)]
+            beyond = [
+                int(index)
+                for index in items.records
+                if int(index) >= len(states) and index not in items.optional
+            ]
             if beyond:
                 await driver.stop_here(
                     driver.changed(

@@ -119,6 +119,10 @@ class FlowJournal:
             for key in [key for key in known if key[0] == position and f"{key[1]}.".startswith(inside)]:
                 del known[key]
 
+    def has_flow(self, position: int, flow: str) -> bool:
+        """Return True if there are records inside a call that were not taken yet."""
+        return (position, flow) in self._flows
+
     def forget_output(self, position: int, branch: str) -> None:
         """Drop an output that was handed out."""
         self._ctx.restored.pop((position, branch), None)  # type: ignore[attr-defined]  # A dict, see __init__().

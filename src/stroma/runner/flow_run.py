@@ -491,9 +491,19 @@ class FlowRun:
         self.path: tuple[str, ...] = (*(() if parent is None else parent.path), node.node_id)
         recorded = driver.journal.take(position, branch)
         self.records = recorded.results
-        self.optional = recorded.optional.intersection(recorded.results)
+        self.optional = {
+            one
+            for one in recorded.optional
+            if one in recorded.results or driver.journal.has_flow(position, f"{self.prefix}{one}")
+        }
         if len(self.optional) < len(recorded.optional):
             driver.journal.note_optional(position, branch, self.optional)
+        identity = branch.rpartition(".")[2]
+        #: All in it need not come again, nor come with the same inputs.
+        self.is_optional = parent is not None and (parent.is_optional or identity in parent.optional)
+        if parent is not None and self.is_optional:
+            parent.optional.discard(identity)
+            self.optional = set(self.records)
         self.order = ResultOrder(recorded.order, lambda: driver.activity, self._note_order, driver.watch)
         self.calls = StepCalls()
         #: The nodes that were steps before, and the classes of their inputs; see Flow.step().
