@@ -500,7 +500,7 @@ class FlowRun:
             driver.journal.note_optional(position, branch, self.optional)
         identity = branch.rpartition(".")[2]
         #: All in it need not come again, nor come with the same inputs.
-        self.is_optional = parent is not None and (parent.is_optional or identity in parent.optional)
+        self.is_optional: bool = parent is not None and (parent.is_optional or identity in parent.optional)
         if parent is not None and self.is_optional:
             parent.optional.discard(identity)
             self.optional = set(self.records)
