@@ -855,9 +855,9 @@ class FlowRun:
     async def restore(self, node: Node | Group, state: BaseModel, identity: str) -> BaseModel | Halt:
         driver, branch = self.driver, self.prefix + identity
         place = Place(self.position, branch)
-        driver.busy += (
-            1  # It may load a blob, or call a slow hook: the flow is neither idle nor stuck meanwhile.
-        )
+        output: BaseModel | None = None
+        # It may load a blob, or call a slow hook: the flow is neither idle nor stuck meanwhile.
+        driver.busy += 1
         try:
             output = await restore(driver.ctx, node, state, place)
         except (PipelineChanged, StoreError) as error:
