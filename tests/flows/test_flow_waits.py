@@ -66,7 +66,7 @@ async def test_a_short_sleep_stays_in_the_process(store: Any) -> None:
 
     @stroma_flow("f", input=Num, output=Num)
     async def f(flow: Flow, state: Num) -> Num:
-        await flow.sleep(0.02)
+        await flow.sleep(0.3)
         await flow.sleep(until=datetime(2020, 1, 1, tzinfo=UTC))
         return state
 

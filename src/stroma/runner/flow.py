@@ -29,7 +29,7 @@ from stroma.engine.tasks import gather
 from stroma.failures.failure import Failure
 from stroma.runner.flow_errors import FlowClosed, StepFailed
 from stroma.runner.flow_journal import encode_input, read_failure
-from stroma.runner.flow_run import FlowRun, as_output
+from stroma.runner.flow_run import EndKey, FlowRun, as_output
 from stroma.runner.flow_time import EXPIRED, OpenWait, now_ms, text_of_time
 from stroma.runner.pipeline import Pipeline
 
@@ -202,7 +202,11 @@ class Flow:
                 driver, run, _part_of(run, limit), run.position, run.prefix + identity, is_map=True
             )
             items.path = run.path
-            beyond = [int(index) for index in items.records if int(index) >= len(states)]
+            beyond = [
+                int(index)
+                for index in items.records
+                if int(index) >= len(states) and index not in items.optional
+            ]
             if beyond:
                 await driver.stop_here(
                     driver.changed(
@@ -331,18 +335,22 @@ class Flow:
         driver = run.driver
         task = asyncio.current_task()
         assert task is not None
+        if driver.closing or run.has_ended:
+            run.refuse(identity)
         run.alive += 1
         token, begin, scope = object(), perf_counter_ns(), SCOPE.get()
         run.open[token] = task
         result: Any = None
         failure: Failure | None = None
         cause: BaseException | None = None
+        inside: tuple[EndKey, ...] = ()
         try:
             recorded = await run.find_recorded(identity, input_key) if run.records else None
             is_recorded = recorded is not None
             if recorded is not None and recorded.kind == "failure":
                 failure = read_failure(recorded.data)
                 cause = failure.exception
+                inside = tuple(EndKey(*key) for key in recorded.data["inside"])
             else:
                 try:
                     result, is_recorded = await work()
@@ -351,11 +359,11 @@ class Flow:
                 except _InnerFailed as error:
                     failure, cause = error.failure, error.__cause__
                 if failure is not None:
-                    driver.journal.note_failure(run.position, run.prefix + identity, failure, input_key)
+                    run.note_failure(identity, failure, input_key, cause)
             index = await run.take_turn(identity, is_recorded, number, in_main)
             if failure is None:
                 return result
-            raise run.step_failed(failure, identity, index, cause) from cause
+            raise run.step_failed(failure, identity, index, cause, inside) from cause
         except asyncio.CancelledError:
             run.note_cancelled(identity, begin, input_key)
             raise
@@ -497,6 +505,8 @@ class Flow:
     ) -> None:
         """OpenWait, and go on in turn. ``work`` returns True if the wait had ended when the run was resumed."""
         run = self._run
+        if run.driver.closing or run.has_ended:
+            run.refuse(identity)
         run.alive += 1
         token, begin = object(), perf_counter_ns()
         task = asyncio.current_task()

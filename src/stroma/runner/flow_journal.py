@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel
@@ -110,6 +111,18 @@ class FlowJournal:
         """Return the records of a flow, and forget them."""
         return self._flows.pop((position, flow), None) or RecordedFlow()
 
+    def drop(self, position: int, branch: str) -> None:
+        """Drop what was restored of a call, with all that is inside it."""
+        inside = f"{branch}."
+        restored: Any = self._ctx.restored
+        for known in (restored, self._flows):
+            for key in [key for key in known if key[0] == position and f"{key[1]}.".startswith(inside)]:
+                del known[key]
+
+    def has_flow(self, position: int, flow: str) -> bool:
+        """Return True if there are records inside a call that were not taken yet."""
+        return (position, flow) in self._flows
+
     def forget_output(self, position: int, branch: str) -> None:
         """Drop an output that was handed out."""
         self._ctx.restored.pop((position, branch), None)  # type: ignore[attr-defined]  # A dict, see __init__().
@@ -120,7 +133,15 @@ class FlowJournal:
         encoded = None if data is None else json.dumps(data).encode()
         self._ctx.session.note(f"{position}:{kind}:{branch}", encoded)
 
-    def note_failure(self, position: int, branch: str, failure: Failure, input_key: bytes | None) -> None:
+    def note_failure(
+        self,
+        position: int,
+        branch: str,
+        failure: Failure,
+        input_key: bytes | None,
+        inside: Sequence[tuple[int, str, str]] = (),
+    ) -> None:
+        """Record a failure. ``inside``: positions, branches and kinds of those which caused it, inside a flow or map."""
         fields = {
             "node": failure.node_id,
             "class": failure.failure_class.value,
@@ -130,6 +151,7 @@ class FlowJournal:
             "type": kind_of(failure.exception),
             "retry_after": failure.retry_after_seconds,
             "input_key": None if input_key is None else input_key.decode(),
+            "inside": inside,
         }
         self._note(position, "f", branch, fields)
 

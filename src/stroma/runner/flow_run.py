@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 from collections.abc import Sequence
 from functools import partial
 from time import perf_counter_ns
-from typing import Any, Final, NoReturn
+from typing import Any, Final, Literal, NamedTuple, NoReturn
 from urllib.parse import unquote
 
 from pydantic import BaseModel
@@ -43,7 +44,7 @@ __all__ = ["REPLAY_ONLY", "FlowDriver", "FlowRun", "as_output", "run_with_flows"
 #: For how long a replay may go without a call before what is missing counts as a change of the body.
 STUCK_SECONDS = 1.0
 _TEAR_DOWN_SECONDS: Final = 5.0
-_IDLE_TURNS: Final = 6
+_IDLE_TURNS: Final = 12
 
 _CALL: Final = StepCall(OF_FLOW, None)
 
@@ -80,6 +81,32 @@ async def run_with_flows(
     return value
 
 
+class EndKey(NamedTuple):
+    """Place of a call in the records of a run."""
+
+    position: int
+    branch: str
+    kind: Literal["failure", "cancelled"]
+
+
+class CallEnd(NamedTuple):
+    """A call that failed, or that the body cancelled.
+
+    Attributes:
+        place: number of results of its flow that were handed out before.
+        number: counts those that the body met; 0 if it did not.
+        activity: of the driver then.
+        inside: failures inside a flow or map which are the cause of its own.
+    """
+
+    run: FlowRun
+    identity: str
+    place: int
+    number: int
+    activity: int
+    inside: tuple[EndKey, ...] = ()
+
+
 class FlowDriver:
     """Drives one flow of a run, with the flows inside it.
 
@@ -106,8 +133,11 @@ class FlowDriver:
         self._is_woken = False
         self._held: asyncio.Future[None] | None = None
         self._watching = False
-        #: Calls that the body has cancelled, and the activity until then.
-        self.cancelled: list[tuple[int, str, int]] = []
+        #: Replayed calls that wait until the body cancels them again, as it did in real time.
+        self.to_cancel = 0
+        #: Failures and cancellations of calls, which a resume may have to try again.
+        self.ended: dict[EndKey, CallEnd] = {}
+        self.endings = 0
         self.replay_only = REPLAY_ONLY.get()
 
     @property
@@ -191,13 +221,26 @@ class FlowDriver:
             self._is_woken = False
 
     async def _is_idle(self) -> bool:
-        """Return True if the body, left to itself, makes no further call."""
-        seen = self.activity
-        for _ in range(_IDLE_TURNS):
+        """Return True if the body, left to itself, does nothing further."""
+        seen, quiet = self.signs(), 0
+        while quiet < _IDLE_TURNS:
             await asyncio.sleep(0)
-            if self.activity != seen or self.busy or self.stopping is not None:
+            if self.busy or self.stopping is not None or not self.waits.open or self.has_returned:
                 return False
-        return not any(flow.order.is_turning for flow in self.flows)
+            signs = self.signs()
+            if signs != seen or any(flow.order.is_turning for flow in self.flows):
+                seen, quiet = signs, 0  # A failure takes a few turns from a task to the TaskGroup around it.
+            else:
+                quiet += 1
+        return True
+
+    @property
+    def has_returned(self) -> bool:
+        return self.body is not None and self.body.done()
+
+    def signs(self) -> tuple[int, int, int]:
+        """Return numbers that change with what the body does."""
+        return self.activity, self.endings, len(self.waits.open)
 
     async def _tear_down(self, body: asyncio.Task[Any]) -> None:
         """Cancel the body, and wait for its end, for a while."""
@@ -276,20 +319,35 @@ class FlowDriver:
 
     def _forget_what_ended(self, error: BaseException) -> None:
         """Delete the records of the failures that ended the flow, and of what they cancelled: a resume tries those again."""
-        journal = self.journal
-        for position, branch, activity in self.cancelled:
-            if activity == self.activity:  # The body made no call after it.
-                journal.forget("cancelled", position, branch)
-        first: dict[tuple[int, str], int] = {}
-        for one in _carried(error):
-            if isinstance(one, StepFailed) and one.place is not None:
-                position, flow, identity, index = one.place
-                journal.forget("failure", position, f"{flow}.{identity}" if flow else identity)
-                first[position, flow] = min(index, first.get((position, flow), index))
-        for run in self.flows:
-            index = first.get((run.position, run.branch), -1)
-            if index >= 0:
-                run.forget_from(index)
+        ended = self.ended
+        keys = [key for one in _carried(error) if (key := _key_of(one)) is not None]
+        # Failures that the body has not met cannot have been caught: those of siblings, and of other items of a map.
+        maps = {ended[key].run for key in keys if key in ended and ended[key].run.is_map}
+        keys += [
+            key for key, end in ended.items() if key.kind == "failure" and (not end.number or end.run in maps)
+        ]
+        forgotten: set[EndKey] = set()
+        while keys:
+            key = keys.pop()
+            if key not in forgotten:
+                forgotten.add(key)
+                keys += ended[key].inside if key in ended else ()
+        failed = [ended[key] for key in forgotten if key in ended and ended[key].number]
+        for key, end in ended.items():
+            if key.kind == "cancelled" and (
+                end.activity == self.activity  # The body made no call after it.
+                or any(one.number < end.number and one.activity == end.activity for one in failed)
+            ):
+                forgotten.add(key)
+        first: dict[FlowRun, int] = {}
+        for key in forgotten:
+            self.journal.forget(key.kind, key.position, key.branch)
+            known = ended.get(key)
+            if known is not None and known.number and failed:
+                first[known.run] = min(known.place, first.get(known.run, known.place))
+        identities = {ended[key].identity for key in forgotten if key in ended}
+        for run, index in first.items():
+            run.forget_from(index, identities)
 
     # ------------------------------------------------------------------ the output
 
@@ -382,7 +440,12 @@ class FlowDriver:
         is_stuck = self.unreached or any(flow.order.is_waiting for flow in self.flows)
         if not is_stuck or self.closing or self.stopping is not None:
             return
-        if self.activity != seen or self.busy or any(flow.order.is_turning for flow in self.flows):
+        if (
+            self.activity != seen
+            or self.busy
+            or self.to_cancel
+            or any(flow.order.is_turning for flow in self.flows)
+        ):
             self.watch()
             return
         for flow in self.flows:
@@ -428,7 +491,19 @@ class FlowRun:
         self.path: tuple[str, ...] = (*(() if parent is None else parent.path), node.node_id)
         recorded = driver.journal.take(position, branch)
         self.records = recorded.results
-        self.optional = recorded.optional
+        self.optional = {
+            one
+            for one in recorded.optional
+            if one in recorded.results or driver.journal.has_flow(position, f"{self.prefix}{one}")
+        }
+        if len(self.optional) < len(recorded.optional):
+            driver.journal.note_optional(position, branch, self.optional)
+        identity = branch.rpartition(".")[2]
+        #: All in it need not come again, nor come with the same inputs.
+        self.is_optional: bool = parent is not None and (parent.is_optional or identity in parent.optional)
+        if parent is not None and self.is_optional:
+            parent.optional.discard(identity)
+            self.optional = set(self.records)
         self.order = ResultOrder(recorded.order, lambda: driver.activity, self._note_order, driver.watch)
         self.calls = StepCalls()
         #: The nodes that were steps before, and the classes of their inputs; see Flow.step().
@@ -438,19 +513,24 @@ class FlowRun:
         self.main_task: asyncio.Task[Any] | None = None
         self.alive = self.arrivals = 0
         self.keys: set[str] = set()
+        #: Steps that were under way when the body ended.
+        self.unfinished: set[str] = set()
         #: The calls that are open, and the tasks that make them. Strong references: the event loop has weak ones.
         self.open: dict[object, asyncio.Task[Any]] = {}
         #: Tasks of the body besides its first one, and if any of them may be making calls.
         self.tasks: set[asyncio.Task[Any]] = set()
         self.is_concurrent = False
         limit = node.max_concurrency
-        self.gate = None if limit is None else asyncio.Semaphore(limit)
+        #: Its own bound and those of the flows around it, which hold for what it runs inside too.
+        self.gates: tuple[asyncio.Semaphore, ...] = () if parent is None else parent.gates
+        if limit is not None:
+            self.gates = (asyncio.Semaphore(limit), *self.gates)
         self.stores_inputs = ctx.session.stores_inputs
         self.attempt = NodeAttempt(ctx)
         self.attempt.begin = 0
         #: Its steps need neither limits nor the attempts of earlier processes.
         self.is_plain = not (
-            ctx.timed or ctx.limits or ctx.gated or ctx.tried or self.gate or is_map or driver.replay_only
+            ctx.timed or ctx.limits or ctx.gated or ctx.tried or self.gates or is_map or driver.replay_only
         )
         self.has_ended = False
         driver.flows.append(self)
@@ -480,9 +560,12 @@ class FlowRun:
         driver = self.driver
         driver.unreached -= sum(self._is_required(identity) for identity in self.records)
         self.records.clear()
+        if self.optional:
+            driver.journal.note_optional(self.position, self.branch, self.optional)
         if not driver.unreached:
             driver.unreached = 0
             driver.release_held()
+        self.unfinished.update(one for one in self.open if isinstance(one, str))
         this = asyncio.current_task()
         tasks = {task for task in self.open.values() if task is not this}
         if not tasks:
@@ -554,6 +637,16 @@ class FlowRun:
             self.tasks.add(task)
         return scope
 
+    def refuse(self, identity: str) -> NoReturn:
+        """Refuse a call that was made before the flow ended, and is awaited now."""
+        if not self.driver.closing and self.driver.stopping is None:
+            self.driver.ctx.run_logger.warning(
+                "flow %r ended before %s began; it is not made: await it",
+                self.node.node_id,
+                describe(identity),
+            )
+        raise FlowClosed(f"{describe(identity)} was awaited after flow {self.node.node_id!r} had ended")
+
     def identify(self, scope: Scope, step_id: str, key: str | None, kind: str = "") -> str:
         """Return the identity of a call. Raises ValueError for a key that was used before."""
         if key is None:
@@ -579,7 +672,9 @@ class FlowRun:
         """Make a step, or replay it, and return its output. Raises StepFailed."""
         driver, task = self.driver, asyncio.current_task()
         assert task is not None
-        is_alone = not self.alive and not driver.busy and not self.is_concurrent
+        if driver.closing or self.has_ended:
+            self.refuse(identity)
+        is_alone = not self.alive and not driver.busy and not self.is_concurrent and driver.stopping is None
         self.alive += 1
         driver.activity += 1
         self.open[identity] = task
@@ -591,6 +686,7 @@ class FlowRun:
             if self.stores_inputs or self.records:
                 input_key = encode_input(driver.ctx, node, state)
             if self.records:
+                begin = perf_counter_ns()
                 recorded = await self.find_recorded(identity, input_key)
             if recorded is not None:
                 outcome = (
@@ -691,10 +787,14 @@ class FlowRun:
             task.cancelling(),
             restores=False,
         )
-        if self.gate is None:
+        if not self.gates:
             outcome = await self._make(node, state, place)
         else:
-            async with self.gate:
+            # What it is recorded with, though the body may change it while the step is queued.
+            state = schema_of(type(state)).copy(state)
+            async with contextlib.AsyncExitStack() as stack:
+                for gate in self.gates:
+                    await stack.enter_async_context(gate)
                 if driver.stopping is not None or driver.closing:
                     await driver.never()
                 outcome = await self._make(node, state, place)
@@ -734,7 +834,7 @@ class FlowRun:
                 driver.waits.remove(wait)
         if halt.spent or halt.partial:
             await driver.stop_here(halt)
-        driver.journal.note_failure(self.position, self.prefix + identity, halt.failure, input_key)
+        self.note_failure(identity, halt.failure, input_key)
 
     async def before_live(self, identity: str) -> None:
         """Wait until a call that is not recorded may be made."""
@@ -755,10 +855,19 @@ class FlowRun:
     async def restore(self, node: Node | Group, state: BaseModel, identity: str) -> BaseModel | Halt:
         driver, branch = self.driver, self.prefix + identity
         place = Place(self.position, branch)
+        output: BaseModel | None = None
+        # It may load a blob, or call a slow hook: the flow is neither idle nor stuck meanwhile.
+        driver.busy += 1
         try:
             output = await restore(driver.ctx, node, state, place)
         except (PipelineChanged, StoreError) as error:
-            await driver.stop_here(_end_of(error, node))
+            driver.stop(_end_of(error, node))
+        finally:
+            driver.busy -= 1
+            if driver.waits.open or driver.stopping is not None:
+                driver.wake()
+        if driver.stopping is not None:
+            await driver.never()
         if (
             output is None
         ):  # A group whose schema has changed: it is assembled again, of children that are restored.
@@ -777,7 +886,8 @@ class FlowRun:
         is_optional = identity in self.optional
         before = input_key_of(recorded)
         if before is not None and input_key is not None and before != input_key:
-            if is_optional:  # It followed a failure that did not happen this time.
+            if is_optional:  # It followed a failure that did not happen this time: it is another call.
+                driver.journal.drop(self.position, self.prefix + identity)
                 return None
             driver.unreached -= 1
             await driver.stop_here(
@@ -788,7 +898,8 @@ class FlowRun:
             )
         if is_optional:
             self.optional.discard(identity)
-            driver.journal.note_optional(self.position, self.branch, self.optional)
+            if not self.optional:  # Once, and not each time: noting 3,000 takes 2 ms.
+                driver.journal.note_optional(self.position, self.branch, set())
         else:
             driver.reached()
         if recorded.kind == "cancelled":
@@ -800,9 +911,11 @@ class FlowRun:
         driver = self.driver
         text = f"flow {self.node.node_id!r} cancelled {describe(identity)}, and does not cancel it now"
         timer = driver.loop.call_later(seconds + STUCK_SECONDS, lambda: driver.stop(driver.changed(text)))
+        driver.to_cancel += 1
         try:
             await driver.never()
         finally:
+            driver.to_cancel -= 1
             timer.cancel()
 
     def note_cancelled(self, identity: str, begin: int, input_key: bytes | None) -> None:
@@ -818,7 +931,35 @@ class FlowRun:
         branch = self.prefix + identity
         driver.journal.note_cancelled(self.position, branch, (perf_counter_ns() - begin) / 1e9, input_key)
         self.order.withdraw(identity)
-        driver.cancelled.append((self.position, branch, driver.activity))
+        self._note_end("cancelled", identity, len(self.order.delivered))
+
+    def note_failure(
+        self,
+        identity: str,
+        failure: Failure,
+        input_key: bytes | None,
+        cause: BaseException | None = None,
+    ) -> None:
+        """Record the failure of a call, before the body meets it. ``cause``: what a call inside it raised."""
+        driver, branch = self.driver, self.prefix + identity
+        carried = () if cause is None else _carried(cause)
+        inside = tuple(key for one in carried if (key := _key_of(one)) is not None)
+        driver.journal.note_failure(self.position, branch, failure, input_key, inside)
+        key = EndKey(self.position, branch, "failure")
+        driver.ended[key] = CallEnd(self, identity, 0, 0, driver.activity, inside)
+
+    def _note_end(
+        self,
+        kind: Literal["failure", "cancelled"],
+        identity: str,
+        index: int,
+        inside: tuple[EndKey, ...] = (),
+    ) -> None:
+        driver, key = self.driver, EndKey(self.position, self.prefix + identity, kind)
+        if key in driver.ended:
+            inside = driver.ended[key].inside
+        driver.endings += 1
+        driver.ended[key] = CallEnd(self, identity, index, driver.endings, driver.activity, inside)
 
     # ------------------------------------------------------------------ results
 
@@ -842,11 +983,17 @@ class FlowRun:
         return await order.wait(identity, 2, self.arrivals)
 
     def step_failed(
-        self, failure: Failure, identity: str, index: int, cause: BaseException | None = None
+        self,
+        failure: Failure,
+        identity: str,
+        index: int,
+        cause: BaseException | None = None,
+        inside: tuple[EndKey, ...] = (),
     ) -> StepFailed:
         path = cause.path if isinstance(cause, StepFailed) else (*self.path, failure.node_id)
         error = StepFailed(failure, path)
         error.place = (self.position, self.branch, identity, index)
+        self._note_end("failure", identity, index, inside)
         return error
 
     def _note_order(self, index: int, identity: str) -> None:
@@ -854,12 +1001,12 @@ class FlowRun:
         self.driver.journal.note_order(self.position, self.branch, index, identity)
         self.order.recorded[index] = identity
 
-    def forget_from(self, index: int) -> None:
-        """Drop the order from a result on. The results that came after it need not be asked for on a resume."""
+    def forget_from(self, index: int, identities: set[str]) -> None:
+        """Drop the order from a result on. What came after it, but for ``identities``, need not be asked for on a resume."""
         journal, order = self.driver.journal, self.order
         for number in [number for number in order.recorded if number >= index]:
             journal.note_order(self.position, self.branch, number, None)
-        optional = self.optional.union(order.delivered[index + 1 :])
+        optional = self.optional.union(order.delivered[index:], self.unfinished) - identities
         journal.note_optional(self.position, self.branch, optional)
 
 
@@ -883,6 +1030,14 @@ def as_output(model: BaseModel) -> Any:
     """Return an output for the body, which may change it."""
     schema_of(type(model)).mark_shared(model)
     return held_by(spelled_out(model))
+
+
+def _key_of(error: BaseException) -> EndKey | None:
+    """Return where a failure is recorded; None if it is none of a step."""
+    if not isinstance(error, StepFailed) or error.place is None:
+        return None
+    position, flow, identity, _ = error.place
+    return EndKey(position, f"{flow}.{identity}" if flow else identity, "failure")
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

@@ -79,6 +79,11 @@ class WaitingFlow(Protocol):
 
     @property
     def flow_id(self) -> str: ...
+    @property
+    def busy(self) -> int: ...
+    @property
+    def has_returned(self) -> bool: ...
+    def signs(self) -> tuple[int, int, int]: ...
     def wake(self) -> None: ...
     def stop(self, end: Halt | Stopped | BaseException) -> None: ...
     async def stop_here(self, end: Halt | Stopped | BaseException) -> NoReturn: ...
@@ -132,8 +137,14 @@ class Waits:
         pending = [wait for wait in self.open.values() if wait.done is not None and not wait.done.done()]
         if len(pending) < len(self.open):
             return False  # One has ended, and its call goes on in the next turn.
-        if any(wait.question is not None for wait in pending) and await self._take_answers(pending):
-            return True
+        if any(wait.question is not None for wait in pending):
+            signs = driver.signs()
+            if await self._take_answers(pending):
+                return True
+            if driver.busy or driver.has_returned or driver.signs() != signs:
+                return True  # The body went on while the store was read.
+            if any(wait.done is not None and wait.done.done() for wait in pending):
+                return True
         wake_ms = min((wait.wake_ms for wait in pending if wait.wake_ms is not None), default=None)
         if wake_ms is not None and wake_ms - now_ms() <= driver.ctx.config.inline_wait_seconds * 1000:
             return False

@@ -1,0 +1,376 @@
+"""What a resume tries again of a flow that failed, and what it leaves alone; calls that come when a flow is ending."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from tests.flows.steps import World, runner_on
+from tests.kit import Num
+from tests.shared_stores import STORES, store_of
+
+from stroma import Flow, NodeHooks, Pipeline, RunStatus, StepFailed, parallel, stroma_flow
+from stroma.checkpoint import InMemoryStore
+from stroma.runner import flow_run
+from stroma.runner.flow_journal import FlowJournal
+
+
+class Answer(Num):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def _changes_are_found_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flow_run, "STUCK_SECONDS", 0.05)
+
+
+async def test_a_cleanup_leaves_cancelled_siblings_to_the_resume() -> None:
+    """A resume runs the siblings that a failure cancelled, though a ``finally`` made a step after that."""
+    world, store = World(), InMemoryStore()
+    world.failing.add("bad")
+    world.turns.update({"slow": 10**6, "bad": 20})
+    bad, slow, clean = world.step("bad"), world.step("slow"), world.step("clean")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(flow.step(one, state)) for one in (slow, bad)]
+        finally:
+            await flow.step(clean, state)
+        return tasks[0].result()
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    world.failing.clear()
+    world.turns.clear()
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=1))
+    assert world.calls == ["slow 0", "bad 0", "clean 0", "slow 0", "bad 0"]
+
+
+@pytest.mark.parametrize("way", ["map", "gather"])
+async def test_siblings_that_failed_too_are_tried_again(way: str) -> None:
+    """Where several fail, a resume tries all of them again: the body has met one failure, and caught none."""
+    world, store = World(), InMemoryStore()
+    world.failing.add("bad")
+    bad = world.step("bad")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        items = [Num(n=n) for n in range(3)]
+        if way == "map":
+            outputs: list[Num] = await flow.map(bad, items)
+            return outputs[-1]
+        outputs = await asyncio.gather(*(flow.step(bad, item) for item in items))
+        return outputs[-1]
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    world.failing.clear()
+    world.calls.clear()
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=3))
+    assert world.calls == ["bad 0", "bad 1", "bad 2"]
+
+
+@pytest.mark.parametrize("way", ["flow", "map", "pipeline"])
+async def test_a_failure_inside_that_is_raised_later_is_tried_again(way: str) -> None:
+    """A failure out of a flow, a map or a pipeline inside, which a later process raises, is forgotten with its cause."""
+    world, store = World(), InMemoryStore()
+    world.failing.add("bad")
+    bad = world.step("bad")
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        return await flow.step(bad, state)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        failed = None
+        try:
+            if way == "map":
+                await flow.map(bad, [state])
+            else:
+                await flow.run(inner if way == "flow" else Pipeline("p", [bad]), state)
+        except StepFailed as error:
+            failed = error
+        await flow.wait_for(Answer, reason="Give up?")
+        if failed is not None:
+            raise failed
+        return state
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.SUSPENDED
+    await runner_on(store).signal("r", Answer(n=1))
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    world.failing.clear()
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.RESUMED
+    assert world.calls == ["bad 0", "bad 0"]
+
+
+async def test_a_cancelled_step_is_cancelled_on_each_resume() -> None:
+    """The second resume waits as long for the cancellation of a step as the first one."""
+    world, store = World(), InMemoryStore()
+    world.turns["slow"] = 10**6
+    slow, last = world.step("slow"), world.step("last")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            async with asyncio.timeout(0.2):
+                await flow.step(slow, state)
+        except TimeoutError:
+            pass
+        for key in "ab":
+            state = await flow.step(last, state)
+            await flow.wait_for(Answer, reason="Go on?", key=key)
+        return state
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.SUSPENDED
+    for key, status in (("a", RunStatus.SUSPENDED), ("b", RunStatus.RESUMED)):
+        await runner_on(store).signal("r", Answer(), node_id=key)
+        assert (await runner_on(store).run(f, Num())).status is status
+    assert world.calls == ["slow 0", "last 0", "last 1"]
+
+
+async def test_a_replayed_timeout_is_no_change_for_the_steps_beside_it() -> None:
+    """While an ``asyncio.timeout`` is replayed in real time, a step beside it that is not recorded waits for that."""
+    world, store = World(), InMemoryStore()
+    world.turns["slow"] = 10**6
+    slow, add, last = world.step("slow"), world.step("add"), world.step("last")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        async def with_timeout() -> Num:
+            try:
+                async with asyncio.timeout(0.2):
+                    await flow.step(slow, state)
+            except TimeoutError:
+                pass
+            return await flow.step(add, await flow.step(add, state))
+
+        found = await asyncio.gather(with_timeout(), flow.step(last, state))
+        return found[0]
+
+    async def run() -> Any:
+        return await runner_on(store).run(f, Num())
+
+    world.turns["last"] = 10**6
+    await world.live(run, "add 1")
+    world.turns["last"] = 1
+    result = await world.live(run)
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
+
+
+async def test_a_slow_replay_is_not_taken_for_a_flow_at_rest() -> None:
+    """A flow is not suspended while a recorded output is read back: the steps after it are made first."""
+    world, store = World(), InMemoryStore()
+    add, last = world.step("add"), world.step("last")
+    is_read = asyncio.Event()
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        async def chain() -> Num:
+            return await flow.step(last, await flow.step(add, state))
+
+        found: Any = await asyncio.gather(chain(), flow.wait_for(Answer, reason="Go on?"))
+        return Num(n=found[0].n)
+
+    async def slow(*_: Any) -> None:
+        asyncio.get_running_loop().call_later(0.02, is_read.set)
+        await is_read.wait()
+
+    async def run() -> Any:
+        return await runner_on(store, hooks=NodeHooks(on_node_skipped=slow)).run(f, Num())
+
+    await world.live(run, "last 1")
+    assert (await world.live(run)).status is RunStatus.SUSPENDED
+    assert world.calls == ["add 0", "last 1", "last 1"]
+
+
+async def test_a_step_that_was_made_before_is_not_called_in_the_tear_down() -> None:
+    """A ``finally`` that awaits a step made before the run was suspended does not call it."""
+    world = World()
+    add = world.step("add")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        later = flow.step(add, state)
+        try:
+            await flow.wait_for(Answer, reason="Go on?")
+        finally:
+            await later
+        return state
+
+    result = await runner_on(InMemoryStore()).run(f, Num())
+    assert (result.status, world.calls) == (RunStatus.SUSPENDED, [])
+
+
+async def test_tasks_that_had_not_begun_are_not_called(caplog: pytest.LogCaptureFixture) -> None:
+    """Calls in tasks that the body started and left alone, and that had not begun when it returned, are not made."""
+    world = World()
+    add = world.step("add")
+    tasks: list[asyncio.Task[Any]] = []
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        tasks.extend(
+            asyncio.ensure_future(call)
+            for call in (flow.step(add, state), flow.map(add, [state]), flow.sleep(0.01))
+        )
+        return state
+
+    result = await runner_on(InMemoryStore()).run(f, Num())
+    await asyncio.wait(tasks, timeout=5)
+    assert (result.status, world.calls, len(result.trace)) == (RunStatus.COMPLETED, [], 0)
+    assert all(task.cancelled() for task in tasks)
+    assert "flow 'f' ended before call 1 of step 'add' began" in caplog.text
+
+
+@pytest.mark.parametrize("way", ["map", "flow", "pipeline"])
+async def test_the_bound_of_a_flow_holds_for_what_it_runs_inside(way: str) -> None:
+    """``max_concurrency=`` of a flow bounds the items of its maps, and the steps of flows and pipelines inside, too."""
+    at_work: list[int] = []
+    world = World()
+    peak = 0
+
+    def work(n: int) -> int:
+        return n
+
+    add = world.step("add", work)
+    call = world._call
+
+    async def counted(what: str) -> None:
+        nonlocal peak
+        at_work.append(1)
+        peak = max(peak, len(at_work))
+        await call(what)
+        at_work.pop()
+
+    world._call = counted  # type: ignore[method-assign]
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        return await flow.step(add, state)
+
+    @stroma_flow("f", input=Num, output=Num, max_concurrency=2)
+    async def f(flow: Flow, state: Num) -> Num:
+        items = [Num(n=n) for n in range(8)]
+        if way == "map":
+            outputs: list[Num] = await flow.map(add, items, max_concurrency=4)
+            return outputs[-1]
+        inside = inner if way == "flow" else Pipeline("p", [add])
+        outputs = await asyncio.gather(*(flow.run(inside, item) for item in items))
+        return outputs[-1]
+
+    result = await runner_on(InMemoryStore()).run(f, Num())
+    assert (result.status, len(world.calls), peak) == (RunStatus.COMPLETED, 8, 2)
+
+
+async def test_what_need_not_come_again_is_not_recorded_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume after a failure takes time linear in the steps that followed it."""
+    world, store = World(), InMemoryStore()
+    world.failing.add("bad")
+    bad, add = world.step("bad"), world.step("add", lambda n: n)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        async def loop() -> Num:
+            done = Num()
+            for n in range(50):
+                done = await flow.step(add, Num(n=n))
+            return done
+
+        outcomes: Any = await asyncio.gather(flow.step(bad, state), loop(), return_exceptions=True)
+        if isinstance(outcomes[0], BaseException):
+            raise outcomes[0]
+        assert isinstance(outcomes[1], Num)
+        return outcomes[1]
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    world.failing.clear()
+    noted: list[int] = []
+    note = FlowJournal.note_optional
+
+    def counted(self: FlowJournal, position: int, flow: str, identities: set[str]) -> None:
+        noted.append(len(identities))
+        note(self, position, flow, identities)
+
+    monkeypatch.setattr(FlowJournal, "note_optional", counted)
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.final_state, noted) == (RunStatus.RESUMED, Num(n=49), [0])
+
+
+@pytest.mark.parametrize("kind", STORES)
+async def test_a_failure_beside_a_question_is_the_end_of_the_run(kind: str) -> None:
+    """A flow that fails while its open question is looked up is FAILED or PARTIAL, not SUSPENDED without it."""
+    world = World()
+    bad = world.step("bad")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(flow.wait_for(Answer, reason="Go on?"))
+            failing = group.create_task(flow.step(bad, state))
+        return failing.result()
+
+    world.failing.add("bad")
+    for turns in range(0, 60, 5):
+        world.turns["bad"] = turns
+        with store_of(kind) as store:
+            assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+
+
+async def test_a_step_that_is_queued_gets_the_state_it_was_called_with() -> None:
+    """A body that changes a state while its step waits for ``max_concurrency`` changes neither its input nor a replay."""
+    world, store = World(), InMemoryStore()
+    add = world.step("add")
+
+    @stroma_flow("f", input=Num, output=Num, max_concurrency=1)
+    async def f(flow: Flow, state: Num) -> Num:
+        queued = Num(n=1)
+        tasks = [asyncio.create_task(flow.step(add, one)) for one in (state, queued)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        queued.n = 9
+        outputs = await asyncio.gather(*tasks)
+        await flow.wait_for(Answer, reason="Go on?")
+        return outputs[1]
+
+    world.turns["add"] = 20
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.SUSPENDED
+    await runner_on(store).signal("r", Answer())
+    result = await runner_on(store).run(f, Num())
+    assert (result.final_state, world.calls) == (Num(n=2), ["add 0", "add 1"])
+
+
+async def test_a_call_with_another_input_after_a_retried_failure_is_made_anew() -> None:
+    """What was recorded behind a failure is not the result of a call with another input: of a flow, a group, a map or a pipeline."""
+    world, store = World(), InMemoryStore()
+    world.failing.add("bad")
+    bad, add, child = world.step("bad"), world.step("add"), world.step("child")
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        return await flow.step(add, state)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        async def both(state: Num) -> Num:
+            one = await flow.run(inner, state)
+            other = await flow.step(parallel(child), state)
+            await flow.map(add, [state] * min(3, state.n))
+            await flow.run(Pipeline("p", [add, child]), state)
+            return Num(n=one.n * 10 + other.n)
+
+        try:
+            await flow.step(bad, state)
+        except StepFailed:
+            await both(Num(n=5))
+            raise
+        return await both(Num(n=1))
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    world.failing.clear()
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=22))
+    assert world.calls[-5:] == ["add 1", "child 1", "add 1", "add 1", "child 2"]
