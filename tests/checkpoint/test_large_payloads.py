@@ -212,7 +212,9 @@ async def test_maps_and_steps_refer_to_their_states_too(store: Any) -> None:
     result = await runner.run([map_over("items", big, into="out")], value, run_id="r")
     assert all(isinstance(row.output, StoredSnapshot) for row in rows_of(result))
     (event,) = result.trace
-    texts = [(child.output_state or {})["text"] for child in event.children]  # In the order in which they ended.
+    texts = [
+        (child.output_state or {})["text"] for child in event.children
+    ]  # In the order in which they ended.
     assert sorted(texts) == [item.text * 3 for item in value.items]
     ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
     state: Any = Flat(text="0" * LARGE)

@@ -316,7 +316,7 @@ def test_other_addresses_need_a_token(host: str, tmp_path: Path) -> None:
     assert "token" in done.stderr
     done = run_ui("--host", host, "--token", "short", cwd=tmp_path)
     assert done.returncode == 2
-    assert "shorter than 16 characters" in done.stderr
+    assert "must have at least 16 characters" in done.stderr
 
 
 # ---------------------------------------------------------------------- what pages can do
