@@ -579,7 +579,7 @@ class TestContent:
     def test_wrong_options_are_refused(self) -> None:
         """Options that say nothing are errors at once, not at the first run."""
         for wrong in ({"content": "all"}, {"attempts": "no"}, {"max_bytes": 0}):
-            with pytest.raises(ValueError, match="must be|it is"):
+            with pytest.raises(ValueError, match=r"must be|it is"):
                 otel_hooks(**wrong)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="deny_keys"):
             otel_hooks(deny_keys="password")
