@@ -85,9 +85,7 @@ def parts() -> list[tuple[str, float]]:
     function = _least(lambda: _drive(node.func(state))) - idle
     coroutines = _least(lambda: _drive(nothing())) - idle
     noted = (
-        _least(lambda: NodeExecution(ctx, "n", "node", 0, ""))
-        + _least(lambda: CURRENT.set(run))
-        - 2 * idle
+        _least(lambda: NodeExecution(ctx, "n", "node", 0, "")) + _least(lambda: CURRENT.set(run)) - 2 * idle
     )
     looked_up = _least(lambda: engine.plan_of(ctx, run, node, state, None)) - idle
     recorded = _least(lambda: session.record(row, promised, model, None)) - idle

@@ -93,7 +93,7 @@ def _another_time(flow: FlowFunction[Any, Any]) -> Iterator[None]:
         def utcnow(cls) -> datetime.datetime:
             return real.now(datetime.UTC).replace(tzinfo=None) + _SHIFT
 
-    patches: list[tuple[dict[str, Any], str, Any]] = [
+    patches: list[tuple[Any, str, Any]] = [  # Of modules, whose names can be set.
         (vars(time), "time", lambda: real_time() + seconds),
         (vars(time), "time_ns", lambda: real_ns() + int(seconds * 1e9)),
         (vars(datetime), "datetime", Shifted),

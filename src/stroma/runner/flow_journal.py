@@ -10,7 +10,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, cast
 
 from pydantic import BaseModel
 
@@ -125,7 +125,7 @@ class FlowJournal:
 
     def forget_output(self, position: int, branch: str) -> None:
         """Drop an output that was handed out."""
-        self._ctx.restored.pop((position, branch), None)  # type: ignore[attr-defined]  # A dict, see __init__().
+        cast("dict[tuple[int, str], Committed]", self._ctx.restored).pop((position, branch), None)
 
     # ------------------------------------------------------------------ writing
 

@@ -8,7 +8,7 @@ import contextvars
 from collections.abc import Sequence
 from functools import partial
 from time import perf_counter_ns
-from typing import Any, Final, Literal, NamedTuple, NoReturn
+from typing import Any, Final, Literal, NamedTuple, NoReturn, cast
 from urllib.parse import unquote
 
 from pydantic import BaseModel
@@ -387,7 +387,9 @@ class FlowDriver:
             )
             if exceeded is not None:
                 failure = self._halt(exceeded, node.node_id).failure
-        source = schema_of(ctx.contract_of(node).input_schema)  # type: ignore[union-attr]
+        contract = ctx.contract_of(node)
+        assert contract is not None  # A flow has one.
+        source = schema_of(contract.input_schema)
         row = AttemptRow(
             node.node_id, 1, begin + ctx.epoch_ns, perf_counter_ns() - begin, snapshot, saved,
             "success" if failure is None else "failure", None if failure is None else failed_of(failure), None,
@@ -485,7 +487,7 @@ class FlowRun:
         self.prefix = f"{branch}." if branch else ""
         above: NodeExecution | None = None if parent is None else parent.execution
         # Without an id: its steps are at the top level of the run, and of no group.
-        self.execution = NodeExecution(ctx, None, "group", position, branch, above)  # type: ignore[arg-type]
+        self.execution = NodeExecution(ctx, cast("str", None), "group", position, branch, above)
         self.execution.attempt = 1
         self.execution.remembers = False
         self.path: tuple[str, ...] = (*(() if parent is None else parent.path), node.node_id)
