@@ -103,7 +103,7 @@ async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
 
 @pytest.mark.slow
 async def test_a_run_has_one_owner(machine: Machine) -> None:
-    """G10: a second process that picks up a run is told who has it, and calls nothing."""
+    """G10: a second process that resumes a run gets RunBusy with the owner's name, and calls nothing."""
     first = await machine.start(waits={"sleep1": 30})
     await first.until("in n1")
     second = await machine.start()
@@ -113,7 +113,7 @@ async def test_a_run_has_one_owner(machine: Machine) -> None:
 
 @pytest.mark.slow
 async def test_eight_processes_at_once(machine: Machine) -> None:
-    """G10: of eight processes that start the same run at the same moment one runs it, the rest are told so."""
+    """G10: of eight processes that start the same run at the same moment one runs it, the others get RunBusy."""
     all_of_them = await asyncio.gather(
         *(machine.start(waits={"wait": 1, "sleep0": 0.5, "sleep1": 0.5}) for _ in range(8))
     )

@@ -40,7 +40,7 @@ def _changes_are_found_soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_committed_steps_are_not_called_again(store: Any) -> None:
-    """G5: A resumed flow gets the recorded outputs, calls on_node_skipped for them, and goes on with the same keys."""
+    """G5: A resumed flow gets the recorded outputs, calls on_node_skipped for them, and continues with the same keys."""
     world = World()
     add, skipped = world.step("add"), []
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from time import time_ns
 from typing import Final, NoReturn, Protocol
 
@@ -183,24 +184,15 @@ class Waits:
 
     async def flush(self) -> None:
         """Store what was noted, before a wait begins. Ends the flow if the store refuses it."""
-        driver = self._driver
-        try:
-            pending = driver.ctx.session.flush()
-        except Exception as error:
-            await self.refuse(error)
-        if pending is None:
-            return
-        shield = Shield()
-        problem = await shield.finish(pending)
-        if problem is not None:
-            await self.refuse(problem)
-        if shield.is_cancelled:
-            raise asyncio.CancelledError
+        await self._see_through(self._driver.ctx.session.flush)
 
     async def ask(self, question: Waiting) -> None:
         """Store a question. Ends the flow if the store refuses it."""
+        await self._see_through(partial(self._driver.ctx.session.ask, question))
+
+    async def _see_through(self, write: Callable[[], Awaitable[None] | None]) -> None:
         try:
-            pending = self._driver.ctx.session.ask(question)
+            pending = write()
         except Exception as error:
             await self.refuse(error)
         if pending is None:
