@@ -21,7 +21,7 @@ NOTE = "<!-- Written by docs/generate.py: run `./dev run python docs/generate.py
 TOPICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "running": (
         "Running", "Runners, pipelines, nodes and what governs a run.",
-        ("runner.pipeline", "runner.runner", "runner.flow", "runner.flow_errors", "runner.stream", "engine.config", "contracts.node", "engine.execution", "runner.steps", "engine.context"),
+        ("runner.pipeline", "runner.runner", "runner.flows.flow", "runner.flows.definition", "runner.flows.errors", "runner.stream", "engine.config", "contracts.node", "engine.execution", "runner.steps", "engine.context"),
     ),
     "contracts": ("Contracts and checks", "What crosses a boundary, and what can be proved before.", ("contracts.contract", "contracts.tagged_json", "contracts.checks")),
     "failures": ("Failures and policies", "Classes, policies, and why an attempt is not begun.", ("failures",)),

@@ -12,8 +12,8 @@ from tests.shared_stores import STORES, store_of
 
 from stroma import Flow, NodeHooks, Pipeline, RunStatus, StepFailed, parallel, stroma_flow
 from stroma.checkpoint import InMemoryStore
-from stroma.runner import flow_run
-from stroma.runner.flow_journal import FlowJournal
+from stroma.runner.flows import driver
+from stroma.runner.flows.journal import FlowJournal
 
 
 class Answer(Num):
@@ -22,7 +22,7 @@ class Answer(Num):
 
 @pytest.fixture(autouse=True)
 def _changes_are_found_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flow_run, "STUCK_SECONDS", 0.05)
+    monkeypatch.setattr(driver, "STUCK_SECONDS", 0.05)
 
 
 async def test_a_cleanup_leaves_cancelled_siblings_to_the_resume() -> None:

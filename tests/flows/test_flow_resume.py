@@ -24,7 +24,7 @@ from stroma import (
     current_node,
     stroma_flow,
 )
-from stroma.runner import flow_run
+from stroma.runner.flows import driver
 from stroma.testing import assert_resumable
 
 
@@ -36,7 +36,7 @@ def store(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def _changes_are_found_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flow_run, "STUCK_SECONDS", 0.05)
+    monkeypatch.setattr(driver, "STUCK_SECONDS", 0.05)
 
 
 async def test_committed_steps_are_not_called_again(store: Any) -> None:

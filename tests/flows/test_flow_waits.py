@@ -13,7 +13,7 @@ from tests.kit import Num
 from tests.shared_stores import STORES, store_of
 
 from stroma import Flow, RunStatus, StoreError, stroma_flow
-from stroma.runner import flow_time
+from stroma.runner.flows import suspension
 
 
 @pytest.fixture(params=STORES)
@@ -27,7 +27,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ms = 1_800_000_000_000
-        monkeypatch.setattr(flow_time, "time_ns", lambda: self.ms * 1_000_000)
+        monkeypatch.setattr(suspension, "time_ns", lambda: self.ms * 1_000_000)
 
     def pass_by(self, **duration: float) -> None:
         self.ms += round(timedelta(**duration).total_seconds() * 1000)

@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from stroma.contracts.node import stroma_node, stroma_step
     from stroma.engine.config import RunConfig
     from stroma.hooks.sets import NodeHooks, StepHooks
-    from stroma.runner.flow import Flow, FlowFunction, stroma_flow
-    from stroma.runner.flow_errors import StepFailed
+    from stroma.runner.flows.definition import stroma_flow
+    from stroma.runner.flows.errors import StepFailed
+    from stroma.runner.flows.flow import Flow, FlowFunction
     from stroma.runner.groups import map_over, parallel
     from stroma.runner.items import Journal, JsonLines
     from stroma.runner.pipeline import Pipeline
@@ -40,15 +41,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Flow": "runner.flow",
-    "FlowFunction": "runner.flow",
+    "Flow": "runner.flows.flow",
+    "FlowFunction": "runner.flows.flow",
     "Journal": "runner.items",
     "JsonLines": "runner.items",
     "NodeHooks": "hooks.sets",
     "Pipeline": "runner.pipeline",
     "RunConfig": "engine.config",
     "RunStream": "runner.stream",
-    "StepFailed": "runner.flow_errors",
+    "StepFailed": "runner.flows.errors",
     "StepHooks": "hooks.sets",
     "StreamEvent": "runner.stream",
     "StromaRunner": "runner.runner",
@@ -56,7 +57,7 @@ _HOMES = {
     "execute_step": "runner.steps",
     "map_over": "runner.groups",
     "parallel": "runner.groups",
-    "stroma_flow": "runner.flow",
+    "stroma_flow": "runner.flows.definition",
     "stroma_node": "contracts.node",
     "stroma_step": "contracts.node",
 }

@@ -170,7 +170,7 @@ class RunExecution:
                 cancelling = 0 if self.task is None else self.task.cancelling()
                 drive = execute_in_turn
                 if FlowNode in set(map(type, nodes)):
-                    from stroma.runner.flow_run import run_with_flows as drive
+                    from stroma.runner.flows.body import run_with_flows as drive
                 outcome = await drive(ctx, nodes, self.state, Place(first, cancelling=cancelling))
         finally:
             leave(token)

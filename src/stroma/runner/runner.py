@@ -37,7 +37,8 @@ from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
     from stroma.contracts.checks.finding import Finding
-    from stroma.runner.flow import AnnotatedFlowDecorator, FlowDecorator, FlowFunction
+    from stroma.runner.flows.definition import AnnotatedFlowDecorator, FlowDecorator
+    from stroma.runner.flows.flow import FlowFunction
     from stroma.runner.stream import RunStream
 
 __all__ = ["StromaRunner"]
@@ -172,7 +173,7 @@ class StromaRunner:
         max_concurrency: int | None = None,
     ) -> Any:
         """Make a flow of an async function, and register its contract with this runner. See ``stroma_flow``."""
-        from stroma.runner.flow import define_flow  # Not loaded by runs without flows.
+        from stroma.runner.flows.definition import define_flow  # Not loaded by runs without flows.
 
         def decorate(body: Any) -> Any:
             flow = define_flow(flow_id, body, input, output, max_concurrency)
@@ -209,7 +210,7 @@ class StromaRunner:
         Returns the result of the run. Raises PipelineChanged if the replay makes other calls or ends otherwise: if
         ``time.time()``, ``datetime.now()`` or ``random`` decide what the flow does, say. Hooks are not called.
         """
-        from stroma.runner.flow_check import check_flow  # Not loaded by runs.
+        from stroma.runner.determinism import check_flow  # Not loaded by runs.
 
         return await check_flow(flow, initial_state, self.config, self.registry)
 

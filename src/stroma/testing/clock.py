@@ -24,9 +24,9 @@ from stroma.engine import metering as _usage
 from stroma.failures import providers as classifiers
 from stroma.hooks import dispatch
 from stroma.limits import breaker
-from stroma.runner import flow_time as _flow_time
 from stroma.runner import map as _map
 from stroma.runner import map_progress
+from stroma.runner.flows import suspension as _flow_time
 
 __all__ = ["FakeClock"]
 

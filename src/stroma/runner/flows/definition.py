@@ -1,0 +1,106 @@
+"""Definition of flows: the decorator, and the checks of what it decorates."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar, cast, overload
+
+from pydantic import BaseModel
+
+from stroma.contracts.contract import NodeContract
+from stroma.runner.flows.flow import Flow, FlowFunction
+
+__all__ = ["AnnotatedFlowDecorator", "FlowDecorator", "define_flow", "stroma_flow"]
+
+In = TypeVar("In", bound=BaseModel)
+Out = TypeVar("Out", bound=BaseModel)
+
+
+def define_flow(
+    flow_id: str,
+    body: Any,
+    input_class: type[BaseModel] | None,
+    output_class: type[BaseModel] | None,
+    max_concurrency: int | None,
+) -> FlowFunction[Any, Any]:
+    """Return a function as a flow. Raises TypeError for one that cannot be the body of a flow."""
+    name = getattr(body, "__qualname__", repr(body))
+    if inspect.isasyncgenfunction(body):
+        raise TypeError(
+            f"flow {flow_id!r}: {name} is an async generator; return the output in place of yielding it"
+        )
+    if not inspect.iscoroutinefunction(body):
+        raise TypeError(f"flow {flow_id!r}: {name} must be an `async def` function of (flow, state)")
+    if max_concurrency is not None and (not isinstance(max_concurrency, int) or max_concurrency < 1):
+        raise ValueError(f"max_concurrency must be at least 1, or None for no bound, got {max_concurrency!r}")
+    parameters = list(inspect.signature(body).parameters)
+    if len(parameters) < 2:
+        raise TypeError(f"flow {flow_id!r}: {name} must take (flow, state), got ({', '.join(parameters)})")
+    hints = _hints_of(body)
+    input_model = _class_of(flow_id, "input", input_class, hints.get(parameters[1]))
+    output_model = _class_of(flow_id, "output", output_class, hints.get("return"))
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id=flow_id, input_schema=input_model, output_schema=output_model
+    )
+    return FlowFunction(flow_id, body, contract, max_concurrency)
+
+
+def _hints_of(body: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(body)
+    except Exception:  # A name that is known to type checkers only.
+        return {}
+
+
+def _class_of(flow_id: str, what: str, passed: Any, annotated: Any) -> type[BaseModel]:
+    is_model = isinstance(annotated, type) and issubclass(annotated, BaseModel)
+    if passed is None:
+        if not is_model:
+            raise TypeError(f"flow {flow_id!r} needs {what}=, or the annotation of a pydantic model")
+        return cast("type[BaseModel]", annotated)
+    if not (isinstance(passed, type) and issubclass(passed, BaseModel)):
+        raise TypeError(f"flow {flow_id!r}: {what}= must be a pydantic model, got {passed!r}")
+    agrees = not is_model or (
+        issubclass(passed, annotated) if what == "input" else issubclass(annotated, passed)
+    )
+    if not agrees:
+        raise TypeError(
+            f"flow {flow_id!r} has {what}={passed.__name__}, and its function is annotated with {annotated.__name__}; "
+            "let them agree"
+        )
+    return passed
+
+
+class FlowDecorator(typing.Protocol, Generic[In, Out]):
+    """Makes a flow of an async function of ``(flow, state)``."""
+
+    def __call__(self, body: Callable[[Flow, In], Coroutine[Any, Any, Out]], /) -> FlowFunction[In, Out]: ...
+
+
+class AnnotatedFlowDecorator(typing.Protocol):
+    """Makes a flow of an async function of ``(flow, state)``, with the classes of its annotations."""
+
+    def __call__(self, body: Callable[[Flow, In], Coroutine[Any, Any, Out]], /) -> FlowFunction[In, Out]: ...
+
+
+@overload
+def stroma_flow(
+    flow_id: str, *, input: type[In], output: type[Out], max_concurrency: int | None = None
+) -> FlowDecorator[In, Out]: ...
+@overload
+def stroma_flow(flow_id: str, *, max_concurrency: int | None = None) -> AnnotatedFlowDecorator: ...
+def stroma_flow(
+    flow_id: str,
+    *,
+    input: type[BaseModel] | None = None,
+    output: type[BaseModel] | None = None,
+    max_concurrency: int | None = None,
+) -> Any:
+    """Make a flow of an async function of ``(flow, state)``: a pipeline that decides in plain Python what comes next.
+
+    ``input`` and ``output``: its classes; by default those of the annotations. ``max_concurrency``: how many of its steps
+    run at once; None is all.
+    """
+    return lambda body: define_flow(flow_id, body, input, output, max_concurrency)

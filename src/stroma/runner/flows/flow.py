@@ -1,0 +1,279 @@
+"""The handle of a flow's body, and flows as values."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any, Generic, TypeVar, overload
+from uuid import UUID
+
+from pydantic import BaseModel
+
+from stroma.contracts.contract import NodeContract, check_id
+from stroma.contracts.node import FlowNode, Group
+from stroma.runner.flows.flow_run import FlowRun
+from stroma.runner.flows.nested import call_flow, call_map
+from stroma.runner.flows.steps import call_step
+from stroma.runner.flows.suspension import now_ms
+from stroma.runner.flows.waits import call_sleep, call_wait_for, wake_ms_of
+from stroma.runner.pipeline import Pipeline
+
+__all__ = ["Flow", "FlowFunction"]
+
+In = TypeVar("In", bound=BaseModel)
+Out = TypeVar("Out", bound=BaseModel)
+AnswerT = TypeVar("AnswerT", bound=BaseModel)
+
+
+class Flow:
+    """The handle with which the body of a flow calls its steps. Each call is numbered when it is made."""
+
+    __slots__ = ("_run",)
+
+    def __init__(self, run: FlowRun) -> None:
+        self._run = run
+
+    def __repr__(self) -> str:
+        return f"<flow {self._run.node.node_id!r} of run {self.run_id!r}>"
+
+    @property
+    def run_id(self) -> str:
+        return self._run.driver.ctx.run_id
+
+    @property
+    def is_closing(self) -> bool:
+        """True while the body is being cancelled because the run is suspended or stopped."""
+        return self._run.driver.closing
+
+    # ------------------------------------------------------------------ steps
+
+    @overload
+    def step(
+        self, node: Callable[[In], Coroutine[Any, Any, Out]], state: In, *, key: str | None = None
+    ) -> Coroutine[Any, Any, Out]: ...
+    @overload
+    def step(
+        self,
+        node: Callable[[In, dict[str, Any]], Coroutine[Any, Any, Out]],
+        state: In,
+        *,
+        key: str | None = None,
+    ) -> Coroutine[Any, Any, Out]: ...
+    @overload
+    def step(
+        self,
+        node: Callable[[In], Coroutine[Any, Any, Mapping[str, Any] | tuple[Any, ...]]],
+        state: In,
+        *,
+        key: str | None = None,
+    ) -> Coroutine[Any, Any, Any]: ...
+    @overload
+    def step(
+        self,
+        node: Callable[[In, dict[str, Any]], Coroutine[Any, Any, Mapping[str, Any] | tuple[Any, ...]]],
+        state: In,
+        *,
+        key: str | None = None,
+    ) -> Coroutine[Any, Any, Any]: ...
+    @overload
+    def step(
+        self, node: Callable[[In], Out], state: In, *, key: str | None = None
+    ) -> Coroutine[Any, Any, Out]: ...
+    @overload
+    def step(
+        self, node: Callable[[In], Mapping[str, Any] | tuple[Any, ...]], state: In, *, key: str | None = None
+    ) -> Coroutine[Any, Any, Any]: ...
+    @overload
+    def step(self, node: Group, state: BaseModel, *, key: str | None = None) -> Coroutine[Any, Any, Any]: ...
+    def step(self, node: Any, state: Any, *, key: str | None = None) -> Coroutine[Any, Any, Any]:
+        """Run a node on a state and return its output: a full node, with contract, retries, hooks and a commit.
+
+        ``key`` names the call, in place of its number in its task. Raises StepFailed once the node has stopped for good.
+        """
+        return call_step(self._run, node, state, key)
+
+    @overload
+    def map(
+        self,
+        node: Callable[[In], Coroutine[Any, Any, Out]],
+        items: Iterable[In],
+        *,
+        max_concurrency: int | None = None,
+        key: str | None = None,
+    ) -> Coroutine[Any, Any, list[Out]]: ...
+    @overload
+    def map(
+        self,
+        node: Callable[[In, dict[str, Any]], Coroutine[Any, Any, Out]],
+        items: Iterable[In],
+        *,
+        max_concurrency: int | None = None,
+        key: str | None = None,
+    ) -> Coroutine[Any, Any, list[Out]]: ...
+    @overload
+    def map(
+        self,
+        node: Callable[[In], Out],
+        items: Iterable[In],
+        *,
+        max_concurrency: int | None = None,
+        key: str | None = None,
+    ) -> Coroutine[Any, Any, list[Out]]: ...
+    @overload
+    def map(
+        self,
+        node: Callable[[In], Coroutine[Any, Any, Mapping[str, Any] | tuple[Any, ...]]] | Group,
+        items: Iterable[In],
+        *,
+        max_concurrency: int | None = None,
+        key: str | None = None,
+    ) -> Coroutine[Any, Any, list[Any]]: ...
+    def map(
+        self, node: Any, items: Iterable[Any], *, max_concurrency: int | None = None, key: str | None = None
+    ) -> Coroutine[Any, Any, list[Any]]:
+        """Run a node on each of many items, each a step of its own, and return the outputs in order.
+
+        The first item that stops for good cancels the others, and its StepFailed is raised.
+        """
+        return call_map(self._run, node, items, max_concurrency, key)
+
+    # ------------------------------------------------------------------ flows and pipelines inside
+
+    @overload
+    def run(
+        self, flow: FlowFunction[In, Out], state: In, *, key: str | None = None
+    ) -> Coroutine[Any, Any, Out]: ...
+    @overload
+    def run(
+        self, flow: Pipeline, state: BaseModel, *, key: str | None = None
+    ) -> Coroutine[Any, Any, Any]: ...
+    def run(self, flow: Any, state: Any, *, key: str | None = None) -> Coroutine[Any, Any, Any]:
+        """Run another flow, or a pipeline, inside this one: under its budget, in its trace. Return the output.
+
+        Raises StepFailed if it failed.
+        """
+        return call_flow(self._run, flow, state, key)
+
+    # ------------------------------------------------------------------ time and people
+
+    def sleep(
+        self,
+        seconds: float = 0,
+        *,
+        minutes: float = 0,
+        hours: float = 0,
+        days: float = 0,
+        until: datetime | None = None,
+        key: str | None = None,
+    ) -> Coroutine[Any, Any, None]:
+        """Wait for a time. It is durable: the process may exit meanwhile, and the wait does not begin again.
+
+        ``until``: an aware datetime, in place of a duration. See ``RunConfig(inline_wait_seconds=...)``.
+        """
+        duration = timedelta(seconds=seconds, minutes=minutes, hours=hours, days=days)
+        return call_sleep(self._run, wake_ms_of(duration, until), key)
+
+    def wait_for(
+        self,
+        answer: type[AnswerT],
+        *,
+        reason: str,
+        timeout: float | timedelta | None = None,  # It is durable.
+        until: datetime | None = None,
+        key: str | None = None,
+    ) -> Coroutine[Any, Any, AnswerT]:
+        """Wait for the answer of a person, and return it as an ``answer``; ``runner.signal(run_id, ...)`` gives it.
+
+        The run is suspended as soon as nothing else is left to do. ``timeout`` in seconds, or ``until``: raises
+        TimeoutError if no answer came by then. ``key``, else the name of the class, is the id that ``signal(node_id=...)``
+        selects it by.
+        """
+        wake_ms: int | None = None
+        if timeout is not None or until is not None:
+            duration = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout or 0)
+            wake_ms = wake_ms_of(duration, until)
+        return call_wait_for(self._run, answer, reason, wake_ms, key)
+
+    # ------------------------------------------------------------------ values
+
+    def now(self) -> datetime:
+        """Return the time, in UTC. It is recorded with the next commit, and the same on replay."""
+        run = self._run
+        scope = run.begin_call("flow.now")
+        identity = run.identify(scope, "now", None, "!")
+        branch = run.prefix + identity
+        value = run.driver.journal.value(run.position, "v", branch, lambda: str(now_ms()).encode())
+        return datetime.fromtimestamp(int(value) / 1000, UTC)
+
+    def random(self) -> float:
+        """Return a random number from 0 up to 1: the same on replay."""
+        return random.Random(self._random_bytes("flow.random")).random()
+
+    def uuid(self) -> UUID:
+        """Return a random UUID (version 4): the same on replay."""
+        return UUID(bytes=self._random_bytes("flow.uuid")[:16], version=4)
+
+    def _random_bytes(self, what: str) -> bytes:
+        run = self._run
+        scope = run.begin_call(what)
+        identity = run.identify(scope, what, None, "!")
+        seed = run.driver.journal.seed(run.position)
+        return hashlib.sha256(b"%s:%s" % (seed, f"{run.prefix}{identity}".encode())).digest()
+
+
+class FlowFunction(Pipeline, Generic[In, Out]):
+    """A flow: an async function that calls nodes as steps. Run it as a pipeline, or with ``flow.run`` inside another."""
+
+    __slots__ = ("_stroma_contract", "_stroma_node", "_stroma_node_id", "body")
+
+    body: Callable[[Flow, In], Coroutine[Any, Any, Out]]
+    _stroma_node: FlowNode
+
+    def __init__(
+        self,
+        flow_id: str,
+        body: Callable[[Flow, In], Coroutine[Any, Any, Out]],
+        contract: NodeContract[In, Out],
+        max_concurrency: int | None,
+    ) -> None:
+        put = partial(object.__setattr__, self)
+        check_id(flow_id, "flow id")
+        put("body", body)
+        node = FlowNode(
+            flow_id,
+            self,
+            contract,
+            False,
+            True,
+            body=lambda run, state: body(Flow(run), state),
+            max_concurrency=max_concurrency,
+        )
+        put("_stroma_node", node)
+        put("_stroma_node_id", flow_id)
+        put("_stroma_contract", contract)
+        super().__init__(flow_id, (self,))
+
+    @property
+    def node(self) -> FlowNode:
+        """The record of the flow as a node of a sequence."""
+        return self._stroma_node
+
+    def __repr__(self) -> str:
+        return f"<flow {self.name!r}>"
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __call__(self, flow: Flow, state: In) -> Coroutine[Any, Any, Out]:
+        """Call the body as a part of another one: its calls are those of that flow."""
+        if not isinstance(flow, Flow):
+            raise TypeError(
+                f"flow {self.name!r} was called with {type(flow).__name__}; run it with `await runner.run({self.name}, state)`"
+            )
+        return self.body(flow, state)

@@ -1,0 +1,406 @@
+"""One execution of a flow: the numbers of its calls, their records, and the results that its body gets."""
+
+from __future__ import annotations
+
+import asyncio
+from time import perf_counter_ns
+from typing import Any, Literal, NoReturn, cast
+
+from pydantic import BaseModel
+
+from stroma.checkpoint.identity import SCOPE, Scope, StepCalls
+from stroma.contracts.node import FlowNode, Group, Node, held_by
+from stroma.contracts.schema import schema_of
+from stroma.engine.attempt import NodeAttempt
+from stroma.engine.current import CURRENT
+from stroma.engine.execution import NodeExecution
+from stroma.engine.merged_models import spelled_out
+from stroma.engine.outcome import STOPPED
+from stroma.failures.failure import Failure
+from stroma.runner.flows import driver as driving
+from stroma.runner.flows.descriptions import describe, describe_difference, shorten
+from stroma.runner.flows.driver import FlowDriver
+from stroma.runner.flows.endings import CallEnd, EndKey, carried_by, end_key_of
+from stroma.runner.flows.errors import FlowClosed, StepFailed
+from stroma.runner.flows.journal import CallRecord, input_key_of
+from stroma.runner.flows.order import ResultOrder
+
+__all__ = ["FlowRun", "as_output", "retrieve_exception"]
+
+
+class FlowRun:
+    """One execution of a flow: the numbers of its calls, and their results.
+
+    Attributes:
+        branch: of the flow; "" at the top level of the run.
+        execution: parent of its steps: it has their clock, and no attempts or hooks.
+        records: the recorded results that were not asked for yet, by identity.
+    """
+
+    execution: NodeExecution
+
+    def __init__(
+        self,
+        driver: FlowDriver,
+        parent: FlowRun | None,
+        node: FlowNode,
+        position: int,
+        branch: str,
+        *,
+        is_map: bool = False,
+    ) -> None:
+        ctx = driver.ctx
+        self.is_map = is_map
+        self.driver = driver
+        self.node = node
+        self.position = position
+        self.branch = branch
+        self.prefix = f"{branch}." if branch else ""
+        above: NodeExecution | None = None if parent is None else parent.execution
+        # Without an id: its steps are at the top level of the run, and of no group.
+        self.execution = NodeExecution(ctx, cast("str", None), "group", position, branch, above)
+        self.execution.attempt = 1
+        self.execution.remembers = False
+        self.path: tuple[str, ...] = (*(() if parent is None else parent.path), node.node_id)
+        recorded = driver.journal.take(position, branch)
+        self.records = recorded.results
+        self.optional = {
+            one
+            for one in recorded.optional
+            if one in recorded.results or driver.journal.has_flow(position, f"{self.prefix}{one}")
+        }
+        if len(self.optional) < len(recorded.optional):
+            driver.journal.note_optional(position, branch, self.optional)
+        identity = branch.rpartition(".")[2]
+        #: All in it need not come again, nor come with the same inputs.
+        self.is_optional: bool = parent is not None and (parent.is_optional or identity in parent.optional)
+        if parent is not None and self.is_optional:
+            parent.optional.discard(identity)
+            self.optional = set(self.records)
+        self.order = ResultOrder(recorded.order, lambda: driver.activity, self._note_order, driver.watch)
+        self.calls = StepCalls()
+        #: The nodes that were steps before, and the classes of their inputs; see Flow.step().
+        self.known: dict[Any, tuple[Node | Group, str, str]] = {}
+        self.state_classes: set[type[BaseModel]] = set()
+        self.main_scope: Scope | None = None
+        self.main_task: asyncio.Task[Any] | None = None
+        self.alive = self.arrivals = 0
+        self.keys: set[str] = set()
+        #: Steps that were under way when the body ended.
+        self.unfinished: set[str] = set()
+        #: The calls that are open, and the tasks that make them. Strong references: the event loop has weak ones.
+        self.open: dict[object, asyncio.Task[Any]] = {}
+        #: Tasks of the body besides its first one, and if any of them may be making calls.
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.is_concurrent = False
+        limit = node.max_concurrency
+        #: Its own bound and those of the flows around it, which hold for what it runs inside too.
+        self.gates: tuple[asyncio.Semaphore, ...] = () if parent is None else parent.gates
+        if limit is not None:
+            self.gates = (asyncio.Semaphore(limit), *self.gates)
+        self.stores_inputs = ctx.session.stores_inputs
+        self.attempt = NodeAttempt(ctx)
+        self.attempt.begin = 0
+        #: Its steps need neither limits nor the attempts of earlier processes.
+        self.is_plain = not (
+            ctx.timed or ctx.limits or ctx.gated or ctx.tried or self.gates or is_map or driver.replay_only
+        )
+        self.has_ended = False
+        driver.flows.append(self)
+        driver.unreached += sum(self._is_required(identity) for identity in self.records)
+
+    def _is_required(self, identity: str) -> bool:
+        return identity not in self.optional
+
+    async def call_body(self, node: FlowNode, state: BaseModel) -> Any:
+        """Call the body. Its first task is the scope "", whoever makes the first call."""
+        assert node.body is not None
+        scope = SCOPE.get()
+        self.main_scope, self.main_task = self.calls.scope(), asyncio.current_task()
+        try:
+            returned = await node.body(self, state)
+            missing = self.missing()
+            if missing is not None and self.driver.stopping is None:
+                await self.driver.stop_here(self.driver.changed(f"flow {node.node_id!r} {missing}"))
+            return returned
+        finally:
+            await self.end()
+            SCOPE.set(scope)
+
+    async def end(self) -> None:
+        """End the flow: its calls that are still open are cancelled, and awaited."""
+        self.has_ended = True
+        driver = self.driver
+        driver.unreached -= sum(self._is_required(identity) for identity in self.records)
+        self.records.clear()
+        if self.optional:
+            driver.journal.note_optional(self.position, self.branch, self.optional)
+        if not driver.unreached:
+            driver.unreached = 0
+            driver.release_held()
+        self.unfinished.update(one for one in self.open if isinstance(one, str))
+        this = asyncio.current_task()
+        tasks = {task for task in self.open.values() if task is not this}
+        if not tasks:
+            return
+        if not driver.closing and driver.stopping is None:
+            driver.ctx.run_logger.warning(
+                "flow %r ended while %d of its calls were under way; they are cancelled: await them",
+                self.node.node_id,
+                len(tasks),
+            )
+        for task in tasks:
+            task.cancel()
+        cancelled = False
+        while tasks:
+            try:
+                ended, tasks = await asyncio.wait(tasks)
+                for task in ended:
+                    retrieve_exception(task)
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            raise asyncio.CancelledError
+
+    def missing(self) -> str | None:
+        """Return the text for a recorded call that the body did not make; None if it made all."""
+        identity = next((one for one in self.records if self._is_required(one)), None)
+        if identity is None:
+            return None
+        return f"does not make {describe(identity)}, which is recorded"
+
+    # ------------------------------------------------------------------ identities
+
+    def begin_call(self, what: str) -> Scope:
+        """Check that a call may be made here, and return the scope of the task that makes it."""
+        driver = self.driver
+        if driver.is_over:
+            raise RuntimeError(
+                f"{what} was called after flow {self.node.node_id!r} had ended; call it in the body of the flow"
+            )
+        if driver.closing or self.has_ended:
+            raise FlowClosed(
+                f"{what} was called after flow {self.node.node_id!r} had ended, or while it is being stopped"
+            )
+        current = CURRENT.get()
+        if current is not None:
+            raise RuntimeError(
+                f"{what} was called inside node {current.node_id!r}; return the data, and make the call in the flow"
+            )
+        loop: asyncio.AbstractEventLoop | None
+        try:
+            loop = asyncio.get_running_loop()
+            task = asyncio.current_task()
+        except RuntimeError:
+            loop = task = None  # In a thread.
+        if task is self.main_task and task is not None:
+            driver.activity += 1
+            if SCOPE.get() is self.main_scope:
+                assert self.main_scope is not None
+                return self.main_scope
+        if loop is not driver.loop:
+            raise RuntimeError(
+                f"{what} was called in another thread or event loop; call it in that of the flow"
+            )
+        driver.activity += 1
+        scope = self.calls.scope()
+        if scope.path:
+            self.is_concurrent = True
+            assert task is not None
+            self.tasks.add(task)
+        return scope
+
+    def refuse(self, identity: str) -> NoReturn:
+        """Refuse a call that was made before the flow ended, and is awaited now."""
+        if not self.driver.closing and self.driver.stopping is None:
+            self.driver.ctx.run_logger.warning(
+                "flow %r ended before %s began; it is not made: await it",
+                self.node.node_id,
+                describe(identity),
+            )
+        raise FlowClosed(f"{describe(identity)} was awaited after flow {self.node.node_id!r} had ended")
+
+    def identify(self, scope: Scope, step_id: str, key: str | None, kind: str = "") -> str:
+        """Return the identity of a call. Raises ValueError for a key that was used before."""
+        if key is None:
+            return self.calls.next(scope, step_id, kind).text
+        identity = self.calls.named(key, kind)
+        if identity in self.keys:
+            raise ValueError(
+                f"key={key!r} is used by two calls of flow {self.node.node_id!r}; each needs a key of its own"
+            )
+        self.keys.add(identity)
+        return identity
+
+    # ------------------------------------------------------------------ records
+
+    async def before_live(self, identity: str) -> None:
+        """Wait until a call that is not recorded may be made."""
+        driver = self.driver
+        if driver.unreached:
+            await driver.replayed()
+        if driver.replay_only:
+            await driver.stop_here(
+                driver.changed(
+                    f"flow {self.node.node_id!r} makes {describe(identity)}, which is not recorded"
+                )
+            )
+        if driver.ctx.stops:
+            await driver.stop_here(STOPPED)
+        if driver.stopping is not None or driver.closing:
+            await driver.never()
+
+    async def find_recorded(self, identity: str, input_key: bytes | None) -> CallRecord | None:
+        """Return the record of a call, and take it out of the records. Ends the flow if its input has changed."""
+        driver = self.driver
+        recorded = self.records.pop(identity, None)
+        if recorded is None:
+            return None
+        is_optional = identity in self.optional
+        before = input_key_of(recorded)
+        if before is not None and input_key is not None and before != input_key:
+            if is_optional:  # It followed a failure that did not happen this time: it is another call.
+                driver.journal.drop(self.position, self.prefix + identity)
+                return None
+            driver.unreached -= 1
+            await driver.stop_here(
+                driver.changed(
+                    f"flow {self.node.node_id!r} made {describe(identity)} with {shorten(before)}, and makes it now with "
+                    f"{shorten(input_key)} ({describe_difference(before, input_key)})"
+                )
+            )
+        if is_optional:
+            self.optional.discard(identity)
+            if not self.optional:  # Once, and not each time: noting 3,000 takes 2 ms.
+                driver.journal.note_optional(self.position, self.branch, set())
+        else:
+            driver.reached()
+        if recorded.kind == "cancelled":
+            await self._await_cancellation(identity, recorded.data["seconds"])
+        return recorded
+
+    async def _await_cancellation(self, identity: str, seconds: float) -> NoReturn:
+        """Wait until the body cancels a call again that it has cancelled before."""
+        driver = self.driver
+        text = f"flow {self.node.node_id!r} cancelled {describe(identity)}, and does not cancel it now"
+        timer = driver.loop.call_later(
+            seconds + driving.STUCK_SECONDS, lambda: driver.stop(driver.changed(text))
+        )
+        driver.to_cancel += 1
+        try:
+            await driver.never()
+        finally:
+            driver.to_cancel -= 1
+            timer.cancel()
+
+    def note_cancelled(self, identity: str, begin: int, input_key: bytes | None) -> None:
+        driver = self.driver
+        if (
+            self.is_map
+            or self.has_ended
+            or driver.closing
+            or driver.stopping is not None
+            or driver.ctx.cancelled
+        ):
+            return
+        branch = self.prefix + identity
+        driver.journal.note_cancelled(self.position, branch, (perf_counter_ns() - begin) / 1e9, input_key)
+        self.order.withdraw(identity)
+        self._note_end("cancelled", identity, len(self.order.delivered))
+
+    def note_failure(
+        self,
+        identity: str,
+        failure: Failure,
+        input_key: bytes | None,
+        cause: BaseException | None = None,
+    ) -> None:
+        """Record the failure of a call, before the body meets it. ``cause``: what a call inside it raised."""
+        driver, branch = self.driver, self.prefix + identity
+        carried = () if cause is None else carried_by(cause)
+        inside = tuple(key for one in carried if (key := end_key_of(one)) is not None)
+        driver.journal.note_failure(self.position, branch, failure, input_key, inside)
+        key = EndKey(self.position, branch, "failure")
+        driver.endings.ended[key] = CallEnd(self, identity, 0, 0, driver.activity, inside)
+
+    def _note_end(
+        self,
+        kind: Literal["failure", "cancelled"],
+        identity: str,
+        index: int,
+        inside: tuple[EndKey, ...] = (),
+    ) -> None:
+        driver, key = self.driver, EndKey(self.position, self.prefix + identity, kind)
+        if key in driver.endings.ended:
+            inside = driver.endings.ended[key].inside
+        driver.endings.count += 1
+        driver.endings.ended[key] = CallEnd(
+            self, identity, index, driver.endings.count, driver.activity, inside
+        )
+
+    # ------------------------------------------------------------------ results
+
+    async def take_turn(self, identity: str, is_recorded: bool, number: int, in_main: bool) -> int:
+        """Wait until the result of a call may be handed to the body, and return its number."""
+        order = self.order
+        if self.is_map:  # Its result is handed out as one.
+            return 0
+        # Live and on replay: tasks that the body has begun make their first calls before it gets another result.
+        await asyncio.sleep(0)
+        if self.alive > 1:
+            self.is_concurrent = True
+        elif in_main and self.is_concurrent and all(task.done() for task in self.tasks):
+            self.tasks.clear()
+            self.is_concurrent = False
+        if self.alive == 1 and order.is_next(identity):
+            return order.deliver(identity, noted=self.is_concurrent)
+        if is_recorded:
+            return await order.wait(identity, 0 if in_main else 1, number)
+        self.arrivals += 1
+        return await order.wait(identity, 2, self.arrivals)
+
+    def step_failed(
+        self,
+        failure: Failure,
+        identity: str,
+        index: int,
+        cause: BaseException | None = None,
+        inside: tuple[EndKey, ...] = (),
+    ) -> StepFailed:
+        path = cause.path if isinstance(cause, StepFailed) else (*self.path, failure.node_id)
+        error = StepFailed(failure, path)
+        error.place = (self.position, self.branch, identity, index)
+        self._note_end("failure", identity, index, inside)
+        return error
+
+    def _note_order(self, index: int, identity: str) -> None:
+        """Record the call whose result has a number; "" if it has none."""
+        self.driver.journal.note_order(self.position, self.branch, index, identity)
+        self.order.recorded[index] = identity
+
+    def forget_from(self, index: int, identities: set[str]) -> None:
+        """Drop the order from a result on. What came after it, but for ``identities``, need not be asked for on a resume."""
+        journal, order = self.driver.journal, self.order
+        for number in [number for number in order.recorded if number >= index]:
+            journal.note_order(self.position, self.branch, number, None)
+        optional = self.optional.union(order.delivered[index:], self.unfinished) - identities
+        journal.note_optional(self.position, self.branch, optional)
+
+    def count_busy(self, busy_ns: int) -> None:
+        """Count the time of a function that ran alone, in this flow and those around it."""
+        execution: NodeExecution | None = self.execution
+        while execution is not None:
+            execution.busy_ns += busy_ns
+            execution = execution.parent
+
+
+def retrieve_exception(task: asyncio.Task[Any]) -> None:
+    """Look at the exception of a task that ended in a tear-down, so that asyncio does not log it as lost."""
+    if task.done() and not task.cancelled():
+        task.exception()
+
+
+def as_output(model: BaseModel) -> Any:
+    """Return an output for the body, which may change it."""
+    schema_of(type(model)).mark_shared(model)
+    return held_by(spelled_out(model))

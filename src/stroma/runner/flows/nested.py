@@ -1,0 +1,242 @@
+"""Calls of a flow that are made of other calls: maps, and the flows and pipelines inside it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from time import perf_counter_ns
+from typing import Any, cast
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import StepCall
+from stroma.checkpoint.identity import SCOPE
+from stroma.checkpoint.protocols import OF_FLOW
+from stroma.contracts.node import FlowNode, Group, Node
+from stroma.contracts.schema import schema_of
+from stroma.engine.current import CURRENT
+from stroma.engine.outcome import Halt
+from stroma.engine.tasks import gather
+from stroma.failures.failure import Failure
+from stroma.runner.flows.endings import EndKey
+from stroma.runner.flows.errors import StepFailed
+from stroma.runner.flows.flow_run import FlowRun, as_output
+from stroma.runner.flows.journal import encode_input, read_failure
+from stroma.runner.flows.output import commit_output
+from stroma.runner.flows.steps import call_step, make_step, restore_step, step_node_of
+from stroma.runner.pipeline import Pipeline
+
+__all__ = ["call_flow", "call_map"]
+
+
+def call_map(
+    run: FlowRun, node: Any, items: Iterable[Any], max_concurrency: int | None, key: str | None
+) -> Coroutine[Any, Any, list[Any]]:
+    """Return the coroutine, numbered in its task, that makes it."""
+    record = step_node_of(node, "flow.map")
+    if max_concurrency is not None and max_concurrency < 1:
+        raise ValueError(f"max_concurrency must be at least 1, or None for no bound, got {max_concurrency!r}")
+    states = list(items)
+    for state in states:
+        if not isinstance(state, BaseModel):
+            raise TypeError(
+                f"the items of {record.node_id!r} must be pydantic models, got {type(state).__name__}"
+            )
+    scope = run.begin_call("flow.map")
+    identity = run.identify(scope, record.node_id, key, "*")
+    return _map(run, record, states, max_concurrency, identity, run.driver.activity, not scope.path)
+
+
+async def _map(
+    run: FlowRun,
+    node: Node | Group,
+    states: list[BaseModel],
+    limit: int | None,
+    identity: str,
+    number: int,
+    in_main: bool,
+) -> list[Any]:
+    driver = run.driver
+
+    async def work() -> tuple[list[Any], bool]:
+        # The items are the steps of a part of the flow, by their indexes.
+        items = FlowRun(driver, run, _part_of(run, limit), run.position, run.prefix + identity, is_map=True)
+        items.path = run.path
+        beyond = [
+            int(index) for index in items.records if int(index) >= len(states) and index not in items.optional
+        ]
+        if beyond:
+            await driver.stop_here(
+                driver.changed(
+                    f"flow {run.node.node_id!r} has {len(states)} items for {node.node_id!r}, and had {max(beyond) + 1}"
+                )
+            )
+        failed = [int(at) for at, record in items.records.items() if record.kind == "failure"]
+        if failed:  # Its siblings were cancelled, or are of no use any more.
+            failure = read_failure(items.records[str(min(failed))].data)
+            await items.end()
+            raise items.step_failed(failure, str(min(failed)), 0)
+        is_recorded = len(items.records) == len(states)
+        try:
+            outputs = await gather(
+                [
+                    make_step(items, node, state, str(index), index, False)
+                    for index, state in enumerate(states)
+                ]
+            )
+        finally:
+            await items.end()
+        driver.flows.remove(items)
+        return outputs, is_recorded
+
+    return cast("list[Any]", await _compose(run, work, identity, number, in_main, None))
+
+
+def find_flow(obj: Any) -> FlowNode | None:
+    """Return the record of a flow; None for any other object."""
+    node = getattr(obj, "_stroma_node", None)
+    return node if isinstance(node, FlowNode) and node.func is obj else None
+
+
+def call_flow(run: FlowRun, flow: Any, state: Any, key: str | None) -> Coroutine[Any, Any, Any]:
+    """Return the coroutine, numbered in its task, that runs it."""
+    if not isinstance(flow, Pipeline):
+        raise TypeError(
+            f"flow.run takes a flow or a Pipeline, got {flow!r}; call a single node with flow.step"
+        )
+    if not isinstance(state, BaseModel):
+        raise TypeError(f"the input of {flow.name!r} must be a pydantic model, got {type(state).__name__}")
+    scope = run.begin_call("flow.run")
+    identity = run.identify(scope, flow.name, key)
+    node = find_flow(flow)
+    if node is None:
+        return _run_pipeline(run, flow, state, identity, run.driver.activity, not scope.path)
+    return _run_flow(run, node, state, identity, run.driver.activity, not scope.path)
+
+
+async def _run_flow(
+    run: FlowRun, node: FlowNode, state: BaseModel, identity: str, number: int, in_main: bool
+) -> Any:
+    driver, ctx = run.driver, run.driver.ctx
+    input_key = encode_input(ctx, node, state) if run.stores_inputs or run.records else None
+
+    async def work() -> tuple[Any, bool]:
+        contract = ctx.contract_of(node)
+        assert contract is not None
+        if (run.position, run.prefix + identity) in ctx.restored:
+            return as_output(cast("BaseModel", await restore_step(run, node, state, identity))), True
+        child = FlowRun(driver, run, node, run.position, run.prefix + identity)
+        begin = perf_counter_ns()
+        try:
+            prepared, snapshot = schema_of(contract.input_schema).prepare_input(state)
+            returned = await child.call_body(node, prepared)
+        except Exception as error:
+            raise _InnerFailed(driver.endings.halt_of(error, node.node_id).failure) from error
+        target = schema_of(contract.output_schema)
+        call = StepCall(OF_FLOW, input_key)
+        outcome = await commit_output(child, node, target, snapshot, returned, begin, call)
+        driver.flows.remove(child)
+        if isinstance(outcome, Halt):
+            if outcome.partial or outcome.spent:
+                await driver.stop_here(outcome)
+            raise _InnerFailed(outcome.failure) from outcome.failure.exception
+        return as_output(outcome), False
+
+    return await _compose(run, work, identity, number, in_main, input_key)
+
+
+async def _run_pipeline(
+    run: FlowRun, pipeline: Pipeline, state: BaseModel, identity: str, number: int, in_main: bool
+) -> Any:
+    driver = run.driver
+
+    async def work() -> tuple[Any, bool]:
+        child = FlowRun(driver, run, _part_of(run, None, pipeline.name), run.position, run.prefix + identity)
+        is_recorded = len(child.records) == len(pipeline.nodes)
+        value: Any = state
+        scope = SCOPE.get()
+        child.calls.scope()
+        try:
+            for node in pipeline.nodes:
+                call = call_step if find_flow(node) is None else call_flow
+                value = await call(child, node, value, None)
+        finally:
+            await child.end()
+            SCOPE.set(scope)
+        driver.flows.remove(child)
+        return value, is_recorded
+
+    return await _compose(run, work, identity, number, in_main, None)
+
+
+async def _compose(
+    run: FlowRun,
+    work: Callable[[], Coroutine[Any, Any, tuple[Any, bool]]],
+    identity: str,
+    number: int,
+    in_main: bool,
+    input_key: bytes | None,
+) -> Any:
+    """Make a call that is made of other calls, and hand out its result in turn.
+
+    ``work`` returns the result, and True if it was all recorded.
+    """
+    driver = run.driver
+    task = asyncio.current_task()
+    assert task is not None
+    if driver.closing or run.has_ended:
+        run.refuse(identity)
+    run.alive += 1
+    token, begin, scope = object(), perf_counter_ns(), SCOPE.get()
+    run.open[token] = task
+    result: Any = None
+    failure: Failure | None = None
+    cause: BaseException | None = None
+    inside: tuple[EndKey, ...] = ()
+    try:
+        recorded = await run.find_recorded(identity, input_key) if run.records else None
+        is_recorded = recorded is not None
+        if recorded is not None and recorded.kind == "failure":
+            failure = read_failure(recorded.data)
+            cause = failure.exception
+            inside = tuple(EndKey(*key) for key in recorded.data["inside"])
+        else:
+            try:
+                result, is_recorded = await work()
+            except StepFailed as error:
+                failure, cause = error.failure, error
+            except _InnerFailed as error:
+                failure, cause = error.failure, error.__cause__
+            if failure is not None:
+                run.note_failure(identity, failure, input_key, cause)
+        index = await run.take_turn(identity, is_recorded, number, in_main)
+        if failure is None:
+            return result
+        raise run.step_failed(failure, identity, index, cause, inside) from cause
+    except asyncio.CancelledError:
+        run.note_cancelled(identity, begin, input_key)
+        raise
+    finally:
+        cause = None  # Its traceback references this frame.
+        run.alive -= 1
+        del run.open[token]
+        SCOPE.set(scope)
+        CURRENT.set(None)
+
+
+class _InnerFailed(Exception):
+    """A flow inside a flow failed; the cause is what its body raised."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+def _part_of(run: FlowRun, limit: int | None, name: str | None = None) -> FlowNode:
+    """Return the record of a part of a flow that has no contract of its own."""
+    node_id = name or run.node.node_id
+    return FlowNode(node_id, _not_called, None, False, True, max_concurrency=limit)
+
+
+def _not_called(*_: Any) -> Any:
+    raise NotImplementedError

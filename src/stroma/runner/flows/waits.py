@@ -1,0 +1,145 @@
+"""Durable waits of a flow: for a time, or for the answer of a person."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from datetime import datetime, timedelta
+from time import perf_counter_ns
+from typing import Any, TypeVar, cast
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import Waiting, schema_ref
+from stroma.contracts.schema import schema_of
+from stroma.runner.flows.flow_run import FlowRun
+from stroma.runner.flows.suspension import EXPIRED, OpenWait, now_ms, text_of_time
+
+__all__ = ["call_sleep", "call_wait_for", "wake_ms_of"]
+
+AnswerT = TypeVar("AnswerT", bound=BaseModel)
+
+
+def call_sleep(run: FlowRun, wake_ms: int, key: str | None) -> Coroutine[Any, Any, None]:
+    """Return the coroutine, numbered in its task, that waits for it."""
+    scope = run.begin_call("flow.sleep")
+    identity = run.identify(scope, "sleep", key, "!")
+    return _sleep(run, wake_ms, identity, run.driver.activity, not scope.path)
+
+
+async def _sleep(run: FlowRun, wake_ms: int, identity: str, number: int, in_main: bool) -> None:
+    driver, branch = run.driver, run.prefix + identity
+
+    async def work() -> bool:
+        recorded = await run.find_recorded(identity, None) if run.records else None
+        wake = wake_ms if recorded is None else cast("int", recorded.data)
+        if recorded is None:
+            await run.before_live(identity)
+            driver.journal.note_wake(run.position, branch, wake)
+            await driver.waits.flush()
+        if wake <= now_ms():
+            return recorded is not None
+        wait = driver.waits.add(OpenWait(branch, f"sleeping until {text_of_time(wake)}", wake_ms=wake))
+        try:
+            assert wait.done is not None
+            await wait.done
+        finally:
+            driver.waits.remove(wait)
+        return False
+
+    await _wait(run, work, identity, number, in_main)
+
+
+def call_wait_for(
+    run: FlowRun, answer: type[AnswerT], reason: str, wake_ms: int | None, key: str | None
+) -> Coroutine[Any, Any, AnswerT]:
+    """Return the coroutine, numbered in its task, that waits for its answer."""
+    if not (isinstance(answer, type) and issubclass(answer, BaseModel)):
+        raise TypeError(f"flow.wait_for takes a pydantic model, a RootModel for plain values, got {answer!r}")
+    scope = run.begin_call("flow.wait_for")
+    identity = run.identify(scope, "wait", key, "!")
+    question = Waiting(
+        run.position, run.prefix + identity, key or answer.__name__, reason, schema_ref(answer)
+    )
+    return _wait_for(run, answer, question, wake_ms, identity, run.driver.activity, not scope.path)
+
+
+async def _wait_for(
+    run: FlowRun,
+    answer: type[AnswerT],
+    question: Waiting,
+    wake_ms: int | None,
+    identity: str,
+    number: int,
+    in_main: bool,
+) -> AnswerT:
+    driver, branch = run.driver, run.prefix + identity
+    outcomes: list[Any] = []
+
+    async def work() -> bool:
+        recorded = await run.find_recorded(identity, None) if run.records else None
+        if recorded is not None and recorded.kind in ("answer", "expired"):
+            outcomes.append(EXPIRED if recorded.kind == "expired" else recorded.data)
+            return True
+        wake = wake_ms if recorded is None else cast("int", recorded.data)
+        earlier = driver.ctx.session.waiting.get((run.position, branch))
+        if earlier is None or (earlier.reason, earlier.schema_ref) != (
+            question.reason,
+            question.schema_ref,
+        ):
+            await run.before_live(identity)
+            if wake is not None and recorded is None:
+                driver.journal.note_wake(run.position, branch, wake)
+            await driver.waits.ask(question)
+        wait = driver.waits.add(OpenWait(branch, question.reason, wake_ms=wake, question=question))
+        try:
+            assert wait.done is not None
+            outcome = await wait.done
+            if outcome is EXPIRED and await driver.waits._take_answers([wait]):
+                outcome = cast("Any", driver.ctx.session.waiting)[run.position, branch].payload
+            outcomes.append(outcome)
+            if outcome is EXPIRED:
+                driver.journal.note_expired(run.position, branch)
+                # An answer that comes later is refused.
+                await driver.waits.ask(question._replace(payload=b"null"))
+        finally:
+            driver.waits.remove(wait)
+        return False
+
+    await _wait(run, work, identity, number, in_main)
+    (outcome,) = outcomes
+    if outcome is EXPIRED:
+        raise TimeoutError(f"no answer came in time: {question.reason}")
+    return cast("AnswerT", schema_of(answer).decode(outcome))
+
+
+async def _wait(
+    run: FlowRun, work: Callable[[], Coroutine[Any, Any, bool]], identity: str, number: int, in_main: bool
+) -> None:
+    """Wait, and hand out the result in turn. ``work`` returns True if the wait had ended when the run was resumed."""
+    if run.driver.closing or run.has_ended:
+        run.refuse(identity)
+    run.alive += 1
+    token, begin = object(), perf_counter_ns()
+    task = asyncio.current_task()
+    assert task is not None
+    run.open[token] = task
+    try:
+        await run.take_turn(identity, await work(), number, in_main)
+    except asyncio.CancelledError:
+        run.note_cancelled(identity, begin, None)
+        raise
+    finally:
+        run.alive -= 1
+        del run.open[token]
+
+
+def wake_ms_of(duration: timedelta, until: datetime | None) -> int:
+    """Return the end of a wait, in ms since the epoch. Raises ValueError for a duration and a time at once."""
+    if until is None:
+        return now_ms() + max(0, round(duration.total_seconds() * 1000))
+    if duration:
+        raise ValueError("pass a duration or until=, not both")
+    if until.tzinfo is None:
+        raise ValueError(f"until must be an aware datetime, got {until!r}; pass datetime(..., tzinfo=UTC)")
+    return round(until.timestamp() * 1000)
