@@ -25,11 +25,13 @@ def describe(identity: str) -> str:
 
 
 def shorten(encoded: bytes) -> str:
+    """Return a stored value as text, cut to 200 characters."""
     text = encoded.decode(errors="replace")
     return text if len(text) <= 200 else f"{text[:196]} ..."
 
 
 def describe_difference(before: bytes, now: bytes) -> str:
+    """Return the names of the fields in which two stored values differ."""
     try:
         one, two = json.loads(before), json.loads(now)
         names = [name for name in {**one, **two} if one.get(name) != two.get(name)]

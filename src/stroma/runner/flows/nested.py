@@ -32,7 +32,7 @@ __all__ = ["call_flow", "call_map"]
 def call_map(
     run: FlowRun, node: Any, items: Iterable[Any], max_concurrency: int | None, key: str | None
 ) -> Coroutine[Any, Any, list[Any]]:
-    """Return the coroutine, numbered in its task, that makes it."""
+    """Return the coroutine of a map, which is numbered in the task that calls it."""
     record = step_node_of(node, "flow.map")
     if max_concurrency is not None and max_concurrency < 1:
         raise ValueError(f"max_concurrency must be at least 1, or None for no bound, got {max_concurrency!r}")
@@ -95,11 +95,11 @@ async def _map(
 def find_flow(obj: Any) -> FlowNode | None:
     """Return the record of a flow; None for any other object."""
     node = getattr(obj, "_stroma_node", None)
-    return node if isinstance(node, FlowNode) and node.func is obj else None
+    return node if isinstance(node, FlowNode) else None
 
 
 def call_flow(run: FlowRun, flow: Any, state: Any, key: str | None) -> Coroutine[Any, Any, Any]:
-    """Return the coroutine, numbered in its task, that runs it."""
+    """Return the coroutine of a flow or pipeline inside a flow, which is numbered in the task that calls it."""
     if not isinstance(flow, Pipeline):
         raise TypeError(
             f"flow.run takes a flow or a Pipeline, got {flow!r}; call a single node with flow.step"

@@ -33,14 +33,14 @@ _CALL: Final = StepCall(OF_FLOW, None)
 
 
 def call_step(run: FlowRun, node: Any, state: Any, key: str | None) -> Coroutine[Any, Any, Any]:
-    """Return the coroutine, numbered in its task, that makes it."""
+    """Return the coroutine of a step, which is numbered in the task that calls it."""
     # Looking at a node and at the class of a state takes 2 us, and most steps are of the same ones.
     try:
         known = run.known.get(node) if type(state) in run.state_classes else None
     except TypeError:  # It cannot be hashed.
         known = None
     if known is None:
-        known = learn_step(run, node, state)
+        known = _learn_step(run, node, state)
     record, name, label = known
     scope = run.begin_call("flow.step")
     if key is None and not scope.path:
@@ -54,7 +54,7 @@ def call_step(run: FlowRun, node: Any, state: Any, key: str | None) -> Coroutine
     return coroutine
 
 
-def learn_step(run: FlowRun, node: Any, state: Any) -> tuple[Node | Group, str, str]:
+def _learn_step(run: FlowRun, node: Any, state: Any) -> tuple[Node | Group, str, str]:
     """Check the arguments of a step. Return its node, the name in its identity, and that of its coroutine."""
     record = step_node_of(node, "flow.step")
     if not isinstance(state, BaseModel):
@@ -69,6 +69,7 @@ def learn_step(run: FlowRun, node: Any, state: Any) -> tuple[Node | Group, str, 
 
 
 def step_node_of(node: Any, method: str) -> Node | Group:
+    """Return the record of a node. Raises TypeError for a flow."""
     record = find_node(node)
     if isinstance(record, FlowNode):
         raise TypeError(f"{method} takes a node, and {record.node_id!r} is a flow; call it with flow.run")
@@ -241,6 +242,7 @@ async def _settle(run: FlowRun, halt: Halt, identity: str, input_key: bytes | No
 
 
 async def restore_step(run: FlowRun, node: Node | Group, state: BaseModel, identity: str) -> BaseModel | Halt:
+    """Return the recorded output of a step after its skip hooks were called."""
     driver, branch = run.driver, run.prefix + identity
     place = Place(run.position, branch)
     output: BaseModel | None = None

@@ -21,7 +21,7 @@ AnswerT = TypeVar("AnswerT", bound=BaseModel)
 
 
 def call_sleep(run: FlowRun, wake_ms: int, key: str | None) -> Coroutine[Any, Any, None]:
-    """Return the coroutine, numbered in its task, that waits for it."""
+    """Return the coroutine of a timer, which is numbered in the task that calls it."""
     scope = run.begin_call("flow.sleep")
     identity = run.identify(scope, "sleep", key, "!")
     return _sleep(run, wake_ms, identity, run.driver.activity, not scope.path)
@@ -53,7 +53,7 @@ async def _sleep(run: FlowRun, wake_ms: int, identity: str, number: int, in_main
 def call_wait_for(
     run: FlowRun, answer: type[AnswerT], reason: str, wake_ms: int | None, key: str | None
 ) -> Coroutine[Any, Any, AnswerT]:
-    """Return the coroutine, numbered in its task, that waits for its answer."""
+    """Return the coroutine of a question, which is numbered in the task that calls it."""
     if not (isinstance(answer, type) and issubclass(answer, BaseModel)):
         raise TypeError(f"flow.wait_for takes a pydantic model, a RootModel for plain values, got {answer!r}")
     scope = run.begin_call("flow.wait_for")
