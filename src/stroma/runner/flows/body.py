@@ -120,7 +120,8 @@ async def _drive(flow: FlowRun, node: FlowNode, state: BaseModel) -> Any:
         error, (asyncio.CancelledError, BaseExceptionGroup)
     ):
         raise error
-    driver.endings.forget_what_ended(error, driver.activity)
+    driver.endings.forget_what_ended(flow.position, "", error, driver.activity)
+    driver.endings.handlers.clear()  # Their tracebacks reference the frames of the body.
     return driver.endings.halt_of(error, node.node_id)
 
 

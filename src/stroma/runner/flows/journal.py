@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any, Final, Literal, NamedTuple, cast
 
 from pydantic import BaseModel
@@ -139,9 +138,8 @@ class FlowJournal:
         branch: str,
         failure: Failure,
         input_key: bytes | None,
-        inside: Sequence[tuple[int, str, str]] = (),
     ) -> None:
-        """Record a failure. ``inside``: positions, branches and kinds of those which caused it, inside a flow or map."""
+        """Record a failure."""
         fields = {
             "node": failure.node_id,
             "class": failure.failure_class.value,
@@ -151,7 +149,6 @@ class FlowJournal:
             "type": kind_of(failure.exception),
             "retry_after": failure.retry_after_seconds,
             "input_key": None if input_key is None else input_key.decode(),
-            "inside": inside,
         }
         self._note(position, "f", branch, fields)
 

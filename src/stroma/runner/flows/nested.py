@@ -18,7 +18,6 @@ from stroma.engine.current import CURRENT
 from stroma.engine.outcome import Halt
 from stroma.engine.tasks import gather
 from stroma.failures.failure import Failure
-from stroma.runner.flows.endings import EndKey
 from stroma.runner.flows.errors import StepFailed
 from stroma.runner.flows.flow_run import FlowRun, as_output
 from stroma.runner.flows.journal import encode_input, read_failure
@@ -192,14 +191,12 @@ async def _compose(
     result: Any = None
     failure: Failure | None = None
     cause: BaseException | None = None
-    inside: tuple[EndKey, ...] = ()
     try:
         recorded = await run.find_recorded(identity, input_key) if run.records else None
         is_recorded = recorded is not None
         if recorded is not None and recorded.kind == "failure":
             failure = read_failure(recorded.data)
             cause = failure.exception
-            inside = tuple(EndKey(*key) for key in recorded.data["inside"])
         else:
             try:
                 result, is_recorded = await work()
@@ -208,11 +205,14 @@ async def _compose(
             except _InnerFailed as error:
                 failure, cause = error.failure, error.__cause__
             if failure is not None:
-                run.note_failure(identity, failure, input_key, cause)
+                assert cause is not None
+                inside = f"{run.prefix}{identity}."
+                driver.endings.forget_what_ended(run.position, inside, cause, driver.activity)
+                run.note_failure(identity, failure, input_key)
         index = await run.take_turn(identity, is_recorded, number, in_main)
         if failure is None:
             return result
-        raise run.step_failed(failure, identity, index, cause, inside) from cause
+        raise run.step_failed(failure, identity, index, cause) from cause
     except asyncio.CancelledError:
         run.note_cancelled(identity, begin, input_key)
         raise
