@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -503,3 +505,82 @@ async def test_a_long_flow_resumes_quickly(tmp_path: Any) -> None:
     assert result.final_state == Num(n=count)
     assert len(world.calls) == count + 1
     assert took < 10
+
+
+@pytest.mark.parametrize("way", ["sleep", "timeout", "thread", "timer", "flow sleep"])
+@pytest.mark.parametrize("store", STORES, indirect=True)
+async def test_a_wait_of_the_body_beside_a_live_step_is_no_change(store: Any, way: str) -> None:
+    """A branch that waits for a time or for a thread before its recorded call is not taken for one that does not come."""
+    world = World()
+    quick_one, after, held = world.step("quick"), world.step("after"), world.step("held")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        async def waits_first() -> Num:
+            if way == "sleep":
+                await asyncio.sleep(0.3)
+            elif way == "timeout":
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.3):
+                        await asyncio.Event().wait()
+            elif way == "thread":
+                await asyncio.to_thread(time.sleep, 0.3)
+            elif way == "timer":
+                event = asyncio.Event()
+                asyncio.get_running_loop().call_later(0.3, event.set)
+                await event.wait()
+            else:
+                await flow.sleep(0.3)
+            return await flow.step(after, state)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(waits_first())
+            first = await flow.step(quick_one, state)
+            return await flow.step(held, first)
+
+    async def run() -> Any:
+        return await runner_on(store).run(f, Num())
+
+    world.turns["held"] = 10**7
+    life = asyncio.ensure_future(run())
+    while "after 0" not in world.calls or "held 1" not in world.calls:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)
+    life.cancel()
+    await asyncio.wait([life])
+    world.turns.clear()
+    world.calls.clear()
+    result = await run()
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2)), result.failure
+    assert world.calls == ["held 1"]
+
+
+async def test_a_renamed_step_is_found_while_other_tasks_of_the_loop_are_at_work() -> None:
+    """A recorded call that does not come is found as soon as all tasks of the flow wait for each other."""
+    world, store = World(), InMemoryStore()
+    old, new, last = world.step("old"), world.step("new"), world.step("last")
+    name = old
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        queue: asyncio.Queue[Num] = asyncio.Queue()
+
+        async def produce() -> None:
+            await queue.put(await flow.step(name, state))
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(produce())
+            got = await queue.get()
+        return await flow.step(last, got)
+
+    async def run() -> Any:
+        return await runner_on(store).run(f, Num())
+
+    await world.live(run, "last 1")
+    name = new
+    other = asyncio.ensure_future(asyncio.sleep(60))
+    result = await run()
+    other.cancel()
+    assert result.failure.reason == "changed"
+    assert "does not make call 1 of step 'old'" in result.failure.message
+    assert world.calls == ["old 0", "last 1"]

@@ -112,7 +112,9 @@ class Endings:
         )
         return halt
 
-    def note_handler(self, run: RunningFlow, scope: object, error: BaseException | None, activity: int) -> None:
+    def note_handler(
+        self, run: RunningFlow, scope: object, error: BaseException | None, activity: int
+    ) -> None:
         """Note that a call is made while an exception is handled: in an ``except`` or a ``finally``.
 
         Should that exception end the flow, the body raised it before this call.

@@ -18,7 +18,6 @@ from stroma.engine.execution import NodeExecution
 from stroma.engine.merged_models import spelled_out
 from stroma.engine.outcome import STOPPED
 from stroma.failures.failure import Failure
-from stroma.runner.flows import driver as driving
 from stroma.runner.flows.descriptions import describe, describe_difference, shorten
 from stroma.runner.flows.driver import FlowDriver
 from stroma.runner.flows.endings import CallEnd, EndKey
@@ -294,15 +293,13 @@ class FlowRun:
         """Wait until the body cancels a call again that it has cancelled before."""
         driver = self.driver
         text = f"flow {self.node.node_id!r} cancelled {describe(identity)}, and does not cancel it now"
-        timer = driver.loop.call_later(
-            seconds + driving.STUCK_SECONDS, lambda: driver.stop(driver.changed(text))
-        )
-        driver.to_cancel += 1
+        call = (driver.loop.time() + seconds, text)
+        driver.to_cancel.append(call)
+        driver.watch()
         try:
             await driver.never()
         finally:
-            driver.to_cancel -= 1
-            timer.cancel()
+            driver.to_cancel.remove(call)
 
     def note_cancelled(self, identity: str, begin: int, input_key: bytes | None) -> None:
         driver = self.driver
@@ -339,9 +336,7 @@ class FlowRun:
     ) -> None:
         driver, key = self.driver, EndKey(self.position, self.prefix + identity, kind)
         driver.endings.count += 1
-        driver.endings.ended[key] = CallEnd(
-            self, identity, index, driver.endings.count, driver.activity
-        )
+        driver.endings.ended[key] = CallEnd(self, identity, index, driver.endings.count, driver.activity)
 
     # ------------------------------------------------------------------ results
 
