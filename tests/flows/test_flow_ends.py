@@ -407,7 +407,8 @@ async def test_a_cleanup_after_an_error_of_the_body_does_not_hinder_the_resume(
     f = inner if way == "flow" else outer
     with store_of(kind) as store:
         assert (await runner_on(store).run(f, Num())).status is not RunStatus.COMPLETED
-        assert sorted(world.calls[:2]) == ["first 0", "slow 0"] and world.calls[2:] == ["clean 0"]
+        assert sorted(world.calls[:2]) == ["first 0", "slow 0"]
+        assert world.calls[2:] == ["clean 0"]
         is_raising = not is_fixed
         if is_fixed:
             world.turns.clear()

@@ -584,3 +584,73 @@ async def test_a_renamed_step_is_found_while_other_tasks_of_the_loop_are_at_work
     assert result.failure.reason == "changed"
     assert "does not make call 1 of step 'old'" in result.failure.message
     assert world.calls == ["old 0", "last 1"]
+
+
+@pytest.mark.parametrize("way", ["flow", "more", "fewer", "others", "not made"])
+@pytest.mark.parametrize("store", STORES, indirect=True)
+async def test_other_inputs_of_what_is_made_of_steps_are_found(store: Any, way: str) -> None:
+    """A child flow that has not ended, and a map, are recorded with their input: another one is a change."""
+    world = World()
+    add, last = world.step("add"), world.step("last")
+    is_changed = False
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        await flow.step(add, Num())
+        return await flow.step(last, Num())
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        if way == "not made" and is_changed:
+            return state
+        if way in ("flow", "not made"):
+            return await flow.run(inner, Num(n=5 if is_changed else 4))
+        items = [Num(n=n) for n in range(3)]
+        if is_changed:
+            items = {"more": [*items, Num(n=3)], "fewer": items[:2], "others": [Num(n=7), *items[1:]]}[way]
+        await flow.map(add, items)
+        return await flow.step(last, Num())
+
+    async def run() -> Any:
+        return await runner_on(store).run(f, Num())
+
+    await world.live(run, "last 0")
+    is_changed = True
+    world.calls.clear()
+    result = await run()
+    assert (result.status, world.calls) == (RunStatus.FAILED, []), result
+    assert result.failure.reason == "changed"
+    expected = {
+        "flow": "made call 1 of step 'inner' with",
+        "more": "made call 1 of map over 'add' with 3 items, and makes it now with 4 items",
+        "fewer": "made call 1 of map over 'add' with 3 items, and makes it now with 2 items",
+        "others": "made the item of the map at index 0 with",
+        "not made": "does not make call 1 of step 'inner'",
+    }
+    assert expected[way] in result.failure.message
+
+
+async def test_a_child_that_failed_may_have_another_input_on_the_resume() -> None:
+    """The input of a child flow, a pipeline or a map that failed is forgotten with its failure."""
+    world, store = World(), InMemoryStore()
+    world.failing.add("bad")
+    add, bad = world.step("add"), world.step("bad")
+    n, size = 1, 1
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        return await flow.step(bad, await flow.step(add, Num()))
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        await flow.run(inner, Num(n=n))
+        await flow.map(bad, [Num()] * size)
+        return state
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    n, world.failing = 2, {"bad 0"}
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    size = 2
+    world.failing.clear()
+    result = await runner_on(store).run(f, Num())
+    assert result.status is RunStatus.RESUMED, result.failure

@@ -279,7 +279,10 @@ class FlowRun:
                     f"{shorten(input_key)} ({describe_difference(before, input_key)})"
                 )
             )
-        if is_optional:
+        if recorded.kind == "started":
+            if not is_optional:  # Else all inside it is optional too.
+                driver.reached()
+        elif is_optional:
             self.optional.discard(identity)
             if not self.optional:  # Once, and not each time: noting 3,000 takes 2 ms.
                 driver.journal.note_optional(self.position, self.branch, set())
@@ -301,7 +304,8 @@ class FlowRun:
         finally:
             driver.to_cancel.remove(call)
 
-    def note_cancelled(self, identity: str, begin: int, input_key: bytes | None) -> None:
+    def note_cancelled(self, identity: str, begin: int, input_key: bytes | None) -> bool:
+        """Record that the body has cancelled a call. Return False if it is not the body that did."""
         driver = self.driver
         if (
             self.is_map
@@ -310,11 +314,12 @@ class FlowRun:
             or driver.stopping is not None
             or driver.ctx.cancelled
         ):
-            return
+            return False
         branch = self.prefix + identity
         driver.journal.note_cancelled(self.position, branch, (perf_counter_ns() - begin) / 1e9, input_key)
         self.order.withdraw(identity)
         self._note_end("cancelled", identity, len(self.order.delivered))
+        return True
 
     def note_failure(
         self,

@@ -21,6 +21,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed
 from stroma.failures.failure import Failure, kind_of
+from stroma.runner.flows.suspension import WITHDRAWN
 
 __all__ = [
     "CallRecord",
@@ -32,11 +33,25 @@ __all__ = [
     "read_failure",
 ]
 
-Kind = Literal["output", "failure", "cancelled", "sleep", "expired", "answer"]
+Kind = Literal["output", "failure", "cancelled", "sleep", "expired", "answer", "started"]
 
-_KINDS: Final[dict[str, Kind]] = {"f": "failure", "c": "cancelled", "s": "sleep", "x": "expired"}
+_KINDS: Final[dict[str, Kind]] = {
+    "f": "failure",
+    "c": "cancelled",
+    "s": "sleep",
+    "x": "expired",
+    "i": "started",
+}
 #: Of two records of a call, the one that holds: a step may be cancelled after its output was committed.
-_RANK: Final = {"output": 0, "sleep": 0, "answer": 0, "failure": 1, "expired": 1, "cancelled": 2}
+_RANK: Final = {
+    "started": -1,
+    "output": 0,
+    "sleep": 0,
+    "answer": 0,
+    "failure": 1,
+    "expired": 1,
+    "cancelled": 2,
+}
 
 
 class CallRecord(NamedTuple):
@@ -85,7 +100,7 @@ class FlowJournal:
                 flow, _, identity = branch.rpartition(".")
                 self._flows[position, flow].add(identity, CallRecord("output", committed))
         for (position, branch), waiting in session.waiting.items():
-            if waiting.payload is not None:
+            if waiting.payload not in (None, WITHDRAWN):
                 flow, _, identity = branch.rpartition(".")
                 if identity.rpartition("/")[2].startswith("!"):  # Not of a node that waits.
                     self._flows[position, flow].add(identity, CallRecord("answer", waiting.payload))
@@ -159,6 +174,10 @@ class FlowJournal:
         }
         self._note(position, "c", branch, fields)
 
+    def note_started(self, position: int, branch: str, input_key: bytes | None) -> None:
+        """Record the input of a call that is made of other calls, before it has a result."""
+        self._note(position, "i", branch, {"input_key": None if input_key is None else input_key.decode()})
+
     def note_wake(self, position: int, branch: str, wake_ms: int) -> None:
         self._note(position, "s", branch, wake_ms)
 
@@ -174,6 +193,8 @@ class FlowJournal:
 
     def forget(self, kind: Kind, position: int, branch: str) -> None:
         """Delete a note, so that a resume makes the call again."""
+        if kind != "started":  # The call may have another input then.
+            self.forget("started", position, branch)
         self._note(position, next(key for key, of in _KINDS.items() if of == kind), branch, None)
 
     def value(self, position: int, kind: str, branch: str, make: Any) -> bytes:

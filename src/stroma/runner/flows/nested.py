@@ -61,15 +61,6 @@ async def _map(
         # The items are the steps of a part of the flow, by their indexes.
         items = FlowRun(driver, run, _part_of(run, limit), run.position, run.prefix + identity, is_map=True)
         items.path = run.path
-        beyond = [
-            int(index) for index in items.records if int(index) >= len(states) and index not in items.optional
-        ]
-        if beyond:
-            await driver.stop_here(
-                driver.changed(
-                    f"flow {run.node.node_id!r} has {len(states)} items for {node.node_id!r}, and had {max(beyond) + 1}"
-                )
-            )
         failed = [int(at) for at, record in items.records.items() if record.kind == "failure"]
         if failed:  # Its siblings were cancelled, or are of no use any more.
             failure = read_failure(items.records[str(min(failed))].data)
@@ -88,7 +79,8 @@ async def _map(
         driver.flows.remove(items)
         return outputs, is_recorded
 
-    return cast("list[Any]", await _compose(run, work, identity, number, in_main, None))
+    size = b"%d items" % len(states)
+    return cast("list[Any]", await _compose(run, work, identity, number, in_main, size))
 
 
 def find_flow(obj: Any) -> FlowNode | None:
@@ -117,7 +109,7 @@ async def _run_flow(
     run: FlowRun, node: FlowNode, state: BaseModel, identity: str, number: int, in_main: bool
 ) -> Any:
     driver, ctx = run.driver, run.driver.ctx
-    input_key = encode_input(ctx, node, state) if run.stores_inputs or run.records else None
+    input_key = encode_input(ctx, node, state)
 
     async def work() -> tuple[Any, bool]:
         contract = ctx.contract_of(node)
@@ -135,6 +127,7 @@ async def _run_flow(
         call = StepCall(OF_FLOW, input_key)
         outcome = await commit_output(child, node, target, snapshot, returned, begin, call)
         driver.flows.remove(child)
+        driver.journal.forget("started", run.position, run.prefix + identity)
         if isinstance(outcome, Halt):
             if outcome.partial or outcome.spent:
                 await driver.stop_here(outcome)
@@ -193,7 +186,9 @@ async def _compose(
     cause: BaseException | None = None
     try:
         recorded = await run.find_recorded(identity, input_key) if run.records else None
-        is_recorded = recorded is not None
+        is_recorded = recorded is not None and recorded.kind != "started"
+        if recorded is None:
+            driver.journal.note_started(run.position, f"{run.prefix}{identity}", input_key)
         if recorded is not None and recorded.kind == "failure":
             failure = read_failure(recorded.data)
             cause = failure.exception
