@@ -36,11 +36,11 @@ from stroma import (
 
 #: Steps that may be under way when a process is killed.
 AT_ONCE = 4
-END = "3 6 4 [0, 2, 4, 6] 14 yes"
+END = "3 6 5 [0, 2, 4, 6] 14 yes"
 COMMITTED = frozenset(
     (
         *(f"add#{n}" for n in range(3)),
-        *("1/double#0", "2/add#0", "inner#0", "inner#0.add#0", "inner#0.double#0"),
+        *("double#0", "-0/add#0", "-0/add#1", "inner#0", "inner#0.add#0", "inner#0.double#0"),
         *(f"*double#0.{n}" for n in range(4)),
     )
 )
@@ -84,9 +84,15 @@ def _flow(note: Callable[[str], None], draw: random.Random) -> Any:
     async def f(flow: Flow, state: Number) -> Text:
         while state.n < 3:
             state = await flow.step(add, state)
+
+        async def branch(number: Number) -> Number:
+            one: Number = await flow.step(add, number)
+            other: Number = await flow.step(add, one)
+            return other
+
         async with asyncio.TaskGroup() as group:
             x = group.create_task(flow.step(double, state))
-            y = group.create_task(flow.step(add, state))
+            y = group.create_task(branch(state))
         items: list[Any] = []
         try:
             await flow.step(bad, state)
