@@ -54,6 +54,16 @@ def test_killed_at_each_point_of_the_protocol() -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("store", ["sqlite", "postgres", "redis"])
+def test_killed_flows(store: str) -> None:
+    """I1, I3 and I5: a flow that is killed at any instant ends as one that is not, with each step committed once."""
+    figures = strike("flow", 15, store)
+    assert figures["kills"] >= 15
+    assert figures["commits"] == 13 * figures["runs"]
+    assert figures["lost"] == figures["duplicated"] == 0
+
+
+@pytest.mark.nightly
 def test_killed_inside_of_groups() -> None:
     """I1 and I3: branches of parallel() and items of map_over() that have finished are not run again."""
     figures = strike("group", 12)

@@ -374,3 +374,100 @@ async def test_a_call_with_another_input_after_a_retried_failure_is_made_anew() 
     result = await runner_on(store).run(f, Num())
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=22))
     assert world.calls[-5:] == ["add 1", "child 1", "add 1", "add 1", "child 2"]
+
+
+@pytest.mark.parametrize("kind", STORES)
+@pytest.mark.parametrize("way", ["flow", "inner"])
+@pytest.mark.parametrize("is_fixed", [True, False])
+async def test_a_cleanup_after_an_error_of_the_body_does_not_hinder_the_resume(
+    kind: str, way: str, is_fixed: bool
+) -> None:
+    """A resume runs the siblings again that an exception of the body itself cancelled, though a ``finally`` made a step."""
+    world = World()
+    world.turns["slow"] = 10**6
+    first, slow, clean = world.step("first"), world.step("slow"), world.step("clean")
+    is_raising = True
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        try:
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(flow.step(slow, state))
+                await flow.step(first, state)
+                if is_raising:
+                    raise ValueError("a bug of the body")
+        finally:
+            await flow.step(clean, state)
+        return task.result()
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def outer(flow: Flow, state: Num) -> Num:
+        return await flow.run(inner, state)
+
+    f = inner if way == "flow" else outer
+    with store_of(kind) as store:
+        assert (await runner_on(store).run(f, Num())).status is not RunStatus.COMPLETED
+        assert sorted(world.calls[:2]) == ["first 0", "slow 0"]
+        assert world.calls[2:] == ["clean 0"]
+        is_raising = not is_fixed
+        if is_fixed:
+            world.turns.clear()
+        result = await runner_on(store).run(f, Num())
+        assert result.failure is None or result.failure.reason != "changed", result.failure
+        assert world.calls[3:] in ([], ["slow 0"])
+        if is_fixed:
+            assert (result.final_state, world.calls[3:]) == (Num(n=1), ["slow 0"])
+
+
+async def test_an_error_of_the_body_leaves_an_earlier_timeout_alone() -> None:
+    """A step that a timeout cancelled, and which the body went on from, stays cancelled after the body raises."""
+    world, store = World(), InMemoryStore()
+    world.turns["slow"] = 10**6
+    slow, add, clean = world.step("slow"), world.step("add"), world.step("clean")
+    is_raising = True
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            async with asyncio.timeout(0.1):
+                await flow.step(slow, state)
+        except TimeoutError:
+            state = await flow.step(add, state)
+        try:
+            if is_raising:
+                raise ValueError("a bug of the body")
+        finally:
+            state = await flow.step(clean, state)
+        return state
+
+    assert (await runner_on(store).run(f, Num())).status is not RunStatus.COMPLETED
+    is_raising = False
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
+    assert world.calls == ["slow 0", "add 0", "clean 1"]
+
+
+@pytest.mark.parametrize("turns", [1, 30])
+async def test_failures_that_came_together_are_tried_again_together(turns: int) -> None:
+    """Where the body gathered several failures and raised one of them, one resume tries all of them again."""
+    world, store = World(), InMemoryStore()
+    world.failing.add("bad")
+    world.turns["bad 0"] = turns
+    bad = world.step("bad")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        calls = [flow.step(bad, Num(n=n)) for n in range(2)]
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        assert isinstance(outcomes[1], Num)
+        return outcomes[1]
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    world.failing.clear()
+    world.calls.clear()
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
+    assert sorted(world.calls) == ["bad 0", "bad 1"]

@@ -221,3 +221,56 @@ async def test_a_shutdown_does_not_wait_for_a_sleep() -> None:
     async with asyncio.timeout(5):
         await runner.shutdown()
         assert (await under_way).status is RunStatus.INTERRUPTED
+
+
+async def test_a_question_that_the_body_cancelled_is_closed(store: Any) -> None:
+    """A question whose wait the body cancels takes no answer any more, in this process and on a resume."""
+    world = World()
+    world.turns["add"] = 30
+    add = world.step("add")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        early = asyncio.create_task(flow.wait_for(Text, reason="First?", key="first"))
+        state = await flow.step(add, state)
+        early.cancel()
+        await asyncio.wait([early])
+        answer = await flow.wait_for(Text, reason="Second?", key="second")
+        return await flow.step(add, Num(n=len(answer.text)))
+
+    first = await runner_on(store).run(f, Num())
+    assert first.suspended == ["Second?"]
+    with pytest.raises(StoreError):
+        await runner_on(store).signal("r", Text(text="late"), node_id="first")
+    again = await runner_on(store).run(f, Num())
+    assert (again.status, again.suspended) == (RunStatus.SUSPENDED, ["Second?"])
+    await runner_on(store).signal("r", Text(text="abc"))
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.final_state, world.calls) == (
+        RunStatus.RESUMED,
+        Num(n=4),
+        ["add 0", "add 3"],
+    )
+
+
+async def test_a_question_that_a_failure_cancelled_is_asked_again(store: Any) -> None:
+    """A resume that tries a failed step again asks the question beside it again, which the failure had closed."""
+    world = World()
+    world.failing.add("bad")
+    world.turns["bad"] = 30
+    bad = world.step("bad")
+
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        async with asyncio.TaskGroup() as group:
+            answer = group.create_task(flow.wait_for(Text, reason="Well?"))
+            group.create_task(flow.step(bad, state))
+        return answer.result()
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    world.failing.clear()
+    second = await runner_on(store).run(f, Num())
+    assert (second.status, second.suspended) == (RunStatus.SUSPENDED, ["Well?"])
+    await runner_on(store).signal("r", Text(text="yes"))
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Text(text="yes"))

@@ -10,7 +10,7 @@ from typing import Any, assert_type
 
 from pydantic import BaseModel
 
-from stroma import ExecutionResult, Flow, FlowFunction, StromaRunner, stroma_flow
+from stroma import ExecutionResult, Flow, FlowFunction, Pipeline, StromaRunner, stroma_flow
 
 
 class Ticket(BaseModel):
@@ -88,6 +88,11 @@ async def wrong_calls(flow: Flow, ticket: Ticket, reply: Reply) -> Reply:
     await flow.step(label, reply)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
     await flow.step(3, ticket)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     flow.step(label, ticket)  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
+    await flow.run(inner, reply)  # type: ignore[misc]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await runner.run(triage, reply)  # type: ignore[misc]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    runner.run_sync(triage, reply)  # type: ignore[misc]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await flow.run(Pipeline("p", [label]), ticket)
+    await runner.run(Pipeline("p", [label]), ticket)
     return await flow.step(label, ticket)  # type: ignore[arg-type]  # pyright: ignore[reportReturnType]
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from stroma.contracts.contract import check_id
 from stroma.contracts.node import Group, Node, find_node
 from stroma.engine.config import RunConfig
 from stroma.runner.sequence import find_nodes
 
-__all__ = ["Pipeline", "nodes_of", "override_config"]
+__all__ = ["AnyState", "Pipeline", "nodes_of", "override_config"]
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -32,6 +32,18 @@ class Pipeline:
         object.__setattr__(self, "config", config)
         for node in self.nodes:
             find_node(node)
+
+    @property
+    def _takes_any_state(self) -> Literal[True]:
+        """For type checkers only: see AnyState."""
+        return True
+
+
+class AnyState(Protocol):
+    """A pipeline that is no flow: the class of its initial state is not known to type checkers."""
+
+    @property
+    def _takes_any_state(self) -> Literal[True]: ...
 
 
 def nodes_of(pipeline: Pipeline | Iterable[Any]) -> list[Node | Group]:

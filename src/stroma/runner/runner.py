@@ -28,7 +28,7 @@ from stroma.failures.policy import PolicyMap
 from stroma.hooks.sets import NodeHooks, flatten
 from stroma.runner.batch import Batch
 from stroma.runner.live_runs import LiveRuns
-from stroma.runner.pipeline import Pipeline, nodes_of, override_config
+from stroma.runner.pipeline import AnyState, Pipeline, nodes_of, override_config
 from stroma.runner.run import RunExecution
 from stroma.runner.sequence import check_owners, find_position, warn_of_unknown_ids, warn_of_unused_limits
 from stroma.runner.stored_runs import StoredRuns
@@ -234,7 +234,7 @@ class StromaRunner:
     @overload
     async def run(
         self,
-        node_sequence: Pipeline | Iterable[Any],
+        node_sequence: AnyState | Iterable[Any],
         initial_state: BaseModel,
         *,
         run_id: str | None = None,
@@ -246,7 +246,7 @@ class StromaRunner:
         if_running: Literal["error", "attach", "take_over"] | None = None,
         traceparent: str | None = None,
     ) -> ExecutionResult: ...
-    async def run(
+    async def run(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload]  # AnyState is a Pipeline.
         self,
         node_sequence: Pipeline | Iterable[Any],
         initial_state: BaseModel,
@@ -388,14 +388,14 @@ class StromaRunner:
         return self._stored.read_map(run_id, node)
 
     @overload
-    def run_sync(  # pyright: ignore[reportOverlappingOverload]
+    def run_sync(
         self, node_sequence: FlowFunction[In, Out], initial_state: In, **options: Any
     ) -> ExecutionResult[Out]: ...
     @overload
     def run_sync(
-        self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, **options: Any
+        self, node_sequence: AnyState | Iterable[Any], initial_state: BaseModel, **options: Any
     ) -> ExecutionResult: ...
-    def run_sync(
+    def run_sync(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload]  # AnyState is a Pipeline.
         self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, **options: Any
     ) -> ExecutionResult[Any]:
         """Call :meth:`run` without an event loop. Raises RuntimeError where one is running: use ``await run()`` there."""

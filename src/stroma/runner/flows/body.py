@@ -23,6 +23,7 @@ from stroma.runner.flows.driver import FlowDriver
 from stroma.runner.flows.flow_run import FlowRun, retrieve_exception
 from stroma.runner.flows.journal import FlowJournal
 from stroma.runner.flows.output import commit_output
+from stroma.runner.flows.stuck import CURRENT_DRIVER
 
 __all__ = ["run_with_flows"]
 
@@ -91,6 +92,7 @@ async def _drive(flow: FlowRun, node: FlowNode, state: BaseModel) -> Any:
     driver = flow.driver
     context = contextvars.copy_context()
     context.run(CURRENT.set, None)
+    context.run(CURRENT_DRIVER.set, driver)
     driver.body = driver.loop.create_task(flow.call_body(node, state), context=context)
     driver.body.add_done_callback(lambda _: driver.wake())
     try:
@@ -120,7 +122,8 @@ async def _drive(flow: FlowRun, node: FlowNode, state: BaseModel) -> Any:
         error, (asyncio.CancelledError, BaseExceptionGroup)
     ):
         raise error
-    driver.endings.forget_what_ended(error, driver.activity)
+    driver.endings.forget_what_ended(flow.position, "", error, driver.activity)
+    driver.endings.handlers.clear()  # Their tracebacks reference the frames of the body.
     return driver.endings.halt_of(error, node.node_id)
 
 

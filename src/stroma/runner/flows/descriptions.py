@@ -14,7 +14,9 @@ _WORDS: Final = {"!sleep": "flow.sleep", "!wait": "flow.wait_for", "!now": "flow
 def describe(identity: str) -> str:
     """Return a call as people read it: ``call 2 of step 'judge' in branch 1``."""
     path, _, text = identity.rpartition("/")
-    name, _, number = text.rpartition("#")
+    name, mark, number = text.rpartition("#")
+    if not mark:
+        return f"the item of the map at index {number}"
     where = f" in branch {path.lstrip('-')}" if path else ""
     if name in ("", "!", "*"):
         return f"the call with key={unquote(number)!r}{where}"

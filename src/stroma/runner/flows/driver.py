@@ -11,12 +11,15 @@ from stroma.engine.outcome import Halt, Stopped
 from stroma.runner.flows.endings import Endings, RunningFlow
 from stroma.runner.flows.errors import FlowClosed
 from stroma.runner.flows.journal import FlowJournal
+from stroma.runner.flows.stuck import waits_for_itself
 from stroma.runner.flows.suspension import Waits
 
 __all__ = ["REPLAY_ONLY", "STUCK_SECONDS", "FlowDriver"]
 
-#: For how long a replay may go without a call before what is missing counts as a change of the body.
-STUCK_SECONDS: Final = 1.0
+#: How often a replay that waits is looked at. If it can go no further, twice in a row, the body has changed.
+STUCK_SECONDS: Final = 0.5
+#: A body may wait for this long for something else than its flow while a replay waits for it.
+_PATIENCE_SECONDS: Final = 60.0
 
 #: Set while ``check_deterministic`` replays: a call without a record is a change.
 REPLAY_ONLY: contextvars.ContextVar[bool] = contextvars.ContextVar("stroma_replay_only", default=False)
@@ -48,8 +51,8 @@ class FlowDriver:
         self.is_woken = False
         self._held: asyncio.Future[None] | None = None
         self._watching = False
-        #: Replayed calls that wait until the body cancels them again, as it did in real time.
-        self.to_cancel = 0
+        #: Replayed calls that wait until the body cancels them again: when it did so before, and the text if it does not.
+        self.to_cancel: list[tuple[float, str]] = []
         self.endings = Endings(ctx, journal)
         self.replay_only = REPLAY_ONLY.get()
 
@@ -115,26 +118,36 @@ class FlowDriver:
             self._held.set_result(None)
 
     def watch(self) -> None:
-        """See that a replay which waits for a recorded call meets it in time."""
+        """See that a replay which waits for a recorded call meets it."""
         if not self._watching:
-            self._watching = True
-            self.loop.call_later(STUCK_SECONDS, self._look, self.activity)
+            self._look_later(self.loop.time(), is_stuck=False)
 
-    def _look(self, seen: int) -> None:
+    def _look_later(self, since: float, *, is_stuck: bool) -> None:
+        self._watching = True
+        self.loop.call_later(STUCK_SECONDS, self._look, self.activity, since, is_stuck)
+
+    def _look(self, seen: int, since: float, was_stuck: bool) -> None:
         self._watching = False
-        is_stuck = self.unreached or any(flow.order.is_waiting for flow in self.flows)
-        if not is_stuck or self.closing or self.stopping is not None:
+        is_waiting = self.unreached or self.to_cancel or any(flow.order.is_waiting for flow in self.flows)
+        if not is_waiting or self.closing or self.stopping is not None:
             return
-        if (
-            self.activity != seen
-            or self.busy
-            or self.to_cancel
-            or any(flow.order.is_turning for flow in self.flows)
-        ):
+        now = self.loop.time()
+        is_active = self.activity != seen or self.busy or any(flow.order.is_turning for flow in self.flows)
+        if is_active or any(due > now for due, _ in self.to_cancel):
             self.watch()
             return
+        is_stuck = now - since > _PATIENCE_SECONDS or waits_for_itself(self, self.loop)
+        if is_stuck and was_stuck:  # Twice in a row: a timer that is due may not have been called yet.
+            self.stop(self.changed(self._missing()))
+        else:
+            self._look_later(since, is_stuck=is_stuck)
+
+    def _missing(self) -> str:
+        """Return the text for what a replay waits for, and does not come."""
+        for _, text in self.to_cancel:
+            return text
         for flow in self.flows:
-            text = None if flow.has_ended else flow.missing() or flow.order.missing()
-            if text is not None:
-                self.stop(self.changed(f"flow {flow.node.node_id!r} {text}"))
-                return
+            missing = None if flow.has_ended else flow.missing() or flow.order.missing()
+            if missing is not None:
+                return f"flow {flow.node.node_id!r} {missing}"
+        return f"flow {self.flow_id!r} waits for a result that is recorded, and does not come"

@@ -45,7 +45,6 @@ class CallEnd(NamedTuple):
         place: number of results of its flow that were handed out before.
         number: counts those that the body met; 0 if it did not.
         activity: of the driver then.
-        inside: failures inside a flow or map which are the cause of its own.
     """
 
     run: RunningFlow
@@ -53,7 +52,20 @@ class CallEnd(NamedTuple):
     place: int
     number: int
     activity: int
-    inside: tuple[EndKey, ...] = ()
+
+
+class Handler(NamedTuple):
+    """An exception that a body is handling while it makes a call.
+
+    Attributes:
+        place: number of results of the flow that were handed out before the first such call.
+        activity: of the driver before that call.
+    """
+
+    run: RunningFlow
+    error: BaseException
+    place: int
+    activity: int
 
 
 class Endings:
@@ -69,6 +81,8 @@ class Endings:
         self._journal = journal
         self.ended: dict[EndKey, CallEnd] = {}
         self.count = 0
+        #: By the scope of the calls. Cleared by the first call that is made outside.
+        self.handlers: dict[object, list[Handler]] = {}
 
     def changed(self, message: str, node_id: str) -> Halt:
         """Return the end of a flow whose body does not do what it did before."""
@@ -98,37 +112,65 @@ class Endings:
         )
         return halt
 
-    def forget_what_ended(self, error: BaseException, activity: int) -> None:
-        """Delete the records of the failures that ended the flow, and of what they cancelled: a resume tries those again."""
-        ended = self.ended
-        keys = [key for one in carried_by(error) if (key := end_key_of(one)) is not None]
-        # Failures that the body has not met cannot have been caught: those of siblings, and of other items of a map.
-        maps = {ended[key].run for key in keys if key in ended and ended[key].run.is_map}
-        keys += [
-            key for key, end in ended.items() if key.kind == "failure" and (not end.number or end.run in maps)
-        ]
-        forgotten: set[EndKey] = set()
-        while keys:
-            key = keys.pop()
-            if key not in forgotten:
-                forgotten.add(key)
-                keys += ended[key].inside if key in ended else ()
-        failed = [ended[key] for key in forgotten if key in ended and ended[key].number]
-        for key, end in ended.items():
-            if key.kind == "cancelled" and (
-                end.activity == activity  # The body made no call after it.
-                or any(one.number < end.number and one.activity == end.activity for one in failed)
-            ):
-                forgotten.add(key)
+    def note_handler(
+        self, run: RunningFlow, scope: object, error: BaseException | None, activity: int
+    ) -> None:
+        """Note that a call is made while an exception is handled: in an ``except`` or a ``finally``.
+
+        Should that exception end the flow, the body raised it before this call.
+        """
+        if error is None:
+            self.handlers.pop(scope, None)
+            return
+        handlers = self.handlers.get(scope, [])
+        if handlers and handlers[-1].error is error:
+            return
+        around = carried_by(error)  # The handlers that have not ended yet.
+        handlers = [one for one in handlers if any(one.error is other for other in around)]
+        self.handlers[scope] = [*handlers, Handler(run, error, len(run.order.delivered), activity)]
+
+    def forget_what_ended(self, position: int, prefix: str, error: BaseException, activity: int) -> None:
+        """Delete the records of the failures that ended a flow, and of what they cancelled: a resume tries those again.
+
+        ``prefix``: of the branches of its calls. ``activity``: of the driver by now.
+        """
+        carried = carried_by(error)
+        ended = {
+            key: end for key, end in self.ended.items()
+            if key.position == position and key.branch.startswith(prefix)
+        }  # fmt: skip
+        forgotten = {key for one in carried if (key := end_key_of(one)) is not None and key in ended}
         first: dict[RunningFlow, int] = {}
         for key in forgotten:
+            if ended[key].number:
+                first[ended[key].run] = min(ended[key].place, first.get(ended[key].run, ended[key].place))
+        moments = {end.activity for key in forgotten if (end := ended[key]).number}
+        raised: set[int] = set()
+        for one in [one for handlers in self.handlers.values() for one in handlers]:
+            if any(one.error is other for other in carried):
+                raised.add(one.activity)
+                first[one.run] = min(one.place, first.get(one.run, one.place))
+        failed = [ended[key] for key in forgotten if ended[key].number]
+        for key, end in ended.items():
+            if key.kind == "failure":
+                # The body has not met it, or has met it together with one of these or later: it decided nothing by it.
+                is_forgotten = not end.number or end.run.is_map or end.activity in moments
+                is_forgotten = is_forgotten or end.place >= first.get(end.run, end.place + 1)
+            else:
+                is_forgotten = (
+                    end.activity == activity  # The body made no call after it.
+                    or end.activity in raised
+                    or any(one.number < end.number and one.activity == end.activity for one in failed)
+                )
+            if is_forgotten:
+                forgotten.add(key)
+        for key in forgotten:
             self._journal.forget(key.kind, key.position, key.branch)
-            known = ended.get(key)
-            if known is not None and known.number and failed:
-                first[known.run] = min(known.place, first.get(known.run, known.place))
-        identities = {ended[key].identity for key in forgotten if key in ended}
+        identities = {ended[key].identity for key in forgotten}
         for run, index in first.items():
             run.forget_from(index, identities)
+        for key in ended:  # What is inside a flow that failed is made again, or not at all.
+            del self.ended[key]
 
 
 def end_of(error: BaseException, node: Node | Group) -> Halt | BaseException:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, Literal, TypeVar, overload
 from uuid import UUID
 
 from pydantic import BaseModel
@@ -19,7 +19,7 @@ from stroma.runner.flows.nested import call_flow, call_map
 from stroma.runner.flows.steps import call_step
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.flows.waits import call_sleep, call_wait_for, wake_ms_of
-from stroma.runner.pipeline import Pipeline
+from stroma.runner.pipeline import AnyState, Pipeline
 
 __all__ = ["Flow", "FlowFunction"]
 
@@ -148,7 +148,7 @@ class Flow:
     ) -> Coroutine[Any, Any, Out]: ...
     @overload
     def run(
-        self, flow: Pipeline, state: BaseModel, *, key: str | None = None
+        self, flow: AnyState, state: BaseModel, *, key: str | None = None
     ) -> Coroutine[Any, Any, Any]: ...
     def run(self, flow: Any, state: Any, *, key: str | None = None) -> Coroutine[Any, Any, Any]:
         """Run another flow, or a pipeline, inside this one: under its budget, in its trace. Return the output.
@@ -255,6 +255,10 @@ class FlowFunction(Pipeline, Generic[In, Out]):
         put("_stroma_node_id", flow_id)
         put("_stroma_contract", contract)
         super().__init__(flow_id, (self,))
+
+    @property
+    def _takes_any_state(self) -> Literal[False]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        return False
 
     @property
     def node(self) -> FlowNode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from time import perf_counter_ns
 from typing import Any, Literal, NoReturn, cast
 
@@ -17,10 +18,9 @@ from stroma.engine.execution import NodeExecution
 from stroma.engine.merged_models import spelled_out
 from stroma.engine.outcome import STOPPED
 from stroma.failures.failure import Failure
-from stroma.runner.flows import driver as driving
 from stroma.runner.flows.descriptions import describe, describe_difference, shorten
 from stroma.runner.flows.driver import FlowDriver
-from stroma.runner.flows.endings import CallEnd, EndKey, carried_by, end_key_of
+from stroma.runner.flows.endings import CallEnd, EndKey
 from stroma.runner.flows.errors import FlowClosed, StepFailed
 from stroma.runner.flows.journal import CallRecord, input_key_of
 from stroma.runner.flows.order import ResultOrder
@@ -84,6 +84,8 @@ class FlowRun:
         self.state_classes: set[type[BaseModel]] = set()
         self.main_scope: Scope | None = None
         self.main_task: asyncio.Task[Any] | None = None
+        #: What is being handled around the event loop; no matter of the body.
+        self.outer_error: BaseException | None = None
         self.alive = self.arrivals = 0
         self.keys: set[str] = set()
         #: Steps that were under way when the body ended.
@@ -116,6 +118,7 @@ class FlowRun:
         """Call the body. Its first task is the scope "", whoever makes the first call."""
         assert node.body is not None
         scope = SCOPE.get()
+        self.outer_error = sys.exception()
         self.main_scope, self.main_task = self.calls.scope(), asyncio.current_task()
         try:
             returned = await node.body(self, state)
@@ -187,6 +190,9 @@ class FlowRun:
             raise RuntimeError(
                 f"{what} was called inside node {current.node_id!r}; return the data, and make the call in the flow"
             )
+        error = sys.exception()
+        if error is not None or driver.endings.handlers:
+            self._note_handler(error)
         loop: asyncio.AbstractEventLoop | None
         try:
             loop = asyncio.get_running_loop()
@@ -209,6 +215,10 @@ class FlowRun:
             assert task is not None
             self.tasks.add(task)
         return scope
+
+    def _note_handler(self, error: BaseException | None) -> None:
+        error = None if error is self.outer_error else error
+        self.driver.endings.note_handler(self, SCOPE.get(), error, self.driver.activity)
 
     def refuse(self, identity: str) -> NoReturn:
         """Refuse a call that was made before the flow ended, and is awaited now."""
@@ -269,7 +279,10 @@ class FlowRun:
                     f"{shorten(input_key)} ({describe_difference(before, input_key)})"
                 )
             )
-        if is_optional:
+        if recorded.kind == "started":
+            if not is_optional:  # Else all inside it is optional too.
+                driver.reached()
+        elif is_optional:
             self.optional.discard(identity)
             if not self.optional:  # Once, and not each time: noting 3,000 takes 2 ms.
                 driver.journal.note_optional(self.position, self.branch, set())
@@ -283,17 +296,16 @@ class FlowRun:
         """Wait until the body cancels a call again that it has cancelled before."""
         driver = self.driver
         text = f"flow {self.node.node_id!r} cancelled {describe(identity)}, and does not cancel it now"
-        timer = driver.loop.call_later(
-            seconds + driving.STUCK_SECONDS, lambda: driver.stop(driver.changed(text))
-        )
-        driver.to_cancel += 1
+        call = (driver.loop.time() + seconds, text)
+        driver.to_cancel.append(call)
+        driver.watch()
         try:
             await driver.never()
         finally:
-            driver.to_cancel -= 1
-            timer.cancel()
+            driver.to_cancel.remove(call)
 
-    def note_cancelled(self, identity: str, begin: int, input_key: bytes | None) -> None:
+    def note_cancelled(self, identity: str, begin: int, input_key: bytes | None) -> bool:
+        """Record that the body has cancelled a call. Return False if it is not the body that did."""
         driver = self.driver
         if (
             self.is_map
@@ -302,41 +314,34 @@ class FlowRun:
             or driver.stopping is not None
             or driver.ctx.cancelled
         ):
-            return
+            return False
         branch = self.prefix + identity
         driver.journal.note_cancelled(self.position, branch, (perf_counter_ns() - begin) / 1e9, input_key)
         self.order.withdraw(identity)
         self._note_end("cancelled", identity, len(self.order.delivered))
+        return True
 
     def note_failure(
         self,
         identity: str,
         failure: Failure,
         input_key: bytes | None,
-        cause: BaseException | None = None,
     ) -> None:
-        """Record the failure of a call, before the body meets it. ``cause``: what a call inside it raised."""
+        """Record the failure of a call, before the body meets it."""
         driver, branch = self.driver, self.prefix + identity
-        carried = () if cause is None else carried_by(cause)
-        inside = tuple(key for one in carried if (key := end_key_of(one)) is not None)
-        driver.journal.note_failure(self.position, branch, failure, input_key, inside)
+        driver.journal.note_failure(self.position, branch, failure, input_key)
         key = EndKey(self.position, branch, "failure")
-        driver.endings.ended[key] = CallEnd(self, identity, 0, 0, driver.activity, inside)
+        driver.endings.ended[key] = CallEnd(self, identity, 0, 0, driver.activity)
 
     def _note_end(
         self,
         kind: Literal["failure", "cancelled"],
         identity: str,
         index: int,
-        inside: tuple[EndKey, ...] = (),
     ) -> None:
         driver, key = self.driver, EndKey(self.position, self.prefix + identity, kind)
-        if key in driver.endings.ended:
-            inside = driver.endings.ended[key].inside
         driver.endings.count += 1
-        driver.endings.ended[key] = CallEnd(
-            self, identity, index, driver.endings.count, driver.activity, inside
-        )
+        driver.endings.ended[key] = CallEnd(self, identity, index, driver.endings.count, driver.activity)
 
     # ------------------------------------------------------------------ results
 
@@ -365,12 +370,11 @@ class FlowRun:
         identity: str,
         index: int,
         cause: BaseException | None = None,
-        inside: tuple[EndKey, ...] = (),
     ) -> StepFailed:
         path = cause.path if isinstance(cause, StepFailed) else (*self.path, failure.node_id)
         error = StepFailed(failure, path)
         error.place = (self.position, self.branch, identity, index)
-        self._note_end("failure", identity, index, inside)
+        self._note_end("failure", identity, index)
         return error
 
     def _note_order(self, index: int, identity: str) -> None:

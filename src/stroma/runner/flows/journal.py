@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any, Final, Literal, NamedTuple, cast
 
 from pydantic import BaseModel
@@ -22,6 +21,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed
 from stroma.failures.failure import Failure, kind_of
+from stroma.runner.flows.suspension import WITHDRAWN
 
 __all__ = [
     "CallRecord",
@@ -33,11 +33,25 @@ __all__ = [
     "read_failure",
 ]
 
-Kind = Literal["output", "failure", "cancelled", "sleep", "expired", "answer"]
+Kind = Literal["output", "failure", "cancelled", "sleep", "expired", "answer", "started"]
 
-_KINDS: Final[dict[str, Kind]] = {"f": "failure", "c": "cancelled", "s": "sleep", "x": "expired"}
+_KINDS: Final[dict[str, Kind]] = {
+    "f": "failure",
+    "c": "cancelled",
+    "s": "sleep",
+    "x": "expired",
+    "i": "started",
+}
 #: Of two records of a call, the one that holds: a step may be cancelled after its output was committed.
-_RANK: Final = {"output": 0, "sleep": 0, "answer": 0, "failure": 1, "expired": 1, "cancelled": 2}
+_RANK: Final = {
+    "started": -1,
+    "output": 0,
+    "sleep": 0,
+    "answer": 0,
+    "failure": 1,
+    "expired": 1,
+    "cancelled": 2,
+}
 
 
 class CallRecord(NamedTuple):
@@ -86,7 +100,7 @@ class FlowJournal:
                 flow, _, identity = branch.rpartition(".")
                 self._flows[position, flow].add(identity, CallRecord("output", committed))
         for (position, branch), waiting in session.waiting.items():
-            if waiting.payload is not None:
+            if waiting.payload not in (None, WITHDRAWN):
                 flow, _, identity = branch.rpartition(".")
                 if identity.rpartition("/")[2].startswith("!"):  # Not of a node that waits.
                     self._flows[position, flow].add(identity, CallRecord("answer", waiting.payload))
@@ -139,9 +153,8 @@ class FlowJournal:
         branch: str,
         failure: Failure,
         input_key: bytes | None,
-        inside: Sequence[tuple[int, str, str]] = (),
     ) -> None:
-        """Record a failure. ``inside``: positions, branches and kinds of those which caused it, inside a flow or map."""
+        """Record a failure."""
         fields = {
             "node": failure.node_id,
             "class": failure.failure_class.value,
@@ -151,7 +164,6 @@ class FlowJournal:
             "type": kind_of(failure.exception),
             "retry_after": failure.retry_after_seconds,
             "input_key": None if input_key is None else input_key.decode(),
-            "inside": inside,
         }
         self._note(position, "f", branch, fields)
 
@@ -161,6 +173,10 @@ class FlowJournal:
             "input_key": None if input_key is None else input_key.decode(),
         }
         self._note(position, "c", branch, fields)
+
+    def note_started(self, position: int, branch: str, input_key: bytes | None) -> None:
+        """Record the input of a call that is made of other calls, before it has a result."""
+        self._note(position, "i", branch, {"input_key": None if input_key is None else input_key.decode()})
 
     def note_wake(self, position: int, branch: str, wake_ms: int) -> None:
         self._note(position, "s", branch, wake_ms)
@@ -177,6 +193,8 @@ class FlowJournal:
 
     def forget(self, kind: Kind, position: int, branch: str) -> None:
         """Delete a note, so that a resume makes the call again."""
+        if kind != "started":  # The call may have another input then.
+            self.forget("started", position, branch)
         self._note(position, next(key for key, of in _KINDS.items() if of == kind), branch, None)
 
     def value(self, position: int, kind: str, branch: str, make: Any) -> bytes:

@@ -18,7 +18,6 @@ from stroma.engine.current import CURRENT
 from stroma.engine.outcome import Halt
 from stroma.engine.tasks import gather
 from stroma.failures.failure import Failure
-from stroma.runner.flows.endings import EndKey
 from stroma.runner.flows.errors import StepFailed
 from stroma.runner.flows.flow_run import FlowRun, as_output
 from stroma.runner.flows.journal import encode_input, read_failure
@@ -62,15 +61,6 @@ async def _map(
         # The items are the steps of a part of the flow, by their indexes.
         items = FlowRun(driver, run, _part_of(run, limit), run.position, run.prefix + identity, is_map=True)
         items.path = run.path
-        beyond = [
-            int(index) for index in items.records if int(index) >= len(states) and index not in items.optional
-        ]
-        if beyond:
-            await driver.stop_here(
-                driver.changed(
-                    f"flow {run.node.node_id!r} has {len(states)} items for {node.node_id!r}, and had {max(beyond) + 1}"
-                )
-            )
         failed = [int(at) for at, record in items.records.items() if record.kind == "failure"]
         if failed:  # Its siblings were cancelled, or are of no use any more.
             failure = read_failure(items.records[str(min(failed))].data)
@@ -89,7 +79,8 @@ async def _map(
         driver.flows.remove(items)
         return outputs, is_recorded
 
-    return cast("list[Any]", await _compose(run, work, identity, number, in_main, None))
+    size = b"%d items" % len(states)
+    return cast("list[Any]", await _compose(run, work, identity, number, in_main, size))
 
 
 def find_flow(obj: Any) -> FlowNode | None:
@@ -118,7 +109,7 @@ async def _run_flow(
     run: FlowRun, node: FlowNode, state: BaseModel, identity: str, number: int, in_main: bool
 ) -> Any:
     driver, ctx = run.driver, run.driver.ctx
-    input_key = encode_input(ctx, node, state) if run.stores_inputs or run.records else None
+    input_key = encode_input(ctx, node, state)
 
     async def work() -> tuple[Any, bool]:
         contract = ctx.contract_of(node)
@@ -136,6 +127,7 @@ async def _run_flow(
         call = StepCall(OF_FLOW, input_key)
         outcome = await commit_output(child, node, target, snapshot, returned, begin, call)
         driver.flows.remove(child)
+        driver.journal.forget("started", run.position, run.prefix + identity)
         if isinstance(outcome, Halt):
             if outcome.partial or outcome.spent:
                 await driver.stop_here(outcome)
@@ -192,14 +184,14 @@ async def _compose(
     result: Any = None
     failure: Failure | None = None
     cause: BaseException | None = None
-    inside: tuple[EndKey, ...] = ()
     try:
         recorded = await run.find_recorded(identity, input_key) if run.records else None
-        is_recorded = recorded is not None
+        is_recorded = recorded is not None and recorded.kind != "started"
+        if recorded is None:
+            driver.journal.note_started(run.position, f"{run.prefix}{identity}", input_key)
         if recorded is not None and recorded.kind == "failure":
             failure = read_failure(recorded.data)
             cause = failure.exception
-            inside = tuple(EndKey(*key) for key in recorded.data["inside"])
         else:
             try:
                 result, is_recorded = await work()
@@ -208,11 +200,14 @@ async def _compose(
             except _InnerFailed as error:
                 failure, cause = error.failure, error.__cause__
             if failure is not None:
-                run.note_failure(identity, failure, input_key, cause)
+                assert cause is not None
+                inside = f"{run.prefix}{identity}."
+                driver.endings.forget_what_ended(run.position, inside, cause, driver.activity)
+                run.note_failure(identity, failure, input_key)
         index = await run.take_turn(identity, is_recorded, number, in_main)
         if failure is None:
             return result
-        raise run.step_failed(failure, identity, index, cause, inside) from cause
+        raise run.step_failed(failure, identity, index, cause) from cause
     except asyncio.CancelledError:
         run.note_cancelled(identity, begin, input_key)
         raise

@@ -17,13 +17,15 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure
 
-__all__ = ["EXPIRED", "OpenWait", "Waits", "now_ms", "text_of_time"]
+__all__ = ["EXPIRED", "WITHDRAWN", "OpenWait", "Waits", "now_ms", "text_of_time"]
 
 _ANSWER_POLL_SECONDS: Final = 1.0
 _STOP_POLL_SECONDS: Final = 0.25
 
 #: Stands for an answer that did not come in time.
 EXPIRED: Final = object()
+#: Payload of a question that the body has cancelled: no answer is taken any more. It is no JSON, as answers are.
+WITHDRAWN: Final = b"withdrawn"
 
 
 def now_ms() -> int:

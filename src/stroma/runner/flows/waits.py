@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import datetime, timedelta
 from time import perf_counter_ns
 from typing import Any, TypeVar, cast
@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from stroma.checkpoint import Waiting, schema_ref
 from stroma.contracts.schema import schema_of
 from stroma.runner.flows.flow_run import FlowRun
-from stroma.runner.flows.suspension import EXPIRED, OpenWait, now_ms, text_of_time
+from stroma.runner.flows.suspension import EXPIRED, WITHDRAWN, OpenWait, now_ms, text_of_time
 
 __all__ = ["call_sleep", "call_wait_for", "wake_ms_of"]
 
@@ -75,6 +75,7 @@ async def _wait_for(
 ) -> AnswerT:
     driver, branch = run.driver, run.prefix + identity
     outcomes: list[Any] = []
+    asked: list[Waiting] = []
 
     async def work() -> bool:
         recorded = await run.find_recorded(identity, None) if run.records else None
@@ -83,14 +84,18 @@ async def _wait_for(
             return True
         wake = wake_ms if recorded is None else cast("int", recorded.data)
         earlier = driver.ctx.session.waiting.get((run.position, branch))
-        if earlier is None or (earlier.reason, earlier.schema_ref) != (
+        is_same = earlier is not None and (earlier.reason, earlier.schema_ref) == (
             question.reason,
             question.schema_ref,
-        ):
+        )
+        if not is_same or (earlier is not None and earlier.payload == WITHDRAWN):
             await run.before_live(identity)
             if wake is not None and recorded is None:
                 driver.journal.note_wake(run.position, branch, wake)
+            asked.append(question)
             await driver.waits.ask(question)
+        else:
+            asked.append(question)
         wait = driver.waits.add(OpenWait(branch, question.reason, wake_ms=wake, question=question))
         try:
             assert wait.done is not None
@@ -106,7 +111,7 @@ async def _wait_for(
             driver.waits.remove(wait)
         return False
 
-    await _wait(run, work, identity, number, in_main)
+    await _wait(run, work, identity, number, in_main, asked)
     (outcome,) = outcomes
     if outcome is EXPIRED:
         raise TimeoutError(f"no answer came in time: {question.reason}")
@@ -114,9 +119,17 @@ async def _wait_for(
 
 
 async def _wait(
-    run: FlowRun, work: Callable[[], Coroutine[Any, Any, bool]], identity: str, number: int, in_main: bool
+    run: FlowRun,
+    work: Callable[[], Coroutine[Any, Any, bool]],
+    identity: str,
+    number: int,
+    in_main: bool,
+    asked: Sequence[Waiting] = (),
 ) -> None:
-    """Wait, and hand out the result in turn. ``work`` returns True if the wait had ended when the run was resumed."""
+    """Wait, and hand out the result in turn.
+
+    ``work`` returns True if the wait had ended when the run was resumed. ``asked``: its questions, once they are stored.
+    """
     if run.driver.closing or run.has_ended:
         run.refuse(identity)
     run.alive += 1
@@ -127,7 +140,9 @@ async def _wait(
     try:
         await run.take_turn(identity, await work(), number, in_main)
     except asyncio.CancelledError:
-        run.note_cancelled(identity, begin, None)
+        if run.note_cancelled(identity, begin, None):
+            for question in asked:  # An answer that comes later is refused.
+                await run.driver.waits.ask(question._replace(payload=WITHDRAWN))
         raise
     finally:
         run.alive -= 1
