@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
-import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -14,8 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hypothesis import strategies as st
 from tests.fixtures import store_fixture
 from tests.limits.budget_helper import State
-from tests.limits.test_shared_budget import start
-from tests.shared_stores import SHARED, STORES, opened, place
+from tests.shared_stores import STORES
 from tests.tiers import examples
 
 from stroma import (
@@ -34,7 +31,6 @@ from stroma import (
 from stroma.failures.errors import Wait
 from stroma.failures.providers import requested_waits
 from stroma.limits import rate_state as rates
-from stroma.limits.rate_limit import read_limit
 from stroma.testing import FakeClock
 
 NAMES = (f"cooldown-{n}" for n in itertools.count())
