@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from time import perf_counter, perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final
@@ -21,14 +19,17 @@ from stroma.cost.budget import BudgetExceeded
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.tasks import Shield
-from stroma.failures.errors import CircuitOpen, Wait
+from stroma.failures.classes import FailureClass
+from stroma.failures.errors import COOLDOWN, CircuitOpen, Wait, WaitedTooLong
 from stroma.failures.failure import Failure
+from stroma.failures.policy import policy_for
+from stroma.hooks.dispatch import Calls
 from stroma.trace.events import TraceMark
 
 if TYPE_CHECKING:  # Loaded by who makes one: most runs have none.
     from stroma.checkpoint.cells import Change
     from stroma.limits.breaker import Breaker, CircuitState
-    from stroma.limits.gate import Caller, Gate
+    from stroma.limits.gate import BudgetWarning, Caller, CooldownBegun, Gate
     from stroma.trace.events import AttemptUsage, MarkKind
 
 __all__ = ["Permit", "admit"]
@@ -106,13 +107,13 @@ class Permit:
             outcome if isinstance(outcome, Failure) else getattr(outcome, "failure", None)
         )
         done = isinstance(outcome, BaseModel) or getattr(outcome, "output", None) is not None
-        due: list[tuple[str, float, float]] = []
+        due: list[BudgetWarning | CooldownBegun] = []
         self._uncharge()
         for gate in reversed(self.gates):
             if gate in self.answers:
                 ending = _charged(gate, self.token, self.answers[gate])
             else:
-                ending = gate.count_call(run.node_id, self.token, run.counted, began=True, learns=done)
+                ending = gate.count_call(run.node_id, self.token, run.counted, failure, has_output=done)
             problem = await shield.finish(_collect(ending, due))
             if problem is not None:
                 ctx.run_logger.error(
@@ -122,10 +123,8 @@ class Permit:
         self.gates = []
         if self.breaker is not None:
             await self._judge(self.breaker, failure, done)
-        if due and ctx.fire.on_budget_warning is not None:
-            for warning in due:
-                arguments = (ctx.run_id, *warning)
-                await ctx.fire.fire("on_budget_warning", ctx.fire.on_budget_warning, None, lambda: arguments)  # noqa: B023
+        for event in due:
+            await _announce(ctx, run, event)
         return shield.is_cancelled
 
     def _uncharge(self) -> None:
@@ -196,27 +195,27 @@ async def admit(ctx: ReliabilityContext, run: NodeExecution) -> Permit | Excepti
 async def _pass(ctx: ReliabilityContext, run: NodeExecution, permit: Permit, gate: Gate) -> Exception | None:
     line, token = gate.line, permit.token
     permit.gates.append(gate)
-    wait = Wait("in line", None)
-    if not line.waiting:  # No attempt overtakes those that wait.
+    if line.waiting:  # No attempt overtakes those that wait.
+        wait = line.wait_of_last(perf_counter())
+    else:
         first = await gate.ask(run.node_id, token, permit.caller)
         if not isinstance(first, Wait):
             return first
+        line.note(first, perf_counter())
         wait = first
-    reason = f"{gate.label}: {wait.reason}"
     line.waiting += 1
+    queued = _Queued(ctx, run, f"{gate.label}: ")
     try:
-        with _waiting(ctx, run, reason):
-            await _announce_wait(ctx, run, reason, wait.ms)
-            return await _in_line(ctx, run, gate, wait, permit)
+        await queued.begin(wait)
+        return await _in_line(queued, gate, wait, permit)
     finally:
+        queued.end()
         line.waiting -= 1
 
 
-async def _in_line(
-    ctx: ReliabilityContext, run: NodeExecution, gate: Gate, wait: Wait, permit: Permit
-) -> Exception | None:
+async def _in_line(queued: _Queued, gate: Gate, wait: Wait, permit: Permit) -> Exception | None:
     """Ask, once earlier attempts have passed, until the gate admits the call or refuses it."""
-    token = permit.token
+    ctx, run, token = permit.ctx, permit.run, permit.token
     line, pause, begin = gate.line, _POLL_SECONDS[0], perf_counter()
     scope = asyncio.timeout(_seconds(ctx, run, gate.max_wait_seconds))
     try:
@@ -224,8 +223,14 @@ async def _in_line(
             while True:
                 line.moved.clear()
                 answer = await gate.ask(run.node_id, token, permit.caller)
+                line.note(answer, perf_counter())
                 if not isinstance(answer, Wait):
                     return answer
+                if answer.reason == COOLDOWN:
+                    if (refused := _closed_too_long(ctx, run, gate, answer)) is not None:
+                        return refused
+                    if wait.reason != COOLDOWN:
+                        await queued.begin(answer)
                 wait = answer
                 if wait.ms is None:
                     seconds, pause = random.uniform(0.5, 1) * pause, min(pause * 1.5, _POLL_SECONDS[1])
@@ -237,6 +242,22 @@ async def _in_line(
             raise
         waited = perf_counter() - begin
         return _late(ctx, run, waited, gate.max_wait_seconds) or await _too_long(gate, wait, run, permit)
+
+
+def _closed_too_long(
+    ctx: ReliabilityContext, run: NodeExecution, gate: Gate, wait: Wait
+) -> WaitedTooLong | None:
+    """Return the refusal of an attempt whose policy does not wait for the end of a cooldown; None if it waits."""
+    policy = policy_for(FailureClass.RECOVERABLE, ctx.step_policies.get(run.node_id), ctx.policy_map)
+    seconds = (wait.ms or 0) / 1000
+    if seconds <= policy.max_retry_after_seconds:
+        return None
+    error = WaitedTooLong(
+        f"{gate.label} is closed for another {seconds:.6g} s because the provider asked to wait, and node {run.node_id!r} waits "
+        f"for at most {policy.max_retry_after_seconds:g} s; resume the run after that, or raise max_retry_after_seconds"
+    )
+    error.retry_after = seconds
+    return error
 
 
 async def _too_long(gate: Gate, wait: Wait, run: NodeExecution, permit: Permit) -> Exception | None:
@@ -259,8 +280,9 @@ async def _pass_circuit(
         limit = breaker.max_wait_seconds
         if limit is not None and (entry.wait_seconds > limit or limit == 0):
             return CircuitOpen(key, entry.wait_seconds)
-        with _waiting(ctx, run, reason):
-            await _announce_wait(ctx, run, reason, int(entry.wait_seconds * 1000))
+        queued = _Queued(ctx, run)
+        try:
+            await queued.begin(Wait(reason, int(entry.wait_seconds * 1000)))
             at_most = _seconds(ctx, run, limit)
             while entry.wait_seconds is not None:
                 waited = perf_counter() - begin
@@ -271,6 +293,8 @@ async def _pass_circuit(
                 entry = breaker.enter(key)
                 if entry.wait_seconds == 0.0 and at_most is not None and perf_counter() - begin > at_most:
                     return _late(ctx, run, at_most, limit) or CircuitOpen(key, 0.0)
+        finally:
+            queued.end()
     permit.probe = entry.probe
     if entry.changed is not None:
         await _announce_circuit(ctx, run, key, entry.changed)
@@ -326,23 +350,46 @@ def mark(ctx: ReliabilityContext, run: NodeExecution, kind: MarkKind, reason: st
     ctx.trace.marks.append(TraceMark(*place, kind, reason, waited_ms, datetime.now(UTC)))
 
 
-@contextmanager
-def _waiting(ctx: ReliabilityContext, run: NodeExecution, reason: str) -> Iterator[None]:
-    begin = perf_counter()
-    try:
-        yield
-    finally:
-        mark(ctx, run, "wait", reason, (perf_counter() - begin) * 1000)
+class _Queued:
+    """The wait of an attempt for its turn, for hooks and the trace."""
+
+    def __init__(self, ctx: ReliabilityContext, run: NodeExecution, prefix: str = "") -> None:
+        self._ctx = ctx
+        self._run = run
+        self._prefix = prefix
+        self._reason = ""
+        self._begin = 0.0
+
+    async def begin(self, wait: Wait) -> None:
+        """Begin to wait, or go on to wait for another reason."""
+        self.end()
+        ctx, run = self._ctx, self._run
+        self._reason = reason = self._prefix + wait.reason
+        self._begin = perf_counter()
+        seconds = 0.0 if wait.ms is None else wait.ms / 1000
+        ctx.run_logger.info("node %r is queued: %s", run.node_id, reason)
+        calls = ctx.fire.on_node_wait
+        if calls is not None:
+            await ctx.fire.fire(
+                "on_node_wait", calls, run.node_id, lambda: (ctx.run_id, run.node_id, reason, seconds)
+            )
+
+    def end(self) -> None:
+        if self._reason:
+            mark(self._ctx, self._run, "wait", self._reason, (perf_counter() - self._begin) * 1000)
 
 
-async def _announce_wait(ctx: ReliabilityContext, run: NodeExecution, reason: str, ms: int | None) -> None:
-    seconds = 0.0 if ms is None else ms / 1000
-    ctx.run_logger.info("node %r is queued: %s", run.node_id, reason)
-    calls = ctx.fire.on_node_wait
+async def _announce(
+    ctx: ReliabilityContext, run: NodeExecution, event: BudgetWarning | CooldownBegun
+) -> None:
+    node_id: str | None = None
+    if event.hook == "on_limit_cooldown":
+        node_id, label, seconds = run.node_id, f"limit {event[0]!r}", float(event[1])
+        mark(ctx, run, "cooldown", label, 0.0)
+        ctx.run_logger.warning("%s is closed for %.3g s because the provider asked to wait", label, seconds)
+    calls: Calls | None = getattr(ctx.fire, event.hook)
     if calls is not None:
-        await ctx.fire.fire(
-            "on_node_wait", calls, run.node_id, lambda: (ctx.run_id, run.node_id, reason, seconds)
-        )
+        await ctx.fire.fire(event.hook, calls, node_id, lambda: (ctx.run_id, *event))
 
 
 async def _announce_circuit(

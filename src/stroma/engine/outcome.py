@@ -14,7 +14,7 @@ from stroma.cost.budget import BudgetExceeded
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import Kind, NodeExecution
 from stroma.failures.classes import FailureClass
-from stroma.failures.errors import RunFailed
+from stroma.failures.errors import RunFailed, WaitedTooLong
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
 from stroma.trace.result import RunStatus
 
@@ -96,6 +96,8 @@ def refuse(run: NodeExecution, error: Exception) -> Halt:
     if run.last_failure is not None and error.__cause__ is None:
         error.__cause__ = run.last_failure.exception
     failure = diagnose(error, NodeContext(run.node_id, run.attempt, run.run_id), run.ctx.classifiers)
+    if isinstance_by_type(error, WaitedTooLong):
+        failure = replace(failure, retry_after_seconds=error.retry_after)
     run.ctx.run_logger.info("node %r is not called: %s", run.node_id, one_line(failure.message))
     if isinstance_by_type(error, StoreError):
         failure = replace(failure, failure_class=FailureClass.RECOVERABLE, reason="store")

@@ -91,6 +91,10 @@ _UNITS: Final = {"cost": " USD", "tokens": " tokens", "latency": " ms"}
 _NAMES: Final = {"cost": "max_cost_usd", "tokens": "max_tokens", "latency": "max_latency_ms"}
 
 
+#: Reason of the wait for the end of a cooldown.
+COOLDOWN: Final = "cooldown"
+
+
 class Wait(NamedTuple):
     """A call may not begin yet.
 
@@ -170,12 +174,18 @@ class LimitError(Exception):
 
 
 class WaitedTooLong(Exception):
-    """An attempt waited for its turn longer than it may.
+    """An attempt waited for its turn longer than it may, or would have to.
+
+    Attributes:
+        retry_after: seconds until the limit opens again; None if unknown.
 
     Where: ``result.failure`` of a PARTIAL run; the node was not called.
-    Cause: a limit had no room for ``max_wait_seconds``.
+    Cause: a limit had no room for ``max_wait_seconds``, or the provider has asked all calls to wait longer than
+        ``max_retry_after_seconds`` of the node's policy.
     Fix: run with ``resume=True`` later, raise the limit, or ``max_wait_seconds``.
     """
+
+    retry_after: float | None = None
 
 
 class CircuitOpen(Exception):

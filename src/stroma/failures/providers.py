@@ -36,7 +36,7 @@ from stroma.failures.provider_verdicts import (
     ProviderVerdict,
 )
 
-__all__ = ["read_provider_error", "retry_after_seconds"]
+__all__ = ["read_provider_error", "requested_waits", "retry_after_seconds"]
 
 
 def read_provider_error(exc: BaseException) -> ProviderVerdict | None:
@@ -95,6 +95,46 @@ def _worst(group: BaseExceptionGroup[Any], seen: set[int]) -> ProviderVerdict | 
         else:
             verdicts.append(verdict)
     return None if silent else max(verdicts, key=lambda verdict: verdict.retry_after or 0.0)
+
+
+def requested_waits(exc: BaseException) -> list[float]:
+    """Return the seconds that providers ask to wait, in an exception or the members of a group; 0 where they do not say.
+
+    Without a time, only a rate limit (429) and a provider that is overloaded as a whole (529) count; a 503 may come from
+    one server of many. A Retry-After of 0 is no time. Never raises.
+    """
+    waits: list[float] = []
+    leaves, seen = [exc], set[int]()
+    while leaves:
+        leaf = leaves.pop()
+        if id(leaf) in seen:
+            continue
+        seen.add(id(leaf))
+        if issubclass(type(leaf), BaseExceptionGroup):
+            leaves.extend(cast("BaseExceptionGroup[Any]", leaf).exceptions)
+            continue
+        verdict = read_provider_error(leaf)
+        if verdict is None:
+            continue
+        if verdict.retry_after or verdict.reason == "rate_limit" or _is_overloaded(verdict, leaf):
+            waits.append(verdict.retry_after or 0.0)
+    return waits
+
+
+def _is_overloaded(verdict: ProviderVerdict, exc: BaseException) -> bool:
+    if verdict.reason != "overloaded":
+        return False
+    for candidate in (exc, _cause(exc)):
+        packages = {_package(cls) for cls in type(candidate).__mro__}
+        try:
+            if candidate is not None and (
+                _status(candidate, packages) == 529
+                or "overloaded_error" in _codes(candidate, _levels(candidate, packages))
+            ):
+                return True
+        except Exception:
+            continue  # As in _verdict(): an exception that cannot be read says nothing.
+    return False
 
 
 def _read(exc: BaseException) -> ProviderVerdict | None:

@@ -74,6 +74,7 @@ class Hooks:
     on_map_progress: Calls | None
     on_node_wait: Calls | None
     on_circuit_change: Calls | None
+    on_limit_cooldown: Calls | None
 
     def __init__(
         self,

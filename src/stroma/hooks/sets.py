@@ -58,7 +58,8 @@ class NodeHooks:
     else about a node (position, attempt, model, cost ...) is at :func:`stroma.current_node` while a hook runs.
     ``on_node_wait`` gets (run id, node id, reason, seconds) when an attempt begins to wait for its turn: at a limit, a
     shared budget or an open circuit; 0 seconds where nobody can tell how long. ``on_circuit_change`` gets (run id, host or
-    limit, "open", "half_open" or "closed") in the run that changed it. ``on_budget_warning`` names the limit of a shared
+    limit, "open", "half_open" or "closed") in the run that changed it. ``on_limit_cooldown`` gets (run id, limit, seconds)
+    in the run whose call has closed a limit, since its provider asked to wait. ``on_budget_warning`` names the limit of a shared
     budget "budget:cost" or "budget:tokens".
     Compose sets with ``a | b`` or a list: starts run first to last, ends last to first. ``on_map_progress`` gets
     the progress of a map: at its start, at its end, and in between at most five times a second.
@@ -77,6 +78,7 @@ class NodeHooks:
     on_map_progress: Callable[[str, str, MapProgress], Awaitable[None]] | None = None
     on_node_wait: Callable[[str, str, str, float], Awaitable[None]] | None = None
     on_circuit_change: Callable[[str, str, str], Awaitable[None]] | None = None
+    on_limit_cooldown: Callable[[str, str, float], Awaitable[None]] | None = None
 
     def __post_init__(self) -> None:
         self.check()
@@ -113,6 +115,7 @@ _ARGUMENTS: Final[dict[str, tuple[str, ...]]] = {
     "on_map_progress": ("run_id", "node_id", "progress"),
     "on_node_wait": ("run_id", "node_id", "reason", "seconds"),
     "on_circuit_change": ("run_id", "key", "state"),
+    "on_limit_cooldown": ("run_id", "limit", "seconds"),
 }
 
 

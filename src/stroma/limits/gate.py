@@ -9,7 +9,7 @@ import math
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeVar
 
 from stroma.checkpoint.cells import CellStore, Change, MemoryCells
@@ -17,15 +17,25 @@ from stroma.checkpoint.errors import StoreError
 from stroma.contracts.contract import check_id
 from stroma.cost.budget import LARGEST
 from stroma.cost.usage import shown
-from stroma.failures.errors import Wait
+from stroma.failures.errors import COOLDOWN, Wait
 from stroma.limits.budget_state import JournalPlace
 from stroma.limits.lease_renewal import RENEWER
 from stroma.limits.reservations import report_damage
 
 if TYPE_CHECKING:
+    from stroma.failures.failure import Failure
     from stroma.trace.events import AttemptUsage
 
-__all__ = ["Caller", "Gate", "OnStoreError", "optional_seconds", "positive_int", "positive_number"]
+__all__ = [
+    "BudgetWarning",
+    "Caller",
+    "CooldownBegun",
+    "Gate",
+    "OnStoreError",
+    "optional_seconds",
+    "positive_int",
+    "positive_number",
+]
 
 T = TypeVar("T")
 logger = logging.getLogger("stroma")
@@ -46,6 +56,21 @@ class WaitQueue:
         self.waiting = 0
         #: Set when a call of this loop has ended, so that there may be room.
         self.moved = asyncio.Event()
+        #: The last answer to the first in line, and its time.
+        self._answer: Wait | None = None
+        self._answered = 0.0
+
+    def note(self, answer: object, now: float) -> None:
+        """Note an answer to the first in line. ``now``: seconds of any clock."""
+        self._answer, self._answered = answer if isinstance(answer, Wait) else None, now
+
+    def wait_of_last(self, now: float) -> Wait:
+        """Return the wait of an attempt that joins the line: behind the others, or with them for the end of a cooldown."""
+        wait = self._answer
+        if wait is None or wait.reason != COOLDOWN:
+            return Wait("in line", None)
+        passed = int((now - self._answered) * 1000)
+        return wait if wait.ms is None else Wait(COOLDOWN, max(0, wait.ms - passed))
 
 
 class Caller(NamedTuple):
@@ -58,6 +83,23 @@ class Caller(NamedTuple):
 
     place: JournalPlace | None
     journal: Any
+
+
+class BudgetWarning(NamedTuple):
+    """A limit of a shared budget has reached 80 %: the arguments of ``on_budget_warning``."""
+
+    dimension: str
+    used: float
+    limit: float
+    hook = "on_budget_warning"
+
+
+class CooldownBegun(NamedTuple):
+    """A call has closed a limit: the arguments of ``on_limit_cooldown``."""
+
+    limit: str
+    seconds: float
+    hook = "on_limit_cooldown"
 
 
 class Gate(ABC):
@@ -158,9 +200,12 @@ class Gate(ABC):
 
     @abstractmethod
     async def count_call(
-        self, node_id: str, token: str, used: AttemptUsage, *, began: bool, learns: bool
-    ) -> Any:
-        """Count what an admitted call used. Raises StoreError."""
+        self, node_id: str, token: str, used: AttemptUsage, failure: Failure | None, *, has_output: bool
+    ) -> Sequence[BudgetWarning | CooldownBegun]:
+        """Count a call that was made, and return what is to be announced. Raises StoreError.
+
+        ``failure`` is None for a call that succeeded or was cancelled. A call over a budget has an output and a failure.
+        """
 
     def charge(self, node_id: str, token: str, took: tuple[int, int], *, learns: bool) -> Change[Any] | None:
         """Return the change of the cell that counts a call, for the transaction that records its attempt, or None.
@@ -169,7 +214,7 @@ class Gate(ABC):
         """
         return None
 
-    def finish_charge(self, token: str, answer: Any) -> Any:
+    def finish_charge(self, token: str, answer: Any) -> Sequence[BudgetWarning]:
         """Return the same as :meth:`count_call`, for a call that a charge has counted. Raises StoreError."""
         raise NotImplementedError
 

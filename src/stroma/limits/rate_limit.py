@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,15 +10,38 @@ from typing import TYPE_CHECKING, Any
 
 from stroma.checkpoint.cells import CellStore
 from stroma.checkpoint.errors import StoreError
+from stroma.contracts.contract import check_id
 from stroma.cost.usage import shown
-from stroma.failures.errors import LimitError, Wait, WaitedTooLong
-from stroma.limits.gate import Caller, Gate, OnStoreError, optional_seconds, positive_int, positive_number
-from stroma.limits.rate_state import RateLimits, TooLarge, acquire, release_call, renew_calls
+from stroma.failures.errors import COOLDOWN, LimitError, Wait, WaitedTooLong
+from stroma.failures.providers import requested_waits
+from stroma.limits.breaker import Breaker
+from stroma.limits.gate import (
+    Caller,
+    CooldownBegun,
+    Gate,
+    OnStoreError,
+    optional_seconds,
+    positive_int,
+    positive_number,
+)
+from stroma.limits.rate_state import (
+    CallEnd,
+    LimitState,
+    Probe,
+    RateLimits,
+    TooLarge,
+    acquire,
+    read_limit_state,
+    release_call,
+    renew_calls,
+)
+from stroma.limits.reservations import report_damage
 
 if TYPE_CHECKING:
+    from stroma.failures.failure import Failure
     from stroma.trace.events import AttemptUsage
 
-__all__ = ["Limit", "RateGate", "check_limits"]
+__all__ = ["Limit", "RateGate", "check_limits", "read_limit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +50,10 @@ class Limit:
 
     The name is the limit's key in ``RunConfig.limits``. Runs of this process share it by that name; with a ``store``, those
     of all processes that use that store.
+
+    A call that receives a Retry-After, a 429 or a 529 closes the limit for all of them until the time is over. Then one
+    attempt probes. If the provider answers it, the others follow at the limit's rate; if it is refused, the limit closes
+    again. Waiting uses none of the retries of a node.
 
     Attributes:
         requests_per_minute: attempts that begin within any 60 seconds.
@@ -99,6 +127,8 @@ class RateGate(Gate):
         terms = tuple(zip(names, figures, strict=True))
         super().__init__(name, limit.store, terms, limit.lease_seconds, limit.on_store_error)
         self._rates = RateLimits(name, *figures)
+        #: Calls in flight that probe.
+        self._probes: set[str] = set()
         #: The end of a call must be recorded.
         self._records_end = limit.tokens_per_minute is not None or limit.concurrent is not None
 
@@ -112,26 +142,40 @@ class RateGate(Gate):
                 f"one call of node {node_id!r} needs {answer.tokens} tokens, more than tokens_per_minute="
                 f"{self._rates.tokens} of {self.label}; raise the limit, or make the calls smaller"
             )
-        if answer is None and self._records_end:
+        if isinstance(answer, Wait):
+            return answer
+        if answer is not None:
+            self._probes.add(token)
+        if answer is not None or self._records_end:
             self.renew_lease(token)
-        return answer
+        return None
 
     async def count_call(
-        self, node_id: str, token: str, used: AttemptUsage, *, began: bool, learns: bool
-    ) -> Any:
-        if self._records_end:
-            self.release(token)
-            took = used.tokens
-            await self.change(release_call(self.name, token, took, learns=learns or took > 0, began=began))
-        return ()
+        self, node_id: str, token: str, used: AttemptUsage, failure: Failure | None, *, has_output: bool
+    ) -> list[CooldownBegun]:
+        end = CallEnd(answered=True) if has_output else _end_of_call(failure)
+        if not (self._records_end or end.refused or token in self._probes):
+            return []
+        self._probes.discard(token)
+        self.release(token)
+        learns = has_output or used.tokens > 0
+        seconds = await self.change(release_call(self.name, token, used.tokens, end, learns=learns))
+        return [] if seconds is None else [CooldownBegun(self.name, seconds)]
 
     def abandon(self, node_id: str, token: str, used: AttemptUsage | None) -> None:
-        if self._records_end:
+        # A call that was cancelled while it asked may have become the probe.
+        if self._records_end or used is None or token in self._probes:
+            self._probes.discard(token)
             self.release(token)
             took = None if used is None else used.tokens
-            self.post(release_call(self.name, token, took, learns=False, began=used is not None))
+            self.post(release_call(self.name, token, took, CallEnd(began=used is not None), learns=False))
 
     def too_long(self, wait: Wait, node_id: str) -> Exception:
+        if wait.reason == COOLDOWN:
+            return WaitedTooLong(
+                f"node {node_id!r} waited {self.max_wait_seconds:g} s at {self.label}, which is closed because the provider "
+                "asked to wait; resume the run later, or raise max_wait_seconds"
+            )
         figure = dict(self._terms).get(wait.reason)
         return WaitedTooLong(
             f"node {node_id!r} waited {self.max_wait_seconds:g} s at {self.label} for its turn ({wait.reason}={figure}); "
@@ -140,6 +184,28 @@ class RateGate(Gate):
 
     def _renew(self, tokens: list[str]) -> None:
         self.post(renew_calls(self.name, tokens, int(self.lease_seconds * 1000)))
+
+
+def _end_of_call(failure: Failure | None) -> CallEnd:
+    """Return what the failure of a call says about the provider; None for a call that was cancelled."""
+    if failure is None:
+        return CallEnd()
+    waits = requested_waits(failure.exception)
+    if waits:
+        longest = math.ceil(min(max(waits), 1e9) * 1000)
+        return CallEnd(refused=True, wait_ms=longest or None)
+    return CallEnd(answered=Breaker.verdict(failure) is True)
+
+
+def read_limit(store: Any, name: str) -> LimitState | None:
+    """Return the state of a limit in a store; None if no call was made under it.
+
+    Blocking. Raises ValueError for an illegal name, StoreError.
+    """
+    data, now = store.read_cell(f"{RateGate.kind}:{check_id(name, 'name of a limit')}")
+    read = report_damage(f"limit {name!r}", lambda data, now: read_limit_state(name, data, now))
+    state: LimitState | None = read(data, now)
+    return state
 
 
 def check_limits(limits: Mapping[str, Limit], node_limits: Mapping[str, str]) -> None:

@@ -1,16 +1,21 @@
-"""The state of a rate limit: requests and tokens of the last minute, and calls in flight.
+"""The state of a rate limit: requests and tokens of the last minute, calls in flight, and the cooldown.
 
 Pure functions, as in stroma.limits.budget_state. The minute is a sliding window of 61 one-second slots, so that no 60
 consecutive seconds hold more than the limit.
+
+A call that the provider refused closes the limit (see :class:`CallEnd`). When the time is over one call probes: if the
+provider answers, the limit is open again, and for one window calls begin at even distances. If it is refused, the limit
+closes again. If it ends otherwise, or its lease expires, another call probes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from stroma.failures.errors import Wait
+from stroma.failures.errors import COOLDOWN, Wait
 from stroma.limits.reservations import (
     estimate_usage,
     is_live,
@@ -21,11 +26,28 @@ from stroma.limits.reservations import (
     renew_leases,
 )
 
-__all__ = ["RateLimits", "TooLarge", "acquire", "release_call", "renew_calls"]
+__all__ = [
+    "CallEnd",
+    "LimitState",
+    "Probe",
+    "RateLimits",
+    "TooLarge",
+    "acquire",
+    "read_limit_state",
+    "release_call",
+    "renew_calls",
+]
 
 _FORMAT: Final = 1
 _WINDOW_SECONDS: Final = 61
 _MAX_CLOCK_STEP_MS: Final = 60_000
+#: Cooldown after a refusal that names no time; it doubles with each probe that is refused, up to the maximum.
+_FIRST_COOLDOWN_MS: Final = 1_000
+_MAX_DOUBLED_COOLDOWN_MS: Final = 60_000
+#: No cooldown is longer: then a call probes, whatever the provider has asked for.
+_MAX_COOLDOWN_MS: Final = 3_600_000
+#: After a cooldown, calls that began too late may catch up with the even distances by as much.
+_CATCH_UP_MS: Final = 1_000
 
 
 class RateLimits(NamedTuple):
@@ -43,6 +65,42 @@ class TooLarge(NamedTuple):
     tokens: int
 
 
+class Probe(NamedTuple):
+    """Answer for a call that may begin and has to find out whether the provider accepts calls again."""
+
+
+class CallEnd(NamedTuple):
+    """The end of a call, as far as a limit is concerned. The default is a cancelled one.
+
+    Attributes:
+        began: the call was made.
+        answered: the provider has dealt with it.
+        refused: the provider has asked to wait.
+        wait_ms: milliseconds that it has asked for; None if it did not say.
+    """
+
+    began: bool = True
+    answered: bool = False
+    refused: bool = False
+    wait_ms: int | None = None
+
+
+class LimitState(NamedTuple):
+    """State of a limit at one moment.
+
+    Attributes:
+        requests: calls that began within the last minute.
+        tokens: tokens of those calls.
+        calls: calls in flight that have a reservation.
+        cooldown_ms: milliseconds until the end of the cooldown; 0 while a call probes; None if there is no cooldown.
+    """
+
+    requests: int
+    tokens: int
+    calls: int
+    cooldown_ms: int | None
+
+
 @dataclass
 class _RateCell:
     #: [second, requests, tokens], the oldest first.
@@ -50,6 +108,14 @@ class _RateCell:
     #: By token: [until, node, second, tokens].
     holds: dict[str, list[Any]] = field(default_factory=dict)
     recent: dict[str, list[int]] = field(default_factory=dict)
+    #: End of the cooldown; 0 while the limit is open.
+    closed_until: int = 0
+    #: Cooldowns in a row, and the token of the last call that probed.
+    refusals: int = 0
+    probe: str = ""
+    #: Calls begin at even distances until then, the next one not before ``next_start``.
+    paced_until: int = 0
+    next_start: float = 0
 
     def pack_state(self) -> bytes:
         return pack_state(vars(self), _FORMAT)
@@ -70,6 +136,41 @@ class _RateCell:
                 return max(1, (slot[0] + _WINDOW_SECONDS) * 1000 - now)
         return 1000
 
+    def correct_clock(self, now: int) -> None:
+        """Forget what a clock that was far ahead has left: nobody is to wait for it."""
+        if self.slots and self.slots[-1][0] * 1000 > now + _MAX_CLOCK_STEP_MS:
+            self.slots = []
+        if self.closed_until > now + _MAX_COOLDOWN_MS:
+            self.closed_until = now
+        if self.paced_until > now + _WINDOW_SECONDS * 1000:
+            self.paced_until = 0
+
+    def cooldown(self, now: int) -> Wait | None:
+        """Return the wait for the end of the cooldown; None if the limit is open, or the next call is to probe."""
+        if self.closed_until > now:
+            return Wait(COOLDOWN, self.closed_until - now)
+        hold = self.holds.get(self.probe)
+        return Wait(COOLDOWN, None) if self.closed_until and hold is not None and is_live(hold, now) else None
+
+    def close(self, wait_ms: int | None, now: int) -> bool:
+        """Begin a cooldown, or extend the one that is on. Return True if it begins."""
+        begins = self.closed_until <= now
+        if begins:
+            self.refusals += 1
+            if wait_ms is None:
+                wait_ms = min(
+                    _FIRST_COOLDOWN_MS << min(self.refusals - 1, 10), _MAX_DOUBLED_COOLDOWN_MS
+                )
+        # The calls in flight are refused for the same reason: without a time, they do not extend it.
+        self.closed_until = max(self.closed_until, now + min(wait_ms or 0, _MAX_COOLDOWN_MS))
+        return begins
+
+    def reopen(self, now: int) -> None:
+        self.closed_until = self.refusals = 0
+        self.probe = ""
+        self.paced_until = now + _WINDOW_SECONDS * 1000
+        self.next_start = now
+
 
 def _label(name: str) -> str:
     return f"limit {name!r}"
@@ -82,15 +183,14 @@ def _read(data: bytes | None, name: str) -> _RateCell | None:
 
 def acquire(
     rates: RateLimits, token: str, node: str, declared: int | None, lease_ms: int | None
-) -> Callable[[bytes | None, int], tuple[bytes | None, Wait | TooLarge | None]]:
-    """Return a change that admits a call. It answers None if the call may begin."""
+) -> Callable[[bytes | None, int], tuple[bytes | None, Wait | TooLarge | Probe | None]]:
+    """Return a change that admits a call. It answers None or a Probe if the call may begin."""
 
-    def change(data: bytes | None, now: int) -> tuple[bytes | None, Wait | TooLarge | None]:
+    def change(data: bytes | None, now: int) -> tuple[bytes | None, Wait | TooLarge | Probe | None]:
         state = _read(data, rates.name) or _RateCell()
         if token in state.holds:  # Reserved by an earlier try whose answer was lost.
-            return None, None
-        if state.slots and state.slots[-1][0] * 1000 > now + _MAX_CLOCK_STEP_MS:
-            state.slots = []  # The clock was far ahead: do not wait for it.
+            return None, Probe() if token == state.probe else None
+        state.correct_clock(now)
         state.slots = [slot for slot in state.slots if (slot[0] + _WINDOW_SECONDS) * 1000 > now]
         prune_holds(state.holds, now)
         estimate = 0 if rates.tokens is None else estimate_usage(state.recent, node, declared, rates.tokens)
@@ -98,54 +198,104 @@ def acquire(
             # Report it once: smaller calls must not be refused because of earlier ones.
             state.recent.pop(node, None)
             return state.pack_state(), TooLarge(estimate)
-        waits: list[tuple[int, str]] = []
-        if rates.requests is not None:
-            ms = state.until_fits(1, rates.requests, 1, now)
-            if ms is not None:
-                waits.append((ms, "requests_per_minute"))
+        if state.closed_until and (cooldown := state.cooldown(now)) is not None:
+            return None, cooldown
         needed = estimate or 0
-        if rates.tokens is not None:
-            if estimate is None:  # The first call of a node reserves the rest of the minute.
-                needed = max(1, rates.tokens - sum(slot[2] for slot in state.slots))
-            ms = state.until_fits(2, rates.tokens, needed, now)
-            if ms is not None:
-                waits.append((ms, "tokens_per_minute"))
-        if waits:
-            ms, reason = max(waits)
-            return None, Wait(reason, ms)
-        in_flight = sum(is_live(hold, now) for hold in state.holds.values())
-        if rates.concurrent is not None and in_flight >= rates.concurrent:
-            return None, Wait("concurrent", None)
+        if rates.tokens is not None and estimate is None:
+            # The first call of a node reserves the rest of the minute.
+            needed = max(1, rates.tokens - sum(slot[2] for slot in state.slots))
+        wait = _wait_for_room(state, rates, needed, now)
+        if wait is not None:
+            return None, wait
         slot = state.slot(now // 1000)
         slot[1] += 1
         slot[2] += needed
-        if rates.tokens is not None or rates.concurrent is not None:  # Otherwise its end is not reported.
+        if state.paced_until > now:
+            state.next_start = max(state.next_start, now - _CATCH_UP_MS) + _distance_ms(rates, estimate)
+        is_probe = state.closed_until != 0
+        if is_probe:
+            state.probe = token
+        if is_probe or rates.tokens is not None or rates.concurrent is not None:
+            # The end of all other calls is not reported.
             until = None if lease_ms is None else now + lease_ms
             state.holds[token] = [until, node, slot[0], needed]
-        return state.pack_state(), None
+        return state.pack_state(), Probe() if is_probe else None
 
     return change
+
+
+def _wait_for_room(state: _RateCell, rates: RateLimits, tokens: int, now: int) -> Wait | None:
+    waits: list[tuple[int, str]] = []
+    if state.paced_until > now and state.next_start > now and not state.closed_until:
+        reason = "tokens_per_minute" if rates.requests is None else "requests_per_minute"
+        waits.append((math.ceil(state.next_start - now), reason))
+    if rates.requests is not None:
+        ms = state.until_fits(1, rates.requests, 1, now)
+        if ms is not None:
+            waits.append((ms, "requests_per_minute"))
+    if rates.tokens is not None:
+        ms = state.until_fits(2, rates.tokens, tokens, now)
+        if ms is not None:
+            waits.append((ms, "tokens_per_minute"))
+    if waits:
+        ms, reason = max(waits)
+        return Wait(reason, ms)
+    in_flight = sum(is_live(hold, now) for hold in state.holds.values())
+    if rates.concurrent is not None and in_flight >= rates.concurrent:
+        return Wait("concurrent", None)
+    return None
+
+
+def _distance_ms(rates: RateLimits, tokens: int | None) -> float:
+    """Return the milliseconds from one call to the next that spread the limit evenly over a minute."""
+    of_requests = 0.0 if rates.requests is None else 60_000 / rates.requests
+    of_tokens = 0.0 if rates.tokens is None or tokens is None else 60_000 * tokens / rates.tokens
+    return max(of_requests, of_tokens)
 
 
 def release_call(
-    name: str, token: str, took: int | None, *, learns: bool, began: bool = True
-) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
-    """Return a change that counts what a call used in place of its reservation. ``began``: the call was made."""
+    name: str, token: str, took: int | None, end: CallEnd, *, learns: bool
+) -> Callable[[bytes | None, int], tuple[bytes | None, float | None]]:
+    """Return a change that counts what a call used in place of its reservation, and closes or reopens the limit.
 
-    def change(data: bytes | None, now: int) -> tuple[bytes | None, None]:
+    It answers the seconds of the cooldown that the call has begun; None if it has begun none.
+    """
+
+    def change(data: bytes | None, now: int) -> tuple[bytes | None, float | None]:
         state = _read(data, name)
         hold = None if state is None else state.holds.pop(token, None)
-        if state is None or hold is None:
+        if hold is None and not end.refused:
             return None, None
-        for slot in state.slots:
-            if slot[0] == hold[2]:
-                slot[2] = max(0, slot[2] - hold[3]) + (took or 0)
-                slot[1] = max(0, slot[1] - (not began))
-        if learns and took is not None:
-            remember_usage(state.recent, hold[1], took)
-        return state.pack_state(), None
+        if state is None:
+            state = _RateCell()
+        if hold is not None:
+            for slot in state.slots:
+                if slot[0] == hold[2]:
+                    slot[2] = max(0, slot[2] - hold[3]) + (took or 0)
+                    slot[1] = max(0, slot[1] - (not end.began))
+            if learns and took is not None:
+                remember_usage(state.recent, hold[1], took)
+        begun = end.refused and state.close(end.wait_ms, now)
+        if hold is not None and end.answered and token == state.probe and state.closed_until <= now:
+            state.reopen(now)
+        return state.pack_state(), max(0, state.closed_until - now) / 1000 if begun else None
 
     return change
+
+
+def read_limit_state(name: str, data: bytes | None, now: int) -> LimitState | None:
+    """Return the state of a limit; None if no call was ever made under it."""
+    state = _read(data, name)
+    if state is None:
+        return None
+    state.correct_clock(now)
+    recent = [slot for slot in state.slots if (slot[0] + _WINDOW_SECONDS) * 1000 > now]
+    return LimitState(
+        sum(slot[1] for slot in recent),
+        sum(slot[2] for slot in recent),
+        sum(is_live(hold, now) for hold in state.holds.values()),
+        max(0, state.closed_until - now) if state.closed_until else None,
+    )
 
 
 def renew_calls(

@@ -33,6 +33,7 @@ from stroma.limits.budget_state import (
     unsettled_calls_of,
 )
 from stroma.limits.gate import (
+    BudgetWarning,
     Caller,
     Gate,
     OnStoreError,
@@ -45,6 +46,7 @@ from stroma.limits.reservations import report_damage
 
 if TYPE_CHECKING:
     from stroma.checkpoint.protocols import Session
+    from stroma.failures.failure import Failure
     from stroma.trace.events import AttemptUsage
 
 __all__ = ["AttemptPlace", "BudgetState", "SharedBudget", "caller_of", "check_budgets", "read_budget"]
@@ -214,11 +216,11 @@ class SharedBudget(Gate):
         return self._refusal(answer, node_id)
 
     async def count_call(
-        self, node_id: str, token: str, used: AttemptUsage, *, began: bool, learns: bool
-    ) -> list[tuple[str, float, float]]:
-        """Count what a call used. Returns (dimension, used, limit) of each limit that has reached 80 %. Raises StoreError."""
+        self, node_id: str, token: str, used: AttemptUsage, failure: Failure | None, *, has_output: bool
+    ) -> list[BudgetWarning]:
+        """See Gate. Returns the limits that have reached 80 %."""
         self.release(token)
-        spend = self._spend(node_id, token, used, learns)
+        spend = self._spend(node_id, token, used, has_output)
         try:
             due = await self.change(settle(self._budget_terms, [spend]))
         except StoreError:
@@ -226,9 +228,9 @@ class SharedBudget(Gate):
             raise
         return self._warnings(due)
 
-    def _warnings(self, due: list[tuple[str, int, int]]) -> list[tuple[str, float, float]]:
+    def _warnings(self, due: list[tuple[str, int, int]]) -> list[BudgetWarning]:
         return [
-            (
+            BudgetWarning(
                 f"{self.name}:{what}",
                 _usd(used) if what == "cost" else used,
                 _usd(limit) if what == "cost" else limit,
@@ -260,7 +262,7 @@ class SharedBudget(Gate):
 
     def finish_charge(
         self, token: str, answer: list[tuple[str, int, int]] | StoreError
-    ) -> list[tuple[str, float, float]]:
+    ) -> list[BudgetWarning]:
         """Return the same as :meth:`count_call`, for a call that a charge has counted. Raises StoreError."""
         self.release(token)
         if isinstance(answer, StoreError):

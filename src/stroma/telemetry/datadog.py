@@ -264,6 +264,9 @@ class _Datadog(Observer):
         if of_node is not None:
             of_node.ended = CUT_SHORT
 
+    def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
+        self._count("limit.cooldowns", 1, [f"pipeline:{run.pipeline}", f"limit:{limit}"])
+
     def node_ended(self, node: NodeExecution) -> None:
         of_node: _DatadogNode | None = node.notes.pop(self, None)
         if of_node is None:

@@ -150,6 +150,10 @@ class _Logs(Observer):
     def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
         self._write(logging.WARNING, "circuit changed", {**_of_run(run), "circuit": key, "state": state})
 
+    def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
+        fields = {**_of_run(run), "limit": limit, "delay_s": round(seconds, 3)}
+        self._write(logging.WARNING, "limit cooldown", fields)
+
     def _failure(self, run: ReliabilityContext, ended: Ended) -> dict[str, Any]:
         assert ended.error is not None
         fields = {

@@ -158,6 +158,9 @@ class Observer:
     def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
         """Handle a circuit of a host or limit that becomes "open", "half_open" or "closed"."""
 
+    def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
+        """Handle a limit that a call of the run has closed for some seconds, since its provider asked to wait."""
+
     def flush(self, timeout_seconds: float) -> bool:
         """Send what is queued, blocking; return True if all of it was sent. Called in a thread."""
         return True
@@ -201,6 +204,7 @@ class Observer:
             on_budget_warning=wanted(calls.on_budget_warning, "budget_warning"),
             on_node_wait=wanted(calls.on_node_wait, "waiting"),
             on_circuit_change=wanted(calls.on_circuit_change, "circuit_changed"),
+            on_limit_cooldown=wanted(calls.on_limit_cooldown, "limit_cooled_down"),
             exporter=self,
         )
 
@@ -288,6 +292,11 @@ class _HookCalls:
 
     async def on_circuit_change(self, _run_id: str, key: str, state: str) -> None:
         self._exporter._safely("on_circuit_change", self._exporter.circuit_changed, current_run(), key, state)
+
+    async def on_limit_cooldown(self, _run_id: str, limit: str, seconds: float) -> None:
+        self._exporter._safely(
+            "on_limit_cooldown", self._exporter.limit_cooled_down, current_run(), limit, seconds
+        )
 
 
 @dataclass

@@ -150,6 +150,9 @@ class _OpenTelemetry(Observer):
         self._exceeded = own_meter.create_counter(
             "stroma.budget.exceeded", "{run}", "Runs that a budget stopped"
         )
+        self._cooldowns = own_meter.create_counter(
+            "stroma.limit.cooldowns", "{cooldown}", "Times that a refused call has closed a limit"
+        )
         self._hook_errors = own_meter.create_counter(
             "stroma.hook.errors", "{error}", "Exceptions that hooks raised"
         )
@@ -251,6 +254,13 @@ class _OpenTelemetry(Observer):
                 "stroma.budget.limit": limit,
             }
             of_run.span.add_event("stroma.budget.warning", about)
+
+    def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
+        self._cooldowns.add(1, {"gen_ai.workflow.name": run.pipeline, "stroma.limit": limit})
+        of_run = run.notes.get(self)
+        if of_run is not None and of_run.span is not None:
+            about = {"stroma.limit": limit, "stroma.limit.cooldown_s": seconds}
+            of_run.span.add_event("stroma.limit.cooldown", about)
 
     # ------------------------------------------------------------------ nodes
 

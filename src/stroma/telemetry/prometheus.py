@@ -101,6 +101,9 @@ class _Metrics:
         self.exceeded = counter("stroma_budget_exceeded", "Runs that a budget stopped.", "dimension")
         self.waits = counter("stroma_node_waits", "Attempts that waited for their turn.", "node_id")
         self.circuits = counter("stroma_circuit_changes", "What circuits came to.", "circuit", "state")
+        self.cooldowns = counter(
+            "stroma_limit_cooldowns", "Times that a refused call has closed a limit.", "limit"
+        )
         self.model_label = ModelLabels()
         self.hook_errors = counter("stroma_hook_errors", "Exceptions that hooks raised.", "hook")
 
@@ -195,3 +198,6 @@ class _Prometheus(Observer):
 
     def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
         self._metrics.circuits(run.pipeline, key, state).inc()
+
+    def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
+        self._metrics.cooldowns(run.pipeline, limit).inc()

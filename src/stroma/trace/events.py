@@ -236,7 +236,7 @@ class TraceEvent:
         return self.node_id
 
 
-MarkKind = Literal["wait", "refused", "circuit_open", "circuit_half_open", "circuit_closed"]
+MarkKind = Literal["wait", "refused", "cooldown", "circuit_open", "circuit_half_open", "circuit_closed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +244,9 @@ class TraceMark:
     """An event of an attempt before or after its call.
 
     Attributes:
-        kind: "wait" for its turn, "refused" by a shared budget, a limit or an open circuit, or what a circuit came to.
-        reason: what for, in words; of a circuit the host or limit.
+        kind: "wait" for its turn, "refused" by a shared budget, a limit or an open circuit, the
+            "cooldown" of a limit that it has begun, or what a circuit came to.
+        reason: what for, in words; of a circuit the host or limit, of a cooldown the limit.
         waited_ms: how long it waited; 0 for all else.
         at_utc: when it was noted: a wait at its end.
     """
