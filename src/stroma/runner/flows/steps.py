@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from asyncio import current_task
 from collections.abc import Coroutine
 from time import perf_counter_ns
 from typing import Any, Final
@@ -85,7 +86,8 @@ async def make_step(
     in_main: bool,
 ) -> Any:
     """Make a step, or replay it, and return its output. Raises StepFailed."""
-    driver, task = run.driver, asyncio.current_task()
+    driver = run.driver
+    task = current_task(driver.loop)
     assert task is not None
     if driver.closing or run.has_ended:
         run.refuse(identity)
@@ -140,7 +142,10 @@ async def make_step(
             if type(outcome) is Halt:
                 await _settle(run, outcome, identity, input_key)
             elif (
-                run.alive == 1 and not run.is_concurrent and not driver.ready and run.order.is_next(identity)
+                run.alive == 1
+                and not run.is_concurrent
+                and not driver.ready
+                and (not run.order.is_waiting and not run.order.recorded)
             ):
                 run.order.delivered.append(identity)
                 if plan[2] is not None:
