@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import sys
 from asyncio import current_task
 from threading import get_ident
@@ -304,6 +305,17 @@ class FlowRun:
         if recorded.kind == "cancelled":
             await self._await_cancellation(identity, recorded.data["seconds"])
         return recorded
+
+    def identity_for(self, identity: str, input_key: bytes | None) -> str:
+        """Return another identity for a step that followed a retried failure, and is called with another input now.
+
+        Its idempotency key differs then: what was done under the other one was done for the other input.
+        """
+        recorded = self.records.get(identity)
+        before = None if recorded is None else input_key_of(recorded)
+        if self.is_map or before is None or input_key is None or before == input_key:
+            return identity
+        return f"{identity}@{hashlib.sha256(input_key).hexdigest()[:16]}"
 
     async def _await_cancellation(self, identity: str, seconds: float) -> NoReturn:
         """Wait until the body cancels a call again that it has cancelled before."""

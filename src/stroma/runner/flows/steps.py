@@ -104,6 +104,10 @@ async def make_step(
             input_key = encode_input(driver.ctx, node, state)
         if run.records:
             begin = perf_counter_ns()
+            if run.optional and identity in run.optional:
+                del run.open[identity]
+                identity = run.identity_for(identity, input_key)
+                run.open[identity] = task
             recorded = await run.find_recorded(identity, input_key)
         if recorded is not None:
             outcome = (
