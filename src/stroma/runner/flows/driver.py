@@ -70,6 +70,11 @@ class FlowDriver:
         """Return numbers that change with what the body does."""
         return self.activity, self.endings.count, len(self.waits.open)
 
+    def note_busy(self) -> None:
+        """Record the function time of the flow so far."""
+        outermost = self.flows[0]
+        self.journal.note_busy(outermost.position, outermost.execution.busy_ns)
+
     def wake(self) -> None:
         """Have the driver look at what is open."""
         self.is_woken = True

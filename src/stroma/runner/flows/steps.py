@@ -230,6 +230,8 @@ async def _make(run: FlowRun, node: Node | Group, state: BaseModel, place: Place
         end = error
     finally:
         driver.busy -= 1
+        if driver.ctx.limits and driver.ctx.budget.max_latency_ms is not None:
+            driver.note_busy()  # With the next commit, for a process that takes over.
         if driver.waits.open or driver.stopping is not None:
             driver.wake()
     assert end is not None
