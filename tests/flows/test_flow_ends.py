@@ -471,3 +471,36 @@ async def test_failures_that_came_together_are_tried_again_together(turns: int) 
     result = await runner_on(store).run(f, Num())
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
     assert sorted(world.calls) == ["bad 0", "bad 1"]
+
+
+@pytest.mark.parametrize("kind", STORES)
+async def test_a_step_with_another_input_after_a_retried_failure_has_another_key(kind: str) -> None:
+    """What a step did for one input, after a failure, and does for another one once that is retried, has two idempotency
+    keys; the resumes after that return both steps from the journal."""
+    world = World()
+    world.failing.add("bad")
+    bad, pay = world.step("bad"), world.step("pay")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        amount, failed = Num(n=1), None
+        try:
+            await flow.step(bad, state)
+        except StepFailed as error:
+            amount, failed = Num(n=5), error
+        paid = await flow.step(pay, amount)
+        if failed is not None:
+            raise failed
+        await flow.wait_for(Answer, reason="Go on?")
+        return await flow.step(pay, paid)
+
+    with store_of(kind) as store:
+        assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+        world.failing.clear()
+        for _ in range(3):
+            assert (await runner_on(store).run(f, Num())).status is RunStatus.SUSPENDED
+        await runner_on(store).signal("r", Answer())
+        result = await runner_on(store).run(f, Num())
+        assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=3))
+    assert world.calls == ["bad 0", "pay 5", "bad 0", "pay 1", "pay 2"]
+    assert len({key for what in ("pay 5", "pay 1", "pay 2") for key in world.keys[what]}) == 3

@@ -20,6 +20,7 @@ from tests.kit import NEVER, Num, node, quick
 from tests.shared_stores import STORES, store_of
 
 from stroma import (
+    ExecutionBudget,
     Flow,
     InMemoryStore,
     NodeHooks,
@@ -30,6 +31,7 @@ from stroma import (
     current_node,
     stroma_flow,
 )
+from stroma.engine import attempt
 from stroma.runner.flows import driver
 from stroma.testing import assert_resumable
 
@@ -677,3 +679,39 @@ def test_many_steps_are_resumed_in_little_time_and_memory(tmp_path: Path) -> Non
     seconds, megabytes = map(float, process("resume").split())
     assert seconds < 2
     assert megabytes < 60
+
+
+@pytest.mark.parametrize("way", ["suspended", "killed"])
+@pytest.mark.parametrize("store", STORES, indirect=True)
+async def test_the_latency_of_earlier_processes_counts(
+    store: Any, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Function time of earlier processes of a flow that has not ended counts against ``max_latency_ms``."""
+    clock = 1_000_000_000
+    monkeypatch.setattr(attempt, "perf_counter_ns", lambda: clock)
+    world = World()
+
+    def work(n: int) -> int:
+        nonlocal clock
+        clock += 100_000_000
+        return n + 1
+
+    add = world.step("add", work)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        for _ in range(3):
+            state = await flow.step(add, state)
+        await flow.wait_for(Text, reason="Go on?")
+        return await flow.step(add, state)
+
+    async def run() -> Any:
+        return await runner_on(store, budget=ExecutionBudget(max_latency_ms=350)).run(f, Num())
+
+    if way == "killed":
+        await world.live(run, "add 2")
+    assert (await world.live(run)).status is RunStatus.SUSPENDED
+    await runner_on(store).signal("r", Text(text="yes"))
+    result = await run()
+    assert result.failure is not None
+    assert "max_latency_ms limit 350 ms" in result.failure.message

@@ -80,7 +80,12 @@ async def run_flow(
         )
     flow = FlowRun(driver, None, node, position, "")
     begin = perf_counter_ns()
-    outcome = await _drive(flow, node, state)
+    outcome: Any = STOPPED
+    try:
+        outcome = await _drive(flow, node, state)
+    finally:
+        has_ended = not isinstance(outcome, (Halt, Stopped))
+        driver.journal.note_busy(position, 0 if has_ended else flow.execution.busy_ns)
     if isinstance(outcome, (Halt, Stopped)):
         ctx.cost_tracker.latency_ns += flow.execution.busy_ns
         return outcome

@@ -15,6 +15,7 @@ def describe(identity: str) -> str:
     """Return a call as people read it: ``call 2 of step 'judge' in branch 1``."""
     path, _, text = identity.rpartition("/")
     name, mark, number = text.rpartition("#")
+    number = number.partition("@")[0]
     if not mark:
         return f"the item of the map at index {number}"
     where = f" in branch {path.lstrip('-')}" if path else ""

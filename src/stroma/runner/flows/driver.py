@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import threading
 from typing import Any, Final, NoReturn
 
 from stroma.engine.context import ReliabilityContext
@@ -39,6 +40,7 @@ class FlowDriver:
         self.ctx = ctx
         self.journal = journal
         self.loop = asyncio.get_running_loop()
+        self.thread_id = threading.get_ident()
         self.activity = self.busy = self.unreached = 0
         #: What the loop does in its next turn, a task that has not begun, say. Of other loops than asyncio's nobody knows.
         self.ready = getattr(self.loop, "_ready", (True,))
@@ -67,6 +69,11 @@ class FlowDriver:
     def signs(self) -> tuple[int, int, int]:
         """Return numbers that change with what the body does."""
         return self.activity, self.endings.count, len(self.waits.open)
+
+    def note_busy(self) -> None:
+        """Record the function time of the flow so far."""
+        outermost = self.flows[0]
+        self.journal.note_busy(outermost.position, outermost.execution.busy_ns)
 
     def wake(self) -> None:
         """Have the driver look at what is open."""

@@ -8,6 +8,7 @@ from stroma._utils.text import one_line
 from stroma.checkpoint import PipelineChanged
 from stroma.contracts.node import FlowNode, Group, Node
 from stroma.engine.context import ReliabilityContext
+from stroma.engine.execution import NodeExecution
 from stroma.engine.outcome import Halt
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure, NodeContext, diagnose
@@ -25,6 +26,8 @@ class RunningFlow(Protocol):
     order: ResultOrder
     is_map: bool
     has_ended: bool
+    position: int
+    execution: NodeExecution
 
     def missing(self) -> str | None: ...
     def forget_from(self, index: int, identities: set[str]) -> None: ...

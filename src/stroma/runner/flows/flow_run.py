@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import sys
+from asyncio import current_task
+from threading import get_ident
 from time import perf_counter_ns
 from typing import Any, Literal, NoReturn, cast
 
@@ -177,6 +180,24 @@ class FlowRun:
     def begin_call(self, what: str) -> Scope:
         """Check that a call may be made here, and return the scope of the task that makes it."""
         driver = self.driver
+        # 0.2 us, and get_running_loop() would take as long again.
+        task = current_task(driver.loop) if get_ident() == driver.thread_id else None
+        if (
+            task is self.main_task
+            and task is not None
+            and SCOPE.get() is self.main_scope
+            and CURRENT.get() is None
+            and sys.exception() is None
+            and not (driver.closing or self.has_ended or driver.endings.handlers)
+        ):
+            driver.activity += 1
+            assert self.main_scope is not None
+            return self.main_scope
+        return self._begin_call_elsewhere(what, task)
+
+    def _begin_call_elsewhere(self, what: str, task: asyncio.Task[Any] | None) -> Scope:
+        """Do the same for a call that is not simply made by the first task of the body."""
+        driver = self.driver
         if driver.is_over:
             raise RuntimeError(
                 f"{what} was called after flow {self.node.node_id!r} had ended; call it in the body of the flow"
@@ -193,18 +214,12 @@ class FlowRun:
         error = sys.exception()
         if error is not None or driver.endings.handlers:
             self._note_handler(error)
-        loop: asyncio.AbstractEventLoop | None
-        try:
-            loop = asyncio.get_running_loop()
-            task = asyncio.current_task()
-        except RuntimeError:
-            loop = task = None  # In a thread.
         if task is self.main_task and task is not None:
             driver.activity += 1
             if SCOPE.get() is self.main_scope:
                 assert self.main_scope is not None
                 return self.main_scope
-        if loop is not driver.loop:
+        if task is None:
             raise RuntimeError(
                 f"{what} was called in another thread or event loop; call it in that of the flow"
             )
@@ -212,7 +227,6 @@ class FlowRun:
         scope = self.calls.scope()
         if scope.path:
             self.is_concurrent = True
-            assert task is not None
             self.tasks.add(task)
         return scope
 
@@ -291,6 +305,17 @@ class FlowRun:
         if recorded.kind == "cancelled":
             await self._await_cancellation(identity, recorded.data["seconds"])
         return recorded
+
+    def identity_for(self, identity: str, input_key: bytes | None) -> str:
+        """Return another identity for a step that followed a retried failure, and is called with another input now.
+
+        Its idempotency key differs then: what was done under the other one was done for the other input.
+        """
+        recorded = self.records.get(identity)
+        before = None if recorded is None else input_key_of(recorded)
+        if self.is_map or before is None or input_key is None or before == input_key:
+            return identity
+        return f"{identity}@{hashlib.sha256(input_key).hexdigest()[:16]}"
 
     async def _await_cancellation(self, identity: str, seconds: float) -> NoReturn:
         """Wait until the body cancels a call again that it has cancelled before."""

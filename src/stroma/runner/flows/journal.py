@@ -90,6 +90,8 @@ class FlowJournal:
         self._ctx = ctx
         self._flows: defaultdict[tuple[int, str], RecordedFlow] = defaultdict(RecordedFlow)
         self._values: dict[str, bytes] = {}
+        #: Function time of earlier processes that no committed row has, in ns, by the position of the flow.
+        self._busy: dict[int, int] = {}
         session = ctx.session
         if not session.continued:
             return
@@ -106,6 +108,7 @@ class FlowJournal:
                     self._flows[position, flow].add(identity, CallRecord("answer", waiting.payload))
         for key, data in dict(session.notes).items():
             self._read_note(key, data)
+        ctx.cost_tracker.prior_latency_ms += sum(self._busy.values()) / 1e6
 
     def _read_note(self, key: str, data: bytes) -> None:
         number, kind, rest = key.split(":", 2)
@@ -113,6 +116,8 @@ class FlowJournal:
         if kind == "o":
             index, _, flow = rest.partition(":")
             self._flows[position, flow].order[int(index)] = data.decode()
+        elif kind == "b":
+            self._busy[position] = int(data)
         elif kind == "p":
             self._flows[position, rest].optional.update(json.loads(data))
         elif kind in _KINDS:
@@ -190,6 +195,10 @@ class FlowJournal:
 
     def note_optional(self, position: int, flow: str, identities: set[str]) -> None:
         self._note(position, "p", flow, sorted(identities) or None)
+
+    def note_busy(self, position: int, busy_ns: int) -> None:
+        """Record the function time of a flow so far, beyond that of earlier processes; 0 once its own row has it."""
+        self._note(position, "b", "", self._busy.get(position, 0) + busy_ns or None)
 
     def forget(self, kind: Kind, position: int, branch: str) -> None:
         """Delete a note, so that a resume makes the call again."""

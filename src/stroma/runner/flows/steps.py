@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from asyncio import current_task
 from collections.abc import Coroutine
 from time import perf_counter_ns
 from typing import Any, Final
@@ -85,7 +86,8 @@ async def make_step(
     in_main: bool,
 ) -> Any:
     """Make a step, or replay it, and return its output. Raises StepFailed."""
-    driver, task = run.driver, asyncio.current_task()
+    driver = run.driver
+    task = current_task(driver.loop)
     assert task is not None
     if driver.closing or run.has_ended:
         run.refuse(identity)
@@ -102,6 +104,10 @@ async def make_step(
             input_key = encode_input(driver.ctx, node, state)
         if run.records:
             begin = perf_counter_ns()
+            if run.optional and identity in run.optional:
+                del run.open[identity]
+                identity = run.identity_for(identity, input_key)
+                run.open[identity] = task
             recorded = await run.find_recorded(identity, input_key)
         if recorded is not None:
             outcome = (
@@ -140,7 +146,10 @@ async def make_step(
             if type(outcome) is Halt:
                 await _settle(run, outcome, identity, input_key)
             elif (
-                run.alive == 1 and not run.is_concurrent and not driver.ready and run.order.is_next(identity)
+                run.alive == 1
+                and not run.is_concurrent
+                and not driver.ready
+                and (not run.order.is_waiting and not run.order.recorded)
             ):
                 run.order.delivered.append(identity)
                 if plan[2] is not None:
@@ -221,6 +230,8 @@ async def _make(run: FlowRun, node: Node | Group, state: BaseModel, place: Place
         end = error
     finally:
         driver.busy -= 1
+        if driver.ctx.limits and driver.ctx.budget.max_latency_ms is not None:
+            driver.note_busy()  # With the next commit, for a process that takes over.
         if driver.waits.open or driver.stopping is not None:
             driver.wake()
     assert end is not None
