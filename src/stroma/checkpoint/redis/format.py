@@ -169,6 +169,7 @@ def _run_row(reply: list[Any], run_id: str) -> RunRow:
         number["nodes"],
         number["attempts"],
         number["commits"],
+        _number(f["wake_ms"]) if "wake_ms" in f else None,
     )
     return parse_run(values, run_id)
 
