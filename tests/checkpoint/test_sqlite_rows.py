@@ -98,7 +98,7 @@ def test_the_first_execution_of_a_run(rows: SqliteRows) -> None:
     fence = rows.begin(None, opening(tags=("b", "a", "b")))
     assert fence == Fence(1, 1, 1, OURS, 30.0)
     assert table(rows, "runs") == [
-        (1, "r", "p", 1, "RUNNING", None, 1000, 1000, 0, 0, 0, OURS, 1, 530_000, 0, 0)
+        (1, "r", "p", 1, "RUNNING", None, 1000, 1000, 0, 0, 0, OURS, 1, 530_000, 0, 0, None)
     ]  # fmt: skip
     assert table(rows, "inputs") == [(1, 1, "c", INPUT, checksum(INPUT))]
     assert table(rows, "tags") == [(1, "a", 1000), (1, "b", 1000)]
