@@ -26,7 +26,7 @@ from stroma import (
 )
 from stroma.checkpoint.protocols import RunRequest
 from stroma.contracts.schema import schema_of
-from stroma.runner import flow_time
+from stroma.runner.flows import suspension
 from stroma.runner.worker import WorkerHealth
 from stroma.testing import FakeClock
 
@@ -42,7 +42,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ms = 1_800_000_000_000
-        monkeypatch.setattr(flow_time, "time_ns", lambda: self.ms * 1_000_000)
+        monkeypatch.setattr(suspension, "time_ns", lambda: self.ms * 1_000_000)
 
     def pass_by(self, **duration: float) -> None:
         self.ms += round(timedelta(**duration).total_seconds() * 1000)

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from stroma.checkpoint import CheckpointNotFound, RunBusy, RunExists, StoreError
 from stroma.contracts.schema import Schema
 from stroma.runner.batch import Batch
-from stroma.runner.flow_time import now_ms
+from stroma.runner.flows.suspension import now_ms
 from stroma.runner.live_runs import LiveRuns
 from stroma.runner.pipeline import Pipeline, nodes_of
 from stroma.runner.stored_runs import StoredRuns
