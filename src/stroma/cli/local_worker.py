@@ -87,8 +87,8 @@ class LocalWorker:
                         on_result=self._report,
                     )
                 )
-                self._print("ready", self._describe() + (f", {url}" if url else ""))
-                status = asyncio.ensure_future(self._report_status(started))
+                ready = self._describe() + (f", {url}" if url else "")
+                status = asyncio.ensure_future(self._report_status(ready, started))
                 try:
                     await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
                     self._health.is_draining = True
@@ -111,7 +111,7 @@ class LocalWorker:
 
     def _read_health(self) -> tuple[bool, dict[str, Any]]:
         health = self._health
-        status = "draining" if health.is_draining else "ok" if health.is_ok else "store not readable"
+        status = "ok" if health.is_ok else "draining" if health.is_draining else "store not readable"
         return health.is_ok, {
             "schema": "stroma.health/1",
             "status": status,
@@ -126,7 +126,9 @@ class LocalWorker:
         if not self.quiet and not failed:  # The log has the exception.
             timed_line("run ", clean(run_id), f": {status}")
 
-    async def _report_status(self, started: float) -> None:
+    async def _report_status(self, ready: str, started: float) -> None:
+        await self._health.started.wait()
+        self._print("ready", ready)
         while True:
             await asyncio.sleep(_STATUS_SECONDS)
             self._print("well" if self._health.is_ok else "waiting for the store", self._progress(started))

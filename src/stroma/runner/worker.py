@@ -53,6 +53,7 @@ class WorkerHealth:
     """How a worker is doing. Read it in any thread.
 
     Attributes:
+        started: set once the store has been read.
         active: runs in progress.
         is_draining: no further run is continued.
     """
@@ -61,6 +62,7 @@ class WorkerHealth:
     MAX_FAILING_SECONDS: Final = 60.0
 
     def __init__(self) -> None:
+        self.started = asyncio.Event()
         self.active = 0
         self.is_draining = False
         #: By time.monotonic(), while the store cannot be read.
@@ -68,9 +70,10 @@ class WorkerHealth:
 
     @property
     def is_ok(self) -> bool:
-        """True while the worker takes up runs; False while it drains, or cannot read the store for a minute."""
+        """True while the worker takes up runs; False before, while it drains, or cannot read the store for a minute."""
         failing = 0.0 if self.failing_since is None else time.monotonic() - self.failing_since
-        return not self.is_draining and failing < self.MAX_FAILING_SECONDS
+        is_failing = failing >= self.MAX_FAILING_SECONDS
+        return self.started.is_set() and not self.is_draining and not is_failing
 
 
 class Worker:
@@ -104,7 +107,6 @@ class Worker:
         self._active: dict[str, asyncio.Task[None]] = {}
         self._delays: dict[str, _Delay] = {}
         self._failed_polls = 0
-        self._has_polled = False
         self.health = health or WorkerHealth()
         self._on_result: Callable[[str, Outcome], None] | None = None
         # Not the shared generator: a program that seeds it would make all workers choose the same runs.
@@ -165,14 +167,14 @@ class Worker:
         try:
             due = await self._find_due(served, due_ms)
         except StoreError as error:
-            if not (self._has_polled or error.transient):
+            if not (self.health.started.is_set() or error.transient):
                 raise
             if self._failed_polls == 0:
                 self.health.failing_since = time.monotonic()
                 logger.warning("the store cannot be asked for due runs: %s; trying again", error)
             self._failed_polls += 1
             return False
-        self._has_polled = True
+        self.health.started.set()
         if self._failed_polls:
             self._failed_polls, self.health.failing_since = 0, None
             logger.info("the store can be asked for due runs again")
