@@ -6,7 +6,6 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -51,9 +50,9 @@ TARGETS = ("flows.py:ask", "flows.py:napping")
 
 
 @pytest.fixture
-def shell(stroma: Any) -> Iterator[Any]:
+def shell(stroma: Any) -> Any:
     stroma.file("flows.py", FLOW)
-    yield stroma
+    return stroma
 
 
 def _read(url: str) -> tuple[int, Any]:

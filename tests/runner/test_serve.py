@@ -295,9 +295,8 @@ async def test_a_run_that_cannot_be_resumed_does_not_stop_the_others(
             await asyncio.sleep(0.2)
     assert serving.statuses("r") == ["RESUMED"]
     assert len(serving.outcomes["broken"]) == 1
-    assert [r.getMessage() for r in caplog.records if "broken" in r.getMessage()][0].endswith(
-        "trying again in 5 s"
-    )
+    message = next(r.getMessage() for r in caplog.records if "broken" in r.getMessage())
+    assert message.endswith("trying again in 5 s")
 
 
 async def test_a_store_that_is_away_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:

@@ -20,7 +20,7 @@ _READ_SECONDS: Final = 5.0
 _MAX_LINES: Final = 100  # of the head of a request
 
 
-class HealthAddress(click.ParamType):
+class HealthAddress(click.ParamType[tuple[str, int]]):
     """[HOST:]PORT, as (host, port)."""
 
     name = "address"

@@ -498,15 +498,17 @@ class StromaRunner:
         Raises ValueError for two pipelines of one name and for invalid numbers, TypeError for anything but flows and
         Pipelines and for one that starts with a group, StoreError if the store has no journal or cannot be used.
         """
-        from stroma.runner.worker import Worker  # Not loaded by runs.
+        from stroma.runner.worker import RunWorker  # Not loaded by runs.
 
         with self._live.batch() as batch:
-            worker = Worker(
+            worker = RunWorker(
                 self._stored, self._resume_due, batch, self._live, max_concurrency, poll_seconds, health
             )
             await worker.serve(pipelines, on_result)
 
-    async def _resume_due(self, pipeline: Pipeline, state: BaseModel, run_id: str, due_ms: int) -> ExecutionResult:
+    async def _resume_due(
+        self, pipeline: Pipeline, state: BaseModel, run_id: str, due_ms: int
+    ) -> ExecutionResult:
         """Resume a run that is due. Raises RunExists if it is not, RunBusy if it has an owner."""
         overrides = {"resume": True, "if_running": "error"}
         return await self._run(pipeline, state, run_id, overrides, due_ms=due_ms)

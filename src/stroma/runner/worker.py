@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Final, NamedTuple
 
 from pydantic import BaseModel
@@ -20,7 +21,7 @@ from stroma.runner.pipeline import Pipeline, nodes_of
 from stroma.runner.stored_runs import StoredRuns
 from stroma.trace.result import ExecutionResult, RunStatus
 
-__all__ = ["Worker", "WorkerHealth"]
+__all__ = ["RunWorker", "WorkerHealth"]
 
 logger = logging.getLogger("stroma")
 
@@ -50,7 +51,7 @@ class _Delay(NamedTuple):
 
 
 class WorkerHealth:
-    """How a worker is doing. Read it in any thread.
+    """Condition of a worker. May be read in any thread.
 
     Attributes:
         started: set once the store has been read.
@@ -76,7 +77,7 @@ class WorkerHealth:
         return self.started.is_set() and not self.is_draining and not is_failing
 
 
-class Worker:
+class RunWorker:
     """One call of ``serve``.
 
     Args:
@@ -153,7 +154,7 @@ class Worker:
 
     def _next_poll_seconds(self) -> float:
         """Return a random delay, so that workers that were started together do not ask together."""
-        seconds = self._poll_seconds * 2 ** min(self._failed_polls, 10)
+        seconds = self._poll_seconds * 2.0 ** min(self._failed_polls, 10)
         if self._failed_polls:
             seconds = max(self._poll_seconds, min(seconds, _MAX_POLL_DELAY_SECONDS))
         return seconds * self._random.uniform(0.5, 1.5)
@@ -185,7 +186,7 @@ class Worker:
             task = asyncio.create_task(self._continue(one, run_id, due_ms))
             self._active[run_id] = task
             self.health.active = len(self._active)
-            task.add_done_callback(lambda done, run_id=run_id: self._finished(run_id, done))
+            task.add_done_callback(partial(self._finish, run_id))
         return len(due) >= free
 
     async def _find_due(self, served: list[_Served], due_ms: int) -> list[tuple[_Served, str]]:
@@ -198,14 +199,12 @@ class Worker:
         delayed = {run_id for run_id, delay in self._delays.items() if delay.until > now}
         # Runs that are not chosen must not hide others.
         limit = max(_MIN_PAGE, 10 * self._max_concurrency) + len(delayed) + len(self._active)
-        found = [
+        due = [
             (one, run_id)
             for one in served
             for run_id in await self._stored.find_due(one.pipeline.name, due_ms, limit)
         ]
-        return [
-            (one, run_id) for one, run_id in found if run_id not in delayed and run_id not in self._active
-        ]
+        return [(one, run_id) for one, run_id in due if run_id not in delayed and run_id not in self._active]
 
     async def _continue(self, served: _Served, run_id: str, due_ms: int) -> None:
         outcome: Outcome
@@ -237,7 +236,7 @@ class Worker:
         why = outcome if isinstance(outcome, Exception) else f"it ended as {outcome.status}"
         logger.warning("run %s could not be continued: %s; trying again in %.0f s", run_id, why, seconds)
 
-    def _finished(self, run_id: str, task: asyncio.Task[None]) -> None:
+    def _finish(self, run_id: str, task: asyncio.Task[None]) -> None:
         del self._active[run_id]
         self.health.active = len(self._active)
         if not task.cancelled() and task.exception() is not None:

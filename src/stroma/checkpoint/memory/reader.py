@@ -73,7 +73,9 @@ class MemoryReader:
         due = [
             run_id
             for run_id, run in self._runs.items()
-            if run.pipeline == pipeline and (last := run.last_execution()) is not None and is_due(last, now_ms)
+            if run.pipeline == pipeline
+            and (last := run.last_execution()) is not None
+            and is_due(last, now_ms)
         ]
         return due[:limit]
 

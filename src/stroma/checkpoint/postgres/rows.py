@@ -153,7 +153,9 @@ class PostgresRows:
 
     def due(self, pipeline: str, now_ms: int, limit: int) -> list[str]:
         run_ids = [run_id for (run_id,) in self._execute(sql.DUE, (pipeline, now_ms, limit)).fetchall()]
-        for run_id, owner, left_seconds in self._execute(sql.RUNNING, (pipeline, machine_prefix())).fetchall():
+        for run_id, owner, left_seconds in self._execute(
+            sql.RUNNING, (pipeline, machine_prefix())
+        ).fetchall():
             if len(run_ids) < limit and is_free(owner, left_seconds):
                 run_ids.append(run_id)
         return run_ids

@@ -67,7 +67,7 @@ _COUNT: Final = f"""UPDATE runs SET updated_ms = ?, lease_until_ms = ?, tokens =
 _IS_COMMITTED: Final = "SELECT 1 FROM steps WHERE run = ? AND execution = ? AND position = +? AND branch = ?"
 _ATTEMPT_COUNT: Final = "SELECT attempt_count FROM runs WHERE run = ?"
 # An answer that was stored since the run was claimed makes it due.
-_END: Final = f"""UPDATE runs SET status = ?1, error = ?2, updated_ms = ?3, lease_until_ms = NULL,
+_END: Final = """UPDATE runs SET status = ?1, error = ?2, updated_ms = ?3, lease_until_ms = NULL,
     wake_ms = CASE WHEN ?1 IN ('SUSPENDED', 'INTERRUPTED') THEN coalesce(min(wake_ms, ?4), wake_ms, ?4) END
     WHERE run = ?5 AND lease_epoch = ?6 AND lease_owner = ?7 AND attempt_count >= ?8"""
 _WAKE: Final = "UPDATE runs SET wake_ms = 0 WHERE run = ?"
