@@ -9,7 +9,7 @@ import socket
 from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
-__all__ = ["LIVE_SESSIONS", "Owner", "boot_id", "is_free", "is_gone", "machine_prefix", "new_owner"]
+__all__ = ["LIVE_SESSIONS", "Owner", "boot_id", "is_gone", "machine_prefix", "new_owner"]
 
 #: Prefix of the token of a session that does not record its end.
 _ENDLESS: Final = "-"
@@ -80,12 +80,6 @@ def is_gone(owner: Owner) -> bool:
     if (owner.pid, owner.born) == (here.pid, here.born):
         return owner.token not in LIVE_SESSIONS
     return _has_ended(owner.pid, owner.born)
-
-
-def is_free(owner: str | None, left_seconds: float) -> bool:
-    """Return True if a running run has no owner any more. ``left_seconds``: of its lease."""
-    holder = Owner.read(owner)
-    return holder is None or left_seconds < 0 or is_gone(holder)
 
 
 def machine_prefix() -> str:

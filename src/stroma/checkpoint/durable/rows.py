@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Final, NamedTuple, Protocol
 
-from stroma.checkpoint.durable.owner import Owner, is_free
+from stroma.checkpoint.durable.owner import Owner, is_gone
 from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "RunRow",
     "Step",
     "StepRow",
+    "is_free",
 ]
 
 
@@ -43,6 +44,12 @@ class Annotation(IntEnum):
 
 #: The status of a run, and the outcome of an attempt, with values that no store writes.
 DAMAGED: Final = "DAMAGED"
+
+
+def is_free(owner: str | None, left_seconds: float) -> bool:
+    """Return True if a running run has no owner any more. ``left_seconds``: of its lease."""
+    holder = Owner.read(owner)
+    return holder is None or left_seconds < 0 or is_gone(holder)
 
 
 @dataclass(slots=True)

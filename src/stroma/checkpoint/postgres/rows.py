@@ -9,7 +9,7 @@ from typing import Any, Final, LiteralString
 import psycopg
 
 from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, require_undamaged
-from stroma.checkpoint.durable.owner import is_free, machine_prefix
+from stroma.checkpoint.durable.owner import machine_prefix
 from stroma.checkpoint.durable.rows import (
     Annotation,
     AttemptSummary,
@@ -19,6 +19,7 @@ from stroma.checkpoint.durable.rows import (
     RunRow,
     Step,
     StepRow,
+    is_free,
 )
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.postgres import statements as sql

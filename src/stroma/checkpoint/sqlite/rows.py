@@ -9,8 +9,17 @@ from typing import Any, Final
 
 from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, require_undamaged
 from stroma.checkpoint.durable.operations import Commit
-from stroma.checkpoint.durable.owner import Owner, boot_id, is_free
-from stroma.checkpoint.durable.rows import AttemptSummary, Fence, Opening, RunExtras, RunRow, Step, StepRow
+from stroma.checkpoint.durable.owner import Owner, boot_id
+from stroma.checkpoint.durable.rows import (
+    AttemptSummary,
+    Fence,
+    Opening,
+    RunExtras,
+    RunRow,
+    Step,
+    StepRow,
+    is_free,
+)
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.records import Attempt, AttemptMark, RunQuery, StoreFacts, Tally, parse_attempt_mark
 from stroma.checkpoint.sql import Dialect, attempt_page, find_runs, tally
