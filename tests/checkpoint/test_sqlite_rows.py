@@ -478,7 +478,9 @@ def test_the_commit_at_a_place(rows: SqliteRows) -> None:
 def test_what_is_kept_beside_a_run(rows: SqliteRows) -> None:
     """It makes the run, without an execution; what is there gives way to it; it is told in the order of its branches."""
     rows.annotate("r", Annotation.SAVED, "b", "node", step(b"1"))
-    assert table(rows, "runs") == [(1, "r", "", 0, "RUNNING", None, 1000, 1000, 0, 0, 0, None, 0, None, 0, 0, None)]
+    assert table(rows, "runs") == [
+        (1, "r", "", 0, "RUNNING", None, 1000, 1000, 0, 0, 0, None, 0, None, 0, 0, None)
+    ]
     rows.annotate("r", Annotation.SAVED, "a", "node", step(b"2", 4, b"g"))
     rows.annotate("r", Annotation.SAVED, "b", "other", step(b"3"))
     rows.annotate("r", Annotation.TRACE, "", "trace", step(b"4"))
