@@ -98,7 +98,7 @@ def test_the_first_execution_of_a_run(rows: SqliteRows) -> None:
     fence = rows.begin(None, opening(tags=("b", "a", "b")))
     assert fence == Fence(1, 1, 1, OURS, 30.0)
     assert table(rows, "runs") == [
-        (1, "r", "p", 1, "RUNNING", None, 1000, 1000, 0, 0, 0, OURS, 1, 530_000, 0, 0)
+        (1, "r", "p", 1, "RUNNING", None, 1000, 1000, 0, 0, 0, OURS, 1, 530_000, 0, 0, None)
     ]  # fmt: skip
     assert table(rows, "inputs") == [(1, 1, "c", INPUT, checksum(INPUT))]
     assert table(rows, "tags") == [(1, "a", 1000), (1, "b", 1000)]
@@ -125,7 +125,7 @@ def test_the_next_execution_of_a_run(rows: SqliteRows, clock: Clock) -> None:
     )  # fmt: skip
     assert fence == Fence(1, 2, 2, THEIRS, 1.5)
     assert table(rows, "runs") == [
-        (1, "r", "q", 2, "RUNNING", None, 2000, 2000, 0, 0, 0, THEIRS, 2, 901_500, 0, 0)
+        (1, "r", "q", 2, "RUNNING", None, 2000, 2000, 0, 0, 0, THEIRS, 2, 901_500, 0, 0, None)
     ]  # fmt: skip
     assert table(rows, "inputs") == [
         (1, 1, "c", INPUT, checksum(INPUT)),
@@ -157,7 +157,7 @@ def test_an_execution_goes_on(rows: SqliteRows, clock: Clock) -> None:
     fence = rows.take_over(result, opening(tags=("two", "one"), **changed))
     assert fence == Fence(1, 1, 2, THEIRS, 2.0)
     assert table(rows, "runs") == [
-        (1, "r", "p", 1, "RUNNING", None, 1000, 2000, 20, 44, 28, THEIRS, 2, 602_000, 4, 4)
+        (1, "r", "p", 1, "RUNNING", None, 1000, 2000, 20, 44, 28, THEIRS, 2, 602_000, 4, 4, None)
     ]  # fmt: skip
     assert table(rows, "inputs") == [(1, 1, "c", INPUT, checksum(INPUT))]
     assert table(rows, "tags") == [(1, "one", 1000), (1, "two", 1000)]
@@ -198,7 +198,7 @@ def test_a_commit(rows: SqliteRows, clock: Clock) -> None:
     )
     assert rows.commit(fence, tried, step(b"[1]", 8, b"given"))
     assert table(rows, "runs") == [
-        (1, "r", "p", 1, "RUNNING", None, 1000, 1700, 5, 11, 7, OURS, 1, 540_000, 1, 1)
+        (1, "r", "p", 1, "RUNNING", None, 1000, 1700, 5, 11, 7, OURS, 1, 540_000, 1, 1, None)
     ]  # fmt: skip
     assert table(rows, "attempts") == [
         (
@@ -341,7 +341,7 @@ def test_the_end_gives_up_the_lease(rows: SqliteRows, clock: Clock) -> None:
     clock.now = 3000
     assert rows.finish(fence, "PARTIAL", "why")
     assert table(rows, "runs") == [
-        (1, "r", "p", 1, "PARTIAL", "why", 1000, 3000, 0, 0, 0, OURS, 1, None, 0, 0)
+        (1, "r", "p", 1, "PARTIAL", "why", 1000, 3000, 0, 0, 0, OURS, 1, None, 0, 0, None)
     ]  # fmt: skip
     result = rows.find("r")
     assert result is not None
@@ -478,7 +478,9 @@ def test_the_commit_at_a_place(rows: SqliteRows) -> None:
 def test_what_is_kept_beside_a_run(rows: SqliteRows) -> None:
     """It makes the run, without an execution; what is there gives way to it; it is told in the order of its branches."""
     rows.annotate("r", Annotation.SAVED, "b", "node", step(b"1"))
-    assert table(rows, "runs") == [(1, "r", "", 0, "RUNNING", None, 1000, 1000, 0, 0, 0, None, 0, None, 0, 0)]
+    assert table(rows, "runs") == [
+        (1, "r", "", 0, "RUNNING", None, 1000, 1000, 0, 0, 0, None, 0, None, 0, 0, None)
+    ]
     rows.annotate("r", Annotation.SAVED, "a", "node", step(b"2", 4, b"g"))
     rows.annotate("r", Annotation.SAVED, "b", "other", step(b"3"))
     rows.annotate("r", Annotation.TRACE, "", "trace", step(b"4"))

@@ -248,7 +248,8 @@ def test_variables_of_temporal(inside: Any, fails: Any, temporal_server: Tempora
     run = ("run", "sums.py:pipeline", GOOD)
     nowhere = {"TEMPORAL_NAMESPACE": "nowhere", "TEMPORAL_ADDRESS": temporal_server.address}
     fails(inside(*run, "--temporal", temporal_server.address, env=nowhere), 4, "does not have the namespace")
-    fails(inside("worker", "sums.py:pipeline", env=nowhere), 4, "does not have the namespace")
+    there = ("--temporal", temporal_server.address)
+    fails(inside("worker", "sums.py:pipeline", *there, env=nowhere), 4, "does not have the namespace")
     assert inside(*run, "--db", "x.db", env=nowhere).code == 0
     missing = {"TEMPORAL_CONFIG_FILE": "/nowhere/temporal.toml"}
     here = inside(*run, "--temporal", "127.0.0.1:1", env=missing)
@@ -266,6 +267,7 @@ def test_variables_of_temporal(inside: Any, fails: Any, temporal_server: Tempora
         (("resume", "x", "sums.py:pipeline", "--from", "second"), "continues where it stopped"),
         (("runs", "--tag", "blue"), "stroma worker --db"),
         (("show", "x", "--output"), "stroma worker --db"),
+        (("worker", "sums.py:pipeline", "--health", "0"), "watches the runs"),
     ],
 )
 def test_options_of_one_machine(inside: Any, fails: Any, words: tuple[str, ...], why: str) -> None:

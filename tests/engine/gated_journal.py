@@ -57,7 +57,9 @@ class GatedJournal:
                     raise store.late.pop()
                 session.record(row, schema, output, None)
 
-            def end(self, status: str, error: str | None) -> Awaitable[None] | None:
-                return session.end(status, error)
+            def end(
+                self, status: str, error: str | None, wake_ms: int | None = None
+            ) -> Awaitable[None] | None:
+                return session.end(status, error, wake_ms)
 
         return Held()

@@ -186,7 +186,7 @@ class _SuspendingSession(NullSession):
             self.store.commits.append((row.node_id, row.position, row.branch))
         await self.store.pause()
 
-    def end(self, status: str, error: str | None) -> Awaitable[None] | None:
+    def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
         async def work() -> None:
             await self.store.pause()
             self.inner.end(status, error)

@@ -7,20 +7,57 @@ from typing import Final, Literal, NamedTuple
 from stroma.checkpoint.errors import PipelineChanged, RunBusy, RunExists, StoreError
 from stroma.checkpoint.protocols import RunRequest, Waiting
 
-__all__ = ["COMPLETE", "ENDED", "LastExecution", "decide", "is_answered_meanwhile", "not_waiting"]
+__all__ = [
+    "COMPLETE",
+    "ENDED",
+    "UNFINISHED",
+    "LastExecution",
+    "decide",
+    "is_answered_meanwhile",
+    "is_due",
+    "merge_wake",
+    "not_waiting",
+]
 
 #: Statuses of completed executions, and of those that cancel() cannot change any more.
 COMPLETE: Final = ("COMPLETED", "RESUMED")
 ENDED: Final = (*COMPLETE, "FAILED", "CANCELLED")
+#: Statuses of executions that stopped before their end, and may have a time from which they are due.
+UNFINISHED: Final = ("SUSPENDED", "INTERRUPTED")
 
 
 class LastExecution(NamedTuple):
-    """The last execution of a run. ``holder``: description of the process that is running it; None if there is none."""
+    """The last execution of a run.
+
+    Attributes:
+        holder: description of the process that is running it; None if there is none.
+        wake_ms: see :func:`merge_wake`.
+    """
 
     execution: int
     status: str
     holder: str | None = None
     left_seconds: float = 0.0
+    wake_ms: int | None = None
+
+
+def is_due(last: LastExecution, now_ms: int) -> bool:
+    """Return True if a worker may continue a run: its owner is gone, or it stopped and its time has come."""
+    if last.status == "RUNNING":
+        return last.holder is None
+    return last.status in UNFINISHED and last.wake_ms is not None and last.wake_ms <= now_ms
+
+
+def merge_wake(earlier: int | None, status: str, wake_ms: int | None) -> int | None:
+    """Return from when on a run is due that stops with a status, in ms since the epoch; None: never by itself.
+
+    Args:
+        earlier: 0 if an answer was stored since the run was opened. The session may have missed it.
+    """
+    if status not in UNFINISHED:
+        return None
+    known = [ms for ms in (earlier, 0 if status == "INTERRUPTED" else wake_ms) if ms is not None]
+    return min(known, default=None)
 
 
 def decide(
@@ -41,6 +78,8 @@ def decide(
         raise RunExists(
             f"run {request.run_id!r} has nothing to recover, its status is {last.status}; start or resume it instead"
         )
+    if request.due_ms is not None and not is_due(last, request.due_ms):
+        raise RunExists(f"run {request.run_id!r} is not due, its status is {last.status}; resume it instead")
     if request.if_exists == "error":
         raise RunExists(
             f"run {request.run_id!r} already exists (execution {last.execution}, {last.status}); use another run id, or pass "

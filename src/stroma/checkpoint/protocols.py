@@ -92,6 +92,7 @@ class RunRequest(NamedTuple):
         max_recoveries: end a run as FAILED once its process died so often; None: never.
         force: continue it all the same, and count deaths from 0.
         only_unfinished: raise RunExists for a run that ended or is suspended.
+        due_ms: raise RunExists for a run that is not due at this time, see :func:`stroma.checkpoint.decisions.is_due`.
     """
 
     run_id: str
@@ -111,6 +112,7 @@ class RunRequest(NamedTuple):
     max_recoveries: int | None = None
     force: bool = False
     only_unfinished: bool = False
+    due_ms: int | None = None
 
     def is_lazily_loaded(self, position: int, branch: str) -> bool:
         """Return True if a commit is not restored at the start."""
@@ -394,8 +396,12 @@ class Session(Protocol):
         """Return what ``waiting`` is by now. Raises StoreError."""
         ...
 
-    def end(self, status: str, error: str | None) -> Awaitable[None] | None:
-        """Record that the run stopped with a status (see RunStatus) and, unless it completed, an error text."""
+    def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
+        """Record that the run stopped with a status (see RunStatus) and, unless it completed, an error text.
+
+        ``wake_ms``: when a suspended run is due without an answer, in ms since the epoch. An answer makes it due at once,
+        also one that was stored since the run was opened. An interrupted run is due at once.
+        """
 
     def abandon(self) -> None:
         """Release the run when nothing can be awaited any more. Nothing is recorded."""

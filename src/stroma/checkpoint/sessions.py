@@ -91,7 +91,7 @@ class NullSession:
     def answers(self) -> Mapping[tuple[int, str], Waiting] | Awaitable[Mapping[tuple[int, str], Waiting]]:
         return self.waiting
 
-    def end(self, status: str, error: str | None) -> Awaitable[None] | None:
+    def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
         return None
 
     def abandon(self) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stroma.drivers.temporal.runner import TemporalRunner
     from stroma.engine.config import RunConfig
 
-__all__ = ["TemporalCluster", "reject_local_options", "temporal_options", "worker_options"]
+__all__ = ["TemporalCluster", "reject_local_options", "temporal_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -32,7 +32,6 @@ TASK_QUEUE: Final = "stroma"
 _ANSWER_SECONDS: Final = 10.0
 #: Seconds after its last poll within which a worker counts as alive.
 _POLLS_SECONDS: Final = 90.0
-_ADDRESS_HELP: Final = "Address of the Temporal server."
 
 
 def _address(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
@@ -62,14 +61,6 @@ def temporal_options(func: F) -> F:
     return click.option("--temporal", "address", callback=_address, metavar="HOST:PORT", help=help_text)(
         _shared(func)
     )
-
-
-def worker_options(func: F) -> F:
-    """Add --temporal, required, and its options to a command."""
-    return click.option(
-        "--temporal", "address", callback=_address, required=True, envvar="TEMPORAL_ADDRESS", metavar="HOST:PORT",
-        help=f"{_ADDRESS_HELP}  [env: TEMPORAL_ADDRESS]",
-    )(_shared(func))  # fmt: skip
 
 
 def reject_local_options(why: str, *names: str) -> None:

@@ -62,11 +62,11 @@ class ReliabilityContext:
     # Slots, since several of them are read for each node.
     __slots__ = (
         "__weakref__", "_notes", "_opening", "_warned", "apart", "budget", "cancelled", "checkpoint_manager", "classifiers",
-        "config", "context", "cost_tracker", "delivers", "done", "elsewhere", "epoch_ns", "failed_items", "failed_maps",
+        "config", "context", "cost_tracker", "delivers", "done", "due_ms", "elsewhere", "epoch_ns", "failed_items", "failed_maps",
         "fire", "gated", "handover", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traceparent", "limits",
         "model_fallbacks", "pipeline", "plain_steps", "policy_map", "recovers", "redactor", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended", "timed",
-        "trace", "traceparent", "tried", "unpriced",
+        "trace", "traceparent", "tried", "unpriced", "wake_ms",
     )  # fmt: skip
 
     run_id: str
@@ -140,6 +140,10 @@ class ReliabilityContext:
         self.cancelled = self.stops = False
         #: Resume the run only if it was interrupted, or its process died.
         self.recovers = False
+        #: See RunRequest.
+        self.due_ms: int | None = None
+        #: When the suspended run is due; see Session.end().
+        self.wake_ms: int | None = None
         #: How many items of maps failed while the others went on; and of which committed maps how many did.
         self.failed_items = 0
         self.failed_maps: Mapping[tuple[int, str], int] = _NO_FAILED_MAPS
@@ -302,6 +306,7 @@ class ReliabilityContext:
             config.max_recoveries,
             config.force_resume,
             self.recovers,
+            self.due_ms,
         )
 
     async def _settle_earlier(self, session: Session) -> None:
@@ -351,7 +356,7 @@ class ReliabilityContext:
                 if opened is None:
                     return False
                 session = opened
-            pending = session.end(status.value, error)
+            pending = session.end(status.value, error, self.wake_ms)
             if pending is not None:
                 problem = await shield.finish(pending)
                 if problem is not None:

@@ -16,12 +16,22 @@ __all__ = ["Batch"]
 
 
 class Batch:
-    """The runs of one call of ``run_many`` or ``recover``."""
+    """The runs of one call of ``run_many``, ``recover`` or ``serve``."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         #: No further run is to start.
         self.draining = False
+        self._drained = asyncio.Event()
+
+    def drain(self) -> None:
+        """Start no further run. Called in the event loop of the batch."""
+        self.draining = True
+        self._drained.set()
+
+    async def until_drained(self) -> None:
+        """Return once no further run is to start."""
+        await self._drained.wait()
 
     async def run_all(self, work: Iterable[Coroutine[Any, Any, None]], max_concurrency: int) -> None:
         """Await all with bounded concurrency; each is created when there is room for it.

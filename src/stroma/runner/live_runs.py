@@ -40,11 +40,20 @@ class LiveRuns:
         finally:
             self.batches.pop(batch, None)
 
+    async def interrupt(self, tasks: set[asyncio.Task[None]]) -> None:
+        """End the runs of these tasks as INTERRUPTED, and await the tasks."""
+        for run in list(self.runs):
+            if run.task in tasks:
+                run.cancel(RunStatus.INTERRUPTED)
+        if tasks:
+            await asyncio.wait(tasks)
+
     async def shut_down(self, drain_seconds: float) -> None:
         """End the runs of the running event loop; see :meth:`StromaRunner.shutdown`."""
         loop = asyncio.get_running_loop()
         for batch in list(self.batches):
-            batch.draining = batch.draining or batch.loop is loop
+            if batch.loop is loop:
+                batch.drain()
         runs = [run for run in list(self.runs) if run.loop is loop and run.task is not asyncio.current_task()]
         # The ends of runs, not of their tasks: a task may continue after its run.
         ends = {run: run.drain() for run in runs}

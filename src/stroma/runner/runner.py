@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from stroma.runner.flows.definition import AnnotatedFlowDecorator, FlowDecorator
     from stroma.runner.flows.flow import FlowFunction
     from stroma.runner.stream import RunStream
+    from stroma.runner.worker import WorkerHealth
 
 __all__ = ["StromaRunner"]
 
@@ -288,8 +289,13 @@ class StromaRunner:
         traceparent: str | None = None,
         *,
         recovers: bool = False,
+        due_ms: int | None = None,
     ) -> ExecutionResult:
-        """Implement :meth:`run`. ``recovers``: raise RunExists for a run that has ended or is suspended."""
+        """Implement :meth:`run`.
+
+        ``recovers``: raise RunExists for a run that has ended or is suspended. ``due_ms``: raise it for a run that is not
+        due at this time.
+        """
         config = override_config(self._config_of(node_sequence), run_id, overrides)
         nodes = nodes_of(node_sequence)
         if not isinstance(initial_state, BaseModel):
@@ -303,6 +309,7 @@ class StromaRunner:
             raise_errors(nodes, self.registry)
         ctx = ReliabilityContext.for_run(config, self.registry, self.checkpoint_manager)
         ctx.recovers = recovers
+        ctx.due_ms = due_ms
         if isinstance(node_sequence, Pipeline):
             ctx.pipeline = node_sequence.name
         warn_of_unknown_ids(
@@ -471,6 +478,40 @@ class StromaRunner:
             return await self._run(nodes, state, run_id, overrides, traceparent, recovers=True)
 
         return await batch.recover_each(resume_run, run_ids, max_concurrency)
+
+    async def serve(
+        self,
+        *pipelines: Pipeline,
+        max_concurrency: int = 10,
+        poll_seconds: float = 1.0,
+        health: WorkerHealth | None = None,
+        on_result: Callable[[str, ExecutionResult | Exception], None] | None = None,
+    ) -> None:
+        """Continue the runs of these flows and pipelines that are due, until :meth:`shutdown`.
+
+        Due are runs whose process died or shut down, suspended runs whose sleep or timeout is over, and those whose answer
+        has come. Any number of processes may serve one store: each run is continued by one of them, at most
+        ``max_concurrency`` at once in this one. The store is asked every ``poll_seconds``, varied by half of it.
+        ``on_result`` is called with the id and the outcome of each run; ``health`` says meanwhile how the call is doing. A run that cannot be resumed is logged and tried
+        again later. Cancelling the call ends its runs as INTERRUPTED. New runs are started by :meth:`run`.
+
+        Raises ValueError for two pipelines of one name and for invalid numbers, TypeError for anything but flows and
+        Pipelines and for one that starts with a group, StoreError if the store has no journal or cannot be used.
+        """
+        from stroma.runner.worker import RunWorker  # Not loaded by runs.
+
+        with self._live.batch() as batch:
+            worker = RunWorker(
+                self._stored, self._resume_due, batch, self._live, max_concurrency, poll_seconds, health
+            )
+            await worker.serve(pipelines, on_result)
+
+    async def _resume_due(
+        self, pipeline: Pipeline, state: BaseModel, run_id: str, due_ms: int
+    ) -> ExecutionResult:
+        """Resume a run that is due. Raises RunExists if it is not, RunBusy if it has an owner."""
+        overrides = {"resume": True, "if_running": "error"}
+        return await self._run(pipeline, state, run_id, overrides, due_ms=due_ms)
 
     async def fork(
         self,

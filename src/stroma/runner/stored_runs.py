@@ -91,6 +91,16 @@ class StoredRuns:
             run_ids += [run.run_id for run in runs if run.holder is None]
         return run_ids
 
+    def require_due_runs(self) -> None:
+        """Raise StoreError if the store cannot tell which runs are due."""
+        self._journal("due_runs")
+
+    async def find_due(self, pipeline: str, due_ms: int, limit: int) -> list[str]:
+        """Return ids of runs of a pipeline that are due at a time in ms since the epoch."""
+        due_runs = self._journal("due_runs").due_runs
+        run_ids: list[str] = await asyncio.to_thread(due_runs, pipeline, due_ms, limit=limit)
+        return run_ids
+
     async def fork(
         self, run_id: str, fork_id: str, nodes: list[Node | Group], position: int, state: BaseModel | None
     ) -> None:

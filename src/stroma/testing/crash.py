@@ -234,7 +234,7 @@ class _MortalSession:
         if not self._is_dead:
             self._session.note_traceparent(traceparent)
 
-    def end(self, status: str, error: str | None) -> Awaitable[None] | None:
+    def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
         if self._is_dead or self._deaths.reach(self._ctx, Boundary("before_end")):
             return None
 
@@ -242,7 +242,7 @@ class _MortalSession:
             await pending
             self._deaths.reach(self._ctx, Boundary("after_end"))
 
-        pending = self._session.end(status, error)
+        pending = self._session.end(status, error, wake_ms)
         if pending is not None:
             return later(pending)
         self._deaths.reach(self._ctx, Boundary("after_end"))

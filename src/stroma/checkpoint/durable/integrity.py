@@ -81,7 +81,8 @@ _TEXT: Final = (str,)
 _TEXT_OR_NONE: Final = (str, type(None))
 _NUMBER: Final = (int,)
 _TYPES: Final[dict[Any, tuple[type, ...]]] = {
-    Any: (object,), str: _TEXT, str | None: _TEXT_OR_NONE, int: _NUMBER, float: (int, float),
+    Any: (object,), str: _TEXT, str | None: _TEXT_OR_NONE, int: _NUMBER, int | None: (int, type(None)),
+    float: (int, float),
 }  # fmt: skip
 _RUN_TYPES: Final = tuple(_TYPES[kind] for kind in get_type_hints(RunRow).values())
 _ATTEMPT_TYPES: Final = tuple(_TYPES[kind] for kind in get_type_hints(Attempt).values())

@@ -9,7 +9,7 @@ import socket
 from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
-__all__ = ["LIVE_SESSIONS", "Owner", "boot_id", "is_gone", "new_owner"]
+__all__ = ["LIVE_SESSIONS", "Owner", "boot_id", "is_gone", "machine_prefix", "new_owner"]
 
 #: Prefix of the token of a session that does not record its end.
 _ENDLESS: Final = "-"
@@ -80,6 +80,12 @@ def is_gone(owner: Owner) -> bool:
     if (owner.pid, owner.born) == (here.pid, here.born):
         return owner.token not in LIVE_SESSIONS
     return _has_ended(owner.pid, owner.born)
+
+
+def machine_prefix() -> str:
+    """Return the beginning of the text of all owners on this machine, of which :func:`is_gone` can tell."""
+    here = _process(os.getpid())
+    return f"{here.host}|{here.boot}|{here.space}|"
 
 
 @functools.cache

@@ -91,6 +91,13 @@ class ReadableStore(ABC):
 
         return self.read(read, RunPage([], None))
 
+    def due_runs(self, pipeline: str, now_ms: int, *, limit: int = 100) -> list[str]:
+        """Return ids of runs of a pipeline that a worker may continue; see :func:`stroma.checkpoint.decisions.is_due`.
+
+        Raises StoreError.
+        """
+        return self.read(lambda rows: rows.due(pipeline, now_ms, limit), list[str]()) if self.exists() else []
+
     def get_run(self, run_id: str) -> RunRecord | None:
         """Return the last execution of a run, or None. Raises ValueError for an illegal id, StoreError."""
         check_id(run_id, "run id")

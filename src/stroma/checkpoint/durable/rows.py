@@ -24,6 +24,7 @@ __all__ = [
     "RunRow",
     "Step",
     "StepRow",
+    "is_free",
 ]
 
 
@@ -43,6 +44,12 @@ class Annotation(IntEnum):
 
 #: The status of a run, and the outcome of an attempt, with values that no store writes.
 DAMAGED: Final = "DAMAGED"
+
+
+def is_free(owner: str | None, left_seconds: float) -> bool:
+    """Return True if a running run has no owner any more. ``left_seconds``: of its lease."""
+    holder = Owner.read(owner)
+    return holder is None or left_seconds < 0 or is_gone(holder)
 
 
 @dataclass(slots=True)
@@ -75,6 +82,7 @@ class RunRow(NamedTuple):
         left_seconds: remaining time of the lease by the clock of the store; negative if it has expired.
         nodes: positions with a commit in the last execution, except those inside groups.
         attempt_count, commit_count: rows that the last execution must have, counted in the transaction of each.
+        wake_ms: see :func:`stroma.checkpoint.decisions.merge_wake`.
     """
 
     run: Any
@@ -94,12 +102,13 @@ class RunRow(NamedTuple):
     nodes: int
     attempt_count: int = 0
     commit_count: int = 0
+    wake_ms: int | None = None
 
     @property
     def holder(self) -> Owner | None:
         """The owner of the run; None if it is not running, or if its owner is gone."""
-        owner = Owner.read(self.owner) if self.status == "RUNNING" else None
-        return None if owner is None or self.left_seconds < 0 or is_gone(owner) else owner
+        is_held = self.status == "RUNNING" and not is_free(self.owner, self.left_seconds)
+        return Owner.read(self.owner) if is_held else None
 
     @property
     def is_damaged(self) -> bool:
@@ -213,8 +222,28 @@ class Rows(Protocol):
         """
         ...
 
-    def finish(self, fence: Fence, status: str, error: str | None, updated_ms: int | None = None) -> bool:
-        """Record how an execution stopped, and when (None: now), and release the lease. Returns False if fenced off."""
+    def finish(
+        self,
+        fence: Fence,
+        status: str,
+        error: str | None,
+        updated_ms: int | None = None,
+        wake_ms: int | None = None,
+    ) -> bool:
+        """Record how an execution stopped, and when (None: now), and release the lease. Returns False if fenced off.
+
+        ``wake_ms`` is stored if the run stays unfinished, unless an earlier time was stored since the run was claimed.
+        """
+        ...
+
+    def wake(self, run: RunRow) -> None:
+        """Make a run due at once: now if it is suspended, otherwise when it will be."""
+
+    def due(self, pipeline: str, now_ms: int, limit: int) -> list[str]:
+        """Return ids of runs of a pipeline that are due at a time, those first that have been due for longest.
+
+        See :func:`stroma.checkpoint.decisions.is_due`. A claim deletes the time of a run, so that it is due no more.
+        """
         ...
 
     def renew(self, fences: list[Fence]) -> None:

@@ -415,7 +415,7 @@ class DurableSession:
         self.ended = True
         LIVE_SESSIONS.pop(self.fence.owner.rpartition("|")[2], None)
 
-    def end(self, status: str, error: str | None) -> Awaitable[None] | None:
+    def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
         """Record how the run stopped. Awaited: raises Fenced, or another StoreError."""
         if self.finished is not None:
             if not self.fence.owner:
@@ -423,13 +423,13 @@ class DurableSession:
             status, error = self.finished.status, self.finished.error
         self.ended = True
         pending = self._submit(
-            Transaction(self.run_id, partial(self._finish, str(status), storable_text(error)))
+            Transaction(self.run_id, partial(self._finish, str(status), storable_text(error), wake_ms))
         )
         # Only after it is stored: otherwise the run looks like one whose process died.
         pending.add_done_callback(lambda _: self.abandon())
         return pending
 
-    def _finish(self, status: str, error: str | None, rows: Rows) -> None:
+    def _finish(self, status: str, error: str | None, wake_ms: int | None, rows: Rows) -> None:
         before = self._completed
         self._write_notes(rows, self._pending_notes)
         if (
@@ -437,7 +437,7 @@ class DurableSession:
         ):  # A resume without anything to do leaves the run unchanged.
             record_end(rows, self.fence, self.run_id, before.status, before.error, before.updated_ms)
         else:
-            finish_execution(rows, self._payloads, self.fence, self.run_id, status, error)
+            finish_execution(rows, self._payloads, self.fence, self.run_id, status, error, wake_ms)
 
 
 def _settle_charge(charge: Charge, pending: asyncio.Future[Any]) -> None:

@@ -290,17 +290,26 @@ def finish_execution(
     run_id: str,
     status: str,
     error: str | None,
+    wake_ms: int | None = None,
 ) -> None:
     """Record how an execution stopped. Raises Fenced, CheckpointLost."""
     error = payloads.seal_text(error, PayloadPlace(run_id, fence.execution, "error"))
-    record_end(rows, fence, run_id, status, error, None)
+    record_end(rows, fence, run_id, status, error, None, wake_ms)
 
 
 def record_end(
-    rows: Rows, fence: Fence, run_id: str, status: str, sealed_error: str | None, updated_ms: int | None
+    rows: Rows,
+    fence: Fence,
+    run_id: str,
+    status: str,
+    sealed_error: str | None,
+    updated_ms: int | None,
+    wake_ms: int | None = None,
 ) -> None:
     """Record how an execution stopped, and when (None: now). Raises Fenced, CheckpointLost."""
-    if not rows.finish(fence, status, sealed_error, updated_ms):
+    if status == "INTERRUPTED":
+        wake_ms = 0
+    if not rows.finish(fence, status, sealed_error, updated_ms, wake_ms):
         raise fence_error(rows, fence, run_id)
     if status == "CANCELLED":
         rows.delete_annotations(fence.run, Annotation.CANCEL)
@@ -339,5 +348,5 @@ def _count_failed(
 def _last_execution(run: RunRow) -> LastExecution:
     holder = run.holder
     return LastExecution(
-        run.execution, run.status, None if holder is None else holder.place, run.left_seconds
+        run.execution, run.status, None if holder is None else holder.place, run.left_seconds, run.wake_ms
     )

@@ -211,6 +211,7 @@ class DurableStore(ReadableStore):
             raise not_waiting(run_id, waiting)
         if question.step.number is None:
             record_waiting(rows, run_id, run.execution, waiting, self._payloads)
+            rows.wake(run)
             return
         stored = read_waiting(question, run_id, run.execution, self._payloads)
         if stored is None or stored.payload != waiting.payload:  # An equal answer may be sent twice.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from stroma.checkpoint.decisions import is_due
 from stroma.checkpoint.errors import CheckpointNotFound
 from stroma.checkpoint.protocols import Committed, Waiting, count_items, map_not_found
 from stroma.contracts.contract import check_id
@@ -66,6 +67,17 @@ class MemoryReader:
         ``after``: the ``next`` of the previous page. Raises ValueError for any other text.
         """
         return self._records.run_page(query, limit, after)
+
+    def due_runs(self, pipeline: str, now_ms: int, *, limit: int = 100) -> list[str]:
+        """Return ids of runs of a pipeline that a worker may continue; see :func:`stroma.checkpoint.decisions.is_due`."""
+        due = [
+            run_id
+            for run_id, run in self._runs.items()
+            if run.pipeline == pipeline
+            and (last := run.last_execution()) is not None
+            and is_due(last, now_ms)
+        ]
+        return due[:limit]
 
     def get_run(self, run_id: str) -> RunRecord | None:
         """Return the last execution of a run, or None. Raises ValueError for an illegal id."""

@@ -66,6 +66,7 @@ class MemoryRun:
         cancelled: cancel() was acknowledged; reset by the next session.
         epoch: incremented by each session that opens the run; only the last session may write.
         session: weak reference to that session.
+        wake_ms: see :func:`stroma.checkpoint.decisions.merge_wake`.
     """
 
     execution: int = 0
@@ -89,6 +90,7 @@ class MemoryRun:
     error: str | None = None
     epoch: int = 0
     session: Callable[[], Any] = no_session
+    wake_ms: int | None = None
 
     def discard_execution(self) -> None:
         """Delete what the last execution recorded. States from ``save()`` belong to no execution and stay."""
@@ -106,7 +108,7 @@ class MemoryRun:
         if self.execution == 0:
             return None
         holder = "another task of this process" if self.session() is not None else None
-        return LastExecution(self.execution, self.status, holder, math.inf)
+        return LastExecution(self.execution, self.status, holder, math.inf, self.wake_ms)
 
     def attempts(self) -> list[AttemptRow]:
         """Return the rows of the last execution, by position and time."""

@@ -8,7 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pydantic import BaseModel
 
 from stroma.checkpoint.cells import MemoryCells
-from stroma.checkpoint.decisions import COMPLETE, ENDED, decide, is_answered_meanwhile, not_waiting
+from stroma.checkpoint.decisions import (
+    COMPLETE,
+    ENDED,
+    decide,
+    is_answered_meanwhile,
+    merge_wake,
+    not_waiting,
+)
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, Fenced, RunExists
 from stroma.checkpoint.memory.reader import MemoryReader
 from stroma.checkpoint.memory.runs import (
@@ -88,7 +95,7 @@ class _MemorySession(NullSession):
             run.start_execution()
             self.restored, self.prior = _NOTHING_RESTORED, _NO_PRIOR_USAGE
         if action != "return":
-            run.status, run.error = "RUNNING", None
+            run.status, run.error, run.wake_ms = "RUNNING", None, None
             if request.tags:
                 run.tags = tuple(dict.fromkeys((*run.tags, *request.tags)))
             run.epoch += 1
@@ -209,7 +216,7 @@ class _MemorySession(NullSession):
         self.waiting = dict(self._run.waiting)
         return self.waiting
 
-    def end(self, status: str, error: str | None) -> None:
+    def end(self, status: str, error: str | None, wake_ms: int | None = None) -> None:
         if self.finished is None:
             if self._run.epoch != self._epoch:
                 raise _fenced()
@@ -218,6 +225,7 @@ class _MemorySession(NullSession):
             if before is not None and status in COMPLETE and before[2] == _count_attempts(self._run):
                 status, error = before[:2]  # A resume without anything to do leaves the run unchanged.
             self._run.status, self._run.error = status, error
+            self._run.wake_ms = merge_wake(self._run.wake_ms, status, wake_ms)
             self.abandon()
 
     def abandon(self) -> None:
@@ -281,7 +289,7 @@ class _MemoryStore(MemoryReader, MemoryCells):
         elif run.status in ENDED:
             return False
         else:
-            run.status = "CANCELLED"
+            run.status, run.wake_ms = "CANCELLED", None
         return True
 
     async def signal(self, run_id: str, waiting: Waiting) -> None:
@@ -298,6 +306,8 @@ class _MemoryStore(MemoryReader, MemoryCells):
         ):
             raise not_waiting(run_id, waiting)
         run.waiting[at] = waiting
+        if question.payload is None:
+            run.wake_ms = 0
 
     async def fork(
         self,

@@ -9,6 +9,7 @@ from typing import Any, Final, LiteralString
 import psycopg
 
 from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, require_undamaged
+from stroma.checkpoint.durable.owner import machine_prefix
 from stroma.checkpoint.durable.rows import (
     Annotation,
     AttemptSummary,
@@ -18,6 +19,7 @@ from stroma.checkpoint.durable.rows import (
     RunRow,
     Step,
     StepRow,
+    is_free,
 )
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.postgres import statements as sql
@@ -136,9 +138,28 @@ class PostgresRows:
             self.attempt_counts.append((fence, attempts))
         return is_recorded
 
-    def finish(self, fence: Fence, status: str, error: str | None, updated_ms: int | None = None) -> bool:
-        values = {"status": status, "error": error, "updated_ms": updated_ms, **asdict(fence)}
-        return self._execute(sql.FINISH, values).rowcount == 1
+    def finish(
+        self,
+        fence: Fence,
+        status: str,
+        error: str | None,
+        updated_ms: int | None = None,
+        wake_ms: int | None = None,
+    ) -> bool:
+        values = {"status": status, "error": error, "updated_ms": updated_ms, "wake_ms": wake_ms}
+        return self._execute(sql.FINISH, {**values, **asdict(fence)}).rowcount == 1
+
+    def wake(self, run: RunRow) -> None:
+        self._execute(sql.WAKE, (run.run,))
+
+    def due(self, pipeline: str, now_ms: int, limit: int) -> list[str]:
+        run_ids = [run_id for (run_id,) in self._execute(sql.DUE, (pipeline, now_ms, limit)).fetchall()]
+        for run_id, owner, left_seconds in self._execute(
+            sql.RUNNING, (pipeline, machine_prefix())
+        ).fetchall():
+            if len(run_ids) < limit and is_free(owner, left_seconds):
+                run_ids.append(run_id)
+        return run_ids
 
     def renew(self, fences: list[Fence]) -> None:
         if not fences:

@@ -26,6 +26,7 @@ _MIN_READER: Final = 3  # the oldest version that can read what this release wri
 # attempt_count and commit_count: rows that the last execution must have, counted in the transaction of each.
 # Cells: shared by all runs. They are rewritten often, so their pages have free space.
 # Deleted: runs that were deleted within the last day, to distinguish them from lost runs.
+# wake_ms: from when on a worker continues a run that stopped; every claim deletes it.
 # The indexes of runs use columns that no commit changes, and `failed` contains rows that few commits write.
 # Identities: only steps of plain code have one; they can be longer than an index entry.
 _TABLES: Final[tuple[LiteralString, ...]] = (
@@ -37,7 +38,8 @@ _TABLES: Final[tuple[LiteralString, ...]] = (
         started_ms bigint NOT NULL CHECK (started_ms >= 0), updated_ms bigint NOT NULL,
         tokens bigint NOT NULL, cost_pico bigint NOT NULL, latency_ns bigint NOT NULL,
         lease_owner text COLLATE "C", lease_epoch bigint NOT NULL, lease_until timestamptz,
-        attempt_count bigint NOT NULL DEFAULT 0, commit_count bigint NOT NULL DEFAULT 0) WITH (fillfactor = 70)""",
+        attempt_count bigint NOT NULL DEFAULT 0, commit_count bigint NOT NULL DEFAULT 0, wake_ms bigint)
+        WITH (fillfactor = 70)""",
     "CREATE TABLE deleted (run bigint PRIMARY KEY, deleted_ms bigint NOT NULL)",
     "CREATE INDEX runs_by_start ON runs (started_ms, run)",
     'CREATE INDEX runs_by_id ON runs (left(run_id, 64) COLLATE "C")',
@@ -63,6 +65,7 @@ _TABLES: Final[tuple[LiteralString, ...]] = (
     "CREATE INDEX tags_by_start ON tags (tag, started_ms, run)",
     "CREATE INDEX runs_by_pipeline ON runs (pipeline, started_ms, run)",
     "CREATE INDEX runs_by_status ON runs (status, started_ms, run)",
+    "CREATE INDEX runs_by_wake ON runs (pipeline, wake_ms) WHERE wake_ms IS NOT NULL",
     "CREATE INDEX failed ON attempts (run, execution, (started_ns + duration_ns)) WHERE failure_class IS NOT NULL",
     "CREATE INDEX called ON attempts (run, execution, position) WHERE identity IS NOT NULL",
 )  # fmt: skip

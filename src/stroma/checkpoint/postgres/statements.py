@@ -11,7 +11,7 @@ RUN_COLUMNS: Final = """r.run, r.run_id, r.pipeline, r.execution, r.status, r.er
     r.cost_pico, r.latency_ns, r.lease_owner, r.lease_epoch,
     coalesce(extract(epoch FROM r.lease_until - clock_timestamp())::float8, -1.0),
     (SELECT count(*) FROM steps s WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0
-    AND s.branch_key = ''), r.attempt_count, r.commit_count"""
+    AND s.branch_key = ''), r.attempt_count, r.commit_count, r.wake_ms"""
 FIND: Final = f"SELECT {RUN_COLUMNS} FROM runs r WHERE run_key = %s"
 # Two sessions that open a new run wait for the same row: the second one waits for the first, then sees its changes.
 LOCK: Final = f"""INSERT INTO runs AS r (run_key, run_id, pipeline, execution, status, started_ms, updated_ms, tokens,
@@ -21,7 +21,7 @@ LOCK: Final = f"""INSERT INTO runs AS r (run_key, run_id, pipeline, execution, s
 NEW_INPUT: Final = "INSERT INTO inputs (run, execution, contract, input, sha256) VALUES (%s, %s, %s, %s, %s)"
 INPUT: Final = "SELECT contract, input, sha256 FROM inputs WHERE run = %s AND execution = %s"
 _CLAIM: Final = f"""status = 'RUNNING', error = NULL, updated_ms = {NOW_MS}, lease_owner = %s, lease_until = {_LEASE_END},
-    lease_epoch = lease_epoch + 1 WHERE run = %s RETURNING lease_epoch, attempt_count"""
+    wake_ms = NULL, lease_epoch = lease_epoch + 1 WHERE run = %s RETURNING lease_epoch, attempt_count"""
 TAKE_OVER: Final = f"UPDATE runs SET {_CLAIM}"
 BEGIN: Final = f"""UPDATE runs SET execution = %s, pipeline = %s, started_ms = {NOW_MS}, tokens = 0, cost_pico = 0,
     latency_ns = 0, attempt_count = 0, commit_count = 0, {_CLAIM}"""
@@ -88,8 +88,18 @@ _RESULT: Final = f"""SELECT EXISTS (SELECT FROM owned) OR EXISTS (SELECT FROM at
     coalesce((SELECT attempt_count FROM counted), (SELECT attempt_count FROM runs {_FENCE}), 0)"""
 COMMIT_ATTEMPT: Final = f"{_RECORD_ATTEMPT} {_RESULT}"
 COMMIT_OUTPUT: Final = f"{_RECORD_ATTEMPT}{_RECORD_OUTPUT} {_RESULT}"
+# An answer that was stored since the run was claimed makes it due.
 FINISH: Final = f"""UPDATE runs SET status = %(status)s, error = %(error)s,
-    updated_ms = coalesce(%(updated_ms)s::bigint, {NOW_MS}), lease_until = NULL {_FENCE}"""
+    updated_ms = coalesce(%(updated_ms)s::bigint, {NOW_MS}), lease_until = NULL, wake_ms = CASE
+    WHEN %(status)s::text IN ('SUSPENDED', 'INTERRUPTED') THEN least(wake_ms, %(wake_ms)s::bigint) END {_FENCE}"""
+WAKE: Final = "UPDATE runs SET wake_ms = 0 WHERE run = %s"
+DUE: Final = """SELECT run_id FROM runs WHERE pipeline = %s AND wake_ms <= %s AND status IN ('SUSPENDED', 'INTERRUPTED')
+    ORDER BY wake_ms LIMIT %s"""
+# Of owners on this machine it is known at once that they are gone; they may be few of very many.
+RUNNING: Final = """SELECT run_id, lease_owner,
+    coalesce(extract(epoch FROM lease_until - clock_timestamp())::float8, -1.0) FROM runs
+    WHERE status = 'RUNNING' AND pipeline = %s AND execution > 0
+    AND (lease_until IS NULL OR lease_until < clock_timestamp() OR starts_with(lease_owner, %s)) ORDER BY started_ms"""
 # In the order of their runs, to avoid deadlocks.
 RENEW: Final = """WITH fences AS (SELECT * FROM
     unnest(%s::bigint[], %s::bigint[], %s::text[], %s::float8[], %s::bigint[])

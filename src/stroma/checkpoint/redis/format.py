@@ -169,6 +169,7 @@ def _run_row(reply: list[Any], run_id: str) -> RunRow:
         number["nodes"],
         number["attempts"],
         number["commits"],
+        _number(f["wake_ms"]) if "wake_ms" in f else None,
     )
     return parse_run(values, run_id)
 
@@ -179,7 +180,7 @@ def read_run_row(reply: Any, run_id: str) -> RunRow:
         return _run_row(reply, run_id)
     if "WRONGTYPE" not in f"{type(reply).__name__}: {reply}":
         raise reply
-    values = (RedisRun(run_id, "", 0, 0), run_id, "", 0, None, None, *[0] * 5, None, 0, -1.0, 0, 0, 0)
+    values = (RedisRun(run_id, "", 0, 0), run_id, "", 0, None, None, *[0] * 5, None, 0, -1.0, 0, 0, 0, None)
     return parse_run(values, run_id)
 
 

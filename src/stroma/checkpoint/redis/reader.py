@@ -67,6 +67,10 @@ class RedisReader:
                     return runs, self._next_page(start, run_id)
         return runs, None if end is None else _mark(*end)
 
+    def due(self, pipeline: str, now_ms: int, limit: int) -> list[str]:
+        (run_ids,) = self._get(script_command("stroma:", "due", pipeline, now_ms, limit, _MAX_EXAMINED))
+        return [as_text(run_id) for run_id in run_ids]
+
     def _next_page(self, start: bytes, run_id: bytes) -> str | None:
         """Return the start of the next page, if older runs exist; the next page applies the filter."""
         ((examined, *_),) = self._get(

@@ -223,13 +223,24 @@ class RedisRows(RedisReader):
         self._append(fence.run, *commit_values(fence, attempt, step))
         return True
 
-    def finish(self, fence: Fence, status: str, error: str | None, updated_ms: int | None = None) -> bool:
+    def finish(
+        self,
+        fence: Fence,
+        status: str,
+        error: str | None,
+        updated_ms: int | None = None,
+        wake_ms: int | None = None,
+    ) -> bool:
         run = fence.run
         ttl = self._ttl if status in ("COMPLETED", "RESUMED") else ""
         fields = (run.token, fence.execution, fence.epoch, fence.owner, run.version, status)
         text = "" if error is None else f"={error}"
-        self._append(run, "finish", run.run_id, *fields, text, ttl, "" if updated_ms is None else updated_ms)
+        times = ("" if updated_ms is None else updated_ms, "" if wake_ms is None else wake_ms)
+        self._append(run, "finish", run.run_id, *fields, text, ttl, *times)
         return True
+
+    def wake(self, run: RunRow) -> None:
+        self._write(run.run.prefix, "wake", run.run_id)
 
     def is_complete(self, run: RunRow) -> bool:
         return True  # steps() and the claim check this, atomically with what they read.

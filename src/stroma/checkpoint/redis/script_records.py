@@ -58,7 +58,7 @@ function ops.newest(node)
 end
 
 function ops.delete(id, tombstone)
-  local f = redis.pcall('HMGET', run, 'token', 'execution')
+  local f = redis.pcall('HMGET', run, 'token', 'execution', 'pipeline')
   if f.err then f = {} end
   local executions = tonumber(f[2] or 0) or 0
   if not (executions >= 0 and executions <= MAX_EXECUTIONS) then executions = 0 end
@@ -70,6 +70,7 @@ function ops.delete(id, tombstone)
   redis.call('ZREM', RUNS, id)
   redis.call('ZREM', IDS, id)
   redis.call('ZREM', ENDED, id)
+  if f[3] then redis.call('ZREM', DUE .. f[3], id) end
   if f[1] then redis.call('SET', p .. 'deleted:' .. f[1], 1, 'PX', tombstone) end
   return 0
 end
@@ -114,8 +115,7 @@ end
 
 -- Returns true if a run matches a filter.
 local function matches(filter, id)
-  local name = string.gsub(id, '[^%w_.~-]', function(c) return string.format('%%%02X', string.byte(c)) end)
-  local prefix = 'stroma:{' .. name .. '}:'
+  local prefix = prefix_of(id)
   local f = redis.call('HMGET', prefix .. 'run', 'pipeline', 'status', 'tags', 'error', 'execution')
   if not f[1] or (filter.pipeline and f[1] ~= filter.pipeline) then return false end
   if filter.statuses and not filter.statuses[f[2]] then return false end
@@ -164,6 +164,24 @@ function ops.find_runs(from, before, lowest, limit, prefix, filter_json)
     end
   end
   return reply
+end
+
+-- Returns the runs of a pipeline that are due, those first that have been due for longest. Wakes have the clock of the
+-- clients, leases that of the server.
+function ops.due(pipeline, now, limit, most)
+  local key, ms, due, gone = DUE .. pipeline, now_ms(), {}, {}
+  now, limit = tonumber(now), tonumber(limit)
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', key, '-inf', math.max(now, ms), 'LIMIT', 0, most)) do
+    if #due >= limit then break end
+    local f = redis.pcall('HMGET', prefix_of(id) .. 'run', 'status', 'until_ms', 'wake_ms', 'pipeline')
+    local stopped = f[1] == 'SUSPENDED' or f[1] == 'INTERRUPTED'
+    if f.err or f[4] ~= pipeline or not (stopped and f[3] or f[1] == 'RUNNING') then gone[#gone + 1] = id
+    elseif stopped and tonumber(f[3]) <= now or not stopped and (tonumber(f[2] or 0) or 0) < ms then
+      due[#due + 1] = id
+    end
+  end
+  for _, id in ipairs(gone) do redis.call('ZREM', key, id) end
+  return due
 end
 
 function ops.sweep()

@@ -37,6 +37,7 @@ function ops.begin(id, old_token, old_epoch, old_version, old_annotations, owner
   local us = now_us()
   local ms = math.floor(us / 1000)
   local version = (f[3] or 0) + 1
+  if f[1] then set_wake(id, '') end
   redis.call('HSET', run, 'token', token, 'run_id', id, 'pipeline', pipeline, 'execution', execution,
     'status', 'RUNNING', 'started_ms', ms, 'updated_ms', ms, 'tokens', 0, 'cost_pico', 0, 'latency_ns', 0,
     'owner', owner, 'epoch', epoch, 'until_ms', ms + lease, 'nodes', 0, 'commits', 0, 'attempts', 0, 'identities', 0, 'version', version)
@@ -53,6 +54,7 @@ function ops.begin(id, old_token, old_epoch, old_version, old_annotations, owner
   redis.call('ZADD', RUNS, us, id)
   redis.call('ZADD', IDS, 0, id)
   redis.call('ZREM', ENDED, id)
+  redis.call('ZADD', DUE .. pipeline, ms + lease, id)
   sweep(10)
   return version
 end
@@ -66,7 +68,8 @@ function ops.take_over(id, token, old_epoch, old_version, old_annotations, owner
   local version = f[3] + 1
   redis.call('HSET', run, 'status', 'RUNNING', 'owner', owner, 'epoch', epoch, 'until_ms', ms + lease,
     'updated_ms', ms, 'version', version)
-  redis.call('HDEL', run, 'error')
+  redis.call('HDEL', run, 'error', 'wake_ms')
+  redis.call('ZADD', DUE .. (redis.call('HGET', run, 'pipeline') or ''), ms + lease, id)
   if tags ~= '' then redis.call('HSET', run, 'tags', merge_lists(redis.call('HGET', run, 'tags') or '[]', tags)) end
   if discard ~= '' then
     local steps, nodes, commits, top = p .. 'steps:' .. execution, p .. 'nodes:' .. execution, 0, 0
@@ -129,7 +132,7 @@ function ops.commit(token, execution, epoch, owner, acknowledged, lease, at, att
   return redis.call('HINCRBY', run, 'version', 1)
 end
 
-function ops.finish(id, token, execution, epoch, owner, acknowledged, status, error, ttl, updated)
+function ops.finish(id, token, execution, epoch, owner, acknowledged, status, error, ttl, updated, wake)
   local problem = fence_problem(token, epoch, owner, acknowledged)
   if problem then return problem end
   local ms = now_ms()
@@ -140,6 +143,14 @@ function ops.finish(id, token, execution, epoch, owner, acknowledged, status, er
     redis.call('HDEL', run, 'error')
   end
   redis.call('HDEL', run, 'until_ms')
+  if status == 'SUSPENDED' or status == 'INTERRUPTED' then
+    -- An answer that was stored since the run was claimed makes it due.
+    local earlier = redis.call('HGET', run, 'wake_ms')
+    if earlier and (wake == '' or tonumber(earlier) < tonumber(wake)) then wake = earlier end
+    set_wake(id, wake)
+  else
+    set_wake(id, '')
+  end
   local version = redis.call('HINCRBY', run, 'version', 1)
   if ttl ~= '' then
     redis.call('ZADD', ENDED, ms + ttl, id)
@@ -152,7 +163,18 @@ function ops.renew(token, epoch, owner, acknowledged, lease)
   local problem = fence_problem(token, epoch, owner, acknowledged)
   if problem then return problem end
   if redis.call('HEXISTS', run, 'until_ms') == 0 then return tonumber(redis.call('HGET', run, 'version')) end
-  redis.call('HSET', run, 'until_ms', now_ms() + lease)
+  local ms = now_ms()
+  redis.call('HSET', run, 'until_ms', ms + lease)
+  local f = redis.call('HMGET', run, 'pipeline', 'run_id')
+  redis.call('ZADD', DUE .. (f[1] or ''), 'XX', ms + lease, f[2] or '')
   return redis.call('HINCRBY', run, 'version', 1)
+end
+
+-- Makes a run due at once: now if it is suspended, otherwise when it will be.
+function ops.wake(id)
+  local status = redis.call('HGET', run, 'status')
+  if not status then return 0 end
+  if status == 'RUNNING' then redis.call('HSET', run, 'wake_ms', 0) else set_wake(id, '0') end
+  return 0
 end
 """

@@ -21,7 +21,8 @@ The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
     deleted:TOKEN exists for a while after the run was deleted, to distinguish it from a lost run
 
 and of all runs: stroma:runs (zset: id by start), stroma:ids (zset: id, for prefixes), stroma:ended (zset: id by when its
-keys expire). A run that is in the first but not in the last one, and has no keys, has lost them. Shared by all runs: a hash
+keys expire). A run that is in the first but not in the last one, and has no keys, has lost them. stroma:due:<pipeline> (zset:
+id by when a worker may continue it: the end of the lease when it was claimed or renewed, or wake_ms). Shared by all runs: a hash
 stroma:cell:<name, percent-encoded> for each cell, with its data, and the number and the maker of its last change.
 """
 
@@ -45,7 +46,7 @@ _COMMON: Final = r"""
 local p, op = KEYS[1], ARGV[1]
 local run = p .. 'run'
 local MAX_EXECUTIONS = 100000  -- a damaged row may have any number
-local RUNS, IDS, ENDED = 'stroma:runs', 'stroma:ids', 'stroma:ended'
+local RUNS, IDS, ENDED, DUE = 'stroma:runs', 'stroma:ids', 'stroma:ended', 'stroma:due:'
 
 local function now_us()
   local t = redis.call('TIME')
@@ -97,6 +98,24 @@ local function sweep(limit)
     redis.call('ZREM', RUNS, id)
     redis.call('ZREM', IDS, id)
     redis.call('ZREM', ENDED, id)
+  end
+end
+
+-- Returns the prefix of the keys of a run.
+local function prefix_of(id)
+  local name = string.gsub(id, '[^%w_.~-]', function(c) return string.format('%%%02X', string.byte(c)) end)
+  return 'stroma:{' .. name .. '}:'
+end
+
+-- Stores from when on a worker may continue a run that stopped; '': never by itself.
+local function set_wake(id, wake)
+  local pipeline = redis.call('HGET', run, 'pipeline') or ''
+  if wake == '' then
+    redis.call('HDEL', run, 'wake_ms')
+    redis.call('ZREM', DUE .. pipeline, id)
+  else
+    redis.call('HSET', run, 'wake_ms', wake)
+    redis.call('ZADD', DUE .. pipeline, wake, id)
   end
 end
 

@@ -38,6 +38,7 @@ _NEEDED_SQLITE: Final = (3, 37, 0)  # the first one with STRICT tables
 # durable/rows.py. Ids grow with each commit: the newest output of a node has the highest.
 # Cells: shared by all runs. Deleted: runs that were deleted within the last day, to distinguish them from lost runs.
 # The lease columns: every open_run increments the epoch and writes its owner and the end of its lease.
+# wake_ms: from when on a worker continues a run that stopped; every claim deletes it.
 # The indexes of runs use columns that no commit changes, and `failed` contains rows that few commits write.
 _SCHEMA: Final = (
     "CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID, STRICT",
@@ -47,7 +48,7 @@ _SCHEMA: Final = (
         started_ms INTEGER NOT NULL CHECK (started_ms >= 0), updated_ms INTEGER NOT NULL,
         tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, latency_ns INTEGER NOT NULL,
         lease_owner TEXT, lease_epoch INTEGER NOT NULL, lease_until_ms INTEGER,
-        attempt_count INTEGER NOT NULL DEFAULT 0, commit_count INTEGER NOT NULL DEFAULT 0) STRICT""",
+        attempt_count INTEGER NOT NULL DEFAULT 0, commit_count INTEGER NOT NULL DEFAULT 0, wake_ms INTEGER) STRICT""",
     "CREATE TABLE deleted (run INTEGER PRIMARY KEY, deleted_ms INTEGER NOT NULL) STRICT",
     "CREATE INDEX runs_by_start ON runs (started_ms, run)",
     """CREATE TABLE inputs (
@@ -72,6 +73,7 @@ _SCHEMA: Final = (
     "CREATE INDEX tags_by_start ON tags (tag, started_ms, run)",
     "CREATE INDEX runs_by_pipeline ON runs (pipeline, started_ms, run)",
     "CREATE INDEX runs_by_status ON runs (status, started_ms, run)",
+    "CREATE INDEX runs_by_wake ON runs (pipeline, wake_ms) WHERE wake_ms IS NOT NULL",
     """CREATE INDEX failed ON attempts (run, execution, started_ns + duration_ns)
         WHERE failure_class IS NOT NULL""",
     "CREATE INDEX called ON attempts (run, execution, identity, position) WHERE identity IS NOT NULL",

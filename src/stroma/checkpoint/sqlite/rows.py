@@ -10,7 +10,16 @@ from typing import Any, Final
 from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, require_undamaged
 from stroma.checkpoint.durable.operations import Commit
 from stroma.checkpoint.durable.owner import Owner, boot_id
-from stroma.checkpoint.durable.rows import AttemptSummary, Fence, Opening, RunExtras, RunRow, Step, StepRow
+from stroma.checkpoint.durable.rows import (
+    AttemptSummary,
+    Fence,
+    Opening,
+    RunExtras,
+    RunRow,
+    Step,
+    StepRow,
+    is_free,
+)
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.records import Attempt, AttemptMark, RunQuery, StoreFacts, Tally, parse_attempt_mark
 from stroma.checkpoint.sql import Dialect, attempt_page, find_runs, tally
@@ -21,7 +30,7 @@ __all__ = ["SqliteRows"]
 _COLUMNS: Final = """r.run, r.run_id, r.pipeline, r.execution, r.status, r.error, r.started_ms, r.updated_ms, r.tokens,
     r.cost_pico, r.latency_ns, r.lease_owner, r.lease_epoch, r.lease_until_ms, (SELECT count(*) FROM steps s
     WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0 AND s.branch = ''), r.attempt_count,
-    r.commit_count"""
+    r.commit_count, r.wake_ms"""
 _RUN: Final = f"SELECT {_COLUMNS} FROM runs r"
 _NEW_RUN: Final = """INSERT INTO runs (run_id, pipeline, execution, status, started_ms, updated_ms, tokens, cost_pico,
     latency_ns, lease_epoch, attempt_count, commit_count) VALUES (?, '', 0, 'RUNNING', ?, ?, 0, 0, 0, 0, 0, 0)"""
@@ -30,7 +39,7 @@ _RESTART: Final = """UPDATE runs SET execution = ?, pipeline = ?, started_ms = ?
 _NEW_INPUT: Final = "INSERT INTO inputs (run, execution, contract, input, sha256) VALUES (?, ?, ?, ?, ?)"
 _INPUT: Final = "SELECT contract, input, sha256 FROM inputs WHERE run = ? AND execution = ?"
 _CLAIM: Final = """UPDATE runs SET status = 'RUNNING', error = NULL, updated_ms = ?, lease_owner = ?, lease_until_ms = ?,
-    lease_epoch = lease_epoch + 1 WHERE run = ? RETURNING lease_epoch, attempt_count"""
+    wake_ms = NULL, lease_epoch = lease_epoch + 1 WHERE run = ? RETURNING lease_epoch, attempt_count"""
 _DISCARD: Final = "DELETE FROM steps WHERE run = ? AND execution = ? AND position >= ?"
 _DISCARDED: Final = "UPDATE runs SET commit_count = commit_count - ? WHERE run = ?"
 _ROW_COUNTS: Final = """SELECT EXISTS (SELECT 1 FROM inputs WHERE run = :run AND execution = :execution),
@@ -66,7 +75,15 @@ _COUNT: Final = f"""UPDATE runs SET updated_ms = ?, lease_until_ms = ?, tokens =
 # index `cancel_requests`.
 _IS_COMMITTED: Final = "SELECT 1 FROM steps WHERE run = ? AND execution = ? AND position = +? AND branch = ?"
 _ATTEMPT_COUNT: Final = "SELECT attempt_count FROM runs WHERE run = ?"
-_END: Final = f"UPDATE runs SET status = ?, error = ?, updated_ms = ?, lease_until_ms = NULL {_FENCE}"
+# An answer that was stored since the run was claimed makes it due.
+_END: Final = """UPDATE runs SET status = ?1, error = ?2, updated_ms = ?3, lease_until_ms = NULL,
+    wake_ms = CASE WHEN ?1 IN ('SUSPENDED', 'INTERRUPTED') THEN coalesce(min(wake_ms, ?4), wake_ms, ?4) END
+    WHERE run = ?5 AND lease_epoch = ?6 AND lease_owner = ?7 AND attempt_count >= ?8"""
+_WAKE: Final = "UPDATE runs SET wake_ms = 0 WHERE run = ?"
+_DUE: Final = """SELECT run_id FROM runs WHERE pipeline = ? AND wake_ms <= ? AND status IN ('SUSPENDED', 'INTERRUPTED')
+    ORDER BY wake_ms LIMIT ?"""
+_RUNNING: Final = """SELECT run_id, lease_owner, lease_until_ms FROM runs WHERE status = 'RUNNING' AND pipeline = ?
+    AND execution > 0 ORDER BY started_ms"""
 _RENEW: Final = f"UPDATE runs SET lease_until_ms = ? {_FENCE} AND lease_until_ms IS NOT NULL"
 _TAG: Final = """INSERT INTO tags (run, tag, started_ms) SELECT run, ?, started_ms FROM runs WHERE run = ?
     ON CONFLICT DO NOTHING"""
@@ -243,9 +260,26 @@ class SqliteRows:
         is_new = step is not None and not self.db.execute(_IS_COMMITTED, place).fetchall()
         return (now_ms, _lease_end(fence.lease_seconds), *_usage(attempt), is_new, *_fence_values(fence))
 
-    def finish(self, fence: Fence, status: str, error: str | None, updated_ms: int | None = None) -> bool:
-        values = (status, error, _now_ms() if updated_ms is None else updated_ms, *_fence_values(fence))
-        return self.db.execute(_END, values).rowcount == 1
+    def finish(
+        self,
+        fence: Fence,
+        status: str,
+        error: str | None,
+        updated_ms: int | None = None,
+        wake_ms: int | None = None,
+    ) -> bool:
+        at = _now_ms() if updated_ms is None else updated_ms
+        return self.db.execute(_END, (status, error, at, wake_ms, *_fence_values(fence))).rowcount == 1
+
+    def wake(self, run: RunRow) -> None:
+        self.db.execute(_WAKE, (run.run,))
+
+    def due(self, pipeline: str, now_ms: int, limit: int) -> list[str]:
+        run_ids = [run_id for (run_id,) in self.db.execute(_DUE, (pipeline, now_ms, limit)).fetchall()]
+        for run_id, owner, until_ms in self.db.execute(_RUNNING, (pipeline,)).fetchall():
+            if len(run_ids) < limit and is_free(owner, _seconds_left(owner, until_ms)):
+                run_ids.append(run_id)
+        return run_ids
 
     def renew(self, fences: list[Fence]) -> None:
         self.db.executemany(_RENEW, [(_lease_end(f.lease_seconds), *_fence_values(f)) for f in fences])

@@ -17,11 +17,13 @@ import click
 from stroma._utils.text import clean, format_duration, pluralize
 from stroma.cli.errors import Code, Problem
 from stroma.cli.exporters import Exporters, exporter_options
+from stroma.cli.health import HEALTH_HELP, HealthAddress
 from stroma.cli.loading import load_pipeline
+from stroma.cli.local_worker import LocalWorker
 from stroma.cli.progress import show_warnings, timed_line
 from stroma.cli.signals import StopSignals
 from stroma.cli.stores import Database, db_option
-from stroma.cli.temporal import TemporalCluster, worker_options
+from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
 from stroma.cli.user_errors import describe_error, last_frame
 from stroma.engine.config import RunConfig
 from stroma.hooks.sets import flatten
@@ -36,12 +38,18 @@ _HEALTH_SECONDS: Final = 60.0
 @click.command()
 @click.argument("targets", metavar="FILE_OR_MODULE:NAME...", nargs=-1, required=True)
 @click.option(
-    "--max-concurrent",
+    "--concurrency",
     type=click.IntRange(min=1),
-    default=100,
-    show_default=True,
     metavar="N",
-    help="Maximum number of concurrent attempts.",
+    help="Maximum number of concurrent runs; of attempts with --temporal.  [default: 10; 100]",
+)
+@click.option(
+    "--poll",
+    type=click.FloatRange(min=0.01),
+    default=1.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Mean time between two looks for due runs.",
 )
 @click.option(
     "--drain",
@@ -49,28 +57,41 @@ _HEALTH_SECONDS: Final = 60.0
     default=30.0,
     show_default=True,
     metavar="SECONDS",
-    help="Seconds for attempts in flight after SIGTERM or Ctrl-C.",
+    help="Seconds for steps in flight after SIGTERM or Ctrl-C.",
 )
+@click.option("--health", type=HealthAddress(), metavar="[HOST:]PORT", help=HEALTH_HELP)
 @click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr.")
 @exporter_options
 @db_option
-@worker_options
+@temporal_options
 def worker(
-    targets: tuple[str, ...], max_concurrent: int, drain: float, quiet: bool, db: str | None, **options: Any
+    targets: tuple[str, ...],
+    concurrency: int | None,
+    poll: float,
+    drain: float,
+    health: tuple[str, int] | None,
+    quiet: bool,
+    db: str | None,
+    **options: Any,
 ) -> int:
-    """Serve runs of a Temporal task queue until SIGTERM.
+    """Continue runs that stopped, until SIGTERM.
 
-    Each NAME is a Pipeline, or a function without arguments that returns one. With --db, every run is written to that
-    store when it ends or is suspended, for `stroma runs`, `show` and `ui`. Status lines go to stderr: one when the worker is
-    ready, then one per minute.
+    Each NAME is a flow, a Pipeline, or a function without arguments that returns one. The worker continues runs in the
+    store of --db whose process died or shut down, suspended runs whose sleep or timeout is over, and those whose question
+    was answered. Any number of workers on any number of machines may share a store; each run is continued by one of them.
 
-    SIGTERM and Ctrl-C drain: no new attempt starts, attempts in flight have --drain seconds, the exit code is 0. Attempts
-    still in flight then are repeated by another worker.
+    With --temporal it serves runs of a Temporal task queue instead. With --db, every run is then written to that store
+    when it ends or is suspended, for `stroma runs`, `show` and `ui`.
+
+    Status lines go to stderr: one when the worker is ready, then one per minute. SIGTERM and Ctrl-C drain: nothing new
+    starts, steps in flight have --drain seconds, the exit code is 0. Another worker continues the runs; steps still in
+    flight then are called again.
     """  # fmt: skip
     exporters = Exporters.from_options(options)
     cluster = TemporalCluster.from_options(options)
-    assert cluster is not None
-    database = Database.from_option(db) if db else None
+    if cluster is not None:
+        reject_local_options("its server starts and watches the runs", "poll", "health")
+    database = Database.from_option(db) if db or cluster is None else None
     if database is not None and not database.is_durable:
         raise Problem(f"{database.name} is not durable", "name a durable store: --db URL", code=Code.USAGE)
     pipelines = [load_pipeline(target) for target in targets]
@@ -88,7 +109,14 @@ def worker(
     hooks = exporters.hooks(own, quiet=quiet)
     if hooks:
         pipelines = [_with_hooks(pipeline, hooks) for pipeline in pipelines]
-    serving = _Serving(cluster, pipelines, database, max_concurrent, drain, quiet)
+    if cluster is None:
+        assert database is not None
+        local = LocalWorker(pipelines, database, concurrency or 10, poll, drain, health, quiet)
+        try:
+            return local.execute()
+        finally:
+            exporters.close()
+    serving = _Serving(cluster, pipelines, database, concurrency or 100, drain, quiet)
     try:
         # Output of nodes goes to stderr.
         with contextlib.redirect_stdout(sys.stderr):

@@ -151,6 +151,7 @@ class Waits:
         wake_ms = min((wait.wake_ms for wait in pending if wait.wake_ms is not None), default=None)
         if wake_ms is not None and wake_ms - now_ms() <= driver.ctx.config.inline_wait_seconds * 1000:
             return False
+        driver.ctx.wake_ms = wake_ms
         driver.stop(self._suspension(pending))
         return True
 

@@ -1,0 +1,150 @@
+"""Continue due runs of a store in this process, until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from stroma._utils.text import clean, format_duration, pluralize
+from stroma.checkpoint.errors import StoreError
+from stroma.checkpoint.manager import CheckpointManager
+from stroma.cli.errors import Code, Problem
+from stroma.cli.exporters import FLUSH_SECONDS
+from stroma.cli.health import serve_health
+from stroma.cli.progress import timed_line
+from stroma.cli.signals import StopSignals
+from stroma.cli.stores import Database
+from stroma.cli.user_errors import describe_error, last_frame
+from stroma.contracts.contract import ContractRegistry
+from stroma.runner.pipeline import Pipeline
+from stroma.runner.runner import StromaRunner
+from stroma.runner.worker import WorkerHealth
+from stroma.trace.result import ExecutionResult
+
+__all__ = ["LocalWorker"]
+
+#: Seconds between two status lines.
+_STATUS_SECONDS: Final = 60.0
+
+
+@dataclass(slots=True)
+class LocalWorker:
+    """One worker, from its first poll to its end.
+
+    Attributes:
+        health_address: (host, port) of the server for probes; None: without one.
+    """
+
+    pipelines: Sequence[Pipeline]
+    database: Database
+    max_concurrency: int
+    poll_seconds: float
+    drain_seconds: float
+    health_address: tuple[str, int] | None
+    quiet: bool
+    _health: WorkerHealth = field(default_factory=WorkerHealth)
+    _outcomes: collections.Counter[str] = field(default_factory=collections.Counter)
+
+    def execute(self) -> int:
+        """Serve until a signal, and return the exit code. Raises Problem."""
+        self.database.prepare()
+        # Output of nodes goes to stderr.
+        with contextlib.redirect_stdout(sys.stderr):
+            return asyncio.run(self._serve())
+
+    async def _serve(self) -> int:
+        # Without a config of its own, the runner uses that of each pipeline.
+        runner = StromaRunner(ContractRegistry(), CheckpointManager(self.database.store))
+        started = time.monotonic()
+        shutdown_requested = asyncio.Event()
+        waiting = asyncio.ensure_future(shutdown_requested.wait())
+        patience = format_duration(self.drain_seconds)
+        message = (
+            f"draining: runs in progress end after their current step, within {patience}; another worker continues them. "
+            "Repeat the signal to stop at once"
+        )
+        stop = StopSignals(
+            waiting,
+            shutdown_requested.set,
+            patience=patience,
+            after="another worker continues the runs that were in progress",
+            messages=dict.fromkeys(("SIGINT", "SIGTERM"), message),
+        )
+        try:
+            async with serve_health(self.health_address, self._read_health) as url:
+                serving = asyncio.ensure_future(
+                    runner.serve(
+                        *self.pipelines,
+                        max_concurrency=self.max_concurrency,
+                        poll_seconds=self.poll_seconds,
+                        health=self._health,
+                        on_result=self._report,
+                    )
+                )
+                ready = self._describe() + (f", {url}" if url else "")
+                status = asyncio.ensure_future(self._report_status(ready, started))
+                try:
+                    await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
+                    self._health.is_draining = True
+                    await runner.shutdown(drain_seconds=self.drain_seconds)
+                    await serving
+                finally:
+                    status.cancel()
+        except StoreError as error:
+            raise self.database.problem(error) from error
+        except (TypeError, ValueError) as error:
+            raise Problem(
+                f"the worker cannot start: {describe_error(error)}", *last_frame(error), code=Code.USAGE
+            ) from error
+        finally:
+            waiting.cancel()
+            await runner.aclose(timeout_seconds=FLUSH_SECONDS)
+            await self.database.close()
+        self._print("drained", f"after {stop.signal}; {self._progress(started)}")
+        return Code.OK
+
+    def _read_health(self) -> tuple[bool, dict[str, Any]]:
+        health = self._health
+        status = "ok" if health.is_ok else "draining" if health.is_draining else "store not readable"
+        return health.is_ok, {
+            "schema": "stroma.health/1",
+            "status": status,
+            "active": health.active,
+            "continued": self._outcomes.total(),
+        }
+
+    def _report(self, run_id: str, outcome: ExecutionResult | Exception) -> None:
+        failed = isinstance(outcome, Exception)
+        status = "not continued" if isinstance(outcome, Exception) else str(outcome.status)
+        self._outcomes[status] += 1
+        if not self.quiet and not failed:  # The log has the exception.
+            timed_line("run ", clean(run_id), f": {status}")
+
+    async def _report_status(self, ready: str, started: float) -> None:
+        await self._health.started.wait()
+        self._print("ready", ready)
+        while True:
+            await asyncio.sleep(_STATUS_SECONDS)
+            self._print("well" if self._health.is_ok else "waiting for the store", self._progress(started))
+
+    def _describe(self) -> str:
+        names = ", ".join(repr(clean(one.name, 60)) for one in self.pipelines)
+        runs = pluralize(self.max_concurrency, "run")
+        return f"{names} in {self.database.name}, {runs} at once, asking every {format_duration(self.poll_seconds)}"
+
+    def _progress(self, started: float) -> str:
+        counts = ", ".join(f"{number} {status}" for status, number in sorted(self._outcomes.items()))
+        active = f", {self._health.active} in progress" if self._health.active else ""
+        total = pluralize(self._outcomes.total(), "run")
+        how = f" ({counts})" if counts else ""
+        return f"{total} continued{how}{active} in {format_duration(time.monotonic() - started)}"
+
+    def _print(self, what: str, more: str) -> None:
+        if not self.quiet:
+            timed_line("worker ", (what, "green"), f": {more}")

@@ -1,0 +1,140 @@
+"""`stroma worker --db`: continues due runs of a store, until a signal."""
+
+import json
+import signal
+import socket
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+import pytest
+from tests.cli.test_signals import wait_for
+
+FLOW = """
+    import asyncio, pathlib
+    from pydantic import BaseModel
+    from stroma import *
+
+    class Num(BaseModel):
+        n: int = 0
+
+    class Yes(BaseModel):
+        add: int
+
+    def called(name):
+        with open("calls", "a") as file:
+            file.write(name + "\\n")
+
+    @stroma_node("add", NodeContract(node_id="add", input_schema=Num, output_schema=Num))
+    async def add(state: Num) -> Num:
+        called(f"add-{state.n}")
+        while state.n == 10 and not pathlib.Path("go").exists():
+            await asyncio.sleep(0.02)
+        return Num(n=state.n + 1)
+
+    @stroma_flow("ask", input=Num, output=Num)
+    async def ask(flow: Flow, state: Num) -> Num:
+        state = await flow.step(add, state)
+        answer = await flow.wait_for(Yes, reason="Go on?")
+        return await flow.step(add, Num(n=state.n + answer.add))
+
+    @stroma_flow("nap", input=Num, output=Num)
+    async def nap(flow: Flow, state: Num) -> Num:
+        await flow.sleep(1)
+        return await flow.step(add, state)
+
+    napping = Pipeline("nap", [nap], config=RunConfig(inline_wait_seconds=0))
+"""
+TARGETS = ("flows.py:ask", "flows.py:napping")
+
+
+@pytest.fixture
+def shell(stroma: Any) -> Any:
+    stroma.file("flows.py", FLOW)
+    return stroma
+
+
+def _read(url: str) -> tuple[int, Any]:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            return reply.status, json.loads(reply.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def _suspend(shell: Any, target: str, state: str, run_id: str) -> None:
+    done = shell("run", target, state, "--run-id", run_id, "--db", "x.db", "-q")
+    assert done.code == 7, done
+
+
+@pytest.mark.slow
+def test_a_worker_process(shell: Any) -> None:
+    """It wakes a sleeping run, continues an answered one, says how it is, and drains at SIGTERM with exit code 0."""
+    _suspend(shell, TARGETS[1], "{}", "n")
+    _suspend(shell, TARGETS[0], '{"n": 1}', "a")
+    worker = shell.popen("worker", *TARGETS, "--db", "x.db", "--poll", "0.1", "--health", "0")
+    try:
+        ready = wait_for(worker, "worker ready: ")
+        assert "'ask', 'nap' in x.db, 10 runs at once, asking every 0.10 s, http://127.0.0.1:" in ready
+        url = ready.rpartition(", ")[2].strip()
+        status, health = _read(url)
+        assert (status, health["status"], health["schema"]) == (200, "ok", "stroma.health/1")
+        assert _read(url.replace("healthz", "other"))[0] == 404
+        wait_for(worker, "run n: RESUMED")
+        assert shell("approve", "a", TARGETS[0], '{"add": 5}', "--db", "x.db").code == 0
+        wait_for(worker, "run a: RESUMED")
+        # A run in progress ends after its step; the worker starts nothing more.
+        _suspend(shell, TARGETS[1], '{"n": 10}', "held")
+        while "add-10" not in shell.calls():
+            time.sleep(0.02)
+        worker.send_signal(signal.SIGTERM)
+        wait_for(worker, "draining: ")
+        status, health = _read(url)
+        assert (status, health["status"], health["active"]) == (503, "draining", 1)
+        (shell.home / "go").touch()
+        _, err = worker.communicate(timeout=30)
+        assert worker.returncode == 0, err
+        assert "worker drained: after SIGTERM; 3 runs continued" in err
+        assert "Traceback" not in err
+    finally:
+        worker.kill()
+        worker.communicate()
+    assert sorted(shell.calls()) == sorted(["add-0", "add-1", "add-7", "add-10"])
+
+
+@pytest.mark.slow
+def test_two_workers_on_one_file(shell: Any) -> None:
+    """Workers of one SQLite file share the work; when one is killed, the other continues its runs at once."""
+    workers = [shell.popen("worker", *TARGETS, "--db", "x.db", "--poll", "0.1") for _ in range(2)]
+    try:
+        for worker in workers:
+            wait_for(worker, "worker ready: ")
+        _suspend(shell, TARGETS[1], '{"n": 10}', "held")
+        while "add-10" not in shell.calls():
+            time.sleep(0.02)
+        (run,) = json.loads(shell("runs", "--db", "x.db", "--json").out)["runs"]
+        holder = next(worker for worker in workers if f"process {worker.pid} " in run["holder"])
+        (other,) = [worker for worker in workers if worker is not holder]
+        holder.kill()
+        (shell.home / "go").touch()
+        wait_for(other, "run held: RESUMED")
+        other.send_signal(signal.SIGINT)
+        assert other.wait(30) == 0
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+    assert shell.calls() == ["add-10", "add-10"]
+
+
+def test_what_a_worker_refuses(shell: Any, inside: Any, fails: Any) -> None:
+    """Options that cannot work, and a store that cannot be shared, are errors before anything is continued."""
+    fails(inside("worker", TARGETS[0], "--db", "memory://"), 2, "not durable")
+    fails(inside("worker", TARGETS[0], TARGETS[0], "--db", "x.db"), 2, "have the name 'ask'")
+    fails(inside("worker", TARGETS[0], "--db", "x.db", "--health", "http"), 2, "not an address")
+    shell.file("broken.db", "text " * 1000)
+    fails(inside("worker", TARGETS[0], "--db", "broken.db"), 3, "broken.db")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        fails(inside("worker", TARGETS[0], "--db", "x.db", "--health", port), 3, "cannot listen on")

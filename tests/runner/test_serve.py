@@ -1,0 +1,367 @@
+"""``runner.serve``: continues the runs that are due, over every store."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from tests.flows.steps import Text, World
+from tests.kit import NEVER, Num, node
+from tests.shared_stores import STORES, place, store_of
+from tests.shared_stores import opened as open_kind
+
+from stroma import (
+    AsyncInMemoryStore,
+    Flow,
+    Pipeline,
+    RunStatus,
+    StoreError,
+    StromaRunner,
+    parallel,
+    stroma_flow,
+)
+from stroma.checkpoint.protocols import RunRequest
+from stroma.contracts.schema import schema_of
+from stroma.runner.flows import suspension
+from stroma.runner.worker import WorkerHealth
+from stroma.testing import FakeClock
+
+
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with store_of(request.param) as found:
+        yield found
+
+
+class Clock:
+    """The time by which runs are due, which tests move."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ms = 1_800_000_000_000
+        monkeypatch.setattr(suspension, "time_ns", lambda: self.ms * 1_000_000)
+
+    def pass_by(self, **duration: float) -> None:
+        self.ms += round(timedelta(**duration).total_seconds() * 1000)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def _runner(store: Any, **config: Any) -> StromaRunner:
+    return StromaRunner.quick(**{"store": store, "policy_map": NEVER, **config})
+
+
+class Serving:
+    """A worker in this process, and the outcomes of its runs by id."""
+
+    def __init__(self, runner: StromaRunner, *pipelines: Pipeline, **options: Any) -> None:
+        self.runner = runner
+        self.outcomes: dict[str, list[Any]] = {}
+        self._news = asyncio.Event()
+        self.health = WorkerHealth()
+        self.task = asyncio.ensure_future(
+            runner.serve(
+                *pipelines,
+                **{"poll_seconds": 0.02, "health": self.health, "on_result": self._note, **options},
+            )
+        )
+
+    def _note(self, run_id: str, outcome: Any) -> None:
+        self.outcomes.setdefault(run_id, []).append(outcome)
+        self._news.set()
+
+    async def until(self, count: int) -> None:
+        """Wait for the outcomes of so many runs."""
+        while len(self.outcomes) < count:
+            self._news.clear()
+            assert not self.task.done(), self.task
+            await asyncio.wait(
+                [self.task, asyncio.ensure_future(self._news.wait())], return_when=asyncio.FIRST_COMPLETED
+            )
+
+    async def __aenter__(self) -> Serving:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if not self.task.done():
+            await self.runner.shutdown()
+        await self.task
+
+    def statuses(self, run_id: str) -> list[str]:
+        return [str(one.status) for one in self.outcomes[run_id]]
+
+
+def _sleepy(world: World) -> Any:
+    add = world.step("add")
+
+    @stroma_flow("sleepy", input=Num, output=Num)
+    async def sleepy(flow: Flow, state: Num) -> Num:
+        state = await flow.step(add, state)
+        await flow.sleep(hours=1)
+        return await flow.step(add, state)
+
+    return sleepy
+
+
+async def test_a_worker_wakes_a_sleeping_run(store: Any, clock: Clock) -> None:
+    """A suspended run is continued once its wake time has come, and not before."""
+    world = World()
+    sleepy = _sleepy(world)
+    first = await _runner(store).run(sleepy, Num(), run_id="r")
+    assert first.status is RunStatus.SUSPENDED
+    async with Serving(_runner(store), sleepy) as serving:
+        clock.pass_by(minutes=59)
+        await asyncio.sleep(0.1)
+        assert (serving.outcomes, world.calls) == ({}, ["add 0"])
+        clock.pass_by(minutes=1)
+        await serving.until(1)
+    assert serving.statuses("r") == ["RESUMED"]
+    assert world.calls == ["add 0", "add 1"]
+
+
+async def test_a_worker_continues_an_answered_run(store: Any, clock: Clock) -> None:
+    """A run whose question was answered is continued; one whose timeout is over gets its TimeoutError."""
+
+    @stroma_flow("ask", input=Num, output=Text)
+    async def ask(flow: Flow, state: Num) -> Text:
+        try:
+            return await flow.wait_for(Text, reason="Well?", timeout=timedelta(days=7))
+        except TimeoutError:
+            return Text(text="late")
+
+    for run_id in ("answered", "late"):
+        await _runner(store).run(ask, Num(), run_id=run_id)
+    async with Serving(_runner(store), ask) as serving:
+        await _runner(store).signal("answered", Text(text="yes"))
+        await serving.until(1)
+        assert serving.outcomes["answered"][0].output == Text(text="yes")
+        clock.pass_by(days=7)
+        await serving.until(2)
+    assert serving.outcomes["late"][0].output == Text(text="late")
+
+
+async def test_a_worker_continues_interrupted_runs(store: Any) -> None:
+    """Runs that a shutdown ended are continued, of lists too; runs of other pipelines, and runs that ended, are not."""
+    world = World()
+    steps = [world.step("a"), world.step("b")]
+    one, other = Pipeline("one", steps), Pipeline("other", steps)
+    for pipeline in (one, other):
+        runner = _runner(store)
+        run = asyncio.ensure_future(runner.run(pipeline, Num(), run_id=pipeline.name))
+        world.dies_in = "b 1"
+        await world.dies.wait()
+        world.dies.clear()
+        await runner.shutdown(drain_seconds=0)
+        assert (await run).status is RunStatus.INTERRUPTED
+    world.dies_in = None
+    await _runner(store).run(one, Num(n=5), run_id="ended")
+    world.calls.clear()
+    async with Serving(_runner(store), one) as serving:
+        await serving.until(1)
+        await asyncio.sleep(0.1)
+    assert (list(serving.outcomes), serving.statuses("one")) == (["one"], ["RESUMED"])
+    assert world.calls == ["b 1"]
+
+
+@pytest.mark.parametrize("kind", STORES)
+async def test_workers_share_the_work(kind: str, clock: Clock) -> None:
+    """Each of many due runs is continued by one of three workers, and each step is called once."""
+    world = World()
+    sleepy = _sleepy(world)
+    if kind.endswith("memory"):
+        with store_of(kind) as store:
+            await _share(world, sleepy, clock, [store] * 3)
+        return
+    with place(kind) as where:
+        stores = [open_kind(kind, where) for _ in range(3)]
+        try:
+            await _share(world, sleepy, clock, stores)
+        finally:
+            for store in stores:
+                await asyncio.to_thread(store.close)
+
+
+async def _share(world: World, sleepy: Any, clock: Clock, stores: list[Any]) -> None:
+    count = 30
+    for number in range(count):
+        await _runner(stores[0]).run(sleepy, Num(n=100 * number), run_id=f"r{number}")
+    clock.pass_by(hours=1)
+    servings = [Serving(_runner(store), sleepy, max_concurrency=4) for store in stores]
+    while sum(len(one.outcomes) for one in servings) < count:
+        await asyncio.sleep(0.01)
+    for serving in servings:
+        await serving.__aexit__()
+    statuses = [status for one in servings for run_id in one.outcomes for status in one.statuses(run_id)]
+    assert statuses == ["RESUMED"] * count
+    assert sorted(world.calls) == sorted(f"add {100 * n + i}" for n in range(count) for i in (0, 1))
+
+
+async def test_concurrency_is_bounded(clock: Clock) -> None:
+    """At most max_concurrency runs are in progress at once; the others follow as these end."""
+    active, most, release = 0, 0, asyncio.Event()
+
+    async def work(state: Num) -> Num:
+        nonlocal active, most
+        active += 1
+        most = max(most, active)
+        await release.wait()
+        active -= 1
+        return state
+
+    step = node("work", work)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        await flow.sleep(hours=1)
+        return await flow.step(step, state)
+
+    store = AsyncInMemoryStore()
+    for number in range(7):
+        await _runner(store).run(f, Num(), run_id=f"r{number}")
+    clock.pass_by(hours=1)
+    async with Serving(_runner(store), f, max_concurrency=3) as serving:
+        while active < 3:
+            await asyncio.sleep(0.01)
+        assert serving.health.active == 3
+        release.set()
+        await serving.until(7)
+    assert (most, serving.health.active) == (3, 0)
+
+
+async def test_a_shutdown_drains(store: Any, clock: Clock) -> None:
+    """After a shutdown no run is taken up; one in progress ends, or is interrupted and continued by another worker."""
+    world = World()
+    sleepy = _sleepy(world)
+    for number in (0, 100):
+        await _runner(store).run(sleepy, Num(n=number), run_id=f"r{number}")
+    clock.pass_by(hours=1)
+    world.dies_in = "add 1"
+    async with Serving(_runner(store), sleepy, max_concurrency=1) as serving:
+        while "add 1" not in world.calls:
+            await asyncio.sleep(0.01)
+        assert serving.health.is_ok
+        await serving.runner.shutdown(drain_seconds=0.05)
+        await serving.task
+        assert not serving.health.is_ok
+        assert serving.statuses("r0") == ["INTERRUPTED"]
+    world.dies_in = None
+    taken = set(serving.outcomes)
+    async with Serving(_runner(store), sleepy) as serving:
+        await serving.until(1 if "r100" in taken else 2)
+    assert world.calls.count("add 1") == 2
+    assert world.calls.count("add 101") == 1
+
+
+async def test_a_cancelled_worker_interrupts_its_runs(store: Any, clock: Clock) -> None:
+    """Cancelling serve() ends its runs as INTERRUPTED, so that another worker continues them; others go on."""
+    world = World()
+    sleepy = _sleepy(world)
+    await _runner(store).run(sleepy, Num(), run_id="r")
+    clock.pass_by(hours=1)
+    world.dies_in = "add 1"
+    serving = Serving(_runner(store), sleepy)
+    await world.dies.wait()
+    serving.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving.task
+    assert serving.statuses("r") == ["INTERRUPTED"]
+    assert store.get_run("r").status == "INTERRUPTED"
+    assert await asyncio.to_thread(store.due_runs, "sleepy", clock.ms) == ["r"]
+
+
+async def test_a_run_that_cannot_be_resumed_does_not_stop_the_others(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged and tried again after 5 s, then after twice as long; the others are continued meanwhile."""
+    store = AsyncInMemoryStore()
+    world = World()
+    sleepy = _sleepy(world)
+    changed = Pipeline("changed", [world.step("a")])
+    runner = _runner(store, pipeline="changed")
+    # A run of another input class than the pipeline has now.
+    opened = store.open_run(RunRequest("broken", "changed", Text(text="x"), schema_of(Text)))
+    opened.end("INTERRUPTED", None)
+    await _runner(store).run(sleepy, Num(), run_id="r")
+    clock.pass_by(hours=1)
+    with caplog.at_level(logging.WARNING, "stroma"):
+        async with Serving(runner, changed, sleepy) as serving:
+            await serving.until(2)
+            await asyncio.sleep(0.2)
+    assert serving.statuses("r") == ["RESUMED"]
+    assert len(serving.outcomes["broken"]) == 1
+    message = next(r.getMessage() for r in caplog.records if "broken" in r.getMessage())
+    assert message.endswith("trying again in 5 s")
+
+
+async def test_a_store_that_is_away_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker outlives a store that cannot be read; its health tells after a minute."""
+    store = AsyncInMemoryStore()
+    polls, is_away = 0, False
+    due_runs = store.due_runs
+
+    def failing(*args: Any, **options: Any) -> list[str]:
+        nonlocal polls
+        polls += 1
+        if is_away:
+            raise StoreError("the server is away")
+        return due_runs(*args, **options)
+
+    store.due_runs = failing  # type: ignore[method-assign]
+    world = World()
+    sleepy = _sleepy(world)
+    with FakeClock() as fake:
+        async with Serving(_runner(store), sleepy, poll_seconds=1.0) as serving:
+            await asyncio.sleep(10)
+            assert 6 <= polls <= 21
+            polls, is_away = 0, True
+            await asyncio.sleep(59)
+            assert polls < 20
+            assert serving.health.failing_since is not None
+            is_away = False
+            await asyncio.sleep(50)
+            assert serving.health.failing_since is None
+            assert await serving.runner.run(sleepy, Num(), run_id="r")
+            await asyncio.sleep(3610)
+            assert serving.statuses("r") == ["RESUMED"]
+        assert fake.elapsed > 3600
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == [
+        "the store cannot be asked for due runs: the server is away; trying again"
+    ]
+
+
+async def test_wrong_arguments(tmp_path: Any) -> None:
+    """Wrong arguments of serve() and a store that cannot be used are errors of the call."""
+    runner = _runner(AsyncInMemoryStore())
+    world = World()
+    a = world.step("a")
+    one = Pipeline("one", [a])
+    with pytest.raises(ValueError, match="at least one"):
+        await runner.serve()
+    with pytest.raises(ValueError, match="distinct names"):
+        await runner.serve(one, Pipeline("one", [a, a]))
+    with pytest.raises(ValueError, match="max_concurrency"):
+        await runner.serve(one, max_concurrency=0)
+    with pytest.raises(ValueError, match="poll_seconds"):
+        await runner.serve(one, poll_seconds=0)
+    with pytest.raises(TypeError, match="takes flows and Pipelines"):
+        await runner.serve([a])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="starts with"):
+        await runner.serve(Pipeline("group", [parallel(a, world.step("b"))]))
+
+    class Simple:
+        async def save(self, *_: Any) -> None: ...
+        async def load(self, *_: Any) -> None: ...
+        async def delete(self, *_: Any) -> None: ...
+
+    with pytest.raises(StoreError, match="no journal"):
+        await _runner(Simple()).serve(one)
+    broken = tmp_path / "runs.db"
+    broken.write_text("no database, but text that is long enough to be read as the header of one" * 20)
+    with pytest.raises(StoreError):
+        await _runner(open_kind("sqlite", str(broken))).serve(one)
