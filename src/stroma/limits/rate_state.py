@@ -33,6 +33,8 @@ __all__ = [
     "RateLimits",
     "TooLarge",
     "acquire",
+    "list_cooldown",
+    "names_of_cooldowns",
     "read_limit_state",
     "release_call",
     "renew_calls",
@@ -48,6 +50,8 @@ _MAX_DOUBLED_COOLDOWN_MS: Final = 60_000
 _MAX_COOLDOWN_MS: Final = 3_600_000
 #: After a cooldown, calls that began too late may catch up with the even distances by as much.
 _CATCH_UP_MS: Final = 1_000
+#: Limits in the list of cooldowns.
+_MAX_LISTED: Final = 50
 
 
 class RateLimits(NamedTuple):
@@ -281,6 +285,23 @@ def release_call(
         return state.pack_state(), max(0, state.closed_until - now) / 1000 if begun else None
 
     return change
+
+
+def list_cooldown(name: str) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
+    """Return a change of the cell that lists the limits which have begun a cooldown last, so that they can be found."""
+
+    def change(data: bytes | None, now: int) -> tuple[bytes | None, None]:
+        names = {one: at for one, at in names_of_cooldowns(data).items() if one != name}
+        newest = sorted(names.items(), key=lambda item: -item[1])[: _MAX_LISTED - 1]
+        return pack_state({"names": {name: now, **dict(newest)}}, _FORMAT), None
+
+    return change
+
+
+def names_of_cooldowns(data: bytes | None) -> dict[str, int]:
+    """Return the limits that :func:`list_cooldown` has listed, and when, in milliseconds."""
+    state = load_state(data, "the list of cooldowns", _FORMAT)
+    return {} if state is None else dict(state["names"])
 
 
 def read_limit_state(name: str, data: bytes | None, now: int) -> LimitState | None:
