@@ -58,7 +58,11 @@ async def _program(kind: str, where: str, what: str) -> tuple[Provider, float, l
     command = ["-m", "tests.limits.cooldown_helper", kind, where, str(port), str(RUNS // PROCESSES), what]
     processes = [
         await asyncio.create_subprocess_exec(
-            sys.executable, *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 24
+            sys.executable,
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=1 << 24,
         )
         for _ in range(PROCESSES)
     ]

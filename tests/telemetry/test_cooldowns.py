@@ -51,7 +51,9 @@ async def test_opentelemetry() -> None:
     reader, name = InMemoryMetricReader(), next(NAMES)
     await close_limit(name, otel_hooks(meter=MeterProvider([reader])))
     data: Any = json.loads(reader.get_metrics_data().to_json())
-    metrics = [one for of in data["resource_metrics"] for scope in of["scope_metrics"] for one in scope["metrics"]]
+    metrics = [
+        one for of in data["resource_metrics"] for scope in of["scope_metrics"] for one in scope["metrics"]
+    ]
     (points,) = [one["data"]["data_points"] for one in metrics if one["name"] == "stroma.limit.cooldowns"]
     attributes = {"gen_ai.workflow.name": "letters", "stroma.limit": name}
     assert [(one["attributes"], one["value"]) for one in points] == [(attributes, 1)]
@@ -78,7 +80,9 @@ async def test_logs(caplog: pytest.LogCaptureFixture) -> None:
         await close_limit(name, log_hooks())
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert f"limit '{name}' is closed for 20 s because the provider asked to wait" in warnings
-    assert any(line.startswith("limit cooldown:") and f"limit={name} delay_s=20.0" in line for line in warnings)
+    assert any(
+        line.startswith("limit cooldown:") and f"limit={name} delay_s=20.0" in line for line in warnings
+    )
 
 
 async def test_closed_limits_are_found_in_a_store(store: Any) -> None:

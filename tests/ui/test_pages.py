@@ -320,7 +320,9 @@ def test_limits_that_are_closed(tmp_path: Path, serve: Callable[..., Site]) -> N
     asyncio.run(close_limit("mail", store=store, seconds="0.001"))
     site = serve(store)
     text = site.get("/overview").text
-    assert re.search(r"Limit <b>llm &lt;b&gt;</b> is closed for another 4\d\.\d s: its provider asked to wait", text)
+    assert re.search(
+        r"Limit <b>llm &lt;b&gt;</b> is closed for another 4\d\.\d s: its provider asked to wait", text
+    )
     assert "Limit <b>mail</b> is closed until a call succeeds: its provider asked to wait" in text
 
     async def go() -> None:

@@ -25,9 +25,8 @@ from stroma.limits.gate import (
     positive_number,
 )
 from stroma.limits.rate_state import (
-    CallEnd,
+    CallReport,
     LimitState,
-    Probe,
     RateLimits,
     TooLarge,
     acquire,
@@ -158,7 +157,7 @@ class RateGate(Gate):
     async def count_call(
         self, node_id: str, token: str, used: AttemptUsage, failure: Failure | None, *, has_output: bool
     ) -> list[CooldownBegun]:
-        end = CallEnd(answered=True) if has_output else _end_of_call(failure)
+        end = CallReport(answered=True) if has_output else _end_of_call(failure)
         if not (self._records_end or end.refused or token in self._probes):
             return []
         self._probes.discard(token)
@@ -176,7 +175,7 @@ class RateGate(Gate):
             self._probes.discard(token)
             self.release(token)
             took = None if used is None else used.tokens
-            self.post(release_call(self.name, token, took, CallEnd(began=used is not None), learns=False))
+            self.post(release_call(self.name, token, took, CallReport(began=used is not None), learns=False))
 
     def too_long(self, wait: Wait, node_id: str) -> Exception:
         if wait.reason == COOLDOWN:
@@ -194,15 +193,15 @@ class RateGate(Gate):
         self.post(renew_calls(self.name, tokens, int(self.lease_seconds * 1000)))
 
 
-def _end_of_call(failure: Failure | None) -> CallEnd:
+def _end_of_call(failure: Failure | None) -> CallReport:
     """Return what the failure of a call says about the provider; None for a call that was cancelled."""
     if failure is None:
-        return CallEnd()
+        return CallReport()
     waits = requested_waits(failure.exception)
     if waits:
         longest = math.ceil(min(max(waits), 1e9) * 1000)
-        return CallEnd(refused=True, wait_ms=longest or None)
-    return CallEnd(answered=Breaker.verdict(failure) is True)
+        return CallReport(refused=True, wait_ms=longest or None)
+    return CallReport(answered=Breaker.verdict(failure) is True)
 
 
 def read_limit(store: Any, name: str) -> LimitState | None:

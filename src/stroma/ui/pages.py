@@ -14,6 +14,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, short_id
+from stroma.checkpoint.cells import CellStore
+from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.history import (
     FINISHED,
     History,
@@ -26,8 +28,6 @@ from stroma.checkpoint.history import (
     place_of,
     status_of,
 )
-from stroma.checkpoint.cells import CellStore
-from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
 from stroma.failures.tracebacks import FailureSite
