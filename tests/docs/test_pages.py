@@ -211,7 +211,7 @@ def test_metrics_on_the_pages_are_those_that_there_are() -> None:
 def test_lines_on_the_page_about_logs_are_those_that_there_are() -> None:
     """Each line that log_hooks writes is in the table."""
     source = (ROOT / "src" / "stroma" / "telemetry" / "logs.py").read_text("utf-8")
-    written = set(re.findall(r'"((?:run|node|budget|circuit) [\w ]+)"', source))
+    written = set(re.findall(r'"((?:run|node|budget|circuit|limit) [\w ]+)"', source))
     written |= {f"node {outcome}" for outcome in names.VALUES["outcome"]}
     page = (DOCS / "telemetry" / "logs.md").read_text("utf-8")
     assert len(written) > 8

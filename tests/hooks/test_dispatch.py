@@ -21,7 +21,7 @@ from stroma.trace.result import HookFailure
 
 STARTS = (
     "on_node_start", "on_run_start", "on_node_retry", "on_node_skipped", "on_budget_warning", "on_map_progress",
-    "on_node_wait", "on_circuit_change",
+    "on_node_wait", "on_circuit_change", "on_limit_cooldown",
 )  # fmt: skip
 ENDS = ("on_node_success", "on_node_failure", "on_node_cancelled", "on_node_suspended", "on_run_end")
 

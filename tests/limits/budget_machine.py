@@ -230,7 +230,9 @@ class RateMachine(_Machine):
     def leave(self, i: int, took: int) -> None:
         if self.calls:
             call = self.calls.pop(i % len(self.calls))
-            self.change(rates.release_call("llm", call.token, took, rates.CallEnd(answered=True), learns=True))
+            self.change(
+                rates.release_call("llm", call.token, took, rates.CallReport(answered=True), learns=True)
+            )
             if call.until + 24 * 3_600_000 > self.now:
                 self.seen[call.node].append(took)
                 self.beyond += max(0, took - self.counted[call.token][1])

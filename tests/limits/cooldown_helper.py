@@ -19,7 +19,7 @@ from tests.shared_stores import opened
 
 from stroma import FailureClass, FailurePolicy, Limit, NodeContract, NodeHooks, StromaRunner, stroma_node
 from stroma.limits import rate_limit
-from stroma.limits.rate_state import CallEnd
+from stroma.limits.rate_state import CallReport
 
 WORKERS = 10
 REQUESTS_PER_MINUTE = 3_000
@@ -67,7 +67,11 @@ async def work(store: Any, port: int, runs: int) -> dict[str, Any]:
         return [str((await runner.run([call], State(n=n))).status) for n in pending]
 
     statuses = await asyncio.gather(*(worker() for _ in range(WORKERS)))
-    return {"calls": calls, "cooldowns": cooldowns, "statuses": sorted({one for some in statuses for one in some})}
+    return {
+        "calls": calls,
+        "cooldowns": cooldowns,
+        "statuses": sorted({one for some in statuses for one in some}),
+    }
 
 
 async def probe(store: Any) -> None:
@@ -82,7 +86,7 @@ async def probe(store: Any) -> None:
 
 async def main(kind: str, where: str, port: str, runs: str, what: str) -> None:
     if what == "without":
-        rate_limit._end_of_call = lambda failure: CallEnd()
+        rate_limit._end_of_call = lambda failure: CallReport()
     with opened(kind, where) as store:
         print("ready", flush=True)
         await asyncio.to_thread(sys.stdin.readline)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tests.fixtures import store_fixture
 from tests.limits.budget_helper import State
 from tests.shared_stores import STORES
@@ -159,7 +159,9 @@ async def test_one_refusal_makes_all_wait(store: Any) -> None:
 
     program = Program(Limit(requests_per_minute=100, store=store), function)
     refused_at = loop.time()
-    first = await program.runner.with_policy_map(NO_RETRY).run([program.node], State(n=0), run_id="0" + program.name)
+    first = await program.runner.with_policy_map(NO_RETRY).run(
+        [program.node], State(n=0), run_id="0" + program.name
+    )
     assert first.status is RunStatus.PARTIAL
     assert [name for _, name, _ in program.cooldowns] == [program.name]
     results = await asyncio.gather(*(program.run(n) for n in range(1, 4)))
@@ -378,7 +380,7 @@ class Clocked:
 
     def end(self, token: str, **end: Any) -> float | None:
         seconds: float | None = self.change(
-            rates.release_call("llm", token, 0, rates.CallEnd(**end), learns=False)
+            rates.release_call("llm", token, 0, rates.CallReport(**end), learns=False)
         )
         return seconds
 
@@ -500,7 +502,9 @@ class CooldownMachine(RuleBasedStateMachine):
         seconds = self.limit.end(token, refused=True, wait_ms=wait_ms)
         if begins:
             self.refusals += 1
-            least = min(1_000 * 2 ** (self.refusals - 1), 60_000) if wait_ms is None else min(wait_ms, 3_600_000)
+            least = (
+                min(1_000 * 2 ** (self.refusals - 1), 60_000) if wait_ms is None else min(wait_ms, 3_600_000)
+            )
             self.closed_until = now + least
             assert seconds == least / 1000
         else:
@@ -525,7 +529,7 @@ class CooldownMachine(RuleBasedStateMachine):
     @rule()
     def leases_are_renewed(self) -> None:
         self.limit.change(rates.renew_calls("llm", list(self.calls), LEASE_MS))
-        self.calls = {token: self.limit.now + LEASE_MS for token in self.calls}
+        self.calls = dict.fromkeys(self.calls, self.limit.now + LEASE_MS)
 
     @invariant()
     def the_state_can_be_read(self) -> None:

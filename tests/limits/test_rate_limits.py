@@ -92,7 +92,7 @@ class Clocked:
         return self.change(rates.acquire(self.rates, str(self.count), node, tokens, 30_000))
 
     def leave(self, number: int, tokens: int, **options: Any) -> None:
-        self.change(rates.release_call("llm", str(number), tokens, rates.CallEnd(**options), learns=True))
+        self.change(rates.release_call("llm", str(number), tokens, rates.CallReport(**options), learns=True))
 
 
 @pytest.mark.core

@@ -28,6 +28,7 @@ PROMETHEUS: dict[str, tuple[str, frozenset[str]]] = {
     "stroma_budget_exceeded_total": ("counter", frozenset({"pipeline", "dimension"})),
     "stroma_node_waits_total": ("counter", NODE),
     "stroma_circuit_changes_total": ("counter", frozenset({"pipeline", "circuit", "state"})),
+    "stroma_limit_cooldowns_total": ("counter", frozenset({"pipeline", "limit"})),
     "stroma_hook_errors_total": ("counter", frozenset({"pipeline", "hook"})),
 }
 
@@ -40,6 +41,7 @@ DATADOG: dict[str, tuple[str, frozenset[str]]] = {
     "stroma.tokens": ("count", NODE | {"model", "direction"}),
     "stroma.cost_usd": ("count", NODE | {"model"}),
     "stroma.budget.exceeded": ("count", frozenset({"pipeline", "dimension"})),
+    "stroma.limit.cooldowns": ("count", frozenset({"pipeline", "limit"})),
     "stroma.hook.errors": ("count", frozenset({"pipeline", "hook"})),
 }
 

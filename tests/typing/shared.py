@@ -50,12 +50,19 @@ async def on_node_wait(run_id: str, node_id: str, reason: str, seconds: float) -
 async def on_circuit_change(run_id: str, key: str, state: str) -> None: ...
 
 
+async def on_limit_cooldown(run_id: str, limit: str, seconds: float) -> None: ...
+
+
 config = RunConfig(
     shared_budgets=[team, by_url],
     limits={"llm": Limit(requests_per_minute=600, tokens_per_minute=100_000, concurrent=20)},
     node_limits={"draft": "llm"},
     breaker=Breaker(failure_rate=0.5),
-    hooks=NodeHooks(on_node_wait=on_node_wait, on_circuit_change=on_circuit_change),
+    hooks=NodeHooks(
+        on_node_wait=on_node_wait,
+        on_circuit_change=on_circuit_change,
+        on_limit_cooldown=on_limit_cooldown,
+    ),
 )
 one = RunConfig(shared_budgets=team)
 runner = StromaRunner.quick(shared_budgets=team, breaker=Breaker())

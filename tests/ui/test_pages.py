@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,32 @@ def test_forks(store: SQLiteStore, serve: Any) -> None:
     assert 'forked from <a class="mono" href="/run?id=parent">' in text
     assert rows(text)[0][3] == "forked restored"
     assert '<rect class="b-forked' in text
+
+
+def test_limits_that_are_closed(tmp_path: Path, serve: Callable[..., Site]) -> None:
+    """The overview and a running run name the limits in the store that are closed by a cooldown, and for how long."""
+    from tests.telemetry.test_cooldowns import close_limit
+
+    store = SQLiteStore(tmp_path / "runs.db")
+    asyncio.run(close_limit("llm <b>", store=store, seconds="50"))
+    asyncio.run(close_limit("mail", store=store, seconds="0.001"))
+    site = serve(store)
+    text = site.get("/overview").text
+    assert re.search(
+        r"Limit <b>llm &lt;b&gt;</b> is closed for another 4\d\.\d s: its provider asked to wait", text
+    )
+    assert "Limit <b>mail</b> is closed until a call succeeds: its provider asked to wait" in text
+
+    async def go() -> None:
+        async def look(state: State) -> Any:
+            text = await asyncio.to_thread(lambda: site.get("/run", id="now").text)
+            assert "Limit <b>llm &lt;b&gt;</b> is closed" in text
+            return state
+
+        await StromaRunner.quick(store=store).run([node("look", look)], State(), run_id="now")
+
+    asyncio.run(go())
+    assert "is closed" not in site.get("/run", id="now").text
 
 
 def test_overview(site: Site) -> None:

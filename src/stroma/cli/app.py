@@ -65,6 +65,10 @@ _COMMANDS: Final = {
         "stroma.cli.commands.budget:budget",
         "Show a shared budget: spent, reserved, remaining.",
     ),
+    "limit": (
+        "stroma.cli.commands.limit:limit",
+        "Show a rate limit: its last minute and its cooldown.",
+    ),
     "telemetry": (
         "stroma.cli.commands.telemetry:telemetry",
         "Write dashboards and alert rules.",

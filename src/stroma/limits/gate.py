@@ -91,7 +91,10 @@ class BudgetWarning(NamedTuple):
     dimension: str
     used: float
     limit: float
-    hook = "on_budget_warning"
+
+    @property
+    def hook(self) -> str:
+        return "on_budget_warning"
 
 
 class CooldownBegun(NamedTuple):
@@ -99,7 +102,10 @@ class CooldownBegun(NamedTuple):
 
     limit: str
     seconds: float
-    hook = "on_limit_cooldown"
+
+    @property
+    def hook(self) -> str:
+        return "on_limit_cooldown"
 
 
 class Gate(ABC):

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from stroma.checkpoint.cells import CellStore
 from stroma.checkpoint.errors import StoreError
@@ -25,12 +25,13 @@ from stroma.limits.gate import (
     positive_number,
 )
 from stroma.limits.rate_state import (
-    CallEnd,
+    CallReport,
     LimitState,
-    Probe,
     RateLimits,
     TooLarge,
     acquire,
+    list_cooldown,
+    names_of_cooldowns,
     read_limit_state,
     release_call,
     renew_calls,
@@ -41,7 +42,10 @@ if TYPE_CHECKING:
     from stroma.failures.failure import Failure
     from stroma.trace.events import AttemptUsage
 
-__all__ = ["Limit", "RateGate", "check_limits", "read_limit"]
+__all__ = ["Limit", "RateGate", "check_limits", "read_cooldowns", "read_limit"]
+
+#: Cell that lists the limits which have begun a cooldown last.
+_COOLDOWNS: Final = "cooldowns"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,14 +157,17 @@ class RateGate(Gate):
     async def count_call(
         self, node_id: str, token: str, used: AttemptUsage, failure: Failure | None, *, has_output: bool
     ) -> list[CooldownBegun]:
-        end = CallEnd(answered=True) if has_output else _end_of_call(failure)
+        end = CallReport(answered=True) if has_output else _end_of_call(failure)
         if not (self._records_end or end.refused or token in self._probes):
             return []
         self._probes.discard(token)
         self.release(token)
         learns = has_output or used.tokens > 0
         seconds = await self.change(release_call(self.name, token, used.tokens, end, learns=learns))
-        return [] if seconds is None else [CooldownBegun(self.name, seconds)]
+        if seconds is None:
+            return []
+        self.store.post_cell(_COOLDOWNS, report_damage("the list of cooldowns", list_cooldown(self.name)))
+        return [CooldownBegun(self.name, seconds)]
 
     def abandon(self, node_id: str, token: str, used: AttemptUsage | None) -> None:
         # A call that was cancelled while it asked may have become the probe.
@@ -168,7 +175,7 @@ class RateGate(Gate):
             self._probes.discard(token)
             self.release(token)
             took = None if used is None else used.tokens
-            self.post(release_call(self.name, token, took, CallEnd(began=used is not None), learns=False))
+            self.post(release_call(self.name, token, took, CallReport(began=used is not None), learns=False))
 
     def too_long(self, wait: Wait, node_id: str) -> Exception:
         if wait.reason == COOLDOWN:
@@ -186,15 +193,15 @@ class RateGate(Gate):
         self.post(renew_calls(self.name, tokens, int(self.lease_seconds * 1000)))
 
 
-def _end_of_call(failure: Failure | None) -> CallEnd:
+def _end_of_call(failure: Failure | None) -> CallReport:
     """Return what the failure of a call says about the provider; None for a call that was cancelled."""
     if failure is None:
-        return CallEnd()
+        return CallReport()
     waits = requested_waits(failure.exception)
     if waits:
         longest = math.ceil(min(max(waits), 1e9) * 1000)
-        return CallEnd(refused=True, wait_ms=longest or None)
-    return CallEnd(answered=Breaker.verdict(failure) is True)
+        return CallReport(refused=True, wait_ms=longest or None)
+    return CallReport(answered=Breaker.verdict(failure) is True)
 
 
 def read_limit(store: Any, name: str) -> LimitState | None:
@@ -206,6 +213,22 @@ def read_limit(store: Any, name: str) -> LimitState | None:
     read = report_damage(f"limit {name!r}", lambda data, now: read_limit_state(name, data, now))
     state: LimitState | None = read(data, now)
     return state
+
+
+def read_cooldowns(store: Any) -> dict[str, int]:
+    """Return the limits in a store that are closed, with the milliseconds that are left; 0 while a call probes.
+
+    Of the 50 limits that have begun a cooldown last. Blocking. Raises StoreError.
+    """
+    data, _ = store.read_cell(_COOLDOWNS)
+    read = report_damage("the list of cooldowns", lambda data, _: names_of_cooldowns(data))
+    names: dict[str, int] = read(data, 0)
+    states = {name: read_limit(store, name) for name in names}
+    return {
+        name: state.cooldown_ms
+        for name, state in states.items()
+        if state is not None and state.cooldown_ms is not None
+    }
 
 
 def check_limits(limits: Mapping[str, Limit], node_limits: Mapping[str, str]) -> None:

@@ -3,7 +3,7 @@
 Pure functions, as in stroma.limits.budget_state. The minute is a sliding window of 61 one-second slots, so that no 60
 consecutive seconds hold more than the limit.
 
-A call that the provider refused closes the limit (see :class:`CallEnd`). When the time is over one call probes: if the
+A call that the provider refused closes the limit (see :class:`CallReport`). When the time is over one call probes: if the
 provider answers, the limit is open again, and for one window calls begin at even distances. If it is refused, the limit
 closes again. If it ends otherwise, or its lease expires, another call probes.
 """
@@ -27,12 +27,14 @@ from stroma.limits.reservations import (
 )
 
 __all__ = [
-    "CallEnd",
+    "CallReport",
     "LimitState",
     "Probe",
     "RateLimits",
     "TooLarge",
     "acquire",
+    "list_cooldown",
+    "names_of_cooldowns",
     "read_limit_state",
     "release_call",
     "renew_calls",
@@ -48,6 +50,8 @@ _MAX_DOUBLED_COOLDOWN_MS: Final = 60_000
 _MAX_COOLDOWN_MS: Final = 3_600_000
 #: After a cooldown, calls that began too late may catch up with the even distances by as much.
 _CATCH_UP_MS: Final = 1_000
+#: Limits in the list of cooldowns.
+_MAX_LISTED: Final = 50
 
 
 class RateLimits(NamedTuple):
@@ -69,7 +73,7 @@ class Probe(NamedTuple):
     """Answer for a call that may begin and has to find out whether the provider accepts calls again."""
 
 
-class CallEnd(NamedTuple):
+class CallReport(NamedTuple):
     """The end of a call, as far as a limit is concerned. The default is a cancelled one.
 
     Attributes:
@@ -158,9 +162,7 @@ class _RateCell:
         if begins:
             self.refusals += 1
             if wait_ms is None:
-                wait_ms = min(
-                    _FIRST_COOLDOWN_MS << min(self.refusals - 1, 10), _MAX_DOUBLED_COOLDOWN_MS
-                )
+                wait_ms = min(_FIRST_COOLDOWN_MS << min(self.refusals - 1, 10), _MAX_DOUBLED_COOLDOWN_MS)
         # The calls in flight are refused for the same reason: without a time, they do not extend it.
         self.closed_until = max(self.closed_until, now + min(wait_ms or 0, _MAX_COOLDOWN_MS))
         return begins
@@ -254,7 +256,7 @@ def _distance_ms(rates: RateLimits, tokens: int | None) -> float:
 
 
 def release_call(
-    name: str, token: str, took: int | None, end: CallEnd, *, learns: bool
+    name: str, token: str, took: int | None, end: CallReport, *, learns: bool
 ) -> Callable[[bytes | None, int], tuple[bytes | None, float | None]]:
     """Return a change that counts what a call used in place of its reservation, and closes or reopens the limit.
 
@@ -275,12 +277,29 @@ def release_call(
                     slot[1] = max(0, slot[1] - (not end.began))
             if learns and took is not None:
                 remember_usage(state.recent, hold[1], took)
-        begun = end.refused and state.close(end.wait_ms, now)
+        begins = end.refused and state.close(end.wait_ms, now)
         if hold is not None and end.answered and token == state.probe and state.closed_until <= now:
             state.reopen(now)
-        return state.pack_state(), max(0, state.closed_until - now) / 1000 if begun else None
+        return state.pack_state(), max(0, state.closed_until - now) / 1000 if begins else None
 
     return change
+
+
+def list_cooldown(name: str) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
+    """Return a change of the cell that lists the limits which have begun a cooldown last, so that they can be found."""
+
+    def change(data: bytes | None, now: int) -> tuple[bytes | None, None]:
+        names = {one: at for one, at in names_of_cooldowns(data).items() if one != name}
+        newest = sorted(names.items(), key=lambda item: -item[1])[: _MAX_LISTED - 1]
+        return pack_state({"names": {name: now, **dict(newest)}}, _FORMAT), None
+
+    return change
+
+
+def names_of_cooldowns(data: bytes | None) -> dict[str, int]:
+    """Return the limits that :func:`list_cooldown` has listed, and when, in milliseconds."""
+    state = load_state(data, "the list of cooldowns", _FORMAT)
+    return {} if state is None else dict(state["names"])
 
 
 def read_limit_state(name: str, data: bytes | None, now: int) -> LimitState | None:

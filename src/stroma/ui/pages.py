@@ -14,6 +14,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, short_id
+from stroma.checkpoint.cells import CellStore
+from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.history import (
     FINISHED,
     History,
@@ -29,6 +31,7 @@ from stroma.checkpoint.history import (
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
 from stroma.failures.tracebacks import FailureSite
+from stroma.limits.rate_limit import read_cooldowns
 from stroma.telemetry.otlp_json import otlp_spans
 from stroma.trace.gantt import gantt, idle_ms
 from stroma.trace.html import cause, document, head, utc
@@ -100,12 +103,26 @@ class Pages:
             "to": to_address,
             "store_name": settings.name,
             "pipeline_name": settings.pipeline,
+            "cooldowns": self._cooldowns,
         }
 
     def _page(self, template: str, code: int = 200, /, **values: Any) -> Response:
         text = self._templates.get_template(template).render(**values)
         # Stored text may contain lone surrogates, which UTF-8 cannot encode.
         return HTMLResponse(text.encode("utf-8", "replace"), code)
+
+    def _cooldowns(self) -> dict[str, str]:
+        """Return the limits in the store that are closed, and for how long."""
+        if not isinstance(self._store, CellStore) or not self._store.exists():
+            return {}
+        try:
+            closed = read_cooldowns(self._store)
+        except StoreError:  # A damaged limit is reported where it is used.
+            return {}
+        return {
+            name: f"for another {format_duration(ms / 1000)}" if ms else "until a call succeeds"
+            for name, ms in closed.items()
+        }
 
     def problem(self, status: int, what: str, more: str) -> Response:
         return self._page("problem.html", status, what=what, more=more)

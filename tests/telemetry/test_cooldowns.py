@@ -1,0 +1,100 @@
+"""Cooldowns of limits in every exporter that has metrics, in the logs, and listed from a store."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from prometheus_client import CollectorRegistry
+from tests.fixtures import store_fixture
+from tests.limits.budget_helper import State
+from tests.limits.test_cooldown import NAMES, NO_RETRY, Refused, node_of
+from tests.receivers.datadog import StatsdSocket
+from tests.shared_stores import STORES
+
+from stroma import Limit, StromaRunner
+from stroma.limits.rate_limit import read_cooldowns, read_limit
+from stroma.telemetry import datadog_hooks, log_hooks, otel_hooks, prometheus_hooks
+
+pytest_plugins = ["tests.receivers.fixtures"]
+
+store = store_fixture(*STORES)
+
+
+async def close_limit(name: str, hooks: Any = None, store: Any = None, seconds: str = "20") -> None:
+    """Run a node whose call closes a limit."""
+
+    async def function(n: int) -> None:
+        raise Refused(429, retry_after=seconds)
+
+    limits = {name: Limit(requests_per_minute=100, store=store)}
+    runner = StromaRunner.quick(
+        limits=limits, node_limits={"call": name}, policy_map=NO_RETRY, hooks=hooks, pipeline="letters"
+    )
+    await runner.run([node_of(function)], State(n=1))
+
+
+async def test_prometheus() -> None:
+    """stroma_limit_cooldowns_total counts the cooldowns that calls of a pipeline have begun, by limit."""
+    registry, name = CollectorRegistry(), next(NAMES)
+    await close_limit(name, prometheus_hooks(registry=registry))
+    labels = {"pipeline": "letters", "limit": name}
+    assert registry.get_sample_value("stroma_limit_cooldowns_total", labels) == 1
+
+
+async def test_opentelemetry() -> None:
+    """stroma.limit.cooldowns counts them, by workflow and limit."""
+    reader, name = InMemoryMetricReader(), next(NAMES)
+    await close_limit(name, otel_hooks(meter=MeterProvider([reader])))
+    data: Any = json.loads(reader.get_metrics_data().to_json())
+    metrics = [
+        one for of in data["resource_metrics"] for scope in of["scope_metrics"] for one in scope["metrics"]
+    ]
+    (points,) = [one["data"]["data_points"] for one in metrics if one["name"] == "stroma.limit.cooldowns"]
+    attributes = {"gen_ai.workflow.name": "letters", "stroma.limit": name}
+    assert [(one["attributes"], one["value"]) for one in points] == [(attributes, 1)]
+
+
+async def test_datadog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """stroma.limit.cooldowns counts them, by pipeline and limit."""
+    from ddtrace.trace import tracer
+
+    monkeypatch.setattr(tracer, "enabled", False)
+    name = next(NAMES)
+    with StatsdSocket() as socket:
+        hooks = datadog_hooks(statsd=f"{socket.host}:{socket.port}")
+        await close_limit(name, hooks)
+        await hooks.aclose()
+        lines = [line for line in socket.lines() if "limit.cooldowns" in line]
+    assert lines == [f"stroma.limit.cooldowns:1|c|#pipeline:letters,limit:{name}"]
+
+
+async def test_logs(caplog: pytest.LogCaptureFixture) -> None:
+    """Both log_hooks and the engine write a warning."""
+    name = next(NAMES)
+    with caplog.at_level(logging.INFO):
+        await close_limit(name, log_hooks())
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"limit '{name}' is closed for 20 s because the provider asked to wait" in warnings
+    assert any(
+        line.startswith("limit cooldown:") and f"limit={name} delay_s=20.0" in line for line in warnings
+    )
+
+
+async def test_closed_limits_are_found_in_a_store(store: Any) -> None:
+    """The limits of a store that are closed can be listed, those that are open again not."""
+    first, second = next(NAMES), next(NAMES)
+    await close_limit(first, store=store)
+    await close_limit(second, store=store, seconds="60")
+    await store.change_cell("cooldowns", lambda data, now: (None, None))  # After what was posted before.
+    closed = read_cooldowns(store)
+    assert sorted(closed) == [first, second]
+    assert 55_000 < closed[second] <= 60_000
+    state = read_limit(store, first)
+    assert state is not None
+    assert (state.requests, state.tokens, state.calls) == (1, 0, 0)
+    assert read_limit(store, "other") is None
