@@ -28,6 +28,7 @@ from stroma.checkpoint.protocols import (
     RunRequest,
     StepCall,
     Waiting,
+    is_effect_note,
 )
 from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.contract import check_id
@@ -120,7 +121,11 @@ class _MemorySession(NullSession):
                 if row is not None:  # The output is discarded; its cost still counts.
                     run.other_rows.append(row)
             run.waiting = {at: waiting for at, waiting in run.waiting.items() if at[0] < first}
-            run.notes = {key: data for key, data in run.notes.items() if int(key.partition(":")[0]) < first}
+            run.notes = {
+                key: data
+                for key, data in run.notes.items()
+                if int(key.partition(":")[0]) < first or is_effect_note(key)
+            }
         self.restored = restored
         self.prior = PriorUsage(*run.usage())
 
@@ -199,6 +204,10 @@ class _MemorySession(NullSession):
             self._run.notes.pop(key, None)
         else:
             self._run.notes[key] = data
+
+    def flush(self) -> None:
+        if self._run.epoch != self._epoch:
+            raise _fenced()
 
     def ask(self, waiting: Waiting) -> None:
         if self._run.epoch != self._epoch:
