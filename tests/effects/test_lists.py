@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
+from tests.effects.shop import Order, Receipt, Refused, Shop
 from tests.fixtures import store_fixture
 from tests.kit import THRICE
 
@@ -17,54 +18,9 @@ from stroma import (
     StromaRunner,
     Suspend,
     Unknown,
-    current_node,
 )
 from stroma.engine.effects import Effect
 from stroma.testing import crash_at
-
-
-class Order(BaseModel):
-    cents: int = 100
-
-
-class Receipt(BaseModel):
-    number: int
-
-
-class Refused(Exception):
-    """As an HTTP client raises for a 4xx."""
-
-    status_code = 402
-
-
-class Shop:
-    """A node that charges a card, at a provider that counts charges by idempotency key.
-
-    ``before``, ``after``: raised in the first calls, before or after the charge.
-    """
-
-    def __init__(self, *, before: list[BaseException] = [], after: list[BaseException] = []) -> None:  # noqa: B006
-        self.charges: list[str] = []
-        self.calls = 0
-        self.asked: list[str] = []
-        self._before, self._after = list(before), list(after)
-
-    async def charge(self, order: Order) -> dict[str, Any]:
-        here = current_node()
-        assert here is not None
-        self.calls += 1
-        if self._before:
-            raise self._before.pop(0)
-        self.charges.append(here.idempotency_key)
-        if self._after:
-            raise self._after.pop(0)
-        return {"number": len(self.charges)}
-
-    async def look(self, order: Order, key: str) -> Any:
-        """What the provider says of a charge."""
-        assert order == Order()
-        self.asked.append(key)
-        return {"number": self.charges.index(key) + 1} if key in self.charges else NotDone()
 
 
 store = store_fixture("async-memory", "sqlite", "postgres", "redis")

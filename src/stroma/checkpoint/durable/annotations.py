@@ -79,7 +79,7 @@ def record_waiting(rows: Rows, run_id: str, execution: int, waiting: Waiting, pa
     if waiting.payload is not None:
         data, number = payloads.seal_now(waiting.payload, answer_place(run_id, execution, waiting)), 1
     place = PayloadPlace(run_id, execution, "question", waiting.position, waiting.branch)
-    effect = waiting.effect and waiting.effect._replace(cause=storable_text(waiting.effect.cause))
+    effect = waiting.effect and waiting.effect._replace(cause=storable_text(waiting.effect.cause) or "")
     question = payloads.seal_text(json.dumps([storable_text(waiting.reason), effect]), place)
     step = Step(question or "", waiting.schema_ref, data, checksum(data), number)
     rows.annotate(run_id, Annotation.WAITING, waiting_key(waiting), waiting.node_id, step)
