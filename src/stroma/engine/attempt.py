@@ -282,6 +282,9 @@ class NodeAttempt:
         """Store that an effect is to be called. Return the end of an attempt that must not call it."""
         run = self.run
         self.begin = self.begin or perf_counter_ns()
+        if self.ctx.elsewhere:
+            error = f"effect {run.node_id!r} is called in a run on other machines; call it in a run of a StromaRunner"
+            return await self._fail(NotImplementedError(error))
         effect = run.effect
         if effect is None:
             effect = run.effect = Effect(run, contract, self.plan, self.snapshot)
