@@ -16,7 +16,7 @@ import argparse
 import sys
 import time
 
-from tests.chaos import cluster, items, power, restored, rounds, servers, unrest
+from tests.chaos import cluster, effects, items, power, restored, rounds, servers, unrest
 from tests.chaos.check import Figures
 
 STRIKES = {
@@ -27,7 +27,7 @@ STRIKES = {
     **cluster.STRIKES,
 }
 CLUSTER = (*cluster.FAULTS, "temporal-items")
-PROCESSES = {**rounds.FAULTS, **unrest.FAULTS, **restored.FAULTS}
+PROCESSES = {**rounds.FAULTS, **unrest.FAULTS, **restored.FAULTS, **effects.FAULTS}
 FAULTS = (*PROCESSES, *power.FAULTS, *items.FAULTS, *CLUSTER)
 
 

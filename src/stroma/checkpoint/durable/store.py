@@ -209,11 +209,12 @@ class DurableStore(ReadableStore):
         )
         if question is None or question.node_id != waiting.node_id:
             raise not_waiting(run_id, waiting)
-        if question.step.number is None:
-            record_waiting(rows, run_id, run.execution, waiting, self._payloads)
-            return
         stored = read_waiting(question, run_id, run.execution, self._payloads)
-        if stored is None or stored.payload != waiting.payload:  # An equal answer may be sent twice.
+        if stored is None or stored.call != waiting.call:
+            raise not_waiting(run_id, waiting)
+        if stored.payload is None:
+            record_waiting(rows, run_id, run.execution, waiting, self._payloads)
+        elif stored.payload != waiting.payload:  # An equal answer may be sent twice.
             raise not_waiting(run_id, waiting)
 
     async def fork(
