@@ -111,7 +111,9 @@ def provide(listening: socket.socket, seed: str) -> None:
                     if deed == "charged, broken answer":
                         _answer(connection, 200, {"number": "?"})
                     elif deed != "charged, no answer":
-                        _answer(connection, 500 if deed == "charged, 500" else 200, {"number": charges[key][-1]})
+                        _answer(
+                            connection, 500 if deed == "charged, 500" else 200, {"number": charges[key][-1]}
+                        )
 
 
 def _answer(connection: socket.socket, status: int, data: Any) -> None:
@@ -297,7 +299,9 @@ def judge(figures: Figures, data: dict[str, Any], runs: dict[str, str]) -> None:
         if twice:
             figures.broken.append(f"G13: charged more than once: {twice}")
         if len(charges) != _CHARGES[kind]:
-            figures.broken.append(f"G13: {run_id} has {len(charges)} charges in place of {_CHARGES[kind]}: {charges}")
+            figures.broken.append(
+                f"G13: {run_id} has {len(charges)} charges in place of {_CHARGES[kind]}: {charges}"
+            )
         state = data["ended"].get(run_id, {})
         numbers = state.get("numbers") or [receipt["number"] for receipt in state.get("receipts", ())]
         booked = {of[0] for of in charges.values()}

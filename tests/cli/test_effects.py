@@ -45,7 +45,12 @@ def test_an_effect_that_happened(shop, inside, fails):
     assert f"node 'charge' (at 0): {line}  (asks for Receipt)\n" in done.err
     first, second = re.findall(r"  answer: stroma (approve .*)\n", done.err)
     assert second == "approve x shop.py:pipeline --not-done"
-    fails(inside("approve", "x", "shop.py:pipeline", "--done", '{"number": "x"}'), 2, "--done does not fit", "number")
+    fails(
+        inside("approve", "x", "shop.py:pipeline", "--done", '{"number": "x"}'),
+        2,
+        "--done does not fit",
+        "number",
+    )
     fails(inside("approve", "x", "shop.py:pipeline", '{"number": 1}'), 2, "is an effect", "--not-done")
     fails(inside("approve", "x", "shop.py:pipeline"), 2, "no answer", "--done JSON")
     fails(inside("approve", "x", "shop.py:pipeline", "--done", "{}", "--not-done"), 2, "several answers")

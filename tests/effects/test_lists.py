@@ -22,7 +22,6 @@ from stroma import (
 from stroma.engine.effects import Effect
 from stroma.testing import crash_at
 
-
 store = store_fixture("async-memory", "sqlite", "postgres", "redis")
 
 

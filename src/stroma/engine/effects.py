@@ -28,7 +28,6 @@ from stroma.contracts.node import Plan
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.commit import settle
-from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.restore import read_output
 from stroma.engine.tasks import as_store_error, in_thread, passes_through

@@ -82,8 +82,8 @@ def _read(exc: BaseException) -> bool | None:
         return True
     if issubclass(kind, OSError) and exc.errno in _UNREACHABLE:  # type: ignore[attr-defined]  # pyright: ignore
         return True
-    # requests wraps the error of urllib3, and that the one of the connection.
-    if any(package in ("requests", "urllib3") for package, _ in names):
+    # requests wraps the error of urllib3, and that the one of the connection, as urllib does.
+    if any(package in ("requests", "urllib", "urllib3") for package, _ in names):
         inner = safe_get(exc, "reason") or next(iter(exc.args), None)
         if isinstance(inner, BaseException):
             return _read(inner)

@@ -211,7 +211,9 @@ class StromaRunner:
 
         nodes = nodes_of(node_sequence)
         check_owners(nodes, self.registry)
-        return check_nodes(nodes, self.registry, input_schema)
+        return check_nodes(
+            nodes, self.registry, input_schema, retried=self._config_of(node_sequence).retried_ids
+        )
 
     async def check_deterministic(
         self, flow: FlowFunction[In, Out], initial_state: In

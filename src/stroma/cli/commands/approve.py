@@ -176,7 +176,9 @@ def _parse_answer(
     text, option = request.answer
     if (one.effect is not None) != bool(option):
         why = (
-            "is an effect: state if its call happened" if one.effect is not None else "asks a question, and is no effect"
+            "is an effect: state if its call happened"
+            if one.effect is not None
+            else "asks a question, and is no effect"
         )
         raise Problem(
             f"{place_text(one)} of run {clean(record.run_id)} {why}",
