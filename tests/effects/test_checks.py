@@ -33,7 +33,8 @@ def effect(*, reconciles: bool) -> Any:
 
 
 def findings(runner: StromaRunner, *nodes: Any) -> list[tuple[str, str, str, bool]]:
-    return [(f.severity, f.kind, f.target_at, "reconcile" in f.message) for f in runner.check(list(nodes))]
+    checked = nodes[0] if isinstance(nodes[0], Pipeline) else list(nodes)
+    return [(f.severity, f.kind, f.target_at, "reconcile" in f.message) for f in runner.check(checked)]
 
 
 def test_effects_that_a_check_warns_of() -> None:

@@ -306,6 +306,8 @@ class NodeAttempt:
     async def _end_effect(self, effect: Effect, error: BaseException) -> BaseModel | Failure | Halt | None:
         """End an attempt whose call may have happened. Return None if it did not: that is an ordinary failure."""
         effect.is_under_way = False
+        if isinstance_by_type(error, GroupStopped):
+            error = error.halt.failure.exception
         if isinstance_by_type(error, Fenced):
             return None  # Another process owns the run, and asks. The intent stays open.
         if is_refusal(error):
@@ -332,7 +334,7 @@ class NodeAttempt:
             cause = f"invalid output was stated: {one_line(message_of(violation))}"
             return await self._suspend(effect.unknown(cause))
         logger.info("effect %r happened already; it is not called", node_id)
-        self.is_counted = True
+        self.is_counted = effect.is_stated = True
         if self.usage_error is not None or self.ctx.limits:
             self._judge()
         row, pending = self._begin_commit()

@@ -27,6 +27,7 @@ from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.node import Plan
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
+from stroma.contracts.untyped import UntypedState
 from stroma.engine.commit import settle
 from stroma.engine.execution import NodeExecution
 from stroma.engine.restore import read_output
@@ -79,7 +80,7 @@ class UnknownOutcome(Suspend):
     def waiting(self, run: NodeExecution) -> Waiting:
         """Return the question to a person."""
         assert self.schema is not None
-        ref = schema_ref(self.schema)
+        ref = "" if self.schema is UntypedState else schema_ref(self.schema)
         return Waiting(run.position, run.branch, run.node_id, REASON, ref, None, self.unknown)
 
 
@@ -90,9 +91,12 @@ class Effect:
     Attributes:
         branch: of its note and its idempotency key: that of the execution, without the numbers of attempts around it.
         is_under_way: the present attempt has begun a call, whose end is not known.
+        is_stated: the output was stated, and not returned by the function.
     """
 
-    __slots__ = ("_contract", "_digest", "_intent", "_key", "_run", "_schemas", "branch", "is_under_way")
+    __slots__ = (
+        "_contract", "_digest", "_intent", "_key", "_run", "_schemas", "branch", "is_stated", "is_under_way",
+    )  # fmt: skip
 
     def __init__(
         self, run: NodeExecution, contract: NodeContract[Any, Any], plan: Plan, snapshot: Snapshot
@@ -102,7 +106,7 @@ class Effect:
         self._digest = _digest(plan[0], snapshot) if is_called(run.branch) else ""
         self.branch, self._intent = self._find(run)
         self._key = effect_note(run.position, self.branch)
-        self.is_under_way = False
+        self.is_under_way = self.is_stated = False
 
     def _find(self, run: NodeExecution) -> tuple[str, Intent | None]:
         """Return the branch that the effect is known by, and its last call.

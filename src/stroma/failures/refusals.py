@@ -80,7 +80,7 @@ def _read(exc: BaseException) -> bool | None:
         return True
     if issubclass(kind, (ConnectionRefusedError, socket.gaierror)):
         return True
-    if issubclass(kind, OSError) and exc.errno in _UNREACHABLE:  # type: ignore[attr-defined]  # pyright: ignore
+    if issubclass(kind, OSError) and safe_get(exc, "errno") in _UNREACHABLE:
         return True
     # requests wraps the error of urllib3, and that the one of the connection, as urllib does.
     if any(package in ("requests", "urllib", "urllib3") for package, _ in names):
