@@ -180,7 +180,8 @@ async def test_a_step_of_a_flow(store: Any) -> None:
 
     @runner.flow("sell", input=Order, output=Receipt)
     async def sell(flow: Flow, order: Order) -> Receipt:
-        return await flow.step(charge, order)
+        receipt: Receipt = await flow.step(charge, order)
+        return receipt
 
     for _ in range(2):
         result: Any = await runner.run(sell, Order(), run_id="r", resume=True)
