@@ -38,10 +38,13 @@ async def test_an_effect_with_reconcile_is_proven(processes: bool) -> None:
 
 async def test_an_effect_without_reconcile_is_none() -> None:
     """Without reconcile the resumed run waits for a person, and the message says what is missing."""
+    shop = Shop()
     with pytest.raises(
         AssertionError, match=r"before node 'charge'.* was called; .*SUSPENDED.*pass reconcile="
     ):
-        await assert_resumable(nodes_of(Shop(), effect=True), Order(), processes=False)
+        await assert_resumable(
+            nodes_of(shop, effect=True), Order(), processes=False, reset=shop.charges.clear
+        )
 
 
 async def test_a_node_that_is_no_effect_charges_twice() -> None:
