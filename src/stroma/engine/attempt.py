@@ -285,7 +285,7 @@ class NodeAttempt:
         if self.ctx.elsewhere:
             error = f"effect {run.node_id!r} is called in a run on other machines; call it in a run of a StromaRunner"
             return await self._fail(NotImplementedError(error))
-        effect = run.effect
+        effect: Effect | None = run.effect
         if effect is None:
             effect = run.effect = Effect(run, contract, self.plan, self.snapshot)
         if effect.is_open:
@@ -621,7 +621,7 @@ class NodeAttempt:
 
     async def _fail_call(self, error: BaseException) -> BaseModel | Failure | Halt:
         """End an attempt whose call failed. An effect that may have happened all the same ends as somebody states."""
-        effect = self.run.effect
+        effect: Effect | None = self.run.effect
         ended = None if effect is None else await self._end_effect(effect, error)
         return await self._fail(error) if ended is None else ended
 

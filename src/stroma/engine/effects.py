@@ -210,8 +210,8 @@ class Effect:
         if stated is NotDone or isinstance(stated, NotDone):
             return stated if isinstance(stated, NotDone) else NotDone()
         if stated is Unknown or isinstance(stated, Unknown):
-            told = stated.reason if isinstance(stated, Unknown) else ""
-            return Unknown(f"{why}; {told}" if told else why)
+            detail = stated.reason if isinstance(stated, Unknown) else ""
+            return Unknown(f"{why}; {detail}" if detail else why)
         return Done(stated)
 
     def unknown(self, cause: str) -> UnknownOutcome:

@@ -22,7 +22,6 @@ from stroma.trace.redaction import scrubbed_error
 
 if TYPE_CHECKING:
     from stroma.engine.context import ReliabilityContext
-    from stroma.engine.effects import Effect
 
 __all__ = ["NodeExecution", "RemainingBudget", "current_node", "current_run"]
 
@@ -76,8 +75,8 @@ class NodeExecution:
     repairing: bool = False
     #: What is wrong with a reported response, if the attempt is to fail of it once its output is safe.
     misreported: UsageError | None = None
-    #: Its calls, if it is an effect; see stroma.engine.effects.
-    effect: Effect | None = None
+    #: Its calls, an Effect of stroma.engine.effects, once it is known to be one.
+    effect: Any = None
     _notes: dict[Any, Any] | None = None
     _calls: StepCalls | None = None
 

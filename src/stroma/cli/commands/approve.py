@@ -101,21 +101,21 @@ def approve(
     return Code.OK
 
 
-class _Given(NamedTuple):
+class _Statement(NamedTuple):
     """The answer: its text, None with --not-done; and the option that it was passed with, "" for ANSWER."""
 
     text: str | None
     option: str = ""
 
 
-def _one_of(answer: str | None, done: str | None, not_done: bool) -> _Given:
+def _one_of(answer: str | None, done: str | None, not_done: bool) -> _Statement:
     """Return the answer. Raises Problem unless exactly one is passed."""
-    given = [_Given(answer)] if answer is not None else []
-    given += [_Given(done, "--done")] if done is not None else []
-    given += [_Given(None, "--not-done")] if not_done else []
-    if len(given) == 1:
-        return given[0]
-    what = "no answer" if not given else "several answers"
+    statements = [_Statement(answer)] if answer is not None else []
+    statements += [_Statement(done, "--done")] if done is not None else []
+    statements += [_Statement(None, "--not-done")] if not_done else []
+    if len(statements) == 1:
+        return statements[0]
+    what = "no answer" if not statements else "several answers"
     raise Problem(
         f"approve got {what}",
         "pass ANSWER, or for an effect one of --done JSON and --not-done",
@@ -128,7 +128,7 @@ class _Approval:
     """Arguments of one call: the pipeline, the answer (None: the effect did not happen), and the node that it is for."""
 
     target: str
-    answer: _Given
+    answer: _Statement
     node: str | None
     branch: str | None
 
