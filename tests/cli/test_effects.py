@@ -57,7 +57,7 @@ def test_an_effect_that_happened(shop, inside, fails):
     assert line in inside("show", "x").out
     waits = json.loads(inside("show", "x", "--json").out)["suspended"]
     assert waits[0]["reason"] == "effect"
-    assert waits[0]["effect"] == {"key": "x:1:0:", "call": 1, "cause": "TimeoutError: no answer"}
+    assert waits[0]["effect"] == {"key": "x:1:0:", "number": 1, "cause": "TimeoutError: no answer"}
     words = shlex.split(first)
     assert words[:4] == ["approve", "x", "shop.py:pipeline", "--done"]
     done = inside(*words[:-1], '{"number": 5}', "--resume")

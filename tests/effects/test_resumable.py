@@ -22,7 +22,6 @@ def nodes_of(shop: Shop, **options: Any) -> list[Any]:
     return [charge, count]
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
 async def test_an_effect_with_reconcile_is_proven(processes: bool) -> None:
     """assert_resumable accepts an effect whose charge is made once, wherever the process dies; both sides of its call are tried."""

@@ -254,12 +254,12 @@ class UnknownCall(NamedTuple):
 
     Attributes:
         key: its idempotency key.
-        call: 1-based number of the call at its place.
+        number: 1-based number of the call at its place.
         cause: why it is unknown.
     """
 
     key: str
-    call: int
+    number: int
     cause: str
 
 
@@ -282,9 +282,9 @@ class Waiting(NamedTuple):
     effect: UnknownCall | None = None
 
     @property
-    def call(self) -> int:
+    def call_number(self) -> int:
         """Number of the call that the question is about; 0 for any other question."""
-        return 0 if self.effect is None else self.effect.call
+        return 0 if self.effect is None else self.effect.number
 
 
 #: ``Waiting.payload`` of a call of an effect that did not happen; no output has this form.

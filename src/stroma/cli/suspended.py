@@ -55,9 +55,9 @@ def question_text(one: Waiting, limit: int = 500) -> str:
     """Return the question that a node waits for."""
     if one.effect is None:
         return clean(one.reason, limit)
-    key, call, cause = one.effect
+    key, number, cause = one.effect
     return (
-        f"{clean(one.reason)}: nobody knows if call {call} happened ({clean(cause, limit)}); "
+        f"{clean(one.reason)}: nobody knows if call {number} happened ({clean(cause, limit)}); "
         f"its idempotency key is {clean(key, 200)}"
     )
 

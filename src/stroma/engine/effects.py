@@ -24,10 +24,9 @@ from stroma.checkpoint.protocols import NOT_DONE, UnknownCall, Waiting, effect_n
 from stroma.checkpoint.sessions import SimpleSession
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.effects import NotDone, Unknown
-from stroma.contracts.node import Plan
+from stroma.contracts.node import Plan, output_class
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
-from stroma.contracts.untyped import UntypedState
 from stroma.engine.commit import settle
 from stroma.engine.execution import NodeExecution
 from stroma.engine.restore import read_output
@@ -57,14 +56,14 @@ class Intent(NamedTuple):
 
     Attributes:
         node_id: the node; a pipeline may have another one at this place by now.
-        call: 1-based number of the call.
+        number: 1-based number of the call.
         is_open: nobody has stated how it ended. The commit of its output does not change this.
         branch: of the attempt that made it.
         digest: of its input, where a retried node may make the call with another one; otherwise "".
     """
 
     node_id: str
-    call: int
+    number: int
     is_open: bool
     branch: str
     digest: str
@@ -80,7 +79,7 @@ class UnknownOutcome(Suspend):
     def waiting(self, run: NodeExecution) -> Waiting:
         """Return the question to a person."""
         assert self.schema is not None
-        ref = "" if self.schema is UntypedState else schema_ref(self.schema)
+        ref = "" if self.schema is output_class(None) else schema_ref(self.schema)
         return Waiting(run.position, run.branch, run.node_id, REASON, ref, None, self.unknown)
 
 
@@ -127,7 +126,7 @@ class Effect:
     async def begin(self) -> tuple[Exception | None, bool]:
         """Store that a call begins. Return why the store refuses it, and True if the task was cancelled meanwhile."""
         run, before = self._run, self._intent
-        call = 1 if before is None else before.call + 1
+        call = 1 if before is None else before.number + 1
         self._note(Intent(run.node_id, call, True, run.branch, self._digest))
         problem, cancelled = await settle(run.ctx, run, self._flush(), self._flush)
         if problem is None and not cancelled:
@@ -167,11 +166,11 @@ class Effect:
                 return Done(read_output(schema, committed, self._contract.upcast))
             except ValueError as error:
                 raise CorruptCheckpoint(
-                    f"the output of effect {run.node_id!r} of run {run.run_id!r} cannot be read back: {error}"
+                    f"the output of effect {run.node_id!r} of run {run.run_id!r} cannot be read back: {error}; restore its schema, or start a new run"
                 ) from error
         question = session.waiting.get(place)
         why = "the process ended, or the attempt was cancelled, during the call"
-        if question is not None and question.call == intent.call and question.effect is not None:
+        if question is not None and question.call_number == intent.number and question.effect is not None:
             why = question.effect.cause
             if question.payload == NOT_DONE:
                 return NotDone()
@@ -218,7 +217,7 @@ class Effect:
         """Return the suspension until a person has stated how the last call ended."""
         assert self._intent is not None
         self.is_under_way = False
-        call = UnknownCall(self._run.idempotency_key, self._intent.call, cause)
+        call = UnknownCall(self._run.idempotency_key, self._intent.number, cause)
         return UnknownOutcome(call, self._schemas[1].model)
 
 

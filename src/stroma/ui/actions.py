@@ -62,7 +62,9 @@ class Actions:
         pending: list[Waiting] = await to_thread.run_sync(store.waiting, record.run_id)
         at = form.get("at", ""), form.get("call", "")
         unknown = [
-            one for one in pending if (f"{one.position}:{one.branch}", str(one.call)) == at and one.effect
+            one
+            for one in pending
+            if (f"{one.position}:{one.branch}", str(one.call_number)) == at and one.effect
         ]
         try:
             answer = NotDone() if form.get("happened") != "yes" else json.loads(form.get("output", ""))

@@ -92,7 +92,7 @@ def waiting_key(waiting: Waiting) -> str:
 
 def answer_place(run_id: str, execution: int, waiting: Waiting) -> PayloadPlace:
     """Return the place of an answer. It includes the question, so that the answer fits no other question."""
-    question = f"answer\0{waiting.schema_ref}\0{waiting.call}\0{storable_text(waiting.reason)}"
+    question = f"answer\0{waiting.schema_ref}\0{waiting.call_number}\0{storable_text(waiting.reason)}"
     return PayloadPlace(run_id, execution, question, waiting.position, waiting.branch)
 
 

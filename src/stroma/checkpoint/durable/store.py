@@ -210,7 +210,7 @@ class DurableStore(ReadableStore):
         if question is None or question.node_id != waiting.node_id:
             raise not_waiting(run_id, waiting)
         stored = read_waiting(question, run_id, run.execution, self._payloads)
-        if stored is None or stored.call != waiting.call:
+        if stored is None or stored.call_number != waiting.call_number:
             raise not_waiting(run_id, waiting)
         if stored.payload is None:
             record_waiting(rows, run_id, run.execution, waiting, self._payloads)

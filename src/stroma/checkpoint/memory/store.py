@@ -302,7 +302,7 @@ class _MemoryStore(MemoryReader, MemoryCells):
         question = run.waiting.get(at)
         if (
             question is None
-            or (question.node_id, question.call) != (waiting.node_id, waiting.call)
+            or (question.node_id, question.call_number) != (waiting.node_id, waiting.call_number)
             or question.payload not in (None, waiting.payload)
         ):
             raise not_waiting(run_id, waiting)

@@ -87,16 +87,16 @@ class SignalTests:
         (stored,) = store.waiting("run")
         assert (stored.reason, stored.effect[:2]) == ("effect", call[:2])
         assert "no answer" in stored.effect.cause
-        other = question._replace(effect=call._replace(call=1), payload=NOT_DONE)
+        other = question._replace(effect=call._replace(number=1), payload=NOT_DONE)
         for refused in (other, question._replace(effect=None, payload=b"1")):
             with pytest.raises(StoreError, match="no longer waiting for an answer"):
                 await settled(store.signal("run", refused))
         await settled(store.signal("run", stored._replace(payload=NOT_DONE)))
         again = await begin(store, if_exists="resume")
         assert again.waiting[0, ""].payload == NOT_DONE
-        await settled(again.suspend(row(0, "charge"), question._replace(effect=call._replace(call=3))))
+        await settled(again.suspend(row(0, "charge"), question._replace(effect=call._replace(number=3))))
         await finish(again, "SUSPENDED")
-        assert [(w.call, w.payload) for w in store.waiting("run")] == [(3, None)]
+        assert [(w.call_number, w.payload) for w in store.waiting("run")] == [(3, None)]
 
     async def test_notes_of_effects_outlive_a_discard(self, store: Any) -> None:
         """Discarding a position keeps the note about the calls of its effect; another execution has none; a stale owner writes none."""
