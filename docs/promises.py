@@ -34,6 +34,8 @@ MEANS = {
     "imported.",
     12: "Without hooks no state is made for them, without a budget nothing is summed, and a node costs the same in a pipeline of "
     "5,000 as in one of 100. [Figures](performance.md).",
+    13: "On a journal store across processes, else in one; for nodes with `effect=True`. Somebody is the node's `reconcile`, or a person; "
+    "a server that refused the request, or no connection to it, counts as such a statement. A new execution is a new effect.",
 }
 
 
@@ -86,7 +88,7 @@ def guarantees_page() -> str:
         "and `./dev mutants` measures how many small changes of the code they notice. What `kill -9`, power cuts, full disks and",
         "lost connections did to thousands of runs is told under [durable runs](durability.md#figures).",
         "",
-        "A guarantee holds for one *execution* of a run. Across processes, G4, G5, G6 and G10 need a [journal store](stores/index.md):",
+        "A guarantee holds for one *execution* of a run. Across processes, G4, G5, G6, G10 and G13 need a [journal store](stores/index.md):",
         "SQLite, Postgres or Redis. A store of the simple `save`, `load`, `delete` protocol cannot give them.",
     ]
     for number, sentence in said.items():

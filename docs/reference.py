@@ -23,7 +23,7 @@ TOPICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Running", "Runners, pipelines, nodes and what governs a run.",
         ("runner.pipeline", "runner.runner", "runner.flows.flow", "runner.flows.definition", "runner.flows.errors", "runner.stream", "engine.config", "contracts.node", "engine.execution", "runner.steps", "engine.context"),
     ),
-    "contracts": ("Contracts and checks", "What crosses a boundary, and what can be proved before.", ("contracts.contract", "contracts.tagged_json", "contracts.checks")),
+    "contracts": ("Contracts and checks", "What crosses a boundary, and what can be proved before.", ("contracts.contract", "contracts.effects", "contracts.tagged_json", "contracts.checks")),
     "failures": ("Failures and policies", "Classes, policies, and why an attempt is not begun.", ("failures",)),
     "cost": (
         "Usage, prices, budgets, limits", "What was used, what it costs, and what stops a run.",

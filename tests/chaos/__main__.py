@@ -16,7 +16,7 @@ import argparse
 import sys
 import time
 
-from tests.chaos import cluster, flows, items, power, restored, rounds, servers, unrest
+from tests.chaos import cluster, effects, flows, items, power, restored, rounds, servers, unrest
 from tests.chaos.check import Figures
 
 STRIKES = {
@@ -27,7 +27,7 @@ STRIKES = {
     **cluster.STRIKES,
 }
 CLUSTER = (*cluster.FAULTS, "temporal-items")
-PROCESSES = {**rounds.FAULTS, **flows.FAULTS, **unrest.FAULTS, **restored.FAULTS}
+PROCESSES = {**rounds.FAULTS, **flows.FAULTS, **unrest.FAULTS, **restored.FAULTS, **effects.FAULTS}
 FAULTS = (*PROCESSES, *power.FAULTS, *items.FAULTS, *CLUSTER)
 
 

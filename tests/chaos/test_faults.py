@@ -53,6 +53,23 @@ def test_killed_at_each_point_of_the_protocol() -> None:
     assert [point for point in POINTS if not figures.get(f"at {point!r}")] == []
 
 
+def test_killed_around_the_calls_of_effects() -> None:
+    """G13: killed before the intent, before the call, in it before and after the charge, and before the commit, while the
+    provider drops connections, a card is charged once for each step of a list and a flow; also where a person decides."""
+    figures = strike("effect", 4)
+    assert figures["kills"] >= 4
+    assert (figures["commits"], figures["duplicated"], figures["lost"]) == (5 * figures["runs"], 0, 0)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("store", ["postgres", "redis"])
+def test_killed_around_the_calls_of_effects_on_a_server(store: str) -> None:
+    """G13: the same on a server that all processes share."""
+    figures = strike("effect", 6, store)
+    assert figures["kills"] >= 6
+    assert (figures["duplicated"], figures["lost"]) == (0, 0)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("store", ["sqlite", "postgres", "redis"])
 def test_killed_flows(store: str) -> None:

@@ -75,7 +75,7 @@ def test_json(desk, inside):
     """run, show and approve say as data what waits, and what was answered."""
     waits = {
         "position": 1, "branch": "", "node_id": "ask", "reason": "is this right?", "schema": "desk:Approval",
-        "answered": False,
+        "answered": False, "effect": None,
     }  # fmt: skip
     done = inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x", "--json")
     data = json.loads(done.out)

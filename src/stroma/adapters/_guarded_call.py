@@ -17,10 +17,11 @@ from stroma.adapters._state_views import given_to, made_by
 from stroma.adapters._step import CallTask, GuardedStep, Halts, InnerCalls, Invoke, count_tokens, find_halt
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StepCall
 from stroma.contracts.contract import NodeContract
-from stroma.contracts.node import Node
+from stroma.contracts.node import Node, held_by
 from stroma.cost.usage import Usage, usage_from
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
+from stroma.engine.effects import UnknownOutcome
 from stroma.engine.execution import NodeExecution, current_node
 from stroma.engine.loop import execute
 from stroma.engine.outcome import GroupStopped, Halt, Place
@@ -40,6 +41,7 @@ class StepOwner(Protocol):
 
     ctx: ReliabilityContext
     halts: Halts
+    unknown_effects: dict[str, Halt]
 
     def note(self, halt: Halt) -> None: ...
     async def open(self, first: Call | None = None) -> None: ...
@@ -251,7 +253,7 @@ class Call:
         contract, entry = self._contract(), _current_task()
         state = given_to(step.input_view(self.args, self.kwargs), contract)
         position, branch, step_call = run.place(parent, step.step_id, state)
-        if (refusal := run.refusal(step.step_id)) is not None:
+        if (refusal := run.refusal(step.step_id) or run.unknown_effects.get(step.step_id)) is not None:
             halts.append((refusal.failure.exception, refusal))
             run.note(refusal)
             return refusal
@@ -294,7 +296,17 @@ class Call:
         if isinstance(outcome, Halt):
             halts.append((self._error_for_caller(outcome), outcome))
             run.note(outcome)
+            if isinstance(outcome.failure.exception, UnknownOutcome):
+                run.unknown_effects[step.step_id] = outcome
+        elif contract is not None and contract.effect:
+            self._take_stated(outcome)
         return outcome
+
+    def _take_stated(self, output: BaseModel) -> None:
+        """Let the caller have the output of an effect that was stated or recorded, in place of what a call returned."""
+        execution = self.execution
+        if execution is None or (execution.effect is not None and execution.effect.is_stated):
+            self.value, self.error = held_by(output), None
 
     def _stream_result(self, value: Any) -> Any:
         if self.step.collect is not None:

@@ -72,6 +72,8 @@ class GuardedRun:
         self.result: ExecutionResult | None = None
         #: The exceptions and stops of calls that are inside no other one.
         self.halts: Halts = []
+        #: The suspensions of effects whose last call may have happened, by step id: none of them is called again.
+        self.unknown_effects: dict[str, Halt] = {}
         self._input = input
         self._lock = threading.Lock()
         self._opened = False

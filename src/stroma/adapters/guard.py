@@ -218,10 +218,18 @@ class Guard:
         *,
         input: type[BaseModel] | None = None,
         output: type[BaseModel] | None = None,
+        effect: bool = False,
+        reconcile: Callable[[Any, str], Any] | None = None,
         **options: Any,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Decorate a function as :meth:`wrap` does; each side of the contract is optional."""
-        contract = None if input is None and output is None else contract_for(step_id, (input, output))
+        """Decorate a function as :meth:`wrap` does; each side of the contract is optional.
+
+        ``effect``, ``reconcile``: for a function that must not be called twice blindly, see NodeContract. Where its output is
+        stated or recorded, the caller gets that, as an instance of ``output``, or as plain data without one.
+        """
+        contract = None
+        if input is not None or output is not None or effect or reconcile is not None:
+            contract = contract_for(step_id, (input, output), effect=effect, reconcile=reconcile)
 
         def decorate(func: Callable[P, R]) -> Callable[P, R]:
             return self.wrap(step_id, func, contract=contract, **options)
@@ -300,14 +308,19 @@ def what_stopped(error: BaseException | None) -> BaseException | None:
 
 
 def contract_for(
-    name: str, contract: NodeContract[Any, Any] | tuple[type[BaseModel] | None, type[BaseModel] | None]
+    name: str,
+    contract: NodeContract[Any, Any] | tuple[type[BaseModel] | None, type[BaseModel] | None],
+    **effect: Any,
 ) -> NodeContract[Any, Any]:
-    """Return a contract for a contract or a pair of schemas; None stands for any value."""
+    """Return a contract for a contract or a pair of schemas; None stands for any value. ``effect``: its other fields."""
     if isinstance(contract, NodeContract):
         return contract
     input_schema, output_schema = contract
     return NodeContract(
-        node_id=name, input_schema=input_schema or UntypedState, output_schema=output_schema or UntypedState
+        node_id=name,
+        input_schema=input_schema or UntypedState,
+        output_schema=output_schema or UntypedState,
+        **effect,
     )
 
 

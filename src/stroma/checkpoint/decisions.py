@@ -107,7 +107,8 @@ def is_answered_meanwhile(stored: Waiting | None, loaded: Waiting | None, questi
     return (
         stored is not None
         and stored.payload is not None
-        and (stored.node_id, stored.schema_ref) == (question.node_id, question.schema_ref)
+        and (stored.node_id, stored.schema_ref, stored.call_number)
+        == (question.node_id, question.schema_ref, question.call_number)
         and (loaded is None or loaded.payload is None)
     )
 

@@ -19,6 +19,7 @@ from stroma.trace.events import FAILED_ITEM, AttemptRow
 
 __all__ = [
     "INSIDE",
+    "NOT_DONE",
     "OF_FLOW",
     "OF_MAP",
     "AsyncCheckpointStore",
@@ -35,9 +36,12 @@ __all__ = [
     "Session",
     "StepCall",
     "Tried",
+    "UnknownCall",
     "Waiting",
     "count_items",
+    "effect_note",
     "inside_of",
+    "is_effect_note",
     "is_of_pipeline",
     "map_not_found",
 ]
@@ -247,13 +251,28 @@ class PriorUsage(NamedTuple):
     latency_ms: float = 0.0
 
 
+class UnknownCall(NamedTuple):
+    """A call of an effect whose outcome is unknown.
+
+    Attributes:
+        key: its idempotency key.
+        number: 1-based number of the call at its place.
+        cause: why it is unknown.
+    """
+
+    key: str
+    number: int
+    cause: str
+
+
 class Waiting(NamedTuple):
     """A node that waits for an approval.
 
     Attributes:
-        reason: the question.
+        reason: the question; "effect" if it is how a call of an effect ended.
         schema_ref: "module:qualname" of the schema of the answer; "" for any JSON value.
-        payload: the answer in stored form; None while there is none.
+        payload: the answer in stored form, or NOT_DONE; None while there is none.
+        effect: the call that the question is about; None for any other question.
     """
 
     position: int
@@ -262,6 +281,26 @@ class Waiting(NamedTuple):
     reason: str
     schema_ref: str
     payload: bytes | None = None
+    effect: UnknownCall | None = None
+
+    @property
+    def call_number(self) -> int:
+        """Number of the call that the question is about; 0 for any other question."""
+        return 0 if self.effect is None else self.effect.number
+
+
+#: ``Waiting.payload`` of a call of an effect that did not happen; no output has this form.
+NOT_DONE: Final = b"not done"
+
+
+def effect_note(position: int, branch: str) -> str:
+    """Return the key of the note about the calls of an effect. It outlives the discarding of its position."""
+    return f"{position}:effect:{branch}"
+
+
+def is_effect_note(key: str) -> bool:
+    """Return True for a key that :func:`effect_note` made."""
+    return key.split(":", 2)[1:2] == ["effect"]
 
 
 class Finished(NamedTuple):
@@ -383,7 +422,7 @@ class Session(Protocol):
         """Store data of the driver under a key, "position:..."; None deletes it.
 
         It is stored together with the next attempt, question or end of the run that is recorded, or by :meth:`flush`.
-        Discarding a position discards its notes.
+        Discarding a position discards its notes, except those of effects (:func:`effect_note`).
         """
 
     def flush(self) -> Awaitable[None] | None:

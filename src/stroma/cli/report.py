@@ -17,7 +17,14 @@ from stroma.cli.errors import Code, is_debugging
 from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, emit, err
 from stroma.cli.stores import RunSource
-from stroma.cli.suspended import answer_type, approve_hint, place_text, unanswered, waiting_data
+from stroma.cli.suspended import (
+    answer_type,
+    approve_hint,
+    place_text,
+    question_text,
+    unanswered,
+    waiting_data,
+)
 from stroma.cli.user_errors import last_frame
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded, ExecutionBudget, limits
@@ -205,7 +212,7 @@ class RunReport:
     def _print_waiting(self) -> None:
         result, waiting = self.result, unanswered(self.waiting)
         for one in waiting:
-            err.line(f"  {place_text(one)}: {clean(one.reason, 1000)}  (asks for {answer_type(one)})")
+            err.line(f"  {place_text(one)}: {question_text(one, 1000)}  (asks for {answer_type(one)})")
         for reason in result.suspended if not waiting else ():
             err.line(f"  {clean(reason, 1000)}")
         if self.db.is_durable:

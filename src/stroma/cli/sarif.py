@@ -31,6 +31,7 @@ RULES: Final = {
     "items": "The items of a list cannot be a node's input",
     "collision": "Two nodes of a group give the same field",
     "broken": "A contract cannot be read",
+    "effect": "A call that must not be repeated cannot be looked up, or is in a group that is retried",
 }
 
 

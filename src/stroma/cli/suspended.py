@@ -16,7 +16,15 @@ from stroma.cli.formatting import id_word
 from stroma.cli.inputs import example
 from stroma.cli.stores import RunSource
 
-__all__ = ["answer_type", "approve_hint", "find_schema", "place_text", "unanswered", "waiting_data"]
+__all__ = [
+    "answer_type",
+    "approve_hint",
+    "find_schema",
+    "place_text",
+    "question_text",
+    "unanswered",
+    "waiting_data",
+]
 
 
 def unanswered(waiting: Sequence[Waiting]) -> list[Waiting]:
@@ -33,6 +41,7 @@ def waiting_data(one: Waiting) -> dict[str, Any]:
         "reason": one.reason,
         "schema": one.schema_ref or None,
         "answered": one.payload is not None,
+        "effect": None if one.effect is None else one.effect._asdict(),
     }
 
 
@@ -40,6 +49,17 @@ def place_text(one: Waiting) -> str:
     """Describe the waiting node and its position in the run."""
     at = f"{one.position}.{one.branch}" if one.branch else str(one.position)
     return f"node {clean(one.node_id, 100)!r} (at {at})"
+
+
+def question_text(one: Waiting, limit: int = 500) -> str:
+    """Return the question that a node waits for."""
+    if one.effect is None:
+        return clean(one.reason, limit)
+    key, number, cause = one.effect
+    return (
+        f"{clean(one.reason)}: nobody knows if call {number} happened ({clean(cause, limit)}); "
+        f"its idempotency key is {clean(key, 200)}"
+    )
 
 
 def answer_type(one: Waiting) -> str:
@@ -75,5 +95,10 @@ def approve_hint(
         options: tuple[str, ...] = ()
         if len(waiting) > 1:
             options = ("--node", one.node_id, *(("--branch", one.branch) if one.branch else ()))
-        lines.append(db.hint("approve", id_word(run_id), target, answer, options=options))
+        if one.effect is None:
+            lines.append(db.hint("approve", id_word(run_id), target, answer, options=options))
+            continue
+        # The options precede the values that they select among.
+        lines.append(db.hint("approve", id_word(run_id), target, options=("--done", answer, *options)))
+        lines.append(db.hint("approve", id_word(run_id), target, options=("--not-done", *options)))
     return lines

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         StepContract,
         StepViolation,
     )
+    from stroma.contracts.effects import NotDone, Unknown
     from stroma.contracts.node import stroma_node, stroma_step
     from stroma.contracts.tagged_json import NotSerialisable
 
@@ -24,9 +25,11 @@ __all__ = [
     "ContractViolation",
     "Finding",
     "NodeContract",
+    "NotDone",
     "NotSerialisable",
     "StepContract",
     "StepViolation",
+    "Unknown",
     "stroma_node",
     "stroma_step",
 ]
@@ -38,9 +41,11 @@ _HOMES = {
     "ContractViolation": "contracts.contract",
     "Finding": "contracts.checks.finding",
     "NodeContract": "contracts.contract",
+    "NotDone": "contracts.effects",
     "NotSerialisable": "contracts.tagged_json",
     "StepContract": "contracts.contract",
     "StepViolation": "contracts.contract",
+    "Unknown": "contracts.effects",
     "stroma_node": "contracts.node",
     "stroma_step": "contracts.node",
 }

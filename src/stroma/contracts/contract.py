@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from stroma._utils.models import LazyModel
+from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.schema import schema_of
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ContractRegistry",
     "ContractViolation",
     "NodeContract",
+    "Reconcile",
     "StepContract",
     "StepViolation",
     "check_id",
@@ -26,6 +28,12 @@ __all__ = [
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
 Direction = Literal["input", "output"]
+
+#: States, for the input and the idempotency key of an effect, if its last call happened: its output, or a statement.
+Reconcile: TypeAlias = Callable[
+    [In, str],
+    "Out | Mapping[str, Any] | NotDone | Unknown | Awaitable[Out | Mapping[str, Any] | NotDone | Unknown]",
+]
 
 _SHOWN_ERRORS = 5
 
@@ -56,6 +64,10 @@ class NodeContract(LazyModel, Generic[In, Out]):
 
     ``upcast`` makes what an earlier ``output_schema`` recorded (plain data: a dict of its fields) into what the present
     one accepts; a resume asks it when they differ.
+
+    ``effect``: a call changes the world, so that calling twice is harm. A call of which nobody knows if it happened is not
+    repeated: ``reconcile(state, idempotency_key)``, async or not, returns its output, NotDone() or Unknown(). Without
+    ``reconcile``, or if it returns Unknown() or raises, the run is SUSPENDED with reason "effect" until a person decides.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -64,6 +76,8 @@ class NodeContract(LazyModel, Generic[In, Out]):
     input_schema: type[In]
     output_schema: type[Out]
     upcast: Callable[[Any], Any] | None = None
+    effect: bool = False
+    reconcile: Callable[[Any, str], Any] | None = None
 
     if TYPE_CHECKING:
         # pydantic's mypy plugin would take the classes as Any, and the node's types would go unchecked.
@@ -74,12 +88,22 @@ class NodeContract(LazyModel, Generic[In, Out]):
             input_schema: type[In],
             output_schema: type[Out],
             upcast: Callable[[Any], Any] | None = None,
+            effect: bool = False,
+            reconcile: Reconcile[In, Out] | None = None,
         ) -> None: ...
 
     @field_validator("node_id")
     @classmethod
     def _legal_id(cls, value: str) -> str:
         return check_id(value, "node id")
+
+    @model_validator(mode="after")
+    def _only_effects_reconcile(self) -> Any:
+        if self.reconcile is not None and not self.effect:
+            raise ValueError(
+                f"node {self.node_id!r} has reconcile= but is no effect; pass effect=True, or remove reconcile="
+            )
+        return self
 
 
 class ContractViolation(Exception):

@@ -16,9 +16,10 @@ from typing import Any, Final, final
 
 from pydantic import BaseModel
 
-from stroma._utils.text import one_line
-from stroma.checkpoint import Waiting, schema_ref
-from stroma.contracts.contract import as_violation, output_violation
+from stroma._utils.text import one_line, typed
+from stroma.checkpoint import Fenced, StoreError, Waiting, schema_ref
+from stroma.contracts.contract import NodeContract, as_violation, output_violation
+from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.node import Group, Node, Plan
 from stroma.contracts.schema import Snapshot, schema_of
 from stroma.cost.usage import UsageError
@@ -27,6 +28,7 @@ from stroma.engine.commit import failed_of, record, record_failure_site, refer, 
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.engine.diagnosis import DeadlineExceeded, diagnose_attempt
+from stroma.engine.effects import Effect, Stated, UnknownOutcome
 from stroma.engine.events import (
     failure_arguments,
     log_failure,
@@ -41,7 +43,16 @@ from stroma.engine.outcome import GroupStopped, Halt, refuse
 from stroma.engine.tasks import as_store_error, in_thread, passes_through
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
-from stroma.failures.failure import Failure, NodeContext, diagnose, ends_run, isinstance_by_type, message_of
+from stroma.failures.failure import (
+    Failure,
+    NodeContext,
+    diagnose,
+    ends_run,
+    isinstance_by_type,
+    kind_of,
+    message_of,
+)
+from stroma.failures.refusals import is_refusal
 from stroma.hooks.dispatch import Calls, Firing, HookNotAsync
 from stroma.trace.events import NO_USAGE, AttemptRow, Outcome
 
@@ -112,6 +123,11 @@ class NodeAttempt:
                 firing = self._start_hooks()
                 if not firing.advance():
                     await self._finish_start_hooks(firing)
+            contract = self.plan[2]
+            if contract is not None and contract.effect:
+                ended = await self._begin_effect(contract)
+                if ended is not None:
+                    return ended
             parent = run.parent
             self.begin = begin = perf_counter_ns()
             if parent is not None and type(node) is Node:
@@ -148,7 +164,7 @@ class NodeAttempt:
                 return await self._end_of_call(raised)
             violation = self._accept_output()
             if violation is not None:
-                return await self._fail(violation)
+                return await self._fail_call(violation)
             if self.usage_error is not None or ctx.limits:
                 self._judge()
             row, pending = self._begin_commit()
@@ -259,6 +275,81 @@ class NodeAttempt:
         except HookNotAsync as error:
             self.first_unstarted = error.set_index
             raise
+
+    # ------------------------------------------------------------------ effects
+
+    async def _begin_effect(self, contract: NodeContract[Any, Any]) -> BaseModel | Failure | Halt | None:
+        """Store that an effect is to be called. Return the end of an attempt that must not call it."""
+        run = self.run
+        self.begin = self.begin or perf_counter_ns()
+        if self.ctx.elsewhere:
+            error = f"effect {run.node_id!r} is called in a run on other machines; call it in a run of a StromaRunner"
+            return await self._fail(NotImplementedError(error))
+        effect: Effect | None = run.effect
+        if effect is None:
+            effect = run.effect = Effect(run, contract, self.plan, self.snapshot)
+        if effect.is_open:
+            try:
+                stated = await effect.state_earlier(self._fresh_input(), self.cancelling)
+            except StoreError as error:
+                return await self._fail(error, is_of_store=True)
+            ended = await self._end_as_stated(effect, stated)
+            if ended is not None:
+                return ended
+        problem, cancelled = await effect.begin()
+        if problem is not None:
+            return await self._fail(problem, is_of_store=True)
+        if cancelled:
+            raise asyncio.CancelledError
+        return None
+
+    async def _end_effect(self, effect: Effect, error: BaseException) -> BaseModel | Failure | Halt | None:
+        """End an attempt whose call may have happened. Return None if it did not: that is an ordinary failure."""
+        effect.is_under_way = False
+        if isinstance_by_type(error, GroupStopped):
+            error = error.halt.failure.exception
+        if isinstance_by_type(error, Fenced):
+            return None  # Another process owns the run, and asks. The intent stays open.
+        if is_refusal(error):
+            effect.close()
+            return None
+        why = self.ctx.redactor.mask(one_line(typed(kind_of(error), message_of(error))))
+        self.ctx.run_logger.warning("nobody knows if effect %r happened: %s", self.run.node_id, why)
+        return await self._end_as_stated(
+            effect, await effect.reconcile(self._fresh_input(), why, self.cancelling)
+        )
+
+    async def _end_as_stated(self, effect: Effect, stated: Stated) -> BaseModel | Failure | Halt | None:
+        """End an attempt as somebody states about the last call. Return None if that did not happen."""
+        logger, node_id = self.ctx.run_logger, self.run.node_id
+        if isinstance(stated, NotDone):
+            logger.info("effect %r did not happen: %s", node_id, one_line(stated.reason or "stated"))
+            effect.close()
+            return None
+        if isinstance(stated, Unknown):
+            return await self._suspend(effect.unknown(stated.reason))
+        self.output = stated.output
+        violation = self._accept_output()
+        if violation is not None:
+            cause = f"invalid output was stated: {one_line(message_of(violation))}"
+            return await self._suspend(effect.unknown(cause))
+        logger.info("effect %r happened already; it is not called", node_id)
+        self.is_counted = effect.is_stated = True
+        if self.usage_error is not None or self.ctx.limits:
+            self._judge()
+        row, pending = self._begin_commit()
+        if pending is not None:
+            problem = await self._finish_commit(row, pending)
+            if problem is not None:
+                return await self._fail(problem, is_of_store=True)
+            row = refer(self.ctx, row)
+        self._end_with_output(row)
+        return await self._announce()
+
+    def _fresh_input(self) -> BaseModel:
+        """Return the input again, as no function has changed it."""
+        assert self.plan[0] is not None
+        return self.plan[0].restore(self.snapshot)
 
     # ------------------------------------------------------------------ call
 
@@ -518,13 +609,21 @@ class NodeAttempt:
 
     # ------------------------------------------------------------------ other ends
 
-    async def _end_of_call(self, raised: BaseException) -> Failure | Halt:
+    async def _end_of_call(self, raised: BaseException) -> BaseModel | Failure | Halt:
         """End an attempt whose function raised."""
         if isinstance_by_type(raised, Suspend) or (
             isinstance_by_type(raised, GroupStopped) and raised.halt.suspended
         ):
+            if self.run.effect is not None:
+                self.run.effect.close()  # It asks a person before it changes anything.
             return await self._suspend(raised)
-        return await self._fail(self._usage_error_before(raised) or raised)
+        return await self._fail_call(self._usage_error_before(raised) or raised)
+
+    async def _fail_call(self, error: BaseException) -> BaseModel | Failure | Halt:
+        """End an attempt whose call failed. An effect that may have happened all the same ends as somebody states."""
+        effect: Effect | None = self.run.effect
+        ended = None if effect is None else await self._end_effect(effect, error)
+        return await self._fail(error) if ended is None else ended
 
     async def _fail(self, error: BaseException, *, is_of_store: bool = False) -> Failure | Halt:
         """End as failed: classify, record, and call the failure hooks."""
@@ -567,8 +666,11 @@ class NodeAttempt:
         if isinstance_by_type(raised, Suspend):
             ctx.redactor.note_secrets(self.snapshot)
             reason = ctx.redactor.mask(message_of(raised))
-            ref = "" if raised.schema is None else schema_ref(raised.schema)
-            waiting = Waiting(run.position, run.branch, run.node_id, reason, ref)
+            if isinstance_by_type(raised, UnknownOutcome):
+                waiting = raised.waiting(run)
+            else:
+                ref = "" if raised.schema is None else schema_ref(raised.schema)
+                waiting = Waiting(run.position, run.branch, run.node_id, reason, ref)
         else:  # A group; its children have recorded what they wait for.
             assert isinstance_by_type(raised, GroupStopped)
             reason = raised.halt.failure.message

@@ -69,7 +69,7 @@ def record(
 
 async def settle(
     ctx: ReliabilityContext,
-    row: AttemptRow,
+    row: AttemptRow | NodeExecution,
     pending: Awaitable[None] | Exception | None,
     again: Callable[[], Awaitable[None] | Exception | None],
 ) -> tuple[Exception | None, bool]:

@@ -172,6 +172,15 @@ class RunConfig(LazyModel):
         """Return True if attempts may wait at a shared budget, limit or breaker."""
         return bool(self.shared_budgets or self.limits or self.breaker is not None)
 
+    @property
+    def retried_ids(self) -> set[str]:
+        """Return the ids of nodes and groups that ``node_policies`` grants retries."""
+        return {
+            node_id
+            for node_id, policies in self.node_policies.items()
+            if any(policy.max_retries for policy in policies.values())
+        }
+
     def take_run_id(self) -> str:
         """Return the id of the next run: the configured one; or the generated one, once, and then fresh ones."""
         run_id = self.run_id

@@ -62,7 +62,7 @@ class ReliabilityContext:
     # Slots, since several of them are read for each node.
     __slots__ = (
         "__weakref__", "_notes", "_opening", "_warned", "apart", "budget", "cancelled", "checkpoint_manager", "classifiers",
-        "config", "context", "cost_tracker", "delivers", "done", "due_ms", "elsewhere", "epoch_ns", "failed_items", "failed_maps",
+        "config", "context", "cost_tracker", "delivers", "done", "due_ms", "effects", "elsewhere", "epoch_ns", "failed_items", "failed_maps",
         "fire", "gated", "handover", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traceparent", "limits",
         "model_fallbacks", "pipeline", "plain_steps", "policy_map", "recovers", "redactor", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended", "timed",
@@ -157,6 +157,8 @@ class ReliabilityContext:
         self.kept_traceparent: str | None = None
         self._notes: dict[Any, Any] | None = None
         self.redactor = Redactor(self.config.redact, self.context, self.trace)
+        #: The last calls of effects in this process, by the keys of their notes; see stroma.engine.effects.
+        self.effects: dict[str, Any] = {}
         #: Outputs of a group's children in an earlier attempt of it, for the next one.
         self.done: dict[tuple[int, str], BaseModel] = {}
         self.hook_failures: list[HookFailure] = []

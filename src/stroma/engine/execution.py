@@ -75,6 +75,8 @@ class NodeExecution:
     repairing: bool = False
     #: What is wrong with a reported response, if the attempt is to fail of it once its output is safe.
     misreported: UsageError | None = None
+    #: Its calls, an Effect of stroma.engine.effects, once it is known to be one.
+    effect: Any = None
     _notes: dict[Any, Any] | None = None
     _calls: StepCalls | None = None
 
@@ -237,7 +239,10 @@ class NodeExecution:
 
     @property
     def idempotency_key(self) -> str:
-        """Key that all attempts of this node, or this call of a step, share in this execution of the run, in every process."""
+        """Key that all attempts of this node, or this call of a step, share in this execution of the run, in every process.
+
+        That of an effect which a node calls is the same in all attempts of that node with the same input.
+        """
         ctx, outermost = self.ctx, self
         while outermost.parent is not None:
             outermost = outermost.parent
@@ -245,7 +250,8 @@ class NodeExecution:
         # A step of plain code is known by what it is: its position depends on what was recorded before it.
         at = outermost.position if step is None or step.identity is None else step.identity
         # Read from its end, it has one meaning whatever the run id holds.
-        return f"{ctx.run_id}:{ctx.execution}:{at}:{self.branch}"
+        branch = self.branch if self.effect is None else self.effect.branch
+        return f"{ctx.run_id}:{ctx.execution}:{at}:{branch}"
 
     @property
     def usage(self) -> AttemptUsage:
@@ -368,7 +374,9 @@ class NodeExecution:
 
     def _answer(self) -> tuple[bytes, str] | None:
         waiting = self.ctx.session.waiting.get((self.position, self.branch))
-        return None if waiting is None or waiting.payload is None else (waiting.payload, waiting.schema_ref)
+        if waiting is None or waiting.payload is None or waiting.effect is not None:
+            return None
+        return waiting.payload, waiting.schema_ref
 
     def take_reported(self) -> list[Report]:
         """Return what was reported and is not counted yet, and forget it."""

@@ -36,7 +36,7 @@ from stroma.failures.provider_verdicts import (
     ProviderVerdict,
 )
 
-__all__ = ["read_provider_error", "requested_waits", "retry_after_seconds"]
+__all__ = ["read_provider_error", "read_status", "requested_waits", "retry_after_seconds"]
 
 
 def read_provider_error(exc: BaseException) -> ProviderVerdict | None:
@@ -190,6 +190,11 @@ def _read_by_name(exc: BaseException) -> ProviderVerdict | None:
 
 def _package(cls: type) -> str:
     return cls.__module__.partition(".")[0]
+
+
+def read_status(exc: BaseException) -> int | None:
+    """Return the HTTP status that an exception carries, or the one its gRPC status stands for; None without one."""
+    return _status(exc, {_package(cls) for cls in type(exc).__mro__})
 
 
 def _status(exc: BaseException, packages: set[str]) -> int | None:

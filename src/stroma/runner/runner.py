@@ -16,7 +16,7 @@ from stroma.checkpoint import (
     CheckpointManager,
     CheckpointStore,
 )
-from stroma.contracts.contract import ContractRegistry, Decorated, NodeContract
+from stroma.contracts.contract import ContractRegistry, Decorated, NodeContract, Reconcile
 from stroma.contracts.node import NodeDecorator, mark
 from stroma.cost.budget import ExecutionBudget
 from stroma.cost.fallback import FallbackPolicy
@@ -146,10 +146,21 @@ class StromaRunner:
         """Replace the time limits of nodes: milliseconds by node id."""
         return self._replace(node_timeouts=RunConfig(node_timeouts=node_timeouts).node_timeouts)
 
-    def node(self, node_id: str, *, input: type[In], output: type[Out]) -> NodeDecorator[In, Out]:
-        """Mark a function as a node, and register its contract with this runner. See ``stroma_node``."""
+    def node(
+        self,
+        node_id: str,
+        *,
+        input: type[In],
+        output: type[Out],
+        effect: bool = False,
+        reconcile: Reconcile[In, Out] | None = None,
+    ) -> NodeDecorator[In, Out]:
+        """Mark a function as a node, and register its contract with this runner. See ``stroma_node``.
+
+        ``effect``, ``reconcile``: for a node that must not be called twice blindly, see NodeContract.
+        """
         contract: NodeContract[In, Out] = NodeContract(
-            node_id=node_id, input_schema=input, output_schema=output
+            node_id=node_id, input_schema=input, output_schema=output, effect=effect, reconcile=reconcile
         )
         self.registry.register(contract)
 
@@ -201,7 +212,9 @@ class StromaRunner:
 
         nodes = nodes_of(node_sequence)
         check_owners(nodes, self.registry)
-        return check_nodes(nodes, self.registry, input_schema)
+        return check_nodes(
+            nodes, self.registry, input_schema, retried=self._config_of(node_sequence).retried_ids
+        )
 
     async def check_deterministic(
         self, flow: FlowFunction[In, Out], initial_state: In
@@ -558,6 +571,7 @@ class StromaRunner:
 
         ``answer``: a model or JSON data, validated by the schema of the suspended node. ``node_id`` and ``branch`` select
         the node, where several are waiting. ``schema``: where the node's own is not imported in this process.
+        For an effect whose call is unknown: the output of that call, or NotDone() to have it called again.
 
         Raises pydantic's ValidationError, CheckpointNotFound, StoreError if the run is not waiting for an answer, ValueError
         if several nodes match.

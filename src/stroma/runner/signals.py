@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma.checkpoint import StoreError, Waiting, resolve_schema
+from stroma.checkpoint.protocols import NOT_DONE
+from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.node import output_class
 from stroma.contracts.schema import schema_of
 
@@ -44,6 +46,16 @@ def match_answer(
             f"run {run_id!r} is waiting for answers at {places}; select one with node_id= and branch="
         )
     waiting, model = matches[0], schema
+    if isinstance(answer, (NotDone, Unknown)):
+        if waiting.effect is None:
+            raise ValueError(
+                f"node {waiting.node_id!r} of run {run_id!r} is no effect whose call is unknown; answer its question"
+            )
+        if isinstance(answer, Unknown):
+            raise ValueError(
+                f"node {waiting.node_id!r} of run {run_id!r} is suspended until its call is known; pass its output, or NotDone()"
+            )
+        return waiting._replace(payload=NOT_DONE)
     if model is None and waiting.schema_ref:
         try:
             model = resolve_schema(waiting.schema_ref)

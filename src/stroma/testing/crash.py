@@ -258,7 +258,8 @@ class crash_at:
             await runner.run(pipeline, state, run_id="r")
         result = await runner.run(pipeline, state, run_id="r", resume=True)
 
-    ``point`` is one of :data:`POINTS`: "before_node" (its function is about to be called), "after_node" (it has returned
+    ``point`` is one of :data:`POINTS`: "before_node" (its function is about to be called; the intent of an effect is stored),
+    "after_node" (it has returned
     or raised, and nothing is stored), "after_commit" (the store has the attempt, and no hook was called), "after_hooks",
     "before_end" and "after_end" (of the run). ``node``, ``attempt`` and ``branch`` select one; the first one by default.
 

@@ -79,7 +79,7 @@ async def assert_resumable(
     True where the system has fork(), unless ``effects`` is passed.
     ``effects``: returns the side effects of the pipeline as plain data, such as a list of mails sent; they must equal those
     of the undisturbed run. A node whose process dies after its work and before its commit is called again, so work that must
-    be done once needs ``current_node().idempotency_key``. ``reset``: called before each run, to remove side effects. With
+    be done once needs ``effect=True`` and ``reconcile=``, or ``current_node().idempotency_key``. ``reset``: called before each run, to remove side effects. With
     ``processes=True`` both must use data that processes share: files, a server.
 
     ``most``: maximum number of boundaries, spread over the run. ``timeout_seconds``: limit for each process.
@@ -171,6 +171,11 @@ async def _try(
     twice = [called[place] for place in dict.fromkeys(died.committed) if place in called]
     if twice:
         raise AssertionError(f"{what}; node {twice[0].node_id!r} had finished, and was called again")
+    if life.status == RunStatus.SUSPENDED:
+        raise AssertionError(
+            f"{what}; the resumed run is SUSPENDED, as nobody knows if the call of an effect happened; pass reconcile=, and let "
+            "it return the output or NotDone()"
+        )
     if life.status not in _COMPLETED:
         raise AssertionError(
             f"{what}; the resumed run ends as {life.status or 'a process that died'}"
@@ -195,8 +200,8 @@ async def _try(
         again = boundary.node_id if boundary.point == "after_node" else ""
         cause = f": node {again!r} did its work, and was called again" if again else ""
         raise AssertionError(
-            f"{what}; its effects differ{cause}: {done}; let the other side drop duplicates by "
-            "current_node().idempotency_key"
+            f"{what}; its effects differ{cause}: {done}; pass effect=True and reconcile=, or let the other side drop "
+            "duplicates by current_node().idempotency_key"
         )
 
 

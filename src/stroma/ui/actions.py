@@ -1,17 +1,24 @@
-"""Actions of pages: resume a run, delete a run."""
+"""Actions of pages: resume a run, delete a run, state how a call of an effect ended."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode
 
 from anyio import to_thread
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from stroma._utils.text import clean
+from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.history import FINISHED
+from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import RunRecord
+from stroma.contracts.effects import NotDone
+from stroma.runner.signals import match_answer
 
 if TYPE_CHECKING:
     from stroma.ui.security import Keys
@@ -41,22 +48,43 @@ class Actions:
         self._keys = keys
 
     async def resume(self, request: Request) -> Response:
-        record = await self._read_form("resume", request)
+        record, _ = await self._read_form("resume", request)
         resume = self._settings.resume
         if resume is None or not can_resume(self._settings, record):
             raise HTTPException(409, "this run cannot be resumed here; its page shows the command")
         await to_thread.run_sync(resume, record.run_id)
         return RedirectResponse(f"/run?{urlencode({'id': record.run_id})}", 303)
 
+    async def state_effect(self, request: Request) -> Response:
+        """Store what a person states about the call of an effect: its output, or that it did not happen."""
+        record, form = await self._read_form("effect", request)
+        store: Any = self._settings.store
+        pending: list[Waiting] = await to_thread.run_sync(store.waiting, record.run_id)
+        at = form.get("at", ""), form.get("call", "")
+        unknown = [
+            one
+            for one in pending
+            if (f"{one.position}:{one.branch}", str(one.call_number)) == at and one.effect
+        ]
+        try:
+            answer = NotDone() if form.get("happened") != "yes" else json.loads(form.get("output", ""))
+            stated = match_answer(unknown, record.run_id, answer, node_id=None, branch=None, schema=None)
+            await store.signal(record.run_id, stated)
+        except (ValidationError, json.JSONDecodeError) as error:
+            raise HTTPException(422, f"the output does not fit: {clean(str(error), 1000)}") from error
+        except StoreError as error:
+            raise HTTPException(409, clean(str(error), 1000)) from error
+        return RedirectResponse(f"/run?{urlencode({'id': record.run_id})}", 303)
+
     async def delete(self, request: Request) -> Response:
-        record = await self._read_form("delete", request)
+        record, _ = await self._read_form("delete", request)
         if record.holder is not None:
             raise HTTPException(409, "this run is running; cancel it first")
         await self._settings.store.delete(record.run_id)
         return RedirectResponse("/", 303)
 
-    async def _read_form(self, action: str, request: Request) -> RunRecord:
-        """Return the run of a form. Raises HTTPException for a form without a valid key."""
+    async def _read_form(self, action: str, request: Request) -> tuple[RunRecord, dict[str, str]]:
+        """Return the run of a form, and its fields. Raises HTTPException for a form without a valid key."""
         if request.headers.get("content-type", "").partition(";")[0] != "application/x-www-form-urlencoded":
             raise HTTPException(415, "content type must be application/x-www-form-urlencoded")
         body = b""
@@ -77,4 +105,4 @@ class Actions:
             record = None
         if record is None:
             raise HTTPException(404, "the run does not exist any more")
-        return record
+        return record, form

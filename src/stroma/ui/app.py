@@ -50,6 +50,7 @@ def make_app(settings: Settings) -> ASGIApp:
         Route("/export", pages.export),
         Route("/resume", actions.resume, methods=["POST"]),
         Route("/delete", actions.delete, methods=["POST"]),
+        Route("/effect", actions.state_effect, methods=["POST"]),
         Route("/events", events.stream),
         Route("/static/page.css", style),
         Mount("/static", StaticFiles(directory=_HERE / "static")),

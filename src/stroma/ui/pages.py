@@ -218,6 +218,7 @@ class Pages:
             waiting=[one for one in self._history.waiting(record.run_id) if one.payload is None], next=page.next, first=after is None,
             restored=restored_starts(record, attempts), can_resume=can_resume(self._settings, record),
             resume_key=self._keys.form("resume", record.run_id), delete_key=self._keys.form("delete", record.run_id),
+            effect_key=self._keys.form("effect", record.run_id),
             command=self._resume_command(record), folded=folded, idle=idle_ms(story.bars) > 0, at=after,
         )  # fmt: skip
         return compress(request, page_response)

@@ -10,7 +10,7 @@ from stroma.checkpoint.durable.integrity import checksum, is_intact, storable_te
 from stroma.checkpoint.durable.rows import Annotation, Rows, Step, StepRow
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
-from stroma.checkpoint.protocols import Waiting
+from stroma.checkpoint.protocols import UnknownCall, Waiting, is_effect_note
 from stroma.checkpoint.records import PICO, Attempt
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import AttemptRow, AttemptUsage, Failed, Outcome
@@ -79,7 +79,8 @@ def record_waiting(rows: Rows, run_id: str, execution: int, waiting: Waiting, pa
     if waiting.payload is not None:
         data, number = payloads.seal_now(waiting.payload, answer_place(run_id, execution, waiting)), 1
     place = PayloadPlace(run_id, execution, "question", waiting.position, waiting.branch)
-    question = payloads.seal_text(storable_text(waiting.reason), place)
+    effect = waiting.effect and waiting.effect._replace(cause=storable_text(waiting.effect.cause) or "")
+    question = payloads.seal_text(json.dumps([storable_text(waiting.reason), effect]), place)
     step = Step(question or "", waiting.schema_ref, data, checksum(data), number)
     rows.annotate(run_id, Annotation.WAITING, waiting_key(waiting), waiting.node_id, step)
 
@@ -91,7 +92,7 @@ def waiting_key(waiting: Waiting) -> str:
 
 def answer_place(run_id: str, execution: int, waiting: Waiting) -> PayloadPlace:
     """Return the place of an answer. It includes the question, so that the answer fits no other question."""
-    question = f"answer\0{waiting.schema_ref}\0{storable_text(waiting.reason)}"
+    question = f"answer\0{waiting.schema_ref}\0{waiting.call_number}\0{storable_text(waiting.reason)}"
     return PayloadPlace(run_id, execution, question, waiting.position, waiting.branch)
 
 
@@ -102,8 +103,15 @@ def read_waiting(row: StepRow, run_id: str, execution: int, payloads: Payloads) 
     if not number.isdecimal() or not is_intact(step.output, step.sha256):
         return None
     position = int(number)
-    reason = payloads.open_text(step.contract, PayloadPlace(run_id, execution, "question", position, branch))
-    waiting = Waiting(position, branch, row.node_id, reason or "", step.schema_ref)
+    question = payloads.open_text(
+        step.contract, PayloadPlace(run_id, execution, "question", position, branch)
+    )
+    try:
+        reason, effect = json.loads(question or "")
+        unknown = None if effect is None else UnknownCall(*effect)
+    except (TypeError, ValueError):
+        return None
+    waiting = Waiting(position, branch, row.node_id, reason, step.schema_ref, None, unknown)
     if step.number is None:
         return waiting
     place = answer_place(run_id, execution, waiting)
@@ -125,11 +133,14 @@ def record_notes(
 def read_notes(
     rows: Rows, run: Any, run_id: str, execution: int, payloads: Payloads, first: int | None
 ) -> dict[str, bytes]:
-    """Return the notes of an execution by key, and delete those of positions from ``first`` on. Raises StoreError."""
+    """Return the notes of an execution by key, and delete those of positions from ``first`` on, except those of effects.
+
+    Raises StoreError.
+    """
     notes: dict[str, bytes] = {}
     for row in list(rows.annotations(run, Annotation.NOTE)):
         key, step = row.branch, row.step
-        if first is not None and int(key.partition(":")[0]) >= first:
+        if first is not None and int(key.partition(":")[0]) >= first and not is_effect_note(key):
             rows.delete_annotations(run, Annotation.NOTE, key)
             continue
         if not is_intact(step.output, step.sha256):

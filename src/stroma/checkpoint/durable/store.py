@@ -209,12 +209,13 @@ class DurableStore(ReadableStore):
         )
         if question is None or question.node_id != waiting.node_id:
             raise not_waiting(run_id, waiting)
-        if question.step.number is None:
+        stored = read_waiting(question, run_id, run.execution, self._payloads)
+        if stored is None or stored.call_number != waiting.call_number:
+            raise not_waiting(run_id, waiting)
+        if stored.payload is None:
             record_waiting(rows, run_id, run.execution, waiting, self._payloads)
             rows.wake(run)
-            return
-        stored = read_waiting(question, run_id, run.execution, self._payloads)
-        if stored is None or stored.payload != waiting.payload:  # An equal answer may be sent twice.
+        elif stored.payload != waiting.payload:  # An equal answer may be sent twice.
             raise not_waiting(run_id, waiting)
 
     async def fork(

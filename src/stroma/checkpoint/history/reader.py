@@ -96,10 +96,15 @@ class History:
     def waiting(self, run_id: str) -> list[Waiting]:
         """Return the approvals that nodes of the last execution wait for, or waited for; [] if unknown."""
         redaction = self._redaction_of(run_id)
-        return [
-            one._replace(reason=redaction.message(one.reason, one.position, one.branch) or "")
-            for one in self.store.waiting(run_id)
-        ]
+
+        def redacted(one: Waiting) -> Waiting:
+            at, effect = (one.position, one.branch), one.effect
+            if effect is not None:
+                effect = effect._replace(cause=redaction.message(effect.cause, *at) or "")
+            reason = redaction.code(one.reason, *at) if effect else redaction.message(one.reason, *at)
+            return one._replace(reason=reason or "", effect=effect)
+
+        return [redacted(one) for one in self.store.waiting(run_id)]
 
     # ------------------------------------------------------------------ attempts
 

@@ -35,6 +35,7 @@ from stroma.checkpoint.protocols import (
     RunRequest,
     StepCall,
     Waiting,
+    is_effect_note,
 )
 from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.contract import check_id
@@ -127,7 +128,11 @@ class _MemorySession(NullSession):
                 if row is not None:  # The output is discarded; its cost still counts.
                     run.other_rows.append(row)
             run.waiting = {at: waiting for at, waiting in run.waiting.items() if at[0] < first}
-            run.notes = {key: data for key, data in run.notes.items() if int(key.partition(":")[0]) < first}
+            run.notes = {
+                key: data
+                for key, data in run.notes.items()
+                if int(key.partition(":")[0]) < first or is_effect_note(key)
+            }
         self.restored = restored
         self.prior = PriorUsage(*run.usage())
 
@@ -206,6 +211,10 @@ class _MemorySession(NullSession):
             self._run.notes.pop(key, None)
         else:
             self._run.notes[key] = data
+
+    def flush(self) -> None:
+        if self._run.epoch != self._epoch:
+            raise _fenced()
 
     def ask(self, waiting: Waiting) -> None:
         if self._run.epoch != self._epoch:
@@ -301,7 +310,7 @@ class _MemoryStore(MemoryReader, MemoryCells):
         question = run.waiting.get(at)
         if (
             question is None
-            or question.node_id != waiting.node_id
+            or (question.node_id, question.call_number) != (waiting.node_id, waiting.call_number)
             or question.payload not in (None, waiting.payload)
         ):
             raise not_waiting(run_id, waiting)

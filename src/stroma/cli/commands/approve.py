@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -22,9 +22,18 @@ from stroma.cli.loading import load_with_module
 from stroma.cli.options import RunOptions
 from stroma.cli.output import emit, err
 from stroma.cli.stores import Database, RunSource, db_option
-from stroma.cli.suspended import answer_type, approve_hint, find_schema, place_text, unanswered, waiting_data
+from stroma.cli.suspended import (
+    answer_type,
+    approve_hint,
+    find_schema,
+    place_text,
+    question_text,
+    unanswered,
+    waiting_data,
+)
 from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
 from stroma.contracts.contract import ContractRegistry
+from stroma.contracts.effects import NotDone
 from stroma.runner.runner import StromaRunner
 
 __all__ = ["approve"]
@@ -35,7 +44,9 @@ _COMPLETE = ("COMPLETED", "RESUMED")
 @click.command()
 @click.argument("run_", metavar="RUN", shell_complete=complete_run)
 @click.argument("target", metavar="FILE_OR_MODULE:NAME")
-@click.argument("answer_text", metavar="ANSWER")
+@click.argument("answer_text", metavar="[ANSWER]", required=False)
+@click.option("--done", metavar="JSON", help="An effect happened: the output of its call.")
+@click.option("--not-done", is_flag=True, help="An effect did not happen: call it again.")
 @click.option("--node", metavar="NODE", help="Node to answer, if several wait.")
 @click.option("--branch", metavar="BRANCH", help="Branch of the node, if several children of one id wait.")
 @click.option("--resume", is_flag=True, help="Resume the run at once, as `stroma resume` does.")
@@ -50,7 +61,9 @@ _COMPLETE = ("COMPLETED", "RESUMED")
 def approve(
     run_: str,
     target: str,
-    answer_text: str,
+    answer_text: str | None,
+    done: str | None,
+    not_done: bool,
     node: str | None,
     branch: str | None,
     resume: bool,
@@ -63,13 +76,16 @@ def approve(
     RUN is a run id, its beginning, or "last". ANSWER is JSON, @FILE, or - for stdin, and must satisfy the class that the
     node requires, which is looked up in the pipeline. Continue the run with `stroma resume`, or with --resume. With
     --temporal it continues by itself; --resume then waits for its result.
+
+    For an effect, of which nobody knows if its last call happened, state what you found out in place of ANSWER: --done
+    with its output, or --not-done.
     """
     cluster = TemporalCluster.from_options(options)
     if cluster is not None:
         reject_local_options("the run is on the cluster, not in a store", "db")
     source = cluster or Database.from_option(db)
     record, questions = _read_questions(source, run_)
-    request = _Approval(target, answer_text, node, branch)
+    request = _Approval(target, _one_of(answer_text, done, not_done), node, branch)
     one = _find_waiting(source, record, questions, request)
     pipeline, module = load_with_module(target)
     answer, model = _parse_answer(source, record, one, module, request)
@@ -85,12 +101,34 @@ def approve(
     return Code.OK
 
 
+class _Statement(NamedTuple):
+    """The answer: its text, None with --not-done; and the option that it was passed with, "" for ANSWER."""
+
+    text: str | None
+    option: str = ""
+
+
+def _one_of(answer: str | None, done: str | None, not_done: bool) -> _Statement:
+    """Return the answer. Raises Problem unless exactly one is passed."""
+    statements = [_Statement(answer)] if answer is not None else []
+    statements += [_Statement(done, "--done")] if done is not None else []
+    statements += [_Statement(None, "--not-done")] if not_done else []
+    if len(statements) == 1:
+        return statements[0]
+    what = "no answer" if not statements else "several answers"
+    raise Problem(
+        f"approve got {what}",
+        "pass ANSWER, or for an effect one of --done JSON and --not-done",
+        code=Code.USAGE,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Approval:
-    """Arguments of one call: the pipeline, the answer, and the node that it is for."""
+    """Arguments of one call: the pipeline, the answer (None: the effect did not happen), and the node that it is for."""
 
     target: str
-    answer_text: str
+    answer: _Statement
     node: str | None
     branch: str | None
 
@@ -135,6 +173,20 @@ def _parse_answer(
 ) -> tuple[Any, Any]:
     """Return ANSWER as an instance of the required class, and that class. Raises Problem."""
     answer: Any
+    text, option = request.answer
+    if (one.effect is not None) != bool(option):
+        why = (
+            "is an effect: state if its call happened"
+            if one.effect is not None
+            else "asks a question, and is no effect"
+        )
+        raise Problem(
+            f"{place_text(one)} of run {clean(record.run_id)} {why}",
+            *approve_hint(database, record.run_id, request.target, [one]),
+            code=Code.USAGE,
+        )
+    if text is None:
+        return NotDone(), None
     if one.schema_ref:
         model = find_schema(one, module)
         if model is None:
@@ -146,19 +198,19 @@ def _parse_answer(
             )
 
         def retry_command(fits: str) -> str:
-            return database.hint(
-                "approve", id_word(record.run_id), request.target, fits, options=request.options
-            )
+            words = (request.target, *(() if option else (fits,)))
+            options = ((option, fits) if option else ()) + request.options
+            return database.hint("approve", id_word(record.run_id), *words, options=options)
 
         answer = parse_as(
             model,
-            request.answer_text,
-            "ANSWER",
+            text,
+            option or "ANSWER",
             f"what {place_text(one)} asks for, {answer_type(one)}",
             retry_command,
         )
     else:
-        model, answer = None, parse_json(request.answer_text, "ANSWER")[0]
+        model, answer = None, parse_json(text, option or "ANSWER")[0]
     return answer, model
 
 
@@ -179,7 +231,7 @@ def _report(
         return
     err.line(f"{place_text(one)} of run {clean(run_id)} is answered; resume with: {hint}")
     for other in remaining:
-        err.line(f"  still waiting: {place_text(other)}: {clean(other.reason)}")
+        err.line(f"  still waiting: {place_text(other)}: {question_text(other)}")
 
 
 def _find_waiting(
@@ -197,7 +249,7 @@ def _find_waiting(
         raise Problem(
             f"{len(matching)} nodes of run {name} are waiting; select one",
             *[
-                f"{place_text(one)}: {clean(one.reason)}, asks for {answer_type(one)}"
+                f"{place_text(one)}: {question_text(one)}, asks for {answer_type(one)}"
                 for one in matching[:20]
             ],
             f"for example: {approve_hint(database, record.run_id, request.target, matching, limit=1)[0]}",
@@ -206,7 +258,7 @@ def _find_waiting(
     if waiting:
         raise Problem(
             f"run {name} is not waiting there",
-            *[f"it is waiting at {place_text(one)}: {clean(one.reason)}" for one in waiting[:20]],
+            *[f"it is waiting at {place_text(one)}: {question_text(one)}" for one in waiting[:20]],
             code=Code.NOT_FOUND,
         )
     if every and record.status not in _COMPLETE:

@@ -47,7 +47,8 @@ def check(target: str, as_json: bool, sarif: Path | None, against: str | None, d
     pipeline = load_pipeline(target)
     nodes = [find_node(node) for node in pipeline.nodes]
     registry = ContractRegistry()
-    findings = check_nodes(nodes, registry)
+    retried = () if pipeline.config is None else pipeline.config.retried_ids
+    findings = check_nodes(nodes, registry, retried=retried)
     errors = sum(finding.severity == "error" for finding in findings)
     record, changes = None, list[Incompatibility]()
     if against is not None:

@@ -28,7 +28,14 @@ from stroma.cli.formatting import format_age, format_local_time, id_word, to_iso
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, RunSource, db_option
-from stroma.cli.suspended import answer_type, approve_hint, place_text, unanswered, waiting_data
+from stroma.cli.suspended import (
+    answer_type,
+    approve_hint,
+    place_text,
+    question_text,
+    unanswered,
+    waiting_data,
+)
 from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
 from stroma.trace.gantt import duration
 from stroma.trace.story import waits
@@ -273,7 +280,7 @@ def _print_head(
     for one in waiting if record.status not in _COMPLETE else ():
         answered = ", answered" if one.payload is not None else ""
         lines.append(
-            ("waits", [f"{place_text(one)}: {clean(one.reason)}  (asks for {answer_type(one)}{answered})"])
+            ("waits", [f"{place_text(one)}: {question_text(one)}  (asks for {answer_type(one)}{answered})"])
         )
     if record.error:
         lines.append(("error", [(clean(record.error, 1000), "red")]))

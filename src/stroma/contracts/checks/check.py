@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
 from pydantic import BaseModel
 
 from stroma.contracts.checks.compatibility import Fitter, fit_classes
+from stroma.contracts.checks.effects import find_effects
 from stroma.contracts.checks.finding import CheckFailed, Finding
 from stroma.contracts.checks.flow import (
     Collision,
@@ -33,11 +34,16 @@ Known = dict[tuple[type[BaseModel], type[BaseModel], bool], Fit]
 
 
 def check_nodes(
-    nodes: Sequence[Node | Group], registry: ContractRegistry, initial: type[BaseModel] | None = None
+    nodes: Sequence[Node | Group],
+    registry: ContractRegistry,
+    initial: type[BaseModel] | None = None,
+    *,
+    retried: Collection[str] = (),
 ) -> list[Finding]:
     """Return every finding, in the order of the nodes. Nothing is claimed of a node without a contract.
 
-    ``initial``: the class of the initial state; without it, that is not checked. Raises TypeError for anything else.
+    ``initial``: the class of the initial state; without it, that is not checked. ``retried``: ids that the config grants
+    retries of their own. Raises TypeError for anything else.
     """
     if initial is not None and not (isinstance(initial, type) and issubclass(initial, BaseModel)):
         raise TypeError(
@@ -50,6 +56,7 @@ def check_nodes(
             findings += _of_crossing(one, known)
         else:
             findings.append(_of_collision(one) if isinstance(one, Collision) else _of_unreadable(one))
+    findings += find_effects(nodes, registry, retried)
     return list(dict.fromkeys(findings))
 
 

@@ -23,7 +23,7 @@ Node = dict[str, Any]
 #: What may be wrong, in a word; docs/checks.md says what each of them means.
 Kind = Literal[
     "missing", "type", "conversion", "constraint", "choices", "optional", "union", "extra", "unknown", "undecidable",
-    "items", "collision", "broken",
+    "items", "collision", "broken", "effect",
 ]  # fmt: skip
 LEAVES: Final = FLAT_LEAVES | {"multi-host-url"}
 

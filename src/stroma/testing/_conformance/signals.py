@@ -16,6 +16,7 @@ from stroma.checkpoint import (
     StoreError,
     Waiting,
 )
+from stroma.checkpoint.protocols import NOT_DONE, UnknownCall, effect_note
 from stroma.contracts.schema import schema_of
 from stroma.testing._conformance.helpers import (
     State,
@@ -75,6 +76,46 @@ class SignalTests:
         assert store.waiting("run") == []
         with pytest.raises(CheckpointNotFound):
             await settled(store.signal("unknown", Waiting(0, "", "node", "may I?", "", b"1")))
+
+    async def test_a_question_about_an_effect(self, store: Any) -> None:
+        """A question about a call is stored with that call; an answer for another call is refused."""
+        session = await begin(store)
+        call = UnknownCall("run:1:0:é", 2, "TimeoutError: \ud800 no answer")
+        question = Waiting(0, "", "charge", "effect", "", None, call)
+        await settled(session.suspend(row(0, "charge"), question))
+        await finish(session, "SUSPENDED", "effect")
+        (stored,) = store.waiting("run")
+        assert (stored.reason, stored.effect[:2]) == ("effect", call[:2])
+        assert "no answer" in stored.effect.cause
+        other = question._replace(effect=call._replace(number=1), payload=NOT_DONE)
+        for refused in (other, question._replace(effect=None, payload=b"1")):
+            with pytest.raises(StoreError, match="no longer waiting for an answer"):
+                await settled(store.signal("run", refused))
+        await settled(store.signal("run", stored._replace(payload=NOT_DONE)))
+        again = await begin(store, if_exists="resume")
+        assert again.waiting[0, ""].payload == NOT_DONE
+        await settled(again.suspend(row(0, "charge"), question._replace(effect=call._replace(number=3))))
+        await finish(again, "SUSPENDED")
+        assert [(w.call_number, w.payload) for w in store.waiting("run")] == [(3, None)]
+
+    async def test_notes_of_effects_outlive_a_discard(self, store: Any) -> None:
+        """Discarding a position keeps the note about the calls of its effect; another execution has none; a stale owner writes none."""
+        key = effect_note(1, "0")
+        session = await begin(store)
+        await commit(session, 0, State())
+        session.note(key, b"call 1")
+        session.note("1:o:0:", b"other")
+        await settled(session.flush())
+        await finish(session, "PARTIAL")
+        again = await begin(store, if_exists="resume", discard_from=1)
+        assert dict(again.notes) == {key: b"call 1"}
+        later = await begin(store, if_exists="resume", if_running="take_over")
+        again.note(key, b"call 2")
+        with pytest.raises(Fenced):
+            await settled(again.flush())
+        assert dict(later.notes) == {key: b"call 1"}
+        await finish(later)
+        assert dict((await begin(store)).notes) == {}
 
     async def test_the_trace_context_belongs_to_the_execution(self, store: Any) -> None:
         """The trace context of the first process is passed on when the execution is resumed, and to no other execution."""

@@ -1,0 +1,283 @@
+"""Effects in lists of nodes: a call is repeated only if somebody states that the one before did not happen."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from tests.effects.shop import Order, Receipt, Refused, Shop
+from tests.fixtures import store_fixture
+from tests.kit import THRICE
+
+from stroma import (
+    NodeHooks,
+    NotDone,
+    RunStatus,
+    StoreError,
+    StromaRunner,
+    Suspend,
+    Unknown,
+)
+from stroma.engine.effects import Effect
+from stroma.testing import crash_at
+
+store = store_fixture("async-memory", "sqlite", "postgres", "redis")
+
+
+def pipeline(
+    shop: Shop, store: Any, reconcile: Callable[..., Any] | None = None, **config: Any
+) -> tuple[StromaRunner, list[Any]]:
+    """As each process has it: the same nodes, the same store."""
+    runner = StromaRunner.quick(store=store, policy_map=THRICE, **config)
+
+    @runner.node("before", input=Order, output=Order)
+    async def before(order: Order) -> Order:
+        return order
+
+    charge = runner.node("charge", input=Order, output=Receipt, effect=True, reconcile=reconcile)(shop.charge)
+
+    @runner.node("after", input=Receipt, output=Receipt)
+    async def after(receipt: Receipt) -> Receipt:
+        return receipt
+
+    return runner, [before, charge, after]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("error", [TimeoutError("no answer"), ConnectionResetError("gone"), KeyError("id")])
+async def test_a_call_that_may_have_happened_is_not_repeated(store: Any, error: Exception) -> None:
+    """G13. A timeout, a lost connection or an AMBIGUOUS failure of an effect suspends the run; no retry calls it again."""
+    shop, seen = Shop(after=[error]), []
+
+    async def suspended(run_id: str, node_id: str, reason: str) -> None:
+        seen.append((node_id, reason))
+
+    runner, nodes = pipeline(shop, store, hooks=NodeHooks(on_node_suspended=suspended))
+    result = await runner.run(nodes, Order(), run_id="r")
+    assert (result.status, result.suspended, shop.calls) == (RunStatus.SUSPENDED, ["effect"], 1)
+    assert seen == [("charge", "effect")]
+    assert [(e.node_id, e.outcome) for e in result.trace] == [("before", "success"), ("charge", "suspended")]
+    question = store.waiting("r")[0]
+    assert (question.reason, question.effect.number) == ("effect", 1)
+    assert type(error).__name__ in question.effect.cause
+    assert question.effect.key == shop.charges[0]
+    for _ in range(2):  # Nobody has stated anything meanwhile.
+        runner, nodes = pipeline(shop, store)
+        again = await runner.run(nodes, Order(), run_id="r", resume=True)
+        assert (again.status, shop.calls) == (RunStatus.SUSPENDED, 1)
+    assert error.args[0] in store.waiting("r")[0].effect.cause
+
+
+@pytest.mark.core
+async def test_a_person_states_the_outcome(store: Any) -> None:
+    """Done: the output is committed without a call. Not done: the effect is called again, once."""
+    shop = Shop(after=[TimeoutError()])
+    runner, nodes = pipeline(shop, store)
+    await runner.run(nodes, Order(), run_id="done")
+    with pytest.raises(ValidationError):
+        await runner.signal("done", {"number": "none"})
+    with pytest.raises(ValueError, match="NotDone"):
+        await runner.signal("done", Unknown())
+    await runner.signal("done", {"number": 7})
+    result = await runner.run(nodes, Order(), run_id="done", resume=True)
+    assert (result.status, result.final_state, shop.calls) == (RunStatus.RESUMED, Receipt(number=7), 1)
+
+    shop = Shop(before=[TimeoutError(), TimeoutError()])
+    runner, nodes = pipeline(shop, store)
+    await runner.run(nodes, Order(), run_id="not done")
+    await runner.signal("not done", NotDone())
+    result = await runner.run(nodes, Order(), run_id="not done", resume=True)
+    assert (result.status, shop.calls) == (RunStatus.SUSPENDED, 2)
+    for _ in range(2):  # What was stated about the first call says nothing about the second.
+        result = await runner.run(nodes, Order(), run_id="not done", resume=True)
+        assert (result.status, shop.calls) == (RunStatus.SUSPENDED, 2)
+    await runner.signal("not done", NotDone())
+    result = await runner.run(nodes, Order(), run_id="not done", resume=True)
+    assert (result.status, shop.calls, len(shop.charges)) == (RunStatus.RESUMED, 3, 1)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_reconcile_states_the_outcome(store: Any, is_async: bool) -> None:
+    """The output that reconcile returns is committed; after NotDone() the failure is retried as any other."""
+    for run_id, shop, calls in (
+        ("happened", Shop(after=[TimeoutError()]), 1),
+        ("did not", Shop(before=[TimeoutError()]), 2),
+    ):
+
+        def look(order: Order, key: str, shop: Shop = shop) -> Any:
+            return asyncio.run(shop.look(order, key))
+
+        runner, nodes = pipeline(shop, store, shop.look if is_async else look)
+        result = await runner.run(nodes, Order(), run_id=run_id)
+        assert (result.status, result.final_state) == (RunStatus.COMPLETED, Receipt(number=1))
+        assert (shop.calls, len(shop.charges), len(shop.asked)) == (calls, 1, 1)
+
+
+async def test_a_reconcile_that_cannot_tell_suspends(store: Any) -> None:
+    """Unknown(), an exception, a timeout or an invalid output of reconcile are no statement: a person is asked."""
+
+    def fails(order: Order, key: str) -> Any:
+        raise OSError("provider is down")
+
+    async def hangs(order: Order, key: str) -> Any:
+        await asyncio.Event().wait()
+
+    for number, (reconcile, cause) in enumerate(
+        [
+            (lambda order, key: Unknown("still in flight"), "still in flight"),
+            (lambda order, key: Unknown, "no answer"),
+            (fails, "provider is down"),
+            (hangs, "TimeoutError"),
+            (lambda order, key: None, "None"),
+            (lambda order, key: {"number": "x"}, "number"),
+        ]
+    ):
+        shop = Shop(after=[ConnectionResetError("no answer")])
+        limit = {"charge": 50} if reconcile is hangs else {}
+        runner, nodes = pipeline(shop, store, reconcile, node_timeouts=limit)
+        result = await runner.run(nodes, Order(), run_id=str(number))
+        assert (result.status, shop.calls) == (RunStatus.SUSPENDED, 1)
+        assert cause in store.waiting(str(number))[0].effect.cause
+
+
+@pytest.mark.core
+async def test_a_refused_call_is_an_ordinary_failure(store: Any) -> None:
+    """A 4xx, or no connection made, is classified and retried as ever, and nobody is asked."""
+    shop = Shop(before=[ConnectionRefusedError(), ConnectionRefusedError()])
+    runner, nodes = pipeline(shop, store, shop.look)
+    result = await runner.run(nodes, Order(), run_id="r")
+    assert (result.status, shop.calls, shop.asked) == (RunStatus.COMPLETED, 3, [])
+    shop = Shop(before=[Refused("declined")])
+    runner, nodes = pipeline(shop, store)
+    result = await runner.run(nodes, Order(), run_id="declined")
+    assert (result.status, shop.calls) == (RunStatus.FAILED, 1)
+    result = await runner.run(nodes, Order(), run_id="declined", resume=True)
+    assert (result.status, shop.calls) == (RunStatus.RESUMED, 2)
+
+
+@pytest.mark.core
+async def test_output_that_breaks_its_contract_does_not_repeat_the_call(store: Any) -> None:
+    """An effect whose output is invalid has happened: contract_retries do not call it again."""
+    shop = Shop()
+
+    async def broken(order: Order) -> dict[str, Any]:
+        return {"number": f"no. {(await shop.charge(order))['number']}"}
+
+    runner = StromaRunner.quick(store=store, contract_retries={"charge": 3})
+    charge = runner.node("charge", input=Order, output=Receipt, effect=True)(broken)
+    result = await runner.run([charge], Order(), run_id="r")
+    assert (result.status, shop.calls) == (RunStatus.SUSPENDED, 1)
+    await runner.signal("r", {"number": 1})
+    assert (await runner.run([charge], Order(), run_id="r", resume=True)).final_state == Receipt(number=1)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("point", ["before_node", "after_node", "after_commit", "after_hooks"])
+async def test_a_process_that_dies_around_the_call(store: Any, point: Any) -> None:
+    """G13. After a death between intent and commit reconcile is asked, and the charge is made exactly once."""
+    shop = Shop()
+    runner, nodes = pipeline(shop, store, shop.look)
+    with crash_at(point, "charge"):
+        await runner.run(nodes, Order(), run_id="r")
+    assert len(shop.charges) == (point != "before_node")
+    result = await runner.run(nodes, Order(), run_id="r", resume=True)
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Receipt(number=1))
+    assert (len(shop.charges), shop.calls) == (1, 1)
+    assert len(shop.asked) == (point in ("before_node", "after_node"))
+
+
+async def test_a_process_that_dies_without_reconcile(store: Any) -> None:
+    """Without reconcile the resumed run asks a person, also if the dead process had not reached the function."""
+    for point, charges in (("before_node", 0), ("after_node", 1)):
+        shop = Shop()
+        runner, nodes = pipeline(shop, store)
+        with crash_at(point, "charge"):  # type: ignore[arg-type]
+            await runner.run(nodes, Order(), run_id=point)
+        result = await runner.run(nodes, Order(), run_id=point, resume=True)
+        assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["effect"])
+        assert len(shop.charges) == charges
+        assert "process ended" in store.waiting(point)[0].effect.cause
+
+
+async def test_a_cancelled_call_is_not_repeated(store: Any) -> None:
+    """A run that is cancelled during the call of an effect asks for its outcome when it is resumed."""
+    called, shop = asyncio.Event(), Shop()
+
+    async def hang(order: Order) -> dict[str, Any]:
+        await shop.charge(order)
+        called.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    runner = StromaRunner.quick(store=store)
+    charge = runner.node("charge", input=Order, output=Receipt, effect=True, reconcile=shop.look)(hang)
+    task = asyncio.create_task(runner.run([charge], Order(), run_id="r"))
+    await called.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    result = await runner.run([charge], Order(), run_id="r", resume=True)
+    assert (result.final_state, shop.calls) == (Receipt(number=1), 1)
+
+
+async def test_resume_from_before_an_effect_does_not_repeat_it(store: Any) -> None:
+    """Discarding the commit of an effect does not have it called again: how its call ended is stated first."""
+    shop = Shop()
+    runner, nodes = pipeline(shop, store, shop.look)
+    await runner.run(nodes, Order(), run_id="r")
+    result = await runner.run(nodes, Order(), run_id="r", resume_from="before")
+    assert (result.final_state, shop.calls, len(shop.asked)) == (Receipt(number=1), 1, 1)
+
+
+async def test_another_execution_is_another_effect(store: Any) -> None:
+    """A run id that is run again is a new execution, with calls and idempotency keys of its own."""
+    shop = Shop()
+    runner, nodes = pipeline(shop, store, shop.look)
+    for _ in range(2):
+        await runner.run(nodes, Order(), run_id="r")
+    assert (shop.calls, len(set(shop.charges)), shop.asked) == (2, 2, [])
+
+
+async def test_a_time_limit_of_an_effect(store: Any) -> None:
+    """node_timeouts bound an effect; what a cancelled call did is asked."""
+    shop = Shop()
+
+    async def slow(order: Order) -> dict[str, Any]:
+        await shop.charge(order)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    runner = StromaRunner.quick(store=store, node_timeouts={"charge": 250})
+    charge = runner.node("charge", input=Order, output=Receipt, effect=True, reconcile=shop.look)(slow)
+    result = await runner.run([charge], Order(), run_id="r")
+    assert (result.final_state, shop.calls, len(shop.asked)) == (Receipt(number=1), 1, 1)
+
+
+async def test_not_done_is_for_effects_only(store: Any) -> None:
+    """signal(NotDone()) to a node that asks another question is refused; reconcile= without effect=True too."""
+    runner = StromaRunner.quick(store=store)
+
+    @runner.node("ask", input=Order, output=Order)
+    async def ask(order: Order) -> Order:
+        raise Suspend("may I?")
+
+    await runner.run([ask], Order(), run_id="r")
+    with pytest.raises(ValueError, match="no effect"):
+        await runner.signal("r", NotDone())
+    with pytest.raises(ValidationError, match="effect=True"):
+        runner.node("x", input=Order, output=Order, reconcile=lambda order, key: NotDone())
+
+
+async def test_an_intent_that_the_store_refuses_prevents_the_call(store: Any, monkeypatch: Any) -> None:
+    """Without its intent in the store an effect is not called; the run is PARTIAL, and a resume calls it."""
+    shop = Shop()
+    runner, nodes = pipeline(shop, store)
+    monkeypatch.setattr("stroma.engine.commit._STORE_DELAYS", ())
+    with monkeypatch.context() as patched:
+        patched.setattr(Effect, "_flush", lambda _: StoreError("disk full"))
+        result = await runner.run(nodes, Order(), run_id="r")
+    assert (result.status, shop.calls) == (RunStatus.PARTIAL, 0)
+    result = await runner.run(nodes, Order(), run_id="r", resume=True)
+    assert (result.status, shop.calls) == (RunStatus.RESUMED, 1)

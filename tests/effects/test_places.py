@@ -1,0 +1,212 @@
+"""Effects in groups, maps, plain steps, steps that nodes call, and flows."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from tests.effects.shop import Order, Receipt, Shop
+from tests.fixtures import store_fixture
+from tests.kit import NEVER, ONCE, THRICE
+
+from stroma import (
+    Flow,
+    NodeContract,
+    NotDone,
+    RunStatus,
+    StromaRunner,
+    current_run,
+    execute_step,
+    map_over,
+    parallel,
+)
+from stroma.engine.context import ReliabilityContext
+from stroma.testing import crash_at
+
+store = store_fixture("async-memory", "sqlite")
+
+
+class Orders(BaseModel):
+    orders: list[Order]
+
+
+class Total(BaseModel):
+    receipts: list[Receipt]
+
+
+def effect(runner: StromaRunner, shop: Shop, *, reconciles: bool = True) -> Any:
+    """Return the node that charges."""
+    return runner.node(
+        "charge", input=Order, output=Receipt, effect=True, reconcile=shop.look if reconciles else None
+    )(shop.charge)
+
+
+@pytest.mark.core
+async def test_a_child_of_a_group(store: Any) -> None:
+    """G13. A sibling's failure that cancels an effect, and a retry of the group, do not repeat its call."""
+    shop, charged, tries = Shop(), asyncio.Event(), []
+    runner = StromaRunner.quick(
+        store=store, policy_map=NEVER, node_policies={"parallel(charge, fail)": THRICE}
+    )
+
+    async def charge(order: Order) -> Any:
+        await shop.charge(order)
+        charged.set()
+        await asyncio.Event().wait()
+
+    async def fail(order: Order) -> Order:
+        await charged.wait()
+        tries.append(1)
+        if len(tries) < 3:
+            raise ConnectionResetError
+        return order
+
+    group = parallel(
+        runner.node("charge", input=Order, output=Receipt, effect=True, reconcile=shop.look)(charge),
+        runner.node("fail", input=Order, output=Order)(fail),
+    )
+    result = await runner.run([group], Order(), run_id="r")
+    assert (result.status, shop.calls, len(tries)) == (RunStatus.COMPLETED, 1, 3)
+    assert len(shop.charges) == 1
+
+
+async def test_a_suspended_child_lets_its_siblings_end(store: Any) -> None:
+    """An unknown effect in a group suspends the run once its siblings have ended; only it is asked on the resume."""
+    shop, calls = Shop(after=[TimeoutError()]), []
+    runner = StromaRunner.quick(store=store)
+
+    @runner.node("other", input=Order, output=Order)
+    async def other(order: Order) -> Order:
+        calls.append(order.cents)
+        return order
+
+    nodes = [parallel(effect(runner, shop, reconciles=False), other)]
+    result = await runner.run(nodes, Order(), run_id="r")
+    assert (result.status, result.suspended, calls) == (RunStatus.SUSPENDED, ["effect"], [100])
+    await runner.signal("r", {"number": 9}, node_id="charge")
+    result = await runner.run(nodes, Order(), run_id="r", resume=True)
+    assert (result.status, calls, shop.calls) == (RunStatus.RESUMED, [100], 1)
+    assert result.final_state is not None
+    assert result.final_state.model_dump() == {"number": 9, "cents": 100}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dies", [False, True])
+async def test_items_of_a_map(store: Any, dies: bool) -> None:
+    """Each item of a map is an effect of its own: those that may have happened are reconciled, one by one."""
+    shop = Shop(after=() if dies else [TimeoutError(), KeyError("x")])
+    runner = StromaRunner.quick(store=store, policy_map=THRICE)
+    nodes = [map_over("orders", effect(runner, shop), into="receipts", max_concurrency=2)]
+    orders = Orders(orders=[Order(cents=n) for n in range(5)])
+    if dies:
+        with crash_at("after_node", "charge", branch="0"):
+            await runner.run(nodes, orders, run_id="r")
+    result = await runner.run(nodes, orders, run_id="r", resume=dies)
+    assert result.status in (RunStatus.COMPLETED, RunStatus.RESUMED)
+    assert len(shop.charges) == len(set(shop.charges)) == shop.calls == 5
+    assert shop.asked
+
+
+@pytest.mark.core
+async def test_a_step_of_plain_code(store: Any) -> None:
+    """execute_step asks for an effect whose call may have happened, in the same process and in the next one."""
+    shop = Shop(after=[TimeoutError()])
+    contract = NodeContract(node_id="charge", input_schema=Order, output_schema=Receipt, effect=True)
+    runner = StromaRunner.quick(store=store, resume=True, run_id="r", policy_map=THRICE)
+
+    def context() -> ReliabilityContext:
+        return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+
+    for _ in range(2):
+        async with context() as ctx:
+            step = await execute_step("charge", shop.charge, Order(), ctx, contract=contract)
+        assert (step.status, shop.calls) == (RunStatus.SUSPENDED, 1)
+    await runner.signal("r", Receipt(number=3))
+    async with context() as ctx:
+        step = await execute_step("charge", shop.charge, Order(), ctx, contract=contract)
+    assert (step.final_state, shop.calls) == (Receipt(number=3), 1)
+
+
+@pytest.mark.core
+async def test_a_step_that_a_retried_node_calls(store: Any) -> None:
+    """G13. Another attempt of a node that calls an effect with the same input gets its output; with another one, calls."""
+    shop, tries = Shop(), []
+    runner = StromaRunner.quick(store=store, policy_map=THRICE)
+    charge = effect(runner, shop)
+
+    @runner.node("agent", input=Order, output=Receipt)
+    async def agent(order: Order) -> Any:
+        run = current_run()
+        assert run is not None
+        first = await execute_step("charge", charge, order, run)
+        tries.append(first.final_state)
+        if len(tries) < 3:
+            raise ConnectionResetError
+        await execute_step("charge", charge, Order(cents=7), run)
+        return first.final_state
+
+    result = await runner.run([agent], Order(), run_id="r")
+    assert (result.status, result.final_state) == (RunStatus.COMPLETED, Receipt(number=1))
+    assert tries == [Receipt(number=1)] * 3
+    assert shop.calls == len(set(shop.charges)) == 2
+
+
+async def test_another_attempt_of_a_node_with_another_input(store: Any) -> None:
+    """A retried node that calls the effect with another input calls another effect, with a key of its own."""
+    shop, tries = Shop(), []
+    runner = StromaRunner.quick(store=store, policy_map=ONCE)
+    charge = effect(runner, shop)
+
+    @runner.node("agent", input=Order, output=Receipt)
+    async def agent(order: Order) -> Any:
+        run = current_run()
+        assert run is not None
+        tries.append(1)
+        step = await execute_step("charge", charge, Order(cents=len(tries)), run)
+        if len(tries) == 1:
+            raise ConnectionResetError
+        return step.final_state
+
+    result = await runner.run([agent], Order(), run_id="r")
+    assert (result.final_state, shop.calls, len(set(shop.charges))) == (Receipt(number=2), 2, 2)
+
+
+@pytest.mark.core
+async def test_a_step_of_a_flow(store: Any) -> None:
+    """G13. A step of a flow that is an effect suspends the flow while its outcome is unknown, and goes on when stated."""
+    shop = Shop(after=[TimeoutError()])
+    runner = StromaRunner.quick(store=store, policy_map=THRICE)
+    charge = effect(runner, shop, reconciles=False)
+
+    @runner.flow("sell", input=Order, output=Receipt)
+    async def sell(flow: Flow, order: Order) -> Receipt:
+        receipt: Receipt = await flow.step(charge, order)
+        return receipt
+
+    for _ in range(2):
+        result: Any = await runner.run(sell, Order(), run_id="r", resume=True)
+        assert (result.status, result.suspended, shop.calls) == (RunStatus.SUSPENDED, ["effect"], 1)
+    await runner.signal("r", NotDone())
+    result = await runner.run(sell, Order(), run_id="r", resume=True)
+    assert (result.status, result.output, shop.calls) == (RunStatus.RESUMED, Receipt(number=2), 2)
+
+
+async def test_effects_of_a_flow_at_once_around_a_death(store: Any) -> None:
+    """Concurrent effects of a flow, a map among them, happen once each, whenever the process dies."""
+    shop = Shop()
+    runner = StromaRunner.quick(store=store)
+    charge = effect(runner, shop)
+
+    @runner.flow("sell", input=Order, output=Total)
+    async def sell(flow: Flow, order: Order) -> Total:
+        two = await asyncio.gather(*(flow.step(charge, Order(cents=n)) for n in range(2)))
+        more = await flow.map(charge, [Order(cents=9), Order(cents=10)])
+        return Total(receipts=[*two, *more])
+
+    for _ in range(2):
+        with crash_at("after_node", "charge"):
+            await runner.run(sell, Order(), run_id="r", resume=True)
+    result: Any = await runner.run(sell, Order(), run_id="r", resume=True)
+    assert result.status is RunStatus.RESUMED
+    assert len(shop.charges) == len(set(shop.charges)) == shop.calls == 4
+    assert sorted(receipt.number for receipt in result.output.receipts) == [1, 2, 3, 4]
