@@ -85,7 +85,10 @@ def test_the_words_for_the_end_of_an_attempt_and_for_what_is_none() -> None:
     """What the public types of an outcome and a mark allow, which stores and the command line write."""
     assert event().outcome in get_args(Outcome)
     assert get_args(Outcome) == ("success", "failure", "cancelled", "suspended")
-    assert get_args(MarkKind) == ("wait", "refused", "circuit_open", "circuit_half_open", "circuit_closed")
+    assert get_args(MarkKind) == (
+        "wait", "refused", "circuit_open", "circuit_half_open", "circuit_closed",
+        "slept", "sleeping", "answered", "open", "expired",
+    )  # fmt: skip
 
 
 def test_a_fresh_trace_is_empty() -> None:

@@ -188,13 +188,16 @@ class Pages:
                 attempts = in_order([*attempts, cause_attempt])
         first = min((attempt.started_ns for attempt in attempts), default=0)
         bars = [(bar_of(attempt, first), attempt, attempt_address(record, attempt)) for attempt in attempts]
+        waits = self._history.flow_waits(record, attempts) if after is None else []
         story = self._story(record, [bar for bar, _, _ in bars])
         selected = (
             None if cause_attempt is None or record.status in FINISHED else bar_of(cause_attempt, first).key
         )
         addresses = {bar.key: address for bar, _, address in bars}
         folded = request.query_params.get("idle") == "folded"
-        chart = gantt(story.bars, link=lambda bar: addresses[bar.key], selected=selected, fold_idle=folded)
+        chart = gantt(
+            story.bars, waits, link=lambda bar: addresses[bar.key], selected=selected, fold_idle=folded
+        )
         page_response = self._page(
             "run.html", record=record, status=status_of(record), gone=is_interrupted(record), head=Markup(head(story)),
             cause=Markup(cause(story)), gantt=Markup(chart), attempts=[(one, address, bar.at) for bar, one, address in bars],

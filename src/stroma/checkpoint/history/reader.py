@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -11,12 +12,14 @@ from typing import Any, Final
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.history.attempts import bar_of, in_order
+from stroma.checkpoint.history.flows import failed_input, wait_bars
 from stroma.checkpoint.history.payload import Payload, decode_payload, too_large
 from stroma.checkpoint.history.redaction import MessageRedaction, redact_value
+from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
 from stroma.trace.redaction import Redact
-from stroma.trace.story import StopCause, Story
+from stroma.trace.story import Bar, StopCause, Story
 
 __all__ = ["FAILED", "FINISHED", "History", "Inputs", "is_interrupted", "status_of"]
 
@@ -31,6 +34,11 @@ _NOT_COMMITTED: Final = "nothing is committed here"
 
 #: The id of a map, with the name of the field that holds its items.
 _MAP: Final = re.compile(r"map_over\((.+?), ")
+
+
+def _now_ms(record: RunRecord) -> int:
+    """Return until when a run is drawn: now, or its last record if it has ended."""
+    return record.updated_ms if record.status in (*FINISHED, *FAILED) else time.time_ns() // 1_000_000
 
 
 def is_interrupted(record: RunRecord) -> bool:
@@ -100,6 +108,13 @@ class History:
             one._replace(reason=redaction.message(one.reason, one.position, one.branch) or "")
             for one in self.store.waiting(run_id)
         ]
+
+    def flow_waits(self, record: RunRecord, attempts: Iterable[AttemptRecord]) -> list[Bar]:
+        """Return the sleeps and questions of a run's flows as bars beside those of its attempts."""
+        waiting = self.waiting(record.run_id)
+        notes = self.store.flow_notes(record.run_id)
+        first_ns = min((attempt.started_ns for attempt in attempts), default=record.started_ms * 1_000_000)
+        return wait_bars(waiting, notes, first_ns, _now_ms(record))
 
     # ------------------------------------------------------------------ attempts
 
@@ -189,6 +204,16 @@ class History:
         """Return the input of an attempt. Use :class:`Inputs` for many attempts of one run."""
         return Inputs(self, run_id).of(attempt, max_bytes)
 
+    def call_input(self, run_id: str, position: int, branch: str) -> Payload | None:
+        """Return the input of a call of a flow; None if none is recorded."""
+        try:
+            data = self.store.call_input_of(run_id, position, branch)
+        except CorruptCheckpoint as error:
+            return Payload(None, str(error))
+        if data is None:
+            data = failed_input(self.store.flow_notes(run_id), position, branch)
+        return None if data is None else self._decode(data)
+
     def output_of(self, attempt: AttemptRecord) -> Payload:
         """Return the output that an attempt was read with."""
         if attempt.damaged:
@@ -236,7 +261,7 @@ class History:
         seconds = max(0, record.updated_ms - record.started_ms) / 1000
         return Story(
             record.run_id, record.pipeline, status_of(record), bars, record.tokens, record.cost_usd, record.started_ms,
-            seconds, _cause_box(record, resume_command), facts, 1 if has_more else 0,
+            seconds, _cause_box(record, resume_command), facts, 1 if has_more else 0, self.flow_waits(record, attempts),
         )  # fmt: skip
 
 
@@ -286,8 +311,13 @@ class Inputs:
     def _read(self, position: int, branch: str) -> Payload:
         if not branch:
             return self._history.input_at(self._run_id, position, max_bytes=_MAX_STATES_BYTES)
+        call_input = self._history.call_input(self._run_id, position, branch) if is_called(branch) else None
+        if call_input is not None:
+            return call_input
         outer, _, index = branch.rpartition(".")
         group = self._group_around(position, branch)
+        if group is None and is_called(branch):
+            return Payload(None, "the input of this call is not recorded")
         if group is None:
             return Payload(
                 None,

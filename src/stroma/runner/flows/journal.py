@@ -10,6 +10,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from time import time_ns
 from typing import Any, Final, Literal, NamedTuple, cast
 
 from pydantic import BaseModel
@@ -103,7 +104,10 @@ class FlowJournal:
             self._flows[position, rest].optional.update(json.loads(data))
         elif kind in _KINDS:
             flow, _, identity = rest.rpartition(".")
-            self._flows[position, flow].add(identity, CallRecord(_KINDS[kind], json.loads(data)))
+            fields = json.loads(data)
+            # Of a sleep and its start, which is only shown, the end.
+            fields = fields[0] if kind == "s" else fields
+            self._flows[position, flow].add(identity, CallRecord(_KINDS[kind], fields))
         else:
             self._values[key] = data
 
@@ -163,7 +167,7 @@ class FlowJournal:
         self._note(position, "c", branch, fields)
 
     def note_wake(self, position: int, branch: str, wake_ms: int) -> None:
-        self._note(position, "s", branch, wake_ms)
+        self._note(position, "s", branch, [wake_ms, time_ns() // 1_000_000])
 
     def note_expired(self, position: int, branch: str) -> None:
         self._note(position, "x", branch, True)
