@@ -166,6 +166,34 @@ def test_show_folds_the_loops_of_a_flow(stroma, inside):
     ]  # fmt: skip
 
 
+def test_graph_of_recorded_runs(stroma, inside, fails):
+    """`stroma graph FILE:flow --from-runs` draws the steps of all runs of a flow, and says so if there are none."""
+    stroma.file("loop.py", """
+        from sums import *
+        again = node("again", last)
+        @stroma_flow("loop", input=Sum, output=Sum)
+        async def loop(flow, state):
+            for n in range(state.n):
+                await flow.step(again, Sum(n=n))
+            return state
+    """)  # fmt: skip
+    fails(inside("graph", "loop.py:loop", "--from-runs"), 3, "no such database")
+    assert inside("run", "sums.py:pipeline", GOOD, "--run-id", "s", "-q").code == 0
+    fails(inside("graph", "loop.py:loop", "--from-runs"), 4, "no runs of 'loop'")
+    for n in (2, 3):
+        assert inside("run", "loop.py:loop", f'{{"n": {n}}}', "-q").code == 0
+    drawn = inside("graph", "loop.py:loop", "--from-runs").out
+    assert drawn.splitlines() == [
+        "flowchart TD", '    start(["loop: 2 runs"])', '    n0["again<br/>5 calls"]', "    start -->|2| n0", "    n0 -->|3| n0",
+        '    end_COMPLETED(["COMPLETED"])', "    n0 -->|2| end_COMPLETED",
+    ]  # fmt: skip
+    data = json.loads(inside("graph", "loop.py:loop", "--from-runs", "--format", "json").out)
+    assert (data["schema"], data["runs"]) == ("stroma.run_graph/1", 2)
+    assert data["nodes"] == [{"path": ["again"], "kind": "node", "calls": 5, "attempts": 5, "failed": 0}]
+    assert inside("graph", "loop.py:loop", "--from-runs", "--format", "svg").out.startswith("<svg")
+    assert "again" not in inside("graph", "loop.py:loop").out
+
+
 @pytest.mark.core
 def test_diff(filled, inside, fails):
     """diff tells two runs apart node by node and field by field, and ends with 6 if they differ."""

@@ -25,6 +25,8 @@ _HATCH: Final = (
 _WIDE: Final = 1000
 #: What is long for a stretch without work, and how it is drawn when folded: parts of the time with work.
 _LONG: Final = 0.1
+#: How much of the time until the last attempt ended is drawn, for waits that go on after it.
+_WAIT_ROOM: Final = 1.05
 _SHORT: Final = 0.03
 
 
@@ -55,7 +57,10 @@ def gantt(
     if not shown and not flow_waits:
         return '<p class="dim">no attempt has ended yet</p>'
     at_ms = places((bar.began_ms, bar.took_ms) for bar in shown) if fold_idle else float
-    end = max(at_ms(bar.began_ms + bar.took_ms) for bar in [*shown, *flow_waits]) or 1.0
+    end = max((at_ms(bar.began_ms + bar.took_ms) for bar in shown), default=0.0)
+    # A wait of a week after the last attempt must not make the attempts too small to see.
+    latest = max((at_ms(bar.began_ms + bar.took_ms) for bar in flow_waits), default=0.0)
+    end = max(end, min(latest, end * _WAIT_ROOM)) or 1.0
     chart = _Chart(at_ms, end, link, selected)
     pauses: dict[str, list[tuple[float, float, float]]] = {}
     for bar, began, took in waits(shown):
@@ -112,7 +117,7 @@ def _row(entry: OutlineEntry, pauses: dict[str, list[tuple[float, float, float]]
     for bar in entry.drawn_bars:
         on = " b-on" if bar.key == chart.selected else ""
         began = at_ms(bar.began_ms)
-        width = at_ms(bar.began_ms + bar.took_ms) - began
+        width = min(at_ms(bar.began_ms + bar.took_ms), chart.end) - began
         x = min(began * scale, _WIDE - 7)
         kind = "wait" if is_wait else as_xml(bar.outcome)
         rect = f'<rect class="b-{kind}{on}" x="{x:.1f}" y="2" width="{max(width * scale, 6):.1f}" height="18"'

@@ -68,8 +68,11 @@ class OutlineEntry:
 
     @property
     def drawn_bars(self) -> list[Bar]:
-        """The bars of its line: its attempts; of what has none, those inside it."""
-        return self.bars or [bar for entry in self.entries for bar in entry.drawn_bars]
+        """The bars of its line: its attempts; of what has none, the attempts inside it."""
+        if self.bars:
+            return self.bars
+        inside = [entry for entry in self.entries if entry.kind not in ("sleep", "question")]
+        return [bar for entry in inside for bar in entry.drawn_bars]
 
     @property
     def began_ms(self) -> float:

@@ -21,12 +21,19 @@ __all__ = ["failed_input", "wait_bars"]
 def wait_bars(
     waiting: Iterable[Waiting], notes: Mapping[str, bytes], first_ns: int, until_ms: int
 ) -> list[Bar]:
-    """Return the sleeps and questions of flows as bars. ``until_ms``: the end of those that are open."""
+    """Return the sleeps and questions of flows as bars; of a question ``reason`` is the id by which it is answered.
+
+    ``until_ms``: the end of those that are open.
+    """
     bars: dict[str, Bar] = {}
     first_ms = first_ns / 1e6
 
-    def add(at: str, label: str, outcome: str, began_ms: float, ended_ms: float) -> None:
-        bars[at] = Bar(label, at, 1, began_ms - first_ms, max(0.0, ended_ms - began_ms), outcome)
+    def add(
+        at: str, label: str, outcome: str, began_ms: float, ended_ms: float, answer: str | None = None
+    ) -> None:
+        bars[at] = Bar(
+            label, at, 1, began_ms - first_ms, max(0.0, ended_ms - began_ms), outcome, None, answer
+        )
 
     for one in waiting:
         if not _is_wait(one.branch):  # A node that waits has an attempt.
@@ -37,11 +44,11 @@ def wait_bars(
         began_ms = began if isinstance(began, int) else until_ms
         wake = _read(notes.get(place % "s"))
         if place % "x" in notes:
-            add(at, label, "expired", began_ms, wake[0] if isinstance(wake, list) else began_ms)
+            add(at, label, "expired", began_ms, wake[0] if isinstance(wake, list) else began_ms, one.node_id)
         elif one.payload is None:
-            add(at, label, "open", began_ms, until_ms)
+            add(at, label, "open", began_ms, until_ms, one.node_id)
         else:  # When it was answered is not recorded.
-            add(at, label, "answered", began_ms, began_ms)
+            add(at, label, "answered", began_ms, began_ms, one.node_id)
     for key, data in notes.items():
         position, kind, branch = key.split(":", 2)
         at, wake = f"{position}.{branch}", _read(data) if kind == "s" else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,17 +16,20 @@ from stroma.checkpoint.history.attempts import bar_of, in_order
 from stroma.checkpoint.history.flows import failed_input, wait_bars
 from stroma.checkpoint.history.payload import Payload, decode_payload, too_large
 from stroma.checkpoint.history.redaction import MessageRedaction, redact_value
+from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
 from stroma.trace.redaction import Redact
 from stroma.trace.story import Bar, StopCause, Story
 
-__all__ = ["FAILED", "FINISHED", "History", "Inputs", "is_interrupted", "status_of"]
+__all__ = ["FAILED", "FINISHED", "NOT_STOPPED", "History", "Inputs", "is_interrupted", "status_of"]
 
 #: Statuses of runs that failed, and of runs that completed.
 FAILED: Final = ("FAILED", "PARTIAL")
 FINISHED: Final = ("COMPLETED", "RESUMED")
+#: Statuses of runs that no failure stopped: of one that waits for an answer or a time, those before it were caught.
+NOT_STOPPED: Final = (*FINISHED, "SUSPENDED")
 
 _MAX_STATE_BYTES: Final = 1_000_000  # of one state in a drawing
 _MAX_STATES_BYTES: Final = 20_000_000  # of all states in a drawing of a run
@@ -138,6 +142,25 @@ class History:
     def attempts_at(self, run_id: str, position: int, branch: str = "") -> list[AttemptRecord]:
         """Return each attempt of the last execution at one place, without outputs; [] if unknown."""
         return self.redact_attempts(run_id, self.store.attempts_at(run_id, position, branch))
+
+    def run_graph(self, pipeline: str, max_runs: int | None = None) -> RunGraph:
+        """Return the graph of the recorded runs of a pipeline, or of the newest ``max_runs``."""
+        graph = RunGraph(pipeline)
+        after = None
+        while True:
+            page = self.store.run_page(
+                RunQuery(pipeline=pipeline), limit=min(max_runs or 50, 50), after=after
+            )
+            for record in page.runs:
+                attempts, _ = self.attempts(record.run_id, sys.maxsize)
+                first_ns = min((one.started_ns for one in attempts), default=0)
+                bars = [bar_of(one, first_ns) for one in attempts]
+                graph.add_run(bars, self.flow_waits(record, attempts), status_of(record))
+                if graph.runs == max_runs:
+                    return graph
+            after = page.next
+            if after is None:
+                return graph
 
     # ------------------------------------------------------------------ redaction
 
@@ -266,9 +289,9 @@ class History:
 
 
 def _cause_box(record: RunRecord, resume_command: str) -> StopCause | None:
-    """Return the box of the cause that stopped a run; None if it completed."""
+    """Return the box of the cause that stopped a run; None if no failure did."""
     cause = record.cause
-    if cause is None or record.status in FINISHED:
+    if cause is None or record.status in NOT_STOPPED:
         return None
     at = f"{cause.position}.{cause.branch}" if cause.branch else str(cause.position)
     message = cause.text or record.error or ""
