@@ -23,7 +23,7 @@ PAGES = [
     *sorted((DOCS / "migration").glob(f"from-{NAME}*.md")),
 ]
 #: DBOS is no framework with an adapter.
-EXAMPLES = [path for path in [ROOT / "examples" / f"adapter_{NAME}.py"] if path.exists() or NAME != "dbos"]
+EXAMPLES = [] if NAME == "dbos" else [ROOT / "examples" / f"adapter_{NAME}.py"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
@@ -35,14 +35,14 @@ def test_the_code_on_the_page_runs(page: Path) -> None:
         assert [line for line in printed if not _DECORATION.match(line)] == promised(code)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_the_example_runs(example: Path) -> None:
+def test_the_example_runs() -> None:
     """It needs neither a key nor a network, and ends well."""
-    done = subprocess.run(
-        [sys.executable, example], capture_output=True, text=True, check=False, timeout=100, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    wanted = re.search(r'Prints:\n\n(.*?)"""', example.read_text("utf-8"), re.DOTALL)
-    assert wanted is not None
-    printed = [line.strip() for line in done.stdout.splitlines() if line.startswith("> ")]
-    assert printed == [line.strip() for line in wanted[1].splitlines() if line.strip()]
+    for example in EXAMPLES:
+        done = subprocess.run(
+            [sys.executable, example], capture_output=True, text=True, check=False, timeout=100, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr
+        wanted = re.search(r'Prints:\n\n(.*?)"""', example.read_text("utf-8"), re.DOTALL)
+        assert wanted is not None
+        printed = [line.strip() for line in done.stdout.splitlines() if line.startswith("> ")]
+        assert printed == [line.strip() for line in wanted[1].splitlines() if line.strip()]

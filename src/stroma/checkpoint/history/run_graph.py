@@ -85,16 +85,16 @@ class RunGraph:
     def _add_level(self, entries: Sequence[OutlineEntry], outer: Path) -> list[Path]:
         """Count the calls of one flow. Return the paths of those that nothing followed."""
         calls = [(entry, self._add(entry, outer)) for entry in sorted(entries, key=_start)]
-        tracker = _Tracker()
+        order = _CallOrder()
         for number, (entry, path) in enumerate(calls):
             scope = entry.call.scope if entry.call is not None else ""
-            before = tracker.before(scope, entry.began_ms, number)
+            before = order.before(scope, entry.began_ms, number)
             for source in before:
                 self.edges[calls[source][1], path] += 1
             if not before:
                 self.edges[outer or (START,), path] += 1
-            tracker.add(number, scope, entry.began_ms, entry.ended_ms)
-        return [calls[number][1] for number in tracker.ends()]
+            order.add(number, scope, entry.began_ms, entry.ended_ms)
+        return [calls[number][1] for number in order.ends()]
 
     def _add(self, entry: OutlineEntry, outer: Path) -> Path:
         """Count a call and what is inside it. Return its path."""
@@ -248,7 +248,7 @@ class _Family:
         return sorted(number for _, number, _ in self.ended)
 
 
-class _Tracker:
+class _CallOrder:
     """Finds what each call of a flow followed. Calls are added in the order of their starts."""
 
     def __init__(self) -> None:
