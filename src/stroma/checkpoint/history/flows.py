@@ -1,6 +1,6 @@
 """Sleeps and questions of flows, and the inputs of steps that failed, as a store has them besides the commits.
 
-``runner/flow_journal.py`` writes these notes, under ``position:kind:branch``.
+``runner/flows/journal.py`` writes these notes, under ``position:kind:branch``.
 """
 
 from __future__ import annotations

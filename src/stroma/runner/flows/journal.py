@@ -10,7 +10,6 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from time import time_ns
 from typing import Any, Final, Literal, NamedTuple, cast
 
 from pydantic import BaseModel
@@ -166,8 +165,9 @@ class FlowJournal:
         }
         self._note(position, "c", branch, fields)
 
-    def note_wake(self, position: int, branch: str, wake_ms: int) -> None:
-        self._note(position, "s", branch, [wake_ms, time_ns() // 1_000_000])
+    def note_wake(self, position: int, branch: str, wake_ms: int, began_ms: int) -> None:
+        """Record when a wait ends; its start is for those who look at the run."""
+        self._note(position, "s", branch, [wake_ms, began_ms])
 
     def note_expired(self, position: int, branch: str) -> None:
         self._note(position, "x", branch, True)

@@ -149,11 +149,13 @@ class Waits:
                 if done.result() is EXPIRED
                 else "answered"
             )
-        now = datetime.now(UTC)
-        waited_ms = max(0.0, now.timestamp() * 1000 - wait.began_ms)
+        now = now_ms()
+        at_utc = datetime.fromtimestamp(now / 1000, UTC)
         position = driver.flows[0].position
         driver.ctx.trace.marks.append(
-            TraceMark(driver.flow_id, 1, position, wait.branch, kind, reason, waited_ms, now)
+            TraceMark(
+                driver.flow_id, 1, position, wait.branch, kind, reason, max(0, now - wait.began_ms), at_utc
+            )
         )
 
     def close(self) -> None:
