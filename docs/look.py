@@ -29,7 +29,7 @@ SHOWN = (
     "reference/contracts.html", "telemetry/sentry.html", "comparison.html", "source/examples/streaming.py.html",
 )  # fmt: skip
 #: As a telephone shows them.
-NARROW = ("comparison.html", "tutorial/09-tracing.html")
+NARROW = ("comparison.html", "tutorial/10-tracing.html")
 _LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src"}
 _HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 

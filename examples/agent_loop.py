@@ -1,4 +1,4 @@
-"""An agent with tools in a loop of your own: every model call and tool call is a step, and one budget holds for all.
+"""An agent with tools in a loop of your own: a flow whose model calls and tool calls are steps, under one budget.
 
     python examples/agent_loop.py
 
@@ -15,17 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stroma import (
-    CheckpointManager,
-    ContractRegistry,
-    ExecutionBudget,
-    ExecutionResult,
-    InMemoryStore,
-    NodeContract,
-    ReliabilityContext,
-    RunConfig,
-    execute_step,
-)
+from stroma import ExecutionBudget, Flow, StepFailed, StromaRunner
 
 
 class Conversation(BaseModel):
@@ -52,43 +42,42 @@ class Status(BaseModel):
     status: str
 
 
-MODEL = NodeContract(node_id="model", input_schema=Conversation, output_schema=Reply)
-LOOKUP = NodeContract(node_id="lookup", input_schema=Order, output_schema=Status)
+# Without a limit the two would talk all night.
+runner = StromaRunner.quick(budget=ExecutionBudget(max_tokens_total=3_000))
 
 
-async def ask(conversation: Conversation) -> tuple[Any, dict[str, Any]]:
+@runner.node("model", input=Conversation, output=Reply)
+async def model(conversation: Conversation) -> tuple[Any, dict[str, Any]]:
     request = urllib.request.Request(url, json.dumps(conversation.messages).encode())
     body = await asyncio.to_thread(lambda: json.load(urllib.request.urlopen(request, timeout=10)))
     # The response beside the output, so that its tokens are counted and priced.
     return json.loads(body["choices"][0]["message"]["content"]), body
 
 
+@runner.node("lookup", input=Order, output=Status)
 async def lookup(order: Order) -> dict[str, str]:
     return {"status": f"order {order.order} left the warehouse on Monday"}
 
 
-async def agent(question: str, budget: ExecutionBudget) -> ExecutionResult:
-    config = RunConfig(run_id="agent", budget=budget)
-    ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(InMemoryStore()))
-    messages = [{"role": "user", "content": question}]
-    # Inside `async with` the steps are one run: its hooks hear of its start and end, and a store keeps it.
-    async with ctx:
-        while True:
-            turn = await execute_step("model", ask, Conversation(messages=messages), ctx, contract=MODEL)
-            if turn.failure:
-                return turn
-            reply = turn.final_state
-            assert isinstance(reply, Reply)
-            if not reply.tool:
-                print(f"agent: {reply.text}")
-                messages.append({"role": "user", "content": "And the next one?"})
-                continue
-            # Arguments come from a model: they are validated before the tool sees them, and the model hears what is wrong.
-            given = Arguments(**reply.arguments)
-            used = await execute_step("lookup", lookup, given, ctx, contract=LOOKUP)
-            answer = used.failure.message if used.failure else used.final_state.status  # type: ignore[union-attr]
-            print(f"tool:  {answer.splitlines()[0]}")
-            messages.append({"role": "tool", "content": answer})
+TOOLS: dict[str, Any] = {"lookup": lookup}
+
+
+@runner.flow("agent", input=Conversation, output=Conversation)
+async def agent(flow: Flow, conversation: Conversation) -> Conversation:
+    messages = conversation.messages
+    while True:
+        reply: Reply = await flow.step(model, Conversation(messages=messages))
+        if not reply.tool:
+            print(f"agent: {reply.text}")
+            messages = [*messages, {"role": "user", "content": "And the next one?"}]
+            continue
+        # Arguments come from a model: they are validated before the tool sees them, and the model learns what is wrong.
+        try:
+            answer = (await flow.step(TOOLS[reply.tool], Arguments(**reply.arguments))).status
+        except StepFailed as error:
+            answer = error.failure.message
+        print(f"tool:  {answer.splitlines()[0]}")
+        messages = [*messages, {"role": "tool", "content": answer}]
 
 
 class Provider(BaseHTTPRequestHandler):
@@ -127,8 +116,8 @@ if __name__ == "__main__":
     with ThreadingHTTPServer(("127.0.0.1", 0), Provider) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        # Without a limit the two would talk all night.
-        result = asyncio.run(agent("Where is my order?", ExecutionBudget(max_tokens_total=3_000)))
+        question = Conversation(messages=[{"role": "user", "content": "Where is my order?"}])
+        result = asyncio.run(runner.run(agent, question, run_id="agent"))
         server.shutdown()
     print()
     for event in result.trace:

@@ -126,6 +126,74 @@ def test_show_as_a_tree(stroma, inside):
     assert re.search(r"^2 +flaky +2 +success +\+\d\.\d{3} s +\d\.\d\d s +\d\.\d\d s", table[8])
 
 
+def test_show_folds_the_loops_of_a_flow(stroma, inside):
+    """--tree has one line for repeated calls of a node in a flow, and each of them with --unfold or --node."""
+    stroma.file("loop.py", """
+        from sums import *
+        again = node("again", last)
+        async def flaky(state):
+            if state.n == 1:
+                raise ValueError("one")
+            return {"n": state.n}, 10, 5, "gpt-4o-mini"
+        flaky = node("flaky", flaky)
+        @stroma_flow("loop", input=Sum, output=Sum)
+        async def loop(flow, state):
+            for n in range(3):
+                await flow.step(again, Sum(n=n))
+                try:
+                    await flow.step(flaky, Sum(n=n))
+                except StepFailed:
+                    pass
+            await flow.sleep(seconds=0.01)
+            return state
+        pipeline = Pipeline("loop", [loop], config=RunConfig(policy_map=quick))
+    """)  # fmt: skip
+    assert inside("run", "loop.py:pipeline", '{"n": 1}', "--run-id", "l", "-q").code == 0
+
+    def table(*options: str) -> list[str]:
+        lines = inside("show", "l", *options).out.splitlines()
+        return lines[lines.index("") + 2 :]
+
+    tree = table("--tree")
+    assert [re.split(r"  +", line)[1] for line in tree[:3]] == ["loop", "├─ again x3", "├─ flaky x3"]
+    assert re.match(r"0.again#0 +├─ again x3 +success ", tree[1])
+    assert re.match(r"0.flaky#0 +├─ flaky x3 +4 +1 failed +.* 30 ", tree[2])
+    assert re.match(r"0.!sleep#0 +└─ sleep until \S+ +slept$", tree[3])
+    assert len(tree) == 4
+    assert len(table("--tree", "--unfold")) == 9
+    assert [line.split()[0] for line in table("--tree", "--node", "again")] == [
+        "0", "0.again#0", "0.again#1", "0.again#2",
+    ]  # fmt: skip
+
+
+def test_graph_of_recorded_runs(stroma, inside, fails):
+    """`stroma graph FILE:flow --from-runs` draws the steps of all runs of a flow, and says so if there are none."""
+    stroma.file("loop.py", """
+        from sums import *
+        again = node("again", last)
+        @stroma_flow("loop", input=Sum, output=Sum)
+        async def loop(flow, state):
+            for n in range(state.n):
+                await flow.step(again, Sum(n=n))
+            return state
+    """)  # fmt: skip
+    fails(inside("graph", "loop.py:loop", "--from-runs"), 3, "no such database")
+    assert inside("run", "sums.py:pipeline", GOOD, "--run-id", "s", "-q").code == 0
+    fails(inside("graph", "loop.py:loop", "--from-runs"), 4, "no runs of 'loop'")
+    for n in (2, 3):
+        assert inside("run", "loop.py:loop", f'{{"n": {n}}}', "-q").code == 0
+    drawn = inside("graph", "loop.py:loop", "--from-runs").out
+    assert drawn.splitlines() == [
+        "flowchart TD", '    start(["loop: 2 runs"])', '    n0["again<br/>5 calls"]', "    start -->|2| n0", "    n0 -->|3| n0",
+        '    end_COMPLETED(["COMPLETED"])', "    n0 -->|2| end_COMPLETED",
+    ]  # fmt: skip
+    data = json.loads(inside("graph", "loop.py:loop", "--from-runs", "--format", "json").out)
+    assert (data["schema"], data["runs"]) == ("stroma.run_graph/1", 2)
+    assert data["nodes"] == [{"path": ["again"], "kind": "node", "calls": 5, "attempts": 5, "failed": 0}]
+    assert inside("graph", "loop.py:loop", "--from-runs", "--format", "svg").out.startswith("<svg")
+    assert "again" not in inside("graph", "loop.py:loop").out
+
+
 @pytest.mark.core
 def test_diff(filled, inside, fails):
     """diff tells two runs apart node by node and field by field, and ends with 6 if they differ."""

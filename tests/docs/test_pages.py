@@ -32,7 +32,11 @@ SYSTEMS = sorted((DOCS / "telemetry").glob("*.md"))
 #: Beside a server.
 SERVERS = [DOCS / "stores" / "postgres.md", DOCS / "stores" / "redis.md", DOCS / "temporal.md"]
 #: In an environment that has the framework: tests/frameworks.
-FRAMEWORKS = [*sorted((DOCS / "adapters").glob("*.md")), DOCS / "migration" / "from-langgraph.md"]
+FRAMEWORKS = [
+    *sorted((DOCS / "adapters").glob("*.md")),
+    *sorted((DOCS / "migration").glob("from-langgraph*.md")),
+    DOCS / "migration" / "from-dbos.md",
+]
 #: Followed as a whole, by tests/docs/test_tutorial.py.
 TUTORIAL = sorted((DOCS / "tutorial").glob("*.md"))
 ALL = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
@@ -66,7 +70,7 @@ def test_the_code_on_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_every_page_whose_code_shows_anything_is_run() -> None:
     """No page is left out, no block is of a kind that nothing runs, and no output is left empty."""
-    assert len(TUTORIAL) == 10
+    assert len(TUTORIAL) == 11
     assert len([page for page in PAGES if page.parent.name == "howto"]) > 20
     for page in ALL:
         text = page.read_text("utf-8")

@@ -29,18 +29,19 @@ def test_a_newcomer_who_follows_the_tutorial_never_meets_an_error(tmp_path: Path
     assert typed > 35
 
 
-def test_the_tutorial_has_ten_chapters_that_lead_to_each_other() -> None:
-    """Ten chapters in order, each short, each with something to do, and each with a link to the next."""
+def test_the_tutorial_has_eleven_chapters_that_lead_to_each_other() -> None:
+    """Eleven chapters in order, each short, each with something to do, and each with a link to the next."""
     assert [chapter.stem for chapter in CHAPTERS] == [
         "01-first-pipeline", "02-contracts", "03-failures-and-retries", "04-cost", "05-checkpoints-and-resume", "06-hooks",
-        "07-shared-context", "08-parallel-and-map", "09-tracing", "10-going-to-production",
+        "07-shared-context", "08-parallel-and-map", "09-if-while-how-many", "10-tracing",
+        "11-going-to-production",
     ]  # fmt: skip
     for number, chapter in enumerate(CHAPTERS):
         text = chapter.read_text("utf-8")
         assert text.startswith(f"# {number + 1}. ")
         assert len(text.splitlines()) < 200
         assert re.search(r"^```console$", text, re.MULTILINE)
-        if number < 9:
+        if number < 10:
             assert f"]({CHAPTERS[number + 1].name})" in text
         # Nothing on a page is beyond the newcomer: each block is a file, or lines for the shell.
         assert [

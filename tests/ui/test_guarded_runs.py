@@ -60,7 +60,7 @@ def test_a_guarded_run_is_shown(store: SQLiteStore, serve: Any, capsys: pytest.C
         ["0.model#0", "model", "2", "success"], ["0.weather#0", "weather", "1", "success"],
     ]  # fmt: skip
     assert [row[6] for row in rows(page)] == ["", "", "10", ""]
-    assert page.count('<details><summary class="row">') == 1
+    assert page.count('<details open><summary class="row">') == 1
     assert "<b>weather</b>" in site.get("/run", id=failed).text
     assert {site.ask("GET", address).status for address in attempts_of(site, failed)} == {200}
 

@@ -7,6 +7,7 @@ import re
 from typing import Final
 
 __all__ = [
+    "as_mermaid",
     "clean",
     "format_duration",
     "format_tokens",
@@ -26,6 +27,12 @@ _HIDES: Final = re.compile(
 )
 
 _HEX = frozenset("0123456789abcdef")
+
+
+def as_mermaid(text: str) -> str:
+    """Return text for a label: nothing of it is the language of Mermaid, or HTML."""
+    text = " ".join(text.split())
+    return "".join(ch if ch.isalnum() or ch in " _-.,:()[]|→…" else f"#{ord(ch)};" for ch in text)
 
 
 def clean(text: str, limit: int = 300) -> str:

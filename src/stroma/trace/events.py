@@ -11,7 +11,7 @@ from stroma.contracts.schema import Schema, Snapshot
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import ItemFailure
 
-__all__ = ["AttemptUsage", "Failed", "MarkKind", "Outcome", "TraceEvent", "TraceMark"]
+__all__ = ["QUESTIONS", "SLEEPS", "AttemptUsage", "Failed", "MarkKind", "Outcome", "TraceEvent", "TraceMark"]
 
 
 Outcome = Literal["success", "failure", "cancelled", "suspended"]
@@ -236,18 +236,24 @@ class TraceEvent:
         return self.node_id
 
 
-MarkKind = Literal["wait", "refused", "cooldown", "circuit_open", "circuit_half_open", "circuit_closed"]
+MarkKind = Literal[
+    "wait", "refused", "cooldown", "circuit_open", "circuit_half_open", "circuit_closed",
+    "slept", "sleeping", "answered", "open", "expired",
+]  # fmt: skip
+#: Kinds of a sleep, and of a question, of a flow: they belong to no attempt.
+SLEEPS: Final = ("slept", "sleeping")
+QUESTIONS: Final = ("answered", "open", "expired")
 
 
 @dataclass(frozen=True, slots=True)
 class TraceMark:
-    """An event of an attempt before or after its call.
+    """An event of an attempt before or after its call, or a wait of a flow, whose id it has.
 
     Attributes:
-        kind: "wait" for its turn, "refused" by a shared budget, a limit or an open circuit, the
-            "cooldown" of a limit that it has begun, or what a circuit came to.
+        kind: "wait" for its turn, "refused" by a shared budget, a limit or an open circuit, the "cooldown" of a limit that it
+            has begun, or what a circuit came to; of a sleep "slept" or "sleeping", of a question "answered", "expired" or "open".
         reason: what for, in words; of a circuit the host or limit, of a cooldown the limit.
-        waited_ms: how long it waited; 0 for all else.
+        waited_ms: how long it waited in this process; 0 for all else.
         at_utc: when it was noted: a wait at its end.
     """
 

@@ -167,7 +167,7 @@ def _body(story: Story, *, states: bool) -> str:
     failed = next((bar for bar in reversed(shown) if bar.outcome == "failure"), None)
     details = "".join(_attempt(bar) for bar in shown) if states else ""
     return (
-        f"{head(story)}{cause(story)}{gantt(story.bars, link=(lambda bar: f'#{bar.key}') if states else None, selected=failed.key if failed else None)}"
+        f"{head(story)}{cause(story)}{gantt(story.bars, story.waits, link=(lambda bar: f'#{bar.key}') if states else None, selected=failed.key if failed else None)}"
         + (f"<h2>Attempts</h2>{details}" if details else "")
     )
 

@@ -19,7 +19,8 @@ class Bar:
         at: its place in the run: "2", "2.0" for a child of a group.
         began_ms, took_ms: since the first attempt began, and of the function alone; of a group, from the first function inside
             it to the last.
-        outcome: "success", "failure", "cancelled", "suspended" or "forked".
+        outcome: "success", "failure", "cancelled", "suspended" or "forked"; of a wait of a flow "sleeping" or "slept", or of
+            a question "open", "answered" or "expired".
         is_committed: True if its output was committed.
         input_state, output_state: plain JSON data; None if not known.
         function_ms: for how long functions ran, of a group in which there were waits as well; None for all others.
@@ -69,7 +70,12 @@ class StopCause:
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """A run. ``left_out``: how many attempts there are beside ``bars``."""
+    """A run.
+
+    Attributes:
+        left_out: how many attempts there are beside ``bars``.
+        waits: the sleeps and questions of flows, which are no attempts.
+    """
 
     run_id: str
     pipeline: str
@@ -82,6 +88,7 @@ class Story:
     box: StopCause | None = None
     facts: Sequence[tuple[str, str]] = field(default=())
     left_out: int = 0
+    waits: Sequence[Bar] = ()
 
     @property
     def wasted(self) -> tuple[int, float]:

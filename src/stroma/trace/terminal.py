@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd
 from stroma.trace.gantt import duration
+from stroma.trace.outline import OutlineEntry, fold, outline
 from stroma.trace.story import Bar, Story, waits
 
 __all__ = ["renderable"]
 
 _WIDE: Final = 32
 _MOST: Final = 200
-_STYLES: Final = {"success": "green", "failure": "red", "forked": "dim"}
+_STYLES: Final = {"success": "green", "failure": "red", "forked": "dim", "slept": "dim", "answered": "green"}
 
 
 def renderable(story: Story) -> Any:
-    """Return a panel with the cause, and a table with a bar for every attempt and dots for every wait."""
+    """Return a panel with the cause, and a table with a bar for every attempt and dots for every wait; repeated calls are folded."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.table import Table
@@ -51,30 +53,59 @@ def renderable(story: Story) -> Any:
         ("COST", True),
     ):
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
-    end = max((bar.began_ms + bar.took_ms for bar in story.bars), default=0.0) or 1.0
+    end = max((bar.began_ms + bar.took_ms for bar in [*story.bars, *story.waits]), default=0.0) or 1.0
     paused = {bar.key: (began, took) for bar, began, took in waits(story.bars)}
-    for bar in story.bars[:_MOST]:
-        depth = bar.at.count(".")
-        table.add_row(
-            bar.at, "  " * depth + clean(bar.node_id, 40), str(bar.attempt), _drawn(bar, paused.get(bar.key), end),
-            duration(bar.took_ms, bar.function_ms), f"{bar.tokens:,}" if bar.tokens else "", format_usd(bar.cost_usd) if bar.tokens else "",
-        )  # fmt: skip
+    shown = 0
+    for depth, entry in (line for top in fold(outline(story.bars, story.waits)) for line in _lines(top, 0)):
+        if shown >= _MOST:
+            break
+        name = "  " * depth + clean(entry.label, 60)
+        if entry.kind == "fold" or not entry.bars:
+            if entry.kind == "fold":
+                shown += sum(len(one.bars) for call in entry.entries for _, one in call.walk())
+            _add_fold(table, entry, name, end)
+            continue
+        for bar in entry.bars:
+            shown += entry.kind not in ("sleep", "question")
+            table.add_row(
+                bar.at, name, str(bar.attempt) if entry.kind == "node" else "", _drawn([bar], paused.get(bar.key), end),
+                duration(bar.took_ms, bar.function_ms), f"{bar.tokens:,}" if bar.tokens else "", format_usd(bar.cost_usd) if bar.tokens else "",
+            )  # fmt: skip
     parts.append(table)
-    left_out = max(0, len(story.bars) - _MOST) + story.left_out
+    left_out = max(0, len(story.bars) - shown) + story.left_out
     if left_out:
         parts.append(Text(f"and {left_out:,} attempts more", "dim"))
     return Group(*parts)
 
 
-def _drawn(bar: Bar, pause: tuple[float, float] | None, end: float) -> Any:
+def _lines(entry: OutlineEntry, depth: int) -> Iterator[tuple[int, OutlineEntry]]:
+    """Yield the entry and what is inside it, but nothing of what is folded."""
+    yield depth, entry
+    for child in () if entry.kind == "fold" else entry.entries:
+        yield from _lines(child, depth + 1)
+
+
+def _add_fold(table: Any, entry: OutlineEntry, name: str, end: float) -> None:
+    """Add a row for repeated calls, or for what has no attempt of its own."""
+    tokens = sum(bar.tokens for bar in entry.bars)
+    took = duration(sum(bar.took_ms for bar in entry.bars), None) if entry.bars else ""
+    cost = format_usd(sum(bar.cost_usd for bar in entry.bars)) if tokens else ""
+    table.add_row(
+        entry.at, name, "", _drawn(entry.drawn_bars, None, end), took, f"{tokens:,}" if tokens else "", cost
+    )
+
+
+def _drawn(bars: Sequence[Bar], pause: tuple[float, float] | None, end: float) -> Any:
     from rich.text import Text
 
     def column(ms: float) -> int:
         return min(_WIDE - 1, int(ms / end * _WIDE))
 
-    start, stop = column(bar.began_ms), column(bar.began_ms + bar.took_ms)
-    waited = column(pause[0]) if pause is not None else start
-    return Text.assemble(
-        " " * waited, ("·" * (start - waited), "dim"), ("█" * (stop - start + 1), _STYLES.get(bar.outcome, "yellow")),
-        " " * (_WIDE - stop - 1),
-    )  # fmt: skip
+    cells: list[tuple[str, str]] = [(" ", "")] * _WIDE
+    if pause is not None:
+        for at in range(column(pause[0]), column(pause[0] + pause[1]) + 1):
+            cells[at] = ("·", "dim")
+    for bar in bars:
+        for at in range(column(bar.began_ms), column(bar.began_ms + bar.took_ms) + 1):
+            cells[at] = ("█", _STYLES.get(bar.outcome, "yellow"))
+    return Text.assemble(*cells)

@@ -20,7 +20,17 @@ from stroma.trace.redaction import Redact, Shown, hidden_values, hide_state, hid
 
 if TYPE_CHECKING:
     from stroma.trace.story import Bar, Story
-from stroma.trace.events import NO_USAGE, AttemptRow, BoundedRows, Figures, TraceEvent, TraceMark, figures_of
+from stroma.trace.events import (
+    NO_USAGE,
+    QUESTIONS,
+    SLEEPS,
+    AttemptRow,
+    BoundedRows,
+    Figures,
+    TraceEvent,
+    TraceMark,
+    figures_of,
+)
 from stroma.trace.plain import jsonable
 
 __all__ = ["ExecutionTrace"]
@@ -159,7 +169,22 @@ class ExecutionTrace(Shown):
         end = max((began + took for began, took, _ in marks), default=first)
         tokens, cost = sum(bar.tokens for bar in bars), math.fsum(bar.cost_usd for bar in bars)
         status = "FAILED" if failed and failed[-1] is bars[-1] else "trace"
-        return Story(self.run_id, "", status, bars, tokens, cost, first // 1_000_000, (end - first) / 1e9)
+        seconds = (end - first) / 1e9
+        waits = self._wait_bars(first)
+        return Story(self.run_id, "", status, bars, tokens, cost, first // 1_000_000, seconds, waits=waits)
+
+    def _wait_bars(self, first_ns: int) -> tuple[Bar, ...]:
+        """Return the sleeps and questions of flows."""
+        from stroma.trace.story import Bar
+
+        bars: list[Bar] = []
+        for mark in self.marks:
+            if mark.kind in (*SLEEPS, *QUESTIONS):
+                began_ms = mark.at_utc.timestamp() * 1000 - mark.waited_ms - first_ns / 1e6
+                label = mark.reason if mark.kind in SLEEPS else f"question: {mark.reason}"
+                at = f"{mark.position}.{mark.branch}"
+                bars.append(Bar(label, at, 1, max(0.0, began_ms), mark.waited_ms, mark.kind))
+        return tuple(bars)
 
     def _hidden(self, redact: Redact | None) -> frozenset[str]:
         """Return the texts that ``redact`` removes from the states."""

@@ -47,6 +47,7 @@ def make_app(settings: Settings) -> ASGIApp:
         Route("/overview", pages.overview),
         Route("/pipeline", pages.pipeline),
         Route("/lineage.svg", pages.lineage),
+        Route("/steps.svg", pages.steps),
         Route("/export", pages.export),
         Route("/resume", actions.resume, methods=["POST"]),
         Route("/delete", actions.delete, methods=["POST"]),

@@ -15,6 +15,7 @@ from stroma._utils.text import clean, with_marks
 from stroma.checkpoint.history import (
     FAILED,
     FINISHED,
+    NOT_STOPPED,
     NodeDiff,
     Payload,
     changes,
@@ -77,7 +78,7 @@ def cause_text(record: RunRecord) -> str:
         return "owner lost"
     if record.status in FINISHED:
         return ""
-    if record.cause is None:
+    if record.cause is None or record.status in NOT_STOPPED:
         return record.error or ""
     cause_record = record.cause
     why = f"{cause_record.failure_class}{f' ({cause_record.reason})' if cause_record.reason else ''}"

@@ -18,6 +18,7 @@ from stroma.checkpoint.cells import CellStore
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.history import (
     FINISHED,
+    NOT_STOPPED,
     History,
     Payload,
     bar_of,
@@ -38,7 +39,7 @@ from stroma.trace.html import cause, document, head, utc
 from stroma.trace.result import RunStatus
 from stroma.trace.story import Bar, StopCause, Story, fields_named
 from stroma.ui.actions import can_resume
-from stroma.ui.figures import figures_of
+from stroma.ui.figures import RUNS, figures_of
 from stroma.ui.formatting import (
     as_attachment,
     attempt_address,
@@ -205,13 +206,18 @@ class Pages:
                 attempts = in_order([*attempts, cause_attempt])
         first = min((attempt.started_ns for attempt in attempts), default=0)
         bars = [(bar_of(attempt, first), attempt, attempt_address(record, attempt)) for attempt in attempts]
+        waits = self._history.flow_waits(record, attempts) if after is None else []
         story = self._story(record, [bar for bar, _, _ in bars])
         selected = (
-            None if cause_attempt is None or record.status in FINISHED else bar_of(cause_attempt, first).key
+            None
+            if cause_attempt is None or record.status in NOT_STOPPED
+            else bar_of(cause_attempt, first).key
         )
         addresses = {bar.key: address for bar, _, address in bars}
         folded = request.query_params.get("idle") == "folded"
-        chart = gantt(story.bars, link=lambda bar: addresses[bar.key], selected=selected, fold_idle=folded)
+        chart = gantt(
+            story.bars, waits, link=lambda bar: addresses[bar.key], selected=selected, fold_idle=folded
+        )
         page_response = self._page(
             "run.html", record=record, status=status_of(record), gone=is_interrupted(record), head=Markup(head(story)),
             cause=Markup(cause(story)), gantt=Markup(chart), attempts=[(one, address, bar.at) for bar, one, address in bars],
@@ -225,7 +231,7 @@ class Pages:
 
     def _story(self, record: RunRecord, bars: list[Bar]) -> Story:
         box, why = None, record.cause
-        if why is not None and record.status not in FINISHED:
+        if why is not None and record.status not in NOT_STOPPED:
             at = f"{why.position}.{why.branch}" if why.branch else str(why.position)
             message = why.text or record.error or ""
             box = StopCause(
@@ -384,12 +390,25 @@ class Pages:
     def pipeline(self, request: Request) -> Response:
         name = self._settings.pipeline
         looked_at, nodes = (0, []) if name is None else figures_of(self._store, name)
+        has_steps = name is not None and looked_at > 0 and self._history.run_graph(name, RUNS).has_calls
         return self._page(
-            "pipeline.html", has_image=self._settings.lineage is not None, nodes=nodes, looked_at=looked_at
-        )
+            "pipeline.html", has_image=self._settings.lineage is not None, nodes=nodes, looked_at=looked_at,
+            has_steps=has_steps,
+        )  # fmt: skip
+
+    def steps(self, request: Request) -> Response:
+        """Return an image of the steps that the latest runs took."""
+        name = self._settings.pipeline
+        if name is None or not self._store.exists():
+            raise HTTPException(404, "no pipeline was passed to stroma ui")
+        return _image(self._history.run_graph(name, RUNS).svg())
 
     def lineage(self, request: Request) -> Response:
         if self._settings.lineage is None:
             raise HTTPException(404, "no pipeline was passed to stroma ui")
-        text = self._settings.lineage.encode("utf-8", "replace")
-        return Response(text, media_type="image/svg+xml", headers={"content-security-policy": IMAGE_POLICY})
+        return _image(self._settings.lineage)
+
+
+def _image(svg: str) -> Response:
+    headers = {"content-security-policy": IMAGE_POLICY}
+    return Response(svg.encode("utf-8", "replace"), media_type="image/svg+xml", headers=headers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -20,7 +21,7 @@ from stroma.checkpoint.durable.rows import (
 )
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
-from stroma.checkpoint.protocols import Waiting
+from stroma.checkpoint.protocols import OF_FLOW, Waiting
 from stroma.checkpoint.records import (
     PICO,
     Attempt,
@@ -286,6 +287,52 @@ class ReadableStore(ABC):
             ]
 
         return self.read(query, [])
+
+    def flow_notes(self, run_id: str) -> dict[str, bytes]:
+        """Return what the last execution recorded of its flows besides commits, by key; what is damaged is omitted.
+
+        Raises StoreError.
+        """
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> tuple[int, list[StepRow]]:
+            run = rows.find(run_id)
+            return (
+                (0, []) if run is None else (run.execution, list(rows.annotations(run.run, Annotation.NOTE)))
+            )
+
+        execution, notes = self.read(query, (0, list[StepRow]()))
+        intact: dict[str, bytes] = {}
+        for row in notes:
+            if is_intact(row.step.output, row.step.sha256):
+                place = PayloadPlace(run_id, execution, "note", 0, row.branch)
+                with contextlib.suppress(CorruptCheckpoint):
+                    intact[row.branch] = self._payloads.open(row.step.output, place, f"note {row.branch!r}")
+        return intact
+
+    def call_input_of(self, run_id: str, position: int, branch: str) -> bytes | None:
+        """Return the input of a committed call of a flow in stored form; None if there is none.
+
+        Raises CorruptCheckpoint, StoreError.
+        """
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> tuple[int, StepRow | None]:
+            run = rows.find(run_id)
+            return (
+                (0, None)
+                if run is None
+                else (run.execution, rows.step_at(run.run, run.execution, position, branch))
+            )
+
+        nothing: tuple[int, StepRow | None] = (0, None)
+        execution, row = self.read(query, nothing)
+        if row is None or row.step.number != OF_FLOW or row.step.input_key is None:
+            return None
+        place = PayloadPlace(run_id, execution, "step input", position, branch)
+        return self._payloads.open(
+            row.step.input_key, place, f"the input of call {branch!r} of run {run_id!r}"
+        )
 
     def tally(
         self, since_ms: int, bucket_ms: int, *, runs: int = 2000, attempts: int = 200_000

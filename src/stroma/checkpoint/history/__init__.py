@@ -6,12 +6,21 @@ Everything is read through the public reading functions of a journal store. No u
 from stroma.checkpoint.history.attempts import bar_of, in_order, place_of, sum_waste
 from stroma.checkpoint.history.comparison import Change, NodeDiff, changes, compare
 from stroma.checkpoint.history.payload import Payload
-from stroma.checkpoint.history.reader import FAILED, FINISHED, History, Inputs, is_interrupted, status_of
+from stroma.checkpoint.history.reader import (
+    FAILED,
+    FINISHED,
+    NOT_STOPPED,
+    History,
+    Inputs,
+    is_interrupted,
+    status_of,
+)
 from stroma.trace.redaction import Redact
 
 __all__ = [
     "FAILED",
     "FINISHED",
+    "NOT_STOPPED",
     "Change",
     "History",
     "Inputs",

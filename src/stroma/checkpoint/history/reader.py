@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -11,18 +13,23 @@ from typing import Any, Final
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.history.attempts import bar_of, in_order
+from stroma.checkpoint.history.flows import failed_input, wait_bars
 from stroma.checkpoint.history.payload import Payload, decode_payload, too_large
 from stroma.checkpoint.history.redaction import MessageRedaction, redact_value
+from stroma.checkpoint.history.run_graph import RunGraph
+from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
 from stroma.trace.redaction import Redact
-from stroma.trace.story import StopCause, Story
+from stroma.trace.story import Bar, StopCause, Story
 
-__all__ = ["FAILED", "FINISHED", "History", "Inputs", "is_interrupted", "status_of"]
+__all__ = ["FAILED", "FINISHED", "NOT_STOPPED", "History", "Inputs", "is_interrupted", "status_of"]
 
 #: Statuses of runs that failed, and of runs that completed.
 FAILED: Final = ("FAILED", "PARTIAL")
 FINISHED: Final = ("COMPLETED", "RESUMED")
+#: Statuses of runs that no failure stopped: of one that waits for an answer or a time, those before it were caught.
+NOT_STOPPED: Final = (*FINISHED, "SUSPENDED")
 
 _MAX_STATE_BYTES: Final = 1_000_000  # of one state in a drawing
 _MAX_STATES_BYTES: Final = 20_000_000  # of all states in a drawing of a run
@@ -31,6 +38,11 @@ _NOT_COMMITTED: Final = "nothing is committed here"
 
 #: The id of a map, with the name of the field that holds its items.
 _MAP: Final = re.compile(r"map_over\((.+?), ")
+
+
+def _now_ms(record: RunRecord) -> int:
+    """Return until when a run is drawn: now, or its last record if it has ended."""
+    return record.updated_ms if record.status in (*FINISHED, *FAILED) else time.time_ns() // 1_000_000
 
 
 def is_interrupted(record: RunRecord) -> bool:
@@ -106,6 +118,13 @@ class History:
 
         return [redacted(one) for one in self.store.waiting(run_id)]
 
+    def flow_waits(self, record: RunRecord, attempts: Iterable[AttemptRecord]) -> list[Bar]:
+        """Return the sleeps and questions of a run's flows as bars beside those of its attempts."""
+        waiting = self.waiting(record.run_id)
+        notes = self.store.flow_notes(record.run_id)
+        first_ns = min((attempt.started_ns for attempt in attempts), default=record.started_ms * 1_000_000)
+        return wait_bars(waiting, notes, first_ns, _now_ms(record))
+
     # ------------------------------------------------------------------ attempts
 
     def attempt_page(self, run_id: str, limit: int, after: str | None = None) -> AttemptPage:
@@ -128,6 +147,25 @@ class History:
     def attempts_at(self, run_id: str, position: int, branch: str = "") -> list[AttemptRecord]:
         """Return each attempt of the last execution at one place, without outputs; [] if unknown."""
         return self.redact_attempts(run_id, self.store.attempts_at(run_id, position, branch))
+
+    def run_graph(self, pipeline: str, max_runs: int | None = None) -> RunGraph:
+        """Return the graph of the recorded runs of a pipeline, or of the newest ``max_runs``."""
+        graph = RunGraph(pipeline)
+        after = None
+        while True:
+            page = self.store.run_page(
+                RunQuery(pipeline=pipeline), limit=min(max_runs or 50, 50), after=after
+            )
+            for record in page.runs:
+                attempts, _ = self.attempts(record.run_id, sys.maxsize)
+                first_ns = min((one.started_ns for one in attempts), default=0)
+                bars = [bar_of(one, first_ns) for one in attempts]
+                graph.add_run(bars, self.flow_waits(record, attempts), status_of(record))
+                if graph.runs == max_runs:
+                    return graph
+            after = page.next
+            if after is None:
+                return graph
 
     # ------------------------------------------------------------------ redaction
 
@@ -194,6 +232,16 @@ class History:
         """Return the input of an attempt. Use :class:`Inputs` for many attempts of one run."""
         return Inputs(self, run_id).of(attempt, max_bytes)
 
+    def call_input(self, run_id: str, position: int, branch: str) -> Payload | None:
+        """Return the input of a call of a flow; None if none is recorded."""
+        try:
+            data = self.store.call_input_of(run_id, position, branch)
+        except CorruptCheckpoint as error:
+            return Payload(None, str(error))
+        if data is None:
+            data = failed_input(self.store.flow_notes(run_id), position, branch)
+        return None if data is None else self._decode(data)
+
     def output_of(self, attempt: AttemptRecord) -> Payload:
         """Return the output that an attempt was read with."""
         if attempt.damaged:
@@ -241,14 +289,14 @@ class History:
         seconds = max(0, record.updated_ms - record.started_ms) / 1000
         return Story(
             record.run_id, record.pipeline, status_of(record), bars, record.tokens, record.cost_usd, record.started_ms,
-            seconds, _cause_box(record, resume_command), facts, 1 if has_more else 0,
+            seconds, _cause_box(record, resume_command), facts, 1 if has_more else 0, self.flow_waits(record, attempts),
         )  # fmt: skip
 
 
 def _cause_box(record: RunRecord, resume_command: str) -> StopCause | None:
-    """Return the box of the cause that stopped a run; None if it completed."""
+    """Return the box of the cause that stopped a run; None if no failure did."""
     cause = record.cause
-    if cause is None or record.status in FINISHED:
+    if cause is None or record.status in NOT_STOPPED:
         return None
     at = f"{cause.position}.{cause.branch}" if cause.branch else str(cause.position)
     message = cause.text or record.error or ""
@@ -291,8 +339,13 @@ class Inputs:
     def _read(self, position: int, branch: str) -> Payload:
         if not branch:
             return self._history.input_at(self._run_id, position, max_bytes=_MAX_STATES_BYTES)
+        call_input = self._history.call_input(self._run_id, position, branch) if is_called(branch) else None
+        if call_input is not None:
+            return call_input
         outer, _, index = branch.rpartition(".")
         group = self._group_around(position, branch)
+        if group is None and is_called(branch):
+            return Payload(None, "the input of this call is not recorded")
         if group is None:
             return Payload(
                 None,

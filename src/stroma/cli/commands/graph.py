@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import click
 
+from stroma.checkpoint.history import History
+from stroma.checkpoint.history.run_graph import RunGraph
+from stroma.cli.errors import Code, Problem
 from stroma.cli.loading import load_pipeline
 from stroma.cli.output import emit, out
-from stroma.contracts.checks.lineage import lineage_of
+from stroma.cli.stores import Database, db_option
+from stroma.contracts.checks.lineage import Lineage, lineage_of
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import find_node
+from stroma.runner.pipeline import Pipeline
 
 __all__ = ["graph"]
 
@@ -23,16 +28,39 @@ __all__ = ["graph"]
     show_default=True,
     help="Output format.",
 )
-def graph(target: str, form: str) -> None:
+@click.option("--from-runs", is_flag=True, help="Draw the steps that the recorded runs took.")
+@db_option
+def graph(target: str, form: str, from_runs: bool, db: str | None) -> None:
     """Print the nodes with their contracts, and which field of a node feeds which other field.
 
     No node is called. Findings of `stroma check` are marked. JSON has the schema "stroma.graph/1".
+
+    With --from-runs, for a flow: how often each step was called and failed in the runs of the store, how often which step
+    followed which, and after which steps the runs ended. JSON has the schema "stroma.run_graph/1".
     """
     pipeline = load_pipeline(target)
-    lineage = lineage_of(pipeline.name, [find_node(node) for node in pipeline.nodes], ContractRegistry())
-    if form == "json":
-        emit({"schema": "stroma.graph/1", **lineage.data()})
-    elif form == "svg":
-        out.write(lineage.svg())
+    drawing: RunGraph | Lineage
+    if from_runs:
+        drawing = _run_graph(pipeline, db)
     else:
-        out.write(lineage.mermaid())
+        drawing = lineage_of(pipeline.name, [find_node(node) for node in pipeline.nodes], ContractRegistry())
+    if form == "json":
+        emit({"schema": "stroma.run_graph/1" if from_runs else "stroma.graph/1", **drawing.data()})
+    elif form == "svg":
+        out.write(drawing.svg())
+    else:
+        out.write(drawing.mermaid())
+
+
+def _run_graph(pipeline: Pipeline, db: str | None) -> RunGraph:
+    """Return the graph of the recorded runs. Raises Problem if there are none."""
+    database = Database.from_option(db)
+    with database.explain_errors():
+        drawing = History(database.reader).run_graph(pipeline.name)
+    if not drawing.runs:
+        raise Problem(
+            f"no runs of {pipeline.name!r} in {database.name}",
+            f"list the runs: {database.hint('runs')}",
+            code=Code.NOT_FOUND,
+        )
+    return drawing

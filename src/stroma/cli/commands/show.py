@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -38,7 +38,9 @@ from stroma.cli.suspended import (
 )
 from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
 from stroma.trace.gantt import duration
-from stroma.trace.story import waits
+from stroma.trace.outline import OutlineEntry, fold, outline
+from stroma.trace.story import Bar
+from stroma.trace.story import waits as find_waits
 
 __all__ = ["attempt_data", "show"]
 
@@ -65,7 +67,8 @@ _COMPLETE: Final = ("COMPLETED", "RESUMED")
 @click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="Only the Nth attempts.")
 @click.option("--input", "wants_input", is_flag=True, help="Print the inputs of the attempts as JSON.")
 @click.option("--output", "wants_output", is_flag=True, help="Print the committed outputs as JSON.")
-@click.option("--tree", "as_tree", is_flag=True, help="Draw groups and attempts as a tree.")
+@click.option("--tree", "as_tree", is_flag=True, help="Draw groups, flows and attempts as a tree.")
+@click.option("--unfold", is_flag=True, help="With --tree: show each of the repeated calls of a node.")
 @click.option("--timing", is_flag=True, help="Show start and waiting time of each attempt.")
 @redact_option
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.show/1".')
@@ -75,7 +78,8 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
     """Show one run, attempt by attempt.
 
     RUN is a run id, a prefix of one, or "last". AT is the position in the run; children of groups are indented below
-    their group, with their branch.
+    their group, with their branch. With --tree, repeated calls of one node in a flow are one line, such as "judge x3",
+    and the sleeps and questions of the flow are shown.
 
     With --input or --output, stdout has one JSON value per attempt; if there are several, a line names the attempt of each.
 
@@ -111,7 +115,9 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
         return code
     if view.wants_input or view.wants_output:
         return _print_states(selected, states, code)
-    _print_run(database, record, attempts, waiting, selected, view)
+    with database.explain_errors():
+        waits = history.flow_waits(record, attempts) if view.as_tree else []
+    _print_run(database, record, attempts, waiting, selected, view, waits)
     return code
 
 
@@ -124,6 +130,7 @@ class _View:
     wants_input: bool
     wants_output: bool
     as_tree: bool
+    unfold: bool
     timing: bool
 
 
@@ -165,11 +172,12 @@ def _print_run(
     waiting: list[Waiting],
     selected: list[AttemptRecord],
     view: _View,
+    waits: Sequence[Bar] = (),
 ) -> int:
     _print_head(record, waiting, len(attempts), *sum_waste(attempts))
-    if selected:
+    if selected or waits:
         out.line()
-        rows = list(_rows(selected, view.as_tree))
+        rows = list(_rows(attempts, waits, selected, view))
         header: list[str] = list(_HEADER)
         right = {2, 6, 7, 8}
         if view.timing:
@@ -288,42 +296,86 @@ def _print_head(
         out.line((f"{name:<9} ", "dim"), *parts)
 
 
-def _rows(attempts: list[AttemptRecord], as_tree: bool) -> Iterator[tuple[AttemptRecord | None, list[Part]]]:
-    """Yield a row for each attempt, and one for each group that has not ended and so has no attempt."""
-    groups = {(a.position, a.branch) for a in attempts}
+def _rows(
+    attempts: list[AttemptRecord], waits: Sequence[Bar], selected: list[AttemptRecord], view: _View
+) -> Iterator[tuple[AttemptRecord | None, list[Part]]]:
+    """Yield a row for each selected attempt, and one for each group, map or flow that has no attempt of its own."""
+    first = min((a.started_ns for a in attempts), default=0)
+    records = {bar_of(a, first).key: a for a in attempts}
+    draws_all = view.as_tree and len(selected) == len(attempts)
+    entries = outline((bar_of(a, first) for a in attempts), waits if draws_all else ())
+    if draws_all and not view.unfold:
+        entries = fold(entries)
+    chosen = {id(a) for a in selected}
     lines: list[tuple[int, AttemptRecord | None, list[Part]]] = []
-    for a in attempts:
-        depth = a.branch.count(".") + 1 if a.branch else 0
-        parent = (a.position, a.branch.rpartition(".")[0])
-        if depth and parent not in groups:
-            # A group is recorded when it ends; this one is running, or its process died.
-            groups.add(parent)
-            name = "(unfinished group)"
-            lines.append((depth - 1, None, [_at(*parent), name, *[""] * (len(_HEADER) - 2)]))
-        style = _STYLES.get(a.outcome, "yellow")
-        is_committed = a.output is not None and a.outcome != "success"
-        row: list[Part] = [
-            place_of(a),
-            clean(a.node_id, 40),
-            str(a.attempt),
-            (
-                f"{a.outcome}, damaged" if a.damaged else f"{a.outcome}, kept" if is_committed else a.outcome,
-                style,
-            ),
-            a.failure_class or "",
-            clean(a.reason or "", 20),
-            duration(a.duration_ms, a.function_ms or None),
-            f"{a.tokens:,}" if a.tokens else "",
-            format_usd(a.cost_usd) if a.tokens else "",
-            clean(a.model or "", 30),
-            clean(a.text or "", 120),
-        ]
-        lines.append((depth, a, row))
+
+    def add(entry: OutlineEntry, depth: int) -> bool:
+        """Add the lines of an entry and return True, unless nothing in it is selected."""
+        start = len(lines)
+        name = clean(entry.label, 60 if entry.kind in ("sleep", "question") else 40)
+        bars = [bar for bar in entry.bars if bar.key in records and id(records[bar.key]) in chosen]
+        if entry.kind == "fold":
+            lines.append((depth, None, [entry.at, name, *_fold_cells(entry)]))
+            return True
+        if entry.kind in ("sleep", "question"):
+            lines.append((depth, None, [entry.at, name, "", entry.bars[0].outcome, *_blank(4)]))
+            return True
+        lines.extend((depth, records[bar.key], _cells(records[bar.key], name)) for bar in bars)
+        if not bars:
+            lines.append((depth, None, [entry.at, name, *_blank(2)]))
+        inside = [add(child, depth + 1) for child in entry.entries]
+        if bars or any(inside):
+            return True
+        del lines[start:]
+        return False
+
+    for entry in entries:
+        add(entry, 0)
     for number, (depth, attempt, row) in enumerate(lines):
         label = row[1]
         assert isinstance(label, str)
-        row[1] = (_branches(lines, number) if as_tree else "  " * depth) + label
+        row[1] = (_branches(lines, number) if view.as_tree else "  " * depth) + label
         yield attempt, row
+
+
+def _blank(column: int) -> list[Part]:
+    """Return empty cells from a column on."""
+    return [""] * (len(_HEADER) - column)
+
+
+def _cells(a: AttemptRecord, name: str) -> list[Part]:
+    is_committed = a.output is not None and a.outcome != "success"
+    outcome = f"{a.outcome}, damaged" if a.damaged else f"{a.outcome}, kept" if is_committed else a.outcome
+    return [
+        place_of(a),
+        name,
+        str(a.attempt),
+        (outcome, _STYLES.get(a.outcome, "yellow")),
+        a.failure_class or "",
+        clean(a.reason or "", 20),
+        duration(a.duration_ms, a.function_ms or None),
+        f"{a.tokens:,}" if a.tokens else "",
+        format_usd(a.cost_usd) if a.tokens else "",
+        clean(a.model or "", 30),
+        clean(a.text or "", 120),
+    ]
+
+
+def _fold_cells(entry: OutlineEntry) -> list[Part]:
+    """Return the cells of repeated calls: their attempts, how many calls failed, and the sums."""
+    ends = [call.bars[-1].outcome for call in entry.entries if call.bars]
+    failed = sum(end == "failure" for end in ends)
+    outcome: Part = ""
+    if failed:
+        outcome = (f"{failed:,} failed", "red")
+    elif ends:
+        outcome = ("success", "green") if set(ends) == {"success"} else (ends[-1], "yellow")
+    tokens = sum(bar.tokens for bar in entry.bars)
+    cost = sum(bar.cost_usd for bar in entry.bars)
+    took = duration(sum(bar.took_ms for bar in entry.bars), None) if entry.bars else ""
+    tries = f"{len(entry.bars):,}" if len(entry.bars) > len(entry.entries) else ""
+    figures: list[Part] = [took, f"{tokens:,}" if tokens else "", format_usd(cost) if tokens else ""]
+    return [tries, outcome, "", "", *figures, *_blank(9)]
 
 
 def _branches(lines: list[tuple[int, AttemptRecord | None, list[Part]]], number: int) -> str:
@@ -340,7 +392,7 @@ def _branches(lines: list[tuple[int, AttemptRecord | None, list[Part]]], number:
 def _add_timing(rows: list[tuple[AttemptRecord | None, list[Part]]], attempts: list[AttemptRecord]) -> None:
     first = min(a.started_ns for a in attempts)
     bars = {id(a): bar_of(a, first) for a in attempts}
-    waited = {bar.key: took for bar, _, took in waits(bars.values())}
+    waited = {bar.key: took for bar, _, took in find_waits(bars.values())}
     for attempt, row in rows:
         if attempt is None:
             row[6:7] = ["", "", ""]
@@ -351,10 +403,6 @@ def _add_timing(rows: list[tuple[AttemptRecord | None, list[Part]]], attempts: l
             "" if wait is None else format_duration(wait / 1000),
             row[6],
         ]
-
-
-def _at(position: int, branch: str) -> str:
-    return f"{position}.{branch}" if branch else str(position)
 
 
 def attempt_data(record: RunRecord, a: AttemptRecord) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from stroma._utils import svg as render
 from stroma._utils.svg import Box, Line, Link, Tone
+from stroma._utils.text import as_mermaid
 from stroma.contracts.checks.check import check_nodes
 from stroma.contracts.checks.finding import Finding
 from stroma.contracts.checks.flow import Crossing, flow_of, record_of_class
@@ -74,12 +75,12 @@ class Lineage:
             for box in inside.get(parent, ()):
                 name = _mermaid_id(box.id)
                 if box.id in inside:
-                    lines.append(f'{indent}subgraph {name}["{_mermaid(box.title)}"]')
+                    lines.append(f'{indent}subgraph {name}["{as_mermaid(box.title)}"]')
                     write(box.id, indent + "    ")
                     lines.append(f"{indent}end")
                 else:
                     types = " → ".join(filter(None, (box.left_title, box.right_title)))
-                    label = _mermaid(box.title) + (f"<br/>{_mermaid(types)}" if types else "")
+                    label = as_mermaid(box.title) + (f"<br/>{as_mermaid(types)}" if types else "")
                     lines.append(f'{indent}{name}["{label}"]')
 
         write("", "    ")
@@ -91,7 +92,7 @@ class Lineage:
             label = ", ".join(dict.fromkeys(filter(None, map(_feeds, links))))
             unknown = all(link.tone == "unknown" for link in links)
             arrow = "-.->" if unknown else "-->"
-            text = f'|"{_mermaid(label)}"|' if label else ""
+            text = f'|"{as_mermaid(label)}"|' if label else ""
             lines.append(f"    {_mermaid_id(source)} {arrow}{text} {_mermaid_id(target)}")
             tones = {link.tone for link in links}
             if "error" in tones or "warning" in tones:
@@ -113,12 +114,6 @@ def _feeds(link: Link) -> str:
 
 def _mermaid_id(at: str) -> str:
     return "n" + at.replace(".", "_")
-
-
-def _mermaid(text: str) -> str:
-    """Text inside of a label: nothing of it is Mermaid's language, or HTML."""
-    text = " ".join(text.split())
-    return "".join(ch if ch.isalnum() or ch in " _-.,:()[]|→…" else f"#{ord(ch)};" for ch in text)
 
 
 # ---------------------------------------------------------------------- making it

@@ -23,6 +23,7 @@ class RunningFlow(Protocol):
     """A flow, as its driver and the ends of its calls see it."""
 
     node: FlowNode
+    position: int
     order: ResultOrder
     is_map: bool
     has_ended: bool

@@ -122,7 +122,10 @@ class FlowJournal:
             self._flows[position, rest].optional.update(json.loads(data))
         elif kind in _KINDS:
             flow, _, identity = rest.rpartition(".")
-            self._flows[position, flow].add(identity, CallRecord(_KINDS[kind], json.loads(data)))
+            fields = json.loads(data)
+            # Of a sleep and its start, which is only shown, the end.
+            fields = fields[0] if kind == "s" else fields
+            self._flows[position, flow].add(identity, CallRecord(_KINDS[kind], fields))
         else:
             self._values[key] = data
 
@@ -183,8 +186,9 @@ class FlowJournal:
         """Record the input of a call that is made of other calls, before it has a result."""
         self._note(position, "i", branch, {"input_key": None if input_key is None else input_key.decode()})
 
-    def note_wake(self, position: int, branch: str, wake_ms: int) -> None:
-        self._note(position, "s", branch, wake_ms)
+    def note_wake(self, position: int, branch: str, wake_ms: int, began_ms: int) -> None:
+        """Record when a wait ends; its start is for those who look at the run."""
+        self._note(position, "s", branch, [wake_ms, began_ms])
 
     def note_expired(self, position: int, branch: str) -> None:
         self._note(position, "x", branch, True)

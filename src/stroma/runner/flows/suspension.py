@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from time import time_ns
@@ -16,6 +16,7 @@ from stroma.engine.tasks import Shield
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure
+from stroma.trace.events import MarkKind, TraceMark
 
 __all__ = ["EXPIRED", "WITHDRAWN", "OpenWait", "Waits", "now_ms", "text_of_time"]
 
@@ -50,7 +51,7 @@ class OpenWait:
         done: the answer in stored form, or EXPIRED.
     """
 
-    __slots__ = ("branch", "done", "is_of_step", "position", "question", "reason", "timer", "wake_ms")
+    __slots__ = ("began_ms", "branch", "done", "is_of_step", "question", "reason", "timer", "wake_ms")
 
     def __init__(
         self,
@@ -68,10 +69,17 @@ class OpenWait:
         self.is_of_step = is_of_step
         self.done: asyncio.Future[object] | None = None
         self.timer: asyncio.TimerHandle | None = None
+        self.began_ms = now_ms()
 
     def end(self, outcome: object) -> None:
         if self.done is not None and not self.done.done():
             self.done.set_result(outcome)
+
+
+class PlacedFlow(Protocol):
+    """A flow at a position of a run."""
+
+    position: int
 
 
 class WaitingFlow(Protocol):
@@ -80,6 +88,8 @@ class WaitingFlow(Protocol):
     ctx: ReliabilityContext
     loop: asyncio.AbstractEventLoop
 
+    @property
+    def flows(self) -> Sequence[PlacedFlow]: ...
     @property
     def flow_id(self) -> str: ...
     @property
@@ -121,6 +131,34 @@ class Waits:
         if wait.timer is not None:
             wait.timer.cancel()
         self.open.pop(wait.branch, None)
+        if not wait.is_of_step:
+            self._mark(wait)
+
+    def _mark(self, wait: OpenWait) -> None:
+        """Show a wait in the trace."""
+        driver, done = self._driver, wait.done
+        has_ended = done is not None and done.done() and not done.cancelled()
+        kind: MarkKind
+        reason = wait.reason
+        if wait.question is None:
+            kind = "slept" if has_ended else "sleeping"
+            reason = reason.replace("sleeping", "sleep", 1)
+        else:
+            kind = (
+                "open"
+                if not has_ended or done is None
+                else "expired"
+                if done.result() is EXPIRED
+                else "answered"
+            )
+        now = now_ms()
+        at_utc = datetime.fromtimestamp(now / 1000, UTC)
+        position = driver.flows[0].position
+        driver.ctx.trace.marks.append(
+            TraceMark(
+                driver.flow_id, 1, position, wait.branch, kind, reason, max(0, now - wait.began_ms), at_utc
+            )
+        )
 
     def close(self) -> None:
         for wait in self.open.values():
@@ -190,7 +228,10 @@ class Waits:
         await self._see_through(self._driver.ctx.session.flush)
 
     async def ask(self, question: Waiting) -> None:
-        """Store a question. Ends the flow if the store refuses it."""
+        """Store a question, or that nobody answered it. Ends the flow if the store refuses it."""
+        session = self._driver.ctx.session
+        if question.payload is None:  # When it was asked, for those who look at the run.
+            session.note(f"{question.position}:w:{question.branch}", str(now_ms()).encode())
         await self._see_through(partial(self._driver.ctx.session.ask, question))
 
     async def _see_through(self, write: Callable[[], Awaitable[None] | None]) -> None:

@@ -35,7 +35,7 @@ async def _sleep(run: FlowRun, wake_ms: int, identity: str, number: int, in_main
         wake = wake_ms if recorded is None else cast("int", recorded.data)
         if recorded is None:
             await run.before_live(identity)
-            driver.journal.note_wake(run.position, branch, wake)
+            driver.journal.note_wake(run.position, branch, wake, now_ms())
             await driver.waits.flush()
         if wake <= now_ms():
             return recorded is not None
@@ -91,7 +91,7 @@ async def _wait_for(
         if not is_same or (earlier is not None and earlier.payload == WITHDRAWN):
             await run.before_live(identity)
             if wake is not None and recorded is None:
-                driver.journal.note_wake(run.position, branch, wake)
+                driver.journal.note_wake(run.position, branch, wake, now_ms())
             asked.append(question)
             await driver.waits.ask(question)
         else:

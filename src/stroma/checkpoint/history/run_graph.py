@@ -1,0 +1,285 @@
+"""Graph of the recorded runs of a flow: each node with its calls and failures, and how often which call followed which."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from stroma._utils.arcs import ArcBox, arc_diagram
+from stroma._utils.text import as_mermaid
+from stroma.trace.outline import OutlineEntry, outline
+from stroma.trace.story import Bar
+
+__all__ = ["RunGraph", "StepNode"]
+
+Path = tuple[str, ...]
+
+#: Edges begin and end here.
+START: Final = "start"
+
+_WARN_RATE: Final = 0.1
+
+
+@dataclass(slots=True)
+class StepNode:
+    """A node of the graph.
+
+    Attributes:
+        path: its label after those of the flows and maps around it.
+        kind: "node", "map", "flow", "sleep" or "question".
+        calls: number of calls; of a node in a map of its items.
+        attempts, failed: number of attempts, and of those that failed.
+    """
+
+    path: Path
+    kind: str
+    calls: int = 0
+    attempts: int = 0
+    failed: int = 0
+
+    @property
+    def figures(self) -> str:
+        """The figures as text."""
+        calls = "1 call" if self.calls == 1 else f"{self.calls:,} calls"
+        if not self.failed:
+            return calls
+        return f"{calls}, {self.failed / self.attempts:.1%} of {self.attempts:,} attempts failed"
+
+
+@dataclass(slots=True)
+class RunGraph:
+    """The steps that runs took.
+
+    A call follows those that ended before it began with no other call between: in one task the call before, after a
+    ``gather`` the last call of each task. In a task's first call, those before it in the task that started it.
+
+    Attributes:
+        name: the pipeline.
+        runs: number of runs.
+        nodes: by path, in the order in which they were first seen.
+        edges: number of transitions by source and target. The first calls in a flow or map follow the call of that.
+        ends: number of runs that ended after a node, by its path and the status of the run.
+    """
+
+    name: str
+    runs: int = 0
+    nodes: dict[Path, StepNode] = field(default_factory=dict)
+    edges: dict[tuple[Path, Path], int] = field(default_factory=lambda: defaultdict(int))
+    ends: dict[tuple[Path, str], int] = field(default_factory=lambda: defaultdict(int))
+    has_calls: bool = False
+
+    # ------------------------------------------------------------------ building
+
+    def add_run(self, bars: Iterable[Bar], waits: Iterable[Bar], status: str) -> None:
+        """Count one run."""
+        self.runs += 1
+        entries = outline(bars, waits)
+        is_flow = len(entries) == 1 and _has_steps(entries[0])
+        last = self._add_level(entries[0].entries if is_flow else entries, ())
+        for path in last or [(START,)]:
+            self.ends[path, status] += 1
+
+    def _add_level(self, entries: Sequence[OutlineEntry], outer: Path) -> list[Path]:
+        """Count the calls of one flow. Return the paths of those that nothing followed."""
+        calls = [(entry, self._add(entry, outer)) for entry in sorted(entries, key=_start)]
+        order = _CallOrder()
+        for number, (entry, path) in enumerate(calls):
+            scope = entry.call.scope if entry.call is not None else ""
+            before = order.before(scope, entry.began_ms, number)
+            for source in before:
+                self.edges[calls[source][1], path] += 1
+            if not before:
+                self.edges[outer or (START,), path] += 1
+            order.add(number, scope, entry.began_ms, entry.ended_ms)
+        return [calls[number][1] for number in order.ends()]
+
+    def _add(self, entry: OutlineEntry, outer: Path) -> Path:
+        """Count a call and what is inside it. Return its path."""
+        self.has_calls |= entry.call is not None
+        has_steps = _has_steps(entry)
+        path = (*outer, _label(entry))
+        node = self.nodes.get(path)
+        if node is None:
+            kind = "flow" if has_steps and entry.kind == "node" else entry.kind
+            node = self.nodes[path] = StepNode(path, kind)
+        elif has_steps and node.kind == "node":
+            node.kind = "flow"
+        node.calls += 1
+        if entry.kind in ("node", "map"):
+            node.attempts += len(entry.bars)
+            node.failed += sum(bar.outcome == "failure" for bar in entry.bars)
+        if entry.kind == "map":
+            for item in entry.entries:
+                self.edges[path, self._add(item, path)] += 1
+        elif has_steps:
+            self._add_level(entry.entries, path)
+        return path
+
+    # ------------------------------------------------------------------ drawing
+
+    def data(self) -> dict[str, Any]:
+        """Return plain data, for JSON."""
+        return {
+            "pipeline": self.name,
+            "runs": self.runs,
+            "nodes": [
+                {"path": list(one.path), "kind": one.kind, "calls": one.calls, "attempts": one.attempts, "failed": one.failed}
+                for one in self.nodes.values()
+            ],
+            "edges": [
+                {"from": list(source), "to": list(target), "count": count}
+                for (source, target), count in self.edges.items()
+            ],
+            "ends": [
+                {"from": list(path), "status": status, "count": count} for (path, status), count in self.ends.items()
+            ],
+        }  # fmt: skip
+
+    def mermaid(self) -> str:
+        """Return the graph as a Mermaid flow chart."""
+        ids: dict[Path, str] = {path: f"n{number}" for number, path in enumerate(self.nodes)}
+        ids[(START,)] = START
+        inside: dict[Path, list[StepNode]] = {}
+        for node in self.nodes.values():
+            inside.setdefault(node.path[:-1], []).append(node)
+        lines = ["flowchart TD", f'    {START}(["{self._title()}"])']
+        failing: list[str] = []
+
+        def write(outer: Path, indent: str) -> None:
+            for node in inside.get(outer, ()):
+                name, label = ids[node.path], f"{as_mermaid(node.path[-1])}<br/>{as_mermaid(node.figures)}"
+                opening, closing = _SHAPES.get(node.kind, ("[", "]"))
+                if node.path in inside:
+                    # Edges lead to a node in it: Mermaid draws none from a subgraph to itself.
+                    lines.append(f'{indent}subgraph {name}_inside[" "]')
+                    lines.append(f'{indent}    {name}["{label}"]')
+                    write(node.path, indent + "    ")
+                    lines.append(f"{indent}end")
+                else:
+                    lines.append(f'{indent}{name}{opening}"{label}"{closing}')
+                if node.failed > _WARN_RATE * node.attempts:
+                    failing.append(name)
+
+        write((), "    ")
+        for (source, target), count in self.edges.items():
+            lines.append(f"    {ids[source]} -->|{count}| {ids[target]}")
+        for status in dict.fromkeys(status for _, status in self.ends):
+            lines.append(f'    end_{status}(["{status}"])')
+        for (path, status), count in self.ends.items():
+            lines.append(f"    {ids[path]} -->|{count}| end_{status}")
+        lines += [f"    style {name} stroke:#dc2626,stroke-width:2px" for name in failing]
+        return "\n".join(lines) + "\n"
+
+    def _title(self) -> str:
+        return as_mermaid(f"{self.name}: {'1 run' if self.runs == 1 else f'{self.runs:,} runs'}")
+
+    def svg(self) -> str:
+        """Return the graph as a self-contained SVG image."""
+        title = f"{self.name}: {'1 run' if self.runs == 1 else f'{self.runs:,} runs'}"
+        boxes = [ArcBox(START, title, "")]
+        names: dict[Path, str] = {(START,): START}
+        for number, path in enumerate(_depth_first(self.nodes)):
+            node = self.nodes[path]
+            names[path] = str(number)
+            is_failing = node.failed > _WARN_RATE * node.attempts
+            boxes.append(ArcBox(str(number), path[-1], node.figures, len(path) - 1, is_failing))
+        links = [(names[source], names[target], count) for (source, target), count in self.edges.items()]
+        for status in dict.fromkeys(status for _, status in self.ends):
+            boxes.append(ArcBox(f"end {status}", status, ""))
+        links += [(names[path], f"end {status}", count) for (path, status), count in self.ends.items()]
+        return arc_diagram(boxes, links, title=title)
+
+
+_SHAPES: Final = {"sleep": ("([", "])"), "question": ("{{", "}}")}
+
+
+def _start(entry: OutlineEntry) -> tuple[float, str]:
+    return (entry.began_ms, entry.at)
+
+
+def _has_steps(entry: OutlineEntry) -> bool:
+    return entry.kind == "node" and any(child.call is not None for child in entry.entries)
+
+
+def _label(entry: OutlineEntry) -> str:
+    call = entry.call
+    if entry.kind == "question":  # By the class of its answer: a reason may differ in each run.
+        return f"question {entry.bars[0].reason}"
+    if entry.kind == "sleep":
+        return "sleep" if call is None or call.name else f"sleep {call.number}"
+    return entry.label
+
+
+def _depth_first(paths: Iterable[Path]) -> list[Path]:
+    inside: dict[Path, list[Path]] = {}
+    for path in paths:
+        inside.setdefault(path[:-1], []).append(path)
+    ordered: list[Path] = []
+    stack = list(reversed(inside.get((), [])))
+    while stack:
+        path = stack.pop()
+        ordered.append(path)
+        stack += reversed(inside.get(path, []))
+    return ordered
+
+
+class _Family:
+    """The calls of a scope and of the scopes that it started: those that have ended, and those that go on."""
+
+    def __init__(self) -> None:
+        self.running: list[tuple[float, int, float]] = []  # A heap of (end, number, start).
+        self.ended: list[tuple[float, int, float]] = []
+        self.latest_start = float("-inf")
+
+    def add(self, number: int, began: float, ended: float) -> None:
+        heapq.heappush(self.running, (ended, number, began))
+
+    def before(self, time: float) -> list[int]:
+        """Return the calls that ended by a time with no other one between; times only rise."""
+        while self.running and self.running[0][0] <= time:
+            call = heapq.heappop(self.running)
+            self.ended.append(call)
+            self.latest_start = max(self.latest_start, call[2])
+        # One that ended before another began, which has ended too, is followed by that one.
+        self.ended = [one for one in self.ended if one[0] > self.latest_start or one[2] == self.latest_start]
+        return sorted(number for _, number, _ in self.ended)
+
+
+class _CallOrder:
+    """Finds what each call of a flow followed. Calls are added in the order of their starts."""
+
+    def __init__(self) -> None:
+        self._families: defaultdict[str, _Family] = defaultdict(_Family)
+        #: The last call of each scope, which ended before the next one of it began, whatever the clock says.
+        self._last: dict[str, int] = {}
+
+    def add(self, number: int, scope: str, began: float, ended: float) -> None:
+        self._last[scope] = number
+        for outer in _outer_scopes(scope):
+            self._families[outer].add(number, began, ended)
+
+    def before(self, scope: str, began: float, number: int) -> list[int]:
+        """Return the numbers of the calls that a call follows."""
+        outer_scopes = _outer_scopes(scope) if scope not in self._last else [scope]
+        for outer in outer_scopes:
+            calls = self._families[outer].before(began) if outer in self._families else []
+            if calls:
+                return calls
+        last = self._last.get(scope)
+        return [] if last is None else [last]
+
+    def ends(self) -> list[int]:
+        """Return the calls that nothing followed."""
+        return self._families[""].before(float("inf")) if "" in self._families else []
+
+
+def _outer_scopes(scope: str) -> list[str]:
+    """Return a scope and those around it, the innermost first: "-0-1", "-0" and ""."""
+    scopes = [scope]
+    while scope:
+        scope = scope.rpartition("-")[0]
+        scopes.append(scope)
+    return scopes

@@ -1,0 +1,189 @@
+"""Outline of a run: its attempts as a tree of calls, with repeated calls of one node folded into one entry.
+
+The terminal, the Gantt chart, the pages and the graph of recorded runs all draw this tree. It reads places of attempts
+("2", "2.0", "0.judge#1") as ``checkpoint/identity.py`` writes them; it calls no user code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple
+from urllib.parse import unquote
+
+from stroma.trace.events import SLEEPS
+from stroma.trace.story import Bar
+
+__all__ = ["EntryKind", "OutlineEntry", "PlacedCall", "fold", "outline", "parse_call"]
+
+EntryKind = Literal["node", "map", "sleep", "question", "fold"]
+
+_MARK: Final = "#"
+
+
+class PlacedCall(NamedTuple):
+    """A call in the code of a flow or node, as its identity has it.
+
+    Attributes:
+        kind: "" for a step, "*" for a map, "!" for a sleep or a question.
+        name: the node id; "" if the call has a key.
+        number: 0-based number of the call in its scope, or its key.
+        scope: the asyncio task that made it; "" for the first one.
+    """
+
+    kind: str
+    name: str
+    number: str
+    scope: str
+
+
+def parse_call(part: str) -> PlacedCall | None:
+    """Return the call that the last part of a place identifies; None for a position or the index of a child."""
+    scope, _, text = part.rpartition("/")
+    name, mark, number = text.rpartition(_MARK)
+    if not mark:
+        return None
+    kind = name[:1] if name[:1] in ("*", "!") else ""
+    return PlacedCall(kind, unquote(name[len(kind) :]), unquote(number.partition("@")[0]), scope)
+
+
+@dataclass(slots=True)
+class OutlineEntry:
+    """A line of an outline.
+
+    Attributes:
+        at: the place; of a fold that of its first call.
+        label: the text that names it, as stored: clean it before it is shown.
+        kind: "fold" for repeated calls of one node, which are its entries.
+        bars: its attempts in order of their start; [] for a map, and for a group, flow or node that has not ended.
+        call: None for a position, and for the child of a group.
+    """
+
+    at: str
+    label: str
+    kind: EntryKind
+    bars: list[Bar] = field(default_factory=list)
+    entries: list[OutlineEntry] = field(default_factory=list)
+    call: PlacedCall | None = None
+
+    @property
+    def drawn_bars(self) -> list[Bar]:
+        """The bars of its line: its attempts; of what has none, the attempts inside it."""
+        if self.bars:
+            return self.bars
+        inside = [entry for entry in self.entries if entry.kind not in ("sleep", "question")]
+        return [bar for entry in inside for bar in entry.drawn_bars]
+
+    @property
+    def began_ms(self) -> float:
+        """Start of its first attempt, or of the first one inside it."""
+        starts = [bar.began_ms for bar in self.bars] or [entry.began_ms for entry in self.entries]
+        return min(starts, default=0.0)
+
+    @property
+    def ended_ms(self) -> float:
+        """End of its last attempt, or of the last one inside it."""
+        ends = [bar.began_ms + bar.took_ms for bar in self.bars] or [one.ended_ms for one in self.entries]
+        return max(ends, default=0.0)
+
+    def walk(self, depth: int = 0) -> Iterator[tuple[int, OutlineEntry]]:
+        """Yield the entry and all inside it, each with its depth."""
+        yield depth, self
+        for entry in self.entries:
+            yield from entry.walk(depth + 1)
+
+
+def outline(bars: Iterable[Bar], waits: Iterable[Bar] = ()) -> list[OutlineEntry]:
+    """Return the attempts of a run as a tree, nothing folded.
+
+    Children of groups come by their index, calls in the order in which they started. ``waits``: the sleeps and questions
+    of flows, each as a bar.
+    """
+    known: dict[str, OutlineEntry] = {}
+    for bar in bars:
+        entry = known.get(bar.at)
+        if entry is None:
+            entry = known[bar.at] = OutlineEntry(bar.at, bar.node_id, "node", call=_call_at(bar.at))
+        entry.bars.append(bar)
+    for bar in waits:
+        kind: EntryKind = "sleep" if bar.outcome in SLEEPS else "question"
+        known.setdefault(bar.at, OutlineEntry(bar.at, bar.node_id, kind, [bar], call=_call_at(bar.at)))
+    for at in list(known):
+        while parent := at.rpartition(".")[0]:
+            if parent in known:
+                break
+            known[parent] = _without_attempts(parent)
+            at = parent
+    top: list[OutlineEntry] = []
+    for at, entry in known.items():
+        entry.bars.sort(key=lambda bar: (bar.began_ms, bar.attempt))
+        parent = at.rpartition(".")[0]
+        (known[parent].entries if parent else top).append(entry)
+    return _sorted(top)
+
+
+def _sorted(entries: list[OutlineEntry]) -> list[OutlineEntry]:
+    for entry in entries:
+        entry.entries = _sorted(entry.entries)
+
+    def key(entry: OutlineEntry) -> tuple[float, str]:
+        part = entry.at.rpartition(".")[2]
+        return (float(part), "") if part.isdecimal() else (entry.began_ms, part)
+
+    return sorted(entries, key=key)
+
+
+def _call_at(at: str) -> PlacedCall | None:
+    return parse_call(at.rpartition(".")[2])
+
+
+def _without_attempts(at: str) -> OutlineEntry:
+    """Return the entry of a place that has no attempt: of a map, or of what has not ended."""
+    call = _call_at(at)
+    if call is None:
+        return OutlineEntry(at, "(not finished)", "node")
+    if call.kind == "*":
+        return OutlineEntry(
+            at, f"map over {call.name}" if call.name else f"map {call.number}", "map", call=call
+        )
+    # A flow or group inside that has not ended, or a Pipeline inside, which has no attempts of its own.
+    return OutlineEntry(at, call.name or call.number, "node", call=call)
+
+
+def fold(entries: Sequence[OutlineEntry]) -> list[OutlineEntry]:
+    """Return an outline with repeated calls folded: of one node, in one task of one flow. Folds hold what they fold.
+
+    Items of a map of a flow are folded too. Children of groups and waits are not.
+    """
+    return _fold(entries, None)
+
+
+def _fold(entries: Sequence[OutlineEntry], parent: OutlineEntry | None) -> list[OutlineEntry]:
+    in_map = parent is not None and parent.kind == "map"
+    folds: dict[tuple[str, str, str], list[OutlineEntry]] = {}
+    for entry in entries:
+        folds.setdefault(_fold_key(entry, in_map), []).append(_folded_inside(entry))
+    folded: list[OutlineEntry] = []
+    for group in folds.values():
+        first = group[0]
+        if len(group) == 1:
+            folded.append(first)
+            continue
+        bars = [bar for entry in group for bar in entry.bars]
+        label = f"{first.label} x{len(group)}"
+        folded.append(OutlineEntry(first.at, label, "fold", bars, group, first.call))
+    return folded
+
+
+def _folded_inside(entry: OutlineEntry) -> OutlineEntry:
+    inside = _fold(entry.entries, entry)
+    return OutlineEntry(entry.at, entry.label, entry.kind, entry.bars, inside, entry.call)
+
+
+def _fold_key(entry: OutlineEntry, in_map: bool) -> tuple[str, str, str]:
+    call = entry.call
+    if in_map:
+        return "item", entry.label, ""
+    if call is None or call.kind == "!":
+        return "", entry.at, ""  # Itself alone.
+    return f"{call.kind}call", entry.label, call.scope

@@ -1,0 +1,236 @@
+"""A run of a flow as it is shown: calls as a tree, repeated calls folded, waits as what they are; over every shared store."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tests.flows.steps import Text, World, runner_on
+from tests.kit import Num
+from tests.shared_stores import SHARED, store_of
+
+from stroma import Flow, Pipeline, RunStatus, StepFailed, parallel, stroma_flow
+from stroma.checkpoint.history import History
+from stroma.checkpoint.identity import StepCalls
+from stroma.trace.outline import OutlineEntry, fold, outline, parse_call
+from stroma.trace.story import Bar
+
+
+@pytest.fixture(params=SHARED)
+def store(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with store_of(request.param) as found:
+        yield found
+
+
+@pytest.fixture
+def triage() -> Any:
+    """A flow with everything that a flow may call."""
+    world = World()
+    world.failing.add("lookup")
+    first, judge, lookup, extract = map(world.step, ("first", "judge", "lookup", "extract"))
+    both = parallel(world.step("left"), world.step("right"))
+
+    @stroma_flow("check", input=Num, output=Num)
+    async def check(flow: Flow, state: Num) -> Num:
+        return await flow.step(judge, await flow.step(judge, state))
+
+    @stroma_flow("triage", input=Num, output=Num)
+    async def triage(flow: Flow, state: Num) -> Num:
+        await flow.step(first, state)
+        try:
+            await flow.step(lookup, state)
+        except StepFailed:
+            pass
+        for n in range(3):
+            await flow.step(judge, Num(n=n))
+        await flow.map(extract, [Num(n=n) for n in range(4)])
+        await flow.run(check, state)
+        await flow.run(Pipeline("steps", [first, judge]), state)
+        await flow.step(both, state)
+
+        async def branch() -> None:
+            for n in range(2):
+                await flow.step(judge, Num(n=n))
+
+        await asyncio.gather(branch(), branch())
+        await flow.sleep(seconds=0.01)
+        answer = await flow.wait_for(Text, reason="Send it?")
+        return Num(n=len(answer.text))
+
+    return triage
+
+
+LINES = [
+    "first", "lookup", "judge x3", "map over extract", "  extract x4", "check", "  judge x2", "steps", "  first", "  judge",
+    "parallel(left, right)", "  left", "  right", "judge x2", "judge x2",
+]  # fmt: skip
+
+
+def lines(entries: list[OutlineEntry], depth: int = 0) -> list[str]:
+    shown: list[str] = []
+    for entry in entries:
+        shown.append("  " * depth + re.sub(r"until \S+", "until T", entry.label))
+        if entry.kind != "fold":
+            shown += lines(entry.entries, depth + 1)
+    return shown
+
+
+@pytest.mark.asyncio
+async def test_calls_are_a_tree_with_loops_folded(store: Any, triage: Any) -> None:
+    """Repeated calls of one node in one task of a flow are one entry, and a question, a sleep, a map and a flow are named."""
+    runner = runner_on(store)
+    result = await runner.run(triage, Num())
+    assert result.status is RunStatus.SUSPENDED
+    history = History(store)
+    record = await asyncio.to_thread(history.run, "r")
+    assert record is not None
+    story = await asyncio.to_thread(history.story, record)
+    waiting = ["  sleep until T", "  question: Send it?"]
+    assert lines(fold(outline(story.bars, story.waits))) == [
+        "(not finished)",
+        *(f"  {line}" for line in LINES),
+        *waiting,
+    ]
+    assert [bar.outcome for bar in story.waits] == ["open", "slept"]
+
+    # Each call is in there once, and unfolded all are there.
+    inside = [
+        bar
+        for top in fold(outline(story.bars))
+        for _, one in top.walk()
+        if one.kind != "fold"
+        for bar in one.bars
+    ]
+    assert sorted(bar.key for bar in inside) == sorted(bar.key for bar in story.bars)
+    assert lines(outline(story.bars)).count("  judge") == 7
+
+    await runner.signal("r", Text(text="yes"))
+    assert (await runner.resume(triage, "r")).output == Num(n=3)
+    record = await asyncio.to_thread(history.run, "r")
+    assert record is not None
+    story = await asyncio.to_thread(history.story, record)
+    assert lines(fold(outline(story.bars, story.waits))) == [
+        "triage",
+        *(f"  {line}" for line in LINES),
+        *waiting,
+    ]
+    assert [bar.outcome for bar in story.waits] == ["answered", "slept"]
+
+
+@pytest.mark.asyncio
+async def test_a_question_without_an_answer_in_time(store: Any) -> None:
+    """A question whose time is over shows as expired, and is no sleep."""
+
+    @stroma_flow("asks", input=Num, output=Num)
+    async def asks(flow: Flow, state: Num) -> Num:
+        try:
+            await flow.wait_for(Text, reason="Well?", timeout=0.01)
+        except TimeoutError:
+            return Num(n=1)
+        return state
+
+    assert (await runner_on(store).run(asks, Num())).output == Num(n=1)
+    history = History(store)
+    record = await asyncio.to_thread(history.run, "r")
+    assert record is not None
+    attempts = await asyncio.to_thread(history.attempts, "r", 10)
+    (bar,) = await asyncio.to_thread(history.flow_waits, record, attempts[0])
+    assert (bar.node_id, bar.outcome) == ("question: Well?", "expired")
+
+
+@pytest.mark.asyncio
+async def test_inputs_of_steps_are_shown(store: Any) -> None:
+    """The input of each step of a flow is read from the store, also of one that failed and of an item of a map."""
+    world = World()
+    world.failing.add("bad")
+    one, bad, item = map(world.step, ("one", "bad", "item"))
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        return await flow.step(one, Num(n=state.n * 10))
+
+    @stroma_flow("outer", input=Num, output=Num)
+    async def outer(flow: Flow, state: Num) -> Num:
+        await flow.step(one, Num(n=1))
+        try:
+            await flow.step(bad, Num(n=2))
+        except StepFailed:
+            pass
+        await flow.map(item, [Num(n=3), Num(n=4)])
+        return await flow.run(inner, Num(n=5))
+
+    assert (await runner_on(store).run(outer, Num())).status is RunStatus.COMPLETED
+    history = History(store)
+
+    def read() -> dict[str, Any]:
+        attempts, _ = history.attempts("r", 100)
+        return {one.branch: history.input_of("r", one).value for one in attempts if one.branch}
+
+    assert await asyncio.to_thread(read) == {
+        "one#0": {"n": 1}, "bad#0": {"n": 2}, "*item#0.0": {"n": 3}, "*item#0.1": {"n": 4}, "inner#0": {"n": 5},
+        "inner#0.one#0": {"n": 50},
+    }  # fmt: skip
+
+
+@pytest.mark.asyncio
+async def test_a_trace_folds_as_the_store_does(triage: Any) -> None:
+    """The trace of a run in this process, as HTML and in a terminal, draws the same tree."""
+    result = await runner_on(None).run(triage, Num())
+    html = result.trace.to_html()
+    names = re.findall(r'<span class="dim mono">[^<]*</span> ([^<]*)</span><svg', html)
+    assert {"judge x3", "map over extract", "extract x4", "check", "steps", "question: Send it?"} <= set(
+        names
+    )
+    assert names.count("judge") == 10  # Those that are folded stand inside, closed.
+    assert any(name.startswith("sleep until ") for name in names)
+    folded = re.search(r'<details><summary class="row"><span class="name fold good" title="judge x3">', html)
+    assert folded is not None
+    file = io.StringIO()
+    Console(file=file, width=160).print(result.trace)
+    assert re.search(r"0\.judge#0 +judge x3 ", file.getvalue())
+    assert "judge#1" not in file.getvalue()
+    assert "more" not in file.getvalue()
+
+
+def test_failures_of_repeated_calls_are_counted() -> None:
+    """A fold whose calls failed for good says how many, and is marked as failed."""
+    from stroma.trace.gantt import gantt
+
+    bars = [
+        Bar("judge", "0.judge#0", 1, 0, 5, "failure"), Bar("judge", "0.judge#0", 2, 6, 5, "success"),
+        Bar("judge", "0.judge#1", 1, 12, 5, "failure", "TERMINAL"),
+    ]  # fmt: skip
+    drawn = gantt(bars)
+    assert 'class="name fold bad" title="judge x2"' in drawn
+    assert "3 attempts · 1 of 2 failed" in drawn
+
+
+def test_identities_are_read_as_they_are_written() -> None:
+    """Calls are parsed as the identities that steps have: ids with dots and slashes, keys, and calls of other tasks."""
+
+    async def write() -> list[str]:
+        calls = StepCalls()
+        texts: list[str] = []
+        texts.append(calls.next(calls.scope(), "a.b/c#d").text)
+
+        async def inside() -> None:
+            texts.append(calls.next(calls.scope(), "x", "*").text)
+
+        await asyncio.create_task(inside())
+        return [
+            *texts,
+            calls.named("page/1"),
+            calls.named("wait", "!"),
+            calls.next_of_input("tool", "abc").text,
+        ]
+
+    parsed = [parse_call(text) for text in asyncio.run(write())]
+    assert parsed == [
+        ("", "a.b/c#d", "0", ""), ("*", "x", "0", "-0"), ("", "", "page/1", ""), ("!", "", "wait", ""), ("", "tool", "0", ""),
+    ]  # fmt: skip
+    assert parse_call("12") is None

@@ -1,0 +1,259 @@
+"""Flows in telemetry: each exporter shows their steps as it shows the nodes of a list, under the right parent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from opentelemetry import trace
+from prometheus_client import CollectorRegistry
+from pydantic import BaseModel
+from tests.kit import ONCE
+from tests.receivers.datadog import DatadogAgent, StatsdSocket
+from tests.receivers.sentry import RecordedSentry
+from tests.telemetry.test_opentelemetry import Seen
+
+from stroma import (
+    Flow,
+    Pipeline,
+    RunStatus,
+    StepFailed,
+    StromaRunner,
+    current_node,
+    parallel,
+    stroma_flow,
+    stroma_node,
+)
+from stroma.contracts.contract import NodeContract
+from stroma.telemetry import log_hooks, prometheus_hooks, sentry_hooks
+
+pytest_plugins = ["tests.receivers.fixtures"]
+
+
+class State(BaseModel):
+    n: int = 0
+
+
+def step(name: str, *, failures: int = 0) -> Any:
+    async def call(state: State) -> Any:
+        await asyncio.sleep(0.001)
+        here = current_node()
+        assert here is not None
+        if here.attempt <= failures:
+            raise ConnectionError("no")
+        return state, 10, 5, "gpt-4o-mini"
+
+    return stroma_node(name, NodeContract(node_id=name, input_schema=State, output_schema=State))(call)
+
+
+first, flaky, bad = step("first"), step("flaky", failures=1), step("bad", failures=9)
+both = parallel(step("left"), step("right"))
+
+
+@stroma_flow("letters", input=State, output=State)
+async def in_turn(flow: Flow, state: State) -> State:
+    """The same as the list of these nodes."""
+    await flow.step(both, await flow.step(flaky, await flow.step(first, state)))
+    return state
+
+
+@stroma_flow("inside", input=State, output=State)
+async def inside(flow: Flow, state: State) -> State:
+    return await flow.step(first, state)
+
+
+@stroma_flow("letters", input=State, output=State)
+async def letters(flow: Flow, state: State) -> State:
+    """Everything that a flow may call, at once and in turn."""
+    await asyncio.gather(flow.step(flaky, state), flow.run(inside, state), flow.step(both, state))
+    await flow.map(first, [state, state])
+    try:
+        await flow.step(bad, state)
+    except StepFailed:
+        pass
+    await flow.run(Pipeline("steps", [first]), state)
+    return await flow.step(first, state)
+
+
+LIST = Pipeline("letters", [first, flaky, both])
+GROUP = f"stroma.node {both._stroma_node_id}"
+RUN = "invoke_workflow letters"
+#: (span, parent) of the flow.
+SPANS = sorted([
+    (RUN, None), *[("stroma.node first", RUN)] * 5, ("stroma.node flaky", RUN), ("stroma.node bad", RUN), (GROUP, RUN),
+    ("stroma.node left", GROUP), ("stroma.node right", GROUP),
+], key=str)  # fmt: skip
+
+
+def runner_with(hooks: Any, **config: Any) -> StromaRunner:
+    return StromaRunner.quick(hooks=hooks, policy_map=ONCE, **config)
+
+
+async def test_opentelemetry() -> None:
+    """Spans of steps are under the run or their group, metrics have the labels of a list, and nothing stays current."""
+    flow, of_list = Seen(), Seen()
+    assert (await runner_with(flow.hooks()).run(in_turn, State())).status is RunStatus.COMPLETED
+    await runner_with(of_list.hooks()).run(LIST, State())
+    assert flow.tree() == of_list.tree()
+    for name in ("executions", "retries"):
+        assert flow.points(f"stroma.node.{name}") == of_list.points(f"stroma.node.{name}")
+    for name in ("stroma.tokens", "stroma.cost"):
+        assert flow.points(name) == of_list.points(name)
+    for name in ("stroma.node.duration", "gen_ai.invoke_workflow.duration", "stroma.runs.active"):
+        assert flow.points(name).keys() == of_list.points(name).keys()
+
+    seen = Seen()
+    assert (await runner_with(seen.hooks()).run(letters, State())).status is RunStatus.COMPLETED
+    assert seen.tree() == SPANS
+    assert not trace.get_current_span().get_span_context().is_valid
+    assert all(span.end_time is not None for span in seen.spans)
+
+
+async def test_spans_of_a_users_own_in_a_step() -> None:
+    """A span that a step opens is under the span of that step, also beside others."""
+    seen = Seen()
+
+    def own(name: str) -> Any:
+        async def call(state: State) -> State:
+            with seen.user.start_as_current_span(f"in {name}"):
+                await asyncio.sleep(0.001)
+            return state
+
+        return stroma_node(name, NodeContract(node_id=name, input_schema=State, output_schema=State))(call)
+
+    nodes = [own(name) for name in "abc"]
+
+    @stroma_flow("own", input=State, output=State)
+    async def body(flow: Flow, state: State) -> State:
+        await asyncio.gather(*(flow.step(node, state) for node in nodes))
+        async with asyncio.TaskGroup() as group:
+            for node in nodes:
+                group.create_task(flow.step(node, state))
+        with seen.user.start_as_current_span("in the body"):
+            return await flow.step(nodes[0], state)
+
+    await runner_with(seen.hooks()).run(body, State())
+    under = [one for one in seen.tree() if one[0].startswith("in ")]
+    nodes_of = (
+        [("in a", "stroma.node a")] * 3 + [("in b", "stroma.node b")] * 2 + [("in c", "stroma.node c")] * 2
+    )
+    assert under == [*nodes_of, ("in the body", under[-1][1])]
+    assert under[-1][1] in (None, "invoke_workflow own")
+
+
+async def test_sentry(sentry: RecordedSentry) -> None:
+    """Spans of steps are under the run or their group; a failure that the body caught is no issue, the last one is."""
+    hooks = sentry_hooks(client=sentry.client)
+    assert (await runner_with(hooks).run(letters, State())).status is RunStatus.COMPLETED
+    assert sentry.transport.events == []
+    spans = sentry.transport.spans
+    ids = {span["span_id"]: span for span in spans}
+
+    def name_of(span: Any) -> Any:
+        return span.get("description") or span.get("name")
+
+    found = sorted(
+        (str(name_of(span)), str(name_of(ids[span["parent_span_id"]])))
+        for span in spans
+        if span.get("parent_span_id") in ids
+    )
+    group = both._stroma_node_id
+    expected = [
+        *[("first", "letters")] * 5,
+        ("flaky", "letters"),
+        ("bad", "letters"),
+        (group, "letters"),
+        ("left", group),
+        ("right", group),
+    ]
+    assert found == sorted(expected)
+
+    @stroma_flow("fails", input=State, output=State)
+    async def fails(flow: Flow, state: State) -> State:
+        return await flow.step(bad, await flow.step(first, state))
+
+    await runner_with(hooks).run(fails, State())
+    (event,) = sentry.transport.events
+    assert event["fingerprint"][:4] == ["stroma", "fails", "bad", "RECOVERABLE"]
+
+
+async def test_prometheus() -> None:
+    """The series of a flow are those of the same list: no label has an identity of a call."""
+
+    async def series(run: Any) -> dict[Any, float]:
+        registry = CollectorRegistry()
+        await runner_with(prometheus_hooks(registry=registry)).run(run, State())
+        return {
+            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+            for metric in registry.collect()
+            for sample in metric.samples
+            if not sample.name.endswith(("_created", "_sum", "_bucket"))
+        }
+
+    assert await series(in_turn) == await series(LIST)
+
+
+async def test_logs(caplog: pytest.LogCaptureFixture) -> None:
+    """The lines of a flow are those of the same list, with the same fields."""
+
+    async def lines(run: Any) -> list[Any]:
+        caplog.clear()
+        await runner_with(log_hooks()).run(run, State())
+        fields = ("node_id", "attempt", "pipeline", "outcome", "failure_class", "tokens", "model")
+        records = [record for record in caplog.records if record.name == "stroma.events"]
+        return [
+            (record.getMessage().partition(":")[0], *(getattr(record, name, None) for name in fields))
+            for record in records
+        ]
+
+    caplog.set_level(logging.DEBUG)
+    assert sorted(await lines(in_turn), key=str) == sorted(await lines(LIST), key=str)
+
+
+PROGRAM = """
+import asyncio, sys
+from stroma.telemetry import datadog_hooks
+from tests.telemetry.test_flows import State, letters, runner_with
+
+async def main() -> None:
+    runner = runner_with(datadog_hooks(service="letters", statsd=sys.argv[1]))
+    await runner.run(letters, State())
+    assert await runner.aclose(timeout_seconds=20)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_datadog(datadog_agent: DatadogAgent, statsd: StatsdSocket) -> None:
+    """Spans of steps are under the run or their group, and all of them arrive."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, f"{statsd.host}:{statsd.port}"], env=datadog_agent.environment(),
+        cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    spans: list[dict[str, Any]] = [span for one in datadog_agent.traces(at_least=1) for span in one]
+    ids = {span["span_id"]: span for span in spans}
+    found = sorted(
+        (span["resource"], ids[span["parent_id"]]["resource"] if span["parent_id"] in ids else None) for span in spans
+        if span["name"].startswith("stroma.")
+    )  # fmt: skip
+    group = both._stroma_node_id
+    assert json.loads(json.dumps(found)) == sorted(
+        [
+            ["letters", None],
+            *[["first", "letters"]] * 5,
+            ["flaky", "letters"],
+            ["bad", "letters"],
+            [group, "letters"],
+            ["left", group],
+            ["right", group],
+        ],
+        key=lambda one: (one[0], one[1] or ""),
+    )

@@ -1,0 +1,56 @@
+"""Runs of flows in the web interface."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+from xml.etree import ElementTree
+
+from tests.kit import NEVER, Num, node, same
+from tests.ui.conftest import Site
+
+from stroma import Flow, SQLiteStore, StromaRunner, stroma_flow
+
+step = node("judge", same)
+
+
+@stroma_flow("letter", input=Num, output=Num)
+async def letter(flow: Flow, state: Num) -> Num:
+    for n in range(3):
+        await flow.step(step, Num(n=n))
+    await flow.sleep(seconds=0.01)
+    await flow.wait_for(Num, reason="Send <it>?")
+    return state
+
+
+def test_the_page_of_a_flow(store: SQLiteStore, serve: Any) -> None:
+    """The steps of a flow are shown at once, repeated calls on a click, its waits as what they are, and no failure as cause."""
+    runner = StromaRunner.quick(store=store, run_id="r", policy_map=NEVER)  # type: ignore[arg-type]
+    asyncio.run(runner.run(letter, Num()))
+    site: Site = serve(store)
+    page = site.get("/run", id="r").text
+    names = re.findall(r'<span class="dim mono">[^<]*</span> ([^<]*)</span><svg', page)
+    assert [name.partition(" until")[0] for name in names] == [
+        "(not finished)", "judge x3", "judge", "judge", "judge", "sleep", "question: Send &lt;it&gt;?",
+    ]  # fmt: skip
+    assert page.count('<details open><summary class="row">') == 1  # The flow.
+    assert page.count('<details><summary class="row">') == 1  # The loop.
+    assert "waiting for an answer" in page
+    assert 'class="cause"' not in page
+
+
+def test_the_steps_of_the_latest_runs(store: SQLiteStore, serve: Any) -> None:
+    """The page of a flow has an image of the steps that its runs took; that of a list has none."""
+    runner = StromaRunner.quick(store=store, policy_map=NEVER)  # type: ignore[arg-type]
+    for _ in range(2):
+        asyncio.run(runner.run(letter, Num()))
+    site: Site = serve(store, pipeline="letter", lineage="<svg/>")
+    assert "/steps.svg" in site.get("/pipeline").text
+    image = site.get("/steps.svg")
+    assert image.headers["content-type"] == "image/svg+xml"
+    assert "6 calls" in {text.text for text in ElementTree.fromstring(image.text).iter() if text.text}
+
+    asyncio.run(StromaRunner.quick(store=store, pipeline="list").run([step], Num()))  # type: ignore[arg-type]
+    site = serve(store, pipeline="list", lineage="<svg/>")
+    assert "/steps.svg" not in site.get("/pipeline").text
