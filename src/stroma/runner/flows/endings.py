@@ -27,7 +27,6 @@ class RunningFlow(Protocol):
     order: ResultOrder
     is_map: bool
     has_ended: bool
-    position: int
     execution: NodeExecution
 
     def missing(self) -> str | None: ...
