@@ -265,6 +265,29 @@ async def test_a_probe_that_is_cancelled(store: Any) -> None:
     assert calls == [0, 1, 2]
 
 
+async def test_a_probe_that_is_closed() -> None:
+    """A probe whose coroutine is closed, so that nothing can be awaited, leaves the probe to the next attempt."""
+    probing, calls = asyncio.Event(), list[int]()
+
+    async def function(n: int) -> None:
+        calls.append(n)
+        if n == 0:
+            raise Refused(429, retry_after_ms="1")
+        if n == 1:
+            probing.set()
+            await asyncio.Event().wait()
+
+    program = Program(Limit(requests_per_minute=100), function, policy_map=NO_RETRY)
+    await program.run(0)
+    await asyncio.sleep(0.01)
+    probe = program.run(1)
+    probe.send(None)
+    assert probing.is_set()
+    probe.close()
+    assert (await asyncio.wait_for(program.run(2), 5)).status is RunStatus.COMPLETED
+    assert calls == [0, 1, 2]
+
+
 @pytest.mark.parametrize("error", [ConnectionError("no"), ValueError("x")])
 async def test_a_probe_that_fails_otherwise(error: Exception) -> None:
     """A probe that fails without an answer of the provider leaves the probe to the next attempt, at once."""
