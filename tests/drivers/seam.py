@@ -7,6 +7,7 @@ import contextlib
 import json
 import random
 from collections.abc import AsyncIterator
+from time import time_ns
 from typing import Any
 
 from pydantic import BaseModel
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 from stroma import ContractRegistry, Pipeline, RunConfig
 from stroma.contracts.schema import schema_of
 from stroma.drivers.remote.attempts import Attempts
+from stroma.drivers.remote.flow_bodies import FlowSite
 from stroma.drivers.remote.interpreter import Interpreter
 from stroma.drivers.remote.plans import KnownNodes, freeze
 from stroma.drivers.remote.results import broken_of, result_of
@@ -46,6 +48,15 @@ class Seam:
     def full(self) -> bool:
         return True
 
+    def site(self, pipeline: str) -> FlowSite:
+        return self._attempts.site(pipeline)
+
+    def now_ms(self) -> int:
+        return time_ns() // 1_000_000
+
+    def is_replaying(self) -> bool:
+        return False
+
 
 class SeamRunner:
     def __init__(self, attempts: Attempts, config: RunConfig) -> None:
@@ -67,7 +78,7 @@ class SeamRunner:
         at = new_state(value, context=dict(self._config.context), traceparent=traceparent)
         while True:
             try:
-                report = await Interpreter(plan, at, self.seam).run()
+                report = await Interpreter(plan, at, self.seam, self.seam).run()
                 break
             except Continue:
                 at = unfold(json.loads(json.dumps(fold(at))))

@@ -1,0 +1,101 @@
+"""Nodes that the body of a flow refers to. A worker looks for them there: the body's pipeline does not list them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, Final
+
+from stroma.contracts.node import FlowNode, Group, Node, find_node
+from stroma.runner.pipeline import Pipeline
+
+__all__ = ["nodes_of_flow"]
+
+_MAX_OBJECTS: Final = 20_000  # looked at for one flow
+_MAX_ITEMS: Final = 1_000  # of one container
+
+
+def nodes_of_flow(flow: FlowNode) -> list[Node | Group]:
+    """Return the nodes and groups that a flow refers to by name, and those of the flows, pipelines and functions it calls.
+
+    Found are globals, variables of enclosing functions, attributes, defaults, and what is in lists and dicts; not what the
+    body computes.
+    """
+    found: list[Node | Group] = []
+    seen: set[int] = set()
+    stack: list[Any] = [getattr(flow.func, "body", None)]
+    while stack and len(seen) < _MAX_OBJECTS:
+        one = stack.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        node = _node_of(one)
+        if isinstance(node, FlowNode):
+            stack.append(getattr(node.func, "body", None))
+        elif node is not None:
+            found.append(node)
+        else:
+            stack += _parts(one)
+    return found
+
+
+def _node_of(one: Any) -> Node | Group | None:
+    if isinstance(one, (ModuleType, type)):
+        return None
+    try:
+        return find_node(one) if isinstance(getattr(one, "_stroma_node_id", None), str) else None
+    except Exception:  # A property raised, or it is no node after all.
+        return None
+
+
+def _parts(one: Any) -> Iterator[Any]:
+    """Yield the objects that may be called through an object."""
+    if isinstance(one, Pipeline):
+        yield from one.nodes
+    elif isinstance(one, FunctionType):
+        yield from _referred(one, _names(one.__code__))
+    elif isinstance(one, MethodType):
+        yield one.__func__
+        yield from _attributes(one.__self__, _names(one.__func__.__code__))
+    elif isinstance(one, partial):
+        yield from (one.func, *one.args, *one.keywords.values())
+    elif isinstance(one, Mapping):
+        yield from list(one.values())[:_MAX_ITEMS]
+    elif isinstance(one, (list, tuple, set, frozenset)):
+        yield from list(one)[:_MAX_ITEMS]
+
+
+def _names(code: CodeType) -> set[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+    return names
+
+
+def _referred(function: FunctionType, names: set[str]) -> Iterator[Any]:
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    for cell in function.__closure__ or ():
+        try:
+            value = cell.cell_contents
+        except ValueError:  # Not assigned yet.
+            continue
+        yield value
+        yield from _attributes(value, names)
+    for name in sorted(names):
+        value = function.__globals__.get(name)
+        if value is not None:
+            yield value
+            yield from _attributes(value, names)
+
+
+def _attributes(owner: Any, names: set[str]) -> Iterator[Any]:
+    """Yield the attributes of a module, class or object that are named in the code."""
+    values = getattr(owner, "__dict__", None)
+    if not isinstance(values, Mapping):
+        return
+    for name in sorted(names.intersection(values)):
+        value = values[name]
+        yield value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
