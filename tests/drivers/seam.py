@@ -25,10 +25,11 @@ from stroma.trace import ExecutionResult
 
 
 class Seam:
-    """A run by the interpreter alone, with a fresh one from its own state after every position."""
+    """A run by the interpreter alone, with a fresh one from its own state after every position, or never."""
 
-    def __init__(self, attempts: Attempts) -> None:
+    def __init__(self, attempts: Attempts, *, full: bool = True) -> None:
         self._attempts = attempts
+        self._full = full
         self.requests: list[dict[str, Any]] = []
         self.replies: list[dict[str, Any]] = []
 
@@ -46,7 +47,7 @@ class Seam:
         return random.random()
 
     def full(self) -> bool:
-        return True
+        return self._full
 
     def site(self, pipeline: str) -> FlowSite:
         return self._attempts.site(pipeline)
@@ -59,8 +60,9 @@ class Seam:
 
 
 class SeamRunner:
-    def __init__(self, attempts: Attempts, config: RunConfig) -> None:
-        self.seam = Seam(attempts)
+    def __init__(self, attempts: Attempts, config: RunConfig, *, full: bool = True) -> None:
+        self.seam = Seam(attempts, full=full)
+        self._payloads = attempts.site(next(iter(attempts._known))).payloads
         self._config = config
 
     async def run(
@@ -82,7 +84,7 @@ class SeamRunner:
                 break
             except Continue:
                 at = unfold(json.loads(json.dumps(fold(at))))
-        result = await result_of(json.loads(json.dumps(report)), known, None)
+        result = await result_of(json.loads(json.dumps(report)), known, self._payloads)
         broken = broken_of(report, result)
         if broken is not None:
             raise broken

@@ -251,7 +251,9 @@ class _StateSession(NullSession):
         key = f"{waiting.position}|{waiting.branch}"
         self._records["questions"][key] = answer_of(waiting)
         self._waiting[waiting.position, waiting.branch] = waiting
-        if waiting.payload is not None:  # It has expired: an answer that comes later is left out.
+        if waiting.payload is None:
+            self._state["answers"].pop(key, None)
+        else:  # It has expired, or was cancelled: an answer that comes later is refused.
             self._state["answers"][key] = answer_of(waiting)
 
     def answers(self) -> Mapping[tuple[int, str], Waiting]:

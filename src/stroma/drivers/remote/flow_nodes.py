@@ -93,9 +93,16 @@ def _referred(function: FunctionType, names: set[str]) -> Iterator[Any]:
 
 def _attributes(owner: Any, names: set[str]) -> Iterator[Any]:
     """Yield the attributes of a module, class or object that are named in the code."""
-    values = getattr(owner, "__dict__", None)
-    if not isinstance(values, Mapping):
-        return
-    for name in sorted(names.intersection(values)):
-        value = values[name]
-        yield value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+    is_object = not isinstance(owner, (ModuleType, type))
+    classes = type(owner).__mro__ if is_object else owner.__mro__[1:] if isinstance(owner, type) else ()
+    for place in (owner, *classes):
+        values = getattr(place, "__dict__", None)
+        if not isinstance(values, Mapping):
+            continue
+        for name in sorted(names.intersection(values)):
+            value = values[name]
+            if isinstance(value, (staticmethod, classmethod)):
+                value = value.__func__
+            elif is_object and place is not owner and isinstance(value, FunctionType):
+                value = MethodType(value, owner)
+            yield value

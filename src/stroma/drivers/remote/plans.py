@@ -171,7 +171,7 @@ class KnownNodes:
                 f"{self._differs(candidates[0], spec)} contract than the run was started with; keep a worker with the earlier "
                 "code until such runs have ended"
             )
-        have = ", ".join(map(repr, self._by_id)) or "none"
+        have = ", ".join(map(repr, list(self._by_id))) or "none"
         raise MissingNode(
             f"this worker lacks node {spec['id']!r} of pipeline {self.pipeline!r}; it has {have}: deploy the code with it "
             "on this task queue, and let a flow refer to its nodes by name"

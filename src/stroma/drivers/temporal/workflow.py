@@ -1,5 +1,8 @@
 """The one workflow: an interpreter of frozen plans, whose driver is Temporal."""
 
+# Which keys a request has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from __future__ import annotations
 
 import asyncio
@@ -253,7 +256,8 @@ class StromaRun:
                 pass
             except asyncio.CancelledError:
                 # No worker executes it: there is no attempt to cancel.
-                report = {**report, "status": RunStatus.CANCELLED.value, "suspended": []}
+                ended = {**report, "status": RunStatus.CANCELLED.value, "suspended": []}
+                report = cast("SegmentReport", ended)
                 break
             self._parked = None
             self._run = Interpreter(self._plan, next_segment(self._run.state), self._driver, self._driver)
