@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,17 +14,19 @@ from tests.flows.steps import World
 from tests.kit import NEVER, Num, node
 
 from stroma import Flow, FlowFunction, Pipeline, RunConfig, RunStatus, parallel, stroma_flow
+from stroma.checkpoint.payloads import blob_store
 from stroma.contracts.node import FlowNode
 from stroma.drivers.remote import state as states
 from stroma.drivers.remote.attempts import Attempts
 from stroma.drivers.remote.flow_nodes import nodes_of_flow
 
 
-def called(node_id: str) -> Any:
+def called(node_id: str) -> Callable[[Num], Coroutine[Any, Any, Num]]:
     async def func(state: Num) -> Num:
         return Num(n=state.n + 1)
 
-    return node(node_id, func)
+    made: Callable[[Num], Coroutine[Any, Any, Num]] = node(node_id, func)
+    return made
 
 
 def found_in(flow: FlowFunction[Any, Any]) -> list[str]:
@@ -93,7 +97,9 @@ def test_a_worker_finds_the_nodes_of_an_object() -> None:
     assert found_in(g) == ["in_global"]
 
 
-async def test_a_flow_that_is_too_long_stops_before_it_fills_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_flow_that_is_too_long_stops_before_it_fills_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A flow whose records do not fit into a run is PARTIAL with the fix, and what is committed is not lost."""
     monkeypatch.setattr(states, "ROOM", -200_000)
     world = World()
@@ -105,25 +111,9 @@ async def test_a_flow_that_is_too_long_stops_before_it_fills_the_run(monkeypatch
             state = await flow.step(add, state)
 
     config = RunConfig(policy_map=NEVER)
-    runner = SeamRunner(Attempts([f], config=config, payloads=_NoBlobs()), config, full=False)
+    runner = SeamRunner(Attempts([f], config=config, payloads=blob_store(str(tmp_path))), config, full=False)
     result = await asyncio.wait_for(runner.run(f, Num()), 60)
     assert result.failure is not None
     assert (result.status, result.failure.reason) == (RunStatus.PARTIAL, "store")
     assert "more calls than one run can hold" in result.failure.message
     assert 30 < len(world.calls) < 300
-
-
-class _NoBlobs:
-    """A payload store of states that nobody reads again."""
-
-    def __init__(self) -> None:
-        self.blobs: dict[str, bytes] = {}
-
-    def put(self, name: str, data: bytes) -> None:
-        self.blobs[name] = data
-
-    def get(self, name: str) -> bytes | None:
-        return self.blobs.get(name)
-
-    def delete(self, name: str) -> None:
-        del self.blobs[name]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from temporalio.api.common.v1 import WorkflowExecution
+from temporalio.api.workflowservice.v1 import ResetWorkflowExecutionRequest
 from tests.drivers.conftest import TemporalDriver
 from tests.drivers.flow_scenarios import NumNode
 from tests.flows.steps import Text, World
@@ -21,6 +23,7 @@ from stroma import (
     NodeHooks,
     RunConfig,
     RunStatus,
+    SQLiteStore,
     map_over,
     stroma_flow,
 )
@@ -109,6 +112,60 @@ async def test_a_changed_flow_on_a_running_workflow_is_told(
     assert failure.exception.type_name == "PipelineChanged"
     for word in words:
         assert word in failure.message
+
+
+async def test_a_flow_that_was_restored_goes_on_after_a_reset(temporal: TemporalDriver) -> None:
+    """A workflow that ended by a changed body goes on with the former one, once it is reset to its last task."""
+    world = World()
+    versions = Versions(world)
+    recorded, edited = flow_of(versions.recorded), flow_of(versions.another_step)
+    runner, run_id = temporal.runner(RunConfig(policy_map=NEVER)), f"r-{temporal.queue}"
+    async with worker(temporal, recorded):
+        waiting = asyncio.ensure_future(runner.run(recorded, Num(), run_id=run_id))
+        await until(lambda: bool(world.calls))
+        await asyncio.sleep(0.3)  # Until the server has its end, and the flow sleeps.
+    async with worker(temporal, edited):
+        result = await asyncio.wait_for(waiting, 30)
+    assert failure_of(result).reason == "changed"
+    async with worker(temporal, recorded):
+        handle = temporal.client.get_workflow_handle(run_id)
+        tasks = [
+            event.event_id
+            async for event in handle.fetch_history_events()
+            if event.HasField("workflow_task_completed_event_attributes")
+        ]
+        await temporal.client.workflow_service.reset_workflow_execution(
+            ResetWorkflowExecutionRequest(
+                namespace=temporal.client.namespace,
+                workflow_execution=WorkflowExecution(workflow_id=run_id),
+                reason="the code is restored",
+                request_id=run_id,
+                workflow_task_finish_event_id=tasks[-1],
+            )
+        )
+        result = await asyncio.wait_for(runner.run(recorded, Num(), run_id=run_id, if_running="attach"), 30)
+    assert (result.status, result.output, world.calls) == (RunStatus.COMPLETED, Num(n=2), ["add 0", "add 1"])
+
+
+async def test_a_flow_is_streamed_and_written_to_a_store(temporal: TemporalDriver, tmp_path: Path) -> None:
+    """stream() has the ends of its steps; the store of the worker has the run with its steps when it ends."""
+    world = World()
+    add = world.step("add")
+
+    async def body(flow: Flow, state: Num) -> Num:
+        return await flow.step(add, await flow.step(add, state))
+
+    store = SQLiteStore(tmp_path / "runs.db")
+    temporal.worker_options["store"] = store
+    async with temporal.bind([flow_of(body)], policy_map=NEVER) as bound:
+        events = [event async for event in bound.runner.stream(bound.pipeline, Num(), run_id="r")]
+    assert [(event.kind, event.node_id) for event in events[1:-1]] == [("node_success", "add")] * 2
+    assert events[-1].result is not None
+    assert events[-1].result.output == Num(n=2)
+    run = store.get_run("r")
+    assert run is not None
+    assert run.status == "COMPLETED"
+    assert [one.branch for one in store.attempts("r")] == ["add#0", "add#1"]
 
 
 async def test_another_worker_goes_on_with_a_body(temporal: TemporalDriver) -> None:
