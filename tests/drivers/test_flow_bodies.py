@@ -45,7 +45,7 @@ async def helper(flow: Flow, state: Num) -> Num:
 
 
 class Steps:
-    of_class = called("of_class")
+    of_class = staticmethod(called("of_class"))
 
     def __init__(self) -> None:
         self.of_object = called("of_object")

@@ -181,6 +181,35 @@ async def test_another_worker_goes_on_with_a_body(temporal: TemporalDriver) -> N
     assert (result.status, result.output, world.calls) == (RunStatus.COMPLETED, Num(n=2), ["add 0", "add 1"])
 
 
+async def test_a_resume_while_a_run_is_being_suspended_is_not_lost(temporal: TemporalDriver) -> None:
+    """resume() that comes while the hooks of a suspension are called goes on with the run once they have ended."""
+    asked, release = asyncio.Event(), asyncio.Event()
+
+    async def on_run_end(run_id: str, result: ExecutionResult[Any]) -> None:
+        asked.set()
+        await release.wait()
+
+    async def body(flow: Flow, state: Num) -> Num:
+        return await flow.wait_for(Num, reason="how many?")
+
+    config = {"hooks": NodeHooks(on_run_end=on_run_end), "hook_timeout_ms": 30_000}
+    async with temporal.bind([flow_of(body)], policy_map=NEVER, **config) as bound:
+        first = asyncio.ensure_future(bound.run(Num(), run_id=f"r-{temporal.queue}"))
+        await asyncio.wait_for(asked.wait(), 30)
+        again = asyncio.ensure_future(bound.go_on(Num(), f"r-{temporal.queue}"))
+        handle = temporal.client.get_workflow_handle(f"r-{temporal.queue}")
+        async with asyncio.timeout(30):
+            while not [
+                event
+                async for event in handle.fetch_history_events()
+                if event.HasField("workflow_execution_signaled_event_attributes")
+            ]:
+                await asyncio.sleep(0.05)
+        release.set()
+        assert (await first).status is RunStatus.SUSPENDED
+        assert (await asyncio.wait_for(again, 30)).status is RunStatus.SUSPENDED
+
+
 async def test_a_resume_calls_only_what_failed(temporal: TemporalDriver) -> None:
     """resume() of a flow that failed restores its steps, calls the failed one again and remembers the cost; hooks hear of it."""
     world, skipped = World(), []

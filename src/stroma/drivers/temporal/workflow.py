@@ -246,7 +246,7 @@ class StromaRun:
                 workflow.continue_as_new({"plan": self._plan, "state": fold(self._run.state)})
             if report["status"] != RunStatus.SUSPENDED:
                 break
-            self._parked, self._go_on = report, False
+            self._parked = report
             self._say(report["status"])
             try:
                 await workflow.wait_condition(
@@ -259,7 +259,7 @@ class StromaRun:
                 ended = {**report, "status": RunStatus.CANCELLED.value, "suspended": []}
                 report = cast("SegmentReport", ended)
                 break
-            self._parked = None
+            self._parked, self._go_on = None, False
             self._run = Interpreter(self._plan, next_segment(self._run.state), self._driver, self._driver)
             self._say("RUNNING")
         self._say(report["status"])
@@ -317,7 +317,9 @@ class StromaRun:
     @workflow.signal(name=names.RESUME)
     def resume(self, segment: int) -> None:
         """Go on without all answers, if the run still waits in this segment."""
-        if self._parked is not None and self._parked["segment"] == segment:
+        # Its report says so before its hooks have been called, and it waits.
+        is_suspended = self._run.status is RunStatus.SUSPENDED
+        if is_suspended and self._run.state["segment"] == segment:
             self._go_on = True
 
     @workflow.query(name=names.REPORT)
