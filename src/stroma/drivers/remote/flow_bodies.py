@@ -25,7 +25,7 @@ from stroma.contracts.node import FlowNode, Group, Node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.cost.tracker import CostTracker
 from stroma.drivers.remote.children import merged, spans_of
-from stroma.drivers.remote.plans import FROZEN, KnownNodes, MapNotSendable, spec_of
+from stroma.drivers.remote.plans import FROZEN, KnownNodes, spec_of
 from stroma.drivers.remote.state import (
     Continue,
     Driver,
@@ -374,12 +374,13 @@ class _RemoteFlow(FlowDriver):
         return Halt(failure, partial=True)
 
     async def execute(self, node: Node | Group, state: BaseModel, place: Place) -> BaseModel | Halt:
+        try:
+            spec = self._spec_of(node)
+        except ValueError as error:  # Only one process can run it.
+            return Halt(Failure(error, FailureClass.TERMINAL, node.node_id, 1, str(error), "bug"))
         async with self._live:
             try:
-                return await self._execute(node, state, place)
-            except MapNotSendable as error:
-                failure = Failure(error, FailureClass.TERMINAL, node.node_id, 1, str(error), "bug")
-                return Halt(failure)
+                return await self._execute(node, spec, state, place)
             except StoreError as error:
                 if error.transient:
                     raise
@@ -393,9 +394,10 @@ class _RemoteFlow(FlowDriver):
             self._ended.set_result(None)
         self._ended = None
 
-    async def _execute(self, node: Node | Group, state: BaseModel, place: Place) -> BaseModel | Halt:
+    async def _execute(
+        self, node: Node | Group, spec: NodeSpec, state: BaseModel, place: Place
+    ) -> BaseModel | Halt:
         input_key = None if place.step is None else place.step.input_key
-        spec = self._spec_of(node)
         value = self._input(node, state, input_key)
         rows: list[Event] = []
         at = NodePlace(spec, (), place.position, place.branch, (), rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -14,6 +16,7 @@ __all__ = ["nodes_of_flow"]
 
 _MAX_OBJECTS: Final = 20_000  # looked at for one flow
 _MAX_ITEMS: Final = 1_000  # of one container
+_FOREIGN: Final = frozenset({"annotated_types", "pydantic", "pydantic_core", "stroma", "temporalio"})
 
 
 def nodes_of_flow(flow: FlowNode) -> list[Node | Group]:
@@ -22,22 +25,22 @@ def nodes_of_flow(flow: FlowNode) -> list[Node | Group]:
     Found are globals, variables of enclosing functions, attributes, defaults, and what is in lists and dicts; not what the
     body computes.
     """
-    found: list[Node | Group] = []
-    seen: set[int] = set()
-    stack: list[Any] = [getattr(flow.func, "body", None)]
-    while stack and len(seen) < _MAX_OBJECTS:
-        one = stack.pop()
+    nodes: list[Node | Group] = []
+    seen: dict[int, Any] = {}  # With the objects: the id of one that is gone may be that of another.
+    pending: deque[Any] = deque([getattr(flow.func, "body", None)])
+    while pending and len(seen) < _MAX_OBJECTS:
+        one = pending.popleft()
         if id(one) in seen:
             continue
-        seen.add(id(one))
+        seen[id(one)] = one
         node = _node_of(one)
         if isinstance(node, FlowNode):
-            stack.append(getattr(node.func, "body", None))
+            pending.append(getattr(node.func, "body", None))
         elif node is not None:
-            found.append(node)
+            nodes.append(node)
         else:
-            stack += _parts(one)
-    return found
+            pending += _parts(one)
+    return nodes
 
 
 def _node_of(one: Any) -> Node | Group | None:
@@ -54,7 +57,8 @@ def _parts(one: Any) -> Iterator[Any]:
     if isinstance(one, Pipeline):
         yield from one.nodes
     elif isinstance(one, FunctionType):
-        yield from _referred(one, _names(one.__code__))
+        if not _is_foreign(one.__module__):
+            yield from _referred(one, _names(one.__code__))
     elif isinstance(one, MethodType):
         yield one.__func__
         yield from _attributes(one.__self__, _names(one.__func__.__code__))
@@ -64,6 +68,12 @@ def _parts(one: Any) -> Iterator[Any]:
         yield from list(one.values())[:_MAX_ITEMS]
     elif isinstance(one, (list, tuple, set, frozenset)):
         yield from list(one)[:_MAX_ITEMS]
+
+
+def _is_foreign(module: str | None) -> bool:
+    """Return True for a module that refers to no nodes of a user."""
+    package = (module or "").partition(".")[0]
+    return package in _FOREIGN or package in sys.stdlib_module_names
 
 
 def _names(code: CodeType) -> set[str]:
@@ -93,6 +103,8 @@ def _referred(function: FunctionType, names: set[str]) -> Iterator[Any]:
 
 def _attributes(owner: Any, names: set[str]) -> Iterator[Any]:
     """Yield the attributes of a module, class or object that are named in the code."""
+    if isinstance(owner, ModuleType) and _is_foreign(owner.__name__):
+        return
     is_object = not isinstance(owner, (ModuleType, type))
     classes = type(owner).__mro__ if is_object else owner.__mro__[1:] if isinstance(owner, type) else ()
     for place in (owner, *classes):

@@ -35,10 +35,6 @@ __all__ = ["KnownNodes", "MissingNode", "freeze", "policies_of", "settings_of", 
 FROZEN = ("budget", "node_timeouts", "contract_retries", "model_fallbacks", "unknown_model", "tags")
 
 
-class MapNotSendable(ValueError):
-    """A map reads its items from, or puts its outputs into, something that only one process has."""
-
-
 class MissingNode(LookupError):
     """A worker does not have a node as the run knows it.
 
@@ -58,7 +54,7 @@ def spec_of(node: Node | Group, registry: ContractRegistry) -> NodeSpec:
             spec["output"] = schema_of(contract.output_schema).fingerprint
         return spec
     if node.is_map and (node.has_external_items or not node.output_field):
-        raise MapNotSendable(
+        raise ValueError(
             f"{node.node_id} takes its items from, or puts its outputs into, something that only one machine has; "
             "give it the name of a list field, and the name of a field as into="
         )

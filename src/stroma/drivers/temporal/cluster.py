@@ -241,7 +241,7 @@ def _changed_message(run_id: str, flow: str, problem: str) -> str:
         _, _, text = problem.partition("Nondeterminism error: ")
         what = f"it does not wait, or begin a step, where its history does ({text or problem})"
     return (
-        f"run {run_id!r} cannot go on: {flow} has changed: {what}. A flow may depend only on its input, its steps, and "
+        f"run {run_id!r} cannot continue: {flow} has changed: {what}. A flow may depend only on its input, its steps, and "
         "flow.now(), flow.random() and flow.uuid(); restore the code that recorded this and reset the workflow to before its "
         "end, or start a new run"
     )

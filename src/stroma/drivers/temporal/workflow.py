@@ -68,7 +68,7 @@ class _Driver:
         of_run = request["op"] in ("begin", "end")
         number = next(self._requests)
         handle = workflow.start_activity(
-            # All of one type in a flow: a history that does not fit the body is then told by the ids of its steps.
+            # All of one type in a flow: where a history does not fit the body, Temporal then names the ids of the steps.
             names.RUN if of_run and not self._is_flow else names.NODE,
             cast("Any", request),
             activity_id=self._id_of(request) if self._is_flow else None,
@@ -282,7 +282,7 @@ class StromaRun:
     def _answered(self) -> bool:
         state = self._run.state
         answered = [key in state["answers"] for key in state["waiting"]]
-        # A list goes on with what is missing; the body of a flow may need no more than one answer.
+        # A list continues with what is missing; the body of a flow may need no more than one answer.
         return any(answered) if "flow" in state else bool(answered) and all(answered)
 
     def _seconds_to_wake(self) -> float | None:
