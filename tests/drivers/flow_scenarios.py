@@ -634,6 +634,20 @@ def asked_by_a_step(world: World) -> Any:
     return a_flow(body)
 
 
+def asked_after_a_cancelled_question(world: World) -> Any:
+    add = world.step("add")
+
+    async def body(flow: Flow, state: Num) -> Num:
+        for _ in range(2):
+            first = asyncio.ensure_future(flow.wait_for(Num, reason="never?", key=f"never {_}"))
+            await flow.step(add, state)
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+        return await flow.step(add, await flow.wait_for(Num, reason="how many?"))
+
+    return a_flow(body)
+
+
 def asked_before_a_sleep(world: World) -> Any:
     add = world.step("add")
 
@@ -770,6 +784,13 @@ FLOW_SCENARIOS: dict[str, FlowScenario] = {
     "question in vain": FlowScenario(asked_in_vain, {"n": 1}, ["add 0"]),
     "question of a flow inside": FlowScenario(
         asked_by_a_child, {"n": 6}, ["add 0", "add 5"], RunStatus.RESUMED, answers=[(Num(n=5), None)]
+    ),
+    "question after cancelled ones": FlowScenario(
+        asked_after_a_cancelled_question,
+        {"n": 6},
+        ["add 0", "add 0", "add 5"],
+        RunStatus.RESUMED,
+        answers=[(Num(n=5), None)],
     ),
     "question of a step": FlowScenario(
         asked_by_a_step,

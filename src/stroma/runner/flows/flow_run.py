@@ -209,6 +209,8 @@ class FlowRun:
     def _begin_call_elsewhere(self, what: str, task: asyncio.Task[Any] | None) -> Scope:
         """Do the same for a call that is not simply made by the first task of the body."""
         driver = self.driver
+        if task is None and driver.is_remote and not driver.is_collected:
+            task = current_task(driver.loop)  # Its event loop moves from thread to thread.
         if driver.is_over:
             raise RuntimeError(
                 f"{what} was called after flow {self.node.node_id!r} had ended; call it in the body of the flow"
