@@ -181,6 +181,23 @@ async def test_another_worker_goes_on_with_a_body(temporal: TemporalDriver) -> N
     assert (result.status, result.output, world.calls) == (RunStatus.COMPLETED, Num(n=2), ["add 0", "add 1"])
 
 
+async def test_a_replay_logs_nothing_again(
+    temporal: TemporalDriver, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the runner logs of a body is logged once, however often a worker replays it."""
+    world = World()
+    add = world.step("add")
+
+    async def body(flow: Flow, state: Num) -> Num:
+        await flow.step(add, state)
+        raise KeyError("no such key")
+
+    temporal.worker_options["max_cached_workflows"] = 0
+    async with temporal.bind([flow_of(body)], policy_map=NEVER) as bound:
+        await bound.run(Num())
+    assert sum("flow 'f' raised" in record.getMessage() for record in caplog.records) == 1
+
+
 async def test_a_resume_while_a_run_is_being_suspended_is_not_lost(temporal: TemporalDriver) -> None:
     """resume() that comes while the hooks of a suspension are called goes on with the run once they have ended."""
     asked, release = asyncio.Event(), asyncio.Event()

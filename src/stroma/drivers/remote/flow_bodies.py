@@ -50,6 +50,7 @@ from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.outcome import Halt, Place
 from stroma.engine.restore import output_schema
+from stroma.engine.run_logger import RunLogger
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
 from stroma.runner.flows.body import run_flow
@@ -325,6 +326,17 @@ class _RemoteWaits(Waits):
         return super().stays(pending, wake_ms)
 
 
+class _BodyLogger(RunLogger):
+    """Logger of a run that is silent while the body repeats what it did before."""
+
+    def __init__(self, run_id: str, bodies: FlowBodies) -> None:
+        super().__init__(run_id)
+        self._bodies = bodies
+
+    def isEnabledFor(self, level: int) -> bool:
+        return not self._bodies.is_replaying() and super().isEnabledFor(level)
+
+
 class _RemoteFlow(FlowDriver):
     """Drives one flow whose steps are made by workers."""
 
@@ -337,6 +349,7 @@ class _RemoteFlow(FlowDriver):
         self.values = _Values(site, steps.state)
         self.session = _StateSession(steps.state, self.values, place.position)
         ctx = _context_of(steps, site)
+        ctx.run_logger = _BodyLogger(ctx.run_id, bodies)
         ctx.session = self.session
         ctx.restored = self.session.restored
         super().__init__(ctx, FlowJournal(ctx, partial(_random_bytes, steps.driver)))
