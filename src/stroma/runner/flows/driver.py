@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+from collections.abc import Coroutine
 from typing import Any, Final, NoReturn
 
 from pydantic import BaseModel
@@ -74,9 +75,11 @@ class FlowDriver:
     async def admit(self) -> None:
         """Wait until a call may be made that is not recorded."""
 
-    async def execute(self, node: Node | Group, state: BaseModel, place: Place) -> BaseModel | Halt | Stopped:
+    def execute(
+        self, node: Node | Group, state: BaseModel, place: Place
+    ) -> Coroutine[Any, Any, BaseModel | Halt | Stopped]:
         """Run a node with its attempts. Return its committed output, or its end."""
-        return await execute_in_turn(self.ctx, (node,), state, place)
+        return execute_in_turn(self.ctx, (node,), state, place)
 
     # ------------------------------------------------------------------ what flows look at
 

@@ -276,7 +276,8 @@ class FlowRun:
         driver = self.driver
         if driver.unreached:
             await driver.replayed()
-        await driver.admit()
+        if driver.is_remote:
+            await driver.admit()
         if driver.replay_only:
             await driver.stop_here(
                 driver.changed(
