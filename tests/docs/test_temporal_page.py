@@ -29,7 +29,7 @@ YAML = sorted(EXAMPLES.glob("*.yaml"))
 def test_the_code_on_the_page_runs(tmp_path: Path, temporal_server: TemporalServer) -> None:
     """Against a server, and a worker that is started as the page says, with the page's own pipeline."""
     assert PAGE in SERVERS
-    (_, code), _ = blocks(PAGE.read_text("utf-8"))
+    (_, code), *_ = blocks(PAGE.read_text("utf-8"))
     (tmp_path / "letters.py").write_text(code)
     words = [
         "letters.py:pipeline",
@@ -44,7 +44,7 @@ def test_the_code_on_the_page_runs(tmp_path: Path, temporal_server: TemporalServ
         [sys.executable, "-m", "stroma", "worker", *words], cwd=tmp_path, env=environment()
     )
     try:
-        assert run_alone(PAGE, tmp_path, {}, ("localhost:7233", temporal_server.address)) == 2
+        assert run_alone(PAGE, tmp_path, {}, ("localhost:7233", temporal_server.address)) == 3
     finally:
         worker.terminate()
         assert worker.wait(60) == 0

@@ -7,6 +7,7 @@ import contextlib
 import json
 import random
 from collections.abc import AsyncIterator
+from time import time_ns
 from typing import Any
 
 from pydantic import BaseModel
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 from stroma import ContractRegistry, Pipeline, RunConfig
 from stroma.contracts.schema import schema_of
 from stroma.drivers.remote.attempts import Attempts
+from stroma.drivers.remote.flow_bodies import FlowSite
 from stroma.drivers.remote.interpreter import Interpreter
 from stroma.drivers.remote.plans import KnownNodes, freeze
 from stroma.drivers.remote.results import broken_of, result_of
@@ -23,10 +25,11 @@ from stroma.trace import ExecutionResult
 
 
 class Seam:
-    """A run by the interpreter alone, with a fresh one from its own state after every position."""
+    """A run by the interpreter alone, with a fresh one from its own state after every position, or never."""
 
-    def __init__(self, attempts: Attempts) -> None:
+    def __init__(self, attempts: Attempts, *, full: bool = True) -> None:
         self._attempts = attempts
+        self._full = full
         self.requests: list[dict[str, Any]] = []
         self.replies: list[dict[str, Any]] = []
 
@@ -44,12 +47,22 @@ class Seam:
         return random.random()
 
     def full(self) -> bool:
-        return True
+        return self._full
+
+    def site(self, pipeline: str) -> FlowSite:
+        return self._attempts.site(pipeline)
+
+    def now_ms(self) -> int:
+        return time_ns() // 1_000_000
+
+    def is_replaying(self) -> bool:
+        return False
 
 
 class SeamRunner:
-    def __init__(self, attempts: Attempts, config: RunConfig) -> None:
-        self.seam = Seam(attempts)
+    def __init__(self, attempts: Attempts, config: RunConfig, *, full: bool = True) -> None:
+        self.seam = Seam(attempts, full=full)
+        self._payloads = attempts.site(next(iter(attempts._known))).payloads
         self._config = config
 
     async def run(
@@ -67,11 +80,11 @@ class SeamRunner:
         at = new_state(value, context=dict(self._config.context), traceparent=traceparent)
         while True:
             try:
-                report = await Interpreter(plan, at, self.seam).run()
+                report = await Interpreter(plan, at, self.seam, self.seam).run()
                 break
             except Continue:
                 at = unfold(json.loads(json.dumps(fold(at))))
-        result = await result_of(json.loads(json.dumps(report)), known, None)
+        result = await result_of(json.loads(json.dumps(report)), known, self._payloads)
         broken = broken_of(report, result)
         if broken is not None:
             raise broken

@@ -300,9 +300,9 @@ class TemporalCluster:
         self, client: Client, *, limit: int, beginning: str = "", where: Sequence[str] = ()
     ) -> list[WorkflowExecution]:
         """Return workflows of runs, newest first."""
-        from stroma.drivers.temporal.names import WORKFLOW
+        from stroma.drivers.temporal.names import FLOW, WORKFLOW
 
-        conditions = [f"WorkflowType = {_quoted(WORKFLOW)}", *where]
+        conditions = [f"WorkflowType IN ({_quoted(WORKFLOW)}, {_quoted(FLOW)})", *where]
         if beginning:
             conditions.append(f"WorkflowId STARTS_WITH {_quoted(beginning)}")
         executions: list[WorkflowExecution] = []

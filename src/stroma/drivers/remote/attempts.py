@@ -23,6 +23,7 @@ from stroma.checkpoint.payloads import BlobStore
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
+from stroma.drivers.remote.flow_bodies import FlowSite
 from stroma.drivers.remote.mirror import is_mirrored, mirror
 from stroma.drivers.remote.plans import KnownNodes, MissingNode
 from stroma.drivers.remote.request_context import RequestContext, WorkerResources
@@ -81,6 +82,11 @@ class Attempts:
             raise MissingNode(
                 f"this worker lacks pipeline {pipeline!r}; it has {have}: give it to the worker of this task queue"
             ) from None
+
+    def site(self, pipeline: str) -> FlowSite:
+        """Return what the body of a flow needs of a pipeline. Raises MissingNode."""
+        known, config = self.known(pipeline)
+        return FlowSite(known, config, self._resources.payloads)
 
     async def perform(self, request: ActivityRequest, *, redelivered: bool = False) -> Reply:
         """Perform a request. Raises MissingNode, and CancelledError if nothing was started; other failures are replies.

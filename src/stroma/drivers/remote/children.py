@@ -32,7 +32,7 @@ from stroma.drivers.remote.wire import (
 )
 from stroma.failures.classes import FailureClass
 
-__all__ = ["Children", "busy_ns"]
+__all__ = ["Children", "busy_ns", "merged", "spans_of"]
 
 #: Items of a map whose states are requested at once, and that run at once without a limit.
 PAGE: Final = 200
@@ -225,7 +225,7 @@ class Children:
             return
         freed = size + sum(size_of(row["input"]) for row in progress["rows"])
         run.state["room"] += freed - size_of(reply["packed"])
-        progress["busy"] = _merged(progress["busy"] + _spans(progress["rows"]))
+        progress["busy"] = merged(progress["busy"] + spans_of(progress["rows"]))
         progress["packs"].append(reply["packed"])
         progress["packed"] += indexes
         progress["outputs"].clear()
@@ -253,7 +253,7 @@ class Children:
         return [min(span[0] for span in spans), max(span[1] for span in spans)] if spans else []
 
     def spans(self) -> list[list[int]]:
-        return _spans(self.rows) + ([] if self._map is None else self._map["busy"])
+        return spans_of(self.rows) + ([] if self._map is None else self._map["busy"])
 
     def settled(self) -> None:
         """Move the rows of this attempt into the group's row."""
@@ -265,25 +265,26 @@ class Children:
 
 def busy_ns(groups: list[Children]) -> int:
     """For how long any function inside any of these ran."""
-    return sum(end - begin for begin, end in _merged([span for one in groups for span in one.spans()]))
+    return sum(end - begin for begin, end in merged([span for one in groups for span in one.spans()]))
 
 
-def _spans(rows: list[Event]) -> list[list[int]]:
+def spans_of(rows: list[Event]) -> list[list[int]]:
+    """Return when the functions of rows ran: begin and end in nanoseconds since the epoch."""
     spans: list[list[int]] = []
     for row in rows:
         if row["children"]:
-            spans += _spans(row["children"])
+            spans += spans_of(row["children"])
         else:
             spans.append([row["started_ns"], row["started_ns"] + row["duration_ns"]])
     return spans
 
 
-def _merged(spans: list[list[int]]) -> list[list[int]]:
+def merged(spans: list[list[int]]) -> list[list[int]]:
     """Return the intervals without overlaps."""
-    merged: list[list[int]] = []
+    intervals: list[list[int]] = []
     for begin, end in sorted(spans):
-        if merged and begin <= merged[-1][1]:
-            merged[-1][1] = max(merged[-1][1], end)
+        if intervals and begin <= intervals[-1][1]:
+            intervals[-1][1] = max(intervals[-1][1], end)
         else:
-            merged.append([begin, end])
-    return merged
+            intervals.append([begin, end])
+    return intervals

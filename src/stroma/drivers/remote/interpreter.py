@@ -9,10 +9,12 @@ So it may run where code is replayed (a Temporal workflow), and it can be given 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from stroma.cost.budget import ExecutionBudget
 from stroma.drivers.remote.children import Children, busy_ns
+from stroma.drivers.remote.flow_bodies import FlowBodies, run_body
 from stroma.drivers.remote.plans import policies_of
 from stroma.drivers.remote.state import (
     NO_FAILURE,
@@ -55,7 +57,7 @@ __all__ = ["Continue", "Driver", "Interpreter", "RunState", "new_state", "next_s
 class Interpreter:
     """One run. ``state`` is always as far as the run is; between two awaits of the driver it is whole."""
 
-    def __init__(self, plan: Plan, state: RunState, driver: Driver) -> None:
+    def __init__(self, plan: Plan, state: RunState, driver: Driver, bodies: FlowBodies | None = None) -> None:
         self.plan = plan
         self.state = state
         self.driver = driver
@@ -64,13 +66,18 @@ class Interpreter:
             node: policies_of(policies) for node, policies in plan["node_policies"].items()
         }
         self._budget = ExecutionBudget(**(plan["settings"].get("budget") or {}))
-        self._tracker = tracker_of(state)
+        self.tracker = tracker_of(state)
         #: The status at the end of this segment; None before.
         self.status: RunStatus | None = None
         self._failure: FailureData | None = None
         self._broken: list[str] | None = None
         #: The groups that are running, by position.
         self._open: dict[int, list[Children]] = {}
+        self._bodies = bodies
+        #: Makes a running flow look at the answers that have come.
+        self.wake_flow: Callable[[], None] | None = None
+        #: When a suspended flow is to go on without an answer, in ms since the epoch.
+        self.wake_ms: int | None = None
 
     # ------------------------------------------------------------------ a segment
 
@@ -104,10 +111,15 @@ class Interpreter:
 
     async def _begin(self) -> None:
         state, nodes = self.state, self.plan["nodes"]
-        skipped = [
+        skipped: list[dict[str, Any]] = [
             {"spec": nodes[position], "value": value, "position": position, "branch": ""}
             for position, value in enumerate(state["committed"])
         ]
+        for key, (node_id, kind, *_) in state["flow"]["steps"].items() if "flow" in state else ():
+            if key in state["done"]:
+                spec = {"id": node_id, "kind": kind}
+                place = {"position": state["position"], "branch": key.partition("|")[2]}
+                skipped.append({"spec": spec, "value": state["done"][key], **place})
         reply, cancelled = await self.driver.ask(
             self._request("begin", value=state["initial"], nodes=nodes, skipped=skipped)
         )
@@ -161,8 +173,8 @@ class Interpreter:
             "rows": rows,
             "final": state["value"],
             "committed": bool(state["committed"]),
-            "tokens": self._tracker.total_tokens,
-            "cost_usd": self._tracker.total_cost_usd,
+            "tokens": self.tracker.total_tokens,
+            "cost_usd": self.tracker.total_cost_usd,
             "failure": self._failure,
             "suspended": [one["reason"] for one in waiting] if self.status is RunStatus.SUSPENDED else [],
             "waiting": waiting,
@@ -234,6 +246,10 @@ class Interpreter:
     async def execute(self, place: NodePlace, value: Value) -> Value | StoppedExecution:
         if place.key in self.state["done"]:
             return self.state["done"][place.key]
+        if place.spec["kind"] == "flow":
+            if self._bodies is None:
+                raise TypeError(f"this driver runs no flows, got {place.spec['id']!r}")
+            return await run_body(self, self._bodies, place, value)
         if place.spec["kind"] != "node":
             outcome = await self._group(place, value)
         else:
@@ -296,10 +312,10 @@ class Interpreter:
             state["room"] -= size_of(output) + row_size(row)
             used = row["usage"]
             if used is not None:
-                self._tracker.spend(used[0], used[2])
+                self.tracker.spend(used[0], used[2])
             if not place.branch:
-                self._tracker.latency_ns += row.get("function_ns", row["duration_ns"])
-            tracker = self._tracker
+                self.tracker.latency_ns += row.get("function_ns", row["duration_ns"])
+            tracker = self.tracker
             state["spent"] = {
                 "tokens": tracker.total_tokens,
                 "cost_usd": tracker.total_cost_usd,
@@ -338,7 +354,7 @@ class Interpreter:
         return StoppedExecution({**exceeded, "attempt": row["attempt"]}, output, spent=True)
 
     def _exceeded(self, node_id: str) -> FailureData | None:
-        exceeded = self._tracker.exceeded(self._budget, node_id)
+        exceeded = self.tracker.exceeded(self._budget, node_id)
         if exceeded is None:
             return None
         return {

@@ -14,9 +14,10 @@ from pydantic import BaseModel
 from stroma.checkpoint import resolve_schema
 from stroma.checkpoint.identity import child_indexes, is_called
 from stroma.contracts.contract import ContractRegistry, NodeContract
-from stroma.contracts.node import Group, Node, find_node
+from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
+from stroma.drivers.remote.flow_nodes import nodes_of_flow
 from stroma.drivers.remote.wire import CONTEXT, ClassName, NodeSpec, Plan, fit_context
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
@@ -47,7 +48,7 @@ def spec_of(node: Node | Group, registry: ContractRegistry) -> NodeSpec:
     """Return a node as plain data. Raises ValueError for an effect, and for a map that only one process can run."""
     if isinstance(node, Node):
         contract = registry.find(node.node_id) or node.contract
-        spec: NodeSpec = {"id": node.node_id, "kind": "node"}
+        spec: NodeSpec = {"id": node.node_id, "kind": "flow" if isinstance(node, FlowNode) else "node"}
         if contract is not None:
             if contract.effect:
                 raise ValueError(
@@ -99,6 +100,10 @@ def freeze(
     options: dict[str, Any] | None = None,
 ) -> Plan:
     """Return the plan of the first execution of a run as plain data. Raises ValueError for nodes that no other process could run."""
+    for node in nodes:
+        if isinstance(node, FlowNode):  # Refused here, before anything is called.
+            for called in nodes_of_flow(node):
+                spec_of(called, registry)
     return {
         "run_id": run_id,
         "execution": 1,
@@ -121,11 +126,23 @@ class KnownNodes:
         self.registry = registry
         self._by_id: dict[str, list[Node | Group]] = {}
         for node in _all(nodes):
-            self._by_id.setdefault(node.node_id, []).append(node)
+            self.add(node)
 
     @classmethod
     def of(cls, pipeline: Pipeline, registry: ContractRegistry) -> KnownNodes:
         return cls(pipeline.name, [find_node(node) for node in pipeline.nodes], registry)
+
+    @property
+    def has_flow(self) -> bool:
+        """True if a node of the sequence is a flow."""
+        return any(isinstance(node, FlowNode) for node in self.nodes)
+
+    def add(self, node: Node | Group) -> None:
+        """Add a node that a flow calls, with the nodes inside it."""
+        for one in _all([node]):
+            known = self._by_id.setdefault(one.node_id, [])
+            if all(one is not other for other in known):
+                known.append(one)
 
     def contract(self, node: Node) -> NodeContract[Any, Any] | None:
         return self.registry.find(node.node_id) or node.contract
@@ -137,7 +154,7 @@ class KnownNodes:
         for node in candidates:
             if self._differs(node, spec) is None:
                 return node
-        if spec["kind"] != "node":
+        if spec["kind"] in ("parallel", "map"):
             # Built from its children: this process's pipeline may have the group in another form.
             children = [self.find(child) for child in spec["children"]]
             if spec["kind"] == "parallel":
@@ -155,10 +172,10 @@ class KnownNodes:
                 f"{self._differs(candidates[0], spec)} contract than the run was started with; keep a worker with the earlier "
                 "code until such runs have ended"
             )
-        have = ", ".join(map(repr, self._by_id)) or "none"
+        have = ", ".join(map(repr, list(self._by_id))) or "none"
         raise MissingNode(
             f"this worker lacks node {spec['id']!r} of pipeline {self.pipeline!r}; it has {have}: deploy the code with it "
-            "on this task queue"
+            "on this task queue, and let a flow refer to its nodes by name"
         )
 
     def _at(self, path: Sequence[int]) -> Node | Group | None:
@@ -243,6 +260,8 @@ def _all(nodes: Iterable[Node | Group]) -> Iterable[Node | Group]:
         yield node
         if isinstance(node, Group):
             yield from _all(node.children)
+        elif isinstance(node, FlowNode):
+            yield from _all(nodes_of_flow(node))
 
 
 def plain_context(context: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from stroma.checkpoint import (
     StoreError,
     Waiting,
 )
-from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.payloads import BlobStore
 from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.contract import ContractRegistry, ContractViolation
@@ -74,7 +73,7 @@ class ReplySession(NullSession):
     def record(
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> Awaitable[None] | None:
-        if is_called(row.branch):
+        if row.branch != self._request.request["branch"]:
             return None  # A step inside the node: the driver receives only its usage.
         self.row = row
         if output is None or schema is None:
@@ -172,8 +171,11 @@ class RequestContext:
         position, branch = request["position"], request["branch"]
         parent: NodeExecution | None = None
         indexes = branch.split(".") if branch else []
+        outside = len(indexes) - len(request["groups"])  # Parts of the branch that are of a flow.
         for depth, group_id in enumerate(request["groups"]):
-            above = NodeExecution(ctx, group_id, "group", position, ".".join(indexes[:depth]), parent)
+            above = NodeExecution(
+                ctx, group_id, "group", position, ".".join(indexes[: outside + depth]), parent
+            )
             above.children = []
             if parent is None:
                 above.busy_ns = request.get("busy_ns", 0)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, Final, NotRequired, Protocol, TypedDict
 
@@ -30,6 +31,7 @@ __all__ = [
     "Broken",
     "Continue",
     "Driver",
+    "FlowRecords",
     "MapState",
     "NodePlace",
     "RunState",
@@ -96,6 +98,20 @@ class MapState(TypedDict):
     traceparent: str | None
 
 
+class FlowRecords(TypedDict):
+    """Records of the flow at a position of a run, besides the outputs of its steps, which are in ``done``.
+
+    Attributes:
+        notes: see :mod:`stroma.runner.flows.journal`.
+        steps: node id, kind, fingerprint of the output and input of each step, by its place.
+        questions: of ``flow.wait_for``, answered ones included.
+    """
+
+    notes: dict[str, str]
+    steps: dict[str, list[Any]]
+    questions: dict[str, Answer]
+
+
 class RunState(TypedDict):
     """State of a run. All of it is plain JSON data."""
 
@@ -122,6 +138,7 @@ class RunState(TypedDict):
     failed_items: int
     room: int
     resumed_from: NotRequired[str]
+    flow: NotRequired[FlowRecords]
 
 
 def row_size(row: Event) -> int:
@@ -220,6 +237,7 @@ def forget_position(state: RunState, position: int) -> None:
     for states in (state["done"], state["maps"], state["answers"]):
         for key in [key for key in states if key.startswith(prefix)]:
             del states[key]
+    state.pop("flow", None)
 
 
 def number_states(rows: list[Event]) -> tuple[list[dict[str, Any]], list[Value]]:
@@ -257,6 +275,8 @@ def _state_bytes(state: RunState) -> int:
     for progress in state["maps"].values():
         values += [*progress["outputs"].values(), *progress["old_packs"]]
         size += sum(ROW + json_size(failed["message"]) for failed in progress["failures"])
+    if "flow" in state:
+        size += json_size(json.dumps(state["flow"]))
     return size + sum(map(size_of, values))
 
 

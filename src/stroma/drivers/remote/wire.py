@@ -67,7 +67,7 @@ class NodeSpec(TypedDict):
     """A node as it was when the run began: fingerprints of its schemas, or what stands in it."""
 
     id: str
-    kind: Literal["node", "parallel", "map"]
+    kind: Literal["node", "parallel", "map", "flow"]
     input: NotRequired[str]
     output: NotRequired[str]
     children: NotRequired[list[NodeSpec]]

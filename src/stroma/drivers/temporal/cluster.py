@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar, cast
 
@@ -14,14 +15,17 @@ from temporalio.client import (
     WorkflowExecutionStatus,
     WorkflowFailureError,
     WorkflowHandle,
+    WorkflowQueryFailedError,
     WorkflowUpdateFailedError,
     WorkflowUpdateRPCTimeoutOrCancelledError,
 )
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
-from stroma.checkpoint import CheckpointNotFound, RunExists, StoreError
-from stroma.drivers.remote.wire import SegmentReport
+from stroma.checkpoint import CheckpointNotFound, PipelineChanged, RunExists, StoreError
+from stroma.drivers.remote.interpreter import Interpreter
+from stroma.drivers.remote.state import NO_FAILURE, RunState
+from stroma.drivers.remote.wire import Plan, SegmentReport, unfold
 from stroma.drivers.temporal import names
 from stroma.trace.result import RunStatus
 
@@ -93,7 +97,7 @@ class Cluster:
             if error.status == RPCStatusCode.NOT_FOUND:
                 return None
             raise
-        if workflow.workflow_type != names.WORKFLOW:
+        if workflow.workflow_type not in (names.WORKFLOW, names.FLOW):
             raise RunExists(
                 f"{run_id!r} is the id of a workflow of type {workflow.workflow_type!r}, not of a run of Stroma; use another run id"
             )
@@ -103,6 +107,10 @@ class Cluster:
         """Query a workflow. Raises StoreError if no worker answers, and other RPCErrors."""
         try:
             reply: dict[str, Any] = await handle.query(name, args=arguments, result_type=dict)
+        except WorkflowQueryFailedError as error:
+            if "Nondeterminism" not in str(error):
+                raise
+            raise PipelineChanged(_changed_message(handle.id, "the flow", str(error))) from error
         except RPCError as error:
             if error.status not in _NO_WORKER:
                 raise
@@ -120,14 +128,54 @@ class Cluster:
     async def final_report(self, handle: WorkflowHandle[Any, Any]) -> SegmentReport:
         """Return the report of a workflow when it has ended. Raises WorkflowFailureError for a workflow of other code."""
         try:
-            return cast("SegmentReport", await handle.result())
+            return _report_in(await handle.result())
         except WorkflowFailureError as error:
             cause = error.cause
             if isinstance(cause, ApplicationError) and (cause.type or "").startswith(names.FAILURE):
-                return cast("SegmentReport", cause.details[0])
+                return _report_in(cause.details[0])
+            if "Nondeterminism" in str(cause):
+                return await self._changed_report(handle, str(cause))
             # Terminated, or timed out: its commits are in its history.
             report = cast("SegmentReport", await self.query(handle, names.REPORT))
             return {**report, "status": RunStatus.INTERRUPTED.value}
+
+    async def _changed_report(self, handle: WorkflowHandle[Any, Any], problem: str) -> SegmentReport:
+        """Return the report of a flow whose body did not do what its history says: no worker can replay that history."""
+        start = await self._start_of(handle)
+        plan, state = start["plan"], unfold(start["state"])
+        node_id = next(spec["id"] for spec in plan["nodes"] if spec["kind"] == "flow")
+        report = Interpreter(plan, state, cast("Any", None)).report()
+        report["status"] = RunStatus.FAILED.value
+        report["failure"] = {
+            **NO_FAILURE,
+            "message": _changed_message(plan["run_id"], f"flow {node_id!r}", problem),
+            "reason": "changed",
+            "node_id": node_id,
+            "attempt": 1,
+            "type": "PipelineChanged",
+        }
+        return report
+
+    async def _start_of(self, handle: WorkflowHandle[Any, Any]) -> dict[str, Any]:
+        """Return what the last history of a workflow began with."""
+        async for event in handle.fetch_history_events(page_size=1):
+            payloads = event.workflow_execution_started_event_attributes.input.payloads
+            (start,) = await self.client.data_converter.decode(payloads, [dict])
+            return cast("dict[str, Any]", start)
+        raise AssertionError(handle.id)
+
+    async def final_state(self, handle: WorkflowHandle[Any, Any]) -> tuple[Plan, RunState]:
+        """Return the plan of a run that has ended, and the state for another run that continues from it."""
+        try:
+            result = await handle.result()
+        except WorkflowFailureError as error:
+            details = error.cause.details if isinstance(error.cause, ApplicationError) else ()
+            result = details[0] if details else {}
+        if "tree" in result:  # Of a flow.
+            ended = unfold(result)
+            return ended["plan"], ended["state"]
+        reply = await self.query(handle, names.STATE)
+        return reply["plan"], unfold(reply["state"])
 
     async def outcome(self, handle: WorkflowHandle[Any, Any], segment: int) -> SegmentReport:
         """Return the report of a run at its end or at its next suspension."""
@@ -172,6 +220,31 @@ class Cluster:
             except RPCError:
                 self._search = False
         return self._search
+
+
+def _report_in(result: dict[str, Any]) -> SegmentReport:
+    """Return the report in the result of a workflow."""
+    return cast("SegmentReport", unfold(result)["report"] if "tree" in result else result)
+
+
+_CHANGED: Final = re.compile(
+    r"Activity id of scheduled event '(.*)' does not match activity id of activity command '(.*)'", re.DOTALL
+)
+
+
+def _changed_message(run_id: str, flow: str, problem: str) -> str:
+    match = _CHANGED.search(problem)
+    if match is not None:
+        recorded, now = ("the end of the flow" if call == "end" else call for call in match.groups())
+        what = f"its history has {recorded}, and now comes {now}"
+    else:
+        _, _, text = problem.partition("Nondeterminism error: ")
+        what = f"it does not wait, or begin a step, where its history does ({text or problem})"
+    return (
+        f"run {run_id!r} cannot continue: {flow} has changed: {what}. A flow may depend only on its input, its steps, and "
+        "flow.now(), flow.random() and flow.uuid(); restore the code that recorded this and reset the workflow to before its "
+        "end, or start a new run"
+    )
 
 
 def workflow_id(run_id: str) -> str:

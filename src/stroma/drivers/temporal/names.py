@@ -7,9 +7,13 @@ from typing import Final
 from temporalio.common import SearchAttributeKey
 
 WORKFLOW: Final = "stroma.run"
+#: A run with a flow in it: what its body does is compared with its history.
+FLOW: Final = "stroma.flow"
 #: An attempt of a node, and the two ends of a group; the two ends of a run.
 NODE: Final = "stroma.node"
 RUN: Final = "stroma.hooks"
+#: Of the functions that a workflow may call outside of its sandbox: returns the pipelines of its worker.
+PIPELINES: Final = "stroma.pipelines"
 ANSWER: Final = "stroma.answer"
 RESUME: Final = "stroma.resume"
 REPORT: Final = "stroma.report"

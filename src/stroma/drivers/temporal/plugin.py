@@ -21,7 +21,7 @@ from stroma.contracts.contract import ContractRegistry
 from stroma.drivers.remote.attempts import Attempts
 from stroma.drivers.temporal import names
 from stroma.drivers.temporal.activity import Activities
-from stroma.drivers.temporal.workflow import StromaRun
+from stroma.drivers.temporal.workflow import FlowPipelines, StromaFlow, StromaRun
 from stroma.engine.config import RunConfig
 from stroma.runner.pipeline import Pipeline
 
@@ -70,15 +70,16 @@ class StromaPlugin(SimplePlugin):
         super().__init__(
             "stroma",
             activities=[activities.node, activities.run] if listed else None,
-            workflows=_with_run,
+            workflows=_with_runs,
+            interceptors=[FlowPipelines(self.attempts)] if listed else None,
             workflow_runner=_let_through,
         )
 
 
-def _with_run(workflows: Sequence[type] | None) -> Sequence[type]:
-    """Add the workflow unless it is listed: a client's plugin is applied again for its workers."""
+def _with_runs(workflows: Sequence[type] | None) -> Sequence[type]:
+    """Add the workflows unless they are listed: a client's plugin is applied again for its workers."""
     listed = list(workflows or ())
-    return listed if StromaRun in listed else [*listed, StromaRun]
+    return [*listed, *(one for one in (StromaRun, StromaFlow) if one not in listed)]
 
 
 def _let_through(runner: WorkflowRunner | None) -> WorkflowRunner:
@@ -114,6 +115,7 @@ def stroma_worker(
         # The client's plugin does the rest for its workers; two of one kind are a warning.
         own = plugin.worker_activities
         options["activities"] = [*options.get("activities", ()), own.node, own.run]
+        options["interceptors"] = [*options.get("interceptors", ()), FlowPipelines(plugin.attempts)]
     else:
         plugins.insert(0, plugin)
     if max_concurrent is not None:

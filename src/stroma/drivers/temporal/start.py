@@ -24,7 +24,7 @@ from stroma.drivers.remote.pipeline_changes import check_unchanged
 from stroma.drivers.remote.plans import KnownNodes, freeze, plain_context
 from stroma.drivers.remote.results import broken_of, result_of
 from stroma.drivers.remote.state import RunState, new_state, next_segment
-from stroma.drivers.remote.wire import LARGE, Plan, SegmentReport, Value, fold, json_size, unfold
+from stroma.drivers.remote.wire import LARGE, Plan, SegmentReport, Value, fold, json_size
 from stroma.drivers.temporal import names
 from stroma.drivers.temporal.cluster import OPEN, Cluster, workflow_id
 from stroma.engine.config import RunConfig
@@ -184,7 +184,7 @@ class RunStarter:
 
         async def start() -> WorkflowHandle[Any, Any]:
             return await self.cluster.client.start_workflow(
-                names.WORKFLOW,
+                names.FLOW if new.known.has_flow else names.WORKFLOW,
                 cast("Any", {"plan": plan, "state": fold(state)}),
                 id=workflow_id(run_id),
                 task_queue=self.task_queue,
@@ -219,8 +219,7 @@ class RunStarter:
         initial: Value | None,
     ) -> StartedRun:
         """Start a run that continues where the last one of its id has stopped."""
-        reply = await self.cluster.query(handle, names.STATE)
-        before, state = cast("Plan", reply["plan"]), cast("RunState", unfold(reply["state"]))
+        before, state = await self.cluster.final_state(handle)
         if initial is not None and not _is_same_value(initial, state["initial"]):
             raise _another_input(plan["run_id"])
         check_unchanged(plan["run_id"], before["nodes"], plan["nodes"], state)

@@ -106,7 +106,8 @@ async def _drive(flow: FlowRun, node: FlowNode, state: BaseModel) -> Any:
         # Whatever ends it: the body has to end before the run does.
         driver.closing = True
         driver.waits.close()
-        await _tear_down(driver, driver.body)
+        if not driver.is_collected:
+            await _tear_down(driver, driver.body)
         retrieve_exception(driver.body)
         driver.is_over = driver.body.done()
     body, stopping = driver.body, driver.stopping

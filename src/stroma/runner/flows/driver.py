@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+from collections.abc import Coroutine
 from typing import Any, Final, NoReturn
 
+from pydantic import BaseModel
+
+from stroma.contracts.node import Group, Node
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.outcome import Halt, Stopped
+from stroma.engine.loop import execute_in_turn
+from stroma.engine.outcome import Halt, Place, Stopped
 from stroma.runner.flows.endings import Endings, RunningFlow
 from stroma.runner.flows.errors import FlowClosed
 from stroma.runner.flows.journal import FlowJournal
 from stroma.runner.flows.stuck import waits_for_itself
-from stroma.runner.flows.suspension import Waits
+from stroma.runner.flows.suspension import Waits, now_ms
 
 __all__ = ["REPLAY_ONLY", "STUCK_SECONDS", "FlowDriver"]
 
@@ -36,6 +41,9 @@ class FlowDriver:
         stopping: the end of the flow, whatever its body does: a crossed budget, a suspension, a changed body.
     """
 
+    #: Others than this process make the steps.
+    is_remote = False
+
     def __init__(self, ctx: ReliabilityContext, journal: FlowJournal) -> None:
         self.ctx = ctx
         self.journal = journal
@@ -46,7 +54,7 @@ class FlowDriver:
         self.ready = getattr(self.loop, "_ready", (True,))
         self.stopping: Halt | Stopped | BaseException | None = None
         self.closing = self.is_over = False
-        self.waits = Waits(self)
+        self.waits: Waits = Waits(self)
         self.flows: list[RunningFlow] = []
         self.body: asyncio.Task[Any] | None = None
         self.waker: asyncio.Future[None] | None = None
@@ -58,6 +66,23 @@ class FlowDriver:
         self.endings = Endings(ctx, journal)
         self.replay_only = REPLAY_ONLY.get()
 
+    # ------------------------------------------------------------------ what other drivers do in their own way
+
+    def now_ms(self) -> int:
+        """Return the time in ms since the epoch."""
+        return now_ms()
+
+    async def admit(self) -> None:
+        """Wait until a call may be made that is not recorded."""
+
+    def execute(
+        self, node: Node | Group, state: BaseModel, place: Place
+    ) -> Coroutine[Any, Any, BaseModel | Halt | Stopped]:
+        """Run a node with its attempts. Return its committed output, or its end."""
+        return execute_in_turn(self.ctx, (node,), state, place)
+
+    # ------------------------------------------------------------------ what flows look at
+
     @property
     def flow_id(self) -> str:
         return self.flows[0].node.node_id
@@ -65,6 +90,11 @@ class FlowDriver:
     @property
     def has_returned(self) -> bool:
         return self.body is not None and self.body.done()
+
+    @property
+    def is_collected(self) -> bool:
+        """True while a coroutine of the flow is closed by garbage collection, after its event loop: it cannot await."""
+        return asyncio._get_running_loop() is not self.loop
 
     def signs(self) -> tuple[int, int, int]:
         """Return numbers that change with what the body does."""
@@ -92,7 +122,8 @@ class FlowDriver:
     async def never(self) -> NoReturn:
         """Wait until the body is cancelled: it must not learn of what ends it."""
         self.wake()
-        await self.loop.create_future()
+        if not self.closing:
+            await self.loop.create_future()
         raise FlowClosed("the flow has ended")
 
     async def stop_here(self, end: Halt | Stopped | BaseException) -> NoReturn:

@@ -17,7 +17,6 @@ from stroma.contracts.node import FlowNode, Group
 from stroma.runner.flows.flow_run import FlowRun
 from stroma.runner.flows.nested import call_flow, call_map
 from stroma.runner.flows.steps import call_step
-from stroma.runner.flows.suspension import now_ms
 from stroma.runner.flows.waits import call_sleep, call_wait_for, wake_ms_of
 from stroma.runner.pipeline import AnyState, Pipeline
 
@@ -174,7 +173,7 @@ class Flow:
         ``until``: an aware datetime, in place of a duration. See ``RunConfig(inline_wait_seconds=...)``.
         """
         duration = timedelta(seconds=seconds, minutes=minutes, hours=hours, days=days)
-        return call_sleep(self._run, wake_ms_of(duration, until), key)
+        return call_sleep(self._run, wake_ms_of(duration, until, self._run.driver.now_ms), key)
 
     def wait_for(
         self,
@@ -194,7 +193,7 @@ class Flow:
         wake_ms: int | None = None
         if timeout is not None or until is not None:
             duration = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout or 0)
-            wake_ms = wake_ms_of(duration, until)
+            wake_ms = wake_ms_of(duration, until, self._run.driver.now_ms)
         return call_wait_for(self._run, answer, reason, wake_ms, key)
 
     # ------------------------------------------------------------------ values
@@ -205,7 +204,7 @@ class Flow:
         scope = run.begin_call("flow.now")
         identity = run.identify(scope, "now", None, "!")
         branch = run.prefix + identity
-        value = run.driver.journal.value(run.position, "v", branch, lambda: str(now_ms()).encode())
+        value = run.driver.journal.value(run.position, "v", branch, lambda: str(run.driver.now_ms()).encode())
         return datetime.fromtimestamp(int(value) / 1000, UTC)
 
     def random(self) -> float:

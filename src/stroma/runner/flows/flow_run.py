@@ -108,7 +108,14 @@ class FlowRun:
         self.attempt.begin = 0
         #: Its steps need neither limits nor the attempts of earlier processes.
         self.is_plain = not (
-            ctx.timed or ctx.limits or ctx.gated or ctx.tried or self.gates or is_map or driver.replay_only
+            ctx.timed
+            or ctx.limits
+            or ctx.gated
+            or ctx.tried
+            or self.gates
+            or is_map
+            or driver.replay_only
+            or driver.is_remote
         )
         self.has_ended = False
         driver.flows.append(self)
@@ -145,8 +152,11 @@ class FlowRun:
             driver.unreached = 0
             driver.release_held()
         self.unfinished.update(one for one in self.open if isinstance(one, str))
+        if driver.is_collected:
+            return
         this = asyncio.current_task()
-        tasks = {task for task in self.open.values() if task is not this}
+        # In the order of their calls: a driver that replays must see them cancelled in the same order.
+        tasks = dict.fromkeys(task for task in self.open.values() if task is not this)
         if not tasks:
             return
         if not driver.closing and driver.stopping is None:
@@ -160,9 +170,10 @@ class FlowRun:
         cancelled = False
         while tasks:
             try:
-                ended, tasks = await asyncio.wait(tasks)
+                ended, _ = await asyncio.wait(tasks)
                 for task in ended:
                     retrieve_exception(task)
+                    del tasks[task]
             except asyncio.CancelledError:
                 cancelled = True
         if cancelled:
@@ -198,6 +209,8 @@ class FlowRun:
     def _begin_call_elsewhere(self, what: str, task: asyncio.Task[Any] | None) -> Scope:
         """Do the same for a call that is not simply made by the first task of the body."""
         driver = self.driver
+        if task is None and driver.is_remote and not driver.is_collected:
+            task = current_task(driver.loop)  # Its event loop moves from thread to thread.
         if driver.is_over:
             raise RuntimeError(
                 f"{what} was called after flow {self.node.node_id!r} had ended; call it in the body of the flow"
@@ -263,6 +276,8 @@ class FlowRun:
         driver = self.driver
         if driver.unreached:
             await driver.replayed()
+        if driver.is_remote:
+            await driver.admit()
         if driver.replay_only:
             await driver.stop_here(
                 driver.changed(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, Final, Literal, NamedTuple, cast
 
 from pydantic import BaseModel
@@ -86,8 +87,9 @@ class RecordedFlow:
 class FlowJournal:
     """The records of all flows of one run; read once, and dropped as the bodies ask for them."""
 
-    def __init__(self, ctx: ReliabilityContext) -> None:
+    def __init__(self, ctx: ReliabilityContext, random_bytes: Callable[[int], bytes] = os.urandom) -> None:
         self._ctx = ctx
+        self._random_bytes = random_bytes
         self._flows: defaultdict[tuple[int, str], RecordedFlow] = defaultdict(RecordedFlow)
         self._values: dict[str, bytes] = {}
         #: Function time of earlier processes that no committed row has, in ns, by the position of the flow.
@@ -223,7 +225,7 @@ class FlowJournal:
 
     def seed(self, position: int) -> bytes:
         """Return the seed of the random values of this execution of the run."""
-        return self.value(position, "seed", "", lambda: os.urandom(16))
+        return self.value(position, "seed", "", lambda: self._random_bytes(16))
 
 
 def read_failure(fields: dict[str, Any]) -> Failure:

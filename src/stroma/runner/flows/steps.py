@@ -18,7 +18,7 @@ from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import schema_of
 from stroma.engine.current import CURRENT
 from stroma.engine.execution import NodeExecution
-from stroma.engine.loop import execute_in_turn, plan_of, try_again
+from stroma.engine.loop import plan_of, try_again
 from stroma.engine.outcome import Halt, Place, Stopped
 from stroma.engine.restore import restore
 from stroma.failures.failure import Failure
@@ -221,7 +221,7 @@ async def _make(run: FlowRun, node: Node | Group, state: BaseModel, place: Place
     end: BaseException | None = None
     driver.busy += 1
     try:
-        outcome = await execute_in_turn(driver.ctx, (node,), state, place)
+        outcome = await driver.execute(node, state, place)
         assert not isinstance(outcome, Stopped)  # There is no further node.
         return outcome
     except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):

@@ -92,6 +92,7 @@ class WaitingFlow(Protocol):
     def flows(self) -> Sequence[PlacedFlow]: ...
     @property
     def flow_id(self) -> str: ...
+    def now_ms(self) -> int: ...
     @property
     def busy(self) -> int: ...
     @property
@@ -104,6 +105,9 @@ class WaitingFlow(Protocol):
 
 class Waits:
     """The open waits of a flow, and the suspension of the run when nothing else is left."""
+
+    #: An event loop may not take longer timers than a day.
+    max_timer_seconds = 3600.0
 
     def __init__(self, driver: WaitingFlow) -> None:
         self._driver = driver
@@ -121,11 +125,12 @@ class Waits:
 
     def _start_timer(self, wait: OpenWait) -> None:
         assert wait.wake_ms is not None
-        remaining = (wait.wake_ms - now_ms()) / 1000
+        remaining = (wait.wake_ms - self._driver.now_ms()) / 1000
         if remaining <= 0:
             wait.end(EXPIRED)
-        else:  # An event loop may not take longer timers than a day.
-            wait.timer = self._driver.loop.call_later(min(remaining, 3600.0), self._start_timer, wait)
+        else:
+            seconds = min(remaining, self.max_timer_seconds)
+            wait.timer = self._driver.loop.call_later(seconds, self._start_timer, wait)
 
     def remove(self, wait: OpenWait) -> None:
         if wait.timer is not None:
@@ -165,8 +170,8 @@ class Waits:
             if wait.timer is not None:
                 wait.timer.cancel()
 
-    def poll_seconds(self) -> float:
-        """Return after how many seconds the driver is to look again: for an answer, or a shutdown."""
+    def poll_seconds(self) -> float | None:
+        """Return after how many seconds the driver is to look again, for an answer or a shutdown; None: when it is woken."""
         return _STOP_POLL_SECONDS
 
     async def settle(self) -> bool:
@@ -187,11 +192,17 @@ class Waits:
             if any(wait.done is not None and wait.done.done() for wait in pending):
                 return True
         wake_ms = min((wait.wake_ms for wait in pending if wait.wake_ms is not None), default=None)
-        if wake_ms is not None and wake_ms - now_ms() <= driver.ctx.config.inline_wait_seconds * 1000:
+        if self.stays(pending, wake_ms):
             return False
         driver.ctx.wake_ms = wake_ms
         driver.stop(self._suspension(pending))
         return True
+
+    def stays(self, pending: list[OpenWait], wake_ms: int | None) -> bool:
+        """Return True if the flow waits in the process, and is not suspended."""
+        if wake_ms is None:
+            return False
+        return wake_ms - self._driver.now_ms() <= self._driver.ctx.config.inline_wait_seconds * 1000
 
     async def _take_answers(self, pending: list[OpenWait]) -> bool:
         """End the waits whose answers have come since the run was opened. Return True if there is one."""

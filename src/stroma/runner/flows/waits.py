@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from stroma.checkpoint import Waiting, schema_ref
 from stroma.contracts.schema import schema_of
 from stroma.runner.flows.flow_run import FlowRun
-from stroma.runner.flows.suspension import EXPIRED, WITHDRAWN, OpenWait, now_ms, text_of_time
+from stroma.runner.flows.suspension import EXPIRED, WITHDRAWN, OpenWait, text_of_time
 
 __all__ = ["call_sleep", "call_wait_for", "wake_ms_of"]
 
@@ -37,7 +37,7 @@ async def _sleep(run: FlowRun, wake_ms: int, identity: str, number: int, in_main
             await run.before_live(identity)
             driver.journal.note_wake(run.position, branch, wake, now_ms())
             await driver.waits.flush()
-        if wake <= now_ms():
+        if wake <= driver.now_ms():
             return recorded is not None
         wait = driver.waits.add(OpenWait(branch, f"sleeping until {text_of_time(wake)}", wake_ms=wake))
         try:
@@ -149,7 +149,7 @@ async def _wait(
         del run.open[token]
 
 
-def wake_ms_of(duration: timedelta, until: datetime | None) -> int:
+def wake_ms_of(duration: timedelta, until: datetime | None, now_ms: Callable[[], int]) -> int:
     """Return the end of a wait, in ms since the epoch. Raises ValueError for a duration and a time at once."""
     if until is None:
         return now_ms() + max(0, round(duration.total_seconds() * 1000))
