@@ -122,7 +122,8 @@ class History:
         """
         if waiting is None:
             waiting = self.waiting(record.run_id)
-        if attempts and not any(is_called(one.branch) for one in (*attempts, *waiting)):
+        branches = [*(one.branch for one in attempts), *(one.branch for one in waiting)]
+        if attempts and not any(map(is_called, branches)):
             return []  # Without a flow, a store need not be asked for more.
         notes = self.store.flow_notes(record.run_id)
         first_ns = min((attempt.started_ns for attempt in attempts), default=record.started_ms * 1_000_000)
