@@ -206,7 +206,8 @@ class Pages:
                 attempts = in_order([*attempts, cause_attempt])
         first = min((attempt.started_ns for attempt in attempts), default=0)
         bars = [(bar_of(attempt, first), attempt, attempt_address(record, attempt)) for attempt in attempts]
-        waits = self._history.flow_waits(record, attempts) if after is None else []
+        waiting = self._history.waiting(record.run_id)
+        waits = self._history.flow_waits(record, attempts, waiting) if after is None else []
         story = self._story(record, [bar for bar, _, _ in bars])
         selected = (
             None
@@ -221,7 +222,7 @@ class Pages:
         page_response = self._page(
             "run.html", record=record, status=status_of(record), gone=is_interrupted(record), head=Markup(head(story)),
             cause=Markup(cause(story)), gantt=Markup(chart), attempts=[(one, address, bar.at) for bar, one, address in bars],
-            waiting=[one for one in self._history.waiting(record.run_id) if one.payload is None], next=page.next, first=after is None,
+            waiting=[one for one in waiting if one.payload is None], next=page.next, first=after is None,
             restored=restored_starts(record, attempts), can_resume=can_resume(self._settings, record),
             resume_key=self._keys.form("resume", record.run_id), delete_key=self._keys.form("delete", record.run_id),
             effect_key=self._keys.form("effect", record.run_id),

@@ -118,9 +118,18 @@ class History:
 
         return [redacted(one) for one in self.store.waiting(run_id)]
 
-    def flow_waits(self, record: RunRecord, attempts: Iterable[AttemptRecord]) -> list[Bar]:
-        """Return the sleeps and questions of a run's flows as bars beside those of its attempts."""
-        waiting = self.waiting(record.run_id)
+    def flow_waits(
+        self, record: RunRecord, attempts: Sequence[AttemptRecord], waiting: Sequence[Waiting] | None = None
+    ) -> list[Bar]:
+        """Return the sleeps and questions of a run's flows as bars beside those of its attempts.
+
+        ``waiting``: what :meth:`waiting` returned, if it was read before.
+        """
+        if waiting is None:
+            waiting = self.waiting(record.run_id)
+        branches = [*(one.branch for one in attempts), *(one.branch for one in waiting)]
+        if attempts and not any(map(is_called, branches)):
+            return []  # Without a flow, a store need not be asked for more.
         notes = self.store.flow_notes(record.run_id)
         first_ns = min((attempt.started_ns for attempt in attempts), default=record.started_ms * 1_000_000)
         return wait_bars(waiting, notes, first_ns, _now_ms(record))

@@ -116,7 +116,7 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
     if view.wants_input or view.wants_output:
         return _print_states(selected, states, code)
     with database.explain_errors():
-        waits = history.flow_waits(record, attempts) if view.as_tree else []
+        waits = history.flow_waits(record, attempts, waiting) if view.as_tree else []
     _print_run(database, record, attempts, waiting, selected, view, waits)
     return code
 
