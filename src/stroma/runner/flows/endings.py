@@ -57,7 +57,7 @@ class CallEnd(NamedTuple):
     activity: int
 
 
-class Handler(NamedTuple):
+class HandledError(NamedTuple):
     """An exception that a body is handling while it makes a call.
 
     Attributes:
@@ -85,7 +85,7 @@ class Endings:
         self.ended: dict[EndKey, CallEnd] = {}
         self.count = 0
         #: By the scope of the calls. Cleared by the first call that is made outside.
-        self.handlers: dict[object, list[Handler]] = {}
+        self.handlers: dict[object, list[HandledError]] = {}
 
     def changed(self, message: str, node_id: str) -> Halt:
         """Return the end of a flow whose body does not do what it did before."""
@@ -130,7 +130,7 @@ class Endings:
             return
         around = carried_by(error)  # The handlers that have not ended yet.
         handlers = [one for one in handlers if any(one.error is other for other in around)]
-        self.handlers[scope] = [*handlers, Handler(run, error, len(run.order.delivered), activity)]
+        self.handlers[scope] = [*handlers, HandledError(run, error, len(run.order.delivered), activity)]
 
     def forget_what_ended(self, position: int, prefix: str, error: BaseException, activity: int) -> None:
         """Delete the records of the failures that ended a flow, and of what they cancelled: a resume tries those again.

@@ -37,8 +37,8 @@ def _timers_of(loop: asyncio.AbstractEventLoop) -> list[Any]:
 
 def _context_of(task: asyncio.Task[Any]) -> contextvars.Context:
     # Task.get_context() is of Python 3.12.
-    found = [one for one in gc.get_referents(task) if isinstance(one, contextvars.Context)]
-    return found[0] if found else contextvars.Context()
+    contexts = [one for one in gc.get_referents(task) if isinstance(one, contextvars.Context)]
+    return contexts[0] if contexts else contextvars.Context()
 
 
 def _is_blocked(task: asyncio.Task[Any], tasks: list[asyncio.Task[Any]]) -> bool:

@@ -35,7 +35,7 @@ async def _sleep(run: FlowRun, wake_ms: int, identity: str, number: int, in_main
         wake = wake_ms if recorded is None else cast("int", recorded.data)
         if recorded is None:
             await run.before_live(identity)
-            driver.journal.note_wake(run.position, branch, wake, now_ms())
+            driver.journal.note_wake(run.position, branch, wake, driver.now_ms())
             await driver.waits.flush()
         if wake <= driver.now_ms():
             return recorded is not None
@@ -75,7 +75,7 @@ async def _wait_for(
 ) -> AnswerT:
     driver, branch = run.driver, run.prefix + identity
     outcomes: list[Any] = []
-    asked: list[Waiting] = []
+    questions: list[Waiting] = []
 
     async def work() -> bool:
         recorded = await run.find_recorded(identity, None) if run.records else None
@@ -91,11 +91,11 @@ async def _wait_for(
         if not is_same or (earlier is not None and earlier.payload == WITHDRAWN):
             await run.before_live(identity)
             if wake is not None and recorded is None:
-                driver.journal.note_wake(run.position, branch, wake, now_ms())
-            asked.append(question)
+                driver.journal.note_wake(run.position, branch, wake, driver.now_ms())
+            questions.append(question)
             await driver.waits.ask(question)
         else:
-            asked.append(question)
+            questions.append(question)
         wait = driver.waits.add(OpenWait(branch, question.reason, wake_ms=wake, question=question))
         try:
             assert wait.done is not None
@@ -111,7 +111,7 @@ async def _wait_for(
             driver.waits.remove(wait)
         return False
 
-    await _wait(run, work, identity, number, in_main, asked)
+    await _wait(run, work, identity, number, in_main, questions)
     (outcome,) = outcomes
     if outcome is EXPIRED:
         raise TimeoutError(f"no answer came in time: {question.reason}")
@@ -124,11 +124,11 @@ async def _wait(
     identity: str,
     number: int,
     in_main: bool,
-    asked: Sequence[Waiting] = (),
+    questions: Sequence[Waiting] = (),
 ) -> None:
     """Wait, and hand out the result in turn.
 
-    ``work`` returns True if the wait had ended when the run was resumed. ``asked``: its questions, once they are stored.
+    ``work`` returns True if the wait had ended when the run was resumed. ``questions``: those of the call, once they are stored.
     """
     if run.driver.closing or run.has_ended:
         run.refuse(identity)
@@ -141,7 +141,7 @@ async def _wait(
         await run.take_turn(identity, await work(), number, in_main)
     except asyncio.CancelledError:
         if run.note_cancelled(identity, begin, None):
-            for question in asked:  # An answer that comes later is refused.
+            for question in questions:  # An answer that comes later is refused.
                 await run.driver.waits.ask(question._replace(payload=WITHDRAWN))
         raise
     finally:
