@@ -216,7 +216,8 @@ async def work(
     draw, fuse, decided = random.Random(seed), Fuse(point, nth), 0
     again = {kind: FailurePolicy(max_retries=2, backoff_seconds=0) for kind in FailureClass}
     ended: dict[str, Any] = {}
-    async with open_store(url) as store:
+    opened: Any = open_store(url)
+    async with opened as store:
         runner = StromaRunner.quick(
             store=store, policy_map=again, resume=True, max_recoveries=1_000_000, node_timeouts={"one": 1000}
         )

@@ -53,6 +53,7 @@ def test_killed_at_each_point_of_the_protocol() -> None:
     assert [point for point in POINTS if not figures.get(f"at {point!r}")] == []
 
 
+@pytest.mark.slow
 def test_killed_around_the_calls_of_effects() -> None:
     """G13: killed before the intent, before the call, in it before and after the charge, and before the commit, while the
     provider drops connections, a card is charged once for each step of a list and a flow; also where a person decides."""

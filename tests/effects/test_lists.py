@@ -190,10 +190,11 @@ async def test_a_process_that_dies_around_the_call(store: Any, point: Any) -> No
 
 async def test_a_process_that_dies_without_reconcile(store: Any) -> None:
     """Without reconcile the resumed run asks a person, also if the dead process had not reached the function."""
-    for point, charges in (("before_node", 0), ("after_node", 1)):
+    points: list[tuple[Any, int]] = [("before_node", 0), ("after_node", 1)]
+    for point, charges in points:
         shop = Shop()
         runner, nodes = pipeline(shop, store)
-        with crash_at(point, "charge"):  # type: ignore[arg-type]
+        with crash_at(point, "charge"):
             await runner.run(nodes, Order(), run_id=point)
         result = await runner.run(nodes, Order(), run_id=point, resume=True)
         assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["effect"])
