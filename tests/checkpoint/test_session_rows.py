@@ -337,7 +337,9 @@ async def test_an_attempt_that_waits_is_kept_with_what_for(store: Store, deliver
     entry = attempt(2, 20, "0", message="wh\\x00y")
     assert list(store.rows.attempts(1, 1)) == [(entry, None)]
     assert store.rows.annotations(1, Annotation.WAITING) == [
-        StepRow(Annotation.WAITING, "2:0", "node", Step("wh\\x00y", "m:Q", b"", checksum(b"")))
+        StepRow(
+            Annotation.WAITING, "2:0", "node", Step(json.dumps(["wh\\x00y", None]), "m:Q", b"", checksum(b""))
+        )
     ]
     due = [
         (one.branch, json.loads(one.step.output)) for one in store.rows.annotations(1, Annotation.DUE_HOOKS)
