@@ -132,8 +132,9 @@ def test_workers_have_longer_to_end_than_they_drain() -> None:
     assert int(worker["stop_grace_period"].rstrip("s")) > parse(["stroma", *worker["command"]])["drain"]
     pods = [d["spec"]["template"]["spec"] for d in kubernetes if d["kind"] == "Deployment"]
     (pod,) = (pod for pod in pods if pod["containers"][0]["name"] == "worker")
-    words = [*pod["containers"][0]["args"], "--temporal", "temporal:7233"]
-    assert pod["terminationGracePeriodSeconds"] > parse(["stroma", *words])["drain"]
+    params = parse(["stroma", *pod["containers"][0]["args"]])
+    assert params["address"] == "temporal:7233"
+    assert pod["terminationGracePeriodSeconds"] > params["drain"]
 
 
 def test_the_objects_belong_together() -> None:

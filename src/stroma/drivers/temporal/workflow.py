@@ -53,6 +53,7 @@ class _Driver:
         self._is_flow = any(spec["kind"] == "flow" for spec in plan["nodes"])
         self._alone = len(plan["nodes"]) == 1
         self._requests = itertools.count()
+        self._last_ms = 0
         #: What is to be cancelled in this turn of the event loop, by the number of its request.
         self._cancelled: list[tuple[int, Callable[[], Any]]] = []
         self._retries = RetryPolicy(
@@ -147,7 +148,10 @@ class _Driver:
         return cast("FlowSite", pipelines(pipeline))
 
     def now_ms(self) -> int:
-        return round(workflow.now().timestamp() * 1000)
+        # Outside is a body that is collected after its workflow was evicted: its last wait ends there.
+        if workflow.in_workflow():
+            self._last_ms = round(workflow.now().timestamp() * 1000)
+        return self._last_ms
 
     def is_replaying(self) -> bool:
         return workflow.unsafe.is_replaying()
