@@ -209,7 +209,7 @@ def found_by_searching(browser: Any, page: str) -> list[str]:
     browser.write("idempotency key")
     try:
         browser.until(
-            "document.activeElement.shadowRoot.textContent.includes('An email must not be sent twice')"
+            "document.activeElement.shadowRoot.textContent.includes('Send an email once')"
         )
     except AssertionError:
         return ["the search does not find what stands on a page"]
