@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, require_undamaged
 from stroma.checkpoint.durable.operations import Commit
 from stroma.checkpoint.durable.owner import Owner, boot_id
@@ -76,9 +77,8 @@ _COUNT: Final = f"""UPDATE runs SET updated_ms = ?, lease_until_ms = ?, tokens =
 _IS_COMMITTED: Final = "SELECT 1 FROM steps WHERE run = ? AND execution = ? AND position = +? AND branch = ?"
 _ATTEMPT_COUNT: Final = "SELECT attempt_count FROM runs WHERE run = ?"
 # An answer that was stored since the run was claimed makes it due.
-_END: Final = """UPDATE runs SET status = ?1, error = ?2, updated_ms = ?3, lease_until_ms = NULL,
-    wake_ms = CASE WHEN ?1 IN ('SUSPENDED', 'INTERRUPTED') THEN coalesce(min(wake_ms, ?4), wake_ms, ?4) END
-    WHERE run = ?5 AND lease_epoch = ?6 AND lease_owner = ?7 AND attempt_count >= ?8"""
+_END: Final = f"""UPDATE runs SET status = ?, error = ?, updated_ms = ?, lease_until_ms = NULL,
+    wake_ms = CASE WHEN ? THEN coalesce(min(wake_ms, ?), wake_ms, ?) END {_FENCE}"""
 _WAKE: Final = "UPDATE runs SET wake_ms = 0 WHERE run = ?"
 _DUE: Final = """SELECT run_id FROM runs WHERE pipeline = ? AND wake_ms <= ? AND status IN ('SUSPENDED', 'INTERRUPTED')
     ORDER BY wake_ms LIMIT ?"""
@@ -269,7 +269,8 @@ class SqliteRows:
         wake_ms: int | None = None,
     ) -> bool:
         at = _now_ms() if updated_ms is None else updated_ms
-        return self.db.execute(_END, (status, error, at, wake_ms, *_fence_values(fence))).rowcount == 1
+        values = (status, error, at, status in UNFINISHED, wake_ms, wake_ms, *_fence_values(fence))
+        return self.db.execute(_END, values).rowcount == 1
 
     def wake(self, run: RunRow) -> None:
         self.db.execute(_WAKE, (run.run,))
