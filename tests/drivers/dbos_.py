@@ -35,7 +35,7 @@ from stroma.drivers.remote.plans import KnownNodes, freeze, plain_context
 from stroma.drivers.remote.results import broken_of, result_of
 from stroma.drivers.remote.state import new_state
 from stroma.hooks import HookError
-from stroma.runner.runner import records_of
+from stroma.runner.pipeline import nodes_of
 from stroma.trace import ExecutionResult
 
 __all__ = ["Cluster", "DbosRunner"]
@@ -139,7 +139,7 @@ class DbosRunner:
     async def run(
         self, pipeline: Pipeline | list[Node], state: BaseModel, *, run_id: str | None = None
     ) -> ExecutionResult:
-        records = records_of(pipeline)
+        records = nodes_of(pipeline)
         name = pipeline.name if isinstance(pipeline, Pipeline) else self._config.pipeline
         if not isinstance(state, BaseModel):
             raise TypeError(f"the initial state must be a pydantic model, not {type(state).__name__}")
