@@ -208,9 +208,7 @@ def found_by_searching(browser: Any, page: str) -> list[str]:
     browser.until("document.activeElement.shadowRoot !== null")
     browser.write("idempotency key")
     try:
-        browser.until(
-            "document.activeElement.shadowRoot.textContent.includes('Send an email once')"
-        )
+        browser.until("document.activeElement.shadowRoot.textContent.includes('Send an email once')")
     except AssertionError:
         return ["the search does not find what stands on a page"]
     return []
