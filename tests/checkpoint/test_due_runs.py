@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tests.fixtures import store_fixture
 from tests.kit import Num
-from tests.shared_stores import STORES, store_of
+from tests.shared_stores import STORES
 
 from stroma import RunExists
 from stroma.checkpoint.protocols import RunRequest, Waiting
@@ -18,10 +18,7 @@ from stroma.contracts.schema import schema_of
 _QUESTION = Waiting(0, "w", "approve", "Well?", "")
 
 
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with store_of(request.param) as found:
-        yield found
+store = store_fixture(*STORES)
 
 
 async def _done(call: Any) -> Any:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from datetime import timedelta
 from typing import Any
 
+import pytest
 from pydantic import BaseModel
 from tests.kit import NEVER, Num, node
 
 from stroma import StromaRunner
+from stroma.runner.flows import suspension
 
 
 class Text(BaseModel):
@@ -65,6 +68,17 @@ class World:
         life.cancel()
         await asyncio.wait([life])
         return None
+
+
+class Clock:
+    """The time of waits and of due runs, which tests move."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ms = 1_800_000_000_000
+        monkeypatch.setattr(suspension, "time_ns", lambda: self.ms * 1_000_000)
+
+    def pass_by(self, **duration: float) -> None:
+        self.ms += round(timedelta(**duration).total_seconds() * 1000)
 
 
 def runner_on(store: Any, **config: Any) -> StromaRunner:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import io
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from rich.console import Console
+from tests.fixtures import store_fixture
 from tests.flows.steps import Text, World, runner_on
 from tests.kit import Num
-from tests.shared_stores import SHARED, store_of
+from tests.shared_stores import SHARED
 
 from stroma import Flow, Pipeline, RunStatus, StepFailed, parallel, stroma_flow
 from stroma.checkpoint.history import History
@@ -20,11 +20,7 @@ from stroma.checkpoint.identity import StepCalls
 from stroma.trace.outline import OutlineEntry, fold, outline, parse_call
 from stroma.trace.story import Bar
 
-
-@pytest.fixture(params=SHARED)
-def store(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with store_of(request.param) as found:
-        yield found
+store = store_fixture(*SHARED)
 
 
 @pytest.fixture

@@ -8,16 +8,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.fixtures import store_fixture
 from tests.flows.steps import Text, World, runner_on
 from tests.kit import NEVER, Num, node, quick
-from tests.shared_stores import STORES, store_of
+from tests.shared_stores import STORES
 
 from stroma import (
     ExecutionBudget,
@@ -33,13 +34,10 @@ from stroma import (
 )
 from stroma.engine import attempt
 from stroma.runner.flows import driver
+from stroma.runner.flows.stuck import waits_for_itself
 from stroma.testing import assert_resumable
 
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with store_of(request.param) as found:
-        yield found
+store = store_fixture(*STORES)
 
 
 @pytest.fixture(autouse=True)
@@ -559,6 +557,13 @@ async def test_a_wait_of_the_body_beside_a_live_step_is_no_change(store: Any, wa
     result = await run()
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2)), result.failure
     assert world.calls == ["held 1"]
+
+
+async def test_where_timers_cannot_be_seen_no_flow_is_stuck() -> None:
+    """An event loop without a list of its timers, such as uvloop, may wake a task at any time: patience alone decides."""
+    loop: Any = object()
+    assert waits_for_itself(object(), asyncio.get_running_loop())
+    assert not waits_for_itself(object(), loop)
 
 
 async def test_a_renamed_step_is_found_while_other_tasks_of_the_loop_are_at_work() -> None:

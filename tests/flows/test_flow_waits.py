@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from tests.flows.steps import Text, World, runner_on
+from tests.fixtures import store_fixture
+from tests.flows.steps import Clock, Text, World, runner_on
 from tests.kit import Num
-from tests.shared_stores import STORES, store_of
+from tests.shared_stores import STORES
 
 from stroma import Flow, RunStatus, StoreError, stroma_flow
-from stroma.runner.flows import suspension
 
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with store_of(request.param) as found:
-        yield found
-
-
-class Clock:
-    """The time of the waits, which tests move."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.ms = 1_800_000_000_000
-        monkeypatch.setattr(suspension, "time_ns", lambda: self.ms * 1_000_000)
-
-    def pass_by(self, **duration: float) -> None:
-        self.ms += round(timedelta(**duration).total_seconds() * 1000)
+store = store_fixture(*STORES)
 
 
 @pytest.fixture

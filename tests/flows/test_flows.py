@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.fixtures import store_fixture
 from tests.flows.steps import Text, World, runner_on
 from tests.kit import NEVER, ONCE, Num, node, quick
-from tests.shared_stores import STORES, store_of
+from tests.shared_stores import STORES
 
 from stroma import (
     ExecutionBudget,
@@ -27,11 +27,7 @@ from stroma import (
     stroma_flow,
 )
 
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with store_of(request.param) as found:
-        yield found
+store = store_fixture(*STORES)
 
 
 async def test_a_flow_decides_in_plain_python() -> None:

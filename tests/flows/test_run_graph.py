@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.fixtures import store_fixture
 from tests.flows.steps import Text, World, runner_on
 from tests.kit import Num
-from tests.shared_stores import SHARED, store_of
+from tests.shared_stores import SHARED
 
 from stroma import Flow, stroma_flow
 from stroma.checkpoint.history import History
 from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.trace.story import Bar
 
-
-@pytest.fixture(params=SHARED)
-def store(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with store_of(request.param) as found:
-        yield found
+store = store_fixture(*SHARED)
 
 
 def edges_of(graph: RunGraph) -> dict[tuple[str, str], int]:

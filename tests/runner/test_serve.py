@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from tests.flows.steps import Text, World
+from tests.fixtures import store_fixture
+from tests.flows.steps import Clock, Text, World
 from tests.kit import NEVER, Num, node
 from tests.shared_stores import STORES, place, store_of
 from tests.shared_stores import opened as open_kind
@@ -26,26 +26,10 @@ from stroma import (
 )
 from stroma.checkpoint.protocols import RunRequest
 from stroma.contracts.schema import schema_of
-from stroma.runner.flows import suspension
 from stroma.runner.worker import WorkerHealth
 from stroma.testing import FakeClock
 
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with store_of(request.param) as found:
-        yield found
-
-
-class Clock:
-    """The time by which runs are due, which tests move."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.ms = 1_800_000_000_000
-        monkeypatch.setattr(suspension, "time_ns", lambda: self.ms * 1_000_000)
-
-    def pass_by(self, **duration: float) -> None:
-        self.ms += round(timedelta(**duration).total_seconds() * 1000)
+store = store_fixture(*STORES)
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from stroma.cli.output import err
 __all__ = ["Database", "RunSource", "db_option"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 #: Passwords: the part after the first colon of "user:password@host", and options with such names.
 _USER: Final = re.compile(r"(?<=://)([^:@]*):.+@", re.DOTALL)
 _SECRET: Final = re.compile("passw(or)?d|pwd|passphrase|token|secret|api_?key", re.IGNORECASE)
@@ -245,6 +246,22 @@ class Database:
     def _is_missing(self) -> bool:
         # Only a file can be missing.
         return isinstance(self.store, SQLiteStore) and not os.path.exists(self.store.path)
+
+    def read_named(self, read: Callable[[Any, str], T | None], name: str, missing: str) -> T:
+        """Return what the store has under a name, of a limit or a budget. Raises Problem, which says what is ``missing``."""
+        store = self.reader
+        with self.explain_errors():
+            try:
+                state = None if self.is_empty else read(store, name)
+            except ValueError as error:  # Not a valid name.
+                raise Problem(str(error), code=Code.USAGE) from None
+        if state is None:
+            raise Problem(
+                f"{missing} {clean(name, 100)!r} in {self.name}",
+                "check its name, and pass the store that it uses: --db",
+                code=Code.NOT_FOUND,
+            )
+        return state
 
     def find(self, run: str) -> RunRecord:
         """Return the run that an id, a prefix of one, or "last" names. Raises Problem."""

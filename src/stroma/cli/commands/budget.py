@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from stroma._utils.text import clean, format_tokens, format_usd, pluralize
-from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import format_local_time
 from stroma.cli.output import emit, out, table
 from stroma.cli.stores import Database, db_option
@@ -28,19 +27,7 @@ def budget(name: str, as_json: bool, store: str | None, db: str | None) -> None:
     The limit is that of the process that used it last.
     """
     database = Database.from_option(store or db)
-    reader = database.reader
-    state: BudgetState | None = None
-    with database.explain_errors():
-        try:
-            state = None if database.is_empty else read_budget(reader, name)
-        except ValueError as error:  # Not a valid name.
-            raise Problem(str(error), code=Code.USAGE) from None
-    if state is None:
-        raise Problem(
-            f"no run has spent from a shared budget {clean(name, 100)!r} in {database.name}",
-            "check its name, and pass the store that it uses: --db",
-            code=Code.NOT_FOUND,
-        )
+    state = database.read_named(read_budget, name, "no run has spent from a shared budget")
     if as_json:
         emit(_data(state))
         return

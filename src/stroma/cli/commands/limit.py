@@ -5,11 +5,9 @@ from __future__ import annotations
 import click
 
 from stroma._utils.text import clean, format_duration, format_tokens, pluralize
-from stroma.cli.errors import Code, Problem
 from stroma.cli.output import emit, out
 from stroma.cli.stores import Database, db_option
 from stroma.limits.rate_limit import read_limit
-from stroma.limits.rate_state import LimitState
 
 __all__ = ["limit"]
 
@@ -22,19 +20,7 @@ __all__ = ["limit"]
 def limit(name: str, as_json: bool, store: str | None, db: str | None) -> None:
     """Show a Limit in a store: the calls and tokens of the last minute, calls in flight, and its cooldown."""
     database = Database.from_option(store or db)
-    reader = database.reader
-    state: LimitState | None = None
-    with database.explain_errors():
-        try:
-            state = None if database.is_empty else read_limit(reader, name)
-        except ValueError as error:  # Not a valid name.
-            raise Problem(str(error), code=Code.USAGE) from None
-    if state is None:
-        raise Problem(
-            f"no call was made under a limit {clean(name, 100)!r} in {database.name}",
-            "check its name, and pass the store that it uses: --db",
-            code=Code.NOT_FOUND,
-        )
+    state = database.read_named(read_limit, name, "no call was made under a limit")
     if as_json:
         emit({"schema": "stroma.limit/1", "name": name, **state._asdict()})
         return

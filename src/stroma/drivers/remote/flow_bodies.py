@@ -26,6 +26,7 @@ from stroma.contracts.schema import Schema, schema_of
 from stroma.cost.tracker import CostTracker
 from stroma.drivers.remote.children import merged, spans_of
 from stroma.drivers.remote.plans import FROZEN, KnownNodes, spec_of
+from stroma.drivers.remote.results import no_room_error, read_value
 from stroma.drivers.remote.state import (
     Continue,
     Driver,
@@ -148,28 +149,14 @@ class _Values:
                 self._state["room"] -= size
             return {"text": text, "size": size, "cls": cls}
         if store is None:
-            error = StoreError(
-                f"a state of {size} bytes does not fit into the run, which has room for {max(0, self._state['room'])} more; "
-                "pass a payload store to the worker and the client: payloads="
-            )
-            error.transient = False
-            raise error
+            raise no_room_error(size, self._state["room"])
         data = text.encode()
         name = hashlib.sha256(data).hexdigest()
         store.put(name, data)
         return {"blob": name, "size": size, "cls": cls}
 
     def text_of(self, value: Value) -> str:
-        """Return the text of a value. Raises StoreError for one whose blob cannot be read."""
-        if "text" in value:
-            return value["text"]
-        store = self._site.payloads
-        if store is None:
-            raise StoreError(f"a state is stored in blob {value['blob']}; pass the payload store: payloads=")
-        data = store.get(value["blob"])
-        if data is None or hashlib.sha256(data).hexdigest() != value["blob"]:
-            raise StoreError(f"blob {value['blob']} is missing or damaged in {store!r}; restore it")
-        return data.decode()
+        return read_value(self._site.payloads, value)
 
 
 class _StateSession(NullSession):

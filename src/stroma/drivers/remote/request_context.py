@@ -17,7 +17,6 @@ from pydantic import BaseModel
 from stroma.checkpoint import (
     CheckpointManager,
     StepCall,
-    StoreError,
     Waiting,
 )
 from stroma.checkpoint.payloads import BlobStore
@@ -27,7 +26,7 @@ from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.drivers.remote.plans import FROZEN, KnownNodes, context_of
-from stroma.drivers.remote.results import fetch
+from stroma.drivers.remote.results import fetch, no_room_error
 from stroma.drivers.remote.wire import (
     LARGE,
     ActivityRequest,
@@ -140,12 +139,7 @@ class RequestContext:
             self.room -= size
             return {"text": text, "size": size, "cls": cls}
         if store is None:
-            error = StoreError(
-                f"a state of {size} bytes does not fit into the run, which has room for {self.room} more; pass a payload "
-                "store to the worker and the client: payloads="
-            )
-            error.transient = False
-            raise error
+            raise no_room_error(size, self.room)
         data = text.encode()
         name = hashlib.sha256(data).hexdigest()
         await asyncio.to_thread(store.put, name, data)

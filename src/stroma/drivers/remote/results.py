@@ -27,19 +27,34 @@ from stroma.trace.events import NO_USAGE, AttemptUsage, TraceEvent
 from stroma.trace.result import ExecutionResult, HookFailure, RunStatus
 from stroma.trace.trace import ExecutionTrace
 
-__all__ = ["Reader", "broken_of", "fetch", "result_of", "unpack"]
+__all__ = ["Reader", "broken_of", "fetch", "no_room_error", "read_value", "result_of", "unpack"]
 
 
-async def fetch(payloads: BlobStore | None, value: Value) -> str:
+def no_room_error(size: int, room: int) -> StoreError:
+    """Return the error of a state that is too large for the run, where there is no payload store."""
+    error = StoreError(
+        f"a state of {size} bytes does not fit into the run, which has room for {max(0, room)} more; pass a payload store to "
+        "the worker and the client: payloads="
+    )
+    error.transient = False
+    return error
+
+
+def read_value(payloads: BlobStore | None, value: Value) -> str:
     """Return the text of a value. Raises StoreError for one whose blob cannot be read."""
     if "text" in value:
         return value["text"]
     if payloads is None:
         raise StoreError(f"a state is stored in blob {value['blob']}; pass the payload store: payloads=")
-    data = await asyncio.to_thread(payloads.get, value["blob"])
+    data = payloads.get(value["blob"])
     if data is None or hashlib.sha256(data).hexdigest() != value["blob"]:
         raise StoreError(f"blob {value['blob']} is missing or damaged in {payloads!r}; restore it")
     return data.decode()
+
+
+async def fetch(payloads: BlobStore | None, value: Value) -> str:
+    """Return what :func:`read_value` returns, without stopping the event loop for a blob."""
+    return value["text"] if "text" in value else await asyncio.to_thread(read_value, payloads, value)
 
 
 def unpack(text: str) -> dict[str, Any]:

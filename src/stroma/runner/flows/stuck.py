@@ -23,16 +23,23 @@ _BETWEEN_TASKS: Final = frozenset(
 
 def waits_for_itself(driver: object, loop: asyncio.AbstractEventLoop) -> bool:
     """Return True if no task of a flow can go on: none of them runs, or waits for a time, for I/O or for a thread."""
-    for handle in _timers_of(loop):
+    timers = _timers_of(loop)
+    if timers is None:
+        return False  # What wakes a task cannot be seen.
+    for handle in timers:
         if not handle.cancelled() and handle._context.get(CURRENT_DRIVER) is driver:
             return False
     tasks = [task for task in asyncio.all_tasks(loop) if _context_of(task).get(CURRENT_DRIVER) is driver]
     return all(_is_blocked(task, tasks) for task in tasks)
 
 
-def _timers_of(loop: asyncio.AbstractEventLoop) -> list[Any]:
-    """Return the timers of an event loop, of asyncio.timeout() and the like: asyncio's, or Temporal's. Others have no list."""
-    return [*getattr(loop, "_scheduled", ()), *getattr(loop, "_pending_timers", {}).values()]
+def _timers_of(loop: asyncio.AbstractEventLoop) -> list[Any] | None:
+    """Return the timers of asyncio's event loop or Temporal's, of asyncio.timeout() and the like; None for others, such as uvloop."""
+    if hasattr(loop, "_scheduled"):
+        return list(loop._scheduled)
+    if hasattr(loop, "_pending_timers"):
+        return list(loop._pending_timers.values())
+    return None
 
 
 def _context_of(task: asyncio.Task[Any]) -> contextvars.Context:
