@@ -71,9 +71,14 @@ def test_attach_to_a_run_that_comes_to_wait(stroma):
     """A run that was waited for and now waits for a person itself ends with 7, as where it was run."""
     env = {"SECOND": "", "SECOND_AWAITS": "ask_later()"}
     stroma.file("later.py", """
+        import pathlib
         from sums import *
         import sums
+        with open("loaded", "a") as file:
+            file.write("x")
         async def ask_later():
+            while pathlib.Path("loaded").read_text() != "xx":  # Until the second process has loaded this file, too.
+                await asyncio.sleep(0.02)
             await asyncio.sleep(1.5)
             raise Suspend("well?")
         sums.ask_later = ask_later

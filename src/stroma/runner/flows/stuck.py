@@ -33,7 +33,7 @@ def waits_for_itself(driver: object, loop: asyncio.AbstractEventLoop) -> bool:
     return all(_is_blocked(task, tasks) for task in tasks)
 
 
-def _timers_of(loop: asyncio.AbstractEventLoop) -> list[Any] | None:
+def _timers_of(loop: Any) -> list[Any] | None:
     """Return the timers of asyncio's event loop or Temporal's, of asyncio.timeout() and the like; None for others, such as uvloop."""
     if hasattr(loop, "_scheduled"):
         return list(loop._scheduled)
