@@ -60,7 +60,7 @@ class TestPrometheus:
             await bound.run(Num())
         data: Any = reader.get_metrics_data()
         metrics = {m.name: m for r in data.resource_metrics for s in r.scope_metrics for m in s.metrics}
-        assert "gen_ai.invoke_workflow.duration" in metrics
+        assert "gen_ai.invoke_agent.duration" in metrics
         assert "stroma.runs.active" not in metrics
 
 

@@ -208,7 +208,7 @@ async def main(seed: str, path: str, statsd: str | None) -> dict[str, Any]:
         },
         "runs": {
             "ended": len(results),
-            "otel": sum(value for _, value in points("gen_ai.invoke_workflow.duration")),
+            "otel": sum(value for _, value in points("gen_ai.invoke_agent.duration")),
             "prometheus": prometheus("stroma_runs_total"),
             "spans": names["invoke_workflow"],
         },

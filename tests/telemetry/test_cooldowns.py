@@ -55,7 +55,7 @@ async def test_opentelemetry() -> None:
         one for of in data["resource_metrics"] for scope in of["scope_metrics"] for one in scope["metrics"]
     ]
     (points,) = [one["data"]["data_points"] for one in metrics if one["name"] == "stroma.limit.cooldowns"]
-    attributes = {"gen_ai.workflow.name": "letters", "stroma.limit": name}
+    attributes = {"stroma.pipeline": "letters", "stroma.limit": name}
     assert [(one["attributes"], one["value"]) for one in points] == [(attributes, 1)]
 
 

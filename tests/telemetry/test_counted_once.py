@@ -146,7 +146,7 @@ async def test_callers_that_attach_count_no_run_again(
     assert total(registry, "stroma_nodes_skipped_total") == 0
     assert total(registry, "stroma_runs_in_progress") == 0
     assert otel.roots() == 1
-    assert otel.count("gen_ai.invoke_workflow.duration") == 1
+    assert otel.count("gen_ai.invoke_agent.duration") == 1
     assert tracer.created.count("stroma.run") == 1
     assert [value for name, value in statsd.counts if name == "stroma.runs"] == [1]
     assert [one["transaction"] for one in sentry.transport.transactions] == ["p"]

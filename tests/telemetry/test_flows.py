@@ -105,7 +105,7 @@ async def test_opentelemetry() -> None:
         assert flow.points(f"stroma.node.{name}") == of_list.points(f"stroma.node.{name}")
     for name in ("stroma.tokens", "stroma.cost"):
         assert flow.points(name) == of_list.points(name)
-    for name in ("stroma.node.duration", "gen_ai.invoke_workflow.duration", "stroma.runs.active"):
+    for name in ("stroma.node.duration", "gen_ai.invoke_agent.duration", "stroma.runs.active"):
         assert flow.points(name).keys() == of_list.points(name).keys()
 
     seen = Seen()

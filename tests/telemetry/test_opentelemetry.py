@@ -111,7 +111,8 @@ class Seen:
         return sum(self.points(name).values())
 
     def hooks(self, **options: Any) -> Any:
-        return otel_hooks(tracer=self.tracer, meter=self.meter, **options)
+        # Spans of model calls are the subject of test_inference.py.
+        return otel_hooks(tracer=self.tracer, meter=self.meter, **{"inference": "never", **options})
 
 
 @pytest.fixture
@@ -447,7 +448,7 @@ class TestEndings:
         assert seen.span("stroma.node b").status.status_code is StatusCode.ERROR
         assert seen.named("stroma.node c") == []
         (points,) = seen.points("stroma.budget.exceeded").items()
-        assert points == ((("gen_ai.workflow.name", "pipeline"), ("stroma.budget.dimension", "tokens")), 1)
+        assert points == ((("stroma.budget.dimension", "tokens"), ("stroma.pipeline", "pipeline")), 1)
         assert seen.total("stroma.tokens") == 30
         assert "stroma.budget.warning" in events(seen.span("invoke_workflow pipeline"))
 
@@ -531,8 +532,8 @@ class TestMetrics:
         assert seen.total("stroma.node.retries") == 2
         assert seen.total("stroma.tokens") == result.total_tokens == 30
         assert seen.total("stroma.cost") == pytest.approx(result.total_cost_usd)
-        ((labels, (count, _)),) = seen.points("gen_ai.invoke_workflow.duration").items()
-        assert labels == (("gen_ai.workflow.name", "pipeline"), ("stroma.status", "COMPLETED"))
+        ((labels, (count, _)),) = seen.points("gen_ai.invoke_agent.duration").items()
+        assert labels == (("gen_ai.agent.name", "pipeline"), ("stroma.status", "COMPLETED"))
         assert count == 1
         assert sum(count for count, _ in seen.points("stroma.node.duration").values()) == 4
         everything = str([seen.points(f"stroma.{name}") for name in ("node.executions", "tokens", "cost")])
@@ -560,7 +561,7 @@ class TestContent:
         hooks = seen.hooks(content="redacted", deny_keys={"N"}, attempts="spans")
         runner = quick(hooks, retries=0, redact=redact)
         await runner.run([flaky(runner, failures=9)], State(text="my own words"))
-        shown = json.loads(seen.span("stroma.node flaky").attributes["stroma.input"])
+        shown = json.loads(seen.span("stroma.node flaky").attributes["input.value"])
         assert shown == {"n": "[redacted]", "text": "...", "key": "**********", "items": [1, 2, 3]}
         everything = [span.to_json() for span in seen.spans]
         assert not [text for text in everything if "my own words" in text or "hunter2" in text]
@@ -572,14 +573,21 @@ class TestContent:
         """No attribute is larger than max_bytes and the mark that says how long it was."""
         runner = quick(seen.hooks(content="redacted", max_bytes=100), retries=0)
         await runner.run([flaky(runner, failures=9)], State(text="é" * 100_000))
-        shown = seen.span("stroma.node flaky").attributes["stroma.input"]
+        shown = seen.span("stroma.node flaky").attributes["input.value"]
         assert len(shown.encode()) < 140
         assert re.search(r"\.\.\. \[truncated, 2000\d\d bytes\]$", shown)
 
     def test_wrong_options_are_refused(self) -> None:
         """Options that say nothing are errors at once, not at the first run."""
-        for wrong in ({"content": "all"}, {"attempts": "no"}, {"max_bytes": 0}):
-            with pytest.raises(ValueError, match=r"must be|it is"):
+        for wrong in (
+            {"content": "all"},
+            {"attempts": "no"},
+            {"max_bytes": 0},
+            {"semconv": "old"},
+            {"vocabulary": "x"},
+            {"inference": "x"},
+        ):
+            with pytest.raises(ValueError, match="must be"):
                 otel_hooks(**wrong)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="deny_keys"):
             otel_hooks(deny_keys="password")

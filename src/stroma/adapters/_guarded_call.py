@@ -291,6 +291,7 @@ class Call:
             cancelling=entry[1],
             # The journal records the view of the output, not the object that the caller needs.
             restores=False,
+            role=step.role,
         )
         outcome = await execute(ctx, Node(step.step_id, perform, None, False, True, step.plan), state, place)
         if isinstance(outcome, Halt):

@@ -58,6 +58,7 @@ class GuardedStep:
         collect: returns the result of a stream for the list of its chunks. Without it a stream's result is their number,
             or the list if the step has a contract or reads usage.
         can_retry: the step may be called again after a failure.
+        role: what traces show the step as: "tool" or "agent"; None for any other.
         usage_includes_calls: ``usage`` includes that of the guarded calls inside, which is deducted.
     """
 
@@ -70,6 +71,7 @@ class GuardedStep:
     collect: Callable[[list[Any]], Any] | None = None
     can_retry: bool = True
     usage_includes_calls: bool = True
+    role: Literal["tool", "agent"] | None = None
     plan: list[Any] = field(default_factory=lambda: [None], repr=False)
 
 

@@ -79,6 +79,7 @@ class _OfAgent(AgentMiddleware):
             "output_view": answer_of,
             "control": control_of,
             "can_retry": False,
+            "role": "agent",
         }
         name = getattr(context.agent, "name", None) or "agent"
         if context.stream:
@@ -118,7 +119,12 @@ class _OfFunction(FunctionMiddleware):
     async def process(self, context: Any, call_next: Any) -> None:
         name, shared = context.function.name, self._shared
         step = GuardedStep(
-            name, shared.tools.get(name), lambda *_: context.arguments, result_of, control=control_of
+            name,
+            shared.tools.get(name),
+            lambda *_: context.arguments,
+            result_of,
+            control=control_of,
+            role="tool",
         )
         try:
             context.result = await shared.guard.acall(step, Rest(context, call_next).whole)

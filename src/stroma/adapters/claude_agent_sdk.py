@@ -43,6 +43,7 @@ def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
         "usage": _used,
         "collect": _whole,
         "usage_includes_calls": False,
+        "role": "agent",
     }
     step: Any = guard.wrap("query", _messages, **about)
 
@@ -63,6 +64,7 @@ def guarded_tools(guard: Guard, tools: Sequence[Any], contracts: Contracts | Non
             contract=by_name.get(tool.name),
             input_view=lambda a, _: a[0],
             output_view=_result,
+            role="tool",
         )
         guarded.append(dataclasses.replace(tool, handler=_noting(step)))
     return guarded

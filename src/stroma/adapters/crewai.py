@@ -51,7 +51,7 @@ def attach(target: Any, guard: Guard, contracts: Contracts | None = None) -> Any
                     guard_llm(llm, guard)
         for tool in tools:
             if not guard.has(tool._run):
-                step = guard.wrap(tool.name, tool._run, contract=by_name.get(tool.name))
+                step = guard.wrap(tool.name, tool._run, contract=by_name.get(tool.name), role="tool")
                 object.__setattr__(tool, "_run", step)
         return _with_runs(target, guard, "kickoff", "akickoff", "kickoff_async")
     by_name = guard.contracts(contracts, map(str, target._methods), "method")

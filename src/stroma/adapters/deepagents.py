@@ -81,7 +81,7 @@ class DeepAgentsAdapter:
             hit = True
             if not self.guard.has(func):
                 step_id, contract = marks_of(mark, self.registry)
-                setattr(tool, name, self.guard.wrap(step_id, func, contract=contract))
+                setattr(tool, name, self.guard.wrap(step_id, func, contract=contract, role="tool"))
         return hit
 
     def node_decorator(self, node_id: str, contract: NodeContract[Any, Any]) -> Callable[..., Any]:

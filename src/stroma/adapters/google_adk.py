@@ -165,7 +165,7 @@ def _guard_tool(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None
     if hasattr(tool, "run_async") and not isinstance(tool, FunctionTool):
         if not guard.has(tool.run_async):
             about: Any = {"contract": contract, "input_view": lambda _, kwargs: kwargs.get("args")}
-            tool.run_async = guard.wrap(tool.name, tool.run_async, kind="acall", **about)
+            tool.run_async = guard.wrap(tool.name, tool.run_async, kind="acall", role="tool", **about)
         return tool
     func = tool.func if isinstance(tool, FunctionTool) else tool
     if not callable(func) or guard.has(func):
@@ -175,7 +175,7 @@ def _guard_tool(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None
     def input_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return {name: value for name, value in arguments(args, kwargs).items() if name != "tool_context"}
 
-    step = guard.wrap(_name_of(tool) or "tool", func, contract=contract, input_view=input_view)
+    step = guard.wrap(_name_of(tool) or "tool", func, contract=contract, input_view=input_view, role="tool")
     if func is tool:
         return step
     tool.func = step

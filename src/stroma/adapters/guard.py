@@ -31,6 +31,7 @@ from stroma.adapters._step import Control, GuardedStep, causes
 from stroma.contracts.contract import ContractRegistry, NodeContract, check_id
 from stroma.contracts.node import gives_coroutine
 from stroma.contracts.untyped import UntypedState
+from stroma.engine.config import check_label
 from stroma.engine.context import ReliabilityContext
 from stroma.failures.errors import RunCancelled
 from stroma.failures.failure import Failure
@@ -87,10 +88,19 @@ class Guard:
 
     # ------------------------------------------------------------------ runs
 
-    def run(self, input: Any = None, *, run_id: str | None = None, pipeline: str | None = None) -> GuardedRun:
+    def run(
+        self,
+        input: Any = None,
+        *,
+        run_id: str | None = None,
+        pipeline: str | None = None,
+        conversation: str | None = None,
+        user: str | None = None,
+    ) -> GuardedRun:
         """Return a run for the calls inside ``with guard.run():`` or ``async with guard.run():``.
 
-        ``input`` is its initial state for the journal and the hooks; any value is accepted.
+        ``input`` is its initial state for the journal and the hooks; any value is accepted. ``conversation``, ``user``:
+        see RunConfig.
         """
         if self.runner is None:
             raise RuntimeError(
@@ -102,6 +112,10 @@ class Guard:
         }
         if pipeline is not None:
             update["pipeline"] = check_id(pipeline, "pipeline name")
+        if conversation is not None:
+            update["conversation"] = check_label(conversation, "conversation")
+        if user is not None:
+            update["user"] = check_label(user, "user")
         ctx = ReliabilityContext.for_run(
             config.model_copy(update=update), self.registry, self.runner.checkpoint_manager
         )

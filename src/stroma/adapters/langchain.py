@@ -73,7 +73,12 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
         name = request.tool_call["name"]
         input_view = lambda args, _: args[0].tool_call["args"]  # noqa: E731
         return GuardedStep(
-            name, self._contracts.get(name), input_view=input_view, output_view=result_of, control=_control
+            name,
+            self._contracts.get(name),
+            input_view=input_view,
+            output_view=result_of,
+            control=_control,
+            role="tool",
         )
 
     def _check(self, tools: Any) -> None:

@@ -89,14 +89,24 @@ class GuardedRunner:
 
     async def _arun_step(self, agent: Any, input: Any, **options: Any) -> Any:
         step = GuardedStep(
-            agent.name, input_view=_input_view, output_view=_final, control=control, can_retry=False
+            agent.name,
+            input_view=_input_view,
+            output_view=_final,
+            control=control,
+            can_retry=False,
+            role="agent",
         )
         return self._noted(await self.guard.acall(step, Runner.run, agent, input, **self._options(options)))
 
     def _run_step(self, agent: Any, input: Any, **options: Any) -> Any:
         # Its models and tools had their retries: it is called once.
         step = GuardedStep(
-            agent.name, input_view=_input_view, output_view=_final, control=control, can_retry=False
+            agent.name,
+            input_view=_input_view,
+            output_view=_final,
+            control=control,
+            can_retry=False,
+            role="agent",
         )
         return self._noted(self.guard.call(step, Runner.run_sync, agent, input, **self._options(options)))
 
@@ -214,7 +224,7 @@ class _Invoker:
     def __init__(self, tool: Any, bare: Any, guard: Guard, contract: NodeContract[Any, Any] | None) -> None:
         self._tool, self._bare, self._guard = tool, bare, guard
         guard.mark(self)
-        self._step = GuardedStep(tool.name, contract, input_view=_arguments, control=control)
+        self._step = GuardedStep(tool.name, contract, input_view=_arguments, control=control, role="tool")
 
     async def __call__(self, context: Any, arguments: str) -> Any:
         try:

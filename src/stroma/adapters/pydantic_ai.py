@@ -50,7 +50,12 @@ class StromaCapability(AbstractCapability[Any]):
         name = getattr(ctx.agent, "name", None) or "agent"
         # Its models and tools had their retries.
         step = GuardedStep(
-            name, self._output, output_view=lambda result: result.output, control=control, can_retry=False
+            name,
+            self._output,
+            output_view=lambda result: result.output,
+            control=control,
+            can_retry=False,
+            role="agent",
         )
 
         async def run(_: Any) -> Any:
@@ -68,7 +73,7 @@ class StromaCapability(AbstractCapability[Any]):
         return request_context
 
     async def wrap_tool_execute(self, ctx: Any, *, call: Any, tool_def: Any, args: Any, handler: Any) -> Any:
-        step = GuardedStep(call.tool_name, self._tools.get(call.tool_name), control=control)
+        step = GuardedStep(call.tool_name, self._tools.get(call.tool_name), control=control, role="tool")
         return await self.guard.acall(step, handler, args)
 
     async def after_output_process(self, ctx: Any, *, output_context: Any, output: Any) -> Any:

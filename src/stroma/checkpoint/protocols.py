@@ -359,6 +359,8 @@ class Session(Protocol):
         waiting: approvals that its nodes wait for, or waited for, by (position, branch).
         notes: what :meth:`note` stored in this execution before, by key.
         traceparent: trace context recorded by the process that started the execution; None before.
+        attribution: ids of what the run belongs to, by "conversation", "user" and "session": those that were noted before, in
+            a fork those of its origin. "session": the first of the runs that were forked from each other.
         undelivered: attempts of earlier processes whose end hooks may not have been called, the oldest first; without
             states. Always empty if all attempts are of this process.
         tried: failed attempts without a later commit, by (position, branch), if the previous process died.
@@ -379,6 +381,7 @@ class Session(Protocol):
     waiting: Mapping[tuple[int, str], Waiting]
     notes: Mapping[str, bytes]
     traceparent: str | None
+    attribution: Mapping[str, str]
     undelivered: Sequence[AttemptRow]
     on_cancel: Callable[[], None] | None
 
@@ -396,6 +399,9 @@ class Session(Protocol):
 
     def note_traceparent(self, traceparent: str) -> None:
         """Store, without waiting, the W3C trace context of this execution for processes that resume it."""
+
+    def note_attribution(self, ids: Mapping[str, str]) -> None:
+        """Store, without waiting, ids of what this execution belongs to, for processes that resume it."""
 
     def record(
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None

@@ -44,6 +44,7 @@ class NullSession:
     waiting: Mapping[tuple[int, str], Waiting] = {}
     notes: Mapping[str, bytes] = {}
     traceparent: str | None = None
+    attribution: Mapping[str, str] = {}  # Nothing is put there.
     undelivered: Sequence[AttemptRow] = ()
     on_cancel: Callable[[], None] | None = None
 
@@ -75,6 +76,9 @@ class NullSession:
         return None
 
     def note_traceparent(self, traceparent: str) -> None:
+        return None
+
+    def note_attribution(self, ids: Mapping[str, str]) -> None:
         return None
 
     def note(self, key: str, data: bytes | None) -> None:

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 else:  # Loaded by who makes one: pydantic leaves them to the validators below.
     Breaker = Limit = SharedBudget = Any
 
-__all__ = ["RunConfig", "default_config", "new_run_id"]
+__all__ = ["RunConfig", "check_label", "default_config", "new_run_id"]
 
 
-_LONGEST_TAG: Final = 200  # An index holds them.
+_LONGEST_LABEL: Final = 200  # An index holds them.
 
 
 def new_run_id() -> str:
@@ -55,6 +55,15 @@ class _GeneratedId(str):
         return fresh_in == os.getpid()
 
     _fresh_in: int
+
+
+def check_label(text: str, what: str) -> str:
+    """Return a text that stores keep as a label. Raises ValueError for an illegal or a long one, TypeError for no text."""
+    if len(check_id(text, what)) > _LONGEST_LABEL:
+        raise ValueError(
+            f"a {what} must have at most {_LONGEST_LABEL} characters, got {len(text)}: {text[:40]!r}..."
+        )
+    return text
 
 
 def _generate_id() -> str:
@@ -112,6 +121,8 @@ class RunConfig(LazyModel):
         hook_timeout_ms: how long one call of a hook may take; None for ever.
         tags: words to find the run by, such as "nightly" or "customer=42", at most 200 characters each; a journal store keeps
             them, ``stroma runs --tag`` and the web interface ask for them.
+        conversation: id of the conversation or session that runs belong to, and ``user`` of whom they serve: at most 200
+            characters each. Spans and log lines have them, also those of a resume or a fork that does not give them.
         redact: applied to each state dict before a hook or a log line sees it; if it raises, the state is replaced. In log
             lines it is given the message of a failure, as ``{"message": text}``, without what it takes out of states. A
             hook that asks ``current_node().last_failure`` gets the exception as the node will.
@@ -150,6 +161,8 @@ class RunConfig(LazyModel):
     hook_delivery: Literal["at_most_once", "at_least_once"] = "at_most_once"
     hook_timeout_ms: int | None = Field(default=5000, gt=0, le=LARGEST)
     tags: tuple[str, ...] = ()
+    conversation: str | None = None
+    user: str | None = None
     redact: Annotated[Callable[[dict[str, Any]], dict[str, Any]] | None, SkipValidation] = None
 
     def with_run_id(self, run_id: str) -> RunConfig:
@@ -251,11 +264,13 @@ class RunConfig(LazyModel):
     @classmethod
     def _legal_tags(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for tag in value:
-            if len(check_id(tag, "tag")) > _LONGEST_TAG:
-                raise ValueError(
-                    f"a tag must have at most {_LONGEST_TAG} characters, got {len(tag)}: {tag[:40]!r}..."
-                )
+            check_label(tag, "tag")
         return value
+
+    @field_validator("conversation", "user")
+    @classmethod
+    def _legal_label(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return None if value is None else check_label(value, str(info.field_name))
 
     @field_validator("node_timeouts")
     @classmethod

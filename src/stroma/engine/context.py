@@ -400,6 +400,21 @@ class ReliabilityContext:
         return self.session.traceparent
 
     @property
+    def conversation(self) -> str | None:
+        """The id of the conversation that the run belongs to, or None."""
+        return self.config.conversation or self.session.attribution.get("conversation")
+
+    @property
+    def user(self) -> str | None:
+        """The id of the user that the run serves, or None."""
+        return self.config.user or self.session.attribution.get("user")
+
+    @property
+    def session_id(self) -> str:
+        """One id for a run, its resumes and forks: the conversation's, else that of the first run."""
+        return self.conversation or self.session.attribution.get("session") or self.run_id
+
+    @property
     def execution(self) -> int:
         """1 for the first execution of this run id, 2 after a restart, and so on."""
         return self.session.execution
@@ -476,6 +491,14 @@ class ReliabilityContext:
         traceparent = self.kept_traceparent or self.traceparent
         if traceparent is not None and self.session.traceparent is None and self.session.finished is None:
             self.session.note_traceparent(traceparent)
+        given = {"conversation": self.config.conversation, "user": self.config.user}
+        new = {
+            kind: value
+            for kind, value in given.items()
+            if value and value != self.session.attribution.get(kind)
+        }
+        if new and self.session.finished is None:
+            self.session.note_attribution(new)
 
     async def call_end_hooks(self, result: ExecutionResult) -> None:
         """Call the hooks of the run's end. Raises HookNotAsync, unless the run was cancelled."""

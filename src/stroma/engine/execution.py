@@ -75,6 +75,8 @@ class NodeExecution:
     repairing: bool = False
     #: What is wrong with a reported response, if the attempt is to fail of it once its output is safe.
     misreported: UsageError | None = None
+    #: What it is to the framework that calls it: "tool" or "agent"; None for any other node.
+    role: str | None = None
     #: Its calls, an Effect of stroma.engine.effects, once it is known to be one.
     effect: Any = None
     _notes: dict[Any, Any] | None = None

@@ -72,7 +72,7 @@ async def execute_in_turn(
     one before, or ends its task.
     """
     # One coroutine for all nodes of a run, since it costs as much as the loop itself.
-    first, branch, kind, parent, contract, step, cancelling, restores = place
+    first, branch, kind, parent, contract, step, cancelling, restores, role = place
     task = asyncio.current_task()
     attempt = NodeAttempt(ctx)
     for position, node in enumerate(nodes, first):
@@ -102,6 +102,8 @@ async def execute_in_turn(
             return await _without_plan(ctx, run, node, value, error)
         if step is not None:
             run.step = step
+            if role is not None:
+                run.role = role
         CURRENT.set(run)
         number = 0  # Not read from the execution, which hooks can change.
         try:

@@ -244,6 +244,8 @@ class StromaRunner:
         if_exists: Literal["restart", "resume", "return", "error"] | None = None,
         if_running: Literal["error", "attach", "take_over"] | None = None,
         traceparent: str | None = None,
+        conversation: str | None = None,
+        user: str | None = None,
     ) -> ExecutionResult[Out]: ...
     @overload
     async def run(
@@ -259,6 +261,8 @@ class StromaRunner:
         if_exists: Literal["restart", "resume", "return", "error"] | None = None,
         if_running: Literal["error", "attach", "take_over"] | None = None,
         traceparent: str | None = None,
+        conversation: str | None = None,
+        user: str | None = None,
     ) -> ExecutionResult: ...
     async def run(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload]  # AnyState is a Pipeline.
         self,
@@ -273,6 +277,8 @@ class StromaRunner:
         if_exists: Literal["restart", "resume", "return", "error"] | None = None,
         if_running: Literal["error", "attach", "take_over"] | None = None,
         traceparent: str | None = None,
+        conversation: str | None = None,
+        user: str | None = None,
     ) -> ExecutionResult[Any]:
         """Run nodes one after the other, each on the output of the one before.
 
@@ -290,6 +296,8 @@ class StromaRunner:
             "retry_failed_items": retry_failed_items,
             "if_exists": if_exists,
             "if_running": if_running,
+            "conversation": conversation,
+            "user": user,
         }
         return await self._run(node_sequence, initial_state, run_id, overrides, traceparent)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stroma.telemetry.sentry import sentry_hooks
 
 _HOMES = {
+    "AttributionProcessor": "attribution",
     "DENY_KEYS": "content",
     "ExporterHooks": "observer",
     "datadog_hooks": "datadog",
@@ -35,6 +36,7 @@ _HOMES = {
 
 __all__ = [
     "DENY_KEYS",
+    "AttributionProcessor",
     "ExporterHooks",
     "datadog_hooks",
     "log_hooks",

@@ -1,8 +1,4 @@
-"""OpenTelemetry: a span for each run and node, and metrics. Needs ``opentelemetry-api`` alone.
-
-Names of the generative-AI conventions are constants of ours: they are in development, and the package that had them
-calls them deprecated.
-"""
+"""OpenTelemetry: a span for each run and node, and metrics. Needs ``opentelemetry-api`` alone."""
 
 from __future__ import annotations
 
@@ -11,10 +7,14 @@ from contextvars import Token
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node
 from stroma.failures.classes import FailureClass
+from stroma.telemetry import conventions
 from stroma.telemetry.content import DENY_KEYS, Content, ContentMode, type_name
+from stroma.telemetry.conventions import SCHEMA_URL, SCOPE, Semconv, Vocabulary, about_run, content_of
+from stroma.telemetry.inference import InferenceMode, InferenceSpans
 from stroma.telemetry.observer import (
     CUT_SHORT,
     NODE_BUCKETS,
@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 
 __all__ = ["otel_hooks"]
 
+# The histogram of runs and what it calls the pipeline: of release 0.1.0 of the conventions, and before it.
+_RUN_NAMES: Final = (
+    ("gen_ai.invoke_agent.duration", "gen_ai.agent.name"),
+    ("gen_ai.invoke_workflow.duration", "gen_ai.workflow.name"),
+)
 # In seconds. The first as the conventions advise; https://opentelemetry.io/docs/specs/semconv/gen-ai/
 _RUN_BUCKETS: Final = (1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 
@@ -48,6 +53,10 @@ def otel_hooks(
     content: ContentMode = "none",
     deny_keys: Collection[str] = DENY_KEYS,
     max_bytes: int = 8192,
+    vocabulary: Vocabulary = "openinference",
+    inference: InferenceMode = "auto",
+    semconv: Semconv | None = None,
+    baggage: bool = False,
 ) -> ExporterHooks:
     """Create hooks that emit spans and metrics.
 
@@ -64,17 +73,35 @@ def otel_hooks(
         content: see :class:`stroma.telemetry.content.Content`; with "redacted" states are attributes.
         deny_keys: names of fields whose values are never sent.
         max_bytes: of one state or message.
+        vocabulary: "openinference" also gives spans the kinds that Phoenix, Langfuse and others show, and content under the
+            names that these read; "none" leaves both out.
+        inference: a span with model, tokens and cost for each attempt that used tokens: "auto" makes it where no span
+            inside the attempt reports tokens itself, as those of an instrumented client do; that is seen with a provider
+            of the SDK, to which an AttributionProcessor is added. Else, and for "never", there is none.
+        semconv: "latest" or "both", see :data:`stroma.telemetry.conventions.Semconv`. None: "both" if
+            OTEL_SEMCONV_STABILITY_OPT_IN has ``gen_ai/dup``, else "latest".
+        baggage: pass the ids of run, session and user on to the services that nodes call.
 
-    Raises ImportError with the line that installs the extra.
+    Raises ImportError with the line that installs the extra, ValueError for an unknown choice.
     """
     try:
         import opentelemetry.trace  # noqa: F401
     except ImportError as error:
         raise missing("opentelemetry-api", "otel_hooks", "otel") from error
     if attempts not in ("events", "spans"):
-        raise ValueError(f'attempts is {attempts!r}; it is "events" or "spans"')
-    content_rules = Content.make(content, deny_keys, max_bytes)
-    return _OpenTelemetry(tracer, meter, own_spans=attempts == "spans", content=content_rules).hooks()
+        raise ValueError(f'attempts must be "events" or "spans", got {attempts!r}')
+    if vocabulary not in ("openinference", "none"):
+        raise ValueError(f'vocabulary must be "openinference" or "none", got {vocabulary!r}')
+    return _OpenTelemetry(
+        tracer,
+        meter,
+        own_spans=attempts == "spans",
+        content=Content.make(content, deny_keys, max_bytes),
+        vocabulary=vocabulary,
+        inference=InferenceSpans(inference, vocabulary),
+        earlier_names=conventions.wants_earlier_names(semconv),
+        baggage=baggage,
+    ).hooks()
 
 
 class _RunSpan:
@@ -112,6 +139,10 @@ class _OpenTelemetry(Observer):
         *,
         own_spans: bool,
         content: Content,
+        vocabulary: Vocabulary,
+        inference: InferenceSpans,
+        earlier_names: bool,
+        baggage: bool,
     ) -> None:
         super().__init__()
         self._model_label = ModelLabels()
@@ -126,14 +157,30 @@ class _OpenTelemetry(Observer):
         ]
         traces: Any = trace.get_tracer_provider() if tracer is None else tracer
         measures: Any = metrics.get_meter_provider() if meter is None else meter
-        self._tracer: Tracer = traces if isinstance(traces, trace.Tracer) else traces.get_tracer("stroma")
-        own_meter: Meter = measures if isinstance(measures, metrics.Meter) else measures.get_meter("stroma")
+        version = conventions.version()
+        self._tracer: Tracer = (
+            traces
+            if isinstance(traces, trace.Tracer)
+            else traces.get_tracer(SCOPE, version, schema_url=SCHEMA_URL)
+        )
+        own_meter: Meter = (
+            measures
+            if isinstance(measures, metrics.Meter)
+            else measures.get_meter(SCOPE, version or "", SCHEMA_URL)
+        )
         self._own_spans = own_spans
         self._content = content
-        self._run_seconds = own_meter.create_histogram(
-            "gen_ai.invoke_workflow.duration", "s", "Wall time of a run",
-            explicit_bucket_boundaries_advisory=_RUN_BUCKETS,
-        )  # fmt: skip
+        self._vocabulary = vocabulary
+        self._inference = inference
+        self._baggage = baggage
+        self._watched: Any = None
+        #: Histograms of runs, with the name of the pipeline's label: the second is that of earlier conventions.
+        self._run_seconds = [
+            (own_meter.create_histogram(
+                name, "s", "Wall time of a run", explicit_bucket_boundaries_advisory=_RUN_BUCKETS
+            ), label)
+            for name, label in (_RUN_NAMES if earlier_names else _RUN_NAMES[:1])
+        ]  # fmt: skip
         self._node_seconds = own_meter.create_histogram(
             "stroma.node.duration", "s", "Wall time of an attempt's function",
             explicit_bucket_boundaries_advisory=NODE_BUCKETS,
@@ -170,8 +217,9 @@ class _OpenTelemetry(Observer):
         if is_returned(run):
             return
         run.notes[self] = of_run = _RunSpan()
+        self._watch_spans_of_others()
         if not run.elsewhere:  # It may end in another process: what went up here would never come down.
-            self._active.add(1, {"gen_ai.workflow.name": run.pipeline})
+            self._active.add(1, {"stroma.pipeline": run.pipeline})
         parent = None if run.traceparent is None else self._remote(run.traceparent)
         links = []
         if run.first_traceparent is not None:
@@ -184,9 +232,10 @@ class _OpenTelemetry(Observer):
             links=links,
             attributes={
                 "gen_ai.operation.name": "invoke_workflow",
-                "gen_ai.workflow.name": run.pipeline,
-                "stroma.run.id": run.run_id,
+                **{label: run.pipeline for _, label in self._run_seconds},
                 "stroma.run.execution": run.execution,
+                **about_run(run),
+                **self._kind_of(None),
             },
         )
         if span.get_span_context().is_valid and run.kept_traceparent is None:
@@ -194,7 +243,7 @@ class _OpenTelemetry(Observer):
             self._w3c.inject(carrier, self._trace.set_span_in_context(span))
             run.kept_traceparent = carrier.get("traceparent")
         if span.is_recording():
-            span.set_attribute("stroma.input", self._content.state(run, state))
+            self._show_state(span, "input", run, state)
         if run.elsewhere:  # No span can end where it has not begun: this one is what the others stand under.
             del run.notes[self]
             span.end()
@@ -206,15 +255,17 @@ class _OpenTelemetry(Observer):
         if of_run is None:
             return
         span = of_run.span
-        labels: dict[str, str] = {"gen_ai.workflow.name": run.pipeline}
+        labels: dict[str, str] = {"stroma.pipeline": run.pipeline}
         if not run.elsewhere:
             self._active.add(-1, labels)
         failed = Ended.finally_(result)
         kind = None if failed is None or failed.error is None else type_name(failed.error)
-        outcome = {**labels, "stroma.status": result.status.value}
+        outcome = {"stroma.status": result.status.value}
         if kind is not None:
             outcome["error.type"] = kind
-        self._run_seconds.record(perf_counter() - of_run.since, outcome)
+        seconds = perf_counter() - of_run.since
+        for histogram, label in self._run_seconds:
+            histogram.record(seconds, {label: run.pipeline, **outcome})
         for error in result.hook_errors:
             self._hook_errors.add(1, {**labels, "stroma.hook": error.hook})
         dimension = exceeded(result)
@@ -225,6 +276,10 @@ class _OpenTelemetry(Observer):
         span.set_attribute("stroma.status", result.status.value)
         span.set_attribute("stroma.tokens", result.total_tokens)
         span.set_attribute("stroma.cost_usd", result.total_cost_usd)
+        if result.final_state is not None and span.is_recording():
+            self._show_state(
+                span, "output", run, schema_of(type(result.final_state)).state(result.final_state)
+            )
         if failed is not None:
             self._mark(span, run, failed)
         span.end()
@@ -236,7 +291,7 @@ class _OpenTelemetry(Observer):
         record.span = self._tracer.start_span(
             f"stroma.run_end {run.pipeline}",
             context=None if run.traceparent is None else self._remote(run.traceparent),
-            attributes={"stroma.run.id": run.run_id, "gen_ai.workflow.name": run.pipeline},
+            attributes={**about_run(run), **self._kind_of(None)},
         )
         return record
 
@@ -256,7 +311,7 @@ class _OpenTelemetry(Observer):
             of_run.span.add_event("stroma.budget.warning", about)
 
     def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
-        self._cooldowns.add(1, {"gen_ai.workflow.name": run.pipeline, "stroma.limit": limit})
+        self._cooldowns.add(1, {"stroma.pipeline": run.pipeline, "stroma.limit": limit})
         of_run = run.notes.get(self)
         if of_run is not None and of_run.span is not None:
             about = {"stroma.limit": limit, "stroma.limit.cooldown_s": seconds}
@@ -273,17 +328,22 @@ class _OpenTelemetry(Observer):
                 carrier: dict[str, str] = {}
                 self._w3c.inject(carrier, self._trace.set_span_in_context(of_node.span))
                 node.ctx.kept_traceparent = carrier.get("traceparent")
-            of_node.token = self._attach(of_node.span)
+            of_node.token = self._attach(of_node.span, node)
             if of_node.span.is_recording():
-                of_node.span.set_attribute("stroma.input", self._content.state(node.ctx, state))
+                self._show_state(of_node.span, "input", node.ctx, state)
         if self._own_spans:
             self._detach(of_node.attempt_token)  # of the attempt before
             of_node.attempt = self._tracer.start_span(
                 f"stroma.attempt {node.node_id}",
                 context=self._trace.set_span_in_context(of_node.span),
-                attributes={"stroma.node.id": node.node_id, "stroma.node.attempt": node.attempt},
+                attributes={
+                    "stroma.node.id": node.node_id,
+                    "stroma.node.attempt": node.attempt,
+                    **about_run(node.ctx),
+                    **self._kind_of(None),
+                },
             )
-            of_node.attempt_token = self._attach(of_node.attempt)
+            of_node.attempt_token = self._attach(of_node.attempt, node)
 
     def _begin(self, node: NodeExecution, start_ns: int | None = None) -> _NodeSpan:
         around = self.around(node)
@@ -298,10 +358,10 @@ class _OpenTelemetry(Observer):
             context=parent,
             start_time=start_ns,
             attributes={
-                "stroma.run.id": node.run_id,
                 "stroma.node.id": node.node_id,
                 "stroma.node.kind": node.kind,
-                "gen_ai.workflow.name": node.pipeline,
+                **about_run(ctx),
+                **self._kind_of(node.role),
                 **_place(node),
                 **({"stroma.redelivered": True} if node.redelivered else {}),
             },
@@ -312,14 +372,14 @@ class _OpenTelemetry(Observer):
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
         usage, pipeline = node.usage, node.pipeline
         seconds = (node.duration_ms or 0.0) / 1000
-        labels = {"gen_ai.workflow.name": pipeline, "stroma.node.id": node.node_id}
+        labels = {"stroma.pipeline": pipeline, "stroma.node.id": node.node_id}
         outcome = {**labels, "stroma.outcome": ended.outcome, "stroma.failure_class": ended.class_name}
         self._executions.add(1, outcome)
         self._node_seconds.record(seconds, labels)
         if usage.tokens:
             about = {**labels, "stroma.model": self._model_label(usage.model)}
-            self._tokens.add(usage.input_tokens, {**about, "gen_ai.token.type": "input"})
-            self._tokens.add(usage.output_tokens, {**about, "gen_ai.token.type": "output"})
+            self._tokens.add(usage.input_tokens, {**about, "stroma.direction": "input"})
+            self._tokens.add(usage.output_tokens, {**about, "stroma.direction": "output"})
             self._cost.add(usage.cost_usd, about)
         of_node = node.notes.get(self)
         if of_node is None:  # Input that broke its contract, or an end that is reported again after a crash.
@@ -349,7 +409,9 @@ class _OpenTelemetry(Observer):
             else:
                 of_node.attempt.set_attributes(about_attempt)
             if ended.output is not None:
-                span.set_attribute("stroma.output", self._content.state(node.ctx, ended.output))
+                self._show_state(span, "output", node.ctx, ended.output)
+            if self._inference.are_due(node):
+                self._bill(node, ended, self._trace.set_span_in_context(of_node.attempt or span))
         if of_node.attempt is not None:
             self._mark(of_node.attempt, node.ctx, ended)
             of_node.attempt.end()
@@ -359,7 +421,7 @@ class _OpenTelemetry(Observer):
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
         labels = {
-            "gen_ai.workflow.name": node.pipeline,
+            "stroma.pipeline": node.pipeline,
             "stroma.node.id": node.node_id,
             "stroma.failure_class": failure_class.value,
         }
@@ -400,8 +462,51 @@ class _OpenTelemetry(Observer):
     def _remote(self, traceparent: str) -> Context:
         return self._w3c.extract({"traceparent": traceparent})
 
-    def _attach(self, span: Span) -> Token[Context]:
-        return self._context.attach(self._trace.set_span_in_context(span))
+    def _attach(self, span: Span, node: NodeExecution) -> Token[Context]:
+        context = self._trace.set_span_in_context(span)
+        if self._baggage:
+            from opentelemetry.baggage import set_baggage
+
+            about = about_run(node.ctx)
+            for name in ("stroma.run.id", "session.id", "user.id"):
+                if name in about:
+                    context = set_baggage(name, about[name], context)
+        return self._context.attach(context)
+
+    def _kind_of(self, role: str | None) -> dict[str, str]:
+        if self._vocabulary == "none":
+            return {}
+        return {"openinference.span.kind": "CHAIN" if role is None else role.upper()}
+
+    def _show_state(
+        self,
+        span: Span,
+        direction: Literal["input", "output"],
+        run: ReliabilityContext,
+        state: dict[str, Any],
+    ) -> None:
+        """Note a state on a span: where it is content and backends read it, else names and types under our name."""
+        text = self._content.state(run, state)
+        if self._content.mode == "redacted" and self._vocabulary == "openinference":
+            span.set_attributes(content_of(direction, text))
+        else:
+            span.set_attribute(f"stroma.{direction}", text)
+
+    def _bill(self, node: NodeExecution, ended: Ended, around: Context) -> None:
+        span, end_ns = self._inference.start(self._tracer, node, around)
+        self._mark(span, node.ctx, ended)
+        span.end(end_ns)
+
+    def _watch_spans_of_others(self) -> None:
+        """See to it that the spans of others are attributed, and their usage seen, if they are the SDK's."""
+        provider: Any = self._providers[0]()
+        if provider is self._watched or not hasattr(provider, "add_span_processor"):
+            return
+        from stroma.telemetry.attribution import watch
+
+        watch(provider)
+        self._watched = provider
+        self._inference.can_see = True
 
     def _detach(self, token: Token[Context] | None) -> None:
         if token is not None:

@@ -31,7 +31,8 @@ def otlp_spans(record: RunRecord, attempts: Sequence[AttemptRecord]) -> dict[str
         _span(
             _Ids(trace, run_span, ""), f"invoke_workflow {record.pipeline}", (record.started_ms * 1_000_000, end_ns),
             {
-                "gen_ai.operation.name": "invoke_workflow", "gen_ai.workflow.name": record.pipeline,
+                "gen_ai.operation.name": "invoke_workflow", "gen_ai.agent.name": record.pipeline,
+                "openinference.span.kind": "CHAIN", "stroma.pipeline": record.pipeline,
                 "stroma.run.id": record.run_id, "stroma.run.execution": record.execution,
                 "stroma.status": "INTERRUPTED" if is_interrupted(record) else record.status,
                 "stroma.tokens": record.tokens, "stroma.cost_usd": record.cost_usd,
@@ -92,7 +93,8 @@ def _node_span(
     attributes = {
         "stroma.run.id": record.run_id,
         "stroma.node.id": last.node_id,
-        "gen_ai.workflow.name": record.pipeline,
+        "stroma.pipeline": record.pipeline,
+        "openinference.span.kind": "CHAIN",
         "stroma.node.position": last.position,
         "stroma.node.branch": last.branch or None,
         "stroma.node.attempts": len(tried),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Literal, NamedTuple, Self, cast, get_args
@@ -233,6 +233,10 @@ class _MortalSession:
     def note_traceparent(self, traceparent: str) -> None:
         if not self._is_dead:
             self._session.note_traceparent(traceparent)
+
+    def note_attribution(self, ids: Mapping[str, str]) -> None:
+        if not self._is_dead:
+            self._session.note_attribution(ids)
 
     def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
         if self._is_dead or self._deaths.reach(self._ctx, Boundary("before_end")):

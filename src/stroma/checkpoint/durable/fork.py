@@ -54,6 +54,13 @@ def fork_run(
         rows.commit(fence, _forked_attempt(number, position, branch, node_id, identities.get(position)), step)
     parent = Step("", "", b"", checksum(b""), before)
     rows.annotate(opening.run_id, Annotation.PARENT, "", source, parent)
+    belongs_to = {"session": source} | {
+        row.branch: row.node_id for row in rows.annotations(origin.run, Annotation.ATTRIBUTION)
+    }
+    for kind, value in belongs_to.items():
+        rows.annotate(opening.run_id, Annotation.ATTRIBUTION, kind, value, parent)
+    for row in list(rows.annotations(origin.run, Annotation.TRACE)):
+        rows.annotate(opening.run_id, Annotation.TRACE, row.branch, row.node_id, parent)
     why = f"forked from run {source!r} before position {before}"
     rows.finish(fence, "INTERRUPTED", payloads.seal_text(storable_text(why), new("error")))
 

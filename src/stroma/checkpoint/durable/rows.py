@@ -39,6 +39,9 @@ class Annotation(IntEnum):
     DUE_HOOKS = -6  #: an attempt whose end hooks may not have been called; branch: :func:`due_hooks_key`
     FAILURE_SITE = -7  #: where the last failed attempt at a place failed; branch: "position:branch"
     DEATHS = -8  #: number of deaths of the owner; see :meth:`DurableSession._recover`
+    ATTRIBUTION = (
+        -10
+    )  #: what the run belongs to; branch: "conversation", "user" or "session", and its id as node id
     NOTE = -9  #: data of the driver of the execution; branch: its key, which begins with a position
 
 

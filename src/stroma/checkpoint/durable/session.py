@@ -75,6 +75,7 @@ class DurableSession:
         "_stored_outputs",
         "_submit",
         "address",
+        "attribution",
         "charges",
         "continued",
         "ended",
@@ -94,6 +95,7 @@ class DurableSession:
     )
 
     stores_inputs: ClassVar[bool] = True
+    attribution: Mapping[str, str]
     fence: Fence
     execution: int
     continued: bool
@@ -143,7 +145,7 @@ class DurableSession:
         self.fence, self.execution = opened.fence, opened.fence.execution
         self.finished, self.continued = opened.finished, opened.continued
         self.restored, self.places, self.tried = opened.restored, opened.places, opened.tried
-        self.prior, self.traceparent = opened.prior, opened.traceparent
+        self.prior, self.traceparent, self.attribution = opened.prior, opened.traceparent, opened.attribution
         self.waiting, self.undelivered, self.notes = opened.waiting, opened.undelivered, opened.notes
         self._identities = {position: identity for identity, position in opened.places.items()}
         self._completed = opened.completed
@@ -387,6 +389,16 @@ class DurableSession:
         """Store the trace context without waiting. If this is lost, the trace of a resumed run is not linked."""
         step = Step("", "", b"", checksum(b""))
         self._post(lambda rows: rows.annotate(self.run_id, Annotation.TRACE, "", traceparent, step))
+
+    def note_attribution(self, ids: Mapping[str, str]) -> None:
+        """Store ids of what the run belongs to, without waiting. If this is lost, a resumed run belongs to nothing."""
+        step = Step("", "", b"", checksum(b""))
+
+        def write(rows: Rows) -> None:
+            for kind, value in ids.items():
+                rows.annotate(self.run_id, Annotation.ATTRIBUTION, kind, value, step)
+
+        self._post(write)
 
     def _post(self, do: Callable[[Rows], Any]) -> None:
         pending = asyncio.ensure_future(self._submit(Transaction(self.run_id, do)))

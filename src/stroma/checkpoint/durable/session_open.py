@@ -38,6 +38,7 @@ class OpenedRun:
     """
 
     __slots__ = (
+        "attribution",
         "completed",
         "continued",
         "fence",
@@ -53,6 +54,7 @@ class OpenedRun:
     )
 
     def __init__(self) -> None:
+        self.attribution: dict[str, str] = {}
         self.fence = Fence(None, 0, 0, "", 0.0)
         self.completed: RunRow | None = None
         self.continued = False
@@ -249,6 +251,9 @@ class RunOpener:
             for kind in _OF_EXECUTION:
                 rows.delete_annotations(run.run, kind)
             return  # A store that writes at the end of an operation would still read what was deleted.
+        opened.attribution = {
+            row.branch: row.node_id for row in rows.annotations(run.run, Annotation.ATTRIBUTION)
+        }
         trace = rows.annotations(run.run, Annotation.TRACE)
         opened.traceparent = next((row.node_id for row in trace), None)
         if is_claimed and opened.continued and request.deliver:
@@ -274,6 +279,7 @@ class RunOpener:
 
 #: Annotations that belong to one execution; SAVED and PARENT belong to the run.
 _OF_EXECUTION = (
+    Annotation.ATTRIBUTION,
     Annotation.TRACE,
     Annotation.DUE_HOOKS,
     Annotation.FAILURE_SITE,

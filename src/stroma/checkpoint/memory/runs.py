@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, cast
 
@@ -78,6 +78,7 @@ class MemoryRun:
     waiting: dict[tuple[int, str], Waiting] = field(default_factory=dict)
     notes: dict[str, bytes] = field(default_factory=dict)
     traceparent: str | None = None
+    attribution: Mapping[str, str] = field(default_factory=dict)
     parent: str | None = None
     pipeline: str = ""
     tags: tuple[str, ...] = ()
@@ -96,7 +97,7 @@ class MemoryRun:
         """Delete what the last execution recorded. States from ``save()`` belong to no execution and stay."""
         self.states = {k: v for k, v in self.states.items() if isinstance(k, str)}
         self.other_rows, self.calls, self.waiting, self.places = [], {}, {}, {}
-        self.traceparent, self.tags, self.notes = None, (), {}
+        self.traceparent, self.attribution, self.tags, self.notes = None, {}, (), {}
 
     def start_execution(self) -> None:
         """Record that an execution starts now."""

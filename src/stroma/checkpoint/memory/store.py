@@ -58,6 +58,7 @@ class _MemorySession(NullSession):
         "_other_rows",
         "_run",
         "_states",
+        "attribution",
         "continued",
         "execution",
         "finished",
@@ -104,7 +105,7 @@ class _MemorySession(NullSession):
         self.execution, self._epoch = run.execution, run.epoch
         self._run, self._states, self._other_rows = run, run.states, run.other_rows
         self._calls, self.waiting, self.traceparent = run.calls, dict(run.waiting), run.traceparent
-        self.places, self.notes = run.places, run.notes
+        self.places, self.notes, self.attribution = run.places, run.notes, run.attribution
 
     def _continue(self, run: MemoryRun, request: RunRequest) -> None:
         commits = {
@@ -197,6 +198,10 @@ class _MemorySession(NullSession):
     def note_traceparent(self, traceparent: str) -> None:
         if self._run.epoch == self._epoch:
             self._run.traceparent = traceparent
+
+    def note_attribution(self, ids: Mapping[str, str]) -> None:
+        if self._run.epoch == self._epoch:
+            self._run.attribution = {**self._run.attribution, **ids}
 
     def suspend(self, row: AttemptRow, waiting: Waiting) -> None:
         self.record(row, None, None)
@@ -348,6 +353,7 @@ class _MemoryStore(MemoryReader, MemoryCells):
         run.places = {identity: at for identity, at in source.places.items() if at < before}
         run.execution, run.parent, run.status = 1, run_id, "INTERRUPTED"
         run.pipeline, run.schema, run.input = source.pipeline, source.schema, source.input
+        run.attribution, run.traceparent = {"session": run_id, **source.attribution}, source.traceparent
         run.start_execution()
         if initial is not None:
             run.schema, run.input = initial[0], initial[0].snapshot(initial[1])

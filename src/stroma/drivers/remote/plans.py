@@ -32,7 +32,16 @@ __all__ = ["KnownNodes", "MissingNode", "freeze", "policies_of", "settings_of", 
 
 #: Fields of RunConfig that are frozen with a run. What is no data (hooks, classifiers, redact, shared budgets, limits and
 #: breakers) is the worker's own.
-FROZEN = ("budget", "node_timeouts", "contract_retries", "model_fallbacks", "unknown_model", "tags")
+FROZEN = (
+    "budget",
+    "node_timeouts",
+    "contract_retries",
+    "model_fallbacks",
+    "unknown_model",
+    "tags",
+    "conversation",
+    "user",
+)
 
 
 class MissingNode(LookupError):

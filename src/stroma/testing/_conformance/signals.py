@@ -130,6 +130,22 @@ class SignalTests:
         await finish(again)
         assert (await begin(store)).traceparent is None
 
+    async def test_the_attribution_belongs_to_the_execution(self, store: Any) -> None:
+        """Ids of conversation and user are passed on when the execution is resumed, and to no other execution."""
+        first = await begin(store)
+        assert dict(first.attribution) == {}
+        first.note_attribution({"conversation": "c", "user": "u"})
+        await commit(first, 0, State())
+        await finish(first, "PARTIAL")
+        again = await begin(store, if_exists="resume")
+        assert dict(again.attribution) == {"conversation": "c", "user": "u"}
+        again.note_attribution({"user": "v"})
+        await finish(again, "PARTIAL")
+        last = await begin(store, if_exists="resume")
+        assert dict(last.attribution) == {"conversation": "c", "user": "v"}
+        await finish(last)
+        assert dict((await begin(store)).attribution) == {}
+
     async def test_end_hooks_are_due_until_they_are_delivered(self, store: Any) -> None:
         """Attempts with undelivered hooks are handed to the next owner until they are delivered."""
         first = await begin(store, deliver=True)

@@ -1,0 +1,85 @@
+"""Which run, node, conversation and user the spans of others belong to. Needs ``opentelemetry-sdk``."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+from weakref import WeakSet
+
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
+from opentelemetry.trace import get_current_span
+
+from stroma.engine.execution import NodeExecution, current_node, current_run
+from stroma.telemetry.conventions import NODE_ID, OF_RUN, SCOPE, about_run
+from stroma.telemetry.inference import INSTRUMENTED
+
+__all__ = ["AttributionProcessor", "watch"]
+
+_COPIED: Final = (*OF_RUN, NODE_ID)
+#: Prefixes of attributes with the tokens of a call: OpenTelemetry's and OpenInference's.
+_USAGE: Final = ("gen_ai.usage.", "llm.token_count.")
+#: Spans that have not ended are followed up to this number; a span that nobody ends is forgotten in time.
+_MOST_OPEN: Final = 10_000
+#: The providers that have a processor of ours.
+_watched: WeakSet[TracerProvider] = WeakSet()
+
+
+class AttributionProcessor(SpanProcessor):
+    """A span processor that stamps every span below ours with its pipeline, run, node, conversation and user.
+
+    It stamps spans of whoever makes them: HTTP clients, LLM instrumentations, frameworks. A span belongs where its parent
+    belongs; one without a parent of ours, to the node or run of its task. ``otel_hooks`` adds one to the SDK's provider
+    that it sends to; add it yourself to other providers::
+
+        provider.add_span_processor(AttributionProcessor())
+    """
+
+    def __init__(self) -> None:
+        #: The node and attempt of spans that have not ended; no attempt for a span of ours, which may last for several.
+        self._open: dict[tuple[int, int], tuple[NodeExecution, int | None]] = {}
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        """Stamp a span."""
+        parent = get_current_span(parent_context)
+        of_parent: Any = getattr(parent, "attributes", None) or {}
+        node = current_node()
+        is_ours = span.instrumentation_scope is not None and span.instrumentation_scope.name == SCOPE
+        if not is_ours:
+            if "stroma.run.id" in of_parent:
+                span.set_attributes({name: of_parent[name] for name in _COPIED if name in of_parent})
+            else:
+                run = current_run()
+                if run is None:
+                    return
+                span.set_attributes(about_run(run) | ({} if node is None else {NODE_ID: node.node_id}))
+        above = parent.get_span_context()
+        place = self._open.get((above.trace_id, above.span_id))
+        if node is not None and is_ours:
+            place = (node, None)
+        elif node is not None and place is None:
+            place = (node, node.attempt)
+        elif place is not None and place[1] is None:
+            place = (place[0], place[0].attempt)
+        if place is not None:
+            if len(self._open) >= _MOST_OPEN:
+                self._open.pop(next(iter(self._open)), None)
+            context = span.get_span_context()
+            self._open[context.trace_id, context.span_id] = place
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Note it if the span of somebody else reports the tokens of an attempt."""
+        context = span.context
+        place = None if context is None else self._open.pop((context.trace_id, context.span_id), None)
+        if place is None or (
+            span.instrumentation_scope is not None and span.instrumentation_scope.name == SCOPE
+        ):
+            return
+        if any(name.startswith(_USAGE) for name in span.attributes or {}):
+            place[0].notes[INSTRUMENTED] = place[1]
+
+
+def watch(provider: TracerProvider) -> None:
+    """Add a processor to a provider, once."""
+    if provider not in _watched:
+        _watched.add(provider)
+        provider.add_span_processor(AttributionProcessor())

@@ -1,0 +1,81 @@
+"""Names that backends read: OpenTelemetry's generative-AI conventions, OpenInference's, and ours beside them.
+
+They are constants of ours: the conventions are in development, and the packages that had them call them deprecated.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from typing import Any, Final, Literal
+
+from stroma.engine.context import ReliabilityContext
+
+__all__ = [
+    "NODE_ID",
+    "OF_RUN",
+    "SCHEMA_URL",
+    "SCOPE",
+    "Semconv",
+    "Vocabulary",
+    "about_run",
+    "content_of",
+    "version",
+    "wants_earlier_names",
+]
+
+#: "latest": release 0.1.0 of the generative-AI conventions. "both": also the names that it replaced.
+Semconv = Literal["latest", "both"]
+Vocabulary = Literal["openinference", "none"]
+
+#: Name of our tracer and meter, and the conventions that they follow;
+#: https://github.com/open-telemetry/semantic-conventions-genai
+SCOPE: Final = "stroma"
+SCHEMA_URL: Final = "https://opentelemetry.io/schemas/gen-ai/0.1.0"
+NODE_ID: Final = "stroma.node.id"
+#: What every span inside a run says of it.
+OF_RUN: Final = (
+    "stroma.pipeline", "stroma.run.id", "session.id", "gen_ai.conversation.id", "user.id", "stroma.tags",
+)  # fmt: skip
+
+
+def version() -> str | None:
+    """Return our version, or None where the code is not installed."""
+    try:
+        return metadata.version("stroma")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def wants_earlier_names(semconv: Semconv | None) -> bool:
+    """Return True for "both", or if nothing is chosen and OTEL_SEMCONV_STABILITY_OPT_IN has "gen_ai/dup".
+
+    Raises ValueError for another choice.
+    """
+    if semconv is None:
+        chosen = os.environ.get("OTEL_SEMCONV_STABILITY_OPT_IN", "").split(",")
+        return "gen_ai/dup" in map(str.strip, chosen)
+    if semconv not in ("latest", "both"):
+        raise ValueError(f'semconv must be "latest", "both" or None, got {semconv!r}')
+    return semconv == "both"
+
+
+def about_run(run: ReliabilityContext) -> dict[str, Any]:
+    """Return the attributes of a run that all spans inside it have."""
+    about: dict[str, Any] = {
+        "stroma.pipeline": run.pipeline,
+        "stroma.run.id": run.run_id,
+        "session.id": run.session_id,
+    }
+    if run.conversation is not None:
+        about["gen_ai.conversation.id"] = run.conversation
+    if run.user is not None:
+        about["user.id"] = run.user
+    if run.config.tags:
+        about["stroma.tags"] = run.config.tags
+    return about
+
+
+def content_of(direction: Literal["input", "output"], text: str) -> dict[str, str]:
+    """Return the attributes that show a state, as JSON text, in the backends that read OpenInference."""
+    return {f"{direction}.value": text, f"{direction}.mime_type": "application/json"}

@@ -1,0 +1,114 @@
+"""Spans of model calls that nobody instruments: one for each attempt that used tokens, failed ones too."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from stroma.engine.execution import NodeExecution
+from stroma.telemetry.conventions import Vocabulary, about_run
+from stroma.trace.events import AttemptUsage
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.trace import Span, Tracer
+
+__all__ = ["INSTRUMENTED", "InferenceMode", "InferenceSpans"]
+
+InferenceMode = Literal["auto", "always", "never"]
+
+#: Key in the notes of a node: the last attempt of it in which a span of somebody else reported tokens.
+INSTRUMENTED: Final = "attempt with a span that reports usage"
+#: Names of providers in the conventions, where they are not those of the price list.
+_PROVIDERS: Final = {
+    "aws": "aws.bedrock",
+    "azure": "azure.ai.openai",
+    "google": "gcp.gemini",
+    "mistral": "mistral_ai",
+    "x-ai": "x_ai",
+}
+
+
+class InferenceSpans:
+    """Makes the spans. Backends read the bill from them: model, tokens and cost of each attempt.
+
+    Attributes:
+        mode: "auto": for attempts in which no span of somebody else reports tokens. ``can_see``: such spans are seen.
+    """
+
+    def __init__(self, mode: InferenceMode, vocabulary: Vocabulary) -> None:
+        if mode not in ("auto", "always", "never"):
+            raise ValueError(f'inference must be "auto", "always" or "never", got {mode!r}')
+        self.mode = mode
+        self.can_see = False
+        self._vocabulary = vocabulary
+        self._providers: dict[str, str | None] = {}
+
+    def are_due(self, node: NodeExecution) -> bool:
+        """Return True if the present attempt of a node gets a span."""
+        if not node.usage.tokens or self.mode == "never":
+            return False
+        if self.mode == "always":
+            return True
+        return self.can_see and node.notes.get(INSTRUMENTED) != node.attempt
+
+    def start(self, tracer: Tracer, node: NodeExecution, around: Context) -> tuple[Span, int]:
+        """Start the span of an attempt that has ended; return it with the nanosecond at which it ends."""
+        usage = node.usage
+        started = node.started_ns or 0
+        span = tracer.start_span(
+            "chat" if usage.model is None else f"chat {usage.model}",
+            context=around,
+            start_time=started or None,
+            attributes=self._attributes(node, usage),
+        )
+        return span, started + int((node.duration_ms or 0.0) * 1e6)
+
+    def _attributes(self, node: NodeExecution, usage: AttemptUsage) -> dict[str, Any]:
+        about: dict[str, Any] = {
+            "gen_ai.operation.name": "chat",
+            "gen_ai.usage.input_tokens": usage.input_tokens,
+            "gen_ai.usage.output_tokens": usage.output_tokens,
+            "gen_ai.usage.cost": usage.cost_usd,
+            "operation.cost": usage.cost_usd,
+            "stroma.node.id": node.node_id,
+            "stroma.node.attempt": node.attempt,
+            **about_run(node.ctx),
+        }
+        if usage.cached_input_tokens:
+            about["gen_ai.usage.cache_read.input_tokens"] = usage.cached_input_tokens
+        if usage.cache_write_tokens:
+            about["gen_ai.usage.cache_creation.input_tokens"] = usage.cache_write_tokens
+        provider = None
+        if usage.model is not None:
+            provider = self._provider_of(usage.model)
+            about["gen_ai.request.model"] = about["gen_ai.response.model"] = usage.model
+        if provider is not None:
+            about["gen_ai.provider.name"] = provider
+        if self._vocabulary == "openinference":
+            about |= {
+                "openinference.span.kind": "LLM",
+                "llm.token_count.prompt": usage.input_tokens,
+                "llm.token_count.completion": usage.output_tokens,
+                "llm.token_count.total": usage.tokens,
+                "llm.cost.total": usage.cost_usd,
+            }
+            if usage.cached_input_tokens:
+                about["llm.token_count.prompt_details.cache_read"] = usage.cached_input_tokens
+            if usage.cache_write_tokens:
+                about["llm.token_count.prompt_details.cache_write"] = usage.cache_write_tokens
+            if usage.model is not None:
+                about["llm.model_name"] = usage.model
+            if provider is not None:
+                about["llm.provider"] = provider
+        return about
+
+    def _provider_of(self, model: str) -> str | None:
+        if model not in self._providers:
+            if len(self._providers) >= 200:
+                return None
+            from stroma.cost.prices import prices_of
+
+            prices = prices_of(model)
+            listed = None if prices is None or prices.listed_as is None else prices.listed_as[0]
+            self._providers[model] = None if listed is None else _PROVIDERS.get(listed, listed)
+        return self._providers[model]

@@ -1,0 +1,266 @@
+"""Attribution: spans of whoever makes them belong to the run, node, conversation and user that they are part of."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from opentelemetry import baggage
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from pydantic import BaseModel, ValidationError
+from tests.fixtures import store_fixture
+from tests.telemetry.test_opentelemetry import Seen
+
+from stroma import (
+    Pipeline,
+    RunConfig,
+    StromaRunner,
+    current_run,
+    map_over,
+    parallel,
+)
+from stroma.adapters import Guard
+from stroma.telemetry import AttributionProcessor
+
+
+class Item(BaseModel):
+    n: int
+
+
+class State(BaseModel):
+    n: int = 0
+    items: list[Item] = [Item(n=1), Item(n=2), Item(n=3)]
+
+
+store = store_fixture("memory", "sqlite", "postgres", "redis")
+
+
+@pytest.fixture
+def seen() -> Seen:
+    return Seen()
+
+
+def about(span: ReadableSpan) -> dict[str, Any]:
+    attributes = dict(span.attributes or {})
+    names = ("stroma.pipeline", "stroma.node.id", "session.id", "gen_ai.conversation.id", "user.id")
+    return {name: attributes[name] for name in names if name in attributes}
+
+
+@pytest.mark.core
+async def test_every_span_has_conversation_user_and_tags(seen: Seen) -> None:
+    """Spans of the run, of its nodes and of other libraries inside carry conversation, user, session and tags."""
+    runner = StromaRunner.quick(hooks=seen.hooks(), pipeline="chat", tags=("nightly",))
+
+    @runner.node("ask", input=State, output=State)
+    async def ask(state: State) -> State:
+        run = current_run()
+        assert run is not None
+        assert (run.conversation, run.user) == ("c-1", "u-7")
+        with seen.user.start_as_current_span("call"):
+            return state
+
+    await runner.run([ask], State(), conversation="c-1", user="u-7")
+    ids = {"stroma.pipeline": "chat", "session.id": "c-1", "gen_ai.conversation.id": "c-1", "user.id": "u-7"}
+    for span in seen.spans:
+        assert about(span).items() >= ids.items(), span.name
+        assert dict(span.attributes or {})["stroma.tags"] == ("nightly",)
+    assert about(seen.span("call"))["stroma.node.id"] == "ask"
+
+
+@pytest.mark.core
+async def test_all_spans_below_a_node_are_attributed(seen: Seen) -> None:
+    """Spans in gather, task groups, threads, generators, children of groups and items belong to their node."""
+    runner = StromaRunner.quick(hooks=seen.hooks())
+
+    async def call(name: str) -> None:
+        with seen.user.start_as_current_span(name):
+            await asyncio.sleep(0)
+            with seen.user.start_as_current_span(f"{name}/inner"):
+                await asyncio.sleep(0)
+
+    def call_in_thread(name: str) -> None:
+        seen.user.start_span(name).end()
+
+    async def generate(name: str) -> AsyncIterator[int]:
+        with seen.user.start_as_current_span(name):
+            yield 1
+            await call(f"{name}/more")
+
+    @runner.node("wide", input=State, output=State)
+    async def wide(state: State) -> State:
+        await asyncio.gather(*(call(f"wide gather {n}") for n in range(3)))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(call("wide task"))
+        await asyncio.to_thread(call_in_thread, "wide thread")
+        thread = threading.Thread(
+            target=contextvars.copy_context().run, args=(call_in_thread, "wide own thread")
+        )
+        thread.start()
+        thread.join()
+        async for _ in generate("wide generator"):
+            pass
+        return state
+
+    @runner.node("left", input=State, output=State)
+    async def left(state: State) -> State:
+        await call("left call")
+        return state
+
+    @runner.node("right", input=State, output=State)
+    def right(state: State) -> State:
+        call_in_thread("right call")
+        return state
+
+    @runner.node("each", input=Item, output=Item)
+    async def each(item: Item) -> Item:
+        await call("each call")
+        return item
+
+    async def one(conversation: str) -> None:
+        nodes = [wide, parallel(left, right), map_over("items", each, into="items")]
+        await runner.run(nodes, State(), conversation=conversation)
+
+    await asyncio.gather(one("first"), one("second"))
+    of_others = [
+        span
+        for span in seen.spans
+        if span.instrumentation_scope and span.instrumentation_scope.name == "user"
+    ]
+    assert len(of_others) == 2 * (6 + 2 + 1 + 1 + 3 + 2 + 1 + 6)
+    for span in of_others:
+        assert about(span)["stroma.node.id"] == span.name.split()[0]
+        assert about(span)["gen_ai.conversation.id"] in ("first", "second")
+    for conversation in ("first", "second"):
+        traces = {
+            span.context.trace_id for span in seen.spans if about(span).get("session.id") == conversation
+        }
+        assert len(traces) == 1
+
+
+async def test_a_span_follows_its_parent_and_not_its_task(seen: Seen) -> None:
+    """A span that is given a parent of another run belongs to that run; one outside of all runs is left alone."""
+    runner = StromaRunner.quick(hooks=seen.hooks())
+    contexts: list[Any] = []
+
+    @runner.node("first", input=State, output=State)
+    async def first(state: State) -> State:
+        from opentelemetry import context
+
+        contexts.append(context.get_current())
+        return state
+
+    @runner.node("second", input=State, output=State)
+    async def second(state: State) -> State:
+        seen.user.start_span("late", context=contexts[0]).end()
+        return state
+
+    await runner.run([first], State(), user="a")
+    await runner.run([second], State(), user="b")
+    seen.user.start_span("outside").end()
+    assert about(seen.span("late")).items() >= {"user.id": "a", "stroma.node.id": "first"}.items()
+    assert about(seen.span("outside")) == {}
+
+
+async def test_a_provider_of_ones_own(seen: Seen) -> None:
+    """AttributionProcessor does the same for a provider that our hooks do not send to."""
+    other = TracerProvider()
+    other.add_span_processor(AttributionProcessor())
+    runner = StromaRunner.quick(hooks=seen.hooks())
+
+    @runner.node("ask", input=State, output=State)
+    async def ask(state: State) -> State:
+        with other.get_tracer("other").start_as_current_span("call") as span:
+            assert about(span)["stroma.node.id"] == "ask"  # type: ignore[arg-type]
+        return state
+
+    await runner.run([ask], State())
+
+
+async def test_a_resume_and_a_fork_belong_where_the_run_belongs(seen: Seen, store: Any) -> None:
+    """A resume and a fork that state nothing have the conversation, user and session of the run, and a link to it."""
+    runner = StromaRunner.quick(hooks=seen.hooks(), store=store)
+    waits = [True]
+
+    @runner.node("first", input=State, output=State)
+    async def first(state: State) -> State:
+        return state
+
+    @runner.node("second", input=State, output=State)
+    async def second(state: State) -> State:
+        if waits:
+            raise ValueError
+        return state
+
+    pipeline = Pipeline("talk", [first, second])
+    await runner.run(pipeline, State(), run_id="r", user="u-7")
+    waits.clear()
+    await runner.resume(pipeline, "r")
+    await runner.fork("r", pipeline, at="second", new_run_id="f")
+    await runner.fork("f", pipeline, at="second", new_run_id="g", conversation="c-2")
+    runs = seen.named("invoke_workflow talk")
+    assert [about(span)["session.id"] for span in runs] == ["r", "r", "r", "c-2"]
+    assert {about(span)["user.id"] for span in runs} == {"u-7"}
+    origin = runs[0].context.trace_id
+    assert [[link.context.trace_id for link in span.links] for span in runs] == [[], *[[origin]] * 3]
+
+
+async def test_a_new_execution_is_attributed_anew(seen: Seen, store: Any) -> None:
+    """A run id that begins again has the conversation of its own call, not that of the execution before."""
+    runner = StromaRunner.quick(hooks=seen.hooks(), store=store)
+
+    @runner.node("ask", input=State, output=State)
+    async def ask(state: State) -> State:
+        return state
+
+    await runner.run([ask], State(), run_id="r", conversation="c-1")
+    await runner.run([ask], State(), run_id="r")
+    assert [about(span).get("gen_ai.conversation.id") for span in seen.named("invoke_workflow pipeline")] == [
+        "c-1",
+        None,
+    ]
+
+
+async def test_baggage_on_request(seen: Seen) -> None:
+    """With baggage=True the ids of run, session and user go with calls of other services; without it nothing does."""
+    carried: list[dict[str, object]] = []
+    for options in ({}, {"baggage": True}):
+        runner = StromaRunner.quick(hooks=seen.hooks(**options))
+
+        @runner.node("ask", input=State, output=State)
+        async def ask(state: State) -> State:
+            carried.append(dict(baggage.get_all()))
+            return state
+
+        await runner.run([ask], State(), run_id="r", conversation="c-1", user="u-7")
+    assert carried == [{}, {"stroma.run.id": "r", "session.id": "c-1", "user.id": "u-7"}]
+    assert not baggage.get_all()
+
+
+async def test_guarded_runs_are_attributed(seen: Seen) -> None:
+    """A guard's run takes conversation and user, and shows tools as tools."""
+    guard = Guard(StromaRunner.quick(hooks=seen.hooks()))
+
+    @guard.step("search", role="tool")
+    async def search(text: str) -> str:
+        seen.user.start_span("call").end()
+        return text
+
+    async with guard.run(conversation="c-1", user="u-7"):
+        await search("words")
+    assert about(seen.span("call")).items() >= {"user.id": "u-7", "gen_ai.conversation.id": "c-1"}.items()
+    assert dict(seen.span("stroma.node search").attributes or {})["openinference.span.kind"] == "TOOL"
+    for wrong in ({"user": ""}, {"conversation": "x" * 201}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            guard.run(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.core
+def test_illegal_ids_are_refused() -> None:
+    """An empty, overlong or non-text id of a conversation or user is refused where it is given."""
+    for wrong in ({"user": ""}, {"conversation": "x" * 201}, {"user": 7}):
+        with pytest.raises(ValidationError):
+            RunConfig(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,119 @@
+"""Names in OpenTelemetry: those of the conventions' release 0.1.0, and the kinds and content that backends show."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, SecretStr
+from tests.telemetry.test_opentelemetry import Seen, quick
+
+from stroma import Pipeline
+from stroma.telemetry import otel_hooks
+
+
+class State(BaseModel):
+    n: int = 0
+    key: SecretStr = SecretStr("sk-hunter2")
+
+
+async def run_once(seen: Seen, **options: Any) -> None:
+    runner = quick(seen.hooks(**options))
+
+    @runner.node("add", input=State, output=State)
+    async def add(state: State) -> State:
+        return State(n=state.n + 1)
+
+    await runner.run(Pipeline("sums", [add]), State())
+
+
+@pytest.mark.core
+async def test_names_of_the_latest_conventions() -> None:
+    """A run is an agent invocation by the name of its pipeline; names that the conventions removed are gone."""
+    seen = Seen()
+    await run_once(seen)
+    run, node = seen.span("invoke_workflow sums"), seen.span("stroma.node add")
+    assert (
+        dict(run.attributes or {}).items()
+        >= {
+            "gen_ai.operation.name": "invoke_workflow",
+            "gen_ai.agent.name": "sums",
+            "stroma.pipeline": "sums",
+        }.items()
+    )
+    scope = run.instrumentation_scope
+    assert scope is not None
+    assert (scope.name, scope.schema_url) == ("stroma", "https://opentelemetry.io/schemas/gen-ai/0.1.0")
+    assert scope.version
+    assert list(seen.points("gen_ai.invoke_agent.duration")) == [
+        (("gen_ai.agent.name", "sums"), ("stroma.status", "COMPLETED"))
+    ]
+    assert not seen.points("gen_ai.invoke_workflow.duration")
+    for span in (run, node):
+        assert "gen_ai.workflow.name" not in (span.attributes or {})
+        assert "gen_ai.conversation.id" not in (span.attributes or {})  # Nobody gave one.
+
+
+async def test_earlier_names_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """semconv="both", or the variable of OpenTelemetry, adds the earlier names; an argument goes before the variable."""
+    for variable, options, both in (
+        ("", {"semconv": "both"}, True),
+        ("http/dup, gen_ai/dup", {}, True),
+        ("gen_ai_latest_experimental", {}, False),
+        ("gen_ai/dup", {"semconv": "latest"}, False),
+    ):
+        monkeypatch.setenv("OTEL_SEMCONV_STABILITY_OPT_IN", variable)
+        seen = Seen()
+        await run_once(seen, **options)
+        assert bool(seen.points("gen_ai.invoke_workflow.duration")) is both
+        assert ("gen_ai.workflow.name" in (seen.span("invoke_workflow sums").attributes or {})) is both
+        assert seen.points("gen_ai.invoke_agent.duration")
+
+
+@pytest.mark.core
+async def test_kinds_and_content_that_backends_show() -> None:
+    """Runs, groups and nodes are chains; with content on, input and output stand where backends read them."""
+    seen = Seen()
+    await run_once(seen, content="redacted")
+    for name, given, taken in (("invoke_workflow sums", 0, 1), ("stroma.node add", 0, 1)):
+        shown = dict(seen.span(name).attributes or {})
+        assert shown["openinference.span.kind"] == "CHAIN"
+        assert (json.loads(shown["input.value"])["n"], json.loads(shown["output.value"])["n"]) == (
+            given,
+            taken,
+        )
+        assert shown["input.mime_type"] == shown["output.mime_type"] == "application/json"
+        assert "hunter2" not in str(shown)
+
+
+@pytest.mark.core
+async def test_no_content_by_default() -> None:
+    """Without content there are kinds alone, and names and types of fields under our own names."""
+    seen = Seen()
+    await run_once(seen)
+    for span in seen.spans:
+        shown = dict(span.attributes or {})
+        assert shown["openinference.span.kind"] == "CHAIN"
+        assert not {"input.value", "output.value"} & set(shown)
+        assert (
+            json.loads(shown["stroma.output"]) == {"n": "int", "key": "SecretStr[10]"}
+            or "key" in shown["stroma.output"]
+        )
+
+
+async def test_without_the_vocabulary() -> None:
+    """vocabulary="none" leaves all names of OpenInference out, and content under ours."""
+    seen = Seen()
+    await run_once(seen, content="redacted", vocabulary="none")
+    for span in seen.spans:
+        shown = dict(span.attributes or {})
+        assert not [name for name in shown if name.startswith(("openinference", "input.", "output.", "llm."))]
+        assert json.loads(shown["stroma.output"])["n"] == 1
+
+
+def test_unknown_choices_are_refused() -> None:
+    """A choice that does not exist is an error where it is made, with those that do."""
+    for wrong in ({"semconv": "old"}, {"vocabulary": "otel"}, {"inference": "on"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            otel_hooks(**wrong)  # type: ignore[arg-type]

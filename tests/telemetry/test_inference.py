@@ -1,0 +1,179 @@
+"""The bill in traces: each attempt's tokens and cost are on one span of a model call, and on no other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.trace import NoOpTracerProvider
+from pydantic import BaseModel
+from tests.telemetry.test_opentelemetry import Seen, quick
+
+from stroma import StromaRunner, Usage, current_node, parallel
+from stroma.telemetry import otel_hooks
+
+MODEL = "gpt-4o-mini"
+PAID = Usage(100, 20, 40, 10, model=MODEL)
+
+
+class State(BaseModel):
+    n: int = 0
+
+
+@pytest.fixture
+def seen() -> Seen:
+    return Seen()
+
+
+def calls(seen: Seen) -> list[ReadableSpan]:
+    return [span for span in seen.spans if (span.attributes or {}).get("gen_ai.operation.name") == "chat"]
+
+
+def of(span: ReadableSpan, name: str) -> Any:
+    return (span.attributes or {})[name]
+
+
+def asking(
+    runner: StromaRunner, seen: Seen, *, failures: int = 0, instrumented: bool = False, id: str = "ask"
+) -> Any:
+    """A node that pays for each attempt, and breaks its contract a number of times."""
+    left = [failures]
+
+    @runner.node(id, input=State, output=State)
+    async def ask(state: State) -> Any:
+        if instrumented:
+            with seen.user.start_as_current_span("chat by the client") as span:
+                span.set_attributes({"gen_ai.usage.input_tokens": 100, "gen_ai.usage.output_tokens": 20})
+        left[0] -= 1
+        return ({"n": "no number"} if left[0] >= 0 else state), PAID
+
+    return ask
+
+
+@pytest.mark.core
+async def test_each_attempt_has_one_span_with_its_bill(seen: Seen) -> None:
+    """Attempts that failed and were paid have spans too; tokens and cost add up to those of the run, once."""
+    runner = quick(seen.hooks(inference="auto"), retries=0, contract_retries={"ask": 2})
+    result = await runner.run([asking(runner, seen, failures=2)], State(), user="u-7")
+    spans = calls(seen)
+    assert [span.name for span in spans] == [f"chat {MODEL}"] * 3
+    assert sum(of(span, "gen_ai.usage.input_tokens") for span in spans) == 300
+    assert (
+        sum(of(span, "gen_ai.usage.input_tokens") + of(span, "gen_ai.usage.output_tokens") for span in spans)
+        == result.total_tokens
+    )
+    for name in ("gen_ai.usage.cost", "operation.cost", "llm.cost.total"):
+        assert sum(of(span, name) for span in spans) == pytest.approx(result.total_cost_usd, abs=1e-12)
+    first = spans[0]
+    assert (
+        of(first, "gen_ai.usage.cache_read.input_tokens"),
+        of(first, "gen_ai.usage.cache_creation.input_tokens"),
+    ) == (40, 10)
+    assert (of(first, "gen_ai.request.model"), of(first, "gen_ai.provider.name")) == (MODEL, "openai")
+    assert (of(first, "openinference.span.kind"), of(first, "user.id"), of(first, "stroma.node.id")) == (
+        "LLM",
+        "u-7",
+        "ask",
+    )
+    assert [span.status.is_ok for span in spans] == [False, False, True]
+    node = seen.span("stroma.node ask")
+    assert {span.parent and span.parent.span_id for span in spans} == {node.context.span_id}
+    assert all(node.start_time <= span.start_time <= span.end_time <= node.end_time for span in spans)
+    assert not any(name.startswith(("gen_ai.usage", "llm.")) for name in node.attributes or {})
+
+
+@pytest.mark.core
+async def test_an_instrumented_client_is_not_counted_twice(seen: Seen) -> None:
+    """Where a span inside the attempt reports tokens there is no second one; its neighbour without one has ours."""
+    runner = quick(seen.hooks(inference="auto"), retries=0, contract_retries={"with": 1})
+    nodes = parallel(
+        asking(runner, seen, failures=1, instrumented=True, id="with"),
+        asking(runner, seen, id="without"),
+    )
+    result = await runner.run([nodes], State())
+    assert [of(span, "stroma.node.id") for span in calls(seen)] == ["without"]
+    reported = [span for span in seen.spans if "gen_ai.usage.input_tokens" in (span.attributes or {})]
+    assert (
+        sum(
+            of(span, "gen_ai.usage.input_tokens") + of(span, "gen_ai.usage.output_tokens")
+            for span in reported
+        )
+        == result.total_tokens
+    )
+
+
+async def test_only_the_instrumented_attempt_counts(seen: Seen) -> None:
+    """An attempt without a span of the client has ours, though another attempt of the node had one."""
+    runner = quick(seen.hooks(inference="auto"), retries=0, contract_retries={"ask": 1})
+    attempts = [0]
+
+    @runner.node("ask", input=State, output=State)
+    async def ask(state: State) -> Any:
+        attempts[0] += 1
+        if attempts[0] == 1:
+            with seen.user.start_as_current_span("chat") as span:
+                span.set_attribute("llm.token_count.total", 120)
+            return {"n": "no number"}, PAID
+        return state, PAID
+
+    await runner.run([ask], State())
+    assert [of(span, "stroma.node.attempt") for span in calls(seen)] == [2]
+
+
+async def test_a_client_in_a_thread_is_seen(seen: Seen) -> None:
+    """A span of a client counts wherever in the attempt it is made, in a thread or below another span."""
+    runner = quick(seen.hooks(inference="auto"))
+
+    @runner.node("ask", input=State, output=State)
+    def ask(state: State) -> Any:
+        with (
+            seen.user.start_as_current_span("chain"),
+            seen.user.start_as_current_span("chat") as span,
+        ):
+            span.set_attribute("gen_ai.usage.output_tokens", 20)
+        return state, PAID
+
+    await runner.run([ask], State())
+    assert calls(seen) == []
+
+
+async def test_always_and_never(seen: Seen) -> None:
+    """ "always" has a span for each attempt that used tokens, "never" none; one without usage never has one."""
+    for mode, expected in (("always", 1), ("never", 0)):
+        mine = Seen()
+        runner = quick(mine.hooks(inference=mode))
+        await runner.run([asking(runner, mine, instrumented=True)], State())
+        assert len(calls(mine)) == expected
+
+    @runner.node("free", input=State, output=State)
+    async def free(state: State) -> State:
+        return state
+
+    await runner.run([free], State())
+    assert calls(seen) == []
+
+
+async def test_a_failed_call_that_was_paid(seen: Seen) -> None:
+    """Usage reported before the exception is on a span of that attempt, which is an error like its node."""
+    runner = quick(seen.hooks(inference="auto"), retries=0)
+
+    @runner.node("ask", input=State, output=State)
+    async def ask(state: State) -> State:
+        node = current_node()
+        assert node is not None
+        node.report_usage(input_tokens=100, output_tokens=20, model=MODEL)
+        raise ValueError("no")
+
+    await runner.run([ask], State())
+    (span,) = calls(seen)
+    assert (of(span, "gen_ai.usage.input_tokens"), of(span, "error.type")) == (100, "ValueError")
+
+
+async def test_a_provider_that_shows_no_spans_of_others(seen: Seen) -> None:
+    """Where spans of others cannot be seen, "auto" makes none: a double bill is worse than none."""
+    for tracer in (NoOpTracerProvider(), TracerProvider().get_tracer("mine")):
+        runner = quick(otel_hooks(tracer=tracer, meter=seen.meter))
+        result = await runner.run([asking(runner, seen)], State())
+        assert result.total_tokens == 120
+    assert calls(seen) == []
