@@ -1560,7 +1560,7 @@ def test_spans_of_steps_nest(kind: str) -> None:
     with guard.run(pipeline="trip"):
         _drive(lambda: step())
     spans = {span.name: span for span in exporter.get_finished_spans()}
-    assert set(spans) == {"invoke_workflow trip", "stroma.node agent", "stroma.node tool"}
+    assert set(spans) == {"invoke_workflow trip", "stroma.node agent", "stroma.node tool", "chat"}
     ids = {name: span.context.span_id for name, span in spans.items() if span.context is not None}
     outer, inner = spans["stroma.node agent"], spans["stroma.node tool"]
     assert outer.parent is not None

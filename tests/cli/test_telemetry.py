@@ -48,7 +48,7 @@ def test_an_address_of_traces_alone(stroma: Any, otlp: OtlpReceiver) -> None:
     for number, env in enumerate((only, off), 1):
         done = stroma(*TARGET, "-q", env=env)
         assert (done.code, done.err) == (0, "printed by a node\n")
-        assert len(otlp.spans()) == 4 * number
+        assert len(otlp.spans()) == 6 * number  # The run, three nodes, and the calls of two of them.
     assert otlp.points("stroma.node.executions") == []
 
 

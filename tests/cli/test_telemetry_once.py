@@ -54,7 +54,7 @@ def test_otlp_counts_once(own: Any, otlp: OtlpReceiver, by: str) -> None:
     assert done.code == 0, done
     spans = [span for span in otlp.spans() if span["name"].startswith("invoke_workflow")]
     assert len(spans) == 1
-    assert spans[0]["attributes"]["stroma.input"] == '{"text": "a"}'
+    assert spans[0]["attributes"]["input.value"] == '{"text": "a"}'
     assert sum(point["value"] for point in otlp.points("stroma.node.executions")) == 1
 
 
@@ -85,7 +85,7 @@ def test_a_pipelines_own_provider_counts_once(own: Any, otlp: OtlpReceiver, by: 
     done = own(*TARGET, *options, env=env)
     assert done.code == 0, done
     (span,) = [span for span in otlp.spans() if span["name"].startswith("invoke_workflow")]
-    assert span["attributes"]["stroma.input"] == '{"text": "a"}'
+    assert span["attributes"]["input.value"] == '{"text": "a"}'
 
 
 @pytest.mark.slow

@@ -78,4 +78,4 @@ async def test_a_state_that_cannot_be_written_out() -> None:
 
     await runner.run([node], Huge(n=10**5000))
     assert hooks.errors == {}
-    assert seen.span("stroma.node node").attributes["stroma.input"] == "[unreadable: ValueError]"
+    assert seen.span("stroma.node node").attributes["input.value"] == "[unreadable: ValueError]"

@@ -14,6 +14,7 @@ TREE = """\
 invoke_workflow invoices, ERROR, TERMINAL auth
   stroma.node parallel(classify, extract)
     stroma.node extract
+      chat gpt-4o
     stroma.node classify, 2 attempts
       chat gpt-4o-mini, ERROR, ConnectionError: overloaded, try again
       chat gpt-4o-mini

@@ -88,27 +88,14 @@ class GuardedRunner:
         return self._run_sync(agent, input, **options)
 
     async def _arun_step(self, agent: Any, input: Any, **options: Any) -> Any:
-        step = GuardedStep(
-            agent.name,
-            input_view=_input_view,
-            output_view=_final,
-            control=control,
-            can_retry=False,
-            role="agent",
+        return self._noted(
+            await self.guard.acall(_step_of(agent), Runner.run, agent, input, **self._options(options))
         )
-        return self._noted(await self.guard.acall(step, Runner.run, agent, input, **self._options(options)))
 
     def _run_step(self, agent: Any, input: Any, **options: Any) -> Any:
-        # Its models and tools had their retries: it is called once.
-        step = GuardedStep(
-            agent.name,
-            input_view=_input_view,
-            output_view=_final,
-            control=control,
-            can_retry=False,
-            role="agent",
+        return self._noted(
+            self.guard.call(_step_of(agent), Runner.run_sync, agent, input, **self._options(options))
         )
-        return self._noted(self.guard.call(step, Runner.run_sync, agent, input, **self._options(options)))
 
     def _noted(self, result: Any) -> Any:
         approvals = [f"approval of {item.name}" for item in getattr(result, "interruptions", ())]
@@ -204,6 +191,12 @@ def _response_view(response: Any) -> dict[str, Any]:
 def _last_response(events: list[Any]) -> Any:
     """Return the last response of a stream, which has the usage."""
     return next((event.response for event in reversed(events) if hasattr(event, "response")), None)
+
+
+def _step_of(agent: Any) -> GuardedStep:
+    """Return the step around an agent. Its models and tools had their retries: it is called once."""
+    about: Any = {"input_view": _input_view, "output_view": _final, "control": control}
+    return GuardedStep(agent.name, can_retry=False, role="agent", **about)
 
 
 def _guard_tool(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None) -> Any:
