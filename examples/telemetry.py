@@ -41,7 +41,9 @@ class Invoice(BaseModel):
 
 @runner.node("classify", input=Invoice, output=Invoice)
 async def classify(state: Invoice) -> tuple:
-    with tracer.start_as_current_span("chat gpt-4o-mini") as call:  # as the instrumentation of an LLM client does
+    with tracer.start_as_current_span(
+        "chat gpt-4o-mini"
+    ) as call:  # as the instrumentation of an LLM client does
         if current_node().attempt == 1:
             raise ConnectionError("overloaded, try again")
         call.set_attributes({"gen_ai.usage.input_tokens": 412, "gen_ai.usage.output_tokens": 9})

@@ -491,10 +491,10 @@ class ReliabilityContext:
         traceparent = self.kept_traceparent or self.traceparent
         if traceparent is not None and self.session.traceparent is None and self.session.finished is None:
             self.session.note_traceparent(traceparent)
-        given = {"conversation": self.config.conversation, "user": self.config.user}
+        ids = {"conversation": self.config.conversation, "user": self.config.user}
         new = {
             kind: value
-            for kind, value in given.items()
+            for kind, value in ids.items()
             if value and value != self.session.attribution.get(kind)
         }
         if new and self.session.finished is None:

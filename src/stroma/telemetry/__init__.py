@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
+    from stroma.telemetry.attribution import AttributionProcessor
     from stroma.telemetry.content import DENY_KEYS
     from stroma.telemetry.datadog import datadog_hooks
     from stroma.telemetry.logs import log_hooks
