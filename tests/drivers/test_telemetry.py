@@ -108,14 +108,14 @@ class TestSentry:
         spans = sentry.transport.spans
         assert {span["trace_id"] for span in spans} == {GIVEN.split("-")[1]}
         names = {span["span_id"]: (span["op"], span["name"]) for span in spans}
-        group = ("stroma.node", "parallel(l, r)")
-        run = ("stroma.run", "pipe")
+        group = ("gen_ai.execute_tool", "parallel(l, r)")
+        run = ("gen_ai.invoke_agent", "pipe")
         assert {(s["op"], s["name"]): names.get(s["parent_span_id"]) for s in spans} == {
             run: None,
-            ("stroma.node", "a"): run,
+            ("gen_ai.execute_tool", "a"): run,
             group: run,
-            ("stroma.node", "l"): group,
-            ("stroma.node", "r"): group,
+            ("gen_ai.execute_tool", "l"): group,
+            ("gen_ai.execute_tool", "r"): group,
             ("stroma.node_end", "parallel(l, r)"): group,
             ("stroma.run_end", "pipe"): run,
         }

@@ -122,8 +122,8 @@ def test_every_set_is_found_in_what_is_given_as_hooks() -> None:
 def test_a_set_has_what_it_was_given_and_nothing_else() -> None:
     """Every hook is optional; a patient set is one of a kind of its own."""
     (bare, value) = NodeHooks() | NodeHooks(on_run_end=quick)
-    assert vars(bare) == dict.fromkeys([*STARTS, *ENDS])
-    assert vars(value) == {**dict.fromkeys([*STARTS, *ENDS]), "on_run_end": quick}
+    assert vars(bare) == {**dict.fromkeys([*STARTS, *ENDS]), "reads_state": True}
+    assert vars(value) == {**vars(bare), "on_run_end": quick}
     assert NodeHooks._has_time_limit is True
 
 

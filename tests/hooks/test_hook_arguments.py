@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from stroma import NodeHooks, RunConfig, RunStatus, StromaRunner
 from stroma.telemetry import log_hooks
 
-EVENTS = [field.name for field in fields(NodeHooks)]
+EVENTS = [field.name for field in fields(NodeHooks) if field.name.startswith("on_")]
 
 
 class Text(BaseModel):

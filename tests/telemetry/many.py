@@ -226,7 +226,7 @@ async def main(seed: str, path: str, statsd: str | None) -> dict[str, Any]:
             "sentry": len(sentry.transport.events),
         },
         "sentry_transactions": len(sentry.transport.transactions),
-        "node_spans": {"otel": names["stroma.node"], "sentry": sum(s["op"] == "stroma.node" for s in sentry.transport.spans)},
+        "node_spans": {"otel": names["stroma.node"], "sentry": sum(s["op"] == "gen_ai.execute_tool" for s in sentry.transport.spans)},
         "statuses": dict(Counter(result.status for result in results.values())),
         "orphans": orphans,
         "errors": {s.exporter.name: dict(s.errors) for s in sets if hasattr(s, "exporter")},

@@ -76,7 +76,8 @@ async def test_each_attempt_has_one_span_with_its_bill(seen: Seen) -> None:
         "u-7",
         "ask",
     )
-    assert [span.status.is_ok for span in spans] == [False, False, True]
+    assert [of(span, "stroma.outcome") for span in spans] == ["failure", "failure", "success"]
+    assert all(span.status.is_ok for span in spans)
     node = seen.span("stroma.node ask")
     assert {span.parent and span.parent.span_id for span in spans} == {node.context.span_id}
     assert all(node.start_time <= span.start_time <= span.end_time <= node.end_time for span in spans)
@@ -155,7 +156,7 @@ async def test_always_and_never(seen: Seen) -> None:
 
 
 async def test_a_failed_call_that_was_paid(seen: Seen) -> None:
-    """Usage reported before the exception is on a span of that attempt, which is an error like its node."""
+    """Usage reported before the exception is on a span of that attempt, with its outcome; the node is the error."""
     runner = quick(seen.hooks(inference="auto"), retries=0)
 
     @runner.node("ask", input=State, output=State)
@@ -167,7 +168,7 @@ async def test_a_failed_call_that_was_paid(seen: Seen) -> None:
 
     await runner.run([ask], State())
     (span,) = calls(seen)
-    assert (of(span, "gen_ai.usage.input_tokens"), of(span, "error.type")) == (100, "ValueError")
+    assert (of(span, "gen_ai.usage.input_tokens"), of(span, "stroma.outcome")) == (100, "failure")
 
 
 async def test_a_provider_that_shows_no_spans_of_others(seen: Seen) -> None:

@@ -117,7 +117,7 @@ async def test_a_secret_that_redact_takes_out_is_in_no_message(caplog: pytest.Lo
 )  # fmt: skip
 def test_denied_names(name: str, denied: bool) -> None:
     """A name is denied if its last words are, however it is written; a part of a word is none."""
-    assert Content.make("redacted", DENY_KEYS, 10)._denied(name) is denied
+    assert Content.make("redacted", DENY_KEYS, 10).is_denied(name) is denied
 
 
 async def test_structlog() -> None:

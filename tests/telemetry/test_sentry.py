@@ -76,7 +76,7 @@ async def test_a_final_failure_is_one_issue_at_the_nodes_span(sentry: RecordedSe
     run = sentry.transport.span("letters")
     assert span["parent_span_id"] == run["span_id"]
     assert [s["status"] for s in (run, span, sentry.transport.span("good"))] == [
-        "unavailable", "internal_error", "ok",
+        "unavailable", "error", "ok",
     ]  # fmt: skip
     # The frames are those of the node, the engine's are not the application's.
     frames = event["exception"]["values"][-1]["stacktrace"]["frames"]
@@ -203,7 +203,9 @@ async def test_what_is_no_failure_is_no_issue(sentry: RecordedSentry, ending: st
     await asyncio.wait([task])
     assert sentry.transport.events == []
     status = sentry.transport.span("node")["status"]
-    assert status == {"cancelled": "cancelled", "suspended": "ok", "success": "ok"}[ending]
+    assert status == "ok"
+    outcome = sentry.transport.span("node")["data"]["stroma.outcome"]
+    assert outcome == ending
 
 
 async def test_a_budget_that_refuses_a_node_is_an_issue(sentry: RecordedSentry) -> None:

@@ -12,7 +12,7 @@ from pydantic import AliasChoices, AliasPath, BaseModel, Secret, SecretBytes, Se
 
 from stroma._utils.text import one_line
 
-__all__ = ["MASK", "Secrets"]
+__all__ = ["MASK", "Secrets", "names_of_field"]
 
 MASK: Final = "**********"
 _LONG: Final = 4000  # characters of what came that are searched for secrets
@@ -152,7 +152,10 @@ def _fields(annotation: Any) -> list[tuple[set[str], Any]]:
     if not isinstance(annotation, type):
         return []
     if issubclass(annotation, BaseModel):
-        return [(set(_names(name, info)), info.annotation) for name, info in annotation.model_fields.items()]
+        return [
+            (set(names_of_field(name, info)), info.annotation)
+            for name, info in annotation.model_fields.items()
+        ]
     if not (hasattr(annotation, "__dataclass_fields__") or hasattr(annotation, "__total__")):
         return []
     try:
@@ -162,7 +165,8 @@ def _fields(annotation: Any) -> list[tuple[set[str], Any]]:
     return [({name}, hint) for name, hint in hints.items()]
 
 
-def _names(name: str, info: Any) -> Iterator[str]:
+def names_of_field(name: str, info: Any) -> Iterator[str]:
+    """Yield the name of a field and its aliases."""
     yield name
     for alias in (info.alias, info.validation_alias, info.serialization_alias):
         choices = alias.choices if isinstance(alias, AliasChoices) else [alias]

@@ -34,6 +34,8 @@ from stroma.engine.events import (
     log_failure,
     start_arguments,
     success_arguments,
+    unread_start,
+    unread_success,
     warn_of_budget,
 )
 from stroma.engine.execution import NodeExecution
@@ -267,7 +269,9 @@ class NodeAttempt:
         if schema is None or type(state) is not schema.model:
             schema = schema_of(type(state))
         about = (ctx, self.run, schema, state)
-        return Firing(ctx.fire, "on_node_start", calls, self.run.node_id, start_arguments, about)
+        return Firing(
+            ctx.fire, "on_node_start", calls, self.run.node_id, start_arguments, about, unread_start
+        )
 
     async def _finish_start_hooks(self, firing: Firing) -> None:
         try:
@@ -507,7 +511,9 @@ class NodeAttempt:
             calls = fire.on_node_success
             if calls is not None:
                 about = (ctx, run, self.plan[1], self.model)
-                self.firing = Firing(fire, "on_node_success", calls, run.node_id, success_arguments, about)
+                self.firing = Firing(
+                    fire, "on_node_success", calls, run.node_id, success_arguments, about, unread_success
+                )
         if ctx.step_policies:
             # With the commit: a cancellation that comes after it must not have the node called again.
             self._remember_output()

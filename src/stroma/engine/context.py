@@ -39,10 +39,12 @@ from stroma.engine.redaction import Redactor
 from stroma.engine.run_hooks import call_run_hooks, call_run_hooks_now
 from stroma.engine.run_logger import RunLogger
 from stroma.engine.tasks import Shield
+from stroma.engine.trace_contexts import join_traces, trace_of, traces_of
+from stroma.engine.unread import UnreadState
 from stroma.failures.failure import Classifier, Failure, kind_of, message_of
 from stroma.failures.policy import PolicyMap, RetryBudget
 from stroma.hooks.dispatch import NO_HOOKS, HookNotAsync, Hooks
-from stroma.hooks.sets import AnyHooks, distinct, flatten
+from stroma.hooks.sets import EVENTS, AnyHooks, distinct, flatten
 from stroma.trace.result import ExecutionResult, HookFailure, RunStatus
 from stroma.trace.trace import ExecutionTrace
 
@@ -63,7 +65,7 @@ class ReliabilityContext:
     __slots__ = (
         "__weakref__", "_notes", "_opening", "_warned", "apart", "budget", "cancelled", "checkpoint_manager", "classifiers",
         "config", "context", "cost_tracker", "delivers", "done", "due_ms", "effects", "elsewhere", "epoch_ns", "failed_items", "failed_maps",
-        "fire", "gated", "handover", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traceparent", "limits",
+        "fire", "gated", "handover", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traces", "limits",
         "model_fallbacks", "pipeline", "plain_steps", "policy_map", "recovers", "redactor", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended", "timed",
         "trace", "traceparent", "tried", "unpriced", "wake_ms",
@@ -151,10 +153,10 @@ class ReliabilityContext:
         self.elsewhere = False
         #: Ends the run once a shutdown has asked that nothing new is begun; None before.
         self.interrupt: Callable[[], None] | None = None
-        #: The W3C trace context of the caller, and the one for processes that resume the run: that of the first hook
-        #: which sets it to its own span's, else the caller's.
+        #: The W3C trace context of the caller, and those for processes that resume the run, by the system that made
+        #: them: of each system the first one that is recorded. See stroma.engine.trace_contexts.
         self.traceparent: str | None = None
-        self.kept_traceparent: str | None = None
+        self.kept_traces: dict[str, str] = {}
         self._notes: dict[Any, Any] | None = None
         self.redactor = Redactor(self.config.redact, self.context, self.trace)
         #: The last calls of effects in this process, by the keys of their notes; see stroma.engine.effects.
@@ -184,7 +186,7 @@ class ReliabilityContext:
 
     def _make_hooks(self) -> Hooks:
         """Return the hooks by event: those of interceptors first, then the sets of the config."""
-        sets = [one for one in flatten(self.hooks) if any(one.__dict__.values())]
+        sets = [one for one in flatten(self.hooks) if any(map(one.__dict__.get, EVENTS))]
         if self.interceptors:
             sets = [
                 own for interceptor in self.interceptors if (own := interceptor.begins(self)) is not None
@@ -200,7 +202,7 @@ class ReliabilityContext:
             run_id=self.run_id,
             limit_seconds=None if limit is None else limit / 1000,
             failures=self.hook_failures,
-            secrets=self.redactor.secrets,
+            scrub=self.redactor.scrub_error,
             all_ends=self.delivers,
         )
 
@@ -396,8 +398,35 @@ class ReliabilityContext:
 
     @property
     def first_traceparent(self) -> str | None:
-        """The trace context of the process that began this execution, for links; None in that process itself."""
-        return self.session.traceparent
+        """A trace context of the process that began this execution, for links; None in that process itself."""
+        return next(iter(traces_of(self.session.traceparent).values()), None)
+
+    def first_trace(self, system: str) -> str | None:
+        """Return the trace context that one system, such as "otel", had in the process that began this execution."""
+        return trace_of(self.session.traceparent, system)
+
+    def outer_trace(self, system: str) -> str | None:
+        """Return the trace context that spans of one system belong to; None if that is not known."""
+        return trace_of(self.traceparent, system)
+
+    def keep_trace(self, system: str, traceparent: str) -> None:
+        """Record the trace context of a system for processes that resume the run, or run parts of it; the first one counts."""
+        self.kept_traces.setdefault(system, traceparent)
+
+    @property
+    def kept_traceparent(self) -> str | None:
+        """The trace context for processes that resume the run, for every system that has recorded none of its own."""
+        return self.kept_traces.get("")
+
+    @kept_traceparent.setter
+    def kept_traceparent(self, traceparent: str) -> None:
+        self.kept_traces[""] = traceparent
+
+    def all_traces(self) -> str | None:
+        """Return all trace contexts of the run as one text: the caller's, and in their place those that were recorded."""
+        if not self.kept_traces:
+            return self.traceparent
+        return join_traces(traces_of(self.traceparent) | self.kept_traces)
 
     @property
     def conversation(self) -> str | None:
@@ -482,13 +511,16 @@ class ReliabilityContext:
         """Call the hooks of the run's start, and record in the store which trace it belongs to."""
         calls = self.fire.on_run_start
         if calls is not None:
+            schema = schema_of(type(initial))
 
             def arguments() -> tuple[Any, ...]:
-                state = self.redactor.redact_state(schema_of(type(initial)).state(initial))
-                return (self.run_id, self.pipeline, state)
+                return self.run_id, self.pipeline, self.redactor.redact_state(schema.state(initial))
 
-            await call_run_hooks(self, self.fire, "on_run_start", calls, arguments)
-        traceparent = self.kept_traceparent or self.traceparent
+            def unread() -> tuple[Any, ...]:
+                return self.run_id, self.pipeline, UnreadState(schema, initial, self.redactor)
+
+            await call_run_hooks(self, self.fire, "on_run_start", calls, arguments, unread)
+        traceparent = self.all_traces()
         if traceparent is not None and self.session.traceparent is None and self.session.finished is None:
             self.session.note_traceparent(traceparent)
         ids = {"conversation": self.config.conversation, "user": self.config.user}
@@ -506,7 +538,7 @@ class ReliabilityContext:
         if calls is None:
             return
         try:
-            await call_run_hooks(self, self.fire, "on_run_end", calls, self._end_arguments(result))
+            await call_run_hooks(self, self.fire, "on_run_end", calls, *self._end_arguments(result))
         except HookNotAsync as error:
             error.result = result
             if result.status is not RunStatus.CANCELLED:
@@ -517,14 +549,21 @@ class ReliabilityContext:
         """Call the hooks of the run's end where nothing can be awaited: its coroutine is being closed."""
         calls = self.fire.on_run_end
         if calls is not None:
-            call_run_hooks_now(self, self.fire, "on_run_end", calls, self._end_arguments(result))
+            call_run_hooks_now(self, self.fire, "on_run_end", calls, *self._end_arguments(result))
 
-    def _end_arguments(self, result: ExecutionResult) -> Callable[[], tuple[Any, ...]]:
-        return lambda: (self.run_id, self.redactor.redact_result(result))
+    def _end_arguments(
+        self, result: ExecutionResult
+    ) -> tuple[Callable[[], tuple[Any, ...]], Callable[[], tuple[Any, ...]]]:
+        """Return what makes the arguments of the end: with states, and without."""
+        return (
+            lambda: (self.run_id, self.redactor.redact_result(result)),
+            lambda: (self.run_id, self.redactor.unread_result(result)),
+        )
 
     def hook_failed(self, hook: str, node_id: str | None, error: BaseException) -> None:
-        """Add what a hook raised to the result."""
+        """Add what a hook raised to the result, and have the exporters count it."""
         self.hook_failures.append(HookFailure(hook, node_id, error))
+        self.fire.count_failure(self, hook)
 
     def build_result(
         self, status: RunStatus, final_state: Any, failure: Failure | None = None

@@ -10,10 +10,19 @@ from pydantic import BaseModel
 from stroma.contracts.schema import Schema
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
+from stroma.engine.unread import UnreadState
 from stroma.failures.failure import Failure
 from stroma.trace.events import AttemptRow
 
-__all__ = ["failure_arguments", "log_failure", "start_arguments", "success_arguments", "warn_of_budget"]
+__all__ = [
+    "failure_arguments",
+    "log_failure",
+    "start_arguments",
+    "success_arguments",
+    "unread_start",
+    "unread_success",
+    "warn_of_budget",
+]
 
 
 def start_arguments(
@@ -31,6 +40,20 @@ def success_arguments(
     values = schema.state(model)
     shown = values if ctx.config.redact is None else ctx.redactor.redact_state(values)
     return ctx.run_id, run.node_id, shown, run.counted.tokens
+
+
+def unread_start(
+    ctx: ReliabilityContext, run: NodeExecution, schema: Schema, state: BaseModel
+) -> tuple[Any, ...]:
+    """Return the arguments of ``on_node_start`` for sets that read no state."""
+    return ctx.run_id, run.node_id, UnreadState(schema, state, ctx.redactor)
+
+
+def unread_success(
+    ctx: ReliabilityContext, run: NodeExecution, schema: Schema, model: BaseModel
+) -> tuple[Any, ...]:
+    """Return the arguments of ``on_node_success`` for sets that read no state."""
+    return ctx.run_id, run.node_id, UnreadState(schema, model, ctx.redactor), run.counted.tokens
 
 
 def failure_arguments(ctx: ReliabilityContext, run: NodeExecution, failure: Failure) -> tuple[Any, ...]:

@@ -16,14 +16,20 @@ from stroma.contracts.snapshots import PickledSnapshot
 from stroma.failures.failure import Failure, isinstance_by_type, kind_of
 from stroma.trace.events import AttemptRow
 from stroma.trace.plain import secrets_in
-from stroma.trace.redaction import HIDDEN, forms_of, without_secrets
+from stroma.trace.redaction import HIDDEN, forms_of, scrubbed_error, without_secrets
 from stroma.trace.result import ExecutionResult
 from stroma.trace.trace import ExecutionTrace
 
-__all__ = ["Redactor"]
+__all__ = ["Redactor", "notes_of_error"]
 
 _PLAIN_LEAVES: Final = frozenset({str, int, float, bool, type(None)})
 _MAX_SECRETS: Final = 1000  # that one run remembers
+
+
+def notes_of_error(error: BaseException) -> dict[str, Any]:
+    """Return what exporters have noted of an exception; a redacted copy of it has the same notes."""
+    notes: dict[str, Any] = error.__dict__.setdefault("_stroma_notes", {})
+    return notes
 
 
 @final
@@ -46,6 +52,11 @@ class Redactor:
         self._context = context
         self._trace = trace
         self.secrets: dict[str, set[str]] = {}
+
+    @property
+    def is_on(self) -> bool:
+        """True if the config has a function that redacts."""
+        return self._redact is not None
 
     def redact_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return a state as hooks may see it."""
@@ -81,6 +92,17 @@ class Redactor:
         while len(known) > _MAX_SECRETS:
             del known[next(iter(known))]
 
+    def note_context(self) -> None:
+        """Remember the secrets of the run's context."""
+        if self._context:
+            self.note_secrets(self._context)
+
+    def scrub_error(self, error: BaseException, values: Any = ()) -> BaseException:
+        """Return an exception as a log may show it, without the secrets of the run, its context and some values."""
+        self.note_context()
+        self.note_secrets(values)
+        return scrubbed_error(error, self.secrets)
+
     def mask(self, text: str) -> str:
         """Return a text without the secrets that this run has met."""
         return without_secrets(text, self.secrets)
@@ -89,8 +111,7 @@ class Redactor:
         """Return a failure without the secrets of the run's context and the attempt's input in its message."""
         if type(snapshot) is not PickledSnapshot and type(snapshot) is not bytes:  # Those hold plain data.
             self.note_secrets(snapshot)
-        if self._context:
-            self.note_secrets(self._context)
+        self.note_context()
         message = failure.message
         error = failure.exception
         if isinstance_by_type(error, ContractViolation) and isinstance(error.schema, type):
@@ -125,11 +146,25 @@ class Redactor:
             ]
             redacted = ContractViolation(error.node_id, error.direction, self.redact_state(error.raw), errors)
             # Exporters that see both, in one hook and another, recognise them as one.
-            identity = error.__dict__.setdefault("_stroma_identity", object())
-            redacted.__dict__["_stroma_identity"] = identity
+            redacted.__dict__["_stroma_notes"] = notes_of_error(error)
             return redacted
         except Exception:  # Code of the user made it, without some of its attributes.
             return ContractViolation("", "output", {"redacted": f"a {type(error).__name__}"}, [])
+
+    def unread_result(self, result: ExecutionResult) -> ExecutionResult:
+        """Return a result for sets of hooks that read no state."""
+        failure = result.failure
+        if self._redact is not None and failure is not None:
+            failure = replace(failure, exception=self.redact_error(failure.exception))
+        return replace(
+            result,
+            final_state=None,
+            trace=result.trace.copy(with_states=False),
+            failure=failure,
+            hook_errors=list(result.hook_errors),
+            unpriced_models=list(result.unpriced_models),
+            suspended=list(result.suspended),
+        )
 
     def redact_result(self, result: ExecutionResult) -> ExecutionResult:
         """Return a result for one set of hooks, which may change it."""

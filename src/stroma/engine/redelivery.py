@@ -14,6 +14,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
 from stroma.engine.execution import Kind, NodeExecution
 from stroma.engine.restore import output_schema, raw_output, read_output
+from stroma.engine.unread import UnreadState
 from stroma.failures.errors import RunFailed
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.trace.events import NO_USAGE, AttemptRow
@@ -45,14 +46,10 @@ async def _call_hooks(
     if calls:
         failed, committed = row.failure, await _committed(ctx, row)
 
-        def arguments() -> tuple[Any, ...]:
+        def arguments(reads_state: bool = True) -> tuple[Any, ...]:
             at = (ctx.run_id, run.node_id)
             if row.outcome == "success":
-                return (
-                    *at,
-                    ctx.redactor.redact_state(_output(ctx, row, node, committed)),
-                    run.counted.tokens,
-                )
+                return (*at, _output(ctx, row, node, committed, reads_state), run.counted.tokens)
             if failed is None:
                 return at
             if row.outcome == "suspended":
@@ -60,7 +57,7 @@ async def _call_hooks(
             return (*at, RunFailed.recorded(failed.message, failed.error_type), failed.failure_class)
 
         try:
-            await ctx.fire.fire(event, calls, run.node_id, arguments)
+            await ctx.fire.fire(event, calls, run.node_id, arguments, unread=lambda: arguments(False))
         except (asyncio.CancelledError, HookNotAsync):  # They come out once every set was called.
             ctx.session.delivered(row)
             raise
@@ -76,7 +73,11 @@ async def _committed(ctx: ReliabilityContext, row: AttemptRow) -> Committed | No
 
 
 def _output(
-    ctx: ReliabilityContext, row: AttemptRow, node: Node | Group | None, committed: Committed | None
+    ctx: ReliabilityContext,
+    row: AttemptRow,
+    node: Node | Group | None,
+    committed: Committed | None,
+    reads_state: bool,
 ) -> dict[str, Any]:
     """Return the output that was committed with an attempt, as its hook would have seen it."""
     if committed is None or committed.is_failed_item:
@@ -84,11 +85,16 @@ def _output(
     if isinstance(node, Node) and node.node_id == row.node_id:
         schema = output_schema(ctx, node, None)
         try:
-            return dict(schema.state(read_output(schema, committed, None)))
+            model = read_output(schema, committed, None)
         except ValueError:
             pass  # The schema has changed: the run is about to be refused, or to upcast.
+        else:
+            unread = UnreadState(schema, model, ctx.redactor)
+            return unread.shown() if reads_state else unread
+    if not reads_state:
+        return {}
     raw = raw_output(committed)
-    return raw if isinstance(raw, dict) else {"value": raw}
+    return ctx.redactor.redact_state(raw if isinstance(raw, dict) else {"value": raw})
 
 
 def _node_at(nodes: Sequence[Node | Group], position: int, branch: str) -> tuple[Node | Group | None, Kind]:

@@ -18,6 +18,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
 from stroma.engine.execution import Kind, NodeExecution
 from stroma.engine.outcome import Place
+from stroma.engine.unread import UnreadState
 from stroma.failures.errors import ItemFailure
 
 __all__ = [
@@ -77,6 +78,7 @@ async def restore(
                 ctx.fire.on_node_skipped,
                 node.node_id,
                 lambda: (ctx.run_id, node.node_id, ctx.redactor.redact_state(schema.state(model))),
+                unread=lambda: (ctx.run_id, node.node_id, UnreadState(schema, model, ctx.redactor)),
             )
         finally:
             run.close()

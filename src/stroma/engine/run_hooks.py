@@ -13,13 +13,20 @@ __all__ = ["call_run_hooks", "call_run_hooks_now"]
 
 
 async def call_run_hooks(
-    run: Any, hooks: Hooks, event: str, calls: Calls, make: Callable[[], tuple[Any, ...]]
+    run: Any,
+    hooks: Hooks,
+    event: str,
+    calls: Calls,
+    make: Callable[[], tuple[Any, ...]],
+    unread: Callable[[], tuple[Any, ...]],
 ) -> None:
     """Call the hooks of one event of a run, with fresh arguments ``make()``. Raises HookNotAsync.
 
+    ``unread()``: the arguments for sets that read no state.
+
     ``run``: the context that ``current_run()`` returns in them; no node is the current one.
     """
-    firing = Firing(hooks, event, calls, None, make, ())
+    firing = Firing(hooks, event, calls, None, make, (), unread)
     with _as_current(run):
         try:
             if not firing.advance():
@@ -31,11 +38,16 @@ async def call_run_hooks(
 
 
 def call_run_hooks_now(
-    run: Any, hooks: Hooks, event: str, calls: Calls, make: Callable[[], tuple[Any, ...]]
+    run: Any,
+    hooks: Hooks,
+    event: str,
+    calls: Calls,
+    make: Callable[[], tuple[Any, ...]],
+    unread: Callable[[], tuple[Any, ...]],
 ) -> None:
     """Call them where nothing can be awaited: the coroutine of the run is being closed."""
     with _as_current(run):
-        Firing(hooks, event, calls, None, make, ()).finish_now()
+        Firing(hooks, event, calls, None, make, (), unread).finish_now()
 
 
 @contextmanager

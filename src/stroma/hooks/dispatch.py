@@ -7,9 +7,9 @@ import contextlib
 import inspect
 import logging
 from asyncio import current_task
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from time import perf_counter
-from types import CoroutineType, MappingProxyType, coroutine
+from types import CoroutineType, coroutine
 from typing import Any, Final, final
 
 from stroma.hooks.sets import _ENDS, EVENTS, NodeHooks
@@ -54,12 +54,12 @@ class Hooks:
     Args:
         failures: list to which exceptions of hooks are added. The list and not its owner: a reference to the run would be
             a cycle that only the garbage collector frees.
-        secrets: texts to mask in the log of those exceptions.
+        scrub: returns an exception as the log may show it, without the secrets of the run and of the arguments.
         all_ends: prepare the ends of attempts also where no set has a hook for them.
     """
 
     # Slots, all of them set: two are read for each node, and an attribute of the class takes five times as long.
-    __slots__ = (*EVENTS, "failures", "limits", "run_id", "secrets")
+    __slots__ = (*EVENTS, "failures", "limits", "run_id", "scrub", "unread", "watchers")
 
     on_node_start: Calls | None
     on_node_success: Calls | None
@@ -83,12 +83,16 @@ class Hooks:
         run_id: str,
         limit_seconds: float | None,
         failures: list[HookFailure],
-        secrets: Mapping[str, set[str]] = MappingProxyType({}),
+        scrub: Callable[[BaseException, Any], BaseException] | None = None,
         all_ends: bool = False,
     ) -> None:
         self.run_id = run_id
         self.failures = failures
-        self.secrets = secrets
+        self.scrub = scrub
+        #: By set, whether it reads no state.
+        self.unread = tuple([not one.reads_state for one in sets])
+        #: The sets that count what hooks raise.
+        self.watchers = tuple([one for one in sets if type(one).hook_raised is not NodeHooks.hook_raised])
         #: By set, how long one call may take, in seconds; None for ever.
         self.limits = tuple([limit_seconds if one._has_time_limit else None for one in sets])
         by_event: dict[str, Calls] = dict.fromkeys(EVENTS, ())
@@ -109,26 +113,43 @@ class Hooks:
         node_id: str | None,
         make: Callable[..., tuple[Any, ...]],
         *about: Any,
+        unread: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
         """Call each hook in turn, with fresh arguments ``make(*about)``; see :class:`Firing`."""
-        firing = Firing(self, event, calls, node_id, make, about)
+        firing = Firing(self, event, calls, node_id, make, about, unread)
         if not firing.advance():
             await firing.finish()
 
-    def report(self, event: str, hook: Callable[..., Any], node_id: str | None, error: BaseException) -> None:
-        """Log what a hook raised, and add it to the failures of the run."""
+    def report(
+        self,
+        event: str,
+        hook: Callable[..., Any],
+        node_id: str | None,
+        error: BaseException,
+        arguments: Any = (),
+    ) -> None:
+        """Log what a hook raised without the secrets in its arguments, and add it to the failures of the run."""
         try:
+            shown = scrubbed_error(error, {}) if self.scrub is None else self.scrub(error, arguments)
             logger.error(
                 "hook %s (%r) raised for node %r of run %r; the run goes on", event, hook, node_id, self.run_id,
-                exc_info=scrubbed_error(error, self.secrets), extra={"run_id": self.run_id},
+                exc_info=shown, extra={"run_id": self.run_id},
             )  # fmt: skip
         finally:
             self.failures.append(HookFailure(event, node_id, error))
+            self.count_failure(None, event)
+
+    def count_failure(self, run: Any, event: str) -> None:
+        """Have the exporters among the sets count an exception of a hook, where it is raised and whatever follows."""
+        for one in self.watchers:
+            one.hook_raised(run, event)
 
 
 @final
 class Firing:
     """One event on its way through the sets of hooks, in the caller's own task.
+
+    Sets that read no state get ``unread(*about)``, made once, in place of ``make(*about)``.
 
     :meth:`advance` calls hooks until one waits, :meth:`finish` awaits that one and calls the rest, and
     :meth:`finish_now` calls the rest where nothing can be awaited. Most hooks never wait and need no coroutine around
@@ -140,7 +161,7 @@ class Firing:
     out of :meth:`finish` at once: it means that the coroutine around is being closed.
     """
 
-    __slots__ = ("_about", "_before", "_begin", "_calls", "_event", "_hooks", "_index", "_make", "_node_id", "_stopped", "_waiting")  # fmt: skip
+    __slots__ = ("_about", "_before", "_begin", "_calls", "_event", "_hooks", "_index", "_make", "_node_id", "_shared", "_stopped", "_unread", "_waiting")  # fmt: skip
 
     def __init__(
         self,
@@ -150,6 +171,7 @@ class Firing:
         node_id: str | None,
         make: Callable[..., tuple[Any, ...]],
         about: tuple[Any, ...],
+        unread: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
         self._hooks = hooks
         self._event = event
@@ -157,6 +179,9 @@ class Firing:
         self._node_id = node_id
         self._make = make
         self._about = about
+        self._unread = unread
+        #: The arguments for the sets that read no state.
+        self._shared: tuple[Any, ...] | None = None
         #: How many hooks were called.
         self._index = 0
         #: The hook that waits: its iterator, and the value to pass to the event loop.
@@ -178,7 +203,7 @@ class Firing:
             self._before = before = 0 if task is None else task.cancelling()
             self._begin = begin = perf_counter()
             try:
-                awaitable: Any = hook(*self._make(*self._about))
+                awaitable: Any = hook(*self._arguments(set_index))
                 if type(awaitable) is CoroutineType:
                     iterator = awaitable.__await__()
                 elif inspect.isawaitable(awaitable):
@@ -229,10 +254,10 @@ class Firing:
 
     def finish_now(self) -> None:
         """Call the rest where nothing can be awaited: each hook gets as far as it comes without waiting."""
-        for _, hook in self._calls[self._index :]:
+        for set_index, hook in self._calls[self._index :]:
             self._index += 1
             try:
-                iterator = hook(*self._make(*self._about)).__await__()
+                iterator = hook(*self._arguments(set_index)).__await__()
                 if next(iterator, _OVER) is _OVER:
                     continue
                 iterator.close()
@@ -241,7 +266,18 @@ class Firing:
                     self._event, hook, self._hooks.run_id, extra={"run_id": self._hooks.run_id},
                 )  # fmt: skip
             except Exception as error:
-                self._hooks.report(self._event, hook, self._node_id, error)
+                self._hooks.report(self._event, hook, self._node_id, error, self._about)
+
+    def _arguments(self, set_index: int) -> tuple[Any, ...]:
+        if self._unread is not None and self._hooks.unread[set_index]:
+            return self._shared_arguments()
+        return self._make(*self._about)
+
+    def _shared_arguments(self) -> tuple[Any, ...]:
+        assert self._unread is not None
+        if self._shared is None:
+            self._shared = self._unread(*self._about)
+        return self._shared
 
     def _handle(self, error: BaseException, task: asyncio.Task[Any] | None) -> None:
         """Report what a hook raised, or put it aside until every hook was called, or raise it at once."""
@@ -258,7 +294,7 @@ class Firing:
             task is None or task.cancelling() <= self._before
         ):
             hook = self._calls[self._index - 1][1]
-            self._hooks.report(self._event, hook, self._node_id, error)
+            self._hooks.report(self._event, hook, self._node_id, error, self._about)
 
     def _check_cancelled(self, task: asyncio.Task[Any] | None) -> None:
         """Note a cancellation of the task, even if the hook swallowed or replaced it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, ClassVar, Final
@@ -63,6 +63,9 @@ class NodeHooks:
     budget "budget:cost" or "budget:tokens".
     Compose sets with ``a | b`` or a list: starts run first to last, ends last to first. ``on_map_progress`` gets
     the progress of a map: at its start, at its end, and in between at most five times a second.
+
+    With ``reads_state=False`` every state that the hooks of the set get is an empty dict, and that of a result is None: the
+    set then costs the same for states of any size. What such sets get, they share.
     """
 
     on_node_start: Callable[[str, str, dict[str, Any]], Awaitable[None]] | None = None
@@ -79,6 +82,7 @@ class NodeHooks:
     on_node_wait: Callable[[str, str, str, float], Awaitable[None]] | None = None
     on_circuit_change: Callable[[str, str, str], Awaitable[None]] | None = None
     on_limit_cooldown: Callable[[str, str, float], Awaitable[None]] | None = None
+    reads_state: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         self.check()
@@ -92,6 +96,9 @@ class NodeHooks:
 
     #: False for hooks that make a run wait for its reader.
     _has_time_limit: ClassVar[bool] = True
+
+    def hook_raised(self, run: Any, event: str) -> None:
+        """Handle an exception of a hook of any set of the run; ``run`` is its context, or None if it is not known."""
 
     def __or__(self, other: NodeHooks | Sequence[NodeHooks]) -> HookSets:
         return HookSets((self, *flatten(other)))
@@ -159,7 +166,7 @@ def _own_signature(func: Any) -> inspect.Signature | None:
 StepHooks = NodeHooks
 #: One set of hooks, or several in order.
 AnyHooks = NodeHooks | Sequence[NodeHooks]
-EVENTS = tuple(f.name for f in fields(NodeHooks))
+EVENTS = tuple(_ARGUMENTS)
 #: Called last set first, also after a HookNotAsync. ``hook_delivery="at_least_once"`` repeats those of attempts and runs only.
 _ENDS = frozenset(
     {"on_node_success", "on_node_failure", "on_node_cancelled", "on_node_suspended", "on_run_end"}

@@ -25,7 +25,7 @@ from stroma.engine.config import new_run_id as fresh_run_id
 from stroma.engine.context import ReliabilityContext
 from stroma.failures.failure import Classifier
 from stroma.failures.policy import PolicyMap
-from stroma.hooks.sets import NodeHooks, flatten
+from stroma.hooks.sets import AnyHooks, NodeHooks, distinct, flatten
 from stroma.runner.batch import Batch
 from stroma.runner.live_runs import LiveRuns
 from stroma.runner.pipeline import AnyState, Pipeline, nodes_of, override_config
@@ -63,6 +63,8 @@ class StromaRunner:
         self._live = LiveRuns()
         #: Node ids of the config that no node has, and that were warned of.
         self._warned: set[str] = set()
+        #: Sets of exporters of pipelines and runs with hooks of their own.
+        self._exporters: list[NodeHooks] = []
         self.config = config if config is not None else default_config()
 
     @classmethod
@@ -328,6 +330,8 @@ class StromaRunner:
             from stroma.contracts.checks.check import raise_errors
 
             raise_errors(nodes, self.registry)
+        if config.hooks is not self.config.hooks:
+            self._note_exporters(config.hooks)
         ctx = ReliabilityContext.for_run(config, self.registry, self.checkpoint_manager)
         ctx.recovers = recovers
         ctx.due_ms = due_ms
@@ -401,7 +405,8 @@ class StromaRunner:
             watched.__pydantic_fields_set__ = config.model_fields_set | {"hooks"}
             twin = StromaRunner(self.registry, self.checkpoint_manager, watched)
             twin._live = self._live  # So that a shutdown of this runner includes its streams.
-            twin._warned = self._warned
+            twin._warned, twin._exporters = self._warned, self._exporters
+            twin._note_exporters(config.hooks)
             return twin.run(nodes, initial_state, **options)
 
         return RunStream(begin, on_leave, buffer)
@@ -602,7 +607,10 @@ class StromaRunner:
         await self._live.shut_down(drain_seconds)
 
     async def flush(self, *, timeout_seconds: float = 5.0) -> bool:
-        """Send what the exporters among the hooks hold; return True if all did in time. Never raises."""
+        """Send what the exporters hold: those among the runner's hooks, and among those of pipelines and runs that it has run.
+
+        Return True if all of it was sent in time, and nothing was lost since the last call. Never raises.
+        """
         return await self._call_exporters("flush", timeout_seconds)
 
     async def aclose(self, *, timeout_seconds: float = 5.0) -> bool:
@@ -610,9 +618,16 @@ class StromaRunner:
         return await self._call_exporters("aclose", timeout_seconds)
 
     async def _call_exporters(self, method: str, timeout_seconds: float) -> bool:
-        methods = [getattr(hooks, method, None) for hooks in flatten(self.config.hooks)]
+        sets = distinct((*flatten(self.config.hooks), *self._exporters))
+        methods = [getattr(hooks, method, None) for hooks in sets]
         calls = [call(timeout_seconds=timeout_seconds) for call in methods if call is not None]
         return all(await asyncio.gather(*calls))
+
+    def _note_exporters(self, hooks: AnyHooks) -> None:
+        """Remember the exporters of a pipeline or a run for :meth:`flush`: one for each destination."""
+        found = [one for one in flatten(hooks) if hasattr(one, "flush")]
+        if found:
+            self._exporters[:] = distinct((*self._exporters, *found))
 
     @property
     def _stored(self) -> StoredRuns:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import islice
 from typing import Any, Final, Literal
+from weakref import WeakKeyDictionary
+
+from pydantic import BaseModel
 
 from stroma._utils.text import visible
 from stroma.contracts.contract import ContractViolation
+from stroma.contracts.masking import names_of_field
+from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
+from stroma.engine.unread import UnreadState
 from stroma.failures.errors import RemoteFailure
 from stroma.failures.failure import message_of
 from stroma.trace.plain import jsonable
@@ -26,6 +35,12 @@ DENY_KEYS: Final = (
 )  # fmt: skip
 _REDACTED: Final = "[redacted]"
 _DEEPEST: Final = 50
+#: Characters that are written beyond the limit, so that a secret at the end is found as a whole.
+_SLACK: Final = 4096
+_MOST_NAMES: Final = 10_000
+#: Items of a set that are put in order.
+_MOST_SORTED: Final = 1000
+_NO_NAMES: Final[Mapping[str, tuple[str, ...]]] = {}
 #: Between the words of a name in camel case.
 _WORD_ENDS: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
@@ -43,6 +58,8 @@ class Content:
     mode: ContentMode
     deny_keys: frozenset[str]
     max_bytes: int
+    #: Names that were looked at.
+    _known: dict[str, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def make(cls, mode: ContentMode, deny_keys: Collection[str], max_bytes: int) -> Content:
@@ -56,36 +73,62 @@ class Content:
         return cls(mode, frozenset(map(_plain, deny_keys)), max_bytes)
 
     def state(self, run: ReliabilityContext, state: Mapping[str, Any]) -> str:
-        """Return a state as JSON text: its values, or the types and sizes of its fields."""
+        """Return a state as JSON text: its values, or the types and sizes of its fields.
+
+        It is walked no further than ``max_bytes``, so that a large one costs no more than a small one.
+        """
+        values, model = _fields_of(state)
         if self.mode == "none":
-            return self.cut(json.dumps({str(name): _shape(value) for name, value in state.items()}))
-        run.redactor.note_secrets(state)
+            most = self.max_bytes // 4 + 1
+            shapes = {str(name): _shape(value) for name, value in islice(values.items(), most)}
+            return self.cut(json.dumps(shapes))
+        if isinstance(state, UnreadState):
+            state.note_secrets()
+        else:
+            run.redactor.note_secrets(state)
+        writer = _Writer(self, self.max_bytes + _SLACK)
         try:
-            text = json.dumps(self._allowed(jsonable(dict(state)), 0), ensure_ascii=False)
+            text = writer.text_of(values, model)
         except Exception as error:
             # A number of ten thousand digits, say. The span is worth more than its input.
             return f"[unreadable: {type(error).__name__}]"
-        return self.cut(run.redactor.mask(text))
+        return self.cut(run.redactor.mask(text), has_more=writer.is_full)
 
     def message(self, run: ReliabilityContext, error: BaseException | str) -> str | None:
         """Return the message of an exception; None in mode "none"."""
         if self.mode == "none":
             return None
+        run.redactor.note_context()
         if isinstance(error, ContractViolation) and isinstance(error.raw, dict):
             run.redactor.note_secrets(error.raw)  # Of an input that nobody was shown.
-        text = run.redactor.mask(error if isinstance(error, str) else message_of(error))
+        text = error if isinstance(error, str) else message_of(error)
+        room = self.max_bytes + _SLACK
+        has_more = len(text) > room
+        text = run.redactor.mask(text[:room])
         shown = run.redactor.redact_state({"message": text}).get("message")
-        return self.cut(visible(shown) if isinstance(shown, str) else _REDACTED)
+        return self.cut(visible(shown) if isinstance(shown, str) else _REDACTED, has_more=has_more)
 
-    def cut(self, text: str) -> str:
-        """At most ``max_bytes`` of a text, with a mark that says how long it was."""
+    def cut(self, text: str, *, has_more: bool = False) -> str:
+        """Return at most ``max_bytes`` of a text, with a mark that says how long it was.
+
+        ``has_more``: the text is only the beginning of a longer one.
+        """
         data = text.encode("utf-8", "backslashreplace")
-        if len(data) <= self.max_bytes:
+        if len(data) <= self.max_bytes and not has_more:
             return data.decode()
-        return f"{data[: self.max_bytes].decode('utf-8', 'ignore')}... [truncated, {len(data)} bytes]"
+        size = f"{'over ' if has_more else ''}{len(data)} bytes"
+        return f"{data[: self.max_bytes].decode('utf-8', 'ignore')}... [truncated, {size}]"
 
-    def _denied(self, name: str) -> bool:
+    def is_denied(self, name: str) -> bool:
         """Return True if a name is, or ends with, a denied one in whole words; "context" does not end with "text"."""
+        known = self._known.get(name)
+        if known is None:
+            if len(self._known) >= _MOST_NAMES:  # Keys of dicts may be anything.
+                self._known.clear()
+            known = self._known[name] = self._ends_denied(name)
+        return known
+
+    def _ends_denied(self, name: str) -> bool:
         words = _WORD_ENDS.sub("_", name).casefold().replace("-", "_").split("_")
         longest = max(map(len, self.deny_keys), default=0)
         tail = ""
@@ -97,17 +140,137 @@ class Content:
                 return True
         return False
 
-    def _allowed(self, value: Any, depth: int) -> Any:
+
+class _Full(Exception):
+    """No more text is wanted."""
+
+
+class _Writer:
+    """Writes values as JSON until there is enough of it."""
+
+    def __init__(self, content: Content, limit: int) -> None:
+        self._content = content
+        self._parts: list[str] = []
+        self._room = limit
+        self.is_full = False
+
+    def text_of(self, values: Mapping[Any, Any], model: type[BaseModel] | None) -> str:
+        """Return the text of the fields of a state, whose class knows further names of them."""
+        try:
+            self._mapping(values, 0, _names_of(model) if model is not None else _NO_NAMES)
+        except _Full:
+            self.is_full = True
+        return "".join(self._parts)
+
+    def _add(self, text: str) -> None:
+        self._parts.append(text)
+        self._room -= len(text)
+        if self._room < 0:
+            raise _Full
+
+    def _text(self, text: str) -> None:
+        # No more than is wanted of a long one.
+        self._add(json.dumps(text[: self._room + 1], ensure_ascii=False))
+
+    def _mapping(
+        self, values: Mapping[Any, Any], depth: int, names: Mapping[str, tuple[str, ...]] | None = None
+    ) -> None:
+        between = "{"
+        for key, value in values.items():
+            name = key if isinstance(key, str) else str(jsonable(key))
+            self._add(between)
+            self._text(name)
+            self._add(": ")
+            is_denied = self._content.is_denied
+            if is_denied(name) or (names and any(map(is_denied, names.get(name, ())))):
+                self._text(_REDACTED)
+            else:
+                self._value(value, depth + 1)
+            between = ", "
+        self._add("{}" if between == "{" else "}")
+
+    def _list(self, values: Iterable[Any], depth: int) -> None:
+        between = "["
+        for value in values:
+            self._add(between)
+            self._value(value, depth + 1)
+            between = ", "
+        self._add("[]" if between == "[" else "]")
+
+    def _value(self, value: Any, depth: int) -> None:
+        """Write what jsonable() returns, and make no more of it than is written."""
+        kind = type(value)
         if depth > _DEEPEST:
-            return "[too deep]"
-        if isinstance(value, dict):
-            return {
-                name: _REDACTED if self._denied(name) else self._allowed(inner, depth + 1)
-                for name, inner in value.items()
-            }
-        if isinstance(value, list):
-            return [self._allowed(inner, depth + 1) for inner in value]
-        return value
+            self._add('"[too deep]"')
+        elif kind is str:
+            self._text(value)
+        elif value is None or kind is bool or kind is int:
+            self._add(json.dumps(value))
+        elif kind is dict or (isinstance(value, Mapping) and not isinstance(value, Enum)):
+            self._mapping(value, depth)
+        elif kind is list or kind is tuple:
+            self._list(value, depth)
+        elif isinstance(value, BaseModel):
+            schema = schema_of(kind)
+            fields = fields_in(value)
+            if schema.is_root:
+                self._value(fields.get("root"), depth)
+            else:
+                self._mapping(fields, depth, _names_of(kind))
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
+            self._mapping(fields, depth)
+        elif isinstance(value, (bytes, bytearray)):
+            self._text(bytes(value[: self._room + 1]).decode("utf-8", "backslashreplace"))
+        elif isinstance(value, (set, frozenset)) and len(value) > _MOST_SORTED:
+            self._list(value, depth)
+        else:
+            plain = jsonable(value)
+            if isinstance(plain, dict):
+                self._mapping(plain, depth)
+            elif isinstance(plain, list):
+                self._list(plain, depth)
+            elif isinstance(plain, str):
+                self._text(plain)
+            else:
+                self._add(json.dumps(plain))
+
+
+def fields_in(model: BaseModel) -> dict[str, Any]:
+    """Return the fields of a model by name, as they are: without those that are excluded, with extra ones."""
+    traits = schema_of(type(model)).traits
+    names, excluded = type(model).model_fields, traits.excluded_fields
+    fields = {name: v for name, v in model.__dict__.items() if name in names and name not in excluded}
+    if model.__pydantic_extra__:
+        fields = {**model.__pydantic_extra__, **fields}
+    return fields
+
+
+def _fields_of(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], type[BaseModel] | None]:
+    """Return the fields of a state, without a copy of their values, and its class if it is known."""
+    if not isinstance(state, UnreadState):
+        return state, None
+    model = type(state.model)
+    if state.is_redacted:
+        return state.shown(), model
+    fields = fields_in(state.model)
+    if state.schema.is_root:
+        root = fields.get("root")
+        return (root, None) if isinstance(root, Mapping) else ({"root": root}, None)
+    return fields, model
+
+
+#: The aliases of the fields of a model.
+_aliases: WeakKeyDictionary[type[BaseModel], Mapping[str, tuple[str, ...]]] = WeakKeyDictionary()
+
+
+def _names_of(model: type[BaseModel]) -> Mapping[str, tuple[str, ...]]:
+    """Return the names of the fields of a model that have an alias, by the name of the field."""
+    found = _aliases.get(model)
+    if found is None:
+        names = {field: (*names_of_field(field, info),) for field, info in model.model_fields.items()}
+        found = _aliases[model] = {field: known for field, known in names.items() if len(known) > 1}
+    return found
 
 
 def type_name(error: BaseException) -> str:
@@ -123,5 +286,10 @@ def _plain(name: str) -> str:
 
 
 def _shape(value: Any) -> str:
+    if isinstance(value, BaseModel):  # Hooks see them as dicts.
+        fields = fields_in(value)
+        return _shape(fields.get("root")) if schema_of(type(value)).is_root else f"dict[{len(fields)}]"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return f"dict[{len(dataclasses.fields(value))}]"
     size = f"[{len(value)}]" if isinstance(value, (str, bytes, list, tuple, set, frozenset, dict)) else ""
     return f"{type(value).__name__}{size}"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextvars import Token
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node
 from stroma.failures.classes import FailureClass
 from stroma.telemetry.content import DENY_KEYS, Content, ContentMode, type_name
+from stroma.telemetry.losses import LossCounter, Losses
 from stroma.telemetry.observer import (
     CUT_SHORT,
     Ended,
@@ -18,8 +20,11 @@ from stroma.telemetry.observer import (
     Observer,
     exceeded,
     is_returned,
+    may_be_retried,
     missing,
     seconds_elsewhere,
+    waited_seconds,
+    waits_since,
 )
 from stroma.trace.result import ExecutionResult
 
@@ -75,16 +80,28 @@ def _client(address: str) -> DogStatsd:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise ValueError(f'statsd must be "host:port", such as "localhost:8125", got {address!r}')
-    return DogStatsd(host=host.strip("[]"), port=int(port), disable_telemetry=True)
+    # Buffered, and sent by a thread of its own: each packet looks its host up until that has an address.
+    return DogStatsd(
+        host=host.strip("[]"),
+        port=int(port),
+        disable_telemetry=True,
+        disable_buffering=False,
+        disable_background_sender=False,
+        sender_queue_size=_MOST_PACKETS,
+    )
 
 
 class _DatadogRun:
     """The span of a run, and when it began."""
 
-    __slots__ = ("since", "span")
+    __slots__ = ("before", "here", "restored", "since", "span")
 
     def __init__(self, span: Span) -> None:
         self.span = span
+        self.restored = 0
+        #: What undoes that the run is current, and what was active before.
+        self.here: Token[Any] | None = None
+        self.before: Span | Context | None = None
         self.since = perf_counter()
 
 
@@ -103,8 +120,13 @@ class _DatadogNode:
         self.cost = 0.0
 
 
+#: Packets of metrics that wait to be sent, 1.4 kB each.
+_MOST_PACKETS: Final = 1000
+
+
 class _Datadog(Observer):
     name = "Datadog"
+    system = "datadog"
 
     def __init__(
         self,
@@ -119,6 +141,8 @@ class _Datadog(Observer):
         self._model_label = ModelLabels()
         self._tracer, self._statsd, self._service, self._content = tracer, statsd, service, content
         self._own_client = own_client
+        self._losses = Losses(self.name)
+        self._watch_losses()
 
     # ------------------------------------------------------------------ runs
 
@@ -131,7 +155,7 @@ class _Datadog(Observer):
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
         if is_returned(run):
             return
-        parent = None if run.traceparent is None else _remote(run.traceparent)
+        parent = _outer(run)
         span = self._tracer.start_span(
             "stroma.run",
             child_of=parent or self._tracer.current_trace_context(),
@@ -139,22 +163,28 @@ class _Datadog(Observer):
             resource=run.pipeline,
             span_type="worker",
         )
-        run.notes[self] = _DatadogRun(span)
+        of_run = _DatadogRun(span)
         span.set_tag("stroma.run.id", run.run_id)
         span.set_tag("stroma.pipeline", run.pipeline)
         span.set_tag("stroma.input", self._content.state(run, state))
-        if run.first_traceparent is not None:
-            first = _remote(run.first_traceparent)
-            if first is not None:
-                span.link_span(first, {"stroma.link": "resumed from"})
-        if run.kept_traceparent is None:
-            run.kept_traceparent = _traceparent(span)
+        began = run.first_trace(self.system)
+        first = None if began is None else _remote(began)
+        if first is not None:
+            span.link_span(first, {"stroma.link": "resumed from"})
+        run.keep_trace(self.system, _traceparent(span))
         if run.elsewhere:  # No span can end where it has not begun: this one is what the others stand under.
-            del run.notes[self]
             span.finish()
+            return
+        run.notes[self] = of_run
+        of_run.here = self.enter(of_run)
+        of_run.before = self._tracer.context_provider.active()
+        self._tracer.context_provider.activate(span)
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         of_run: _DatadogRun | None = run.notes.pop(self, None)
+        if is_returned(run):
+            self._count("runs.returned", 1, [f"pipeline:{run.pipeline}", f"status:{result.status.value}"])
+            return
         if of_run is None and run.elsewhere:
             of_run = self._ending(run, result)
         if of_run is None:
@@ -164,25 +194,41 @@ class _Datadog(Observer):
         span.set_tag("stroma.status", result.status.value)
         span.set_metric("stroma.tokens", result.total_tokens)
         span.set_metric("stroma.cost_usd", result.total_cost_usd)
+        if of_run.restored:
+            span.set_metric("stroma.nodes.restored", of_run.restored)
         if failed is not None:
             self._mark(span, run, failed)
         span.finish()
+        if of_run.here is not None and self.here() is of_run:
+            # A coroutine that is closed from elsewhere has left its context behind.
+            self._tracer.context_provider.activate(of_run.before)
+            self.leave(of_run.here)
         pipeline = f"pipeline:{run.pipeline}"
         status = [pipeline, f"status:{result.status.value}"]
         self._count("runs", 1, status)
         self._distribution("run.duration", perf_counter() - of_run.since, status)
-        for error in result.hook_errors:
-            self._count("hook.errors", 1, [pipeline, f"hook:{error.hook}"])
         dimension = exceeded(result)
         if dimension is not None:
             self._count("budget.exceeded", 1, [pipeline, f"dimension:{dimension}"])
+
+    def hook_raised(self, run: ReliabilityContext | None, hook: str) -> None:
+        if run is not None:
+            self._count("hook.errors", 1, [f"pipeline:{run.pipeline}", f"hook:{hook}"])
+
+    def skipped(self, node: NodeExecution) -> None:
+        of_run: _DatadogRun | None = node.ctx.notes.get(self)
+        if of_run is not None:
+            of_run.restored += 1
+
+    def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
+        waits_since(node, self)
 
     def _ending(self, run: ReliabilityContext, result: ExecutionResult) -> _DatadogRun:
         """Return the record of a run that started in another process."""
         record = _DatadogRun(
             self._tracer.start_span(
                 "stroma.run_end",
-                child_of=None if run.traceparent is None else _remote(run.traceparent),
+                child_of=_outer(run),
                 service=self._service,
                 resource=run.pipeline,
                 span_type="worker",
@@ -202,14 +248,17 @@ class _Datadog(Observer):
             of_node.active, of_node.before = True, before
             if node.ctx.elsewhere and node.kind == "group":
                 # What is inside stands under this span, wherever it runs; as with the run, the end has one of its own.
-                node.ctx.kept_traceparent = _traceparent(of_node.span)
+                node.ctx.keep_trace(self.system, _traceparent(of_node.span))
             of_node.span.set_tag("stroma.input", self._content.state(node.ctx, state))
+        waited = waited_seconds(node, self)
+        if waited:
+            node.notes[self].span.set_metric("stroma.node.wait_s", waited)
 
     def _begin(self, node: NodeExecution, *, activate: bool) -> _DatadogNode:
         around = self.around(node)
         above = self._tracer.current_trace_context() if around is None else around.span
         if node.ctx.elsewhere and node.ctx.traceparent is not None:
-            above = _remote(node.ctx.traceparent)
+            above = _outer(node.ctx)
         span = self._tracer.start_span(
             "stroma.node_end"
             if node.ctx.elsewhere and node.kind == "group" and not activate
@@ -278,7 +327,10 @@ class _Datadog(Observer):
         if ended is not None:
             span.set_tag("stroma.outcome", ended.outcome)
             if ended.error is not None:
-                self._mark(span, node.ctx, ended)
+                if may_be_retried(node):
+                    self._name_error(span, node.ctx, ended)
+                else:
+                    self._mark(span, node.ctx, ended)
         if node.redelivered and node.started_ns is not None:
             span.finish((node.started_ns + (node.duration_ms or 0.0) * 1e6) / 1e9)
         else:
@@ -291,8 +343,11 @@ class _Datadog(Observer):
 
     def _mark(self, span: Span, run: ReliabilityContext, ended: Ended) -> None:
         """Make a span an error. Not set_exc_info(): messages and stacks may hold what nodes were given."""
-        assert ended.error is not None
         span.error = 1
+        self._name_error(span, run, ended)
+
+    def _name_error(self, span: Span, run: ReliabilityContext, ended: Ended) -> None:
+        assert ended.error is not None
         span.set_tag("error.type", type_name(ended.error))
         span.set_tag("stroma.failure_class", ended.class_name)
         if ended.reason is not None:
@@ -310,18 +365,85 @@ class _Datadog(Observer):
             self._statsd.distribution(f"stroma.{name}", value, tags=tags)
 
     def flush(self, timeout_seconds: float) -> bool:
+        self._watch_losses()
         self._tracer.flush()  # type: ignore[no-untyped-call]
-        if self._statsd is not None:
+        if self._own_client and self._statsd is not None:
+            self._statsd.wait_for_pending()
+        elif self._statsd is not None:
             self._statsd.flush()
-        return True
+        return self._losses.take() == 0
+
+    def _watch_losses(self) -> None:
+        """Count what the tracer's writer, and our own client of DogStatsD, drop."""
+        writer = getattr(getattr(self._tracer, "_span_aggregator", None), "writer", None)
+        tries = "_send_payload_with_backoff"  # Of the writer that tries again, else the other one's.
+        send = tries if hasattr(writer, tries) else "_send_payload"
+        self._losses.watch(writer, send, "traces", _sent)
+        self._losses.watch(writer, "_metrics_dist", "traces", _dropped)
+        if self._own_client:
+            self._losses.watch(self._statsd, "_xmit_packet", "packets of metrics", _transmitted)
+            self._losses.watch(self._statsd, "_account_dropped_queue_full", "packets of metrics", _overflows)
 
     def close(self) -> None:
         if self._own_client and self._statsd is not None:
             self._statsd.close_socket()
 
 
+def _sent(counter: LossCounter, send: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a sender of payloads that counts those that the agent refuses."""
+
+    def counted(payload: Any, count: int, *arguments: Any, **options: Any) -> Any:
+        try:
+            response = send(payload, count, *arguments, **options)
+        except Exception as error:
+            counter.add(count, type(error).__name__)
+            raise
+        status = getattr(response, "status", 200)
+        if isinstance(status, int) and status >= 400:
+            counter.add(count, f"status {status}")
+        return response
+
+    return counted
+
+
+def _dropped(counter: LossCounter, distribution: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a recorder of the writer's own measures that counts traces which do not fit into its buffer."""
+
+    def counted(name: str, count: int = 1, *arguments: Any, **options: Any) -> Any:
+        if name in ("buffer.dropped.traces", "encoder.dropped.traces"):
+            counter.add(count, name)
+        return distribution(name, count, *arguments, **options)
+
+    return counted
+
+
+def _transmitted(counter: LossCounter, transmit: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a sender of packets that counts those it cannot send."""
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        sent = transmit(*arguments, **options)
+        if sent is False:
+            counter.add(1, "the agent cannot be reached")
+        return sent
+
+    return counted
+
+
+def _overflows(counter: LossCounter, drop: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(*arguments: Any, **options: Any) -> Any:
+        counter.add(1, "the queue is full")
+        return drop(*arguments, **options)
+
+    return counted
+
+
 def _traceparent(span: Span) -> str:
     return f"00-{span.trace_id:032x}-{span.span_id:016x}-01"
+
+
+def _outer(run: ReliabilityContext) -> Context | None:
+    traceparent = run.outer_trace(_Datadog.system)
+    return None if traceparent is None else _remote(traceparent)
 
 
 def _remote(traceparent: str) -> Context | None:

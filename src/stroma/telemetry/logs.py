@@ -34,20 +34,13 @@ def log_hooks(
     """Create hooks that log one line per event, with run_id, pipeline, node_id, attempt and others as fields.
 
     Args:
-        logger: of ``logging`` (the fields are then its ``extra``) or of structlog. If none is given, structlog's where
-            the application has configured that, else "stroma.events".
+        logger: of ``logging`` (the fields are then its ``extra``) or of structlog. If none is given, structlog's as soon as
+            the application has configured that, until then "stroma.events".
         content: see :class:`stroma.telemetry.content.Content`; with "redacted" states and messages are fields.
         deny_keys: names of fields whose values are never written.
         max_bytes: of one state or message.
     """
-    rules = Content.make(content, deny_keys, max_bytes)
-    if logger is None:
-        structlog: Any = sys.modules.get("structlog")
-        if structlog is not None and structlog.is_configured():
-            logger = structlog.get_logger("stroma.events")
-        else:
-            logger = logging.getLogger("stroma.events")
-    return _Logs(logger, rules).hooks()
+    return _Logs(logger, Content.make(content, deny_keys, max_bytes)).hooks()
 
 
 class _Logs(Observer):
@@ -56,19 +49,37 @@ class _Logs(Observer):
     def __init__(self, logger: Any, content: Content) -> None:
         super().__init__()
         self._content = content
+        self._is_default = logger is None
+        self._use(logging.getLogger("stroma.events") if logger is None else logger)
+
+    def _use(self, logger: Any) -> None:
         self._logger = logger
+        self._is_standard = isinstance(logger, (logging.Logger, logging.LoggerAdapter))
         self._write_line: Callable[[int, str, dict[str, Any]], None] = (
-            _with_extra(logger)
-            if isinstance(logger, (logging.Logger, logging.LoggerAdapter))
-            else _with_fields(logger)
+            _with_extra(logger) if self._is_standard else _with_fields(logger)
         )
+
+    def _follow_structlog(self) -> None:
+        """Write to structlog as soon as the application has configured it, which may be after these hooks were made."""
+        structlog: Any = sys.modules.get("structlog")
+        if structlog is not None and structlog.is_configured():
+            self._is_default = False
+            self._use(structlog.get_logger("stroma.events"))
+
+    def _is_off(self, level: int) -> bool:
+        """Return True if nobody would see a line, for which nothing is then made."""
+        if self._is_default:
+            self._follow_structlog()
+        return self._is_standard and not self._logger.isEnabledFor(level)
 
     @property
     def destination(self) -> object:
         # structlog gives a new proxy to each who asks.
-        return self._logger if isinstance(self._logger, (logging.Logger, logging.LoggerAdapter)) else self
+        return self._logger if self._is_standard else self
 
     def _write(self, level: int, event: str, fields: dict[str, Any]) -> None:
+        if self._is_off(level):
+            return
         token = WRITING.set(True)
         try:
             self._write_line(level, event, fields)
@@ -77,7 +88,7 @@ class _Logs(Observer):
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
         run.notes[self] = perf_counter()
-        if is_returned(run):
+        if is_returned(run) or self._is_off(logging.INFO):
             return
         resumed = {} if run.first_traceparent is None else {"first_traceparent": run.first_traceparent}
         fields = {
@@ -90,6 +101,10 @@ class _Logs(Observer):
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         started = run.notes.pop(self, None)
+        failed = Ended.finally_(result)
+        level = logging.INFO if failed is None or is_returned(run) else logging.ERROR
+        if self._is_off(level):
+            return
         took = seconds_elsewhere(result) if run.elsewhere else None
         if started is not None:
             took = perf_counter() - started
@@ -101,19 +116,23 @@ class _Logs(Observer):
             "cost_usd": result.total_cost_usd,
             **seconds,
         }
-        failed = Ended.finally_(result)
         if failed is not None and result.failure is not None:
             fields |= self._failure(run, failed) | {"failed_node_id": result.failure.node_id}
         if is_returned(run):  # Whoever ran it has written about its end, and at ERROR if it failed.
-            self._write(logging.INFO, "run returned", fields)
+            self._write(level, "run returned", fields)
         else:
-            self._write(logging.INFO if failed is None else logging.ERROR, "run ended", fields)
+            self._write(level, "run ended", fields)
 
     def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
+        if self._is_off(logging.DEBUG):
+            return
         fields = {**_of_node(node), "input": self._content.state(node.ctx, state)}
         self._write(logging.DEBUG, "node started", fields)
 
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
+        level = _LEVELS.get(ended.outcome, logging.INFO)
+        if self._is_off(level):
+            return
         usage = node.usage
         fields = {
             **_of_node(node),
@@ -128,7 +147,7 @@ class _Logs(Observer):
             fields |= self._failure(node.ctx, ended)
         if node.redelivered:
             fields["redelivered"] = True
-        self._write(_LEVELS.get(ended.outcome, logging.INFO), f"node {ended.outcome}", fields)
+        self._write(level, f"node {ended.outcome}", fields)
 
     def retrying(
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
-from time import monotonic, time
+from time import monotonic, perf_counter, time
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 from stroma.cost.budget import BudgetExceeded
@@ -30,9 +31,12 @@ __all__ = [
     "Observer",
     "exceeded",
     "is_returned",
+    "may_be_retried",
     "missing",
     "seconds_elsewhere",
     "sound",
+    "waited_seconds",
+    "waits_since",
 ]
 
 #: Seconds, from a fast function to minutes of a slow model.
@@ -46,6 +50,10 @@ WRITING: Final[ContextVar[bool]] = ContextVar("stroma_writing", default=False)
 #: Names of models that one exporter uses as labels; further ones are "other".
 _MOST_MODELS: Final = 200
 _LONGEST_MODEL: Final = 100  # characters
+
+#: By the key of an exporter: its record of the run whose code this is. A coroutine that is closed from elsewhere has left
+#: its context behind, which this tells.
+_HERE: Final[ContextVar[Mapping[int, Any]]] = ContextVar("stroma_here", default=MappingProxyType({}))
 
 T = TypeVar("T")
 logger = logging.getLogger("stroma.telemetry")
@@ -78,6 +86,27 @@ class Ended:
 CUT_SHORT: Final = Ended("cancelled")
 
 
+def waits_since(node: NodeExecution, key: object) -> None:
+    """Note that an attempt begins to wait, or goes on to wait for another reason."""
+    node.notes.setdefault((key, "waits"), perf_counter())
+
+
+def waited_seconds(node: NodeExecution, key: object) -> float:
+    """Return for how long all attempts of a node have waited, when one of them begins; 0 if none has."""
+    notes = node._notes
+    if not notes:
+        return 0.0
+    since = notes.pop((key, "waits"), None)
+    if since is not None:
+        notes[key, "waited"] = notes.get((key, "waited"), 0.0) + perf_counter() - since
+    return float(notes.get((key, "waited"), 0.0))
+
+
+def may_be_retried(node: NodeExecution) -> bool:
+    """Return True where the driver of another process decides about retries: there, only the end of the run is final."""
+    return node.ctx.elsewhere and node.kind != "group"
+
+
 def is_returned(run: ReliabilityContext) -> bool:
     """Return True if a run only returns a stored result, which was counted when it ran."""
     return run.session.finished is not None
@@ -104,6 +133,8 @@ class Observer:
 
     #: The system, in messages and errors.
     name = "telemetry"
+    #: The system, in recorded trace contexts.
+    system = ""
 
     def __init__(self) -> None:
         #: Count of exceptions in the exporter, by kind.
@@ -161,6 +192,9 @@ class Observer:
     def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
         """Handle a limit that a call of the run has closed for some seconds, since its provider asked to wait."""
 
+    def hook_raised(self, run: ReliabilityContext | None, hook: str) -> None:
+        """Handle an exception of a hook of any set; ``run`` is None where no run is known."""
+
     def flush(self, timeout_seconds: float) -> bool:
         """Send what is queued, blocking; return True if all of it was sent. Called in a thread."""
         return True
@@ -205,14 +239,37 @@ class Observer:
             on_node_wait=wanted(calls.on_node_wait, "waiting"),
             on_circuit_change=wanted(calls.on_circuit_change, "circuit_changed"),
             on_limit_cooldown=wanted(calls.on_limit_cooldown, "limit_cooled_down"),
+            reads_state=False,
             exporter=self,
         )
+
+    # ------------------------------------------------------------------ what is current
+
+    def enter(self, record: T) -> Token[Any]:
+        """Make a record that of the run around this code, for exporters with the same key; undo it with :meth:`leave`."""
+        return _HERE.set({**_HERE.get(), self._here_key: record})
+
+    def here(self) -> Any:
+        """Return the record of the nearest run around this code that an exporter with the same key has entered, or None."""
+        return _HERE.get().get(self._here_key)
+
+    def leave(self, token: Token[Any]) -> None:
+        """Undo :meth:`enter`. Call it only where :meth:`here` is that record."""
+        _HERE.reset(token)
+
+    @property
+    def _here_key(self) -> int:
+        return id(self)
 
     def _ended(self, event: str, ended: Ended) -> None:
         node = current_node()
         # An end without a start: a violated input contract, or a hook call that is redelivered.
         self._watch_end(node)
         self._safely(event, self.attempt_ended, node, ended)
+
+    def _count_hook_error(self, run: ReliabilityContext | None, hook: str) -> None:
+        if type(self).hook_raised is not Observer.hook_raised:
+            self._safely("hook_raised", self.hook_raised, current_run() if run is None else run, hook)
 
     def _watch_end(self, node: NodeExecution | None) -> None:
         if node is not None and (self, "watched") not in node.notes:
@@ -308,6 +365,10 @@ class ExporterHooks(NodeHooks):
     """
 
     exporter: Observer = field(kw_only=True, repr=False)
+
+    def hook_raised(self, run: Any, event: str) -> None:
+        """Have the exporter count an exception of a hook of any set. Never raises."""
+        self.exporter._count_hook_error(run, event)
 
     @property
     def errors(self) -> Counter[str]:

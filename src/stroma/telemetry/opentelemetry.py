@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextvars import Token
-from time import perf_counter
+from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from stroma.contracts.schema import schema_of
@@ -15,6 +15,7 @@ from stroma.telemetry import conventions
 from stroma.telemetry.content import DENY_KEYS, Content, ContentMode, type_name
 from stroma.telemetry.conventions import SCHEMA_URL, SCOPE, Semconv, Vocabulary, about_run, content_of
 from stroma.telemetry.inference import InferenceMode, InferenceSpans
+from stroma.telemetry.losses import LossCounter, Losses
 from stroma.telemetry.observer import (
     CUT_SHORT,
     NODE_BUCKETS,
@@ -24,8 +25,11 @@ from stroma.telemetry.observer import (
     Observer,
     exceeded,
     is_returned,
+    may_be_retried,
     missing,
     seconds_elsewhere,
+    waited_seconds,
+    waits_since,
 )
 from stroma.trace.result import ExecutionResult
 
@@ -64,7 +68,7 @@ def otel_hooks(
     (or of ``run(traceparent=)``); ``stroma.node {node_id}`` is that of a node with all its attempts, under the run or
     the group around it. It is current while the node's function runs, in its threads and tasks too. A resumed run
     links to the span of the first one. Only a failure that is final makes a span an error: an attempt that is tried
-    again, a cancelled and a waiting node do not.
+    again, a cancelled and a waiting node do not. On other machines only the end of the run tells what was final.
 
     Args:
         tracer: what to make spans with, or the provider to take it from, which flush() needs; else the global provider.
@@ -107,30 +111,75 @@ def otel_hooks(
 class _RunSpan:
     """The span of a run, and when it began."""
 
-    __slots__ = ("since", "span")
+    __slots__ = ("events", "here", "restored", "since", "span", "token")
 
     def __init__(self) -> None:
         self.since = perf_counter()
         self.span: Span | None = None
+        self.events = _Events()
+        self.restored = 0
+        #: What undoes that the run, and its span, are current.
+        self.here: Token[Any] | None = None
+        self.token: Token[Context] | None = None
+
+
+class _Events:
+    """How many events a span has: its SDK keeps 128, and drops the oldest ones in silence."""
+
+    __slots__ = ("dropped", "sent")
+
+    def __init__(self) -> None:
+        self.sent = self.dropped = 0
+
+    def add(self, span: Span, name: str, about: dict[str, Any], most: int = 100) -> None:
+        """Add an event to the span unless it has ``most``; the others are counted."""
+        if self.sent < most:
+            self.sent += 1
+            span.add_event(name, about)
+        else:
+            self.dropped += 1
+
+    def note(self, span: Span) -> None:
+        """Set the attribute that says how many are missing, if any are."""
+        if self.dropped:
+            span.set_attribute("stroma.events.dropped", self.dropped)
 
 
 class _NodeSpan:
     """The span of a node, and what its end needs."""
 
-    __slots__ = ("attempt", "attempt_token", "cost", "ended", "span", "token", "tokens")
+    __slots__ = (
+        "attempt",
+        "attempt_end_ns",
+        "attempt_token",
+        "cost",
+        "ended",
+        "events",
+        "span",
+        "token",
+        "tokens",
+    )
 
     def __init__(self, span: Span) -> None:
         self.span = span
+        self.events = _Events()
         self.token: Token[Context] | None = None
+        #: The span of an attempt, until it is known if another one follows; and when the attempt ended.
         self.attempt: Span | None = None
+        self.attempt_end_ns: int | None = None
         self.attempt_token: Token[Context] | None = None
         self.ended: Ended | None = None
         self.tokens = 0
         self.cost = 0.0
 
 
+#: Events of restored nodes on the span of a run; as many again are left for others.
+_MOST_RESTORED: Final = 50
+
+
 class _OpenTelemetry(Observer):
     name = "OpenTelemetry"
+    system = "otel"
 
     def __init__(
         self,
@@ -200,6 +249,11 @@ class _OpenTelemetry(Observer):
         self._cooldowns = own_meter.create_counter(
             "stroma.limit.cooldowns", "{cooldown}", "Times that a refused call has closed a limit"
         )
+        self._returned = own_meter.create_counter(
+            "stroma.runs.returned", "{run}", "Calls that got the result of a run that they did not run"
+        )
+        self._losses = Losses(self.name)
+        self._watch_losses()
         self._hook_errors = own_meter.create_counter(
             "stroma.hook.errors", "{error}", "Exceptions that hooks raised"
         )
@@ -216,14 +270,15 @@ class _OpenTelemetry(Observer):
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
         if is_returned(run):
             return
-        run.notes[self] = of_run = _RunSpan()
+        of_run = _RunSpan()
         self._watch_spans_of_others()
         if not run.elsewhere:  # It may end in another process: what went up here would never come down.
             self._active.add(1, {"stroma.pipeline": run.pipeline})
-        parent = None if run.traceparent is None else self._remote(run.traceparent)
+        parent = self._outer(run)
         links = []
-        if run.first_traceparent is not None:
-            first = self._trace.get_current_span(self._remote(run.first_traceparent)).get_span_context()
+        began = run.first_trace(self.system)
+        if began is not None:
+            first = self._trace.get_current_span(self._remote(began)).get_span_context()
             if first.is_valid:
                 links.append(self._trace.Link(first, {"stroma.link": "resumed from"}))
         of_run.span = span = self._tracer.start_span(
@@ -238,18 +293,23 @@ class _OpenTelemetry(Observer):
                 **self._kind_of(None),
             },
         )
-        if span.get_span_context().is_valid and run.kept_traceparent is None:
-            carrier: dict[str, str] = {}
-            self._w3c.inject(carrier, self._trace.set_span_in_context(span))
-            run.kept_traceparent = carrier.get("traceparent")
+        self._keep_trace(run, span)
         if span.is_recording():
             self._show_state(span, "input", run, state)
         if run.elsewhere:  # No span can end where it has not begun: this one is what the others stand under.
-            del run.notes[self]
             span.end()
+            return
+        run.notes[self] = of_run
+        of_run.here = self.enter(of_run)
+        of_run.token = self._attach(span, run)
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         of_run = run.notes.pop(self, None)
+        if is_returned(run):
+            self._returned.add(
+                1, {"stroma.pipeline": run.pipeline, "stroma.status": result.status.value}
+            )
+            return
         if of_run is None and run.elsewhere:
             of_run = self._ending(run, result)
         if of_run is None:
@@ -266,8 +326,6 @@ class _OpenTelemetry(Observer):
         seconds = perf_counter() - of_run.since
         for histogram, label in self._run_seconds:
             histogram.record(seconds, {label: run.pipeline, **outcome})
-        for error in result.hook_errors:
-            self._hook_errors.add(1, {**labels, "stroma.hook": error.hook})
         dimension = exceeded(result)
         if dimension is not None:
             self._exceeded.add(1, {**labels, "stroma.budget.dimension": dimension})
@@ -276,13 +334,24 @@ class _OpenTelemetry(Observer):
         span.set_attribute("stroma.status", result.status.value)
         span.set_attribute("stroma.tokens", result.total_tokens)
         span.set_attribute("stroma.cost_usd", result.total_cost_usd)
+        if of_run.restored:
+            span.set_attribute("stroma.nodes.restored", of_run.restored)
+        of_run.events.note(span)
         if result.final_state is not None and span.is_recording():
             self._show_state(
                 span, "output", run, schema_of(type(result.final_state)).state(result.final_state)
             )
         if failed is not None:
             self._mark(span, run, failed)
+        if of_run.here is not None and self.here() is of_run:
+            # A coroutine that is closed from elsewhere has left its context behind.
+            self._detach(of_run.token)
+            self.leave(of_run.here)
         span.end()
+
+    def hook_raised(self, run: ReliabilityContext | None, hook: str) -> None:
+        if run is not None:
+            self._hook_errors.add(1, {"stroma.pipeline": run.pipeline, "stroma.hook": hook})
 
     def _ending(self, run: ReliabilityContext, result: ExecutionResult) -> _RunSpan:
         """Return the record of a run that started in another process."""
@@ -290,15 +359,17 @@ class _OpenTelemetry(Observer):
         record.since -= seconds_elsewhere(result)
         record.span = self._tracer.start_span(
             f"stroma.run_end {run.pipeline}",
-            context=None if run.traceparent is None else self._remote(run.traceparent),
+            context=self._outer(run),
             attributes={**about_run(run), **self._kind_of(None)},
         )
         return record
 
     def skipped(self, node: NodeExecution) -> None:
-        span = self._run_span(node)
-        if span is not None:
-            span.add_event("stroma.node.skipped", {"stroma.node.id": node.node_id, **_place(node)})
+        of_run: _RunSpan | None = node.ctx.notes.get(self)
+        if of_run is not None and of_run.span is not None:
+            of_run.restored += 1
+            about = {"stroma.node.id": node.node_id, **_place(node)}
+            of_run.events.add(of_run.span, "stroma.node.skipped", about, _MOST_RESTORED)
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
         of_run = run.notes.get(self)
@@ -308,14 +379,28 @@ class _OpenTelemetry(Observer):
                 "stroma.budget.used": used,
                 "stroma.budget.limit": limit,
             }
-            of_run.span.add_event("stroma.budget.warning", about)
+            of_run.events.add(of_run.span, "stroma.budget.warning", about)
 
     def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
         self._cooldowns.add(1, {"stroma.pipeline": run.pipeline, "stroma.limit": limit})
         of_run = run.notes.get(self)
         if of_run is not None and of_run.span is not None:
             about = {"stroma.limit": limit, "stroma.limit.cooldown_s": seconds}
-            of_run.span.add_event("stroma.limit.cooldown", about)
+            of_run.events.add(of_run.span, "stroma.limit.cooldown", about)
+
+    def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
+        of_run = run.notes.get(self)
+        if of_run is not None and of_run.span is not None:
+            about = {"stroma.circuit": key, "stroma.circuit.state": state}
+            of_run.events.add(of_run.span, "stroma.circuit.change", about)
+
+    def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
+        waits_since(node, self)
+        # The span of a node begins with its first attempt: before that the wait is seen around it.
+        around = node.notes.get(self) or self.around(node)
+        if around is not None and around.span is not None:
+            about = {"stroma.node.id": node.node_id, "stroma.wait.reason": reason, **_place(node)}
+            around.events.add(around.span, "stroma.node.wait", about)
 
     # ------------------------------------------------------------------ nodes
 
@@ -325,12 +410,13 @@ class _OpenTelemetry(Observer):
             of_node = self._begin(node)
             if node.ctx.elsewhere and node.kind == "group":
                 # What is inside stands under this span, wherever it runs; as with the run, the end has one of its own.
-                carrier: dict[str, str] = {}
-                self._w3c.inject(carrier, self._trace.set_span_in_context(of_node.span))
-                node.ctx.kept_traceparent = carrier.get("traceparent")
-            of_node.token = self._attach(of_node.span, node)
+                self._keep_trace(node.ctx, of_node.span)
+            of_node.token = self._attach(of_node.span, node.ctx)
             if of_node.span.is_recording():
                 self._show_state(of_node.span, "input", node.ctx, state)
+        waited = waited_seconds(node, self)
+        if waited:
+            of_node.span.set_attribute("stroma.node.wait_s", waited)
         if self._own_spans:
             self._detach(of_node.attempt_token)  # of the attempt before
             of_node.attempt = self._tracer.start_span(
@@ -343,7 +429,7 @@ class _OpenTelemetry(Observer):
                     **self._kind_of(None),
                 },
             )
-            of_node.attempt_token = self._attach(of_node.attempt, node)
+            of_node.attempt_token = self._attach(of_node.attempt, node.ctx)
 
     def _begin(self, node: NodeExecution, start_ns: int | None = None) -> _NodeSpan:
         around = self.around(node)
@@ -352,7 +438,7 @@ class _OpenTelemetry(Observer):
         what, ctx = "node", node.ctx
         if ctx.elsewhere:
             what = "node_end" if node.kind == "group" and start_ns is not None else what
-            parent = None if ctx.traceparent is None else self._remote(ctx.traceparent)
+            parent = self._outer(ctx)
         span = self._tracer.start_span(
             f"stroma.{what} {node.node_id}",
             context=parent,
@@ -403,19 +489,20 @@ class _OpenTelemetry(Observer):
                 }
                 if ended.reason is not None:
                     about_attempt["stroma.reason"] = ended.reason
-                self._note_exception(of_node.attempt or span, node, ended.error)
+                if of_node.attempt is None:
+                    of_node.events.add(span, "exception", self._exception(node, ended.error))
+                else:
+                    of_node.attempt.add_event("exception", self._exception(node, ended.error))
             if of_node.attempt is None:
-                span.add_event("stroma.attempt", about_attempt)
+                of_node.events.add(span, "stroma.attempt", about_attempt)
             else:
                 of_node.attempt.set_attributes(about_attempt)
             if ended.output is not None:
                 self._show_state(span, "output", node.ctx, ended.output)
             if self._inference.are_due(node):
                 self._bill(node, ended, self._trace.set_span_in_context(of_node.attempt or span))
-        if of_node.attempt is not None:
-            self._mark(of_node.attempt, node.ctx, ended)
-            of_node.attempt.end()
-            of_node.attempt = None  # Detached later: the hook may be called where the coroutine is closed.
+        # Whether it is an error is known once a retry follows, or none; and on other machines it is decided elsewhere.
+        of_node.attempt_end_ns = time_ns()
 
     def retrying(
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
@@ -429,8 +516,16 @@ class _OpenTelemetry(Observer):
         of_node = node.notes.get(self)
         if of_node is not None:
             of_node.ended = CUT_SHORT
+            self._end_attempt(of_node)
             about = {"stroma.node.attempt": attempt, "stroma.retry.delay_s": delay_seconds}
-            of_node.span.add_event("stroma.retry", {**about, "stroma.failure_class": failure_class.value})
+            about_retry = {**about, "stroma.failure_class": failure_class.value}
+            of_node.events.add(of_node.span, "stroma.retry", about_retry)
+
+    def _end_attempt(self, of_node: _NodeSpan) -> None:
+        # Detached later: the hook may be called where the coroutine is closed.
+        if of_node.attempt is not None:
+            of_node.attempt.end(of_node.attempt_end_ns)
+            of_node.attempt = of_node.attempt_end_ns = None
 
     def node_ended(self, node: NodeExecution) -> None:
         of_node = node.notes.pop(self, None)
@@ -441,13 +536,20 @@ class _OpenTelemetry(Observer):
             self._detach(of_node.attempt_token)
             self._detach(of_node.token)
         if of_node.attempt is not None:
-            of_node.attempt.end()
+            if ended is not None and not may_be_retried(node):
+                self._mark(of_node.attempt, node.ctx, ended)
+            self._end_attempt(of_node)
+        of_node.events.note(span)
         span.set_attribute("stroma.node.attempts", node.attempt)
         span.set_attribute("stroma.tokens", of_node.tokens)
         span.set_attribute("stroma.cost_usd", of_node.cost)
         if ended is not None:
             span.set_attribute("stroma.outcome", ended.outcome)
-            self._mark(span, node.ctx, ended)
+            if not may_be_retried(node):
+                self._mark(span, node.ctx, ended)
+            elif ended.error is not None:
+                span.set_attribute("error.type", type_name(ended.error))
+                span.set_attribute("stroma.failure_class", ended.class_name)
         if node.redelivered and node.started_ns is not None:
             span.end(node.started_ns + int((node.duration_ms or 0.0) * 1e6))
         else:
@@ -455,19 +557,26 @@ class _OpenTelemetry(Observer):
 
     # ------------------------------------------------------------------ small things
 
-    def _run_span(self, node: NodeExecution) -> Span | None:
-        of_run: _RunSpan | None = node.ctx.notes.get(self)
-        return None if of_run is None else of_run.span
+    def _keep_trace(self, run: ReliabilityContext, span: Span) -> None:
+        """Record a span as the one that other processes link to, or put theirs under."""
+        if span.get_span_context().is_valid:
+            carrier: dict[str, str] = {}
+            self._w3c.inject(carrier, self._trace.set_span_in_context(span))
+            run.keep_trace(self.system, carrier["traceparent"])
+
+    def _outer(self, run: ReliabilityContext) -> Context | None:
+        traceparent = run.outer_trace(self.system)
+        return None if traceparent is None else self._remote(traceparent)
 
     def _remote(self, traceparent: str) -> Context:
         return self._w3c.extract({"traceparent": traceparent})
 
-    def _attach(self, span: Span, node: NodeExecution) -> Token[Context]:
+    def _attach(self, span: Span, run: ReliabilityContext) -> Token[Context]:
         context = self._trace.set_span_in_context(span)
         if self._baggage:
             from opentelemetry.baggage import set_baggage
 
-            about = about_run(node.ctx)
+            about = about_run(run)
             for name in ("stroma.run.id", "session.id", "user.id"):
                 if name in about:
                     context = set_baggage(name, about[name], context)
@@ -494,7 +603,10 @@ class _OpenTelemetry(Observer):
 
     def _bill(self, node: NodeExecution, ended: Ended, around: Context) -> None:
         span, end_ns = self._inference.start(self._tracer, node, around)
-        self._mark(span, node.ctx, ended)
+        # No error: the call was answered, or another attempt may follow.
+        span.set_attribute("stroma.outcome", ended.outcome)
+        if ended.error is not None:
+            span.set_attribute("stroma.failure_class", ended.class_name)
         span.end(end_ns)
 
     def _watch_spans_of_others(self) -> None:
@@ -512,12 +624,12 @@ class _OpenTelemetry(Observer):
         if token is not None:
             self._context.detach(token)
 
-    def _note_exception(self, span: Span, node: NodeExecution, error: BaseException) -> None:
+    def _exception(self, node: NodeExecution, error: BaseException) -> dict[str, Any]:
         about = {"exception.type": type_name(error)}
         message = self._content.message(node.ctx, error)
         if message is not None:
             about["exception.message"] = message
-        span.add_event("exception", about)
+        return about
 
     def _mark(self, span: Span, run: ReliabilityContext, ended: Ended) -> None:
         """Make a span an error, if the end was one."""
@@ -531,6 +643,7 @@ class _OpenTelemetry(Observer):
         span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, description))
 
     def flush(self, timeout_seconds: float) -> bool:
+        self._watch_losses()
         # One after the other: each gets the remaining time.
         end, sent = perf_counter() + timeout_seconds, True
         for provider in self._providers:
@@ -538,7 +651,46 @@ class _OpenTelemetry(Observer):
             flush = getattr(provider(), "force_flush", None)
             if flush is not None:
                 sent = flush(max(1, int((end - perf_counter()) * 1000))) is not False and sent
-        return sent
+        return self._losses.take() == 0 and sent
+
+    def _watch_losses(self) -> None:
+        """Count what processors and readers of the SDK drop; those that were added since the last time, too."""
+        for provider in self._providers:
+            one = provider()
+            spans = getattr(getattr(one, "_active_span_processor", None), "_span_processors", ())
+            for processor in spans:
+                self._losses.watch(getattr(processor, "span_exporter", None), "export", "spans", _results)
+                batch = getattr(processor, "_batch_processor", None)
+                self._losses.watch(getattr(batch, "_metrics", None), "drop_items", "spans", _overflows)
+            for reader in getattr(one, "_metric_readers", ()):
+                self._losses.watch(getattr(reader, "_exporter", None), "export", "metrics", _results)
+
+
+def _results(counter: LossCounter, export: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an export() that counts what it fails to send."""
+
+    def counted(batch: Any, *arguments: Any, **options: Any) -> Any:
+        size = len(batch) if isinstance(batch, (list, tuple)) else 1
+        try:
+            result = export(batch, *arguments, **options)
+        except Exception as error:
+            counter.add(size, type(error).__name__)
+            raise
+        if getattr(result, "name", "") == "FAILURE":
+            counter.add(size, "the exporter failed")
+        return result
+
+    return counted
+
+
+def _overflows(counter: LossCounter, drop: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a drop_items() that counts what found the queue full."""
+
+    def counted(count: int, *arguments: Any, **options: Any) -> Any:
+        counter.add(count, "the queue is full")
+        return drop(count, *arguments, **options)
+
+    return counted
 
 
 def _place(node: NodeExecution) -> dict[str, Any]:

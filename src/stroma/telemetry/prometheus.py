@@ -49,6 +49,8 @@ def prometheus_hooks(*, registry: CollectorRegistry | None = None) -> ExporterHo
     metrics = _known.get(target)
     if metrics is None:  # A second one of the same names would be refused.
         metrics = _known[target] = _Metrics(target)
+    else:
+        metrics.ensure_registered(target)
     return _Prometheus(metrics, target).hooks()
 
 
@@ -56,6 +58,19 @@ class _Metrics:
     """The metrics of one registry. Children are kept by their labels: looking one up takes microseconds."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self._collectors: list[Any] = []
+        self._make(registry)
+
+    def ensure_registered(self, registry: CollectorRegistry) -> None:
+        """Begin anew if the metrics were taken out of their registry, as test suites do: every set that feeds them follows."""
+        present = getattr(registry, "_collector_to_names", None)
+        if present is not None and not all(collector in present for collector in self._collectors):
+            for collector in self._collectors:
+                if collector in present:
+                    registry.unregister(collector)
+            self._make(registry)
+
+    def _make(self, registry: CollectorRegistry) -> None:
         from prometheus_client import Counter, Gauge, Histogram
 
         def counter(name: str, text: str, *labels: str) -> _Children:
@@ -105,22 +120,26 @@ class _Metrics:
             "stroma_limit_cooldowns", "Times that a refused call has closed a limit.", "limit"
         )
         self.model_label = ModelLabels()
+        self.returned = counter(
+            "stroma_runs_returned", "Calls that got the result of a run that they did not run.", "status"
+        )
         self.hook_errors = counter("stroma_hook_errors", "Exceptions that hooks raised.", "hook")
+        self._collectors = [one.metric for one in vars(self).values() if isinstance(one, _Children)]
 
 
 class _Children:
     """A metric's children by label values."""
 
-    __slots__ = ("_metric", "_of")
+    __slots__ = ("_of", "metric")
 
     def __init__(self, metric: Any) -> None:
-        self._metric = metric
+        self.metric = metric
         self._of: dict[tuple[str, ...], Any] = {}
 
     def __call__(self, *values: str) -> Any:
         child = self._of.get(values)
         if child is None:
-            child = self._of[values] = self._metric.labels(*map(sound, values))
+            child = self._of[values] = self.metric.labels(*map(sound, values))
         return child
 
 
@@ -152,8 +171,7 @@ class _Prometheus(Observer):
         started = run.notes.pop(self, None)
         metrics, pipeline, status = self._metrics, run.pipeline, result.status.value
         if is_returned(run):
-            for error in result.hook_errors:
-                metrics.hook_errors(pipeline, error.hook).inc()
+            metrics.returned(pipeline, status).inc()
             return
         if started is not None:
             metrics.in_progress(pipeline).dec()
@@ -164,11 +182,13 @@ class _Prometheus(Observer):
             return
         metrics.runs(pipeline, status).inc()
         metrics.run_seconds(pipeline, status).observe(seconds)
-        for error in result.hook_errors:
-            metrics.hook_errors(pipeline, error.hook).inc()
         dimension = exceeded(result)
         if dimension is not None:
             metrics.exceeded(pipeline, dimension).inc()
+
+    def hook_raised(self, run: ReliabilityContext | None, hook: str) -> None:
+        if run is not None:
+            self._metrics.hook_errors(run.pipeline, hook).inc()
 
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
         metrics, pipeline, node_id, usage = self._metrics, node.pipeline, node.node_id, node.usage

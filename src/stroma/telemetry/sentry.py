@@ -4,22 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary, WeakSet
 
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node
+from stroma.engine.redaction import notes_of_error
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RemoteFailure
 from stroma.telemetry.content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry.observer import CUT_SHORT, WRITING, Ended, ExporterHooks, Observer, is_returned, missing
+from stroma.telemetry.losses import LossCounter, Losses
+from stroma.telemetry.observer import (
+    CUT_SHORT,
+    WRITING,
+    Ended,
+    ExporterHooks,
+    Observer,
+    is_returned,
+    may_be_retried,
+    missing,
+    waited_seconds,
+    waits_since,
+)
 from stroma.trace.result import ExecutionResult, RunStatus
 
 if TYPE_CHECKING:
     from sentry_sdk import Scope
     from sentry_sdk.client import BaseClient
-    from sentry_sdk.tracing import NoOpSpan, Span, Transaction
 
 __all__ = ["sentry_hooks"]
 
@@ -34,8 +46,9 @@ def sentry_hooks(
     """Create hooks that capture the failure that ended a run, once, and emit a span for each run and node.
 
     An attempt that is tried again is a breadcrumb. Issues are grouped by pipeline, node, failure class and type of
-    the exception; an event points at the span of the failed node. Each run has an isolation scope and each node a
-    scope of its own, so that what one tags is not found in its neighbours.
+    the exception; an event points at the span of the failed node. Each run and each node has an isolation scope of its
+    own, so that what one tags is not found in its neighbours. Spans are transactions, or with the SDK's
+    ``trace_lifecycle="stream"`` streamed.
 
     Args:
         client: where to send to; the one of ``sentry_sdk.init()`` if none is given.
@@ -53,99 +66,229 @@ def sentry_hooks(
     return _Sentry(client, Content.make(content, deny_keys, max_bytes)).hooks()
 
 
-class _RunScope:
-    """State of a run until its end."""
+class _ErrorNotes:
+    """What is known of an exception, on the exception itself: it is gone with it, and redacted copies share it."""
 
-    __slots__ = ("captured", "failed", "outer", "scopes", "span")
+    __slots__ = ("captured_by", "captured_in", "failed")
+
+    def __init__(self) -> None:
+        #: The failed attempt that it ended, by run; the innermost node of each.
+        self.failed: WeakKeyDictionary[_RunScope, _Failed] = WeakKeyDictionary()
+        #: The runs inside of which it was captured, and the clients that have sent it.
+        self.captured_in: WeakSet[_RunScope] = WeakSet()
+        self.captured_by: WeakSet[BaseClient] = WeakSet()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ErrorNotes, ()  # A copy of the exception, in another process say, is another one.
+
+
+def _notes_of(error: BaseException) -> _ErrorNotes:
+    notes: _ErrorNotes = notes_of_error(error).setdefault("sentry", _ErrorNotes())
+    return notes
+
+
+class _RunScope:
+    """State of a run, or of a step in plain code, until its end."""
+
+    __slots__ = ("__weakref__", "isolation", "outer", "restored", "scopes", "span")
 
     def __init__(self, outer: _RunScope | None) -> None:
-        #: The run around this one, and what was captured of the runs inside of it, by identity.
+        #: The run around this one.
         self.outer = outer
-        self.captured: dict[int, BaseException] = {}
         #: The isolation scope that the run has entered.
         self.scopes = ExitStack()
-        self.span: Span | Transaction | NoOpSpan | None = None
-        #: Attempts that failed, by the identity of their exceptions; the innermost node of each.
-        self.failed: dict[int, _Failed] = {}
+        self.isolation: Scope | None = None
+        self.span: Any = None
+        self.restored = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Failed:
-    """A failed attempt that may turn out to be final."""
+    """A failed attempt that may turn out to be final; without its exception, which refers to this."""
 
     node_id: str
-    ended: Ended
+    class_name: str
+    reason: str | None
     scope: Scope
 
 
 class _Node:
     """The span and scope of a node, and what its end needs."""
 
-    __slots__ = ("ended", "entered", "scope", "span")
+    __slots__ = ("ended", "entered", "of_run", "scope", "span")
 
-    def __init__(self, span: Span | NoOpSpan, scope: Scope) -> None:
-        self.span, self.scope = span, scope
+    def __init__(self, span: Any, scope: Scope, of_run: _RunScope) -> None:
+        self.span, self.scope, self.of_run = span, scope, of_run
         self.entered: ExitStack | None = None
         self.ended: Ended | None = None
 
 
-#: The run whose scopes are entered in this context: a coroutine closed from elsewhere has left its context behind.
-_HERE: ContextVar[_RunScope | None] = ContextVar("stroma_sentry_run", default=None)
+class _Transactions:
+    """Spans of transactions, as the SDK has them by default."""
+
+    is_streamed = False
+
+    def __init__(self, sdk: Any) -> None:
+        self._sdk = sdk
+
+    def current(self, scope: Any) -> Any:
+        return scope.span
+
+    def start(
+        self, scope: Any, name: str, op: str, above: Any, traceparent: str | None, *, is_root: bool
+    ) -> Any:
+        about = {"op": op, "name": name}
+        with self._sdk.scope.use_scope(scope):  # A transaction goes by the client of the current one.
+            if traceparent is not None:
+                header = {"sentry-trace": _sentry_trace(traceparent)}
+                span = self._sdk.start_transaction(self._sdk.continue_trace(header, **about))
+            elif above is not None:
+                span = above.start_child(**about)
+            else:
+                span = self._sdk.start_transaction(**about) if is_root else self._sdk.start_span(**about)
+        scope.span = span
+        return span
+
+    def put(self, span: Any, name: str, value: Any) -> None:
+        span.set_data(name, value)
+
+    def end(self, span: Any, status: str, scope: Any) -> None:
+        span.set_status(status)
+        with self._sdk.scope.use_scope(scope):
+            span.finish(scope)
+
+
+class _Streams:
+    """Spans that are sent one by one (``trace_lifecycle="stream"``): transactions do nothing there."""
+
+    is_streamed = True
+
+    def __init__(self, sdk: Any) -> None:
+
+        self._sdk = sdk
+
+    def current(self, scope: Any) -> Any:
+        return scope.streamed_span
+
+    def start(
+        self, scope: Any, name: str, op: str, above: Any, traceparent: str | None, *, is_root: bool
+    ) -> Any:
+        with self._sdk.scope.use_scope(scope):
+            scope.streamed_span = above if traceparent is None else None
+            if traceparent is not None:
+                scope.generate_propagation_context({"sentry-trace": _sentry_trace(traceparent)})
+            elif above is None and is_root:
+                scope.set_new_propagation_context()
+            return self._sdk.traces.start_span(name=name, attributes={"sentry.op": op})
+
+    def put(self, span: Any, name: str, value: Any) -> None:
+        span.set_attribute(name, value)
+
+    def end(self, span: Any, status: str, scope: Any) -> None:
+        span.status = "ok" if status in ("ok", "cancelled", "aborted") else "error"
+        span.set_attribute("sentry.status.message", status)
+        with self._sdk.scope.use_scope(scope):
+            span.end()
+
+
+def _sentry_trace(traceparent: str) -> str:
+    _, trace_id, span_id, flags, *_ = traceparent.split("-")
+    return f"{trace_id}-{span_id}-{int(flags, 16) & 1}"
 
 
 class _Sentry(Observer):
     name = "Sentry"
+    system = "sentry"
 
     def __init__(self, client: BaseClient | None, content: Content) -> None:
         super().__init__()
         import sentry_sdk
+        import sentry_sdk.integrations.logging
         import sentry_sdk.scope
+        import sentry_sdk.tracing_utils
         import sentry_sdk.utils
 
-        self._sdk, self._client, self._content = sentry_sdk, client, content
+        self._sdk: Any = sentry_sdk
+        self._client, self._content = client, content
+        self._transactions = _Transactions(sentry_sdk)
+        self._streams: _Streams | None = None
+        self._losses = Losses(self.name)
+        self._watch_losses()
+        scopes: Any = sentry_sdk.scope
+        if _not_again not in scopes.global_event_processors:
+            scopes.add_global_event_processor(_not_again)
+        # The engine's own lines say what exceptions said: no Sentry logs, as they are no breadcrumbs.
+        ignore = getattr(sentry_sdk.integrations.logging, "ignore_logger_for_sentry_logs", None)
+        if ignore is not None:
+            ignore("stroma")
 
     # ------------------------------------------------------------------ runs
 
     @property
     def destination(self) -> object:
+        return self._the_client()
+
+    def _the_client(self) -> Any:
         return self._client or self._sdk.get_client()
+
+    @property
+    def _here_key(self) -> int:
+        return id(self._the_client())
 
     def is_connected(self) -> bool:
         return self._client is not None or bool(self._sdk.get_client().is_active())
 
+    @property
+    def _spans(self) -> Any:
+        """Return what makes spans in the mode of the client."""
+        is_streamed = getattr(self._sdk.tracing_utils, "has_span_streaming_enabled", None)
+        if is_streamed is None or not is_streamed(self._the_client().options):
+            return self._transactions
+        if self._streams is None:
+            self._streams = _Streams(self._sdk)
+        return self._streams
+
+    def _span_around(self) -> Any:
+        """Return the span that a run, or a step in plain code, is started in; None if there is none."""
+        scope = self._sdk.get_current_scope()
+        if self._client is None or scope.get_client() is self._client:
+            return self._spans.current(scope)
+        around = self.here()  # The current scope is that of another client.
+        return None if around is None else around.span
+
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
         if is_returned(run):
             return
-        sdk = self._sdk
-        run.notes[self] = of_run = _RunScope(_HERE.get())
-        outer = sdk.get_current_span()
+        sdk, spans = self._sdk, self._spans
+        run.notes[self] = of_run = _RunScope(self._run_here())
+        outer = self._span_around()
         # Where log_hooks stand before these they write about the end of the run when its own scope is left already.
         around = sdk.get_isolation_scope()
         if _not_of_log_hooks not in getattr(around, "_event_processors", ()):
             around.add_event_processor(_not_of_log_hooks)
-        isolation = self._isolate(of_run, of_run.scopes)
+        isolation = self._isolate(of_run, of_run, of_run.scopes)
         scope = sdk.get_current_scope()
-        if self._client is not None:
-            scope.set_client(self._client)
         _name_run(isolation, run)
-        about: dict[str, Any] = {"op": "stroma.run", "name": run.pipeline}
-        if run.traceparent is not None:
-            span: Any = self._continued(run.traceparent, about)
-        elif outer is not None:
-            span = outer.start_child(**about)
-        else:
-            span = sdk.start_transaction(**about)
-        of_run.span = scope.span = span
-        span.set_data("stroma.run.id", run.run_id)
-        if run.first_traceparent is not None:
-            span.set_data("stroma.resumed_from", run.first_traceparent)
-        if run.kept_traceparent is None and getattr(span, "sampled", False):
-            run.kept_traceparent = f"00-{span.trace_id}-{span.span_id}-01"
-        span.set_data("stroma.input", self._content.state(run, state))
+        of_run.span = span = spans.start(
+            scope, run.pipeline, "gen_ai.invoke_agent", outer, run.outer_trace(self.system), is_root=True
+        )
+        spans.put(span, "gen_ai.operation.name", "invoke_agent")
+        spans.put(span, "gen_ai.agent.name", run.pipeline)
+        spans.put(span, "stroma.run.id", run.run_id)
+        began = run.first_trace(self.system)
+        if began is not None:
+            spans.put(span, "stroma.resumed_from", began)
+        if getattr(span, "sampled", False):
+            run.keep_trace(self.system, f"00-{span.trace_id}-{span.span_id}-01")
+            spans.put(span, "stroma.input", self._content.state(run, state))
         if run.elsewhere:  # No span can end where it has not begun: this one is what the others stand under.
             del run.notes[self]
-            span.finish()
+            spans.end(span, "ok", scope)
             of_run.scopes.close()
+
+    def _run_here(self) -> _RunScope | None:
+        here = self.here()
+        return here.of_run if isinstance(here, _Node) else here
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         of_run: _RunScope | None = run.notes.pop(self, None)
@@ -155,48 +298,58 @@ class _Sentry(Observer):
             return
         try:
             failed = Ended.finally_(result)
-            if failed is not None and result.failure is not None:
-                # A budget that refuses a node stops the run without an attempt that failed.
-                refused = _Failed(_innermost(result), failed, self._sdk.get_current_scope())
-                self._capture(run, of_run, of_run.failed.get(_identity(failed.error), refused))
-            span = of_run.span
+            if failed is not None and failed.error is not None and result.failure is not None:
+                final = _notes_of(failed.error).failed.get(of_run)
+                if final is None:
+                    # A budget that refuses a node stops the run without an attempt that failed.
+                    scope = self._sdk.get_current_scope()
+                    final = _Failed(_innermost(result), failed.class_name, failed.reason, scope)
+                self._capture(run, of_run, failed.error, final)
+            span, spans = of_run.span, self._spans
             if span is not None:
-                span.set_data("stroma.status", result.status.value)
-                span.set_data("stroma.tokens", result.total_tokens)
-                span.set_data("stroma.cost_usd", result.total_cost_usd)
-                span.set_status(_STATUS.get(result.status, "ok"))
-                span.finish()
+                spans.put(span, "stroma.status", result.status.value)
+                spans.put(span, "stroma.tokens", result.total_tokens)
+                spans.put(span, "stroma.cost_usd", result.total_cost_usd)
+                if of_run.restored:
+                    spans.put(span, "stroma.nodes.restored", of_run.restored)
+                spans.end(span, _STATUS.get(result.status, "ok"), self._scope_of(of_run))
         finally:
-            if _HERE.get() is of_run:
+            if self._run_here() is of_run:
                 of_run.scopes.close()
+
+    def _scope_of(self, of_run: _RunScope) -> Any:
+        """Return the current scope; where another client's or another context's is, a scope of the run's own client."""
+        scope = self._sdk.get_current_scope()
+        if self._client is not None and scope.get_client() is not self._client:
+            scope = scope.fork()
+            scope.set_client(self._client)
+        return scope
 
     def _ending(self, run: ReliabilityContext) -> _RunScope:
         """Return the record of a run that started in another process."""
-        record = _RunScope(_HERE.get())
-        isolation = self._isolate(record, record.scopes)
+        record = _RunScope(self._run_here())
+        isolation = self._isolate(record, record, record.scopes)
         scope = self._sdk.get_current_scope()
-        if self._client is not None:
-            scope.set_client(self._client)
         _name_run(isolation, run)
-        record.span = scope.span = self._continued(
-            run.traceparent, {"op": "stroma.run_end", "name": run.pipeline}
+        traceparent = run.outer_trace(self.system)
+        record.span = self._spans.start(
+            scope, run.pipeline, "stroma.run_end", None, traceparent, is_root=True
         )
         return record
 
-    def _continued(self, traceparent: str | None, about: dict[str, Any]) -> Any:
-        """Start a transaction under a span of another process, or in a new trace."""
-        if traceparent is None:
-            return self._sdk.start_transaction(**about)
-        _, trace_id, span_id, flags, *_ = traceparent.split("-")
-        header = f"{trace_id}-{span_id}-{int(flags, 16) & 1}"
-        return self._sdk.start_transaction(self._sdk.continue_trace({"sentry-trace": header}, **about))
-
-    def _isolate(self, of_run: _RunScope, scopes: ExitStack) -> Scope:
-        """Until ``scopes`` are closed, breadcrumbs and tags are those of this run alone."""
-        isolation = scopes.enter_context(self._sdk.isolation_scope())
-        token = _HERE.set(of_run)
-        scopes.callback(lambda: _HERE.reset(token))
-        isolation.add_event_processor(self._sound)
+    def _isolate(self, of_run: _RunScope, record: _RunScope | _Node, scopes: ExitStack) -> Scope:
+        """Until ``scopes`` are closed, what is tagged is seen by this run, or node, alone."""
+        isolation: Scope = scopes.enter_context(self._sdk.isolation_scope())
+        token = self.enter(record)
+        scopes.callback(lambda: self.leave(token))
+        if of_run.isolation is None:
+            of_run.isolation = isolation
+            isolation.add_event_processor(self._sound)
+        else:
+            # Breadcrumbs are those of the run: what failed later has those of earlier nodes.
+            isolation._breadcrumbs = of_run.isolation._breadcrumbs
+        if self._client is not None:
+            self._sdk.get_current_scope().set_client(self._client)
         return isolation
 
     def _of_run(self, node: NodeExecution) -> _RunScope:
@@ -207,78 +360,96 @@ class _Sentry(Observer):
         while node.parent is not None:
             node = node.parent
         if (self, "step") not in node.notes:
-            node.notes[self, "step"] = _RunScope(_HERE.get())
+            node.notes[self, "step"] = _RunScope(self._run_here())
         of_step: _RunScope = node.notes[self, "step"]
         return of_step
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
         self._breadcrumb(f"80 % of the budget's {dimension} are used", {"used": used, "limit": limit})
 
+    def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
+        self._breadcrumb(f"limit {limit} is closed, since its provider asked to wait", {"seconds": seconds})
+
+    def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
+        self._breadcrumb(f"the circuit of {key} is {state}", {})
+
+    def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
+        waits_since(node, self)
+        self._breadcrumb(f"node {node.node_id} waits: {reason}", {}, level="info")
+
     def skipped(self, node: NodeExecution) -> None:
         if is_returned(node.ctx):  # There is no scope of a run to write it to.
             return
+        of_run: _RunScope | None = node.ctx.notes.get(self)
+        if of_run is not None:
+            of_run.restored += 1
         self._breadcrumb(f"node {node.node_id} was restored from the journal", {}, level="info")
 
     # ------------------------------------------------------------------ nodes
 
     def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
-        if self in node.notes:
-            return
-        entered = ExitStack()
-        if self._alone(node):
-            isolation = self._isolate(self._of_run(node), entered)
-            if node.ctx.elsewhere:
-                _name_run(isolation, node.ctx)
-        else:
-            entered.enter_context(self._sdk.new_scope())
-        scope = self._sdk.get_current_scope()
-        of_node = self._begin(node, scope)
-        of_node.entered = entered
-        scope.span = of_node.span
-        of_node.span.set_data("stroma.input", self._content.state(node.ctx, state))
-        span = of_node.span
-        if node.ctx.elsewhere and node.kind == "group" and getattr(span, "sampled", False):
-            # What is inside stands under this span, wherever it runs; as with the run, the end has one of its own.
-            node.ctx.kept_traceparent = f"00-{span.trace_id}-{span.span_id}-01"
+        of_node: _Node | None = node.notes.get(self)
+        if of_node is None:
+            of_node = self._enter_node(node)
+            span = of_node.span
+            if getattr(span, "sampled", False):
+                self._spans.put(span, "stroma.input", self._content.state(node.ctx, state))
+                if node.ctx.elsewhere and node.kind == "group":
+                    # What is inside stands under this span, wherever it runs; as with the run, the end has one of its own.
+                    node.ctx.keep_trace(self.system, f"00-{span.trace_id}-{span.span_id}-01")
+        waited = waited_seconds(node, self)
+        if waited:
+            self._spans.put(of_node.span, "stroma.node.wait_s", waited)
+
+    def _enter_node(self, node: NodeExecution) -> _Node:
+        above, entered, of_run = self._span_around(), ExitStack(), self._of_run(node)
+        of_node = _Node(None, self._sdk.get_current_scope(), of_run)
+        isolation = self._isolate(of_run, of_node, entered)
+        if node.ctx.elsewhere:
+            _name_run(isolation, node.ctx)
+        of_node.scope, of_node.entered = self._sdk.get_current_scope(), entered
+        self._begin(node, of_node, above)
+        return of_node
 
     def _alone(self, node: NodeExecution) -> bool:
         """Return True for a step in plain code, which is reported like a run."""
         return node.parent is None and self not in node.ctx.notes
 
-    def _begin(self, node: NodeExecution, scope: Scope, *, ended: bool = False) -> _Node:
+    def _begin(self, node: NodeExecution, of_node: _Node, above: Any, *, ended: bool = False) -> None:
+        scope, spans = of_node.scope, self._spans
         if self._client is not None:
             scope.set_client(self._client)
         scope.set_tag("stroma.node", node.node_id)
         around = self.around(node)
-        above = scope.span if around is None else around.span
-        about: dict[str, Any] = {"op": "stroma.node", "name": node.node_id}
-        span: Any
+        above = above if around is None else around.span
+        op, traceparent = "gen_ai.execute_tool", None
         if node.ctx.elsewhere:
+            traceparent, above = node.ctx.outer_trace(self.system), None
             if node.kind == "group" and ended:
-                about["op"] = "stroma.node_end"
-            with self._sdk.scope.use_scope(scope):  # A transaction goes by the client of the current one.
-                span = self._continued(node.ctx.traceparent, about)
-        else:
-            span = self._sdk.start_span(**about) if above is None else above.start_child(**about)
-        span.set_data("stroma.node.id", node.node_id)
-        span.set_data("stroma.node.kind", node.kind)
+                op = "stroma.node_end"
+        span = spans.start(scope, node.node_id, op, above, traceparent, is_root=node.ctx.elsewhere)
+        if op == "gen_ai.execute_tool":
+            spans.put(span, "gen_ai.operation.name", "execute_tool")
+            spans.put(span, "gen_ai.tool.name", node.node_id)
+        spans.put(span, "stroma.node.id", node.node_id)
+        spans.put(span, "stroma.node.kind", node.kind)
         if node.redelivered:
-            span.set_data("stroma.redelivered", True)
-        node.notes[self] = record = _Node(span, scope)
-        return record
+            spans.put(span, "stroma.redelivered", True)
+        of_node.span = span
+        node.notes[self] = of_node
 
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
         of_node: _Node | None = node.notes.get(self)
         if of_node is None:  # Input that broke its contract, or an end that is reported again after a crash.
-            of_node = self._begin(node, self._sdk.get_current_scope().fork(), ended=True)
-            of_node.scope.span = of_node.span
+            of_node = _Node(None, self._sdk.get_current_scope().fork(), self._of_run(node))
+            self._begin(node, of_node, self._span_around(), ended=True)
         of_node.ended = ended
-        if ended.output is not None:
-            of_node.span.set_data("stroma.output", self._content.state(node.ctx, ended.output))
+        if ended.output is not None and getattr(of_node.span, "sampled", False):
+            self._spans.put(of_node.span, "stroma.output", self._content.state(node.ctx, ended.output))
         if ended.error is not None:
             # A group fails with the exception of its child: it is the child that failed.
-            failed = _Failed(node.node_id, ended, of_node.scope)
-            self._of_run(node).failed.setdefault(_identity(ended.error), failed)
+            failed = _Failed(node.node_id, ended.class_name, ended.reason, of_node.scope)
+            _notes_of(ended.error).failed.setdefault(of_node.of_run, failed)
 
     def retrying(
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
@@ -295,8 +466,8 @@ class _Sentry(Observer):
             message = self._content.message(node.ctx, error)
             if message is not None:
                 about["message"] = message
-            # It was not final. Another exception may get the same identity later on.
-            self._of_run(node).failed.pop(_identity(error), None)
+            # It was not final.
+            _notes_of(error).failed.pop(of_node.of_run, None)
             of_node.ended = CUT_SHORT
         self._breadcrumb(f"node {node.node_id} failed and is tried again", about)
 
@@ -304,7 +475,7 @@ class _Sentry(Observer):
         of_node: _Node | None = node.notes.pop(self, None)
         if of_node is None:
             return
-        ended = of_node.ended
+        ended, spans = of_node.ended, self._spans
         if (
             ended is not None
             and ended.error is not None
@@ -313,28 +484,28 @@ class _Sentry(Observer):
             and not node.ctx.elsewhere
         ):
             # Nobody will say how the run ended: a failure is final here, unless it was to be tried again.
-            of_step = self._of_run(node)
-            final = of_step.failed.get(_identity(ended.error))
+            of_step = of_node.of_run
+            final = _notes_of(ended.error).failed.get(of_step)
             if final is not None:
-                self._capture(node.ctx, of_step, final)
+                self._capture(node.ctx, of_step, ended.error, final)
         outcome = "cancelled" if ended is None else ended.outcome
-        of_node.span.set_data("stroma.attempts", node.attempt)
-        of_node.span.set_data("stroma.outcome", outcome)
-        of_node.span.set_status({"failure": "internal_error", "cancelled": "cancelled"}.get(outcome, "ok"))
-        with self._sdk.scope.use_scope(of_node.scope):
-            of_node.span.finish(of_node.scope)
+        spans.put(of_node.span, "stroma.attempts", node.attempt)
+        spans.put(of_node.span, "stroma.outcome", outcome)
+        # Not "cancelled": the SDK streams spans of gen_ai operations, where every status but "ok" is an error.
+        is_error = outcome == "failure" and not may_be_retried(node)
+        spans.end(of_node.span, "internal_error" if is_error else "ok", of_node.scope)
         if of_node.entered is not None and current_node() is node:
             of_node.entered.close()
 
     # ------------------------------------------------------------------ events
 
-    def _capture(self, run: ReliabilityContext, of_run: _RunScope, failed: _Failed) -> None:
-        ended, scope = failed.ended, failed.scope
-        error = ended.error
-        assert error is not None
+    def _capture(
+        self, run: ReliabilityContext, of_run: _RunScope, error: BaseException, failed: _Failed
+    ) -> None:
+        scope, notes = failed.scope, _notes_of(error)
         if of_run.outer is not None:
-            of_run.outer.captured[_identity(error)] = error
-        if _identity(error) in of_run.captured:
+            notes.captured_in.add(of_run.outer)
+        if of_run in notes.captured_in:
             return  # A nested run ended with it already.
         client = self._client or scope.get_client()
         event, hint = self._sdk.utils.event_from_exception(
@@ -346,7 +517,7 @@ class _Sentry(Observer):
         for value in event.get("exception", {}).get("values", ()):
             failure_text = str(value.get("value") or "")
             if self._content.mode == "none":
-                value["value"] = " ".join(filter(None, (ended.class_name, ended.reason)))
+                value["value"] = " ".join(filter(None, (failed.class_name, failed.reason)))
             elif value.get("value"):
                 value["value"] = self._content.message(run, failure_text)
         if isinstance(error, RemoteFailure):
@@ -356,17 +527,20 @@ class _Sentry(Observer):
         for frame in _frames(event):
             if str(frame.get("module")).startswith("stroma."):
                 frame["in_app"] = False  # The engine called the node; it is the node that failed.
-        event["fingerprint"] = ["stroma", run.pipeline, failed.node_id, ended.class_name, type_name(error)]
+        event["fingerprint"] = ["stroma", run.pipeline, failed.node_id, failed.class_name, type_name(error)]
         event["level"] = "error"
         event["transaction"] = run.pipeline
         tags = {
             "stroma.pipeline": run.pipeline,
             "stroma.node": failed.node_id,
-            "stroma.failure_class": ended.class_name,
+            "stroma.failure_class": failed.class_name,
         }
-        event["tags"] = {**tags, **({} if ended.reason is None else {"stroma.reason": ended.reason})}
+        event["tags"] = {**tags, **({} if failed.reason is None else {"stroma.reason": failed.reason})}
+        # A nested run, or a retry of the run, may have sent the same exception: that was another failure.
+        notes.captured_by.discard(client)
         with self._sdk.scope.use_scope(scope):
             scope.capture_event(event, hint)
+        notes.captured_by.add(client)
 
     def _breadcrumb(self, message: str, data: dict[str, Any], level: str = "warning") -> None:
         self._sdk.add_breadcrumb(
@@ -386,9 +560,41 @@ class _Sentry(Observer):
         return event
 
     def flush(self, timeout_seconds: float) -> bool:
-        client = self._client or self._sdk.get_client()
+        self._watch_losses()
+        client = self._the_client()
         client.flush(timeout=timeout_seconds)
-        return True
+        # What the SDK could not send in time is still in its queue.
+        queue = getattr(getattr(getattr(client, "transport", None), "_worker", None), "_queue", None)
+        return self._losses.take() == 0 and not getattr(queue, "unfinished_tasks", 0)
+
+    def _watch_losses(self) -> None:
+        """Count what the client's transport drops."""
+        transport = getattr(self._the_client(), "transport", None)
+        self._losses.watch(transport, "record_lost_event", "items", _lost)
+
+
+#: Reasons of the SDK for dropping what it was to send; with others nothing was to be sent.
+_LOST: Final = frozenset(
+    {
+        "queue_overflow",
+        "buffer_overflow",
+        "network_error",
+        "ratelimit_backoff",
+        "send_error",
+        "internal_sdk_error",
+    }
+)
+
+
+def _lost(counter: LossCounter, record: Any) -> Any:
+    """Return a recorder of lost items that counts them, too."""
+
+    def counted(reason: str, *arguments: Any, **options: Any) -> Any:
+        if reason in _LOST:
+            counter.add(int(options.get("quantity", 1)), reason)
+        return record(reason, *arguments, **options)
+
+    return counted
 
 
 def _innermost(result: ExecutionResult) -> str:
@@ -422,9 +628,15 @@ def _not_of_log_hooks(event: Any, _hint: Any) -> Any:
     return None if WRITING.get() else event
 
 
-def _identity(error: BaseException | None) -> int:
-    """Return one identity for an exception and for its redacted copy that hooks receive."""
-    return id(getattr(error, "_stroma_identity", error))
+def _not_again(event: Any, hint: Any) -> Any:
+    """None for what an integration makes of an exception that was captured here with the same client, in any task."""
+    error = ((hint or {}).get("exc_info") or (None, None))[1]
+    notes = getattr(error, "__dict__", {}).get("_stroma_notes", {}).get("sentry")
+    if notes is None:
+        return event
+    from sentry_sdk import get_client
+
+    return None if get_client() in notes.captured_by else event
 
 
 _STATUS = {

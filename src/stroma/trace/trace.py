@@ -62,10 +62,10 @@ class ExecutionTrace(Shown):
         """Add an event; the very object is kept."""
         self.rows.append(event)
 
-    def copy(self) -> ExecutionTrace:
+    def copy(self, *, with_states: bool = True) -> ExecutionTrace:
         """Return a trace with the same events; appending to one does not change the other."""
         twin = ExecutionTrace(self.run_id)
-        twin.rows, twin.marks = _copy_rows(self.rows), list(self.marks)
+        twin.rows, twin.marks = _copy_rows(self.rows, with_states), list(self.marks)
         return twin
 
     def figures(self) -> Iterator[Figures]:
@@ -243,25 +243,32 @@ def _bar(
     )  # fmt: skip
 
 
-def _copy_rows(rows: list[AttemptRow | TraceEvent]) -> list[AttemptRow | TraceEvent]:
+def _copy_rows(
+    rows: list[AttemptRow | TraceEvent], with_states: bool = True
+) -> list[AttemptRow | TraceEvent]:
     # A row is immutable but for the list of its children.
     copies: list[AttemptRow | TraceEvent] = []
     for row in rows:
         if isinstance(row, TraceEvent):
-            copies.append(_copy_event(row))
+            copies.append(_copy_event(row, with_states))
         else:
             children = row.children
-            copies.append(row if children is None else row._replace(children=_copy_rows(children)))
+            copied = None if children is None else _copy_rows(children, with_states)
+            if not with_states:
+                row = row._replace(input={}, output=None if row.output is None else {}, children=copied)
+            elif copied is not None:
+                row = row._replace(children=copied)
+            copies.append(row)
     return rows.like(copies) if isinstance(rows, BoundedRows) else copies
 
 
-def _copy_event(event: TraceEvent) -> TraceEvent:
+def _copy_event(event: TraceEvent, with_states: bool) -> TraceEvent:
     input_state, output_state = event.input_state, event.output_state
     return replace(
         event,
-        input_state=isolate(input_state),
-        output_state=None if output_state is None else isolate(output_state),
-        children=[_copy_event(child) for child in event.children],
+        input_state=isolate(input_state) if with_states else {},
+        output_state=None if output_state is None else isolate(output_state) if with_states else {},
+        children=[_copy_event(child, with_states) for child in event.children],
     )
 
 

@@ -42,6 +42,7 @@ from stroma.engine.current import CURRENT, leave
 from stroma.engine.execution import NodeExecution
 from stroma.engine.loop import attempt_once, begin_group
 from stroma.engine.outcome import GroupStopped, Halt
+from stroma.engine.unread import UnreadState
 from stroma.failures.errors import ItemFailure, Suspend
 from stroma.failures.failure import Failure, NodeContext, diagnose
 from stroma.hooks.dispatch import HookNotAsync
@@ -145,7 +146,7 @@ class _Work(RequestContext):
                     await self._skip(skipped)
         except HookNotAsync as error:
             reply["broken"] = ["HookNotAsync", str(error)]
-        reply["traceparent"] = ctx.kept_traceparent or ctx.traceparent
+        reply["traceparent"] = ctx.all_traces()
         return self.with_notes(reply)
 
     async def _skip(self, skipped: dict[str, Any]) -> None:
@@ -153,7 +154,7 @@ class _Work(RequestContext):
         assert calls is not None
         spec: NodeSpec = skipped["spec"]
         state = await self.model_of(skipped["value"])
-        shown = schema_of(type(state)).state(state)
+        schema = schema_of(type(state))
         kind: Any = "node" if spec["kind"] == "node" else "group"
         run = NodeExecution(ctx, spec["id"], kind, skipped["position"], skipped["branch"])
         token = CURRENT.set(run)
@@ -162,7 +163,8 @@ class _Work(RequestContext):
                 "on_node_skipped",
                 calls,
                 spec["id"],
-                lambda: (ctx.run_id, spec["id"], ctx.redactor.redact_state(shown)),
+                lambda: (ctx.run_id, spec["id"], ctx.redactor.redact_state(schema.state(state))),
+                unread=lambda: (ctx.run_id, spec["id"], UnreadState(schema, state, ctx.redactor)),
             )
         finally:
             run.close()
@@ -234,8 +236,8 @@ class _Work(RequestContext):
             reply["halt"] = {"partial": halt.partial, "spent": halt.spent, "suspended": False}
             if self.record.row is not None:
                 reply["row"] = await self.encode_row(self.record.row, group)
-        if self.ctx.kept_traceparent is not None:
-            reply["traceparent"] = self.ctx.kept_traceparent
+        if self.ctx.kept_traces:
+            reply["traceparent"] = self.ctx.all_traces()
         return self.with_notes(reply)
 
     async def items(self) -> Reply:
