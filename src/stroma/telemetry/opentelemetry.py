@@ -7,9 +7,9 @@ from contextvars import Token
 from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node
+from stroma.engine.unread import UnreadState
 from stroma.failures.classes import FailureClass
 from stroma.telemetry import conventions
 from stroma.telemetry.content import DENY_KEYS, Content, ContentMode, type_name
@@ -337,10 +337,9 @@ class _OpenTelemetry(Observer):
         if of_run.restored:
             span.set_attribute("stroma.nodes.restored", of_run.restored)
         of_run.events.note(span)
-        if result.final_state is not None and span.is_recording():
-            self._show_state(
-                span, "output", run, schema_of(type(result.final_state)).state(result.final_state)
-            )
+        state: Any = result.final_state  # As hooks that read no state have it.
+        if isinstance(state, UnreadState) and span.is_recording():
+            self._show_state(span, "output", run, state)
         if failed is not None:
             self._mark(span, run, failed)
         if of_run.here is not None and self.here() is of_run:
