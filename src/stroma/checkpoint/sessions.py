@@ -10,8 +10,10 @@ from pydantic import BaseModel
 
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.protocols import (
+    NO_CONTROL,
     Charge,
     Committed,
+    Control,
     Finished,
     PriorUsage,
     StepCall,
@@ -46,7 +48,8 @@ class NullSession:
     traceparent: str | None = None
     attribution: Mapping[str, str] = {}  # Nothing is put there.
     undelivered: Sequence[AttemptRow] = ()
-    on_cancel: Callable[[], None] | None = None
+    control: Control = NO_CONTROL
+    on_control: Callable[[Control], None] | None = None
 
     def record(
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
