@@ -144,7 +144,7 @@ class Store:
     def annotations(self) -> list[tuple[int, str, str]]:
         return [
             (one.position, one.branch, one.node_id)
-            for place in range(-9, 0)
+            for place in range(-10, 0)
             for one in self.rows.annotations(1, place)
         ]
 

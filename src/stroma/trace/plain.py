@@ -59,7 +59,7 @@ def jsonable(value: Any, depth: int = 0) -> Any:
 def secrets_in(value: Any, depth: int = 0) -> Iterator[str]:
     """Yield the texts that pydantic's secret types hide in any state, as deep as jsonable() goes."""
     if isinstance(value, (SecretStr, SecretBytes, Secret)):
-        yield from _texts(value.get_secret_value(), depth)
+        yield from texts_in(value.get_secret_value(), depth)
     elif depth > _DEEPEST:
         return
     elif isinstance(value, Mapping):
@@ -77,12 +77,12 @@ def secrets_in(value: Any, depth: int = 0) -> Iterator[str]:
             yield from secrets_in(getattr(value, one.name, None), depth + 1)
 
 
-def _texts(secret: Any, depth: int) -> Iterator[str]:
+def texts_in(secret: Any, depth: int = 0) -> Iterator[str]:
     """Yield every text in the value of a Secret, which may be a structure."""
     if isinstance(secret, bytes):  # As a message has it after decode(), and after repr().
         yield from filter(None, (secret.decode("utf-8", "ignore"), repr(secret)[2:-1]))
     elif isinstance(secret, (Mapping, list, tuple)) and depth <= _DEEPEST:
         for inner in secret.values() if isinstance(secret, Mapping) else secret:
-            yield from _texts(inner, depth + 1)
+            yield from texts_in(inner, depth + 1)
     elif secret is not None and not isinstance(secret, bool) and str(secret):
         yield str(secret)

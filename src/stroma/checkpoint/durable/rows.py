@@ -40,6 +40,7 @@ class Annotation(IntEnum):
     FAILURE_SITE = -7  #: where the last failed attempt at a place failed; branch: "position:branch"
     DEATHS = -8  #: number of deaths of the owner; see :meth:`DurableSession._recover`
     NOTE = -9  #: data of the driver of the execution; branch: its key, which begins with a position
+    REJECTED = -10  #: an output that broke its contract; branch: "position:start:branch"
 
 
 #: The status of a run, and the outcome of an attempt, with values that no store writes.

@@ -280,6 +280,7 @@ _OF_EXECUTION = (
     Annotation.DEATHS,
     Annotation.WAITING,
     Annotation.NOTE,
+    Annotation.REJECTED,
 )
 
 

@@ -63,6 +63,7 @@ class MemoryRun:
         places: the position of each step of plain code, by its identity.
         number: distinguishes runs of this process that started in the same millisecond.
         failure_sites: (attempt, started_ns, function that encodes the frames) of the last failed attempt at a place.
+        rejected: outputs that broke their contract, by position, branch and start of the attempt.
         cancelled: cancel() was acknowledged; reset by the next session.
         epoch: incremented by each session that opens the run; only the last session may write.
         session: weak reference to that session.
@@ -85,6 +86,7 @@ class MemoryRun:
     started_ms: int = 0
     number: int = 0
     failure_sites: dict[tuple[int, str], tuple[int, int, Callable[[], bytes]]] = field(default_factory=dict)
+    rejected: dict[tuple[int, str, int], bytes] = field(default_factory=dict)
     cancelled: bool = False
     status: str = "RUNNING"
     error: str | None = None
@@ -101,7 +103,7 @@ class MemoryRun:
     def start_execution(self) -> None:
         """Record that an execution starts now."""
         self.started_ms, self.number = time.time_ns() // 1_000_000, next(_NUMBERS)
-        self.failure_sites = {}
+        self.failure_sites, self.rejected = {}, {}
 
     def last_execution(self) -> LastExecution | None:
         """Return the state of the last execution, or None if there is none."""
