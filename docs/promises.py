@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: What each guarantee means for whoever relies on it.
 MEANS = {
-    1: "The failure is at the node that made the bad value, and names the field. It is true at every boundary: from node to node, "
+    1: "The failure is at the node that made the bad value, and names the field. What came is stored beside it for people, and no "
+    "node, hook or exporter gets it. It is true at every boundary: from node to node, "
     "into and out of groups, for single steps, for what a store gives back, and inside agent frameworks.",
     2: "So a policy can be written for every case. An exception whose `str()` raises, a classifier that raises and an exception "
     "group of several are no way around it.",

@@ -104,4 +104,5 @@ def test_the_positions_of_what_stands_beside_a_run_differ() -> None:
         "FAILURE_SITE": -7,
         "DEATHS": -8,
         "NOTE": -9,
+        "REJECTED": -10,
     }

@@ -267,6 +267,7 @@ def test_variables_of_temporal(inside: Any, fails: Any, temporal_server: Tempora
         (("resume", "x", "sums.py:pipeline", "--from", "second"), "continues where it stopped"),
         (("runs", "--tag", "blue"), "stroma worker --db"),
         (("show", "x", "--output"), "stroma worker --db"),
+        (("show", "x", "--rejected"), "stroma worker --db"),
         (("worker", "sums.py:pipeline", "--health", "0"), "watches the runs"),
     ],
 )

@@ -95,6 +95,55 @@ def test_show_has_states(filled, inside, fails):
     fails(inside("show", "a", "--attempt", "7"), 4, "has no attempt 7")
 
 
+def test_show_has_rejected_outputs(any_url, stroma, inside, monkeypatch):
+    """show prints what broke its contract beside each complaint; --rejected prints it as JSON, export has it, redact hides it."""
+    monkeypatch.setenv("STROMA_DB", any_url)
+    stroma.file("broken.py", """
+        from sums import *
+        class Total(BaseModel):
+            lines: list[dict[str, int]]
+            name: str
+        async def breaks(state):
+            return {"lines": [{"price": "many <b>"}], "other": "x"}
+        def hide(state):
+            return {name: "hidden" for name in state}
+        nodes = [node("first", add_one, Count), node("total", breaks, Sum, Total)]
+        pipeline = Pipeline("broken", nodes, config=RunConfig(contract_retries={"total": 4}))
+        private = Pipeline("broken", nodes, config=RunConfig(redact=hide))
+    """)  # fmt: skip
+    assert inside("run", "broken.py:pipeline", GOOD, "--run-id", "x", "-q").code == 1
+    shown = inside("show", "x").out
+    parts = shown.split("rejected output of total at 1, attempt ")
+    assert [part[0] for part in parts[1:]] == ["3", "4", "5"]
+    assert (
+        '  lines.0.price: Input should be a valid integer, unable to parse string as an integer; got "many <b>"\n'
+        in parts[1]
+    )
+    assert "  name: Field required\n" in parts[1]
+    value = {"lines": [{"price": "many <b>"}], "other": "x"}
+    alone = json.loads(inside("show", "x", "--node", "total", "--attempt", "2", "--rejected").out)
+    assert (alone["value"], alone["cut"]) == (value, False)
+    done = inside("show", "x", "--node", "first", "--rejected")
+    assert (done.code, done.out) == (4, "")
+    assert "no rejected output is stored" in done.err
+    data = json.loads(inside("show", "x", "--rejected", "--json").out)["attempts"]
+    assert [one.get("rejected") for one in data] == [None, *[alone] * 5]
+    data = json.loads(inside("export", "x").out)["attempts"]
+    assert [one.get("rejected") for one in data] == [None, *[alone] * 5]
+    assert "rejected" not in inside("export", "x", "--no-states").out
+    assert "many <b>" not in inside("export", "x", "--format", "otlp").out
+    page = inside("export", "x", "--format", "html").out
+    assert "<td><code>&quot;many &lt;b&gt;&quot;</code></td>" in page
+    for words in (
+        ["show", "x"],
+        ["show", "x", "--rejected"],
+        ["export", "x"],
+        ["export", "x", "--format", "html"],
+    ):
+        done = inside(*words, "--redact", "broken.py:private")
+        assert (done.code, "many" in done.out) == (0, False), words
+
+
 def test_show_as_a_tree(stroma, inside):
     """--tree draws groups and their children, --timing says when each began, and how long a retry waited."""
     stroma.file("groups.py", """
@@ -269,7 +318,7 @@ def test_what_a_terminal_would_obey(stroma, inside, monkeypatch, any_url):
     assert inside("run", "evil.py:pipeline", '{"text": "x"}', "--run-id", "other", "-q").code == 1
     for words in (
         ["runs"], ["runs", "--json"], ["show", "r"], ["show", "r", "--tree", "--timing"], ["show", "r", "--json"],
-        ["show", "r", "--input", "--output"], ["diff", "r", "other"], ["diff", "r", "other", "--json"], ["tail", "r"], ["tail"],
+        ["show", "r", "--input", "--output"], ["show", "r", "--rejected"], ["show", "r", "--rejected", "--json"], ["diff", "r", "other"], ["diff", "r", "other", "--json"], ["tail", "r"], ["tail"],
         ["tail", "r", "--json"], ["resume", "r", "--dry-run"], ["resume", "r", "evil.py:pipeline", "--dry-run"],
         ["export", "r"], ["export", "r", "--format", "otlp"],
         ["export", "r", "--format", "html"], ["runs", "--search", EVIL], ["runs", "--tag", EVIL], ["show", EVIL],

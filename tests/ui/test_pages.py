@@ -194,6 +194,46 @@ def test_the_field_that_broke_is_marked(store: SQLiteStore, serve: Any) -> None:
     ]
 
 
+def test_a_rejected_output_is_shown(store: SQLiteStore, serve: Any) -> None:
+    """The page of an attempt shows what broke its contract beside each complaint, as a file too, and redacted."""
+
+    class Strict(BaseModel):
+        stars: int
+        why: str
+
+    async def rate(state: Any) -> Any:
+        return {"stars": "<b>five", "notes": [1]}
+
+    one: Any = NodeContract(node_id="rate", input_schema=State, output_schema=Strict)
+    pipeline = Pipeline("p", [stroma_node("rate", one)(rate)])
+    asyncio.run(StromaRunner.quick(store=store).run(pipeline, State(), run_id="x"))
+    site = serve(store)
+    address = attempts_of(site, "x")[0]
+    page = site.ask("GET", address).text
+    table = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", page)
+    assert table == [
+        (
+            "<code>stars</code>",
+            "Input should be a valid integer, unable to parse string as an integer",
+            "<code>&quot;&lt;b&gt;five&quot;</code>",
+        ),
+        ("<code>why</code>", "Field required", ""),
+    ]
+    assert re.findall(r'<li class="broke">(.*?)</li>', page) == [
+        '<span class="key">stars</span>: &quot;&lt;b&gt;five&quot;'
+    ]
+    file = f"{address.replace('/attempt', '/payload')}&side=rejected"
+    assert json.loads(site.ask("GET", file).body)["value"] == {"stars": "<b>five", "notes": [1]}
+    private = serve(store, redact=lambda state: dict.fromkeys(state, "hidden"))
+    for text in (private.ask("GET", address).text, private.ask("GET", file).text):
+        assert "five" not in text
+        assert "hidden" in text
+    asyncio.run(StromaRunner.quick(store=store, keep_rejected="no").run(pipeline, State(), run_id="none"))
+    address = attempts_of(site, "none")[0]
+    assert "Rejected output" not in site.ask("GET", address).text
+    assert site.ask("GET", f"{address.replace('/attempt', '/payload')}&side=rejected").status == 404
+
+
 def test_downloads(site: Site) -> None:
     """States and the run itself are handed out as files."""
     address = attempts_of(site)[0].replace("/attempt", "/payload")

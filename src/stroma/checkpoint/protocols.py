@@ -445,6 +445,9 @@ class Session(Protocol):
     ) -> None:
         """Store where an attempt failed together with the attempt. ``write``: see :func:`failure_site_writer`."""
 
+    def record_rejected(self, position: int, branch: str, started_ns: int, data: bytes) -> None:
+        """Store an output that broke its contract together with the attempt. ``data``: see :class:`RejectedOutput`."""
+
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
         """Store an attempt that waits for an approval, and its question: both or nothing. Raises StoreError."""
 

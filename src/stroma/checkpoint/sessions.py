@@ -78,6 +78,9 @@ class NullSession:
     ) -> None:
         return None
 
+    def record_rejected(self, position: int, branch: str, started_ns: int, data: bytes) -> None:
+        return None
+
     def note_traceparent(self, traceparent: str) -> None:
         return None
 

@@ -175,7 +175,7 @@ def as_violation(
         errors = [
             {"type": type(error).__name__, "loc": (), "msg": f"{type(error).__name__}: {error}", "input": raw}
         ]
-    shown = raw if isinstance(raw, dict) else {"value": raw}
+    shown = raw if issubclass(type(raw), dict) else {"value": raw}  # Its __class__ is code of its own.
     violation = ContractViolation(node_id, direction, shown, errors)
     violation.__cause__ = error
     violation.schema = schema

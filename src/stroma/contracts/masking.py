@@ -28,8 +28,10 @@ class Secrets:
         self._seen: set[Any] = set()
         self._texts: set[str] = set()
         self._looked_at: set[int] = set()  # Many errors can have the same value.
-        if schema is not None and self._collect(schema):
-            self._note(values)  # The model is nothing but a secret.
+        #: The model is nothing but a secret.
+        self.is_secret = schema is not None and self._collect(schema)
+        if self.is_secret:
+            self._note(values)
         self._find(values, 0)
         self._sorted = sorted(self._texts, key=len, reverse=True)
         # A text that nobody has parsed, with one of the fields in it.

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from stroma._utils.text import one_line
 from stroma.contracts.masking import MASK, Secrets
 
-__all__ = ["repair_prompt"]
+__all__ = ["complaints", "repair_prompt"]
 
 _VALUE: Final = 200  # characters of one value that came
 _MESSAGE: Final = 300
@@ -68,6 +68,24 @@ def repair_prompt(
         text += f"\n\nWhat is expected:\n{_fitting(lines, room - len(problems))}"
     text += f"\n\n{tail}" if tail else ""
     return _cut(text, max_chars)
+
+
+def complaints(
+    errors: Sequence[Any], schema: type[BaseModel] | None, secrets: Secrets
+) -> list[tuple[tuple[str | int, ...], str]]:
+    """Return (path, message) of each error as the prompt has them, without secrets and what came."""
+    document = _json_schema(schema)
+    faults: dict[tuple[tuple[str | int, ...], str], None] = {}
+    for error in errors:
+        if isinstance(error, Mapping):
+            path = _follow(tuple(error.get("loc", ())), document).path
+            masked = tuple(
+                part if isinstance(part, int) else _cut(secrets.scrub(str(part)), _KEY) for part in path
+            )
+            faults[masked, _complaint(error, secrets)] = None
+        else:
+            faults[(), _cut(one_line(secrets.scrub(str(error))), _MESSAGE)] = None
+    return list(faults)
 
 
 def _fitting(lines: list[str], room: int, unseen: int = 0) -> str:

@@ -24,7 +24,7 @@ from stroma.contracts.node import Group, Node, Plan
 from stroma.contracts.schema import Snapshot, schema_of
 from stroma.cost.usage import UsageError
 from stroma.engine.admission import admit
-from stroma.engine.commit import failed_of, record, record_failure_site, refer, settle
+from stroma.engine.commit import failed_of, record, record_failure_site, record_rejected, refer, settle
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.engine.diagnosis import DeadlineExceeded, diagnose_attempt
@@ -449,6 +449,7 @@ class NodeAttempt:
             if ends_run(error):
                 raise
             violation = output_violation(self.run.node_id, self.output, error, schema.model)
+            record_rejected(self.run, self.begin, self.snapshot, self.output, violation)
             return self._usage_error_before(violation) or violation
         return None
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final
 
 from pydantic import BaseModel
 
 from stroma.checkpoint import StepCall, StoreError, Waiting
-from stroma.contracts.schema import Schema
+from stroma.contracts.contract import ContractViolation
+from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.tasks import Shield, as_store_error
-from stroma.failures.failure import Failure, kind_of
+from stroma.failures.failure import Failure, ends_run, kind_of
 from stroma.failures.tracebacks import failure_site_writer
 from stroma.trace.events import AttemptRow, Failed, Outcome
 
-__all__ = ["failed_of", "record", "record_failure_site", "refer", "settle"]
+__all__ = ["failed_of", "record", "record_failure_site", "record_rejected", "refer", "settle"]
 
 #: Between tries of a commit that the store refused.
 _STORE_DELAYS: Final = (0.02, 0.1, 0.4)
@@ -37,6 +38,28 @@ def record_failure_site(run: NodeExecution, begin: int, failure: Failure) -> Non
             )
         except Exception as error:  # Its source, its file name: anything can be odd.
             run.ctx.run_logger.debug("the traceback of node %r is not recorded: %r", run.node_id, error)
+
+
+def record_rejected(
+    run: NodeExecution, begin: int, snapshot: Snapshot, output: Any, violation: Exception
+) -> None:
+    """Have the session and the trace record an output that broke its contract, beside the attempt."""
+    ctx = run.ctx
+    keep = ctx.config.keep_rejected
+    if keep == "no" or not isinstance(violation, ContractViolation):
+        return
+    try:
+        from stroma.engine.rejected import encode_rejected
+
+        ctx.redactor.note_attempt(snapshot)
+        data = encode_rejected(output, violation, keep, ctx.redactor)
+        place = run.position, run.branch, begin + ctx.epoch_ns
+        ctx.trace.record_rejected(*place, data)
+        ctx.session.record_rejected(*place, data)
+    except BaseException as error:  # The output is of any class, and redact is the user's.
+        if ends_run(error):
+            raise
+        ctx.run_logger.debug("the rejected output of node %r is not recorded: %r", run.node_id, error)
 
 
 def failed_of(failure: Failure, outcome: Outcome | None = None) -> Failed:

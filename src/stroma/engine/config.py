@@ -128,6 +128,9 @@ class RunConfig(LazyModel):
         redact: applied to each state dict before a hook or a log line sees it; if it raises, the state is replaced. In log
             lines it is given the message of a failure, as ``{"message": text}``, without what it takes out of states. A
             hook that asks ``current_node().last_failure`` gets the exception as the node will.
+        keep_rejected: how much of an output that broke its contract is stored with the attempt, for ``stroma show``, the
+            web interface and notebooks: "redacted" at most 64 KiB, through ``redact``; "full" at most 1 MiB, not through
+            ``redact``; "no" nothing. Secrets are masked in both. No node, hook or exporter sees it.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -167,6 +170,7 @@ class RunConfig(LazyModel):
     conversation: str | None = None
     user: str | None = None
     redact: Annotated[Callable[[dict[str, Any]], dict[str, Any]] | None, SkipValidation] = None
+    keep_rejected: Literal["redacted", "full", "no"] = "redacted"
 
     def with_run_id(self, run_id: str) -> RunConfig:
         """Return the same config for a run of that id. Raises ValueError for an illegal id."""

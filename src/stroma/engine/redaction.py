@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from pydantic import BaseModel
 
@@ -16,9 +16,12 @@ from stroma.contracts.snapshots import PickledSnapshot
 from stroma.failures.failure import Failure, isinstance_by_type, kind_of
 from stroma.trace.events import AttemptRow
 from stroma.trace.plain import secrets_in
-from stroma.trace.redaction import HIDDEN, forms_of, scrubbed_error, without_secrets
+from stroma.trace.redaction import HIDDEN, forms_of, hide_rejected, scrubbed_error, without_secrets
 from stroma.trace.result import ExecutionResult
 from stroma.trace.trace import ExecutionTrace
+
+if TYPE_CHECKING:
+    from stroma.trace.rejected import RejectedOutput
 
 __all__ = ["Redactor", "notes_of_error"]
 
@@ -97,21 +100,29 @@ class Redactor:
         if self._context:
             self.note_secrets(self._context)
 
+    def note_attempt(self, snapshot: Any) -> None:
+        """Remember the secrets in the input of an attempt, and in the context of the run."""
+        if type(snapshot) is not PickledSnapshot and type(snapshot) is not bytes:  # Those hold plain data.
+            self.note_secrets(snapshot)
+        self.note_context()
+
     def scrub_error(self, error: BaseException, values: Any = ()) -> BaseException:
         """Return an exception as a log may show it, without the secrets of the run, its context and some values."""
         self.note_context()
         self.note_secrets(values)
         return scrubbed_error(error, self.secrets)
 
-    def mask(self, text: str) -> str:
-        """Return a text without the secrets that this run has met."""
-        return without_secrets(text, self.secrets)
+    def hide_rejected(self, rejected: RejectedOutput) -> RejectedOutput:
+        """Return a rejected output as ``redact`` lets it be seen."""
+        return hide_rejected(self._redact, rejected)
+
+    def mask(self, text: str, others: Iterable[str] = ()) -> str:
+        """Return a text without the secrets that this run has met, and without others."""
+        return without_secrets(text, self.secrets | {secret: forms_of(secret) for secret in others})
 
     def mask_failure(self, failure: Failure, snapshot: Any) -> Failure:
         """Return a failure without the secrets of the run's context and the attempt's input in its message."""
-        if type(snapshot) is not PickledSnapshot and type(snapshot) is not bytes:  # Those hold plain data.
-            self.note_secrets(snapshot)
-        self.note_context()
+        self.note_attempt(snapshot)
         message = failure.message
         error = failure.exception
         if isinstance_by_type(error, ContractViolation) and isinstance(error.schema, type):

@@ -16,9 +16,10 @@ from typing import Any, Final
 from stroma._utils.svg import as_xml
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize, visible
 from stroma.trace.gantt import bar_title, gantt, select_bars
+from stroma.trace.rejected import MISSING, Complaint, RejectedOutput
 from stroma.trace.story import Bar, Story, fields_named
 
-__all__ = ["STYLE", "cause", "document", "fragment", "head", "tree", "utc"]
+__all__ = ["STYLE", "cause", "document", "fragment", "head", "rejected_output", "tree", "utc"]
 
 _ITEMS: Final = 400  # of one payload
 _TEXT: Final = 2000  # characters of one text in it
@@ -53,6 +54,8 @@ body.stroma{margin:0 auto;padding:1em;max-width:110em}.stroma .defs{position:abs
 .stroma .attempt{border-top:1px solid var(--rule);padding:.4em 0}.stroma .attempt:target{background:var(--sel)}
 .stroma .two{display:grid;grid-template-columns:1fr 1fr;gap:1em}.stroma .two>div{min-width:0}
 .stroma ul.tree{list-style:none;margin:0;padding-left:1.1em}.stroma .tree>li{overflow-wrap:anywhere}
+.stroma .rejected{border-collapse:collapse;margin:.3em 0}.stroma .rejected th,.stroma .rejected td{text-align:left;vertical-align:top;
+padding:.15em .8em .15em 0;border-top:1px solid var(--rule);overflow-wrap:anywhere}
 .stroma .key{color:var(--note)}.stroma .broke{background:var(--badbg);outline:1px solid var(--bad);border-radius:3px}
 @media(max-width:760px){.stroma .row{grid-template-columns:1fr;gap:.1em}.stroma .row .fig{text-align:left;white-space:normal}.stroma .two{grid-template-columns:1fr}}
 """
@@ -91,6 +94,32 @@ def _branch(key: str, value: Any, path: str, marks: set[str], room: list[int], d
     text = json.dumps(value, ensure_ascii=False, default=str) if depth < _DEEPEST else "…"
     cut = f'<span class="dim">… {left_out:,} more characters</span>' if left_out else ""
     return f"<li{broke}>{name}{as_xml(text)}{cut}</li>"
+
+
+def rejected_output(rejected: RejectedOutput) -> str:
+    """Return a rejected output beside the complaints of its contract, field by field."""
+    rows = "".join(_complaint(rejected, one) for one in rejected.complaints)
+    more = f'<p class="dim">… {pluralize(rejected.more, "complaint")} more</p>' if rejected.more else ""
+    cut = '<p class="dim">The output was larger: this is the beginning of it.</p>' if rejected.is_cut else ""
+    marks = [".".join(map(str, one.path)) for one in rejected.complaints]
+    return (
+        '<table class="rejected"><thead><tr><th scope="col">field</th><th scope="col">complaint</th>'
+        f'<th scope="col">what came</th></tr></thead><tbody>{rows}</tbody></table>{more}'
+        f"{tree(rejected.value, marks)}{cut}"
+    )
+
+
+def _complaint(rejected: RejectedOutput, one: Complaint) -> str:
+    value = rejected.at(one.path)
+    came = "" if value is MISSING else f"<code>{as_xml(clean(_json(value), 200))}</code>"
+    return (
+        f"<tr><td><code>{as_xml(clean(one.field, 200))}</code></td><td>{as_xml(clean(one.message, 400))}</td>"
+        f"<td>{came}</td></tr>"
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def fragment(story: Story, *, states: bool = True) -> str:
@@ -177,6 +206,9 @@ def _attempt(bar: Bar) -> str:
     side = "input" if "(input)" in (bar.message or "")[:4000] else "output"
     message = f'<pre class="bad">{as_xml(visible(bar.message[:_TEXT]))}</pre>' if bar.message else ""
     model = f" · {as_xml(clean(bar.model, 80))}" if bar.model else ""
+    rejected = ""
+    if bar.rejected is not None:
+        rejected = f'<div><span class="dim">rejected output</span>{rejected_output(bar.rejected)}</div>'
     states = "".join(
         f'<div><span class="dim">{name}</span>{tree(value, broke if side == name else ())}</div>'
         for name, value in (("input", bar.input_state), ("output", bar.output_state))
@@ -184,6 +216,6 @@ def _attempt(bar: Bar) -> str:
     )
     return (
         f'<details class="attempt" id="{bar.key}"><summary><span class="mono dim">{as_xml(bar.at)}</span> {as_xml(bar_title(bar))}'
-        f" · {format_tokens(bar.tokens)} · {format_usd(bar.cost_usd)}{model}</summary>{message}"
+        f" · {format_tokens(bar.tokens)} · {format_usd(bar.cost_usd)}{model}</summary>{message}{rejected}"
         f'<div class="two">{states}</div></details>'
     )

@@ -79,7 +79,7 @@ def secrets_in(value: Any) -> Iterator[str]:
         elif kind is list or kind is tuple:
             inside = value
         elif isinstance(value, (SecretStr, SecretBytes, Secret)):
-            yield from _texts(value.get_secret_value(), depth)
+            yield from texts_in(value.get_secret_value(), depth)
             continue
         elif depth > _DEEPEST:
             continue
@@ -159,12 +159,12 @@ def _declares_no_secret(annotation: Any, classes: dict[type, None]) -> bool:
     return False
 
 
-def _texts(secret: Any, depth: int) -> Iterator[str]:
+def texts_in(secret: Any, depth: int = 0) -> Iterator[str]:
     """Yield every text in the value of a Secret, which may be a structure."""
     if isinstance(secret, bytes):  # As a message has it after decode(), and after repr().
         yield from filter(None, (secret.decode("utf-8", "ignore"), repr(secret)[2:-1]))
     elif isinstance(secret, (Mapping, list, tuple)) and depth <= _DEEPEST:
         for inner in secret.values() if isinstance(secret, Mapping) else secret:
-            yield from _texts(inner, depth + 1)
+            yield from texts_in(inner, depth + 1)
     elif secret is not None and not isinstance(secret, bool) and str(secret):
         yield str(secret)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, quote_plus
 
 from stroma._utils.text import one_line
 
 if TYPE_CHECKING:
+    from stroma.trace.rejected import RejectedOutput
     from stroma.trace.story import Story
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "Shown",
     "forms_of",
     "hidden_values",
+    "hide_rejected",
     "hide_state",
     "hide_words",
     "scrubbed_error",
@@ -41,6 +45,11 @@ _MOST_WORDS: Final = (
 _DEEPEST_CAUSE: Final = 10  # causes of causes
 _FEW: Final = 50  # texts that are looked for one by one
 _MOST_COMPARED: Final = 200_000  # characters, beside 4 for each of the text; some 0.1 s
+_MOST_BYTES: Final = 2_000_000  # of a rejected output that was redacted
+#: A name in a text that nobody has parsed, and what stands for its value when ``redact`` is asked.
+_NAME: Final = re.compile(r"""([\w$-]{1,60})["'\\*`]*\s*[:=]""")
+_MOST_NAMES: Final = 1000
+_PROBE: Final = "a value"
 
 
 def hide_state(redact: Redact | None, state: Any) -> Any:
@@ -52,6 +61,47 @@ def hide_state(redact: Redact | None, state: Any) -> Any:
         return shown if isinstance(state, dict) else shown["value"]
     except Exception as error:
         return {"redacted": f"redact raised {type(error).__name__}"}
+
+
+def hide_rejected(redact: Redact | None, rejected: RejectedOutput) -> RejectedOutput:
+    """Return a rejected output as ``redact`` lets it be seen; where that raises, a word in place of its value.
+
+    A text is shown only if ``redact`` hides none of the fields that it names: nobody has parsed it.
+    """
+    if redact is None:
+        return rejected
+    from stroma.trace.bounded_copy import BoundedCopy  # Few runs have one.
+
+    value = json.loads(json.dumps(rejected.value))  # redact may change what it gets.
+    shown: Any = None
+    if isinstance(value, str) and not _may_show(redact, value):
+        shown = HIDDEN
+    else:
+        shown = hide_state(redact, value)
+    # What redact returns can be anything.
+    copy = BoundedCopy(_MOST_BYTES)
+    shown = copy.copy(shown)
+    hidden = hidden_values([(rejected.value, shown)])
+    complaints = tuple(
+        one._replace(
+            path=tuple(part if isinstance(part, int) else without(part, hidden) for part in one.path),
+            message=hide_words(redact, one.message, hidden),
+        )
+        for one in rejected.complaints
+    )
+    return rejected._replace(value=shown, is_cut=rejected.is_cut or copy.is_cut, complaints=complaints)
+
+
+def _may_show(redact: Redact, text: str) -> bool:
+    """Return True if ``redact`` leaves alone what stands under any name in a text."""
+    names = dict.fromkeys(islice(_NAME.findall(text), _MOST_NAMES + 1), _PROBE)
+    if len(names) > _MOST_NAMES:
+        return False
+    try:
+        shown = redact(dict(names))
+        return all(shown[name] == _PROBE for name in names)
+    except Exception:
+        return not names
 
 
 def hidden_values(states: Iterable[tuple[Any, Any]]) -> frozenset[str]:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from stroma.trace.rejected import RejectedOutput
+
 __all__ = ["Bar", "StopCause", "Story", "fields_named", "waits", "without_values"]
 
 
@@ -24,6 +26,7 @@ class Bar:
         is_committed: True if its output was committed.
         input_state, output_state: plain JSON data; None if not known.
         function_ms: for how long functions ran, of a group in which there were waits as well; None for all others.
+        rejected: its output, if that broke its contract.
     """
 
     node_id: str
@@ -43,6 +46,7 @@ class Bar:
     input_state: Any = None
     output_state: Any = None
     function_ms: float | None = None
+    rejected: RejectedOutput | None = None
 
     @property
     def key(self) -> str:

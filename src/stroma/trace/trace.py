@@ -11,14 +11,15 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from stroma._utils.text import typed
 from stroma.contracts.copying import isolate
 from stroma.contracts.schema import Schema, Snapshot
-from stroma.trace.redaction import Redact, Shown, hidden_values, hide_state, hide_words
+from stroma.trace.redaction import Redact, Shown, hidden_values, hide_rejected, hide_state, hide_words
 
 if TYPE_CHECKING:
+    from stroma.trace.rejected import RejectedOutput
     from stroma.trace.story import Bar, Story
 from stroma.trace.events import (
     NO_USAGE,
@@ -36,19 +37,25 @@ from stroma.trace.plain import jsonable
 __all__ = ["ExecutionTrace"]
 
 
+_MAX_REJECTED_BYTES: Final = 4 * 1024 * 1024
+
+
 class ExecutionTrace(Shown):
     """The events of one run, in the order in which attempts ended. ``len`` and iteration see the top level.
 
     ``marks``: what is no attempt: waits, refusals, changes of circuits.
     """
 
-    __slots__ = ("marks", "rows", "run_id")
+    __slots__ = ("_rejected", "marks", "rows", "run_id")
 
     def __init__(self, run_id: str = "") -> None:
         self.run_id = run_id
         #: The rows as the engine keeps them, and events in place of those that somebody has looked at.
         self.rows: list[AttemptRow | TraceEvent] = []
         self.marks: list[TraceMark] = []
+        #: Outputs that broke their contract, in stored form, by position, branch and start of the attempt. Nobody reads
+        #: them but what draws the trace; copies, which hooks get, have none.
+        self._rejected: dict[tuple[int, str, int], bytes] = {}
 
     def __getstate__(self) -> tuple[str, list[TraceEvent], list[TraceMark]]:
         # Events are plain data; rows need schemas, and those cannot leave the process.
@@ -57,10 +64,18 @@ class ExecutionTrace(Shown):
     def __setstate__(self, state: tuple[str, list[TraceEvent], list[TraceMark]]) -> None:
         self.run_id, events, self.marks = state
         self.rows = list(events)
+        self._rejected = {}
 
     def append(self, event: TraceEvent) -> None:
         """Add an event; the very object is kept."""
         self.rows.append(event)
+
+    def record_rejected(self, position: int, branch: str, started_ns: int, data: bytes) -> None:
+        """Record an output that broke its contract to draw it: the newest ones, of 4 MiB together."""
+        outputs = self._rejected
+        outputs[position, branch, started_ns] = data
+        while len(outputs) > 1 and sum(map(len, outputs.values())) > _MAX_REJECTED_BYTES:
+            del outputs[next(iter(outputs))]
 
     def copy(self, *, with_states: bool = True) -> ExecutionTrace:
         """Return a trace with the same events; appending to one does not change the other."""
@@ -163,7 +178,15 @@ class ExecutionTrace(Shown):
         first = marks[0][0] if marks else 0
         hidden = self._hidden(redact)
         bars = [
-            _bar(event, (began - first) / 1e6, took / 1e6, redact, hidden) for began, took, event in marks
+            _bar(
+                event,
+                (began - first) / 1e6,
+                took / 1e6,
+                redact,
+                hidden,
+                self._rejected_at(event, began, redact),
+            )
+            for began, took, event in marks
         ]
         failed = [bar for bar in bars if bar.failure_class is not None]
         end = max((began + took for began, took, _ in marks), default=first)
@@ -172,6 +195,22 @@ class ExecutionTrace(Shown):
         seconds = (end - first) / 1e9
         waits = self._wait_bars(first)
         return Story(self.run_id, "", status, bars, tokens, cost, first // 1_000_000, seconds, waits=waits)
+
+    def _rejected_at(
+        self, event: TraceEvent, started_ns: int, redact: Redact | None
+    ) -> RejectedOutput | None:
+        """Return the output that broke its contract in an attempt, or None."""
+        if not self._rejected or event.output_state is not None:
+            return None
+        from stroma.trace.rejected import read_rejected
+
+        data = self._rejected.get((event.position, event.branch, started_ns))
+        if data is None:  # An event that somebody has looked at has its start in whole microseconds.
+            at = event.position, event.branch, started_ns // 1000
+            outputs = self._rejected.items()
+            data = next((one for (p, b, start), one in outputs if (p, b, start // 1000) == at), None)
+        rejected = None if data is None else read_rejected(data)
+        return None if rejected is None else hide_rejected(redact, rejected)
 
     def _wait_bars(self, first_ns: int) -> tuple[Bar, ...]:
         """Return the sleeps and questions of flows."""
@@ -223,6 +262,7 @@ def _bar(
     took_ms: float,
     redact: Redact | None,
     hidden: frozenset[str],
+    rejected: RejectedOutput | None,
 ) -> Bar:
     from stroma.trace.story import Bar
 
@@ -239,7 +279,7 @@ def _bar(
     return Bar(
         event.node_id, at, event.attempt, began_ms, took_ms, event.outcome, kind, event.reason, message, used.tokens,
         used.output_tokens, used.cost_usd, used.model, event.output_state is not None, shown(event.input_state),
-        shown(event.output_state), event.function_ms if waited else None,
+        shown(event.output_state), event.function_ms if waited else None, rejected,
     )  # fmt: skip
 
 

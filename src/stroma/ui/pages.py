@@ -35,7 +35,7 @@ from stroma.failures.tracebacks import FailureSite
 from stroma.limits.rate_limit import read_cooldowns
 from stroma.telemetry.otlp_json import otlp_spans
 from stroma.trace.gantt import gantt, idle_ms
-from stroma.trace.html import cause, document, head, utc
+from stroma.trace.html import cause, document, head, rejected_output, utc
 from stroma.trace.result import RunStatus
 from stroma.trace.story import Bar, StopCause, Story, fields_named
 from stroma.ui.actions import can_resume, controls_of
@@ -270,12 +270,14 @@ class Pages:
         before = attempts[at - 1] if at else None
         inputs = self._history.input_of(record.run_id, this, max_bytes=_MAX_SHOWN_BYTES)
         output = self._read_output(record, this)
+        rejected = self._history.rejected_of(record.run_id, this)
         side = "input" if "(input)" in (this.message or "")[:_MAX_TEXT] else "output"
         invalid_fields = fields_named(this.text or "")
         return self._page(
             "attempt.html", record=record, this=this, place=place_of(this), attempts=[(one, attempt_address(record, one)) for one in attempts],
             input=state_tree(inputs, invalid_fields if side == "input" else []), output=state_tree(output, invalid_fields if side == "output" else []),
             invalid_fields=invalid_fields, before=None if before is None else compare_facts(before, this), key=this.idempotency_key(record.run_id, record.execution),
+            rejected=None if rejected is None else Markup(rejected_output(rejected)),  # It escapes all text.
             in_group=bool(this.branch), committed=this.output_bytes is not None,
             payload=attempt_address(record, this, "/payload"), failure_site=self._failure_site(record, this),
         )  # fmt: skip
@@ -302,12 +304,7 @@ class Pages:
 
     def _read_output(self, record: RunRecord, this: AttemptRecord) -> Payload:
         if this.output_bytes is None:
-            invalid_fields = this.reason == "contract" and "(output)" in (this.message or "")[:_MAX_TEXT]
-            return Payload(
-                None,
-                "no output"
-                + (": an output that breaks its contract is not stored" if invalid_fields else ""),
-            )
+            return Payload(None, "no output")
         if this.output_bytes > _MAX_SHOWN_BYTES:
             return Payload(None, f"{this.output_bytes:,} bytes, too large to show")
         return self._history.output_at(record.run_id, this.position, this.branch)
@@ -317,10 +314,14 @@ class Pages:
         record = self._record(request)
         _, this = self._find_attempt(request, record)
         side = request.query_params.get("side")
-        if side not in ("input", "output"):
-            raise HTTPException(404, "side must be input or output")
+        if side not in ("input", "output", "rejected"):
+            raise HTTPException(404, "side must be input, output or rejected")
         with self._large:
-            if side == "input":
+            if side == "rejected":
+                rejected = self._history.rejected_of(record.run_id, this)
+                problem = "no rejected output is stored" if rejected is None else None
+                payload = Payload(None if rejected is None else rejected.to_json(), problem)
+            elif side == "input":
                 payload = self._history.input_of(record.run_id, this)
             else:
                 payload = self._history.output_at(record.run_id, this.position, this.branch)

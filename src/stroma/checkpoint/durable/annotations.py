@@ -14,16 +14,20 @@ from stroma.checkpoint.protocols import UnknownCall, Waiting, is_effect_note
 from stroma.checkpoint.records import PICO, Attempt
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import AttemptRow, AttemptUsage, Failed, Outcome
+from stroma.trace.rejected import RejectedOutput, read_rejected
 
 __all__ = [
     "answer_place",
     "due_hooks_key",
+    "open_rejected",
     "read_due_hooks",
     "read_notes",
     "read_waiting",
     "record_due_hooks",
     "record_notes",
+    "record_rejected",
     "record_waiting",
+    "rejected_key",
     "waiting_key",
 ]
 
@@ -116,6 +120,31 @@ def read_waiting(row: StepRow, run_id: str, execution: int, payloads: Payloads) 
         return waiting
     place = answer_place(run_id, execution, waiting)
     return waiting._replace(payload=payloads.open(step.output, place, f"the answer for node {row.node_id!r}"))
+
+
+def record_rejected(
+    rows: Rows, run_id: str, execution: int, attempt: Attempt, data: bytes, payloads: Payloads
+) -> None:
+    """Store the output of an attempt that broke its contract."""
+    key = rejected_key(attempt.position, attempt.branch, attempt.started_ns)
+    # As a text: one that cannot be opened later must not hide the attempt.
+    sealed = payloads.seal_text(data.decode(), PayloadPlace(run_id, execution, "rejected", 0, key)) or ""
+    stored = sealed.encode()
+    rows.annotate(run_id, Annotation.REJECTED, key, attempt.node_id, Step("", "", stored, checksum(stored)))
+
+
+def rejected_key(position: int, branch: str, started_ns: int) -> str:
+    """Return the branch of the annotation for a rejected output."""
+    return f"{position}:{started_ns}:{branch}"
+
+
+def open_rejected(row: StepRow, run_id: str, execution: int, payloads: Payloads) -> RejectedOutput | None:
+    """Return the rejected output that :func:`record_rejected` stored; None if it cannot be read."""
+    if not is_intact(row.step.output, row.step.sha256):
+        return None
+    place = PayloadPlace(run_id, execution, "rejected", 0, row.branch)
+    text = payloads.open_text(row.step.output.decode("utf-8", "replace"), place)
+    return None if text is None else read_rejected(text)
 
 
 def record_notes(

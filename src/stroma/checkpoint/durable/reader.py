@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from stroma.checkpoint.durable.annotations import read_waiting
+from stroma.checkpoint.durable.annotations import open_rejected, read_waiting, rejected_key
 from stroma.checkpoint.durable.integrity import is_intact, verify_step
 from stroma.checkpoint.durable.rows import (
     DAMAGED,
@@ -36,6 +36,7 @@ from stroma.checkpoint.records import (
 )
 from stroma.contracts.contract import check_id
 from stroma.failures.tracebacks import FailureSite, read_failure_site
+from stroma.trace.rejected import RejectedOutput
 
 __all__ = ["ReadableStore"]
 
@@ -194,6 +195,24 @@ class ReadableStore(ABC):
         if step is None or not is_intact(step.output, step.sha256) or not step.contract.isdecimal():
             return None
         return read_failure_site(step.output, step.number or 0, int(step.contract))
+
+    def rejected_of(self, run_id: str, position: int, branch: str, started_ns: int) -> RejectedOutput | None:
+        """Return the output that broke its contract in an attempt of the last execution; None if none can be read.
+
+        Raises StoreError.
+        """
+        check_id(run_id, "run id")
+        key = rejected_key(position, branch, started_ns)
+
+        def query(rows: Rows) -> tuple[int, StepRow | None]:
+            run = rows.find(run_id)
+            if run is None:
+                return 0, None
+            return run.execution, next(iter(rows.annotations(run.run, Annotation.REJECTED, key)), None)
+
+        nothing: tuple[int, StepRow | None] = (0, None)
+        execution, row = self.read(query, nothing)
+        return None if row is None else open_rejected(row, run_id, execution, self._payloads)
 
     def output_of(
         self, run_id: str, position: int, branch: str = "", *, execution: int | None = None

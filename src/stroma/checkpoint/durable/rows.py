@@ -39,11 +39,10 @@ class Annotation(IntEnum):
     DUE_HOOKS = -6  #: an attempt whose end hooks may not have been called; branch: :func:`due_hooks_key`
     FAILURE_SITE = -7  #: where the last failed attempt at a place failed; branch: "position:branch"
     DEATHS = -8  #: number of deaths of the owner; see :meth:`DurableSession._recover`
-    ATTRIBUTION = (
-        -10
-    )  #: what the run belongs to; branch: "conversation", "user" or "session", and its id as node id
     NOTE = -9  #: data of the driver of the execution; branch: its key, which begins with a position
     CONTROL = -10  #: a request that an owner has read and that holds; branch: its key
+    REJECTED = -11  #: an output that broke its contract; branch: "position:start:branch"
+    ATTRIBUTION = -12  #: an id, as node id, of what the run belongs to; branch: "conversation", "user" or "session"
 
 
 #: The status of a run, and the outcome of an attempt, with values that no store writes.

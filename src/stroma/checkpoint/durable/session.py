@@ -20,6 +20,7 @@ from stroma.checkpoint.durable.annotations import (
     read_waiting,
     record_due_hooks,
     record_notes,
+    record_rejected,
     record_waiting,
     waiting_key,
 )
@@ -74,6 +75,7 @@ class DurableSession:
         "_last_large_output",
         "_payloads",
         "_pending_notes",
+        "_rejected",
         "_stored_outputs",
         "_submit",
         "address",
@@ -129,6 +131,8 @@ class DurableSession:
         self.ended = False
         self._submit = submit
         self._failure_sites: dict[tuple[int, str], tuple[int, int, bytes]] = {}
+        #: Outputs that broke their contract, until their attempts are stored: (start of the attempt, stored form).
+        self._rejected: dict[tuple[int, str], tuple[int, bytes]] = {}
         self.charges: dict[tuple[int, str], Charge] = {}
         #: Notes that no transaction has stored yet.
         self._pending_notes: dict[str, bytes | None] = {}
@@ -268,12 +272,34 @@ class DurableSession:
         if self._payloads.codec is None and (data := write()):
             self._failure_sites[position, branch] = (attempt, started_ns, data)
 
+    def record_rejected(self, position: int, branch: str, started_ns: int, data: bytes) -> None:
+        """See Session."""
+        self._rejected[position, branch] = (started_ns, data)
+
+    def _rejected_of(self, attempt: Attempt) -> bytes | None:
+        """Return the output that broke its contract in an attempt, or None."""
+        started_ns, data = self._rejected.get((attempt.position, attempt.branch), (0, None))
+        return data if started_ns == attempt.started_ns else None
+
+    def _forget_rejected(self, place: tuple[int, str], data: bytes, pending: asyncio.Future[Any]) -> None:
+        """Drop a rejected output that a transaction has stored; another is written with the next try."""
+        if pending.cancelled() or pending.exception() is not None:
+            return
+        if self._rejected.get(place, (0, None))[1] is data:
+            del self._rejected[place]
+
     def _submit_commit(self, commit: Commit) -> Awaitable[None]:
         attempt, self._completed = commit.attempt, None
         site = self._failure_sites.pop((attempt.position, attempt.branch), None)
         if site is not None and site[1] != attempt.started_ns:
             site = None
-        if not self._deliver and site is None and not self.charges and not self._pending_notes:
+        if (
+            not self._deliver
+            and site is None
+            and not self._rejected
+            and not self.charges
+            and not self._pending_notes
+        ):
             return self._submit(commit)
 
         def annotate(rows: Rows) -> None:
@@ -293,7 +319,8 @@ class DurableSession:
     def _submit_with(self, commit: Commit, annotate: Callable[[Rows], None]) -> asyncio.Future[Any]:
         """Commit together with its annotations and the changes of its cells, in one transaction."""
         attempt, self._completed = commit.attempt, None
-        charge = self.charges.get((attempt.position, attempt.branch))
+        place = attempt.position, attempt.branch
+        charge, rejected = self.charges.get(place), self._rejected_of(attempt)
         notes = dict(self._pending_notes)
         changes: list[tuple[str, Change[Any]]] = []
         if charge is not None:
@@ -304,6 +331,9 @@ class DurableSession:
             if self._deliver:
                 record_due_hooks(rows, self.run_id, attempt)
             annotate(rows)
+            if rejected is not None:
+                execution = self.fence.execution
+                record_rejected(rows, self.run_id, execution, attempt, rejected, self._payloads)
             self._write_notes(rows, notes)
             # Cells last, to hold their locks briefly: other runs wait for them.
             return [CellChange(name, change)(rows) for name, change in changes]
@@ -311,6 +341,8 @@ class DurableSession:
         pending = self._submit(Transaction(self.run_id, operation))
         if charge is not None:
             pending.add_done_callback(partial(_settle_charge, charge))
+        if rejected is not None:
+            pending.add_done_callback(partial(self._forget_rejected, place, rejected))
         if notes:
             pending.add_done_callback(partial(self._forget_notes, notes))
         return pending

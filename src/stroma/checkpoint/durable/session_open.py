@@ -301,6 +301,7 @@ _OF_EXECUTION = (
     Annotation.NOTE,
     Annotation.REQUEST,
     Annotation.CONTROL,
+    Annotation.REJECTED,
 )
 
 

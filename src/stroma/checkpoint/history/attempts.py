@@ -8,6 +8,7 @@ from typing import Any
 
 from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.records import AttemptRecord
+from stroma.trace.rejected import RejectedOutput
 from stroma.trace.story import Bar
 
 __all__ = ["bar_of", "in_order", "place_of", "sum_waste"]
@@ -56,11 +57,17 @@ def sum_waste(attempts: Iterable[AttemptRecord]) -> tuple[int, float]:
     return sum(attempt.tokens for attempt in wasted), sum(attempt.cost_usd for attempt in wasted)
 
 
-def bar_of(attempt: AttemptRecord, first_ns: int, input_value: Any = None, output_value: Any = None) -> Bar:
+def bar_of(
+    attempt: AttemptRecord,
+    first_ns: int,
+    input_value: Any = None,
+    output_value: Any = None,
+    rejected: RejectedOutput | None = None,
+) -> Bar:
     """Return the bar of an attempt in a drawing. ``first_ns``: start of the first attempt."""
     return Bar(
         attempt.node_id, place_of(attempt), attempt.attempt, (attempt.started_ns - first_ns) / 1e6, attempt.duration_ms,
         attempt.outcome, attempt.failure_class, attempt.reason, attempt.text, attempt.tokens, attempt.output_tokens,
         attempt.cost_usd, attempt.model, attempt.output_bytes is not None, input_value, output_value,
-        attempt.function_ms if 0 < attempt.function_ms <= attempt.duration_ms - 1 else None,
+        attempt.function_ms if 0 < attempt.function_ms <= attempt.duration_ms - 1 else None, rejected,
     )  # fmt: skip

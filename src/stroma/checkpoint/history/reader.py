@@ -20,7 +20,8 @@ from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
-from stroma.trace.redaction import Redact
+from stroma.trace.redaction import Redact, hide_rejected
+from stroma.trace.rejected import RejectedOutput
 from stroma.trace.story import Bar, StopCause, Story
 
 __all__ = ["FAILED", "FINISHED", "NOT_STOPPED", "History", "Inputs", "is_interrupted", "status_of"]
@@ -251,6 +252,13 @@ class History:
             data = failed_input(self.store.flow_notes(run_id), position, branch)
         return None if data is None else self._decode(data)
 
+    def rejected_of(self, run_id: str, attempt: AttemptRecord) -> RejectedOutput | None:
+        """Return the output that broke its contract in an attempt; None if none is stored."""
+        if attempt.output_bytes is not None or attempt.outcome not in ("failure", "suspended"):
+            return None
+        rejected = self.store.rejected_of(run_id, attempt.position, attempt.branch, attempt.started_ns)
+        return None if rejected is None else hide_rejected(self.redact, rejected)
+
     def output_of(self, attempt: AttemptRecord) -> Payload:
         """Return the output that an attempt was read with."""
         if attempt.damaged:
@@ -284,8 +292,9 @@ class History:
         bars = []
         free_bytes = _MAX_STATES_BYTES
         for attempt in attempts:
-            input_value = output_value = None
+            input_value = output_value = rejected = None
             if states:
+                rejected = self.rejected_of(record.run_id, attempt)
                 payload = inputs.of(attempt, _MAX_STATE_BYTES)
                 input_value = payload.value if payload.problem is None else {"omitted": payload.problem}
                 size = attempt.output_bytes
@@ -294,7 +303,7 @@ class History:
                     output_value = self.output_at(record.run_id, attempt.position, attempt.branch).value
                 elif size is not None:
                     output_value = {"omitted": f"{size:,} bytes"}
-            bars.append(bar_of(attempt, first, input_value, output_value))
+            bars.append(bar_of(attempt, first, input_value, output_value, rejected))
         seconds = max(0, record.updated_ms - record.started_ms) / 1000
         return Story(
             record.run_id, record.pipeline, status_of(record), bars, record.tokens, record.cost_usd, record.started_ms,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Tally,
     )
     from stroma.failures.tracebacks import FailureSite
+    from stroma.trace.rejected import RejectedOutput
 
 from stroma.checkpoint.memory.runs import MemoryRun, as_state, encode_state, position_of
 
@@ -111,6 +112,10 @@ class MemoryReader:
     def failure_site_of(self, run_id: str, position: int, branch: str = "") -> FailureSite | None:
         """Return where the last failed attempt at a place failed; None if unknown."""
         return self._records.failure_site_of(check_id(run_id, "run id"), position, branch)
+
+    def rejected_of(self, run_id: str, position: int, branch: str, started_ns: int) -> RejectedOutput | None:
+        """Return the output that broke its contract in an attempt of the last execution; None if none is stored."""
+        return self._records.rejected_of(check_id(run_id, "run id"), position, branch, started_ns)
 
     def output_of(
         self, run_id: str, position: int, branch: str = "", *, execution: int | None = None

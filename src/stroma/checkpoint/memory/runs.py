@@ -64,6 +64,7 @@ class MemoryRun:
         number: distinguishes runs of this process that started in the same millisecond.
         failure_sites: (attempt, started_ns, function that encodes the frames) of the last failed attempt at a place.
         control: the requests that hold; the next session takes back a cancel and a pause.
+        rejected: outputs that broke their contract, by position, branch and start of the attempt.
         epoch: incremented by each session that opens the run; only the last session may write.
         session: weak reference to that session.
         wake_ms: see :func:`stroma.checkpoint.decisions.merge_wake`.
@@ -87,6 +88,7 @@ class MemoryRun:
     number: int = 0
     failure_sites: dict[tuple[int, str], tuple[int, int, Callable[[], bytes]]] = field(default_factory=dict)
     control: Control = NO_CONTROL
+    rejected: dict[tuple[int, str, int], bytes] = field(default_factory=dict)
     status: str = "RUNNING"
     error: str | None = None
     epoch: int = 0
@@ -103,7 +105,7 @@ class MemoryRun:
     def start_execution(self) -> None:
         """Record that an execution starts now."""
         self.started_ms, self.number = time.time_ns() // 1_000_000, next(_NUMBERS)
-        self.failure_sites = {}
+        self.failure_sites, self.rejected = {}, {}
 
     def last_execution(self) -> LastExecution | None:
         """Return the state of the last execution, or None if there is none."""

@@ -199,6 +199,10 @@ class _MemorySession(NullSession):
         if self._run.epoch == self._epoch:
             self._run.failure_sites[position, branch] = (attempt, started_ns, write)
 
+    def record_rejected(self, position: int, branch: str, started_ns: int, data: bytes) -> None:
+        if self._run.epoch == self._epoch:
+            self._run.rejected[position, branch, started_ns] = data
+
     def note_call(self, position: int, identity: str) -> None:
         if self._run.epoch == self._epoch:
             self._run.places[identity] = position

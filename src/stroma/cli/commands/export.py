@@ -91,6 +91,9 @@ def _attempt(history: History, record: RunRecord, one: AttemptRecord, states: bo
         data["output"] = None
         if one.output_bytes is not None:
             data["output"] = _state(history.output_at(record.run_id, one.position, one.branch))
+        rejected = history.rejected_of(record.run_id, one)
+        if rejected is not None:
+            data["rejected"] = rejected.to_json()
     return data
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -41,6 +42,7 @@ from stroma.cli.suspended import (
 from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
 from stroma.trace.gantt import duration
 from stroma.trace.outline import OutlineEntry, fold, outline
+from stroma.trace.rejected import MISSING, RejectedOutput
 from stroma.trace.story import Bar
 from stroma.trace.story import waits as find_waits
 
@@ -60,6 +62,8 @@ _HEADER: Final = (
     "MESSAGE",
 )
 _STYLES: Final = {"success": "green", "failure": "red"}
+_SHOWN_REJECTED: Final = 3  # rejected outputs below the attempts
+_SHOWN_COMPLAINTS: Final = 10  # of each
 _COMPLETE: Final = ("COMPLETED", "RESUMED")
 
 
@@ -69,6 +73,9 @@ _COMPLETE: Final = ("COMPLETED", "RESUMED")
 @click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="Only the Nth attempts.")
 @click.option("--input", "wants_input", is_flag=True, help="Print the inputs of the attempts as JSON.")
 @click.option("--output", "wants_output", is_flag=True, help="Print the committed outputs as JSON.")
+@click.option(
+    "--rejected", "wants_rejected", is_flag=True, help="Print outputs that broke their contract as JSON."
+)
 @click.option("--tree", "as_tree", is_flag=True, help="Draw groups, flows and attempts as a tree.")
 @click.option("--unfold", is_flag=True, help="With --tree: show each of the repeated calls of a node.")
 @click.option("--timing", is_flag=True, help="Show start and waiting time of each attempt.")
@@ -83,7 +90,8 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
     their group, with their branch. With --tree, repeated calls of one node in a flow are one line, such as "judge x3",
     and the sleeps and questions of the flow are shown.
 
-    With --input or --output, stdout has one JSON value per attempt; if there are several, a line names the attempt of each.
+    With --input, --output or --rejected, stdout has one JSON value per attempt; if there are several, a line names the
+    attempt of each.
 
     With --temporal: a run on Temporal, so far.
     """
@@ -93,7 +101,7 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
         from stroma.cli.temporal_show import read_run
 
         why = "let the workers write to a store (stroma worker --db) and read that"
-        reject_local_options(why, "db", "wants_input", "wants_output", "redact")
+        reject_local_options(why, "db", "wants_input", "wants_output", "wants_rejected", "redact")
         record, attempts, waiting = read_run(cluster, run_)
         selected = _select(attempts, record, view)
         states: list[list[_State]] = [[] for _ in selected]
@@ -115,11 +123,12 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
     if as_json:
         emit(_data(record, attempts, waiting, selected, states))
         return code
-    if view.wants_input or view.wants_output:
+    if view.wants_input or view.wants_output or view.wants_rejected:
         return _print_states(selected, states, code)
     with database.explain_errors():
         waits = history.flow_waits(record, attempts, waiting) if view.as_tree else []
-    _print_run(database, record, attempts, waiting, selected, view, waits)
+        rejected = _last_rejected(history, record, selected)
+    _print_run(database, record, attempts, waiting, selected, view, waits, rejected)
     return code
 
 
@@ -131,6 +140,7 @@ class _View:
     attempt: int | None
     wants_input: bool
     wants_output: bool
+    wants_rejected: bool
     as_tree: bool
     unfold: bool
     timing: bool
@@ -175,6 +185,7 @@ def _print_run(
     selected: list[AttemptRecord],
     view: _View,
     waits: Sequence[Bar] = (),
+    rejected: Sequence[tuple[AttemptRecord, RejectedOutput]] = (),
 ) -> int:
     _print_head(record, waiting, len(attempts), *sum_waste(attempts))
     if selected or waits:
@@ -187,6 +198,8 @@ def _print_run(
             right = {2, 6, 7, 8, 9, 10}
             _add_timing(rows, selected)
         table(out, header, [row for _, row in rows], right=frozenset(right))
+    for attempt, one_rejected in rejected:
+        _print_rejected(attempt, one_rejected)
     for one in attempts:
         if one.damaged:
             output = f"the output of node {clean(one.node_id, 100)!r} at {place_of(one)}"
@@ -207,6 +220,34 @@ def _no_such_attempt(
     )
 
 
+def _last_rejected(
+    history: History, record: RunRecord, selected: list[AttemptRecord]
+) -> list[tuple[AttemptRecord, RejectedOutput]]:
+    """Return the last outputs of these attempts that broke their contract."""
+    failed = [one for one in selected if one.reason == "contract" or one.outcome == "suspended"]
+    failed.sort(key=lambda one: one.started_ns)
+    outputs = ((one, history.rejected_of(record.run_id, one)) for one in failed[-_SHOWN_REJECTED:])
+    return [(one, rejected) for one, rejected in outputs if rejected is not None]
+
+
+def _print_rejected(attempt: AttemptRecord, rejected: RejectedOutput) -> None:
+    """Print what came beside each complaint of the contract."""
+    out.line()
+    out.line(
+        (
+            f"rejected output of {clean(attempt.node_id, 100)} at {place_of(attempt)}, attempt {attempt.attempt}",
+            "bold",
+        )
+    )
+    for one in rejected.complaints[:_SHOWN_COMPLAINTS]:
+        value = rejected.at(one.path)
+        came = "" if value is MISSING else f"; got {clean(json.dumps(value, ensure_ascii=False), 160)}"
+        out.line(f"  {clean(one.field, 100)}: ", (clean(one.message, 300), "red"), came)
+    more = rejected.more + max(0, len(rejected.complaints) - _SHOWN_COMPLAINTS)
+    if more:
+        out.line((f"  ... and {pluralize(more, 'complaint')} more", "dim"))
+
+
 _State = tuple[str, Payload]
 
 
@@ -222,6 +263,11 @@ def _states(
             states.append(("input", inputs.of(one)))
         if view.wants_output:
             states.append(("output", history.output_of(one)))
+        if view.wants_rejected:
+            rejected = history.rejected_of(record.run_id, one)
+            if rejected is not None or len(selected) == 1:
+                problem = "no rejected output is stored" if rejected is None else None
+                states.append(("rejected", Payload(rejected and rejected.to_json(), problem)))
         rows.append(states)
     return rows
 

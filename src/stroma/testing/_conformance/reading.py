@@ -31,6 +31,7 @@ from stroma.testing._conformance.helpers import (
     row,
     settled,
 )
+from stroma.trace.rejected import Complaint, RejectedOutput
 
 __all__ = ["ReadingTests"]
 
@@ -312,6 +313,29 @@ class ReadingTests:
         await finish(session, "FAILED")
         await begin(store)
         assert store.failure_site_of("run", 3, "1") is None
+
+    async def test_rejected_outputs(self, store: Any) -> None:
+        """rejected_of returns the output that broke its contract in each attempt; it is removed with the execution."""
+        if not hasattr(store, "rejected_of"):
+            pytest.skip("this store has no rejected outputs")
+        session = await begin(store)
+        rows = [row(3, "n", branch="1", attempt=n, failure=FailureClass.TERMINAL) for n in (1, 2, 3)]
+        for failed in rows[:2]:
+            output = RejectedOutput(failed.attempt, False, (Complaint(("a", 0), "é\ud800\0"),), 4)
+            session.record_rejected(3, "1", failed.started_ns, output.encode())
+            await settled(session.record(failed, None, None))
+        await settled(session.record(rows[2], None, None))
+        for number, failed in enumerate(rows[:2], 1):
+            stored = store.rejected_of("run", 3, "1", failed.started_ns)
+            assert stored == RejectedOutput(number, False, (Complaint(("a", 0), "é\ud800\0"),), 4)
+        first = rows[0].started_ns
+        assert store.rejected_of("run", 3, "1", rows[2].started_ns) is None
+        assert store.rejected_of("run", 3, "", first) is store.rejected_of("nobody", 3, "1", first) is None
+        await finish(session, "FAILED")
+        await finish(await begin(store, if_exists="resume"))
+        assert store.rejected_of("run", 3, "1", first) is not None
+        await begin(store)
+        assert store.rejected_of("run", 3, "1", first) is None
 
     async def test_what_it_says_of_itself(self, store: Any) -> None:
         """facts() names the system, the formats, and the clock of leases."""

@@ -1,0 +1,76 @@
+"""Outputs that broke their contract, in the form in which they are stored.
+
+Loaded with the first one: a run whose outputs are valid needs nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, Literal
+
+from stroma.contracts.contract import ContractViolation
+from stroma.contracts.masking import MASK, Secrets
+from stroma.contracts.repair_prompt import complaints
+from stroma.engine.redaction import Redactor
+from stroma.trace.bounded_copy import BoundedCopy, map_texts
+from stroma.trace.rejected import Complaint, RejectedOutput
+
+__all__ = ["encode_rejected"]
+
+_MAX_BYTES: Final = {"redacted": 64 * 1024, "full": 1024 * 1024}
+_MOST_READ: Final = 2 * 1024 * 1024  # bytes of an output; at least what is stored of it
+_MOST_COMPLAINTS: Final = 50
+_COMPLAINT_BYTES: Final = 16 * 1024
+#: Separates texts that are masked together: looking for many secrets in each of many texts takes seconds.
+_BETWEEN: Final = "\ue000\0\ue001"
+
+
+def encode_rejected(
+    output: Any, violation: ContractViolation, keep: Literal["redacted", "full"], redactor: Redactor
+) -> bytes:
+    """Return the stored form of an output, without secrets. Raises what the user's own classes raise."""
+    schema = violation.schema
+    secrets = Secrets(schema, [])
+    copy = BoundedCopy(_MOST_READ, frozenset(secrets.names), MASK)
+    value = MASK if secrets.is_secret else copy.copy(output)
+    if not secrets.is_secret:
+        value = map_texts(
+            value, lambda texts: [MASK if secrets.is_revealed_in(text) else text for text in texts]
+        )
+    errors = violation.errors[:_MOST_COMPLAINTS]
+    faults = [Complaint(*one) for one in complaints(errors, schema, secrets)]
+    whole = RejectedOutput(value, copy.is_cut, tuple(faults), len(violation.errors) - len(errors))
+    if keep == "redacted":
+        whole = redactor.hide_rejected(whole)
+    return _fitted(_masked(whole, redactor, copy.secrets), _MAX_BYTES[keep]).encode()
+
+
+def _masked(whole: RejectedOutput, redactor: Redactor, secrets: Sequence[str]) -> RejectedOutput:
+    """Return an output without these secrets, and those that the run has met."""
+
+    def mask(texts: Sequence[str]) -> list[str]:
+        masked = redactor.mask(_BETWEEN.join(texts), secrets).split(_BETWEEN)
+        # Else a secret, or a text, has what separates them in it.
+        return masked if len(masked) == len(texts) else [MASK] * len(texts)
+
+    plain = [[list(one.path), one.message] for one in whole.complaints]
+    value, plain = map_texts([whole.value, plain], mask)
+    return whole._replace(
+        value=value, complaints=tuple(Complaint(tuple(path), message) for path, message in plain)
+    )
+
+
+def _fitted(whole: RejectedOutput, max_bytes: int) -> RejectedOutput:
+    """Return an output of which at most so many bytes are left; its complaints have a quarter of the smaller limit."""
+    few: list[Complaint] = []
+    size = 0
+    for one in whole.complaints:
+        size += len(RejectedOutput(None, False, (one,)).encode())
+        if size > _COMPLAINT_BYTES:
+            break
+        few.append(one)
+    more = whole.more + len(whole.complaints) - len(few)
+    empty = RejectedOutput(None, True, tuple(few), more)
+    copy = BoundedCopy(max_bytes - len(empty.encode()))
+    value = copy.copy(whole.value)
+    return empty._replace(value=value, is_cut=whole.is_cut or copy.is_cut)

@@ -1,0 +1,87 @@
+"""Outputs that broke their contract, as plain data: for the store, and for whoever looks at the run afterwards.
+
+No node, hook or exporter sees them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final, NamedTuple
+
+__all__ = ["MISSING", "Complaint", "RejectedOutput", "read_rejected"]
+
+#: Stands for a value that an output does not have.
+MISSING: Final[Any] = object()
+
+
+class Complaint(NamedTuple):
+    """A complaint of a contract. ``path``: the keys and indexes that lead to the field; () for the whole output."""
+
+    path: tuple[str | int, ...]
+    message: str
+
+    @property
+    def field(self) -> str:
+        """The path as text: "lines.0.price"; "the whole output" without one."""
+        return ".".join(map(str, self.path)) or "the whole output"
+
+
+class RejectedOutput(NamedTuple):
+    """An output that broke its contract.
+
+    Attributes:
+        value: plain JSON data.
+        is_cut: the output was larger, or deeper, than ``value``.
+        complaints: the first complaints of the contract, each about one field.
+        more: how many complaints there are besides.
+    """
+
+    value: Any
+    is_cut: bool
+    complaints: tuple[Complaint, ...]
+    more: int = 0
+
+    def at(self, path: tuple[str | int, ...]) -> Any:
+        """Return the value at a path; MISSING if there is none."""
+        value = self.value
+        for part in path:
+            if isinstance(value, dict) and str(part) in value:
+                value = value[str(part)]
+            elif isinstance(value, list) and isinstance(part, int) and 0 <= part < len(value):
+                value = value[part]
+            else:
+                return MISSING
+        return value
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the output in the form of the JSON schemas."""
+        return {
+            "value": self.value,
+            "cut": self.is_cut,
+            "complaints": [{"path": list(path), "message": message} for path, message in self.complaints],
+            "more_complaints": self.more,
+        }
+
+    def encode(self) -> bytes:
+        """Return the stored form."""
+        text = json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        # Lone surrogates become the escapes that JSON has for them.
+        return text.encode("utf-8", "backslashreplace")
+
+
+def read_rejected(data: bytes | str) -> RejectedOutput | None:
+    """Decode a rejected output; None for other data."""
+    try:
+        stored = json.loads(data)
+        complaints = tuple(
+            Complaint(
+                tuple(part if isinstance(part, int) else str(part) for part in one["path"]),
+                str(one["message"]),
+            )
+            for one in stored["complaints"]
+        )
+        return RejectedOutput(
+            stored["value"], bool(stored["cut"]), complaints, int(stored["more_complaints"])
+        )
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
