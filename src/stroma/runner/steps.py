@@ -273,8 +273,6 @@ def _as_returned(state: BaseModel, input_state: BaseModel) -> Any:
 class StromaStep:
     """Wraps functions as steps of one context.
 
-    ::
-
         step = StromaStep(ctx)
 
         @step("search", input=Query, output=Hits)
