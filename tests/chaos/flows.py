@@ -54,7 +54,9 @@ class Text(BaseModel):
     text: str = ""
 
 
-def _flow(note: Callable[[str], None], draw: random.Random) -> Any:
+def make_flow(note: Callable[[str], None], draw: random.Random) -> Any:
+    """Return the flow of a round, whose steps note their calls and take a random time."""
+
     def step(name: str, change: Callable[[int], int]) -> Any:
         contract: NodeContract[Any, Any] = NodeContract(
             node_id=name, input_schema=Number, output_schema=Number
@@ -121,7 +123,7 @@ def work(url: str, diary: str, run: str, seed: str) -> None:
                 store=store, run_id=run, resume=True, if_exists="return", if_running="take_over", max_recoveries=10**6,
                 policy_map={kind: FailurePolicy(max_retries=0) for kind in FailureClass},
             )  # fmt: skip
-            f = _flow(note, random.Random(seed))
+            f = make_flow(note, random.Random(seed))
             while (result := await runner.run(f, Number())).status is RunStatus.SUSPENDED:
                 with contextlib.suppress(StoreError):  # It was answered before a kill.
                     await runner.signal(run, Text(text="yes"))

@@ -29,6 +29,14 @@ async def lived(scenario: FlowScenario, driver: Any, world: World) -> ExecutionR
     return result  # type: ignore[no-any-return]
 
 
+async def test_attempts_of_a_flow_are_in_the_order_of_their_start(any_driver: Any) -> None:
+    """Where steps run side by side, the trace has the one that began first before the one that ended first."""
+    if any_driver.name == "seam":
+        pytest.skip("it has one step at a time")
+    result = await asyncio.wait_for(lived(FLOW_SCENARIOS["first of two"], any_driver, World()), 60)
+    assert [event.branch for event in result.trace] == ["slow#0", "quick#0"]
+
+
 @pytest.mark.parametrize("name", FLOW_SCENARIOS)
 async def test_a_flow_comes_to_the_same_under_every_driver(name: str, any_driver: Any) -> None:
     """Status, calls, output, totals and failure are as the scenario says; the trace is that of a local run."""

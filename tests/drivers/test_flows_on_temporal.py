@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
+import subprocess
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +15,12 @@ from typing import Any
 import pytest
 from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.workflowservice.v1 import ResetWorkflowExecutionRequest
+from tests.chaos import flows as chaos
 from tests.drivers.conftest import TemporalDriver
 from tests.drivers.flow_scenarios import NumNode
 from tests.flows.steps import Text, World
 from tests.kit import NEVER, Num, node
+from tests.servers_temporal import TemporalServer
 
 from stroma import (
     ContractRegistry,
@@ -424,3 +431,66 @@ async def test_a_worker_that_lacks_a_node_of_a_flow_says_which(temporal: Tempora
     known = Attempts([flow_of(empty)]).site("f").known
     with pytest.raises(MissingNode, match=r"lacks node 'add'.*refer to its nodes by name"):
         known.find(spec_of(find_node(add), ContractRegistry()))
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(400)
+async def test_a_flow_whose_workers_are_killed_ends_as_one_that_was_left_alone(
+    temporal: TemporalDriver, temporal_server: TemporalServer, tmp_path: Path
+) -> None:
+    """Workers that are killed at any instant: each step is committed once, under one idempotency key, to the same end."""
+    diary, draw = tmp_path / "calls", random.Random(7)
+    diary.touch()
+    temporal.options["heartbeat_seconds"] = 2.0
+    runner = temporal.runner(RunConfig(policy_map=NEVER))
+    flow = chaos.make_flow(lambda line: None, draw)
+
+    def start() -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable,
+            "-m",
+            "tests.drivers.worker_helper",
+            temporal_server.address,
+            temporal.queue,
+        ]
+        return subprocess.Popen([*command, str(tmp_path), "flow"], cwd=Path(__file__).parents[2])
+
+    async def until_the_next_call() -> None:
+        seen = diary.stat().st_size
+        while diary.stat().st_size == seen:
+            await asyncio.sleep(0.005)
+
+    async def kill_at_any_instant() -> None:
+        nonlocal process, kills
+        while kills < 4:
+            await until_the_next_call()
+            await asyncio.sleep(draw.uniform(0, 0.1))
+            process.kill()
+            process.wait()
+            kills += 1
+            process = start()
+
+    process, kills = start(), 0
+    killing = asyncio.create_task(kill_at_any_instant())
+    try:
+        asked = await asyncio.wait_for(runner.run(flow, chaos.Number(), run_id="killed"), 300)
+        assert asked.status is RunStatus.SUSPENDED, asked.failure
+        await runner.signal("killed", chaos.Text(text="yes"))
+        result = await asyncio.wait_for(
+            runner.run(flow, chaos.Number(), run_id="killed", if_running="attach"), 60
+        )
+    finally:
+        killing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await killing
+        process.kill()
+        process.wait()
+    assert kills == 4
+    assert result.output == chaos.Text(text=chaos.END)
+    committed = Counter(event.branch for event in asked.trace if event.outcome == "success")
+    assert committed == dict.fromkeys(chaos.COMMITTED - {"inner#0"}, 1)
+    keys: dict[str, set[str]] = defaultdict(set)
+    for line in diary.read_text().splitlines():
+        _, branch, key = line.split(" ")
+        keys[branch].add(key)
+    assert {branch: len(found) for branch, found in keys.items() if len(found) > 1} == {}

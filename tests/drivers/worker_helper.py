@@ -1,6 +1,7 @@
-"""A worker in a process of its own: ``python -m tests.drivers.worker_helper ADDRESS QUEUE FOLDER``.
+"""A worker in a process of its own: ``python -m tests.drivers.worker_helper ADDRESS QUEUE FOLDER [flow]``.
 
-Each call of a node leaves a file in the folder; the node "slow" waits until there is a file "go".
+Each call of a node leaves a file in the folder; the node "slow" waits until there is a file "go". With "flow" the worker
+has the flow of the chaos rounds, whose calls are lines of the file "calls".
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import os
 import pathlib
+import random
 import sys
 import uuid
 from typing import Any
 
 from temporalio.client import Client
-from tests.kit import Num, node
+from tests.chaos.flows import make_flow
+from tests.kit import NEVER, Num, node
 
-from stroma import Pipeline
+from stroma import Pipeline, RunConfig, default_policy_map
 from stroma.temporal import stroma_worker
 
 
@@ -32,8 +35,21 @@ def pipeline(folder: pathlib.Path) -> Pipeline:
     return Pipeline("killed", [step("before"), step("slow", waits=True), step("after")])
 
 
-async def main(address: str, queue: str, folder: str) -> None:
-    await stroma_worker(await Client.connect(address), queue, [pipeline(pathlib.Path(folder))]).run()
+def noted_flow(folder: pathlib.Path) -> Any:
+    file = os.open(folder / "calls", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def note(line: str) -> None:
+        os.write(file, f"{line}\n".encode())
+
+    return make_flow(note, random.Random())
+
+
+async def main(address: str, queue: str, folder: str, kind: str = "") -> None:
+    made = (noted_flow if kind == "flow" else pipeline)(pathlib.Path(folder))
+    # Without a cache, the workflow of a killed worker is not waited for by its sticky queue.
+    options = {"max_cached_workflows": 0} if kind == "flow" else {}
+    config = RunConfig(policy_map=NEVER if kind == "flow" else default_policy_map())
+    await stroma_worker(await Client.connect(address), queue, [made], config=config, **options).run()
 
 
 if __name__ == "__main__":

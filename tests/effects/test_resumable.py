@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from tests.effects.shop import Order, Receipt, Shop
 
-from stroma import StromaRunner, stroma_node
+from stroma import Flow, FlowFunction, StromaRunner, stroma_flow, stroma_node
 from stroma.contracts.contract import NodeContract
 from stroma.testing import assert_resumable
 
@@ -57,3 +57,52 @@ async def test_a_node_that_is_no_effect_charges_twice() -> None:
             reset=shop.charges.clear,
             ignore=["number"],
         )
+
+
+def flow_of(shop: Shop, **options: Any) -> FlowFunction[Order, Receipt]:
+    """A flow that charges in a step, in a map and in a flow inside."""
+    charge = StromaRunner.quick().node("charge", input=Order, output=Receipt, **options)(shop.charge)
+
+    @stroma_flow("inner", input=Order, output=Receipt)
+    async def inner(flow: Flow, order: Order) -> Receipt:
+        receipt: Receipt = await flow.step(charge, order)
+        return receipt
+
+    @stroma_flow("sell", input=Order, output=Receipt)
+    async def sell(flow: Flow, order: Order) -> Receipt:
+        await flow.step(charge, Order(cents=1))
+        await flow.map(charge, [Order(cents=2), Order(cents=3)])
+        return await flow.run(inner, Order(cents=4))
+
+    return sell
+
+
+async def test_effects_of_a_flow_are_proven() -> None:
+    """assert_resumable takes a flow whose steps, maps and inner flows have effects: each happens once, wherever the process dies."""
+    shop = Shop()
+    proof = await assert_resumable(
+        flow_of(shop, effect=True, reconcile=shop.look), Order(), effects=lambda: len(shop.charges), processes=False,
+        reset=lambda: setattr(shop, "charges", []), ignore=["number"],
+    )  # fmt: skip
+    branches = {boundary.branch for boundary in proof.boundaries if boundary.node_id == "charge"}
+    assert branches == {"charge#0", "*charge#0.0", "*charge#0.1", "inner#0.charge#0"}
+
+
+async def test_a_step_of_a_flow_that_is_no_effect_charges_twice() -> None:
+    """The same flow without effect=True is found out."""
+    shop = Shop()
+    with pytest.raises(AssertionError, match=r"its effects differ.*pass effect=True"):
+        await assert_resumable(
+            flow_of(shop), Order(), effects=lambda: len(shop.charges), processes=False,
+            reset=lambda: setattr(shop, "charges", []), ignore=["number"],
+        )  # fmt: skip
+
+
+async def test_a_replay_calls_no_effect() -> None:
+    """check_deterministic calls each effect of a flow once, and none in its replay."""
+    shop = Shop()
+    result = await StromaRunner.quick().check_deterministic(
+        flow_of(shop, effect=True, reconcile=shop.look), Order()
+    )
+    assert isinstance(result.output, Receipt)
+    assert len(shop.charges) == 4

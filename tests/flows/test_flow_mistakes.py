@@ -257,6 +257,24 @@ async def test_what_is_not_deterministic_is_found(way: str) -> None:
         await quick().check_deterministic(a_flow(body), Num())
 
 
+async def test_what_is_not_deterministic_is_found_in_a_flow_inside() -> None:
+    """check_deterministic looks at flows inside, and at what they make in tasks of their own."""
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        hour = datetime.now().hour
+        one, _ = await asyncio.gather(flow.step(add, Num(n=hour)), flow.step(add, state))
+        return one
+
+    async def body(flow: Flow, state: Num) -> Num:
+        return await flow.run(inner, await flow.step(add, state))
+
+    with pytest.raises(
+        PipelineChanged, match=r"flow 'inner' made call 1 of step 'add' with .* \(other values of 'n'\)"
+    ):
+        await quick().check_deterministic(a_flow(body), Num())
+
+
 async def test_what_is_deterministic_passes() -> None:
     """check_deterministic returns the result of a flow that depends on its steps and recorded values alone."""
 

@@ -30,6 +30,8 @@ from stroma import (
     SQLiteStore,
     StepFailed,
     current_node,
+    current_run,
+    execute_step,
     stroma_flow,
 )
 from stroma.engine import attempt
@@ -449,6 +451,41 @@ async def test_a_changed_flow_is_refused(store: Any, change: str, said: str) -> 
 
 
 # ---------------------------------------------------------------------- every boundary
+
+
+async def test_steps_that_a_node_calls_do_not_number_the_tasks_of_the_body() -> None:
+    """Tasks that a body starts after a node has called steps of its own have the same identities on a replay."""
+    world = World()
+    add = world.step("add")
+
+    async def call_inside(state: Num) -> Num:
+        ctx = current_run()
+        assert ctx is not None
+        inside = await execute_step("inside", world.step("inside"), state, ctx)
+        assert isinstance(inside.final_state, Num)
+        return inside.final_state
+
+    calls = node("calls", call_inside)
+
+    async def twice(flow: Flow, state: Num) -> Num:
+        return await flow.step(add, await flow.step(add, state))
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        state = await flow.step(calls, state)
+        one, two = await asyncio.gather(twice(flow, state), twice(flow, state))
+        return await flow.step(add, Num(n=one.n + two.n))
+
+    await assert_resumable(f, Num(), runner=quick(policy_map=NEVER), processes=False)
+    result = await quick().run(f, Num())
+    assert [event.branch for event in result.trace] == [
+        "calls#0",
+        "-0/add#0",
+        "-1/add#0",
+        "-0/add#1",
+        "-1/add#1",
+        "add#0",
+    ]
 
 
 @pytest.mark.slow

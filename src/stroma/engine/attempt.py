@@ -159,10 +159,10 @@ class NodeAttempt:
             if type(output) is tuple or run.reported is not None:
                 await self._price_usage()
             self.is_counted = True
-            if run.counted is NO_USAGE and not run.branch and type(node) is Node:
-                ctx.cost_tracker.latency_ns += self.duration
-            else:
+            if run.counted is not NO_USAGE or type(node) is not Node:
                 self._count_usage()
+            elif not run.branch:
+                ctx.cost_tracker.latency_ns += self.duration
             if raised is not None:
                 return await self._end_of_call(raised)
             violation = self._accept_output()

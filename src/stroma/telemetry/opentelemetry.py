@@ -306,9 +306,7 @@ class _OpenTelemetry(Observer):
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         of_run = run.notes.pop(self, None)
         if is_returned(run):
-            self._returned.add(
-                1, {"stroma.pipeline": run.pipeline, "stroma.status": result.status.value}
-            )
+            self._returned.add(1, {"stroma.pipeline": run.pipeline, "stroma.status": result.status.value})
             return
         if of_run is None and run.elsewhere:
             of_run = self._ending(run, result)

@@ -257,8 +257,6 @@ class _MortalSession:
 class crash_at:
     """Context manager in which the process dies when a run reaches a point; outputs not committed by then are lost.
 
-    ::
-
         with crash_at("after_node", "draft"):
             await runner.run(pipeline, state, run_id="r")
         result = await runner.run(pipeline, state, run_id="r", resume=True)

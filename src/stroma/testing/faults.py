@@ -69,8 +69,6 @@ class _Fault:
 class FaultPlan(Interceptor):
     """Faults for runs and plain steps that start inside of it. The pipeline itself is not changed.
 
-    ::
-
         with FaultPlan().fail("draft", TimeoutError("too slow")).malform("check", attempt=2):
             result = await runner.run(pipeline, state)
 

@@ -66,7 +66,7 @@ _partial_openings = st.builds(
 class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
     """State machine for a journal store.
 
-    Inherit, and define how your store is created::
+    Inherit, and define how your store is created:
 
         class MyMachine(JournalStoreMachine):
             def make_store(self):

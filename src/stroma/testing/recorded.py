@@ -75,8 +75,6 @@ def recorded(
 ) -> Recorded:
     """Replay the responses in a file by a server on this machine. A context manager; its ``url`` is for the client.
 
-    ::
-
         with recorded("tests/recordings/draft.json") as provider:
             client = AsyncOpenAI(base_url=provider.url, api_key="any", max_retries=0)
 

@@ -39,7 +39,7 @@ __all__ = [
 class JournalStoreTests(ExecutionTests, OwnershipTests, SignalTests, ReadingTests):
     """Conformance tests of journal stores.
 
-    Inherit, and define a fixture ``store`` with an empty store::
+    Inherit, and define a fixture ``store`` with an empty store:
 
         class TestMyStore(JournalStoreTests):
             @pytest.fixture

@@ -41,8 +41,9 @@ _MAX_REJECTED_BYTES: Final = 4 * 1024 * 1024
 
 
 class ExecutionTrace(Shown):
-    """The events of one run, in the order in which attempts ended. ``len`` and iteration see the top level.
+    """The events of one run, in the order in which attempts ended; those of a flow in the order of their start.
 
+    ``len`` and iteration see the top level.
     ``marks``: what is no attempt: waits, refusals, changes of circuits.
     """
 
@@ -69,6 +70,10 @@ class ExecutionTrace(Shown):
     def append(self, event: TraceEvent) -> None:
         """Add an event; the very object is kept."""
         self.rows.append(event)
+
+    def sort(self, first: int) -> None:
+        """Put the attempts from index ``first`` on in the order of their start; they were appended at their end."""
+        self.rows[first:] = sorted(self.rows[first:], key=_started_ns)
 
     def record_rejected(self, position: int, branch: str, started_ns: int, data: bytes) -> None:
         """Record an output that broke its contract to draw it: the newest ones, of 4 MiB together."""
@@ -167,8 +172,7 @@ class ExecutionTrace(Shown):
         while stack:
             row = stack.pop()
             if isinstance(row, TraceEvent):
-                ms = int(row.timestamp_utc.timestamp() * 1_000_000) * 1000
-                marks.append((ms, row.duration_ms * 1_000_000, row))
+                marks.append((_started_ns(row), row.duration_ms * 1_000_000, row))
                 stack.extend(row.children)
             else:
                 alone = self._event(row._replace(children=None))
@@ -249,6 +253,12 @@ class ExecutionTrace(Shown):
             here, there = next((a, b) for a, b in zip(order, other_order, strict=True) if a != b)
             lines.append(f"Difference for order: {_name(here)} here, {_name(there)} in other trace")
         return lines
+
+
+def _started_ns(row: AttemptRow | TraceEvent) -> int:
+    if isinstance(row, TraceEvent):
+        return int(row.timestamp_utc.timestamp() * 1_000_000) * 1000
+    return row.started_ns
 
 
 def _hidden_in(redact: Redact | None, events: Iterable[TraceEvent]) -> frozenset[str]:

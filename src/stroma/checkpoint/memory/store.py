@@ -18,6 +18,7 @@ from stroma.checkpoint.decisions import (
     not_waiting,
 )
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, Fenced, RunExists
+from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.memory.reader import MemoryReader
 from stroma.checkpoint.memory.runs import (
     Key,
@@ -121,7 +122,7 @@ class _MemorySession(NullSession):
                 state.node_id,
                 state.snapshot,
                 state.contract,
-                _with_input(run.calls.get(key), state),
+                _with_input(run.calls.get(key), state, position_of(key)[1]),
                 state.schema,
             )
             for key, state in reversed(list(run.newest_states()))
@@ -275,9 +276,11 @@ def _request(run: MemoryRun, control: Control) -> None:
         session.on_control(control)
 
 
-def _with_input(call: StepCall | None, state: SavedState) -> StepCall | None:
+def _with_input(call: StepCall | None, state: SavedState, branch: str) -> StepCall | None:
     """Return a call with its input in stored form, which is made here of the attempt: most are never asked for it."""
     row = state.row
+    if call is None and is_called(branch.rpartition(".")[2]):
+        call = StepCall(OF_FLOW, None)  # What other code calls is recorded with its call.
     if (
         call is None
         or call.number != OF_FLOW

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from bisect import bisect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
@@ -347,6 +348,10 @@ class _RemoteFlow(FlowDriver):
         #: Live calls that this process admitted: a fresh history makes at least one.
         self._admitted = 0
         self._ended: asyncio.Future[None] | None = None
+        #: Steps that began in this process; and of each row that its steps have, the number of its step, in order.
+        self._step_count = 0
+        self._numbers: list[int] = []
+        self._first_row = len(steps.state["rows"])
         #: When functions ran, without overlaps.
         self._spans: list[list[int]] = []
 
@@ -399,14 +404,15 @@ class _RemoteFlow(FlowDriver):
     ) -> BaseModel | Halt:
         input_key = None if place.step is None else place.step.input_key
         value = self._input(node, state, input_key)
-        rows: list[Event] = []
+        self._step_count += 1
+        number, rows = self._step_count, list[Event]()
         at = NodePlace(spec, (), place.position, place.branch, (), rows)
         schema = output_schema(self.ctx, node, state)
         self.session.begin_step(at.key, node, schema, input_key)
         try:
             outcome = await self._steps.execute(at, value)
         finally:
-            self._steps.state["rows"] += rows
+            self._insert(rows, number)
             self._count(rows)
         if isinstance(outcome, StoppedExecution):
             return Halt(
@@ -441,6 +447,13 @@ class _RemoteFlow(FlowDriver):
             return self.values.store(input_key.decode(), cls, counts=False)
         text = schema_of(type(state)).encode(state).decode()
         return self.values.store(text, _class_name(type(state)), counts=False)
+
+    def _insert(self, rows: list[Event], number: int) -> None:
+        """Put the rows of a step in the trace, after those of steps that began before."""
+        at = bisect(self._numbers, number)
+        self._numbers[at:at] = [number] * len(rows)
+        at += self._first_row
+        self._steps.state["rows"][at:at] = rows
 
     def _count(self, rows: list[Event]) -> None:
         """Add to the latency of the run the time in which functions of these rows ran and no other did."""

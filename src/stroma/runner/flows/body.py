@@ -80,11 +80,13 @@ async def run_flow(
             as_violation(node.node_id, "input", raw, error, source.model), node.node_id
         )
     flow = FlowRun(driver, None, node, position, "")
-    begin = perf_counter_ns()
+    begin, first_row = perf_counter_ns(), len(ctx.trace.rows)
     outcome: Any = STOPPED
     try:
         outcome = await _drive(flow, node, state)
     finally:
+        if driver.has_siblings:
+            ctx.trace.sort(first_row)
         has_ended = not isinstance(outcome, (Halt, Stopped))
         driver.journal.note_busy(position, 0 if has_ended else flow.execution.busy_ns)
     if isinstance(outcome, (Halt, Stopped)):
@@ -108,8 +110,7 @@ async def _drive(flow: FlowRun, node: FlowNode, state: BaseModel) -> Any:
     finally:
         driver.ctx.on_hold.pop(stop, None)
         # Whatever ends it: the body has to end before the run does.
-        driver.closing = True
-        driver.waits.close()
+        driver.close()
         if not driver.is_collected:
             await _tear_down(driver, driver.body)
         retrieve_exception(driver.body)

@@ -37,9 +37,16 @@ class FlowDriver:
     Attributes:
         activity: number of calls so far.
         busy: calls that are at work: not those that wait for a person, for a time, or for a flow inside.
+        has_siblings: steps ran side by side.
         unreached: recorded results that the bodies have not asked for yet.
         stopping: the end of the flow, whatever its body does: a crossed budget, a suspension, a changed body.
     """
+
+    __slots__ = (
+        "_held", "_watching", "activity", "body", "busy", "closing", "ctx", "endings", "flows", "has_siblings", "is_over",
+        "is_woken", "journal", "loop", "ready", "replay_only", "stopping", "thread_id", "to_cancel", "unreached",
+        "waits", "waker",
+    )  # fmt: skip
 
     #: Others than this process make the steps.
     is_remote = False
@@ -53,7 +60,7 @@ class FlowDriver:
         #: What the loop does in its next turn, a task that has not begun, say. Of other loops than asyncio's nobody knows.
         self.ready = getattr(self.loop, "_ready", (True,))
         self.stopping: Halt | Stopped | BaseException | None = None
-        self.closing = self.is_over = False
+        self.closing = self.is_over = self.has_siblings = False
         self.waits: Waits = Waits(self)
         self.flows: list[RunningFlow] = []
         self.body: asyncio.Task[Any] | None = None
@@ -117,7 +124,19 @@ class FlowDriver:
         """End the flow whatever its body does, once the steps that are at work have ended."""
         if self.stopping is None:
             self.stopping = end
+            self.disturb()
         self.wake()
+
+    def close(self) -> None:
+        """Have each further call of the flow raise FlowClosed."""
+        self.closing = True
+        self.disturb()
+        self.waits.close()
+
+    def disturb(self) -> None:
+        """Have each flow look again if its calls are sequential."""
+        for flow in self.flows:
+            flow.is_sequential = False
 
     async def never(self) -> NoReturn:
         """Wait until the body is cancelled: it must not learn of what ends it."""

@@ -27,6 +27,7 @@ class RunningFlow(Protocol):
     order: ResultOrder
     is_map: bool
     has_ended: bool
+    is_sequential: bool
     execution: NodeExecution
 
     def missing(self) -> str | None: ...

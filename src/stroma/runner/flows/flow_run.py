@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import sys
 from asyncio import current_task
+from sys import exception
 from threading import get_ident
 from time import perf_counter_ns
 from typing import Any, Literal, NoReturn, cast
@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, cast
 from pydantic import BaseModel
 
 from stroma.checkpoint.identity import SCOPE, Scope, StepCalls
-from stroma.contracts.node import FlowNode, Group, Node, held_by
+from stroma.contracts.node import FlowNode, held_by
 from stroma.contracts.schema import schema_of
 from stroma.engine.attempt import NodeAttempt
 from stroma.engine.current import CURRENT
@@ -38,7 +38,16 @@ class FlowRun:
         branch: of the flow; "" at the top level of the run.
         execution: parent of its steps: it has their clock, and no attempts or hooks.
         records: the recorded results that were not asked for yet, by identity.
+        is_sequential: the first task of the body alone makes calls, and neither limits nor records nor an end of the flow nor
+            an exception that is being handled concern them. What ends this clears it; :meth:`look_for_siblings` sets it.
     """
+
+    __slots__ = (
+        "alive", "arrivals", "attempt", "branch", "calls", "driver", "execution", "gates", "has_ended",
+        "is_concurrent", "is_map", "is_optional", "is_plain", "is_sequential", "keys", "known", "lone_ns",
+        "main_scope", "main_task", "node", "open", "optional", "order", "outer_error", "path", "position", "prefix",
+        "records", "stores_inputs", "tasks", "unfinished",
+    )  # fmt: skip
 
     execution: NodeExecution
 
@@ -82,14 +91,15 @@ class FlowRun:
             self.optional = set(self.records)
         self.order = ResultOrder(recorded.order, lambda: driver.activity, self._note_order, driver.watch)
         self.calls = StepCalls()
-        #: The nodes that were steps before, and the classes of their inputs; see Flow.step().
-        self.known: dict[Any, tuple[Node | Group, str, str]] = {}
-        self.state_classes: set[type[BaseModel]] = set()
+        #: By the nodes that were steps before, what a further call of them need not look at.
+        self.known: dict[Any, Any] = {}
         self.main_scope: Scope | None = None
         self.main_task: asyncio.Task[Any] | None = None
         #: What is being handled around the event loop; no matter of the body.
         self.outer_error: BaseException | None = None
         self.alive = self.arrivals = 0
+        #: Function time of sequential steps that is not in the clock yet, in ns.
+        self.lone_ns = 0
         self.keys: set[str] = set()
         #: Steps that were under way when the body ended.
         self.unfinished: set[str] = set()
@@ -117,19 +127,42 @@ class FlowRun:
             or driver.replay_only
             or driver.is_remote
         )
-        self.has_ended = False
+        self.has_ended = self.is_sequential = False
         driver.flows.append(self)
+        if self.records:
+            driver.disturb()
         driver.unreached += sum(self._is_required(identity) for identity in self.records)
 
     def _is_required(self, identity: str) -> bool:
         return identity not in self.optional
 
+    def begin(self) -> None:
+        """Begin the calls of the flow. The running task is its first one, with the scope "", whoever makes the first call."""
+        self.main_scope, self.main_task = self.calls.scope(), asyncio.current_task()
+        self.look_for_siblings()
+
+    def look_for_siblings(self) -> None:
+        """Find out if the calls of the first task have nothing beside them that they must look at."""
+        driver = self.driver
+        self.is_sequential = not (
+            self.is_concurrent
+            or self.has_ended
+            or self.records
+            or self.order.is_recorded_ahead
+            or not self.is_plain
+            or driver.unreached
+            or driver.closing
+            or driver.stopping is not None
+            or self.main_scope is None
+            or self.main_scope in driver.endings.handlers
+        )
+
     async def call_body(self, node: FlowNode, state: BaseModel) -> Any:
-        """Call the body. Its first task is the scope "", whoever makes the first call."""
+        """Call the body, and end the flow when it returns or raises."""
         assert node.body is not None
         scope = SCOPE.get()
-        self.outer_error = sys.exception()
-        self.main_scope, self.main_task = self.calls.scope(), asyncio.current_task()
+        self.outer_error = exception()
+        self.begin()
         try:
             returned = await node.body(self, state)
             missing = self.missing()
@@ -142,7 +175,8 @@ class FlowRun:
 
     async def end(self) -> None:
         """End the flow: its calls that are still open are cancelled, and awaited."""
-        self.has_ended = True
+        self.has_ended, self.is_sequential = True, False
+        self._count_lone()
         driver = self.driver
         driver.unreached -= sum(self._is_required(identity) for identity in self.records)
         self.records.clear()
@@ -191,26 +225,10 @@ class FlowRun:
     def begin_call(self, what: str) -> Scope:
         """Check that a call may be made here, and return the scope of the task that makes it."""
         driver = self.driver
-        # 0.2 us, and get_running_loop() would take as long again.
-        task = current_task(driver.loop) if get_ident() == driver.thread_id else None
-        if (
-            task is self.main_task
-            and task is not None
-            and SCOPE.get() is self.main_scope
-            and CURRENT.get() is None
-            and sys.exception() is None
-            and not (driver.closing or self.has_ended or driver.endings.handlers)
-        ):
-            driver.activity += 1
-            assert self.main_scope is not None
-            return self.main_scope
-        return self._begin_call_elsewhere(what, task)
-
-    def _begin_call_elsewhere(self, what: str, task: asyncio.Task[Any] | None) -> Scope:
-        """Do the same for a call that is not simply made by the first task of the body."""
-        driver = self.driver
-        if task is None and driver.is_remote and not driver.is_collected:
-            task = current_task(driver.loop)  # Its event loop moves from thread to thread.
+        task: asyncio.Task[Any] | None = None
+        # The event loop of a remote driver moves from thread to thread.
+        if get_ident() == driver.thread_id or (driver.is_remote and not driver.is_collected):
+            task = current_task(driver.loop)
         if driver.is_over:
             raise RuntimeError(
                 f"{what} was called after flow {self.node.node_id!r} had ended; call it in the body of the flow"
@@ -224,7 +242,7 @@ class FlowRun:
             raise RuntimeError(
                 f"{what} was called inside node {current.node_id!r}; return the data, and make the call in the flow"
             )
-        error = sys.exception()
+        error = exception()
         if error is not None or driver.endings.handlers:
             self._note_handler(error)
         if task is self.main_task and task is not None:
@@ -239,12 +257,15 @@ class FlowRun:
         driver.activity += 1
         scope = self.calls.scope()
         if scope.path:
-            self.is_concurrent = True
+            self.is_concurrent, self.is_sequential = True, False
             self.tasks.add(task)
+            driver.has_siblings = True
         return scope
 
     def _note_handler(self, error: BaseException | None) -> None:
         error = None if error is self.outer_error else error
+        if error is not None:
+            self.driver.disturb()
         self.driver.endings.note_handler(self, SCOPE.get(), error, self.driver.activity)
 
     def refuse(self, identity: str) -> NoReturn:
@@ -393,7 +414,8 @@ class FlowRun:
         # Live and on replay: tasks that the body has begun make their first calls before it gets another result.
         await asyncio.sleep(0)
         if self.alive > 1:
-            self.is_concurrent = True
+            self.is_concurrent, self.is_sequential = True, False
+            self.driver.has_siblings = True
         elif in_main and self.is_concurrent and all(task.done() for task in self.tasks):
             self.tasks.clear()
             self.is_concurrent = False
@@ -430,12 +452,13 @@ class FlowRun:
         optional = self.optional.union(order.delivered[index:], self.unfinished) - identities
         journal.note_optional(self.position, self.branch, optional)
 
-    def count_busy(self, busy_ns: int) -> None:
-        """Count the time of a function that ran alone, in this flow and those around it."""
+    def _count_lone(self) -> None:
+        """Put the time of functions that ran alone into the clocks of this flow and of those around it."""
         execution: NodeExecution | None = self.execution
         while execution is not None:
-            execution.busy_ns += busy_ns
+            execution.busy_ns += self.lone_ns
             execution = execution.parent
+        self.lone_ns = 0
 
 
 def retrieve_exception(task: asyncio.Task[Any]) -> None:

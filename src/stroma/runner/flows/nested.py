@@ -67,6 +67,7 @@ async def _map(
             await items.end()
             raise items.step_failed(failure, str(min(failed)), 0)
         is_recorded = len(items.records) == len(states)
+        driver.has_siblings |= len(states) > 1
         try:
             outputs = await gather(
                 [
@@ -114,7 +115,8 @@ async def _run_flow(
     async def work() -> tuple[Any, bool]:
         contract = ctx.contract_of(node)
         assert contract is not None
-        if (run.position, run.prefix + identity) in ctx.restored:
+        is_restored = (run.position, run.prefix + identity) in ctx.restored
+        if is_restored and not driver.replay_only:
             return as_output(cast("BaseModel", await restore_step(run, node, state, identity))), True
         child = FlowRun(driver, run, node, run.position, run.prefix + identity)
         begin = perf_counter_ns()
@@ -123,6 +125,9 @@ async def _run_flow(
             returned = await child.call_body(node, prepared)
         except Exception as error:
             raise _InnerFailed(driver.endings.halt_of(error, node.node_id).failure) from error
+        if is_restored:  # Its body was only to be checked.
+            driver.flows.remove(child)
+            return as_output(cast("BaseModel", await restore_step(run, node, state, identity))), True
         target = schema_of(contract.output_schema)
         call = StepCall(OF_FLOW, input_key)
         outcome = await commit_output(child, node, target, snapshot, returned, begin, call)
@@ -147,7 +152,7 @@ async def _run_pipeline(
         is_recorded = len(child.records) == len(pipeline.nodes)
         value: Any = state
         scope = SCOPE.get()
-        child.calls.scope()
+        child.begin()
         try:
             for node in pipeline.nodes:
                 call = call_step if find_flow(node) is None else call_flow
@@ -217,6 +222,7 @@ async def _compose(
         del run.open[token]
         SCOPE.set(scope)
         CURRENT.set(None)
+        run.look_for_siblings()
 
 
 class _InnerFailed(Exception):

@@ -30,6 +30,7 @@ class ResultOrder:
 
     __slots__ = (
         "_activity",
+        "_last_recorded",
         "_listed",
         "_note",
         "_pending",
@@ -50,6 +51,7 @@ class ResultOrder:
         stuck: Callable[[], None],
     ) -> None:
         self.recorded = recorded
+        self._last_recorded = max(recorded, default=-1)
         self._listed = set(recorded.values())
         self._activity = activity
         self._note = note
@@ -59,6 +61,11 @@ class ResultOrder:
         self._queue: list[tuple[int, int, str]] = []
         self.is_turning = False
         self._seen = self._quiet = 0
+
+    @property
+    def is_recorded_ahead(self) -> bool:
+        """True while the numbers of results that were not handed out yet are recorded."""
+        return self._last_recorded >= len(self.delivered)
 
     @property
     def is_waiting(self) -> bool:

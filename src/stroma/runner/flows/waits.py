@@ -147,6 +147,7 @@ async def _wait(
     finally:
         run.alive -= 1
         del run.open[token]
+        run.look_for_siblings()
 
 
 def wake_ms_of(duration: timedelta, until: datetime | None, now_ms: Callable[[], int]) -> int:
