@@ -110,6 +110,7 @@ class _Failed:
     class_name: str
     reason: str | None
     scope: Scope
+    span: Any = None
 
 
 class _Node:
@@ -448,7 +449,7 @@ class _Sentry(Observer):
             self._spans.put(of_node.span, "stroma.output", self._content.state(node.ctx, ended.output))
         if ended.error is not None:
             # A group fails with the exception of its child: it is the child that failed.
-            failed = _Failed(node.node_id, ended.class_name, ended.reason, of_node.scope)
+            failed = _Failed(node.node_id, ended.class_name, ended.reason, of_node.scope, of_node.span)
             _notes_of(ended.error).failed.setdefault(of_node.of_run, failed)
 
     def retrying(
@@ -536,6 +537,8 @@ class _Sentry(Observer):
             "stroma.failure_class": failed.class_name,
         }
         event["tags"] = {**tags, **({} if failed.reason is None else {"stroma.reason": failed.reason})}
+        if self._spans.is_streamed and failed.span is not None:
+            scope.streamed_span = failed.span  # It has ended; the event is about it all the same.
         # A nested run, or a retry of the run, may have sent the same exception: that was another failure.
         notes.captured_by.discard(client)
         with self._sdk.scope.use_scope(scope):
