@@ -132,7 +132,7 @@ async def test_two_clients_each_have_the_issue_and_the_spans() -> None:
 @pytest.mark.core
 async def test_what_a_node_tags_is_its_own(sentry: RecordedSentry) -> None:
     """sentry_sdk.set_tag() in a node is not found in its siblings, nor in later nodes; breadcrumbs of the run are."""
-    runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
+    runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client), policy_map=NEVER)
 
     @runner.node("a", input=Number, output=Number)
     async def a(state: Number) -> Number:
@@ -152,14 +152,16 @@ async def test_what_a_node_tags_is_its_own(sentry: RecordedSentry) -> None:
     @runner.node("c", input=Number, output=Number)
     async def c(state: Number) -> Number:
         sentry_sdk.capture_message("from c")
-        return state
+        sentry_sdk.set_tag("who", "c")
+        raise PermissionError
 
     await runner.run([parallel(a, b), c], Number())
-    events = {event["message"]: event for event in sentry.transport.events}
+    events = {event.get("message"): event for event in sentry.transport.events}
     assert {message: event["tags"].get("who") for message, event in events.items()} == {
         "from a": "a",
         "from b": "b",
         "from c": None,
+        None: "c",  # The issue of the run: with what the node that failed has tagged.
     }
     assert {event["tags"]["stroma.pipeline"] for event in events.values()} == {"pipeline"}
     assert [crumb["message"] for crumb in events["from c"]["breadcrumbs"]["values"]] == ["a was here"]
