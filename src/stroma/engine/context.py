@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter_ns, time_ns
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
@@ -588,15 +588,8 @@ class ReliabilityContext:
         """Return what makes the arguments of the end: with states, and without."""
         return (
             lambda: (self.run_id, self.redactor.redact_result(result)),
-            lambda: (self.run_id, self._unread_result(result)),
+            lambda: (self.run_id, self.redactor.unread_result(result)),
         )
-
-    def _unread_result(self, result: ExecutionResult) -> ExecutionResult:
-        """Return a result for sets of hooks that read no state: an UnreadState is in place of its final state."""
-        unread, state = self.redactor.unread_result(result), result.final_state
-        if isinstance(state, BaseModel):
-            unread.final_state = cast("Any", UnreadState(schema_of(type(state)), state, self.redactor))
-        return unread
 
     def hook_failed(self, hook: str, node_id: str | None, error: BaseException) -> None:
         """Add what a hook raised to the result, and have the exporters count it."""

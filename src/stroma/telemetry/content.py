@@ -38,8 +38,12 @@ _DEEPEST: Final = 50
 #: Characters that are written beyond the limit, so that a secret at the end is found as a whole.
 _SLACK: Final = 4096
 _MOST_NAMES: Final = 10_000
+#: Fields whose types and sizes are sent.
+_MOST_FIELDS: Final = 2000
 #: Items of a set that are put in order.
 _MOST_SORTED: Final = 1000
+_SIZED: Final = frozenset({str, bytes, list, tuple, set, frozenset, dict})
+_UNSIZED: Final = frozenset({int, float, bool, type(None)})
 _NO_NAMES: Final[Mapping[str, tuple[str, ...]]] = {}
 #: Between the words of a name in camel case.
 _WORD_ENDS: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -77,22 +81,29 @@ class Content:
 
         It is walked no further than ``max_bytes``, so that a large one costs no more than a small one.
         """
-        values, model = _fields_of(state)
         if self.mode == "none":
-            most = self.max_bytes // 4 + 1
-            shapes = {str(name): _shape(value) for name, value in islice(values.items(), most)}
-            return self.cut(json.dumps(shapes))
+            return self._shapes(state)
+        values, model = _fields_of(state)
         if isinstance(state, UnreadState):
             state.note_secrets()
         else:
             run.redactor.note_secrets(state)
-        writer = _Writer(self, self.max_bytes + _SLACK)
+        writer = _JsonWriter(self, self.max_bytes + _SLACK)
         try:
             text = writer.text_of(values, model)
         except Exception as error:
             # A number of ten thousand digits, say. The span is worth more than its input.
             return f"[unreadable: {type(error).__name__}]"
         return self.cut(run.redactor.mask(text), has_more=writer.is_full)
+
+    def _shapes(self, state: Mapping[str, Any]) -> str:
+        text = state.shapes if isinstance(state, UnreadState) else None
+        if text is None:
+            fields = _fields_of(state)[0]
+            text = json.dumps({str(name): _shape(v) for name, v in islice(fields.items(), _MOST_FIELDS)})
+            if isinstance(state, UnreadState):
+                state.shapes = text
+        return text if len(text) <= self.max_bytes and text.isascii() else self.cut(text)
 
     def message(self, run: ReliabilityContext, error: BaseException | str) -> str | None:
         """Return the message of an exception; None in mode "none"."""
@@ -145,7 +156,7 @@ class _Full(Exception):
     """No more text is wanted."""
 
 
-class _Writer:
+class _JsonWriter:
     """Writes values as JSON until there is enough of it."""
 
     def __init__(self, content: Content, limit: int) -> None:
@@ -236,9 +247,12 @@ class _Writer:
                 self._add(json.dumps(plain))
 
 
-def fields_in(model: BaseModel) -> dict[str, Any]:
+def fields_in(model: BaseModel) -> Mapping[str, Any]:
     """Return the fields of a model by name, as they are: without those that are excluded, with extra ones."""
-    traits = schema_of(type(model)).traits
+    schema = schema_of(type(model))
+    if schema.is_flat and len(model.__dict__) == len(schema.field_names):
+        return model.__dict__
+    traits = schema.traits
     names, excluded = type(model).model_fields, traits.excluded_fields
     fields = {name: v for name, v in model.__dict__.items() if name in names and name not in excluded}
     if model.__pydantic_extra__:
@@ -266,11 +280,11 @@ _aliases: WeakKeyDictionary[type[BaseModel], Mapping[str, tuple[str, ...]]] = We
 
 def _names_of(model: type[BaseModel]) -> Mapping[str, tuple[str, ...]]:
     """Return the names of the fields of a model that have an alias, by the name of the field."""
-    found = _aliases.get(model)
-    if found is None:
+    aliases = _aliases.get(model)
+    if aliases is None:
         names = {field: (*names_of_field(field, info),) for field, info in model.model_fields.items()}
-        found = _aliases[model] = {field: known for field, known in names.items() if len(known) > 1}
-    return found
+        aliases = _aliases[model] = {field: known for field, known in names.items() if len(known) > 1}
+    return aliases
 
 
 def type_name(error: BaseException) -> str:
@@ -286,6 +300,11 @@ def _plain(name: str) -> str:
 
 
 def _shape(value: Any) -> str:
+    kind = type(value)
+    if kind in _SIZED:
+        return f"{kind.__name__}[{len(value)}]"
+    if kind in _UNSIZED:
+        return kind.__name__
     if isinstance(value, BaseModel):  # Hooks see them as dicts.
         fields = fields_in(value)
         return _shape(fields.get("root")) if schema_of(type(value)).is_root else f"dict[{len(fields)}]"

@@ -7,6 +7,7 @@ from contextvars import Token
 from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node
 from stroma.engine.unread import UnreadState
@@ -124,7 +125,7 @@ class _RunSpan:
 
 
 class _Events:
-    """How many events a span has: its SDK keeps 128, and drops the oldest ones in silence."""
+    """The number of events of a span: its SDK keeps 128, and drops the oldest ones without a word."""
 
     __slots__ = ("dropped", "sent")
 
@@ -155,6 +156,7 @@ class _NodeSpan:
         "cost",
         "ended",
         "events",
+        "output",
         "span",
         "token",
         "tokens",
@@ -163,6 +165,7 @@ class _NodeSpan:
     def __init__(self, span: Span) -> None:
         self.span = span
         self.events = _Events()
+        self.output: dict[str, str] = {}
         self.token: Token[Context] | None = None
         #: The span of an attempt, until it is known if another one follows; and when the attempt ended.
         self.attempt: Span | None = None
@@ -295,7 +298,7 @@ class _OpenTelemetry(Observer):
         )
         self._keep_trace(run, span)
         if span.is_recording():
-            self._show_state(span, "input", run, state)
+            span.set_attributes(self._shown("input", run, state))
         if run.elsewhere:  # No span can end where it has not begun: this one is what the others stand under.
             span.end()
             return
@@ -335,9 +338,10 @@ class _OpenTelemetry(Observer):
         if of_run.restored:
             span.set_attribute("stroma.nodes.restored", of_run.restored)
         of_run.events.note(span)
-        state: Any = result.final_state  # As hooks that read no state have it.
-        if isinstance(state, UnreadState) and span.is_recording():
-            self._show_state(span, "output", run, state)
+        state = run.last_state
+        if state is not None and span.is_recording():
+            unread = UnreadState(schema_of(type(state)), state, run.redactor)
+            span.set_attributes(self._shown("output", run, unread))
         if failed is not None:
             self._mark(span, run, failed)
         if of_run.here is not None and self.here() is of_run:
@@ -410,7 +414,7 @@ class _OpenTelemetry(Observer):
                 self._keep_trace(node.ctx, of_node.span)
             of_node.token = self._attach(of_node.span, node.ctx)
             if of_node.span.is_recording():
-                self._show_state(of_node.span, "input", node.ctx, state)
+                of_node.span.set_attributes(self._shown("input", node.ctx, state))
         waited = waited_seconds(node, self)
         if waited:
             of_node.span.set_attribute("stroma.node.wait_s", waited)
@@ -495,7 +499,7 @@ class _OpenTelemetry(Observer):
             else:
                 of_node.attempt.set_attributes(about_attempt)
             if ended.output is not None:
-                self._show_state(span, "output", node.ctx, ended.output)
+                of_node.output = self._shown("output", node.ctx, ended.output)
             if self._inference.are_due(node):
                 self._bill(node, ended, self._trace.set_span_in_context(of_node.attempt or span))
         # Whether it is an error is known once a retry follows, or none; and on other machines it is decided elsewhere.
@@ -536,12 +540,18 @@ class _OpenTelemetry(Observer):
             if ended is not None and not may_be_retried(node):
                 self._mark(of_node.attempt, node.ctx, ended)
             self._end_attempt(of_node)
-        of_node.events.note(span)
-        span.set_attribute("stroma.node.attempts", node.attempt)
-        span.set_attribute("stroma.tokens", of_node.tokens)
-        span.set_attribute("stroma.cost_usd", of_node.cost)
+        if span.is_recording():
+            of_node.events.note(span)
+            about: dict[str, Any] = {
+                "stroma.node.attempts": node.attempt,
+                "stroma.tokens": of_node.tokens,
+                "stroma.cost_usd": of_node.cost,
+            }
+            about |= of_node.output
+            if ended is not None:
+                about["stroma.outcome"] = ended.outcome
+            span.set_attributes(about)
         if ended is not None:
-            span.set_attribute("stroma.outcome", ended.outcome)
             if not may_be_retried(node):
                 self._mark(span, node.ctx, ended)
             elif ended.error is not None:
@@ -584,19 +594,14 @@ class _OpenTelemetry(Observer):
             return {}
         return {"openinference.span.kind": "CHAIN" if role is None else role.upper()}
 
-    def _show_state(
-        self,
-        span: Span,
-        direction: Literal["input", "output"],
-        run: ReliabilityContext,
-        state: dict[str, Any],
-    ) -> None:
-        """Note a state on a span: where it is content and backends read it, else names and types under our name."""
+    def _shown(
+        self, direction: Literal["input", "output"], run: ReliabilityContext, state: dict[str, Any]
+    ) -> dict[str, str]:
+        """Return the attributes that show a state: as backends read it where it is content, else under our name."""
         text = self._content.state(run, state)
         if self._content.mode == "redacted" and self._vocabulary == "openinference":
-            span.set_attributes(content_of(direction, text))
-        else:
-            span.set_attribute(f"stroma.{direction}", text)
+            return content_of(direction, text)
+        return {f"stroma.{direction}": text}
 
     def _bill(self, node: NodeExecution, ended: Ended, around: Context) -> None:
         span, end_ns = self._inference.start(self._tracer, node, around)
