@@ -82,7 +82,7 @@ async def test_returned_runs_have_a_counter_of_their_own(tmp_path: Path) -> None
     assert total(registry, "stroma_runs_returned_total") == 2
     assert otel.count("stroma.runs.returned") == 2
     assert [value for name, value in statsd.counts if name == "stroma.runs.returned"] == [1, 1]
-    assert total(registry, "stroma_runs_total") == otel.count("gen_ai.invoke_workflow.duration") == 1
+    assert total(registry, "stroma_runs_total") == otel.count("gen_ai.invoke_agent.duration") == 1
 
 
 @pytest.mark.core
@@ -287,7 +287,7 @@ async def test_the_runs_span_is_current_in_its_hooks_and_lines() -> None:
         for scope in data.resource_metrics[0].scope_metrics
         for metric in scope.metrics
     }
-    (point,) = points["gen_ai.invoke_workflow.duration"]
+    (point,) = points["gen_ai.invoke_agent.duration"]
     assert [one.trace_id for one in point.exemplars] == [root.context.trace_id]
 
 
