@@ -270,10 +270,11 @@ async def test_a_pause_ends_the_waits_of_a_flow(store: Any) -> None:
     assert store_.due_runs("sleeper", 1 << 60, limit=9) == []
     assert await gate.runner.unpause("r") is True
     outcomes: dict[str, Any] = {}
+    ends: list[Any] = []
 
     def note(run_id: str, outcome: Any) -> None:
         outcomes[run_id] = outcome
-        asyncio.get_running_loop().create_task(gate.runner.shutdown(drain_seconds=0))
+        ends.append(asyncio.create_task(gate.runner.shutdown(drain_seconds=0)))
 
     await asyncio.wait_for(gate.runner.serve(flow, poll_seconds=0.05, on_result=note), 20)
     assert isinstance(outcomes["r"], ExecutionResult)
@@ -387,9 +388,30 @@ async def test_a_limit_that_is_set_later_applies(store: Any) -> None:
         assert (again.status, gate.calls) == ("PARTIAL", ["a", "b"])
 
 
+async def test_a_limit_that_is_crossed_when_it_is_set(store: Any) -> None:
+    """A flow that has spent more than a limit that is set between two of its steps does not make the next one."""
+    gate = gate_of(store)
+    step = gate.node("a", tokens=8)
+    between, go = asyncio.Event(), asyncio.Event()
+
+    @stroma_flow("flow", input=Num, output=Num)
+    async def flow(flow: Any, state: Num) -> Num:
+        output: Num = await flow.step(step, state)
+        between.set()
+        await go.wait()
+        return await flow.step(step, output)
+
+    run = asyncio.create_task(gate.runner.run(flow, Num(), run_id="r"))
+    await between.wait()
+    assert await gate.runner.set_budget("r", tokens=7) is True
+    go.set()
+    result = await run
+    assert (result.status, gate.calls) == ("PARTIAL", ["a"])
+
+
 @pytest.mark.parametrize("kind", ["list", "flow", "group", "map"])
 async def test_a_run_waits_for_its_budget(store: Any, kind: str) -> None:
-    """With on_budget="wait" it is SUSPENDED with reason "budget"; after a raise a worker goes on, and buys nothing again."""
+    """G6. With on_budget="wait" it is SUSPENDED with reason "budget"; after a raise a worker goes on, and buys nothing again."""
     gate = gate_of(store, budget=ExecutionBudget(max_tokens_total=10), on_budget="wait")
     steps = {name: gate.node(name, tokens=8) for name in "abcd"}
 
@@ -420,11 +442,12 @@ async def test_a_run_waits_for_its_budget(store: Any, kind: str) -> None:
     assert await gate.runner.set_budget("r", tokens=12) is True
     assert len([name for name in gate.calls if name != "first"]) == 2
     outcomes: list[Any] = []
+    ends: list[Any] = []
 
     def note(run_id: str, outcome: Any) -> None:
         outcomes.append(outcome)
         if len(outcomes) == 2:
-            asyncio.get_running_loop().create_task(gate.runner.shutdown(drain_seconds=0))
+            ends.append(asyncio.create_task(gate.runner.shutdown(drain_seconds=0)))
 
     serving = asyncio.create_task(gate.runner.serve(nodes, poll_seconds=0.05, on_result=note))
     while not outcomes:
