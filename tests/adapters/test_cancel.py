@@ -225,10 +225,10 @@ async def test_a_run_of_somebody_else_is_theirs_to_end() -> None:
 
         run = current_run()
         assert isinstance(run, ReliabilityContext)
-        before = run.session.on_cancel
+        before = run.session.on_control
         guard = Guard(run)
         await guard.wrap("inner", asyncio.sleep)(0)
-        seen.append(run.session.on_cancel == before)
+        seen.append(run.session.on_control == before)
         return state
 
     contract: Any = NodeContract(node_id="n", input_schema=State, output_schema=State)

@@ -144,7 +144,7 @@ class Store:
     def annotations(self) -> list[tuple[int, str, str]]:
         return [
             (one.position, one.branch, one.node_id)
-            for place in range(-9, 0)
+            for place in range(-10, 0)
             for one in self.rows.annotations(1, place)
         ]
 
@@ -152,12 +152,12 @@ class Store:
         """Something of each kind; two nodes wait, one of them has its answer."""
         for position in (
             Annotation.SAVED,
-            Annotation.CANCEL,
             Annotation.PARENT,
             Annotation.TRACE,
             Annotation.FAILURE_SITE,
         ):
             self.rows.annotate(run_id, position, "", f"at {position}", EMPTY)
+        self.rows.annotate(run_id, Annotation.REQUEST, "cancel", "at -3", EMPTY)
         record_due_hooks(self.rows, run_id, attempt(1, 50))
         record_due_hooks(self.rows, run_id, attempt(0, 20))
         for waiting in (Waiting(0, "", "first", "why", "m:Q"), Waiting(2, "0", "second", "what", "", b"7")):

@@ -49,7 +49,7 @@ async def test_a_session_of_a_new_run(store: Store) -> None:
     session = store.open(tags=("t",))
     assert (session.run_id, session.execution, session.continued, session.ended) == ("r", 1, False, False)
     assert (session.restored, session.prior, session.waiting) == ({}, PriorUsage(0, 0.0, 0.0), {})
-    assert (session.finished, session.traceparent, session.undelivered, session.on_cancel) == (
+    assert (session.finished, session.traceparent, session.undelivered, session.on_control) == (
         None,
         None,
         [],
@@ -130,7 +130,7 @@ async def test_a_session_that_goes_on(store: Store, if_exists: Any) -> None:
     """It knows what was committed, used, waited for, and under which trace."""
     first = await begin_run(store)
     store.keep_beside()
-    store.rows.delete_annotations(1, Annotation.CANCEL)
+    store.rows.delete_annotations(1, Annotation.REQUEST)
     history = store.table("attempts")
     session = store.open(if_exists=if_exists)
     assert (session.execution, session.continued, session.finished) == (1, True, None)
@@ -245,7 +245,7 @@ async def test_a_session_that_goes_on_from_an_earlier_position(
     """What was committed or waited for from there on is forgotten; what was used counts all the same."""
     await begin_run(store)
     store.keep_beside()
-    store.rows.delete_annotations(1, Annotation.CANCEL)
+    store.rows.delete_annotations(1, Annotation.REQUEST)
     # It goes on with another input, and with damage to what is forgotten.
     store.db.execute("UPDATE steps SET output = x'00' WHERE position >= ? AND position >= 0", (discard_from,))
     session = store.open(n=7, if_exists="resume", discard_from=discard_from)

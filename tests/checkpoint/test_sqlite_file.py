@@ -268,7 +268,7 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
         "attempts", "cells", "deleted", "inputs", "meta", "runs", "steps", "tags"
     ]  # fmt: skip
     assert [name for kind, name in result if kind == "index"] == [
-        "called", "cancel_requests", "failed", "runs_by_pipeline", "runs_by_start", "runs_by_status",
+        "called", "failed", "requests", "runs_by_pipeline", "runs_by_start", "runs_by_status",
         "runs_by_wake", "tags_by_start"
     ]  # fmt: skip
     assert not db.in_transaction

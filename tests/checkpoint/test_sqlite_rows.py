@@ -515,16 +515,17 @@ def test_a_run_that_had_only_saved_states_begins(rows: SqliteRows, clock: Clock)
     assert len(rows.annotations(1, Annotation.SAVED)) == 1
 
 
-def test_which_runs_somebody_wants_to_end(rows: SqliteRows) -> None:
-    """Those with a mark of cancellation, in the order in which they were asked for."""
+def test_which_runs_have_requests(rows: SqliteRows) -> None:
+    """Those with a request that nobody has read, in the order in which they were asked for."""
     for run_id in ("r", "s", "t", "u"):
         rows.begin(None, opening(run_id))
-    rows.annotate("s", Annotation.CANCEL, "", "", step())
-    rows.annotate("u", Annotation.CANCEL, "", "", step())
+    rows.annotate("s", Annotation.REQUEST, "cancel", "", step())
+    rows.annotate("u", Annotation.REQUEST, "pause", "", step())
+    rows.annotate("r", Annotation.CONTROL, "pause", "", step())
     rows.annotate("t", Annotation.WAITING, "", "", step())
-    assert rows.cancel_requests([4, 1, 3, 2]) == [4, 2]
-    assert rows.cancel_requests([1, 2]) == [2]
-    assert rows.cancel_requests([1]) == []
+    assert rows.with_requests([4, 1, 3, 2]) == [4, 2]
+    assert rows.with_requests([1, 2]) == [2]
+    assert rows.with_requests([1]) == []
 
 
 def test_the_newest_of_a_node(rows: SqliteRows) -> None:

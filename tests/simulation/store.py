@@ -114,7 +114,7 @@ class LoggedRows(SqliteRows):
         return fence
 
     def annotations(self, run: Any, position: int, branch: str | None = None) -> list[StepRow]:
-        if position == Annotation.CANCEL and self.database.forgets_cancels:
+        if position in (Annotation.REQUEST, Annotation.CONTROL) and self.database.forgets_cancels:
             return []
         return super().annotations(run, position, branch)
 
@@ -145,7 +145,7 @@ class LoggedRows(SqliteRows):
 
     def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Any) -> None:
         super().annotate(run_id, position, branch, node_id, step)
-        if position == Annotation.CANCEL:
+        if position == Annotation.REQUEST:
             self.log.append(("cancel asked", run_id))
 
 
@@ -438,9 +438,7 @@ class _SimulatedRenewer(LeaseRenewer):
         if now - self._renewed >= self._interval() * 0.9:
             self._renewed = now
             store.post(partial(_renew, [session.fence for session in sessions]))
-        self._notify_cancelled(
-            store, {session.fence.run: session for session in sessions if session.on_cancel}
-        )
+        self._read_requests(store, {session.fence.run: session for session in sessions if session.on_control})
         self._next()
 
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
+from functools import partial
 from typing import Any, Final, Protocol, Self
 
 from pydantic import BaseModel
@@ -19,6 +20,7 @@ from stroma.adapters._state_views import given_to
 from stroma.adapters._step import Halts, find_halt
 from stroma.checkpoint import StepCall
 from stroma.checkpoint.identity import StepCalls
+from stroma.checkpoint.protocols import Control
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.context import ReliabilityContext
@@ -115,6 +117,16 @@ class GuardedRun:
             except RuntimeError:  # The loop was closed under it.
                 pass
 
+    def _control(self, loop: asyncio.AbstractEventLoop, control: Control) -> None:
+        """Apply requests about the run, from any thread."""
+        if control.cancel:
+            self.cancel()
+            return
+        self.ctx.accept(control)
+        if control.pause:
+            with suppress(RuntimeError):  # The loop was closed under it.
+                loop.call_soon_threadsafe(self.ctx.end_waits)
+
     def _cancel_task(self) -> None:
         if not self._has_cancelled_task and not self.ended and self._task is not None:
             self._has_cancelled_task = True
@@ -197,7 +209,7 @@ class GuardedRun:
         )
         await ctx.open(initial, ends=self.ends)
         if self.guard.runner is not None:  # Otherwise the owner of the context handles cancellation.
-            ctx.session.on_cancel = self.cancel
+            ctx.session.on_control = partial(self._control, asyncio.get_running_loop())
         if self.ends:
             await ctx.announce_start(initial)
 
@@ -207,7 +219,7 @@ class GuardedRun:
         """Store the end of the run and call its end hooks. ``error``: the exception of the code inside."""
         ctx = self.ctx
         if self.guard.runner is not None:
-            ctx.session.on_cancel = None
+            ctx.session.on_control = None
         status, failure = self._outcome(error)
         self.ended = True
         self.result = ctx.build_result(status, ctx.last_state, failure)

@@ -118,6 +118,11 @@ class RunRequest(NamedTuple):
     only_unfinished: bool = False
     due_ms: int | None = None
 
+    @property
+    def is_automatic(self) -> bool:
+        """True if no person asked for this run to go on: a worker, recover(), or one that waits for its result."""
+        return self.only_unfinished or self.due_ms is not None or self.if_exists == "attach"
+
     def is_lazily_loaded(self, position: int, branch: str) -> bool:
         """Return True if a commit is not restored at the start."""
         return bool(branch) and any(
@@ -326,6 +331,27 @@ class Tried(NamedTuple):
     error_type: str | None
 
 
+class Control(NamedTuple):
+    """Requests about a run that hold, from any process.
+
+    Attributes:
+        cancel: it is to end as CANCELLED.
+        pause: no further attempt begins, until somebody resumes the run.
+        budget: limits in place of those of its config, by field of ExecutionBudget.
+    """
+
+    cancel: bool = False
+    pause: bool = False
+    budget: Mapping[str, float] = {}
+
+
+NO_CONTROL: Final = Control()
+
+#: Reasons of suspended runs: somebody paused it; it reached its budget and waits for a raise.
+PAUSED: Final = "paused"
+BUDGET: Final = "budget"
+
+
 class Charge(Protocol):
     """Changes of cells that a session makes in the transaction that records an attempt."""
 
@@ -362,7 +388,8 @@ class Session(Protocol):
         undelivered: attempts of earlier processes whose end hooks may not have been called, the oldest first; without
             states. Always empty if all attempts are of this process.
         tried: failed attempts without a later commit, by (position, branch), if the previous process died.
-        on_cancel: called, from any thread, when cancel() is called for this run.
+        control: the requests that hold when it is opened.
+        on_control: called, from any thread, with all requests that hold, before a new one is acknowledged.
     """
 
     address: str
@@ -380,7 +407,8 @@ class Session(Protocol):
     notes: Mapping[str, bytes]
     traceparent: str | None
     undelivered: Sequence[AttemptRow]
-    on_cancel: Callable[[], None] | None
+    control: Control
+    on_control: Callable[[Control], None] | None
 
     def committed(
         self, position: int, branches: Sequence[str]

@@ -10,8 +10,10 @@ from pydantic import BaseModel
 
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.protocols import (
+    NO_CONTROL,
     Charge,
     Committed,
+    Control,
     Finished,
     PriorUsage,
     StepCall,
@@ -45,7 +47,8 @@ class NullSession:
     notes: Mapping[str, bytes] = {}
     traceparent: str | None = None
     undelivered: Sequence[AttemptRow] = ()
-    on_cancel: Callable[[], None] | None = None
+    control: Control = NO_CONTROL
+    on_control: Callable[[Control], None] | None = None
 
     def record(
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None

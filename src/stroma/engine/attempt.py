@@ -37,6 +37,7 @@ from stroma.engine.events import (
     warn_of_budget,
 )
 from stroma.engine.execution import NodeExecution
+from stroma.engine.holds import hold, wait_unless_held
 from stroma.engine.interceptors import Call
 from stroma.engine.metering import count_returned, price
 from stroma.engine.outcome import GroupStopped, Halt, refuse
@@ -756,10 +757,14 @@ class NodeAttempt:
 
 async def make_in_turn(attempt: NodeAttempt) -> BaseModel | Failure | Halt:
     """Make an attempt between its admission and the settlement of what it took."""
-    run = attempt.run
-    permit = await admit(attempt.ctx, run)
+    run, ctx = attempt.run, attempt.ctx
+    permit = await wait_unless_held(ctx, partial(admit, ctx, run))
     if isinstance(permit, Exception):
         return refuse(run, permit)
+    if permit is None or ctx.holds:
+        if permit is not None:
+            permit.drop()
+        return await hold(ctx, run.node_id, run.attempt)
     try:
         outcome = await attempt.make()
     except GeneratorExit:

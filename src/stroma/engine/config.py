@@ -98,6 +98,8 @@ class RunConfig(LazyModel):
         max_recoveries: a run under which the process died so often is FAILED with reason "poison", and nothing of it is
             called. Journal stores only; a process that this one is, and plain code that does not say when it ends, do not count.
         force_resume: resume a run that failed with reason "poison"; deaths are counted anew.
+        on_budget: what becomes of a run of a pipeline or flow that reaches a limit of its budget. "stop" ends it as
+            PARTIAL; "wait" as SUSPENDED with reason "budget", until ``set_budget()`` raises the limit.
         inline_wait_seconds: flows wait in the process for a time that is at most so far away; for a later one the run is
             SUSPENDED.
         lease_seconds: time after which a run whose owner stopped renewing its lease can be taken over.
@@ -142,6 +144,7 @@ class RunConfig(LazyModel):
     force_resume: bool = False
     allow_changes: bool = False
     check: bool = False
+    on_budget: Literal["stop", "wait"] = "stop"
     lease_seconds: float = Field(default=30.0, ge=0.1, allow_inf_nan=False)
     inline_wait_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
     model_fallbacks: list[FallbackPolicy] = Field(default_factory=list)

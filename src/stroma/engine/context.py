@@ -21,7 +21,7 @@ from stroma.checkpoint import (
     Session,
     StoreError,
 )
-from stroma.checkpoint.protocols import Tried
+from stroma.checkpoint.protocols import NO_CONTROL, Control, Tried
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import Node
@@ -63,8 +63,8 @@ class ReliabilityContext:
     __slots__ = (
         "__weakref__", "_notes", "_opening", "_warned", "apart", "budget", "cancelled", "checkpoint_manager", "classifiers",
         "config", "context", "cost_tracker", "delivers", "done", "due_ms", "effects", "elsewhere", "epoch_ns", "failed_items", "failed_maps",
-        "fire", "gated", "handover", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traceparent", "limits",
-        "model_fallbacks", "pipeline", "plain_steps", "policy_map", "recovers", "redactor", "registry", "restored",
+        "fire", "gated", "handover", "holds", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traceparent", "limits",
+        "model_fallbacks", "on_hold", "paused", "pipeline", "plain_steps", "policy_map", "recovers", "redactor", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended", "timed",
         "trace", "traceparent", "tried", "unpriced", "wake_ms",
     )  # fmt: skip
@@ -138,6 +138,10 @@ class ReliabilityContext:
         self.apart: tuple[tuple[int, str], ...] = ()
         #: Cancelled from elsewhere: nothing is tried again. And no further node is to begin.
         self.cancelled = self.stops = False
+        #: No further attempt is to begin: the run is paused, or is being cancelled. Set in any thread.
+        self.holds = self.paused = False
+        #: Called in the event loop of the run when it is paused: they end waits.
+        self.on_hold: dict[Callable[[], None], None] = {}
         #: Resume the run only if it was interrupted, or its process died.
         self.recovers = False
         #: See RunRequest.
@@ -379,6 +383,8 @@ class ReliabilityContext:
             session = interceptor.opened(self, session)
         self.session = session
         self.restored = session.restored
+        if session.control is not NO_CONTROL:
+            self.accept(session.control)
         if session.tried:
             self.tried = dict(session.tried)
         if self.restored:
@@ -393,6 +399,29 @@ class ReliabilityContext:
             self.cost_tracker.prior_cost_usd = session.prior.cost_usd
             self.cost_tracker.prior_latency_ms = session.prior.latency_ms
         return session
+
+    def accept(self, control: Control) -> None:
+        """Apply requests about the run. Safe to call from any thread: no attempt begins after this has held the run."""
+        if control.budget:
+            self.budget = self.budget.model_copy(update=dict(control.budget))
+            self.timed = self.timed or self.budget.max_latency_ms is not None
+            self.limits = limits(self.budget)
+            for dimension, _ in self.limits:  # Warn at 80 % of the new limit.
+                self._warned.pop(dimension, None)
+        if control.cancel:  # The run ends by the cancellation of its task, which is on its way.
+            self.holds, self.paused = True, False
+        elif control.pause:
+            self.holds = self.paused = self.stops = True
+
+    def end_waits(self) -> None:
+        """End what precedes the next attempts. Called in the event loop of the run, once it is held."""
+        for end in list(self.on_hold):
+            end()
+
+    def note_suspended(self, reason: str) -> None:
+        """Add a reason of the whole run to the result."""
+        if reason not in self.suspended:
+            self.suspended.append(reason)
 
     @property
     def first_traceparent(self) -> str | None:

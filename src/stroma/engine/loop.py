@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from time import perf_counter_ns
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ from stroma.engine.attempt import NodeAttempt, make_in_turn
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
 from stroma.engine.execution import NodeExecution
+from stroma.engine.holds import hold, wait_unless_held
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped, halt_of_ended_run, refuse
 from stroma.engine.restore import output_schema, restore
 from stroma.failures.classes import FailureClass
@@ -112,6 +113,8 @@ async def execute_in_turn(
             while True:
                 number += 1
                 run.attempt = number
+                if ctx.holds:
+                    return await hold(ctx, run.node_id, number)
                 if ctx.limits:
                     exceeded = _crossed_limit(ctx, run)
                     if exceeded is not None:
@@ -162,6 +165,8 @@ async def try_again(
             if ctx.cancelled:
                 return _stop(ctx, outcome, Stop("the run was cancelled")), busy_ns
             number += 1
+            if ctx.holds:
+                return await hold(ctx, run.node_id, number), busy_ns
             run.attempt = number
             task = asyncio.current_task()
             attempt.prepare(run, node, plan, value, 0 if task is None else task.cancelling())
@@ -384,7 +389,7 @@ async def _wait(
     await _announce_retry(ctx, run, failure, attempt + 1, delay)
     if ctx.run_logger.isEnabledFor(logging.INFO):
         ctx.run_logger.info("node %r: attempt %d follows in %.3f s", run.node_id, attempt + 1, delay)
-    await sleep(delay)
+    await wait_unless_held(ctx, partial(sleep, delay))
     run.ended = None
 
 

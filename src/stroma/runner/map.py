@@ -20,6 +20,7 @@ from stroma.contracts.schema import schema_of
 from stroma.engine.commit import failed_of, record, settle
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
+from stroma.engine.holds import paused
 from stroma.engine.loop import execute
 from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.engine.restore import check_committed, output_schema, read_output, value_of
@@ -113,7 +114,7 @@ class MapRun:
 
     @property
     def _has_stopped(self) -> bool:
-        return self._stopped is not None or self._ctx.interrupt is not None
+        return self._stopped is not None or self._ctx.interrupt is not None or self._ctx.holds
 
     async def _start_items(self) -> None:
         async with contextlib.aclosing(self._source.pages()) as pages:
@@ -126,6 +127,8 @@ class MapRun:
                         continue
                     await self._pool.wait_for_room()
                     if self._has_stopped:
+                        if self._ctx.paused:
+                            self._suspended = self._suspended or paused(self._ctx, self._child.node_id, 1)
                         return
                     await self._start(item)
                 if self._may_have_committed and self._source.page < _PAGE_ITEMS:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pydantic import BaseModel
 
 from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
+from stroma.checkpoint.protocols import BUDGET, PAUSED, Control
 from stroma.contracts.node import FlowNode, Group, Node, apart_in
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.usage import shown
@@ -20,8 +21,8 @@ from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
 from stroma.engine.redelivery import redeliver
 from stroma.engine.restore import check_place, output_schema, restore
 from stroma.failures.classes import FailureClass
-from stroma.failures.errors import RunFailed
-from stroma.failures.failure import Failure, NodeContext, diagnose, text_of
+from stroma.failures.errors import RunFailed, SharedBudgetExceeded
+from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type, text_of
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.hooks.sets import HookError
 from stroma.trace.result import ExecutionResult, RunStatus
@@ -60,6 +61,15 @@ class RunExecution:
             self.loop.call_soon_threadsafe(self._cancel, status)
         except RuntimeError:  # The loop was closed under the run, so that nothing runs it.
             self.ctx.session.abandon()
+
+    def control(self, control: Control) -> None:
+        """Apply requests about the run. Safe to call from any thread: after it no attempt begins that they forbid."""
+        self.ctx.accept(control)
+        if control.cancel:
+            self.cancel()
+        elif control.pause:
+            with contextlib.suppress(RuntimeError):  # The loop was closed under the run.
+                self.loop.call_soon_threadsafe(self.ctx.end_waits)
 
     def drain(self) -> asyncio.Future[None]:
         """Start no further node. Returns a future that is done when the run has ended."""
@@ -119,7 +129,7 @@ class RunExecution:
         elif type(error) is HookNotAsync:
             error.result = ctx.build_result(self._status, self.state)
         self._has_ended = True
-        ctx.session.on_cancel = None  # Otherwise the session and the run are a reference cycle.
+        ctx.session.on_control = None  # Otherwise the session and the run are a reference cycle.
         if self._has_started or self._failure is not None:
             self._result = await self._close()
         return is_suppressed
@@ -148,7 +158,7 @@ class RunExecution:
         ctx = self.ctx
         self._has_started = True
         ctx.handover.is_active = True
-        ctx.session.on_cancel = self.cancel
+        ctx.session.on_control = self.control
         await ctx.announce_start(self.initial)
         if ctx.delivers:
             await redeliver(ctx, self.nodes)
@@ -174,13 +184,25 @@ class RunExecution:
                 outcome = await drive(ctx, nodes, self.state, Place(first, cancelling=cancelling))
         finally:
             leave(token)
-        if isinstance(outcome, Stopped):  # A shutdown: no further node was to start.
-            self._status = self._cancelled_as or RunStatus.INTERRUPTED
+        if isinstance(outcome, Stopped):  # A shutdown, or a pause: no further node was to start.
+            if ctx.paused:
+                ctx.note_suspended(PAUSED)
+            self._status = self._cancelled_as or (
+                RunStatus.SUSPENDED if ctx.paused else RunStatus.INTERRUPTED
+            )
+        elif isinstance(outcome, Halt) and self._waits_for_budget(outcome):
+            ctx.note_suspended(BUDGET)
+            self._status = self._cancelled_as or RunStatus.SUSPENDED
         elif isinstance(outcome, Halt):
             self._failure = None if outcome.suspended else outcome.failure
             self._status = self._cancelled_as or outcome.status
         else:
             self._status = RunStatus.RESUMED if self.continued else RunStatus.COMPLETED
+
+    def _waits_for_budget(self, halt: Halt) -> bool:
+        """Return True if the run is suspended until somebody raises its budget, in place of its end."""
+        is_own = halt.spent and not isinstance_by_type(halt.failure.exception, SharedBudgetExceeded)
+        return self.ctx.config.on_budget == "wait" and is_own and halt.status is RunStatus.PARTIAL
 
     async def _reject_input(self, error: NotSerialisable) -> None:
         """Fail the run for an input that its store cannot store."""
@@ -237,6 +259,8 @@ class RunExecution:
             return
         if status is RunStatus.SUSPENDED:
             reasons = [w.reason for w in ctx.session.waiting.values() if w.payload is None]
+            if finished.error in (PAUSED, BUDGET):
+                reasons = [finished.error]
             ctx.suspended.extend(reasons or [finished.error or "waiting for an answer"])
             return
         error = RunFailed(finished.error or f"run {ctx.run_id!r} ended as {status}")

@@ -579,11 +579,46 @@ class StromaRunner:
         await self._stored.answer(run_id, answer, node_id=node_id, branch=branch, schema=schema)
 
     async def cancel(self, run_id: str) -> bool:
-        """Ask the owner of a run, in any process, to end it as CANCELLED, which takes about a second.
+        """End a run as CANCELLED, in whatever process it is. Returns False if it had ended. Raises CheckpointNotFound.
 
-        A run without an owner is CANCELLED at once. Returns False if it had ended. Raises CheckpointNotFound.
+        Once this returns, which takes up to a second, no attempt begins; those at work are cancelled.
         """
         return await self._stored.cancel(run_id)
+
+    async def pause(self, run_id: str) -> bool:
+        """Suspend a run with reason "paused", in whatever process it is, until somebody resumes it.
+
+        Once this returns, which takes up to a second, no attempt begins: not of children of groups, items, steps or
+        retries. Those at work finish, and are committed. Workers and ``recover()`` leave the run alone, even if its process
+        dies before it has read the request; :meth:`resume` and :meth:`unpause` take the pause back. If the owner does not
+        answer for 5 seconds, since its process is stopped, the request is stored, and this returns with a warning. Returns
+        False if the run had ended. Raises CheckpointNotFound, StoreError.
+        """
+        return await self._stored.pause(run_id)
+
+    async def unpause(self, run_id: str) -> bool:
+        """Take a pause back, so that a worker continues the run (see :meth:`serve`); :meth:`resume` continues it here.
+
+        Returns False if the run was not paused. Raises CheckpointNotFound, StoreError.
+        """
+        return await self._stored.unpause(run_id)
+
+    async def set_budget(
+        self,
+        run_id: str,
+        *,
+        tokens: int | None = None,
+        cost_usd: float | None = None,
+        latency_ms: int | None = None,
+    ) -> bool:
+        """Change limits of a run, in whatever process it is, from the next attempt on; others stay.
+
+        They are those of :meth:`with_budget`, and replace the limits of the config in this execution of the run, in every
+        process that continues it. A run that waits for its budget (``RunConfig(on_budget="wait")``) is due at once. Returns
+        False if the run is complete. Raises CheckpointNotFound, StoreError, ValueError without a limit, pydantic's
+        ValidationError for one that is not valid.
+        """
+        return await self._stored.set_budget(run_id, tokens=tokens, cost_usd=cost_usd, latency_ms=latency_ms)
 
     async def shutdown(self, *, drain_seconds: float = 30.0) -> None:
         """End the runs of this runner in the running event loop after their current node, as INTERRUPTED.

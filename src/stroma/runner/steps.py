@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial, update_wrapper
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from stroma.checkpoint import PipelineChanged, StepCall, inside_of
 from stroma.checkpoint.identity import SCOPE, Identity, StepCalls, is_called
-from stroma.checkpoint.protocols import INSIDE
+from stroma.checkpoint.protocols import INSIDE, Control
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Group, Node, find_node, make_node
 from stroma.contracts.schema import schema_of
@@ -218,16 +219,23 @@ def _status_of(halt: Halt) -> RunStatus:
     return RunStatus.CANCELLED if isinstance(halt.failure.exception, RunCancelled) else halt.status
 
 
-def _mark_cancelled(reference: weakref.ref[ReliabilityContext]) -> None:
+def _accept(
+    reference: weakref.ref[ReliabilityContext], loop: asyncio.AbstractEventLoop, control: Control
+) -> None:
     ctx = reference()
-    if ctx is not None:
-        ctx.cancelled = True
+    if ctx is not None and control.cancel:
+        ctx.cancelled = True  # Its task is the caller's own, and goes on.
+    elif ctx is not None:
+        ctx.accept(control)
+        if control.pause:
+            with contextlib.suppress(RuntimeError):  # The loop was closed under it.
+                loop.call_soon_threadsafe(ctx.end_waits)
 
 
 async def _start_run(ctx: ReliabilityContext, initial: BaseModel) -> None:
     if ctx.plain_steps.has_end:
         # A weak reference: otherwise the session and the context are a reference cycle.
-        ctx.session.on_cancel = partial(_mark_cancelled, weakref.ref(ctx))
+        ctx.session.on_control = partial(_accept, weakref.ref(ctx), asyncio.get_running_loop())
         await ctx.announce_start(initial)
     if ctx.delivers:
         await redeliver(ctx, ())

@@ -15,6 +15,7 @@ from stroma.contracts.node import Group, Node, find_node, output_class
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.config import RunConfig
 from stroma.engine.restore import value_of
+from stroma.runner.requests import limits_of, request
 from stroma.runner.signals import match_answer
 from stroma.trace.result import RunStatus
 
@@ -140,6 +141,21 @@ class StoredRuns:
         await store.signal(run_id, answered)
 
     async def cancel(self, run_id: str) -> bool:
-        """Ask the owner of a run to end it; see :meth:`StromaRunner.cancel`."""
-        cancelled: bool = await self._journal("cancel").cancel(run_id)
-        return cancelled
+        """End a run; see :meth:`StromaRunner.cancel`."""
+        return await request(self._journal("cancel"), run_id, "cancel")
+
+    async def pause(self, run_id: str) -> bool:
+        """Suspend a run; see :meth:`StromaRunner.pause`."""
+        return await request(self._journal("pause"), run_id, "pause")
+
+    async def unpause(self, run_id: str) -> bool:
+        """Take a pause back; see :meth:`StromaRunner.unpause`."""
+        return await request(self._journal("unpause"), run_id, "unpause")
+
+    async def set_budget(
+        self, run_id: str, *, tokens: int | None, cost_usd: float | None, latency_ms: int | None
+    ) -> bool:
+        """Change limits of a run; see :meth:`StromaRunner.set_budget`."""
+        return await request(
+            self._journal("set_budget"), run_id, "set_budget", limits_of(tokens, cost_usd, latency_ms)
+        )

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, NamedTuple, Self, cast, get_args
 from pydantic import BaseModel
 
 from stroma.checkpoint import Fenced, Session, StepCall, Waiting
+from stroma.checkpoint.protocols import Control
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema
 from stroma.engine.context import ReliabilityContext
@@ -169,12 +170,12 @@ class _MortalSession:
         return getattr(self._session, name)
 
     @property
-    def on_cancel(self) -> Callable[[], None] | None:
-        return self._session.on_cancel
+    def on_control(self) -> Callable[[Control], None] | None:
+        return self._session.on_control
 
-    @on_cancel.setter
-    def on_cancel(self, call: Callable[[], None] | None) -> None:
-        self._session.on_cancel = call
+    @on_control.setter
+    def on_control(self, call: Callable[[Control], None] | None) -> None:
+        self._session.on_control = call
 
     @property
     def _is_dead(self) -> bool:

@@ -1,4 +1,4 @@
-"""Renew the leases of running runs, and look for cancel() calls of other processes."""
+"""Renew the leases of running runs, and look for requests of other processes: to cancel one, to pause it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
+from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.rows import Fence, Rows
 from stroma.checkpoint.durable.session import DurableSession
 
@@ -19,7 +20,7 @@ T = TypeVar("T")
 logger = logging.getLogger("stroma")
 
 _RENEWALS: Final = 3  # per lease: two may be late or lost
-_LOOK_SECONDS: Final = 1.0  # between looks for cancel() calls
+_LOOK_SECONDS: Final = 0.5  # between looks for requests, which apply within a second
 _IDLE_SECONDS: Final = 10.0  # The thread ends so long after the last run.
 
 
@@ -33,7 +34,7 @@ class Store(Protocol):
 class LeaseRenewer:
     """Renews the leases of the runs of this process from a thread, so that a blocked event loop loses none.
 
-    It also looks for cancel() calls. A stopped process renews nothing, and leases of collected sessions are not renewed.
+    It also looks for requests. A stopped process renews nothing, and leases of collected sessions are not renewed.
     """
 
     def __init__(self, store: Store) -> None:
@@ -52,6 +53,10 @@ class LeaseRenewer:
             if not self._running and not self._stopped:
                 self._running = True
                 threading.Thread(target=self._work, name="stroma-leases", daemon=True).start()
+
+    def look(self) -> None:
+        """Look for requests now: one was made in this process."""
+        self._wake.set()
 
     def stop(self) -> None:
         self._stopped = True
@@ -78,26 +83,25 @@ class LeaseRenewer:
                 if time.monotonic() - renewed >= min(seconds, self._interval()) * 0.9:
                     renewed = time.monotonic()
                     store.post(partial(_renew, [session.fence for session in sessions]))
-                self._notify_cancelled(
-                    store, {session.fence.run: session for session in sessions if session.on_cancel}
+                self._read_requests(
+                    store, {session.fence.run: session for session in sessions if session.on_control}
                 )
             except Exception:  # The thread must survive: it renews all leases of this process.
                 logger.exception("leases could not be renewed; retrying")
             del store, sessions  # The waiting thread must not keep sessions alive.
 
     @staticmethod
-    def _notify_cancelled(store: Store, sessions: dict[Any, DurableSession]) -> None:
+    def _read_requests(store: Store, sessions: dict[Any, DurableSession]) -> None:
         if not sessions:
             return
         try:
-            cancelled = store.read(lambda rows: rows.cancel_requests(list(sessions)), list[Any]())
+            runs = store.read(lambda rows: rows.with_requests(list(sessions)), list[Any]())
         except Exception as error:  # The thread must survive: it renews all leases of this process.
-            logger.debug("could not look for cancelled runs: %s", error)
+            logger.debug("could not look for requests: %s", error)
             return
-        for run in cancelled:
-            on_cancel = sessions[run].on_cancel
-            if on_cancel is not None:
-                on_cancel()
+        for run in runs:
+            session = sessions[run]
+            store.post(Transaction(session.run_id, session.read_requests))
 
 
 def _renew(fences: list[Fence], rows: Rows) -> None:

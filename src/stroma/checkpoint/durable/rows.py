@@ -33,13 +33,14 @@ class Annotation(IntEnum):
 
     SAVED = -1  #: a state from ``save()``; branch: the node id
     WAITING = -2  #: an approval that a node waits for, and its answer; branch: "position:branch"
-    CANCEL = -3  #: cancel() was called for a running run
+    REQUEST = -3  #: a request about the run that no owner has read; branch: its key, see ``control``
     PARENT = -4  #: the run that this one was forked from, as node id
     TRACE = -5  #: the trace context of the process that started the execution, as node id
     DUE_HOOKS = -6  #: an attempt whose end hooks may not have been called; branch: :func:`due_hooks_key`
     FAILURE_SITE = -7  #: where the last failed attempt at a place failed; branch: "position:branch"
     DEATHS = -8  #: number of deaths of the owner; see :meth:`DurableSession._recover`
     NOTE = -9  #: data of the driver of the execution; branch: its key, which begins with a position
+    CONTROL = -10  #: a request that an owner has read and that holds; branch: its key
 
 
 #: The status of a run, and the outcome of an attempt, with values that no store writes.
@@ -236,8 +237,8 @@ class Rows(Protocol):
         """
         ...
 
-    def wake(self, run: RunRow) -> None:
-        """Make a run due at once: now if it is suspended, otherwise when it will be."""
+    def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
+        """Set from when on a run is due if it is suspended, or will be; 0: at once, None: never by itself."""
 
     def due(self, pipeline: str, now_ms: int, limit: int) -> list[str]:
         """Return ids of runs of a pipeline that are due at a time, those first that have been due for longest.
@@ -263,8 +264,8 @@ class Rows(Protocol):
     def delete_annotations(self, run: Any, position: int, branch: str | None = None) -> None:
         """Delete the annotations of one kind; branch None: in all branches."""
 
-    def cancel_requests(self, runs: list[Any]) -> list[Any]:
-        """Return those of these runs for which cancel() was called."""
+    def with_requests(self, runs: list[Any]) -> list[Any]:
+        """Return those of these runs that have requests which no owner has read."""
         ...
 
     def newest_output(self, run_id: str, node_id: str) -> StepRow | None:

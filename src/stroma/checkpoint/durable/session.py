@@ -23,6 +23,7 @@ from stroma.checkpoint.durable.annotations import (
     record_waiting,
     waiting_key,
 )
+from stroma.checkpoint.durable.control import accept_requests
 from stroma.checkpoint.durable.conversion import payload_reference, to_attempt, to_committed
 from stroma.checkpoint.durable.integrity import (
     checksum,
@@ -37,6 +38,7 @@ from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads
 from stroma.checkpoint.protocols import (
     Charge,
     Committed,
+    Control,
     Finished,
     PriorUsage,
     RunRequest,
@@ -77,12 +79,13 @@ class DurableSession:
         "address",
         "charges",
         "continued",
+        "control",
         "ended",
         "execution",
         "fence",
         "finished",
         "notes",
-        "on_cancel",
+        "on_control",
         "places",
         "prior",
         "restored",
@@ -97,6 +100,7 @@ class DurableSession:
     fence: Fence
     execution: int
     continued: bool
+    control: Control
     waiting: dict[tuple[int, str], Waiting]
     finished: Finished | None
     notes: Mapping[str, bytes]
@@ -118,7 +122,7 @@ class DurableSession:
         self.run_id, self.address = run_id, address
         self._payloads = payloads
         self._decrypted = decrypted or {}
-        self.on_cancel: Callable[[], None] | None = None
+        self.on_control: Callable[[Control], None] | None = None
         #: The lease need not be renewed any more.
         self.ended = False
         self._submit = submit
@@ -143,7 +147,7 @@ class DurableSession:
         self.fence, self.execution = opened.fence, opened.fence.execution
         self.finished, self.continued = opened.finished, opened.continued
         self.restored, self.places, self.tried = opened.restored, opened.places, opened.tried
-        self.prior, self.traceparent = opened.prior, opened.traceparent
+        self.prior, self.traceparent, self.control = opened.prior, opened.traceparent, opened.control
         self.waiting, self.undelivered, self.notes = opened.waiting, opened.undelivered, opened.notes
         self._identities = {position: identity for identity, position in opened.places.items()}
         self._completed = opened.completed
@@ -409,6 +413,15 @@ class DurableSession:
                 record_waiting(rows, self.run_id, execution, waiting, self._payloads)
 
         return self._submit_with(commit, ask)
+
+    def read_requests(self, rows: Rows) -> None:
+        """Make the requests about the run hold. One operation; the owner knows them before they are acknowledged."""
+        notify, run = self.on_control, rows.find(self.run_id, lock=True)
+        if notify is None or run is None or (run.epoch, run.owner) != (self.fence.epoch, self.fence.owner):
+            return
+        control = accept_requests(rows, self.run_id, run.run)
+        if control is not None:
+            notify(control)
 
     def abandon(self) -> None:
         """Release the run without waiting: the next session need not wait for the lease to expire."""

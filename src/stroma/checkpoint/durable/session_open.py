@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from stroma.checkpoint.decisions import COMPLETE, ENDED, LastExecution, decide
+from stroma.checkpoint.decisions import COMPLETE, ENDED, UNFINISHED, LastExecution, decide
 from stroma.checkpoint.durable.annotations import read_due_hooks, read_notes, read_waiting
+from stroma.checkpoint.durable.control import CANCEL, PAUSE, forget_requests, read_control
 from stroma.checkpoint.durable.conversion import to_committed
 from stroma.checkpoint.durable.integrity import checksum, is_intact, lost_error
 from stroma.checkpoint.durable.operations import fence_error
@@ -17,7 +18,10 @@ from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, Run
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.protocols import (
+    NO_CONTROL,
+    PAUSED,
     Committed,
+    Control,
     Finished,
     PriorUsage,
     RunRequest,
@@ -40,6 +44,7 @@ class OpenedRun:
     __slots__ = (
         "completed",
         "continued",
+        "control",
         "fence",
         "finished",
         "notes",
@@ -56,6 +61,7 @@ class OpenedRun:
         self.fence = Fence(None, 0, 0, "", 0.0)
         self.completed: RunRow | None = None
         self.continued = False
+        self.control = NO_CONTROL
         self.finished: Finished | None = None
         self.notes: dict[str, bytes] = {}
         self.places: dict[str, int] = {}
@@ -91,6 +97,8 @@ class RunOpener:
         self._decrypted = decrypted
         self._run_id = request.run_id
         self._opened = OpenedRun()
+        #: The run is to be cancelled, or is paused.
+        self._is_held = False
 
     def open(self, rows: Rows) -> OpenedRun:
         """Return the opened run. Raises RunBusy, RunExists, PipelineChanged, CheckpointLost, CorruptCheckpoint."""
@@ -102,7 +110,9 @@ class RunOpener:
         )
         if action != "begin" and run is not None and not rows.is_complete(run):
             raise lost_error(self._run_id, "some of its rows are missing")
-        opened = self._opened
+        opened, request = self._opened, self._request
+        control = NO_CONTROL if run is None or action != "continue" else read_control(rows, run.run)
+        self._is_held = control.cancel or control.pause
         if action == "begin" or run is None:
             opened.fence = rows.begin(run, self._seal_for_next(run))
         else:
@@ -110,13 +120,17 @@ class RunOpener:
             if action == "return":
                 opened.finished = Finished(run.status, self._error_of(run))
                 opened.fence = _read_only_fence(run)
-            elif run.status not in ENDED and any(rows.annotations(run.run, Annotation.CANCEL)):
+            elif control.cancel and run.status not in ENDED:
                 # cancel() was acknowledged, and the owner stopped before it noticed.
                 self._claim_to_end(rows, run, Finished("CANCELLED", None))
+            elif control.pause and request.is_automatic and run.status in ("RUNNING", *UNFINISHED):
+                # As with a cancel; or its time has come, or its answer. Only a person takes the pause back.
+                self._claim_to_end(rows, run, Finished("SUSPENDED", PAUSED))
             else:
                 self._recover(rows, run)
                 if run.status in COMPLETE and self._request.discard_from is None:
                     opened.completed = run
+                opened.control = Control(budget=control.budget)
         opened.continued = action == "continue" and opened.finished is None
         if run is not None:
             self._load_annotations(rows, run)
@@ -243,8 +257,8 @@ class RunOpener:
         """Load the annotations of the execution, and delete those of an earlier one."""
         opened, request = self._opened, self._request
         is_claimed = opened.finished is None
-        if is_claimed:
-            rows.delete_annotations(run.run, Annotation.CANCEL)
+        if is_claimed and self._is_held:
+            forget_requests(rows, run.run, CANCEL, PAUSE)  # The caller takes them back.
         if is_claimed and not opened.continued:
             for kind in _OF_EXECUTION:
                 rows.delete_annotations(run.run, kind)
@@ -280,6 +294,8 @@ _OF_EXECUTION = (
     Annotation.DEATHS,
     Annotation.WAITING,
     Annotation.NOTE,
+    Annotation.REQUEST,
+    Annotation.CONTROL,
 )
 
 
@@ -312,7 +328,7 @@ def record_end(
     if not rows.finish(fence, status, sealed_error, updated_ms, wake_ms):
         raise fence_error(rows, fence, run_id)
     if status == "CANCELLED":
-        rows.delete_annotations(fence.run, Annotation.CANCEL)
+        forget_requests(rows, fence.run, CANCEL)
 
 
 def _read_only_fence(run: RunRow) -> Fence:

@@ -7,7 +7,7 @@ import logging
 import time
 import weakref
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from operator import itemgetter
@@ -16,21 +16,32 @@ from typing import Any, Final, NamedTuple, Self, TypeVar
 from pydantic import BaseModel
 
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.decisions import ENDED, not_waiting
+from stroma.checkpoint.decisions import COMPLETE, ENDED, UNFINISHED, not_waiting
 from stroma.checkpoint.durable.annotations import read_waiting, record_waiting, waiting_key
+from stroma.checkpoint.durable.control import (
+    CANCEL,
+    PAUSE,
+    forget_requests,
+    read_control,
+    request,
+    request_budget,
+)
 from stroma.checkpoint.durable.fork import fork_run
 from stroma.checkpoint.durable.integrity import checksum, is_intact, verify_step
 from stroma.checkpoint.durable.leases import LeaseRenewer
 from stroma.checkpoint.durable.operations import CellChange, Transaction
 from stroma.checkpoint.durable.owner import new_owner
 from stroma.checkpoint.durable.reader import ReadableStore
-from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, Step, StepRow
+from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunRow, Step, StepRow
 from stroma.checkpoint.durable.session import DurableSession
+from stroma.checkpoint.durable.session_open import finish_execution
 from stroma.checkpoint.durable.worker import Connection, Operation, Worker, generation
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, BlobStore, PayloadPlace, Payloads, collect
 from stroma.checkpoint.protocols import (
+    BUDGET,
+    PAUSED,
     Committed,
     RunRequest,
     Waiting,
@@ -173,23 +184,93 @@ class DurableStore(ReadableStore):
 
         Returns False if the run had ended. Raises CheckpointNotFound, StoreError.
         """
+
+        def do(rows: Rows, run: RunRow) -> bool:
+            if run.holder is not None:
+                request(rows, run_id, CANCEL)
+            elif run.status in ENDED:
+                return False
+            else:
+                rows.finish(_last_fence(run), "CANCELLED", None)
+            return True
+
+        return await self._request(run_id, do)
+
+    async def pause(self, run_id: str) -> bool:
+        """Ask the owner of a run to begin no further attempt; one without an owner is SUSPENDED at once.
+
+        It stays so until somebody resumes it. Returns False if the run had ended. Raises CheckpointNotFound, StoreError.
+        """
+
+        def do(rows: Rows, run: RunRow) -> bool:
+            if run.holder is None and run.status not in ("RUNNING", *UNFINISHED):
+                return False
+            request(rows, run_id, PAUSE)
+            if run.holder is None:
+                finish_execution(rows, self._payloads, _last_fence(run), run_id, "SUSPENDED", PAUSED)
+                rows.wake(run, None)
+            return True
+
+        return await self._request(run_id, do)
+
+    async def unpause(self, run_id: str) -> bool:
+        """Take a pause back: the run is due, so that a worker continues it.
+
+        Returns False if it was not paused. Raises CheckpointNotFound, StoreError.
+        """
+
+        def do(rows: Rows, run: RunRow) -> bool:
+            if not read_control(rows, run.run).pause:
+                return False
+            forget_requests(rows, run.run, PAUSE)
+            rows.wake(run)
+            return True
+
+        return await self._request(run_id, do)
+
+    async def set_budget(self, run_id: str, limits: Mapping[str, float]) -> bool:
+        """Change limits of a run, by field of ExecutionBudget; one that waits for it is due at once.
+
+        They hold in the present execution, also for those who resume it. Returns False if the run is complete. Raises
+        CheckpointNotFound, StoreError.
+        """
+
+        def do(rows: Rows, run: RunRow) -> bool:
+            if run.holder is None and run.status in COMPLETE:
+                return False
+            request_budget(rows, run_id, limits)
+            place = PayloadPlace(run_id, run.execution, "error")
+            # The owner may be about to end it as one that waits.
+            if run.holder is not None or self._payloads.open_text(run.error, place) == BUDGET:
+                rows.wake(run)
+            return True
+
+        return await self._request(run_id, do)
+
+    async def _request(self, run_id: str, do: Callable[[Rows, RunRow], bool]) -> bool:
+        """Store a request about a run. Raises CheckpointNotFound, StoreError."""
         check_id(run_id, "run id")
 
         def operation(rows: Rows) -> bool:
             run = rows.find(run_id, lock=True)
             if run is None or not run.execution:
                 raise self._no_run(run_id)
-            if run.holder is not None:
-                rows.annotate(run_id, Annotation.CANCEL, "", "cancel", Step("", "", b"", checksum(b"")))
-            elif run.status in ENDED:
-                return False
-            else:
-                last = Fence(run.run, run.execution, run.epoch, run.owner or "", 0.0)
-                rows.finish(last, "CANCELLED", None)
-            return True
+            return do(rows, run)
 
         done: bool = await self._submit(Transaction(run_id, operation))
+        renewer = self._lease_renewers.get(generation())
+        if renewer is not None:
+            renewer.look()
         return done
+
+    def is_request_pending(self, run_id: str) -> bool:
+        """Return True while the owner of a run has not read all requests. Blocking. Raises StoreError."""
+
+        def query(rows: Rows) -> bool:
+            run = rows.find(run_id)
+            return run is not None and run.holder is not None and bool(rows.with_requests([run.run]))
+
+        return self.read(query, False)
 
     async def signal(self, run_id: str, waiting: Waiting) -> None:
         """Store the answer that a node waits for; ``waiting`` has the payload.
@@ -362,6 +443,11 @@ class DurableStore(ReadableStore):
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+def _last_fence(run: RunRow) -> Fence:
+    """Return the fence of the last owner of a run that has none any more."""
+    return Fence(run.run, run.execution, run.epoch, run.owner or "", 0.0)
 
 
 def _changing(name: str, change: Change[Any]) -> CellChange:

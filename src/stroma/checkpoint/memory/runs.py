@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, cast
 
 from stroma.checkpoint.decisions import LastExecution
-from stroma.checkpoint.protocols import StepCall, Waiting
+from stroma.checkpoint.protocols import NO_CONTROL, Control, StepCall, Waiting
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.trace.events import AttemptRow, contract_of
@@ -63,7 +63,7 @@ class MemoryRun:
         places: the position of each step of plain code, by its identity.
         number: distinguishes runs of this process that started in the same millisecond.
         failure_sites: (attempt, started_ns, function that encodes the frames) of the last failed attempt at a place.
-        cancelled: cancel() was acknowledged; reset by the next session.
+        control: the requests that hold; the next session takes back a cancel and a pause.
         epoch: incremented by each session that opens the run; only the last session may write.
         session: weak reference to that session.
         wake_ms: see :func:`stroma.checkpoint.decisions.merge_wake`.
@@ -85,7 +85,7 @@ class MemoryRun:
     started_ms: int = 0
     number: int = 0
     failure_sites: dict[tuple[int, str], tuple[int, int, Callable[[], bytes]]] = field(default_factory=dict)
-    cancelled: bool = False
+    control: Control = NO_CONTROL
     status: str = "RUNNING"
     error: str | None = None
     epoch: int = 0
@@ -96,7 +96,7 @@ class MemoryRun:
         """Delete what the last execution recorded. States from ``save()`` belong to no execution and stay."""
         self.states = {k: v for k, v in self.states.items() if isinstance(k, str)}
         self.other_rows, self.calls, self.waiting, self.places = [], {}, {}, {}
-        self.traceparent, self.tags, self.notes = None, (), {}
+        self.traceparent, self.tags, self.notes, self.control = None, (), {}, NO_CONTROL
 
     def start_execution(self) -> None:
         """Record that an execution starts now."""

@@ -11,6 +11,7 @@ from stroma.checkpoint.cells import MemoryCells
 from stroma.checkpoint.decisions import (
     COMPLETE,
     ENDED,
+    UNFINISHED,
     decide,
     is_answered_meanwhile,
     merge_wake,
@@ -28,8 +29,11 @@ from stroma.checkpoint.memory.runs import (
     row_of,
 )
 from stroma.checkpoint.protocols import (
+    BUDGET,
     OF_FLOW,
+    PAUSED,
     Committed,
+    Control,
     Finished,
     PriorUsage,
     RunRequest,
@@ -59,10 +63,11 @@ class _MemorySession(NullSession):
         "_run",
         "_states",
         "continued",
+        "control",
         "execution",
         "finished",
         "notes",
-        "on_cancel",
+        "on_control",
         "places",
         "prior",
         "restored",
@@ -74,14 +79,17 @@ class _MemorySession(NullSession):
         initial = request.schema.snapshot(request.initial_state)
         last = run.last_execution()
         action = "begin" if last is None else decide(request, last, run.input == initial)
-        self.continued, self.finished, self.on_cancel = action == "continue", None, None
+        self.continued, self.finished, self.on_control = action == "continue", None, None
         if action != "begin":
             self._continue(run, request)
-        if action == "continue" and run.cancelled and run.status not in ENDED:
-            # cancel() was acknowledged, and the owner stopped before it noticed.
-            run.status, run.error, action, self.continued = "CANCELLED", None, "return", False
-            run.epoch += 1
-        run.cancelled = False
+        if action == "continue":
+            held = _held_as(run, request)
+            if held is not None:  # It was acknowledged, and the owner stopped before it noticed.
+                run.status, run.error = held
+                run.wake_ms, action, self.continued = None, "return", False
+                run.epoch += 1
+        if self.continued or run.status == "CANCELLED":
+            run.control = run.control._replace(cancel=False, pause=False)
         #: Status and error of a completed run, and the number of its attempts: end() restores them if none was added.
         self._completion: tuple[str, str | None, int] | None = None
         if action == "continue" and run.status in COMPLETE and request.discard_from is None:
@@ -103,6 +111,7 @@ class _MemorySession(NullSession):
             run.session = weakref.ref(self) if request.ends else no_session
         self.execution, self._epoch = run.execution, run.epoch
         self._run, self._states, self._other_rows = run, run.states, run.other_rows
+        self.control = run.control
         self._calls, self.waiting, self.traceparent = run.calls, dict(run.waiting), run.traceparent
         self.places, self.notes = run.places, run.notes
 
@@ -242,6 +251,22 @@ class _MemorySession(NullSession):
             self._run.session = no_session
 
 
+def _held_as(run: MemoryRun, request: RunRequest) -> tuple[str, str | None] | None:
+    """Return the status and the error of a run that must not be continued; None if it may be."""
+    if run.control.cancel and run.status not in ENDED:
+        return "CANCELLED", None
+    if run.control.pause and request.is_automatic and run.status in ("RUNNING", *UNFINISHED):
+        return "SUSPENDED", PAUSED
+    return None
+
+
+def _request(run: MemoryRun, control: Control) -> None:
+    run.control = control
+    session = run.session()
+    if session is not None and session.on_control is not None:
+        session.on_control(control)
+
+
 def _with_input(call: StepCall | None, state: SavedState) -> StepCall | None:
     """Return a call with its input in stored form, which is made here of the attempt: most are never asked for it."""
     row = state.row
@@ -290,16 +315,58 @@ class _MemoryStore(MemoryReader, MemoryCells):
         Returns False if the run had ended. Raises CheckpointNotFound.
         """
         run = self._require_run(run_id)
-        session = run.session()
-        if session is not None:
-            run.cancelled = True
-            if session.on_cancel is not None:
-                session.on_cancel()
+        if run.session() is not None:
+            _request(run, run.control._replace(cancel=True))
         elif run.status in ENDED:
             return False
         else:
             run.status, run.wake_ms = "CANCELLED", None
         return True
+
+    async def pause(self, run_id: str) -> bool:
+        """Ask the owner of a run to begin no further attempt; one without an owner is SUSPENDED at once.
+
+        It stays so until somebody resumes it. Returns False if the run had ended. Raises CheckpointNotFound.
+        """
+        run = self._require_run(run_id)
+        is_free = run.session() is None
+        if is_free and run.status not in ("RUNNING", *UNFINISHED):
+            return False
+        _request(run, run.control._replace(pause=True))
+        if is_free:
+            run.status, run.error, run.wake_ms = "SUSPENDED", PAUSED, None
+        return True
+
+    async def unpause(self, run_id: str) -> bool:
+        """Take a pause back: the run is due, so that a worker continues it.
+
+        Returns False if it was not paused. Raises CheckpointNotFound.
+        """
+        run = self._require_run(run_id)
+        if not run.control.pause:
+            return False
+        run.control = run.control._replace(pause=False)
+        run.wake_ms = 0
+        return True
+
+    async def set_budget(self, run_id: str, limits: Mapping[str, float]) -> bool:
+        """Change limits of a run, by field of ExecutionBudget; one that waits for it is due at once.
+
+        They hold in the present execution, also for those who resume it. Returns False if the run is complete. Raises
+        CheckpointNotFound.
+        """
+        run = self._require_run(run_id)
+        is_free = run.session() is None
+        if is_free and run.status in COMPLETE:
+            return False
+        _request(run, run.control._replace(budget={**run.control.budget, **limits}))
+        if not is_free or run.error == BUDGET:
+            run.wake_ms = 0
+        return True
+
+    def is_request_pending(self, run_id: str) -> bool:
+        """Return False: the owner of a run reads a request when it is made."""
+        return False
 
     async def signal(self, run_id: str, waiting: Waiting) -> None:
         """Store the answer that a node waits for; ``waiting`` has the payload.

@@ -149,8 +149,8 @@ class PostgresRows:
         values = {"status": status, "error": error, "updated_ms": updated_ms, "wake_ms": wake_ms}
         return self._execute(sql.FINISH, {**values, **asdict(fence)}).rowcount == 1
 
-    def wake(self, run: RunRow) -> None:
-        self._execute(sql.WAKE, (run.run,))
+    def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
+        self._execute(sql.WAKE, (wake_ms, run.run))
 
     def due(self, pipeline: str, now_ms: int, limit: int) -> list[str]:
         run_ids = [run_id for (run_id,) in self._execute(sql.DUE, (pipeline, now_ms, limit)).fetchall()]
@@ -182,8 +182,8 @@ class PostgresRows:
         branch_key = None if branch is None else key(branch)
         self._execute(sql.DELETE_ANNOTATIONS, (run, position, branch_key, branch_key))
 
-    def cancel_requests(self, runs: list[int]) -> list[int]:
-        rows = self._execute(sql.CANCEL_REQUESTS, (runs, Annotation.CANCEL)).fetchall()
+    def with_requests(self, runs: list[int]) -> list[int]:
+        rows = self._execute(sql.WITH_REQUESTS, (runs, Annotation.REQUEST)).fetchall()
         requested = {run for (run,) in rows}
         return [run for run in runs if run in requested]
 

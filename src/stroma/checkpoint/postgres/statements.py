@@ -53,7 +53,7 @@ ANNOTATIONS: Final = (
 )
 DELETE_ANNOTATIONS: Final = """DELETE FROM steps WHERE run = %s AND execution = 0 AND position = %s
     AND (%s::bytea IS NULL OR branch_key = %s)"""
-CANCEL_REQUESTS: Final = "SELECT run FROM steps WHERE run = ANY(%s) AND execution = 0 AND position = %s"
+WITH_REQUESTS: Final = "SELECT run FROM steps WHERE run = ANY(%s) AND execution = 0 AND position = %s"
 # The fence: rows change only while this session is the last one that opened the run, and the run counts all attempts
 # that were acknowledged to it.
 _FENCE: Final = """WHERE run = %(run)s AND lease_epoch = %(epoch)s AND lease_owner = %(owner)s
@@ -92,7 +92,7 @@ COMMIT_OUTPUT: Final = f"{_RECORD_ATTEMPT}{_RECORD_OUTPUT} {_RESULT}"
 FINISH: Final = f"""UPDATE runs SET status = %(status)s, error = %(error)s,
     updated_ms = coalesce(%(updated_ms)s::bigint, {NOW_MS}), lease_until = NULL, wake_ms = CASE
     WHEN %(status)s::text IN ('SUSPENDED', 'INTERRUPTED') THEN least(wake_ms, %(wake_ms)s::bigint) END {_FENCE}"""
-WAKE: Final = "UPDATE runs SET wake_ms = 0 WHERE run = %s"
+WAKE: Final = "UPDATE runs SET wake_ms = %s WHERE run = %s"
 DUE: Final = """SELECT run_id FROM runs WHERE pipeline = %s AND wake_ms <= %s AND status IN ('SUSPENDED', 'INTERRUPTED')
     ORDER BY wake_ms LIMIT %s"""
 # Of owners on this machine it is known at once that they are gone; they may be few of very many.

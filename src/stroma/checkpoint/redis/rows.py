@@ -239,8 +239,8 @@ class RedisRows(RedisReader):
         self._append(run, "finish", run.run_id, *fields, text, ttl, *times)
         return True
 
-    def wake(self, run: RunRow) -> None:
-        self._write(run.run.prefix, "wake", run.run_id)
+    def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
+        self._write(run.run.prefix, "wake", run.run_id, "" if wake_ms is None else wake_ms)
 
     def is_complete(self, run: RunRow) -> bool:
         return True  # steps() and the claim check this, atomically with what they read.
@@ -304,7 +304,7 @@ class RedisRows(RedisReader):
             run.prefix, "delete_annotations", self._owners.get(run.run_id, ""), int(position), *branches
         )
 
-    def cancel_requests(self, runs: list[RedisRun]) -> list[RedisRun]:
+    def with_requests(self, runs: list[RedisRun]) -> list[RedisRun]:
         replies = self._get(*(("EXISTS", f"{run.prefix}annotations:-3") for run in runs)) if runs else []
         return [run for run, exists in zip(runs, replies, strict=True) if exists]
 

@@ -170,11 +170,13 @@ function ops.renew(token, epoch, owner, acknowledged, lease)
   return redis.call('HINCRBY', run, 'version', 1)
 end
 
--- Makes a run due at once: now if it is suspended, otherwise when it will be.
-function ops.wake(id)
+-- Sets from when on a run is due if it is suspended, or will be; '': never by itself.
+function ops.wake(id, wake)
   local status = redis.call('HGET', run, 'status')
   if not status then return 0 end
-  if status == 'RUNNING' then redis.call('HSET', run, 'wake_ms', 0) else set_wake(id, '0') end
+  if status ~= 'RUNNING' then set_wake(id, wake)
+  elseif wake ~= '' then redis.call('HSET', run, 'wake_ms', wake)
+  else redis.call('HDEL', run, 'wake_ms') end
   return 0
 end
 """

@@ -57,7 +57,7 @@ local function now_ms() return math.floor(now_us() / 1000) end
 
 local function keys_of(executions)
   local keys = {run, p .. 'inputs'}
-  for place = 2, 9 do keys[#keys + 1] = p .. 'annotations:-' .. place end
+  for place = 2, 10 do keys[#keys + 1] = p .. 'annotations:-' .. place end
   for e = 1, math.min(executions, MAX_EXECUTIONS) do
     for _, name in ipairs({'steps:', 'nodes:', 'attempts:', 'failed:', 'identities:'}) do keys[#keys + 1] = p .. name .. e end
   end

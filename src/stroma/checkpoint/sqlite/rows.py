@@ -73,13 +73,13 @@ _FENCE: Final = "WHERE run = ? AND lease_epoch = ? AND lease_owner = ? AND attem
 _COUNT: Final = f"""UPDATE runs SET updated_ms = ?, lease_until_ms = ?, tokens = tokens + ?, cost_pico = cost_pico + ?,
     latency_ns = latency_ns + ?, attempt_count = attempt_count + 1, commit_count = commit_count + ? {_FENCE}"""
 # 2 us instead of 12: without the sign, SQLite compiles the statement again for each position, because of the partial
-# index `cancel_requests`.
+# index `requests`.
 _IS_COMMITTED: Final = "SELECT 1 FROM steps WHERE run = ? AND execution = ? AND position = +? AND branch = ?"
 _ATTEMPT_COUNT: Final = "SELECT attempt_count FROM runs WHERE run = ?"
 # An answer that was stored since the run was claimed makes it due.
 _END: Final = f"""UPDATE runs SET status = ?, error = ?, updated_ms = ?, lease_until_ms = NULL,
     wake_ms = CASE WHEN ? THEN coalesce(min(wake_ms, ?), wake_ms, ?) END {_FENCE}"""
-_WAKE: Final = "UPDATE runs SET wake_ms = 0 WHERE run = ?"
+_WAKE: Final = "UPDATE runs SET wake_ms = ? WHERE run = ?"
 _DUE: Final = """SELECT run_id FROM runs WHERE pipeline = ? AND wake_ms <= ? AND status IN ('SUSPENDED', 'INTERRUPTED')
     ORDER BY wake_ms LIMIT ?"""
 _RUNNING: Final = """SELECT run_id, lease_owner, lease_until_ms FROM runs WHERE status = 'RUNNING' AND pipeline = ?
@@ -272,8 +272,8 @@ class SqliteRows:
         values = (status, error, at, status in UNFINISHED, wake_ms, wake_ms, *_fence_values(fence))
         return self.db.execute(_END, values).rowcount == 1
 
-    def wake(self, run: RunRow) -> None:
-        self.db.execute(_WAKE, (run.run,))
+    def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
+        self.db.execute(_WAKE, (wake_ms, run.run))
 
     def due(self, pipeline: str, now_ms: int, limit: int) -> list[str]:
         run_ids = [run_id for (run_id,) in self.db.execute(_DUE, (pipeline, now_ms, limit)).fetchall()]
@@ -298,7 +298,7 @@ class SqliteRows:
     def delete_annotations(self, run: int, position: int, branch: str | None = None) -> None:
         self.db.execute(_DELETE_ANNOTATIONS, (run, position, branch))
 
-    def cancel_requests(self, runs: list[int]) -> list[int]:
+    def with_requests(self, runs: list[int]) -> list[int]:
         rows = self.db.execute("SELECT run FROM steps WHERE position = -3").fetchall()
         requested = {run for (run,) in rows}
         return [run for run in runs if run in requested]

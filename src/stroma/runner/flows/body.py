@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import Sequence
+from functools import partial
 from time import perf_counter_ns
 from typing import Any, Final
 
@@ -100,9 +101,12 @@ async def _drive(flow: FlowRun, node: FlowNode, state: BaseModel) -> Any:
     context.run(CURRENT_DRIVER.set, driver)
     driver.body = driver.loop.create_task(flow.call_body(node, state), context=context)
     driver.body.add_done_callback(lambda _: driver.wake())
+    stop = partial(driver.stop, STOPPED)
+    driver.ctx.on_hold[stop] = None
     try:
         await _watch_over(driver, driver.body)
     finally:
+        driver.ctx.on_hold.pop(stop, None)
         # Whatever ends it: the body has to end before the run does.
         driver.closing = True
         driver.waits.close()

@@ -19,7 +19,7 @@ from stroma.contracts.schema import schema_of
 from stroma.engine.current import CURRENT
 from stroma.engine.execution import NodeExecution
 from stroma.engine.loop import plan_of, try_again
-from stroma.engine.outcome import Halt, Place, Stopped
+from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
 from stroma.engine.restore import restore
 from stroma.failures.failure import Failure
 from stroma.hooks.dispatch import HookNotAsync
@@ -116,7 +116,10 @@ async def make_step(
                 else Halt(read_failure(recorded.data))
             )
         elif (
-            is_alone and run.is_plain and type(node) is Node and not driver.unreached and not driver.ctx.stops
+            is_alone
+            and run.is_plain
+            and type(node) is Node
+            and not (driver.unreached or driver.ctx.stops or driver.ctx.holds or driver.ctx.limits)
         ):
             # What _execute() does, without its coroutines and what most steps do not need: 10 us in place of 18.
             ctx, attempt = driver.ctx, run.attempt
@@ -241,6 +244,8 @@ async def _make(run: FlowRun, node: Node | Group, state: BaseModel, place: Place
 async def _settle(run: FlowRun, halt: Halt, identity: str, input_key: bytes | None) -> None:
     """Record a failure that the body is to meet; of what it must not meet, the flow ends or waits."""
     driver = run.driver
+    if halt.suspended and driver.ctx.paused:
+        await driver.stop_here(STOPPED)
     if halt.suspended:
         wait = driver.waits.add(OpenWait(run.prefix + identity, halt.failure.message, is_of_step=True))
         try:

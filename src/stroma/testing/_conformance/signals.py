@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from stroma.checkpoint import (
     StoreError,
     Waiting,
 )
-from stroma.checkpoint.protocols import NOT_DONE, UnknownCall, effect_note
+from stroma.checkpoint.protocols import NOT_DONE, Control, UnknownCall, effect_note
 from stroma.contracts.schema import schema_of
 from stroma.testing._conformance.helpers import (
     State,
@@ -27,10 +28,14 @@ from stroma.testing._conformance.helpers import (
     restored,
     row,
     settled,
+    suspend_run,
 )
 from stroma.trace.events import AttemptUsage
 
 __all__ = ["SignalTests"]
+
+#: Factor of what a loaded machine may take longer.
+PATIENCE = 3.0
 
 
 class SignalTests:
@@ -165,13 +170,13 @@ class SignalTests:
         session = await begin(store)
         question = asyncio.Event()
         loop = asyncio.get_running_loop()
-        session.on_cancel = lambda: loop.call_soon_threadsafe(question.set)
+        session.on_control = lambda control: control.cancel and loop.call_soon_threadsafe(question.set)
         assert await settled(store.cancel("run")) is True
         await asyncio.wait_for(question.wait(), 10)
         await finish(session, "CANCELLED")
         again = await begin(store, if_exists="resume")
-        calls: list[int] = []
-        again.on_cancel = lambda: calls.append(1)
+        calls: list[Any] = []
+        again.on_control = calls.append
         await asyncio.sleep(1.5)
         assert calls == []
 
@@ -240,6 +245,138 @@ class SignalTests:
         await finish(await begin(store), "COMPLETED")
         assert await settled(store.cancel("run")) is False
         assert store.get_run("run").status == "COMPLETED"
+
+    async def test_requests_reach_the_owner(self, store: Any) -> None:
+        """The owner reads a request within a second, with all that hold, before it is no longer pending."""
+        session = await begin(store)
+        seen: list[Any] = []
+        session.on_control = seen.append
+        for ask in (
+            store.set_budget("run", {"max_cost_usd": 2.5, "max_latency_ms": 7}),
+            store.pause("run"),
+            store.set_budget("run", {"max_cost_usd": 3.0}),
+        ):
+            before, asked = len(seen), time.monotonic()
+            assert await settled(ask) is True
+            while await asyncio.to_thread(store.is_request_pending, "run"):
+                await asyncio.sleep(0.01)
+            assert len(seen) > before
+            assert time.monotonic() - asked < 1.0 * PATIENCE
+        assert seen[-1] == Control(pause=True, budget={"max_cost_usd": 3.0, "max_latency_ms": 7})
+        assert [one.pause for one in seen] == [False, True, True]
+
+    async def test_a_pause_outlives_its_owner(self, store: Any) -> None:
+        """If pause() was acknowledged and the owner died or stopped, only a resume by hand continues the run."""
+        for status in (None, "INTERRUPTED", "SUSPENDED"):
+            for is_read in (False, True):
+                run_id = f"run {status} {is_read}"
+                session = await begin(store, run_id)
+                await commit(session, 0, State(n=1))
+                if is_read:
+                    session.on_control = lambda control: None
+                assert await settled(store.pause(run_id)) is True
+                while is_read and await asyncio.to_thread(store.is_request_pending, run_id):
+                    await asyncio.sleep(0.01)
+                if status is None:
+                    session.abandon()
+                else:
+                    await settled(session.end(status, "waits", 0))
+                for automatic in ({"due_ms": 1}, {"only_unfinished": True}, {"if_exists": "attach"}):
+                    if status is None or "due_ms" in automatic:
+                        try:
+                            found = await begin(store, run_id, **{"if_exists": "resume", **automatic})
+                        except RunExists:
+                            continue  # It is SUSPENDED already, and not due.
+                        assert found.finished[:2] == ("SUSPENDED", "paused")
+                        assert not found.continued
+                        await finish(found, "COMPLETED")
+                record = store.get_run(run_id)
+                assert (record.status, record.error, record.holder) == ("SUSPENDED", "paused", None)
+                assert run_id not in store.due_runs("pipeline", 1 << 60, limit=100)
+                with pytest.raises(Fenced):
+                    await commit(session, 1, State())
+                # A resume takes it back, for whoever comes later too.
+                again = await begin(store, run_id, if_exists="resume")
+                assert (again.finished, again.continued) == (None, True)
+                assert restored(again) == {(0, ""): State(n=1)}
+                await finish(again, "INTERRUPTED")
+                later = await begin(store, run_id, if_exists="resume", due_ms=1)
+                assert (later.finished, later.continued) == (None, True)
+                later.abandon()
+
+    async def test_a_run_that_nobody_owns_is_paused(self, store: Any) -> None:
+        """pause() suspends it at once, does nothing to an ended one, and raises for an unknown one; no answer wakes it."""
+        with pytest.raises(CheckpointNotFound):
+            await settled(store.pause("run"))
+        await finish(await begin(store), "INTERRUPTED")
+        assert await settled(store.pause("run")) is True
+        assert (store.get_run("run").status, store.get_run("run").error) == ("SUSPENDED", "paused")
+        assert store.due_runs("pipeline", 1 << 60, limit=9) == []
+        assert await settled(store.pause("run")) is True
+        for status in ("COMPLETED", "FAILED", "CANCELLED", "PARTIAL"):
+            await finish(await begin(store, status), status, "why")
+            assert await settled(store.pause(status)) is False
+            assert store.get_run(status).status == status
+        question = await suspend_run(store, "asks")
+        assert await settled(store.pause("asks")) is True
+        await settled(store.signal("asks", question._replace(payload=b"1")))
+        worker = await begin(store, "asks", if_exists="resume", due_ms=1)
+        assert worker.finished[:2] == ("SUSPENDED", "paused")
+        await finish(worker, "SUSPENDED")
+        assert store.due_runs("pipeline", 1 << 60, limit=9) == []
+        again = await begin(store, "asks", if_exists="resume")
+        assert again.waiting[1, ""].payload == b"1"
+
+    async def test_a_pause_that_is_taken_back(self, store: Any) -> None:
+        """unpause() makes a paused run due for a worker; it returns False for one that is not paused."""
+        with pytest.raises(CheckpointNotFound):
+            await settled(store.unpause("run"))
+        await finish(await begin(store), "INTERRUPTED")
+        assert await settled(store.unpause("run")) is False
+        await settled(store.pause("run"))
+        assert await settled(store.unpause("run")) is True
+        assert store.due_runs("pipeline", 1, limit=9) == ["run"]
+        session = await begin(store, if_exists="resume", due_ms=1)
+        assert session.continued
+        # While its owner lives: the run is due when that has stopped.
+        assert await settled(store.pause("run")) is True
+        assert await settled(store.unpause("run")) is True
+        await finish(session, "SUSPENDED", "paused")
+        assert store.due_runs("pipeline", 1, limit=9) == ["run"]
+        assert (await begin(store, if_exists="resume", due_ms=1)).continued
+
+    async def test_a_budget_holds_for_the_execution(self, store: Any) -> None:
+        """Limits that were set hold for all who continue the execution, and not for the next one."""
+        with pytest.raises(CheckpointNotFound):
+            await settled(store.set_budget("run", {"max_cost_usd": 1.0}))
+        session = await begin(store)
+        assert session.control.budget == {}
+        for limits in ({"max_cost_usd": 1.0, "max_tokens_total": 5}, {"max_cost_usd": 2.0}):
+            assert await settled(store.set_budget("run", limits)) is True
+        await finish(session, "SUSPENDED", "budget")
+        # Its owner may not have read them.
+        assert store.due_runs("pipeline", 1, limit=9) == ["run"]
+        for _ in range(2):
+            again = await begin(store, if_exists="resume")
+            assert again.control == Control(budget={"max_cost_usd": 2.0, "max_tokens_total": 5})
+            await finish(again, "SUSPENDED", "budget")
+        assert store.due_runs("pipeline", 1 << 60, limit=9) == []
+        assert await settled(store.set_budget("run", {"max_cost_usd": 4.0})) is True
+        assert store.due_runs("pipeline", 1, limit=9) == ["run"]
+        more = await begin(store, if_exists="resume", due_ms=1)
+        assert more.control.budget == {"max_cost_usd": 4.0, "max_tokens_total": 5}
+        await finish(more)
+        assert await settled(store.set_budget("run", {"max_cost_usd": 9.0})) is False
+        assert (await begin(store, if_exists="restart")).control.budget == {}
+
+    async def test_a_fork_has_no_requests(self, store: Any) -> None:
+        """A fork of a paused run is not paused, and has its own budget."""
+        await commit(await begin(store), 0, State())
+        await settled(store.set_budget("run", {"max_cost_usd": 1.0}))
+        await settled(store.pause("run"))
+        await settled(store.fork("run", "fork", 1))
+        session = await begin(store, "fork", if_exists="resume", only_unfinished=True)
+        assert (session.continued, session.control) == (True, Control())
 
     async def test_forks(self, store: Any) -> None:
         """A fork has the commits of its parent before a position, at no cost, and does not change the parent."""

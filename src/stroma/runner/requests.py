@@ -1,0 +1,58 @@
+"""Requests about a run in a store, and the wait until its owner has read them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any, Final
+
+from stroma.checkpoint import CheckpointNotFound
+from stroma.cost.budget import ExecutionBudget
+
+__all__ = ["limits_of", "request"]
+
+logger = logging.getLogger("stroma")
+
+_OWNER_SECONDS: Final = 5.0  # in which a living owner has read a request
+_POLL_SECONDS: Final = (0.01, 0.1)
+
+
+def limits_of(tokens: int | None, cost_usd: float | None, latency_ms: int | None) -> Mapping[str, float]:
+    """Return limits by field of ExecutionBudget. Raises ValueError without one, pydantic's ValidationError for a bad one."""
+    budget = ExecutionBudget(max_tokens_total=tokens, max_cost_usd=cost_usd, max_latency_ms=latency_ms)
+    limits: dict[str, float] = budget.model_dump(exclude_none=True)
+    if not limits:
+        raise ValueError("no limit is set; pass tokens=, cost_usd= or latency_ms=")
+    return limits
+
+
+async def request(store: Any, run_id: str, method: str, *arguments: Any) -> bool:
+    """Call a method of a store about a run, and wait until the owner of the run has read the request.
+
+    Returns what the method does. A stored request holds, whatever becomes of the owner; one that does not answer within
+    5 seconds, since its process is stopped, is only warned of. Raises CheckpointNotFound, StoreError.
+    """
+    done: bool = await getattr(store, method)(run_id, *arguments)
+    loop = asyncio.get_running_loop()
+    until, pause, was_pending = loop.time() + _OWNER_SECONDS, _POLL_SECONDS[0], False
+    while done and await asyncio.to_thread(store.is_request_pending, run_id):
+        was_pending = True
+        if loop.time() > until:
+            logger.warning("the owner of run %r has not read the request yet; it is stored and holds", run_id)
+            return True
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, _POLL_SECONDS[1])
+    if was_pending and method in ("cancel", "pause"):
+        record = await asyncio.to_thread(store.get_run, run_id)
+        if (
+            record is not None
+            and record.holder is None
+            and record.status in ("RUNNING", "INTERRUPTED", "SUSPENDED")
+        ):
+            # The owner stopped instead of reading it: the run has its status now, and not when somebody opens it.
+            try:
+                await getattr(store, method)(run_id)
+            except CheckpointNotFound:
+                pass
+    return done
