@@ -253,7 +253,9 @@ class ReliabilityContext:
             if result is not None:
                 self.call_end_hooks_now(result)
             return
-        message = None if error is None else typed(kind_of(error), message_of(error))
+        message = "; ".join(self.suspended) if status is RunStatus.SUSPENDED else None
+        if error is not None:
+            message = typed(kind_of(error), message_of(error))
         cancelled = await self.end_and_announce(status, message, result)
         if cancelled and error is None:
             raise asyncio.CancelledError

@@ -281,7 +281,12 @@ class SignalTests:
                     session.abandon()
                 else:
                     await settled(session.end(status, "waits", 0))
-                for automatic in ({"due_ms": 1}, {"only_unfinished": True}, {"if_exists": "attach"}):
+                automatic_requests: list[dict[str, Any]] = [
+                    {"due_ms": 1},
+                    {"only_unfinished": True},
+                    {"if_exists": "attach"},
+                ]
+                for automatic in automatic_requests:
                     if status is None or "due_ms" in automatic:
                         try:
                             found = await begin(store, run_id, **{"if_exists": "resume", **automatic})

@@ -1,0 +1,492 @@
+"""Pause, cancel and budget of living runs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+from tests.fixtures import store_fixture
+from tests.shared_stores import DURABLE, opened, place
+
+from stroma import (
+    CheckpointNotFound,
+    ExecutionBudget,
+    ExecutionResult,
+    FailureClass,
+    Journal,
+    Limit,
+    NodeHooks,
+    Pipeline,
+    RunStatus,
+    StoreError,
+    StromaRunner,
+    current_node,
+    map_over,
+    parallel,
+    stroma_flow,
+)
+from stroma.engine.context import ReliabilityContext
+from stroma.failures import FailurePolicy
+from stroma.runner.steps import execute_step
+
+store = store_fixture("memory", "sqlite", "redis", "postgres")
+
+
+class Num(BaseModel):
+    n: int = 0
+    items: list[int] = []
+
+
+class Gate:
+    """Nodes that log their calls; a call of a name waits until it is opened."""
+
+    def __init__(self, runner: StromaRunner) -> None:
+        self.runner = runner
+        self.calls: list[str] = []
+        self.closed: dict[str, asyncio.Event] = {}
+        self.reached: dict[str, asyncio.Event] = {}
+
+    def close(self, *names: str) -> None:
+        for name in names:
+            self.closed[name], self.reached[name] = asyncio.Event(), asyncio.Event()
+
+    def open(self) -> None:
+        for event in self.closed.values():
+            event.set()
+
+    def node(self, name: str, *, tokens: int = 0, fails: int = 0) -> Any:
+        failures = [ConnectionError("no")] * fails
+
+        @self.runner.node(name, input=Num, output=Num)
+        async def func(state: Num) -> Any:
+            self.calls.append(name)
+            if name in self.closed:
+                self.reached[name].set()
+                await self.closed[name].wait()
+            if tokens:
+                current = current_node()
+                assert current is not None
+                current.report_usage(input_tokens=tokens)
+            if failures:
+                raise failures.pop()
+            return {"n": state.n + 1, "items": state.items}
+
+        return func
+
+
+def gate_of(store: Any, **config: Any) -> Gate:
+    config.setdefault("policy_map", _retries(0))
+    return Gate(StromaRunner.quick(store=store, **config))
+
+
+def _retries(number: int, seconds: float = 0.0) -> Any:
+    policy = FailurePolicy(max_retries=number, backoff_seconds=seconds, jitter=False)
+    return dict.fromkeys(FailureClass, policy)
+
+
+def record_of(gate: Gate, run_id: str = "r") -> Any:
+    store: Any = gate.runner.checkpoint_manager.store
+    return store.get_run(run_id)
+
+
+async def test_a_pause_ends_a_list_after_its_node(store: Any) -> None:
+    """The node at work finishes and is committed; the run is SUSPENDED with reason "paused", and a resume goes on there."""
+    gate = gate_of(store)
+    gate.close("a")
+    nodes = Pipeline("list", [gate.node("a"), gate.node("b")])
+    run = asyncio.create_task(gate.runner.run(nodes, Num(), run_id="r"))
+    await gate.reached["a"].wait()
+    assert await gate.runner.pause("r") is True
+    gate.open()
+    result = await run
+    assert (result.status, result.suspended, result.failure) == (RunStatus.SUSPENDED, ["paused"], None)
+    assert gate.calls == ["a"]
+    record = record_of(gate)
+    assert (record.status, record.error, record.nodes, record.holder) == ("SUSPENDED", "paused", 1, None)
+    assert await gate.runner.recover(nodes) == {}
+    again = await gate.runner.resume(nodes, "r")
+    assert (again.status, gate.calls) == (RunStatus.RESUMED, ["a", "b"])
+    assert await gate.runner.pause("r") is False
+
+
+async def test_a_request_needs_a_run_and_a_journal() -> None:
+    """An unknown run is CheckpointNotFound, a store without a journal a StoreError, a bad limit an error of its own."""
+
+    class Plain:
+        async def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
+        async def load(self, run_id: str, node_id: str) -> None: ...
+
+    runner = StromaRunner.quick()
+    with pytest.raises(CheckpointNotFound):
+        await runner.pause("nobody")
+    with pytest.raises(CheckpointNotFound):
+        await runner.unpause("nobody")
+    with pytest.raises(CheckpointNotFound):
+        await runner.set_budget("nobody", tokens=1)
+    with pytest.raises(ValueError, match="no limit is set"):
+        await runner.set_budget("nobody")
+    with pytest.raises(ValidationError):
+        await runner.set_budget("nobody", cost_usd=-1.0)
+    plain: Any = Plain()
+    for request in (StromaRunner.quick(store=plain).pause("r"), StromaRunner.quick(store=plain).unpause("r")):
+        with pytest.raises(StoreError, match="no journal of runs"):
+            await request
+
+
+async def test_a_pause_holds_in_groups(store: Any) -> None:
+    """Children at work finish and are committed, others are not begun; a resume calls only those."""
+    gate = gate_of(store)
+    gate.close("a", "b")
+    group = parallel(*(gate.node(name) for name in "abcd"), max_concurrency=2)
+    nodes = Pipeline("group", [group, gate.node("e")])
+    run = asyncio.create_task(gate.runner.run(nodes, Num(), run_id="r"))
+    await asyncio.gather(*(gate.reached[name].wait() for name in "ab"))
+    await gate.runner.pause("r")
+    gate.open()
+    result = await run
+    assert (result.status, result.suspended, sorted(gate.calls)) == ("SUSPENDED", ["paused"], ["a", "b"])
+    again = await gate.runner.resume(nodes, "r", input_schema=Num)
+    assert (again.status, sorted(gate.calls)) == ("RESUMED", ["a", "b", "c", "d", "e"])
+
+
+@pytest.mark.parametrize("into", ["outputs", "journal"])
+async def test_a_pause_holds_in_maps(store: Any, into: str) -> None:
+    """Items at work finish and are committed, no other one is begun, nor read; a resume calls only those."""
+    gate = gate_of(store)
+    gate.close("item")
+    read: list[int] = []
+
+    def items(state: Any) -> Any:
+        for n in range(50):
+            read.append(n)
+            yield {"n": n}
+
+    mapped = map_over(
+        items, gate.node("item"), into=Journal() if into == "journal" else "outputs", max_concurrency=3
+    )
+    nodes = Pipeline("map", [gate.node("first"), mapped])
+    run = asyncio.create_task(gate.runner.run(nodes, Num(), run_id="r"))
+    await gate.reached["item"].wait()
+    while gate.calls.count("item") < 3:
+        await asyncio.sleep(0)
+    await gate.runner.pause("r")
+    gate.open()
+    result = await run
+    assert (result.status, result.suspended) == ("SUSPENDED", ["paused"])
+    assert gate.calls.count("item") == 3
+    assert len(read) < 10
+    again = await gate.runner.resume(nodes, "r")
+    assert again.status == "RESUMED", again.failure
+    assert (gate.calls.count("first"), gate.calls.count("item")) == (1, 50)
+
+
+async def test_a_pause_ends_the_wait_for_a_retry(store: Any) -> None:
+    """A run that waits an hour between two attempts is SUSPENDED at once; the next attempt is made after the resume."""
+    gate = gate_of(store, policy_map=_retries(1, 3600))
+    waiting = asyncio.Event()
+
+    async def retry(*_: Any) -> None:
+        waiting.set()
+
+    gate.runner.with_hooks(NodeHooks(on_node_retry=retry))
+    nodes = Pipeline("retry", [gate.node("a", fails=1), gate.node("b")])
+    run = asyncio.create_task(gate.runner.run(nodes, Num(), run_id="r"))
+    await waiting.wait()
+    await asyncio.sleep(0)
+    await gate.runner.pause("r")
+    result = await asyncio.wait_for(run, 5)
+    assert (result.status, result.suspended, gate.calls) == ("SUSPENDED", ["paused"], ["a"])
+    assert (await gate.runner.resume(nodes, "r")).status == "RESUMED"
+    assert gate.calls == ["a", "a", "b"]
+
+
+async def test_a_pause_ends_the_wait_for_a_turn() -> None:
+    """An attempt that is queued for a limit is not made."""
+    limit = Limit(requests_per_minute=1)
+    gate = gate_of(None, limits={"a": limit}, node_limits={"b": "a"})
+    queued = asyncio.Event()
+
+    async def wait(*_: Any) -> None:
+        queued.set()
+
+    gate.runner.with_hooks(NodeHooks(on_node_wait=wait))
+    nodes = Pipeline("turn", [gate.node("a"), gate.node("b")])
+    run = asyncio.create_task(gate.runner.run(nodes, Num(), run_id="r"))
+    await queued.wait()
+    await gate.runner.pause("r")
+    result = await asyncio.wait_for(run, 5)
+    assert (result.status, result.suspended, gate.calls) == ("SUSPENDED", ["paused"], ["a"])
+    assert [mark.kind for mark in result.trace.marks] == ["wait"]
+
+
+async def test_a_pause_holds_in_flows(store: Any) -> None:
+    """Steps at work finish and are committed; the body makes no other one, whatever it does; a resume replays it."""
+    gate = gate_of(store)
+    gate.close("b")
+    steps = {name: gate.node(name) for name in "abc"}
+
+    @stroma_flow("flow", input=Num, output=Num)
+    async def flow(flow: Any, state: Num) -> Num:
+        state = await flow.step(steps["a"], state)
+        b, c = await asyncio.gather(flow.step(steps["b"], state), _later(flow, state))
+        return await flow.step(steps["a"], b)
+
+    async def _later(flow: Any, state: Num) -> Any:
+        await asyncio.sleep(0.05 if gate.closed["b"].is_set() else 3600)
+        return await flow.step(steps["c"], state)
+
+    run = asyncio.create_task(gate.runner.run(flow, Num(), run_id="r"))
+    await gate.reached["b"].wait()
+    await gate.runner.pause("r")
+    gate.open()
+    result = await asyncio.wait_for(run, 10)
+    assert (result.status, result.suspended, gate.calls) == ("SUSPENDED", ["paused"], ["a", "b"])
+    again = await gate.runner.resume(flow, "r")
+    assert (again.status, gate.calls) == ("RESUMED", ["a", "b", "c", "a"])
+
+
+async def test_a_pause_ends_the_waits_of_a_flow(store: Any) -> None:
+    """A flow that sleeps in the process is SUSPENDED at once, and no worker wakes it; unpause() hands it to one."""
+    gate = gate_of(store)
+    asleep = asyncio.Event()
+    step = gate.node("a")
+
+    @stroma_flow("sleeper", input=Num, output=Num)
+    async def flow(flow: Any, state: Num) -> Num:
+        state = await flow.step(step, state)
+        asleep.set()
+        await flow.sleep(seconds=0.5)
+        return await flow.step(step, state)
+
+    run = asyncio.create_task(gate.runner.run(flow, Num(), run_id="r"))
+    await asleep.wait()
+    await gate.runner.pause("r")
+    result = await asyncio.wait_for(run, 5)
+    assert (result.status, result.suspended, gate.calls) == ("SUSPENDED", ["paused"], ["a"])
+    store_: Any = gate.runner.checkpoint_manager.store
+    assert store_.due_runs("sleeper", 1 << 60, limit=9) == []
+    assert await gate.runner.unpause("r") is True
+    outcomes: dict[str, Any] = {}
+
+    def note(run_id: str, outcome: Any) -> None:
+        outcomes[run_id] = outcome
+        asyncio.get_running_loop().create_task(gate.runner.shutdown(drain_seconds=0))
+
+    await asyncio.wait_for(gate.runner.serve(flow, poll_seconds=0.05, on_result=note), 20)
+    assert isinstance(outcomes["r"], ExecutionResult)
+    assert (outcomes["r"].status, gate.calls) == ("RESUMED", ["a", "a"])
+
+
+async def test_a_pause_of_plain_code(store: Any) -> None:
+    """Under ``async with ctx`` the step at work finishes, the next one is SUSPENDED, and so is the run."""
+    gate = gate_of(store)
+    gate.close("a")
+
+    async def code() -> list[Any]:
+        config = gate.runner.config.model_copy(update={"run_id": "r", "resume": True})
+        ctx = ReliabilityContext.for_run(config, gate.runner.registry, gate.runner.checkpoint_manager)
+        results = []
+        async with ctx:
+            for name in "ab":
+                results.append(await execute_step(name, nodes[name], Num(), ctx))
+        return [result.status for result in results]
+
+    nodes = {name: gate.node(name) for name in "ab"}
+    run = asyncio.create_task(code())
+    await gate.reached["a"].wait()
+    await gate.runner.pause("r")
+    gate.open()
+    assert (await run, gate.calls) == (["COMPLETED", "SUSPENDED"], ["a"])
+    assert (record_of(gate).status, record_of(gate).error) == ("SUSPENDED", "paused")
+    assert (await code(), gate.calls) == (["COMPLETED", "COMPLETED"], ["a", "b"])
+
+
+async def test_paused_time_is_in_no_latency_budget(store: Any) -> None:
+    """A run that was paused for longer than its latency budget ends within it."""
+    gate = gate_of(store, budget=ExecutionBudget(max_latency_ms=500))
+    gate.close("a")
+    nodes = Pipeline("late", [gate.node("a"), gate.node("b")])
+    run = asyncio.create_task(gate.runner.run(nodes, Num(), run_id="r"))
+    await gate.reached["a"].wait()
+    gate.open()
+    await gate.runner.pause("r")
+    if (await run).status == "SUSPENDED":
+        await asyncio.sleep(0.6)
+        assert (await gate.runner.resume(nodes, "r")).status == "RESUMED"
+
+
+async def test_no_attempt_begins_after_a_cancel_has_returned(store: Any) -> None:
+    """Once cancel() has returned, not even an attempt of another task of the run begins."""
+    gate = gate_of(store)
+    begun: list[float] = []
+
+    @gate.runner.node("item", input=Num, output=Num)
+    async def item(state: Num) -> Any:
+        begun.append(time.monotonic())
+        await asyncio.sleep(0.001)
+        return {}
+
+    mapped = map_over(
+        lambda state: ({"n": n} for n in range(100_000)), item, into=Journal(), max_concurrency=8
+    )
+    nodes = Pipeline("many", [gate.node("first"), mapped])
+    run = asyncio.create_task(gate.runner.run(nodes, Num(), run_id="r"))
+    while len(begun) < 20:
+        await asyncio.sleep(0.001)
+    assert await gate.runner.cancel("r") is True
+    returned = time.monotonic()
+    result = await run
+    assert result.status == "CANCELLED"
+    assert max(begun) <= returned
+    assert record_of(gate).status == "CANCELLED"
+
+
+# ---------------------------------------------------------------------- budgets
+
+
+async def test_a_raise_applies_before_the_next_attempt(store: Any) -> None:
+    """A budget that is raised while a node is at work is the one that its output and the next node meet."""
+    gate = gate_of(store, budget=ExecutionBudget(max_tokens_total=10))
+    gate.close("a")
+    nodes = Pipeline("raised", [gate.node("a", tokens=8), gate.node("b", tokens=8)])
+    run = asyncio.create_task(gate.runner.run(nodes, Num(), run_id="r"))
+    await gate.reached["a"].wait()
+    assert await gate.runner.set_budget("r", tokens=20) is True
+    gate.open()
+    assert (await run).status == "COMPLETED"
+    assert await gate.runner.set_budget("r", tokens=30) is False
+
+
+async def test_a_limit_that_is_set_later_applies(store: Any) -> None:
+    """A run without a budget, a flow too, ends PARTIAL over a limit that is set while it runs."""
+    gate = gate_of(store)
+    gate.close("a")
+    steps = {name: gate.node(name, tokens=8) for name in "abc"}
+
+    @stroma_flow("flow", input=Num, output=Num)
+    async def flow(flow: Any, state: Num) -> Num:
+        for name in "abc":
+            state = await flow.step(steps[name], state)
+        return state
+
+    for nodes in (Pipeline("list", list(steps.values())), flow):
+        gate.close("a")
+        gate.calls.clear()
+        run = asyncio.create_task(gate.runner.run(nodes, Num(), run_id="r"))
+        await gate.reached["a"].wait()
+        assert await gate.runner.set_budget("r", tokens=10) is True
+        gate.open()
+        result = await run
+        assert (result.status, gate.calls) == ("PARTIAL", ["a", "b"])
+        assert result.failure is not None
+        # It holds for those who resume the run, with the config of another process.
+        again = await gate.runner.resume(nodes, "r")
+        assert (again.status, gate.calls) == ("PARTIAL", ["a", "b"])
+
+
+@pytest.mark.parametrize("kind", ["list", "flow", "group", "map"])
+async def test_a_run_waits_for_its_budget(store: Any, kind: str) -> None:
+    """With on_budget="wait" it is SUSPENDED with reason "budget"; after a raise a worker goes on, and buys nothing again."""
+    gate = gate_of(store, budget=ExecutionBudget(max_tokens_total=10), on_budget="wait")
+    steps = {name: gate.node(name, tokens=8) for name in "abcd"}
+
+    @stroma_flow("flow", input=Num, output=Num)
+    async def flow(flow: Any, state: Num) -> Num:
+        for name in "abcd":
+            state = await flow.step(steps[name], state)
+        return state
+
+    def four(state: Any) -> Any:
+        return [{"n": n} for n in range(4)]
+
+    first = gate.node("first")
+    nodes: Any = {
+        "list": Pipeline("list", list(steps.values())),
+        "flow": flow,
+        "group": Pipeline("group", [first, parallel(*steps.values(), max_concurrency=1)]),
+        "map": Pipeline("map", [first, map_over(four, steps["a"], into="outputs", max_concurrency=1)]),
+    }[kind]
+    result = await gate.runner.run(nodes, Num(items=[1, 2, 3, 4]), run_id="r")
+    assert (result.status, result.suspended, result.failure) == ("SUSPENDED", ["budget"], None)
+    assert len([name for name in gate.calls if name != "first"]) == 2
+    assert (record_of(gate).status, record_of(gate).error) == ("SUSPENDED", "budget")
+    store_: Any = gate.runner.checkpoint_manager.store
+    assert store_.due_runs(kind, 1 << 60, limit=9) == []
+    # A resume without a raise, or with one that is too small, calls nothing.
+    assert (await gate.runner.resume(nodes, "r")).suspended == ["budget"]
+    assert await gate.runner.set_budget("r", tokens=12) is True
+    assert len([name for name in gate.calls if name != "first"]) == 2
+    outcomes: list[Any] = []
+
+    def note(run_id: str, outcome: Any) -> None:
+        outcomes.append(outcome)
+        if len(outcomes) == 2:
+            asyncio.get_running_loop().create_task(gate.runner.shutdown(drain_seconds=0))
+
+    serving = asyncio.create_task(gate.runner.serve(nodes, poll_seconds=0.05, on_result=note))
+    while not outcomes:
+        await asyncio.sleep(0.01)
+    assert outcomes[0].suspended == ["budget"]
+    assert await gate.runner.set_budget("r", tokens=32) is True
+    await asyncio.wait_for(serving, 20)
+    assert outcomes[1].status == "RESUMED", outcomes[1].failure
+    assert len([name for name in gate.calls if name != "first"]) == 4
+    assert outcomes[1].total_tokens == 16
+
+
+async def test_a_raise_while_the_run_stops_is_not_lost(store: Any) -> None:
+    """A raise that comes between the crossed limit and the end of the run makes the run due."""
+    ended = asyncio.Event()
+    go = asyncio.Event()
+
+    async def end(*_: Any) -> None:
+        ended.set()
+        await go.wait()
+
+    gate = gate_of(store, budget=ExecutionBudget(max_tokens_total=1), on_budget="wait")
+    gate.runner.with_hooks(NodeHooks(on_node_failure=end))
+    nodes = Pipeline("late", [gate.node("a", tokens=8), gate.node("b")])
+    run = asyncio.create_task(gate.runner.run(nodes, Num(), run_id="r"))
+    await ended.wait()
+    assert await gate.runner.set_budget("r", tokens=9) is True
+    go.set()
+    assert (await run).suspended == ["budget"]
+    store_: Any = gate.runner.checkpoint_manager.store
+    assert store_.due_runs("late", 1 << 60, limit=9) == ["r"]
+    assert (await gate.runner.resume(nodes, "r")).status == "RESUMED"
+    assert gate.calls == ["a", "b"]
+
+
+# ---------------------------------------------------------------------- between stores
+
+
+@pytest.mark.parametrize("kind", DURABLE)
+async def test_a_request_of_another_process_applies_within_a_second(kind: str) -> None:
+    """A pause by another client of the store returns within a second, and nothing begins after it."""
+    with place(kind) as where, opened(kind, where) as store, opened(kind, where) as other:
+        gate = gate_of(store)
+        begun: list[float] = []
+
+        @gate.runner.node("item", input=Num, output=Num)
+        async def item(state: Num) -> Any:
+            begun.append(time.monotonic())
+            await asyncio.sleep(0.002)
+            return {}
+
+        mapped = map_over(
+            lambda state: ({"n": n} for n in range(100_000)), item, into=Journal(), max_concurrency=4
+        )
+        nodes = Pipeline("many", [gate.node("first"), mapped])
+        run = asyncio.create_task(gate.runner.run(nodes, Num(), run_id="r"))
+        while len(begun) < 10:
+            await asyncio.sleep(0.005)
+        asked = time.monotonic()
+        assert await StromaRunner.quick(store=other).pause("r") is True
+        returned = time.monotonic()
+        result = await run
+        assert (result.status, result.suspended) == ("SUSPENDED", ["paused"])
+        assert max(begun) <= returned
+        assert returned - asked < 3.0  # 1 s, and what a loaded machine takes longer
