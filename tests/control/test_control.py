@@ -231,7 +231,7 @@ async def test_a_pause_holds_in_flows(store: Any) -> None:
     @stroma_flow("flow", input=Num, output=Num)
     async def flow(flow: Any, state: Num) -> Num:
         state = await flow.step(steps["a"], state)
-        b, c = await asyncio.gather(flow.step(steps["b"], state), _later(flow, state))
+        b, _ = await asyncio.gather(flow.step(steps["b"], state), _later(flow, state))
         return await flow.step(steps["a"], b)
 
     async def _later(flow: Any, state: Num) -> Any:

@@ -1,0 +1,81 @@
+"""A pause that was acknowledged holds, whatever becomes of the process that the run was in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.checkpoint.dying_helper import State, pipeline
+from tests.servers import environment
+from tests.shared_stores import SHARED, opened, place
+
+from stroma import ExecutionResult, StromaRunner
+
+
+@pytest.fixture(params=SHARED)
+def journal(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    with place(request.param) as where:
+        yield request.param, where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["recover", "serve", "unpause"])
+def test_killed_before_it_knew(journal: tuple[str, str], tmp_path: Path, way: str) -> None:
+    """recover() and workers find the run SUSPENDED, and call nothing; once the pause is taken back, a worker does."""
+    wish = {"run_id": "r", "hang": True, "calls": str(tmp_path / "calls"), "options": {"lease_seconds": 1.0}}
+    command = [sys.executable, "-m", "tests.checkpoint.dying_helper", *journal, json.dumps(wish)]
+
+    async def serve_once(runner: StromaRunner) -> Any:
+        outcomes: list[Any] = []
+
+        def note(run_id: str, outcome: Any) -> None:
+            outcomes.append(outcome)
+            asyncio.get_running_loop().create_task(runner.shutdown(drain_seconds=0))
+
+        await asyncio.wait_for(runner.serve(pipeline(wish), poll_seconds=0.1, on_result=note), 30)
+        return outcomes[0]
+
+    async def outcome() -> Any:
+        with opened(*journal) as store:
+            runner = StromaRunner.quick(store=store)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+            assert process.stdout is not None
+            with process:
+                assert process.stdout.readline() == "calling\n"
+                # Stopped, it reads no request; killed, it never will.
+                process.send_signal(signal.SIGSTOP)
+                assert await runner.pause("r") is True
+                process.kill()
+            wish["hang"] = False
+            nodes = pipeline(wish)
+            if way == "recover":
+                return (await runner.recover(nodes)).get("r")
+            if way == "serve":
+                record = store.get_run("r")
+                assert (record.status, record.error) == ("SUSPENDED", "paused")
+                serving = asyncio.create_task(serve_once(runner))
+                await asyncio.wait([serving], timeout=1.0)
+                assert not serving.done()
+                await runner.shutdown(drain_seconds=0)
+                serving.cancel()
+                return None
+            assert await runner.unpause("r") is True
+            return await serve_once(runner)
+
+    result = asyncio.run(outcome())
+    calls = (tmp_path / "calls").read_text()
+    with opened(*journal) as store:
+        status = store.get_run("r").status
+    if way == "unpause":
+        assert isinstance(result, ExecutionResult)
+        assert (result.status, status, calls) == ("RESUMED", "RESUMED", "call\ncall\n")
+    else:
+        assert result is None  # There was nothing to recover any more.
+        assert (status, calls) == ("SUSPENDED", "call\n")
