@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.checkpoint.dying_helper import State, pipeline
+from tests.checkpoint.dying_helper import pipeline
 from tests.servers import environment
 from tests.shared_stores import SHARED, opened, place
 

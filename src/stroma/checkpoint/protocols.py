@@ -347,10 +347,6 @@ class Control(NamedTuple):
 
 NO_CONTROL: Final = Control()
 
-#: Reasons of suspended runs: somebody paused it; it reached its budget and waits for a raise.
-PAUSED: Final = "paused"
-BUDGET: Final = "budget"
-
 
 class Charge(Protocol):
     """Changes of cells that a session makes in the transaction that records an attempt."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from stroma._utils.text import typed
 
 __all__ = [
+    "BUDGET",
+    "PAUSED",
     "PICO",
     "Attempt",
     "AttemptMark",
@@ -26,6 +28,10 @@ __all__ = [
     "parse_run_mark",
 ]
 
+
+#: Reasons of suspended runs: somebody paused it; it reached its budget and waits for a raise.
+PAUSED: Final = "paused"
+BUDGET: Final = "budget"
 
 PICO: Final = 10**12  # Costs are stored in whole pico-dollars: sums are exact in any order.
 
@@ -110,6 +116,13 @@ class RunRecord:
     cause: Cause | None = field(default=None, compare=False)
     failures: int = field(default=0, compare=False)
     epoch: int = field(default=0, compare=False)
+
+    @property
+    def waits_for(self) -> Literal["resume", "budget"] | None:
+        """What a suspended run waits for if no answer continues it: that a pause is taken back, or a larger budget."""
+        if self.status != "SUSPENDED":
+            return None
+        return "resume" if self.error == PAUSED else "budget" if self.error == BUDGET else None
 
 
 class RunPage(NamedTuple):

@@ -34,6 +34,7 @@ _COMMANDS: Final = {
         "Serve runs of a Temporal task queue (extra `temporal`).",
     ),
     "approve": ("stroma.cli.commands.approve:approve", "Answer a suspended run."),
+    "pause": ("stroma.cli.commands.pause:pause", "Pause a run until somebody resumes it."),
     "cancel": ("stroma.cli.commands.cancel:cancel", "Cancel a run, whichever process runs it."),
     "check": (
         "stroma.cli.commands.check:check",
@@ -63,7 +64,7 @@ _COMMANDS: Final = {
     ),
     "budget": (
         "stroma.cli.commands.budget:budget",
-        "Show a shared budget: spent, reserved, remaining.",
+        "Show a shared budget, or change the budget of a run.",
     ),
     "limit": (
         "stroma.cli.commands.limit:limit",

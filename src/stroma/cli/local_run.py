@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from stroma._utils.text import clean, format_duration
+from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.errors import (
     CheckpointNotFound,
     CorruptCheckpoint,
@@ -39,6 +40,7 @@ from stroma.engine.config import RunConfig
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.hooks.sets import HookError, flatten
 from stroma.runner.pipeline import Pipeline
+from stroma.runner.requests import limits_of
 from stroma.runner.runner import StromaRunner
 from stroma.trace.result import ExecutionResult, RunStatus
 
@@ -160,6 +162,17 @@ class LocalRun:
             except Exception as error:
                 raise self._failure_problem(error, "the run failed") from error
 
+    async def _set_budget(self) -> None:
+        """Store limits of the command for a run that is resumed: those of `stroma budget` would hold in their place."""
+        record, options = self.record, self.options
+        if record is None or record.holder is not None or self.start_at is not None:
+            return
+        if (options.budget_tokens, options.budget_usd) != (None, None) and isinstance(
+            self.db.store, AsyncStates
+        ):
+            limits = limits_of(options.budget_tokens, options.budget_usd, None)
+            await self.db.store.set_budget(record.run_id, limits)
+
     async def _drive(
         self, runner: StromaRunner, progress: Progress
     ) -> tuple[ExecutionResult | None, list[Waiting], str | None]:
@@ -181,6 +194,7 @@ class LocalRun:
         try:
             if self.fork is not None:
                 await self.fork.create(self.db, self.config.run_id)
+            await self._set_budget()
             result: ExecutionResult | None = await runner.run(
                 self.pipeline,
                 self.state,

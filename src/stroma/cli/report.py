@@ -7,12 +7,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.checkpoint.protocols import Waiting
+from stroma.checkpoint.records import BUDGET, PAUSED
 from stroma.cli.errors import Code, is_debugging
 from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, emit, err
@@ -20,6 +21,7 @@ from stroma.cli.stores import RunSource
 from stroma.cli.suspended import (
     answer_type,
     approve_hint,
+    held_hints,
     place_text,
     question_text,
     unanswered,
@@ -174,8 +176,7 @@ class RunReport:
     def _print_stop(self) -> None:
         result, failure = self.result, self.result.failure
         if self.is_suspended:
-            err.line(("suspended", "yellow"), f": run {clean(result.run_id)} is waiting for an answer")
-            self._print_waiting()
+            self._print_suspension()
         elif self.is_drained:
             err.line(
                 ("stopped", "yellow"), f" by {self.stopped_by}: run {clean(result.run_id)} is {result.status}"
@@ -208,6 +209,26 @@ class RunReport:
         err.line(f"  {self._next_step()}")
         if failure is not None and self.db.is_durable and not self.is_suspended:
             err.line(f"  details: {self.db.hint('show', id_word(result.run_id))}")
+
+    @property
+    def waits_for(self) -> Literal["resume", "budget"] | None:
+        """What a suspended run waits for if no answer continues it."""
+        if not self.is_suspended or len(self.result.suspended) != 1:
+            return None
+        reason = self.result.suspended[0]
+        return "resume" if reason == PAUSED else "budget" if reason == BUDGET else None
+
+    def _print_suspension(self) -> None:
+        run_id = self.result.run_id
+        if self.waits_for is None:
+            err.line(("suspended", "yellow"), f": run {clean(run_id)} is waiting for an answer")
+            self._print_waiting()
+            return
+        what = "is paused" if self.waits_for == "resume" else "waits for a larger budget"
+        err.line(("suspended", "yellow"), f": run {clean(run_id)} {what}")
+        if self.db.is_durable:
+            for line in held_hints(self.db, run_id, self.waits_for):
+                err.line(f"  {line}")
 
     def _print_waiting(self) -> None:
         result, waiting = self.result, unanswered(self.waiting)
@@ -282,7 +303,9 @@ class RunReport:
         if not self.db.is_durable:
             return f"{self.db.name} is not durable, so the run cannot be resumed; use a file next time: --db FILE"
         action, exceeded = "it may work later; resume with", self.exceeded
-        if self.is_suspended:
+        if self.waits_for is not None:
+            action = "or continue it here"
+        elif self.is_suspended:
             action = "then resume with"
         elif failure is None:
             action = "resume with"

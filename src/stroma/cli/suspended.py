@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from stroma._utils.text import clean
 from stroma.checkpoint.manager import resolve_schema
 from stroma.checkpoint.protocols import Waiting
+from stroma.checkpoint.records import RunRecord
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import example
 from stroma.cli.stores import RunSource
@@ -20,6 +21,8 @@ __all__ = [
     "answer_type",
     "approve_hint",
     "find_schema",
+    "held_hints",
+    "held_text",
     "place_text",
     "question_text",
     "unanswered",
@@ -82,6 +85,21 @@ def find_schema(one: Waiting, module: ModuleType | None = None) -> type[BaseMode
         except (LookupError, TypeError):
             continue
     return None
+
+
+def held_text(record: RunRecord) -> list[str]:
+    """Return what to add to the status of a run that is paused, or waits for its budget."""
+    if record.waits_for is None:
+        return []
+    return [", paused" if record.waits_for == "resume" else ", waits for a larger budget"]
+
+
+def held_hints(db: RunSource, run_id: str, waits_for: Literal["resume", "budget"]) -> list[str]:
+    """Return the next command for a run that is paused, or waits for its budget."""
+    if waits_for == "resume":
+        return [f"continue a paused run: {db.hint('resume', id_word(run_id))}"]
+    raised = db.hint("budget", id_word(run_id), options=("--cost-usd", "USD"))
+    return [f"raise the budget: {raised}  (or --tokens, --latency-ms)"]
 
 
 def approve_hint(

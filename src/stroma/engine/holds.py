@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from stroma.checkpoint.protocols import PAUSED
+from stroma.checkpoint.records import PAUSED
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.outcome import Halt
 from stroma.failures.classes import FailureClass

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pydantic import BaseModel
 
 from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
-from stroma.checkpoint.protocols import BUDGET, PAUSED, Control
+from stroma.checkpoint.protocols import Control
+from stroma.checkpoint.records import BUDGET, PAUSED
 from stroma.contracts.node import FlowNode, Group, Node, apart_in
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.usage import shown

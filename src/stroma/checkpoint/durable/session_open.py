@@ -19,7 +19,6 @@ from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.protocols import (
     NO_CONTROL,
-    PAUSED,
     Committed,
     Control,
     Finished,
@@ -28,7 +27,7 @@ from stroma.checkpoint.protocols import (
     Tried,
     Waiting,
 )
-from stroma.checkpoint.records import PICO, Attempt
+from stroma.checkpoint.records import PAUSED, PICO, Attempt
 from stroma.trace.events import AttemptRow
 
 __all__ = ["OpenedRun", "RunOpener", "finish_execution", "record_end"]

@@ -29,9 +29,7 @@ from stroma.checkpoint.memory.runs import (
     row_of,
 )
 from stroma.checkpoint.protocols import (
-    BUDGET,
     OF_FLOW,
-    PAUSED,
     Committed,
     Control,
     Finished,
@@ -41,6 +39,7 @@ from stroma.checkpoint.protocols import (
     Waiting,
     is_effect_note,
 )
+from stroma.checkpoint.records import BUDGET, PAUSED
 from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema, describe_error, schema_of

@@ -1,32 +1,56 @@
-"""`stroma budget`."""
+"""`stroma budget`: show a shared budget, or change that of a run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 import click
+from pydantic import ValidationError
 
 from stroma._utils.text import clean, format_tokens, format_usd, pluralize
-from stroma.cli.formatting import format_local_time
-from stroma.cli.output import emit, out, table
+from stroma.cli.commands.pause import request_of
+from stroma.cli.formatting import format_local_time, id_word
+from stroma.cli.output import emit, err, out, table
 from stroma.cli.stores import Database, db_option
+from stroma.cli.user_errors import describe_error
 from stroma.limits.shared_budget import BudgetState, read_budget
+from stroma.runner.requests import limits_of
 
 __all__ = ["budget"]
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", metavar="NAME_OR_RUN")
+@click.option("--cost-usd", type=click.FloatRange(min=0), metavar="USD", help="New cost limit of a run.")
+@click.option("--tokens", type=click.IntRange(min=0), metavar="N", help="New token limit of a run.")
+@click.option("--latency-ms", type=click.IntRange(min=0), metavar="MS", help="New time limit of a run.")
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.budget/1".')
 @click.option("--store", metavar="PATH_OR_URL", help="Same as --db.")
 @db_option
-def budget(name: str, as_json: bool, store: str | None, db: str | None) -> None:
-    """Show a SharedBudget: its limit, the usage of each node, and the reservations of calls in flight.
+def budget(
+    name: str,
+    cost_usd: float | None,
+    tokens: int | None,
+    latency_ms: int | None,
+    as_json: bool,
+    store: str | None,
+    db: str | None,
+) -> None:
+    """Show a shared budget, or change the budget of a run.
 
-    The limit is that of the process that used it last.
+    With NAME, print a SharedBudget: its limit, the usage of each node, and the reservations of calls in flight. The limit
+    is that of the process that used it last.
+
+    With --cost-usd, --tokens or --latency-ms the argument is a run: its id, a prefix of one, or "last". The new limit
+    applies from its next attempt on, in whatever process it is; other limits stay. A run that waits for its budget is
+    continued by a worker, or by `stroma resume`.
     """
     database = Database.from_option(store or db)
+    if (cost_usd, tokens, latency_ms) != (None, None, None):
+        _set_of_run(database, name, _limits(tokens, cost_usd, latency_ms), as_json)
+        return
     state = database.read_named(read_budget, name, "no run has spent from a shared budget")
     if as_json:
         emit(_data(state))
@@ -57,6 +81,39 @@ def budget(name: str, as_json: bool, store: str | None, db: str | None) -> None:
         table(out, ("NODE", "COST", "TOKENS"), nodes, right=frozenset({1, 2}))
     if state.window_end is not None:
         out.line(f"it resets at {format_local_time(int(state.window_end.timestamp() * 1000))}")
+
+
+def _limits(tokens: int | None, cost_usd: float | None, latency_ms: int | None) -> Mapping[str, float]:
+    try:
+        return limits_of(tokens, cost_usd, latency_ms)
+    except ValidationError as error:
+        raise click.UsageError(describe_error(error)) from None
+
+
+def _set_of_run(database: Database, run: str, limits: Mapping[str, float], as_json: bool) -> None:
+    record = database.find(run)
+    is_set = request_of(database, record.run_id, "set_budget", limits)
+    after = database.get_run(record.run_id) or record
+    if as_json:
+        emit(
+            {
+                "schema": "stroma.budget/1",
+                "run_id": record.run_id,
+                "outcome": "set" if is_set else "ended",
+                "limits": dict(limits),
+                "holder": after.holder,
+                "status": after.status,
+            }
+        )
+        return
+    name = clean(record.run_id)
+    if not is_set:
+        err.line(f"run {name} has ended already: it is {after.status}; nothing was changed")
+        return
+    shown = ", ".join(f"{field} {limit:g}" for field, limit in limits.items())
+    err.line(f"run {name} has a new budget: {shown}")
+    if after.holder is None:
+        err.line(f"continue it: {database.hint('resume', id_word(record.run_id), 'FILE.py:NAME')}")
 
 
 def _data(state: BudgetState) -> dict[str, Any]:

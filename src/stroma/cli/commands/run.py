@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from stroma._utils.text import clean
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
+from stroma.cli.commands.pause import take_back_pause
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import parse_as, parse_input, stored_input
@@ -118,7 +119,8 @@ def resume(
 ) -> int:
     """Resume a stopped run without repeating finished nodes.
 
-    RUN is a run id, a prefix of one, or "last". The input is the original one.
+    RUN is a run id, a prefix of one, or "last". The input is the original one. A pause is taken back; without
+    FILE_OR_MODULE:NAME a worker continues the run.
     """
     cluster = _read_cluster(click_options)
     options = RunOptions.from_click(**click_options)
@@ -141,6 +143,8 @@ def resume(
             raise click.UsageError("--dry-run with --from needs the pipeline")
         return print_plan(database, record, None, None, None, options.as_json)
     if target is None:
+        if take_back_pause(database, record):
+            return Code.OK
         # The store has the name of the pipeline, not the module to import.
         raise Problem(
             f"run {clean(record.run_id)} is a run of the pipeline {clean(record.pipeline, 100)!r}; "

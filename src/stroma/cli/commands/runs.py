@@ -16,6 +16,7 @@ from stroma.cli.formatting import format_age, format_local_time, to_iso
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, RunSource, db_option
+from stroma.cli.suspended import held_hints
 from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
 from stroma.failures.classes import FailureClass
 from stroma.trace.result import RunStatus
@@ -152,6 +153,9 @@ def _print(database: RunSource, records: list[RunRecord], query: RunQuery, limit
         return
     header = ("RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "STARTED", "DURATION", "ERROR")
     table(out, header, [_row(record) for record in records], right=frozenset({3, 4, 5, 7}))
+    for waits_for in dict.fromkeys(record.waits_for for record in records):
+        for line in () if waits_for is None else held_hints(database, "RUN", waits_for):
+            err.line(line)
     if any(map(is_interrupted, records)):
         err.line("resume a run without owner: ", database.hint("resume", "RUN", "FILE.py:NAME"))
     if len(records) == limit:
@@ -163,6 +167,8 @@ def _row(record: RunRecord) -> list[Part]:
     if record.status == "RUNNING":
         who = f"run by {clean(record.holder, 80)}" if record.holder else "owner lost"
         error = f"{who}; last record {format_age(record.updated_ms)}"
+    elif record.waits_for == "budget":
+        error = "waits for a larger budget"
     return [
         short_id(record.run_id),
         clean(record.pipeline, 30),

@@ -31,6 +31,8 @@ from stroma.cli.stores import Database, RunSource, db_option
 from stroma.cli.suspended import (
     answer_type,
     approve_hint,
+    held_hints,
+    held_text,
     place_text,
     question_text,
     unanswered,
@@ -249,7 +251,13 @@ def _print_next_steps(database: RunSource, record: RunRecord, waiting: list[Wait
         err.line(
             f"wait for its result: {database.hint('resume', name, target, options=('--attach',))}{place}"
         )
+        err.line(f"or pause it: {database.hint('pause', name)}")
         err.line(f"or cancel it: {database.hint('cancel', name)}")
+        return
+    if record.waits_for is not None:
+        for line in held_hints(database, record.run_id, record.waits_for):
+            err.line(line)
+        err.line(f"or continue it here: {database.hint('resume', name, target)}{place}")
         return
     for line in approve_hint(database, record.run_id, target, waiting):
         err.line(f"answer: {line}")
@@ -264,7 +272,7 @@ def _print_head(
     lines: list[tuple[str, list[Part]]] = [
         ("run", [(clean(record.run_id, 4000), "bold"), again]),
         ("pipeline", [clean(record.pipeline)]),
-        ("status", [style_status(status_of(record))]),
+        ("status", [style_status(status_of(record)), *held_text(record)]),
         ("started", [f"{format_local_time(record.started_ms)}, {format_age(record.started_ms)}"]),
         ("duration", [format_duration(seconds)]),
         (
@@ -290,7 +298,7 @@ def _print_head(
         lines.append(
             ("waits", [f"{place_text(one)}: {question_text(one)}  (asks for {answer_type(one)}{answered})"])
         )
-    if record.error:
+    if record.error and record.waits_for is None:
         lines.append(("error", [(clean(record.error, 1000), "red")]))
     for name, parts in lines:
         out.line((f"{name:<9} ", "dim"), *parts)

@@ -38,6 +38,14 @@ __all__ = ["SignalTests"]
 PATIENCE = 3.0
 
 
+async def _until_read(store: Any, run_id: str) -> None:
+    """Wait until the owner of a run has read all requests."""
+    while True:
+        if not await asyncio.to_thread(store.is_request_pending, run_id):
+            return
+        await asyncio.sleep(0.01)
+
+
 class SignalTests:
     """Tests of signals: questions and answers, cancellation, forks, undelivered end hooks."""
 
@@ -258,8 +266,7 @@ class SignalTests:
         ):
             before, asked = len(seen), time.monotonic()
             assert await settled(ask) is True
-            while await asyncio.to_thread(store.is_request_pending, "run"):
-                await asyncio.sleep(0.01)
+            await _until_read(store, "run")
             assert len(seen) > before
             assert time.monotonic() - asked < 1.0 * PATIENCE
         assert seen[-1] == Control(pause=True, budget={"max_cost_usd": 3.0, "max_latency_ms": 7})
@@ -275,8 +282,8 @@ class SignalTests:
                 if is_read:
                     session.on_control = lambda control: None
                 assert await settled(store.pause(run_id)) is True
-                while is_read and await asyncio.to_thread(store.is_request_pending, run_id):
-                    await asyncio.sleep(0.01)
+                if is_read:
+                    await _until_read(store, run_id)
                 if status is None:
                     session.abandon()
                 else:

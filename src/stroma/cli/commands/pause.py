@@ -1,0 +1,87 @@
+"""`stroma pause`, and the requests about a run that other commands make."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import click
+
+from stroma._utils.text import clean
+from stroma.checkpoint.records import RunRecord
+from stroma.cli.commands.completion import complete_run
+from stroma.cli.formatting import id_word
+from stroma.cli.output import emit, err
+from stroma.cli.stores import Database, db_option
+from stroma.cli.temporal import TemporalCluster, temporal_options
+from stroma.runner.requests import request
+
+__all__ = ["pause", "request_of", "take_back_pause"]
+
+
+@click.command()
+@click.argument("run_", metavar="RUN", shell_complete=complete_run)
+@click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.pause/1".')
+@db_option
+@temporal_options
+def pause(run_: str, as_json: bool, db: str | None, **options: Any) -> None:
+    """Pause a run until somebody resumes it.
+
+    When this command ends, within about a second, no further attempt begins, in whatever process the run is. Those at work
+    finish, and are stored; then the run is SUSPENDED. Workers leave it alone until `stroma resume RUN` takes the pause
+    back. RUN is a run id, a prefix of one, or "last".
+    """
+    if TemporalCluster.from_options(options) is not None:
+        raise click.UsageError(
+            "a run on Temporal cannot be paused; cancel it (stroma cancel), or stop its workers: they continue later"
+        )
+    database = Database.from_option(db)
+    record = database.find(run_)
+    is_paused = request_of(database, record.run_id, "pause")
+    after = database.get_run(record.run_id) or record
+    outcome = "ended" if not is_paused else "paused" if after.holder is None else "asked"
+    if as_json:
+        emit(
+            {
+                "schema": "stroma.pause/1",
+                "run_id": record.run_id,
+                "outcome": outcome,
+                "holder": after.holder,
+                "status": after.status,
+            }
+        )
+        return
+    name = clean(record.run_id)
+    if not is_paused:
+        err.line(f"run {name} has ended already: it is {after.status}; nothing was changed")
+        return
+    if after.holder is None:
+        err.line(f"run {name} is {after.status}, paused")
+    else:
+        err.line(f"run {name} is paused: {after.holder} begins no further attempt; those at work finish")
+    err.line(f"continue it: {database.hint('resume', id_word(record.run_id))}")
+
+
+def take_back_pause(database: Database, record: RunRecord) -> bool:
+    """Take the pause of a run back, so that a worker continues it. Returns False if it is not paused."""
+    if not request_of(database, record.run_id, "unpause"):
+        return False
+    err.line(
+        f"run {clean(record.run_id)} is not paused any more; a worker that serves pipeline "
+        f"{clean(record.pipeline, 100)!r} continues it"
+    )
+    err.line(f"or continue it here: {database.hint('resume', id_word(record.run_id), 'FILE.py:NAME')}")
+    return True
+
+
+def request_of(database: Database, run_id: str, method: str, *arguments: Any) -> bool:
+    """Make a request about a run, and wait until its owner has read it. Raises Problem."""
+
+    async def make() -> bool:
+        try:
+            return await request(database.reader, run_id, method, *arguments)
+        finally:
+            await database.close()
+
+    with database.explain_errors():
+        return asyncio.run(make())

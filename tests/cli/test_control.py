@@ -1,0 +1,100 @@
+"""`stroma pause`, `stroma resume` of a paused run, and `stroma budget` of a run."""
+
+import json
+
+import pytest
+from tests.cli.test_operations import GOOD, at_work
+
+WAITS = """
+from sums import *
+pipeline = Pipeline("sums", list(pipeline.nodes), config=RunConfig(budget=ExecutionBudget(max_tokens_total=100), on_budget="wait"))
+"""
+
+
+@pytest.mark.slow
+def test_a_living_run_is_paused(stroma, inside, fails):
+    """Its process ends with 7 after the node at work; the run says so, and what continues it."""
+    fails(inside("pause", "x"), 4, "no run whose id begins with 'x'")
+    with at_work(stroma, {"SECOND_AWAITS": "asyncio.sleep(4)"}) as process:
+        done = inside("pause", "x", "--json")
+        data = json.loads(done.out)
+        assert (done.code, data["schema"], data["outcome"]) == (0, "stroma.pause/1", "asked")
+        assert data["holder"].startswith(f"process {process.pid} on ")
+        again = inside("pause", "last")
+        assert "begins no further attempt; those at work finish" in again.err
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, out) == (7, "")
+    assert "suspended: run x is paused" in err
+    assert "continue a paused run: stroma resume x" in err
+    assert stroma.calls() == ["first", "second"]
+    shown = inside("show", "x")
+    assert "SUSPENDED, paused" in shown.out
+    assert "continue a paused run: stroma resume x" in shown.err
+    assert "or continue it here: stroma resume x FILE.py:NAME" in shown.err
+    listed = inside("runs")
+    assert "paused" in listed.out
+    assert "continue a paused run: stroma resume RUN" in listed.err
+
+
+@pytest.mark.slow
+def test_a_pause_is_taken_back(stroma, inside, fails):
+    """``resume`` without a pipeline hands the run to a worker, with one continues it here; then it is an error again."""
+    with at_work(stroma, {"SECOND_AWAITS": "asyncio.sleep(60)"}) as process:
+        process.kill()
+    assert inside("pause", "x").err.startswith("run x is SUSPENDED, paused")
+    done = inside("resume", "x")
+    assert done.code == 0
+    assert "run x is not paused any more; a worker that serves pipeline 'sums' continues it" in done.err
+    fails(inside("resume", "x"), 2, "pass the path of that pipeline")
+    assert inside("pause", "x").code == 0
+    done = inside("resume", "x", "sums.py:pipeline", "-q")
+    assert done.code == 0, done.err
+    assert "it is RESUMED; nothing was changed" in inside("pause", "x").err
+    assert json.loads(inside("pause", "x", "--json").out) == {
+        "schema": "stroma.pause/1", "run_id": "x", "outcome": "ended", "holder": None, "status": "RESUMED",
+    }  # fmt: skip
+
+
+def test_a_run_that_waits_for_its_budget(stroma, inside, fails):
+    """It ends with 7 and names the command that raises the budget; after that it goes on, and buys nothing again."""
+    stroma.file("waits.py", WAITS)
+    done = inside("run", "waits.py:pipeline", GOOD, "--run-id", "x")
+    assert done.code == 7, done.err
+    assert "suspended: run x waits for a larger budget" in done.err
+    assert "raise the budget: stroma budget x --cost-usd USD  (or --tokens, --latency-ms)" in done.err
+    shown = inside("show", "x")
+    assert "SUSPENDED, waits for a larger budget" in shown.out
+    assert "raise the budget: stroma budget x --cost-usd USD" in shown.err
+    listed = inside("runs")
+    assert "waits for a larger budget" in listed.out
+    assert "raise the budget: stroma budget RUN --cost-usd USD" in listed.err
+    before = stroma.calls()
+    fails(inside("budget", "y", "--tokens", "9"), 4, "no run whose id begins with 'y'")
+    fails(inside("budget", "x", "--cost-usd", "-1"), 2, "--cost-usd")
+    fails(inside("budget", "x", "--cost-usd", "inf"), 2, "finite")
+    done = inside("budget", "x", "--tokens", "100000", "--json")
+    assert json.loads(done.out) == {
+        "schema": "stroma.budget/1", "run_id": "x", "outcome": "set", "limits": {"max_tokens_total": 100000},
+        "holder": None, "status": "SUSPENDED",
+    }  # fmt: skip
+    done = inside("resume", "x", "waits.py:pipeline", "-q")
+    assert done.code == 0, done.err
+    calls = stroma.calls()
+    assert sorted(calls) == sorted(set(calls))
+    assert calls[: len(before)] == before
+    assert "it is RESUMED; nothing was changed" in inside("budget", "x", "--tokens", "1").err
+
+
+def test_a_limit_of_resume_precedes_an_earlier_one(stroma, inside):
+    """``resume --budget-tokens`` holds although ``stroma budget`` had set another limit before."""
+    stroma.file("waits.py", WAITS)
+    assert inside("run", "waits.py:pipeline", GOOD, "--run-id", "x", "-q").code == 7
+    assert "has a new budget: max_tokens_total 101" in inside("budget", "x", "--tokens", "101").err
+    assert inside("resume", "x", "waits.py:pipeline", "-q").code == 7
+    done = inside("resume", "x", "waits.py:pipeline", "-q", "--budget-tokens", "100000")
+    assert done.code == 0, done.err
+
+
+def test_not_on_temporal(inside, fails):
+    """A pause of a run on Temporal is refused with what to do in its place."""
+    fails(inside("pause", "x", "--temporal", "localhost:1"), 2, "cannot be paused", "stroma cancel")
