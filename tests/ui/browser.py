@@ -134,6 +134,12 @@ class Browser:
         assert "errorText" not in answer, answer
         self._wait_for_event("Page.loadEventFired")
 
+    def submit(self, button: str) -> None:
+        """Click a button, named by a selector, that loads a page, and wait until the page is there."""
+        self._events.clear()
+        self.eval(f"document.querySelector({json.dumps(button)}).click()")
+        self._wait_for_event("Page.loadEventFired")
+
     def _wait_for_event(self, method: str) -> None:
         while not any(event.get("method") == method for event in self._events):
             self._note(json.loads(self._socket.recv(timeout=_SECONDS)))

@@ -1,8 +1,9 @@
-"""Actions of pages: resume a run, delete a run, state how a call of an effect ended."""
+"""Actions of pages: resume, pause, cancel or delete a run, change its budget, state how a call of an effect ended."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -13,18 +14,21 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from stroma._utils.text import clean
+from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.history import FINISHED
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import RunRecord
 from stroma.contracts.effects import NotDone
+from stroma.runner.requests import limits_of
+from stroma.runner.requests import request as make_request
 from stroma.runner.signals import match_answer
 
 if TYPE_CHECKING:
     from stroma.ui.security import Keys
     from stroma.ui.settings import Settings
 
-__all__ = ["Actions", "can_resume"]
+__all__ = ["Actions", "can_resume", "controls_of"]
 
 _MAX_FORM_BYTES = 100_000
 
@@ -38,6 +42,13 @@ def can_resume(settings: Settings, record: RunRecord) -> bool:
         and record.holder is None
         and record.run_id != "last"  # The command would resume the latest run.
     )
+
+
+def controls_of(record: RunRecord) -> list[str]:
+    """Return the requests about a run that a page offers: names of actions."""
+    if record.status not in ("RUNNING", *UNFINISHED):
+        return ["budget", "cancel"] if record.status == "PARTIAL" else []
+    return ["unpause" if record.waits_for == "resume" else "pause", "budget", "cancel"]
 
 
 class Actions:
@@ -76,6 +87,32 @@ class Actions:
             raise HTTPException(409, clean(str(error), 1000)) from error
         return RedirectResponse(f"/run?{urlencode({'id': record.run_id})}", 303)
 
+    async def pause(self, request: Request) -> Response:
+        return await self._control("pause", "pause", request)
+
+    async def unpause(self, request: Request) -> Response:
+        return await self._control("unpause", "unpause", request)
+
+    async def cancel(self, request: Request) -> Response:
+        return await self._control("cancel", "cancel", request)
+
+    async def set_budget(self, request: Request) -> Response:
+        return await self._control("budget", "set_budget", request)
+
+    async def _control(self, action: str, method: str, request: Request) -> Response:
+        """Make a request about a run, and show its page once the owner of the run has read it."""
+        record, form = await self._read_form(action, request)
+        arguments = (_read_limits(form),) if action == "budget" else ()
+        try:
+            done = await make_request(self._settings.store, record.run_id, method, *arguments)
+        except StoreError as error:
+            raise HTTPException(409, clean(str(error), 1000)) from error
+        if not done:
+            raise HTTPException(
+                409, "nothing was changed: the run has ended, or is not paused; reload its page"
+            )
+        return RedirectResponse(f"/run?{urlencode({'id': record.run_id})}", 303)
+
     async def delete(self, request: Request) -> Response:
         record, _ = await self._read_form("delete", request)
         if record.holder is not None:
@@ -106,3 +143,14 @@ class Actions:
         if record is None:
             raise HTTPException(404, "the run does not exist any more")
         return record, form
+
+
+def _read_limits(form: dict[str, str]) -> Mapping[str, float]:
+    """Return the limits of a form; empty fields are none. Raises HTTPException."""
+    tokens, cost, latency = (form.get(name, "").strip() for name in ("tokens", "cost_usd", "latency_ms"))
+    try:
+        return limits_of(
+            int(tokens) if tokens else None, float(cost) if cost else None, int(latency) if latency else None
+        )
+    except ValueError as error:  # pydantic's ValidationError is one.
+        raise HTTPException(422, f"not a budget: {clean(str(error), 300)}") from error

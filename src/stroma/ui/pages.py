@@ -38,7 +38,7 @@ from stroma.trace.gantt import gantt, idle_ms
 from stroma.trace.html import cause, document, head, utc
 from stroma.trace.result import RunStatus
 from stroma.trace.story import Bar, StopCause, Story, fields_named
-from stroma.ui.actions import can_resume
+from stroma.ui.actions import can_resume, controls_of
 from stroma.ui.figures import RUNS, figures_of
 from stroma.ui.formatting import (
     as_attachment,
@@ -226,6 +226,7 @@ class Pages:
             restored=restored_starts(record, attempts), can_resume=can_resume(self._settings, record),
             resume_key=self._keys.form("resume", record.run_id), delete_key=self._keys.form("delete", record.run_id),
             effect_key=self._keys.form("effect", record.run_id),
+            control_keys={action: self._keys.form(action, record.run_id) for action in controls_of(record)},
             command=self._resume_command(record), folded=folded, idle=idle_ms(story.bars) > 0, at=after,
         )  # fmt: skip
         return compress(request, page_response)

@@ -1,0 +1,120 @@
+"""Buttons of a run's page: pause, take the pause back, cancel, change the budget."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+from tests.ui.browser import Browser
+from tests.ui.conftest import BAD, GOOD, Site, make_runs
+from tests.ui.test_security import keys
+
+from stroma import (
+    ExecutionBudget,
+    NodeContract,
+    Pipeline,
+    SQLiteStore,
+    StromaRunner,
+    current_node,
+    stroma_node,
+)
+from stroma.testing.stores import State
+
+
+@pytest.fixture
+def living(store: SQLiteStore) -> Any:
+    """A run in another thread whose first node waits until it is let go; yields (let go, result of the run)."""
+    contract: Any = NodeContract(node_id="n", input_schema=State, output_schema=State)
+    go, reached = threading.Event(), threading.Event()
+    results: list[Any] = []
+
+    async def work(state: State) -> Any:
+        reached.set()
+        await asyncio.to_thread(go.wait, 60)
+        node = current_node()
+        assert node is not None
+        node.report_usage(input_tokens=10)
+        return state
+
+    node: Any = stroma_node("n", contract)(work)
+    runner = StromaRunner.quick(store=store, budget=ExecutionBudget(max_tokens_total=5))
+
+    def run() -> None:
+        results.append(asyncio.run(runner.run(Pipeline("lives", [node, node]), State(), run_id="lives")))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert reached.wait(30)
+
+    def end() -> Any:
+        go.set()
+        thread.join(60)
+        return results[0]
+
+    yield end
+    end()
+
+
+def test_a_page_pauses_a_living_run(store: SQLiteStore, serve: Any, living: Any) -> None:
+    """The buttons need the key of their action and run; the page says that the run is paused, and what takes it back."""
+    site: Site = serve(store)
+    found = keys(site, "lives")
+    assert set(found) == {"pause", "budget", "cancel"}
+    for action, key in found.items():
+        others = [*(other for name, other in found.items() if name != action), "", "x", key[:-1]]
+        for wrong in others:
+            assert site.post(f"/{action}", {"id": "lives", "key": wrong, "tokens": "9"}).status == 403
+        form = {"id": "lives", "key": key, "tokens": "9"}
+        assert site.post(f"/{action}", form, content_type="text/plain").status == 415
+        assert site.post(f"/{action}", form, origin="http://evil.example").status == 403
+        assert site.get(f"/{action}", **form).status == 405
+    for limits in ({}, {"tokens": "-1"}, {"tokens": "1.5"}, {"cost_usd": "nan"}, {"cost_usd": "<b>"}):
+        answer = site.post("/budget", {"id": "lives", "key": found["budget"], **limits})
+        assert answer.status == 422, limits
+        assert "<b>" not in answer.text
+    answer = site.post("/budget", {"id": "lives", "key": found["budget"], "tokens": "100", "cost_usd": ""})
+    assert (answer.status, answer.headers["location"]) == (303, "/run?id=lives")
+    answer = site.post("/pause", {"id": "lives", "key": found["pause"]})
+    assert (answer.status, answer.headers["location"]) == (303, "/run?id=lives")
+    result = living()
+    assert (result.status, result.suspended) == ("SUSPENDED", ["paused"])
+    page = site.get("/run", id="lives").text
+    assert "Paused: no attempt begins until somebody resumes it" in page
+    found = keys(site, "lives")
+    assert {"unpause", "budget", "cancel"} <= set(found)
+    assert site.post("/unpause", {"id": "lives", "key": found["unpause"]}).status == 303
+    assert store.due_runs("lives", 1 << 60, limit=9) == ["lives"]
+    assert site.post("/unpause", {"id": "lives", "key": found["unpause"]}).status == 409
+    assert site.post("/cancel", {"id": "lives", "key": found["cancel"]}).status == 303
+    assert store.get_run("lives").status == "CANCELLED"  # type: ignore[union-attr]
+    assert not {"pause", "unpause", "budget", "cancel"} & set(keys(site, "lives"))
+    assert site.post("/cancel", {"id": "lives", "key": found["cancel"]}).status == 409
+
+
+def test_no_buttons_for_runs_that_have_ended(store: SQLiteStore, serve: Any) -> None:
+    """A run that has completed or failed can neither be paused nor cancelled."""
+    make_runs(store, ("good", GOOD), ("bad", BAD))
+    site: Site = serve(store)
+    for run_id in ("good", "bad"):
+        assert not {"pause", "unpause", "budget", "cancel"} & set(keys(site, run_id))
+
+
+@pytest.mark.slow
+def test_buttons_in_a_browser(store: SQLiteStore, serve: Any, living: Any, chromium: Browser) -> None:
+    """A person raises the budget and pauses the run with the buttons of its page."""
+    site: Site = serve(store)
+    chromium.without_scripts(False)
+    chromium.goto(f"{site.url}/run?id=lives")
+    chromium.eval("document.querySelector('form[action=\"/budget\"] input[name=tokens]').value = '100'")
+    chromium.submit("form[action='/budget'] button")
+    chromium.submit("form[action='/pause'] button")
+    assert chromium.eval("location.pathname + location.search") == "/run?id=lives"
+    result = living()
+    assert (result.status, result.suspended) == ("SUSPENDED", ["paused"])
+    chromium.goto(f"{site.url}/run?id=lives")
+    assert "Paused" in chromium.eval("document.body.innerText")
+    assert chromium.eval("document.querySelector('form[action=\"/unpause\"] button').textContent") == (
+        "Let a worker continue"
+    )
