@@ -235,6 +235,18 @@ class TemporalRunner:
             return False
         return True
 
+    async def pause(self, run_id: str) -> bool:
+        """Raise NotImplementedError: a run on Temporal cannot be paused."""
+        raise NotImplementedError(
+            f"run {run_id!r} is on Temporal and cannot be paused; cancel it, or stop the workers of {self.task_queue!r}"
+        )
+
+    async def set_budget(self, run_id: str, **limits: float | None) -> bool:
+        """Raise NotImplementedError: the budget of a run on Temporal goes with its start."""
+        raise NotImplementedError(
+            f"run {run_id!r} is on Temporal and keeps the budget that it was started with; cancel it, and resume it with another one"
+        )
+
     async def signal(
         self,
         run_id: str,

@@ -94,6 +94,10 @@ class RunStarter:
         """Start a run, resume the one of this id, or attach to it, as the options say."""
         if not isinstance(initial, BaseModel):
             raise TypeError(f"the initial state must be a pydantic model, not {type(initial).__name__}")
+        if config.on_budget == "wait":
+            raise ValueError(
+                'on_budget="wait" needs a StromaRunner; a run on Temporal stops as PARTIAL at its budget'
+            )
         run_id = config.take_run_id() if options.run_id is None else check_id(options.run_id, "run id")
         context = plain_context(config.context if options.context is None else options.context)
         plan = freeze(known.pipeline, known.nodes, config, self.registry, run_id=run_id)
