@@ -270,10 +270,11 @@ async def test_a_pause_ends_the_waits_of_a_flow(store: Any) -> None:
     assert store_.due_runs("sleeper", 1 << 60, limit=9) == []
     assert await gate.runner.unpause("r") is True
     outcomes: dict[str, Any] = {}
+    ends: list[Any] = []
 
     def note(run_id: str, outcome: Any) -> None:
         outcomes[run_id] = outcome
-        asyncio.get_running_loop().create_task(gate.runner.shutdown(drain_seconds=0))
+        ends.append(asyncio.create_task(gate.runner.shutdown(drain_seconds=0)))
 
     await asyncio.wait_for(gate.runner.serve(flow, poll_seconds=0.05, on_result=note), 20)
     assert isinstance(outcomes["r"], ExecutionResult)
@@ -389,7 +390,7 @@ async def test_a_limit_that_is_set_later_applies(store: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["list", "flow", "group", "map"])
 async def test_a_run_waits_for_its_budget(store: Any, kind: str) -> None:
-    """With on_budget="wait" it is SUSPENDED with reason "budget"; after a raise a worker goes on, and buys nothing again."""
+    """G6. With on_budget="wait" it is SUSPENDED with reason "budget"; after a raise a worker goes on, and buys nothing again."""
     gate = gate_of(store, budget=ExecutionBudget(max_tokens_total=10), on_budget="wait")
     steps = {name: gate.node(name, tokens=8) for name in "abcd"}
 
@@ -420,11 +421,12 @@ async def test_a_run_waits_for_its_budget(store: Any, kind: str) -> None:
     assert await gate.runner.set_budget("r", tokens=12) is True
     assert len([name for name in gate.calls if name != "first"]) == 2
     outcomes: list[Any] = []
+    ends: list[Any] = []
 
     def note(run_id: str, outcome: Any) -> None:
         outcomes.append(outcome)
         if len(outcomes) == 2:
-            asyncio.get_running_loop().create_task(gate.runner.shutdown(drain_seconds=0))
+            ends.append(asyncio.create_task(gate.runner.shutdown(drain_seconds=0)))
 
     serving = asyncio.create_task(gate.runner.serve(nodes, poll_seconds=0.05, on_result=note))
     while not outcomes:

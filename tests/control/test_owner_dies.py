@@ -34,10 +34,11 @@ def test_killed_before_it_knew(journal: tuple[str, str], tmp_path: Path, way: st
 
     async def serve_once(runner: StromaRunner) -> Any:
         outcomes: list[Any] = []
+        ends: list[Any] = []
 
         def note(run_id: str, outcome: Any) -> None:
             outcomes.append(outcome)
-            asyncio.get_running_loop().create_task(runner.shutdown(drain_seconds=0))
+            ends.append(asyncio.create_task(runner.shutdown(drain_seconds=0)))
 
         await asyncio.wait_for(runner.serve(pipeline(wish), poll_seconds=0.1, on_result=note), 30)
         return outcomes[0]

@@ -180,10 +180,6 @@ async def test_a_run_whose_loop_was_closed_can_be_cancelled(tmp_path: Path) -> N
         await asyncio.to_thread(leave)
         assert store.get_run("r").holder is not None  # type: ignore[union-attr]
         assert await quick(store).cancel("r")
-        async with asyncio.timeout(20):
-            while store.get_run("r").holder is not None:  # type: ignore[union-attr]
-                await asyncio.sleep(0.05)
-        assert await quick(store).cancel("r")
         assert store.get_run("r").status == "CANCELLED"  # type: ignore[union-attr]
         entries[0]._log_destroy_pending = False
 
@@ -214,7 +210,7 @@ async def test_a_cancellation_of_the_task_itself_still_comes_out(store: Any) -> 
     work = Work()
     task = asyncio.create_task(quick(store).run(work.nodes, Num(), run_id="r"))
     await work.inside.wait()
-    await quick(store).cancel("r")
+    await store.cancel("r")
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

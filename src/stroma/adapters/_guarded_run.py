@@ -20,7 +20,7 @@ from stroma.adapters._state_views import given_to
 from stroma.adapters._step import Halts, find_halt
 from stroma.checkpoint import StepCall
 from stroma.checkpoint.identity import StepCalls
-from stroma.checkpoint.protocols import Control
+from stroma.checkpoint.protocols import RunControl
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.context import ReliabilityContext
@@ -117,7 +117,7 @@ class GuardedRun:
             except RuntimeError:  # The loop was closed under it.
                 pass
 
-    def _control(self, loop: asyncio.AbstractEventLoop, control: Control) -> None:
+    def _control(self, loop: asyncio.AbstractEventLoop, control: RunControl) -> None:
         """Apply requests about the run, from any thread."""
         if control.cancel:
             self.cancel()

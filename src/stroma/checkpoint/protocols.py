@@ -331,7 +331,7 @@ class Tried(NamedTuple):
     error_type: str | None
 
 
-class Control(NamedTuple):
+class RunControl(NamedTuple):
     """Requests about a run that hold, from any process.
 
     Attributes:
@@ -345,7 +345,7 @@ class Control(NamedTuple):
     budget: Mapping[str, float] = {}
 
 
-NO_CONTROL: Final = Control()
+NO_CONTROL: Final = RunControl()
 
 
 class Charge(Protocol):
@@ -403,8 +403,8 @@ class Session(Protocol):
     notes: Mapping[str, bytes]
     traceparent: str | None
     undelivered: Sequence[AttemptRow]
-    control: Control
-    on_control: Callable[[Control], None] | None
+    control: RunControl
+    on_control: Callable[[RunControl], None] | None
 
     def committed(
         self, position: int, branches: Sequence[str]

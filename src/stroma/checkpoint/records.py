@@ -119,7 +119,7 @@ class RunRecord:
 
     @property
     def waits_for(self) -> Literal["resume", "budget"] | None:
-        """What a suspended run waits for if no answer continues it: that a pause is taken back, or a larger budget."""
+        """The need of a suspended run that no answer continues: that a pause is taken back, or a larger budget."""
         if self.status != "SUSPENDED":
             return None
         return "resume" if self.error == PAUSED else "budget" if self.error == BUDGET else None

@@ -13,9 +13,9 @@ from stroma.checkpoint.protocols import (
     NO_CONTROL,
     Charge,
     Committed,
-    Control,
     Finished,
     PriorUsage,
+    RunControl,
     StepCall,
     Tried,
     Waiting,
@@ -47,8 +47,8 @@ class NullSession:
     notes: Mapping[str, bytes] = {}
     traceparent: str | None = None
     undelivered: Sequence[AttemptRow] = ()
-    control: Control = NO_CONTROL
-    on_control: Callable[[Control], None] | None = None
+    control: RunControl = NO_CONTROL
+    on_control: Callable[[RunControl], None] | None = None
 
     def record(
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None

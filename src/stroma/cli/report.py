@@ -212,7 +212,7 @@ class RunReport:
 
     @property
     def waits_for(self) -> Literal["resume", "budget"] | None:
-        """What a suspended run waits for if no answer continues it."""
+        """The need of a suspended run that no answer continues, as RunRecord.waits_for."""
         if not self.is_suspended or len(self.result.suspended) != 1:
             return None
         reason = self.result.suspended[0]

@@ -21,7 +21,7 @@ from stroma.checkpoint import (
     Session,
     StoreError,
 )
-from stroma.checkpoint.protocols import NO_CONTROL, Control, Tried
+from stroma.checkpoint.protocols import NO_CONTROL, RunControl, Tried
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import Node
@@ -402,7 +402,7 @@ class ReliabilityContext:
             self.cost_tracker.prior_latency_ms = session.prior.latency_ms
         return session
 
-    def accept(self, control: Control) -> None:
+    def accept(self, control: RunControl) -> None:
         """Apply requests about the run. Safe to call from any thread: no attempt begins after this has held the run."""
         if control.budget:
             self.budget = self.budget.model_copy(update=dict(control.budget))

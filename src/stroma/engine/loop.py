@@ -389,7 +389,10 @@ async def _wait(
     await _announce_retry(ctx, run, failure, attempt + 1, delay)
     if ctx.run_logger.isEnabledFor(logging.INFO):
         ctx.run_logger.info("node %r: attempt %d follows in %.3f s", run.node_id, attempt + 1, delay)
-    await wait_unless_held(ctx, partial(sleep, delay))
+    if delay:
+        await wait_unless_held(ctx, partial(sleep, delay))
+    else:
+        await sleep(0)
     run.ended = None
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pydantic import BaseModel
 
 from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
-from stroma.checkpoint.protocols import Control
+from stroma.checkpoint.protocols import RunControl
 from stroma.checkpoint.records import BUDGET, PAUSED
 from stroma.contracts.node import FlowNode, Group, Node, apart_in
 from stroma.contracts.tagged_json import NotSerialisable
@@ -63,7 +63,7 @@ class RunExecution:
         except RuntimeError:  # The loop was closed under the run, so that nothing runs it.
             self.ctx.session.abandon()
 
-    def control(self, control: Control) -> None:
+    def control(self, control: RunControl) -> None:
         """Apply requests about the run. Safe to call from any thread: after it no attempt begins that they forbid."""
         self.ctx.accept(control)
         if control.cancel:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from stroma.checkpoint import PipelineChanged, StepCall, inside_of
 from stroma.checkpoint.identity import SCOPE, Identity, StepCalls, is_called
-from stroma.checkpoint.protocols import INSIDE, Control
+from stroma.checkpoint.protocols import INSIDE, RunControl
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Group, Node, find_node, make_node
 from stroma.contracts.schema import schema_of
@@ -220,7 +220,7 @@ def _status_of(halt: Halt) -> RunStatus:
 
 
 def _accept(
-    reference: weakref.ref[ReliabilityContext], loop: asyncio.AbstractEventLoop, control: Control
+    reference: weakref.ref[ReliabilityContext], loop: asyncio.AbstractEventLoop, control: RunControl
 ) -> None:
     ctx = reference()
     if ctx is not None and control.cancel:

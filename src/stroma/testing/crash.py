@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple, Self, cast, get_args
 from pydantic import BaseModel
 
 from stroma.checkpoint import Fenced, Session, StepCall, Waiting
-from stroma.checkpoint.protocols import Control
+from stroma.checkpoint.protocols import RunControl
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema
 from stroma.engine.context import ReliabilityContext
@@ -170,11 +170,11 @@ class _MortalSession:
         return getattr(self._session, name)
 
     @property
-    def on_control(self) -> Callable[[Control], None] | None:
+    def on_control(self) -> Callable[[RunControl], None] | None:
         return self._session.on_control
 
     @on_control.setter
-    def on_control(self, call: Callable[[Control], None] | None) -> None:
+    def on_control(self, call: Callable[[RunControl], None] | None) -> None:
         self._session.on_control = call
 
     @property

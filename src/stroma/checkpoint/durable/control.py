@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from stroma.checkpoint.durable.integrity import checksum, is_intact
 from stroma.checkpoint.durable.rows import Annotation, Rows, Step, StepRow
-from stroma.checkpoint.protocols import Control
+from stroma.checkpoint.protocols import RunControl
 
 __all__ = [
     "CANCEL",
@@ -43,12 +43,12 @@ def request_budget(rows: Rows, run_id: str, limits: Mapping[str, float]) -> None
     request(rows, run_id, key, json.dumps(dict(limits)).encode())
 
 
-def read_control(rows: Rows, run: Any) -> Control:
+def read_control(rows: Rows, run: Any) -> RunControl:
     """Return all requests about a run, read or not. ``run``: its key in the store."""
     return _to_control([row for kind in _KINDS for row in rows.annotations(run, kind)])
 
 
-def accept_requests(rows: Rows, run_id: str, run: Any) -> Control | None:
+def accept_requests(rows: Rows, run_id: str, run: Any) -> RunControl | None:
     """Make the requests that nobody has read hold. Return all that hold; None if none was pending."""
     pending = list(rows.annotations(run, Annotation.REQUEST))
     if not pending:
@@ -67,11 +67,11 @@ def forget_requests(rows: Rows, run: Any, *keys: str) -> None:
             rows.delete_annotations(run, kind, key)
 
 
-def _to_control(requests: Iterable[StepRow]) -> Control:
+def _to_control(requests: Iterable[StepRow]) -> RunControl:
     by_key = {row.branch: row.step for row in requests}
     budget: dict[str, float] = {}
     for key in sorted(by_key):
         step = by_key[key]
         if key.startswith(_BUDGET) and is_intact(step.output, step.sha256):
             budget.update(json.loads(step.output))
-    return Control(CANCEL in by_key, PAUSE in by_key, budget)
+    return RunControl(CANCEL in by_key, PAUSE in by_key, budget)

@@ -38,9 +38,9 @@ from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads
 from stroma.checkpoint.protocols import (
     Charge,
     Committed,
-    Control,
     Finished,
     PriorUsage,
+    RunControl,
     RunRequest,
     StepCall,
     Tried,
@@ -100,7 +100,7 @@ class DurableSession:
     fence: Fence
     execution: int
     continued: bool
-    control: Control
+    control: RunControl
     waiting: dict[tuple[int, str], Waiting]
     finished: Finished | None
     notes: Mapping[str, bytes]
@@ -122,7 +122,7 @@ class DurableSession:
         self.run_id, self.address = run_id, address
         self._payloads = payloads
         self._decrypted = decrypted or {}
-        self.on_control: Callable[[Control], None] | None = None
+        self.on_control: Callable[[RunControl], None] | None = None
         #: The lease need not be renewed any more.
         self.ended = False
         self._submit = submit

@@ -20,9 +20,9 @@ from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.protocols import (
     NO_CONTROL,
     Committed,
-    Control,
     Finished,
     PriorUsage,
+    RunControl,
     RunRequest,
     Tried,
     Waiting,
@@ -129,7 +129,7 @@ class RunOpener:
                 self._recover(rows, run)
                 if run.status in COMPLETE and self._request.discard_from is None:
                     opened.completed = run
-                opened.control = Control(budget=control.budget)
+                opened.control = RunControl(budget=control.budget)
         opened.continued = action == "continue" and opened.finished is None
         if run is not None:
             self._load_annotations(rows, run)

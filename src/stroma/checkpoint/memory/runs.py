@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, cast
 
 from stroma.checkpoint.decisions import LastExecution
-from stroma.checkpoint.protocols import NO_CONTROL, Control, StepCall, Waiting
+from stroma.checkpoint.protocols import NO_CONTROL, RunControl, StepCall, Waiting
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.trace.events import AttemptRow, contract_of
@@ -85,7 +85,7 @@ class MemoryRun:
     started_ms: int = 0
     number: int = 0
     failure_sites: dict[tuple[int, str], tuple[int, int, Callable[[], bytes]]] = field(default_factory=dict)
-    control: Control = NO_CONTROL
+    control: RunControl = NO_CONTROL
     status: str = "RUNNING"
     error: str | None = None
     epoch: int = 0

@@ -31,9 +31,9 @@ from stroma.checkpoint.memory.runs import (
 from stroma.checkpoint.protocols import (
     OF_FLOW,
     Committed,
-    Control,
     Finished,
     PriorUsage,
+    RunControl,
     RunRequest,
     StepCall,
     Waiting,
@@ -259,7 +259,7 @@ def _held_as(run: MemoryRun, request: RunRequest) -> tuple[str, str | None] | No
     return None
 
 
-def _request(run: MemoryRun, control: Control) -> None:
+def _request(run: MemoryRun, control: RunControl) -> None:
     run.control = control
     session = run.session()
     if session is not None and session.on_control is not None:

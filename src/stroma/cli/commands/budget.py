@@ -10,9 +10,9 @@ import click
 from pydantic import ValidationError
 
 from stroma._utils.text import clean, format_tokens, format_usd, pluralize
-from stroma.cli.commands.pause import request_of
 from stroma.cli.formatting import format_local_time, id_word
 from stroma.cli.output import emit, err, out, table
+from stroma.cli.requests import request_of
 from stroma.cli.stores import Database, db_option
 from stroma.cli.user_errors import describe_error
 from stroma.limits.shared_budget import BudgetState, read_budget

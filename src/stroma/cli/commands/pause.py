@@ -1,22 +1,20 @@
-"""`stroma pause`, and the requests about a run that other commands make."""
+"""`stroma pause`."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import click
 
 from stroma._utils.text import clean
-from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.formatting import id_word
 from stroma.cli.output import emit, err
+from stroma.cli.requests import request_of
 from stroma.cli.stores import Database, db_option
 from stroma.cli.temporal import TemporalCluster, temporal_options
-from stroma.runner.requests import request
 
-__all__ = ["pause", "request_of", "take_back_pause"]
+__all__ = ["pause"]
 
 
 @click.command()
@@ -60,28 +58,3 @@ def pause(run_: str, as_json: bool, db: str | None, **options: Any) -> None:
     else:
         err.line(f"run {name} is paused: {after.holder} begins no further attempt; those at work finish")
     err.line(f"continue it: {database.hint('resume', id_word(record.run_id))}")
-
-
-def take_back_pause(database: Database, record: RunRecord) -> bool:
-    """Take the pause of a run back, so that a worker continues it. Returns False if it is not paused."""
-    if not request_of(database, record.run_id, "unpause"):
-        return False
-    err.line(
-        f"run {clean(record.run_id)} is not paused any more; a worker that serves pipeline "
-        f"{clean(record.pipeline, 100)!r} continues it"
-    )
-    err.line(f"or continue it here: {database.hint('resume', id_word(record.run_id), 'FILE.py:NAME')}")
-    return True
-
-
-def request_of(database: Database, run_id: str, method: str, *arguments: Any) -> bool:
-    """Make a request about a run, and wait until its owner has read it. Raises Problem."""
-
-    async def make() -> bool:
-        try:
-            return await request(database.reader, run_id, method, *arguments)
-        finally:
-            await database.close()
-
-    with database.explain_errors():
-        return asyncio.run(make())

@@ -11,7 +11,6 @@ from pydantic import BaseModel, ValidationError
 from stroma._utils.text import clean
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
-from stroma.cli.commands.pause import take_back_pause
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import parse_as, parse_input, stored_input
@@ -19,6 +18,7 @@ from stroma.cli.loading import load_pipeline
 from stroma.cli.local_run import Fork, LocalRun
 from stroma.cli.options import RunOptions, run_id_option, run_options
 from stroma.cli.output import err
+from stroma.cli.requests import take_back_pause
 from stroma.cli.resume_plan import print_plan
 from stroma.cli.stores import Database
 from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import click
 
@@ -153,8 +153,11 @@ def _print(database: RunSource, records: list[RunRecord], query: RunQuery, limit
         return
     header = ("RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "STARTED", "DURATION", "ERROR")
     table(out, header, [_row(record) for record in records], right=frozenset({3, 4, 5, 7}))
-    for waits_for in dict.fromkeys(record.waits_for for record in records):
-        for line in () if waits_for is None else held_hints(database, "RUN", waits_for):
+    reasons: set[Literal["resume", "budget"]] = {
+        one.waits_for for one in records if one.waits_for is not None
+    }
+    for reason in sorted(reasons):
+        for line in held_hints(database, "RUN", reason):
             err.line(line)
     if any(map(is_interrupted, records)):
         err.line("resume a run without owner: ", database.hint("resume", "RUN", "FILE.py:NAME"))

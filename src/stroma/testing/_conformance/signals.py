@@ -17,7 +17,7 @@ from stroma.checkpoint import (
     StoreError,
     Waiting,
 )
-from stroma.checkpoint.protocols import NOT_DONE, Control, UnknownCall, effect_note
+from stroma.checkpoint.protocols import NOT_DONE, RunControl, UnknownCall, effect_note
 from stroma.contracts.schema import schema_of
 from stroma.testing._conformance.helpers import (
     State,
@@ -264,12 +264,12 @@ class SignalTests:
             store.pause("run"),
             store.set_budget("run", {"max_cost_usd": 3.0}),
         ):
-            before, asked = len(seen), time.monotonic()
+            before, start = len(seen), time.monotonic()
             assert await settled(ask) is True
             await _until_read(store, "run")
             assert len(seen) > before
-            assert time.monotonic() - asked < 1.0 * PATIENCE
-        assert seen[-1] == Control(pause=True, budget={"max_cost_usd": 3.0, "max_latency_ms": 7})
+            assert time.monotonic() - start < 1.0 * PATIENCE
+        assert seen[-1] == RunControl(pause=True, budget={"max_cost_usd": 3.0, "max_latency_ms": 7})
         assert [one.pause for one in seen] == [False, True, True]
 
     async def test_a_pause_outlives_its_owner(self, store: Any) -> None:
@@ -296,12 +296,12 @@ class SignalTests:
                 for automatic in automatic_requests:
                     if status is None or "due_ms" in automatic:
                         try:
-                            found = await begin(store, run_id, **{"if_exists": "resume", **automatic})
+                            ended = await begin(store, run_id, **{"if_exists": "resume", **automatic})
                         except RunExists:
                             continue  # It is SUSPENDED already, and not due.
-                        assert found.finished[:2] == ("SUSPENDED", "paused")
-                        assert not found.continued
-                        await finish(found, "COMPLETED")
+                        assert ended.finished[:2] == ("SUSPENDED", "paused")
+                        assert not ended.continued
+                        await finish(ended, "COMPLETED")
                 record = store.get_run(run_id)
                 assert (record.status, record.error, record.holder) == ("SUSPENDED", "paused", None)
                 assert run_id not in store.due_runs("pipeline", 1 << 60, limit=100)
@@ -370,7 +370,7 @@ class SignalTests:
         assert store.due_runs("pipeline", 1, limit=9) == ["run"]
         for _ in range(2):
             again = await begin(store, if_exists="resume")
-            assert again.control == Control(budget={"max_cost_usd": 2.0, "max_tokens_total": 5})
+            assert again.control == RunControl(budget={"max_cost_usd": 2.0, "max_tokens_total": 5})
             await finish(again, "SUSPENDED", "budget")
         assert store.due_runs("pipeline", 1 << 60, limit=9) == []
         assert await settled(store.set_budget("run", {"max_cost_usd": 4.0})) is True
@@ -388,7 +388,7 @@ class SignalTests:
         await settled(store.pause("run"))
         await settled(store.fork("run", "fork", 1))
         session = await begin(store, "fork", if_exists="resume", only_unfinished=True)
-        assert (session.continued, session.control) == (True, Control())
+        assert (session.continued, session.control) == (True, RunControl())
 
     async def test_forks(self, store: Any) -> None:
         """A fork has the commits of its parent before a position, at no cost, and does not change the parent."""
