@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -58,10 +60,7 @@ class RunExecution:
 
     def cancel(self, status: RunStatus = RunStatus.CANCELLED) -> None:
         """End the run with a status; its caller gets the result and no exception. Safe to call from any thread."""
-        try:
-            self.loop.call_soon_threadsafe(self._cancel, status)
-        except RuntimeError:  # The loop was closed under the run, so that nothing runs it.
-            self.ctx.session.abandon()
+        self._call_soon(self._cancel, status)
 
     def control(self, control: RunControl) -> None:
         """Apply requests about the run. Safe to call from any thread: after it no attempt begins that they forbid."""
@@ -69,8 +68,13 @@ class RunExecution:
         if control.cancel:
             self.cancel()
         elif control.pause:
-            with contextlib.suppress(RuntimeError):  # The loop was closed under the run.
-                self.loop.call_soon_threadsafe(self.ctx.end_waits)
+            self._call_soon(self.ctx.end_waits)
+
+    def _call_soon(self, call: Callable[..., None], *arguments: Any) -> None:
+        try:
+            self.loop.call_soon_threadsafe(call, *arguments)
+        except RuntimeError:  # The loop was closed under the run, so that nothing runs it.
+            self.ctx.session.abandon()
 
     def drain(self) -> asyncio.Future[None]:
         """Start no further node. Returns a future that is done when the run has ended."""
