@@ -388,6 +388,27 @@ async def test_a_limit_that_is_set_later_applies(store: Any) -> None:
         assert (again.status, gate.calls) == ("PARTIAL", ["a", "b"])
 
 
+async def test_a_limit_that_is_crossed_when_it_is_set(store: Any) -> None:
+    """A flow that has spent more than a limit that is set between two of its steps does not make the next one."""
+    gate = gate_of(store)
+    step = gate.node("a", tokens=8)
+    between, go = asyncio.Event(), asyncio.Event()
+
+    @stroma_flow("flow", input=Num, output=Num)
+    async def flow(flow: Any, state: Num) -> Num:
+        output: Num = await flow.step(step, state)
+        between.set()
+        await go.wait()
+        return await flow.step(step, output)
+
+    run = asyncio.create_task(gate.runner.run(flow, Num(), run_id="r"))
+    await between.wait()
+    assert await gate.runner.set_budget("r", tokens=7) is True
+    go.set()
+    result = await run
+    assert (result.status, gate.calls) == ("PARTIAL", ["a"])
+
+
 @pytest.mark.parametrize("kind", ["list", "flow", "group", "map"])
 async def test_a_run_waits_for_its_budget(store: Any, kind: str) -> None:
     """G6. With on_budget="wait" it is SUSPENDED with reason "budget"; after a raise a worker goes on, and buys nothing again."""
