@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote
 from pydantic import BaseModel
 from tests.chaos.check import Figures
 from tests.chaos.rounds import ROUND_SECONDS, Pace, Place, processes
-from tests.chaos.worker import Fuse, guarded
+from tests.chaos.worker import Fuse, guarded, report_if_stuck
 
 from stroma import (
     FailureClass,
@@ -210,12 +210,22 @@ async def decide(runner: StromaRunner, store: Any, port: int, run_id: str) -> in
 
 
 async def work(
-    url: str, port: int, runs: dict[str, str], seed: str, point: str | None, nth: int, *, reconciles: bool
+    url: str,
+    port: int,
+    runs: dict[str, str],
+    seed: str,
+    point: str | None,
+    nth: int,
+    *,
+    reconciles: bool,
+    errors: str,
 ) -> dict[str, Any]:
     """Run everything to its end. Return the final states."""
     draw, fuse, decided = random.Random(seed), Fuse(point, nth), 0
     again = {kind: FailurePolicy(max_retries=2, backoff_seconds=0) for kind in FailureClass}
     ended: dict[str, Any] = {}
+    last: dict[str, str] = {}
+    stuck = asyncio.create_task(report_if_stuck(errors, ROUND_SECONDS - 5, lambda: f"{last}"))
     opened: Any = open_store(url)
     async with opened as store:
         runner = StromaRunner.quick(
@@ -227,14 +237,17 @@ async def work(
             run_id = draw.choice(left)
             try:
                 result: Any = await runner.run(known[runs[run_id]], Order(), run_id=run_id)
-            except StoreError:
+            except StoreError as error:
+                last[run_id] = repr(error)
                 await asyncio.sleep(draw.uniform(0.001, 0.01))
                 continue
+            last[run_id] = f"{result.status} {result.failure and result.failure.message}"
             if result.status is RunStatus.SUSPENDED:
                 decided += await decide(runner, store, port, run_id)
             elif result.status in _ENDED:
                 left.remove(run_id)
                 ended[run_id] = result.final_state.model_dump()
+        stuck.cancel()
         return {"ended": ended, "decided": decided, "charges": await ask(port, "GET", "all")}
 
 
@@ -253,6 +266,8 @@ def effect(place: Place, name: str, number: int, draw: random.Random, pace: Pace
         provider = os.fork()
         if provider == 0:
             guarded(instance.errors, lambda: provide(listening, name))
+        # Only the provider listens: if it dies, connections are refused, and nobody waits for an answer.
+        listening.close()
         try:
 
             def start(what: str, *, last: bool = False) -> int:
@@ -260,7 +275,8 @@ def effect(place: Place, name: str, number: int, draw: random.Random, pace: Pace
                 options = (instance.url, port, runs, f"{name}-{what}", point, draw.randint(1, 6))
 
                 def do() -> None:
-                    data = asyncio.run(work(*options, reconciles=number % 2 == 0))
+                    reconciles = number % 2 == 0
+                    data = asyncio.run(work(*options, reconciles=reconciles, errors=instance.errors))
                     if last:
                         report.write_text(json.dumps(data))
 
@@ -279,7 +295,9 @@ def effect(place: Place, name: str, number: int, draw: random.Random, pace: Pace
             pace.learn(instance)
         finally:
             os.kill(provider, signal.SIGKILL)
-            os.waitpid(provider, 0)
+            _, status = os.waitpid(provider, 0)
+        if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
+            instance.broken.append(f"I5: the provider ended before the round: {status}")
         figures = Figures(rounds=1, kills=instance.kills, runs=len(runs), broken=list(instance.broken))
         if report.exists():
             judge(figures, json.loads(report.read_text()), runs)

@@ -133,7 +133,10 @@ class Processes:
 
     def finish(self) -> None:
         if not self.wait():
-            self.broken.append(f"I5: processes {sorted(self.alive)} did not end in {ROUND_SECONDS:g} s")
+            report = Path(self.errors).read_text()[-20_000:] if os.path.exists(self.errors) else ""
+            self.broken.append(
+                f"I5: processes {sorted(self.alive)} did not end in {ROUND_SECONDS:g} s: {report}"
+            )
 
     def end(self) -> None:
         for pid in list(self.alive):

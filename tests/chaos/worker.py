@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import functools
 import hashlib
 import json
@@ -448,6 +449,17 @@ def guarded(errors: str, do: Callable[[], None]) -> None:
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+async def report_if_stuck(errors: str, seconds: float, describe: Callable[[], str]) -> None:
+    """Write after some time what this process is at: what ``describe`` says, and the stacks of its tasks and threads."""
+    await asyncio.sleep(seconds)
+    with open(errors, "a") as file:
+        print(f"process {os.getpid()} is still here after {seconds:g} s: {describe()}", file=file)
+        for task in asyncio.all_tasks():
+            task.print_stack(file=file)
+        file.flush()
+        faulthandler.dump_traceback(file, all_threads=True)
 
 
 def read_diary(path: str) -> Iterator[list[str]]:

@@ -20,7 +20,7 @@ from stroma import NodeHooks, RunConfig, RunStatus, SQLiteStore, current_node
 from stroma.checkpoint.history import History
 from stroma.engine.rejected import encode_rejected
 from stroma.trace.bounded_copy import BoundedCopy
-from stroma.trace.rejected import MISSING, RejectedOutput, read_rejected
+from stroma.trace.rejected import MISSING, RecentOutputs, RejectedOutput, read_rejected
 
 store = store_fixture("async-memory", "sqlite", "postgres", "redis")
 LIMIT = 64 * 1024
@@ -146,7 +146,7 @@ async def test_no_stores_nothing(tmp_path: Path) -> None:
     assert rejected_outputs(store, "r") == [None]
     assert "rejected output" not in result._repr_html_()
     with pytest.raises(ValueError, match="keep_rejected"):
-        RunConfig(keep_rejected="yes")  # type: ignore[arg-type]
+        RunConfig(keep_rejected="yes")
 
 
 # ---------------------------------------------------------------------- redaction
@@ -263,7 +263,7 @@ class Hostile:
 
     __str__ = __repr__
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         raise RuntimeError("no class")
 
@@ -303,7 +303,7 @@ class Half:
 
     def __post_init__(self) -> None:
         del self.missing
-        type(self).missing = property(lambda self: 1 / 0)  # type: ignore[assignment,method-assign]
+        type(self).missing = property(lambda self: 1 / 0)  # type: ignore[assignment]
 
 
 def deep(levels: int) -> Any:
@@ -319,6 +319,11 @@ def cyclic() -> Any:
     return value
 
 
+def invalid_model() -> Rating:
+    values: dict[str, Any] = {"stars": Hostile(), "why": cyclic(), "key": "s"}
+    return Rating.model_construct(**values)
+
+
 HOSTILE: list[Any] = [
     lambda: Hostile(),
     lambda: {"stars": Hostile(), 1: 2, (1, Hostile()): Hostile(), Loop.ONE: Loop.ONE},
@@ -329,7 +334,7 @@ HOSTILE: list[Any] = [
     lambda: {"stars": "\ud800\x00\u202e" * 50_000},
     lambda: {str(n): "é" * 30 for n in range(100_000)},
     lambda: ["x"] * 1_000_000,
-    lambda: Rating.model_construct(stars=Hostile(), why=cyclic(), key="s"),
+    lambda: invalid_model(),
     lambda: {"stars": iter(int, 1), "object": object(), "f": len},
     lambda: {"stars": {frozenset([1]), Loop.ONE}},
     lambda: "\ud800" * 100_000,
@@ -396,6 +401,20 @@ def test_an_endless_value_is_cut() -> None:
     assert copy.is_cut
 
 
+def test_the_newest_outputs_are_kept_in_memory() -> None:
+    """A run in memory has the newest 4 MiB of its rejected outputs, and the last one whatever its size."""
+    outputs = RecentOutputs()
+    data = RejectedOutput("x" * 1_000_000, False, ()).encode()
+    for start in range(100):
+        outputs.add(0, "", start * 1000 + 7, data)
+    assert [outputs.find(0, "", n * 1000 + 7) is not None for n in (95, 96, 99)] == [False, True, True]
+    assert outputs.find(0, "", 99_000) == read_rejected(data)
+    assert outputs.find(0, "", 99_001) is outputs.find(0, "1", 99_000) is None
+    outputs.add(0, "", 1, RejectedOutput("x" * 5_000_000, False, ()).encode())
+    assert outputs.find(0, "", 1) is not None
+    assert outputs.find(0, "", 99_007) is None
+
+
 def test_other_data_is_no_rejected_output() -> None:
     """What cannot be read back is no rejected output, and raises nothing."""
     for data in (
@@ -418,7 +437,7 @@ async def test_no_node_hook_or_exporter_sees_it(tmp_path: Path) -> None:
 
     async def on_run_end(run_id: str, result: Any) -> None:
         seen.append((result._repr_html_(), result.trace.to_json(), pickle.dumps(result.trace)))
-        assert result.trace._rejected == {}
+        assert result.trace._rejected is None
 
     async def on_node_failure(run_id: str, node_id: str, error: Any, failure_class: Any) -> None:
         return None

@@ -6,12 +6,13 @@ No node, hook or exporter sees them.
 from __future__ import annotations
 
 import json
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, final
 
-__all__ = ["MISSING", "Complaint", "RejectedOutput", "read_rejected"]
+__all__ = ["MISSING", "Complaint", "RecentOutputs", "RejectedOutput", "read_rejected"]
 
 #: Stands for a value that an output does not have.
 MISSING: Final[Any] = object()
+_MAX_BYTES: Final = 4 * 1024 * 1024
 
 
 class Complaint(NamedTuple):
@@ -85,3 +86,29 @@ def read_rejected(data: bytes | str) -> RejectedOutput | None:
         )
     except (ValueError, TypeError, LookupError, RecursionError):
         return None
+
+
+@final
+class RecentOutputs:
+    """The newest rejected outputs of a run in memory, in stored form: at most 4 MiB, or one."""
+
+    def __init__(self) -> None:
+        #: By position, branch and start of the attempt in ns.
+        self._outputs: dict[tuple[int, str, int], bytes] = {}
+        self._bytes = 0
+
+    def add(self, position: int, branch: str, started_ns: int, data: bytes) -> None:
+        """Add the output of an attempt, and remove the oldest ones if they are too many."""
+        outputs, place = self._outputs, (position, branch, started_ns)
+        self._bytes += len(data) - len(outputs.pop(place, b""))
+        outputs[place] = data
+        while self._bytes > _MAX_BYTES and len(outputs) > 1:
+            self._bytes -= len(outputs.pop(next(iter(outputs))))
+
+    def find(self, position: int, branch: str, started_ns: int) -> RejectedOutput | None:
+        """Return the output of an attempt; its start may be in whole microseconds."""
+        data = self._outputs.get((position, branch, started_ns))
+        if data is None and started_ns % 1000 == 0:
+            at, outputs = (position, branch, started_ns // 1000), self._outputs.items()
+            data = next((one for (p, b, start), one in outputs if (p, b, start // 1000) == at), None)
+        return None if data is None else read_rejected(data)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from stroma._utils.text import typed
 from stroma.contracts.copying import isolate
@@ -19,7 +19,7 @@ from stroma.contracts.schema import Schema, Snapshot
 from stroma.trace.redaction import Redact, Shown, hidden_values, hide_rejected, hide_state, hide_words
 
 if TYPE_CHECKING:
-    from stroma.trace.rejected import RejectedOutput
+    from stroma.trace.rejected import RecentOutputs, RejectedOutput
     from stroma.trace.story import Bar, Story
 from stroma.trace.events import (
     NO_USAGE,
@@ -37,9 +37,6 @@ from stroma.trace.plain import jsonable
 __all__ = ["ExecutionTrace"]
 
 
-_MAX_REJECTED_BYTES: Final = 4 * 1024 * 1024
-
-
 class ExecutionTrace(Shown):
     """The events of one run, in the order in which attempts ended; those of a flow in the order of their start.
 
@@ -54,9 +51,8 @@ class ExecutionTrace(Shown):
         #: The rows as the engine keeps them, and events in place of those that somebody has looked at.
         self.rows: list[AttemptRow | TraceEvent] = []
         self.marks: list[TraceMark] = []
-        #: Outputs that broke their contract, in stored form, by position, branch and start of the attempt. Nobody reads
-        #: them but what draws the trace; copies, which hooks get, have none.
-        self._rejected: dict[tuple[int, str, int], bytes] = {}
+        #: Outputs that broke their contract. Nobody reads them but what draws the trace; copies, which hooks get, have none.
+        self._rejected: RecentOutputs | None = None
 
     def __getstate__(self) -> tuple[str, list[TraceEvent], list[TraceMark]]:
         # Events are plain data; rows need schemas, and those cannot leave the process.
@@ -65,7 +61,7 @@ class ExecutionTrace(Shown):
     def __setstate__(self, state: tuple[str, list[TraceEvent], list[TraceMark]]) -> None:
         self.run_id, events, self.marks = state
         self.rows = list(events)
-        self._rejected = {}
+        self._rejected = None
 
     def append(self, event: TraceEvent) -> None:
         """Add an event; the very object is kept."""
@@ -76,11 +72,12 @@ class ExecutionTrace(Shown):
         self.rows[first:] = sorted(self.rows[first:], key=_started_ns)
 
     def record_rejected(self, position: int, branch: str, started_ns: int, data: bytes) -> None:
-        """Record an output that broke its contract to draw it: the newest ones, of 4 MiB together."""
-        outputs = self._rejected
-        outputs[position, branch, started_ns] = data
-        while len(outputs) > 1 and sum(map(len, outputs.values())) > _MAX_REJECTED_BYTES:
-            del outputs[next(iter(outputs))]
+        """Record an output that broke its contract, to draw it."""
+        from stroma.trace.rejected import RecentOutputs
+
+        if self._rejected is None:
+            self._rejected = RecentOutputs()
+        self._rejected.add(position, branch, started_ns, data)
 
     def copy(self, *, with_states: bool = True) -> ExecutionTrace:
         """Return a trace with the same events; appending to one does not change the other."""
@@ -204,16 +201,9 @@ class ExecutionTrace(Shown):
         self, event: TraceEvent, started_ns: int, redact: Redact | None
     ) -> RejectedOutput | None:
         """Return the output that broke its contract in an attempt, or None."""
-        if not self._rejected or event.output_state is not None:
+        if self._rejected is None or event.output_state is not None:
             return None
-        from stroma.trace.rejected import read_rejected
-
-        data = self._rejected.get((event.position, event.branch, started_ns))
-        if data is None:  # An event that somebody has looked at has its start in whole microseconds.
-            at = event.position, event.branch, started_ns // 1000
-            outputs = self._rejected.items()
-            data = next((one for (p, b, start), one in outputs if (p, b, start // 1000) == at), None)
-        rejected = None if data is None else read_rejected(data)
+        rejected = self._rejected.find(event.position, event.branch, started_ns)
         return None if rejected is None else hide_rejected(redact, rejected)
 
     def _wait_bars(self, first_ns: int) -> tuple[Bar, ...]:

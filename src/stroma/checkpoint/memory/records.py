@@ -24,7 +24,7 @@ from stroma.checkpoint.records import (
 )
 from stroma.failures.tracebacks import FailureSite, read_failure_site
 from stroma.trace.events import NO_USAGE, AttemptRow
-from stroma.trace.rejected import RejectedOutput, read_rejected
+from stroma.trace.rejected import RejectedOutput
 
 __all__ = ["MemoryRecords"]
 
@@ -94,8 +94,8 @@ class MemoryRecords:
 
     def rejected_of(self, run_id: str, position: int, branch: str, started_ns: int) -> RejectedOutput | None:
         run = self._runs.get(run_id)
-        data = None if run is None else run.rejected.get((position, branch, started_ns))
-        return None if data is None else read_rejected(data)
+        outputs = None if run is None else run.rejected
+        return None if outputs is None else outputs.find(position, branch, started_ns)
 
     def tally(self, since_ms: int, bucket_ms: int, runs: int, attempts: int) -> list[Tally]:
         sums: defaultdict[tuple[int, str, str, str | None, str | None], list[int]] = defaultdict(

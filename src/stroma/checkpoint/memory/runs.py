@@ -7,13 +7,16 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from stroma.checkpoint.decisions import LastExecution
 from stroma.checkpoint.protocols import NO_CONTROL, RunControl, StepCall, Waiting
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.trace.events import AttemptRow, contract_of
+
+if TYPE_CHECKING:
+    from stroma.trace.rejected import RecentOutputs
 
 __all__ = [
     "Key",
@@ -64,7 +67,7 @@ class MemoryRun:
         number: distinguishes runs of this process that started in the same millisecond.
         failure_sites: (attempt, started_ns, function that encodes the frames) of the last failed attempt at a place.
         control: the requests that hold; the next session takes back a cancel and a pause.
-        rejected: outputs that broke their contract, by position, branch and start of the attempt.
+        rejected: outputs that broke their contract; None without any.
         epoch: incremented by each session that opens the run; only the last session may write.
         session: weak reference to that session.
         wake_ms: see :func:`stroma.checkpoint.decisions.merge_wake`.
@@ -88,7 +91,7 @@ class MemoryRun:
     number: int = 0
     failure_sites: dict[tuple[int, str], tuple[int, int, Callable[[], bytes]]] = field(default_factory=dict)
     control: RunControl = NO_CONTROL
-    rejected: dict[tuple[int, str, int], bytes] = field(default_factory=dict)
+    rejected: RecentOutputs | None = None
     status: str = "RUNNING"
     error: str | None = None
     epoch: int = 0
@@ -105,7 +108,7 @@ class MemoryRun:
     def start_execution(self) -> None:
         """Record that an execution starts now."""
         self.started_ms, self.number = time.time_ns() // 1_000_000, next(_NUMBERS)
-        self.failure_sites, self.rejected = {}, {}
+        self.failure_sites, self.rejected = {}, None
 
     def last_execution(self) -> LastExecution | None:
         """Return the state of the last execution, or None if there is none."""

@@ -202,7 +202,11 @@ class _MemorySession(NullSession):
 
     def record_rejected(self, position: int, branch: str, started_ns: int, data: bytes) -> None:
         if self._run.epoch == self._epoch:
-            self._run.rejected[position, branch, started_ns] = data
+            from stroma.trace.rejected import RecentOutputs  # Few runs have one.
+
+            if self._run.rejected is None:
+                self._run.rejected = RecentOutputs()
+            self._run.rejected.add(position, branch, started_ns, data)
 
     def note_call(self, position: int, identity: str) -> None:
         if self._run.epoch == self._epoch:
