@@ -42,9 +42,7 @@ class Annotation(IntEnum):
     NOTE = -9  #: data of the driver of the execution; branch: its key, which begins with a position
     CONTROL = -10  #: a request that an owner has read and that holds; branch: its key
     REJECTED = -11  #: an output that broke its contract; branch: "position:start:branch"
-    ATTRIBUTION = (
-        -12
-    )  #: an id, as node id, of what the run belongs to; branch: "conversation", "user" or "session"
+    ATTRIBUTION = -12  #: what the run belongs to, as node id; branch: "conversation", "user", "session"
 
 
 #: The status of a run, and the outcome of an attempt, with values that no store writes.
