@@ -97,12 +97,14 @@ def test_the_positions_of_what_stands_beside_a_run_differ() -> None:
     assert places == {
         "SAVED": -1,
         "WAITING": -2,
-        "CANCEL": -3,
+        "REQUEST": -3,
         "PARENT": -4,
         "TRACE": -5,
         "DUE_HOOKS": -6,
         "FAILURE_SITE": -7,
         "DEATHS": -8,
         "NOTE": -9,
-        "REJECTED": -10,
+        "CONTROL": -10,
+        "REJECTED": -11,
+        "ATTRIBUTION": -12,
     }

@@ -548,7 +548,7 @@ def test_a_damaged_row_is_no_output(tmp_path: Path) -> None:
 
     asyncio.run(stored(tmp_path, BAD))
     with sqlite3.connect(tmp_path / "0.db") as db:
-        assert db.execute("UPDATE steps SET output = x'7b7d' WHERE position = -10").rowcount == 1
+        assert db.execute("UPDATE steps SET output = x'7b7d' WHERE position = -11").rowcount == 1
     assert rejected_outputs(SQLiteStore(tmp_path / "0.db"), "r") == [None]
 
 
