@@ -281,12 +281,14 @@ def _as_returned(state: BaseModel, input_state: BaseModel) -> Any:
 class StromaStep:
     """Wraps functions as steps of one context.
 
+    ```python
     step = StromaStep(ctx)
 
     @step("search", input=Query, output=Hits)
     async def search(state: Query) -> dict: ...
 
     result = await search(Query(text="..."))     # an ExecutionResult
+    ```
     """
 
     def __init__(self, ctx: ReliabilityContext) -> None:

@@ -257,9 +257,11 @@ class _MortalSession:
 class crash_at:
     """Context manager in which the process dies when a run reaches a point; outputs not committed by then are lost.
 
-        with crash_at("after_node", "draft"):
-            await runner.run(pipeline, state, run_id="r")
-        result = await runner.run(pipeline, state, run_id="r", resume=True)
+    ```python
+    with crash_at("after_node", "draft"):
+        await runner.run(pipeline, state, run_id="r")
+    result = await runner.run(pipeline, state, run_id="r", resume=True)
+    ```
 
     ``point`` is one of :data:`POINTS`: "before_node" (its function is about to be called; the intent of an effect is stored),
     "after_node" (it has returned

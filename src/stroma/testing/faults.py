@@ -69,8 +69,10 @@ class _Fault:
 class FaultPlan(Interceptor):
     """Faults for runs and plain steps that start inside of it. The pipeline itself is not changed.
 
-        with FaultPlan().fail("draft", TimeoutError("too slow")).malform("check", attempt=2):
-            result = await runner.run(pipeline, state)
+    ```python
+    with FaultPlan().fail("draft", TimeoutError("too slow")).malform("check", attempt=2):
+        result = await runner.run(pipeline, state)
+    ```
 
     Faults replace a node's function or wrap it; everything else works as usual: contracts, limits, retries, records, hooks.
     They reach nodes in groups and maps by their ids, and every item of a map. ``attempt`` is

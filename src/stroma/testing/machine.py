@@ -68,11 +68,13 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
 
     Inherit, and define how your store is created:
 
-        class MyMachine(JournalStoreMachine):
-            def make_store(self):
-                return MyStore(self.path)
+    ```python
+    class MyMachine(JournalStoreMachine):
+        def make_store(self):
+            return MyStore(self.path)
 
-        TestMyStore = MyMachine.TestCase
+    TestMyStore = MyMachine.TestCase
+    ```
 
     Everything runs on one event loop. After every call, what the store returns for that run is compared with the model,
     and at the end all of it. ``teardown`` closes the store; extend it to remove the store's data.

@@ -75,8 +75,10 @@ def recorded(
 ) -> Recorded:
     """Replay the responses in a file by a server on this machine. A context manager; its ``url`` is for the client.
 
-        with recorded("tests/recordings/draft.json") as provider:
-            client = AsyncOpenAI(base_url=provider.url, api_key="any", max_retries=0)
+    ```python
+    with recorded("tests/recordings/draft.json") as provider:
+        client = AsyncOpenAI(base_url=provider.url, api_key="any", max_retries=0)
+    ```
 
     A request gets the response recorded for the same method, path and body: several responses in order, then the last one
     again and again. Nothing leaves this machine. A request that was not recorded gets status 404, and the block raises

@@ -41,11 +41,13 @@ class JournalStoreTests(ExecutionTests, OwnershipTests, SignalTests, ReadingTest
 
     Inherit, and define a fixture ``store`` with an empty store:
 
-        class TestMyStore(JournalStoreTests):
-            @pytest.fixture
-            async def store(self):
-                async with MyStore(...) as store:
-                    yield store
+    ```python
+    class TestMyStore(JournalStoreTests):
+        @pytest.fixture
+        async def store(self):
+            async with MyStore(...) as store:
+                yield store
+    ```
 
     For a store that processes can share, also define a fixture ``other``: a second client of the same data.
     pytest-asyncio must be in auto mode, or the class must be marked ``asyncio``.
