@@ -29,6 +29,7 @@ PROMETHEUS: dict[str, tuple[str, frozenset[str]]] = {
     "stroma_node_waits_total": ("counter", NODE),
     "stroma_circuit_changes_total": ("counter", frozenset({"pipeline", "circuit", "state"})),
     "stroma_limit_cooldowns_total": ("counter", frozenset({"pipeline", "limit"})),
+    "stroma_runs_returned_total": ("counter", frozenset({"pipeline", "status"})),
     "stroma_hook_errors_total": ("counter", frozenset({"pipeline", "hook"})),
 }
 
@@ -42,6 +43,7 @@ DATADOG: dict[str, tuple[str, frozenset[str]]] = {
     "stroma.cost_usd": ("count", NODE | {"model"}),
     "stroma.budget.exceeded": ("count", frozenset({"pipeline", "dimension"})),
     "stroma.limit.cooldowns": ("count", frozenset({"pipeline", "limit"})),
+    "stroma.runs.returned": ("count", frozenset({"pipeline", "status"})),
     "stroma.hook.errors": ("count", frozenset({"pipeline", "hook"})),
 }
 

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import json
+import logging
+from time import thread_time
 from typing import Any
+from urllib.parse import quote
 
 import pytest
-from pydantic import BaseModel, Secret, SecretBytes, SecretStr
+from prometheus_client import CollectorRegistry
+from pydantic import AliasChoices, BaseModel, Field, Secret, SecretBytes, SecretStr
+from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_opentelemetry import Seen, quick
 
-from stroma import ReliabilityContext, execute_step
+from stroma import NodeHooks, ReliabilityContext, StromaRunner, execute_step
+from stroma.contracts.schema import Schema, schema_of
+from stroma.telemetry import datadog_hooks, log_hooks, otel_hooks, prometheus_hooks, sentry_hooks
+from stroma.telemetry.content import Content
+
+pytest_plugins = ["tests.receivers.fixtures"]
 
 
 class Inner(BaseModel, extra="allow"):
@@ -79,3 +92,233 @@ async def test_a_state_that_cannot_be_written_out() -> None:
     await runner.run([node], Huge(n=10**5000))
     assert hooks.errors == {}
     assert seen.span("stroma.node node").attributes["stroma.input"] == "[unreadable: ValueError]"
+
+
+# ---------------------------------------------------------------------- size
+
+
+SECRET_TEXTS = ("p@ss/w0rd+1=", "sk-context-222")
+
+
+class Document(BaseModel):
+    title: str
+    text: str
+
+
+class Shelf(BaseModel):
+    documents: list[Document] = []
+    more: dict[str, Any] = {}
+
+
+SHELF = Shelf(
+    documents=[Document(title=f"title {n}", text="x" * 5000) for n in range(200)],
+    more={"rows": [{"a": n, "b": "y"} for n in range(1000)]},
+)
+
+
+def exporters(sentry: RecordedSentry, content: Any) -> list[Any]:
+    """All that send states, with all of them sampled and written."""
+    from tests.telemetry.test_counted_once import Otel, Tracer
+
+    logger = logging.getLogger("test.content")
+    logger.setLevel("DEBUG")
+    logger.propagate = False
+    logger.handlers = [logging.NullHandler()]
+    return [
+        Otel().hooks(content=content),
+        sentry_hooks(client=sentry.client, content=content),
+        datadog_hooks(tracer=Tracer(), content=content),  # type: ignore[arg-type]
+        log_hooks(logger, content=content),
+    ]
+
+
+@pytest.mark.core
+async def test_a_large_state_does_not_stop_the_event_loop(sentry: RecordedSentry) -> None:
+    """A state of 1 MB, content="redacted" and four exporters: no step of the event loop takes 20 ms more."""
+    steps: dict[bool, float] = {}
+    for watched in (False, True, False, True):
+        runner = StromaRunner.quick(hooks=exporters(sentry, "redacted") if watched else None)
+
+        @runner.node("node", input=Shelf, output=Shelf)
+        async def node(state: Shelf) -> Shelf:
+            await asyncio.sleep(0)
+            return state
+
+        longest = 0.0
+        for _ in range(3):
+            coroutine: Any = runner.run([node], SHELF)
+            task = asyncio.ensure_future(coroutine)
+            while not task.done():
+                begin = thread_time()
+                await asyncio.sleep(0)
+                longest = max(longest, thread_time() - begin)
+            await task
+        steps[watched] = min(longest, steps.get(watched, 9.0))
+    assert steps[True] - steps[False] < 0.02
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("content", ["none", "redacted"])
+async def test_no_exporter_copies_a_state(content: Any, sentry: RecordedSentry) -> None:
+    """Sets that read no state, as all exporters, make the engine copy none for them."""
+    registry = prometheus_hooks(registry=CollectorRegistry())
+    copied: list[str] = []
+
+    class Copied(Schema):
+        def state(self, model: BaseModel) -> dict[str, Any]:
+            copied.append(self.model.__name__)
+            return Schema.state(self, model)
+
+    seen: list[Any] = []
+
+    async def see(*arguments: Any) -> None:
+        seen.append(arguments[2])
+
+    unread = NodeHooks(on_node_start=see, on_node_success=see, on_run_start=see, reads_state=False)
+    runner = quick([*exporters(sentry, content), registry, unread], retries=0)
+
+    @runner.node("node", input=Shelf, output=Shelf)
+    async def node(state: Shelf) -> Shelf:
+        return state
+
+    schema = schema_of(Shelf)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schema, "state", Copied.state.__get__(schema), raising=False)
+        result = await runner.run([node], SHELF)
+    assert result.hook_errors == []
+    assert copied == []
+    assert seen == [{}, {}, {}]
+
+
+async def test_a_set_that_reads_no_state_gets_none_of_the_result() -> None:
+    """The result at the end of a run has its events and totals for such a set, and no state."""
+    results: list[Any] = []
+
+    async def ended(_: str, result: Any) -> None:
+        results.append(result)
+
+    sets = [NodeHooks(on_run_end=ended, reads_state=False), NodeHooks(on_run_end=ended)]
+    runner = quick(sets, retries=0)
+
+    @runner.node("node", input=Document, output=Document)
+    async def node(state: Document) -> Any:
+        return state, 3
+
+    await runner.run([node], Document(title="a", text="b"))
+    full, unread = results
+    assert full.final_state == Document(title="a", text="b")
+    assert unread.final_state is None
+    assert unread.total_tokens == full.total_tokens == 3
+    assert [(e.node_id, e.input_state, e.output_state) for e in unread.trace] == [("node", {}, {})]
+
+
+async def test_nothing_is_made_for_a_logger_that_is_off(sentry: RecordedSentry) -> None:
+    """A logger without handlers for the level, and a span that is not sampled, have no content made for them."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+
+    off = logging.getLogger("test.content.off")
+    off.setLevel(logging.CRITICAL)
+    with RecordedSentry(traces_sample_rate=0.0) as unsampled:
+        hooks = [
+            log_hooks(off, content="redacted"),
+            otel_hooks(tracer=TracerProvider(sampler=ALWAYS_OFF), content="redacted"),
+            sentry_hooks(client=unsampled.client, content="redacted"),
+        ]
+        runner = quick(hooks, retries=0)
+
+        @runner.node("node", input=Document, output=Document)
+        async def node(state: Document) -> Document:
+            return state
+
+        made: list[Any] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Content, "state", lambda *arguments: made.append(arguments) or "")
+            await runner.run([node], Document(title="a", text="b"))
+        assert made == []
+
+
+@pytest.mark.core
+async def test_denied_names_are_known_by_their_aliases() -> None:
+    """A field whose alias is a denied name is not sent, in models inside of the state neither."""
+
+    class Inner(BaseModel):
+        value: str = Field(default="inner-hidden", validation_alias=AliasChoices("x", "db_password"))
+
+    class Outer(BaseModel):
+        plain: str = "shown"
+        text: str = Field(default="outer-hidden", alias="apiKey")
+        inner: list[Inner] = [Inner()]
+
+    for redact in (None, lambda state: {**state, "extra": 1}):
+        seen = Seen()
+        runner = quick(seen.hooks(content="redacted"), retries=0, redact=redact)
+
+        @runner.node("node", input=Outer, output=Outer)
+        async def node(state: Outer) -> Outer:
+            return state
+
+        await runner.run([node], Outer())
+        shown = json.loads(seen.span("stroma.node node").attributes["stroma.input"])
+        assert (shown["plain"], shown["text"]) == ("shown", "[redacted]")
+        if redact is None:
+            assert shown["inner"] == [{"value": "[redacted]"}]
+
+
+@pytest.mark.core
+async def test_a_secret_at_the_end_of_what_is_sent() -> None:
+    """A secret that begins before max_bytes and ends after it is masked."""
+    seen = Seen()
+    runner = quick(seen.hooks(content="redacted", max_bytes=40), retries=0)
+
+    class Long(BaseModel):
+        text: str
+        key: SecretStr = SecretStr("hunter2-hunter2-hunter2")
+
+    @runner.node("node", input=Long, output=Long)
+    async def node(state: Long) -> Long:
+        return state
+
+    await runner.run([node], Long(text="x" * 25 + "hunter2-hunter2-hunter2" + "y" * 100_000))
+    shown = seen.span("stroma.node node").attributes["stroma.input"]
+    assert "hunter" not in shown
+    assert "truncated, over" in shown
+
+
+@pytest.mark.core
+async def test_encoded_secrets_of_state_and_context_in_messages_and_hook_errors(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A secret of the state or of the context is masked in messages, as it is, quoted, in base64, in hex and in upper
+    case; in what hooks raised, too."""
+
+    class Holder(BaseModel):
+        token: SecretStr = SecretStr(SECRET_TEXTS[0])
+
+    def forms(text: str) -> str:
+        data = text.encode()
+        return " ".join(
+            [text, quote(text, safe=""), base64.b64encode(data).decode(), data.hex(), text.upper()]
+        )
+
+    text = " ".join(map(forms, SECRET_TEXTS))
+
+    async def bad(*_: Any) -> None:
+        raise ValueError(text)
+
+    seen = Seen()
+    sets = [seen.hooks(content="redacted"), NodeHooks(on_node_start=bad)]
+    runner = quick(sets, retries=0, context={"key": SecretStr(SECRET_TEXTS[1])})
+
+    @runner.node("node", input=Holder, output=Holder)
+    async def node(state: Holder, ctx: dict[str, Any]) -> Holder:
+        await bad()
+        return state
+
+    result = await runner.run([node], Holder())
+    assert len(result.hook_errors) == 1
+    sent = str([span.to_json() for span in seen.spans]) + caplog.text
+    for secret in SECRET_TEXTS:
+        for form in (secret, quote(secret, safe=""), secret.encode().hex(), secret.upper()):
+            assert form not in sent, form
+        assert base64.b64encode(secret.encode()).decode()[:-4] not in sent

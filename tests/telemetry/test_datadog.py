@@ -4,16 +4,45 @@ from __future__ import annotations
 
 import json
 import pathlib
+import socket
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
 from tests.receivers.datadog import DatadogAgent, StatsdSocket
+from tests.telemetry.test_counted_once import Number, Tracer
 
+from stroma import StromaRunner
 from stroma.telemetry import datadog_hooks
 
 pytest_plugins = ["tests.receivers.fixtures"]
+
+
+async def test_the_agents_name_is_looked_up_in_no_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host of DogStatsD that does not resolve stops no event loop; flush() says that its metrics were lost."""
+    asked: list[int] = []
+
+    def slow(*_: Any, **__: Any) -> Any:
+        asked.append(threading.get_ident())
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    tracer: Any = Tracer()
+    tracer.flush = lambda: None
+    runner = StromaRunner.quick(hooks=datadog_hooks(tracer=tracer, statsd="dd-agent.internal:8125"))
+
+    @runner.node("a", input=Number, output=Number)
+    async def a(state: Number) -> Number:
+        return state
+
+    await runner.run([a], Number())
+    assert await runner.flush() is False
+    assert asked
+    assert threading.get_ident() not in asked
+    await runner.aclose()
+
 
 PROGRAM = """
 import asyncio, json, sys

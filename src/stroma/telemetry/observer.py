@@ -245,7 +245,7 @@ class Observer:
 
     # ------------------------------------------------------------------ what is current
 
-    def enter(self, record: T) -> Token[Any]:
+    def enter(self, record: object) -> Token[Any]:
         """Make a record that of the run around this code, for exporters with the same key; undo it with :meth:`leave`."""
         return _HERE.set({**_HERE.get(), self._here_key: record})
 

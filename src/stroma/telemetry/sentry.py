@@ -110,15 +110,18 @@ class _Failed:
     class_name: str
     reason: str | None
     scope: Scope
+    isolation: Scope | None = None
+    span: Any = None
 
 
 class _Node:
     """The span and scope of a node, and what its end needs."""
 
-    __slots__ = ("ended", "entered", "of_run", "scope", "span")
+    __slots__ = ("ended", "entered", "isolation", "of_run", "scope", "span")
 
     def __init__(self, span: Any, scope: Scope, of_run: _RunScope) -> None:
         self.span, self.scope, self.of_run = span, scope, of_run
+        self.isolation: Scope | None = None
         self.entered: ExitStack | None = None
         self.ended: Ended | None = None
 
@@ -408,6 +411,7 @@ class _Sentry(Observer):
         if node.ctx.elsewhere:
             _name_run(isolation, node.ctx)
         of_node.scope, of_node.entered = self._sdk.get_current_scope(), entered
+        of_node.isolation = isolation
         self._begin(node, of_node, above)
         return of_node
 
@@ -448,7 +452,14 @@ class _Sentry(Observer):
             self._spans.put(of_node.span, "stroma.output", self._content.state(node.ctx, ended.output))
         if ended.error is not None:
             # A group fails with the exception of its child: it is the child that failed.
-            failed = _Failed(node.node_id, ended.class_name, ended.reason, of_node.scope)
+            failed = _Failed(
+                node.node_id,
+                ended.class_name,
+                ended.reason,
+                of_node.scope,
+                of_node.isolation,
+                of_node.span,
+            )
             _notes_of(ended.error).failed.setdefault(of_node.of_run, failed)
 
     def retrying(
@@ -536,9 +547,15 @@ class _Sentry(Observer):
             "stroma.failure_class": failed.class_name,
         }
         event["tags"] = {**tags, **({} if failed.reason is None else {"stroma.reason": failed.reason})}
+        if self._spans.is_streamed and failed.span is not None:
+            scope.streamed_span = failed.span  # It has ended; the event is about it all the same.
         # A nested run, or a retry of the run, may have sent the same exception: that was another failure.
         notes.captured_by.discard(client)
-        with self._sdk.scope.use_scope(scope):
+        scopes = self._sdk.scope
+        with ExitStack() as entered:
+            if failed.isolation is not None:  # With what the node has tagged.
+                entered.enter_context(scopes.use_isolation_scope(failed.isolation))
+            entered.enter_context(scopes.use_scope(scope))
             scope.capture_event(event, hint)
         notes.captured_by.add(client)
 

@@ -1,0 +1,461 @@
+"""What exporters say is what happened: losses, hook errors, restored nodes, waits, traces of other systems."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import io
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
+from prometheus_client import CollectorRegistry, generate_latest
+from pydantic import BaseModel
+from tests.drivers.scenarios import failing
+from tests.drivers.seam import SeamDriver
+from tests.kit import ONCE, THRICE, Num, retry_policies
+from tests.receivers.sentry import RecordedSentry
+from tests.telemetry.test_counted_once import Otel, Statsd, Tracer, runner_of, total
+
+from stroma import (
+    AsyncInMemoryStore,
+    CheckpointManager,
+    ContractRegistry,
+    Limit,
+    NodeContract,
+    NodeHooks,
+    Pipeline,
+    ReliabilityContext,
+    RunConfig,
+    RunStatus,
+    StromaRunner,
+    current_node,
+    execute_step,
+    stroma_node,
+)
+from stroma.engine.trace_contexts import join_traces, trace_of, traces_of
+from stroma.telemetry import datadog_hooks, log_hooks, otel_hooks, prometheus_hooks, sentry_hooks
+
+pytest_plugins = ["tests.receivers.fixtures"]
+
+
+class Number(BaseModel):
+    n: int = 0
+
+
+def own_pipeline(hooks: Any, name: str = "own") -> Pipeline:
+    contract: Any = NodeContract(node_id="a", input_schema=Number, output_schema=Number)
+
+    @stroma_node("a", contract)
+    async def a(state: Number) -> Number:
+        return state
+
+    return Pipeline(name, [a], config=RunConfig(hooks=hooks))
+
+
+# ---------------------------------------------------------------------- counts
+
+
+@pytest.mark.core
+async def test_returned_runs_have_a_counter_of_their_own(tmp_path: Path) -> None:
+    """A caller that attached to a run, or got the result of a finished one, counts as returned, by status."""
+    registry, otel, statsd = CollectorRegistry(), Otel(), Statsd()
+    statsd_hooks = datadog_hooks(tracer=Tracer(), statsd=statsd)  # type: ignore[arg-type]
+    hooks = [prometheus_hooks(registry=registry), otel.hooks(), statsd_hooks]
+    runner, a, gate = runner_of(hooks, tmp_path / "runs.db")
+    gate.set()
+    for _ in range(3):
+        await runner.run([a], Number(), run_id="one", if_exists="return")
+    assert total(registry, "stroma_runs_returned_total") == 2
+    assert otel.count("stroma.runs.returned") == 2
+    assert [value for name, value in statsd.counts if name == "stroma.runs.returned"] == [1, 1]
+    assert total(registry, "stroma_runs_total") == otel.count("gen_ai.invoke_workflow.duration") == 1
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("place", ["before", "after"])
+async def test_every_exception_of_a_hook_is_counted(place: str) -> None:
+    """Wherever the set stands, and whichever hook it is: what is in result.hook_errors is counted, in every system."""
+
+    async def bad(*_: Any) -> None:
+        if current_node() is not None:
+            current_node().at_end(lambda: 1 / 0)  # type: ignore[arg-type, return-value, union-attr]
+        raise RuntimeError
+
+    registry, otel, statsd = CollectorRegistry(), Otel(), Statsd()
+    statsd_hooks = datadog_hooks(tracer=Tracer(), statsd=statsd)  # type: ignore[arg-type]
+    exporters = [prometheus_hooks(registry=registry), otel.hooks(), statsd_hooks]
+    events = ("on_run_start", "on_node_start", "on_node_success", "on_run_end")
+    own = NodeHooks(**dict.fromkeys(events, bad))
+    runner, a, gate = runner_of([own, *exporters] if place == "before" else [*exporters, own])
+    gate.set()
+    result = await runner.run([a], Number())
+    assert len(result.hook_errors) == 6  # Two of them in at_end.
+    assert total(registry, "stroma_hook_errors_total") == 6
+    assert otel.count("stroma.hook.errors") == 6
+    assert sum(value for name, value in statsd.counts if name == "stroma.hook.errors") == 6
+
+
+async def test_exceptions_of_hooks_of_plain_steps_are_counted() -> None:
+    """Also where no run ends: execute_step() without `async with`."""
+
+    async def bad(*_: Any) -> None:
+        raise RuntimeError
+
+    registry = CollectorRegistry()
+    config = RunConfig(hooks=[prometheus_hooks(registry=registry), NodeHooks(on_node_success=bad)])
+    ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
+
+    async def step(state: Number) -> Number:
+        return state
+
+    for _ in range(3):
+        await execute_step("s", step, Number(), ctx)
+    assert total(registry, "stroma_hook_errors_total") == 3
+
+
+# ---------------------------------------------------------------------- flush
+
+
+class Refuses(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None: ...
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(400)
+        self.end_headers()
+
+
+async def test_flush_says_what_a_collector_refuses() -> None:
+    """flush() is False if the exporter of a provider failed to send what it held; the next one has nothing to report."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        provider = TracerProvider()
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1/traces"
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url)))
+        runner = StromaRunner.quick(hooks=otel_hooks(tracer=provider))
+        await runner.run(own_pipeline(None).nodes, Number())
+        assert await runner.flush() is False
+        assert await runner.flush() is True
+        server.shutdown()
+    provider.shutdown()
+
+
+async def test_flush_says_what_was_lost_before_it() -> None:
+    """What found a queue full, or was refused in the background, is a loss for the next flush()."""
+
+    class Fails(SpanExporter):
+        def export(self, spans: Any) -> SpanExportResult:
+            return SpanExportResult.FAILURE
+
+    provider = TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(Fails(), max_queue_size=1, max_export_batch_size=1))
+    runner = StromaRunner.quick(hooks=otel_hooks(tracer=provider))
+    await runner.run(own_pipeline(None).nodes, Number())
+    provider.force_flush()
+    assert await runner.flush() is False
+    provider.shutdown()
+
+
+@pytest.mark.slow
+def test_flush_says_what_the_datadog_agent_refuses() -> None:
+    """ddtrace goes by its environment, so this is a process of its own; nothing listens where its agent should be."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = (
+        "import asyncio, os\n"
+        "from tests.telemetry.test_honesty import Number, own_pipeline\n"
+        "from stroma import StromaRunner\n"
+        "from stroma.telemetry import datadog_hooks\n"
+        "async def main():\n"
+        "    runner = StromaRunner.quick(hooks=datadog_hooks(statsd='nowhere.invalid:8125'))\n"
+        "    await runner.run(own_pipeline(None).nodes, Number())\n"
+        "    print(await runner.flush(timeout_seconds=20))\n"
+        "asyncio.run(main()); os._exit(0)\n"
+    )
+    env = {**os.environ, "DD_TRACE_AGENT_URL": f"http://127.0.0.1:{port}", "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "False", done.stderr
+
+
+async def test_flush_sends_what_a_pipelines_own_hooks_hold() -> None:
+    """flush() covers the exporters of pipelines and runs that have hooks of their own, once per destination."""
+    kept, other = InMemorySpanExporter(), InMemorySpanExporter()
+    providers = [TracerProvider(), TracerProvider()]
+    for exporter, provider in zip((kept, other), providers, strict=True):
+        provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=60_000))
+    runner = StromaRunner.quick()
+    for _ in range(3):
+        await runner.run(own_pipeline(otel_hooks(tracer=providers[0])), Number())
+    await runner.run(own_pipeline(otel_hooks(tracer=providers[1])), Number())
+    assert len(runner._exporters) == 2
+    assert await runner.aclose() is True
+    assert (len(kept.get_finished_spans()), len(other.get_finished_spans())) == (6, 2)
+
+
+async def test_a_queue_of_sentry_that_overflows_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """What Sentry's queue had no room for is logged once, and flush() is False."""
+    sentry = RecordedSentry()
+    runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
+    for _ in range(2):
+        sentry.transport.record_lost_event("queue_overflow", data_category="error")
+    sentry.transport.record_lost_event("sample_rate", data_category="transaction")
+    assert await runner.flush() is False
+    assert await runner.flush() is True
+    assert sum("queue_overflow" in record.getMessage() for record in caplog.records) == 1
+
+
+# ---------------------------------------------------------------------- traces
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("order", ["otel first", "datadog first"])
+async def test_a_resumed_run_links_to_the_trace_of_its_own_system(order: str, tmp_path: Path) -> None:
+    """Each system has its own trace context in the journal, whichever hooks come first."""
+    otel, tracer = Otel(), Tracer()
+    sets = [otel.hooks(), datadog_hooks(tracer=tracer)]  # type: ignore[arg-type]
+    fails = [True]
+    hooks = sets if order == "otel first" else sets[::-1]
+    runner = StromaRunner.quick(store=tmp_path / "runs.db", hooks=hooks)
+
+    @runner.node("a", input=Number, output=Number)
+    async def a(state: Number) -> Number:
+        if fails:
+            raise PermissionError
+        return state
+
+    await runner.run([a], Number(), run_id="r")
+    fails.clear()
+    await runner.run([a], Number(), run_id="r", resume=True)
+    first, again = [span for span in otel.spans.get_finished_spans() if span.parent is None]
+    assert first.context is not None
+    assert [link.context.trace_id for link in again.links] == [first.context.trace_id]
+
+
+def test_trace_contexts_as_one_text() -> None:
+    """A text names each system's trace context; a plain one is that of all systems without their own."""
+    plain, own = "00-a-b-01", "00-c-d-01"
+    assert traces_of(plain) == {"": plain}
+    both = join_traces({"": plain, "otel": own})
+    assert (trace_of(both, "otel"), trace_of(both, "sentry")) == (own, plain)
+    assert trace_of(join_traces({"otel": own}), "sentry") is None
+    assert (join_traces({}), traces_of(None), trace_of(None, "otel")) == (None, {}, None)
+
+
+@pytest.mark.core
+async def test_the_runs_span_is_current_in_its_hooks_and_lines() -> None:
+    """ "run started" and "run ended" are in the run's trace, and the run's duration has an exemplar."""
+    otel, seen = Otel(), []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append((record.getMessage().partition(":")[0], trace.get_current_span()))
+
+    logger = logging.getLogger("test.honesty")
+    logger.addHandler(Handler())
+    logger.setLevel("INFO")
+    logger.propagate = False
+    runner = StromaRunner.quick(hooks=otel.hooks() | log_hooks(logger))
+    await runner.run(own_pipeline(None).nodes, Number())
+    assert trace.get_current_span() is trace.INVALID_SPAN
+    (root,) = [span for span in otel.spans.get_finished_spans() if span.parent is None]
+    assert root.context is not None
+    lines = dict(seen)
+    assert lines["run started"].get_span_context() == lines["run ended"].get_span_context() == root.context
+    data = otel.reader.get_metrics_data()
+    assert data is not None
+    points = {
+        metric.name: metric.data.data_points
+        for scope in data.resource_metrics[0].scope_metrics
+        for metric in scope.metrics
+    }
+    (point,) = points["gen_ai.invoke_workflow.duration"]
+    assert [one.trace_id for one in point.exemplars] == [root.context.trace_id]
+
+
+async def test_a_run_that_is_closed_from_elsewhere_leaves_no_span_behind() -> None:
+    """The context of whoever closes the coroutine of a run is left alone."""
+    otel = Otel()
+    runner = StromaRunner.quick(hooks=otel.hooks())
+
+    @runner.node("a", input=Number, output=Number)
+    async def a(state: Number) -> Number:
+        await asyncio.sleep(60)
+        return state
+
+    run = runner.run([a], Number())
+    task = asyncio.ensure_future(asyncio.sleep(0))
+    await task
+    run.send(None)
+    with trace.use_span(trace.NonRecordingSpan(trace.INVALID_SPAN_CONTEXT)):
+        run.close()
+    assert otel.roots() == 1
+
+
+# ---------------------------------------------------------------------- spans
+
+
+@pytest.mark.core
+async def test_restored_nodes_are_counted_and_drop_no_other_event(
+    tmp_path: Path, sentry: RecordedSentry
+) -> None:
+    """A resumed run says how many nodes it restored, however many; the SDK drops none of its events."""
+    otel, fails = Otel(), [True]
+    hooks = [otel.hooks(), sentry_hooks(client=sentry.client)]
+    runner = StromaRunner.quick(store=tmp_path / "runs.db", hooks=hooks)
+
+    @runner.node("a", input=Number, output=Number)
+    async def a(state: Number) -> Number:
+        return state
+
+    @runner.node("last", input=Number, output=Number)
+    async def last(state: Number) -> Number:
+        if fails:
+            raise PermissionError
+        return state
+
+    nodes = [*[a] * 200, last]
+    await runner.run(nodes, Number(), run_id="r")
+    fails.clear()
+    otel.spans.clear()
+    await runner.run(nodes, Number(), run_id="r", resume=True)
+    root = next(span for span in otel.spans.get_finished_spans() if span.parent is None)
+    assert root.dropped_events == 0
+    assert root.attributes is not None
+    assert root.attributes["stroma.nodes.restored"] == 200
+    assert root.attributes["stroma.events.dropped"] == 200 - len(root.events)
+    assert sentry.transport.transactions[-1]["contexts"]["trace"]["data"]["stroma.nodes.restored"] == 200
+
+
+@pytest.mark.core
+async def test_events_of_a_node_with_many_attempts() -> None:
+    """No event of a node is dropped in silence: an attribute says how many are missing."""
+    otel = Otel()
+    runner = StromaRunner.quick(hooks=otel.hooks(), policy_map=retry_policies(60))
+
+    @runner.node("a", input=Number, output=Number)
+    async def a(state: Number) -> Number:
+        raise ConnectionError
+
+    await runner.run([a], Number())
+    (node, _) = otel.spans.get_finished_spans()
+    assert node.dropped_events == 0
+    assert node.attributes is not None
+    assert node.attributes["stroma.events.dropped"] == 61 * 2 + 60 - len(node.events)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("final", [False, True], ids=["succeeds", "fails"])
+async def test_only_the_last_of_failed_attempts_is_an_error(final: bool) -> None:
+    """With attempts="spans", the span of an attempt that is tried again is no error."""
+    otel = Otel()
+    runner = StromaRunner.quick(hooks=otel.hooks(attempts="spans"), policy_map=ONCE)
+
+    @runner.node("a", input=Number, output=Number)
+    async def a(state: Number) -> Number:
+        if final or current_node().attempt == 1:  # type: ignore[union-attr]
+            raise TimeoutError
+        return state
+
+    await runner.run([a], Number())
+    attempts = [span for span in otel.spans.get_finished_spans() if span.name == "stroma.attempt a"]
+    error = StatusCode.ERROR if final else StatusCode.UNSET
+    assert [span.status.status_code for span in attempts] == [StatusCode.UNSET, error]
+    assert all(a.end_time <= b.start_time for a, b in pairwise(attempts))  # type: ignore[operator]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("attempts", ["events", "spans"])
+async def test_on_other_machines_no_attempt_that_is_tried_again_is_an_error(attempts: Any) -> None:
+    """Where another process decides about retries, only the run's end is an error."""
+    otel = Otel()
+    nodes = [failing([], "a", TimeoutError("slow"))]
+    hooks = otel.hooks(attempts=attempts)
+    async with SeamDriver().bind(nodes, hooks=hooks, policy_map=THRICE) as bound:
+        result = await bound.run(Num())
+    assert result.status is RunStatus.COMPLETED
+    spans = otel.spans.get_finished_spans()
+    assert [span.name for span in spans if not span.status.is_unset] == []
+    assert "TimeoutError" in {(span.attributes or {}).get("error.type") for span in spans}
+
+
+@pytest.mark.core
+async def test_waits_are_in_traces(sentry: RecordedSentry) -> None:
+    """An attempt that was queued says so: an event around the node, and for how long on the node."""
+    otel = Otel()
+    hooks = [otel.hooks(), sentry_hooks(client=sentry.client)]
+    runner = StromaRunner.quick(hooks=hooks, limits={"a": Limit(concurrent=1)})
+    gate, entered = asyncio.Event(), asyncio.Event()
+
+    @runner.node("a", input=Number, output=Number)
+    async def a(state: Number) -> Number:
+        entered.set()
+        await gate.wait()
+        return state
+
+    first = asyncio.ensure_future(runner.run([a], Number()))
+    await entered.wait()
+    second = asyncio.ensure_future(runner.run([a], Number()))
+    await asyncio.sleep(0.05)
+    gate.set()
+    await asyncio.gather(first, second)
+    spans = otel.spans.get_finished_spans()
+    events = [event for span in spans for event in span.events if event.name == "stroma.node.wait"]
+    (event,) = events
+    assert event.attributes is not None
+    assert event.attributes["stroma.node.id"] == "a"
+    assert "limit 'a'" in str(event.attributes["stroma.wait.reason"])
+    waited = [(span.attributes or {}).get("stroma.node.wait_s") for span in spans]
+    (seconds,) = [one for one in waited if one is not None]
+    assert float(str(seconds)) >= 0.04
+    data = [span["data"] for span in sentry.transport.spans if "stroma.node.wait_s" in span["data"]]
+    assert len(data) == 1
+
+
+# ---------------------------------------------------------------------- sets that would do nothing
+
+
+async def test_structlog_that_is_configured_later_is_used() -> None:
+    """log_hooks() made at import writes to structlog once the application has configured it."""
+    hooks, out = log_hooks(), io.StringIO()
+    structlog.configure(
+        processors=[structlog.processors.JSONRenderer()], logger_factory=structlog.PrintLoggerFactory(out)
+    )
+    try:
+        runner = StromaRunner.quick(hooks=hooks)
+        await runner.run(own_pipeline(None).nodes, Number())
+    finally:
+        structlog.reset_defaults()
+    assert out.getvalue().count("\n") >= 3
+
+
+async def test_metrics_that_were_taken_out_of_their_registry() -> None:
+    """Hooks for a registry whose metrics were unregistered, as test suites do, feed new ones; older sets follow."""
+    registry = CollectorRegistry()
+    old = prometheus_hooks(registry=registry)
+    await StromaRunner.quick(hooks=old).run(own_pipeline(None).nodes, Number())
+    for collector in list(registry._collector_to_names):
+        registry.unregister(collector)
+    new = prometheus_hooks(registry=registry)
+    for hooks in (old, new):
+        await StromaRunner.quick(hooks=hooks).run(own_pipeline(None).nodes, Number())
+    assert b"stroma_runs_total" in generate_latest(registry)
+    assert total(registry, "stroma_runs_total") == 2

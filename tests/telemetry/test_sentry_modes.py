@@ -1,0 +1,248 @@
+"""sentry_hooks in both modes of its SDK, beside other clients, and isolated node by node."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import sentry_sdk
+from pydantic import BaseModel
+from sentry_sdk.integrations.logging import LoggingIntegration
+from tests.kit import NEVER, ONCE
+from tests.receivers.sentry import RecordedSentry
+
+from stroma import Pipeline, StromaRunner, current_node, map_over, parallel
+from stroma.telemetry import sentry_hooks
+
+pytest_plugins = ["tests.receivers.fixtures"]
+
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+class Number(BaseModel):
+    n: int = 0
+
+
+def tree(sentry: RecordedSentry) -> set[tuple[str, str | None, str | None]]:
+    """(name, op, name of the span above) of every span."""
+    sentry.client.flush()
+    spans = sentry.transport.spans
+    names = {span["span_id"]: span["name"] for span in spans}
+    return {(span["name"], span["op"], names.get(span["parent_span_id"])) for span in spans}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("mode", ["static", "stream"])
+async def test_spans_of_a_run_in_both_modes(mode: str) -> None:
+    """A run, its groups and its nodes are spans of gen_ai operations, as transactions and as streamed spans."""
+    with RecordedSentry(trace_lifecycle=mode) as sentry:
+        runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client), policy_map=ONCE)
+
+        @runner.node("a", input=Number, output=Number)
+        async def a(state: Number) -> Number:
+            if current_node().attempt == 1:  # type: ignore[union-attr]
+                raise ConnectionError
+            return state
+
+        @runner.node("bad", input=Number, output=Number)
+        async def bad(state: Number) -> Number:
+            raise PermissionError
+
+        @runner.node("b", input=Number, output=Number)
+        async def b(state: Number) -> Number:
+            await asyncio.sleep(0)
+            return state
+
+        group = parallel(b, b)
+        await runner.run(Pipeline("letters", [a, group, bad]), Number(), traceparent=TRACEPARENT)
+        assert tree(sentry) == {
+            ("letters", "gen_ai.invoke_agent", None),
+            ("a", "gen_ai.execute_tool", "letters"),
+            (group.node_id, "gen_ai.execute_tool", "letters"),
+            ("b", "gen_ai.execute_tool", group.node_id),
+            ("bad", "gen_ai.execute_tool", "letters"),
+        }
+        spans = sentry.transport.spans
+        assert {span["trace_id"] for span in spans} == {TRACEPARENT.split("-")[1]}
+        run, failed, fine = (sentry.transport.span(name) for name in ("letters", "bad", "a"))
+        assert run["parent_span_id"] == "b7ad6b7169203331"
+        assert run["data"]["gen_ai.agent.name"] == "letters"
+        assert run["data"]["stroma.status"] == "PARTIAL"
+        assert fine["status"] == "ok"
+        assert failed["status"] == "error"
+        assert run["status"] == ("error" if mode == "stream" else "unavailable")
+        (event,) = sentry.transport.events
+        assert event["contexts"]["trace"]["span_id"] == failed["span_id"]
+        assert event["contexts"]["trace"]["trace_id"] == failed["trace_id"]
+
+
+async def test_runs_of_streamed_spans_are_traces_of_their_own() -> None:
+    """Without a span around it each run begins a trace; inside a span of the application it is part of that one."""
+    with RecordedSentry(trace_lifecycle="stream") as sentry, sentry_sdk.new_scope() as scope:
+        scope.set_client(sentry.client)
+        runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
+
+        @runner.node("a", input=Number, output=Number)
+        async def a(state: Number) -> Number:
+            return state
+
+        for _ in range(2):
+            await runner.run([a], Number())
+        with sentry_sdk.traces.start_span(name="GET /"):
+            await runner.run([a], Number())
+        sentry.client.flush()
+        runs = [span for span in sentry.transport.spans if span["name"] == "pipeline"]
+        assert len({run["trace_id"] for run in runs}) == 3
+        assert runs[2]["parent_span_id"] == sentry.transport.span("GET /")["span_id"]
+
+
+@pytest.mark.core
+async def test_two_clients_each_have_the_issue_and_the_spans() -> None:
+    """Sets of hooks for two clients do not take each other's run for the one around theirs, in nested runs neither."""
+    with RecordedSentry() as one, RecordedSentry() as two:
+        sets = [sentry_hooks(client=sentry.client) for sentry in (one, two)]
+        runner = StromaRunner.quick(hooks=sets, policy_map=NEVER)
+
+        @runner.node("bad", input=Number, output=Number)
+        async def bad(state: Number) -> Number:
+            raise PermissionError
+
+        @runner.node("outer", input=Number, output=Number)
+        async def outer(state: Number) -> Number:
+            result = await runner.run(Pipeline("inner", [bad]), state)
+            result.raise_for_status()
+            return state
+
+        await runner.run(Pipeline("all", [outer]), Number())
+        for sentry in (one, two):
+            assert [event["fingerprint"][1:3] for event in sentry.transport.events] == [["inner", "bad"]]
+            assert tree(sentry) == {
+                ("all", "gen_ai.invoke_agent", None),
+                ("outer", "gen_ai.execute_tool", "all"),
+                ("inner", "gen_ai.invoke_agent", "outer"),
+                ("bad", "gen_ai.execute_tool", "inner"),
+            }
+        assert [dict(each.errors) for each in sets] == [{}, {}]
+
+
+@pytest.mark.core
+async def test_what_a_node_tags_is_its_own(sentry: RecordedSentry) -> None:
+    """sentry_sdk.set_tag() in a node is not found in its siblings, nor in later nodes; breadcrumbs of the run are."""
+    runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client), policy_map=NEVER)
+
+    @runner.node("a", input=Number, output=Number)
+    async def a(state: Number) -> Number:
+        sentry_sdk.set_tag("who", "a")
+        await asyncio.sleep(0.01)
+        sentry_sdk.add_breadcrumb(message="a was here")
+        sentry_sdk.capture_message("from a")
+        return state
+
+    @runner.node("b", input=Number, output=Number)
+    async def b(state: Number) -> Number:
+        sentry_sdk.set_tag("who", "b")
+        await asyncio.sleep(0)
+        sentry_sdk.capture_message("from b")
+        return state
+
+    @runner.node("c", input=Number, output=Number)
+    async def c(state: Number) -> Number:
+        sentry_sdk.capture_message("from c")
+        sentry_sdk.set_tag("who", "c")
+        raise PermissionError
+
+    await runner.run([parallel(a, b), c], Number())
+    events = {event.get("message"): event for event in sentry.transport.events}
+    assert {message: event["tags"].get("who") for message, event in events.items()} == {
+        "from a": "a",
+        "from b": "b",
+        "from c": None,
+        None: "c",  # The issue of the run: with what the node that failed has tagged.
+    }
+    assert {event["tags"]["stroma.pipeline"] for event in events.values()} == {"pipeline"}
+    assert [crumb["message"] for crumb in events["from c"]["breadcrumbs"]["values"]] == ["a was here"]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("how", ["await", "task", "gather"])
+async def test_an_exception_that_is_raised_further_makes_no_second_issue(
+    how: str, sentry: RecordedSentry
+) -> None:
+    """What an integration captures of result.raise_for_status() is the same failure, in whichever task the run was."""
+    runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
+
+    @runner.node("a", input=Number, output=Number)
+    async def a(state: Number) -> Number:
+        raise PermissionError("a customer's text")
+
+    begin: dict[str, Callable[[Coroutine[Any, Any, Any]], Any]] = {
+        "await": lambda run: run,
+        "task": asyncio.create_task,
+        "gather": asyncio.gather,
+    }
+    with sentry_sdk.new_scope() as scope:
+        scope.set_client(sentry.client)
+        result = await begin[how](runner.run([a], Number()))
+        result = result[0] if isinstance(result, list) else result
+        try:
+            result.raise_for_status()
+        except PermissionError as error:
+            sentry_sdk.capture_exception(error)
+        (event,) = sentry.transport.events
+        assert event["exception"]["values"][-1]["value"] == "AMBIGUOUS"
+        sentry_sdk.capture_exception(PermissionError("another"))
+        assert len(sentry.transport.events) == 2
+
+
+@pytest.mark.core
+async def test_scopes_of_collected_items_are_released(sentry: RecordedSentry) -> None:
+    """A map that collects failures keeps no scope of an item that failed."""
+
+    class Many(BaseModel):
+        items: list[int] = list(range(100))
+        out: list[dict[str, Any]] = []
+
+    runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
+    alive: list[int] = []
+
+    @runner.node("item", input=Number, output=Number)
+    async def item(state: Number) -> Number:
+        raise LookupError
+
+    @runner.node("look", input=Many, output=Many)
+    async def look(state: Many) -> Many:
+        gc.collect()
+        alive.append(sum(isinstance(one, sentry_sdk.Scope) for one in gc.get_objects()))
+        return state
+
+    mapped: Any = map_over("items", item, into="out", on_item_failure="collect", max_concurrency=5)
+    await runner.run([look, mapped, look], Many())
+    before, after = alive
+    assert after <= before + 5
+    assert sentry.transport.events == []
+
+
+@pytest.mark.core
+async def test_the_engines_lines_are_no_sentry_logs() -> None:
+    """With enable_logs=True the engine's own lines, which say what exceptions said, do not leave; those of others do."""
+    integrations = [LoggingIntegration(level=logging.INFO, event_level=None, sentry_logs_level=logging.INFO)]
+    with (
+        RecordedSentry(enable_logs=True, integrations=integrations) as sentry,
+        sentry_sdk.new_scope() as scope,
+    ):
+        scope.set_client(sentry.client)
+        runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client), policy_map=NEVER)
+
+        @runner.node("a", input=Number, output=Number)
+        async def a(state: Number) -> Number:
+            logging.getLogger("letters").warning("of the application")
+            raise ValueError("IBAN DE89 of a customer")
+
+        await runner.run([a], Number())
+        sentry.client.flush()
+        items = [item for payload in sentry.transport._payloads("log") for item in payload["items"]]
+        assert [item["body"] for item in items] == ["of the application"]
