@@ -20,15 +20,17 @@ class UnreadState(dict[str, Any]):
     Attributes:
         model: the state itself, which nobody may change; only while the hook runs.
         schema: of that model.
+        shapes: what an exporter has written of the types and sizes of its fields, for the others.
     """
 
-    __slots__ = ("_has_noted", "_redactor", "_shown", "model", "schema")
+    __slots__ = ("_has_noted", "_redactor", "_shown", "model", "schema", "shapes")
 
     def __init__(self, schema: Schema, model: BaseModel, redactor: Redactor) -> None:
         self.schema, self.model = schema, model
         self._redactor = redactor
         self._shown: dict[str, Any] | None = None
         self._has_noted = False
+        self.shapes: str | None = None
 
     @property
     def is_redacted(self) -> bool:

@@ -38,8 +38,12 @@ _DEEPEST: Final = 50
 #: Characters that are written beyond the limit, so that a secret at the end is found as a whole.
 _SLACK: Final = 4096
 _MOST_NAMES: Final = 10_000
+#: Fields whose types and sizes are sent.
+_MOST_FIELDS: Final = 2000
 #: Items of a set that are put in order.
 _MOST_SORTED: Final = 1000
+_SIZED: Final = frozenset({str, bytes, list, tuple, set, frozenset, dict})
+_UNSIZED: Final = frozenset({int, float, bool, type(None)})
 _NO_NAMES: Final[Mapping[str, tuple[str, ...]]] = {}
 #: Between the words of a name in camel case.
 _WORD_ENDS: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -77,11 +81,9 @@ class Content:
 
         It is walked no further than ``max_bytes``, so that a large one costs no more than a small one.
         """
-        values, model = _fields_of(state)
         if self.mode == "none":
-            most = self.max_bytes // 4 + 1
-            shapes = {str(name): _shape(value) for name, value in islice(values.items(), most)}
-            return self.cut(json.dumps(shapes))
+            return self._shapes(state)
+        values, model = _fields_of(state)
         if isinstance(state, UnreadState):
             state.note_secrets()
         else:
@@ -93,6 +95,15 @@ class Content:
             # A number of ten thousand digits, say. The span is worth more than its input.
             return f"[unreadable: {type(error).__name__}]"
         return self.cut(run.redactor.mask(text), has_more=writer.is_full)
+
+    def _shapes(self, state: Mapping[str, Any]) -> str:
+        text = state.shapes if isinstance(state, UnreadState) else None
+        if text is None:
+            fields = _fields_of(state)[0]
+            text = json.dumps({str(name): _shape(v) for name, v in islice(fields.items(), _MOST_FIELDS)})
+            if isinstance(state, UnreadState):
+                state.shapes = text
+        return text if len(text) <= self.max_bytes and text.isascii() else self.cut(text)
 
     def message(self, run: ReliabilityContext, error: BaseException | str) -> str | None:
         """Return the message of an exception; None in mode "none"."""
@@ -238,7 +249,10 @@ class _Writer:
 
 def fields_in(model: BaseModel) -> dict[str, Any]:
     """Return the fields of a model by name, as they are: without those that are excluded, with extra ones."""
-    traits = schema_of(type(model)).traits
+    schema = schema_of(type(model))
+    if schema.is_flat and len(model.__dict__) == len(schema.field_names):
+        return model.__dict__
+    traits = schema.traits
     names, excluded = type(model).model_fields, traits.excluded_fields
     fields = {name: v for name, v in model.__dict__.items() if name in names and name not in excluded}
     if model.__pydantic_extra__:
@@ -286,6 +300,11 @@ def _plain(name: str) -> str:
 
 
 def _shape(value: Any) -> str:
+    kind = type(value)
+    if kind in _SIZED:
+        return f"{kind.__name__}[{len(value)}]"
+    if kind in _UNSIZED:
+        return kind.__name__
     if isinstance(value, BaseModel):  # Hooks see them as dicts.
         fields = fields_in(value)
         return _shape(fields.get("root")) if schema_of(type(value)).is_root else f"dict[{len(fields)}]"

@@ -128,6 +128,7 @@ class _NodeSpan:
         "cost",
         "ended",
         "events",
+        "output",
         "span",
         "token",
         "tokens",
@@ -136,6 +137,7 @@ class _NodeSpan:
     def __init__(self, span: Span) -> None:
         self.span = span
         self.events = _Events()
+        self.output: str | None = None
         self.token: Token[Context] | None = None
         #: The span of an attempt, until it is known if another one follows; and when the attempt ended.
         self.attempt: Span | None = None
@@ -438,7 +440,7 @@ class _OpenTelemetry(Observer):
             else:
                 of_node.attempt.set_attributes(about_attempt)
             if ended.output is not None:
-                span.set_attribute("stroma.output", self._content.state(node.ctx, ended.output))
+                of_node.output = self._content.state(node.ctx, ended.output)
         # Whether it is an error is known once a retry follows, or none; and on other machines it is decided elsewhere.
         of_node.attempt_end_ns = time_ns()
 
@@ -477,12 +479,19 @@ class _OpenTelemetry(Observer):
             if ended is not None and not may_be_retried(node):
                 self._mark(of_node.attempt, node.ctx, ended)
             self._end_attempt(of_node)
-        of_node.events.note(span)
-        span.set_attribute("stroma.node.attempts", node.attempt)
-        span.set_attribute("stroma.tokens", of_node.tokens)
-        span.set_attribute("stroma.cost_usd", of_node.cost)
+        if span.is_recording():
+            of_node.events.note(span)
+            about: dict[str, Any] = {
+                "stroma.node.attempts": node.attempt,
+                "stroma.tokens": of_node.tokens,
+                "stroma.cost_usd": of_node.cost,
+            }
+            if of_node.output is not None:
+                about["stroma.output"] = of_node.output
+            if ended is not None:
+                about["stroma.outcome"] = ended.outcome
+            span.set_attributes(about)
         if ended is not None:
-            span.set_attribute("stroma.outcome", ended.outcome)
             if not may_be_retried(node):
                 self._mark(span, node.ctx, ended)
             elif ended.error is not None:
