@@ -617,9 +617,9 @@ class StromaRunner:
 
     def _note_exporters(self, hooks: AnyHooks) -> None:
         """Remember the exporters of a pipeline or a run for :meth:`flush`: one for each destination."""
-        found = [one for one in flatten(hooks) if hasattr(one, "flush")]
-        if found:
-            self._exporters[:] = distinct((*self._exporters, *found))
+        exporters = [one for one in flatten(hooks) if hasattr(one, "flush")]
+        if exporters:
+            self._exporters[:] = distinct((*self._exporters, *exporters))
 
     @property
     def _stored(self) -> StoredRuns:

@@ -88,7 +88,7 @@ class Content:
             state.note_secrets()
         else:
             run.redactor.note_secrets(state)
-        writer = _Writer(self, self.max_bytes + _SLACK)
+        writer = _JsonWriter(self, self.max_bytes + _SLACK)
         try:
             text = writer.text_of(values, model)
         except Exception as error:
@@ -156,7 +156,7 @@ class _Full(Exception):
     """No more text is wanted."""
 
 
-class _Writer:
+class _JsonWriter:
     """Writes values as JSON until there is enough of it."""
 
     def __init__(self, content: Content, limit: int) -> None:
@@ -247,7 +247,7 @@ class _Writer:
                 self._add(json.dumps(plain))
 
 
-def fields_in(model: BaseModel) -> dict[str, Any]:
+def fields_in(model: BaseModel) -> Mapping[str, Any]:
     """Return the fields of a model by name, as they are: without those that are excluded, with extra ones."""
     schema = schema_of(type(model))
     if schema.is_flat and len(model.__dict__) == len(schema.field_names):
@@ -280,11 +280,11 @@ _aliases: WeakKeyDictionary[type[BaseModel], Mapping[str, tuple[str, ...]]] = We
 
 def _names_of(model: type[BaseModel]) -> Mapping[str, tuple[str, ...]]:
     """Return the names of the fields of a model that have an alias, by the name of the field."""
-    found = _aliases.get(model)
-    if found is None:
+    aliases = _aliases.get(model)
+    if aliases is None:
         names = {field: (*names_of_field(field, info),) for field, info in model.model_fields.items()}
-        found = _aliases[model] = {field: known for field, known in names.items() if len(known) > 1}
-    return found
+        aliases = _aliases[model] = {field: known for field, known in names.items() if len(known) > 1}
+    return aliases
 
 
 def type_name(error: BaseException) -> str:

@@ -38,7 +38,7 @@ class LossCounter:
 
 
 class Losses:
-    """What an exporter knows of the losses of the objects that it sends through."""
+    """Losses in the objects that one exporter sends through."""
 
     def __init__(self, system: str) -> None:
         self._system = system

@@ -97,7 +97,7 @@ class _RunSpan:
 
 
 class _Events:
-    """How many events a span has: its SDK keeps 128, and drops the oldest ones in silence."""
+    """The number of events of a span: its SDK keeps 128, and drops the oldest ones without a word."""
 
     __slots__ = ("dropped", "sent")
 

@@ -67,7 +67,7 @@ def sentry_hooks(
 
 
 class _ErrorNotes:
-    """What is known of an exception, on the exception itself: it is gone with it, and redacted copies share it."""
+    """Notes on an exception, on the exception itself: it is gone with it, and redacted copies share it."""
 
     __slots__ = ("captured_by", "captured_in", "failed")
 
