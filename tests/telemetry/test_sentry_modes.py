@@ -202,6 +202,9 @@ async def test_an_exception_that_is_raised_further_makes_no_second_issue(
 async def test_scopes_of_collected_items_are_released(sentry: RecordedSentry) -> None:
     """A map that collects failures keeps no scope of an item that failed."""
 
+    class Item(BaseModel):
+        value: int
+
     class Many(BaseModel):
         items: list[int] = list(range(100))
         out: list[dict[str, Any]] = []
@@ -209,8 +212,8 @@ async def test_scopes_of_collected_items_are_released(sentry: RecordedSentry) ->
     runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
     alive: list[int] = []
 
-    @runner.node("item", input=Number, output=Number)
-    async def item(state: Number) -> Number:
+    @runner.node("item", input=Item, output=Item)
+    async def item(state: Item) -> Item:
         raise LookupError
 
     @runner.node("look", input=Many, output=Many)
