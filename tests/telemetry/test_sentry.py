@@ -330,6 +330,8 @@ async def test_a_trace_context_is_carried_in(sentry: RecordedSentry) -> None:
 async def test_the_global_client_is_the_default() -> None:
     """Without a client the one of sentry_sdk.init() is used; without that, nothing happens."""
     runner = StromaRunner.quick(hooks=sentry_hooks())
+    before = sentry_sdk.get_isolation_scope()
     result = await runner.run([node(runner, "bad", ValueError)], State())
+    assert sentry_sdk.get_isolation_scope() is before
     assert result.hook_errors == []
     assert sum(runner.config.hooks.errors.values()) == 0  # type: ignore[union-attr]

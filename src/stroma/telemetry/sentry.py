@@ -236,7 +236,8 @@ class _Sentry(Observer):
 
     @property
     def _here_key(self) -> int:
-        return id(self._the_client())
+        # The global client may be another one at the end of a run than at its start.
+        return 0 if self._client is None else id(self._client)
 
     def is_connected(self) -> bool:
         return self._client is not None or bool(self._sdk.get_client().is_active())
