@@ -189,6 +189,7 @@ class NodeAttempt:
             # What the function raised references the frames that it passed, they this attempt, and the execution its last
             # failure: otherwise each failed run is a cycle that only the garbage collector frees.
             del self.run, run, raised
+            self.firing = None  # Its arguments refer to the failure, and this frame is in its traceback.
 
     async def begin_only(self) -> Failure | Halt | None:
         """Make the part of the attempt that precedes the call. Return its end if the input is not valid."""

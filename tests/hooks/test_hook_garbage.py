@@ -1,0 +1,41 @@
+"""What a failed attempt leaves behind, with hooks that are called for it."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+from pydantic import BaseModel
+
+from stroma import NodeHooks, StromaRunner, map_over
+
+
+class Item(BaseModel):
+    value: int
+
+
+class Many(BaseModel):
+    items: list[int] = list(range(20))
+    out: list[dict[str, Any]] = []
+
+
+async def test_a_failed_attempt_with_hooks_leaves_no_cycle() -> None:
+    """An exception that a map has collected is freed without the garbage collector."""
+
+    async def watch(*_: Any) -> None: ...
+
+    runner = StromaRunner.quick(hooks=NodeHooks(on_node_failure=watch))
+
+    @runner.node("item", input=Item, output=Item)
+    async def item(state: Item) -> Item:
+        raise LookupError
+
+    nodes: list[Any] = [map_over("items", item, into="out", on_item_failure="collect")]
+    await runner.run(nodes, Many())
+    gc.collect()
+    gc.disable()
+    try:
+        await runner.run(nodes, Many())
+        assert not [one for one in gc.get_objects() if type(one) is LookupError]
+    finally:
+        gc.enable()
