@@ -1239,7 +1239,9 @@ def test_g11_no_module_of_ours_can_execute_data() -> None:
         inside = path.relative_to(SOURCE).parts
         # Copies of plain data are made by way of pickle, of what the same process has just packed; see below.
         copies = {"pickle"} if path == SOURCE / "contracts" / "copying.py" else set()
-        if path == SOURCE / "trace" / "plain.py":  # Asks if values are plain by writing them, and reads nothing.
+        if (
+            path == SOURCE / "trace" / "plain.py"
+        ):  # Asks if values are plain by writing them, and reads nothing.
             copies = {"marshal"}
             assert "marshal.load" not in path.read_text()
         for item in ast.walk(ast.parse(path.read_text())):
