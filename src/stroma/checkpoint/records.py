@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
 from stroma._utils.text import typed
+from stroma.failures.errors import BUDGET, PAUSED
 
 __all__ = [
-    "BUDGET",
-    "PAUSED",
     "PICO",
     "Attempt",
     "AttemptMark",
@@ -28,10 +27,6 @@ __all__ = [
     "parse_run_mark",
 ]
 
-
-#: Reasons of suspended runs: somebody paused it; it reached its budget and waits for a raise.
-PAUSED: Final = "paused"
-BUDGET: Final = "budget"
 
 PICO: Final = 10**12  # Costs are stored in whole pico-dollars: sums are exact in any order.
 

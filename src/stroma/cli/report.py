@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.checkpoint.protocols import Waiting
-from stroma.checkpoint.records import BUDGET, PAUSED
 from stroma.cli.errors import Code, is_debugging
 from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, emit, err
@@ -31,7 +30,7 @@ from stroma.cli.user_errors import last_frame
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded, ExecutionBudget, limits
 from stroma.failures.classes import FailureClass
-from stroma.failures.errors import SharedBudgetExceeded
+from stroma.failures.errors import BUDGET, PAUSED, SharedBudgetExceeded
 from stroma.failures.failure import Failure, message_of, text_of
 from stroma.trace.plain import jsonable
 from stroma.trace.result import ExecutionResult, RunStatus

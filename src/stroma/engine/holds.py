@@ -6,11 +6,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from stroma.checkpoint.records import PAUSED
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.outcome import Halt
 from stroma.failures.classes import FailureClass
-from stroma.failures.errors import Suspend
+from stroma.failures.errors import PAUSED, Suspend
 from stroma.failures.failure import Failure
 
 __all__ = ["hold", "paused", "wait_unless_held"]

@@ -13,6 +13,8 @@ from stroma.cost.usage import shown
 from stroma.failures.classes import FailureClass
 
 __all__ = [
+    "BUDGET",
+    "PAUSED",
     "CircuitOpen",
     "ItemFailure",
     "LimitError",
@@ -43,6 +45,11 @@ class ItemFailure(LazyModel):
     message: str
     reason: str | None = None
     attempts: int = 1
+
+
+#: Reasons of suspended runs: somebody paused it; it reached its budget and waits for a raise.
+PAUSED: Final = "paused"
+BUDGET: Final = "budget"
 
 
 class Suspend(Exception):

@@ -35,15 +35,14 @@ async def request(store: Any, run_id: str, method: str, *arguments: Any) -> bool
     """
     done: bool = await getattr(store, method)(run_id, *arguments)
     loop = asyncio.get_running_loop()
-    until, pause, was_pending = loop.time() + _OWNER_SECONDS, _POLL_SECONDS[0], False
+    until, pause = loop.time() + _OWNER_SECONDS, _POLL_SECONDS[0]
     while done and await asyncio.to_thread(store.is_request_pending, run_id):
-        was_pending = True
         if loop.time() > until:
             logger.warning("the owner of run %r has not read the request yet; it is stored and holds", run_id)
             return True
         await asyncio.sleep(pause)
         pause = min(2 * pause, _POLL_SECONDS[1])
-    if was_pending and method in ("cancel", "pause"):
+    if done and method in ("cancel", "pause"):
         record = await asyncio.to_thread(store.get_run, run_id)
         if (
             record is not None

@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
 from stroma.checkpoint.protocols import RunControl
-from stroma.checkpoint.records import BUDGET, PAUSED
 from stroma.contracts.node import FlowNode, Group, Node, apart_in
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.usage import shown
@@ -24,7 +23,7 @@ from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
 from stroma.engine.redelivery import redeliver
 from stroma.engine.restore import check_place, output_schema, restore
 from stroma.failures.classes import FailureClass
-from stroma.failures.errors import RunFailed, SharedBudgetExceeded
+from stroma.failures.errors import BUDGET, PAUSED, RunFailed, SharedBudgetExceeded
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type, text_of
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.hooks.sets import HookError

@@ -27,7 +27,8 @@ from stroma.checkpoint.protocols import (
     Tried,
     Waiting,
 )
-from stroma.checkpoint.records import PAUSED, PICO, Attempt
+from stroma.checkpoint.records import PICO, Attempt
+from stroma.failures.errors import PAUSED
 from stroma.trace.events import AttemptRow
 
 __all__ = ["OpenedRun", "RunOpener", "finish_execution", "record_end"]

@@ -39,10 +39,16 @@ from stroma.checkpoint.durable.worker import Connection, Operation, Worker, gene
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, BlobStore, PayloadPlace, Payloads, collect
-from stroma.checkpoint.protocols import Committed, RunRequest, Waiting, count_items, map_not_found
-from stroma.checkpoint.records import BUDGET, PAUSED
+from stroma.checkpoint.protocols import (
+    Committed,
+    RunRequest,
+    Waiting,
+    count_items,
+    map_not_found,
+)
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema
+from stroma.failures.errors import BUDGET, PAUSED
 
 __all__ = ["DurableStore"]
 

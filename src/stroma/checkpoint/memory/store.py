@@ -40,12 +40,12 @@ from stroma.checkpoint.protocols import (
     Waiting,
     is_effect_note,
 )
-from stroma.checkpoint.records import BUDGET, PAUSED
 from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema, describe_error, schema_of
 from stroma.contracts.snapshots import PickledSnapshot
 from stroma.contracts.tagged_json import NotSerialisable
+from stroma.failures.errors import BUDGET, PAUSED
 from stroma.trace.events import AttemptRow, contract_of
 
 __all__ = ["AsyncInMemoryStore", "InMemoryStore"]

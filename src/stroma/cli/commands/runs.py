@@ -16,7 +16,6 @@ from stroma.cli.formatting import format_age, format_local_time, to_iso
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, RunSource, db_option
-from stroma.cli.suspended import held_hints
 from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
 from stroma.failures.classes import FailureClass
 from stroma.trace.result import RunStatus
@@ -156,6 +155,8 @@ def _print(database: RunSource, records: list[RunRecord], query: RunQuery, limit
     reasons: set[Literal["resume", "budget"]] = {
         one.waits_for for one in records if one.waits_for is not None
     }
+    if reasons:
+        from stroma.cli.suspended import held_hints  # It needs what runs pipelines.
     for reason in sorted(reasons):
         for line in held_hints(database, "RUN", reason):
             err.line(line)
