@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ __all__ = ["limits_of", "request"]
 
 logger = logging.getLogger("stroma")
 
-_OWNER_SECONDS: Final = 5.0  # in which a living owner has read a request
+_OWNER_SECONDS: Final = 5.0  # in which most owners have read a request
 _POLL_SECONDS: Final = (0.01, 0.1)
 
 
@@ -30,16 +31,18 @@ def limits_of(tokens: int | None, cost_usd: float | None, latency_ms: int | None
 async def request(store: Any, run_id: str, method: str, *arguments: Any) -> bool:
     """Call a method of a store about a run, and wait until the owner of the run has read the request.
 
-    Returns what the method does. A stored request holds, whatever becomes of the owner; one that does not answer within
-    5 seconds, since its process is stopped, is only warned of. Raises CheckpointNotFound, StoreError.
+    Returns what the method does. A stored request holds, whatever becomes of the owner. One whose process is stopped reads
+    nothing, and is waited for until its lease is over. Raises CheckpointNotFound, StoreError.
     """
     done: bool = await getattr(store, method)(run_id, *arguments)
     loop = asyncio.get_running_loop()
-    until, pause = loop.time() + _OWNER_SECONDS, _POLL_SECONDS[0]
+    late, pause = loop.time() + _OWNER_SECONDS, _POLL_SECONDS[0]
     while done and await asyncio.to_thread(store.is_request_pending, run_id):
-        if loop.time() > until:
-            logger.warning("the owner of run %r has not read the request yet; it is stored and holds", run_id)
-            return True
+        if loop.time() > late:
+            late = math.inf
+            logger.warning(
+                "the owner of run %r has not read the request; waiting until its lease is over", run_id
+            )
         await asyncio.sleep(pause)
         pause = min(2 * pause, _POLL_SECONDS[1])
     if done and method in ("cancel", "pause"):

@@ -603,9 +603,9 @@ class StromaRunner:
 
         Once this returns, which takes up to a second, no attempt begins: not of children of groups, items, steps or
         retries. Those at work finish, and are committed. Workers and ``recover()`` leave the run alone, even if its process
-        dies before it has read the request; :meth:`resume` and :meth:`unpause` take the pause back. If the owner does not
-        answer for 5 seconds, since its process is stopped, the request is stored, and this returns with a warning. Returns
-        False if the run had ended. Raises CheckpointNotFound, StoreError.
+        dies before it has read the request; :meth:`resume` and :meth:`unpause` take the pause back. An owner
+        whose process is stopped reads nothing, and is waited for until its lease is over. Returns False if the run had
+        ended. Raises CheckpointNotFound, StoreError.
         """
         return await self._stored.pause(run_id)
 
