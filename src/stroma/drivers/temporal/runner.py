@@ -16,6 +16,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from stroma.checkpoint import StoreError, Waiting
 from stroma.checkpoint.payloads import BlobStore, blob_store
+from stroma.checkpoint.protocols import UnknownCall
 from stroma.contracts.contract import ContractRegistry
 from stroma.drivers.remote.plans import KnownNodes, freeze
 from stroma.drivers.remote.results import Reader, result_of
@@ -276,6 +277,7 @@ class TemporalRunner:
             "reason": answered.reason,
             "schema_ref": answered.schema_ref,
             "payload": answered.payload.decode(),
+            "call": answered.call_number,
         }
         await self._cluster.handle(run_id).signal(names.ANSWER, message)
 
@@ -293,6 +295,7 @@ class TemporalRunner:
             Waiting(
                 one["position"], one["branch"], one["node_id"], one["reason"], one["schema_ref"],
                 (answers[key]["payload"] or "").encode() if key in answers else None,
+                UnknownCall(*one["effect"]) if "effect" in one else None,
             )
             for key, one in state["waiting"].items()
         ]  # fmt: skip
