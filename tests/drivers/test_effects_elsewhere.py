@@ -69,7 +69,9 @@ class LosingSeam(Seam):
 class Run:
     """A run in segments, whose state crosses each boundary as JSON."""
 
-    def __init__(self, nodes: list[Any], state: BaseModel, *, lost: Sequence[str] = (), **config: Any) -> None:
+    def __init__(
+        self, nodes: list[Any], state: BaseModel, *, lost: Sequence[str] = (), **config: Any
+    ) -> None:
         settings, self._pipeline = RunConfig(**config), Pipeline("pipe", nodes)
         self.attempts = Attempts([self._pipeline], config=settings)
         self.seam = LosingSeam(self.attempts, lost)
@@ -239,7 +241,7 @@ async def test_a_driver_that_delivers_an_attempt_again() -> None:
     shop = Shop()
     run = Run([effect(shop)], Order())
     await run.go_on()
-    request = next(request for request in run.seam.requests if "effect" in request)
+    request: Any = next(request for request in run.seam.requests if "effect" in request)
     assert request["effect"] == [0, False]
     reply = await run.attempts.perform(request, redelivered=True)
     assert (json.loads(reply["output"]["text"]), shop.calls) == ({"number": 1}, 1)

@@ -45,7 +45,11 @@ def charging(folder: pathlib.Path, *, reconciles: bool) -> Pipeline:
         return {"n": 7} if list(folder.glob("charge.*")) else NotDone()
 
     contract = NodeContract(
-        node_id="charge", input_schema=Num, output_schema=Num, effect=True, reconcile=look if reconciles else None
+        node_id="charge",
+        input_schema=Num,
+        output_schema=Num,
+        effect=True,
+        reconcile=look if reconciles else None,
     )
     return Pipeline("charging", [stroma_node("charge", contract)(charge)])
 

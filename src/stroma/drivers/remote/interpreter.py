@@ -301,17 +301,17 @@ class Interpreter:
 
         A worker that is lost may have made it: another one asks how it ended, and does not simply call.
         """
-        effects, key = self.state["effects"], place.key
+        effects, key, node_id = self.state["effects"], place.key, place.spec["id"]
         answer, losses = request["answer"], 0
         while True:
-            call = effects.get(key)
-            if call is None or call["node_id"] != place.spec["id"]:
-                call = {"node_id": place.spec["id"], "number": 0, "is_open": False, "cause": ""}
+            call: EffectCall = {"node_id": node_id, "number": 0, "is_open": False, "cause": ""}
+            if key in effects and effects[key]["node_id"] == node_id:
+                call = effects[key]
             number = call["number"]
             if call["is_open"] and (answer is None or answer.get("effect", ["", 0])[1] != number):
                 answer = _question(place, call)
             if not call["is_open"] or answer is None or answer["payload"] in (None, _NOT_DONE):
-                effects[key] = {**call, "number": number + 1, "is_open": True, "cause": ""}
+                effects[key] = {"node_id": node_id, "number": number + 1, "is_open": True, "cause": ""}
             request["effect"], request["answer"] = [number, call["is_open"]], answer
             reply, cancelled = await self.driver.ask(request)
             if "lost" not in reply:
@@ -328,8 +328,9 @@ class Interpreter:
             del effects[key]  # A map may have any number of items.
         else:
             number, is_open = reply["effect"]
-            cause = reply["waiting"].get("effect", ["", 0, ""])[2] if "waiting" in reply else ""
-            effects[key] = {**call, "number": number, "is_open": is_open, "cause": cause}
+            unknown = reply["waiting"].get("effect") if "waiting" in reply else None
+            cause = "" if unknown is None else unknown[2]
+            effects[key] = {"node_id": node_id, "number": number, "is_open": is_open, "cause": cause}
         return reply, cancelled
 
     def _keep(self, place: NodePlace, output: Value) -> None:

@@ -277,8 +277,9 @@ class TemporalRunner:
             "reason": answered.reason,
             "schema_ref": answered.schema_ref,
             "payload": answered.payload.decode(),
-            "call": answered.call_number,
         }
+        if answered.effect is not None:
+            message["effect"] = list(answered.effect)
         await self._cluster.handle(run_id).signal(names.ANSWER, message)
 
     async def waiting(self, run_id: str) -> list[Waiting]:

@@ -329,11 +329,12 @@ class StromaRun:
         waits = state["waiting"].get(key)
         if waits is None and "flow" in state:  # Its body is on the way to the question again.
             waits = state["flow"]["questions"].get(key)
-        call = None if waits is None else waits.get("effect")
-        if waits is None or not isinstance(payload, str) or (call is not None and call[1] != answer.get("call")):
+        # The question about a call may have become one about the next call.
+        if waits is None or not isinstance(payload, str) or waits.get("effect") != answer.get("effect"):
             # Anybody may send a signal. One that raises would stop the workflow's task for good.
             workflow.logger.warning(
-                "an answer to %s is left out: nothing waits for it, it is for another call, or it has no payload", key
+                "an answer to %s is left out: nothing waits for it, it is for another call, or it has no payload",
+                key,
             )
             return
         state["answers"].setdefault(key, {**waits, "payload": payload})
