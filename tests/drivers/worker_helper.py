@@ -1,7 +1,8 @@
-"""A worker in a process of its own: ``python -m tests.drivers.worker_helper ADDRESS QUEUE FOLDER [flow]``.
+"""A worker in a process of its own: ``python -m tests.drivers.worker_helper ADDRESS QUEUE FOLDER [flow|effect|reconciled]``.
 
 Each call of a node leaves a file in the folder; the node "slow" waits until there is a file "go". With "flow" the worker
-has the flow of the chaos rounds, whose calls are lines of the file "calls".
+has the flow of the chaos rounds, whose calls are lines of the file "calls"; with "effect" and "reconciled" an effect that
+never returns.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from temporalio.client import Client
 from tests.chaos.flows import make_flow
 from tests.kit import NEVER, Num, node
 
-from stroma import Pipeline, RunConfig, default_policy_map
+from stroma import NodeContract, NotDone, Pipeline, RunConfig, default_policy_map, stroma_node
 from stroma.temporal import stroma_worker
 
 
@@ -35,6 +36,24 @@ def pipeline(folder: pathlib.Path) -> Pipeline:
     return Pipeline("killed", [step("before"), step("slow", waits=True), step("after")])
 
 
+def charging(folder: pathlib.Path, *, reconciles: bool) -> Pipeline:
+    async def charge(state: Num) -> Any:
+        (folder / f"charge.{os.getpid()}.{uuid.uuid4().hex}").touch()
+        await asyncio.Event().wait()
+
+    async def look(state: Num, key: str) -> Any:
+        return {"n": 7} if list(folder.glob("charge.*")) else NotDone()
+
+    contract = NodeContract(
+        node_id="charge",
+        input_schema=Num,
+        output_schema=Num,
+        effect=True,
+        reconcile=look if reconciles else None,
+    )
+    return Pipeline("charging", [stroma_node("charge", contract)(charge)])
+
+
 def noted_flow(folder: pathlib.Path) -> Any:
     file = os.open(folder / "calls", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
@@ -45,7 +64,11 @@ def noted_flow(folder: pathlib.Path) -> Any:
 
 
 async def main(address: str, queue: str, folder: str, kind: str = "") -> None:
-    made = (noted_flow if kind == "flow" else pipeline)(pathlib.Path(folder))
+    made: Any
+    if kind in ("effect", "reconciled"):
+        made = charging(pathlib.Path(folder), reconciles=kind == "reconciled")
+    else:
+        made = (noted_flow if kind == "flow" else pipeline)(pathlib.Path(folder))
     # Without a cache, the workflow of a killed worker is not waited for by its sticky queue.
     options = {"max_cached_workflows": 0} if kind == "flow" else {}
     config = RunConfig(policy_map=NEVER if kind == "flow" else default_policy_map())

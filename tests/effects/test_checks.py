@@ -1,4 +1,4 @@
-"""What is said of effects before a run: by the checker, by type checkers, and by drivers that cannot have them."""
+"""What is said of effects before a run: by the checker, by type checkers, and by drivers on other machines."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from stroma import (
 from stroma.cli import main
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import find_node
-from stroma.drivers.remote.plans import spec_of
+from stroma.drivers.remote.plans import KnownNodes, MissingNode, spec_of
 
 
 def effect(*, reconciles: bool) -> Any:
@@ -54,10 +54,20 @@ def test_effects_that_a_check_warns_of() -> None:
     ]
 
 
-def test_other_machines_refuse_effects() -> None:
-    """A pipeline with an effect is refused by the Temporal driver before anything runs, and the message says what to do."""
-    with pytest.raises(ValueError, match=r"node 'charge' is an effect.*run it with StromaRunner"):
-        spec_of(find_node(parallel(effect(reconciles=True))), ContractRegistry())
+@pytest.mark.parametrize("is_effect", [True, False])
+def test_a_node_that_becomes_an_effect_is_another_one(is_effect: bool) -> None:
+    """A worker refuses to call as an effect what was none when the run began elsewhere, and the other way round."""
+    charge, registry = find_node(effect(reconciles=True)), ContractRegistry()
+    spec = spec_of(charge, registry)
+    known = KnownNodes("shop", [charge], registry)
+    assert known.find(spec) is charge
+    if is_effect:
+        del spec["effect"]
+    else:
+        contract = NodeContract(node_id="charge", input_schema=Order, output_schema=Receipt)
+        known = KnownNodes("shop", [find_node(stroma_node("charge", contract)(Shop().charge))], registry)
+    with pytest.raises(MissingNode, match="another effect contract"):
+        known.find(spec)
 
 
 async def test_an_effect_that_a_remote_run_calls_is_refused() -> None:
@@ -69,7 +79,10 @@ async def test_an_effect_that_a_remote_run_calls_is_refused() -> None:
     result = await execute_step("charge", shop.charge, Order(), ctx, contract=contract)
     assert (result.status, shop.calls) == (RunStatus.FAILED, 0)
     assert result.failure is not None
-    assert (result.failure.reason, "run of a StromaRunner" in result.failure.message) == ("bug", True)
+    assert (result.failure.reason, "make it a node of the pipeline" in result.failure.message) == (
+        "bug",
+        True,
+    )
 
 
 def test_the_command_warns(tmp_path: Any, capsys: Any) -> None:

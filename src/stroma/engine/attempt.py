@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from stroma._utils.text import one_line, typed
 from stroma.checkpoint import Fenced, StoreError, Waiting, schema_ref
+from stroma.checkpoint.protocols import effect_note
 from stroma.contracts.contract import NodeContract, as_violation, output_violation
 from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.node import Group, Node, Plan
@@ -288,8 +289,11 @@ class NodeAttempt:
         """Store that an effect is to be called. Return the end of an attempt that must not call it."""
         run = self.run
         self.begin = self.begin or perf_counter_ns()
-        if self.ctx.elsewhere:
-            error = f"effect {run.node_id!r} is called in a run on other machines; call it in a run of a StromaRunner"
+        if self.ctx.elsewhere and effect_note(run.position, run.branch) not in self.ctx.session.notes:
+            error = (
+                f"effect {run.node_id!r} is called inside a node of a run on other machines, which would not know of the call; "
+                "make it a node of the pipeline, or a step of a flow"
+            )
             return await self._fail(NotImplementedError(error))
         effect: Effect | None = run.effect
         if effect is None:

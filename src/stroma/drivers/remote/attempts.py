@@ -34,6 +34,7 @@ from stroma.drivers.remote.wire import (
     Reply,
     SegmentReport,
     Value,
+    clip,
     decode_failure,
     encode_failure,
 )
@@ -89,13 +90,20 @@ class Attempts:
         known, config = self.known(pipeline)
         return FlowSite(known, config, self._resources.payloads)
 
-    async def perform(self, request: ActivityRequest, *, redelivered: bool = False) -> Reply:
+    async def perform(
+        self,
+        request: ActivityRequest,
+        *,
+        redelivered: bool = False,
+        confirm: Callable[[], Awaitable[None]] | None = None,
+    ) -> Reply:
         """Perform a request. Raises MissingNode, and CancelledError if nothing was started; other failures are replies.
 
-        ``redelivered``: another process may have started, or even finished, the same request.
+        ``redelivered``: another process may have started, or even finished, the same request. ``confirm``: called before an
+        effect is; it raises StoreError if the driver has given the request to another process meanwhile.
         """
         known, config = self.known(request["pipeline"])
-        work = _Work(self._resources, known, config, request, redelivered)
+        work = _Work(self._resources, known, config, request, redelivered, confirm)
         operations: dict[str, Callable[[], Awaitable[Reply]]] = {
             "begin": work.begin,
             "attempt": work.attempt,
@@ -218,6 +226,10 @@ class _Work(RequestContext):
                 "schema_ref": asks.schema_ref,
                 "payload": None,
             }
+            if asks.effect is not None:
+                reply["waiting"]["effect"] = [*asks.effect[:2], clip(asks.effect.cause)]
+        if self.record.intent is not None:
+            reply["effect"] = [self.record.intent.number, self.record.intent.is_open]
         return self.with_notes(reply)
 
     async def open(self) -> Reply:

@@ -206,7 +206,7 @@ class _StateSession(NullSession):
 
     def forget_inside(self, key: str) -> None:
         """Delete what the state holds of the children of a group that has its output."""
-        for states in (self._state["maps"], self._state["done"]):
+        for states in (self._state["maps"], self._state["done"], self._state["effects"]):
             for inside in [one for one in states if one.startswith(f"{key}.")]:
                 del states[inside]
         self._state["maps"].pop(key, None)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
+from stroma.checkpoint.protocols import NOT_DONE
 from stroma.cost.budget import ExecutionBudget
 from stroma.drivers.remote.children import Children, busy_ns
 from stroma.drivers.remote.flow_bodies import FlowBodies, run_body
@@ -35,6 +36,8 @@ from stroma.drivers.remote.state import (
 )
 from stroma.drivers.remote.wire import (
     ActivityRequest,
+    Answer,
+    EffectCall,
     FailureData,
     NodeSpec,
     Operation,
@@ -53,6 +56,10 @@ from stroma.trace.result import RunStatus
 
 __all__ = ["Continue", "Driver", "Interpreter", "RunState", "new_state", "next_segment"]
 
+#: Workers that may be lost one after the other in an attempt of an effect.
+_MAX_LOSSES: Final = 5
+_NOT_DONE: Final = NOT_DONE.decode()
+
 
 class Interpreter:
     """One run. ``state`` is always as far as the run is; between two awaits of the driver it is whole."""
@@ -60,6 +67,7 @@ class Interpreter:
     def __init__(self, plan: Plan, state: RunState, driver: Driver, bodies: FlowBodies | None = None) -> None:
         self.plan = plan
         self.state = state
+        state.setdefault("effects", {})  # Old histories have none.
         self.driver = driver
         self._policies = policies_of(plan["policies"])
         self._node_policies = {
@@ -268,7 +276,10 @@ class Interpreter:
                 place, "attempt", value, attempt=attempt, repairs=repairs, after=after, last=last,
                 answer=self.state["answers"].get(place.key),
             )  # fmt: skip
-            reply, cancelled = await self.driver.ask(request)
+            if place.spec.get("effect"):
+                reply, cancelled = await self._call_effect(place, request)
+            else:
+                reply, cancelled = await self.driver.ask(request)
             outcome = self._settle(place, value, reply)
             if reply.get("cancelled") or (cancelled and not isinstance(outcome, (dict, StoppedExecution))):
                 raise asyncio.CancelledError
@@ -284,6 +295,43 @@ class Interpreter:
             repairs += bool(reply.get("repairing"))
             after = again.delay_seconds
             await self.driver.sleep(after)
+
+    async def _call_effect(self, place: NodePlace, request: ActivityRequest) -> tuple[Reply, bool]:
+        """Let a worker make one attempt of an effect, after the state has that a call may be made.
+
+        A worker that is lost may have made it: another one asks how it ended, and does not simply call.
+        """
+        effects, key, node_id = self.state["effects"], place.key, place.spec["id"]
+        answer, losses = request["answer"], 0
+        while True:
+            call: EffectCall = {"node_id": node_id, "number": 0, "is_open": False, "cause": ""}
+            if key in effects and effects[key]["node_id"] == node_id:
+                call = effects[key]
+            number = call["number"]
+            if call["is_open"] and (answer is None or answer.get("effect", ["", 0])[1] != number):
+                answer = _question(place, call)
+            if not call["is_open"] or answer is None or answer["payload"] in (None, _NOT_DONE):
+                effects[key] = {"node_id": node_id, "number": number + 1, "is_open": True, "cause": ""}
+            request["effect"], request["answer"] = [number, call["is_open"]], answer
+            reply, cancelled = await self.driver.ask(request)
+            if "lost" not in reply:
+                break
+            effects[key]["cause"] = shortened(reply["lost"], self.state["room"])
+            losses += 1
+            if cancelled:
+                raise asyncio.CancelledError
+            if losses >= _MAX_LOSSES:
+                return reply, cancelled
+        if "effect" not in reply:  # No worker has begun it.
+            effects[key] = call
+        elif place.kind == "item" and "output" in reply:
+            del effects[key]  # A map may have any number of items.
+        else:
+            number, is_open = reply["effect"]
+            unknown = reply["waiting"].get("effect") if "waiting" in reply else None
+            cause = "" if unknown is None else unknown[2]
+            effects[key] = {"node_id": node_id, "number": number, "is_open": is_open, "cause": cause}
+        return reply, cancelled
 
     def _keep(self, place: NodePlace, output: Value) -> None:
         """Record an output that was committed during a cancellation, so that a resume does not run it again."""
@@ -332,6 +380,7 @@ class Interpreter:
             raise asyncio.CancelledError
         if "waiting" in reply:
             state["waiting"][place.key] = reply["waiting"]
+            state["answers"].pop(place.key, None)  # It was for an earlier question.
         if "halt" in reply:
             halt = reply["halt"]
             return StoppedExecution(
@@ -464,3 +513,11 @@ class Interpreter:
             raise asyncio.CancelledError
         children.settled()
         return outcome, reply.get("failure") or NO_FAILURE
+
+
+def _question(place: NodePlace, call: EffectCall) -> Answer:
+    """Return the question how a call of an effect ended."""
+    return {
+        "position": place.position, "branch": place.branch, "node_id": call["node_id"], "reason": "effect",
+        "schema_ref": "", "payload": None, "effect": ["", call["number"], call["cause"] or "the run ended during the call"],
+    }  # fmt: skip

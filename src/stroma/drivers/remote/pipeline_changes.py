@@ -37,7 +37,8 @@ def check_unchanged(
                 f"run {run_id!r} cannot be resumed: the output of node {then['id']!r} at position {position} was recorded with "
                 "another schema; restore it, or start a new run"
             )
-    for key in [*state["done"], *state["maps"], *state["answers"]]:
+    unknown = [key for key, call in state["effects"].items() if call["is_open"]]
+    for key in [*state["done"], *state["maps"], *state["answers"], *unknown]:
         where, _, branch = key.partition("|")
         steps = [int(where), *child_indexes(branch)]
         old, new = _spec_at(before, steps), _spec_at(now, steps)

@@ -54,16 +54,13 @@ class MissingNode(LookupError):
 
 
 def spec_of(node: Node | Group, registry: ContractRegistry) -> NodeSpec:
-    """Return a node as plain data. Raises ValueError for an effect, and for a map that only one process can run."""
+    """Return a node as plain data. Raises ValueError for a map that only one process can run."""
     if isinstance(node, Node):
         contract = registry.find(node.node_id) or node.contract
         spec: NodeSpec = {"id": node.node_id, "kind": "flow" if isinstance(node, FlowNode) else "node"}
         if contract is not None:
             if contract.effect:
-                raise ValueError(
-                    f"node {node.node_id!r} is an effect, which cannot run on other machines yet; run it with StromaRunner over "
-                    "a journal store, or make it idempotent by current_node().idempotency_key and remove effect=True"
-                )
+                spec["effect"] = True
             spec["input"] = schema_of(contract.input_schema).fingerprint
             spec["output"] = schema_of(contract.output_schema).fingerprint
         return spec
@@ -204,7 +201,7 @@ class KnownNodes:
             own = spec_of(node, self.registry)
         except ValueError:
             return "kind"
-        for what in ("kind", "input", "output", "children"):
+        for what in ("kind", "input", "output", "effect", "children"):
             if own.get(what) != spec.get(what):
                 return what
         return None

@@ -9,7 +9,7 @@ import asyncio
 import copy
 import hashlib
 import json
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
@@ -20,6 +20,7 @@ from stroma.checkpoint import (
     Waiting,
 )
 from stroma.checkpoint.payloads import BlobStore
+from stroma.checkpoint.protocols import UnknownCall, effect_note
 from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.contract import ContractRegistry, ContractViolation
 from stroma.contracts.node import Group, Node
@@ -40,6 +41,7 @@ from stroma.drivers.remote.wire import (
 )
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
+from stroma.engine.effects import Intent
 from stroma.engine.execution import NodeExecution
 from stroma.failures.failure import message_of
 from stroma.trace.events import AttemptRow
@@ -68,6 +70,9 @@ class ReplySession(NullSession):
         self.row: AttemptRow | None = None
         self.output: Value | None = None
         self.asks: Waiting | None = None
+        #: The last call of the effect that the request is for.
+        self.intent: Intent | None = None
+        self.notes: Mapping[str, bytes] = {}
 
     def record(
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
@@ -86,6 +91,19 @@ class ReplySession(NullSession):
         self.row, self.asks = row, waiting
         return None
 
+    def note(self, key: str, data: bytes | None) -> None:
+        if data is not None and key in self.notes:
+            self.intent = Intent(*json.loads(data))
+
+    def flush(self) -> Awaitable[None] | None:
+        confirm = self._request.confirm
+        return None if confirm is None else confirm()
+
+    def recall(self, run: NodeExecution, number: int, is_open: bool) -> None:
+        """Note the last call of an effect. A step inside the node has no note: nothing outside would know of its call."""
+        self.intent = Intent(run.node_id, number, is_open, run.branch, "")
+        self.notes = {effect_note(run.position, run.branch): json.dumps(self.intent).encode()}
+
 
 class RequestContext:
     """The engine's context for one request of an interpreter, and the reply to it."""
@@ -97,7 +115,9 @@ class RequestContext:
         config: RunConfig,
         request: ActivityRequest,
         redelivered: bool,
+        confirm: Callable[[], Awaitable[None]] | None,
     ) -> None:
+        self.confirm = confirm
         self.worker = worker
         self.known = known
         self.request = request
@@ -187,11 +207,17 @@ class RequestContext:
             if contract is not None and isinstance(violation, ContractViolation):
                 violation.schema = contract.output_schema
         answer = request.get("answer")
-        if answer is not None and answer["payload"] is not None:
+        if answer is not None:
+            payload, call = answer["payload"], answer.get("effect")
             answered = Waiting(
-                position, branch, node.node_id, answer["reason"], answer["schema_ref"], answer["payload"].encode()
+                position, branch, node.node_id, answer["reason"], answer["schema_ref"],
+                None if payload is None else payload.encode(), None if call is None else UnknownCall(*call),
             )  # fmt: skip
             self.record.waiting = {(position, branch): answered}
+        if "effect" in request:
+            number, is_open = request["effect"]
+            # An earlier delivery may have called it.
+            self.record.recall(run, number + self.redelivered, is_open or self.redelivered)
         return run
 
     # ------------------------------------------------------------------ the reply

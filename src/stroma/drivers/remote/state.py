@@ -14,6 +14,7 @@ from stroma.drivers.remote.wire import (
     ROOM,
     ActivityRequest,
     Answer,
+    EffectCall,
     Event,
     FailureData,
     NodeSpec,
@@ -58,6 +59,9 @@ class Driver(Protocol):
 
     async def ask(self, request: ActivityRequest) -> tuple[Reply, bool]:
         """Let a worker perform a request; return the reply, and whether the run was cancelled meanwhile.
+
+        A request with "effect" goes to one worker only, or is performed as ``redelivered``. If that worker is lost, the reply
+        has "lost".
 
         Raises CancelledError if it was cancelled before a worker took it up.
         """
@@ -135,6 +139,7 @@ class RunState(TypedDict):
     traceparent: str | None
     waiting: dict[str, Answer]
     answers: dict[str, Answer]
+    effects: dict[str, EffectCall]
     failed_items: int
     room: int
     resumed_from: NotRequired[str]
@@ -181,6 +186,7 @@ def new_state(value: Value, *, context: dict[str, Any], traceparent: str | None 
         "traceparent": traceparent,
         "waiting": {},
         "answers": {},
+        "effects": {},
         "failed_items": 0,
         "room": ROOM - size_of(value),
     }
@@ -232,9 +238,9 @@ def total_spent(state: RunState) -> Spent:
 
 
 def forget_position(state: RunState, position: int) -> None:
-    """Delete what a state holds of the groups at a position."""
+    """Delete what a state holds of the groups and effects at a position."""
     prefix = f"{position}|"
-    for states in (state["done"], state["maps"], state["answers"]):
+    for states in (state["done"], state["maps"], state["answers"], state["effects"]):
         for key in [key for key in states if key.startswith(prefix)]:
             del states[key]
     state.pop("flow", None)
@@ -277,6 +283,7 @@ def _state_bytes(state: RunState) -> int:
         size += sum(ROW + json_size(failed["message"]) for failed in progress["failures"])
     if "flow" in state:
         size += json_size(json.dumps(state["flow"]))
+    size += len(json.dumps(state["effects"]))
     return size + sum(map(size_of, values))
 
 

@@ -15,6 +15,7 @@ from stroma.trace.plain import jsonable
 __all__ = [
     "ActivityRequest",
     "Answer",
+    "EffectCall",
     "Event",
     "FailureData",
     "NodeSpec",
@@ -70,6 +71,7 @@ class NodeSpec(TypedDict):
     kind: Literal["node", "parallel", "map", "flow"]
     input: NotRequired[str]
     output: NotRequired[str]
+    effect: NotRequired[bool]
     children: NotRequired[list[NodeSpec]]
     limit: NotRequired[int | None]
     over: NotRequired[str]
@@ -142,7 +144,7 @@ class Event(TypedDict):
 
 
 class Answer(TypedDict):
-    """Request of a suspended node, and its answer; see ``stroma.checkpoint.Waiting``."""
+    """Request of a suspended node, and its answer; see ``stroma.checkpoint.Waiting``. ``effect``: an UnknownCall."""
 
     position: int
     branch: str
@@ -150,6 +152,22 @@ class Answer(TypedDict):
     reason: str
     schema_ref: str
     payload: str | None
+    effect: NotRequired[list[Any]]
+
+
+class EffectCall(TypedDict):
+    """The last call of an effect at one place of a run.
+
+    Attributes:
+        number: 1-based; 0 before the first call.
+        is_open: nobody has stated how it ended. The commit of its output does not change this.
+        cause: why that is not known; "" for a call that is under way.
+    """
+
+    node_id: str
+    number: int
+    is_open: bool
+    cause: str
 
 
 class ActivityRequest(TypedDict):
@@ -162,6 +180,7 @@ class ActivityRequest(TypedDict):
         span_ns: of "close": when the first function inside the group began, and when the last one ended.
         room: bytes of states that may still come back in the reply itself.
         after: seconds that were waited since the last attempt.
+        effect: number of the last call of an effect, and True if nobody knows how that ended.
         gone: what nodes have taken out of the context dict; a worker's own config may have it, too.
     """
 
@@ -188,6 +207,7 @@ class ActivityRequest(TypedDict):
     after: NotRequired[float | None]
     last: NotRequired[FailureData | None]
     answer: NotRequired[Answer | None]
+    effect: NotRequired[list[Any]]
     first: NotRequired[int]
     count: NotRequired[int]
     #: Of "close": how the group's children ended.
@@ -220,6 +240,9 @@ class Reply(TypedDict, total=False):
         cancelled: the attempt ended because the run is to end.
         broken: [type, message] of a programming error that ends the run: a hook that is not async.
         context: [what was set, what was deleted] in the context dict.
+        effect: as in the request, after the attempt.
+        lost: why nobody knows what became of an attempt of an effect.
+        not_begun: no worker has begun it, and another one may.
     """
 
     row: Event
@@ -239,6 +262,9 @@ class Reply(TypedDict, total=False):
     total: int
     packed: Value
     at_ns: int
+    effect: list[Any]
+    lost: str
+    not_begun: bool
 
 
 class SegmentReport(TypedDict):

@@ -9,7 +9,9 @@ from time import monotonic
 from typing import Any, Final, cast
 
 from temporalio import activity
+from temporalio.client import AsyncActivityCancelledError
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
+from temporalio.service import RPCError, RPCStatusCode
 
 from stroma.checkpoint import StoreError
 from stroma.drivers.remote.attempts import Attempts
@@ -50,7 +52,7 @@ class Activities:
             heart = _Heart(self._beat_seconds or limit / 2, limit, str(request.get("run_id")))
         try:
             reply = await self._attempts.perform(
-                cast("ActivityRequest", request), redelivered=info.attempt > 1
+                cast("ActivityRequest", request), redelivered=info.attempt > 1, confirm=_confirm
             )
         except (MissingNode, StoreError) as error:
             # Nothing was begun. Another worker of this queue may have the node, while new code is rolled out, say; and a
@@ -66,6 +68,18 @@ class Activities:
             if heart is not None:
                 heart.stop()
         return cast("dict[str, Any]", _reply_when_stopped(reply, request))
+
+
+async def _confirm() -> None:
+    """Raise StoreError if the server takes this worker for lost, and another one may have the attempt."""
+    try:
+        await activity.client().get_async_activity_handle(task_token=activity.info().task_token).heartbeat()
+    except AsyncActivityCancelledError:
+        await activity.wait_for_cancelled()  # The attempt ends as cancelled.
+    except RPCError as error:
+        refusal = StoreError(f"the server refuses that this worker continues its attempt: {error}")
+        refusal.transient = error.status != RPCStatusCode.NOT_FOUND
+        raise refusal from error
 
 
 class _Heart:
@@ -103,7 +117,9 @@ def _reply_when_stopped(reply: Reply, request: dict[str, Any]) -> Reply:
     if reply.get("cancelled") and not was_requested and not request.get("cancelled"):
         # It is this worker that ends, not the run.
         if "output" not in reply:
-            raise ApplicationError("the worker was shut down", type="WorkerShutdown")
+            may_have_happened = reply.get("effect", [0, True])[1]
+            kind = "WorkerShutdown" if may_have_happened else "NotCalled"
+            raise ApplicationError("the worker was shut down", type=kind)
         del reply["cancelled"]
     _check_size(reply)
     if "failure" in reply and not reply.get("halt", {}).get("suspended") and "broken" not in reply:

@@ -16,6 +16,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from stroma.checkpoint import StoreError, Waiting
 from stroma.checkpoint.payloads import BlobStore, blob_store
+from stroma.checkpoint.protocols import UnknownCall
 from stroma.contracts.contract import ContractRegistry
 from stroma.drivers.remote.plans import KnownNodes, freeze
 from stroma.drivers.remote.results import Reader, result_of
@@ -277,6 +278,8 @@ class TemporalRunner:
             "schema_ref": answered.schema_ref,
             "payload": answered.payload.decode(),
         }
+        if answered.effect is not None:
+            message["effect"] = list(answered.effect)
         await self._cluster.handle(run_id).signal(names.ANSWER, message)
 
     async def waiting(self, run_id: str) -> list[Waiting]:
@@ -293,6 +296,7 @@ class TemporalRunner:
             Waiting(
                 one["position"], one["branch"], one["node_id"], one["reason"], one["schema_ref"],
                 (answers[key]["payload"] or "").encode() if key in answers else None,
+                UnknownCall(*one["effect"]) if "effect" in one else None,
             )
             for key, one in state["waiting"].items()
         ]  # fmt: skip

@@ -42,6 +42,9 @@ with workflow.unsafe.imports_passed_through():
 __all__ = ["FlowPipelines", "StromaFlow", "StromaRun"]
 
 _MAX_CALL: Final = 200  # characters of a call in the id of its activity
+_ONCE: Final = RetryPolicy(maximum_attempts=1)
+#: Types of failures of a worker that has not called the effect.
+_NOT_CALLED: Final = ("MissingNode", "StoreError", "NotCalled")
 
 
 class _Driver:
@@ -66,6 +69,18 @@ class _Driver:
         )
 
     async def ask(self, request: ActivityRequest) -> tuple[Reply, bool]:
+        if "effect" not in request:
+            return await self._deliver(request, self._retries)
+        # The server gives an attempt of an effect to one worker only; what none has begun, another may.
+        seconds, most = self._options["redelivery_seconds"], self._options["deliveries"]
+        for delivery in itertools.count(1):
+            reply, cancelled = await self._deliver(request, _ONCE)
+            if cancelled or not reply.get("not_begun") or delivery == most:
+                return reply, cancelled
+            await self.sleep(min(seconds * 2 ** min(delivery - 1, 10), 30))
+        raise AssertionError
+
+    async def _deliver(self, request: ActivityRequest, retries: RetryPolicy) -> tuple[Reply, bool]:
         of_run = request["op"] in ("begin", "end")
         number = next(self._requests)
         handle = workflow.start_activity(
@@ -76,7 +91,7 @@ class _Driver:
             result_type=dict,
             start_to_close_timeout=timedelta(seconds=self._options["attempt_seconds"]),
             heartbeat_timeout=timedelta(seconds=self._options["heartbeat_seconds"]),
-            retry_policy=self._retries,
+            retry_policy=retries,
             cancellation_type=ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
         )
         cancelled = False
@@ -186,7 +201,7 @@ def _reply_of(cause: BaseException | None, error: ActivityError, request: Activi
             ": the workers that were given it ended, or were silent for longer than heartbeat_seconds= (a node that blocks "
             "its event loop is); look at their logs, then resume the run"
         )
-    return {
+    reply: Reply = {
         "failure": {
             "failure_class": FailureClass.RECOVERABLE.value,
             "message": message,
@@ -199,6 +214,12 @@ def _reply_of(cause: BaseException | None, error: ActivityError, request: Activi
         },
         "halt": {"partial": True, "spent": False, "suspended": False},
     }
+    if "effect" in request:
+        if isinstance(cause, ApplicationError) and cause.type in _NOT_CALLED:
+            reply["not_begun"] = not cause.non_retryable
+        else:
+            reply["lost"] = f"{kind}: {cause or error}"
+    return reply
 
 
 @contextmanager
@@ -308,10 +329,12 @@ class StromaRun:
         waits = state["waiting"].get(key)
         if waits is None and "flow" in state:  # Its body is on the way to the question again.
             waits = state["flow"]["questions"].get(key)
-        if waits is None or not isinstance(payload, str):
+        # The question about a call may have become one about the next call.
+        if waits is None or not isinstance(payload, str) or waits.get("effect") != answer.get("effect"):
             # Anybody may send a signal. One that raises would stop the workflow's task for good.
             workflow.logger.warning(
-                "an answer to %s is left out: nothing waits for it, or it has no payload", key
+                "an answer to %s is left out: nothing waits for it, it is for another call, or it has no payload",
+                key,
             )
             return
         state["answers"].setdefault(key, {**waits, "payload": payload})
