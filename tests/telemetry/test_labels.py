@@ -13,9 +13,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.exposition import generate_latest
-from tests.kit import Num, node
+from tests.kit import Num, node, retry_policies
 
-from stroma import ExecutionBudget, Limit, NodeHooks, StromaRunner
+from stroma import Breaker, ExecutionBudget, Limit, NodeHooks, StromaRunner
 from stroma.telemetry import datadog_hooks, otel_hooks, prometheus_hooks
 from stroma.telemetry.labels import MetricLabels
 
@@ -151,17 +151,17 @@ async def test_all_systems_count_the_same_events() -> None:
 async def test_all_systems_count_circuits() -> None:
     """A circuit that opens is counted under its name and state in all three."""
     systems = Systems()
-    hooks = systems.hooks()
-    changed = hooks.on_circuit_change
-    assert changed is not None
 
-    async def function(state: Num) -> Num:
-        await changed("r", "api.example.com", "open")
-        return state
+    async def fails(state: Num) -> Num:
+        raise ConnectionError("no")
 
-    await StromaRunner.quick(hooks=hooks, pipeline="p").run([node("a", function)], Num())
+    runner = StromaRunner.quick(
+        hooks=systems.hooks(), pipeline="p", breaker=Breaker(min_calls=1, max_wait_seconds=0),
+        limits={"llm": Limit(concurrent=5)}, node_limits={"a": "llm"}, policy_map=retry_policies(0),
+    )  # fmt: skip
+    await runner.run([node("a", fails)], Num())
     names = ("stroma.circuit.changes", "stroma_circuit_changes_total", "stroma.circuit.changes")
-    assert systems.counts(*names) == [{("api.example.com", "open", "p"): 1}] * 3
+    assert systems.counts(*names) == [{("limit 'llm'", "open", "p"): 1}] * 3
 
 
 @pytest.mark.parametrize("sampled", [True, False])
