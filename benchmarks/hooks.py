@@ -144,7 +144,9 @@ def alone() -> dict[str, Callable[[], Any]]:
         def one(number: int, run: Any) -> None:
             about = {"pipeline": "pipeline", "run": "r", "session": "r", "kind": "CHAIN", "id": f"n{number}"}
             inside = trace.set_span_in_context(run)
-            span = tracer.start_span("node", inside, attributes={**about, "node.kind": "node", "position": number})
+            span = tracer.start_span(
+                "node", inside, attributes={**about, "node.kind": "node", "position": number}
+            )
             token = context.attach(trace.set_span_in_context(span, inside))
             span.set_attribute("input", "{}")
             place = {"pipeline": "pipeline", "node": f"n{number}"}
@@ -162,7 +164,9 @@ def alone() -> dict[str, Callable[[], Any]]:
             call.set_attribute("outcome", "success")
             call.end()
             context.detach(token)
-            span.set_attributes({"attempts": 1, "tokens": 7, "cost": 0.001, "output": "{}", "outcome": "success"})
+            span.set_attributes(
+                {"attempts": 1, "tokens": 7, "cost": 0.001, "output": "{}", "outcome": "success"}
+            )
             span.end()
 
         def work() -> None:

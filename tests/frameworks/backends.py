@@ -100,14 +100,16 @@ async def send_run(endpoint: str, headers: Mapping[str, str], resource: Mapping[
     @runner.node("left", input=Ticket, output=Ticket)
     async def left(state: Ticket) -> Any:
         with client.start_as_current_span("chat by the client") as span:
-            span.set_attributes({
-                "gen_ai.operation.name": "chat",
-                "gen_ai.provider.name": "openai",
-                "gen_ai.request.model": SMALL,
-                "gen_ai.response.model": SMALL,
-                "gen_ai.usage.input_tokens": 7,
-                "gen_ai.usage.output_tokens": 3,
-            })
+            span.set_attributes(
+                {
+                    "gen_ai.operation.name": "chat",
+                    "gen_ai.provider.name": "openai",
+                    "gen_ai.request.model": SMALL,
+                    "gen_ai.response.model": SMALL,
+                    "gen_ai.usage.input_tokens": 7,
+                    "gen_ai.usage.output_tokens": 3,
+                }
+            )
         return state, Usage(7, 3, model=SMALL)
 
     @runner.node("right", input=Ticket, output=Ticket)
@@ -117,7 +119,7 @@ async def send_run(endpoint: str, headers: Mapping[str, str], resource: Mapping[
     @runner.node("last", input=Ticket, output=Ticket)
     async def last(state: Ticket) -> Any:
         if not is_repaired:
-            raise ValueError("stop")
+            raise NotImplementedError("stop")
         return {"n": 42}
 
     pipeline = Pipeline("triage", [flaky, judge, parallel(left, right), last])
@@ -127,9 +129,7 @@ async def send_run(endpoint: str, headers: Mapping[str, str], resource: Mapping[
     assert (first.status.value, second.status.value) == ("FAILED", "RESUMED")
     assert await runner.flush(timeout_seconds=2 * SHOW)
     provider.shutdown()
-    return Sent(
-        first.total_tokens + second.total_tokens, first.total_cost_usd + second.total_cost_usd
-    )
+    return Sent(first.total_tokens + second.total_tokens, first.total_cost_usd + second.total_cost_usd)
 
 
 def free_port() -> int:

@@ -141,18 +141,22 @@ async def test_the_bill_is_that_of_the_provider(seen: Seen, provider: Server, in
         with seen.user.start_as_current_span("client") as span:
             reply = await ask_openai_async(urls[node.attempt - 1])
             if instrumented:
-                span.set_attributes({
-                    "gen_ai.request.model": reply.model,
-                    "gen_ai.usage.input_tokens": reply.usage.prompt_tokens,
-                    "gen_ai.usage.output_tokens": reply.usage.completion_tokens,
-                    "gen_ai.usage.cache_read.input_tokens": reply.usage.prompt_tokens_details.cached_tokens,
-                })
+                span.set_attributes(
+                    {
+                        "gen_ai.request.model": reply.model,
+                        "gen_ai.usage.input_tokens": reply.usage.prompt_tokens,
+                        "gen_ai.usage.output_tokens": reply.usage.completion_tokens,
+                        "gen_ai.usage.cache_read.input_tokens": reply.usage.prompt_tokens_details.cached_tokens,
+                    }
+                )
         return json.loads(reply.choices[0].message.content), usage_from(reply)
 
     result = await runner.run([ask], State())
     assert result.status == "COMPLETED"
     ledger = sum(provider.calls_of(url) * price(*size) for url, size in zip(urls, sizes, strict=True))
-    billed = [span.attributes for span in seen.spans if "gen_ai.usage.input_tokens" in (span.attributes or {})]
+    billed = [
+        span.attributes for span in seen.spans if "gen_ai.usage.input_tokens" in (span.attributes or {})
+    ]
     assert len(billed) == 3
     tokens = ("input_tokens", "cache_read.input_tokens", "output_tokens")
     spans = sum(price(*(about.get(f"gen_ai.usage.{name}", 0) for name in tokens)) for about in billed)  # type: ignore[union-attr, misc, arg-type]

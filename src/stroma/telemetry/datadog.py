@@ -209,9 +209,7 @@ class _Datadog(Observer):
         self._distribution("run.duration", perf_counter() - of_run.since, status)
         dimension = exceeded(result)
         if dimension is not None:
-            self._count(
-                "budget.exceeded", 1, [*pipeline, f"dimension:{self._labels.dimension(dimension)}"]
-            )
+            self._count("budget.exceeded", 1, [*pipeline, f"dimension:{self._labels.dimension(dimension)}"])
 
     def hook_raised(self, run: ReliabilityContext | None, hook: str) -> None:
         if run is not None:

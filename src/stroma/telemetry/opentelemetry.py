@@ -254,7 +254,9 @@ class _OpenTelemetry(Observer):
             "stroma.limit.cooldowns", "{cooldown}", "Times that a refused call has closed a limit"
         )
         self._waits = own_meter.create_counter(
-            "stroma.node.waits", "{wait}", "Times that an attempt was queued for a limit, a budget or a circuit"
+            "stroma.node.waits",
+            "{wait}",
+            "Times that an attempt was queued for a limit, a budget or a circuit",
         )
         self._circuits = own_meter.create_counter(
             "stroma.circuit.changes", "{change}", "Circuits that became open, half open or closed"

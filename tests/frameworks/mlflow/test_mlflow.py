@@ -95,7 +95,9 @@ def test_the_bill(server: Server) -> None:
     """Tokens count once, failed attempts too, and the cost that MLflow finds by its own prices is ours."""
     tokens, cost = 0, 0.0
     for trace in server.traces():
-        tokens += json.loads(trace.info.trace_metadata.get("mlflow.trace.tokenUsage", "{}")).get("total_tokens", 0)
+        tokens += json.loads(trace.info.trace_metadata.get("mlflow.trace.tokenUsage", "{}")).get(
+            "total_tokens", 0
+        )
         cost += json.loads(trace.info.trace_metadata.get("mlflow.trace.cost", "{}")).get("total_cost", 0.0)
     assert tokens == server.sent.tokens
     assert cost == pytest.approx(server.sent.cost_usd, abs=1e-6)

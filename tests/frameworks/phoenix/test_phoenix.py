@@ -68,9 +68,7 @@ def phoenix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Phoenix]:
         "PHOENIX_TELEMETRY_ENABLED": "false",
     }
     with serving("phoenix", "serve", home=home, ready=f"{url}/healthz", **settings):
-        sent = asyncio.run(
-            send_run(f"{url}/v1/traces", {}, {"openinference.project.name": PROJECT})
-        )
+        sent = asyncio.run(send_run(f"{url}/v1/traces", {}, {"openinference.project.name": PROJECT}))
         server = Phoenix(url, sent)
         eventually(lambda: len(server.spans()) == len(TREE))
         yield server
@@ -106,9 +104,7 @@ def test_inputs_and_outputs(phoenix: Phoenix) -> None:
         if "output.value" in span["attributes"]
     }
     assert outputs["stroma.node right"] == {"n": 1}
-    resumed = next(
-        span for span in phoenix.spans_named("invoke_workflow") if span["status_code"] != "ERROR"
-    )
+    resumed = next(span for span in phoenix.spans_named("invoke_workflow") if span["status_code"] != "ERROR")
     assert json.loads(resumed["attributes"]["output.value"]) == {"n": 42}
 
 
