@@ -205,6 +205,7 @@ def test_metrics_on_the_pages_are_those_that_there_are() -> None:
     assert labels_on("datadog", 2) == {name: set(labels) for name, (_, labels) in names.DATADOG.items()}
     source = (ROOT / "src" / "stroma" / "telemetry" / "opentelemetry.py").read_text("utf-8")
     outputs = set(re.findall(r'create_\w+\(\s*"([\w.]+)"', source))
+    outputs |= set(re.findall(r'^    \("(gen_ai.invoke_agent.duration)",', source, re.MULTILINE))
     assert set(labels_on("opentelemetry", 2)) == outputs
     overview = (DOCS / "telemetry.md").read_text("utf-8")
     assert [
