@@ -125,7 +125,9 @@ def test_the_session_and_the_user(phoenix: Phoenix) -> None:
     for span in phoenix.spans():
         assert span["attributes"]["session.id"] == "thread-17", span["name"]
         assert span["attributes"]["user.id"] == "ada", span["name"]
-    sessions = phoenix.project("sessions(first: 10) { edges { node { sessionId userId numTraces } } }")["sessions"]
+    sessions = phoenix.project("sessions(first: 10) { edges { node { sessionId userId numTraces } } }")[
+        "sessions"
+    ]
     assert [edge["node"] for edge in sessions["edges"]] == [
         {"sessionId": "thread-17", "userId": "ada", "numTraces": 2}
     ]
