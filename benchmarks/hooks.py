@@ -242,7 +242,9 @@ def alone() -> dict[str, Callable[[], Any]]:
 
         def work() -> None:
             for number in range(NODES):
-                fields = dict.fromkeys((*names, "tokens", "cost_usd", "model", "output"), number)
+                fields: dict[str, Any] = dict.fromkeys(
+                    (*names, "tokens", "cost_usd", "model", "output"), number
+                )
                 text = " ".join(f"{name}={value}" for name, value in fields.items())
                 logger.info("node success: %s", text, extra=fields)
 

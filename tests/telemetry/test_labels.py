@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.exposition import generate_latest
 from tests.kit import Num, node, retry_policies
 
-from stroma import Breaker, ExecutionBudget, Limit, NodeHooks, StromaRunner
+from stroma import Breaker, ExecutionBudget, Limit, StromaRunner
 from stroma.telemetry import datadog_hooks, otel_hooks, prometheus_hooks
 from stroma.telemetry.labels import MetricLabels
 
@@ -28,7 +28,7 @@ class Systems:
         self.statsd: dict[str, dict[tuple[str, ...], float]] = defaultdict(lambda: defaultdict(float))
         self.tracer = TracerProvider(**tracing)
 
-    def hooks(self) -> NodeHooks:
+    def hooks(self) -> Any:
         from ddtrace.trace import tracer
 
         tracer.enabled = False
