@@ -1,10 +1,11 @@
-"""What watching costs per node, as ratios to the same run that nobody watches.
+"""What watching costs per node: beside the same run that nobody watches, and beside the SDK alone.
 
     ./dev run python -m benchmarks.hooks            # each set of hooks: CPU time, medians of rounds that take turns
     ./dev run python -m benchmarks.hooks --unset    # no hooks at all, against a build without them: instructions
 
 The nodes validate a small state and do nothing else, so this is the worst case: a node that waits for a model takes ten
-thousand times as long. Exporters hold what they make in memory; what sending costs is up to their SDKs.
+thousand times as long. Exporters hold what they make in memory; what sending costs is up to their SDKs. "The SDK alone" makes
+the same spans, events, metrics and lines with the same names and numbers of attributes, without a run around them.
 `--unset` needs valgrind.
 """
 
@@ -119,6 +120,148 @@ def sets() -> dict[str, Callable[[], Any]]:
     }
 
 
+def alone() -> dict[str, Callable[[], Any]]:
+    """By name of the hooks: what makes a function that does their work for one run with the SDK alone."""
+
+    def otel() -> Any:
+        from opentelemetry import context, trace
+        from opentelemetry.sdk.metrics import MeterProvider
+        from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+        class Nowhere(SpanExporter):
+            def export(self, spans: Any) -> SpanExportResult:
+                return SpanExportResult.SUCCESS
+
+        provider = TracerProvider(shutdown_on_exit=False)
+        provider.add_span_processor(BatchSpanProcessor(Nowhere()))
+        tracer = provider.get_tracer("alone")
+        meter = MeterProvider([InMemoryMetricReader()]).get_meter("alone")
+        executions, tokens, cost = map(meter.create_counter, ("executions", "tokens", "cost"))
+        seconds = meter.create_histogram("seconds")
+
+        def one(number: int, run: Any) -> None:
+            about = {"pipeline": "pipeline", "run": "r", "session": "r", "kind": "CHAIN", "id": f"n{number}"}
+            inside = trace.set_span_in_context(run)
+            span = tracer.start_span(
+                "node", inside, attributes={**about, "node.kind": "node", "position": number}
+            )
+            token = context.attach(trace.set_span_in_context(span, inside))
+            span.set_attribute("input", "{}")
+            place = {"pipeline": "pipeline", "node": f"n{number}"}
+            executions.add(1, {**place, "outcome": "success", "failure_class": ""})
+            seconds.record(0.001, place)
+            model = {**place, "model": "gpt-4o-mini"}
+            tokens.add(3, {**model, "direction": "input"})
+            tokens.add(4, {**model, "direction": "output"})
+            cost.add(0.001, model)
+            span.add_event("attempt", {"attempt": 1, "outcome": "success", "seconds": 0.001, "tokens": 7})
+            call = tracer.start_span(
+                "chat", trace.set_span_in_context(span, inside), start_time=time.time_ns(),
+                attributes={**about, **{f"call.{n}": n for n in range(15)}},
+            )  # fmt: skip
+            call.set_attribute("outcome", "success")
+            call.end()
+            context.detach(token)
+            span.set_attributes(
+                {"attempts": 1, "tokens": 7, "cost": 0.001, "output": "{}", "outcome": "success"}
+            )
+            span.end()
+
+        def work() -> None:
+            run = tracer.start_span("run", attributes={"pipeline": "pipeline"})
+            for number in range(NODES):
+                one(number, run)
+            run.end()
+
+        return work
+
+    def prometheus() -> Any:
+        from prometheus_client import CollectorRegistry, Counter, Histogram
+
+        registry = CollectorRegistry()
+        place = ("pipeline", "node")
+        executions = Counter("executions", "-", (*place, "outcome", "failure_class"), registry=registry)
+        tokens = Counter("tokens", "-", (*place, "model", "direction"), registry=registry)
+        cost = Counter("cost", "-", (*place, "model"), registry=registry)
+        seconds = Histogram("seconds", "-", place, registry=registry)
+
+        def work() -> None:
+            for number in range(NODES):
+                at = ("pipeline", f"n{number}")
+                executions.labels(*at, "success", "").inc()
+                seconds.labels(*at).observe(0.001)
+                tokens.labels(*at, "gpt-4o-mini", "input").inc(3)
+                tokens.labels(*at, "gpt-4o-mini", "output").inc(4)
+                cost.labels(*at, "gpt-4o-mini").inc(0.001)
+
+        return work
+
+    def datadog() -> Any:
+        from datadog.dogstatsd.base import DogStatsd
+        from ddtrace.trace import tracer
+
+        tracer.enabled = False
+        statsd = DogStatsd(
+            host="127.0.0.1", port=9, disable_telemetry=True, disable_buffering=False,
+            disable_background_sender=False, sender_queue_size=1000,
+        )  # fmt: skip
+
+        def one(number: int, run: Any) -> None:
+            span = tracer.start_span("node", child_of=run, resource=f"n{number}", activate=True)
+            for name in ("run", "pipeline", "node", "kind", "input", "output", "outcome"):
+                span.set_tag(name, "value")
+            for name in ("attempts", "tokens", "cost"):
+                span.set_metric(name, 7)
+            place = ["pipeline:pipeline", f"node_id:n{number}"]
+            statsd.increment("executions", 1, tags=[*place, "outcome:success", "failure_class:"])
+            statsd.distribution("seconds", 0.001, tags=place)
+            model = [*place, "model:gpt-4o-mini"]
+            statsd.increment("tokens", 3, tags=[*model, "direction:input"])
+            statsd.increment("tokens", 4, tags=[*model, "direction:output"])
+            statsd.increment("cost", 0.001, tags=model)
+            span.finish()
+
+        def work() -> None:
+            run = tracer.start_span("run", resource="pipeline")
+            for number in range(NODES):
+                one(number, run)
+            run.finish()
+
+        return work
+
+    def logs() -> Any:
+        import logging
+
+        logger = logging.getLogger("alone")
+        logger.propagate = False
+        logger.addHandler(logging.NullHandler())
+        logger.setLevel(logging.INFO)
+        names = ("run_id", "pipeline", "node_id", "position", "branch", "attempt", "outcome", "duration_ms")
+
+        def work() -> None:
+            for number in range(NODES):
+                fields: dict[str, Any] = dict.fromkeys(
+                    (*names, "tokens", "cost_usd", "model", "output"), number
+                )
+                text = " ".join(f"{name}={value}" for name, value in fields.items())
+                logger.info("node success: %s", text, extra=fields)
+
+        return work
+
+    return {"prometheus_hooks": prometheus, "otel_hooks": otel, "datadog_hooks": datadog, "log_hooks": logs}
+
+
+def _sample_alone(work: Callable[[], None]) -> float:
+    """CPU microseconds per node of an SDK alone."""
+    gc.collect()
+    begin = time.process_time()
+    for _ in range(5):
+        work()
+    return (time.process_time() - begin) / (5 * NODES) * 1e6
+
+
 async def _sample(hooks: Any, pipeline: list[Any]) -> float:
     """CPU microseconds per node."""
     from stroma import StromaRunner
@@ -135,18 +278,33 @@ async def _sample(hooks: Any, pipeline: list[Any]) -> float:
 async def watched() -> None:
     pipeline = nodes()
     made = {"none": None, **{name: make() for name, make in sets().items()}}
+    raw = {name: make() for name, make in alone().items()}
     costs: dict[str, list[float]] = {name: [] for name in made}
+    of_sdks: dict[str, list[float]] = {name: [] for name in raw}
     for round_ in range(ROUNDS + 1):
         for name, hooks in made.items():
             cost = await _sample(hooks, pipeline)
             if round_:
                 costs[name].append(cost)
+        for name, work in raw.items():
+            cost = _sample_alone(work)
+            if round_:
+                of_sdks[name].append(cost)
     base = statistics.median(costs["none"])
-    print("| hooks | us a node | more than none | ratio |\n| --- | --- | --- | --- |")
+    print(f"load {os.getloadavg()[0]:.1f}")
+    print(
+        "| hooks | us a node | more than none | ratio | the SDK alone | times the SDK |\n"
+        "| --- | --- | --- | --- | --- | --- |"
+    )
     for name, found in costs.items():
         ratio = statistics.median(a / b for a, b in zip(found, costs["none"], strict=True))
         cost = statistics.median(found)
-        print(f"| {name} | {cost:.2f} | {cost - base:+.2f} | {ratio:.2f} |")
+        more = " | "
+        if name in of_sdks:
+            pairs = zip(found, costs["none"], of_sdks[name], strict=True)
+            times = statistics.median((a - b) / c for a, b, c in pairs)
+            more = f"{statistics.median(of_sdks[name]):.2f} | {times:.1f}"
+        print(f"| {name} | {cost:.2f} | {cost - base:+.2f} | {ratio:.2f} | {more} |")
     os._exit(0)  # No tracer that is told to send nothing may wait for its agent.
 
 

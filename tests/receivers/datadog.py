@@ -68,6 +68,7 @@ class DatadogAgent:
 
     Attributes:
         url: for `DD_TRACE_AGENT_URL`.
+        otlp_url: for OTLP over HTTP; traces that come there are asked for there.
     """
 
     def __init__(self) -> None:
@@ -76,7 +77,8 @@ class DatadogAgent:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         # It listens for OTLP too, without being asked.
-        ports = ["--port", str(self.port), "--otlp-http-port", str(free_port())]
+        self.otlp_url = f"http://127.0.0.1:{free_port()}"
+        ports = ["--port", str(self.port), "--otlp-http-port", self.otlp_url.rpartition(":")[2]]
         ports += ["--otlp-grpc-port", str(free_port())]
         # Nothing is passed on to the real service.
         options = ["--host", "127.0.0.1", "--disable-llmobs-data-forwarding"]

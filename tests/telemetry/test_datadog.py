@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from tests.receivers.datadog import DatadogAgent, StatsdSocket
+from tests.receivers.processes import fetch_json
 from tests.telemetry.test_counted_once import Number, Tracer
 
 from stroma import StromaRunner
-from stroma.telemetry import datadog_hooks
+from stroma.telemetry import datadog_hooks, otel_hooks
 
 pytest_plugins = ["tests.receivers.fixtures"]
 
@@ -175,3 +176,42 @@ def test_an_address_that_is_none(wrong: str) -> None:
     """An address without host and port is refused at once, with how it should look."""
     with pytest.raises(ValueError, match="host:port"):
         datadog_hooks(statsd=wrong)
+
+
+async def test_llm_observability_gets_runs_and_calls(datadog_agent: DatadogAgent) -> None:
+    """Spans of otel_hooks() reach Datadog's agent by OTLP with the header of LLM Observability, as it reads them.
+
+    The operation's name on runs and model calls; model, provider and tokens on calls; the conversation on all.
+    """
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    provider = TracerProvider()
+    headers = {"dd-api-key": "none", "dd-otlp-source": "llmobs"}
+    exporter = OTLPSpanExporter(endpoint=f"{datadog_agent.otlp_url}/v1/traces", headers=headers)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    runner = StromaRunner.quick(hooks=otel_hooks(tracer=provider), pipeline="letters")
+
+    @runner.node("a", input=Number, output=Number)
+    async def a(state: Number) -> Any:
+        return state, 120, 40, "gpt-4o-mini"
+
+    await runner.run([a], Number(), conversation="thread-17")
+    assert await runner.flush()
+    provider.shutdown()
+    received = fetch_json(f"{datadog_agent.otlp_url}/test/session/traces")
+    spans = {
+        span["name"]: {entry["key"]: next(iter(entry["value"].values())) for entry in span["attributes"]}
+        for request in received
+        for resource in request["resource_spans"]
+        for scope in resource["scope_spans"]
+        for span in scope["spans"]
+    }
+    assert set(spans) == {"invoke_workflow letters", "stroma.node a", "chat gpt-4o-mini"}
+    assert {about["gen_ai.conversation.id"] for about in spans.values()} == {"thread-17"}
+    run, call = spans["invoke_workflow letters"], spans["chat gpt-4o-mini"]
+    assert (run["gen_ai.operation.name"], run["gen_ai.agent.name"]) == ("invoke_workflow", "letters")
+    assert (call["gen_ai.operation.name"], call["gen_ai.request.model"]) == ("chat", "gpt-4o-mini")
+    assert call["gen_ai.provider.name"] == "openai"
+    assert (call["gen_ai.usage.input_tokens"], call["gen_ai.usage.output_tokens"]) == ("120", "40")

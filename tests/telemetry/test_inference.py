@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.trace import NoOpTracerProvider
 from pydantic import BaseModel
+from tests.providers.clients import ask_openai_async
+from tests.providers.server import Answer, Server
 from tests.telemetry.test_opentelemetry import Seen, quick
 
-from stroma import StromaRunner, Usage, current_node, parallel
+from stroma import StromaRunner, Usage, current_node, parallel, usage_from
 from stroma.telemetry import otel_hooks
 
 MODEL = "gpt-4o-mini"
@@ -102,6 +105,65 @@ async def test_an_instrumented_client_is_not_counted_twice(seen: Seen) -> None:
         )
         == result.total_tokens
     )
+
+
+#: Dollars for a million tokens of MODEL: fresh input, input from the cache, output.
+RATES = (0.15, 0.075, 0.60)
+
+
+def price(input_tokens: int, cached: int, output_tokens: int) -> float:
+    fresh, from_cache, output = RATES
+    return ((input_tokens - cached) * fresh + cached * from_cache + output_tokens * output) / 1e6
+
+
+@pytest.mark.parametrize("instrumented", [True, False])
+async def test_the_bill_is_that_of_the_provider(seen: Seen, provider: Server, instrumented: bool) -> None:
+    """Two answers that break the contract and one that holds it: the spans cost what the provider billed, to the cent."""
+    sizes = [(1_200_000, 1_000_000, 90_000), (2_000_000, 0, 70_001), (3_000_003, 512, 11)]
+    contents = ['{"n": "no number"}', '{"n": []}', '{"n": 3}']
+    urls = []
+    for (prompt, cached, output), content in zip(sizes, contents, strict=True):
+        usage = {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+        message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
+        body = {"id": "c", "object": "chat.completion", "created": 1, "model": MODEL, "choices": [message]}
+        urls.append(provider.url(Answer(200, body | {"usage": usage})))
+    runner = quick(seen.hooks(inference="auto"), retries=0, contract_retries={"ask": 2})
+
+    @runner.node("ask", input=State, output=State)
+    async def ask(state: State) -> Any:
+        node = current_node()
+        assert node is not None
+        with seen.user.start_as_current_span("client") as span:
+            reply = await ask_openai_async(urls[node.attempt - 1])
+            if instrumented:
+                span.set_attributes(
+                    {
+                        "gen_ai.request.model": reply.model,
+                        "gen_ai.usage.input_tokens": reply.usage.prompt_tokens,
+                        "gen_ai.usage.output_tokens": reply.usage.completion_tokens,
+                        "gen_ai.usage.cache_read.input_tokens": reply.usage.prompt_tokens_details.cached_tokens,
+                    }
+                )
+        return json.loads(reply.choices[0].message.content), usage_from(reply)
+
+    result = await runner.run([ask], State())
+    assert result.status == "COMPLETED"
+    ledger = sum(provider.calls_of(url) * price(*size) for url, size in zip(urls, sizes, strict=True))
+    billed = [
+        span.attributes for span in seen.spans if "gen_ai.usage.input_tokens" in (span.attributes or {})
+    ]
+    assert len(billed) == 3
+    tokens = ("input_tokens", "cache_read.input_tokens", "output_tokens")
+    spans = sum(price(*(about.get(f"gen_ai.usage.{name}", 0) for name in tokens)) for about in billed)  # type: ignore[union-attr, misc, arg-type]
+    assert spans == pytest.approx(ledger, abs=1e-9)
+    assert result.total_cost_usd == pytest.approx(ledger, abs=1e-9)
+    if not instrumented:
+        assert sum(of(span, "gen_ai.usage.cost") for span in calls(seen)) == pytest.approx(ledger, abs=1e-9)
 
 
 async def test_only_the_instrumented_attempt_counts(seen: Seen) -> None:

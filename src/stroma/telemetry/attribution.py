@@ -77,6 +77,10 @@ class AttributionProcessor(SpanProcessor):
         if any(name.startswith(_USAGE) for name in span.attributes or {}):
             place[0].notes[INSTRUMENTED] = place[1]
 
+    def force_flush(self, timeout_millis: int = 30000) -> bool:
+        """Return True: it holds no spans. Older releases of the SDK return None, and flush no processor after it."""
+        return True
+
 
 def watch(provider: TracerProvider) -> None:
     """Add a processor to a provider, once."""

@@ -34,6 +34,7 @@ DENY_KEYS: Final = (
     "passphrase", "passwd", "password", "private_key", "pwd", "refresh_token", "secret", "set_cookie", "ssn",
 )  # fmt: skip
 _REDACTED: Final = "[redacted]"
+_quoted: Final = json.encoder.encode_basestring_ascii
 _DEEPEST: Final = 50
 #: Characters that are written beyond the limit, so that a secret at the end is found as a whole.
 _SLACK: Final = 4096
@@ -100,7 +101,11 @@ class Content:
         text = state.shapes if isinstance(state, UnreadState) else None
         if text is None:
             fields = _fields_of(state)[0]
-            text = json.dumps({str(name): _shape(v) for name, v in islice(fields.items(), _MOST_FIELDS)})
+            shapes = {str(name): _shape(value) for name, value in islice(fields.items(), _MOST_FIELDS)}
+            # What json.dumps() returns, in a third of its time: both are texts.
+            text = (
+                f"{{{', '.join([f'{_quoted(name)}: {_quoted(shape)}' for name, shape in shapes.items()])}}}"
+            )
             if isinstance(state, UnreadState):
                 state.shapes = text
         return text if len(text) <= self.max_bytes and text.isascii() else self.cut(text)

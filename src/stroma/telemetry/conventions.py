@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 from stroma.engine.context import ReliabilityContext
 
 __all__ = [
+    "ABOUT",
     "NODE_ID",
     "OF_RUN",
     "SCHEMA_URL",
@@ -37,6 +38,8 @@ NODE_ID: Final = "stroma.node.id"
 OF_RUN: Final = (
     "stroma.pipeline", "stroma.run.id", "session.id", "gen_ai.conversation.id", "user.id", "stroma.tags",
 )  # fmt: skip
+#: Key of them in the notes of a run, from its start hooks on: before, its session may not be open.
+ABOUT: Final = "attributes of spans"
 
 
 def version() -> str | None:
@@ -61,7 +64,10 @@ def wants_earlier_names(semconv: Semconv | None) -> bool:
 
 
 def about_run(run: ReliabilityContext) -> dict[str, Any]:
-    """Return the attributes of a run that all spans inside it have."""
+    """Return the attributes of a run that all spans inside it have. Callers must not change the dict."""
+    stored: dict[str, Any] | None = run.notes.get(ABOUT)
+    if stored is not None:
+        return stored
     about: dict[str, Any] = {
         "stroma.pipeline": run.pipeline,
         "stroma.run.id": run.run_id,

@@ -11,12 +11,12 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node
 from stroma.failures.classes import FailureClass
 from stroma.telemetry.content import DENY_KEYS, Content, ContentMode, type_name
+from stroma.telemetry.labels import MetricLabels
 from stroma.telemetry.losses import LossCounter, Losses
 from stroma.telemetry.observer import (
     CUT_SHORT,
     Ended,
     ExporterHooks,
-    ModelLabels,
     Observer,
     exceeded,
     is_returned,
@@ -138,7 +138,7 @@ class _Datadog(Observer):
         own_client: bool,
     ) -> None:
         super().__init__()
-        self._model_label = ModelLabels()
+        self._labels = MetricLabels()
         self._tracer, self._statsd, self._service, self._content = tracer, statsd, service, content
         self._own_client = own_client
         self._losses = Losses(self.name)
@@ -183,7 +183,7 @@ class _Datadog(Observer):
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         of_run: _DatadogRun | None = run.notes.pop(self, None)
         if is_returned(run):
-            self._count("runs.returned", 1, [f"pipeline:{run.pipeline}", f"status:{result.status.value}"])
+            self._count("runs.returned", 1, [*self._of_run(run), f"status:{result.status.value}"])
             return
         if of_run is None and run.elsewhere:
             of_run = self._ending(run, result)
@@ -203,25 +203,37 @@ class _Datadog(Observer):
             # A coroutine that is closed from elsewhere has left its context behind.
             self._tracer.context_provider.activate(of_run.before)
             self.leave(of_run.here)
-        pipeline = f"pipeline:{run.pipeline}"
-        status = [pipeline, f"status:{result.status.value}"]
+        pipeline = self._of_run(run)
+        status = [*pipeline, f"status:{result.status.value}"]
         self._count("runs", 1, status)
         self._distribution("run.duration", perf_counter() - of_run.since, status)
         dimension = exceeded(result)
         if dimension is not None:
-            self._count("budget.exceeded", 1, [pipeline, f"dimension:{dimension}"])
+            self._count("budget.exceeded", 1, [*pipeline, f"dimension:{self._labels.dimension(dimension)}"])
 
     def hook_raised(self, run: ReliabilityContext | None, hook: str) -> None:
         if run is not None:
-            self._count("hook.errors", 1, [f"pipeline:{run.pipeline}", f"hook:{hook}"])
+            self._count("hook.errors", 1, [*self._of_run(run), f"hook:{hook}"])
 
     def skipped(self, node: NodeExecution) -> None:
+        if is_returned(node.ctx):
+            return
+        self._count("nodes.restored", 1, self._of_node(node))
         of_run: _DatadogRun | None = node.ctx.notes.get(self)
         if of_run is not None:
             of_run.restored += 1
 
+    def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
+        tags = [*self._of_run(run), f"dimension:{self._labels.dimension(dimension)}"]
+        self._count("budget.warnings", 1, tags)
+
     def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
         waits_since(node, self)
+        self._count("node.waits", 1, self._of_node(node))
+
+    def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
+        tags = [*self._of_run(run), f"circuit:{self._labels.circuit(key)}", f"state:{state}"]
+        self._count("circuit.changes", 1, tags)
 
     def _ending(self, run: ReliabilityContext, result: ExecutionResult) -> _DatadogRun:
         """Return the record of a run that started in another process."""
@@ -290,12 +302,12 @@ class _Datadog(Observer):
         of_node.cost += usage.cost_usd
         if ended.output is not None:
             of_node.span.set_tag("stroma.output", self._content.state(node.ctx, ended.output))
-        tags = [f"pipeline:{node.pipeline}", f"node_id:{node.node_id}"]
+        tags = self._of_node(node)
         outcome = [*tags, f"outcome:{ended.outcome}", f"failure_class:{ended.class_name}"]
         self._count("node.executions", 1, outcome)
         self._distribution("node.duration", seconds, tags)
         if usage.tokens:
-            tags.append(f"model:{self._model_label(usage.model)}")
+            tags.append(f"model:{self._labels.model(usage.model)}")
             self._count("tokens", usage.input_tokens, [*tags, "direction:input"])
             self._count("tokens", usage.output_tokens, [*tags, "direction:output"])
             self._count("cost_usd", usage.cost_usd, tags)
@@ -303,18 +315,13 @@ class _Datadog(Observer):
     def retrying(
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
-        tags = [
-            f"pipeline:{node.pipeline}",
-            f"node_id:{node.node_id}",
-            f"failure_class:{failure_class.value}",
-        ]
-        self._count("node.retries", 1, tags)
+        self._count("node.retries", 1, [*self._of_node(node), f"failure_class:{failure_class.value}"])
         of_node: _DatadogNode | None = node.notes.get(self)
         if of_node is not None:
             of_node.ended = CUT_SHORT
 
     def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
-        self._count("limit.cooldowns", 1, [f"pipeline:{run.pipeline}", f"limit:{limit}"])
+        self._count("limit.cooldowns", 1, [*self._of_run(run), f"limit:{self._labels.limit(limit)}"])
 
     def node_ended(self, node: NodeExecution) -> None:
         of_node: _DatadogNode | None = node.notes.pop(self, None)
@@ -355,6 +362,13 @@ class _Datadog(Observer):
         message = self._content.message(run, ended.error)
         if message is not None:
             span.set_tag("error.message", message)
+
+    def _of_run(self, run: ReliabilityContext) -> list[str]:
+        return [f"pipeline:{self._labels.pipeline(run.pipeline)}"]
+
+    def _of_node(self, node: NodeExecution) -> list[str]:
+        pipeline, node_id = self._labels.place(node.pipeline, node.node_id)
+        return [f"pipeline:{pipeline}", f"node_id:{node_id}"]
 
     def _count(self, name: str, value: float, tags: list[str]) -> None:
         if self._statsd is not None:

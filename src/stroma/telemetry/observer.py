@@ -27,14 +27,12 @@ __all__ = [
     "WRITING",
     "Ended",
     "ExporterHooks",
-    "ModelLabels",
     "Observer",
     "exceeded",
     "is_returned",
     "may_be_retried",
     "missing",
     "seconds_elsewhere",
-    "sound",
     "waited_seconds",
     "waits_since",
 ]
@@ -46,10 +44,6 @@ NODE_BUCKETS: Final = tuple(0.01 * 2**n for n in range(16))
 _CLOSING_SECONDS: Final = 0.1
 #: True while log_hooks writes, so that an exporter of logs can skip events that its hooks have received.
 WRITING: Final[ContextVar[bool]] = ContextVar("stroma_writing", default=False)
-
-#: Names of models that one exporter uses as labels; further ones are "other".
-_MOST_MODELS: Final = 200
-_LONGEST_MODEL: Final = 100  # characters
 
 #: By the key of an exporter: its record of the run whose code this is. A coroutine that is closed from elsewhere has left
 #: its context behind, which this tells.
@@ -408,27 +402,6 @@ class ExporterHooks(NodeHooks):
             return bool(await asyncio.wait_for(pending, seconds))
         except TimeoutError:
             return None
-
-
-class ModelLabels:
-    """Labels of metrics for the names of models, bounded in number and length."""
-
-    def __init__(self) -> None:
-        self._seen: set[str] = set()
-
-    def __call__(self, model: str | None) -> str:
-        """Return the label for a model: its name, or "other" once there have been 200 names."""
-        name = sound(model or "")[:_LONGEST_MODEL]
-        if name not in self._seen:
-            if len(self._seen) >= _MOST_MODELS:
-                return "other"
-            self._seen.add(name)
-        return name
-
-
-def sound(text: str) -> str:
-    """Return a text that UTF-8 can encode: a lone surrogate in a label can cost a whole page of metrics."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def missing(needed: str, factory: str, extra: str) -> ImportError:

@@ -14,15 +14,15 @@ from stroma.engine.unread import UnreadState
 from stroma.failures.classes import FailureClass
 from stroma.telemetry import conventions
 from stroma.telemetry.content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry.conventions import SCHEMA_URL, SCOPE, Semconv, Vocabulary, about_run, content_of
+from stroma.telemetry.conventions import ABOUT, SCHEMA_URL, SCOPE, Semconv, Vocabulary, about_run, content_of
 from stroma.telemetry.inference import InferenceMode, InferenceSpans
+from stroma.telemetry.labels import MetricLabels
 from stroma.telemetry.losses import LossCounter, Losses
 from stroma.telemetry.observer import (
     CUT_SHORT,
     NODE_BUCKETS,
     Ended,
     ExporterHooks,
-    ModelLabels,
     Observer,
     exceeded,
     is_returned,
@@ -197,7 +197,8 @@ class _OpenTelemetry(Observer):
         baggage: bool,
     ) -> None:
         super().__init__()
-        self._model_label = ModelLabels()
+        self._labels = MetricLabels()
+        self._attributes: dict[tuple[str, ...], dict[str, str]] = {}
         from opentelemetry import context, metrics, trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -252,6 +253,20 @@ class _OpenTelemetry(Observer):
         self._cooldowns = own_meter.create_counter(
             "stroma.limit.cooldowns", "{cooldown}", "Times that a refused call has closed a limit"
         )
+        self._waits = own_meter.create_counter(
+            "stroma.node.waits",
+            "{wait}",
+            "Times that an attempt was queued for a limit, a budget or a circuit",
+        )
+        self._circuits = own_meter.create_counter(
+            "stroma.circuit.changes", "{change}", "Circuits that became open, half open or closed"
+        )
+        self._restored = own_meter.create_counter(
+            "stroma.nodes.restored", "{node}", "Outputs that were restored from the journal"
+        )
+        self._warnings = own_meter.create_counter(
+            "stroma.budget.warnings", "{run}", "Runs that used 80 % of a limit of their budget"
+        )
         self._returned = own_meter.create_counter(
             "stroma.runs.returned", "{run}", "Calls that got the result of a run that they did not run"
         )
@@ -274,9 +289,10 @@ class _OpenTelemetry(Observer):
         if is_returned(run):
             return
         of_run = _RunSpan()
+        run.notes[ABOUT] = about_run(run)
         self._watch_spans_of_others()
         if not run.elsewhere:  # It may end in another process: what went up here would never come down.
-            self._active.add(1, {"stroma.pipeline": run.pipeline})
+            self._active.add(1, self._of_run(run))
         parent = self._outer(run)
         links = []
         began = run.first_trace(self.system)
@@ -309,27 +325,28 @@ class _OpenTelemetry(Observer):
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         of_run = run.notes.pop(self, None)
         if is_returned(run):
-            self._returned.add(1, {"stroma.pipeline": run.pipeline, "stroma.status": result.status.value})
+            self._returned.add(1, self._of_run(run, "stroma.status", result.status.value))
             return
         if of_run is None and run.elsewhere:
             of_run = self._ending(run, result)
         if of_run is None:
             return
         span = of_run.span
-        labels: dict[str, str] = {"stroma.pipeline": run.pipeline}
         if not run.elsewhere:
-            self._active.add(-1, labels)
+            self._active.add(-1, self._of_run(run))
         failed = Ended.finally_(result)
         kind = None if failed is None or failed.error is None else type_name(failed.error)
         outcome = {"stroma.status": result.status.value}
         if kind is not None:
             outcome["error.type"] = kind
         seconds = perf_counter() - of_run.since
+        pipeline = self._labels.pipeline(run.pipeline)
         for histogram, label in self._run_seconds:
-            histogram.record(seconds, {label: run.pipeline, **outcome})
+            histogram.record(seconds, {label: pipeline, **outcome})
         dimension = exceeded(result)
         if dimension is not None:
-            self._exceeded.add(1, {**labels, "stroma.budget.dimension": dimension})
+            dimension = self._labels.dimension(dimension)
+            self._exceeded.add(1, self._of_run(run, "stroma.budget.dimension", dimension))
         if span is None:
             return
         span.set_attribute("stroma.status", result.status.value)
@@ -352,7 +369,7 @@ class _OpenTelemetry(Observer):
 
     def hook_raised(self, run: ReliabilityContext | None, hook: str) -> None:
         if run is not None:
-            self._hook_errors.add(1, {"stroma.pipeline": run.pipeline, "stroma.hook": hook})
+            self._hook_errors.add(1, self._of_run(run, "stroma.hook", hook))
 
     def _ending(self, run: ReliabilityContext, result: ExecutionResult) -> _RunSpan:
         """Return the record of a run that started in another process."""
@@ -366,6 +383,9 @@ class _OpenTelemetry(Observer):
         return record
 
     def skipped(self, node: NodeExecution) -> None:
+        if is_returned(node.ctx):
+            return
+        self._restored.add(1, self._of_node(node))
         of_run: _RunSpan | None = node.ctx.notes.get(self)
         if of_run is not None and of_run.span is not None:
             of_run.restored += 1
@@ -373,6 +393,8 @@ class _OpenTelemetry(Observer):
             of_run.events.add(of_run.span, "stroma.node.skipped", about, _MOST_RESTORED)
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
+        label = self._labels.dimension(dimension)
+        self._warnings.add(1, self._of_run(run, "stroma.budget.dimension", label))
         of_run = run.notes.get(self)
         if of_run is not None and of_run.span is not None:
             about = {
@@ -383,13 +405,15 @@ class _OpenTelemetry(Observer):
             of_run.events.add(of_run.span, "stroma.budget.warning", about)
 
     def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
-        self._cooldowns.add(1, {"stroma.pipeline": run.pipeline, "stroma.limit": limit})
+        self._cooldowns.add(1, self._of_run(run, "stroma.limit", self._labels.limit(limit)))
         of_run = run.notes.get(self)
         if of_run is not None and of_run.span is not None:
             about = {"stroma.limit": limit, "stroma.limit.cooldown_s": seconds}
             of_run.events.add(of_run.span, "stroma.limit.cooldown", about)
 
     def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
+        circuit = self._labels.circuit(key)
+        self._circuits.add(1, self._of_run(run, "stroma.circuit", circuit, "stroma.circuit.state", state))
         of_run = run.notes.get(self)
         if of_run is not None and of_run.span is not None:
             about = {"stroma.circuit": key, "stroma.circuit.state": state}
@@ -397,6 +421,7 @@ class _OpenTelemetry(Observer):
 
     def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
         waits_since(node, self)
+        self._waits.add(1, self._of_node(node))
         # The span of a node begins with its first attempt: before that the wait is seen around it.
         around = node.notes.get(self) or self.around(node)
         if around is not None and around.span is not None:
@@ -457,17 +482,16 @@ class _OpenTelemetry(Observer):
         return record
 
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
-        usage, pipeline = node.usage, node.pipeline
+        usage = node.usage
         seconds = (node.duration_ms or 0.0) / 1000
-        labels = {"stroma.pipeline": pipeline, "stroma.node.id": node.node_id}
-        outcome = {**labels, "stroma.outcome": ended.outcome, "stroma.failure_class": ended.class_name}
-        self._executions.add(1, outcome)
-        self._node_seconds.record(seconds, labels)
+        outcome = "stroma.outcome", ended.outcome, "stroma.failure_class", ended.class_name
+        self._executions.add(1, self._of_node(node, *outcome))
+        self._node_seconds.record(seconds, self._of_node(node))
         if usage.tokens:
-            about = {**labels, "stroma.model": self._model_label(usage.model)}
-            self._tokens.add(usage.input_tokens, {**about, "stroma.direction": "input"})
-            self._tokens.add(usage.output_tokens, {**about, "stroma.direction": "output"})
-            self._cost.add(usage.cost_usd, about)
+            model = "stroma.model", self._labels.model(usage.model)
+            self._tokens.add(usage.input_tokens, self._of_node(node, *model, "stroma.direction", "input"))
+            self._tokens.add(usage.output_tokens, self._of_node(node, *model, "stroma.direction", "output"))
+            self._cost.add(usage.cost_usd, self._of_node(node, *model))
         of_node = node.notes.get(self)
         if of_node is None:  # Input that broke its contract, or an end that is reported again after a crash.
             of_node = self._begin(node, node.started_ns)
@@ -508,12 +532,7 @@ class _OpenTelemetry(Observer):
     def retrying(
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
-        labels = {
-            "stroma.pipeline": node.pipeline,
-            "stroma.node.id": node.node_id,
-            "stroma.failure_class": failure_class.value,
-        }
-        self._retries.add(1, labels)
+        self._retries.add(1, self._of_node(node, "stroma.failure_class", failure_class.value))
         of_node = node.notes.get(self)
         if of_node is not None:
             of_node.ended = CUT_SHORT
@@ -563,6 +582,22 @@ class _OpenTelemetry(Observer):
             span.end()
 
     # ------------------------------------------------------------------ small things
+
+    def _of_run(self, run: ReliabilityContext, *more: str) -> dict[str, str]:
+        """Return the attributes of a metric of runs: the pipeline and ``more``, name after name with its value."""
+        return self._metric_attributes("stroma.pipeline", self._labels.pipeline(run.pipeline), *more)
+
+    def _of_node(self, node: NodeExecution, *more: str) -> dict[str, str]:
+        """Return the attributes of a metric of nodes, likewise."""
+        pipeline, node_id = self._labels.place(node.pipeline, node.node_id)
+        return self._metric_attributes("stroma.pipeline", pipeline, "stroma.node.id", node_id, *more)
+
+    def _metric_attributes(self, *pairs: str) -> dict[str, str]:
+        # As many as there are series, which the labels bound.
+        attributes = self._attributes.get(pairs)
+        if attributes is None:
+            attributes = self._attributes[pairs] = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        return attributes
 
     def _keep_trace(self, run: ReliabilityContext, span: Span) -> None:
         """Record a span as the one that other processes link to, or put theirs under."""

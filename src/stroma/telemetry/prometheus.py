@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
@@ -9,17 +10,16 @@ from typing import TYPE_CHECKING, Any, Final
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.failures.classes import FailureClass
+from stroma.telemetry.labels import MetricLabels
 from stroma.telemetry.observer import (
     NODE_BUCKETS,
     Ended,
     ExporterHooks,
-    ModelLabels,
     Observer,
     exceeded,
     is_returned,
     missing,
     seconds_elsewhere,
-    sound,
 )
 from stroma.trace.result import ExecutionResult
 
@@ -37,7 +37,8 @@ def prometheus_hooks(*, registry: CollectorRegistry | None = None) -> ExporterHo
 
     Labels are the names of pipelines, nodes, models and the like, never a run id or a message. Any number of sets may
     share a ``registry`` (prometheus_client's own if none is given): they feed the same metrics. Serving them is the
-    application's part, as with ``prometheus_client.start_http_server``.
+    application's part, as with ``prometheus_client.start_http_server``. Where a span of OpenTelemetry is current and sampled,
+    counts of runs and attempts and their durations have it as exemplar, which pages in the OpenMetrics format show.
 
     Raises ImportError with the line that installs the extra.
     """
@@ -119,7 +120,7 @@ class _Metrics:
         self.cooldowns = counter(
             "stroma_limit_cooldowns", "Times that a refused call has closed a limit.", "limit"
         )
-        self.model_label = ModelLabels()
+        self.labels = MetricLabels()
         self.returned = counter(
             "stroma_runs_returned", "Calls that got the result of a run that they did not run.", "status"
         )
@@ -139,7 +140,7 @@ class _Children:
     def __call__(self, *values: str) -> Any:
         child = self._of.get(values)
         if child is None:
-            child = self._of[values] = self.metric.labels(*map(sound, values))
+            child = self._of[values] = self.metric.labels(*values)
         return child
 
 
@@ -165,11 +166,12 @@ class _Prometheus(Observer):
         if run.elsewhere:  # It may end in another process: what went up here would never come down.
             return
         run.notes[self] = perf_counter()
-        self._metrics.in_progress(run.pipeline).inc()
+        self._metrics.in_progress(self._metrics.labels.pipeline(run.pipeline)).inc()
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         started = run.notes.pop(self, None)
-        metrics, pipeline, status = self._metrics, run.pipeline, result.status.value
+        metrics, status = self._metrics, result.status.value
+        pipeline = metrics.labels.pipeline(run.pipeline)
         if is_returned(run):
             metrics.returned(pipeline, status).inc()
             return
@@ -180,22 +182,24 @@ class _Prometheus(Observer):
             seconds = seconds_elsewhere(result)
         else:
             return
-        metrics.runs(pipeline, status).inc()
-        metrics.run_seconds(pipeline, status).observe(seconds)
+        exemplar = _exemplar()
+        metrics.runs(pipeline, status).inc(1, exemplar)
+        metrics.run_seconds(pipeline, status).observe(seconds, exemplar)
         dimension = exceeded(result)
         if dimension is not None:
-            metrics.exceeded(pipeline, dimension).inc()
+            metrics.exceeded(pipeline, metrics.labels.dimension(dimension)).inc()
 
     def hook_raised(self, run: ReliabilityContext | None, hook: str) -> None:
         if run is not None:
-            self._metrics.hook_errors(run.pipeline, hook).inc()
+            self._metrics.hook_errors(self._metrics.labels.pipeline(run.pipeline), hook).inc()
 
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
-        metrics, pipeline, node_id, usage = self._metrics, node.pipeline, node.node_id, node.usage
-        metrics.executions(pipeline, node_id, ended.outcome, ended.class_name).inc()
-        metrics.node_seconds(pipeline, node_id).observe((node.duration_ms or 0.0) / 1000)
+        metrics, usage, exemplar = self._metrics, node.usage, _exemplar()
+        pipeline, node_id = metrics.labels.place(node.pipeline, node.node_id)
+        metrics.executions(pipeline, node_id, ended.outcome, ended.class_name).inc(1, exemplar)
+        metrics.node_seconds(pipeline, node_id).observe((node.duration_ms or 0.0) / 1000, exemplar)
         if usage.tokens:
-            model = metrics.model_label(usage.model)
+            model = metrics.labels.model(usage.model)
             metrics.tokens(pipeline, node_id, model, "input").inc(usage.input_tokens)
             metrics.tokens(pipeline, node_id, model, "output").inc(usage.output_tokens)
             metrics.cost(pipeline, node_id, model).inc(usage.cost_usd)
@@ -203,21 +207,37 @@ class _Prometheus(Observer):
     def retrying(
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
-        self._metrics.retries(node.pipeline, node.node_id, failure_class.value).inc()
+        place = self._metrics.labels.place(node.pipeline, node.node_id)
+        self._metrics.retries(*place, failure_class.value).inc()
 
     def skipped(self, node: NodeExecution) -> None:
         if is_returned(node.ctx):
             return
-        self._metrics.skipped(node.pipeline, node.node_id).inc()
+        self._metrics.skipped(*self._metrics.labels.place(node.pipeline, node.node_id)).inc()
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
-        self._metrics.warnings(run.pipeline, dimension).inc()
+        labels = self._metrics.labels
+        self._metrics.warnings(labels.pipeline(run.pipeline), labels.dimension(dimension)).inc()
 
     def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
-        self._metrics.waits(node.pipeline, node.node_id).inc()
+        self._metrics.waits(*self._metrics.labels.place(node.pipeline, node.node_id)).inc()
 
     def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
-        self._metrics.circuits(run.pipeline, key, state).inc()
+        labels = self._metrics.labels
+        self._metrics.circuits(labels.pipeline(run.pipeline), labels.circuit(key), state).inc()
 
     def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
-        self._metrics.cooldowns(run.pipeline, limit).inc()
+        labels = self._metrics.labels
+        self._metrics.cooldowns(labels.pipeline(run.pipeline), labels.limit(limit)).inc()
+
+
+def _exemplar() -> dict[str, str] | None:
+    """Return the ids of OpenTelemetry's current span if that is sampled, else None."""
+    # Not imported here: where nobody has, there is no span.
+    current: Any = getattr(sys.modules.get("opentelemetry.trace"), "get_current_span", None)
+    if current is None:
+        return None
+    context = current().get_span_context()
+    if not (context.is_valid and context.trace_flags.sampled):
+        return None
+    return {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"}
