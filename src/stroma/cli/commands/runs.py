@@ -155,9 +155,9 @@ def _print(database: RunSource, records: list[RunRecord], query: RunQuery, limit
     reasons: set[Literal["resume", "budget"]] = {
         one.waits_for for one in records if one.waits_for is not None
     }
-    if reasons:
-        from stroma.cli.suspended import held_hints  # It needs what runs pipelines.
     for reason in sorted(reasons):
+        from stroma.cli.suspended import held_hints  # It needs what runs pipelines.
+
         for line in held_hints(database, "RUN", reason):
             err.line(line)
     if any(map(is_interrupted, records)):
