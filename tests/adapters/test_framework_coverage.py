@@ -10,7 +10,11 @@ from tests.frameworks.kit import LINES
 
 FRAMEWORKS = Path(__file__).parents[1] / "frameworks"
 #: But for the engine that the same environments serve: it runs pipelines, and no agents.
-FOLDERS = sorted(path.parent for path in FRAMEWORKS.glob("*/requirements.in") if path.parent.name != "dbos")
+#: DBOS is a driver, the others are backends of telemetry.
+OTHERS = ("dbos", "mlflow", "phoenix")
+FOLDERS = sorted(
+    path.parent for path in FRAMEWORKS.glob("*/requirements.in") if path.parent.name not in OTHERS
+)
 #: Where a framework has no such thing.
 NOT_THERE = {
     ("agent_framework", "sync and async"): "its agents are async alone; its tools are tested both ways",
