@@ -77,7 +77,9 @@ async def _confirm() -> None:
     except AsyncActivityCancelledError:
         await activity.wait_for_cancelled()  # The attempt ends as cancelled.
     except RPCError as error:
-        refusal = StoreError(f"the server refuses that this worker continues its attempt: {error}")
+        refusal = StoreError(
+            f"the server refuses that this worker continues its attempt: {error}; the effect is not called, and another attempt follows"
+        )
         refusal.transient = error.status != RPCStatusCode.NOT_FOUND
         raise refusal from error
 
