@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fixtures import provider, temporal_server  # noqa: F401
+from tests.fixtures import journal, provider, temporal_server  # noqa: F401
 from tests.tiers import CORE_PATHS, PROFILES, SLOW_FIXTURES, SLOW_PARAMETERS, SLOW_PATHS
 
 _PROCESS_EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"}

@@ -1,6 +1,6 @@
 """Fixtures of stores and servers that tests of many subjects share.
 
-tests/conftest.py imports those of servers; a module makes its own fixture ``store`` of the kinds that it is about.
+tests/conftest.py imports those of places and servers; a module makes its own fixture ``store`` of the kinds that it is about.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.shared_stores import store_of
+from tests.shared_stores import SHARED, place, store_of
 
-__all__ = ["provider", "store_fixture", "temporal_server"]
+__all__ = ["journal", "provider", "store_fixture", "temporal_server"]
 
 
 def store_fixture(*kinds: str) -> Any:
@@ -23,6 +23,13 @@ def store_fixture(*kinds: str) -> Any:
             yield instance
 
     return store
+
+
+@pytest.fixture(params=SHARED)
+def journal(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """The kind and the place of a store that processes can share, one kind after the other."""
+    with place(request.param) as where:
+        yield request.param, where
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 from tests.servers import environment
-from tests.shared_stores import SHARED, opened, place, store_of
+from tests.shared_stores import SHARED, opened, store_of
 
 from stroma import (
     NodeContract,
@@ -31,12 +31,6 @@ Dying = Callable[..., list[str]]
 
 class State(BaseModel):
     n: int = 0
-
-
-@pytest.fixture(params=SHARED)
-def journal(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
-    with place(request.param) as where:
-        yield request.param, where
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,6 @@ from stroma.checkpoint.durable.owner import Owner
 from stroma.contracts.schema import schema_of
 
 Dying = Callable[..., list[str]]
-
-
-@pytest.fixture(params=SHARED)
-def journal(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
-    with place(request.param) as where:
-        yield request.param, where
 
 
 @pytest.fixture

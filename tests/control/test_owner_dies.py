@@ -7,22 +7,15 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.checkpoint.dying_helper import pipeline
 from tests.servers import environment
-from tests.shared_stores import SHARED, opened, place
+from tests.shared_stores import opened
 
 from stroma import ExecutionResult, StromaRunner
-
-
-@pytest.fixture(params=SHARED)
-def journal(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
-    with place(request.param) as where:
-        yield request.param, where
 
 
 @pytest.mark.slow

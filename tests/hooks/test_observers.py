@@ -276,7 +276,7 @@ async def test_a_trace_context_is_carried_in_and_told_to_a_resumed_run() -> None
         assert run is not None
         seen.append((run.traceparent, run.first_traceparent))
         if own:
-            run.kept_traceparent = own.pop()
+            run.keep_trace("", own.pop())
 
     fails = [True]
     runner = StromaRunner.quick(hooks=NodeHooks(on_run_start=start))

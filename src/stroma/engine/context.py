@@ -441,17 +441,11 @@ class ReliabilityContext:
         return trace_of(self.traceparent, system)
 
     def keep_trace(self, system: str, traceparent: str) -> None:
-        """Record the trace context of a system for processes that resume the run, or run parts of it; the first one counts."""
+        """Record the trace context of a system for processes that resume the run, or run parts of it; the first one counts.
+
+        ``system``: "" is every system that records none of its own.
+        """
         self.kept_traces.setdefault(system, traceparent)
-
-    @property
-    def kept_traceparent(self) -> str | None:
-        """The trace context for processes that resume the run, for every system that has recorded none of its own."""
-        return self.kept_traces.get("")
-
-    @kept_traceparent.setter
-    def kept_traceparent(self, traceparent: str) -> None:
-        self.kept_traces[""] = traceparent
 
     def all_traces(self) -> str | None:
         """Return all trace contexts of the run as one text: the caller's, and in their place those that were recorded."""

@@ -29,10 +29,11 @@ _PROVIDERS: Final = {
 
 
 class InferenceSpans:
-    """Makes the spans. Backends read the bill from them: model, tokens and cost of each attempt.
+    """Creates the spans from which backends read the bill: model, tokens and cost of each attempt.
 
     Attributes:
-        mode: "auto": for attempts in which no span of somebody else reports tokens. ``can_see``: such spans are seen.
+        mode: "auto" creates them for attempts in which no span of another library reports tokens.
+        can_see: spans of other libraries are seen; without that, "auto" creates none.
     """
 
     def __init__(self, mode: InferenceMode, vocabulary: Vocabulary) -> None:
@@ -64,43 +65,36 @@ class InferenceSpans:
         return span, started + int((node.duration_ms or 0.0) * 1e6)
 
     def _attributes(self, node: NodeExecution, usage: AttemptUsage) -> dict[str, Any]:
+        model, provider = usage.model, None if usage.model is None else self._provider_of(usage.model)
+        cached, written = usage.cached_input_tokens or None, usage.cache_write_tokens or None
         about: dict[str, Any] = {
             "gen_ai.operation.name": "chat",
+            "gen_ai.provider.name": provider,
+            "gen_ai.request.model": model,
+            "gen_ai.response.model": model,
             "gen_ai.usage.input_tokens": usage.input_tokens,
             "gen_ai.usage.output_tokens": usage.output_tokens,
+            "gen_ai.usage.cache_read.input_tokens": cached,
+            "gen_ai.usage.cache_creation.input_tokens": written,
             "gen_ai.usage.cost": usage.cost_usd,
             "operation.cost": usage.cost_usd,
             "stroma.node.id": node.node_id,
             "stroma.node.attempt": node.attempt,
             **about_run(node.ctx),
         }
-        if usage.cached_input_tokens:
-            about["gen_ai.usage.cache_read.input_tokens"] = usage.cached_input_tokens
-        if usage.cache_write_tokens:
-            about["gen_ai.usage.cache_creation.input_tokens"] = usage.cache_write_tokens
-        provider = None
-        if usage.model is not None:
-            provider = self._provider_of(usage.model)
-            about["gen_ai.request.model"] = about["gen_ai.response.model"] = usage.model
-        if provider is not None:
-            about["gen_ai.provider.name"] = provider
         if self._vocabulary == "openinference":
             about |= {
                 "openinference.span.kind": "LLM",
+                "llm.model_name": model,
+                "llm.provider": provider,
                 "llm.token_count.prompt": usage.input_tokens,
                 "llm.token_count.completion": usage.output_tokens,
                 "llm.token_count.total": usage.tokens,
+                "llm.token_count.prompt_details.cache_read": cached,
+                "llm.token_count.prompt_details.cache_write": written,
                 "llm.cost.total": usage.cost_usd,
             }
-            if usage.cached_input_tokens:
-                about["llm.token_count.prompt_details.cache_read"] = usage.cached_input_tokens
-            if usage.cache_write_tokens:
-                about["llm.token_count.prompt_details.cache_write"] = usage.cache_write_tokens
-            if usage.model is not None:
-                about["llm.model_name"] = usage.model
-            if provider is not None:
-                about["llm.provider"] = provider
-        return about
+        return {name: value for name, value in about.items() if value is not None}
 
     def _provider_of(self, model: str) -> str | None:
         if model not in self._providers:

@@ -32,7 +32,7 @@ _TYPE_NAME: Final = type.__dict__["__name__"].__get__
 class BoundedCopy:
     """Copies any value as plain JSON data of at most so many bytes. Never raises, whatever the objects in the value do.
 
-    No code of an object is called but what reads its items and fields; what is no data is named by its type.
+    Only the items and fields of objects are read. A value that is not data is replaced by the name of its type.
 
     Args:
         max_bytes: of the copy as JSON in UTF-8.
