@@ -124,7 +124,7 @@ class RunConfig(LazyModel):
         tags: words to find the run by, such as "nightly" or "customer=42", at most 200 characters each; a journal store keeps
             them, ``stroma runs --tag`` and the web interface ask for them.
         conversation: id of the conversation or session that runs belong to, and ``user`` of whom they serve: at most 200
-            characters each. Spans have them, also those of a resume or a fork that does not give them. Stores keep them in
+            characters each. OpenTelemetry spans have them, also those of a resume or fork that does not give them. Stores keep them in
             plain text, as tags.
         redact: applied to each state dict before a hook or a log line sees it; if it raises, the state is replaced. In log
             lines it is given the message of a failure, as ``{"message": text}``, without what it takes out of states. A
