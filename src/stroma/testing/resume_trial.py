@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import gc
 import inspect
 import json
 import os
@@ -171,6 +172,7 @@ class Trial:
     def _run_child(self, writing: int, run_id: str, resume: bool, die_at: Boundary | None) -> None:
         """Run in a child process, report, and exit without cleanup of the parent."""
         code = 1
+        gc.freeze()  # Or each full collection copies all memory that it shares with the parent: 2 times slower in a large process.
         try:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if FakeClock._active is not None:
