@@ -17,9 +17,9 @@ from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.owner import new_owner
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, RunRow, Step
 from stroma.checkpoint.durable.session import DurableSession
+from stroma.checkpoint.entries import Committed, PriorUsage, Waiting
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
-from stroma.checkpoint.protocols import Committed, PriorUsage, Waiting
 from stroma.checkpoint.records import Attempt
 from stroma.checkpoint.sqlite import rows as _sqlite_rows
 from stroma.checkpoint.sqlite.file import DatabaseFile, connect

@@ -12,7 +12,7 @@ from tests.kit import Num
 from tests.shared_stores import STORES
 
 from stroma import RunExists
-from stroma.checkpoint.protocols import RunRequest, Waiting
+from stroma.checkpoint.entries import RunRequest, Waiting
 from stroma.contracts.schema import schema_of
 
 _QUESTION = Waiting(0, "w", "approve", "Well?", "")

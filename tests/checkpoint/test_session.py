@@ -33,7 +33,7 @@ from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner
 from stroma.checkpoint.durable.rows import Annotation, Fence, Step
 from stroma.checkpoint.durable.session import DurableSession
-from stroma.checkpoint.protocols import OF_MAP, Committed, Finished, PriorUsage, Tried, Waiting
+from stroma.checkpoint.entries import OF_MAP, Committed, Finished, PriorUsage, Tried, Waiting
 from stroma.failures import FailureClass
 from stroma.trace import AttemptUsage
 from stroma.trace.events import Failed

@@ -27,8 +27,8 @@ from stroma.checkpoint.durable.fork import fork_run
 from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.owner import new_owner
 from stroma.checkpoint.durable.rows import Annotation, Opening, Step, StepRow
+from stroma.checkpoint.entries import PriorUsage
 from stroma.checkpoint.payloads import Payloads
-from stroma.checkpoint.protocols import PriorUsage
 from stroma.checkpoint.records import Attempt
 
 store = store_fixture()

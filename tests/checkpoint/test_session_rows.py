@@ -36,8 +36,8 @@ from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner, boot_id
 from stroma.checkpoint.durable.rows import Annotation, Fence, Step, StepRow
 from stroma.checkpoint.durable.session import DurableSession
+from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.payloads import CODED, PayloadPlace, Payloads
-from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import Attempt
 from stroma.contracts import NotSerialisable
 from stroma.contracts.schema import schema_of

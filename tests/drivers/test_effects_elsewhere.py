@@ -27,7 +27,7 @@ from stroma import (
     stroma_flow,
     stroma_node,
 )
-from stroma.checkpoint.protocols import NOT_DONE
+from stroma.checkpoint.entries import NOT_DONE
 from stroma.contracts.schema import schema_of
 from stroma.drivers.remote.attempts import Attempts
 from stroma.drivers.remote.interpreter import Interpreter

@@ -59,7 +59,7 @@ def test_new_records_are_frozen() -> None:
         "ReliabilityContext", "TraceEvent",
     }  # fmt: skip
     names = (
-        "checkpoint.protocols contracts.contract contracts.node cost.budget cost.fallback cost.tracker engine.config"
+        "checkpoint.entries contracts.contract contracts.node cost.budget cost.fallback cost.tracker engine.config"
         " engine.context failures.errors failures.failure failures.policy hooks.dispatch hooks.sets runner.groups"
         " runner.pipeline runner.runner runner.steps trace.events trace.result trace.trace"
     )

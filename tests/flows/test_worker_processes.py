@@ -19,7 +19,7 @@ from tests.kit import Num
 from tests.shared_stores import SHARED, opened, place
 
 from stroma import StromaRunner
-from stroma.checkpoint.protocols import RunRequest
+from stroma.checkpoint.entries import RunRequest
 from stroma.contracts.schema import schema_of
 
 _HELPER = Path(__file__).with_name("serving_helper.py")

@@ -24,7 +24,7 @@ from stroma import (
     parallel,
     stroma_flow,
 )
-from stroma.checkpoint.protocols import RunRequest
+from stroma.checkpoint.entries import RunRequest
 from stroma.contracts.schema import schema_of
 from stroma.runner.worker import WorkerHealth
 from stroma.testing import FakeClock

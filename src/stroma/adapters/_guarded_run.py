@@ -19,8 +19,8 @@ from stroma.adapters._guarded_call import Call
 from stroma.adapters._state_views import given_to
 from stroma.adapters._step import Halts, find_halt
 from stroma.checkpoint import StepCall
+from stroma.checkpoint.entries import RunControl
 from stroma.checkpoint.identity import StepCalls
-from stroma.checkpoint.protocols import RunControl
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.context import ReliabilityContext

@@ -4,6 +4,15 @@ from typing import TYPE_CHECKING
 
 from stroma._utils.lazy import lazy
 from stroma.checkpoint.cells import CellStore
+from stroma.checkpoint.entries import (
+    Committed,
+    Finished,
+    PriorUsage,
+    RunRequest,
+    StepCall,
+    Waiting,
+    inside_of,
+)
 from stroma.checkpoint.errors import (
     CheckpointLost,
     CheckpointNotFound,
@@ -26,15 +35,8 @@ from stroma.checkpoint.protocols import (
     AsyncCheckpointStore,
     CheckpointKey,
     CheckpointStore,
-    Committed,
-    Finished,
     JournalStore,
-    PriorUsage,
-    RunRequest,
     Session,
-    StepCall,
-    Waiting,
-    inside_of,
 )
 
 if TYPE_CHECKING:

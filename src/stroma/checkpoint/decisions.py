@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final, Literal, NamedTuple
 
+from stroma.checkpoint.entries import RunRequest, Waiting
 from stroma.checkpoint.errors import PipelineChanged, RunBusy, RunExists, StoreError
-from stroma.checkpoint.protocols import RunRequest, Waiting
 
 __all__ = [
     "COMPLETE",

@@ -10,8 +10,9 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
+from stroma.checkpoint.entries import RunRequest
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
-from stroma.checkpoint.protocols import AsyncCheckpointStore, CheckpointStore, RunRequest, Session
+from stroma.checkpoint.protocols import AsyncCheckpointStore, CheckpointStore, Session
 from stroma.checkpoint.sessions import SimpleSession
 
 __all__ = ["CheckpointManager", "resolve_schema", "schema_ref"]

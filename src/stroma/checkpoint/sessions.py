@@ -8,10 +8,8 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.protocols import (
+from stroma.checkpoint.entries import (
     NO_CONTROL,
-    Charge,
     Committed,
     Finished,
     PriorUsage,
@@ -20,6 +18,8 @@ from stroma.checkpoint.protocols import (
     Tried,
     Waiting,
 )
+from stroma.checkpoint.errors import StoreError
+from stroma.checkpoint.protocols import Charge
 from stroma.contracts.schema import Schema
 from stroma.trace.events import AttemptRow
 

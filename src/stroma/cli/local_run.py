@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from stroma._utils.text import clean, format_duration
 from stroma.checkpoint.durable.states import AsyncStates
+from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.errors import (
     CheckpointNotFound,
     CorruptCheckpoint,
@@ -23,7 +24,6 @@ from stroma.checkpoint.errors import (
     StoreError,
 )
 from stroma.checkpoint.manager import CheckpointManager
-from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem
 from stroma.cli.exporters import FLUSH_SECONDS, Exporters

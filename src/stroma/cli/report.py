@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
-from stroma.checkpoint.protocols import Waiting
+from stroma.checkpoint.entries import Waiting
 from stroma.cli.errors import Code, is_debugging
 from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, emit, err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stroma.checkpoint.protocols import Committed, is_of_pipeline
+from stroma.checkpoint.entries import Committed, is_of_pipeline
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem
 from stroma.cli.inputs import stored_input

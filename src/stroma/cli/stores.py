@@ -17,9 +17,9 @@ import click
 
 from stroma._utils.text import clean
 from stroma.checkpoint.durable.states import AsyncStates
+from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, PipelineChanged, RunExists, StoreError
 from stroma.checkpoint.memory.store import AsyncInMemoryStore
-from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import RunRecord
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.checkpoint.urls import open_store

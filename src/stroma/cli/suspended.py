@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from stroma._utils.text import clean
+from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.manager import resolve_schema
-from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import example

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
+from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.history import in_order
-from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.cli.temporal import TemporalCluster
 from stroma.failures.failure import text_of

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from stroma._utils.text import one_line, typed
 from stroma.checkpoint import Fenced, StoreError, Waiting, schema_ref
-from stroma.checkpoint.protocols import effect_note
+from stroma.checkpoint.entries import effect_note
 from stroma.contracts.contract import NodeContract, as_violation, output_violation
 from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.node import Group, Node, Plan

@@ -21,7 +21,7 @@ from stroma.checkpoint import (
     Session,
     StoreError,
 )
-from stroma.checkpoint.protocols import NO_CONTROL, RunControl, Tried
+from stroma.checkpoint.entries import NO_CONTROL, RunControl, Tried
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import Node

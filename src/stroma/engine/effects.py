@@ -19,8 +19,8 @@ from pydantic import BaseModel
 
 from stroma._utils.text import typed
 from stroma.checkpoint import Committed, CorruptCheckpoint, schema_ref
+from stroma.checkpoint.entries import NOT_DONE, UnknownCall, Waiting, effect_note
 from stroma.checkpoint.identity import is_called
-from stroma.checkpoint.protocols import NOT_DONE, UnknownCall, Waiting, effect_note
 from stroma.checkpoint.sessions import SimpleSession
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.effects import NotDone, Unknown

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from stroma._utils.text import one_line
 from stroma.checkpoint import Committed, PipelineChanged, StepCall, inside_of
-from stroma.checkpoint.protocols import OF_MAP
+from stroma.checkpoint.entries import OF_MAP
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of

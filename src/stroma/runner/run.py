@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
-from stroma.checkpoint.protocols import RunControl
+from stroma.checkpoint.entries import RunControl
 from stroma.contracts.node import FlowNode, Group, Node, apart_in
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.usage import shown

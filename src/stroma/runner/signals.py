@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma.checkpoint import StoreError, Waiting, resolve_schema
-from stroma.checkpoint.protocols import NOT_DONE
+from stroma.checkpoint.entries import NOT_DONE
 from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.node import output_class
 from stroma.contracts.schema import schema_of

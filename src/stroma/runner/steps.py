@@ -13,8 +13,8 @@ from typing import Any, cast
 from pydantic import BaseModel, ValidationError
 
 from stroma.checkpoint import PipelineChanged, StepCall, inside_of
+from stroma.checkpoint.entries import INSIDE, RunControl
 from stroma.checkpoint.identity import SCOPE, Identity, StepCalls, is_called
-from stroma.checkpoint.protocols import INSIDE, RunControl
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Group, Node, find_node, make_node
 from stroma.contracts.schema import schema_of

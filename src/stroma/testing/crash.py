@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple, Self, cast, get_args
 from pydantic import BaseModel
 
 from stroma.checkpoint import Fenced, Session, StepCall, Waiting
-from stroma.checkpoint.protocols import RunControl
+from stroma.checkpoint.entries import RunControl
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema
 from stroma.engine.context import ReliabilityContext

@@ -15,9 +15,9 @@ from starlette.responses import RedirectResponse, Response
 
 from stroma._utils.text import clean
 from stroma.checkpoint.decisions import UNFINISHED
+from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.history import FINISHED
-from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import RunRecord
 from stroma.contracts.effects import NotDone
 from stroma.runner.requests import limits_of

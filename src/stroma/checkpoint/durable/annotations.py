@@ -8,9 +8,9 @@ from typing import Any, cast
 
 from stroma.checkpoint.durable.integrity import checksum, is_intact, storable_text
 from stroma.checkpoint.durable.rows import Annotation, Rows, Step, StepRow
+from stroma.checkpoint.entries import UnknownCall, Waiting, is_effect_note
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
-from stroma.checkpoint.protocols import UnknownCall, Waiting, is_effect_note
 from stroma.checkpoint.records import PICO, Attempt
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import AttemptRow, AttemptUsage, Failed, Outcome

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from stroma.checkpoint.durable.integrity import checksum, is_intact
 from stroma.checkpoint.durable.rows import Annotation, Rows, Step, StepRow
-from stroma.checkpoint.protocols import RunControl
+from stroma.checkpoint.entries import RunControl
 
 __all__ = [
     "CANCEL",

@@ -7,8 +7,8 @@ from functools import partial
 
 from stroma.checkpoint.durable.integrity import storable_text, verify_step
 from stroma.checkpoint.durable.rows import StepRow
+from stroma.checkpoint.entries import Committed, StepCall
 from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads
-from stroma.checkpoint.protocols import Committed, StepCall
 from stroma.checkpoint.records import PICO, Attempt
 from stroma.contracts.schema import Snapshot
 from stroma.contracts.snapshots import StoredSnapshot

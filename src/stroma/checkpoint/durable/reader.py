@@ -19,9 +19,9 @@ from stroma.checkpoint.durable.rows import (
     Step,
     StepRow,
 )
+from stroma.checkpoint.entries import OF_FLOW, Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
-from stroma.checkpoint.protocols import OF_FLOW, Waiting
 from stroma.checkpoint.records import (
     PICO,
     Attempt,

@@ -34,10 +34,7 @@ from stroma.checkpoint.durable.operations import CellChange, Commit, Submit, Tra
 from stroma.checkpoint.durable.owner import LIVE_SESSIONS
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunRow, Step, StepRow
 from stroma.checkpoint.durable.session_open import RunOpener, finish_execution, record_end
-from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads
-from stroma.checkpoint.protocols import (
-    Charge,
+from stroma.checkpoint.entries import (
     Committed,
     Finished,
     PriorUsage,
@@ -47,6 +44,9 @@ from stroma.checkpoint.protocols import (
     Tried,
     Waiting,
 )
+from stroma.checkpoint.manager import schema_ref
+from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads
+from stroma.checkpoint.protocols import Charge
 from stroma.checkpoint.records import Attempt
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.snapshots import PickledSnapshot, SameSnapshot, StoredSnapshot

@@ -15,9 +15,7 @@ from stroma.checkpoint.durable.integrity import checksum, is_intact, lost_error
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.owner import Owner
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunRow, Step
-from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.payloads import PayloadPlace, Payloads
-from stroma.checkpoint.protocols import (
+from stroma.checkpoint.entries import (
     NO_CONTROL,
     Committed,
     Finished,
@@ -27,6 +25,8 @@ from stroma.checkpoint.protocols import (
     Tried,
     Waiting,
 )
+from stroma.checkpoint.errors import StoreError
+from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.records import PICO, Attempt
 from stroma.failures.errors import PAUSED
 from stroma.trace.events import AttemptRow

@@ -36,16 +36,10 @@ from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, Run
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.durable.session_open import finish_execution
 from stroma.checkpoint.durable.worker import Connection, Operation, Worker, generation
+from stroma.checkpoint.entries import Committed, RunRequest, Waiting, count_items, map_not_found
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, BlobStore, PayloadPlace, Payloads, collect
-from stroma.checkpoint.protocols import (
-    Committed,
-    RunRequest,
-    Waiting,
-    count_items,
-    map_not_found,
-)
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema
 from stroma.failures.errors import BUDGET, PAUSED

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.identity import is_called
-from stroma.checkpoint.protocols import Waiting
 from stroma.trace.outline import parse_call
 from stroma.trace.story import Bar
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from stroma.checkpoint.durable.states import AsyncStates
+from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.history.attempts import bar_of, in_order
 from stroma.checkpoint.history.flows import failed_input, wait_bars
@@ -18,7 +19,6 @@ from stroma.checkpoint.history.payload import Payload, decode_payload, too_large
 from stroma.checkpoint.history.redaction import MessageRedaction, redact_value
 from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.checkpoint.identity import is_called
-from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
 from stroma.trace.redaction import Redact, hide_rejected
 from stroma.trace.rejected import RejectedOutput

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stroma.checkpoint.decisions import is_due
+from stroma.checkpoint.entries import Committed, Waiting, count_items, map_not_found
 from stroma.checkpoint.errors import CheckpointNotFound
-from stroma.checkpoint.protocols import Committed, Waiting, count_items, map_not_found
 from stroma.contracts.contract import check_id
 
 if TYPE_CHECKING:

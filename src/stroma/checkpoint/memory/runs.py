@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from stroma.checkpoint.decisions import LastExecution
-from stroma.checkpoint.protocols import NO_CONTROL, RunControl, StepCall, Waiting
+from stroma.checkpoint.entries import NO_CONTROL, RunControl, StepCall, Waiting
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.trace.events import AttemptRow, contract_of

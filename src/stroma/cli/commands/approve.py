@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import click
 
 from stroma._utils.text import clean
+from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.manager import CheckpointManager
-from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.run import ResumedRun, resume_on_temporal, resume_run

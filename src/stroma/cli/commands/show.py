@@ -10,6 +10,7 @@ from typing import Any, Final
 import click
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
+from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.history import (
     History,
     Inputs,
@@ -20,7 +21,6 @@ from stroma.checkpoint.history import (
     status_of,
     sum_waste,
 )
-from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data, style_status

@@ -19,8 +19,8 @@ from typing import Any, Final, NamedTuple, Protocol
 from pydantic import BaseModel
 
 from stroma.checkpoint import CheckpointManager, Committed, InMemoryStore, StepCall, StoreError, Waiting
+from stroma.checkpoint.entries import OF_FLOW
 from stroma.checkpoint.payloads import BlobStore
-from stroma.checkpoint.protocols import OF_FLOW
 from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.node import FlowNode, Group, Node
 from stroma.contracts.schema import Schema, schema_of

@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Final
 
-from stroma.checkpoint.protocols import NOT_DONE
+from stroma.checkpoint.entries import NOT_DONE
 from stroma.cost.budget import ExecutionBudget
 from stroma.drivers.remote.children import Children, busy_ns
 from stroma.drivers.remote.flow_bodies import FlowBodies, run_body

@@ -19,8 +19,8 @@ from stroma.checkpoint import (
     StepCall,
     Waiting,
 )
+from stroma.checkpoint.entries import UnknownCall, effect_note
 from stroma.checkpoint.payloads import BlobStore
-from stroma.checkpoint.protocols import UnknownCall, effect_note
 from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.contract import ContractRegistry, ContractViolation
 from stroma.contracts.node import Group, Node

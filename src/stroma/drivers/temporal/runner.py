@@ -15,8 +15,8 @@ from temporalio.client import (
 from temporalio.service import RPCError, RPCStatusCode
 
 from stroma.checkpoint import StoreError, Waiting
+from stroma.checkpoint.entries import UnknownCall
 from stroma.checkpoint.payloads import BlobStore, blob_store
-from stroma.checkpoint.protocols import UnknownCall
 from stroma.contracts.contract import ContractRegistry
 from stroma.drivers.remote.plans import KnownNodes, freeze
 from stroma.drivers.remote.results import Reader, result_of

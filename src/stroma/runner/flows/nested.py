@@ -10,8 +10,8 @@ from typing import Any, cast
 from pydantic import BaseModel
 
 from stroma.checkpoint import StepCall
+from stroma.checkpoint.entries import OF_FLOW
 from stroma.checkpoint.identity import SCOPE
-from stroma.checkpoint.protocols import OF_FLOW
 from stroma.contracts.node import FlowNode, Group, Node
 from stroma.contracts.schema import schema_of
 from stroma.engine.current import CURRENT

@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma.checkpoint import PipelineChanged, StepCall, StoreError
+from stroma.checkpoint.entries import OF_FLOW
 from stroma.checkpoint.identity import SCOPE, quoted
-from stroma.checkpoint.protocols import OF_FLOW
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import FlowNode, Group, Node, Plan, find_node
 from stroma.contracts.schema import Schema, schema_of

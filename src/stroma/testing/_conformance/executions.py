@@ -13,7 +13,7 @@ from stroma.checkpoint import (
     PipelineChanged,
     StepCall,
 )
-from stroma.checkpoint.protocols import OF_MAP
+from stroma.checkpoint.entries import OF_MAP
 from stroma.contracts.schema import schema_of
 from stroma.engine.restore import read_output
 from stroma.failures.classes import FailureClass

@@ -17,7 +17,7 @@ from stroma.checkpoint import (
     StoreError,
     Waiting,
 )
-from stroma.checkpoint.protocols import NOT_DONE, RunControl, UnknownCall, effect_note
+from stroma.checkpoint.entries import NOT_DONE, RunControl, UnknownCall, effect_note
 from stroma.contracts.schema import schema_of
 from stroma.testing._conformance.helpers import (
     State,

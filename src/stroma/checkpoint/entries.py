@@ -1,0 +1,314 @@
+"""Entries of the journal: what a run is opened with, and what the store has of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Final, Literal, NamedTuple
+
+from pydantic import BaseModel
+
+from stroma.checkpoint.errors import CheckpointNotFound
+from stroma.contracts.schema import Schema, Snapshot
+from stroma.trace.events import FAILED_ITEM
+
+__all__ = [
+    "INSIDE",
+    "NOT_DONE",
+    "NO_CONTROL",
+    "OF_FLOW",
+    "OF_MAP",
+    "Committed",
+    "Finished",
+    "IfExists",
+    "IfRunning",
+    "PriorUsage",
+    "RunControl",
+    "RunRequest",
+    "StepCall",
+    "Tried",
+    "UnknownCall",
+    "Waiting",
+    "count_items",
+    "effect_note",
+    "inside_of",
+    "is_effect_note",
+    "is_of_pipeline",
+    "map_not_found",
+]
+
+IfExists = Literal["restart", "resume", "return", "error", "attach"]
+IfRunning = Literal["error", "attach", "take_over"]
+
+
+class RunRequest(NamedTuple):
+    """Request to open a run.
+
+    Attributes:
+        initial_state, schema: the input of the run and its Schema; a durable store encodes it.
+        if_exists: "resume" continues the last execution. "return" does too, unless it is finished: then it returns it
+            unchanged. "restart" starts a new execution, "error" refuses, "attach" returns the result of the owner that
+            was waited for.
+        if_running: what to do with a run that has another owner: "take_over" fences it off, anything else is RunBusy.
+        lease_seconds: how long the run stays with an owner that does not renew its lease.
+        ends: the caller will call end(). Otherwise another request of the same process takes the run over at once.
+        deliver: store with each attempt that its end hooks are due, until delivered() is called.
+        tags: stored with the execution, added to those of a continued one.
+        discard_from: discard the commits of the continued execution from this position on.
+        accept: called for each commit to restore, before anything is changed; what it raises refuses the request.
+        lazily_loaded: (position, prefix of branches) of commits that are not restored at the start, since there may be
+            very many; committed() returns them in portions.
+        retry_failed: discard the failed items of maps and what was computed from them, see ItemFailure.
+        max_recoveries: end a run as FAILED once its process died so often; None: never.
+        force: continue it all the same, and count deaths from 0.
+        only_unfinished: raise RunExists for a run that ended or is suspended.
+        due_ms: raise RunExists for a run that is not due at this time, see :func:`stroma.checkpoint.decisions.is_due`.
+    """
+
+    run_id: str
+    pipeline: str
+    initial_state: BaseModel
+    schema: Schema
+    if_exists: IfExists = "restart"
+    discard_from: int | None = None
+    accept: Callable[[int, str, Committed], None] | None = None
+    if_running: IfRunning = "error"
+    lease_seconds: float = 30.0
+    ends: bool = True
+    deliver: bool = False
+    lazily_loaded: tuple[tuple[int, str], ...] = ()
+    retry_failed: bool = False
+    tags: tuple[str, ...] = ()
+    max_recoveries: int | None = None
+    force: bool = False
+    only_unfinished: bool = False
+    due_ms: int | None = None
+
+    @property
+    def is_automatic(self) -> bool:
+        """True if no person asked for this run to go on: a worker, recover(), or one that waits for its result."""
+        return self.only_unfinished or self.due_ms is not None or self.if_exists == "attach"
+
+    def is_lazily_loaded(self, position: int, branch: str) -> bool:
+        """Return True if a commit is not restored at the start."""
+        return bool(branch) and any(
+            position == at and branch.startswith(prefix) for at, prefix in self.lazily_loaded
+        )
+
+    def resolve_discard(self, commits: Mapping[tuple[int, str], Committed]) -> RunRequest:
+        """Return the request with ``discard_from`` set to the position after the first map that ``retry_failed`` retries."""
+        if not self.retry_failed or self.discard_from is not None:
+            return self
+        failed = [at for (at, _), commit in commits.items() if commit.failed_items]
+        return self._replace(discard_from=min(failed) + 1) if failed else self
+
+    def accept_commits(
+        self, commits: Mapping[tuple[int, str], Committed]
+    ) -> Mapping[tuple[int, str], Committed]:
+        """Return the commits to restore. Raises what ``accept`` raises."""
+        first = self.discard_from
+        restored = {at: commit for at, commit in commits.items() if first is None or at[0] < first}
+        if self.retry_failed:
+            restored = _without_failed(restored)
+        if self.accept is not None:
+            for (position, branch), commit in restored.items():
+                self.accept(position, branch, commit)
+        return restored
+
+
+def _without_failed(commits: Mapping[tuple[int, str], Committed]) -> dict[tuple[int, str], Committed]:
+    """Return the commits without failed items and without the groups around them."""
+    retried = [at for at, commit in commits.items() if commit.failed_items]
+
+    def is_valid(position: int, branch: str, commit: Committed) -> bool:
+        if commit.is_failed_item:
+            return False
+        inside = f"{branch}." if branch else ""
+        return not any(at == position and (of == branch or of.startswith(inside)) for at, of in retried)
+
+    return {at: commit for at, commit in commits.items() if is_valid(*at, commit)}
+
+
+class StepCall(NamedTuple):
+    """Identifies a step of plain code in a resumed run. For a map: its failed items, and the input of each item.
+
+    Attributes:
+        number: 0-based number of the call of its step id; for a map, the number of failed items.
+        input_key: identifies the input: its stored form; None if it has none and so cannot be compared. For a node inside
+            a group that is a step: a checksum of the group's input.
+        identity: see ``stroma.checkpoint.identity``; stored with the attempts of the step.
+    """
+
+    number: int
+    input_key: bytes | None
+    identity: str | None = None
+
+
+#: ``StepCall.number`` of a step of a flow.
+OF_FLOW: Final = -1
+
+
+def inside_of(call: StepCall | None) -> StepCall | None:
+    """Return the StepCall of the nodes inside a group that is a step: a checksum of the input of that step."""
+    key = None if call is None else call.input_key
+    if key is None:
+        return None
+    if key.startswith(INSIDE):
+        return call
+    if key.startswith(b"item"):  # A map: its items are compared one by one.
+        return None
+    return StepCall(0, INSIDE + hashlib.sha256(key).hexdigest().encode())
+
+
+class Committed(NamedTuple):
+    """One committed output.
+
+    Attributes:
+        contract: see :func:`stroma.trace.events.contract_of`.
+        step: set for steps outside any pipeline, and for maps and their items.
+        schema: the schema of the snapshot ``output``; None if ``output`` is in stored form.
+    """
+
+    node_id: str
+    output: Snapshot
+    contract: str
+    step: StepCall | None = None
+    schema: Schema | None = None
+
+    @property
+    def is_failed_item(self) -> bool:
+        """True for an item that failed permanently: there is no output."""
+        return self.contract.partition(":")[0] == FAILED_ITEM
+
+    @property
+    def failed_items(self) -> int:
+        """Number of failed items of a map; 0 for anything else."""
+        step = self.step
+        if step is None or step.input_key is None or not step.input_key.startswith(OF_MAP):
+            return 0
+        return step.number
+
+
+#: Prefix of a checksum in ``StepCall.input_key`` of a node inside a group that is a step.
+INSIDE: Final = b"item of step "
+#: Prefix of the number of items in ``StepCall.input_key`` of a committed map.
+OF_MAP: Final = b"items "
+
+
+def is_of_pipeline(input_key: bytes | None, number: int | None) -> bool:
+    """Return True if the fields of a StepCall belong to a node of a pipeline: they are empty, or of a map or its items."""
+    return number is None or (input_key is not None and input_key.startswith((b"item ", OF_MAP)))
+
+
+def count_items(input_key: bytes) -> int:
+    """Return the number of items of a committed map, from its ``StepCall.input_key``; 0 for anything else."""
+    number = input_key.removeprefix(OF_MAP)
+    return int(number) if input_key.startswith(OF_MAP) and number.isdigit() else 0
+
+
+def map_not_found(run_id: str, node_id: str) -> CheckpointNotFound:
+    """Return the error for items of a map that are not in the journal."""
+    return CheckpointNotFound(
+        f"run {run_id!r} has no completed map {node_id!r} with outputs in the journal; use into=Journal() or "
+        "JsonLines(path), and let the map complete"
+    )
+
+
+class PriorUsage(NamedTuple):
+    """Usage of this execution by earlier processes."""
+
+    tokens: int = 0
+    cost_usd: float = 0.0
+    latency_ms: float = 0.0
+
+
+class UnknownCall(NamedTuple):
+    """A call of an effect whose outcome is unknown.
+
+    Attributes:
+        key: its idempotency key.
+        number: 1-based number of the call at its place.
+        cause: why it is unknown.
+    """
+
+    key: str
+    number: int
+    cause: str
+
+
+class Waiting(NamedTuple):
+    """A node that waits for an approval.
+
+    Attributes:
+        reason: the question; "effect" if it is how a call of an effect ended.
+        schema_ref: "module:qualname" of the schema of the answer; "" for any JSON value.
+        payload: the answer in stored form, or NOT_DONE; None while there is none.
+        effect: the call that the question is about; None for any other question.
+    """
+
+    position: int
+    branch: str
+    node_id: str
+    reason: str
+    schema_ref: str
+    payload: bytes | None = None
+    effect: UnknownCall | None = None
+
+    @property
+    def call_number(self) -> int:
+        """Number of the call that the question is about; 0 for any other question."""
+        return 0 if self.effect is None else self.effect.number
+
+
+#: ``Waiting.payload`` of a call of an effect that did not happen; no output has this form.
+NOT_DONE: Final = b"not done"
+
+
+def effect_note(position: int, branch: str) -> str:
+    """Return the key of the note about the calls of an effect. It outlives the discarding of its position."""
+    return f"{position}:effect:{branch}"
+
+
+def is_effect_note(key: str) -> bool:
+    """Return True for a key that :func:`effect_note` made."""
+    return key.split(":", 2)[1:2] == ["effect"]
+
+
+class Finished(NamedTuple):
+    """The end of an execution: its status and, unless it completed, the error; ``reason``: a one-word code, or None."""
+
+    status: str
+    error: str | None
+    reason: str | None = None
+
+
+class Tried(NamedTuple):
+    """Failed attempts of one node at one place, by processes that died before the next attempt.
+
+    Attributes:
+        attempts: their number; the other fields are of the last one.
+    """
+
+    attempts: int
+    node_id: str
+    failure_class: str
+    message: str
+    reason: str | None
+    error_type: str | None
+
+
+class RunControl(NamedTuple):
+    """Requests about a run that hold, from any process.
+
+    Attributes:
+        cancel: it is to end as CANCELLED.
+        pause: no further attempt begins, until somebody resumes the run.
+        budget: limits in place of those of its config, by field of ExecutionBudget.
+    """
+
+    cancel: bool = False
+    pause: bool = False
+    budget: Mapping[str, float] = {}
+
+
+NO_CONTROL: Final = RunControl()
