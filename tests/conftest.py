@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 from tests.fixtures import journal, provider, temporal_server  # noqa: F401
-from tests.tiers import CORE_PATHS, PROFILES, SLOW_FIXTURES, SLOW_PARAMETERS, SLOW_PATHS
+from tests.tiers import CORE_PATHS, PROFILES, SERVERS, SLOW_FIXTURES, SLOW_PARAMETERS, SLOW_PATHS
 
 _PROCESS_EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"}
 # What SDKs ask of the machine: Sentry's for a release, OpenAI's for the processor.
@@ -106,10 +106,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.core)
         if item.nodeid.startswith(SLOW_PATHS) or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
-        elif isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
             values = {value for value in item.callspec.params.values() if isinstance(value, str)}
             if values & SLOW_PARAMETERS:
                 item.add_marker(pytest.mark.slow)
+            if values & SERVERS and item.get_closest_marker("kills"):
+                item.add_marker(pytest.mark.nightly)
 
 
 def pytest_collection_finish() -> None:

@@ -19,6 +19,9 @@ SLOW_FIXTURES = frozenset({
 #: Parameters that stand for a server or for other processes.
 SLOW_PARAMETERS = frozenset({"postgres", "redis", "sync-redis", "temporal", "temporal-uncached", "killed"})
 
+#: Those that stand for a store on a server.
+SERVERS = frozenset({"postgres", "redis", "sync-redis"})
+
 #: Folders and files all of whose tests are slow, as prefixes of test ids.
 SLOW_PATHS = (
     "tests/chaos/",

@@ -31,6 +31,7 @@ def strike(fault: str, rounds: int, store: str = "sqlite", seed: int = 20) -> di
     return {name: int(count) for count, name in re.findall(r"(\d+) ([^,\n]+)", done.stdout)}
 
 
+@pytest.mark.nightly
 def test_killed_at_random() -> None:
     """I1 to I5, with two workers that are killed at any instant and started anew."""
     figures = strike("kill", 20)

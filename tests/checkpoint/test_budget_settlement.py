@@ -64,6 +64,7 @@ def calls(tmp_path: Path) -> int:
     return (tmp_path / "calls").read_text().count("call")
 
 
+@pytest.mark.kills
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["success", "failure"])
 def test_a_process_killed_behind_its_commit(dying: Dying, journal: tuple[str, str], when: str) -> None:
@@ -73,6 +74,7 @@ def test_a_process_killed_behind_its_commit(dying: Dying, journal: tuple[str, st
     assert journaled(*journal) == 100
 
 
+@pytest.mark.kills
 @pytest.mark.slow
 def test_killed_again_and_again(dying: Dying, journal: tuple[str, str], tmp_path: Path) -> None:
     """However often processes are killed behind their commits, no call is made beyond the limit of a shared budget."""
@@ -83,6 +85,7 @@ def test_killed_again_and_again(dying: Dying, journal: tuple[str, str], tmp_path
     assert (spent(*journal), journaled(*journal), calls(tmp_path)) == ((300, 0), 300, 3)
 
 
+@pytest.mark.kills
 @pytest.mark.slow
 def test_killed_in_the_call(dying: Dying, journal: tuple[str, str], tmp_path: Path) -> None:
     """A call that no journal has is given back when its lease has ended."""
@@ -92,6 +95,7 @@ def test_killed_in_the_call(dying: Dying, journal: tuple[str, str], tmp_path: Pa
     assert (spent(*journal), calls(tmp_path)) == ((100, 0), 2)
 
 
+@pytest.mark.kills
 @pytest.mark.slow
 def test_another_store_and_a_resume(dying: Dying, journal: tuple[str, str], tmp_path: Path) -> None:
     """Where the budget is in another store, a resume counts what the journal has of the process that was killed."""
@@ -104,6 +108,7 @@ def test_another_store_and_a_resume(dying: Dying, journal: tuple[str, str], tmp_
     assert spent(*budget) == (200, 0)
 
 
+@pytest.mark.kills
 @pytest.mark.slow
 def test_another_store_and_the_end_of_the_lease(
     dying: Dying, journal: tuple[str, str], tmp_path: Path

@@ -53,6 +53,7 @@ def calls(tmp_path: Path) -> int:
     return (tmp_path / "calls").read_text().count("call")
 
 
+@pytest.mark.kills
 @pytest.mark.slow
 def test_no_recovery_without_end(dying: Dying, journal: tuple[str, str], tmp_path: Path) -> None:
     """A run whose process died max_recoveries times is FAILED with reason "poison" and not called again, until forced."""
@@ -87,6 +88,7 @@ def test_no_recovery_without_end(dying: Dying, journal: tuple[str, str], tmp_pat
     assert calls(tmp_path) == 5
 
 
+@pytest.mark.kills
 @pytest.mark.slow
 def test_retries_count_across_crashes(dying: Dying, tmp_path: Path) -> None:
     """Attempts of killed processes count: none is made beyond the policy, so a resume can end PARTIAL without a call; the next calls."""
@@ -167,6 +169,7 @@ async def test_only_deaths_count(kind: str) -> None:
         await again.end("INTERRUPTED", None)
 
 
+@pytest.mark.kills
 @pytest.mark.slow
 def test_plain_steps_are_no_deaths(journal: tuple[str, str]) -> None:
     """Plain code that calls a step in each of many processes, and never says that its run ends, goes on for ever."""

@@ -78,6 +78,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.kills
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARED)
 def test_the_end_of_a_run_is_delivered_at_least_once(kind: str) -> None:

@@ -71,7 +71,7 @@ def agree(pair: tuple[Made, Made], data: st.DataObject) -> None:
         assert not any(crossed), (outputs, crossed, [str(error) for error in errors])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_the_checker_agrees_with_the_boundary_on_generated_pairs() -> None:
     """A pair without a finding is crossed by every output, one with an error by none; at least 200 pairs are decided.

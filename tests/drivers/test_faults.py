@@ -306,6 +306,7 @@ async def test_an_attempt_that_takes_too_long_is_not_made_again(temporal: Tempor
     assert "raise attempt_seconds=" in result.failure.message
 
 
+@pytest.mark.nightly
 async def test_what_needs_a_worker_says_so(temporal: TemporalDriver) -> None:
     """To ask where a run stands takes a worker: without one the error names it, instead of a code of the server."""
     run_id = uuid.uuid4().hex

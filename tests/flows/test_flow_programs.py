@@ -105,6 +105,7 @@ def test_programs_survive_faults_and_deaths(
     assert asyncio.run(disturbed()) == plain
 
 
+@pytest.mark.kills
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", SHARED)

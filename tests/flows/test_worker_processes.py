@@ -119,6 +119,7 @@ async def _trial(kind: str, where: str, side: Path, runs: int, calls_per_kill: i
         )
 
 
+@pytest.mark.kills
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", SHARED)

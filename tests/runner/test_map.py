@@ -1115,13 +1115,13 @@ async def test_memory_is_flat(tmp_path: Path) -> None:
             db.execute(f"DELETE FROM steps WHERE branch = '{items - 1}'")
             db.execute("UPDATE runs SET commit_count = (SELECT count(*) FROM steps WHERE position >= 0)")
 
-    await peak(1000, resumed=False)  # What is made once.
-    small = await peak(3000, resumed=False)
-    large = await peak(12_000, resumed=False)
+    await peak(500, resumed=False)  # What is made once.
+    small = await peak(1500, resumed=False)
+    large = await peak(6000, resumed=False)
     assert large < 1.5 * small
-    undo(3000)
-    undo(12_000)
-    small, large = await peak(3000, resumed=True), await peak(12_000, resumed=True)
+    undo(1500)
+    undo(6000)
+    small, large = await peak(1500, resumed=True), await peak(6000, resumed=True)
     assert large < 1.5 * small
 
 
