@@ -16,6 +16,11 @@ from stroma.testing import POINTS, FaultPlan, assert_resumable, assert_resumable
 pytestmark = pytest.mark.timeout(600)
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks on this system")
 HOW = [pytest.param(True, marks=forks, id="killed"), pytest.param(False, id="simulated")]
+#: Of many boundaries: a process for each takes long.
+HOW_MANY = [
+    pytest.param(True, marks=[forks, pytest.mark.nightly], id="killed"),
+    pytest.param(False, id="simulated"),
+]
 
 
 class Many(BaseModel):
@@ -227,7 +232,7 @@ async def test_effects_on_files_are_seen_across_processes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", HOW)
+@pytest.mark.parametrize("processes", HOW_MANY)
 async def test_retries_are_boundaries_and_wait_for_nothing(processes):
     """A death between two attempts is tried, and no wait takes any time."""
     with FaultPlan().fail("a"):
@@ -265,7 +270,7 @@ def broken_sync(ctx, state):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", HOW)
+@pytest.mark.parametrize("processes", HOW_MANY)
 async def test_plain_code_in_a_loop_passes(processes):
     """Steps in a loop, each with its errors raised, survive a death at every boundary, that after the last step too."""
 
@@ -281,7 +286,7 @@ async def test_plain_code_in_a_loop_passes(processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", HOW)
+@pytest.mark.parametrize("processes", HOW_MANY)
 async def test_items_that_go_to_a_file_are_compared(processes, tmp_path):
     """An item that another process makes otherwise is found where it goes to a file, too; fields can be ignored."""
     (tmp_path / "in.jsonl").write_text('{"n":1}\n{"n":2}\n')
