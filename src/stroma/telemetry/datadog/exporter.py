@@ -9,6 +9,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node
 from stroma.failures.classes import FailureClass
 from stroma.telemetry.content import Content, type_name
+from stroma.telemetry.conventions import attribution_of, note_run
 from stroma.telemetry.datadog.losses import watch_client, watch_writer
 from stroma.telemetry.datadog.metrics import DatadogMetrics
 from stroma.telemetry.datadog.spans import DatadogNode, DatadogRun, context_of, traceparent_of
@@ -65,6 +66,7 @@ class Datadog(Observer):
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
         if is_returned(run):
             return
+        note_run(run)
         parent = self._outer(run)
         span = self._tracer.start_span(
             "stroma.run",
@@ -76,6 +78,7 @@ class Datadog(Observer):
         of_run = DatadogRun(span)
         span.set_tag("stroma.run.id", run.run_id)
         span.set_tag("stroma.pipeline", run.pipeline)
+        _attribute(span, run)
         span.set_tag("stroma.input", self._content.state(run, state))
         began = run.first_trace(self.system)
         first = None if began is None else context_of(began)
@@ -151,6 +154,7 @@ class Datadog(Observer):
         record.since -= seconds_elsewhere(result)
         record.span.set_tag("stroma.run.id", run.run_id)
         record.span.set_tag("stroma.pipeline", run.pipeline)
+        _attribute(record.span, run)
         return record
 
     # ------------------------------------------------------------------ nodes
@@ -185,6 +189,7 @@ class Datadog(Observer):
         for name, value in (("run.id", node.run_id), ("pipeline", node.pipeline), ("node.id", node.node_id)):
             span.set_tag(f"stroma.{name}", value)
         span.set_tag("stroma.node.kind", node.kind)
+        _attribute(span, node.ctx)
         if node.branch:
             span.set_tag("stroma.node.branch", node.branch)
         if node.redelivered:
@@ -279,3 +284,11 @@ class Datadog(Observer):
     def close(self) -> None:
         if self._own_client and self._statsd is not None:
             self._statsd.close_socket()
+
+
+def _attribute(span: Span, run: ReliabilityContext) -> None:
+    """Set the conversation, user and tags of a run on a span; the user under Datadog's own name."""
+    for name, value in attribution_of(run).items():
+        span.set_tag(
+            "usr.id" if name == "user.id" else name, ",".join(value) if isinstance(value, tuple) else value
+        )

@@ -14,7 +14,7 @@ from stroma.engine.execution import NodeExecution, current_node
 from stroma.engine.unread import UnreadState
 from stroma.failures.classes import FailureClass
 from stroma.telemetry.content import Content, type_name
-from stroma.telemetry.conventions import ABOUT, Vocabulary, about_run, content_of
+from stroma.telemetry.conventions import Vocabulary, about_run, content_of, note_run
 from stroma.telemetry.inference import InferenceSpans
 from stroma.telemetry.losses import Losses
 from stroma.telemetry.observer import (
@@ -92,7 +92,7 @@ class OpenTelemetry(Observer):
         if is_returned(run):
             return
         of_run = RunSpan()
-        run.notes[ABOUT] = about_run(run)
+        note_run(run)
         self._watch_spans_of_others()
         if not run.elsewhere:  # It may end in another process: what went up here would never come down.
             self._metrics.run_started(run)

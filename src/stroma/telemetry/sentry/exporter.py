@@ -14,6 +14,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node
 from stroma.failures.classes import FailureClass
 from stroma.telemetry.content import Content, type_name
+from stroma.telemetry.conventions import attribution_of, note_run
 from stroma.telemetry.losses import LossCounter, Losses
 from stroma.telemetry.observer import (
     CUT_SHORT,
@@ -121,6 +122,7 @@ class Sentry(Observer):
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
         if is_returned(run):
             return
+        note_run(run)
         sdk, spans = self._sdk, self._spans
         run.notes[self] = of_run = RunScope(self._run_here())
         outer = self._span_around()
@@ -130,13 +132,14 @@ class Sentry(Observer):
             around.add_event_processor(drop_log_lines)
         isolation = self._isolate(of_run, of_run, of_run.scopes)
         scope = sdk.get_current_scope()
-        _name_run(isolation, run)
+        _name_run(isolation, scope, run)
         of_run.span = span = spans.start(
             scope, run.pipeline, "gen_ai.invoke_agent", outer, run.outer_trace(self.system), is_root=True
         )
         spans.put(span, "gen_ai.operation.name", "invoke_agent")
         spans.put(span, "gen_ai.agent.name", run.pipeline)
         spans.put(span, "stroma.run.id", run.run_id)
+        self._attribute(span, run)
         began = run.first_trace(self.system)
         if began is not None:
             spans.put(span, "stroma.resumed_from", began)
@@ -192,11 +195,12 @@ class Sentry(Observer):
         record = RunScope(self._run_here())
         isolation = self._isolate(record, record, record.scopes)
         scope = self._sdk.get_current_scope()
-        _name_run(isolation, run)
+        _name_run(isolation, scope, run)
         traceparent = run.outer_trace(self.system)
         record.span = self._spans.start(
             scope, run.pipeline, "stroma.run_end", None, traceparent, is_root=True
         )
+        self._attribute(record.span, run)
         return record
 
     def _isolate(self, of_run: RunScope, record: RunScope | NodeScope, scopes: ExitStack) -> Scope:
@@ -267,12 +271,17 @@ class Sentry(Observer):
         above, entered, of_run = self._span_around(), ExitStack(), self._of_run(node)
         of_node = NodeScope(None, self._sdk.get_current_scope(), of_run)
         isolation = self._isolate(of_run, of_node, entered)
-        if node.ctx.elsewhere:
-            _name_run(isolation, node.ctx)
         of_node.scope, of_node.entered = self._sdk.get_current_scope(), entered
+        if node.ctx.elsewhere:
+            _name_run(isolation, of_node.scope, node.ctx)
         of_node.isolation = isolation
         self._begin(node, of_node, above)
         return of_node
+
+    def _attribute(self, span: Any, run: ReliabilityContext) -> None:
+        """Set the conversation, user and tags of a run on a span."""
+        for name, value in attribution_of(run).items():
+            self._spans.put(span, name, list(value) if isinstance(value, tuple) else value)
 
     def _alone(self, node: NodeExecution) -> bool:
         """Return True for a step in plain code, which is reported like a run."""
@@ -296,6 +305,7 @@ class Sentry(Observer):
             spans.put(span, "gen_ai.tool.name", node.node_id)
         spans.put(span, "stroma.node.id", node.node_id)
         spans.put(span, "stroma.node.kind", node.kind)
+        self._attribute(span, node.ctx)
         if node.redelivered:
             spans.put(span, "stroma.redelivered", True)
         of_node.span = span
@@ -421,6 +431,17 @@ def _lost(counter: LossCounter, record: Any) -> Any:
     return counted
 
 
-def _name_run(isolation: Scope, run: ReliabilityContext) -> None:
+def _name_run(isolation: Scope, scope: Scope, run: ReliabilityContext) -> None:
+    """Have all events and calls of models in these scopes say which run they belong to."""
     isolation.set_tag("stroma.pipeline", run.pipeline)
     isolation.set_context("stroma", {"run_id": run.run_id, "execution": run.execution})
+    if run.conversation is not None:
+        isolation.set_tag("gen_ai.conversation.id", run.conversation)
+        # Newer releases put it on the spans that integrations make of calls.
+        set_conversation = getattr(scope, "set_conversation_id", None)
+        if set_conversation is not None:
+            set_conversation(run.conversation)
+    if run.user is not None:
+        isolation.set_user({"id": run.user})
+    if run.config.tags:
+        isolation.set_tag("stroma.tags", ",".join(run.config.tags))
