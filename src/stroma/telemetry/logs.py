@@ -193,7 +193,7 @@ def _with_extra(logger: Any) -> Callable[[int, str, dict[str, Any]], None]:
     def write(level: int, event: str, fields: dict[str, Any]) -> None:
         if logger.isEnabledFor(level):
             text_fields = " ".join(
-                f"{name}={_in_line(value)}" for name, value in fields.items() if value not in (None, "")
+                [f"{name}={_in_line(value)}" for name, value in fields.items() if value not in (None, "")]
             )
             # Systems that group lines do so by the text before its arguments are filled in.
             _log(logger, level, f"{event}: %s", text_fields, fields)

@@ -137,15 +137,15 @@ class OtelMetrics:
 
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
         """Record an attempt: its end and duration, tokens and cost."""
-        usage = node.usage
+        usage, place = node.usage, self._place_of(node)
         outcome = "stroma.outcome", ended.outcome, "stroma.failure_class", ended.class_name
-        self._executions.add(1, self._of_node(node, *outcome))
-        self._node_seconds.record((node.duration_ms or 0.0) / 1000, self._of_node(node))
+        self._executions.add(1, self._attributes_of(*place, *outcome))
+        self._node_seconds.record((node.duration_ms or 0.0) / 1000, self._attributes_of(*place))
         if usage.tokens:
-            model = "stroma.model", self._labels.model(usage.model)
-            self._tokens.add(usage.input_tokens, self._of_node(node, *model, "stroma.direction", "input"))
-            self._tokens.add(usage.output_tokens, self._of_node(node, *model, "stroma.direction", "output"))
-            self._cost.add(usage.cost_usd, self._of_node(node, *model))
+            place = *place, "stroma.model", self._labels.model(usage.model)
+            self._tokens.add(usage.input_tokens, self._attributes_of(*place, "stroma.direction", "input"))
+            self._tokens.add(usage.output_tokens, self._attributes_of(*place, "stroma.direction", "output"))
+            self._cost.add(usage.cost_usd, self._attributes_of(*place))
 
     def retried(self, node: NodeExecution, failure_class: str) -> None:
         """Count an attempt that follows a failed one."""
@@ -167,8 +167,11 @@ class OtelMetrics:
 
     def _of_node(self, node: NodeExecution, *more: str) -> dict[str, str]:
         """Return the attributes of a metric of nodes, likewise."""
+        return self._attributes_of(*self._place_of(node), *more)
+
+    def _place_of(self, node: NodeExecution) -> tuple[str, ...]:
         pipeline, node_id = self._labels.place(node.pipeline, node.node_id)
-        return self._attributes_of("stroma.pipeline", pipeline, "stroma.node.id", node_id, *more)
+        return "stroma.pipeline", pipeline, "stroma.node.id", node_id
 
     def _attributes_of(self, *pairs: str) -> dict[str, str]:
         # As many as there are series, which the labels bound.
