@@ -221,6 +221,7 @@ class OpenTelemetry(Observer):
     def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
         of_node = node.notes.get(self)
         if of_node is None:
+            self._inference.note_surroundings(node, trace.get_current_span())
             of_node = self._begin(node)
             if node.ctx.elsewhere and node.kind == "group":
                 # What is inside stands under this span, wherever it runs; as with the run, the end has one of its own.
@@ -305,7 +306,7 @@ class OpenTelemetry(Observer):
                 of_node.attempt.set_attributes(about_attempt)
             if ended.output is not None:
                 of_node.output = self._shown("output", node.ctx, ended.output)
-            if self._inference.are_due(node):
+            if self._inference.are_due(node, is_answer=ended.outcome == "success"):
                 self._bill(node, ended, trace.set_span_in_context(of_node.attempt or span))
         # Whether it is an error is known once a retry follows, or none; and on other machines it is decided elsewhere.
         of_node.attempt_end_ns = time_ns()
