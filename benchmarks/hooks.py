@@ -4,8 +4,9 @@
     ./dev run python -m benchmarks.hooks --unset    # no hooks at all, against a build without them: instructions
 
 The nodes validate a small state and do nothing else, so this is the worst case: a node that waits for a model takes ten
-thousand times as long. Exporters hold what they make in memory; what sending costs is up to their SDKs. "The SDK alone" makes
-the same spans, events, metrics and lines with the same names and numbers of attributes, without a run around them.
+thousand times as long. Exporters hold what they make in memory, and DogStatsD sends to a socket that nobody reads; what sending costs
+is up to the SDKs. "The SDK alone" makes the same spans, events, metrics and lines with the same names and numbers of attributes, without
+a run around them. Each figure is set against those of the same round, since other work on the machine slows all of them.
 `--unset` needs valgrind.
 """
 
@@ -18,6 +19,7 @@ import gc
 import os
 import re
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -96,7 +98,7 @@ def sets() -> dict[str, Callable[[], Any]]:
         from ddtrace.trace import tracer
 
         tracer.enabled = False  # Spans are made, and not sent.
-        return datadog_hooks(tracer=tracer, statsd="127.0.0.1:9")
+        return datadog_hooks(tracer=tracer, statsd=f"127.0.0.1:{_unread_port()}")
 
     def logs() -> Any:
         import logging
@@ -118,6 +120,17 @@ def sets() -> dict[str, Callable[[], Any]]:
         "datadog_hooks": datadog,
         "log_hooks": logs,
     }
+
+
+def _unread_port() -> int:
+    """Return the port of a UDP socket that nobody reads: a closed one answers each packet with an error."""
+    receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    receiver.bind(("127.0.0.1", 0))
+    _receivers.append(receiver)
+    return int(receiver.getsockname()[1])
+
+
+_receivers: list[socket.socket] = []
 
 
 def alone() -> dict[str, Callable[[], Any]]:
@@ -204,27 +217,29 @@ def alone() -> dict[str, Callable[[], Any]]:
 
         tracer.enabled = False
         statsd = DogStatsd(
-            host="127.0.0.1", port=9, disable_telemetry=True, disable_buffering=False,
+            host="127.0.0.1", port=_unread_port(), disable_telemetry=True, disable_buffering=False,
             disable_background_sender=False, sender_queue_size=1000,
         )  # fmt: skip
 
         def one(number: int, run: Any) -> None:
-            span = tracer.start_span("node", child_of=run, resource=f"n{number}", activate=True)
-            for name in ("run", "pipeline", "node", "kind", "input", "output", "outcome"):
-                span.set_tag(name, "value")
-            for name in ("attempts", "tokens", "cost"):
-                span.set_metric(name, 7)
+            before = tracer.context_provider.active()
+            span = tracer.start_span("stroma.node", child_of=run, resource=f"n{number}", activate=True)
+            for name in ("run.id", "pipeline", "node.id", "node.kind", "input", "output", "outcome"):
+                span.set_tag(f"stroma.{name}", "value")
+            for name in ("attempts", "tokens", "cost_usd"):
+                span.set_metric(f"stroma.{name}", 7)
             place = ["pipeline:pipeline", f"node_id:n{number}"]
-            statsd.increment("executions", 1, tags=[*place, "outcome:success", "failure_class:"])
-            statsd.distribution("seconds", 0.001, tags=place)
+            statsd.increment("stroma.node.executions", 1, tags=[*place, "outcome:success", "failure_class:"])
+            statsd.distribution("stroma.node.duration", 0.001, tags=place)
             model = [*place, "model:gpt-4o-mini"]
-            statsd.increment("tokens", 3, tags=[*model, "direction:input"])
-            statsd.increment("tokens", 4, tags=[*model, "direction:output"])
-            statsd.increment("cost", 0.001, tags=model)
+            statsd.increment("stroma.tokens", 3, tags=[*model, "direction:input"])
+            statsd.increment("stroma.tokens", 4, tags=[*model, "direction:output"])
+            statsd.increment("stroma.cost_usd", 0.001, tags=model)
             span.finish()
+            tracer.context_provider.activate(before)
 
         def work() -> None:
-            run = tracer.start_span("run", resource="pipeline")
+            run = tracer.start_span("stroma.run", resource="pipeline")
             for number in range(NODES):
                 one(number, run)
             run.finish()
@@ -250,16 +265,59 @@ def alone() -> dict[str, Callable[[], Any]]:
 
         return work
 
-    return {"prometheus_hooks": prometheus, "otel_hooks": otel, "datadog_hooks": datadog, "log_hooks": logs}
+    def sentry(**options: Any) -> Any:
+        import sentry_sdk
+        from sentry_sdk.transport import Transport
+
+        class Nowhere(Transport):
+            def capture_envelope(self, envelope: Any) -> None:
+                return None
+
+        client = sentry_sdk.Client(
+            "http://key@localhost/1", transport=Nowhere, default_integrations=False, **options
+        )
+
+        def one(number: int, run: Any) -> None:
+            with sentry_sdk.isolation_scope() as isolation:
+                scope = sentry_sdk.get_current_scope()
+                scope.set_client(client)
+                isolation.set_tag("stroma.node", f"n{number}")
+                span = run.start_child(op="gen_ai.execute_tool", name=f"n{number}")
+                scope.span = span
+                for name in ("operation", "tool", "id", "kind", "input", "output", "attempts", "outcome"):
+                    span.set_data(name, "value")
+                span.set_status("ok")
+                span.finish(scope)
+
+        def work() -> None:
+            with sentry_sdk.isolation_scope():
+                scope = sentry_sdk.get_current_scope()
+                scope.set_client(client)
+                run = sentry_sdk.start_transaction(op="gen_ai.invoke_agent", name="pipeline")
+                scope.span = run
+                for number in range(NODES):
+                    one(number, run)
+                run.finish(scope)
+
+        return work
+
+    return {
+        "prometheus_hooks": prometheus,
+        "otel_hooks": otel,
+        "sentry_hooks, no tracing": sentry,
+        "sentry_hooks, all traced": lambda: sentry(traces_sample_rate=1.0),
+        "datadog_hooks": datadog,
+        "log_hooks": logs,
+    }
 
 
 def _sample_alone(work: Callable[[], None]) -> float:
     """CPU microseconds per node of an SDK alone."""
     gc.collect()
     begin = time.process_time()
-    for _ in range(5):
+    for _ in range(20):  # For as long as the sample of hooks beside it.
         work()
-    return (time.process_time() - begin) / (5 * NODES) * 1e6
+    return (time.process_time() - begin) / (20 * NODES) * 1e6
 
 
 async def _sample(hooks: Any, pipeline: list[Any]) -> float:
@@ -297,14 +355,12 @@ async def watched() -> None:
         "| --- | --- | --- | --- | --- | --- |"
     )
     for name, found in costs.items():
-        ratio = statistics.median(a / b for a, b in zip(found, costs["none"], strict=True))
-        cost = statistics.median(found)
-        more = " | "
+        cost, more = statistics.median(found), " | "
         if name in of_sdks:
             pairs = zip(found, costs["none"], of_sdks[name], strict=True)
             times = statistics.median((a - b) / c for a, b, c in pairs)
-            more = f"{statistics.median(of_sdks[name]):.2f} | {times:.1f}"
-        print(f"| {name} | {cost:.2f} | {cost - base:+.2f} | {ratio:.2f} | {more} |")
+            more = f"{statistics.median(of_sdks[name]):.1f} | {times:.1f}"
+        print(f"| {name} | {cost:.1f} | {cost - base:+.1f} | {cost / base:.2f} | {more} |")
     os._exit(0)  # No tracer that is told to send nothing may wait for its agent.
 
 

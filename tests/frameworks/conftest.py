@@ -35,4 +35,9 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 if _WANTED is not None:
     # Before anything is collected: without its framework, its tests fail and do not vanish.
-    importlib.import_module({"openai_agents": "agents", "google_adk": "google.adk"}.get(_WANTED, _WANTED))
+    modules = {
+        "openai_agents": "agents",
+        "google_adk": "google.adk",
+        "instrumented": "openinference.instrumentation",
+    }
+    importlib.import_module(modules.get(_WANTED, _WANTED))

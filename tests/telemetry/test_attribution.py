@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from opentelemetry import baggage
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.trace import set_span_in_context
 from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
 from tests.telemetry.test_opentelemetry import Seen
@@ -19,6 +20,7 @@ from stroma import (
     Pipeline,
     RunConfig,
     StromaRunner,
+    current_node,
     current_run,
     map_over,
     parallel,
@@ -163,6 +165,68 @@ async def test_a_span_follows_its_parent_and_not_its_task(seen: Seen) -> None:
     seen.user.start_span("outside").end()
     assert about(seen.span("late")).items() >= {"user.id": "a", "stroma.node.id": "first"}.items()
     assert about(seen.span("outside")) == {}
+
+
+@pytest.mark.parametrize("way", ["with", "async with"])
+def test_spans_between_a_guarded_run_and_its_steps_are_in_its_trace(seen: Seen, way: str) -> None:
+    """Spans that a framework makes inside ``with guard.run()``, outside of any step, are in the trace of the run and attributed."""
+    guard = Guard(StromaRunner.quick(hooks=seen.hooks()))
+
+    @guard.step("model")
+    def model() -> str:
+        return "answer"
+
+    def framework() -> None:
+        with seen.user.start_as_current_span("framework"):
+            model()
+
+    async def main() -> None:
+        async with guard.run(conversation="c-1"):
+            await asyncio.to_thread(framework)
+
+    if way == "with":
+        with guard.run(conversation="c-1"):
+            framework()
+    else:
+        asyncio.run(main())
+    assert len({span.context.trace_id for span in seen.spans}) == 1
+    assert seen.span("framework").parent == seen.span("invoke_workflow pipeline").context
+    assert about(seen.span("framework"))["gen_ai.conversation.id"] == "c-1"
+    seen.user.start_span("outside").end()
+    assert seen.span("outside").parent is None
+
+
+async def test_a_call_under_a_span_of_a_framework_belongs_to_the_node_that_makes_it(seen: Seen) -> None:
+    """A span belongs to the node of its task where that is inside of what its parent is in: frameworks choose their own parents."""
+    guard = Guard(StromaRunner.quick(hooks=seen.hooks(inference="auto")))
+    around: list[Any] = []
+
+    def call(name: str) -> None:
+        with seen.user.start_as_current_span(name, context=set_span_in_context(around[-1])) as span:
+            span.set_attribute("gen_ai.usage.input_tokens", 5)
+
+    @guard.step("model")
+    async def model() -> Any:
+        call("call")
+        current_node().report_usage(input_tokens=5)  # type: ignore[union-attr]
+
+    @guard.step("agent")
+    async def agent() -> None:
+        with seen.user.start_as_current_span("turn") as span:
+            around.append(span)
+            await model()
+
+    async with guard.run():
+        with seen.user.start_as_current_span("chain") as span:
+            around.append(span)
+            await model()
+            await agent()
+    found = [about(span).get("stroma.node.id") for span in seen.named("call")]
+    assert found == ["model", "model"]
+    assert about(seen.span("turn"))["stroma.node.id"] == "agent"
+    assert "stroma.node.id" not in about(seen.span("chain"))
+    # They report the usage of their node, so that no span of a call is made for it.
+    assert not [span.name for span in seen.spans if span.name.startswith("chat")]
 
 
 async def test_a_provider_of_ones_own(seen: Seen) -> None:

@@ -61,7 +61,7 @@ class State(BaseModel):
 async def main() -> None:
     content, statsd = sys.argv[1], sys.argv[2]
     hooks = datadog_hooks(service="letters", statsd=statsd, content=content)
-    runner = StromaRunner.quick(hooks=hooks, policy_map=ONCE, pipeline="letters")
+    runner = StromaRunner.quick(hooks=hooks, policy_map=ONCE, pipeline="letters", tags=("beta", "eu"))
 
     @runner.node("flaky", input=State, output=State)
     async def flaky(state: State) -> Any:
@@ -87,7 +87,7 @@ async def main() -> None:
         assert tracer.current_span() is request
         with tracer.trace("afterwards"):
             pass
-        await runner.run([flaky], State(), run_id="t", traceparent=given)
+        await runner.run([flaky], State(), run_id="t", traceparent=given, conversation="thread-17", user="ada")
         assert tracer.current_span() is request, "of another trace, and what is current here stays so"
     await runner.run([flaky, parallel(thread, bad)], State(), run_id="r", resume=True)
     assert tracer.current_span() is None
@@ -115,7 +115,7 @@ def spans(agent: DatadogAgent, content: str, statsd: StatsdSocket) -> list[dict[
 
 @pytest.mark.core
 def test_spans_at_the_agent(datadog_agent: DatadogAgent, statsd: StatsdSocket) -> None:
-    """Runs and nodes arrive with resource, parents, links and errors, and with no content."""
+    """Runs and nodes arrive with resource, parents, links, errors, conversation, user and tags, and with no content."""
     result = spans(datadog_agent, "none", statsd)
     ids = {span["span_id"]: span for span in result}
 
@@ -150,6 +150,11 @@ def test_spans_at_the_agent(datadog_agent: DatadogAgent, statsd: StatsdSocket) -
     bad = next(span for span in result if span["resource"] == "bad")
     assert bad["meta"]["error.type"] == "ValueError"
     assert "no for" not in json.dumps([span for span in result if span["name"].startswith("stroma")])
+    for span in result:
+        if span["name"].startswith("stroma"):
+            about = [span["meta"].get(name) for name in ("gen_ai.conversation.id", "usr.id", "stroma.tags")]
+            is_attributed = span["meta"]["stroma.run.id"] == "t"
+            assert about == [*(("thread-17", "ada") if is_attributed else (None, None)), "beta,eu"]
     names = {line.name for line in statsd.statistics()}
     assert {
         "stroma.runs",

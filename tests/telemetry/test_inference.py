@@ -14,6 +14,7 @@ from tests.providers.server import Answer, Server
 from tests.telemetry.test_opentelemetry import Seen, quick
 
 from stroma import StromaRunner, Usage, current_node, parallel, usage_from
+from stroma.adapters import Guard
 from stroma.telemetry import otel_hooks
 
 MODEL = "gpt-4o-mini"
@@ -240,3 +241,28 @@ async def test_a_provider_that_shows_no_spans_of_others(seen: Seen) -> None:
         result = await runner.run([asking(runner, seen)], State())
         assert result.total_tokens == 120
     assert calls(seen) == []
+
+
+async def test_a_call_whose_span_is_around_the_node(seen: Seen) -> None:
+    """A span of a model call around the node, as Pydantic AI makes it, has the tokens of its answer; ours have those of failed attempts."""
+    guard = Guard(quick(seen.hooks(inference="auto"), retries=1))
+
+    @guard.step("model")
+    async def model() -> str:
+        node = current_node()
+        assert node is not None
+        node.report_usage(input_tokens=40 if node.attempt == 1 else 100, output_tokens=2, model=MODEL)
+        if node.attempt == 1:
+            raise ConnectionError
+        return "answer"
+
+    async with guard.run() as run:
+        with seen.user.start_as_current_span(
+            "by the framework", attributes={"gen_ai.operation.name": "chat"}
+        ) as span:
+            await model()
+            span.set_attributes({"gen_ai.usage.input_tokens": 100, "gen_ai.usage.output_tokens": 2})
+    used = [(span.name, of(span, "gen_ai.usage.input_tokens")) for span in calls(seen)]
+    assert sorted(used) == [("by the framework", 100), (f"chat {MODEL}", 40)]
+    assert run.result is not None
+    assert run.result.total_tokens == 144

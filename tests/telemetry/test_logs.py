@@ -39,6 +39,22 @@ def events(caplog: pytest.LogCaptureFixture) -> list[Any]:
     return [record for record in caplog.records if record.name == "stroma.events"]
 
 
+async def test_conversation_user_and_tags_are_fields(caplog: pytest.LogCaptureFixture) -> None:
+    """Every line has the conversation, user and tags of its run, as fields and in its text; runs without have no such field."""
+    caplog.set_level(logging.DEBUG)
+    runner = quick(log_hooks(), tags=("beta", "customer=42"))
+    await runner.run([flaky(runner)], State(), conversation="thread 17", user="ada")
+    lines = events(caplog)
+    assert {(line.conversation, line.user, *line.tags) for line in lines} == {
+        ("thread 17", "ada", "beta", "customer=42")
+    }
+    for line in lines:
+        assert ' conversation="thread 17" user=ada tags="beta,customer=42" ' in line.getMessage()
+    caplog.clear()
+    await quick(log_hooks()).run([flaky(runner)], State())
+    assert not any({"conversation", "user", "tags"} & vars(line).keys() for line in events(caplog))
+
+
 @pytest.mark.core
 async def test_one_line_per_event(caplog: pytest.LogCaptureFixture) -> None:
     """Each event is a line of its own level, whose record has run_id, node_id, attempt and the rest."""

@@ -35,6 +35,54 @@ def tree(sentry: RecordedSentry) -> set[tuple[str, str | None, str | None]]:
     return {(span["name"], span["op"], names.get(span["parent_span_id"])) for span in spans}
 
 
+@pytest.mark.parametrize("mode", ["static", "stream"])
+async def test_conversation_user_and_tags(mode: str) -> None:
+    """Spans of a run, its nodes and the model calls in them say conversation, user and tags; so does its issue.
+
+    A run without them beside it says nothing of the kind.
+    """
+    with RecordedSentry(trace_lifecycle=mode) as sentry:
+        hooks = sentry_hooks(client=sentry.client)
+        runner = StromaRunner.quick(hooks=hooks, policy_map=NEVER)
+        tagged = StromaRunner.quick(hooks=hooks, policy_map=NEVER, tags=("beta", "eu"))
+        both_run = asyncio.Barrier(2)
+
+        @runner.node("ask", input=Number, output=Number)
+        async def ask(state: Number) -> Number:
+            await both_run.wait()
+            if mode == "static":
+                with sentry_sdk.start_span(op="gen_ai.chat", name="call"):
+                    pass
+            else:
+                with sentry_sdk.traces.start_span(name="call", attributes={"sentry.op": "gen_ai.chat"}):
+                    pass
+            raise PermissionError
+
+        await asyncio.gather(
+            tagged.run(Pipeline("chat", [ask]), Number(), conversation="thread-17", user="ada"),
+            runner.run(Pipeline("plain", [ask]), Number()),
+        )
+        sentry.client.flush()
+        spans, events = sentry.transport.spans, sentry.transport.events
+    names = ("gen_ai.conversation.id", "user.id", "stroma.tags")
+    of_run = {span["trace_id"]: span["name"] for span in spans if span["name"] in ("chat", "plain")}
+    found = {
+        (of_run[span["trace_id"]], span["name"]): [(span["data"] or {}).get(name) for name in names]
+        for span in spans
+    }
+    everything = ["thread-17", "ada", ["beta", "eu"]]
+    assert found["chat", "chat"] == found["chat", "ask"] == everything
+    assert found["chat", "call"][0] == "thread-17"
+    for name in ("plain", "ask", "call"):
+        assert found["plain", name][0] is found["plain", name][2] is None
+    by_pipeline = {event["transaction"]: event for event in events}
+    assert by_pipeline["chat"]["user"] == {"id": "ada"}
+    about = {"gen_ai.conversation.id": "thread-17", "stroma.tags": "beta,eu"}
+    assert by_pipeline["chat"]["tags"].items() >= about.items()
+    assert not by_pipeline["plain"].get("user")
+    assert not about.keys() & by_pipeline["plain"]["tags"].keys()
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("mode", ["static", "stream"])
 async def test_spans_of_a_run_in_both_modes(mode: str) -> None:

@@ -11,10 +11,10 @@ import contextvars
 import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, TypeVar
 
-__all__ = ["Turn", "hand_back", "run_in_background", "start_in_background"]
+__all__ = ["ContextChanges", "Turn", "hand_back", "run_in_background", "start_in_background"]
 
 T = TypeVar("T")
 _MISSING = object()
@@ -55,6 +55,31 @@ def _loop() -> asyncio.AbstractEventLoop:
     return _Loop().loop if here.name == "stroma-guard" else _shared.loop
 
 
+class ContextChanges:
+    """Values of context variables here that differ from those of another context.
+
+    They are spans and the current node, set by the engine and by hooks in a task of their own.
+    """
+
+    __slots__ = ("_changes",)
+
+    def __init__(self, base: contextvars.Context) -> None:
+        now = contextvars.copy_context()
+        self._changes = [(var, value) for var, value in now.items() if base.get(var, _MISSING) is not value]
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Apply them to the code inside."""
+        tokens = [(var, value, var.set(value)) for var, value in self._changes]
+        try:
+            yield
+        finally:
+            for var, value, token in reversed(tokens):
+                if var.get() is value:  # Else the code has set it, and its caller shall see that.
+                    with suppress(ValueError):  # A garbage collected generator is closed in another context.
+                        var.reset(token)
+
+
 class Turn:
     """One call that the engine asks for. Whoever makes it answers with :meth:`settle`."""
 
@@ -63,20 +88,11 @@ class Turn:
     def __init__(self, base: contextvars.Context) -> None:
         self._loop = asyncio.get_running_loop()
         self._future: asyncio.Future[tuple[Any, BaseException | None]] = self._loop.create_future()
-        # Spans and the current node, set by the engine and by hooks in a task of their own.
-        now = contextvars.copy_context()
-        self._changes = [(var, value) for var, value in now.items() if base.get(var, _MISSING) is not value]
+        self._changes = ContextChanges(base)
 
-    @contextmanager
-    def here(self) -> Iterator[None]:
+    def here(self) -> AbstractContextManager[None]:
         """Apply the context of the engine's task to the call inside."""
-        tokens = [(var, value, var.set(value)) for var, value in self._changes]
-        try:
-            yield
-        finally:
-            for var, value, token in reversed(tokens):
-                if var.get() is value:  # Else the function has set it, and its caller shall see that.
-                    var.reset(token)
+        return self._changes.here()
 
     def settle(self, value: Any, error: BaseException | None) -> None:
         """Set the outcome of the call. Safe to call from any thread."""

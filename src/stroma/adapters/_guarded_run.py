@@ -7,14 +7,14 @@ import concurrent.futures
 import hashlib
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar, Token
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextvars import ContextVar, Token, copy_context
 from functools import partial
 from typing import Any, Final, Protocol, Self
 
 from pydantic import BaseModel
 
-from stroma.adapters._background_loop import run_in_background
+from stroma.adapters._background_loop import ContextChanges, run_in_background
 from stroma.adapters._guarded_call import Call
 from stroma.adapters._state_views import given_to
 from stroma.adapters._step import Halts, find_halt
@@ -81,6 +81,9 @@ class GuardedRun:
         self._opened = False
         self._opening: concurrent.futures.Future[None] | None = None
         self._stopping: Halt | None = None
+        #: What start hooks have made current on the background loop, and where sync code has it.
+        self._changes: ContextChanges | None = None
+        self._applied = ExitStack()
         #: The run was cancelled; and the task to cancel then, its loop, and that it was.
         self.cancelling = False
         self._task: asyncio.Task[Any] | None = None
@@ -274,13 +277,14 @@ class GuardedRun:
         """Make the calls inside belong to this run, without a start or an end of it."""
         token = ACTIVE.set((*ACTIVE.get(), self))
         try:
-            yield
+            with nullcontext() if self._changes is None else self._changes.here():
+                yield
         finally:
             _reset(token)
 
     def over(self, start: Callable[[], Iterable[Any]]) -> Generator[Any, None, Any]:
         """Iterate over ``start()`` inside this run, which ends with it. Use it in place of ``with``."""
-        run_in_background(self.open())
+        self._open_in_background()
         self._register()
         raised: BaseException | None = None
         source: Any = None
@@ -359,12 +363,25 @@ class GuardedRun:
         if self._token is not None:
             _reset(self._token)
 
+    def _open_in_background(self) -> None:
+        """Open the run on the background loop; what its start hooks make current there is current for sync code, too."""
+        here = copy_context()
+
+        async def opened() -> None:
+            await self.open()
+            self._changes = ContextChanges(here)
+
+        run_in_background(opened())
+
     def __enter__(self) -> Self:
-        run_in_background(self.open())
+        self._open_in_background()
         self._enter()
+        if self._changes is not None:
+            self._applied.enter_context(self._changes.here())
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._applied.close()
         self._leave()
         run_in_background(self.close(error))
 

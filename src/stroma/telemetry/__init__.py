@@ -1,4 +1,4 @@
-"""Exporters, one file per system; each imports its SDK when its factory is called.
+"""Exporters, one per system; each imports its SDK when its factory is called.
 
 They compose with ``|`` among themselves and with hooks of your own::
 

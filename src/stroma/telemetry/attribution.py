@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -28,7 +29,8 @@ class AttributionProcessor(SpanProcessor):
     """A span processor that stamps every span below ours with its pipeline, run, node, conversation and user.
 
     It stamps spans of whoever makes them: HTTP clients, LLM instrumentations, frameworks. A span belongs where its parent
-    belongs; one without a parent of ours, to the node or run of its task. ``otel_hooks`` adds one to the SDK's provider
+    belongs, but to the node of its task where that is inside of it, since frameworks choose parents of their own; one without a
+    parent of ours, to the node or run of its task. ``otel_hooks`` adds one to the SDK's provider
     that it sends to; add it yourself to other providers::
 
         provider.add_span_processor(AttributionProcessor())
@@ -46,7 +48,10 @@ class AttributionProcessor(SpanProcessor):
         is_ours = span.instrumentation_scope is not None and span.instrumentation_scope.name == SCOPE
         if not is_ours:
             if "stroma.run.id" in of_parent:
-                span.set_attributes({name: of_parent[name] for name in _COPIED if name in of_parent})
+                about = {name: of_parent[name] for name in _COPIED if name in of_parent}
+                if node is not None and _is_inside(node, about):
+                    about[NODE_ID] = node.node_id
+                span.set_attributes(about)
             else:
                 run = current_run()
                 if run is None:
@@ -56,7 +61,9 @@ class AttributionProcessor(SpanProcessor):
         place = self._open.get((above.trace_id, above.span_id))
         if node is not None and is_ours:
             place = (node, None)
-        elif node is not None and place is None:
+        elif node is not None and (
+            place is None or (node is not place[0] and place[0] in _nodes_around(node))
+        ):
             place = (node, node.attempt)
         elif place is not None and place[1] is None:
             place = (place[0], place[0].attempt)
@@ -80,6 +87,22 @@ class AttributionProcessor(SpanProcessor):
     def force_flush(self, timeout_millis: int = 30000) -> bool:
         """Return True: it holds no spans. Older releases of the SDK return None, and flush no processor after it."""
         return True
+
+
+def _nodes_around(node: NodeExecution) -> Iterator[NodeExecution]:
+    """Yield a node and what is around it, the innermost first."""
+    around: NodeExecution | None = node
+    while around is not None:
+        yield around
+        around = around.parent
+
+
+def _is_inside(node: NodeExecution, about: Mapping[str, Any]) -> bool:
+    """Return True if a node is the one that a span of the same run is in, or inside of it, or if that is in no node."""
+    if about["stroma.run.id"] != node.run_id:
+        return False
+    node_id = about.get(NODE_ID)
+    return node_id is None or any(each.node_id == node_id for each in _nodes_around(node))
 
 
 def watch(provider: TracerProvider) -> None:

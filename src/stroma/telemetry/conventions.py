@@ -12,7 +12,6 @@ from typing import Any, Final, Literal
 from stroma.engine.context import ReliabilityContext
 
 __all__ = [
-    "ABOUT",
     "NODE_ID",
     "OF_RUN",
     "SCHEMA_URL",
@@ -20,7 +19,9 @@ __all__ = [
     "Semconv",
     "Vocabulary",
     "about_run",
+    "attribution_of",
     "content_of",
+    "note_run",
     "version",
     "wants_earlier_names",
 ]
@@ -38,8 +39,9 @@ NODE_ID: Final = "stroma.node.id"
 OF_RUN: Final = (
     "stroma.pipeline", "stroma.run.id", "session.id", "gen_ai.conversation.id", "user.id", "stroma.tags",
 )  # fmt: skip
-#: Key of them in the notes of a run, from its start hooks on: before, its session may not be open.
-ABOUT: Final = "attributes of spans"
+#: Keys of the attributes in the notes of a run.
+_ABOUT: Final = "attributes of spans"
+_ATTRIBUTION: Final = "attribution"
 
 
 def version() -> str | None:
@@ -63,23 +65,39 @@ def wants_earlier_names(semconv: Semconv | None) -> bool:
     return semconv == "both"
 
 
+def note_run(run: ReliabilityContext) -> None:
+    """Store the attributes of a run for its spans; from its start hooks on, since before its session may not be open."""
+    if _ABOUT not in run.notes:
+        run.notes[_ATTRIBUTION] = attribution_of(run)
+        run.notes[_ABOUT] = about_run(run)
+
+
 def about_run(run: ReliabilityContext) -> dict[str, Any]:
     """Return the attributes of a run that all spans inside it have. Callers must not change the dict."""
-    stored: dict[str, Any] | None = run.notes.get(ABOUT)
+    stored: dict[str, Any] | None = run.notes.get(_ABOUT)
     if stored is not None:
         return stored
-    about: dict[str, Any] = {
+    return {
         "stroma.pipeline": run.pipeline,
         "stroma.run.id": run.run_id,
         "session.id": run.session_id,
+        **attribution_of(run),
     }
+
+
+def attribution_of(run: ReliabilityContext) -> dict[str, Any]:
+    """Return the conversation, user and tags of a run, as far as it has them. Callers must not change the dict."""
+    stored: dict[str, Any] | None = run.notes.get(_ATTRIBUTION)
+    if stored is not None:
+        return stored
+    attribution: dict[str, Any] = {}
     if run.conversation is not None:
-        about["gen_ai.conversation.id"] = run.conversation
+        attribution["gen_ai.conversation.id"] = run.conversation
     if run.user is not None:
-        about["user.id"] = run.user
+        attribution["user.id"] = run.user
     if run.config.tags:
-        about["stroma.tags"] = run.config.tags
-    return about
+        attribution["stroma.tags"] = run.config.tags
+    return attribution
 
 
 def content_of(direction: Literal["input", "output"], text: str) -> dict[str, str]:

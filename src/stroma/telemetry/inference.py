@@ -16,6 +16,10 @@ __all__ = ["INSTRUMENTED", "InferenceMode", "InferenceSpans"]
 
 InferenceMode = Literal["auto", "always", "never"]
 
+#: Key in the notes of a node: it is inside the span of a model call of somebody else, which reports what its answer used.
+_ENCLOSED: Final = "inside the span of a model call"
+#: Operations of the conventions that are model calls.
+_CALLS: Final = frozenset({"chat", "generate_content", "text_completion"})
 #: Key in the notes of a node: the last attempt of it in which a span of somebody else reported tokens.
 INSTRUMENTED: Final = "attempt with a span that reports usage"
 #: Names of providers in the conventions, where they are not those of the price list.
@@ -44,12 +48,20 @@ class InferenceSpans:
         self._vocabulary = vocabulary
         self._providers: dict[str, str | None] = {}
 
-    def are_due(self, node: NodeExecution) -> bool:
-        """Return True if the present attempt of a node gets a span."""
+    def note_surroundings(self, node: NodeExecution, around: Span) -> None:
+        """Note if a node begins inside the span of a model call, as where a framework instruments its models itself."""
+        about: Any = getattr(around, "attributes", None) or {}
+        if about.get("openinference.span.kind") == "LLM" or about.get("gen_ai.operation.name") in _CALLS:
+            node.notes[_ENCLOSED] = True
+
+    def are_due(self, node: NodeExecution, *, is_answer: bool) -> bool:
+        """Return True if the present attempt of a node gets a span. ``is_answer``: its output is what its caller gets."""
         if not node.usage.tokens or self.mode == "never":
             return False
         if self.mode == "always":
             return True
+        if is_answer and _ENCLOSED in node.notes:
+            return False
         return self.can_see and node.notes.get(INSTRUMENTED) != node.attempt
 
     def start(self, tracer: Tracer, node: NodeExecution, around: Context) -> tuple[Span, int]:

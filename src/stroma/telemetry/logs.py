@@ -15,6 +15,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.failures.classes import FailureClass
 from stroma.telemetry.content import DENY_KEYS, Content, ContentMode, type_name
+from stroma.telemetry.conventions import attribution_of, note_run
 from stroma.telemetry.observer import WRITING, Ended, ExporterHooks, Observer, is_returned, seconds_elsewhere
 from stroma.trace.result import ExecutionResult
 
@@ -22,6 +23,8 @@ __all__ = ["log_hooks"]
 
 _NEEDS_QUOTES: Final = re.compile(r"""[\s="]""")
 _IS_PLAIN: Final = re.compile(r"[\w.:/+-]+", re.ASCII).fullmatch
+#: What lines call the attributes of spans.
+_FIELDS: Final = {"gen_ai.conversation.id": "conversation", "user.id": "user", "stroma.tags": "tags"}
 _LEVELS = {"success": logging.INFO, "failure": logging.WARNING}
 
 
@@ -89,6 +92,7 @@ class _Logs(Observer):
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
         run.notes[self] = perf_counter()
+        note_run(run)
         if is_returned(run) or self._is_off(logging.INFO):
             return
         resumed = {} if run.first_traceparent is None else {"first_traceparent": run.first_traceparent}
@@ -189,7 +193,7 @@ def _with_extra(logger: Any) -> Callable[[int, str, dict[str, Any]], None]:
     def write(level: int, event: str, fields: dict[str, Any]) -> None:
         if logger.isEnabledFor(level):
             text_fields = " ".join(
-                f"{name}={_in_line(value)}" for name, value in fields.items() if value not in (None, "")
+                [f"{name}={_in_line(value)}" for name, value in fields.items() if value not in (None, "")]
             )
             # Systems that group lines do so by the text before its arguments are filled in.
             _log(logger, level, f"{event}: %s", text_fields, fields)
@@ -210,6 +214,8 @@ def _log(logger: Any, level: int, text: str, text_fields: str, fields: dict[str,
 
 def _in_line(value: Any) -> Any:
     """Return a value as part of one line; quoted, so that no id or message can look like another field."""
+    if isinstance(value, list):
+        value = ",".join(value)
     if not isinstance(value, str):
         return value
     if _IS_PLAIN(value):  # Most are: 0.1 us in place of 0.6.
@@ -227,7 +233,10 @@ def _with_fields(logger: Any) -> Callable[[int, str, dict[str, Any]], None]:
 
 
 def _of_run(run: ReliabilityContext) -> dict[str, Any]:
-    return {"run_id": run.run_id, "pipeline": run.pipeline}
+    fields: dict[str, Any] = {"run_id": run.run_id, "pipeline": run.pipeline}
+    for name, value in attribution_of(run).items():
+        fields[_FIELDS[name]] = list(value) if isinstance(value, tuple) else value
+    return fields
 
 
 def _of_node(node: NodeExecution) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from time import monotonic, perf_counter, time
 from types import MappingProxyType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine.context import ReliabilityContext
@@ -53,8 +53,7 @@ T = TypeVar("T")
 logger = logging.getLogger("stroma.telemetry")
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(NamedTuple):
     """End of an attempt."""
 
     outcome: Outcome
@@ -133,6 +132,9 @@ class Observer:
     def __init__(self) -> None:
         #: Count of exceptions in the exporter, by kind.
         self.errors: Counter[str] = Counter()
+        self._has_node_end = type(self).node_ended is not Observer.node_ended
+        #: Key in the notes of nodes whose end is watched.
+        self._watched_key = object()
 
     @property
     def destination(self) -> object:
@@ -258,7 +260,8 @@ class Observer:
     def _ended(self, event: str, ended: Ended) -> None:
         node = current_node()
         # An end without a start: a violated input contract, or a hook call that is redelivered.
-        self._watch_end(node)
+        if self._has_node_end:
+            self._watch_end(node)
         self._safely(event, self.attempt_ended, node, ended)
 
     def _count_hook_error(self, run: ReliabilityContext | None, hook: str) -> None:
@@ -266,10 +269,8 @@ class Observer:
             self._safely("hook_raised", self.hook_raised, current_run() if run is None else run, hook)
 
     def _watch_end(self, node: NodeExecution | None) -> None:
-        if node is not None and (self, "watched") not in node.notes:
-            if type(self).node_ended is Observer.node_ended:
-                return
-            node.notes[self, "watched"] = True
+        if node is not None and self._watched_key not in node.notes:
+            node.notes[self._watched_key] = True
             node.at_end(lambda: self._safely("at_end", self.node_ended, node))
 
     def _safely(self, event: str, call: Callable[..., None], about: Any, *arguments: Any) -> None:
@@ -302,7 +303,8 @@ class _HookCalls:
 
     async def on_node_start(self, _run_id: str, _node_id: str, state: dict[str, Any]) -> None:
         node = current_node()
-        self._exporter._watch_end(node)
+        if self._exporter._has_node_end:
+            self._exporter._watch_end(node)
         self._exporter._safely("on_node_start", self._exporter.attempt_started, node, state)
 
     async def on_node_success(

@@ -1,0 +1,115 @@
+"""The metrics of runs and nodes, by DogStatsD."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.execution import NodeExecution
+from stroma.telemetry.labels import MetricLabels
+from stroma.telemetry.observer import Ended, exceeded
+from stroma.trace.result import ExecutionResult
+
+if TYPE_CHECKING:
+    from datadog.dogstatsd.base import DogStatsd
+
+__all__ = ["DatadogMetrics"]
+
+
+class DatadogMetrics:
+    """The metrics that a client of DogStatsD sends; none without a client. Each method adds one event to them."""
+
+    def __init__(self, statsd: DogStatsd | None) -> None:
+        self._statsd = statsd
+        self._labels = MetricLabels()
+        self._tags: dict[tuple[str, ...], list[str]] = {}
+
+    # ------------------------------------------------------------------ runs
+
+    def run_ended(self, run: ReliabilityContext, result: ExecutionResult, seconds: float) -> None:
+        """Count a run that ended, and how long it took."""
+        status = self._of_run(run, "status", result.status.value)
+        self._count("stroma.runs", 1, status)
+        self._distribution("stroma.run.duration", seconds, status)
+        dimension = exceeded(result)
+        if dimension is not None:
+            dimension = self._labels.dimension(dimension)
+            self._count("stroma.budget.exceeded", 1, self._of_run(run, "dimension", dimension))
+
+    def run_returned(self, run: ReliabilityContext, status: str) -> None:
+        """Count a call that got the result of a run that it did not run."""
+        self._count("stroma.runs.returned", 1, self._of_run(run, "status", status))
+
+    def budget_warned(self, run: ReliabilityContext, dimension: str) -> None:
+        """Count a run that has used 80 % of a limit of its budget."""
+        tags = self._of_run(run, "dimension", self._labels.dimension(dimension))
+        self._count("stroma.budget.warnings", 1, tags)
+
+    def limit_cooled_down(self, run: ReliabilityContext, limit: str) -> None:
+        """Count a cooldown of a limit."""
+        self._count("stroma.limit.cooldowns", 1, self._of_run(run, "limit", self._labels.limit(limit)))
+
+    def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
+        """Count a change of a circuit."""
+        circuit = "circuit", self._labels.circuit(key), "state", state
+        self._count("stroma.circuit.changes", 1, self._of_run(run, *circuit))
+
+    def hook_raised(self, run: ReliabilityContext, hook: str) -> None:
+        """Count an exception of a hook."""
+        self._count("stroma.hook.errors", 1, self._of_run(run, "hook", hook))
+
+    # ------------------------------------------------------------------ nodes
+
+    def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
+        """Count an attempt: its end and duration, tokens and cost."""
+        usage, place = node.usage, self._place_of(node)
+        outcome = self._tags_of(*place, "outcome", ended.outcome, "failure_class", ended.class_name)
+        self._count("stroma.node.executions", 1, outcome)
+        self._distribution("stroma.node.duration", (node.duration_ms or 0.0) / 1000, self._tags_of(*place))
+        if usage.tokens:
+            place = *place, "model", self._labels.model(usage.model)
+            self._count("stroma.tokens", usage.input_tokens, self._tags_of(*place, "direction", "input"))
+            self._count("stroma.tokens", usage.output_tokens, self._tags_of(*place, "direction", "output"))
+            self._count("stroma.cost_usd", usage.cost_usd, self._tags_of(*place))
+
+    def retried(self, node: NodeExecution, failure_class: str) -> None:
+        """Count an attempt that follows a failed one."""
+        self._count("stroma.node.retries", 1, self._of_node(node, "failure_class", failure_class))
+
+    def restored(self, node: NodeExecution) -> None:
+        """Count an output that was restored from the journal."""
+        self._count("stroma.nodes.restored", 1, self._of_node(node))
+
+    def queued(self, node: NodeExecution) -> None:
+        """Count an attempt that is queued."""
+        self._count("stroma.node.waits", 1, self._of_node(node))
+
+    # ------------------------------------------------------------------ tags
+
+    def _of_run(self, run: ReliabilityContext, *more: str) -> list[str]:
+        """Return the tags of a metric of runs: the pipeline and ``more``, name after name with its value."""
+        return self._tags_of("pipeline", self._labels.pipeline(run.pipeline), *more)
+
+    def _of_node(self, node: NodeExecution, *more: str) -> list[str]:
+        """Return the tags of a metric of nodes, likewise."""
+        return self._tags_of(*self._place_of(node), *more)
+
+    def _place_of(self, node: NodeExecution) -> tuple[str, ...]:
+        pipeline, node_id = self._labels.place(node.pipeline, node.node_id)
+        return "pipeline", pipeline, "node_id", node_id
+
+    def _tags_of(self, *pairs: str) -> list[str]:
+        # As many as there are series, which the labels bound.
+        tags = self._tags.get(pairs)
+        if tags is None:
+            names = zip(pairs[::2], pairs[1::2], strict=True)
+            tags = self._tags[pairs] = [f"{name}:{value}" for name, value in names]
+        return tags
+
+    def _count(self, name: str, value: float, tags: list[str]) -> None:
+        if self._statsd is not None:
+            self._statsd.increment(name, value, tags=tags)
+
+    def _distribution(self, name: str, value: float, tags: list[str]) -> None:
+        if self._statsd is not None:
+            self._statsd.distribution(name, value, tags=tags)

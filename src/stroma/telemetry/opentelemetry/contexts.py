@@ -1,0 +1,50 @@
+"""Trace contexts: the one that is current, and those that cross processes as W3C ``traceparent``."""
+
+from __future__ import annotations
+
+from contextvars import Token
+from typing import Final
+
+from opentelemetry import context, trace
+from opentelemetry.baggage import set_baggage
+from opentelemetry.context import Context
+from opentelemetry.trace import Span
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from stroma.engine.context import ReliabilityContext
+from stroma.telemetry.conventions import about_run
+
+__all__ = ["attach", "context_of", "detach", "traceparent_of"]
+
+_W3C: Final = TraceContextTextMapPropagator()
+
+
+def attach(span: Span, run: ReliabilityContext, *, baggage: bool) -> Token[Context]:
+    """Make a span current, with the ids of its run as baggage if wanted; undo it with :func:`detach`."""
+    current = trace.set_span_in_context(span)
+    if baggage:
+        about = about_run(run)
+        for name in ("stroma.run.id", "session.id", "user.id"):
+            if name in about:
+                current = set_baggage(name, about[name], current)
+    return context.attach(current)
+
+
+def detach(token: Token[Context] | None) -> None:
+    """Undo :func:`attach`; None does nothing."""
+    if token is not None:
+        context.detach(token)
+
+
+def traceparent_of(span: Span) -> str | None:
+    """Return what other processes link to, or put their spans under; None for a span that is nowhere."""
+    if not span.get_span_context().is_valid:
+        return None
+    carrier: dict[str, str] = {}
+    _W3C.inject(carrier, trace.set_span_in_context(span))
+    return carrier["traceparent"]
+
+
+def context_of(traceparent: str) -> Context:
+    """Return the context of a span of another process."""
+    return _W3C.extract({"traceparent": traceparent})

@@ -1,0 +1,441 @@
+"""The exporter to OpenTelemetry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter, time_ns
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from opentelemetry import metrics, trace
+
+from stroma.contracts.schema import schema_of
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.execution import NodeExecution, current_node
+from stroma.engine.unread import UnreadState
+from stroma.failures.classes import FailureClass
+from stroma.telemetry.content import Content, type_name
+from stroma.telemetry.conventions import Vocabulary, about_run, content_of, note_run
+from stroma.telemetry.inference import InferenceSpans
+from stroma.telemetry.losses import Losses
+from stroma.telemetry.observer import (
+    CUT_SHORT,
+    Ended,
+    Observer,
+    is_returned,
+    may_be_retried,
+    seconds_elsewhere,
+    waited_seconds,
+    waits_since,
+)
+from stroma.telemetry.opentelemetry.contexts import attach, context_of, detach, traceparent_of
+from stroma.telemetry.opentelemetry.losses import watch_providers
+from stroma.telemetry.opentelemetry.metrics import OtelMetrics, meter_of
+from stroma.telemetry.opentelemetry.spans import NodeSpan, RunSpan, place_of, tracer_of
+from stroma.trace.result import ExecutionResult
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.metrics import Meter, MeterProvider
+    from opentelemetry.trace import Span, Tracer, TracerProvider
+
+__all__ = ["OpenTelemetry"]
+
+#: Events of restored nodes on the span of a run; as many again are left for others.
+_MOST_RESTORED: Final = 50
+
+
+class OpenTelemetry(Observer):
+    """The hooks of :func:`stroma.telemetry.otel_hooks`."""
+
+    name = "OpenTelemetry"
+    system = "otel"
+
+    def __init__(
+        self,
+        tracer: Tracer | TracerProvider | None,
+        meter: Meter | MeterProvider | None,
+        *,
+        own_spans: bool,
+        content: Content,
+        vocabulary: Vocabulary,
+        inference: InferenceSpans,
+        earlier_names: bool,
+        baggage: bool,
+    ) -> None:
+        super().__init__()
+        self._providers: list[Callable[[], Any]] = [
+            # The global one may be set later than these hooks are made.
+            trace.get_tracer_provider if tracer is None else lambda: tracer,
+            metrics.get_meter_provider if meter is None else lambda: meter,
+        ]
+        self._tracer = tracer_of(self._providers[0]())
+        self._own_spans = own_spans
+        self._content = content
+        self._vocabulary = vocabulary
+        self._inference = inference
+        self._baggage = baggage
+        self._watched: Any = None
+        self._metrics = OtelMetrics(meter_of(self._providers[1]()), earlier_names=earlier_names)
+        self._losses = Losses(self.name)
+        self._watch_losses()
+
+    # ------------------------------------------------------------------ runs
+
+    @property
+    def destination(self) -> object:
+        return tuple(provider() for provider in self._providers)
+
+    def is_connected(self) -> bool:
+        return not isinstance(self._providers[0](), trace.ProxyTracerProvider)
+
+    def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
+        if is_returned(run):
+            return
+        of_run = RunSpan()
+        note_run(run)
+        self._watch_spans_of_others()
+        if not run.elsewhere:  # It may end in another process: what went up here would never come down.
+            self._metrics.run_started(run)
+        parent = self._outer(run)
+        links = []
+        began = run.first_trace(self.system)
+        if began is not None:
+            first = trace.get_current_span(context_of(began)).get_span_context()
+            if first.is_valid:
+                links.append(trace.Link(first, {"stroma.link": "resumed from"}))
+        of_run.span = span = self._tracer.start_span(
+            f"invoke_workflow {run.pipeline}",
+            context=parent,
+            links=links,
+            attributes={
+                "gen_ai.operation.name": "invoke_workflow",
+                **dict.fromkeys(self._metrics.pipeline_names, run.pipeline),
+                "stroma.run.execution": run.execution,
+                **about_run(run),
+                **self._kind_of(None),
+            },
+        )
+        self._keep_trace(run, span)
+        if span.is_recording():
+            span.set_attributes(self._shown("input", run, state))
+        if run.elsewhere:  # No span can end where it has not begun: this one is what the others stand under.
+            span.end()
+            return
+        run.notes[self] = of_run
+        of_run.here = self.enter(of_run)
+        of_run.token = attach(span, run, baggage=self._baggage)
+
+    def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
+        of_run = run.notes.pop(self, None)
+        if is_returned(run):
+            self._metrics.run_returned(run, result.status.value)
+            return
+        if of_run is None and run.elsewhere:
+            of_run = self._ending(run, result)
+        if of_run is None:
+            return
+        span = of_run.span
+        failed = Ended.finally_(result)
+        kind = None if failed is None or failed.error is None else type_name(failed.error)
+        self._metrics.run_ended(run, result, perf_counter() - of_run.since, kind)
+        if span is None:
+            return
+        span.set_attribute("stroma.status", result.status.value)
+        span.set_attribute("stroma.tokens", result.total_tokens)
+        span.set_attribute("stroma.cost_usd", result.total_cost_usd)
+        if of_run.restored:
+            span.set_attribute("stroma.nodes.restored", of_run.restored)
+        of_run.events.note(span)
+        state = run.last_state
+        if state is not None and span.is_recording():
+            unread = UnreadState(schema_of(type(state)), state, run.redactor)
+            span.set_attributes(self._shown("output", run, unread))
+        if failed is not None:
+            self._mark(span, run, failed)
+        if of_run.here is not None and self.here() is of_run:
+            # A coroutine that is closed from elsewhere has left its context behind.
+            detach(of_run.token)
+            self.leave(of_run.here)
+        span.end()
+
+    def hook_raised(self, run: ReliabilityContext | None, hook: str) -> None:
+        if run is not None:
+            self._metrics.hook_raised(run, hook)
+
+    def _ending(self, run: ReliabilityContext, result: ExecutionResult) -> RunSpan:
+        """Return the record of a run that started in another process."""
+        record = RunSpan()
+        record.since -= seconds_elsewhere(result)
+        record.span = self._tracer.start_span(
+            f"stroma.run_end {run.pipeline}",
+            context=self._outer(run),
+            attributes={**about_run(run), **self._kind_of(None)},
+        )
+        return record
+
+    def skipped(self, node: NodeExecution) -> None:
+        if is_returned(node.ctx):
+            return
+        self._metrics.restored(node)
+        of_run: RunSpan | None = node.ctx.notes.get(self)
+        if of_run is not None and of_run.span is not None:
+            of_run.restored += 1
+            about = {"stroma.node.id": node.node_id, **place_of(node)}
+            of_run.events.add(of_run.span, "stroma.node.skipped", about, _MOST_RESTORED)
+
+    def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
+        self._metrics.budget_warned(run, dimension)
+        about = {
+            "stroma.budget.dimension": dimension,
+            "stroma.budget.used": used,
+            "stroma.budget.limit": limit,
+        }
+        self._add_event(run, "stroma.budget.warning", about)
+
+    def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
+        self._metrics.limit_cooled_down(run, limit)
+        about = {"stroma.limit": limit, "stroma.limit.cooldown_s": seconds}
+        self._add_event(run, "stroma.limit.cooldown", about)
+
+    def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
+        self._metrics.circuit_changed(run, key, state)
+        about = {"stroma.circuit": key, "stroma.circuit.state": state}
+        self._add_event(run, "stroma.circuit.change", about)
+
+    def _add_event(self, run: ReliabilityContext, name: str, about: dict[str, Any]) -> None:
+        of_run: RunSpan | None = run.notes.get(self)
+        if of_run is not None and of_run.span is not None:
+            of_run.events.add(of_run.span, name, about)
+
+    def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
+        waits_since(node, self)
+        self._metrics.queued(node)
+        # The span of a node begins with its first attempt: before that the wait is seen around it.
+        around = node.notes.get(self) or self.around(node)
+        if around is not None and around.span is not None:
+            about = {"stroma.node.id": node.node_id, "stroma.wait.reason": reason, **place_of(node)}
+            around.events.add(around.span, "stroma.node.wait", about)
+
+    # ------------------------------------------------------------------ nodes
+
+    def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
+        of_node = node.notes.get(self)
+        if of_node is None:
+            self._inference.note_surroundings(node, trace.get_current_span())
+            of_node = self._begin(node)
+            if node.ctx.elsewhere and node.kind == "group":
+                # What is inside stands under this span, wherever it runs; as with the run, the end has one of its own.
+                self._keep_trace(node.ctx, of_node.span)
+            of_node.token = attach(of_node.span, node.ctx, baggage=self._baggage)
+            if of_node.span.is_recording():
+                of_node.span.set_attributes(self._shown("input", node.ctx, state))
+        waited = waited_seconds(node, self)
+        if waited:
+            of_node.span.set_attribute("stroma.node.wait_s", waited)
+        if self._own_spans:
+            detach(of_node.attempt_token)  # of the attempt before
+            of_node.attempt = self._tracer.start_span(
+                f"stroma.attempt {node.node_id}",
+                context=trace.set_span_in_context(of_node.span),
+                attributes={
+                    "stroma.node.id": node.node_id,
+                    "stroma.node.attempt": node.attempt,
+                    **about_run(node.ctx),
+                    **self._kind_of(None),
+                },
+            )
+            of_node.attempt_token = attach(of_node.attempt, node.ctx, baggage=self._baggage)
+
+    def _begin(self, node: NodeExecution, start_ns: int | None = None) -> NodeSpan:
+        around = self.around(node)
+        above = None if around is None else around.span
+        parent = None if above is None else trace.set_span_in_context(above)
+        what, ctx = "node", node.ctx
+        if ctx.elsewhere:
+            what = "node_end" if node.kind == "group" and start_ns is not None else what
+            parent = self._outer(ctx)
+        span = self._tracer.start_span(
+            f"stroma.{what} {node.node_id}",
+            context=parent,
+            start_time=start_ns,
+            attributes={
+                "stroma.node.id": node.node_id,
+                "stroma.node.kind": node.kind,
+                **about_run(ctx),
+                **self._kind_of(node.role),
+                **place_of(node),
+                **({"stroma.redelivered": True} if node.redelivered else {}),
+            },
+        )
+        node.notes[self] = record = NodeSpan(span)
+        return record
+
+    def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
+        usage = node.usage
+        seconds = (node.duration_ms or 0.0) / 1000
+        self._metrics.attempt_ended(node, ended)
+        of_node = node.notes.get(self)
+        if of_node is None:  # Input that broke its contract, or an end that is reported again after a crash.
+            of_node = self._begin(node, node.started_ns)
+        of_node.ended = ended
+        of_node.tokens += usage.tokens
+        of_node.cost += usage.cost_usd
+        span = of_node.span
+        if span.is_recording():
+            about_attempt: dict[str, Any] = {
+                "stroma.node.attempt": node.attempt, "stroma.outcome": ended.outcome,
+                "stroma.duration_s": seconds, "stroma.tokens": usage.tokens,
+            }  # fmt: skip
+            if usage.cached_input_tokens or usage.cache_write_tokens:
+                about_attempt["stroma.cached_input_tokens"] = usage.cached_input_tokens
+                about_attempt["stroma.cache_write_tokens"] = usage.cache_write_tokens
+            if ended.error is not None:
+                about_attempt |= {
+                    "stroma.failure_class": ended.class_name,
+                    "error.type": type_name(ended.error),
+                }
+                if ended.reason is not None:
+                    about_attempt["stroma.reason"] = ended.reason
+                if of_node.attempt is None:
+                    of_node.events.add(span, "exception", self._exception(node, ended.error))
+                else:
+                    of_node.attempt.add_event("exception", self._exception(node, ended.error))
+            if of_node.attempt is None:
+                of_node.events.add(span, "stroma.attempt", about_attempt)
+            else:
+                of_node.attempt.set_attributes(about_attempt)
+            if ended.output is not None:
+                of_node.output = self._shown("output", node.ctx, ended.output)
+            if self._inference.are_due(node, is_answer=ended.outcome == "success"):
+                self._bill(node, ended, trace.set_span_in_context(of_node.attempt or span))
+        # Whether it is an error is known once a retry follows, or none; and on other machines it is decided elsewhere.
+        of_node.attempt_end_ns = time_ns()
+
+    def retrying(
+        self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
+    ) -> None:
+        self._metrics.retried(node, failure_class.value)
+        of_node = node.notes.get(self)
+        if of_node is not None:
+            of_node.ended = CUT_SHORT
+            self._end_attempt(of_node)
+            about = {"stroma.node.attempt": attempt, "stroma.retry.delay_s": delay_seconds}
+            about_retry = {**about, "stroma.failure_class": failure_class.value}
+            of_node.events.add(of_node.span, "stroma.retry", about_retry)
+
+    def _end_attempt(self, of_node: NodeSpan) -> None:
+        # Detached later: the hook may be called where the coroutine is closed.
+        if of_node.attempt is not None:
+            of_node.attempt.end(of_node.attempt_end_ns)
+            of_node.attempt = of_node.attempt_end_ns = None
+
+    def node_ended(self, node: NodeExecution) -> None:
+        of_node = node.notes.pop(self, None)
+        if of_node is None:
+            return
+        span, ended = of_node.span, of_node.ended
+        if current_node() is node:  # A coroutine that is closed from elsewhere has left its context behind.
+            detach(of_node.attempt_token)
+            detach(of_node.token)
+        if of_node.attempt is not None:
+            if ended is not None and not may_be_retried(node):
+                self._mark(of_node.attempt, node.ctx, ended)
+            self._end_attempt(of_node)
+        if span.is_recording():
+            of_node.events.note(span)
+            about: dict[str, Any] = {
+                "stroma.node.attempts": node.attempt,
+                "stroma.tokens": of_node.tokens,
+                "stroma.cost_usd": of_node.cost,
+            }
+            about |= of_node.output
+            if ended is not None:
+                about["stroma.outcome"] = ended.outcome
+            span.set_attributes(about)
+        if ended is not None:
+            if not may_be_retried(node):
+                self._mark(span, node.ctx, ended)
+            elif ended.error is not None:
+                span.set_attribute("error.type", type_name(ended.error))
+                span.set_attribute("stroma.failure_class", ended.class_name)
+        if node.redelivered and node.started_ns is not None:
+            span.end(node.started_ns + int((node.duration_ms or 0.0) * 1e6))
+        else:
+            span.end()
+
+    # ------------------------------------------------------------------ small things
+
+    def _keep_trace(self, run: ReliabilityContext, span: Span) -> None:
+        """Record a span as the one that other processes link to, or put theirs under."""
+        traceparent = traceparent_of(span)
+        if traceparent is not None:
+            run.keep_trace(self.system, traceparent)
+
+    def _outer(self, run: ReliabilityContext) -> Context | None:
+        traceparent = run.outer_trace(self.system)
+        return None if traceparent is None else context_of(traceparent)
+
+    def _kind_of(self, role: str | None) -> dict[str, str]:
+        if self._vocabulary == "none":
+            return {}
+        return {"openinference.span.kind": "CHAIN" if role is None else role.upper()}
+
+    def _shown(
+        self, direction: Literal["input", "output"], run: ReliabilityContext, state: dict[str, Any]
+    ) -> dict[str, str]:
+        """Return the attributes that show a state: as backends read it where it is content, else under our name."""
+        text = self._content.state(run, state)
+        if self._content.mode == "redacted" and self._vocabulary == "openinference":
+            return content_of(direction, text)
+        return {f"stroma.{direction}": text}
+
+    def _bill(self, node: NodeExecution, ended: Ended, around: Context) -> None:
+        span, end_ns = self._inference.start(self._tracer, node, around)
+        # No error: the call was answered, or another attempt may follow.
+        span.set_attribute("stroma.outcome", ended.outcome)
+        if ended.error is not None:
+            span.set_attribute("stroma.failure_class", ended.class_name)
+        span.end(end_ns)
+
+    def _watch_spans_of_others(self) -> None:
+        """See to it that the spans of others are attributed, and their usage seen, if they are the SDK's."""
+        provider: Any = self._providers[0]()
+        if provider is self._watched or not hasattr(provider, "add_span_processor"):
+            return
+        from stroma.telemetry.attribution import watch
+
+        watch(provider)
+        self._watched = provider
+        self._inference.can_see = True
+
+    def _exception(self, node: NodeExecution, error: BaseException) -> dict[str, Any]:
+        about = {"exception.type": type_name(error)}
+        message = self._content.message(node.ctx, error)
+        if message is not None:
+            about["exception.message"] = message
+        return about
+
+    def _mark(self, span: Span, run: ReliabilityContext, ended: Ended) -> None:
+        """Make a span an error, if the end was one."""
+        if ended.error is None:
+            return
+        description = self._content.message(run, ended.error)
+        if description is None:
+            description = " ".join(filter(None, (ended.class_name, ended.reason)))
+        span.set_attribute("error.type", type_name(ended.error))
+        span.set_attribute("stroma.failure_class", ended.class_name)
+        span.set_status(trace.Status(trace.StatusCode.ERROR, description))
+
+    def flush(self, timeout_seconds: float) -> bool:
+        self._watch_losses()
+        # One after the other: each gets the remaining time.
+        end, sent = perf_counter() + timeout_seconds, True
+        for provider in self._providers:
+            # The SDK's providers have it; those of the API alone, and tracers, do not.
+            flush = getattr(provider(), "force_flush", None)
+            if flush is not None:
+                sent = flush(max(1, int((end - perf_counter()) * 1000))) is not False and sent
+        return self._losses.take() == 0 and sent
+
+    def _watch_losses(self) -> None:
+        watch_providers(self._losses, [provider() for provider in self._providers])

@@ -1,0 +1,101 @@
+"""The spans of runs and nodes until they end, and what their ends need."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry import trace
+
+from stroma.engine.execution import NodeExecution
+from stroma.telemetry.conventions import SCHEMA_URL, SCOPE, version
+from stroma.telemetry.observer import Ended
+
+if TYPE_CHECKING:
+    from contextvars import Token
+
+    from opentelemetry.context import Context
+    from opentelemetry.trace import Span, Tracer, TracerProvider
+
+__all__ = ["NodeSpan", "RunSpan", "SpanEvents", "place_of", "tracer_of"]
+
+
+class RunSpan:
+    """The span of a run, and when it began."""
+
+    __slots__ = ("events", "here", "restored", "since", "span", "token")
+
+    def __init__(self) -> None:
+        self.since = perf_counter()
+        self.span: Span | None = None
+        self.events = SpanEvents()
+        self.restored = 0
+        #: What undoes that the run, and its span, are current.
+        self.here: Token[Any] | None = None
+        self.token: Token[Context] | None = None
+
+
+class SpanEvents:
+    """The number of events of a span: its SDK keeps 128, and drops the oldest ones without a word."""
+
+    __slots__ = ("dropped", "sent")
+
+    def __init__(self) -> None:
+        self.sent = self.dropped = 0
+
+    def add(self, span: Span, name: str, about: dict[str, Any], most: int = 100) -> None:
+        """Add an event to the span unless it has ``most``; the others are counted."""
+        if self.sent < most:
+            self.sent += 1
+            span.add_event(name, about)
+        else:
+            self.dropped += 1
+
+    def note(self, span: Span) -> None:
+        """Set the attribute that says how many are missing, if any are."""
+        if self.dropped:
+            span.set_attribute("stroma.events.dropped", self.dropped)
+
+
+class NodeSpan:
+    """The span of a node, and what its end needs."""
+
+    __slots__ = (
+        "attempt",
+        "attempt_end_ns",
+        "attempt_token",
+        "cost",
+        "ended",
+        "events",
+        "output",
+        "span",
+        "token",
+        "tokens",
+    )
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+        self.events = SpanEvents()
+        self.output: dict[str, str] = {}
+        self.token: Token[Context] | None = None
+        #: The span of an attempt, until it is known if another one follows; and when the attempt ended.
+        self.attempt: Span | None = None
+        self.attempt_end_ns: int | None = None
+        self.attempt_token: Token[Context] | None = None
+        self.ended: Ended | None = None
+        self.tokens = 0
+        self.cost = 0.0
+
+
+def tracer_of(source: Tracer | TracerProvider) -> Tracer:
+    """Return a tracer as it is, or that of a provider under our name, version and schema."""
+    if isinstance(source, trace.Tracer):
+        return source
+    return source.get_tracer(SCOPE, version(), schema_url=SCHEMA_URL)
+
+
+def place_of(node: NodeExecution) -> dict[str, Any]:
+    """Return the attributes that say where in its run a node stands."""
+    return {"stroma.node.position": node.position} | (
+        {"stroma.node.branch": node.branch} if node.branch else {}
+    )

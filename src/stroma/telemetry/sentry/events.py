@@ -1,0 +1,105 @@
+"""Events of failures, and what is removed from the events of others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sentry_sdk import get_client
+from sentry_sdk.utils import event_from_exception
+
+from stroma.engine.context import ReliabilityContext
+from stroma.failures.errors import RemoteFailure
+from stroma.telemetry.content import Content, type_name
+from stroma.telemetry.observer import WRITING
+from stroma.telemetry.sentry.scopes import FailedAttempt
+from stroma.trace.result import ExecutionResult
+
+__all__ = ["drop_captured", "drop_log_lines", "event_of", "innermost_node", "redact_event"]
+
+
+def event_of(
+    error: BaseException,
+    run: ReliabilityContext,
+    failed: FailedAttempt,
+    content: Content,
+    options: Mapping[str, Any],
+) -> tuple[Any, dict[str, Any]]:
+    """Return the event of a final failure with its hint, by the options of its client."""
+    event: Any
+    event, hint = event_from_exception(
+        error,
+        # Variables of frames hold what nodes were given.
+        client_options={**options, "include_local_variables": False},
+        mechanism={"type": "stroma", "handled": True},
+    )
+    for value in event.get("exception", {}).get("values", ()):
+        failure_text = str(value.get("value") or "")
+        if content.mode == "none":
+            value["value"] = " ".join(filter(None, (failed.class_name, failed.reason)))
+        elif value.get("value"):
+            value["value"] = content.message(run, failure_text)
+    if isinstance(error, RemoteFailure):
+        for value in event.get("exception", {}).get("values", ())[-1:]:
+            module, _, value["type"] = error.full_name.rpartition(".")
+            value["module"] = module or "builtins"
+    for frame in _frames_of(event):
+        if str(frame.get("module")).startswith("stroma."):
+            frame["in_app"] = False  # The engine called the node; it is the node that failed.
+    event["fingerprint"] = ["stroma", run.pipeline, failed.node_id, failed.class_name, type_name(error)]
+    event["level"] = "error"
+    event["transaction"] = run.pipeline
+    tags = {
+        "stroma.pipeline": run.pipeline,
+        "stroma.node": failed.node_id,
+        "stroma.failure_class": failed.class_name,
+    }
+    event["tags"] = {**tags, **({} if failed.reason is None else {"stroma.reason": failed.reason})}
+    return event, hint
+
+
+def innermost_node(result: ExecutionResult) -> str:
+    """Return the node that failed: a group fails with the exception of its child."""
+    assert result.failure is not None
+    node_id = result.failure.node_id
+    rows = list(result.trace)[-1:]
+    while rows and rows[-1].node_id == node_id:
+        failure_text = rows[-1].failure_message
+        rows = [
+            row
+            for row in rows[-1].children
+            if row.outcome == "failure" and row.failure_message == failure_text
+        ]
+        node_id = rows[-1].node_id if rows else node_id
+    return node_id
+
+
+def redact_event(event: Any, _hint: Any) -> Any:
+    """Return an event from inside a run without what the engine's own log lines say."""
+    crumbs = event.get("breadcrumbs")
+    if isinstance(crumbs, dict):
+        # The engine's own log lines tell what the exceptions said, secrets and all, and are no news beside ours.
+        crumbs["values"] = [c for c in crumbs.get("values", ()) if c.get("category") != "stroma"]
+    if str(event.get("logger")) == "stroma":  # A hook that raised had the state among its arguments.
+        for frame in _frames_of(event):
+            frame.pop("vars", None)
+    return event
+
+
+def drop_log_lines(event: Any, _hint: Any) -> Any:
+    """Return None for what Sentry's logging integration makes of a line that says again what is captured here."""
+    return None if WRITING.get() else event
+
+
+def drop_captured(event: Any, hint: Any) -> Any:
+    """Return None for an exception that was captured here with the same client, in any task."""
+    error = ((hint or {}).get("exc_info") or (None, None))[1]
+    notes = getattr(error, "__dict__", {}).get("_stroma_notes", {}).get("sentry")
+    if notes is None:
+        return event
+    return None if get_client() in notes.captured_by else event
+
+
+def _frames_of(event: Any) -> Iterator[dict[str, Any]]:
+    for value in (event.get("exception") or {}).get("values") or ():
+        yield from (value.get("stacktrace") or {}).get("frames") or ()

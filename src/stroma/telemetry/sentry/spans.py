@@ -1,0 +1,87 @@
+"""Spans in the two modes of Sentry's SDK, behind the same methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["SpanStream", "Transactions"]
+
+
+class Transactions:
+    """Spans of transactions, as the SDK has them by default."""
+
+    is_streamed = False
+
+    def __init__(self, sdk: Any) -> None:
+        self._sdk = sdk
+
+    def current(self, scope: Any) -> Any:
+        """Return the current span of a scope, or None."""
+        return scope.span
+
+    def start(
+        self, scope: Any, name: str, op: str, above: Any, traceparent: str | None, *, is_root: bool
+    ) -> Any:
+        """Start a span under ``above``, or in the trace of ``traceparent``, and make it current in a scope."""
+        about = {"op": op, "name": name}
+        with self._sdk.scope.use_scope(scope):  # A transaction goes by the client of the current one.
+            if traceparent is not None:
+                header = {"sentry-trace": _sentry_trace(traceparent)}
+                span = self._sdk.start_transaction(self._sdk.continue_trace(header, **about))
+            elif above is not None:
+                span = above.start_child(**about)
+            else:
+                span = self._sdk.start_transaction(**about) if is_root else self._sdk.start_span(**about)
+        scope.span = span
+        return span
+
+    def put(self, span: Any, name: str, value: Any) -> None:
+        """Set an attribute of a span."""
+        span.set_data(name, value)
+
+    def end(self, span: Any, status: str, scope: Any) -> None:
+        """End a span, by the client of a scope."""
+        span.set_status(status)
+        with self._sdk.scope.use_scope(scope):
+            span.finish(scope)
+
+
+class SpanStream:
+    """Spans that are sent one by one (``trace_lifecycle="stream"``): transactions do nothing there."""
+
+    is_streamed = True
+
+    def __init__(self, sdk: Any) -> None:
+        self._sdk = sdk
+
+    def current(self, scope: Any) -> Any:
+        """Return the current span of a scope, or None."""
+        return scope.streamed_span
+
+    def start(
+        self, scope: Any, name: str, op: str, above: Any, traceparent: str | None, *, is_root: bool
+    ) -> Any:
+        """Start a span under ``above``, or in the trace of ``traceparent``, and make it current in a scope."""
+        with self._sdk.scope.use_scope(scope):
+            scope.streamed_span = above if traceparent is None else None
+            if traceparent is not None:
+                scope.generate_propagation_context({"sentry-trace": _sentry_trace(traceparent)})
+            elif above is None and is_root:
+                scope.set_new_propagation_context()
+            return self._sdk.traces.start_span(name=name, attributes={"sentry.op": op})
+
+    def put(self, span: Any, name: str, value: Any) -> None:
+        """Set an attribute of a span."""
+        span.set_attribute(name, value)
+
+    def end(self, span: Any, status: str, scope: Any) -> None:
+        """End a span, by the client of a scope."""
+        span.status = "ok" if status in ("ok", "cancelled", "aborted") else "error"
+        span.set_attribute("sentry.status.message", status)
+        with self._sdk.scope.use_scope(scope):
+            span.end()
+
+
+def _sentry_trace(traceparent: str) -> str:
+    _, trace_id, span_id, flags, *_ = traceparent.split("-")
+    return f"{trace_id}-{span_id}-{int(flags, 16) & 1}"
