@@ -71,9 +71,7 @@ async def test_a_view_that_raises_is_logged_and_never_fails_a_step(
 def test_a_contract_judges_what_a_broken_view_shows() -> None:
     """No contract is passed over in silence: what cannot be seen does not satisfy it."""
     guard, calls = Guard(), list[str]()
-    step: Any = guard.wrap(
-        "step", calls.append, contract=_contract(input=Query), input_view=raises
-    )
+    step: Any = guard.wrap("step", calls.append, contract=_contract(input=Query), input_view=raises)
     with pytest.raises(ContractViolation), guard.run("x"):
         step("a")
     assert calls == []

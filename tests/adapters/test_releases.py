@@ -39,5 +39,7 @@ def test_another_release_is_named_with_those_that_are_supported(
         warnings.simplefilter("always")
         warn_if_untested("langgraph")
     assert [str(one.message).partition(":")[0] for one in caught] == (
-        [] if tested else [f"langgraph {installed} is installed, and its adapter supports langgraph>=1.0.10,<2"]
+        []
+        if tested
+        else [f"langgraph {installed} is installed, and its adapter supports langgraph>=1.0.10,<2"]
     )

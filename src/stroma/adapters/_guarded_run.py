@@ -25,6 +25,8 @@ from stroma.contracts.node import held_by
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.contracts.untyped import UntypedState
+from stroma.cost.prices import estimate_cost_usd
+from stroma.cost.usage import Usage
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node
 from stroma.engine.outcome import Halt
@@ -35,13 +37,15 @@ from stroma.hooks.sets import HookError
 from stroma.runner.runner import StromaRunner
 from stroma.trace.result import ExecutionResult, RunStatus
 
-__all__ = ["ACTIVE", "GuardedRun"]
+__all__ = ["ACTIVE", "OUTSIDE", "GuardedRun", "active_run"]
 
 #: The current runs of guards, the innermost last.
 ACTIVE: ContextVar[tuple[GuardedRun, ...]] = ContextVar("stroma_guarded_runs", default=())
 
 
 _NO_MORE: Final = object()
+#: The id under which tokens of no step are counted.
+OUTSIDE: Final = "outside of steps"
 #: Key of an execution's note: the tokens inside it that a framework has counted, and the guard has not.
 _UNACCOUNTED: Final = "tokens that are not accounted for"
 
@@ -127,6 +131,22 @@ class GuardedRun:
             if waiting.payload is not None and waiting.effect is None and place not in session.restored
         ]
 
+    def report_usage(self, usage: Usage) -> None:
+        """Count tokens that were used in this run and in no step: against its budget, and in its totals."""
+        cost = 0.0
+        if usage.model is not None:
+            cost = estimate_cost_usd(
+                usage.model,
+                usage.input_tokens,
+                usage.output_tokens,
+                cached_input_tokens=usage.cached_input_tokens,
+                cache_write_tokens=usage.cache_write_tokens,
+                tier=usage.tier,
+            )
+        tokens = usage.input_tokens + usage.output_tokens
+        with self._lock:
+            self.ctx.cost_tracker.add(OUTSIDE, tokens, usage.output_tokens, cost, 0, usage.model)
+
     def compare_usage(self, framework: str, tokens: int) -> None:
         """Compare a framework's own count of tokens with that of the guard; log a warning if the guard has counted less.
 
@@ -136,7 +156,10 @@ class GuardedRun:
         node = current_node()
         if node is not None and node.ctx is self.ctx:
             known: int = node.notes.get(_UNACCOUNTED, 0)
-            counted, place = node.usage.tokens + sum(count_tokens(node.children or ())), f"step {node.node_id!r}"
+            counted, place = (
+                node.usage.tokens + sum(count_tokens(node.children or ())),
+                f"step {node.node_id!r}",
+            )
         else:
             node, known = None, self.unaccounted
             counted, place = self.ctx.cost_tracker.total_tokens, f"run {self.ctx.run_id!r}"
@@ -439,6 +462,11 @@ class GuardedRun:
         await self.close(met)
         if met is not error and met is not None:
             raise met from error
+
+
+def active_run() -> GuardedRun | None:
+    """Return the innermost run of a guard around this code, or None."""
+    return next((run for run in reversed(ACTIVE.get()) if not run.ended), None)
 
 
 def _digest(state: BaseModel) -> str:

@@ -28,7 +28,7 @@ except ImportError as error:
 
 from stroma.adapters._discovery import marked, marks_of
 from stroma.adapters._langchain_messages import update
-from stroma.adapters._langchain_usage import counting
+from stroma.adapters._langchain_usage import acounted, counted, counting
 from stroma.adapters._step import Control, copy_for_retries, input_of_attempt
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import ContractRegistry, NodeContract
@@ -102,7 +102,8 @@ def _graph_class(kind: Any, guard: Guard, adapter: LangGraphAdapter | None) -> A
     def stream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Any:
         def parts() -> Any:
             state = self.get_state(config) if _is_answered(guard, input) else None
-            yield from kind.stream(self, input if state is None else _answer(guard, state), config, **kwargs)
+            value = input if state is None else _answer(guard, state)
+            yield from counted(kind.stream(self, value, config, **kwargs))
             if _may_be_suspended(self, guard, kwargs):
                 _note_suspended(guard, self.get_state(config))
 
@@ -111,8 +112,8 @@ def _graph_class(kind: Any, guard: Guard, adapter: LangGraphAdapter | None) -> A
     def astream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Any:
         async def parts() -> Any:
             state = await self.aget_state(config) if _is_answered(guard, input) else None
-            stream = kind.astream(self, input if state is None else _answer(guard, state), config, **kwargs)
-            async with contextlib.aclosing(stream):
+            value = input if state is None else _answer(guard, state)
+            async with contextlib.aclosing(acounted(kind.astream(self, value, config, **kwargs))) as stream:
                 async for part in stream:
                     yield part
             if _may_be_suspended(self, guard, kwargs):

@@ -733,7 +733,9 @@ def test_an_answer_of_stroma_approve_resumes_the_graph(kind: str, tmp_path: Path
     guard = resumable(tmp_path)
     call(graph_of(guard), kind, {"text": "a"}, config)
     for step, question, answer in (("split", "which?", "this"), ("count", "really?", "yes")):
-        assert [(one.node_id, one.reason) for one in questions(tmp_path) if one.payload is None] == [(step, question)]
+        assert [(one.node_id, one.reason) for one in questions(tmp_path) if one.payload is None] == [
+            (step, question)
+        ]
         approve(guard, answer)
         guard = resumable(tmp_path)
         result = call(graph_of(guard), kind, None, config)
@@ -826,7 +828,9 @@ def test_a_second_attach_with_other_contracts_is_an_error(compiled: bool) -> Non
     assert type(attach(graph, guard)) is kind
     assert type(attach(graph, guard, {"split": (Text, Words)})) is kind
     for contracts in ({"split": (Text, Text)}, {"count": (Words, Total)}):
-        with pytest.raises(ValueError, match="already attached to this guard, with another contract or without"):
+        with pytest.raises(
+            ValueError, match="already attached to this guard, with another contract or without"
+        ):
             attach(graph, guard, contracts)
 
 
@@ -849,3 +853,37 @@ def test_a_state_may_be_a_list(kind: str) -> None:
     plain = call(build(lambda b: b), kind, [])
     assert call(build(lambda b: attach(b, guard)), kind, []) == plain == ["x", "y", "z"]
     assert lines_of(guard) == ["a success", "b success"]
+
+
+# ---------------------------------------------------------------------- no unseen spend
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_models_that_edges_call_are_counted(kind: str, when: str) -> None:
+    """A model that decides where to go next is called in no node: its tokens count, and the budget stops it."""
+    guard = guard_of(budget=ExecutionBudget(max_tokens_total=35))
+    llm, calls = model(*[10] * 9), list[str]()
+
+    def route(state: State) -> str:
+        calls.append(llm.invoke("where?").content)
+        return "again"
+
+    async def aroute(state: State) -> str:
+        calls.append((await llm.ainvoke("where?")).content)
+        return "again"
+
+    builder = StateGraph(State)
+    builder.add_node("again", lambda state: {"words": [str(llm.invoke("x").content)]})
+    builder.add_edge(START, "again")
+    builder.add_conditional_edges("again", aroute if kind.startswith("a") else route, ["again"])
+    if when == "before":
+        graph = attach(builder, guard).compile()
+    else:
+        graph = attach(builder.compile(), guard)
+    with pytest.raises(BudgetExceeded) as caught:
+        call(graph, kind, {"text": "a"})
+    assert (caught.value.actual, len(calls)) == (40, 2)
+    assert result_of(guard).total_tokens == 40
+    assert result_of(guard).total_cost_usd > 0
+    assert result_of(guard).status is RunStatus.PARTIAL

@@ -287,7 +287,10 @@ class RunOpener:
             first = request.discard_from
             # Where the caller's own checkpoint goes on, what is still to be answered is asked again.
             is_asked_again = (
-                waiting is not None and request.any_input and waiting.payload is None and waiting.effect is None
+                waiting is not None
+                and request.any_input
+                and waiting.payload is None
+                and waiting.effect is None
             )
             if waiting is None or is_asked_again or (first is not None and waiting.position >= first):
                 rows.delete_annotations(run.run, Annotation.WAITING, row.branch)
