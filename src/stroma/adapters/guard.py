@@ -129,15 +129,16 @@ class Guard:
 
         ``goes_on``: see :class:`GuardedRun`.
         """
-        return iter(start()) if self.inside else self._part(input, goes_on).over(start)
+        return iter(start()) if self.inside else self.begin(input, goes_on).over(start)
 
     def aover(
         self, start: Callable[[], AsyncIterable[Any]], input: Any = None, *, goes_on: bool = False
     ) -> AsyncIterator[Any]:
         """Do the same as :meth:`over` for an async framework."""
-        return aiter(start()) if self.inside else self._part(input, goes_on).aover(start)
+        return aiter(start()) if self.inside else self.begin(input, goes_on).aover(start)
 
-    def _part(self, input: Any, goes_on: bool) -> GuardedRun:
+    def begin(self, input: Any, goes_on: bool) -> GuardedRun:
+        """Return a run as :meth:`run` does. ``goes_on``: see :class:`GuardedRun`."""
         run = self.run(input)
         run.goes_on = goes_on
         return run
@@ -154,13 +155,13 @@ class Guard:
         async def arun(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
                 return await called(*args, **kwargs)
-            async with self._part(input(args, kwargs), goes_on(args)):
+            async with self.begin(input(args, kwargs), goes_on(args)):
                 return await called(*args, **kwargs)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
                 return called(*args, **kwargs)
-            with self._part(input(args, kwargs), goes_on(args)):
+            with self.begin(input(args, kwargs), goes_on(args)):
                 return called(*args, **kwargs)
 
         wrapped = functools.update_wrapper(arun if gives_coroutine(func) else run, func)
