@@ -62,6 +62,7 @@ class RunOwner(Protocol):
     open_runs: list[GuardedRun]
 
     def ended(self, run: GuardedRun) -> None: ...
+    def forget_old(self, run: GuardedRun) -> None: ...
 
 
 class GuardedRun:
@@ -308,6 +309,7 @@ class GuardedRun:
             ctx.call_end_hooks_now(self.result)
             return
         cancelled = await ctx.end(status, reason or None)
+        self.guard.forget_old(self)
         await ctx.call_end_hooks(self.result)
         if cancelled and error is None:
             raise asyncio.CancelledError

@@ -17,8 +17,11 @@ function, a generator function or an async one. Calls inside other guarded calls
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import threading
+from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
@@ -28,6 +31,7 @@ from stroma.adapters._guarded_call import Call
 from stroma.adapters._guarded_run import ACTIVE, GuardedRun
 from stroma.adapters._state_views import View, arguments_of, first_argument, violation
 from stroma.adapters._step import Control, GuardedStep, causes
+from stroma.checkpoint.decisions import ENDED
 from stroma.contracts.contract import ContractRegistry, NodeContract, check_id
 from stroma.contracts.node import gives_coroutine
 from stroma.contracts.untyped import UntypedState
@@ -54,6 +58,8 @@ R = TypeVar("R")
 #: Where a guarded callable keeps its guard.
 _GUARD: Final = "_stroma_guarded"
 _CONTRACT: Final = "_stroma_guarded_contract"
+#: How many runs that have ended the default store has at most.
+KEPT_RUNS: Final = 100
 #: How a callable is called: as a function, a coroutine function, a generator function or an async one.
 Kind: TypeAlias = Literal["call", "acall", "stream", "astream"]
 #: Contracts by the name that a framework has for a node or tool; a pair is the schemas of its input and output.
@@ -85,6 +91,9 @@ class Guard:
             self.runner = StromaRunner.quick() if target is None else target
             self.registry, self._own = self.runner.registry, None
         self.open_runs: list[GuardedRun] = []
+        #: The ids of runs that have ended in a store that nobody has asked for, the oldest first.
+        self._ended: deque[str] = deque()
+        self._lock = threading.Lock()
         self._last: GuardedRun | None = None
 
     # ------------------------------------------------------------------ runs
@@ -217,7 +226,21 @@ class Guard:
         return self._last
 
     def ended(self, run: GuardedRun) -> None:
+        """Take a run that has ended, before the store has its end."""
         self._last = run
+
+    def forget_old(self, run: GuardedRun) -> None:
+        """Delete the run that ended ``KEPT_RUNS`` ends ago from a store that nobody has asked for."""
+        store = None if self.runner is None else self.runner.checkpoint_manager.store
+        if not getattr(store, "is_default", False) or run.result is None or run.result.status not in ENDED:
+            return
+        with self._lock:
+            with contextlib.suppress(ValueError):
+                self._ended.remove(run.ctx.run_id)
+            self._ended.append(run.ctx.run_id)
+            old = self._ended.popleft() if len(self._ended) > KEPT_RUNS else None
+        if old is not None:
+            cast("Any", store).forget(old)
 
     # ------------------------------------------------------------------ steps
 

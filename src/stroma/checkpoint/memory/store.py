@@ -113,6 +113,10 @@ class _MemorySession(NullSession):
         self.execution, self._epoch = run.execution, run.epoch
         self._run, self._states, self._other_rows = run, run.states, run.other_rows
         self.control = run.control
+        if self.continued and request.any_input:  # What is still to be answered is asked again.
+            for place, waiting in list(run.waiting.items()):
+                if waiting.payload is None and waiting.effect is None:
+                    del run.waiting[place]
         self._calls, self.waiting, self.traceparent = run.calls, dict(run.waiting), run.traceparent
         self.places, self.notes, self.attribution = run.places, run.notes, run.attribution
 
@@ -312,6 +316,9 @@ def _fenced() -> Fenced:
 class _MemoryStore(MemoryReader, MemoryCells):
     """Base class of the sync and the async store. All calls are atomic: nothing here awaits."""
 
+    #: Nobody has asked for this store: guards delete what ended long ago, so that memory does not grow.
+    is_default = False
+
     def __init__(self) -> None:
         super().__init__()
         self._runs: dict[str, MemoryRun] = {}
@@ -458,6 +465,10 @@ class _MemoryStore(MemoryReader, MemoryCells):
     def _load_typed(self, run_id: str, node_id: str, schema: type[BaseModel]) -> BaseModel | None:
         state = self._load(run_id, node_id)
         return None if state is None else as_schema(state, schema, run_id, node_id)
+
+    def forget(self, run_id: str) -> None:
+        """Delete a run at once; nothing happens if there is none."""
+        self._delete(run_id)
 
     def _delete(self, run_id: str) -> None:
         run = self._runs.pop(run_id, None)
