@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,19 @@ from stroma import (
     NodeContract,
     RunStatus,
     StromaRunner,
+    Usage,
     current_node,
     current_run,
     parallel,
     stroma_node,
 )
-from stroma.adapters import Guard
+from stroma.adapters import Control, Guard
 
 ROOT = Path(__file__).parents[2]
 KILLED = """
 import asyncio, os, signal, sys
 from stroma import StromaRunner, current_node
-from stroma.adapters import Guard
+from stroma.adapters import Control, Guard
 db, side, dies = sys.argv[1], os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), sys.argv[3] == "dies"
 guard = Guard(StromaRunner.quick(store=db, run_id="r", resume=True, lease_seconds=0.2))
 def called(what):
@@ -255,3 +258,42 @@ async def test_a_step_in_a_thread_that_knows_nothing_of_its_node() -> None:
     result = await runner.run(nodes, Text())
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Text(text="first second"))
     assert calls == [1]
+
+
+@pytest.mark.parametrize("kind", ["guard", "runner"])
+def test_the_memory_of_a_guard_that_is_used_a_thousand_times_is_flat(kind: str) -> None:
+    """Its default store forgets ended runs; the newest hundred are still listed, and a suspended one is."""
+    guard = Guard() if kind == "guard" else Guard(StromaRunner.quick(tags=["a"]))
+    step = guard.wrap("step", lambda n: "x" * n)
+    waits = guard.wrap("waits", lambda: 1 // 0, control=lambda _: Control("suspended", "a person"))
+    assert guard.runner is not None
+    store: Any = guard.runner.checkpoint_manager.store
+
+    def use(times: int) -> int:
+        for _ in range(times):
+            with guard.run("q"):
+                step(100)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    with pytest.raises(ZeroDivisionError), guard.run(run_id="waiting"):
+        waits()
+    tracemalloc.start()
+    try:
+        before = use(200)
+        assert use(1000) - before < 100 * 1000, "less than 100 bytes for each run"
+    finally:
+        tracemalloc.stop()
+    listed = {run.run_id for run in store.list_runs(limit=1000)}
+    assert len(listed) == 101
+    assert "waiting" in listed
+
+
+def test_a_run_that_is_resumed_again_and_again_is_not_forgotten() -> None:
+    """A fixed run id in the default store: its bill is carried on, however often the run ended."""
+    guard = Guard(StromaRunner.quick(run_id="r", resume=True))
+    step = guard.wrap("step", lambda: 1, usage=lambda _: Usage(1, 1))
+    for _ in range(250):
+        with guard.run("q") as run:
+            step()
+    assert run.ctx.cost_tracker.prior_tokens == 2 * 249

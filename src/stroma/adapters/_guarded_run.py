@@ -7,24 +7,28 @@ import concurrent.futures
 import hashlib
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar, Token, copy_context
 from functools import partial
 from typing import Any, Final, Protocol, Self
 
 from pydantic import BaseModel
 
-from stroma.adapters._background_loop import ContextChanges, run_in_background
+from stroma.adapters._background_loop import Changes, applied, changes_since, run_in_background
 from stroma.adapters._guarded_call import Call
 from stroma.adapters._state_views import given_to
-from stroma.adapters._step import Halts, find_halt
+from stroma.adapters._step import Halts, count_tokens, find_halt
 from stroma.checkpoint import StepCall
 from stroma.checkpoint.entries import RunControl
 from stroma.checkpoint.identity import StepCalls
+from stroma.contracts.node import held_by
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
+from stroma.contracts.untyped import UntypedState
+from stroma.cost.prices import estimate_cost_usd
+from stroma.cost.usage import Usage
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import NodeExecution, current_node
 from stroma.engine.outcome import Halt
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunCancelled
@@ -33,13 +37,17 @@ from stroma.hooks.sets import HookError
 from stroma.runner.runner import StromaRunner
 from stroma.trace.result import ExecutionResult, RunStatus
 
-__all__ = ["ACTIVE", "GuardedRun"]
+__all__ = ["ACTIVE", "OUTSIDE", "GuardedRun", "active_run"]
 
 #: The current runs of guards, the innermost last.
 ACTIVE: ContextVar[tuple[GuardedRun, ...]] = ContextVar("stroma_guarded_runs", default=())
 
 
 _NO_MORE: Final = object()
+#: The id under which tokens of no step are counted.
+OUTSIDE: Final = "outside of steps"
+#: Key of an execution's note: the tokens inside it that a framework has counted, and the guard has not.
+_UNACCOUNTED: Final = "tokens that are not accounted for"
 
 
 class RunOwner(Protocol):
@@ -54,6 +62,7 @@ class RunOwner(Protocol):
     open_runs: list[GuardedRun]
 
     def ended(self, run: GuardedRun) -> None: ...
+    def forget_old(self, run: GuardedRun) -> None: ...
 
 
 class GuardedRun:
@@ -64,6 +73,9 @@ class GuardedRun:
         result: the result of the run, once it has ended.
         ended: the run has ended.
         ends: the run ends; that of the guard itself does not.
+        goes_on: its input is what a framework continues its own checkpoint with, such as an answer; under ``resume=True`` it
+            may be another one than that of the run.
+        unaccounted: tokens that a framework has counted in this run, and the guard has not; see :meth:`compare_usage`.
     """
 
     def __init__(self, guard: RunOwner, ctx: ReliabilityContext, input: Any = None, *, ends: bool) -> None:
@@ -71,6 +83,8 @@ class GuardedRun:
         self.ctx = ctx
         self.ends = ends
         self.ended = False
+        self.goes_on = False
+        self.unaccounted = 0
         self.result: ExecutionResult | None = None
         #: The exceptions and stops of calls that are inside no other one.
         self.halts: Halts = []
@@ -81,9 +95,6 @@ class GuardedRun:
         self._opened = False
         self._opening: concurrent.futures.Future[None] | None = None
         self._stopping: Halt | None = None
-        #: What start hooks have made current on the background loop, and where sync code has it.
-        self._changes: ContextChanges | None = None
-        self._applied = ExitStack()
         #: The run was cancelled; and the task to cancel then, its loop, and that it was.
         self.cancelling = False
         self._task: asyncio.Task[Any] | None = None
@@ -91,6 +102,9 @@ class GuardedRun:
         self._has_cancelled_task = False
         self._cancelling_at_entry = 0
         self._token: Token[tuple[GuardedRun, ...]] | None = None
+        #: What hooks have set for the code of the run, its span above all, and what undoes that in the caller's context.
+        self._changes: Changes = ()
+        self._applied = ExitStack()
 
     @property
     def stopped(self) -> Failure | None:
@@ -107,6 +121,62 @@ class GuardedRun:
         # Steps around the failed one fail with the same exception.
         if known is None or known.failure.exception is not halt.failure.exception:
             self._stopping = halt
+
+    @property
+    def answers(self) -> list[tuple[str, Any]]:
+        """The stored answers to what steps of this run wait for, with the ids of these steps (``stroma approve``)."""
+        session = self.ctx.session
+        return [
+            (waiting.node_id, held_by(schema_of(UntypedState).decode(waiting.payload)))
+            for place, waiting in session.waiting.items()
+            if waiting.payload is not None and waiting.effect is None and place not in session.restored
+        ]
+
+    def report_usage(self, usage: Usage) -> None:
+        """Count tokens that were used in this run and in no step: against its budget, and in its totals."""
+        cost = 0.0
+        if usage.model is not None:
+            cost = estimate_cost_usd(
+                usage.model,
+                usage.input_tokens,
+                usage.output_tokens,
+                cached_input_tokens=usage.cached_input_tokens,
+                cache_write_tokens=usage.cache_write_tokens,
+                tier=usage.tier,
+            )
+        tokens = usage.input_tokens + usage.output_tokens
+        with self._lock:
+            self.ctx.cost_tracker.add(OUTSIDE, tokens, usage.output_tokens, cost, 0, usage.model)
+
+    def compare_usage(self, framework: str, tokens: int) -> None:
+        """Compare a framework's own count of tokens with that of the guard; log a warning if the guard has counted less.
+
+        ``tokens``: inside a step those since its attempt began, elsewhere those of the whole run in this process. The guard
+        may count more: failed attempts, and calls that the framework counts nowhere.
+        """
+        node = current_node()
+        if node is not None and node.ctx is self.ctx:
+            known: int = node.notes.get(_UNACCOUNTED, 0)
+            counted, place = (
+                node.usage.tokens + sum(count_tokens(node.children or ())),
+                f"step {node.node_id!r}",
+            )
+        else:
+            node, known = None, self.unaccounted
+            counted, place = self.ctx.cost_tracker.total_tokens, f"run {self.ctx.run_id!r}"
+        missing = tokens - counted - known
+        if missing <= 0:
+            return
+        with self._lock:
+            self.unaccounted += missing
+            while node is not None:
+                node.notes[_UNACCOUNTED] = node.notes.get(_UNACCOUNTED, 0) + missing
+                node = node.parent
+        self.ctx.run_logger.warning(
+            "%s counted %d tokens in %s, and the guard %d: %d tokens count against no budget; attach the guard to every "
+            "agent, model and tool that is used there",
+            framework, tokens, place, counted, missing,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------ cancellation
 
@@ -202,15 +272,21 @@ class GuardedRun:
                 self._opening = None
                 own.set_result(None)
 
+    async def _open_apart(self) -> None:
+        """Start the run in a context of its own, and note what hooks set there."""
+        base = copy_context()
+        await self.open()
+        self._changes = changes_since(base)
+
     async def _open(self, first: Call | None) -> None:
         ctx = self.ctx
         value = self._input
         if value is None and first is not None:
-            value = first.step.input_view(first.args, first.kwargs)
+            value = first.seen_input()
         initial = (
             value if isinstance(value, BaseModel) and type(value) is not BaseModel else given_to(value, None)
         )
-        await ctx.open(initial, ends=self.ends)
+        await ctx.open(initial, ends=self.ends, any_input=self.goes_on)
         if self.guard.runner is not None:  # Otherwise the owner of the context handles cancellation.
             ctx.session.on_control = partial(self._control, asyncio.get_running_loop())
         if self.ends:
@@ -233,6 +309,7 @@ class GuardedRun:
             ctx.call_end_hooks_now(self.result)
             return
         cancelled = await ctx.end(status, reason or None)
+        self.guard.forget_old(self)
         await ctx.call_end_hooks(self.result)
         if cancelled and error is None:
             raise asyncio.CancelledError
@@ -277,14 +354,14 @@ class GuardedRun:
         """Make the calls inside belong to this run, without a start or an end of it."""
         token = ACTIVE.set((*ACTIVE.get(), self))
         try:
-            with nullcontext() if self._changes is None else self._changes.here():
+            with applied(self._changes):
                 yield
         finally:
             _reset(token)
 
     def over(self, start: Callable[[], Iterable[Any]]) -> Generator[Any, None, Any]:
         """Iterate over ``start()`` inside this run, which ends with it. Use it in place of ``with``."""
-        self._open_in_background()
+        run_in_background(self._open_apart())
         self._register()
         raised: BaseException | None = None
         source: Any = None
@@ -310,7 +387,8 @@ class GuardedRun:
 
     async def aover(self, start: Callable[[], AsyncIterable[Any]]) -> AsyncIterator[Any]:
         """Do the same as :meth:`over` for an async iterator."""
-        await self.open()
+        # Not in the context of the caller, who has the parts: the run is around the framework's code alone.
+        await asyncio.get_running_loop().create_task(self._open_apart())
         self._register()
         raised: BaseException | None = None
         source: Any = None
@@ -360,28 +438,17 @@ class GuardedRun:
     def _leave(self) -> None:
         if self in self.guard.open_runs:
             self.guard.open_runs.remove(self)
+        self._applied.close()
         if self._token is not None:
             _reset(self._token)
 
-    def _open_in_background(self) -> None:
-        """Open the run on the background loop; what its start hooks make current there is current for sync code, too."""
-        here = copy_context()
-
-        async def opened() -> None:
-            await self.open()
-            self._changes = ContextChanges(here)
-
-        run_in_background(opened())
-
     def __enter__(self) -> Self:
-        self._open_in_background()
+        run_in_background(self._open_apart())
         self._enter()
-        if self._changes is not None:
-            self._applied.enter_context(self._changes.here())
+        self._applied.enter_context(applied(self._changes))
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self._applied.close()
         self._leave()
         run_in_background(self.close(error))
 
@@ -397,6 +464,11 @@ class GuardedRun:
         await self.close(met)
         if met is not error and met is not None:
             raise met from error
+
+
+def active_run() -> GuardedRun | None:
+    """Return the innermost run of a guard around this code, or None."""
+    return next((run for run in reversed(ACTIVE.get()) if not run.ended), None)
 
 
 def _digest(state: BaseModel) -> str:

@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.tracers.context import register_configure_hook
 
+from stroma.adapters._guarded_run import OUTSIDE, GuardedRun, active_run
 from stroma.adapters._langchain_messages import usage_of
 from stroma.adapters._step import mark_published
 from stroma.cost.budget import BudgetExceeded
 from stroma.cost.prices import estimate_cost_usd
 from stroma.engine.execution import NodeExecution, current_node
 
-__all__ = ["counting"]
+__all__ = ["acounted", "counted", "counting"]
+
+_END: Final = object()
 
 
 class _Counter(BaseCallbackHandler):
-    """Counts every model call on the innermost step around it, and refuses calls beyond the budget.
+    """Counts every model call on the innermost step around it, else on the run, and refuses calls beyond the budget.
 
     There is one for the whole process, so that LangChain never adds it twice, and it keeps nothing but who asked.
     """
 
     raise_error = True  # What it raises stops the call.
     run_inline = True  # On the task that calls the model, where the step is known.
+    ignore_chain = ignore_retriever = ignore_agent = True
 
     def __init__(self) -> None:
-        self._asked_by: dict[UUID, NodeExecution] = {}
+        self._asked_by: dict[UUID, NodeExecution | GuardedRun] = {}
 
     def on_chat_model_start(self, *_: Any, run_id: UUID, **__: Any) -> None:
-        node = current_node()
-        if node is not None:
-            _refuse_beyond_budget(node)
-            self._asked_by[run_id] = node
+        asking = current_node() or active_run()  # Edges call models too.
+        if asking is not None:
+            _refuse_beyond_budget(asking)
+            self._asked_by[run_id] = asking
 
     on_llm_start = on_chat_model_start
 
@@ -44,27 +49,31 @@ class _Counter(BaseCallbackHandler):
         mark_published()  # Models stream only where somebody listens.
 
     def on_llm_end(self, response: Any, *, run_id: UUID, **_: Any) -> None:
-        node = self._asked_by.pop(run_id, None)
-        if node is None:
+        asked_by = self._asked_by.pop(run_id, None)
+        if asked_by is None:
             return
         used = usage_of(response)
         if used is not None:
-            node.report_usage(used)
-        elif node.ctx.limits:
-            node.ctx.run_logger.warning(
-                "a model call in node %r does not say what it used: it counts as 0 against the budget",
-                node.node_id,
+            asked_by.report_usage(used)
+        elif asked_by.ctx.limits:
+            asked_by.ctx.run_logger.warning(
+                "a model call in %s does not say what it used: it counts as 0 against the budget",
+                f"node {asked_by.node_id!r}" if isinstance(asked_by, NodeExecution) else "no node",
             )
 
     def on_llm_error(self, *_: Any, run_id: UUID, **__: Any) -> None:
         self._asked_by.pop(run_id, None)
 
 
-def _refuse_beyond_budget(node: NodeExecution) -> None:
+def _refuse_beyond_budget(asking: NodeExecution | GuardedRun) -> None:
     """Check the budget before each model call, as a node may make many before the engine's own check."""
-    ctx = node.ctx
+    ctx = asking.ctx
     if not ctx.limits:
         return
+    if isinstance(asking, GuardedRun):
+        ctx.cost_tracker.check_budget(ctx.budget, OUTSIDE)
+        return
+    node = asking
     ctx.cost_tracker.check_budget(ctx.budget, node.node_id)
     tokens, cost, inner = 0, 0.0, node
     while True:
@@ -94,3 +103,24 @@ def counting() -> Iterator[None]:
         yield
     finally:
         _HERE.reset(token)
+
+
+def counted(parts: Generator[Any, None, None]) -> Generator[Any, None, None]:
+    """Iterate over a graph's stream and count the model calls that no step makes. LangChain passes the counter on."""
+    with contextlib.closing(parts):
+        with counting():
+            first = next(parts, _END)
+        if first is not _END:
+            yield first
+            yield from parts
+
+
+async def acounted(parts: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """Do the same as :func:`counted` for an async stream."""
+    async with contextlib.aclosing(parts):
+        with counting():
+            first = await anext(parts, _END)
+        if first is not _END:
+            yield first
+            async for part in parts:
+                yield part

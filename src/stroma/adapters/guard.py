@@ -17,8 +17,11 @@ function, a generator function or an async one. Calls inside other guarded calls
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import threading
+from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
@@ -28,6 +31,7 @@ from stroma.adapters._guarded_call import Call
 from stroma.adapters._guarded_run import ACTIVE, GuardedRun
 from stroma.adapters._state_views import View, arguments_of, first_argument, violation
 from stroma.adapters._step import Control, GuardedStep, causes
+from stroma.checkpoint.decisions import ENDED
 from stroma.contracts.contract import ContractRegistry, NodeContract, check_id
 from stroma.contracts.node import gives_coroutine
 from stroma.contracts.untyped import UntypedState
@@ -53,6 +57,9 @@ R = TypeVar("R")
 
 #: Where a guarded callable keeps its guard.
 _GUARD: Final = "_stroma_guarded"
+_CONTRACT: Final = "_stroma_guarded_contract"
+#: How many runs that have ended the default store has at most.
+KEPT_RUNS: Final = 100
 #: How a callable is called: as a function, a coroutine function, a generator function or an async one.
 Kind: TypeAlias = Literal["call", "acall", "stream", "astream"]
 #: Contracts by the name that a framework has for a node or tool; a pair is the schemas of its input and output.
@@ -84,6 +91,9 @@ class Guard:
             self.runner = StromaRunner.quick() if target is None else target
             self.registry, self._own = self.runner.registry, None
         self.open_runs: list[GuardedRun] = []
+        #: The ids of runs that have ended in a store that nobody has asked for, the oldest first.
+        self._ended: deque[str] = deque()
+        self._lock = threading.Lock()
         self._last: GuardedRun | None = None
 
     # ------------------------------------------------------------------ runs
@@ -121,28 +131,46 @@ class Guard:
         )
         return GuardedRun(self, ctx, input, ends=True)
 
-    def over(self, start: Callable[[], Iterable[Any]], input: Any = None) -> Iterator[Any]:
-        """Iterate over the parts of a framework's result as a run; inside a run of this guard, as part of that."""
-        return iter(start()) if self.inside else self.run(input).over(start)
+    def over(
+        self, start: Callable[[], Iterable[Any]], input: Any = None, *, goes_on: bool = False
+    ) -> Iterator[Any]:
+        """Iterate over the parts of a framework's result as a run; inside a run of this guard, as part of that.
 
-    def aover(self, start: Callable[[], AsyncIterable[Any]], input: Any = None) -> AsyncIterator[Any]:
+        ``goes_on``: see :class:`GuardedRun`.
+        """
+        return iter(start()) if self.inside else self.begin(input, goes_on).over(start)
+
+    def aover(
+        self, start: Callable[[], AsyncIterable[Any]], input: Any = None, *, goes_on: bool = False
+    ) -> AsyncIterator[Any]:
         """Do the same as :meth:`over` for an async framework."""
-        return aiter(start()) if self.inside else self.run(input).aover(start)
+        return aiter(start()) if self.inside else self.begin(input, goes_on).aover(start)
 
-    def each_call(self, func: Callable[P, R], input: View) -> Callable[P, R]:
-        """Return a function each call of which is a run, or part of the current run of this guard."""
+    def begin(self, input: Any, goes_on: bool) -> GuardedRun:
+        """Return a run as :meth:`run` does. ``goes_on``: see :class:`GuardedRun`."""
+        run = self.run(input)
+        run.goes_on = goes_on
+        return run
+
+    def each_call(
+        self, func: Callable[P, R], input: View, goes_on: Callable[[tuple[Any, ...]], bool] = lambda _: False
+    ) -> Callable[P, R]:
+        """Return a function each call of which is a run, or part of the current run of this guard.
+
+        ``goes_on(args)``: see :class:`GuardedRun`.
+        """
         called: Callable[..., Any] = func
 
         async def arun(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
                 return await called(*args, **kwargs)
-            async with self.run(input(args, kwargs)):
+            async with self.begin(input(args, kwargs), goes_on(args)):
                 return await called(*args, **kwargs)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
                 return called(*args, **kwargs)
-            with self.run(input(args, kwargs)):
+            with self.begin(input(args, kwargs), goes_on(args)):
                 return called(*args, **kwargs)
 
         wrapped = functools.update_wrapper(arun if gives_coroutine(func) else run, func)
@@ -177,12 +205,42 @@ class Guard:
         return self._last.stopped
 
     @property
+    def unaccounted(self) -> int:
+        """Tokens that a framework has counted in the current run, else in the last one that ended, and the guard has not.
+
+        0 if all spend was seen. Else a warning named the step: its budget does not hold what is missing.
+        """
+        run = self.current if self.inside or self._last is None else self._last
+        return run.unaccounted
+
+    def compare_usage(self, framework: str, tokens: int) -> None:
+        """Compare a framework's own count of tokens, at the end of its run, with that of the guard.
+
+        See :meth:`GuardedRun.compare_usage`.
+        """
+        self.current.compare_usage(framework, tokens)
+
+    @property
     def last(self) -> GuardedRun | None:
         """The run that ended last."""
         return self._last
 
     def ended(self, run: GuardedRun) -> None:
+        """Take a run that has ended, before the store has its end."""
         self._last = run
+
+    def forget_old(self, run: GuardedRun) -> None:
+        """Delete the run that ended ``KEPT_RUNS`` ends ago from a store that nobody has asked for."""
+        store = None if self.runner is None else self.runner.checkpoint_manager.store
+        if not getattr(store, "is_default", False) or run.result is None or run.result.status not in ENDED:
+            return
+        with self._lock:
+            with contextlib.suppress(ValueError):
+                self._ended.remove(run.ctx.run_id)
+            self._ended.append(run.ctx.run_id)
+            old = self._ended.popleft() if len(self._ended) > KEPT_RUNS else None
+        if old is not None:
+            cast("Any", store).forget(old)
 
     # ------------------------------------------------------------------ steps
 
@@ -206,15 +264,9 @@ class Guard:
             check_id(step_id, "step id"), input_view=input_view or arguments_of(func), **options
         )
         wrapped = _WAYS[kind or _kind_of(func)](self, step, func)
-        try:
-            functools.update_wrapper(wrapped, func, updated=("__dict__",) if inspect.isroutine(func) else ())
-        except AttributeError:
-            pass  # A partial has no name, but a signature.
-        try:
-            wrapped.__signature__ = inspect.signature(func)  # type: ignore[attr-defined]
-        except (TypeError, ValueError):
-            pass
-        return cast("Callable[P, R]", self.mark(wrapped))
+        # inspect.signature() follows __wrapped__. A __signature__ would hold `self`, and those who wrap a method copy it.
+        functools.update_wrapper(wrapped, func, updated=("__dict__",) if inspect.isroutine(func) else ())
+        return cast("Callable[P, R]", self.mark(wrapped, step.contract))
 
     def call(self, step: GuardedStep, func: Callable[..., R], *args: Any, **kwargs: Any) -> R:
         """Call a function once as a step, for code that creates steps dynamically."""
@@ -256,14 +308,23 @@ class Guard:
         """Return a function of ``(state, ...)`` as a step: its input is its first argument."""
         return self.wrap(step_id, func, contract=contract, input_view=first_argument)
 
-    def mark(self, func: Any) -> Any:
-        """Mark a function as guarded by this guard."""
+    def mark(self, func: Any, contract: NodeContract[Any, Any] | None = None) -> Any:
+        """Mark a function as guarded by this guard, with a contract."""
         func.__dict__[_GUARD] = self
+        func.__dict__[_CONTRACT] = contract
         return func
 
-    def has(self, func: Any) -> bool:
-        """Return True if a function is guarded by this guard. Raises ValueError if another one guards it."""
+    def has(self, func: Any, contract: NodeContract[Any, Any] | None = None) -> bool:
+        """Return True if a function is guarded by this guard.
+
+        Raises ValueError if another guard guards it, or this one without the contract that it is to have.
+        """
         guard = getattr(func, _GUARD, None)
+        if contract is not None and guard is self and getattr(func, _CONTRACT, None) != contract:
+            raise ValueError(
+                f"{contract.node_id!r} is already attached to this guard, with another contract or without one; pass all "
+                "contracts when you attach it first, or create the object again"
+            )
         if guard is not None and guard is not self:
             raise ValueError(
                 f"{func!r} is already guarded by another guard; attach only one guard, or create the object again"

@@ -8,64 +8,70 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import json
-from typing import Any
+from typing import Any, TypeVar
+
+from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
-    from agents import Agent, FunctionTool, Model, ModelProvider, MultiProvider, RunConfig, Runner
-    from agents.exceptions import (
-        InputGuardrailTripwireTriggered,
-        OutputGuardrailTripwireTriggered,
-        ToolInputGuardrailTripwireTriggered,
-        ToolOutputGuardrailTripwireTriggered,
-    )
-    from agents.tool import maybe_invoke_function_tool_failure_error_function
-except ImportError as error:
-    raise ImportError(
-        "openai-agents is required for its adapter; install it with: pip install 'stroma[openai-agents]'"
-    ) from error
+    from agents import Agent, FunctionTool, Model, RunContextWrapper, Runner, RunState, Usage
 
-from stroma.adapters._state_views import newest_of
+    from stroma.adapters._openai_agents import (
+        GuardedModel,
+        GuardedProvider,
+        ServerContracts,
+        control,
+        guard_model,
+        guard_tool,
+    )
+except ImportError as error:
+    raise import_error("openai-agents", error) from error
+
 from stroma.adapters._step import Control, GuardedStep
-from stroma.adapters.guard import Contracts, Guard, what_stopped
-from stroma.contracts.contract import NodeContract
-from stroma.cost.usage import Usage, usage_from
+from stroma.adapters.guard import Contracts, Guard
+
+warn_if_untested("openai-agents")
 
 __all__ = ["GuardedModel", "GuardedProvider", "GuardedRunner", "attach"]
 
+A = TypeVar("A")
 
-def attach(agent: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
-    """Make steps of the tools of an agent and of those it hands off to, and of the requests of their models.
 
-    ``contracts``: by the names of tools; input is the arguments, output the result. The agents are changed in place; a
-    model that is only named is guarded by :class:`GuardedRunner`. Raises UnknownNode for a contract of no tool.
+def attach(agent: A, guard: Guard, contracts: Contracts | None = None) -> A:
+    """Make steps of the tools of an agent and of those it hands off to or has as tools, and of the requests of their models.
+
+    ``contracts``: by the names of tools; input is the arguments, output the result. The agents are changed in place. In a
+    run of a guard all other models and tools that the SDK uses are steps, too: a model that is only named, one of
+    ``RunConfig(model=)``, judges of guardrails, tools of MCP servers. Raises UnknownNode for a contract of no tool; of an
+    agent with MCP servers when these have listed their tools.
     """
     agents = _reached(agent)
-    names = {tool.name for each in agents for tool in each.tools if isinstance(tool, FunctionTool)}
-    by_name = guard.contracts(contracts, names, "tool")
+    tools = {tool.name for each in agents for tool in each.tools if isinstance(tool, FunctionTool)}
+    servers = [server for each in agents for server in each.mcp_servers]
+    listed = tools if not servers else {*tools, *(contracts or {})}
+    by_name = guard.contracts(contracts, listed, "tool")
     for each in agents:
-        if isinstance(each.model, Model) and not isinstance(each.model, GuardedModel):
-            each.model = GuardedModel(each.model, guard)
+        if isinstance(each.model, Model):
+            each.model = guard_model(each.model, guard)
         each.tools = [
-            _guard_tool(tool, guard, by_name.get(tool.name)) if isinstance(tool, FunctionTool) else tool
+            guard_tool(tool, guard, by_name.get(tool.name)) if isinstance(tool, FunctionTool) else tool
             for tool in each.tools
         ]
+    if servers:
+        ServerContracts(guard, {name: by_name[name] for name in by_name if name not in tools}, servers)
     return agent
 
 
 def _reached(agent: Any) -> list[Any]:
-    """Return an agent and those it can hand off to, each once."""
+    """Return an agent and those it can hand off to or call as tools, each once."""
     reached = [agent]
     for each in reached:
-        for target in each.handoffs:
-            # A Handoff knows its agent by a weak reference.
-            other = (
-                target
-                if isinstance(target, Agent)
-                else (getattr(target, "_agent_ref", None) or (lambda: None))()
-            )
+        # A Handoff knows its agent by a weak reference.
+        targets = [
+            target if isinstance(target, Agent) else (getattr(target, "_agent_ref", None) or (lambda: None))()
+            for target in each.handoffs
+        ]
+        targets += [getattr(tool, "_agent_instance", None) for tool in each.tools]
+        for other in targets:
             if isinstance(other, Agent) and not any(other is known for known in reached):
                 reached.append(other)
     return reached
@@ -76,8 +82,8 @@ class GuardedRunner:
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
-        self._run = guard.each_call(self._arun_step, _input_view)
-        self._run_sync = guard.each_call(self._run_step, _input_view)
+        self._run = guard.each_call(self._arun_step, _input_view, _goes_on)
+        self._run_sync = guard.each_call(self._run_step, _input_view, _goes_on)
 
     async def run(self, agent: Any, input: Any, **options: Any) -> Any:
         """Call ``Runner.run`` under this guard."""
@@ -88,158 +94,84 @@ class GuardedRunner:
         return self._run_sync(agent, input, **options)
 
     async def _arun_step(self, agent: Any, input: Any, **options: Any) -> Any:
-        return self._noted(
-            await self.guard.acall(_step_of(agent), Runner.run, agent, input, **self._options(options))
-        )
+        async def run() -> Any:
+            before = self._begin(agent, input, options)
+            return self._end(await Runner.run(agent, input, **options), before)
+
+        try:
+            with self.guard.current.here():
+                return await self.guard.acall(_step_of(agent, input), run)
+        except _Interrupted as interrupted:
+            return interrupted.result
 
     def _run_step(self, agent: Any, input: Any, **options: Any) -> Any:
-        return self._noted(
-            self.guard.call(_step_of(agent), Runner.run_sync, agent, input, **self._options(options))
-        )
+        def run() -> Any:
+            before = self._begin(agent, input, options)
+            return self._end(Runner.run_sync(agent, input, **options), before)
 
-    def _noted(self, result: Any) -> Any:
-        approvals = [f"approval of {item.name}" for item in getattr(result, "interruptions", ())]
-        self.guard.current.ctx.suspended.extend(approvals)
+        try:
+            with self.guard.current.here():
+                return self.guard.call(_step_of(agent, input), run)
+        except _Interrupted as interrupted:
+            return interrupted.result
+
+    def _begin(self, agent: Any, input: Any, options: dict[str, Any]) -> int:
+        """Take the stored answers to what a run waits for; return the tokens that its own figure begins with."""
+        about = options.get("context")
+        if isinstance(input, RunState):
+            about = input._context
+            for step_id, answer in self.guard.current.answers:
+                if step_id == agent.name:
+                    _decide(input, answer)
+        return about.usage.total_tokens if isinstance(about, RunContextWrapper) else 0
+
+    def _end(self, result: Any, before: int) -> Any:
+        used = result.context_wrapper.usage
+        if isinstance(used, Usage):
+            self.guard.compare_usage("the OpenAI Agents SDK", used.total_tokens - before)
+        if result.interruptions:
+            raise _Interrupted(result)
         return result
 
-    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
-        config = options.get("run_config") or RunConfig()
-        provider = config.model_provider
-        if not isinstance(provider, GuardedProvider):
-            config = dataclasses.replace(config, model_provider=GuardedProvider(self.guard, provider))
-        return {**options, "run_config": config}
+
+class _Interrupted(Exception):
+    """The run of an agent that waits for approvals."""
+
+    def __init__(self, result: Any) -> None:
+        super().__init__("; ".join(f"approval of {item.name}" for item in result.interruptions))
+        self.result = result
+
+
+def _decide(state: Any, answer: Any) -> None:
+    """Approve or reject what is pending by an answer: true or false, or one of these by the name of each tool."""
+    for item in state.get_interruptions():
+        decision = answer.get(item.name) if isinstance(answer, dict) else answer
+        if decision is True:
+            state.approve(item)
+        elif decision is False:
+            state.reject(item)
+
+
+def _goes_on(args: tuple[Any, ...]) -> bool:
+    return isinstance(args[1], RunState)
 
 
 def _input_view(args: tuple[Any, ...], _: dict[str, Any]) -> dict[str, Any]:
-    return {"input": args[1] if isinstance(args[1], (str, list)) else type(args[1]).__name__}
+    # A run that goes on is the same step: its state has what it began with.
+    value = args[1]._original_input if isinstance(args[1], RunState) else args[1]
+    return {"input": value if isinstance(value, (str, list)) else type(value).__name__}
 
 
 def _final(result: Any) -> Any:
     return {"final_output": result.final_output}
 
 
-class GuardedModel(Model):
-    """A model whose requests are steps: ``Agent(model=GuardedModel(model, guard))``."""
-
-    def __init__(self, model: Model, guard: Guard) -> None:
-        self._model = model
-        about: dict[str, Any] = {
-            "input_view": _request_view,
-            "output_view": _response_view,
-            "usage": self._used,
-            "control": control,
-        }
-        self._get = guard.wrap("model", model.get_response, kind="acall", **about)
-        self._stream = guard.wrap(
-            "model", model.stream_response, kind="astream", collect=_last_response, **about
-        )
-
-    def _used(self, response: Any) -> Usage | None:
-        if getattr(response, "usage", None) is None:
-            return None
-        name = getattr(response, "model", None) or getattr(self._model, "model", None)
-        return usage_from(response.usage, model=name if isinstance(name, str) else None)
-
-    async def get_response(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._get(*args, **kwargs)
-
-    def stream_response(self, *args: Any, **kwargs: Any) -> Any:
-        return self._stream(*args, **kwargs)
-
-    def __getattribute__(self, name: str) -> Any:
-        # All else is the model's own, what the base class has a default for too.
-        if name.startswith("_") or name in ("get_response", "stream_response"):
-            return super().__getattribute__(name)
-        return getattr(self._model, name)
-
-
-class GuardedProvider(ModelProvider):
-    """Guards the models that a provider finds by their names: ``RunConfig(model_provider=GuardedProvider(guard))``."""
-
-    def __init__(self, guard: Guard, provider: ModelProvider | None = None) -> None:
-        self._guard, self._provider = guard, provider or MultiProvider()
-
-    def get_model(self, model_name: str | None) -> Model:
-        model = self._provider.get_model(model_name)
-        return model if isinstance(model, GuardedModel) else GuardedModel(model, self._guard)
-
-    async def aclose(self) -> None:
-        await self._provider.aclose()
-
-
-def control(error: BaseException) -> Control | None:
-    """Return the meaning of a tripped guardrail: it ends the run of an agent without a retry."""
-    return Control("passed") if isinstance(error, _TRIPWIRES) else None
-
-
-_TRIPWIRES = (
-    InputGuardrailTripwireTriggered,
-    OutputGuardrailTripwireTriggered,
-    ToolInputGuardrailTripwireTriggered,
-    ToolOutputGuardrailTripwireTriggered,
-)
-
-
-def _request_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return newest_of(args[1] if len(args) > 1 else kwargs.get("input"))
-
-
-def _response_view(response: Any) -> dict[str, Any]:
-    return {"output": getattr(response, "output", None)}
-
-
-def _last_response(events: list[Any]) -> Any:
-    """Return the last response of a stream, which has the usage."""
-    return next((event.response for event in reversed(events) if hasattr(event, "response")), None)
-
-
-def _step_of(agent: Any) -> GuardedStep:
+def _step_of(agent: Any, input: Any) -> GuardedStep:
     """Return the step around an agent. Its models and tools had their retries: it is called once."""
-    about: Any = {"input_view": _input_view, "output_view": _final, "control": control}
+    seen = _input_view((agent, input), {})
+    about: Any = {"input_view": lambda *_: seen, "output_view": _final, "control": _control}
     return GuardedStep(agent.name, can_retry=False, role="agent", **about)
 
 
-def _guard_tool(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None) -> Any:
-    """Return a copy of a tool whose calls are steps."""
-    if guard.has(tool.on_invoke_tool):
-        return tool
-    # A copy that does not turn its errors into messages: what the model sees of them is decided after the step.
-    bare = copy.copy(tool)
-    bare._failure_error_function, bare._use_default_failure_error_function = None, False
-    guarded = copy.copy(tool)
-    guarded.on_invoke_tool = _Invoker(tool, bare, guard, contract)
-    return guarded
-
-
-class _Invoker:
-    """Calls a tool as a step, and then makes of an error what the tool makes of it; what stopped the run comes out."""
-
-    def __init__(self, tool: Any, bare: Any, guard: Guard, contract: NodeContract[Any, Any] | None) -> None:
-        self._tool, self._bare, self._guard = tool, bare, guard
-        guard.mark(self)
-        self._step = GuardedStep(tool.name, contract, input_view=_arguments, control=control, role="tool")
-
-    async def __call__(self, context: Any, arguments: str) -> Any:
-        try:
-            return await self._guard.acall(self._step, self._bare.on_invoke_tool, context, arguments)
-        except Exception as error:
-            message = None
-            if what_stopped(error) is None and control(error) is None:
-                message = await maybe_invoke_function_tool_failure_error_function(
-                    function_tool=self._tool, context=context, error=error
-                )
-            if message is None:
-                raise
-            return message
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("_tool", "_bare", "__agents_bind_function_tool__"):
-            raise AttributeError(name)
-        return getattr(self._bare.on_invoke_tool, name)
-
-
-def _arguments(args: tuple[Any, ...], _: dict[str, Any]) -> Any:
-    try:
-        return json.loads(args[1]) if args[1] else {}
-    except ValueError:
-        return args[1]
+def _control(error: BaseException) -> Control | None:
+    return Control("suspended", str(error)) if isinstance(error, _Interrupted) else control(error)

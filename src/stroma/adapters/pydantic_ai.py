@@ -9,23 +9,29 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
+
+from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
     from pydantic_ai import Agent, ModelRetry, exceptions
     from pydantic_ai.capabilities import AbstractCapability
     from pydantic_ai.models.wrapper import WrapperModel
+    from pydantic_ai.tools import DeferredToolRequests
 except ImportError as error:
-    raise ImportError(
-        "pydantic-ai is required for its adapter; install it with: pip install 'stroma[pydantic-ai]'"
-    ) from error
+    raise import_error("pydantic-ai", error) from error
 
 from pydantic import BaseModel
 
+from stroma.adapters._guarded_run import active_run
 from stroma.adapters._state_views import newest_of, violation
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
 from stroma.cost.usage import Usage
+from stroma.engine.execution import current_node
+
+warn_if_untested("pydantic-ai")
 
 __all__ = ["StromaCapability"]
 
@@ -35,7 +41,8 @@ class StromaCapability(AbstractCapability[Any]):
 
     ``tools``: contracts by the names of tools; input is the arguments, output the result. ``output``: what the agent's
     answer must satisfy: one that does not is sent back to the model, as often as the agent's output retries allow, and then
-    fails the agent. A contract of no tool raises UnknownNode at the first model request.
+    fails the agent. A contract of no tool raises UnknownNode at the first model request. In a run of a guard, agents without
+    the capability are guarded, too: those that tools ask, say.
     """
 
     def __init__(
@@ -47,6 +54,9 @@ class StromaCapability(AbstractCapability[Any]):
         self._checked = not self._tools
 
     async def wrap_run(self, ctx: Any, *, handler: Any) -> Any:
+        around = current_node()
+        if around is not None and around.notes.get(_RUN) == ctx.run_id:
+            return await handler()  # The agent has the capability twice.
         name = getattr(ctx.agent, "name", None) or "agent"
         # Its models and tools had their retries.
         step = GuardedStep(
@@ -59,22 +69,52 @@ class StromaCapability(AbstractCapability[Any]):
         )
 
         async def run(_: Any) -> Any:
-            return await handler()
+            return await self._run(ctx, handler)
 
-        if self.guard.inside:
-            return await self.guard.acall(step, run, {"prompt": ctx.prompt})
-        async with self.guard.run({"prompt": ctx.prompt}):
-            return await self.guard.acall(step, run, {"prompt": ctx.prompt})
+        try:
+            if self.guard.inside:
+                with self.guard.current.here():
+                    return await self.guard.acall(step, run, {"prompt": ctx.prompt})
+            async with self.guard.begin({"prompt": ctx.prompt}, goes_on=ctx.prompt is None):
+                return await self.guard.acall(step, run, {"prompt": ctx.prompt})
+        except _Deferred as deferred:
+            return deferred.result
+
+    async def _run(self, ctx: Any, handler: Any) -> Any:
+        """Run an agent in its step, and compare what it has used by its own figure."""
+        node, usage = current_node(), ctx.usage
+        assert node is not None
+        around = node.parent
+        while around is not None and around.notes.get(_USAGE) is not usage:
+            around = around.parent
+        node.notes[_RUN], node.notes[_USAGE], before = ctx.run_id, usage, usage.total_tokens
+        result = await handler()
+        if around is None:  # Else it is a part of the figure of an agent around it.
+            self.guard.compare_usage("Pydantic AI", usage.total_tokens - before)
+        if isinstance(getattr(result, "output", None), DeferredToolRequests):
+            raise _Deferred(result)
+        return result
 
     async def before_model_request(self, ctx: Any, request_context: Any) -> Any:
         if not self._checked:
             self._check(ctx.agent, request_context.model_request_parameters)
-        request_context.model = StepModel(request_context.model, self.guard)
+        if not isinstance(request_context.model, StepModel):
+            request_context.model = StepModel(request_context.model, self.guard)
         return request_context
 
     async def wrap_tool_execute(self, ctx: Any, *, call: Any, tool_def: Any, args: Any, handler: Any) -> Any:
+        around = current_node()
+        if around is not None and around.notes.get(_CALL) is call:
+            return await handler(args)
+
+        async def execute(args: Any) -> Any:
+            node = current_node()
+            assert node is not None
+            node.notes[_CALL] = call
+            return await handler(args)
+
         step = GuardedStep(call.tool_name, self._tools.get(call.tool_name), control=control, role="tool")
-        return await self.guard.acall(step, handler, args)
+        return await self.guard.acall(step, execute, args)
 
     async def after_output_process(self, ctx: Any, *, output_context: Any, output: Any) -> Any:
         if self._output is not None and not ctx.partial_output:
@@ -90,6 +130,20 @@ class StromaCapability(AbstractCapability[Any]):
             names |= set(getattr(toolset, "tools", ()))
         self.guard.contracts(self._tools, names, "tool")
         self._checked = True
+
+
+#: Keys of an execution's notes: the run of an agent, its usage, and the call of a tool.
+_RUN, _USAGE, _CALL = "pydantic_ai run", "pydantic_ai usage", "pydantic_ai call"
+
+
+class _Deferred(Exception):
+    """The run of an agent that waits for approvals, or for results of tools that others run."""
+
+    def __init__(self, result: Any) -> None:
+        waits = [f"approval of {call.tool_name}" for call in result.output.approvals]
+        waits += [f"result of {call.tool_name}" for call in result.output.calls]
+        super().__init__("; ".join(waits))
+        self.result = result
 
 
 class StepModel(WrapperModel):
@@ -123,6 +177,8 @@ def control(error: BaseException) -> Control | None:
     """Return the meaning of an exception that Pydantic AI uses for control flow."""
     if isinstance(error, (exceptions.CallDeferred, exceptions.ApprovalRequired)):
         return Control("suspended", type(error).__name__)
+    if isinstance(error, _Deferred):
+        return Control("suspended", str(error))
     if isinstance(error, (exceptions.SkipToolExecution, exceptions.SkipModelRequest)):
         return Control("returned", getattr(error, "result", None) or getattr(error, "response", None))
     return Control("passed") if isinstance(error, _TOLD_TO_THE_MODEL) else None
@@ -148,3 +204,23 @@ def _used(response: Any) -> Usage:
     cached = min(used.cache_read_tokens, used.input_tokens)
     written = min(used.cache_write_tokens, used.input_tokens - cached)
     return Usage(used.input_tokens, used.output_tokens, cached, written, response.model_name)
+
+
+def _install() -> None:
+    """Guard agents without the capability that run in a run of a guard: those that tools ask, above all."""
+    bare = Agent.iter
+
+    @functools.wraps(bare)
+    def iter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run: Any = active_run()
+        given = kwargs.get("capabilities") or ()
+        if run is not None and not any(
+            isinstance(each, StromaCapability) for each in (*self.root_capability.capabilities, *given)
+        ):
+            kwargs["capabilities"] = [*given, StromaCapability(run.guard)]
+        return bare(self, *args, **kwargs)
+
+    Agent.iter = iter
+
+
+_install()

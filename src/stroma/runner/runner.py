@@ -88,6 +88,7 @@ class StromaRunner:
         config.update({name: value for name, value in named.items() if value is not None})
         if store is None:
             store = AsyncInMemoryStore()
+            store.is_default = True
         elif isinstance(store, (str, os.PathLike)):
             from stroma.checkpoint import open_store
 

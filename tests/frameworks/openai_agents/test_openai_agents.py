@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from agents import (
     Agent,
@@ -15,14 +17,21 @@ from agents import (
     Model,
     ModelProvider,
     ModelResponse,
+    MultiProvider,
+    OpenAIResponsesModel,
     RunConfig,
+    RunContextWrapper,
     Runner,
+    RunState,
     Usage,
     UserError,
     function_tool,
     input_guardrail,
     set_tracing_disabled,
 )
+from agents.mcp import MCPServer
+from mcp.types import CallToolResult, TextContent
+from mcp.types import Tool as MCPTool
 from openai.types.responses import (
     Response,
     ResponseCompletedEvent,
@@ -33,12 +42,17 @@ from openai.types.responses import (
     ResponseUsage,
 )
 from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
-from tests.frameworks.contract import CALL, City, FrameworkContract, Weather, weather
+from tests.frameworks.contract import CALL, City, FrameworkContract, Narrow, Strict, Weather, weather
 from tests.frameworks.kit import guard_of, holds, lines_of, result_of
 
-from stroma import BudgetExceeded, ExecutionBudget, RunStatus
-from stroma.adapters import Guard, what_stopped
+from stroma import BudgetExceeded, ContractViolation, ExecutionBudget, RunStatus, SQLiteStore
+from stroma.adapters import Guard, UnknownNode, what_stopped
 from stroma.adapters.openai_agents import GuardedModel, GuardedProvider, GuardedRunner, attach
+
+try:  # What the client of this release takes.
+    import httpx2 as httpx
+except ImportError:
+    import httpx
 
 set_tracing_disabled(True)
 KINDS = ["run", "run_sync", "streamed"]
@@ -277,3 +291,357 @@ def test_a_model_that_is_only_named_is_guarded_by_its_provider() -> None:
     guarded = GuardedProvider(guard, Provider()).get_model("mine")
     assert isinstance(guarded, GuardedModel)
     assert guarded.asked is script.asked  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------- no unseen spend
+
+
+class Ledger:
+    """What the fake provider has charged for, in all models that write to it."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def model(self, *answers: Any, tokens: int = 10) -> Script:
+        ledger = self
+
+        class Charged(Script):
+            def _next(self, given: Any) -> Any:
+                answer = super()._next(given)
+                ledger.tokens += self.tokens
+                return answer
+
+        return Charged(*answers, tokens=tokens)
+
+
+class Server(MCPServer):
+    """A server of one tool, in this process."""
+
+    def __init__(self, *results: Any) -> None:
+        super().__init__(use_structured_content=True)
+        self.results = list(results)
+        self.called: list[Any] = []
+
+    @property
+    def name(self) -> str:
+        return "server"
+
+    async def connect(self) -> None: ...
+    async def cleanup(self) -> None: ...
+    async def list_prompts(self) -> Any: ...
+    async def get_prompt(self, name: str, arguments: Any = None) -> Any: ...
+
+    async def list_tools(self, run_context: Any = None, agent: Any = None) -> Any:
+        schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+        return [MCPTool(name="remote", inputSchema=schema)]
+
+    async def call_tool(self, tool_name: str, arguments: Any, meta: Any = None) -> Any:
+        self.called.append(arguments)
+        result = self.results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return CallToolResult(
+            content=[TextContent(type="text", text=json.dumps(result))], structuredContent=result
+        )
+
+
+def judge(ledger: Ledger) -> Any:
+    """A guardrail that asks a model of its own."""
+
+    @input_guardrail
+    async def judges(context: Any, agent: Any, value: Any) -> GuardrailFunctionOutput:
+        own = Agent(name="judge", model=ledger.model("fine", tokens=7))
+        await Runner.run(own, value, context=context.context)
+        return GuardrailFunctionOutput(output_info="ok", tripwire_triggered=False)
+
+    return judges
+
+
+def realistic(ledger: Ledger) -> Any:
+    """Tools, calls of tools side by side, an agent as a tool, a handoff, a judge, an MCP server, a model by its name."""
+    inner = Agent(name="inner", model=ledger.model(CALL, "deep", tokens=3), tools=[tool_of()])
+    last = Agent(name="last", model="named", mcp_servers=[Server({"celsius": 4})])
+    both = ("ask_inner", '{"input": "x"}'), CALL
+    return Agent(
+        name="first",
+        model=ledger.model(both[0], both[1], ("transfer_to_last", "{}"), tokens=10),
+        tools=[inner.as_tool("ask_inner", "Ask it."), tool_of()],
+        handoffs=[last],
+        input_guardrails=[judge(ledger)],
+    )
+
+
+def named(ledger: Ledger) -> RunConfig:
+    class Provider(ModelProvider):
+        def get_model(self, model_name: str | None) -> Model:
+            assert model_name == "named"
+            return models[0]
+
+    models = [ledger.model(("remote", {"city": "Oslo"}), "done", tokens=20)]
+    return RunConfig(model_provider=Provider())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_spend_is_that_of_the_provider_s_ledger(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Tools, sub-agents, handoffs, judges, MCP tools and models by their names: to the token what the provider charges."""
+    ledger, guard = Ledger(), guard_of()
+    agent, config = attach(realistic(ledger), guard), named(ledger)
+
+    async def streamed() -> Any:
+        async with guard.run():
+            result = Runner.run_streamed(agent, "hello", run_config=config)
+            async for _ in result.stream_events():
+                pass
+        return result
+
+    runner = GuardedRunner(guard)
+    if kind == "streamed":
+        answer = asyncio.run(streamed())
+    elif kind == "run":
+        answer = asyncio.run(runner.run(agent, "hello", run_config=config))
+    else:
+        answer = runner.run_sync(agent, "hello", run_config=config)
+    assert answer.final_output == "done"
+    result = result_of(guard)
+    assert result.total_tokens == ledger.tokens == 3 * 10 + 2 * 3 + 7 + 2 * 20
+    assert (guard.unaccounted, "counted" in caplog.text) == (0, False)
+    steps = [event.node_id for event in result.trace.walk()]
+    assert sorted(set(steps) - {"first"}) == ["ask_inner", "model", "remote", "weather"]
+    assert steps.count("weather") == 2
+
+
+def test_fifty_runs_at_once_are_counted_apart() -> None:
+    """Each run of fifty at the same time has its own spend, and together they have what the provider charged."""
+    guard, total = guard_of(), Ledger()
+
+    async def one(n: int) -> int:
+        ledger = Ledger()
+        agent = attach(
+            Agent(name="one", model=ledger.model(CALL, "done", tokens=n + 1), tools=[tool_of()]), guard
+        )
+        async with guard.run() as run:
+            await GuardedRunner(guard).run(agent, "hello")
+        assert run.result is not None
+        assert run.result.total_tokens == ledger.tokens == 2 * (n + 1)
+        total.tokens += ledger.tokens
+        return run.result.total_tokens
+
+    async def main() -> list[int]:
+        return await asyncio.gather(*[one(n) for n in range(50)])
+
+    assert sum(asyncio.run(main())) == total.tokens
+
+
+@pytest.mark.parametrize("kind", ["run", "run_sync"])
+def test_the_model_of_a_run_config_is_guarded(kind: str) -> None:
+    """``RunConfig(model=)`` takes the place of every agent's model, and its requests are steps with a budget."""
+    guard = guard_of(budget=ExecutionBudget(max_tokens_total=25))
+    script = Script(*[CALL] * 9)
+    agent, config = agent_of(Script(), guard), RunConfig(model=script)
+    runner = GuardedRunner(guard)
+    with pytest.raises(BudgetExceeded):
+        if kind == "run":
+            asyncio.run(runner.run(agent, "hello", run_config=config))
+        else:
+            runner.run_sync(agent, "hello", run_config=config)
+    assert len(script.asked) == 3
+    assert config.model is script
+
+
+def test_what_only_the_sdk_has_counted_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """The usage figure of a run is compared with ours: a difference is a warning that names it (``guard.unaccounted``)."""
+
+    @function_tool
+    async def hidden(context: RunContextWrapper[Any]) -> str:
+        """Use tokens that no model of the SDK has used."""
+        context.usage.add(Usage(requests=1, input_tokens=40, output_tokens=2, total_tokens=42))
+        return "ok"
+
+    guard = guard_of()
+    agent = agent_of(Script(("hidden", "{}"), "done"), guard, [hidden])
+    assert ask(agent, "run", guard) == "done"
+    assert guard.unaccounted == 42
+    assert (
+        "the OpenAI Agents SDK counted 62 tokens in step 'forecaster', and the guard 20: 42 tokens"
+        in caplog.text
+    )
+
+
+# ---------------------------------------------------------------------- MCP, and what is added later
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("contract", "direction"), [((Narrow, Weather), "input"), ((City, Strict), "output")], ids=["in", "out"]
+)
+def test_a_tool_of_an_mcp_server_holds_its_contract(kind: str, contract: Any, direction: str) -> None:
+    """It ends the run, and is not told to the model and forgotten."""
+    guard, server = guard_of(), Server({"celsius": 4})
+    agent = Agent(name="a", model=Script(("remote", {"city": "Oslo"}), "done"), mcp_servers=[server])
+    attach(agent, guard, {"remote": contract})
+    with pytest.raises(Exception) as caught:
+        ask(agent, kind, guard)
+    broken = what_stopped(caught.value)
+    assert isinstance(broken, ContractViolation)
+    assert (broken.node_id, broken.direction) == ("remote", direction)
+    assert len(server.called) == (direction == "output")
+
+
+def test_a_tool_of_an_mcp_server_is_retried_and_an_unknown_one_is_refused() -> None:
+    """Its errors are retried by their class; a contract of no tool is an error once the server has listed its tools."""
+    guard, server = guard_of(), Server(ConnectionError("gone"), {"celsius": 4})
+    agent = Agent(name="a", model=Script(("remote", {"city": "Oslo"}), "done"), mcp_servers=[server])
+    assert ask(attach(agent, guard), "run", guard) == "done"
+    assert len(server.called) == 2
+    assert [line.split()[:2] for line in lines_of(guard)] == [
+        ["a", "success"], ["model", "success"], ["remote", "failure"], ["remote", "success"], ["model", "success"],
+    ]  # fmt: skip
+    guard = guard_of()
+    agent = Agent(name="a", model=Script("done"), mcp_servers=[Server()], tools=[tool_of()])
+    attach(agent, guard, {"remtoe": (City, Weather)})
+    with pytest.raises(UnknownNode, match="unknown tool 'remtoe'; known: 'remote', 'weather'"):
+        ask(agent, "run", guard)
+
+
+def test_what_is_added_after_attach_is_guarded() -> None:
+    """A tool, a model or an agent that was not there when the guard was attached is a step in its runs."""
+    guard = guard_of()
+    agent = attach(Agent(name="a", model=Script(), tools=[]), guard)
+    agent.tools.append(tool_of())
+    agent.model = Script(CALL, "done")
+    assert ask(agent, "run", guard) == "done"
+    assert [line.split()[0] for line in lines_of(guard)] == ["a", "model", "weather", "model"]
+
+
+def test_a_second_attach_with_other_contracts_is_an_error() -> None:
+    """The same contracts again, or none, change nothing."""
+    guard = guard_of()
+    agent = agent_of(Script(), guard, contracts={"weather": (City, Weather)})
+    attach(attach(agent, guard), guard, {"weather": (City, Weather)})
+    with pytest.raises(ValueError, match="already attached to this guard, with another contract"):
+        attach(agent, guard, {"weather": (City, Strict)})
+
+
+# ---------------------------------------------------------------------- nothing changes
+
+
+def test_the_sdk_sees_all_of_a_model_and_sends_the_same() -> None:
+    """Private attributes and the class too: without them no ``prompt_cache_key`` is sent."""
+    sent: list[Any] = []
+    answer = {
+        "id": "r", "created_at": 0, "model": "gpt-4o", "object": "response", "parallel_tool_calls": True,
+        "tool_choice": "auto", "tools": [],
+        "output": [{
+            "id": "m", "type": "message", "role": "assistant", "status": "completed",
+            "content": [{"type": "output_text", "text": "x", "annotations": []}],
+        }],
+        "usage": {
+            "input_tokens": 1, "output_tokens": 1, "total_tokens": 2, "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": 0},
+        },
+    }  # fmt: skip
+
+    def handler(request: Any) -> Any:
+        sent.append(json.loads(request.content))
+        return httpx.Response(200, json=answer)
+
+    def model() -> Model:
+        transport = httpx.AsyncClient(transport=httpx.MockTransport(handler))
+        return OpenAIResponsesModel("gpt-4o", openai.AsyncOpenAI(api_key="x", http_client=transport))
+
+    guard, config = guard_of(), RunConfig(group_id="same")
+    plain = model()
+    guarded = GuardedModel(plain, guard)
+    assert isinstance(guarded, OpenAIResponsesModel)
+    assert vars(guarded) is vars(plain)
+    asyncio.run(Runner.run(Agent(name="a", model=model()), "?", run_config=config))
+    asyncio.run(GuardedRunner(guard).run(Agent(name="a", model=guarded), "?", run_config=config))
+    assert sent[0] == sent[1]
+    assert "prompt_cache_key" in sent[1]
+    assert lines_of(guard) == ["a success", "  model success 2"]
+
+
+def test_a_provider_is_closed_as_without_the_guard() -> None:
+    """The SDK closes a provider that it has made itself, and no other one."""
+    closed: list[Any] = []
+    guard = guard_of()
+
+    class Provider(MultiProvider):
+        async def aclose(self) -> None:
+            closed.append(self)
+
+    provider = Provider()
+    guarded = GuardedProvider(guard, provider)
+    assert isinstance(guarded, Provider)
+    agent = agent_of(Script("done", "done"), guard)
+    asyncio.run(GuardedRunner(guard).run(agent, "?", run_config=RunConfig(model_provider=guarded)))
+    asyncio.run(GuardedRunner(guard).run(agent, "?"))
+    assert closed == []
+
+
+# ---------------------------------------------------------------------- going on, and waiting for a person
+
+
+def buying(script: Script, guard: Guard) -> tuple[Agent[Any], list[int]]:
+    calls: list[int] = []
+
+    @function_tool(needs_approval=True)
+    def buy() -> str:
+        """Needs a yes."""
+        calls.append(1)
+        return "bought"
+
+    return agent_of(script, guard, [buy]), calls
+
+
+@pytest.mark.parametrize("kind", ["run", "run_sync"])
+def test_an_approved_run_goes_on_under_its_run_id(kind: str, tmp_path: Path) -> None:
+    """Under ``resume=True`` the state of the SDK goes on in the same run, and its budget is carried on."""
+
+    def step(guard: Guard, agent: Any, value: Any) -> Any:
+        runner = GuardedRunner(guard)
+        return runner.run_sync(agent, value) if kind == "run_sync" else asyncio.run(runner.run(agent, value))
+
+    def guarded() -> Guard:
+        budget = ExecutionBudget(max_tokens_total=25)
+        return guard_of(store=str(tmp_path / "r.db"), run_id="r", resume=True, budget=budget)
+
+    script, guard = Script(("buy", "{}"), ("buy", "{}"), "done"), guarded()
+    agent, _ = buying(script, guard)
+    result = step(guard, agent, "hello")
+    assert result_of(guard).status is RunStatus.SUSPENDED
+    for status in (RunStatus.SUSPENDED, None):
+        stored, guard = result.to_state().to_string(), guarded()
+        agent, _ = buying(script, guard)
+        state = asyncio.run(RunState.from_string(agent, stored))
+        state.approve(state.get_interruptions()[0])
+        if status is None:  # The budget of the first two counts.
+            with pytest.raises(BudgetExceeded) as caught:
+                step(guard, agent, state)
+            assert caught.value.actual == 30
+        else:
+            result = step(guard, agent, state)
+            assert (result_of(guard).status, result_of(guard).total_tokens) == (status, 10)
+
+
+def test_an_answer_of_stroma_approve_decides_what_is_pending(tmp_path: Path) -> None:
+    """The question is in the journal; true and false are decisions about what the state waits for."""
+    for answer, bought in ((True, [1]), (False, []), ({"buy": True}, [1])):
+        path = tmp_path / f"{answer}.db"
+
+        def guarded(path: Path = path) -> Guard:
+            return guard_of(store=str(path), run_id="r", resume=True)
+
+        guard = guarded()
+        agent, calls = buying(Script(("buy", "{}"), "done"), guard)
+        result = asyncio.run(GuardedRunner(guard).run(agent, "hello"))
+        with SQLiteStore(path) as store:
+            assert [(one.node_id, one.reason) for one in store.waiting("r")] == [
+                ("forecaster", "approval of buy")
+            ]
+        assert guard.runner is not None
+        asyncio.run(guard.runner.signal("r", answer))
+        resumed = GuardedRunner(guard)
+        result = asyncio.run(resumed.run(agent, result.to_state()))
+        assert (result.final_output, calls) == ("done", bought)
+        assert result_of(guard).status is RunStatus.RESUMED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from pydantic_ai.usage import RequestUsage
 from tests.frameworks.contract import FrameworkContract, weather
 from tests.frameworks.kit import guard_of, holds, lines_of, result_of
 
-from stroma import RunStatus
+from stroma import RunStatus, SQLiteStore
 from stroma.adapters import Guard
 from stroma.adapters.pydantic_ai import StromaCapability
 
@@ -42,9 +43,12 @@ class Script:
 
     def _whole(self, messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
         answer = self._next(messages)
-        part = TextPart(answer) if isinstance(answer, str) else ToolCallPart(*answer)
+        if isinstance(answer, Both):
+            parts: list[Any] = [ToolCallPart(name, "{}") for name in answer]
+        else:
+            parts = [TextPart(answer) if isinstance(answer, str) else ToolCallPart(*answer)]
         usage = RequestUsage(input_tokens=self.tokens - 1, output_tokens=1)
-        return ModelResponse(parts=[part], usage=usage, model_name="gpt-4o")
+        return ModelResponse(parts=parts, usage=usage, model_name="gpt-4o")
 
     async def _parts(self, messages: list[ModelMessage], info: AgentInfo) -> Any:
         answer = self._next(messages)
@@ -223,3 +227,173 @@ def test_the_framework_s_own_test_model_calls_every_tool_once() -> None:
 
 def _double(n: int) -> int:
     return 2 * n
+
+
+# ---------------------------------------------------------------------- no unseen spend
+
+
+class Ledger:
+    """What the fake provider has charged for, in all models that write to it."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def model(self, *answers: Any, tokens: int = 10) -> FunctionModel:
+        ledger = self
+
+        class Charged(Script):
+            def _next(self, messages: list[ModelMessage]) -> Any:
+                answer = super()._next(messages)
+                ledger.tokens += self.tokens
+                return answer
+
+        return Charged(*answers, tokens=tokens).model
+
+
+def realistic(ledger: Ledger, *capabilities: Any) -> Agent[None, str]:
+    """Tools side by side, sub-agents with and without the usage of the agent around them, a judge of the output."""
+    deep = Agent(ledger.model("deepest", "deepest", tokens=3), name="deep")
+    inner = Agent(ledger.model(("go", "{}"), "deep", ("go", "{}"), "deep", tokens=7), name="inner")
+    judge = Agent(ledger.model("fine", tokens=5), name="judge")
+    agent = Agent(ledger.model(Both("ask", "ask"), "done"), name="outer", capabilities=list(capabilities))
+
+    @inner.tool
+    async def go(ctx: RunContext[None]) -> str:
+        return (await deep.run("x")).output
+
+    @agent.tool(sequential=True)
+    async def ask(ctx: RunContext[None]) -> str:
+        return (await inner.run("x", usage=ctx.usage)).output
+
+    @agent.output_validator
+    async def judged(ctx: RunContext[None], output: str) -> str:
+        if not ctx.partial_output:
+            await judge.run(output)
+        return output
+
+    return agent
+
+
+class Both(tuple[str, ...]):
+    """Calls of several tools in one answer."""
+
+    def __new__(cls, *names: str) -> Both:
+        return super().__new__(cls, names)
+
+
+@pytest.mark.parametrize("kind", ["run", "run_sync"])
+def test_all_spend_is_that_of_the_provider_s_ledger(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Sub-agents without the capability, with ``usage=ctx.usage`` or without, judges, calls side by side: to the token."""
+    ledger, guard = Ledger(), guard_of()
+    assert ask(realistic(ledger, StromaCapability(guard)), kind) == "done"
+    result = result_of(guard)
+    assert result.total_tokens == ledger.tokens == 2 * 10 + 4 * 7 + 2 * 3 + 5
+    assert (guard.unaccounted, "counted" in caplog.text) == (0, False)
+    assert [line for line in lines_of(guard) if "deep" in line] == ["        deep success"] * 2
+    assert [line for line in lines_of(guard) if "judge" in line] == ["  judge success"]
+
+
+def test_a_stream_is_counted_as_the_framework_counts_it() -> None:
+    """With sub-agents in its tools, all of the framework's own figure is counted."""
+    ledger, guard = Ledger(), guard_of()
+    inner = Agent(ledger.model("deep", tokens=7), name="inner")
+    agent = Agent(ledger.model(("ask", {}), "one two"), name="outer", capabilities=[StromaCapability(guard)])
+
+    @agent.tool(name="ask")
+    async def ask_inner(ctx: RunContext[None]) -> str:
+        return (await inner.run("x", usage=ctx.usage)).output
+
+    assert ask(agent, "run_stream") == "one two"
+    assert guard.unaccounted == 0
+    assert "      model success 7" in lines_of(guard)
+
+
+def test_fifty_runs_at_once_are_counted_apart() -> None:
+    """Each run of fifty at the same time has its own spend, as the provider charged it."""
+    guard = guard_of()
+
+    async def one() -> None:
+        ledger = Ledger()
+        async with guard.run() as run:
+            await realistic(ledger, StromaCapability(guard)).run("hello")
+        assert run.result is not None
+        assert run.result.total_tokens == ledger.tokens == 59
+        assert run.unaccounted == 0
+
+    async def main() -> None:
+        await asyncio.gather(*[one() for _ in range(50)])
+
+    asyncio.run(main())
+
+
+def test_what_only_the_framework_has_counted_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """The usage figure of an agent is compared with ours: a difference is a warning that names it (``guard.unaccounted``)."""
+    guard = guard_of()
+    agent = Agent(Script(("hidden", "{}"), "done").model, name="a", capabilities=[StromaCapability(guard)])
+
+    @agent.tool
+    def hidden(ctx: RunContext[None]) -> str:
+        ctx.usage.incr(RequestUsage(input_tokens=40, output_tokens=2))
+        return "ok"
+
+    assert ask(agent) == "done"
+    assert guard.unaccounted == 42
+    assert "Pydantic AI counted 62 tokens in step 'a', and the guard 20: 42 tokens" in caplog.text
+
+
+def test_a_capability_twice_guards_once() -> None:
+    """An agent with the capability that gets it for a run too makes each step once."""
+    guard = guard_of()
+    agent = agent_of(Script(("weather", '{"city": "Oslo"}'), "done"), StromaCapability(guard))
+    assert ask(agent, capabilities=[StromaCapability(guard)]) == "done"
+    assert lines_of(guard) == ["forecaster success", "  model success 10", "  weather success", "  model success 10"]
+
+
+# ---------------------------------------------------------------------- waiting for a person
+
+
+@pytest.mark.parametrize("kind", ["run", "run_sync", "run_stream"])
+def test_a_tool_that_requires_approval_suspends_and_goes_on_under_its_run_id(kind: str, tmp_path: Path) -> None:
+    """``requires_approval`` and tools that others run are SUSPENDED; their results go on in the same run and budget."""
+    calls: list[int] = []
+    script = Script(("buy", {}), ("buy", {}), "bought")
+
+    def agent_with(guard: Guard) -> Agent[None, Any]:
+        agent: Agent[None, Any] = Agent(
+            script.model, name="a", output_type=[str, DeferredToolRequests], capabilities=[StromaCapability(guard)]
+        )
+
+        @agent.tool_plain(requires_approval=True)
+        def buy() -> str:
+            calls.append(1)
+            return "ok"
+
+        return agent
+
+    async def step(agent: Agent[None, Any], **options: Any) -> Any:
+        if kind == "run":
+            return await agent.run(**options)
+        async with agent.run_stream(**options) as result:
+            await result.get_output()
+            return result
+
+    def run(agent: Agent[None, Any], **options: Any) -> Any:
+        return agent.run_sync(**options) if kind == "run_sync" else asyncio.run(step(agent, **options))
+
+    options: dict[str, Any] = {"user_prompt": "hello"}
+    for n, status in enumerate((RunStatus.SUSPENDED, RunStatus.SUSPENDED, RunStatus.RESUMED)):
+        guard = guard_of(store=str(tmp_path / "r.db"), run_id="r", resume=True)
+        result = run(agent_with(guard), **options)
+        assert (result_of(guard).status, len(calls)) == (status, n)
+        with SQLiteStore(tmp_path / "r.db") as store:
+            waiting = [one.reason for one in store.waiting("r")]
+            spent = store.list_runs()[0].tokens
+        assert waiting == ([] if status is RunStatus.RESUMED else ["approval of buy"])
+        if status is RunStatus.SUSPENDED:
+            output = result.output if kind != "run_stream" else asyncio.run(result.get_output())
+            approved = {output.approvals[0].tool_call_id: True}
+            options = {
+                "message_history": result.all_messages(),
+                "deferred_tool_results": DeferredToolResults(approvals=approved),
+            }
+    assert spent == 30 or kind == "run_stream"

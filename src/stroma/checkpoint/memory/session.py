@@ -110,6 +110,10 @@ class MemorySession(NullSession):
         self.execution, self._epoch = run.execution, run.epoch
         self._run, self._states, self._other_rows = run, run.states, run.other_rows
         self.control = run.control
+        if self.continued and request.any_input:  # What is still to be answered is asked again.
+            for place, waiting in list(run.waiting.items()):
+                if waiting.payload is None and waiting.effect is None:
+                    del run.waiting[place]
         self._calls, self.waiting, self.traceparent = run.calls, dict(run.waiting), run.traceparent
         self.places, self.notes, self.attribution = run.places, run.notes, run.attribution
 

@@ -39,6 +39,9 @@ def _request(run: MemoryRun, control: RunControl) -> None:
 class _MemoryStore(MemoryReader, MemoryCells):
     """Base class of the sync and the async store. All calls are atomic: nothing here awaits."""
 
+    #: Nobody has asked for this store: guards delete what ended long ago, so that memory does not grow.
+    is_default = False
+
     def __init__(self) -> None:
         super().__init__()
         self._runs: dict[str, MemoryRun] = {}
@@ -185,6 +188,10 @@ class _MemoryStore(MemoryReader, MemoryCells):
     def _load_typed(self, run_id: str, node_id: str, schema: type[BaseModel]) -> BaseModel | None:
         state = self._load(run_id, node_id)
         return None if state is None else as_schema(state, schema, run_id, node_id)
+
+    def forget(self, run_id: str) -> None:
+        """Delete a run at once; nothing happens if there is none."""
+        self._delete(run_id)
 
     def _delete(self, run_id: str) -> None:
         run = self._runs.pop(run_id, None)

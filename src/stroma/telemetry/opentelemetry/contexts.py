@@ -14,7 +14,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from stroma.engine.context import ReliabilityContext
 from stroma.telemetry.conventions import about_run
 
-__all__ = ["attach", "context_of", "detach", "traceparent_of"]
+__all__ = ["attach", "context_of", "current_below", "detach", "traceparent_of"]
 
 _W3C: Final = TraceContextTextMapPropagator()
 
@@ -48,3 +48,11 @@ def traceparent_of(span: Span) -> str | None:
 def context_of(traceparent: str) -> Context:
     """Return the context of a span of another process."""
     return _W3C.extract({"traceparent": traceparent})
+
+
+def current_below(above: Span) -> Span:
+    """Return the current span, such as a framework's own around a step; ``above`` where that is of another trace."""
+    current = trace.get_current_span()
+    about = current.get_span_context()
+    same = about.is_valid and about.trace_id == above.get_span_context().trace_id
+    return current if same else above

@@ -27,7 +27,7 @@ from stroma.telemetry.observer import (
     waited_seconds,
     waits_since,
 )
-from stroma.telemetry.opentelemetry.contexts import attach, context_of, detach, traceparent_of
+from stroma.telemetry.opentelemetry.contexts import attach, context_of, current_below, detach, traceparent_of
 from stroma.telemetry.opentelemetry.losses import watch_providers
 from stroma.telemetry.opentelemetry.metrics import OtelMetrics, meter_of
 from stroma.telemetry.opentelemetry.spans import NodeSpan, RunSpan, place_of, tracer_of
@@ -249,6 +249,8 @@ class OpenTelemetry(Observer):
     def _begin(self, node: NodeExecution, start_ns: int | None = None) -> NodeSpan:
         around = self.around(node)
         above = None if around is None else around.span
+        if above is not None and node.is_called:
+            above = current_below(above)
         parent = None if above is None else trace.set_span_in_context(above)
         what, ctx = "node", node.ctx
         if ctx.elsewhere:

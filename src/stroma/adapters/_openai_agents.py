@@ -1,0 +1,286 @@
+"""Requests and tools of the OpenAI Agents SDK as steps, wherever it makes them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import types
+import weakref
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar, cast
+
+from agents import Agent, FunctionTool, Model, ModelProvider, MultiProvider
+from agents.exceptions import (
+    InputGuardrailTripwireTriggered,
+    OutputGuardrailTripwireTriggered,
+    ToolInputGuardrailTripwireTriggered,
+    ToolOutputGuardrailTripwireTriggered,
+)
+from agents.run_internal import run_loop
+from agents.tool import maybe_invoke_function_tool_failure_error_function
+
+from stroma.adapters._guarded_call import Call
+from stroma.adapters._guarded_run import active_run
+from stroma.adapters._state_views import as_it_is, newest_of
+from stroma.adapters._step import Control, GuardedStep
+from stroma.adapters.guard import Guard, what_stopped
+from stroma.contracts.contract import NodeContract
+from stroma.cost.usage import Usage, usage_from
+
+__all__ = ["GuardedModel", "GuardedProvider", "ServerContracts", "control", "guard_model", "guard_tool"]
+
+T = TypeVar("T")
+
+
+# ---------------------------------------------------------------------- models
+
+
+def _twin(original: T, mixin: type[Any], guard: Guard) -> T:
+    """Return an object of the original's class whose methods are those of ``mixin``, and which has all attributes in common."""
+    kind = type(original)
+    twins = _TWINS.setdefault(mixin, weakref.WeakKeyDictionary())
+    if kind not in twins:
+        about = {
+            "__slots__": ("_stroma_guard",),
+            "__module__": kind.__module__,
+            "__qualname__": kind.__qualname__,
+        }
+        twins[kind] = types.new_class(kind.__name__, (mixin, kind), {}, lambda body: body.update(about))
+    twin: Any = object.__new__(twins[kind])
+    twin.__dict__ = original.__dict__
+    twin._stroma_guard = guard
+    return cast("T", twin)
+
+
+_TWINS: dict[type[Any], weakref.WeakKeyDictionary[type[Any], type[Any]]] = {}
+
+
+class GuardedModel(Model):
+    """A model whose requests are steps: ``Agent(model=GuardedModel(model, guard))``.
+
+    It is of the class of the model and shares its attributes, private ones too: the SDK sees no difference.
+    """
+
+    _stroma_guard: Guard
+
+    def __new__(cls, model: Any = None, guard: Any = None) -> Any:
+        return object.__new__(cls) if model is None else _twin(model, GuardedModel, guard)
+
+    def __init__(self, model: Model, guard: Guard) -> None:
+        """Do nothing: the attributes are those of the model."""
+
+    async def get_response(self, *args: Any, **kwargs: Any) -> Any:
+        return await self._stroma_guard.acall(_request(self), super().get_response, *args, **kwargs)
+
+    def stream_response(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        run, bare = self._stroma_guard.current, super().stream_response
+        return Call(run, _request(self, collect=_last_response), bare, args, kwargs).astream()
+
+
+def _request(model: Any, **options: Any) -> GuardedStep:
+    def used(response: Any) -> Usage | None:
+        if getattr(response, "usage", None) is None:
+            return None
+        name = getattr(response, "model", None) or getattr(model, "model", None)
+        return usage_from(response.usage, model=name if isinstance(name, str) else None)
+
+    return GuardedStep(
+        "model", input_view=_request_view, output_view=_response_view, usage=used, control=control, **options
+    )
+
+
+class GuardedProvider(ModelProvider):
+    """Guards the models that a provider finds by their names: ``RunConfig(model_provider=GuardedProvider(guard))``.
+
+    In a run of a guard there is no need for it.
+    """
+
+    _stroma_guard: Guard
+
+    def __new__(cls, guard: Any = None, provider: Any = None) -> Any:
+        if guard is None:
+            return object.__new__(cls)
+        return _twin(MultiProvider() if provider is None else provider, GuardedProvider, guard)
+
+    def __init__(self, guard: Guard, provider: ModelProvider | None = None) -> None:
+        """Do nothing: the attributes are those of the provider."""
+
+    def get_model(self, model_name: str | None) -> Model:
+        return guard_model(super().get_model(model_name), self._stroma_guard)
+
+
+def guard_model(model: Model, guard: Guard) -> Model:
+    return model if isinstance(model, GuardedModel) else GuardedModel(model, guard)
+
+
+def _request_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return newest_of(args[1] if len(args) > 1 else kwargs.get("input"))
+
+
+def _response_view(response: Any) -> dict[str, Any]:
+    return {"output": getattr(response, "output", None)}
+
+
+def _last_response(events: list[Any]) -> Any:
+    """Return the last response of a stream, which has the usage."""
+    return next((event.response for event in reversed(events) if hasattr(event, "response")), None)
+
+
+def control(error: BaseException) -> Control | None:
+    """Return the meaning of a tripped guardrail: it ends the run of an agent without a retry."""
+    return Control("passed") if isinstance(error, _TRIPWIRES) else None
+
+
+_TRIPWIRES = (
+    InputGuardrailTripwireTriggered,
+    OutputGuardrailTripwireTriggered,
+    ToolInputGuardrailTripwireTriggered,
+    ToolOutputGuardrailTripwireTriggered,
+)
+
+
+# ---------------------------------------------------------------------- tools
+
+
+def guard_tool(
+    tool: Any,
+    guard: Guard,
+    contract: NodeContract[Any, Any] | None,
+    output_view: Callable[[Any], Any] = as_it_is,
+) -> Any:
+    """Return a copy of a tool whose calls are steps."""
+    if guard.has(tool.on_invoke_tool, contract):
+        return tool
+    # A copy that does not turn its errors into messages: what the model sees of them is decided after the step.
+    bare = copy.copy(tool)
+    bare._failure_error_function, bare._use_default_failure_error_function = None, False
+    guarded = copy.copy(tool)
+    guarded.on_invoke_tool = _Invoker(tool, bare, guard, contract, output_view)
+    return guarded
+
+
+class _Invoker:
+    """Calls a tool as a step, and then makes of an error what the tool makes of it; what stopped the run comes out."""
+
+    def __init__(
+        self,
+        tool: Any,
+        bare: Any,
+        guard: Guard,
+        contract: NodeContract[Any, Any] | None,
+        output_view: Callable[[Any], Any],
+    ) -> None:
+        self._tool, self._bare, self._guard = tool, bare, guard
+        guard.mark(self, contract)
+        about: Any = {"input_view": _arguments, "output_view": output_view, "control": control}
+        self._step = GuardedStep(tool.name, contract, role="tool", **about)
+
+    async def __call__(self, context: Any, arguments: str) -> Any:
+        try:
+            return await self._guard.acall(self._step, self._bare.on_invoke_tool, context, arguments)
+        except Exception as error:
+            message = None
+            if what_stopped(error) is None and control(error) is None:
+                message = await maybe_invoke_function_tool_failure_error_function(
+                    function_tool=self._tool, context=context, error=error
+                )
+            if message is None:
+                raise
+            return message
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_tool", "_bare", "__agents_bind_function_tool__"):
+            raise AttributeError(name)
+        return getattr(self._bare.on_invoke_tool, name)
+
+
+def _of_server(result: Any) -> Any:
+    """Return the result of a tool of an MCP server, parsed if its text is JSON."""
+    if isinstance(result, list) and len(result) == 1:
+        result = result[0]
+    text = result.get("text") if isinstance(result, dict) and result.get("type") == "text" else result
+    try:
+        return json.loads(text) if isinstance(text, str) else result
+    except ValueError:
+        return text
+
+
+def _arguments(args: tuple[Any, ...], _: dict[str, Any]) -> Any:
+    try:
+        return json.loads(args[1]) if args[1] else {}
+    except ValueError:
+        return args[1]
+
+
+# ---------------------------------------------------------------------- in runs of a guard
+
+
+def _install() -> None:
+    """Guard all models and tools that the SDK uses in a run of a guard.
+
+    Judges of guardrails, agents as tools, RunConfig(model=), tools of MCP servers and what was added later: none of them
+    can be reached from the agent that was attached.
+    """
+    bare_model, bare_tools = run_loop.get_model, Agent.get_all_tools
+
+    def get_model(*args: Any, **kwargs: Any) -> Model:
+        model, run = bare_model(*args, **kwargs), active_run()
+        return model if run is None else guard_model(model, _guard_of(run))
+
+    async def get_all_tools(self: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        tools = await bare_tools(self, *args, **kwargs)
+        attached: list[ServerContracts] = list(
+            filter(None, (getattr(server, _ATTACHED, None) for server in self.mcp_servers))
+        )
+        run, contracts = active_run(), dict[str, NodeContract[Any, Any]]()
+        for one in attached:
+            contracts |= one.contracts
+            one.check([tool.name for tool in tools], self.mcp_servers)
+        if run is None and not attached:
+            return list(tools)
+        guard = attached[0].guard if attached else _guard_of(run)
+        own = {id(tool) for tool in self.tools}
+        return [
+            guard_tool(tool, guard, contracts.get(tool.name), as_it_is if id(tool) in own else _of_server)
+            if _is_bare(tool)
+            else tool
+            for tool in tools
+        ]
+
+    run_loop.get_model, Agent.get_all_tools = get_model, get_all_tools
+
+
+def _guard_of(run: Any) -> Guard:
+    guard: Guard = run.guard
+    return guard
+
+
+def _is_bare(tool: Any) -> bool:
+    return isinstance(tool, FunctionTool) and not isinstance(tool.on_invoke_tool, _Invoker)
+
+
+#: Where a server of MCP tools keeps the contracts that it was attached with. On the server, as agents are cloned.
+_ATTACHED = "_stroma_contracts"
+
+
+class ServerContracts:
+    """Contracts of tools that MCP servers have, which are known once the servers are asked."""
+
+    def __init__(
+        self, guard: Guard, contracts: dict[str, NodeContract[Any, Any]], servers: list[Any]
+    ) -> None:
+        self.guard, self.contracts = guard, contracts
+        self._unseen, self._names, self._servers = set(contracts), set[str](), list(servers)
+        for server in servers:
+            setattr(server, _ATTACHED, self)
+
+    def check(self, names: list[str], servers: list[Any]) -> None:
+        """Take the tools of some servers. Raise UnknownNode once all were asked and a contract is of none of them."""
+        self._unseen -= set(names)
+        self._names.update(names)
+        self._servers = [one for one in self._servers if not any(one is server for server in servers)]
+        if self._unseen and not self._servers:
+            self.guard.contracts(self.contracts, self._names, "tool")
+
+
+_install()

@@ -1,0 +1,43 @@
+"""A plugin of pytest: every run of an agent is one of a guard, for the own tests of the OpenAI Agents SDK."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from agents import Agent, Runner
+from guards import new_guard
+
+from stroma.adapters._guarded_run import active_run
+from stroma.adapters.openai_agents import GuardedRunner, attach
+
+GUARD = new_guard()
+
+
+def _install() -> None:
+    run, run_sync, run_streamed = Runner.run, Runner.run_sync, Runner.run_streamed
+
+    @functools.wraps(run)
+    async def arun(_: Any, starting_agent: Any, input: Any, **options: Any) -> Any:
+        if active_run() is not None or not isinstance(starting_agent, Agent):
+            return await run(starting_agent, input, **options)
+        return await GuardedRunner(GUARD).run(attach(starting_agent, GUARD), input, **options)
+
+    @functools.wraps(run_sync)
+    def sync(_: Any, starting_agent: Any, input: Any, **options: Any) -> Any:
+        if active_run() is not None or not isinstance(starting_agent, Agent):
+            return run_sync(starting_agent, input, **options)
+        return GuardedRunner(GUARD).run_sync(attach(starting_agent, GUARD), input, **options)
+
+    @functools.wraps(run_streamed)
+    def streamed(_: Any, starting_agent: Any, input: Any, **options: Any) -> Any:
+        if active_run() is not None or not isinstance(starting_agent, Agent):
+            return run_streamed(starting_agent, input, **options)
+        with GUARD.current.here():  # The task that it begins has this context.
+            return run_streamed(attach(starting_agent, GUARD), input, **options)
+
+    for name, func in (("run", arun), ("run_sync", sync), ("run_streamed", streamed)):
+        setattr(Runner, name, classmethod(func))
+
+
+_install()
