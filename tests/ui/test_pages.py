@@ -153,13 +153,14 @@ def test_attempts(site: Site) -> None:
     assert "attempt 1: failure" in second
     assert 'aria-current="page" class="good">attempt 2: success' in second
     changes = second[second.index('<ul class="changes">') :].partition("</ul>")[0]
-    assert re.search(r"outcome</span>: (&#34;|&quot;)failure.* → .*success", changes)
-    assert "10 (5 out)" in second or "15 (5 out)" in second
+    assert re.search(r'outcome</span>: <span class="was">(&#34;|&quot;)failure.* → .*success', changes)
+    cards = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)<", second))
+    assert (cards["Tokens in"], cards["Tokens out"]) == ("10", "5")
     assert "<code>bad:1:1:</code>" in second
     assert '<span class="key">n</span>: 2' in second
     total = by_title["total, attempt 1"]
     assert "<code>lines.0.price</code>" in total
-    assert "no output" in total
+    assert "<h2>Rejected output</h2>" in total
     first = by_title["flaky, attempt 1"]
     frames = first[first.index("Where it failed") :].partition("</ol>")[0]
     assert re.search(r"conftest\.py:\d+</span> in <b>flaky</b><pre>raise TimeoutError", frames)
@@ -276,13 +277,13 @@ def test_idle_time(store: SQLiteStore, serve: Any) -> None:
     make_runs(store, ("x", Pipeline("p", [node("n", fails_once)])), policy_map={"RECOVERABLE": waits})
     site = serve(store)
     page = site.get("/run", id="x").text
-    assert '<a class="fold-idle" href="/run?id=x&amp;idle=folded">fold idle time</a>' in page
+    assert '<a class="btn small fold-idle" href="/run?id=x&amp;idle=folded">fold idle time</a>' in page
     folded = site.get("/run", id="x", idle="folded").text
-    assert '<a class="fold-idle" href="/run?id=x">show idle time</a>' in folded
+    assert '<a class="btn small fold-idle" href="/run?id=x">show idle time</a>' in folded
 
     def widest(text: str) -> float:
         return max(
-            float(width) for width in re.findall(r'<rect class="b-(?!wait)[^>]* width="([\d.]+)"', text)
+            float(width) for width in re.findall(r'<rect class="b-(?!wait)[^>]* width="([\d.]+)%"', text)
         )
 
     assert widest(folded) > 2 * widest(page)

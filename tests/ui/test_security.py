@@ -93,7 +93,6 @@ def test_every_answer_has_its_policy(site: Site) -> None:
         *PAGES,
         "/static/ui.js",
         "/static/ui.css",
-        "/static/page.css",
         "/nope",
         "/run?id=nope",
         "/attempt",

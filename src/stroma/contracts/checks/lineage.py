@@ -31,6 +31,11 @@ class Lineage:
     boxes: tuple[Box, ...]
     links: tuple[Link, ...]
 
+    @property
+    def top_level(self) -> list[str]:
+        """The ids of the nodes in order of position, without those inside groups."""
+        return [box.title for box in self.boxes if not box.parent and box.kind != "input"]
+
     def data(self) -> dict[str, Any]:
         """Plain data, for JSON. ``at`` is the position, and the place in groups ("2.0"); "input" is what runs begin with."""
         return {
