@@ -213,7 +213,7 @@ async def fill(store: SQLiteStore) -> None:
 def spread(path: Path, days: float = 6.5) -> None:
     """Move the runs of a store into the past, the oldest by so many days."""
     with contextlib.closing(sqlite3.connect(path, timeout=30)) as db, db:
-        runs = [row[0] for row in db.execute("SELECT run FROM runs WHERE status <> 'RUNNING' ORDER BY run")]
+        runs = [row[0] for row in db.execute("SELECT run FROM runs WHERE run_id NOT LIKE '%-1' ORDER BY run")]
         for number, run in enumerate(runs):
             back = int(days * 86_400_000 * ((len(runs) - number) / len(runs)) ** 1.5)
             db.execute("UPDATE runs SET started_ms = started_ms - ?, updated_ms = updated_ms - ? WHERE run = ?", (back, back, run))

@@ -57,27 +57,28 @@ def meter(value: float, most: float, tone: str = "dim") -> Markup:
 
 
 class Column(NamedTuple):
-    """A column of a sparkline. ``href``: "" for none."""
+    """A column of a sparkline."""
 
     value: float
     tone: str
     title: str
-    href: str = ""
 
 
-def sparkline(columns: Sequence[Column], label: str, places: int = 50) -> Markup:
-    """Return small columns from left to right, the newest at the right edge of ``places`` places."""
+def sparkline(columns: Sequence[Column], label: str, places: int = 50, *, least: float = 4) -> Markup:
+    """Return small columns from left to right, the last at the right edge of ``places`` places; ``least``: their height."""
     most = max((column.value for column in columns), default=0.0)
     start = places - len(columns)
-    drawn = "".join(_column(start + at, column, most) for at, column in enumerate(columns))
+    drawn = "".join(_column(start + at, column, most, least) for at, column in enumerate(columns))
     return Markup(
         f'<svg class="spark" viewBox="0 0 {places * 6} 32" preserveAspectRatio="none" role="img" '
         f'aria-label="{as_xml(label)}">{drawn}</svg>'
     )
 
 
-def _column(at: int, column: Column, most: float) -> str:
-    height = 32.0 if most <= 0 else 4 + 28 * (column.value / most) ** 0.5
+def _column(at: int, column: Column, most: float, least: float) -> str:
+    if column.value <= 0 and not least:
+        return ""
+    height = 32.0 if most <= 0 else least + (32 - least) * (column.value / most) ** 0.5
     return (
         f'<rect class="f-{column.tone}" x="{at * 6 + 1}" y="{32 - height:.1f}" width="4" height="{height:.1f}">'
         f"<title>{as_xml(column.title)}</title></rect>"

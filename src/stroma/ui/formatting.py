@@ -25,6 +25,7 @@ from stroma.checkpoint.history import (
     place_of,
 )
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
+from stroma.cost.prices import find_pricer
 from stroma.trace.gantt import duration
 from stroma.trace.html import tree
 from stroma.ui.components import chip
@@ -44,6 +45,7 @@ __all__ = [
     "parse_search",
     "restored_starts",
     "side_by_side",
+    "split_price",
     "state_tree",
     "to_address",
     "to_json",
@@ -145,6 +147,20 @@ def _attempt_row(attempt: AttemptRecord, address: str, place: str, restored: Col
         f'<td class="num" data-name="Took">{duration_text(attempt)}</td><td class="num" data-name="Tokens">{tokens}</td>'
         f'<td class="num" data-name="Cost">{cost}</td><td data-name="Message" class="cause-cell">{message}</td></tr>\n'
     )
+
+
+def split_price(attempt: AttemptRecord) -> tuple[str, str]:
+    """Return what the input and the output of an attempt cost, as text; ("", "") unless their plain prices add up to its cost.
+
+    Slow the first time: prices are loaded.
+    """
+    price = find_pricer(attempt.model) if attempt.model and attempt.cost_usd > 0 else None
+    if price is None:
+        return "", ""
+    taken, given = price(attempt.tokens - attempt.output_tokens, 0), price(0, attempt.output_tokens)
+    if abs(taken + given - attempt.cost_usd) > 0.005 * attempt.cost_usd:
+        return "", ""  # Cached tokens, or another tier.
+    return format_usd(taken), format_usd(given)
 
 
 def compare_facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:

@@ -30,7 +30,7 @@ from stroma.checkpoint.history import (
     status_of,
 )
 from stroma.checkpoint.protocols import Waiting
-from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
+from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
 from stroma.failures.tracebacks import FailureSite
 from stroma.limits.rate_limit import read_cooldowns
@@ -41,7 +41,7 @@ from stroma.trace.result import RunStatus
 from stroma.trace.story import Bar, StopCause, Story, fields_named
 from stroma.ui.actions import MANY, can_fork, can_resume, controls_of
 from stroma.ui.components import Column, chip, icon, meter, sparkline, tone_of
-from stroma.ui.figures import RUNS, figures_of
+from stroma.ui.figures import RUNS, figures_of, rate_boxes
 from stroma.ui.formatting import (
     ago,
     as_attachment,
@@ -57,11 +57,12 @@ from stroma.ui.formatting import (
     parse_search,
     restored_starts,
     side_by_side,
+    split_price,
     state_tree,
     to_address,
     to_json,
 )
-from stroma.ui.overview import BUCKETS, Overview
+from stroma.ui.overview import BUCKETS, Buckets, Overview, runs_chart, stopped_by
 from stroma.ui.run_view import find_progress, is_at_work, open_waits, read_extras, totals, trace_link, window_of
 from stroma.ui.security import IMAGE_POLICY
 from stroma.ui.timeline import Timeline
@@ -73,8 +74,9 @@ if TYPE_CHECKING:
 __all__ = ["Pages"]
 
 _PAGE_SIZE: Final = 50
-#: Maximum number of attempts in the table of a run's page, and of those in its timeline.
+#: Maximum number of attempts in the table of a run's page, those listed of a run with more, and those in the timeline.
 _MAX_LISTED: Final = 2000
+_LISTED_OF_MORE: Final = 500
 _MAX_DRAWN: Final = 12_000
 #: Runs that the totals and filters of the list count.
 _RECENT: Final = 200
@@ -84,6 +86,8 @@ _MAX_SHOWN_BYTES: Final = 1_000_000
 _MAX_EXPORTED: Final = 100_000
 _SPANS: Final = (1, 7, 30)  # days
 _MAX_SUMMED: Final = 200_000  # attempts
+_MAX_CHARTED: Final = 1000  # runs
+_MAX_HELD: Final = 8  # suspended runs of the overview
 _STATUSES: Final = ["RUNNING", *RunStatus]
 _MAX_TEXT: Final = 4000  # characters of a parameter
 _EXAMPLES: Final[dict[Any, Any]] = {str: "", int: 0, float: 0.0, bool: True}
@@ -242,11 +246,7 @@ class Pages:
     def run(self, request: Request) -> Response:
         record = self._record(request)
         after = request.query_params.get("after")
-        try:
-            page = self._history.attempt_page(record.run_id, _MAX_LISTED, after)
-        except ValueError as error:
-            raise HTTPException(400, "unknown page") from error
-        rest = [] if page.next is None else self._history.attempt_page(record.run_id, _MAX_DRAWN - _MAX_LISTED, page.next).attempts
+        page, rest = self._attempts(record, after)
         listed = in_order(page.attempts)
         cause_attempt = self._cause_attempt(record)
         known = {attempt_key(attempt) for attempt in page.attempts}
@@ -276,6 +276,19 @@ class Pages:
             zoomed=timeline.window is not None, trace=trace_link(self._settings, traceparent),
         )  # fmt: skip
         return compress(request, page_response)
+
+    def _attempts(self, record: RunRecord, after: str | None) -> tuple[AttemptPage, list[AttemptRecord]]:
+        """Return the attempts to list, and further ones for the timeline."""
+        try:
+            page = self._history.attempt_page(record.run_id, _LISTED_OF_MORE, after)
+        except ValueError as error:
+            raise HTTPException(400, "unknown page") from error
+        if page.next is None:
+            return page, []
+        rest = self._history.attempt_page(record.run_id, _MAX_DRAWN - _LISTED_OF_MORE, page.next)
+        if rest.next is None and len(page.attempts) + len(rest.attempts) <= _MAX_LISTED:
+            return AttemptPage([*page.attempts, *rest.attempts], None), []
+        return page, rest.attempts
 
     def _cause_attempt(self, record: RunRecord) -> AttemptRecord | None:
         """Return the attempt that stopped a run; None if no failure did."""
@@ -372,7 +385,7 @@ class Pages:
             in_group=bool(this.branch), committed=this.output_bytes is not None,
             payload=attempt_address(record, this, "/payload"), failure_site=self._failure_site(record, this),
             fork_key=self._keys.form("fork", record.run_id) if can_fork(self._settings, record, this) else "",
-            split=("", ""), price="", trace=trace_link(self._settings, read_extras(self._settings, record.run_id)[1]),
+            split=split_price(this), trace=trace_link(self._settings, read_extras(self._settings, record.run_id)[1]),
         )  # fmt: skip
 
     def trace(self, request: Request) -> Response:
@@ -484,21 +497,31 @@ class Pages:
         days = int(text)
         bucket_ms = days * 86_400_000 // BUCKETS
         now_ms = time.time_ns() // 1_000_000
-        first = now_ms // bucket_ms - BUCKETS
-        tallies = self._store.tally(first * bucket_ms, bucket_ms) if self._store.exists() else []
-        it = Overview.of(tallies)
-        capped = it.total.attempts >= _MAX_SUMMED
+        buckets = Buckets(now_ms // bucket_ms - BUCKETS, bucket_ms)
+        since_ms = buckets.first * bucket_ms
+        exists = self._store.exists()
+        it = Overview.of(self._store.tally(since_ms, bucket_ms) if exists else [])
+        runs = [one for one in self._store.list_runs(limit=_MAX_CHARTED) if one.started_ms >= since_ms] if exists else []
+        failed = self._history.page(RunQuery(statuses=FAILED, since_ms=since_ms), _PAGE_SIZE).runs if exists else []
+        held = self._history.page(RunQuery(statuses=("SUSPENDED",)), _MAX_HELD).runs if exists else []
+        done = sum(one.status in FINISHED for one in runs)
+        stopped = sum(one.status in FAILED for one in runs)
         return self._page(
-            "overview.html", here="overview", it=it, days=days, spans=_SPANS, chart=it.chart(first, bucket_ms), capped=capped
-        )
+            "overview.html", here="overview", it=it, days=days, spans=_SPANS, chart=it.chart(buckets), costs=it.cost_chart(buckets),
+            runs_chart=runs_chart(runs, buckets), capped=it.total.attempts >= _MAX_SUMMED, buckets=buckets, held=held, runs=len(runs),
+            stopped=stopped, reasons=stopped_by(failed), rate=f"{done / (done + stopped):.1%}" if done + stopped else "no result",
+        )  # fmt: skip
 
     def pipeline(self, request: Request) -> Response:
-        name = self._settings.pipeline
+        name, lineage = self._settings.pipeline, self._settings.lineage
         looked_at, nodes = (0, []) if name is None else figures_of(self._store, name)
         has_steps = name is not None and looked_at > 0 and self._history.run_graph(name, RUNS).has_calls
+        drawing = None
+        if lineage is not None:
+            drawing = Markup(lineage.drawing(rate_boxes(nodes), lambda box: to_address("/", q=f"node:{box.title}")))
         return self._page(
-            "pipeline.html", here="pipeline", has_image=self._settings.lineage is not None, nodes=nodes, looked_at=looked_at,
-            has_steps=has_steps,
+            "pipeline.html", here="pipeline", drawing=drawing, nodes=nodes, looked_at=looked_at, has_steps=has_steps,
+            slowest=max((one.p95 for one in nodes), default=0), dearest=max((one.cost_usd for one in nodes), default=0),
         )  # fmt: skip
 
     def steps(self, request: Request) -> Response:

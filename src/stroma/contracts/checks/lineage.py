@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -68,6 +68,10 @@ class Lineage:
     def svg(self) -> str:
         """Return the lineage as a self-contained SVG image."""
         return render.svg(self.boxes, self.links, title=self.name)
+
+    def drawing(self, rate: Callable[[Box], Box], href: Callable[[Box], str]) -> str:
+        """Return the lineage for a page that has the style. ``rate`` adds figures to a box; ``href``: its address."""
+        return render.svg([rate(box) for box in self.boxes], self.links, title=self.name, href=href)
 
     def mermaid(self) -> str:
         """Return the lineage as a Mermaid flow chart."""
