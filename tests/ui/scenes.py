@@ -161,7 +161,13 @@ async def make_map(store: Any, items: int, run_id: str) -> None:
         return state
 
     quick = FailurePolicy(max_retries=2, backoff_seconds=0.01)
-    group = map_over("pages", _node("read page", read, Page, Page), into="words", max_concurrency=16, on_item_failure="collect")
+    group = map_over(
+        "pages",
+        _node("read page", read, Page, Page),
+        into="words",
+        max_concurrency=16,
+        on_item_failure="collect",
+    )
     pipeline = Pipeline("book", [group, _node("bind", bind, Book, Book)])
     runner = StromaRunner.quick(store=store, policy_map={"RECOVERABLE": quick, "AMBIGUOUS": quick})  # type: ignore[dict-item]
     await runner.run(pipeline, Book(pages=[Page(text=f"page {n}") for n in range(items)]), run_id=run_id)
@@ -206,7 +212,9 @@ async def fill(store: SQLiteStore) -> None:
     await StromaRunner.quick(store=store, run_id="asks-1").run(asking, Invoice())
     broken = invoices(random.Random(2), breaks=True)
     assert broken.config is not None
-    quick = StromaRunner.quick(store=store, run_id="fails-1", policy_map=broken.config.policy_map, tags=("nightly",))
+    quick = StromaRunner.quick(
+        store=store, run_id="fails-1", policy_map=broken.config.policy_map, tags=("nightly",)
+    )
     await quick.run(broken, Invoice())
 
 
@@ -216,10 +224,15 @@ def spread(path: Path, days: float = 6.5) -> None:
         runs = [row[0] for row in db.execute("SELECT run FROM runs WHERE run_id NOT LIKE '%-1' ORDER BY run")]
         for number, run in enumerate(runs):
             back = int(days * 86_400_000 * ((len(runs) - number) / len(runs)) ** 1.5)
-            db.execute("UPDATE runs SET started_ms = started_ms - ?, updated_ms = updated_ms - ? WHERE run = ?", (back, back, run))
+            db.execute(
+                "UPDATE runs SET started_ms = started_ms - ?, updated_ms = updated_ms - ? WHERE run = ?",
+                (back, back, run),
+            )
             db.execute("UPDATE tags SET started_ms = started_ms - ? WHERE run = ?", (back, run))
             for table in ("attempts", "steps"):
-                db.execute(f"UPDATE {table} SET started_ns = started_ns - ? WHERE run = ?", (back * 1_000_000, run))
+                db.execute(
+                    f"UPDATE {table} SET started_ns = started_ns - ? WHERE run = ?", (back * 1_000_000, run)
+                )
 
 
 @contextlib.contextmanager
@@ -228,7 +241,9 @@ def living(store: SQLiteStore, run_id: str = "lives-1") -> Iterator[None]:
     ends = threading.Event()
     pipeline = invoices(random.Random(5), hangs=ends)
     assert pipeline.config is not None
-    runner = StromaRunner.quick(store=store, run_id=run_id, policy_map=pipeline.config.policy_map, tags=("nightly",))
+    runner = StromaRunner.quick(
+        store=store, run_id=run_id, policy_map=pipeline.config.policy_map, tags=("nightly",)
+    )
     thread = threading.Thread(target=lambda: asyncio.run(runner.run(pipeline, Invoice())))
     thread.start()
     try:

@@ -16,6 +16,7 @@ from tests.ui.test_security import attempts_of
 
 from stroma import Pipeline, SQLiteStore, Suspend
 
+
 @pytest.fixture
 def home() -> Path:
     result = page_tools()

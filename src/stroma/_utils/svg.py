@@ -183,7 +183,9 @@ def _size(box: Box, children: Mapping[str, list[Box]]) -> tuple[float, float]:
     lines = max(len(box.left), len(box.right))
     titled = _SECTION if box.left_title or box.right_title else 0
     rates = max((len(rate) for rate in box.rates), default=0) * 5.9 + 2 * _PAD
-    return max(left + right + 3 * _PAD, head, rates, 150), _top(box) + titled + lines * _LINE + (8 if lines else 0)
+    return max(left + right + 3 * _PAD, head, rates, 150), _top(box) + titled + lines * _LINE + (
+        8 if lines else 0
+    )
 
 
 def _top(box: Box) -> float:
@@ -311,7 +313,9 @@ def _box(place: _Layout, is_frame: bool, href: Callable[[Box], str] | None) -> s
         )
     for number, rate in enumerate(box.rates):
         kind = "rate f" if number == 0 else "rate"
-        parts.append(f'<text class="{kind}" x="{x + _PAD:.1f}" y="{y + _HEAD + 19 + number * _RATE:.1f}">{as_xml(rate)}</text>')
+        parts.append(
+            f'<text class="{kind}" x="{x + _PAD:.1f}" y="{y + _HEAD + 19 + number * _RATE:.1f}">{as_xml(rate)}</text>'
+        )
     start = top + (_SECTION if box.left_title or box.right_title else 0)
     middle = x + _PAD + _columns(box)[0] + _PAD / 2 if box.left else x + _PAD / 2
     for lines, head, at in (

@@ -117,11 +117,15 @@ class Actions:
         record, form = await self._read_form("approve", request)
         store: Any = self._settings.store
         pending: list[Waiting] = await to_thread.run_sync(store.waiting, record.run_id)
-        asked = [one for one in pending if f"{one.position}:{one.branch}" == form.get("at") and not one.effect]
-        schema = self._settings.find_schema(asked[0]) if asked and asked[0].schema_ref else None
+        questions = [
+            one for one in pending if f"{one.position}:{one.branch}" == form.get("at") and not one.effect
+        ]
+        schema = self._settings.find_schema(questions[0]) if questions and questions[0].schema_ref else None
         try:
             answer = json.loads(form.get("answer", ""))
-            answered = match_answer(asked, record.run_id, answer, node_id=None, branch=None, schema=schema)
+            answered = match_answer(
+                questions, record.run_id, answer, node_id=None, branch=None, schema=schema
+            )
             await store.signal(record.run_id, answered)
         except (ValidationError, json.JSONDecodeError) as error:
             raise HTTPException(422, f"the answer does not fit: {clean(str(error), 1000)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Final, NamedTuple
@@ -74,7 +75,7 @@ def columns_chart(
                 f"<title>{as_xml(part.title)}</title></rect>"
             )
     known = [(at, rate) for at, rate in enumerate(rates) if rate is not None]
-    for (a, first), (b, second) in zip(known, known[1:], strict=False):
+    for (a, first), (b, second) in itertools.pairwise(known):
         y1, y2 = (_BOTTOM - rate * (_BOTTOM - _TOP) for rate in (first, second))
         drawn.append(
             f'<line class="rate-line" x1="{(a + 0.5) * wide:.2f}%" y1="{y1:.1f}" x2="{(b + 0.5) * wide:.2f}%" y2="{y2:.1f}"/>'

@@ -71,7 +71,12 @@ def rate_boxes(nodes: Sequence[Figures]) -> Callable[[Box], Box]:
         if one is None or box.kind in ("parallel", "map_over"):
             return box
         heat = max(one.seconds / seconds if seconds else 0.0, one.cost_usd / cost if cost else 0.0)
-        return replace(box, rates=one.lines, heat=heat, mood="failing" if one.is_failing else "hot" if heat > _HOT else "")
+        return replace(
+            box,
+            rates=one.lines,
+            heat=heat,
+            mood="failing" if one.is_failing else "hot" if heat > _HOT else "",
+        )
 
     return rate
 
@@ -94,13 +99,14 @@ def figures_of(store: AsyncStates, pipeline: str) -> tuple[int, list[Figures]]:
             failed[one.node_id] = failed.get(one.node_id, 0) + (one.failure_class is not None)
             place = (one.position, one.branch)
             places[one.node_id] = min(place, places.get(one.node_id, place))
-    return len(runs), [
+    figures = [
         Figures(
             node, len(calls[node]), len(took[node]), failed[node], _quantile(took[node], 0.5), _quantile(took[node], 0.95),
             sum(took[node]), cost[node], bool(places[node][1]),
-        )  # fmt: skip
+        )
         for node in sorted(places, key=lambda node: places[node])
-    ]
+    ]  # fmt: skip
+    return len(runs), figures
 
 
 def _quantile(values: Sequence[float], part: float) -> float:

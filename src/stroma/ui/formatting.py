@@ -125,9 +125,7 @@ def duration_text(attempt: AttemptRecord) -> str:
     return duration(attempt.duration_ms, attempt.function_ms or None)
 
 
-def attempt_rows(
-    attempts: Iterable[tuple[AttemptRecord, str, str]], restored: Collection[int]
-) -> Markup:
+def attempt_rows(attempts: Iterable[tuple[AttemptRecord, str, str]], restored: Collection[int]) -> Markup:
     """Return the rows of the table of attempts. ``attempts``: each with the address of its page and its place."""
     # Not a template: a page has thousands.
     return Markup("".join(_attempt_row(*one, restored) for one in attempts))
@@ -157,10 +155,10 @@ def split_price(attempt: AttemptRecord) -> tuple[str, str]:
     price = find_pricer(attempt.model) if attempt.model and attempt.cost_usd > 0 else None
     if price is None:
         return "", ""
-    taken, given = price(attempt.tokens - attempt.output_tokens, 0), price(0, attempt.output_tokens)
-    if abs(taken + given - attempt.cost_usd) > 0.005 * attempt.cost_usd:
+    input_usd, output_usd = price(attempt.tokens - attempt.output_tokens, 0), price(0, attempt.output_tokens)
+    if abs(input_usd + output_usd - attempt.cost_usd) > 0.005 * attempt.cost_usd:
         return "", ""  # Cached tokens, or another tier.
-    return format_usd(taken), format_usd(given)
+    return format_usd(input_usd), format_usd(output_usd)
 
 
 def compare_facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:

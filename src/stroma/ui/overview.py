@@ -154,10 +154,21 @@ def runs_chart(records: Iterable[RunRecord], buckets: Buckets) -> Markup:
     rates: list[float | None] = []
     for bucket, when in buckets.times():
         at = counts.get(bucket, {})
-        columns.append([Part(at[tone], tone, f"{when}: {pluralize(at[tone], 'run')} {_TONES[tone]}") for tone in _TONES if tone in at])
+        columns.append(
+            [
+                Part(at[tone], tone, f"{when}: {pluralize(at[tone], 'run')} {_TONES[tone]}")
+                for tone in _TONES
+                if tone in at
+            ]
+        )
         ended = at.get("good", 0) + at.get("bad", 0)
         rates.append(at.get("good", 0) / ended if ended else None)
-    return columns_chart(columns, buckets.labels(), "runs over time by how they ended, and the part that succeeded", rates=rates)
+    return columns_chart(
+        columns,
+        buckets.labels(),
+        "runs over time by how they ended, and the part that succeeded",
+        rates=rates,
+    )
 
 
 def stopped_by(records: Iterable[RunRecord]) -> list[tuple[str, str, int]]:
@@ -170,7 +181,13 @@ def stopped_by(records: Iterable[RunRecord]) -> list[tuple[str, str, int]]:
     return sorted(((*key, count) for key, count in counts.items()), key=lambda row: -row[2])[:_MAX_ROWS]
 
 
-_TONES: Final = {"good": "succeeded", "bad": "failed", "warn": "suspended or interrupted", "run": "in progress", "dim": "cancelled"}
+_TONES: Final = {
+    "good": "succeeded",
+    "bad": "failed",
+    "warn": "suspended or interrupted",
+    "run": "in progress",
+    "dim": "cancelled",
+}
 
 
 def _group_by(tallies: Iterable[Tally], name: Callable[[Tally], str]) -> list[AttemptTotals]:

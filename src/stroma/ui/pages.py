@@ -63,7 +63,15 @@ from stroma.ui.formatting import (
     to_json,
 )
 from stroma.ui.overview import BUCKETS, Buckets, Overview, runs_chart, stopped_by
-from stroma.ui.run_view import find_progress, is_at_work, open_waits, read_extras, totals, trace_link, window_of
+from stroma.ui.run_view import (
+    find_progress,
+    is_at_work,
+    open_waits,
+    read_limits,
+    totals,
+    trace_link,
+    window_of,
+)
 from stroma.ui.security import IMAGE_POLICY
 from stroma.ui.timeline import Timeline
 
@@ -200,11 +208,15 @@ class Pages:
             "waiting": counts.get("SUSPENDED", 0), "cost": sum(record.cost_usd for record in records), "drawn": len(columns),
             "words": f"succeeded, {failed:,} failed", "spark": sparkline(columns, label, _SPARK),
         }  # fmt: skip
-        filters = [{"status": "", "name": "All", "count": None}]
+        filters: list[dict[str, Any]] = [{"status": "", "name": "All", "count": None}]
         if len(set(FAILED) & set(counts)) > 1:
             filters.append({"status": "failed", "name": "Failed or partial", "count": failed})
         filters += [
-            {"status": one, "name": one.capitalize(), "count": f"{counts[one]}{'+' if len(records) == _RECENT else ''}"}
+            {
+                "status": one,
+                "name": one.capitalize(),
+                "count": f"{counts[one]}{'+' if len(records) == _RECENT else ''}",
+            }
             for one in _STATUSES
             if one in counts
         ]
@@ -256,9 +268,7 @@ class Pages:
             rest = [one for one in rest if attempt_key(one) != attempt_key(cause_attempt)]
         attempts = in_order([*listed, *rest]) if rest else listed
         waiting = [one for one in self._history.waiting(record.run_id) if one.payload is None]
-        limits, traceparent = read_extras(self._settings, record.run_id)
-        if record.pipeline == self._settings.pipeline:
-            limits = {**self._settings.budget, **limits}
+        limits = read_limits(self._settings, record)
         timeline, story = self._timeline(request, record, attempts, waiting, cause_attempt)
         failed = sum(attempt.failure_class is not None for attempt in attempts)
         run_id = record.run_id
@@ -273,7 +283,7 @@ class Pages:
             effect_key=self._keys.form("effect", run_id), approve_key=self._keys.form("approve", run_id),
             control_keys={action: self._keys.form(action, run_id) for action in controls_of(record)}, working=is_at_work(record),
             command=self._resume_command(record), folded=timeline.fold_idle, idle=idle_ms(story.bars) > 0, at=after,
-            zoomed=timeline.window is not None, trace=trace_link(self._settings, traceparent),
+            zoomed=timeline.window is not None, trace=trace_link(self._settings, run_id),
         )  # fmt: skip
         return compress(request, page_response)
 
@@ -332,7 +342,11 @@ class Pages:
         model = self._settings.find_schema(one) if one.schema_ref else None
         if model is None:
             return "true" if not one.schema_ref else "{}"
-        fields = {name: _EXAMPLES.get(info.annotation, None) for name, info in model.model_fields.items() if info.is_required()}
+        fields = {
+            name: _EXAMPLES.get(info.annotation, None)
+            for name, info in model.model_fields.items()
+            if info.is_required()
+        }
         return to_json(fields)
 
     def _story(self, record: RunRecord, bars: list[Bar]) -> Story:
@@ -385,13 +399,13 @@ class Pages:
             in_group=bool(this.branch), committed=this.output_bytes is not None,
             payload=attempt_address(record, this, "/payload"), failure_site=self._failure_site(record, this),
             fork_key=self._keys.form("fork", record.run_id) if can_fork(self._settings, record, this) else "",
-            split=split_price(this), trace=trace_link(self._settings, read_extras(self._settings, record.run_id)[1]),
+            split=split_price(this), trace=trace_link(self._settings, record.run_id),
         )  # fmt: skip
 
     def trace(self, request: Request) -> Response:
         """Lead to the trace of a run in the telemetry backend."""
         record = self._record(request)
-        address = trace_link(self._settings, read_extras(self._settings, record.run_id)[1])
+        address = trace_link(self._settings, record.run_id)
         if address is None:
             raise HTTPException(404, "no trace of this run is known, or no --trace-url was passed")
         return RedirectResponse(address, 303)
@@ -501,8 +515,16 @@ class Pages:
         since_ms = buckets.first * bucket_ms
         exists = self._store.exists()
         it = Overview.of(self._store.tally(since_ms, bucket_ms) if exists else [])
-        runs = [one for one in self._store.list_runs(limit=_MAX_CHARTED) if one.started_ms >= since_ms] if exists else []
-        failed = self._history.page(RunQuery(statuses=FAILED, since_ms=since_ms), _PAGE_SIZE).runs if exists else []
+        runs = (
+            [one for one in self._store.list_runs(limit=_MAX_CHARTED) if one.started_ms >= since_ms]
+            if exists
+            else []
+        )
+        failed = (
+            self._history.page(RunQuery(statuses=FAILED, since_ms=since_ms), _PAGE_SIZE).runs
+            if exists
+            else []
+        )
         held = self._history.page(RunQuery(statuses=("SUSPENDED",)), _MAX_HELD).runs if exists else []
         done = sum(one.status in FINISHED for one in runs)
         stopped = sum(one.status in FAILED for one in runs)
@@ -518,7 +540,9 @@ class Pages:
         has_steps = name is not None and looked_at > 0 and self._history.run_graph(name, RUNS).has_calls
         drawing = None
         if lineage is not None:
-            drawing = Markup(lineage.drawing(rate_boxes(nodes), lambda box: to_address("/", q=f"node:{box.title}")))
+            drawing = Markup(
+                lineage.drawing(rate_boxes(nodes), lambda box: to_address("/", q=f"node:{box.title}"))
+            )
         return self._page(
             "pipeline.html", here="pipeline", drawing=drawing, nodes=nodes, looked_at=looked_at, has_steps=has_steps,
             slowest=max((one.p95 for one in nodes), default=0), dearest=max((one.cost_usd for one in nodes), default=0),

@@ -1,4 +1,4 @@
-"""What the page of a run shows beside its attempts: totals, budget, what runs now, links to its trace."""
+"""Parts of the page of a run beside its attempts: totals, budget, the attempt in progress, links to its trace."""
 
 from __future__ import annotations
 
@@ -22,27 +22,44 @@ from stroma.ui.timeline import InProgress
 if TYPE_CHECKING:
     from stroma.ui.settings import Settings
 
-__all__ = ["attempts_by_end", "find_progress", "is_at_work", "open_waits", "read_extras", "totals", "trace_link", "window_of"]
+__all__ = [
+    "attempts_by_end",
+    "find_progress",
+    "is_at_work",
+    "open_waits",
+    "read_limits",
+    "totals",
+    "trace_link",
+    "window_of",
+]
 
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
 
 
-def read_extras(settings: Settings, run_id: str) -> tuple[Mapping[str, float], str | None]:
-    """Return (limits that hold, by field of ExecutionBudget; trace context) of a run. Raises StoreError."""
+def read_limits(settings: Settings, record: RunRecord) -> Mapping[str, float]:
+    """Return the limits that hold for a run, by field of ExecutionBudget: those set by request before those of the config.
 
-    def query(rows: Rows) -> tuple[Mapping[str, float], str | None]:
+    Raises StoreError.
+    """
+
+    def query(rows: Rows) -> dict[str, float]:
+        run = rows.find(record.run_id)
+        return {} if run is None else dict(read_control(rows, run.run).budget)
+
+    nothing: dict[str, float] = {}
+    own = settings.budget if record.pipeline == settings.pipeline else nothing
+    return {**own, **settings.store.read(query, nothing)}
+
+
+def trace_link(settings: Settings, run_id: str) -> str | None:
+    """Return the address of a run's trace in the telemetry backend; None without a template or a trace. Raises StoreError."""
+
+    def query(rows: Rows) -> str:
         run = rows.find(run_id)
-        if run is None:
-            return {}, None
-        trace = next((row.node_id for row in rows.annotations(run.run, Annotation.TRACE)), None)
-        return read_control(rows, run.run).budget, trace
+        traces = [] if run is None else rows.annotations(run.run, Annotation.TRACE)
+        return next((row.node_id for row in traces), "")
 
-    return settings.store.read(query, ({}, None))
-
-
-def trace_link(settings: Settings, traceparent: str | None) -> str | None:
-    """Return the address of a run's trace in the telemetry backend; None without a template or a trace."""
-    match = _TRACEPARENT.fullmatch(traceparent or "")
+    match = None if settings.trace_url is None else _TRACEPARENT.fullmatch(settings.store.read(query, ""))
     if match is None or settings.trace_url is None:
         return None
     return settings.trace_url.replace("{trace_id}", match[1]).replace("{span_id}", match[2])
@@ -85,18 +102,20 @@ def find_progress(
     return InProgress(str(position), names[position] if names else "next node", since)
 
 
-def open_waits(record: RunRecord, attempts: Sequence[AttemptRecord], waiting: Sequence[Waiting]) -> dict[str, str]:
+def open_waits(
+    record: RunRecord, attempts: Sequence[AttemptRecord], waiting: Sequence[Waiting]
+) -> dict[str, str]:
     """Return what attempts of a suspended run wait for, by place."""
-    found = {}
+    texts = {}
     for one in waiting:
         at = f"{one.position}.{one.branch}" if one.branch else str(one.position)
         what = "an answer" if one.effect is None else "word of how its call ended"
-        found[at] = f"suspended: waits for {what}"
+        texts[at] = f"suspended: waits for {what}"
     ended = attempts_by_end(attempts)
     if record.waits_for is not None and ended:
         why = "paused" if record.waits_for == "resume" else "waits for a larger budget"
-        found.setdefault(place_of(ended[-1]), why)
-    return found
+        texts.setdefault(place_of(ended[-1]), why)
+    return texts
 
 
 def window_of(query: Mapping[str, str]) -> tuple[float, float] | None:
@@ -139,7 +158,9 @@ def _percent(value: float, limit: float) -> str:
     return "100 %" if limit <= 0 else f"{100 * value / limit:.0f} %"
 
 
-def _card(name: str, value: Any, more: str, used: float = 0.0, limit: float | None = None, tone: str = "") -> dict[str, Any]:
+def _card(
+    name: str, value: Any, more: str, used: float = 0.0, limit: float | None = None, tone: str = ""
+) -> dict[str, Any]:
     if limit is None:
         return {"name": name, "value": value, "more": more, "bar": ""}
     part = 1.0 if limit <= 0 else used / limit

@@ -63,7 +63,7 @@ class InProgress:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """What a timeline shows, and how.
+    """The contents and the settings of a timeline.
 
     Attributes:
         bars: the attempts, with times from the first one on.
@@ -169,9 +169,15 @@ class _Drawing:
                 '<div class="now" aria-hidden="true"><div class="row"><span></span><svg class="lane">'
                 f'<line x1="{at:.2f}%" x2="{at:.2f}%" y1="0" y2="100%"/></svg><span></span></div></div>'
             )
-        zoom = "" if it.fold_idle else f' data-from="{self.start / 1000:.3f}" data-to="{(self.start + self.span) / 1000:.3f}"'
+        zoom = (
+            ""
+            if it.fold_idle
+            else f' data-from="{self.start / 1000:.3f}" data-to="{(self.start + self.span) / 1000:.3f}"'
+        )
         tall = ' class="tall"' if self.rows > _TALL else ""
-        return f'<div{tall}><div class="gantt g{self.count}"{live}{zoom}>{self.axis()}{drawn}{now}</div></div>'
+        return (
+            f'<div{tall}><div class="gantt g{self.count}"{live}{zoom}>{self.axis()}{drawn}{now}</div></div>'
+        )
 
     # ------------------------------------------------------------------ rows
 
@@ -180,7 +186,9 @@ class _Drawing:
             label, ticks = "time, idle stretches folded", '<text x="4" y="19">idle time folded</text>'
         else:
             marks = [self.start + k * self.step for k in range(self.count)]
-            label = f"time axis, from {_tick(marks[0], self.step)} to {_tick(self.start + self.span, self.step)}"
+            label = (
+                f"time axis, from {_tick(marks[0], self.step)} to {_tick(self.start + self.span, self.step)}"
+            )
             ticks = "".join(
                 f'<text x="{100 * k / self.count:.4g}%" dx="4" y="19">{_tick(mark, self.step)}</text>'
                 for k, mark in enumerate(marks)
@@ -201,7 +209,9 @@ class _Drawing:
         inside = entry.entries
         if len(leaves) > _MANY:
             strip = self.strip(entry, leaves)
-            failed = [one for one in leaves if one.bars and one.bars[-1].outcome == "failure"][:_MAX_FAILED_ROWS]
+            failed = [one for one in leaves if one.bars and one.bars[-1].outcome == "failure"][
+                :_MAX_FAILED_ROWS
+            ]
             chosen = [one for one in leaves if self.has_selected(one) and one not in failed]
             inside = [*failed, *chosen, *[child for child in entry.entries if child.entries][:_MANY]]
         # The steps of a flow are shown at once; children of a group and repeated calls on a click.
@@ -283,7 +293,11 @@ class _Drawing:
             role = "img"
             label = bar_title(bars[-1]) if len(calls) == 1 and bars else name
         tone = "run" if progress is not None else _tone(entry)
-        figures = self.ticking(progress) if progress is not None else f'<span class="fig">{_figures(entry, calls)}</span>'
+        figures = (
+            self.ticking(progress)
+            if progress is not None
+            else f'<span class="fig">{_figures(entry, calls)}</span>'
+        )
         return (
             f'<span class="name {"fold " if folds else ""}{tone}" title="{as_xml(name)}">'
             f'<span class="dim mono">{as_xml(_short_place(entry.at))}</span> {as_xml(clean(entry.label, 60))}</span>'
@@ -314,7 +328,7 @@ class _Drawing:
         """Return the left edge and width of a stretch in percent; None if it is outside the window."""
         left = self.x(began)
         right = 100.0 if ended is None else self.x(ended)
-        if right < 0 or left > 100:
+        if right < 0 or (right == 0 and left < 0) or left > 100:
             return None
         left = min(max(left, 0.0), 100 - _LEAST)
         return left, max(min(right, 100.0) - left, _LEAST)
@@ -343,7 +357,9 @@ class _Drawing:
             if at == 250 or columns[at] != columns[start]:
                 if columns[start]:
                     kind = "failure" if columns[start] == 2 else "success"
-                    parts.append(f'<rect class="b-{kind}" x="{start / 2.5:.1f}%" y="5" width="{(at - start) / 2.5:.1f}%" height="18"/>')
+                    parts.append(
+                        f'<rect class="b-{kind}" x="{start / 2.5:.1f}%" y="5" width="{(at - start) / 2.5:.1f}%" height="18"/>'
+                    )
                 start = at
         return "".join(parts)
 
@@ -368,7 +384,9 @@ class _Drawing:
         for at, tone in enumerate(tones):
             row, column = divmod(at, columns)
             paths.setdefault(tone, []).append(f"M{column * size} {row * size}h{inner}v{inner}h-{inner}z")
-        drawn = "".join(f'<path class="f-{_CELLS[tone]}" d="{"".join(path)}"/>' for tone, path in paths.items())
+        drawn = "".join(
+            f'<path class="f-{_CELLS[tone]}" d="{"".join(path)}"/>' for tone, path in paths.items()
+        )
         counts = {tone: len(path) for tone, path in paths.items()}
         ok = counts.get("g", 0) + counts.get("r", 0)
         words = ", ".join(

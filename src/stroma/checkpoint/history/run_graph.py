@@ -46,7 +46,7 @@ class StepNode:
 
     @property
     def rates(self) -> str:
-        """How long its attempts took and what a call costs, as text; "" without an attempt."""
+        """The durations of its attempts and the cost of a call, as text; "" without an attempt."""
         if not self.took_ms:
             return ""
         ordered = sorted(self.took_ms)
