@@ -11,6 +11,7 @@ from tests.kit import NEVER, Num, node, same
 from tests.ui.conftest import Site
 
 from stroma import Flow, SQLiteStore, StromaRunner, stroma_flow
+from stroma.contracts.checks.lineage import Lineage
 
 step = node("judge", same)
 
@@ -45,12 +46,12 @@ def test_the_steps_of_the_latest_runs(store: SQLiteStore, serve: Any) -> None:
     runner = StromaRunner.quick(store=store, policy_map=NEVER)  # type: ignore[arg-type]
     for _ in range(2):
         asyncio.run(runner.run(letter, Num()))
-    site: Site = serve(store, pipeline="letter", lineage="<svg/>")
+    site: Site = serve(store, pipeline="letter", lineage=Lineage("letter", (), ()))
     assert "/steps.svg" in site.get("/pipeline").text
     image = site.get("/steps.svg")
     assert image.headers["content-type"] == "image/svg+xml"
     assert "6 calls" in {text.text for text in ElementTree.fromstring(image.text).iter() if text.text}
 
     asyncio.run(StromaRunner.quick(store=store, pipeline="list").run([step], Num()))  # type: ignore[arg-type]
-    site = serve(store, pipeline="list", lineage="<svg/>")
+    site = serve(store, pipeline="list", lineage=Lineage("letter", (), ()))
     assert "/steps.svg" not in site.get("/pipeline").text

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.ui.conftest import BAD, GOOD, Site, State, make_runs, node
+from tests.ui.scenes import lineage
 from tests.ui.test_security import attempts_of
 
 from stroma import FailurePolicy, NodeContract, Pipeline, SQLiteStore, StromaRunner, current_node, stroma_node
@@ -153,13 +154,14 @@ def test_attempts(site: Site) -> None:
     assert "attempt 1: failure" in second
     assert 'aria-current="page" class="good">attempt 2: success' in second
     changes = second[second.index('<ul class="changes">') :].partition("</ul>")[0]
-    assert re.search(r"outcome</span>: (&#34;|&quot;)failure.* → .*success", changes)
-    assert "10 (5 out)" in second or "15 (5 out)" in second
+    assert re.search(r'outcome</span>: <span class="was">(&#34;|&quot;)failure.* → .*success', changes)
+    cards = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)<", second))
+    assert (cards["Tokens in"], cards["Tokens out"]) == ("10", "5")
     assert "<code>bad:1:1:</code>" in second
     assert '<span class="key">n</span>: 2' in second
     total = by_title["total, attempt 1"]
     assert "<code>lines.0.price</code>" in total
-    assert "no output" in total
+    assert "<h2>Rejected output</h2>" in total
     first = by_title["flaky, attempt 1"]
     frames = first[first.index("Where it failed") :].partition("</ol>")[0]
     assert re.search(r"conftest\.py:\d+</span> in <b>flaky</b><pre>raise TimeoutError", frames)
@@ -276,13 +278,13 @@ def test_idle_time(store: SQLiteStore, serve: Any) -> None:
     make_runs(store, ("x", Pipeline("p", [node("n", fails_once)])), policy_map={"RECOVERABLE": waits})
     site = serve(store)
     page = site.get("/run", id="x").text
-    assert '<a class="fold-idle" href="/run?id=x&amp;idle=folded">fold idle time</a>' in page
+    assert '<a class="btn small fold-idle" href="/run?id=x&amp;idle=folded">fold idle time</a>' in page
     folded = site.get("/run", id="x", idle="folded").text
-    assert '<a class="fold-idle" href="/run?id=x">show idle time</a>' in folded
+    assert '<a class="btn small fold-idle" href="/run?id=x">show idle time</a>' in folded
 
     def widest(text: str) -> float:
         return max(
-            float(width) for width in re.findall(r'<rect class="b-(?!wait)[^>]* width="([\d.]+)"', text)
+            float(width) for width in re.findall(r'<rect class="b-(?!wait)[^>]* width="([\d.]+)%"', text)
         )
 
     assert widest(folded) > 2 * widest(page)
@@ -290,19 +292,26 @@ def test_idle_time(store: SQLiteStore, serve: Any) -> None:
 
 def test_the_pipeline(store: SQLiteStore, serve: Any) -> None:
     """Under the picture stands how each node did in the last runs: attempts, failure rate, p50 and p95."""
-    picture = "<svg xmlns='http://www.w3.org/2000/svg'/>"
-    site = serve(store, pipeline="flows", lineage=picture)
+    drawn = lineage(GOOD)
+    site = serve(store, pipeline="flows", lineage=drawn)
     assert "It has none in this store" in site.get("/pipeline").text
     make_runs(store, ("good", GOOD), ("bad", BAD), ("other", Pipeline("other", GOOD.nodes)))
     text = site.get("/pipeline").text
-    assert '<img class="lineage" src="/lineage.svg"' in text
     assert "Its last 2 runs" in text
+    boxes = re.findall(r'<g class="node [^"]*?(failing|hot|) ?" data-at="([^"]*)">', text)
+    assert ("failing", "1") in boxes
+    assert ("failing", "0") not in boxes
+    assert "4 calls" not in text
+    assert "2 calls · 50.0% of attempts failed" in text
+    assert re.search(r"p50 \d\.\d\d s · p95 \d\.\d\d s · \$0\.\d{6} a call", text)
+    assert '<path class="link failing" data-from="0" data-to="1"' in text
     report = rows(text)
     assert [row[:3] for row in report] == [
         ["first", "2", "0.0%"], ["flaky", "4", "50.0%"], ["parallel(left, right)", "2", "0.0%"], ["left", "2", "0.0%"],
         ["right", "2", "0.0%"], ["total", "1", "100.0%"],
     ]  # fmt: skip
-    assert all(re.fullmatch(r"\d\.\d\d s", cell) for row in report for cell in row[3:])
+    assert all(re.fullmatch(r"\d\.\d\d s", cell) for row in report for cell in row[3:5])
+    assert [row[5] for row in report] == ["2", "2", "2", "2", "2", "1"]
 
 
 def test_quantiles() -> None:
@@ -381,13 +390,16 @@ def test_limits_that_are_closed(tmp_path: Path, serve: Callable[..., Site]) -> N
 def test_overview(site: Site) -> None:
     """Failures by class over time, cost by pipeline, node and model, what was wasted, and the slowest nodes."""
     text = site.get("/overview").text
-    assert "<b>attempts</b> 13" in text
-    assert "<b>failed</b> 3" in text
-    assert re.search(r"<b>wasted</b> \$0\.00001\d", text)
-    assert re.findall(r'<rect class="c-(\w+)"[^>]*><title>[^<]*: (\w+), (\d) attempts?<', text) == [
+    cards = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)<", text))
+    assert (cards["Runs"], cards["Success rate"], cards["Attempts"]) == ("2", "50.0%", "13")
+    assert "<small>3 failed</small>" in text
+    assert re.fullmatch(r"\$0\.00001\d", cards["Wasted"])
+    assert re.findall(r'<rect class="c-(\w+)"[^>]*><title>[^<]*: ([A-Z]+), (\d) attempts?<', text) == [
         ("terminal", "TERMINAL", "1"), ("recoverable", "RECOVERABLE", "2"),
     ]  # fmt: skip
     report = rows(text)
+    assert re.findall(r"1 run (succeeded|failed)</title>", text) == ["succeeded", "failed"]
+    assert '<td data-name="Reason">contract</td>' in text
     assert report[0][:3] == ["flows", "13", "3"]
     assert ["gpt-4o-mini", "9", "1"] in [row[:3] for row in report]
     assert "Slowest nodes" in text

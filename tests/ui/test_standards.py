@@ -11,13 +11,10 @@ import pytest
 from tests.ui.browser import Browser
 from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, State, make_runs, node
 from tests.ui.page_tools import AXE, missing, page_tools, validate
+from tests.ui.scenes import lineage
 from tests.ui.test_security import attempts_of
 
 from stroma import Pipeline, SQLiteStore, Suspend
-
-_PICTURE = (
-    '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40"><rect width="40" height="40"/></svg>'
-)
 
 
 @pytest.fixture
@@ -40,7 +37,7 @@ def pages(tmp_path: Path, serve: Any) -> list[str]:
     waits = Pipeline("flows", [node("asks", _asks)])
     make_runs(store, ("good", GOOD), ("bad", BAD), ("waits", waits), tags=("nightly", SCRIPT[:40]))
     make_runs(store, (SCRIPT, BAD), state=State(text="a\x00b\u202e"))
-    site: Site = serve(store, pipeline="flows", lineage=_PICTURE)
+    site: Site = serve(store, pipeline="flows", lineage=lineage(GOOD))
     bare: Site = serve(empty)
     requests = [
         "/", "/?q=nowhere", "/?status=failed&class=TERMINAL", "/run?id=bad", "/run?id=good", "/run?id=waits", *attempts_of(site),

@@ -14,12 +14,12 @@ from stroma._utils.svg import as_xml
 
 __all__ = ["ArcBox", "arc_diagram"]
 
-_BOX_WIDTH: Final = 340
+_BOX_WIDTH: Final = 420
 _BOX_HEIGHT: Final = 40
 _GAP: Final = 34
 _INDENT: Final = 26
 _MARGIN: Final = 24
-_LONGEST_TITLE: Final = 40
+_LONGEST_TITLE: Final = 26
 _LONGEST_NOTE: Final = 52
 _STYLE: Final = """
 svg{background:#fff;font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}
@@ -34,13 +34,14 @@ svg{background:#fff;font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-s
 
 @dataclass(frozen=True, slots=True)
 class ArcBox:
-    """A box. ``depth``: how far it is indented, under the box that it is part of."""
+    """A box. ``depth``: how far it is indented, under the box that it is part of. ``rates``: figures at its right edge."""
 
     id: str
     title: str
     note: str
     depth: int = 0
     is_failing: bool = False
+    rates: str = ""
 
 
 def arc_diagram(boxes: Sequence[ArcBox], links: Iterable[tuple[str, str, int]], *, title: str) -> str:
@@ -109,10 +110,14 @@ def _box(box: ArcBox, place: _Edges) -> str:
     kind = "failing" if box.is_failing else "step" if box.note else "end"
     middle = top + (18 if box.note else 25)
     note = f'<text class="note" x="{x + 14:.1f}" y="{top + 33:.1f}">{as_xml(_cut(box.note, _LONGEST_NOTE))}</text>'
+    rates = ""
+    if box.rates:
+        at = f'x="{x + _BOX_WIDTH - 12:.1f}" y="{top + 18:.1f}" text-anchor="end"'
+        rates = f'<text class="note" {at}>{as_xml(box.rates)}</text>'
     return (
         f'<g class="{kind}"><rect class="box" x="{x:.1f}" y="{top:.1f}" width="{_BOX_WIDTH}" height="{_BOX_HEIGHT}" rx="8"/>'
         f'<text class="title" x="{x + 14:.1f}" y="{middle:.1f}">{as_xml(_cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>'
-        f"{note if box.note else ''}</g>"
+        f"{note if box.note else ''}{rates}</g>"
     )
 
 

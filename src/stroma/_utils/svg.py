@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Final, Literal, NamedTuple
@@ -33,6 +33,9 @@ class Box:
         kind: a word for what it is.
         left, right: the lines that links end at, and those that they begin at.
         left_title, right_title: what stands above them.
+        rates: figures about it, a line each; () for none.
+        heat: its part of the time or cost of all, from 0 to 1.
+        mood: "failing" or "hot" if it is marked as such.
     """
 
     id: str
@@ -43,6 +46,9 @@ class Box:
     right: tuple[Line, ...] = ()
     left_title: str = ""
     right_title: str = ""
+    rates: tuple[str, ...] = ()
+    heat: float = 0.0
+    mood: Literal["", "failing", "hot"] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +65,17 @@ class Link:
 _NO_XML: Final = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
+#: Text that stands in XML as it is.
+_PLAIN: Final = re.compile(r"[ !#-%(-;=?-~]*")
+
+
 def as_xml(text: str) -> str:
     """Text as it may stand anywhere in XML, quotes included; what XML cannot say, or a terminal would obey, is U+FFFD.
 
     Marks that turn the direction of a text are shown as escapes.
     """
+    if _PLAIN.fullmatch(text):  # 0.4 us instead of 2: pages have tens of thousands of such texts.
+        return text
     # A carriage return that is not named is read as a line feed.
     return escape(with_marks(_NO_XML.sub("\ufffd", text)), quote=True).replace("\r", "&#13;")
 
@@ -80,6 +92,7 @@ _STACK: Final = 18  # between what stands one below the other
 _FRAME: Final = 34  # the title of a frame
 _LANE: Final = 11
 _MARGIN: Final = 24
+_RATE: Final = 16  # a line of figures
 _LONGEST: Final = 34  # characters of a line; the rest is in its tooltip
 _LONGEST_TITLE: Final = 52
 
@@ -116,8 +129,13 @@ class _Layout:
     column: int
 
 
-def svg(boxes: Sequence[Box], links: Iterable[Link], *, title: str) -> str:
-    """Return an image of boxes from left to right, frames around their children, and the links between their lines."""
+def svg(
+    boxes: Sequence[Box], links: Iterable[Link], *, title: str, href: Callable[[Box], str] | None = None
+) -> str:
+    """Return an image of boxes from left to right, frames around their children, and the links between their lines.
+
+    ``href``: address of a box, for an image inside a page, which has the style; without it the image stands by itself.
+    """
     children: dict[str, list[Box]] = {}
     for box in boxes:
         children.setdefault(box.parent, []).append(box)
@@ -132,12 +150,16 @@ def svg(boxes: Sequence[Box], links: Iterable[Link], *, title: str) -> str:
     drawn, lowest = _links(links, places)
     width = max(x - _GAP + _MARGIN, 420)
     height = max(bottom, lowest) + _MARGIN + 26
-    body = [_box(place, bool(children.get(place.box.id))) for place in places.values()]
+    body = [_box(place, bool(children.get(place.box.id)), href) for place in places.values()]
+    start = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
+    if href is None:
+        start = f'<svg xmlns="http://www.w3.org/2000/svg" {start} role="img" aria-label="{as_xml(title)}">'
+    else:
+        start = f'<svg class="lin" {start} role="group" aria-label="{as_xml(title)}">'
     return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{as_xml(title)}">',
-        f"<title>{as_xml(title)}</title>",
-        f"<style>{_STYLE}</style>",
+        start,
+        f"<title>{as_xml(title)}</title>" if href is None else "",
+        f"<style>{_STYLE}</style>" if href is None else "",
         f'<text class="title" x="{_MARGIN}" y="{_MARGIN + 8}">{as_xml(title)}</text>',
         *[part for part in body if part.startswith("<g class=\"group")],
         *drawn,
@@ -160,7 +182,15 @@ def _size(box: Box, children: Mapping[str, list[Box]]) -> tuple[float, float]:
     head = len(_cut(box.title, _LONGEST_TITLE)) * _TITLE_CHAR + 2 * _PAD + 30
     lines = max(len(box.left), len(box.right))
     titled = _SECTION if box.left_title or box.right_title else 0
-    return max(left + right + 3 * _PAD, head, 150), _HEAD + titled + lines * _LINE + (8 if lines else 0)
+    rates = max((len(rate) for rate in box.rates), default=0) * 5.9 + 2 * _PAD
+    return max(left + right + 3 * _PAD, head, rates, 150), _top(box) + titled + lines * _LINE + (
+        8 if lines else 0
+    )
+
+
+def _top(box: Box) -> float:
+    """Return the height of what stands above the lines of a box."""
+    return _HEAD + (len(box.rates) * _RATE + 10 if box.rates else 0)
 
 
 def _columns(box: Box) -> tuple[float, float]:
@@ -205,7 +235,7 @@ def _line_at(place: _Layout, name: str, *, right: bool) -> float:
     for index, line in enumerate(lines):
         if line.name == name:
             titled = _SECTION if place.box.left_title or place.box.right_title else 0
-            return place.y + _HEAD + titled + index * _LINE + _LINE / 2
+            return place.y + _top(place.box) + titled + index * _LINE + _LINE / 2
     return place.y + _HEAD / 2
 
 
@@ -237,9 +267,9 @@ def _links(links: Iterable[Link], places: Mapping[str, _Layout]) -> tuple[list[s
             back = edges[target.column][0] - 14 - (lane * 7) % 56
             path = _around((x1, y1), out, y, back, (x2, y2))
         words = f"{link.source_line or source.box.title} → {link.target_line or target.box.title}"
-        drawn.append(
-            f'<path class="link {as_xml(link.tone)}" d="{path}"><title>{as_xml(words)}</title></path>'
-        )
+        kind = as_xml(" ".join(filter(None, (link.tone, target.box.mood))))
+        ends_at = f'data-from="{as_xml(link.source)}" data-to="{as_xml(link.target)}"'
+        drawn.append(f'<path class="link {kind}" {ends_at} d="{path}"><title>{as_xml(words)}</title></path>')
         drawn += [f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in ((x1, y1), (x2, y2))]
     return drawn, lowest
 
@@ -257,9 +287,11 @@ def _around(start: tuple[float, float], out: float, y: float, back: float, end: 
     )
 
 
-def _box(place: _Layout, is_frame: bool) -> str:
+def _box(place: _Layout, is_frame: bool, href: Callable[[Box], str] | None) -> str:
     box, x, y, width, height = place.box, place.x, place.y, place.width, place.height
     title = f'<text class="title" x="{x + _PAD:.1f}" y="{y + 19:.1f}">{as_xml(_cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>'
+    if href is not None and box.kind != "input" and not is_frame:
+        title = f'<a href="{as_xml(href(box))}">{title}</a>'
     if is_frame:
         return (
             f'<g class="group"><rect class="frame" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="10"/>'
@@ -267,14 +299,24 @@ def _box(place: _Layout, is_frame: bool) -> str:
         )
     bare = "" if box.left or box.right else " bare"
     parts = [
-        f'<g class="node {as_xml(box.kind)}{bare}">',
+        f'<g class="node {as_xml(box.kind)}{bare} {box.mood}" data-at="{as_xml(box.id)}">',
         f'<rect class="box" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="8"/>',
         f'<path class="head" d="M{x + 0.5:.1f} {y + _HEAD - 8:.1f}v-{_HEAD - 16}q0 -7.5 7.5 -7.5h{width - 16:.1f}q7.5 0 7.5 7.5v{_HEAD - 16}z"/>',
         title,
         f'<text class="at" x="{x + width - _PAD:.1f}" y="{y + 20:.1f}">{as_xml(box.id)}</text>',
         f'<text class="kind" x="{x + _PAD:.1f}" y="{y + 31:.1f}">{as_xml(box.kind)}</text>',
     ]
-    start = y + _HEAD + (_SECTION if box.left_title or box.right_title else 0)
+    top = y + _top(box)
+    if box.rates:
+        parts.append(
+            f'<path class="heat" d="M{x + 1:.1f} {y + _HEAD:.1f}h{max(2.0, box.heat * (width - 2)):.1f}v3H{x + 1:.1f}z"/>'
+        )
+    for number, rate in enumerate(box.rates):
+        kind = "rate f" if number == 0 else "rate"
+        parts.append(
+            f'<text class="{kind}" x="{x + _PAD:.1f}" y="{y + _HEAD + 19 + number * _RATE:.1f}">{as_xml(rate)}</text>'
+        )
+    start = top + (_SECTION if box.left_title or box.right_title else 0)
     middle = x + _PAD + _columns(box)[0] + _PAD / 2 if box.left else x + _PAD / 2
     for lines, head, at in (
         (box.left, box.left_title, x + _PAD),
@@ -282,7 +324,7 @@ def _box(place: _Layout, is_frame: bool) -> str:
     ):
         if head:
             parts.append(
-                f'<text class="top" x="{at:.1f}" y="{y + _HEAD + 12:.1f}">{as_xml(_cut(head))}<title>{as_xml(head)}</title></text>'
+                f'<text class="top" x="{at:.1f}" y="{top + 12:.1f}">{as_xml(_cut(head))}<title>{as_xml(head)}</title></text>'
             )
         for index, line in enumerate(lines):
             parts.append(
@@ -295,7 +337,7 @@ def _box(place: _Layout, is_frame: bool) -> str:
             )
     if box.left and box.right:
         parts.append(
-            f'<path class="rule" d="M{middle:.1f} {y + _HEAD:.1f}V{y + height - 6:.1f}" stroke-width="1"/>'
+            f'<path class="rule" d="M{middle:.1f} {top:.1f}V{y + height - 6:.1f}" stroke-width="1"/>'
         )
     return "\n".join([*parts, "</g>"])
 

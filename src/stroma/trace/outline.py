@@ -124,7 +124,8 @@ def outline(bars: Iterable[Bar], waits: Iterable[Bar] = ()) -> list[OutlineEntry
 
 def _sorted(entries: list[OutlineEntry]) -> list[OutlineEntry]:
     for entry in entries:
-        entry.entries = _sorted(entry.entries)
+        if entry.entries:
+            entry.entries = _sorted(entry.entries)
 
     def key(entry: OutlineEntry) -> tuple[float, str]:
         part = entry.at.rpartition(".")[2]
@@ -176,6 +177,8 @@ def _fold(entries: Sequence[OutlineEntry], parent: OutlineEntry | None) -> list[
 
 
 def _folded_inside(entry: OutlineEntry) -> OutlineEntry:
+    if not entry.entries:
+        return entry
     inside = _fold(entry.entries, entry)
     return OutlineEntry(entry.at, entry.label, entry.kind, entry.bars, inside, entry.call)
 

@@ -1,10 +1,11 @@
-"""Actions of pages: resume, pause, cancel or delete a run, change its budget, state how a call of an effect ended."""
+"""Actions of pages: resume, fork, pause, cancel or delete runs, change a budget, answer a question, state how a call ended."""
 
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, urlencode
 
 from anyio import to_thread
@@ -18,7 +19,7 @@ from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.history import FINISHED
-from stroma.checkpoint.records import RunRecord
+from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.contracts.effects import NotDone
 from stroma.runner.requests import limits_of
 from stroma.runner.requests import request as make_request
@@ -28,9 +29,12 @@ if TYPE_CHECKING:
     from stroma.ui.security import Keys
     from stroma.ui.settings import Settings
 
-__all__ = ["Actions", "can_resume", "controls_of"]
+__all__ = ["MANY", "Actions", "can_fork", "can_resume", "controls_of"]
 
 _MAX_FORM_BYTES = 100_000
+#: Action and subject of the form that resumes several runs.
+MANY: Final = ("resume-many", "")
+_MAX_MANY: Final = 50  # one page of runs
 
 
 def can_resume(settings: Settings, record: RunRecord) -> bool:
@@ -41,6 +45,18 @@ def can_resume(settings: Settings, record: RunRecord) -> bool:
         and record.status not in FINISHED
         and record.holder is None
         and record.run_id != "last"  # The command would resume the latest run.
+    )
+
+
+def can_fork(settings: Settings, record: RunRecord, attempt: AttemptRecord) -> bool:
+    """Return True if a page may fork a run at an attempt: one of a node of this pipeline that is no step of a flow."""
+    names = [] if settings.lineage is None else settings.lineage.top_level
+    return (
+        settings.resume is not None
+        and record.pipeline == settings.pipeline
+        and not attempt.branch
+        and attempt.position < len(names)
+        and names[attempt.position] == attempt.node_id
     )
 
 
@@ -64,6 +80,60 @@ class Actions:
         if resume is None or not can_resume(self._settings, record):
             raise HTTPException(409, "this run cannot be resumed here; its page shows the command")
         await to_thread.run_sync(resume, record.run_id)
+        return RedirectResponse(f"/run?{urlencode({'id': record.run_id})}", 303)
+
+    async def resume_many(self, request: Request) -> Response:
+        """Resume the selected runs that can be resumed; others are skipped."""
+        form = await _read_fields(request)
+        if not self._keys.is_form(dict(form).get("key", ""), *MANY):
+            raise _no_key()
+        resume = self._settings.resume
+        run_ids = list(dict.fromkeys(value for name, value in form if name == "run"))[:_MAX_MANY]
+        for run_id in run_ids:
+            record = await self._get_run(run_id)
+            if resume is not None and record is not None and can_resume(self._settings, record):
+                await to_thread.run_sync(resume, run_id)
+        return RedirectResponse("/", 303)
+
+    async def fork(self, request: Request) -> Response:
+        """Start a new run with what a run has committed before a position."""
+        record, form = await self._read_form("fork", request)
+        resume, position = self._settings.resume, form.get("position", "")
+        lineage = self._settings.lineage
+        if resume is None or lineage is None or record.pipeline != self._settings.pipeline:
+            raise HTTPException(409, "this run cannot be forked here: pass its pipeline to `stroma ui`")
+        if not (position.isdecimal() and position.isascii() and int(position) < len(lineage.top_level)):
+            raise HTTPException(422, "position must be that of a node of the pipeline")
+        new_run_id = secrets.token_hex(16)
+        try:
+            await self._settings.store.fork(record.run_id, new_run_id, int(position))
+        except StoreError as error:
+            raise HTTPException(409, clean(str(error), 1000)) from error
+        await to_thread.run_sync(resume, new_run_id)
+        return RedirectResponse(f"/run?{urlencode({'id': new_run_id})}", 303)
+
+    async def approve(self, request: Request) -> Response:
+        """Store the answer that a node waits for; resume the run if the form says so."""
+        record, form = await self._read_form("approve", request)
+        store: Any = self._settings.store
+        pending: list[Waiting] = await to_thread.run_sync(store.waiting, record.run_id)
+        questions = [
+            one for one in pending if f"{one.position}:{one.branch}" == form.get("at") and not one.effect
+        ]
+        schema = self._settings.find_schema(questions[0]) if questions and questions[0].schema_ref else None
+        try:
+            answer = json.loads(form.get("answer", ""))
+            answered = match_answer(
+                questions, record.run_id, answer, node_id=None, branch=None, schema=schema
+            )
+            await store.signal(record.run_id, answered)
+        except (ValidationError, json.JSONDecodeError) as error:
+            raise HTTPException(422, f"the answer does not fit: {clean(str(error), 1000)}") from error
+        except StoreError as error:
+            raise HTTPException(409, clean(str(error), 1000)) from error
+        resume = self._settings.resume
+        if form.get("resume") == "yes" and resume is not None and can_resume(self._settings, record):
+            await to_thread.run_sync(resume, record.run_id)
         return RedirectResponse(f"/run?{urlencode({'id': record.run_id})}", 303)
 
     async def state_effect(self, request: Request) -> Response:
@@ -122,27 +192,38 @@ class Actions:
 
     async def _read_form(self, action: str, request: Request) -> tuple[RunRecord, dict[str, str]]:
         """Return the run of a form, and its fields. Raises HTTPException for a form without a valid key."""
-        if request.headers.get("content-type", "").partition(";")[0] != "application/x-www-form-urlencoded":
-            raise HTTPException(415, "content type must be application/x-www-form-urlencoded")
-        body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > _MAX_FORM_BYTES:
-                raise HTTPException(413, "the form is too large")
-        form = dict(parse_qsl(body.decode("utf-8", "replace")))
+        form = dict(await _read_fields(request))
         run_id = form.get("id", "")
         if not self._keys.is_form(form.get("key", ""), action, run_id):
-            raise HTTPException(
-                403,
-                "the form is not from a page of this server, or the server was restarted; reload the page",
-            )
-        try:
-            record = await to_thread.run_sync(self._settings.store.get_run, run_id)
-        except ValueError:
-            record = None
+            raise _no_key()
+        record = await self._get_run(run_id)
         if record is None:
             raise HTTPException(404, "the run does not exist any more")
         return record, form
+
+    async def _get_run(self, run_id: str) -> RunRecord | None:
+        try:
+            return await to_thread.run_sync(self._settings.store.get_run, run_id)
+        except ValueError:
+            return None
+
+
+async def _read_fields(request: Request) -> list[tuple[str, str]]:
+    """Return the fields of a form. Raises HTTPException for anything else, and for too large a one."""
+    if request.headers.get("content-type", "").partition(";")[0] != "application/x-www-form-urlencoded":
+        raise HTTPException(415, "content type must be application/x-www-form-urlencoded")
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_FORM_BYTES:
+            raise HTTPException(413, "the form is too large")
+    return parse_qsl(body.decode("utf-8", "replace"))
+
+
+def _no_key() -> HTTPException:
+    return HTTPException(
+        403, "the form is not from a page of this server, or the server was restarted; reload the page"
+    )
 
 
 def _read_limits(form: dict[str, str]) -> Mapping[str, float]:

@@ -15,7 +15,6 @@ from starlette.staticfiles import StaticFiles
 from stroma._utils.text import clean
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.history import History
-from stroma.trace.html import STYLE
 from stroma.ui.actions import Actions
 from stroma.ui.events import Events
 from stroma.ui.pages import Pages
@@ -35,9 +34,6 @@ def make_app(settings: Settings) -> ASGIApp:
     actions = Actions(settings, keys)
     events = Events(settings)
 
-    def style(request: Request) -> Response:
-        return Response(STYLE, media_type="text/css")
-
     routes: list[Any] = [
         Route("/", pages.runs),
         Route("/run", pages.run),
@@ -49,7 +45,11 @@ def make_app(settings: Settings) -> ASGIApp:
         Route("/lineage.svg", pages.lineage),
         Route("/steps.svg", pages.steps),
         Route("/export", pages.export),
+        Route("/trace", pages.trace),
         Route("/resume", actions.resume, methods=["POST"]),
+        Route("/resume-many", actions.resume_many, methods=["POST"]),
+        Route("/fork", actions.fork, methods=["POST"]),
+        Route("/approve", actions.approve, methods=["POST"]),
         Route("/delete", actions.delete, methods=["POST"]),
         Route("/effect", actions.state_effect, methods=["POST"]),
         Route("/pause", actions.pause, methods=["POST"]),
@@ -57,7 +57,6 @@ def make_app(settings: Settings) -> ASGIApp:
         Route("/cancel", actions.cancel, methods=["POST"]),
         Route("/budget", actions.set_budget, methods=["POST"]),
         Route("/events", events.stream),
-        Route("/static/page.css", style),
         Mount("/static", StaticFiles(directory=_HERE / "static")),
     ]
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
+from collections.abc import Collection, Iterable
 from typing import Any, Final
 from urllib.parse import quote_plus, urlencode
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from stroma._utils.text import clean, with_marks
+from stroma._utils.svg import as_xml
+from stroma._utils.text import clean, format_usd, with_marks
 from stroma.checkpoint.history import (
     FAILED,
     FINISHED,
-    NOT_STOPPED,
     NodeDiff,
     Payload,
     changes,
@@ -23,13 +25,17 @@ from stroma.checkpoint.history import (
     place_of,
 )
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
+from stroma.cost.prices import find_pricer
 from stroma.trace.gantt import duration
 from stroma.trace.html import tree
+from stroma.ui.components import chip
 
 __all__ = [
+    "ago",
     "as_attachment",
     "attempt_address",
     "attempt_key",
+    "attempt_rows",
     "cause_text",
     "compare_facts",
     "compress",
@@ -39,10 +45,10 @@ __all__ = [
     "parse_search",
     "restored_starts",
     "side_by_side",
+    "split_price",
     "state_tree",
     "to_address",
     "to_json",
-    "tone_of",
 ]
 
 _LARGE_PAGE: Final = 50_000  # bytes
@@ -65,20 +71,22 @@ def parse_search(text: str, status: str, kind: str) -> RunQuery:
     return RunQuery(statuses=statuses, text=" ".join(rest) or None, **filters)
 
 
-def tone_of(status: str) -> str:
-    """Return the colour class of a run's or an attempt's status: "good", "bad" or "warn"."""
-    if status in (*FINISHED, "success"):
-        return "good"
-    return "bad" if status in (*FAILED, "failure") else "warn"
+def ago(ms: int) -> str:
+    """Return how long ago a time was; ``ms`` since the epoch."""
+    seconds = max(0, time.time_ns() // 1_000_000 - ms) // 1000
+    for size, name in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size:,} {name} ago"
+    return f"{seconds} s ago" if seconds >= 5 else "just now"
 
 
 def cause_text(record: RunRecord) -> str:
     """Return the cause of a failed run as text."""
     if is_interrupted(record):
         return "owner lost"
-    if record.status in FINISHED:
-        return ""
-    if record.cause is None or record.status in NOT_STOPPED:
+    if record.status in FINISHED or record.status == "RUNNING":
+        return ""  # A failed attempt of a run that goes on is tried again.
+    if record.cause is None or record.status not in FAILED:
         return record.error or ""
     cause_record = record.cause
     why = f"{cause_record.failure_class}{f' ({cause_record.reason})' if cause_record.reason else ''}"
@@ -115,6 +123,42 @@ def attempt_address(record: RunRecord, attempt: AttemptRecord, path: str = "/att
 def duration_text(attempt: AttemptRecord) -> str:
     """Format the duration of an attempt."""
     return duration(attempt.duration_ms, attempt.function_ms or None)
+
+
+def attempt_rows(attempts: Iterable[tuple[AttemptRecord, str, str]], restored: Collection[int]) -> Markup:
+    """Return the rows of the table of attempts. ``attempts``: each with the address of its page and its place."""
+    # Not a template: a page has thousands.
+    return Markup("".join(_attempt_row(*one, restored) for one in attempts))
+
+
+def _attempt_row(attempt: AttemptRecord, address: str, place: str, restored: Collection[int]) -> str:
+    reason = f" ({clean(attempt.reason, 30)})" if attempt.reason else ""
+    mark = ' <span class="dim">restored</span>' if attempt.started_ns in restored else ""
+    tokens = f"{attempt.tokens:,}" if attempt.tokens else ""
+    cost = format_usd(attempt.cost_usd) if attempt.tokens else ""
+    message = escape(with_marks(clean(attempt.text, 160))) if attempt.text else ""
+    return (
+        f'<tr data-row><td class="mono" data-name="At">{as_xml(clean(place, 80))}</td>'
+        f'<td data-name="Node"><a data-open href="{as_xml(address)}">{as_xml(clean(attempt.node_id, 60))}</a></td>'
+        f'<td class="num" data-name="Try">{attempt.attempt}</td><td data-name="Outcome">{chip(attempt.outcome)}{mark}</td>'
+        f'<td data-name="Class">{as_xml((attempt.failure_class or "") + reason)}</td>'
+        f'<td class="num" data-name="Took">{duration_text(attempt)}</td><td class="num" data-name="Tokens">{tokens}</td>'
+        f'<td class="num" data-name="Cost">{cost}</td><td data-name="Message" class="cause-cell">{message}</td></tr>\n'
+    )
+
+
+def split_price(attempt: AttemptRecord) -> tuple[str, str]:
+    """Return what the input and the output of an attempt cost, as text; ("", "") unless their plain prices add up to its cost.
+
+    Slow the first time: prices are loaded.
+    """
+    price = find_pricer(attempt.model) if attempt.model and attempt.cost_usd > 0 else None
+    if price is None:
+        return "", ""
+    input_usd, output_usd = price(attempt.tokens - attempt.output_tokens, 0), price(0, attempt.output_tokens)
+    if abs(input_usd + output_usd - attempt.cost_usd) > 0.005 * attempt.cost_usd:
+        return "", ""  # Cached tokens, or another tier.
+    return format_usd(input_usd), format_usd(output_usd)
 
 
 def compare_facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:

@@ -8,19 +8,19 @@ from typing import Final
 
 from markupsafe import Markup
 
-from stroma._utils.svg import as_xml
-from stroma._utils.text import pluralize
-from stroma.checkpoint.records import PICO, Tally
+from stroma._utils.text import clean, format_usd, pluralize
+from stroma.checkpoint.history import status_of
+from stroma.checkpoint.records import PICO, RunRecord, Tally
 from stroma.trace.html import utc
+from stroma.ui.charts import Part, columns_chart
+from stroma.ui.components import Column, sparkline, stacked, tone_of
 
-__all__ = ["BUCKETS", "AttemptTotals", "Overview"]
+__all__ = ["BUCKETS", "AttemptTotals", "Buckets", "Overview", "runs_chart", "stopped_by"]
 
 #: Number of time buckets of the chart.
 BUCKETS: Final = 24
 _MAX_ROWS: Final = 10
 _CLASSES: Final = ("TERMINAL", "RECOVERABLE", "AMBIGUOUS")
-_BAR_WIDTH: Final = 40
-_CHART_HEIGHT: Final = 120
 
 
 @dataclass(slots=True)
@@ -35,8 +35,10 @@ class AttemptTotals:
     wasted_usd: float = 0.0
     seconds: float = 0.0
     longest: float = 0.0
+    by_bucket: dict[int, float] = field(default_factory=dict)
 
     def add(self, one: Tally) -> None:
+        self.by_bucket[one.bucket] = self.by_bucket.get(one.bucket, 0.0) + one.cost_pico / PICO
         self.attempts += one.attempts
         self.failed += one.attempts if one.failure_class is not None else 0
         self.tokens += one.tokens
@@ -50,6 +52,16 @@ class AttemptTotals:
         """Mean seconds of an attempt."""
         return self.seconds / self.attempts if self.attempts else 0.0
 
+    def trend(self, buckets: Buckets) -> Markup:
+        """Draw the cost over time."""
+        costs = [(when, self.by_bucket.get(bucket, 0.0)) for bucket, when in buckets.times()]
+        columns = [Column(cost, "dim", f"{when}: {format_usd(cost)}") for when, cost in costs]
+        return sparkline(columns, f"cost of {clean(self.name, 60)} over time", BUCKETS + 1, least=0)
+
+    def parts(self, most: float) -> Markup:
+        """Draw the cost as a bar, the wasted part by itself."""
+        return stacked([(self.cost_usd - self.wasted_usd, "run"), (self.wasted_usd, "warn")], most)
+
 
 @dataclass(slots=True)
 class Overview:
@@ -61,13 +73,17 @@ class Overview:
     models: list[AttemptTotals]
     slowest: list[AttemptTotals]
     failures: dict[int, dict[str, int]] = field(default_factory=dict)
+    costs: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tallies: Sequence[Tally]) -> Overview:
         total = AttemptTotals("all")
         failures: dict[int, dict[str, int]] = {}
+        costs: dict[int, tuple[float, float]] = {}
         for one in tallies:
             total.add(one)
+            used, wasted = costs.get(one.bucket, (0.0, 0.0))
+            costs[one.bucket] = used + one.cost_pico / PICO, wasted + one.wasted_pico / PICO
             if one.failure_class is not None:
                 at = failures.setdefault(one.bucket, {})
                 at[one.failure_class] = at.get(one.failure_class, 0) + one.attempts
@@ -81,29 +97,97 @@ class Overview:
             ),
             sorted(nodes, key=lambda row: -row.mean)[:_MAX_ROWS],
             failures,
+            costs,
         )
 
-    def chart(self, first: int, bucket_ms: int) -> Markup:
-        """Draw failed attempts by class, one column per bucket from ``first`` on."""
+    def chart(self, buckets: Buckets) -> Markup:
+        """Draw failed attempts by class, one column per bucket."""
         highest = max([1, *(sum(at.values()) for at in self.failures.values())])
-        bars = []
-        for place in range(BUCKETS + 1):
-            at, y = self.failures.get(first + place, {}), float(_CHART_HEIGHT)
-            when = utc((first + place) * bucket_ms)
-            for kind in sorted(at, key=lambda kind: _CLASSES.index(kind) if kind in _CLASSES else 9):
-                height = at[kind] / highest * (_CHART_HEIGHT - 10)
-                y -= height
-                title = f"{when}: {kind}, {pluralize(at[kind], 'attempt')}"
-                tone = kind.lower() if kind in _CLASSES else "other"
-                bars.append(
-                    f'<rect class="c-{tone}" x="{place * _BAR_WIDTH + 3}" y="{y:.1f}" width="{_BAR_WIDTH - 6}" '
-                    f'height="{max(height, 1):.1f}"><title>{as_xml(title)}</title></rect>'
-                )
+        columns = []
+        for bucket, when in buckets.times():
+            at = self.failures.get(bucket, {})
+            kinds = sorted(at, key=lambda kind: _CLASSES.index(kind) if kind in _CLASSES else 9)
+            columns.append([
+                Part(at[kind], kind.lower() if kind in _CLASSES else "other", f"{when}: {kind}, {pluralize(at[kind], 'attempt')}")
+                for kind in kinds
+            ])  # fmt: skip
         label = f"failed attempts by class over time, {highest:,} at the most in one span"
-        return Markup(
-            f'<svg class="chart" viewBox="0 0 {(BUCKETS + 1) * _BAR_WIDTH} {_CHART_HEIGHT}" preserveAspectRatio="none" role="img" '
-            f'aria-label="{as_xml(label)}">{"".join(bars)}</svg>'
+        return columns_chart(columns, buckets.labels(), label)
+
+    def cost_chart(self, buckets: Buckets) -> Markup:
+        """Draw what attempts cost, the wasted part by itself."""
+        columns = []
+        for bucket, when in buckets.times():
+            used, wasted = self.costs.get(bucket, (0.0, 0.0))
+            columns.append([
+                Part(used - wasted, "run", f"{when}: {format_usd(used - wasted)} for outputs"),
+                Part(wasted, "warn", f"{when}: {format_usd(wasted)} wasted"),
+            ])  # fmt: skip
+        return columns_chart(columns, buckets.labels(), "cost over time, and its wasted part", unit="$")
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """Spans of equal length. ``first``: the number of the first one, counted from the epoch."""
+
+    first: int
+    bucket_ms: int
+
+    def times(self) -> list[tuple[int, str]]:
+        return [(self.first + n, utc((self.first + n) * self.bucket_ms)) for n in range(BUCKETS + 1)]
+
+    def labels(self) -> list[str]:
+        return [when[11:16] if self.bucket_ms < 7_200_000 else when[5:10] for _, when in self.times()]
+
+    def of(self, ms: int) -> int:
+        return ms // self.bucket_ms
+
+
+def runs_chart(records: Iterable[RunRecord], buckets: Buckets) -> Markup:
+    """Draw runs by how they ended, and the part of them that succeeded as a line."""
+    counts: dict[int, dict[str, int]] = {}
+    for record in records:
+        at = counts.setdefault(buckets.of(record.started_ms), {})
+        tone = tone_of(status_of(record))
+        at[tone] = at.get(tone, 0) + 1
+    columns: list[list[Part]] = []
+    rates: list[float | None] = []
+    for bucket, when in buckets.times():
+        at = counts.get(bucket, {})
+        columns.append(
+            [
+                Part(at[tone], tone, f"{when}: {pluralize(at[tone], 'run')} {_TONES[tone]}")
+                for tone in _TONES
+                if tone in at
+            ]
         )
+        ended = at.get("good", 0) + at.get("bad", 0)
+        rates.append(at.get("good", 0) / ended if ended else None)
+    return columns_chart(
+        columns,
+        buckets.labels(),
+        "runs over time by how they ended, and the part that succeeded",
+        rates=rates,
+    )
+
+
+def stopped_by(records: Iterable[RunRecord]) -> list[tuple[str, str, int]]:
+    """Return (class, reason, runs) of what stopped failed runs, the most frequent first."""
+    counts: dict[tuple[str, str], int] = {}
+    for record in records:
+        if record.cause is not None:
+            key = record.cause.failure_class, record.cause.reason or ""
+            counts[key] = counts.get(key, 0) + 1
+    return sorted(((*key, count) for key, count in counts.items()), key=lambda row: -row[2])[:_MAX_ROWS]
+
+
+_TONES: Final = {
+    "good": "succeeded",
+    "bad": "failed",
+    "warn": "suspended or interrupted",
+    "run": "in progress",
+    "dim": "cancelled",
+}
 
 
 def _group_by(tallies: Iterable[Tally], name: Callable[[Tally], str]) -> list[AttemptTotals]:

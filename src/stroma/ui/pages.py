@@ -11,14 +11,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, short_id
 from stroma.checkpoint.cells import CellStore
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.history import (
+    FAILED,
     FINISHED,
-    NOT_STOPPED,
     History,
     Payload,
     bar_of,
@@ -29,21 +29,25 @@ from stroma.checkpoint.history import (
     place_of,
     status_of,
 )
-from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
+from stroma.checkpoint.protocols import Waiting
+from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
 from stroma.failures.tracebacks import FailureSite
 from stroma.limits.rate_limit import read_cooldowns
 from stroma.telemetry.otlp_json import otlp_spans
-from stroma.trace.gantt import gantt, idle_ms
-from stroma.trace.html import cause, document, head, rejected_output, utc
+from stroma.trace.gantt import idle_ms
+from stroma.trace.html import cause, document, rejected_output, utc
 from stroma.trace.result import RunStatus
 from stroma.trace.story import Bar, StopCause, Story, fields_named
-from stroma.ui.actions import can_resume, controls_of
-from stroma.ui.figures import RUNS, figures_of
+from stroma.ui.actions import MANY, can_fork, can_resume, controls_of
+from stroma.ui.components import Column, chip, icon, meter, sparkline, tone_of
+from stroma.ui.figures import RUNS, figures_of, rate_boxes
 from stroma.ui.formatting import (
+    ago,
     as_attachment,
     attempt_address,
     attempt_key,
+    attempt_rows,
     cause_text,
     compare_facts,
     compress,
@@ -53,13 +57,23 @@ from stroma.ui.formatting import (
     parse_search,
     restored_starts,
     side_by_side,
+    split_price,
     state_tree,
     to_address,
     to_json,
-    tone_of,
 )
-from stroma.ui.overview import BUCKETS, Overview
+from stroma.ui.overview import BUCKETS, Buckets, Overview, runs_chart, stopped_by
+from stroma.ui.run_view import (
+    find_progress,
+    is_at_work,
+    open_waits,
+    read_limits,
+    totals,
+    trace_link,
+    window_of,
+)
 from stroma.ui.security import IMAGE_POLICY
+from stroma.ui.timeline import Timeline
 
 if TYPE_CHECKING:
     from stroma.ui.security import Keys
@@ -68,15 +82,23 @@ if TYPE_CHECKING:
 __all__ = ["Pages"]
 
 _PAGE_SIZE: Final = 50
-#: Maximum number of attempts on the page of a run.
-_MAX_DRAWN: Final = 2000
+#: Maximum number of attempts in the table of a run's page, those listed of a run with more, and those in the timeline.
+_MAX_LISTED: Final = 2000
+_LISTED_OF_MORE: Final = 500
+_MAX_DRAWN: Final = 12_000
+#: Runs that the totals and filters of the list count.
+_RECENT: Final = 200
+_SPARK: Final = 50
 #: Larger payloads are not shown, only downloadable.
 _MAX_SHOWN_BYTES: Final = 1_000_000
 _MAX_EXPORTED: Final = 100_000
 _SPANS: Final = (1, 7, 30)  # days
 _MAX_SUMMED: Final = 200_000  # attempts
+_MAX_CHARTED: Final = 1000  # runs
+_MAX_HELD: Final = 8  # suspended runs of the overview
 _STATUSES: Final = ["RUNNING", *RunStatus]
 _MAX_TEXT: Final = 4000  # characters of a parameter
+_EXAMPLES: Final[dict[Any, Any]] = {str: "", int: 0, float: 0.0, bool: True}
 
 
 class Pages:
@@ -98,13 +120,18 @@ class Pages:
             finalize=mark_controls,
         )
         self._templates.filters |= {
-            "clean": clean, "money": format_usd, "count": format_tokens, "span": format_duration, "took": duration_text, "tone": tone_of, "json": to_json, "short": short_id, "when": utc,
+            "clean": clean, "money": format_usd, "count": format_tokens, "span": format_duration, "took": duration_text, "tone": tone_of, "json": to_json, "short": short_id, "when": utc, "ago": ago,
         }  # fmt: skip
         self._templates.globals |= {
             "to": to_address,
             "store_name": settings.name,
             "pipeline_name": settings.pipeline,
             "cooldowns": self._cooldowns,
+            "chip": chip,
+            "icon": icon,
+            "meter": meter,
+            "now_ms": lambda: time.time_ns() // 1_000_000,
+            "here": "",
         }
 
     def _page(self, template: str, code: int = 200, /, **values: Any) -> Response:
@@ -150,10 +177,50 @@ class Pages:
             records = [record for record in self._by_id(text) if record.run_id not in known] + records
         if not records and query == RunQuery() and after is None:
             return self._empty()
+        rows = [self._row(record) for record in records]
         return self._page(
-            "runs.html", runs=[self._row(record) for record in records], q=text, status=status, kind=kind,
-            statuses=_STATUSES, classes=list(FailureClass), next=page.next, first=after is None, looked=not records and page.next,
+            "runs.html", here="runs", runs=rows, q=text, status=status, kind=kind, classes=list(FailureClass), next=page.next,
+            first=after is None, looked=not records and page.next, longest=max((row["seconds"] for row in rows), default=0),
+            dearest=max((row["record"].cost_usd for row in rows), default=0), can_resume_many=any(row["can_resume"] for row in rows),
+            many_key=self._keys.form(*MANY), **self._recent(),
         )  # fmt: skip
+
+    def _recent(self) -> dict[str, Any]:
+        """Return the totals of the newest runs, and the filters with their counts."""
+        records = self._store.list_runs(limit=_RECENT)
+        counts: dict[str, int] = {}
+        for record in records:
+            counts[status_of(record)] = counts.get(status_of(record), 0) + 1
+        done = sum(counts.get(one, 0) for one in FINISHED)
+        failed = sum(counts.get(one, 0) for one in FAILED)
+        columns = [
+            Column(
+                max(0, record.updated_ms - record.started_ms) / 1000,
+                tone_of(status_of(record)),
+                f"{status_of(record)}, {clean(record.pipeline, 60)}, {format_duration(max(0, record.updated_ms - record.started_ms) / 1000)}",
+            )
+            for record in reversed(records[:_SPARK])
+        ]
+        bad = sum(column.tone == "bad" for column in columns)
+        label = f"durations of the last {len(columns)} runs, {bad} of them failed"
+        recent = {
+            "runs": len(records), "rate": f"{done / (done + failed):.1%}" if done + failed else "no result", "running": counts.get("RUNNING", 0),
+            "waiting": counts.get("SUSPENDED", 0), "cost": sum(record.cost_usd for record in records), "drawn": len(columns),
+            "words": f"succeeded, {failed:,} failed", "spark": sparkline(columns, label, _SPARK),
+        }  # fmt: skip
+        filters: list[dict[str, Any]] = [{"status": "", "name": "All", "count": None}]
+        if len(set(FAILED) & set(counts)) > 1:
+            filters.append({"status": "failed", "name": "Failed or partial", "count": failed})
+        filters += [
+            {
+                "status": one,
+                "name": one.capitalize(),
+                "count": f"{counts[one]}{'+' if len(records) == _RECENT else ''}",
+            }
+            for one in _STATUSES
+            if one in counts
+        ]
+        return {"recent": recent, "filters": filters}
 
     def _empty(self) -> Response:
         return self._page("empty.html", command=self._settings.command("run", "FILE.py:NAME"))
@@ -172,6 +239,8 @@ class Pages:
             "seconds": max(0, record.updated_ms - record.started_ms) / 1000,
             "failures": f"{record.failures}+" if record.failures >= 20 else str(record.failures or ""),
             "why": cause_text(record),
+            "running": is_at_work(record),
+            "can_resume": can_resume(self._settings, record),
         }
 
     # ------------------------------------------------------------------ one run
@@ -189,51 +258,100 @@ class Pages:
     def run(self, request: Request) -> Response:
         record = self._record(request)
         after = request.query_params.get("after")
-        try:
-            page = self._history.attempt_page(record.run_id, _MAX_DRAWN, after)
-        except ValueError as error:
-            raise HTTPException(400, "unknown page") from error
-        attempts = in_order(page.attempts)
-        known = {attempt_key(attempt) for attempt in attempts}
-        cause_attempt = None
-        if record.cause is not None:
+        page, rest = self._attempts(record, after)
+        listed = in_order(page.attempts)
+        cause_attempt = self._cause_attempt(record)
+        known = {attempt_key(attempt) for attempt in page.attempts}
+        if cause_attempt is not None and attempt_key(cause_attempt) not in known:
             # The attempt that stopped the run is always on the page.
-            place = self._history.attempts_at(record.run_id, record.cause.position, record.cause.branch)
-            cause_attempt = next(
-                (a for a in reversed(place) if a.attempt == record.cause.attempt and a.failure_class), None
-            )
-            if cause_attempt is not None and attempt_key(cause_attempt) not in known:
-                attempts = in_order([*attempts, cause_attempt])
-        first = min((attempt.started_ns for attempt in attempts), default=0)
-        bars = [(bar_of(attempt, first), attempt, attempt_address(record, attempt)) for attempt in attempts]
-        waiting = self._history.waiting(record.run_id)
-        waits = self._history.flow_waits(record, attempts, waiting) if after is None else []
-        story = self._story(record, [bar for bar, _, _ in bars])
-        selected = (
-            None
-            if cause_attempt is None or record.status in NOT_STOPPED
-            else bar_of(cause_attempt, first).key
-        )
-        addresses = {bar.key: address for bar, _, address in bars}
-        folded = request.query_params.get("idle") == "folded"
-        chart = gantt(
-            story.bars, waits, link=lambda bar: addresses[bar.key], selected=selected, fold_idle=folded
-        )
+            listed = in_order([*listed, cause_attempt])
+            rest = [one for one in rest if attempt_key(one) != attempt_key(cause_attempt)]
+        attempts = in_order([*listed, *rest]) if rest else listed
+        waiting = [one for one in self._history.waiting(record.run_id) if one.payload is None]
+        limits = read_limits(self._settings, record)
+        timeline, story = self._timeline(request, record, attempts, waiting, cause_attempt)
+        failed = sum(attempt.failure_class is not None for attempt in attempts)
+        run_id = record.run_id
         page_response = self._page(
-            "run.html", record=record, status=status_of(record), gone=is_interrupted(record), head=Markup(head(story)),
-            cause=Markup(cause(story)), gantt=Markup(chart), attempts=[(one, address, bar.at) for bar, one, address in bars],
-            waiting=[one for one in waiting if one.payload is None], next=page.next, first=after is None,
-            restored=restored_starts(record, attempts), can_resume=can_resume(self._settings, record),
-            resume_key=self._keys.form("resume", record.run_id), delete_key=self._keys.form("delete", record.run_id),
-            effect_key=self._keys.form("effect", record.run_id),
-            control_keys={action: self._keys.form(action, record.run_id) for action in controls_of(record)},
-            command=self._resume_command(record), folded=folded, idle=idle_ms(story.bars) > 0, at=after,
+            "run.html", here="runs", record=record, status=status_of(record), gone=is_interrupted(record),
+            totals=totals(record, story, limits, failed), limits=limits, cause=Markup(cause(story)), timeline=timeline.draw(),
+            attempts=listed, attempt_rows=attempt_rows(
+                [(one, attempt_address(record, one), place_of(one)) for one in listed], restored_starts(record, listed)),
+            waiting=waiting, answers=[self._answer_form(one) for one in waiting if not one.effect], next=page.next, first=after is None,
+            can_resume=can_resume(self._settings, record), selected="" if cause_attempt is None else attempt_address(record, cause_attempt),
+            resume_key=self._keys.form("resume", run_id), delete_key=self._keys.form("delete", run_id),
+            effect_key=self._keys.form("effect", run_id), approve_key=self._keys.form("approve", run_id),
+            control_keys={action: self._keys.form(action, run_id) for action in controls_of(record)}, working=is_at_work(record),
+            command=self._resume_command(record), folded=timeline.fold_idle, idle=idle_ms(story.bars) > 0, at=after,
+            zoomed=timeline.window is not None, trace=trace_link(self._settings, run_id),
         )  # fmt: skip
         return compress(request, page_response)
 
+    def _attempts(self, record: RunRecord, after: str | None) -> tuple[AttemptPage, list[AttemptRecord]]:
+        """Return the attempts to list, and further ones for the timeline."""
+        try:
+            page = self._history.attempt_page(record.run_id, _LISTED_OF_MORE, after)
+        except ValueError as error:
+            raise HTTPException(400, "unknown page") from error
+        if page.next is None:
+            return page, []
+        rest = self._history.attempt_page(record.run_id, _MAX_DRAWN - _LISTED_OF_MORE, page.next)
+        if rest.next is None and len(page.attempts) + len(rest.attempts) <= _MAX_LISTED:
+            return AttemptPage([*page.attempts, *rest.attempts], None), []
+        return page, rest.attempts
+
+    def _cause_attempt(self, record: RunRecord) -> AttemptRecord | None:
+        """Return the attempt that stopped a run; None if no failure did."""
+        why = record.cause
+        if why is None or record.status not in FAILED:
+            return None
+        place = self._history.attempts_at(record.run_id, why.position, why.branch)
+        return next((a for a in reversed(place) if a.attempt == why.attempt and a.failure_class), None)
+
+    def _timeline(
+        self,
+        request: Request,
+        record: RunRecord,
+        attempts: list[AttemptRecord],
+        waiting: list[Waiting],
+        cause_attempt: AttemptRecord | None,
+    ) -> tuple[Timeline, Story]:
+        first = min((attempt.started_ns for attempt in attempts), default=record.started_ms * 1_000_000)
+        bars = [bar_of(attempt, first) for attempt in attempts]
+        addresses = {id(bar): attempt for bar, attempt in zip(bars, attempts, strict=True)}
+        selected = None
+        if cause_attempt is not None:
+            key = attempt_key(cause_attempt)
+            selected = next((bar for bar in bars if attempt_key(addresses[id(bar)]) == key), None)
+        is_first = request.query_params.get("after") is None
+        at_work = is_at_work(record) and is_first
+        lineage = self._settings.lineage if record.pipeline == self._settings.pipeline else None
+        names = [] if lineage is None else lineage.top_level
+        timeline = Timeline(
+            bars, self._history.flow_waits(record, attempts, waiting) if is_first else [],
+            link=lambda bar: attempt_address(record, addresses[id(bar)]), attempt_prefix=to_address("/attempt", id=record.run_id),
+            selected=selected, fold_idle=request.query_params.get("idle") == "folded", window=window_of(request.query_params),
+            now_ms=time.time() * 1000 - first / 1e6 if at_work else None, began_ms=first // 1_000_000,
+            progress=find_progress(record, attempts, first, names) if at_work else None,
+            open_waits=open_waits(record, attempts, waiting) if is_first and record.status == "SUSPENDED" else {},
+        )  # fmt: skip
+        return timeline, self._story(record, bars)
+
+    def _answer_form(self, one: Waiting) -> str:
+        """Return the beginning of an answer: an object with the fields that its class requires."""
+        model = self._settings.find_schema(one) if one.schema_ref else None
+        if model is None:
+            return "true" if not one.schema_ref else "{}"
+        fields = {
+            name: _EXAMPLES.get(info.annotation, None)
+            for name, info in model.model_fields.items()
+            if info.is_required()
+        }
+        return to_json(fields)
+
     def _story(self, record: RunRecord, bars: list[Bar]) -> Story:
         box, why = None, record.cause
-        if why is not None and record.status not in NOT_STOPPED:
+        if why is not None and record.status in FAILED:
             at = f"{why.position}.{why.branch}" if why.branch else str(why.position)
             message = why.text or record.error or ""
             box = StopCause(
@@ -274,13 +392,23 @@ class Pages:
         side = "input" if "(input)" in (this.message or "")[:_MAX_TEXT] else "output"
         invalid_fields = fields_named(this.text or "")
         return self._page(
-            "attempt.html", record=record, this=this, place=place_of(this), attempts=[(one, attempt_address(record, one)) for one in attempts],
+            "attempt.html", here="runs", record=record, this=this, place=place_of(this), attempts=[(one, attempt_address(record, one)) for one in attempts],
             input=state_tree(inputs, invalid_fields if side == "input" else []), output=state_tree(output, invalid_fields if side == "output" else []),
             invalid_fields=invalid_fields, before=None if before is None else compare_facts(before, this), key=this.idempotency_key(record.run_id, record.execution),
             rejected=None if rejected is None else Markup(rejected_output(rejected)),  # It escapes all text.
             in_group=bool(this.branch), committed=this.output_bytes is not None,
             payload=attempt_address(record, this, "/payload"), failure_site=self._failure_site(record, this),
+            fork_key=self._keys.form("fork", record.run_id) if can_fork(self._settings, record, this) else "",
+            split=split_price(this), trace=trace_link(self._settings, record.run_id),
         )  # fmt: skip
+
+    def trace(self, request: Request) -> Response:
+        """Lead to the trace of a run in the telemetry backend."""
+        record = self._record(request)
+        address = trace_link(self._settings, record.run_id)
+        if address is None:
+            raise HTTPException(404, "no trace of this run is known, or no --trace-url was passed")
+        return RedirectResponse(address, 303)
 
     def _failure_site(self, record: RunRecord, this: AttemptRecord) -> FailureSite | None:
         """Return where this attempt failed, if it is the latest failure at its position."""
@@ -297,7 +425,8 @@ class Pages:
             raise HTTPException(404, "unknown attempt")
         attempts = self._history.attempts_at(record.run_id, int(position), branch)
         attempts.sort(key=lambda one: one.started_ns)
-        this = next((one for one in attempts if str(one.started_ns) == params.get("began")), None)
+        began = params.get("began")
+        this = next((one for one in reversed(attempts) if began in (None, str(one.started_ns))), None)
         if this is None:
             raise HTTPException(404, "unknown attempt")
         return attempts, this
@@ -338,7 +467,7 @@ class Pages:
     def _export(self, record: RunRecord, form: str) -> Response:
         if form == "html":
             story = self._history.story(
-                record, max_attempts=_MAX_DRAWN, resume_command=self._resume_command(record)
+                record, max_attempts=_MAX_LISTED, resume_command=self._resume_command(record)
             )
             text = document(story).encode("utf-8", "replace")
             return Response(text, media_type="text/html", headers=as_attachment("run.html"))
@@ -354,7 +483,7 @@ class Pages:
         if not params.get("b"):
             return self._page("compare.html", a=self._record(request, "a"), b=None)
         a, b = self._record(request, "a"), self._record(request, "b")
-        sides = [self._history.attempts(record.run_id, _MAX_DRAWN) for record in (a, b)]
+        sides = [self._history.attempts(record.run_id, _MAX_LISTED) for record in (a, b)]
         owners = {
             id(attempt): record
             for (attempts, _), record in zip(sides, (a, b), strict=True)
@@ -382,21 +511,41 @@ class Pages:
         days = int(text)
         bucket_ms = days * 86_400_000 // BUCKETS
         now_ms = time.time_ns() // 1_000_000
-        first = now_ms // bucket_ms - BUCKETS
-        tallies = self._store.tally(first * bucket_ms, bucket_ms) if self._store.exists() else []
-        it = Overview.of(tallies)
-        capped = it.total.attempts >= _MAX_SUMMED
-        return self._page(
-            "overview.html", it=it, days=days, spans=_SPANS, chart=it.chart(first, bucket_ms), capped=capped
+        buckets = Buckets(now_ms // bucket_ms - BUCKETS, bucket_ms)
+        since_ms = buckets.first * bucket_ms
+        exists = self._store.exists()
+        it = Overview.of(self._store.tally(since_ms, bucket_ms) if exists else [])
+        runs = (
+            [one for one in self._store.list_runs(limit=_MAX_CHARTED) if one.started_ms >= since_ms]
+            if exists
+            else []
         )
+        failed = (
+            self._history.page(RunQuery(statuses=FAILED, since_ms=since_ms), _PAGE_SIZE).runs
+            if exists
+            else []
+        )
+        held = self._history.page(RunQuery(statuses=("SUSPENDED",)), _MAX_HELD).runs if exists else []
+        done = sum(one.status in FINISHED for one in runs)
+        stopped = sum(one.status in FAILED for one in runs)
+        return self._page(
+            "overview.html", here="overview", it=it, days=days, spans=_SPANS, chart=it.chart(buckets), costs=it.cost_chart(buckets),
+            runs_chart=runs_chart(runs, buckets), capped=it.total.attempts >= _MAX_SUMMED, buckets=buckets, held=held, runs=len(runs),
+            stopped=stopped, reasons=stopped_by(failed), rate=f"{done / (done + stopped):.1%}" if done + stopped else "no result",
+        )  # fmt: skip
 
     def pipeline(self, request: Request) -> Response:
-        name = self._settings.pipeline
+        name, lineage = self._settings.pipeline, self._settings.lineage
         looked_at, nodes = (0, []) if name is None else figures_of(self._store, name)
         has_steps = name is not None and looked_at > 0 and self._history.run_graph(name, RUNS).has_calls
+        drawing = None
+        if lineage is not None:
+            drawing = Markup(
+                lineage.drawing(rate_boxes(nodes), lambda box: to_address("/", q=f"node:{box.title}"))
+            )
         return self._page(
-            "pipeline.html", has_image=self._settings.lineage is not None, nodes=nodes, looked_at=looked_at,
-            has_steps=has_steps,
+            "pipeline.html", here="pipeline", drawing=drawing, nodes=nodes, looked_at=looked_at, has_steps=has_steps,
+            slowest=max((one.p95 for one in nodes), default=0), dearest=max((one.cost_usd for one in nodes), default=0),
         )  # fmt: skip
 
     def steps(self, request: Request) -> Response:
@@ -409,7 +558,7 @@ class Pages:
     def lineage(self, request: Request) -> Response:
         if self._settings.lineage is None:
             raise HTTPException(404, "no pipeline was passed to stroma ui")
-        return _image(self._settings.lineage)
+        return _image(self._settings.lineage.svg())
 
 
 def _image(svg: str) -> Response:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
 
 from stroma.checkpoint.durable.states import AsyncStates
+from stroma.checkpoint.protocols import Waiting
+from stroma.contracts.checks.lineage import Lineage
 from stroma.trace.redaction import Redact
 
 __all__ = ["Settings"]
@@ -25,7 +30,10 @@ class Settings:
         pipeline: name of the pipeline whose runs can be resumed; None if none can.
         resume: resumes a run by its id, in a process of its own.
         command: returns a command line for the same store: ``command("resume", "RUN")``.
-        lineage: SVG image of ``pipeline``.
+        lineage: the lineage of ``pipeline``.
+        budget: limits in the config of ``pipeline``, by field of ExecutionBudget.
+        find_schema: returns the class of the answer that a node waits for, if it is imported.
+        trace_url: address of a trace in the telemetry backend, with ``{trace_id}`` and ``{span_id}`` in it.
         poll_seconds: seconds between two reads of the store for open pages.
     """
 
@@ -38,5 +46,8 @@ class Settings:
     pipeline: str | None = None
     resume: Callable[[str], None] | None = None
     command: Callable[..., str] = field(default=lambda *parts: " ".join(["stroma", *parts]))
-    lineage: str | None = None
+    lineage: Lineage | None = None
+    budget: Mapping[str, float] = field(default_factory=dict[str, Any])
+    find_schema: Callable[[Waiting], type[BaseModel] | None] = field(default=lambda one: None)
+    trace_url: str | None = None
     poll_seconds: float = 1.0

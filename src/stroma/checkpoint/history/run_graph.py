@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from stroma._utils.arcs import ArcBox, arc_diagram
-from stroma._utils.text import as_mermaid
+from stroma._utils.text import as_mermaid, format_duration, format_usd
 from stroma.trace.outline import OutlineEntry, outline
 from stroma.trace.story import Bar
 
@@ -32,6 +33,7 @@ class StepNode:
         kind: "node", "map", "flow", "sleep" or "question".
         calls: number of calls; of a node in a map of its items.
         attempts, failed: number of attempts, and of those that failed.
+        took_ms, cost_usd: durations of its attempts, and their cost.
     """
 
     path: Path
@@ -39,6 +41,18 @@ class StepNode:
     calls: int = 0
     attempts: int = 0
     failed: int = 0
+    took_ms: list[float] = field(default_factory=list)
+    cost_usd: float = 0.0
+
+    @property
+    def rates(self) -> str:
+        """The durations of its attempts and the cost of a call, as text; "" without an attempt."""
+        if not self.took_ms:
+            return ""
+        ordered = sorted(self.took_ms)
+        p50, p95 = (ordered[max(0, math.ceil(part * len(ordered)) - 1)] / 1000 for part in (0.5, 0.95))
+        cost = f", {format_usd(self.cost_usd / self.calls)}" if self.cost_usd else ""
+        return f"p50 {format_duration(p50)}, p95 {format_duration(p95)}{cost}"
 
     @property
     def figures(self) -> str:
@@ -111,6 +125,8 @@ class RunGraph:
         if entry.kind in ("node", "map"):
             node.attempts += len(entry.bars)
             node.failed += sum(bar.outcome == "failure" for bar in entry.bars)
+            node.took_ms += [bar.took_ms for bar in entry.bars]
+            node.cost_usd += sum(bar.cost_usd for bar in entry.bars)
         if entry.kind == "map":
             for item in entry.entries:
                 self.edges[path, self._add(item, path)] += 1
@@ -185,7 +201,7 @@ class RunGraph:
             node = self.nodes[path]
             names[path] = str(number)
             is_failing = node.failed > _WARN_RATE * node.attempts
-            boxes.append(ArcBox(str(number), path[-1], node.figures, len(path) - 1, is_failing))
+            boxes.append(ArcBox(str(number), path[-1], node.figures, len(path) - 1, is_failing, node.rates))
         links = [(names[source], names[target], count) for (source, target), count in self.edges.items()]
         for status in dict.fromkeys(status for _, status in self.ends):
             boxes.append(ArcBox(f"end {status}", status, ""))

@@ -9,6 +9,8 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,12 +18,16 @@ from stroma._utils.child_process import child_command, child_environment
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
-from stroma.cli.loading import load_pipeline
+from stroma.cli.loading import load_with_module
 from stroma.cli.output import err, out
 from stroma.cli.stores import Database, db_option
+from stroma.cli.suspended import find_schema
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import find_node
 from stroma.runner.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from stroma.contracts.checks.lineage import Lineage
 
 __all__ = ["ui"]
 
@@ -54,9 +60,21 @@ _PORT = 8427
     metavar="HOST[:PORT]",
     help="Additional host name, as of a proxy in front.",
 )
+@click.option(
+    "--trace-url",
+    envvar="STROMA_TRACE_URL",
+    metavar="URL",
+    help="Address of a trace in your backend, with {trace_id} in it.  [env: STROMA_TRACE_URL]",
+)
 @db_option
 def ui(
-    target: str | None, port: int, host: str, token: str | None, names: tuple[str, ...], db: str | None
+    target: str | None,
+    port: int,
+    host: str,
+    token: str | None,
+    names: tuple[str, ...],
+    trace_url: str | None,
+    db: str | None,
 ) -> int:
     """Serve the web interface of a store on this machine.
 
@@ -77,7 +95,10 @@ def ui(
             "pass a durable store: --db FILE",
             code=Code.USAGE,
         )
-    pipeline = None if target is None else load_pipeline(target)
+    if trace_url is not None and not trace_url.startswith(("http://", "https://")):
+        raise Problem("--trace-url must begin with http:// or https://", code=Code.USAGE)
+    pipeline, module = (None, None) if target is None else load_with_module(target)
+    config = None if pipeline is None else pipeline.config
     listening = _listen(host, port)
     port = listening.getsockname()[1]
     shown_host = f"[{host}]" if ":" in host else host
@@ -95,11 +116,14 @@ def ui(
         hosts=hosts,
         token=token or None,
         private_host=None if private_host is None else private_host.removesuffix(":80"),
-        redact=None if pipeline is None or pipeline.config is None else pipeline.config.redact,
+        redact=None if config is None else config.redact,
         pipeline=None if pipeline is None else pipeline.name,
         resume=None if target is None else _resumer(database, target, db),
         command=_hint(database, target),
         lineage=None if pipeline is None else _lineage(pipeline),
+        budget={} if config is None or config.budget is None else config.budget.model_dump(exclude_none=True),
+        find_schema=partial(find_schema, module=module),
+        trace_url=trace_url,
     )
     # A token of the user's is in their environment or command line: here it is not repeated.
     out.line(f"{address}{f'?token={token}' if token and is_generated else '?token=...' if token else ''}")
@@ -192,7 +216,7 @@ def _resumer(database: Database, target: str, db: str | None) -> Callable[[str],
     return resume
 
 
-def _lineage(pipeline: Pipeline) -> str:
+def _lineage(pipeline: Pipeline) -> Lineage:
     from stroma.contracts.checks.lineage import lineage_of
 
-    return lineage_of(pipeline.name, [find_node(node) for node in pipeline.nodes], ContractRegistry()).svg()
+    return lineage_of(pipeline.name, [find_node(node) for node in pipeline.nodes], ContractRegistry())

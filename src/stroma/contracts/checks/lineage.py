@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,6 +30,11 @@ class Lineage:
     name: str
     boxes: tuple[Box, ...]
     links: tuple[Link, ...]
+
+    @property
+    def top_level(self) -> list[str]:
+        """The ids of the nodes in order of position, without those inside groups."""
+        return [box.title for box in self.boxes if not box.parent and box.kind != "input"]
 
     def data(self) -> dict[str, Any]:
         """Plain data, for JSON. ``at`` is the position, and the place in groups ("2.0"); "input" is what runs begin with."""
@@ -63,6 +68,10 @@ class Lineage:
     def svg(self) -> str:
         """Return the lineage as a self-contained SVG image."""
         return render.svg(self.boxes, self.links, title=self.name)
+
+    def drawing(self, rate: Callable[[Box], Box], href: Callable[[Box], str]) -> str:
+        """Return the lineage for a page that has the style. ``rate`` adds figures to a box; ``href``: its address."""
+        return render.svg([rate(box) for box in self.boxes], self.links, title=self.name, href=href)
 
     def mermaid(self) -> str:
         """Return the lineage as a Mermaid flow chart."""

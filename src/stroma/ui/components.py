@@ -1,0 +1,97 @@
+"""Parts that pages share: icons, status chips, bars in cells, sparklines. They return markup and escape all text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Final, NamedTuple
+
+from markupsafe import Markup
+
+from stroma._utils.svg import as_xml
+from stroma.checkpoint.history import FAILED, FINISHED
+
+__all__ = ["Column", "chip", "icon", "meter", "sparkline", "stacked", "tone_of"]
+
+#: Icon of each status of a run, outcome of an attempt and class of a failure; "dot" for any other word.
+_ICONS: Final = {
+    "COMPLETED": "check", "RESUMED": "check", "success": "check", "restored": "check", "forked": "fork", "FAILED": "cross",
+    "PARTIAL": "cross", "failure": "cross", "TERMINAL": "cross", "RECOVERABLE": "again", "AMBIGUOUS": "ask",
+    "RUNNING": "run", "SUSPENDED": "hand", "suspended": "hand", "CANCELLED": "ban", "cancelled": "ban", "INTERRUPTED": "alert",
+    "DAMAGED": "alert", "PAUSED": "pause",
+}  # fmt: skip
+_RUNNING: Final = ("RUNNING", "running")
+_NEUTRAL: Final = ("CANCELLED", "cancelled", "forked")
+
+
+def tone_of(status: str) -> str:
+    """Return the colour class of a status or outcome: "good", "bad", "warn", "run" or "dim"."""
+    if status in (*FINISHED, "success"):
+        return "good"
+    if status in (*FAILED, "failure", "TERMINAL"):
+        return "bad"
+    return "run" if status in _RUNNING else "dim" if status in _NEUTRAL else "warn"
+
+
+@lru_cache(maxsize=64)
+def icon(name: str) -> Markup:
+    """Return an icon of the sprite in ``base.html``, hidden from screen readers: a word stands beside it."""
+    return Markup(f'<svg class="i" aria-hidden="true"><use href="#i-{as_xml(name)}"/></svg>')
+
+
+@lru_cache(maxsize=256)
+def chip(status: str, word: str | None = None) -> Markup:
+    """Return the chip of a status: an icon and a word, in the colour of its tone."""
+    return Markup(
+        f'<span class="chip {tone_of(status)}">{icon(_ICONS.get(status, "dot"))}<b>{as_xml(word or status)}</b></span>'
+    )
+
+
+def meter(value: float, most: float, tone: str = "dim") -> Markup:
+    """Return a thin bar that is full at ``most``. It repeats a figure that stands beside it."""
+    part = 0.0 if most <= 0 else min(100.0, 100 * value / most)
+    return Markup(
+        f'<svg class="meter" viewBox="0 0 100 4" preserveAspectRatio="none" aria-hidden="true">'
+        f'<path class="f-{tone}" d="M0 0h{part:.1f}v4H0z"/></svg>'
+    )
+
+
+class Column(NamedTuple):
+    """A column of a sparkline."""
+
+    value: float
+    tone: str
+    title: str
+
+
+def sparkline(columns: Sequence[Column], label: str, places: int = 50, *, least: float = 4) -> Markup:
+    """Return small columns from left to right, the last at the right edge of ``places`` places; ``least``: their height."""
+    most = max((column.value for column in columns), default=0.0)
+    start = places - len(columns)
+    drawn = "".join(_column(start + at, column, most, least) for at, column in enumerate(columns))
+    return Markup(
+        f'<svg class="spark" viewBox="0 0 {places * 6} 32" preserveAspectRatio="none" role="img" '
+        f'aria-label="{as_xml(label)}">{drawn}</svg>'
+    )
+
+
+def _column(at: int, column: Column, most: float, least: float) -> str:
+    if column.value <= 0 and not least:
+        return ""
+    height = 32.0 if most <= 0 else least + (32 - least) * (column.value / most) ** 0.5
+    return (
+        f'<rect class="f-{column.tone}" x="{at * 6 + 1}" y="{32 - height:.1f}" width="4" height="{height:.1f}">'
+        f"<title>{as_xml(column.title)}</title></rect>"
+    )
+
+
+def stacked(parts: Iterable[tuple[float, str]], total: float) -> Markup:
+    """Return one bar of several parts, each a value and a tone."""
+    x, drawn = 0.0, []
+    for value, tone in parts:
+        width = 0.0 if total <= 0 else 100 * value / total
+        drawn.append(f'<path class="f-{tone}" d="M{x:.1f} 0h{width:.1f}v4h-{width:.1f}z"/>')
+        x += width
+    return Markup(
+        f'<svg class="meter" viewBox="0 0 100 4" preserveAspectRatio="none" aria-hidden="true">{"".join(drawn)}</svg>'
+    )

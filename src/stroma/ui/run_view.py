@@ -1,0 +1,168 @@
+"""Parts of the page of a run beside its attempts: totals, budget, the attempt in progress, links to its trace."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from markupsafe import Markup
+
+from stroma._utils.text import format_duration, format_usd, pluralize
+from stroma.checkpoint.durable.control import read_control
+from stroma.checkpoint.durable.rows import Annotation, Rows
+from stroma.checkpoint.history import place_of
+from stroma.checkpoint.protocols import Waiting
+from stroma.checkpoint.records import AttemptRecord, RunRecord
+from stroma.trace.story import Story
+from stroma.ui.components import meter
+from stroma.ui.timeline import InProgress
+
+if TYPE_CHECKING:
+    from stroma.ui.settings import Settings
+
+__all__ = [
+    "attempts_by_end",
+    "find_progress",
+    "is_at_work",
+    "open_waits",
+    "read_limits",
+    "totals",
+    "trace_link",
+    "window_of",
+]
+
+_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
+
+
+def read_limits(settings: Settings, record: RunRecord) -> Mapping[str, float]:
+    """Return the limits that hold for a run, by field of ExecutionBudget: those set by request before those of the config.
+
+    Raises StoreError.
+    """
+
+    def query(rows: Rows) -> dict[str, float]:
+        run = rows.find(record.run_id)
+        return {} if run is None else dict(read_control(rows, run.run).budget)
+
+    nothing: dict[str, float] = {}
+    own = settings.budget if record.pipeline == settings.pipeline else nothing
+    return {**own, **settings.store.read(query, nothing)}
+
+
+def trace_link(settings: Settings, run_id: str) -> str | None:
+    """Return the address of a run's trace in the telemetry backend; None without a template or a trace. Raises StoreError."""
+
+    def query(rows: Rows) -> str:
+        run = rows.find(run_id)
+        traces = [] if run is None else rows.annotations(run.run, Annotation.TRACE)
+        return next((row.node_id for row in traces), "")
+
+    match = None if settings.trace_url is None else _TRACEPARENT.fullmatch(settings.store.read(query, ""))
+    if match is None or settings.trace_url is None:
+        return None
+    return settings.trace_url.replace("{trace_id}", match[1]).replace("{span_id}", match[2])
+
+
+def is_at_work(record: RunRecord) -> bool:
+    """Return True if a process has the run open."""
+    return record.status == "RUNNING" and record.holder is not None
+
+
+def attempts_by_end(attempts: Sequence[AttemptRecord]) -> list[AttemptRecord]:
+    """Return the attempts of nodes of the pipeline itself, the latest end last."""
+    return sorted(
+        (one for one in attempts if not one.branch), key=lambda one: one.started_ns / 1e6 + one.duration_ms
+    )
+
+
+def find_progress(
+    record: RunRecord, attempts: Sequence[AttemptRecord], first_ns: int, names: Sequence[str]
+) -> InProgress | None:
+    """Return the node that is believed to run; None if none does, or if what it is part of is drawn as in progress.
+
+    Attempts are recorded when they end. ``names``: the nodes of the pipeline; [] if they are not known.
+    """
+    if not is_at_work(record):
+        return None
+    ended = attempts_by_end(attempts)
+    known = {one.position for one in ended}
+    if any(one.branch and one.position not in known for one in attempts):
+        return None
+    if not ended:
+        return InProgress("0", names[0] if names else "first node", record.started_ms - first_ns / 1e6)
+    last = ended[-1]
+    since = (last.started_ns - first_ns) / 1e6 + last.duration_ms
+    if last.outcome not in ("success", "forked"):
+        return InProgress(place_of(last), last.node_id, since)
+    position = last.position + 1
+    if names and position >= len(names):
+        return None
+    return InProgress(str(position), names[position] if names else "next node", since)
+
+
+def open_waits(
+    record: RunRecord, attempts: Sequence[AttemptRecord], waiting: Sequence[Waiting]
+) -> dict[str, str]:
+    """Return what attempts of a suspended run wait for, by place."""
+    texts = {}
+    for one in waiting:
+        at = f"{one.position}.{one.branch}" if one.branch else str(one.position)
+        what = "an answer" if one.effect is None else "word of how its call ended"
+        texts[at] = f"suspended: waits for {what}"
+    ended = attempts_by_end(attempts)
+    if record.waits_for is not None and ended:
+        why = "paused" if record.waits_for == "resume" else "waits for a larger budget"
+        texts.setdefault(place_of(ended[-1]), why)
+    return texts
+
+
+def window_of(query: Mapping[str, str]) -> tuple[float, float] | None:
+    """Return the part of the timeline in a query, in milliseconds; None for all of it."""
+    try:
+        start, end = 1000 * float(query.get("from", "")), 1000 * float(query.get("to", ""))
+    except ValueError:
+        return None
+    return (start, end) if 0 <= start < end < 1e13 else None
+
+
+def totals(record: RunRecord, story: Story, limits: Mapping[str, float], failed: int) -> list[dict[str, Any]]:
+    """Return the cards above a run: each a name, a value, what is said of it, and a bar."""
+    wasted_tokens, wasted_usd = story.wasted
+    cost, tokens = limits.get("max_cost_usd"), limits.get("max_tokens_total")
+    latency = limits.get("max_latency_ms")
+    running = is_at_work(record)
+    seconds: Any = format_duration(story.seconds)
+    if running:
+        seconds = Markup('<span data-since="{}">{}</span>').format(
+            record.started_ms, format_duration(max(0.0, time.time() - record.started_ms / 1000))
+        )
+    retried = "" if not failed else f"{failed:,} failed"
+    return [
+        _card("Duration", seconds, "" if latency is None else f"{format_duration(record.latency_ms / 1000)} of {format_duration(latency / 1000)} in functions",
+              record.latency_ms, latency),
+        _card("Cost", format_usd(record.cost_usd), "" if cost is None else f"{_percent(record.cost_usd, cost)} of the budget of {_usd(cost)}", record.cost_usd, cost),
+        _card("Tokens", f"{record.tokens:,}", "" if tokens is None else f"{_percent(record.tokens, tokens)} of {tokens:,.0f}", record.tokens, tokens),
+        _card("Attempts", f"{len(story.bars) + story.left_out:,}", retried or pluralize(record.nodes, "node") + " committed"),
+        _card("Wasted", format_usd(wasted_usd), f"{wasted_tokens:,} tokens without output" if wasted_tokens else "nothing without output",
+              wasted_usd, record.cost_usd if wasted_usd else None, tone="warn"),
+    ]  # fmt: skip
+
+
+def _usd(amount: float) -> str:
+    return f"${amount:,.2f}" if amount >= 0.01 else format_usd(amount)
+
+
+def _percent(value: float, limit: float) -> str:
+    return "100 %" if limit <= 0 else f"{100 * value / limit:.0f} %"
+
+
+def _card(
+    name: str, value: Any, more: str, used: float = 0.0, limit: float | None = None, tone: str = ""
+) -> dict[str, Any]:
+    if limit is None:
+        return {"name": name, "value": value, "more": more, "bar": ""}
+    part = 1.0 if limit <= 0 else used / limit
+    level = tone or ("bad" if part >= 1 else "warn" if part > 0.8 else "run")
+    return {"name": name, "value": value, "more": more, "bar": meter(used, limit, level)}

@@ -1,0 +1,471 @@
+"""Timeline of a run: a row for every node with a time axis, and a strip of cells for what repeats many times.
+
+It draws the outline of a run (:mod:`stroma.trace.outline`) for a page: bars are links, positions are percentages, so that
+nothing is distorted at any width. All text is escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from markupsafe import Markup
+
+from stroma._utils.svg import as_xml
+from stroma._utils.text import clean, format_duration, format_usd, pluralize
+from stroma.trace.events import SLEEPS
+from stroma.trace.gantt import bar_title, duration, places
+from stroma.trace.outline import OutlineEntry, fold, outline
+from stroma.trace.story import Bar, waits
+
+__all__ = ["InProgress", "Timeline", "axis_of"]
+
+#: Children of one row, from which on they are drawn as cells.
+_MANY: Final = 12
+#: Failed children that have a row of their own beside the cells.
+_MAX_FAILED_ROWS: Final = 10
+#: Bars in one lane, from which on they are merged into columns.
+_MAX_BARS: Final = 300
+#: Rows from which on the timeline scrolls in itself.
+_TALL: Final = 40
+#: Smallest width of a bar, in percent.
+_LEAST: Final = 0.4
+#: How much of the time so far is drawn beside it while a run goes on, and for waits that go on.
+_ROOM: Final = 1.12
+#: Columns of a strip and the size of its cells in pixels, up to so many cells.
+_CELL_SIZES: Final = ((600, 60, 14), (4000, 100, 10), (1 << 60, 200, 6))
+_TONES: Final = {"success": "good", "failure": "bad", "forked": "dim", "slept": "dim", "answered": "good"}
+_ANSWERS: Final = {"open": "waiting for an answer", "answered": "answered", "expired": "no answer in time"}
+_STEPS_MS: Final = [
+    *(n * 10**power for power in range(3) for n in (1, 2, 5)),
+    *(1000 * n for n in (1, 2, 5, 10, 15, 30)),
+    *(60_000 * n for n in (1, 2, 5, 10, 15, 30)),
+    *(3_600_000 * n for n in (1, 2, 3, 6, 12)),
+    *(86_400_000 * n for n in (1, 2, 5, 10, 30, 100, 365, 1000, 5000)),
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class InProgress:
+    """An attempt that is believed to run: nothing of it is recorded before it ends.
+
+    Attributes:
+        at: its place; "" if it is not known.
+        since_ms: end of what was recorded last, from the first attempt on.
+    """
+
+    at: str
+    label: str
+    since_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """The contents and the settings of a timeline.
+
+    Attributes:
+        bars: the attempts, with times from the first one on.
+        waits: sleeps and questions of flows.
+        link: address of an attempt.
+        attempt_prefix: address of the attempts of the run, without the place.
+        selected: the attempt that stopped the run; None without one.
+        fold_idle: stretches in which nothing ran are drawn as short ones.
+        window: the part of the time to show, in milliseconds; None for all.
+        now_ms: the time of this drawing, of a run that goes on; None for others.
+        began_ms: start of the first attempt, since the epoch.
+        progress: what runs now; None if nothing does.
+        open_waits: what attempts at a place wait for, by place.
+    """
+
+    bars: Sequence[Bar]
+    waits: Sequence[Bar]
+    link: Callable[[Bar], str]
+    attempt_prefix: str = ""
+    selected: Bar | None = None
+    fold_idle: bool = False
+    window: tuple[float, float] | None = None
+    now_ms: float | None = None
+    began_ms: int = 0
+    progress: InProgress | None = None
+    open_waits: Mapping[str, str] = field(default_factory=dict)
+
+    def draw(self) -> Markup:
+        """Return the timeline as HTML."""
+        return Markup(_Drawing(self).draw())
+
+
+def axis_of(start: float, end: float) -> tuple[float, float, int]:
+    """Return (start, step, number of steps) of a round axis around a span, all in milliseconds: 4 to 10 steps."""
+    span = max(end - start, 1.0)
+    best = None
+    for step in _STEPS_MS:
+        first = math.floor(start / step + 1e-9) * step
+        count = math.ceil((end - first) / step - 1e-9)
+        if 4 <= count <= 10 and (best is None or count * step < best[1] * best[2]):
+            best = (first, float(step), count)
+    return best or (start, span / 4, 4)
+
+
+def _tick(ms: float, step: float) -> str:
+    if ms == 0:
+        return "0"
+    if step < 1000:
+        return f"{ms:,.0f} ms" if ms < 1000 else f"{ms / 1000:.3f}".rstrip("0").rstrip(".") + " s"
+    if step < 60_000:
+        minutes, seconds = divmod(round(ms / 1000), 60)
+        return f"{minutes}:{seconds:02d} m" if minutes else f"{seconds} s"
+    hours, minutes = divmod(round(ms / 60_000), 60)
+    if step < 3_600_000 or hours < 48:
+        return f"{hours}:{minutes:02d} h" if hours else f"{minutes} m"
+    return f"{hours // 24} d" if not hours % 24 else f"{hours // 24} d {hours % 24} h"
+
+
+class _Drawing:
+    def __init__(self, it: Timeline) -> None:
+        self.it = it
+        shown = it.bars
+        self.place: Callable[[float], float] = (
+            places((bar.began_ms, bar.took_ms) for bar in shown) if it.fold_idle else float
+        )
+        end = max((self.place(bar.began_ms + bar.took_ms) for bar in shown), default=0.0)
+        latest = max((self.place(bar.began_ms + bar.took_ms) for bar in it.waits), default=0.0)
+        end = max(end, min(latest, end * _ROOM))
+        if it.open_waits:
+            end *= _ROOM
+        if it.now_ms is not None:
+            end = max(end, self.place(it.now_ms) * _ROOM)
+        start, self.end = (0.0, end or 1.0) if it.window is None else it.window
+        if it.fold_idle:  # Its axis has no times.
+            self.start, self.step, self.count = start, (self.end - start) / 4, 4
+        else:
+            self.start, self.step, self.count = axis_of(start, self.end)
+        self.span = self.step * self.count
+        self.pauses: dict[str, list[tuple[float, float, str]]] = {}
+        before: dict[str, Bar] = {}
+        for bar in shown:
+            before[f"{bar.at} {bar.attempt}"] = bar
+        for bar, began, took in waits(shown):
+            failed = before.get(f"{bar.at} {bar.attempt - 1}")
+            self.pauses.setdefault(bar.at, []).append((began, began + took, _why_waited(took, failed)))
+        self.rows = 0
+
+    def draw(self) -> str:
+        it = self.it
+        entries = fold(outline(it.bars, it.waits))
+        drawn = "".join(map(self.entry, entries))
+        progress = it.progress
+        if progress is not None and not any(entry.at == progress.at for entry in entries):
+            drawn += self.progress_row(progress)
+        if not drawn:
+            return '<p class="pad dim">No attempt has ended yet.</p>'
+        live = ""
+        now = ""
+        if it.now_ms is not None and not it.fold_idle and it.window is None:
+            live = f' data-began="{it.began_ms + self.start:.0f}" data-span="{self.span:.0f}"'
+            at = self.x(it.now_ms)
+            now = (
+                '<div class="now" aria-hidden="true"><div class="row"><span></span><svg class="lane">'
+                f'<line x1="{at:.2f}%" x2="{at:.2f}%" y1="0" y2="100%"/></svg><span></span></div></div>'
+            )
+        zoom = (
+            ""
+            if it.fold_idle
+            else f' data-from="{self.start / 1000:.3f}" data-to="{(self.start + self.span) / 1000:.3f}"'
+        )
+        tall = ' class="tall"' if self.rows > _TALL else ""
+        return (
+            f'<div{tall}><div class="gantt g{self.count}"{live}{zoom}>{self.axis()}{drawn}{now}</div></div>'
+        )
+
+    # ------------------------------------------------------------------ rows
+
+    def axis(self) -> str:
+        if self.it.fold_idle:
+            label, ticks = "time, idle stretches folded", '<text x="4" y="19">idle time folded</text>'
+        else:
+            marks = [self.start + k * self.step for k in range(self.count)]
+            label = (
+                f"time axis, from {_tick(marks[0], self.step)} to {_tick(self.start + self.span, self.step)}"
+            )
+            ticks = "".join(
+                f'<text x="{100 * k / self.count:.4g}%" dx="4" y="19">{_tick(mark, self.step)}</text>'
+                for k, mark in enumerate(marks)
+            )
+        return (
+            f'<div class="row axis"><span class="name dim">Node</span><svg class="lane" role="img" aria-label="{label}">'
+            f'{ticks}<rect class="pick" x="0" y="0" width="0" height="30"/></svg>'
+            '<span class="fig"><span>Took</span><span class="tr">Attempts</span><span>Cost</span></span></div>'
+        )
+
+    def entry(self, entry: OutlineEntry) -> str:
+        self.rows += 1
+        line = self.line(entry)
+        if not entry.entries:
+            return f'<div class="row">{line}</div>'
+        leaves = [child for child in entry.entries if not child.entries]
+        strip = ""
+        inside = entry.entries
+        if len(leaves) > _MANY:
+            strip = self.strip(entry, leaves)
+            failed = [one for one in leaves if one.bars and one.bars[-1].outcome == "failure"][
+                :_MAX_FAILED_ROWS
+            ]
+            chosen = [one for one in leaves if self.has_selected(one) and one not in failed]
+            inside = [*failed, *chosen, *[child for child in entry.entries if child.entries][:_MANY]]
+        # The steps of a flow are shown at once; children of a group and repeated calls on a click.
+        has_steps = entry.kind != "fold" and any(child.call is not None for child in entry.entries)
+        is_open = has_steps or not entry.bars or bool(strip) or any(map(self.has_selected, entry.entries))
+        rows = self.rows
+        kids = "".join(map(self.entry, inside))
+        if not is_open:
+            self.rows = rows
+        return (
+            f'<details{" open" if is_open else ""}><summary class="row">{line}</summary>'
+            f'<div class="kids">{strip}{kids}</div></details>'
+        )
+
+    def has_selected(self, entry: OutlineEntry) -> bool:
+        if self.it.selected is None:
+            return False
+        return any(bar is self.it.selected for _, one in entry.walk() for bar in one.bars)
+
+    def progress_row(self, progress: InProgress) -> str:
+        self.rows += 1
+        name = clean(progress.label, 200)
+        return (
+            f'<div class="row"><span class="name run" title="{as_xml(name)}"><span class="dim mono">{as_xml(progress.at)}</span> '
+            f'{as_xml(clean(progress.label, 60))}</span><svg class="lane" role="img" aria-label="{as_xml(name)}, in progress">'
+            f"{self.running(progress)}</svg>{self.ticking(progress)}</div>"
+        )
+
+    def running(self, progress: InProgress) -> str:
+        assert self.it.now_ms is not None
+        x = self.x(progress.since_ms)
+        width = max(self.x(self.it.now_ms) - x, _LEAST)
+        return (
+            f'<rect class="b-running" x="{x:.2f}%" y="5" width="{width:.2f}%" height="18" rx="3">'
+            "<title>in progress since what was recorded last</title></rect>"
+        )
+
+    def ticking(self, progress: InProgress) -> str:
+        assert self.it.now_ms is not None
+        since = self.it.began_ms + progress.since_ms
+        return (
+            f'<span class="fig run"><span data-since="{since:.0f}">{format_duration((self.it.now_ms - progress.since_ms) / 1000)}'
+            '</span><span class="tr"></span><span></span></span>'
+        )
+
+    def line(self, entry: OutlineEntry) -> str:
+        it, bars = self.it, entry.bars
+        folds, is_wait = bool(entry.entries), entry.kind in ("sleep", "question")
+        is_link = not (folds or is_wait)  # A click on a row that folds must open it.
+        calls = entry.entries if entry.kind == "fold" else [entry]
+        drawn_bars = entry.drawn_bars
+        parts: list[str] = []
+        if len(drawn_bars) > _MAX_BARS:
+            parts.append(self.merged(drawn_bars))
+        else:
+            for call in calls:
+                for began, ended, why in self.pauses.get(call.at, ()):
+                    parts.append(self.rect("b-wait", began, ended, 9, 10, why))
+            for bar in drawn_bars:
+                parts.append(self.bar(bar, is_wait, is_link))
+        text = it.open_waits.get(entry.at)
+        if text and drawn_bars and not is_wait:
+            ended = max(bar.began_ms + bar.took_ms for bar in drawn_bars)
+            parts.append(self.rect("b-open", ended, None, 9, 10, text))
+        progress = it.progress if it.progress is not None and it.progress.at == entry.at else None
+        if progress is not None:
+            parts.append(self.running(progress))
+        elif it.now_ms is not None and folds and not bars and entry.kind == "node":
+            # A flow or group that has not ended.
+            x = self.x(entry.began_ms)
+            width = max(self.x(it.now_ms) - x, _LEAST)
+            parts.append(
+                f'<rect class="b-running" x="{x:.2f}%" y="24" width="{width:.2f}%" height="3"><title>in progress</title></rect>'
+            )
+        name = clean(entry.label, 200)
+        if is_link:
+            role, label = "group", f"attempts of {clean(entry.label, 100)}"
+        else:
+            role = "img"
+            label = bar_title(bars[-1]) if len(calls) == 1 and bars else name
+        tone = "run" if progress is not None else _tone(entry)
+        figures = (
+            self.ticking(progress)
+            if progress is not None
+            else f'<span class="fig">{_figures(entry, calls)}</span>'
+        )
+        return (
+            f'<span class="name {"fold " if folds else ""}{tone}" title="{as_xml(name)}">'
+            f'<span class="dim mono">{as_xml(_short_place(entry.at))}</span> {as_xml(clean(entry.label, 60))}</span>'
+            f'<svg class="lane" role="{role}" aria-label="{as_xml(label)}">{"".join(parts)}</svg>{figures}'
+        )
+
+    # ------------------------------------------------------------------ bars
+
+    def x(self, ms: float) -> float:
+        """Return the position of a time in percent."""
+        return 100 * (self.place(ms) - self.start) / self.span
+
+    def bar(self, bar: Bar, is_wait: bool, is_link: bool) -> str:
+        kind = "wait" if is_wait else bar.outcome
+        on = " b-on" if bar is self.it.selected else ""
+        ended = bar.began_ms + bar.took_ms
+        if not is_link:
+            return self.rect(f"b-{as_xml(kind)}{on}", bar.began_ms, ended, 5, 18, bar_title(bar))
+        box = self.span_of(bar.began_ms, ended)
+        if box is None:
+            return ""
+        return (
+            f'<a href="{as_xml(self.it.link(bar))}"><title>{as_xml(bar_title(bar))}</title>'
+            f'<rect class="b-{as_xml(kind)}{on}" x="{box[0]:.2f}%" y="5" width="{box[1]:.2f}%" height="18" rx="3"/></a>'
+        )
+
+    def span_of(self, began: float, ended: float | None) -> tuple[float, float] | None:
+        """Return the left edge and width of a stretch in percent; None if it is outside the window."""
+        left = self.x(began)
+        right = 100.0 if ended is None else self.x(ended)
+        if right < 0 or (right == 0 and left < 0) or left > 100:
+            return None
+        left = min(max(left, 0.0), 100 - _LEAST)
+        return left, max(min(right, 100.0) - left, _LEAST)
+
+    def rect(self, kind: str, began: float, ended: float | None, y: int, height: int, title: str) -> str:
+        box = self.span_of(began, ended)
+        if box is None:
+            return ""
+        return (
+            f'<rect class="{kind}" x="{box[0]:.2f}%" y="{y}" width="{box[1]:.2f}%" height="{height}" rx="3">'
+            f"<title>{as_xml(title)}</title></rect>"
+        )
+
+    def merged(self, bars: Sequence[Bar]) -> str:
+        """Return many bars as stretches: one in which an attempt failed is marked as failed."""
+        columns = [0] * 250
+        for bar in bars:
+            box = self.span_of(bar.began_ms, bar.began_ms + bar.took_ms)
+            if box is None:
+                continue
+            value = 2 if bar.outcome == "failure" else 1
+            for column in range(int(box[0] * 2.5), min(249, int((box[0] + box[1]) * 2.5)) + 1):
+                columns[column] = max(columns[column], value)
+        parts, start = [], 0
+        for at in range(1, 251):
+            if at == 250 or columns[at] != columns[start]:
+                if columns[start]:
+                    kind = "failure" if columns[start] == 2 else "success"
+                    parts.append(
+                        f'<rect class="b-{kind}" x="{start / 2.5:.1f}%" y="5" width="{(at - start) / 2.5:.1f}%" height="18"/>'
+                    )
+                start = at
+        return "".join(parts)
+
+    # ------------------------------------------------------------------ cells
+
+    def strip(self, entry: OutlineEntry, leaves: Sequence[OutlineEntry]) -> str:
+        """Return a cell for each child."""
+        prefix = f"{entry.at}."
+        parts = [leaf.at.removeprefix(prefix) for leaf in leaves]
+        if all(part.isdecimal() and len(part) < 7 for part in parts) and leaves[0].at.startswith(prefix):
+            tones = ["x"] * (max(map(int, parts)) + 1)
+            for part, leaf in zip(parts, leaves, strict=True):
+                tones[int(part)] = _cell(leaf)
+            where = f'data-prefix="{as_xml(prefix)}"'
+        else:
+            tones = [_cell(leaf) for leaf in leaves]
+            where = f'data-places="{as_xml(" ".join(leaf.at for leaf in leaves))}"'
+        columns, size = next((wide, size) for most, wide, size in _CELL_SIZES if len(tones) <= most)
+        columns = min(columns, len(tones))
+        inner = size - (1 if size < 8 else 2)
+        paths: dict[str, list[str]] = {}
+        for at, tone in enumerate(tones):
+            row, column = divmod(at, columns)
+            paths.setdefault(tone, []).append(f"M{column * size} {row * size}h{inner}v{inner}h-{inner}z")
+        drawn = "".join(
+            f'<path class="f-{_CELLS[tone]}" d="{"".join(path)}"/>' for tone, path in paths.items()
+        )
+        counts = {tone: len(path) for tone, path in paths.items()}
+        ok = counts.get("g", 0) + counts.get("r", 0)
+        words = ", ".join(
+            text
+            for count, text in (
+                (ok, f"{ok:,} ok"), (counts.get("r", 0), f"{counts.get('r', 0):,} of them retried"),
+                (counts.get("b", 0), f"{counts.get('b', 0):,} failed"), (counts.get("w", 0), f"{counts.get('w', 0):,} stopped"),
+                (counts.get("x", 0), f"{counts.get('x', 0):,} without an attempt"),
+            )
+            if count
+        )  # fmt: skip
+        height = math.ceil(len(tones) / columns) * size
+        return (
+            f'<div class="strip"><p>{pluralize(len(tones), "item")}: {words} <output class="dim"></output></p>'
+            f'<svg class="cells" width="{columns * size}" height="{height}" viewBox="0 0 {columns * size} {height}" role="img" aria-label="{pluralize(len(tones), "item")}: {words}" '
+            f'data-cells="{"".join(tones)}" data-columns="{columns}" data-size="{size}" data-attempt="{as_xml(self.it.attempt_prefix)}" {where}>'
+            f'{drawn}<path class="at" d=""/></svg></div>'
+        )
+
+
+_CELLS: Final = {"g": "good", "r": "warn", "b": "bad", "w": "run", "x": "dim"}
+
+
+def _cell(entry: OutlineEntry) -> str:
+    if not entry.bars:
+        return "x"
+    last = entry.bars[-1].outcome
+    if last in ("success", "forked"):
+        return "g" if len(entry.bars) == 1 else "r"
+    return "b" if last == "failure" else "w"
+
+
+def _why_waited(took_ms: float, failed: Bar | None) -> str:
+    text = f"waited {format_duration(took_ms / 1000)}"
+    if failed is None or failed.failure_class is None:
+        return text
+    reason = f" ({failed.reason})" if failed.reason else ""
+    return f"{text} after {failed.failure_class}{reason} in attempt {failed.attempt}"
+
+
+def _short_place(at: str) -> str:
+    """Return a place without the checksums behind "@", which tell a reader nothing."""
+    if "@" not in at:
+        return at
+    return ".".join(part.partition("@")[0] for part in at.split("."))
+
+
+def _tone(entry: OutlineEntry) -> str:
+    """Return the class of a row's colour: only what failed in the end is red. Of repeated calls the failed ones count."""
+    calls = [call for call in (entry.entries if entry.kind == "fold" else [entry]) if call.bars]
+    if not calls:
+        return "dim"
+    tones = [_TONES.get(call.bars[-1].outcome, "warn") for call in calls]
+    tone = min(tones, key=("bad", "warn", "good", "dim").index)
+    return "" if tone == "good" else tone
+
+
+def _figures(entry: OutlineEntry, calls: Sequence[OutlineEntry]) -> str:
+    bars = entry.bars
+    if entry.kind == "question":
+        return f'<span class="all">{_ANSWERS.get(bars[0].outcome, "")}</span>'
+    if entry.kind == "sleep":
+        so_far = " so far" if bars and bars[0].outcome in SLEEPS and bars[0].outcome != "slept" else ""
+        return f'<span class="all">{format_duration(bars[0].took_ms / 1000)}{so_far}</span>'
+    if not bars:
+        return ""
+    spending = bars
+    if entry.entries and not any(bar.tokens for bar in bars):
+        spending = [bar for _, one in entry.walk() for bar in one.bars]
+    cost = sum(bar.cost_usd for bar in spending)
+    used = sum(bar.tokens for bar in spending)
+    failed = sum(bool(call.bars) and call.bars[-1].outcome == "failure" for call in calls)
+    tries = f'<span class="bad">{failed:,} failed</span>' if failed and len(calls) > 1 else f"{len(bars):,}"
+    if len(bars) == 1:
+        tries = ""
+    took = sum(bar.took_ms for bar in bars)
+    ran = sum(bar.took_ms if bar.function_ms is None else bar.function_ms for bar in bars)
+    spent = f"<span>{format_usd(cost)}</span>" if used or cost else "<span></span>"
+    whole = duration(took, ran)
+    short, more, _ = whole.partition(" (")
+    title = f' title="{as_xml(whole)}"' if more else ""
+    return f'<span{title}>{short}</span><span class="tr">{tries}</span>{spent}'

