@@ -126,7 +126,9 @@ def _guard_inner_agents() -> None:
 
 
 def _listed(middleware: Any) -> list[Any]:
-    return list(middleware) if isinstance(middleware, Sequence) else [] if middleware is None else [middleware]
+    return (
+        list(middleware) if isinstance(middleware, Sequence) else [] if middleware is None else [middleware]
+    )
 
 
 class _OfAgent(AgentMiddleware):

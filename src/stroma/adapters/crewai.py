@@ -151,7 +151,9 @@ def _attach_crew(crew: Any, guard: Guard, contracts: dict[str, NodeContract[Any,
         def plan(self: Any) -> None:
             own = self.planning_llm
             # What CrewAI takes where none is named.
-            self.planning_llm = _guarded_llm(CrewPlanner(tasks=[], planning_agent_llm=own).planning_agent_llm, guard)
+            self.planning_llm = _guarded_llm(
+                CrewPlanner(tasks=[], planning_agent_llm=own).planning_agent_llm, guard
+            )
             try:
                 bare(self)
             finally:
@@ -161,7 +163,11 @@ def _attach_crew(crew: Any, guard: Guard, contracts: dict[str, NodeContract[Any,
 
     for name in ("kickoff", "akickoff", "kickoff_async"):
         _make_run(crew, name, guard, renewed)
-    for name, wrapper in (("copy", copied), ("_create_manager_agent", managed), ("_handle_crew_planning", planned)):
+    for name, wrapper in (
+        ("copy", copied),
+        ("_create_manager_agent", managed),
+        ("_handle_crew_planning", planned),
+    ):
         wrap_method(crew, name, guard, wrapper)
 
 

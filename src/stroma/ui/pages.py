@@ -15,6 +15,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, short_id
 from stroma.checkpoint.cells import CellStore
+from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.history import (
     FAILED,
@@ -29,7 +30,6 @@ from stroma.checkpoint.history import (
     place_of,
     status_of,
 )
-from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
 from stroma.failures.tracebacks import FailureSite

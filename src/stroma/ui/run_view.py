@@ -12,8 +12,8 @@ from markupsafe import Markup
 from stroma._utils.text import format_duration, format_usd, pluralize
 from stroma.checkpoint.durable.control import read_control
 from stroma.checkpoint.durable.rows import Annotation, Rows
+from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.history import place_of
-from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.trace.story import Story
 from stroma.ui.components import meter

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma.checkpoint.durable.states import AsyncStates
-from stroma.checkpoint.protocols import Waiting
+from stroma.checkpoint.entries import Waiting
 from stroma.contracts.checks.lineage import Lineage
 from stroma.trace.redaction import Redact
 
