@@ -69,6 +69,7 @@ from stroma import (
     stroma_step,
 )
 from stroma.checkpoint import CheckpointKey, resolve_schema, schema_ref
+from stroma.engine.config_fields import RunConfigFields
 
 # One section per module. A class lists its fields (with defaults) and methods; `X = Y` says that X is Y.
 SURFACE = {
@@ -1699,6 +1700,11 @@ def full_config() -> RunConfig:
         node_timeouts={"old": 1},
         model_fallbacks=[FallbackPolicy("old", "older")],
     )
+
+
+def test_type_checkers_know_every_field_of_a_config() -> None:
+    """RunConfig and quick() name each field of RunConfig for type checkers and editors, and nothing else."""
+    assert set(RunConfigFields.__annotations__) == set(RunConfig.model_fields)
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -20,6 +20,9 @@ from stroma.failures.policy import PolicyMap, default_policy_map
 from stroma.hooks.sets import AnyHooks, NodeHooks, check_arguments, flatten
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
+    from stroma.engine.config_fields import RunConfigFields
     from stroma.limits.breaker import Breaker
     from stroma.limits.rate_limit import Limit
     from stroma.limits.shared_budget import SharedBudget
@@ -172,6 +175,10 @@ class RunConfig(LazyModel):
     user: str | None = None
     redact: Annotated[Callable[[dict[str, Any]], dict[str, Any]] | None, SkipValidation] = None
     keep_rejected: Literal["redacted", "full", "no"] = "redacted"
+
+    if TYPE_CHECKING:
+        # Names of failure classes are taken where an attribute has the classes themselves.
+        def __init__(self, **fields: Unpack[RunConfigFields]) -> None: ...
 
     def with_run_id(self, run_id: str) -> RunConfig:
         """Return the same config for a run of that id. Raises ValueError for an illegal id."""

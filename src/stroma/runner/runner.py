@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -24,7 +24,6 @@ from stroma.engine.config import RunConfig, default_config
 from stroma.engine.config import new_run_id as fresh_run_id
 from stroma.engine.context import ReliabilityContext
 from stroma.failures.failure import Classifier
-from stroma.failures.policy import PolicyMap
 from stroma.hooks.sets import AnyHooks, NodeHooks, distinct, flatten
 from stroma.runner.batch import Batch
 from stroma.runner.live_runs import LiveRuns
@@ -36,7 +35,10 @@ from stroma.runner.tracing import set_traceparent
 from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from stroma.contracts.checks.finding import Finding
+    from stroma.engine.config_fields import OtherFields, Policies
     from stroma.runner.flows.definition import AnnotatedFlowDecorator, FlowDecorator
     from stroma.runner.flows.flow import FlowFunction
     from stroma.runner.stream import RunStream
@@ -73,10 +75,10 @@ class StromaRunner:
         *,
         store: CheckpointStore | AsyncCheckpointStore | str | os.PathLike[str] | None = None,
         budget: ExecutionBudget | None = None,
-        policy_map: PolicyMap | None = None,
+        policy_map: Policies | None = None,
         classifiers: list[Classifier] | None = None,
         hooks: NodeHooks | Sequence[NodeHooks] | None = None,
-        **config: Any,
+        **config: Unpack[OtherFields],
     ) -> StromaRunner:
         """Create a runner, with an in-memory store by default; further keywords are fields of RunConfig.
 
@@ -85,7 +87,10 @@ class StromaRunner:
         URL.
         """
         named = {"budget": budget, "policy_map": policy_map, "classifiers": classifiers, "hooks": hooks}
-        config.update({name: value for name, value in named.items() if value is not None})
+        fields: dict[str, Any] = {
+            **config,
+            **{name: value for name, value in named.items() if value is not None},
+        }
         if store is None:
             store = AsyncInMemoryStore()
             store.is_default = True
@@ -93,7 +98,7 @@ class StromaRunner:
             from stroma.checkpoint import open_store
 
             store = open_store(store)
-        return cls(ContractRegistry(), CheckpointManager(store), RunConfig(**config) if config else None)
+        return cls(ContractRegistry(), CheckpointManager(store), RunConfig(**fields) if fields else None)
 
     # ------------------------------------------------------------------ builders
 
@@ -137,11 +142,11 @@ class StromaRunner:
         """Replace the data that each node receives as ``ctx``."""
         return self._replace(context=context)
 
-    def with_policy_map(self, policy_map: PolicyMap) -> StromaRunner:
+    def with_policy_map(self, policy_map: Policies) -> StromaRunner:
         """Replace the retry policies by failure class."""
         return self._replace(policy_map=RunConfig(policy_map=policy_map).policy_map)
 
-    def with_node_policies(self, node_policies: dict[str, PolicyMap]) -> StromaRunner:
+    def with_node_policies(self, node_policies: Mapping[str, Policies]) -> StromaRunner:
         """Replace the retry policies of single nodes, by node id."""
         return self._replace(node_policies=RunConfig(node_policies=node_policies).node_policies)
 
