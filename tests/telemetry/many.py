@@ -136,7 +136,7 @@ class Systems:
             for point in metric.data.data_points
         ]
         return [
-            (dict(point.attributes or {}), getattr(point, "value", None) or getattr(point, "count", 0))
+            (dict(point.attributes or {}), float(getattr(point, "value", 0) or getattr(point, "count", 0)))
             for point in points
         ]
 
