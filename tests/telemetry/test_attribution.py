@@ -305,7 +305,7 @@ async def test_baggage_on_request(seen: Seen) -> None:
 
 
 async def test_guarded_runs_are_attributed(seen: Seen) -> None:
-    """A guard's run takes conversation and user, and shows tools as tools."""
+    """A guard's run takes conversation and user, and shows tools as tools and agents as agents, inside of each other too."""
     guard = Guard(StromaRunner.quick(hooks=seen.hooks()))
 
     @guard.step("search", role="tool")
@@ -313,10 +313,21 @@ async def test_guarded_runs_are_attributed(seen: Seen) -> None:
         seen.user.start_span("call").end()
         return text
 
+    @guard.step("librarian", role="agent")
+    async def librarian() -> str:
+        return await ask("more words")
+
+    @guard.step("ask", role="tool")
+    async def ask(text: str) -> str:
+        return text
+
     async with guard.run(conversation="c-1", user="u-7"):
         await search("words")
+        await librarian()
     assert about(seen.span("call")).items() >= {"user.id": "u-7", "gen_ai.conversation.id": "c-1"}.items()
-    assert dict(seen.span("stroma.node search").attributes or {})["openinference.span.kind"] == "TOOL"
+    kinds = {span.name: dict(span.attributes or {}).get("openinference.span.kind") for span in seen.spans}
+    assert (kinds["stroma.node search"], kinds["stroma.node ask"]) == ("TOOL", "TOOL")
+    assert kinds["stroma.node librarian"] == "AGENT"
     for wrong in ({"user": ""}, {"conversation": "x" * 201}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             guard.run(**wrong)  # type: ignore[arg-type]

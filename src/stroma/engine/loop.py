@@ -103,8 +103,8 @@ async def execute_in_turn(
             return await _without_plan(ctx, run, node, value, error)
         if step is not None:
             run.step = step
-            if role is not None:
-                run.role = role
+        if role is not None:
+            run.role = role
         CURRENT.set(run)
         number = 0  # Not read from the execution, which hooks can change.
         try:
