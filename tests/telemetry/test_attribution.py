@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from opentelemetry import baggage
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.trace import set_span_in_context
 from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
@@ -27,6 +27,7 @@ from stroma import (
 )
 from stroma.adapters import Guard
 from stroma.telemetry import AttributionProcessor
+from stroma.telemetry.attribution import watch
 
 
 class Item(BaseModel):
@@ -227,6 +228,33 @@ async def test_a_call_under_a_span_of_a_framework_belongs_to_the_node_that_makes
     assert "stroma.node.id" not in about(seen.span("chain"))
     # They report the usage of their node, so that no span of a call is made for it.
     assert not [span.name for span in seen.spans if span.name.startswith("chat")]
+
+
+def test_a_provider_is_watched_when_a_run_begins_beside_another() -> None:
+    """Of two runs that begin in two threads, neither goes on before the provider has the processor."""
+    is_adding, may_add, is_watched = threading.Event(), threading.Event(), threading.Event()
+
+    class SlowProvider(TracerProvider):
+        def add_span_processor(self, span_processor: SpanProcessor) -> None:
+            is_adding.set()
+            may_add.wait(10)
+            super().add_span_processor(span_processor)
+
+    provider = SlowProvider()
+
+    def second() -> None:
+        watch(provider)
+        is_watched.set()
+
+    threads = [threading.Thread(target=watch, args=(provider,)), threading.Thread(target=second)]
+    threads[0].start()
+    assert is_adding.wait(10)
+    threads[1].start()
+    assert not is_watched.wait(0.05)
+    may_add.set()
+    for thread in threads:
+        thread.join(10)
+    assert is_watched.is_set()
 
 
 async def test_a_provider_of_ones_own(seen: Seen) -> None:
