@@ -10,8 +10,8 @@ from tests.frameworks.kit import LINES
 
 FRAMEWORKS = Path(__file__).parents[1] / "frameworks"
 #: But for the engine that the same environments serve: it runs pipelines, and no agents.
-#: DBOS is a driver, the others are backends of telemetry, and instrumentations of several frameworks.
-OTHERS = ("dbos", "instrumented", "mlflow", "phoenix")
+#: DBOS is a driver, the others are backends of telemetry, instrumentations of several frameworks, and a schema.
+OTHERS = ("dbos", "grafana", "instrumented", "mlflow", "phoenix")
 FOLDERS = sorted(
     path.parent for path in FRAMEWORKS.glob("*/requirements.in") if path.parent.name not in OTHERS
 )

@@ -167,6 +167,7 @@ def test_assets(inside: Any, tmp_path: Path) -> None:
     paths = [Path(path) for path in json.loads(done.out)["paths"]]
     assert [path.name for path in paths] == [
         "datadog-dashboard.json", "grafana-dashboard.json", "prometheus-alerts.test.yml", "prometheus-alerts.yml",
+        "prometheus-recording.test.yml", "prometheus-recording.yml",
     ]  # fmt: skip
     assert inside("telemetry", "assets", "out").code == 0
     changed = tmp_path / paths[1]

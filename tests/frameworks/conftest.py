@@ -38,6 +38,7 @@ if _WANTED is not None:
     modules = {
         "openai_agents": "agents",
         "google_adk": "google.adk",
+        "grafana": "grafana_foundation_sdk",
         "instrumented": "openinference.instrumentation",
     }
     importlib.import_module(modules.get(_WANTED, _WANTED))

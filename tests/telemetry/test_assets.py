@@ -31,10 +31,11 @@ ALERTS = [
     for group in yaml.safe_load((ASSETS / "prometheus-alerts.yml").read_text())["groups"]
     for rule in group["rules"]
 ]
+RECORDED = yaml.safe_load((ASSETS / "prometheus-recording.yml").read_text())["groups"][0]["rules"]
 PANELS = [panel for panel in GRAFANA["panels"] if panel["type"] != "row"]
 TARGETS = [(panel["title"], target) for panel in PANELS for target in panel["targets"]]
 EXPRESSIONS = [(title, target["expr"]) for title, target in TARGETS] + [
-    (rule["alert"], rule["expr"]) for rule in ALERTS
+    (rule.get("alert") or rule["record"], rule["expr"]) for rule in (*ALERTS, *RECORDED)
 ]
 
 
@@ -186,6 +187,31 @@ class TestAlerts:
             for check in case["alert_rule_test"]
         }
         assert tested == set(itertools.product((rule["alert"] for rule in ALERTS), (True, False)))
+
+
+class TestRecording:
+    @pytest.mark.parametrize("rule", RECORDED, ids=lambda rule: rule["record"])
+    def test_a_name_says_the_labels_that_remain(self, rule: dict[str, str]) -> None:
+        """A rule is named labels:metric:operation, by the labels that it groups by and the metric that it reads."""
+        labels, metric, _ = rule["record"].split(":")
+        query = parse(rule["expr"])
+        assert query.grouping - {"le"} == {
+            label for label in ("pipeline", "status", "node_id", "model") if label in labels
+        }
+        assert all(name.startswith(metric.removesuffix("s")[:12]) for name, _ in query.selectors)
+
+    def test_each_rule_is_tested(self) -> None:
+        """The unit tests beside the rules ask for each of them."""
+        cases = yaml.safe_load((ASSETS / "prometheus-recording.test.yml").read_text())["tests"]
+        asked = " ".join(check["expr"] for case in cases for check in case["promql_expr_test"])
+        assert {rule["record"] for rule in RECORDED} == set(re.findall(r"\w+:\w+:\w+", asked))
+
+    @pytest.mark.slow
+    def test_unit_tests_pass(self) -> None:
+        """promtool accepts the rules, and its run of their unit tests passes."""
+        rules = str(ASSETS / "prometheus-recording.yml")
+        assert f"{len(RECORDED)} rules found" in promtool("check", "rules", rules)
+        assert "SUCCESS" in promtool("test", "rules", str(ASSETS / "prometheus-recording.test.yml"))
 
 
 def datadog_widgets(widgets: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

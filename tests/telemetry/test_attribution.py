@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from opentelemetry import baggage
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.trace import set_span_in_context
 from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
@@ -27,6 +27,7 @@ from stroma import (
 )
 from stroma.adapters import Guard
 from stroma.telemetry import AttributionProcessor
+from stroma.telemetry.attribution import watch
 
 
 class Item(BaseModel):
@@ -229,6 +230,33 @@ async def test_a_call_under_a_span_of_a_framework_belongs_to_the_node_that_makes
     assert not [span.name for span in seen.spans if span.name.startswith("chat")]
 
 
+def test_a_provider_is_watched_when_a_run_begins_beside_another() -> None:
+    """Of two runs that begin in two threads, neither goes on before the provider has the processor."""
+    is_adding, may_add, is_watched = threading.Event(), threading.Event(), threading.Event()
+
+    class SlowProvider(TracerProvider):
+        def add_span_processor(self, span_processor: SpanProcessor) -> None:
+            is_adding.set()
+            may_add.wait(10)
+            super().add_span_processor(span_processor)
+
+    provider = SlowProvider()
+
+    def second() -> None:
+        watch(provider)
+        is_watched.set()
+
+    threads = [threading.Thread(target=watch, args=(provider,)), threading.Thread(target=second)]
+    threads[0].start()
+    assert is_adding.wait(10)
+    threads[1].start()
+    assert not is_watched.wait(0.05)
+    may_add.set()
+    for thread in threads:
+        thread.join(10)
+    assert is_watched.is_set()
+
+
 async def test_a_provider_of_ones_own(seen: Seen) -> None:
     """AttributionProcessor does the same for a provider that our hooks do not send to."""
     other = TracerProvider()
@@ -305,7 +333,7 @@ async def test_baggage_on_request(seen: Seen) -> None:
 
 
 async def test_guarded_runs_are_attributed(seen: Seen) -> None:
-    """A guard's run takes conversation and user, and shows tools as tools."""
+    """A guard's run takes conversation and user, and shows tools as tools and agents as agents, inside of each other too."""
     guard = Guard(StromaRunner.quick(hooks=seen.hooks()))
 
     @guard.step("search", role="tool")
@@ -313,10 +341,21 @@ async def test_guarded_runs_are_attributed(seen: Seen) -> None:
         seen.user.start_span("call").end()
         return text
 
+    @guard.step("librarian", role="agent")
+    async def librarian() -> str:
+        return await ask("more words")
+
+    @guard.step("ask", role="tool")
+    async def ask(text: str) -> str:
+        return text
+
     async with guard.run(conversation="c-1", user="u-7"):
         await search("words")
+        await librarian()
     assert about(seen.span("call")).items() >= {"user.id": "u-7", "gen_ai.conversation.id": "c-1"}.items()
-    assert dict(seen.span("stroma.node search").attributes or {})["openinference.span.kind"] == "TOOL"
+    kinds = {span.name: dict(span.attributes or {}).get("openinference.span.kind") for span in seen.spans}
+    assert (kinds["stroma.node search"], kinds["stroma.node ask"]) == ("TOOL", "TOOL")
+    assert kinds["stroma.node librarian"] == "AGENT"
     for wrong in ({"user": ""}, {"conversation": "x" * 201}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             guard.run(**wrong)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ pytest_plugins = ["tests.receivers.fixtures"]
 def test_all_count_the_same(
     seed: str, datadog_agent: DatadogAgent, statsd: StatsdSocket, tmp_path: pathlib.Path
 ) -> None:
-    """200 runs at once with random failures, retries, pauses, cancellations and hook errors: trace, journal,
+    """300 runs at once, lists, flows and effects, with random failures, retries, pauses, cooldowns, cancellations and hook errors: trace, journal,
     OpenTelemetry, Prometheus, Datadog and Sentry agree on every figure, and nothing is left open."""
     command = [sys.executable, "-m", "tests.telemetry.many", seed, str(tmp_path / "runs.db")]
     done = subprocess.run(
@@ -72,6 +72,10 @@ def test_all_count_the_same(
     assert seen["active"] == {"otel": 0, "prometheus": 0}
     assert len(set(seen["hook_errors"].values())) == 1
     assert total("stroma.hook.errors") == seen["hook_errors"]["results"] > 0
+    assert len(set(seen["cooldowns"].values())) == 1
+    assert total("stroma.limit.cooldowns") == seen["cooldowns"]["hooks"] > 0
+    assert len(set(seen["waits"].values())) == 1
+    assert total("stroma.node.waits") == seen["waits"]["hooks"] > 0
     assert seen["issues"]["sentry"] == seen["issues"]["results"] > 0
     assert seen["orphans"] == []
     assert not seen["left_current"]
@@ -82,11 +86,13 @@ def test_all_count_the_same(
     nodes = {span["span_id"]: span for span in spans if span["name"] == "stroma.node"}
     assert len(runs) == seen["runs"]["ended"] == seen["sentry_transactions"]
     assert len(nodes) == seen["node_spans"]["otel"] == seen["node_spans"]["sentry"]
+    places: Counter[tuple[str, str]] = Counter()
     for span in nodes.values():
         above = nodes.get(span["parent_id"]) or runs[span["parent_id"]]
         assert above["meta"]["stroma.run.id"] == span["meta"]["stroma.run.id"]
-        in_group = "stroma.node.branch" in span["meta"]
-        assert (above["name"] == "stroma.node") == in_group
+        places[span["resource"], "" if above["name"] == "stroma.run" else above["resource"]] += 1
+    # Each node is under the same group, or under the run, in both.
+    assert places == {(name, group): count for name, group, count in seen["tree"]}
     failed = {name for name, status in seen["statuses"].items() if name in ("FAILED", "PARTIAL") and status}
     assert {s["meta"]["stroma.status"] for s in runs.values() if s["error"]} == failed
     assert seen["runs"]["ended"] <= RUNS

@@ -105,8 +105,8 @@ async def execute_in_turn(
             run.step = step
         if is_called:
             run.is_called = True
-            if role is not None:
-                run.role = role
+        if role is not None:
+            run.role = role
         CURRENT.set(run)
         number = 0  # Not read from the execution, which hooks can change.
         try:

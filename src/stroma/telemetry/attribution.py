@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from threading import Lock
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -23,6 +24,7 @@ _USAGE: Final = ("gen_ai.usage.", "llm.token_count.")
 _MOST_OPEN: Final = 10_000
 #: The providers that have a processor of ours.
 _watched: WeakSet[TracerProvider] = WeakSet()
+_lock = Lock()
 
 
 class AttributionProcessor(SpanProcessor):
@@ -107,6 +109,7 @@ def _is_inside(node: NodeExecution, about: Mapping[str, Any]) -> bool:
 
 def watch(provider: TracerProvider) -> None:
     """Add a processor to a provider, once."""
-    if provider not in _watched:
-        _watched.add(provider)
-        provider.add_span_processor(AttributionProcessor())
+    with _lock:
+        if provider not in _watched:
+            provider.add_span_processor(AttributionProcessor())
+            _watched.add(provider)

@@ -34,17 +34,21 @@ from stroma.telemetry import otel_hooks
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(300)]
 
 
+WAYS = ["run", "run_sync"]
+
+
 class OpenAIAgents(test_openai_agents.TestOpenAIAgents):
     """With the SDK's own model, which makes the spans of calls, and answers in place of a provider."""
 
     __test__ = False
-    KINDS = ("run", "run_sync")
+    KINDS = WAYS
 
     def script(self, *answers: Any, break_after: int | None = None) -> Any:
         left = list(answers)
 
         def complete(_: httpx.Request) -> httpx.Response:
-            answer, message = left.pop(0), {"role": "assistant"}
+            answer = left.pop(0)
+            message: dict[str, Any] = {"role": "assistant"}
             if isinstance(answer, str):
                 message["content"] = answer
             else:
@@ -63,7 +67,7 @@ class OpenAIAgents(test_openai_agents.TestOpenAIAgents):
             )
 
         transport = httpx.AsyncClient(transport=httpx.MockTransport(complete))
-        client = AsyncOpenAI(api_key="none", http_client=transport)
+        client: Any = AsyncOpenAI(api_key="none", http_client=transport)  # type: ignore[arg-type, unused-ignore]
         return agents.OpenAIChatCompletionsModel("gpt-4o", client)
 
 
