@@ -240,7 +240,7 @@ class Guard:
             self._ended.append(run.ctx.run_id)
             old = self._ended.popleft() if len(self._ended) > KEPT_RUNS else None
         if old is not None:
-            cast("Any", store).forget(old)
+            cast("Any", store).delete_now(old)
 
     # ------------------------------------------------------------------ steps
 

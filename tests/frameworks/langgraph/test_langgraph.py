@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import operator
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -887,3 +889,58 @@ def test_models_that_edges_call_are_counted(kind: str, when: str) -> None:
     assert result_of(guard).total_tokens == 40
     assert result_of(guard).total_cost_usd > 0
     assert result_of(guard).status is RunStatus.PARTIAL
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_spend_is_that_of_the_provider_s_ledger(kind: str) -> None:
+    """Parallel nodes, a subgraph, a router, a model in a thread, tools that ask models: to the token what is charged."""
+    guard, llms = guard_of(), [Script(answers=["x"] * 9, tokens=tokens) for tokens in (3, 5, 7, 11, 13)]
+
+    def asking(llm: Any) -> Any:
+        return lambda state: {"words": [str(llm.invoke("x").content)]}
+
+    def thread(state: State) -> Any:
+        with ThreadPoolExecutor() as pool:
+            context = contextvars.copy_context()
+            return {"words": [str(pool.submit(context.run, llms[3].invoke, "x").result().content)]}
+
+    def route(state: State) -> str:
+        llms[4].invoke("where?")
+        return "last"
+
+    sub = StateGraph(State)
+    sub.add_node("inner", asking(llms[0]))
+    sub.add_edge(START, "inner")
+    builder = StateGraph(State)
+    builder.add_node("sub", sub.compile())
+    builder.add_node("a", asking(llms[1]))
+    builder.add_node("b", thread)
+    builder.add_node("last", asking(llms[2]))
+    for name in ("sub", "a", "b"):
+        builder.add_edge(START, name)
+    builder.add_conditional_edges("b", route, ["last"])
+    call(attach(builder, guard).compile(), kind, {"text": "a"})
+    ledger = sum(llm.tokens * len(llm.asked) for llm in llms)
+    assert result_of(guard).total_tokens == ledger == 3 + 5 + 7 + 11 + 13
+
+
+def test_fifty_runs_at_once_are_counted_apart() -> None:
+    """Each run of fifty at the same time has its own spend, as the provider charged it."""
+    guard = guard_of()
+
+    async def one(n: int) -> None:
+        llm = Script(answers=["x"] * 2, tokens=n + 1)
+
+        async def asks(state: State) -> Any:
+            return {"words": [str((await llm.ainvoke("x")).content)]}
+
+        graph = attach(line(asks, asks), guard).compile()
+        async with guard.run() as run:
+            await graph.ainvoke({"text": "a"})
+        assert run.result is not None
+        assert run.result.total_tokens == llm.tokens * len(llm.asked) == 2 * (n + 1)
+
+    async def main() -> None:
+        await asyncio.gather(*[one(n) for n in range(50)])
+
+    asyncio.run(main())
