@@ -85,9 +85,11 @@ def attach_steps(
     return graph
 
 
-@functools.lru_cache(maxsize=256)
 def _graph_class(kind: Any, guard: Guard, adapter: LangGraphAdapter | None) -> Any:
     """Return a subclass whose calls are runs. A class, since LangGraph copies graphs by their attributes."""
+    known = guard.classes.get((kind, adapter))
+    if known is not None:
+        return known
 
     def compile(self: Any, *args: Any, **kwargs: Any) -> Any:
         if adapter is None:  # What was added since.
@@ -123,9 +125,9 @@ def _graph_class(kind: Any, guard: Guard, adapter: LangGraphAdapter | None) -> A
 
     calls = {"stream": stream, "astream": astream}
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_stroma_kind": kind}
-    return type(
-        kind.__name__, (kind,), names | ({"compile": compile} if issubclass(kind, StateGraph) else calls)
-    )
+    own = {"compile": compile} if issubclass(kind, StateGraph) else calls
+    made = guard.classes[kind, adapter] = type(kind.__name__, (kind,), names | own)
+    return made
 
 
 def _goes_on(input: Any) -> bool:
@@ -224,9 +226,15 @@ def guarded(inner: Any, guard: Guard, step_id: str, contract: NodeContract[Any, 
         return await astep(state, config, copy_for_retries(state))
 
     guard.mark(func, contract)
-    return RunnableCallable(
+    return _callable_class(type(inner))(
         func, afunc, name=getattr(inner, "name", None) or step_id, trace=False, recurse=False
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _callable_class(kind: Any) -> type[RunnableCallable]:
+    """Return a class that is shown under the name of another one: drawings of graphs have it."""
+    return type(kind.__name__, (RunnableCallable,), {"__module__": kind.__module__})
 
 
 def control(error: BaseException) -> Control | None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import operator
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
+from unittest.mock import MagicMock
 
 import pytest
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
@@ -837,6 +840,37 @@ def test_a_second_attach_with_other_contracts_is_an_error(compiled: bool) -> Non
 
 
 # ---------------------------------------------------------------------- nothing changes
+
+
+def test_a_graph_is_drawn_as_without_the_guard() -> None:
+    """Its drawings name the classes of its nodes: of subgraphs, functions, and objects with every attribute."""
+
+    def build(guarded: Any) -> Any:
+        sub = StateGraph(State)
+        sub.add_node("inner", split)
+        sub.add_edge(START, "inner")
+        builder = StateGraph(State)
+        builder.add_node("sub", sub.compile())
+        builder.add_node("model", model(1))
+        builder.add_node("mock", MagicMock(__name__="mock"))
+        for name, before in zip(("sub", "model", "mock"), (START, "sub", "model"), strict=True):
+            builder.add_edge(before, name)
+        return guarded(builder.compile())
+
+    plain, guarded = build(lambda g: g), build(lambda g: attach(g, guard_of()))
+    for xray in (False, True):
+        assert guarded.get_graph(xray=xray).to_json() == plain.get_graph(xray=xray).to_json()
+    assert guarded.get_graph().draw_mermaid() == plain.get_graph().draw_mermaid()
+
+
+def test_a_guard_is_freed_with_its_graph() -> None:
+    """Nothing in the process holds a guard, or what its last run has raised, once its graph is gone."""
+    guard = guard_of()
+    attach(line(), guard).compile().invoke({"text": "a"})
+    freed = weakref.ref(guard)
+    del guard
+    gc.collect()
+    assert freed() is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
