@@ -226,7 +226,8 @@ def guarded(inner: Any, guard: Guard, step_id: str, contract: NodeContract[Any, 
         return await astep(state, config, copy_for_retries(state))
 
     guard.mark(func, contract)
-    return _callable_class(type(inner))(
+    kind: Any = type(inner)
+    return _callable_class(kind)(
         func, afunc, name=getattr(inner, "name", None) or step_id, trace=False, recurse=False
     )
 
