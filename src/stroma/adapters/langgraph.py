@@ -22,7 +22,14 @@ try:
     from langgraph.errors import GraphBubbleUp, GraphInterrupt, GraphRecursionError, ParentCommand
     from langgraph.graph.state import StateGraph
     from langgraph.pregel import Pregel
-    from langgraph.types import Command
+
+    from stroma.adapters._langgraph_answers import (
+        answer_of,
+        goes_on,
+        is_answered,
+        may_be_suspended,
+        note_suspended,
+    )
 except ImportError as error:
     raise import_error("langgraph", error) from error
 
@@ -33,7 +40,6 @@ from stroma.adapters._step import Control, copy_for_retries, input_of_attempt
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import stroma_node as stroma_langgraph_node
-from stroma.engine.execution import current_node
 from stroma.runner.runner import StromaRunner
 
 warn_if_untested("langgraph")
@@ -103,69 +109,31 @@ def _graph_class(kind: Any, guard: Guard, adapter: LangGraphAdapter | None) -> A
 
     def stream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Any:
         def parts() -> Any:
-            state = self.get_state(config) if _is_answered(guard, input) else None
-            value = input if state is None else _answer(guard, state)
+            state = self.get_state(config) if is_answered(guard, input) else None
+            value = input if state is None else answer_of(guard, state)
             yield from counted(kind.stream(self, value, config, **kwargs))
-            if _may_be_suspended(self, guard, kwargs):
-                _note_suspended(guard, self.get_state(config))
+            if may_be_suspended(self, guard, kwargs):
+                note_suspended(guard, self.get_state(config))
 
-        return guard.over(parts, input, goes_on=_goes_on(input))
+        return guard.over(parts, input, goes_on=goes_on(input))
 
     def astream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Any:
         async def parts() -> Any:
-            state = await self.aget_state(config) if _is_answered(guard, input) else None
-            value = input if state is None else _answer(guard, state)
+            state = await self.aget_state(config) if is_answered(guard, input) else None
+            value = input if state is None else answer_of(guard, state)
             async with contextlib.aclosing(acounted(kind.astream(self, value, config, **kwargs))) as stream:
                 async for part in stream:
                     yield part
-            if _may_be_suspended(self, guard, kwargs):
-                _note_suspended(guard, await self.aget_state(config))
+            if may_be_suspended(self, guard, kwargs):
+                note_suspended(guard, await self.aget_state(config))
 
-        return guard.aover(parts, input, goes_on=_goes_on(input))
+        return guard.aover(parts, input, goes_on=goes_on(input))
 
     calls = {"stream": stream, "astream": astream}
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_stroma_kind": kind}
     own = {"compile": compile} if issubclass(kind, StateGraph) else calls
-    made = guard.classes[kind, adapter] = type(kind.__name__, (kind,), names | own)
-    return made
-
-
-def _goes_on(input: Any) -> bool:
-    return input is None or isinstance(input, Command)
-
-
-def _is_answered(guard: Guard, input: Any) -> bool:
-    """Return True if a graph goes on whose nodes have stored answers (``stroma approve``)."""
-    return input is None and current_node() is None and bool(guard.current.answers)
-
-
-def _answer(guard: Guard, state: Any) -> Any:
-    """Return the stored answers as LangGraph takes them."""
-    answers = guard.current.answers
-    pending = [(task.name, interrupt.id) for task in state.tasks for interrupt in task.interrupts]
-    if not pending:
-        return None
-    if len(pending) == len(answers) == 1:
-        return Command(resume=answers[0][1])
-    by_id = {}
-    for step_id, answer in answers:
-        key = next((id for name, id in pending if name == step_id and id not in by_id), None)
-        if key is not None:
-            by_id[key] = answer
-    return Command(resume=by_id)
-
-
-def _may_be_suspended(graph: Any, guard: Guard, options: dict[str, Any]) -> bool:
-    """Return True if LangGraph may have ended the call without an interrupt() that a step has seen."""
-    if current_node() is not None or not graph.checkpointer or guard.current.ctx.suspended:
-        return False
-    own = graph.interrupt_before_nodes or graph.interrupt_after_nodes
-    return bool(own or options.get("interrupt_before") or options.get("interrupt_after"))
-
-
-def _note_suspended(guard: Guard, state: Any) -> None:
-    if state.next:
-        guard.current.ctx.note_suspended(f"before {', '.join(map(repr, state.next))}")
+    subclass = guard.classes[kind, adapter] = type(kind.__name__, (kind,), names | own)
+    return subclass
 
 
 class LangGraphAdapter:

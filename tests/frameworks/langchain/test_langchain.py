@@ -247,7 +247,9 @@ def realistic(ledger: Ledger, guard: Guard) -> Any:
         ledger.model("short", "short", tokens=2), trigger=("messages", 3), keep=("messages", 1)
     )
     agent = create_agent(
-        ledger.model(("ask_inner", {}), CALL, "done"), [ask_inner, tool_of()], middleware=[summarize, middleware]
+        ledger.model(("ask_inner", {}), CALL, "done"),
+        [ask_inner, tool_of()],
+        middleware=[summarize, middleware],
     )
     return middleware.attach(agent)
 

@@ -346,21 +346,31 @@ def test_a_capability_twice_guards_once() -> None:
     guard = guard_of()
     agent = agent_of(Script(("weather", '{"city": "Oslo"}'), "done"), StromaCapability(guard))
     assert ask(agent, capabilities=[StromaCapability(guard)]) == "done"
-    assert lines_of(guard) == ["forecaster success", "  model success 10", "  weather success", "  model success 10"]
+    assert lines_of(guard) == [
+        "forecaster success",
+        "  model success 10",
+        "  weather success",
+        "  model success 10",
+    ]
 
 
 # ---------------------------------------------------------------------- waiting for a person
 
 
 @pytest.mark.parametrize("kind", ["run", "run_sync", "run_stream"])
-def test_a_tool_that_requires_approval_suspends_and_goes_on_under_its_run_id(kind: str, tmp_path: Path) -> None:
+def test_a_tool_that_requires_approval_suspends_and_goes_on_under_its_run_id(
+    kind: str, tmp_path: Path
+) -> None:
     """``requires_approval`` and tools that others run are SUSPENDED; their results go on in the same run and budget."""
     calls: list[int] = []
     script = Script(("buy", {}), ("buy", {}), "bought")
 
     def agent_with(guard: Guard) -> Agent[None, Any]:
         agent: Agent[None, Any] = Agent(
-            script.model, name="a", output_type=[str, DeferredToolRequests], capabilities=[StromaCapability(guard)]
+            script.model,
+            name="a",
+            output_type=[str, DeferredToolRequests],
+            capabilities=[StromaCapability(guard)],
         )
 
         @agent.tool_plain(requires_approval=True)

@@ -40,7 +40,14 @@ class Suite:
 SUITES = {
     "langgraph": Suite(
         "libs/langgraph",
-        ("libs/langgraph", "libs/checkpoint", "libs/checkpoint-sqlite", "libs/checkpoint-postgres", "libs/prebuilt", "libs/sdk-py"),
+        (
+            "libs/langgraph",
+            "libs/checkpoint",
+            "libs/checkpoint-sqlite",
+            "libs/checkpoint-postgres",
+            "libs/prebuilt",
+            "libs/sdk-py",
+        ),
         environment={"NO_DOCKER": "true"},
     ),
     "openai_agents": Suite(".", ("src",)),
