@@ -28,6 +28,12 @@ _PROVIDERS: Final = {
 }
 
 
+#: Key of a node's note: a span of another library, for the same call of a model, is around it.
+AROUND_CALL: Final = "stroma.telemetry call around"
+_KIND: Final = "openinference.span.kind"
+_CALLS: Final = ("chat", "generate_content", "text_completion")
+
+
 class InferenceSpans:
     """Creates the spans from which backends read the bill: model, tokens and cost of each attempt.
 
@@ -50,7 +56,15 @@ class InferenceSpans:
             return False
         if self.mode == "always":
             return True
+        if node.notes.get(AROUND_CALL) and node.outcome == "success":
+            return False  # It has the tokens of the attempt that succeeded, and of no other one.
         return self.can_see and node.notes.get(INSTRUMENTED) != node.attempt
+
+    def look_around(self, node: NodeExecution, current: Any) -> None:
+        """Note if the current span, in which a step of a guard opens, is one that another library has for the same call."""
+        attributes = getattr(current, "attributes", None) or {}
+        if attributes.get("gen_ai.operation.name") in _CALLS or attributes.get(_KIND) == "LLM":
+            node.notes[AROUND_CALL] = True
 
     def start(self, tracer: Tracer, node: NodeExecution, around: Context) -> tuple[Span, int]:
         """Start the span of an attempt that has ended; return it with the nanosecond at which it ends."""

@@ -460,8 +460,9 @@ class _OpenTelemetry(Observer):
     def _begin(self, node: NodeExecution, start_ns: int | None = None) -> _NodeSpan:
         around = self.around(node)
         above = None if around is None else around.span
-        if above is not None and node.is_called:
-            above = self._current_below(above)
+        if node.is_called:
+            self._inference.look_around(node, self._trace.get_current_span())
+            above = None if above is None else self._current_below(above)
         parent = None if above is None else self._trace.set_span_in_context(above)
         what, ctx = "node", node.ctx
         if ctx.elsewhere:
