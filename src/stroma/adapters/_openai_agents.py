@@ -69,6 +69,13 @@ class GuardedModel(Model):
     def __init__(self, model: Model, guard: Guard) -> None:
         """Do nothing: the attributes are those of the model."""
 
+    def __eq__(self, other: object) -> bool:
+        """Return True for the model itself, and for what guards it: agents are compared by their models."""
+        return getattr(other, "__dict__", None) is self.__dict__
+
+    def __hash__(self) -> int:
+        return id(self.__dict__)
+
     async def get_response(self, *args: Any, **kwargs: Any) -> Any:
         return await self._stroma_guard.acall(_request(self), super().get_response, *args, **kwargs)
 

@@ -98,6 +98,10 @@ class Guard:
         self._lock = threading.Lock()
         self._last: GuardedRun | None = None
 
+    def __deepcopy__(self, _: Any) -> Guard:
+        """Return the guard itself: a copy of what it guards has the same budget."""
+        return self
+
     # ------------------------------------------------------------------ runs
 
     def run(
