@@ -107,7 +107,9 @@ def test_a_step_in_a_thread_without_context_stands_under_its_run() -> None:
     assert parent.span_id == finished["invoke_workflow pipeline"].context.span_id
 
 
-@pytest.mark.parametrize("attributes", [{"gen_ai.operation.name": "chat"}, {"openinference.span.kind": "LLM"}])
+@pytest.mark.parametrize(
+    "attributes", [{"gen_ai.operation.name": "chat"}, {"openinference.span.kind": "LLM"}]
+)
 def test_tokens_are_in_one_span_for_each_call(attributes: dict[str, str]) -> None:
     """Where the framework has a span around the same call of a model, ours says nothing of tokens but for failed attempts."""
     spans, errors = Spans(), [TimeoutError("slow")]
@@ -130,4 +132,6 @@ def test_tokens_are_in_one_span_for_each_call(attributes: dict[str, str]) -> Non
         for span in spans.exporter.get_finished_spans()
         if span.attributes is not None and "gen_ai.usage.input_tokens" in span.attributes
     ]
-    assert counted == [("chat", 1), ("chat", 1)], "of the failed attempt, and of the call without a span around it"
+    assert counted == [("chat", 1), ("chat", 1)], (
+        "of the failed attempt, and of the call without a span around it"
+    )

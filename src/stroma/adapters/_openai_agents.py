@@ -35,7 +35,7 @@ T = TypeVar("T")
 # ---------------------------------------------------------------------- models
 
 
-def _twin(original: T, mixin: type[Any], guard: Guard) -> T:
+def _twin(original: T, mixin: type[Any], guard: Any) -> T:
     """Return an object of the original's class whose methods are those of ``mixin``, and which has all attributes in common."""
     kind = type(original)
     twins = _TWINS.setdefault(mixin, weakref.WeakKeyDictionary())
@@ -155,15 +155,43 @@ def guard_tool(
     contract: NodeContract[Any, Any] | None,
     output_view: Callable[[Any], Any] = as_it_is,
 ) -> Any:
-    """Return a copy of a tool whose calls are steps."""
+    """Return a tool whose calls are steps."""
     if guard.has(tool.on_invoke_tool, contract):
         return tool
     # A copy that does not turn its errors into messages: what the model sees of them is decided after the step.
     bare = copy.copy(tool)
     bare._failure_error_function, bare._use_default_failure_error_function = None, False
-    guarded = copy.copy(tool)
-    guarded.on_invoke_tool = _Invoker(tool, bare, guard, contract, output_view)
-    return guarded
+    return _twin(tool, GuardedTool, _Invoker(tool, bare, guard, contract, output_view))
+
+
+class GuardedTool:
+    """A tool whose calls are steps. It shares the attributes of the tool, so that what is changed there later holds here."""
+
+    _stroma_guard: _Invoker
+
+    @property
+    def on_invoke_tool(self) -> Any:
+        try:
+            return self._stroma_guard
+        except AttributeError:  # Made by dataclasses.replace(): it has what it was made with.
+            return self.__dict__["on_invoke_tool"]
+
+    @on_invoke_tool.setter
+    def on_invoke_tool(self, invoke: Any) -> None:
+        self.__dict__["on_invoke_tool"] = invoke
+        invoker = getattr(self, "_stroma_guard", None)
+        if invoker is not None:
+            invoker.replace(invoke)
+
+    def __copy__(self) -> Any:
+        """Return a copy of the tool that is guarded, too."""
+        return self._stroma_guard.again()
+
+    def __eq__(self, other: object) -> bool:
+        """Return True for the tool itself, and for what guards it."""
+        return getattr(other, "__dict__", None) is self.__dict__
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class _Invoker:
@@ -178,6 +206,7 @@ class _Invoker:
         output_view: Callable[[Any], Any],
     ) -> None:
         self._tool, self._bare, self._guard = tool, bare, guard
+        self._about = guard, contract, output_view
         guard.mark(self, contract)
         about: Any = {"input_view": _arguments, "output_view": output_view, "control": control}
         self._step = GuardedStep(tool.name, contract, role="tool", **about)
@@ -193,7 +222,19 @@ class _Invoker:
                 )
             if message is None:
                 raise
+            # The SDK notes the error in its trace.
+            note = getattr(self._bare.on_invoke_tool, "_on_handled_error", None)
+            if note is not None:
+                note(self._tool, error, arguments, context)
             return message
+
+    def replace(self, invoke: Any) -> None:
+        """Call another function in place of the tool's."""
+        self._bare.on_invoke_tool = invoke
+
+    def again(self) -> Any:
+        """Return a copy of the tool, guarded in the same way."""
+        return guard_tool(copy.copy(self._tool), *self._about)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_tool", "_bare", "__agents_bind_function_tool__"):

@@ -129,7 +129,7 @@ class GuardedRunner:
         used = result.context_wrapper.usage
         if isinstance(used, Usage):
             self.guard.compare_usage("the OpenAI Agents SDK", used.total_tokens - before)
-        if result.interruptions:
+        if isinstance(result.interruptions, list) and result.interruptions:
             raise _Interrupted(result)
         return result
 
