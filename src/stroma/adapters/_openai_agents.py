@@ -191,8 +191,6 @@ class GuardedTool:
         """Return True for the tool itself, and for what guards it."""
         return getattr(other, "__dict__", None) is self.__dict__
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 class _Invoker:
     """Calls a tool as a step, and then makes of an error what the tool makes of it; what stopped the run comes out."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 from stroma.adapters._releases import import_error, warn_if_untested
@@ -118,7 +118,7 @@ def _graph_class(kind: Any, guard: Guard, adapter: LangGraphAdapter | None) -> A
         return guard.over(parts, input, goes_on=goes_on(input))
 
     def astream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Any:
-        async def parts() -> Any:
+        async def parts() -> AsyncIterator[Any]:
             state = await self.aget_state(config) if is_answered(guard, input) else None
             value = input if state is None else answer_of(guard, state)
             async with contextlib.aclosing(acounted(kind.astream(self, value, config, **kwargs))) as stream:
