@@ -195,15 +195,16 @@ def guarded(inner: Any, guard: Guard, step_id: str, contract: NodeContract[Any, 
 
     guard.mark(func, contract)
     kind: Any = type(inner)
-    return _callable_class(kind)(
+    shown = inner.lc_id() if hasattr(inner, "lc_id") else [kind.__module__, kind.__name__]
+    return _callable_class(".".join(shown[:-1]), shown[-1])(
         func, afunc, name=getattr(inner, "name", None) or step_id, trace=False, recurse=False
     )
 
 
 @functools.lru_cache(maxsize=256)
-def _callable_class(kind: Any) -> type[RunnableCallable]:
+def _callable_class(module: str, name: str) -> type[RunnableCallable]:
     """Return a class that is shown under the name of another one: drawings of graphs have it."""
-    return type(kind.__name__, (RunnableCallable,), {"__module__": kind.__module__})
+    return type(name, (RunnableCallable,), {"__module__": module})
 
 
 def control(error: BaseException) -> Control | None:

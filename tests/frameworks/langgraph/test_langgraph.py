@@ -17,7 +17,7 @@ import pytest
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.outputs import ChatGenerationChunk
-from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables import RunnableConfig, RunnablePassthrough
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.errors import GraphRecursionError
 from langgraph.func import entrypoint, task
@@ -853,7 +853,9 @@ def test_a_graph_is_drawn_as_without_the_guard() -> None:
         builder.add_node("sub", sub.compile())
         builder.add_node("model", model(1))
         builder.add_node("mock", MagicMock(__name__="mock"))
-        for name, before in zip(("sub", "model", "mock"), (START, "sub", "model"), strict=True):
+        builder.add_node("chain", RunnablePassthrough.assign(total=lambda state: 1))
+        names = ("sub", "model", "mock", "chain")
+        for name, before in zip(names, (START, *names[:-1]), strict=True):
             builder.add_edge(before, name)
         return guarded(builder.compile())
 
