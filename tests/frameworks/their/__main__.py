@@ -59,7 +59,6 @@ SUITES = {
             ),
         },
     ),
-    "pydantic_ai": Suite(".", ("pydantic_ai_slim", "pydantic_graph")),
 }
 
 
