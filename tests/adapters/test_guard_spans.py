@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from stroma import StromaRunner
+from stroma import FailureClass, FailurePolicy, StromaRunner, current_node
 from stroma.adapters import Guard
 from stroma.telemetry import otel_hooks
 
@@ -25,7 +25,8 @@ class Spans:
         self.exporter, provider = InMemorySpanExporter(), TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self.exporter))
         self.framework = provider.get_tracer("framework")
-        self.guard = Guard(StromaRunner.quick(hooks=otel_hooks(tracer=provider)))
+        again = {each: FailurePolicy(max_retries=1, backoff_seconds=0) for each in FailureClass}
+        self.guard = Guard(StromaRunner.quick(hooks=otel_hooks(tracer=provider), policy_map=again))
 
     @property
     def parents(self) -> dict[str, str | None]:
@@ -104,3 +105,33 @@ def test_a_step_in_a_thread_without_context_stands_under_its_run() -> None:
     parent = finished["stroma.node model"].parent
     assert parent is not None
     assert parent.span_id == finished["invoke_workflow pipeline"].context.span_id
+
+
+@pytest.mark.parametrize(
+    "attributes", [{"gen_ai.operation.name": "chat"}, {"openinference.span.kind": "LLM"}]
+)
+def test_tokens_are_in_one_span_for_each_call(attributes: dict[str, str]) -> None:
+    """Where the framework has a span around the same call of a model, ours says nothing of tokens but for failed attempts."""
+    spans, errors = Spans(), [TimeoutError("slow")]
+
+    def model() -> str:
+        node = current_node()
+        assert node is not None
+        node.report_usage(input_tokens=3, output_tokens=1)
+        if errors:
+            raise errors.pop()
+        return "answer"
+
+    step = spans.guard.wrap("model", model)
+    with spans.guard.run(), spans.framework.start_as_current_span("framework.chat", attributes=attributes):
+        step()
+    with spans.guard.run(), spans.framework.start_as_current_span("framework.other"):
+        step()
+    counted = [
+        (span.name, span.attributes["stroma.node.attempt"])
+        for span in spans.exporter.get_finished_spans()
+        if span.attributes is not None and "gen_ai.usage.input_tokens" in span.attributes
+    ]
+    assert counted == [("chat", 1), ("chat", 1)], (
+        "of the failed attempt, and of the call without a span around it"
+    )

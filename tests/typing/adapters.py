@@ -11,6 +11,9 @@ from stroma import StromaRunner
 from stroma.adapters import FrameworkAdapter, Guard, LangGraphAdapter, StepInterceptor
 from stroma.adapters._step import GuardedStep
 from stroma.adapters.base import LoopAdapter, TurnAdapter
+from stroma.adapters.langchain import StromaMiddleware
+from stroma.adapters.langgraph import attach as attach_graph
+from stroma.adapters.openai_agents import attach as attach_agent
 from stroma.contracts import ContractRegistry
 
 
@@ -55,3 +58,12 @@ interceptor: StepInterceptor = guard
 loop: LoopAdapter = guard
 turn: TurnAdapter = guard
 adapter: FrameworkAdapter = LangGraphAdapter(ContractRegistry())
+
+
+class Graph:
+    """A graph, or an agent, of a framework."""
+
+
+assert_type(attach_graph(Graph(), guard, {"node": (Out, Out)}), Graph)
+assert_type(attach_agent(Graph(), guard), Graph)
+assert_type(StromaMiddleware(guard).attach(Graph()), Graph)

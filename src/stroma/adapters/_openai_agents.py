@@ -35,7 +35,7 @@ T = TypeVar("T")
 # ---------------------------------------------------------------------- models
 
 
-def _twin(original: T, mixin: type[Any], guard: Guard) -> T:
+def _twin(original: T, mixin: type[Any], guard: Any) -> T:
     """Return an object of the original's class whose methods are those of ``mixin``, and which has all attributes in common."""
     kind = type(original)
     twins = _TWINS.setdefault(mixin, weakref.WeakKeyDictionary())
@@ -68,6 +68,13 @@ class GuardedModel(Model):
 
     def __init__(self, model: Model, guard: Guard) -> None:
         """Do nothing: the attributes are those of the model."""
+
+    def __eq__(self, other: object) -> bool:
+        """Return True for the model itself, and for what guards it: agents are compared by their models."""
+        return getattr(other, "__dict__", None) is self.__dict__
+
+    def __hash__(self) -> int:
+        return id(self.__dict__)
 
     async def get_response(self, *args: Any, **kwargs: Any) -> Any:
         return await self._stroma_guard.acall(_request(self), super().get_response, *args, **kwargs)
@@ -148,15 +155,41 @@ def guard_tool(
     contract: NodeContract[Any, Any] | None,
     output_view: Callable[[Any], Any] = as_it_is,
 ) -> Any:
-    """Return a copy of a tool whose calls are steps."""
+    """Return a tool whose calls are steps."""
     if guard.has(tool.on_invoke_tool, contract):
         return tool
     # A copy that does not turn its errors into messages: what the model sees of them is decided after the step.
     bare = copy.copy(tool)
     bare._failure_error_function, bare._use_default_failure_error_function = None, False
-    guarded = copy.copy(tool)
-    guarded.on_invoke_tool = _Invoker(tool, bare, guard, contract, output_view)
-    return guarded
+    return _twin(tool, GuardedTool, _Invoker(tool, bare, guard, contract, output_view))
+
+
+class GuardedTool:
+    """A tool whose calls are steps. It shares the attributes of the tool, so that what is changed there later holds here."""
+
+    _stroma_guard: _Invoker
+
+    @property
+    def on_invoke_tool(self) -> Any:
+        try:
+            return self._stroma_guard
+        except AttributeError:  # Made by dataclasses.replace(): it has what it was made with.
+            return self.__dict__["on_invoke_tool"]
+
+    @on_invoke_tool.setter
+    def on_invoke_tool(self, invoke: Any) -> None:
+        self.__dict__["on_invoke_tool"] = invoke
+        invoker = getattr(self, "_stroma_guard", None)
+        if invoker is not None:
+            invoker.replace(invoke)
+
+    def __copy__(self) -> Any:
+        """Return a copy of the tool that is guarded, too."""
+        return self._stroma_guard.again()
+
+    def __eq__(self, other: object) -> bool:
+        """Return True for the tool itself, and for what guards it."""
+        return getattr(other, "__dict__", None) is self.__dict__
 
 
 class _Invoker:
@@ -171,6 +204,7 @@ class _Invoker:
         output_view: Callable[[Any], Any],
     ) -> None:
         self._tool, self._bare, self._guard = tool, bare, guard
+        self._about = guard, contract, output_view
         guard.mark(self, contract)
         about: Any = {"input_view": _arguments, "output_view": output_view, "control": control}
         self._step = GuardedStep(tool.name, contract, role="tool", **about)
@@ -186,7 +220,19 @@ class _Invoker:
                 )
             if message is None:
                 raise
+            # The SDK notes the error in its trace.
+            note = getattr(self._bare.on_invoke_tool, "_on_handled_error", None)
+            if note is not None:
+                note(self._tool, error, arguments, context)
             return message
+
+    def replace(self, invoke: Any) -> None:
+        """Call another function in place of the tool's."""
+        self._bare.on_invoke_tool = invoke
+
+    def again(self) -> Any:
+        """Return a copy of the tool, guarded in the same way."""
+        return guard_tool(copy.copy(self._tool), *self._about)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_tool", "_bare", "__agents_bind_function_tool__"):

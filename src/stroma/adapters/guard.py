@@ -91,10 +91,16 @@ class Guard:
             self.runner = StromaRunner.quick() if target is None else target
             self.registry, self._own = self.runner.registry, None
         self.open_runs: list[GuardedRun] = []
+        #: Classes that an adapter has made for this guard.
+        self.classes: dict[Any, type[Any]] = {}
         #: The ids of runs that have ended in a store that nobody has asked for, the oldest first.
         self._ended: deque[str] = deque()
         self._lock = threading.Lock()
         self._last: GuardedRun | None = None
+
+    def __deepcopy__(self, _: Any) -> Guard:
+        """Return the guard itself: a copy of what it guards has the same budget."""
+        return self
 
     # ------------------------------------------------------------------ runs
 
@@ -240,7 +246,7 @@ class Guard:
             self._ended.append(run.ctx.run_id)
             old = self._ended.popleft() if len(self._ended) > KEPT_RUNS else None
         if old is not None:
-            cast("Any", store).forget(old)
+            cast("Any", store).delete_now(old)
 
     # ------------------------------------------------------------------ steps
 
@@ -320,16 +326,18 @@ class Guard:
         Raises ValueError if another guard guards it, or this one without the contract that it is to have.
         """
         guard = getattr(func, _GUARD, None)
+        if not isinstance(guard, Guard):  # Some objects have every attribute.
+            return False
         if contract is not None and guard is self and getattr(func, _CONTRACT, None) != contract:
             raise ValueError(
                 f"{contract.node_id!r} is already attached to this guard, with another contract or without one; pass all "
                 "contracts when you attach it first, or create the object again"
             )
-        if guard is not None and guard is not self:
+        if guard is not self:
             raise ValueError(
                 f"{func!r} is already guarded by another guard; attach only one guard, or create the object again"
             )
-        return guard is self
+        return True
 
     def contracts(
         self, contracts: Contracts | None, known: Iterable[str], what: str

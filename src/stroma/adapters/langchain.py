@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from stroma.adapters._releases import import_error, warn_if_untested
 
@@ -30,6 +30,8 @@ warn_if_untested("langchain")
 
 __all__ = ["StromaMiddleware"]
 
+A = TypeVar("A")
+
 
 class StromaMiddleware(AgentMiddleware[Any, Any]):
     """Guards an agent: ``create_agent(..., middleware=[StromaMiddleware(guard)])``, the same for ``create_deep_agent``.
@@ -45,11 +47,13 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
         self._checked = not self._contracts
         self._model = GuardedStep("model", input_view=asked_of, output_view=answer_of, control=control)
 
-    def attach(self, agent: Any) -> Any:
+    def attach(self, agent: A) -> A:
         """Make each call of the agent a run, and a step of what other middleware does around its model; returns it."""
         inside = ("model", "tools")  # What is made steps of in here.
-        others = [name for name in agent.nodes if not name.startswith("__") and name not in inside]
-        return attach_steps(agent, self.guard, {name: (name, None) for name in others})
+        target: Any = agent
+        others = [name for name in target.nodes if not name.startswith("__") and name not in inside]
+        attach_steps(target, self.guard, {name: (name, None) for name in others})
+        return agent
 
     def wrap_model_call(self, request: Any, handler: Any) -> Any:
         self._check(request.tools)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 from stroma.adapters._releases import import_error, warn_if_untested
@@ -22,7 +22,14 @@ try:
     from langgraph.errors import GraphBubbleUp, GraphInterrupt, GraphRecursionError, ParentCommand
     from langgraph.graph.state import StateGraph
     from langgraph.pregel import Pregel
-    from langgraph.types import Command
+
+    from stroma.adapters._langgraph_answers import (
+        answer_of,
+        goes_on,
+        is_answered,
+        may_be_suspended,
+        note_suspended,
+    )
 except ImportError as error:
     raise import_error("langgraph", error) from error
 
@@ -33,7 +40,6 @@ from stroma.adapters._step import Control, copy_for_retries, input_of_attempt
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import stroma_node as stroma_langgraph_node
-from stroma.engine.execution import current_node
 from stroma.runner.runner import StromaRunner
 
 warn_if_untested("langgraph")
@@ -85,9 +91,11 @@ def attach_steps(
     return graph
 
 
-@functools.lru_cache(maxsize=256)
 def _graph_class(kind: Any, guard: Guard, adapter: LangGraphAdapter | None) -> Any:
     """Return a subclass whose calls are runs. A class, since LangGraph copies graphs by their attributes."""
+    known = guard.classes.get((kind, adapter))
+    if known is not None:
+        return known
 
     def compile(self: Any, *args: Any, **kwargs: Any) -> Any:
         if adapter is None:  # What was added since.
@@ -101,69 +109,31 @@ def _graph_class(kind: Any, guard: Guard, adapter: LangGraphAdapter | None) -> A
 
     def stream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Any:
         def parts() -> Any:
-            state = self.get_state(config) if _is_answered(guard, input) else None
-            value = input if state is None else _answer(guard, state)
+            state = self.get_state(config) if is_answered(guard, input) else None
+            value = input if state is None else answer_of(guard, state)
             yield from counted(kind.stream(self, value, config, **kwargs))
-            if _may_be_suspended(self, guard, kwargs):
-                _note_suspended(guard, self.get_state(config))
+            if may_be_suspended(self, guard, kwargs):
+                note_suspended(guard, self.get_state(config))
 
-        return guard.over(parts, input, goes_on=_goes_on(input))
+        return guard.over(parts, input, goes_on=goes_on(input))
 
     def astream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Any:
-        async def parts() -> Any:
-            state = await self.aget_state(config) if _is_answered(guard, input) else None
-            value = input if state is None else _answer(guard, state)
+        async def parts() -> AsyncIterator[Any]:
+            state = await self.aget_state(config) if is_answered(guard, input) else None
+            value = input if state is None else answer_of(guard, state)
             async with contextlib.aclosing(acounted(kind.astream(self, value, config, **kwargs))) as stream:
                 async for part in stream:
                     yield part
-            if _may_be_suspended(self, guard, kwargs):
-                _note_suspended(guard, await self.aget_state(config))
+            if may_be_suspended(self, guard, kwargs):
+                note_suspended(guard, await self.aget_state(config))
 
-        return guard.aover(parts, input, goes_on=_goes_on(input))
+        return guard.aover(parts, input, goes_on=goes_on(input))
 
     calls = {"stream": stream, "astream": astream}
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_stroma_kind": kind}
-    return type(
-        kind.__name__, (kind,), names | ({"compile": compile} if issubclass(kind, StateGraph) else calls)
-    )
-
-
-def _goes_on(input: Any) -> bool:
-    return input is None or isinstance(input, Command)
-
-
-def _is_answered(guard: Guard, input: Any) -> bool:
-    """Return True if a graph goes on whose nodes have stored answers (``stroma approve``)."""
-    return input is None and current_node() is None and bool(guard.current.answers)
-
-
-def _answer(guard: Guard, state: Any) -> Any:
-    """Return the stored answers as LangGraph takes them."""
-    answers = guard.current.answers
-    pending = [(task.name, interrupt.id) for task in state.tasks for interrupt in task.interrupts]
-    if not pending:
-        return None
-    if len(pending) == len(answers) == 1:
-        return Command(resume=answers[0][1])
-    by_id = {}
-    for step_id, answer in answers:
-        key = next((id for name, id in pending if name == step_id and id not in by_id), None)
-        if key is not None:
-            by_id[key] = answer
-    return Command(resume=by_id)
-
-
-def _may_be_suspended(graph: Any, guard: Guard, options: dict[str, Any]) -> bool:
-    """Return True if LangGraph may have ended the call without an interrupt() that a step has seen."""
-    if current_node() is not None or not graph.checkpointer or guard.current.ctx.suspended:
-        return False
-    own = graph.interrupt_before_nodes or graph.interrupt_after_nodes
-    return bool(own or options.get("interrupt_before") or options.get("interrupt_after"))
-
-
-def _note_suspended(guard: Guard, state: Any) -> None:
-    if state.next:
-        guard.current.ctx.note_suspended(f"before {', '.join(map(repr, state.next))}")
+    own = {"compile": compile} if issubclass(kind, StateGraph) else calls
+    subclass = guard.classes[kind, adapter] = type(kind.__name__, (kind,), names | own)
+    return subclass
 
 
 class LangGraphAdapter:
@@ -224,9 +194,17 @@ def guarded(inner: Any, guard: Guard, step_id: str, contract: NodeContract[Any, 
         return await astep(state, config, copy_for_retries(state))
 
     guard.mark(func, contract)
-    return RunnableCallable(
+    kind: Any = type(inner)
+    shown = inner.lc_id() if hasattr(inner, "lc_id") else [kind.__module__, kind.__name__]
+    return _callable_class(".".join(shown[:-1]), shown[-1])(
         func, afunc, name=getattr(inner, "name", None) or step_id, trace=False, recurse=False
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _callable_class(module: str, name: str) -> type[RunnableCallable]:
+    """Return a class that is shown under the name of another one: drawings of graphs have it."""
+    return type(name, (RunnableCallable,), {"__module__": module})
 
 
 def control(error: BaseException) -> Control | None:

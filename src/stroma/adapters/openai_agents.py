@@ -117,7 +117,7 @@ class GuardedRunner:
 
     def _begin(self, agent: Any, input: Any, options: dict[str, Any]) -> int:
         """Take the stored answers to what a run waits for; return the tokens that its own figure begins with."""
-        about = options.get("context")
+        about: Any = options.get("context")
         if isinstance(input, RunState):
             about = input._context
             for step_id, answer in self.guard.current.answers:
@@ -129,7 +129,7 @@ class GuardedRunner:
         used = result.context_wrapper.usage
         if isinstance(used, Usage):
             self.guard.compare_usage("the OpenAI Agents SDK", used.total_tokens - before)
-        if result.interruptions:
+        if isinstance(result.interruptions, list) and result.interruptions:
             raise _Interrupted(result)
         return result
 

@@ -213,11 +213,11 @@ def _install() -> None:
     @functools.wraps(bare)
     def iter(self: Any, *args: Any, **kwargs: Any) -> Any:
         run: Any = active_run()
-        given = kwargs.get("capabilities") or ()
+        own = kwargs.get("capabilities") or ()
         if run is not None and not any(
-            isinstance(each, StromaCapability) for each in (*self.root_capability.capabilities, *given)
+            isinstance(each, StromaCapability) for each in (*self.root_capability.capabilities, *own)
         ):
-            kwargs["capabilities"] = [*given, StromaCapability(run.guard)]
+            kwargs["capabilities"] = [*own, StromaCapability(run.guard)]
         return bare(self, *args, **kwargs)
 
     Agent.iter = iter

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 from langchain.agents import create_agent
-from langchain.agents.middleware import SummarizationMiddleware
+from langchain.agents.middleware import HumanInTheLoopMiddleware, SummarizationMiddleware
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command, interrupt
@@ -204,3 +205,116 @@ def test_interrupts_and_commands_of_tools_pass_untouched(kind: str) -> None:
     result = ask(agent, kind, config, Command(resume="yes"))
     assert (last(result), result["messages"][-2].content, len(calls)) == ("done", "yes bought", 2)
     assert result_of(guard).status is RunStatus.COMPLETED
+
+
+# ---------------------------------------------------------------------- no unseen spend
+
+
+class Ledger:
+    """What the fake provider has charged for, in all models that write to it."""
+
+    def __init__(self) -> None:
+        self.models: list[Script] = []
+
+    def model(self, *answers: Any, tokens: int = 10) -> Script:
+        self.models.append(Script(answers=list(answers), tokens=tokens))
+        return self.models[-1]
+
+    @property
+    def tokens(self) -> int:
+        return sum(model.tokens * len(model.asked) for model in self.models)
+
+
+def realistic(ledger: Ledger, guard: Guard) -> Any:
+    """Tools, sub-agents with and without the middleware, summaries, a chain in a tool."""
+    deep = create_agent(ledger.model("deepest", tokens=3), [], name="deep")
+    chain = ledger.model("chained", tokens=5)
+
+    @tool
+    def ask_deep() -> str:
+        """Ask another agent, and a model."""
+        return last(deep.invoke({"messages": [("user", "x")]})) + str(chain.invoke("y").content)
+
+    inner = agent_of(ledger.model(("ask_deep", {}), "deep", tokens=7), guard, [ask_deep])
+
+    @tool
+    def ask_inner() -> str:
+        """Ask an agent."""
+        return str(last(inner.invoke({"messages": [("user", "x")]})))
+
+    middleware = StromaMiddleware(guard)
+    summarize = SummarizationMiddleware(
+        ledger.model("short", "short", tokens=2), trigger=("messages", 3), keep=("messages", 1)
+    )
+    agent = create_agent(
+        ledger.model(("ask_inner", {}), CALL, "done"),
+        [ask_inner, tool_of()],
+        middleware=[summarize, middleware],
+    )
+    return middleware.attach(agent)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_spend_is_that_of_the_provider_s_ledger(kind: str) -> None:
+    """Tools, sub-agents, summaries and models in tools, streamed or not: to the token what the provider charges."""
+    ledger, guard = Ledger(), guard_of()
+    assert last(ask(realistic(ledger, guard), kind)) == "done"
+    assert result_of(guard).total_tokens == ledger.tokens > 3 * 10 + 2 * 7 + 3 + 5
+
+
+def test_fifty_runs_at_once_are_counted_apart() -> None:
+    """Each run of fifty at the same time has its own spend, as the provider charged it."""
+    guard = guard_of()
+
+    async def one(n: int) -> None:
+        ledger = Ledger()
+        agent = agent_of(ledger.model(CALL, "done", tokens=n + 1), guard)
+        async with guard.run() as run:
+            await agent.ainvoke({"messages": [("user", "hello")]})
+        assert run.result is not None
+        assert run.result.total_tokens == ledger.tokens == 2 * (n + 1)
+
+    async def main() -> None:
+        await asyncio.gather(*[one(n) for n in range(50)])
+
+    asyncio.run(main())
+
+
+# ---------------------------------------------------------------------- waiting for a person
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("answered_by", ["the framework", "stroma approve"])
+def test_an_approval_by_middleware_suspends_and_goes_on(kind: str, answered_by: str, tmp_path: Path) -> None:
+    """HumanInTheLoopMiddleware is SUSPENDED; its decisions come as a Command, or from the journal."""
+    script, config = Script(answers=[CALL, "done"]), {"configurable": {"thread_id": "1"}}
+    decision = {"decisions": [{"type": "approve"}]}
+    saver, calls = InMemorySaver(), list[str]()
+
+    def agent(guard: Guard) -> Any:
+        middleware = StromaMiddleware(guard)
+        person = HumanInTheLoopMiddleware(interrupt_on={"weather": True})
+
+        def station(city: str) -> Any:
+            """Return the weather of a city."""
+            calls.append(city)
+            return weather(city)
+
+        made = create_agent(script, [tool_of(station)], middleware=[person, middleware], checkpointer=saver)
+        return middleware.attach(made)
+
+    guards = [guard_of(store=str(tmp_path / "r.db"), run_id="r", resume=True) for _ in range(2)]
+    ask(agent(guards[0]), kind, config)
+    assert (result_of(guards[0]).status, calls) == (RunStatus.SUSPENDED, [])
+    command: Any = Command(resume=decision)
+    if answered_by == "stroma approve":
+        assert guards[0].runner is not None
+        asyncio.run(guards[0].runner.signal("r", decision))
+        command = None
+    graph, result = agent(guards[1]), None
+    if kind in ("invoke", "stream"):
+        result = graph.invoke(command, config)
+    else:
+        result = asyncio.run(graph.ainvoke(command, config))
+    assert (last(result), calls) == ("done", ["Oslo"])
+    assert result_of(guards[1]).status is RunStatus.RESUMED

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import gc
 import operator
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
+from unittest.mock import MagicMock
 
 import pytest
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.outputs import ChatGenerationChunk
-from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables import RunnableConfig, RunnablePassthrough
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.errors import GraphRecursionError
 from langgraph.func import entrypoint, task
@@ -837,6 +842,39 @@ def test_a_second_attach_with_other_contracts_is_an_error(compiled: bool) -> Non
 # ---------------------------------------------------------------------- nothing changes
 
 
+def test_a_graph_is_drawn_as_without_the_guard() -> None:
+    """Its drawings name the classes of its nodes: of subgraphs, functions, and objects with every attribute."""
+
+    def build(guarded: Any) -> Any:
+        sub = StateGraph(State)
+        sub.add_node("inner", split)
+        sub.add_edge(START, "inner")
+        builder = StateGraph(State)
+        builder.add_node("sub", sub.compile())
+        builder.add_node("model", model(1))
+        builder.add_node("mock", MagicMock(__name__="mock"))
+        builder.add_node("chain", RunnablePassthrough.assign(total=lambda state: 1))
+        names = ("sub", "model", "mock", "chain")
+        for name, before in zip(names, (START, *names[:-1]), strict=True):
+            builder.add_edge(before, name)
+        return guarded(builder.compile())
+
+    plain, guarded = build(lambda g: g), build(lambda g: attach(g, guard_of()))
+    for xray in (False, True):
+        assert guarded.get_graph(xray=xray).to_json() == plain.get_graph(xray=xray).to_json()
+    assert guarded.get_graph().draw_mermaid() == plain.get_graph().draw_mermaid()
+
+
+def test_a_guard_is_freed_with_its_graph() -> None:
+    """Nothing in the process holds a guard, or what its last run has raised, once its graph is gone."""
+    guard = guard_of()
+    attach(line(), guard).compile().invoke({"text": "a"})
+    freed = weakref.ref(guard)
+    del guard
+    gc.collect()
+    assert freed() is None
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_may_be_a_list(kind: str) -> None:
     """A graph's state need not be a dict: nodes return lists, values, or commands among them."""
@@ -887,3 +925,58 @@ def test_models_that_edges_call_are_counted(kind: str, when: str) -> None:
     assert result_of(guard).total_tokens == 40
     assert result_of(guard).total_cost_usd > 0
     assert result_of(guard).status is RunStatus.PARTIAL
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_spend_is_that_of_the_provider_s_ledger(kind: str) -> None:
+    """Parallel nodes, a subgraph, a router, a model in a thread, tools that ask models: to the token what is charged."""
+    guard, llms = guard_of(), [Script(answers=["x"] * 9, tokens=tokens) for tokens in (3, 5, 7, 11, 13)]
+
+    def asking(llm: Any) -> Any:
+        return lambda state: {"words": [str(llm.invoke("x").content)]}
+
+    def thread(state: State) -> Any:
+        with ThreadPoolExecutor() as pool:
+            context = contextvars.copy_context()
+            return {"words": [str(pool.submit(context.run, llms[3].invoke, "x").result().content)]}
+
+    def route(state: State) -> str:
+        llms[4].invoke("where?")
+        return "last"
+
+    sub = StateGraph(State)
+    sub.add_node("inner", asking(llms[0]))
+    sub.add_edge(START, "inner")
+    builder = StateGraph(State)
+    builder.add_node("sub", sub.compile())
+    builder.add_node("a", asking(llms[1]))
+    builder.add_node("b", thread)
+    builder.add_node("last", asking(llms[2]))
+    for name in ("sub", "a", "b"):
+        builder.add_edge(START, name)
+    builder.add_conditional_edges("b", route, ["last"])
+    call(attach(builder, guard).compile(), kind, {"text": "a"})
+    ledger = sum(llm.tokens * len(llm.asked) for llm in llms)
+    assert result_of(guard).total_tokens == ledger == 3 + 5 + 7 + 11 + 13
+
+
+def test_fifty_runs_at_once_are_counted_apart() -> None:
+    """Each run of fifty at the same time has its own spend, as the provider charged it."""
+    guard = guard_of()
+
+    async def one(n: int) -> None:
+        llm = Script(answers=["x"] * 2, tokens=n + 1)
+
+        async def asks(state: State) -> Any:
+            return {"words": [str((await llm.ainvoke("x")).content)]}
+
+        graph = attach(line(asks, asks), guard).compile()
+        async with guard.run() as run:
+            await graph.ainvoke({"text": "a"})
+        assert run.result is not None
+        assert run.result.total_tokens == llm.tokens * len(llm.asked) == 2 * (n + 1)
+
+    async def main() -> None:
+        await asyncio.gather(*[one(n) for n in range(50)])
+
+    asyncio.run(main())

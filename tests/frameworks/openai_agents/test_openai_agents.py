@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -645,3 +647,42 @@ def test_an_answer_of_stroma_approve_decides_what_is_pending(tmp_path: Path) -> 
         result = asyncio.run(resumed.run(agent, result.to_state()))
         assert (result.final_output, calls) == ("done", bought)
         assert result_of(guard).status is RunStatus.RESUMED
+
+
+def test_a_guarded_tool_is_the_tool() -> None:
+    """What is changed at the tool holds for the guarded one; copies and replacements are guarded, and compare as before."""
+    plain = tool_of()
+    guard = guard_of()
+    agent = agent_of(Script(), guard, [plain])
+    (guarded,) = agent.tools
+    assert guarded == plain
+    assert isinstance(guarded, type(plain))
+    plain.allowed_callers = ["direct"]
+    assert guarded.allowed_callers == ["direct"]
+    for other in (copy.copy(guarded), dataclasses.replace(guarded, description="another")):
+        assert other is not guarded
+        attach(Agent(name="copy", tools=[other]), guard)
+        copied = Agent(name="copy", model=Script(CALL, "done"), tools=[other])
+        assert ask(attach(copied, guard), "run", guard) == "done"
+        assert [line.split()[0] for line in lines_of(guard)] == ["copy", "model", "weather", "model"]
+
+    async def instead(context: Any, arguments: str) -> str:
+        return "instead"
+
+    guarded.on_invoke_tool = instead
+    script = Script(CALL, "done")
+    agent.model = script
+    assert ask(agent, "run", guard) == "done"
+    assert script.asked[1][-1]["output"] == "instead"
+
+
+def test_agents_with_one_model_compare_as_without_the_guard() -> None:
+    """Guarded apart, one model is still one; a deep copy of an agent has the same guard."""
+    script, guard = Script("done"), guard_of()
+    one, other = (attach(Agent(name="a", model=script), guard) for _ in range(2))
+    assert one == other
+    assert one.model == script
+    assert {one.model: 1}[other.model] == 1
+    copied = copy.deepcopy(one)
+    assert ask(copied, "run", guard) == "done"
+    assert lines_of(guard) == ["a success", "  model success 10"]

@@ -18,21 +18,21 @@ def _install() -> None:
     run, run_sync, run_streamed = Runner.run, Runner.run_sync, Runner.run_streamed
 
     @functools.wraps(run)
-    async def arun(_: Any, starting_agent: Any, input: Any, **options: Any) -> Any:
-        if active_run() is not None or not isinstance(starting_agent, Agent):
-            return await run(starting_agent, input, **options)
+    async def arun(_: Any, starting_agent: Any, input: Any, *more: Any, **options: Any) -> Any:
+        if more or active_run() is not None or not isinstance(starting_agent, Agent):
+            return await run(starting_agent, input, *more, **options)
         return await GuardedRunner(GUARD).run(attach(starting_agent, GUARD), input, **options)
 
     @functools.wraps(run_sync)
-    def sync(_: Any, starting_agent: Any, input: Any, **options: Any) -> Any:
-        if active_run() is not None or not isinstance(starting_agent, Agent):
-            return run_sync(starting_agent, input, **options)
+    def sync(_: Any, starting_agent: Any, input: Any, *more: Any, **options: Any) -> Any:
+        if more or active_run() is not None or not isinstance(starting_agent, Agent):
+            return run_sync(starting_agent, input, *more, **options)
         return GuardedRunner(GUARD).run_sync(attach(starting_agent, GUARD), input, **options)
 
     @functools.wraps(run_streamed)
-    def streamed(_: Any, starting_agent: Any, input: Any, **options: Any) -> Any:
-        if active_run() is not None or not isinstance(starting_agent, Agent):
-            return run_streamed(starting_agent, input, **options)
+    def streamed(_: Any, starting_agent: Any, input: Any, *more: Any, **options: Any) -> Any:
+        if more or active_run() is not None or not isinstance(starting_agent, Agent):
+            return run_streamed(starting_agent, input, *more, **options)
         with GUARD.current.here():  # The task that it begins has this context.
             return run_streamed(attach(starting_agent, GUARD), input, **options)
 

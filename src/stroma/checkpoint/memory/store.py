@@ -189,7 +189,7 @@ class _MemoryStore(MemoryReader, MemoryCells):
         state = self._load(run_id, node_id)
         return None if state is None else as_schema(state, schema, run_id, node_id)
 
-    def forget(self, run_id: str) -> None:
+    def delete_now(self, run_id: str) -> None:
         """Delete a run at once; nothing happens if there is none."""
         self._delete(run_id)
 
