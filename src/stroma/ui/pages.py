@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from pathlib import Path
@@ -43,6 +44,7 @@ from stroma.ui.actions import MANY, can_fork, can_resume, controls_of
 from stroma.ui.components import Column, chip, icon, meter, sparkline, tone_of
 from stroma.ui.figures import RUNS, figures_of, rate_boxes
 from stroma.ui.formatting import (
+    accepts_gzip,
     ago,
     as_attachment,
     attempt_address,
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
 __all__ = ["Pages"]
 
 _PAGE_SIZE: Final = 50
+_MAX_SHARED: Final = 50  # pages of runs in progress
 #: Maximum number of attempts in the table of a run's page, those listed of a run with more, and those in the timeline.
 _MAX_LISTED: Final = 2000
 _LISTED_OF_MORE: Final = 500
@@ -109,6 +112,10 @@ class Pages:
         self._history = history
         self._store = settings.store
         self._keys = keys
+        #: Pages of runs in progress by address and encoding, each with its time: open pages ask for them all at once.
+        self._shared: dict[tuple[str, bool], tuple[float, Response]] = {}
+        self._sharing = threading.Lock()
+        self._changes = 0  # How often a form of these pages changed a run.
         #: Held by requests that need much memory.
         self._large = threading.Lock()
         self._templates = Environment(
@@ -256,7 +263,26 @@ class Pages:
         return record
 
     def run(self, request: Request) -> Response:
-        record = self._record(request)
+        key = str(request.query_params), accepts_gzip(request)
+        with self._sharing:
+            rendered_at, page = self._shared.get(key, (-math.inf, None))
+            if page is not None and time.monotonic() - rendered_at <= self._settings.poll_seconds:
+                return page
+            changes_before = self._changes
+            record = self._record(request)
+            page = self._run(request, record)
+            if len(self._shared) >= _MAX_SHARED:
+                self._shared.clear()
+            if is_at_work(record) and changes_before == self._changes:
+                self._shared[key] = time.monotonic(), page
+            return page
+
+    def forget(self) -> None:
+        """Forget shared pages: a run was changed."""
+        self._changes += 1
+        self._shared.clear()
+
+    def _run(self, request: Request, record: RunRecord) -> Response:
         after = request.query_params.get("after")
         page, rest = self._attempts(record, after)
         listed = in_order(page.attempts)
