@@ -324,7 +324,9 @@ class Pages:
         rest = self._history.attempt_page(record.run_id, _MAX_DRAWN - _LISTED_OF_MORE, page.next)
         if rest.next is None and len(page.attempts) + len(rest.attempts) <= _MAX_LISTED:
             return AttemptPage([*page.attempts, *rest.attempts], None), []
-        return page, rest.attempts
+        # Of a run with more, those inside groups and flows are cells; each other one is a row.
+        rows = _MAX_LISTED - _LISTED_OF_MORE
+        return page, [one for at, one in enumerate(rest.attempts) if one.branch or at < rows]
 
     def _cause_attempt(self, record: RunRecord) -> AttemptRecord | None:
         """Return the attempt that stopped a run; None if no failure did."""
@@ -541,17 +543,13 @@ class Pages:
         since_ms = buckets.first * bucket_ms
         exists = self._store.exists()
         it = Overview.of(self._store.tally(since_ms, bucket_ms) if exists else [])
-        runs = (
-            [one for one in self._store.list_runs(limit=_MAX_CHARTED) if one.started_ms >= since_ms]
-            if exists
-            else []
-        )
-        failed = (
-            self._history.page(RunQuery(statuses=FAILED, since_ms=since_ms), _PAGE_SIZE).runs
-            if exists
-            else []
-        )
-        held = self._history.page(RunQuery(statuses=("SUSPENDED",)), _MAX_HELD).runs if exists else []
+        newest = self._store.list_runs(limit=_MAX_CHARTED) if exists else []
+        runs = [one for one in newest if one.started_ms >= since_ms]
+        suspended = [one for one in newest if one.status == "SUSPENDED"]
+        held = [self._history.redact_run(one) for one in suspended[:_MAX_HELD]]
+        failed = []
+        if any(one.status in FAILED for one in runs):
+            failed = self._history.page(RunQuery(statuses=FAILED, since_ms=since_ms), _PAGE_SIZE).runs
         done = sum(one.status in FINISHED for one in runs)
         stopped = sum(one.status in FAILED for one in runs)
         return self._page(
