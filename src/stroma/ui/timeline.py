@@ -224,8 +224,9 @@ class _Drawing:
             chosen = [one for one in leaves if self.has_selected(one) and one not in failed]
             inside = [*failed, *chosen, *[child for child in entry.entries if child.entries][:_MANY]]
         # The steps of a flow are shown at once; children of a group and repeated calls on a click.
-        has_steps = entry.kind != "fold" and any(child.call is not None for child in entry.entries)
-        is_open = has_steps or not entry.bars or bool(strip) or any(map(self.has_selected, entry.entries))
+        is_open = (
+            entry.has_steps or not entry.bars or bool(strip) or any(map(self.has_selected, entry.entries))
+        )
         rows = self.rows
         kids = "".join(map(self.entry, inside))
         if not is_open:
