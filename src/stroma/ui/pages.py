@@ -292,7 +292,7 @@ class Pages:
             # The attempt that stopped the run is always on the page.
             listed = in_order([*listed, cause_attempt])
             rest = [one for one in rest if attempt_key(one) != attempt_key(cause_attempt)]
-        attempts = in_order([*listed, *rest]) if rest else listed
+        attempts = [*listed, *rest]
         waiting = [one for one in self._history.waiting(record.run_id) if one.payload is None]
         limits = read_limits(self._settings, record)
         timeline, story = self._timeline(request, record, attempts, waiting, cause_attempt)

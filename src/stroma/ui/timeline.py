@@ -152,11 +152,9 @@ class _Drawing:
             self.start, self.step, self.count = axis_of(start, self.end)
         self.span = self.step * self.count
         self.pauses: dict[str, list[tuple[float, float, str]]] = {}
-        before: dict[str, Bar] = {}
-        for bar in shown:
-            before[f"{bar.at} {bar.attempt}"] = bar
+        before = {(bar.at, bar.attempt): bar for bar in shown if bar.failure_class is not None}
         for bar, began, took in waits(shown):
-            failed = before.get(f"{bar.at} {bar.attempt - 1}")
+            failed = before.get((bar.at, bar.attempt - 1))
             self.pauses.setdefault(bar.at, []).append((began, began + took, _why_waited(took, failed)))
         self.rows = 0
 
