@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
@@ -70,6 +69,7 @@ from stroma.ui.run_view import (
     is_at_work,
     open_waits,
     read_limits,
+    running_state,
     totals,
     trace_link,
     window_of,
@@ -104,6 +104,14 @@ _MAX_TEXT: Final = 4000  # characters of a parameter
 _EXAMPLES: Final[dict[Any, Any]] = {str: "", int: 0, float: 0.0, bool: True}
 
 
+class _SharedPage(NamedTuple):
+    """A rendered page, and the state of its run and of these pages before it was read."""
+
+    page: Response
+    state: tuple[str, int]
+    rendered_at: float
+
+
 class Pages:
     """Handlers of pages; each response is read from the store."""
 
@@ -112,8 +120,8 @@ class Pages:
         self._history = history
         self._store = settings.store
         self._keys = keys
-        #: Pages of runs in progress by address and encoding, each with its time: open pages ask for them all at once.
-        self._shared: dict[tuple[str, bool], tuple[float, Response]] = {}
+        #: Pages of runs in progress by address and encoding: open pages ask for them all at once.
+        self._shared: dict[tuple[str, bool], _SharedPage] = {}
         self._sharing = threading.Lock()
         self._changes = 0  # How often a form of these pages changed a run.
         #: Held by requests that need much memory.
@@ -263,24 +271,29 @@ class Pages:
         return record
 
     def run(self, request: Request) -> Response:
+        state = running_state(self._store, request.query_params.get("id", ""))
+        if state is None:
+            return self._run(request, self._record(request))
         key = str(request.query_params), accepts_gzip(request)
         with self._sharing:
-            rendered_at, page = self._shared.get(key, (-math.inf, None))
-            if page is not None and time.monotonic() - rendered_at <= self._settings.poll_seconds:
-                return page
-            changes_before = self._changes
-            record = self._record(request)
-            page = self._run(request, record)
+            shared = self._shared.get(key)
+            is_same = shared is not None and shared.state == (state, self._changes)
+            if (
+                shared is not None
+                and is_same
+                and time.monotonic() - shared.rendered_at <= self._settings.poll_seconds
+            ):
+                return shared.page
+            state_before = state, self._changes
+            page = self._run(request, self._record(request))
             if len(self._shared) >= _MAX_SHARED:
                 self._shared.clear()
-            if is_at_work(record) and changes_before == self._changes:
-                self._shared[key] = time.monotonic(), page
+            self._shared[key] = _SharedPage(page, state_before, time.monotonic())
             return page
 
     def forget(self) -> None:
         """Forget shared pages: a run was changed."""
         self._changes += 1
-        self._shared.clear()
 
     def _run(self, request: Request, record: RunRecord) -> Response:
         after = request.query_params.get("after")
