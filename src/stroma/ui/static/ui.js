@@ -147,7 +147,7 @@
       event.preventDefault();
       show(link.getAttribute("href"), true);
     });
-    const asked = decodeURI(location.hash.slice(1));
+    const asked = location.hash.slice(1);
     if (asked.startsWith("/attempt?")) show(asked, false);
     else if (panel.dataset.first && innerWidth >= 1360) show(panel.dataset.first, false);
   }
