@@ -53,7 +53,7 @@ NAV: dict[str, list[str]] = {
         "guarantees.md", "cli.md", "reference/commands.md", "errors.md", "providers.md", "reference/index.md", "reference/",
     ],
     "Comparison": ["comparison.md", "performance.md", "scale.md"],
-    "Project": ["changelog.md", "contributing.md", "security.md", "architecture.md", "mutation.md"],
+    "Project": ["changelog.md", "contributing.md", "security.md", "architecture.md", "design.md", "mutation.md"],
     "Decisions": ["adr/index.md", "adr/"],
 }  # fmt: skip
 

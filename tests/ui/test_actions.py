@@ -61,7 +61,7 @@ def test_an_answer(store: SQLiteStore, serve: Any) -> None:
     good = {**form, "answer": '{"approved": true, "note": "yes"}'}
     assert site.post("/approve", {**good, "key": "x"}).status == 403
     assert site.post("/approve", {**good, "id": "y"}).status == 403
-    for wrong in ("{", "{}", '{"approved": "perhaps", "note": 1}', ""):
+    for wrong in ("{", "{}", '{"approved": "perhaps", "note": 1}', "", "[" * 30_000):
         answer = site.post("/approve", {**good, "answer": wrong})
         assert answer.status == 422, wrong
     assert site.post("/approve", {**good, "at": "5:"}).status == 409
@@ -87,7 +87,7 @@ def test_a_fork(store: SQLiteStore, serve: Any) -> None:
     form = form_of(page, "fork")
     assert form["position"] == "3"
     assert site.post("/fork", {**form, "key": keys(site)["delete"]}).status == 403
-    for wrong in ("-1", "9", "x", ""):
+    for wrong in ("-1", "9", "x", "", "9" * 5000, "\u0663"):
         assert site.post("/fork", {**form, "position": wrong}).status == 422
     assert site.resumed == []
     answer = site.post("/fork", form)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any
 
 import pytest
 from tests.ui.browser import Browser
-from tests.ui.conftest import GOOD, SCRIPT, Site, make_runs
+from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, make_runs
+from tests.ui.scenes import lineage, make_map
 from tests.ui.test_large_run import make_large_run
 from tests.ui.test_security import attempts_of
 
@@ -208,3 +210,69 @@ def test_a_large_run(site: Site, browser: Browser) -> None:
     browser.until(heading, lambda text: text.split() == ["step-999", "attempt", "2"])
     assert browser.eval("location.pathname") == "/run"
     assert browser.problems == []
+
+
+def test_an_attempt_beside_its_run(site: Site, browser: Browser) -> None:
+    """A click on a bar shows its attempt beside the run, which stays; the address leads back to it; Escape closes it."""
+    heading = "document.querySelector('#panel:not([hidden]) h1')?.textContent ?? ''"
+    browser.goto(f"{site.url}/run?id=bad")
+    assert browser.eval("document.getElementById('panel').hidden")
+    browser.eval("document.querySelectorAll('tr[data-row] a')[0].click()")
+    browser.until(heading, lambda text: text.split() == ["first", "attempt", "1"])
+    assert browser.eval("document.activeElement.id") == "panel"
+    assert browser.eval("document.querySelectorAll('.gantt a.sel').length") == 1
+    address = browser.eval("location.href")
+    browser.press("Escape")
+    browser.until(heading, lambda text: text == "")
+    assert browser.eval("location.hash") == ""
+    browser.goto(f"{site.url}/")
+    browser.goto(address)
+    browser.until(heading, lambda text: text.split() == ["first", "attempt", "1"])
+    browser.size(1440, 900)
+    browser.goto(f"{site.url}/run?id=bad&again=1")
+    browser.until(heading, lambda text: text.split() == ["total", "attempt", "1"])
+
+
+def test_cells_and_zoom(site: Site, browser: Browser) -> None:
+    """A cell names its item and opens its attempt; a drag over the time axis shows that part of the time, and a link all of it."""
+    asyncio.run(make_map(site.store, 40, "map"))
+    browser.goto(f"{site.url}/run?id=map")
+
+    def mouse(kind: str, x: float, y: float) -> None:
+        browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+
+    box = browser.eval("(({x, y}) => [x, y])(document.querySelector('.cells').getBoundingClientRect())")
+    mouse("mouseMoved", box[0] + 17 * 14 + 5, box[1] + 5)
+    browser.until(
+        "document.querySelector('.strip output').textContent", lambda text: text == "item 17: failed"
+    )
+    for kind in ("mousePressed", "mouseReleased"):
+        mouse(kind, box[0] + 17 * 14 + 5, box[1] + 5)
+    browser.until(
+        "document.querySelector('#panel:not([hidden]) .facts')?.innerText ?? ''", lambda text: "0.17" in text
+    )
+
+    axis = browser.eval(
+        "(({x, y, width}) => [x, y, width])(document.querySelector('.axis .lane').getBoundingClientRect())"
+    )
+    mouse("mousePressed", axis[0] + axis[2] * 0.25, axis[1] + 10)
+    mouse("mouseMoved", axis[0] + axis[2] * 0.5, axis[1] + 10)
+    mouse("mouseReleased", axis[0] + axis[2] * 0.5, axis[1] + 10)
+    browser.until("new URLSearchParams(location.search).has('from')")
+    browser.until("document.querySelector('#tools a')?.textContent ?? ''", lambda text: text == "Fit")
+
+
+def test_the_lineage_pans_and_zooms(store: SQLiteStore, serve: Any, browser: Browser) -> None:
+    """The lineage fits its frame, is made larger with its buttons and keys, and is never wider than its frame lets it scroll."""
+    make_runs(store, ("good", GOOD))
+    site: Site = serve(store, pipeline="flows", lineage=lineage(BAD))
+    browser.goto(f"{site.url}/pipeline")
+    width = "document.querySelector('.view svg').getBoundingClientRect().width"
+    fitted = browser.eval(width)
+    assert fitted <= browser.eval("document.querySelector('.view').clientWidth")
+    browser.eval("document.querySelector('[data-zoom=in]').click()")
+    assert browser.eval(width) > 1.2 * fitted
+    browser.eval("document.querySelector('.view').focus()")
+    browser.press("0")
+    assert abs(browser.eval(width) - fitted) < 2
+    assert browser.eval("document.documentElement.scrollWidth") <= 1280

@@ -93,6 +93,20 @@ def test_a_page_pauses_a_living_run(store: SQLiteStore, serve: Any, living: Any)
     assert site.post("/cancel", {"id": "lives", "key": found["cancel"]}).status == 409
 
 
+def test_open_pages_share_a_rendering(store: SQLiteStore, serve: Any, living: Any) -> None:
+    """Pages of a run in progress are rendered once for all who ask at the same time, and anew after a change by a button."""
+    site: Site = serve(store, poll_seconds=60.0)
+    first, second = (site.get("/run", id="lives") for _ in range(2))
+    assert first.body == second.body
+    assert " of 100<" not in first.text
+    assert (
+        site.post("/budget", {"id": "lives", "key": keys(site, "lives")["budget"], "tokens": "100"}).status
+        == 303
+    )
+    assert " of 100<" in site.get("/run", id="lives").text
+    living()
+
+
 def test_no_buttons_for_runs_that_have_ended(store: SQLiteStore, serve: Any) -> None:
     """A run that has completed or failed can neither be paused nor cancelled."""
     make_runs(store, ("good", GOOD), ("bad", BAD))

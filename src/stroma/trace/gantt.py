@@ -73,8 +73,7 @@ def gantt(
             return f'<div class="row">{line}</div>'
         inside = "".join(draw(child) for child in entry.entries)
         # The steps of a flow are shown at once; children of a group and repeated calls on a click.
-        has_steps = entry.kind != "fold" and any(child.call is not None for child in entry.entries)
-        is_open = has_steps or not entry.bars or _has_selected(entry, selected)
+        is_open = entry.has_steps or not entry.bars or _has_selected(entry, selected)
         return f'<details{" open" if is_open else ""}><summary class="row">{line}</summary><div class="kids">{inside}</div></details>'
 
     drawn = "".join(draw(entry) for entry in fold(outline(shown, flow_waits)))

@@ -75,6 +75,11 @@ class OutlineEntry:
         return [bar for entry in inside for bar in entry.drawn_bars]
 
     @property
+    def has_steps(self) -> bool:
+        """True if code made calls inside it: of a flow, or of a node that calls others."""
+        return self.kind != "fold" and any(entry.call is not None for entry in self.entries)
+
+    @property
     def began_ms(self) -> float:
         """Start of its first attempt, or of the first one inside it."""
         starts = [bar.began_ms for bar in self.bars] or [entry.began_ms for entry in self.entries]

@@ -102,7 +102,8 @@ class Actions:
         lineage = self._settings.lineage
         if resume is None or lineage is None or record.pipeline != self._settings.pipeline:
             raise HTTPException(409, "this run cannot be forked here: pass its pipeline to `stroma ui`")
-        if not (position.isdecimal() and position.isascii() and int(position) < len(lineage.top_level)):
+        is_number = position.isdecimal() and position.isascii() and len(position) < 10
+        if not is_number or int(position) >= len(lineage.top_level):
             raise HTTPException(422, "position must be that of a node of the pipeline")
         new_run_id = secrets.token_hex(16)
         try:
@@ -127,7 +128,7 @@ class Actions:
                 questions, record.run_id, answer, node_id=None, branch=None, schema=schema
             )
             await store.signal(record.run_id, answered)
-        except (ValidationError, json.JSONDecodeError) as error:
+        except (ValidationError, json.JSONDecodeError, RecursionError) as error:
             raise HTTPException(422, f"the answer does not fit: {clean(str(error), 1000)}") from error
         except StoreError as error:
             raise HTTPException(409, clean(str(error), 1000)) from error
@@ -151,7 +152,7 @@ class Actions:
             answer = NotDone() if form.get("happened") != "yes" else json.loads(form.get("output", ""))
             stated = match_answer(unknown, record.run_id, answer, node_id=None, branch=None, schema=None)
             await store.signal(record.run_id, stated)
-        except (ValidationError, json.JSONDecodeError) as error:
+        except (ValidationError, json.JSONDecodeError, RecursionError) as error:
             raise HTTPException(422, f"the output does not fit: {clean(str(error), 1000)}") from error
         except StoreError as error:
             raise HTTPException(409, clean(str(error), 1000)) from error

@@ -16,7 +16,7 @@ __all__ = ["Column", "chip", "icon", "meter", "sparkline", "stacked", "tone_of"]
 #: Icon of each status of a run, outcome of an attempt and class of a failure; "dot" for any other word.
 _ICONS: Final = {
     "COMPLETED": "check", "RESUMED": "check", "success": "check", "restored": "check", "forked": "fork", "FAILED": "cross",
-    "PARTIAL": "cross", "failure": "cross", "TERMINAL": "cross", "RECOVERABLE": "again", "AMBIGUOUS": "ask",
+    "PARTIAL": "cross", "failure": "cross", "collected": "cross", "TERMINAL": "cross", "RECOVERABLE": "again", "AMBIGUOUS": "ask",
     "RUNNING": "run", "SUSPENDED": "hand", "suspended": "hand", "CANCELLED": "ban", "cancelled": "ban", "INTERRUPTED": "alert",
     "DAMAGED": "alert", "PAUSED": "pause",
 }  # fmt: skip
@@ -28,7 +28,7 @@ def tone_of(status: str) -> str:
     """Return the colour class of a status or outcome: "good", "bad", "warn", "run" or "dim"."""
     if status in (*FINISHED, "success"):
         return "good"
-    if status in (*FAILED, "failure", "TERMINAL"):
+    if status in (*FAILED, "failure", "collected", "TERMINAL"):
         return "bad"
     return "run" if status in _RUNNING else "dim" if status in _NEUTRAL else "warn"
 

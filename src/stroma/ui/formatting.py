@@ -31,6 +31,7 @@ from stroma.trace.html import tree
 from stroma.ui.components import chip
 
 __all__ = [
+    "accepts_gzip",
     "ago",
     "as_attachment",
     "attempt_address",
@@ -203,12 +204,15 @@ def to_json(value: Any) -> str:
     return clean(json.dumps(value, ensure_ascii=False), 300)
 
 
+def accepts_gzip(request: Request) -> bool:
+    """Return True if the client accepts gzip."""
+    accepted = request.headers.get("accept-encoding", "").split(",")
+    return "gzip" in [one.partition(";")[0].strip() for one in accepted]
+
+
 def compress(request: Request, page: Response) -> Response:
     """Compress a large page if the client accepts gzip."""
-    accepted = [
-        one.partition(";")[0].strip() for one in request.headers.get("accept-encoding", "").split(",")
-    ]
-    if "gzip" not in accepted or len(page.body) < _LARGE_PAGE:
+    if not accepts_gzip(request) or len(page.body) < _LARGE_PAGE:
         return page
     headers = {"content-encoding": "gzip", "vary": "accept-encoding"}
     return HTMLResponse(gzip.compress(bytes(page.body), 6, mtime=0), page.status_code, headers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
@@ -43,6 +43,7 @@ from stroma.ui.actions import MANY, can_fork, can_resume, controls_of
 from stroma.ui.components import Column, chip, icon, meter, sparkline, tone_of
 from stroma.ui.figures import RUNS, figures_of, rate_boxes
 from stroma.ui.formatting import (
+    accepts_gzip,
     ago,
     as_attachment,
     attempt_address,
@@ -68,6 +69,7 @@ from stroma.ui.run_view import (
     is_at_work,
     open_waits,
     read_limits,
+    running_state,
     totals,
     trace_link,
     window_of,
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
 __all__ = ["Pages"]
 
 _PAGE_SIZE: Final = 50
+_MAX_SHARED: Final = 50  # pages of runs in progress
 #: Maximum number of attempts in the table of a run's page, those listed of a run with more, and those in the timeline.
 _MAX_LISTED: Final = 2000
 _LISTED_OF_MORE: Final = 500
@@ -101,6 +104,14 @@ _MAX_TEXT: Final = 4000  # characters of a parameter
 _EXAMPLES: Final[dict[Any, Any]] = {str: "", int: 0, float: 0.0, bool: True}
 
 
+class _SharedPage(NamedTuple):
+    """A rendered page, and the state of its run and of these pages before it was read."""
+
+    page: Response
+    state: tuple[str, int]
+    rendered_at: float
+
+
 class Pages:
     """Handlers of pages; each response is read from the store."""
 
@@ -109,6 +120,10 @@ class Pages:
         self._history = history
         self._store = settings.store
         self._keys = keys
+        #: Pages of runs in progress by address and encoding: open pages ask for them all at once.
+        self._shared: dict[tuple[str, bool], _SharedPage] = {}
+        self._sharing = threading.Lock()
+        self._changes = 0  # How often a form of these pages changed a run.
         #: Held by requests that need much memory.
         self._large = threading.Lock()
         self._templates = Environment(
@@ -256,7 +271,31 @@ class Pages:
         return record
 
     def run(self, request: Request) -> Response:
-        record = self._record(request)
+        state = running_state(self._store, request.query_params.get("id", ""))
+        if state is None:
+            return self._run(request, self._record(request))
+        key = str(request.query_params), accepts_gzip(request)
+        with self._sharing:
+            shared = self._shared.get(key)
+            is_same = shared is not None and shared.state == (state, self._changes)
+            if (
+                shared is not None
+                and is_same
+                and time.monotonic() - shared.rendered_at <= self._settings.poll_seconds
+            ):
+                return shared.page
+            state_before = state, self._changes
+            page = self._run(request, self._record(request))
+            if len(self._shared) >= _MAX_SHARED:
+                self._shared.clear()
+            self._shared[key] = _SharedPage(page, state_before, time.monotonic())
+            return page
+
+    def forget(self) -> None:
+        """Forget shared pages: a run was changed."""
+        self._changes += 1
+
+    def _run(self, request: Request, record: RunRecord) -> Response:
         after = request.query_params.get("after")
         page, rest = self._attempts(record, after)
         listed = in_order(page.attempts)
@@ -266,7 +305,7 @@ class Pages:
             # The attempt that stopped the run is always on the page.
             listed = in_order([*listed, cause_attempt])
             rest = [one for one in rest if attempt_key(one) != attempt_key(cause_attempt)]
-        attempts = in_order([*listed, *rest]) if rest else listed
+        attempts = [*listed, *rest]
         waiting = [one for one in self._history.waiting(record.run_id) if one.payload is None]
         limits = read_limits(self._settings, record)
         timeline, story = self._timeline(request, record, attempts, waiting, cause_attempt)
@@ -298,7 +337,9 @@ class Pages:
         rest = self._history.attempt_page(record.run_id, _MAX_DRAWN - _LISTED_OF_MORE, page.next)
         if rest.next is None and len(page.attempts) + len(rest.attempts) <= _MAX_LISTED:
             return AttemptPage([*page.attempts, *rest.attempts], None), []
-        return page, rest.attempts
+        # Of a run with more, those inside groups and flows are cells; each other one is a row.
+        rows = _MAX_LISTED - _LISTED_OF_MORE
+        return page, [one for at, one in enumerate(rest.attempts) if one.branch or at < rows]
 
     def _cause_attempt(self, record: RunRecord) -> AttemptRecord | None:
         """Return the attempt that stopped a run; None if no failure did."""
@@ -515,17 +556,13 @@ class Pages:
         since_ms = buckets.first * bucket_ms
         exists = self._store.exists()
         it = Overview.of(self._store.tally(since_ms, bucket_ms) if exists else [])
-        runs = (
-            [one for one in self._store.list_runs(limit=_MAX_CHARTED) if one.started_ms >= since_ms]
-            if exists
-            else []
-        )
-        failed = (
-            self._history.page(RunQuery(statuses=FAILED, since_ms=since_ms), _PAGE_SIZE).runs
-            if exists
-            else []
-        )
-        held = self._history.page(RunQuery(statuses=("SUSPENDED",)), _MAX_HELD).runs if exists else []
+        newest = self._store.list_runs(limit=_MAX_CHARTED) if exists else []
+        runs = [one for one in newest if one.started_ms >= since_ms]
+        suspended = [one for one in newest if one.status == "SUSPENDED"]
+        held = [self._history.redact_run(one) for one in suspended[:_MAX_HELD]]
+        failed = []
+        if any(one.status in FAILED for one in runs):
+            failed = self._history.page(RunQuery(statuses=FAILED, since_ms=since_ms), _PAGE_SIZE).runs
         done = sum(one.status in FINISHED for one in runs)
         stopped = sum(one.status in FAILED for one in runs)
         return self._page(

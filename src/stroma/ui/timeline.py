@@ -36,7 +36,16 @@ _LEAST: Final = 0.4
 _ROOM: Final = 1.12
 #: Columns of a strip and the size of its cells in pixels, up to so many cells.
 _CELL_SIZES: Final = ((600, 60, 14), (4000, 100, 10), (1 << 60, 200, 6))
-_TONES: Final = {"success": "good", "failure": "bad", "forked": "dim", "slept": "dim", "answered": "good"}
+#: Outcomes of attempts that failed: an item of a map that failed for good is collected.
+_FAILED: Final = ("failure", "collected")
+_TONES: Final = {
+    "success": "good",
+    "failure": "bad",
+    "collected": "bad",
+    "forked": "dim",
+    "slept": "dim",
+    "answered": "good",
+}
 _ANSWERS: Final = {"open": "waiting for an answer", "answered": "answered", "expired": "no answer in time"}
 _STEPS_MS: Final = [
     *(n * 10**power for power in range(3) for n in (1, 2, 5)),
@@ -143,11 +152,9 @@ class _Drawing:
             self.start, self.step, self.count = axis_of(start, self.end)
         self.span = self.step * self.count
         self.pauses: dict[str, list[tuple[float, float, str]]] = {}
-        before: dict[str, Bar] = {}
-        for bar in shown:
-            before[f"{bar.at} {bar.attempt}"] = bar
+        before = {(bar.at, bar.attempt): bar for bar in shown if bar.failure_class is not None}
         for bar, began, took in waits(shown):
-            failed = before.get(f"{bar.at} {bar.attempt - 1}")
+            failed = before.get((bar.at, bar.attempt - 1))
             self.pauses.setdefault(bar.at, []).append((began, began + took, _why_waited(took, failed)))
         self.rows = 0
 
@@ -209,14 +216,15 @@ class _Drawing:
         inside = entry.entries
         if len(leaves) > _MANY:
             strip = self.strip(entry, leaves)
-            failed = [one for one in leaves if one.bars and one.bars[-1].outcome == "failure"][
+            failed = [one for one in leaves if one.bars and one.bars[-1].outcome in _FAILED][
                 :_MAX_FAILED_ROWS
             ]
             chosen = [one for one in leaves if self.has_selected(one) and one not in failed]
             inside = [*failed, *chosen, *[child for child in entry.entries if child.entries][:_MANY]]
         # The steps of a flow are shown at once; children of a group and repeated calls on a click.
-        has_steps = entry.kind != "fold" and any(child.call is not None for child in entry.entries)
-        is_open = has_steps or not entry.bars or bool(strip) or any(map(self.has_selected, entry.entries))
+        is_open = (
+            entry.has_steps or not entry.bars or bool(strip) or any(map(self.has_selected, entry.entries))
+        )
         rows = self.rows
         kids = "".join(map(self.entry, inside))
         if not is_open:
@@ -349,7 +357,7 @@ class _Drawing:
             box = self.span_of(bar.began_ms, bar.began_ms + bar.took_ms)
             if box is None:
                 continue
-            value = 2 if bar.outcome == "failure" else 1
+            value = 2 if bar.outcome in _FAILED else 1
             for column in range(int(box[0] * 2.5), min(249, int((box[0] + box[1]) * 2.5)) + 1):
                 columns[column] = max(columns[column], value)
         parts, start = [], 0
@@ -416,7 +424,7 @@ def _cell(entry: OutlineEntry) -> str:
     last = entry.bars[-1].outcome
     if last in ("success", "forked"):
         return "g" if len(entry.bars) == 1 else "r"
-    return "b" if last == "failure" else "w"
+    return "b" if last in _FAILED else "w"
 
 
 def _why_waited(took_ms: float, failed: Bar | None) -> str:
@@ -458,7 +466,7 @@ def _figures(entry: OutlineEntry, calls: Sequence[OutlineEntry]) -> str:
         spending = [bar for _, one in entry.walk() for bar in one.bars]
     cost = sum(bar.cost_usd for bar in spending)
     used = sum(bar.tokens for bar in spending)
-    failed = sum(bool(call.bars) and call.bars[-1].outcome == "failure" for call in calls)
+    failed = sum(bool(call.bars) and call.bars[-1].outcome in _FAILED for call in calls)
     tries = f'<span class="bad">{failed:,} failed</span>' if failed and len(calls) > 1 else f"{len(bars):,}"
     if len(bars) == 1:
         tries = ""

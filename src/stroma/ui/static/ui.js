@@ -147,7 +147,7 @@
       event.preventDefault();
       show(link.getAttribute("href"), true);
     });
-    const asked = decodeURI(location.hash.slice(1));
+    const asked = location.hash.slice(1);
     if (asked.startsWith("/attempt?")) show(asked, false);
     else if (panel.dataset.first && innerWidth >= 1360) show(panel.dataset.first, false);
   }
@@ -238,9 +238,11 @@
       view.classList.toggle("pan", view.scrollWidth > view.clientWidth + 1 || view.scrollHeight > view.clientHeight + 1);
     };
     const fit = () => apply(Math.min(1, (view.clientWidth - 2) / width));
+    // On a narrow screen it begins at its left, large enough to be read.
     const ready = () => {
       size();
-      fit();
+      apply(Math.max(0.5, Math.min(1, (view.clientWidth - 2) / width)));
+      view.scrollTo(0, 0);
     };
     if (image.tagName === "IMG" && !image.complete) image.addEventListener("load", ready);
     else ready();
@@ -321,7 +323,7 @@
     if (focused) $$("a", fresh).find((link) => link.getAttribute("href") === focused)?.focus();
   };
   const renew = async () => {
-    if (asking || $(".menu[open]")) {
+    if (asking || document.hidden || $(".menu[open]")) {
       again = true;
       return;
     }
@@ -344,14 +346,20 @@
       count();
       for (const one of $$("[data-script]")) one.hidden = false;
     } finally {
-      asking = false;
-      if (again && !$(".menu[open]")) {
-        again = false;
-        setTimeout(renew, 250);
-      }
+      // At most once a second, however often the store changes.
+      setTimeout(() => {
+        asking = false;
+        retry();
+      }, 1000);
     }
   };
-  document.addEventListener("toggle", () => { if (again) setTimeout(renew, 0); }, true);
+  const retry = () => {
+    if (!again || asking) return;
+    again = false;
+    renew();
+  };
+  document.addEventListener("toggle", () => setTimeout(retry, 0), true);
+  document.addEventListener("visibilitychange", retry);
   if (!events || !window.EventSource) return;
   const source = new EventSource(events);
   source.addEventListener("changed", renew);
