@@ -122,7 +122,7 @@ def _guard_inner_agents() -> None:
         return bare(self, *args, middleware=middleware, **kwargs)
 
     run.__dict__["_stroma_inner"] = True
-    AgentMiddlewareLayer.run = run  # type: ignore[method-assign]
+    AgentMiddlewareLayer.run = run
 
 
 def _listed(middleware: Any) -> list[Any]:

@@ -124,9 +124,9 @@ def _used(whole: dict[str, Any]) -> Any:
             dataclasses.replace(used or Usage(model=whole["model"]), cost_usd=cost) if used or cost else None
         )
     counts = [sum(one.get(name) or 0 for one in by_model.values()) for name in _COUNTS]
-    given, output_tokens, cached, written = counts
+    fresh, output_tokens, cached, written = counts
     return Usage(
-        given + cached + written, output_tokens, cached, written, model=whole["model"], cost_usd=cost
+        fresh + cached + written, output_tokens, cached, written, model=whole["model"], cost_usd=cost
     )
 
 
