@@ -40,5 +40,6 @@ if _WANTED is not None:
         "google_adk": "google.adk",
         "grafana": "grafana_foundation_sdk",
         "instrumented": "openinference.instrumentation",
+        "llama_index": "workflows",
     }
     importlib.import_module(modules.get(_WANTED, _WANTED))
