@@ -42,5 +42,6 @@ if _WANTED is not None:
         "grafana": "grafana_foundation_sdk",
         "instrumented": "openinference.instrumentation",
         "llama_index": "workflows",
+        "others": "smolagents",
     }
     importlib.import_module(modules.get(_WANTED, _WANTED))
