@@ -17,14 +17,14 @@ from pydantic import BaseModel
 from stroma.adapters._background_loop import run_in_background
 from stroma.adapters._guarded_call import Call
 from stroma.adapters._state_views import given_to
-from stroma.adapters._step import Halts, find_halt
+from stroma.adapters._step import Halts, count_tokens, find_halt
 from stroma.checkpoint import StepCall
 from stroma.checkpoint.identity import StepCalls
 from stroma.checkpoint.protocols import RunControl
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution
+from stroma.engine.execution import NodeExecution, current_node
 from stroma.engine.outcome import Halt
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunCancelled
@@ -40,6 +40,8 @@ ACTIVE: ContextVar[tuple[GuardedRun, ...]] = ContextVar("stroma_guarded_runs", d
 
 
 _NO_MORE: Final = object()
+#: Key of an execution's note: the tokens inside it that a framework has counted, and the guard has not.
+_UNACCOUNTED: Final = "tokens that are not accounted for"
 
 
 class RunOwner(Protocol):
@@ -64,6 +66,7 @@ class GuardedRun:
         result: the result of the run, once it has ended.
         ended: the run has ended.
         ends: the run ends; that of the guard itself does not.
+        unaccounted: tokens that a framework has counted in this run, and the guard has not; see :meth:`compare_usage`.
     """
 
     def __init__(self, guard: RunOwner, ctx: ReliabilityContext, input: Any = None, *, ends: bool) -> None:
@@ -71,6 +74,7 @@ class GuardedRun:
         self.ctx = ctx
         self.ends = ends
         self.ended = False
+        self.unaccounted = 0
         self.result: ExecutionResult | None = None
         #: The exceptions and stops of calls that are inside no other one.
         self.halts: Halts = []
@@ -108,6 +112,33 @@ class GuardedRun:
     # ------------------------------------------------------------------ cancellation
 
     def cancel(self) -> None:
+    def compare_usage(self, framework: str, tokens: int) -> None:
+        """Compare a framework's own count of tokens with that of the guard; log a warning if the guard has counted less.
+
+        ``tokens``: inside a step those since its attempt began, elsewhere those of the whole run in this process. The guard
+        may count more: failed attempts, and calls that the framework counts nowhere.
+        """
+        node = current_node()
+        if node is not None and node.ctx is self.ctx:
+            known: int = node.notes.get(_UNACCOUNTED, 0)
+            counted, place = node.usage.tokens + sum(count_tokens(node.children or ())), f"step {node.node_id!r}"
+        else:
+            node, known = None, self.unaccounted
+            counted, place = self.ctx.cost_tracker.total_tokens, f"run {self.ctx.run_id!r}"
+        missing = tokens - counted - known
+        if missing <= 0:
+            return
+        with self._lock:
+            self.unaccounted += missing
+            while node is not None:
+                node.notes[_UNACCOUNTED] = node.notes.get(_UNACCOUNTED, 0) + missing
+                node = node.parent
+        self.ctx.run_logger.warning(
+            "%s counted %d tokens in %s, and the guard %d: %d tokens count against no budget; attach the guard to every "
+            "agent, model and tool that is used there",
+            framework, tokens, place, counted, missing,
+        )  # fmt: skip
+
         """Cancel the run, from any thread: no further step starts, and a running async one is cancelled."""
         self.cancelling = self.ctx.cancelled = True
         loop = self._loop

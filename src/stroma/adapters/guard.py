@@ -177,6 +177,22 @@ class Guard:
         return self._last.stopped
 
     @property
+    @property
+    def unaccounted(self) -> int:
+        """Tokens that a framework has counted in the current run, else in the last one that ended, and the guard has not.
+
+        0 if all spend was seen. Else a warning named the step: its budget does not hold what is missing.
+        """
+        run = self.current if self.inside or self._last is None else self._last
+        return run.unaccounted
+
+    def compare_usage(self, framework: str, tokens: int) -> None:
+        """Compare a framework's own count of tokens, at the end of its run, with that of the guard.
+
+        See :meth:`GuardedRun.compare_usage`.
+        """
+        self.current.compare_usage(framework, tokens)
+
     def last(self) -> GuardedRun | None:
         """The run that ended last."""
         return self._last
