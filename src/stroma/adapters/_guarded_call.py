@@ -18,7 +18,7 @@ from stroma.adapters._step import CallTask, GuardedStep, Halts, InnerCalls, Invo
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StepCall
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Node, held_by
-from stroma.cost.usage import Usage, usage_from
+from stroma.cost.usage import Usage, UsageError, usage_from
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.engine.effects import UnknownOutcome
@@ -28,6 +28,7 @@ from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type, message_of
 from stroma.hooks.dispatch import HookNotAsync
+from stroma.trace.redaction import scrubbed_error
 
 __all__ = ["Call"]
 
@@ -251,7 +252,7 @@ class Call:
             parent = None
         halts = run.halts if parent is None else InnerCalls.of(parent).halts
         contract, entry = self._contract(), _current_task()
-        state = given_to(step.input_view(self.args, self.kwargs), contract)
+        state = given_to(self.seen_input(), contract)
         position, branch, step_call = run.place(parent, step.step_id, state)
         if (refusal := run.refusal(step.step_id) or run.unknown_effects.get(step.step_id)) is not None:
             halts.append((refusal.failure.exception, refusal))
@@ -310,8 +311,29 @@ class Call:
             self.value, self.error = held_by(output), None
 
     def _stream_result(self, value: Any) -> Any:
+    def seen_input(self) -> Any:
+        """Return what contracts, hooks and the journal see of the arguments."""
+        return self._view("input", self.step.input_view, self.args, self.kwargs)
+
+    def _view(self, what: str, view: Callable[..., Any], *seen: Any) -> Any:
+        """Return what a view shows. One that raises is logged and shows None, which a contract may refuse."""
+        try:
+            return view(*seen)
+        except UsageError:  # The engine has rules for these.
+            raise
+        except Exception as error:
+            ctx = self.run.ctx
+            ctx.run_logger.warning(
+                "the %s view of step %r raised %s; the step is not affected, and the view shows None",
+                what,
+                self.step.step_id,
+                type(error).__name__,
+                exc_info=scrubbed_error(error, ctx.redactor.secrets),
+            )
+            return None
+
         if self.step.collect is not None:
-            return self.step.collect(self.chunks or [])
+            return self._view("result", self.step.collect, self.chunks or [])
         if self.chunks is not None:
             return self.chunks
         return {"chunks": self.count} if value is None else value
@@ -320,10 +342,10 @@ class Call:
         self, execution: NodeExecution, value: Any, contract: NodeContract[Any, Any] | None
     ) -> Any:
         """Return the output for the engine, with the usage that inner calls have not counted."""
-        output = made_by(self.step.output_view(value), contract)
+        output = made_by(self._view("output", self.step.output_view, value), contract)
         if self.step.usage is None:
             return output
-        response = self.step.usage(value)
+        response = self._view("usage", self.step.usage, value)
         if response is None:
             return output
         inner_input, inner_output = (
@@ -347,7 +369,7 @@ class Call:
         """Raise an exception of the function for the engine, as its meaning requires."""
         self.error = error
         ctx, step = execution.ctx, self.step
-        control = None if step.control is None else step.control(error)
+        control = None if step.control is None else self._view("control", step.control, error)
         where = NodeContext(execution.node_id, execution.attempt, ctx.run_id)
         if control is not None:
             self.raises_own_error = True

@@ -234,7 +234,7 @@ class GuardedRun:
         ctx = self.ctx
         value = self._input
         if value is None and first is not None:
-            value = first.step.input_view(first.args, first.kwargs)
+            value = first.seen_input()
         initial = (
             value if isinstance(value, BaseModel) and type(value) is not BaseModel else given_to(value, None)
         )

@@ -15,11 +15,16 @@ __all__ = ["answer_of", "asked_of", "result_of", "update", "usage_of"]
 
 
 def update(result: Any) -> Any:
-    """Return the update of the state by a node."""
+    """Return the update of the state by a node; of a state that is no dict, what the node returned."""
     if isinstance(result, Command):
         return dict(result._update_as_tuples())
-    if isinstance(result, (list, tuple)):
-        return {key: value for part in result for key, value in dict(update(part)).items()}
+    if isinstance(result, (list, tuple)) and any(isinstance(part, Command) for part in result):
+        parts = [update(part) for part in result]
+        return {
+            key: value
+            for part in parts
+            for key, value in (part.items() if isinstance(part, dict) else [("__root__", part)])
+        }
     return {} if result is None else result
 
 

@@ -222,15 +222,9 @@ class Guard:
             check_id(step_id, "step id"), input_view=input_view or arguments_of(func), **options
         )
         wrapped = _WAYS[kind or _kind_of(func)](self, step, func)
-        try:
-            functools.update_wrapper(wrapped, func, updated=("__dict__",) if inspect.isroutine(func) else ())
-        except AttributeError:
-            pass  # A partial has no name, but a signature.
-        try:
-            wrapped.__signature__ = inspect.signature(func)  # type: ignore[attr-defined]
-        except (TypeError, ValueError):
-            pass
-        return cast("Callable[P, R]", self.mark(wrapped))
+        # inspect.signature() follows __wrapped__. A __signature__ would hold `self`, and those who wrap a method copy it.
+        functools.update_wrapper(wrapped, func, updated=("__dict__",) if inspect.isroutine(func) else ())
+        return cast("Callable[P, R]", self.mark(wrapped, step.contract))
 
     def call(self, step: GuardedStep, func: Callable[..., R], *args: Any, **kwargs: Any) -> R:
         """Call a function once as a step, for code that creates steps dynamically."""
