@@ -12,6 +12,8 @@ import json
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from stroma.adapters._releases import import_error, warn_if_untested
+
 try:
     from agent_framework import (
         AgentMiddleware,
@@ -21,14 +23,14 @@ try:
         ResponseStream,
     )
 except ImportError as error:
-    raise ImportError(
-        "agent-framework-core is required for its adapter; install it with: pip install 'stroma[agent-framework]'"
-    ) from error
+    raise import_error("agent-framework", error) from error
 
 from stroma.adapters._state_views import newest_of
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for, what_stopped
 from stroma.cost.usage import Usage
+
+warn_if_untested("agent-framework")
 
 __all__ = ["stroma_middleware"]
 

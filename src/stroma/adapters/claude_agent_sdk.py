@@ -14,16 +14,18 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+from stroma.adapters._releases import import_error, warn_if_untested
+
 try:
     from claude_agent_sdk import ClaudeAgentOptions, ResultMessage, query
 except ImportError as error:
-    raise ImportError(
-        "claude-agent-sdk is required for its adapter; install it with: pip install 'stroma[claude-agent-sdk]'"
-    ) from error
+    raise import_error("claude-agent-sdk", error) from error
 
 from stroma.adapters.guard import Contracts, Guard, what_stopped
 from stroma.cost.usage import usage_from
 from stroma.engine.execution import current_run
+
+warn_if_untested("claude-agent-sdk")
 
 __all__ = ["guarded_query", "guarded_tools"]
 

@@ -14,13 +14,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from stroma.adapters._releases import import_error, warn_if_untested
+
 try:
     from crewai import BaseLLM, Crew
     from crewai.flow.flow import Flow
 except ImportError as error:
-    raise ImportError(
-        "crewai is required for its adapter (on Python before 3.14); install it with: pip install 'stroma[crewai]'"
-    ) from error
+    raise import_error("crewai", error) from error
 
 from stroma.adapters._delegation import guard_methods
 from stroma.adapters._discovery import marked, marks_of
@@ -31,6 +31,8 @@ from stroma.contracts.node import stroma_node as stroma_crewai_step
 from stroma.cost.usage import Usage
 from stroma.engine.execution import current_node
 from stroma.runner.runner import StromaRunner
+
+warn_if_untested("crewai")
 
 __all__ = ["CrewAIAdapter", "attach", "guard_llm", "stroma_crewai_step"]
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from stroma.adapters._releases import import_error, warn_if_untested
+
 try:
     from langgraph.prebuilt import ToolNode
 
     from stroma.adapters.langgraph import attach_steps
 except ImportError as error:
-    raise ImportError(
-        "deepagents is required for its adapter; install it with: pip install 'stroma[deepagents]'"
-    ) from error
+    raise import_error("deepagents", error) from error
 
 from stroma.adapters._discovery import marked, marks_of
 from stroma.adapters.guard import Guard
@@ -24,6 +24,8 @@ from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import stroma_node as stroma_deepagents_node
 from stroma.cost.tracker import CostTracker
 from stroma.runner.runner import StromaRunner
+
+warn_if_untested("deepagents")
 
 __all__ = ["DeepAgentsAdapter", "stroma_deepagents_node"]
 

@@ -13,20 +13,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from stroma.adapters._releases import import_error, warn_if_untested
+
 try:
     import dspy
     from dspy.streaming.messages import StatusMessage
     from dspy.utils.usage_tracker import UsageTracker
 except ImportError as error:
-    raise ImportError(
-        "dspy is required for its adapter; install it with: pip install 'stroma[dspy]'"
-    ) from error
+    raise import_error("dspy", error) from error
 
 from stroma.adapters._delegation import guard_methods, own_method
 from stroma.adapters._step import mark_published
 from stroma.adapters.guard import Contracts, Guard
 from stroma.cost.usage import usage_from
 from stroma.engine.execution import current_node
+
+warn_if_untested("dspy")
 
 __all__ = ["attach"]
 

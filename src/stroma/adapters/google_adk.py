@@ -12,6 +12,8 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+from stroma.adapters._releases import import_error, warn_if_untested
+
 try:
     from google.adk.agents import LlmAgent
     from google.adk.models import LLMRegistry
@@ -19,14 +21,14 @@ try:
     from google.adk.tools.base_toolset import BaseToolset
     from google.adk.tools.function_tool import FunctionTool
 except ImportError as error:
-    raise ImportError(
-        "google-adk is required for its adapter; install it with: pip install 'stroma[google-adk]'"
-    ) from error
+    raise import_error("google-adk", error) from error
 
 from stroma.adapters._state_views import arguments_of, newest_of
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage
+
+warn_if_untested("google-adk")
 
 __all__ = ["attach", "each_run"]
 

@@ -53,6 +53,7 @@ R = TypeVar("R")
 
 #: Where a guarded callable keeps its guard.
 _GUARD: Final = "_stroma_guarded"
+_CONTRACT: Final = "_stroma_guarded_contract"
 #: How a callable is called: as a function, a coroutine function, a generator function or an async one.
 Kind: TypeAlias = Literal["call", "acall", "stream", "astream"]
 #: Contracts by the name that a framework has for a node or tool; a pair is the schemas of its input and output.
@@ -177,7 +178,6 @@ class Guard:
         return self._last.stopped
 
     @property
-    @property
     def unaccounted(self) -> int:
         """Tokens that a framework has counted in the current run, else in the last one that ended, and the guard has not.
 
@@ -193,6 +193,7 @@ class Guard:
         """
         self.current.compare_usage(framework, tokens)
 
+    @property
     def last(self) -> GuardedRun | None:
         """The run that ended last."""
         return self._last
@@ -266,14 +267,23 @@ class Guard:
         """Return a function of ``(state, ...)`` as a step: its input is its first argument."""
         return self.wrap(step_id, func, contract=contract, input_view=first_argument)
 
-    def mark(self, func: Any) -> Any:
-        """Mark a function as guarded by this guard."""
+    def mark(self, func: Any, contract: NodeContract[Any, Any] | None = None) -> Any:
+        """Mark a function as guarded by this guard, with a contract."""
         func.__dict__[_GUARD] = self
+        func.__dict__[_CONTRACT] = contract
         return func
 
-    def has(self, func: Any) -> bool:
-        """Return True if a function is guarded by this guard. Raises ValueError if another one guards it."""
+    def has(self, func: Any, contract: NodeContract[Any, Any] | None = None) -> bool:
+        """Return True if a function is guarded by this guard.
+
+        Raises ValueError if another guard guards it, or this one without the contract that it is to have.
+        """
         guard = getattr(func, _GUARD, None)
+        if contract is not None and guard is self and getattr(func, _CONTRACT, None) != contract:
+            raise ValueError(
+                f"{contract.node_id!r} is already attached to this guard, with another contract or without one; pass all "
+                "contracts when you attach it first, or create the object again"
+            )
         if guard is not None and guard is not self:
             raise ValueError(
                 f"{func!r} is already guarded by another guard; attach only one guard, or create the object again"

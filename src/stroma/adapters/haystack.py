@@ -11,19 +11,21 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from stroma.adapters._releases import import_error, warn_if_untested
+
 try:
     from haystack.core.errors import BreakpointException
     from haystack.core.pipeline.base import PipelineBase
 except ImportError as error:
-    raise ImportError(
-        "haystack-ai is required for its adapter; install it with: pip install 'stroma[haystack]'"
-    ) from error
+    raise import_error("haystack", error) from error
 
 from stroma.adapters._delegation import guard_methods
 from stroma.adapters._step import Control, copy_for_retries, mark_published
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage, UsageError, usage_from
+
+warn_if_untested("haystack")
 
 __all__ = ["attach"]
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from stroma.adapters._releases import import_error, warn_if_untested
+
 try:
     from langchain.agents.middleware import AgentMiddleware
     from langchain_core.messages import ToolMessage
@@ -19,12 +21,12 @@ try:
     from stroma.adapters._langchain_usage import counting
     from stroma.adapters.langgraph import attach_steps, control
 except ImportError as error:
-    raise ImportError(
-        "langchain is required for its adapter; install it with: pip install 'stroma[langchain]'"
-    ) from error
+    raise import_error("langchain", error) from error
 
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
+
+warn_if_untested("langchain")
 
 __all__ = ["StromaMiddleware"]
 

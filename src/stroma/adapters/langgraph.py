@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
+
+from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
     from langchain_core.runnables import RunnableConfig
@@ -20,9 +22,7 @@ try:
     from langgraph.graph.state import StateGraph
     from langgraph.pregel import Pregel
 except ImportError as error:
-    raise ImportError(
-        "langgraph is required for its adapter; install it with: pip install 'stroma[langgraph]'"
-    ) from error
+    raise import_error("langgraph", error) from error
 
 from stroma.adapters._discovery import marked, marks_of
 from stroma.adapters._langchain_messages import update
@@ -33,24 +33,30 @@ from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import stroma_node as stroma_langgraph_node
 from stroma.runner.runner import StromaRunner
 
+warn_if_untested("langgraph")
+
 __all__ = ["LangGraphAdapter", "attach", "stroma_langgraph_node"]
 
+G = TypeVar("G")
 
-def attach(graph: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
+
+def attach(graph: G, guard: Guard, contracts: Contracts | None = None) -> G:
     """Make every node of a StateGraph, or of a compiled graph, a step of ``guard``; return the graph.
 
     ``contracts``: by the names that the graph has for its nodes; input is the state that a node gets, output its update.
     A call of the graph is a run, unless one of the guard is under way. Raises UnknownNode for a contract of no node, and
     ValueError for an ``@entrypoint``, which counts its tasks and interrupts as it runs and cannot be called again.
     """
-    if "__previous__" in getattr(graph, "channels", ()):
+    target: Any = graph
+    if "__previous__" in getattr(target, "channels", ()):
         raise ValueError(
             "an @entrypoint has tasks in place of nodes; guard their functions, below @task: task(guard.wrap(name, func)), "
             "and call it in `with guard.run():`"
         )
-    names = [name for name in graph.nodes if not name.startswith("__")]
+    names = [name for name in target.nodes if not name.startswith("__")]
     by_name = guard.contracts(contracts, names, "node")
-    return attach_steps(graph, guard, {name: (name, by_name.get(name)) for name in names})
+    attach_steps(target, guard, {name: (name, by_name.get(name)) for name in names})
+    return graph
 
 
 def attach_steps(
@@ -60,7 +66,7 @@ def attach_steps(
     for name, (step_id, contract) in steps.items():
         node = graph.nodes[name]
         inner = node.bound if isinstance(graph, Pregel) else node.runnable
-        if guard.has(getattr(inner, "func", None)):
+        if guard.has(getattr(inner, "func", None), contract):
             continue  # It was attached before it was compiled.
         step = guarded(inner, guard, step_id, contract)
         if isinstance(graph, Pregel):
@@ -149,7 +155,7 @@ def guarded(inner: Any, guard: Guard, step_id: str, contract: NodeContract[Any, 
     async def afunc(state: Any, config: RunnableConfig) -> Any:
         return await astep(state, config, copy_for_retries(state))
 
-    guard.mark(func)
+    guard.mark(func, contract)
     return RunnableCallable(
         func, afunc, name=getattr(inner, "name", None) or step_id, trace=False, recurse=False
     )

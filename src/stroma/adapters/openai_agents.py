@@ -13,6 +13,8 @@ import dataclasses
 import json
 from typing import Any
 
+from stroma.adapters._releases import import_error, warn_if_untested
+
 try:
     from agents import Agent, FunctionTool, Model, ModelProvider, MultiProvider, RunConfig, Runner
     from agents.exceptions import (
@@ -23,15 +25,15 @@ try:
     )
     from agents.tool import maybe_invoke_function_tool_failure_error_function
 except ImportError as error:
-    raise ImportError(
-        "openai-agents is required for its adapter; install it with: pip install 'stroma[openai-agents]'"
-    ) from error
+    raise import_error("openai-agents", error) from error
 
 from stroma.adapters._state_views import newest_of
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, what_stopped
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage, usage_from
+
+warn_if_untested("openai-agents")
 
 __all__ = ["GuardedModel", "GuardedProvider", "GuardedRunner", "attach"]
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from stroma.adapters._releases import import_error, warn_if_untested
+
 try:
     from pydantic_ai import Agent, ModelRetry, exceptions
     from pydantic_ai.capabilities import AbstractCapability
     from pydantic_ai.models.wrapper import WrapperModel
 except ImportError as error:
-    raise ImportError(
-        "pydantic-ai is required for its adapter; install it with: pip install 'stroma[pydantic-ai]'"
-    ) from error
+    raise import_error("pydantic-ai", error) from error
 
 from pydantic import BaseModel
 
@@ -26,6 +26,8 @@ from stroma.adapters._state_views import newest_of, violation
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
 from stroma.cost.usage import Usage
+
+warn_if_untested("pydantic-ai")
 
 __all__ = ["StromaCapability"]
 

@@ -1,0 +1,77 @@
+"""The releases of frameworks that the adapters are tested with."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final
+
+__all__ = ["RELEASES", "import_error", "warn_if_untested"]
+
+#: By extra: the distribution, its lowest release, and the one below which it has to be. pyproject.toml has the same.
+RELEASES: Final = {
+    "agent-framework": ("agent-framework-core", "1.0", "2"),
+    "claude-agent-sdk": ("claude-agent-sdk", "0.2.100", "0.3"),
+    "crewai": ("crewai", "1.13", "2"),
+    "deepagents": ("deepagents", "0.6", "0.8"),
+    "dspy": ("dspy", "2.6.27", "4"),
+    "google-adk": ("google-adk", "1.39", "3"),
+    "haystack": ("haystack-ai", "2.31", "4"),
+    "langchain": ("langchain", "1.2.18", "2"),
+    "langgraph": ("langgraph", "1.0.10", "2"),
+    "openai-agents": ("openai-agents", "0.20", "0.25"),
+    "pydantic-ai": ("pydantic-ai-slim", "1.107", "3"),
+}
+_NEEDS: Final = {"crewai": " (on Python before 3.14)"}
+
+
+def import_error(extra: str, error: ImportError) -> ImportError:
+    """Return the error for a framework that could not be imported: it is missing, or is another release."""
+    name = RELEASES[extra][0]
+    installed = _installed(name)
+    if installed is None:
+        return ImportError(
+            f"{name} is required for its adapter{_NEEDS.get(extra, '')}; install it with: pip install 'stroma[{extra}]'"
+        )
+    if _is_tested(extra, installed):
+        return ImportError(
+            f"{name} {installed} is installed, and a module that its adapter needs could not be imported: {error}"
+        )
+    return ImportError(
+        f"{name} {installed} is installed, and its adapter supports {_range(extra)} ({error}); use one of these releases"
+    )
+
+
+def warn_if_untested(extra: str) -> None:
+    """Warn of an installed release that the adapter was not tested with: what it guards there is not known."""
+    name = RELEASES[extra][0]
+    installed = _installed(name)
+    if installed is not None and not _is_tested(extra, installed):
+        warnings.warn(
+            f"{name} {installed} is installed, and its adapter supports {_range(extra)}: calls may not be guarded; use "
+            "one of these releases",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _range(extra: str) -> str:
+    name, lowest, below = RELEASES[extra]
+    return f"{name}>={lowest},<{below}"
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _is_tested(extra: str, installed: str) -> bool:
+    _, lowest, below = RELEASES[extra]
+    return _numbers(lowest) <= _numbers(installed) < _numbers(below)
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", release.partition("+")[0]))
