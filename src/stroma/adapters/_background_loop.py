@@ -10,14 +10,43 @@ import asyncio
 import contextvars
 import os
 import threading
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, TypeAlias, TypeVar
 
-__all__ = ["Turn", "hand_back", "run_in_background", "start_in_background"]
+__all__ = [
+    "Changes",
+    "Turn",
+    "applied",
+    "changes_since",
+    "hand_back",
+    "run_in_background",
+    "start_in_background",
+]
 
 T = TypeVar("T")
+#: Context variables with the values that they were set to.
+Changes: TypeAlias = Sequence[tuple[contextvars.ContextVar[Any], Any]]
 _MISSING = object()
+
+
+def changes_since(base: contextvars.Context) -> Changes:
+    """Return what was set in this context, and not in the one that it was copied from."""
+    now = contextvars.copy_context()
+    return [(var, value) for var, value in now.items() if base.get(var, _MISSING) is not value]
+
+
+@contextmanager
+def applied(changes: Changes) -> Iterator[None]:
+    """Apply changes of another context to the code inside."""
+    tokens = [(var, value, var.set(value)) for var, value in changes]
+    try:
+        yield
+    finally:
+        for var, value, token in reversed(tokens):
+            if var.get() is value:  # Else the code inside has set it, and its caller shall see that.
+                with suppress(ValueError):  # It is closed in another context.
+                    var.reset(token)
 
 
 class _Loop:
@@ -64,19 +93,11 @@ class Turn:
         self._loop = asyncio.get_running_loop()
         self._future: asyncio.Future[tuple[Any, BaseException | None]] = self._loop.create_future()
         # Spans and the current node, set by the engine and by hooks in a task of their own.
-        now = contextvars.copy_context()
-        self._changes = [(var, value) for var, value in now.items() if base.get(var, _MISSING) is not value]
+        self._changes = changes_since(base)
 
-    @contextmanager
-    def here(self) -> Iterator[None]:
+    def here(self) -> AbstractContextManager[None]:
         """Apply the context of the engine's task to the call inside."""
-        tokens = [(var, value, var.set(value)) for var, value in self._changes]
-        try:
-            yield
-        finally:
-            for var, value, token in reversed(tokens):
-                if var.get() is value:  # Else the function has set it, and its caller shall see that.
-                    var.reset(token)
+        return applied(self._changes)
 
     def settle(self, value: Any, error: BaseException | None) -> None:
         """Set the outcome of the call. Safe to call from any thread."""

@@ -293,6 +293,7 @@ class Call:
             # The journal records the view of the output, not the object that the caller needs.
             restores=False,
             role=step.role,
+            is_called=True,
         )
         outcome = await execute(ctx, Node(step.step_id, perform, None, False, True, step.plan), state, place)
         if isinstance(outcome, Halt):
@@ -310,7 +311,6 @@ class Call:
         if execution is None or (execution.effect is not None and execution.effect.is_stated):
             self.value, self.error = held_by(output), None
 
-    def _stream_result(self, value: Any) -> Any:
     def seen_input(self) -> Any:
         """Return what contracts, hooks and the journal see of the arguments."""
         return self._view("input", self.step.input_view, self.args, self.kwargs)
@@ -332,6 +332,7 @@ class Call:
             )
             return None
 
+    def _stream_result(self, value: Any) -> Any:
         if self.step.collect is not None:
             return self._view("result", self.step.collect, self.chunks or [])
         if self.chunks is not None:

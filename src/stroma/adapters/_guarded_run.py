@@ -7,14 +7,14 @@ import concurrent.futures
 import hashlib
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar, Token
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar, Token, copy_context
 from functools import partial
 from typing import Any, Final, Protocol, Self
 
 from pydantic import BaseModel
 
-from stroma.adapters._background_loop import run_in_background
+from stroma.adapters._background_loop import Changes, applied, changes_since, run_in_background
 from stroma.adapters._guarded_call import Call
 from stroma.adapters._state_views import given_to
 from stroma.adapters._step import Halts, count_tokens, find_halt
@@ -92,6 +92,9 @@ class GuardedRun:
         self._has_cancelled_task = False
         self._cancelling_at_entry = 0
         self._token: Token[tuple[GuardedRun, ...]] | None = None
+        #: What hooks have set for the code of the run, its span above all, and what undoes that in the caller's context.
+        self._changes: Changes = ()
+        self._applied = ExitStack()
 
     @property
     def stopped(self) -> Failure | None:
@@ -109,9 +112,6 @@ class GuardedRun:
         if known is None or known.failure.exception is not halt.failure.exception:
             self._stopping = halt
 
-    # ------------------------------------------------------------------ cancellation
-
-    def cancel(self) -> None:
     def compare_usage(self, framework: str, tokens: int) -> None:
         """Compare a framework's own count of tokens with that of the guard; log a warning if the guard has counted less.
 
@@ -139,6 +139,9 @@ class GuardedRun:
             framework, tokens, place, counted, missing,
         )  # fmt: skip
 
+    # ------------------------------------------------------------------ cancellation
+
+    def cancel(self) -> None:
         """Cancel the run, from any thread: no further step starts, and a running async one is cancelled."""
         self.cancelling = self.ctx.cancelled = True
         loop = self._loop
@@ -230,6 +233,12 @@ class GuardedRun:
                 self._opening = None
                 own.set_result(None)
 
+    async def _open_apart(self) -> None:
+        """Start the run in a context of its own, and note what hooks set there."""
+        base = copy_context()
+        await self.open()
+        self._changes = changes_since(base)
+
     async def _open(self, first: Call | None) -> None:
         ctx = self.ctx
         value = self._input
@@ -305,13 +314,14 @@ class GuardedRun:
         """Make the calls inside belong to this run, without a start or an end of it."""
         token = ACTIVE.set((*ACTIVE.get(), self))
         try:
-            yield
+            with applied(self._changes):
+                yield
         finally:
             _reset(token)
 
     def over(self, start: Callable[[], Iterable[Any]]) -> Generator[Any, None, Any]:
         """Iterate over ``start()`` inside this run, which ends with it. Use it in place of ``with``."""
-        run_in_background(self.open())
+        run_in_background(self._open_apart())
         self._register()
         raised: BaseException | None = None
         source: Any = None
@@ -337,7 +347,8 @@ class GuardedRun:
 
     async def aover(self, start: Callable[[], AsyncIterable[Any]]) -> AsyncIterator[Any]:
         """Do the same as :meth:`over` for an async iterator."""
-        await self.open()
+        # Not in the context of the caller, who has the parts: the run is around the framework's code alone.
+        await asyncio.get_running_loop().create_task(self._open_apart())
         self._register()
         raised: BaseException | None = None
         source: Any = None
@@ -387,12 +398,14 @@ class GuardedRun:
     def _leave(self) -> None:
         if self in self.guard.open_runs:
             self.guard.open_runs.remove(self)
+        self._applied.close()
         if self._token is not None:
             _reset(self._token)
 
     def __enter__(self) -> Self:
-        run_in_background(self.open())
+        run_in_background(self._open_apart())
         self._enter()
+        self._applied.enter_context(applied(self._changes))
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:

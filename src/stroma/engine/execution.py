@@ -77,6 +77,8 @@ class NodeExecution:
     misreported: UsageError | None = None
     #: What it is to the framework that calls it: "tool" or "agent"; None for any other node.
     role: str | None = None
+    #: Code calls it through a guard, in the context of the caller: the span that is current there is the one around it.
+    is_called: bool = False
     #: Its calls, an Effect of stroma.engine.effects, once it is known to be one.
     effect: Any = None
     _notes: dict[Any, Any] | None = None

@@ -73,7 +73,7 @@ async def execute_in_turn(
     one before, or ends its task.
     """
     # One coroutine for all nodes of a run, since it costs as much as the loop itself.
-    first, branch, kind, parent, contract, step, cancelling, restores, role = place
+    first, branch, kind, parent, contract, step, cancelling, restores, role, is_called = place
     task = asyncio.current_task()
     attempt = NodeAttempt(ctx)
     for position, node in enumerate(nodes, first):
@@ -103,6 +103,8 @@ async def execute_in_turn(
             return await _without_plan(ctx, run, node, value, error)
         if step is not None:
             run.step = step
+        if is_called:
+            run.is_called = True
             if role is not None:
                 run.role = role
         CURRENT.set(run)

@@ -78,7 +78,7 @@ class Place(NamedTuple):
         contract: precedes the registry, which precedes the marker.
         cancelling: the running task's count of cancellations when the driver began (0 in a task of its own), to tell a
             new one from a node's stray CancelledError.
-        role: see NodeExecution.
+        role, is_called: see NodeExecution.
         restores: return the output that is committed there already; otherwise the function is called all the same.
     """
 
@@ -91,6 +91,7 @@ class Place(NamedTuple):
     cancelling: int = 0
     restores: bool = True
     role: str | None = None
+    is_called: bool = False
 
 
 def refuse(run: NodeExecution, error: Exception) -> Halt:

@@ -268,7 +268,11 @@ class _Datadog(Observer):
 
     def _begin(self, node: NodeExecution, *, activate: bool) -> _DatadogNode:
         around = self.around(node)
-        above = self._tracer.current_trace_context() if around is None else around.span
+        above = self._tracer.current_trace_context()
+        if around is not None and not (
+            node.is_called and above is not None and above.trace_id == around.span.trace_id
+        ):
+            above = around.span  # Not the current span: see Observer.around().
         if node.ctx.elsewhere and node.ctx.traceparent is not None:
             above = _outer(node.ctx)
         span = self._tracer.start_span(

@@ -201,7 +201,8 @@ class Observer:
     def around(self, node: NodeExecution) -> Any:
         """Return the note of this exporter for the nearest group around a node, else for its run, or None.
 
-        Not the current span: the task of a child may have been created inside the span of its sibling.
+        Not the current span: the task of a child may have been created inside the span of its sibling. Only a step that code
+        calls through a guard (``node.is_called``) is under the span that is current there, if that is of the same trace.
         """
         parent = node.parent
         while parent is not None:

@@ -460,6 +460,8 @@ class _OpenTelemetry(Observer):
     def _begin(self, node: NodeExecution, start_ns: int | None = None) -> _NodeSpan:
         around = self.around(node)
         above = None if around is None else around.span
+        if above is not None and node.is_called:
+            above = self._current_below(above)
         parent = None if above is None else self._trace.set_span_in_context(above)
         what, ctx = "node", node.ctx
         if ctx.elsewhere:
@@ -480,6 +482,13 @@ class _OpenTelemetry(Observer):
         )
         node.notes[self] = record = _NodeSpan(span)
         return record
+
+    def _current_below(self, above: Span) -> Span:
+        """Return the current span, such as the framework's own around a step; ``above`` where that is of another trace."""
+        current = self._trace.get_current_span()
+        about = current.get_span_context()
+        same = about.is_valid and about.trace_id == above.get_span_context().trace_id
+        return current if same else above
 
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
         usage = node.usage

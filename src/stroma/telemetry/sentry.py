@@ -426,7 +426,10 @@ class _Sentry(Observer):
             scope.set_client(self._client)
         scope.set_tag("stroma.node", node.node_id)
         around = self.around(node)
-        above = above if around is None else around.span
+        if around is not None and not (
+            node.is_called and getattr(above, "trace_id", above) == getattr(around.span, "trace_id", None)
+        ):
+            above = around.span  # Not the current span: see Observer.around().
         op, traceparent = "gen_ai.execute_tool", None
         if node.ctx.elsewhere:
             traceparent, above = node.ctx.outer_trace(self.system), None

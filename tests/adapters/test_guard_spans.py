@@ -1,0 +1,106 @@
+"""Spans of guarded steps among those of the framework that calls them: one trace, one tree."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from stroma import StromaRunner
+from stroma.adapters import Guard
+from stroma.telemetry import otel_hooks
+
+
+class Spans:
+    """A guard and a framework with one provider; what they send."""
+
+    def __init__(self) -> None:
+        self.exporter, provider = InMemorySpanExporter(), TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(self.exporter))
+        self.framework = provider.get_tracer("framework")
+        self.guard = Guard(StromaRunner.quick(hooks=otel_hooks(tracer=provider)))
+
+    @property
+    def parents(self) -> dict[str, str | None]:
+        """Return the name of the span around each, if it is of the same trace."""
+        spans = self.exporter.get_finished_spans()
+        assert len({span.context.trace_id for span in spans}) == 1, "more than one trace"
+        names = {span.context.span_id: span.name for span in spans}
+        return {span.name: None if span.parent is None else names[span.parent.span_id] for span in spans}
+
+
+TREE = {
+    "invoke_workflow pipeline": None,
+    "framework.run": "invoke_workflow pipeline",
+    "stroma.node agent": "framework.run",
+    "framework.chat": "stroma.node agent",
+    "stroma.node model": "framework.chat",
+}
+
+
+@pytest.mark.parametrize("kind", ["with", "async with", "over", "aover"])
+def test_a_run_and_its_steps_stand_in_the_framework_s_own_trace(kind: str) -> None:
+    """One trace, one tree: ``guard.run()`` makes its span current, and a step opens under the span that is current."""
+    spans = Spans()
+    guard, span = spans.guard, spans.framework.start_as_current_span
+    model: Any = guard.wrap("model", lambda: "answer")
+
+    @guard.step("agent")
+    def agent() -> str:
+        with span("framework.chat"):
+            return str(model())
+
+    def parts() -> Iterator[str]:
+        with span("framework.run"):
+            answer = agent()
+        yield answer
+        yield "end"
+
+    async def aparts() -> Any:
+        for part in parts():
+            yield part
+
+    async def main() -> None:
+        if kind == "async with":
+            async with guard.run():
+                list(parts())
+        else:
+            async for _ in guard.aover(aparts):
+                assert not trace.get_current_span().get_span_context().is_valid, "it is the caller's code"
+
+    if kind == "with":
+        with guard.run():
+            list(parts())
+    elif kind == "over":
+        for _ in guard.over(parts):
+            assert not trace.get_current_span().get_span_context().is_valid, "it is the caller's code"
+    else:
+        asyncio.run(main())
+    assert spans.parents == TREE
+    assert not trace.get_current_span().get_span_context().is_valid, "the run has ended"
+
+
+def test_a_step_in_a_thread_without_context_stands_under_its_run() -> None:
+    """Frameworks begin threads of their own: no step there begins a trace."""
+    spans = Spans()
+    model = spans.guard.wrap("model", lambda: "answer")
+
+    def work() -> None:
+        with spans.framework.start_as_current_span("of another trace"):
+            model()
+
+    with spans.guard.run():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    finished = {span.name: span for span in spans.exporter.get_finished_spans()}
+    parent = finished["stroma.node model"].parent
+    assert parent is not None
+    assert parent.span_id == finished["invoke_workflow pipeline"].context.span_id
