@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stroma import FailureClass, FailurePolicy, NodeHooks, StromaRunner, current_node
+from stroma import FailureClass, FailurePolicy, NodeHooks, RunStatus, StromaRunner, current_node
 from stroma.adapters import Guard
 from stroma.trace import ExecutionResult
 
@@ -104,6 +104,13 @@ class Seen:
             self.lines.append(f"{event} {' < '.join(names)}")
 
         return hook
+
+
+def spent(seen: Seen, guard: Guard) -> tuple[int, int]:
+    """Return how many runs ended, all of them as completed and without a token that is not accounted for, and their tokens."""
+    assert {result.status for result in seen.results} == {RunStatus.COMPLETED}
+    assert guard.unaccounted == 0
+    return len(seen.results), sum(result.total_tokens for result in seen.results)
 
 
 def guard_of(seen: Seen | None = None, **config: Any) -> Guard:

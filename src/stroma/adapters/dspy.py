@@ -8,10 +8,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final, TypeVar
 
 from stroma.adapters._releases import import_error, warn_if_untested
 
@@ -22,43 +24,64 @@ try:
 except ImportError as error:
     raise import_error("dspy", error) from error
 
-from stroma.adapters._delegation import guard_methods, own_method
+from stroma.adapters._background_loop import Changes, applied
+from stroma.adapters._delegation import guard_methods, wrap_method
+from stroma.adapters._guarded_run import ACTIVE
 from stroma.adapters._step import mark_published
 from stroma.adapters.guard import Contracts, Guard
+from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import usage_from
+from stroma.engine.current import CURRENT
 from stroma.engine.execution import current_node
 
 warn_if_untested("dspy")
 
 __all__ = ["attach"]
 
+T = TypeVar("T")
+_METHODS: Final = ("forward", "aforward")
 
-def attach(program: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
+
+def attach(program: T, guard: Guard, contracts: Contracts | None = None) -> T:
     """Make a step of a program, by the name of its class, and of each predictor in it; changes it and returns it.
 
     ``contracts``: by the names that ``program.named_predictors()`` gives, or that of the class; input is the keyword
-    arguments, output the prediction's fields. Each call of the program is a run. Raises UnknownNode for a contract of none.
+    arguments, output the prediction's fields. Each call of the program, or of a copy of it, is a run, and guards the
+    predictors that were added since. Raises UnknownNode for a contract of none.
     """
-    own = type(program).__name__
-    steps = {
-        own: program,
-        **{name: predictor for name, predictor in program.named_predictors() if predictor is not program},
-    }
-    by_name = guard.contracts(contracts, steps, "predictor")
-    for name, module in steps.items():
-        about: Any = {
-            "contract": by_name.get(name),
-            "input_view": lambda _, kwargs: kwargs,
-            "output_view": _fields,
-        }
-        guard_methods(module, ("forward", "aforward"), guard, name, _counted, **about)
-    for name in ("forward", "aforward"):
-        method = own_method(program, name)
-        if method is not None and not hasattr(method, "_stroma_run"):
-            run = guard.each_call(method, lambda _, kwargs: kwargs)
-            run.__dict__["_stroma_run"] = True
-            object.__setattr__(program, name, run)
+    target: Any = program
+    own = type(target).__name__
+    by_name = guard.contracts(contracts, {own, *(name for name, _ in target.named_predictors())}, "predictor")
+    _guard_predictors(target, guard, own, by_name)
+
+    def renewed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            _guard_predictors(self, guard, own, by_name)
+            return call(self, *args, **kwargs)
+
+        async def aforward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            _guard_predictors(self, guard, own, by_name)
+            return await call(self, *args, **kwargs)
+
+        run = functools.wraps(call)(aforward if inspect.iscoroutinefunction(call) else forward)
+        return guard.each_call(run, lambda _, kwargs: kwargs)
+
+    for name in _METHODS:
+        wrap_method(target, name, guard, renewed)
     return program
+
+
+def _guard_predictors(
+    program: Any, guard: Guard, own: str, contracts: dict[str, NodeContract[Any, Any]]
+) -> None:
+    steps = {own: program}
+    steps.update((name, each) for name, each in program.named_predictors() if each is not program)
+    for name, module in steps.items():
+        about: Any = {"contract": contracts.get(name), "output_view": _fields}
+        guard_methods(module, _METHODS, guard, name, _counted, input_view=lambda _, kwargs: kwargs, **about)
+        if module is not program:
+            for method in _METHODS:
+                wrap_method(module, method, guard, _in_context)
 
 
 def _counted(bare: Any) -> Any:
@@ -78,6 +101,8 @@ class _Tracker(UsageTracker):
 
     def __init__(self) -> None:
         super().__init__()
+        #: The step here, and the runs, for the threads that DSPy starts: they get its settings, and no context.
+        self.context: Changes = [(ACTIVE, ACTIVE.get()), (CURRENT, current_node())]
         outer = dspy.settings.usage_tracker
         #: The one of the user's, around all steps.
         self.users: Any = outer.users if isinstance(outer, _Tracker) else outer
@@ -86,6 +111,31 @@ class _Tracker(UsageTracker):
         super().add_usage(lm, usage_entry)
         if self.users is not None:
             self.users.add_usage(lm, usage_entry)
+
+
+    def __deepcopy__(self, memo: Any) -> _Tracker:
+        """Return a tracker for a thread of DSPy's: it has a copy of the user's, and counts for the same step."""
+        copied = copy.copy(self)
+        copied.users = copy.deepcopy(self.users, memo)
+        return copied
+
+
+def _in_context(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that belongs to the step around it, in a thread without the context of that, too."""
+
+    def changes() -> Changes:
+        tracker = dspy.settings.usage_tracker
+        return tracker.context if isinstance(tracker, _Tracker) and not ACTIVE.get() else ()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with applied(changes()):
+            return call(*args, **kwargs)
+
+    async def aforward(*args: Any, **kwargs: Any) -> Any:
+        with applied(changes()):
+            return await call(*args, **kwargs)
+
+    return functools.wraps(call)(aforward if inspect.iscoroutinefunction(call) else forward)
 
 
 class _PublishingStream:

@@ -8,18 +8,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
     from haystack.core.errors import BreakpointException
     from haystack.core.pipeline.base import PipelineBase
+    from haystack.tools import ComponentTool, Toolset
 except ImportError as error:
     raise import_error("haystack", error) from error
 
-from stroma.adapters._delegation import guard_methods
+from stroma.adapters._delegation import guard_methods, wrap_method
 from stroma.adapters._step import Control, copy_for_retries, mark_published
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
@@ -29,58 +33,103 @@ warn_if_untested("haystack")
 
 __all__ = ["attach"]
 
+T = TypeVar("T")
 
-def attach(pipeline: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
-    """Make steps of the components of a pipeline, of pipelines inside it too; changes it and returns it.
+
+def attach(pipeline: T, guard: Guard, contracts: Contracts | None = None) -> T:
+    """Make steps of the components of a pipeline, and of what is inside them; changes it and returns it.
 
     ``contracts``: by the names that the pipeline has for its components; input is what goes into one, output what comes
-    out. Each run of the pipeline is a run of the guard. Raises UnknownNode for a contract of no component.
+    out. Each run of the pipeline is a run of the guard, and guards the components that were added since. Raises UnknownNode
+    for a contract of no component.
     """
-    nodes = pipeline.graph.nodes(data="instance")
-    by_name = guard.contracts(contracts, [name for name, _ in nodes], "component")
-    for name, component in nodes:
-        _guard_component(component, guard, name, by_name.get(name))
+    target: Any = pipeline
+    by_name = guard.contracts(contracts, target.graph.nodes, "component")
+    _guard_components(target, guard, by_name)
+
+    def renewed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            _guard_components(self, guard, by_name)
+            return call(self, *args, **kwargs)
+
+        async def arun(self: Any, *args: Any, **kwargs: Any) -> Any:
+            _guard_components(self, guard, by_name)
+            return await call(self, *args, **kwargs)
+
+        return guard.each_call(functools.wraps(call)(arun if inspect.iscoroutinefunction(call) else run), _data)
+
+    def over(parts: Callable[..., Any]) -> Callable[..., Any]:
+        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+            _guard_components(self, guard, by_name)
+            return guard.aover(lambda: parts(self, *args, **kwargs), _data((self, *args), kwargs))
+
+        return generate
+
     for name in ("run", "run_async"):
-        method = getattr(pipeline, name, None)
-        if method is not None and not guard.has(method):
-            setattr(pipeline, name, guard.each_call(method, _data))
-    parts = getattr(pipeline, "run_async_generator", None)
-    if parts is not None and not guard.has(parts):
-        over = lambda *args, **kwargs: guard.aover(lambda: parts(*args, **kwargs), _data(args, kwargs))  # noqa: E731
-        pipeline.run_async_generator = guard.mark(over)
+        wrap_method(target, name, guard, renewed)
+    wrap_method(target, "run_async_generator", guard, over)
     return pipeline
 
 
+def _guard_components(pipeline: Any, guard: Guard, contracts: dict[str, NodeContract[Any, Any]]) -> None:
+    for name, component in pipeline.graph.nodes(data="instance"):
+        _guard_component(component, guard, name, contracts.get(name))
+
+
 def _guard_component(
-    component: Any, guard: Guard, name: str, contract: NodeContract[Any, Any] | None
+    component: Any, guard: Guard, name: str, contract: NodeContract[Any, Any] | None = None
 ) -> None:
-    inner = getattr(component, "pipeline", None)
-    if isinstance(inner, PipelineBase):
-        attach(inner, guard)
-    generator = getattr(component, "chat_generator", None)
-    if generator is not None:  # An agent's.
-        _guard_component(generator, guard, f"{name}.chat_generator", None)
     passes = lambda error: Control("passed") if isinstance(error, BreakpointException) else None  # noqa: E731
     about: Any = {"input_view": lambda _, kwargs: kwargs, "usage": _used, "control": passes}
-    guard_methods(component, ("run", "run_async"), guard, name, _around, contract=contract, **about)
-    if getattr(component, "streaming_callback", None) is not None:
-        component.streaming_callback = _publishing(component.streaming_callback)
+    around = functools.partial(_around, guard)
+    guard_methods(component, ("run", "run_async"), guard, name, around, contract=contract, **about)
+    for attribute, value in list(vars(component).items()):
+        if not attribute.startswith("__"):
+            _guard_inside(value, guard, f"{name}.{attribute.removeprefix('_')}")
+    callback = vars(component).get("streaming_callback")
+    if callable(callback):
+        component.streaming_callback = _publishing(callback)
 
 
-def _around(bare: Any) -> Any:
+def _guard_inside(value: Any, guard: Guard, name: str) -> None:
+    """Guard what a component has inside: pipelines, components (an agent's generator) and components as tools."""
+    if isinstance(value, PipelineBase):
+        attach(value, guard)
+    elif isinstance(value, ComponentTool):
+        _guard_component(value._component, guard, value.name)
+    elif isinstance(value, Toolset):
+        _guard_inside(getattr(value, "tools", None), guard, name)
+    elif type(value) in (list, tuple):
+        for number, each in enumerate(value):
+            _guard_inside(each, guard, f"{name}.{number}")
+    elif hasattr(value, "__haystack_input__"):
+        _guard_component(value, guard, name)
+
+
+def _around(guard: Guard, bare: Any) -> Any:
     """Return a component's method with copies of its inputs for each attempt, and with a watched stream."""
 
     def inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
         inputs: dict[str, Any] = copy_for_retries(kwargs)
-        if inputs.get("streaming_callback") is not None:
-            inputs["streaming_callback"] = _publishing(inputs["streaming_callback"])
+        # Not the sentinel of a SuperComponent, which stands for the default of the component inside.
+        if callable(callback := inputs.get("streaming_callback")) and not isinstance(callback, type):
+            inputs["streaming_callback"] = _publishing(callback)
+        _guard_inside(inputs.get("tools"), guard, "tools")
         return inputs
 
+    def compared(result: Any) -> Any:
+        counted = result.get("token_usage") if isinstance(result, dict) else None  # An agent's.
+        if counted:
+            with contextlib.suppress(UsageError):
+                used = usage_from(counted)
+                guard.compare_usage("Haystack", used.input_tokens + used.output_tokens)
+        return result
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        return bare(*args, **inputs(kwargs))
+        return compared(bare(*args, **inputs(kwargs)))
 
     async def acall(*args: Any, **kwargs: Any) -> Any:
-        return await bare(*args, **inputs(kwargs))
+        return compared(await bare(*args, **inputs(kwargs)))
 
     return acall if inspect.iscoroutinefunction(bare) else call
 
@@ -97,7 +146,8 @@ def _publishing(callback: Any) -> Any:
         mark_published()
         return await callback(chunk)
 
-    wrapper = anotify if inspect.iscoroutinefunction(callback) else notify
+    # By its names Haystack stores it.
+    wrapper = functools.wraps(callback)(anotify if inspect.iscoroutinefunction(callback) else notify)
     wrapper.__dict__["_stroma_publishes"] = True
     return wrapper
 
@@ -117,4 +167,4 @@ def _used(result: Any) -> Usage | None:
 
 
 def _data(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return {"data": kwargs.get("data", args[0] if args else None)}
+    return {"data": kwargs.get("data", args[1] if len(args) > 1 else None)}

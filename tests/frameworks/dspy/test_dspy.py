@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionMessage
 from openai.types.chat.chat_completion import Choice
 from pydantic import BaseModel
 from tests.frameworks.contract import ANSWER, CALL, FrameworkContract, weather
-from tests.frameworks.kit import guard_of, holds, lines_of, result_of
+from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of, spent
 
 from stroma import (
     BudgetExceeded,
@@ -270,3 +271,121 @@ def test_dspy_makes_its_second_tries_as_ever() -> None:
         if guard is not None:
             assert lines_of(guard) == ["Writing success", "  write success 20", "  polish success 10"]
     assert events[0] == events[1] == ("fine", 3)
+
+
+# ---------------------------------------------------------------------- copies and threads
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, dspy.Module.deepcopy, dspy.Module.reset_copy])
+def test_a_copy_is_guarded_and_calls_itself(copying: Any) -> None:
+    """Copies rebind, as optimisers make them: a copy runs its own predictors, as steps of the same guard."""
+    guard = guard_of()
+    program = attach(Writing(), guard)
+    copied = copying(program)
+    copied.write.demos = [dspy.Example(question="which?", draft="that one")]
+    asked: list[Any] = []
+
+    class Asked(Script):
+        def forward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
+            asked.append(messages)
+            return super().forward(prompt, messages, **kwargs)
+
+    assert run(copied, Asked(*GOOD), "call").text == "fine"
+    assert "that one" in str(asked[0]), "the copy's own examples are used"
+    assert lines_of(guard) == ["Writing success", "  write success 10", "  polish success 10"]
+
+
+def test_an_optimised_program_is_guarded() -> None:
+    """BootstrapFewShot copies a program and tries it on examples: each call is a run, and all spend is counted."""
+    seen = Seen()
+    script = Script(*[{"draft": "rough"}, {"text": "fine"}] * 9)
+    trainset = [dspy.Example(question="why?", text="fine").with_inputs("question")] * 2
+    optimiser = dspy.BootstrapFewShot(metric=lambda example, prediction, _: example.text == prediction.text)
+    with dspy.context(lm=script, adapter=Plain()):
+        guard = guard_of(seen)
+        optimised = optimiser.compile(attach(Writing(), guard), trainset=trainset)
+        assert optimised.write.demos
+        optimised(question="why?")
+    assert spent(seen, guard) == (3, 10 * script.asked)
+
+
+def test_a_predictor_that_is_added_later_is_guarded() -> None:
+    """No predictor is left out in silence."""
+    guard = guard_of()
+    program = attach(Writing(), guard)
+    program.polish = dspy.Predict("draft -> text")
+    assert run(program, Script(*GOOD), "call").text == "fine"
+    assert lines_of(guard) == ["Writing success", "  write success 10", "  polish success 10"]
+
+
+class Provider(dspy.BaseLM):
+    """Answers each request of an agent and of its tools; writes each into a ledger of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__("openai/gpt-4o", cache=False, num_retries=0)
+        self.ledger: list[int] = []
+
+    def forward(self, prompt: Any = None, messages: Any = None, **_: Any) -> Any:
+        script, asked = Script(), str(messages[-1]["content"])
+        script.tokens = 10 + len(self.ledger) % 7
+        if "next_tool_name" in asked:
+            done = "observation_0" in asked
+            script.answers = [
+                {
+                    "next_thought": "so", "next_tool_name": "finish" if done else "compare",
+                    "next_tool_args": "{}" if done else '{"city": "Oslo"}',
+                }
+            ]  # fmt: skip
+        else:
+            script.answers = [{"reasoning": "so", "answer": "4 C", "draft": "cold"}]
+        self.ledger.append(script.tokens)
+        return script.forward(prompt, messages)
+
+    async def aforward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
+        return self.forward(prompt, messages, **kwargs)
+
+
+class Agent(dspy.Module):
+    """An agent whose tool asks two models in threads of DSPy's, which have no context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.judge = dspy.Predict("city -> draft")
+        self.react = dspy.ReAct("question -> answer", tools=[self.compare])
+
+    def compare(self, city: str) -> str:
+        """Compare two cities."""
+        parallel = dspy.Parallel(num_threads=2, disable_progress_bar=True)
+        pairs = [(self.judge, dspy.Example(city=name).with_inputs("city")) for name in (city, "Bergen")]
+        return " ".join(each.draft for each in parallel(pairs))
+
+    def forward(self, question: str) -> Any:
+        return self.react(question=question)
+
+    async def aforward(self, question: str) -> Any:
+        return await self.react.acall(question=question)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_agents_at_once_spend_what_the_provider_has_counted(kind: str) -> None:
+    """All spend is counted, to the token, in the run that it belongs to: of an agent, its tools and their threads."""
+    plain, provider, seen = Provider(), Provider(), Seen()
+    program = attach(Agent(), guard := guard_of(seen))
+
+    def ask(agent: Any, lm: Any) -> Any:
+        with dspy.context(lm=lm, adapter=Plain()):
+            return agent(question="why?").answer
+
+    async def main() -> list[Any]:
+        if kind == "call":
+            return await asyncio.gather(*(asyncio.to_thread(ask, program, provider) for _ in range(50)))
+        with dspy.context(lm=provider, adapter=Plain()):
+            answers = await asyncio.gather(*(program.acall(question="why?") for _ in range(50)))
+        return [answer.answer for answer in answers]
+
+    expected = ask(Agent(), plain)
+    assert set(asyncio.run(main())) == {expected}
+    assert len(provider.ledger) == 50 * len(plain.ledger)
+    assert spent(seen, guard) == (50, sum(provider.ledger))
+    for result in seen.results:
+        assert [event.node_id for event in result.trace.walk()].count("judge") == 2

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
-from haystack import Pipeline, component
+from haystack import Pipeline, SuperComponent, component
+from haystack.components.agents import Agent
+from haystack.components.generators.chat import OpenAIChatGenerator
+from haystack.components.generators.utils import print_streaming_chunk
 from haystack.components.routers import ConditionalRouter
 from haystack.core.errors import BreakpointException, PipelineRuntimeError
-from haystack.dataclasses import ChatMessage, StreamingChunk
+from haystack.dataclasses import ChatMessage, StreamingChunk, ToolCall
 from haystack.dataclasses.breakpoints import Breakpoint
+from haystack.dataclasses.streaming_chunk import StreamingCallbackT
+from haystack.tools import ComponentTool, Toolset
+from haystack.utils import Secret
 from tests.frameworks.contract import ANSWER, FrameworkContract, weather
-from tests.frameworks.kit import guard_of, holds, lines_of
+from tests.frameworks.kit import Seen, guard_of, holds, lines_of, spent, tree
 
 from stroma.adapters import Guard
 from stroma.adapters.haystack import attach
@@ -258,3 +265,152 @@ def test_a_breakpoint_comes_out_as_it_is() -> None:
         )
     assert script.asked == []
     assert lines_of(guard) == ["ask success"]
+
+
+# ---------------------------------------------------------------------- whole agents
+
+
+@component
+class Provider:
+    """Calls each of its tools at once, then answers; writes each request into a ledger of tokens."""
+
+    def __init__(self, ledger: list[int]) -> None:
+        self.ledger = ledger
+
+    @component.output_types(replies=list[ChatMessage])
+    def run(self, messages: list[ChatMessage], tools: Any = None, streaming_callback: Any = None) -> Any:
+        used = {"prompt_tokens": 10 + len(messages), "completion_tokens": len(self.ledger) % 7}
+        self.ledger.append(sum(used.values()))
+        meta = {"model": "gpt-4o", "usage": used}
+        if tools and not messages[-1].tool_call_results:
+            calls = [ToolCall(tool.name, {"text": "Oslo"}, id=tool.name) for tool in flatten(tools)]
+            return {"replies": [ChatMessage.from_assistant(tool_calls=calls, meta=meta)]}
+        return {"replies": [ChatMessage.from_assistant("4 C", meta=meta)]}
+
+    @component.output_types(replies=list[ChatMessage])
+    async def run_async(
+        self, messages: list[ChatMessage], tools: Any = None, streaming_callback: Any = None
+    ) -> Any:
+        if streaming_callback is not None:
+            await streaming_callback(StreamingChunk("4 C"))
+        return self.run(messages, tools)
+
+
+def flatten(tools: Any) -> list[Any]:
+    return [one for tool in tools for one in (flatten(tool) if isinstance(tool, Toolset) else [tool])]
+
+
+def tool_of(name: str, ledger: list[int]) -> ComponentTool:
+    """Return a pipeline with a model of its own as a tool."""
+    inner = Pipeline()
+    inner.add_component("ask", Ask())
+    inner.add_component("llm", Provider(ledger))
+    inner.connect("ask.messages", "llm.messages")
+    around = SuperComponent(
+        inner, input_mapping={"text": ["ask.text"]}, output_mapping={"llm.replies": "replies"}
+    )
+    return ComponentTool(around, name=name, description="Asks a model.")
+
+
+def agent_of(ledger: list[int], chunks: list[str], guard: Guard | None = None) -> Any:
+    """Return an agent in a pipeline: two tools with models inside, called in parallel, and streamed answers."""
+
+    async def chunk(chunk: StreamingChunk) -> None:
+        chunks.append(chunk.content)
+
+    tools = [tool_of("north", ledger), Toolset([tool_of("south", ledger)])]
+    pipeline = AsyncPipeline()
+    pipeline.add_component(
+        "agent", Agent(chat_generator=Provider(ledger), tools=tools, streaming_callback=chunk)
+    )
+    return pipeline if guard is None else attach(pipeline, guard)
+
+
+ASKED: dict[str, Any] = {"agent": {"messages": [ChatMessage.from_user("How warm is it?")]}}
+
+
+def test_fifty_agents_at_once_spend_what_the_provider_has_counted() -> None:
+    """All spend is counted, to the token: an agent's, and that of the components that it calls as tools, in parallel."""
+    plain, plain_chunks = list[int](), list[str]()
+    expected = run(agent_of(plain, plain_chunks), "run_async", ASKED)["agent"]["messages"][-1].text
+    ledger, chunks, seen = list[int](), list[str](), Seen()
+    pipeline = agent_of(ledger, chunks, guard := guard_of(seen))
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(*(pipeline.run_async(ASKED) for _ in range(50)))
+
+    assert {answer["agent"]["messages"][-1].text for answer in asyncio.run(main())} == {expected}
+    assert (len(ledger), len(chunks)) == (50 * len(plain), 50 * len(plain_chunks))
+    assert spent(seen, guard) == (50, sum(ledger))
+    nodes = {event.node_id for event in seen.results[0].trace.walk()}
+    assert nodes >= {"agent", "agent.chat_generator", "north", "south", "llm"}
+
+
+def test_a_tool_of_a_single_run_is_counted() -> None:
+    """A component that comes as a tool with the call is guarded as one that was there."""
+    ledger, seen = list[int](), Seen()
+    pipeline = agent_of(ledger, [], guard := guard_of(seen))
+    run(pipeline, "run_async", {"agent": {**ASKED["agent"], "tools": [tool_of("west", ledger)]}})
+    assert spent(seen, guard) == (1, sum(ledger))
+    assert "west" in {event.node_id for event in seen.results[0].trace.walk()}
+
+
+def test_a_component_that_is_added_later_is_guarded() -> None:
+    """No component is left out in silence: what is added after attach() is a step of the next run."""
+    guard = guard_of()
+    pipeline = attach(pipeline_of(Script("one")), guard)
+    pipeline.add_component("late", Script("two"))
+    pipeline.connect("llm.replies", "late.messages")
+    run(pipeline, "run")
+    assert lines_of(guard) == ["ask success", "llm success 10", "late success 10"]
+
+
+@pytest.mark.parametrize("copying", [copy.copy, copy.deepcopy])
+def test_a_copy_is_guarded_and_calls_itself(copying: Any) -> None:
+    """Copies rebind: a component's copy runs on its own attributes, as a step of the same guard."""
+    guard = guard_of()
+    pipeline = attach(pipeline_of(Script("one")), guard)
+    copied = copying(pipeline.get_component("llm"))
+    copied.answers = ["two"]
+    with guard.run() as made:
+        assert copied.run(messages=[])["replies"][0].text == "two"
+    assert made.result is not None
+    assert tree(made.result) == ["llm success 10"]
+    assert run(pipeline, "run")["llm"]["replies"][0].text == "one"
+
+
+KEY = Secret.from_env_var("NO_KEY")
+
+
+def test_a_component_is_stored_as_without_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a pipeline is written as does not change, a callback of its generator among it."""
+
+    monkeypatch.setenv("NO_KEY", "none")
+    plain, guarded = Pipeline(), Pipeline()
+    for pipeline in (plain, guarded):
+        pipeline.add_component("llm", OpenAIChatGenerator(KEY, streaming_callback=print_streaming_chunk))
+    assert attach(guarded, guard_of()).to_dict() == plain.to_dict()
+
+
+@component
+class Streaming:
+    """Streams its answer if somebody listens."""
+
+    @component.output_types(replies=list[ChatMessage])
+    def run(self, messages: list[ChatMessage], streaming_callback: StreamingCallbackT | None = None) -> Any:
+        if streaming_callback is not None:
+            streaming_callback(StreamingChunk("hi"))
+        return {"replies": [ChatMessage.from_assistant("hi")]}
+
+
+def test_the_default_of_a_super_component_is_left_to_what_is_inside() -> None:
+    """A sentinel default is never wrapped: an optional streaming_callback is what the component inside has."""
+    for guard in (None, guard_of()):
+        inner = Pipeline()
+        inner.add_component("llm", Streaming())
+        outer = Pipeline()
+        outer.add_component("s", SuperComponent(inner))
+        if guard is not None:
+            attach(outer, guard)
+        data = {"s": {"messages": [ChatMessage.from_user("?")]}}
+        assert outer.run(data)["s"]["replies"][0].text == "hi"
