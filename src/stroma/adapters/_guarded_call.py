@@ -26,6 +26,7 @@ from stroma.engine.execution import NodeExecution, current_node
 from stroma.engine.loop import execute
 from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.failures.classes import FailureClass
+from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type, message_of
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.trace.redaction import scrubbed_error
@@ -380,7 +381,7 @@ class Call:
             is_suspended = control.outcome == "suspended"
             kind = FailureClass.RECOVERABLE if is_suspended else FailureClass.TERMINAL
             if is_suspended and not any(halt.suspended for _, halt in inner.halts):
-                ctx.suspended.append(message)
+                raise Suspend(message) from error  # The journal has the question, and then the answer.
             raise GroupStopped(Halt(_failure(error, kind, where, message), suspended=is_suspended)) from error
         if isinstance(error, (HookNotAsync, PipelineChanged, CorruptCheckpoint, Undeclared)):
             self.raises_own_error = True

@@ -21,8 +21,10 @@ from stroma.adapters._step import Halts, count_tokens, find_halt
 from stroma.checkpoint import StepCall
 from stroma.checkpoint.identity import StepCalls
 from stroma.checkpoint.protocols import RunControl
+from stroma.contracts.node import held_by
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
+from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node
 from stroma.engine.outcome import Halt
@@ -66,6 +68,8 @@ class GuardedRun:
         result: the result of the run, once it has ended.
         ended: the run has ended.
         ends: the run ends; that of the guard itself does not.
+        goes_on: its input is what a framework continues its own checkpoint with, such as an answer; under ``resume=True`` it
+            may be another one than that of the run.
         unaccounted: tokens that a framework has counted in this run, and the guard has not; see :meth:`compare_usage`.
     """
 
@@ -74,6 +78,7 @@ class GuardedRun:
         self.ctx = ctx
         self.ends = ends
         self.ended = False
+        self.goes_on = False
         self.unaccounted = 0
         self.result: ExecutionResult | None = None
         #: The exceptions and stops of calls that are inside no other one.
@@ -111,6 +116,16 @@ class GuardedRun:
         # Steps around the failed one fail with the same exception.
         if known is None or known.failure.exception is not halt.failure.exception:
             self._stopping = halt
+
+    @property
+    def answers(self) -> list[tuple[str, Any]]:
+        """The stored answers to what steps of this run wait for, with the ids of these steps (``stroma approve``)."""
+        session = self.ctx.session
+        return [
+            (waiting.node_id, held_by(schema_of(UntypedState).decode(waiting.payload)))
+            for place, waiting in session.waiting.items()
+            if waiting.payload is not None and waiting.effect is None and place not in session.restored
+        ]
 
     def compare_usage(self, framework: str, tokens: int) -> None:
         """Compare a framework's own count of tokens with that of the guard; log a warning if the guard has counted less.
@@ -247,7 +262,7 @@ class GuardedRun:
         initial = (
             value if isinstance(value, BaseModel) and type(value) is not BaseModel else given_to(value, None)
         )
-        await ctx.open(initial, ends=self.ends)
+        await ctx.open(initial, ends=self.ends, any_input=self.goes_on)
         if self.guard.runner is not None:  # Otherwise the owner of the context handles cancellation.
             ctx.session.on_control = partial(self._control, asyncio.get_running_loop())
         if self.ends:

@@ -122,28 +122,45 @@ class Guard:
         )
         return GuardedRun(self, ctx, input, ends=True)
 
-    def over(self, start: Callable[[], Iterable[Any]], input: Any = None) -> Iterator[Any]:
-        """Iterate over the parts of a framework's result as a run; inside a run of this guard, as part of that."""
-        return iter(start()) if self.inside else self.run(input).over(start)
+    def over(
+        self, start: Callable[[], Iterable[Any]], input: Any = None, *, goes_on: bool = False
+    ) -> Iterator[Any]:
+        """Iterate over the parts of a framework's result as a run; inside a run of this guard, as part of that.
 
-    def aover(self, start: Callable[[], AsyncIterable[Any]], input: Any = None) -> AsyncIterator[Any]:
+        ``goes_on``: see :class:`GuardedRun`.
+        """
+        return iter(start()) if self.inside else self._part(input, goes_on).over(start)
+
+    def aover(
+        self, start: Callable[[], AsyncIterable[Any]], input: Any = None, *, goes_on: bool = False
+    ) -> AsyncIterator[Any]:
         """Do the same as :meth:`over` for an async framework."""
-        return aiter(start()) if self.inside else self.run(input).aover(start)
+        return aiter(start()) if self.inside else self._part(input, goes_on).aover(start)
 
-    def each_call(self, func: Callable[P, R], input: View) -> Callable[P, R]:
-        """Return a function each call of which is a run, or part of the current run of this guard."""
+    def _part(self, input: Any, goes_on: bool) -> GuardedRun:
+        run = self.run(input)
+        run.goes_on = goes_on
+        return run
+
+    def each_call(
+        self, func: Callable[P, R], input: View, goes_on: Callable[[tuple[Any, ...]], bool] = lambda _: False
+    ) -> Callable[P, R]:
+        """Return a function each call of which is a run, or part of the current run of this guard.
+
+        ``goes_on(args)``: see :class:`GuardedRun`.
+        """
         called: Callable[..., Any] = func
 
         async def arun(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
                 return await called(*args, **kwargs)
-            async with self.run(input(args, kwargs)):
+            async with self._part(input(args, kwargs), goes_on(args)):
                 return await called(*args, **kwargs)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
                 return called(*args, **kwargs)
-            with self.run(input(args, kwargs)):
+            with self._part(input(args, kwargs), goes_on(args)):
                 return called(*args, **kwargs)
 
         wrapped = functools.update_wrapper(arun if gives_coroutine(func) else run, func)

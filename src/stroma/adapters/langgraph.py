@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -21,6 +22,7 @@ try:
     from langgraph.errors import GraphBubbleUp, GraphInterrupt, GraphRecursionError, ParentCommand
     from langgraph.graph.state import StateGraph
     from langgraph.pregel import Pregel
+    from langgraph.types import Command
 except ImportError as error:
     raise import_error("langgraph", error) from error
 
@@ -31,6 +33,7 @@ from stroma.adapters._step import Control, copy_for_retries, input_of_attempt
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import stroma_node as stroma_langgraph_node
+from stroma.engine.execution import current_node
 from stroma.runner.runner import StromaRunner
 
 warn_if_untested("langgraph")
@@ -60,9 +63,12 @@ def attach(graph: G, guard: Guard, contracts: Contracts | None = None) -> G:
 
 
 def attach_steps(
-    graph: Any, guard: Guard, steps: dict[str, tuple[str, NodeContract[Any, Any] | None]]
+    graph: Any,
+    guard: Guard,
+    steps: dict[str, tuple[str, NodeContract[Any, Any] | None]],
+    adapter: LangGraphAdapter | None = None,
 ) -> Any:
-    """Make steps of some nodes, with these ids and contracts."""
+    """Make steps of some nodes, with these ids and contracts; without an ``adapter``, of all that are added later, too."""
     for name, (step_id, contract) in steps.items():
         node = graph.nodes[name]
         inner = node.bound if isinstance(graph, Pregel) else node.runnable
@@ -74,31 +80,89 @@ def attach_steps(
         else:
             graph.nodes[name] = dataclasses.replace(node, runnable=step)
     kind: Any = type(graph)
-    graph.__class__ = _graph_class(kind, guard)
+    if not hasattr(kind, "_stroma_kind"):
+        graph.__class__ = _graph_class(kind, guard, adapter)
     return graph
 
 
 @functools.lru_cache(maxsize=256)
-def _graph_class(kind: Any, guard: Any) -> Any:
+def _graph_class(kind: Any, guard: Guard, adapter: LangGraphAdapter | None) -> Any:
     """Return a subclass whose calls are runs. A class, since LangGraph copies graphs by their attributes."""
 
     def compile(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if adapter is None:  # What was added since.
+            attach(self, guard)
+        else:
+            adapter.attach_marked(self)
         graph = kind.compile(self, *args, **kwargs)
         compiled: Any = type(graph)
-        graph.__class__ = _graph_class(compiled, guard)
+        graph.__class__ = _graph_class(compiled, guard, adapter)
         return graph
 
     def stream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Any:
-        return guard.over(lambda: kind.stream(self, input, config, **kwargs), input)
+        def parts() -> Any:
+            state = self.get_state(config) if _is_answered(guard, input) else None
+            yield from kind.stream(self, input if state is None else _answer(guard, state), config, **kwargs)
+            if _may_be_suspended(self, guard, kwargs):
+                _note_suspended(guard, self.get_state(config))
+
+        return guard.over(parts, input, goes_on=_goes_on(input))
 
     def astream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Any:
-        return guard.aover(lambda: kind.astream(self, input, config, **kwargs), input)
+        async def parts() -> Any:
+            state = await self.aget_state(config) if _is_answered(guard, input) else None
+            stream = kind.astream(self, input if state is None else _answer(guard, state), config, **kwargs)
+            async with contextlib.aclosing(stream):
+                async for part in stream:
+                    yield part
+            if _may_be_suspended(self, guard, kwargs):
+                _note_suspended(guard, await self.aget_state(config))
+
+        return guard.aover(parts, input, goes_on=_goes_on(input))
 
     calls = {"stream": stream, "astream": astream}
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_stroma_kind": kind}
     return type(
         kind.__name__, (kind,), names | ({"compile": compile} if issubclass(kind, StateGraph) else calls)
     )
+
+
+def _goes_on(input: Any) -> bool:
+    return input is None or isinstance(input, Command)
+
+
+def _is_answered(guard: Guard, input: Any) -> bool:
+    """Return True if a graph goes on whose nodes have stored answers (``stroma approve``)."""
+    return input is None and current_node() is None and bool(guard.current.answers)
+
+
+def _answer(guard: Guard, state: Any) -> Any:
+    """Return the stored answers as LangGraph takes them."""
+    answers = guard.current.answers
+    pending = [(task.name, interrupt.id) for task in state.tasks for interrupt in task.interrupts]
+    if not pending:
+        return None
+    if len(pending) == len(answers) == 1:
+        return Command(resume=answers[0][1])
+    by_id = {}
+    for step_id, answer in answers:
+        key = next((id for name, id in pending if name == step_id and id not in by_id), None)
+        if key is not None:
+            by_id[key] = answer
+    return Command(resume=by_id)
+
+
+def _may_be_suspended(graph: Any, guard: Guard, options: dict[str, Any]) -> bool:
+    """Return True if LangGraph may have ended the call without an interrupt() that a step has seen."""
+    if current_node() is not None or not graph.checkpointer or guard.current.ctx.suspended:
+        return False
+    own = graph.interrupt_before_nodes or graph.interrupt_after_nodes
+    return bool(own or options.get("interrupt_before") or options.get("interrupt_after"))
+
+
+def _note_suspended(guard: Guard, state: Any) -> None:
+    if state.next:
+        guard.current.ctx.note_suspended(f"before {', '.join(map(repr, state.next))}")
 
 
 class LangGraphAdapter:
@@ -109,20 +173,23 @@ class LangGraphAdapter:
 
     def wrap(self, graph: Any) -> Any:
         """Make the marked nodes steps, whatever the graph calls them; returns it. ValueError if there is none."""
-        runnables = {
-            name: getattr(node, "bound", None) or getattr(node, "runnable", None)
-            for name, node in graph.nodes.items()
-        }
-        functions = {
-            name: marked(r, getattr(r, "func", None), getattr(r, "afunc", None))
-            for name, r in runnables.items()
-        }
-        steps = {name: marks_of(func, self.registry) for name, func in functions.items() if func is not None}
-        if not steps:
+        if not self.attach_marked(graph):
             raise ValueError(
                 "no node of the graph is marked; decorate their functions with @stroma_langgraph_node"
             )
-        return attach_steps(graph, self.guard, steps)
+        return graph
+
+    def attach_marked(self, graph: Any) -> bool:
+        """Make the marked nodes steps; return True if there are any."""
+        steps = {}
+        for name, node in graph.nodes.items():
+            inner = getattr(node, "bound", None) or getattr(node, "runnable", None)
+            func = marked(inner, getattr(inner, "func", None), getattr(inner, "afunc", None))
+            if func is not None:
+                steps[name] = marks_of(func, self.registry)
+        if steps:
+            attach_steps(graph, self.guard, steps, self)
+        return bool(steps)
 
     def node_decorator(self, node_id: str, contract: NodeContract[Any, Any]) -> Callable[..., Any]:
         """Return :func:`stroma_langgraph_node` for a node id and contract."""

@@ -87,7 +87,7 @@ def decide(
         )
     if request.if_exists == "restart":
         return "begin"
-    if request.discard_from is None and not same_input:
+    if request.discard_from is None and not (same_input or request.any_input):
         raise PipelineChanged(
             f"run {request.run_id!r} was started with another input (or {request.schema.model.__name__} has changed); "
             "pass the same input, or use another run id"

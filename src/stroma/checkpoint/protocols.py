@@ -97,6 +97,7 @@ class RunRequest(NamedTuple):
         force: continue it all the same, and count deaths from 0.
         only_unfinished: raise RunExists for a run that ended or is suspended.
         due_ms: raise RunExists for a run that is not due at this time, see :func:`stroma.checkpoint.decisions.is_due`.
+        any_input: continue the run although its input is another one: the caller's own checkpoint has what it began with.
     """
 
     run_id: str
@@ -117,6 +118,7 @@ class RunRequest(NamedTuple):
     force: bool = False
     only_unfinished: bool = False
     due_ms: int | None = None
+    any_input: bool = False
 
     @property
     def is_automatic(self) -> bool:

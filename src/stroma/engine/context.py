@@ -270,14 +270,16 @@ class ReliabilityContext:
         accept: Callable[[int, str, Committed], None] | None = None,
         ends: bool = True,
         apart: tuple[tuple[int, str], ...] = (),
+        any_input: bool = False,
     ) -> Session:
         """Begin the run in the store, once, as the config says; with ``discard_from``, continue up to there.
 
-        ``ends``: :meth:`end` will be called. ``apart``: see RunRequest. Raises StoreError (RunBusy, PipelineChanged ...).
+        ``ends``: :meth:`end` will be called. ``apart``, ``any_input``: see RunRequest. Raises StoreError (RunBusy, PipelineChanged ...).
         """
         if self.session is NULL_SESSION:
             if not self._opening.has_begun:
-                session = self._opening.start(self._request(initial_state, discard_from, accept, ends, apart))
+                request = self._request(initial_state, discard_from, accept, ends, apart)
+                session = self._opening.start(request._replace(any_input=any_input) if any_input else request)
                 if session is not None:
                     return self._begin(session, carry=discard_from is None)
             session = await self._opening.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import operator
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import pytest
@@ -19,7 +20,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import Command, RetryPolicy, Send, StreamWriter, interrupt
 from pydantic import BaseModel
-from tests.frameworks.contract import ANSWER, FrameworkContract, weather
+from tests.frameworks.contract import ANSWER, FrameworkContract, terminal, weather
 from tests.frameworks.kit import AT_ONCE, Seen, guard_of, holds, lines_of, result_of
 from tests.frameworks.langchain.fakes import Script
 
@@ -30,6 +31,7 @@ from stroma import (
     ExecutionBudget,
     NodeContract,
     RunStatus,
+    SQLiteStore,
     StromaRunner,
 )
 from stroma.adapters import FrameworkAdapter, Guard, LangGraphAdapter, stroma_langgraph_node
@@ -660,3 +662,190 @@ def test_an_entrypoint_is_not_attached_in_silence() -> None:
 
     with pytest.raises(ValueError, match=r"below @task: task\(guard.wrap"):
         attach(whole, guard_of())
+
+
+# ---------------------------------------------------------------------- going on, and waiting for a person
+
+
+def asks(question: str) -> Any:
+    def ask(state: State) -> Any:
+        return {"words": [interrupt(question)]}
+
+    return ask
+
+
+def resumable(folder: Path) -> Guard:
+    budget = ExecutionBudget(max_tokens_total=25)
+    return guard_of(
+        store=str(folder / "r.db"), run_id="r", resume=True, budget=budget, classifiers=[terminal]
+    )
+
+
+def questions(folder: Path) -> Any:
+    """What the run waits for, as its journal has it."""
+    with SQLiteStore(folder / "r.db") as store:
+        return store.waiting("r")
+
+
+def approve(guard: Guard, answer: Any, node_id: str | None = None) -> None:
+    """Answer as ``stroma approve`` does."""
+    assert guard.runner is not None
+    asyncio.run(guard.runner.signal("r", answer, node_id=node_id))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_goes_on_under_one_run_id(kind: str, tmp_path: Path) -> None:
+    """``Command(resume=...)`` and ``invoke(None)`` go on in the same run under ``resume=True``, and its budget is carried on."""
+
+    def tired(state: State) -> Any:
+        model(10).invoke("x")
+        if not failed:
+            failed.append(1)
+            raise PermissionError("no")
+        return {"total": len(state["words"])}
+
+    failed: list[int] = []
+    saver, config = InMemorySaver(), {"configurable": {"thread_id": "1"}}
+
+    def graph_of(guard: Guard) -> Any:
+        return attach(line(asks("which?"), tired), guard).compile(checkpointer=saver)
+
+    guards = [resumable(tmp_path) for _ in range(4)]
+    call(graph_of(guards[0]), kind, {"text": "a"}, config)
+    assert result_of(guards[0]).status is RunStatus.SUSPENDED
+    with pytest.raises(PermissionError):
+        call(graph_of(guards[1]), kind, Command(resume="this"), config)
+    assert call(graph_of(guards[2]), kind, None, config)["total"] == 1
+    assert (result_of(guards[2]).status, result_of(guards[2]).total_tokens) == (RunStatus.RESUMED, 10)
+    with pytest.raises(BudgetExceeded) as caught:
+        call(graph_of(guards[3]), kind, Command(update={"words": ["b"]}, goto="count"), config)
+    assert caught.value.actual == 30
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_of_stroma_approve_resumes_the_graph(kind: str, tmp_path: Path) -> None:
+    """The question is in the journal; ``invoke(None)`` takes the answer that ``stroma approve`` has stored, once."""
+    saver, config = InMemorySaver(), {"configurable": {"thread_id": "1"}}
+
+    def graph_of(guard: Guard) -> Any:
+        return attach(line(asks("which?"), asks("really?")), guard).compile(checkpointer=saver)
+
+    guard = resumable(tmp_path)
+    call(graph_of(guard), kind, {"text": "a"}, config)
+    for step, question, answer in (("split", "which?", "this"), ("count", "really?", "yes")):
+        assert [(one.node_id, one.reason) for one in questions(tmp_path) if one.payload is None] == [(step, question)]
+        approve(guard, answer)
+        guard = resumable(tmp_path)
+        result = call(graph_of(guard), kind, None, config)
+    assert result["words"] == ["this", "yes"]
+    assert result_of(guard).status is RunStatus.RESUMED
+
+
+def test_a_question_that_the_framework_has_answered_is_asked_no_more(tmp_path: Path) -> None:
+    """What was answered by ``Command(resume=...)`` is no question of the run any more: only the next one is."""
+    saver, config = InMemorySaver(), {"configurable": {"thread_id": "1"}}
+
+    def ask(value: Any) -> Any:
+        builder = attach(line(asks("which?"), asks("really?")), resumable(tmp_path))
+        return builder.compile(checkpointer=saver).invoke(value, config)
+
+    ask({"text": "a"})
+    assert [one.reason for one in questions(tmp_path)] == ["which?"]
+    ask(Command(resume="this"))
+    assert [one.reason for one in questions(tmp_path)] == ["really?"]
+    approve(resumable(tmp_path), "yes")
+    assert ask(None)["words"] == ["this", "yes"]
+
+
+@pytest.mark.parametrize("kind", ["invoke", "ainvoke"])
+def test_several_answers_reach_the_nodes_that_asked(kind: str, tmp_path: Path) -> None:
+    """Nodes side by side wait at the same time; each gets the answer to its own question."""
+    saver, config = InMemorySaver(), {"configurable": {"thread_id": "1"}}
+
+    def graph_of(guard: Guard) -> Any:
+        builder = StateGraph(State)
+        for name in ("a", "b"):
+            builder.add_node(name, asks(f"{name}?"))
+            builder.add_edge(START, name)
+        return attach(builder, guard).compile(checkpointer=saver)
+
+    guard = resumable(tmp_path)
+    call(graph_of(guard), kind, {"text": "a"}, config)
+    for waiting in questions(tmp_path):
+        approve(guard, f"for {waiting.node_id}", waiting.node_id)
+    result = call(graph_of(resumable(tmp_path)), kind, None, config)
+    assert sorted(result["words"]) == ["for a", "for b"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", ["interrupt_before", "interrupt_after"])
+def test_an_interrupt_before_or_after_a_node_is_suspended(kind: str, where: str) -> None:
+    """Waiting for a person is SUSPENDED, whichever way LangGraph says it; ``invoke(None)`` goes on."""
+    node = "count" if where == "interrupt_before" else "split"
+    guard, config = guard_of(), {"configurable": {"thread_id": "1"}}
+    graph = attach(line(), guard).compile(checkpointer=InMemorySaver(), **{where: [node]})
+    call(graph, kind, {"text": "a b"}, config)
+    assert (result_of(guard).status, result_of(guard).suspended) == (RunStatus.SUSPENDED, ["before 'count'"])
+    assert call(graph, kind, None, config)["total"] == 2
+    assert result_of(guard).status is RunStatus.COMPLETED
+    assert lines_of(guard) == ["count success"]
+
+
+# ---------------------------------------------------------------------- loud, never silent
+
+
+def test_nodes_that_are_added_after_attach_are_guarded() -> None:
+    """What is added to a graph later is a step like the others when it is compiled."""
+    guard = guard_of()
+    builder = attach(line(), guard)
+    builder.add_node("later", lambda state: {"total": 7})
+    builder.add_edge("count", "later")
+    assert builder.compile().invoke({"text": "a b"})["total"] == 7
+    assert lines_of(guard) == ["split success", "count success", "later success"]
+
+
+def test_marked_nodes_that_are_added_after_wrap_are_guarded() -> None:
+    """The same for the published adapter, whose other nodes stay as they are."""
+    adapter = LangGraphAdapter(ContractRegistry(), StromaRunner.quick(policy_map=AT_ONCE))
+    builder = adapter.wrap(line(stroma_langgraph_node("splitter", SPLIT)(fresh())))
+    later = NodeContract(node_id="late", input_schema=Words, output_schema=Total)
+    builder.add_node("later", stroma_langgraph_node("late", later)(lambda state: {"total": 7}))
+    builder.add_edge("count", "later")
+    assert builder.compile().invoke({"text": "a b"})["total"] == 7
+    assert lines_of(adapter.guard) == ["splitter success", "late success"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_second_attach_with_other_contracts_is_an_error(compiled: bool) -> None:
+    """A contract that would never be checked is refused; the same ones again, or none, are not."""
+    guard = guard_of()
+    graph = attach(line(), guard, {"split": (Text, Words)})
+    if compiled:
+        graph = graph.compile()
+    kind = type(graph)
+    assert type(attach(graph, guard)) is kind
+    assert type(attach(graph, guard, {"split": (Text, Words)})) is kind
+    for contracts in ({"split": (Text, Text)}, {"count": (Words, Total)}):
+        with pytest.raises(ValueError, match="already attached to this guard, with another contract or without"):
+            attach(graph, guard, contracts)
+
+
+# ---------------------------------------------------------------------- nothing changes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_may_be_a_list(kind: str) -> None:
+    """A graph's state need not be a dict: nodes return lists, values, or commands among them."""
+
+    def build(guarded: Any) -> Any:
+        builder = StateGraph(Annotated[list, operator.add])
+        builder.add_node("a", lambda state: ["x"])
+        builder.add_node("b", lambda state: [Command(update=["y"]), ["z"]])
+        builder.add_edge(START, "a")
+        builder.add_edge("a", "b")
+        return guarded(builder).compile()
+
+    guard = guard_of()
+    plain = call(build(lambda b: b), kind, [])
+    assert call(build(lambda b: attach(b, guard)), kind, []) == plain == ["x", "y", "z"]
+    assert lines_of(guard) == ["a success", "b success"]

@@ -285,7 +285,11 @@ class RunOpener:
         for row in list(rows.annotations(run.run, Annotation.WAITING)):
             waiting = read_waiting(row, self._run_id, run.execution, self._payloads)
             first = request.discard_from
-            if waiting is None or (first is not None and waiting.position >= first):
+            # Where the caller's own checkpoint goes on, what is still to be answered is asked again.
+            is_asked_again = (
+                waiting is not None and request.any_input and waiting.payload is None and waiting.effect is None
+            )
+            if waiting is None or is_asked_again or (first is not None and waiting.position >= first):
                 rows.delete_annotations(run.run, Annotation.WAITING, row.branch)
             else:
                 opened.waiting[waiting.position, waiting.branch] = waiting
