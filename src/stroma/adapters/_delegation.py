@@ -66,7 +66,8 @@ def guard_methods(
             guard.has(steps.guarded[name], about.get("contract"))
         elif (bare := _function_of(owner, name)) is not None:
             # The object comes first; views do not show it.
-            view = functools.partial(_view_without_owner, input_view or arguments_of(bare))
+            own = arguments_of(bare)
+            view = own if input_view is None else functools.partial(_view_without_owner, input_view)
             step = guard.wrap(step_id, _noted(around(bare)), input_view=view, **about)
             steps.guarded[name] = steps.by_name[name] = step
             _ask_object(owner, name, bare)

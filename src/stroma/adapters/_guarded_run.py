@@ -80,6 +80,8 @@ class GuardedRun:
         self.ended = False
         self.goes_on = False
         self.unaccounted = 0
+        #: What has stopped the run in a tool, where the framework would tell the model of it and go on.
+        self.fatal: Exception | None = None
         self.result: ExecutionResult | None = None
         #: The exceptions and stops of calls that are inside no other one.
         self.halts: Halts = []

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
+import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from crewai import Agent, BaseLLM, Crew, Task
+from crewai import Agent, BaseLLM, Crew, Process, Task
+from crewai.flow.async_feedback import HumanFeedbackPending
 from crewai.flow.flow import Flow, listen, router, start
+from crewai.flow.human_feedback import human_feedback
+from crewai.flow.persistence import persist
+from crewai.flow.persistence.sqlite import SQLiteFlowPersistence
 from crewai.tools import BaseTool
 from pydantic import BaseModel, PrivateAttr
-from tests.frameworks.contract import ANSWER, City, FrameworkContract, Weather, weather
-from tests.frameworks.kit import AT_ONCE, guard_of, holds, lines_of, result_of
+from tests.frameworks.contract import ANSWER, City, FrameworkContract, Narrow, Weather, weather
+from tests.frameworks.kit import AT_ONCE, Seen, guard_of, holds, lines_of, result_of, spent
 
 from stroma import (
     BudgetExceeded,
@@ -20,6 +28,8 @@ from stroma import (
     ContractViolation,
     ExecutionBudget,
     NodeContract,
+    RunStatus,
+    SQLiteStore,
     StromaRunner,
 )
 from stroma.adapters import (
@@ -272,6 +282,234 @@ def test_an_llm_of_its_own_for_tools_is_guarded() -> None:
 def test_a_contract_for_an_unknown_tool_is_an_error() -> None:
     with pytest.raises(UnknownNode, match=r"unknown tool 'wether'; .* 'weather'"):
         attach(crew_of(Script.of()), guard_of(), {"wether": (City, Weather)})
+
+
+# ---------------------------------------------------------------------- all spend of a crew
+
+
+class Provider(Script):
+    """Plays every part of a crew, and writes each request into a ledger of tokens."""
+
+    _ledger: list[int] = PrivateAttr(default_factory=list)
+
+    @classmethod
+    def with_ledger(cls, ledger: list[int]) -> Provider:
+        instance = cls(model="gpt-4o")
+        instance._ledger = ledger
+        return instance
+
+    def call(self, messages: Any, *_: Any, **__: Any) -> Any:
+        self._tokens = 10 + len(self._ledger) % 7
+        self._ledger.append(self._tokens)
+        text = messages if isinstance(messages, str) else "\n".join(m["content"] or "" for m in messages)
+        self._answers = ["Thought: I know\nFinal Answer: It is 4 C"]
+        delegating = re.search(r"Tool Name: (delegate.work.to.coworker)", text, re.IGNORECASE)
+        if "4 C" in text.rpartition("Observation:")[2]:
+            pass
+        elif "extremely detailed" in text:
+            plan = {"task_number": 1, "task": "forecast", "plan": "look"}
+            self._answers = ["Thought: so\nFinal Answer: " + json.dumps({"list_of_plans_per_task": [plan]})]
+        elif delegating is not None:
+            work = {"task": "look", "context": "now", "coworker": "forecaster"}
+            self._answers = [f"Thought: ask\nAction: {delegating[1]}\nAction Input: {json.dumps(work)}"]
+        elif "Tool Name: weather" in text:
+            self._answers = [ACTION]
+        with LOCK:
+            return super().call(messages)
+
+
+LOCK = threading.Lock()
+
+
+def agent_with(llm: Any, role: str = "forecaster", tools: Any = ()) -> Agent:
+    return Agent(role=role, goal="tell", backstory="knows", llm=llm, tools=list(tools), max_iter=5)
+
+
+def sequential(ledger: list[int], *, all_agents: bool = False, **options: Any) -> Crew:
+    """Return a crew with a planner, a tool of a task, and an agent that only its task knows."""
+    agent, outside = agent_with(Provider.with_ledger(ledger)), agent_with(Provider.with_ledger(ledger), "editor")
+    tasks = [
+        Task(description="What is the weather?", expected_output="degrees", agent=agent, tools=[Station()]),
+        Task(description="Edit it.", expected_output="text", agent=outside),
+    ]
+    if all_agents:  # CrewAI copies neither a planner's LLM nor an agent that is not listed.
+        return Crew(agents=[agent, outside], tasks=tasks, **options)
+    planner = Provider.with_ledger(ledger)
+    return Crew(agents=[agent], tasks=tasks, planning=True, planning_llm=planner, **options)
+
+
+def hierarchical(ledger: list[int]) -> Crew:
+    """Return a crew whose manager delegates to an agent."""
+    agent = agent_with(Provider.with_ledger(ledger), tools=[Station()])
+    task = Task(description="What is the weather?", expected_output="degrees")
+    llm = Provider.with_ledger(ledger)
+    return Crew(agents=[agent], tasks=[task], process=Process.hierarchical, manager_llm=llm)
+
+
+@pytest.mark.parametrize("make", [sequential, hierarchical])
+def test_all_spend_of_a_crew_is_counted(make: Any) -> None:
+    """Planner, manager, an agent outside of ``agents=``, tools of tasks: to the token of the provider's ledger."""
+    plain, ledger, seen = list[int](), list[int](), Seen()
+    expected = make(plain).kickoff().raw
+    guard = guard_of(seen)
+    assert attach(make(ledger), guard, {"weather": (City, Text)}).kickoff().raw == expected
+    assert (len(ledger), spent(seen, guard)) == (len(plain), (1, sum(ledger)))
+    assert [event.node_id for event in seen.results[0].trace.walk()].count("weather") == 1
+
+
+def test_each_kickoff_of_a_copy_is_a_run_of_its_own() -> None:
+    """kickoff_for_each() works with copies of a crew: each of them is guarded, and none is counted twice."""
+    ledger, seen = list[int](), Seen()
+    crew = attach(sequential(ledger, all_agents=True), guard := guard_of(seen))
+    outputs = crew.kickoff_for_each([{"day": "1"}, {"day": "2"}])
+    assert [output.raw for output in outputs] == ["It is 4 C"] * 2
+    assert spent(seen, guard) == (2, sum(ledger))
+    assert type(crew.copy().agents[0].llm) is Provider
+
+
+def test_fifty_flows_at_once_spend_what_the_provider_has_counted() -> None:
+    """Each in its own run, whatever LLM they share; some of them with crews."""
+    ledger, seen = list[int](), Seen()
+    llm, guard = Provider.with_ledger(ledger), guard_of(seen)
+    guard_llm(llm, guard)
+
+    def make() -> Any:
+        return attach(forecast(llm, 2), guard).kickoff_async()
+
+    def make_crew() -> Any:
+        agent = agent_with(llm, tools=[Station()])
+        task = Task(description="?", expected_output="degrees", agent=agent)
+        return attach(Crew(agents=[agent], tasks=[task]), guard).akickoff()
+
+    async def main() -> None:
+        await asyncio.gather(*(make() for _ in range(46)), *(make_crew() for _ in range(4)))
+
+    asyncio.run(main())
+    assert (len(ledger), spent(seen, guard)) == (100, (50, sum(ledger)))
+    assert [sum(event.node_id == "llm" for event in one.trace.walk()) for one in seen.results] == [2] * 50
+
+
+def test_a_crew_that_streams_is_a_run() -> None:
+    """What it is called for is made while its output is read."""
+    ledger, seen = list[int](), Seen()
+    crew = attach(sequential(ledger, stream=True), guard := guard_of(seen))
+    streaming = crew.kickoff()
+    for _ in streaming:
+        pass
+    assert streaming.result.raw == "It is 4 C"
+    assert spent(seen, guard) == (1, sum(ledger))
+
+
+def test_what_is_added_later_is_guarded() -> None:
+    """An agent and a tool that come after attach() are steps of the next run."""
+    ledger, seen = list[int](), Seen()
+    crew = attach(sequential(ledger), guard := guard_of(seen))
+    late = agent_with(Provider.with_ledger(ledger), "late", [Station()])
+    crew.tasks.append(Task(description="Again.", expected_output="degrees", agent=late, context=[]))
+    crew.kickoff()
+    assert spent(seen, guard) == (1, sum(ledger))
+    assert [event.node_id for event in seen.results[0].trace.walk()].count("weather") == 2
+
+
+def test_an_llm_that_is_not_guarded_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """CrewAI's own counters are compared with the guard: tokens that no step has counted are a warning."""
+    llm, guard = Script.of("x"), guard_of()
+    with caplog.at_level(logging.WARNING):
+        run(attach(forecast(llm), guard))
+    assert guard.unaccounted == 10
+    assert any("CrewAI counted 10 tokens" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize(("contract", "direction"), [((Narrow, Text), "input"), ((City, Weather), "output")])
+def test_a_broken_contract_of_a_tool_ends_the_crew(contract: Any, direction: str) -> None:
+    """It is not told to the model and forgotten: no further call of an LLM or a tool is made."""
+    llm, guard = Script.of(*[ACTION] * 9), guard_of()
+    with pytest.raises(Exception) as caught:
+        attach(crew_of(llm), guard, {"weather": contract}).kickoff()
+    error = what_stopped(caught.value)
+    assert isinstance(error, ContractViolation)
+    assert (error.node_id, error.direction, len(llm._asked)) == ("weather", direction, 1)
+    assert result_of(guard).status is RunStatus.FAILED
+    assert lines_of(guard) == ["llm success 10", "weather failure"]
+
+
+# ---------------------------------------------------------------------- waiting, and going on
+
+
+class Later:
+    """Asks a person who will answer in another process."""
+
+    def request_feedback(self, context: Any, flow: Any) -> str:
+        raise HumanFeedbackPending(context=context)
+
+
+def reviewed(folder: Any) -> Any:
+    persistence = SQLiteFlowPersistence(str(folder / "flows.db"))
+
+    @persist(persistence)
+    class Reviewed(Flow[State]):
+        @start()
+        @human_feedback(message="Is it good?", provider=Later())
+        def write(self) -> Any:
+            return "a draft"
+
+        @listen(write)
+        def send(self, value: Any) -> Any:
+            return f"sent after {value.feedback}"
+
+    return Reviewed, persistence
+
+
+@holds("control flow")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_flow_that_waits_for_feedback_is_suspended(
+    kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CrewAI's own way to wait is SUSPENDED, and its own way to answer goes on with the same run."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")  # Old releases make an LLM, and ask it nothing.
+    made, persistence = reviewed(tmp_path)
+    with SQLiteStore(tmp_path / "runs.db") as store:
+        guard = guard_of(store=store, run_id="review", resume=True)
+        pending = run(attach(made(), guard), kind)
+        assert isinstance(pending, HumanFeedbackPending)
+        assert result_of(guard).status is RunStatus.SUSPENDED
+        assert [one.status for one in store.list_runs()] == ["SUSPENDED"]
+        flow = made.from_pending(pending.context.flow_id, persistence)
+        attach(flow, guard)
+        if kind == "kickoff":
+            answer = flow.resume("yes")
+        else:
+            answer = asyncio.run(flow.resume_async("yes"))
+        assert answer == "sent after yes"
+        assert [one.status for one in store.list_runs()] == ["RESUMED"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_persisted_flow_goes_on_as_without_the_guard(kind: str, tmp_path: Any) -> None:
+    """@persist: the state is saved under the guard, and a kickoff with its id goes on from there."""
+
+    class Numbered(BaseModel):
+        id: str = "x1"
+        n: int = 0
+
+    seen = []
+    for guard in (None, guard_of()):
+        persistence = SQLiteFlowPersistence(str(tmp_path / f"{guard is None}.db"))
+
+        @persist(persistence)
+        class Counting(Flow[Numbered]):
+            @start()
+            def count(self) -> int:
+                self.state.n += 1
+                return self.state.n
+
+        flows = [Counting() if guard is None else attach(Counting(), guard) for _ in range(2)]
+        first = run(flows[0], kind)
+        saved = persistence.load_state(flows[0].state.id)
+        inputs = {"id": flows[0].state.id}
+        second = flows[1].kickoff(inputs=inputs)
+        seen.append((first, saved and saved["n"], second))
+    assert seen[0] == seen[1] == (1, 1, 2)
 
 
 # ---------------------------------------------------------------------- the published names
