@@ -9,8 +9,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
+import copy
+import functools
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final, TypeVar
 
 from stroma.adapters._releases import import_error, warn_if_untested
 
@@ -23,6 +25,7 @@ try:
 except ImportError as error:
     raise import_error("google-adk", error) from error
 
+from stroma.adapters._delegation import guard_methods, wrap_method
 from stroma.adapters._state_views import arguments_of, newest_of
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
@@ -32,8 +35,14 @@ warn_if_untested("google-adk")
 
 __all__ = ["attach", "each_run"]
 
+T = TypeVar("T")
+_REQUEST: Final = "generate_content_async"
+#: Where an agent has its guard, and what the calls begin with by which ADK asks a person.
+_ATTACHED: Final = "_stroma_attached"
+_ASKS: Final = "adk_request_"
 
-def attach(agent: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
+
+def attach(agent: T, guard: Guard, contracts: Contracts | None = None) -> T:
     """Make steps of the models and function tools of an agent and of all agents inside it; changes them, returns it.
 
     ``contracts``: by the names of tools; input is the arguments, output the result. Raises UnknownNode for a contract of no
@@ -44,21 +53,56 @@ def attach(agent: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
     for each in agents:
         if isinstance(each.model, str) and each.model:
             each.model = LLMRegistry.new_llm(each.model)
-        if each.model and not guard.has(each.model.generate_content_async):
+        elif not each.model and not _has_model_above(each):
+            # The class's default, which other agents share.
+            each.model = copy.copy(each.canonical_model)
+        if each.model:
             guard_model(each.model, guard, check)
+    object.__setattr__(agent, _ATTACHED, guard)
     return agent
 
 
-def each_run(runner: Any, guard: Guard) -> Any:
-    """Make a run of what each ``run_async()`` (and so each ``run()``) of a runner gives; changes it and returns it."""
-    parts = runner.run_async
+def each_run(runner: T, guard: Guard) -> T:
+    """Make a run of what each ``run_async()`` (and so each ``run()``) of a runner gives; changes it and returns it.
+
+    It guards what was added to its agent since :func:`attach`, too.
+    """
+    target: Any = runner
+    parts = target.run_async
     if not guard.has(parts):
 
-        def run_async(*args: Any, **kwargs: Any) -> Any:
-            return guard.aover(lambda: parts(*args, **kwargs), {"message": kwargs.get("new_message")})
+        async def events(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            counted, waiting = 0, list[str]()
+            async with contextlib.aclosing(parts(*args, **kwargs)) as source:
+                async for event in source:
+                    used = None if event.partial else _used(event, "")
+                    counted += 0 if used is None else used.input_tokens + used.output_tokens
+                    waiting += [
+                        call.name for call in event.get_function_calls() if (call.name or "").startswith(_ASKS)
+                    ]
+                    yield event
+            guard.compare_usage("ADK", counted)
+            for name in waiting:
+                guard.current.ctx.note_suspended(name)
 
-        runner.run_async = guard.mark(run_async)
+        def run_async(*args: Any, **kwargs: Any) -> Any:
+            agent = getattr(target, "agent", None)
+            if agent is not None and vars(agent).get(_ATTACHED) is guard:
+                attach(agent, guard)
+            return guard.aover(
+                lambda: events(*args, **kwargs), {"message": kwargs.get("new_message")}
+            )
+
+        target.run_async = guard.mark(run_async)
     return runner
+
+
+def _has_model_above(agent: Any) -> bool:
+    """Return True if an agent takes the model of an agent above it."""
+    above = agent.parent_agent
+    while above is not None and not isinstance(above, LlmAgent):
+        above = above.parent_agent
+    return above is not None
 
 
 def _inside(agent: Any) -> list[Any]:
@@ -74,32 +118,37 @@ def _inside(agent: Any) -> list[Any]:
 
 
 def guard_model(model: Any, guard: Guard, check: Callable[[], None]) -> None:
-    """Make steps of a model's requests; changes it. ``check`` is called before each of them."""
-    step = guard.wrap(
+    """Make steps of a model's requests, and of its copies'; changes it. ``check`` is called before each of them."""
+
+    def held(step: Any) -> Any:
+        async def generate(*args: Any, **kwargs: Any) -> Any:
+            # ADK calls tools, and may stop reading, at the last response of a stream: hold it until the step has ended.
+            check()
+            last = None
+            async with contextlib.aclosing(step(*args, **kwargs)) as responses:
+                async for response in responses:
+                    if last is not None:
+                        yield last
+                    last = None if response.partial else response
+                    if response.partial:
+                        yield response
+            if last is not None:
+                yield last
+
+        return functools.wraps(step)(generate)
+
+    guard_methods(
+        model,
+        (_REQUEST,),
+        guard,
         "model",
-        model.generate_content_async,
         kind="astream",
         input_view=lambda args, kwargs: newest_of((args[0] if args else kwargs["llm_request"]).contents),
         output_view=lambda response: {"content": getattr(response, "content", None)},
         usage=lambda response: _used(response, model.model),
         collect=_last_response,
     )
-
-    async def generate(*args: Any, **kwargs: Any) -> Any:
-        # ADK calls tools, and may stop reading, at the last response of a stream: hold it until the step has ended.
-        check()
-        last = None
-        async with contextlib.aclosing(step(*args, **kwargs)) as responses:
-            async for response in responses:
-                if last is not None:
-                    yield last
-                last = None if response.partial else response
-                if response.partial:
-                    yield response
-        if last is not None:
-            yield last
-
-    object.__setattr__(model, "generate_content_async", guard.mark(generate))  # It is a pydantic model.
+    wrap_method(model, _REQUEST, guard, held)
 
 
 def _last_response(responses: list[Any]) -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
-from google.adk.agents import LlmAgent
+from google.adk.agents import LlmAgent, SequentialAgent
+from google.adk.agents.run_config import RunConfig, StreamingMode
 from google.adk.models import BaseLlm, LlmRequest, LlmResponse
 from google.adk.runners import InMemoryRunner
 from google.adk.tools import AgentTool, FunctionTool
@@ -17,9 +19,9 @@ from google.adk.tools.base_toolset import BaseToolset
 from google.genai import types
 from pydantic import BaseModel, PrivateAttr
 from tests.frameworks.contract import CALL, City, FrameworkContract, Weather, weather
-from tests.frameworks.kit import guard_of, holds, lines_of
+from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of, spent
 
-from stroma import ContractViolation
+from stroma import ContractViolation, RunStatus
 from stroma.adapters import Guard, UnknownNode
 from stroma.adapters.google_adk import attach, each_run
 
@@ -224,3 +226,156 @@ def test_tools_of_toolsets_are_steps() -> None:
     agent = agent_of(Script.of("x"), guard, [Toolset(Kept([]))], contracts={"kpet": (Anything, Weather)})
     with pytest.raises(UnknownNode, match=r"unknown tool 'kpet'; .* 'kept'"):
         ask(agent, "run_async", guard)
+
+
+# ---------------------------------------------------------------------- all spend of an agent
+
+
+class Provider(Script):
+    """Calls its tools at once, then answers; writes each request into a ledger of tokens."""
+
+    _ledger: list[int] = PrivateAttr(default_factory=list)
+
+    @classmethod
+    def with_ledger(cls, ledger: list[int]) -> Provider:
+        instance = cls(model="gemini-2.0-flash")
+        instance._ledger = ledger
+        return instance
+
+    async def generate_content_async(
+        self, llm_request: LlmRequest, stream: bool = False
+    ) -> AsyncGenerator[LlmResponse, None]:
+        tokens = 10 + len(self._ledger) % 7
+        self._ledger.append(tokens)
+        await asyncio.sleep(0)
+        usage = types.GenerateContentResponseUsageMetadata(
+            prompt_token_count=tokens - 1, candidates_token_count=1, total_token_count=tokens
+        )
+        parts = [types.Part(text="It is 4 C")]
+        last = llm_request.contents[-1].parts or []
+        if llm_request.tools_dict and not any(part.function_response for part in last):
+            calls = [
+                types.FunctionCall(name=name, args={"city": "Oslo"} if name == "weather" else {"request": "x"})
+                for name in llm_request.tools_dict
+                if name != "transfer_to_agent"
+            ]
+            parts = [types.Part(function_call=call) for call in calls]
+        elif stream:
+            yield LlmResponse(content=_content(types.Part(text="It is")), partial=True)
+        yield LlmResponse(content=types.Content(role="model", parts=parts), usage_metadata=usage)
+
+
+def team(ledger: list[int]) -> Any:
+    """Return agents in a row: the first calls a function and two agents at once, the second has the class's model."""
+    experts = [
+        LlmAgent(name=name, description=name, model=Provider.with_ledger(ledger)) for name in ("north", "south")
+    ]
+    first = LlmAgent(
+        name="first",
+        model=Provider.with_ledger(ledger),
+        tools=[weather, *(AgentTool(expert) for expert in experts)],
+    )
+    return SequentialAgent(name="team", sub_agents=[first, LlmAgent(name="second")])
+
+
+@pytest.fixture
+def default_model(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The ledger of the model that agents without one have."""
+    ledger: list[int] = []
+    monkeypatch.setattr(LlmAgent, "_default_model", Provider.with_ledger(ledger))
+    return ledger
+
+
+def test_fifty_teams_at_once_spend_what_the_provider_has_counted(default_model: list[int]) -> None:
+    """All spend is counted, to the token: tools, agents as tools, streams, and the class's default model."""
+    plain, plain_default = list[int](), default_model
+    expected = ask(team(plain))
+    plain += plain_default
+    plain_default.clear()
+    ledger, seen = list[int](), Seen()
+    guard = guard_of(seen)
+    runner = each_run(InMemoryRunner(attach(team(ledger), guard), app_name="test"), guard)
+    message = types.Content(role="user", parts=[types.Part(text="hello")])
+    texts: list[str] = []
+
+    async def one() -> None:
+        session = await runner.session_service.create_session(app_name="test", user_id="u")
+        last = None
+        async for event in runner.run_async(
+            user_id="u",
+            session_id=session.id,
+            new_message=message,
+            run_config=RunConfig(streaming_mode=StreamingMode.SSE),
+        ):
+            last = event
+        assert last is not None
+        texts.append(last.content.parts[0].text)
+
+    async def main() -> None:
+        await asyncio.gather(*(one() for _ in range(50)))
+
+    asyncio.run(main())
+    ledger += default_model
+    assert texts == [expected] * 50
+    assert (len(ledger), spent(seen, guard)) == (50 * len(plain), (50, sum(ledger)))
+    assert {len(result.trace) for result in seen.results} == {6}
+
+
+def test_the_class_s_model_is_guarded_for_the_agent_alone(default_model: list[int]) -> None:
+    """Another agent with the same default is none of the guard's."""
+    guard = guard_of()
+    agent = attach(LlmAgent(name="one"), guard)
+    ask(LlmAgent(name="other"))
+    assert guard.last is None
+    assert ask(agent, guard=guard) == "It is 4 C"
+    assert lines_of(guard) == ["model success 11"]
+    assert attach(LlmAgent(name="third"), guard_of()).model is not agent.model
+
+
+def test_a_copy_of_a_model_is_guarded_and_calls_itself() -> None:
+    """Copies rebind: a model's copy answers for itself, as a step of the same guard."""
+    guard = guard_of()
+    script = Script.of("one")
+    attach(agent_of(script), guard)
+    copied = script.model_copy(update={"model": "gemini-2.5-pro"})
+    copied._answers = ["two"]
+    assert ask(LlmAgent(name="other", model=copied), guard=guard) == "two"
+    assert lines_of(guard) == ["model success 10"]
+    assert script._answers == ["one"]
+
+
+def test_what_is_added_later_is_guarded() -> None:
+    """A tool and a sub-agent that come after attach() are steps of the next run."""
+    guard = guard_of()
+    agent = agent_of(Script.of(CALL, "done"), guard, ())
+    agent.tools.append(weather)
+    assert ask(agent, guard=guard) == "done"
+    assert lines_of(guard) == ["model success 10", "weather success", "model success 10"]
+
+
+def test_an_agent_that_is_not_guarded_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """ADK's own events say what was used: tokens that no step has counted are a warning."""
+    guard = guard_of()
+    with caplog.at_level(logging.WARNING):
+        ask(agent_of(Script.of("x")), guard=guard)
+    assert guard.unaccounted == 10
+    assert any("ADK counted 10 tokens" in message for message in caplog.messages)
+
+
+@holds("control flow")
+def test_a_run_that_waits_for_a_confirmation_is_suspended() -> None:
+    """ADK's own way to wait for a person, before a tool that needs one."""
+    calls: list[str] = []
+
+    def book(city: str) -> str:
+        """Book a trip."""
+        calls.append(city)
+        return city
+
+    guard = guard_of()
+    tool = FunctionTool(book, require_confirmation=True)
+    agent = agent_of(Script.of(("book", {"city": "Oslo"}), "asked", "asked"), guard, [tool])
+    with contextlib.suppress(IndexError):
+        ask(agent, guard=guard)
+    assert calls == []
+    assert result_of(guard).status is RunStatus.SUSPENDED
