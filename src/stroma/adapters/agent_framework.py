@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from stroma.adapters._releases import import_error, warn_if_untested
@@ -17,6 +19,7 @@ from stroma.adapters._releases import import_error, warn_if_untested
 try:
     from agent_framework import (
         AgentMiddleware,
+        AgentMiddlewareLayer,
         ChatMiddleware,
         FunctionMiddleware,
         MiddlewareTermination,
@@ -29,6 +32,7 @@ from stroma.adapters._state_views import newest_of
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for, what_stopped
 from stroma.cost.usage import Usage
+from stroma.engine.execution import current_node
 
 warn_if_untested("agent-framework")
 
@@ -39,10 +43,11 @@ def stroma_middleware(guard: Guard, tools: Contracts | None = None) -> list[Any]
     """Return the middleware that guards an agent: ``Agent(..., middleware=...)``.
 
     ``tools``: contracts by the names of tools; input is the arguments, output the result (of text that is JSON, what it
-    says). A contract of no tool raises UnknownNode at the first model request.
+    says). A contract of no tool raises UnknownNode at the first model request. Agents that run inside the agent are guarded
+    with it, as tools (``as_tool``) or called in one.
     """
-    shared = _Shared(guard, tools)
-    return [_OfAgent(shared), _OfChat(shared), _OfFunction(shared)]
+    _guard_inner_agents()
+    return _Shared(guard, tools).middleware
 
 
 class _Shared:
@@ -55,10 +60,20 @@ class _Shared:
         #: What stopped a run inside a tool, by the run: the framework tells the model of it, and would go on.
         self.fatal: dict[str, BaseException] = {}
 
+    @property
+    def middleware(self) -> list[Any]:
+        return [_OfAgent(self), _OfChat(self), _OfFunction(self)]
+
+    @property
+    def inner(self) -> _Shared:
+        """The state of agents inside: contracts may name tools of one of them, and none has to have them all."""
+        inner = _Shared(self.guard, self.tools)
+        inner.checked, inner.fatal = True, self.fatal
+        return inner
+
     def check(self, offered: Any) -> None:
         if not self.checked:
-            names = [tool.name for tool in offered or () if hasattr(tool, "name")]
-            self.guard.contracts(self.tools, names, "tool")
+            self.guard.contracts(self.tools, _names_of(offered), "tool")
             self.checked = True
         self.raise_fatal()
 
@@ -68,13 +83,65 @@ class _Shared:
             raise fatal
 
 
+def _names_of(tools: Any, seen: tuple[Any, ...] = ()) -> set[str]:
+    """Return the names of tools, and of those of the agents that are tools."""
+    names = {tool.name for tool in tools or () if hasattr(tool, "name")}
+    for tool in tools or ():
+        for cell in getattr(getattr(tool, "func", None), "__closure__", None) or ():
+            agent = getattr(cell, "cell_contents", None)
+            if isinstance(agent, AgentMiddlewareLayer) and agent not in seen:
+                names |= _names_of(getattr(agent, "default_options", {}).get("tools"), (*seen, agent))
+    return names
+
+
+def _shared_above() -> _Shared | None:
+    """Return the state of the guarded agent that the code here runs inside of."""
+    node = current_node()
+    while node is not None:
+        shared: _Shared | None = node.notes.get(_Shared)
+        if shared is not None:
+            return shared
+        node = node.parent
+    return None
+
+
+def _guard_inner_agents() -> None:
+    """Let every agent that runs inside a guarded one have its middleware."""
+    bare: Any = AgentMiddlewareLayer.run
+    if hasattr(bare, "_stroma_inner"):
+        return
+
+    @functools.wraps(bare)
+    def run(self: Any, *args: Any, middleware: Any = None, **kwargs: Any) -> Any:
+        shared = _shared_above()
+        own = getattr(self, "middleware", None)
+        if shared is not None and not any(
+            isinstance(one, _OfAgent) for several in (own, middleware) for one in _listed(several)
+        ):
+            middleware = [*_listed(middleware), *shared.inner.middleware]
+        return bare(self, *args, middleware=middleware, **kwargs)
+
+    run.__dict__["_stroma_inner"] = True
+    AgentMiddlewareLayer.run = run  # type: ignore[method-assign]
+
+
+def _listed(middleware: Any) -> list[Any]:
+    return list(middleware) if isinstance(middleware, Sequence) else [] if middleware is None else [middleware]
+
+
 class _OfAgent(AgentMiddleware):
     def __init__(self, shared: _Shared) -> None:
         self._shared = shared
 
     async def process(self, context: Any, call_next: Any) -> None:
         guard, request = self._shared.guard, asked_of(context.messages)
-        call = Rest(context, call_next, self._shared.raise_fatal)
+        call = _AgentCall(context, call_next, self._shared)
+        # With the answer to a request for approval it continues where it waited.
+        answered = any(
+            getattr(content, "type", None) == "function_approval_response"
+            for message in context.messages or ()
+            for content in getattr(message, "contents", None) or ()
+        )
         # Its models and tools had their retries: it is called once.
         about: Any = {
             "input_view": lambda *_: request,
@@ -86,11 +153,12 @@ class _OfAgent(AgentMiddleware):
         name = getattr(context.agent, "name", None) or "agent"
         if context.stream:
             step = guard.wrap(name, call.parts, collect=call.final, **about)
-            context.result = ResponseStream(guard.aover(step, request), finalizer=call.final)
+            context.result = ResponseStream(
+                guard.aover(step, request, goes_on=answered), finalizer=call.final
+            )
         else:
-            context.result = await guard.each_call(
-                guard.wrap(name, call.whole, **about), lambda *_: request
-            )()
+            whole = guard.wrap(name, call.whole, **about)
+            context.result = await guard.each_call(whole, lambda *_: request, lambda _: answered)()
 
 
 class _OfChat(ChatMiddleware):
@@ -168,6 +236,43 @@ class Rest:
     def final(self, _: Any) -> Any:
         """Return the final response of the stream."""
         return self._final
+
+
+class _AgentCall(Rest):
+    """The call of an agent."""
+
+    def __init__(self, context: Any, call_next: Any, shared: _Shared) -> None:
+        super().__init__(context, call_next, shared.raise_fatal)
+        self._shared = shared
+
+    def _begin(self) -> bool:
+        """Note the agent on its step; return True if it is inside no other one."""
+        is_outermost, node = _shared_above() is None, current_node()
+        assert node is not None
+        node.notes[_Shared] = self._shared
+        return is_outermost
+
+    def _end(self, response: Any, is_outermost: bool) -> None:
+        guard, used = self._shared.guard, used_by(response)
+        if used is not None:
+            guard.compare_usage("Agent Framework", used.input_tokens + used.output_tokens)
+        # Those of an agent inside are not passed on to anybody.
+        for request in (getattr(response, "user_input_requests", None) or ()) if is_outermost else ():
+            call = getattr(request, "function_call", None)
+            guard.current.ctx.note_suspended(f"approval of {getattr(call, 'name', None) or request.type}")
+
+    async def whole(self) -> Any:
+        is_outermost = self._begin()
+        response = await super().whole()
+        self._end(response, is_outermost)
+        return response
+
+    async def parts(self) -> AsyncGenerator[Any, None]:
+        is_outermost = self._begin()
+        async with contextlib.aclosing(super().parts()) as parts:
+            async for part in parts:
+                yield part
+        self._end(self._final, is_outermost)
 
 
 def control_of(error: BaseException) -> Control | None:

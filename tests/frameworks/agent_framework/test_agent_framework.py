@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,10 +23,10 @@ from agent_framework import (
     ResponseStream,
     tool,
 )
-from tests.frameworks.contract import CALL, FrameworkContract, weather
-from tests.frameworks.kit import guard_of, holds, lines_of, result_of
+from tests.frameworks.contract import CALL, City, FrameworkContract, Strict, weather
+from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of, spent
 
-from stroma import BudgetExceeded, ExecutionBudget, RunStatus
+from stroma import BudgetExceeded, ContractViolation, ExecutionBudget, RunStatus, SQLiteStore
 from stroma.adapters import Guard
 from stroma.adapters.agent_framework import stroma_middleware
 
@@ -208,3 +210,158 @@ def test_a_tool_that_needs_approval_is_asked_for_and_goes_on() -> None:
             assert guard.stopped is None
             assert [line.split()[0] for line in lines_of(guard)] == ["forecaster", "delete", "model"]
     assert events[0] == events[1] == (["delete", [], "done"], ["a"])
+
+
+# ---------------------------------------------------------------------- all spend of an agent
+
+
+class Provider(Script):
+    """Calls its tools at once, then answers; writes each request into a ledger of tokens."""
+
+    def __init__(self, ledger: list[int]) -> None:
+        super().__init__()
+        self.ledger = ledger
+
+    def _inner_get_response(self, *, messages: Any, stream: bool, options: Any, **_: Any) -> Any:
+        self.tokens = 10 + len(self.ledger) % 7
+        usage: Any = {"input_token_count": self.tokens - 1, "output_token_count": 1}
+        self.ledger.append(self.tokens)
+        contents = [Content.from_text("It is 4 C")]
+        if options.get("tools") and messages[-1].role != "tool":
+            contents = [
+                Content.from_function_call(
+                    each.name, each.name, arguments=_json({"city": "Oslo"} if each.name == "weather" else {"task": "x"})
+                )
+                for each in options["tools"]
+            ]  # fmt: skip
+
+        async def whole() -> Any:
+            await asyncio.sleep(0)
+            message = Message("assistant", contents)
+            return ChatResponse(messages=[message], response_id="1", model="gpt-4o", usage_details=usage)
+
+        async def parts() -> Any:
+            await asyncio.sleep(0)
+            for content in (*contents, Content.from_usage(usage)):
+                yield ChatResponseUpdate(contents=[content], role="assistant", model="gpt-4o")
+
+        return ResponseStream(parts(), finalizer=ChatResponse.from_updates) if stream else whole()
+
+
+def team(ledger: list[int], guard: Guard | None = None, contracts: Any = None) -> Any:
+    """Return an agent with a function and two agents as tools, one of which has a tool, and one that asks an agent."""
+    north = Agent(Provider(ledger), name="north", tools=[tool_of()])
+    south = Agent(Provider(ledger), name="south")
+    west = Agent(Provider(ledger), name="west")
+
+    @tool(approval_mode="never_require")
+    async def ask_west(task: str) -> str:
+        """Ask the agent in the west."""
+        return str((await west.run(task)).text)
+
+    own = None if guard is None else stroma_middleware(guard, contracts)
+    tools = [tool_of(), north.as_tool(), south.as_tool(), ask_west]
+    return Agent(Provider(ledger), name="team", tools=tools, middleware=own)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fifty_teams_at_once_spend_what_the_provider_has_counted(kind: str) -> None:
+    """All spend is counted, to the token: an agent's, and that of agents as tools and in tools, called in parallel."""
+    plain, ledger, seen = list[int](), list[int](), Seen()
+    expected = ask(team(plain), kind)
+    agent = team(ledger, guard := guard_of(seen))
+
+    async def one() -> str:
+        if kind == "run":
+            return str((await agent.run("hello")).text)
+        stream = agent.run("hello", stream=True)
+        async for _ in stream:
+            pass
+        return str((await stream.get_final_response()).text)
+
+    async def main() -> list[str]:
+        return await asyncio.gather(*(one() for _ in range(50)))
+
+    assert asyncio.run(main()) == [expected] * 50
+    assert (len(ledger), spent(seen, guard)) == (50 * len(plain), (50, sum(ledger)))
+    for result in seen.results:
+        assert sorted(event.node_id for event in result.trace.walk()) == sorted(
+            ["team", *["model"] * 6, *["weather"] * 2, *["north", "south"] * 2, "ask_west", "west"]
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_contract_of_an_inner_agent_s_tool_holds(kind: str) -> None:
+    """It is known by its name, wherever it is, and a broken one ends the outermost agent."""
+    ledger, guard = list[int](), guard_of()
+    inner = Agent(Provider(ledger), name="north", tools=[tool_of()])
+    own = stroma_middleware(guard, {"weather": (City, Strict)})
+    agent = Agent(Provider(ledger), name="outer", tools=[inner.as_tool()], middleware=own)
+    with pytest.raises(ContractViolation):
+        ask(agent, kind)
+    assert len(ledger) == 2
+    assert result_of(guard).status is RunStatus.FAILED
+
+
+def test_an_agent_outside_is_left_alone() -> None:
+    """What no guarded agent calls is none of the guard's."""
+    guard = guard_of()
+    team([], guard)
+    ask(Agent(Provider([]), name="other"))
+    assert guard.last is None
+
+
+class Bare(BaseChatClient):  # type: ignore[misc]
+    """A client that knows no middleware."""
+
+    def _inner_get_response(self, *, messages: Any, stream: bool, options: Any, **_: Any) -> Any:
+        async def whole() -> Any:
+            used: Any = {"input_token_count": 9, "output_token_count": 1}
+            return ChatResponse(messages=[Message("assistant", ["x"])], response_id="1", usage_details=used)
+
+        return whole()
+
+
+def test_a_client_that_is_not_guarded_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """The framework's own figure of an agent is compared with the guard's: a difference is a warning."""
+    guard = guard_of()
+    agent = Agent(Bare(), name="agent", middleware=stroma_middleware(guard))
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(agent.run("hello"))
+    assert guard.unaccounted == 10
+    assert any("Agent Framework counted 10 tokens" in message for message in caplog.messages)
+
+
+@holds("control flow")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_agent_that_waits_for_an_approval_is_suspended(kind: str, tmp_path: Path) -> None:
+    """A pending approval is SUSPENDED, and the framework's own answer to it goes on with the same run."""
+    calls: list[str] = []
+
+    @tool(approval_mode="always_require")
+    def delete(path: str) -> str:
+        """Deletes."""
+        calls.append(path)
+        return "gone"
+
+    async def turn(agent: Any, session: Any, message: Any) -> Any:
+        if kind == "run":
+            return await agent.run(message, session=session)
+        stream = agent.run(message, session=session, stream=True)
+        async for _ in stream:
+            pass
+        return await stream.get_final_response()
+
+    async def talk(agent: Any, guard: Guard) -> str:
+        session = agent.create_session()
+        (request,) = (await turn(agent, session, "delete a")).user_input_requests
+        assert result_of(guard).status is RunStatus.SUSPENDED
+        assert result_of(guard).suspended == ["approval of delete"]
+        approved = request.to_function_approval_response(approved=True)
+        return str((await turn(agent, session, Message("user", [approved]))).text).strip()
+
+    with SQLiteStore(tmp_path / "runs.db") as store:
+        guard = guard_of(store=store, run_id="deletion", resume=True)
+        script = Script(("delete", '{"path": "a"}'), "done")
+        assert asyncio.run(talk(agent_of(script, guard, [delete]), guard)) == "done"
+        assert (calls, [one.status for one in store.list_runs()]) == (["a"], ["RESUMED"])
