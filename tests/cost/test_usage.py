@@ -168,6 +168,8 @@ def test_what_cannot_be_counted_is_said(response: Any, says: str) -> None:
         ({"input_tokens": 5, "cached_input_tokens": 3, "cache_write_tokens": 3}, "report the whole input"),
         ({"input_tokens": 5, "cache_write_tokens": 3, "cache_write_1h_tokens": 4}, "a part of them"),
         ({"model": 5}, "strings or None"),
+        ({"cost_usd": -1.0}, "finite number of dollars"),
+        ({"cost_usd": float("nan")}, "finite number of dollars"),
     ],
     ids=str,
 )
@@ -536,3 +538,20 @@ def test_no_sdk_is_imported_to_read_a_response() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout.split("\n")[:2], done.stderr) == (["1", "[]"], "")
+
+
+async def test_what_a_provider_has_charged_is_what_a_call_cost() -> None:
+    """``Usage.cost_usd`` counts in place of the model's prices, and without a model or a price."""
+
+    runner = StromaRunner.quick(unknown_model="error", budget=ExecutionBudget(max_cost_usd=1))
+
+    @runner.node("ask", input=Text, output=Text)
+    async def ask(state: Text) -> Any:
+        node = current_node()
+        assert node is not None
+        node.report_usage(Usage(10, 5, model="gpt-4o", cost_usd=0.25))
+        node.report_usage(Usage(10, 5, cost_usd=0.5))
+        return {"text": "hi"}, Usage(1, 1, model="a model that nobody knows", cost_usd=0.0)
+
+    result = await runner.run([ask], Text())
+    assert (result.status, result.total_tokens, result.total_cost_usd) == (RunStatus.COMPLETED, 32, 0.75)

@@ -67,6 +67,7 @@ class Usage:
         model: as the provider names it; None if the response does not say.
         tier: "batch", "flex", "priority" ...: how the call was served, where that has a price of its own.
         cache_write_1h_tokens: the part of ``cache_write_tokens`` that is kept for an hour, which costs more.
+        cost_usd: what the call cost, in dollars, where its provider says so; None: it follows from the model's prices.
     """
 
     input_tokens: int = 0
@@ -76,6 +77,7 @@ class Usage:
     model: str | None = None
     tier: str | None = None
     cache_write_1h_tokens: int = 0
+    cost_usd: float | None = None
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -94,6 +96,11 @@ class Usage:
                 f"cache_write_1h_tokens={self.cache_write_1h_tokens} is more than "
                 f"cache_write_tokens={self.cache_write_tokens}; it is a part of them"
             )
+        cost = self.cost_usd
+        if cost is not None and (
+            isinstance(cost, bool) or not isinstance(cost, (int, float)) or not 0 <= cost < math.inf
+        ):
+            raise UsageError(f"cost_usd must be a finite number of dollars, zero or more, got {shown(cost)}")
         if any(value is not None and not isinstance(value, str) for value in (self.model, self.tier)):
             raise UsageError(
                 f"model and tier of a usage must be strings or None, got {shown(self.model)} and {shown(self.tier)}"
@@ -102,7 +109,8 @@ class Usage:
     @property
     def is_plain(self) -> bool:
         """Return True if the price depends on input and output tokens alone."""
-        return self.tier is None and not self.cached_input_tokens and not self.cache_write_tokens
+        own_price = self.tier is not None or self.cost_usd is not None
+        return not own_price and not self.cached_input_tokens and not self.cache_write_tokens
 
 
 _COUNTS: Final = (

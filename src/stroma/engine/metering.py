@@ -62,6 +62,10 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
         if detail is not None:
             cached += detail.cached_input_tokens
             written += detail.cache_write_tokens
+            if detail.cost_usd is not None:  # What was charged needs no price.
+                cost += detail.cost_usd
+                named = named if model is None else model
+                continue
         if model is None:
             if consumed + generated and ctx.has_limit("cost", run.node_id):
                 ctx.warn_once(
