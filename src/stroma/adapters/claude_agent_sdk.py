@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from stroma.adapters._releases import import_error, warn_if_untested
 
@@ -22,13 +22,15 @@ except ImportError as error:
     raise import_error("claude-agent-sdk", error) from error
 
 from stroma.adapters.guard import Contracts, Guard, what_stopped
-from stroma.cost.usage import usage_from
+from stroma.cost.usage import Usage, usage_from
 from stroma.engine.execution import current_run
 
 warn_if_untested("claude-agent-sdk")
 
 __all__ = ["guarded_query", "guarded_tools"]
 
+#: Counts of a model in what the program says about each.
+_COUNTS: Final = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens")
 #: What stopped a run inside a tool, by the run: the SDK tells the model of it, and would go on.
 _FATAL: dict[str, BaseException] = {}
 
@@ -38,7 +40,7 @@ def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
 
     What is left of the budget's dollars is its ``max_budget_usd``, where the release has that; tokens are known at its end.
     """
-    # The program tells what it used itself: what our tools use is beside that.
+    # The program reports what it used itself; what our tools use is beside that.
     about: Any = {
         "input_view": _input_view,
         "output_view": _answer,
@@ -111,8 +113,19 @@ def _whole(messages: list[Any]) -> dict[str, Any]:
 
 
 def _used(whole: dict[str, Any]) -> Any:
+    """Return the usage of a query: what the program says it cost, and the tokens of all its models where it says these."""
     end = whole["end"]
-    return None if end is None or not end.usage else usage_from(end.usage, model=whole["model"])
+    if end is None:
+        return None
+    cost, by_model = getattr(end, "total_cost_usd", None), getattr(end, "model_usage", None)
+    if not by_model:
+        used = usage_from(end.usage, model=whole["model"]) if end.usage else None
+        return dataclasses.replace(used or Usage(model=whole["model"]), cost_usd=cost) if used or cost else None
+    counts = [sum(one.get(name) or 0 for one in by_model.values()) for name in _COUNTS]
+    given, output_tokens, cached, written = counts
+    return Usage(
+        given + cached + written, output_tokens, cached, written, model=whole["model"], cost_usd=cost
+    )
 
 
 def _answer(whole: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ class Script(Transport):
 
     def __init__(self, *script: Any, tokens: int = 10, fails: Exception | None = None) -> None:
         self.script, self.tokens, self.fails = list(script), tokens, fails
+        self.by_model: dict[str, Any] | None = None
         self.messages: list[Any] = []
         self._ready = False
         self._calls: Any = None
@@ -87,6 +88,7 @@ class Script(Transport):
                 "session_id": "s",
                 "total_cost_usd": 0.1,
                 "usage": usage,
+                "modelUsage": self.by_model,
                 "result": "done",
             }
         )

@@ -18,7 +18,7 @@ from claude_agent_sdk import (
 )
 from tests.frameworks.claude_agent_sdk.fakes import Script
 from tests.frameworks.contract import FrameworkContract, weather
-from tests.frameworks.kit import guard_of, holds, lines_of, result_of
+from tests.frameworks.kit import PAID, Seen, guard_of, holds, lines_of, pay, result_of, spent, tree
 
 from stroma import BudgetExceeded, ExecutionBudget, RunStatus
 from stroma.adapters import Guard
@@ -183,3 +183,54 @@ def test_a_reader_that_has_enough_ends_the_query() -> None:
     asyncio.run(main())
     assert result_of(guard).status is RunStatus.CANCELLED
     assert lines_of(guard) == ["query cancelled"]
+
+
+def test_what_the_program_says_it_cost_is_what_it_cost() -> None:
+    """``total_cost_usd`` is the truth where it is given, and a limit on the cost holds to it."""
+    guard = guard_of(budget=ExecutionBudget(max_cost_usd=0.15))
+
+    async def main() -> None:
+        async with guard.run():
+            for _ in range(3):
+                async for _ in guarded_query(guard)(prompt="x", transport=Script("one")):
+                    pass
+
+    with pytest.raises(BudgetExceeded):
+        asyncio.run(main())
+    assert result_of(guard).total_cost_usd == pytest.approx(0.2)
+
+
+def test_tokens_of_all_models_count() -> None:
+    """Those of agents inside the program, too, which its ``usage`` leaves out."""
+    counts = {"inputTokens": 5, "outputTokens": 2, "cacheReadInputTokens": 3, "cacheCreationInputTokens": 1}
+    script, guard = Script("one"), guard_of()
+    script.by_model = {"claude-sonnet-4-5": counts, "claude-haiku-4-5": counts}
+    ask(script, guard)
+    (event,) = result_of(guard).trace
+    assert (event.usage.tokens, event.usage.output_tokens, event.usage.cached_input_tokens) == (22, 4, 6)
+    assert result_of(guard).total_cost_usd == pytest.approx(0.1)
+
+
+def test_fifty_queries_at_once_spend_what_the_program_says() -> None:
+    """Each in its own run, with a tool that uses a model beside it."""
+    seen = Seen()
+    guard = guard_of(seen)
+
+    def asking(city: str) -> dict[str, int]:
+        pay()
+        return weather(city)
+
+    async def one() -> None:
+        options = ClaudeAgentOptions(
+            mcp_servers={"own": create_sdk_mcp_server("own", tools=guarded_tools(guard, [tool_of(asking)]))}
+        )
+        script = Script(("weather", {"city": "Oslo"}), "done")
+        async for _ in guarded_query(guard)(prompt="x", options=options, transport=script):
+            pass
+
+    async def main() -> None:
+        await asyncio.gather(*(one() for _ in range(50)))
+
+    asyncio.run(main())
+    assert spent(seen, guard) == (50, 50 * (10 + PAID))
+    assert {tuple(tree(result)) for result in seen.results} == {("query success 10", "  weather success 5")}
