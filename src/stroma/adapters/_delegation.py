@@ -110,7 +110,7 @@ def _entered(name: str, call: Any) -> Any:
 
 
 def _steps_of(owner: Any, guard: Guard) -> _Steps:
-    steps = vars(owner).get(_STEPS)
+    steps: _Steps | None = vars(owner).get(_STEPS)
     if steps is None:
         steps = _Steps(guard)
         object.__setattr__(owner, _STEPS, steps)
@@ -126,8 +126,8 @@ def _function_of(owner: Any, name: str) -> Any:
     if name in vars(owner):  # A method of this very object, which takes no `self`.
         bare = vars(owner)[name]
         return getattr(bare, _BARE, None) or _with_owner(bare)
-    found = inspect.getattr_static(type(owner), name, None)
-    return getattr(found, _BARE, found) if inspect.isroutine(found) else None
+    function = inspect.getattr_static(type(owner), name, None)
+    return getattr(function, _BARE, function) if inspect.isroutine(function) else None
 
 
 def _with_owner(bare: Any) -> Any:

@@ -122,11 +122,13 @@ def _guard_inner_agents() -> None:
         return bare(self, *args, middleware=middleware, **kwargs)
 
     run.__dict__["_stroma_inner"] = True
-    AgentMiddlewareLayer.run = run  # type: ignore[method-assign]
+    AgentMiddlewareLayer.run = run
 
 
 def _listed(middleware: Any) -> list[Any]:
-    return list(middleware) if isinstance(middleware, Sequence) else [] if middleware is None else [middleware]
+    return (
+        list(middleware) if isinstance(middleware, Sequence) else [] if middleware is None else [middleware]
+    )
 
 
 class _OfAgent(AgentMiddleware):

@@ -120,11 +120,13 @@ def _used(whole: dict[str, Any]) -> Any:
     cost, by_model = getattr(end, "total_cost_usd", None), getattr(end, "model_usage", None)
     if not by_model:
         used = usage_from(end.usage, model=whole["model"]) if end.usage else None
-        return dataclasses.replace(used or Usage(model=whole["model"]), cost_usd=cost) if used or cost else None
+        return (
+            dataclasses.replace(used or Usage(model=whole["model"]), cost_usd=cost) if used or cost else None
+        )
     counts = [sum(one.get(name) or 0 for one in by_model.values()) for name in _COUNTS]
-    given, output_tokens, cached, written = counts
+    fresh, output_tokens, cached, written = counts
     return Usage(
-        given + cached + written, output_tokens, cached, written, model=whole["model"], cost_usd=cost
+        fresh + cached + written, output_tokens, cached, written, model=whole["model"], cost_usd=cost
     )
 
 

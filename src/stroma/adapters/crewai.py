@@ -58,13 +58,13 @@ def attach(target: T, guard: Guard, contracts: Contracts | None = None) -> T:
     output is what it returns, or else that state. Each kickoff of it or of a copy is a run, and guards the agents, tasks and
     tools that were added since. Raises UnknownNode for a contract of none.
     """
-    given: Any = target
-    if isinstance(given, Crew):
-        by_name = guard.contracts(contracts, [tool.name for tool in _tools_of(given)], "tool")
-        _attach_crew(given, guard, by_name)
+    program: Any = target
+    if isinstance(program, Crew):
+        by_name = guard.contracts(contracts, [tool.name for tool in _tools_of(program)], "tool")
+        _attach_crew(program, guard, by_name)
     else:
-        by_name = guard.contracts(contracts, map(str, given._methods), "method")
-        _attach(given, guard, {name: (str(name), by_name.get(str(name))) for name in given._methods})
+        by_name = guard.contracts(contracts, map(str, program._methods), "method")
+        _attach(program, guard, {name: (str(name), by_name.get(str(name))) for name in program._methods})
     return target
 
 
@@ -92,9 +92,10 @@ def _attach(flow: Any, guard: Guard, steps: dict[Any, tuple[str, NodeContract[An
             control=_control,
         )
         # What the flow runs is this table, which it made when it was made; the class's methods it never looks at again.
-        flow._methods[name] = guarded = step if is_plain else copy.copy(method)
+        guarded: Any = step if is_plain else copy.copy(method)
         if not is_plain:
             guarded._meth = step
+        flow._methods[name] = guarded
     for name in ("kickoff_async", "resume_async"):
         _make_run(flow, name, guard, goes_on=name == "resume_async")
     return flow
@@ -151,7 +152,9 @@ def _attach_crew(crew: Any, guard: Guard, contracts: dict[str, NodeContract[Any,
         def plan(self: Any) -> None:
             own = self.planning_llm
             # What CrewAI takes where none is named.
-            self.planning_llm = _guarded_llm(CrewPlanner(tasks=[], planning_agent_llm=own).planning_agent_llm, guard)
+            self.planning_llm = _guarded_llm(
+                CrewPlanner(tasks=[], planning_agent_llm=own).planning_agent_llm, guard
+            )
             try:
                 bare(self)
             finally:
@@ -161,7 +164,11 @@ def _attach_crew(crew: Any, guard: Guard, contracts: dict[str, NodeContract[Any,
 
     for name in ("kickoff", "akickoff", "kickoff_async"):
         _make_run(crew, name, guard, renewed)
-    for name, wrapper in (("copy", copied), ("_create_manager_agent", managed), ("_handle_crew_planning", planned)):
+    for name, wrapper in (
+        ("copy", copied),
+        ("_create_manager_agent", managed),
+        ("_handle_crew_planning", planned),
+    ):
         wrap_method(crew, name, guard, wrapper)
 
 
@@ -193,8 +200,8 @@ def _tools_of(crew: Any) -> list[Any]:
 
 
 def _guarded_llm(llm: Any, guard: Guard) -> Any:
-    made = llm if llm is None else create_llm(llm)
-    return guard_llm(made, guard) if isinstance(made, BaseLLM) else llm
+    resolved = llm if llm is None else create_llm(llm)
+    return guard_llm(resolved, guard) if isinstance(resolved, BaseLLM) else llm
 
 
 # ---------------------------------------------------------------------- runs
@@ -224,7 +231,7 @@ def _make_run(
                 _note_pending(result, guard)
                 return result
 
-        bare: Any = entered.__wrapped__  # type: ignore[attr-defined]
+        bare = inspect.unwrap(entered, stop=lambda func: func is not entered)
         each = guard.each_call(
             renewed(functools.wraps(entered)(arun if inspect.iscoroutinefunction(entered) else run)),
             _inputs,
@@ -277,10 +284,10 @@ def _raise_fatal(guard: Guard) -> None:
         raise fatal
 
 
-class _Counter:
+class _RunTokens:
     """Tokens that the LLMs of CrewAI have counted in a run, whether they are guarded or not."""
 
-    def __init__(self, outer: _Counter | None) -> None:
+    def __init__(self, outer: _RunTokens | None) -> None:
         self.outer = outer
         self.tokens = 0
 
@@ -290,14 +297,14 @@ class _Counter:
             self.outer.add(tokens)
 
 
-_COUNTER: ContextVar[_Counter | None] = ContextVar("stroma_crewai_counter", default=None)
+_COUNTER: ContextVar[_RunTokens | None] = ContextVar("stroma_crewai_counter", default=None)
 
 
 @contextmanager
 def _comparing(guard: Guard) -> Iterator[None]:
     """Compare what CrewAI's own LLMs count in the calls inside with what the guard has."""
     _count_all()
-    counter = _Counter(_COUNTER.get())
+    counter = _RunTokens(_COUNTER.get())
     token = _COUNTER.set(counter)
     try:
         yield
@@ -325,7 +332,7 @@ def _count_all() -> None:
                 counter.add(sum(_counted(self)[:2]) - before)
 
         track.__dict__["_stroma_counts"] = True
-        BaseLLM._track_token_usage_internal = track  # type: ignore[method-assign]
+        BaseLLM._track_token_usage_internal = track
 
 
 class CrewAIAdapter:

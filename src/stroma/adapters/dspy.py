@@ -112,7 +112,6 @@ class _Tracker(UsageTracker):
         if self.users is not None:
             self.users.add_usage(lm, usage_entry)
 
-
     def __deepcopy__(self, memo: Any) -> _Tracker:
         """Return a tracker for a thread of DSPy's: it has a copy of the user's, and counts for the same step."""
         copied = copy.copy(self)

@@ -78,7 +78,9 @@ def each_run(runner: T, guard: Guard) -> T:
                     used = None if event.partial else _used(event, "")
                     counted += 0 if used is None else used.input_tokens + used.output_tokens
                     waiting += [
-                        call.name for call in event.get_function_calls() if (call.name or "").startswith(_ASKS)
+                        call.name
+                        for call in event.get_function_calls()
+                        if (call.name or "").startswith(_ASKS)
                     ]
                     yield event
             guard.compare_usage("ADK", counted)
@@ -89,9 +91,7 @@ def each_run(runner: T, guard: Guard) -> T:
             agent = getattr(target, "agent", None)
             if agent is not None and vars(agent).get(_ATTACHED) is guard:
                 attach(agent, guard)
-            return guard.aover(
-                lambda: events(*args, **kwargs), {"message": kwargs.get("new_message")}
-            )
+            return guard.aover(lambda: events(*args, **kwargs), {"message": kwargs.get("new_message")})
 
         target.run_async = guard.mark(run_async)
     return runner

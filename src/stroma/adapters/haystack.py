@@ -56,7 +56,9 @@ def attach(pipeline: T, guard: Guard, contracts: Contracts | None = None) -> T:
             _guard_components(self, guard, by_name)
             return await call(self, *args, **kwargs)
 
-        return guard.each_call(functools.wraps(call)(arun if inspect.iscoroutinefunction(call) else run), _data)
+        return guard.each_call(
+            functools.wraps(call)(arun if inspect.iscoroutinefunction(call) else run), _data
+        )
 
     def over(parts: Callable[..., Any]) -> Callable[..., Any]:
         def generate(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -327,7 +327,10 @@ def agent_with(llm: Any, role: str = "forecaster", tools: Any = ()) -> Agent:
 
 def sequential(ledger: list[int], *, all_agents: bool = False, **options: Any) -> Crew:
     """Return a crew with a planner, a tool of a task, and an agent that only its task knows."""
-    agent, outside = agent_with(Provider.with_ledger(ledger)), agent_with(Provider.with_ledger(ledger), "editor")
+    agent, outside = (
+        agent_with(Provider.with_ledger(ledger)),
+        agent_with(Provider.with_ledger(ledger), "editor"),
+    )
     tasks = [
         Task(description="What is the weather?", expected_output="degrees", agent=agent, tools=[Station()]),
         Task(description="Edit it.", expected_output="text", agent=outside),

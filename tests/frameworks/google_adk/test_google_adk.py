@@ -255,7 +255,9 @@ class Provider(Script):
         last = llm_request.contents[-1].parts or []
         if llm_request.tools_dict and not any(part.function_response for part in last):
             calls = [
-                types.FunctionCall(name=name, args={"city": "Oslo"} if name == "weather" else {"request": "x"})
+                types.FunctionCall(
+                    name=name, args={"city": "Oslo"} if name == "weather" else {"request": "x"}
+                )
                 for name in llm_request.tools_dict
                 if name != "transfer_to_agent"
             ]
@@ -268,7 +270,8 @@ class Provider(Script):
 def team(ledger: list[int]) -> Any:
     """Return agents in a row: the first calls a function and two agents at once, the second has the class's model."""
     experts = [
-        LlmAgent(name=name, description=name, model=Provider.with_ledger(ledger)) for name in ("north", "south")
+        LlmAgent(name=name, description=name, model=Provider.with_ledger(ledger))
+        for name in ("north", "south")
     ]
     first = LlmAgent(
         name="first",

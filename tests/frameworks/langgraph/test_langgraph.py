@@ -733,7 +733,9 @@ def test_an_answer_of_stroma_approve_resumes_the_graph(kind: str, tmp_path: Path
     guard = resumable(tmp_path)
     call(graph_of(guard), kind, {"text": "a"}, config)
     for step, question, answer in (("split", "which?", "this"), ("count", "really?", "yes")):
-        assert [(one.node_id, one.reason) for one in questions(tmp_path) if one.payload is None] == [(step, question)]
+        assert [(one.node_id, one.reason) for one in questions(tmp_path) if one.payload is None] == [
+            (step, question)
+        ]
         approve(guard, answer)
         guard = resumable(tmp_path)
         result = call(graph_of(guard), kind, None, config)
@@ -826,7 +828,9 @@ def test_a_second_attach_with_other_contracts_is_an_error(compiled: bool) -> Non
     assert type(attach(graph, guard)) is kind
     assert type(attach(graph, guard, {"split": (Text, Words)})) is kind
     for contracts in ({"split": (Text, Text)}, {"count": (Words, Total)}):
-        with pytest.raises(ValueError, match="already attached to this guard, with another contract or without"):
+        with pytest.raises(
+            ValueError, match="already attached to this guard, with another contract or without"
+        ):
             attach(graph, guard, contracts)
 
 
