@@ -10,7 +10,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from stroma.adapters._state_views import View, arguments_of
 from stroma.adapters.guard import Guard
 from stroma.engine.execution import current_node
 
-__all__ = ["guard_methods", "wrap_method"]
+__all__ = ["before", "guard_methods", "within", "wrap_method"]
 
 #: Where an object has its steps, and a method of a class what it stands for.
 _STEPS: Final = "_stroma_steps"
@@ -87,26 +87,45 @@ def wrap_method(owner: Any, name: str, guard: Guard, wrapper: Callable[[Any], An
         _ask_object(owner, name, bare)
 
 
+def within(
+    call: Callable[..., Any], context: Callable[..., AbstractContextManager[Any]]
+) -> Callable[..., Any]:
+    """Return a function, sync or async like another one, that calls it inside of ``context(*args, **kwargs)``."""
+
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with context(*args, **kwargs):
+            return call(*args, **kwargs)
+
+    async def ainside(*args: Any, **kwargs: Any) -> Any:
+        with context(*args, **kwargs):
+            return await call(*args, **kwargs)
+
+    return functools.wraps(call)(ainside if inspect.iscoroutinefunction(call) else inside)
+
+
+def before(call: Callable[..., Any], first: Callable[..., None]) -> Callable[..., Any]:
+    """Return a function, sync or async like another one, that calls ``first(*args, **kwargs)`` before it."""
+
+    @contextmanager
+    def context(*args: Any, **kwargs: Any) -> Iterator[None]:
+        first(*args, **kwargs)
+        yield
+
+    return within(call, context)
+
+
 def _entered(name: str, call: Any) -> Any:
     """Return a function that marks the calls inside as part of a call of the method of its first argument."""
 
     @contextmanager
-    def entering(owner: Any) -> Iterator[None]:
+    def entering(owner: Any, *_: Any, **__: Any) -> Iterator[None]:
         token = _ENTERED.set((*_ENTERED.get(), (name, owner)))
         try:
             yield
         finally:
             _ENTERED.reset(token)
 
-    def entered(owner: Any, *args: Any, **kwargs: Any) -> Any:
-        with entering(owner):
-            return call(owner, *args, **kwargs)
-
-    async def aentered(owner: Any, *args: Any, **kwargs: Any) -> Any:
-        with entering(owner):
-            return await call(owner, *args, **kwargs)
-
-    return functools.wraps(call)(aentered if inspect.iscoroutinefunction(call) else entered)
+    return within(call, entering)
 
 
 def _steps_of(owner: Any, guard: Guard) -> _Steps:
@@ -186,19 +205,9 @@ def _view_without_owner(view: View, args: tuple[Any, ...], kwargs: dict[str, Any
 def _noted(call: Any) -> Any:
     """Return a function that marks the current step as one of its first argument."""
 
-    def note(owner: Any) -> None:
+    def note(owner: Any, *_: Any, **__: Any) -> None:
         node = current_node()
         assert node is not None
         node.notes[id(owner)] = owner
 
-    @functools.wraps(call)
-    def noted(owner: Any, *args: Any, **kwargs: Any) -> Any:
-        note(owner)
-        return call(owner, *args, **kwargs)
-
-    @functools.wraps(call)
-    async def anoted(owner: Any, *args: Any, **kwargs: Any) -> Any:
-        note(owner)
-        return await call(owner, *args, **kwargs)
-
-    return anoted if inspect.iscoroutinefunction(call) else noted
+    return before(call, note)

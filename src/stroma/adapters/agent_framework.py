@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from stroma.adapters._releases import import_error, warn_if_untested
@@ -25,13 +24,20 @@ try:
         MiddlewareTermination,
         ResponseStream,
     )
+
+    from stroma.adapters._agent_framework_views import (
+        Rest,
+        answer_of,
+        asked_of,
+        control_of,
+        result_of,
+        used_by,
+    )
 except ImportError as error:
     raise import_error("agent-framework", error) from error
 
-from stroma.adapters._state_views import newest_of
-from stroma.adapters._step import Control, GuardedStep
+from stroma.adapters._step import GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for, what_stopped
-from stroma.cost.usage import Usage
 from stroma.engine.execution import current_node
 
 warn_if_untested("agent-framework")
@@ -207,39 +213,6 @@ class _OfFunction(FunctionMiddleware):
             raise MiddlewareTermination(str(error)) from error
 
 
-class Rest:
-    """The rest of a middleware pipeline, as a coroutine function that can be called again, or as a stream."""
-
-    def __init__(self, context: Any, call_next: Any, judge: Callable[[], None] = lambda: None) -> None:
-        self._context, self._next, self._judge = context, call_next, judge
-        self._final: Any = None
-
-    async def whole(self) -> Any:
-        try:
-            await self._next()
-        except Exception:
-            self._judge()  # Raises the cause of the framework's error in its place.
-            raise
-        self._judge()
-        return self._context.result
-
-    async def parts(self) -> AsyncGenerator[Any, None]:
-        stream = await self.whole()
-        try:
-            async for part in stream:
-                yield part
-            # This also stores the history of a session.
-            self._final = await stream.get_final_response()
-        except Exception:
-            self._judge()
-            raise
-        self._judge()
-
-    def final(self, _: Any) -> Any:
-        """Return the final response of the stream."""
-        return self._final
-
-
 class _AgentCall(Rest):
     """The call of an agent."""
 
@@ -275,45 +248,3 @@ class _AgentCall(Rest):
             async for part in parts:
                 yield part
         self._end(self._final, is_outermost)
-
-
-def control_of(error: BaseException) -> Control | None:
-    """Return the meaning of an exception by which middleware ends a call with a result."""
-    return (
-        Control("returned", getattr(error, "result", None)) if type(error) is MiddlewareTermination else None
-    )
-
-
-def asked_of(messages: Any) -> dict[str, Any]:
-    """Return the newest message as text, which is the same in each process, and the number of messages."""
-    request = newest_of(messages)
-    newest = request["newest"]
-    if hasattr(newest, "text"):
-        request["newest"] = {"role": str(getattr(newest, "role", "")), "text": newest.text}
-    return request
-
-
-def answer_of(answer: Any) -> dict[str, Any]:
-    """Return the view of an answer of a model or an agent."""
-    return {"text": getattr(answer, "text", None)}
-
-
-def result_of(result: Any) -> Any:
-    """Return the result of a tool, parsed if its text is JSON."""
-    text = result
-    if isinstance(result, list) and result and all(hasattr(part, "text") for part in result):
-        text = "".join(part.text or "" for part in result)
-    try:
-        return json.loads(text) if isinstance(text, str) else text
-    except ValueError:
-        return text
-
-
-def used_by(response: Any) -> Usage | None:
-    """Return the usage of a response, or None."""
-    used = getattr(response, "usage_details", None)
-    if not used:
-        return None
-    input_tokens, cached = used.get("input_token_count") or 0, used.get("cache_read_input_token_count") or 0
-    model = getattr(response, "model", None) or getattr(response, "model_id", None)
-    return Usage(input_tokens, used.get("output_token_count") or 0, min(cached, input_tokens), model=model)

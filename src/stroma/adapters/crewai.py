@@ -11,34 +11,26 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, Final, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
-    from crewai import BaseLLM, Crew
+    from crewai import Crew
     from crewai.flow.async_feedback import HumanFeedbackPending
     from crewai.flow.flow import Flow
-    from crewai.tools import BaseTool
-    from crewai.tools.agent_tools.base_agent_tools import BaseAgentTool
-    from crewai.utilities.llm_utils import create_llm
-    from crewai.utilities.planning_handler import CrewPlanner
+
+    from stroma.adapters._crewai_crews import attach_crew, make_run, tools_of
+    from stroma.adapters._crewai_llms import guard_llm
 except ImportError as error:
     raise import_error("crewai", error) from error
 
-from stroma.adapters._delegation import guard_methods, wrap_method
 from stroma.adapters._discovery import marked, marks_of
-from stroma.adapters._state_views import newest_of
 from stroma.adapters._step import Control
-from stroma.adapters.guard import Contracts, Guard, what_stopped
+from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import stroma_node as stroma_crewai_step
-from stroma.cost.usage import Usage
-from stroma.engine.execution import current_node
 from stroma.runner.runner import StromaRunner
 
 warn_if_untested("crewai")
@@ -46,9 +38,6 @@ warn_if_untested("crewai")
 __all__ = ["CrewAIAdapter", "attach", "guard_llm", "stroma_crewai_step"]
 
 T = TypeVar("T")
-#: Where agents and crews have LLMs.
-_LLMS: Final = ("llm", "function_calling_llm", "manager_llm", "planning_llm", "chat_llm")
-_LOCK: Final = threading.Lock()
 
 
 def attach(target: T, guard: Guard, contracts: Contracts | None = None) -> T:
@@ -60,8 +49,8 @@ def attach(target: T, guard: Guard, contracts: Contracts | None = None) -> T:
     """
     program: Any = target
     if isinstance(program, Crew):
-        by_name = guard.contracts(contracts, [tool.name for tool in _tools_of(program)], "tool")
-        _attach_crew(program, guard, by_name)
+        by_name = guard.contracts(contracts, [tool.name for tool in tools_of(program)], "tool")
+        attach_crew(program, guard, by_name)
     else:
         by_name = guard.contracts(contracts, map(str, program._methods), "method")
         _attach(program, guard, {name: (str(name), by_name.get(str(name))) for name in program._methods})
@@ -97,242 +86,12 @@ def _attach(flow: Any, guard: Guard, steps: dict[Any, tuple[str, NodeContract[An
             guarded._meth = step
         flow._methods[name] = guarded
     for name in ("kickoff_async", "resume_async"):
-        _make_run(flow, name, guard, goes_on=name == "resume_async")
+        make_run(flow, name, guard, goes_on=name == "resume_async")
     return flow
 
 
 def _control(error: BaseException) -> Control | None:
     return Control("suspended", str(error)) if isinstance(error, HumanFeedbackPending) else None
-
-
-def _note_pending(result: Any, guard: Guard) -> None:
-    """Suspend the run of a flow that waits for a person's feedback."""
-    if isinstance(result, HumanFeedbackPending) and not guard.current.ctx.suspended:
-        guard.current.ctx.note_suspended(str(result))
-
-
-# ---------------------------------------------------------------------- crews
-
-
-def _attach_crew(crew: Any, guard: Guard, contracts: dict[str, NodeContract[Any, Any]]) -> None:
-    _guard_parts(crew, guard, contracts)
-
-    def renewed(kickoff: Callable[..., Any]) -> Callable[..., Any]:
-        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-            _guard_parts(self, guard, contracts)
-            return kickoff(self, *args, **kwargs)
-
-        async def arun(self: Any, *args: Any, **kwargs: Any) -> Any:
-            _guard_parts(self, guard, contracts)
-            return await kickoff(self, *args, **kwargs)
-
-        return functools.wraps(kickoff)(arun if inspect.iscoroutinefunction(kickoff) else run)
-
-    def copied(bare: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(bare)
-        def make_copy(self: Any) -> Any:
-            other = bare(self)
-            _attach_crew(other, guard, contracts)
-            return other
-
-        return make_copy
-
-    def managed(bare: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(bare)
-        def create(self: Any) -> None:
-            if self.manager_agent is None:
-                self.manager_llm = _guarded_llm(self.manager_llm, guard)
-            bare(self)
-            _guard_parts(self, guard, contracts)
-
-        return create
-
-    def planned(bare: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(bare)
-        def plan(self: Any) -> None:
-            own = self.planning_llm
-            # What CrewAI takes where none is named.
-            self.planning_llm = _guarded_llm(
-                CrewPlanner(tasks=[], planning_agent_llm=own).planning_agent_llm, guard
-            )
-            try:
-                bare(self)
-            finally:
-                self.planning_llm = own
-
-        return plan
-
-    for name in ("kickoff", "akickoff", "kickoff_async"):
-        _make_run(crew, name, guard, renewed)
-    for name, wrapper in (
-        ("copy", copied),
-        ("_create_manager_agent", managed),
-        ("_handle_crew_planning", planned),
-    ):
-        wrap_method(crew, name, guard, wrapper)
-
-
-def _guard_parts(crew: Any, guard: Guard, contracts: dict[str, NodeContract[Any, Any]]) -> None:
-    """Guard the LLMs and tools that a crew has now."""
-    # By its values: newer releases deprecate the attribute, and will not have it.
-    llms = [vars(part).get(name) for part in (crew, *_agents_of(crew)) for name in _LLMS]
-    for llm in llms:
-        if isinstance(llm, BaseLLM):
-            guard_llm(llm, guard)
-    for tool in _tools_of(crew):
-        guard_methods(
-            tool, ("_run", "_arun"), guard, tool.name, contract=contracts.get(tool.name), role="tool"
-        )
-        for name in ("_run", "_arun"):
-            wrap_method(tool, name, guard, functools.partial(_ending, guard))
-
-
-def _agents_of(crew: Any) -> list[Any]:
-    agents = [*crew.agents, *(task.agent for task in crew.tasks), crew.manager_agent]
-    return list({id(agent): agent for agent in agents if agent is not None}.values())
-
-
-def _tools_of(crew: Any) -> list[Any]:
-    holders = (*_agents_of(crew), *crew.tasks)
-    tools = [tool for holder in holders for tool in holder.tools or () if isinstance(tool, BaseTool)]
-    # Those with which a manager delegates call agents of the crew.
-    return list({id(tool): tool for tool in tools if not isinstance(tool, BaseAgentTool)}.values())
-
-
-def _guarded_llm(llm: Any, guard: Guard) -> Any:
-    resolved = llm if llm is None else create_llm(llm)
-    return guard_llm(resolved, guard) if isinstance(resolved, BaseLLM) else llm
-
-
-# ---------------------------------------------------------------------- runs
-
-
-def _make_run(
-    target: Any,
-    name: str,
-    guard: Guard,
-    renewed: Callable[[Any], Any] = lambda call: call,
-    *,
-    goes_on: bool = False,
-) -> None:
-    """Make each call of a method of a flow or crew a run. One that streams returns at once, and calls it again inside."""
-
-    def wrapper(entered: Callable[..., Any]) -> Callable[..., Any]:
-        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with _comparing(guard):
-                result = entered(self, *args, **kwargs)
-                _raise_fatal(guard)
-                return result
-
-        async def arun(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with _comparing(guard):
-                result = await entered(self, *args, **kwargs)
-                _raise_fatal(guard)
-                _note_pending(result, guard)
-                return result
-
-        bare = inspect.unwrap(entered, stop=lambda func: func is not entered)
-        each = guard.each_call(
-            renewed(functools.wraps(entered)(arun if inspect.iscoroutinefunction(entered) else run)),
-            _inputs,
-            lambda _: goes_on,
-        )
-
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return (bare if self.stream else each)(self, *args, **kwargs)
-
-        async def acall(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return await (bare if self.stream else each)(self, *args, **kwargs)
-
-        return functools.wraps(entered)(acall if inspect.iscoroutinefunction(entered) else call)
-
-    wrap_method(target, name, guard, wrapper)
-
-
-def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {"inputs": kwargs.get("inputs", args[1] if len(args) > 1 else None)}
-
-
-def _ending(guard: Guard, step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a tool's step that ends the run with a broken contract or a spent budget: CrewAI tells the model of it."""
-
-    def note(error: Exception) -> None:
-        if what_stopped(error) is not None:
-            guard.current.fatal = error
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        _raise_fatal(guard)
-        try:
-            return step(*args, **kwargs)
-        except Exception as error:
-            note(error)
-            raise
-
-    async def acall(*args: Any, **kwargs: Any) -> Any:
-        _raise_fatal(guard)
-        try:
-            return await step(*args, **kwargs)
-        except Exception as error:
-            note(error)
-            raise
-
-    return functools.wraps(step)(acall if inspect.iscoroutinefunction(step) else call)
-
-
-def _raise_fatal(guard: Guard) -> None:
-    if (fatal := guard.current.fatal) is not None:
-        raise fatal
-
-
-class _RunTokens:
-    """Tokens that the LLMs of CrewAI have counted in a run, whether they are guarded or not."""
-
-    def __init__(self, outer: _RunTokens | None) -> None:
-        self.outer = outer
-        self.tokens = 0
-
-    def add(self, tokens: int) -> None:
-        self.tokens += tokens
-        if self.outer is not None:
-            self.outer.add(tokens)
-
-
-_COUNTER: ContextVar[_RunTokens | None] = ContextVar("stroma_crewai_counter", default=None)
-
-
-@contextmanager
-def _comparing(guard: Guard) -> Iterator[None]:
-    """Compare what CrewAI's own LLMs count in the calls inside with what the guard has."""
-    _count_all()
-    counter = _RunTokens(_COUNTER.get())
-    token = _COUNTER.set(counter)
-    try:
-        yield
-    finally:
-        _COUNTER.reset(token)
-        guard.compare_usage("CrewAI", counter.tokens)
-
-
-def _count_all() -> None:
-    """Let every LLM of CrewAI say what it counts."""
-    with _LOCK:
-        bare: Any = BaseLLM._track_token_usage_internal
-        if hasattr(bare, "_stroma_counts"):
-            return
-
-        @functools.wraps(bare)
-        def track(self: Any, usage_data: dict[str, Any]) -> None:
-            counter = _COUNTER.get()
-            if counter is None:
-                bare(self, usage_data)
-                return
-            with _LOCK:
-                before = sum(_counted(self)[:2])
-                bare(self, usage_data)
-                counter.add(sum(_counted(self)[:2]) - before)
-
-        track.__dict__["_stroma_counts"] = True
-        BaseLLM._track_token_usage_internal = track
 
 
 class CrewAIAdapter:
@@ -360,87 +119,3 @@ class CrewAIAdapter:
     def node_decorator(self, node_id: str, contract: NodeContract[Any, Any]) -> Callable[..., Any]:
         """Return :func:`stroma_crewai_step` for a node id and contract."""
         return stroma_crewai_step(node_id, contract)
-
-
-def guard_llm(llm: Any, guard: Guard) -> Any:
-    """Make steps of the calls of an LLM and of its copies; changes it and returns it."""
-
-    def around(bare: Any) -> Any:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            ledger = _Ledger.of(self)
-            try:
-                return bare(self, *args, **kwargs)
-            finally:
-                ledger.book(self)
-
-        async def acall(self: Any, *args: Any, **kwargs: Any) -> Any:
-            ledger = _Ledger.of(self)
-            try:
-                return await bare(self, *args, **kwargs)
-            finally:
-                ledger.book(self)
-
-        return functools.wraps(bare)(acall if inspect.iscoroutinefunction(bare) else call)
-
-    def refusing(step: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            _raise_fatal(guard)
-            return step(*args, **kwargs)
-
-        async def acall(*args: Any, **kwargs: Any) -> Any:
-            _raise_fatal(guard)
-            return await step(*args, **kwargs)
-
-        return functools.wraps(step)(acall if inspect.iscoroutinefunction(step) else call)
-
-    names, output_view = ("call", "acall"), lambda answer: {"answer": answer}
-    guard_methods(llm, names, guard, "llm", around, input_view=_input_view, output_view=output_view)
-    for name in names:
-        wrap_method(llm, name, guard, refusing)
-    return llm
-
-
-def _counted(llm: Any) -> tuple[int, int, int]:
-    usage = llm._token_usage
-    return usage["prompt_tokens"], usage["completion_tokens"], usage.get("cached_prompt_tokens", 0)
-
-
-class _Ledger:
-    """Usage of an LLM that no step has counted yet. The LLM and its shallow copies have one counter for all their calls."""
-
-    def __init__(self, llm: Any) -> None:
-        self._counter = llm._token_usage
-        self._lock = threading.Lock()
-        self._booked = _counted(llm)
-
-    @classmethod
-    def of(cls, llm: Any) -> _Ledger:
-        """Return the ledger of an LLM's counter."""
-        with _LOCK:
-            ledger: _Ledger | None = vars(llm).get("_stroma_ledger")
-            if ledger is None or ledger._counter is not llm._token_usage:  # A deep copy counts for itself.
-                ledger = cls(llm)
-                object.__setattr__(llm, "_stroma_ledger", ledger)
-            return ledger
-
-    def __deepcopy__(self, _: Any) -> _Ledger:
-        return self
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-    def book(self, llm: Any) -> None:
-        """Count what is new on the step that is under way; of a failed call, too."""
-        node = current_node()
-        assert node is not None
-        with self._lock:
-            now, before = _counted(llm), self._booked
-            self._booked = now
-        input_tokens, output_tokens, cached = (max(0, a - b) for a, b in zip(now, before, strict=True))
-        if input_tokens or output_tokens:
-            cached = min(cached, input_tokens)
-            node.report_usage(Usage(input_tokens, output_tokens, cached, model=llm.model))
-
-
-def _input_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return newest_of(args[0] if args else kwargs.get("messages"))

@@ -9,8 +9,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
@@ -25,7 +23,7 @@ except ImportError as error:
     raise import_error("dspy", error) from error
 
 from stroma.adapters._background_loop import Changes, applied
-from stroma.adapters._delegation import guard_methods, wrap_method
+from stroma.adapters._delegation import before, guard_methods, within, wrap_method
 from stroma.adapters._guarded_run import ACTIVE
 from stroma.adapters._step import mark_published
 from stroma.adapters.guard import Contracts, Guard
@@ -55,16 +53,8 @@ def attach(program: T, guard: Guard, contracts: Contracts | None = None) -> T:
     _guard_predictors(target, guard, own, by_name)
 
     def renewed(call: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            _guard_predictors(self, guard, own, by_name)
-            return call(self, *args, **kwargs)
-
-        async def aforward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            _guard_predictors(self, guard, own, by_name)
-            return await call(self, *args, **kwargs)
-
-        run = functools.wraps(call)(aforward if inspect.iscoroutinefunction(call) else forward)
-        return guard.each_call(run, lambda _, kwargs: kwargs)
+        first = lambda self, *_, **__: _guard_predictors(self, guard, own, by_name)  # noqa: E731
+        return guard.each_call(before(call, first), lambda _, kwargs: kwargs)
 
     for name in _METHODS:
         wrap_method(target, name, guard, renewed)
@@ -85,15 +75,7 @@ def _guard_predictors(
 
 
 def _counted(bare: Any) -> Any:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with _booking():
-            return bare(*args, **kwargs)
-
-    async def acall(*args: Any, **kwargs: Any) -> Any:
-        with _booking():
-            return await bare(*args, **kwargs)
-
-    return acall if inspect.iscoroutinefunction(bare) else call
+    return within(bare, lambda *_, **__: _booking())
 
 
 class _Tracker(UsageTracker):
@@ -122,19 +104,11 @@ class _Tracker(UsageTracker):
 def _in_context(call: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that belongs to the step around it, in a thread without the context of that, too."""
 
-    def changes() -> Changes:
+    def around(*_: Any, **__: Any) -> Any:
         tracker = dspy.settings.usage_tracker
-        return tracker.context if isinstance(tracker, _Tracker) and not ACTIVE.get() else ()
+        return applied(tracker.context if isinstance(tracker, _Tracker) and not ACTIVE.get() else ())
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with applied(changes()):
-            return call(*args, **kwargs)
-
-    async def aforward(*args: Any, **kwargs: Any) -> Any:
-        with applied(changes()):
-            return await call(*args, **kwargs)
-
-    return functools.wraps(call)(aforward if inspect.iscoroutinefunction(call) else forward)
+    return within(call, around)
 
 
 class _PublishingStream:

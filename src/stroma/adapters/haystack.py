@@ -23,7 +23,7 @@ try:
 except ImportError as error:
     raise import_error("haystack", error) from error
 
-from stroma.adapters._delegation import guard_methods, wrap_method
+from stroma.adapters._delegation import before, guard_methods, wrap_method
 from stroma.adapters._step import Control, copy_for_retries, mark_published
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
@@ -48,17 +48,8 @@ def attach(pipeline: T, guard: Guard, contracts: Contracts | None = None) -> T:
     _guard_components(target, guard, by_name)
 
     def renewed(call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-            _guard_components(self, guard, by_name)
-            return call(self, *args, **kwargs)
-
-        async def arun(self: Any, *args: Any, **kwargs: Any) -> Any:
-            _guard_components(self, guard, by_name)
-            return await call(self, *args, **kwargs)
-
-        return guard.each_call(
-            functools.wraps(call)(arun if inspect.iscoroutinefunction(call) else run), _data
-        )
+        first = lambda self, *_, **__: _guard_components(self, guard, by_name)  # noqa: E731
+        return guard.each_call(before(call, first), _data)
 
     def over(parts: Callable[..., Any]) -> Callable[..., Any]:
         def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
