@@ -35,4 +35,5 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 if _WANTED is not None:
     # Before anything is collected: without its framework, its tests fail and do not vanish.
-    importlib.import_module({"openai_agents": "agents", "google_adk": "google.adk"}.get(_WANTED, _WANTED))
+    names = {"openai_agents": "agents", "google_adk": "google.adk", "llama_index": "workflows"}
+    importlib.import_module(names.get(_WANTED, _WANTED))

@@ -1,0 +1,175 @@
+"""litellm: its requests as steps, streamed or not, of your code and of each framework that uses it.
+
+::
+
+    attach(litellm, guard)
+    with guard.run():
+        litellm.completion(model="gpt-4o", messages=[...])
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+from stroma.adapters._releases import import_error, warn_if_untested
+
+try:
+    import litellm
+except ImportError as error:
+    raise import_error("litellm", error) from error
+
+from stroma.adapters._state_views import newest_of
+from stroma.adapters.guard import Guard
+from stroma.cost.usage import Usage, usage_from
+
+warn_if_untested("litellm")
+
+__all__ = ["attach"]
+
+T = TypeVar("T")
+_FUNCTIONS: Final = (
+    "completion", "acompletion", "text_completion", "atext_completion", "embedding", "aembedding", "responses",
+    "aresponses",
+)  # fmt: skip
+
+
+def attach(target: T, guard: Guard) -> T:
+    """Make a step ``model`` of each request of the module ``litellm``, or of a ``Router``; changes it and returns it.
+
+    What took a function from the module before (``from litellm import completion``) has the one without a guard.
+    """
+    for name in _FUNCTIONS:
+        bare = getattr(target, name, None)
+        if bare is not None and not guard.has(bare):
+            setattr(target, name, _guarded(bare, guard))
+    return target
+
+
+def _guarded(bare: Callable[..., Any], guard: Guard) -> Callable[..., Any]:
+    about: Any = {"output_view": _answer, "usage": _used}
+
+    def request(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        model, messages = _requested(args, kwargs)
+        return {"model": model, **newest_of(messages)}
+
+    whole: Any = guard.wrap("model", bare, input_view=request, **about)
+
+    def stream_of(parts: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        _, messages = _requested(args, kwargs)
+        collect = functools.partial(_collected, messages)
+        step: Any = guard.wrap(
+            "model", parts, input_view=lambda *_: request(args, kwargs), collect=collect, **about
+        )
+        return step()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("stream"):
+            return whole(*args, **kwargs)
+        responses: list[Any] = []
+
+        def parts() -> Any:
+            responses.append(bare(*args, **kwargs))
+            yield from responses[-1]
+
+        return _Stream(stream_of(parts, args, kwargs), responses)
+
+    async def acall(*args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("stream"):
+            return await whole(*args, **kwargs)
+        responses: list[Any] = []
+
+        async def parts() -> Any:
+            responses.append(await bare(*args, **kwargs))
+            async for part in responses[-1]:
+                yield part
+
+        return await _AsyncStream(stream_of(parts, args, kwargs), responses).opened()
+
+    is_async = inspect.iscoroutinefunction(inspect.unwrap(bare))
+    return guard.mark(functools.wraps(bare)(acall if is_async else call))  # type: ignore[no-any-return]
+
+
+class _Stream:
+    """A streamed answer, whose first part has arrived; it has the attributes of litellm's."""
+
+    def __init__(self, parts: Any, responses: list[Any]) -> None:
+        self._parts, self._responses = parts, responses
+        self._first = [part for _, part in zip(range(1), parts, strict=False)]
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        return self._first.pop() if self._first else next(self._parts)
+
+    def close(self) -> None:
+        """End the step; what was read is counted."""
+        self._parts.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._responses[-1], name)
+
+
+class _AsyncStream:
+    """The same for an async one."""
+
+    def __init__(self, parts: Any, responses: list[Any]) -> None:
+        self._parts, self._responses = parts, responses
+        self._first: list[Any] = []
+
+    async def opened(self) -> _AsyncStream:
+        """Return the stream once its first part has arrived."""
+        with contextlib.suppress(StopAsyncIteration):
+            self._first.append(await anext(self._parts))
+        return self
+
+    def __aiter__(self) -> Any:
+        return self
+
+    async def __anext__(self) -> Any:
+        return self._first.pop() if self._first else await anext(self._parts)
+
+    async def aclose(self) -> None:
+        """End the step; what was read is counted."""
+        await self._parts.aclose()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._responses[-1], name)
+
+
+def _requested(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the model and the messages, prompt or input of a request."""
+    values = [*args, None, None]
+    messages = next((kwargs[name] for name in ("messages", "prompt", "input") if name in kwargs), values[1])
+    return kwargs.get("model", values[0]), messages
+
+
+def _collected(messages: Any, parts: list[Any]) -> Any:
+    """Return the whole response of a stream, with the usage that its provider reports, or litellm's estimate."""
+    ended = [part.response for part in parts if getattr(part, "response", None) is not None]
+    return ended[-1] if ended else litellm.stream_chunk_builder(parts, messages=messages)
+
+
+def _answer(response: Any) -> Any:
+    choices = getattr(response, "choices", None)
+    if not choices:
+        return {"model": getattr(response, "model", None)}
+    message = getattr(choices[0], "message", None)
+    return {"answer": getattr(message, "content", None) or getattr(choices[0], "text", None)}
+
+
+def _used(response: Any) -> Usage | None:
+    """Return the usage of a response, and its cost as litellm has it; None for one from litellm's cache."""
+    hidden = getattr(response, "_hidden_params", None) or {}
+    if hidden.get("cache_hit"):
+        return None
+    used, cost = usage_from(response), hidden.get("response_cost")
+    if cost is None:
+        with contextlib.suppress(Exception):  # It knows no price of the model.
+            cost = litellm.completion_cost(completion_response=response)
+    return dataclasses.replace(used, cost_usd=cost) if cost else used

@@ -1,0 +1,90 @@
+"""LlamaIndex workflows: the steps of a workflow as steps.
+
+::
+
+    workflow = attach(MyWorkflow(), guard, {"weather": (City, Weather)})
+    async with guard.run():
+        await workflow.run(city="Oslo")
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar
+
+from stroma.adapters._releases import import_error, warn_if_untested
+
+try:
+    from workflows import Workflow
+    from workflows.events import Event
+    from workflows.runtime.types.results import WaitingForEvent
+except ImportError as error:
+    raise import_error("llama-index", error) from error
+
+from stroma.adapters._delegation import guard_methods
+from stroma.adapters._step import Control
+from stroma.adapters.guard import Contracts, Guard
+
+warn_if_untested("llama-index")
+
+__all__ = ["attach"]
+
+W = TypeVar("W", bound=Workflow)
+
+
+def attach(workflow: W, guard: Guard, contracts: Contracts | None = None) -> W:
+    """Make steps of the steps of a workflow, by their names; changes it and returns it.
+
+    ``contracts``: by the names of steps; input is the fields of the event that a step gets, output those of the one that it
+    returns. Raises UnknownNode for a contract of none, ValueError for a step that is no method of the workflow.
+    """
+    names = list(type(workflow)._get_steps_from_class())
+    by_name = guard.contracts(contracts, names, "step")
+    free = set(names) & set(type(workflow)._step_functions)
+    if free:
+        raise ValueError(
+            f"steps {', '.join(map(repr, sorted(free)))} are free functions, which all workflows of the class share; decorate "
+            "them with @guard.step(...) below @step"
+        )
+    for name in names:
+        guard_methods(
+            workflow,
+            (name,),
+            guard,
+            name,
+            contract=by_name.get(name),
+            input_view=_received,
+            output_view=_fields,
+            control=_control,
+        )
+    return workflow
+
+
+def _received(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the fields of the event among the arguments of a step: the others are its context and resources."""
+    values = (*args, *kwargs.values())
+    event = next((value for value in values if isinstance(value, (Event, list))), None)
+    return _fields(event)
+
+
+@functools.singledispatch
+def _fields(value: Any) -> Any:
+    return value
+
+
+@_fields.register
+def _(event: Event) -> Any:
+    # With the fields that an event has beside those of its class.
+    result = getattr(event, "_result", None)
+    fields = {**event.model_dump(mode="python"), **dict(event.items())}
+    return {"result": result, **fields} if result is not None else fields
+
+
+@_fields.register
+def _(events: list) -> Any:  # type: ignore[type-arg]
+    return [_fields(event) for event in events]
+
+
+def _control(error: BaseException) -> Control | None:
+    """Return that a step waits for an event, which it is called again with, in the same run."""
+    return Control("returned") if isinstance(error, WaitingForEvent) else None
