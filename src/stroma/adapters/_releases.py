@@ -20,7 +20,7 @@ RELEASES: Final = {
     "haystack": ("haystack-ai", "2.31", "4"),
     "langchain": ("langchain", "1.2.18", "2"),
     "langgraph": ("langgraph", "1.0.10", "2"),
-    "litellm": ("litellm", "1.80", "2"),
+    "litellm": ("litellm", "1.100", "2"),
     "llama-index": ("llama-index-workflows", "2.10", "3"),
     "mcp": ("mcp", "1.20", "3"),
     "openai-agents": ("openai-agents", "0.20", "0.25"),

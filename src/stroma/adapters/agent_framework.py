@@ -127,8 +127,7 @@ def _guard_inner_agents() -> None:
             middleware = [*_listed(middleware), *shared.inner.middleware]
         return bare(self, *args, middleware=middleware, **kwargs)
 
-    run.__dict__["_stroma_inner"] = True
-    AgentMiddlewareLayer.run = run
+    run.__dict__["_stroma_inner"] = AgentMiddlewareLayer.run = run
 
 
 def _listed(middleware: Any) -> list[Any]:
@@ -228,8 +227,8 @@ class _AgentCall(Rest):
         return is_outermost
 
     def _end(self, response: Any, is_outermost: bool) -> None:
-        guard, used = self._shared.guard, used_by(response)
-        if used is not None:
+        guard = self._shared.guard
+        if (used := used_by(response)) is not None:
             guard.compare_usage("Agent Framework", used.input_tokens + used.output_tokens)
         # Those of an agent inside are not passed on to anybody.
         for request in (getattr(response, "user_input_requests", None) or ()) if is_outermost else ():

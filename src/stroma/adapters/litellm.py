@@ -76,7 +76,7 @@ def _guarded(bare: Callable[..., Any], guard: Guard) -> Callable[..., Any]:
             responses.append(bare(*args, **kwargs))
             yield from responses[-1]
 
-        return _Stream(stream_of(parts, args, kwargs), responses)
+        return _OpenedStream(stream_of(parts, args, kwargs), responses)
 
     async def acall(*args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("stream"):
@@ -88,13 +88,13 @@ def _guarded(bare: Callable[..., Any], guard: Guard) -> Callable[..., Any]:
             async for part in responses[-1]:
                 yield part
 
-        return await _AsyncStream(stream_of(parts, args, kwargs), responses).opened()
+        return await _OpenedAsyncStream(stream_of(parts, args, kwargs), responses).opened()
 
     is_async = inspect.iscoroutinefunction(inspect.unwrap(bare))
     return guard.mark(functools.wraps(bare)(acall if is_async else call))  # type: ignore[no-any-return]
 
 
-class _Stream:
+class _OpenedStream:
     """A streamed answer, whose first part has arrived; it has the attributes of litellm's."""
 
     def __init__(self, parts: Any, responses: list[Any]) -> None:
@@ -115,14 +115,14 @@ class _Stream:
         return getattr(self._responses[-1], name)
 
 
-class _AsyncStream:
+class _OpenedAsyncStream:
     """The same for an async one."""
 
     def __init__(self, parts: Any, responses: list[Any]) -> None:
         self._parts, self._responses = parts, responses
         self._first: list[Any] = []
 
-    async def opened(self) -> _AsyncStream:
+    async def opened(self) -> _OpenedAsyncStream:
         """Return the stream once its first part has arrived."""
         with contextlib.suppress(StopAsyncIteration):
             self._first.append(await anext(self._parts))

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any, TypeVar
 
 from stroma.adapters._releases import import_error, warn_if_untested
@@ -38,9 +39,10 @@ def attach(workflow: W, guard: Guard, contracts: Contracts | None = None) -> W:
     ``contracts``: by the names of steps; input is the fields of the event that a step gets, output those of the one that it
     returns. Raises UnknownNode for a contract of none, ValueError for a step that is no method of the workflow.
     """
-    names = list(type(workflow)._get_steps_from_class())
-    by_name = guard.contracts(contracts, names, "step")
-    free = set(names) & set(type(workflow)._step_functions)
+    methods = inspect.getmembers(type(workflow), inspect.isfunction)
+    names = [name for name, method in methods if hasattr(method, "_step_config")]
+    free = type(workflow)._step_functions
+    by_name = guard.contracts(contracts, [*names, *free], "step")
     if free:
         raise ValueError(
             f"steps {', '.join(map(repr, sorted(free)))} are free functions, which all workflows of the class share; decorate "

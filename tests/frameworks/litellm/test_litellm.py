@@ -70,7 +70,14 @@ def provider(monkeypatch: pytest.MonkeyPatch) -> Provider:
     fake = Provider()
     monkeypatch.setattr(litellm, "custom_provider_map", [{"provider": "fake", "custom_handler": fake}])
     litellm.utils.custom_llm_setup()
-    for name in ("completion", "acompletion", "text_completion", "atext_completion", "embedding", "aembedding"):
+    for name in (
+        "completion",
+        "acompletion",
+        "text_completion",
+        "atext_completion",
+        "embedding",
+        "aembedding",
+    ):
         monkeypatch.setattr(litellm, name, getattr(litellm, name))
     for name in ("responses", "aresponses"):
         monkeypatch.setattr(litellm, name, getattr(litellm, name))

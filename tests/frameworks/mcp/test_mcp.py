@@ -86,7 +86,9 @@ async def test_a_call_of_a_tool_is_a_step_and_its_result_the_same() -> None:
     assert lines_of(guard) == ["weather failure", "weather success"]
 
 
-@pytest.mark.parametrize(("contract", "direction"), [((Narrow, Weather), "input"), ((City, Strict), "output")])
+@pytest.mark.parametrize(
+    ("contract", "direction"), [((Narrow, Weather), "input"), ((City, Strict), "output")]
+)
 async def test_a_violation_is_caught_at_its_tool(contract: Any, direction: str) -> None:
     """Bad arguments reach no server, and a bad result no caller."""
     guard = guard_of()
