@@ -12,10 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / "tests" / "frameworks").glob("*/requirements.in"))
-#: Of a driver in sketch, and of backends of telemetry, which no extra has.
+#: Of a driver in sketch, of backends of telemetry, and of frameworks without an adapter, which no extra has.
 DRIVERS = {"dbos"}
 BACKENDS = {"mlflow", "phoenix"}
-ADAPTED = [folder for folder in FOLDERS if folder.name not in DRIVERS | BACKENDS]
+ADAPTED = [folder for folder in FOLDERS if folder.name not in DRIVERS | BACKENDS | {"others"}]
 EXTRAS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
     "optional-dependencies"
 ]

@@ -12,7 +12,7 @@ FRAMEWORKS = Path(__file__).parents[1] / "frameworks"
 #: But for the engine that the same environments serve: it runs pipelines, and no agents.
 #: DBOS is a driver, the others are backends of telemetry.
 #: litellm and MCP are no frameworks, and reach many: requests of models without tools, and tools without a model.
-OTHERS = ("dbos", "litellm", "mcp", "mlflow", "phoenix")
+OTHERS = ("dbos", "litellm", "mcp", "mlflow", "others", "phoenix")
 FOLDERS = sorted(
     path.parent for path in FRAMEWORKS.glob("*/requirements.in") if path.parent.name not in OTHERS
 )
