@@ -33,7 +33,7 @@ SYSTEMS = sorted((DOCS / "telemetry").glob("*.md"))
 SERVERS = [DOCS / "stores" / "postgres.md", DOCS / "stores" / "redis.md", DOCS / "temporal.md"]
 #: In an environment that has the framework: tests/frameworks.
 FRAMEWORKS = [
-    *sorted((DOCS / "adapters").glob("*.md")),
+    *sorted(page for page in (DOCS / "adapters").glob("*.md") if page.stem != "any_framework"),
     *sorted((DOCS / "migration").glob("from-langgraph*.md")),
     DOCS / "migration" / "from-dbos.md",
 ]
