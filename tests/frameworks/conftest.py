@@ -36,5 +36,10 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 if _WANTED is not None:
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # litellm fetches its prices when it is imported.
     # Before anything is collected: without its framework, its tests fail and do not vanish.
-    names = {"others": "smolagents", "openai_agents": "agents", "google_adk": "google.adk", "llama_index": "workflows"}
+    names = {
+        "others": "smolagents",
+        "openai_agents": "agents",
+        "google_adk": "google.adk",
+        "llama_index": "workflows",
+    }
     importlib.import_module(names.get(_WANTED, _WANTED))

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any, TypeVar
 
@@ -69,22 +68,17 @@ def _received(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _fields(event)
 
 
-@functools.singledispatch
 def _fields(value: Any) -> Any:
-    return value
-
-
-@_fields.register
-def _(event: Event) -> Any:
-    # With the fields that an event has beside those of its class.
-    result = getattr(event, "_result", None)
-    fields = {**event.model_dump(mode="python"), **dict(event.items())}
-    return {"result": result, **fields} if result is not None else fields
-
-
-@_fields.register
-def _(events: list) -> Any:  # type: ignore[type-arg]
-    return [_fields(event) for event in events]
+    """Return the fields of an event, those beside its class's too, or of each event in a list."""
+    if isinstance(value, list):
+        return [_fields(event) for event in value]
+    if not isinstance(value, Event):
+        return value
+    fields, result = (
+        {**value.model_dump(mode="python"), **dict(value.items())},
+        getattr(value, "_result", None),
+    )
+    return fields if result is None else {"result": result, **fields}
 
 
 def _control(error: BaseException) -> Control | None:
