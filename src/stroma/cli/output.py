@@ -37,6 +37,8 @@ Part = str | tuple[str, str]
 #: Of lines for people, on a wider terminal and elsewhere.
 _MAX_COLUMNS: Final = 100
 
+_MIN_LAST: Final = 30  # of the last column of a table, if it has that much
+
 
 class OutputError(Exception):
     """Writing to stdout failed."""
@@ -91,6 +93,13 @@ class Stream:
         """Write a text in lines that fit the terminal, at most 100 columns; it is broken at spaces only."""
         for line in wrap(parts, max(self.columns, 2 * indent), indent):
             self.line(*line)
+
+    def fitted(self, *parts: Part, indent: int = 4) -> None:
+        """Write one line; on a terminal, in lines that fit it."""
+        if self.is_terminal:
+            self.wrapped(*parts, indent=indent)
+        else:
+            self.line(*parts)
 
     @property
     def columns(self) -> int:
@@ -193,26 +202,41 @@ def emit(data: Any) -> None:
 
 
 def table(
-    stream: Stream, header: Sequence[str], rows: Sequence[Sequence[Part]], *, right: frozenset[int]
+    stream: Stream,
+    header: Sequence[str],
+    rows: Sequence[Sequence[Part]],
+    *,
+    right: frozenset[int],
+    spare: Sequence[int] = (),
 ) -> None:
-    """Write columns, those in ``right`` right-aligned; the last one is cut to the width of the terminal."""
-    lines = [[(cell, "bold") for cell in header], *rows]
+    """Write columns, those in ``right`` right-aligned; no line is wider than the terminal.
+
+    On a terminal, columns of ``spare`` are left out in this order until the last column has room, and columns without a
+    value too.
+    """
+    lines: list[list[Part]] = [[(cell, "bold") for cell in header], *map(list, rows)]
     widths = [max(cell_width(line[i]) for line in lines) for i in range(len(header))]
-    room = (stream.width or 0) - sum(widths[:-1]) - 2 * (len(header) - 1)
+    columns = stream.width
+    shown = list(range(len(header)))
+    last = shown[-1]
+    for i in spare if columns is not None else ():
+        room = (columns or 0) - sum(widths[k] + 2 for k in shown[:-1])
+        if room >= min(widths[last], _MIN_LAST):
+            break
+        shown.remove(i)
     for line in lines:
         parts: list[Part] = []
-        for i, cell in enumerate(line):
+        used = 0
+        for i in shown:
+            cell = line[i]
+            gap = " " * (widths[i] - cell_width(cell)) if i != last else ""
+            if columns is not None:
+                cell = fit(cell, max(0, columns - used - (len(gap) if i in right else 0)))
             text, style = cell if isinstance(cell, tuple) else (cell, "")
-            gap = " " * (widths[i] - cell_width(cell))
-            if i == len(header) - 1:
-                # With less than 20 columns the terminal wraps it.
-                text = text[: room - 1] + "…" if 20 <= room < cell_width(cell) else text
-            elif i in right:
-                text = gap + text
-            else:
-                text += gap
-            parts += ["  ", (text, style) if style else text]
-        stream.line(*parts[1:])
+            text = gap + text if i in right else text + gap
+            parts += [(text, style) if style else text, "  "]
+            used += cell_width(text) + 2
+        stream.line(*parts[:-1])
 
 
 def _plain(parts: Sequence[Part]) -> str:
