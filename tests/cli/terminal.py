@@ -21,12 +21,18 @@ _TOKENS = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|\r|\n|\t|[^\x1b\r\n\t]+")
 
 
 class Emulator:
-    """The lines that a terminal of this size shows, those that have left it at the top among them."""
+    """The lines that a terminal of this size shows, those that have left it at the top among them.
+
+    Attributes:
+        wrapped: lines that the terminal has broken because they were too wide.
+    """
 
     def __init__(self, columns: int = 80, rows: int = 24) -> None:
         self.columns, self.rows = columns, rows
-        self.lines = [""]
-        self.row = self.column = 0
+        #: Each cell with its style.
+        self.lines: list[list[tuple[str, str]]] = [[]]
+        self.row = self.column = self.wrapped = 0
+        self.style = ""
 
     def write(self, text: str) -> None:
         for match in _TOKENS.finditer(text):
@@ -35,10 +41,12 @@ class Emulator:
                 top = max(0, len(self.lines) - self.rows)
                 self.row = max(top, self.row - int(argument or 1))
             elif command == "J":
-                self.lines[self.row] = self.lines[self.row][: self.column]
+                del self.lines[self.row][self.column :]
                 del self.lines[self.row + 1 :]
+            elif command == "m":
+                self.style = "" if argument in ("", "0") else self.style + token
             elif command is not None:
-                assert command in "mhl", token
+                assert command in "hl", token
             elif token == "\r":
                 self.column = 0
             elif token == "\n":
@@ -49,15 +57,17 @@ class Emulator:
 
     def _put(self, ch: str) -> None:
         if self.column == self.columns:
+            self.wrapped += 1
             self._next_row()
-        line = self.lines[self.row].ljust(self.column)
-        self.lines[self.row] = line[: self.column] + ch + line[self.column + 1 :]
+        line = self.lines[self.row]
+        line += [(" ", "")] * (self.column + 1 - len(line))
+        line[self.column] = (ch, self.style)
         self.column += 1
 
     def _next_row(self) -> None:
         self.row, self.column = self.row + 1, 0
         if self.row == len(self.lines):
-            self.lines.append("")
+            self.lines.append([])
 
     def resize(self, columns: int) -> None:
         """Reflow the lines, as terminals do."""
@@ -68,7 +78,14 @@ class Emulator:
 
     @property
     def text(self) -> str:
-        return "\n".join(line.rstrip() for line in self.lines)
+        return "\n".join("".join(ch for ch, _ in line).rstrip() for line in self.lines)
+
+    @property
+    def styled(self) -> str:
+        """The text with its colours, as escape sequences."""
+        return "\n".join(
+            "".join(f"{style}{ch}\x1b[0m" if style else ch for ch, style in line) for line in self.lines
+        )
 
 
 class TerminalFile(io.StringIO):

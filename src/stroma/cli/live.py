@@ -140,7 +140,7 @@ class LiveProgress(Progress):
         if node is not None:
             with self._lock:
                 row = self._row(node)
-                if row.progress is None:
+                if row is self._rows.get(_key(node)):
                     row.calls.add(_place(node))
                     row.state, row.why = "restored", ""
 
@@ -155,10 +155,8 @@ class LiveProgress(Progress):
         if node is None:
             return
         with self._lock:
+            self._mark_map(node)
             row = self._row(node)
-            if _place(node) not in self._maps:
-                self._maps.add(_place(node))
-                row.attempts, row.calls = 0, set()
             row.progress = progress
             now = time.monotonic()
             row.first = now if row.first is None else row.first
@@ -180,6 +178,9 @@ class LiveProgress(Progress):
         """Return the row of an execution: its own, that of other calls of this node, or that of the map around it."""
         around: NodeExecution | None = node
         while around is not None:
+            # Items of a resumed map are restored before its first progress.
+            if around.parent is not None and around.parent.node_id.startswith("map_over("):
+                self._mark_map(around.parent)
             if _place(around) in self._maps:
                 node = around
             around = around.parent
@@ -190,6 +191,14 @@ class LiveProgress(Progress):
             row = Row(node.node_id, depth)
             self._insert(key, row)
         return row
+
+    def _mark_map(self, node: NodeExecution) -> None:
+        """Count the items of this map in its row."""
+        if _place(node) not in self._maps:
+            self._maps.add(_place(node))
+            row = self._rows.get(_key(node))
+            if row is not None:
+                row.attempts, row.calls = 0, set()
 
     def _insert(self, key: _Key, row: Row) -> None:
         """Add a row behind the last one of its position and of the group around it."""
@@ -209,7 +218,7 @@ class LiveProgress(Progress):
             row.running.pop(place, None)
             row.waiting.pop(place, None)
             row.last = now
-            if row.progress is None or place in self._maps:
+            if row is self._rows.get(_key(node)):
                 row.state, row.why = state, why
             spent = node.ctx.cost_tracker
             self._spent = {"tokens": spent.used("tokens"), "cost": spent.used("cost")}

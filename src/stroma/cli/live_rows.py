@@ -92,9 +92,12 @@ class Row:
         if progress.ended or not self.is_active:
             failed = progress.failed
             parts: list[Part] = [f"{pluralize(progress.done, 'item')}: "]
-            if self.state in ("failed", "cancelled", "suspended") and not progress.ended:
-                parts += [(self.state, _STYLES[self.state]), f": {self.why}" if self.why else ""]
-                return parts
+            if self.state in ("failed", "cancelled", "suspended"):
+                return [
+                    f"{progress.done:,}/{progress.total or '?'} items, ",
+                    (self.state, _STYLES[self.state]),
+                    f": {self.why}" if self.why else "",
+                ]
             if failed:
                 parts += [(f"{failed:,} failed", "red"), ", "]
             parts.append((f"{progress.done - failed:,} ok", "green"))

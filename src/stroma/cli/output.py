@@ -16,6 +16,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import IO, Any, Final
 
+from stroma._utils.text import break_command
+
 __all__ = [
     "OutputError",
     "Part",
@@ -100,6 +102,10 @@ class Stream:
             self.wrapped(*parts, indent=indent)
         else:
             self.line(*parts)
+
+    def hint(self, text: str) -> None:
+        """Write a line that ends with a command; on a terminal it is broken so that it can still be pasted."""
+        self.write((break_command(text, self.columns) if self.is_terminal else text) + "\n")
 
     @property
     def columns(self) -> int:

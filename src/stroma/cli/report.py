@@ -170,7 +170,7 @@ class RunReport:
         )
         self._print_notes()
         if self.db.is_durable:
-            err.line("details: ", self.db.hint("show", id_word(result.run_id)))
+            err.hint(f"details: {self.db.hint('show', id_word(result.run_id))}")
 
     def _print_stop(self) -> None:
         result, failure = self.result, self.result.failure
@@ -202,9 +202,9 @@ class RunReport:
         stored = "; finished nodes are stored" if self.db.is_durable else ""
         err.wrapped(f"  spent: {self._usage_text()}{stored}")
         self._print_notes()
-        err.line(f"  {self._next_step()}")
+        err.hint(f"  {self._next_step()}")
         if failure is not None and self.db.is_durable and not self.is_suspended:
-            err.line(f"  details: {self.db.hint('show', id_word(result.run_id))}")
+            err.hint(f"  details: {self.db.hint('show', id_word(result.run_id))}")
 
     @property
     def waits_for(self) -> Literal["resume", "budget"] | None:
