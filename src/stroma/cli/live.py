@@ -185,6 +185,10 @@ class LiveProgress(Progress):
                 node = around
             around = around.parent
         key = _key(node)
+        if node.kind == "item" and node.parent is None:  # It is restored, without the map around it.
+            above = node.branch.rpartition(".")[0]
+            self._maps.add((node.position, above))
+            key = _key_of(node.position, above)
         row = self._rows.get(key)
         if row is None:
             depth = node.branch.count(".") + 1 if node.branch else 0
@@ -297,8 +301,12 @@ def _place(node: NodeExecution) -> Place:
 
 def _key(node: NodeExecution) -> _Key:
     """Return the same key for all calls of one node from the same place of a flow."""
+    return _key_of(node.position, node.branch)
+
+
+def _key_of(position: int, branch: str) -> _Key:
     parts: list[str] = []
-    for part in node.branch.split(".") if node.branch else ():
+    for part in branch.split(".") if branch else ():
         call = parse_call(part)
         parts.append(part if call is None or not call.name else f"{call.kind}{call.name}/{call.scope}")
-    return node.position, ".".join(parts)
+    return position, ".".join(parts)

@@ -105,7 +105,10 @@ class Stream:
 
     def hint(self, text: str) -> None:
         """Write a line that ends with a command; on a terminal it is broken so that it can still be pasted."""
-        self.write((break_command(text, self.columns) if self.is_terminal else text) + "\n")
+        if self.is_terminal and len(text) > self.columns:
+            words, _, command = text.partition(": ")
+            text = f"{words}:\n    {break_command(command, self.columns - 4)}"
+        self.write(text + "\n")
 
     @property
     def columns(self) -> int:

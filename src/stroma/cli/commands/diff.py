@@ -18,7 +18,7 @@ from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
 
-__all__ = ["diff"]
+__all__ = ["diff", "diff_data"]
 
 _SIGNS = {"added": "+", "removed": "-", "changed": "~"}
 _STYLES = {"added": "green", "removed": "red", "changed": "yellow"}
@@ -66,15 +66,25 @@ def diff(
     )
     same = not started and all(one.same for one in nodes)
     if as_json:
-        node_data = [_node_data(one) for one in nodes if not (only_changed and one.same)]
-        sides_data = {"a": run_data(first), "b": run_data(second)}
-        input_data = [_change_data(change) for change in started]
-        emit({"schema": "stroma.diff/1", **sides_data, "same": same, "input": input_data, "nodes": node_data})
+        emit({"schema": "stroma.diff/1", **diff_data(first, second, started, nodes, only_changed)})
     else:
         _print_diff(first, second, started, nodes, only_changed)
         if same:
             err.line("the same, but for what they took and cost")
     return Code.OK if same else Code.DIFFERENT
+
+
+def diff_data(
+    a: RunRecord, b: RunRecord, started: list[Change], nodes: list[NodeDiff], only_changed: bool
+) -> dict[str, Any]:
+    """Return what differs between two runs, in the form of the JSON schemas."""
+    return {
+        "a": run_data(a),
+        "b": run_data(b),
+        "same": not started and all(one.same for one in nodes),
+        "input": [_change_data(change) for change in started],
+        "nodes": [_node_data(one) for one in nodes if not (only_changed and one.same)],
+    }
 
 
 def _attempts(one: NodeDiff) -> list[AttemptRecord]:
