@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.cli.formatting import id_word
-from stroma.cli.live_rows import Place, Row, Waiting, bar, fold_rows, write_rows
+from stroma.cli.live_rows import Place, Row, RowWait, bar, fold_rows, write_rows
 from stroma.cli.output import Part, err, fit, wrap
 from stroma.cli.progress import Progress, failure_message
 from stroma.cli.screen import Screen
@@ -133,7 +133,7 @@ class LiveProgress(Progress):
             reason = self._reasons.pop(place, str(failure_class))
             row.retried.add(place)
             row.retries[clean(reason, 60)] += 1
-            row.waiting[place] = Waiting(time.monotonic() + delay, f"retry after {clean(reason, 60)}")
+            row.waiting[place] = RowWait(time.monotonic() + delay, f"retry after {clean(reason, 60)}")
 
     async def _node_skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
         node = current_node()
@@ -167,7 +167,7 @@ class LiveProgress(Progress):
         if node is not None:
             with self._lock:
                 until = time.monotonic() + seconds if seconds else None
-                self._row(node).waiting[_place(node)] = Waiting(until, f"waits for {clean(reason, 100)}")
+                self._row(node).waiting[_place(node)] = RowWait(until, f"waits for {clean(reason, 100)}")
 
     async def _limit_cooldown(self, run_id: str, limit: str, seconds: float) -> None:
         self._cooldowns[clean(limit, 60)] = time.monotonic() + seconds

@@ -31,7 +31,7 @@ _MIN_NAME: Final = 12
 _MIN_DETAIL: Final = 12
 
 
-class Waiting(NamedTuple):
+class RowWait(NamedTuple):
     """A wait of one execution. ``until``: on the clock of the table; None if nobody can tell."""
 
     until: float | None
@@ -62,7 +62,7 @@ class Row:
     state: str = "pending"
     why: str = ""
     running: dict[Place, float] = field(default_factory=dict)
-    waiting: dict[Place, Waiting] = field(default_factory=dict)
+    waiting: dict[Place, RowWait] = field(default_factory=dict)
     retried: set[Place] = field(default_factory=set)
     retries: Counter[str] = field(default_factory=Counter)
 
@@ -131,7 +131,7 @@ def _short_duration(seconds: float) -> str:
     return f"{seconds:.0f}s" if seconds < 100 else format_duration(seconds)
 
 
-def _wait_text(waits: Sequence[Waiting], now: float) -> str:
+def _wait_text(waits: Sequence[RowWait], now: float) -> str:
     """Return what these wait for, and how long the first of them still does."""
     known = [one.until - now for one in waits if one.until is not None]
     left = f"{max(0.0, min(known)):.1f} s: " if known else ""

@@ -50,7 +50,7 @@ _SPARE: Final = (
 
 
 class TableView(Protocol):
-    """How the attempts are drawn; the options of the command have these names."""
+    """Options of the table; those of the command have these names."""
 
     @property
     def as_tree(self) -> bool: ...
@@ -69,7 +69,7 @@ def print_attempts(
     """Print a line for each selected attempt; repeated calls and the items of a map are one line, unless selected."""
     out.line()
     rows = list(_rows(attempts, waits, selected, view))
-    header = list(_HEADER)
+    header: list[str] = list(_HEADER)
     if view.timing:
         header[6:7] = ["BEGAN", "WAITED", "TIME"]
         _add_timing(rows, selected)
@@ -98,7 +98,7 @@ def _rows(
         bars = [bar for bar in entry.bars if bar.key in records and id(records[bar.key]) in chosen]
         if entry.kind == "fold":
             lines.append((depth, None, [entry.at, name, *_fold_cells(entry)]))
-            for call in _failed(entry)[:_SHOWN_FAILED]:
+            for call in _failed_calls(entry)[:_SHOWN_FAILED]:
                 record = records[call.bars[-1].key]
                 lines.append((depth + 1, record, _cells(record, clean(call.label, 40))))
             return True
@@ -146,7 +146,7 @@ def _cells(a: AttemptRecord, name: str) -> list[Part]:
     ]
 
 
-def _failed(entry: OutlineEntry) -> list[OutlineEntry]:
+def _failed_calls(entry: OutlineEntry) -> list[OutlineEntry]:
     """Return the calls of a fold that failed."""
     return [call for call in entry.entries if call.bars and call.bars[-1].outcome == "failure"]
 
@@ -154,7 +154,7 @@ def _failed(entry: OutlineEntry) -> list[OutlineEntry]:
 def _fold_cells(entry: OutlineEntry) -> list[Part]:
     """Return the cells of repeated calls: their attempts, what became of them, and the sums."""
     ended = [call for call in entry.entries if call.bars]
-    failed = len(_failed(entry))
+    failed = len(_failed_calls(entry))
     ok = sum(call.bars[-1].outcome == "success" for call in ended)
     retried = sum(len(call.bars) > 1 for call in ended)
     others = Counter(

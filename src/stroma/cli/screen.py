@@ -65,10 +65,10 @@ class Screen:
             self._is_open = False
             for file in self._patched:
                 with contextlib.suppress(AttributeError):
-                    del file.write  # pyright: ignore[reportAttributeAccessIssue]
+                    del file.write
             text = "".join(self._delayed) + self._partial
             text += "\n" if text and not text.endswith("\n") else ""
-            self._write(self._erase() + text + self._taken())
+            self._write(self._erase() + text + self._take_messages())
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=1)
 
@@ -102,7 +102,7 @@ class Screen:
             cells = [sum(map(cell_width, line)) for line in lines]
         finally:
             self._is_drawing = False
-        above = self._taken() + "".join(self._delayed)
+        above = self._take_messages() + "".join(self._delayed)
         self._delayed.clear()
         if above or text != self._text:
             self._show(above, text, cells)
@@ -113,12 +113,12 @@ class Screen:
         self._write(f"{_BEGIN}{erased}{above}{text}{_END}")
 
     def _erase(self) -> str:
-        """Return what moves the cursor to the first of the lines and clears them; the terminal may be narrower by now."""
+        """Return the sequence that moves the cursor to the first of the lines and clears them; the terminal may be narrower by now."""
         columns = max(1, self._stream.size[0])
         rows = sum(max(1, -(-cells // columns)) for cells in self._cells)
         return f"\r\x1b[{rows}A\x1b[J" if rows else ""
 
-    def _taken(self) -> str:
+    def _take_messages(self) -> str:
         """Return the messages of :meth:`say`."""
         text = ""
         while self._messages:
@@ -155,7 +155,7 @@ class Screen:
                     return len(text)
                 whole, end, self._partial = (self._partial + text).rpartition("\n")
                 if end:
-                    self._show(self._taken() + whole + end, self._text, self._cells)
+                    self._show(self._take_messages() + whole + end, self._text, self._cells)
             return len(text)
 
         return write

@@ -71,8 +71,8 @@ class Demo:
 
     def run_words(self, run_id: str, *options: str) -> list[str]:
         """Return the command that begins a run over the documents."""
-        given = [] if self.folder == DOCUMENTS else [json.dumps({"folder": str(self.folder)})]
-        return ["run", _TARGET, *given, "--run-id", run_id, *options]
+        state = [] if self.folder == DOCUMENTS else [json.dumps({"folder": str(self.folder)})]
+        return ["run", _TARGET, *state, "--run-id", run_id, *options]
 
     def attempts(self, run_id: str) -> list[AttemptRecord]:
         return SQLiteStore(self.db).attempts(run_id) if self.db.exists() else []

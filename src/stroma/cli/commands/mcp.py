@@ -59,9 +59,9 @@ class RunReader:
         tokens, cost = sum_waste(attempts)
         with self._database.explain_errors():
             rejected = [
-                {"at": place_of(one), "node_id": one.node_id, "attempt": one.attempt, **found.to_json()}
+                {"at": place_of(one), "node_id": one.node_id, "attempt": one.attempt, **output.to_json()}
                 for one in failed[-3:]
-                if (found := history.rejected_of(record.run_id, one)) is not None
+                if (output := history.rejected_of(record.run_id, one)) is not None
             ]
         return {
             "run": run_data(record),
@@ -76,19 +76,19 @@ class RunReader:
     def read_attempt(self, run: str, node: str, attempt: int | None = None) -> dict[str, Any]:
         """Read an attempt of a node: its figures, input and output, redacted. The last attempt unless one is named."""
         history, record, attempts = self._read(run)
-        found = [one for one in attempts if one.node_id == node and attempt in (None, one.attempt)]
-        if not found:
+        matching = [one for one in attempts if one.node_id == node and attempt in (None, one.attempt)]
+        if not matching:
             nodes = ", ".join(dict.fromkeys(one.node_id for one in attempts[:_MAX_ATTEMPTS]))
             raise Problem(
                 f"run {record.run_id} has no such attempt; its nodes are: {nodes}", code=Code.NOT_FOUND
             )
-        one = found[-1]
+        one = matching[-1]
         with self._database.explain_errors():
-            given = history.input_of(record.run_id, one, max_bytes=_MAX_BYTES)
+            state = history.input_of(record.run_id, one, max_bytes=_MAX_BYTES)
             output = history.output_of(one)
             rejected = history.rejected_of(record.run_id, one)
         return attempt_data(record, one) | {
-            "input": given.value if given.problem is None else {"problem": given.problem},
+            "input": state.value if state.problem is None else {"problem": state.problem},
             "output": output.value if output.problem is None else {"problem": output.problem},
             "rejected": None if rejected is None else rejected.to_json(),
         }
