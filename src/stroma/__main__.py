@@ -1,5 +1,6 @@
 """`python -m stroma`: the command line, where the command `stroma` is not on the PATH."""
 
+import os
 import sys
 
 if __name__ == "__main__":
@@ -8,4 +9,4 @@ if __name__ == "__main__":
         del sys.path[0]
     from stroma.cli import main
 
-    sys.exit(main(program="python -m stroma"))
+    sys.exit(main(program=os.environ.get("STROMA_PROGRAM") or "python -m stroma"))

@@ -1,13 +1,10 @@
 """Maps with many items on the command line: progress, failures that are collected, and running those again."""
 
 import json
-import os
-import pty
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
+from tests.cli.terminal import run_on_terminal
 
 MANY = """
     from sums import *
@@ -94,39 +91,19 @@ def test_a_resume_can_be_checked(stroma):
     assert json.loads(checked.out)["against"]["resumable"] is True
 
 
-def test_on_a_terminal_one_line_is_written_over(stroma, tmp_path: Path):
-    """On a terminal the progress is one line that is written over, and gone when the next line comes."""
-    if not hasattr(pty, "openpty"):  # pragma: no cover
-        pytest.skip("no terminals here")
+@pytest.mark.slow
+def test_on_a_terminal_a_map_is_a_line_with_a_bar(stroma):
+    """On a terminal a map is one line of the table: done, failed, rate and time left; then it is folded."""
     stroma.file("many.py", MANY)
-    master, slave = pty.openpty()
-    command = ["stroma", "run", "many.py:pipeline", "{}"]
-    env = {**stroma.env, "TERM": "xterm", "WELL": "1", "PAUSE": "0.1", "COLUMNS": "100"}
-    process = subprocess.Popen(
-        command, cwd=stroma.home, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=slave
+    seen: list[str] = []
+    code, emulator, written = run_on_terminal(
+        ["stroma", "run", "many.py:pipeline", "{}"],
+        stroma.home,
+        stroma.env | {"PAUSE": "0.1"},
+        columns=100,
+        at=lambda _process, emulator: seen.append(emulator.text),
     )
-    os.close(slave)
-    shown = b""
-    try:
-        while True:
-            try:
-                part = os.read(master, 65536)
-            except OSError:  # The other end is closed.
-                break
-            if not part:
-                break
-            shown += part
-        process.communicate(timeout=60)
-    finally:
-        os.close(master)
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-    assert process.returncode == 0, shown
-    text = shown.decode()
-    live = re.findall(r"\r\x1b\[Kmap_over\(in\.jsonl, half\)  ([\d,]+) of 300 items[^\r\n]*", text)
-    assert len(live) >= 2, text
-    # What is written over is never followed by anything but its own removal.
-    for line in re.findall(r"\r\x1b\[Kmap_over\([^\r\n]*(.{0,4})", text, re.DOTALL):
-        assert line.startswith(("\r\x1b[K", "")), text
-    assert re.search(r"\r\x1b\[K[^\r\n]*300 of 300 items", text), text
+    assert code == 0, written
+    assert any(re.search(r"█+░+ \d+/300 \d+ failed \d[\d.]*/s \d+s left", text) for text in seen), seen[-3:]
+    assert "300 items: 30 failed, 270 ok" in emulator.text
+    assert emulator.text.count("TRY") == 1

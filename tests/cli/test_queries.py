@@ -176,7 +176,7 @@ def test_show_as_a_tree(stroma, inside):
 
 
 def test_show_folds_the_loops_of_a_flow(stroma, inside):
-    """--tree has one line for repeated calls of a node in a flow, and each of them with --unfold or --node."""
+    """Repeated calls of a node in a flow are one line with the first failures; with --unfold or --node each has one."""
     stroma.file("loop.py", """
         from sums import *
         again = node("again", last)
@@ -207,8 +207,12 @@ def test_show_folds_the_loops_of_a_flow(stroma, inside):
     assert [re.split(r"  +", line)[1] for line in tree[:3]] == ["loop", "├─ again x3", "├─ flaky x3"]
     assert re.match(r"0.again#0 +├─ again x3 +success ", tree[1])
     assert re.match(r"0.flaky#0 +├─ flaky x3 +4 +1 failed +.* 30 ", tree[2])
-    assert re.match(r"0.!sleep#0 +└─ sleep until \S+ +slept$", tree[3])
-    assert len(tree) == 4
+    assert tree[2].endswith("3 calls: 2 ok, 1 retried, 1 failed")
+    assert re.match(r"0.flaky#1 +│  └─ flaky +2 +failure .* ValueError: one$", tree[3])
+    assert re.match(r"0.!sleep#0 +└─ sleep until \S+ +slept$", tree[4])
+    assert len(tree) == 5
+    assert len(table()) == 4
+    assert len(table("--unfold")) == 8
     assert len(table("--tree", "--unfold")) == 9
     assert [line.split()[0] for line in table("--tree", "--node", "again")] == [
         "0", "0.again#0", "0.again#1", "0.again#2",
@@ -251,7 +255,10 @@ def test_diff(filled, inside, fails):
     assert re.search(r"\n1  second  .*\n  ~ outcome: \"success\" -> \"failure\"\n", done.out)
     assert re.search(r"\n2  third  only in A\n", done.out)
     assert "\n0  first  the same" in done.out
-    assert "the same" not in inside("diff", "a", "b", "--only-changed").out
+    assert done.out.startswith(
+        "different: 1 node with other attempts, outcomes or models; 1 node only in A; 1 node the same; cost $"
+    )
+    assert "first" not in inside("diff", "a", "b", "--only-changed").out
 
     data = json.loads(inside("diff", "a", "c", "--json", "--only-changed").out)
     assert (data["schema"], data["same"]) == ("stroma.diff/1", False)
@@ -329,3 +336,42 @@ def test_what_a_terminal_would_obey(stroma, inside, monkeypatch, any_url):
         assert done.code in (0, 1, 2, 4, 6), (words, done)
         for text in (done.out, done.err):
             assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text), (words, text)
+
+
+def test_show_folds_a_map_and_fits_the_terminal(stroma, inside, monkeypatch):
+    """The items of a map are one line that counts them; on a terminal no line is wider than it."""
+    stroma.file("fan.py", """
+        from sums import *
+        class Nums(BaseModel):
+            nums: list[int]
+        class Sums(BaseModel):
+            sums: list[Sum]
+        tries = {}
+        async def shaky(state):
+            tries[state.n] = tries.get(state.n, 0) + 1
+            if state.n == 7 and tries[7] == 1:
+                raise ConnectionError("lost " * 40)
+            return {"n": state.n}, 10, 5, "gpt-4o-mini"
+        pipeline = Pipeline("fan", [map_over("nums", node("shaky", shaky), into="sums")],
+                            config=RunConfig(policy_map=quick))
+    """)  # fmt: skip
+    given = json.dumps({"nums": list(range(20))})
+    assert inside("run", "fan.py:pipeline", given, "--run-id", "f", "-q").code == 0
+    shown = inside("show", "f").out
+    assert re.search(r"\n0.0 +shaky x20 +21 +success .* 20 items: 20 ok, 1 retried, 0 failed\n", shown)
+    assert inside("show", "f", "--unfold").out.count(" shaky ") == 21
+    for columns in (40, 60, 80, 120):
+        text = _on_terminal(monkeypatch, inside, columns, "show", "f")
+        assert max(map(len, text.splitlines())) <= columns, text
+        assert "20 items: " in text
+        for command in (("show", "f", "--unfold"), ("runs",), ("diff", "f", "f")):
+            text = _on_terminal(monkeypatch, inside, columns, *command)
+            assert max(map(len, text.splitlines())) <= columns, text
+
+
+def _on_terminal(monkeypatch, inside, columns: int, *words: str) -> str:
+    """Return what a command writes to a terminal of this width."""
+    with monkeypatch.context() as patch:
+        patch.setattr("stroma.cli.output.Stream.is_terminal", True)
+        text = inside(*words, env={"COLUMNS": str(columns), "NO_COLOR": "1"}).out
+    return str(text)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.cli.terminal import Emulator, run_on_terminal
 
 from stroma.demo.pipeline import DOCUMENTS
 
@@ -15,60 +16,85 @@ pytestmark = pytest.mark.timeout(90)
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    work = tmp_path_factory.mktemp("demo") / "work"
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Emulator, Path]:
+    """The demo on a terminal of 80 columns: its exit code, what the terminal shows, and the folder."""
+    folder = tmp_path_factory.mktemp("demo")
     home = tmp_path_factory.mktemp("home")
-    done = subprocess.run(
-        [sys.executable, "-m", "stroma", "demo", "--dir", str(work)],
-        env={**os.environ, "HOME": str(home), "OPENAI_API_KEY": "must not be used"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    return done, work
+    command = [sys.executable, "-m", "stroma", "demo", "--dir", "work"]
+    env = {**os.environ, "HOME": str(home), "OPENAI_API_KEY": "must not be used"}
+    env.pop("STROMA_PROGRAM", None)
+    code, emulator, _ = run_on_terminal(command, folder, env, rows=30, seconds=80)
+    return code, emulator, folder / "work"
 
 
 @pytest.mark.example
-def test_it_goes_as_announced(shown: tuple[subprocess.CompletedProcess[str], Path]) -> None:
-    """`stroma demo` needs no key, ends with 0, and each of its acts did what it says."""
-    done, work = shown
-    assert done.returncode == 0, done.stdout
-    assert "Traceback" not in done.stdout
-    assert "kill -9:" in done.stdout
-    assert re.search(r"\b0 of them were sent again", done.stdout)
-    assert "Exit code 5" in done.stdout
-    assert "Exit code 1" in done.stdout
-    report = (work / "report.md").read_text(encoding="utf-8")
+def test_it_goes_as_announced(shown: tuple[int, Emulator, Path]) -> None:
+    """`stroma demo` needs no key, ends with 0, and each of its scenes did what it says, in a table of at most 25 lines."""
+    code, emulator, work = shown
+    text = emulator.text
+    assert code == 0, text
+    assert "Traceback" not in text
+    for title in ("1. Trouble and retries", "2. Killed and resumed", "3. The budget holds"):
+        assert title in text
+    assert "kill -9:" in text
+    assert re.search(r"\b0 of these \d+ were sent again", text)
+    assert "Exit code 5" in text
+    report = (work / "stroma-report.md").read_text(encoding="utf-8")
     assert all(path.name in report for path in DOCUMENTS.iterdir())
+    scenes = re.split(r"\n(?=\$ stroma r)", text)[1:]
+    assert len(scenes) == 4
+    for scene in scenes:
+        assert len(scene.split("\n\n")[1].splitlines()) <= 25, scene
 
 
-def test_every_kind_of_trouble_is_seen(shown: tuple[subprocess.CompletedProcess[str], Path]) -> None:
-    """Rate limits, server errors, a hang, a dropped connection, broken contracts and a used-up quota are met."""
-    done, _ = shown
-    for reason in (
-        "rate_limit",
-        "server_error",
-        "overloaded",
-        "timeout",
-        "connection",
-        "contract",
-        "quota",
-        "budget",
-    ):
-        assert reason in done.stdout, reason
+def test_nothing_wraps(shown: tuple[int, Emulator, Path]) -> None:
+    """On 80 columns the terminal breaks no line but that of a folder with a long name."""
+    _, emulator, work = shown
+    lines = emulator.text.splitlines()
+    long = f"export STROMA_DB={work / 'runs.db'}"
+    assert emulator.wrapped == (len(long) - 1) // 80
+    assert not [line for line in lines if re.search(r"\$\d*\.?\d{0,5}$", line)], emulator.text
 
 
-def test_nothing_finished_is_done_twice(shown: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+def test_each_document_has_its_cost(shown: tuple[int, Emulator, Path]) -> None:
+    """The bill has a line for each document, and the commands below it work as they are printed."""
+    _, emulator, work = shown
+    text = emulator.text
+    bill = text[text.index("What each document has cost") :]
+    for path in DOCUMENTS.iterdir():
+        assert re.search(
+            rf"^{re.escape(path.name[:30])}.* +[\d,]+ +\$0\.\d{{6}}  .*(ok|…)$", bill, re.MULTILINE
+        ), bill
+    commands = [line for line in bill.splitlines() if line.startswith("stroma ")]
+    assert [words.split()[1] for words in commands] == ["show", "runs", "ui", "run"]
+    for words in commands[:2]:
+        done = subprocess.run(
+            [sys.executable, "-m", *words.split()],
+            env={**os.environ, "STROMA_DB": str(work / "runs.db")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_kind_of_trouble_is_seen(shown: tuple[int, Emulator, Path]) -> None:
+    """Rate limits, server errors, a hang, a dropped connection, broken contracts and the budget are met."""
+    _, emulator, _ = shown
+    for reason in ("rate_limit", "server_error", "overloaded", "timeout", "connection", "contract", "budget"):
+        assert reason in emulator.text, reason
+
+
+def test_nothing_finished_is_done_twice(shown: tuple[int, Emulator, Path]) -> None:
     """G5: over the kill and the resume, each position of the run was committed exactly once."""
-    _, work = shown
+    _, _, work = shown
     with sqlite3.connect(work / "runs.db") as db:
         rows = db.execute(
-            "SELECT s.position, s.branch, count(*) FROM steps s JOIN runs USING (run) WHERE run_id = 'inbox'"
+            "SELECT s.position, s.branch, count(*) FROM steps s JOIN runs USING (run) WHERE run_id = 'killed'"
             " AND s.position >= 0 GROUP BY s.position, s.branch"
         ).fetchall()
         succeeded = db.execute(
-            "SELECT count(*) FROM attempts JOIN runs USING (run) WHERE run_id = 'inbox' AND outcome = 'success'"
+            "SELECT count(*) FROM attempts JOIN runs USING (run) WHERE run_id = 'killed' AND outcome = 'success'"
         ).fetchone()[0]
     documents = sum(1 for _ in DOCUMENTS.iterdir())
     # read, the map and its items, check, the parallel and its two children, report

@@ -8,6 +8,7 @@ from typing import Final
 
 __all__ = [
     "as_mermaid",
+    "break_command",
     "clean",
     "format_duration",
     "format_tokens",
@@ -33,6 +34,20 @@ def as_mermaid(text: str) -> str:
     """Return text for a label: nothing of it is the language of Mermaid, or HTML."""
     text = " ".join(text.split())
     return "".join(ch if ch.isalnum() or ch in " _-.,:()[]|→…" else f"#{ord(ch)};" for ch in text)
+
+
+def break_command(command: str, columns: int) -> str:
+    """Return a shell command in lines of this width, broken before its options; it can be pasted as it is."""
+    if len(command) <= columns or "\n" in command:
+        return command
+    lines = [""]
+    for part in re.split(r" (?=--\w)", command) if "' --" not in command else [command]:
+        if lines[-1] and len(lines[-1]) + len(part) + 3 > columns:
+            lines[-1] += " \\"
+            lines.append(f"    {part}")
+        else:
+            lines[-1] += f" {part}" if lines[-1] else part
+    return "\n".join(lines)
 
 
 def clean(text: str, limit: int = 300) -> str:

@@ -15,7 +15,8 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None, *, program: str = "stroma") -> int:
     """Run one command and return its exit code (see :class:`stroma.cli.errors.Code`).
 
-    ``program``: the command that the user typed; suggested commands in messages begin with it.
+    ``program``: the command that the user typed; suggested commands in messages begin with it. STROMA_PROGRAM precedes
+    it in a process of its own: `./dev run stroma` in a clone.
     """
     try:
         from stroma.cli.app import start
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None, *, program: str = "stroma") -> int:
             f"stroma: the command line needs click; install it with: {sys.executable} -m pip install 'stroma[cli]'\n"
         )
         return 3
+    if argv is None:
+        program = os.environ.get("STROMA_PROGRAM") or program
     code = start(sys.argv[1:] if argv is None else list(argv), program)
     if argv is None and "temporalio.bridge" in sys.modules:
         _leave(code)

@@ -54,6 +54,10 @@ _COMMANDS: Final = {
         "stroma.cli.commands.ui:ui",
         "Serve the web interface on this machine (extra `ui`).",
     ),
+    "mcp": (
+        "stroma.cli.commands.mcp:mcp",
+        "Serve runs to a coding agent, read-only (extra `mcp`).",
+    ),
     "export": (
         "stroma.cli.commands.export:export",
         "Write a run as JSON, OTLP or one HTML file.",

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
+from typing import Final
 
 from stroma._utils.text import format_duration, short_id
 
-__all__ = ["format_age", "format_local_time", "id_word", "to_iso"]
+__all__ = ["format_age", "format_local_time", "id_word", "style_status", "to_iso"]
+
+_STYLES: Final = {
+    "COMPLETED": "green",
+    "RESUMED": "green",
+    "FAILED": "bold red",
+    "PARTIAL": "red",
+    "RUNNING": "cyan",
+    "DAMAGED": "bold red",
+}
 
 
 def id_word(run_id: str) -> str:
@@ -34,3 +44,8 @@ def to_iso(ms: int) -> str | None:
         return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")
     except (ValueError, OverflowError, OSError):
         return None
+
+
+def style_status(status: str) -> tuple[str, str]:
+    """Return a status with its colour."""
+    return status, _STYLES.get(status, "yellow")

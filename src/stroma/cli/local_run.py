@@ -28,6 +28,7 @@ from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem
 from stroma.cli.exporters import FLUSH_SECONDS, Exporters
 from stroma.cli.formatting import id_word
+from stroma.cli.live import LiveProgress, has_room
 from stroma.cli.output import err
 from stroma.cli.progress import Progress, show_warnings
 from stroma.cli.report import RunReport
@@ -39,7 +40,7 @@ from stroma.contracts.schema import schema_of
 from stroma.engine.config import RunConfig
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.hooks.sets import HookError, flatten
-from stroma.runner.pipeline import Pipeline
+from stroma.runner.pipeline import Pipeline, nodes_of
 from stroma.runner.requests import limits_of
 from stroma.runner.runner import StromaRunner
 from stroma.trace.result import ExecutionResult, RunStatus
@@ -92,7 +93,7 @@ class LocalRun:
         self.db.prepare()
         quiet = self.options.quiet
         show_warnings(quiet=quiet)
-        progress = Progress(quiet=quiet)
+        progress = Progress(quiet=True) if quiet else self._shown_progress()
         if self.fork is not None and not quiet:
             err.line(
                 f"run {clean(self.config.run_id)} starts at {clean(self.start_at or '', 100)!r} of {clean(self.fork.parent)}"
@@ -103,7 +104,10 @@ class LocalRun:
         config = self.config.model_copy(update={"hooks": hooks})
         runner = StromaRunner(ContractRegistry(), CheckpointManager(self.db.store), config)
         started = time.perf_counter()
-        result, waiting, stopped_by = self._run(runner, progress)
+        try:
+            result, waiting, stopped_by = self._run(runner, progress)
+        finally:
+            progress.close()
         if result is None:
             raise Problem(
                 f"stopped by {stopped_by or 'the pipeline itself'} before the run started; no node was called",
@@ -131,6 +135,13 @@ class LocalRun:
         )
         report.print(json=self.options.as_json, quiet=quiet)
         return int(report.code)
+
+    def _shown_progress(self) -> Progress:
+        """Return a live table on a terminal, else lines."""
+        if not has_room():
+            return Progress(quiet=False)
+        nodes = [node.node_id for node in nodes_of(self.pipeline)]
+        return LiveProgress(self.pipeline.name, nodes, self.config.budget)
 
     def _earlier_usage(self, result: ExecutionResult) -> RunRecord | None:
         """Return the record of the run with the usage of other processes only."""
@@ -187,7 +198,11 @@ class LocalRun:
                 draining.append(asyncio.create_task(runner.shutdown(drain_seconds=self.options.drain)))
 
         stop = StopSignals(
-            task, drain, patience=format_duration(self.options.drain), after=self._next_step("resume with")
+            task,
+            drain,
+            patience=format_duration(self.options.drain),
+            after=self._next_step("resume with"),
+            say=progress.say,
         )
         is_resumed = self.record is not None and self.start_at is None
         waiting: list[Waiting] = []

@@ -16,10 +16,30 @@ import unicodedata
 from collections.abc import Sequence
 from typing import IO, Any, Final
 
-__all__ = ["OutputError", "Part", "Stream", "emit", "err", "out", "table", "write_private"]
+from stroma._utils.text import break_command
+
+__all__ = [
+    "OutputError",
+    "Part",
+    "Stream",
+    "cell_width",
+    "emit",
+    "err",
+    "fit",
+    "out",
+    "table",
+    "wrap",
+    "write_private",
+]
 
 #: Text, or text with a style of rich's ("bold red").
 Part = str | tuple[str, str]
+
+
+#: Of lines for people, on a wider terminal and elsewhere.
+_MAX_COLUMNS: Final = 100
+
+_MIN_LAST: Final = 30  # of the last column of a table, if it has that much
 
 
 class OutputError(Exception):
@@ -33,7 +53,6 @@ class Stream:
         self._name = name
         self._console: Any = None
         self._silent: IO[str] | None = None
-        self._has_status = False
 
     @property
     def _file(self) -> IO[str] | None:
@@ -51,39 +70,68 @@ class Stream:
     @property
     def width(self) -> int | None:
         """Columns of the terminal; None if this is not a terminal."""
-        return shutil.get_terminal_size().columns if self.is_terminal else None
+        return self.size[0] if self.is_terminal else None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Columns and rows of the terminal; COLUMNS and LINES precede what it says itself."""
+        try:
+            size = os.get_terminal_size(self._file.fileno())  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+        except (OSError, ValueError, AttributeError):
+            size = os.terminal_size((0, 0))
+        # Not of stdout, as shutil has it, which may be a pipe.
+        fallback = shutil.get_terminal_size()
+        columns, rows = (os.environ.get(name, "") for name in ("COLUMNS", "LINES"))
+        return (
+            fallback.columns if columns.isdecimal() else size.columns or fallback.columns,
+            fallback.lines if rows.isdecimal() else size.lines or fallback.lines,
+        )
 
     def line(self, *parts: Part) -> None:
         """Write one line. Never raises if the reader has closed the pipe."""
-        if (
-            any(isinstance(part, tuple) for part in parts)
-            and self.is_terminal
-            and not os.environ.get("NO_COLOR")
-        ):
-            self.write(self._coloured(parts))
+        self.write(self.render(*parts))
+
+    def wrapped(self, *parts: Part, indent: int = 4) -> None:
+        """Write a text in lines that fit the terminal, at most 100 columns; it is broken at spaces only."""
+        for line in wrap(parts, max(self.columns, 2 * indent), indent):
+            self.line(*line)
+
+    def fitted(self, *parts: Part, indent: int = 4) -> None:
+        """Write one line; on a terminal, in lines that fit it."""
+        if self.is_terminal:
+            self.wrapped(*parts, indent=indent)
         else:
-            self.write(_plain(parts))
+            self.line(*parts)
+
+    def hint(self, text: str) -> None:
+        """Write a line that ends with a command; on a terminal it is broken so that it can still be pasted."""
+        if self.is_terminal and len(text) > self.columns:
+            words, _, command = text.partition(": ")
+            text = f"{words}:\n    {break_command(command, self.columns - 4)}"
+        self.write(text + "\n")
+
+    @property
+    def columns(self) -> int:
+        """Columns of a line for people."""
+        return min(_MAX_COLUMNS, (self.width or _MAX_COLUMNS + 1) - 1)
+
+    def render(self, *parts: Part) -> str:
+        """Return one line with its line end, coloured on a terminal."""
+        has_styles = any(isinstance(part, tuple) for part in parts)
+        if has_styles and self.is_terminal and not os.environ.get("NO_COLOR"):
+            return self._coloured(parts)
+        return _plain(parts)
 
     @property
     def is_live(self) -> bool:
         """Return True if a line can be overwritten."""
         return self.is_terminal and os.environ.get("TERM") != "dumb"
 
-    def status(self, *parts: Part) -> None:
-        """Show a line that the next write replaces; call only if :attr:`is_live`."""
-        text = _plain(parts).rstrip("\n")
-        room = (self.width or 80) - 1
-        self.write(f"{_CLEAR_LINE}{text if len(text) <= room else text[: room - 1] + '…'}")
-        self._has_status = True
-
     def write(self, text: str) -> None:
         """Write text unchanged. Raises OutputError if stdout fails (a full disk, for example)."""
         file = self._file
         if file is None or file is self._silent:
             return
-        if self._has_status:
-            self._has_status = False
-            text = text if text.startswith(_CLEAR_LINE) else _CLEAR_LINE + text
         try:
             file.write(text)
             file.flush()
@@ -141,9 +189,6 @@ def write_private(path: str | os.PathLike[str], text: str) -> None:
         raise
 
 
-#: Return to the start of the line and clear it.
-_CLEAR_LINE: Final = "\r\x1b[K"
-
 out = Stream("stdout")
 err = Stream("stderr")
 
@@ -166,35 +211,90 @@ def emit(data: Any) -> None:
 
 
 def table(
-    stream: Stream, header: Sequence[str], rows: Sequence[Sequence[Part]], *, right: frozenset[int]
+    stream: Stream,
+    header: Sequence[str],
+    rows: Sequence[Sequence[Part]],
+    *,
+    right: frozenset[int],
+    spare: Sequence[int] = (),
 ) -> None:
-    """Write columns, those in ``right`` right-aligned; the last one is cut to the width of the terminal."""
-    lines = [[(cell, "bold") for cell in header], *rows]
-    widths = [max(_width(line[i]) for line in lines) for i in range(len(header))]
-    room = (stream.width or 0) - sum(widths[:-1]) - 2 * (len(header) - 1)
+    """Write columns, those in ``right`` right-aligned; no line is wider than the terminal.
+
+    On a terminal, columns of ``spare`` are left out in this order until the last column has room, and columns without a
+    value too.
+    """
+    lines: list[list[Part]] = [[(cell, "bold") for cell in header], *map(list, rows)]
+    widths = [max(cell_width(line[i]) for line in lines) for i in range(len(header))]
+    columns = stream.width
+    shown = list(range(len(header)))
+    last = shown[-1]
+    for i in spare if columns is not None else ():
+        room = (columns or 0) - sum(widths[k] + 2 for k in shown[:-1])
+        if room >= min(widths[last], _MIN_LAST):
+            break
+        shown.remove(i)
     for line in lines:
         parts: list[Part] = []
-        for i, cell in enumerate(line):
+        used = 0
+        for i in shown:
+            cell = line[i]
+            gap = " " * (widths[i] - cell_width(cell)) if i != last else ""
+            if columns is not None:
+                cell = fit(cell, max(0, columns - used - (len(gap) if i in right else 0)))
             text, style = cell if isinstance(cell, tuple) else (cell, "")
-            gap = " " * (widths[i] - _width(cell))
-            if i == len(header) - 1:
-                # With less than 20 columns the terminal wraps it.
-                text = text[: room - 1] + "…" if 20 <= room < _width(cell) else text
-            elif i in right:
-                text = gap + text
-            else:
-                text += gap
-            parts += ["  ", (text, style) if style else text]
-        stream.line(*parts[1:])
+            text = gap + text if i in right else text + gap
+            parts += [(text, style) if style else text, "  "]
+            used += cell_width(text) + 2
+        stream.line(*parts[:-1])
 
 
 def _plain(parts: Sequence[Part]) -> str:
     return "".join(part if isinstance(part, str) else part[0] for part in parts).rstrip(" ") + "\n"
 
 
-def _width(part: Part) -> int:
+def cell_width(part: Part) -> int:
+    """Return the cells of a terminal that a text takes."""
     text = part if isinstance(part, str) else part[0]
     if text.isascii():
         return len(text)
     wide = sum(unicodedata.east_asian_width(ch) in "WF" for ch in text)
     return len(text) + wide - sum(unicodedata.combining(ch) > 0 for ch in text)
+
+
+def fit(part: Part, cells: int) -> Part:
+    """Return a text cut to as many cells."""
+    if cell_width(part) <= cells:
+        return part
+    text, style = (part, "") if isinstance(part, str) else part
+    text = text[: max(0, cells - 1)]
+    while text and cell_width(text) >= cells:
+        text = text[:-1]
+    text = f"{text}…" if cells else ""
+    return (text, style) if style else text
+
+
+def wrap(parts: Sequence[Part], cells: int, indent: int) -> list[list[Part]]:
+    """Return the lines of a text, broken at spaces only unless a word alone is wider; all but the first are indented."""
+    lines: list[list[Part]] = [[]]
+    used = 0
+    for part in parts:
+        text, style = (part, "") if isinstance(part, str) else part
+        for piece in re.findall(r" +|[^ ]+", text):
+            while piece:
+                width, room = cell_width(piece), cells - used
+                if width <= room:
+                    lines[-1].append((piece, style) if style else piece)
+                    used += width
+                    break
+                if used > indent:
+                    lines.append([" " * indent])
+                    used = indent
+                    if piece[0] == " ":
+                        break
+                    continue
+                head = piece[: max(1, room)]
+                while len(head) > 1 and cell_width(head) > room:
+                    head = head[:-1]
+                lines[-1].append((head, style) if style else head)
+                used, piece = cells, piece[len(head) :]
+    return lines

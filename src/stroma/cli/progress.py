@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, typed
 from stroma.cli.errors import is_debugging
 from stroma.cli.formatting import id_word
-from stroma.cli.output import Part, err
+from stroma.cli.output import Part, cell_width, err
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine.execution import NodeExecution, current_node
 from stroma.failures.classes import FailureClass
@@ -19,16 +20,17 @@ from stroma.failures.failure import Failure, NodeContext, diagnose, kind_of, mes
 from stroma.hooks.sets import MapProgress, NodeHooks
 from stroma.trace.result import ExecutionResult
 
-__all__ = ["Progress", "show_warnings", "timed_line"]
+__all__ = ["Progress", "failure_message", "show_warnings", "timed_line"]
 
 _NAME_WIDTH = 30
 _MAX_ITEM_LINES = 20  # a larger map prints one line for all items
 _MAX_FAILURE_LINES = 20  # of such a map
-_LINE_SECONDS = 10.0  # between two lines about such a map, if not on a terminal
+_LINE_SECONDS = 10.0  # between two lines about such a map
+_INDENT = 16  # of what continues a line
 _UNITS = {"tokens": "tokens", "cost": "USD", "latency": "ms"}
 
 
-def _message(node: NodeExecution | None, failure: Failure) -> str:
+def failure_message(node: NodeExecution | None, failure: Failure) -> str:
     """Return type and recorded message of a failure, without secrets."""
     recorded = None if node is None or node.ended is None else node.ended.failure
     return text_of(failure) if recorded is None else typed(recorded.error_type, recorded.message)
@@ -71,6 +73,13 @@ class Progress:
             on_map_progress=self._map_progress,
         )
 
+    def say(self, text: str) -> bool:
+        """Print lines above what is drawn in place; False if nothing is. Safe in a signal handler."""
+        return False
+
+    def close(self) -> None:
+        """Remove what is drawn in place. Safe to call twice."""
+
     # ------------------------------------------------------------------ runs
 
     async def _run_start(self, run_id: str, pipeline: str, state: dict[str, Any]) -> None:
@@ -103,9 +112,7 @@ class Progress:
             details.append(f"{progress.rate:,.1f}/s")
         if progress.seconds_left is not None and not progress.ended:
             details.append(f"{format_duration(progress.seconds_left)} left")
-        if err.is_live and not progress.ended:
-            err.status(f"{clean(node_id, 80)}  {', '.join(details)}")
-        elif progress.ended or now - self._shown_at >= _LINE_SECONDS:
+        if progress.ended or now - self._shown_at >= _LINE_SECONDS:
             self._shown_at = now
             self._event(node, node_id, ("items", "cyan"), *details)
 
@@ -144,7 +151,7 @@ class Progress:
         verb = ("BUDGET", "bold red") if isinstance(exc, BudgetExceeded) else ("FAILED", "bold red")
         what = f"{failure_class}{f' {failure.reason}' if failure.reason else ''}"
         self._event(
-            node, node_id, verb, what, *self._usage(), totals=True, why=clean(_message(node, failure))
+            node, node_id, verb, what, *self._usage(), totals=True, why=clean(failure_message(node, failure))
         )
 
     async def _node_retry(
@@ -198,20 +205,31 @@ class Progress:
                 name += f"[{node.branch.rpartition('.')[2]}]"
         name = f"{'  ' * depth}{name}".ljust(_NAME_WIDTH)
         parts: list[Part] = [name, "  ", (verb[0].ljust(9), verb[1]), " ", ", ".join(filter(None, details))]
+        more: list[str] = []
         if totals and node is not None:
             spent = node.ctx.cost_tracker
-            sums = f"{format_tokens(int(spent.used('tokens')))}, {format_usd(spent.used('cost'))}"
-            parts.append((f"  | run: {sums}", "dim"))
+            more.append(f"run: {format_tokens(int(spent.used('tokens')))}, {format_usd(spent.used('cost'))}")
         if why and (node is None or node.kind != "group"):  # The child has printed it.
-            parts.append(f"  | {why}")
-        timed_line(*parts)
+            more.append(why)
+        timed_line(*parts, more=more)
 
 
-def timed_line(*parts: Part) -> None:
-    """Print a line on stderr, prefixed by the time of day."""
+def timed_line(*parts: Part, more: Sequence[str] = ()) -> None:
+    """Print a line on stderr, prefixed by the time of day.
+
+    ``more``: texts that stand in the line if they fit, and else in lines of their own below it.
+    """
     clock = datetime.now().strftime("%H:%M:%S.%f")[:-3]
+    whole: list[Part] = [(clock, "dim"), "  ", *parts]
+    room = err.columns - sum(map(cell_width, whole))
+    while more and len(more[0]) + 4 <= room:
+        whole.append((f"  | {more[0]}", "dim"))
+        room -= len(more[0]) + 4
+        more = more[1:]
     # Must not raise: with strict hooks that would fail the run.
-    err.line((clock, "dim"), "  ", *parts)
+    err.wrapped(*whole, indent=_INDENT)
+    for text in more:
+        err.wrapped((" " * _INDENT + text, "dim"), indent=_INDENT)
 
 
 class _LogPrinter(logging.Handler):

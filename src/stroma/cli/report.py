@@ -164,13 +164,13 @@ class RunReport:
 
     def _print_success(self) -> None:
         result = self.result
-        err.line(
+        err.wrapped(
             ("done", "bold green"),
             f": {result.status} in {format_duration(self.seconds)}; {self._usage_text()}",
         )
         self._print_notes()
         if self.db.is_durable:
-            err.line("details: ", self.db.hint("show", id_word(result.run_id)))
+            err.hint(f"details: {self.db.hint('show', id_word(result.run_id))}")
 
     def _print_stop(self) -> None:
         result, failure = self.result, self.result.failure
@@ -189,25 +189,22 @@ class RunReport:
         else:
             reason = f"{failure.failure_class}{f' ({failure.reason})' if failure.reason else ''}"
             head: Part = ("stroma: ", "bold red")
-            err.line(
+            err.wrapped(
                 head, f"run {clean(result.run_id)} is {result.status}: {self._failed_node(failure)}: {reason}"
             )
-            err.line(f"  why: {clean(text_of(failure), 1000)}")
+            err.wrapped(f"  why: {clean(text_of(failure), 1000)}")
             for line in last_frame(failure.exception, of_any=False):
                 err.line(f"  {line}")
             if self.exceeded not in (None, failure.exception):
                 err.line(f"  and: {self.exceeded}")
             if is_debugging():
                 err.write("".join(traceback.format_exception(failure.exception)))
-        err.line(
-            f"  spent: {self._usage_text()}; finished nodes are stored"
-            if self.db.is_durable
-            else f"  spent: {self._usage_text()}"
-        )
+        stored = "; finished nodes are stored" if self.db.is_durable else ""
+        err.wrapped(f"  spent: {self._usage_text()}{stored}")
         self._print_notes()
-        err.line(f"  {self._next_step()}")
+        err.hint(f"  {self._next_step()}")
         if failure is not None and self.db.is_durable and not self.is_suspended:
-            err.line(f"  details: {self.db.hint('show', id_word(result.run_id))}")
+            err.hint(f"  details: {self.db.hint('show', id_word(result.run_id))}")
 
     @property
     def waits_for(self) -> Literal["resume", "budget"] | None:

@@ -36,17 +36,20 @@ class StopSignals:
         patience: str,
         after: str,
         messages: Mapping[str, str] | None = None,
+        say: Callable[[str], bool] = lambda _text: False,
     ) -> None:
         """Install the handlers, if called in the main thread.
 
         ``drain``: called in the task's loop for SIGTERM, instead of cancelling the task. ``patience``: its time limit as
         text. ``after``: printed when the second signal ends the process. ``messages``: printed for the first signal, by name.
+        ``say``: prints this text and returns True, if something else writes to the terminal; must be safe in a handler.
         """
         self.signal: str | None = None
         self._task = task
         self._drain = drain
         self._loop = task.get_loop()
         self._after = after
+        self._say = say
         self._messages = {
             "SIGINT": "stopping; finished nodes are stored. Repeat the signal to stop at once",
             "SIGTERM": f"stopping after the node in flight, in {patience} at most; finished nodes are stored. "
@@ -63,7 +66,9 @@ class StopSignals:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._signalled_at = signal.Signals(number).name, now
-            _write_stderr(f"\nstroma: {self.signal}: {self._messages[self.signal]}\n")
+            text = f"\nstroma: {self.signal}: {self._messages[self.signal]}\n"
+            if not self._say(text):
+                _write_stderr(text)
             handler = self._drain if number == signal.SIGTERM else self._cancel
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(handler)

@@ -1,6 +1,6 @@
-"""``stroma demo``: the pipeline on real documents, a provider with faults, and a process that is killed.
+"""``stroma demo``: three scenes with a pipeline on real documents and a provider that misbehaves.
 
-The acts are the same commands that a user would type, in processes of their own; the provider is started here, so
+The scenes are the same commands that a user would type, in processes of their own; each provider is started here, so
 that it outlives the process that is killed and its ledger can tell what was bought.
 """
 
@@ -17,13 +17,15 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from stroma._utils.child_process import child_command, child_environment
+from stroma._utils.text import break_command, clean, format_usd
 from stroma.checkpoint import AttemptRecord
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.schema import schema_of
 from stroma.demo.pipeline import BASE_URL_VARIABLE, DOCUMENTS, Documents
-from stroma.demo.provider import DEFAULT_SEED, Provider, fault_plan, start_provider, text_sha
+from stroma.demo.provider import DEFAULT_SEED, Provider, start_provider, text_sha
 
 __all__ = ["main"]
 
@@ -31,18 +33,19 @@ _TARGET = "stroma.demo.pipeline:pipeline"
 _KILL_AFTER = 9  # committed documents
 _PATIENCE_SECONDS = 60.0
 _TIGHT_BUDGET_USD = "0.0015"
+_COLUMNS: Final = 79
 
 
 class Demo:
     """One run of the demo: its files, and how its commands are run."""
 
-    def __init__(self, folder: Path, work: Path, provider: Provider, seed: int) -> None:
+    def __init__(self, folder: Path, work: Path, seed: int) -> None:
         self.seed = seed
         self.folder = folder
         self.work = work
-        self.provider = provider
         self.db = work / "runs.db"
-        self.report = work / "report.md"
+        #: The command as this demo was begun, which the printed commands begin with.
+        self.program = os.environ.get("STROMA_PROGRAM") or "stroma"
         self.colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     def title(self, text: str) -> None:
@@ -51,21 +54,25 @@ class Demo:
     def print_line(self, text: str = "") -> None:
         print(text, flush=True)
 
-    def command(self, *words: str) -> list[str]:
-        return [*words, "--db", str(self.db)]
-
-    def start(self, words: Sequence[str], **environment: str) -> subprocess.Popen[bytes]:
+    def start(self, provider: Provider, words: Sequence[str]) -> subprocess.Popen[bytes]:
         """Start one ``stroma`` command in a process of its own and show its progress."""
-        self.print_line("$ stroma " + shlex.join(words))
-        env = child_environment(**{BASE_URL_VARIABLE: self.provider.base_url, **environment})
+        self.print_line(f"$ {break_command(f'{self.program} {shlex.join(words)}', _COLUMNS - 2)}\n")
+        variables = {
+            BASE_URL_VARIABLE: provider.base_url,
+            "STROMA_DB": str(self.db),
+            "STROMA_PROGRAM": self.program,
+        }
+        env = child_environment(**variables)
         env.pop("OPENAI_API_KEY", None)  # The demo buys nothing, whatever the user's shell is set up for.
-        return subprocess.Popen(child_command(*words), env=env, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(child_command(*words), env=env, cwd=self.work, stdout=subprocess.DEVNULL)
 
-    def run(self, words: Sequence[str], **environment: str) -> int:
-        return self.start(words, **environment).wait(_PATIENCE_SECONDS)
+    def run(self, provider: Provider, words: Sequence[str]) -> int:
+        return self.start(provider, words).wait(_PATIENCE_SECONDS)
 
-    def input(self, name: str) -> str:
-        return json.dumps({"folder": str(self.folder), "out": str(self.work / name)})
+    def run_words(self, run_id: str, *options: str) -> list[str]:
+        """Return the command that begins a run over the documents."""
+        state = [] if self.folder == DOCUMENTS else [json.dumps({"folder": str(self.folder)})]
+        return ["run", _TARGET, *state, "--run-id", run_id, *options]
 
     def attempts(self, run_id: str) -> list[AttemptRecord]:
         return SQLiteStore(self.db).attempts(run_id) if self.db.exists() else []
@@ -83,9 +90,9 @@ class Demo:
         assert isinstance(read, Documents)
         return read
 
-    def calls(self, run_id: str) -> dict[str, int]:
-        """Return how often the provider was asked about each document, by its own ledger."""
-        ledger = self.provider.stats()["by_text"]
+    def calls(self, provider: Provider, run_id: str) -> dict[str, int]:
+        """Return how often a provider was asked about each document, by its own ledger."""
+        ledger = provider.stats()["by_text"]
         return {
             d.name: ledger.get(text_sha("extract", d.text)[:12], 0) for d in self._documents(run_id).documents
         }
@@ -111,31 +118,34 @@ def main(argv: list[str]) -> int:
         print(f"{work} contains an earlier demo; pass another folder with --dir", file=sys.stderr)
         return 2
     started = time.monotonic()
+    folder = options.folder if options.folder == DOCUMENTS else options.folder.resolve()
+    demo = Demo(folder, work.resolve(), options.seed)
     with start_provider(options.seed) as provider:
-        demo = Demo(options.folder.resolve(), work.resolve(), provider, options.seed)
-        ok = _crash_and_resume(demo) and _on_a_budget(demo) and _without_quota(demo)
+        ok = _trouble(demo, provider)
+    # Another one, which has its faults before it and an empty ledger.
+    with start_provider(options.seed) as provider:
+        ok = ok and _killed_and_resumed(demo, provider) and _on_a_budget(demo, provider)
     if ok:
         _bill(demo, "inbox")
-        _look_further(demo)
-        demo.print_line(f"\nAll of it took {time.monotonic() - started:.0f} s.")
+        _look_further(demo, time.monotonic() - started)
     return 0 if ok else 1
 
 
-# ---------------------------------------------------------------------- the acts
+# ---------------------------------------------------------------------- the scenes
 
 
-def _crash_and_resume(demo: Demo) -> bool:
-    demo.title(
-        "1. Documents go through a pipeline; the model's provider misbehaves; then the process is killed."
-    )
-    demo.print_line("   read -> extract each document -> check -> classify and risk -> report")
-    demo.print_line(
-        "   Rate limits, server errors, a hang, a dropped connection and answers that break their contract are"
-    )
-    demo.print_line(
-        "   retried, each by its class; an answer that breaks its contract goes no further than its node.\n"
-    )
-    process = demo.start(demo.command("run", _TARGET, demo.input("report.md"), "--run-id", "inbox"))
+def _trouble(demo: Demo, provider: Provider) -> bool:
+    demo.title("1. Trouble and retries")
+    demo.print_line("Business documents go through a pipeline whose model provider limits, fails,")
+    demo.print_line("hangs and answers nonsense. Each failure is retried by its class.\n")
+    return demo.run(provider, demo.run_words("inbox")) == 0
+
+
+def _killed_and_resumed(demo: Demo, provider: Provider) -> bool:
+    demo.title("2. Killed and resumed")
+    demo.print_line("The same again, but the process is killed half-way (kill -9) and resumed.")
+    demo.print_line("Finished documents are stored and not bought again.\n")
+    process = demo.start(provider, demo.run_words("killed"))
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while process.poll() is None and time.monotonic() < deadline and not _is_time_to_kill(demo):
         time.sleep(0.02)
@@ -144,73 +154,49 @@ def _crash_and_resume(demo: Demo) -> bool:
     process.wait()
     if not killed:
         if process.returncode not in (0, -9):
-            demo.print_line(
-                f"The run ended by itself with exit code {process.returncode}; it should have been killed."
-            )
+            text = f"exit code {process.returncode}; it should have been killed."
+            demo.print_line(f"The run ended by itself with {text}")
             return False
         demo.print_line("\nThe folder is so small that the run was done before it could be killed.")
         return True
-    names = demo.names("inbox")
+    names = demo.names("killed")
     # Read after the kill, so that the list is final.
-    done = {names[int(a.branch)] for a in demo.attempts("inbox") if a.branch and a.output is not None}
-    before = demo.calls("inbox")
-    demo.title(f"   kill -9: {len(done)} of {len(names)} documents were finished.")
-
-    demo.title("2. The run is resumed. Finished nodes are not called again.")
-    demo.print_line()
-    code = demo.run(demo.command("resume", "inbox", _TARGET))
-    after = demo.calls("inbox")
+    done = {names[int(a.branch)] for a in demo.attempts("killed") if a.branch and a.output is not None}
+    before = demo.calls(provider, "killed")
+    demo.title(f"kill -9: {len(done)} of {len(names)} documents were finished.")
+    code = demo.run(provider, ["resume", "killed", _TARGET])
+    after = demo.calls(provider, "killed")
     again = sorted(name for name in done if after[name] != before[name])
-    demo.print_line(
-        f"\n   By the provider's own ledger, {len(done)} documents were finished before the kill and"
-    )
-    demo.print_line(f"   {len(again)} of them were sent again. The report: {demo.report}")
-    return code == 0 and not again and demo.report.exists()
+    demo.print_line(f"\nBy the provider's own ledger, {len(again)} of these {len(done)} were sent again.")
+    return code == 0 and not again
 
 
 def _is_time_to_kill(demo: Demo) -> bool:
-    """Return True if some documents are finished, some are not, and a hanging call, if any, has timed out."""
-    attempts = demo.attempts("inbox")
+    """Return True if some documents are finished and some are not."""
+    attempts = demo.attempts("killed")
     if not any(a.position == 0 and a.output is not None for a in attempts):
         return False
-    finished, texts = sum(bool(a.branch) and a.output is not None for a in attempts), demo.texts("inbox")
-    hangs = any("hang" in fault_plan(demo.seed, "extract", text) for text in texts)
-    has_timed_out = not hangs or any(a.reason == "timeout" for a in attempts)
-    return has_timed_out and finished >= min(_KILL_AFTER, len(texts) // 2)
+    finished = sum(bool(a.branch) and a.output is not None for a in attempts)
+    return finished >= min(_KILL_AFTER, len(demo.texts("killed")) // 2)
 
 
-def _on_a_budget(demo: Demo) -> bool:
-    demo.title(
-        f"3. The same folder on a budget of {_TIGHT_BUDGET_USD} US dollars: it stops before the next call."
-    )
-    demo.print_line()
-    words = demo.command(
-        "run", _TARGET, demo.input("budget.md"), "--run-id", "tight", "--budget-usd", _TIGHT_BUDGET_USD
-    )
-    code = demo.run(words)
+def _on_a_budget(demo: Demo, provider: Provider) -> bool:
+    demo.title("3. The budget holds")
     demo.print_line(
-        f"\n   Exit code {code} (5: stopped by the budget). Finished nodes are stored; resume with a larger budget to continue."
+        f"The same again with a budget of {_TIGHT_BUDGET_USD} US dollars. The run stops before the next"
     )
+    demo.print_line("call, and resumes with a larger budget.\n")
+    code = demo.run(provider, demo.run_words("tight", "--budget-usd", _TIGHT_BUDGET_USD))
+    demo.print_line(f"\nExit code {code} (5: stopped by the budget).")
     return code == 5
-
-
-def _without_quota(demo: Demo) -> bool:
-    demo.title("4. The quota is used up: the same status 429 as a rate limit, and no retry can help.")
-    demo.print_line()
-    words = demo.command("run", _TARGET, demo.input("quota.md"), "--run-id", "broke")
-    code = demo.run(words, STROMA_DEMO_MODEL="gpt-4o-mini-no-quota")
-    demo.print_line(
-        f"\n   Exit code {code} (1: failed). TERMINAL at the first attempt, so nothing was tried again."
-    )
-    return code == 1
 
 
 # ---------------------------------------------------------------------- the bill
 
 
 def _bill(demo: Demo, run_id: str) -> None:
-    """Print the cost of each document, attempt by attempt."""
-    demo.title("What it cost, attempt by attempt (US dollars)")
+    """Print the cost of each document."""
+    demo.title("What each document has cost")
     names = demo.names(run_id)
     attempts = demo.attempts(run_id)
     by_row: dict[str, list[AttemptRecord]] = defaultdict(list)
@@ -219,35 +205,35 @@ def _bill(demo: Demo, run_id: str) -> None:
             by_row[names[int(attempt.branch)]].append(attempt)
         elif attempt.tokens or attempt.outcome == "failure":
             by_row[attempt.node_id].append(attempt)
-    width = max(map(len, by_row), default=0)
-    demo.print_line(f"\n   {'document or step':{width}}  {'tokens':>7}  {'cost':>9}  attempts")
+    width = min(34, max(map(len, by_row), default=0))
+    demo.print_line(f"\n{'document or step':{width}}  {'tokens':>6}  {'cost':>9}  attempts")
     order = {name: i for i, name in enumerate(names)}
     for name in sorted(by_row, key=lambda n: order.get(n, len(order))):
         tries = by_row[name]
-        attempts_text = ", ".join(_describe_attempt(attempt) for attempt in tries)
+        outcomes = ", ".join(map(_describe_attempt, tries))
         tokens, cost = sum(a.tokens for a in tries), sum(a.cost_usd for a in tries)
-        demo.print_line(f"   {name:{width}}  {tokens:>7,}  {cost:>9.6f}  {attempts_text}")
+        room = _COLUMNS - width - 21
+        line = f"{clean(name, width):{width}}  {tokens:>6,}  {format_usd(cost):>9}  {clean(outcomes, room)}"
+        demo.print_line(line)
     total = sum(a.cost_usd for a in attempts)
     wasted = sum(a.cost_usd for a in attempts if a.outcome != "success")
-    demo.print_line(
-        f"   {'total':{width}}  {sum(a.tokens for a in attempts):>7,}  {total:>9.6f}  of which wasted {wasted:.6f}"
-    )
+    tokens = sum(a.tokens for a in attempts)
+    demo.print_line(f"{'total':{width}}  {tokens:>6,}  {format_usd(total):>9}  wasted {format_usd(wasted)}")
 
 
 def _describe_attempt(attempt: AttemptRecord) -> str:
     if attempt.outcome == "success":
-        return f"ok {attempt.cost_usd:.6f}" if attempt.cost_usd else "ok"
-    word = attempt.reason or attempt.failure_class or attempt.outcome
-    return f"{word} {attempt.cost_usd:.6f}" if attempt.cost_usd else word
+        return "ok"
+    return attempt.reason or attempt.failure_class or attempt.outcome
 
 
-def _look_further(demo: Demo) -> None:
-    db = shlex.quote(str(demo.db))
-    demo.title("Look further")
+def _look_further(demo: Demo, seconds: float) -> None:
+    demo.title(f"Look further (all of this took {seconds:.0f} s)")
     demo.print_line(f"""
-   stroma runs --db {db}
-   stroma show inbox --db {db}
-   cat {shlex.quote(str(demo.report))}
+export STROMA_DB={shlex.quote(str(demo.db))}
+{demo.program} show inbox --timing
+{demo.program} runs
+{demo.program} ui    # the same runs as pages in a browser
 
-   On a folder of yours (text files, mails): stroma run {_TARGET} '{{"folder": "..."}}'
-   With OPENAI_API_KEY set, and OPENAI_BASE_URL for another provider, that talks to a real model.""")
+On a folder of yours, with a real model if OPENAI_API_KEY is set:
+{demo.program} run {_TARGET} '{{"folder": "."}}'""")

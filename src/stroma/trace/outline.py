@@ -156,19 +156,20 @@ def _without_attempts(at: str) -> OutlineEntry:
     return OutlineEntry(at, call.name or call.number, "node", call=call)
 
 
-def fold(entries: Sequence[OutlineEntry]) -> list[OutlineEntry]:
+def fold(entries: Sequence[OutlineEntry], *, items: bool = False) -> list[OutlineEntry]:
     """Return an outline with repeated calls folded: of one node, in one task of one flow. Folds hold what they fold.
 
-    Items of a map of a flow are folded too. Children of groups and waits are not.
+    Items of a map of a flow are folded too, and with ``items`` those of a map in a list. Other children of groups and waits
+    are not.
     """
-    return _fold(entries, None)
+    return _fold(entries, None, items)
 
 
-def _fold(entries: Sequence[OutlineEntry], parent: OutlineEntry | None) -> list[OutlineEntry]:
-    in_map = parent is not None and parent.kind == "map"
+def _fold(entries: Sequence[OutlineEntry], parent: OutlineEntry | None, items: bool) -> list[OutlineEntry]:
+    in_map = parent is not None and (parent.kind == "map" or (items and parent.label.startswith("map_over(")))
     folds: dict[tuple[str, str, str], list[OutlineEntry]] = {}
     for entry in entries:
-        folds.setdefault(_fold_key(entry, in_map), []).append(_folded_inside(entry))
+        folds.setdefault(_fold_key(entry, in_map), []).append(_folded_inside(entry, items))
     folded: list[OutlineEntry] = []
     for group in folds.values():
         first = group[0]
@@ -181,10 +182,10 @@ def _fold(entries: Sequence[OutlineEntry], parent: OutlineEntry | None) -> list[
     return folded
 
 
-def _folded_inside(entry: OutlineEntry) -> OutlineEntry:
+def _folded_inside(entry: OutlineEntry, items: bool) -> OutlineEntry:
     if not entry.entries:
         return entry
-    inside = _fold(entry.entries, entry)
+    inside = _fold(entry.entries, entry, items)
     return OutlineEntry(entry.at, entry.label, entry.kind, entry.bars, inside, entry.call)
 
 

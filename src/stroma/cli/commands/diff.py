@@ -7,17 +7,18 @@ from typing import Any
 
 import click
 
-from stroma._utils.text import clean, format_duration, format_tokens, format_usd, short_id
+from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize, short_id
 from stroma.checkpoint.history import Change, History, NodeDiff, changes, compare, place_of, status_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
-from stroma.cli.commands.runs import run_data, style_status
+from stroma.cli.commands.runs import run_data
 from stroma.cli.errors import Code, Problem
+from stroma.cli.formatting import style_status
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
 
-__all__ = ["diff"]
+__all__ = ["diff", "diff_data"]
 
 _SIGNS = {"added": "+", "removed": "-", "changed": "~"}
 _STYLES = {"added": "green", "removed": "red", "changed": "yellow"}
@@ -65,15 +66,25 @@ def diff(
     )
     same = not started and all(one.same for one in nodes)
     if as_json:
-        node_data = [_node_data(one) for one in nodes if not (only_changed and one.same)]
-        sides_data = {"a": run_data(first), "b": run_data(second)}
-        input_data = [_change_data(change) for change in started]
-        emit({"schema": "stroma.diff/1", **sides_data, "same": same, "input": input_data, "nodes": node_data})
+        emit({"schema": "stroma.diff/1", **diff_data(first, second, started, nodes, only_changed)})
     else:
         _print_diff(first, second, started, nodes, only_changed)
         if same:
             err.line("the same, but for what they took and cost")
     return Code.OK if same else Code.DIFFERENT
+
+
+def diff_data(
+    a: RunRecord, b: RunRecord, started: list[Change], nodes: list[NodeDiff], only_changed: bool
+) -> dict[str, Any]:
+    """Return what differs between two runs, in the form of the JSON schemas."""
+    return {
+        "a": run_data(a),
+        "b": run_data(b),
+        "same": not started and all(one.same for one in nodes),
+        "input": [_change_data(change) for change in started],
+        "nodes": [_node_data(one) for one in nodes if not (only_changed and one.same)],
+    }
 
 
 def _attempts(one: NodeDiff) -> list[AttemptRecord]:
@@ -85,6 +96,8 @@ def _attempts(one: NodeDiff) -> list[AttemptRecord]:
 def _print_diff(
     a: RunRecord, b: RunRecord, started: list[Change], nodes: list[NodeDiff], only_changed: bool
 ) -> None:
+    out.fitted(*_summary(a, b, started, nodes))
+    out.line()
     rows: list[list[Part]] = [
         [
             name,
@@ -103,6 +116,7 @@ def _print_diff(
         ("", "RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "ATTEMPTS TOOK"),
         rows,
         right=frozenset({4, 5, 6}),
+        spare=(2, 5, 4, 7),
     )
     if started:
         out.line()
@@ -115,15 +129,41 @@ def _print_diff(
         name = f"{place_of(attempts[0])}  {clean(attempts[0].node_id, 100)}"
         out.line()
         if one.a is None or one.b is None:
-            out.line((name, "bold"), f"  only in {'A' if one.b is None else 'B'}")
+            out.fitted((name, "bold"), f"  only in {'A' if one.b is None else 'B'}")
             continue
-        out.line(
+        out.fitted(
             (name, "bold"),
             "  the same" if one.same else "",
             (f"  {_figures(one.a)} -> {_figures(one.b)}", "dim"),
         )
         _print_changes(one.facts)
         _print_changes(one.output, "output")
+
+
+def _summary(a: RunRecord, b: RunRecord, started: list[Change], nodes: list[NodeDiff]) -> list[Part]:
+    """Return what differs, and by how much the cost does."""
+    both = [one for one in nodes if one.a is not None and one.b is not None]
+    outputs, facts = sum(bool(one.output) for one in both), sum(bool(one.facts) for one in both)
+    texts = ["another input"] if started else []
+    if outputs:
+        texts.append(f"{pluralize(outputs, 'node')} with another output")
+    if facts:
+        texts.append(f"{pluralize(facts, 'node')} with other attempts, outcomes or models")
+    for side, missing in (
+        ("A", sum(one.b is None for one in nodes)),
+        ("B", sum(one.a is None for one in nodes)),
+    ):
+        if missing:
+            texts.append(f"{pluralize(missing, 'node')} only in {side}")
+    same = sum(one.same for one in nodes)
+    head: Part = ("different", "yellow") if texts else ("the same", "green")
+    costs = [format_usd(one.cost_usd) for one in (a, b)]
+    change = (
+        f" ({(b.cost_usd - a.cost_usd) / a.cost_usd:+.0%})" if a.cost_usd and costs[0] != costs[1] else ""
+    )
+    cost = f"cost {' -> '.join(dict.fromkeys(costs))}{change}"
+    what = "".join(f"; {text}" for text in [*texts, f"{pluralize(same, 'node')} the same", cost])
+    return [head, f": {what[2:]}"]
 
 
 def _figures(attempts: list[AttemptRecord]) -> str:
@@ -138,7 +178,7 @@ def _print_changes(differences: list[Change], under: str = "") -> None:
         text = {"added": values[1], "removed": values[0], "changed": f"{values[0]} -> {values[1]}"}[
             change.kind
         ]
-        out.line("  ", (_SIGNS[change.kind], _STYLES[change.kind]), f" {clean(path, 200)}: {text}")
+        out.fitted("  ", (_SIGNS[change.kind], _STYLES[change.kind]), f" {clean(path, 200)}: {text}")
 
 
 def _change_data(change: Change) -> dict[str, Any]:

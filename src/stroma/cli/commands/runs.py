@@ -12,7 +12,7 @@ from stroma._utils.text import clean, format_duration, format_usd, short_id
 from stroma.checkpoint.history import FAILED, History, is_interrupted, status_of
 from stroma.checkpoint.records import Cause, RunQuery, RunRecord
 from stroma.cli.durations import SPAN
-from stroma.cli.formatting import format_age, format_local_time, to_iso
+from stroma.cli.formatting import format_age, format_local_time, style_status, to_iso
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, RunSource, db_option
@@ -20,22 +20,9 @@ from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_
 from stroma.failures.classes import FailureClass
 from stroma.trace.result import RunStatus
 
-__all__ = ["run_data", "runs", "style_status"]
+__all__ = ["run_data", "runs"]
 
 _STATUSES: Final = ["RUNNING", *RunStatus]
-_STYLES: Final = {
-    "COMPLETED": "green",
-    "RESUMED": "green",
-    "FAILED": "bold red",
-    "PARTIAL": "red",
-    "RUNNING": "cyan",
-    "DAMAGED": "bold red",
-}
-
-
-def style_status(status: str) -> tuple[str, str]:
-    """Return a status with its colour."""
-    return status, _STYLES.get(status, "yellow")
 
 
 def run_data(record: RunRecord) -> dict[str, Any]:
@@ -151,7 +138,13 @@ def _print(database: RunSource, records: list[RunRecord], query: RunQuery, limit
         err.line(f"{what} in {database.name}; begin one: ", database.hint("run", "FILE.py:NAME"))
         return
     header = ("RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "STARTED", "DURATION", "ERROR")
-    table(out, header, [_row(record) for record in records], right=frozenset({3, 4, 5, 7}))
+    table(
+        out,
+        header,
+        [_row(record) for record in records],
+        right=frozenset({3, 4, 5, 7}),
+        spare=(4, 6, 3, 1, 7),
+    )
     reasons: set[Literal["resume", "budget"]] = {
         one.waits_for for one in records if one.waits_for is not None
     }
@@ -169,7 +162,7 @@ def _print(database: RunSource, records: list[RunRecord], query: RunQuery, limit
 def _row(record: RunRecord) -> list[Part]:
     error = clean(record.error or "", 80)
     if record.status == "RUNNING":
-        who = f"run by {clean(record.holder, 80)}" if record.holder else "owner lost"
+        who = f"run by {clean(record.holder, 80)} for {_elapsed(record)}" if record.holder else "owner lost"
         error = f"{who}; last record {format_age(record.updated_ms)}"
     elif record.waits_for == "budget":
         error = "waits for a larger budget"
@@ -181,6 +174,12 @@ def _row(record: RunRecord) -> list[Part]:
         f"{record.tokens:,}",
         format_usd(record.cost_usd),
         format_local_time(record.started_ms),
-        format_duration((record.updated_ms - record.started_ms) / 1000),
+        _elapsed(record),
         error,
     ]
+
+
+def _elapsed(record: RunRecord) -> str:
+    """Return the time from the start of a run to its last record, or until now if somebody runs it."""
+    end = time.time() * 1000 if record.status == "RUNNING" and record.holder else record.updated_ms
+    return format_duration((end - record.started_ms) / 1000)

@@ -12,10 +12,10 @@ from stroma._utils.text import clean, format_duration, format_tokens, format_usd
 from stroma.checkpoint.history import History, is_interrupted, place_of, status_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
-from stroma.cli.commands.runs import run_data, style_status
+from stroma.cli.commands.runs import run_data
 from stroma.cli.commands.show import attempt_data
 from stroma.cli.errors import Code
-from stroma.cli.formatting import id_word
+from stroma.cli.formatting import id_word, style_status
 from stroma.cli.output import Part, err, out
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option

@@ -1,0 +1,206 @@
+"""The live table of a run on a terminal."""
+
+import asyncio
+import os
+import signal
+import sys
+
+import pytest
+from pydantic import BaseModel
+from tests.cli.terminal import Emulator, TerminalFile, run_on_terminal
+
+from stroma import (
+    ExecutionBudget,
+    FailureClass,
+    FailurePolicy,
+    MapProgress,
+    NodeContract,
+    StromaRunner,
+    map_over,
+    stroma_node,
+)
+from stroma.cli.live import LiveProgress
+from stroma.cli.live_rows import Row, fold_rows, write_rows
+from stroma.cli.output import cell_width, err
+from stroma.cli.screen import Screen
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Make stderr a terminal of 80 columns and 24 rows; pytest has replaced it by the time a test calls this."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+    def begin():
+        file = TerminalFile(Emulator())
+        monkeypatch.setattr(sys, "stderr", file)
+        monkeypatch.setattr(sys, "__stderr__", file)
+        return file
+
+    return begin
+
+
+class Item(BaseModel):
+    n: int
+
+
+class Items(BaseModel):
+    items: list[Item]
+
+
+def _node(node_id, func, input=Item, output=Item):
+    contract = NodeContract(node_id=node_id, input_schema=input, output_schema=output)
+    return stroma_node(node_id, contract)(func)
+
+
+def _run(progress, nodes, state, **config):
+    runner = StromaRunner.quick(hooks=[progress.hooks()], **config)
+    try:
+        return asyncio.run(runner.run(nodes, state))
+    finally:
+        progress.close()
+
+
+def test_a_run_is_a_table_that_folds_into_a_summary(terminal):
+    """One line per node with its state, attempts, time, tokens and cost; a map is one line; its end is a summary.
+
+    The summary says what ended how, cost and budget, and what was retried and why.
+    """
+    terminal = terminal()
+    tries = {}
+    seen = []
+
+    async def price(state):
+        tries[state.n] = tries.get(state.n, 0) + 1
+        if state.n == 3 and tries[3] == 1:
+            raise ConnectionError("the line is dead")
+        await asyncio.sleep(0)
+        progress._screen.refresh()
+        seen.append(terminal.emulator.text)
+        return {"n": state.n}, 1000, 100, "gpt-4o-mini"
+
+    async def last(state):
+        return {"n": len(state.items)}
+
+    nodes = [map_over("items", _node("price", price), into="items"), _node("last", last, Items)]
+    budget = ExecutionBudget(max_cost_usd=0.01)
+    progress = LiveProgress("prices", ["map_over(items, price)", "last"], budget)
+    policy = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=1, backoff_seconds=0)}
+    state = Items(items=[Item(n=n) for n in range(5)])
+    result = _run(progress, nodes, state, policy_map=policy, budget=budget)
+    assert result.status == "COMPLETED"
+    assert any("/5" in text and "░" in text and "last" in text and "pending" in text for text in seen), seen
+    lines = terminal.emulator.text.splitlines()
+    assert "prices: run " in lines[0]
+    assert "spent $0.001050, 5,500 tok; 10% of $0.010000" in lines[1]
+    assert lines[2].split() == ["TRY", "TIME", "TOKENS", "COST"]
+    assert "5 items: 5 ok, 1 retried" in lines[3]
+    assert lines[3].split()[-2:] == ["5,500", "$0.001050"]
+    assert lines[4].split()[:3] == ["last", "ok", "1"]
+    assert lines[5] == "retried: map_over(items, price): 1 retry (connection 1)"
+    assert not "".join(lines[6:])
+    assert all(len(line) < 80 for text in [*seen, terminal.emulator.text] for line in text.splitlines())
+
+
+def test_what_is_printed_meanwhile_stands_above_the_table(terminal):
+    """Whole lines, parts of lines and lines of loggers that hold the stream: nothing is lost, nothing is overwritten."""
+    terminal = terminal()
+    table = [["one"], ["two"]]
+    screen = Screen(err, lambda columns, rows: table)
+    holder = sys.stderr
+    screen.open()
+    print("first line", file=sys.stderr)
+    holder.write("a part, ")
+    screen.refresh()
+    assert terminal.emulator.text.splitlines() == ["first line", "a part,", "one", "two"]
+    holder.write("and its end\n")
+    table.append(["three"])
+    screen.say("\na message of a signal\n")
+    screen.refresh()
+    assert terminal.emulator.text.splitlines() == [
+        "first line", "a part, and its end", "a message of a signal", "one", "two", "three",
+    ]  # fmt: skip
+    holder.write("no line end")
+    screen.close()
+    assert terminal.emulator.text.splitlines() == [
+        "first line", "a part, and its end", "a message of a signal", "no line end",
+    ]  # fmt: skip
+    assert "write" not in vars(holder)
+    assert screen.say("too late") is False
+
+
+def test_a_narrower_terminal_loses_no_line(terminal, monkeypatch):
+    """After a resize, what the terminal has wrapped of the table is removed, and no line above it."""
+    terminal = terminal()
+    screen = Screen(err, lambda columns, rows: [["x" * min(columns, 70)], ["y"]])
+    screen.open()
+    print("above", file=sys.stderr)
+    monkeypatch.setenv("COLUMNS", "30")
+    terminal.emulator.resize(30)
+    print("below", file=sys.stderr)
+    screen.refresh()
+    assert terminal.emulator.text.splitlines() == ["above", "below", "x" * 29, "y"]
+    screen.close()
+    assert terminal.emulator.text.splitlines() == ["above", "below"]
+
+
+@pytest.mark.parametrize("columns", [20, 39, 60, 79, 200])
+def test_names_and_failures_of_any_length_fit(columns):
+    """No line is wider than the terminal, whatever the names, messages and amounts; what is hidden is counted."""
+    rows = [Row(f"名前 node {n} " * 50, depth=n % 9) for n in range(30)]
+    for n, row in enumerate(rows):
+        row.state, row.why = ("failed", "w\x1b[2J" * 900) if n % 3 else ("ok", "")
+        row.tokens, row.cost_usd, row.first, row.last = 10**9, 12345.678901, 0.0, 10.0**6
+    rows[1].progress = MapProgress(5 * 10**9, 10**10, 10**7, 0, 123456.7, 10.0**6, 1.0, False)
+    rows[1].state = "running"
+    shown, hidden = fold_rows(rows, 10)
+    lines = write_rows(shown, hidden, columns, 5.0, is_utf8=True)
+    assert rows[1] in shown
+    assert len(shown) == 9
+    assert all(sum(map(cell_width, line)) <= columns for line in lines)
+    text = "".join(part if isinstance(part, str) else part[0] for part in lines[-1])
+    assert text.startswith("and 21 more")
+
+
+@pytest.mark.slow
+def test_control_c_leaves_a_clean_screen(stroma):
+    """Ctrl-C during the table: the message, the summary and the next command stand below each other, the table once."""
+    stroma.file("waits.py", "from sums import *\nimport sums\n")
+    asked = []
+
+    def at(process, emulator):
+        if (
+            "running" in emulator.text
+            and "second" in emulator.text
+            and not asked
+            and len(stroma.calls()) == 2
+        ):
+            asked.append(True)
+            os.kill(process.pid, signal.SIGINT)
+
+    code, emulator, written = run_on_terminal(
+        ["stroma", "run", "sums.py:pipeline", '{"start": 1}', "--run-id", "stopped"],
+        stroma.home,
+        stroma.env | {"SECOND_AWAITS": "asyncio.sleep(20)"},
+        at=at,
+    )
+    assert code == 130, written
+    lines = emulator.text.splitlines()
+    assert "printed by a node" in lines
+    assert sum(line.startswith("stroma: SIGINT: stopping;") for line in lines) == 1
+    assert sum("TRY" in line for line in lines) == 1
+    assert any("second" in line and "cancelled" in line for line in lines)
+    assert any("resume with: " in line for line in lines)
+    assert "\x1b[?25l" not in written
+
+
+@pytest.mark.slow
+def test_a_small_terminal_gets_lines(stroma):
+    """A terminal without room for a table gets plain lines."""
+    command = ["stroma", "run", "sums.py:pipeline", '{"start": 1}']
+    code, emulator, written = run_on_terminal(command, stroma.home, stroma.env, columns=39, rows=24)
+    assert code == 0
+    assert "TRY" not in written
+    assert "second" in emulator.text
