@@ -31,7 +31,13 @@ from stroma.checkpoint.manager import (
     schema_ref,
 )
 from stroma.checkpoint.memory.store import AsyncInMemoryStore, InMemoryStore
-from stroma.checkpoint.protocols import (AsyncCheckpointStore, CheckpointKey, CheckpointStore, JournalStore, Session)
+from stroma.checkpoint.protocols import (
+    AsyncCheckpointStore,
+    CheckpointKey,
+    CheckpointStore,
+    JournalStore,
+    Session,
+)
 
 if TYPE_CHECKING:
     from stroma.checkpoint.postgres.store import PostgresStore

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from stroma.checkpoint.entries import RunRequest
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
-from stroma.checkpoint.protocols import (AsyncCheckpointStore, CheckpointStore, Session)
+from stroma.checkpoint.protocols import AsyncCheckpointStore, CheckpointStore, Session
 from stroma.checkpoint.sessions import SimpleSession
 
 __all__ = ["CheckpointManager", "resolve_schema", "schema_ref"]

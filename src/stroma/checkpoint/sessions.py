@@ -19,7 +19,7 @@ from stroma.checkpoint.entries import (
     Waiting,
 )
 from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.protocols import (Charge)
+from stroma.checkpoint.protocols import Charge
 from stroma.contracts.schema import Schema
 from stroma.trace.events import AttemptRow
 

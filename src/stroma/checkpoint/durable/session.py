@@ -46,7 +46,7 @@ from stroma.checkpoint.entries import (
 )
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads
-from stroma.checkpoint.protocols import (Charge)
+from stroma.checkpoint.protocols import Charge
 from stroma.checkpoint.records import Attempt
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.snapshots import PickledSnapshot, SameSnapshot, StoredSnapshot
