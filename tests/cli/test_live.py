@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import sys
 
@@ -16,6 +17,7 @@ from stroma import (
     MapProgress,
     NodeContract,
     StromaRunner,
+    current_node,
     map_over,
     stroma_node,
 )
@@ -162,6 +164,25 @@ def test_names_and_failures_of_any_length_fit(columns):
     assert all(sum(map(cell_width, line)) <= columns for line in lines)
     text = "".join(part if isinstance(part, str) else part[0] for part in lines[-1])
     assert text.startswith("and 21 more")
+
+
+def test_waits_and_cooldowns_say_what_they_wait_for(terminal):
+    """A node that waits for its turn, and a limit in cooldown, are shown with the reason and the rest of the time."""
+    terminal = terminal()
+    seen = []
+
+    async def call(state):
+        node = current_node()
+        await progress._node_wait(node.ctx.run_id, node.node_id, "limit 'api'", 9.0)
+        await progress._limit_cooldown(node.ctx.run_id, "api", 30.0)
+        progress._screen.refresh()
+        seen.append(terminal.emulator.text)
+        return {"n": state.n}
+
+    progress = LiveProgress("calls", ["call"], ExecutionBudget())
+    _run(progress, [_node("call", call)], Item(n=1))
+    assert re.search(r"limit api in cooldown for (30.0|29.\d) s: its provider asked to wait", seen[0])
+    assert re.search(r"call +(9.0|8.\d) s: waits for limit 'api'", seen[0])
 
 
 @pytest.mark.slow
