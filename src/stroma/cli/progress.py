@@ -20,7 +20,7 @@ from stroma.failures.failure import Failure, NodeContext, diagnose, kind_of, mes
 from stroma.hooks.sets import MapProgress, NodeHooks
 from stroma.trace.result import ExecutionResult
 
-__all__ = ["Progress", "failure_message", "show_warnings", "timed_line"]
+__all__ = ["Progress", "failure_message", "show_warnings", "timed_line", "timed_lines"]
 
 _NAME_WIDTH = 30
 _MAX_ITEM_LINES = 20  # a larger map prints one line for all items
@@ -86,7 +86,7 @@ class Progress:
         self.is_started = True
         if self._quiet:
             return
-        timed_line(
+        timed_lines(
             (clean(pipeline, 60), "bold"),
             f": run {id_word(run_id) if run_id.isprintable() else clean(run_id)}",
         )
@@ -96,7 +96,7 @@ class Progress:
 
     async def _budget_warning(self, run_id: str, dimension: str, used: float, limit: float) -> None:
         unit = _UNITS.get(dimension, "")
-        timed_line(("budget: ", "yellow"), f"{used:.6g} of {limit:.6g} {unit} used ({dimension})")
+        timed_lines(("budget: ", "yellow"), f"{used:.6g} of {limit:.6g} {unit} used ({dimension})")
 
     async def _map_progress(self, run_id: str, node_id: str, progress: MapProgress) -> None:
         node, total = current_node(), progress.total
@@ -211,16 +211,25 @@ class Progress:
             more.append(f"run: {format_tokens(int(spent.used('tokens')))}, {format_usd(spent.used('cost'))}")
         if why and (node is None or node.kind != "group"):  # The child has printed it.
             more.append(why)
-        timed_line(*parts, more=more)
+        timed_lines(*parts, more=more)
 
 
-def timed_line(*parts: Part, more: Sequence[str] = ()) -> None:
-    """Print a line on stderr, prefixed by the time of day.
+def timed_line(*parts: Part) -> None:
+    """Print a line on stderr, prefixed by the time of day, whatever its length: for the log of a worker."""
+    err.line(*_timed(parts))
+
+
+def _timed(parts: Sequence[Part]) -> list[Part]:
+    clock = datetime.now().strftime("%H:%M:%S.%f")[:-3]
+    return [(clock, "dim"), "  ", *parts]
+
+
+def timed_lines(*parts: Part, more: Sequence[str] = ()) -> None:
+    """Print what fits the terminal on stderr, prefixed by the time of day.
 
     ``more``: texts that stand in the line if they fit, and else in lines of their own below it.
     """
-    clock = datetime.now().strftime("%H:%M:%S.%f")[:-3]
-    whole: list[Part] = [(clock, "dim"), "  ", *parts]
+    whole = _timed(parts)
     room = err.columns - sum(map(cell_width, whole))
     while more and len(more[0]) + 4 <= room:
         whole.append((f"  | {more[0]}", "dim"))
@@ -248,7 +257,7 @@ class _LogPrinter(logging.Handler):
             if is_debugging():
                 with contextlib.suppress(Exception):  # a traceback ends with the exception's own text
                     text += "\n" + logging.Formatter().formatException(record.exc_info)
-        timed_line((f"{record.levelname.lower()}: ", "yellow"), text if is_debugging() else clean(text, 600))
+        timed_lines((f"{record.levelname.lower()}: ", "yellow"), text if is_debugging() else clean(text, 600))
 
 
 def show_warnings(*, quiet: bool) -> None:

@@ -15,7 +15,7 @@ from stroma._utils.text import clean, format_duration, format_tokens, format_usd
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, emit, err, out
-from stroma.cli.progress import timed_line
+from stroma.cli.progress import timed_lines
 from stroma.cli.report import RunReport
 from stroma.cli.signals import StopSignals
 from stroma.cli.temporal import TemporalCluster
@@ -151,13 +151,13 @@ class TemporalRun:
 
     def _print_event(self, event: StreamEvent) -> None:
         if event.kind == "run_start":
-            timed_line(
+            timed_lines(
                 (clean(self.pipeline.name, 60), "bold"),
                 f": run {id_word(event.run_id)} on {self.cluster.name}",
             )
         elif event.event is not None:
             for one in _children_first(event.event):
-                timed_line(*_event_parts(one))
+                timed_lines(*_event_parts(one))
 
     async def _watch_for_workers(self, client: Client) -> None:
         """Print a note while no worker polls the task queue."""

@@ -7,7 +7,6 @@ moves it to those that hold: a request that is no longer pending was read.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -25,7 +24,7 @@ __all__ = [
     "request_budget",
 ]
 
-#: Keys of requests. That of a budget begins with its word and the time, by which the last one is known.
+#: Keys of requests. That of a budget ends with its number: the last one counts.
 CANCEL: Final = "cancel"
 PAUSE: Final = "pause"
 _BUDGET: Final = "budget"
@@ -37,9 +36,11 @@ def request(rows: Rows, run_id: str, key: str, data: bytes = b"") -> None:
     rows.annotate(run_id, Annotation.REQUEST, key, key, Step("", "", data, checksum(data)))
 
 
-def request_budget(rows: Rows, run_id: str, limits: Mapping[str, float]) -> None:
-    """Store a request for other limits, by field of ExecutionBudget."""
-    key = f"{_BUDGET} {rows.now_ms():015d} {os.urandom(4).hex()}"
+def request_budget(rows: Rows, run_id: str, run: Any, limits: Mapping[str, float]) -> None:
+    """Store a request for other limits, by field of ExecutionBudget. ``run``: the run's key in the store, which is locked."""
+    earlier = [row.branch for kind in _KINDS for row in rows.annotations(run, kind)]
+    numbers = [int(key.split()[1]) for key in earlier if key.startswith(_BUDGET)]
+    key = f"{_BUDGET} {max(numbers, default=0) + 1:09d}"
     request(rows, run_id, key, json.dumps(dict(limits)).encode())
 
 

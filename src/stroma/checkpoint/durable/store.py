@@ -231,7 +231,7 @@ class DurableStore(ReadableStore):
         def do(rows: Rows, run: RunRow) -> bool:
             if run.holder is None and run.status in COMPLETE:
                 return False
-            request_budget(rows, run_id, limits)
+            request_budget(rows, run_id, run.run, limits)
             place = PayloadPlace(run_id, run.execution, "error")
             # The owner may be about to end it as one that waits.
             if run.holder is not None or self._payloads.open_text(run.error, place) == BUDGET:
