@@ -12,6 +12,7 @@ code is 1 if a file is not up to date.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.metadata
 import re
@@ -166,6 +167,7 @@ def read_docstring(text: str) -> tuple[str, dict[str, str]]:
     return summary.replace("``", "`"), {name: part.replace("``", "`") for name, part in parts.items()}
 
 
+@functools.cache
 def messages() -> list[Message]:
     """Every text in the source that an error is made with."""
     known = {found.name for found in error_classes()} | set(BUILT_IN)

@@ -23,7 +23,15 @@ from typing import Any
 
 import pytest
 from tests.fixtures import journal, provider, temporal_server  # noqa: F401
-from tests.tiers import CORE_PATHS, PROFILES, SERVERS, SLOW_FIXTURES, SLOW_PARAMETERS, SLOW_PATHS
+from tests.tiers import (
+    CORE_PATHS,
+    FORKING_PATHS,
+    PROFILES,
+    SERVERS,
+    SLOW_FIXTURES,
+    SLOW_PARAMETERS,
+    SLOW_PATHS,
+)
 
 _PROCESS_EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"}
 # What SDKs ask of the machine: Sentry's for a release, OpenAI's for the processor.
@@ -100,7 +108,8 @@ class _Durations:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Add the marks that follow from where a test stands and from the fixtures it uses."""
+    """Add the marks that follow from where a test stands and from the fixtures it uses; put tests that fork first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(FORKING_PATHS))
     for item in items:
         if item.nodeid.startswith(CORE_PATHS):
             item.add_marker(pytest.mark.core)

@@ -50,6 +50,9 @@ SLOW_PATHS = (
     "tests/ui/test_standards.py",
 )
 
+#: Files whose tests fork this process. They come first: a fork copies all that earlier tests have left in it.
+FORKING_PATHS = ("tests/testing/test_resumable.py",)
+
 #: Files all of whose tests hold a guarantee or the published surface.
 CORE_PATHS = ("tests/project/test_guarantees.py", "tests/project/test_published_surface.py")
 
