@@ -41,6 +41,20 @@ class State(BaseModel):
     s: str
 
 
+def sentry_client(**options: Any) -> Any:
+    """Return a client of Sentry's SDK that sends nothing anywhere."""
+    import sentry_sdk
+    from sentry_sdk.transport import Transport
+
+    class Nowhere(Transport):
+        def capture_envelope(self, envelope: Any) -> None:
+            return None
+
+    return sentry_sdk.Client(
+        "http://key@localhost/1", transport=Nowhere, default_integrations=False, **options
+    )
+
+
 def nodes() -> list[Any]:
     from stroma import NodeContract, stroma_node
 
@@ -82,16 +96,7 @@ def sets() -> dict[str, Callable[[], Any]]:
         return prometheus_hooks(registry=CollectorRegistry())
 
     def sentry(**options: Any) -> Any:
-        import sentry_sdk
-        from sentry_sdk.transport import Transport
-
-        class Nowhere(Transport):
-            def capture_envelope(self, envelope: Any) -> None:
-                return None
-
-        client = sentry_sdk.Client(
-            "http://key@localhost/1", transport=Nowhere, default_integrations=False, **options
-        )
+        client = sentry_client(**options)
         return sentry_hooks(client=client)
 
     def datadog() -> Any:
@@ -267,15 +272,8 @@ def alone() -> dict[str, Callable[[], Any]]:
 
     def sentry(**options: Any) -> Any:
         import sentry_sdk
-        from sentry_sdk.transport import Transport
 
-        class Nowhere(Transport):
-            def capture_envelope(self, envelope: Any) -> None:
-                return None
-
-        client = sentry_sdk.Client(
-            "http://key@localhost/1", transport=Nowhere, default_integrations=False, **options
-        )
+        client = sentry_client(**options)
 
         def one(number: int, run: Any) -> None:
             with sentry_sdk.isolation_scope() as isolation:

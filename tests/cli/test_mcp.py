@@ -78,6 +78,13 @@ def test_the_redaction_of_the_pipeline_applies(ask):
     assert (attempt["input"], attempt["output"]) == ({"n": "hidden"}, {"n": "hidden"})
 
 
+def test_a_large_state_is_not_sent(ask, monkeypatch):
+    """An output beyond the limit is named as too large, and its content stays out."""
+    monkeypatch.setattr("stroma.cli.commands.mcp._MAX_BYTES", 1)
+    attempt = _data(ask("read_attempt", run="good", node="second"))
+    assert [list(attempt[state]) for state in ("input", "output")] == [["problem"], ["problem"]]
+
+
 def test_a_wrong_question_is_a_message(ask):
     """An unknown run or node is an error that says what there is; the server goes on."""
     unknown = ask("explain_failure", run="nope")

@@ -259,13 +259,13 @@ class History:
         rejected = self.store.rejected_of(run_id, attempt.position, attempt.branch, attempt.started_ns)
         return None if rejected is None else hide_rejected(self.redact, rejected)
 
-    def output_of(self, attempt: AttemptRecord) -> Payload:
-        """Return the output that an attempt was read with."""
+    def output_of(self, attempt: AttemptRecord, *, max_bytes: int | None = None) -> Payload:
+        """Return the output that an attempt was read with, without its content above ``max_bytes``."""
         if attempt.damaged:
             return Payload(None, "the output is damaged")
-        return (
-            Payload(None, "it committed nothing") if attempt.output is None else self._decode(attempt.output)
-        )
+        if attempt.output is None:
+            return Payload(None, "it committed nothing")
+        return self._decode(attempt.output, max_bytes)
 
     def _decode(self, data: bytes, max_bytes: int | None = None) -> Payload:
         payload = decode_payload(data, max_bytes)

@@ -74,7 +74,7 @@ class RunReader:
         }
 
     def read_attempt(self, run: str, node: str, attempt: int | None = None) -> dict[str, Any]:
-        """Read an attempt of a node: its figures, input and output, redacted. The last attempt unless one is named."""
+        """Read an attempt of a node: its figures, and its input and output up to 64 KiB each. The last one unless one is named."""
         history, record, attempts = self._read(run)
         matching = [one for one in attempts if one.node_id == node and attempt in (None, one.attempt)]
         if not matching:
@@ -85,7 +85,7 @@ class RunReader:
         one = matching[-1]
         with self._database.explain_errors():
             state = history.input_of(record.run_id, one, max_bytes=_MAX_BYTES)
-            output = history.output_of(one)
+            output = history.output_of(one, max_bytes=_MAX_BYTES)
             rejected = history.rejected_of(record.run_id, one)
         return attempt_data(record, one) | {
             "input": state.value if state.problem is None else {"problem": state.problem},
