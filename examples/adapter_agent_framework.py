@@ -2,7 +2,7 @@
 
     python examples/adapter_agent_framework.py
 
-Needs `pip install "stroma[agent-framework]"`, and neither a key nor a network. Prints:
+Needs `pip install "stroma-runner[agent-framework]"`, and neither a key nor a network. Prints:
 
 > Contract violation for 'weather' (output): celsius: Input should be less than or equal to 60
 > model failure, model success, weather failure

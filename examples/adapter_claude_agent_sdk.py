@@ -2,7 +2,7 @@
 
     python examples/adapter_claude_agent_sdk.py
 
-Needs `pip install "stroma[claude-agent-sdk]"`, and neither a key nor a network: the tool is called as the SDK would call it.
+Needs `pip install "stroma-runner[claude-agent-sdk]"`, and neither a key nor a network: the tool is called as the SDK would call it.
 Prints:
 
 > {'celsius': 4}

@@ -2,7 +2,7 @@
 
     python examples/adapter_crewai.py
 
-Needs `pip install "stroma[crewai]"` on Python before 3.14, and neither a key nor a network. Prints:
+Needs `pip install "stroma-runner[crewai]"` on Python before 3.14, and neither a key nor a network. Prints:
 
 > tea is a drink
 > draft: llm failure, llm success

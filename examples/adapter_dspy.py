@@ -2,7 +2,7 @@
 
     python examples/adapter_dspy.py
 
-Needs `pip install "stroma[dspy]"`, and neither a key nor a network. Prints:
+Needs `pip install "stroma-runner[dspy]"`, and neither a key nor a network. Prints:
 
 > 4 degrees
 > answer: failure, success

@@ -2,7 +2,7 @@
 
     python examples/adapter_google_adk.py
 
-Needs `pip install "stroma[google-adk]"`, and neither a key nor a network. Prints:
+Needs `pip install "stroma-runner[google-adk]"`, and neither a key nor a network. Prints:
 
 > stopped at 120 of 100 tokens
 > 3 model calls

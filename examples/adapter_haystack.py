@@ -2,7 +2,7 @@
 
     python examples/adapter_haystack.py
 
-Needs `pip install "stroma[haystack]"`, and neither a key nor a network. Prints:
+Needs `pip install "stroma-runner[haystack]"`, and neither a key nor a network. Prints:
 
 > it is 4 C
 > ask 1 success, llm 1 failure, llm 2 success

@@ -2,7 +2,7 @@
 
     python examples/adapter_langchain.py
 
-Needs `pip install "stroma[langchain]"`, and neither a key nor a network. Prints:
+Needs `pip install "stroma-runner[langchain]"`, and neither a key nor a network. Prints:
 
 > done, 160 tokens
 > research used 80 of them

@@ -2,7 +2,7 @@
 
     python examples/adapter_langgraph.py
 
-Needs `pip install "stroma[langgraph]"`, and neither a key nor a network. Prints:
+Needs `pip install "stroma-runner[langgraph]"`, and neither a key nor a network. Prints:
 
 > retry ask after TimeoutError
 > 80 tokens for 2 answers

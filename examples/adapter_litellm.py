@@ -2,7 +2,7 @@
 
     python examples/adapter_litellm.py
 
-Needs `pip install "stroma[litellm]"`, and neither a key nor a network. Prints:
+Needs `pip install "stroma-runner[litellm]"`, and neither a key nor a network. Prints:
 
 > it is 4 C
 > stopped in 'model' after 2 requests

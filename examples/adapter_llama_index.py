@@ -2,7 +2,7 @@
 
     python examples/adapter_llama_index.py
 
-Needs `pip install "stroma[llama-index]"`, and neither a key nor a network. Prints:
+Needs `pip install "stroma-runner[llama-index]"`, and neither a key nor a network. Prints:
 
 > it is 4 C
 > weather success, tell success, model failure, model success

@@ -2,7 +2,7 @@
 
     python examples/adapter_mcp.py
 
-Needs `pip install "stroma[mcp]"`, and neither a key nor a network. Prints:
+Needs `pip install "stroma-runner[mcp]"`, and neither a key nor a network. Prints:
 
 > {"celsius": 4}
 > weather 1 failure, weather 2 success

@@ -2,7 +2,7 @@
 
     python examples/adapter_openai_agents.py
 
-Needs `pip install "stroma[openai-agents]"`, and neither a key nor a network. Prints:
+Needs `pip install "stroma-runner[openai-agents]"`, and neither a key nor a network. Prints:
 
 > billing: paid
 > triage success, model success, model failure, model success

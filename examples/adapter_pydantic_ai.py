@@ -2,7 +2,7 @@
 
     python examples/adapter_pydantic_ai.py
 
-Needs `pip install "stroma[pydantic-ai]"`, and neither a key nor a network. Prints:
+Needs `pip install "stroma-runner[pydantic-ai]"`, and neither a key nor a network. Prints:
 
 > 4 degrees
 > model: failure, success, success

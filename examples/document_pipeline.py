@@ -2,7 +2,7 @@
 
     python examples/document_pipeline.py
 
-Needs `pip install "stroma[demo]"`, and neither a key nor a network: the real OpenAI client asks a provider on this machine.
+Needs `pip install "stroma-runner[demo]"`, and neither a key nor a network: the real OpenAI client asks a provider on this machine.
 """
 
 import asyncio

@@ -2,7 +2,7 @@
 
     python examples/evaluate_models.py
 
-Needs `pip install "stroma[cli]"`, and neither a key nor a network: two scripted "models" answer in place of real ones.
+Needs `pip install "stroma-runner[cli]"`, and neither a key nor a network: two scripted "models" answer in place of real ones.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """A FastAPI service that streams a run, and gives the same run to whoever asks again.
 
-    pip install stroma fastapi uvicorn
+    pip install stroma-runner fastapi uvicorn
     python examples/fastapi_service.py
     curl -N -X PUT http://127.0.0.1:8000/reports/otters     # in another terminal, as often as you like
 

@@ -1,6 +1,6 @@
 """A web page that shows a run as it happens: Starlette, server-sent events, and a run that ends with its reader.
 
-    pip install 'stroma[ui]'
+    pip install 'stroma-runner[ui]'
     python examples/streaming.py
 
 Then open http://127.0.0.1:8000, or watch with: curl -N 'http://127.0.0.1:8000/runs?topic=otters'

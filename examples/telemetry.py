@@ -1,6 +1,6 @@
 """One run, and what three systems say of it: a tree of spans, counters, and log lines. Nothing leaves the process.
 
-    pip install 'stroma[otel,prometheus]'
+    pip install 'stroma-runner[otel,prometheus]'
     python examples/telemetry.py
 
 A model is overloaded once and answers the second time; the ledger refuses the key until somebody corrects it, so the first

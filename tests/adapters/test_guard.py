@@ -1506,7 +1506,7 @@ def test_a_run_config_is_not_changed() -> None:
 )
 def test_a_framework_that_is_missing_says_how_to_install_it(name: str, extra: str) -> None:
     """The published names of frameworks are there with their framework; without it, the error ends with the mend."""
-    with pytest.raises(ImportError, match=rf"is required for its adapter.*pip install 'stroma\[{extra}\]'"):
+    with pytest.raises(ImportError, match=rf"is required for its adapter.*pip install 'stroma-runner\[{extra}\]'"):
         importlib.import_module("stroma.adapters").__getattr__(name)
 
 
@@ -1515,7 +1515,7 @@ def test_a_framework_that_is_missing_says_how_to_install_it(name: str, extra: st
     [("langchain", "langchain"), ("pydantic_ai", "pydantic-ai"), ("openai_agents", "openai-agents")],
 )
 def test_an_adapter_module_without_its_framework_says_how_to_install_it(module: str, extra: str) -> None:
-    with pytest.raises(ImportError, match=rf"is required for its adapter.*pip install 'stroma\[{extra}\]'"):
+    with pytest.raises(ImportError, match=rf"is required for its adapter.*pip install 'stroma-runner\[{extra}\]'"):
         importlib.import_module(f"stroma.adapters.{module}")
 
 

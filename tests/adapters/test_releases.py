@@ -18,7 +18,7 @@ def test_the_ranges_are_those_of_the_extras() -> None:
     """What an error names as supported is what the extra installs."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra, (name, lowest, below) in RELEASES.items():
-        needs = [need.partition(";")[0] for need in extras[extra] if not need.startswith("stroma[")]
+        needs = [need.partition(";")[0] for need in extras[extra] if not need.startswith("stroma-runner[")]
         assert needs == [f"{name}>={lowest},<{below}"]
 
 

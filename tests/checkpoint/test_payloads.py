@@ -479,7 +479,7 @@ async def test_a_blob_that_is_put_again_counts_as_new(tmp_path: Path) -> None:
 def test_without_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
     """A URL for blobs without fsspec is an ImportError with the line that installs it."""
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(ImportError, match=r"pip install 'stroma\[blobs\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'stroma-runner\[blobs\]'"):
         FsspecBlobs("s3://bucket")
 
 

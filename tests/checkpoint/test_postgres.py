@@ -804,7 +804,7 @@ def test_without_the_driver() -> None:
         text=True,
         check=True,
     )
-    line = "psycopg is required for PostgresStore; install it with: pip install 'stroma[postgres]'"
+    line = "psycopg is required for PostgresStore; install it with: pip install 'stroma-runner[postgres]'"
     assert done.stdout.splitlines() == [line] * 2
 
 

@@ -345,10 +345,10 @@ def test_a_driver_that_is_not_installed(inside, fails, monkeypatch):
     """A store whose driver is missing is 3, with the line that installs it."""
     monkeypatch.setitem(sys.modules, "psycopg", None)
     monkeypatch.setitem(sys.modules, "redis", None)
-    fails(inside("runs", "--db", "postgresql://host/db"), 3, "pip install 'stroma[postgres]'")
+    fails(inside("runs", "--db", "postgresql://host/db"), 3, "pip install 'stroma-runner[postgres]'")
     fails(
         inside("runs", "--db", "redis://:geheim@host/0"),
         3,
         "redis://:***@host/0",
-        "pip install 'stroma[redis]'",
+        "pip install 'stroma-runner[redis]'",
     )

@@ -304,7 +304,7 @@ def test_the_client_is_imported_only_for_a_cluster(stroma: Any) -> None:
             [sys.executable, "-c", without.format(words=words)], cwd=stroma.home, env=stroma.env, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 3, done.stderr
-        assert "pip install 'stroma[temporal]'" in done.stderr
+        assert "pip install 'stroma-runner[temporal]'" in done.stderr
 
 
 def test_a_process_with_a_client_ends_in_its_own_way(stroma: Any, worker: Any) -> None:

@@ -71,7 +71,7 @@ def test_a_package_that_cannot_be_imported(stroma, inside, monkeypatch):
     result = checks(done)
     assert done.code == 3
     assert "half installed" in result["[blobs]"]["message"]
-    assert result["[blobs]"]["fix"] == "pip install 'stroma[blobs]'"
+    assert result["[blobs]"]["fix"] == "pip install 'stroma-runner[blobs]'"
 
 
 @pytest.mark.slow

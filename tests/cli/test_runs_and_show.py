@@ -195,7 +195,7 @@ def test_the_demo_without_its_extra(stroma):
     code = "import sys; sys.modules['openai'] = None; from stroma.cli import main; sys.exit(main(['demo']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 3
-    assert "pip install 'stroma[demo]'" in done.stderr
+    assert "pip install 'stroma-runner[demo]'" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     target = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(target)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (path,) = target.glob("stroma-*.whl")
+    (path,) = target.glob("stroma_runner-*.whl")
     return zipfile.ZipFile(path)
 
 
@@ -52,7 +52,7 @@ def test_wheel_has_the_licence(wheel: zipfile.ZipFile) -> None:
 
 def test_core_dependencies() -> None:
     """Installing stroma without extras brings pydantic and genai-prices, nothing else."""
-    core = [line for line in metadata.requires("stroma") or [] if "extra ==" not in line]
+    core = [line for line in metadata.requires("stroma-runner") or [] if "extra ==" not in line]
     assert {requirement_name(line) for line in core} == {"pydantic", "genai-prices"}
 
 
@@ -60,7 +60,7 @@ def test_command_is_declared() -> None:
     """The distribution brings the command `stroma`, and the plugin of pytest."""
     points = {
         result.group: result.value
-        for result in metadata.distribution("stroma").entry_points
+        for result in metadata.distribution("stroma-runner").entry_points
         if result.name == "stroma"
     }
     assert points == {"console_scripts": "stroma.cli:main", "pytest11": "stroma.testing.plugin"}
@@ -72,7 +72,7 @@ def test_core_imports_no_optional_dependency() -> None:
         requirement_name(requirement).replace("-", "_")
         for extra in PYPROJECT["project"]["optional-dependencies"].values()
         for requirement in extra
-    } - {"stroma"}
+    } - {"stroma_runner"}
     code = (
         "import sys, stroma\n"
         "for name in stroma.__all__: getattr(stroma, name)\n"
@@ -144,7 +144,7 @@ def test_lock_covers_the_core_and_the_demo() -> None:
     text = (ROOT / "requirements.lock").read_text()
     locked = set(re.findall(r"^([\w.-]+)==", text, re.MULTILINE))
     assert locked >= {"pydantic", "genai-prices", "click", "rich", "openai", "uv", "hatchling"}
-    assert not locked & {"stroma", "crewai"}
+    assert not locked & {"stroma", "stroma-runner", "crewai"}
 
 
 def test_lock_covers_telemetry() -> None:

@@ -1411,7 +1411,7 @@ class TestRedisWithoutTheDriver:
         with pytest.raises(ImportError) as caught:
             make("redis://localhost")
         assert str(caught.value).startswith(f"redis is required for {make.__name__}")
-        assert "pip install 'stroma[redis]'" in str(caught.value)
+        assert "pip install 'stroma-runner[redis]'" in str(caught.value)
         assert caught.value.__cause__ is not None
 
     def test_with_redis(self) -> None:

@@ -92,12 +92,12 @@ def bare() -> None:
             make()
         except ImportError as error:
             message = str(error)
-        assert f"stroma[{needs}]" in message, message
+        assert f"stroma-runner[{needs}]" in message, message
     done = subprocess.run(
         [str(Path(sys.executable).parent / "stroma")], capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
-    assert "stroma[cli]" in done.stderr, done.stderr
+    assert "stroma-runner[cli]" in done.stderr, done.stderr
 
 
 def cli() -> None:

@@ -186,11 +186,11 @@ async def test_flush_keeps_its_limit_whatever_an_exporter_does(caplog: pytest.Lo
 @pytest.mark.parametrize(
     ("factory", "module", "line"),
     [
-        (otel_hooks, "opentelemetry", "pip install 'stroma[otel]'"),
-        (prometheus_hooks, "prometheus_client", "pip install 'stroma[prometheus]'"),
-        (datadog_hooks, "ddtrace", "pip install 'stroma[datadog]'"),
-        (lambda: datadog_hooks(tracer=Raising(), statsd="a:1"), "datadog", "pip install 'stroma[datadog]'"),  # type: ignore[arg-type]
-        (sentry_hooks, "sentry_sdk", "pip install 'stroma[sentry]'"),
+        (otel_hooks, "opentelemetry", "pip install 'stroma-runner[otel]'"),
+        (prometheus_hooks, "prometheus_client", "pip install 'stroma-runner[prometheus]'"),
+        (datadog_hooks, "ddtrace", "pip install 'stroma-runner[datadog]'"),
+        (lambda: datadog_hooks(tracer=Raising(), statsd="a:1"), "datadog", "pip install 'stroma-runner[datadog]'"),  # type: ignore[arg-type]
+        (sentry_hooks, "sentry_sdk", "pip install 'stroma-runner[sentry]'"),
     ],
 )
 def test_an_sdk_that_is_missing(

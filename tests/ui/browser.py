@@ -51,6 +51,7 @@ class Browser:
             raise
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
 
     def _connect(self) -> ClientConnection:
         port_file = Path(self._home, "DevToolsActivePort")
@@ -132,16 +133,25 @@ class Browser:
         self._events.clear()
         answer = self.call("Page.navigate", url=url)
         assert "errorText" not in answer, answer
-        self._wait_for_event("Page.loadEventFired")
+        loader = answer.get("loaderId")  # None: another place of the same page, which is there.
+        if loader is not None:
+            self._wait_for_load(lambda loaded: loaded == loader)
 
     def submit(self, button: str) -> None:
         """Click a button, named by a selector, that loads a page, and wait until the page is there."""
+        before = self.call("Page.getFrameTree")["frameTree"]["frame"]["loaderId"]
         self._events.clear()
         self.eval(f"document.querySelector({json.dumps(button)}).click()")
-        self._wait_for_event("Page.loadEventFired")
+        self._wait_for_load(lambda loaded: loaded != before)
 
-    def _wait_for_event(self, method: str) -> None:
-        while not any(event.get("method") == method for event in self._events):
+    def _wait_for_load(self, is_wanted: Callable[[str], bool]) -> None:
+        """Wait until a document is loaded; the page before it may still report its own end of loading."""
+        while not any(
+            event.get("method") == "Page.lifecycleEvent"
+            and event["params"]["name"] == "load"
+            and is_wanted(event["params"]["loaderId"])
+            for event in self._events
+        ):
             self._note(json.loads(self._socket.recv(timeout=_SECONDS)))
 
     def eval(self, code: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib import metadata
 from typing import Any
 
 from benchmarks.peers.in_memory.work import START, In, Out, Run, add_one
@@ -18,7 +18,9 @@ from stroma import (
 
 
 def versions() -> str:
-    return f"stroma {version('stroma')}"
+    # Ours is installed as stroma-runner, the published library as stroma.
+    name = metadata.packages_distributions()["stroma"][0]
+    return f"{name} {metadata.version(name)}"
 
 
 def build(nodes: int) -> Run:

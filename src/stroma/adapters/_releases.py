@@ -35,7 +35,7 @@ def import_error(extra: str, error: ImportError) -> ImportError:
     installed = _installed(name)
     if installed is None:
         return ImportError(
-            f"{name} is required for its adapter{_NEEDS.get(extra, '')}; install it with: pip install 'stroma[{extra}]'"
+            f"{name} is required for its adapter{_NEEDS.get(extra, '')}; install it with: pip install 'stroma-runner[{extra}]'"
         )
     if _is_tested(extra, installed):
         return ImportError(

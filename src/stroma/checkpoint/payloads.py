@@ -150,7 +150,7 @@ class FsspecBlobs:
             import fsspec
         except ImportError as error:
             raise ImportError(
-                "fsspec is required for FsspecBlobs; install it with: pip install 'stroma[blobs]'"
+                "fsspec is required for FsspecBlobs; install it with: pip install 'stroma-runner[blobs]'"
             ) from error
         self._fs, self._root = fsspec.core.url_to_fs(url, **options)
 

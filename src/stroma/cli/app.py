@@ -119,7 +119,7 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, is_requested
         from importlib import metadata
 
         try:
-            version = metadata.version("stroma")
+            version = metadata.version("stroma-runner")
         except metadata.PackageNotFoundError:
             version = "(not installed: no version)"
         out.line(f"stroma {version}")

@@ -185,7 +185,7 @@ class Exporters:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
             raise ImportError(
-                "the SDK and its OTLP exporter are required; install them with: pip install 'stroma[otel]'"
+                "the SDK and its OTLP exporter are required; install them with: pip install 'stroma-runner[otel]'"
             ) from error
         # Without an option the exporters find their endpoints in the environment by themselves.
         base = None if self.otel is None else self.otel.rstrip("/")

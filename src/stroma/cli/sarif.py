@@ -39,7 +39,7 @@ def to_sarif(findings: Sequence[Finding], nodes: Sequence[Node | Group]) -> dict
     """Return the SARIF log of one check."""
     used = list(dict.fromkeys(finding.kind for finding in findings))
     try:
-        version = metadata.version("stroma")
+        version = metadata.version("stroma-runner")
     except metadata.PackageNotFoundError:
         version = "0"
     rules = [

@@ -134,7 +134,7 @@ class TemporalCluster:
             import stroma.drivers.temporal  # noqa: F401
         except ImportError as error:
             raise Problem(
-                "--temporal needs the package temporalio", "install it with: pip install 'stroma[temporal]'",
+                "--temporal needs the package temporalio", "install it with: pip install 'stroma-runner[temporal]'",
                 code=Code.ENVIRONMENT,
             ) from error  # fmt: skip
         try:

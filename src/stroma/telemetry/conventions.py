@@ -47,7 +47,7 @@ _ATTRIBUTION: Final = "attribution"
 def version() -> str | None:
     """Return our version, or None where the code is not installed."""
     try:
-        return metadata.version("stroma")
+        return metadata.version("stroma-runner")
     except metadata.PackageNotFoundError:
         return None
 

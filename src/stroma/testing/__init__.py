@@ -1,7 +1,7 @@
 """The public test kit.
 
 Each name is loaded when it is first asked for. The suites of stores need pytest and pytest-asyncio, and
-``assert_contract_holds`` needs hypothesis: ``pip install "stroma[testing]"``.
+``assert_contract_holds`` needs hypothesis: ``pip install "stroma-runner[testing]"``.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def inputs_of(
         if error.name != "hypothesis":
             raise
         raise ImportError(
-            'hypothesis is required for assert_contract_holds; install it with: pip install "stroma[testing]"'
+            'hypothesis is required for assert_contract_holds; install it with: pip install "stroma-runner[testing]"'
         ) from error
     return instances(model, fields or {})
 

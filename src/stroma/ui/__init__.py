@@ -32,6 +32,6 @@ def __getattr__(name: str) -> Any:
         ):
             raise
         raise ImportError(
-            f"{error.name} is required for stroma.ui; install it with: pip install 'stroma[ui]'"
+            f"{error.name} is required for stroma.ui; install it with: pip install 'stroma-runner[ui]'"
         ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -103,5 +103,5 @@ def _require_driver() -> None:
         import psycopg as psycopg
     except Exception as error:  # Any error: a broken installation is like a missing one.
         raise ImportError(
-            "psycopg is required for PostgresStore; install it with: pip install 'stroma[postgres]'"
+            "psycopg is required for PostgresStore; install it with: pip install 'stroma-runner[postgres]'"
         ) from error

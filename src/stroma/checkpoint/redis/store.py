@@ -190,6 +190,6 @@ def _driver(store: str) -> Any:
         import redis.retry
     except Exception as error:  # Any error: a broken installation is like a missing one.
         raise ImportError(
-            f"redis is required for {store}; install it with: pip install 'stroma[redis]'"
+            f"redis is required for {store}; install it with: pip install 'stroma-runner[redis]'"
         ) from error
     return redis

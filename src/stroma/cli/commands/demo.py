@@ -21,7 +21,7 @@ def demo(argv: tuple[str, ...]) -> int:
     if importlib.util.find_spec("openai") is None:
         raise Problem(
             "the demo calls its provider through the openai client, which is not installed",
-            f"install it with: {sys.executable} -m pip install 'stroma[demo]'",
+            f"install it with: {sys.executable} -m pip install 'stroma-runner[demo]'",
             code=Code.ENVIRONMENT,
         )
     from stroma.demo import show

@@ -85,7 +85,7 @@ def doctor(as_json: bool, db: str | None) -> int:
 
 def _programs() -> Iterator[Diagnosis]:
     try:
-        version = metadata.version("stroma")
+        version = metadata.version("stroma-runner")
     except metadata.PackageNotFoundError:
         version = "(not installed)"
     where = ".".join(map(str, sys.version_info[:3]))
@@ -134,7 +134,7 @@ def _store(database: Database) -> Callable[[], Iterator[Diagnosis]]:
             message = (
                 f"{facts.format}, and this release writes {facts.writes}: a newer stroma has used the store"
             )
-            yield Diagnosis("format", "note", message, "upgrade stroma here, too: pip install -U stroma")
+            yield Diagnosis("format", "note", message, "upgrade stroma here, too: pip install -U stroma-runner")
         else:
             yield Diagnosis("format", "ok", f"{facts.format}, which this release writes")
         for warning in facts.warnings:
@@ -200,7 +200,7 @@ def _extras() -> Iterator[Diagnosis]:
         problem = None
         for module in modules:
             problem = problem or _import(module)
-        install = f"pip install 'stroma[{extra}]'"
+        install = f"pip install 'stroma-runner[{extra}]'"
         if problem is None:
             yield Diagnosis(f"[{extra}]", "ok", purpose)
         elif problem == "":

@@ -167,7 +167,7 @@ def mcp(redact: str | None, db: str | None) -> int:
     except ImportError as error:
         raise Problem(
             "the server needs the package mcp, which is not installed",
-            f"install it with: {sys.executable} -m pip install 'stroma[mcp]'",
+            f"install it with: {sys.executable} -m pip install 'stroma-runner[mcp]'",
             code=Code.ENVIRONMENT,
         ) from error
     server.run("stdio")

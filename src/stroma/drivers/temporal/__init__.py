@@ -10,7 +10,7 @@ try:
     import temporalio  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "temporalio is required for stroma.temporal; install it with: pip install 'stroma[temporal]'"
+        "temporalio is required for stroma.temporal; install it with: pip install 'stroma-runner[temporal]'"
     ) from error
 
 from stroma.drivers.remote.plans import MissingNode
