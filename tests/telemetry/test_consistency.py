@@ -17,7 +17,7 @@ from tests.telemetry.many import RUNS, key
 pytest_plugins = ["tests.receivers.fixtures"]
 
 
-@pytest.mark.parametrize("seed", ["one", "two"])
+@pytest.mark.parametrize("seed", ["one", pytest.param("two", marks=pytest.mark.nightly)])
 def test_all_count_the_same(
     seed: str, datadog_agent: DatadogAgent, statsd: StatsdSocket, tmp_path: pathlib.Path
 ) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
-from functools import partial
-from types import CodeType, FunctionType, MethodType, ModuleType
+from functools import cache, partial
+from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, Final
 
 from stroma.contracts.node import FlowNode, Group, Node, find_node
@@ -70,6 +70,7 @@ def _parts(one: Any) -> Iterator[Any]:
         yield from list(one)[:_MAX_ITEMS]
 
 
+@cache
 def _is_foreign(module: str | None) -> bool:
     """Return True for a module that refers to no nodes of a user."""
     package = (module or "").partition(".")[0]
@@ -107,9 +108,9 @@ def _attributes(owner: Any, names: set[str]) -> Iterator[Any]:
         return
     is_object = not isinstance(owner, (ModuleType, type))
     classes = type(owner).__mro__ if is_object else owner.__mro__[1:] if isinstance(owner, type) else ()
-    for place in (owner, *classes):
+    for place in (owner, *(one for one in classes if not _is_foreign(one.__module__))):
         values = getattr(place, "__dict__", None)
-        if not isinstance(values, Mapping):
+        if not isinstance(values, (dict, MappingProxyType)):
             continue
         for name in sorted(names.intersection(values)):
             value = values[name]
