@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from stroma._utils.distributions import warn_of_other_distribution
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
@@ -232,4 +233,5 @@ __all__ = [
     "usage_from",
 ]
 
+warn_of_other_distribution(__file__)
 __getattr__, __dir__ = lazy(__name__, _HOME_OF)
