@@ -78,6 +78,7 @@ _HOMES = {
         "ReliabilityContext",
         "RunConfig",
         "current_node",
+        "current_node_or_none",
         "current_run",
     ),
     "failures": (
@@ -219,6 +220,7 @@ __all__ = [
     "WaitedTooLong",
     "classify",
     "current_node",
+    "current_node_or_none",
     "default_policy_map",
     "estimate_cost_usd",
     "execute_step",
