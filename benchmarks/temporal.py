@@ -53,7 +53,6 @@ def pipeline(file: int | None = None) -> Pipeline:
         @stroma_node(f"n{number}", contract)
         async def call(state: State) -> State:
             here = current_node()
-            assert here is not None
             assert file is not None
             os.write(file, f"{os.getpid()} {here.run_id} {number} {time.time()}\n".encode())
             await asyncio.sleep(WAIT)

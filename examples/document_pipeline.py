@@ -67,7 +67,6 @@ async def main() -> ExecutionResult:
         async def extract(mail: Mail) -> Any:
             calls["extract"] += 1
             node = current_node()
-            assert node is not None
             answer = await client.chat.completions.create(
                 model="gpt-4o-mini",
                 messages=[
@@ -93,7 +92,6 @@ async def main() -> ExecutionResult:
             if not ledger_is_up:
                 raise ConnectionError("the ledger does not answer")
             node = current_node()
-            assert node is not None
             # The same key at every attempt, in every process: the ledger can tell a repetition from a second booking.
             return {"receipt": f"{entry.net} + {entry.vat} booked under the key {node.idempotency_key}"}
 

@@ -54,7 +54,6 @@ async def main(fault: str = "wrong_type") -> ExecutionResult:
         @stroma_node("extract", NodeContract(node_id="extract", input_schema=Document, output_schema=Invoice))
         async def extract(state: Document) -> tuple[Any, openai.types.chat.ChatCompletion]:
             node = current_node()
-            assert node is not None
             messages: list[Any] = [
                 {"role": "system", "content": INSTRUCTIONS},
                 {"role": "user", "content": state.text},

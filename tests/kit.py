@@ -49,9 +49,7 @@ def bare(node_id: str, func: Any) -> Any:
 
 def here() -> NodeExecution:
     """Return the node that runs here."""
-    result = current_node()
-    assert result is not None
-    return result
+    return current_node()
 
 
 def retry_policies(max_retries: int) -> dict[FailureClass, FailurePolicy]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from stroma._utils.distributions import warn_of_other_distribution
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ _HOMES = {
         "ReliabilityContext",
         "RunConfig",
         "current_node",
+        "current_node_or_none",
         "current_run",
     ),
     "failures": (
@@ -218,6 +220,7 @@ __all__ = [
     "WaitedTooLong",
     "classify",
     "current_node",
+    "current_node_or_none",
     "default_policy_map",
     "estimate_cost_usd",
     "execute_step",
@@ -232,4 +235,5 @@ __all__ = [
     "usage_from",
 ]
 
+warn_of_other_distribution(__file__)
 __getattr__, __dir__ = lazy(__name__, _HOME_OF)

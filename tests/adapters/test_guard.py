@@ -34,6 +34,7 @@ from stroma import (
     StromaRunner,
     Usage,
     current_node,
+    current_node_or_none,
 )
 from stroma.adapters import (
     Control,
@@ -110,7 +111,7 @@ class Recorder:
         )
 
     def _note(self, event: str, what: Any) -> None:
-        node, parents = current_node(), []
+        node, parents = current_node_or_none(), []
         outer = node and node.parent
         while outer is not None:
             parents.append(outer.node_id)
@@ -351,7 +352,7 @@ def test_context_variables_are_kept(kind: str) -> None:
             asyncio.run(main())
             return
         assert VALUE.get() == "set inside"
-        assert current_node() is None
+        assert current_node_or_none() is None
 
     contextvars.copy_context().run(outside)
 
@@ -538,7 +539,6 @@ def test_contract_retries_ask_again() -> None:
     @guard.step("sign", output=Ticket)
     def sign() -> dict[str, Any]:
         node = current_node()
-        assert node is not None
         seen.append(node.last_failure and node.last_failure.as_prompt())
         return {"code": 7 if node.attempt == 1 else "T"}
 
@@ -780,7 +780,6 @@ def test_tokens_of_failed_attempts_count() -> None:
     @guard.step("outer")
     def outer() -> Any:
         node = current_node()
-        assert node is not None
         node.report_usage(input_tokens=100)
         if node.attempt == 1:
             raise TimeoutError
@@ -1025,7 +1024,7 @@ def test_steps_between_the_chunks_of_a_stream_are_not_inside_it() -> None:
 
     for _ in stream():
         other()
-        assert current_node() is None
+        assert current_node_or_none() is None
     trace = guard.current.ctx.trace
     assert [event.node_id for event in trace] == ["other", "other", "stream"]
     assert [event.node_id for event in trace._events[2].children] == ["inner", "inner"]
@@ -1072,7 +1071,6 @@ def test_a_failed_attempt_has_its_own_children() -> None:
     @guard.step("agent")
     def agent() -> None:
         node = current_node()
-        assert node is not None
         tool(node.attempt)
         if node.attempt == 1:
             raise TimeoutError
@@ -1506,7 +1504,9 @@ def test_a_run_config_is_not_changed() -> None:
 )
 def test_a_framework_that_is_missing_says_how_to_install_it(name: str, extra: str) -> None:
     """The published names of frameworks are there with their framework; without it, the error ends with the mend."""
-    with pytest.raises(ImportError, match=rf"is required for its adapter.*pip install 'stroma-runner\[{extra}\]'"):
+    with pytest.raises(
+        ImportError, match=rf"is required for its adapter.*pip install 'stroma-runner\[{extra}\]'"
+    ):
         importlib.import_module("stroma.adapters").__getattr__(name)
 
 
@@ -1515,7 +1515,9 @@ def test_a_framework_that_is_missing_says_how_to_install_it(name: str, extra: st
     [("langchain", "langchain"), ("pydantic_ai", "pydantic-ai"), ("openai_agents", "openai-agents")],
 )
 def test_an_adapter_module_without_its_framework_says_how_to_install_it(module: str, extra: str) -> None:
-    with pytest.raises(ImportError, match=rf"is required for its adapter.*pip install 'stroma-runner\[{extra}\]'"):
+    with pytest.raises(
+        ImportError, match=rf"is required for its adapter.*pip install 'stroma-runner\[{extra}\]'"
+    ):
         importlib.import_module(f"stroma.adapters.{module}")
 
 

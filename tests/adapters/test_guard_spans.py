@@ -116,7 +116,6 @@ def test_tokens_are_in_one_span_for_each_call(attributes: dict[str, str]) -> Non
 
     def model() -> str:
         node = current_node()
-        assert node is not None
         node.report_usage(input_tokens=3, output_tokens=1)
         if errors:
             raise errors.pop()

@@ -65,7 +65,6 @@ async def test_a_raise_applies_to_the_next_step(store: Any) -> None:
         reached.set()
         await go.wait()
         node = current_node()
-        assert node is not None
         node.report_usage(input_tokens=8)
         return n
 

@@ -75,7 +75,6 @@ def pipeline(diary: Diary | None = None, pause: float = 0.0) -> Pipeline:
         @stroma_node(name, contract)
         async def call(state: Any) -> Any:
             here = current_node()
-            assert here is not None
             assert diary is not None
             token = os.urandom(6).hex()
             place = f"{here.position}|{here.branch}"

@@ -148,7 +148,6 @@ def programs(runner: StromaRunner, port: int, fuse: Fuse, *, reconciles: bool) -
     async def charge(order: Any) -> Any:
         fuse("function")
         here = current_node()
-        assert here is not None
         answer = await ask(port, "POST", here.idempotency_key, fuse)
         fuse("answered")
         return answer

@@ -65,7 +65,6 @@ def make_flow(note: Callable[[str], None], draw: random.Random) -> Any:
         @stroma_node(name, contract)
         async def func(state: Number) -> Any:
             here = current_node()
-            assert here is not None
             note(f"call {here.branch} {here.idempotency_key}")
             await asyncio.sleep(draw.random() * 0.003)
             if name == "bad":

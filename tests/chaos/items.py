@@ -72,7 +72,6 @@ async def work(url: str, folder: Path) -> None:
         if state.n % BAD == BAD - 1:
             raise ValueError("it never works")
         here = current_node()
-        assert here is not None
         if state.n % FLAKY == 0 and here.attempt == 1:  # Failures before a kill count.
             raise TimeoutError("once")
         return {"n": state.n, "square": state.n**2}, 3

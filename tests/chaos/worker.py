@@ -223,7 +223,6 @@ def pipeline(diary: Diary, fuse: Fuse, draw: random.Random, pause: float) -> lis
         @stroma_node(node_id, contract)
         async def call(state: Any) -> Any:
             here = current_node()
-            assert here is not None
             token = os.urandom(6).hex()
             what = (here.run_id, f"{node_id}@{here.branch}", token, str(os.getpid()))
             diary.write("call", *what)
@@ -252,7 +251,6 @@ def pipeline(diary: Diary, fuse: Fuse, draw: random.Random, pause: float) -> lis
 def hooks(diary: Diary, fuse: Fuse) -> NodeHooks:
     def place() -> str:
         here = current_node()
-        assert here is not None
         return f"{here.node_id.replace(' ', '')}@{here.branch}"
 
     async def start(*_: Any) -> None:

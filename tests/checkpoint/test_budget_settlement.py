@@ -125,7 +125,6 @@ def node(node_id: str, tokens: int) -> Any:
     @stroma_node(node_id, NodeContract(node_id=node_id, input_schema=State, output_schema=State))
     async def call(state: State) -> Any:
         running = current_node()
-        assert running is not None
         running.report_usage(input_tokens=tokens)
         return {"n": tokens}
 

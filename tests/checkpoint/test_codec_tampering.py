@@ -87,7 +87,6 @@ def nodes(calls: list[Any], *, fails: bool = False, asks: str = "") -> list[Any]
         if fails:
             raise PermissionError(f"no budget for {state.to}")
         here = current_node()
-        assert here is not None
         if asks and here.signal is None:
             raise Suspend(asks)
         return state

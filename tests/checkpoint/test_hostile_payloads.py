@@ -198,7 +198,6 @@ async def test_a_hostile_answer_asks_again(tmp_path: Path, answer: bytes) -> Non
 
     async def ask(state: Anything) -> Any:
         here = current_node()
-        assert here is not None
         return here.wait_for(Anything, reason="well?")
 
     contract: NodeContract[Any, Any] = NodeContract(

@@ -94,7 +94,6 @@ def _nodes(calls: list[str], *, fails: bool = False) -> list[Any]:
         if fails:
             raise ValueError("not yet")
         here = current_node()
-        assert here is not None
         if here.signal is None:
             raise Suspend("may I?")
         return {"text": f"{state.text} {here.signal}"}

@@ -63,6 +63,17 @@ def test_what_is_wrong_names_its_mend(stroma, inside, monkeypatch, tmp_path):
     assert "stroma gc --older-than 30d --db x.db" in checks(done)["disk"]["fix"]
 
 
+def test_the_other_distribution(inside, monkeypatch, tmp_path):
+    """The distribution `stroma`, another project's, is noted with the command that repairs the packages, wherever it is on the path."""
+    assert "packages" not in checks(inside("doctor", "--json"))
+    (tmp_path / "site" / "stroma-0.3.1.dist-info").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    found = checks(inside("doctor", "--json"))["packages"]
+    assert found["verdict"] == "note"
+    assert "'stroma 0.3.1' is another project" in found["message"]
+    assert found["fix"] == "pip uninstall -y stroma stroma-runner && pip install stroma-runner"
+
+
 @pytest.mark.slow
 def test_a_package_that_cannot_be_imported(stroma, inside, monkeypatch):
     """An extra that is not there is told with its install line; one that is broken is wrong."""

@@ -509,7 +509,6 @@ async def test_the_next_attempt_finds_it() -> None:
     @runner.node("ask", input=Text, output=Bill)
     async def ask(state: Text) -> Any:
         node = current_node()
-        assert node is not None
         messages.append(node.last_failure.as_prompt() if node.last_failure else None)
         return ["no json", {**GOOD, "kind": "bill"}, GOOD][len(messages) - 1]
 

@@ -85,7 +85,6 @@ async def test_contract_repair_of_children() -> None:
 
     async def func(state: Any) -> Any:
         run = current_node()
-        assert run is not None
         seen.append(f"{run.kind} {run.attempt} {run.last_failure and run.last_failure.failure_class}")
         return {"n": "no number" if run.attempt == 1 else 1}
 

@@ -94,7 +94,6 @@ class ControlMachine(RuleBasedStateMachine):
         @self.runner.node(name, input=Num, output=Num)
         async def func(state: Num) -> Any:
             current = current_node()
-            assert current is not None
             run_id, key = current.run_id, current.idempotency_key
             if run_id in self.held:
                 self.problems.append(f"{name} of {run_id} began after an acknowledged pause or cancel")

@@ -68,7 +68,6 @@ class Gate:
                 await self.closed[name].wait()
             if tokens:
                 current = current_node()
-                assert current is not None
                 current.report_usage(input_tokens=tokens)
             if failures:
                 raise failures.pop()

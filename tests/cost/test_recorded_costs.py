@@ -231,7 +231,6 @@ async def test_an_absurd_report_is_refused_where_it_is_made() -> None:
 
     async def a(state: Num) -> Any:
         run = current_node()
-        assert run is not None
         run.report_usage(input_tokens=7)
         with pytest.raises(UsageError, match="'a'"):
             run.report_usage(output_tokens=10**400)
@@ -247,7 +246,6 @@ async def test_reported_usage_shows_at_once() -> None:
 
     async def a(state: Num) -> Any:
         run = current_node()
-        assert run is not None
         seen.append((run.usage.tokens, run.usage.output_tokens, run.model))
         run.report_usage(input_tokens=7, model="gpt-4o")
         seen.append((run.usage.tokens, run.usage.output_tokens, run.model))

@@ -139,7 +139,6 @@ async def test_a_failed_attempt_of_an_unknown_model_is_not_tried_again_under_a_c
     async def ask(state: Text) -> Any:
         calls.append(1)
         node = current_node()
-        assert node is not None
         node.report_usage(input_tokens=1_000_000, model=UNKNOWN)
         if ends == "raising":
             raise TimeoutError("the server hung up")

@@ -256,7 +256,6 @@ async def test_the_split_of_the_input_is_in_the_trace() -> None:
     @runner.node("ask", input=Text, output=Text)
     async def ask(state: Text) -> Any:
         node = current_node()
-        assert node is not None
         node.report_usage(_CHAT)
         node.report_usage(input_tokens=10, cached_input_tokens=4, cache_write_tokens=5, model="gpt-4o-mini")
         node.report_usage(input_tokens=10)
@@ -276,7 +275,6 @@ async def test_a_stream_is_reported_by_its_last_chunk(provider: Server) -> None:
     @runner.node("ask", input=Text, output=Text)
     def ask(state: Text) -> dict[str, Any]:
         node = current_node()
-        assert node is not None
         text = ""
         chunks = (
             _openai()
@@ -313,7 +311,6 @@ async def test_a_node_that_fails_after_its_call_has_paid_for_it() -> None:
     async def ask(state: Text) -> dict[str, Any]:
         calls.append(1)
         node = current_node()
-        assert node is not None
         node.report_usage(_CHAT)
         raise TimeoutError("late")
 
@@ -378,7 +375,6 @@ def by_reporting(response: Any, runner: StromaRunner) -> Any:
     @runner.node("ask", input=Text, output=Text)
     async def ask(state: Text) -> Any:
         node = current_node()
-        assert node is not None
         node.report_usage(response)
         return {"text": "kept"}
 
@@ -450,7 +446,6 @@ async def test_a_node_that_fails_beside_a_silent_response_fails_of_its_own() -> 
     @runner.node("ask", input=Text, output=Text)
     async def ask(state: Text) -> Any:
         node = current_node()
-        assert node is not None
         attempts.append(node.attempt)
         if node.attempt == 1:
             node.report_usage({"choices": []})
@@ -503,7 +498,6 @@ async def test_report_usage_refuses_what_makes_no_sense(
 
     def report() -> dict[str, Any]:
         node = current_node()
-        assert node is not None
         with pytest.raises(UsageError, match=says):
             node.report_usage(*arguments, **figures)
         return {"text": "done"}
@@ -548,7 +542,6 @@ async def test_what_a_provider_has_charged_is_what_a_call_cost() -> None:
     @runner.node("ask", input=Text, output=Text)
     async def ask(state: Text) -> Any:
         node = current_node()
-        assert node is not None
         node.report_usage(Usage(10, 5, model="gpt-4o", cost_usd=0.25))
         node.report_usage(Usage(10, 5, cost_usd=0.5))
         return {"text": "hi"}, Usage(1, 1, model="a model that nobody knows", cost_usd=0.0)

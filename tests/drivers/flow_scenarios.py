@@ -134,7 +134,6 @@ def uncaught(world: World) -> Any:
 def retried(world: World) -> Any:
     async def flaky(state: Num) -> Num:
         here = current_node()
-        assert here is not None
         world.calls.append(f"flaky {here.attempt}")
         if here.attempt < 3:
             raise ValueError("not yet")
@@ -621,7 +620,6 @@ def asked_by_a_step(world: World) -> Any:
     async def approve(state: Num) -> Num:
         world.calls.append("approve")
         here = current_node()
-        assert here is not None
         return here.wait_for(Num, reason="really?")
 
     approve_node = node("approve", approve)

@@ -84,7 +84,6 @@ def failing(calls: list[str], node_id: str, *errors: Any, tokens: int = 0) -> An
         number = calls.count(node_id)
         if tokens:
             execution = current_node()
-            assert execution is not None
             execution.report_usage(input_tokens=tokens)
         if number <= len(errors):
             raise errors[number - 1]

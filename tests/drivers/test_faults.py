@@ -40,7 +40,6 @@ from stroma.contracts.node import find_node
 def failing_once(node_id: str) -> Any:
     async def func(state: Num) -> dict[str, int]:
         group = current_node()
-        assert group is not None
         seen.append(group.attempt)
         if len(seen) == 1:
             raise ValueError("not yet")
@@ -171,7 +170,6 @@ async def test_a_context_of_many_values_fits(temporal: TemporalDriver) -> None:
 
     async def puts(state: Num, ctx: dict[str, Any]) -> dict[str, int]:
         execution = current_node()
-        assert execution is not None
         for number in range(3):
             ctx[f"{execution.branch}.{number}"] = "x" * 60_000
         return {"left": 1}

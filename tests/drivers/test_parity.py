@@ -34,6 +34,7 @@ from stroma import (
     StoreError,
     Suspend,
     current_node,
+    current_node_or_none,
     map_over,
     parallel,
 )
@@ -49,7 +50,7 @@ def watching(seen_events: list[Any]) -> NodeHooks:
     """Notes every call of a hook, and what is current during it."""
 
     def place() -> Any:
-        execution = current_node()
+        execution = current_node_or_none()
         return None if execution is None else (execution.position, execution.branch, execution.attempt)
 
     async def run_start(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
@@ -268,7 +269,6 @@ def asking(calls: list[str], node_id: str, promised: type[BaseModel] = Num, fiel
     async def func(state: Num) -> dict[str, int]:
         calls.append(node_id)
         execution = current_node()
-        assert execution is not None
         answer = execution.signal
         if answer is None:
             raise Suspend(f"may {node_id} go on?", schema=Approval)
@@ -418,7 +418,6 @@ async def test_a_node_knows_where_it_is(driver: Any, run_id: str) -> None:
 
     async def func(state: Num) -> dict[str, int]:
         execution = current_node()
-        assert execution is not None
         last = execution.last_failure
         seen.append((
             execution.run_id, execution.pipeline, execution.node_id, execution.position, execution.branch,

@@ -32,7 +32,6 @@ class Till:
 
     def _charge_sync(self, cents: int) -> Any:
         here = current_node()
-        assert here is not None
         self.calls += 1
         self.charges[here.idempotency_key] = self.charges.get(here.idempotency_key, 0) + 1
         if self.calls <= self._fails:

@@ -65,7 +65,6 @@ def agent(store: Any, provider: Provider) -> tuple[StromaRunner, Any]:
     def tool(name: str) -> Any:
         async def call(order: Order) -> dict[str, str]:
             here = current_node()
-            assert here is not None
             return await provider.call(name, order.number, here.idempotency_key)
 
         async def look(order: Order, key: str) -> Any:

@@ -37,7 +37,6 @@ async def main(kind: str, where: str, side_file: str, way: str, life: int) -> No
 
     async def step(state: Text) -> dict[str, Any]:
         here = current_node()
-        assert here is not None
         os.write(side, f"{here.node_id} {state.text}|{here.idempotency_key}\n".encode())
         if here.node_id == "judge" and life < 2 and state.text[0] == order[life]:
             os.kill(os.getpid(), signal.SIGKILL)

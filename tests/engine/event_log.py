@@ -27,7 +27,7 @@ from stroma import (
     Pipeline,
     RunConfig,
     StromaRunner,
-    current_node,
+    current_node_or_none,
     current_run,
 )
 from stroma.checkpoint.history import in_order
@@ -160,7 +160,7 @@ class Diary(logging.Handler):
         return hook
 
     def _place(self) -> str:
-        run, here = current_run(), current_node()
+        run, here = current_run(), current_node_or_none()
         assert run is not None
         assert run.run_id == "r"
         if here is None:

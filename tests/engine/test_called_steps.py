@@ -100,7 +100,6 @@ class World:
         what = f"{name} {state.text}"
         self.calls.append(what)
         here = current_node()
-        assert here is not None
         self.keys.setdefault(what, set()).add(here.idempotency_key)
         if name == self.dies_in:
             await self.die()
@@ -239,7 +238,6 @@ async def test_another_attempt_of_a_node_calls_its_steps_again(store: Any) -> No
 
     async def answer(state: Text) -> Text:
         here = current_node()
-        assert here is not None
         text = await world.ask("draft", f"{state.text}{here.attempt}")
         await world.ask("judge", text)
         if not next(tries):
@@ -382,12 +380,10 @@ async def test_an_answer_is_given_to_the_step_that_asked(store: Any) -> None:
 
     async def asks(state: Text) -> Any:
         here = current_node()
-        assert here is not None
         return {"text": here.wait_for(Text, reason="say something").text}
 
     async def looks(state: Text) -> Any:
         here = current_node()
-        assert here is not None
         got.append(here.signal)
         return {"text": state.text}
 

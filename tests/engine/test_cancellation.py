@@ -34,7 +34,7 @@ from stroma import (
     SQLiteStore,
     StoreError,
     Suspend,
-    current_node,
+    current_node_or_none,
     execute_step,
 )
 
@@ -341,7 +341,7 @@ async def test_closing_the_coroutine_of_a_run(store: Any) -> None:
         awaited = run.send(None)
     run.close()
     assert closed == ["b", "hook", "hook"]
-    assert current_node() is None
+    assert current_node_or_none() is None
     result = await quick_without_retries(store=store, run_id="o").run(nodes, Num(), resume=True)
     assert result.status is RunStatus.RESUMED, result.failure
     assert [e.node_id for e in result.trace] == ["b"]

@@ -30,6 +30,7 @@ from stroma import (
     SQLiteStore,
     StromaRunner,
     current_node,
+    current_node_or_none,
     map_over,
     parallel,
 )
@@ -108,7 +109,7 @@ class Crowd:
             self.seen[run_id, event] += 1
             if event == "start":
                 self._check(arguments[1]["n"], run_id, event)
-            run = current_node()
+            run = current_node_or_none()
             if event != "run_start" and (run is None or run.run_id != run_id):
                 self.wrong.append((event, run_id, run))
             if event == "run_start":
@@ -123,7 +124,6 @@ class Crowd:
 
     def _look(self, state: Num, ctx: dict[str, Any]) -> Any:
         run = current_node()
-        assert run is not None
         self._check(state.n, run.run_id, run.node_id)
         if ctx["me"] != state.n or whose.get() != state.n:
             self.wrong.append((run, ctx["me"], whose.get()))
@@ -229,7 +229,6 @@ def test_sync_nodes_of_many_loops(store: Any, hasty: None) -> None:
 
     def work(state: Num) -> Any:
         run = current_node()
-        assert run is not None
         if run.run_id != f"run {state.n}":
             wrong.append(run)
         run.report_usage(input_tokens=state.n)
@@ -352,7 +351,6 @@ async def test_nested_runs(store: Any) -> None:
 
     async def on_start(run_id: str, node_id: str, state: dict[str, Any]) -> None:
         run = current_node()
-        assert run is not None
         assert (run.run_id, run.node_id) == (run_id, node_id)
         hooked[run_id] += 1
 
@@ -365,7 +363,6 @@ async def test_nested_runs(store: Any) -> None:
 
     async def work(state: Items, ctx: dict[str, Any]) -> Any:
         me = current_node()
-        assert me is not None
         depth = ctx["depth"]
         assert me.run_id == ctx["id"]
         whose.set(depth)
@@ -381,7 +378,7 @@ async def test_nested_runs(store: Any) -> None:
             )
             runs.append(inner)
             assert inner.status is RunStatus.COMPLETED, inner.failure
-        assert current_node() is me
+        assert current_node_or_none() is me
         left = me.remaining_budget.tokens
         assert left is not None
         assert left <= 10
@@ -406,7 +403,7 @@ async def test_nested_runs(store: Any) -> None:
         for inner in twice:
             assert inner.total_tokens == (10 if run_id == "0/-" else 5)
             assert all(event.run_id == run_id for event in inner.trace.walk())
-    assert current_node() is None
+    assert current_node_or_none() is None
 
 
 def test_nested_run_sync_in_a_thread(store: Any) -> None:

@@ -82,7 +82,6 @@ class Watch:
 
         async def end(run_id: str, node_id: str, *_: Any) -> None:
             here = current_node()
-            assert here is not None
             assert here.duration_ms is not None
             assert here.function_ms is not None
             assert here.duration_ms == here.function_ms or here.kind == "group"
@@ -254,7 +253,6 @@ async def test_when_attempts_began(clock: FakeClock) -> None:
 
     async def success(*_: Any) -> None:
         here = current_node()
-        assert here is not None
         assert here.started_ns is not None
         began.append(here.started_ns)
 

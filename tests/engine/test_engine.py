@@ -47,6 +47,7 @@ from stroma import (
     StromaStep,
     UsageError,
     current_node,
+    current_node_or_none,
     execute_step,
     stroma_node,
 )
@@ -696,7 +697,7 @@ async def test_sync_nodes_run_in_daemon_threads_with_the_context() -> None:
 
     def func(state: Num) -> dict[str, Any]:
         thread = threading.current_thread()
-        run = current_node()
+        run = current_node_or_none()
         seen.append((thread.daemon, thread is threading.main_thread(), tone.get(), run and run.node_id))
         tone.set("changed")
         return {"n": 1}
@@ -1054,7 +1055,6 @@ async def test_contract_retries_grant_attempts() -> None:
 
     async def func(state: Num) -> Any:
         run = current_node()
-        assert run is not None
         seen.append(run.last_failure and run.last_failure.exception)
         return {"n": "bad"} if len(seen) < 3 else {"n": 3}
 
@@ -1327,7 +1327,6 @@ async def test_failed_attempts_count() -> None:
 
     async def func(state: Num) -> Any:
         run = current_node()
-        assert run is not None
         calls.append(1)
         run.report_usage(input_tokens=30, output_tokens=10, model="gpt-4o")
         run.report_usage(input_tokens=5)
@@ -1353,7 +1352,6 @@ async def test_a_failed_attempt_that_crosses_a_limit_is_the_last(delays: list[fl
 
     async def func(state: Num) -> Any:
         run = current_node()
-        assert run is not None
         run.report_usage(input_tokens=6)
         raise boom
 
@@ -1371,7 +1369,6 @@ async def test_reported_and_returned_usage_add_up() -> None:
 
     async def func(state: Num) -> Any:
         run = current_node()
-        assert run is not None
         run.report_usage(input_tokens=5, output_tokens=1)
         return {"n": 1}, 7, 2, "gpt-4o"
 
@@ -1516,7 +1513,6 @@ async def test_the_fallback_signal_appears_at_its_share() -> None:
 
     async def func(state: Num, ctx: dict[str, Any]) -> Any:
         run = current_node()
-        assert run is not None
         seen.append((ctx is context, "_stroma_model" in ctx, ctx.get("_stroma_model"), run.model, dict(ctx)))
         ctx[f"written{state.n}"] = state.n
         return {"n": state.n + 1}, 100_000, "gpt-4o"  # 0.25 USD
@@ -1985,9 +1981,8 @@ async def test_concurrent_runs_do_not_mix() -> None:
 
     async def work(state: Num, ctx: dict[str, Any]) -> Any:
         run = current_node()
-        assert run is not None
         await asyncio.sleep(0)
-        assert current_node() is run
+        assert current_node_or_none() is run
         assert ctx["me"] == state.n
         assert run.run_id == f"run {state.n}"
         if run.attempt == 1 and state.n % 3 == 0:
@@ -2051,14 +2046,13 @@ async def test_a_node_may_run_a_pipeline() -> None:
 
     async def inner(state: Num) -> Any:
         run = current_node()
-        assert run is not None
         inner_ids.append((run.run_id, run.node_id))
         return {"n": state.n + 1}, 5
 
     async def outer(state: Num) -> Any:
         before = current_node()
         result = await runner.run([node("inner", inner)], state, run_id="nested")
-        assert current_node() is before
+        assert current_node_or_none() is before
         assert (len(result.trace), result.total_tokens) == (1, 5)
         return result.final_state, 7
 
@@ -2067,7 +2061,7 @@ async def test_a_node_may_run_a_pipeline() -> None:
     assert inner_ids == [("nested", "inner")]
     assert (result.final_state, result.total_tokens) == (Num(n=1), 7)
     assert [event.node_id for event in result.trace] == ["outer"]
-    assert current_node() is None
+    assert current_node_or_none() is None
 
 
 def test_a_sync_node_may_run_a_pipeline() -> None:
@@ -2091,7 +2085,6 @@ async def test_current_node_knows_where_it_is() -> None:
 
     async def func(state: Num) -> Any:
         run = current_node()
-        assert run is not None
         run.report_usage(input_tokens=1)
         seen.append(
             {
@@ -2106,10 +2099,14 @@ async def test_current_node_knows_where_it_is() -> None:
             raise TimeoutError
         return {"n": 1}, 9
 
-    assert current_node() is None
+    assert current_node_or_none() is None
+    with pytest.raises(
+        RuntimeError, match="no node is running here; call current_node\\(\\) in a node's function"
+    ):
+        current_node()
     runner = quick(run_id="r", budget=ExecutionBudget(max_tokens_total=100))
     await runner.run(Pipeline("pipe", [node("a", func), node("b", func)]), Num())
-    assert current_node() is None
+    assert current_node_or_none() is None
     assert [s["ids"] for s in seen] == [
         ("r", "pipe", "a", 0, 1, "node"),
         ("r", "pipe", "a", 0, 2, "node"),
@@ -2127,14 +2124,13 @@ async def test_current_node_is_set_in_the_nodes_hooks_with_its_usage() -> None:
 
     async def note(*arguments: Any) -> None:
         run = current_node()
-        seen.append(run and (run.node_id, run.attempt, run.usage.tokens, run.usage.model))
+        seen.append((run.node_id, run.attempt, run.usage.tokens, run.usage.model))
 
     async def at_run(*arguments: Any) -> None:
-        seen.append(current_node())
+        seen.append(current_node_or_none())
 
     async def func(state: Num) -> Any:
         run = current_node()
-        assert run is not None
         if run.attempt == 1:
             run.report_usage(input_tokens=3, model="gpt-4o")
             raise TimeoutError
@@ -2160,7 +2156,6 @@ async def test_reported_usage_must_be_countable() -> None:
 
     async def func(state: Num) -> Any:
         run = current_node()
-        assert run is not None
         for bad in (-1, 1.5, math.nan, True, "5"):
             with pytest.raises(UsageError):
                 run.report_usage(input_tokens=bad)  # type: ignore[arg-type]

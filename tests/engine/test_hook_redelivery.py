@@ -60,7 +60,6 @@ def make(url: str, die_at: tuple[str, str] | None, deliveries: list[Told]) -> tu
 
     def note(event: str, text: Any) -> None:
         node = current_node()
-        assert node is not None
         if die_at == (event, node.node_id) and not node.redelivered:
             os.kill(os.getpid(), signal.SIGKILL)
         deliveries.append((event, node.node_id, node.branch, node.attempt, node.redelivered, text))
@@ -81,7 +80,7 @@ def make(url: str, die_at: tuple[str, str] | None, deliveries: list[Told]) -> tu
 
     @runner.node("flaky", input=State, output=State)
     async def flaky(state: State) -> Any:
-        if current_node().attempt == 1:  # type: ignore[union-attr]
+        if current_node().attempt == 1:
             raise ConnectionError("gone")
         return {"n": state.n + 1}, 3, 4, "gpt-4o-mini"
 
@@ -192,7 +191,7 @@ async def test_suspended_and_cancelled_attempts_are_owed_too(tmp_path: pathlib.P
     async def suspended(_run_id: str, _node_id: str, reason: str) -> None:
         if mute:
             raise KeyboardInterrupt  # As good as a death: the hook has not ended.
-        events.append(("suspended", reason, current_node().redelivered))  # type: ignore[union-attr]
+        events.append(("suspended", reason, current_node().redelivered))
 
     runner = StromaRunner.quick(
         store=store, hooks=NodeHooks(on_node_suspended=suspended), hook_delivery="at_least_once"
@@ -243,7 +242,7 @@ async def test_steps_of_plain_code_are_owed_too(tmp_path: pathlib.Path) -> None:
     async def success(_run_id: str, node_id: str, output: dict[str, Any], tokens: int) -> None:
         if mute:
             raise KeyboardInterrupt  # As good as a death: the hook has not ended.
-        events.append((node_id, output["n"], tokens, current_node().redelivered))  # type: ignore[union-attr]
+        events.append((node_id, output["n"], tokens, current_node().redelivered))
 
     async def step(state: State) -> Any:
         return {"n": state.n + 1}, 3, 4, "gpt-4o-mini"

@@ -111,7 +111,6 @@ class Pairs:
     def _note(self, change: int) -> Callable[..., Awaitable[None]]:
         async def hook(*_: Any) -> None:
             run = current_node()
-            assert run is not None
             self.open[run.run_id, run.position, run.branch, run.attempt] += change
             self.starts += change > 0
 
@@ -653,7 +652,6 @@ async def test_tasks_that_a_node_starts_are_its_own() -> None:
 
     async def starts(state: Num) -> Any:
         run = current_node()
-        assert run is not None
 
         async def later() -> str:
             await asyncio.sleep(0.01)
@@ -868,7 +866,6 @@ async def test_cancelled_anywhere_then_resumed(
                 nonlocal spent
                 began[name] += 1
                 run = current_node()
-                assert run is not None
                 run.report_usage(input_tokens=1)
                 spent += 1
                 await asyncio.sleep(0)
@@ -912,7 +909,6 @@ async def test_cancelled_anywhere_then_resumed(
 
         async def look(*_: Any, held: list[int] = held) -> None:
             run = current_node()
-            assert run is not None
             left = run.remaining_budget.tokens
             assert left is not None
             held.append(1000 - left)

@@ -40,7 +40,6 @@ async def test_a_bare_list_goes_by_the_name_in_the_config() -> None:
 
     async def func(state: Num) -> Any:
         current = current_node()
-        assert current is not None
         names.append(current.pipeline)
         return state
 
@@ -63,7 +62,6 @@ async def test_idempotency_keys_never_collide(store: Any) -> None:
 
     async def note(state: Any) -> Any:
         run = current_node()
-        assert run is not None
         keys.append(run.idempotency_key)
         return {"n": 1}
 
@@ -95,7 +93,6 @@ async def test_an_idempotency_key_stays_on_retry_and_resume(store: Any) -> None:
 
     async def a(state: Num) -> Any:
         run = current_node()
-        assert run is not None
         keys.append(run.idempotency_key)
         if len(keys) < 5:
             raise ValueError("no")

@@ -36,6 +36,7 @@ from stroma import (
     StromaRunner,
     TraceEvent,
     current_node,
+    current_node_or_none,
     map_over,
     parallel,
 )
@@ -144,7 +145,6 @@ def test_retry_arithmetic(plan: list[Any], own: Any, shared: Any, granted: int) 
 
     async def func(state: Num) -> Any:
         run = current_node()
-        assert run is not None
         attempts.append(run.attempt)
         kind, wait = next(left)
         if kind == "violation":
@@ -258,7 +258,6 @@ def build(tree: Any, name: str, calls: list[Any], width: int | None, pauses: Any
         calls.append((name, (given, instance)))
         if ending == "fail":
             run = current_node()
-            assert run is not None
             run.report_usage(input_tokens=given, output_tokens=instance, model="planned-model")
             raise Planned(R)
         return ({"n": "bad"} if ending == "bad" else {"n": 1}), given, instance, "planned-model"
@@ -635,7 +634,7 @@ class Watch:
 
     def _hook(self, event: str, index: int) -> Callable[..., Awaitable[None]]:
         async def hook(run_id: str, *arguments: Any) -> None:
-            run = current_node()
+            run = current_node_or_none()
             place: Any = run_id
             attempt = 0
             if event.startswith("on_node"):

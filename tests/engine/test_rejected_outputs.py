@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, SecretStr
 from tests.fixtures import store_fixture
 from tests.kit import Num, Text, node, quick
 
-from stroma import NodeHooks, RunConfig, RunStatus, SQLiteStore, current_node
+from stroma import NodeHooks, RunConfig, RunStatus, SQLiteStore, current_node_or_none
 from stroma.checkpoint.history import History
 from stroma.engine.rejected import encode_rejected
 from stroma.trace.bounded_copy import BoundedCopy
@@ -166,7 +166,7 @@ async def test_what_redact_hides_is_not_stored(tmp_path: Path) -> None:
         about: dict[str, int] = {}
 
     async def answer(state: Num) -> Any:
-        failed = current_node().last_failure  # type: ignore[union-attr]
+        failed = current_node_or_none().last_failure  # type: ignore[union-attr]
         seen.append(None if failed is None else failed.as_prompt())
         return {"name": "Ann Smith", "stars": "five", "about": {"Ann Smith": "x"}}
 

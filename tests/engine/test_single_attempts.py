@@ -21,7 +21,7 @@ from stroma import (
     ReliabilityContext,
     StromaRunner,
     Suspend,
-    current_node,
+    current_node_or_none,
     parallel,
     stroma_node,
 )
@@ -89,7 +89,7 @@ async def test_an_attempt_gives_its_output_and_nothing_stays_current() -> None:
         run.at_end(lambda: ended.append(1))
         token = CURRENT.set(outside)
         assert await attempt_once(ctx, run, one, Num(n=5)) == Num(n=5)
-        assert current_node() is outside
+        assert current_node_or_none() is outside
         CURRENT.reset(token)
     assert ended == [1]
     assert diary.lines == [
@@ -257,7 +257,7 @@ async def test_a_group_is_begun_alone(limited: bool) -> None:
         run.attempt = 1
         run.at_end(lambda: ended.append(1))
         assert await begin_group(ctx, run, group, Num(n=4)) is None
-        assert current_node() is None
+        assert current_node_or_none() is None
     assert diary.lines == ["node_start parallel(a) {'n': 4} @ group parallel(a) 2 #1"]
     assert ended == [1]
     assert len(ctx.trace) == 0
@@ -273,7 +273,7 @@ async def test_a_group_whose_beginning_is_interrupted_is_told_and_kept() -> None
         ctx, group = context(diary, hooks=diary.hooks(node_start=stops)), group_of_one()
         with pytest.raises(KeyboardInterrupt, match="now"):
             await begin_group(ctx, execution(ctx, group), group, Num(n=4))
-        assert current_node() is None
+        assert current_node_or_none() is None
     assert [line.split()[0] for line in diary.lines] == ["node_start", "node_cancelled"]
     (event,) = ctx.trace
     assert (event.outcome, event.input_state, event.output_state) == ("cancelled", {"n": 4}, None)
@@ -326,7 +326,7 @@ async def test_a_group_is_not_begun_once_the_budget_is_spent() -> None:
         ctx = spent(context(diary, budget=BUDGET))
         group = group_of_one()
         halt = await begin_group(ctx, execution(ctx, group), group, Num())
-        assert current_node() is None
+        assert current_node_or_none() is None
     assert isinstance(halt, Halt)
     assert halt.spent
     assert isinstance(halt.failure.exception, BudgetExceeded)
@@ -345,7 +345,7 @@ async def test_a_contract_that_cannot_be_read_ends_it(kind: str) -> None:
         else:
             one = find_node(parallel(broken))
             outcome = await begin_group(ctx, execution(ctx, one), one, Num(n=8))  # type: ignore[arg-type]
-        assert current_node() is None
+        assert current_node_or_none() is None
     assert isinstance(outcome, Halt)
     violation = outcome.failure.exception
     assert isinstance(violation, ContractViolation)

@@ -62,7 +62,6 @@ class Desk:
     async def ask(self, state: Num) -> Any:
         self.calls.append("ask")
         here = current_node()
-        assert here is not None
         here.report_usage(input_tokens=1)
         if here.signal is None:
             raise Suspend("is this right?", schema=self.schema)
@@ -182,7 +181,6 @@ async def test_a_sync_node_waits_too(store: Any) -> None:
 
     def ask(state: Num) -> dict[str, Any]:
         here = current_node()
-        assert here is not None
         return {"n": int(here.wait_for(Approval, reason="well?").approved)}
 
     nodes = [node("ask", ask)]
@@ -202,7 +200,6 @@ async def test_children_of_a_group_wait(store: Any) -> None:
             calls.append(node_id)
             await asyncio.sleep(0)
             here = current_node()
-            assert here is not None
             if asks:
                 return {f"is_{node_id}": here.wait_for(Approval, reason=f"may {node_id}?").by}
             return {f"is_{node_id}": "done"}
@@ -240,7 +237,6 @@ async def test_items_wait(store: Any) -> None:
 
     async def item(state: Num) -> Any:
         here = current_node()
-        assert here is not None
         if state.n % 2:
             return {"n": 100 * state.n + int(here.wait_for(Approval, reason=f"{state.n}?").approved)}
         return {"n": state.n}

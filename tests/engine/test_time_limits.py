@@ -198,7 +198,7 @@ async def test_limits_of_any_size() -> None:
         await asyncio.sleep(0)
 
     async def func(state: Num) -> Any:
-        left = current_node().remaining_budget  # type: ignore[union-attr]
+        left = current_node().remaining_budget
         await asyncio.sleep(0)
         assert left.tokens == largest
         return state, 5, 5, "gpt-4o"

@@ -29,7 +29,6 @@ async def call(name: str, state: Num) -> None:
     global CALLS
     CALLS += 1
     here = current_node()
-    assert here is not None
     with open(SIDE, "a") as file:
         file.write(f"{here.branch} {name} {state.n}|{here.idempotency_key}\n")
     await asyncio.sleep(CHANCE.random() * 0.003)

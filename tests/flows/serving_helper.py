@@ -20,7 +20,6 @@ class Yes(BaseModel):
 def note(state: Num) -> None:
     """Append the call and this process to the side file, in one write."""
     here = current_node()
-    assert here is not None
     side = os.open(sys.argv[3], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(side, f"{here.run_id} {here.node_id} {here.branch} {state.n} {os.getpid()}\n".encode())
     os.close(side)

@@ -45,7 +45,6 @@ class World:
 
         self.calls.append(what)
         here = current_node()
-        assert here is not None
         self.keys.setdefault(what, set()).add(here.idempotency_key)
         for _ in range(self.turns.get(what, self.turns.get(what.split()[0], 1))):
             await asyncio.sleep(0)

@@ -28,7 +28,6 @@ HELPER = Path(__file__).with_name("kill_flow_helper.py")
 def _nodes(calls: list[str], turns: Any, faults: Any) -> dict[str, Any]:
     async def call(state: Num, change: int) -> Num:
         here = current_node()
-        assert here is not None
         calls.append(f"{here.branch} {state.n}")
         for _ in range(next(turns)):
             await asyncio.sleep(0)

@@ -329,7 +329,6 @@ def test_bodies_that_depend_on_the_order_are_replayed(way: str, turns: list[int]
             what = f"{state.n}"
             world.calls.append(what)
             here = current_node()
-            assert here is not None
             world.keys.setdefault(what, set()).add(here.idempotency_key)
             if len(world.calls) == death:
                 world.dies.set()

@@ -62,7 +62,6 @@ async def test_each_step_is_a_full_node() -> None:
 
     async def start(_run: str, node_id: str, _state: dict[str, Any]) -> None:
         here = current_node()
-        assert here is not None
         assert here.parent is None
         seen.append(f"start {node_id} {here.attempt}")
 

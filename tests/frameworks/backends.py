@@ -83,7 +83,6 @@ async def send_run(endpoint: str, headers: Mapping[str, str], resource: Mapping[
     @runner.node("flaky", input=Ticket, output=Ticket)
     async def flaky(state: Ticket) -> Any:
         node = current_node()
-        assert node is not None
         if node.attempt == 1:
             node.report_usage(input_tokens=100, output_tokens=10, model=SMALL)
             raise ConnectionError("again")
@@ -92,7 +91,6 @@ async def send_run(endpoint: str, headers: Mapping[str, str], resource: Mapping[
     @runner.node("judge", input=Ticket, output=Ticket)
     async def judge(state: Ticket) -> Any:
         node = current_node()
-        assert node is not None
         if node.attempt == 1:
             return {"n": "no number"}, Usage(500, 50, model=LARGE)
         return state, Usage(500, 60, 100, 0, model=LARGE)

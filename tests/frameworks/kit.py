@@ -46,7 +46,6 @@ def holds(*lines: str) -> Callable[[F], F]:
 def pay() -> None:
     """Use some tokens in the step here: what it does next may fail."""
     node = current_node()
-    assert node is not None
     node.report_usage(input_tokens=PAID)
 
 
@@ -96,7 +95,6 @@ class Seen:
     def _node(self, event: str) -> Any:
         async def hook(*_: Any) -> None:
             node = current_node()
-            assert node is not None
             names, outer = [node.node_id], node.parent
             while outer is not None:
                 names.append(outer.node_id)

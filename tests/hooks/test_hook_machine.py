@@ -24,6 +24,7 @@ from stroma import (
     RunConfig,
     StromaRunner,
     current_node,
+    current_node_or_none,
     map_over,
     parallel,
     stroma_node,
@@ -169,7 +170,7 @@ class HookMachine(RuleBasedStateMachine):
         return NodeHooks(**{event: hook(event) for event in events})
 
     def _place(self, run_id: str, node_id: str) -> Place:
-        run = current_node()
+        run = current_node_or_none()
         if run is None or (run.run_id, run.node_id) != (run_id, node_id):
             self.wrong.append(f"called for {node_id} of {run_id} in {run!r}")
             return run_id, node_id, -1, "", ()
@@ -250,7 +251,6 @@ class HookMachine(RuleBasedStateMachine):
 
         async def func(state: State) -> Any:
             run = current_node()
-            assert run is not None
             place = self._place(run.run_id, name)
             if len(self.starts.get(place, ())) != self.sets or place in self.ends:
                 self.wrong.append(f"the function of {place} runs outside its hooks")

@@ -42,6 +42,7 @@ from stroma import (
     RunStatus,
     StromaRunner,
     current_node,
+    current_node_or_none,
     execute_step,
     map_over,
     parallel,
@@ -74,7 +75,7 @@ class Recorder:
 
     def _hook(self, name: str) -> Callable[..., Awaitable[None]]:
         async def hook(*arguments: Any) -> None:
-            here = current_node()
+            here = current_node_or_none()
             key = here and (arguments[0], here.node_id, here.position, here.branch, here.attempt)
             if name == START:
                 self.open[key] += 1
@@ -477,7 +478,6 @@ async def test_budget_warning_per_dimension(monkeypatch: pytest.MonkeyPatch, see
         nonlocal attempts
         attempts += 1
         here = current_node()
-        assert here is not None
         here.report_usage(input_tokens=90_000, model="house")
         if attempts == 1:
             raise TimeoutError
@@ -1618,7 +1618,7 @@ async def test_a_thousand_concurrent_runs_do_not_mix() -> None:
 
     async def on_start(run_id: str, node_id: str, state: dict[str, Any]) -> None:
         await asyncio.sleep(0)
-        here = current_node()
+        here = current_node_or_none()
         if here is None or (here.run_id, here.node_id) != (run_id, node_id) or mark.get() != run_id:
             wrong.append((run_id, node_id, here, mark.get()))
         starts[run_id].append((node_id, state["value"]))
@@ -1627,8 +1627,7 @@ async def test_a_thousand_concurrent_runs_do_not_mix() -> None:
     async def one(state: State) -> Any:
         here = current_node()
         await asyncio.sleep(0)
-        assert here is not None
-        assert current_node() is here
+        assert current_node_or_none() is here
         if mark.get() != here.run_id:
             wrong.append((here, mark.get()))
         return {"value": state.value + 1}
@@ -1667,12 +1666,12 @@ async def to_text(state: State) -> Any:
 
 
 async def test_current_node_in_hooks_and_function() -> None:
-    """current_node() is set in the function and the node's hooks, with what it says; elsewhere it is None."""
+    """current_node_or_none() is set in the function and the node's hooks, with what it says; elsewhere it is None."""
     places: dict[str, Any] = {}
 
     def look(name: str) -> Callable[..., Awaitable[None]]:
         async def hook(*_: Any) -> None:
-            here = current_node()
+            here = current_node_or_none()
             places.setdefault(name, []).append(
                 here
                 and (
@@ -1700,10 +1699,10 @@ async def test_current_node_in_hooks_and_function() -> None:
         return {}, 85
 
     hooks = NodeHooks(**{name: look(name) for name in ALL})
-    assert current_node() is None
+    assert current_node_or_none() is None
     runner = quick(hooks, pipeline="p", budget=ExecutionBudget(max_tokens_total=100))
     await runner.run([plus, n], State())
-    assert current_node() is None
+    assert current_node_or_none() is None
 
     def at(node_id: str, position: int, attempt: int) -> tuple[Any, ...]:
         return ("r", "p", node_id, position, attempt, "node", False)
@@ -1725,7 +1724,7 @@ async def test_current_node_of_cancelled_and_skipped() -> None:
     places: list[Any] = []
 
     async def look(*_: Any) -> None:
-        here = current_node()
+        here = current_node_or_none()
         places.append(here and (here.node_id, here.position))
 
     store = AsyncInMemoryStore()
@@ -1742,7 +1741,7 @@ async def test_current_node_in_threads_and_subtasks() -> None:
     findings: dict[str, Any] = {}
 
     def note(where: str) -> None:
-        here = current_node()
+        here = current_node_or_none()
         findings[where] = here and here.node_id
 
     def plain(state: State) -> Any:
@@ -1761,7 +1760,7 @@ async def test_current_node_in_threads_and_subtasks() -> None:
 
     await quick(NodeHooks()).run([node("p")(plain), n], State())
     assert findings == {"plain": "p", "thread": True, "to_thread": "n", "subtask": "n"}
-    assert current_node() is None
+    assert current_node_or_none() is None
 
 
 async def test_current_node_in_groups() -> None:
@@ -1770,7 +1769,6 @@ async def test_current_node_in_groups() -> None:
 
     async def on_start(run_id: str, node_id: str, state: dict[str, Any]) -> None:
         here = current_node()
-        assert here is not None
         findings.append((node_id, here.node_id == node_id, here.kind, here.position, here.branch))
 
     class Number(BaseModel):
@@ -1806,7 +1804,6 @@ async def test_current_node_knows_the_last_failure() -> None:
 
     async def on_start(*_: Any) -> None:
         here = current_node()
-        assert here is not None
         findings.append(
             here.last_failure and (str(here.last_failure.exception), here.last_failure.failure_class)
         )
@@ -1824,7 +1821,6 @@ async def test_current_node_knows_usage_model_and_budget(monkeypatch: pytest.Mon
 
     async def look(*_: Any) -> None:
         here = current_node()
-        assert here is not None
         usage, left = here.usage, here.remaining_budget
         findings.append((usage.tokens, usage.output_tokens, round(usage.cost_usd, 6), here.model))
         findings.append((left.tokens, left.cost_usd and round(left.cost_usd, 6), left.latency_ms))
@@ -1836,7 +1832,6 @@ async def test_current_node_knows_usage_model_and_budget(monkeypatch: pytest.Mon
         nonlocal called
         called += 1
         here = current_node()
-        assert here is not None
         here.report_usage(input_tokens=1000, model="house")
         if called == 1:
             raise TimeoutError
@@ -1864,7 +1859,6 @@ async def test_idempotency_key() -> None:
 
     async def look(*_: Any) -> None:
         here = current_node()
-        assert here is not None
         keys.append(here.idempotency_key)
 
     hooks = NodeHooks(look, look, look)

@@ -385,7 +385,6 @@ async def test_tokens_used_are_those_of_this_attempt() -> None:
         nonlocal attempts
         attempts += 1
         here = current_node()
-        assert here is not None
         here.report_usage(input_tokens=100)
         if attempts == 1:
             raise TimeoutError

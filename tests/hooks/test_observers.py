@@ -21,6 +21,7 @@ from stroma import (
     StromaRunner,
     Suspend,
     current_node,
+    current_node_or_none,
     current_run,
     execute_step,
     parallel,
@@ -41,14 +42,13 @@ async def test_the_ended_attempt_is_told_by_current_node() -> None:
 
     async def note(*arguments: Any) -> None:
         node = current_node()
-        assert node is not None
         seen.append((node.attempt, node.outcome, node.reason, node.duration_ms is not None))
 
     runner = quick(hooks=NodeHooks(on_node_start=note, on_node_success=note, on_node_failure=note))
 
     @runner.node("flaky", input=State, output=State)
     async def flaky(state: State) -> State:
-        if current_node().attempt == 1:  # type: ignore[union-attr]
+        if current_node().attempt == 1:
             raise ConnectionError("gone")
         await asyncio.sleep(0.002)
         return state
@@ -72,7 +72,6 @@ async def test_at_end_is_called_once_whichever_way_an_execution_ends(ending: str
 
     async def start(*_: Any) -> None:
         node = current_node()
-        assert node is not None
         if "told" not in node.notes:
             node.notes["told"] = True
             node.at_end(lambda: calls.append("first added"))
@@ -93,7 +92,7 @@ async def test_at_end_is_called_once_whichever_way_an_execution_ends(ending: str
         if ending in ("cancelled", "closed"):
             waiting.set()
             await asyncio.sleep(9)
-        if ending == "failure" or current_node().attempt == 1:  # type: ignore[union-attr]
+        if ending == "failure" or current_node().attempt == 1:
             raise ConnectionError("gone")
         return state
 
@@ -122,7 +121,6 @@ async def test_what_at_end_raises_changes_nothing(caplog: pytest.LogCaptureFixtu
 
     async def start(*_: Any) -> None:
         node = current_node()
-        assert node is not None
         node.at_end(lambda: calls.append("called"))
         node.at_end(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
 
@@ -148,7 +146,7 @@ async def test_a_closed_run_tells_its_ends() -> None:
 
     def hook(name: str) -> Any:
         async def tell(*arguments: Any) -> None:
-            node, run = current_node(), current_run()
+            node, run = current_node_or_none(), current_run()
             assert run is not None
             seen.append((name, run.run_id, None if node is None else node.node_id))
             if name == "cancelled":
@@ -187,7 +185,7 @@ async def test_current_run_is_the_run_of_every_hook_and_node() -> None:
     seen: list[tuple[str, ReliabilityContext | None, bool]] = []
 
     def note(what: str) -> None:
-        seen.append((what, current_run(), current_node() is None))
+        seen.append((what, current_run(), current_node_or_none() is None))
 
     def hook(name: str) -> Any:
         async def tell(*_: Any) -> None:
@@ -239,7 +237,6 @@ async def test_notes_are_those_of_one_execution_and_of_one_run() -> None:
         @runner.node(name, input=State, output=State)
         async def node(state: State) -> State:
             here, run = current_node(), current_run()
-            assert here is not None
             assert run is not None
             findings[name].append(dict(here.notes))
             here.notes[here.attempt] = name

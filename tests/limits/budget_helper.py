@@ -53,7 +53,6 @@ async def spend(store: Any, seed: int, runs: int) -> dict[str, Any]:
         spent.append(cents)
         if rng.random() < 0.2:
             node = current_node()
-            assert node is not None
             node.report_usage(input_tokens=cents, model="cents")
             raise ConnectionError("no")
         return {"n": state.n + 1}, cents, "cents"

@@ -68,7 +68,6 @@ def node(
     async def call(state: State) -> Any:
         calls.append(cents)
         running = current_node()
-        assert running is not None
         running.report_usage(input_tokens=cents, model="cents")
         if before is not None:
             waits = before(state)

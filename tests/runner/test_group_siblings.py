@@ -309,7 +309,6 @@ async def test_many_steps_of_one_context_at_once(store: Any) -> None:
 
     async def step(state: Num) -> Any:
         run = current_node()
-        assert run is not None
         keys.append(run.idempotency_key)
         await asyncio.sleep(0)
         return {"n": state.n + 1}, 1
@@ -408,7 +407,6 @@ async def test_siblings_of_a_failed_attempt_over_the_limit_finish() -> None:
     async def fails(state: Num) -> Any:
         await started.wait()
         run = current_node()
-        assert run is not None
         run.report_usage(input_tokens=100)
         raise ValueError("and over the limit")
 

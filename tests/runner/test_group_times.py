@@ -42,7 +42,6 @@ def runner_of(store: Any = None, **config: Any) -> tuple[StromaRunner, Any]:
     async def a(state: Item) -> Any:
         await asyncio.sleep(WORK)
         node = current_node()
-        assert node is not None
         if node.attempt == 1:
             raise TimeoutError("x")
         return state
@@ -69,7 +68,6 @@ async def test_a_groups_time_is_that_of_its_bar(shape: str) -> None:
 
     async def succeeded(run_id: str, node_id: str, state: Any, tokens: int) -> None:
         node = current_node()
-        assert node is not None
         if node.kind == "group" and not node.branch:
             assert node.duration_ms is not None
             seen.append(node.duration_ms)
@@ -102,7 +100,6 @@ async def test_a_groups_time_to_the_millisecond() -> None:
         async def a(state: Item) -> Any:
             await asyncio.sleep(0.1)
             node = current_node()
-            assert node is not None
             if node.attempt == 1:
                 raise TimeoutError("x")
             return state

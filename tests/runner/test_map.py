@@ -473,7 +473,6 @@ async def test_restored_items_are_told(store: Any, tmp_path: Path, doubler: Doub
 
     async def skipped(run_id: str, node_id: str, state: Any) -> None:
         here = current_node()
-        assert here is not None
         seen.append((node_id, here.kind, here.branch, state))
 
     result = await quick(store, hooks=NodeHooks(on_node_skipped=skipped)).run([work], State(), resume=True)
@@ -538,7 +537,6 @@ async def test_another_attempt_of_the_map(store: Any, tmp_path: Path, doubler: D
 
     async def told(run_id: str, node_id: str, state: Any, tokens: int) -> None:
         here = current_node()
-        assert here is not None
         remembered.append(len(here.ctx.done))
 
     runner = quick(store, node_policies={work.node_id: ONCE}, hooks=NodeHooks(on_node_success=told))
@@ -558,7 +556,6 @@ async def test_a_person_is_asked_once(store: Any, tmp_path: Path) -> None:
     async def ask(state: Num) -> Any:
         calls[state.n] += 1
         here = current_node()
-        assert here is not None
         if state.n == 3 and here.signal is None:
             raise Suspend("may I?")
         return {"twice": 2 * state.n}
@@ -643,7 +640,6 @@ async def test_ends_of_items_are_told_again(
 
     async def success(run_id: str, node_id: str, state: Any, tokens: int) -> None:
         here = current_node()
-        assert here is not None
         if here.redelivered:
             events.append((here.branch, state))
 
@@ -1002,7 +998,6 @@ async def test_progress(store: Any, tmp_path: Path, doubler: Doubler, into: str)
 
     async def progress(run_id: str, node_id: str, text: MapProgress) -> None:
         here = current_node()
-        assert here is not None
         assert (run_id, node_id, here.node_id) == ("run", work.node_id, work.node_id)
         events.append(text)
         raise ValueError("hooks change nothing")

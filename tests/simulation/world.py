@@ -206,7 +206,6 @@ class World:
             @stroma_node(node_id, contract)
             async def call(state: Any) -> Any:
                 here = current_node()
-                assert here is not None
                 self.tokens += 1
                 token = f"{node_id}{self.tokens}"
                 fence: Any = getattr(here.ctx.session, "fence", None)
@@ -226,7 +225,6 @@ class World:
         @stroma_node("ask", NodeContract(node_id="ask", input_schema=State, output_schema=State))
         async def ask(state: State) -> State:
             here = current_node()
-            assert here is not None
             answer = here.wait_for(Answer, reason="go on?")
             fence: Any = getattr(here.ctx.session, "fence", None)
             self.note(process, "call", here.run_id, fence.epoch, f"{here.position}:{here.branch}", answer.by)
@@ -247,7 +245,6 @@ class World:
     def runner(self, process: Process) -> StromaRunner:
         async def success(run_id: str, _node: str, state: dict[str, Any], _tokens: int) -> None:
             here = current_node()
-            assert here is not None
             self.note(process, "ack", run_id, f"{here.position}:{here.branch}", state)
 
         store = SimulatedStore(process, self.database)

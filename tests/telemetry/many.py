@@ -168,7 +168,6 @@ class Programs:
 
         async def call(state: Any) -> Any:
             here = current_node()
-            assert here is not None
             with self._systems.tracer.get_tracer("user").start_as_current_span(f"in {name}"):
                 await asyncio.sleep(chances.uniform(0, 0.003))
             roll = chances.random()

@@ -31,7 +31,7 @@ def outcome_of(span: Any) -> tuple[Any, Any]:
 def asking(runner: StromaRunner, outcome: str) -> Any:
     @runner.node("node", input=Item, output=Item)
     async def node(state: Item) -> Any:
-        current_node().report_usage(input_tokens=3, output_tokens=4, model="gpt-4o-mini")  # type: ignore[union-attr]
+        current_node().report_usage(input_tokens=3, output_tokens=4, model="gpt-4o-mini")
         if outcome == "failure":
             raise ValueError("no")
         if outcome == "suspended":
@@ -205,7 +205,6 @@ async def test_at_end_after_a_restored_node() -> None:
 
     async def skipped(*_: Any) -> None:
         node = current_node()
-        assert node is not None
         node.at_end(lambda: seen.append("called"))
 
     runner = quick(NodeHooks(on_node_skipped=skipped))

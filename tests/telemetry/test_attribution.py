@@ -209,7 +209,7 @@ async def test_a_call_under_a_span_of_a_framework_belongs_to_the_node_that_makes
     @guard.step("model")
     async def model() -> Any:
         call("call")
-        current_node().report_usage(input_tokens=5)  # type: ignore[union-attr]
+        current_node().report_usage(input_tokens=5)
 
     @guard.step("agent")
     async def agent() -> None:

@@ -35,7 +35,7 @@ def quick(hooks: Any) -> StromaRunner:
 def flaky(runner: StromaRunner) -> Any:
     @runner.node("flaky", input=State, output=State)
     async def node(state: State) -> Any:
-        if current_node().attempt == 1:  # type: ignore[union-attr]
+        if current_node().attempt == 1:
             raise ConnectionError("no")
         return state, 10, 5, "gpt-4o-mini"
 
@@ -189,7 +189,11 @@ async def test_flush_keeps_its_limit_whatever_an_exporter_does(caplog: pytest.Lo
         (otel_hooks, "opentelemetry", "pip install 'stroma-runner[otel]'"),
         (prometheus_hooks, "prometheus_client", "pip install 'stroma-runner[prometheus]'"),
         (datadog_hooks, "ddtrace", "pip install 'stroma-runner[datadog]'"),
-        (lambda: datadog_hooks(tracer=Raising(), statsd="a:1"), "datadog", "pip install 'stroma-runner[datadog]'"),  # type: ignore[arg-type]
+        (
+            lambda: datadog_hooks(tracer=Raising(), statsd="a:1"),
+            "datadog",
+            "pip install 'stroma-runner[datadog]'",
+        ),  # type: ignore[arg-type]
         (sentry_hooks, "sentry_sdk", "pip install 'stroma-runner[sentry]'"),
     ],
 )

@@ -44,7 +44,6 @@ def step(name: str, *, failures: int = 0) -> Any:
     async def call(state: State) -> Any:
         await asyncio.sleep(0.001)
         here = current_node()
-        assert here is not None
         if here.attempt <= failures:
             raise ConnectionError("no")
         return state, 10, 5, "gpt-4o-mini"

@@ -138,7 +138,6 @@ async def test_the_bill_is_that_of_the_provider(seen: Seen, provider: Server, in
     @runner.node("ask", input=State, output=State)
     async def ask(state: State) -> Any:
         node = current_node()
-        assert node is not None
         with seen.user.start_as_current_span("client") as span:
             reply = await ask_openai_async(urls[node.attempt - 1])
             if instrumented:
@@ -225,7 +224,6 @@ async def test_a_failed_call_that_was_paid(seen: Seen) -> None:
     @runner.node("ask", input=State, output=State)
     async def ask(state: State) -> State:
         node = current_node()
-        assert node is not None
         node.report_usage(input_tokens=100, output_tokens=20, model=MODEL)
         raise ValueError("no")
 
@@ -250,7 +248,6 @@ async def test_a_call_whose_span_is_around_the_node(seen: Seen) -> None:
     @guard.step("model")
     async def model() -> str:
         node = current_node()
-        assert node is not None
         node.report_usage(input_tokens=40 if node.attempt == 1 else 100, output_tokens=2, model=MODEL)
         if node.attempt == 1:
             raise ConnectionError

@@ -28,7 +28,7 @@ def quick(hooks: Any, **options: Any) -> StromaRunner:
 def flaky(runner: StromaRunner, failures: int = 1) -> Any:
     @runner.node("flaky", input=State, output=State)
     async def node(state: State) -> Any:
-        if current_node().attempt <= failures:  # type: ignore[union-attr]
+        if current_node().attempt <= failures:
             raise ConnectionError(f"no for {state.key.get_secret_value()}")
         return state, 10, 5, "gpt-4o-mini"
 

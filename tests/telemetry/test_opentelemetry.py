@@ -132,7 +132,7 @@ def quick(hooks: Any, *, retries: int = 1, **config: Any) -> StromaRunner:
 def flaky(runner: StromaRunner, name: str = "flaky", failures: int = 1) -> Any:
     @runner.node(name, input=State, output=State)
     async def node(state: State) -> Any:
-        if current_node().attempt <= failures:  # type: ignore[union-attr]
+        if current_node().attempt <= failures:
             raise ConnectionError(f"no answer for {state.key.get_secret_value()}")
         return state, 10, 5, "gpt-4o-mini"
 
@@ -299,8 +299,8 @@ class TestEndings:
 
         @runner.node("node", input=State, output=State)
         async def node(state: State) -> State:
-            with seen.user.start_as_current_span(f"call {current_node().attempt}"):  # type: ignore[union-attr]
-                if current_node().attempt == 1:  # type: ignore[union-attr]
+            with seen.user.start_as_current_span(f"call {current_node().attempt}"):
+                if current_node().attempt == 1:
                     raise ConnectionError
             return state
 

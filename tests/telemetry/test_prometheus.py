@@ -41,8 +41,8 @@ def quick(registry: CollectorRegistry, **config: Any) -> StromaRunner:
 def node(runner: StromaRunner, name: str, *, failures: int = 0, tokens: int = 100) -> Any:
     @runner.node(name, input=State, output=State)
     async def call(state: State) -> Any:
-        if current_node().attempt <= failures:  # type: ignore[union-attr]
-            current_node().report_usage(input_tokens=tokens, model="gpt-4o-mini")  # type: ignore[union-attr]
+        if current_node().attempt <= failures:
+            current_node().report_usage(input_tokens=tokens, model="gpt-4o-mini")
             raise ConnectionError("no")
         await asyncio.sleep(0.015)
         return state, tokens, tokens, "gpt-4o-mini"

@@ -40,7 +40,7 @@ def run(path: pathlib.Path, hooks: Any) -> Any:
     @runner.node("flaky", input=State, output=State)
     async def flaky(state: State) -> Any:
         await asyncio.sleep(0.02)
-        if current_node().attempt == 1 and state.n:  # type: ignore[union-attr]
+        if current_node().attempt == 1 and state.n:
             raise ConnectionError("no")
         return state, 10, 5, "gpt-4o-mini"
 

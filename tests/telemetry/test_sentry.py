@@ -49,7 +49,7 @@ def node(runner: StromaRunner, name: str, error: type[Exception] | None = None, 
     @runner.node(name, input=State, output=State)
     async def call(state: State) -> State:
         secret = state.key.get_secret_value()
-        if error is not None and current_node().attempt <= failures:  # type: ignore[union-attr]
+        if error is not None and current_node().attempt <= failures:
             raise error(f"{name} said no to {secret}")
         await asyncio.sleep(0)
         return state

@@ -92,7 +92,7 @@ async def test_spans_of_a_run_in_both_modes(mode: str) -> None:
 
         @runner.node("a", input=Number, output=Number)
         async def a(state: Number) -> Number:
-            if current_node().attempt == 1:  # type: ignore[union-attr]
+            if current_node().attempt == 1:
                 raise ConnectionError
             return state
 

@@ -185,7 +185,6 @@ async def test_a_trace_that_was_looked_at_is_still_the_runs_own() -> None:
 
     async def look(*_: Any) -> None:
         current = current_node()
-        assert current is not None
         list(current.ctx.trace.walk())
 
     async def spoil(run_id: str, result: Any) -> None:

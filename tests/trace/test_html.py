@@ -45,7 +45,7 @@ def node(node_id: str, func: Any, output: type[BaseModel] = State) -> Any:
 
 
 async def flaky(state: Any) -> Any:
-    if current_node().attempt == 1:  # type: ignore[union-attr]
+    if current_node().attempt == 1:
         raise TimeoutError(HOSTILE)
     return {"n": 1}, 1000, 200, "gpt-4o-mini"
 

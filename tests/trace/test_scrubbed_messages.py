@@ -24,7 +24,7 @@ from stroma import (
     SQLiteStore,
     StromaRunner,
     Suspend,
-    current_node,
+    current_node_or_none,
     map_over,
 )
 from stroma.cli import main as stroma_command
@@ -152,7 +152,7 @@ async def test_a_raising_hook_tells_no_secret(log: Log) -> None:
     """What a hook raises is logged with its traceback, in one line for each message and without secrets."""
 
     async def on_node_failure(_run_id: str, _node_id: str, exc: Exception, _class: Any) -> None:
-        assert current_node() is not None
+        assert current_node_or_none() is not None
         try:
             raise KeyError(SECRET)
         except KeyError as cause:

@@ -104,7 +104,6 @@ async def gives_dict_and_response(state: Query) -> tuple[dict[str, Any], openai.
     client = openai.AsyncOpenAI()
     answer = await client.chat.completions.create(model="gpt-4o", messages=[])
     node = current_node()
-    assert node is not None
     node.report_usage(answer)
     node.report_usage(answer, model="ours", tier="batch")
     node.report_usage(input_tokens=9, cached_input_tokens=3, cache_write_tokens=2, model="gpt-4o")

@@ -34,6 +34,7 @@ from stroma import (
     TraceEvent,
     classify,
     current_node,
+    current_node_or_none,
     default_policy_map,
     execute_step,
     map_over,
@@ -184,8 +185,9 @@ StromaRunner.quick(store={})  # type: ignore[arg-type]  # pyright: ignore[report
 
 async def on_start(run_id: str, node_id: str, state: dict[str, Any]) -> None:
     here = current_node()
-    assert_type(here, NodeExecution | None)
-    if here is not None:
+    assert_type(here, NodeExecution)
+    assert_type(current_node_or_none(), NodeExecution | None)
+    if here.attempt > 1:
         logging.info("%s %s %d %s", here.run_id, here.pipeline, here.attempt, here.idempotency_key)
         here.report_usage(input_tokens=5, model="gpt-4o")
 

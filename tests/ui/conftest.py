@@ -143,7 +143,7 @@ async def first(state: Any) -> Any:
 
 
 async def flaky(state: Any) -> Any:
-    if current_node().attempt == 1:  # type: ignore[union-attr]
+    if current_node().attempt == 1:
         raise TimeoutError(SCRIPT)
     return {"n": 2}, 10, 5, "gpt-4o-mini"
 

@@ -29,7 +29,6 @@ class Answer(BaseModel):
 
 async def _asks(state: Any) -> Any:
     at = current_node()
-    assert at is not None
     answer = at.wait_for(Answer, reason="may <b>it</b> be billed?")
     return {"n": 7, "text": answer.note}
 

@@ -34,7 +34,6 @@ def living(store: SQLiteStore) -> Any:
         reached.set()
         await asyncio.to_thread(go.wait, 60)
         node = current_node()
-        assert node is not None
         node.report_usage(input_tokens=10)
         return state
 

@@ -16,7 +16,6 @@ NODES = 1000
 
 async def _twice(state: Any) -> Any:
     at = current_node()
-    assert at is not None
     if at.attempt == 1:
         raise TimeoutError(f"the provider took too long for {at.node_id}")
     return {"n": state.n + 1, "text": "x"}, 120, 20, "gpt-4o-mini"

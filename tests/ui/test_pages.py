@@ -270,7 +270,7 @@ def test_idle_time(store: SQLiteStore, serve: Any) -> None:
     """A run that waited long has a link that folds the time in which nothing ran, and one that shows it again."""
 
     async def fails_once(state: Any) -> Any:
-        if current_node().attempt == 1:  # type: ignore[union-attr]
+        if current_node().attempt == 1:
             raise TimeoutError("slow")
         return {"n": 1}
 

@@ -117,7 +117,7 @@ def test_a_failure_that_is_tried_again_is_no_cause(store: SQLiteStore, serve: An
     texts: list[str] = []
 
     async def fails_once(state: Any) -> Any:
-        if current_node().attempt == 1:  # type: ignore[union-attr]
+        if current_node().attempt == 1:
             raise TimeoutError("slow")
         for path in ("/run?id=x", "/"):
             texts.append(await asyncio.to_thread(lambda at=path: site.ask("GET", at).text))

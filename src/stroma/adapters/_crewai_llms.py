@@ -150,7 +150,6 @@ class _Ledger:
     def book(self, llm: Any) -> None:
         """Count what is new on the step that is under way; of a failed call, too."""
         node = current_node()
-        assert node is not None
         with self._lock:
             now, before = _counted(llm), self._booked
             self._booked = now

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from stroma.adapters._state_views import View, arguments_of
 from stroma.adapters.guard import Guard
-from stroma.engine.execution import current_node
+from stroma.engine.execution import current_node, current_node_or_none
 
 __all__ = ["before", "guard_methods", "within", "wrap_method"]
 
@@ -187,7 +187,7 @@ def _asking(name: str, bare: Any) -> Any:
 
 def _is_inside(owner: Any, name: str) -> bool:
     """Return True inside a step of an object, or of a call of its method: a method that its subclass calls, for example."""
-    node = current_node()
+    node = current_node_or_none()
     if node is not None and node.notes.get(id(owner)) is owner:
         return True
     return any(entered == name and each is owner for entered, each in _ENTERED.get())
@@ -206,8 +206,6 @@ def _noted(call: Any) -> Any:
     """Return a function that marks the current step as one of its first argument."""
 
     def note(owner: Any, *_: Any, **__: Any) -> None:
-        node = current_node()
-        assert node is not None
-        node.notes[id(owner)] = owner
+        current_node().notes[id(owner)] = owner
 
     return before(call, note)

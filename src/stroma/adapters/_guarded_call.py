@@ -22,7 +22,7 @@ from stroma.cost.usage import Usage, UsageError, usage_from
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.engine.effects import UnknownOutcome
-from stroma.engine.execution import NodeExecution, current_node
+from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.engine.loop import execute
 from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.failures.classes import FailureClass
@@ -248,7 +248,7 @@ class Call:
         run, step = self.run, self.step
         await run.open(self)
         ctx = run.ctx
-        parent = current_node()
+        parent = current_node_or_none()
         if parent is not None and parent.ctx is not ctx:
             parent = None
         halts = run.halts if parent is None else InnerCalls.of(parent).halts

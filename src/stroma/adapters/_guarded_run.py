@@ -28,7 +28,7 @@ from stroma.contracts.untyped import UntypedState
 from stroma.cost.prices import estimate_cost_usd
 from stroma.cost.usage import Usage
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution, current_node
+from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.engine.outcome import Halt
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunCancelled
@@ -156,7 +156,7 @@ class GuardedRun:
         ``tokens``: inside a step those since its attempt began, elsewhere those of the whole run in this process. The guard
         may count more: failed attempts, and calls that the framework counts nowhere.
         """
-        node = current_node()
+        node = current_node_or_none()
         if node is not None and node.ctx is self.ctx:
             known: int = node.notes.get(_UNACCOUNTED, 0)
             counted, place = (

@@ -17,7 +17,7 @@ from stroma.adapters._langchain_messages import usage_of
 from stroma.adapters._step import mark_published
 from stroma.cost.budget import BudgetExceeded
 from stroma.cost.prices import estimate_cost_usd
-from stroma.engine.execution import NodeExecution, current_node
+from stroma.engine.execution import NodeExecution, current_node_or_none
 
 __all__ = ["acounted", "counted", "counting"]
 
@@ -38,7 +38,7 @@ class _Counter(BaseCallbackHandler):
         self._asked_by: dict[UUID, NodeExecution | GuardedRun] = {}
 
     def on_chat_model_start(self, *_: Any, run_id: UUID, **__: Any) -> None:
-        asking = current_node() or active_run()  # Edges call models too.
+        asking = current_node_or_none() or active_run()  # Edges call models too.
         if asking is not None:
             _refuse_beyond_budget(asking)
             self._asked_by[run_id] = asking

@@ -7,7 +7,7 @@ from typing import Any
 from langgraph.types import Command
 
 from stroma.adapters.guard import Guard
-from stroma.engine.execution import current_node
+from stroma.engine.execution import current_node_or_none
 
 __all__ = ["answer_of", "goes_on", "is_answered", "may_be_suspended", "note_suspended"]
 
@@ -18,7 +18,7 @@ def goes_on(input: Any) -> bool:
 
 def is_answered(guard: Guard, input: Any) -> bool:
     """Return True if a graph goes on whose nodes have stored answers (``stroma approve``)."""
-    return input is None and current_node() is None and bool(guard.current.answers)
+    return input is None and current_node_or_none() is None and bool(guard.current.answers)
 
 
 def answer_of(guard: Guard, state: Any) -> Any:
@@ -39,7 +39,7 @@ def answer_of(guard: Guard, state: Any) -> Any:
 
 def may_be_suspended(graph: Any, guard: Guard, options: dict[str, Any]) -> bool:
     """Return True if LangGraph may have ended the call without an interrupt() that a step has seen."""
-    if current_node() is not None or not graph.checkpointer or guard.current.ctx.suspended:
+    if current_node_or_none() is not None or not graph.checkpointer or guard.current.ctx.suspended:
         return False
     own = graph.interrupt_before_nodes or graph.interrupt_after_nodes
     return bool(own or options.get("interrupt_before") or options.get("interrupt_after"))

@@ -12,7 +12,7 @@ from stroma.adapters._state_views import View, as_it_is, first_argument
 from stroma.checkpoint.identity import StepCalls
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.copying import replace_records
-from stroma.engine.execution import NodeExecution, current_node
+from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.engine.outcome import Halt
 from stroma.trace.events import AttemptRow, TraceEvent
 
@@ -128,13 +128,13 @@ def copy_for_retries(state: Any) -> Any:
 
 def input_of_attempt(state: Any, original: Any) -> Any:
     """Return the state, or for a further attempt a copy of the original, as the first attempt may have changed it."""
-    node = current_node()
+    node = current_node_or_none()
     return state if node is None or node.attempt == 1 else copy_for_retries(original)
 
 
 def mark_published() -> None:
     """Mark the current steps: their caller has received a part of the result, so that no attempt follows this one."""
-    execution = current_node()
+    execution = current_node_or_none()
     while execution is not None:
         InnerCalls.of(execution).is_published = True
         execution = execution.parent

@@ -38,7 +38,7 @@ except ImportError as error:
 
 from stroma.adapters._step import GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for, what_stopped
-from stroma.engine.execution import current_node
+from stroma.engine.execution import current_node, current_node_or_none
 
 warn_if_untested("agent-framework")
 
@@ -102,7 +102,7 @@ def _names_of(tools: Any, seen: tuple[Any, ...] = ()) -> set[str]:
 
 def _shared_above() -> _Shared | None:
     """Return the state of the guarded agent that the code here runs inside of."""
-    node = current_node()
+    node = current_node_or_none()
     while node is not None:
         shared: _Shared | None = node.notes.get(_Shared)
         if shared is not None:
@@ -221,9 +221,8 @@ class _AgentCall(Rest):
 
     def _begin(self) -> bool:
         """Note the agent on its step; return True if it is inside no other one."""
-        is_outermost, node = _shared_above() is None, current_node()
-        assert node is not None
-        node.notes[_Shared] = self._shared
+        is_outermost = _shared_above() is None
+        current_node().notes[_Shared] = self._shared
         return is_outermost
 
     def _end(self, response: Any, is_outermost: bool) -> None:

@@ -30,7 +30,7 @@ from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import usage_from
 from stroma.engine.current import CURRENT
-from stroma.engine.execution import current_node
+from stroma.engine.execution import current_node, current_node_or_none
 
 warn_if_untested("dspy")
 
@@ -84,7 +84,7 @@ class _Tracker(UsageTracker):
     def __init__(self) -> None:
         super().__init__()
         #: The step here, and the runs, for the threads that DSPy starts: they get its settings, and no context.
-        self.context: Changes = [(ACTIVE, ACTIVE.get()), (CURRENT, current_node())]
+        self.context: Changes = [(ACTIVE, ACTIVE.get()), (CURRENT, current_node_or_none())]
         outer = dspy.settings.usage_tracker
         #: The one of the user's, around all steps.
         self.users: Any = outer.users if isinstance(outer, _Tracker) else outer
@@ -130,7 +130,6 @@ class _PublishingStream:
 def _booking() -> Iterator[None]:
     """Book what the models inside use on the step here, when it fails, too."""
     node, tracker = current_node(), _Tracker()
-    assert node is not None
     try:
         stream = dspy.settings.send_stream
         published = (

@@ -29,7 +29,7 @@ from stroma.adapters._state_views import newest_of, violation
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
 from stroma.cost.usage import Usage
-from stroma.engine.execution import current_node
+from stroma.engine.execution import current_node, current_node_or_none
 
 warn_if_untested("pydantic-ai")
 
@@ -54,7 +54,7 @@ class StromaCapability(AbstractCapability[Any]):
         self._checked = not self._tools
 
     async def wrap_run(self, ctx: Any, *, handler: Any) -> Any:
-        around = current_node()
+        around = current_node_or_none()
         if around is not None and around.notes.get(_RUN) == ctx.run_id:
             return await handler()  # The agent has the capability twice.
         name = getattr(ctx.agent, "name", None) or "agent"
@@ -83,7 +83,6 @@ class StromaCapability(AbstractCapability[Any]):
     async def _run(self, ctx: Any, handler: Any) -> Any:
         """Run an agent in its step, and compare what it has used by its own figure."""
         node, usage = current_node(), ctx.usage
-        assert node is not None
         around = node.parent
         while around is not None and around.notes.get(_USAGE) is not usage:
             around = around.parent
@@ -103,14 +102,12 @@ class StromaCapability(AbstractCapability[Any]):
         return request_context
 
     async def wrap_tool_execute(self, ctx: Any, *, call: Any, tool_def: Any, args: Any, handler: Any) -> Any:
-        around = current_node()
+        around = current_node_or_none()
         if around is not None and around.notes.get(_CALL) is call:
             return await handler(args)
 
         async def execute(args: Any) -> Any:
-            node = current_node()
-            assert node is not None
-            node.notes[_CALL] = call
+            current_node().notes[_CALL] = call
             return await handler(args)
 
         step = GuardedStep(call.tool_name, self._tools.get(call.tool_name), control=control, role="tool")

@@ -16,7 +16,7 @@ from stroma.cli.output import Part, err, fit, wrap
 from stroma.cli.progress import Progress, failure_message
 from stroma.cli.screen import Screen
 from stroma.cost.budget import ExecutionBudget, limits
-from stroma.engine.execution import NodeExecution, current_node
+from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import NodeContext, diagnose
 from stroma.hooks.sets import MapProgress, NodeHooks
@@ -95,7 +95,7 @@ class LiveProgress(Progress):
         self._screen.open()
 
     async def _node_start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        node = current_node()
+        node = current_node_or_none()
         if node is None:
             return
         with self._lock:
@@ -114,7 +114,7 @@ class LiveProgress(Progress):
     async def _node_failure(
         self, run_id: str, node_id: str, exc: Exception, failure_class: FailureClass
     ) -> None:
-        node = current_node()
+        node = current_node_or_none()
         if node is None:
             return
         failure = diagnose(exc, NodeContext(node_id, node.attempt, run_id))
@@ -125,7 +125,7 @@ class LiveProgress(Progress):
     async def _node_retry(
         self, run_id: str, node_id: str, attempt: int, delay: float, failure_class: FailureClass
     ) -> None:
-        node = current_node()
+        node = current_node_or_none()
         if node is None:
             return
         with self._lock:
@@ -136,7 +136,7 @@ class LiveProgress(Progress):
             row.waiting[place] = RowWait(time.monotonic() + delay, f"retry after {clean(reason, 60)}")
 
     async def _node_skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        node = current_node()
+        node = current_node_or_none()
         if node is not None:
             with self._lock:
                 row = self._row(node)
@@ -151,7 +151,7 @@ class LiveProgress(Progress):
         self._end("suspended", clean(reason))
 
     async def _map_progress(self, run_id: str, node_id: str, progress: MapProgress) -> None:
-        node = current_node()
+        node = current_node_or_none()
         if node is None:
             return
         with self._lock:
@@ -163,7 +163,7 @@ class LiveProgress(Progress):
             row.last = now
 
     async def _node_wait(self, run_id: str, node_id: str, reason: str, seconds: float) -> None:
-        node = current_node()
+        node = current_node_or_none()
         if node is not None:
             with self._lock:
                 until = time.monotonic() + seconds if seconds else None
@@ -214,7 +214,7 @@ class LiveProgress(Progress):
         self._rows = dict(items)
 
     def _end(self, state: str, why: str = "") -> None:
-        node = current_node()
+        node = current_node_or_none()
         if node is None:
             return
         with self._lock:

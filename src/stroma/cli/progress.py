@@ -14,7 +14,7 @@ from stroma.cli.errors import is_debugging
 from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, cell_width, err
 from stroma.cost.budget import BudgetExceeded
-from stroma.engine.execution import NodeExecution, current_node
+from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure, NodeContext, diagnose, kind_of, message_of, text_of
 from stroma.hooks.sets import MapProgress, NodeHooks
@@ -99,7 +99,7 @@ class Progress:
         timed_lines(("budget: ", "yellow"), f"{used:.6g} of {limit:.6g} {unit} used ({dimension})")
 
     async def _map_progress(self, run_id: str, node_id: str, progress: MapProgress) -> None:
-        node, total = current_node(), progress.total
+        node, total = current_node_or_none(), progress.total
         if node is None or (total is not None and total <= _MAX_ITEM_LINES):
             return
         self._many.setdefault((node.position, node.branch), _MAX_FAILURE_LINES)
@@ -130,20 +130,20 @@ class Progress:
     # ------------------------------------------------------------------ nodes
 
     async def _node_start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        node = current_node()
+        node = current_node_or_none()
         if node is not None and not self._is_one_of_many(node):
             self._started[node.position, node.branch] = time.perf_counter()
             again = f"attempt {node.attempt}" if node.attempt > 1 else ""
             self._event(node, node_id, ("start", "cyan"), again)
 
     async def _node_success(self, run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
-        if not self._is_one_of_many(current_node()):
-            self._event(current_node(), node_id, ("ok", "green"), *self._usage(), totals=True)
+        if not self._is_one_of_many(current_node_or_none()):
+            self._event(current_node_or_none(), node_id, ("ok", "green"), *self._usage(), totals=True)
 
     async def _node_failure(
         self, run_id: str, node_id: str, exc: Exception, failure_class: FailureClass
     ) -> None:
-        node = current_node()
+        node = current_node_or_none()
         if self._is_one_of_many(node, failed=True):
             return
         attempt = node.attempt if node is not None else 1
@@ -157,28 +157,30 @@ class Progress:
     async def _node_retry(
         self, run_id: str, node_id: str, attempt: int, delay: float, failure_class: FailureClass
     ) -> None:
-        if not self._is_one_of_many(current_node()):
+        if not self._is_one_of_many(current_node_or_none()):
             self._event(
-                current_node(),
+                current_node_or_none(),
                 node_id,
                 ("wait", "yellow"),
                 f"{format_duration(delay)}, then attempt {attempt}",
             )
 
     async def _node_skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        if not self._is_one_of_many(current_node()):
-            self._event(current_node(), node_id, ("restored", "blue"), "finished earlier, not called again")
+        if not self._is_one_of_many(current_node_or_none()):
+            self._event(
+                current_node_or_none(), node_id, ("restored", "blue"), "finished earlier, not called again"
+            )
 
     async def _node_cancelled(self, run_id: str, node_id: str) -> None:
-        if not self._is_one_of_many(current_node()):
-            self._event(current_node(), node_id, ("cancelled", "yellow"), *self._usage(), totals=True)
+        if not self._is_one_of_many(current_node_or_none()):
+            self._event(current_node_or_none(), node_id, ("cancelled", "yellow"), *self._usage(), totals=True)
 
     async def _node_suspended(self, run_id: str, node_id: str, reason: str) -> None:
-        self._event(current_node(), node_id, ("suspended", "yellow"), clean(reason))
+        self._event(current_node_or_none(), node_id, ("suspended", "yellow"), clean(reason))
 
     def _usage(self) -> list[str]:
         """Return seconds, tokens, dollars and model of the current attempt."""
-        node = current_node()
+        node = current_node_or_none()
         if node is None:
             return []
         started = self._started.pop((node.position, node.branch), None)

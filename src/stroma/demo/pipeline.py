@@ -184,7 +184,6 @@ def _client() -> openai.AsyncOpenAI:
 async def _ask(task: str, instructions: str, text: str) -> Any:
     """Return the model's JSON answer, or its text if that is not JSON, which fails every contract."""
     node = current_node()
-    assert node is not None
     messages: list[Any] = [
         {"role": "system", "content": f"TASK: {task}\n{instructions}"},
         {"role": "user", "content": text},
@@ -353,7 +352,7 @@ def lasting(exc: Exception, context: NodeContext) -> FailureClass | None:
 async def page_someone(run_id: str, node_id: str, exc: Exception, failure_class: FailureClass) -> None:
     """Stand-in for a page to the person on call, for failures that no retry can fix."""
     node = current_node()
-    if failure_class is FailureClass.TERMINAL and node is not None and node.kind != "group":
+    if failure_class is FailureClass.TERMINAL and node.kind != "group":
         logger.warning("on-call is paged: node %s of run %s failed for good: %s", node_id, run_id, exc)
 
 

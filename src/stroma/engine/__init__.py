@@ -7,15 +7,23 @@ from stroma._utils.lazy import lazy
 if TYPE_CHECKING:
     from stroma.engine.config import RunConfig
     from stroma.engine.context import ReliabilityContext
-    from stroma.engine.execution import NodeExecution, current_node, current_run
+    from stroma.engine.execution import NodeExecution, current_node, current_node_or_none, current_run
 
-__all__ = ["NodeExecution", "ReliabilityContext", "RunConfig", "current_node", "current_run"]
+__all__ = [
+    "NodeExecution",
+    "ReliabilityContext",
+    "RunConfig",
+    "current_node",
+    "current_node_or_none",
+    "current_run",
+]
 
 _HOMES = {
     "NodeExecution": "engine.execution",
     "ReliabilityContext": "engine.context",
     "RunConfig": "engine.config",
     "current_node": "engine.execution",
+    "current_node_or_none": "engine.execution",
     "current_run": "engine.execution",
 }
 

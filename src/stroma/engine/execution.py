@@ -23,7 +23,7 @@ from stroma.trace.redaction import scrubbed_error
 if TYPE_CHECKING:
     from stroma.engine.context import ReliabilityContext
 
-__all__ = ["NodeExecution", "RemainingBudget", "current_node", "current_run"]
+__all__ = ["NodeExecution", "RemainingBudget", "current_node", "current_node_or_none", "current_run"]
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 Kind = Literal["node", "group", "item"]
@@ -388,14 +388,25 @@ class NodeExecution:
         return reported
 
 
-def current_node() -> NodeExecution | None:
-    """Return the node execution around this code: inside a node's function and its hooks, elsewhere None."""
+def current_node() -> NodeExecution:
+    """Return the node execution around this code: inside a node's function and its hooks. Elsewhere it raises RuntimeError."""
+    node: NodeExecution | None = CURRENT.get()
+    if node is None:
+        raise RuntimeError(
+            "no node is running here; call current_node() in a node's function or in a hook of a node, and "
+            "current_node_or_none() in code that also runs elsewhere"
+        )
+    return node
+
+
+def current_node_or_none() -> NodeExecution | None:
+    """Return the node execution around this code, None elsewhere: for libraries, whose code also runs outside of nodes."""
     node: NodeExecution | None = CURRENT.get()
     return node
 
 
 def current_run() -> ReliabilityContext | None:
     """Return the run around this code: inside a node's function and in all hooks, elsewhere None."""
-    node = current_node()
+    node = current_node_or_none()
     run: ReliabilityContext | None = RUN.get() if node is None else node.ctx
     return run

@@ -21,7 +21,7 @@ from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution, current_node
+from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.engine.loop import execute
 from stroma.engine.outcome import Halt, Place
 from stroma.engine.redelivery import redeliver
@@ -76,7 +76,7 @@ async def execute_step(
             f"the input of step {step_id!r} must be a pydantic model, not {type(input_state).__name__}"
         )
     node = _node_of(step_id, func, ctx, contract)
-    parent = current_node()
+    parent = current_node_or_none()
     if parent is not None and parent.ctx is not ctx:
         parent = None
     if parent is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
-from stroma.engine.execution import NodeExecution, current_node
+from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.failures.classes import FailureClass
 from stroma.hooks.sets import MapProgress, NodeHooks
 from stroma.trace.events import TraceEvent
@@ -365,7 +365,7 @@ class _EventHooks:
         return {"position": node.position, "branch": node.branch, "attempt": node.attempt or None}
 
     def _ended(self) -> dict[str, Any]:
-        node = current_node()
+        node = current_node_or_none()
         fields = self._where(node)
         if node is not None and node.ended is not None:
             event, shown = node.ctx.trace.event_of(node.ended), node.ctx.redactor.redact_state
@@ -385,7 +385,7 @@ class _EventHooks:
         self._run.describe_end(result)
 
     async def start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        self._run.publish("node_start", run_id, node_id, state=state, **self._where(current_node()))
+        self._run.publish("node_start", run_id, node_id, state=state, **self._where(current_node_or_none()))
         await self._run.wait_for_room()
 
     async def success(self, run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
@@ -397,14 +397,14 @@ class _EventHooks:
         await self._run.wait_for_room()
 
     async def retry(self, run_id: str, node_id: str, attempt: int, delay: float, kind: FailureClass) -> None:
-        fields = {**self._where(current_node()), "attempt": attempt}
+        fields = {**self._where(current_node_or_none()), "attempt": attempt}
         self._run.publish(
             "node_retry", run_id, node_id, details={"delay_seconds": delay, "failure_class": kind}, **fields
         )
         await self._run.wait_for_room()
 
     async def skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        self._run.publish("node_skipped", run_id, node_id, state=state, **self._where(current_node()))
+        self._run.publish("node_skipped", run_id, node_id, state=state, **self._where(current_node_or_none()))
         await self._run.wait_for_room()
 
     async def cancelled(self, run_id: str, node_id: str) -> None:
@@ -424,7 +424,7 @@ class _EventHooks:
             run_id,
             node_id,
             progress=progress,
-            **{**self._where(current_node()), "attempt": None},
+            **{**self._where(current_node_or_none()), "attempt": None},
         )
 
     def hooks(self) -> NodeHooks:

@@ -11,7 +11,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.trace import get_current_span
 
-from stroma.engine.execution import NodeExecution, current_node, current_run
+from stroma.engine.execution import NodeExecution, current_node_or_none, current_run
 from stroma.telemetry.conventions import NODE_ID, OF_RUN, SCOPE, about_run
 from stroma.telemetry.inference import INSTRUMENTED
 
@@ -46,7 +46,7 @@ class AttributionProcessor(SpanProcessor):
         """Stamp a span."""
         parent = get_current_span(parent_context)
         of_parent: Any = getattr(parent, "attributes", None) or {}
-        node = current_node()
+        node = current_node_or_none()
         is_ours = span.instrumentation_scope is not None and span.instrumentation_scope.name == SCOPE
         if not is_ours:
             if "stroma.run.id" in of_parent:

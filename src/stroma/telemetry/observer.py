@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution, current_node, current_run
+from stroma.engine.execution import NodeExecution, current_node_or_none, current_run
 from stroma.engine.tasks import in_thread
 from stroma.failures.classes import FailureClass
 from stroma.hooks.sets import NodeHooks
@@ -259,7 +259,7 @@ class Observer:
         return id(self)
 
     def _ended(self, event: str, ended: Ended) -> None:
-        node = current_node()
+        node = current_node_or_none()
         # An end without a start: a violated input contract, or a hook call that is redelivered.
         if self._has_node_end:
             self._watch_end(node)
@@ -303,7 +303,7 @@ class _HookCalls:
         self._exporter._safely("on_run_end", self._exporter.run_ended, current_run(), result)
 
     async def on_node_start(self, _run_id: str, _node_id: str, state: dict[str, Any]) -> None:
-        node = current_node()
+        node = current_node_or_none()
         if self._exporter._has_node_end:
             self._exporter._watch_end(node)
         self._exporter._safely("on_node_start", self._exporter.attempt_started, node, state)
@@ -316,7 +316,7 @@ class _HookCalls:
     async def on_node_failure(
         self, _run_id: str, _node_id: str, exc: Exception, failure_class: FailureClass
     ) -> None:
-        node = current_node()
+        node = current_node_or_none()
         reason = None if node is None else node.reason
         self._exporter._ended("on_node_failure", Ended("failure", exc, failure_class, reason=reason))
 
@@ -330,11 +330,11 @@ class _HookCalls:
         self, _run_id: str, _node_id: str, attempt: int, delay: float, failure_class: FailureClass
     ) -> None:
         self._exporter._safely(
-            "on_node_retry", self._exporter.retrying, current_node(), attempt, delay, failure_class
+            "on_node_retry", self._exporter.retrying, current_node_or_none(), attempt, delay, failure_class
         )
 
     async def on_node_skipped(self, _run_id: str, _node_id: str, _output: dict[str, Any]) -> None:
-        self._exporter._safely("on_node_skipped", self._exporter.skipped, current_node())
+        self._exporter._safely("on_node_skipped", self._exporter.skipped, current_node_or_none())
 
     async def on_budget_warning(self, _run_id: str, dimension: str, used: float, limit: float) -> None:
         self._exporter._safely(
@@ -342,7 +342,9 @@ class _HookCalls:
         )
 
     async def on_node_wait(self, _run_id: str, _node_id: str, reason: str, seconds: float) -> None:
-        self._exporter._safely("on_node_wait", self._exporter.waiting, current_node(), reason, seconds)
+        self._exporter._safely(
+            "on_node_wait", self._exporter.waiting, current_node_or_none(), reason, seconds
+        )
 
     async def on_circuit_change(self, _run_id: str, key: str, state: str) -> None:
         self._exporter._safely("on_circuit_change", self._exporter.circuit_changed, current_run(), key, state)
@@ -409,4 +411,6 @@ class ExporterHooks(NodeHooks):
 
 def missing(needed: str, factory: str, extra: str) -> ImportError:
     """Return the ImportError of an exporter whose SDK is not installed."""
-    return ImportError(f"{needed} is required for {factory}; install it with: pip install 'stroma-runner[{extra}]'")
+    return ImportError(
+        f"{needed} is required for {factory}; install it with: pip install 'stroma-runner[{extra}]'"
+    )

@@ -16,7 +16,7 @@ from stroma.checkpoint.entries import RunControl
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution, current_node
+from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.engine.interceptors import INTERCEPTORS, Call, Interceptor
 from stroma.hooks.dispatch import NO_HOOKS
 from stroma.hooks.sets import NodeHooks
@@ -128,7 +128,7 @@ class Deaths(Interceptor):
 
     def begins(self, ctx: ReliabilityContext) -> NodeHooks | None:
         async def hook(run_id: str, node_id: str, *_: Any) -> None:
-            run = current_node()
+            run = current_node_or_none()
             if run is not None:
                 self.reach(ctx, _at("after_hooks", run))
 

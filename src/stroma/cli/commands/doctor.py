@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 import click
 
+from stroma._utils.distributions import find_other_distribution, reinstall_command
 from stroma._utils.text import clean, format_duration
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.errors import StoreError
@@ -90,6 +91,12 @@ def _programs() -> Iterator[Diagnosis]:
         version = "(not installed)"
     where = ".".join(map(str, sys.version_info[:3]))
     yield Diagnosis("stroma", "ok", f"{version}, Python {where}, pydantic {metadata.version('pydantic')}")
+    other = next(filter(None, map(find_other_distribution, sys.path)), None)
+    if other is not None:
+        message = (
+            f"the distribution {other!r} is another project that installs files over those of stroma-runner"
+        )
+        yield Diagnosis("packages", "note", message, reinstall_command())
 
 
 def _store(database: Database) -> Callable[[], Iterator[Diagnosis]]:
@@ -134,7 +141,9 @@ def _store(database: Database) -> Callable[[], Iterator[Diagnosis]]:
             message = (
                 f"{facts.format}, and this release writes {facts.writes}: a newer stroma has used the store"
             )
-            yield Diagnosis("format", "note", message, "upgrade stroma here, too: pip install -U stroma-runner")
+            yield Diagnosis(
+                "format", "note", message, "upgrade stroma here, too: pip install -U stroma-runner"
+            )
         else:
             yield Diagnosis("format", "ok", f"{facts.format}, which this release writes")
         for warning in facts.warnings:

@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution, current_node
+from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.failures.classes import FailureClass
 from stroma.telemetry.content import Content, type_name
 from stroma.telemetry.conventions import attribution_of, note_run
@@ -245,7 +245,7 @@ class Datadog(Observer):
             span.finish((node.started_ns + (node.duration_ms or 0.0) * 1e6) / 1e9)
         else:
             span.finish()
-        if of_node.active and current_node() is node:
+        if of_node.active and current_node_or_none() is node:
             # By itself the tracer makes the run's span active, or nothing, and not what was so for the caller.
             self._tracer.context_provider.activate(of_node.before)
 

@@ -10,7 +10,7 @@ from opentelemetry import metrics, trace
 
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution, current_node
+from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.engine.unread import UnreadState
 from stroma.failures.classes import FailureClass
 from stroma.telemetry.content import Content, type_name
@@ -336,7 +336,9 @@ class OpenTelemetry(Observer):
         if of_node is None:
             return
         span, ended = of_node.span, of_node.ended
-        if current_node() is node:  # A coroutine that is closed from elsewhere has left its context behind.
+        if (
+            current_node_or_none() is node
+        ):  # A coroutine that is closed from elsewhere has left its context behind.
             detach(of_node.attempt_token)
             detach(of_node.token)
         if of_node.attempt is not None:

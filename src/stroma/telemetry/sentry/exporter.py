@@ -11,7 +11,7 @@ import sentry_sdk.scope
 import sentry_sdk.tracing_utils
 
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution, current_node
+from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.failures.classes import FailureClass
 from stroma.telemetry.content import Content, type_name
 from stroma.telemetry.conventions import attribution_of, note_run
@@ -377,7 +377,7 @@ class Sentry(Observer):
         # Not "cancelled": the SDK streams spans of gen_ai operations, where every status but "ok" is an error.
         is_error = outcome == "failure" and not may_be_retried(node)
         spans.end(of_node.span, "internal_error" if is_error else "ok", of_node.scope)
-        if of_node.entered is not None and current_node() is node:
+        if of_node.entered is not None and current_node_or_none() is node:
             of_node.entered.close()
 
     # ------------------------------------------------------------------ events
