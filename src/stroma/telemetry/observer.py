@@ -409,4 +409,6 @@ class ExporterHooks(NodeHooks):
 
 def missing(needed: str, factory: str, extra: str) -> ImportError:
     """Return the ImportError of an exporter whose SDK is not installed."""
-    return ImportError(f"{needed} is required for {factory}; install it with: pip install 'stroma-runner[{extra}]'")
+    return ImportError(
+        f"{needed} is required for {factory}; install it with: pip install 'stroma-runner[{extra}]'"
+    )

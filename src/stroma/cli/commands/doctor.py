@@ -134,7 +134,9 @@ def _store(database: Database) -> Callable[[], Iterator[Diagnosis]]:
             message = (
                 f"{facts.format}, and this release writes {facts.writes}: a newer stroma has used the store"
             )
-            yield Diagnosis("format", "note", message, "upgrade stroma here, too: pip install -U stroma-runner")
+            yield Diagnosis(
+                "format", "note", message, "upgrade stroma here, too: pip install -U stroma-runner"
+            )
         else:
             yield Diagnosis("format", "ok", f"{facts.format}, which this release writes")
         for warning in facts.warnings:
