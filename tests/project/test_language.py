@@ -162,7 +162,6 @@ PENDING: set[str] = {
     "docs/adapters/mcp.md",
     "docs/adapters/openai_agents.md",
     "docs/adapters/pydantic_ai.md",
-    "docs/adapters.md",
     "docs/adr/0005-one-session-one-thread.md",
     "docs/adr/0006-sealed-payloads.md",
     "docs/adr/0008-maps-in-constant-memory.md",
@@ -202,7 +201,6 @@ PENDING: set[str] = {
     "docs/howto/sync-code.md",
     "docs/howto/test-without-a-provider.md",
     "docs/install.md",
-    "docs/map.md",
     "docs/migration/from-langgraph-edges.md",
     "docs/migration/from-langgraph.md",
     "docs/migration/from-loops.md",
@@ -218,7 +216,6 @@ PENDING: set[str] = {
     "docs/reference/index.md",
     "docs/reference/running.md",
     "docs/reference/trace.md",
-    "docs/repair.md",
     "docs/replay.md",
     "docs/scale.md",
     "docs/stores/index.md",
@@ -233,9 +230,6 @@ PENDING: set[str] = {
     "docs/telemetry/opentelemetry.md",
     "docs/telemetry/prometheus.md",
     "docs/telemetry/sentry.md",
-    "docs/telemetry.md",
-    "docs/temporal.md",
-    "docs/testing.md",
     "docs/tutorial/01-first-pipeline.md",
     "docs/tutorial/02-contracts.md",
     "docs/tutorial/03-failures-and-retries.md",
@@ -244,7 +238,6 @@ PENDING: set[str] = {
     "docs/tutorial/07-shared-context.md",
     "docs/tutorial/08-parallel-and-map.md",
     "docs/tutorial/11-going-to-production.md",
-    "docs/ui.md",
 }
 
 
