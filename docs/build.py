@@ -2,8 +2,8 @@
 
 It is made of the pages under docs/, of the changelog and the like beside them, and of the sources that pages link to. They are
 laid out in a folder of their own, with links that hold there, and the generator is strict: a warning is an error. Afterwards
-the site is looked at: every link and anchor leads somewhere, nothing is loaded from elsewhere, pictures have a text, headings
-come in order. The site works from any web server and, but for the search, from the disk.
+the site is checked: every link and anchor leads somewhere, nothing is loaded from elsewhere, images have a text, headings
+come in order. The site works from any web server and from the disk, search included.
 """
 
 from __future__ import annotations
@@ -34,28 +34,32 @@ BESIDE = {
 #: The first page here is the one of the repository there.
 SAME = {"README.md": "index.md"}
 
-#: The order of the pages. A name is a page, or all pages of a folder that are not named here; a page that is not there (yet) is
-#: passed over, and a page that no line has stands under "More".
+#: The order of the pages, by what readers want to do. "A/B" is the group B inside the section A. An entry is a page, or all pages
+#: of a folder that are not named here. A page that does not exist is skipped; a page without a line here is listed under "More".
 NAV: dict[str, list[str]] = {
-    "Start": ["index.md", "install.md"],
+    "Start": ["index.md", "install.md", "examples.md", "comparison.md"],
     "Tutorial": ["tutorial/"],
-    "How to": ["howto/index.md", "howto/"],
+    "How-to": ["howto/index.md", "howto/"],
+    "How-to/Operate and test": ["ui.md", "replay.md", "testing.md"],
+    "How-to/Move to Stroma": ["migration/index.md", "migration.md", "migration/"],
     "Concepts": ["concepts/index.md", "concepts/attempts.md", "concepts/contracts.md", "concepts/failures.md", "concepts/"],
-    "Guides": [
-        "repair.md", "checks.md", "prices.md", "limits.md", "map.md", "streaming.md", "durability.md", "testing.md", "replay.md",
-        "temporal.md", "ui.md", "examples.md",
+    "Concepts/In depth": [
+        "repair.md", "checks.md", "prices.md", "limits.md", "map.md", "streaming.md", "durability.md", "guarantees.md",
     ],
-    "Stores": ["stores/index.md", "stores/sqlite.md", "stores/postgres.md", "stores/redis.md", "stores/memory.md", "stores/"],
-    "Telemetry": ["telemetry.md", "telemetry/"],
-    "Adapters": ["adapters.md", "adapters/"],
-    "Migration": ["migration/index.md", "migration.md", "migration/"],
-    "Reference": [
-        "guarantees.md", "cli.md", "reference/commands.md", "errors.md", "providers.md", "reference/index.md", "reference/",
+    "Integrations": ["providers.md", "temporal.md"],
+    "Integrations/Stores": [
+        "stores/index.md", "stores/sqlite.md", "stores/postgres.md", "stores/redis.md", "stores/memory.md", "stores/",
     ],
-    "Comparison": ["comparison.md", "performance.md", "scale.md"],
-    "Project": ["changelog.md", "contributing.md", "security.md", "architecture.md", "design.md", "mutation.md"],
-    "Decisions": ["adr/index.md", "adr/"],
+    "Integrations/Telemetry": ["telemetry.md", "telemetry/"],
+    "Integrations/Agent frameworks": ["adapters.md", "adapters/"],
+    "Reference": ["reference/index.md", "reference/", "cli.md", "reference/commands.md", "errors.md"],
+    "Project": [
+        "changelog.md", "performance.md", "scale.md", "architecture.md", "design.md", "mutation.md", "contributing.md", "security.md",
+    ],
 }  # fmt: skip
+
+#: Pages of the site that the navigation and the search leave out: decisions, which the page about the architecture links to.
+UNLISTED = "adr/"
 
 
 # ---------------------------------------------------------------------- what the site is made of
@@ -82,7 +86,11 @@ def navigation(names: set[str]) -> dict[str, list[str]]:
             )
             found += [name for name in inside if name in names and name not in found]
         nav[section] = found
-    more = sorted(names - {name for found in nav.values() for name in found})
+    more = sorted(
+        name
+        for name in names - {name for found in nav.values() for name in found}
+        if not name.startswith(UNLISTED)
+    )
     return {section: found for section, found in {**nav, "More": more}.items() if found}
 
 
@@ -147,6 +155,10 @@ def relinked(text: str, name: str, path: Path, known: dict[str, Path], sources: 
     )
 
 
+#: The head of a page that the search leaves out.
+NO_SEARCH = "---\nsearch:\n  exclude: true\n---\n\n"
+
+
 def lay_out(folder: Path) -> dict[str, list[str]]:
     """Write all pages into a folder, and give the navigation."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -157,20 +169,21 @@ def lay_out(folder: Path) -> dict[str, list[str]]:
     texts = {name: path.read_text("utf-8") for name, path in known.items()}
     decisions = "\n".join(f"- [{title}]({posixpath.basename(name)})" for name, title in adrs.items())
     known["adr/index.md"] = DOCS / "adr" / "index.md"
-    texts["adr/index.md"] = f"# Decisions\n\nWhat was decided, and why, one short page each.\n\n{decisions}\n"
+    texts["adr/index.md"] = (
+        f"# Decisions\n\nDecisions about the design, each with its reasons.\n\n{decisions}\n"
+    )
     for name, text in texts.items():
         titles[name] = title_of(text)
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(relinked(text, name, known[name], known, sources), "utf-8")
+        head = NO_SEARCH if name.startswith(UNLISTED) else ""
+        target.write_text(head + relinked(text, name, known[name], known, sources), "utf-8")
     for linked in sorted(sources.linked):
         target = folder / sources.page(linked)
         target.parent.mkdir(parents=True, exist_ok=True)
         language = "python" if linked.endswith(".py") else "text"
         code = (ROOT / linked).read_text("utf-8")
-        target.write_text(
-            f"---\nsearch:\n  exclude: true\n---\n\n# {linked}\n\n````` {language}\n{code}`````\n", "utf-8"
-        )
+        target.write_text(f"{NO_SEARCH}# {linked}\n\n````` {language}\n{code}`````\n", "utf-8")
     for picture in DOCS.rglob("*"):
         if picture.suffix in (".svg", ".png"):
             target = folder / picture.relative_to(DOCS)
@@ -220,10 +233,16 @@ MENDED = (
 
 def configuration(nav: dict[str, list[str]], folder: Path, site: Path) -> str:
     """zensical.toml: a nav from the table above, nothing from elsewhere."""
-    sections = []
+    tree: dict[str, list[str]] = {}
     for section, names in nav.items():
-        entries = ", ".join(json.dumps(name) for name in names)
-        sections.append(f"  {{ {json.dumps(section)} = [{entries}] }},")
+        section, _, group = section.partition("/")
+        entries = [json.dumps(name) for name in names]
+        tree.setdefault(section, []).extend(
+            [f"{{ {json.dumps(group)} = [{', '.join(entries)}] }}"] if group else entries
+        )
+    sections = [
+        f"  {{ {json.dumps(section)} = [{', '.join(entries)}] }}," for section, entries in tree.items()
+    ]
     return "\n".join(
         [
             "[project]",
@@ -294,6 +313,28 @@ line_length = 100
 """
 
 
+#: The search of a page that was opened from the disk. The theme loads this script there, in place of search.json, and then starts
+#: a worker by the address of its file. Browsers refuse that for a page without an origin, so the worker starts from its text.
+SEARCH = """\
+var __index = {index}
+{{
+  const text = {worker}
+  const Original = window.Worker
+  window.Worker = function (address, options) {{
+    const own = String(address).includes("/workers/search.")
+    return new Original(own ? URL.createObjectURL(new Blob([text], {{ type: "text/javascript" }})) : address, options)
+  }}
+}}
+"""
+
+
+def search_script(index: str, worker: str) -> str:
+    """Return the script with the index of the search and the text of its worker."""
+    # U+2028 and U+2029 are line ends to old parsers of scripts, not to JSON.
+    safe = index.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return SEARCH.format(index=safe, worker=json.dumps(worker))
+
+
 def build(site: Path) -> None:
     WORK.mkdir(exist_ok=True)
     shutil.rmtree(site, ignore_errors=True)
@@ -313,6 +354,9 @@ def build(site: Path) -> None:
         for pattern, instead in MENDED:
             text = pattern.sub(instead, text)
         page.write_text(text, "utf-8")
+    (worker,) = site.glob("assets/javascripts/workers/search.*.js")
+    index = (site / "search.json").read_text("utf-8")
+    (site / "search.js").write_text(search_script(index, worker.read_text("utf-8")), "utf-8")
 
 
 def main(argv: list[str]) -> int:

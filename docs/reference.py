@@ -1,6 +1,7 @@
-"""The pages that look things up: every public name, and every command with its options.
+"""Write the reference pages: every public name, and every command with its options.
 
-What is written of a name is its place; the generator of the site puts its docstring, signature and source there.
+A page places each name; the generator of the site adds its docstring, signature and source. The parameters of the names in
+PARAMETERS are written here as tables, from signatures and docstrings: models of pydantic have no signature of their own.
 """
 
 from __future__ import annotations
@@ -8,35 +9,203 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 NOTE = "<!-- Written by docs/generate.py: run `./dev run python docs/generate.py` after a change. -->"
 
 #: Pages of names: title, words, and the modules or packages below `stroma` that define them; with `stroma.` a package with names of its own.
 TOPICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "running": (
-        "Running", "Runners, pipelines, nodes and what governs a run.",
+        "Running", "Runners, pipelines, nodes, flows, and the configuration of runs.",
         ("runner.pipeline", "runner.runner", "runner.flows.flow", "runner.flows.definition", "runner.flows.errors", "runner.stream", "engine.config", "contracts.node", "engine.execution", "runner.steps", "engine.context"),
     ),
-    "contracts": ("Contracts and checks", "What crosses a boundary, and what can be proved before.", ("contracts.contract", "contracts.effects", "contracts.tagged_json", "contracts.checks")),
-    "failures": ("Failures and policies", "Classes, policies, and why an attempt is not begun.", ("failures",)),
+    "contracts": ("Contracts and checks", "Contracts of nodes, and the checker that compares them before a run.", ("contracts.contract", "contracts.effects", "contracts.tagged_json", "contracts.checks")),
+    "failures": ("Failures and policies", "Failure classes, retry policies and errors.", ("failures",)),
     "cost": (
-        "Usage, prices, budgets, limits", "What was used, what it costs, and what stops a run.",
+        "Usage, prices, budgets, limits", "Usage and cost of calls, and the limits that stop or delay a run.",
         ("cost", "limits"),
     ),
     "hooks": ("Hooks", "Every hook with its arguments.", ("hooks",)),
-    "groups": ("Groups and maps", "Several nodes at once, and one node for many items.", ("runner.groups", "runner.items")),
-    "trace": ("Results and traces", "What a run came to.", ("trace",)),
-    "stores": ("Stores", "Where runs are kept, and what a store of your own implements.", ("checkpoint",)),
+    "groups": ("Groups and maps", "Nodes side by side, and one node for many items.", ("runner.groups", "runner.items")),
+    "trace": ("Results and traces", "Result and trace of a run.", ("trace",)),
+    "stores": ("Stores", "Stores of runs, and the protocols that your own store implements.", ("checkpoint",)),
     "telemetry": ("Telemetry", "One factory for each system.", ("stroma.telemetry",)),
-    "adapters": ("Adapters", "What the adapters of frameworks share, and the guard for any of them.", ("stroma.adapters",)),
-    "testing": ("Testing", "What helps to test pipelines and stores.", ("stroma.testing",)),
+    "adapters": ("Adapters", "Adapters of agent frameworks, and the guard that they share.", ("stroma.adapters",)),
+    "testing": ("Testing", "Helpers to test pipelines and stores.", ("stroma.testing",)),
 }  # fmt: skip
+
+
+#: Names whose parameters the pages list: what users call and configure.
+PARAMETERS = frozenset(
+    {
+        "AsyncInMemoryStore", "Breaker", "ExecutionBudget", "ExecutionResult", "FailurePolicy", "FallbackPolicy", "InMemoryStore",
+        "Limit", "NodeContract", "NodeHooks", "Pipeline", "PostgresStore", "RedisStore", "RunConfig", "SQLiteStore", "SharedBudget",
+        "SyncRedisStore", "classify", "estimate_cost_usd", "map_over", "open_store", "parallel", "resolve_model", "stroma_flow",
+        "stroma_node", "usage_from",
+    }
+)  # fmt: skip
+#: Methods of a class that the page shows; of the other classes in PARAMETERS it shows all public ones.
+METHODS = {"RunConfig": ["with_run_id"], "NodeHooks": []}
+#: Units by the end of a parameter's name, and of parameters whose name does not have one.
+UNITS = {
+    "_ms": "ms", "_seconds": "s", "_usd": "US dollars", "_bytes": "bytes", "_pct": "share, 0 to 1", "tokens": "tokens",
+    "_per_minute": "per minute", "tokens_per_minute": "tokens per minute", "requests_per_minute": "attempts per minute",
+    "max_tokens_total": "tokens", "node_timeouts": "ms", "failure_rate": "share, 0 to 1", "usd_by_node": "US dollars",
+}  # fmt: skip
+#: Defaults that a call makes, in words.
+MADE = {
+    "run_id": "a new id", "budget": "no limits", "policy_map": "[default policies](../concepts/failures.md)", "hooks": "no hooks",
+    "nodes": "required",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a public name."""
+
+    name: str
+    kind: str
+    default: str
+    meaning: str
+
+    @property
+    def unit(self) -> str:
+        """Return the unit of the values, or an empty string."""
+        ends = [end for end in UNITS if self.name.endswith(end)]
+        return UNITS[max(ends, key=len)] if ends else ""
+
+    def row(self) -> str:
+        """Return the row of the table."""
+        kind = self.kind.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
+        meaning = as_markdown(self.meaning)
+        return f"| `{self.name}` | <code>{kind}</code> | {self.default} | {self.unit} | {meaning[:1].upper()}{meaning[1:]} |"
+
+
+def as_markdown(text: str) -> str:
+    """Return a sentence of a docstring for a cell of a table."""
+    text = " ".join(text.split()).replace("``", "`").replace("|", "&#124;")
+    return re.sub(r":\w+:`~?\.?([\w.]+)`", r"`\1`", re.sub(r"<(?=\w)", "&lt;", text))
+
+
+def descriptions(doc: str) -> dict[str, str]:
+    """Return what a docstring says of each parameter: entries of Args and Attributes, and paragraphs like ``name``: text."""
+    entries: dict[str, str] = {}
+    for section in re.findall(r"^(?:Args|Attributes):\n((?:(?: +.*)?(?:\n|\Z))+)", doc, re.MULTILINE):
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE):
+            entries[name] = text
+    for paragraph in re.split(r"\n\s*\n", doc):
+        parts = re.split(r"(?:^|(?<=[.;] ))``(\w+)``: ", " ".join(paragraph.split()))
+        entries |= {
+            name: entries.get(name, text) for name, text in zip(parts[1::2], parts[2::2], strict=True)
+        }
+    return {name: " ".join(text.split()) for name, text in entries.items()}
+
+
+def plain_type(annotation: Any) -> str:
+    """Return an annotation as users would write it, without the marks for validation."""
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    text = re.sub(r"^Annotated\[(.*), SkipValidation\]$", r"\1", text)
+    return re.sub(r"\b(?:InstanceOf|ClassVar)\[(.*)\]$", r"\1", text).replace("'", '"')
+
+
+def plain_default(name: str, value: Any) -> str:
+    """Return the default of a parameter, for a cell of the table."""
+    if value in (PydanticUndefined, inspect.Parameter.empty):
+        return "required"
+    made = {dict: "{}", list: "[]"}
+    if callable(value) or "factory" in repr(value):
+        return MADE.get(name, f"`{made.get(value, '[]')}`")
+    return f"`{json.dumps(value)}`" if isinstance(value, str) else f"`{value!r}`"
+
+
+def parameters(value: Any) -> list[Parameter]:
+    """Return the parameters of a class or function, with types and defaults as the code has them."""
+    doc = inspect.getdoc(value) or ""
+    said = descriptions(doc)
+    if inspect.isclass(value) and issubclass(value, BaseModel):
+        kinds = inspect.get_annotations(value)
+        return [
+            Parameter(
+                name,
+                plain_type(kinds[name]),
+                plain_default(name, field.default_factory or field.default),
+                said.get(name, ""),
+            )
+            for name, field in value.model_fields.items()
+        ]
+    found = []
+    for name, param in inspect.signature(value).parameters.items():
+        if name.startswith("_"):
+            continue
+        default = (
+            ""
+            if param.kind in (param.VAR_POSITIONAL, param.VAR_KEYWORD)
+            else plain_default(name, param.default)
+        )
+        found.append(Parameter(name, plain_type(param.annotation), default, said.get(name, "")))
+    return found
+
+
+def quick_keywords() -> list[str]:
+    """Return the section with the keywords of StromaRunner.quick: the store, and the fields of RunConfig."""
+    from stroma import RunConfig, StromaRunner
+
+    own = inspect.signature(StromaRunner.quick).parameters["store"]
+    store = Parameter(
+        "store", plain_type(own.annotation), "`None`",
+        "a store, or the URL or path of one, see [`open_store`](stores.md#stroma.checkpoint.urls.open_store). None: the memory of this process.",
+    )  # fmt: skip
+    names = ", ".join(f"`{parameter.name}`" for parameter in parameters(RunConfig))
+    link = "[Each parameter of `RunConfig`](#stroma.engine.config.RunConfig)"
+    return [*table("StromaRunner.quick", [store]), "", f"{link} is a keyword too: {names}."]
+
+
+def table(name: str, rows: list[Parameter]) -> list[str]:
+    """Return the section with the parameters of a name."""
+    if not rows:
+        return []
+    what = "Attributes" if name == "ExecutionResult" else "Parameters"
+    head = [
+        "",
+        f"### {what} of `{name}`",
+        "",
+        "| name | type | default | unit | meaning |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    return [*head, *(row.row() for row in rows)]
+
+
+def options(value: Any, name: str) -> list[str]:
+    """Return the options of the generator for a name whose parameters are in a table."""
+    lines = [
+        "    options:",
+        "      show_docstring_attributes: false",
+        "      show_docstring_parameters: false",
+    ]
+    if not inspect.isclass(value):
+        return lines
+    fields = {*getattr(value, "model_fields", ()), *getattr(value, "__dataclass_fields__", ())}
+    shown = METHODS.get(
+        name,
+        [
+            member
+            for member, code in vars(value).items()
+            if not member.startswith("_") and member not in fields
+            and isinstance(code, property | classmethod | staticmethod | FunctionType)
+        ],
+    )  # fmt: skip
+    if issubclass(value, BaseModel) or name == "NodeHooks":
+        lines.append("      show_signature: false")
+    return [*lines, f"      members: {json.dumps(shown) if shown else 'false'}"]
 
 
 @dataclass(frozen=True)
@@ -114,13 +283,19 @@ def topic_page(topic: str) -> str:
             lines += ["", f"::: {found.path}"]
             if topic == "adapters":  # Several have a function of the same name.
                 lines += ["    options:", "      show_root_full_path: true"]
+            if found.name in PARAMETERS:
+                module_path, _, name = found.path.rpartition(".")
+                value = getattr(importlib.import_module(module_path), name)
+                lines += options(value, found.name) + table(found.name, parameters(value))
+            if found.name == "StromaRunner":
+                lines += quick_keywords()
     return "\n".join(lines) + "\n"
 
 
 def index_page() -> str:
     lines = [
         NOTE, "", "# Reference", "",
-        "Every public name. Those of `stroma` are imported from there, whatever module has them. [The command line](../cli.md),",
+        "Every public name, with the module to import it from. [The command line](../cli.md),",
         "[its options](commands.md), [errors](../errors.md) and [providers](../providers.md) have pages of their own.",
     ]  # fmt: skip
     for topic, (title, words, modules) in TOPICS.items():
@@ -143,7 +318,7 @@ def commands_page() -> str:
 
     lines = [
         NOTE, "", "# Commands and options", "",
-        "What `stroma COMMAND --help` says, of all commands. [The command line](../cli.md) explains how to use them.",
+        "The help texts of all commands. [The command line](../cli.md) explains how to use them.",
     ]  # fmt: skip
 
     def tell(command: click.Command, info: str, parent: click.Context | None) -> None:

@@ -92,6 +92,43 @@ def test_generated_pages_are_up_to_date(generate: Any) -> None:
     assert findings <= set(generate.PAGES)
 
 
+def test_every_parameter_has_a_type_a_default_and_a_description() -> None:
+    """The reference lists each parameter of what users call and configure, with its type, default, unit and meaning."""
+    spec = importlib.util.spec_from_file_location("stroma_docs_reference", ROOT / "docs" / "reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    reference = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = reference
+    spec.loader.exec_module(reference)
+    listed = set()
+    for topic in reference.TOPICS:
+        text = (ROOT / "docs" / "reference" / f"{topic}.md").read_text("utf-8")
+        for name, rows in re.findall(
+            r"^### \w+ of `([\w.]+)`\n\n\|.*\n\| ---.*\n((?:\|.*\n)+)", text, re.MULTILINE
+        ):
+            listed.add(name)
+            for row in rows.splitlines():
+                parameter, kind, default, unit, meaning = row.strip("|").split("|")
+                assert "<code>" in kind, (name, row)
+                assert len(meaning.strip()) > 10, (name, row)
+                assert default.strip() or parameter.strip() in ("`nodes`", "`options`"), (name, row)
+                in_name = re.search(r"_(ms|seconds|usd|bytes)`", parameter)
+                assert unit.strip() or in_name is None, (name, row)
+    none = {"InMemoryStore", "AsyncInMemoryStore"}  # They take no argument.
+    assert listed == (reference.PARAMETERS - none) | {"StromaRunner.quick"}
+    assert {
+        "RunConfig",
+        "FailurePolicy",
+        "NodeContract",
+        "NodeHooks",
+        "ExecutionResult",
+        "SQLiteStore",
+    } <= listed
+    running = (ROOT / "docs" / "reference" / "running.md").read_text("utf-8")
+    for field in stroma.RunConfig.model_fields:
+        assert running.count(f"`{field}`") > 1, field
+
+
 def is_error(value: object) -> bool:
     return inspect.isclass(value) and issubclass(value, BaseException)
 

@@ -24,6 +24,7 @@ from tests.receivers.sentry import SentryServer
 from tests.servers import environment, shared_redis
 from tests.servers_postgres import shared_postgres
 from tests.telemetry import names
+from tests.ui.browser import Browser, find_chromium
 
 pytest_plugins = ["tests.receivers.fixtures"]
 DOCS = ROOT / "docs"
@@ -315,21 +316,54 @@ def test_pages_link_to_each_other() -> None:
 
 
 def test_every_page_has_a_place_in_the_site(build: Any) -> None:
-    """The navigation has each page once, under a heading that says what it is."""
+    """The navigation has each page once, under what readers do; decisions are linked from the architecture page alone."""
     nav = build.navigation({*build.pages(), "adr/index.md"})
     places = [name for names in nav.values() for name in names]
-    assert sorted(places) == sorted({*build.pages(), "adr/index.md"})
+    assert sorted(places) == sorted(name for name in build.pages() if not name.startswith("adr/"))
     assert nav.get("More", []) == [], "give it a line in NAV of docs/build.py"
+    sections = dict.fromkeys(name.partition("/")[0] for name in nav)
+    assert [*sections] == ["Start", "Tutorial", "How-to", "Concepts", "Integrations", "Reference", "Project"]
+    architecture = (DOCS / "architecture.md").read_text("utf-8")
+    assert [adr.name for adr in (DOCS / "adr").glob("*.md") if f"(adr/{adr.name})" not in architecture] == []
 
 
 def test_every_page_has_one_title_and_its_headings_in_order() -> None:
     """A page begins with its only heading of the first level, and no level is left out on the way down."""
     for page in ALL:
         text = re.sub(r"^ *```.*?^ *```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+        # A name in the reference becomes a heading of the second level.
+        text = re.sub(r"^::: ", "## ", text, flags=re.MULTILINE)
         levels = [len(marks) for marks in re.findall(r"^(#+) ", text, re.MULTILINE)]
         assert levels[:1] == [1], page
         assert levels.count(1) == 1, page
         assert all(after <= before + 1 for before, after in itertools.pairwise(levels)), page
+
+
+@pytest.mark.slow
+def test_the_search_starts_its_worker_from_the_disk(build: Any, tmp_path: Path) -> None:
+    """A page opened from the disk reads the index and gets answers of the worker, which no address of a file may start."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium")
+    index = json.dumps({"items": [{"title": "</script> \u2028 {braces}"}]})
+    worker = "onmessage = (event) => postMessage(event.data + ' answered')"
+    (tmp_path / "search.js").write_text(build.search_script(index, worker), "utf-8")
+    for name, script in (("with.html", '<script src="search.js"></script>'), ("without.html", "")):
+        (tmp_path / name).write_text(f"<!doctype html><html lang=en><title>x</title>{script}</html>", "utf-8")
+    ask = """new Promise((resolve) => {
+      try {
+        const worker = new Worker(new URL("assets/javascripts/workers/search.0.min.js", location.href))
+        worker.onmessage = (event) => resolve(event.data)
+        worker.onerror = () => resolve("refused")
+        worker.postMessage("question")
+      } catch (error) { resolve("refused") }
+    })"""
+    with Browser(program) as browser:
+        browser.goto((tmp_path / "without.html").as_uri())
+        assert browser.eval(ask) == "refused"
+        browser.goto((tmp_path / "with.html").as_uri())
+        assert browser.eval("__index.items[0].title") == "</script> \u2028 {braces}"
+        assert browser.eval(ask) == "question answered"
 
 
 def test_links_in_the_site_lead_to_pages_of_the_site(build: Any, tmp_path: Path) -> None:

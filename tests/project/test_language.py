@@ -1,4 +1,4 @@
-"""Language of the source: docstrings, messages and identifiers."""
+"""Language of the source and of the pages: docstrings, messages, identifiers, and the prose of README and docs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import ast
 import functools
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import stroma
 
 SOURCE = Path(stroma.__file__).parent
+ROOT = Path(__file__).parents[2]
 FILES = sorted(SOURCE.rglob("*.py"))
 
 #: First words of a docstring that name a question in place of an action or a thing.
@@ -109,3 +113,224 @@ def test_no_two_classes_have_one_name() -> None:
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(place(path, node.lineno))
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+# ---------------------------------------------------------------------- prose of README and docs
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+#: Words and shapes of sentences that pages do not use, each with what to write.
+BANNED_PROSE = {
+    r"\b(un)?told\b|\btells?\b": "call, report, show, pending",
+    r"\bkept\b": "stored, saved, recorded",
+    r"\bbeg[au]n\b": "started",
+    r"\bgo(es|ing)? on\b|\bwent on\b": "continue, resume",
+    r"\bof which\b": "two sentences",
+    r"\b[Bb]ut for\b": "except",
+    r"\b(no|some|every)body\b|\b[Ww]hoever\b|\b[Ww]hichever\b": "the user, the process, any, each",
+    r"\banew\b|\bonce more\b": "again",
+    r"\bin vain\b": "without a result",
+    r"\bof (your|its|their|one's) own\b|\bone's own\b": "your own, its own, separate",
+    r"\b(comes?|becomes?) of\b": "happens to, results",
+    r"\ball the same\b": "still",
+    r"\bthe like\b": "similar",
+    r"\blately\b": "recently",
+    r"\bat work\b": "running, active",
+    r"\bpictur(e|es|ed)\b": "snapshot, image",
+    r"\b[Mm]end(s|ed|ing)?\b": "fix, repair",
+    r"\bsaid\b": "stated, reported, message",
+    r"\bstands? (in|at|on|under|beside|below|there|for)\b": "is, appears",
+    r"^(What|Who|Whether|Nor)\b(?!.*\?$)": "a sentence with a noun as its subject",
+}
+
+MOST_WORDS = 35
+MOST_WORDS_IN_README = 25
+AVERAGE_WORDS = 18
+
+#: Pages that are still to be rewritten. Remove a page that is clean; add none.
+PENDING: set[str] = {
+    "README.md",
+    "docs/adapters/agent_framework.md",
+    "docs/adapters/any_framework.md",
+    "docs/adapters/claude_agent_sdk.md",
+    "docs/adapters/crewai.md",
+    "docs/adapters/dspy.md",
+    "docs/adapters/google_adk.md",
+    "docs/adapters/haystack.md",
+    "docs/adapters/langchain.md",
+    "docs/adapters/langgraph.md",
+    "docs/adapters/mcp.md",
+    "docs/adapters/openai_agents.md",
+    "docs/adapters/pydantic_ai.md",
+    "docs/adr/0005-one-session-one-thread.md",
+    "docs/adr/0006-sealed-payloads.md",
+    "docs/adr/0008-maps-in-constant-memory.md",
+    "docs/adr/0009-shared-cells.md",
+    "docs/adr/0010-guard-of-frameworks.md",
+    "docs/adr/0012-checker-without-user-code.md",
+    "docs/adr/0013-pinned-tools.md",
+    "docs/adr/0014-names-of-telemetry.md",
+    "docs/architecture.md",
+    "docs/checks.md",
+    "docs/comparison.md",
+    "docs/design.md",
+    "docs/errors.md",
+    "docs/guarantees.md",
+    "docs/howto/cancel-a-run.md",
+    "docs/howto/change-a-schema.md",
+    "docs/howto/charge-a-card-once.md",
+    "docs/howto/clean-old-runs.md",
+    "docs/howto/compare-two-models.md",
+    "docs/howto/debug-at-night.md",
+    "docs/howto/failing-items.md",
+    "docs/howto/human-approval.md",
+    "docs/howto/idempotent-effects.md",
+    "docs/howto/index.md",
+    "docs/howto/many-documents.md",
+    "docs/howto/model-fallback.md",
+    "docs/howto/multi-tenant.md",
+    "docs/howto/one-budget.md",
+    "docs/howto/pages-and-join.md",
+    "docs/howto/pause-before-a-deploy.md",
+    "docs/howto/pii-in-traces.md",
+    "docs/howto/rate-limits.md",
+    "docs/howto/resume-after-deploy.md",
+    "docs/howto/run-workers.md",
+    "docs/howto/runaway-cost.md",
+    "docs/howto/stream-to-a-page.md",
+    "docs/howto/sync-code.md",
+    "docs/howto/test-without-a-provider.md",
+    "docs/install.md",
+    "docs/migration/from-langgraph-edges.md",
+    "docs/migration/from-langgraph.md",
+    "docs/migration/from-loops.md",
+    "docs/migration.md",
+    "docs/mutation.md",
+    "docs/performance.md",
+    "docs/prices.md",
+    "docs/providers.md",
+    "docs/reference/commands.md",
+    "docs/reference/cost.md",
+    "docs/reference/failures.md",
+    "docs/reference/groups.md",
+    "docs/reference/index.md",
+    "docs/reference/running.md",
+    "docs/reference/trace.md",
+    "docs/replay.md",
+    "docs/scale.md",
+    "docs/stores/index.md",
+    "docs/stores/memory.md",
+    "docs/stores/own.md",
+    "docs/stores/postgres.md",
+    "docs/stores/redis.md",
+    "docs/stores/sqlite.md",
+    "docs/streaming.md",
+    "docs/telemetry/datadog.md",
+    "docs/telemetry/logs.md",
+    "docs/telemetry/opentelemetry.md",
+    "docs/telemetry/prometheus.md",
+    "docs/telemetry/sentry.md",
+    "docs/tutorial/01-first-pipeline.md",
+    "docs/tutorial/02-contracts.md",
+    "docs/tutorial/03-failures-and-retries.md",
+    "docs/tutorial/04-cost.md",
+    "docs/tutorial/05-checkpoints-and-resume.md",
+    "docs/tutorial/07-shared-context.md",
+    "docs/tutorial/08-parallel-and-map.md",
+    "docs/tutorial/11-going-to-production.md",
+}
+
+
+@dataclass(frozen=True)
+class Prose:
+    """Text of a page for people, without code: its paragraphs and list items, and the cells of its tables."""
+
+    blocks: list[str]
+    cells: list[str]
+
+    @classmethod
+    def of(cls, text: str) -> Prose:
+        """Return the prose of a Markdown page. Inline code counts as one word, a link as its text."""
+        text = re.sub(r"^ *(`{3,})[^\n]*\n.*?^ *\1 *$", "\n", text, flags=re.MULTILINE | re.DOTALL)
+        text = re.sub(r"<!--.*?-->|!\[[^\]]*\]\([^)]*\)|<[^>\n]+>", "", text, flags=re.DOTALL)
+        text = re.sub(r"`+[^`\n]+`+", "CODE", text)
+        # Docstrings of tests, which the page of the guarantees lists.
+        text = re.sub(r"^- \[.*\]\(\.\./tests/\S+\)$", "", text, flags=re.MULTILINE)
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+        text = re.sub(r"(?<!\w)[*_]{1,3}(?=\S)|(?<=\S)[*_]{1,3}(?!\w)", "", text)
+        blocks: list[list[str]] = [[]]
+        cells: list[str] = []
+        for line in map(str.strip, text.splitlines()):
+            if line.startswith("|"):
+                cells += [cell.strip() for cell in line.strip("|").split(" | ") if cell.strip("|-: ")]
+            if not line or line.startswith(("|", "#", ":::")):
+                blocks.append([])
+            elif item := re.match(r"(?:[-*+>]|\d+\.) +(.*)", line):
+                blocks.append([item[1]])
+            else:
+                blocks[-1].append(line)
+        return cls([" ".join(lines) for lines in blocks if lines], cells)
+
+
+def sentences(text: str) -> list[str]:
+    """Split a paragraph into its sentences."""
+    parts = re.split(r"(?<=[.!?])[\")]*\s+(?=[A-Z\"'(0-9])", text)
+    return [part for part in parts if re.search(r"\w", part)]
+
+
+def count_words(sentence: str) -> int:
+    """Return the number of words of a sentence."""
+    return len(re.findall(r"\w[\w'.,/-]*", sentence))
+
+
+def prose_problems(text: str, most: int = MOST_WORDS) -> list[str]:
+    """Return the banned words and shapes in a page, its long sentences, and its average if that is too high."""
+    prose = Prose.of(text)
+    in_blocks = [one for block in prose.blocks for one in sentences(block)]
+    problems = []
+    for one in in_blocks + [one for cell in prose.cells for one in sentences(cell)]:
+        for pattern, better in BANNED_PROSE.items():
+            if match := re.search(pattern, one):
+                problems.append(f"{match[0]!r} in {one!r}: write {better}")
+        if count_words(one) > most:
+            problems.append(f"{count_words(one)} words, at most {most}: {one!r}")
+    counts = [count_words(one) for one in in_blocks]
+    if counts and sum(counts) / len(counts) >= AVERAGE_WORDS:
+        problems.append(
+            f"sentences of {sum(counts) / len(counts):.1f} words on average: {AVERAGE_WORDS} is too many"
+        )
+    return problems
+
+
+def test_pages_use_plain_short_sentences() -> None:
+    """Pages have no banned word or shape, no sentence of over 35 words (README: 25), and under 18 words on average."""
+    problems = {}
+    for page in PAGES:
+        most = MOST_WORDS_IN_README if page.name == "README.md" else MOST_WORDS
+        problems[page.relative_to(ROOT).as_posix()] = prose_problems(page.read_text("utf-8"), most)
+    wrong = [f"{page}: {one}" for page, found in problems.items() if page not in PENDING for one in found]
+    assert not wrong, "\n".join(wrong)
+    assert sorted(page for page in PENDING if not problems.get(page)) == [], (
+        "they are clean: remove them from PENDING"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("The run goes on after that.", "continue"),
+        ("| a | What it does |\n", "noun"),
+        ("- A list\n  whose item nobody\n  reads.", "nobody"),
+        (f"One {'word ' * 35}sentence.", "37 words"),
+        ("One " + "word " * 16 + "sentence.", "18.0 words"),
+    ],
+)
+def test_each_problem_of_prose_is_found(text: str, problem: str) -> None:
+    """The check above finds banned words in paragraphs, lists and tables, and sentences that are too long."""
+    assert [one for one in prose_problems(text) if problem in one] != []
+
+
+def test_code_and_questions_are_no_prose() -> None:
+    """Code, comments and the addresses of links are not read; a question may begin with What."""
+    page = "What is a run?\n\n```python\n# told\n```\n\n<!-- told -->\n\n`told` and [a page](told.md).\n"
+    assert prose_problems(page) == []

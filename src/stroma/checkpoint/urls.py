@@ -28,6 +28,9 @@ def open_store(url: str | os.PathLike[str]) -> SQLiteStore | PostgresStore | Red
     ``runs.db`` (a path); ``postgresql://user@host:5432/db``, see PostgresStore; ``redis://host:6379/0``, see
     RedisStore; ``memory://``. In a URL, special characters are percent-encoded.
 
+    Args:
+        url: the URL, or the path of a SQLite file.
+
     Raises ValueError for anything else.
     """
     text = os.fsdecode(url)

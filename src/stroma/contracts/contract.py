@@ -62,12 +62,17 @@ def check_id(value: str, what: str) -> str:
 class NodeContract(LazyModel, Generic[In, Out]):
     """The contract of a node: input that satisfies ``input_schema`` becomes output that satisfies ``output_schema``.
 
-    ``upcast`` makes what an earlier ``output_schema`` recorded (plain data: a dict of its fields) into what the present
-    one accepts; a resume asks it when they differ.
-
-    ``effect``: a call changes the world, so that calling twice is harm. A call of which nobody knows if it happened is not
-    repeated: ``reconcile(state, idempotency_key)``, async or not, returns its output, NotDone() or Unknown(). Without
-    ``reconcile``, or if it returns Unknown() or raises, the run is SUSPENDED with reason "effect" until a person decides.
+    Attributes:
+        node_id: id of the node, unique in its pipeline.
+        input_schema: pydantic model of the input.
+        output_schema: pydantic model of the output.
+        upcast: function that converts an output of an earlier ``output_schema`` (a dict of its fields) into one that the
+            present schema accepts. A resume calls it when the schemas differ.
+        effect: the node changes something outside, and a second call would do harm. A call with an unknown outcome is not
+            repeated; ``reconcile`` or a person decides.
+        reconcile: function, async or not, of the state and the idempotency key. It returns the output of the call,
+            NotDone() or Unknown(). Without it, or if it returns Unknown() or raises, the run is SUSPENDED with reason
+            "effect" until a person decides.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)

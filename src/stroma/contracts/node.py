@@ -280,7 +280,11 @@ def stroma_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[
     The function takes ``(state)`` or ``(state, ctx)`` and returns the output as a dict or a model, or a tuple
     ``(output, response)`` with the provider's response (see :func:`stroma.usage_from`), ``(output, tokens)``,
     ``(output, input_tokens, model)`` or ``(output, input_tokens, output_tokens, model)``.
-    A plain ``def`` runs in a daemon thread of its own; a timeout abandons that thread, it cannot stop it.
+    A plain ``def`` runs in its own daemon thread; a timeout abandons that thread, it cannot stop it.
+
+    Args:
+        node_id: id of the node, unique in its pipeline.
+        contract: the classes of its input and output.
     """
 
     def decorate(func: Any) -> Any:

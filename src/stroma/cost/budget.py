@@ -56,6 +56,11 @@ LARGEST: Final = 10**30
 class ExecutionBudget(LazyModel):
     """Limits of one run; None means no limit. Exactly at a limit is within it; 0 means spend nothing.
 
+    Attributes:
+        max_tokens_total: tokens of all attempts, input and output.
+        max_cost_usd: cost of all attempts in US dollars.
+        max_latency_ms: time that the attempts take, in milliseconds.
+
     Raises pydantic's ValidationError for a limit that it does not know: one that is misspelt would be none.
     """
 

@@ -24,7 +24,13 @@ class ModelHint:
 
 @dataclass
 class FallbackPolicy:
-    """Use ``fallback_model`` for ``preferred_model`` once ``at_budget_pct`` (0 to 1) of ``max_cost_usd`` is spent."""
+    """Use ``fallback_model`` for ``preferred_model`` once ``at_budget_pct`` of ``max_cost_usd`` is spent.
+
+    Attributes:
+        preferred_model: the model that the node declares.
+        fallback_model: the cheaper model.
+        at_budget_pct: share of ``max_cost_usd`` that must be spent, from 0 to 1.
+    """
 
     preferred_model: str
     fallback_model: str
@@ -34,7 +40,14 @@ class FallbackPolicy:
 def resolve_model(
     declared_model: str | None, tracker: CostTracker, budget: ExecutionBudget, fallbacks: list[FallbackPolicy]
 ) -> str | None:
-    """Return the fallback of the first rule for ``declared_model`` whose share of the limit is spent, else that model."""
+    """Return the fallback of the first rule for ``declared_model`` whose share of the limit is spent, else that model.
+
+    Args:
+        declared_model: the model to replace; None stays None.
+        tracker: what the run has spent so far.
+        budget: the budget with the limit; without ``max_cost_usd`` no model is replaced.
+        fallbacks: the rules, in order.
+    """
     if declared_model is None or budget.max_cost_usd is None:
         return declared_model
     for rule in fallbacks:

@@ -290,7 +290,16 @@ def estimate_cost_usd(
     cache_write_tokens: int = 0,
     tier: str | None = None,
 ) -> float:
-    """Return the price of a call in US dollars; 0.0 for an unknown model. Cached tokens are part of the input."""
+    """Return the price of a call in US dollars; 0.0 for an unknown model.
+
+    Args:
+        model: name of the model, as the provider reports it.
+        input_tokens: all input tokens, the cached ones included.
+        output_tokens: output tokens.
+        cached_input_tokens: input tokens that were read from the provider's cache.
+        cache_write_tokens: input tokens that were written to the provider's cache.
+        tier: service tier with prices of its own; None: the standard one.
+    """
     detail: Usage | None = None
     if cached_input_tokens or cache_write_tokens or tier is not None:
         detail = Usage(input_tokens, output_tokens, cached_input_tokens, cache_write_tokens, model, tier)

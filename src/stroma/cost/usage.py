@@ -124,9 +124,13 @@ def usage_from(response: object, *, model: str | None = None, tier: str | None =
     """Return the usage that a provider's response reports.
 
     The response of OpenAI (chat, responses, embeddings), Anthropic, Google, Mistral, Cohere, AWS (Converse) or of
-    anything that answers alike, as the SDK gives it or as plain data; the last chunk or event of a stream, of
-    Anthropic's raw streams a list of all events; or a Usage. ``model`` and ``tier`` are what the response does not
-    say, and win over what it says.
+    anything with the same fields, as an object of the SDK or as plain data. Of a stream: the last chunk or event, or of
+    Anthropic's raw streams a list of all events.
+
+    Args:
+        response: the response, or a Usage.
+        model: name of the model; takes precedence over that in the response.
+        tier: service tier; takes precedence over that in the response.
 
     Raises UsageError where there is no usage, or none that can be counted.
     """

@@ -77,64 +77,64 @@ class RunConfig(LazyModel):
     """Configuration of runs. Names of times include their unit.
 
     Attributes:
-        run_id: any text; generated when not given, and then fresh for each run.
-        pipeline: what metrics and spans call a bare list of nodes; keep it of low cardinality.
+        run_id: id of the run, any text. The default is a new id for each run.
+        pipeline: name of a bare list of nodes in metrics and spans. Use few different names.
         budget: limits of one run.
-        shared_budgets: one or several that this run spends from together with others, beside its own.
-        limits: by name, what attempts of the nodes under that name may do together, in all runs that have it.
-        node_limits: the limit's name by node id. A node that is not in it goes by the limit of its own id, if there is one.
-        breaker: leaves a provider alone for a while that fails too often.
+        shared_budgets: one or several budgets that this run shares with other runs, in addition to its own.
+        limits: rate limits by name. Attempts of the nodes under one name share its limit, across all runs that have it.
+        node_limits: name of the limit by node id. A node without an entry uses the limit named like its id, if one exists.
+        breaker: circuit breaker that stops calls to a provider that fails too often.
         policy_map: retries by failure class.
-        node_policies: retries of single nodes, by node id; the only way to retry a whole group.
+        node_policies: retries by node id, then by failure class. The only way to retry a whole group.
         hooks: one set of hooks or several.
-        classifiers: asked in order before everything else; the first answer counts.
-        context: handed to nodes that take ``(state, ctx)``: this very object, shared by every run of the config.
-        contract_retries: further attempts, by node id, after an output that broke its contract. Such a violation is
-            RECOVERABLE, the last one TERMINAL; the next attempt finds it at ``current_node().last_failure``.
-        node_timeouts: milliseconds by node id; they bound the function alone. Under a group's id, the whole group.
-        resume_from: start at this node, on the checkpoint of the one before it.
-        resume: continue the last execution of this run id at its first position without a commit; short for
+        classifiers: functions that classify exceptions, called in order before everything else; the first result counts.
+        context: object that nodes with the arguments ``(state, ctx)`` receive. It is not copied: all runs of the config
+            share it.
+        contract_retries: further attempts by node id after an output that broke its contract. Such a violation is
+            RECOVERABLE, the last one TERMINAL. The next attempt reads it at ``current_node().last_failure``.
+        node_timeouts: time limit in milliseconds by node id, for the function alone. Under a group's id: for the group.
+        resume_from: id of the node to start at, with the checkpoint of the node before it.
+        resume: continue the last execution of this run id at its first position without a commit. The same as
             ``if_exists="resume"``.
-        retry_failed_items: on a resume, run the items of maps again that failed while the others went on, and what comes
-            after those maps.
-        if_exists: what becomes of a run id that was used before. "restart" begins a new execution, "resume" continues
-            the last one, "return" gives the result of one that has finished (and continues any other), "error" raises
-            RunExists. All but "restart" compare the input.
-        if_running: the treatment of a run that another process owns. "error" raises RunBusy; "attach" waits and
-            gives the result, if the input is the same and there is no ``resume_from``; "take_over" fences that
-            process off: only for an owner known to be dead.
-        allow_changes: resume with outputs of a pipeline that has changed since, by their positions: what a node's schema
-            accepts is its output, whatever recorded it.
-        check: prove before each run that every node's output can satisfy the next node's input, and raise CheckFailed where
-            it never can.
-        max_recoveries: a run under which the process died so often is FAILED with reason "poison", and nothing of it is
-            called. Journal stores only; a process that this one is, and plain code that does not say when it ends, do not count.
-        force_resume: resume a run that failed with reason "poison"; deaths are counted anew.
-        on_budget: what becomes of a run of a pipeline or flow that reaches a limit of its budget. "stop" ends it as
-            PARTIAL; "wait" as SUSPENDED with reason "budget", until ``set_budget()`` raises the limit.
-        inline_wait_seconds: flows wait in the process for a time that is at most so far away; for a later one the run is
-            SUSPENDED.
+        retry_failed_items: on a resume, run the failed items of maps again, and what comes after those maps.
+        if_exists: handling of a run id that was used before. "restart" starts a new execution, "resume" continues the
+            last one, "return" returns the result of a finished run and continues any other, "error" raises RunExists.
+            All except "restart" compare the input.
+        if_running: handling of a run that another process owns. "error" raises RunBusy. "attach" waits and returns the
+            result, if the input is the same and ``resume_from`` is not set. "take_over" fences that process off: use it
+            only if the owner is dead.
+        allow_changes: resume although the pipeline has changed. Recorded outputs are matched by position and must satisfy
+            the present schema of the node there.
+        check: prove before each run that the output of each node can satisfy the input of the next one. Raises
+            CheckFailed where it never can.
+        max_recoveries: deaths of the process in one run before that run is FAILED with reason "poison", without another
+            call. Journal stores only. Deaths do not count if the owner is this process, or is plain code that does not
+            report its end.
+        force_resume: resume a run that failed with reason "poison"; the count of deaths starts again at 0.
+        on_budget: handling of a run of a pipeline or flow that reaches a limit of its budget. "stop" ends it as PARTIAL;
+            "wait" ends it as SUSPENDED with reason "budget" until ``set_budget()`` raises the limit.
+        inline_wait_seconds: longest wait of a flow inside the process. For a later time the run is SUSPENDED.
         lease_seconds: time after which a run whose owner stopped renewing its lease can be taken over.
         model_fallbacks: cheaper models to signal once their share of ``max_cost_usd`` is spent.
-        unknown_model: what a model without a known price does: "warn" counts it as 0 USD, "error" stops the run. None:
+        unknown_model: handling of a model without a known price. "warn" counts it as 0 USD, "error" stops the run. None:
             "error" for nodes under a cost limit (``budget.max_cost_usd`` or that of a shared budget), else "warn".
-        hook_errors: "isolate" logs what hooks raise; "raise" raises HookError once the run is complete (for tests).
-        hook_delivery: "at_least_once" records with each attempt that its end hooks are pending, and calls them on resume if
-            the process died before it called them; ``current_node().redelivered`` says so then, and the exception is a
-            RunFailed with the old message. on_run_end is called before the store notes the end: if the process dies in
-            between, whoever recovers the run calls it again. Needs a journal store, and costs a second write per attempt.
-        hook_timeout_ms: how long one call of a hook may take; None for ever.
-        tags: words to find the run by, such as "nightly" or "customer=42", at most 200 characters each; a journal store keeps
-            them, ``stroma runs --tag`` and the web interface ask for them.
-        conversation: id of the conversation or session that runs belong to, and ``user`` of whom they serve: at most 200
-            characters each. OpenTelemetry spans have them, also those of a resume or fork that does not give them. Stores keep them in
-            plain text, as tags.
-        redact: applied to each state dict before a hook or a log line sees it; if it raises, the state is replaced. In log
-            lines it is given the message of a failure, as ``{"message": text}``, without what it takes out of states. A
-            hook that asks ``current_node().last_failure`` gets the exception as the node will.
-        keep_rejected: how much of an output that broke its contract is stored with the attempt, for ``stroma show``, the
-            web interface and notebooks: "redacted" at most 64 KiB, through ``redact``; "full" at most 1 MiB, not through
-            ``redact``; "no" nothing. Secrets are masked in both. No node, hook or exporter sees it.
+        hook_errors: "isolate" logs exceptions of hooks; "raise" raises HookError once the run is complete (for tests).
+        hook_delivery: "at_least_once" records with each attempt that its end hooks are pending. A resume calls them if the
+            process died first. ``current_node().redelivered`` is then True, and the exception is a RunFailed with the old
+            message. on_run_end is called before the store records the end: a process that recovers the run after a death
+            in between calls it again. Needs a journal store, and costs a second write per attempt.
+        hook_timeout_ms: time limit of one call of a hook. None: no limit.
+        tags: labels to find the run by, such as "nightly" or "customer=42", at most 200 characters each. A journal store
+            saves them; ``stroma runs --tag`` and the web interface filter by them.
+        conversation: id of the conversation or session that the runs belong to, at most 200 characters. Spans of
+            OpenTelemetry have it, also those of a resume or fork without it. Stores save it in plain text.
+        user: id of the user whom the runs serve, at most 200 characters, used and stored as ``conversation`` is.
+        redact: function applied to each state dict before a hook or log line receives it. If it raises, the state is
+            replaced. For log lines it also receives the message of a failure, as ``{"message": text}``, without what it
+            removes from states. A hook that reads ``current_node().last_failure`` gets the same exception as the node.
+        keep_rejected: amount of an output that broke its contract to store with the attempt, for ``stroma show``, the web
+            interface and notebooks. "redacted": at most 64 KiB, through ``redact``. "full": at most 1 MiB, not through
+            ``redact``. "no": nothing. Secrets are masked in both. No node, hook or exporter receives it.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)

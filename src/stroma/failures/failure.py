@@ -157,6 +157,11 @@ def classify(
     """Return the one class of an exception: custom classifiers in order, then provider errors, then defaults.
 
     A classifier that raises, or answers with no FailureClass, is logged and skipped.
+
+    Args:
+        exc: the exception to classify.
+        context: the node, attempt and run in which it was raised.
+        classifiers: custom classifiers.
     """
     return diagnose(exc, context, classifiers).failure_class
 

@@ -54,18 +54,33 @@ class MapProgress:
 class NodeHooks:
     """Async callbacks at the boundaries of runs and nodes; each is optional and costs nothing when unset.
 
-    ``on_node_success`` gets the tokens of this attempt, input + output, 0 if the node reported none. Everything
-    else about a node (position, attempt, model, cost ...) is at :func:`stroma.current_node` while a hook runs.
-    ``on_node_wait`` gets (run id, node id, reason, seconds) when an attempt begins to wait for its turn: at a limit, a
-    shared budget or an open circuit; 0 seconds where nobody can tell how long. ``on_circuit_change`` gets (run id, host or
-    limit, "open", "half_open" or "closed") in the run that changed it. ``on_limit_cooldown`` gets (run id, limit, seconds)
-    in the run whose call has closed a limit, since its provider asked to wait. ``on_budget_warning`` names the limit of a shared
-    budget "budget:cost" or "budget:tokens".
-    Compose sets with ``a | b`` or a list: starts run first to last, ends last to first. ``on_map_progress`` gets
-    the progress of a map: at its start, at its end, and in between at most five times a second.
+    Compose sets with ``a | b`` or a list: starts run first to last, ends last to first. While a hook runs, everything
+    else about its node (position, attempt, model, cost ...) is at :func:`stroma.current_node`.
 
-    With ``reads_state=False`` every state that the hooks of the set get is an empty dict, and that of a result is None: the
-    set then costs the same for states of any size. What such sets get, they share.
+    Attributes:
+        on_node_start: (run id, node id, state) before each attempt.
+        on_node_success: (run id, node id, state, tokens) after the commit. The tokens are those of this attempt, input
+            and output; 0 if the node reported none.
+        on_node_failure: (run id, node id, exception, failure class) after each failed attempt.
+        on_run_start: (run id, pipeline name, initial state) before the first node.
+        on_run_end: (run id, result) after the last node.
+        on_node_retry: (run id, node id, attempt, delay in seconds, failure class) before the wait for the next attempt;
+            ``attempt`` is its number.
+        on_node_skipped: (run id, node id, state) for a node whose output was restored.
+        on_node_cancelled: (run id, node id) after an attempt that was cancelled.
+        on_node_suspended: (run id, node id, reason) after an attempt that suspended its run.
+        on_budget_warning: (run id, limit, used amount, limit amount) once at 80 % of a limit. That of a shared budget is named
+            "budget:cost" or "budget:tokens".
+        on_map_progress: (run id, node id, progress) at the start and the end of a map, and in between at most five times
+            a second.
+        on_node_wait: (run id, node id, reason, seconds) when an attempt is queued: at a limit, a shared budget or an open
+            circuit; 0 seconds if the time is not known.
+        on_circuit_change: (run id, host or limit, state) in the run that changed a circuit to "open", "half_open" or
+            "closed".
+        on_limit_cooldown: (run id, limit, seconds) in the run whose call closed a limit because its provider asked to
+            wait.
+        reads_state: False if the hooks need no states. Each state is then an empty dict, that of a result None, and the
+            set costs the same for states of any size. Such sets share what they receive.
     """
 
     on_node_start: Callable[[str, str, dict[str, Any]], Awaitable[None]] | None = None

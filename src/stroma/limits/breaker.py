@@ -80,7 +80,10 @@ class Breaker:
     while the circuit is open; this uses none of its retries.
 
     Attributes:
-        failure_rate: above 0, at most 1.
+        failure_rate: share of failed calls that opens a circuit, above 0, at most 1.
+        min_calls: number of calls in the window below which a circuit stays closed.
+        window_seconds: time in which calls count.
+        open_seconds: time without calls, until one call probes the provider.
         max_wait_seconds: maximum wait of an attempt; then its run ends as PARTIAL. 0: no wait. None: no maximum.
 
     Raises ValueError for an invalid value.

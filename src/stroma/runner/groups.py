@@ -43,8 +43,13 @@ def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
     """Run nodes side by side on copies of the same state; their outputs merge in argument order, later ones win.
 
     Each child is a full node: contracts, timeout, retries, usage, hooks, a record of its own. The first that stops
-    for good cancels its siblings, and the group fails with that child's exception. ``max_concurrency`` bounds how
-    many run at once. Groups nest. Raises ValueError without children, TypeError for an argument that is not a node.
+    for good cancels its siblings, and the group fails with that child's exception. Groups nest.
+
+    Args:
+        nodes: the children: nodes or groups.
+        max_concurrency: maximum number of children that run at the same time; None: no maximum.
+
+    Raises ValueError without children, TypeError for an argument that is not a node.
     """
     if not nodes:
         raise ValueError("parallel() needs at least one node")
@@ -66,6 +71,8 @@ def map_over(
     an iterable or an async iterable. Every process that resumes the run calls that function again: it must return the
     same items. An item is the node's input: a model or dict as it is, anything else as the value of a root model, or of
     the node's only required field.
+
+    ``node``: the node or group to run for each item.
 
     ``into``: the name of a field that receives the list of outputs, in the order of the items, beside the other fields of
     the state; or a file of :class:`JsonLines`, or the :class:`Journal`: then the state stays as it is, and any number of

@@ -20,6 +20,11 @@ class Pipeline:
 
     Metrics and spans are labelled with the name. Raises TypeError for anything that is not a node, ValueError for a name
     that a store cannot save.
+
+    Attributes:
+        name: name of the pipeline in stores, metrics and spans.
+        nodes: the nodes, groups and pipelines, in order.
+        config: configuration of runs of this pipeline; None: that of the runner.
     """
 
     name: str

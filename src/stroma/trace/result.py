@@ -53,6 +53,9 @@ class ExecutionResult(Shown, Generic[StateT]):
     """The result of a run.
 
     Attributes:
+        run_id: id of the run.
+        status: how the run ended.
+        trace: the attempts of the run, in order.
         final_state: the last committed state, else the initial one.
         total_cost_usd: US dollars, failed attempts included.
         total_tokens: input + output, failed attempts included.

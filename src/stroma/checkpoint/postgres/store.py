@@ -39,9 +39,13 @@ class PostgresStore(AsyncStates):
     30 s. ``connect_timeout``, ``keepalives_*`` and ``tcp_user_timeout`` in the dsn take precedence. The store relies on
     session settings: behind PgBouncer use session pooling.
 
-    ``codec`` encodes every payload (see Codec); payloads that no codec wrote are refused, unless
-    ``plain_until_migrated`` is set. Payloads of ``blob_bytes`` or more are stored in ``blobs``: a directory, a URL that
-    fsspec supports, or a BlobStore.
+    Args:
+        dsn: connection string of libpq.
+        schema: name of the schema with the tables.
+        codec: codec that encodes every payload, see Codec. Payloads that no codec wrote are refused.
+        blobs: where large payloads are stored: a directory, a URL that fsspec supports, or a BlobStore.
+        blob_bytes: size of a payload from which on it is stored in ``blobs``.
+        plain_until_migrated: read payloads that no codec wrote, until all are migrated.
 
     Writing uses one connection, in one thread that commits queued operations together; cancelling a caller does
     not undo its operation. Reading uses another connection. A forked child opens its own.

@@ -103,9 +103,14 @@ class RedisStore(_RedisJournal, AsyncStates):
     about 25 s. Writing uses one connection, in one thread that sends queued operations together; cancelling a
     caller does not undo its operation. A forked child connects again.
 
-    ``codec`` encodes every payload (see Codec); payloads that no codec wrote are refused, unless
-    ``plain_until_migrated`` is set. Payloads of ``blob_bytes`` or more are stored in ``blobs``: a directory, a URL that
-    fsspec supports, or a BlobStore; ``gc()`` deletes those of expired runs.
+    Args:
+        redis_url: address of the server.
+        ttl_seconds: time after which a finished run expires; None: no expiry.
+        codec: codec that encodes every payload, see Codec. Payloads that no codec wrote are refused.
+        blobs: where large payloads are stored: a directory, a URL that fsspec supports, or a BlobStore. ``gc()``
+            deletes those of expired runs.
+        blob_bytes: size of a payload from which on it is stored in ``blobs``.
+        plain_until_migrated: read payloads that no codec wrote, until all are migrated.
 
     Raises ImportError, with the install command, without the driver; ValueError for an invalid URL.
     """
@@ -115,6 +120,11 @@ class SyncRedisStore(_RedisJournal):
     """A RedisStore whose ``save``, ``load``, ``save_typed``, ``load_typed`` and ``delete`` are sync.
 
     They may be called with or without a running event loop. It has the same journal, in the same keys.
+
+    Args:
+        redis_url: address of the server.
+        ttl_seconds: time after which a finished run expires; None: no expiry.
+        options: further parameters of RedisStore.
     """
 
     def __init__(self, redis_url: str, ttl_seconds: int | None = 3600, **options: Any) -> None:

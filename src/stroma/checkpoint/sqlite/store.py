@@ -31,9 +31,13 @@ class SQLiteStore(AsyncStates):
     its operation. Errors are StoreErrors that say how to fix them. A forked child opens the file again. Close the store,
     or use it as a context manager, to merge the ``-wal`` file into the database.
 
-    ``codec`` encodes every payload (see Codec); payloads that no codec wrote are refused, unless
-    ``plain_until_migrated`` is set. Payloads of ``blob_bytes`` or more are stored in ``blobs``: a directory, a URL that
-    fsspec supports, or a BlobStore.
+    Args:
+        path: path of the file.
+        synchronous: "full" survives a power failure; "normal" is faster and may lose the last commits in one.
+        codec: codec that encodes every payload, see Codec. Payloads that no codec wrote are refused.
+        blobs: where large payloads are stored: a directory, a URL that fsspec supports, or a BlobStore.
+        blob_bytes: size of a payload from which on it is stored in ``blobs``.
+        plain_until_migrated: read payloads that no codec wrote, until all are migrated.
     """
 
     _thread_name = "stroma-sqlite"

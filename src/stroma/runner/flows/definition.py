@@ -100,7 +100,10 @@ def stroma_flow(
 ) -> Any:
     """Make a flow of an async function of ``(flow, state)``: a pipeline that decides in plain Python what comes next.
 
-    ``input`` and ``output``: its classes; by default those of the annotations. ``max_concurrency``: how many of its steps
-    run at once; None is all.
+    Args:
+        flow_id: name of the flow in stores, metrics and spans.
+        input: pydantic model of its input. Default: the annotation of ``state``.
+        output: pydantic model of its output. Default: the annotation of the returned value.
+        max_concurrency: maximum number of its steps that run at the same time; None: no maximum.
     """
     return lambda body: define_flow(flow_id, body, input, output, max_concurrency)
