@@ -36,7 +36,7 @@ MEANS = {
     "imported.",
     12: "Without hooks no state is made for them, without a budget nothing is summed, and a node costs the same in a pipeline of "
     "5,000 as in one of 100. [Figures](performance.md).",
-    13: "On a journal store across processes, else in one; for nodes with `effect=True`. Somebody is the node's `reconcile`, or a person; "
+    13: "On a journal store across processes, else in one; for nodes with `effect=True`. The statement comes from the node's `reconcile` or from a person; "
     "a server that refused the request, or no connection to it, counts as such a statement. A new execution is a new effect.",
 }
 
