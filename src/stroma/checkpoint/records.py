@@ -22,6 +22,7 @@ __all__ = [
     "StoreFacts",
     "Tally",
     "cause_of",
+    "end_of_page",
     "not_a_mark",
     "parse_attempt_mark",
     "parse_run_mark",
@@ -132,9 +133,9 @@ class RunPage(NamedTuple):
     next: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # Not frozen: 0.7 us instead of 6 to make one, and a page of a large map makes 10,000.
 class AttemptRecord:
-    """An attempt as a store lists it.
+    """An attempt as a store lists it. Treat it as immutable.
 
     Attributes:
         started_ms, started_ns: since the epoch.
@@ -275,6 +276,11 @@ class AttemptMark(NamedTuple):
 
     def __str__(self) -> str:
         return ":".join(map(str, self))
+
+
+def end_of_page(last: AttemptRecord) -> AttemptMark:
+    """Return the mark of a page of attempts that ends with this one."""
+    return AttemptMark(last.epoch, last.position, last.started_ns, last.attempt, last.branch)
 
 
 def parse_attempt_mark(mark: str) -> AttemptMark:

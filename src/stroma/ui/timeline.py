@@ -219,7 +219,11 @@ class _Drawing:
             failed = [one for one in leaves if one.bars and one.bars[-1].outcome in _FAILED][
                 :_MAX_FAILED_ROWS
             ]
-            chosen = [one for one in leaves if self.has_selected(one) and one not in failed]
+            chosen = (
+                []
+                if self.it.selected is None
+                else [one for one in leaves if self.has_selected(one) and one not in failed]
+            )
             inside = [*failed, *chosen, *[child for child in entry.entries if child.entries][:_MANY]]
         # The steps of a flow are shown at once; children of a group and repeated calls on a click.
         is_open = (
