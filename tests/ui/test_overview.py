@@ -8,7 +8,9 @@ from stroma.checkpoint.records import Tally, digits_seconds, duration_digits
 from stroma.ui.overview import Overview
 
 
-@pytest.mark.parametrize(("ns", "seconds"), [(0, 0), (7, 7e-9), (12, 12e-9), (1_234_567_890, 1.2), (999_999_999, 0.99)])
+@pytest.mark.parametrize(
+    ("ns", "seconds"), [(0, 0), (7, 7e-9), (12, 12e-9), (1_234_567_890, 1.2), (999_999_999, 0.99)]
+)
 def test_durations_to_two_digits(ns: int, seconds: float) -> None:
     """A duration is summed up by its first two digits."""
     assert digits_seconds(duration_digits(ns)) == pytest.approx(seconds)
