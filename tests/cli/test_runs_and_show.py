@@ -15,7 +15,7 @@ import pytest
 from stroma import SQLiteStore
 from stroma._utils.text import clean, format_duration
 from stroma.cli import formatting
-from stroma.testing.stores import State, begin, commit
+from stroma.testing.stores import State, begin, commit, finish
 
 GOOD = '{"start": 1}'
 
@@ -83,16 +83,18 @@ def test_runs(filled, inside):
 def test_runs_say_who_is_at_work(tmp_path, inside, monkeypatch):
     """Of a run in progress, `runs` names the process and host that runs it, for how long, and when it recorded something last."""
 
-    with SQLiteStore(tmp_path / "stroma.db") as store:
+    with SQLiteStore(tmp_path / "stroma.db") as store, asyncio.Runner() as loop:
 
         async def work():
             session = await begin(store, "busy")
             await commit(session, 0, State(n=1), "n")
+            return session
 
-        asyncio.run(work())
+        session = loop.run(work())  # A session that nothing refers to any more is closed.
         started = store.get_run("busy").started_ms
         monkeypatch.setattr("stroma.cli.commands.runs.time.time", lambda: started / 1000 + 12)
         done = inside("runs", "--db", "stroma.db")
+        loop.run(finish(session))
     assert done.code == 0
     line = re.split(r"  +", done.out.splitlines()[1])
     assert line[:4] == ["busy", "pipeline", "RUNNING", "1"]

@@ -339,7 +339,7 @@ def test_runs_whose_owner_is_gone(store: SQLiteStore, serve: Any) -> None:
     assert (events["here"][0], events["gone"][0]) == ("RUNNING", "INTERRUPTED")
     assert events["gone"][3] == "owner lost"
     assert "its lease has expired" in site.get("/run", id="gone").text
-    assert "<b>owner</b>" in site.get("/run", id="here").text
+    assert "<b>Owner</b>" in site.get("/run", id="here").text
     assert "/delete" not in site.get("/run", id="here").text
     assert here is not None
 
@@ -355,7 +355,7 @@ def test_forks(store: SQLiteStore, serve: Any) -> None:
     asyncio.run(go())
     site = serve(store)
     text = site.get("/run", id="child").text
-    assert 'forked from <a class="mono" href="/run?id=parent">' in text
+    assert 'Forked from</b> <a class="mono" href="/run?id=parent">' in text
     assert rows(text)[0][3] == "forked restored"
     assert '<rect class="b-forked' in text
 

@@ -103,8 +103,8 @@ def rejected_output(rejected: RejectedOutput) -> str:
     cut = '<p class="dim">The output was larger: this is the beginning of it.</p>' if rejected.is_cut else ""
     marks = [".".join(map(str, one.path)) for one in rejected.complaints]
     return (
-        '<table class="rejected"><thead><tr><th scope="col">field</th><th scope="col">complaint</th>'
-        f'<th scope="col">what came</th></tr></thead><tbody>{rows}</tbody></table>{more}'
+        '<table class="rejected"><thead><tr><th scope="col">Field</th><th scope="col">Complaint</th>'
+        f'<th scope="col">Value</th></tr></thead><tbody>{rows}</tbody></table>{more}'
         f"{tree(rejected.value, marks)}{cut}"
     )
 

@@ -102,6 +102,10 @@ _MAX_TEXT: Final = 4000  # characters of a parameter
 _EXAMPLES: Final[dict[Any, Any]] = {str: "", int: 0, float: 0.0, bool: True}
 
 
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
 class Pages:
     """Handlers of pages; each response is read from the store."""
 
@@ -132,7 +136,7 @@ class Pages:
             "chip": chip,
             "icon": icon,
             "meter": meter,
-            "now_ms": lambda: time.time_ns() // 1_000_000,
+            "now_ms": _now_ms,
             "here": "",
         }
 
@@ -241,7 +245,8 @@ class Pages:
         return {
             "record": record,
             "status": status_of(record),
-            "seconds": max(0, record.updated_ms - record.started_ms) / 1000,
+            "seconds": max(0, (_now_ms() if is_at_work(record) else record.updated_ms) - record.started_ms)
+            / 1000,
             "failures": f"{record.failures}+" if record.failures >= 20 else str(record.failures or ""),
             "why": cause_text(record),
             "running": is_at_work(record),
@@ -257,7 +262,7 @@ class Pages:
         except ValueError:
             record = None
         if record is None:
-            raise HTTPException(404, "unknown run")
+            raise HTTPException(404, "this store has no such run; it may have been deleted")
         return record
 
     def run(self, request: Request) -> Response:
@@ -349,7 +354,7 @@ class Pages:
             selected=selected, fold_idle=request.query_params.get("idle") == "folded", window=window_of(request.query_params),
             now_ms=time.time() * 1000 - first / 1e6 if at_work else None, began_ms=first // 1_000_000,
             progress=find_progress(record, attempts, first, names) if at_work else None,
-            open_waits=open_waits(record, attempts, waiting) if is_first and record.status == "SUSPENDED" else {},
+            pipeline=record.pipeline, open_waits=open_waits(record, attempts, waiting) if is_first and record.status == "SUSPENDED" else {},
         )  # fmt: skip
         return timeline, self._story(record, bars)
 
@@ -438,13 +443,13 @@ class Pages:
         params = request.query_params
         position, _, branch = params.get("at", "").partition(".")
         if not (position.isdecimal() and position.isascii() and len(position) < 10):
-            raise HTTPException(404, "unknown attempt")
+            raise HTTPException(404, "this run has no such attempt; it may have been run again since")
         attempts = self._history.attempts_at(record.run_id, int(position), branch)
         attempts.sort(key=lambda one: one.started_ns)
         began = params.get("began")
         this = next((one for one in reversed(attempts) if began in (None, str(one.started_ns))), None)
         if this is None:
-            raise HTTPException(404, "unknown attempt")
+            raise HTTPException(404, "this run has no such attempt; it may have been run again since")
         return attempts, this
 
     def _read_output(self, record: RunRecord, this: AttemptRecord) -> Payload:
@@ -526,8 +531,7 @@ class Pages:
             raise HTTPException(400, "days must be 1, 7 or 30")
         days = int(text)
         bucket_ms = days * 86_400_000 // BUCKETS
-        now_ms = time.time_ns() // 1_000_000
-        buckets = Buckets(now_ms // bucket_ms - BUCKETS, bucket_ms)
+        buckets = Buckets(_now_ms() // bucket_ms - BUCKETS, bucket_ms)
         since_ms = buckets.first * bucket_ms
         exists = self._store.exists()
         it = Overview.of(self._store.tally(since_ms, bucket_ms) if exists else [])

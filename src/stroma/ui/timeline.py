@@ -86,6 +86,7 @@ class Timeline:
         began_ms: start of the first attempt, since the epoch.
         progress: what runs now; None if nothing does.
         open_waits: what attempts at a place wait for, by place.
+        pipeline: its name, by which a flow is called that is the whole pipeline and has not ended.
     """
 
     bars: Sequence[Bar]
@@ -99,6 +100,7 @@ class Timeline:
     began_ms: int = 0
     progress: InProgress | None = None
     open_waits: Mapping[str, str] = field(default_factory=dict)
+    pipeline: str = ""
 
     def draw(self) -> Markup:
         """Return the timeline as HTML."""
@@ -161,6 +163,8 @@ class _Drawing:
     def draw(self) -> str:
         it = self.it
         entries = fold(outline(it.bars, it.waits))
+        if it.pipeline and len(entries) == 1 and entries[0].has_steps and not entries[0].bars:
+            entries[0].label = it.pipeline
         drawn = "".join(map(self.entry, entries))
         progress = it.progress
         if progress is not None and not any(entry.at == progress.at for entry in entries):
