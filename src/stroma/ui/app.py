@@ -57,7 +57,7 @@ def make_app(settings: Settings) -> ASGIApp:
         Route("/cancel", actions.cancel, methods=["POST"]),
         Route("/budget", actions.set_budget, methods=["POST"]),
         Route("/events", events.stream),
-        Mount("/static", StaticFiles(directory=_HERE / "static")),
+        Mount("/static", StaticFiles(directory=_HERE / "static", packages=[("stroma.trace", "static")])),
     ]
 
     async def on_store_error(request: Request, error: Exception) -> Response:

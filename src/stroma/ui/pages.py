@@ -39,6 +39,7 @@ from stroma.trace.gantt import idle_ms
 from stroma.trace.html import cause, document, rejected_output, utc
 from stroma.trace.result import RunStatus
 from stroma.trace.story import Bar, StopCause, Story, fields_named
+from stroma.trace.timeline import HATCHES, Timeline
 from stroma.ui.actions import MANY, can_fork, can_resume, controls_of
 from stroma.ui.components import Column, chip, icon, meter, sparkline, tone_of
 from stroma.ui.figures import RUNS, figures_of, rate_boxes
@@ -74,7 +75,6 @@ from stroma.ui.run_view import (
 )
 from stroma.ui.security import IMAGE_POLICY
 from stroma.ui.shared_pages import SharedPages
-from stroma.ui.timeline import Timeline
 
 if TYPE_CHECKING:
     from stroma.ui.security import Keys
@@ -137,6 +137,7 @@ class Pages:
             "icon": icon,
             "meter": meter,
             "now_ms": _now_ms,
+            "hatches": Markup(HATCHES),
             "here": "",
         }
 
@@ -287,7 +288,8 @@ class Pages:
         run_id = record.run_id
         page_response = self._page(
             "run.html", here="runs", record=record, status=status_of(record), gone=is_interrupted(record),
-            totals=totals(record, story, limits, failed), limits=limits, cause=Markup(cause(story)), timeline=timeline.draw(),
+            totals=totals(record, story, limits, failed), limits=limits, cause=Markup(cause(story)), timeline=Markup(timeline.draw()),  # It escapes all text.
+
             attempts=listed, attempt_rows=attempt_rows(
                 [(one, attempt_address(record, one), place_of(one)) for one in listed], restored_starts(record, listed)),
             waiting=waiting, answers=[self._answer_form(one) for one in waiting if not one.effect], next=page.next, first=after is None,

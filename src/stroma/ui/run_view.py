@@ -16,8 +16,8 @@ from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.history import place_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.trace.story import Story
+from stroma.trace.timeline import InProgress
 from stroma.ui.components import meter
-from stroma.ui.timeline import InProgress
 
 if TYPE_CHECKING:
     from stroma.ui.settings import Settings
