@@ -20,7 +20,7 @@ from stroma._utils.text import clean, format_duration, format_tokens, format_usd
 from stroma.trace.gantt import bar_title, select_bars
 from stroma.trace.rejected import MISSING, Complaint, RejectedOutput
 from stroma.trace.story import Bar, Story, fields_named
-from stroma.trace.timeline import HATCHES, Timeline
+from stroma.trace.timeline import HATCHES, Timeline, legend
 
 __all__ = ["cause", "document", "fragment", "head", "rejected_output", "tree", "utc"]
 
@@ -185,20 +185,15 @@ def _body(story: Story, *, states: bool) -> str:
     failed = next((bar for bar in reversed(shown) if bar.outcome == "failure"), None)
     details = "".join(_attempt(bar) for bar in shown) if states else ""
     link = (lambda bar: f"#{bar.key}") if states else None
-    timeline = Timeline(shown, story.waits, link, selected=failed, pipeline=story.pipeline)
+    selected = None if story.box is None else failed
+    timeline = Timeline(shown, story.waits, link, selected=selected, pipeline=story.pipeline).draw()
     left_out = len(story.bars) - len(shown)
     more = f'<p class="dim">and {pluralize(left_out, "attempt")} more</p>' if left_out else ""
     attempts = f'<h2>Attempts</h2><div class="box">{details}</div>' if details else ""
     return (
-        f"{head(story)}{cause(story)}{HATCHES}<h2>Timeline</h2>{_LEGEND}"
-        f'<div class="box">{timeline.draw()}</div>{more}{attempts}'
+        f"{head(story)}{cause(story)}{HATCHES}<h2>Timeline</h2>{legend(timeline)}"
+        f'<div class="box">{timeline}</div>{more}{attempts}'
     )
-
-
-_LEGEND: Final = (
-    '<p class="legend"><span class="dotted k-good">succeeded</span><span class="dotted k-bad">failed</span>'
-    '<span class="dotted k-wait">waited</span></p>'
-)
 
 
 def _attempt(bar: Bar) -> str:

@@ -18,7 +18,7 @@ from stroma.trace.gantt import ANSWERS, bar_title, duration, places
 from stroma.trace.outline import OutlineEntry, fold, outline
 from stroma.trace.story import Bar, waits
 
-__all__ = ["HATCHES", "InProgress", "Timeline", "axis_of"]
+__all__ = ["HATCHES", "InProgress", "Timeline", "axis_of", "legend"]
 
 #: Patterns of waits, which a page must have once.
 HATCHES: Final = (
@@ -110,6 +110,17 @@ class Timeline:
     def draw(self) -> str:
         """Return the timeline as HTML, for the style sheet ``static/design.css`` and with :data:`HATCHES` on the page."""
         return _Drawing(self).draw()
+
+
+def legend(drawn: str) -> str:
+    """Return the legend of a drawn timeline as HTML: the colours that may be in it."""
+    tones = [("good", "succeeded"), ("bad", "failed"), ("wait", "waited")]
+    if 'class="cells"' in drawn:
+        tones.insert(1, ("warn", "succeeded after a retry"))
+    if "b-running" in drawn:
+        tones.append(("run", "in progress"))
+    texts = "".join(f'<span class="dotted k-{tone}">{text}</span>' for tone, text in tones)
+    return f'<span class="legend">{texts}</span>'
 
 
 def axis_of(start: float, end: float) -> tuple[float, float, int]:

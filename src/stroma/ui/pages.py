@@ -39,7 +39,7 @@ from stroma.trace.gantt import idle_ms
 from stroma.trace.html import cause, document, rejected_output, utc
 from stroma.trace.result import RunStatus
 from stroma.trace.story import Bar, StopCause, Story, fields_named
-from stroma.trace.timeline import HATCHES, Timeline
+from stroma.trace.timeline import HATCHES, Timeline, legend
 from stroma.ui.actions import MANY, can_fork, can_resume, controls_of
 from stroma.ui.components import Column, chip, icon, meter, sparkline, tone_of
 from stroma.ui.figures import RUNS, figures_of, rate_boxes
@@ -284,12 +284,12 @@ class Pages:
         waiting = [one for one in self._history.waiting(record.run_id) if one.payload is None]
         limits = read_limits(self._settings, record)
         timeline, story = self._timeline(request, record, attempts, waiting, cause_attempt)
+        drawn = Markup(timeline.draw())  # It escapes all text.
         failed = sum(attempt.failure_class is not None for attempt in attempts)
         run_id = record.run_id
         page_response = self._page(
             "run.html", here="runs", record=record, status=status_of(record), gone=is_interrupted(record),
-            totals=totals(record, story, limits, failed), limits=limits, cause=Markup(cause(story)), timeline=Markup(timeline.draw()),  # It escapes all text.
-
+            totals=totals(record, story, limits, failed), limits=limits, cause=Markup(cause(story)), timeline=drawn, legend=Markup(legend(drawn)),
             attempts=listed, attempt_rows=attempt_rows(
                 [(one, attempt_address(record, one), place_of(one)) for one in listed], restored_starts(record, listed)),
             waiting=waiting, answers=[self._answer_form(one) for one in waiting if not one.effect], next=page.next, first=after is None,
