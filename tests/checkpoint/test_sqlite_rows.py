@@ -725,7 +725,7 @@ def test_the_history_of_an_execution(rows: SqliteRows) -> None:
 
 
 def test_the_figures_of_many_runs(rows: SqliteRows, clock: Clock) -> None:
-    """By span of time, pipeline, node, model and class; wasted is what committed nothing and did not succeed."""
+    """By span of time, pipeline, node, model, class and duration; wasted is what committed nothing and did not succeed."""
     for number in range(3):
         clock.now = 1000 * (number + 1)
         fence = rows.begin(None, opening(str(number)))
@@ -735,18 +735,20 @@ def test_the_figures_of_many_runs(rows: SqliteRows, clock: Clock) -> None:
 
     def told(since: int, bucket: int, runs: int = 10, attempts: int = 100) -> list[Tally]:
         result = rows.tally(since, bucket, runs=runs, attempts=attempts)
-        return sorted(result, key=lambda one: (one.bucket, one.node_id))
+        return sorted(result, key=lambda one: (one.bucket, one.node_id, one.digits))
 
-    good = Tally(1, "p", "node 0", "m", None, 2, 10, 22, 0, 13, 9)
-    bad = Tally(1, "p", "node 1", "m", "semantic", 1, 5, 2, 2, 7, 7)
-    assert told(0, 1000) == [one._replace(bucket=span) for span in (1, 2, 3) for one in (good, bad)]
-    assert told(2000, 1000) == [one._replace(bucket=span) for span in (2, 3) for one in (good, bad)]
-    assert told(2001, 1000) == [one._replace(bucket=3) for one in (good, bad)]
-    assert told(0, 1000, runs=1) == [one._replace(bucket=3) for one in (good, bad)]
+    short = Tally(1, "p", "node 0", "m", None, 1, 5, 11, 0, 4, 4, 104)
+    long = Tally(1, "p", "node 0", "m", None, 1, 5, 11, 0, 9, 9, 109)
+    bad = Tally(1, "p", "node 1", "m", "semantic", 1, 5, 2, 2, 7, 7, 107)
+    assert told(0, 1000) == [one._replace(bucket=span) for span in (1, 2, 3) for one in (short, long, bad)]
+    assert told(2000, 1000) == [one._replace(bucket=span) for span in (2, 3) for one in (short, long, bad)]
+    assert told(2001, 1000) == [one._replace(bucket=3) for one in (short, long, bad)]
+    assert told(0, 1000, runs=1) == [one._replace(bucket=3) for one in (short, long, bad)]
     assert sum(one.attempts for one in told(0, 1000, attempts=4)) == 4
     assert told(0, 10_000) == [
-        Tally(0, "p", "node 0", "m", None, 6, 30, 66, 0, 39, 9),
-        Tally(0, "p", "node 1", "m", "semantic", 3, 15, 6, 6, 21, 7),
+        Tally(0, "p", "node 0", "m", None, 3, 15, 33, 0, 12, 4, 104),
+        Tally(0, "p", "node 0", "m", None, 3, 15, 33, 0, 27, 9, 109),
+        Tally(0, "p", "node 1", "m", "semantic", 3, 15, 6, 6, 21, 7, 107),
     ]
 
 

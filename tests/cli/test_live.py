@@ -148,6 +148,24 @@ def test_a_narrower_terminal_loses_no_line(terminal, monkeypatch):
     assert terminal.emulator.text.splitlines() == ["above", "below"]
 
 
+def test_after_control_z_the_table_stands_below_what_the_shell_wrote(terminal):
+    """A run that was stopped with Ctrl-Z and continued overwrites no line of the shell, and draws its table once below them."""
+    terminal = terminal()
+    screen = Screen(err, lambda columns, rows: [["one"], ["two"]])
+    before = signal.getsignal(signal.SIGCONT)
+    screen.open()
+    terminal.emulator.write("[1]+  Stopped    stroma run\n$ fg\n")
+    os.kill(os.getpid(), signal.SIGCONT)  # What the shell sends for fg.
+    screen.refresh()
+    shell = ["one", "two", "[1]+  Stopped    stroma run", "$ fg"]
+    assert terminal.emulator.text.splitlines() == [*shell, "one", "two"]
+    print("above", file=sys.stderr)
+    assert terminal.emulator.text.splitlines() == [*shell, "above", "one", "two"]
+    screen.close()
+    assert terminal.emulator.text.splitlines() == [*shell, "above"]
+    assert signal.getsignal(signal.SIGCONT) == before
+
+
 @pytest.mark.parametrize("columns", [20, 39, 60, 79, 200])
 def test_names_and_failures_of_any_length_fit(columns):
     """No line is wider than the terminal, whatever the names, messages and amounts; what is hidden is counted."""

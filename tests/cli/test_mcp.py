@@ -1,13 +1,16 @@
-"""`stroma mcp`, asked by the client of the SDK in this process."""
+"""`stroma mcp`, asked by the client of the SDK."""
 
 import asyncio
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("mcp")
-from mcp import Client
+from mcp import Client, ClientSession, StdioServerParameters
+from mcp.client.stdio import stdio_client
 
 from stroma.cli.commands.mcp import RunReader, make_server
 from stroma.cli.redaction import load_redact
@@ -83,6 +86,51 @@ def test_a_large_state_is_not_sent(ask, monkeypatch):
     monkeypatch.setattr("stroma.cli.commands.mcp._MAX_BYTES", 1)
     attempt = _data(ask("read_attempt", run="good", node="second"))
     assert [list(attempt[state]) for state in ("input", "output")] == [["problem"], ["problem"]]
+
+
+def test_large_differences_are_not_sent(ask, stroma, inside, monkeypatch):
+    """Of values that differ beyond the limit a comparison names the size, of many changes and nodes the first and how many follow."""
+    odd = {"SECOND": "state = Sum(n=10)"}
+    assert (
+        inside(
+            "run", "sums.py:pipeline", '{"start": 5}', "--run-id", "odd", "--db", "r.db", "-q", env=odd
+        ).code
+        == 0
+    )
+    (change,) = _data(ask("compare_runs", a="good", b="odd"))["input"]
+    assert (change["a"], change["b"]) == (1, 5)
+    monkeypatch.setattr("stroma.cli.commands.mcp._MAX_BYTES", 0)
+    monkeypatch.setattr("stroma.cli.commands.mcp._MAX_ATTEMPTS", 2)
+    compared = _data(ask("compare_runs", a="good", b="odd"))
+    assert "too large to show" in compared["input"][0]["a"]["problem"]
+    assert len(compared["nodes"]) == 3
+    assert compared["nodes"][-1] == {"omitted": "1 more nodes that differ"}
+    monkeypatch.setattr("stroma.cli.commands.mcp._MAX_CHANGES", 0)
+    assert _data(ask("compare_runs", a="good", b="odd"))["input"] == [{"omitted": "1 more changes"}]
+
+
+@pytest.mark.slow
+def test_the_command_speaks_over_stdio(ask, stroma):
+    """`stroma mcp` as an agent starts it, a process of its own: it answers on stdout, and ends when its input does."""
+
+    async def main() -> Any:
+        program = str(Path(sys.executable).with_name("stroma"))
+        server = StdioServerParameters(
+            command=program, args=["mcp", "--db", "r.db"], cwd=stroma.home, env=stroma.env
+        )
+        async with stdio_client(server) as streams, ClientSession(*streams) as session:
+            await session.initialize()
+            tools = await session.list_tools()
+            return tools, await session.call_tool("explain_failure", {"run": "last"})
+
+    tools, why = asyncio.run(asyncio.wait_for(main(), 60))
+    assert [tool.name for tool in tools.tools] == [
+        "list_runs",
+        "explain_failure",
+        "read_attempt",
+        "compare_runs",
+    ]
+    assert _data(why)["run"]["cause"]["node_id"] == "second"
 
 
 def test_a_wrong_question_is_a_message(ask):

@@ -171,8 +171,27 @@ def test_show_as_a_tree(stroma, inside):
         "1.0.1  │  └─ y",
         "1.1    └─ z",
     ]
-    assert re.search(r"BEGAN +WAITED +TIME", table[0])
+    assert re.search(r"BEGAN +WAITED +TIME +FUNCTIONS", table[0])
     assert re.search(r"^2 +flaky +2 +success +\+\d\.\d{3} s +\d\.\d\d s +\d\.\d\d s", table[8])
+
+
+def test_a_narrow_terminal_shows_what_was_asked_for(stroma, inside, monkeypatch):
+    """At 80 columns `show --timing` has the times, and no line is wider than the terminal, the command to resume included."""
+    long = "stop_after_the_first_page_was_read_and_nothing_else"
+    stroma.file("long.py", f"""
+        from sums import *
+        pipeline = Pipeline("{long}", [node("first", add_one, Count), parallel(node("classify", double), node("risk", last))],
+                            config=RunConfig(policy_map=quick))
+    """)  # fmt: skip
+    fails = {"SECOND": "raise TimeoutError('the provider did not answer within 30 s')"}
+    assert inside("run", "long.py:pipeline", GOOD, "--run-id", "t", "-q", env=fails).code == 1
+    monkeypatch.setattr("stroma.cli.output.Stream.is_terminal", True)
+    monkeypatch.setattr("stroma.cli.output.Stream.size", (80, 24))
+    done = inside("show", "t", "--timing")
+    lines = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in (done.out + done.err).splitlines()]
+    assert any("BEGAN" in line and "TIME" in line for line in lines), lines
+    assert any(line.startswith("resume with:") for line in lines)
+    assert max(map(len, lines)) <= 80
 
 
 def test_show_folds_the_loops_of_a_flow(stroma, inside):

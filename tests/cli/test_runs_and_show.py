@@ -1,7 +1,9 @@
 """`stroma runs`, `stroma show`, and the command as a whole."""
 
+import asyncio
 import contextlib
 import json
+import os
 import re
 import sqlite3
 import subprocess
@@ -10,8 +12,10 @@ import time
 
 import pytest
 
+from stroma import SQLiteStore
 from stroma._utils.text import clean, format_duration
 from stroma.cli import formatting
+from stroma.testing.stores import State, begin, commit, finish
 
 GOOD = '{"start": 1}'
 
@@ -74,6 +78,28 @@ def test_runs(filled, inside):
     # The killed one can be finished.
     assert inside("resume", "other", "sums.py:pipeline").code == 0
     assert filled.calls()[-3:] == ["second", "second", "third"]
+
+
+def test_runs_say_who_is_at_work(tmp_path, inside, monkeypatch):
+    """Of a run in progress, `runs` names the process and host that runs it, for how long, and when it recorded something last."""
+
+    with SQLiteStore(tmp_path / "stroma.db") as store, asyncio.Runner() as loop:
+
+        async def work():
+            session = await begin(store, "busy")
+            await commit(session, 0, State(n=1), "n")
+            return session
+
+        session = loop.run(work())  # A session that nothing refers to any more is closed.
+        started = store.get_run("busy").started_ms
+        monkeypatch.setattr("stroma.cli.commands.runs.time.time", lambda: started / 1000 + 12)
+        done = inside("runs", "--db", "stroma.db")
+        loop.run(finish(session))
+    assert done.code == 0
+    line = re.split(r"  +", done.out.splitlines()[1])
+    assert line[:4] == ["busy", "pipeline", "RUNNING", "1"]
+    assert line[7] == "12.0 s"
+    assert re.fullmatch(rf"run by process {os.getpid()} on \S+ for 12\.0 s; last record .*", line[8])
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from stroma.checkpoint.history import History
 from stroma.checkpoint.identity import StepCalls
 from stroma.trace.outline import OutlineEntry, fold, outline, parse_call
 from stroma.trace.story import Bar
+from stroma.trace.timeline import Timeline
 
 store = store_fixture(*SHARED)
 
@@ -184,7 +185,7 @@ async def test_a_trace_folds_as_the_store_does(triage: Any) -> None:
     )
     assert names.count("judge") == 10  # Those that are folded stand inside, closed.
     assert any(name.startswith("sleep until ") for name in names)
-    folded = re.search(r'<details><summary class="row"><span class="name fold good" title="judge x3">', html)
+    folded = re.search(r'<details><summary class="row"><span class="name fold " title="judge x3">', html)
     assert folded is not None
     file = io.StringIO()
     Console(file=file, width=160).print(result.trace)
@@ -195,15 +196,13 @@ async def test_a_trace_folds_as_the_store_does(triage: Any) -> None:
 
 def test_failures_of_repeated_calls_are_counted() -> None:
     """A fold whose calls failed for good says how many, and is marked as failed."""
-    from stroma.trace.gantt import gantt
-
     bars = [
         Bar("judge", "0.judge#0", 1, 0, 5, "failure"), Bar("judge", "0.judge#0", 2, 6, 5, "success"),
         Bar("judge", "0.judge#1", 1, 12, 5, "failure", "TERMINAL"),
     ]  # fmt: skip
-    drawn = gantt(bars)
+    drawn = Timeline(bars, [], None).draw()
     assert 'class="name fold bad" title="judge x2"' in drawn
-    assert "3 attempts · 1 of 2 failed" in drawn
+    assert '<span class="bad">1 failed</span>' in drawn
 
 
 def test_identities_are_read_as_they_are_written() -> None:

@@ -22,10 +22,11 @@ from tests.tiers import examples
 from tests.trace.standalone_pages import check_page
 
 from stroma import FailurePolicy, NodeContract, StromaRunner, current_node, parallel, stroma_node
-from stroma.trace.gantt import gantt, idle_ms, places
+from stroma.trace.gantt import idle_ms, places
 from stroma.trace.html import document, fragment, tree
 from stroma.trace.redaction import hidden_values, without
 from stroma.trace.story import Bar, StopCause, Story, fields_named, waits
+from stroma.trace.timeline import Timeline
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;]]><!--\x00\x1b[31m\u202e</pre></style>"
 
@@ -258,7 +259,7 @@ def test_what_is_too_much_to_show() -> None:
     assert len(tree(deep)) < 20_000
     bars = [Bar(f"n{i}", str(i), 1, i, 1, "success") for i in range(100_000)]
     bars[99_000] = Bar("bad", "99000", 1, 99_000, 1, "failure", "TERMINAL", None, "no")
-    text = gantt(bars)
+    text = fragment(Story("r", "p", "FAILED", bars, 0, 0.0), states=False)
     assert len(text) < 2_000_000
     assert "and 98,000 attempts more" in text
     assert ">bad<" in text or "bad</span>" in text
@@ -292,8 +293,8 @@ def test_groups_fold() -> None:
         Bar("child", "0.0", 1, 0, 10, "failure"),
         Bar("child", "0.1", 1, 0, 10, "success"),
     ]
-    assert "<details><summary" in gantt(bars)
-    assert "<details open><summary" in gantt(bars, selected=bars[1].key)
+    assert "<details><summary" in Timeline(bars, [], None).draw()
+    assert "<details open><summary" in Timeline(bars, [], None, selected=bars[1]).draw()
 
 
 @pytest.mark.core
@@ -306,20 +307,19 @@ def test_idle_time_folds() -> None:
     assert idle_ms(bars) == 60_000 + 3_938_000
 
     def drawn(**how: bool) -> list[tuple[float, float]]:
-        result = re.findall(
-            r'<rect class="b-(?!wait)[^"]*" x="([\d.]+)" y="2" width="([\d.]+)"', gantt(bars, **how)
-        )
+        text = Timeline(bars, [], None, **how).draw()
+        result = re.findall(r'<rect class="b-(?!wait)[^"]*" x="([\d.]+)%" y="5" width="([\d.]+)%"', text)
         return [(float(x), float(width)) for x, width in result]
 
-    assert [width for _, width in drawn()] == [6.0] * 4
+    assert [width for _, width in drawn()] == [0.4] * 4  # The smallest.
     first, second, third, last = drawn(fold_idle=True)
-    assert first[1] == pytest.approx(2 * second[1], abs=0.2) == pytest.approx(last[1], abs=0.2)
-    assert second[1] > 100
+    assert first[1] == pytest.approx(2 * second[1], abs=0.02) == pytest.approx(last[1], abs=0.02)
+    assert second[1] > 10
     gap = second[0] - (first[0] + first[1])
-    assert gap == pytest.approx(last[0] - (third[0] + third[1]), abs=0.3)
-    assert 0 < gap < 40
-    assert last[0] + last[1] == pytest.approx(1000, abs=0.3)
-    assert "waited 60.0 s" in gantt(bars, fold_idle=True)
+    assert gap == pytest.approx(last[0] - (third[0] + third[1]), abs=0.03)
+    assert 0 < gap < 4
+    assert last[0] + last[1] == pytest.approx(100, abs=0.03)
+    assert "waited 60.0 s" in Timeline(bars, [], None, fold_idle=True).draw()
     assert idle_ms(bars[1:3]) == 61_000
     assert idle_ms([]) == 0
 

@@ -20,6 +20,7 @@ from tests.ui.test_large_run import make_large_run
 from stroma import SQLiteStore
 from stroma.ui import Settings, make_app
 
+_TALLEST = 3000  # pixels of a page, below which it is cut
 SIZES = {"wide": (1280, 860), "narrow": (400, 860), "large": (2560, 1300)}
 
 
@@ -96,6 +97,8 @@ def shoot(browser: Browser, url: str, empty_url: str, directory: Path, only: str
             for dark in (False, True):
                 browser.size(width, height, dark=dark)
                 browser.goto(address)
+                whole = int(browser.eval("document.documentElement.scrollHeight"))
+                browser.size(width, min(max(height, whole), _TALLEST), dark=dark)
                 if name == "run" and width >= 1360:
                     browser.until("!document.getElementById('panel').hidden")
                 time.sleep(0.15)  # Fonts and the first tick.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
 from tests.ui.browser import Browser
 from tests.ui.conftest import BAD, GOOD, Site, make_runs
 from tests.ui.test_security import keys
@@ -21,6 +24,8 @@ from stroma import (
     stroma_node,
 )
 from stroma.testing.stores import State
+from stroma.ui.pages import Pages
+from stroma.ui.shared_pages import SharedPages
 
 
 @pytest.fixture
@@ -92,18 +97,47 @@ def test_a_page_pauses_a_living_run(store: SQLiteStore, serve: Any, living: Any)
     assert site.post("/cancel", {"id": "lives", "key": found["cancel"]}).status == 409
 
 
-def test_open_pages_share_a_rendering(store: SQLiteStore, serve: Any, living: Any) -> None:
-    """Pages of a run in progress are rendered once for all who ask at the same time, and anew after a change by a button."""
-    site: Site = serve(store, poll_seconds=60.0)
-    first, second = (site.get("/run", id="lives") for _ in range(2))
-    assert first.body == second.body
-    assert " of 100<" not in first.text
-    assert (
-        site.post("/budget", {"id": "lives", "key": keys(site, "lives")["budget"], "tokens": "100"}).status
-        == 303
-    )
+def test_open_pages_share_a_rendering(
+    store: SQLiteStore, serve: Any, living: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Open pages that ask for the state of one event are rendered once for all, of a run and of the list; others always."""
+    rendered: list[str] = []
+    page = Pages._page
+
+    def counted(self: Pages, template: str, *args: Any, **values: Any) -> Any:
+        rendered.append(template)
+        return page(self, template, *args, **values)
+
+    monkeypatch.setattr(Pages, "_page", counted)
+    site: Site = serve(store)
+    for path, template in (("/run?id=lives", "run.html"), ("/", "runs.html")):
+        rendered.clear()
+        answers = [site.ask("GET", path, x_stroma_state="a") for _ in range(50)]
+        assert rendered == [template]
+        assert len({answer.body for answer in answers}) == 1
+        site.ask("GET", path, x_stroma_state="b")
+        assert rendered == [template] * 2
+    form = {"id": "lives", "key": keys(site, "lives")["budget"], "tokens": "100"}
+    assert site.post("/budget", form).status == 303
     assert " of 100<" in site.get("/run", id="lives").text
     living()
+
+
+def test_events_are_as_seldom_as_they_cost() -> None:
+    """The more viewers a page has and the longer it takes to render, the longer is the time between two events."""
+    shared = SharedPages()
+    request = Request({"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": []})
+
+    def slow() -> Response:
+        began = time.thread_time()
+        while time.thread_time() - began < 0.02:
+            pass
+        return Response("page")
+
+    shared.get(request, "slow", slow)
+    assert shared.interval("other", 1) < 0.1
+    assert 25 * 0.02 <= shared.interval("slow", 1) < shared.interval("slow", 50)
+    assert shared.interval("other", 50) >= 2
 
 
 def test_no_buttons_for_runs_that_have_ended(store: SQLiteStore, serve: Any) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.ui.conftest import BAD, GOOD, Site, State, make_runs, node
-from tests.ui.scenes import lineage
+from tests.ui.scenes import lineage, make_map
 from tests.ui.test_security import attempts_of
 
 from stroma import FailurePolicy, NodeContract, Pipeline, SQLiteStore, StromaRunner, current_node, stroma_node
@@ -339,7 +339,7 @@ def test_runs_whose_owner_is_gone(store: SQLiteStore, serve: Any) -> None:
     assert (events["here"][0], events["gone"][0]) == ("RUNNING", "INTERRUPTED")
     assert events["gone"][3] == "owner lost"
     assert "its lease has expired" in site.get("/run", id="gone").text
-    assert "<b>owner</b>" in site.get("/run", id="here").text
+    assert "<b>Owner</b>" in site.get("/run", id="here").text
     assert "/delete" not in site.get("/run", id="here").text
     assert here is not None
 
@@ -355,7 +355,7 @@ def test_forks(store: SQLiteStore, serve: Any) -> None:
     asyncio.run(go())
     site = serve(store)
     text = site.get("/run", id="child").text
-    assert 'forked from <a class="mono" href="/run?id=parent">' in text
+    assert 'Forked from</b> <a class="mono" href="/run?id=parent">' in text
     assert rows(text)[0][3] == "forked restored"
     assert '<rect class="b-forked' in text
 
@@ -542,3 +542,38 @@ def test_resuming(url: str, tmp_path: Path) -> None:
     finally:
         process.terminate()
         process.communicate(timeout=60)
+
+
+def test_the_page_of_a_run_reads_its_attempts_once(
+    store: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page of a run reads its attempts in one request, and as often in all for 40 items of a map as for 16."""
+    requests: list[str] = []
+
+    class Counting:
+        def __init__(self, rows: Any) -> None:
+            self.rows = rows
+
+        def __getattr__(self, name: str) -> Any:
+            requests.append(name)
+            return getattr(self.rows, name)
+
+    read = type(store).read
+    monkeypatch.setattr(
+        type(store),
+        "read",
+        lambda self, query, nothing: read(self, lambda rows: query(Counting(rows)), nothing),
+    )
+    monkeypatch.setattr("stroma.ui.pages._MAX_LISTED", 10)
+    monkeypatch.setattr("stroma.ui.pages._LISTED_OF_MORE", 5)
+    site: Site = serve(store)
+    of_run: dict[int, list[str]] = {}
+    for items in (16, 40):
+        asyncio.run(make_map(store, items, f"map-{items}"))
+        requests.clear()
+        text = site.get("/run", id=f"map-{items}").text
+        of_run[items] = [name for name in requests if not name.startswith("_")]
+        assert text.count("<tr data-row>") in (5, 6)  # The attempt that stopped a run is always there.
+        assert f"{items} items" in text
+    assert of_run[40].count("attempt_page") == 1
+    assert of_run[40] == of_run[16]

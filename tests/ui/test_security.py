@@ -233,9 +233,7 @@ def test_streams_are_bounded(store: SQLiteStore, serve: Any, monkeypatch: pytest
     """As many pages as may be are served, one more is told so; what no page watches any more is forgotten."""
     outputs: list[Events] = []
     init = Events.__init__
-    monkeypatch.setattr(
-        Events, "__init__", lambda self, settings: (outputs.append(self), init(self, settings))[1]
-    )
+    monkeypatch.setattr(Events, "__init__", lambda self, *of: (outputs.append(self), init(self, *of))[1])
     site: Site = serve(store)
     (events,) = outputs
     held = [_stream(site, "/events")]

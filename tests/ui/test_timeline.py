@@ -13,7 +13,7 @@ from tests.ui.test_pages import rows
 
 from stroma import FailurePolicy, Pipeline, SQLiteStore, Suspend, current_node
 from stroma.trace.story import Bar
-from stroma.ui.timeline import InProgress, Timeline, axis_of
+from stroma.trace.timeline import InProgress, Timeline, axis_of
 
 
 def draw(bars: list[Bar], **settings: Any) -> str:

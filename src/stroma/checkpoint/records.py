@@ -22,6 +22,9 @@ __all__ = [
     "StoreFacts",
     "Tally",
     "cause_of",
+    "digits_seconds",
+    "duration_digits",
+    "end_of_page",
     "not_a_mark",
     "parse_attempt_mark",
     "parse_run_mark",
@@ -132,9 +135,9 @@ class RunPage(NamedTuple):
     next: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # Not frozen: 0.7 us instead of 6 to make one, and a page of a large map makes 10,000.
 class AttemptRecord:
-    """An attempt as a store lists it.
+    """An attempt as a store lists it. Treat it as immutable.
 
     Attributes:
         started_ms, started_ns: since the epoch.
@@ -214,6 +217,7 @@ class Tally(NamedTuple):
     Attributes:
         bucket: number of the time bucket in which the runs started, counted from the epoch.
         wasted_pico: cost of the attempts without a commit.
+        digits: the duration that all of them have, to two digits, as :func:`duration_digits` returns it.
     """
 
     bucket: int
@@ -227,6 +231,19 @@ class Tally(NamedTuple):
     wasted_pico: int
     duration_ns: int
     longest_ns: int
+    digits: int = 0
+
+
+def duration_digits(duration_ns: int) -> int:
+    """Return 100 times the number of decimal digits of a duration, plus its first two digits: sums by it have percentiles."""
+    text = str(duration_ns)
+    return 100 * len(text) + int(text[:2])
+
+
+def digits_seconds(digits: int) -> float:
+    """Return the seconds of a duration from its :func:`duration_digits`."""
+    length, first = divmod(digits, 100)
+    return float(first * 10 ** min(max(0, length - 2), 20)) / 1e9
 
 
 def cause_of(failed: Sequence[Attempt | AttemptRecord]) -> Cause | None:
@@ -275,6 +292,11 @@ class AttemptMark(NamedTuple):
 
     def __str__(self) -> str:
         return ":".join(map(str, self))
+
+
+def end_of_page(last: AttemptRecord) -> AttemptMark:
+    """Return the mark of a page of attempts that ends with this one."""
+    return AttemptMark(last.epoch, last.position, last.started_ns, last.attempt, last.branch)
 
 
 def parse_attempt_mark(mark: str) -> AttemptMark:

@@ -82,14 +82,15 @@ def tally(
     The sums are floats, since SQLite fails if a sum of integers overflows.
     """
     statement = f"""SELECT bucket, pipeline, node_id, model, failure_class, count(*), sum(tokens * 1.0), sum(cost_pico * 1.0),
-        sum(wasted * 1.0), sum(duration_ns * 1.0), max(duration_ns * 1.0) FROM (
+        sum(wasted * 1.0), sum(duration_ns * 1.0), max(duration_ns * 1.0), digits FROM (
         SELECT r.started_ms / {value} AS bucket, r.pipeline, a.node_id, a.model, a.failure_class, a.tokens, a.cost_pico, a.duration_ns,
+        length(CAST(a.duration_ns AS text)) * 100 + CAST(substr(CAST(a.duration_ns AS text), 1, 2) AS integer) AS digits,
         CASE WHEN a.outcome = 'success' OR EXISTS (SELECT 1 FROM steps s WHERE s.run = a.run AND s.execution = a.execution
         AND s.position = a.position AND s.branch = a.branch AND s.epoch = a.epoch AND s.attempt = a.attempt
         AND s.started_ns = a.started_ns) THEN 0 ELSE a.cost_pico END AS wasted
         FROM (SELECT run, execution, pipeline, started_ms FROM runs WHERE execution > 0 AND started_ms >= {value}
         ORDER BY started_ms DESC, run DESC LIMIT {value}) r JOIN attempts a ON a.run = r.run AND a.execution = r.execution
-        LIMIT {value}) t GROUP BY bucket, pipeline, node_id, model, failure_class"""
+        LIMIT {value}) t GROUP BY bucket, pipeline, node_id, model, failure_class, digits"""
     return [
         Tally(int(row[0]), *row[1:5], *map(int, row[5:]))
         for row in execute(statement, [bucket_ms, since_ms, runs, attempts])

@@ -71,8 +71,8 @@ def print_next_steps(database: RunSource, record: RunRecord, waiting: list[Waiti
     name, target = id_word(record.run_id), "FILE.py:NAME"
     place = f"  (where the pipeline {clean(record.pipeline, 60)!r} is)"
     if record.holder is not None:
-        err.line(
-            f"wait for its result: {database.hint('resume', name, target, options=('--attach',))}{place}"
+        _print_hint(
+            f"wait for its result: {database.hint('resume', name, target, options=('--attach',))}", place
         )
         err.line(f"or pause it: {database.hint('pause', name)}")
         err.line(f"or cancel it: {database.hint('cancel', name)}")
@@ -80,8 +80,17 @@ def print_next_steps(database: RunSource, record: RunRecord, waiting: list[Waiti
     if record.waits_for is not None:
         for line in held_hints(database, record.run_id, record.waits_for):
             err.line(line)
-        err.line(f"or continue it here: {database.hint('resume', name, target)}{place}")
+        _print_hint(f"or continue it here: {database.hint('resume', name, target)}", place)
         return
     for line in approve_hint(database, record.run_id, target, waiting):
         err.line(f"answer: {line}")
-    err.line(f"{'then ' if waiting else ''}resume with: {database.hint('resume', name, target)}{place}")
+    _print_hint(f"{'then ' if waiting else ''}resume with: {database.hint('resume', name, target)}", place)
+
+
+def _print_hint(command: str, place: str) -> None:
+    """Print a command and where to run it, on a terminal in lines that fit."""
+    if not err.is_terminal or len(command + place) <= err.columns:
+        err.line(command + place)
+        return
+    err.hint(command)
+    err.wrapped(f"    {place.strip()}")

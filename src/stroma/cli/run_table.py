@@ -31,14 +31,12 @@ _HEADER: Final = (
     "MESSAGE",
 )
 _STYLES: Final = {"success": "green", "failure": "red"}
-_RIGHT: Final = ("TRY", "BEGAN", "WAITED", "TIME", "TOKENS", "COST")
+_RIGHT: Final = ("TRY", "BEGAN", "WAITED", "TIME", "FUNCTIONS", "TOKENS", "COST")
 _SHOWN_FAILED: Final = 5  # calls that failed, below the line that folds them
 #: Columns that a narrow terminal does without, in this order.
 _SPARE: Final = (
     "MODEL",
     "CLASS",
-    "BEGAN",
-    "WAITED",
     "TOKENS",
     "AT",
     "REASON",
@@ -46,6 +44,21 @@ _SPARE: Final = (
     "TIME",
     "COST",
     "OUTCOME",
+)
+#: The same with --timing: what was asked for stays longest.
+_TIMING_SPARE: Final = (
+    "FUNCTIONS",
+    "MODEL",
+    "CLASS",
+    "TOKENS",
+    "COST",
+    "AT",
+    "REASON",
+    "TRY",
+    "OUTCOME",
+    "WAITED",
+    "BEGAN",
+    "TIME",
 )
 
 
@@ -71,10 +84,10 @@ def print_attempts(
     rows = list(_rows(attempts, waits, selected, view))
     header: list[str] = list(_HEADER)
     if view.timing:
-        header[6:7] = ["BEGAN", "WAITED", "TIME"]
+        header[6:7] = ["BEGAN", "WAITED", "TIME", "FUNCTIONS"]
         _add_timing(rows, selected)
     right = frozenset(header.index(name) for name in _RIGHT if name in header)
-    spare = [header.index(name) for name in _SPARE if name in header]
+    spare = [header.index(name) for name in (_TIMING_SPARE if view.timing else _SPARE)]
     table(out, header, [row for _, row in rows], right=right, spare=spare)
 
 
@@ -195,11 +208,13 @@ def _add_timing(rows: list[tuple[AttemptRecord | None, list[Part]]], attempts: l
     waited = {bar.key: took for bar, _, took in find_waits(bars.values())}
     for attempt, row in rows:
         if attempt is None:
-            row[6:7] = ["", "", ""]
+            row[6:7] = ["", "", row[6], ""]
             continue
-        wait = waited.get(bars[id(attempt)].key)
+        bar = bars[id(attempt)]
+        wait = waited.get(bar.key)
         row[6:7] = [
-            f"+{bars[id(attempt)].began_ms / 1000:.3f} s",
+            f"+{bar.began_ms / 1000:.3f} s",
             "" if wait is None else format_duration(wait / 1000),
-            row[6],
+            format_duration(bar.took_ms / 1000),
+            "" if bar.function_ms is None else format_duration(bar.function_ms / 1000),
         ]

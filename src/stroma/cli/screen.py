@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 from collections import deque
@@ -38,6 +39,8 @@ class Screen:
         self._text = ""  # of the lines, as it was written last
         self._cells: list[int] = []  # of each line
         self._partial = ""  # printed without a line end so far
+        self._has_moved = False  # The cursor is no longer below the lines.
+        self._old_handler: Any = None  # of SIGCONT; None unless it was replaced
         self._delayed: list[str] = []  # printed while the lines are drawn
         self._patched: list[IO[str]] = []
         self._raw: Callable[[str], Any] | None = None
@@ -53,6 +56,8 @@ class Screen:
             self._raw, self._is_open = file.write, True
             self._capture()
             self.refresh()
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCONT"):
+            self._old_handler = signal.signal(signal.SIGCONT, self._on_continue)
         self._thread = threading.Thread(target=self._tick, name="stroma-screen", daemon=True)
         self._thread.start()
 
@@ -69,6 +74,8 @@ class Screen:
             text = "".join(self._delayed) + self._partial
             text += "\n" if text and not text.endswith("\n") else ""
             self._write(self._erase() + text + self._take_messages())
+        if self._old_handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCONT, self._old_handler)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=1)
 
@@ -80,10 +87,16 @@ class Screen:
         return True
 
     def refresh(self) -> None:
-        """Draw the lines again if they changed."""
+        """Draw the lines again if they changed. Nothing is drawn while the process is in the background of its terminal."""
         with self._lock:
-            if self._is_open and not self._is_drawing:
+            if self._is_open and not self._is_drawing and not _is_in_background():
                 self._redraw()
+
+    def _on_continue(self, number: int, frame: Any) -> None:
+        """Leave what the shell has written since the process was stopped: the lines are drawn below it."""
+        self._has_moved = True
+        if callable(self._old_handler):
+            self._old_handler(number, frame)
 
     # ------------------------------------------------------------------ drawing
 
@@ -104,7 +117,7 @@ class Screen:
             self._is_drawing = False
         above = self._take_messages() + "".join(self._delayed)
         self._delayed.clear()
-        if above or text != self._text:
+        if above or text != self._text or self._has_moved:
             self._show(above, text, cells)
 
     def _show(self, above: str, text: str, cells: list[int]) -> None:
@@ -114,6 +127,8 @@ class Screen:
 
     def _erase(self) -> str:
         """Return the sequence that moves the cursor to the first of the lines and clears them; the terminal may be narrower by now."""
+        if self._has_moved:
+            self._has_moved, self._cells = False, []
         columns = max(1, self._stream.size[0])
         rows = sum(max(1, -(-cells // columns)) for cells in self._cells)
         return f"\r\x1b[{rows}A\x1b[J" if rows else ""
@@ -159,3 +174,14 @@ class Screen:
             return len(text)
 
         return write
+
+
+def _is_in_background() -> bool:
+    """Return True if another process of the terminal has its input, after Ctrl-Z and `bg`."""
+    try:
+        return os.tcgetpgrp(2) != os.getpgrp()
+    except (
+        OSError,
+        AttributeError,
+    ):  # Standard error is no terminal, or not the one that controls this process.
+        return False

@@ -11,54 +11,43 @@ import hashlib
 import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
 from stroma._utils.svg import as_xml
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize, visible
-from stroma.trace.gantt import bar_title, gantt, select_bars
+from stroma.trace.gantt import bar_title, select_bars
 from stroma.trace.rejected import MISSING, Complaint, RejectedOutput
 from stroma.trace.story import Bar, Story, fields_named
+from stroma.trace.timeline import HATCHES, Timeline, legend
 
-__all__ = ["STYLE", "cause", "document", "fragment", "head", "rejected_output", "tree", "utc"]
+__all__ = ["cause", "document", "fragment", "head", "rejected_output", "tree", "utc"]
 
 _ITEMS: Final = 400  # of one payload
 _TEXT: Final = 2000  # characters of one text in it
 _DEEPEST: Final = 30
-#: Colours that keep a contrast of 4.5 with what they stand on, light and dark.
-STYLE: Final = """
-.stroma{--ink:#0f172a;--dim:#475569;--paper:#fff;--soft:#f1f5f9;--rule:#cbd5e1;--good:#15803d;--bad:#b91c1c;--warn:#a16207;
---note:#1d4ed8;--sel:#fef3c7;--badbg:#fef2f2;color:var(--ink);background:var(--paper);
-font:14px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;text-align:left;color-scheme:light dark}
-@media(prefers-color-scheme:dark){.stroma{--ink:#f1f5f9;--dim:#cbd5e1;--paper:#0f172a;--soft:#1e293b;--rule:#475569;
---good:#4ade80;--bad:#fca5a5;--warn:#fcd34d;--note:#93c5fd;--sel:#422006;--badbg:#450a0a}}
-.stroma *{box-sizing:border-box}.stroma a{color:var(--note)}
-.stroma code,.stroma pre,.stroma .mono{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace;font-size:12.5px}
-.stroma pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0}
-.stroma h1{font-size:20px;margin:.2em 0;overflow-wrap:anywhere}.stroma h2{font-size:16px;margin:1.2em 0 .4em}
-.stroma .dim{color:var(--dim)}.stroma .good{color:var(--good)}.stroma .bad{color:var(--bad)}.stroma .warn{color:var(--warn)}
-.stroma .status{font-weight:600}.stroma .facts{display:flex;flex-wrap:wrap;gap:.2em 1.6em;margin:.4em 0}
-.stroma .facts b{font-weight:600}.stroma .cause{border:1px solid var(--bad);border-left-width:6px;border-radius:6px;
-background:var(--badbg);padding:.6em .9em;margin:.8em 0;overflow-wrap:anywhere}.stroma .cause p{margin:.2em 0}
-.stroma .row{display:grid;grid-template-columns:minmax(9em,24%) 1fr 23em;gap:.8em;align-items:center;
-padding:2px 0;border-top:1px solid var(--rule)}
-.stroma .row svg{width:100%;height:22px;display:block;background:var(--soft)}
-.stroma .row .name{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}.stroma .row .fig{text-align:right;color:var(--dim);
-font-variant-numeric:tabular-nums;white-space:nowrap}
-.stroma .kids{padding-left:1.2em;border-left:2px solid var(--rule)}
-.stroma summary{cursor:pointer;min-height:24px}.stroma summary.row::before{content:none}.stroma details[open]>summary .fold::before{content:'\\25be '}
-.stroma .fold::before{content:'\\25b8 '}.stroma summary:focus-visible,.stroma a:focus-visible{outline:2px solid var(--note);outline-offset:1px}
-.stroma .b-success{fill:var(--good)}.stroma .b-failure{fill:var(--bad)}.stroma .b-cancelled,.stroma .b-suspended{fill:var(--warn)}
-.stroma .b-forked{fill:var(--dim)}.stroma .b-wait{fill:url(#stroma-hatch)}.stroma .hatch{stroke:var(--dim)}
-.stroma .b-on{stroke:var(--ink);stroke-width:1.5;vector-effect:non-scaling-stroke}
-body.stroma{margin:0 auto;padding:1em;max-width:110em}.stroma .defs{position:absolute;width:0;height:0}
-.stroma .attempt{border-top:1px solid var(--rule);padding:.4em 0}.stroma .attempt:target{background:var(--sel)}
-.stroma .two{display:grid;grid-template-columns:1fr 1fr;gap:1em}.stroma .two>div{min-width:0}
-.stroma ul.tree{list-style:none;margin:0;padding-left:1.1em}.stroma .tree>li{overflow-wrap:anywhere}
-.stroma .rejected{border-collapse:collapse;margin:.3em 0}.stroma .rejected th,.stroma .rejected td{text-align:left;vertical-align:top;
-padding:.15em .8em .15em 0;border-top:1px solid var(--rule);overflow-wrap:anywhere}
-.stroma .key{color:var(--note)}.stroma .broke{background:var(--badbg);outline:1px solid var(--bad);border-radius:3px}
-@media(max-width:760px){.stroma .row{grid-template-columns:1fr;gap:.1em}.stroma .row .fig{text-align:left;white-space:normal}.stroma .two{grid-template-columns:1fr}}
+#: Of the page around the timeline.
+_PAGE_STYLE: Final = """
+& *{box-sizing:border-box}
+&{color:var(--ink);background:var(--bg);font:13px/20px system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;text-align:left}
+& a{color:var(--accent-ink)}summary:focus-visible,& a:focus-visible{outline:2px solid var(--accent);outline-offset:1px}
+h1{font-size:20px;line-height:28px;font-weight:600;margin:4px 0;overflow-wrap:anywhere}h2{font-size:14px;line-height:20px;font-weight:600;margin:24px 0 8px}
+.status{font-size:14px}.facts{display:flex;flex-wrap:wrap;gap:2px var(--s4);margin:var(--s2) 0 var(--s4);color:var(--ink2)}.facts b{font-weight:400;color:var(--ink3)}
+.box{background:var(--card);border:1px solid var(--line);border-radius:10px}.legend{margin:0 0 var(--s2)}.cause p{margin:0}
+.attempt{border-top:1px solid var(--line);padding:6px var(--s4)}.attempt:first-child{border:0}.attempt:target{background:var(--accent-soft)}
+.attempt summary{min-height:24px}.two{display:grid;grid-template-columns:1fr 1fr;gap:var(--s4)}.two>div{min-width:0}
+.rejected{border-collapse:collapse}.rejected th{text-align:left;font-weight:500;color:var(--ink3)}.pad{padding:var(--s4);margin:0}
+.defs{position:absolute;width:0;height:0}body&{margin:0 auto;padding:var(--s4);max-width:1760px}
+@media(max-width:760px){.two{grid-template-columns:1fr}}
 """
+
+
+@cache
+def _style() -> str:
+    """Return the style of a page: the shared one and its own, for elements inside ``.stroma`` alone."""
+    shared = (Path(__file__).parent / "static" / "design.css").read_text("utf-8")
+    return f".stroma{{{shared.replace(':root', '&')}{_PAGE_STYLE}}}"
 
 
 def tree(value: Any, broke: Iterable[str] = ()) -> str:
@@ -103,8 +92,8 @@ def rejected_output(rejected: RejectedOutput) -> str:
     cut = '<p class="dim">The output was larger: this is the beginning of it.</p>' if rejected.is_cut else ""
     marks = [".".join(map(str, one.path)) for one in rejected.complaints]
     return (
-        '<table class="rejected"><thead><tr><th scope="col">field</th><th scope="col">complaint</th>'
-        f'<th scope="col">what came</th></tr></thead><tbody>{rows}</tbody></table>{more}'
+        '<table class="rejected"><thead><tr><th scope="col">Field</th><th scope="col">Complaint</th>'
+        f'<th scope="col">Value</th></tr></thead><tbody>{rows}</tbody></table>{more}'
         f"{tree(rejected.value, marks)}{cut}"
     )
 
@@ -124,18 +113,18 @@ def _json(value: Any) -> str:
 
 def fragment(story: Story, *, states: bool = True) -> str:
     """Return the page as a ``div`` with its style, for a notebook."""
-    return f'<div class="stroma"><style>{STYLE}</style>{_body(story, states=states)}</div>'
+    return f'<div class="stroma"><style>{_style()}</style>{_body(story, states=states)}</div>'
 
 
 def document(story: Story) -> str:
     """Return one self-contained HTML file: it loads nothing and runs nothing."""
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(_style().encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">'
-        f"<title>{as_xml(clean(story.pipeline, 80))}: {as_xml(story.status)}</title><style>{STYLE}</style></head>"
+        f"<title>{as_xml(clean(story.pipeline, 80))}: {as_xml(story.status)}</title><style>{_style()}</style></head>"
         f'<body class="stroma"><main>{_body(story, states=True)}</main></body></html>\n'
     )
 
@@ -195,9 +184,15 @@ def _body(story: Story, *, states: bool) -> str:
     shown = select_bars(story.bars)
     failed = next((bar for bar in reversed(shown) if bar.outcome == "failure"), None)
     details = "".join(_attempt(bar) for bar in shown) if states else ""
+    link = (lambda bar: f"#{bar.key}") if states else None
+    selected = None if story.box is None else failed
+    timeline = Timeline(shown, story.waits, link, selected=selected, pipeline=story.pipeline).draw()
+    left_out = len(story.bars) - len(shown)
+    more = f'<p class="dim">and {pluralize(left_out, "attempt")} more</p>' if left_out else ""
+    attempts = f'<h2>Attempts</h2><div class="box">{details}</div>' if details else ""
     return (
-        f"{head(story)}{cause(story)}{gantt(story.bars, story.waits, link=(lambda bar: f'#{bar.key}') if states else None, selected=failed.key if failed else None)}"
-        + (f"<h2>Attempts</h2>{details}" if details else "")
+        f"{head(story)}{cause(story)}{HATCHES}<h2>Timeline</h2>{legend(timeline)}"
+        f'<div class="box">{timeline}</div>{more}{attempts}'
     )
 
 

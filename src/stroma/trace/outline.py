@@ -121,7 +121,8 @@ def outline(bars: Iterable[Bar], waits: Iterable[Bar] = ()) -> list[OutlineEntry
             at = parent
     top: list[OutlineEntry] = []
     for at, entry in known.items():
-        entry.bars.sort(key=lambda bar: (bar.began_ms, bar.attempt))
+        if len(entry.bars) > 1:
+            entry.bars.sort(key=lambda bar: (bar.began_ms, bar.attempt))
         parent = at.rpartition(".")[0]
         (known[parent].entries if parent else top).append(entry)
     return _sorted(top)
@@ -140,7 +141,7 @@ def _sorted(entries: list[OutlineEntry]) -> list[OutlineEntry]:
 
 
 def _call_at(at: str) -> PlacedCall | None:
-    return parse_call(at.rpartition(".")[2])
+    return parse_call(at.rpartition(".")[2]) if _MARK in at else None
 
 
 def _without_attempts(at: str) -> OutlineEntry:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +32,7 @@ def make_app(settings: Settings) -> ASGIApp:
     history = History(settings.store, settings.redact)
     pages = Pages(settings, history, keys)
     actions = Actions(settings, keys)
-    events = Events(settings)
-
-    def changing(
-        handler: Callable[[Request], Awaitable[Response]],
-    ) -> Callable[[Request], Awaitable[Response]]:
-        async def handle(request: Request) -> Response:
-            try:
-                return await handler(request)
-            finally:
-                pages.forget()
-
-        return handle
+    events = Events(settings, pages.shared)
 
     routes: list[Any] = [
         Route("/", pages.runs),
@@ -58,18 +46,18 @@ def make_app(settings: Settings) -> ASGIApp:
         Route("/steps.svg", pages.steps),
         Route("/export", pages.export),
         Route("/trace", pages.trace),
-        Route("/resume", changing(actions.resume), methods=["POST"]),
-        Route("/resume-many", changing(actions.resume_many), methods=["POST"]),
-        Route("/fork", changing(actions.fork), methods=["POST"]),
-        Route("/approve", changing(actions.approve), methods=["POST"]),
-        Route("/delete", changing(actions.delete), methods=["POST"]),
-        Route("/effect", changing(actions.state_effect), methods=["POST"]),
-        Route("/pause", changing(actions.pause), methods=["POST"]),
-        Route("/unpause", changing(actions.unpause), methods=["POST"]),
-        Route("/cancel", changing(actions.cancel), methods=["POST"]),
-        Route("/budget", changing(actions.set_budget), methods=["POST"]),
+        Route("/resume", actions.resume, methods=["POST"]),
+        Route("/resume-many", actions.resume_many, methods=["POST"]),
+        Route("/fork", actions.fork, methods=["POST"]),
+        Route("/approve", actions.approve, methods=["POST"]),
+        Route("/delete", actions.delete, methods=["POST"]),
+        Route("/effect", actions.state_effect, methods=["POST"]),
+        Route("/pause", actions.pause, methods=["POST"]),
+        Route("/unpause", actions.unpause, methods=["POST"]),
+        Route("/cancel", actions.cancel, methods=["POST"]),
+        Route("/budget", actions.set_budget, methods=["POST"]),
         Route("/events", events.stream),
-        Mount("/static", StaticFiles(directory=_HERE / "static")),
+        Mount("/static", StaticFiles(directory=_HERE / "static", packages=[("stroma.trace", "static")])),
     ]
 
     async def on_store_error(request: Request, error: Exception) -> Response:

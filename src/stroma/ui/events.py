@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import math
 import time
 from collections.abc import AsyncIterator
@@ -18,6 +19,7 @@ from stroma.checkpoint.errors import StoreError
 
 if TYPE_CHECKING:
     from stroma.ui.settings import Settings
+    from stroma.ui.shared_pages import SharedPages
 
 __all__ = ["Events"]
 
@@ -57,10 +59,10 @@ class _Stream(StreamingResponse):
 
 
 class Events:
-    """Change notifications without data: the page reloads itself."""
+    """Change notifications that name the new state: the page reloads itself."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, shared: SharedPages) -> None:
+        self._settings, self._shared = settings, shared
         self._open = 0
         self._watched: dict[str | None, _WatchedState] = {}
 
@@ -98,7 +100,7 @@ class Events:
             state = await self._read_state(run_id, watched)
             if state != previous:
                 previous, unchanged = state, 0
-                yield "event: changed\ndata: {}\n\n"
+                yield f"event: changed\ndata: {json.dumps({'state': state})}\n\n"
             else:
                 unchanged += 1
                 if unchanged % _KEEPALIVE_POLLS == 0:
@@ -106,7 +108,8 @@ class Events:
 
     async def _read_state(self, run_id: str | None, watched: _WatchedState) -> str:
         async with watched.lock:
-            if time.monotonic() - watched.read_at >= self._settings.poll_seconds / 2:
+            pause = max(self._settings.poll_seconds / 2, self._shared.interval(run_id, watched.pages))
+            if time.monotonic() - watched.read_at >= pause:
                 watched.state = await to_thread.run_sync(self._state, run_id)
                 watched.read_at = time.monotonic()
             return watched.state

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from stroma._utils.text import clean, format_usd, pluralize
 from stroma.checkpoint.history import status_of
-from stroma.checkpoint.records import PICO, RunRecord, Tally
+from stroma.checkpoint.records import PICO, RunRecord, Tally, digits_seconds
 from stroma.trace.html import utc
 from stroma.ui.charts import Part, columns_chart
 from stroma.ui.components import Column, sparkline, stacked, tone_of
@@ -33,9 +33,9 @@ class AttemptTotals:
     tokens: int = 0
     cost_usd: float = 0.0
     wasted_usd: float = 0.0
-    seconds: float = 0.0
     longest: float = 0.0
     by_bucket: dict[int, float] = field(default_factory=dict)
+    by_digits: dict[int, int] = field(default_factory=dict)
 
     def add(self, one: Tally) -> None:
         self.by_bucket[one.bucket] = self.by_bucket.get(one.bucket, 0.0) + one.cost_pico / PICO
@@ -44,13 +44,17 @@ class AttemptTotals:
         self.tokens += one.tokens
         self.cost_usd += one.cost_pico / PICO
         self.wasted_usd += one.wasted_pico / PICO
-        self.seconds += one.duration_ns / 1e9
+        self.by_digits[one.digits] = self.by_digits.get(one.digits, 0) + one.attempts
         self.longest = max(self.longest, one.longest_ns / 1e9)
 
-    @property
-    def mean(self) -> float:
-        """Mean seconds of an attempt."""
-        return self.seconds / self.attempts if self.attempts else 0.0
+    def quantile(self, part: float) -> float:
+        """Return the seconds, to two digits, that this fraction of the attempts does not exceed."""
+        count = 0
+        for digits in sorted(self.by_digits):
+            count += self.by_digits[digits]
+            if count >= part * self.attempts:
+                return digits_seconds(digits)
+        return 0.0
 
     def trend(self, buckets: Buckets) -> Markup:
         """Draw the cost over time."""
@@ -95,7 +99,7 @@ class Overview:
             _most_expensive(
                 _group_by((one for one in tallies if one.model is not None), lambda one: one.model or "")
             ),
-            sorted(nodes, key=lambda row: -row.mean)[:_MAX_ROWS],
+            sorted(nodes, key=lambda row: -row.quantile(0.95))[:_MAX_ROWS],
             failures,
             costs,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
@@ -30,7 +30,7 @@ from stroma.checkpoint.history import (
     place_of,
     status_of,
 )
-from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunQuery, RunRecord
+from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunQuery, RunRecord, end_of_page
 from stroma.failures.classes import FailureClass
 from stroma.failures.tracebacks import FailureSite
 from stroma.limits.rate_limit import read_cooldowns
@@ -39,11 +39,11 @@ from stroma.trace.gantt import idle_ms
 from stroma.trace.html import cause, document, rejected_output, utc
 from stroma.trace.result import RunStatus
 from stroma.trace.story import Bar, StopCause, Story, fields_named
+from stroma.trace.timeline import HATCHES, Timeline, legend
 from stroma.ui.actions import MANY, can_fork, can_resume, controls_of
 from stroma.ui.components import Column, chip, icon, meter, sparkline, tone_of
 from stroma.ui.figures import RUNS, figures_of, rate_boxes
 from stroma.ui.formatting import (
-    accepts_gzip,
     ago,
     as_attachment,
     attempt_address,
@@ -69,13 +69,12 @@ from stroma.ui.run_view import (
     is_at_work,
     open_waits,
     read_limits,
-    running_state,
     totals,
     trace_link,
     window_of,
 )
 from stroma.ui.security import IMAGE_POLICY
-from stroma.ui.timeline import Timeline
+from stroma.ui.shared_pages import SharedPages
 
 if TYPE_CHECKING:
     from stroma.ui.security import Keys
@@ -84,7 +83,6 @@ if TYPE_CHECKING:
 __all__ = ["Pages"]
 
 _PAGE_SIZE: Final = 50
-_MAX_SHARED: Final = 50  # pages of runs in progress
 #: Maximum number of attempts in the table of a run's page, those listed of a run with more, and those in the timeline.
 _MAX_LISTED: Final = 2000
 _LISTED_OF_MORE: Final = 500
@@ -104,12 +102,8 @@ _MAX_TEXT: Final = 4000  # characters of a parameter
 _EXAMPLES: Final[dict[Any, Any]] = {str: "", int: 0, float: 0.0, bool: True}
 
 
-class _SharedPage(NamedTuple):
-    """A rendered page, and the state of its run and of these pages before it was read."""
-
-    page: Response
-    state: tuple[str, int]
-    rendered_at: float
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 class Pages:
@@ -120,10 +114,7 @@ class Pages:
         self._history = history
         self._store = settings.store
         self._keys = keys
-        #: Pages of runs in progress by address and encoding: open pages ask for them all at once.
-        self._shared: dict[tuple[str, bool], _SharedPage] = {}
-        self._sharing = threading.Lock()
-        self._changes = 0  # How often a form of these pages changed a run.
+        self.shared = SharedPages()
         #: Held by requests that need much memory.
         self._large = threading.Lock()
         self._templates = Environment(
@@ -145,7 +136,8 @@ class Pages:
             "chip": chip,
             "icon": icon,
             "meter": meter,
-            "now_ms": lambda: time.time_ns() // 1_000_000,
+            "now_ms": _now_ms,
+            "hatches": Markup(HATCHES),
             "here": "",
         }
 
@@ -173,6 +165,9 @@ class Pages:
     # ------------------------------------------------------------------ runs
 
     def runs(self, request: Request) -> Response:
+        return self.shared.get(request, None, lambda: self._runs(request))
+
+    def _runs(self, request: Request) -> Response:
         params = request.query_params
         text = params.get("q", "")[:_MAX_TEXT].strip()
         status, kind, after = params.get("status", ""), params.get("class", ""), params.get("after")
@@ -251,7 +246,8 @@ class Pages:
         return {
             "record": record,
             "status": status_of(record),
-            "seconds": max(0, record.updated_ms - record.started_ms) / 1000,
+            "seconds": max(0, (_now_ms() if is_at_work(record) else record.updated_ms) - record.started_ms)
+            / 1000,
             "failures": f"{record.failures}+" if record.failures >= 20 else str(record.failures or ""),
             "why": cause_text(record),
             "running": is_at_work(record),
@@ -267,39 +263,18 @@ class Pages:
         except ValueError:
             record = None
         if record is None:
-            raise HTTPException(404, "unknown run")
+            raise HTTPException(404, "this store has no such run; it may have been deleted")
         return record
 
     def run(self, request: Request) -> Response:
-        state = running_state(self._store, request.query_params.get("id", ""))
-        if state is None:
-            return self._run(request, self._record(request))
-        key = str(request.query_params), accepts_gzip(request)
-        with self._sharing:
-            shared = self._shared.get(key)
-            is_same = shared is not None and shared.state == (state, self._changes)
-            if (
-                shared is not None
-                and is_same
-                and time.monotonic() - shared.rendered_at <= self._settings.poll_seconds
-            ):
-                return shared.page
-            state_before = state, self._changes
-            page = self._run(request, self._record(request))
-            if len(self._shared) >= _MAX_SHARED:
-                self._shared.clear()
-            self._shared[key] = _SharedPage(page, state_before, time.monotonic())
-            return page
-
-    def forget(self) -> None:
-        """Forget shared pages: a run was changed."""
-        self._changes += 1
+        run_id = request.query_params.get("id", "")
+        return self.shared.get(request, run_id, lambda: self._run(request, self._record(request)))
 
     def _run(self, request: Request, record: RunRecord) -> Response:
         after = request.query_params.get("after")
         page, rest = self._attempts(record, after)
         listed = in_order(page.attempts)
-        cause_attempt = self._cause_attempt(record)
+        cause_attempt = self._cause_attempt(record, [*listed, *rest])
         known = {attempt_key(attempt) for attempt in page.attempts}
         if cause_attempt is not None and attempt_key(cause_attempt) not in known:
             # The attempt that stopped the run is always on the page.
@@ -309,11 +284,12 @@ class Pages:
         waiting = [one for one in self._history.waiting(record.run_id) if one.payload is None]
         limits = read_limits(self._settings, record)
         timeline, story = self._timeline(request, record, attempts, waiting, cause_attempt)
+        drawn = Markup(timeline.draw())  # It escapes all text.
         failed = sum(attempt.failure_class is not None for attempt in attempts)
         run_id = record.run_id
         page_response = self._page(
             "run.html", here="runs", record=record, status=status_of(record), gone=is_interrupted(record),
-            totals=totals(record, story, limits, failed), limits=limits, cause=Markup(cause(story)), timeline=timeline.draw(),
+            totals=totals(record, story, limits, failed), limits=limits, cause=Markup(cause(story)), timeline=drawn, legend=Markup(legend(drawn)),
             attempts=listed, attempt_rows=attempt_rows(
                 [(one, attempt_address(record, one), place_of(one)) for one in listed], restored_starts(record, listed)),
             waiting=waiting, answers=[self._answer_form(one) for one in waiting if not one.effect], next=page.next, first=after is None,
@@ -327,27 +303,33 @@ class Pages:
         return compress(request, page_response)
 
     def _attempts(self, record: RunRecord, after: str | None) -> tuple[AttemptPage, list[AttemptRecord]]:
-        """Return the attempts to list, and further ones for the timeline."""
+        """Return the attempts to list, and further ones for the timeline. Reads the store once."""
         try:
-            page = self._history.attempt_page(record.run_id, _LISTED_OF_MORE, after)
+            page = self._history.attempt_page(record.run_id, _MAX_DRAWN, after)
         except ValueError as error:
             raise HTTPException(400, "unknown page") from error
-        if page.next is None:
+        if page.next is None and len(page.attempts) <= _MAX_LISTED:
             return page, []
-        rest = self._history.attempt_page(record.run_id, _MAX_DRAWN - _LISTED_OF_MORE, page.next)
-        if rest.next is None and len(page.attempts) + len(rest.attempts) <= _MAX_LISTED:
-            return AttemptPage([*page.attempts, *rest.attempts], None), []
+        listed, rest = page.attempts[:_LISTED_OF_MORE], page.attempts[_LISTED_OF_MORE:]
         # Of a run with more, those inside groups and flows are cells; each other one is a row.
         rows = _MAX_LISTED - _LISTED_OF_MORE
-        return page, [one for at, one in enumerate(rest.attempts) if one.branch or at < rows]
+        drawn = [one for at, one in enumerate(rest) if one.branch or at < rows]
+        return AttemptPage(listed, str(end_of_page(listed[-1]))), drawn
 
-    def _cause_attempt(self, record: RunRecord) -> AttemptRecord | None:
-        """Return the attempt that stopped a run; None if no failure did."""
+    def _cause_attempt(self, record: RunRecord, attempts: list[AttemptRecord]) -> AttemptRecord | None:
+        """Return the attempt that stopped a run; None if no failure did. ``attempts``: those that were read."""
         why = record.cause
         if why is None or record.status not in FAILED:
             return None
-        place = self._history.attempts_at(record.run_id, why.position, why.branch)
-        return next((a for a in reversed(place) if a.attempt == why.attempt and a.failure_class), None)
+        at = why.position, why.branch, why.attempt
+
+        def newest(among: list[AttemptRecord]) -> AttemptRecord | None:
+            failed = [
+                one for one in among if (one.position, one.branch, one.attempt) == at and one.failure_class
+            ]
+            return max(failed, key=lambda one: one.started_ns, default=None)
+
+        return newest(attempts) or newest(self._history.attempts_at(record.run_id, why.position, why.branch))
 
     def _timeline(
         self,
@@ -374,7 +356,7 @@ class Pages:
             selected=selected, fold_idle=request.query_params.get("idle") == "folded", window=window_of(request.query_params),
             now_ms=time.time() * 1000 - first / 1e6 if at_work else None, began_ms=first // 1_000_000,
             progress=find_progress(record, attempts, first, names) if at_work else None,
-            open_waits=open_waits(record, attempts, waiting) if is_first and record.status == "SUSPENDED" else {},
+            pipeline=record.pipeline, open_waits=open_waits(record, attempts, waiting) if is_first and record.status == "SUSPENDED" else {},
         )  # fmt: skip
         return timeline, self._story(record, bars)
 
@@ -463,13 +445,13 @@ class Pages:
         params = request.query_params
         position, _, branch = params.get("at", "").partition(".")
         if not (position.isdecimal() and position.isascii() and len(position) < 10):
-            raise HTTPException(404, "unknown attempt")
+            raise HTTPException(404, "this run has no such attempt; it may have been run again since")
         attempts = self._history.attempts_at(record.run_id, int(position), branch)
         attempts.sort(key=lambda one: one.started_ns)
         began = params.get("began")
         this = next((one for one in reversed(attempts) if began in (None, str(one.started_ns))), None)
         if this is None:
-            raise HTTPException(404, "unknown attempt")
+            raise HTTPException(404, "this run has no such attempt; it may have been run again since")
         return attempts, this
 
     def _read_output(self, record: RunRecord, this: AttemptRecord) -> Payload:
@@ -551,8 +533,7 @@ class Pages:
             raise HTTPException(400, "days must be 1, 7 or 30")
         days = int(text)
         bucket_ms = days * 86_400_000 // BUCKETS
-        now_ms = time.time_ns() // 1_000_000
-        buckets = Buckets(now_ms // bucket_ms - BUCKETS, bucket_ms)
+        buckets = Buckets(_now_ms() // bucket_ms - BUCKETS, bucket_ms)
         since_ms = buckets.first * bucket_ms
         exists = self._store.exists()
         it = Overview.of(self._store.tally(since_ms, bucket_ms) if exists else [])

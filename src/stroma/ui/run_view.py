@@ -12,14 +12,12 @@ from markupsafe import Markup
 from stroma._utils.text import format_duration, format_usd, pluralize
 from stroma.checkpoint.durable.control import read_control
 from stroma.checkpoint.durable.rows import Annotation, Rows
-from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.history import place_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
-from stroma.contracts.contract import check_id
 from stroma.trace.story import Story
+from stroma.trace.timeline import InProgress
 from stroma.ui.components import meter
-from stroma.ui.timeline import InProgress
 
 if TYPE_CHECKING:
     from stroma.ui.settings import Settings
@@ -30,7 +28,6 @@ __all__ = [
     "is_at_work",
     "open_waits",
     "read_limits",
-    "running_state",
     "totals",
     "trace_link",
     "window_of",
@@ -71,22 +68,6 @@ def trace_link(settings: Settings, run_id: str) -> str | None:
 def is_at_work(record: RunRecord) -> bool:
     """Return True if a process has the run open."""
     return record.status == "RUNNING" and record.holder is not None
-
-
-def running_state(store: AsyncStates, run_id: str) -> str | None:
-    """Return a text that differs whenever a run in progress has changed; None if it is not in progress. Raises StoreError."""
-
-    def query(rows: Rows) -> str | None:
-        run = rows.find(run_id)
-        if run is None or run.status != "RUNNING" or run.left_seconds <= 0:
-            return None
-        return repr(run._replace(left_seconds=0.0))
-
-    try:
-        check_id(run_id, "run id")
-    except ValueError:
-        return None
-    return store.read(query, None) if store.exists() else None
 
 
 def attempts_by_end(attempts: Sequence[AttemptRecord]) -> list[AttemptRecord]:

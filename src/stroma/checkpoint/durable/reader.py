@@ -240,6 +240,8 @@ class ReadableStore(ABC):
         return self._payloads.open(row.step.output, place, what)
 
     def _with_message(self, run_id: str, execution: int, attempt: Attempt) -> Attempt:
+        if attempt.message is None:
+            return attempt
         place = PayloadPlace(run_id, execution, "message", attempt.position, attempt.branch)
         return attempt._replace(message=self._payloads.open_text(attempt.message, place))
 

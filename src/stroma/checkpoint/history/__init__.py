@@ -5,7 +5,7 @@ Everything is read through the public reading functions of a journal store. No u
 
 from stroma.checkpoint.history.attempts import bar_of, in_order, place_of, sum_waste
 from stroma.checkpoint.history.comparison import Change, NodeDiff, changes, compare
-from stroma.checkpoint.history.payload import Payload
+from stroma.checkpoint.history.payload import Payload, too_large
 from stroma.checkpoint.history.reader import (
     FAILED,
     FINISHED,
@@ -35,4 +35,5 @@ __all__ = [
     "place_of",
     "status_of",
     "sum_waste",
+    "too_large",
 ]

@@ -19,6 +19,7 @@ from stroma.checkpoint.records import (
     StoreFacts,
     Tally,
     cause_of,
+    duration_digits,
     parse_attempt_mark,
     parse_run_mark,
 )
@@ -98,7 +99,7 @@ class MemoryRecords:
         return None if outputs is None else outputs.find(position, branch, started_ns)
 
     def tally(self, since_ms: int, bucket_ms: int, runs: int, attempts: int) -> list[Tally]:
-        sums: defaultdict[tuple[int, str, str, str | None, str | None], list[int]] = defaultdict(
+        sums: defaultdict[tuple[int, str, str, str | None, str | None, int], list[int]] = defaultdict(
             lambda: [0] * 6
         )
         count = 0
@@ -106,14 +107,17 @@ class MemoryRecords:
             run = self._runs[record.run_id]
             for row in run.attempts()[: attempts - count]:
                 usage, kind = row.usage or NO_USAGE, _class_of(row)
-                totals = sums[run.started_ms // bucket_ms, run.pipeline, row.node_id, usage.model, kind]
+                digits = duration_digits(row.duration_ns)
+                totals = sums[
+                    run.started_ms // bucket_ms, run.pipeline, row.node_id, usage.model, kind, digits
+                ]
                 cost = round(usage.cost_usd * PICO)
                 wasted = cost if row.outcome != "success" and _committed(row, run) is None else 0
                 for i, number in enumerate((1, usage.tokens, cost, wasted, row.duration_ns)):
                     totals[i] += number
                 totals[5] = max(totals[5], row.duration_ns)
                 count += 1
-        return [Tally(*key, *totals) for key, totals in sums.items()]
+        return [Tally(*key[:5], *totals, key[5]) for key, totals in sums.items()]
 
     def facts(self) -> StoreFacts:
         return StoreFacts("the memory of this process", 1, 1)

@@ -10,7 +10,15 @@ from urllib.parse import quote, unquote_to_bytes
 from stroma.checkpoint.durable.integrity import parse_attempt
 from stroma.checkpoint.durable.rows import AttemptSummary, RunExtras, RunRow, Step, StepRow
 from stroma.checkpoint.errors import CheckpointLost
-from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally, not_a_mark, parse_attempt_mark
+from stroma.checkpoint.records import (
+    Attempt,
+    RunQuery,
+    StoreFacts,
+    Tally,
+    duration_digits,
+    not_a_mark,
+    parse_attempt_mark,
+)
 from stroma.checkpoint.redis.format import (
     RedisRun,
     as_hash,
@@ -224,7 +232,7 @@ class RedisReader:
         rows, _ = self.runs(
             RunQuery(since_ms=since_ms), limit=min(runs, _MAX_TALLIED), after=None, max_filtered=None
         )
-        sums: dict[tuple[int, str, str, str | None, str | None], list[int]] = {}
+        sums: dict[tuple[int, str, str, str | None, str | None, int], list[int]] = {}
         count = 0
         for first in range(0, len(rows), _TALLY_PAGE):
             page = rows[first : first + _TALLY_PAGE]
@@ -237,6 +245,7 @@ class RedisReader:
                         one.node_id,
                         one.model,
                         one.failure_class,
+                        duration_digits(one.duration_ns),
                     )
                     wasted = one.cost_pico if one.outcome != "success" and size is None else 0
                     totals = sums.setdefault(key, [0] * 6)
@@ -245,8 +254,8 @@ class RedisReader:
                     totals[5] = max(totals[5], one.duration_ns)
                     count += 1
                 if count >= attempts:
-                    return [Tally(*key, *totals) for key, totals in sums.items()]
-        return [Tally(*key, *totals) for key, totals in sums.items()]
+                    return [Tally(*key[:5], *totals, key[5]) for key, totals in sums.items()]
+        return [Tally(*key[:5], *totals, key[5]) for key, totals in sums.items()]
 
     def facts(self) -> StoreFacts:
         (seconds, micros), *sections = self._get(

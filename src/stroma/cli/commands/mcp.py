@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from typing import Any, Final
 
 import click
 
-from stroma.checkpoint.history import History, changes, compare, in_order, place_of, status_of, sum_waste
+from stroma.checkpoint.history import (
+    History,
+    changes,
+    compare,
+    in_order,
+    place_of,
+    status_of,
+    sum_waste,
+    too_large,
+)
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.cli.commands.diff import diff_data
 from stroma.cli.commands.runs import run_data
@@ -24,7 +34,8 @@ __all__ = ["RunReader", "make_server", "mcp"]
 
 _MAX_RUNS: Final = 100
 _MAX_ATTEMPTS: Final = 200  # of one answer: an agent reads every token of it
-_MAX_BYTES: Final = 64 * 1024  # of one state
+_MAX_BYTES: Final = 64 * 1024  # of one state, or of one value that differs
+_MAX_CHANGES: Final = 100  # of one state
 
 
 class RunReader:
@@ -94,14 +105,28 @@ class RunReader:
         }
 
     def compare_runs(self, a: str, b: str) -> dict[str, Any]:
-        """Compare two runs: what differs in their input, outputs, outcomes, attempts and models, node by node."""
+        """Compare two runs: what differs in their input, outputs, outcomes, attempts and models, node by node.
+
+        At most 100 changes of each state and 200 nodes; values up to 64 KiB each.
+        """
         history, first, left = self._read(a)
         _, second, right = self._read(b)
         with self._database.explain_errors():
             inputs = [history.input_at(record.run_id, 0) for record in (first, second)]
             nodes = compare(left, right, history.output_of)
         started = changes(*(one.value if one.problem is None else one.problem for one in inputs))
-        return diff_data(first, second, started, nodes, True)
+        data = diff_data(first, second, started, nodes, True)
+        omitted = len(data["nodes"]) - _MAX_ATTEMPTS
+        if omitted > 0:
+            data["nodes"] = [
+                *data["nodes"][:_MAX_ATTEMPTS],
+                {"omitted": f"{omitted:,} more nodes that differ"},
+            ]
+        data["input"] = _capped(data["input"])
+        for node in data["nodes"]:
+            if "output" in node:
+                node["output"] = _capped(node["output"])
+        return data
 
     def _read(self, run: str) -> tuple[History, RunRecord, list[AttemptRecord]]:
         """Return a run and its attempts, redacted. Raises Problem."""
@@ -111,6 +136,20 @@ class RunReader:
             record = history.redact_run(stored)
             attempts = in_order(history.redact_attempts(record.run_id, reader.attempts(record.run_id)))
         return history, record, attempts
+
+
+def _capped(differences: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first differences of a state, with large values replaced by their size."""
+    omitted = len(differences) - _MAX_CHANGES
+    more = [{"omitted": f"{omitted:,} more changes"}] if omitted > 0 else []
+    return [
+        {name: _capped_value(value) for name, value in one.items()} for one in differences[:_MAX_CHANGES]
+    ] + more
+
+
+def _capped_value(value: Any) -> Any:
+    size = len(json.dumps(value, default=str))
+    return value if size <= _MAX_BYTES else {"problem": too_large(size).problem}
 
 
 def make_server(reader: RunReader) -> Any:

@@ -273,7 +273,7 @@ class ReadingTests:
                 store.attempt_page("run", after=wrong)
 
     async def test_attempts_are_summed_up(self, store: Any) -> None:
-        """tally() sums the attempts of runs started since a time, by pipeline, node, model and class, and their waste."""
+        """tally() sums the attempts of runs started since a time, by pipeline, node, model, class and duration, and their waste."""
         if not hasattr(store, "tally"):
             pytest.skip("this store sums nothing up")
         for name in ("one", "two"):
@@ -288,6 +288,7 @@ class ReadingTests:
         assert [(t.tokens, t.cost_pico, t.wasted_pico, t.duration_ns, t.longest_ns) for t in tallies] == [
             (8, 10**12, 0, 18_000_000, 9_000_000), (8, 5 * 10**11, 5 * 10**11, 14_000_000, 7_000_000),
         ]  # fmt: skip
+        assert [t.digits for t in tallies] == [790, 770]  # 9 and 7 ms: seven digits, the first two of them.
         assert sum(t.attempts for t in store.tally(0, 10**15, runs=1)) == 2
         assert store.tally(store.get_run("two").started_ms + 1, 1000) == []
 

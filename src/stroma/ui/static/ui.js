@@ -77,7 +77,8 @@
     if (!chart) return;
     const at = (100 * (now() - Number(chart.dataset.began))) / Number(chart.dataset.span);
     if (at > 100) {
-      if (document.body.dataset.events) renew();
+      // All open pages ask with the same name of a state, so that one of them is rendered for all.
+      if (document.body.dataset.events) renew(`${state}.${Math.floor(now() / 5000)}`);
       return;
     }
     for (const line of $$(".now line", chart)) for (const x of ["x1", "x2"]) line.setAttribute(x, `${at}%`);
@@ -306,6 +307,8 @@
 
   const events = document.body.dataset.events;
   const liveness = document.getElementById("liveness");
+  // The state of the store that the last event named.
+  let state = "";
   let asking = false;
   let again = false;
   const swap = (old, fresh) => {
@@ -322,14 +325,14 @@
     if (scrolled) $(".tall", fresh)?.scrollTo(0, scrolled);
     if (focused) $$("a", fresh).find((link) => link.getAttribute("href") === focused)?.focus();
   };
-  const renew = async () => {
+  const renew = async (named = state) => {
     if (asking || document.hidden || $(".menu[open]")) {
       again = true;
       return;
     }
     asking = true;
     try {
-      const answer = await fetch(location.href.split("#")[0], { headers: { accept: "text/html" }, credentials: "same-origin" });
+      const answer = await fetch(location.href.split("#")[0], { headers: { accept: "text/html", ...(named && { "x-stroma-state": named }) }, credentials: "same-origin" });
       if (!answer.ok) return;
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
       for (const old of $$("[data-live]")) {
@@ -362,7 +365,10 @@
   document.addEventListener("visibilitychange", retry);
   if (!events || !window.EventSource) return;
   const source = new EventSource(events);
-  source.addEventListener("changed", renew);
+  source.addEventListener("changed", (event) => {
+    state = JSON.parse(event.data).state;
+    renew();
+  });
   source.onopen = () => {
     liveness.textContent = "live";
     liveness.className = "on";

@@ -1,4 +1,4 @@
-"""Timeline of a run: a row for every node with a time axis, and a strip of cells for what repeats many times.
+"""Timeline of a run as HTML: a row for every node with a time axis, and a strip of cells for what repeats many times.
 
 It draws the outline of a run (:mod:`stroma.trace.outline`) for a page: bars are links, positions are percentages, so that
 nothing is distorted at any width. All text is escaped.
@@ -11,16 +11,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from markupsafe import Markup
-
 from stroma._utils.svg import as_xml
 from stroma._utils.text import clean, format_duration, format_usd, pluralize
 from stroma.trace.events import SLEEPS
-from stroma.trace.gantt import bar_title, duration, places
+from stroma.trace.gantt import ANSWERS, bar_title, duration, places
 from stroma.trace.outline import OutlineEntry, fold, outline
 from stroma.trace.story import Bar, waits
 
-__all__ = ["InProgress", "Timeline", "axis_of"]
+__all__ = ["HATCHES", "InProgress", "Timeline", "axis_of", "legend"]
+
+#: Patterns of waits, which a page must have once.
+HATCHES: Final = (
+    '<svg class="defs" aria-hidden="true"><defs>'
+    '<pattern id="hatch" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><path class="hatch" d="M0 0V6" stroke-width="2"/></pattern>'
+    '<pattern id="hatch-open" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><path class="hatch-open" d="M0 0V6" stroke-width="2.5"/></pattern>'
+    "</defs></svg>"
+)
 
 #: Children of one row, from which on they are drawn as cells.
 _MANY: Final = 12
@@ -46,7 +52,6 @@ _TONES: Final = {
     "slept": "dim",
     "answered": "good",
 }
-_ANSWERS: Final = {"open": "waiting for an answer", "answered": "answered", "expired": "no answer in time"}
 _STEPS_MS: Final = [
     *(n * 10**power for power in range(3) for n in (1, 2, 5)),
     *(1000 * n for n in (1, 2, 5, 10, 15, 30)),
@@ -77,7 +82,7 @@ class Timeline:
     Attributes:
         bars: the attempts, with times from the first one on.
         waits: sleeps and questions of flows.
-        link: address of an attempt.
+        link: address of an attempt; None if its bars lead nowhere.
         attempt_prefix: address of the attempts of the run, without the place.
         selected: the attempt that stopped the run; None without one.
         fold_idle: stretches in which nothing ran are drawn as short ones.
@@ -86,11 +91,12 @@ class Timeline:
         began_ms: start of the first attempt, since the epoch.
         progress: what runs now; None if nothing does.
         open_waits: what attempts at a place wait for, by place.
+        pipeline: its name, by which a flow is called that is the whole pipeline and has not ended.
     """
 
     bars: Sequence[Bar]
     waits: Sequence[Bar]
-    link: Callable[[Bar], str]
+    link: Callable[[Bar], str] | None
     attempt_prefix: str = ""
     selected: Bar | None = None
     fold_idle: bool = False
@@ -99,10 +105,22 @@ class Timeline:
     began_ms: int = 0
     progress: InProgress | None = None
     open_waits: Mapping[str, str] = field(default_factory=dict)
+    pipeline: str = ""
 
-    def draw(self) -> Markup:
-        """Return the timeline as HTML."""
-        return Markup(_Drawing(self).draw())
+    def draw(self) -> str:
+        """Return the timeline as HTML, for the style sheet ``static/design.css`` and with :data:`HATCHES` on the page."""
+        return _Drawing(self).draw()
+
+
+def legend(drawn: str) -> str:
+    """Return the legend of a drawn timeline as HTML: the colours that may be in it."""
+    tones = [("good", "succeeded"), ("bad", "failed"), ("wait", "waited")]
+    if 'class="cells"' in drawn:
+        tones.insert(1, ("warn", "succeeded after a retry"))
+    if "b-running" in drawn:
+        tones.append(("run", "in progress"))
+    texts = "".join(f'<span class="dotted k-{tone}">{text}</span>' for tone, text in tones)
+    return f'<span class="legend">{texts}</span>'
 
 
 def axis_of(start: float, end: float) -> tuple[float, float, int]:
@@ -161,6 +179,8 @@ class _Drawing:
     def draw(self) -> str:
         it = self.it
         entries = fold(outline(it.bars, it.waits))
+        if it.pipeline and len(entries) == 1 and entries[0].has_steps and not entries[0].bars:
+            entries[0].label = it.pipeline
         drawn = "".join(map(self.entry, entries))
         progress = it.progress
         if progress is not None and not any(entry.at == progress.at for entry in entries):
@@ -219,7 +239,11 @@ class _Drawing:
             failed = [one for one in leaves if one.bars and one.bars[-1].outcome in _FAILED][
                 :_MAX_FAILED_ROWS
             ]
-            chosen = [one for one in leaves if self.has_selected(one) and one not in failed]
+            chosen = (
+                []
+                if self.it.selected is None
+                else [one for one in leaves if self.has_selected(one) and one not in failed]
+            )
             inside = [*failed, *chosen, *[child for child in entry.entries if child.entries][:_MANY]]
         # The steps of a flow are shown at once; children of a group and repeated calls on a click.
         is_open = (
@@ -268,7 +292,7 @@ class _Drawing:
     def line(self, entry: OutlineEntry) -> str:
         it, bars = self.it, entry.bars
         folds, is_wait = bool(entry.entries), entry.kind in ("sleep", "question")
-        is_link = not (folds or is_wait)  # A click on a row that folds must open it.
+        is_link = it.link is not None and not (folds or is_wait)  # A click on a row that folds must open it.
         calls = entry.entries if entry.kind == "fold" else [entry]
         drawn_bars = entry.drawn_bars
         parts: list[str] = []
@@ -325,7 +349,7 @@ class _Drawing:
         if not is_link:
             return self.rect(f"b-{as_xml(kind)}{on}", bar.began_ms, ended, 5, 18, bar_title(bar))
         box = self.span_of(bar.began_ms, ended)
-        if box is None:
+        if box is None or self.it.link is None:
             return ""
         return (
             f'<a href="{as_xml(self.it.link(bar))}"><title>{as_xml(bar_title(bar))}</title>'
@@ -455,7 +479,7 @@ def _tone(entry: OutlineEntry) -> str:
 def _figures(entry: OutlineEntry, calls: Sequence[OutlineEntry]) -> str:
     bars = entry.bars
     if entry.kind == "question":
-        return f'<span class="all">{_ANSWERS.get(bars[0].outcome, "")}</span>'
+        return f'<span class="all">{ANSWERS.get(bars[0].outcome, "")}</span>'
     if entry.kind == "sleep":
         so_far = " so far" if bars and bars[0].outcome in SLEEPS and bars[0].outcome != "slept" else ""
         return f'<span class="all">{format_duration(bars[0].took_ms / 1000)}{so_far}</span>'
