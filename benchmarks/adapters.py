@@ -1,250 +1,444 @@
-"""What the guard costs a node, in microseconds of CPU: `PYTHON -m benchmarks.adapters NAME`, in the environment of a framework.
+"""What a guard costs: the same small program of a framework, plain and guarded in turns, with a fake model.
 
-NAME: guard, langgraph, langchain, pydantic_ai, openai_agents, crewai, agent_framework, google_adk, dspy or haystack. `./dev test --framework NAME` makes the environment,
-whose Python is .venv-NAME-newest/bin/python. What is measured does nothing: what is left is the framework, and the guard.
+``./dev run python -m benchmarks.adapters [NAME ...]`` runs each framework in the environment of its tests, and makes that if
+it is missing. It prints one line of a Markdown table per program: CPU time of a call without and with the guard in
+milliseconds, their ratio, and what the guard adds to each step. The fakes take no time: the plain figure is the framework's.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib.metadata
+import logging
 import os
+import platform
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from time import process_time
-from typing import Any
+from typing import Any, Final, NamedTuple, TypedDict
 
 from stroma import StromaRunner
 from stroma.adapters import Guard
 
-ROUNDS = 7
+ROOT: Final = Path(__file__).parents[1]
+ROUNDS: Final = 15
+#: Set in the process that runs inside a framework's environment.
+INSIDE: Final = "STROMA_BENCHMARK_INSIDE"
 
 
-def best(work: Callable[[], Any], steps: int) -> float:
-    """Microseconds of CPU per step, in the fastest of some rounds."""
-    taken = []
-    for _ in range(ROUNDS):
-        begin = process_time()
-        work()
-        taken.append(process_time() - begin)
-    return min(taken) / steps * 1e6
+class Program(NamedTuple):
+    """One program of a framework.
+
+    Attributes:
+        name: what is called.
+        guard: the guard of ``guarded``, each call of which is one run.
+    """
+
+    name: str
+    guard: Guard
+    plain: Callable[[], Any]
+    guarded: Callable[[], Any]
 
 
-def guard() -> dict[str, tuple[float, float]]:
-    guarded = Guard(StromaRunner.quick())
+class Cost(NamedTuple):
+    """CPU time in milliseconds of the fastest call of a program, plain and guarded, and its number of steps."""
 
-    def plain(n: int) -> dict[str, int]:
+    plain_ms: float
+    guarded_ms: float
+    steps: int
+
+
+def measure(program: Program, rounds: int = ROUNDS) -> Cost:
+    """Return what a program costs: both forms are called in turns, after one call of each that does not count."""
+    best = [float("inf")] * 2
+    for number in range(rounds + 1):
+        for form, call in enumerate((program.plain, program.guarded)):
+            begin = process_time()
+            call()
+            taken = process_time() - begin
+            if number:
+                best[form] = min(best[form], taken * 1e3)
+    last = program.guard.last
+    if last is None or last.result is None:
+        raise RuntimeError(f"{program.name} made no run; the guard is not attached to it")
+    return Cost(*best, sum(1 for _ in last.result.trace.walk()))
+
+
+def new_guard() -> Guard:
+    return Guard(StromaRunner.quick())
+
+
+#: What an agent's model does: nine calls of its tool one after another, and an answer.
+def scripted(call: Any) -> list[Any]:
+    return [call] * 9 + ["done"]
+
+
+# ---------------------------------------------------------------------- the guard alone
+
+
+def guard() -> Iterator[Program]:
+    alone, aalone = new_guard(), new_guard()
+
+    def nothing(n: int) -> dict[str, int]:
         return {"n": n}
 
-    async def aplain(n: int) -> dict[str, int]:
+    async def anothing(n: int) -> dict[str, int]:
         return {"n": n}
 
-    step, astep = guarded.wrap("n", plain), guarded.wrap("n", aplain)
+    def call(func: Any, own: Guard | None) -> None:
+        with contextlib.nullcontext() if own is None else own.run():
+            for n in range(100):
+                func(n)
 
-    def sync(func: Any) -> Any:
-        def work() -> None:
-            with guarded.run():
-                for n in range(500):
-                    func(n)
+    async def acall(func: Any, own: Guard | None) -> None:
+        async with contextlib.nullcontext() if own is None else own.run():
+            for n in range(100):
+                await func(n)
 
-        return work
-
-    def asynchronous(func: Any) -> Any:
-        async def main() -> None:
-            async with guarded.run():
-                for n in range(500):
-                    await func(n)
-
-        return lambda: asyncio.run(main())
-
-    return {
-        "function": (best(sync(plain), 500), best(sync(step), 500)),
-        "coroutine function": (best(asynchronous(aplain), 500), best(asynchronous(astep), 500)),
-    }
+    step, astep = alone.wrap("nothing", nothing), aalone.wrap("nothing", anothing)
+    yield Program("a function", alone, lambda: call(nothing, None), lambda: call(step, alone))
+    yield Program(
+        "a coroutine function",
+        aalone,
+        lambda: asyncio.run(acall(anothing, None)),
+        lambda: asyncio.run(acall(astep, aalone)),
+    )
 
 
-def langgraph() -> dict[str, tuple[float, float]]:
-    from typing import TypedDict
+# ---------------------------------------------------------------------- frameworks
 
+
+class Count(TypedDict, total=False):
+    n: int
+
+
+def langgraph() -> Iterator[Program]:
     from langgraph.graph import START, StateGraph
 
     from stroma.adapters.langgraph import attach
 
-    class State(TypedDict, total=False):
-        n: int
+    def node(_: Any) -> Any:
+        return {"n": 1}
 
-    def graph(asynchronous: bool) -> Any:
-        builder = StateGraph(State)
-        previous = START
-        for i in range(20):
+    async def anode(_: Any) -> Any:
+        return {"n": 1}
 
-            async def anode(state: Any) -> Any:
-                return {"n": 1}
-
-            builder.add_node(f"n{i}", anode if asynchronous else lambda state: {"n": 1})
-            builder.add_edge(previous, f"n{i}")
-            previous = f"n{i}"
-        return builder
+    def graph(func: Any, guard: Guard | None) -> Any:
+        builder, previous = StateGraph(Count), START
+        for n in range(20):
+            builder.add_node(f"n{n}", func)
+            builder.add_edge(previous, f"n{n}")
+            previous = f"n{n}"
+        return (builder if guard is None else attach(builder, guard)).compile()
 
     config: Any = {"recursion_limit": 100}
-    found = {}
-    for name, asynchronous in (("invoke", False), ("ainvoke", True)):
-        both = []
-        for build in (lambda b: b, lambda b: attach(b, Guard(StromaRunner.quick()))):
-            compiled = build(graph(asynchronous)).compile()
-            if asynchronous:
-                both.append(best(lambda: asyncio.run(compiled.ainvoke({"n": 0}, config)), 20))  # noqa: B023
-            else:
-                both.append(best(lambda: compiled.invoke({"n": 0}, config), 20))  # noqa: B023
-        found[name] = (both[0], both[1])
-    return found
+    guard, aguard = new_guard(), new_guard()
+    graphs, agraphs = (
+        [graph(node, one) for one in (None, guard)],
+        [graph(anode, one) for one in (None, aguard)],
+    )
+    yield Program(
+        "`invoke` of a graph of 20 nodes", guard, *[lambda g=g: g.invoke({"n": 0}, config) for g in graphs]
+    )
+    yield Program(
+        "`ainvoke` of it", aguard, *[lambda g=g: asyncio.run(g.ainvoke({"n": 0}, config)) for g in agraphs]
+    )
 
 
-def pydantic_ai() -> dict[str, tuple[float, float]]:
-    from pydantic_ai import Agent
-    from pydantic_ai.messages import ModelResponse, TextPart, ToolCallPart
-    from pydantic_ai.models.function import FunctionModel
-
-    from stroma.adapters.pydantic_ai import StromaCapability
-
-    def answer(messages: Any, _: Any) -> ModelResponse:
-        return ModelResponse(parts=[TextPart("x") if len(messages) > 20 else ToolCallPart("tool", {})])
-
-    def work(capabilities: list[Any]) -> Any:
-        agent = Agent(FunctionModel(answer), capabilities=capabilities)
-        agent.tool_plain(lambda: "x", name="tool")
-        return lambda: asyncio.run(agent.run("x"))
-
-    return {
-        "model or tool": (best(work([]), 21), best(work([StromaCapability(Guard(StromaRunner.quick()))]), 21))
-    }
-
-
-def openai_agents() -> dict[str, tuple[float, float]]:
-    from agents import Agent, Runner, function_tool, set_tracing_disabled
-    from tests.frameworks.openai_agents.test_openai_agents import Script
-
-    from stroma.adapters.openai_agents import GuardedRunner, attach
-
-    set_tracing_disabled(True)
-
-    def agent() -> Any:
-        model = Script(*[("tool", "{}")] * 9, "done")
-        return Agent(name="a", model=model, tools=[function_tool(lambda: "x", name_override="tool")])
-
-    def guarded() -> None:
-        guard = Guard(StromaRunner.quick())
-        asyncio.run(GuardedRunner(guard).run(attach(agent(), guard), "x"))
-
-    return {"model or tool": (best(lambda: asyncio.run(Runner.run(agent(), "x")), 19), best(guarded, 19))}
-
-
-def langchain() -> dict[str, tuple[float, float]]:
+def langchain() -> Iterator[Program]:
+    from deepagents import create_deep_agent
     from langchain.agents import create_agent
-    from langchain_core.tools import tool
+    from tests.frameworks.contract import CALL
     from tests.frameworks.langchain.fakes import Script
+    from tests.frameworks.langchain.test_langchain import tool_of
 
     from stroma.adapters.langchain import StromaMiddleware
 
-    @tool
-    def nothing() -> str:
-        """Nothing."""
-        return "x"
+    def program(name: str, create: Any) -> Program:
+        guard, script = new_guard(), Script(answers=[])
+        middleware = StromaMiddleware(guard)
+        plain = create(script, [tool_of()])
+        guarded = middleware.attach(create(script, [tool_of()], middleware=[middleware]))
 
-    def work(guarded: bool) -> Any:
-        middleware = StromaMiddleware(Guard(StromaRunner.quick()))
-        model = Script(answers=[])
-        agent = create_agent(model, [nothing], middleware=[middleware] if guarded else [])
-        if guarded:
-            middleware.attach(agent)
+        def call(agent: Any) -> None:
+            script.answers = scripted(CALL)
+            agent.invoke({"messages": [("user", "hello")]}, {"recursion_limit": 100})
 
-        def run() -> None:
-            model.answers = [("nothing", {})] * 9 + ["done"]
-            agent.invoke({"messages": [("user", "x")]}, {"recursion_limit": 100})
+        return Program(name, guard, lambda: call(plain), lambda: call(guarded))
 
-        return run
-
-    return {"model or tool": (best(work(False), 19), best(work(True), 19))}
+    yield program("agent", create_agent)
+    yield program("Deep Agent", create_deep_agent)
 
 
-def crewai() -> dict[str, tuple[float, float]]:
-    os.environ.update(
-        CREWAI_DISABLE_TELEMETRY="true", CREWAI_TRACING_ENABLED="false", OTEL_SDK_DISABLED="true"
+def pydantic_ai() -> Iterator[Program]:
+    from tests.frameworks.contract import CALL
+    from tests.frameworks.pydantic_ai.test_pydantic_ai import Script, agent_of
+
+    from stroma.adapters.pydantic_ai import StromaCapability
+
+    guard, script = new_guard(), Script()
+    agents = [agent_of(script), agent_of(script, StromaCapability(guard))]
+
+    def call(agent: Any) -> None:
+        script.answers = scripted(CALL)
+        asyncio.run(agent.run("hello"))
+
+    yield Program("agent", guard, *[lambda a=a: call(a) for a in agents])
+
+
+def openai_agents() -> Iterator[Program]:
+    from agents import Runner
+    from tests.frameworks.contract import CALL
+    from tests.frameworks.openai_agents.test_openai_agents import Script, agent_of
+
+    from stroma.adapters.openai_agents import GuardedRunner
+
+    guard, script = new_guard(), Script()
+    plain, guarded = agent_of(script), agent_of(script, guard)
+
+    def call(runner: Any, agent: Any) -> None:
+        script.answers = scripted(CALL)
+        asyncio.run(runner.run(agent, "hello", max_turns=20))
+
+    runner = GuardedRunner(guard)
+    yield Program("agent", guard, lambda: call(Runner, plain), lambda: call(runner, guarded))
+
+
+def crewai() -> Iterator[Program]:
+    from tests.frameworks.crewai import conftest  # noqa: F401  (It switches telemetry off.)
+    from tests.frameworks.crewai.test_crewai import ACTION, ANSWER, Script, crew_of, forecast
+
+    from stroma.adapters.crewai import attach, guard_llm
+
+    guard, script = new_guard(), Script.of()
+    guarded_script = guard_llm(Script.of(), guard)
+
+    def flow(llm: Any, guard: Guard | None) -> None:
+        llm._answers = ["x"] * 10
+        made = forecast(llm, 10)
+        made.suppress_flow_events = True  # Panels on the terminal.
+        (made if guard is None else attach(made, guard)).kickoff()
+
+    yield Program(
+        "flow that asks an LLM", guard, lambda: flow(script, None), lambda: flow(guarded_script, guard)
     )
-    from crewai.flow.flow import Flow, listen, start
 
-    from stroma.adapters.crewai import attach
+    of_crew, llms = new_guard(), [Script.of(), Script.of()]
+    crews = [crew_of(llms[0]), attach(crew_of(llms[1]), of_crew)]
 
-    class Two(Flow[dict[str, Any]]):
-        @start()
-        def one(self) -> int:
-            return 1
+    def kickoff(n: int) -> None:
+        llms[n]._answers = [ACTION, ANSWER]
+        crews[n].kickoff()
 
-        @listen(one)
-        def two(self, given: int) -> int:
-            return given + 1
-
-    def work(guarded: bool) -> Any:
-        flow = Two(suppress_flow_events=True)
-        if guarded:
-            attach(flow, Guard(StromaRunner.quick()))
-        return flow.kickoff
-
-    return {"method": (best(work(False), 2), best(work(True), 2))}
+    yield Program("crew", of_crew, lambda: kickoff(0), lambda: kickoff(1))
 
 
-def haystack() -> dict[str, tuple[float, float]]:
+def agent_framework() -> Iterator[Program]:
+    from tests.frameworks.agent_framework.test_agent_framework import Script, agent_of, ask
+    from tests.frameworks.contract import CALL
+
+    guard, script = new_guard(), Script()
+    agents = [agent_of(script), agent_of(script, guard)]
+
+    def call(agent: Any) -> None:
+        script.answers = scripted(CALL)
+        ask(agent)
+
+    yield Program("agent", guard, *[lambda a=a: call(a) for a in agents])
+
+
+def claude_agent_sdk() -> Iterator[Program]:
+    from tests.frameworks.claude_agent_sdk.fakes import Script
+    from tests.frameworks.claude_agent_sdk.test_claude_agent_sdk import ask
+    from tests.frameworks.contract import CALL
+
+    guard = new_guard()
+    yield Program(
+        "query with tools of one's own",
+        guard,
+        lambda: ask(Script(*scripted(CALL))),
+        lambda: ask(Script(*scripted(CALL)), guard),
+    )
+
+
+def google_adk() -> Iterator[Program]:
+    from tests.frameworks.contract import CALL
+    from tests.frameworks.google_adk.test_google_adk import Script, agent_of, ask
+
+    guard, scripts = new_guard(), [Script.of(), Script.of()]
+    agents = [agent_of(scripts[0]), agent_of(scripts[1], guard)]
+
+    def call(n: int) -> None:
+        scripts[n]._answers = scripted(CALL)
+        ask(agents[n], guard=guard if n else None)
+
+    yield Program("agent", guard, lambda: call(0), lambda: call(1))
+
+
+def dspy() -> Iterator[Program]:
+    import dspy as module
+    from tests.frameworks.dspy.test_dspy import Forecast, Plain, Script
+
+    from stroma.adapters.dspy import attach
+
+    guard = new_guard()
+    programs = [Forecast(9), attach(Forecast(9), guard)]
+
+    def call(program: Any) -> None:
+        with module.context(lm=Script({"celsius": 4}, *[{"text": "x"}] * 9), adapter=Plain()):
+            program(city="Oslo")
+
+    yield Program("program of predictors", guard, *[lambda p=p: call(p) for p in programs])
+
+
+def haystack() -> Iterator[Program]:
     from tests.frameworks.haystack.test_haystack import Script, pipeline_of
 
     from stroma.adapters.haystack import attach
 
-    def work(guarded: bool) -> Any:
-        scripts = [Script() for _ in range(20)]
-        pipeline = pipeline_of(scripts[0], "run", *scripts[1:])
+    guard, scripts = new_guard(), [Script() for _ in range(40)]
+    pipelines = [
+        pipeline_of(scripts[0], "run", *scripts[1:20]),
+        attach(pipeline_of(scripts[20], "run", *scripts[21:]), guard),
+    ]
+
+    def call(pipeline: Any) -> None:
+        for script in scripts:
+            script.answers = ["x"]
+        pipeline.run({"ask": {"text": "x"}})
+
+    yield Program("pipeline of 21 components", guard, *[lambda p=p: call(p) for p in pipelines])
+
+
+def llama_index() -> Iterator[Program]:
+    from tests.frameworks.llama_index.test_llama_index import Forecast, Script, run, used
+
+    from stroma.adapters.llama_index import attach
+
+    guard, script = new_guard(), Script()
+    model = guard.wrap("model", script.ask, usage=used)
+
+    def call(guarded: bool) -> None:
+        script.answers = ["x"] * 10
         if guarded:
-            attach(pipeline, Guard(StromaRunner.quick()))
+            run(attach(Forecast(model, times=10), guard), guard)
+        else:
+            run(Forecast(script.ask, times=10))
 
-        def run() -> None:
-            for script in scripts:
-                script.answers = ["x"]
-            pipeline.run({"ask": {"text": "x"}})
-
-        return run
-
-    return {"component": (best(work(False), 21), best(work(True), 21))}
+    yield Program("workflow that asks a model", guard, lambda: call(False), lambda: call(True))
 
 
-def dspy() -> dict[str, tuple[float, float]]:
-    from tests.frameworks.dspy.test_dspy import GOOD, Script, Writing, run
+def litellm() -> Iterator[Program]:
+    from types import SimpleNamespace
 
-    from stroma.adapters.dspy import attach
+    import litellm as module
+    from tests.frameworks.litellm.test_litellm import MESSAGES, Provider
 
-    def work(guarded: bool) -> Any:
-        program = attach(Writing(), Guard(StromaRunner.quick())) if guarded else Writing()
-        return lambda: run(program, Script(*GOOD), "call")
+    from stroma.adapters.litellm import attach
 
-    return {"predictor": (best(work(False), 3), best(work(True), 3))}
+    module.custom_provider_map = [{"provider": "fake", "custom_handler": Provider()}]
+    module.utils.custom_llm_setup()
+    module.suppress_debug_info = True
+    guard = new_guard()
+    plain, guarded = (
+        module.completion,
+        attach(SimpleNamespace(completion=module.completion), guard).completion,
+    )
+
+    def call(completion: Any, own: Guard | None) -> None:
+        with contextlib.nullcontext() if own is None else own.run():
+            for _ in range(10):
+                completion(model="fake/fake-1", messages=MESSAGES)
+
+    yield Program("`completion`, ten times", guard, lambda: call(plain, None), lambda: call(guarded, guard))
 
 
-def google_adk() -> dict[str, tuple[float, float]]:
-    from tests.frameworks.google_adk.test_google_adk import CALL, Script, agent_of, ask
+def mcp() -> Iterator[Program]:
+    from tests.frameworks.mcp.test_mcp import session_of
 
-    def work(guarded: bool) -> None:
-        guard = Guard(StromaRunner.quick()) if guarded else None
-        ask(agent_of(Script.of(*[CALL] * 9, "x"), guard), "run_async", guard)
+    guard = new_guard()
 
-    return {"model or tool": (best(lambda: work(False), 19), best(lambda: work(True), 19))}
+    async def call(own: Guard | None) -> None:
+        async with session_of(own) as session, contextlib.nullcontext() if own is None else own.run():
+            await session.list_tools()
+            for _ in range(10):
+                await session.call_tool("weather", {"city": "Oslo"})
+
+    yield Program(
+        "`call_tool`, ten times", guard, lambda: asyncio.run(call(None)), lambda: asyncio.run(call(guard))
+    )
 
 
-def agent_framework() -> dict[str, tuple[float, float]]:
-    from tests.frameworks.agent_framework.test_agent_framework import CALL, Script, agent_of, ask
+#: By the name of the folder of its tests: what makes the programs, the distribution, and its name in the table.
+FRAMEWORKS: Final[dict[str, tuple[Callable[[], Iterator[Program]], str, str]]] = {
+    "guard": (guard, "stroma", "The guard alone"),
+    "langgraph": (langgraph, "langgraph", "LangGraph"),
+    "langchain": (langchain, "langchain", "LangChain"),
+    "pydantic_ai": (pydantic_ai, "pydantic-ai-slim", "Pydantic AI"),
+    "openai_agents": (openai_agents, "openai-agents", "OpenAI Agents SDK"),
+    "crewai": (crewai, "crewai", "CrewAI"),
+    "agent_framework": (agent_framework, "agent-framework-core", "Microsoft Agent Framework"),
+    "claude_agent_sdk": (claude_agent_sdk, "claude-agent-sdk", "Claude Agent SDK"),
+    "google_adk": (google_adk, "google-adk", "Google ADK"),
+    "dspy": (dspy, "dspy", "DSPy"),
+    "haystack": (haystack, "haystack-ai", "Haystack"),
+    "llama_index": (llama_index, "llama-index-workflows", "LlamaIndex workflows"),
+    "litellm": (litellm, "litellm", "litellm"),
+    "mcp": (mcp, "mcp", "MCP"),
+}
 
-    def work(guarded: bool) -> None:
-        ask(agent_of(Script(*[CALL] * 9, "x"), Guard(StromaRunner.quick()) if guarded else None))
 
-    return {"model or tool": (best(lambda: work(False), 19), best(lambda: work(True), 19))}
+# ---------------------------------------------------------------------- environments, and the table
+
+
+def environment(name: str) -> str:
+    """Return the Python of the environment that a framework's tests have, which is made if it is missing."""
+    if name == "guard":
+        return sys.executable
+    python = f"{sys.prefix}-{name}-newest/bin/python"
+    if not os.path.exists(python):
+        command = [str(ROOT / "dev"), "test", "--framework", name, "--newest", "--collect-only", "-q"]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return python
+
+
+def report(name: str) -> None:
+    """Print a line of the table for each program of a framework."""
+    make, distribution, title = FRAMEWORKS[name]
+    logging.disable(logging.WARNING)
+    release = "" if name == "guard" else " " + importlib.metadata.version(distribution)
+    for program in make():
+        plain, guarded, steps = measure(program)
+        added, ratio = (guarded - plain) / steps, f"{guarded / plain:.2f}" if plain > 0.01 * steps else ""
+        print(
+            f"| {title}{release}: {program.name} | {steps} | {plain:.2f} | {guarded:.2f} | {ratio} | {added:.2f} |",
+            flush=True,
+        )
+
+
+def main(names: list[str]) -> int:
+    unknown = [name for name in names if name not in FRAMEWORKS]
+    if unknown:
+        print(f"unknown framework {unknown[0]!r}; one of: {', '.join(FRAMEWORKS)}", file=sys.stderr)
+        return 2
+    if INSIDE in os.environ:
+        report(names[0])
+        return 0
+    print(f"CPU time of a call, the fastest of {ROUNDS}; Python {platform.python_version()}\n")
+    print(
+        "| program | steps | plain, ms | guarded, ms | ratio | added per step, ms |\n|---|---|---|---|---|---|"
+    )
+    sys.stdout.flush()
+    worst = 0
+    for name in names or FRAMEWORKS:
+        command = [environment(name), "-W", "ignore", "-m", "benchmarks.adapters", name]
+        env = {**os.environ, INSIDE: "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+        worst = worst or subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
+    return worst
 
 
 if __name__ == "__main__":
-    name = sys.argv[1] if len(sys.argv) == 2 else "guard"
-    for what, (bare, guarded) in globals()[name]().items():
-        print(f"{name}, {what}: {bare:.0f} us without, {guarded:.0f} us with, {guarded - bare:.0f} us more")
+    sys.exit(main(sys.argv[1:]))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+from benchmarks.adapters import FRAMEWORKS as MEASURED
 from tests.frameworks.kit import LINES
 
 FRAMEWORKS = Path(__file__).parents[1] / "frameworks"
@@ -75,3 +77,17 @@ def test_every_line_is_held(folder: Path) -> None:
 def test_there_are_frameworks() -> None:
     """Or all of this would hold of none."""
     assert len(FOLDERS) == 11
+
+
+def test_the_overhead_of_every_adapter_is_measured() -> None:
+    """``benchmarks.adapters`` knows every adapter that docs/adapters.md names, and the page has a figure of each."""
+    page = (FRAMEWORKS.parents[1] / "docs" / "adapters.md").read_text("utf-8")
+    frameworks, _, overhead = page.partition("## Overhead")
+    named = set(re.findall(r"^\|.*\]\(adapters/(\w+)\.md\) \|$", frameworks, re.MULTILINE))
+    assert len(named) == 13
+    assert MEASURED.keys() == {"guard", *named}
+    assert {
+        title
+        for _, _, title in MEASURED.values()
+        if not re.search(rf"^\| {title}\b.*:", overhead, re.MULTILINE)
+    } == set()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import sqlite3
 import subprocess
@@ -192,3 +193,51 @@ def test_nothing_is_kept_in_memory(desk, inside):
     assert done.code == 7
     assert "is not durable" in done.err
     assert "stroma approve" not in done.err
+
+
+GUARDED = """
+    from stroma import *
+    from stroma.adapters import Control, Guard
+
+    class Agent:
+        "What a framework has in place of a pipeline."
+
+    agent = Agent()
+
+    def body(text):
+        raise LookupError("may I?")
+
+    def call(how):
+        store = SQLiteStore("own.db")
+        guard = Guard(StromaRunner.quick(store=store, run_id=how, resume=True))
+        with store, guard.run("q") as run:
+            if how == "asks":
+                try:
+                    guard.wrap("agent", body, control=lambda error: Control("suspended", str(error)))("q")
+                except LookupError:
+                    pass
+            else:
+                run.ctx.note_suspended("before 'count'")
+"""
+
+
+def test_an_agent_of_a_framework_is_answered_and_continues_there(stroma, inside, fails):
+    """The target may be an agent or a graph: its question is answered, and the framework's own call continues the run."""
+    stroma.file("app.py", GUARDED)
+    for how in ("asks", "silent"):
+        runpy.run_path(str(stroma.home / "app.py"))["call"](how)
+    db = ("--db", "own.db")
+    resumed = inside("approve", "asks", "app.py:agent", "true", "--resume", *db)
+    fails(resumed, 2, "'agent' in app.py is", "not a pipeline")
+    done = inside("approve", "asks", "app.py:agent", "true", *db)
+    assert (done.code, done.out) == (0, "")
+    assert (
+        "node 'agent' (at 0) of run asks is answered; continue it with the framework's own call, under run_id='asks' and "
+        "resume=True" in done.err
+    )
+    fails(
+        inside("approve", "silent", "app.py:agent", "true", *db),
+        4,
+        "run silent is suspended without a question: before 'count'",
+        "continue it with the framework's own call, under run_id='silent' and resume=True",
+    )

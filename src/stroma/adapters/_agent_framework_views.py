@@ -6,13 +6,13 @@ import json
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from agent_framework import MiddlewareTermination
+from agent_framework import AgentMiddlewareLayer, MiddlewareTermination
 
 from stroma.adapters._state_views import newest_of
 from stroma.adapters._step import Control
 from stroma.cost.usage import Usage
 
-__all__ = ["Rest", "answer_of", "asked_of", "control_of", "result_of", "used_by"]
+__all__ = ["Rest", "answer_of", "asked_of", "control_of", "names_of", "result_of", "used_by"]
 
 
 class Rest:
@@ -32,7 +32,7 @@ class Rest:
         return self._context.result
 
     async def parts(self) -> AsyncGenerator[Any, None]:
-        stream = await self.whole()
+        stream = await Rest.whole(self)
         try:
             async for part in stream:
                 yield part
@@ -88,3 +88,14 @@ def used_by(response: Any) -> Usage | None:
     input_tokens, cached = used.get("input_token_count") or 0, used.get("cache_read_input_token_count") or 0
     model = getattr(response, "model", None) or getattr(response, "model_id", None)
     return Usage(input_tokens, used.get("output_token_count") or 0, min(cached, input_tokens), model=model)
+
+
+def names_of(tools: Any, seen: tuple[Any, ...] = ()) -> set[str]:
+    """Return the names of tools, and of those of the agents that are tools."""
+    names = {tool.name for tool in tools or () if hasattr(tool, "name")}
+    for tool in tools or ():
+        for cell in getattr(getattr(tool, "func", None), "__closure__", None) or ():
+            agent = getattr(cell, "cell_contents", None)
+            if isinstance(agent, AgentMiddlewareLayer) and agent not in seen:
+                names |= names_of(getattr(agent, "default_options", {}).get("tools"), (*seen, agent))
+    return names

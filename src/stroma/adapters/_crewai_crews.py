@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -123,10 +124,14 @@ def make_run(
                 return result
 
         async def arun(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if goes_on and not any((*args, *kwargs.values())):
+                args, kwargs = _stored_feedback(self, guard), {}
             with comparing(guard):
                 result = await entered(self, *args, **kwargs)
                 raise_fatal(guard)
-                _note_pending(result, guard)
+                if isinstance(result, HumanFeedbackPending):
+                    context = result.context
+                    await guard.current.ask(context.method_name, _question_of(context), context.message)
                 return result
 
         bare = inspect.unwrap(entered, stop=lambda func: func is not entered)
@@ -151,7 +156,15 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"inputs": kwargs.get("inputs", args[1] if len(args) > 1 else None)}
 
 
-def _note_pending(result: Any, guard: Guard) -> None:
-    """Suspend the run of a flow that waits for a person's feedback."""
-    if isinstance(result, HumanFeedbackPending) and not guard.current.ctx.suspended:
-        guard.current.ctx.note_suspended(str(result))
+def _question_of(context: Any) -> str:
+    """Return the key of the question that a flow waits with."""
+    return f"{context.flow_id} {context.method_name}"
+
+
+def _stored_feedback(flow: Any, guard: Guard) -> tuple[str, ...]:
+    """Return the arguments for ``resume()`` of a flow that is passed no feedback: the stored answer, if there is one."""
+    context = flow.pending_feedback
+    run = guard.current
+    answers = {} if context is None else run.answers_to([_question_of(context)])
+    run.taken.update(answers)
+    return tuple(answer if isinstance(answer, str) else json.dumps(answer) for answer in answers.values())

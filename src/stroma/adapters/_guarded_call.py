@@ -380,7 +380,7 @@ class Call:
             message = str(control.value) if control.value else message_of(error)
             is_suspended = control.outcome == "suspended"
             kind = FailureClass.RECOVERABLE if is_suspended else FailureClass.TERMINAL
-            if is_suspended and not any(halt.suspended for _, halt in inner.halts):
+            if is_suspended and control.asks and not any(halt.suspended for _, halt in inner.halts):
                 raise Suspend(message) from error  # The journal has the question, and then the answer.
             raise GroupStopped(Halt(_failure(error, kind, where, message), suspended=is_suspended)) from error
         if isinstance(error, (HookNotAsync, PipelineChanged, CorruptCheckpoint, Undeclared)):

@@ -19,8 +19,9 @@ from stroma.adapters._guarded_call import Call
 from stroma.adapters._state_views import given_to
 from stroma.adapters._step import Halts, count_tokens, find_halt
 from stroma.checkpoint import StepCall
-from stroma.checkpoint.entries import RunControl
+from stroma.checkpoint.entries import RunControl, Waiting
 from stroma.checkpoint.identity import StepCalls
+from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.node import held_by
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
@@ -44,6 +45,8 @@ ACTIVE: ContextVar[tuple[GuardedRun, ...]] = ContextVar("stroma_guarded_runs", d
 
 
 _NO_MORE: Final = object()
+#: Beginning of the branch at which a question of a framework stands in the journal.
+_ASKS: Final = "asked by the framework: "
 #: The id under which tokens of no step are counted.
 OUTSIDE: Final = "outside of steps"
 #: Key of an execution's note: the tokens inside it that a framework has counted, and the guard has not.
@@ -76,6 +79,7 @@ class GuardedRun:
         goes_on: its input is what a framework continues its own checkpoint with, such as an answer; under ``resume=True`` it
             may be another one than that of the run.
         unaccounted: tokens that a framework has counted in this run, and the guard has not; see :meth:`compare_usage`.
+        taken: keys of the questions of :meth:`ask` whose answers the framework has got: what asks again is a new question.
     """
 
     def __init__(self, guard: RunOwner, ctx: ReliabilityContext, input: Any = None, *, ends: bool) -> None:
@@ -92,6 +96,7 @@ class GuardedRun:
         self.halts: Halts = []
         #: The suspensions of effects whose last call may have happened, by step id: none of them is called again.
         self.unknown_effects: dict[str, Halt] = {}
+        self.taken: set[str] = set()
         self._input = input
         self._lock = threading.Lock()
         self._opened = False
@@ -131,8 +136,36 @@ class GuardedRun:
         return [
             (waiting.node_id, held_by(schema_of(UntypedState).decode(waiting.payload)))
             for place, waiting in session.waiting.items()
-            if waiting.payload is not None and waiting.effect is None and place not in session.restored
+            if waiting.payload is not None
+            and waiting.effect is None
+            and place not in session.restored
+            and not waiting.branch.startswith(_ASKS)
         ]
+
+    async def ask(self, node_id: str, key: str, reason: str) -> None:
+        """Suspend the run with a question that the framework asks, and no step. ``key``: the framework's id of the question.
+
+        An answer that was stored and not taken stays. Without a journal the framework alone can be answered.
+        """
+        ctx = self.ctx
+        ctx.note_suspended(reason)
+        place, stored = _place_of(key), ctx.session.waiting.get(_place_of(key))
+        if type(ctx.session).ask is NullSession.ask or (  # A store without a journal.
+            stored is not None and stored.payload is not None and key not in self.taken
+        ):
+            return
+        pending = ctx.session.ask(Waiting(*place, node_id, ctx.redactor.mask(reason), ""))
+        if pending is not None:
+            await pending
+
+    def answers_to(self, keys: Iterable[str]) -> dict[str, Any]:
+        """Return the stored answers to questions of :meth:`ask`, by their keys. The caller adds to ``taken`` what it uses."""
+        questions = {key: self.ctx.session.waiting.get(_place_of(key)) for key in keys}
+        return {
+            key: held_by(schema_of(UntypedState).decode(waiting.payload))
+            for key, waiting in questions.items()
+            if waiting is not None and waiting.payload is not None
+        }
 
     def report_usage(self, usage: Usage) -> None:
         """Count tokens that were used in this run and in no step: against its budget, and in its totals."""
@@ -466,6 +499,10 @@ class GuardedRun:
         await self.close(met)
         if met is not error and met is not None:
             raise met from error
+
+
+def _place_of(key: str) -> tuple[int, str]:
+    return 0, _ASKS + key
 
 
 def active_run() -> GuardedRun | None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import types
 import weakref
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar, cast
 
-from agents import Agent, FunctionTool, Model, ModelProvider, MultiProvider
+from agents import Agent, FunctionTool, Model, ModelProvider, MultiProvider, RunContextWrapper, RunState
+from agents import Usage as SDKUsage
 from agents.exceptions import (
     InputGuardrailTripwireTriggered,
     OutputGuardrailTripwireTriggered,
     ToolInputGuardrailTripwireTriggered,
     ToolOutputGuardrailTripwireTriggered,
 )
+from agents.run import AgentRunner
 from agents.run_internal import run_loop
 from agents.tool import maybe_invoke_function_tool_failure_error_function
 
@@ -26,8 +29,17 @@ from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Guard, what_stopped
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage, usage_from
+from stroma.engine.execution import current_node
 
-__all__ = ["GuardedModel", "GuardedProvider", "ServerContracts", "control", "guard_model", "guard_tool"]
+__all__ = [
+    "GuardedModel",
+    "GuardedProvider",
+    "ServerContracts",
+    "control",
+    "guard_model",
+    "guard_tool",
+    "used_before",
+]
 
 T = TypeVar("T")
 
@@ -293,7 +305,44 @@ def _install() -> None:
             for tool in tools
         ]
 
+    bare_streamed = AgentRunner.run_streamed
+
+    @functools.wraps(bare_streamed)
+    def run_streamed(self: Any, starting_agent: Any, input: Any, **kwargs: Any) -> Any:
+        run, before = active_run(), used_before(input, kwargs.get("context"))
+        result = bare_streamed(self, starting_agent, input, **kwargs)
+        if run is not None:
+            _compare_at_end(result, run, before)
+        return result
+
     run_loop.get_model, Agent.get_all_tools = get_model, get_all_tools
+    AgentRunner.run_streamed = run_streamed
+
+
+def used_before(input: Any, context: Any) -> int:
+    """Return the tokens that the SDK's own figure of a run begins with."""
+    about = input._context if isinstance(input, RunState) else context
+    return about.usage.total_tokens if isinstance(about, RunContextWrapper) else 0
+
+
+def _compare_at_end(result: Any, run: Any, before: int) -> None:
+    """Compare the SDK's own figure of a streamed run, and of those before it in the same place, once it has ended."""
+    place = current_node() or run
+
+    def compare(_: Any) -> None:
+        used = result.context_wrapper.usage
+        if isinstance(used, SDKUsage):
+            _STREAMED[place] = _STREAMED.get(place, 0) + used.total_tokens - before
+            run.compare_usage("the OpenAI Agents SDK", _STREAMED[place])
+
+    # The name of the task in older releases is the second one.
+    task = getattr(result, "run_loop_task", None) or getattr(result, "_run_impl_task", None)
+    if task is not None:
+        task.add_done_callback(compare)
+
+
+#: Tokens that the SDK has counted in streamed runs, by the step or run that called for them.
+_STREAMED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def _guard_of(run: Any) -> Guard:

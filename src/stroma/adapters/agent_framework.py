@@ -19,17 +19,20 @@ try:
     from agent_framework import (
         AgentMiddleware,
         AgentMiddlewareLayer,
+        AgentResponseUpdate,
         ChatMiddleware,
         FunctionMiddleware,
         MiddlewareTermination,
         ResponseStream,
     )
 
+    from stroma.adapters._agent_framework_answers import ask, asked_again, goes_on, take_answers
     from stroma.adapters._agent_framework_views import (
         Rest,
         answer_of,
         asked_of,
         control_of,
+        names_of,
         result_of,
         used_by,
     )
@@ -79,7 +82,7 @@ class _Shared:
 
     def check(self, offered: Any) -> None:
         if not self.checked:
-            self.guard.contracts(self.tools, _names_of(offered), "tool")
+            self.guard.contracts(self.tools, names_of(offered), "tool")
             self.checked = True
         self.raise_fatal()
 
@@ -87,17 +90,6 @@ class _Shared:
         fatal = self.fatal.pop(self.guard.current.ctx.run_id, None)
         if fatal is not None:
             raise fatal
-
-
-def _names_of(tools: Any, seen: tuple[Any, ...] = ()) -> set[str]:
-    """Return the names of tools, and of those of the agents that are tools."""
-    names = {tool.name for tool in tools or () if hasattr(tool, "name")}
-    for tool in tools or ():
-        for cell in getattr(getattr(tool, "func", None), "__closure__", None) or ():
-            agent = getattr(cell, "cell_contents", None)
-            if isinstance(agent, AgentMiddlewareLayer) and agent not in seen:
-                names |= _names_of(getattr(agent, "default_options", {}).get("tools"), (*seen, agent))
-    return names
 
 
 def _shared_above() -> _Shared | None:
@@ -143,12 +135,8 @@ class _OfAgent(AgentMiddleware):
     async def process(self, context: Any, call_next: Any) -> None:
         guard, request = self._shared.guard, asked_of(context.messages)
         call = _AgentCall(context, call_next, self._shared)
-        # With the answer to a request for approval it continues where it waited.
-        answered = any(
-            getattr(content, "type", None) == "function_approval_response"
-            for message in context.messages or ()
-            for content in getattr(message, "contents", None) or ()
-        )
+        # With a request for approval, or the response to one, it continues where it waited.
+        answered = goes_on(context.messages)
         # Its models and tools had their retries: it is called once.
         about: Any = {
             "input_view": lambda *_: request,
@@ -225,24 +213,31 @@ class _AgentCall(Rest):
         current_node().notes[_Shared] = self._shared
         return is_outermost
 
-    def _end(self, response: Any, is_outermost: bool) -> None:
+    async def _end(self, response: Any, is_outermost: bool) -> None:
         guard = self._shared.guard
         if (used := used_by(response)) is not None:
             guard.compare_usage("Agent Framework", used.input_tokens + used.output_tokens)
         # Those of an agent inside are not passed on to anybody.
-        for request in (getattr(response, "user_input_requests", None) or ()) if is_outermost else ():
-            call = getattr(request, "function_call", None)
-            guard.current.ctx.note_suspended(f"approval of {getattr(call, 'name', None) or request.type}")
+        await ask(guard, (getattr(response, "user_input_requests", None) or ()) if is_outermost else ())
 
     async def whole(self) -> Any:
         is_outermost = self._begin()
-        response = await super().whole()
-        self._end(response, is_outermost)
+        requests = take_answers(self._shared.guard, self._context.messages)
+        if requests:  # What is still to be answered is asked again, and nothing is called.
+            response = asked_again(requests)
+        else:
+            response = await super().whole()
+        await self._end(response, is_outermost)
         return response
 
     async def parts(self) -> AsyncGenerator[Any, None]:
         is_outermost = self._begin()
-        async with contextlib.aclosing(super().parts()) as parts:
-            async for part in parts:
-                yield part
-        self._end(self._final, is_outermost)
+        requests = take_answers(self._shared.guard, self._context.messages)
+        if requests:
+            self._final = asked_again(requests)
+            yield AgentResponseUpdate(contents=requests, role="assistant")
+        else:
+            async with contextlib.aclosing(super().parts()) as parts:
+                async for part in parts:
+                    yield part
+        await self._end(self._final, is_outermost)

@@ -91,7 +91,8 @@ def _attach(flow: Any, guard: Guard, steps: dict[Any, tuple[str, NodeContract[An
 
 
 def _control(error: BaseException) -> Control | None:
-    return Control("suspended", str(error)) if isinstance(error, HumanFeedbackPending) else None
+    is_pending = isinstance(error, HumanFeedbackPending)
+    return Control("suspended", str(error), asks=False) if is_pending else None
 
 
 class CrewAIAdapter:

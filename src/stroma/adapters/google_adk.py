@@ -22,6 +22,15 @@ try:
     from google.adk.tools.agent_tool import AgentTool
     from google.adk.tools.base_toolset import BaseToolset
     from google.adk.tools.function_tool import FunctionTool
+
+    from stroma.adapters._google_adk_answers import (
+        answers_of,
+        ask,
+        asking_calls,
+        goes_on,
+        has_no_message,
+        pending_calls,
+    )
 except ImportError as error:
     raise import_error("google-adk", error) from error
 
@@ -37,9 +46,8 @@ __all__ = ["attach", "each_run"]
 
 T = TypeVar("T")
 _REQUEST: Final = "generate_content_async"
-#: Where an agent has its guard, and what the calls begin with by which ADK asks a person.
+#: Where an agent has its guard.
 _ATTACHED: Final = "_stroma_attached"
-_ASKS: Final = "adk_request_"
 
 
 def attach(agent: T, guard: Guard, contracts: Contracts | None = None) -> T:
@@ -71,27 +79,29 @@ def each_run(runner: T, guard: Guard) -> T:
     parts = target.run_async
     if not guard.has(parts):
 
-        async def events(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-            counted, waiting = 0, list[str]()
-            async with contextlib.aclosing(parts(*args, **kwargs)) as source:
+        async def events(**kwargs: Any) -> AsyncIterator[Any]:
+            counted, waiting = 0, list[Any]()
+            if has_no_message(kwargs):
+                waiting = await pending_calls(target, kwargs)
+                message = answers_of(guard, waiting)
+                if message is None and waiting:  # What is still to be answered is asked again.
+                    await ask(guard, waiting)
+                    return
+                kwargs, waiting = {**kwargs, "new_message": message}, []
+            async with contextlib.aclosing(parts(**kwargs)) as source:
                 async for event in source:
                     used = None if event.partial else _used(event, "")
                     counted += 0 if used is None else used.input_tokens + used.output_tokens
-                    waiting += [
-                        call.name
-                        for call in event.get_function_calls()
-                        if (call.name or "").startswith(_ASKS)
-                    ]
+                    waiting += asking_calls(event)
                     yield event
             guard.compare_usage("ADK", counted)
-            for name in waiting:
-                guard.current.ctx.note_suspended(name)
+            await ask(guard, waiting)
 
-        def run_async(*args: Any, **kwargs: Any) -> Any:
-            agent = getattr(target, "agent", None)
+        def run_async(**kwargs: Any) -> Any:
+            agent, message = getattr(target, "agent", None), kwargs.get("new_message")
             if agent is not None and vars(agent).get(_ATTACHED) is guard:
                 attach(agent, guard)
-            return guard.aover(lambda: events(*args, **kwargs), {"message": kwargs.get("new_message")})
+            return guard.aover(lambda: events(**kwargs), {"message": message}, goes_on=goes_on(message))
 
         target.run_async = guard.mark(run_async)
     return runner

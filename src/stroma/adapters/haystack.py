@@ -24,10 +24,11 @@ except ImportError as error:
     raise import_error("haystack", error) from error
 
 from stroma.adapters._delegation import before, guard_methods, wrap_method
-from stroma.adapters._step import Control, copy_for_retries, mark_published
+from stroma.adapters._step import Control, copy_for_retries, count_tokens, mark_published
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage, UsageError, usage_from
+from stroma.engine.execution import current_node
 
 warn_if_untested("haystack")
 
@@ -115,7 +116,7 @@ def _around(guard: Guard, bare: Any) -> Any:
         if counted:
             with contextlib.suppress(UsageError):
                 used = usage_from(counted)
-                guard.compare_usage("Haystack", used.input_tokens + used.output_tokens)
+                guard.compare_usage("Haystack", used.input_tokens + used.output_tokens + _tokens_of_tools())
         return result
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -125,6 +126,15 @@ def _around(guard: Guard, bare: Any) -> Any:
         return compared(await bare(*args, **inputs(kwargs)))
 
     return acall if inspect.iscoroutinefunction(bare) else call
+
+
+def _tokens_of_tools() -> int:
+    """Return the tokens inside the current agent that its own figure leaves out: those of all but its generator."""
+    node = current_node()
+    children = () if node is None else node.children or ()
+    return sum(
+        count_tokens([row for row in children if node and row.node_id != f"{node.node_id}.chat_generator"])
+    )
 
 
 def _publishing(callback: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
-    from agents import Agent, FunctionTool, Model, RunContextWrapper, Runner, RunState, Usage
+    from agents import Agent, FunctionTool, Model, Runner, RunState, Usage
 
     from stroma.adapters._openai_agents import (
         GuardedModel,
@@ -22,6 +22,7 @@ try:
         control,
         guard_model,
         guard_tool,
+        used_before,
     )
 except ImportError as error:
     raise import_error("openai-agents", error) from error
@@ -117,13 +118,11 @@ class GuardedRunner:
 
     def _begin(self, agent: Any, input: Any, options: dict[str, Any]) -> int:
         """Take the stored answers to what a run waits for; return the tokens that its own figure begins with."""
-        about: Any = options.get("context")
         if isinstance(input, RunState):
-            about = input._context
             for step_id, answer in self.guard.current.answers:
                 if step_id == agent.name:
                     _decide(input, answer)
-        return about.usage.total_tokens if isinstance(about, RunContextWrapper) else 0
+        return used_before(input, options.get("context"))
 
     def _end(self, result: Any, before: int) -> Any:
         used = result.context_wrapper.usage

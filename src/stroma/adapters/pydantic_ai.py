@@ -9,16 +9,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from typing import Any
 
 from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
-    from pydantic_ai import Agent, ModelRetry, exceptions
+    from pydantic_ai import Agent, ModelRetry, UserPromptNode, exceptions
     from pydantic_ai.capabilities import AbstractCapability
     from pydantic_ai.models.wrapper import WrapperModel
     from pydantic_ai.tools import DeferredToolRequests
+
+    from stroma.adapters._pydantic_ai_answers import ask, stored_results
 except ImportError as error:
     raise import_error("pydantic-ai", error) from error
 
@@ -91,8 +94,21 @@ class StromaCapability(AbstractCapability[Any]):
         if around is None:  # Else it is a part of the figure of an agent around it.
             self.guard.compare_usage("Pydantic AI", usage.total_tokens - before)
         if isinstance(getattr(result, "output", None), DeferredToolRequests):
+            await ask(self.guard, result.output)
             raise _Deferred(result)
         return result
+
+    async def before_node_run(self, ctx: Any, *, node: Any) -> Any:
+        """Let an agent that continues without results of its deferred tools have the stored answers."""
+        if (
+            isinstance(node, UserPromptNode)
+            and node.user_prompt is None
+            and node.deferred_tool_results is None
+        ):
+            results = stored_results(self.guard, ctx.messages)
+            if results is not None:
+                return dataclasses.replace(node, deferred_tool_results=results)
+        return node
 
     async def before_model_request(self, ctx: Any, request_context: Any) -> Any:
         if not self._checked:
@@ -173,9 +189,9 @@ class StepModel(WrapperModel):
 def control(error: BaseException) -> Control | None:
     """Return the meaning of an exception that Pydantic AI uses for control flow."""
     if isinstance(error, (exceptions.CallDeferred, exceptions.ApprovalRequired)):
-        return Control("suspended", type(error).__name__)
+        return Control("suspended", type(error).__name__, asks=False)
     if isinstance(error, _Deferred):
-        return Control("suspended", str(error))
+        return Control("suspended", str(error), asks=False)
     if isinstance(error, (exceptions.SkipToolExecution, exceptions.SkipModelRequest)):
         return Control("returned", getattr(error, "result", None) or getattr(error, "response", None))
     return Control("passed") if isinstance(error, _TOLD_TO_THE_MODEL) else None

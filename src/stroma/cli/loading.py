@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from stroma.cli.errors import Code, Problem
 from stroma.cli.user_errors import describe_error, last_frame
@@ -21,7 +21,7 @@ from stroma.contracts.node import find_node
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner
 
-__all__ = ["load_pipeline", "load_with_module"]
+__all__ = ["LoadedObject", "load_object", "load_pipeline", "load_with_module"]
 
 T = TypeVar("T")
 _FORM = "name a pipeline as FILE.py:NAME or package.module:NAME"
@@ -34,6 +34,30 @@ def load_pipeline(target: str) -> Pipeline:
 
 def load_with_module(target: str) -> tuple[Pipeline, ModuleType]:
     """Return the pipeline and its module, as :func:`load_pipeline` does. Raises Problem."""
+    loaded = load_object(target)
+    return loaded.to_pipeline(), loaded.module
+
+
+class LoadedObject(NamedTuple):
+    """The object that FILE_OR_MODULE:NAME names, with its file or module and its name there."""
+
+    value: Any
+    place: str
+    name: str
+    module: ModuleType
+
+    @property
+    def is_pipeline(self) -> bool:
+        """True for a pipeline and for a function, which may return one; False for what a framework has in place of one."""
+        return isinstance(self.value, Pipeline) or _is_factory(self.value)
+
+    def to_pipeline(self) -> Pipeline:
+        """Return the pipeline. Raises Problem for anything else."""
+        return _to_pipeline(self.value, self.place, self.name)
+
+
+def load_object(target: str) -> LoadedObject:
+    """Return the object that a target names, whatever it is. Raises Problem."""
     place, name = _split(target)
     path = Path(place)
     if place.endswith(".py") or path.exists() or "/" in place or "\\" in place:
@@ -52,7 +76,7 @@ def load_with_module(target: str) -> tuple[Pipeline, ModuleType]:
             raise Problem(
                 f"no {name!r} in {place}", _list_pipelines(module, place), code=Code.NOT_FOUND
             ) from None
-    return _to_pipeline(value, place, name), module
+    return LoadedObject(value, place, name, module)
 
 
 def _split(target: str) -> tuple[str, str]:

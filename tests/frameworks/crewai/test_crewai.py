@@ -487,6 +487,47 @@ def test_a_flow_that_waits_for_feedback_is_suspended(
         assert [one.status for one in store.list_runs()] == ["RESUMED"]
 
 
+@holds("control flow")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_of_stroma_approve_is_the_feedback(
+    kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal has the question of the method; ``resume()`` without feedback takes the stored answer, once."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    persistence = SQLiteFlowPersistence(str(tmp_path / "flows.db"))
+
+    @persist(persistence)
+    class Twice(Flow[State]):
+        @start()
+        @human_feedback(message="Is it good?", provider=Later())
+        def write(self) -> Any:
+            return "a draft"
+
+        @listen(write)
+        @human_feedback(message="Send it?", provider=Later())
+        def send(self, value: Any) -> Any:
+            return f"sent after {value.feedback}"
+
+    with SQLiteStore(tmp_path / "runs.db") as store:
+
+        def guarded() -> Guard:
+            return guard_of(store=store, run_id="review", resume=True)
+
+        result = run(attach(Twice(), guarded()), kind)
+        for node, question, answer in (("write", "Is it good?", "yes"), ("send", "Send it?", {"ok": True})):
+            pending = [one for one in store.waiting("review") if one.payload is None]
+            assert [(one.node_id, one.reason) for one in pending] == [(node, question)]
+            assert isinstance(result, HumanFeedbackPending)
+            guard = guarded()
+            assert guard.runner is not None
+            asyncio.run(guard.runner.signal("review", answer, node_id=node))
+            flow = attach(Twice.from_pending(result.context.flow_id, persistence), guard)
+            result = flow.resume() if kind == "kickoff" else asyncio.run(flow.resume_async())
+        assert [one.status for one in store.list_runs()] == ["RESUMED"]
+        assert result.feedback == '{"ok": true}'
+        assert result.output == "sent after yes"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_persisted_flow_goes_on_as_without_the_guard(kind: str, tmp_path: Any) -> None:
     """@persist: the state is saved under the guard, and a kickoff with its id goes on from there."""

@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from google.adk.agents import LlmAgent, SequentialAgent
 from google.adk.agents.run_config import RunConfig, StreamingMode
 from google.adk.models import BaseLlm, LlmRequest, LlmResponse
-from google.adk.runners import InMemoryRunner
+from google.adk.runners import InMemoryRunner, Runner
+from google.adk.sessions import InMemorySessionService
 from google.adk.tools import AgentTool, FunctionTool
 from google.adk.tools.base_tool import BaseTool
 from google.adk.tools.base_toolset import BaseToolset
@@ -21,7 +23,7 @@ from pydantic import BaseModel, PrivateAttr
 from tests.frameworks.contract import CALL, City, FrameworkContract, Weather, weather
 from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of, spent
 
-from stroma import ContractViolation, RunStatus
+from stroma import ContractViolation, RunStatus, SQLiteStore
 from stroma.adapters import Guard, UnknownNode
 from stroma.adapters.google_adk import attach, each_run
 
@@ -382,3 +384,50 @@ def test_a_run_that_waits_for_a_confirmation_is_suspended() -> None:
         ask(agent, guard=guard)
     assert calls == []
     assert result_of(guard).status is RunStatus.SUSPENDED
+
+
+@holds("control flow")
+@pytest.mark.parametrize("way", ["adk", "approve", "rejected"])
+def test_a_confirmed_run_goes_on_under_its_run_id(way: str, tmp_path: Path) -> None:
+    """ADK's own response continues the run; without a message ``run_async`` takes the answer of ``stroma approve``."""
+    calls: list[str] = []
+
+    def book(city: str) -> str:
+        """Book a trip."""
+        calls.append(city)
+        return city
+
+    service = InMemorySessionService()  # type: ignore[no-untyped-call]
+
+    async def turn(message: Any) -> list[Any]:
+        events = runner.run_async(user_id="u", session_id="s", new_message=message)
+        return [event async for event in events]
+
+    async def main() -> None:
+        await service.create_session(app_name="test", user_id="u", session_id="s")
+        events = await turn(types.Content(role="user", parts=[types.Part(text="hello")]))
+        assert (result_of(guard).status, calls) == (RunStatus.SUSPENDED, [])
+        asked = len(script._asked)
+        (call,) = [call for event in events for call in event.get_function_calls() if call.name != "book"]
+        answer = None
+        if way == "adk":
+            confirmed = types.FunctionResponse(id=call.id, name=call.name, response={"confirmed": True})
+            answer = types.Content(role="user", parts=[types.Part(function_response=confirmed)])
+        else:
+            assert (await turn(None), len(script._asked)) == ([], asked)
+            assert result_of(guard).status is RunStatus.SUSPENDED
+            with SQLiteStore(tmp_path / "r.db") as store:  # There is no answer yet.
+                assert [(one.node_id, one.reason) for one in store.waiting("r")] == [
+                    ("book", "approval of book")
+                ]
+            assert guard.runner is not None
+            await guard.runner.signal("r", way == "approve")
+        await turn(answer)
+        assert calls == ([] if way == "rejected" else ["Oslo"])
+        assert result_of(guard).status is RunStatus.RESUMED
+
+    script = Script.of(("book", {"city": "Oslo"}), *["done"] * 3)
+    guard = guard_of(store=str(tmp_path / "r.db"), run_id="r", resume=True)
+    agent = agent_of(script, guard, [FunctionTool(book, require_confirmation=True)])
+    runner = each_run(Runner(app_name="test", agent=agent, session_service=service), guard)
+    asyncio.run(main())

@@ -355,6 +355,32 @@ def test_a_tool_of_a_single_run_is_counted() -> None:
     assert "west" in {event.node_id for event in seen.results[0].trace.walk()}
 
 
+class Hidden:
+    """A generator that is no component, so that no guard finds it in its agent."""
+
+    def __init__(self, ledger: list[int]) -> None:
+        self._generate: Any = Provider.run.__get__(Provider(ledger))
+
+    def run(self, messages: list[ChatMessage], tools: Any = None) -> Any:
+        return self._generate(messages, tools)
+
+
+def test_what_only_haystack_has_counted_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """An agent's own ``token_usage``, where its release has it, is compared: a difference is a warning that names it."""
+    ledger, guard = list[int](), guard_of()
+    pipeline = Pipeline()
+    pipeline.add_component("agent", Agent(chat_generator=Hidden(ledger), tools=[tool_of("north", ledger)]))
+    answer = run(attach(pipeline, guard), "run", ASKED)["agent"]
+    assert answer["messages"][-1].text == "4 C"
+    if "token_usage" not in answer:
+        assert guard.unaccounted == 0
+        return
+    # The request inside the tool is seen, and those of the agent are not.
+    assert guard.unaccounted == ledger[0] + ledger[2]
+    expected = f"Haystack counted {ledger[0] + ledger[2] + ledger[1]} tokens in step 'agent'"
+    assert expected in caplog.text
+
+
 def test_a_component_that_is_added_later_is_guarded() -> None:
     """No component is left out in silence: what is added after attach() is a step of the next run."""
     guard = guard_of()

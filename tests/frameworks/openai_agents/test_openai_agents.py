@@ -459,14 +459,42 @@ def test_what_only_the_sdk_has_counted_is_named(caplog: pytest.LogCaptureFixture
         context.usage.add(Usage(requests=1, input_tokens=40, output_tokens=2, total_tokens=42))
         return "ok"
 
+    for kind in KINDS:
+        caplog.clear()
+        guard = guard_of(run_id=kind)
+        agent = agent_of(Script(("hidden", "{}"), "done"), guard, [hidden])
+        assert ask(agent, kind, guard) == "done"
+        assert guard.unaccounted == 42
+        place = "run 'streamed'" if kind == "streamed" else "step 'forecaster'"
+        expected = f"the OpenAI Agents SDK counted 62 tokens in {place}, and the guard 20: 42 tokens"
+        assert expected in caplog.text
+
+
+def test_streamed_turns_of_one_run_are_compared_together(caplog: pytest.LogCaptureFixture) -> None:
+    """``Runner.run_streamed`` again and again in one run: what each of them hides is counted, and what none hides is not."""
+
+    @function_tool
+    async def hidden(context: RunContextWrapper[Any]) -> str:
+        """Use tokens that no model of the SDK has used."""
+        context.usage.add(Usage(requests=1, input_tokens=5, output_tokens=0, total_tokens=5))
+        return "ok"
+
     guard = guard_of()
-    agent = agent_of(Script(("hidden", "{}"), "done"), guard, [hidden])
-    assert ask(agent, "run", guard) == "done"
-    assert guard.unaccounted == 42
-    assert (
-        "the OpenAI Agents SDK counted 62 tokens in step 'forecaster', and the guard 20: 42 tokens"
-        in caplog.text
-    )
+    answers = [("hidden", "{}"), "one", "two", ("hidden", "{}"), "three"]
+    agent = agent_of(Script(*answers), guard, [hidden])
+    missing = []
+
+    async def main() -> None:
+        async with guard.run():
+            for _ in range(3):
+                result = Runner.run_streamed(agent, "hello")
+                async for _ in result.stream_events():
+                    pass
+                missing.append(guard.unaccounted)
+
+    asyncio.run(main())
+    assert missing == [5, 5, 10]
+    assert result_of(guard).total_tokens == 50
 
 
 # ---------------------------------------------------------------------- MCP, and what is added later

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from pydantic_ai import Agent, ModelRetry, RunContext
-from pydantic_ai.exceptions import ApprovalRequired, UnexpectedModelBehavior
+from pydantic_ai.exceptions import ApprovalRequired, CallDeferred, UnexpectedModelBehavior
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
 from pydantic_ai.models.test import TestModel
@@ -407,3 +407,61 @@ def test_a_tool_that_requires_approval_suspends_and_goes_on_under_its_run_id(
                 "deferred_tool_results": DeferredToolResults(approvals=approved),
             }
     assert spent == 30 or kind == "run_stream"
+
+
+@holds("control flow")
+@pytest.mark.parametrize("kind", ["run", "run_sync", "run_stream"])
+def test_an_answer_of_stroma_approve_decides_a_deferred_call(kind: str, tmp_path: Path) -> None:
+    """Each call is a question of its tool; the history alone continues with the stored answers, once all are there."""
+    calls: list[int] = []
+    both = Both("buy", "look") if kind != "run_stream" else ("buy", {})
+    script = Script(both, ("buy", {}), "done")
+
+    def step(guard: Guard, history: Any) -> Any:
+        agent: Agent[None, Any] = Agent(
+            script.model,
+            name="a",
+            output_type=[str, DeferredToolRequests],
+            capabilities=[StromaCapability(guard)],
+        )
+
+        @agent.tool_plain(requires_approval=True)
+        def buy() -> str:
+            calls.append(1)
+            return "ok"
+
+        @agent.tool_plain
+        def look() -> str:
+            raise CallDeferred
+
+        options: Any = {"user_prompt": "hello"} if history is None else {"message_history": history}
+
+        async def streamed() -> Any:
+            async with agent.run_stream(**options) as result:
+                await result.get_output()
+                return result
+
+        if kind == "run_stream":
+            result = asyncio.run(streamed())
+        else:
+            result = agent.run_sync(**options) if kind == "run_sync" else asyncio.run(agent.run(**options))
+        return result.all_messages()
+
+    history = None
+    expected = [("look", "result of look"), ("buy", "approval of buy")] if kind != "run_stream" else []
+    for answers, bought in ((expected or [("buy", "")], 0), ([("buy", "approval of buy")], 1), ([], 1)):
+        guard = guard_of(store=str(tmp_path / "r.db"), run_id="r", resume=True)
+        history = step(guard, history)
+        assert len(calls) == bought
+        assert result_of(guard).status is (RunStatus.SUSPENDED if answers else RunStatus.RESUMED)
+        asked = len(script.asked)
+        for number, (tool, _) in enumerate(answers):
+            if number:  # One of two is answered.
+                guard = guard_of(store=str(tmp_path / "r.db"), run_id="r", resume=True)
+                history = step(guard, history)
+                assert (result_of(guard).status, len(script.asked)) == (RunStatus.SUSPENDED, asked)
+            answer = "seen" if tool == "look" else bought == 0
+            assert guard.runner is not None
+            asyncio.run(guard.runner.signal("r", answer, node_id=tool))
+    assert kind == "run_stream" or "seen" in str(history)
+    assert len(script.asked) == 3

@@ -18,7 +18,7 @@ from stroma.cli.commands.run import ResumedRun, resume_on_temporal, resume_run
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import parse_as, parse_json
-from stroma.cli.loading import load_with_module
+from stroma.cli.loading import load_object
 from stroma.cli.options import RunOptions
 from stroma.cli.output import emit, err
 from stroma.cli.stores import Database, RunSource, db_option
@@ -73,7 +73,8 @@ def approve(
 ) -> int:
     """Answer a suspended run.
 
-    RUN is a run id, its beginning, or "last". ANSWER is JSON, @FILE, or - for stdin, and must satisfy the class that the
+    RUN is a run id, its beginning, or "last". FILE_OR_MODULE:NAME is its pipeline, or the agent or graph of a framework,
+    whose own call then continues it. ANSWER is JSON, @FILE, or - for stdin, and must satisfy the class that the
     node requires, which is looked up in the pipeline. Continue the run with `stroma resume`, or with --resume. With
     --temporal it continues by itself; --resume then waits for its result.
 
@@ -87,17 +88,20 @@ def approve(
     record, questions = _read_questions(source, run_)
     request = _Approval(target, _one_of(answer_text, done, not_done), node, branch)
     one = _find_waiting(source, record, questions, request)
-    pipeline, module = load_with_module(target)
-    answer, model = _parse_answer(source, record, one, module, request)
+    loaded = load_object(target)
+    # What a framework has in place of a pipeline is continued by the framework.
+    pipeline = loaded.to_pipeline() if resume or loaded.is_pipeline else None
+    answer, model = _parse_answer(source, record, one, loaded.module, request)
     _send_answer(source, record.run_id, answer, one, model)
-    if resume:
+    if resume and pipeline is not None:
         err.line(f"{place_text(one)} is answered")
         run_options = RunOptions(as_json=as_json)
         if isinstance(source, TemporalCluster):
             return resume_on_temporal(source, record.run_id, pipeline, target, run_options)
         return resume_run(ResumedRun(Database.from_option(db), record, pipeline, target), run_options)
     remaining = unanswered([other for other in questions if other[:3] != one[:3]])
-    _report(source, record.run_id, target, one, remaining, as_json)
+    resumable = None if pipeline is None else target
+    _report(source, record.run_id, resumable, one, remaining, as_json)
     return Code.OK
 
 
@@ -214,10 +218,19 @@ def _parse_answer(
     return answer, model
 
 
+def _framework_hint(run_id: str) -> str:
+    return f"continue it with the framework's own call, under run_id={clean(run_id)!r} and resume=True"
+
+
 def _report(
-    database: RunSource, run_id: str, target: str, one: Waiting, remaining: list[Waiting], as_json: bool
+    database: RunSource,
+    run_id: str,
+    target: str | None,
+    one: Waiting,
+    remaining: list[Waiting],
+    as_json: bool,
 ) -> None:
-    hint = database.hint("resume", id_word(run_id), target)
+    """Print what was answered. ``target``: the pipeline to resume; None for a run of a framework."""
     if as_json:
         emit(
             {
@@ -225,11 +238,15 @@ def _report(
                 "run_id": run_id,
                 "answered": waiting_data(one) | {"answered": True},
                 "suspended": [waiting_data(other) for other in remaining],
-                "resume": database.command("resume", id_word(run_id), target),
+                "resume": None if target is None else database.command("resume", id_word(run_id), target),
             }
         )
         return
-    err.line(f"{place_text(one)} of run {clean(run_id)} is answered; resume with: {hint}")
+    if target is None:
+        hint = _framework_hint(run_id)
+    else:
+        hint = f"resume with: {database.hint('resume', id_word(run_id), target)}"
+    err.line(f"{place_text(one)} of run {clean(run_id)} is answered; {hint}")
     for other in remaining:
         err.line(f"  still waiting: {place_text(other)}: {question_text(other)}")
 
@@ -264,6 +281,13 @@ def _find_waiting(
     if every and record.status not in _COMPLETE:
         what = f"resume with: {database.hint('resume', id_word(record.run_id), request.target)}"
         raise Problem(f"run {name} is answered already", what, code=Code.NOT_FOUND)
+    if record.status == "SUSPENDED":
+        raise Problem(
+            f"run {name} is suspended without a question: {clean(record.error or 'no reason is recorded', 500)}",
+            f"a run of a pipeline: {database.hint('resume', id_word(record.run_id), request.target)}",
+            f"a run of a guard: {_framework_hint(record.run_id)}",
+            code=Code.NOT_FOUND,
+        )
     raise Problem(
         f"run {name} is not waiting for an answer: it is {record.status}",
         f"details: {database.hint('show', id_word(record.run_id))}",
