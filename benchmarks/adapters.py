@@ -257,7 +257,7 @@ def claude_agent_sdk() -> Iterator[Program]:
 
     guard = new_guard()
     yield Program(
-        "query with tools of one's own",
+        "query with your own tools",
         guard,
         lambda: ask(Script(*scripted(CALL))),
         lambda: ask(Script(*scripted(CALL)), guard),

@@ -266,11 +266,11 @@ def errors_page() -> str:
         "",
         "# Errors",
         "",
-        "What goes wrong inside a pipeline is a result, not an exception: `result.status` is FAILED (trying the same again",
-        "is pointless) or PARTIAL (it may work later), `result.failure` has the exception with its class, reason, node and",
-        "attempt, and `result.raise_for_status()` raises it. Every attempt that failed is an event of `result.trace`. What",
-        "leaves `run()` as an exception is a wrong argument, a run that cannot begin, and a hook that is not async. In",
-        "messages, `{name}` stands for a value.",
+        "This page lists every error with its cause and its fix, for anyone who has just met one. A failure inside a pipeline is a",
+        "result, not an exception. `result.status` is FAILED (a retry would fail again) or PARTIAL (it may work later).",
+        "`result.failure` has the exception with its class, reason, node and attempt, and `result.raise_for_status()` raises it.",
+        "Every failed attempt is an event of `result.trace`. `run()` raises only for wrong arguments, for a run that cannot start,",
+        "and for a hook that is not async. In messages, `{name}` is a placeholder for a value.",
         "",
         "| error | is a | where |",
         "| --- | --- | --- |",
@@ -285,13 +285,13 @@ def errors_page() -> str:
         lines += [f"- **{name}.** {upper(found.parts[name])}" for name in PARTS if name in found.parts]
         texts = examples().get(found.name) or said[found.name]
         if texts:
-            lines += ["", "It says:", "", *shown(texts)]
+            lines += ["", "Messages:", "", *shown(texts)]
     lines += [
         "",
         "## Wrong arguments and other built-in errors",
         "",
-        "They are raised where the call is made. A field of `RunConfig`, `FailurePolicy` or a contract that is wrong is",
-        "pydantic's `ValidationError` with one of these texts, or pydantic's own.",
+        "The call itself raises them. A wrong field of `RunConfig`, `FailurePolicy` or a contract raises pydantic's `ValidationError`,",
+        "with one of these texts or one of pydantic.",
     ]
     for name in BUILT_IN:
         for module, texts in sorted(by_module.get(name, {}).items()):
@@ -302,16 +302,16 @@ def errors_page() -> str:
         "",
         "## Reasons",
         "",
-        "`failure.reason` and `event.reason` are one of these words, or None for an exception that nobody knows, which is",
-        "AMBIGUOUS. How they follow from a provider's answer is on [the page about providers](providers.md).",
+        "`failure.reason` and `event.reason` are one of these words, or None for an unknown exception, which is AMBIGUOUS.",
+        "[Provider errors](providers.md) lists the reason for each error of a provider.",
         "",
-        "| reason | means | to do |",
+        "| reason | meaning | fix |",
         "| --- | --- | --- |",
         *(f"| {reason} | {means} | {do} |" for reason, (means, do) in REASONS.items()),
         "",
         "## The command line",
         "",
-        "A command that fails says one of these on stderr, with an exit code that [its page](cli.md#exit-codes) lists.",
+        "A command that fails prints one of these on stderr, and exits with one of [these codes](cli.md#exit-codes).",
         "",
         *shown([m.text for m in messages() if m.module.startswith("stroma.cli") and m.error not in BUILT_IN]),
     ]
@@ -379,16 +379,18 @@ def providers_page() -> str:
         "",
         "# Provider errors",
         "",
-        "Stroma reads a provider's exception by what it carries: a status, headers, codes in the body, the name of its class.",
-        "It imports no SDK, and reads the exception it was raised `from` too, one level down. RECOVERABLE is tried again",
-        "(three times by default), AMBIGUOUS once, TERMINAL is not. [Reasons](errors.md#reasons) says what to do about each.",
-        "An exception group, of a node's own TaskGroup, is what its worst member is; the longest wait of its members counts.",
+        "This page lists how errors of model providers are classified, for anyone who sets retry policies. Stroma reads data of the",
+        "exception: a status, headers, codes in the body, the name of its class. It imports no SDK. It also reads the exception",
+        "that it was raised `from`, one level down. RECOVERABLE failures are retried (three times by default), AMBIGUOUS ones once,",
+        "TERMINAL ones never. [Reasons](errors.md#reasons) has the next step for each.",
         "",
-        "Give the client no retries of its own (`max_retries=0` for OpenAI and Anthropic): Stroma counts, shows and paces the",
-        "retries, and two who retry multiply.",
+        "An exception group of a node's TaskGroup gets the class of its worst member, and the longest wait of its members.",
         "",
-        "Every row was raised by the SDK itself, from a server's answer, in the tests: with "
-        f"{versions(('httpx2', *sdks, 'grpcio'))}.",
+        "Turn off the retries of the client (`max_retries=0` for OpenAI and Anthropic). Stroma counts, shows and delays its retries,",
+        "and both together would multiply the calls.",
+        "",
+        "In the tests, the SDK itself raised the error of every row, from the response of a server.",
+        f"The versions were `{versions(('httpx2', *sdks, 'grpcio'))}`.",
     ]
     for name, sdk in sdks.items():
         lines += [
@@ -411,9 +413,9 @@ def providers_page() -> str:
         "",
         "## Any other client",
         "",
-        "`httpx` and `httpx2` are read alike, and so is any exception with a `status_code` or a `response`. Codes that say more",
-        "than the status (`insufficient_quota`, `overloaded_error`, `context_length_exceeded` ...) win over it, where the",
-        "exception keeps the body; aiohttp's does not.",
+        "Errors of `httpx` and `httpx2` are read in the same way, and so is any exception with a `status_code` or a `response`. More",
+        "specific codes (`insufficient_quota`, `overloaded_error`, `context_length_exceeded` ...) take precedence over the status, if",
+        "the exception has the body. That of aiohttp does not.",
         "",
         "| status | class | reason |",
         "| --- | --- | --- |",
@@ -428,9 +430,9 @@ def providers_page() -> str:
         "",
         "## Retry-After",
         "",
-        "The delay before the next attempt is at least what the server asks for. If that is more than",
-        "`FailurePolicy.max_retry_after_seconds` (120), the run stops as PARTIAL, and `result.failure.retry_after_seconds` says",
-        "when to come back. Google says it in the body (`retryDelay`), the others in headers. At Fri, 15 Jan 2027 08:00:00 GMT:",
+        "The delay before the next attempt is at least the wait that the server asks for. If that is more than",
+        "`FailurePolicy.max_retry_after_seconds` (120), the run stops as PARTIAL, and `result.failure.retry_after_seconds` is the wait.",
+        "Google sends it in the body (`retryDelay`), the others in headers. Examples at Fri, 15 Jan 2027 08:00:00 GMT:",
         "",
         "| headers | wait |",
         "| --- | --- |",
@@ -441,12 +443,11 @@ def providers_page() -> str:
             lines.append(f"| {text} | {'none' if seconds is None else f'{seconds:g} s'} |")
     lines += [
         "",
-        "`x-should-retry: false` makes any error TERMINAL, `true` makes it RECOVERABLE, but for an exhausted quota and a wrong",
-        "key.",
+        "`x-should-retry: false` makes any error TERMINAL. `true` makes it RECOVERABLE, except an exhausted quota and a wrong key.",
         "",
-        "## Deciding yourself",
+        "## Custom classifiers",
         "",
-        "Your own classifiers are asked first; None passes the question on.",
+        "Your own classifiers are called first. Return None to leave the decision to the next one.",
         "",
         "```python",
         "from stroma import FailureClass, StromaRunner",
@@ -471,7 +472,7 @@ def architecture_page() -> str:
     contract = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"][
         "contracts"
     ][0]
-    lines = ["", "| layer | room | what is in it |", "| --- | --- | --- |"]
+    lines = ["", "| layer | room | content |", "| --- | --- | --- |"]
     layers = contract["layers"]
     for number, layer in zip(range(len(layers), 0, -1), layers, strict=True):
         for room in layer.split(" | "):

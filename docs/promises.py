@@ -12,32 +12,32 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: What each guarantee means for whoever relies on it.
 MEANS = {
-    1: "The failure is at the node that made the bad value, and names the field. What came is stored beside it for people, and no "
-    "node, hook or exporter gets it. It is true at every boundary: from node to node, "
-    "into and out of groups, for single steps, for what a store gives back, and inside agent frameworks.",
-    2: "So a policy can be written for every case. An exception whose `str()` raises, a classifier that raises and an exception "
-    "group of several are no way around it.",
-    3: "N + 1 calls at most, counted for each position, whatever the classes of the failures were. A delay is at least what the "
-    "server asked for, in whichever header or body it says so.",
-    4: "The commit comes directly after the output was found valid. What a budget, a hook, a cancellation or a shutdown have to "
-    "say comes after it.",
-    5: "On a journal store. What may run twice is the node that was in flight when the process died, and its effect with it: that "
-    "is what `current_node().idempotency_key` is for. A new execution of the same run id runs everything again.",
-    6: "On a journal store across processes, else in one. The call that crosses a limit is made, since its price is known "
-    "afterwards; the next one is not. Of a call in flight when a process is killed nobody can know what it used.",
-    7: "An event is a snapshot. It holds what went in and what came out at that time, with usage, class and duration. Of a "
-    "[map into a file](map.md) the trace holds the first thousands of items; the rest is counted.",
-    8: "Hooks are awaited under a time limit (`hook_timeout_ms`), outside of the node's error handling. One that blocks the event "
-    "loop cannot be interrupted; it is named in a warning. The one exception is a hook that is not async: TypeError.",
-    9: 'Within a living process: success, failure, cancelled or suspended. After a crash, `hook_delivery="at_least_once"` has the '
-    "next process tell what was not told.",
-    10: "On a journal store. A lease says who owns the run, an epoch makes late writes of an earlier owner fail: Fenced.",
-    11: "JSON with a checksum, and a tagged encoding of ours for what JSON cannot say. Class names in a store are compared, never "
+    1: "The failure is at the node that returned the bad value, and names the field. The value is stored with the failure for debugging; "
+    "no node, hook or exporter receives it. This holds at every boundary: from node to node, into and out of groups, for single steps, "
+    "for values from a store, and inside agent frameworks.",
+    2: "So you can write a policy for every case. This includes exceptions whose `str()` raises, classifiers that raise, and exception "
+    "groups with several members.",
+    3: "A position gets at most N + 1 calls, for all classes of failures together. A delay is at least the wait that the server asks for, "
+    "in a header or in the body.",
+    4: "The commit follows directly after the validation of the output. Budgets, hooks, cancellations and shutdowns take effect after it.",
+    5: "Holds on a journal store. Only the node that was in flight when the process died may run twice, and its effect with it: use "
+    "`current_node().idempotency_key` for that. A new execution of the same run id runs everything again.",
+    6: "Holds across processes on a journal store, else in one process. The call that crosses a limit is made, since its price is known "
+    "only afterwards; the next one is not. The usage of a call in flight when a process is killed cannot be known.",
+    7: "An event is a snapshot with the input and output at that time, and with usage, class and duration. The trace of a "
+    "[map into a file](map.md) has the first thousands of items, and counts the rest.",
+    8: "Hooks are awaited under a time limit (`hook_timeout_ms`), outside of the node's error handling. A hook that blocks the event "
+    "loop cannot be interrupted; a warning names it. The one exception is a hook that is not async: TypeError.",
+    9: "Holds within a live process: success, failure, cancelled or suspended. After a crash, the next process calls the missing hooks "
+    'if `hook_delivery="at_least_once"` is set.',
+    10: "Holds on a journal store. A lease names the owner of the run, and an epoch makes late writes of an earlier owner fail: Fenced.",
+    11: "The format is JSON with a checksum, with a tagged encoding for values that JSON lacks. Class names in a store are compared, never "
     "imported.",
-    12: "Without hooks no state is made for them, without a budget nothing is summed, and a node costs the same in a pipeline of "
-    "5,000 as in one of 100. [Figures](performance.md).",
-    13: "On a journal store across processes, else in one; for nodes with `effect=True`. The statement comes from the node's `reconcile` or from a person; "
-    "a server that refused the request, or no connection to it, counts as such a statement. A new execution is a new effect.",
+    12: "Without hooks no state is prepared for them, and without a budget nothing is added up. A node costs the same in a pipeline of "
+    "5,000 as in one of 100: see the [figures](performance.md).",
+    13: "Holds for nodes with `effect=True`, across processes on a journal store, else in one process. The confirmation comes from the "
+    "node's `reconcile` or from a person. A refused request, or a connection that could not be made, counts as one too. A new execution "
+    "is a new effect.",
 }
 
 
@@ -86,12 +86,12 @@ def guarantees_page() -> str:
         "",
         "# Guarantees",
         "",
-        "Each of these sentences is held by tests that name its number; they are listed below it. Most of them run on every store,",
-        "and `./dev mutants` measures how many small changes of the code they notice. What `kill -9`, power cuts, full disks and",
-        "lost connections did to thousands of runs is told under [durable runs](durability.md#figures).",
+        "This page lists what Stroma guarantees, with the limits of each guarantee and its tests, for anyone who relies on it. Most tests",
+        "run on every store. [Durable runs](durability.md#figures) has the results of thousands of runs with `kill -9`, power cuts, full",
+        "disks and lost connections.",
         "",
         "A guarantee holds for one *execution* of a run. Across processes, G4, G5, G6, G10 and G13 need a [journal store](stores/index.md):",
-        "SQLite, Postgres or Redis. A store of the simple `save`, `load`, `delete` protocol cannot give them.",
+        "SQLite, Postgres or Redis. A store of the simple `save`, `load`, `delete` protocol does not provide them.",
     ]
     for number, sentence in said.items():
         # Where several tests of one file say the same of different things, each is listed.

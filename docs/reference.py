@@ -164,9 +164,9 @@ def quick_keywords() -> list[str]:
         "store", plain_type(own.annotation), "`None`",
         "a store, or the URL or path of one, see [`open_store`](stores.md#stroma.checkpoint.urls.open_store). None: the memory of this process.",
     )  # fmt: skip
-    names = ", ".join(f"`{parameter.name}`" for parameter in parameters(RunConfig))
-    link = "[Each parameter of `RunConfig`](#stroma.engine.config.RunConfig)"
-    return [*table("StromaRunner.quick", [store]), "", f"{link} is a keyword too: {names}."]
+    link = "[parameter of `RunConfig`](#stroma.engine.config.RunConfig)"
+    names = [f"- `{parameter.name}`" for parameter in parameters(RunConfig)]
+    return [*table("StromaRunner.quick", [store]), "", f"Each {link} is a keyword too:", "", *names]
 
 
 def table(name: str, rows: list[Parameter]) -> list[str]:
@@ -296,7 +296,7 @@ def index_page() -> str:
     lines = [
         NOTE, "", "# Reference", "",
         "Every public name, with the module to import it from. [The command line](../cli.md),",
-        "[its options](commands.md), [errors](../errors.md) and [providers](../providers.md) have pages of their own.",
+        "[its options](commands.md), [errors](../errors.md) and [providers](../providers.md) have separate pages.",
     ]  # fmt: skip
     for topic, (title, words, modules) in TOPICS.items():
         lines += ["", f"## [{title}]({topic}.md)", "", words, "", "| name | from | |", "| --- | --- | --- |"]

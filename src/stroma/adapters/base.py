@@ -54,7 +54,7 @@ class LoopAdapter(Protocol):
 
 @runtime_checkable
 class TurnAdapter(Protocol):
-    """For a conversation, whose turns somebody else runs."""
+    """Adapter for a conversation whose turns another program runs."""
 
     def on_turn_start(self, turn_id: str, message: Any, ctx: ReliabilityContext) -> Any:
         """Return the message to answer, or raise to prevent the turn."""

@@ -36,7 +36,7 @@ _FATAL: dict[str, BaseException] = {}
 
 
 def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
-    """Return the SDK's ``query``, each call of which is a run with a step ``query``.
+    """Return the SDK's ``query`` as a function whose calls are runs with a step ``query``.
 
     What is left of the budget's dollars is its ``max_budget_usd``, where the release has that; tokens are known at its end.
     """

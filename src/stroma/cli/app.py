@@ -34,7 +34,7 @@ _COMMANDS: Final = {
         "Serve runs of a Temporal task queue (extra `temporal`).",
     ),
     "approve": ("stroma.cli.commands.approve:approve", "Answer a suspended run."),
-    "pause": ("stroma.cli.commands.pause:pause", "Pause a run until somebody resumes it."),
+    "pause": ("stroma.cli.commands.pause:pause", "Pause a run until it is resumed."),
     "cancel": ("stroma.cli.commands.cancel:cancel", "Cancel a run, whichever process runs it."),
     "check": (
         "stroma.cli.commands.check:check",

@@ -19,7 +19,7 @@ class NotDone:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Statement that nobody can tell yet if a call of an effect happened: the run is suspended until a person decides.
+    """Statement that the outcome of a call of an effect is not known yet: the run is suspended until a person decides.
 
     ``reason``: shown to that person.
     """

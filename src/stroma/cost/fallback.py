@@ -44,7 +44,7 @@ def resolve_model(
 
     Args:
         declared_model: the model to replace; None stays None.
-        tracker: what the run has spent so far.
+        tracker: the cost of the run so far.
         budget: the budget with the limit; without ``max_cost_usd`` no model is replaced.
         fallbacks: the rules, in order.
     """

@@ -298,7 +298,7 @@ def estimate_cost_usd(
         output_tokens: output tokens.
         cached_input_tokens: input tokens that were read from the provider's cache.
         cache_write_tokens: input tokens that were written to the provider's cache.
-        tier: service tier with prices of its own; None: the standard one.
+        tier: service tier with separate prices; None: the standard one.
     """
     detail: Usage | None = None
     if cached_input_tokens or cache_write_tokens or tier is not None:

@@ -121,7 +121,7 @@ class RunConfig(LazyModel):
         hook_errors: "isolate" logs exceptions of hooks; "raise" raises HookError once the run is complete (for tests).
         hook_delivery: "at_least_once" records with each attempt that its end hooks are pending. A resume calls them if the
             process died first. ``current_node().redelivered`` is then True, and the exception is a RunFailed with the old
-            message. on_run_end is called before the store records the end: a process that recovers the run after a death
+            message. on_run_end is called before the store records the end. A process that recovers the run after a death
             in between calls it again. Needs a journal store, and costs a second write per attempt.
         hook_timeout_ms: time limit of one call of a hook. None: no limit.
         tags: labels to find the run by, such as "nightly" or "customer=42", at most 200 characters each. A journal store

@@ -29,7 +29,7 @@ __all__ = [
 
 
 class ItemFailure(LazyModel):
-    """An item of a map that failed for good while the others went on.
+    """An item of a map that failed for good without stopping the map.
 
     Attributes:
         index: which item, 0-based.

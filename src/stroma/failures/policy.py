@@ -22,7 +22,7 @@ class FailurePolicy(LazyModel):
     Attributes:
         max_retries: further attempts after the first.
         backoff_seconds: the delay before the first retry; with ``jitter`` the upper end of a uniform draw from 0.
-        multiplier: what each further delay is multiplied by.
+        multiplier: factor of each further delay.
         max_backoff_seconds: no computed delay is longer. A server's Retry-After may be.
         jitter: draw each delay uniformly from 0 to the computed one.
         max_retry_after_seconds: a server that asks to wait longer stops the run as PARTIAL instead.

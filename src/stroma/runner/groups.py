@@ -74,9 +74,9 @@ def map_over(
 
     ``node``: the node or group to run for each item.
 
-    ``into``: the name of a field that receives the list of outputs, in the order of the items, beside the other fields of
-    the state; or a file of :class:`JsonLines`, or the :class:`Journal`: then the state stays as it is, and any number of
-    items takes no more memory than a few.
+    ``into``: the name of a field that receives the list of outputs, in the order of the items; or a file of
+    :class:`JsonLines`, or the :class:`Journal`. With the last two the state does not change, and any number of items needs
+    no more memory than a few.
 
     ``max_concurrency``: how many run at once; None is all of a list of the state, and else 64.
 

@@ -59,11 +59,11 @@ class ExecutionResult(Shown, Generic[StateT]):
         final_state: the last committed state, else the initial one.
         total_cost_usd: US dollars, failed attempts included.
         total_tokens: input + output, failed attempts included.
-        failure: what stopped the run, or None.
-        suspended: why a SUSPENDED run waits; one line per node.
-        failed_items: how many items of its maps failed while the others went on, see ``on_item_failure``.
+        failure: the failure that stopped the run, or None.
+        suspended: reasons of a SUSPENDED run; one line per node.
+        failed_items: number of failed items of its maps that did not stop the run, see ``on_item_failure``.
         hook_errors: exceptions of hooks, which changed nothing.
-        unpriced_models: models that nobody knows a price for; they count as 0.
+        unpriced_models: models without a known price; they count as 0.
     """
 
     run_id: str

@@ -23,7 +23,7 @@ _SCHEMA: Final = re.compile(r"(?!pg_)[A-Za-z_][A-Za-z0-9_]{0,62}")
 
 
 class PostgresStore(AsyncStates):
-    """A journal store in a schema of its own in a PostgreSQL database (14 or newer, encoding UTF8).
+    """A journal store in a separate schema of a PostgreSQL database (14 or newer, encoding UTF8).
 
     Any number of machines, processes, threads and event loops may use it; leases use the server's clock. ``dsn`` is
     a connection string of libpq: ``postgresql://user:password@host:5432/dbname``, several hosts, ``key=value`` pairs;

@@ -78,8 +78,8 @@ def approve(
     node requires, which is looked up in the pipeline. Continue the run with `stroma resume`, or with --resume. With
     --temporal it continues by itself; --resume then waits for its result.
 
-    For an effect, of which nobody knows if its last call happened, state what you found out in place of ANSWER: --done
-    with its output, or --not-done.
+    For an effect whose last call has an unknown outcome, pass the outcome in place of ANSWER: --done with its output, or
+    --not-done.
     """
     cluster = TemporalCluster.from_options(options)
     if cluster is not None:

@@ -23,11 +23,11 @@ __all__ = ["pause"]
 @db_option
 @temporal_options
 def pause(run_: str, as_json: bool, db: str | None, **options: Any) -> None:
-    """Pause a run until somebody resumes it.
+    """Pause a run until it is resumed.
 
-    When this command ends, within about a second, no further attempt begins, in whatever process the run is. Those at work
-    finish, and are stored; then the run is SUSPENDED. Workers leave it alone until `stroma resume RUN` takes the pause
-    back. RUN is a run id, a prefix of one, or "last".
+    When this command ends, within about a second, no process starts another attempt of the run. Attempts in flight finish
+    and are stored; then the run is SUSPENDED. Workers do not continue it until `stroma resume RUN` removes the pause.
+    RUN is a run id, a prefix of one, or "last".
     """
     if TemporalCluster.from_options(options) is not None:
         raise click.UsageError(
