@@ -83,6 +83,7 @@ def main(count: int) -> None:
 
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
             assert first.stdout is not None
+            line = ""
             for line in first.stdout:
                 if int(line.split()[0]) >= count // 4:
                     first.send_signal(signal.SIGKILL)

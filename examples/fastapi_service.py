@@ -36,13 +36,13 @@ class Report(BaseModel):
 
 
 @stroma_node("outline", NodeContract(node_id="outline", input_schema=Topic, output_schema=Outline))
-async def outline(state: Topic) -> dict:
+async def outline(state: Topic) -> dict[str, object]:
     await asyncio.sleep(0.05)  # A model at work.
     return {"topic": state.topic, "headings": ["What they eat", "Where they sleep"]}
 
 
 @stroma_node("write", NodeContract(node_id="write", input_schema=Outline, output_schema=Report))
-async def write(state: Outline) -> dict:
+async def write(state: Outline) -> dict[str, str]:
     await asyncio.sleep(0.05)
     return {"text": f"{state.topic}: " + ", ".join(state.headings)}
 

@@ -28,7 +28,7 @@ QUESTION = "what happens to finished work when the process is killed?"
 logging.getLogger("stroma").setLevel(logging.ERROR)
 
 # By itself it would look for the tokenizer on the network; both files are in the package.
-model = wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)
+model = wordllama.WordLlama.load(cache_dir=Path(wordllama.__path__[0]), disable_download=True)
 
 
 class Document(BaseModel):
@@ -48,7 +48,7 @@ class Index(BaseModel):
 
 
 @stroma_node("cut", NodeContract(node_id="cut", input_schema=Document, output_schema=Chunks))
-async def cut(document: Document) -> dict:
+async def cut(document: Document) -> dict[str, object]:
     if not document.text.strip():
         raise ValueError(f"{document.name} is empty")
     texts: list[str] = []
@@ -62,7 +62,7 @@ async def cut(document: Document) -> dict:
 
 # A plain function runs in a thread of its own, so that the event loop stays free while the model works.
 @stroma_node("embed", NodeContract(node_id="embed", input_schema=Chunks, output_schema=Index))
-def embed(chunks: Chunks) -> dict:
+def embed(chunks: Chunks) -> dict[str, object]:
     return {**dict(chunks), "vectors": model.embed(chunks.texts, norm=True).tolist()}
 
 

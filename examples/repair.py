@@ -14,6 +14,7 @@ from decimal import Decimal
 from typing import Any, Literal
 
 import openai
+from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
 
 from stroma import ExecutionResult, NodeContract, StromaRunner, current_node, stroma_node
@@ -52,7 +53,7 @@ async def main(fault: str = "wrong_type") -> ExecutionResult:
         client = openai.AsyncOpenAI(api_key="demo", base_url=provider.base_url, max_retries=0)
 
         @stroma_node("extract", NodeContract(node_id="extract", input_schema=Document, output_schema=Invoice))
-        async def extract(state: Document) -> tuple[Any, openai.types.chat.ChatCompletion]:
+        async def extract(state: Document) -> tuple[Any, ChatCompletion]:
             node = current_node()
             messages: list[Any] = [
                 {"role": "system", "content": INSTRUCTIONS},

@@ -39,7 +39,7 @@ class Answer(BaseModel):
 
 
 @stroma_node("outline", NodeContract(node_id="outline", input_schema=Topic, output_schema=Outline))
-async def outline(state: Topic) -> dict:
+async def outline(state: Topic) -> dict[str, object]:
     await asyncio.sleep(0.2)  # A model at work.
     return {
         "topic": state.topic,
@@ -48,7 +48,7 @@ async def outline(state: Topic) -> dict:
 
 
 @stroma_node("answer", NodeContract(node_id="answer", input_schema=Question, output_schema=Answer))
-async def answer(state: Question) -> dict:
+async def answer(state: Question) -> dict[str, str]:
     await asyncio.sleep(0.2)
     return {"answer": f"{state.question} Nobody knows."}
 

@@ -40,7 +40,7 @@ class Invoice(BaseModel):
 
 
 @runner.node("classify", input=Invoice, output=Invoice)
-async def classify(state: Invoice) -> tuple:
+async def classify(state: Invoice) -> tuple[dict[str, str], int, int, str]:
     with tracer.start_as_current_span(
         "chat gpt-4o-mini"
     ) as call:  # as the instrumentation of an LLM client does
@@ -51,29 +51,31 @@ async def classify(state: Invoice) -> tuple:
 
 
 @runner.node("extract", input=Invoice, output=Invoice)
-async def extract(state: Invoice) -> tuple:
+async def extract(state: Invoice) -> tuple[dict[str, object], int, int, str]:
     return {"text": state.text, "kind": state.kind or "supplier", "total": 1240.0}, 898, 64, "gpt-4o"
+
+
+class Refused(PermissionError):
+    status_code = 401  # what clients of HTTP services carry: a failure for good
 
 
 @runner.node("post", input=Invoice, output=Invoice)
 async def post(state: Invoice) -> Invoice:
     if ledger["key"] == "expired":
-        error = PermissionError("the ledger refuses this key")
-        error.status_code = 401  # what clients of HTTP services carry: a failure for good
-        raise error
+        raise Refused("the ledger refuses this key")
     return state
 
 
 def show(parent: ReadableSpan | None = None, depth: int = 0) -> None:
     """The spans as a tree, each with how it ended and what happened in it."""
-    above = None if parent is None else parent.context.span_id
+    above = parent.context.span_id if parent and parent.context else None
     for span in spans.get_finished_spans():
         if (None if span.parent is None else span.parent.span_id) == above:
-            attempts = span.attributes.get("stroma.node.attempts", 1)
+            attempts = (span.attributes or {}).get("stroma.node.attempts", 1)
             print(
                 "  " * depth + span.name,
                 *(["ERROR", span.status.description] if not span.status.is_unset else []),
-                *([f"{attempts} attempts"] if attempts > 1 else []),
+                *([f"{attempts} attempts"] if attempts != 1 else []),
                 *(["linked to the first run"] if span.links else []),
                 sep=", ",
             )

@@ -42,13 +42,13 @@ async def call_a_model(name: str) -> None:
 
 
 @runner.node("tone", input=Letter, output=Letter)
-async def tone(state: Letter) -> tuple:
+async def tone(state: Letter) -> tuple[dict[str, object], int, int, str]:
     await call_a_model("tone")
     return {"tone": random.choice(["warm", "cross"])}, 210, 4, "gpt-4o-mini"
 
 
 @runner.node("answer", input=Letter, output=Letter)
-async def answer(state: Letter) -> tuple:
+async def answer(state: Letter) -> tuple[dict[str, str], int, int, str]:
     await call_a_model("answer")
     return {"answer": f"Thank you for letter {state.number}."}, 480, 90, "gpt-4o"
 

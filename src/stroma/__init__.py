@@ -221,6 +221,7 @@ __all__ = [
     "classify",
     "current_node",
     "current_node_or_none",
+    "current_run",
     "default_policy_map",
     "estimate_cost_usd",
     "execute_step",

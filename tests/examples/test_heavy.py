@@ -134,3 +134,37 @@ def test_the_notebook_is_kept_with_its_pictures() -> None:
     assert any(
         "text/html" in out.get("data", {}) for cell in notebook.cells for out in cell.get("outputs", [])
     )
+
+
+async def test_a_result_is_the_answer_of_an_endpoint() -> None:
+    """A FastAPI endpoint annotated `-> ExecutionResult[Out]` answers with the documented fields, and its schema names them."""
+    from fastapi import FastAPI
+    from pydantic import BaseModel
+
+    from stroma import ExecutionResult, StromaRunner
+
+    class Text(BaseModel):
+        text: str
+
+    runner = StromaRunner.quick()
+
+    @runner.node("ask", input=Text, output=Text)
+    async def ask(state: Text) -> Text:
+        return state
+
+    app = FastAPI()
+
+    async def answer() -> Any:
+        return await runner.run([ask], Text(text="hello"), run_id="r1")
+
+    app.get("/answer", response_model=ExecutionResult[Text])(answer)
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+        body = (await client.get("/answer")).json()
+        schema = (await client.get("/openapi.json")).json()
+    assert (body["run_id"], body["status"], body["final_state"]) == ("r1", "COMPLETED", {"text": "hello"})
+    assert body["failure"] is None
+    (fields,) = [
+        one["properties"] for name, one in schema["components"]["schemas"].items() if "Result" in name
+    ]
+    assert set(fields) == set(body)

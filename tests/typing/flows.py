@@ -38,6 +38,21 @@ async def loose(ticket: Ticket) -> dict[str, Any]:
     return {"topic": ticket.text}
 
 
+@runner.node("loose with usage", input=Ticket, output=Label)
+async def loose_with_usage(ticket: Ticket) -> tuple[dict[str, str], int, int, str]:
+    return {"topic": ticket.text}, 10, 5, "gpt-4o-mini"
+
+
+@runner.node("loose contextual", input=Ticket, output=Label)
+async def loose_contextual(ticket: Ticket, ctx: dict[str, Any]) -> dict[str, str]:
+    return {"topic": ticket.text}
+
+
+@runner.node("loose plain", input=Ticket, output=Label)
+def loose_plain(ticket: Ticket) -> dict[str, str]:
+    return {"topic": ticket.text}
+
+
 @runner.node("plain", input=Ticket, output=Label)
 def plain(ticket: Ticket) -> Label:
     return Label(topic=ticket.text)
@@ -68,7 +83,11 @@ async def triage(flow: Flow, ticket: Ticket) -> Reply:
     assert_type(labels, list[Label])
     assert_type(await flow.run(inner, ticket), Label)
     assert_type(await flow.wait_for(Label, reason="Which?"), Label)
-    await flow.step(loose, ticket)
+    assert_type(await flow.step(loose, ticket), Label)
+    assert_type(await flow.step(loose_with_usage, ticket), Label)
+    assert_type(await flow.map(loose_with_usage, [ticket]), list[Label])
+    assert_type(await flow.step(loose_contextual, ticket), Label)
+    assert_type(await flow.step(loose_plain, ticket), Label)
     return Reply(text=one.topic)
 
 
@@ -84,8 +103,15 @@ async def results() -> None:
     assert_type(listed.final_state, BaseModel | None)
 
 
+async def one_name_for_two_results() -> None:
+    result = await runner.run([label], Ticket(text=""))
+    result = await runner.run(triage, Ticket(text=""))
+    print(result.output)
+
+
 async def wrong_calls(flow: Flow, ticket: Ticket, reply: Reply) -> Reply:
     await flow.step(label, reply)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await flow.step(loose, reply)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType, reportCallIssue]
     await flow.step(3, ticket)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     flow.step(label, ticket)  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
     await flow.run(inner, reply)  # type: ignore[misc]  # pyright: ignore[reportArgumentType, reportCallIssue]

@@ -31,6 +31,25 @@ __all__ = [
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
 Loose = TypeVar("Loose", bound="Mapping[str, Any] | tuple[Any, ...]")
+TakenT = TypeVar("TakenT", bound=BaseModel, contravariant=True)
+OutputT = TypeVar("OutputT", bound=BaseModel, covariant=True)
+ReturnedT = TypeVar("ReturnedT", covariant=True)
+
+
+class LooseNode(Protocol, Generic[TakenT, OutputT, ReturnedT]):
+    """A node whose function returns a dict or a tuple, for type checkers: its step in a flow returns the contract's output."""
+
+    @property
+    def _stroma_output(self) -> OutputT: ...  # of type checkers only: at run time it is the function
+    def __call__(self, state: TakenT, /) -> ReturnedT: ...
+
+
+class LooseContextNode(Protocol, Generic[TakenT, OutputT, ReturnedT]):
+    """As LooseNode, of a function that takes ``(state, ctx)``."""
+
+    @property
+    def _stroma_output(self) -> OutputT: ...
+    def __call__(self, state: TakenT, context: dict[str, Any], /) -> ReturnedT: ...
 
 
 class NodeDecorator(Protocol, Generic[In, Out]):
@@ -47,7 +66,7 @@ class NodeDecorator(Protocol, Generic[In, Out]):
     @overload
     def __call__(
         self, func: Callable[[In], Coroutine[Any, Any, Loose]], /
-    ) -> Callable[[In], Coroutine[Any, Any, Loose]]: ...
+    ) -> LooseNode[In, Out, Coroutine[Any, Any, Loose]]: ...
     @overload
     def __call__(
         self, func: Callable[[In, dict[str, Any]], Coroutine[Any, Any, Out]], /
@@ -55,11 +74,11 @@ class NodeDecorator(Protocol, Generic[In, Out]):
     @overload
     def __call__(
         self, func: Callable[[In, dict[str, Any]], Coroutine[Any, Any, Loose]], /
-    ) -> Callable[[In, dict[str, Any]], Coroutine[Any, Any, Loose]]: ...
+    ) -> LooseContextNode[In, Out, Coroutine[Any, Any, Loose]]: ...
     @overload
     def __call__(self, func: Callable[[In], Out], /) -> Callable[[In], Out]: ...
     @overload
-    def __call__(self, func: Callable[[In], Loose], /) -> Callable[[In], Loose]: ...
+    def __call__(self, func: Callable[[In], Loose], /) -> LooseNode[In, Out, Loose]: ...
     @overload
     def __call__(
         self, func: Callable[[In, dict[str, Any]], Out], /
@@ -67,7 +86,7 @@ class NodeDecorator(Protocol, Generic[In, Out]):
     @overload
     def __call__(
         self, func: Callable[[In, dict[str, Any]], Loose], /
-    ) -> Callable[[In, dict[str, Any]], Loose]: ...
+    ) -> LooseContextNode[In, Out, Loose]: ...
 
 
 #: The schemas of input (None: not validated) and output, and the contract that they are of.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Generic
+from typing import TYPE_CHECKING, Annotated, Any, Generic
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, PlainSerializer
+from pydantic_core import core_schema
 
 from stroma._utils.text import typed
 from stroma.failures.failure import Failure, kind_of
@@ -39,6 +40,27 @@ class RunStatus(StrEnum):
     INTERRUPTED = "INTERRUPTED"  # the process was asked to stop, or run() raised; resumable
 
 
+class _AnyValue:
+    """Metadata of a field whose class pydantic need not know: a value of it passes as it is."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.any_schema()
+
+
+def _failure_as_dict(failure: Failure | None) -> dict[str, Any] | None:
+    if failure is None:
+        return None
+    return {
+        "type": kind_of(failure.exception),
+        "message": failure.message,
+        "failure_class": failure.failure_class.value,
+        "node_id": failure.node_id,
+        "attempt": failure.attempt,
+        "reason": failure.reason,
+        "retry_after_seconds": failure.retry_after_seconds,
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class HookFailure:
     """One exception that a hook raised. It changed nothing of the run."""
@@ -51,6 +73,11 @@ class HookFailure:
 @dataclass
 class ExecutionResult(Shown, Generic[StateT]):
     """The result of a run.
+
+    Pydantic serialises it, and a FastAPI endpoint that is annotated ``-> ExecutionResult[Out]`` returns it, as ``run_id``,
+    ``status``, ``final_state`` (an object or null), ``total_cost_usd``, ``total_tokens``, ``failure`` (null, or ``type``,
+    ``message``, ``failure_class``, ``node_id``, ``attempt``, ``reason``, ``retry_after_seconds``), ``unpriced_models``,
+    ``suspended`` and ``failed_items``; without the trace and errors of hooks. The message is the exception's own text.
 
     Attributes:
         run_id: id of the run.
@@ -69,11 +96,11 @@ class ExecutionResult(Shown, Generic[StateT]):
     run_id: str
     status: RunStatus
     final_state: StateT | None
-    trace: ExecutionTrace
+    trace: Annotated[ExecutionTrace, _AnyValue(), Field(exclude=True)]
     total_cost_usd: float
     total_tokens: int
-    failure: Failure | None = None
-    hook_errors: list[HookFailure] = field(default_factory=list)
+    failure: Annotated[Failure | None, _AnyValue(), PlainSerializer(_failure_as_dict)] = None
+    hook_errors: Annotated[list[HookFailure], _AnyValue(), Field(exclude=True)] = field(default_factory=list)
     unpriced_models: list[str] = field(default_factory=list)
     suspended: list[str] = field(default_factory=list)
     failed_items: int = 0

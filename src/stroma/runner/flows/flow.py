@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar, overload
@@ -13,7 +13,7 @@ from uuid import UUID
 from pydantic import BaseModel
 
 from stroma.contracts.contract import NodeContract, check_id
-from stroma.contracts.node import FlowNode, Group
+from stroma.contracts.node import FlowNode, Group, LooseContextNode, LooseNode
 from stroma.runner.flows.flow_run import FlowRun
 from stroma.runner.flows.nested import call_flow, call_map
 from stroma.runner.flows.steps import call_step
@@ -64,27 +64,15 @@ class Flow:
     @overload
     def step(
         self,
-        node: Callable[[In], Coroutine[Any, Any, Mapping[str, Any] | tuple[Any, ...]]],
+        node: LooseNode[In, Out, Any] | LooseContextNode[In, Out, Any],
         state: In,
         *,
         key: str | None = None,
-    ) -> Coroutine[Any, Any, Any]: ...
-    @overload
-    def step(
-        self,
-        node: Callable[[In, dict[str, Any]], Coroutine[Any, Any, Mapping[str, Any] | tuple[Any, ...]]],
-        state: In,
-        *,
-        key: str | None = None,
-    ) -> Coroutine[Any, Any, Any]: ...
+    ) -> Coroutine[Any, Any, Out]: ...
     @overload
     def step(
         self, node: Callable[[In], Out], state: In, *, key: str | None = None
     ) -> Coroutine[Any, Any, Out]: ...
-    @overload
-    def step(
-        self, node: Callable[[In], Mapping[str, Any] | tuple[Any, ...]], state: In, *, key: str | None = None
-    ) -> Coroutine[Any, Any, Any]: ...
     @overload
     def step(self, node: Group, state: BaseModel, *, key: str | None = None) -> Coroutine[Any, Any, Any]: ...
     def step(self, node: Any, state: Any, *, key: str | None = None) -> Coroutine[Any, Any, Any]:
@@ -115,6 +103,15 @@ class Flow:
     @overload
     def map(
         self,
+        node: LooseNode[In, Out, Any] | LooseContextNode[In, Out, Any],
+        items: Iterable[In],
+        *,
+        max_concurrency: int | None = None,
+        key: str | None = None,
+    ) -> Coroutine[Any, Any, list[Out]]: ...
+    @overload
+    def map(
+        self,
         node: Callable[[In], Out],
         items: Iterable[In],
         *,
@@ -124,8 +121,8 @@ class Flow:
     @overload
     def map(
         self,
-        node: Callable[[In], Coroutine[Any, Any, Mapping[str, Any] | tuple[Any, ...]]] | Group,
-        items: Iterable[In],
+        node: Group,
+        items: Iterable[BaseModel],
         *,
         max_concurrency: int | None = None,
         key: str | None = None,
@@ -223,19 +220,23 @@ class Flow:
         return hashlib.sha256(b"%s:%s" % (seed, f"{run.prefix}{identity}".encode())).digest()
 
 
-class FlowFunction(Pipeline, Generic[In, Out]):
+TakenT = TypeVar("TakenT", bound=BaseModel, contravariant=True)
+OutputT = TypeVar("OutputT", bound=BaseModel, covariant=True)
+
+
+class FlowFunction(Pipeline, Generic[TakenT, OutputT]):
     """A flow: an async function that calls nodes as steps. Run it as a pipeline, or with ``flow.run`` inside another."""
 
     __slots__ = ("_stroma_contract", "_stroma_node", "_stroma_node_id", "body")
 
-    body: Callable[[Flow, In], Coroutine[Any, Any, Out]]
+    body: Callable[[Flow, TakenT], Coroutine[Any, Any, OutputT]]
     _stroma_node: FlowNode
 
     def __init__(
         self,
         flow_id: str,
-        body: Callable[[Flow, In], Coroutine[Any, Any, Out]],
-        contract: NodeContract[In, Out],
+        body: Callable[[Flow, TakenT], Coroutine[Any, Any, OutputT]],
+        contract: NodeContract[TakenT, OutputT],
         max_concurrency: int | None,
     ) -> None:
         put = partial(object.__setattr__, self)
@@ -273,7 +274,7 @@ class FlowFunction(Pipeline, Generic[In, Out]):
     def __hash__(self) -> int:
         return id(self)
 
-    def __call__(self, flow: Flow, state: In) -> Coroutine[Any, Any, Out]:
+    def __call__(self, flow: Flow, state: TakenT) -> Coroutine[Any, Any, OutputT]:
         """Call the body as a part of another one: its calls are those of that flow."""
         if not isinstance(flow, Flow):
             raise TypeError(

@@ -1,0 +1,107 @@
+"""The code of the README, the pages and the examples, under the type checkers of a user."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.docs.blocks import ROOT, of_page
+from tests.docs.test_pages import ALL
+
+DOCS = ROOT / "docs"
+EXAMPLES = ROOT / "examples"
+#: Import packages that are not in the lock, without which their types are not known.
+UNTYPED = [*EXAMPLES.glob("adapter_*.py"), EXAMPLES / "fastapi_service.py", EXAMPLES / "rag_ingestion.py"]
+
+
+def lay_out(folder: Path) -> list[Path]:
+    """Write the code of all pages and examples into a folder, on the line numbers of their pages. Return the files.
+
+    The executed blocks of one page are one module. A block with a title is a file of that name; those of the tutorial import
+    each other, so they stand in one folder.
+    """
+    sources: dict[str, str] = {}
+    for page in ALL:
+        if page.parent.name in ("adapters", "migration"):
+            continue
+        name = re.sub(r"\W", "_", page.relative_to(ROOT).with_suffix("").as_posix())
+        for block in of_page(page.read_text("utf-8")):
+            if block.language != "python":
+                continue
+            if not block.title:
+                place, above = f"pages/{name}.py", sources.get(f"pages/{name}.py", "")
+            elif page.parent.name == "tutorial":
+                place, above = f"tutorial/{block.title}", ""
+            else:
+                place, above = f"pages/{name}_{Path(block.title).name}", ""
+            sources[place] = above + "\n" * (block.line - 1 - above.count("\n")) + block.text
+    for example in EXAMPLES.rglob("*.py"):
+        if example not in UNTYPED:
+            inside = example.relative_to(EXAMPLES)
+            # Another name than that of a file of the tutorial.
+            place = f"example_{inside}" if inside.parent == Path() else str(inside)
+            sources[f"examples/{place}"] = example.read_text("utf-8")
+    for place, text in sources.items():
+        path = folder / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    return [folder / place for place in sources]
+
+
+def check_with_mypy(folder: Path, files: list[Path]) -> list[str]:
+    """Return the errors that `mypy --strict` finds, without our settings and without a plugin."""
+    paths = [str(folder / name) for name in ("tutorial", "examples", ".")]
+    environment = {**os.environ, "MYPYPATH": os.pathsep.join(paths), "NO_COLOR": "1"}
+    command = [
+        sys.executable, "-m", "mypy", "--strict", "--config-file=", "--no-error-summary", "--explicit-package-bases",
+        "--cache-dir", str(folder / "cache"), *map(str, files),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=500
+    )
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    return [line for line in done.stdout.splitlines() if ": error: " in line]
+
+
+def check_with_pyright(folder: Path) -> list[str]:
+    """Return the errors that pyright finds with the settings that it has by itself."""
+    settings = {"include": ["tutorial", "examples", "pages"], "extraPaths": ["tutorial", "examples"]}
+    (folder / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [
+        sys.executable,
+        "-m",
+        "pyright",
+        "--pythonpath",
+        sys.executable,
+        "--outputjson",
+        "-p",
+        str(folder),
+    ]
+    environment = {**os.environ, "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=500
+    )
+    return [
+        f"{one['file']}:{one['range']['start']['line'] + 1}: {one['message']}"
+        for one in json.loads(done.stdout)["generalDiagnostics"]
+        if one["severity"] == "error"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1100)
+def test_the_code_that_a_user_copies_type_checks(tmp_path: Path) -> None:
+    """The README, the tutorial, the how-tos, the other pages and the examples pass `mypy --strict` and pyright as written.
+
+    Left out is what is about other libraries (adapters, and how to come from another one), and two examples that import
+    packages which the lock does not have.
+    """
+    files = lay_out(tmp_path)
+    assert len(files) > 80
+    assert check_with_mypy(tmp_path, files) == []
+    assert check_with_pyright(tmp_path) == []
