@@ -117,7 +117,7 @@ class MemoryRecords:
                     totals[i] += number
                 totals[5] = max(totals[5], row.duration_ns)
                 count += 1
-        return [Tally(*key[:5], *totals, key[5]) for key, totals in sums.items()]
+        return [Tally(*key[:5], *totals)._replace(digits=key[5]) for key, totals in sums.items()]
 
     def facts(self) -> StoreFacts:
         return StoreFacts("the memory of this process", 1, 1)

@@ -254,8 +254,8 @@ class RedisReader:
                     totals[5] = max(totals[5], one.duration_ns)
                     count += 1
                 if count >= attempts:
-                    return [Tally(*key[:5], *totals, key[5]) for key, totals in sums.items()]
-        return [Tally(*key[:5], *totals, key[5]) for key, totals in sums.items()]
+                    return [Tally(*key[:5], *totals)._replace(digits=key[5]) for key, totals in sums.items()]
+        return [Tally(*key[:5], *totals)._replace(digits=key[5]) for key, totals in sums.items()]
 
     def facts(self) -> StoreFacts:
         (seconds, micros), *sections = self._get(
