@@ -1,13 +1,13 @@
 """What watching costs per node: beside the same run that nobody watches, and beside the SDK alone.
 
-    ./dev run python -m benchmarks.hooks            # each set of hooks: CPU time, medians of rounds that take turns
+    ./dev run python -m benchmarks.hooks            # each set of hooks: least CPU time of rounds that take turns
     ./dev run python -m benchmarks.hooks --unset    # no hooks at all, against a build without them: instructions
 
 The nodes validate a small state and do nothing else, so this is the worst case: a node that waits for a model takes ten
 thousand times as long. Exporters hold what they make in memory, and DogStatsD sends to a socket that nobody reads; what sending costs
-is up to the SDKs. "The SDK alone" makes the same spans, events, metrics and lines with the same names and numbers of attributes, without
-a run around them. Each figure is set against those of the same round, since other work on the machine slows all of them.
-`--unset` needs valgrind.
+is up to the SDKs. "SDK" makes the same spans, events, metrics and lines with the same names and numbers of attributes by hand: in a
+loop, where the processor's caches hold all of it, and called by the nodes of the same run, as a program without our hooks would. Samples
+take turns, and the least of each counts, since other work on the machine slows all of them. `--unset` needs valgrind.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ import os
 import re
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
@@ -55,11 +54,20 @@ def sentry_client(**options: Any) -> Any:
     )
 
 
-def nodes() -> list[Any]:
+def nodes(by_hand: ByHand | None = None) -> list[Any]:
+    """Return the nodes of a pipeline, which do the work of hooks themselves if ``by_hand`` is given."""
     from stroma import NodeContract, stroma_node
+
+    runs: list[Any] = []
 
     def make(n: int) -> Any:
         async def node(state: State) -> Any:
+            if by_hand is not None:
+                if n == 0:
+                    runs.append(by_hand.begin())
+                by_hand.one(n, runs[-1])
+                if n == NODES - 1:
+                    by_hand.end(runs.pop())
             return {"i": state.i + 1, "s": state.s}, 3, 4, "gpt-4o-mini"
 
         contract: Any = NodeContract(node_id=f"n{n}", input_schema=State, output_schema=State)
@@ -138,10 +146,35 @@ def _unread_port() -> int:
 _receivers: list[socket.socket] = []
 
 
-def alone() -> dict[str, Callable[[], Any]]:
-    """By name of the hooks: what makes a function that does their work for one run with the SDK alone."""
+class ByHand(NamedTuple):
+    """The work of a set of hooks as a program does it with the SDK alone.
 
-    def otel() -> Any:
+    Attributes:
+        begin: what a run begins with; returns what the other two get.
+        one: the work for the node of this number.
+        end: what it ends with.
+    """
+
+    begin: Callable[[], Any]
+    one: Callable[[int, Any], None]
+    end: Callable[[Any], None]
+
+    def work(self) -> None:
+        """Do the work of one run in a loop."""
+        run = self.begin()
+        for number in range(NODES):
+            self.one(number, run)
+        self.end(run)
+
+
+def nothing(*_: Any) -> None:
+    """Begin or end a run of which nothing is recorded."""
+
+
+def alone() -> dict[str, Callable[[], ByHand]]:
+    """By name of the hooks: what does their work for one run with the SDK alone."""
+
+    def otel() -> ByHand:
         from opentelemetry import context, trace
         from opentelemetry.sdk.metrics import MeterProvider
         from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -187,15 +220,12 @@ def alone() -> dict[str, Callable[[], Any]]:
             )
             span.end()
 
-        def work() -> None:
-            run = tracer.start_span("run", attributes={"pipeline": "pipeline"})
-            for number in range(NODES):
-                one(number, run)
-            run.end()
+        def begin() -> Any:
+            return tracer.start_span("run", attributes={"pipeline": "pipeline"})
 
-        return work
+        return ByHand(begin, one, lambda run: run.end())
 
-    def prometheus() -> Any:
+    def prometheus() -> ByHand:
         from prometheus_client import CollectorRegistry, Counter, Histogram
 
         registry = CollectorRegistry()
@@ -205,18 +235,17 @@ def alone() -> dict[str, Callable[[], Any]]:
         cost = Counter("cost", "-", (*place, "model"), registry=registry)
         seconds = Histogram("seconds", "-", place, registry=registry)
 
-        def work() -> None:
-            for number in range(NODES):
-                at = ("pipeline", f"n{number}")
-                executions.labels(*at, "success", "").inc()
-                seconds.labels(*at).observe(0.001)
-                tokens.labels(*at, "gpt-4o-mini", "input").inc(3)
-                tokens.labels(*at, "gpt-4o-mini", "output").inc(4)
-                cost.labels(*at, "gpt-4o-mini").inc(0.001)
+        def one(number: int, _: Any) -> None:
+            at = ("pipeline", f"n{number}")
+            executions.labels(*at, "success", "").inc()
+            seconds.labels(*at).observe(0.001)
+            tokens.labels(*at, "gpt-4o-mini", "input").inc(3)
+            tokens.labels(*at, "gpt-4o-mini", "output").inc(4)
+            cost.labels(*at, "gpt-4o-mini").inc(0.001)
 
-        return work
+        return ByHand(nothing, one, nothing)
 
-    def datadog() -> Any:
+    def datadog() -> ByHand:
         from datadog.dogstatsd.base import DogStatsd
         from ddtrace.trace import tracer
 
@@ -243,15 +272,12 @@ def alone() -> dict[str, Callable[[], Any]]:
             span.finish()
             tracer.context_provider.activate(before)
 
-        def work() -> None:
-            run = tracer.start_span("stroma.run", resource="pipeline")
-            for number in range(NODES):
-                one(number, run)
-            run.finish()
+        def begin() -> Any:
+            return tracer.start_span("stroma.run", resource="pipeline")
 
-        return work
+        return ByHand(begin, one, lambda run: run.finish())
 
-    def logs() -> Any:
+    def logs() -> ByHand:
         import logging
 
         logger = logging.getLogger("alone")
@@ -260,17 +286,14 @@ def alone() -> dict[str, Callable[[], Any]]:
         logger.setLevel(logging.INFO)
         names = ("run_id", "pipeline", "node_id", "position", "branch", "attempt", "outcome", "duration_ms")
 
-        def work() -> None:
-            for number in range(NODES):
-                fields: dict[str, Any] = dict.fromkeys(
-                    (*names, "tokens", "cost_usd", "model", "output"), number
-                )
-                text = " ".join(f"{name}={value}" for name, value in fields.items())
-                logger.info("node success: %s", text, extra=fields)
+        def one(number: int, _: Any) -> None:
+            fields: dict[str, Any] = dict.fromkeys((*names, "tokens", "cost_usd", "model", "output"), number)
+            text = " ".join(f"{name}={value}" for name, value in fields.items())
+            logger.info("node success: %s", text, extra=fields)
 
-        return work
+        return ByHand(nothing, one, nothing)
 
-    def sentry(**options: Any) -> Any:
+    def sentry(**options: Any) -> ByHand:
         import sentry_sdk
 
         client = sentry_client(**options)
@@ -287,17 +310,22 @@ def alone() -> dict[str, Callable[[], Any]]:
                 span.set_status("ok")
                 span.finish(scope)
 
-        def work() -> None:
-            with sentry_sdk.isolation_scope():
-                scope = sentry_sdk.get_current_scope()
-                scope.set_client(client)
-                run = sentry_sdk.start_transaction(op="gen_ai.invoke_agent", name="pipeline")
-                scope.span = run
-                for number in range(NODES):
-                    one(number, run)
-                run.finish(scope)
+        around: list[Any] = []
 
-        return work
+        def begin() -> Any:
+            around.append(sentry_sdk.isolation_scope())
+            around[-1].__enter__()
+            scope = sentry_sdk.get_current_scope()
+            scope.set_client(client)
+            run = sentry_sdk.start_transaction(op="gen_ai.invoke_agent", name="pipeline")
+            scope.span = run
+            return run
+
+        def end(run: Any) -> None:
+            run.finish(sentry_sdk.get_current_scope())
+            around.pop().__exit__(None, None, None)
+
+        return ByHand(begin, one, end)
 
     return {
         "prometheus_hooks": prometheus,
@@ -309,12 +337,12 @@ def alone() -> dict[str, Callable[[], Any]]:
     }
 
 
-def _sample_alone(work: Callable[[], None]) -> float:
-    """CPU microseconds per node of an SDK alone."""
+def _sample_alone(by_hand: ByHand) -> float:
+    """CPU microseconds per node of an SDK alone, in a loop."""
     gc.collect()
     begin = time.process_time()
     for _ in range(20):  # For as long as the sample of hooks beside it.
-        work()
+        by_hand.work()
     return (time.process_time() - begin) / (20 * NODES) * 1e6
 
 
@@ -335,40 +363,54 @@ async def watched() -> None:
     pipeline = nodes()
     made = {"none": None, **{name: make() for name, make in sets().items()}}
     raw = {name: make() for name, make in alone().items()}
+    pipelines = {name: nodes(work) for name, work in raw.items()}
     costs: dict[str, list[float]] = {name: [] for name in made}
-    of_sdks: dict[str, list[float]] = {name: [] for name in raw}
+    in_loop: dict[str, list[float]] = {name: [] for name in raw}
+    in_nodes: dict[str, list[float]] = {name: [] for name in raw}
     for round_ in range(ROUNDS + 1):
-        for name, hooks in made.items():
-            cost = await _sample(hooks, pipeline)
-            if round_:
-                costs[name].append(cost)
-        for name, work in raw.items():
-            cost = _sample_alone(work)
-            if round_:
-                of_sdks[name].append(cost)
-    base = statistics.median(costs["none"])
+        samples = [(costs, name, await _sample(hooks, pipeline)) for name, hooks in made.items()]
+        samples += [(in_loop, name, _sample_alone(work)) for name, work in raw.items()]
+        samples += [(in_nodes, name, await _sample(None, own)) for name, own in pipelines.items()]
+        if round_:  # The first one fills caches.
+            for into, name, cost in samples:
+                into[name].append(cost)
+    base = min(costs["none"])
     print(f"load {os.getloadavg()[0]:.1f}")
     print(
-        "| hooks | us a node | more than none | ratio | the SDK alone | times the SDK |\n"
-        "| --- | --- | --- | --- | --- | --- |"
+        "| hooks | us a node | more than none | SDK in a loop | times that | SDK in the nodes | times that |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |"
     )
     for name, found in costs.items():
-        cost, more = statistics.median(found), " | "
-        if name in of_sdks:
-            pairs = zip(found, costs["none"], of_sdks[name], strict=True)
-            times = statistics.median((a - b) / c for a, b, c in pairs)
-            more = f"{statistics.median(of_sdks[name]):.1f} | {times:.1f}"
-        print(f"| {name} | {cost:.1f} | {cost - base:+.1f} | {cost / base:.2f} | {more} |")
+        more = min(found) - base
+        line = f"| {name} | {min(found):.1f} | {more:+.1f} | "
+        if name in raw:
+            loop, by_nodes = min(in_loop[name]), min(in_nodes[name]) - base
+            line += f"{loop:.1f} | {more / loop:.1f} | {by_nodes:.1f} | {more / by_nodes:.1f} |"
+        print(line if name in raw else line + " | | | |")
     os._exit(0)  # No tracer that is told to send nothing may wait for its agent.
 
 
 # ---------------------------------------------------------------------- without any
 
+#: The questions about hooks that a run or a node without any asks.
 _ASKS = re.compile(
-    r"\b(if|elif) (?:begun and |ctx\.limits and )?"
-    r"(?:(?:ctx\.)?fire\.on_\w+ is not None(?: and reached is not None)?|ctx\.delivers|run\._at_end is not None):"
+    r"\b(if|elif) (?:ctx\.limits and )?"
+    r"(?:(?:self\.)?ctx\.fire\.on_\w+ is not None|calls is not None|run\._at_end is not None"
+    r"|ctx\.delivers(?: and self\.row is not None)?):"
 )
-_FILES = ("_engine.py", "_run.py", "_restore.py", "_announce.py")
+_FILES = ("attempt.py", "context.py", "loop.py", "restore.py")
+
+
+def strip_questions(package: Path) -> int:
+    """Take the questions about hooks out of a copy of the package; return how many there were."""
+    removed = 0
+    for name in _FILES:
+        path = package / "engine" / name
+        text, count = _ASKS.subn(r"\1 False:", path.read_text())
+        assert count, f"{path} asks nothing about hooks; name the files that do in _FILES"
+        path.write_text(text)
+        removed += count
+    return removed
 
 
 def unset() -> None:
@@ -376,11 +418,7 @@ def unset() -> None:
     with tempfile.TemporaryDirectory() as folder:
         stripped = Path(folder) / "stroma"
         shutil.copytree(SOURCE, stripped, ignore=shutil.ignore_patterns("__pycache__"))
-        removed = 0
-        for name in _FILES:
-            text, count = _ASKS.subn(r"\1 False:", (stripped / name).read_text())
-            (stripped / name).write_text(text)
-            removed += count
+        removed = strip_questions(stripped)
         for package in (SOURCE, stripped):  # Else the first start of each compiles it.
             compileall.compile_dir(package, quiet=1)
         # The difference of many and few runs is free of what starting costs.

@@ -8,6 +8,7 @@ import pickle
 from typing import Any
 
 import pytest
+import wrapt
 from pydantic import BaseModel
 
 from stroma.adapters import Guard
@@ -125,3 +126,35 @@ def test_another_guard_and_another_contract_are_errors() -> None:
         guard_methods(model, ("call",), Guard(), "model")
     with pytest.raises(ValueError, match="already attached to this guard, with another contract"):
         guard_methods(model, ("call",), guard, "model", contract=contract_for("model", (Seen, None)))
+
+
+@pytest.mark.parametrize("wrapping", [guard_methods, wrap_method])
+async def test_an_instrumentation_of_a_method_gets_its_object(wrapping: Any) -> None:
+    """What an instrumentation puts around a method of a class is called with the object, and the arguments after it."""
+
+    class Instrumented(Model):
+        async def acall(self, text: str) -> str:
+            return await super().acall(text)
+
+    class Ours(Instrumented):
+        pass
+
+    class Theirs(Instrumented):
+        pass
+
+    calls: list[tuple[Any, Any]] = []
+
+    async def around(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        calls.append((instance, args))
+        return await wrapped(*args, **kwargs)
+
+    wrapt.wrap_function_wrapper(Instrumented, "acall", around)
+    guard, models = Guard(), (Ours("a"), Theirs("b"))
+    for model in models:  # Of the second class, the method is one that the first one has wrapped.
+        if wrapping is guard_methods:
+            guard_methods(model, ("acall",), guard, "model")
+        else:
+            wrap_method(model, "acall", guard, lambda call: call)
+        async with guard.run():
+            assert await model.acall("x") == f"{model.name} x"
+    assert calls == [(model, ("x",)) for model in models]

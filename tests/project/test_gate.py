@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
-from benchmarks import gate
+from benchmarks import gate, hooks
 
 
 def test_the_gate_lets_pass_what_is_within_its_slack() -> None:
@@ -20,3 +21,12 @@ def test_each_case_of_the_gate_has_its_figure() -> None:
     assert entry
     for python, figures in entry.items():
         assert list(figures) == [case.name for case in gate.cases()], python
+
+
+def test_every_question_about_hooks_is_found(tmp_path: Path) -> None:
+    """`benchmarks.hooks --unset` finds what a run without hooks asks about them, in each file that does."""
+    package = tmp_path / "stroma"
+    shutil.copytree(hooks.SOURCE / "engine", package / "engine", ignore=shutil.ignore_patterns("__pycache__"))
+    assert hooks.strip_questions(package) >= 10
+    for path in package.rglob("*.py"):
+        compile(path.read_text(), str(path), "exec")

@@ -263,3 +263,47 @@ async def test_a_call_whose_span_is_around_the_node(seen: Seen) -> None:
     assert sorted(used) == [("by the framework", 100), (f"chat {MODEL}", 40)]
     assert run.result is not None
     assert run.result.total_tokens == 144
+
+
+async def test_a_call_whose_span_gets_its_kind_when_it_ends(seen: Seen) -> None:
+    """OpenInference's own spans show their kind at their end, and what the model is asked before: the answer counts once.
+
+    Such a span belongs to the node inside of it, if to no other."""
+    guard = Guard(quick(seen.hooks(inference="auto")))
+
+    @guard.step("model")
+    async def model() -> str:
+        node = current_node()
+        assert node is not None
+        node.report_usage(input_tokens=100, output_tokens=2, model=MODEL)
+        return "answer"
+
+    async with guard.run() as run:
+        with seen.user.start_as_current_span("theirs", attributes={"llm.model_name": MODEL}) as span:
+            await model()
+            span.set_attributes({"openinference.span.kind": "LLM", "llm.token_count.prompt": 100})
+    assert run.result is not None
+    assert run.result.total_tokens == 102
+    assert calls(seen) == []
+    assert of(span, "stroma.node.id") == "model"  # type: ignore[arg-type]
+
+
+async def test_calls_that_share_the_span_around_them(seen: Seen) -> None:
+    """A span of a model call around several calls, as where a framework writes each over the one before, stands for one answer."""
+    guard = Guard(quick(seen.hooks(inference="auto")))
+
+    @guard.step("model")
+    async def model() -> str:
+        node = current_node()
+        assert node is not None
+        node.report_usage(input_tokens=100, output_tokens=2, model=MODEL)
+        return "answer"
+
+    about = {"gen_ai.operation.name": "chat"}
+    async with guard.run():
+        with seen.user.start_as_current_span("by the framework", attributes=about) as span:
+            for _ in range(3):
+                await model()
+                span.set_attributes({"gen_ai.usage.input_tokens": 100, "gen_ai.usage.output_tokens": 2})
+    used = [(span.name, of(span, "gen_ai.usage.input_tokens")) for span in calls(seen)]
+    assert sorted(used) == [("by the framework", 100), *[(f"chat {MODEL}", 100)] * 2]

@@ -146,7 +146,15 @@ def _function_of(owner: Any, name: str) -> Any:
         bare = vars(owner)[name]
         return getattr(bare, _BARE, None) or _with_owner(bare)
     function = inspect.getattr_static(type(owner), name, None)
-    return getattr(function, _BARE, function) if inspect.isroutine(function) else None
+    if not inspect.isroutine(function):
+        return None
+    # As the class that has it gives it out: only then does what an instrumentation has put in its place (wrapt) know its object.
+    return getattr(function, _BARE, None) or function.__get__(None, _home_of(owner, name))
+
+
+def _home_of(owner: Any, name: str) -> Any:
+    """Return the class that has a method of an object."""
+    return next(kind for kind in type(owner).__mro__ if name in vars(kind))
 
 
 def _with_owner(bare: Any) -> Any:
@@ -166,7 +174,7 @@ def _ask_object(owner: Any, name: str, bare: Any) -> None:
             object.__setattr__(owner, name, _marked(functools.partial(_asking(name, bare), owner), bare))
         return
     with _LOCK:
-        home = next(kind for kind in type(owner).__mro__ if name in vars(kind))
+        home = _home_of(owner, name)
         if not hasattr(vars(home)[name], _BARE):
             setattr(home, name, _asking(name, bare))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from stroma.engine.execution import NodeExecution
-from stroma.telemetry.conventions import Vocabulary, about_run
+from stroma.telemetry.conventions import NODE_ID, Vocabulary, about_run
 from stroma.trace.events import AttemptUsage
 
 if TYPE_CHECKING:
@@ -16,8 +16,10 @@ __all__ = ["INSTRUMENTED", "InferenceMode", "InferenceSpans"]
 
 InferenceMode = Literal["auto", "always", "never"]
 
-#: Key in the notes of a node: it is inside the span of a model call of somebody else, which reports what its answer used.
+#: Key in the notes of a node: the id of the span of a model call of somebody else around it, which reports what its answer
+#: used; and in the notes of a run, the ids of those whose answer has come.
 _ENCLOSED: Final = "inside the span of a model call"
+_ANSWERED: Final = "spans of model calls that have an answer"
 #: Operations of the conventions that are model calls.
 _CALLS: Final = frozenset({"chat", "generate_content", "text_completion"})
 #: Key in the notes of a node: the last attempt of it in which a span of somebody else reported tokens.
@@ -30,6 +32,15 @@ _PROVIDERS: Final = {
     "mistral": "mistral_ai",
     "x-ai": "x_ai",
 }
+
+
+def _is_call(about: Any) -> bool:
+    """Return True for the attributes of the span of a model call that has begun."""
+    if about.get("gen_ai.operation.name") in _CALLS:
+        return True
+    kind = about.get("openinference.span.kind")
+    # Some spans get their kind when they end, and what the model is asked when they begin.
+    return kind == "LLM" if kind is not None else any(name.startswith("llm.") for name in about)
 
 
 class InferenceSpans:
@@ -49,10 +60,16 @@ class InferenceSpans:
         self._providers: dict[str, str | None] = {}
 
     def note_surroundings(self, node: NodeExecution, around: Span) -> None:
-        """Note if a node begins inside the span of a model call, as where a framework instruments its models itself."""
+        """Note if a node begins inside the span of a model call, as where a framework instruments its models itself.
+
+        That span then belongs to the node, unless it is inside of another one.
+        """
         about: Any = getattr(around, "attributes", None) or {}
-        if about.get("openinference.span.kind") == "LLM" or about.get("gen_ai.operation.name") in _CALLS:
-            node.notes[_ENCLOSED] = True
+        if not _is_call(about):
+            return
+        node.notes[_ENCLOSED] = around.get_span_context().span_id
+        if NODE_ID not in about and about.get("stroma.run.id") == node.run_id:
+            around.set_attribute(NODE_ID, node.node_id)
 
     def are_due(self, node: NodeExecution, *, is_answer: bool) -> bool:
         """Return True if the present attempt of a node gets a span. ``is_answer``: its output is what its caller gets."""
@@ -60,8 +77,13 @@ class InferenceSpans:
             return False
         if self.mode == "always":
             return True
-        if is_answer and _ENCLOSED in node.notes:
-            return False
+        enclosing = node.notes.get(_ENCLOSED)
+        if is_answer and enclosing is not None:
+            # One answer for each: some frameworks call a model again and again inside of one such span.
+            answered = node.ctx.notes.setdefault(_ANSWERED, set())
+            if enclosing not in answered:
+                answered.add(enclosing)
+                return False
         return self.can_see and node.notes.get(INSTRUMENTED) != node.attempt
 
     def start(self, tracer: Tracer, node: NodeExecution, around: Context) -> tuple[Span, int]:

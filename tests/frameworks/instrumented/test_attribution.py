@@ -13,15 +13,31 @@ from typing import Any
 import agents
 import httpx
 import pytest
+from agent_framework import BaseChatClient, ChatMiddlewareLayer, FunctionInvocationLayer
+from agent_framework.observability import ChatTelemetryLayer, enable_instrumentation
+from haystack.components.generators.chat import OpenAIChatGenerator
+from haystack.utils import Secret
 from openai import AsyncOpenAI
+from openinference.instrumentation.claude_agent_sdk import ClaudeAgentSDKInstrumentor
+from openinference.instrumentation.crewai import CrewAIInstrumentor
+from openinference.instrumentation.dspy import DSPyInstrumentor
+from openinference.instrumentation.google_adk import GoogleADKInstrumentor
+from openinference.instrumentation.haystack import HaystackInstrumentor
 from openinference.instrumentation.langchain import LangChainInstrumentor
 from openinference.instrumentation.openai_agents import OpenAIAgentsInstrumentor
+from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic_ai import Agent
 from pydantic_ai.models.instrumented import InstrumentationSettings
-from tests.frameworks.contract import ANSWER, CALL
+from tests.frameworks.agent_framework import test_agent_framework
+from tests.frameworks.claude_agent_sdk import test_claude_agent_sdk
+from tests.frameworks.contract import ANSWER
+from tests.frameworks.crewai import test_crewai
+from tests.frameworks.dspy import test_dspy
+from tests.frameworks.google_adk import test_google_adk
+from tests.frameworks.haystack import test_haystack
 from tests.frameworks.kit import guard_of, result_of
 from tests.frameworks.langchain import test_langchain
 from tests.frameworks.langgraph import test_langgraph
@@ -34,49 +50,112 @@ from stroma.telemetry import otel_hooks
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(300)]
 
 
-WAYS = ["run", "run_sync"]
+def completion(answer: Any) -> dict[str, Any]:
+    """Return the response of OpenAI's API to a request: a text, or a call of a tool."""
+    message: dict[str, Any] = {"role": "assistant"}
+    if isinstance(answer, str):
+        message["content"] = answer
+    else:
+        function = {"name": answer[0], "arguments": json.dumps(answer[1])}
+        message["tool_calls"] = [{"index": 0, "id": "call", "type": "function", "function": function}]
+    return {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "gpt-4o",
+        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+        "usage": {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10},
+    }
+
+
+def provider_of(*answers: Any) -> httpx.MockTransport:
+    """Answer requests in place of OpenAI's servers, with a stream where one is asked for."""
+    left = list(answers)
+
+    def complete(request: httpx.Request) -> httpx.Response:
+        whole = completion(left.pop(0))
+        if not json.loads(request.content).get("stream"):
+            return httpx.Response(200, json=whole)
+        (choice,) = whole["choices"]
+        part = {"index": 0, "delta": choice["message"], "finish_reason": "stop"}
+        chunk = {**whole, "object": "chat.completion.chunk", "choices": [part]}
+        return httpx.Response(
+            200,
+            text=f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n",
+            headers={"content-type": "text/event-stream"},
+        )
+
+    return httpx.MockTransport(complete)
 
 
 class OpenAIAgents(test_openai_agents.TestOpenAIAgents):
     """With the SDK's own model, which makes the spans of calls, and answers in place of a provider."""
 
     __test__ = False
-    KINDS = WAYS
 
     def script(self, *answers: Any, break_after: int | None = None) -> Any:
-        left = list(answers)
-
-        def complete(_: httpx.Request) -> httpx.Response:
-            answer = left.pop(0)
-            message: dict[str, Any] = {"role": "assistant"}
-            if isinstance(answer, str):
-                message["content"] = answer
-            else:
-                function = {"name": answer[0], "arguments": json.dumps(answer[1])}
-                message["tool_calls"] = [{"id": "call", "type": "function", "function": function}]
-            return httpx.Response(
-                200,
-                json={
-                    "id": "1",
-                    "object": "chat.completion",
-                    "created": 0,
-                    "model": "gpt-4o",
-                    "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-                    "usage": {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10},
-                },
-            )
-
-        transport = httpx.AsyncClient(transport=httpx.MockTransport(complete))
-        client: Any = AsyncOpenAI(api_key="none", http_client=transport)  # type: ignore[arg-type, unused-ignore]
+        client: Any = AsyncOpenAI(
+            api_key="none",
+            http_client=httpx.AsyncClient(transport=provider_of(*answers)),  # type: ignore[arg-type, unused-ignore]
+        )
         return agents.OpenAIChatCompletionsModel("gpt-4o", client)
 
 
+class Haystack(test_haystack.TestHaystack):
+    """With the generator for OpenAI, which the instrumentation knows as a model."""
+
+    __test__ = False
+
+    def script(self, *answers: Any, break_after: int | None = None) -> Any:
+        return OpenAIChatGenerator(
+            api_key=Secret.from_token("none"),
+            model="gpt-4o",
+            http_client_kwargs={"transport": provider_of(*answers)},
+        )
+
+
+class Client(FunctionInvocationLayer, ChatMiddlewareLayer, ChatTelemetryLayer, BaseChatClient):  # type: ignore[misc]
+    """A client with the framework's own layer that makes the spans of calls."""
+
+    _next = test_agent_framework.Script._next
+    _inner_get_response = test_agent_framework.Script._inner_get_response
+
+    def __init__(self, *answers: Any) -> None:
+        super().__init__()
+        self.answers, self.tokens, self.break_after = list(answers), 10, None
+        self.asked: list[Any] = []
+
+
+class AgentFramework(test_agent_framework.TestAgentFramework):
+    __test__ = False
+
+    def script(self, *answers: Any, break_after: int | None = None) -> Any:
+        return Client(*answers)
+
+
 PROGRAMS: dict[str, Any] = {
+    "agent_framework": AgentFramework(),
+    "claude_agent_sdk": test_claude_agent_sdk.TestClaudeAgentSDK(),
+    "crewai": test_crewai.TestCrewAI(),
+    "dspy": test_dspy.TestDSPy(),
+    "google_adk": test_google_adk.TestGoogleADK(),
+    "haystack": Haystack(),
     "langchain": test_langchain.TestLangChain(),
     "langgraph": test_langgraph.TestLangGraph(),
     "openai_agents": OpenAIAgents(),
     "pydantic_ai": test_pydantic_ai.TestPydanticAI(),
 }
+#: The nodes that the spans of model calls belong to; "model" where none is named. With Pydantic AI such a span is around the step.
+NODES = {
+    "crewai": {"llm"},
+    "dspy": {"weather", "tell"},
+    "haystack": {"llm"},
+    "langgraph": {"tell"},
+    "pydantic_ai": {"forecaster"},
+    "claude_agent_sdk": {"query"},
+}
+#: How often each program calls its model; twice where nothing else is said.
+CALLS = {"claude_agent_sdk": 1, "crewai": 1, "haystack": 1, "langgraph": 1}
 EVERY_WAY = [(name, kind) for name, program in PROGRAMS.items() for kind in program.KINDS]
 
 
@@ -109,11 +188,24 @@ class Instrumented:
 @pytest.fixture(scope="module")
 def instrumented() -> Iterator[Instrumented]:
     found = Instrumented()
+    trace.set_tracer_provider(found.provider)  # Google ADK and Agent Framework go by the global one.
+    enable_instrumentation()
+    others = [
+        ClaudeAgentSDKInstrumentor(),
+        CrewAIInstrumentor(),
+        DSPyInstrumentor(),
+        GoogleADKInstrumentor(),
+        HaystackInstrumentor(),
+    ]
+    for one in others:
+        one.instrument(tracer_provider=found.provider)
     agents.set_tracing_disabled(False)
     LangChainInstrumentor().instrument(tracer_provider=found.provider)
     OpenAIAgentsInstrumentor().instrument(tracer_provider=found.provider)
     Agent.instrument_all(InstrumentationSettings(tracer_provider=found.provider))
     yield found
+    for one in others:
+        one.uninstrument()
     Agent.instrument_all(False)
     OpenAIAgentsInstrumentor().uninstrument()
     LangChainInstrumentor().uninstrument()
@@ -125,8 +217,10 @@ def attributes(span: ReadableSpan) -> dict[str, Any]:
 
 
 def is_call(span: ReadableSpan) -> bool:
-    """Return True for the span of a call of a model."""
+    """Return True for the span of a call of a model; that of Claude's SDK is of an agent, whose calls it does not see."""
     about = attributes(span)
+    if span.name == "ClaudeAgentSDK.query":
+        return True
     return about.get("openinference.span.kind") == "LLM" or about.get("gen_ai.operation.name") == "chat"
 
 
@@ -141,7 +235,7 @@ def tokens_on(span: ReadableSpan) -> int:
 def answer(name: str, kind: str, guard: Guard) -> Any:
     """Have a scripted model answer, after a call of its tool where the framework's program is an agent."""
     program = PROGRAMS[name]
-    script = program.script(*([ANSWER] if name == "langgraph" else [CALL, ANSWER]))
+    script = program.script(*program.GOOD)
     return program.call(program.program(script, guard), kind, guard)
 
 
@@ -157,25 +251,27 @@ def test_every_span_of_an_instrumentation_is_attributed(
         found = list(threads.map(lambda guard: answer(name, kind, guard), guards.values()))
     assert found == [ANSWER, ANSWER]
     run_ids = {conversation: result_of(guard).run_id for conversation, guard in guards.items()}
-    calls = [span for span in instrumented.of_others if is_call(span)]
-    assert len(calls) == (2 if name == "langgraph" else 4)
     for span in instrumented.of_others:
         about = attributes(span)
-        conversation = about.get("gen_ai.conversation.id")
-        assert conversation in guards, (span.name, about)
-        assert about["stroma.run.id"] == run_ids[conversation], span.name
+        conversation = next((name for name, id in run_ids.items() if id == about.get("stroma.run.id")), None)
+        assert conversation is not None, (span.name, about)
         assert about["user.id"] == f"user of {conversation}", span.name
+        if name != "google_adk":  # It has an id of its own for conversations.
+            assert about["gen_ai.conversation.id"] == conversation, span.name
         assert "stroma.pipeline" in about
-    # The span of a call is around the step with Pydantic AI, and inside of it with the others.
-    node_id = {"langgraph": "tell", "pydantic_ai": "forecaster"}.get(name, "model")
-    assert {attributes(span).get("stroma.node.id") for span in calls} == {node_id}
+    calls = [span for span in instrumented.spans if is_call(span)]
+    assert len(calls) == 2 * CALLS.get(name, 2)
+    assert {attributes(span).get("stroma.node.id") for span in calls} == NODES.get(name, {"model"})
 
 
 @pytest.mark.parametrize(("name", "kind"), EVERY_WAY)
 def test_each_token_is_on_one_span(name: str, kind: str, instrumented: Instrumented) -> None:
-    """The spans of model calls have the tokens of the run in sum: those of the instrumentation where it reports any, else ours."""
+    """The spans of model calls have the tokens of the run in sum: those of the instrumentation where it reports any, else ours.
+
+    All spans are in one trace."""
     instrumented.exporter.clear()
     guard = instrumented.guard("bill")
     assert answer(name, kind, guard) == ANSWER
     total = result_of(guard).total_tokens
     assert sum(tokens_on(span) for span in instrumented.spans if is_call(span)) == total > 0
+    assert len({span.context.trace_id for span in instrumented.spans if span.context}) == 1

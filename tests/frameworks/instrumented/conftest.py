@@ -1,0 +1,13 @@
+"""CrewAI reports to its makers unless its settings forbid that, and stores things in the user's folders."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+os.environ.update(
+    CREWAI_DISABLE_TELEMETRY="true",
+    CREWAI_TRACING_ENABLED="false",
+    CREWAI_TESTING="true",
+    CREWAI_STORAGE_DIR=tempfile.mkdtemp(prefix="stroma-crewai-"),
+)
