@@ -171,8 +171,26 @@ def test_show_as_a_tree(stroma, inside):
         "1.0.1  │  └─ y",
         "1.1    └─ z",
     ]
-    assert re.search(r"BEGAN +WAITED +TIME +FUNCTIONS", table[0])
+    assert re.search(r"BEGAN +WAITED +TIME ", table[0])
     assert re.search(r"^2 +flaky +2 +success +\+\d\.\d{3} s +\d\.\d\d s +\d\.\d\d s", table[8])
+
+
+def test_timing_shows_how_long_functions_ran_where_a_group_also_waited(stroma, inside):
+    """`show --timing` has the column FUNCTIONS if a group took longer than its functions."""
+    stroma.file("waits.py", """
+        from sums import *
+        async def flaky(state):
+            if current_node().attempt == 1:
+                raise TimeoutError("again")
+            return {"n": 2}
+        pipeline = Pipeline("waits", [node("begin", add_one, Count), parallel(node("flaky", flaky), node("y", double))],
+                            config=RunConfig(policy_map=quick))
+    """)  # fmt: skip
+    assert inside("run", "waits.py:pipeline", GOOD, "--run-id", "w", "-q").code == 0
+    lines = inside("show", "w", "--tree", "--timing").out.splitlines()
+    table = lines[lines.index("") + 1 :]
+    assert re.search(r"BEGAN +WAITED +TIME +FUNCTIONS", table[0])
+    assert re.search(r"parallel\(flaky, y\) .* \d\.\d\d s +\d\.\d\d s", table[2])
 
 
 def test_a_narrow_terminal_shows_what_was_asked_for(stroma, inside, monkeypatch):

@@ -86,8 +86,12 @@ def print_attempts(
     if view.timing:
         header[6:7] = ["BEGAN", "WAITED", "TIME", "FUNCTIONS"]
         _add_timing(rows, selected)
+        if not any(row[9] for _, row in rows):  # Functions took the whole time of each attempt.
+            del header[9]
+            for _, row in rows:
+                del row[9]
     right = frozenset(header.index(name) for name in _RIGHT if name in header)
-    spare = [header.index(name) for name in (_TIMING_SPARE if view.timing else _SPARE)]
+    spare = [header.index(name) for name in (_TIMING_SPARE if view.timing else _SPARE) if name in header]
     table(out, header, [row for _, row in rows], right=right, spare=spare)
 
 
