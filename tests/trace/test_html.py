@@ -75,6 +75,10 @@ async def test_a_result_as_a_page(failed: Any) -> None:
     assert text.count('<rect class="b-failure') == 2
     assert text.count('<rect class="b-success') == 4
     assert text.count('<rect class="b-wait') == 1
+    # The timeline of the web pages, in their tokens, for elements of this page alone.
+    assert 'class="row axis"' in text
+    assert text.count("--accent:#") == 2
+    assert "<style>.stroma{" in text
     assert "TERMINAL (contract)" in text
     assert "<b>field</b> <code>lines.0.price</code>" in text
     assert text.count('class="attempt"') == 6

@@ -79,7 +79,10 @@ def test_many_children_are_cells() -> None:
 
 
 def test_ten_thousand_items_are_one_strip() -> None:
-    """A map of 10,000 items is drawn within a few bytes for each, and its bar as stretches."""
+    """A map of 10,000 items is drawn within a few bytes for each, and its bar as stretches.
+
+    Of items that failed ten have a row, the others are counted.
+    """
     bars = [Bar("map", "0", 1, 0, 10_000, "success")]
     bars += [
         Bar("page", f"0.{item}", 1, item, 1, "failure" if item % 1000 == 5 else "success")
@@ -89,6 +92,14 @@ def test_ten_thousand_items_are_one_strip() -> None:
     assert len(text) < 220_000
     assert text.count('<div class="row">') == 10
     assert "10,000 items: 9,990 ok, 10 failed" in text
+    assert "more that failed" not in text
+    bars[1:] = [
+        Bar("page", f"0.{item}", 1, item, 1, "failure" if item % 100 == 5 else "success")
+        for item in range(10_000)
+    ]
+    text = draw(bars)
+    assert text.count('<div class="row">') == 10
+    assert "and 90 more that failed" in text
 
 
 def test_loops_of_flows_are_cells_with_places() -> None:

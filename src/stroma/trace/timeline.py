@@ -234,11 +234,12 @@ class _Drawing:
         leaves = [child for child in entry.entries if not child.entries]
         strip = ""
         inside = entry.entries
+        all_failed: list[OutlineEntry] = []
+        failed: list[OutlineEntry] = []
         if len(leaves) > _MANY:
             strip = self.strip(entry, leaves)
-            failed = [one for one in leaves if one.bars and one.bars[-1].outcome in _FAILED][
-                :_MAX_FAILED_ROWS
-            ]
+            all_failed = [one for one in leaves if one.bars and one.bars[-1].outcome in _FAILED]
+            failed = all_failed[:_MAX_FAILED_ROWS]
             chosen = (
                 []
                 if self.it.selected is None
@@ -251,6 +252,8 @@ class _Drawing:
         )
         rows = self.rows
         kids = "".join(map(self.entry, inside))
+        if strip and len(all_failed) > len(failed):
+            kids += f'<p class="strip dim">and {len(all_failed) - len(failed):,} more that failed</p>'
         if not is_open:
             self.rows = rows
         return (
