@@ -134,24 +134,49 @@ def tree(result: ExecutionResult) -> list[str]:
 def killed_and_resumed(test: type[Any], folder: Path) -> str:
     """What ``nested()`` of a test class returns in a process that goes on where one was killed inside of it."""
     program = "import sys; from tests.frameworks.kit import live; live(*sys.argv[1:])"
-    ends = []
-    for life in ("dies", "lives"):
-        place = [test.__module__, test.__name__, str(folder / "runs.db"), life]
-        command = [sys.executable, "-W", "ignore", "-c", program, *place]
+    return in_two_lives(program, folder, "dies", test.__module__, test.__name__)
+
+
+def in_two_lives(program: str, folder: Path, dies: str, *arguments: str) -> str:
+    """Run a program that is killed in its first life, for which it gets ``dies``; return what :func:`answer` notes in its second."""
+    for life in (dies, ""):
+        command = [sys.executable, "-W", "ignore", "-c", program, *arguments, str(folder), life]
         root = Path(__file__).parents[2]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250, cwd=root)
-        ends.append(done.returncode)
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    assert ends == [-signal.SIGKILL, 0]
-    return done.stdout.splitlines()[-1]
+        assert done.returncode == (-signal.SIGKILL if life else 0), (life, done.returncode, done.stderr)
+    return (folder / "answer").read_text("utf-8")
 
 
-def live(module: str, test: str, database: str, life: str) -> None:
+def answer(folder: str | Path, value: Any) -> None:
+    """Note what a program comes to. Not on stdout, where threads of CrewAI print what it does, also at its end."""
+    Path(folder, "answer").write_text(str(value), "utf-8")
+
+
+def die() -> None:
+    """End the process here and now."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def live(module: str, test: str, folder: str, life: str) -> None:
     """One of the processes of :func:`killed_and_resumed`."""
-
-    def die() -> None:
-        if life == "dies":
-            os.kill(os.getpid(), signal.SIGKILL)
-
+    database = str(Path(folder, "runs.db"))
     guard = guard_of(store=database, run_id="killed", resume=True, lease_seconds=0.2)
-    print(getattr(importlib.import_module(module), test)().nested(guard, die))
+    program = getattr(importlib.import_module(module), test)()
+    answer(folder, program.nested(guard, die if life else lambda: None))
+
+
+class Ledger:
+    """What calls have cost, in a file that outlives the process: a line each."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder, "paid")
+
+    def pay(self, what: str) -> None:
+        """Note a call, and use some tokens in the step here."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{what}\n")
+        pay()
+
+    @property
+    def calls(self) -> list[str]:
+        return self.path.read_text("utf-8").splitlines()

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import operator
-import os
 import pickle
-import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -15,7 +11,7 @@ from typing import Annotated, Any, TypedDict
 import pytest
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
-from tests.frameworks.kit import PAID, guard_of, holds, pay
+from tests.frameworks.kit import PAID, Ledger, answer, die, guard_of, holds, in_two_lives
 
 from stroma import SQLiteStore
 from stroma.adapters.langgraph import attach
@@ -65,14 +61,13 @@ def live(folder: str, dies_before: str) -> None:
     """One process: call the graph, or go on where another one was killed, with LangGraph's own way to."""
     place = Path(folder)
     guard = guard_of(store=str(place / "r.db"), run_id="r", resume=True, lease_seconds=0.2)
-    side = os.open(place / "paid", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    ledger = Ledger(place)
 
     def node(name: str) -> Any:
         def call(state: State) -> Any:
             if name == dies_before:
-                os.kill(os.getpid(), signal.SIGKILL)
-            os.write(side, f"{name}\n".encode())
-            pay()
+                die()
+            ledger.pay(name)
             return {"words": [name]}
 
         return call
@@ -84,7 +79,7 @@ def live(folder: str, dies_before: str) -> None:
     is_known = (place / "saved").exists()
     graph = attach(builder, guard).compile(checkpointer=FileSaver(place / "saved"))
     config: Any = {"configurable": {"thread_id": "1"}}
-    print(graph.invoke(None if is_known else {"words": []}, config, durability="sync")["words"])
+    answer(place, graph.invoke(None if is_known else {"words": []}, config, durability="sync")["words"])
 
 
 @pytest.mark.slow
@@ -94,13 +89,8 @@ def live(folder: str, dies_before: str) -> None:
 def test_killed_between_nodes_it_goes_on_and_pays_for_nothing_twice(dies_before: str, tmp_path: Path) -> None:
     """After SIGKILL at a boundary, ``invoke(None)`` gives the right answer, in one run, and no node is paid for twice."""
     program = "import sys; from tests.frameworks.langgraph.test_killed_between_nodes import live; live(*sys.argv[1:])"
-    for life in (dies_before, ""):
-        command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path), life]
-        root = Path(__file__).parents[3]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=root)
-        assert done.returncode == (-signal.SIGKILL if life else 0), done.stderr
-    assert done.stdout.splitlines()[-1] == str(list(NODES))
-    assert (tmp_path / "paid").read_text().split() == list(NODES)
+    assert in_two_lives(program, tmp_path, dies_before) == str(list(NODES))
+    assert Ledger(tmp_path).calls == list(NODES)
     with SQLiteStore(tmp_path / "r.db") as store:
         (run,) = store.list_runs()
         assert (run.status, run.tokens) == ("RESUMED", 3 * PAID)
