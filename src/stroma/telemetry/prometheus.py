@@ -76,20 +76,20 @@ class _Metrics:
 
     def of_attempt(self, place: tuple[str, str], outcome: str, failure_class: str) -> tuple[Any, Any]:
         """Return the counter and the histogram of attempts that end in this way."""
-        found = self._attempts.get((place, outcome, failure_class))
-        if found is None:
-            found = self.executions(*place, outcome, failure_class), self.node_seconds(*place)
-            self._attempts[place, outcome, failure_class] = found
-        return found
+        children = self._attempts.get((place, outcome, failure_class))
+        if children is None:
+            children = self.executions(*place, outcome, failure_class), self.node_seconds(*place)
+            self._attempts[place, outcome, failure_class] = children
+        return children
 
     def of_usage(self, place: tuple[str, str], model: str) -> tuple[Any, Any, Any]:
         """Return the counters of input tokens, output tokens and cost of a node with a model."""
-        found = self._usages.get((place, model))
-        if found is None:
+        children = self._usages.get((place, model))
+        if children is None:
             tokens, cost = self.tokens, self.cost(*place, model)
-            found = tokens(*place, model, "input"), tokens(*place, model, "output"), cost
-            self._usages[place, model] = found
-        return found
+            children = tokens(*place, model, "input"), tokens(*place, model, "output"), cost
+            self._usages[place, model] = children
+        return children
 
     def _make(self, registry: CollectorRegistry) -> None:
         from prometheus_client import Counter, Gauge, Histogram
