@@ -1,13 +1,15 @@
 """What watching costs per node: beside the same run that nobody watches, and beside the SDK alone.
 
     ./dev run python -m benchmarks.hooks            # each set of hooks: least CPU time of rounds that take turns
+    ./dev run python -m benchmarks.hooks --instructions  # the same, counted: other work on the machine changes nothing
     ./dev run python -m benchmarks.hooks --unset    # no hooks at all, against a build without them: instructions
 
 The nodes validate a small state and do nothing else, so this is the worst case: a node that waits for a model takes ten
 thousand times as long. Exporters hold what they make in memory, and DogStatsD sends to a socket that nobody reads; what sending costs
 is up to the SDKs. "SDK" makes the same spans, events, metrics and lines with the same names and numbers of attributes by hand: in a
 loop, where the processor's caches hold all of it, and called by the nodes of the same run, as a program without our hooks would. Samples
-take turns, and the least of each counts, since other work on the machine slows all of them. `--unset` needs valgrind.
+take turns, and the least of each counts, since other work on the machine slows all of them. `--instructions` and
+`--unset` need valgrind.
 """
 
 from __future__ import annotations
@@ -422,9 +424,7 @@ def unset() -> None:
         for package in (SOURCE, stripped):  # Else the first start of each compiles it.
             compileall.compile_dir(package, quiet=1)
         # The difference of many and few runs is free of what starting costs.
-        as_it_is, without = (
-            _instructions(path, 220) - _instructions(path, 20) for path in (SOURCE.parent, Path(folder))
-        )
+        as_it_is, without = (_instructions(path, 200) for path in (SOURCE.parent, Path(folder)))
     per_node = (as_it_is - without) / (200 * NODES)
     print(
         f"{removed} questions about hooks taken out: {as_it_is:,} instructions as it is, {without:,} without them; "
@@ -432,37 +432,61 @@ def unset() -> None:
     )
 
 
-def _instructions(path: Path, runs: int) -> int:
+def counted() -> None:
+    """Instructions per node: of hooks, and of the SDK alone in the nodes."""
+    base = _instructions(SOURCE.parent, 20)
+    print("| hooks | thousands a node | SDK in the nodes | times that |\n| --- | --- | --- | --- |")
+    for name in alone():
+        ours, by_hand = (
+            (_instructions(SOURCE.parent, 20, option, name) - base) / (20_000 * NODES)
+            for option in ("--hooks", "--by-hand")
+        )
+        print(f"| {name} | {ours:.0f} | {by_hand:.0f} | {ours / by_hand:.1f} |", flush=True)
+
+
+def _instructions(path: Path, runs: int, *options: str) -> int:
+    """Return the instructions of some runs, as the difference of two processes: it is free of what starting costs."""
+    return _instructions_of_process(path, runs + 5, *options) - _instructions_of_process(path, 5, *options)
+
+
+def _instructions_of_process(path: Path, runs: int, *options: str) -> int:
     env = {**os.environ, "PYTHONPATH": f"{path}:{SOURCE.parents[1]}", "PYTHONHASHSEED": "0"}
     with tempfile.NamedTemporaryFile() as out:
         command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out.name}"]
-        program = [sys.executable, "-m", "benchmarks.hooks", "--child", str(runs)]
+        program = [sys.executable, "-m", "benchmarks.hooks", "--child", str(runs), *options]
         done = subprocess.run([*command, *program], env=env, capture_output=True, text=True, check=True)
     found = re.search(r"Collected : (\d+)", done.stderr)
     assert found is not None, done.stderr
     return int(found[1])
 
 
-async def _child(runs: int) -> None:
+async def _child(runs: int, hooks: str | None, by_hand: str | None) -> None:
     import stroma
 
     assert str(Path(stroma.__file__).parents[1]) == os.environ["PYTHONPATH"].split(":")[0]
-    pipeline = nodes()
+    made = None if hooks is None else sets()[hooks]()
+    pipeline = nodes(None if by_hand is None else alone()[by_hand]())
     from stroma import StromaRunner
 
     gc.disable()
     for _ in range(runs):
-        await StromaRunner.quick().run(pipeline, State(i=0, s="hello"))
+        await StromaRunner.quick(hooks=made).run(pipeline, State(i=0, s="hello"))
+    sys.stderr.flush()
+    os._exit(0)  # As in watched().
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hooks")
     parser.add_argument("--unset", action="store_true")
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--instructions", action="store_true")
+    for option in ("--child", "--hooks", "--by-hand"):
+        parser.add_argument(option, type=int if option == "--child" else str, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child is not None:
-        asyncio.run(_child(given.child))
+        asyncio.run(_child(given.child, given.hooks, given.by_hand))
     elif given.unset:
         unset()
+    elif given.instructions:
+        counted()
     else:
         asyncio.run(watched())

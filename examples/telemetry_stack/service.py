@@ -31,8 +31,19 @@ runner = StromaRunner.quick(
 
 class Letter(BaseModel):
     number: int
-    tone: str = ""
-    answer: str = ""
+
+
+class Tone(BaseModel):
+    tone: str
+
+
+class Answer(BaseModel):
+    answer: str
+
+
+class Reply(BaseModel):
+    tone: str
+    answer: str
 
 
 async def call_a_model(name: str) -> None:
@@ -41,20 +52,20 @@ async def call_a_model(name: str) -> None:
         raise ConnectionError(f"{name} is overloaded")
 
 
-@runner.node("tone", input=Letter, output=Letter)
-async def tone(state: Letter) -> tuple[dict[str, object], int, int, str]:
+@runner.node("tone", input=Letter, output=Tone)
+async def tone(state: Letter) -> tuple[dict[str, str], int, int, str]:
     await call_a_model("tone")
     return {"tone": random.choice(["warm", "cross"])}, 210, 4, "gpt-4o-mini"
 
 
-@runner.node("answer", input=Letter, output=Letter)
+@runner.node("answer", input=Letter, output=Answer)
 async def answer(state: Letter) -> tuple[dict[str, str], int, int, str]:
     await call_a_model("answer")
     return {"answer": f"Thank you for letter {state.number}."}, 480, 90, "gpt-4o"
 
 
-@runner.node("post", input=Letter, output=Letter)
-async def post(state: Letter) -> Letter:
+@runner.node("post", input=Reply, output=Reply)
+async def post(state: Reply) -> Reply:
     if random.random() < 0.05:
         raise PermissionError("the mail room is closed")
     return state

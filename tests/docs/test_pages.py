@@ -214,6 +214,29 @@ def test_metrics_on_the_pages_are_those_that_there_are() -> None:
     ] == []
 
 
+def test_names_of_spans_in_the_overview_are_those_that_there_are() -> None:
+    """ "The names" in docs/telemetry.md has every name that the exporters to OpenTelemetry, Datadog and Sentry write, and no other."""
+    folder = ROOT / "src" / "stroma" / "telemetry"
+    shared = [folder / f"{name}.py" for name in ("conventions", "inference", "attribution")]
+    sources = [
+        *shared,
+        *(path for name in ("opentelemetry", "datadog", "sentry") for path in (folder / name).glob("*.py")),
+    ]
+    family = r"(?:stroma|gen_ai|openinference|llm|session|user|usr|input|output|error|operation)"
+    # A dot at the end: the beginning of names that are looked for.
+    code = "\n".join(path.read_text("utf-8") for path in sources)
+    for direction in ("input", "output"):
+        code += code.replace("{direction}", direction)
+    written = set(re.findall(rf'"({family}\.[a-z_.]*[a-z_])"', code))
+    written |= {f"stroma.{name}" for name in re.findall(r'\("(?:stroma\.)?((?:run|node)\.id)", ', code)}
+    section = (DOCS / "telemetry.md").read_text("utf-8").partition("## The names")[2].partition("\n## ")[0]
+    listed = set(re.findall(rf"`({family}\.[a-z_.]+)`", section)) - {"stroma.temporal"}  # A module.
+    assert sorted(written - listed) == []
+    assert (
+        sorted(name for name in listed if name not in code and name.removeprefix("stroma.") not in code) == []
+    )
+
+
 def test_lines_on_the_page_about_logs_are_those_that_there_are() -> None:
     """Each line that log_hooks writes is in the table."""
     source = (ROOT / "src" / "stroma" / "telemetry" / "logs.py").read_text("utf-8")

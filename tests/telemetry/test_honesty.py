@@ -402,9 +402,13 @@ async def test_on_other_machines_no_attempt_that_is_tried_again_is_an_error(atte
 async def test_waits_are_in_traces(sentry: RecordedSentry) -> None:
     """An attempt that was queued says so: an event around the node, and for how long on the node."""
     otel = Otel()
-    hooks = [otel.hooks(), sentry_hooks(client=sentry.client)]
+    gate, entered, queued = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def note_wait(*_: Any) -> None:
+        queued.set()
+
+    hooks = [otel.hooks(), sentry_hooks(client=sentry.client), NodeHooks(on_node_wait=note_wait)]
     runner = StromaRunner.quick(hooks=hooks, limits={"a": Limit(concurrent=1)})
-    gate, entered = asyncio.Event(), asyncio.Event()
 
     @runner.node("a", input=Number, output=Number)
     async def a(state: Number) -> Number:
@@ -415,6 +419,7 @@ async def test_waits_are_in_traces(sentry: RecordedSentry) -> None:
     first = asyncio.ensure_future(runner.run([a], Number()))
     await entered.wait()
     second = asyncio.ensure_future(runner.run([a], Number()))
+    await queued.wait()
     await asyncio.sleep(0.05)
     gate.set()
     await asyncio.gather(first, second)

@@ -74,14 +74,17 @@ def test_addresses_are_those_of_services() -> None:
 
 
 def test_the_service_runs(otlp: OtlpReceiver) -> None:
-    """Its letters are runs, with sessions and users, and their spans arrive."""
+    """Its letters are runs that complete, with sessions and users, and their spans arrive."""
     env = {
         **os.environ,
         "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{otlp.url}/v1/traces",
         "METRICS_PORT": str(free_port()),
     }
-    command = [sys.executable, str(STACK / "service.py"), "1"]
+    path = str(STACK / "service.py")
+    program = f"import random, runpy, sys; random.seed(1); sys.argv[1:] = ['1']; runpy.run_path({path!r}, run_name='__main__')"
+    command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     run = otlp.span("invoke_workflow letters")
+    assert run["attributes"]["stroma.status"] == "COMPLETED"
     assert run["attributes"]["session.id"] == f"of {run['attributes']['user.id']}"

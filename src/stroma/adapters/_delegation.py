@@ -145,7 +145,7 @@ def _function_of(owner: Any, name: str) -> Any:
     if name in vars(owner):  # A method of this very object, which takes no `self`.
         bare = vars(owner)[name]
         return getattr(bare, _BARE, None) or _with_owner(bare)
-    function = inspect.getattr_static(type(owner), name, None)
+    function: Any = inspect.getattr_static(type(owner), name, None)
     if not inspect.isroutine(function):
         return None
     # As the class that has it gives it out: only then does what an instrumentation has put in its place (wrapt) know its object.

@@ -34,7 +34,9 @@ DENY_KEYS: Final = (
     "passphrase", "passwd", "password", "private_key", "pwd", "refresh_token", "secret", "set_cookie", "ssn",
 )  # fmt: skip
 _REDACTED: Final = "[redacted]"
+#: What json.dumps() returns for a text, with and without ``ensure_ascii``, without an encoder for each: 0.2 us and not 1.3.
 _quoted: Final = json.encoder.encode_basestring_ascii
+_quoted_as_is: Final = json.encoder.encode_basestring
 _DEEPEST: Final = 50
 #: Characters that are written beyond the limit, so that a secret at the end is found as a whole.
 _SLACK: Final = 4096
@@ -186,7 +188,7 @@ class _JsonWriter:
 
     def _text(self, text: str) -> None:
         # No more than is wanted of a long one.
-        self._add(json.dumps(text[: self._room + 1], ensure_ascii=False))
+        self._add(_quoted_as_is(text[: self._room + 1]))
 
     def _mapping(
         self, values: Mapping[Any, Any], depth: int, names: Mapping[str, tuple[str, ...]] | None = None

@@ -22,6 +22,7 @@ from stroma.trace.result import ExecutionResult
 __all__ = ["log_hooks"]
 
 _NEEDS_QUOTES: Final = re.compile(r"""[\s="]""")
+_quoted: Final = json.encoder.encode_basestring
 _IS_PLAIN: Final = re.compile(r"[\w.:/+-]+", re.ASCII).fullmatch
 #: What lines call the attributes of spans.
 _FIELDS: Final = {"gen_ai.conversation.id": "conversation", "user.id": "user", "stroma.tags": "tags"}
@@ -76,14 +77,17 @@ class _Logs(Observer):
             self._follow_structlog()
         return self._is_standard and not self._logger.isEnabledFor(level)
 
+    def ignores(self, event: str) -> bool:
+        """Return True for the start of nodes where nobody would see it, which is 7 us less for a node."""
+        return event == "on_node_start" and self._is_off(logging.DEBUG)
+
     @property
     def destination(self) -> object:
         # structlog gives a new proxy to each who asks.
         return self._logger if self._is_standard else self
 
     def _write(self, level: int, event: str, fields: dict[str, Any]) -> None:
-        if self._is_off(level):
-            return
+        """Write a line. Ask :meth:`_is_off` before its fields are made."""
         token = WRITING.set(True)
         try:
             self._write_line(level, event, fields)
@@ -139,13 +143,12 @@ class _Logs(Observer):
         if self._is_off(level):
             return
         usage = node.usage
-        fields = {
-            **_of_node(node),
-            "outcome": ended.outcome,
-            "duration_ms": round(node.duration_ms or 0.0, 3),
-        }
+        fields = _of_node(node)
+        fields["outcome"] = ended.outcome
+        fields["duration_ms"] = round(node.duration_ms or 0.0, 3)
         if usage.tokens:
-            fields |= {"tokens": usage.tokens, "cost_usd": usage.cost_usd, "model": usage.model}
+            fields["tokens"], fields["cost_usd"] = usage.tokens, usage.cost_usd
+            fields["model"] = usage.model
         if ended.output is not None:
             fields["output"] = self._content.state(node.ctx, ended.output)
         if ended.error is not None:
@@ -157,24 +160,36 @@ class _Logs(Observer):
     def retrying(
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
+        if self._is_off(logging.INFO):
+            return
         fields = {**_of_node(node), "attempt": attempt, "delay_s": round(delay_seconds, 3)}
         self._write(logging.INFO, "node retried", {**fields, "failure_class": failure_class.value})
 
     def skipped(self, node: NodeExecution) -> None:
+        if self._is_off(logging.INFO):
+            return
         self._write(logging.INFO, "node restored", _of_node(node))
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
+        if self._is_off(logging.WARNING):
+            return
         fields = {**_of_run(run), "dimension": dimension, "used": used, "limit": limit}
         self._write(logging.WARNING, "budget nearly used up", fields)
 
     def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
+        if self._is_off(logging.INFO):
+            return
         fields = {**_of_node(node), "reason": reason, "delay_s": round(seconds, 3)}
         self._write(logging.INFO, "node waits", fields)
 
     def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
+        if self._is_off(logging.WARNING):
+            return
         self._write(logging.WARNING, "circuit changed", {**_of_run(run), "circuit": key, "state": state})
 
     def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
+        if self._is_off(logging.WARNING):
+            return
         fields = {**_of_run(run), "limit": limit, "delay_s": round(seconds, 3)}
         self._write(logging.WARNING, "limit cooldown", fields)
 
@@ -190,18 +205,27 @@ class _Logs(Observer):
 
 
 def _with_extra(logger: Any) -> Callable[[int, str, dict[str, Any]], None]:
+    log = _log_adapted if isinstance(logger, logging.LoggerAdapter) else _log
+
     def write(level: int, event: str, fields: dict[str, Any]) -> None:
-        if logger.isEnabledFor(level):
-            text_fields = " ".join(
-                [f"{name}={_in_line(value)}" for name, value in fields.items() if value not in (None, "")]
-            )
-            # Systems that group lines do so by the text before its arguments are filled in.
-            _log(logger, level, f"{event}: %s", text_fields, fields)
+        text_fields = " ".join(
+            [
+                f"{name}={_in_line(value)}"
+                for name, value in fields.items()
+                if value is not None and value != ""
+            ]
+        )
+        # Systems that group lines do so by the text before its arguments are filled in.
+        log(logger, level, f"{event}: %s", text_fields, fields)
 
     return write
 
 
 def _log(logger: Any, level: int, text: str, text_fields: str, fields: dict[str, Any]) -> None:
+    logger.log(level, text, text_fields, extra=fields)
+
+
+def _log_adapted(logger: Any, level: int, text: str, text_fields: str, fields: dict[str, Any]) -> None:
     options: MutableMapping[str, Any] = {"extra": fields}
     while isinstance(logger, logging.LoggerAdapter):
         # By themselves, most adapters put their own fields in the place of those that are given.
@@ -214,14 +238,14 @@ def _log(logger: Any, level: int, text: str, text_fields: str, fields: dict[str,
 
 def _in_line(value: Any) -> Any:
     """Return a value as part of one line; quoted, so that no id or message can look like another field."""
-    if isinstance(value, list):
-        value = ",".join(value)
     if not isinstance(value, str):
-        return value
+        if not isinstance(value, list):
+            return value
+        value = ",".join(value)
     if _IS_PLAIN(value):  # Most are: 0.1 us in place of 0.6.
         return value
     text = one_line(value)
-    return json.dumps(text, ensure_ascii=False) if _NEEDS_QUOTES.search(text) else text
+    return _quoted(text) if _NEEDS_QUOTES.search(text) else text
 
 
 def _with_fields(logger: Any) -> Callable[[int, str, dict[str, Any]], None]:
@@ -240,10 +264,7 @@ def _of_run(run: ReliabilityContext) -> dict[str, Any]:
 
 
 def _of_node(node: NodeExecution) -> dict[str, Any]:
-    return {
-        **_of_run(node.ctx),
-        "node_id": node.node_id,
-        "position": node.position,
-        "branch": node.branch,
-        "attempt": node.attempt,
-    }
+    fields = _of_run(node.ctx)
+    fields["node_id"], fields["position"] = node.node_id, node.position
+    fields["branch"], fields["attempt"] = node.branch, node.attempt
+    return fields

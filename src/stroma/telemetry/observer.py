@@ -151,6 +151,10 @@ class Observer:
         """Return True if the data is sent anywhere."""
         return True
 
+    def ignores(self, event: str) -> bool:
+        """Return True for a hook that a run which begins now need not call."""
+        return False
+
     # ------------------------------------------------------------------ to override
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
@@ -368,6 +372,10 @@ class ExporterHooks(NodeHooks):
     def hook_raised(self, run: Any, event: str) -> None:
         """Have the exporter count an exception of a hook of any set. Never raises."""
         self.exporter._count_hook_error(run, event)
+
+    def hook_of(self, event: str) -> Any:
+        """Return the hook of an event that a run which begins now calls, or None."""
+        return None if self.exporter.ignores(event) else getattr(self, event)
 
     @property
     def errors(self) -> Counter[str]:

@@ -221,7 +221,9 @@ def is_call(span: ReadableSpan) -> bool:
     about = attributes(span)
     if span.name == "ClaudeAgentSDK.query":
         return True
-    return about.get("openinference.span.kind") == "LLM" or about.get("gen_ai.operation.name") == "chat"
+    if about.get("openinference.span.kind") == "LLM":
+        return True
+    return about.get("gen_ai.operation.name") in ("chat", "generate_content")
 
 
 def tokens_on(span: ReadableSpan) -> int:
@@ -255,8 +257,8 @@ def test_every_span_of_an_instrumentation_is_attributed(
         about = attributes(span)
         conversation = next((name for name, id in run_ids.items() if id == about.get("stroma.run.id")), None)
         assert conversation is not None, (span.name, about)
-        assert about["user.id"] == f"user of {conversation}", span.name
-        if name != "google_adk":  # It has an id of its own for conversations.
+        if name != "google_adk":  # It has sessions and users of its own.
+            assert about["user.id"] == f"user of {conversation}", span.name
             assert about["gen_ai.conversation.id"] == conversation, span.name
         assert "stroma.pipeline" in about
     calls = [span for span in instrumented.spans if is_call(span)]

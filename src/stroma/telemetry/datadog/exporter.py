@@ -174,11 +174,11 @@ class Datadog(Observer):
 
     def _begin(self, node: NodeExecution, *, activate: bool) -> DatadogNode:
         around = self.around(node)
-        above = self._tracer.current_trace_context()
-        if around is not None and not (
-            node.is_called and above is not None and above.trace_id == around.span.trace_id
-        ):
-            above = around.span  # Not the current span: see Observer.around().
+        above: Any = None if around is None else around.span
+        if around is None or node.is_called:
+            current = self._tracer.current_trace_context()
+            if around is None or (current is not None and current.trace_id == above.trace_id):
+                above = current  # Else not the current span: see Observer.around().
         if node.ctx.elsewhere and node.ctx.traceparent is not None:
             above = self._outer(node.ctx)
         span = self._tracer.start_span(

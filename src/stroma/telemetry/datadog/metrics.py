@@ -22,7 +22,11 @@ class DatadogMetrics:
     def __init__(self, statsd: DogStatsd | None) -> None:
         self._statsd = statsd
         self._labels = MetricLabels()
+        # As many as there are series, which the labels bound.
         self._tags: dict[tuple[str, ...], list[str]] = {}
+        #: The tags of what an attempt feeds, by its labels: one look-up for two or three metrics.
+        self._attempts: dict[tuple[object, ...], tuple[list[str], list[str]]] = {}
+        self._usages: dict[tuple[object, ...], tuple[list[str], list[str], list[str]]] = {}
 
     # ------------------------------------------------------------------ runs
 
@@ -62,15 +66,17 @@ class DatadogMetrics:
 
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
         """Count an attempt: its end and duration, tokens and cost."""
-        usage, place = node.usage, self._place_of(node)
-        outcome = self._tags_of(*place, "outcome", ended.outcome, "failure_class", ended.class_name)
+        if self._statsd is None:
+            return
+        usage, place = node.usage, self._labels.place(node.pipeline, node.node_id)
+        outcome, every = self._of_attempt(place, ended.outcome, ended.class_name)
         self._count("stroma.node.executions", 1, outcome)
-        self._distribution("stroma.node.duration", (node.duration_ms or 0.0) / 1000, self._tags_of(*place))
+        self._distribution("stroma.node.duration", (node.duration_ms or 0.0) / 1000, every)
         if usage.tokens:
-            place = *place, "model", self._labels.model(usage.model)
-            self._count("stroma.tokens", usage.input_tokens, self._tags_of(*place, "direction", "input"))
-            self._count("stroma.tokens", usage.output_tokens, self._tags_of(*place, "direction", "output"))
-            self._count("stroma.cost_usd", usage.cost_usd, self._tags_of(*place))
+            consumed, produced, cost = self._of_usage(place, self._labels.model(usage.model))
+            self._count("stroma.tokens", usage.input_tokens, consumed)
+            self._count("stroma.tokens", usage.output_tokens, produced)
+            self._count("stroma.cost_usd", usage.cost_usd, cost)
 
     def retried(self, node: NodeExecution, failure_class: str) -> None:
         """Count an attempt that follows a failed one."""
@@ -92,14 +98,30 @@ class DatadogMetrics:
 
     def _of_node(self, node: NodeExecution, *more: str) -> list[str]:
         """Return the tags of a metric of nodes, likewise."""
-        return self._tags_of(*self._place_of(node), *more)
-
-    def _place_of(self, node: NodeExecution) -> tuple[str, ...]:
         pipeline, node_id = self._labels.place(node.pipeline, node.node_id)
-        return "pipeline", pipeline, "node_id", node_id
+        return self._tags_of("pipeline", pipeline, "node_id", node_id, *more)
+
+    def _of_attempt(
+        self, place: tuple[str, str], outcome: str, failure_class: str
+    ) -> tuple[list[str], list[str]]:
+        """Return the tags of the counter and of the distribution of attempts that end in this way."""
+        tags = self._attempts.get((place, outcome, failure_class))
+        if tags is None:
+            at = "pipeline", place[0], "node_id", place[1]
+            ended = self._tags_of(*at, "outcome", outcome, "failure_class", failure_class)
+            tags = self._attempts[place, outcome, failure_class] = ended, self._tags_of(*at)
+        return tags
+
+    def _of_usage(self, place: tuple[str, str], model: str) -> tuple[list[str], list[str], list[str]]:
+        """Return the tags of input tokens, output tokens and cost of a node with a model."""
+        tags = self._usages.get((place, model))
+        if tags is None:
+            at = "pipeline", place[0], "node_id", place[1], "model", model
+            consumed, produced = (self._tags_of(*at, "direction", way) for way in ("input", "output"))
+            tags = self._usages[place, model] = consumed, produced, self._tags_of(*at)
+        return tags
 
     def _tags_of(self, *pairs: str) -> list[str]:
-        # As many as there are series, which the labels bound.
         tags = self._tags.get(pairs)
         if tags is None:
             names = zip(pairs[::2], pairs[1::2], strict=True)
