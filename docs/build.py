@@ -335,12 +335,19 @@ def search_script(index: str, worker: str) -> str:
     return SEARCH.format(index=safe, worker=json.dumps(worker))
 
 
+def report_step(step: str) -> None:
+    """Print the progress, which is no output of the build."""
+    print(f"docs: {step}", file=sys.stderr, flush=True)
+
+
 def build(site: Path) -> None:
     WORK.mkdir(exist_ok=True)
     shutil.rmtree(site, ignore_errors=True)
+    report_step("1/3 laying out the pages")
     nav = lay_out(WORK / "pages")
     config = WORK / "zensical.toml"
     config.write_text(configuration(nav, WORK / "pages", site), "utf-8")
+    report_step(f"2/3 building the site of {sum(map(len, nav.values()))} pages, up to a minute")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "-f", str(config)]
     done = subprocess.run(
         command, cwd=WORK, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -365,6 +372,7 @@ def main(argv: list[str]) -> int:
     # Beside this file, whoever runs it.
     import look
 
+    report_step("3/3 reading every page: links, pictures, headings")
     wrong = look.look(site, Path(argv[1]) if len(argv) > 1 else None)
     for problem in wrong:
         print(problem)

@@ -236,8 +236,8 @@ def test_graph_marks_what_check_finds(flows, inside):
 
 
 def test_graph_as_mermaid(flows, inside):
-    """Mermaid is the default: groups are subgraphs, edges are labelled with their fields, and ids stay text."""
-    assert inside("graph", "flows.py:fine").out.splitlines() == [
+    """In Mermaid groups are subgraphs, edges are labelled with their fields, and ids stay text."""
+    assert inside("graph", "flows.py:fine", "--format", "mermaid").out.splitlines() == [
         "flowchart LR",
         '    ninput["input<br/>Text"]',
         '    n0["split<br/>Text → Parts"]',
@@ -249,8 +249,25 @@ def test_graph_as_mermaid(flows, inside):
         '    n0 -->|"parts → text"| n1_0',
         '    n0 -->|"parts, kept"| n2',
     ]
-    odd = inside("graph", "flows.py:odd").out
+    odd = inside("graph", "flows.py:odd", "--format", "mermaid").out
     assert '    n0["a#34;]#60;script#62; #38;<br/>Text → Text"]' in odd
+
+
+def test_graph_draws_a_file(flows, inside, fails):
+    """By default the graph is an SVG file, named after the pipeline, or by -o; a file that cannot be written is a problem."""
+    done = inside("graph", "flows.py:fine")
+    assert (done.code, done.out, done.err) == (0, "", "wrote fine.graph.svg; open it in a browser\n")
+    text = Path(flows.home, "fine.graph.svg").read_text()
+    assert text == inside("graph", "flows.py:fine", "--format", "svg").out
+    assert inside("graph", "flows.py:fine", "-o", "mine.svg").code == 0
+    assert Path(flows.home, "mine.svg").read_text() == text
+    fails(
+        inside("graph", "flows.py:fine", "-o", "no/such/folder.svg"),
+        3,
+        "cannot write no/such/folder.svg",
+        "-o FILE",
+    )
+    fails(inside("graph", "flows.py:fine", "-o", "x", "--format", "json"), 2, "-o writes an SVG file")
 
 
 def test_graph_as_svg(flows, inside):
@@ -271,5 +288,5 @@ def test_graph_as_svg(flows, inside):
 def test_nothing_is_left_behind(flows, inside):
     """Neither command makes the default store, or its directory."""
     inside("check", "flows.py:fine")
-    inside("graph", "flows.py:fine")
+    inside("graph", "flows.py:fine", "--format", "mermaid")
     assert not Path(flows.home, ".local").exists()

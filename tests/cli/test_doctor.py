@@ -1,10 +1,12 @@
 """`stroma doctor` and `stroma completion`."""
 
+import importlib.util
 import json
 import re
 import shutil
 import sqlite3
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +36,7 @@ def test_a_store_that_is_well(any_url, stroma, inside):
     assert {"store", "format", "clock", "[redis]", "[otel]"} <= set(result)
     assert result["format"]["message"].endswith("which this release writes")
     words = inside("doctor", "--db", any_url).out.splitlines()
-    assert [line for line in words if not re.match(r"(ok|note) +\S+ +\S|  +fix: \S", line)] == []
+    assert [line for line in words if not re.match(r"(ok|note|missing) +\S+ +\S|  +fix: \S", line)] == []
 
 
 def test_what_is_wrong_names_its_mend(stroma, inside, monkeypatch, tmp_path):
@@ -61,6 +63,24 @@ def test_what_is_wrong_names_its_mend(stroma, inside, monkeypatch, tmp_path):
     done = inside("doctor", "--json", "--db", "x.db")
     assert done.code == 3
     assert "stroma gc --older-than 30d --db x.db" in checks(done)["disk"]["fix"]
+
+
+def test_a_package_that_is_not_installed(inside, monkeypatch):
+    """An extra that is not installed is "missing", with the command that installs it, and no failed check."""
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "prometheus_client" else True
+    )
+    done = inside("doctor", "--json")
+    assert done.code == 0
+    assert checks(done)["[prometheus]"] == {
+        "check": "[prometheus]",
+        "verdict": "missing",
+        "message": "Prometheus: not installed",
+        "fix": "pip install 'stroma-runner[prometheus]'",
+    }
+    (line,) = [line for line in inside("doctor").out.splitlines() if "[prometheus]" in line]
+    assert re.fullmatch(r"missing +\[prometheus\] +Prometheus: not installed; pip install '.*'", line)
 
 
 def test_the_other_distribution(inside, monkeypatch, tmp_path):
@@ -117,6 +137,8 @@ def test_what_is_completed(stroma):
     assert complete("stroma", "runs", "--fai") == ["--failed"]
     assert complete("stroma", "show", "") == ["alpha"]
     assert complete("stroma", "diff", "alpha", "al") == ["alpha"]
+    assert complete("stroma", "cancel", "al") == ["alpha"]
+    assert complete("stroma", "budget", "al") == ["alpha"]
     assert complete("stroma", "show", "", STROMA_DB="sums.py") == []
     assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "gamma", "-q", "--db", "other.db").code == 0
     assert complete("stroma", "show", "", STROMA_DB="other.db") == ["gamma"]

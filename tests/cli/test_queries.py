@@ -272,7 +272,7 @@ def test_graph_of_recorded_runs(stroma, inside, fails):
     fails(inside("graph", "loop.py:loop", "--from-runs"), 4, "no runs of 'loop'")
     for n in (2, 3):
         assert inside("run", "loop.py:loop", f'{{"n": {n}}}', "-q").code == 0
-    drawn = inside("graph", "loop.py:loop", "--from-runs").out
+    drawn = inside("graph", "loop.py:loop", "--from-runs", "--format", "mermaid").out
     assert drawn.splitlines() == [
         "flowchart TD", '    start(["loop: 2 runs"])', '    n0["again<br/>5 calls"]', "    start -->|2| n0", "    n0 -->|3| n0",
         '    end_COMPLETED(["COMPLETED"])', "    n0 -->|2| end_COMPLETED",
@@ -281,7 +281,7 @@ def test_graph_of_recorded_runs(stroma, inside, fails):
     assert (data["schema"], data["runs"]) == ("stroma.run_graph/1", 2)
     assert data["nodes"] == [{"path": ["again"], "kind": "node", "calls": 5, "attempts": 5, "failed": 0}]
     assert inside("graph", "loop.py:loop", "--from-runs", "--format", "svg").out.startswith("<svg")
-    assert "again" not in inside("graph", "loop.py:loop").out
+    assert "again" not in inside("graph", "loop.py:loop", "--format", "mermaid").out
 
 
 @pytest.mark.core

@@ -187,7 +187,7 @@ def test_resume_says_what_it_cannot(stroma, inside, fails):
         inside("resume", "x", "other.py:pipeline", "-q"), 2, "was not started with a Text", "Field required"
     )
     stroma.file("fewer.py", "from sums import *\npipeline = Pipeline('sums', [first, third])")
-    fails(inside("resume", "x", "fewer.py:pipeline", "-q"), 2, "cannot go on", "--from NODE")
+    fails(inside("resume", "x", "fewer.py:pipeline", "-q"), 2, "cannot be resumed", "--from NODE")
 
 
 @pytest.mark.slow

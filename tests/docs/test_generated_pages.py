@@ -353,6 +353,15 @@ async def fenced(path: Path) -> Any:
     await run([a_node("read", {})], store=SQLiteStore(path / "x.db"), hooks=hooks)
 
 
+async def fenced_in_memory(path: Path) -> Any:
+    store = AsyncInMemoryStore()
+
+    async def again(run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        await run([a_node("read", {})], store=store, if_running="take_over")
+
+    await run([a_node("read", {})], store=store, hooks=NodeHooks(on_node_start=again))
+
+
 async def busy(path: Path) -> Any:
     async def again(run_id: str, node_id: str, state: dict[str, Any]) -> None:
         await run([a_node("read", {})], store=SQLiteStore(path / "x.db"))
@@ -527,19 +536,20 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (unserialisable, NotSerialisable, ["Secret.key"], ""),
     (not_found, CheckpointNotFound, ["'run-7'", "'read'", "'shorten'"], "run the pipeline from its start"),
     (missing_node, MissingNode, ["'cut'", "'pipe'", "it has 'read'"], "deploy the code with it"),
-    (changed, PipelineChanged, ["'run-7'", "'shorten'", "'cut'", "position 1"], "restore the order of nodes, or begin a new run"),
+    (changed, PipelineChanged, ["'run-7'", "'shorten'", "'cut'", "position 1"], "restore the order of nodes, or start a new run"),
     (other_input, PipelineChanged, ["'run-7'"], "pass the same input, or use another run id"),
     (no_journal, StoreError, ["'run-7'", "Simple"], "use resume_from=, or a journal store such as SQLiteStore"),
     (refused, StoreError, ["'run-7'", "'read'", "the disk is full"], ""),
     (no_database, StoreError, ["x.db"], "use another path, or move that file away"),
     (fenced, Fenced, ["'run-7'"], "see the result of the other one"),
+    (fenced_in_memory, Fenced, ["'run-7'"], "see the result of the other one"),
     (busy, RunBusy, ["'run-7'", "process"], 'if_running="attach"'),
     (exists, RunExists, ["'run-7'", "COMPLETED"], "use another run id"),
     (failed_elsewhere, RunFailed, ["'read'", "text: Input should be a valid string"], ""),
     (hook_raises, HookError, ["on_node_success", "'read'", "no dashboard"], ""),
     (hook_not_async, HookNotAsync, ["on_node_start", "'read'"], "define it with async def"),
     (hook_slow, HookTimeout, ["5 ms"], "hook_timeout_ms"),
-    (timeout, TimeoutError, ["'slow'", "5 ms"], "node_timeouts"),
+    (timeout, TimeoutError, ["'slow'", "5 ms"], "raise node_timeouts['slow']"),
     (no_node, TypeError, ["plain"], "decorate it with @stroma_node or @runner.node"),
     (unknown_target, ValueError, ["'raed'"], "its nodes are 'read'"),
     (no_state, TypeError, ["dict"], "must be a pydantic model"),

@@ -57,7 +57,10 @@ async def test_a_node_is_cut_off_at_its_timeout() -> None:
     result = await runner.run([node("a", func)], Num())
     assert (result.status, finished) == (RunStatus.PARTIAL, [])
     assert result.failure is not None
-    assert str(result.failure.exception) == "node 'a' did not end within 20 ms (node_timeouts)"
+    assert (
+        str(result.failure.exception)
+        == "node 'a' did not end within 20 ms; raise node_timeouts['a'], or make the call shorter"
+    )
 
 
 @pytest.mark.core

@@ -10,6 +10,7 @@ usage: ./dev release-check [--only EXTRA ...] [--no-installs]
 - a bill of materials (CycloneDX) and the statement that an attestation signs are written to build/release;
 - the wheel is installed without extras and with each extra in turn, in a clean environment, from pinned requirements with
   hashes (tests/release/newest.txt; of agent frameworks those of their tests), and tests/release/smoke.py runs there;
+- `pip install` of the wheel into a new environment, as a user does it, and then the README's first example;
 - with the lowest releases that pyproject.toml allows (tests/release/lowest.txt), a selection of the tests passes.
 
 Exit code 0 if all of it holds.
@@ -29,6 +30,7 @@ import tomllib
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from tests.docs.blocks import of_page
 from tests.release.archives import (
     ROOT,
     build,
@@ -146,6 +148,28 @@ class Environments:
         )
         return [done.stderr.strip()[-2000:]] if done.returncode else []
 
+    def readme(self) -> tuple[list[str], float]:
+        """What is wrong with `pip install` of the wheel and the README's first example after it, and how many seconds both took."""
+        example = next(
+            block for block in of_page((ROOT / "README.md").read_text("utf-8")) if block.language == "python"
+        )
+        folder = self.folder / "readme"
+        home = folder / "environment"
+        subprocess.run([sys.executable, "-m", "venv", str(home)], env=self.env, check=True)
+        (folder / "example.py").write_text(example.text, "utf-8")
+        python = str(home / "bin" / "python")
+        started = time.monotonic()
+        for command in (
+            [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{self.wheel}[cli]"],
+            [python, "example.py"],
+        ):
+            done = subprocess.run(
+                command, cwd=folder, env=self.env, capture_output=True, text=True, check=False, timeout=300
+            )
+            if done.returncode:
+                return [done.stderr.strip()[-2000:]], 0.0
+        return [], time.monotonic() - started
+
     def lowest(self) -> list[str]:
         try:
             python = self.make("lowest", HERE / "lowest.txt")
@@ -208,8 +232,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="./dev release-check", description=(__doc__ or "").partition("\n")[0]
     )
+    others = ["readme", "lowest"]
     parser.add_argument(
-        "--only", nargs="+", choices=[*extras, "lowest"], metavar="EXTRA", help=", ".join([*extras, "lowest"])
+        "--only", nargs="+", choices=[*extras, *others], metavar="EXTRA", help=", ".join([*extras, *others])
     )
     parser.add_argument("--no-installs", action="store_true", help="only build, and look into what was built")
     options = parser.parse_args(argv)
@@ -227,8 +252,11 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="stroma-release-") as name:
         wheel = check_archives(report, Path(name))
         environments = Environments(Path(name), wheel)
-        for extra in [] if options.no_installs else options.only or [*extras, "lowest"]:
-            if extra == "lowest":
+        for extra in [] if options.no_installs else options.only or [*extras, *others]:
+            if extra == "readme":
+                wrong, seconds = environments.readme()
+                report.tell(f"installed with pip: the README's first example, after {seconds:.1f} s", wrong)
+            elif extra == "lowest":
                 report.tell("the tests with the lowest releases", environments.lowest())
             else:
                 report.tell(

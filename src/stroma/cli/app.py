@@ -40,7 +40,7 @@ _COMMANDS: Final = {
         "stroma.cli.commands.check:check",
         "Check that each node's output fits the next node's input.",
     ),
-    "graph": ("stroma.cli.commands.graph:graph", "Print which field of a node feeds which other field."),
+    "graph": ("stroma.cli.commands.graph:graph", "Draw which field of a node feeds which other field."),
     "runs": ("stroma.cli.commands.runs:runs", "List the runs in a store, newest first."),
     "show": ("stroma.cli.commands.show:show", "Show one run, attempt by attempt."),
     "diff": ("stroma.cli.commands.diff:diff", "Compare two runs field by field."),

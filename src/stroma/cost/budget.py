@@ -38,7 +38,7 @@ class BudgetExceeded(Exception):
         name, unit = _UNITS[self.dimension]
         return (
             f"budget exceeded: {name} limit {self.limit:.12g}{unit}, used {self.actual:.12g}{unit} "
-            f"({self.dimension}) at node {self.node_id!r}; raise {name} to go on"
+            f"({self.dimension}) at node {self.node_id!r}; raise {name}, then resume the run"
         )
 
 

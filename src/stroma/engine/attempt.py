@@ -416,7 +416,7 @@ class NodeAttempt:
                 used = ctx.cost_tracker.used("latency") + busy / 1e6
                 raise DeadlineExceeded(ctx, "latency", limit, max(used, limit), node_id) from None
             raise TimeoutError(
-                f"node {node_id!r} did not end within {timeout_ms} ms (node_timeouts)"
+                f"node {node_id!r} did not end within {timeout_ms} ms; raise node_timeouts[{node_id!r}], or make the call shorter"
             ) from None
 
     # ------------------------------------------------------------------ usage

@@ -128,7 +128,7 @@ def value_of(registry: ContractRegistry, node: Node | Group, committed: Committe
     except ValueError as error:
         why, cause = describe_error(error)
         raise CorruptCheckpoint(
-            f"an output of node {node.node_id!r} cannot be read back: {why}; restore its schema, or begin a new run"
+            f"an output of node {node.node_id!r} cannot be read back: {why}; restore its schema, or start a new run"
         ) from cause
 
 
@@ -195,22 +195,22 @@ def check_committed(
     where = f"position {place.position}" + (f" ({place.branch})" if place.branch else "")
     if committed.node_id != node.node_id:
         raise PipelineChanged(
-            f"run {ctx.run_id!r} cannot go on: at {where} it has the output of node {committed.node_id!r}, but the "
-            f"pipeline has {node.node_id!r} there; restore the order of nodes, or begin a new run"
+            f"run {ctx.run_id!r} cannot be resumed: at {where} it has the output of node {committed.node_id!r}, but the "
+            f"pipeline has {node.node_id!r} there; restore the order of nodes, or start a new run"
         )
     contract, _, recorded = committed.contract.partition(":")
     if (recorded or None) != group:
         raise PipelineChanged(
-            f"run {ctx.run_id!r} cannot go on: the output of node {node.node_id!r} at {where} was made for "
-            f"{recorded!r}, and the pipeline has {group!r} there; restore it, or begin a new run"
+            f"run {ctx.run_id!r} cannot be resumed: the output of node {node.node_id!r} at {where} was made for "
+            f"{recorded!r}, and the pipeline has {group!r} there; restore it, or start a new run"
         )
     if committed.is_failed_item:
         return
     if schema is not None and contract != schema.fingerprint and not _tolerated(ctx, node, place.contract):
         raise PipelineChanged(
-            f"run {ctx.run_id!r} cannot go on: the output of node {node.node_id!r} at {where} was recorded with another "
+            f"run {ctx.run_id!r} cannot be resumed: the output of node {node.node_id!r} at {where} was recorded with another "
             f"{schema.model.__name__} ({_difference(schema, committed)}); restore it, give the contract an upcast, "
-            "allow_changes=True, or begin a new run"
+            "allow_changes=True, or start a new run"
         )
 
 
@@ -222,8 +222,8 @@ def check_place(
         return
     if position >= len(nodes):
         raise PipelineChanged(
-            f"run {ctx.run_id!r} cannot go on: it has the output of node {committed.node_id!r} at position "
-            f"{position}, and the pipeline has only {len(nodes)} nodes; restore it, or begin a new run"
+            f"run {ctx.run_id!r} cannot be resumed: it has the output of node {committed.node_id!r} at position "
+            f"{position}, and the pipeline has only {len(nodes)} nodes; restore it, or start a new run"
         )
     node = nodes[position]
     group: str | None = None
@@ -232,8 +232,8 @@ def check_place(
         child = 0 if isinstance(node, Group) and node.is_map else index
         if child >= len(children):
             raise PipelineChanged(
-                f"run {ctx.run_id!r} cannot go on: it has the output of node {committed.node_id!r} inside "
-                f"position {position}, and {node.node_id!r} has no such child; restore it, or begin a new run"
+                f"run {ctx.run_id!r} cannot be resumed: it has the output of node {committed.node_id!r} inside "
+                f"position {position}, and {node.node_id!r} has no such child; restore it, or start a new run"
             )
         node, group = children[child], node.node_id
     if is_called(branch):  # Steps that a node or its hooks call are known when they are called.

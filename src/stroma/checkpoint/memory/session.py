@@ -58,6 +58,7 @@ class MemorySession(NullSession):
         "_epoch",
         "_other_rows",
         "_run",
+        "_run_id",
         "_states",
         "attribution",
         "continued",
@@ -109,6 +110,7 @@ class MemorySession(NullSession):
             run.session = weakref.ref(self) if request.ends else no_session
         self.execution, self._epoch = run.execution, run.epoch
         self._run, self._states, self._other_rows = run, run.states, run.other_rows
+        self._run_id = request.run_id
         self.control = run.control
         if self.continued and request.any_input:  # What is still to be answered is asked again.
             for place, waiting in list(run.waiting.items()):
@@ -151,7 +153,7 @@ class MemorySession(NullSession):
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> None:
         if self._run.epoch != self._epoch:
-            raise _fenced()
+            raise _fenced(self._run_id)
         if schema is None or output is None:
             self._other_rows.append(row)
             return
@@ -237,11 +239,11 @@ class MemorySession(NullSession):
 
     def flush(self) -> None:
         if self._run.epoch != self._epoch:
-            raise _fenced()
+            raise _fenced(self._run_id)
 
     def ask(self, waiting: Waiting) -> None:
         if self._run.epoch != self._epoch:
-            raise _fenced()
+            raise _fenced(self._run_id)
         self._run.waiting[waiting.position, waiting.branch] = waiting
 
     def answers(self) -> Mapping[tuple[int, str], Waiting]:
@@ -251,7 +253,7 @@ class MemorySession(NullSession):
     def end(self, status: str, error: str | None, wake_ms: int | None = None) -> None:
         if self.finished is None:
             if self._run.epoch != self._epoch:
-                raise _fenced()
+                raise _fenced(self._run_id)
             status = str(status)
             before = self._completion
             if before is not None and status in COMPLETE and before[2] == _count_attempts(self._run):
@@ -297,7 +299,7 @@ def _count_attempts(run: MemoryRun) -> int:
     return len(run.states) + len(run.other_rows)
 
 
-def _fenced() -> Fenced:
+def _fenced(run_id: str) -> Fenced:
     return Fenced(
-        "the run was taken over or deleted; this execution records nothing more, see the result of the other one"
+        f"run {run_id!r} was taken over or deleted; this execution records nothing more, see the result of the other one"
     )

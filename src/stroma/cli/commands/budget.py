@@ -10,6 +10,7 @@ import click
 from pydantic import ValidationError
 
 from stroma._utils.text import clean, format_tokens, format_usd, pluralize
+from stroma.cli.commands.completion import complete_run
 from stroma.cli.formatting import format_local_time, id_word
 from stroma.cli.output import emit, err, out, table
 from stroma.cli.requests import request_of
@@ -22,7 +23,7 @@ __all__ = ["budget"]
 
 
 @click.command()
-@click.argument("name", metavar="NAME_OR_RUN")
+@click.argument("name", metavar="NAME_OR_RUN", shell_complete=complete_run)
 @click.option("--cost-usd", type=click.FloatRange(min=0), metavar="USD", help="New cost limit of a run.")
 @click.option("--tokens", type=click.IntRange(min=0), metavar="N", help="New token limit of a run.")
 @click.option("--latency-ms", type=click.IntRange(min=0), metavar="MS", help="New time limit of a run.")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import click
 
 from stroma._utils.text import clean
+from stroma.cli.commands.completion import complete_run
 from stroma.cli.output import emit, err
 from stroma.cli.stores import Database, db_option
 from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
@@ -16,7 +17,7 @@ __all__ = ["cancel"]
 
 
 @click.command()
-@click.argument("run_", metavar="RUN")
+@click.argument("run_", metavar="RUN", shell_complete=complete_run)
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.cancel/1".')
 @db_option
 @temporal_options

@@ -40,8 +40,8 @@ _EXTRAS: Final = {
 _LEAST_FREE: Final = 200_000_000  # bytes
 _CLOCK_SECONDS: Final = 5.0
 
-_Verdict = Literal["ok", "note", "wrong"]
-_STYLES: Final = {"ok": "green", "note": "yellow", "wrong": "bold red"}
+_Verdict = Literal["ok", "note", "missing", "wrong"]
+_STYLES: Final = {"ok": "green", "note": "yellow", "missing": "dim", "wrong": "bold red"}
 
 
 class Diagnosis(NamedTuple):
@@ -59,7 +59,7 @@ class Diagnosis(NamedTuple):
 def doctor(as_json: bool, db: str | None) -> int:
     """Check the store and its format, the disk, the clock and the packages.
 
-    Each line is ok or names the fix. Exit code 3 if a check fails. Nothing is changed, except that a store of an older format
+    Each line is ok or names the fix; a package that is not installed is missing. Exit code 3 if a check fails. Nothing is changed, except that a store of an older format
     is upgraded, as by every command that reads it.
     """
     findings: list[Diagnosis] = []
@@ -76,11 +76,11 @@ def doctor(as_json: bool, db: str | None) -> int:
         emit({"schema": "stroma.doctor/1", "ok": not wrong, "checks": [one._asdict() for one in findings]})
     else:
         for one in findings:
-            out.line(
-                (f"{one.verdict:<6}", _STYLES[one.verdict]), f"{one.check:<12} {clean(one.message, 500)}"
-            )
-            if one.fix is not None:
-                out.line(f"{'':<19}fix: {clean(one.fix, 500)}")
+            # Most packages are missing because nobody needs them: one line for each.
+            message = f"{one.message}; {one.fix}" if one.verdict == "missing" else one.message
+            out.line((f"{one.verdict:<8}", _STYLES[one.verdict]), f"{one.check:<12} {clean(message, 500)}")
+            if one.fix is not None and one.verdict != "missing":
+                out.line(f"{'':<21}fix: {clean(one.fix, 500)}")
     return Code.ENVIRONMENT if wrong else Code.OK
 
 
@@ -213,7 +213,7 @@ def _extras() -> Iterator[Diagnosis]:
         if problem is None:
             yield Diagnosis(f"[{extra}]", "ok", purpose)
         elif problem == "":
-            yield Diagnosis(f"[{extra}]", "ok", f"{purpose}: not installed; {install}")
+            yield Diagnosis(f"[{extra}]", "missing", f"{purpose}: not installed", install)
         else:
             yield Diagnosis(f"[{extra}]", "wrong", f"{purpose}: {problem}", install)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 
+from stroma._utils.text import clean
 from stroma.checkpoint.history import History
 from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.cli.errors import Code, Problem
 from stroma.cli.loading import load_pipeline
-from stroma.cli.output import emit, out
+from stroma.cli.output import emit, err, out, write_private
 from stroma.cli.stores import Database, db_option
 from stroma.contracts.checks.lineage import Lineage, lineage_of
 from stroma.contracts.contract import ContractRegistry
@@ -24,16 +27,15 @@ __all__ = ["graph"]
     "--format",
     "form",
     type=click.Choice(["mermaid", "svg", "json"]),
-    default="mermaid",
-    show_default=True,
-    help="Output format.",
+    help="Format to print on stdout, in place of a file.",
 )
+@click.option("-o", "--output", "path", metavar="FILE", help="File to write.  [default: NAME.graph.svg]")
 @click.option("--from-runs", is_flag=True, help="Draw the steps that the recorded runs took.")
 @db_option
-def graph(target: str, form: str, from_runs: bool, db: str | None) -> None:
-    """Print the nodes with their contracts, and which field of a node feeds which other field.
+def graph(target: str, form: str | None, path: str | None, from_runs: bool, db: str | None) -> None:
+    """Draw the nodes with their contracts, and which field of a node feeds which other field.
 
-    No node is called. Findings of `stroma check` are marked. JSON has the schema "stroma.graph/1".
+    The drawing is an SVG file, which a browser opens. With --format it goes to stdout. No node is called. Findings of `stroma check` are marked. JSON has the schema "stroma.graph/1".
 
     With --from-runs, for a flow: how often each step was called and failed in the runs of the store, how often which step
     followed which, and after which steps the runs ended. JSON has the schema "stroma.run_graph/1".
@@ -44,12 +46,28 @@ def graph(target: str, form: str, from_runs: bool, db: str | None) -> None:
         drawing = _run_graph(pipeline, db)
     else:
         drawing = lineage_of(pipeline.name, [find_node(node) for node in pipeline.nodes], ContractRegistry())
-    if form == "json":
+    if form == "json" and path is None:
         emit({"schema": "stroma.run_graph/1" if from_runs else "stroma.graph/1", **drawing.data()})
-    elif form == "svg":
-        out.write(drawing.svg())
+    elif form is not None and path is None:
+        out.write(drawing.svg() if form == "svg" else drawing.mermaid())
+    elif form in (None, "svg"):
+        # A suffix of its own, so that a picture of the user's is not overwritten.
+        path = (
+            path
+            or f"{re.sub(r'[^A-Za-z0-9_-]+', '-', pipeline.name).strip('-')[:100] or 'pipeline'}.graph.svg"
+        )
+        _write(path, drawing.svg())
+        err.line(f"wrote {clean(path, 500)}; open it in a browser")
     else:
-        out.write(drawing.mermaid())
+        raise click.UsageError("-o writes an SVG file; leave out --format, or pass --format svg")
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        write_private(path, text)
+    except OSError as error:
+        message = f"cannot write {path}: {error.strerror or error}"
+        raise Problem(message, "pass another file: -o FILE", code=Code.ENVIRONMENT) from error
 
 
 def _run_graph(pipeline: Pipeline, db: str | None) -> RunGraph:
