@@ -222,7 +222,7 @@ CORRECTIONS = (
     # Scrolling content must be reachable by keyboard; see the style of `pre`.
     (re.compile(r"<pre\b"), '<pre tabindex="0"'),
     # Anchors of lines, which are invisible.
-    (re.compile(r'<a (?=(?:id|name)="__codelineno)'), '<a aria-hidden="true" tabindex="-1" '),
+    (re.compile(r'<a (?=(?:id|name)="[^"]*__codelineno)'), '<a aria-hidden="true" tabindex="-1" '),
     # Roles of another markup, in docstrings.
     (re.compile(r":(?:attr|class|data|exc|func|meth|mod):(?=<code>)"), ""),
 )
