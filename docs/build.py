@@ -66,14 +66,14 @@ UNLISTED = "adr/"
 
 
 def pages() -> dict[str, Path]:
-    """The Markdown pages by where they stand in the site."""
+    """Return the Markdown pages by their place in the site."""
     found = {path.relative_to(DOCS).as_posix(): path for path in sorted(DOCS.rglob("*.md"))}
     found |= {name: ROOT / beside for beside, name in BESIDE.items() if (ROOT / beside).exists()}
     return found
 
 
 def navigation(names: set[str]) -> dict[str, list[str]]:
-    """Which pages stand where, in order; each page once."""
+    """Return the pages of each section, in order; each page once."""
     named = {name for entries in NAV.values() for name in entries}
     nav: dict[str, list[str]] = {}
     for section, entries in NAV.items():
@@ -95,7 +95,7 @@ def navigation(names: set[str]) -> dict[str, list[str]]:
 
 
 def title_of(text: str) -> str:
-    """The first heading of a page."""
+    """Return the first heading of a page."""
     match = re.search(r"^# (.+)$", text, re.MULTILINE)
     return re.sub(r"[`*]", "", match[1]) if match else "?"
 
@@ -113,7 +113,7 @@ class Sources:
 
 @functools.cache
 def lines_of(path: str) -> dict[str, int]:
-    """The lines of the functions and classes of a Python file, which a link to it may name."""
+    """Return the lines of the functions and classes of a Python file, which a link to it may name."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     tree = ast.parse((ROOT / path).read_text("utf-8"))
     return {node.name: node.lineno for node in ast.walk(tree) if isinstance(node, kinds)}
@@ -123,7 +123,7 @@ LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 
 
 def relinked(text: str, name: str, path: Path, known: dict[str, Path], sources: Sources) -> str:
-    """The text of a page with links that hold in the site."""
+    """Return the text of a page with links that work in the site."""
     where = {source: target for target, source in known.items()}
     where |= {ROOT / beside: target for beside, target in SAME.items()}
 
@@ -135,7 +135,7 @@ def relinked(text: str, name: str, path: Path, known: dict[str, Path], sources: 
         if there in where:
             target = where[there]
             if there == ROOT / "README.md":
-                anchor = ""  # It is told in other words here.
+                anchor = ""  # The first page of the site has other headings.
         elif there.is_dir():
             target = f"{there.relative_to(DOCS).as_posix()}/index.md"
         elif there.is_relative_to(DOCS):
@@ -160,7 +160,7 @@ NO_SEARCH = "---\nsearch:\n  exclude: true\n---\n\n"
 
 
 def lay_out(folder: Path) -> dict[str, list[str]]:
-    """Write all pages into a folder, and give the navigation."""
+    """Write all pages into a folder, and return the navigation."""
     shutil.rmtree(folder, ignore_errors=True)
     known, sources, titles = pages(), Sources(), dict[str, str]()
     adrs = {
@@ -196,7 +196,7 @@ def lay_out(folder: Path) -> dict[str, list[str]]:
     return navigation(set(texts))
 
 
-#: Contrast of small text, and links that colour alone does not tell from text.
+#: Contrast of small text, and underlined links.
 STYLE = """\
 .md-typeset a:not(.headerlink):not(.md-button) { text-decoration: underline; text-underline-offset: 0.15em }
 .md-typeset img[src$=".svg"] { max-width: 100%; height: auto }
@@ -216,13 +216,13 @@ addEventListener("load", reach)
 addEventListener("resize", reach)
 """
 
-#: What the generator writes that a reader who does not see the page would stumble over, and what to write in its place.
-MENDED = (
+#: Output of the generator that hinders readers with assistive technology, with its replacement.
+CORRECTIONS = (
     (re.compile(r"<th(?: [^>]*)?></th>"), "<td></td>"),
-    # What scrolls must be in reach of the keyboard; see the style of `pre`.
+    # Scrolling content must be reachable by keyboard; see the style of `pre`.
     (re.compile(r"<pre\b"), '<pre tabindex="0"'),
-    # Anchors of lines, which nobody can see or press.
-    (re.compile(r'<a (?=(?:id|name)="__codelineno)'), '<a aria-hidden="true" tabindex="-1" '),
+    # Anchors of lines, which are invisible.
+    (re.compile(r'<a (?=(?:id|name)="[^"]*__codelineno)'), '<a aria-hidden="true" tabindex="-1" '),
     # Roles of another markup, in docstrings.
     (re.compile(r":(?:attr|class|data|exc|func|meth|mod):(?=<code>)"), ""),
 )
@@ -232,7 +232,7 @@ MENDED = (
 
 
 def configuration(nav: dict[str, list[str]], folder: Path, site: Path) -> str:
-    """zensical.toml: a nav from the table above, nothing from elsewhere."""
+    """Return zensical.toml: the navigation, and no resource of other hosts."""
     tree: dict[str, list[str]] = {}
     for section, names in nav.items():
         section, _, group = section.partition("/")
@@ -353,12 +353,12 @@ def build(site: Path) -> None:
         command, cwd=WORK, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
-    # What is wrong with a docstring is said, and no error to the generator.
+    # The generator prints problems of docstrings, but does not fail for them.
     if done.returncode or re.search(r"^griffe: ", said, re.MULTILINE):
         raise SystemExit(f"{said}\nthe site was not built; what is above says why")
     for page in site.rglob("*.html"):
         text = page.read_text("utf-8")
-        for pattern, instead in MENDED:
+        for pattern, instead in CORRECTIONS:
             text = pattern.sub(instead, text)
         page.write_text(text, "utf-8")
     (worker,) = site.glob("assets/javascripts/workers/search.*.js")
@@ -376,7 +376,7 @@ def main(argv: list[str]) -> int:
     wrong = look.look(site, Path(argv[1]) if len(argv) > 1 else None)
     for problem in wrong:
         print(problem)
-    print(f"{len(wrong)} things are wrong with it" if wrong else f"open {site / 'index.html'}")
+    print(f"{len(wrong)} problems" if wrong else f"open {site / 'index.html'}")
     return 1 if wrong else 0
 
 

@@ -1,4 +1,4 @@
-"""Look at the built site: what it links to, what it loads, and whether everybody can read it.
+"""Check the built site: its links, its resources and its accessibility.
 
 Every page is read: links and anchors lead somewhere, nothing comes from elsewhere, pictures have a text, headings come in order,
 one main landmark and a language are there. Then some pages of each kind are opened in Chromium, where there is one, light and
@@ -26,16 +26,16 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Pages of each kind.
 SHOWN = (
     "index.html", "tutorial/05-checkpoints-and-resume.html", "howto/debug-at-night.html", "concepts/hooks.html", "guarantees.html",
-    "reference/contracts.html", "telemetry/sentry.html", "comparison.html", "source/examples/streaming.py.html",
+    "reference/running.html", "telemetry/sentry.html", "comparison.html", "source/examples/streaming.py.html",
 )  # fmt: skip
-#: As a telephone shows them.
+#: Pages to open at the width of a phone.
 NARROW = ("comparison.html", "tutorial/10-tracing.html")
 _LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src"}
 _HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 
 
 class Page(html.parser.HTMLParser):
-    """What is of interest in one page."""
+    """Ids, links, headings and problems of one page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Page(html.parser.HTMLParser):
         if tag in _LOADS and (source := given.get(_LOADS[tag])):
             self.loads.append(source)
         if tag == "img" and not given.get("alt"):
-            self.wrong.append(f"a picture without a text: {given.get('src')}")
+            self.wrong.append(f"an image without a text: {given.get('src')}")
         if tag == "html" and not given.get("lang"):
             self.wrong.append("no language")
         if tag in _HEADINGS:
@@ -80,7 +80,7 @@ class Page(html.parser.HTMLParser):
 
 
 def read(site: Path) -> list[str]:
-    """What is wrong with the pages as they are written."""
+    """Return the problems in the HTML of the pages."""
     pages = {
         path: Page(path.read_text("utf-8"))
         for path in sorted(site.rglob("*.html"))
@@ -96,9 +96,9 @@ def read(site: Path) -> list[str]:
             there = (path.parent / unquote(target)).resolve() if target else path
             there = there / "index.html" if there.is_dir() else there
             if not there.is_relative_to(site.resolve()) or not there.exists():
-                found.append(f"a link that leads nowhere: {link}")
+                found.append(f"a broken link: {link}")
             elif anchor and there in pages and unquote(anchor) not in pages[there].ids:
-                found.append(f"a link to an anchor that is not there: {link}")
+                found.append(f"a link to a missing anchor: {link}")
         wrong += [f"{path.relative_to(site)}: {problem}" for problem in dict.fromkeys(found)]
     return wrong
 
@@ -112,7 +112,7 @@ def served(site: Path) -> Iterator[str]:
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
-            """Nothing is said."""
+            """Log nothing."""
 
     with http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))
@@ -123,7 +123,7 @@ def served(site: Path) -> Iterator[str]:
 
 
 def axe() -> str:
-    """The text of axe-core, as a package ships it."""
+    """Return the text of axe-core, as a package ships it."""
     spec = importlib.util.find_spec("axe_playwright_python")
     assert spec is not None
     assert spec.origin is not None
@@ -141,18 +141,18 @@ performance.getEntriesByType('resource').map(entry => entry.name)
 """
 
 
-#: What axe-core may find, each with what stands against it.
+#: Accepted findings of axe-core, each with its reason.
 ACCEPTED = {"landmark-unique": "the theme's list of pages has lists in it, all under one name"}
 
 
 def browse(site: Path, pictures: Path | None) -> list[str]:
-    """What is wrong with some pages in a real browser."""
+    """Return the problems of some pages in a real browser."""
     sys.path.insert(0, str(ROOT))
     from tests.ui.browser import Browser, find_chromium
 
     program = find_chromium()
     if program is None:
-        print("there is no Chromium here: the pages were read, not opened")
+        print("no Chromium: the pages were read, not opened")
         return []
     wrong = []
     with served(site) as url:
@@ -184,7 +184,7 @@ def browse(site: Path, pictures: Path | None) -> list[str]:
 
 
 def opened(browser: Any) -> list[str]:
-    """What is wrong with the page that is open."""
+    """Return the problems of the open page."""
     # Colours change gradually when the page takes its scheme.
     browser.eval(
         "document.head.insertAdjacentHTML('beforeend', '<style>*{transition:none!important}</style>')"
@@ -218,11 +218,11 @@ def found_by_searching(browser: Any, page: str) -> list[str]:
     try:
         browser.until("document.activeElement.shadowRoot.textContent.includes('Send an email once')")
     except AssertionError:
-        return ["the search does not find what stands on a page"]
+        return ["the search does not find a page by its words"]
     return []
 
 
 def look(site: Path, pictures: Path | None = None) -> list[str]:
-    """What is wrong with a site; ``pictures``: a folder for what some pages look like."""
+    """Return the problems of a site. ``pictures``: a folder for screenshots of some pages."""
     site = site.resolve()
     return read(site) + browse(site, pictures)

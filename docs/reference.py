@@ -53,8 +53,27 @@ PARAMETERS = frozenset(
         "stroma_node", "usage_from",
     }
 )  # fmt: skip
-#: Methods of a class that the page shows; of the other classes in PARAMETERS it shows all public ones.
-METHODS = {"RunConfig": ["with_run_id"], "NodeHooks": []}
+#: Methods and properties of a class that users call. Of other classes the page shows all public ones.
+METHODS = {
+    "Breaker": ["states"],
+    "CellStoreTests": [],
+    "CheckpointStoreTests": ["reopened"],
+    "CostTracker": ["record", "total_tokens", "total_cost_usd", "total_latency_ms", "check_budget", "summary"],
+    "ExecutionTrace": ["append", "copy", "replay", "walk", "events_for", "failures", "to_json", "diff"],
+    "FaultPlan": ["fail", "lose", "delay", "malform", "at_random", "forgive"],
+    "JournalStoreTests": [],
+    "Limit": [],
+    "NodeExecution": [
+        "run_id", "pipeline", "outcome", "duration_ms", "function_ms", "started_ns", "reason", "notes", "at_end", "idempotency_key",
+        "usage", "model", "remaining_budget", "report_usage", "signal", "wait_for",
+    ],
+    "NodeHooks": [],
+    "ReliabilityContext": ["for_run", "build_result", "conversation", "user", "session_id", "execution", "last_state", "notes"],
+    "RunConfig": ["with_run_id"],
+    "SharedBudget": ["state"],
+}  # fmt: skip
+#: Classes that users get and do not create; their constructors are internal.
+NOT_CREATED = {"NodeExecution", "ReliabilityContext"}
 #: Units by the end of a parameter's name, and of parameters whose name does not have one.
 UNITS = {
     "_ms": "ms", "_seconds": "s", "_usd": "US dollars", "_bytes": "bytes", "_pct": "share, 0 to 1", "tokens": "tokens",
@@ -185,27 +204,28 @@ def table(name: str, rows: list[Parameter]) -> list[str]:
 
 
 def options(value: Any, name: str) -> list[str]:
-    """Return the options of the generator for a name whose parameters are in a table."""
-    lines = [
-        "    options:",
-        "      show_docstring_attributes: false",
-        "      show_docstring_parameters: false",
-    ]
-    if not inspect.isclass(value):
-        return lines
-    fields = {*getattr(value, "model_fields", ()), *getattr(value, "__dataclass_fields__", ())}
-    shown = METHODS.get(
-        name,
-        [
+    """Return the options of the generator: what it omits since a table has it, or since it is internal."""
+    lines = []
+    if name in PARAMETERS:
+        lines += ["show_docstring_attributes: false", "show_docstring_parameters: false"]
+    if name in NOT_CREATED | {"NodeHooks"} or (inspect.isclass(value) and issubclass(value, BaseModel)):
+        lines.append("show_signature: false")
+    if inspect.isclass(value) and (name in METHODS or name in PARAMETERS):
+        fields = {*getattr(value, "model_fields", ()), *getattr(value, "__dataclass_fields__", ())}
+        kinds = property | classmethod | staticmethod | FunctionType
+        methods = [
             member
             for member, code in vars(value).items()
-            if not member.startswith("_") and member not in fields
-            and isinstance(code, property | classmethod | staticmethod | FunctionType)
-        ],
-    )  # fmt: skip
-    if issubclass(value, BaseModel) or name == "NodeHooks":
-        lines.append("      show_signature: false")
-    return [*lines, f"      members: {json.dumps(shown) if shown else 'false'}"]
+            if isinstance(code, kinds) and not member.startswith("_") and member not in fields
+        ]
+        shown = METHODS.get(name, methods)
+        unknown = {*shown} - {*methods}
+        if unknown:
+            raise ValueError(
+                f"{name} has no {', '.join(sorted(unknown))}; correct METHODS in docs/reference.py"
+            )
+        lines.append(f"members: {json.dumps(shown) if shown else 'false'}")
+    return ["    options:", *(f"      {line}" for line in lines)] if lines else []
 
 
 @dataclass(frozen=True)
@@ -283,10 +303,12 @@ def topic_page(topic: str) -> str:
             lines += ["", f"::: {found.path}"]
             if topic == "adapters":  # Several have a function of the same name.
                 lines += ["    options:", "      show_root_full_path: true"]
-            if found.name in PARAMETERS:
+            elif "." in found.path:
                 module_path, _, name = found.path.rpartition(".")
                 value = getattr(importlib.import_module(module_path), name)
-                lines += options(value, found.name) + table(found.name, parameters(value))
+                lines += options(value, found.name)
+                if found.name in PARAMETERS:
+                    lines += table(found.name, parameters(value))
             if found.name == "StromaRunner":
                 lines += quick_keywords()
     return "\n".join(lines) + "\n"

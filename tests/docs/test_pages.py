@@ -505,12 +505,12 @@ def test_the_look_at_the_site_finds_what_is_wrong(look: Any, tmp_path: Path) -> 
     (tmp_path / "page.html").write_text(BROKEN)
     result = look.read(tmp_path)
     assert result == [
-        "page.html: a picture without a text: a.png",
+        "page.html: an image without a text: a.png",
         "page.html: a heading of level 3 follows one of level 1",
         "page.html: it loads https://elsewhere.example/a.css",
         "page.html: it loads //elsewhere.example/a.js",
-        "page.html: a link that leads nowhere: gone.html",
-        "page.html: a link to an anchor that is not there: #gone",
+        "page.html: a broken link: gone.html",
+        "page.html: a link to a missing anchor: #gone",
     ]
     (tmp_path / "page.html").write_text('<html lang="en"><main><h1>A page</h1><h2>More</h2></main></html>')
     assert look.read(tmp_path) == []
