@@ -25,8 +25,7 @@ MEANS = {
     "is what `current_node().idempotency_key` is for. A new execution of the same run id runs everything again.",
     6: "On a journal store across processes, else in one. The call that crosses a limit is made, since its price is known "
     "afterwards; the next one is not. Of a call in flight when a process is killed nobody can know what it used.",
-    7: "An event is a snapshot. It holds what went in and what came out at that time, with usage, class and duration. Of a "
-    "[map into a file](map.md) the trace holds the first thousands of items; the rest is counted.",
+    7: "An event is a snapshot. It holds what went in and what came out at that time, with usage, class and duration.",
     8: "Hooks are awaited under a time limit (`hook_timeout_ms`), outside of the node's error handling. One that blocks the event "
     "loop cannot be interrupted; it is named in a warning. The one exception is a hook that is not async: TypeError.",
     9: 'Within a living process: success, failure, cancelled or suspended. After a crash, `hook_delivery="at_least_once"` has the '
@@ -36,7 +35,7 @@ MEANS = {
     "imported.",
     12: "Without hooks no state is made for them, without a budget nothing is summed, and a node costs the same in a pipeline of "
     "5,000 as in one of 100. [Figures](performance.md).",
-    13: "On a journal store across processes, else in one; for nodes with `effect=True`. The statement comes from the node's `reconcile` or from a person; "
+    13: "On a journal store across processes, else in one; for nodes with `effect=True`. Somebody is the node's `reconcile`, or a person; "
     "a server that refused the request, or no connection to it, counts as such a statement. A new execution is a new effect.",
 }
 
