@@ -319,7 +319,7 @@ def links_of(text: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "page",
-    [*ALL, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"],
+    sorted({*ALL, *ROOT.glob("*.md")}),
     ids=lambda p: p.relative_to(ROOT).as_posix(),
 )
 def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
@@ -417,6 +417,27 @@ def test_the_landing_page_shows_a_failure_handled_in_twenty_lines() -> None:
     assert len([line for line in first.text.splitlines() if line.strip()]) <= 20
     assert "RECOVERABLE" in output.text
     assert "COMPLETED" in output.text
+
+
+def test_the_readme_is_short_and_in_order() -> None:
+    """The README has at most 150 lines: the problem, the demo, two commands, one example, hooks, flows, guarantees, figures."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.splitlines()) <= 150
+    first, *headings = re.findall(
+        r"^(?:## |!\[)(.+?)(?:\]|$)", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE
+    )
+    assert "demo" in first
+    assert headings == ["Two commands", "One example", "Hooks", "Flows", "Guarantees", "Measurements"]
+
+
+def test_each_howto_has_a_situation_code_and_limits() -> None:
+    """A how-to starts with a sentence about the situation, then shows code, and ends with its limits."""
+    for page in sorted((DOCS / "howto").glob("*.md")):
+        if page.stem != "index":
+            text = page.read_text("utf-8")
+            situation = text.split("\n\n")[1]
+            assert re.match(r"[A-Z][^#|`]+[.,:]", situation), page.name
+            assert 0 < text.index("```") < text.index("\n## Limits\n"), page.name
 
 
 def test_each_guarantee_is_held_by_tests_that_name_it() -> None:
