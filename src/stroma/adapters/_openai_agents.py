@@ -29,7 +29,7 @@ from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Guard, what_stopped
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage, usage_from
-from stroma.engine.execution import current_node
+from stroma.engine.execution import current_node_or_none
 
 __all__ = [
     "GuardedModel",
@@ -327,7 +327,7 @@ def used_before(input: Any, context: Any) -> int:
 
 def _compare_at_end(result: Any, run: Any, before: int) -> None:
     """Compare the SDK's own figure of a streamed run, and of those before it in the same place, once it has ended."""
-    place = current_node() or run
+    place = current_node_or_none() or run
 
     def compare(_: Any) -> None:
         used = result.context_wrapper.usage

@@ -28,7 +28,7 @@ from stroma.adapters._step import Control, copy_for_retries, count_tokens, mark_
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage, UsageError, usage_from
-from stroma.engine.execution import current_node
+from stroma.engine.execution import current_node_or_none
 
 warn_if_untested("haystack")
 
@@ -130,11 +130,12 @@ def _around(guard: Guard, bare: Any) -> Any:
 
 def _tokens_of_tools() -> int:
     """Return the tokens inside the current agent that its own figure leaves out: those of all but its generator."""
-    node = current_node()
-    children = () if node is None else node.children or ()
-    return sum(
-        count_tokens([row for row in children if node and row.node_id != f"{node.node_id}.chat_generator"])
-    )
+    node = current_node_or_none()
+    if node is None:
+        return 0
+    others = [row for row in node.children or () if row.node_id != f"{node.node_id}.chat_generator"]
+    input_tokens, output_tokens = count_tokens(others)
+    return input_tokens + output_tokens
 
 
 def _publishing(callback: Any) -> Any:

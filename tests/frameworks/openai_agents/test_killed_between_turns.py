@@ -47,7 +47,6 @@ def live(folder: str, dies_before: str) -> None:
         if name == dies_before:
             die()
         node = current_node()
-        assert node is not None
         ledger.pay(f"{name}|{node.idempotency_key}")
 
     @function_tool(needs_approval=True)
