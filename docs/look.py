@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Pages of each kind.
 SHOWN = (
     "index.html", "tutorial/05-checkpoints-and-resume.html", "howto/debug-at-night.html", "concepts/hooks.html", "guarantees.html",
-    "reference/running.html", "telemetry/sentry.html", "comparison.html", "source/examples/streaming.py.html",
+    "reference/hooks.html", "telemetry/sentry.html", "comparison.html", "source/examples/streaming.py.html",
 )  # fmt: skip
 #: Pages to open at the width of a phone.
 NARROW = ("comparison.html", "tutorial/10-tracing.html")

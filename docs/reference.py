@@ -208,7 +208,9 @@ def options(value: Any, name: str) -> list[str]:
     lines = []
     if name in PARAMETERS:
         lines += ["show_docstring_attributes: false", "show_docstring_parameters: false"]
-    if name in NOT_CREATED | {"NodeHooks"} or (inspect.isclass(value) and issubclass(value, BaseModel)):
+    if name in NOT_CREATED or (inspect.isclass(value) and issubclass(value, BaseModel)):
+        lines += ["merge_init_into_class: false", "show_bases: false"]
+    if name == "NodeHooks":  # The signature of a dataclass is not that of its __init__.
         lines.append("show_signature: false")
     if inspect.isclass(value) and (name in METHODS or name in PARAMETERS):
         fields = {*getattr(value, "model_fields", ()), *getattr(value, "__dataclass_fields__", ())}
