@@ -16,24 +16,20 @@ _REQUEST: Final = "function_approval_request"
 _RESPONSE: Final = "function_approval_response"
 
 
-def goes_on(messages: Any) -> bool:
+def goes_on(messages: list[Any]) -> bool:
     """Return True if messages have a request for an approval, or the response to one."""
-    return any(
-        content.type in (_REQUEST, _RESPONSE) for message in messages or () for content in message.contents
-    )
+    return any(content.type in (_REQUEST, _RESPONSE) for message in messages for content in message.contents)
 
 
-def take_answers(guard: Guard, messages: Any) -> list[Any]:
+def take_answers(guard: Guard, messages: list[Any]) -> list[Any]:
     """Answer the requests among the messages from the store; return them if there is one without an answer."""
     run = guard.current
-    requests = [
-        content for message in messages or () for content in message.contents if content.type == _REQUEST
-    ]
+    requests = [content for message in messages for content in message.contents if content.type == _REQUEST]
     answers = run.answers_to(request.id for request in requests)
     if len(answers) < len(requests):
         return requests
     run.taken.update(answers)
-    for number, message in enumerate(messages or ()):
+    for number, message in enumerate(messages):
         if any(content.type == _REQUEST for content in message.contents):
             answered = messages[number] = copy.copy(message)
             answered.contents = [
