@@ -16,16 +16,13 @@ _REQUEST: Final = "function_approval_request"
 _RESPONSE: Final = "function_approval_response"
 
 
-def goes_on(messages: Any) -> bool:
+def goes_on(messages: list[Any]) -> bool:
     """Return True if messages have a request for an approval, or the response to one."""
-    return any(
-        content.type in (_REQUEST, _RESPONSE) for message in messages or () for content in message.contents
-    )
+    return any(content.type in (_REQUEST, _RESPONSE) for message in messages for content in message.contents)
 
 
-def take_answers(guard: Guard, messages: list[Any] | None) -> list[Any]:
+def take_answers(guard: Guard, messages: list[Any]) -> list[Any]:
     """Answer the requests among the messages from the store; return them if there is one without an answer."""
-    messages = messages if messages is not None else []
     run = guard.current
     requests = [content for message in messages for content in message.contents if content.type == _REQUEST]
     answers = run.answers_to(request.id for request in requests)

@@ -136,7 +136,7 @@ class _OfAgent(AgentMiddleware):
         guard, request = self._shared.guard, asked_of(context.messages)
         call = _AgentCall(context, call_next, self._shared)
         # With a request for approval, or the response to one, it continues where it waited.
-        answered = goes_on(context.messages)
+        answered = goes_on(context.messages or [])
         # Its models and tools had their retries: it is called once.
         about: Any = {
             "input_view": lambda *_: request,
@@ -222,7 +222,7 @@ class _AgentCall(Rest):
 
     async def whole(self) -> Any:
         is_outermost = self._begin()
-        requests = take_answers(self._shared.guard, self._context.messages)
+        requests = take_answers(self._shared.guard, self._context.messages or [])
         if requests:  # What is still to be answered is asked again, and nothing is called.
             response = asked_again(requests)
         else:
@@ -232,7 +232,7 @@ class _AgentCall(Rest):
 
     async def parts(self) -> AsyncGenerator[Any, None]:
         is_outermost = self._begin()
-        requests = take_answers(self._shared.guard, self._context.messages)
+        requests = take_answers(self._shared.guard, self._context.messages or [])
         if requests:
             self._final = asked_again(requests)
             yield AgentResponseUpdate(contents=requests, role="assistant")
