@@ -111,7 +111,7 @@ async def one_name_for_two_results() -> None:
 
 async def wrong_calls(flow: Flow, ticket: Ticket, reply: Reply) -> Reply:
     await flow.step(label, reply)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
-    await flow.step(loose, reply)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await flow.step(loose, reply)  # type: ignore[arg-type, type-var]  # pyright: ignore[reportArgumentType, reportCallIssue]
     await flow.step(3, ticket)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     flow.step(label, ticket)  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
     await flow.run(inner, reply)  # type: ignore[misc]  # pyright: ignore[reportArgumentType, reportCallIssue]

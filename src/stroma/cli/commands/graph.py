@@ -51,7 +51,7 @@ def graph(target: str, form: str | None, path: str | None, from_runs: bool, db: 
     elif form is not None and path is None:
         out.write(drawing.svg() if form == "svg" else drawing.mermaid())
     elif form in (None, "svg"):
-        # A suffix of its own, so that a picture of the user's is not overwritten.
+        # A suffix of its own, so that no image of the user is overwritten.
         path = (
             path
             or f"{re.sub(r'[^A-Za-z0-9_-]+', '-', pipeline.name).strip('-')[:100] or 'pipeline'}.graph.svg"
