@@ -22,10 +22,11 @@ UNTYPED = [*EXAMPLES.glob("adapter_*.py"), EXAMPLES / "fastapi_service.py", EXAM
 def lay_out(folder: Path) -> list[Path]:
     """Write the code of all pages and examples into a folder, on the line numbers of their pages. Return the files.
 
-    The executed blocks of one page are one module. A block with a title is a file of that name; those of the tutorial import
-    each other, so they stand in one folder.
+    The executed blocks of one page are one module. A block with a title is a file of that name; some import each other, so
+    they stand in one folder.
     """
     sources: dict[str, str] = {}
+    owners: dict[str, Path] = {}
     for page in ALL:
         if page.parent.name in ("adapters", "migration"):
             continue
@@ -33,12 +34,9 @@ def lay_out(folder: Path) -> list[Path]:
         for block in of_page(page.read_text("utf-8")):
             if block.language != "python":
                 continue
-            if not block.title:
-                place, above = f"pages/{name}.py", sources.get(f"pages/{name}.py", "")
-            elif page.parent.name == "tutorial":
-                place, above = f"tutorial/{block.title}", ""
-            else:
-                place, above = f"pages/{name}_{Path(block.title).name}", ""
+            place = f"files/{block.title}" if block.title else f"pages/{name}.py"
+            assert owners.setdefault(place, page) == page, f"{page} saves {block.title}, as another page does"
+            above = "" if block.title else sources.get(place, "")
             sources[place] = above + "\n" * (block.line - 1 - above.count("\n")) + block.text
     for example in EXAMPLES.rglob("*.py"):
         if example not in UNTYPED:
@@ -55,7 +53,7 @@ def lay_out(folder: Path) -> list[Path]:
 
 def check_with_mypy(folder: Path, files: list[Path]) -> list[str]:
     """Return the errors that `mypy --strict` finds, without our settings and without a plugin."""
-    paths = [str(folder / name) for name in ("tutorial", "examples", ".")]
+    paths = [str(folder / name) for name in ("files", "examples", ".")]
     environment = {**os.environ, "MYPYPATH": os.pathsep.join(paths), "NO_COLOR": "1"}
     command = [
         sys.executable, "-m", "mypy", "--strict", "--config-file=", "--no-error-summary", "--explicit-package-bases",
@@ -70,7 +68,7 @@ def check_with_mypy(folder: Path, files: list[Path]) -> list[str]:
 
 def check_with_pyright(folder: Path) -> list[str]:
     """Return the errors that pyright finds with the settings that it has by itself."""
-    settings = {"include": ["tutorial", "examples", "pages"], "extraPaths": ["tutorial", "examples"]}
+    settings = {"include": ["files", "examples", "pages"], "extraPaths": ["files", "examples"]}
     (folder / "pyrightconfig.json").write_text(json.dumps(settings))
     command = [
         sys.executable,
