@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from stroma.adapters._state_views import View, arguments_of
 from stroma.adapters.guard import Guard
@@ -145,11 +145,11 @@ def _function_of(owner: Any, name: str) -> Any:
     if name in vars(owner):  # A method of this very object, which takes no `self`.
         bare = vars(owner)[name]
         return getattr(bare, _BARE, None) or _with_owner(bare)
-    function: Any = inspect.getattr_static(type(owner), name, None)
+    function = inspect.getattr_static(type(owner), name, None)
     if not inspect.isroutine(function):
         return None
     # As the class that has it gives it out: only then does what an instrumentation has put in its place (wrapt) know its object.
-    return getattr(function, _BARE, None) or function.__get__(None, _home_of(owner, name))
+    return getattr(function, _BARE, None) or cast("Any", function).__get__(None, _home_of(owner, name))
 
 
 def _home_of(owner: Any, name: str) -> Any:
