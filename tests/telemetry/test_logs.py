@@ -206,3 +206,20 @@ async def test_each_kind_of_logger_of_structlog(wrapper: Any) -> None:
         ("info", "node success", 1),
         ("info", "run ended", 1),
     ]
+
+
+async def test_starts_of_nodes_are_asked_for_once_a_run(caplog: pytest.LogCaptureFixture) -> None:
+    """A logger that is set to DEBUG in a run shows the starts of nodes of later runs."""
+    caplog.set_level(logging.INFO, logger="stroma.events")
+    runner = quick(log_hooks())
+
+    @runner.node("louder", input=State, output=State)
+    async def louder(state: State) -> State:
+        caplog.set_level(logging.DEBUG, logger="stroma.events")
+        return state
+
+    starts: list[int] = []
+    for _ in range(2):
+        await runner.run([louder, flaky(runner, 0)], State())
+        starts.append(sum(line.message.startswith("node started") for line in events(caplog)))
+    assert starts == [0, 2]

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from stroma.adapters._state_views import View, arguments_of
 from stroma.adapters.guard import Guard
@@ -148,9 +148,8 @@ def _function_of(owner: Any, name: str) -> Any:
     function = inspect.getattr_static(type(owner), name, None)
     if not inspect.isroutine(function):
         return None
-    descriptor: Any = function
     # As the class that has it gives it out: only then does what an instrumentation has put in its place (wrapt) know its object.
-    return getattr(function, _BARE, None) or descriptor.__get__(None, _home_of(owner, name))
+    return getattr(function, _BARE, None) or cast("Any", function).__get__(None, _home_of(owner, name))
 
 
 def _home_of(owner: Any, name: str) -> Any:

@@ -98,7 +98,7 @@ class Hooks:
         by_event: dict[str, Calls] = dict.fromkeys(EVENTS, ())
         for index, hooks in enumerate(sets):
             for event in EVENTS:
-                hook = hooks.hook_of(event)
+                hook = hooks._hook_of(event)
                 if hook is not None:
                     # Starts are called first to last, ends last to first.
                     call = ((index, hook),)

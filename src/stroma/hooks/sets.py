@@ -115,7 +115,7 @@ class NodeHooks:
     def hook_raised(self, run: Any, event: str) -> None:
         """Handle an exception of a hook of any set of the run; ``run`` is its context, or None if it is not known."""
 
-    def hook_of(self, event: str) -> Any:
+    def _hook_of(self, event: str) -> Any:
         """Return the hook of an event that a run which begins now calls, or None."""
         return getattr(self, event)
 

@@ -373,7 +373,7 @@ class ExporterHooks(NodeHooks):
         """Have the exporter count an exception of a hook of any set. Never raises."""
         self.exporter._count_hook_error(run, event)
 
-    def hook_of(self, event: str) -> Any:
+    def _hook_of(self, event: str) -> Any:
         """Return the hook of an event that a run which begins now calls, or None."""
         return None if self.exporter.ignores(event) else getattr(self, event)
 
