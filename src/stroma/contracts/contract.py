@@ -123,8 +123,8 @@ class ContractViolation(Exception):
 
     Where: ``result.failure`` of a FAILED run; out of ``BoundaryValidator`` and ``ContractRegistry.validate_*``.
     Cause: the input of a node, or what it returned, is not what its schema says.
-    Fix: correct the node or the schema at the fields that are named. ``contract_retries`` grants further attempts, and
-        ``current_node().last_failure.as_prompt()`` is what to tell the model in them.
+    Fix: correct the node or the schema at the fields that are named. ``contract_retries`` grants further attempts; in them,
+        send ``current_node().last_failure.as_prompt()`` to the model.
     """
 
     schema: type[BaseModel] | None = None

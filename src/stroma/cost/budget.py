@@ -24,7 +24,7 @@ class BudgetExceeded(Exception):
 
     Where: ``result.failure`` of a PARTIAL run; out of ``CostTracker.check_budget``.
     Cause: the run, failed attempts and earlier processes included, spent more than its ``ExecutionBudget``.
-    Fix: raise the limit that the message names and run with ``resume=True``; what was paid for is kept.
+    Fix: raise the limit that the message names and run with ``resume=True``; paid outputs are stored.
     """
 
     def __init__(self, dimension: Dimension, limit: float, actual: float, node_id: str) -> None:

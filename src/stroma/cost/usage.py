@@ -21,7 +21,7 @@ class UsageError(ValueError):
     Where: ``result.failure`` of a FAILED run; out of ``CostTracker.record``, ``report_usage`` and ``usage_from``.
     Cause: the figures or the response a node returned beside its output, or a model without a known price under a
         cost limit or ``unknown_model="error"``.
-    Fix: report whole numbers of tokens, zero or more; add the model to ``KNOWN_MODELS``. The output is kept.
+    Fix: report whole numbers of tokens, zero or more; add the model to ``KNOWN_MODELS``. The output is stored.
     """
 
     #: Whether it is a provider's response all the same, which only leaves its usage out.

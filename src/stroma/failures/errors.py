@@ -53,14 +53,14 @@ BUDGET: Final = "budget"
 
 
 class Suspend(Exception):
-    """Raised by a node that has to wait for a person: the run stops as SUSPENDED and goes on once it has the answer.
+    """Raised by a node that has to wait for a person: the run stops as SUSPENDED and continues once it has the answer.
 
     Attributes:
         reason: what for, in words.
         schema: what the answer must satisfy; None if any JSON value will do.
 
     Where: out of a node's function, never out of ``run()``: it is no failure.
-    Cause: the node needs a decision that nobody has made yet.
+    Cause: the node needs a decision that is not made yet.
     Fix: ``await runner.signal(run_id, answer)``, then run with ``resume=True``; the node finds the answer at
         ``current_node().signal``.
     """
@@ -128,7 +128,7 @@ class SharedBudgetExceeded(BudgetExceeded):
 
     Where: ``result.failure`` of a PARTIAL run; the node was not called.
     Cause: runs that share the budget, in any process, have spent it, or their calls in flight may.
-    Fix: run with ``resume=True`` once the next window has begun, or raise the limit that the message names.
+    Fix: run with ``resume=True`` once the next window has started, or raise the limit that the message names.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class RunCancelled(Exception):
     Where: out of a framework's call, of a guarded step, or of ``with guard.run()``; ``guard.stopped`` has it too. In
         ``result.failure`` of a step of plain code.
     Cause: ``stroma cancel`` or ``store.cancel()``, in this process or another one.
-    Fix: none is needed: what is finished is kept. Call again, in a run of its own.
+    Fix: none is needed: finished outputs are stored. Call again in a separate run.
     """
 
 

@@ -31,7 +31,7 @@ class HookNotAsync(TypeError):
 
     Where: out of ``run()``, at the first call of the hook.
     Cause: the hook returned something that cannot be awaited.
-    Fix: define it with ``async def``. What was committed is kept.
+    Fix: define it with ``async def``. Committed outputs are stored.
     """
 
     result: ExecutionResult | None = None
@@ -43,7 +43,7 @@ class HookTimeout(Exception):
 
     Where: in ``result.hook_errors`` and the log; with ``hook_errors="raise"`` the cause of a HookError.
     Cause: one call of a hook took longer than ``hook_timeout_ms``.
-    Fix: hand slow work to a queue or a task of your own, or raise ``hook_timeout_ms``.
+    Fix: hand slow work to a queue or a separate task, or raise ``hook_timeout_ms``.
     """
 
 

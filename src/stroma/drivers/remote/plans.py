@@ -48,7 +48,7 @@ class MissingNode(LookupError):
     """A worker does not have a node as the run knows it.
 
     Where: the log of the worker; ``result.failure`` of a PARTIAL run, once no worker that was asked had it.
-    Cause: the worker runs other code than the run was begun with: the node was removed, renamed, or its contract changed.
+    Cause: the worker runs other code than the run was started with: the node was removed, renamed, or its contract changed.
     Fix: run a worker with the code that the message describes on this task queue, then resume the run.
     """
 

@@ -20,7 +20,7 @@ class StepFailed(Exception):
 
     Where: out of ``flow.step``, ``flow.map`` and ``flow.run``, in the body of a flow.
     Cause: the step failed, and its retry policy grants no further attempt.
-    Fix: catch it to go on without the step; uncaught, it ends the run, and a resume tries the step again.
+    Fix: catch it to continue without the step; uncaught, it ends the run, and a resume tries the step again.
     """
 
     def __init__(self, failure: Failure, path: tuple[str, ...] = ()) -> None:
