@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.fixtures import store_fixture
 from tests.flows.steps import Text, World, runner_on
@@ -292,6 +292,23 @@ def _bodies(fetch: Any, judge: Any) -> dict[str, Callable[[Flow, Num], Any]]:
                 await flow.step(judge, Num(n=100 + int(task.get_name())))
         return str(order)
 
+    async def nested(flow: Flow, state: Num) -> str:
+        async def inner(n: int) -> list[int]:
+            async with asyncio.TaskGroup() as group:
+                found = [group.create_task(branch(flow, 10 * n + k)) for k in range(2)]
+            return [task.result() for task in found]
+
+        async def outer(n: int) -> int:
+            return sum(*await asyncio.gather(asyncio.wait_for(inner(n), 3600)))
+
+        pending = {asyncio.create_task(outer(n), name=str(n)) for n in range(3)}
+        order: list[str] = []
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            order.append("".join(sorted(task.get_name() for task in done)))
+            await flow.step(judge, Num(n=400 + int(order[-1])))
+        return str(order)
+
     async def completed(flow: Flow, state: Num) -> str:
         tasks = [asyncio.create_task(branch(flow, n)) for n in range(4)]
         order = []
@@ -311,12 +328,14 @@ def _bodies(fetch: Any, judge: Any) -> dict[str, Callable[[Flow, Num], Any]]:
         return str(won)
 
     return {
-        "gathered": gathered, "bounded": bounded, "queued": queued, "waited": waited, "completed": completed, "raced": raced,
+        "gathered": gathered, "bounded": bounded, "queued": queued, "waited": waited, "nested": nested, "completed": completed, "raced": raced,
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", ["gathered", "bounded", "queued", "waited", "completed", "raced"])
+@pytest.mark.parametrize("way", ["gathered", "bounded", "queued", "waited", "nested", "completed", "raced"])
 @settings(max_examples=12, deadline=None)
+# A call that was under way alone ended while the body was still busy with the result before it.
+@example(turns=[0, 5, 0, 4, 0, 0, 0, 7, *[0] * 16], death=1)
 @given(turns=st.lists(st.integers(0, 12), min_size=24, max_size=24), death=st.integers(0, 12))
 def test_bodies_that_depend_on_the_order_are_replayed(way: str, turns: list[int], death: int) -> None:
     """G5: With other durations, and whatever the process died in, a replay calls nothing again and ends as it would have."""

@@ -419,8 +419,8 @@ class FlowRun:
         elif in_main and self.is_concurrent and all(task.done() for task in self.tasks):
             self.tasks.clear()
             self.is_concurrent = False
-        if self.alive == 1 and order.is_next(identity):
-            return order.deliver(identity, noted=self.is_concurrent)
+        if not self.is_concurrent and order.is_next(identity):
+            return order.deliver(identity, noted=False)
         if is_recorded:
             return await order.wait(identity, 0 if in_main else 1, number)
         self.arrivals += 1

@@ -1,8 +1,8 @@
 """The order in which a flow's body gets the results of its calls: the same live and on replay.
 
 Where one call is under way at a time, there is no order to record. Where several are, results are handed out one at a time,
-each once the event loop has been quiet for a few turns, so that the body has done all that it does on the one before; and
-the order is recorded with the next commit.
+each once the event loop has nothing else to do, so that the body has done all that it does on the one before; and the order is
+recorded with the next commit.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Final
 __all__ = ["ResultOrder"]
 
 _RECENT: Final = 1000  # results among which one is looked for
-#: Turns of the event loop without a call of the flow, after which its body waits for a result.
-_QUIET_TURNS: Final = 3
+#: Turns of the event loop without a call of the flow, after which its body waits for a result, where other work keeps the loop
+#: busy. The result of a call in a task group, in wait_for(), in gather(), in a task takes about ten to reach the body.
+_QUIET_TURNS: Final = 16
 
 
 class ResultOrder:
@@ -128,7 +129,8 @@ class ResultOrder:
             self._quiet += 1
         else:
             self._seen, self._quiet = activity, 0
-        if self._quiet >= _QUIET_TURNS:
+        # asyncio's own loops list what is ready to run; this callback is off the list by now.
+        if self._quiet >= _QUIET_TURNS or not getattr(loop, "_ready", True):
             self._quiet = 0
             if not self._release():
                 self.is_turning = False
