@@ -27,7 +27,9 @@ WORK = ROOT / "build"
 #: Files beside docs/ that are pages of the site.
 BESIDE = {
     "CHANGELOG.md": "changelog.md",
+    "CODE_OF_CONDUCT.md": "code-of-conduct.md",
     "CONTRIBUTING.md": "contributing.md",
+    "RELEASING.md": "releasing.md",
     "SECURITY.md": "security.md",
     "examples/README.md": "examples.md",
 }
@@ -54,7 +56,8 @@ NAV: dict[str, list[str]] = {
     "Integrations/Agent frameworks": ["adapters.md", "adapters/"],
     "Reference": ["reference/index.md", "reference/", "cli.md", "reference/commands.md", "errors.md"],
     "Project": [
-        "changelog.md", "performance.md", "scale.md", "architecture.md", "design.md", "mutation.md", "contributing.md", "security.md",
+        "changelog.md", "performance.md", "scale.md", "contributing.md", "code-of-conduct.md", "security.md", "architecture.md", "design.md",
+        "mutation.md", "releasing.md",
     ],
 }  # fmt: skip
 
