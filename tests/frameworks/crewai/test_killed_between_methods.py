@@ -55,7 +55,7 @@ def live(folder: str, dies_before: str) -> None:
     answer(folder, flow.state.words)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 @holds("killed")
 @pytest.mark.parametrize("dies_before", METHODS)

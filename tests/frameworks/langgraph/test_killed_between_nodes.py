@@ -82,7 +82,7 @@ def live(folder: str, dies_before: str) -> None:
     answer(place, graph.invoke(None if is_known else {"words": []}, config, durability="sync")["words"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 @holds("killed")
 @pytest.mark.parametrize("dies_before", NODES)

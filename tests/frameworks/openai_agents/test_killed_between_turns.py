@@ -73,7 +73,7 @@ def live(folder: str, dies_before: str) -> None:
     answer(folder, asyncio.run(main()))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 @holds("killed")
 @pytest.mark.parametrize("dies_before", CALLS)
