@@ -14,12 +14,24 @@ GOOD = '{"start": 1}'
 HANG = {"SECOND_AWAITS": "asyncio.sleep(60)"}
 BUSY = {"SECOND_AWAITS": "asyncio.sleep(2)"}
 STARTED = "second                          start"
+#: Its second node ends once another process has loaded this file, too, and had time to look at the run.
+SHARED = """
+    from sums import *
+    import sums
+    with open("loaded", "a") as file:
+        file.write("x")
+    async def other_process():
+        while pathlib.Path("loaded").read_text() != "xx":
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(1.5)
+    sums.other_process = other_process
+"""
 
 
 @contextlib.contextmanager
-def at_work(stroma, env, *words):
+def at_work(stroma, env, *words, file="sums.py"):
     """A process in the midst of run x."""
-    process = stroma.popen("run", "sums.py:pipeline", GOOD, "--run-id", "x", *words, env=env)
+    process = stroma.popen("run", f"{file}:pipeline", GOOD, "--run-id", "x", *words, env=env)
     try:
         wait_for(process, STARTED)
         yield process
@@ -58,8 +70,9 @@ def test_a_run_of_somebody_else(stroma, inside, fails):
 @pytest.mark.slow
 def test_attach(stroma):
     """--attach waits for the result of whoever has the run, and calls nothing itself."""
-    with at_work(stroma, BUSY):
-        done = stroma("resume", "x", "sums.py:pipeline", "--attach", "--json")
+    stroma.file("shared.py", SHARED)
+    with at_work(stroma, {"SECOND_AWAITS": "other_process()"}, file="shared.py"):
+        done = stroma("resume", "x", "shared.py:pipeline", "--attach", "--json")
     data = json.loads(done.out)
     assert (done.code, data["status"], data["final_state"]) == (0, "COMPLETED", {"n": 4})
     assert (data["totals"]["tokens"], data["totals"]["earlier_tokens"]) == (0, 135)
@@ -70,16 +83,12 @@ def test_attach(stroma):
 def test_attach_to_a_run_that_comes_to_wait(stroma):
     """A run that was waited for and now waits for a person itself ends with 7, as where it was run."""
     env = {"SECOND": "", "SECOND_AWAITS": "ask_later()"}
+    stroma.file("shared.py", SHARED)
     stroma.file("later.py", """
-        import pathlib
-        from sums import *
+        from shared import *
         import sums
-        with open("loaded", "a") as file:
-            file.write("x")
         async def ask_later():
-            while pathlib.Path("loaded").read_text() != "xx":  # Until the second process has loaded this file, too.
-                await asyncio.sleep(0.02)
-            await asyncio.sleep(1.5)
+            await sums.other_process()
             raise Suspend("well?")
         sums.ask_later = ask_later
         """)  # fmt: skip
