@@ -183,9 +183,9 @@ def _is_time_to_kill(demo: Demo) -> bool:
 def _on_a_budget(demo: Demo, provider: Provider) -> bool:
     demo.title("3. The budget holds")
     demo.print_line(
-        f"The same again with a budget of {_TIGHT_BUDGET_USD} US dollars. Once it is spent, calls in flight"
+        f"The same again with a budget of {_TIGHT_BUDGET_USD} US dollars. Once it is spent, calls in"
     )
-    demo.print_line("end and no other begins; the run resumes with a larger budget.\n")
+    demo.print_line("flight end and no other begins; the run resumes with a larger budget.\n")
     code = demo.run(provider, demo.run_words("tight", "--budget-usd", _TIGHT_BUDGET_USD))
     demo.print_line(f"\nExit code {code} (5: stopped by the budget).")
     return code == 5
