@@ -214,7 +214,7 @@ def found_by_searching(browser: Any, page: str) -> list[str]:
     browser.until("document.querySelector('.md-search__button') !== null")
     browser.eval("document.querySelector('.md-search__button').click()")
     browser.until("document.activeElement.shadowRoot !== null")
-    browser.write("idempotency key")
+    browser.write("email once")
     try:
         browser.until("document.activeElement.shadowRoot.textContent.includes('Send an email once')")
     except AssertionError:
