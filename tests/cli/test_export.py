@@ -110,7 +110,7 @@ def test_html(failed, inside, stroma):
     assert text.count('<rect class="b-failure') == 2
     assert text.count('<rect class="b-success') == 5
     assert text.count('<rect class="b-wait') == 1
-    assert "<b>field</b> <code>lines.0.price</code>" in text
+    assert "<b>Field</b> <code>lines.0.price</code>" in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "<code>stroma resume x FILE.py:NAME" in text
     bare = inside("export", "x", "--format", "html", "--no-states").out

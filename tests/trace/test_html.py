@@ -80,7 +80,7 @@ async def test_a_result_as_a_page(failed: Any) -> None:
     assert text.count("--accent:#") == 2
     assert "<style>.stroma{" in text
     assert "TERMINAL (contract)" in text
-    assert "<b>field</b> <code>lines.0.price</code>" in text
+    assert "<b>Field</b> <code>lines.0.price</code>" in text
     assert text.count('class="attempt"') == 6
     assert "&lt;script&gt;alert(1)" in text
     assert re.search(r"spent</b> 1,200 tok, \$0\.00027", text)

@@ -169,14 +169,14 @@ def cause(story: Story) -> str:
     tokens, cost = story.wasted
     why = f"{box.failure_class}{f' ({box.reason})' if box.reason else ''}"
     fields = "".join(f"<code>{as_xml(path)}</code> " for path in box.fields[:20])
-    named = f"<p><b>field</b> {fields}</p>" if fields else ""
+    named = f"<p><b>Field</b> {fields}</p>" if fields else ""
     resume = (
-        f"<p><b>resume with</b> <code>{as_xml(box.resume_command)}</code></p>" if box.resume_command else ""
+        f"<p><b>Resume with</b> <code>{as_xml(box.resume_command)}</code></p>" if box.resume_command else ""
     )
     return (
         f'<section class="cause" aria-label="cause"><p><b class="bad">{as_xml(why)}</b> at node <b>{as_xml(clean(box.node_id, 200))}</b> '
         f"(at {as_xml(box.at)}, attempt {box.attempt})</p><pre>{as_xml(visible(box.message[:_TEXT]))}</pre>{named}"
-        f"<p><b>spent</b> {format_tokens(story.tokens)}, {format_usd(story.cost_usd)}; of it on attempts without output {format_tokens(tokens)}, {format_usd(cost)}</p>{resume}</section>"
+        f"<p><b>Spent</b> {format_tokens(story.tokens)}, {format_usd(story.cost_usd)}, including {format_tokens(tokens)}, {format_usd(cost)} on attempts without output</p>{resume}</section>"
     )
 
 
