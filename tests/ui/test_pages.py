@@ -115,7 +115,9 @@ def test_a_failed_run(site: Site) -> None:
     assert "TERMINAL (contract)" in box
     assert "<b>total</b>" in box
     assert "<code>lines.0.price</code>" in box
-    assert re.search(r"Spent</b> \d+ tok, \$0\.000\d+, including 40 tok, \$0\.000\d+ on attempts without output", box)
+    assert re.search(
+        r"Spent</b> \d+ tok, \$0\.000\d+, including 40 tok, \$0\.000\d+ on attempts without output", box
+    )
     assert "<code>stroma resume bad FILE.py:NAME</code>" in box
     assert text.count('<rect class="b-') == text.count('<rect class="b-success') + 2 + 1
     (marked,) = re.findall(r'<a href="([^"]*)"><title>[^<]*</title><rect class="b-failure b-on"', text)

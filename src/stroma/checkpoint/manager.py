@@ -81,12 +81,12 @@ class CheckpointManager:
             return open_run(request)
         if request.deliver:
             raise StoreError(
-                f"{type(self.store).__name__} has no journal, so it cannot tell which hooks are due; use a journal store "
+                f"{type(self.store).__name__} has no journal, so it has no record of pending hooks; use a journal store "
                 'such as SQLiteStore, or hook_delivery="at_most_once"'
             )
         if request.if_exists in ("resume", "return") and request.discard_from is None:
             raise StoreError(
-                f"{type(self.store).__name__} has no journal, so it cannot tell where run {request.run_id!r} stopped; "
+                f"{type(self.store).__name__} has no journal, so it has no record of where run {request.run_id!r} stopped; "
                 "use resume_from=, or a journal store such as SQLiteStore"
             )
         return SimpleSession(self.store, request.run_id)

@@ -59,7 +59,7 @@ def _commits(
         place = attempt.position, attempt.branch
         at = f"{attempt.position}.{attempt.branch}" if attempt.branch else str(attempt.position)
         if attempt.damaged:
-            what = "its output is damaged; resume from there to make it anew"
+            what = "its output is damaged; resume from there to run it again"
             damaged.append(Incompatibility(at, attempt.node_id, what))
         elif attempt.output is not None and place in contracts:
             commits[place] = Committed(attempt.node_id, attempt.output, contracts[place])

@@ -62,7 +62,7 @@ async def restore(
         why, cause = describe_error(error)
         raise CorruptCheckpoint(
             f"the output of node {node.node_id!r} at position {position} of run {ctx.run_id!r} cannot be read back: "
-            f"{why}; resume from there (resume_from={target!r}) to make it anew"
+            f"{why}; resume from there (resume_from={target!r}) to run it again"
         ) from cause
     if not branch:
         ctx.handover.offer(model)

@@ -122,7 +122,7 @@ def _as_future(work: Awaitable[Any], loop: asyncio.AbstractEventLoop) -> asyncio
 def _timed_out() -> StoreError:
     error = StoreError(
         f"the store has not answered for {LAST_SECONDS:g} s since the run was cancelled; look after the store, then "
-        "resume the run: that shows whether its last output is kept"
+        "resume the run: that shows whether its last output is stored"
     )
     error.transient = False
     return error

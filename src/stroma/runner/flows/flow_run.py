@@ -285,7 +285,7 @@ class FlowRun:
         identity = self.calls.named(key, kind)
         if identity in self.keys:
             raise ValueError(
-                f"key={key!r} is used by two calls of flow {self.node.node_id!r}; each needs a key of its own"
+                f"key={key!r} is used by two calls of flow {self.node.node_id!r}; use a different key for each"
             )
         self.keys.add(identity)
         return identity
