@@ -64,6 +64,7 @@ def measured(call: Callable[[], T]) -> T:
     return value
 
 
+@pytest.mark.nightly
 async def test_a_store_of_many_attempts(filled: str) -> None:
     """Listing, finding, reading and resuming a run, and beginning another, do not read the whole store."""
     runs, attempts = shape(filled)
@@ -102,7 +103,7 @@ async def test_a_store_of_many_attempts(filled: str) -> None:
             assert time.perf_counter() - started < SECONDS
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_long_run_in_new_tables() -> None:
     """A PostgreSQL server that has no statistics yet, as soon after the tables were made, tells a long run's attempts."""
     server = PostgresServer()
@@ -119,6 +120,7 @@ def test_a_long_run_in_new_tables() -> None:
         server.stop()
 
 
+@pytest.mark.nightly
 def test_commands_on_a_store_of_many_attempts(filled: str, capsys: pytest.CaptureFixture[str]) -> None:
     """`stroma runs` and `stroma show` do not read the whole store either."""
     runs, attempts = shape(filled)
@@ -127,6 +129,7 @@ def test_commands_on_a_store_of_many_attempts(filled: str, capsys: pytest.Captur
         assert len(capsys.readouterr().out.splitlines()) >= lines
 
 
+@pytest.mark.nightly
 async def test_a_run_of_ten_thousand_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of 10,000 nodes that stopped at the last one goes on in seconds, and calls only that."""
     calls: list[int] = []

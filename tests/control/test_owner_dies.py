@@ -19,6 +19,7 @@ from stroma import ExecutionResult, StromaRunner
 
 
 @pytest.mark.slow
+@pytest.mark.kills
 @pytest.mark.parametrize("way", ["recover", "serve", "unpause"])
 def test_killed_before_it_knew(journal: tuple[str, str], tmp_path: Path, way: str) -> None:
     """recover() and workers find the run SUSPENDED, and call nothing; once the pause is taken back, a worker does."""
