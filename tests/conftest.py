@@ -28,6 +28,7 @@ from tests.fixtures import journal, provider, temporal_server  # noqa: F401
 from tests.tiers import (
     CORE_PATHS,
     FORKING_PATHS,
+    LONG_PATHS,
     PROFILES,
     SERVERS,
     SLOW_FIXTURES,
@@ -138,8 +139,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Add the marks that follow from where a test stands and from the fixtures it uses; put tests that fork first."""
-    items.sort(key=lambda item: not item.nodeid.startswith(FORKING_PATHS))
+    """Add the marks that follow from where a test stands and from the fixtures it uses; put tests that fork first, then long ones."""
+    items.sort(
+        key=lambda item: (not item.nodeid.startswith(FORKING_PATHS), not item.nodeid.startswith(LONG_PATHS))
+    )
     for item in items:
         if item.nodeid.startswith(CORE_PATHS):
             item.add_marker(pytest.mark.core)

@@ -53,6 +53,14 @@ SLOW_PATHS = (
 #: Files whose tests fork this process. They come first: a fork copies all that earlier tests have left in it.
 FORKING_PATHS = ("tests/testing/test_resumable.py",)
 
+#: Single tests of 20 to 60 s. They come next: at the end one worker would be busy with them, and the others idle.
+LONG_PATHS = (
+    "tests/docs/test_types.py",
+    "tests/docs/test_tutorial.py",
+    "tests/telemetry/test_consistency.py",
+    "tests/demo/test_show.py",
+)
+
 #: Files all of whose tests hold a guarantee or the published surface.
 CORE_PATHS = ("tests/project/test_guarantees.py", "tests/project/test_published_surface.py")
 
