@@ -25,6 +25,7 @@ from tests.servers import environment, shared_redis
 from tests.servers_postgres import shared_postgres
 from tests.telemetry import names
 from tests.ui.browser import Browser, find_chromium
+from tests.ui.page_tools import missing
 
 pytest_plugins = ["tests.receivers.fixtures"]
 DOCS = ROOT / "docs"
@@ -367,7 +368,8 @@ def test_the_search_starts_its_worker_from_the_disk(build: Any, tmp_path: Path) 
     """A page opened from the disk reads the index and gets answers of the worker, which no address of a file may start."""
     program = find_chromium()
     if program is None:
-        pytest.skip("no Chromium")
+        missing("there is no Chromium here; name it with CHROMIUM=")
+    assert program is not None
     index = json.dumps({"items": [{"title": "</script> \u2028 {braces}"}]})
     worker = "onmessage = (event) => postMessage(event.data + ' answered')"
     (tmp_path / "search.js").write_text(build.search_script(index, worker), "utf-8")

@@ -265,18 +265,23 @@ async def test_a_call_whose_span_is_around_the_node(seen: Seen) -> None:
     assert run.result.total_tokens == 144
 
 
-async def test_a_call_whose_span_gets_its_kind_when_it_ends(seen: Seen) -> None:
-    """OpenInference's own spans show their kind at their end, and what the model is asked before: the answer counts once.
-
-    Such a span belongs to the node inside of it, if to no other."""
+def guarded_model(seen: Seen) -> tuple[Guard, Any]:
+    """Return a guard, and a step of it that stands for a call of a model."""
     guard = Guard(quick(seen.hooks(inference="auto")))
 
     @guard.step("model")
     async def model() -> str:
-        node = current_node()
-        assert node is not None
-        node.report_usage(input_tokens=100, output_tokens=2, model=MODEL)
+        current_node().report_usage(input_tokens=100, output_tokens=2, model=MODEL)
         return "answer"
+
+    return guard, model
+
+
+async def test_a_call_whose_span_gets_its_kind_when_it_ends(seen: Seen) -> None:
+    """OpenInference's own spans show their kind at their end, and what the model is asked before: the answer counts once.
+
+    Such a span belongs to the node inside of it, if to no other."""
+    guard, model = guarded_model(seen)
 
     async with guard.run() as run:
         with seen.user.start_as_current_span("theirs", attributes={"llm.model_name": MODEL}) as span:
@@ -290,14 +295,7 @@ async def test_a_call_whose_span_gets_its_kind_when_it_ends(seen: Seen) -> None:
 
 async def test_calls_that_share_the_span_around_them(seen: Seen) -> None:
     """A span of a model call around several calls, as where a framework writes each over the one before, stands for one answer."""
-    guard = Guard(quick(seen.hooks(inference="auto")))
-
-    @guard.step("model")
-    async def model() -> str:
-        node = current_node()
-        assert node is not None
-        node.report_usage(input_tokens=100, output_tokens=2, model=MODEL)
-        return "answer"
+    guard, model = guarded_model(seen)
 
     about = {"gen_ai.operation.name": "chat"}
     async with guard.run():
