@@ -106,6 +106,7 @@ _NORMAL = [
     (re.compile(r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)?"), "<moment>"),
     (re.compile(r"\b\d\d:\d\d:\d\d(\.\d+)?"), "<clock>"),
     (re.compile(r"(?<![\w.])\d+(\.\d+)?(e-\d+)? ?(ms|us|s|m|h|%)(?!\w)( \d+ s)?"), "<time>"),
+    (re.compile(r" \(functions <time>\)"), ""),  # Of a group with waits, unless both round to the same.
     (re.compile(r"(_s|_ms)=\d+(\.\d+)?(e-\d+)?"), r"\1=<time>"),
     (re.compile(r"\b\d+\.\d+\.\d+(\.?(dev|rc|a|b)\d+)?\b"), "<version>"),
     (re.compile(r"\b[0-9a-f]{32}\b|\b[0-9a-f]{8}(?=[ …]|$)"), "<id>"),
