@@ -24,7 +24,7 @@ from stroma import (
     stroma_node,
 )
 from stroma.testing.stores import State
-from stroma.ui.pages import Pages
+from stroma.ui.rendering import Renderer
 from stroma.ui.shared_pages import SharedPages
 
 
@@ -102,13 +102,13 @@ def test_open_pages_share_a_rendering(
 ) -> None:
     """Open pages that ask for the state of one event are rendered once for all, of a run and of the list; others always."""
     rendered: list[str] = []
-    page = Pages._page
+    page = Renderer.page
 
-    def counted(self: Pages, template: str, *args: Any, **values: Any) -> Any:
+    def counted(self: Renderer, template: str, *args: Any, **values: Any) -> Any:
         rendered.append(template)
         return page(self, template, *args, **values)
 
-    monkeypatch.setattr(Pages, "_page", counted)
+    monkeypatch.setattr(Renderer, "page", counted)
     site: Site = serve(store)
     for path, template in (("/run?id=lives", "run.html"), ("/", "runs.html")):
         rendered.clear()

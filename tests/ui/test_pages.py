@@ -566,8 +566,8 @@ def test_the_page_of_a_run_reads_its_attempts_once(
         "read",
         lambda self, query, nothing: read(self, lambda rows: query(Counting(rows)), nothing),
     )
-    monkeypatch.setattr("stroma.ui.pages._MAX_LISTED", 10)
-    monkeypatch.setattr("stroma.ui.pages._LISTED_OF_MORE", 5)
+    monkeypatch.setattr("stroma.ui.run_pages._MAX_LISTED", 10)
+    monkeypatch.setattr("stroma.ui.run_pages._LISTED_OF_MORE", 5)
     site: Site = serve(store)
     of_run: dict[int, list[str]] = {}
     for items in (16, 40):

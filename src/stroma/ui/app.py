@@ -18,6 +18,8 @@ from stroma.checkpoint.history import History
 from stroma.ui.actions import Actions
 from stroma.ui.events import Events
 from stroma.ui.pages import Pages
+from stroma.ui.rendering import Renderer
+from stroma.ui.run_pages import RunPages
 from stroma.ui.security import ASGIApp, Keys, SecurityMiddleware
 from stroma.ui.settings import Settings
 
@@ -27,25 +29,26 @@ _HERE = Path(__file__).parent
 
 
 def make_app(settings: Settings) -> ASGIApp:
-    """Return the ASGI application behind its :class:`Guard`."""
+    """Return the ASGI application behind its :class:`SecurityMiddleware`."""
     keys = Keys(settings.token)
     history = History(settings.store, settings.redact)
-    pages = Pages(settings, history, keys)
+    renderer = Renderer(settings, history, keys)
+    pages, run_pages = Pages(renderer), RunPages(renderer)
     actions = Actions(settings, keys)
-    events = Events(settings, pages.shared)
+    events = Events(settings, renderer.shared)
 
     routes: list[Any] = [
         Route("/", pages.runs),
-        Route("/run", pages.run),
-        Route("/attempt", pages.attempt),
-        Route("/payload", pages.payload),
+        Route("/run", run_pages.run),
+        Route("/attempt", run_pages.attempt),
+        Route("/payload", run_pages.payload),
         Route("/compare", pages.compare),
         Route("/overview", pages.overview),
         Route("/pipeline", pages.pipeline),
         Route("/lineage.svg", pages.lineage),
         Route("/steps.svg", pages.steps),
-        Route("/export", pages.export),
-        Route("/trace", pages.trace),
+        Route("/export", run_pages.export),
+        Route("/trace", run_pages.trace),
         Route("/resume", actions.resume, methods=["POST"]),
         Route("/resume-many", actions.resume_many, methods=["POST"]),
         Route("/fork", actions.fork, methods=["POST"]),
@@ -61,15 +64,15 @@ def make_app(settings: Settings) -> ASGIApp:
     ]
 
     async def on_store_error(request: Request, error: Exception) -> Response:
-        return pages.problem(503, "The store could not be read", clean(str(error), 1000))
+        return renderer.problem(503, "The store could not be read", clean(str(error), 1000))
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return pages.problem(error.status_code, error.detail, "")
+        return renderer.problem(error.status_code, error.detail, "")
 
     async def on_anything(request: Request, error: Exception) -> Response:
         # The exception may contain data of a run: it is logged, not shown.
-        return pages.problem(500, "Internal error", "The log of `stroma ui` has the details.")
+        return renderer.problem(500, "Internal error", "The log of `stroma ui` has the details.")
 
     app = Starlette(
         routes=routes,

@@ -1,0 +1,304 @@
+"""Pages of one run: its timeline and attempts, and one attempt with its payloads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any, Final
+
+from markupsafe import Markup
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from stroma.checkpoint.entries import Waiting
+from stroma.checkpoint.history import (
+    FAILED,
+    FINISHED,
+    Payload,
+    bar_of,
+    in_order,
+    is_interrupted,
+    place_of,
+    status_of,
+)
+from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunRecord, end_of_page
+from stroma.failures.tracebacks import FailureSite
+from stroma.telemetry.otlp_json import otlp_spans
+from stroma.trace.gantt import idle_ms
+from stroma.trace.html import cause, document, rejected_output
+from stroma.trace.story import Bar, StopCause, Story, fields_named
+from stroma.trace.timeline import Timeline, legend
+from stroma.ui.actions import can_fork, can_resume, controls_of
+from stroma.ui.formatting import (
+    as_attachment,
+    attempt_address,
+    attempt_key,
+    attempt_rows,
+    compare_facts,
+    compress,
+    json_file,
+    restored_starts,
+    split_price,
+    state_tree,
+    to_address,
+    to_json,
+)
+from stroma.ui.rendering import MAX_SHOWN_BYTES, Renderer
+from stroma.ui.run_view import (
+    find_progress,
+    is_at_work,
+    open_waits,
+    read_limits,
+    totals,
+    trace_link,
+    window_of,
+)
+
+__all__ = ["RunPages"]
+
+#: Maximum number of attempts in the table of a run's page, those listed of a run with more, and those in the timeline.
+_MAX_LISTED: Final = 2000
+_LISTED_OF_MORE: Final = 500
+_MAX_DRAWN: Final = 12_000
+_MAX_EXPORTED: Final = 100_000
+_MAX_TEXT: Final = 4000  # characters of a message
+_EXAMPLES: Final[dict[Any, Any]] = {str: "", int: 0, float: 0.0, bool: True}
+
+
+class RunPages:
+    """Handlers of the pages of a run; each response is read from the store."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
+        self._settings, self._store, self._history = renderer.settings, renderer.store, renderer.history
+        #: Held by requests that need much memory.
+        self._large = threading.Lock()
+
+    def run(self, request: Request) -> Response:
+        run_id = request.query_params.get("id", "")
+        return self._renderer.shared.get(
+            request, run_id, lambda: self._run(request, self._renderer.find_record(request))
+        )
+
+    def _run(self, request: Request, record: RunRecord) -> Response:
+        after = request.query_params.get("after")
+        page, rest = self._attempts(record, after)
+        listed = in_order(page.attempts)
+        cause_attempt = self._cause_attempt(record, [*listed, *rest])
+        known = {attempt_key(attempt) for attempt in page.attempts}
+        if cause_attempt is not None and attempt_key(cause_attempt) not in known:
+            # The attempt that stopped the run is always on the page.
+            listed = in_order([*listed, cause_attempt])
+            rest = [one for one in rest if attempt_key(one) != attempt_key(cause_attempt)]
+        attempts = [*listed, *rest]
+        waiting = [one for one in self._history.waiting(record.run_id) if one.payload is None]
+        limits = read_limits(self._settings, record)
+        timeline, story = self._timeline(request, record, attempts, waiting, cause_attempt)
+        drawn = Markup(timeline.draw())  # It escapes all text.
+        failed = sum(attempt.failure_class is not None for attempt in attempts)
+        run_id = record.run_id
+        page_response = self._renderer.page(
+            "run.html", here="runs", record=record, status=status_of(record), gone=is_interrupted(record),
+            totals=totals(record, story, limits, failed), limits=limits, cause=Markup(cause(story)), timeline=drawn, legend=Markup(legend(drawn)),
+            attempts=listed, attempt_rows=attempt_rows(
+                [(one, attempt_address(record, one), place_of(one)) for one in listed], restored_starts(record, listed)),
+            waiting=waiting, answers=[self._answer_form(one) for one in waiting if not one.effect], next=page.next, first=after is None,
+            can_resume=can_resume(self._settings, record), selected="" if cause_attempt is None else attempt_address(record, cause_attempt),
+            resume_key=self._renderer.keys.form("resume", run_id), delete_key=self._renderer.keys.form("delete", run_id),
+            effect_key=self._renderer.keys.form("effect", run_id), approve_key=self._renderer.keys.form("approve", run_id),
+            control_keys={action: self._renderer.keys.form(action, run_id) for action in controls_of(record)}, working=is_at_work(record),
+            command=self._resume_command(record), folded=timeline.fold_idle, idle=idle_ms(story.bars) > 0, at=after,
+            zoomed=timeline.window is not None, trace=trace_link(self._settings, run_id),
+        )  # fmt: skip
+        return compress(request, page_response)
+
+    def _attempts(self, record: RunRecord, after: str | None) -> tuple[AttemptPage, list[AttemptRecord]]:
+        """Return the attempts to list, and further ones for the timeline. Reads the store once."""
+        try:
+            page = self._history.attempt_page(record.run_id, _MAX_DRAWN, after)
+        except ValueError as error:
+            raise HTTPException(400, "unknown page") from error
+        if page.next is None and len(page.attempts) <= _MAX_LISTED:
+            return page, []
+        listed, rest = page.attempts[:_LISTED_OF_MORE], page.attempts[_LISTED_OF_MORE:]
+        # Of a run with more, those inside groups and flows are cells; each other one is a row.
+        rows = _MAX_LISTED - _LISTED_OF_MORE
+        drawn = [one for at, one in enumerate(rest) if one.branch or at < rows]
+        return AttemptPage(listed, str(end_of_page(listed[-1]))), drawn
+
+    def _cause_attempt(self, record: RunRecord, attempts: list[AttemptRecord]) -> AttemptRecord | None:
+        """Return the attempt that stopped a run; None if no failure did. ``attempts``: those that were read."""
+        why = record.cause
+        if why is None or record.status not in FAILED:
+            return None
+        at = why.position, why.branch, why.attempt
+
+        def newest(among: list[AttemptRecord]) -> AttemptRecord | None:
+            failed = [
+                one for one in among if (one.position, one.branch, one.attempt) == at and one.failure_class
+            ]
+            return max(failed, key=lambda one: one.started_ns, default=None)
+
+        return newest(attempts) or newest(self._history.attempts_at(record.run_id, why.position, why.branch))
+
+    def _timeline(
+        self,
+        request: Request,
+        record: RunRecord,
+        attempts: list[AttemptRecord],
+        waiting: list[Waiting],
+        cause_attempt: AttemptRecord | None,
+    ) -> tuple[Timeline, Story]:
+        first = min((attempt.started_ns for attempt in attempts), default=record.started_ms * 1_000_000)
+        bars = [bar_of(attempt, first) for attempt in attempts]
+        addresses = {id(bar): attempt for bar, attempt in zip(bars, attempts, strict=True)}
+        selected = None
+        if cause_attempt is not None:
+            key = attempt_key(cause_attempt)
+            selected = next((bar for bar in bars if attempt_key(addresses[id(bar)]) == key), None)
+        is_first = request.query_params.get("after") is None
+        at_work = is_at_work(record) and is_first
+        lineage = self._settings.lineage if record.pipeline == self._settings.pipeline else None
+        names = [] if lineage is None else lineage.top_level
+        timeline = Timeline(
+            bars, self._history.flow_waits(record, attempts, waiting) if is_first else [],
+            link=lambda bar: attempt_address(record, addresses[id(bar)]), attempt_prefix=to_address("/attempt", id=record.run_id),
+            selected=selected, fold_idle=request.query_params.get("idle") == "folded", window=window_of(request.query_params),
+            now_ms=time.time() * 1000 - first / 1e6 if at_work else None, began_ms=first // 1_000_000,
+            progress=find_progress(record, attempts, first, names) if at_work else None,
+            pipeline=record.pipeline, open_waits=open_waits(record, attempts, waiting) if is_first and record.status == "SUSPENDED" else {},
+        )  # fmt: skip
+        return timeline, self._story(record, bars)
+
+    def _answer_form(self, one: Waiting) -> str:
+        """Return the beginning of an answer: an object with the fields that its class requires."""
+        model = self._settings.find_schema(one) if one.schema_ref else None
+        if model is None:
+            return "true" if not one.schema_ref else "{}"
+        fields = {
+            name: _EXAMPLES.get(info.annotation, None)
+            for name, info in model.model_fields.items()
+            if info.is_required()
+        }
+        return to_json(fields)
+
+    def _story(self, record: RunRecord, bars: list[Bar]) -> Story:
+        box, why = None, record.cause
+        if why is not None and record.status in FAILED:
+            at = f"{why.position}.{why.branch}" if why.branch else str(why.position)
+            message = why.text or record.error or ""
+            box = StopCause(
+                why.node_id,
+                at,
+                why.attempt,
+                why.failure_class,
+                message,
+                why.reason,
+                self._resume_command(record),
+            )
+        facts = [("tags", ", ".join(record.tags))] if record.tags else []
+        if record.execution > 1:
+            facts.append(("execution", str(record.execution)))
+        if record.holder is not None:
+            facts.append(("owner", record.holder))
+        seconds = max(0, record.updated_ms - record.started_ms) / 1000
+        return Story(
+            record.run_id, record.pipeline, status_of(record), bars, record.tokens, record.cost_usd, record.started_ms, seconds, box,
+            tuple(facts),
+        )  # fmt: skip
+
+    def _resume_command(self, record: RunRecord) -> str:
+        if record.status in FINISHED:
+            return ""
+        return self._settings.command("resume", record.run_id, "FILE.py:NAME")
+
+    # ------------------------------------------------------------------ one attempt
+
+    def attempt(self, request: Request) -> Response:
+        record = self._renderer.find_record(request)
+        attempts, this = self._find_attempt(request, record)
+        at = attempts.index(this)
+        before = attempts[at - 1] if at else None
+        inputs = self._history.input_of(record.run_id, this, max_bytes=MAX_SHOWN_BYTES)
+        output = self._renderer.read_output(record, this)
+        rejected = self._history.rejected_of(record.run_id, this)
+        side = "input" if "(input)" in (this.message or "")[:_MAX_TEXT] else "output"
+        invalid_fields = fields_named(this.text or "")
+        return self._renderer.page(
+            "attempt.html", here="runs", record=record, this=this, place=place_of(this), attempts=[(one, attempt_address(record, one)) for one in attempts],
+            input=state_tree(inputs, invalid_fields if side == "input" else []), output=state_tree(output, invalid_fields if side == "output" else []),
+            invalid_fields=invalid_fields, before=None if before is None else compare_facts(before, this), key=this.idempotency_key(record.run_id, record.execution),
+            rejected=None if rejected is None else Markup(rejected_output(rejected)),  # It escapes all text.
+            in_group=bool(this.branch), committed=this.output_bytes is not None,
+            payload=attempt_address(record, this, "/payload"), failure_site=self._failure_site(record, this),
+            fork_key=self._renderer.keys.form("fork", record.run_id) if can_fork(self._settings, record, this) else "",
+            split=split_price(this), trace=trace_link(self._settings, record.run_id),
+        )  # fmt: skip
+
+    def trace(self, request: Request) -> Response:
+        """Lead to the trace of a run in the telemetry backend."""
+        record = self._renderer.find_record(request)
+        address = trace_link(self._settings, record.run_id)
+        if address is None:
+            raise HTTPException(404, "no trace of this run is known, or no --trace-url was passed")
+        return RedirectResponse(address, 303)
+
+    def _failure_site(self, record: RunRecord, this: AttemptRecord) -> FailureSite | None:
+        """Return where this attempt failed, if it is the latest failure at its position."""
+        if this.failure_class is None:
+            return None
+        site = self._store.failure_site_of(record.run_id, this.position, this.branch)
+        return site if site is not None and site.started_ns == this.started_ns else None
+
+    def _find_attempt(self, request: Request, record: RunRecord) -> tuple[list[AttemptRecord], AttemptRecord]:
+        """Return all attempts at a position, and the requested one."""
+        params = request.query_params
+        position, _, branch = params.get("at", "").partition(".")
+        if not (position.isdecimal() and position.isascii() and len(position) < 10):
+            raise HTTPException(404, "this run has no such attempt; it may have been run again since")
+        attempts = self._history.attempts_at(record.run_id, int(position), branch)
+        attempts.sort(key=lambda one: one.started_ns)
+        began = params.get("began")
+        this = next((one for one in reversed(attempts) if began in (None, str(one.started_ns))), None)
+        if this is None:
+            raise HTTPException(404, "this run has no such attempt; it may have been run again since")
+        return attempts, this
+
+    def payload(self, request: Request) -> Response:
+        """Return a state as a file."""
+        record = self._renderer.find_record(request)
+        _, this = self._find_attempt(request, record)
+        side = request.query_params.get("side")
+        if side not in ("input", "output", "rejected"):
+            raise HTTPException(404, "side must be input, output or rejected")
+        with self._large:
+            if side == "rejected":
+                rejected = self._history.rejected_of(record.run_id, this)
+                problem = "no rejected output is stored" if rejected is None else None
+                payload = Payload(None if rejected is None else rejected.to_json(), problem)
+            elif side == "input":
+                payload = self._history.input_of(record.run_id, this)
+            else:
+                payload = self._history.output_at(record.run_id, this.position, this.branch)
+            if payload.problem is not None:
+                raise HTTPException(404, payload.problem)
+            return json_file(payload.value, f"{side}-{this.position}.json")
+
+    def export(self, request: Request) -> Response:
+        """Return the run as an HTML or OTLP file."""
+        record = self._renderer.find_record(request)
+        with self._large:
+            return self._export(record, request.query_params.get("format", ""))
+
+    def _export(self, record: RunRecord, form: str) -> Response:
+        if form == "html":
+            story = self._history.story(
+                record, max_attempts=_MAX_LISTED, resume_command=self._resume_command(record)
+            )
+            text = document(story).encode("utf-8", "replace")
+            return Response(text, media_type="text/html", headers=as_attachment("run.html"))
+        if form != "otlp":
+            raise HTTPException(404, "format must be html or otlp")
+        attempts, _ = self._history.attempts(record.run_id, _MAX_EXPORTED)
+        return json_file(otlp_spans(record, attempts), "run-otlp.json")
