@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from stroma._utils.svg import as_xml
-from stroma._utils.text import clean, format_duration, format_usd, pluralize
+from stroma._utils.text import clean, format_duration, format_usd
+from stroma.trace.cells import strip_of
 from stroma.trace.events import SLEEPS
-from stroma.trace.gantt import ANSWERS, bar_title, duration, places
+from stroma.trace.gantt import ANSWERS, FAILED, bar_title, duration, places
 from stroma.trace.outline import OutlineEntry, fold, outline
 from stroma.trace.story import Bar, waits
 
@@ -40,10 +41,6 @@ _TALL: Final = 40
 _LEAST: Final = 0.4
 #: How much of the time so far is drawn beside it while a run goes on, and for waits that go on.
 _ROOM: Final = 1.12
-#: Columns of a strip and the size of its cells in pixels, up to so many cells.
-_CELL_SIZES: Final = ((600, 60, 14), (4000, 100, 10), (1 << 60, 200, 6))
-#: Outcomes of attempts that failed: an item of a map that failed for good is collected.
-_FAILED: Final = ("failure", "collected")
 _TONES: Final = {
     "success": "good",
     "failure": "bad",
@@ -237,8 +234,8 @@ class _Drawing:
         all_failed: list[OutlineEntry] = []
         failed: list[OutlineEntry] = []
         if len(leaves) > _MANY:
-            strip = self.strip(entry, leaves)
-            all_failed = [one for one in leaves if one.bars and one.bars[-1].outcome in _FAILED]
+            strip = strip_of(entry, leaves, self.it.attempt_prefix)
+            all_failed = [one for one in leaves if one.bars and one.bars[-1].outcome in FAILED]
             failed = all_failed[:_MAX_FAILED_ROWS]
             chosen = (
                 []
@@ -384,7 +381,7 @@ class _Drawing:
             box = self.span_of(bar.began_ms, bar.began_ms + bar.took_ms)
             if box is None:
                 continue
-            value = 2 if bar.outcome in _FAILED else 1
+            value = 2 if bar.outcome in FAILED else 1
             for column in range(int(box[0] * 2.5), min(249, int((box[0] + box[1]) * 2.5)) + 1):
                 columns[column] = max(columns[column], value)
         parts, start = [], 0
@@ -397,61 +394,6 @@ class _Drawing:
                     )
                 start = at
         return "".join(parts)
-
-    # ------------------------------------------------------------------ cells
-
-    def strip(self, entry: OutlineEntry, leaves: Sequence[OutlineEntry]) -> str:
-        """Return a cell for each child."""
-        prefix = f"{entry.at}."
-        parts = [leaf.at.removeprefix(prefix) for leaf in leaves]
-        if all(part.isdecimal() and len(part) < 7 for part in parts) and leaves[0].at.startswith(prefix):
-            tones = ["x"] * (max(map(int, parts)) + 1)
-            for part, leaf in zip(parts, leaves, strict=True):
-                tones[int(part)] = _cell(leaf)
-            where = f'data-prefix="{as_xml(prefix)}"'
-        else:
-            tones = [_cell(leaf) for leaf in leaves]
-            where = f'data-places="{as_xml(" ".join(leaf.at for leaf in leaves))}"'
-        columns, size = next((wide, size) for most, wide, size in _CELL_SIZES if len(tones) <= most)
-        columns = min(columns, len(tones))
-        inner = size - (1 if size < 8 else 2)
-        paths: dict[str, list[str]] = {}
-        for at, tone in enumerate(tones):
-            row, column = divmod(at, columns)
-            paths.setdefault(tone, []).append(f"M{column * size} {row * size}h{inner}v{inner}h-{inner}z")
-        drawn = "".join(
-            f'<path class="f-{_CELLS[tone]}" d="{"".join(path)}"/>' for tone, path in paths.items()
-        )
-        counts = {tone: len(path) for tone, path in paths.items()}
-        ok = counts.get("g", 0) + counts.get("r", 0)
-        words = ", ".join(
-            text
-            for count, text in (
-                (ok, f"{ok:,} ok"), (counts.get("r", 0), f"{counts.get('r', 0):,} of them retried"),
-                (counts.get("b", 0), f"{counts.get('b', 0):,} failed"), (counts.get("w", 0), f"{counts.get('w', 0):,} stopped"),
-                (counts.get("x", 0), f"{counts.get('x', 0):,} without an attempt"),
-            )
-            if count
-        )  # fmt: skip
-        height = math.ceil(len(tones) / columns) * size
-        return (
-            f'<div class="strip"><p>{pluralize(len(tones), "item")}: {words} <output class="dim"></output></p>'
-            f'<svg class="cells" width="{columns * size}" height="{height}" viewBox="0 0 {columns * size} {height}" role="img" aria-label="{pluralize(len(tones), "item")}: {words}" '
-            f'data-cells="{"".join(tones)}" data-columns="{columns}" data-size="{size}" data-attempt="{as_xml(self.it.attempt_prefix)}" {where}>'
-            f'{drawn}<path class="at" d=""/></svg></div>'
-        )
-
-
-_CELLS: Final = {"g": "good", "r": "warn", "b": "bad", "w": "run", "x": "dim"}
-
-
-def _cell(entry: OutlineEntry) -> str:
-    if not entry.bars:
-        return "x"
-    last = entry.bars[-1].outcome
-    if last in ("success", "forked"):
-        return "g" if len(entry.bars) == 1 else "r"
-    return "b" if last in _FAILED else "w"
 
 
 def _why_waited(took_ms: float, failed: Bar | None) -> str:
@@ -493,7 +435,7 @@ def _figures(entry: OutlineEntry, calls: Sequence[OutlineEntry]) -> str:
         spending = [bar for _, one in entry.walk() for bar in one.bars]
     cost = sum(bar.cost_usd for bar in spending)
     used = sum(bar.tokens for bar in spending)
-    failed = sum(bool(call.bars) and call.bars[-1].outcome in _FAILED for call in calls)
+    failed = sum(bool(call.bars) and call.bars[-1].outcome in FAILED for call in calls)
     tries = f'<span class="bad">{failed:,} failed</span>' if failed and len(calls) > 1 else f"{len(bars):,}"
     if len(bars) == 1:
         tries = ""

@@ -26,12 +26,10 @@ from stroma.checkpoint.durable.annotations import (
 )
 from stroma.checkpoint.durable.control import accept_requests
 from stroma.checkpoint.durable.conversion import payload_reference, to_attempt, to_committed
-from stroma.checkpoint.durable.integrity import (
-    checksum,
-    storable_text,
-)
+from stroma.checkpoint.durable.integrity import checksum, storable_text
 from stroma.checkpoint.durable.operations import CellChange, Commit, Submit, Transaction, fence_error
 from stroma.checkpoint.durable.owner import LIVE_SESSIONS
+from stroma.checkpoint.durable.references import BlobReferences
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunRow, Step, StepRow
 from stroma.checkpoint.durable.session_open import RunOpener, finish_execution, record_end
 from stroma.checkpoint.entries import (
@@ -48,8 +46,7 @@ from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads
 from stroma.checkpoint.protocols import Charge
 from stroma.checkpoint.records import Attempt
-from stroma.contracts.schema import Schema, Snapshot
-from stroma.contracts.snapshots import PickledSnapshot, SameSnapshot, StoredSnapshot
+from stroma.contracts.schema import Schema
 from stroma.trace.events import AttemptRow, contract_of
 
 __all__ = ["DurableSession"]
@@ -65,39 +62,11 @@ class DurableSession:
     """
 
     __slots__ = (
-        "__weakref__",
-        "_completed",
-        "_decrypted",
-        "_deliver",
-        "_failure_sites",
-        "_identities",
-        "_large_outputs",
-        "_last_large_output",
-        "_payloads",
-        "_pending_notes",
-        "_rejected",
-        "_stored_outputs",
-        "_submit",
-        "address",
-        "attribution",
-        "charges",
-        "continued",
-        "control",
-        "ended",
-        "execution",
-        "fence",
-        "finished",
-        "notes",
-        "on_control",
-        "places",
-        "prior",
-        "restored",
-        "run_id",
-        "traceparent",
-        "tried",
-        "undelivered",
-        "waiting",
-    )
+        "__weakref__", "_completed", "_decrypted", "_deliver", "_failure_sites", "_identities", "_payloads",
+        "_pending_notes", "_references", "_rejected", "_submit", "address", "attribution", "charges", "continued",
+        "control", "ended", "execution", "fence", "finished", "notes", "on_control", "places", "prior", "restored",
+        "run_id", "traceparent", "tried", "undelivered", "waiting",
+    )  # fmt: skip
 
     stores_inputs: ClassVar[bool] = True
     attribution: Mapping[str, str]
@@ -140,12 +109,7 @@ class DurableSession:
         self._completed: RunRow | None = None
         #: The identity of the step of plain code at each position.
         self._identities: dict[int, str] = {}
-        #: References to payloads that this session stored in blobs: by checksum of the content, and by place until
-        #: with_references() returns them.
-        self._large_outputs: dict[bytes, StoredSnapshot] = {}
-        self._stored_outputs: dict[tuple[int, str], StoredSnapshot] = {}
-        #: The snapshot of the last output that is stored in a blob, and the reference to it.
-        self._last_large_output: tuple[PickledSnapshot | None, StoredSnapshot | None] = (None, None)
+        self._references = BlobReferences(payloads)
 
     def open(self, request: RunRequest, opening: Opening, plain_input: bytes, rows: Rows) -> DurableSession:
         """Open the run. One operation; see :class:`RunOpener`."""
@@ -188,8 +152,8 @@ class DurableSession:
         plain, data = data, await self._payloads.seal(data, place)
         if data.startswith(BLOB):
             stored = payload_reference(self._payloads, data, place, "a state of the trace")
-            self._large_outputs[await asyncio.to_thread(checksum, plain)] = stored
-            self._stored_outputs[row.position, row.branch] = stored
+            content = await asyncio.to_thread(checksum, plain)
+            self._references.add(row.position, row.branch, content, stored)
         del plain
         if call is not None and call.input_key is not None:
             place = self._place("step input", *at)
@@ -197,41 +161,8 @@ class DurableSession:
         await self._commit(row, schema, data, call)
 
     def with_references(self, row: AttemptRow) -> AttemptRow:
-        """Return a row for the trace, with references in place of states that are stored in blobs."""
-        stored_output = self._stored_outputs.pop((row.position, row.branch), None)
-        schemas = row.schemas
-        if not self._large_outputs or schemas is None:
-            return row
-        input_snapshot, output = row.input, row.output
-        stored_input = self._stored_input(schemas[0], input_snapshot)
-        if stored_input is not None:
-            is_same = isinstance(input_snapshot, SameSnapshot)
-            input_snapshot = SameSnapshot(stored_input) if is_same else stored_input
-        if stored_output is not None:
-            if isinstance(output, PickledSnapshot):  # The next node may get this object as its input.
-                self._last_large_output = output, stored_output
-            output = stored_output
-        return row._replace(input=input_snapshot, output=output)
-
-    def _stored_input(self, schema: Schema, snapshot: Snapshot) -> StoredSnapshot | None:
-        """Return a reference to a large input, which usually is the previous output; None for any other."""
-        if isinstance(snapshot, SameSnapshot) and snapshot.source is self._last_large_output[0]:
-            return self._last_large_output[1]
-        source = snapshot.source if isinstance(snapshot, SameSnapshot) else snapshot
-        data = source if isinstance(source, bytes) else None
-        size = 0
-        if isinstance(source, tuple):
-            size = sum(len(value) for value in source if isinstance(value, (str, bytes)))
-        elif isinstance(source, PickledSnapshot) and source is snapshot:
-            size = source.size
-        if 4 * size >= self._payloads.blob_bytes:  # UTF-8 may be 4 times larger, JSON smaller.
-            try:
-                data = schema.encode(schema.restore(snapshot), secrets=self._payloads.codec is not None)
-            except Exception:  # It has no stored form.
-                return None
-        if data is None or len(data) < self._payloads.blob_bytes:
-            return None
-        return self._large_outputs.get(checksum(data))
+        """See Session."""
+        return self._references.replace_in(row)
 
     def _commit(self, row: AttemptRow, schema: Schema, data: bytes, call: StepCall | None) -> Awaitable[None]:
         contract, ref = contract_of(row, schema), schema_ref(schema.model)
