@@ -254,6 +254,10 @@ class Tree(BaseModel):
     alias: Aliased | None = None
 
 
+class Comment(BaseModel):
+    replies: list["Comment"] = []
+
+
 leaves = st.builds(Leaf, when=datetimes, ratio=st.floats())
 aliased = st.builds(
     lambda a, b, c: Aliased.model_validate({"First-Name": a, "b": b, "third": c}),
@@ -925,7 +929,7 @@ def test_the_fingerprint_follows_the_classes_inside() -> None:
 
     def define_tree(name: str, doc: str = "", kind: Any = int) -> str:
         leaf = create_model(name, __doc__=doc, value=(kind, ...), title=(str, "t"))
-        pair = create_model("Pair", left=(leaf, ...), right=(Tree | None, None), more=(list[leaf], []))
+        pair = create_model("Pair", left=(leaf, ...), right=(Comment | None, None), more=(list[leaf], []))
         return schema_of(pair).fingerprint
 
     base = define_tree("Leaf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 import zipfile
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from tests.release import audit
+from tests.release import audit, smoke
+from tests.release.__main__ import HERE, PROJECT, TOGETHER, names_of
 from tests.release.archives import LARGEST_FILE, disagreement, leaks, wrong_contents
 from tests.release.provenance import bill_of_materials, statement, wrong_bill
 
@@ -53,6 +55,7 @@ def test_a_wheel_that_lacks_something_or_has_too_much(tmp_path: Path) -> None:
     path = tmp_path / "stroma-0.4.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr("stroma/__init__.py", "")
+        wheel.writestr("stroma_runner-0.4.0.dist-info/METADATA", "")
         wheel.writestr("tests/test_x.py", "")
         wheel.writestr("stroma/runs.db", "x")
         wheel.writestr("stroma/model.bin", "x" * (LARGEST_FILE + 1))
@@ -65,6 +68,17 @@ def test_a_wheel_that_lacks_something_or_has_too_much(tmp_path: Path) -> None:
         "stroma/model.bin",
     ):
         assert part in report
+    assert "METADATA" not in report
+
+
+def test_each_extra_is_tried() -> None:
+    """Each extra has something to try where it is installed, and what `all` needs is pinned."""
+    extras = PROJECT["optional-dependencies"]
+    assert {name.replace("-", "_") for name in extras} <= {*smoke.CHECKS, *smoke.FRAMEWORKS}
+    pinned = names_of((HERE / "newest.txt").read_text())
+    needed = {re.split(r"[^\w.-]", line)[0] for name in TOGETHER for line in extras[name]}
+    assert len(needed) > 10
+    assert needed - {PROJECT["name"]} <= set(pinned)
 
 
 def test_a_release_with_an_advisory_is_found() -> None:

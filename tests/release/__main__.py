@@ -49,6 +49,8 @@ HERE = ROOT / "tests" / "release"
 PREPARED = ROOT / "build" / "release"
 FRAMEWORKS = ROOT / "tests" / "frameworks"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+#: Extras that are in `all`: their requirements are pinned together.
+TOGETHER = re.findall(r"[\w-]+", PROJECT["optional-dependencies"]["all"][0].partition("[")[2])
 # With the lowest releases: the guarantees, what crosses boundaries, prices, and the store.
 LOWEST_TESTS = (
     "tests/project/test_guarantees.py",
@@ -136,10 +138,12 @@ class Environments:
 
     def smoke(self, extra: str) -> list[str]:
         # Deep Agents are made of LangChain, and tested with it.
-        folder = FRAMEWORKS / {"deepagents": "langchain"}.get(extra, extra.replace("-", "_"))
+        framework = (
+            FRAMEWORKS / {"deepagents": "langchain"}.get(extra, extra.replace("-", "_")) / "newest.txt"
+        )
+        is_apart = extra not in TOGETHER and framework.exists()
         try:
-            framework = folder / "newest.txt"
-            python = self.make(extra, framework if framework.exists() else self.chosen(extra))
+            python = self.make(extra, framework if is_apart else self.chosen(extra))
         except (RuntimeError, KeyError) as error:
             return [str(error)]
         command = [str(python), "-I", "-W", "error::SyntaxWarning", str(HERE / "smoke.py"), extra]
@@ -259,9 +263,8 @@ def main(argv: list[str]) -> int:
             elif extra == "lowest":
                 report.tell("the tests with the lowest releases", environments.lowest())
             else:
-                report.tell(
-                    f"installed: stroma{'' if extra == 'bare' else f'[{extra}]'}", environments.smoke(extra)
-                )
+                suffix = "" if extra == "bare" else f"[{extra}]"
+                report.tell(f"installed: {PROJECT['name']}{suffix}", environments.smoke(extra))
     print(f"failed: {', '.join(report.failed)}" if report.failed else "all of it holds")
     return 1 if report.failed else 0
 

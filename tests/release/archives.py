@@ -85,7 +85,7 @@ def wrong_contents(path: Path) -> list[str]:
             wrong.append(
                 f"{path.name} has {name} of {len(data)} bytes; leave it out, or make it when it is needed"
             )
-        if is_wheel and not re.match(r"stroma(/|-[^/]+\.dist-info/)", name):
+        if is_wheel and not re.match(r"stroma(/|_runner-[^/]+\.dist-info/)", name):
             wrong.append(f"{path.name} has {name}, which would be installed beside stroma")
         if (
             re.search(r"(^|/)(__pycache__|\.git|\.venv)(/|$)|\.(db|pyc|lock)$", name)

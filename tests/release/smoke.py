@@ -18,7 +18,7 @@ import stroma
 
 FRAMEWORKS = (
     "agent_framework", "claude_agent_sdk", "crewai", "deepagents", "dspy", "google_adk", "haystack", "langchain",
-    "langgraph", "openai_agents", "pydantic_ai",
+    "langgraph", "litellm", "llama_index", "openai_agents", "pydantic_ai",
 )  # fmt: skip
 
 
@@ -194,6 +194,11 @@ def temporal() -> None:
     importlib.import_module("stroma.drivers.temporal")
 
 
+def mcp() -> None:
+    importlib.import_module("stroma.adapters.mcp")
+    assert "--db" in command("mcp", "--help")
+
+
 def testing() -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "test_flow.py").write_text(
@@ -215,8 +220,12 @@ def testing() -> None:
 
 
 def everything() -> None:
-    for check in (cli, redis, postgres, blobs, otel, prometheus, sentry, ui, temporal):
+    for check in (cli, redis, postgres, blobs, otel, prometheus, sentry, ui, temporal, mcp):
         check()
+
+
+_NAMED = (cli, demo, redis, postgres, blobs, otel, prometheus, datadog, sentry, ui, temporal, mcp, testing)
+CHECKS = {"bare": bare, "all": everything} | {check.__name__: check for check in _NAMED}
 
 
 def main(extra: str) -> None:
@@ -224,9 +233,7 @@ def main(extra: str) -> None:
     if extra.replace("-", "_") in FRAMEWORKS:
         importlib.import_module(f"stroma.adapters.{extra.replace('-', '_')}")
         return
-    checks = {"bare": bare, "all": everything}
-    named = (cli, demo, redis, postgres, blobs, otel, prometheus, datadog, sentry, ui, temporal, testing)
-    (checks | {check.__name__: check for check in named})[extra]()
+    CHECKS[extra]()
 
 
 if __name__ == "__main__":
