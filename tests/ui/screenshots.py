@@ -89,10 +89,11 @@ def shoot(browser: Browser, url: str, empty_url: str, directory: Path, only: str
         "empty-overview": f"{empty_url}/overview",
         "no-pipeline": f"{empty_url}/pipeline",
     }
+    chosen = {name: address for name, address in addresses.items() if only in name}
+    if not chosen:
+        raise SystemExit(f"no page has {only!r} in its name; the pages are: {', '.join(addresses)}")
     outputs = []
-    for name, address in addresses.items():
-        if only not in name:
-            continue
+    for name, address in chosen.items():
         for size, (width, height) in SIZES.items():
             for dark in (False, True):
                 browser.size(width, height, dark=dark)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import html
 import json
 import os
 import re
@@ -255,6 +256,10 @@ def test_two_runs(site: Site) -> None:
     text = site.get("/compare", a="good", b="bad").text
     assert "only in B" in text
     assert text.count("the same") == 5
+    only_in_b = re.search(r'<a class="plain" href="([^"]+)">(?:(?!</a>).)*only in B', text, re.DOTALL)
+    assert only_in_b is not None, "there is nothing to open, so its attempt is a click away"
+    assert "id=bad" in only_in_b[1]
+    assert site.ask("GET", html.unescape(only_in_b[1])).status == 200
     assert site.get("/compare", a="good").status == 200
 
 

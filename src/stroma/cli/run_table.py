@@ -147,7 +147,9 @@ def _blank(column: int) -> list[Part]:
 
 def _cells(a: AttemptRecord, name: str) -> list[Part]:
     is_committed = a.output is not None and a.outcome != "success"
-    outcome = f"{a.outcome}, damaged" if a.damaged else f"{a.outcome}, kept" if is_committed else a.outcome
+    outcome = (
+        f"{a.outcome}, damaged" if a.damaged else f"{a.outcome}, output stored" if is_committed else a.outcome
+    )
     return [
         place_of(a),
         name,

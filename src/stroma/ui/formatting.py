@@ -174,14 +174,22 @@ def compare_facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:
     return changes(facts[0], facts[1])
 
 
-def side_by_side(one: NodeDiff) -> dict[str, Any]:
-    """Return a node of two runs with its time and cost in each."""
+def side_by_side(one: NodeDiff, a: RunRecord, b: RunRecord) -> dict[str, Any]:
+    """Return a node of two runs with its time and cost in each, and the address of its attempt in the first that has it."""
     first = (one.a or one.b or [])[0]
+    address = attempt_address(a if one.a else b, first)
     took, cost = (
         [None if side is None else sum(getattr(x, name) for x in side) for side in (one.a, one.b)]
         for name in ("duration_ms", "cost_usd")
     )
-    return {"it": one, "node": first, "place": place_of(first), "took": took, "cost": cost}
+    return {
+        "it": one,
+        "node": first,
+        "place": place_of(first),
+        "took": took,
+        "cost": cost,
+        "address": address,
+    }
 
 
 def state_tree(payload: Payload, invalid_fields: list[str]) -> dict[str, Any]:

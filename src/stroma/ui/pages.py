@@ -161,7 +161,7 @@ class Pages:
         )
         return self._renderer.page(
             "compare.html", a=a, b=b, input=started, more=sides[0][1] or sides[1][1],
-            nodes=[side_by_side(one) for one in nodes],
+            nodes=[side_by_side(one, a, b) for one in nodes],
             seconds=[max(0, record.updated_ms - record.started_ms) / 1000 for record in (a, b)],
         )  # fmt: skip
 
