@@ -1,4 +1,4 @@
-"""What all pages share: the store they read, the keys of their forms, and their templates."""
+"""The store, the keys of forms and the templates, which all pages share."""
 
 from __future__ import annotations
 
