@@ -126,10 +126,13 @@ class _Run:
         self.figures = figures
         self.run_id = run_id
         self.killed = killed
-        self.stopped = stopped
+        #: One that was refused as too late stood still as well: a busy machine can do what SIGSTOP does.
+        self.stopped = stopped | {
+            rest[0] for kind, _, outcome, *rest in lines if kind == "end" and outcome == "Fenced"
+        }
         self.restless = restless
         #: Hooks hear of a failure also where it cannot be written down any more, or nobody may.
-        self.unwritten = stopped | refused
+        self.unwritten = self.stopped | refused
         self.calls: dict[str, list[tuple[str, str]]] = defaultdict(list)  # place: (token, pid)
         self.failed = {token for kind, _, token, *_ in lines if kind == "fail"}
         self.noted: dict[str, list[str]] = defaultdict(list)  # place: pids
