@@ -45,7 +45,9 @@ def test_killed_in_the_last_node_of_an_item(tmp_path: Path) -> None:
 
     def run() -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(HELPER), str(tmp_path / "runs.db"), str(side)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment())
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False, env=environment()
+        )
 
     killed = run()
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -253,11 +253,11 @@ class ExecutionTrace(Shown):
 
 def _sources_of(row: AttemptRow | TraceEvent, message: str) -> Iterator[AttemptRow | TraceEvent]:
     """Yield a failed attempt, and those inside that it has its message of."""
-    found: AttemptRow | TraceEvent | None = row
-    while found is not None:
-        yield found
-        inside = reversed(found.children or ())
-        found = next((one for one in inside if _message_of(one) == message), None)
+    source: AttemptRow | TraceEvent | None = row
+    while source is not None:
+        yield source
+        inside = reversed(source.children or ())
+        source = next((one for one in inside if _message_of(one) == message), None)
 
 
 def _message_of(row: AttemptRow | TraceEvent) -> str | None:
