@@ -24,6 +24,7 @@ from stroma import (
     Journal,
     JsonLines,
     NodeContract,
+    NodeHooks,
     Pipeline,
     PipelineChanged,
     ReliabilityContext,
@@ -288,6 +289,46 @@ async def test_groups_and_maps_inside(world: World, store: Any) -> None:
 
 async def _tickets(state: Tickets) -> Tickets:
     return state
+
+
+async def test_a_map_as_the_last_node(store: Any) -> None:
+    """The output of an item is what the map makes of the output of the node before it, also after a resume."""
+
+    class Parts(BaseModel):
+        parts: list[str]
+
+    async def split(state: Text) -> dict[str, Any]:
+        return {"parts": [state.text, state.text * 2]}
+
+    async def size(state: Text) -> int:
+        return len(state.text)
+
+    def items(state: Tickets) -> list[Text]:
+        return [Text(text=ticket) for ticket in state.tickets]
+
+    sizes = map_over("parts", node("size", size, Text, RootModel[int]), into="sizes")
+    work = map_over(items, [node("split", split, Text, Parts), sizes], into="done")
+    runner = quick_without_retries(store=store)
+    for resume in (False, True):
+        result = await runner.run([work], Tickets(tickets=["a"]), run_id="run", resume=resume)
+        assert result.final_state is not None, result.failure
+        assert result.final_state.model_dump()["done"] == [{"parts": ["a", "aa"], "sizes": [1, 2]}]
+
+
+async def test_no_item_that_has_ended_takes_memory(world: World, store: Any) -> None:
+    """With outputs in the journal, those between the nodes of an item are forgotten once it has ended."""
+    held: list[int] = []
+
+    async def hook(run_id: str, node_id: str, state: Any) -> None:
+        held.append(len(current_node().ctx.done))
+
+    work = map_over("tickets", world.nodes, into=Journal(), max_concurrency=1)
+    runner = quick_without_retries(
+        store=store, node_policies={work.node_id: ONCE}, hooks=NodeHooks(on_node_start=hook)
+    )
+    result = await runner.run([work], Tickets(tickets=["a"] * 50), run_id="run")
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert max(held) == 2
 
 
 async def test_as_a_step(world: World, store: Any) -> None:
@@ -733,12 +774,14 @@ async def test_the_journal_shows_the_input_of_each_node(world: World, tmp_path: 
     """Read from the store, the input of each node of an item is the output of the one before it."""
     with SQLiteStore(tmp_path / "runs.db") as store:
         work = map_over("tickets", world.nodes, into="answers")
-        await quick_without_retries(store=store).run([work], Tickets(), run_id="run")
+        result = await quick_without_retries(store=store).run([work], Tickets(), run_id="run")
         history = History(store)
         attempts, _ = history.attempts("run", 100)
         inputs = {one.branch: history.input_of("run", one).value for one in attempts}
         story = history.story(store.get_run("run"))  # type: ignore[arg-type]
     assert (inputs["1"], inputs["1.0"]) == ("b", "b")
+    page = result.to_html()
+    assert all(node_id in page for node_id in ("[classify, draft, check]", "classify", "draft", "check"))
     assert inputs["1.1"] == {"text": "b", "kind": "b1"}
     assert inputs["1.2"] == {"draft": "b12"}
     assert {bar.at: bar.input_state for bar in story.bars}["0.1.2"] == {"draft": "b12"}
