@@ -182,7 +182,7 @@ def _output_class(
 ) -> type[BaseModel]:
     if isinstance(node, Group):
         return node.output_class(input_class, node.output_classes(input_class, partial(_output_class, ctx)))
-    return output_class(ctx.contract_of(node))
+    return output_schema(ctx, node, None).model
 
 
 def check_committed(
