@@ -175,6 +175,39 @@ def test_show_as_a_tree(stroma, inside):
     assert re.search(r"^2 +flaky +2 +success +\+\d\.\d{3} s +\d\.\d\d s +\d\.\d\d s", table[8])
 
 
+def test_show_has_the_nodes_of_each_item(stroma, inside):
+    """`show` lists the nodes of a map with several below their item, and `show --input` has the input of each of them."""
+    stroma.file("steps.py", """
+        from sums import *
+        class Counts(BaseModel):
+            counts: list[Count]
+        async def more(state):
+            return {"n": state.n + 10}
+        pipeline = Pipeline("steps", [map_over("counts", [node("more", more), node("twice", double)], into="done")],
+                            config=RunConfig(policy_map=quick))
+    """)  # fmt: skip
+    argument = '{"counts": [{"n": 1}, {"n": 2}]}'
+    done = inside("run", "steps.py:pipeline", argument, "--run-id", "s")
+    assert done.code == 0, done.err
+    lines = inside("show", "s", "--tree", "--unfold").out.splitlines()
+    table = lines[lines.index("") + 1 :]
+    assert [line[: line.index("  1  ")].rstrip() for line in table[1:8]] == [
+        "0      map_over(counts, [more, twice])",
+        "0.0    ├─ [more, twice]", "0.0.0  │  ├─ more", "0.0.1  │  └─ twice",
+        "0.1    └─ [more, twice]", "0.1.0     ├─ more", "0.1.1     └─ twice",
+    ]  # fmt: skip
+    twice = inside("show", "s", "--node", "twice", "--input", "--unfold")
+    states = re.findall(r'^# (\S+)|"n": (\d+)', twice.out, re.MULTILINE)
+    assert states == [("0.0.1", ""), ("", "11"), ("0.1.1", ""), ("", "12")]
+    graph = json.loads(inside("graph", "steps.py:pipeline", "--format", "json").out)
+    assert [(one["node_id"], one["kind"]) for one in graph["nodes"]][1:] == [
+        ("map_over(counts, [more, twice]) into done", "map_over"), ("[more, twice]", "sequence"),
+        ("more", "node"), ("twice", "node"),
+    ]  # fmt: skip
+    checked = inside("check", "steps.py:pipeline", "--against", "s")
+    assert checked.code == 0, checked.out
+
+
 def test_timing_shows_how_long_functions_ran_where_a_group_also_waited(stroma, inside):
     """`show --timing` has the column FUNCTIONS if a group took longer than its functions."""
     stroma.file("waits.py", """

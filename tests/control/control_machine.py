@@ -25,8 +25,8 @@ from stroma import (
 )
 from stroma.failures import FailurePolicy
 
-#: Of one run: first, three children, four items, last.
-CALLS = 9
+#: Of one run: first, three children, two nodes for each of four items, last.
+CALLS = 13
 TOKENS = 10
 
 
@@ -68,14 +68,17 @@ class ControlMachine(RuleBasedStateMachine):
         self.pipelines = self._define()
 
     def _define(self) -> dict[str, Any]:
-        node = {name: self._node(name) for name in ("first", "a", "b", "c", "item", "last")}
+        node = {name: self._node(name) for name in ("first", "a", "b", "c", "item", "then", "last")}
         listed = Pipeline(
             "list",
             [
                 node["first"],
                 parallel(node["a"], node["b"], node["c"], max_concurrency=2),
                 map_over(
-                    lambda state: [{"n": n} for n in range(4)], node["item"], into="out", max_concurrency=2
+                    lambda state: [{"n": n} for n in range(4)],
+                    [node["item"], node["then"]],
+                    into="out",
+                    max_concurrency=2,
                 ),
                 node["last"],
             ],
@@ -85,7 +88,8 @@ class ControlMachine(RuleBasedStateMachine):
         async def flow(flow: Any, state: Num) -> Num:
             state = await flow.step(node["first"], state)
             await asyncio.gather(*(flow.step(node[name], state) for name in "abc"))
-            await flow.map(node["item"], [Num(n=n) for n in range(4)], max_concurrency=2)
+            for name in ("item", "then"):
+                await flow.map(node[name], [Num(n=n) for n in range(4)], max_concurrency=2)
             return await flow.step(node["last"], state)
 
         return {"list": listed, "flow": flow}

@@ -416,6 +416,16 @@ def map_over_inside(world: World) -> Any:
     return a_flow(body)
 
 
+def map_over_several_inside(world: World) -> Any:
+    each = map_over("numbers", [world.step("add"), world.step("double")], into="numbers", max_concurrency=1)
+
+    async def body(flow: Flow, state: Num) -> Num:
+        found = await flow.step(each, Nums(numbers=[Num(n=1), Num(n=2)]))
+        return Num(n=sum(one.n for one in found.numbers))
+
+    return a_flow(body)
+
+
 def slept(world: World) -> Any:
     add = world.step("add")
 
@@ -743,6 +753,9 @@ FLOW_SCENARIOS: dict[str, FlowScenario] = {
     "pipeline inside": FlowScenario(pipeline_inside, {"n": 2}, ["add 0", "double 1"]),
     "parallel as a step": FlowScenario(parallel_inside, {"n": 13}, ["left", "right", "add 12"]),
     "map_over as a step": FlowScenario(map_over_inside, {"n": 5}, ["add 1", "add 2"]),
+    "map_over of several nodes as a step": FlowScenario(
+        map_over_several_inside, {"n": 7}, ["add 1", "double 2", "add 2", "double 3"]
+    ),
     "sleep": FlowScenario(slept, {"n": 2}, ["add 0", "add 1"]),
     "sleeps at once": FlowScenario(slept_side_by_side, {"n": 1}, ["add 0"]),
     "time limit around a sleep": FlowScenario(timeout_of_a_sleep, {"n": 1}, []),

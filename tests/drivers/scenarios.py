@@ -141,6 +141,75 @@ def lengths(calls: list[str], *, failing_at: str | None = None) -> Any:
     return node("length", func, Text, Length)
 
 
+class Word(BaseModel):
+    word: str
+
+
+class Words(BaseModel):
+    words: list[str]
+
+
+def measuring(
+    calls: list[str], *, failing_at: str | None = None, failing_once: str | None = None
+) -> list[Any]:
+    """Three nodes: the second one doubles what the first one has doubled, and fails where it is told to."""
+
+    class Text(BaseModel):
+        text: str
+
+    async def read(state: Text) -> Any:
+        calls.append("read")
+        return {"word": state.text * 2}, 5
+
+    async def doubled(state: Word) -> Any:
+        calls.append("doubled")
+        half = state.word[: len(state.word) // 2]
+        if half == failing_at or (half == failing_once and current_node().attempt == 1):
+            raise ValueError(f"{half} is too long")
+        return {"word": state.word * 2}, 5
+
+    async def length(state: Word) -> dict[str, int]:
+        calls.append("length")
+        return {"length": len(state.word)}
+
+    return [
+        node("read", read, Text, Word),
+        node("doubled", doubled, Word, Word),
+        node("length", length, Word, Length),
+    ]
+
+
+def branching(calls: list[str]) -> list[Any]:
+    """A node, a map beside another node, and a node that joins what they made."""
+
+    class Text(BaseModel):
+        text: str
+
+    class Parts(BaseModel):
+        words: list[str]
+        lengths: list[Length]
+        word: str
+
+    async def split(state: Text) -> dict[str, list[str]]:
+        calls.append("split")
+        return {"words": [state.text, state.text * 2]}
+
+    async def first(state: Words) -> dict[str, str]:
+        calls.append("first")
+        return {"word": state.words[0]}
+
+    async def total(state: Parts) -> dict[str, int]:
+        calls.append("sum")
+        return {"length": sum(one.length for one in state.lengths) + len(state.word)}
+
+    both = parallel(
+        map_over("words", lengths(calls), into="lengths"),
+        node("first", first, Words, Word),
+        max_concurrency=1,
+    )
+    return [node("split", split, Text, Words), both, node("sum", total, Parts, Length)]
+
+
 def waiting_sibling(calls: list[str], node_id: str) -> Any:
     async def func(state: Num) -> dict[str, int]:
         calls.append(node_id)
@@ -363,6 +432,48 @@ SCENARIOS: dict[str, Scenario] = {
         lambda calls: [map_over("nothing", lengths(calls), into="lengths")],
         RunStatus.PARTIAL, [], {"texts": ["a"]}, state=Texts(texts=["a"]), config={"policy_map": NEVER},
         failure=(FailureClass.AMBIGUOUS, "TypeError"),
+    ),
+    "items through several nodes": Scenario(
+        lambda calls: [map_over("texts", measuring(calls), into="lengths", max_concurrency=2)],
+        RunStatus.COMPLETED, ["doubled", "doubled", "length", "length", "read", "read"],
+        {"texts": ["a", "bc"], "lengths": [{"length": 4}, {"length": 8}]},
+        state=Texts(texts=["a", "bc"]), tokens=20,
+    ),
+    "a node in the middle of an item that is tried again": Scenario(
+        lambda calls: [map_over("texts", measuring(calls, failing_once="bc"), into="lengths", max_concurrency=1)],
+        RunStatus.COMPLETED, ["doubled", "doubled", "doubled", "length", "length", "read", "read"],
+        {"texts": ["a", "bc"], "lengths": [{"length": 4}, {"length": 8}]},
+        state=Texts(texts=["a", "bc"]), tokens=20, config={"policy_map": THRICE},
+    ),
+    "a node in the middle of an item that fails": Scenario(
+        lambda calls: [map_over("texts", measuring(calls, failing_at="bc"), into="lengths", max_concurrency=1)],
+        RunStatus.PARTIAL, ["doubled", "doubled", "length", "read", "read"], {"texts": ["a", "bc", "d"]},
+        state=Texts(texts=["a", "bc", "d"]), tokens=15, config={"policy_map": NEVER},
+        failure=(FailureClass.AMBIGUOUS, "ValueError"),
+    ),
+    "items of several nodes that fail while others go on": Scenario(
+        lambda calls: [
+            map_over(
+                "texts", measuring(calls, failing_at="bc"), into="lengths", max_concurrency=1, on_item_failure="collect"
+            )
+        ],
+        RunStatus.COMPLETED, [*["doubled"] * 6, "length", "length", "read", "read", "read"],
+        {"texts": ["a", "bc", "d"], "lengths": [{"length": 4}, {"length": 4}], "lengths_failures": [{
+            "index": 1, "node_id": "doubled", "failure_class": FailureClass.AMBIGUOUS,
+            "message": "bc is too long", "reason": None, "attempts": 4,
+        }]},
+        state=Texts(texts=["a", "bc", "d"]), tokens=25, config={"policy_map": THRICE},
+    ),
+    "groups and maps in the nodes of an item": Scenario(
+        lambda calls: [parallel(map_over("texts", branching(calls), into="lengths", max_concurrency=1))],
+        RunStatus.COMPLETED, ["first", "length", "length", "split", "sum"],
+        {"texts": ["a"], "lengths": [{"length": 4}]}, state=Texts(texts=["a"]),
+    ),
+    "a sequence over the limit": Scenario(
+        lambda calls: [map_over("texts", measuring(calls), into="lengths", max_concurrency=1), counted(calls, "d")],
+        RunStatus.PARTIAL, ["doubled", "length", "read", "read"], {"texts": ["a", "bc"]},
+        state=Texts(texts=["a", "bc"]), tokens=15, config={"budget": ExecutionBudget(max_tokens_total=14)},
+        failure=(FailureClass.RECOVERABLE, "BudgetExceeded"),
     ),
     "no contract": Scenario(
         lambda calls: [bare(calls), counted(calls, "b")], RunStatus.COMPLETED, ["a", "b"], {"n": 6}

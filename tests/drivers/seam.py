@@ -64,6 +64,8 @@ class SeamRunner:
         self.seam = Seam(attempts, full=full)
         self._payloads = attempts.site(next(iter(attempts._known))).payloads
         self._config = config
+        #: The state of the run that is under way.
+        self.state: Any = None
 
     async def run(
         self, pipeline: Pipeline, state: BaseModel, *, run_id: str = "run", traceparent: str | None = None
@@ -79,6 +81,7 @@ class SeamRunner:
         }
         at = new_state(value, context=dict(self._config.context), traceparent=traceparent)
         while True:
+            self.state = at
             try:
                 report = await Interpreter(plan, at, self.seam, self.seam).run()
                 break

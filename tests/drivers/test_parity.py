@@ -18,6 +18,7 @@ from tests.drivers.scenarios import (
     failing,
     half,
     joined,
+    measuring,
     result_told,
     spending,
 )
@@ -378,6 +379,51 @@ async def test_items_that_are_done_are_not_run_again(driver: Any, run_id: str) -
     assert calls == ["a", "bb", "cc", "cc", "dd"]
     assert resumed.final_state is not None
     assert [one["length"] for one in resumed.final_state.model_dump()["lengths"]] == [1, 2, 2, 2]
+
+
+async def test_nodes_of_an_item_that_are_done_are_not_run_again(driver: Any, run_id: str) -> None:
+    """On resume an item continues with the node that did not finish, and the others with theirs."""
+    calls: list[str] = []
+    nodes = [map_over("texts", measuring(calls, failing_at="bc"), into="lengths", max_concurrency=1)]
+    fixed = [map_over("texts", measuring(calls), into="lengths", max_concurrency=1)]
+    state = Texts(texts=["a", "bc", "d"])
+    async with driver.bind(nodes, policy_map=NEVER) as bound:
+        result = await bound.run(state, run_id=run_id)
+        assert (result.status, calls) == (RunStatus.PARTIAL, ["read", "doubled", "length", "read", "doubled"])
+    calls.clear()
+    async with driver.bind(fixed, policy_map=NEVER) as bound:
+        resumed = await bound.go_on(state, run_id)
+    assert resumed.status is RunStatus.RESUMED
+    assert calls == ["doubled", "length", "read", "doubled", "length"]
+    assert resumed.final_state is not None
+    assert [one["length"] for one in resumed.final_state.model_dump()["lengths"]] == [4, 8, 4]
+
+
+async def test_an_item_waits_for_a_person_between_two_nodes(driver: Any, run_id: str) -> None:
+    """The other items go through all of their nodes meanwhile; after the answer only what was not done is called."""
+    calls: list[str] = []
+
+    class Numbers(BaseModel):
+        numbers: list[Num]
+
+    async def doubtful(state: Num) -> dict[str, int]:
+        calls.append(f"ask {state.n}")
+        if state.n == 2 and current_node().signal is None:
+            raise Suspend("may it go on?", schema=Approval)
+        return {"n": state.n}
+
+    steps = [counted(calls, "a"), node("ask", doubtful), counted(calls, "b")]
+    async with driver.bind([map_over("numbers", steps, into="done", max_concurrency=1)]) as bound:
+        state = Numbers(numbers=[Num(n=n) for n in range(3)])
+        result = await bound.run(state, run_id=run_id)
+        assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["may it go on?"])
+        assert calls == ["a", "ask 1", "b", "a", "ask 2", "a", "ask 3", "b"]
+        calls.clear()
+        await bound.runner.signal(run_id, {"approved": True})
+        resumed = await bound.go_on(state, run_id)
+    assert calls == ["ask 2", "b"]
+    assert resumed.final_state is not None
+    assert [one["n"] for one in resumed.final_state.model_dump()["done"]] == [2, 3, 4]
 
 
 async def test_an_id_that_was_used(driver: Any, run_id: str) -> None:

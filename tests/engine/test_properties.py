@@ -186,7 +186,13 @@ tries = st.lists(
     min_size=1,
     max_size=3,
 )
-trees = st.recursive(tries, lambda inner: st.tuples(st.lists(inner, min_size=1, max_size=3)), max_leaves=6)
+trees = st.recursive(
+    tries,
+    lambda inner: st.tuples(st.lists(inner, min_size=1, max_size=3), st.sampled_from(["parallel", "items"])),
+    max_leaves=6,
+)
+#: How the ids of groups begin.
+GROUPS = ("parallel(", "map_over(", "[")
 #: Dollars per token, in millionths, of the model that every attempt names.
 PRICE_IN, PRICE_OUT = 1, 3
 
@@ -247,6 +253,8 @@ def build(tree: Any, name: str, calls: list[Any], width: int | None, pauses: Any
     """Nodes for a tree; each call is noted in ``calls`` as it begins and, with what it spent, as it ends."""
     if isinstance(tree, tuple):
         children = [build(child, f"{name}.{i}", calls, width, pauses) for i, child in enumerate(tree[0])]
+        if tree[1] == "items":  # One item, which goes through them in turn.
+            return map_over(lambda state: [{"n": 0}], children, into="out")
         return parallel(*children, max_concurrency=width)
     left = iter([*tree, (0, 0, "ok")])
 
@@ -316,7 +324,7 @@ def test_budgets_of_one_node_after_the_other(
     expected = {"ok": RunStatus.COMPLETED, "terminal": RunStatus.FAILED}.get(ended, RunStatus.PARTIAL)
     # A failure that takes the run over its limit is still that failure; it is the budget that forbids another call.
     assert result.status is expected, (ended, result.failure)
-    events = [event for event in result.trace.walk() if not event.node_id.startswith("parallel")]
+    events = [event for event in result.trace.walk() if not event.node_id.startswith(GROUPS)]
     assert Counter(event.node_id for event in events) == Counter(bill.calls)
     assert sum(event.usage.tokens for event in events) == bill.tokens
 
@@ -369,7 +377,7 @@ def test_budgets_with_children_side_by_side(
         assert result.status is not RunStatus.COMPLETED
     else:
         assert result.failure is None or result.failure.reason != "budget"
-    events = [event for event in result.trace.walk() if not event.node_id.startswith("parallel")]
+    events = [event for event in result.trace.walk() if not event.node_id.startswith(GROUPS)]
     assert Counter(event.node_id for event in events) == Counter(name for name, used in calls if used is None)
 
 
@@ -733,8 +741,8 @@ def _act(plan: Any, name: str, runner: Any, tally: Counter[str]) -> Any:
     if isinstance(plan, tuple):
         children, kind = plan
         created_items = [_act(child, f"{name}{'abc'[i]}", runner, tally) for i, child in enumerate(children)]
-        if kind == "map" and not isinstance(children[0], tuple):
-            return map_over("items", created_items[0], into="out")
+        if kind == "map" and not any(isinstance(child, tuple) for child in children):
+            return map_over("items", created_items, into="out")
         return parallel(*created_items, max_concurrency=1 if kind == "bound" else None)
     left = iter(plan)
 

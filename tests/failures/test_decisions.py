@@ -124,7 +124,7 @@ def test_what_a_providers_error_says() -> None:
     result = diagnose(Provider(429, retry_after="7"), CONTEXT)
     assert result.exception.args == ("status 429",)
     assert astuple(replace(result, exception=ValueError()))[1:] == (
-        RECOVERABLE, "node", 4, "status 429", "rate_limit", 7.0,
+        RECOVERABLE, "node", 4, "status 429", "rate_limit", 7.0, None,
     )  # fmt: skip
     assert diagnose(Provider(401), CONTEXT).failure_class is TERMINAL
     assert diagnose(Provider(401), CONTEXT).retry_after_seconds is None

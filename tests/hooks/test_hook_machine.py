@@ -93,7 +93,7 @@ plans: st.SearchStrategy[Any] = st.recursive(
             st.sampled_from(["parallel", "parallel", "bound", "nested"]),
             st.lists(inner, min_size=1, max_size=3),
         )
-        | st.tuples(st.just("map"), st.lists(inner, min_size=1, max_size=1))
+        | st.tuples(st.just("map"), st.lists(inner, min_size=1, max_size=2))
     ),
     max_leaves=4,
 )
@@ -244,7 +244,7 @@ class HookMachine(RuleBasedStateMachine):
         if kind in ("parallel", "bound", "map"):
             outputs = [self._node(child, f"{name}{'abc'[i]}", timeouts) for i, child in enumerate(inner)]
             if kind == "map":
-                return map_over("items", outputs[0], into="out")
+                return map_over("items", outputs, into="out")
             return parallel(*outputs, max_concurrency=1 if kind == "bound" else None)
         if kind == "timed":
             timeouts[name] = LIMIT_MS

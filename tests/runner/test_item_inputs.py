@@ -53,6 +53,10 @@ def nodes_of(runner: StromaRunner, fails: str = "") -> dict[str, Any]:
             raise LookupError("no")
         return {"n": len(item.text)}
 
+    @runner.node("again", input=Count, output=Count)
+    async def count_again(state: Count) -> Any:
+        return {"n": 1}
+
     @runner.node("part", input=Part, output=Part)
     async def part(state: Part) -> Any:
         return state
@@ -65,6 +69,7 @@ def nodes_of(runner: StromaRunner, fails: str = "") -> dict[str, Any]:
         "map": map_over("items", count, into="out"),
         "map of groups": map_over("items", parallel(count), into="out"),
         "map of maps": map_over("items", map_over("parts", part, into="parted"), into="out"),
+        "map of sequences": map_over("items", [count, parallel(count_again), count_again], into="out"),
         "map beside": parallel(whole, map_over("items", count, into="out")),
     }
 
@@ -77,6 +82,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "map": {"0": "item 0", "2": "item 2"},
     "map of groups": {"1": "item 1", "1.0": "item 1"},
     "map of maps": {"1": "item 1", "1.0": "p1", "2.1": "q2"},
+    "map of sequences": {"1": "item 1", "1.0": "item 1", "1.1": {"n": 8}, "1.1.0": {"n": 8}, "2.2": {"n": 1}},
     "map beside": {"0": "all", "1": "all", "1.2": "item 2"},
 }
 
@@ -99,7 +105,7 @@ async def test_an_item_has_its_own_input_in_every_store(shape: str, store: Any) 
         whole = argument.model_dump()
         for branch, wanted in SHAPES[shape].items():
             value: Any = whole if wanted == "all" else wanted
-            if wanted.startswith("item "):
+            if isinstance(wanted, str) and wanted.startswith("item "):
                 value = whole["items"][int(wanted[5:])]
             held = history.input_of("r", match[branch])
             assert (held.value, held.problem) == (value, None)

@@ -1,12 +1,18 @@
 """kill -9 at random instants while a map works through many items: each is committed once."""
 
+import signal
+import subprocess
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.chaos import items
+from tests.servers import environment
 
+HELPER = Path(__file__).with_name("sequence_kill_helper.py")
 ITEMS = 5000
 
 
@@ -31,6 +37,31 @@ def test_killed_at_random_each_item_is_committed_once(tmp_path: Path) -> None:
         assert figures.commits == ITEMS
         kills += figures.kills
     assert kills >= 4
+
+
+def test_killed_in_the_last_node_of_an_item(tmp_path: Path) -> None:
+    """After a SIGKILL in the third node of item 17, its first two are not called again, nor is anything that had ended."""
+    side = tmp_path / "side"
+
+    def run() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(HELPER), str(tmp_path / "runs.db"), str(side)]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False, env=environment()
+        )
+
+    killed = run()
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    before = Counter(side.read_text().splitlines())
+    assert before["check 17"] == 1
+    assert "classify 29" not in before
+    again = run()
+    assert again.stdout == f"RESUMED {list(range(30))}\n", again.stderr
+    calls = Counter(side.read_text().splitlines())
+    assert (calls["classify 17"], calls["draft 17"], calls["check 17"]) == (1, 1, 2)
+    # Of the four items in flight, each may have been at one node that was not committed.
+    twice = [call for call, count in calls.items() if count == 2]
+    assert len({call.split()[1] for call in twice}) == len(twice) <= 4
+    assert (len(calls), max(calls.values())) == (90, 2)
 
 
 @pytest.mark.parametrize("server", ["postgres", "redis"])

@@ -83,6 +83,7 @@ class _Run:
         if result.tokens != self.journaled:
             self.problems.append(f"its row has {result.tokens} tokens, its attempts {self.journaled}")
         self.one_history()
+        self.items_in_turn()
         self.comes_to_an_end()
         self.nothing_lost()
         if not self.rewound:  # Else epochs were used twice.
@@ -190,7 +191,8 @@ class _Run:
         instance: list[str] | None = None
         for place in sorted(self.outputs, key=lambda place: (int(place.partition(":")[0]), place)):
             output = self.outputs[place].get("made")
-            if output is None or place.endswith((":0", ":1")):
+            of_items = self.world.kind == "items" and place.startswith("1:")
+            if output is None or of_items or place.endswith((":0", ":1")):
                 instance = None
                 continue
             if instance is not None and output[:-1] != instance:
@@ -199,6 +201,23 @@ class _Run:
         places = [int(place.partition(":")[0]) for place in self.outputs]
         if places and sorted(set(places)) != list(range(max(places) + 1)):
             self.problems.append(f"its journal has holes: {sorted(self.outputs)}")
+
+    def items_in_turn(self) -> None:
+        """Each node of an item was given what the one before it made, and the item has what the last one made."""
+        if self.world.kind != "items":
+            return
+        made = {place: output.get("made") for place, output in self.outputs.items()}
+        for number, item in enumerate(("x", "y")):
+            whole, first, second = (made.get(f"1:{number}{part}") for part in ("", ".0", ".1"))
+            if first is not None and first[:-1] != [*made["0:"], item]:
+                self.problems.append(f"item {item} begins with {first}, after {made['0:']}")
+            if second is not None and second[:-1] != first:
+                self.problems.append(f"item {item} has {second}, which is not made of {first}")
+            if whole is not None and whole != second:
+                self.problems.append(f"item {item} has {whole}, its last node made {second}")
+        done = self.outputs.get("1:", {}).get("done")
+        if done is not None and done != [self.outputs["1:0"], self.outputs["1:1"]]:
+            self.problems.append(f"the map has {done}, its items are others")
 
     def one_answer(self) -> None:
         """Of two answers one is taken, and it is the one that the node gets."""

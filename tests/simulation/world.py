@@ -33,6 +33,7 @@ from stroma import (
     StoreError,
     StromaRunner,
     current_node,
+    map_over,
     parallel,
     stroma_node,
 )
@@ -80,6 +81,13 @@ class Both(BaseModel):
     right: str
 
 
+class Done(BaseModel):
+    done: list[State]
+
+    def all_made(self) -> list[str]:
+        return [token for one in self.done for token in one.made]
+
+
 class Answer(BaseModel):
     by: str
 
@@ -112,7 +120,7 @@ class World:
         self.problems: list[str] = []
         self.tokens = 0
         self.limit = self.draw.choice((6, 12, 100)) * CALL_TOKENS
-        self.kind = self.draw.choice(("plain", "asks", "group"))
+        self.kind = self.draw.choice(("plain", "asks", "group", "items"))
         self.runs = [f"r{n}" for n in range(self.draw.randint(1, RUNS))]
         self.deadly = self.draw.choice((0.0, 1.0, 1.0, 3.0))  # how often processes die, beside the usual
         self.scripts = {
@@ -238,6 +246,10 @@ class World:
             right = node("right", State, Right, lambda state, token: Right(right=token))
             last = node("last", Both, State, lambda both, token: State(made=[both.left, both.right, token]))
             nodes = [nodes[0], parallel(left, right), last]
+        elif self.kind == "items":
+            steps = [node("c", State, State, step), node("d", State, State, step)]
+            last = node("last", Done, State, lambda state, token: State(made=[*state.all_made(), token]))
+            nodes = [nodes[0], map_over(_items_of, steps, into="done"), last]
         else:
             nodes.append(node("c", State, State, step))
         return Pipeline("simulated", nodes)
@@ -434,6 +446,10 @@ class World:
                     setattr(owner, name, value)
                 sys.unraisablehook = lost
                 random.setstate(state)
+
+
+def _items_of(state: State) -> list[State]:
+    return [State(made=[*state.made, item]) for item in ("x", "y")]
 
 
 def _no_changes(_permit: Any, *_: Any, **__: Any) -> list[Any]:

@@ -88,6 +88,7 @@ def report(state: Report) -> Report:
 both = parallel(summarise, risk)
 bounded = parallel(summarise, parallel(risk, report), max_concurrency=2)
 each = map_over("documents", summarise, into="summaries", max_concurrency=8)
+in_turn = map_over("documents", [summarise, summarise], into="summaries")
 of_file = map_over(JsonLines("in.jsonl"), summarise, into=JsonLines(field="out"), on_item_failure="collect")
 of_function = map_over(lambda state: [state], summarise, into=Journal())
 map_over("documents", summarise, into="x", on_item_failure="skip")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

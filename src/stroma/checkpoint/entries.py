@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final, Literal, NamedTuple
 
 from pydantic import BaseModel
 
 from stroma.checkpoint.errors import CheckpointNotFound
+from stroma.checkpoint.identity import place_before, with_outer
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.trace.events import FAILED_ITEM
 
@@ -119,16 +120,35 @@ class RunRequest(NamedTuple):
 
 
 def _without_failed(commits: Mapping[tuple[int, str], Committed]) -> dict[tuple[int, str], Committed]:
-    """Return the commits without failed items and without the groups around them."""
+    """Return the commits without failed items, the groups around them, and what runs after these in a sequence."""
     retried = [at for at, commit in commits.items() if commit.failed_items]
+    later = {place for at in retried for place in _later_in_sequences(commits, *at)}
 
     def is_valid(position: int, branch: str, commit: Committed) -> bool:
         if commit.is_failed_item:
             return False
         inside = f"{branch}." if branch else ""
-        return not any(at == position and (of == branch or of.startswith(inside)) for at, of in retried)
+        if any(at == position and (of == branch or of.startswith(inside)) for at, of in retried):
+            return False
+        return not any((position, place) in later for place in with_outer(branch))
 
     return {at: commit for at, commit in commits.items() if is_valid(*at, commit)}
+
+
+def _later_in_sequences(
+    commits: Mapping[tuple[int, str], Committed], position: int, branch: str
+) -> Iterator[tuple[int, str]]:
+    """Yield the places after a commit in the sequences around it."""
+    followers = {
+        (position, before): at
+        for at, commit in commits.items()
+        if at[0] == position and (before := place_before(at[1], commit.group_id)) is not None
+    }
+    for around in with_outer(branch):
+        place = (position, around)
+        while place in followers:
+            place = followers[place]
+            yield place
 
 
 class StepCall(NamedTuple):
@@ -176,6 +196,11 @@ class Committed(NamedTuple):
     contract: str
     step: StepCall | None = None
     schema: Schema | None = None
+
+    @property
+    def group_id(self) -> str | None:
+        """The id of the group around it."""
+        return self.contract.partition(":")[2] or None
 
     @property
     def is_failed_item(self) -> bool:

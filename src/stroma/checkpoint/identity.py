@@ -16,12 +16,24 @@ import asyncio
 import itertools
 import weakref
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
-__all__ = ["SCOPE", "Identity", "Scope", "StepCalls", "child_indexes", "is_called", "quoted"]
+__all__ = [
+    "SCOPE",
+    "Identity",
+    "Scope",
+    "StepCalls",
+    "child_indexes",
+    "is_called",
+    "place_before",
+    "quoted",
+    "sequence_id",
+    "with_outer",
+]
 
 _MARK: Final = "#"  # in each identity, and nowhere else in a branch
 
@@ -124,6 +136,26 @@ def quoted(step_id: str) -> str:
 def is_called(branch: str) -> bool:
     """Return True if a branch belongs to a step that code calls, or to something inside one."""
     return _MARK in branch
+
+
+def sequence_id(node_ids: Iterable[str]) -> str:
+    """Return the id of a group whose children run in turn, each on the output of the one before it."""
+    return f"[{', '.join(node_ids)}]"
+
+
+def place_before(branch: str, group_id: str | None) -> str | None:
+    """Return the branch whose output is the input of a child, if the group around it is a sequence; None for the first."""
+    outer, dot, index = branch.rpartition(".")
+    if group_id is None or not group_id.startswith("[") or not index.isdecimal() or int(index) == 0:
+        return None
+    return f"{outer}{dot}{int(index) - 1}"
+
+
+def with_outer(branch: str) -> Iterator[str]:
+    """Yield a branch and those around it, the innermost first."""
+    while branch:
+        yield branch
+        branch = branch.rpartition(".")[0]
 
 
 def child_indexes(branch: str) -> list[int]:

@@ -137,6 +137,7 @@ class Group:
         children: the nodes and groups inside.
         max_concurrency: how many children run at once; None is all.
         is_map: the one child runs once for each item; otherwise each child runs once.
+        is_sequence: each child receives the output of the one before it; otherwise every child receives the group's input.
         items_field: the list field that holds the items of a map, or the name of its external items.
         output_field: the field that receives the outputs of a map; "" if they stay out of the state.
         has_external_items: the items of a map do not come from the state.
@@ -144,6 +145,7 @@ class Group:
     """
 
     is_map = False
+    is_sequence = False
     items_field = ""
     output_field = ""
     has_external_items = False
@@ -173,6 +175,19 @@ class Group:
         """Call the functions inside without a run and return the fields of the group's output."""
         raise NotImplementedError
 
+    def output_classes(
+        self,
+        input_class: type[BaseModel],
+        class_of: Callable[[Node | Group, type[BaseModel]], type[BaseModel]],
+    ) -> list[type[BaseModel]]:
+        """Return the class of each child's output. ``class_of`` returns it for a child and the class of its input."""
+        classes: list[type[BaseModel]] = []
+        for child in self.children:
+            classes.append(class_of(child, input_class))
+            if self.is_sequence:
+                input_class = classes[-1]
+        return classes
+
     def output_class(
         self, input_class: type[BaseModel], child_classes: Sequence[type[BaseModel]]
     ) -> type[BaseModel]:
@@ -188,6 +203,20 @@ class Group:
     def read_items(self, registry: Any, value: BaseModel, page: slice) -> tuple[int, list[BaseModel]]:
         """Return how many items the input of a map holds, and those of one page as inputs of the child."""
         raise NotImplementedError
+
+
+def first_in(node: Node | Group) -> Node | Group:
+    """Return the first node of a sequence, which receives its input; any other node or group unchanged."""
+    while isinstance(node, Group) and node.is_sequence:
+        node = node.children[0]
+    return node
+
+
+def last_in(node: Node | Group) -> Node | Group:
+    """Return the last node of a sequence, which makes its output; any other node or group unchanged."""
+    while isinstance(node, Group) and node.is_sequence:
+        node = node.children[-1]
+    return node
 
 
 def output_class(contract: NodeContract[Any, Any] | None) -> type[BaseModel]:

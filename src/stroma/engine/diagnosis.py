@@ -47,7 +47,7 @@ def diagnose_attempt(
         inner = error.halt.failure
         failure = Failure(
             inner.exception, inner.failure_class, run.node_id, run.attempt, inner.message, inner.reason,
-            inner.retry_after_seconds,
+            inner.retry_after_seconds, inner.inner or inner,
         )  # fmt: skip
         if error.halt.spent or error.halt.partial:
             return failure, Halt(failure, partial=error.halt.partial, spent=error.halt.spent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
@@ -11,7 +12,7 @@ from pydantic import BaseModel
 from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged
 from stroma.checkpoint.identity import child_indexes, is_called
 from stroma.contracts.contract import ContractRegistry, NodeContract
-from stroma.contracts.node import Group, Node, held_by, output_class
+from stroma.contracts.node import Group, Node, held_by, last_in, output_class
 from stroma.contracts.schema import Schema, describe_error, schema_of
 from stroma.contracts.snapshots import StoredSnapshot
 from stroma.engine.context import ReliabilityContext
@@ -118,6 +119,7 @@ def value_of(registry: ContractRegistry, node: Node | Group, committed: Committe
     try:
         if committed.is_failed_item:
             return read_output(schema_of(ItemFailure), committed, None)
+        node = last_in(node)
         if isinstance(node, Group):
             return raw_output(committed)
         contract = registry.find(node.node_id) or node.contract
@@ -170,10 +172,17 @@ def output_schema(ctx: ReliabilityContext, node: Node | Group, value: BaseModel 
     """Return the schema of a node's output; only that of a group depends on its input."""
     if isinstance(node, Group):
         assert value is not None
-        children = [output_schema(ctx, child, value).model for child in node.children]
-        return schema_of(node.output_class(type(value), children))
+        return schema_of(_output_class(ctx, node, type(value)))
     contract = ctx.contract_of(node)
     return schema_of(output_class(contract))
+
+
+def _output_class(
+    ctx: ReliabilityContext, node: Node | Group, input_class: type[BaseModel]
+) -> type[BaseModel]:
+    if isinstance(node, Group):
+        return node.output_class(input_class, node.output_classes(input_class, partial(_output_class, ctx)))
+    return output_schema(ctx, node, None).model
 
 
 def check_committed(

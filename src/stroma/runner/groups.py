@@ -1,4 +1,4 @@
-"""Groups: several nodes side by side, or one node over many items."""
+"""Groups: several nodes side by side, and one node, or several in turn, over many items."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel
 
 from stroma.checkpoint import inside_of
+from stroma.checkpoint.identity import sequence_id
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
-from stroma.engine.loop import execute_in_turn
+from stroma.engine.loop import execute, execute_in_turn
 from stroma.engine.merged_models import merged_model, with_list
 from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.engine.tasks import gather
@@ -34,7 +35,14 @@ from stroma.runner.items import (
     values_of,
 )
 from stroma.runner.map import DEFAULT_CONCURRENCY, MapRun
-from stroma.runner.states import fields_of_output, fields_of_state, item_output, item_state, items_in
+from stroma.runner.states import (
+    as_state,
+    fields_of_output,
+    fields_of_state,
+    item_output,
+    item_state,
+    items_in,
+)
 
 __all__ = ["map_over", "parallel"]
 
@@ -65,14 +73,16 @@ def map_over(
     max_concurrency: int | None = None,
     on_item_failure: Literal["stop", "collect"] = "stop",
 ) -> Group:
-    """Run one node for each of many items; each is retried, recorded and resumed on its own.
+    """Run one node, or several in turn, for each of many items; each is retried, recorded and resumed on its own.
 
     ``items``: the name of a list field of the state; a file of :class:`JsonLines`; or a function of the state that returns
     an iterable or an async iterable. Every process that resumes the run calls that function again: it must return the
     same items. An item is the node's input: a model or dict as it is, anything else as the value of a root model, or of
     the node's only required field.
 
-    ``node``: the node or group to run for each item.
+    ``node``: the node or group to run for each item; or a list or tuple of them, to run in turn, each on the output of the
+    one before. Items do not wait for each other between two nodes. An item has the output of its last node, and fails if
+    one of its nodes does.
 
     ``into``: the name of a field that receives the list of outputs, in the order of the items; or a file of
     :class:`JsonLines`, or the :class:`Journal`. With the last two the state does not change, and any number of items needs
@@ -84,10 +94,11 @@ def map_over(
     each that failed becomes an ItemFailure, in the field ``<into>_failures`` or the file ``<into>.failures.jsonl``, and
     the run counts them in ``result.failed_items``. A resume runs them again if ``retry_failed_items`` is set.
 
-    Raises TypeError for an argument that is not a node, ValueError for one that is not the name of a field.
+    Raises TypeError for an argument that is not a node, ValueError for one that is not the name of a field, or for an
+    empty sequence of nodes.
     """
     _check_limit(max_concurrency)
-    child = _child_of(node)
+    child = _child_of_map(node)
     _name_of_items(items)
     for field in (items, into):
         if isinstance(field, str) and not field.isidentifier():
@@ -171,6 +182,51 @@ class ParallelGroup(Group):
         for output in outputs:
             merged.update(fields_of_output(output))
         return merged
+
+
+class SequenceGroup(Group):
+    """Nodes in turn, each on the output of the one before: the child of a map with several nodes."""
+
+    is_sequence = True
+
+    def __init__(self, children: tuple[Node | Group, ...]) -> None:
+        super().__init__(sequence_id(child.node_id for child in children), children, None)
+
+    async def run(
+        self, ctx: ReliabilityContext, execution: NodeExecution, value: BaseModel
+    ) -> dict[str, Any]:
+        """Execute the children; raise GroupStopped for the first that does not end with an output."""
+        prefix = f"{execution.branch}." if execution.branch else ""
+        inside_step = None if execution.step is None else inside_of(execution.step)
+        for index, child in enumerate(self.children):
+            place = Place(
+                execution.position, f"{prefix}{index}", "node", execution, step=inside_step,
+                cancelling=await _count_cancellations(),
+            )  # fmt: skip
+            outcome = await execute(ctx, child, value, place)
+            if isinstance(outcome, Halt):
+                raise GroupStopped(outcome)
+            value = outcome
+        return self.merge(value, [value], ())
+
+    async def call_directly(self, state: BaseModel) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        for index, child in enumerate(self.children):
+            if index and isinstance(child, Node) and child.contract is not None:
+                state = schema_of(child.contract.input_schema).prepare_input(state)[0]
+            fields = await _call_directly(child, state)
+            state = as_state(fields)
+        return fields
+
+    def output_class(
+        self, input_class: type[BaseModel], child_classes: Sequence[type[BaseModel]]
+    ) -> type[BaseModel]:
+        return child_classes[-1]
+
+    def merge(
+        self, value: BaseModel, outputs: Sequence[BaseModel], failures: Sequence[ItemFailure]
+    ) -> dict[str, Any]:
+        return schema_of(type(outputs[-1])).values(outputs[-1])
 
 
 class MapGroup(Group):
@@ -286,6 +342,15 @@ def _child_of(node: Any) -> Node | Group:
     return child
 
 
+def _child_of_map(node: Any) -> Node | Group:
+    if not isinstance(node, (list, tuple)):
+        return _child_of(node)
+    if not node:
+        raise ValueError(f"map_over() needs at least one node, got {node!r}")
+    children = tuple(map(_child_of, node))
+    return children[0] if len(children) == 1 else SequenceGroup(children)
+
+
 def _name_of_items(items: Any) -> str:
     if isinstance(items, str):
         return items
@@ -315,6 +380,15 @@ def _check_inside_map(node: Node | Group, *, outputs_in_state: bool) -> None:
 def _check_limit(limit: int | None) -> None:
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ValueError(f"max_concurrency must be at least 1, or None for no bound, got {limit!r}")
+
+
+async def _count_cancellations() -> int:
+    """Let in a cancellation of the task that is on its way, and return how many a node has left behind."""
+    task = asyncio.current_task()
+    if task is None or not task.cancelling():
+        return 0
+    await asyncio.sleep(0)
+    return task.cancelling()
 
 
 def _gate(limit: int | None) -> asyncio.Semaphore | nullcontext[None]:

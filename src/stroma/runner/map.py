@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from functools import partial
 from time import perf_counter_ns
 from typing import Any, Final, cast
@@ -173,7 +173,7 @@ class MapRun:
             return
         outcome = await self._execute(item, value)
         if self.outputs is None:
-            self._drop_restored(item.index)
+            self._drop_inside(item.index)
         if isinstance(outcome, Halt):
             await self._handle_halt(item, outcome)
             return
@@ -202,14 +202,14 @@ class MapRun:
 
     async def _record_failure(self, item: Item, failure: Failure) -> None:
         """Commit the failure of an item in place of its output, so that a resume does not run it again."""
-        ctx, execution = self._ctx, self._execution
+        ctx, execution, failed = self._ctx, self._execution, failure.inner or failure
         item_failure = ItemFailure(
             index=item.index,
-            node_id=failure.node_id,
+            node_id=failed.node_id,
             failure_class=failure.failure_class,
             message=failure.message,
             reason=failure.reason,
-            attempts=failure.attempt,
+            attempts=failed.attempt,
         )
         row = AttemptRow(
             self._child.node_id, failure.attempt + 1, perf_counter_ns() + ctx.epoch_ns, 0, {}, None,
@@ -264,7 +264,12 @@ class MapRun:
             await self._progress.count_item(restored=True)
         elif item.error is None:
             self._restored[at] = committed
-            outcome = await self._execute(item, item_state(ctx.registry, self._child, item.value))
+            value = item_state(ctx.registry, self._child, item.value)
+            if self.outputs is None and self._inner_branches:
+                schema = output_schema(ctx, self._child, value)
+                if committed.contract.partition(":")[0] != schema.fingerprint:  # It is assembled again.
+                    await self._load_inside([self._branch(item.index)])
+            outcome = await self._execute(item, value)
             if isinstance(outcome, Halt):  # A group whose schema has changed is merged again.
                 await self._handle_halt(item, outcome)
                 return
@@ -273,6 +278,7 @@ class MapRun:
             await self._progress.count_item(restored=True)
         if self.outputs is None:
             self._restored.pop(at, None)
+            self._drop_inside(item.index)
 
     async def _find_committed(self, page: Sequence[Item]) -> dict[int, Committed]:
         """Return the committed outputs of a page by index, without those to be run again. Raises PipelineChanged."""
@@ -290,35 +296,42 @@ class MapRun:
             if committed is None:
                 continue
             self._check_same(item.index, item.checksum, committed)
-            if committed.is_failed_item and (not self._collects_failures or ctx.config.retry_failed_items):
+            if self._must_run(committed):
                 del by_index[item.index]
                 self._restored.pop((position, self._branch(item.index)), None)
         return by_index
 
     async def _load_committed(self, indexes: Sequence[int]) -> dict[int, Committed]:
         """Return the committed outputs of items by index, and restore those of the nodes inside unfinished items."""
-        position = self._execution.position
         branches = {self._branch(index): index for index in indexes}
         by_branch = await self._read_journal(list(branches))
-        inside = [
-            f"{branch}.{rest}"
-            for branch in branches
-            if branch not in by_branch
-            for rest in self._inner_branches
-        ]
+        await self._load_inside([branch for branch in branches if self._must_run(by_branch.get(branch))])
+        return {branches[branch]: committed for branch, committed in by_branch.items()}
+
+    def _must_run(self, committed: Committed | None) -> bool:
+        """Return True if an item is to be run: it has no output, or has failed and is to be tried again."""
+        if committed is None:
+            return True
+        retries = not self._collects_failures or self._ctx.config.retry_failed_items
+        return committed.is_failed_item and retries
+
+    async def _load_inside(self, branches: Iterable[str]) -> None:
+        """Restore the committed outputs of the nodes inside items."""
+        inside = [f"{branch}.{rest}" for branch in branches for rest in self._inner_branches]
         if inside:
             for branch, committed in (await self._read_journal(inside)).items():
-                self._restored[position, branch] = committed
-        return {branches[branch]: committed for branch, committed in by_branch.items()}
+                self._restored[self._execution.position, branch] = committed
 
     async def _read_journal(self, branches: Sequence[str]) -> Mapping[str, Committed]:
         pending = self._ctx.session.committed(self._execution.position, branches)
         return pending if isinstance(pending, Mapping) else await pending
 
-    def _drop_restored(self, index: int) -> None:
-        if self._may_have_committed and self._inner_branches:
-            for rest in self._inner_branches:
-                at = (self._execution.position, f"{self._branch(index)}.{rest}")
+    def _drop_inside(self, index: int) -> None:
+        """Forget the outputs of the nodes inside an item that has ended: there may be very many items."""
+        for rest in self._inner_branches:
+            at = (self._execution.position, f"{self._branch(index)}.{rest}")
+            self._ctx.done.pop(at, None)
+            if self._may_have_committed:
                 self._restored.pop(at, None)
 
     async def _check_source(self) -> None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from stroma._utils.models import LazyModel
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.copying import isolate
-from stroma.contracts.node import Group, Node, make_node
+from stroma.contracts.node import Group, Node, first_in, make_node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.untyped import UntypedState
 
@@ -74,6 +74,7 @@ def item_state(registry: ContractRegistry | None, node: Node | Group, item: Any)
     if isinstance(item, dict):
         return _open_model(item) if all(isinstance(k, str) for k in item) else UntypedState(item)
     contract = None
+    node = first_in(node)
     if isinstance(node, Node):
         contract = (registry and registry.find(node.node_id)) or node.contract
     if contract is not None and not contract.input_schema.__pydantic_root_model__:

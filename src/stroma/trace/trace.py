@@ -226,8 +226,14 @@ class ExecutionTrace(Shown):
         return _hidden_in(redact, self.walk())
 
     def redacted_message(self, message: str, row: AttemptRow, redact: Redact) -> str:
-        """Return the message of a failed attempt without the texts that ``redact`` removes from the attempt's states."""
-        return hide_words(redact, message, _hidden_in(redact, [self._event(row._replace(children=None))]))
+        """Return the message of a failed attempt without the texts that ``redact`` removes from the attempt's states.
+
+        A group has the message of the attempt inside that failed it, and the states of that one count as well.
+        """
+        events = [
+            one if isinstance(one, TraceEvent) else self.event_of(one) for one in _sources_of(row, message)
+        ]
+        return hide_words(redact, message, _hidden_in(redact, events))
 
     def diff(self, other: ExecutionTrace) -> list[str]:
         """Return the differences of two traces: order, repeats, attempts, states, failures; neither run ids nor times."""
@@ -243,6 +249,21 @@ class ExecutionTrace(Shown):
             here, there = next((a, b) for a, b in zip(order, other_order, strict=True) if a != b)
             lines.append(f"Difference for order: {_name(here)} here, {_name(there)} in other trace")
         return lines
+
+
+def _sources_of(row: AttemptRow | TraceEvent, message: str) -> Iterator[AttemptRow | TraceEvent]:
+    """Yield a failed attempt, and those inside that it has its message of."""
+    source: AttemptRow | TraceEvent | None = row
+    while source is not None:
+        yield source
+        inside = reversed(source.children or ())
+        source = next((one for one in inside if _message_of(one) == message), None)
+
+
+def _message_of(row: AttemptRow | TraceEvent) -> str | None:
+    if isinstance(row, TraceEvent):
+        return row.failure_message
+    return None if row.failure is None else row.failure.message
 
 
 def _started_ns(row: AttemptRow | TraceEvent) -> int:

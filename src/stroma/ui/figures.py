@@ -68,7 +68,7 @@ def rate_boxes(nodes: Sequence[Figures]) -> Callable[[Box], Box]:
 
     def rate(box: Box) -> Box:
         one = by_id.get(box.title)
-        if one is None or box.kind in ("parallel", "map_over"):
+        if one is None or box.kind in ("parallel", "map_over", "sequence"):
             return box
         heat = max(one.seconds / seconds if seconds else 0.0, one.cost_usd / cost if cost else 0.0)
         return replace(

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -18,9 +18,9 @@ from stroma.checkpoint.history.flows import failed_input, wait_bars
 from stroma.checkpoint.history.payload import Payload, decode_payload, too_large
 from stroma.checkpoint.history.redaction import MessageRedaction, redact_value
 from stroma.checkpoint.history.run_graph import RunGraph
-from stroma.checkpoint.identity import is_called
+from stroma.checkpoint.identity import is_called, place_before, with_outer
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
-from stroma.trace.redaction import Redact, hide_rejected
+from stroma.trace.redaction import HIDDEN, Redact, hide_rejected
 from stroma.trace.rejected import RejectedOutput
 from stroma.trace.story import Bar, StopCause, Story
 
@@ -37,6 +37,8 @@ _MAX_STATES_BYTES: Final = 20_000_000  # of all states in a drawing of a run
 _ATTEMPT_PAGE_SIZE: Final = 5000
 _NOT_COMMITTED: Final = "nothing is committed here"
 
+#: The id of a group that is a sequence, or has one inside.
+_HAS_SEQUENCE: Final = re.compile(r"\[.*\]$|(map_over|parallel)\(.*\[")
 #: The id of a map, with the name of the field that holds its items.
 _MAP: Final = re.compile(r"map_over\((.+?), ")
 
@@ -195,17 +197,31 @@ class History:
         """Return attempts of one run with redacted messages."""
         if self.redact is None:
             return attempts
-        redaction = self._redaction_of(run_id)
-        return [
-            one
-            if one.message is None and one.reason is None
-            else replace(
-                one,
-                message=redaction.message(one.message, one.position, one.branch),
-                reason=redaction.code(one.reason, one.position, one.branch),
-            )
-            for one in attempts
-        ]
+        redaction, sources = self._redaction_of(run_id), _sources_of(attempts)
+        redacted: list[AttemptRecord] = []
+        for one in attempts:
+            if one.message is not None or one.reason is not None:
+                branch = self._source_of(run_id, one, sources)
+                message = HIDDEN if branch is None else redaction.message(one.message, one.position, branch)
+                reason = redaction.code(one.reason, one.position, branch or one.branch)
+                one = replace(one, message=message, reason=reason)
+            redacted.append(one)
+        return redacted
+
+    def _source_of(
+        self, run_id: str, attempt: AttemptRecord, sources: Mapping[tuple[int, str, str | None], str]
+    ) -> str | None:
+        """Return the branch of the attempt that another has its message of: its own, but for a group. None if unknown."""
+        if attempt.message is None:
+            return attempt.branch
+        branch = sources[attempt.position, attempt.branch, attempt.message]
+        if branch != attempt.branch or not _HAS_SEQUENCE.match(attempt.node_id):
+            return branch
+        record = self.store.get_run(run_id)
+        cause = None if record is None else record.cause
+        if cause is None or (cause.position, cause.message) != (attempt.position, attempt.message):
+            return None
+        return cause.branch if attempt.branch in (*with_outer(cause.branch), "") else None
 
     def redact_state(self, value: Any) -> Any:
         """Return a redacted state; a note in its place if ``redact`` raises."""
@@ -311,6 +327,16 @@ class History:
         )  # fmt: skip
 
 
+def _sources_of(attempts: Iterable[AttemptRecord]) -> dict[tuple[int, str, str | None], str]:
+    """Return the branch of the innermost attempt with the same message, by position, branch and message."""
+    sources: dict[tuple[int, str, str | None], str] = {}
+    for one in attempts:
+        for outer in (*with_outer(one.branch), ""):
+            at = one.position, outer, one.message
+            sources[at] = max(sources.get(at, ""), one.branch, key=lambda branch: len([*with_outer(branch)]))
+    return sources
+
+
 def _cause_box(record: RunRecord, resume_command: str) -> StopCause | None:
     """Return the box of the cause that stopped a run; None if no failure did."""
     cause = record.cause
@@ -326,7 +352,8 @@ def _cause_box(record: RunRecord, resume_command: str) -> StopCause | None:
 class Inputs:
     """The inputs of a run's attempts, as far as the store has them; each is read once.
 
-    A child of a group has the input of its group, an item of a map that item of it.
+    A child of a group has the input of its group, an item of a map that item of it, and a child of a sequence the output of
+    the one before it.
 
     Args:
         attempts: attempts whose groups need not be looked up.
@@ -369,6 +396,9 @@ class Inputs:
                 None,
                 "the group around it has not ended, so its part of the group's input is not recorded yet",
             )
+        before = place_before(branch, group)
+        if before is not None:
+            return self._history.output_at(self._run_id, position, before, max_bytes=_MAX_STATES_BYTES)
         group_input = self._at(position, outer)
         match = _MAP.match(group)
         if match is None or group_input.problem is not None:

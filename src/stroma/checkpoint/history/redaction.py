@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.history.payload import decode_payload
+from stroma.checkpoint.identity import place_before, sequence_id, with_outer
 from stroma.trace.plain import jsonable
 from stroma.trace.redaction import HIDDEN, Redact, hidden_values, hide_state, hide_words, without
 
@@ -27,8 +29,8 @@ def redact_value(redact: Redact | None, value: Any) -> Any:
 class MessageRedaction:
     """Removes from the messages of one run what ``redact`` removes from the states around them.
 
-    These are the input of the run, and the outputs of the place, of its group, and of the position before. If one of them
-    cannot be read, it is unknown what is hidden in it, and no message is shown.
+    These are the input of the run, and the outputs of the place, of its group, of the position before, and of what precedes
+    the place in a sequence. If one of them cannot be read, it is unknown what is hidden in it, and no message is shown.
     """
 
     def __init__(self, store: AsyncStates, redact: Redact | None, run_id: str) -> None:
@@ -52,7 +54,9 @@ class MessageRedaction:
     def _hidden_around(self, position: int, branch: str) -> frozenset[str] | None:
         """Return the values to hide in messages of a place; None if unknown."""
         hidden = _NO_VALUES
-        for place in dict.fromkeys((None, (position - 1, ""), (position, ""), (position, branch))):
+        places: list[_Place] = [None, (position - 1, ""), (position, ""), (position, branch)]
+        places += self._before_in_sequences(position, branch)
+        for place in dict.fromkeys(places):
             if place not in self._hidden:
                 self._hidden[place] = self._hidden_in(place)
             values = self._hidden[place]
@@ -60,6 +64,17 @@ class MessageRedaction:
                 return None
             hidden |= values
         return hidden
+
+    def _before_in_sequences(self, position: int, branch: str) -> Iterator[_Place]:
+        """Yield the places whose outputs a place in a sequence, or what is around it, has as its input."""
+        for inner in with_outer(branch):
+            if "." not in inner:
+                return  # A sequence is inside a map.
+            attempts = self._store.attempts_at(self._run_id, position, inner)
+            # A group that has not ended has no attempt: it may be in a sequence.
+            before = place_before(inner, attempts[-1].group_id if attempts else sequence_id(()))
+            if before is not None:
+                yield position, before
 
     def _hidden_in(self, place: _Place) -> frozenset[str] | None:
         """Return the values that redaction removes from a state; None if unknown."""

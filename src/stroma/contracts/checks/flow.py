@@ -13,7 +13,7 @@ from stroma.contracts.checks.records import Record, record_of
 from stroma.contracts.checks.scalars import LEAVES
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.core_schema import is_never_dict
-from stroma.contracts.node import Group, Node
+from stroma.contracts.node import Group, Node, first_in
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 
@@ -122,11 +122,7 @@ def flow_of(
         yield Unreadable(start, start, initial, error)
         initial = None
     state = FlowState(initial, start, _origins(initial, start))
-    walk = _Walk(registry)
-    for position, node in enumerate(nodes):
-        passed = yield from walk.through(node, state, str(position))
-        earlier = state.earlier if state.model is None else ((state.giver, state.model), *state.earlier)
-        state = FlowState(passed.model, passed.giver, passed.origins, loose=passed.loose, earlier=earlier)
+    yield from _Walk(registry).in_turn(nodes, state, "")
 
 
 def record_of_class(model: type[BaseModel]) -> Record:
@@ -177,7 +173,19 @@ class _Walk:
             return FlowState(output, giver, _origins(output, giver), loose=output is None)
         if node.is_map:
             return (yield from self._each(node, state, giver))
+        if node.is_sequence:
+            yield Crossing(node, giver, state, None, None)
+            return (yield from self.in_turn(node.children, state, f"{at}."))
         return (yield from self._side_by_side(node, state, giver))
+
+    def in_turn(
+        self, nodes: Sequence[Node | Group], state: FlowState, prefix: str
+    ) -> Generator[Step, None, FlowState]:
+        for index, node in enumerate(nodes):
+            passed = yield from self.through(node, state, f"{prefix}{index}")
+            earlier = state.earlier if state.model is None else ((state.giver, state.model), *state.earlier)
+            state = FlowState(passed.model, passed.giver, passed.origins, loose=passed.loose, earlier=earlier)
+        return state
 
     def _side_by_side(self, node: Group, state: FlowState, giver: Giver) -> Generator[Step, None, FlowState]:
         yield Crossing(node, giver, state, None, None)
@@ -212,7 +220,7 @@ class _Walk:
             model = inner.node["cls"] if inner.kind == "model" and not inner.node.get("root_model") else None
         # Into a node: an item of any type. Into a group: what its own children are given, if that is a record.
         child = node.children[0]
-        bare = isinstance(child, Group)
+        bare = isinstance(first_in(child), Group)
         loose = state.loose or node.has_external_items
         item_state = FlowState(
             model, origin, _origins(model, origin), True, loose, item, bare, node.items_field

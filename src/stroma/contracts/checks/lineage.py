@@ -166,7 +166,7 @@ class _Maker:
         node, at = crossing.node, crossing.to.at
         parent = at.rpartition(".")[0]
         if isinstance(node, Group):
-            kind = "map_over" if node.is_map else "parallel"
+            kind = "map_over" if node.is_map else "sequence" if node.is_sequence else "parallel"
             title = f"{node.node_id} into {node.output_field}" if node.output_field else node.node_id
             self.boxes.append(Box(at, title, kind, parent))
             if node.is_map and not node.has_external_items:

@@ -123,7 +123,7 @@ class _ClosingGroup(Group):
         self, group: Group, merge: Callable[[NodeExecution, BaseModel], Awaitable[dict[str, Any]]]
     ) -> None:
         super().__init__(group.node_id, group.children, group.max_concurrency)
-        self.is_map = group.is_map
+        self.is_map, self.is_sequence = group.is_map, group.is_sequence
         self._group = group
         self._merge = merge
 

@@ -1,4 +1,4 @@
-"""Children of a group: the nodes of parallel(), or the items of a map, with bounded concurrency."""
+"""Children of a group: the nodes of parallel() or of a sequence, or the items of a map, with bounded concurrency."""
 
 # Which keys a request or a reply has depends on what it is for.
 # pyright: reportTypedDictNotRequiredAccess=false
@@ -66,7 +66,7 @@ class Parent(Protocol):
 
 
 class Children:
-    """The children of one attempt of a group: the nodes of parallel(), or the items of a map."""
+    """The children of one attempt of a group: the nodes of parallel() or of a sequence, or the items of a map."""
 
     def __init__(
         self, run: Parent, place: NodePlace, value: Value, attempt: int, opened: int, traceparent: str | None
@@ -117,9 +117,21 @@ class Children:
         if self._each:
             await self._items()
             return
+        if self._place.spec["kind"] == "sequence":
+            await self._in_turn()
+            return
         for index, spec in enumerate(self._place.spec["children"]):
             self._pool.start(self._one(index, spec, self._value, "node"))
         await self._pool.join()
+
+    async def _in_turn(self) -> None:
+        value = self._value
+        for index, spec in enumerate(self._place.spec["children"]):
+            await self._one(index, spec, value, "node")
+            if index not in self.outputs:
+                return
+            value = self.outputs[index]
+            self.outputs = {index: value}  # The last one is the output of the group.
 
     async def _one(self, index: int, spec: NodeSpec, value: Value, kind: str) -> None:
         if self._stops:
@@ -131,19 +143,22 @@ class Children:
             self.outputs[index] = outcome
             if self._map is not None:
                 self._map["outputs"][str(index)] = outcome
+                self._forget_inside(place)
             return
         if outcome.suspended:  # Its siblings go on, so that only the suspended nodes remain to be run.
             self._waits.append(outcome)
             return
         if self._place.spec.get("collect") and not outcome.spent and not outcome.partial:
             failed = outcome.failure
+            node_id, attempts = failed.get("inner") or (failed["node_id"], failed["attempt"])
             self._run.state["room"] -= ROW + json_size(failed["message"])
             self.failures.append(
                 {
-                    "index": index, "node_id": failed["node_id"], "failure_class": failed["failure_class"],
-                    "message": failed["message"], "reason": failed["reason"], "attempts": failed["attempt"],
+                    "index": index, "node_id": node_id, "failure_class": failed["failure_class"],
+                    "message": failed["message"], "reason": failed["reason"], "attempts": attempts,
                 }
             )  # fmt: skip
+            self._forget_inside(place)
             return
         self._stops.append(outcome)
         # A crossed limit cancels nobody: siblings in flight were paid for, they finish, and nothing new is called.
@@ -151,6 +166,15 @@ class Children:
             self._pool.abort()
 
     # ------------------------------------------------------------------ items
+
+    def _forget_inside(self, place: NodePlace) -> None:
+        """Delete what the run holds of the nodes of an item that has ended: a map may have any number of items."""
+        if place.spec["kind"] != "sequence":  # Histories of earlier releases have the rest.
+            return
+        state = self._run.state
+        for inside in (state["done"], state["maps"], state["effects"]):
+            for key in [key for key in inside if key.startswith(f"{place.key}.")]:
+                del inside[key]
 
     async def _items(self) -> None:
         run, place, progress = self._run, self._place, self._map
@@ -204,6 +228,8 @@ class Children:
         size = sum(size_of(value) for value in progress["outputs"].values()) + sum(
             map(row_size, progress["rows"])
         )
+        if self._place.spec["children"][0]["kind"] == "sequence":
+            size += _room_inside(progress["rows"])
         if size < _PACK and not at_once:
             return
         if not progress["outputs"] and not progress["rows"]:
@@ -261,6 +287,17 @@ class Children:
             self._map["old_packs"] += self._map["packs"]
             self._map["rows"], self._map["packs"] = [], []
             self._map["opened_ns"] = 0
+
+
+def _room_inside(rows: list[Event]) -> int:
+    """Return the bytes that the rows inside these took of the run's room."""
+    inside = [child for row in rows for child in row["children"] or ()]
+    packs = [pack for child in inside for pack in child.get("packs", ())]
+    return (
+        sum(child["charged"] for child in inside)
+        + sum(map(size_of, packs))
+        + (_room_inside(inside) if inside else 0)
+    )
 
 
 def busy_ns(groups: list[Children]) -> int:

@@ -350,6 +350,7 @@ class Interpreter:
         row = reply.get("row")
         output = reply.get("output")
         if row is not None:
+            room = state["room"]
             if row["input"] is not None or place.kind == "item":
                 state["room"] -= size_of(row["input"] or value)
             row["input"] = row["input"] or value
@@ -358,6 +359,8 @@ class Interpreter:
             if "failure" in reply:
                 reply["failure"]["message"] = shortened(reply["failure"]["message"], state["room"])
             state["room"] -= size_of(output) + row_size(row)
+            if place.groups:
+                row["charged"] = room - state["room"]
             used = row["usage"]
             if used is not None:
                 self.tracker.spend(used[0], used[2])

@@ -65,7 +65,8 @@ def _spec_at(specs: Sequence[NodeSpec], steps: Sequence[int]) -> NodeSpec | None
 
 def _compatible_part(spec: NodeSpec) -> tuple[Any, ...]:
     """Return the part of a node by which recorded outputs of it can be used."""
-    inner = spec.get("children", []) if spec["kind"] == "map" else []
+    children = spec.get("children", [])
+    inner = children[-1:] if spec["kind"] in ("map", "sequence") else []
     return (
         spec["id"],
         spec["kind"],

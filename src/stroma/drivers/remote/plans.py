@@ -23,7 +23,7 @@ from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.failures.classes import FailureClass
 from stroma.failures.policy import FailurePolicy, PolicyMap
-from stroma.runner.groups import map_over, parallel
+from stroma.runner.groups import SequenceGroup, map_over, parallel
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.sequence import check_owners
 from stroma.runner.states import as_state
@@ -71,7 +71,7 @@ def spec_of(node: Node | Group, registry: ContractRegistry) -> NodeSpec:
         )
     spec = {
         "id": node.node_id,
-        "kind": "map" if node.is_map else "parallel",
+        "kind": "map" if node.is_map else "sequence" if node.is_sequence else "parallel",
         "children": [spec_of(child, registry) for child in node.children],
         "limit": node.max_concurrency,
     }
@@ -160,11 +160,13 @@ class KnownNodes:
         for node in candidates:
             if self._differs(node, spec) is None:
                 return node
-        if spec["kind"] in ("parallel", "map"):
+        if spec["kind"] in ("parallel", "sequence", "map"):
             # Built from its children: this process's pipeline may have the group in another form.
             children = [self.find(child) for child in spec["children"]]
             if spec["kind"] == "parallel":
                 return parallel(*children, max_concurrency=spec["limit"])
+            if spec["kind"] == "sequence":
+                return SequenceGroup(tuple(children))
             return map_over(
                 spec["over"],
                 children[0],
@@ -217,7 +219,7 @@ class KnownNodes:
             if kind == "group":
                 group, base = self.find(name[1]), self.class_of(name[2])
                 if isinstance(group, Group) and base is not None:
-                    return group.output_class(base, [self._output(child, base) for child in group.children])
+                    return self._output(group, base)
         except (LookupError, TypeError, StopIteration):
             pass
         return None
@@ -248,7 +250,7 @@ class KnownNodes:
 
     def _output(self, node: Node | Group, base: type[BaseModel]) -> type[BaseModel]:
         if isinstance(node, Group):
-            return node.output_class(base, [self._output(child, base) for child in node.children])
+            return node.output_class(base, node.output_classes(base, self._output))
         contract = self.contract(node)
         return UntypedState if contract is None else contract.output_schema
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any, Final, Literal, NotRequired, TypedDict
 
 from stroma.contracts.contract import ContractViolation
@@ -68,7 +69,7 @@ class NodeSpec(TypedDict):
     """A node as it was when the run began: fingerprints of its schemas, or what stands in it."""
 
     id: str
-    kind: Literal["node", "parallel", "map", "flow"]
+    kind: Literal["node", "parallel", "sequence", "map", "flow"]
     input: NotRequired[str]
     output: NotRequired[str]
     effect: NotRequired[bool]
@@ -107,7 +108,12 @@ class Spent(TypedDict):
 
 
 class FailureData(TypedDict):
-    """A failure. ``data``: what makes one of our own exceptions again."""
+    """A failure.
+
+    Attributes:
+        data: what makes one of our own exceptions again.
+        inner: of a group, id and attempt of the node inside that stopped it.
+    """
 
     failure_class: str
     message: str
@@ -118,12 +124,14 @@ class FailureData(TypedDict):
     type: str
     full_name: NotRequired[str]
     data: list[Any] | None
+    inner: NotRequired[list[Any]]
 
 
 class Event(TypedDict):
     """A row of the trace. An input of None is the value that the attempt was given.
 
     Attributes:
+        charged: the bytes that it took of the run's room, if it is inside a group.
         function_ns: for how long functions ran, where that is not ``duration_ns``: of a group.
     """
 
@@ -140,6 +148,7 @@ class Event(TypedDict):
     output: Value | None
     children: list[Event] | None
     packs: NotRequired[list[Value]]
+    charged: NotRequired[int]
     function_ns: NotRequired[int]
 
 
@@ -371,7 +380,7 @@ def encode_failure(failure: Failure) -> FailureData:
     elif isinstance_by_type(exc, BudgetExceeded):
         data = [exc.dimension, exc.limit, exc.actual, exc.node_id]
     kind = type(exc)
-    return {
+    encoded: FailureData = {
         "failure_class": failure.failure_class.value,
         "message": clip(failure.message),
         "reason": failure.reason,
@@ -382,6 +391,9 @@ def encode_failure(failure: Failure) -> FailureData:
         "full_name": exc.full_name if isinstance_by_type(exc, RemoteFailure) else _full_name(kind),
         "data": data,
     }
+    if failure.inner is not None:
+        encoded["inner"] = [failure.inner.node_id, failure.inner.attempt]
+    return encoded
 
 
 def _full_name(kind: type) -> str:
@@ -418,7 +430,7 @@ def decode_failure(record: FailureData) -> Failure:
         exc = TimeoutError(record["message"])
     else:
         exc = RemoteFailure(record["message"], name, record.get("full_name"))
-    return Failure(
+    failure = Failure(
         exc,
         FailureClass(record["failure_class"]),
         record["node_id"],
@@ -427,3 +439,7 @@ def decode_failure(record: FailureData) -> Failure:
         record["reason"],
         record["retry_after"],
     )
+    if "inner" not in record:
+        return failure
+    node_id, attempt = record["inner"]
+    return replace(failure, inner=replace(failure, node_id=node_id, attempt=attempt))
