@@ -24,8 +24,8 @@ class Pipeline:
     Attributes:
         name: name of the pipeline in stores, metrics and spans.
         nodes: the nodes, groups and pipelines, in order.
-        config: settings of its runs, for commands and for runners without settings of their own. None: commands use the
-            settings of the only StromaRunner with settings in the pipeline's file.
+        config: settings of its runs, for commands and for runners that have no settings. None: commands use those of the
+            only StromaRunner with settings in the pipeline's file.
     """
 
     name: str
