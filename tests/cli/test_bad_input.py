@@ -192,6 +192,13 @@ def test_usage(inside, fails, words, report):
     fails(inside(*words), 2, report)
 
 
+@pytest.mark.parametrize("words", [[], ["telemetry"]])
+def test_a_group_without_a_command(inside, words):
+    """`stroma` alone prints its help as `stroma --help` does; click before 8.2 prints it to stdout."""
+    done = inside(*words)
+    assert (done.out or done.err).splitlines() == inside(*words, "--help").out.splitlines()
+
+
 @pytest.mark.slow
 def test_a_directory_that_is_gone(stroma):
     """A current directory that was deleted under the shell is named."""

@@ -148,6 +148,44 @@ def test_a_spent_budget_under_another_failure(inside):
     assert re.search(r"resume with more: stroma resume .* --budget-tokens 300\n", done.err)
 
 
+SETTINGS = """
+    from sums import *
+
+    never = {"RECOVERABLE": FailurePolicy(max_retries=0)}
+    runner = StromaRunner.quick(budget=ExecutionBudget(max_tokens_total=100), policy_map=never)
+    plain = StromaRunner.quick()
+    pipeline = Pipeline("sums", [first, second, third])
+    generous = Pipeline("sums", [first, second, third], config=RunConfig(tags=("generous",)))
+
+    @runner.flow("sum", input=Count, output=Sum)
+    async def flow(flow, count):
+        return await flow.step(second, await flow.step(first, count))
+"""
+
+
+@pytest.mark.parametrize("name", ["pipeline", "flow"])
+def test_settings_of_the_runner_beside_a_pipeline(stroma, inside, name):
+    """A pipeline or flow without a config runs, and is resumed, under the settings of the runner in its file."""
+    stroma.file("settings.py", SETTINGS)
+    assert inside("run", f"settings.py:{name}", GOOD, "--run-id", "x").code == 5
+    assert inside("resume", "x", f"settings.py:{name}").code == 5
+    assert stroma.calls() == ["first"]
+    slow = {"SECOND": "raise TimeoutError('slow')"}
+    assert inside("resume", "x", f"settings.py:{name}", "--budget-tokens", "1000", env=slow).code == 1
+    assert stroma.calls() == ["first", "second"]
+
+
+def test_a_pipeline_with_its_own_config_has_no_other_settings(stroma, inside, fails):
+    """Its config replaces the settings of the runner; without one, several runners with settings are refused."""
+    stroma.file("settings.py", SETTINGS)
+    assert inside("run", "settings.py:generous", GOOD).code == 0
+    stroma.file("several.py", SETTINGS + '    second_runner = StromaRunner.quick(tags=("x",))\n')
+    assert inside("run", "several.py:generous", GOOD).code == 0
+    refused = inside("run", "several.py:pipeline", GOOD)
+    fails(refused, 2, "has no config, and 2 runners beside it have settings: runner, second_runner",
+          "pass one of them: Pipeline('sums', nodes, config=runner.config)")  # fmt: skip
+
+
 def test_run_id_again(stroma, inside):
     """A run id again is a new execution; with --resume it goes on, and an unknown one begins."""
     for execution in (1, 2):

@@ -138,8 +138,9 @@ def test_an_empty_store(stroma, inside, fails):
     done = inside("runs")
     assert (done.code, done.out) == (0, "")
     assert "begin one: stroma run FILE.py:NAME" in done.err
+    assert "for another store, pass --db PATH_OR_URL or set STROMA_DB" in done.err
     assert json.loads(inside("runs", "--json").out) == {"schema": "stroma.runs/1", "runs": []}
-    fails(inside("show", "last"), 4, "no runs in ")
+    fails(inside("show", "last"), 4, "no runs in ", "pass --db PATH_OR_URL")
     fails(inside("runs", "--db", "no.db"), 4, "store no.db does not exist")
     assert not list(stroma.home.rglob("*.db"))
 

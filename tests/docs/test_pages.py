@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import json
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,7 +17,21 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from tests.docs.blocks import ROOT, Shell, Wrong, of_page, promised, reader_env, run_python, same, shown, walk
+from tests.docs.blocks import (
+    ROOT,
+    Shell,
+    Wrong,
+    blocks,
+    of_page,
+    promised,
+    reader_env,
+    run_python,
+    same,
+    shown,
+    walk,
+)
+from tests.providers.replies import _CHAT, _MESSAGE
+from tests.providers.server import Answer, Server
 from tests.receivers.datadog import DatadogAgent, StatsdSocket
 from tests.receivers.otlp import OtlpReceiver
 from tests.receivers.processes import free_port
@@ -430,6 +445,28 @@ def test_the_readme_is_short_and_in_order() -> None:
     )
     assert "demo" in first
     assert headings == ["Two commands", "One example", "Hooks", "Flows", "Guarantees", "Measurements"]
+
+
+def test_the_nodes_that_call_providers(tmp_path: Path, provider: Server) -> None:
+    """The nodes of the page read the answers, the usage and the models from the responses of the real clients."""
+    from anthropic import AsyncAnthropic
+    from openai import AsyncOpenAI
+
+    (_, code), *_ = blocks((DOCS / "howto" / "call-a-provider.md").read_text("utf-8"))
+    (tmp_path / "ratings.py").write_text(code)
+    page = runpy.run_path(str(tmp_path / "ratings.py"))
+    message = {"role": "assistant", "content": '{"stars": 5}'}
+    chat = {**_CHAT, "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
+    clients = {
+        "openai": AsyncOpenAI(base_url=provider.url(Answer(body=chat)), api_key="any"),
+        "anthropic": AsyncAnthropic(base_url=provider.url(Answer(body=_MESSAGE)), api_key="any"),
+    }
+    nodes, review = [page["rate"], page["reply"]], page["Review"](text="I like it.")
+    result = page["runner"].run_sync(nodes, review, context=clients)
+    result.raise_for_status()
+    assert result.final_state == page["Reply"](text='{"text": "hi"}')
+    assert [event.usage.model for event in result.trace] == [_CHAT["model"], _MESSAGE["model"]]
+    assert result.total_tokens == 1230 + 1270
 
 
 def test_each_howto_has_a_situation_code_and_limits() -> None:

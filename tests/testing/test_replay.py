@@ -22,7 +22,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma.testing import FakeClock, FaultPlan, RecordedRun, replay, replay_sync
+from stroma.testing import FakeClock, FaultPlan, RecordedRun, pipeline_in, replay, replay_sync
 
 
 class Item(BaseModel):
@@ -443,6 +443,32 @@ def test_replay_without_an_event_loop(nodes):
     replay_sync(RecordedRun.read(store, "r"), nodes).assert_same()
     with pytest.raises(LookupError, match="there is no run 'x'"):
         RecordedRun.read(store, "x")
+
+
+def test_a_pipeline_in_a_file_has_the_settings_of_the_runner_beside_it(tmp_path):
+    """A replay in a test decides as `stroma run FILE:NAME` did: by the only runner with settings in the file."""
+    text = """if True:
+        from pydantic import BaseModel
+        from stroma import *
+
+        class Number(BaseModel):
+            n: int = 0
+
+        runner = StromaRunner.quick(tags=("one",))
+
+        @runner.node("same", input=Number, output=Number)
+        async def same(number):
+            return number
+
+        pipeline = Pipeline("same", [same])
+    """
+    (tmp_path / "one_runner.py").write_text(text)
+    config = pipeline_in(tmp_path / "one_runner.py").config
+    assert config is not None
+    assert config.tags == ("one",)
+    (tmp_path / "two_runners.py").write_text(text + '    other = StromaRunner.quick(tags=("two",))\n')
+    with pytest.raises(LookupError, match="2 runners beside it have settings: runner, other"):
+        pipeline_in(tmp_path / "two_runners.py")
 
 
 async def test_states_that_plain_json_does_not_hold(store):

@@ -31,7 +31,7 @@ _COMMANDS: Final = {
     ),
     "worker": (
         "stroma.cli.commands.worker:worker",
-        "Serve runs of a Temporal task queue (extra `temporal`).",
+        "Continue runs that stopped, until SIGTERM.",
     ),
     "approve": ("stroma.cli.commands.approve:approve", "Answer a suspended run."),
     "pause": ("stroma.cli.commands.pause:pause", "Pause a run until it is resumed."),
@@ -203,6 +203,10 @@ def _guarded(call: Callable[[], Any]) -> int:
 def _show_usage_error(error: click.UsageError) -> None:
     path = error.ctx.command_path if error.ctx is not None else "stroma"
     message = error.format_message()
+    if error.ctx is not None and message == error.ctx.get_help():  # A group without a command.
+        for line in message.splitlines():
+            err.line(line)
+        return
     Problem(
         message[:1].lower() + message[1:].rstrip("."), f"show the usage: {path} --help", code=Code.USAGE
     ).show()

@@ -19,7 +19,7 @@ from stroma.cli.errors import Code, Problem
 from stroma.cli.user_errors import describe_error, last_frame
 from stroma.contracts.node import find_node
 from stroma.runner.pipeline import Pipeline
-from stroma.runner.runner import StromaRunner
+from stroma.runner.runner import StromaRunner, with_settings_of
 
 __all__ = ["LoadedObject", "load_object", "load_pipeline", "load_with_module"]
 
@@ -28,14 +28,18 @@ _FORM = "name a pipeline as FILE.py:NAME or package.module:NAME"
 
 
 def load_pipeline(target: str) -> Pipeline:
-    """Import a module and return its pipeline. Output of the module goes to stderr. Raises Problem."""
+    """Import a module and return its pipeline, with its settings. Output of the module goes to stderr. Raises Problem."""
     return load_with_module(target)[0]
 
 
 def load_with_module(target: str) -> tuple[Pipeline, ModuleType]:
     """Return the pipeline and its module, as :func:`load_pipeline` does. Raises Problem."""
     loaded = load_object(target)
-    return loaded.to_pipeline(), loaded.module
+    pipeline = loaded.to_pipeline()
+    try:
+        return with_settings_of(loaded.module, pipeline), loaded.module
+    except LookupError as error:
+        raise Problem(*str(error).split("; ", 1), code=Code.USAGE) from None
 
 
 class LoadedObject(NamedTuple):

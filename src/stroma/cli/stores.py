@@ -243,6 +243,11 @@ class Database:
         return self.is_default and self._is_missing
 
     @property
+    def other_stores(self) -> tuple[str, ...]:
+        """Lines that explain how to name another store, if none was named."""
+        return ("for another store, pass --db PATH_OR_URL or set STROMA_DB",) if self.is_default else ()
+
+    @property
     def _is_missing(self) -> bool:
         # Only a file can be missing.
         return isinstance(self.store, SQLiteStore) and not os.path.exists(self.store.path)
@@ -279,6 +284,7 @@ class Database:
             raise Problem(
                 f"{what} in {self.name}",
                 f"list the runs: {self.hint('runs')}",
+                *self.other_stores,
                 code=Code.NOT_FOUND,
             )
         lines = [

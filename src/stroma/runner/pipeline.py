@@ -24,7 +24,8 @@ class Pipeline:
     Attributes:
         name: name of the pipeline in stores, metrics and spans.
         nodes: the nodes, groups and pipelines, in order.
-        config: configuration of runs of this pipeline; None: that of the runner.
+        config: settings of its runs, for commands and for runners that have no settings. None: commands use those of the
+            only StromaRunner with settings in the pipeline's file.
     """
 
     name: str

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pydantic import BaseModel
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from stroma.runner.stream import RunStream
     from stroma.runner.worker import WorkerHealth
 
-__all__ = ["StromaRunner"]
+__all__ = ["StromaRunner", "with_settings_of"]
 
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
@@ -678,3 +679,22 @@ class StromaRunner:
         if isinstance(nodes, Pipeline) and nodes.config is not None and self._own_config is None:
             return nodes.config
         return self.config
+
+
+def with_settings_of(module: ModuleType, pipeline: Pipeline) -> Pipeline:
+    """Return the pipeline with the settings of the runner of its module, for code that runs it with another runner.
+
+    A pipeline with a config of its own stays as it is, and so does one whose module has no runner with settings. Raises
+    LookupError if the module has several.
+    """
+    named = {name: value for name, value in vars(module).items() if isinstance(value, StromaRunner)}
+    runners = {id(runner): name for name, runner in named.items() if runner._own_config is not None}
+    if pipeline.config is not None or not runners:
+        return pipeline
+    names = list(runners.values())
+    if len(names) > 1:
+        raise LookupError(
+            f"pipeline {pipeline.name!r} has no config, and {len(names)} runners beside it have settings: "
+            f"{', '.join(names)}; pass one of them: Pipeline({pipeline.name!r}, nodes, config={names[0]}.config)"
+        )
+    return Pipeline(pipeline.name, pipeline.nodes, config=named[names[0]].config)

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 from stroma.runner.pipeline import Pipeline
+from stroma.runner.runner import with_settings_of
 
 __all__ = ["pipeline_in"]
 
@@ -15,8 +16,10 @@ __all__ = ["pipeline_in"]
 def pipeline_in(path: str | PathLike[str], name: str = "pipeline") -> Pipeline:
     """Return the Pipeline of that name in a Python file, or the result of the function of that name.
 
-    The file is loaded once per process; it can import its neighbours, as under ``python FILE``. Raises FileNotFoundError,
-    LookupError for an unknown name, TypeError for a value that is not a pipeline, and any exception of the file.
+    A pipeline without a config has the settings of the runner of the file, as under ``stroma run FILE:NAME``. The file is
+    loaded once per process; it can import its neighbours, as under ``python FILE``. Raises FileNotFoundError, LookupError
+    for an unknown name and for several runners with settings, TypeError for a value that is not a pipeline, and any
+    exception of the file.
     """
     file = Path(path).resolve()
     if not file.exists():
@@ -49,4 +52,4 @@ def pipeline_in(path: str | PathLike[str], name: str = "pipeline") -> Pipeline:
         raise TypeError(
             f"{name!r} in {path} is {type(pipeline).__name__}, not a Pipeline; create one: Pipeline(name, nodes)"
         )
-    return pipeline
+    return with_settings_of(module, pipeline)

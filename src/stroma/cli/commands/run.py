@@ -59,9 +59,9 @@ def run(
 ) -> int:
     """Run a pipeline and print its final state as JSON on stdout.
 
-    NAME is a Pipeline, or a function without arguments that returns one. INPUT is JSON, @FILE, or - for stdin; {} by
-    default. Progress goes to stderr. With --temporal, workers run the nodes (see `stroma worker`): Ctrl-C cancels the
-    run there, SIGTERM leaves it running.
+    NAME is a flow, a Pipeline, or a function without arguments that returns one. Without a config it has the settings of
+    the StromaRunner in its file. INPUT is JSON, @FILE, or - for stdin; {} by default. Progress goes to stderr. With
+    --temporal, workers run the nodes (see `stroma worker`): Ctrl-C cancels the run there, SIGTERM leaves it running.
     """
     if resume and run_id is None:
         raise click.UsageError("--resume needs --run-id, the id of the run to resume")

@@ -136,6 +136,8 @@ def _print(database: RunSource, records: list[RunRecord], query: RunQuery, limit
     if not records:
         what = "no runs yet" if query == RunQuery() else "no run matches"
         err.line(f"{what} in {database.name}; begin one: ", database.hint("run", "FILE.py:NAME"))
+        for line in database.other_stores if isinstance(database, Database) else ():
+            err.line(f"  {line}")
         return
     header = ("RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "STARTED", "DURATION", "ERROR")
     table(

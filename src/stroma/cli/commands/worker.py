@@ -76,9 +76,9 @@ def worker(
 ) -> int:
     """Continue runs that stopped, until SIGTERM.
 
-    Each NAME is a flow, a Pipeline, or a function without arguments that returns one. The worker continues runs in the
-    store of --db whose process died or shut down, suspended runs whose sleep or timeout is over, and those whose question
-    was answered. Any number of workers on any number of machines may share a store; each run is continued by one of them.
+    Each NAME is what `stroma run` takes, with the same settings. The worker continues runs in the store of --db whose
+    process died or shut down, suspended runs whose sleep or timeout is over, and those whose question was answered. Any
+    number of workers on any number of machines may share a store; each run is continued by one of them.
 
     With --temporal it serves runs of a Temporal task queue instead. With --db, every run is then written to that store
     when it ends or is suspended, for `stroma runs`, `show` and `ui`.
