@@ -76,8 +76,8 @@ class GuardedRun:
         result: the result of the run, once it has ended.
         ended: the run has ended.
         ends: the run ends; that of the guard itself does not.
-        goes_on: its input is what a framework continues its own checkpoint with, such as an answer; under ``resume=True`` it
-            may be another one than that of the run.
+        is_continuation: its input is what a framework continues its own checkpoint with, such as an answer; under
+            ``resume=True`` it may differ from the input that the run began with.
         unaccounted: tokens that a framework has counted in this run, and the guard has not; see :meth:`compare_usage`.
         taken: keys of the questions of :meth:`ask` whose answers the framework has got: what asks again is a new question.
     """
@@ -87,9 +87,9 @@ class GuardedRun:
         self.ctx = ctx
         self.ends = ends
         self.ended = False
-        self.goes_on = False
+        self.is_continuation = False
         self.unaccounted = 0
-        #: What has stopped the run in a tool, where the framework would tell the model of it and go on.
+        #: What has stopped the run in a tool, where the framework would tell the model of it and continue.
         self.fatal: Exception | None = None
         self.result: ExecutionResult | None = None
         #: The exceptions and stops of calls that are inside no other one.
@@ -321,7 +321,7 @@ class GuardedRun:
         initial = (
             value if isinstance(value, BaseModel) and type(value) is not BaseModel else given_to(value, None)
         )
-        await ctx.open(initial, ends=self.ends, any_input=self.goes_on)
+        await ctx.open(initial, ends=self.ends, any_input=self.is_continuation)
         if self.guard.runner is not None:  # Otherwise the owner of the context handles cancellation.
             ctx.session.on_control = partial(self._control, asyncio.get_running_loop())
         if self.ends:

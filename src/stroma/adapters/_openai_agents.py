@@ -89,9 +89,11 @@ class GuardedModel(Model):
         return id(self.__dict__)
 
     async def get_response(self, *args: Any, **kwargs: Any) -> Any:
+        """Request a response of the model as the step ``model``."""
         return await self._stroma_guard.acall(_request(self), super().get_response, *args, **kwargs)
 
     def stream_response(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """Stream a response of the model as the step ``model``; it is retried only until its first event."""
         run, bare = self._stroma_guard.current, super().stream_response
         return Call(run, _request(self, collect=_last_response), bare, args, kwargs).astream()
 
@@ -125,6 +127,7 @@ class GuardedProvider(ModelProvider):
         """Do nothing: the attributes are those of the provider."""
 
     def get_model(self, model_name: str | None) -> Model:
+        """Return the provider's model of a name, whose requests are steps."""
         return guard_model(super().get_model(model_name), self._stroma_guard)
 
 

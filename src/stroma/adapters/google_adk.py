@@ -27,8 +27,8 @@ try:
         answers_of,
         ask,
         asking_calls,
-        goes_on,
         has_no_message,
+        is_continuation,
         pending_calls,
     )
 except ImportError as error:
@@ -101,7 +101,9 @@ def each_run(runner: T, guard: Guard) -> T:
             agent, message = getattr(target, "agent", None), kwargs.get("new_message")
             if agent is not None and vars(agent).get(_ATTACHED) is guard:
                 attach(agent, guard)
-            return guard.aover(lambda: events(**kwargs), {"message": message}, goes_on=goes_on(message))
+            return guard.aover(
+                lambda: events(**kwargs), {"message": message}, is_continuation=is_continuation(message)
+            )
 
         target.run_async = guard.mark(run_async)
     return runner

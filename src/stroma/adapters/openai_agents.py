@@ -83,8 +83,8 @@ class GuardedRunner:
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
-        self._run = guard.each_call(self._arun_step, _input_view, _goes_on)
-        self._run_sync = guard.each_call(self._run_step, _input_view, _goes_on)
+        self._run = guard.each_call(self._arun_step, _input_view, _is_continuation)
+        self._run_sync = guard.each_call(self._run_step, _input_view, _is_continuation)
 
     async def run(self, agent: Any, input: Any, **options: Any) -> Any:
         """Call ``Runner.run`` under this guard."""
@@ -151,12 +151,12 @@ def _decide(state: Any, answer: Any) -> None:
             state.reject(item)
 
 
-def _goes_on(args: tuple[Any, ...]) -> bool:
+def _is_continuation(args: tuple[Any, ...]) -> bool:
     return isinstance(args[1], RunState)
 
 
 def _input_view(args: tuple[Any, ...], _: dict[str, Any]) -> dict[str, Any]:
-    # A run that goes on is the same step: its state has what it began with.
+    # A run that continues is the same step: its state has what it began with.
     value = args[1]._original_input if isinstance(args[1], RunState) else args[1]
     return {"input": value if isinstance(value, (str, list)) else type(value).__name__}
 
