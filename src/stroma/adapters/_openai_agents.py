@@ -18,6 +18,7 @@ from agents.exceptions import (
     ToolInputGuardrailTripwireTriggered,
     ToolOutputGuardrailTripwireTriggered,
 )
+from agents.realtime import RealtimeAgent, RealtimeSession
 from agents.run import AgentRunner
 from agents.run_internal import run_loop
 from agents.tool import maybe_invoke_function_tool_failure_error_function
@@ -279,8 +280,8 @@ def _arguments(args: tuple[Any, ...], _: dict[str, Any]) -> Any:
 def _install() -> None:
     """Guard all models and tools that the SDK uses in a run of a guard.
 
-    Judges of guardrails, agents as tools, RunConfig(model=), tools of MCP servers and what was added later: none of them
-    can be reached from the agent that was attached.
+    Judges of guardrails, agents as tools, RunConfig(model=), tools of MCP servers, realtime sessions and what was added
+    later: none of them can be reached from the agent that was attached.
     """
     bare_model, bare_tools = run_loop.get_model, Agent.get_all_tools
 
@@ -318,8 +319,20 @@ def _install() -> None:
             _compare_at_end(result, run, before)
         return result
 
-    run_loop.get_model, Agent.get_all_tools = get_model, get_all_tools
-    AgentRunner.run_streamed = run_streamed
+    bare_event = RealtimeSession.on_event
+
+    @functools.wraps(bare_event)
+    async def on_event(self: Any, event: Any) -> None:
+        await bare_event(self, event)
+        run = active_run()
+        if run is not None and event.type == "usage":
+            name = getattr(self.model, "model", None)
+            run.report_usage(usage_from(event.usage, model=name if isinstance(name, str) else None))
+            run.check_budget()
+
+    run_loop.get_model, AgentRunner.run_streamed = get_model, run_streamed
+    Agent.get_all_tools = RealtimeAgent.get_all_tools = get_all_tools
+    RealtimeSession.on_event = on_event
 
 
 def used_before(input: Any, context: Any) -> int:
