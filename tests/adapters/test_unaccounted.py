@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stroma import Usage
+from stroma import ExecutionBudget, StromaRunner, Usage, UsageError
 from stroma.adapters import Guard
 
 
@@ -55,3 +55,21 @@ def test_outside_of_any_step_the_whole_run_is_compared(counted: int) -> None:
         guard.compare_usage("Framework", counted)
         guard.compare_usage("Framework", counted)
     assert run.unaccounted == counted - 10
+
+
+def test_a_model_without_a_price_that_no_step_has_called_is_refused_under_a_cost_limit(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As in a step: a limit in US dollars could not count it. Otherwise it counts as 0, with a warning."""
+    used = Usage(input_tokens=8, output_tokens=2, model="nobody-knows-it")
+    limited = Guard(StromaRunner.quick(budget=ExecutionBudget(max_cost_usd=1)))
+    with pytest.raises(UsageError, match="'nobody-knows-it' outside of its steps"), limited.run() as run:
+        run.report_usage(used)
+    assert run.ctx.cost_tracker.total_tokens == 10
+    with Guard().run() as run, caplog.at_level(logging.WARNING):
+        run.report_usage(used)
+        run.report_usage(used)
+        run.report_usage(Usage(input_tokens=8, output_tokens=2, model="nobody-knows-it", cost_usd=0.5))
+    assert run.result is not None
+    assert (run.result.total_cost_usd, run.result.unpriced_models) == (0.5, ["nobody-knows-it"])
+    assert sum("has no known price" in message for message in caplog.messages) == 1

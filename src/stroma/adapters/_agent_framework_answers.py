@@ -10,13 +10,13 @@ from agent_framework import AgentResponse, Message
 
 from stroma.adapters.guard import Guard
 
-__all__ = ["ask", "asked_again", "goes_on", "take_answers"]
+__all__ = ["ask", "asked_again", "is_continuation", "take_answers"]
 
 _REQUEST: Final = "function_approval_request"
 _RESPONSE: Final = "function_approval_response"
 
 
-def goes_on(messages: list[Any]) -> bool:
+def is_continuation(messages: list[Any]) -> bool:
     """Return True if messages have a request for an approval, or the response to one."""
     return any(content.type in (_REQUEST, _RESPONSE) for message in messages for content in message.contents)
 

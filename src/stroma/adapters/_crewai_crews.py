@@ -112,7 +112,7 @@ def make_run(
     guard: Guard,
     renewed: Callable[[Any], Any] = lambda call: call,
     *,
-    goes_on: bool = False,
+    is_continuation: bool = False,
 ) -> None:
     """Make each call of a method of a flow or crew a run. One that streams returns at once, and calls it again inside."""
 
@@ -124,7 +124,7 @@ def make_run(
                 return result
 
         async def arun(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if goes_on and not any((*args, *kwargs.values())):
+            if is_continuation and not any((*args, *kwargs.values())):
                 args, kwargs = _stored_feedback(self, guard), {}
             with comparing(guard):
                 result = await entered(self, *args, **kwargs)
@@ -138,7 +138,7 @@ def make_run(
         each = guard.each_call(
             renewed(functools.wraps(entered)(arun if inspect.iscoroutinefunction(entered) else run)),
             _inputs,
-            lambda _: goes_on,
+            lambda _: is_continuation,
         )
 
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:

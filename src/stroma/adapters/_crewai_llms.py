@@ -51,7 +51,7 @@ def guard_tool(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None)
         try:
             yield
         except Exception as error:
-            if what_stopped(error) is not None:  # CrewAI tells the model of it, and would go on.
+            if what_stopped(error) is not None:  # CrewAI tells the model of it, and would continue.
                 guard.current.fatal = error
             raise
 

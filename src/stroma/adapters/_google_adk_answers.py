@@ -8,14 +8,14 @@ from google.genai import types
 
 from stroma.adapters.guard import Guard
 
-__all__ = ["answers_of", "ask", "asking_calls", "goes_on", "has_no_message", "pending_calls"]
+__all__ = ["answers_of", "ask", "asking_calls", "has_no_message", "is_continuation", "pending_calls"]
 
 #: The calls by which ADK asks begin so.
 _ASKS: Final = "adk_request_"
 _CONFIRMATION: Final = "adk_request_confirmation"
 
 
-def goes_on(message: Any) -> bool:
+def is_continuation(message: Any) -> bool:
     """Return True if a message responds to what ADK has asked, or if there is none."""
     return message is None or any(
         part.function_response is not None and (part.function_response.name or "").startswith(_ASKS)

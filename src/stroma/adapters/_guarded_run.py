@@ -26,8 +26,8 @@ from stroma.contracts.node import held_by
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.contracts.untyped import UntypedState
-from stroma.cost.prices import estimate_cost_usd
-from stroma.cost.usage import Usage
+from stroma.cost.prices import estimate_cost_usd, find_pricer
+from stroma.cost.usage import Usage, UsageError
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.engine.outcome import Halt
@@ -38,7 +38,7 @@ from stroma.hooks.sets import HookError
 from stroma.runner.runner import StromaRunner
 from stroma.trace.result import ExecutionResult, RunStatus
 
-__all__ = ["ACTIVE", "OUTSIDE", "GuardedRun", "active_run"]
+__all__ = ["ACTIVE", "GuardedRun", "active_run"]
 
 #: The current runs of guards, the innermost last.
 ACTIVE: ContextVar[tuple[GuardedRun, ...]] = ContextVar("stroma_guarded_runs", default=())
@@ -76,8 +76,8 @@ class GuardedRun:
         result: the result of the run, once it has ended.
         ended: the run has ended.
         ends: the run ends; that of the guard itself does not.
-        goes_on: its input is what a framework continues its own checkpoint with, such as an answer; under ``resume=True`` it
-            may be another one than that of the run.
+        is_continuation: its input is what a framework continues its own checkpoint with, such as an answer; under
+            ``resume=True`` it may differ from the input that the run began with.
         unaccounted: tokens that a framework has counted in this run, and the guard has not; see :meth:`compare_usage`.
         taken: keys of the questions of :meth:`ask` whose answers the framework has got: what asks again is a new question.
     """
@@ -87,9 +87,9 @@ class GuardedRun:
         self.ctx = ctx
         self.ends = ends
         self.ended = False
-        self.goes_on = False
+        self.is_continuation = False
         self.unaccounted = 0
-        #: What has stopped the run in a tool, where the framework would tell the model of it and go on.
+        #: What has stopped the run in a tool, where the framework would tell the model of it and continue.
         self.fatal: Exception | None = None
         self.result: ExecutionResult | None = None
         #: The exceptions and stops of calls that are inside no other one.
@@ -168,20 +168,50 @@ class GuardedRun:
         }
 
     def report_usage(self, usage: Usage) -> None:
-        """Count tokens that were used in this run and in no step: against its budget, and in its totals."""
-        cost = 0.0
-        if usage.model is not None:
-            cost = estimate_cost_usd(
-                usage.model,
-                usage.input_tokens,
-                usage.output_tokens,
-                cached_input_tokens=usage.cached_input_tokens,
-                cache_write_tokens=usage.cache_write_tokens,
-                tier=usage.tier,
-            )
+        """Count tokens that were used in this run and in no step: against its budget, and in its totals.
+
+        Raises UsageError for a model without a known price where a cost limit could not count it.
+        """
+        model, cost, unpriced = usage.model, usage.cost_usd, None
+        if cost is None and model is not None and find_pricer(model) is None:
+            unpriced = model
+        if cost is None:
+            cost = 0.0
+            if model is not None:
+                cost = estimate_cost_usd(
+                    model,
+                    usage.input_tokens,
+                    usage.output_tokens,
+                    cached_input_tokens=usage.cached_input_tokens,
+                    cache_write_tokens=usage.cache_write_tokens,
+                    tier=usage.tier,
+                )
         tokens = usage.input_tokens + usage.output_tokens
         with self._lock:
-            self.ctx.cost_tracker.add(OUTSIDE, tokens, usage.output_tokens, cost, 0, usage.model)
+            self.ctx.cost_tracker.add(OUTSIDE, tokens, usage.output_tokens, cost, 0, model)
+        if unpriced is not None:
+            self._note_unpriced(unpriced)
+
+    def _note_unpriced(self, model: str) -> None:
+        """Treat a model without a known price as in a step: refuse it under a cost limit, else warn of it once."""
+        ctx, is_noted = self.ctx, model in self.ctx.unpriced
+        if not is_noted:
+            ctx.unpriced.append(model)
+        if ctx.refuses_unpriced(OUTSIDE):
+            raise UsageError(
+                f"run {ctx.run_id!r} used model {model!r} outside of its steps, which has no known price; add it to "
+                'KNOWN_MODELS, or pass unknown_model="warn" to count it as 0 USD'
+            )
+        if not is_noted:
+            ctx.run_logger.warning(
+                "model %r was called outside of steps and has no known price: it counts as 0; add it to KNOWN_MODELS",
+                model,
+            )
+
+    def check_budget(self) -> None:
+        """Raise BudgetExceeded if what the run has used exceeds its budget. For model calls in no step."""
+        if self.ctx.limits:
+            self.ctx.cost_tracker.check_budget(self.ctx.budget, OUTSIDE)
 
     def compare_usage(self, framework: str, tokens: int) -> None:
         """Compare a framework's own count of tokens with that of the guard; log a warning if the guard has counted less.
@@ -321,7 +351,7 @@ class GuardedRun:
         initial = (
             value if isinstance(value, BaseModel) and type(value) is not BaseModel else given_to(value, None)
         )
-        await ctx.open(initial, ends=self.ends, any_input=self.goes_on)
+        await ctx.open(initial, ends=self.ends, any_input=self.is_continuation)
         if self.guard.runner is not None:  # Otherwise the owner of the context handles cancellation.
             ctx.session.on_control = partial(self._control, asyncio.get_running_loop())
         if self.ends:

@@ -12,7 +12,7 @@ from uuid import UUID
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.tracers.context import register_configure_hook
 
-from stroma.adapters._guarded_run import OUTSIDE, GuardedRun, active_run
+from stroma.adapters._guarded_run import GuardedRun, active_run
 from stroma.adapters._langchain_messages import usage_of
 from stroma.adapters._step import mark_published
 from stroma.cost.budget import BudgetExceeded
@@ -68,10 +68,10 @@ class _Counter(BaseCallbackHandler):
 def _refuse_beyond_budget(asking: NodeExecution | GuardedRun) -> None:
     """Check the budget before each model call, as a node may make many before the engine's own check."""
     ctx = asking.ctx
-    if not ctx.limits:
-        return
     if isinstance(asking, GuardedRun):
-        ctx.cost_tracker.check_budget(ctx.budget, OUTSIDE)
+        asking.check_budget()
+        return
+    if not ctx.limits:
         return
     node = asking
     ctx.cost_tracker.check_budget(ctx.budget, node.node_id)

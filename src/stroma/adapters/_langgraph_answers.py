@@ -9,15 +9,15 @@ from langgraph.types import Command
 from stroma.adapters.guard import Guard
 from stroma.engine.execution import current_node_or_none
 
-__all__ = ["answer_of", "goes_on", "is_answered", "may_be_suspended", "note_suspended"]
+__all__ = ["answer_of", "is_answered", "is_continuation", "may_be_suspended", "note_suspended"]
 
 
-def goes_on(input: Any) -> bool:
+def is_continuation(input: Any) -> bool:
     return input is None or isinstance(input, Command)
 
 
 def is_answered(guard: Guard, input: Any) -> bool:
-    """Return True if a graph goes on whose nodes have stored answers (``stroma approve``)."""
+    """Return True if a graph continues and its nodes have stored answers (``stroma approve``)."""
     return input is None and current_node_or_none() is None and bool(guard.current.answers)
 
 

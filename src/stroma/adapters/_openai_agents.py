@@ -18,6 +18,7 @@ from agents.exceptions import (
     ToolInputGuardrailTripwireTriggered,
     ToolOutputGuardrailTripwireTriggered,
 )
+from agents.realtime import RealtimeAgent, RealtimeSession
 from agents.run import AgentRunner
 from agents.run_internal import run_loop
 from agents.tool import maybe_invoke_function_tool_failure_error_function
@@ -89,9 +90,11 @@ class GuardedModel(Model):
         return id(self.__dict__)
 
     async def get_response(self, *args: Any, **kwargs: Any) -> Any:
+        """Request a response of the model as the step ``model``."""
         return await self._stroma_guard.acall(_request(self), super().get_response, *args, **kwargs)
 
     def stream_response(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """Stream a response of the model as the step ``model``; it is retried only until its first event."""
         run, bare = self._stroma_guard.current, super().stream_response
         return Call(run, _request(self, collect=_last_response), bare, args, kwargs).astream()
 
@@ -125,6 +128,7 @@ class GuardedProvider(ModelProvider):
         """Do nothing: the attributes are those of the provider."""
 
     def get_model(self, model_name: str | None) -> Model:
+        """Return the provider's model of a name, whose requests are steps."""
         return guard_model(super().get_model(model_name), self._stroma_guard)
 
 
@@ -276,8 +280,8 @@ def _arguments(args: tuple[Any, ...], _: dict[str, Any]) -> Any:
 def _install() -> None:
     """Guard all models and tools that the SDK uses in a run of a guard.
 
-    Judges of guardrails, agents as tools, RunConfig(model=), tools of MCP servers and what was added later: none of them
-    can be reached from the agent that was attached.
+    Judges of guardrails, agents as tools, RunConfig(model=), tools of MCP servers, realtime sessions and what was added
+    later: none of them can be reached from the agent that was attached.
     """
     bare_model, bare_tools = run_loop.get_model, Agent.get_all_tools
 
@@ -315,8 +319,20 @@ def _install() -> None:
             _compare_at_end(result, run, before)
         return result
 
-    run_loop.get_model, Agent.get_all_tools = get_model, get_all_tools
-    AgentRunner.run_streamed = run_streamed
+    bare_event = RealtimeSession.on_event
+
+    @functools.wraps(bare_event)
+    async def on_event(self: Any, event: Any) -> None:
+        await bare_event(self, event)
+        run = active_run()
+        if run is not None and event.type == "usage":
+            name = getattr(self.model, "model", None)
+            run.report_usage(usage_from(event.usage, model=name if isinstance(name, str) else None))
+            run.check_budget()
+
+    run_loop.get_model, AgentRunner.run_streamed = get_model, run_streamed
+    Agent.get_all_tools = RealtimeAgent.get_all_tools = get_all_tools
+    RealtimeSession.on_event = on_event
 
 
 def used_before(input: Any, context: Any) -> int:

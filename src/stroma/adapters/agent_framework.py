@@ -26,7 +26,7 @@ try:
         ResponseStream,
     )
 
-    from stroma.adapters._agent_framework_answers import ask, asked_again, goes_on, take_answers
+    from stroma.adapters._agent_framework_answers import ask, asked_again, is_continuation, take_answers
     from stroma.adapters._agent_framework_views import (
         Rest,
         answer_of,
@@ -66,7 +66,7 @@ class _Shared:
         self.guard = guard
         self.tools = {name: contract_for(name, contract) for name, contract in (tools or {}).items()}
         self.checked = not self.tools
-        #: What stopped a run inside a tool, by the run: the framework tells the model of it, and would go on.
+        #: What stopped a run inside a tool, by the run: the framework tells the model of it, and would continue.
         self.fatal: dict[str, BaseException] = {}
 
     @property
@@ -136,7 +136,7 @@ class _OfAgent(AgentMiddleware):
         guard, request = self._shared.guard, asked_of(context.messages)
         call = _AgentCall(context, call_next, self._shared)
         # With a request for approval, or the response to one, it continues where it waited.
-        answered = goes_on(context.messages or [])
+        answered = is_continuation(context.messages or [])
         # Its models and tools had their retries: it is called once.
         about: Any = {
             "input_view": lambda *_: request,
@@ -149,7 +149,7 @@ class _OfAgent(AgentMiddleware):
         if context.stream:
             step = guard.wrap(name, call.parts, collect=call.final, **about)
             context.result = ResponseStream(
-                guard.aover(step, request, goes_on=answered), finalizer=call.final
+                guard.aover(step, request, is_continuation=answered), finalizer=call.final
             )
         else:
             whole = guard.wrap(name, call.whole, **about)

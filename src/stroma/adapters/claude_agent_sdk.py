@@ -31,7 +31,7 @@ __all__ = ["guarded_query", "guarded_tools"]
 
 #: Counts of a model in what the program says about each.
 _COUNTS: Final = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens")
-#: What stopped a run inside a tool, by the run: the SDK tells the model of it, and would go on.
+#: What stopped a run inside a tool, by the run: the SDK tells the model of it, and would continue.
 _FATAL: dict[str, BaseException] = {}
 
 

@@ -86,7 +86,7 @@ def _attach(flow: Any, guard: Guard, steps: dict[Any, tuple[str, NodeContract[An
             guarded._meth = step
         flow._methods[name] = guarded
     for name in ("kickoff_async", "resume_async"):
-        make_run(flow, name, guard, goes_on=name == "resume_async")
+        make_run(flow, name, guard, is_continuation=name == "resume_async")
     return flow
 
 

@@ -3,7 +3,7 @@
 ::
 
     attach(agent, guard, {"weather": (City, Weather)})
-    runner = each_run(InMemoryRunner(agent), guard)  # what run_async() gives is a run
+    runner = each_run(InMemoryRunner(agent), guard)  # each run_async() and run_live() is a run
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ try:
         answers_of,
         ask,
         asking_calls,
-        goes_on,
         has_no_message,
+        is_continuation,
         pending_calls,
     )
 except ImportError as error:
@@ -71,12 +71,13 @@ def attach(agent: T, guard: Guard, contracts: Contracts | None = None) -> T:
 
 
 def each_run(runner: T, guard: Guard) -> T:
-    """Make a run of what each ``run_async()`` (and so each ``run()``) of a runner gives; changes it and returns it.
+    """Make each ``run_async()``, ``run()`` and ``run_live()`` of a runner a run of the guard; changes it and returns it.
 
-    It guards what was added to its agent since :func:`attach`, too.
+    It guards what was added to its agent since :func:`attach`, too. In the live mode tools are steps; the model's tokens
+    count in the run and in no step, and a spent budget ends the stream of events.
     """
     target: Any = runner
-    parts = target.run_async
+    parts, live_parts = target.run_async, target.run_live
     if not guard.has(parts):
 
         async def events(**kwargs: Any) -> AsyncIterator[Any]:
@@ -97,13 +98,33 @@ def each_run(runner: T, guard: Guard) -> T:
             guard.compare_usage("ADK", counted)
             await ask(guard, waiting)
 
-        def run_async(**kwargs: Any) -> Any:
-            agent, message = getattr(target, "agent", None), kwargs.get("new_message")
+        async def live_events(**kwargs: Any) -> AsyncIterator[Any]:
+            run = guard.current
+            async with contextlib.aclosing(live_parts(**kwargs)) as source:
+                async for event in source:
+                    used = None if event.partial else _used(event, getattr(event, "model_version", None))
+                    if used is not None:
+                        run.report_usage(used)
+                    run.check_budget()
+                    yield event
+
+        def renew() -> None:
+            agent = getattr(target, "agent", None)
             if agent is not None and vars(agent).get(_ATTACHED) is guard:
                 attach(agent, guard)
-            return guard.aover(lambda: events(**kwargs), {"message": message}, goes_on=goes_on(message))
 
-        target.run_async = guard.mark(run_async)
+        def run_async(**kwargs: Any) -> Any:
+            message = kwargs.get("new_message")
+            renew()
+            return guard.aover(
+                lambda: events(**kwargs), {"message": message}, is_continuation=is_continuation(message)
+            )
+
+        def run_live(**kwargs: Any) -> Any:
+            renew()
+            return guard.aover(lambda: live_events(**kwargs))
+
+        target.run_async, target.run_live = guard.mark(run_async), run_live
     return runner
 
 
@@ -167,12 +188,14 @@ def _last_response(responses: list[Any]) -> Any:
     return (with_usage or responses or [None])[-1]
 
 
-def _used(response: Any, model: str) -> Usage | None:
+def _used(response: Any, model: str | None) -> Usage | None:
     used = getattr(response, "usage_metadata", None)
     if used is None:
         return None
     input_tokens = (used.prompt_token_count or 0) + (getattr(used, "tool_use_prompt_token_count", None) or 0)
     output_tokens = (used.candidates_token_count or 0) + (getattr(used, "thoughts_token_count", None) or 0)
+    if used.candidates_token_count is None:  # The live mode of older releases: the total alone has them.
+        output_tokens = max(output_tokens, (used.total_token_count or 0) - input_tokens)
     cached = min(used.cached_content_token_count or 0, input_tokens)
     return Usage(input_tokens, output_tokens, cached, model=model)
 

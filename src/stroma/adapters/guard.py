@@ -138,45 +138,48 @@ class Guard:
         return GuardedRun(self, ctx, input, ends=True)
 
     def over(
-        self, start: Callable[[], Iterable[Any]], input: Any = None, *, goes_on: bool = False
+        self, start: Callable[[], Iterable[Any]], input: Any = None, *, is_continuation: bool = False
     ) -> Iterator[Any]:
         """Iterate over the parts of a framework's result as a run; inside a run of this guard, as part of that.
 
-        ``goes_on``: see :class:`GuardedRun`.
+        ``is_continuation``: see :class:`GuardedRun`.
         """
-        return iter(start()) if self.inside else self.begin(input, goes_on).over(start)
+        return iter(start()) if self.inside else self.begin(input, is_continuation).over(start)
 
     def aover(
-        self, start: Callable[[], AsyncIterable[Any]], input: Any = None, *, goes_on: bool = False
+        self, start: Callable[[], AsyncIterable[Any]], input: Any = None, *, is_continuation: bool = False
     ) -> AsyncIterator[Any]:
         """Do the same as :meth:`over` for an async framework."""
-        return aiter(start()) if self.inside else self.begin(input, goes_on).aover(start)
+        return aiter(start()) if self.inside else self.begin(input, is_continuation).aover(start)
 
-    def begin(self, input: Any, goes_on: bool) -> GuardedRun:
-        """Return a run as :meth:`run` does. ``goes_on``: see :class:`GuardedRun`."""
+    def begin(self, input: Any, is_continuation: bool) -> GuardedRun:
+        """Return a run as :meth:`run` does. ``is_continuation``: see :class:`GuardedRun`."""
         run = self.run(input)
-        run.goes_on = goes_on
+        run.is_continuation = is_continuation
         return run
 
     def each_call(
-        self, func: Callable[P, R], input: View, goes_on: Callable[[tuple[Any, ...]], bool] = lambda _: False
+        self,
+        func: Callable[P, R],
+        input: View,
+        is_continuation: Callable[[tuple[Any, ...]], bool] = lambda _: False,
     ) -> Callable[P, R]:
         """Return a function each call of which is a run, or part of the current run of this guard.
 
-        ``goes_on(args)``: see :class:`GuardedRun`.
+        ``is_continuation(args)``: see :class:`GuardedRun`.
         """
         called: Callable[..., Any] = func
 
         async def arun(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
                 return await called(*args, **kwargs)
-            async with self.begin(input(args, kwargs), goes_on(args)):
+            async with self.begin(input(args, kwargs), is_continuation(args)):
                 return await called(*args, **kwargs)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
                 return called(*args, **kwargs)
-            with self.begin(input(args, kwargs), goes_on(args)):
+            with self.begin(input(args, kwargs), is_continuation(args)):
                 return called(*args, **kwargs)
 
         wrapped = functools.update_wrapper(arun if gives_coroutine(func) else run, func)

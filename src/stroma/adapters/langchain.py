@@ -56,20 +56,24 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
         return agent
 
     def wrap_model_call(self, request: Any, handler: Any) -> Any:
+        """Call the model as the step ``model``. Raises UnknownNode for a contract of no tool."""
         self._check(request.tools)
         return self.guard.call(self._model, _counted(handler), request)
 
     async def awrap_model_call(self, request: Any, handler: Any) -> Any:
+        """Do the same as :meth:`wrap_model_call` for an async agent."""
         self._check(request.tools)
         return await self.guard.acall(self._model, _acounted(handler), request)
 
     def wrap_tool_call(self, request: Any, handler: Any) -> Any:
+        """Call a tool as the step of its name. A message of an error is returned as it is, without a retry."""
         try:
             return self.guard.call(self._tool(request), _counted(handler), request)
         except _ToolErrorMessage as error:
             return error.message
 
     async def awrap_tool_call(self, request: Any, handler: Any) -> Any:
+        """Do the same as :meth:`wrap_tool_call` for an async agent."""
         try:
             return await self.guard.acall(self._tool(request), _acounted(handler), request)
         except _ToolErrorMessage as error:

@@ -25,8 +25,8 @@ try:
 
     from stroma.adapters._langgraph_answers import (
         answer_of,
-        goes_on,
         is_answered,
+        is_continuation,
         may_be_suspended,
         note_suspended,
     )
@@ -115,7 +115,7 @@ def _graph_class(kind: Any, guard: Guard, adapter: LangGraphAdapter | None) -> A
             if may_be_suspended(self, guard, kwargs):
                 note_suspended(guard, self.get_state(config))
 
-        return guard.over(parts, input, goes_on=goes_on(input))
+        return guard.over(parts, input, is_continuation=is_continuation(input))
 
     def astream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Any:
         async def parts() -> AsyncIterator[Any]:
@@ -127,7 +127,7 @@ def _graph_class(kind: Any, guard: Guard, adapter: LangGraphAdapter | None) -> A
             if may_be_suspended(self, guard, kwargs):
                 note_suspended(guard, await self.aget_state(config))
 
-        return guard.aover(parts, input, goes_on=goes_on(input))
+        return guard.aover(parts, input, is_continuation=is_continuation(input))
 
     calls = {"stream": stream, "astream": astream}
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_stroma_kind": kind}

@@ -14,6 +14,7 @@ from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
     from agents import Agent, FunctionTool, Model, Runner, RunState, Usage
+    from agents.realtime import RealtimeAgent
 
     from stroma.adapters._openai_agents import (
         GuardedModel,
@@ -35,6 +36,7 @@ warn_if_untested("openai-agents")
 __all__ = ["GuardedModel", "GuardedProvider", "GuardedRunner", "attach"]
 
 A = TypeVar("A")
+_AGENTS = (Agent, RealtimeAgent)
 
 
 def attach(agent: A, guard: Guard, contracts: Contracts | None = None) -> A:
@@ -44,6 +46,9 @@ def attach(agent: A, guard: Guard, contracts: Contracts | None = None) -> A:
     run of a guard all other models and tools that the SDK uses are steps, too: a model that is only named, one of
     ``RunConfig(model=)``, judges of guardrails, tools of MCP servers. Raises UnknownNode for a contract of no tool; of an
     agent with MCP servers when these have listed their tools.
+
+    A realtime agent is attached in the same way. Enter its session inside ``async with guard.run():``: the tokens of its
+    model count in that run and in no step, and a spent budget ends the session with BudgetExceeded.
     """
     agents = _reached(agent)
     tools = {tool.name for each in agents for tool in each.tools if isinstance(tool, FunctionTool)}
@@ -51,7 +56,7 @@ def attach(agent: A, guard: Guard, contracts: Contracts | None = None) -> A:
     listed = tools if not servers else {*tools, *(contracts or {})}
     by_name = guard.contracts(contracts, listed, "tool")
     for each in agents:
-        if isinstance(each.model, Model):
+        if isinstance(getattr(each, "model", None), Model):  # A realtime agent has none of its own.
             each.model = guard_model(each.model, guard)
         each.tools = [
             guard_tool(tool, guard, by_name.get(tool.name)) if isinstance(tool, FunctionTool) else tool
@@ -68,12 +73,14 @@ def _reached(agent: Any) -> list[Any]:
     for each in reached:
         # A Handoff knows its agent by a weak reference.
         targets = [
-            target if isinstance(target, Agent) else (getattr(target, "_agent_ref", None) or (lambda: None))()
+            target
+            if isinstance(target, _AGENTS)
+            else (getattr(target, "_agent_ref", None) or (lambda: None))()
             for target in each.handoffs
         ]
         targets += [getattr(tool, "_agent_instance", None) for tool in each.tools]
         for other in targets:
-            if isinstance(other, Agent) and not any(other is known for known in reached):
+            if isinstance(other, _AGENTS) and not any(other is known for known in reached):
                 reached.append(other)
     return reached
 
@@ -83,8 +90,8 @@ class GuardedRunner:
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
-        self._run = guard.each_call(self._arun_step, _input_view, _goes_on)
-        self._run_sync = guard.each_call(self._run_step, _input_view, _goes_on)
+        self._run = guard.each_call(self._arun_step, _input_view, _is_continuation)
+        self._run_sync = guard.each_call(self._run_step, _input_view, _is_continuation)
 
     async def run(self, agent: Any, input: Any, **options: Any) -> Any:
         """Call ``Runner.run`` under this guard."""
@@ -151,12 +158,12 @@ def _decide(state: Any, answer: Any) -> None:
             state.reject(item)
 
 
-def _goes_on(args: tuple[Any, ...]) -> bool:
+def _is_continuation(args: tuple[Any, ...]) -> bool:
     return isinstance(args[1], RunState)
 
 
 def _input_view(args: tuple[Any, ...], _: dict[str, Any]) -> dict[str, Any]:
-    # A run that goes on is the same step: its state has what it began with.
+    # A run that continues is the same step: its state has what it began with.
     value = args[1]._original_input if isinstance(args[1], RunState) else args[1]
     return {"input": value if isinstance(value, (str, list)) else type(value).__name__}
 

@@ -57,6 +57,7 @@ class StromaCapability(AbstractCapability[Any]):
         self._checked = not self._tools
 
     async def wrap_run(self, ctx: Any, *, handler: Any) -> Any:
+        """Run the agent as the step of its name, in a run of its own unless one of the guard is active."""
         around = current_node_or_none()
         if around is not None and around.notes.get(_RUN) == ctx.run_id:
             return await handler()  # The agent has the capability twice.
@@ -78,7 +79,7 @@ class StromaCapability(AbstractCapability[Any]):
             if self.guard.inside:
                 with self.guard.current.here():
                     return await self.guard.acall(step, run, {"prompt": ctx.prompt})
-            async with self.guard.begin({"prompt": ctx.prompt}, goes_on=ctx.prompt is None):
+            async with self.guard.begin({"prompt": ctx.prompt}, is_continuation=ctx.prompt is None):
                 return await self.guard.acall(step, run, {"prompt": ctx.prompt})
         except _Deferred as deferred:
             return deferred.result
@@ -111,6 +112,7 @@ class StromaCapability(AbstractCapability[Any]):
         return node
 
     async def before_model_request(self, ctx: Any, request_context: Any) -> Any:
+        """Let the model's request be the step ``model``. Raises UnknownNode for a contract of no tool."""
         if not self._checked:
             self._check(ctx.agent, request_context.model_request_parameters)
         if not isinstance(request_context.model, StepModel):
@@ -118,6 +120,7 @@ class StromaCapability(AbstractCapability[Any]):
         return request_context
 
     async def wrap_tool_execute(self, ctx: Any, *, call: Any, tool_def: Any, args: Any, handler: Any) -> Any:
+        """Call a tool as the step of its name, under its contract."""
         around = current_node_or_none()
         if around is not None and around.notes.get(_CALL) is call:
             return await handler(args)
@@ -130,6 +133,7 @@ class StromaCapability(AbstractCapability[Any]):
         return await self.guard.acall(step, execute, args)
 
     async def after_output_process(self, ctx: Any, *, output_context: Any, output: Any) -> Any:
+        """Return the agent's answer. Raises ModelRetry, which asks the model again, for one that breaks ``output``."""
         if self._output is not None and not ctx.partial_output:
             broken = violation("output", self._output, "output", output)
             if broken is not None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from crewai import Agent, BaseLLM, Crew, Process, Task
+from crewai import LLM, Agent, BaseLLM, Crew, Process, Task
 from crewai.flow.async_feedback import HumanFeedbackPending
 from crewai.flow.flow import Flow, listen, router, start
 from crewai.flow.human_feedback import human_feedback
@@ -21,6 +21,7 @@ from crewai.tools import BaseTool
 from pydantic import BaseModel, PrivateAttr
 from tests.frameworks.contract import ANSWER, City, FrameworkContract, Narrow, Weather, weather
 from tests.frameworks.kit import AT_ONCE, Seen, guard_of, holds, lines_of, result_of, spent
+from tests.providers.server import Answer, serving
 
 from stroma import (
     BudgetExceeded,
@@ -368,6 +369,33 @@ def test_each_kickoff_of_a_copy_is_a_run_of_its_own() -> None:
     assert [output.raw for output in outputs] == ["It is 4 C"] * 2
     assert spent(seen, guard) == (2, sum(ledger))
     assert type(crew.copy().agents[0].llm) is Provider
+
+
+@pytest.mark.parametrize("kind", ["name", "LLM", "own class"])
+def test_the_planner_of_a_copy_is_counted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CrewAI makes another LLM of its settings, and one of a class of its own becomes the LLM of that name."""
+    plan = {"task_number": 1, "task": "forecast", "plan": "look"}
+    text = json.dumps({"list_of_plans_per_task": [plan]})
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    used = {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100}
+    about = {"id": "1", "object": "chat.completion", "created": 0, "model": "gpt-4o-mini"}
+    ledger, seen = list[int](), Seen()
+    with serving() as server:
+        url = server.url(Answer(body={**about, "choices": [choice], "usage": used}))
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        monkeypatch.setenv("OPENAI_API_KEY", "none")
+        planner: Any = {"name": "gpt-4o-mini", "LLM": LLM(model="gpt-4o-mini"), "own class": Script.of()}[
+            kind
+        ]
+        crew = sequential(ledger, all_agents=True, planning=True, planning_llm=planner)
+        try:
+            crew.copy()
+        except TypeError:
+            pytest.skip("this release of CrewAI cannot copy an LLM")
+        attach(crew, guard := guard_of(seen)).kickoff_for_each([{"day": "1"}, {"day": "2"}])
+        asked = server.calls_of(url)
+    assert asked == 2
+    assert spent(seen, guard) == (2, sum(ledger) + 100 * asked)
 
 
 def test_fifty_flows_at_once_spend_what_the_provider_has_counted() -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from google.adk.agents import LlmAgent, SequentialAgent
+from google.adk.agents import LiveRequestQueue, LlmAgent, SequentialAgent
 from google.adk.agents.run_config import RunConfig, StreamingMode
 from google.adk.models import BaseLlm, LlmRequest, LlmResponse
+from google.adk.models.base_llm_connection import BaseLlmConnection
 from google.adk.runners import InMemoryRunner, Runner
 from google.adk.sessions import InMemorySessionService
 from google.adk.tools import AgentTool, FunctionTool
@@ -23,8 +24,8 @@ from pydantic import BaseModel, PrivateAttr
 from tests.frameworks.contract import CALL, City, FrameworkContract, Weather, weather
 from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of, spent
 
-from stroma import ContractViolation, RunStatus, SQLiteStore
-from stroma.adapters import Guard, UnknownNode
+from stroma import BudgetExceeded, ContractViolation, ExecutionBudget, RunStatus, SQLiteStore
+from stroma.adapters import Guard, UnknownNode, what_stopped
 from stroma.adapters.google_adk import attach, each_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -365,6 +366,97 @@ def test_an_agent_that_is_not_guarded_is_named(caplog: pytest.LogCaptureFixture)
         ask(agent_of(Script.of("x")), guard=guard)
     assert guard.unaccounted == 10
     assert any("ADK counted 10 tokens" in message for message in caplog.messages)
+
+
+# ---------------------------------------------------------------------- the live mode
+
+
+class Connection(BaseLlmConnection):
+    """A live connection: it answers what it is sent, and bills each answer."""
+
+    def __init__(self, answers: list[Any], billed: list[int]) -> None:
+        self.answers, self.billed = answers, billed
+        self.sent = asyncio.Queue[None]()
+
+    async def send_history(self, history: list[types.Content]) -> None:
+        self.sent.put_nowait(None)
+
+    async def send_content(self, content: types.Content) -> None:
+        self.sent.put_nowait(None)
+
+    async def send_realtime(self, blob: Any) -> None:
+        raise NotImplementedError
+
+    async def receive(self) -> AsyncGenerator[LlmResponse, None]:
+        await self.sent.get()
+        answer = self.answers.pop(0)
+        self.billed.append(10 + len(self.billed))
+        # Older releases name the tokens of an answer otherwise: the total alone has them.
+        counted = types.GenerateContentResponseUsageMetadata(
+            prompt_token_count=self.billed[-1] - 1, total_token_count=self.billed[-1]
+        )
+        yield LlmResponse(usage_metadata=counted)
+        if isinstance(answer, tuple):
+            call = types.FunctionCall(name=answer[0], args=answer[1], id=f"c{len(self.billed)}")
+            yield LlmResponse(content=_content(types.Part(function_call=call)))
+        else:
+            yield LlmResponse(content=_content(types.Part(text=answer)))
+            yield LlmResponse(turn_complete=True)
+
+    async def close(self) -> None:
+        pass
+
+
+class Live(Script):
+    """A model with a live mode."""
+
+    _billed: list[int] = PrivateAttr(default_factory=list)
+
+    @contextlib.asynccontextmanager
+    async def connect(self, llm_request: LlmRequest) -> AsyncIterator[Connection]:
+        yield Connection(self._answers, self._billed)
+
+
+async def talk(agent: Any, guard: Guard | None = None, turns: int = 1) -> list[str]:
+    """Say something in the live mode, and return the texts of the agent until it has ended as many turns."""
+    runner = InMemoryRunner(agent, app_name="test")
+    if guard is not None:
+        each_run(runner, guard)
+    session = await runner.session_service.create_session(app_name="test", user_id="u")
+    queue, texts = LiveRequestQueue(), list[str]()
+    for _ in range(turns):
+        queue.send_content(types.Content(role="user", parts=[types.Part(text="hello")]))
+    live = runner.run_live(user_id="u", session_id=session.id, live_request_queue=queue)
+    async with contextlib.aclosing(live) as events:
+        async for event in events:
+            texts += [part.text for part in (event.content and event.content.parts) or () if part.text]
+            turns -= bool(event.turn_complete)
+            if not turns:
+                queue.close()
+                break
+    return texts
+
+
+def test_a_live_session_is_a_run() -> None:
+    """Its tools are steps, and the tokens of its model those of the provider's bill."""
+    guard, model = guard_of(), Live.of(CALL, "4 C")
+    plain = asyncio.run(talk(agent_of(Live.of(CALL, "4 C"))))
+    assert "4 C" in plain
+    assert asyncio.run(talk(agent_of(model, guard, contracts={"weather": (City, Weather)}), guard)) == plain
+    assert (len(model._billed), result_of(guard).total_tokens) == (2, sum(model._billed))
+    assert lines_of(guard) == ["weather success"]
+    assert guard.unaccounted == 0
+
+
+def test_a_spent_budget_ends_a_live_session() -> None:
+    """No answer is asked for after the one that has spent it."""
+    guard, model = guard_of(budget=ExecutionBudget(max_tokens_total=15)), Live.of(*["more"] * 9)
+    with pytest.raises(Exception) as caught:
+        asyncio.run(talk(agent_of(model, guard), guard, 9))
+    error = what_stopped(caught.value)
+    assert isinstance(error, BudgetExceeded)
+    assert (error.actual, model._billed) == (21, [10, 11])
+    assert isinstance(guard.stopped and guard.stopped.exception, BudgetExceeded)
 
 
 @holds("control flow")

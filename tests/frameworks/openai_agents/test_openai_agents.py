@@ -32,6 +32,7 @@ from agents import (
     set_tracing_disabled,
 )
 from agents.mcp import MCPServer
+from agents.realtime import OpenAIRealtimeWebSocketModel, RealtimeAgent, RealtimeRunner
 from mcp.types import CallToolResult, TextContent
 from mcp.types import Tool as MCPTool
 from openai.types.responses import (
@@ -550,6 +551,131 @@ def test_a_second_attach_with_other_contracts_is_an_error() -> None:
     attach(attach(agent, guard), guard, {"weather": (City, Weather)})
     with pytest.raises(ValueError, match="already attached to this guard, with another contract"):
         attach(agent, guard, {"weather": (City, Strict)})
+
+
+# ---------------------------------------------------------------------- realtime sessions
+
+
+class Socket:
+    """The connection of a realtime model: it answers each request for a response, and bills it."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+        self.billed: list[int] = []
+        self.messages: asyncio.Queue[str | None] = asyncio.Queue()
+
+    async def send(self, text: str) -> None:
+        if json.loads(text)["type"] != "response.create":
+            return
+        answer, number = self.answers.pop(0), len(self.billed)
+        item: dict[str, Any] = {"id": f"item{number}", "status": "completed", "type": "message"}
+        if isinstance(answer, tuple):
+            call = {"type": "function_call", "name": answer[0], "call_id": f"call{number}"}
+            item |= call | {"arguments": json.dumps(answer[1])}
+        else:
+            item |= {"role": "assistant", "content": [{"type": "output_text", "text": answer}]}
+        self.billed.append(10 + number)
+        usage = {"input_tokens": 9 + number, "output_tokens": 1, "total_tokens": 10 + number}
+        response = {"id": f"r{number}", "object": "realtime.response", "status": "completed"}
+        place = {"response_id": f"r{number}", "output_index": 0}
+        for event in (
+            {"type": "response.created", "response": {**response, "status": "in_progress"}},
+            {"type": "response.output_item.done", "item": item, **place},
+            {"type": "response.done", "response": {**response, "usage": usage}},
+        ):
+            self.messages.put_nowait(json.dumps({"event_id": "e", **event}))
+
+    def __aiter__(self) -> Any:
+        return self
+
+    async def __anext__(self) -> str:
+        message = await self.messages.get()
+        if message is None:
+            raise StopAsyncIteration
+        return message
+
+    async def close(self) -> None:
+        self.messages.put_nowait(None)
+
+
+class Live(OpenAIRealtimeWebSocketModel):
+    """The SDK's own realtime model over a connection that a test makes."""
+
+    def __init__(self, socket: Socket) -> None:
+        super().__init__()
+        self.socket = socket
+
+    async def _create_websocket_connection(self, *_: Any, **__: Any) -> Any:
+        return self.socket
+
+
+async def talk(agent: Any, socket: Socket, turns: int) -> None:
+    """Say one thing, and listen until the agent has ended as many turns."""
+    session = await RealtimeRunner(agent, model=Live(socket)).run(model_config={"api_key": "x"})
+    async with session:
+        await session.send_message("How warm is it?")
+        async for event in session:
+            turns -= event.type == "agent_end"
+            if not turns:
+                return
+
+
+def voice_of() -> RealtimeAgent[Any]:
+    return RealtimeAgent(name="voice", tools=[tool_of()])
+
+
+@pytest.mark.parametrize("is_attached", [True, False])
+def test_a_realtime_session_in_a_run_is_counted(is_attached: bool) -> None:
+    """Its tools are steps, and the tokens of its model those of the provider's bill; also of an agent that is not attached."""
+    guard = guard_of()
+    agent = voice_of()
+    if is_attached:
+        attach(agent, guard, {"weather": (City, Weather)})
+
+    async def main() -> list[int]:
+        socket = Socket(CALL, "4 C")
+        async with guard.run():
+            await talk(agent, socket, 2)
+        return socket.billed
+
+    billed = asyncio.run(main())
+    assert (len(billed), result_of(guard).total_tokens) == (2, sum(billed))
+    assert result_of(guard).status is RunStatus.COMPLETED
+    assert lines_of(guard) == ["weather success"]
+    assert guard.unaccounted == 0
+
+
+def test_a_spent_budget_ends_a_realtime_session() -> None:
+    """No request is made after the one that has spent it."""
+    guard = guard_of(budget=ExecutionBudget(max_tokens_total=15))
+
+    async def main() -> list[int]:
+        socket = Socket(*[CALL] * 9)
+        with pytest.raises(BudgetExceeded) as caught:
+            async with guard.run():
+                await talk(voice_of(), socket, 9)
+        assert caught.value.actual == 21
+        return socket.billed
+
+    assert asyncio.run(main()) == [10, 11]
+    assert guard.stopped is not None
+    assert isinstance(guard.stopped.exception, BudgetExceeded)
+
+
+def test_a_broken_contract_ends_a_realtime_session() -> None:
+    guard = guard_of()
+    agent = attach(voice_of(), guard, {"weather": (Narrow, Weather)})
+
+    async def main() -> list[int]:
+        socket = Socket(*[CALL] * 9)
+        with pytest.raises(Exception) as caught:
+            async with guard.run():
+                await talk(agent, socket, 9)
+        assert isinstance(what_stopped(caught.value), ContractViolation)
+        return socket.billed
+
+    assert asyncio.run(main()) == [10]
+    assert lines_of(guard) == ["weather failure"]
 
 
 # ---------------------------------------------------------------------- nothing changes

@@ -1,4 +1,4 @@
-"""A plugin of pytest: every run of an agent is one of a guard, for the own tests of the OpenAI Agents SDK."""
+"""A plugin of pytest: every run of an agent, and every realtime session, is in a run of a guard; for the SDK's own tests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from agents import Agent, Runner
+from agents.realtime import RealtimeSession
 from guards import new_guard
 
 from stroma.adapters._guarded_run import active_run
@@ -36,6 +37,16 @@ def _install() -> None:
         with GUARD.current.here():  # The task that it begins has this context.
             return run_streamed(attach(starting_agent, GUARD), input, **options)
 
+    def within(bare: Any) -> Any:
+        @functools.wraps(bare)
+        async def call(self: Any, *args: Any) -> Any:
+            with GUARD.current.here():  # The tasks that it begins have this context.
+                return await bare(self, *args)
+
+        return call
+
+    RealtimeSession.__aenter__ = within(RealtimeSession.__aenter__)  # type: ignore[method-assign]
+    RealtimeSession.on_event = within(RealtimeSession.on_event)  # type: ignore[method-assign]
     for name, func in (("run", arun), ("run_sync", sync), ("run_streamed", streamed)):
         setattr(Runner, name, classmethod(func))
 
