@@ -164,8 +164,9 @@ class StromaRunner:
         effect: bool = False,
         reconcile: Reconcile[In, Out] | None = None,
     ) -> NodeDecorator[In, Out]:
-        """Mark a function as a node, and register its contract with this runner. See ``stroma_node``.
+        """Mark a function as a node, and register its contract with this runner. Other runners take the node too.
 
+        ``stroma_node`` does the same without a runner, and describes what the function takes and returns.
         ``effect``, ``reconcile``: for a node that must not be called twice blindly, see NodeContract.
         """
         contract: NodeContract[In, Out] = NodeContract(
