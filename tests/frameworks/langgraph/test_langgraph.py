@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import inspect
 import operator
 import weakref
 from collections.abc import Callable
@@ -925,6 +926,28 @@ def test_models_that_edges_call_are_counted(kind: str, when: str) -> None:
     assert result_of(guard).total_tokens == 40
     assert result_of(guard).total_cost_usd > 0
     assert result_of(guard).status is RunStatus.PARTIAL
+
+
+@pytest.mark.skipif(
+    "error_handler" not in inspect.signature(StateGraph.add_node).parameters, reason="new in LangGraph 1.2"
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_that_error_handlers_call_are_counted(kind: str) -> None:
+    """The handler of a node's errors is no step, and its tokens count in the run."""
+    guard, llm = guard_of(policy_map={}), model(10)
+
+    def fails(state: State) -> Any:
+        raise ValueError("no")
+
+    def handle(state: State) -> Any:
+        return {"words": [str(llm.invoke("x").content)]}
+
+    options: Any = {"error_handler": handle}
+    builder = StateGraph(State)
+    builder.add_node("fails", fails, **options)
+    builder.add_edge(START, "fails")
+    call(attach(builder.compile(), guard), kind, {"text": "a"})
+    assert result_of(guard).total_tokens == 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
