@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 from stroma.adapters._releases import import_error, warn_if_untested
@@ -23,14 +23,8 @@ try:
     from google.adk.tools.base_toolset import BaseToolset
     from google.adk.tools.function_tool import FunctionTool
 
-    from stroma.adapters._google_adk_answers import (
-        answers_of,
-        ask,
-        asking_calls,
-        has_no_message,
-        is_continuation,
-        pending_calls,
-    )
+    from stroma.adapters._google_adk_answers import is_continuation
+    from stroma.adapters._google_adk_events import events, live_events, usage_of
 except ImportError as error:
     raise import_error("google-adk", error) from error
 
@@ -38,7 +32,6 @@ from stroma.adapters._delegation import guard_methods, wrap_method
 from stroma.adapters._state_views import arguments_of, newest_of
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
-from stroma.cost.usage import Usage
 
 warn_if_untested("google-adk")
 
@@ -80,34 +73,6 @@ def each_run(runner: T, guard: Guard) -> T:
     parts, live_parts = target.run_async, target.run_live
     if not guard.has(parts):
 
-        async def events(**kwargs: Any) -> AsyncIterator[Any]:
-            counted, waiting = 0, list[Any]()
-            if has_no_message(kwargs):
-                waiting = await pending_calls(target, kwargs)
-                message = answers_of(guard, waiting)
-                if message is None and waiting:  # What is still to be answered is asked again.
-                    await ask(guard, waiting)
-                    return
-                kwargs, waiting = {**kwargs, "new_message": message}, []
-            async with contextlib.aclosing(parts(**kwargs)) as source:
-                async for event in source:
-                    used = None if event.partial else _used(event, "")
-                    counted += 0 if used is None else used.input_tokens + used.output_tokens
-                    waiting += asking_calls(event)
-                    yield event
-            guard.compare_usage("ADK", counted)
-            await ask(guard, waiting)
-
-        async def live_events(**kwargs: Any) -> AsyncIterator[Any]:
-            run = guard.current
-            async with contextlib.aclosing(live_parts(**kwargs)) as source:
-                async for event in source:
-                    used = None if event.partial else _used(event, getattr(event, "model_version", None))
-                    if used is not None:
-                        run.report_usage(used)
-                    run.check_budget()
-                    yield event
-
         def renew() -> None:
             agent = getattr(target, "agent", None)
             if agent is not None and vars(agent).get(_ATTACHED) is guard:
@@ -117,12 +82,14 @@ def each_run(runner: T, guard: Guard) -> T:
             message = kwargs.get("new_message")
             renew()
             return guard.aover(
-                lambda: events(**kwargs), {"message": message}, is_continuation=is_continuation(message)
+                lambda: events(target, parts, guard, kwargs),
+                {"message": message},
+                is_continuation=is_continuation(message),
             )
 
         def run_live(**kwargs: Any) -> Any:
             renew()
-            return guard.aover(lambda: live_events(**kwargs))
+            return guard.aover(lambda: live_events(live_parts, guard, kwargs))
 
         target.run_async, target.run_live = guard.mark(run_async), run_live
     return runner
@@ -176,7 +143,7 @@ def guard_model(model: Any, guard: Guard, check: Callable[[], None]) -> None:
         kind="astream",
         input_view=lambda args, kwargs: newest_of((args[0] if args else kwargs["llm_request"]).contents),
         output_view=lambda response: {"content": getattr(response, "content", None)},
-        usage=lambda response: _used(response, model.model),
+        usage=lambda response: usage_of(response, model.model),
         collect=_last_response,
     )
     wrap_method(model, _REQUEST, guard, held)
@@ -186,18 +153,6 @@ def _last_response(responses: list[Any]) -> Any:
     """Return the last response of a stream, which has the usage."""
     with_usage = [response for response in responses if response.usage_metadata is not None]
     return (with_usage or responses or [None])[-1]
-
-
-def _used(response: Any, model: str | None) -> Usage | None:
-    used = getattr(response, "usage_metadata", None)
-    if used is None:
-        return None
-    input_tokens = (used.prompt_token_count or 0) + (getattr(used, "tool_use_prompt_token_count", None) or 0)
-    output_tokens = (used.candidates_token_count or 0) + (getattr(used, "thoughts_token_count", None) or 0)
-    if used.candidates_token_count is None:  # The live mode of older releases: the total alone has them.
-        output_tokens = max(output_tokens, (used.total_token_count or 0) - input_tokens)
-    cached = min(used.cached_content_token_count or 0, input_tokens)
-    return Usage(input_tokens, output_tokens, cached, model=model)
 
 
 def guard_tools(agents: list[Any], guard: Guard, contracts: Contracts | None) -> Callable[[], None]:
