@@ -93,6 +93,33 @@ class Other(BaseModel):
     m: int = 0
 
 
+async def test_siblings_are_cancelled_in_the_order_of_their_starts() -> None:
+    """What a group does when a child fails is the same each time: not even the order of cancellations differs."""
+    ended: list[str] = []
+    all_wait = asyncio.Event()
+
+    def child(name: str) -> Any:
+        async def func(state: Num) -> Any:
+            try:
+                if name == "last":
+                    all_wait.set()
+                    raise ValueError("no")
+                await all_wait.wait()
+                await asyncio.Event().wait()
+            finally:
+                ended.append(name)
+
+        return node(name, func)
+
+    names = [f"n{index}" for index in range(30)]
+    for _ in range(5):
+        ended.clear()
+        all_wait.clear()
+        result = await quick_without_retries().run([parallel(*map(child, [*names, "last"]))], Num())
+        assert result.status is not RunStatus.COMPLETED
+        assert ended == ["last", *names]
+
+
 @pytest.mark.core
 async def test_a_child_that_was_restored_is_restored_once() -> None:
     """A group that is tried again after a resume neither calls nor restores again what it has restored."""

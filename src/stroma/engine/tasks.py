@@ -156,7 +156,8 @@ class TaskPool:
 
     def __init__(self, limit: int | None = None) -> None:
         self._limit = limit
-        self._running: set[asyncio.Task[Any]] = set()
+        #: A dict, for its order: they are cancelled in the order in which they began, and so the same way each time.
+        self._running: dict[asyncio.Task[Any], None] = {}
         self._errors: list[BaseException] = []
         self._was_aborted = self._lost_a_task = False
         self._has_room: asyncio.Future[None] | None = None
@@ -168,7 +169,7 @@ class TaskPool:
 
     def add(self, task: asyncio.Task[Any]) -> None:
         """Add a task that has just been created."""
-        self._running.add(task)
+        self._running[task] = None
         task.add_done_callback(self._finish)
 
     async def wait_for_room(self) -> None:
@@ -207,7 +208,7 @@ class TaskPool:
             task.cancel()
 
     def _finish(self, task: asyncio.Task[Any]) -> None:
-        self._running.discard(task)
+        self._running.pop(task, None)
         error = None
         if task.cancelled():
             self._lost_a_task = self._lost_a_task or not self._was_aborted
