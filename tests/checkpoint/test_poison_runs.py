@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, Field
 from tests.checkpoint.dying_helper import State, pipeline
 from tests.kit import NEVER
 from tests.servers import environment
@@ -25,6 +26,7 @@ from stroma import (
     RunFailed,
     SQLiteStore,
     StromaRunner,
+    current_node,
     stroma_node,
 )
 from stroma.checkpoint import RunRequest
@@ -106,6 +108,82 @@ def test_retries_count_across_crashes(dying: Dying, tmp_path: Path) -> None:
     assert calls(tmp_path) == 6
 
 
+def left_by_death(database: Path) -> Path:
+    """Return a copy of a database that is what the next process finds if this one is killed now."""
+    copy = database.with_name("left.db")
+    with sqlite3.connect(database) as source, sqlite3.connect(copy) as left:
+        source.backup(left)
+        owner = Owner.read(left.execute("SELECT lease_owner FROM runs").fetchone()[0])
+        assert owner is not None
+        left.execute("UPDATE runs SET lease_owner = ?", (str(owner._replace(pid=owner.pid + 1)),))
+    return copy
+
+
+class Rating(BaseModel):
+    stars: int = Field(ge=1, le=5)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "status"),
+    [
+        ("b", "o", "RESUMED"),
+        ("t", "bbo", "RESUMED"),
+        ("tt", "bo", "RESUMED"),
+        ("ttt", "bbb", "FAILED"),
+        ("tb", "bo", "RESUMED"),
+        ("bb", "b", "FAILED"),
+        ("bb", "ttto", "RESUMED"),
+        ("bttt", "t", "PARTIAL"),
+        ("btb", "ttt", "PARTIAL"),
+    ],
+)
+async def test_retries_and_repairs_count_apart_across_a_crash(
+    before: str, after: str, status: str, tmp_path: Path
+) -> None:
+    """A killed process has used the retries or the repairs that it used, and the next one tells the model its mistake.
+
+    An answer is bad (b), late (t) or good (o). The process dies in the call after those of ``before``.
+    """
+    answers, in_flight = list(before), asyncio.Event()
+    prompts: list[str | None] = []
+
+    async def rate(state: State) -> Any:
+        failure = current_node().last_failure
+        prompts.append(None if failure is None else failure.as_prompt())
+        if not answers:
+            in_flight.set()
+            await asyncio.Event().wait()
+        answer = answers.pop(0)
+        if answer == "t":
+            raise TimeoutError
+        return {"stars": 4 if answer == "o" else 9}
+
+    nodes = [
+        stroma_node("rate", NodeContract(node_id="rate", input_schema=State, output_schema=Rating))(rate)
+    ]
+    policies = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}
+    policies[FailureClass.TERMINAL] = FailurePolicy(max_retries=0)
+    options: Any = {"policy_map": policies, "contract_retries": {"rate": 2}}
+    with SQLiteStore(tmp_path / "runs.db") as store:
+        running = asyncio.create_task(
+            StromaRunner.quick(store=store, **options).run(nodes, State(), run_id="r")
+        )
+        await in_flight.wait()
+        left = left_by_death(tmp_path / "runs.db")
+        expected = prompts[-1]
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    answers += after
+    prompts.clear()
+    with SQLiteStore(left) as store:
+        runner = StromaRunner.quick(store=store, if_running="take_over", **options)
+        result = await runner.run(nodes, State(), run_id="r", resume=True)
+    assert (result.status, answers) == (status, [])
+    assert prompts[0] == expected
+    assert (expected is not None) is (before[-1] == "b")
+
+
 async def test_the_failure_of_a_process_that_died_is_the_last_one(tmp_path: Path) -> None:
     """A node whose retries a process had used up before it died is not called again: its failure is the recorded one."""
     failed = asyncio.Event()
@@ -123,17 +201,11 @@ async def test_the_failure_of_a_process_that_died_is_the_last_one(tmp_path: Path
         runner = StromaRunner.quick(store=store, policy_map=patient, hooks=hooks)
         running = asyncio.create_task(runner.run([node], State(), run_id="r"))
         await failed.wait()
-        # What stands in the file now is what the next process finds if this one is killed.
-        with sqlite3.connect(tmp_path / "runs.db") as source, sqlite3.connect(tmp_path / "left.db") as left:
-            source.backup(left)
+        left = left_by_death(tmp_path / "runs.db")
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
-    with sqlite3.connect(tmp_path / "left.db") as left:
-        owner = Owner.read(left.execute("SELECT lease_owner FROM runs").fetchone()[0])
-        assert owner is not None
-        left.execute("UPDATE runs SET lease_owner = ?", (str(owner._replace(pid=owner.pid + 1)),))
-    with SQLiteStore(tmp_path / "left.db") as store:
+    with SQLiteStore(left) as store:
         runner = StromaRunner.quick(store=store, policy_map=NEVER, if_running="take_over")
         result = await runner.run([node], State(), run_id="r", resume=True)
     failure = result.failure

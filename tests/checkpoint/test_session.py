@@ -104,7 +104,7 @@ async def test_what_a_process_that_died_had_tried(store: Store) -> None:
     session = store.open()
     for place in (
         row(0, 10, failed=Failed(failure, "early", "why", "KeyError")),
-        row(1, 20, failed=Failed(failure, "one", None, "KeyError")),
+        row(1, 20, failed=Failed(failure, "one", "contract", "KeyError")),
         row(1, 21, number=2, failed=Failed(FailureClass.AMBIGUOUS, "two", "why", "KeyError")),
         row(2, 30, "0", node="child", failed=Failed(failure, "child", None, "KeyError")),
         row(2, 33, node="group", failed=Failed(failure, "group", None, "KeyError")),
@@ -117,11 +117,11 @@ async def test_what_a_process_that_died_had_tried(store: Store) -> None:
     await session.record(row(0, 11, number=2), SCHEMA, State(n=10))
     killed(store, session)
     assert store.open(if_exists="resume").tried == {
-        (1, ""): Tried(2, "node", "AMBIGUOUS", "two", "why", "KeyError"),
-        (2, ""): Tried(1, "group", "RECOVERABLE", "group", None, "KeyError"),
-        (2, "1"): Tried(1, "child", "RECOVERABLE", "again", None, "KeyError"),
-        (3, "10"): Tried(1, "other", "RECOVERABLE", "other", None, "KeyError"),
-        (3, "1"): Tried(1, "group", "RECOVERABLE", "group", None, "KeyError"),
+        (1, ""): Tried(2, 1, "node", "AMBIGUOUS", "two", "why", "KeyError", 21),
+        (2, ""): Tried(1, 0, "group", "RECOVERABLE", "group", None, "KeyError", 33),
+        (2, "1"): Tried(1, 0, "child", "RECOVERABLE", "again", None, "KeyError", 41),
+        (3, "10"): Tried(1, 0, "other", "RECOVERABLE", "other", None, "KeyError", 51),
+        (3, "1"): Tried(1, 0, "group", "RECOVERABLE", "group", None, "KeyError", 60),
     }
 
 

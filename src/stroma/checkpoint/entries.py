@@ -11,7 +11,9 @@ from pydantic import BaseModel
 from stroma.checkpoint.errors import CheckpointNotFound
 from stroma.checkpoint.identity import place_before, with_outer
 from stroma.contracts.schema import Schema, Snapshot
+from stroma.failures.classes import FailureClass
 from stroma.trace.events import FAILED_ITEM
+from stroma.trace.rejected import RejectedOutput
 
 __all__ = [
     "INSIDE",
@@ -313,15 +315,26 @@ class Tried(NamedTuple):
     """Failed attempts of one node at one place, by processes that died before the next attempt.
 
     Attributes:
-        attempts: their number; the other fields are of the last one.
+        attempts: their number.
+        repairs: how many of them were followed by a repair of their output (``contract_retries``).
+        node_id: of the last one, as all that follows.
+        rejected: the output that broke its contract, if it is stored.
     """
 
     attempts: int
+    repairs: int
     node_id: str
     failure_class: str
     message: str
     reason: str | None
     error_type: str | None
+    started_ns: int
+    rejected: RejectedOutput | None = None
+
+    @property
+    def is_repaired(self) -> bool:
+        """True if the attempt after it is to repair its output."""
+        return self.failure_class == FailureClass.RECOVERABLE and self.reason == "contract"
 
 
 class RunControl(NamedTuple):

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
+from stroma.checkpoint.entries import Tried
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Group, Node, Plan, output_class
 from stroma.contracts.schema import schema_of
@@ -329,10 +330,13 @@ def _count_earlier_attempts(
     if tried is None or tried.node_id != run.node_id:
         return 0, None
     count = run.attempt = tried.attempts
-    # Which of them repaired a broken output is not recorded.
-    run.repairs = min(count, ctx.config.contract_retries.get(run.node_id, 0))
+    run.repairs = min(tried.repairs, ctx.config.contract_retries.get(run.node_id, 0))
+    if (
+        tried.is_repaired and run.repairs
+    ):  # It was granted before the process died: _decide() grants it again.
+        run.repairing, run.repairs = True, run.repairs - 1
     failure = Failure(
-        RunFailed.recorded(tried.message, tried.error_type),
+        _recorded_exception(ctx, node, tried),
         FailureClass(tried.failure_class),
         run.node_id,
         count,
@@ -342,6 +346,16 @@ def _count_earlier_attempts(
     run.last_failure = failure
     decision = _decide(ctx, run, node, failure, count)
     return count, _stop(ctx, failure, decision) if isinstance(decision, Stop) else None
+
+
+def _recorded_exception(ctx: ReliabilityContext, node: Node | Group, tried: Tried) -> Exception:
+    """Return an exception that stands for that of the last attempt; one of a broken contract tells a model what to correct."""
+    contract = None if isinstance(node, Group) else ctx.contract_of(node)
+    if tried.rejected is None or contract is None:
+        return RunFailed.recorded(tried.message, tried.error_type)
+    from stroma.engine.rejected import violation_of
+
+    return violation_of(tried.node_id, tried.rejected, contract.output_schema)
 
 
 def _crossed_limit(ctx: ReliabilityContext, run: NodeExecution) -> BudgetExceeded | None:

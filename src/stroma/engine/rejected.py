@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final, Literal
 
+from pydantic import BaseModel
+
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.masking import MASK, Secrets
 from stroma.contracts.repair_prompt import complaints
 from stroma.engine.redaction import Redactor
 from stroma.trace.bounded_copy import BoundedCopy, map_texts
-from stroma.trace.rejected import Complaint, RejectedOutput
+from stroma.trace.rejected import MISSING, Complaint, RejectedOutput
 
-__all__ = ["encode_rejected"]
+__all__ = ["encode_rejected", "violation_of"]
 
 _MAX_BYTES: Final = {"redacted": 64 * 1024, "full": 1024 * 1024}
 #: So many times what is stored of an output is read: a secret that is met later is masked in what is stored.
@@ -44,6 +46,19 @@ def encode_rejected(
     if keep == "redacted":
         whole = redactor.hide_rejected(whole)
     return _fitted(_masked(whole, redactor, copy.secrets), _MAX_BYTES[keep]).encode()
+
+
+def violation_of(node_id: str, rejected: RejectedOutput, schema: type[BaseModel]) -> ContractViolation:
+    """Return the violation that a stored output stands for. Its values are those of the store: masked, perhaps cut."""
+    errors: list[dict[str, Any]] = []
+    for one in rejected.complaints:
+        value = rejected.at(one.path)
+        error = {"type": "missing"} if value is MISSING else {"type": "recorded", "input": value}
+        errors.append({**error, "loc": one.path, "msg": one.message})
+    raw = rejected.value if isinstance(rejected.value, dict) else {"value": rejected.value}
+    violation = ContractViolation(node_id, "output", raw, errors)
+    violation.schema = schema
+    return violation
 
 
 def _masked(whole: RejectedOutput, redactor: Redactor, secrets: Sequence[str]) -> RejectedOutput:

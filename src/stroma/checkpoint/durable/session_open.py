@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from stroma.checkpoint.decisions import COMPLETE, ENDED, UNFINISHED, LastExecution, decide
-from stroma.checkpoint.durable.annotations import read_due_hooks, read_notes, read_waiting
+from stroma.checkpoint.durable.annotations import (
+    open_rejected,
+    read_due_hooks,
+    read_notes,
+    read_waiting,
+    rejected_key,
+)
 from stroma.checkpoint.durable.control import CANCEL, PAUSE, forget_requests, read_control
 from stroma.checkpoint.durable.conversion import to_committed
 from stroma.checkpoint.durable.integrity import checksum, is_intact, lost_error
@@ -199,7 +205,8 @@ class RunOpener:
             self._count_deaths(rows, number, first_epoch)
             if request.discard_from is None:
                 failed = rows.failed_since(run.run, run.execution, first_epoch)
-                opened.tried = _count_failed(map(self._with_message, failed), opened.restored)
+                tried = _count_failed(map(self._with_message, failed), opened.restored)
+                opened.tried = {at: self._with_rejected(rows, run, at, one) for at, one in tried.items()}
 
     def _claim_to_end(self, rows: Rows, run: RunRow, finished: Finished) -> None:
         """Take the execution over only to end it: in Session.end(), or now if the caller will not call that.
@@ -220,6 +227,15 @@ class RunOpener:
 
     def _error_of(self, run: RunRow) -> str | None:
         return self._payloads.open_text(run.error, PayloadPlace(self._run_id, run.execution, "error"))
+
+    def _with_rejected(self, rows: Rows, run: RunRow, at: tuple[int, str], tried: Tried) -> Tried:
+        if not tried.is_repaired:
+            return tried
+        key = rejected_key(*at, tried.started_ns)
+        row = next(iter(rows.annotations(run.run, Annotation.REJECTED, key)), None)
+        if row is None:
+            return tried
+        return tried._replace(rejected=open_rejected(row, self._run_id, run.execution, self._payloads))
 
     def _with_message(self, attempt: Attempt) -> Attempt:
         place = PayloadPlace(
@@ -364,14 +380,18 @@ def _count_failed(
             del counts[other]
         before = counts.get(at)
         if at not in restored:
-            counts[at] = Tried(
-                1 if before is None else before.attempts + 1,
+            attempts, repairs = (0, 0) if before is None else before[:2]
+            last = Tried(
+                attempts + 1,
+                repairs,
                 attempt.node_id,
                 attempt.failure_class or "",
                 attempt.message or "",
                 attempt.reason,
                 attempt.error_type,
+                attempt.started_ns,
             )
+            counts[at] = last._replace(repairs=repairs + last.is_repaired)
     return counts
 
 
