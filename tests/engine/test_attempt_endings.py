@@ -621,6 +621,29 @@ async def test_a_deadline_is_a_budget_error_elsewhere() -> None:
     assert again.actual >= 20
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+async def test_a_failure_beyond_the_budget_names_the_limit(grouped: bool) -> None:
+    """An attempt that fails and crosses a limit keeps its own failure; a note says why it was not tried again."""
+
+    async def ask(state: Num) -> Any:
+        here().report_usage(input_tokens=60)
+        raise ConnectionError("no")
+
+    nodes = [parallel(node("a", ask)) if grouped else node("a", ask)]
+    runner = StromaRunner.quick(budget=ExecutionBudget(max_tokens_total=100), policy_map=THRICE)
+    result = await runner.run(nodes, Num())
+    assert (result.status, result.total_tokens) == (RunStatus.PARTIAL, 120)
+    with pytest.raises(ConnectionError) as caught:
+        result.raise_for_status()
+    (note,) = caught.value.__notes__
+    assert note.startswith(
+        "It was not tried again, since the budget of the run is spent: budget exceeded: max_tokens_total"
+    )
+    result = await StromaRunner.quick(policy_map=NEVER).run(nodes, Num())
+    assert result.failure is not None
+    assert not hasattr(result.failure.exception, "__notes__")
+
+
 async def test_what_a_group_used_is_its_childrens() -> None:
     """A group reports nothing itself, and its children's tokens count once."""
     result = await StromaRunner.quick().run([parallel(counted([], "a", ({"n": 1}, 5)))], Num())

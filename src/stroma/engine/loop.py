@@ -13,6 +13,7 @@ turn, at :func:`execute_in_turn`, once per node and position. One attempt (:mod:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
 from functools import cache, partial
@@ -35,7 +36,7 @@ from stroma.engine.outcome import STOPPED, Halt, Place, Stopped, halt_of_ended_r
 from stroma.engine.restore import output_schema, restore
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed
-from stroma.failures.failure import Failure
+from stroma.failures.failure import Failure, isinstance_by_type
 from stroma.failures.policy import Retry, Stop, follow_up
 from stroma.trace.events import NO_USAGE
 
@@ -395,6 +396,12 @@ def _decide(
 
 def _stop(ctx: ReliabilityContext, failure: Failure, decision: Stop) -> Halt:
     ctx.run_logger.info("node %r stopped: %s", failure.node_id, decision.why)
+    exceeded = ctx.cost_tracker.exceeded(ctx.budget, failure.node_id) if decision is _SPENT else None
+    if exceeded is not None and not isinstance_by_type(failure.exception, BudgetExceeded):
+        with contextlib.suppress(Exception):  # Its class may refuse attributes.
+            BaseException.add_note(
+                failure.exception, f"It was not tried again, since the budget of the run is spent: {exceeded}"
+            )
     return Halt(failure, spent=decision is _SPENT)
 
 
