@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import threading
 import time
@@ -61,7 +62,23 @@ class PostgresServer:
     def start(self) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._server.ensure_postgres_running()
+            try:
+                self._server.ensure_postgres_running()
+            except (
+                subprocess.TimeoutExpired
+            ):  # It waits for 10 s. On a busy machine the recovery takes longer.
+                self._wait_until_ready()
+                self._server.ensure_postgres_running()
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                psycopg.connect(self.dsn).close()
+                return
+            except psycopg.OperationalError:
+                assert time.monotonic() < deadline, "the server does not start"
+                time.sleep(0.1)
 
     def stop(self) -> None:
         with contextlib.suppress(Exception):
