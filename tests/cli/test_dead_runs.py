@@ -38,7 +38,7 @@ def test_a_run_that_kept_dying_is_forced(stroma):
 
 @pytest.mark.slow
 def test_a_run_whose_owner_is_gone_is_interrupted(stroma):
-    """`stroma runs`, `show` and `check` say INTERRUPTED of a run whose process died; it is not among the RUNNING."""
+    """`stroma runs`, `show`, `check` and `resume` say INTERRUPTED of a run whose process died; it is not among the RUNNING."""
     env = {"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"}
     assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x", env=env).code == -9
     for request in ((), ("--status", "INTERRUPTED")):
@@ -49,3 +49,5 @@ def test_a_run_whose_owner_is_gone_is_interrupted(stroma):
     checked = ("check", "sums.py:pipeline", "--against", "x")
     assert "run x (INTERRUPTED) can be resumed" in stroma(*checked).out
     assert json.loads(stroma(*checked, "--json").out)["against"]["status"] == "INTERRUPTED"
+    planned = stroma("resume", "x", "sums.py:pipeline", "--dry-run", "--json")
+    assert json.loads(planned.out)["status"] == "INTERRUPTED"
