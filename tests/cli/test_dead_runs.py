@@ -38,7 +38,7 @@ def test_a_run_that_kept_dying_is_forced(stroma):
 
 @pytest.mark.slow
 def test_a_run_whose_owner_is_gone_is_interrupted(stroma):
-    """`stroma runs` says INTERRUPTED of a run whose process died, finds it by that status, and not among the RUNNING."""
+    """`stroma runs`, `show`, `check` and `resume` say INTERRUPTED of a run whose process died; it is not among the RUNNING."""
     env = {"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"}
     assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x", env=env).code == -9
     for request in ((), ("--status", "INTERRUPTED")):
@@ -46,3 +46,8 @@ def test_a_run_whose_owner_is_gone_is_interrupted(stroma):
         assert (run["run_id"], run["status"], run["holder"]) == ("x", "INTERRUPTED", None)
     assert json.loads(stroma("runs", "--json", "--status", "RUNNING").out)["runs"] == []
     assert "INTERRUPTED" in stroma("show", "x").out
+    checked = ("check", "sums.py:pipeline", "--against", "x")
+    assert "run x (INTERRUPTED) can be resumed" in stroma(*checked).out
+    assert json.loads(stroma(*checked, "--json").out)["against"]["status"] == "INTERRUPTED"
+    planned = stroma("resume", "x", "sums.py:pipeline", "--dry-run", "--json")
+    assert json.loads(planned.out)["status"] == "INTERRUPTED"

@@ -82,6 +82,41 @@ def test_few_items_are_told_one_by_one(stroma):
     assert " items " not in done.err
 
 
+def test_lines_name_the_item(stroma):
+    """Each line of a node in an item has the index of the item, also if a node was restored."""
+    stroma.file("turns.py", """
+        from sums import *
+        class Nums(BaseModel):
+            nums: list[int]
+        async def load(state):
+            return state
+        async def read(state):
+            called(f"read-{state.n}")
+            return {"n": state.n}
+        async def rate(state):
+            if state.n == 8 and "WELL" not in os.environ:
+                raise ContractViolation("rate", "output", {}, ["never"])
+            return {"n": state.n}
+        turns = map_over("nums", [node("read", read), node("rate", rate)], into="sums", max_concurrency=1)
+        pipeline = Pipeline("turns", [node("load", load, Nums, Nums), turns])
+    """)  # fmt: skip
+
+    def names(lines: str) -> list[str]:
+        return re.findall(r"^\S+ +(\S.*?)  +(?:start|ok|restored|FAILED)\b", lines, re.MULTILINE)
+
+    done = stroma("run", "turns.py:pipeline", '{"nums": [7, 8]}', "--run-id", "t")
+    assert done.code == 1, done.err
+    group = "map_over(nums, [read, rate])"
+    first = ["[read, rate][0]", "read[0]", "read[0]", "rate[0]", "rate[0]", "[read, rate][0]"]
+    second = [name.replace("[0]", "[1]") for name in first]
+    assert names(done.err) == ["load", "load", group, *first, *second, group]
+    again = stroma("resume", "t", "turns.py:pipeline", env={"WELL": "1"})
+    assert again.code == 0, again.err
+    rest = ["[read, rate][0]", "[read, rate][1]", "read[1]", "rate[1]", "rate[1]", "[read, rate][1]"]
+    assert names(again.err) == ["load", group, *rest, group]
+    assert stroma.calls() == ["read-7", "read-8"]
+
+
 def test_a_resume_can_be_checked(stroma):
     """`check --against` takes a run whose items stand apart, and whose failures were collected, for one that can go on."""
     stroma.file("many.py", MANY)

@@ -245,6 +245,36 @@ def test_a_narrow_terminal_shows_what_was_asked_for(stroma, inside, monkeypatch)
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.parametrize("view", [(), ("--tree",)])
+def test_the_line_of_a_map_sums_the_nodes_of_a_sequence(stroma, inside, view):
+    """An item counts as retried if a node inside it was, and as failed if its failure was collected."""
+    stroma.file("turns.py", """
+        from sums import *
+        class Nums(BaseModel):
+            nums: list[int]
+        tries = {}
+        async def shaky(state):
+            tries[state.n] = tries.get(state.n, 0) + 1
+            if state.n < 3 and tries[state.n] == 1:
+                raise ConnectionError("lost")
+            if state.n == 4:
+                raise ContractViolation("shaky", "output", {}, ["never"])
+            return {"n": state.n}, 10, 5, "gpt-4o-mini"
+        async def final(state):
+            return {"n": state.n}, 100, 0, "gpt-4o-mini"
+        turns = [node("shaky", shaky), node("final", final)]
+        items = map_over("nums", turns, into="sums", on_item_failure="collect")
+        pipeline = Pipeline("turns", [items], config=RunConfig(policy_map=quick))
+    """)  # fmt: skip
+    given = json.dumps({"nums": list(range(6))})
+    assert inside("run", "turns.py:pipeline", given, "--run-id", "t", "-q").code == 0
+    *_, folded, failed = inside("show", "t", *view).out.splitlines()
+    # 5 items of 115 tokens each; the other one broke its contract, which is not retried.
+    assert re.match(r"0\.0 .*\[shaky, final\] x6 .* 1 failed .* 575  \$0\.000097 ", folded)
+    assert folded.endswith("6 items: 5 ok, 3 retried, 1 failed")
+    assert re.match(r"0\.4 .*\[shaky, final\] +2 +collected", failed)
+
+
 def test_show_folds_the_loops_of_a_flow(stroma, inside):
     """Repeated calls of a node in a flow are one line with the first failures; with --unfold or --node each has one."""
     stroma.file("loop.py", """

@@ -78,6 +78,39 @@ def test_many_children_are_cells() -> None:
     assert len(text) < 12_000
 
 
+def test_items_with_nodes_inside_are_cells() -> None:
+    """An item of several nodes in turn is a cell too: retried if a node inside it was, and its map has the cost of all."""
+    bars = [Bar("map_over(pages, [read, rate])", "0", 1, 0, 500, "success")]
+    for item in range(20):
+        outcome = "collected" if item == 7 else "success"
+        bars.append(Bar("[read, rate]", f"0.{item}", 1, item, 4, outcome))
+        if item == 3:
+            bars.append(Bar("read", f"0.{item}.0", 1, item, 1, "failure", "RECOVERABLE"))
+        bars.append(Bar("read", f"0.{item}.0", 2, item + 2, 1, "success", tokens=10, cost_usd=0.01))
+        bars.append(Bar("rate", f"0.{item}.1", 1, item + 3, 1, "success", tokens=10, cost_usd=0.02))
+    text = draw(bars)
+    assert re.findall(r'data-cells="(\w+)"', text) == ["gggrgggbgggggggggggg"]
+    assert "20 items: 19 ok, 1 of them retried, 1 failed" in text
+    assert "<span>$0.600000</span>" in text
+    # The map, its one failed item and the two nodes inside that.
+    assert text.count('<span class="fig">') == 5, text
+
+
+def test_the_cost_of_a_flow_counts_each_call_once() -> None:
+    """The line of a flow has the cost of the calls inside it, also of those that are folded."""
+    bars = [Bar("loop", "0", 1, 0, 20, "success")]
+    bars += [
+        Bar("judge", f"0.judge#{call}", 1, call, 1, "success", tokens=5, cost_usd=0.01) for call in range(2)
+    ]
+    text = draw(bars)
+    assert re.findall(r"<span>(\$[\d.]+)</span>", text) == [
+        "$0.020000",
+        "$0.020000",
+        "$0.010000",
+        "$0.010000",
+    ]
+
+
 def test_ten_thousand_items_are_one_strip() -> None:
     """A map of 10,000 items is drawn within a few bytes for each, and its bar as stretches.
 

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, typed
+from stroma.checkpoint.identity import with_outer
 from stroma.cli.errors import is_debugging
 from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, cell_width, err
@@ -51,6 +52,8 @@ class Progress:
         self.is_started = False
         self.result: ExecutionResult | None = None
         self._started: dict[tuple[int, str], float] = {}
+        #: Position and branch of each map that has started: what is restored has no parent.
+        self._maps: set[tuple[int, str]] = set()
         #: Maps with many items, by position and branch: the remaining lines for failures.
         self._many: dict[tuple[int, str], int] = {}
         self._shown_at = 0.0
@@ -132,6 +135,8 @@ class Progress:
     async def _node_start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
         node = current_node_or_none()
         if node is not None and not self._is_one_of_many(node):
+            if node_id.startswith("map_over("):
+                self._maps.add((node.position, node.branch))
             self._started[node.position, node.branch] = time.perf_counter()
             again = f"attempt {node.attempt}" if node.attempt > 1 else ""
             self._event(node, node_id, ("start", "cyan"), again)
@@ -191,6 +196,16 @@ class Progress:
             used.append(clean(node.usage.model, 40))
         return used
 
+    def _item_index(self, node: NodeExecution) -> str:
+        """Return "[17]" for item 17 of a map, and for the nodes in it; "" for other nodes."""
+        for branch in with_outer(node.branch):
+            above, _, index = branch.rpartition(".")
+            if not index.isdecimal():
+                break
+            if node.kind == "item" or (node.position, above) in self._maps:
+                return f"[{index}]"
+        return ""
+
     def _event(
         self,
         node: NodeExecution | None,
@@ -203,8 +218,7 @@ class Progress:
         depth, name = 0, clean(node_id, 80)
         if node is not None and node.branch:
             depth = node.branch.count(".") + 1
-            if node.kind == "item":
-                name += f"[{node.branch.rpartition('.')[2]}]"
+            name += self._item_index(node)
         name = f"{'  ' * depth}{name}".ljust(_NAME_WIDTH)
         parts: list[Part] = [name, "  ", (verb[0].ljust(9), verb[1]), " ", ", ".join(filter(None, details))]
         more: list[str] = []

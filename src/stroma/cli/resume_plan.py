@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
-from stroma.checkpoint.history import History, place_of
+from stroma.checkpoint.history import History, place_of, status_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word
@@ -52,7 +52,7 @@ def print_plan(
             {
                 "schema": "stroma.plan/1",
                 "run_id": record.run_id,
-                "status": record.status,
+                "status": status_of(record),
                 "from": start_at,
                 "resumable": code is Code.OK,
                 "holder": record.holder,

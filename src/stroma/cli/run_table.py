@@ -167,7 +167,7 @@ def _cells(a: AttemptRecord, name: str) -> list[Part]:
 
 def _failed_calls(entry: OutlineEntry) -> list[OutlineEntry]:
     """Return the calls of a fold that failed."""
-    return [call for call in entry.entries if call.bars and call.bars[-1].outcome == "failure"]
+    return [call for call in entry.entries if call.has_failed]
 
 
 def _fold_cells(entry: OutlineEntry) -> list[Part]:
@@ -175,9 +175,9 @@ def _fold_cells(entry: OutlineEntry) -> list[Part]:
     ended = [call for call in entry.entries if call.bars]
     failed = len(_failed_calls(entry))
     ok = sum(call.bars[-1].outcome == "success" for call in ended)
-    retried = sum(len(call.bars) > 1 for call in ended)
+    retried = sum(call.was_retried for call in ended)
     others = Counter(
-        call.bars[-1].outcome for call in ended if call.bars[-1].outcome not in ("success", "failure")
+        call.bars[-1].outcome for call in ended if call.bars[-1].outcome != "success" and not call.has_failed
     )
     outcome: Part = (f"{failed:,} failed", "red") if failed else ""
     if ended and not failed:
@@ -189,8 +189,9 @@ def _fold_cells(entry: OutlineEntry) -> list[Part]:
     message = (
         f"{pluralize(len(entry.entries), 'item' if is_map else 'call')}: {', '.join(texts)}" if ended else ""
     )
-    tokens = sum(bar.tokens for bar in entry.bars)
-    cost = sum(bar.cost_usd for bar in entry.bars)
+    spending = entry.all_bars
+    tokens = sum(bar.tokens for bar in spending)
+    cost = sum(bar.cost_usd for bar in spending)
     took = duration(sum(bar.took_ms for bar in entry.bars), None) if entry.bars else ""
     tries = f"{len(entry.bars):,}" if len(entry.bars) > len(entry.entries) else ""
     figures: list[Part] = [took, f"{tokens:,}" if tokens else "", format_usd(cost) if tokens else ""]

@@ -8,7 +8,6 @@ from typing import Final
 
 from stroma._utils.svg import as_xml
 from stroma._utils.text import pluralize
-from stroma.trace.gantt import FAILED
 from stroma.trace.outline import OutlineEntry
 
 __all__ = ["strip_of"]
@@ -19,18 +18,18 @@ _SIZES: Final = ((600, 60, 14), (4000, 100, 10), (1 << 60, 200, 6))
 _CLASSES: Final = {"g": "good", "r": "warn", "b": "bad", "w": "run", "x": "dim"}
 
 
-def strip_of(entry: OutlineEntry, leaves: Sequence[OutlineEntry], attempt_prefix: str) -> str:
-    """Return a cell for each child of an entry. ``attempt_prefix``: address of the attempts of the run, without the place."""
+def strip_of(entry: OutlineEntry, children: Sequence[OutlineEntry], attempt_prefix: str) -> str:
+    """Return a cell for each of these children of an entry. ``attempt_prefix``: address of the attempts of the run, without the place."""
     prefix = f"{entry.at}."
-    parts = [leaf.at.removeprefix(prefix) for leaf in leaves]
-    if all(part.isdecimal() and len(part) < 7 for part in parts) and leaves[0].at.startswith(prefix):
+    parts = [child.at.removeprefix(prefix) for child in children]
+    if all(part.isdecimal() and len(part) < 7 for part in parts) and children[0].at.startswith(prefix):
         tones = ["x"] * (max(map(int, parts)) + 1)
-        for part, leaf in zip(parts, leaves, strict=True):
-            tones[int(part)] = _cell(leaf)
+        for part, child in zip(parts, children, strict=True):
+            tones[int(part)] = _cell(child)
         where = f'data-prefix="{as_xml(prefix)}"'
     else:
-        tones = [_cell(leaf) for leaf in leaves]
-        where = f'data-places="{as_xml(" ".join(leaf.at for leaf in leaves))}"'
+        tones = [_cell(child) for child in children]
+        where = f'data-places="{as_xml(" ".join(child.at for child in children))}"'
     columns, size = next((wide, size) for most, wide, size in _SIZES if len(tones) <= most)
     columns = min(columns, len(tones))
     inner = size - (1 if size < 8 else 2)
@@ -62,7 +61,6 @@ def strip_of(entry: OutlineEntry, leaves: Sequence[OutlineEntry], attempt_prefix
 def _cell(entry: OutlineEntry) -> str:
     if not entry.bars:
         return "x"
-    last = entry.bars[-1].outcome
-    if last in ("success", "forked"):
-        return "g" if len(entry.bars) == 1 else "r"
-    return "b" if last in FAILED else "w"
+    if entry.bars[-1].outcome in ("success", "forked"):
+        return "r" if entry.was_retried else "g"
+    return "b" if entry.has_failed else "w"

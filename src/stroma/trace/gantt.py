@@ -11,14 +11,12 @@ from stroma._utils.text import clean, format_duration
 from stroma.trace.events import SLEEPS
 from stroma.trace.story import Bar
 
-__all__ = ["ANSWERS", "FAILED", "MOST", "bar_title", "duration", "idle", "idle_ms", "places", "select_bars"]
+__all__ = ["ANSWERS", "MOST", "bar_title", "duration", "idle", "idle_ms", "places", "select_bars"]
 
 #: Rows and attempts that are drawn; of a run with more, the failed ones go first.
 MOST: Final = 2000
 #: Texts of what became of a question.
 ANSWERS: Final = {"open": "waiting for an answer", "answered": "answered", "expired": "no answer in time"}
-#: Outcomes of attempts that failed: an item of a map that failed for good is collected.
-FAILED: Final = ("failure", "collected")
 #: What is long for a stretch without work, and how it is drawn when folded: parts of the time with work.
 _LONG: Final = 0.1
 _SHORT: Final = 0.03

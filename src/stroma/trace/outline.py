@@ -12,7 +12,7 @@ from typing import Final, Literal, NamedTuple
 from urllib.parse import unquote
 
 from stroma.trace.events import SLEEPS
-from stroma.trace.story import Bar
+from stroma.trace.story import FAILED, Bar
 
 __all__ = ["EntryKind", "OutlineEntry", "PlacedCall", "fold", "outline", "parse_call"]
 
@@ -73,6 +73,29 @@ class OutlineEntry:
             return self.bars
         inside = [entry for entry in self.entries if entry.kind not in ("sleep", "question")]
         return [bar for entry in inside for bar in entry.drawn_bars]
+
+    @property
+    def all_bars(self) -> list[Bar]:
+        """Its attempts and those of everything inside it, each once."""
+        inside = [bar for entry in self.entries for bar in entry.all_bars]
+        return inside if self.kind == "fold" else [*self.bars, *inside]
+
+    @property
+    def has_failed(self) -> bool:
+        """True if its last attempt failed, or its failure was collected."""
+        return bool(self.bars) and self.bars[-1].outcome in FAILED
+
+    @property
+    def was_retried(self) -> bool:
+        """True if it took more than one attempt, or anything inside it did. A collected failure is not an attempt."""
+        attempts = sum(bar.outcome != "collected" for bar in self.bars)
+        retried = self.kind != "fold" and attempts > 1
+        return retried or any(entry.was_retried for entry in self.entries)
+
+    @property
+    def is_map(self) -> bool:
+        """True for a map, in a list or in a flow."""
+        return self.kind == "map" or (self.kind == "node" and self.label.startswith("map_over("))
 
     @property
     def has_steps(self) -> bool:
@@ -167,7 +190,7 @@ def fold(entries: Sequence[OutlineEntry], *, items: bool = False) -> list[Outlin
 
 
 def _fold(entries: Sequence[OutlineEntry], parent: OutlineEntry | None, items: bool) -> list[OutlineEntry]:
-    in_map = parent is not None and (parent.kind == "map" or (items and parent.label.startswith("map_over(")))
+    in_map = parent is not None and (parent.kind == "map" or (items and parent.is_map))
     folds: dict[tuple[str, str, str], list[OutlineEntry]] = {}
     for entry in entries:
         folds.setdefault(_fold_key(entry, in_map), []).append(_folded_inside(entry, items))

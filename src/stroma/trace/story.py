@@ -10,7 +10,10 @@ from typing import Any, Final
 
 from stroma.trace.rejected import RejectedOutput
 
-__all__ = ["Bar", "StopCause", "Story", "fields_named", "waits", "without_values"]
+__all__ = ["FAILED", "Bar", "StopCause", "Story", "fields_named", "waits", "without_values"]
+
+#: Outcomes of attempts that failed: an item of a map that failed for good is collected.
+FAILED: Final = ("failure", "collected")
 
 
 @dataclass(slots=True)  # Not frozen: 0.6 us instead of 5 to make one, and a page of a large map makes 10,000.

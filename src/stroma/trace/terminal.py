@@ -87,9 +87,10 @@ def _lines(entry: OutlineEntry, depth: int) -> Iterator[tuple[int, OutlineEntry]
 
 def _add_fold(table: Any, entry: OutlineEntry, name: str, end: float) -> None:
     """Add a row for repeated calls, or for what has no attempt of its own."""
-    tokens = sum(bar.tokens for bar in entry.bars)
+    spending = entry.all_bars if entry.kind == "fold" else []
+    tokens = sum(bar.tokens for bar in spending)
     took = duration(sum(bar.took_ms for bar in entry.bars), None) if entry.bars else ""
-    cost = format_usd(sum(bar.cost_usd for bar in entry.bars)) if tokens else ""
+    cost = format_usd(sum(bar.cost_usd for bar in spending)) if tokens else ""
     table.add_row(
         entry.at, name, "", _drawn(entry.drawn_bars, None, end), took, f"{tokens:,}" if tokens else "", cost
     )

@@ -15,9 +15,9 @@ from stroma._utils.svg import as_xml
 from stroma._utils.text import clean, format_duration, format_usd
 from stroma.trace.cells import strip_of
 from stroma.trace.events import SLEEPS
-from stroma.trace.gantt import ANSWERS, FAILED, bar_title, duration, places
+from stroma.trace.gantt import ANSWERS, bar_title, duration, places
 from stroma.trace.outline import OutlineEntry, fold, outline
-from stroma.trace.story import Bar, waits
+from stroma.trace.story import FAILED, Bar, waits
 
 __all__ = ["HATCHES", "InProgress", "Timeline", "axis_of", "legend"]
 
@@ -228,21 +228,22 @@ class _Drawing:
         line = self.line(entry)
         if not entry.entries:
             return f'<div class="row">{line}</div>'
-        leaves = [child for child in entry.entries if not child.entries]
+        cells = [child for child in entry.entries if entry.is_map or not child.entries]
         strip = ""
         inside = entry.entries
         all_failed: list[OutlineEntry] = []
         failed: list[OutlineEntry] = []
-        if len(leaves) > _MANY:
-            strip = strip_of(entry, leaves, self.it.attempt_prefix)
-            all_failed = [one for one in leaves if one.bars and one.bars[-1].outcome in FAILED]
+        if len(cells) > _MANY:
+            strip = strip_of(entry, cells, self.it.attempt_prefix)
+            all_failed = [one for one in cells if one.has_failed]
             failed = all_failed[:_MAX_FAILED_ROWS]
             chosen = (
                 []
                 if self.it.selected is None
-                else [one for one in leaves if self.has_selected(one) and one not in failed]
+                else [one for one in cells if self.has_selected(one) and one not in failed]
             )
-            inside = [*failed, *chosen, *[child for child in entry.entries if child.entries][:_MANY]]
+            others = [child for child in entry.entries if child.entries and not entry.is_map]
+            inside = [*failed, *chosen, *others[:_MANY]]
         # The steps of a flow are shown at once; children of a group and repeated calls on a click.
         is_open = (
             entry.has_steps or not entry.bars or bool(strip) or any(map(self.has_selected, entry.entries))
@@ -430,12 +431,10 @@ def _figures(entry: OutlineEntry, calls: Sequence[OutlineEntry]) -> str:
         return f'<span class="all">{format_duration(bars[0].took_ms / 1000)}{so_far}</span>'
     if not bars:
         return ""
-    spending = bars
-    if entry.entries and not any(bar.tokens for bar in bars):
-        spending = [bar for _, one in entry.walk() for bar in one.bars]
+    spending = entry.all_bars
     cost = sum(bar.cost_usd for bar in spending)
     used = sum(bar.tokens for bar in spending)
-    failed = sum(bool(call.bars) and call.bars[-1].outcome in FAILED for call in calls)
+    failed = sum(call.has_failed for call in calls)
     tries = f'<span class="bad">{failed:,} failed</span>' if failed and len(calls) > 1 else f"{len(bars):,}"
     if len(bars) == 1:
         tries = ""

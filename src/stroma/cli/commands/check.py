@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from stroma._utils.text import clean, pluralize
+from stroma.checkpoint.history import status_of
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word
@@ -96,14 +97,14 @@ def _against_data(record: RunRecord, changes: list[Incompatibility]) -> dict[str
     return {
         "run_id": record.run_id,
         "pipeline": record.pipeline,
-        "status": record.status,
+        "status": status_of(record),
         "resumable": not changes,
         "changes": [asdict(change) for change in changes],
     }
 
 
 def _tell_changes(record: RunRecord, changes: list[Incompatibility], pipeline: Pipeline) -> None:
-    name = f"run {clean(id_word(record.run_id), 100)} ({record.status})"
+    name = f"run {clean(id_word(record.run_id), 100)} ({status_of(record)})"
     if not changes:
         out.line(("ok      ", "green"), f" {name} can be resumed: all it has committed fits")
         return
