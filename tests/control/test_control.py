@@ -408,6 +408,24 @@ async def test_a_limit_that_is_crossed_when_it_is_set(store: Any) -> None:
     assert (result.status, gate.calls) == ("PARTIAL", ["a"])
 
 
+async def test_a_limit_set_for_a_run_says_where_to_raise_it(store: Any) -> None:
+    """It holds in place of a larger budget of the config that resumes the run, and the message names set_budget()."""
+    gate = gate_of(store, budget=ExecutionBudget(max_tokens_total=10, max_cost_usd=9))
+    nodes = Pipeline("set", [gate.node("a", tokens=16), gate.node("b")])
+    result = await gate.runner.run(nodes, Num(), run_id="r")
+    assert result.failure is not None
+    assert "; raise max_tokens_total, then resume the run" in result.failure.message
+    assert await gate.runner.set_budget("r", tokens=12) is True
+    gate.runner.with_budget(tokens=1000)
+    result = await gate.runner.resume(nodes, "r")
+    assert (result.status, gate.calls) == ("PARTIAL", ["a"])
+    assert result.failure is not None
+    assert "limit 12 tokens" in result.failure.message
+    assert "raise it with set_budget(tokens=...) or `stroma budget RUN --tokens`" in result.failure.message
+    assert await gate.runner.set_budget("r", tokens=1000) is True
+    assert (await gate.runner.resume(nodes, "r")).status == "RESUMED"
+
+
 @pytest.mark.parametrize("kind", ["list", "flow", "group", "map"])
 async def test_a_run_waits_for_its_budget(store: Any, kind: str) -> None:
     """G6. With on_budget="wait" it is SUSPENDED with reason "budget"; after a raise a worker goes on, and buys nothing again."""
