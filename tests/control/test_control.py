@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import time
 from typing import Any
 
@@ -422,7 +423,14 @@ async def test_a_limit_set_for_a_run_says_where_to_raise_it(store: Any) -> None:
     assert result.failure is not None
     assert "limit 12 tokens" in result.failure.message
     assert "raise it with set_budget(tokens=...) or `stroma budget RUN --tokens`" in result.failure.message
-    assert await gate.runner.set_budget("r", tokens=1000) is True
+    assert await gate.runner.set_budget("r", tokens=1000, latency_ms=1000) is True
+    gate.close("b")
+    result = await gate.runner.resume(nodes, "r")
+    assert result.failure is not None
+    for error in (result.failure.exception, pickle.loads(pickle.dumps(result.failure.exception))):
+        assert "set_budget(latency_ms=...) or `stroma budget RUN --latency-ms`" in str(error)
+    gate.open()
+    assert await gate.runner.set_budget("r", latency_ms=100_000) is True
     assert (await gate.runner.resume(nodes, "r")).status == "RESUMED"
 
 
