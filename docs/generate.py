@@ -348,6 +348,7 @@ def examples() -> dict[str, list[str]]:
         "BudgetExceeded": [
             str(BudgetExceeded("tokens", 1000, 1200, "search")),
             str(BudgetExceeded("cost", 0.1, 0.12, "search")),
+            str(BudgetExceeded("cost", 0.1, 0.12, "search", is_set_for_run=True)),
             str(BudgetExceeded("latency", 5000, 5100, "search")),
         ],
     }

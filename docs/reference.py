@@ -59,6 +59,7 @@ METHODS = {
     "CellStoreTests": [],
     "CheckpointStoreTests": ["reopened"],
     "CostTracker": ["record", "total_tokens", "total_cost_usd", "total_latency_ms", "check_budget", "summary"],
+    "ExecutionBudget": ["unlimited"],
     "ExecutionTrace": ["append", "copy", "replay", "walk", "events_for", "failures", "to_json", "diff"],
     "FaultPlan": ["fail", "lose", "delay", "malform", "at_random", "forgive"],
     "JournalStoreTests": [],

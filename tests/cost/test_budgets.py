@@ -53,6 +53,25 @@ def test_what_a_crossed_limit_says(dimension: Any, limit: float, actual: float, 
         assert str(one) == text
 
 
+@pytest.mark.parametrize(
+    ("dimension", "parameter", "option"),
+    [
+        ("tokens", "tokens", "tokens"),
+        ("cost", "cost_usd", "cost-usd"),
+        ("latency", "latency_ms", "latency-ms"),
+    ],
+)
+def test_what_a_crossed_limit_of_one_run_says(dimension: Any, parameter: str, option: str) -> None:
+    """A limit that was set for the run replaces that of the config: the message says where to raise it; pickled, too."""
+    error = BudgetExceeded(dimension, 1, 2, "a", is_set_for_run=True)
+    for one in (error, pickle.loads(pickle.dumps(error))):
+        assert one.args == (dimension, 1, 2, "a")
+        assert str(one).endswith(
+            f" at node 'a'; the limit was set for this run: raise it with set_budget({parameter}=...) or "
+            f"`stroma budget RUN --{option}`, then resume the run"
+        )
+
+
 def test_a_crossed_limit_of_a_kind_of_ones_own() -> None:
     """A subclass that is made of less has the same arguments, and says the same."""
 

@@ -137,6 +137,7 @@ async def test_wrong_arguments() -> None:
             lambda: flow.step(other, state),
             lambda: flow.run(add, state),
             lambda: flow.map(add, [1]),
+            lambda: flow.map([add, add], [state]),  # type: ignore[arg-type, call-overload]
             lambda: flow.wait_for(int, reason="x"),  # type: ignore[type-var]
             lambda: flow.sleep(1, until=datetime.now()),
             lambda: flow.sleep(until=datetime.now()),
@@ -158,6 +159,7 @@ async def test_wrong_arguments() -> None:
         "'f' is a flow; call it with flow.run",
         "call a single node with flow.step",
         "the items of 'add' must be pydantic models, got int",
+        "flow.map takes one node, got a list of 2; only map_over takes several nodes: use flow.step(map_over(...), state)",
         "flow.wait_for takes a pydantic model",
         "pass a duration or until=, not both",
         "until must be an aware datetime",

@@ -534,6 +534,13 @@ async def test_run_sync_inside_a_loop() -> None:
     assert result.status is RunStatus.COMPLETED
 
 
+def test_an_exception_of_run_sync_has_no_other_one_before_it() -> None:
+    """What run_sync() raises is the exception of run(), without one of its own as the context."""
+    with pytest.raises(TypeError, match="is not a stroma node") as raised:
+        quick().run_sync([len], Num())
+    assert raised.value.__context__ is None
+
+
 _INTERRUPTED = """
 import asyncio, sys
 from pydantic import BaseModel

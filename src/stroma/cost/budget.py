@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, PrivateAttr
 
 from stroma._utils.models import LazyModel
 
@@ -21,31 +22,48 @@ class BudgetExceeded(Exception):
         dimension: "tokens", "cost" (USD) or "latency" (ms).
         limit, actual: both in the dimension's unit.
         node_id: the node whose attempt crossed the limit.
+        is_set_for_run: True if ``set_budget`` or a command set the limit for this run, so that it replaces the config's.
 
     Where: ``result.failure`` of a PARTIAL run; out of ``CostTracker.check_budget``.
     Cause: the run, failed attempts and earlier processes included, spent more than its ``ExecutionBudget``.
     Fix: raise the limit that the message names and run with ``resume=True``; paid outputs are stored.
     """
 
-    def __init__(self, dimension: Dimension, limit: float, actual: float, node_id: str) -> None:
+    def __init__(
+        self,
+        dimension: Dimension,
+        limit: float,
+        actual: float,
+        node_id: str,
+        is_set_for_run: bool = False,
+    ) -> None:
         super().__init__(dimension, limit, actual, node_id)
         self.dimension = dimension
         self.limit = limit
         self.actual = actual
         self.node_id = node_id
+        self.is_set_for_run = is_set_for_run
 
     def __str__(self) -> str:
-        name, unit = _UNITS[self.dimension]
+        name, unit, parameter = _UNITS[self.dimension]
+        way = f"raise {name}"
+        if self.is_set_for_run:
+            option = parameter.replace("_", "-")
+            way = (
+                f"the limit was set for this run: raise it with set_budget({parameter}=...) or "
+                f"`stroma budget RUN --{option}`"
+            )
         return (
             f"budget exceeded: {name} limit {self.limit:.12g}{unit}, used {self.actual:.12g}{unit} "
-            f"({self.dimension}) at node {self.node_id!r}; raise {name}, then resume the run"
+            f"({self.dimension}) at node {self.node_id!r}; {way}, then resume the run"
         )
 
 
-_UNITS: Final[dict[str, tuple[str, str]]] = {
-    "tokens": ("max_tokens_total", " tokens"),
-    "cost": ("max_cost_usd", " USD"),
-    "latency": ("max_latency_ms", " ms"),
+#: By dimension: the field of ExecutionBudget, the unit, and the parameter of ``set_budget``.
+_UNITS: Final[dict[str, tuple[str, str, str]]] = {
+    "tokens": ("max_tokens_total", " tokens", "tokens"),
+    "cost": ("max_cost_usd", " USD", "cost_usd"),
+    "latency": ("max_latency_ms", " ms", "latency_ms"),
 }
 
 
@@ -69,6 +87,7 @@ class ExecutionBudget(LazyModel):
     max_tokens_total: int | None = Field(default=None, ge=0, le=LARGEST)
     max_cost_usd: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     max_latency_ms: int | None = Field(default=None, ge=0, le=LARGEST)
+    _set_for_run: frozenset[str] = PrivateAttr(default=frozenset())
 
     @classmethod
     def unlimited(cls) -> ExecutionBudget:
@@ -86,3 +105,15 @@ def limits(budget: ExecutionBudget) -> tuple[tuple[Dimension, float], ...]:
     if budget.max_latency_ms is not None:
         limits.append(("latency", budget.max_latency_ms))
     return tuple(limits)
+
+
+def replace_limits(budget: ExecutionBudget, requested: Mapping[str, float]) -> ExecutionBudget:
+    """Return a budget with the limits that were requested for one run, by field of ExecutionBudget."""
+    replaced = budget.model_copy(update=dict(requested))
+    replaced._set_for_run = budget._set_for_run | requested.keys()
+    return replaced
+
+
+def is_set_for_run(budget: ExecutionBudget, dimension: Dimension) -> bool:
+    """Return True if a limit was requested for one run, and does not come from its config."""
+    return _UNITS[dimension][0] in budget._set_for_run

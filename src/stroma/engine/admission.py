@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel
 
-from stroma.cost.budget import BudgetExceeded
+from stroma.cost.budget import BudgetExceeded, is_set_for_run
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.tasks import Shield
@@ -328,7 +328,8 @@ def _late(
     left, limit = _remaining(ctx, run), ctx.budget.max_latency_ms
     if left is None or limit is None or (at_most is not None and at_most < left):
         return None
-    return BudgetExceeded("latency", limit, limit - left * 1000 + max(waited, left) * 1000, run.node_id)
+    used = limit - left * 1000 + max(waited, left) * 1000
+    return BudgetExceeded("latency", limit, used, run.node_id, is_set_for_run(ctx.budget, "latency"))
 
 
 async def _nap(moved: asyncio.Event, seconds: float) -> None:

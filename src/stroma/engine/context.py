@@ -26,7 +26,7 @@ from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import Node
 from stroma.contracts.schema import schema_of
-from stroma.cost.budget import ExecutionBudget, limits
+from stroma.cost.budget import ExecutionBudget, limits, replace_limits
 from stroma.cost.fallback import FallbackPolicy, FallbackView, fallback_due
 from stroma.cost.tracker import CostTracker
 from stroma.engine.config import RunConfig
@@ -409,7 +409,7 @@ class ReliabilityContext:
     def accept(self, control: RunControl) -> None:
         """Apply requests about the run. Safe to call from any thread: no attempt begins after this has held the run."""
         if control.budget:
-            self.budget = self.budget.model_copy(update=dict(control.budget))
+            self.budget = replace_limits(self.budget, control.budget)
             self.timed = self.timed or self.budget.max_latency_ms is not None
             self.limits = limits(self.budget)
             for dimension, _ in self.limits:  # Warn at 80 % of the new limit.

@@ -8,7 +8,7 @@ from typing import Any
 from stroma.checkpoint import PipelineChanged, StoreError
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.schema import Snapshot
-from stroma.cost.budget import BudgetExceeded
+from stroma.cost.budget import BudgetExceeded, is_set_for_run
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.outcome import GroupStopped, Halt
@@ -24,11 +24,11 @@ class DeadlineExceeded(BudgetExceeded):
     def __init__(
         self, ctx: ReliabilityContext, dimension: Any, limit: float, used: float, node_id: str
     ) -> None:
-        super().__init__(dimension, limit, used, node_id)
+        super().__init__(dimension, limit, used, node_id, is_set_for_run(ctx.budget, dimension))
         self.ctx = ctx  # of the run whose budget it was: a run inside the node has one of its own
 
     def __reduce__(self) -> Any:
-        return (BudgetExceeded, self.args)
+        return (BudgetExceeded, (*self.args, self.is_set_for_run))
 
 
 def diagnose_attempt(

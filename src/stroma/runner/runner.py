@@ -443,10 +443,12 @@ class StromaRunner:
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            return asyncio.run(self.run(node_sequence, initial_state, **options))
-        raise RuntimeError(
-            "an event loop is already running; use `await runner.run(...)` in place of run_sync(...)"
-        )
+            pass  # Not run here: each exception of the run would have this one as its context.
+        else:
+            raise RuntimeError(
+                "an event loop is already running; use `await runner.run(...)` in place of run_sync(...)"
+            )
+        return asyncio.run(self.run(node_sequence, initial_state, **options))
 
     async def run_many(
         self,

@@ -135,8 +135,12 @@ def replay_sync(recorded: RecordedRun, pipeline: Pipeline | Iterable[Any], **opt
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(replay(recorded, pipeline, **options))
-    raise RuntimeError("an event loop is running here; use `await replay(...)` instead of replay_sync(...)")
+        pass  # Not run here: each exception of the run would have this one as its context.
+    else:
+        raise RuntimeError(
+            "an event loop is running here; use `await replay(...)` instead of replay_sync(...)"
+        )
+    return asyncio.run(replay(recorded, pipeline, **options))
 
 
 async def _run(

@@ -126,8 +126,10 @@ def assert_resumable_sync(pipeline: Proven, state: BaseModel, **options: Any) ->
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(assert_resumable(pipeline, state, **options))
-    raise RuntimeError("an event loop is running here; use `await assert_resumable(...)`")
+        pass  # Not run here: each exception of the run would have this one as its context.
+    else:
+        raise RuntimeError("an event loop is running here; use `await assert_resumable(...)`")
+    return asyncio.run(assert_resumable(pipeline, state, **options))
 
 
 async def _undisturbed_twice(trial: Trial, ignored: tuple[str, ...]) -> ProcessRecord:

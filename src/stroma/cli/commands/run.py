@@ -121,6 +121,9 @@ def resume(
 
     RUN is a run id, a prefix of one, or "last". The input is the original one. A pause is taken back; without
     FILE_OR_MODULE:NAME a worker continues the run.
+
+    Without --from, --budget-usd and --budget-tokens set the limit of the run, for each process that continues it. It
+    replaces the config's until `stroma budget` or another resume changes it.
     """
     cluster = _read_cluster(click_options)
     options = RunOptions.from_click(**click_options)
