@@ -135,6 +135,7 @@ async def test_wrong_arguments() -> None:
             lambda: flow.step(len, state),  # type: ignore[arg-type, call-overload]
             lambda: flow.step(add, {"n": 1}),
             lambda: flow.step(other, state),
+            lambda: flow.step([add, add], state),  # type: ignore[arg-type, call-overload]
             lambda: flow.run(add, state),
             lambda: flow.map(add, [1]),
             lambda: flow.map([add, add], [state]),  # type: ignore[arg-type, call-overload]
@@ -157,6 +158,7 @@ async def test_wrong_arguments() -> None:
         "is not a stroma node; decorate it",
         "the input of step 'add' must be a pydantic model, got dict",
         "'f' is a flow; call it with flow.run",
+        "flow.step takes one node, got a list of 2",
         "call a single node with flow.step",
         "the items of 'add' must be pydantic models, got int",
         "flow.map takes one node, got a list of 2; only map_over takes several nodes: use flow.step(map_over(...), state)",

@@ -32,11 +32,6 @@ def call_map(
     run: FlowRun, node: Any, items: Iterable[Any], max_concurrency: int | None, key: str | None
 ) -> Coroutine[Any, Any, list[Any]]:
     """Return the coroutine of a map, which is numbered in the task that calls it."""
-    if isinstance(node, (list, tuple)):
-        raise TypeError(
-            f"flow.map takes one node, got a {type(node).__name__} of {len(node)}; only map_over takes several nodes: use "
-            "flow.step(map_over(...), state)"
-        )
     record = step_node_of(node, "flow.map")
     if max_concurrency is not None and max_concurrency < 1:
         raise ValueError(f"max_concurrency must be at least 1, or None for no bound, got {max_concurrency!r}")

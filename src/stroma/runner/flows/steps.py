@@ -102,7 +102,12 @@ def _learn_step(run: FlowRun, node: Any, state: Any) -> _KnownStep:
 
 
 def step_node_of(node: Any, method: str) -> Node | Group:
-    """Return the record of a node. Raises TypeError for a flow."""
+    """Return the record of a node. Raises TypeError for a flow, and for several nodes."""
+    if isinstance(node, (list, tuple)):
+        raise TypeError(
+            f"{method} takes one node, got a {type(node).__name__} of {len(node)}; only map_over takes several nodes: use "
+            "flow.step(map_over(...), state)"
+        )
     record = find_node(node)
     if isinstance(record, FlowNode):
         raise TypeError(f"{method} takes a node, and {record.node_id!r} is a flow; call it with flow.run")
