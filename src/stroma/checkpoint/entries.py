@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from pydantic import BaseModel
 
@@ -13,7 +13,9 @@ from stroma.checkpoint.identity import place_before, with_outer
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import FAILED_ITEM
-from stroma.trace.rejected import RejectedOutput
+
+if TYPE_CHECKING:
+    from stroma.trace.rejected import RejectedOutput
 
 __all__ = [
     "INSIDE",
