@@ -40,14 +40,18 @@ def test_a_run_that_kept_dying_is_forced(stroma):
 def test_a_run_whose_owner_is_gone_is_interrupted(stroma):
     """`stroma runs`, `show`, `check` and `resume` say INTERRUPTED of a run whose process died; it is not among the RUNNING."""
     env = {"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"}
-    assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x", env=env).code == -9
+    assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x1", env=env).code == -9
     for request in ((), ("--status", "INTERRUPTED")):
         (run,) = json.loads(stroma("runs", "--json", *request).out)["runs"]
-        assert (run["run_id"], run["status"], run["holder"]) == ("x", "INTERRUPTED", None)
+        assert (run["run_id"], run["status"], run["holder"]) == ("x1", "INTERRUPTED", None)
     assert json.loads(stroma("runs", "--json", "--status", "RUNNING").out)["runs"] == []
-    assert "INTERRUPTED" in stroma("show", "x").out
-    checked = ("check", "sums.py:pipeline", "--against", "x")
-    assert "run x (INTERRUPTED) can be resumed" in stroma(*checked).out
+    assert "INTERRUPTED" in stroma("show", "x1").out
+    checked = ("check", "sums.py:pipeline", "--against", "x1")
+    assert "run x1 (INTERRUPTED) can be resumed" in stroma(*checked).out
     assert json.loads(stroma(*checked, "--json").out)["against"]["status"] == "INTERRUPTED"
-    planned = stroma("resume", "x", "sums.py:pipeline", "--dry-run", "--json")
+    planned = stroma("resume", "x1", "sums.py:pipeline", "--dry-run", "--json")
     assert json.loads(planned.out)["status"] == "INTERRUPTED"
+    assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x2").code == 0
+    listed = stroma("show", "x").err
+    assert "x1  sums  INTERRUPTED" in listed, listed
+    assert "x2  sums  COMPLETED" in listed, listed

@@ -287,8 +287,10 @@ class Database:
                 *self.other_stores,
                 code=Code.NOT_FOUND,
             )
+        from stroma.checkpoint.history import status_of
+
         lines = [
-            f"{clean(r.run_id, 80)}  {clean(r.pipeline, 40)}  {r.status}  {format_age(r.started_ms)}"
+            f"{clean(r.run_id, 80)}  {clean(r.pipeline, 40)}  {status_of(r)}  {format_age(r.started_ms)}"
             for r in records
         ]
         raise Problem(

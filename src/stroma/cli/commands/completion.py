@@ -48,6 +48,8 @@ def complete_run(ctx: click.Context, _parameter: click.Parameter, incomplete: st
     from stroma.cli.stores import Database
 
     try:
+        from stroma.checkpoint.history import status_of
+
         # During completion click reads neither options after the cursor nor environment variables.
         database = Database.from_option(ctx.params.get("db") or os.environ.get("STROMA_DB"), quiet=True)
         if database.is_empty:
@@ -62,7 +64,7 @@ def complete_run(ctx: click.Context, _parameter: click.Parameter, incomplete: st
         records = [store.get_run(run_id) for run_id in ids if _PLAIN.fullmatch(run_id)]
         return [
             CompletionItem(
-                run.run_id, help=f"{clean(run.pipeline, 30)} {run.status} {format_age(run.started_ms)}"
+                run.run_id, help=f"{clean(run.pipeline, 30)} {status_of(run)} {format_age(run.started_ms)}"
             )
             for run in records
             if run is not None
