@@ -98,7 +98,7 @@ def pipeline(diary: Diary | None = None, pause: float = 0.0) -> Pipeline:
         return call
 
     def child(name: str) -> Any:
-        return node(name, promised=ALONE[name])
+        return node(name, output_model=ALONE[name])
 
     nodes = [
         node("first"), node("second"),
