@@ -193,7 +193,8 @@ def _handlers() -> list[Any]:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Guard the setup and the call of a test that is not slow; keep the handler of Control-C for the next one.
 
-    ddtrace puts one of its own in its place when it is imported, and asyncio.run() leaves a foreign handler alone.
+    ddtrace puts one of its own in its place when it is imported, and asyncio.run() leaves a foreign handler alone. Limits
+    and shared budgets without a store are the process's: the next test may use their names, so they are forgotten.
     """
     interrupt = signal.getsignal(signal.SIGINT)
     _guard.event, _guard.handlers = "", _handlers()
@@ -202,6 +203,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:
         _guard.is_active = False
+        if (gates := sys.modules.get("stroma.limits.gate")) is not None:
+            gates._PROCESS.forget()
         if signal.getsignal(signal.SIGINT) is not interrupt:
             signal.signal(signal.SIGINT, interrupt)
 

@@ -385,7 +385,7 @@ async def test_policies_timeouts_and_hooks_are_those_of_each_node(world: World) 
 
     async def slow(state: Class) -> dict[str, str]:
         if current_node().attempt == 1:
-            await asyncio.sleep(30)
+            await asyncio.Event().wait()
         return {"draft": state.kind}
 
     seen: list[str] = []

@@ -231,6 +231,10 @@ def test_the_smallest_input_that_breaks_it_is_shown():
         "node 'sum' breaks its output contract: Contract violation for 'sum' (output): total: Input should be less than 1000; "
         'its input was {"items": [1000], "name": ""}'
     )
+    before: BaseException | None = result.value
+    while before is not None:
+        assert "no running event loop" not in str(before)
+        before = before.__context__
 
 
 @pytest.mark.core

@@ -15,7 +15,7 @@ from langchain_core.tracers.context import register_configure_hook
 from stroma.adapters._guarded_run import GuardedRun, active_run
 from stroma.adapters._langchain_messages import usage_of
 from stroma.adapters._step import mark_published
-from stroma.cost.budget import BudgetExceeded, is_set_for_run
+from stroma.cost.budget import budget_exceeded
 from stroma.cost.prices import estimate_cost_usd
 from stroma.engine.execution import NodeExecution, current_node_or_none
 
@@ -87,7 +87,7 @@ def _refuse_beyond_budget(asking: NodeExecution | GuardedRun) -> None:
     for dimension, limit in ctx.limits:
         used = ctx.cost_tracker.used(dimension) + more.get(dimension, 0)
         if used > limit:
-            raise BudgetExceeded(dimension, limit, used, node.node_id, is_set_for_run(ctx.budget, dimension))
+            raise budget_exceeded(ctx.budget, dimension, used, node.node_id)
 
 
 _COUNTER = _Counter()

@@ -114,6 +114,14 @@ def replace_limits(budget: ExecutionBudget, requested: Mapping[str, float]) -> E
     return replaced
 
 
+def budget_exceeded(
+    budget: ExecutionBudget, dimension: Dimension, actual: float, node_id: str
+) -> BudgetExceeded:
+    """Return the error for a limit of a budget that is crossed."""
+    limit = getattr(budget, _UNITS[dimension][0])
+    return BudgetExceeded(dimension, limit, actual, node_id, is_set_for_run(budget, dimension))
+
+
 def is_set_for_run(budget: ExecutionBudget, dimension: Dimension) -> bool:
     """Return True if a limit was requested for one run, and does not come from its config."""
     return _UNITS[dimension][0] in budget._set_for_run

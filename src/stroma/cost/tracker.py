@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from stroma.cost.budget import BudgetExceeded, Dimension, ExecutionBudget, is_set_for_run
+from stroma.cost.budget import BudgetExceeded, Dimension, ExecutionBudget, budget_exceeded
 from stroma.cost.usage import UsageError, check_usage
 
 __all__ = ["CostTracker", "NodeUsage", "StepUsage"]
@@ -154,19 +154,15 @@ class CostTracker:
         # Asked twice for each node. Rounding adds less than the billionth that is looked at here, and is not always needed.
         tokens, cost, latency = budget.max_tokens_total, budget.max_cost_usd, budget.max_latency_ms
         if tokens is not None and self._tokens + self.prior_tokens > tokens:
-            return BudgetExceeded(
-                "tokens", tokens, self.used("tokens"), node_id, is_set_for_run(budget, "tokens")
-            )
+            return budget_exceeded(budget, "tokens", self.used("tokens"), node_id)
         if (
             cost is not None
             and self._cost + self._cost_carry + self.prior_cost_usd + 1e-9 > cost
             and (spent := self.used("cost")) > cost
         ):
-            return BudgetExceeded("cost", cost, spent, node_id, is_set_for_run(budget, "cost"))
+            return budget_exceeded(budget, "cost", spent, node_id)
         if latency is not None and self.latency_ns / 1e6 + self.prior_latency_ms > latency:
-            return BudgetExceeded(
-                "latency", latency, self.latency_ms, node_id, is_set_for_run(budget, "latency")
-            )
+            return budget_exceeded(budget, "latency", self.latency_ms, node_id)
         return None
 
     def summary(self) -> dict[str, NodeUsage]:

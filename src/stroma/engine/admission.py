@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel
 
-from stroma.cost.budget import BudgetExceeded, is_set_for_run
+from stroma.cost.budget import BudgetExceeded, budget_exceeded
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.tasks import Shield
@@ -329,7 +329,7 @@ def _late(
     if left is None or limit is None or (at_most is not None and at_most < left):
         return None
     used = limit - left * 1000 + max(waited, left) * 1000
-    return BudgetExceeded("latency", limit, used, run.node_id, is_set_for_run(ctx.budget, "latency"))
+    return budget_exceeded(ctx.budget, "latency", used, run.node_id)
 
 
 async def _nap(moved: asyncio.Event, seconds: float) -> None:

@@ -26,7 +26,7 @@ from stroma.checkpoint.entries import Tried
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Group, Node, Plan, output_class
 from stroma.contracts.schema import schema_of
-from stroma.cost.budget import BudgetExceeded, is_set_for_run
+from stroma.cost.budget import BudgetExceeded, budget_exceeded
 from stroma.engine.attempt import NodeAttempt, make_in_turn
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
@@ -366,7 +366,7 @@ def _crossed_limit(ctx: ReliabilityContext, run: NodeExecution) -> BudgetExceede
     if exceeded is None and limit is not None and run.parent is not None:
         used = ctx.cost_tracker.used("latency") + run.busy(perf_counter_ns()) / 1e6
         if used > limit:
-            return BudgetExceeded("latency", limit, used, run.node_id, is_set_for_run(ctx.budget, "latency"))
+            return budget_exceeded(ctx.budget, "latency", used, run.node_id)
     return exceeded
 
 

@@ -13,7 +13,16 @@ from typing import Any
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StoreError
 from stroma.hooks.dispatch import HookNotAsync
 
-__all__ = ["LAST_SECONDS", "Shield", "TaskPool", "as_store_error", "gather", "in_thread", "passes_through"]
+__all__ = [
+    "LAST_SECONDS",
+    "Shield",
+    "TaskPool",
+    "as_store_error",
+    "gather",
+    "has_running_loop",
+    "in_thread",
+    "passes_through",
+]
 
 #: For how long a cancelled task waits for what must not be lost: longer than our own stores try.
 LAST_SECONDS = 60.0
@@ -221,6 +230,15 @@ class TaskPool:
         for waiter in (self._has_room, None if self._running else self._is_idle):
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
+
+
+def has_running_loop() -> bool:
+    """Return True if an event loop runs in this thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 async def gather(work: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:

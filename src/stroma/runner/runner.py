@@ -24,6 +24,7 @@ from stroma.cost.fallback import FallbackPolicy
 from stroma.engine.config import RunConfig, default_config
 from stroma.engine.config import new_run_id as fresh_run_id
 from stroma.engine.context import ReliabilityContext
+from stroma.engine.tasks import has_running_loop
 from stroma.failures.failure import Classifier
 from stroma.hooks.sets import AnyHooks, NodeHooks, distinct, flatten
 from stroma.runner.batch import Batch
@@ -440,11 +441,7 @@ class StromaRunner:
         self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, **options: Any
     ) -> ExecutionResult[Any]:
         """Call :meth:`run` without an event loop. Raises RuntimeError where one is running: use ``await run()`` there."""
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            pass  # Not run here: each exception of the run would have this one as its context.
-        else:
+        if has_running_loop():
             raise RuntimeError(
                 "an event loop is already running; use `await runner.run(...)` in place of run_sync(...)"
             )

@@ -17,6 +17,7 @@ from stroma.checkpoint import AsyncInMemoryStore, CheckpointManager
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.node import Node, find_node
 from stroma.contracts.schema import schema_of
+from stroma.engine.tasks import has_running_loop
 from stroma.failures.classes import FailureClass
 from stroma.failures.policy import FailurePolicy
 from stroma.runner.runner import StromaRunner
@@ -138,9 +139,7 @@ def _failure_message(node_id: str, state: BaseModel, error: BaseException, messa
 
 def _without_loop(work: Callable[[], None]) -> None:
     """Call a function here, or in another thread if an event loop is running."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if not has_running_loop():
         work()
         return
     raised: list[BaseException] = []

@@ -21,6 +21,7 @@ from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import new_run_id
 from stroma.engine.interceptors import INTERCEPTORS
+from stroma.engine.tasks import has_running_loop
 from stroma.hooks.sets import NodeHooks
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner
@@ -132,11 +133,7 @@ async def replay(
 
 def replay_sync(recorded: RecordedRun, pipeline: Pipeline | Iterable[Any], **options: Any) -> Replay:
     """Call :func:`replay` without an event loop. Raises RuntimeError if one is running."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        pass  # Not run here: each exception of the run would have this one as its context.
-    else:
+    if has_running_loop():
         raise RuntimeError(
             "an event loop is running here; use `await replay(...)` instead of replay_sync(...)"
         )

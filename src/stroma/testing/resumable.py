@@ -20,6 +20,7 @@ from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import Schema
 from stroma.engine.context import ReliabilityContext
+from stroma.engine.tasks import has_running_loop
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner
 from stroma.testing.crash import Boundary
@@ -123,11 +124,7 @@ def _uses_processes(processes: bool | None, effects: Callable[[], Any] | None) -
 
 def assert_resumable_sync(pipeline: Proven, state: BaseModel, **options: Any) -> Resumability:
     """Call :func:`assert_resumable` without an event loop. Raises RuntimeError if one is running."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        pass  # Not run here: each exception of the run would have this one as its context.
-    else:
+    if has_running_loop():
         raise RuntimeError("an event loop is running here; use `await assert_resumable(...)`")
     return asyncio.run(assert_resumable(pipeline, state, **options))
 
