@@ -46,7 +46,7 @@ async def test_a_long_sleep_suspends_the_run(store: Any, clock: Clock) -> None:
 
 
 async def test_a_short_sleep_stays_in_the_process(store: Any) -> None:
-    """Up to inline_wait_seconds a flow waits where it is; ``until`` may be past."""
+    """Up to inline_wait_seconds a flow waits where it is; ``until`` may be past, and the trace shows that too."""
 
     @stroma_flow("f", input=Num, output=Num)
     async def f(flow: Flow, state: Num) -> Num:
@@ -56,6 +56,7 @@ async def test_a_short_sleep_stays_in_the_process(store: Any) -> None:
 
     result = await runner_on(store).run(f, Num())
     assert result.status is RunStatus.COMPLETED
+    assert [mark.kind for mark in result.trace.marks] == ["slept", "slept"]
     result = await runner_on(store, run_id="s", inline_wait_seconds=0).run(f, Num())
     assert result.status is RunStatus.SUSPENDED
 

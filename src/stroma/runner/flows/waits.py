@@ -37,8 +37,8 @@ async def _sleep(run: FlowRun, wake_ms: int, identity: str, number: int, in_main
             await run.before_live(identity)
             driver.journal.note_wake(run.position, branch, wake, driver.now_ms())
             await driver.waits.flush()
-        if wake <= driver.now_ms():
-            return recorded is not None
+        elif wake <= driver.now_ms():
+            return True
         wait = driver.waits.add(OpenWait(branch, f"sleeping until {text_of_time(wake)}", wake_ms=wake))
         try:
             assert wait.done is not None
