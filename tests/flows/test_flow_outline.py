@@ -175,6 +175,27 @@ async def test_inputs_of_steps_are_shown(store: Any) -> None:
 
 
 @pytest.mark.asyncio
+async def test_waits_and_steps_come_in_the_order_of_their_starts(store: Any) -> None:
+    """However short they are: steps and sleeps of one millisecond are drawn as the body made them."""
+    add = World().step("add")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        for _ in range(20):
+            await flow.step(add, state)
+            await flow.sleep(0)
+        return state
+
+    trace = (await runner_on(store).run(f, Num())).trace
+    history = History(store)
+    record = await asyncio.to_thread(history.run, "r")
+    assert record is not None
+    for story in (await asyncio.to_thread(history.story, record), trace._story()):
+        (top,) = outline(story.bars, story.waits)
+        assert [entry.kind for entry in top.entries] == ["node", "sleep"] * 20
+
+
+@pytest.mark.asyncio
 async def test_a_trace_folds_as_the_store_does(triage: Any) -> None:
     """The trace of a run in this process, as HTML and in a terminal, draws the same tree."""
     result = await runner_on(None).run(triage, Num())

@@ -99,16 +99,6 @@ def test_forks_and_joins() -> None:
     assert graph.ends == {(("last",), "COMPLETED"): 1}
 
 
-def test_a_wait_follows_a_call_of_the_same_millisecond() -> None:
-    """The start of a wait is recorded as a whole millisecond, which began before the call that it follows."""
-    graph = RunGraph("letter")
-    question = Bar("question: Send?", "0.!Text#0", 1, 1.0, 0, "answered", None, "Text")
-    graph.add_run(calls(("write#0", 1.2, 1.6), ("send#0", 30, 31)), [question], "COMPLETED")
-    assert edges_of(graph) == {
-        ("start", "write"): 1, ("write", "question Text"): 1, ("question Text", "send"): 1,
-    }  # fmt: skip
-
-
 def test_a_clock_that_was_set_back() -> None:
     """Calls of one task follow each other, whatever the clock of a later process says."""
     graph = RunGraph("f")

@@ -41,7 +41,7 @@ def wait_bars(
         at, place = f"{one.position}.{one.branch}", f"{one.position}:%s:{one.branch}"
         label = f"question: {one.reason}"
         began = _read(notes.get(place % "w"))
-        began_ms = began if isinstance(began, int) else until_ms
+        began_ms = began if isinstance(began, (int, float)) else until_ms
         wake = _read(notes.get(place % "s"))
         if place % "x" in notes:
             add(at, label, "expired", began_ms, wake[0] if isinstance(wake, list) else began_ms, one.node_id)

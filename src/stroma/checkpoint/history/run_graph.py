@@ -102,13 +102,12 @@ class RunGraph:
         order = _CallOrder()
         for number, (entry, path) in enumerate(calls):
             scope = entry.call.scope if entry.call is not None else ""
-            began_ms, _ = _start(entry)
-            before = order.before(scope, began_ms, number)
+            before = order.before(scope, entry.began_ms, number)
             for source in before:
                 self.edges[calls[source][1], path] += 1
             if not before:
                 self.edges[outer or (START,), path] += 1
-            order.add(number, scope, began_ms, max(began_ms, entry.ended_ms))
+            order.add(number, scope, entry.began_ms, entry.ended_ms)
         return [calls[number][1] for number in order.ends()]
 
     def _add(self, entry: OutlineEntry, outer: Path) -> Path:
@@ -214,9 +213,7 @@ _SHAPES: Final = {"sleep": ("([", "])"), "question": ("{{", "}}")}
 
 
 def _start(entry: OutlineEntry) -> tuple[float, str]:
-    # Of a wait the whole millisecond is recorded, in which the call before it may have ended.
-    rounding_ms = 1.0 if entry.kind in ("question", "sleep") else 0.0
-    return (entry.began_ms + rounding_ms, entry.at)
+    return (entry.began_ms, entry.at)
 
 
 def _has_steps(entry: OutlineEntry) -> bool:

@@ -358,6 +358,9 @@ class _RemoteFlow(FlowDriver):
     def now_ms(self) -> int:
         return self._bodies.now_ms()
 
+    def clock_ms(self) -> float:
+        return float(self._bodies.now_ms())
+
     async def admit(self) -> None:
         """Wait until a call may be made that is not recorded. Raises Continue, out of the flow, for a fresh history."""
         while self._admitted and self._steps.driver.full():

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Coroutine
+from time import perf_counter_ns
 from typing import Any, Final, NoReturn
 
 from pydantic import BaseModel
@@ -78,6 +79,10 @@ class FlowDriver:
     def now_ms(self) -> int:
         """Return the time in ms since the epoch."""
         return now_ms()
+
+    def clock_ms(self) -> float:
+        """Return the time in ms since the epoch on the clock of the attempts: waits and steps are shown in their order."""
+        return (perf_counter_ns() + self.ctx.epoch_ns) / 1e6
 
     async def admit(self) -> None:
         """Wait until a call may be made that is not recorded."""

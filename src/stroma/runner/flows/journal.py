@@ -188,7 +188,7 @@ class FlowJournal:
         """Record the input of a call that is made of other calls, before it has a result."""
         self._note(position, "i", branch, {"input_key": None if input_key is None else input_key.decode()})
 
-    def note_wake(self, position: int, branch: str, wake_ms: int, began_ms: int) -> None:
+    def note_wake(self, position: int, branch: str, wake_ms: int, began_ms: float) -> None:
         """Record when a wait ends; its start is for those who look at the run."""
         self._note(position, "s", branch, [wake_ms, began_ms])
 

@@ -69,7 +69,7 @@ class OpenWait:
         self.is_of_step = is_of_step
         self.done: asyncio.Future[object] | None = None
         self.timer: asyncio.TimerHandle | None = None
-        self.began_ms = 0
+        self.began_ms = 0.0
 
     def end(self, outcome: object) -> None:
         if self.done is not None and not self.done.done():
@@ -93,6 +93,7 @@ class WaitingFlow(Protocol):
     @property
     def flow_id(self) -> str: ...
     def now_ms(self) -> int: ...
+    def clock_ms(self) -> float: ...
     @property
     def busy(self) -> int: ...
     @property
@@ -117,7 +118,7 @@ class Waits:
         """Open a wait. It ends by its timer, if it has one, while the process lives."""
         driver = self._driver
         wait.done = driver.loop.create_future()
-        wait.began_ms = driver.now_ms()
+        wait.began_ms = driver.clock_ms()
         self.open[wait.branch] = wait
         if wait.wake_ms is not None:
             self._start_timer(wait)
@@ -157,7 +158,7 @@ class Waits:
                 if done.result() is EXPIRED
                 else "answered"
             )
-        now = driver.now_ms()
+        now = driver.clock_ms()
         at_utc = datetime.fromtimestamp(now / 1000, UTC)
         position = driver.flows[0].position
         driver.ctx.trace.marks.append(
@@ -243,7 +244,7 @@ class Waits:
         """Store a question, or that nobody answered it. Ends the flow if the store refuses it."""
         session = self._driver.ctx.session
         if question.payload is None:  # When it was asked, for those who look at the run.
-            session.note(f"{question.position}:w:{question.branch}", str(self._driver.now_ms()).encode())
+            session.note(f"{question.position}:w:{question.branch}", str(self._driver.clock_ms()).encode())
         await self._see_through(partial(self._driver.ctx.session.ask, question))
 
     async def _see_through(self, write: Callable[[], Awaitable[None] | None]) -> None:

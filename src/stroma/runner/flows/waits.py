@@ -35,7 +35,7 @@ async def _sleep(run: FlowRun, wake_ms: int, identity: str, number: int, in_main
         wake = wake_ms if recorded is None else cast("int", recorded.data)
         if recorded is None:
             await run.before_live(identity)
-            driver.journal.note_wake(run.position, branch, wake, driver.now_ms())
+            driver.journal.note_wake(run.position, branch, wake, driver.clock_ms())
             await driver.waits.flush()
         elif wake <= driver.now_ms():
             return True
@@ -91,7 +91,7 @@ async def _wait_for(
         if not is_same or (earlier is not None and earlier.payload == WITHDRAWN):
             await run.before_live(identity)
             if wake is not None and recorded is None:
-                driver.journal.note_wake(run.position, branch, wake, driver.now_ms())
+                driver.journal.note_wake(run.position, branch, wake, driver.clock_ms())
             questions.append(question)
             await driver.waits.ask(question)
         else:
