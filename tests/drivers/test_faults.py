@@ -90,23 +90,24 @@ async def test_nodes_of_one_id_have_their_own_contracts() -> None:
 
 @pytest.mark.core
 async def test_a_limit_to_a_runs_time_holds_inside_of_a_group() -> None:
-    """What its children took so far counts for the next one, which is stopped at the limit or not called."""
-    calls: list[str] = []
+    """What its children took so far counts for the next one, which is stopped at the limit."""
 
-    def slow(node_id: str, name: str, instance: Any) -> Any:
+    def slow(node_id: str, name: str, instance: Any, seconds: float) -> Any:
         async def func(state: Num) -> dict[str, int]:
-            calls.append(node_id)
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(seconds)
             return {name: 1}
 
         return node(node_id, func, Num, instance)
 
-    nodes = [parallel(slow("l", "left", Left), slow("r", "right", Right), max_concurrency=1)]
-    async with SeamDriver().bind(nodes, budget=ExecutionBudget(max_latency_ms=300)) as bound:
+    nodes = [parallel(slow("l", "left", Left, 0.5), slow("r", "right", Right, 3600), max_concurrency=1)]
+    async with SeamDriver().bind(nodes, budget=ExecutionBudget(max_latency_ms=1000)) as bound:
         result = await bound.run(Num())
     assert result.status is RunStatus.PARTIAL
     assert result.failure is not None
     assert "at node 'r'" in result.failure.message
+    (group,) = result.trace
+    assert group.children[-1].node_id == "r"
+    assert group.children[-1].duration_ms < 1000
     assert result.final_state == Num()
 
 
