@@ -207,6 +207,7 @@ def test_every_reason_has_its_meaning(generate: Any) -> None:
         "engine/diagnosis",
         "engine/loop",
         "engine/metering",
+        "engine/open_attempt",
         "engine/outcome",
     ):
         tree = ast.parse((ROOT / "src" / "stroma" / f"{name}.py").read_text("utf-8"))

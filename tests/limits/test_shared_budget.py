@@ -525,12 +525,12 @@ async def test_a_budget_of_nothing() -> None:
 
 async def test_a_run_without_any_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a shared budget, limit or breaker no attempt waits for its turn."""
-    from stroma.engine import attempt as engine
+    from stroma.engine import admission
 
     async def never(*_: Any) -> Any:
         raise AssertionError("asked")
 
-    monkeypatch.setattr(engine, "admit", never)
+    monkeypatch.setattr(admission, "admit", never)
     call, _ = node()
     assert (await StromaRunner.quick().run([call], State())).status is RunStatus.COMPLETED
 

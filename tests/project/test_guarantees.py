@@ -1533,6 +1533,7 @@ def test_only_the_engine_calls_a_nodes_function() -> None:
     assert callers == {
         ("runner/sequence.py", "check_owners"),  # It names a function.
         ("runner/groups.py", "_call_directly"),
+        ("engine/deadlines.py", "call_in_time"),  # It puts the interceptors of tests around the call.
         ("hooks/sets.py", "_own_signature"),  # It unwraps partials.
         ("contracts/node.py", "call"),
         ("drivers/remote/flow_nodes.py", "nodes_of_flow"),  # It reads the names in the body of a flow.
@@ -1570,7 +1571,8 @@ async def test_at_run_time_the_engine_stands_behind_every_node() -> None:
     await execute_step("step", note_async, Num(), ctx)
     await runner.with_node_timeouts({"async": 1000}).run([awaited], Num())
     # A sync node stands on a thread's own stack, which the engine began in _tasks.
-    assert (len(modules), set(modules)) == (8, {"stroma.engine.attempt", "stroma.engine.tasks"})
+    own = {"stroma.engine.attempt", "stroma.engine.deadlines", "stroma.engine.tasks"}
+    assert (len(modules), set(modules)) == (8, own)
     modules.clear()
     await parallel(awaited)(Num())
     assert modules == ["stroma.runner.groups"]

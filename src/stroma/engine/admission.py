@@ -10,14 +10,18 @@ import asyncio
 import os
 import random
 from datetime import UTC, datetime
+from functools import partial
 from time import perf_counter, perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel
 
 from stroma.cost.budget import BudgetExceeded, budget_exceeded
+from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
+from stroma.engine.holds import hold, wait_unless_held
+from stroma.engine.outcome import Halt, refuse
 from stroma.engine.tasks import Shield
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import COOLDOWN, CircuitOpen, Wait, WaitedTooLong
@@ -32,7 +36,7 @@ if TYPE_CHECKING:  # Loaded by who makes one: most runs have none.
     from stroma.limits.gate import BudgetWarning, Caller, CooldownBegun, Gate
     from stroma.trace.events import AttemptUsage, MarkKind
 
-__all__ = ["Permit", "admit"]
+__all__ = ["Permit", "make_in_turn"]
 
 _POLL_SECONDS: Final = (
     0.02,
@@ -159,6 +163,29 @@ async def _charged(gate: Gate, token: str, answer: Any) -> Any:
 
 async def _collect(ending: Any, due: list[Any]) -> None:
     due.extend(await ending)
+
+
+async def make_in_turn(attempt: NodeAttempt) -> BaseModel | Failure | Halt:
+    """Make an attempt between its admission and the settlement of what it took."""
+    run, ctx = attempt.run, attempt.ctx
+    permit = await wait_unless_held(ctx, partial(admit, ctx, run))
+    if isinstance(permit, Exception):
+        return refuse(run, permit)
+    if permit is None or ctx.holds:
+        if permit is not None:
+            permit.drop()
+        return await hold(ctx, run.node_id, run.attempt)
+    try:
+        outcome = await attempt.make()
+    except GeneratorExit:
+        permit.drop(run.counted)
+        raise
+    except BaseException:
+        await permit.leave(None)
+        raise
+    if await permit.leave(outcome):
+        raise asyncio.CancelledError
+    return outcome
 
 
 async def admit(ctx: ReliabilityContext, run: NodeExecution) -> Permit | Exception:

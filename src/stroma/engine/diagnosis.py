@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from stroma.checkpoint import PipelineChanged, StoreError
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.schema import Snapshot
-from stroma.cost.budget import BudgetExceeded, is_set_for_run
+from stroma.cost.usage import UsageError
 from stroma.engine.context import ReliabilityContext
+from stroma.engine.deadlines import DeadlineExceeded
 from stroma.engine.execution import NodeExecution
 from stroma.engine.outcome import GroupStopped, Halt
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
 
-__all__ = ["DeadlineExceeded", "diagnose_attempt"]
-
-
-class DeadlineExceeded(BudgetExceeded):
-    """The latency budget ran out under the function in flight."""
-
-    def __init__(
-        self, ctx: ReliabilityContext, dimension: Any, limit: float, used: float, node_id: str
-    ) -> None:
-        super().__init__(dimension, limit, used, node_id, is_set_for_run(ctx.budget, dimension))
-        self.ctx = ctx  # of the run whose budget it was: a run inside the node has one of its own
-
-    def __reduce__(self) -> Any:
-        return (BudgetExceeded, (*self.args, self.is_set_for_run))
+__all__ = ["diagnose_attempt", "judge"]
 
 
 def diagnose_attempt(
@@ -67,6 +54,23 @@ def diagnose_attempt(
         failure = Failure(error, FailureClass.RECOVERABLE, run.node_id, run.attempt, failure.message, "store")
         return failure, Halt(failure, partial=True)
     return failure, None
+
+
+def judge(
+    ctx: ReliabilityContext, run: NodeExecution, usage_error: UsageError | None
+) -> tuple[Failure | None, BaseException | None]:
+    """Return what is wrong with a valid output, usage that cannot be counted or a crossed limit, and what is to be raised.
+
+    The latter is a KeyboardInterrupt, say, in a classifier: the output is paid for and committed all the same.
+    """
+    error = usage_error or ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
+    if error is None:
+        return None, None
+    where = NodeContext(run.node_id, run.attempt, ctx.run_id)
+    try:
+        return diagnose(error, where, ctx.classifiers), None
+    except BaseException as interrupt:
+        return diagnose(error, where), interrupt
 
 
 def _may_repair(ctx: ReliabilityContext, run: NodeExecution, failure: Failure) -> bool:

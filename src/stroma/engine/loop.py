@@ -27,7 +27,8 @@ from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Group, Node, Plan, output_class
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded, budget_exceeded
-from stroma.engine.attempt import NodeAttempt, make_in_turn
+from stroma.engine.admission import make_in_turn
+from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
 from stroma.engine.execution import NodeExecution

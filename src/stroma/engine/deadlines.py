@@ -1,0 +1,71 @@
+"""Calls under a time limit: the node's own, or what is left of the run's budget."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from functools import partial
+from time import perf_counter_ns
+from typing import Any
+
+from pydantic import BaseModel
+
+from stroma.contracts.node import Group, Node
+from stroma.cost.budget import BudgetExceeded, is_set_for_run
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.execution import NodeExecution
+from stroma.engine.interceptors import Call
+
+__all__ = ["DeadlineExceeded", "call_in_time"]
+
+
+class DeadlineExceeded(BudgetExceeded):
+    """The latency budget ran out under the function in flight."""
+
+    def __init__(
+        self, ctx: ReliabilityContext, dimension: Any, limit: float, used: float, node_id: str
+    ) -> None:
+        super().__init__(dimension, limit, used, node_id, is_set_for_run(ctx.budget, dimension))
+        self.ctx = ctx  # of the run whose budget it was: a run inside the node has one of its own
+
+    def __reduce__(self) -> Any:
+        return (BudgetExceeded, (*self.args, self.is_set_for_run))
+
+
+async def call_in_time(
+    run: NodeExecution, node: Node | Group, call: Call, state: BaseModel, begin: int
+) -> Any:
+    """Call under the node's timeout and the run's latency deadline, whichever is nearer.
+
+    ``begin``: when the call began, in ns. Raises TimeoutError or DeadlineExceeded, besides what the function raises.
+    """
+    ctx, node_id = run.ctx, run.node_id
+    limit = ctx.budget.max_latency_ms
+    timeout_ms = ctx.step_timeouts.get(node_id)
+    own = math.inf if timeout_ms is None else timeout_ms / 1000
+    remaining = math.inf
+    if limit is not None and not isinstance(node, Group):
+        # The children of a group have the deadline themselves, each with an end of its own.
+        used = ctx.cost_tracker.used("latency") + run.busy(begin) / 1e6
+        remaining = (limit - used) / 1000
+    seconds = min(remaining, own)
+    scope = asyncio.timeout(None if math.isinf(seconds) else max(0.0, seconds))
+    for interceptor in reversed(ctx.interceptors):
+        call = partial(interceptor.call, run, node, call)
+    try:
+        async with scope:
+            return await call(state)
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        if remaining < own:
+            assert limit is not None
+            now = perf_counter_ns()
+            busy = run.busy(now) if run.parent else now - begin
+            used = ctx.cost_tracker.used("latency") + busy / 1e6
+            raise DeadlineExceeded(ctx, "latency", limit, max(used, limit), node_id) from None
+        raise TimeoutError(
+            f"node {node_id!r} did not end within {timeout_ms} ms; raise node_timeouts[{node_id!r}], or make the call shorter"
+        ) from None
+    finally:
+        del run, call  # This frame is in the traceback of what is raised: as in NodeAttempt.make().
