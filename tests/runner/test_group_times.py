@@ -78,7 +78,8 @@ async def test_a_groups_time_is_that_of_its_bar(shape: str) -> None:
     (group,) = result.trace
     assert group.function_ms is not None
     assert group.duration_ms >= 1000 * (WAIT + 2 * WORK) - 5
-    assert 1000 * 2 * WORK - 5 <= group.function_ms < 1000 * WAIT
+    # On a busy machine the functions take longer; the wait is in the group's time alone.
+    assert 1000 * 2 * WORK - 5 <= group.function_ms < group.duration_ms - 1000 * WAIT / 2
     assert seen == [pytest.approx(group.duration_ms, abs=1.1)]
     outer = next(bar for bar in bars if bar.at == "0")
     inner = [bar for bar in bars if bar.at != "0"]
