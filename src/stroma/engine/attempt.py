@@ -37,7 +37,7 @@ from stroma.engine.execution import NodeExecution
 from stroma.engine.metering import count_returned, price
 from stroma.engine.open_attempt import OpenAttempt
 from stroma.engine.outcome import GroupStopped, Halt
-from stroma.engine.tasks import in_thread, passes_through
+from stroma.engine.tasks import call_in_thread, passes_through
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import (
     Failure,
@@ -254,11 +254,7 @@ class NodeAttempt(OpenAttempt):
             self.run.start_children()
             return node.run(ctx, self.run, state)
         context = ctx.node_context() if node.wants_context else ctx.context
-        return node.call(state, context) if node.is_async else self._call_in_thread(node, state, context)
-
-    async def _call_in_thread(self, node: Node, state: BaseModel, context: dict[str, Any]) -> Any:
-        returned = await in_thread(node.call, (state, context))
-        return await returned if isinstance(returned, Awaitable) else returned
+        return node.call(state, context) if node.is_async else call_in_thread(node.call, (state, context))
 
     def _stop_clock(self) -> None:
         """Note how long the function took; for a group, from the start of its first function to the end of its last."""

@@ -30,7 +30,7 @@ from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.commit import settle
 from stroma.engine.execution import NodeExecution
 from stroma.engine.restore import read_output
-from stroma.engine.tasks import as_store_error, in_thread, passes_through
+from stroma.engine.tasks import as_store_error, call_in_thread, passes_through
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import kind_of, message_of
 
@@ -200,8 +200,7 @@ class Effect:
                 if iscoroutinefunction(reconcile):
                     stated = await reconcile(state, run.idempotency_key)
                 else:
-                    stated = await in_thread(reconcile, (state, run.idempotency_key))
-                    stated = await stated if isinstance(stated, Awaitable) else stated
+                    stated = await call_in_thread(reconcile, (state, run.idempotency_key))
         except BaseException as error:
             if passes_through(error, cancelling, in_group=False):
                 raise

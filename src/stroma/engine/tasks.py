@@ -18,6 +18,7 @@ __all__ = [
     "Shield",
     "TaskPool",
     "as_store_error",
+    "call_in_thread",
     "gather",
     "has_running_loop",
     "in_thread",
@@ -57,6 +58,12 @@ async def in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
     threading.Thread(target=work, name=f"stroma-{getattr(func, '__name__', 'node')}", daemon=True).start()
     return await done
+
+
+async def call_in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Call in a thread, and await in this task what an awaitable that it returns comes to."""
+    returned = await in_thread(func, args)
+    return await returned if isinstance(returned, Awaitable) else returned
 
 
 def passes_through(error: BaseException, cancelling: int, *, in_group: bool) -> bool:
