@@ -31,6 +31,7 @@ from stroma.adapters._guarded_call import Call
 from stroma.adapters._guarded_run import ACTIVE, GuardedRun
 from stroma.adapters._state_views import View, arguments_of, first_argument, violation
 from stroma.adapters._step import Control, GuardedStep, causes
+from stroma.adapters._wrapped import Kind, wrapped
 from stroma.checkpoint.decisions import ENDED
 from stroma.contracts.contract import ContractRegistry, NodeContract, check_id
 from stroma.contracts.node import gives_coroutine
@@ -60,8 +61,6 @@ _GUARD: Final = "_stroma_guarded"
 _CONTRACT: Final = "_stroma_guarded_contract"
 #: How many runs that have ended the default store has at most.
 KEPT_RUNS: Final = 100
-#: How a callable is called: as a function, a coroutine function, a generator function or an async one.
-Kind: TypeAlias = Literal["call", "acall", "stream", "astream"]
 #: Contracts by the name that a framework has for a node or tool; a pair is the schemas of its input and output.
 Contracts: TypeAlias = Mapping[str, NodeContract[Any, Any] | tuple[type[BaseModel], type[BaseModel]]]
 
@@ -272,10 +271,10 @@ class Guard:
         step = GuardedStep(
             check_id(step_id, "step id"), input_view=input_view or arguments_of(func), **options
         )
-        wrapped = _WAYS[kind or _kind_of(func)](self, step, func)
+        wrapper = wrapped(lambda: self.current, step, func, kind)
         # inspect.signature() follows __wrapped__. A __signature__ would hold `self`, and those who wrap a method copy it.
-        functools.update_wrapper(wrapped, func, updated=("__dict__",) if inspect.isroutine(func) else ())
-        return cast("Callable[P, R]", self.mark(wrapped, step.contract))
+        functools.update_wrapper(wrapper, func, updated=("__dict__",) if inspect.isroutine(func) else ())
+        return cast("Callable[P, R]", self.mark(wrapper, step.contract))
 
     def call(self, step: GuardedStep, func: Callable[..., R], *args: Any, **kwargs: Any) -> R:
         """Call a function once as a step, for code that creates steps dynamically."""
@@ -408,67 +407,3 @@ def contract_for(
         output_schema=output_schema or UntypedState,
         **effect,
     )
-
-
-# ---------------------------------------------------------------------- kinds of callables
-
-
-def _kind_of(func: Callable[..., Any]) -> Kind:
-    while isinstance(func, functools.partial):
-        func = func.func
-    for candidate in (func, getattr(func, "__call__", None)):  # noqa: B004
-        if inspect.isasyncgenfunction(candidate):
-            return "astream"
-        if inspect.isgeneratorfunction(candidate):
-            return "stream"
-    return "acall" if gives_coroutine(func) else "call"
-
-
-def _call(guard: Guard, step: GuardedStep, func: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return Call(guard.current, step, func, args, kwargs).call()
-
-    return call
-
-
-def _acall(guard: Guard, step: GuardedStep, func: Callable[..., Any]) -> Callable[..., Any]:
-    async def acall(*args: Any, **kwargs: Any) -> Any:
-        return await Call(guard.current, step, func, args, kwargs).acall()
-
-    return acall
-
-
-def _stream(guard: Guard, step: GuardedStep, func: Callable[..., Any]) -> Callable[..., Any]:
-    def stream(*args: Any, **kwargs: Any) -> Any:
-        return (yield from Call(guard.current, step, func, args, kwargs).stream())
-
-    return stream
-
-
-def _astream(guard: Guard, step: GuardedStep, func: Callable[..., Any]) -> Callable[..., Any]:
-    async def astream(*args: Any, **kwargs: Any) -> Any:
-        # The async form of `yield from`.
-        stream = Call(guard.current, step, func, args, kwargs).astream()
-        advance: Callable[[], Any] = stream.__anext__
-        while True:
-            try:
-                chunk = await advance()
-            except StopAsyncIteration:
-                return
-            try:
-                advance = functools.partial(stream.asend, (yield chunk))
-            except GeneratorExit:
-                await stream.aclose()
-                raise
-            except BaseException as thrown:
-                advance = functools.partial(stream.athrow, thrown)
-
-    return astream
-
-
-_WAYS: dict[Kind, Callable[[Guard, GuardedStep, Callable[..., Any]], Callable[..., Any]]] = {
-    "call": _call,
-    "acall": _acall,
-    "stream": _stream,
-    "astream": _astream,
-}

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from operator import itemgetter
-from typing import Any, Final, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel
 
@@ -32,6 +32,7 @@ from stroma.checkpoint.durable.leases import LeaseRenewer
 from stroma.checkpoint.durable.operations import CellChange, Transaction
 from stroma.checkpoint.durable.owner import new_owner
 from stroma.checkpoint.durable.reader import ReadableStore
+from stroma.checkpoint.durable.retention import Collected, collect_expired
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunRow, Step, StepRow
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.durable.session_open import finish_execution
@@ -39,7 +40,7 @@ from stroma.checkpoint.durable.worker import Connection, Operation, Worker, gene
 from stroma.checkpoint.entries import Committed, RunRequest, Waiting, count_items, map_not_found
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import BLOB, BlobStore, PayloadPlace, Payloads, collect
+from stroma.checkpoint.payloads import BLOB, BlobStore, PayloadPlace, Payloads
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema
 from stroma.failures.errors import BUDGET, PAUSED
@@ -48,16 +49,6 @@ __all__ = ["DurableStore"]
 
 T = TypeVar("T")
 logger = logging.getLogger("stroma")
-
-_GC_PAGE_SIZE: Final = 500  # expired runs of one query
-_GC_BATCH_SIZE: Final = 50  # deletions submitted together: other operations wait for them
-
-
-class Collected(NamedTuple):
-    """Numbers of runs and blobs that gc() deleted."""
-
-    runs: int
-    blobs: int
 
 
 class DurableStore(ReadableStore):
@@ -384,31 +375,8 @@ class DurableStore(ReadableStore):
         Runs with an owner and blobs younger than an hour are never deleted. Ages are measured by the clock of the store's
         server, if it has one; the clock of the blobs must differ by less than an hour. Raises StoreError.
         """
-        now_ms = await asyncio.to_thread(self.read, lambda rows: rows.now_ms(), 0)
-        before = now_ms - int(keep_for.total_seconds() * 1000)
-        deleted = 0
-        while run_ids := await asyncio.to_thread(
-            self.read,
-            lambda rows: rows.expired_run_ids(before, unfinished=unfinished, limit=_GC_PAGE_SIZE),
-            list[str](),
-        ):
-            results: list[bool] = []
-            for first in range(0, len(run_ids), _GC_BATCH_SIZE):
-                # The transaction that deletes a run checks it again.
-                results += await asyncio.gather(
-                    *(
-                        self._submit(Transaction(run_id, partial(_delete_if_free, run_id, before)))
-                        for run_id in run_ids[first : first + _GC_BATCH_SIZE]
-                    )
-                )
-            deleted += sum(results)
-            if not any(results):
-                break  # The remaining runs have owners.
-        swept, blobs = 0, blobs or self._payloads.blobs
-        if blobs is not None:
-            in_use = await asyncio.to_thread(self.read, _referenced_blobs, set[str]())
-            swept = await asyncio.to_thread(collect, blobs, in_use, now_ms / 1000)
-        return Collected(deleted, swept)
+        blobs = blobs or self._payloads.blobs
+        return await collect_expired(self.read, self._submit, keep_for, unfinished=unfinished, blobs=blobs)
 
     # ------------------------------------------------------------------ closing
 
@@ -445,18 +413,3 @@ def _last_fence(run: RunRow) -> Fence:
 
 def _changing(name: str, change: Change[Any]) -> CellChange:
     return CellChange(check_id(name, "cell name"), change)
-
-
-def _referenced_blobs(rows: Rows) -> set[str]:
-    return {reference[len(BLOB) :].hex() for reference in rows.blobs()}
-
-
-def _delete_if_free(run_id: str, before_ms: int, rows: Rows) -> bool:
-    try:
-        run = rows.find(run_id, lock=True)
-    except CorruptCheckpoint:
-        return False  # A damaged run may have an owner: it must be deleted by delete().
-    if run is None or run.holder is not None or run.updated_ms >= before_ms:
-        return False
-    rows.delete(run_id)
-    return True

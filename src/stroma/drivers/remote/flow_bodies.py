@@ -10,35 +10,29 @@ records are stored (in the state of the run), and who waits.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from bisect import bisect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import CheckpointManager, Committed, InMemoryStore, StepCall, StoreError, Waiting
-from stroma.checkpoint.entries import OF_FLOW
+from stroma.checkpoint import CheckpointManager, InMemoryStore, StoreError
 from stroma.checkpoint.payloads import BlobStore
-from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.node import FlowNode, Group, Node
-from stroma.contracts.schema import Schema, schema_of
+from stroma.contracts.schema import schema_of
 from stroma.cost.tracker import CostTracker
 from stroma.drivers.remote.children import merged, spans_of
+from stroma.drivers.remote.flow_records import FlowValues, StateSession, answer_of
 from stroma.drivers.remote.plans import FROZEN, KnownNodes, spec_of
-from stroma.drivers.remote.results import no_room_error, read_value
 from stroma.drivers.remote.state import (
     Continue,
     Driver,
-    FlowRecords,
     NodePlace,
     RunState,
     StoppedExecution,
 )
 from stroma.drivers.remote.wire import (
-    LARGE,
-    Answer,
     ClassName,
     Event,
     NodeSpec,
@@ -46,7 +40,6 @@ from stroma.drivers.remote.wire import (
     Value,
     decode_failure,
     encode_failure,
-    json_size,
 )
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
@@ -59,7 +52,6 @@ from stroma.runner.flows.body import run_flow
 from stroma.runner.flows.driver import FlowDriver
 from stroma.runner.flows.journal import FlowJournal
 from stroma.runner.flows.suspension import OpenWait, Waits
-from stroma.trace.events import AttemptRow
 
 __all__ = ["FlowBodies", "FlowSite", "run_body"]
 
@@ -67,8 +59,6 @@ __all__ = ["FlowBodies", "FlowSite", "run_body"]
 _MAX_LIVE_STEPS: Final = 500
 #: Bytes of rows and records beyond the room for states: with both, a payload of Temporal is full.
 _MAX_OVERDRAFT: Final = 256 * 1024
-#: Bytes of the record of a step, its input and output apart.
-_STEP: Final = 200
 
 
 class FlowSite(NamedTuple):
@@ -133,140 +123,6 @@ async def run_body(
     assert output is not None
     steps.state["waiting"].clear()
     return output
-
-
-class _Values:
-    """States of a flow in stored form. Large ones are in the store of payloads, under the hash of their content."""
-
-    def __init__(self, site: FlowSite, state: RunState) -> None:
-        self._site = site
-        self._state = state
-
-    def store(self, text: str, cls: ClassName, *, counts: bool) -> Value:
-        """Return a text as a value. ``counts``: it stays in the state of the run. Raises StoreError."""
-        size, store = json_size(text), self._site.payloads
-        if size < LARGE and (not counts or size <= self._state["room"]):
-            if counts:
-                self._state["room"] -= size
-            return {"text": text, "size": size, "cls": cls}
-        if store is None:
-            raise no_room_error(size, self._state["room"])
-        data = text.encode()
-        name = hashlib.sha256(data).hexdigest()
-        store.put(name, data)
-        return {"blob": name, "size": size, "cls": cls}
-
-    def text_of(self, value: Value) -> str:
-        return read_value(self._site.payloads, value)
-
-
-class _StateSession(NullSession):
-    """The session of a flow whose records are in the state of the run."""
-
-    stores_inputs = True
-
-    def __init__(self, state: RunState, values: _Values, position: int) -> None:
-        self._state = state
-        self._values = values
-        records: FlowRecords = state.setdefault("flow", {"notes": {}, "steps": {}, "questions": {}})
-        self._records = records
-        self.continued = bool(records["notes"] or records["steps"] or records["questions"])
-        self.notes: Mapping[str, bytes] = {key: text.encode() for key, text in records["notes"].items()}
-        self.restored: Mapping[tuple[int, str], Committed] = {
-            (position, key.partition("|")[2]): self._committed(key, *step)
-            for key, step in records["steps"].items()
-            if key in state["done"]
-        }
-        self._waiting = {
-            (one["position"], one["branch"]): _waiting_of(one, None) for one in records["questions"].values()
-        }
-        self.waiting: Mapping[tuple[int, str], Waiting] = self._waiting
-        self.answers()
-        #: The output of the flow itself.
-        self.output: Value | None = None
-
-    def _committed(
-        self, key: str, node_id: str, kind: str, contract: str, input_key: str | None
-    ) -> Committed:
-        call = StepCall(OF_FLOW, None if input_key is None else input_key.encode())
-        return Committed(node_id, self._values.text_of(self._state["done"][key]).encode(), contract, call)
-
-    def begin_step(self, key: str, node: Node | Group, schema: Schema, input_key: bytes | None) -> None:
-        """Record which call of a step is made, before its output is there."""
-        text = None if input_key is None else input_key.decode()
-        before = self._records["steps"].get(key)
-        if before is not None and before[3] != text:  # Another call than that of an earlier process.
-            for inside in [one for one in self._state["done"] if one == key or one.startswith(f"{key}.")]:
-                del self._state["done"][inside]
-        elif not isinstance(node, Group):
-            self._state["done"].pop(key, None)
-        self._state["room"] -= 0 if before is not None else json_size(text or "") + len(key) + _STEP
-        kind = "group" if isinstance(node, Group) else "node"
-        self._records["steps"][key] = [node.node_id, kind, schema.fingerprint, text]
-
-    def forget_inside(self, key: str) -> None:
-        """Delete what the state holds of the children of a group that has its output."""
-        for states in (self._state["maps"], self._state["done"], self._state["effects"]):
-            for inside in [one for one in states if one.startswith(f"{key}.")]:
-                del states[inside]
-        self._state["maps"].pop(key, None)
-
-    def record(
-        self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
-    ) -> None:
-        """Record the output of a flow."""
-        assert schema is not None
-        assert output is not None
-        cls: ClassName = ["out", row.node_id, schema.fingerprint]
-        value = self._values.store(schema.encode(output).decode(), cls, counts=True)
-        if not row.branch:
-            self.output = value
-            return
-        key = f"{row.position}|{row.branch}"
-        input_key = None if call is None or call.input_key is None else call.input_key.decode()
-        self._records["steps"][key] = [row.node_id, "node", schema.fingerprint, input_key]
-        self._state["done"][key] = value
-
-    def note(self, key: str, data: bytes | None) -> None:
-        notes = self._records["notes"]
-        before = notes.pop(key, None)
-        if before is not None:
-            self._state["room"] += json_size(before) + len(key)
-        if data is not None:
-            notes[key] = data.decode()
-            self._state["room"] -= json_size(notes[key]) + len(key)
-
-    def ask(self, waiting: Waiting) -> None:
-        key = f"{waiting.position}|{waiting.branch}"
-        self._records["questions"][key] = answer_of(waiting)
-        self._waiting[waiting.position, waiting.branch] = waiting
-        if waiting.payload is None:
-            self._state["answers"].pop(key, None)
-        else:  # It has expired, or was cancelled: an answer that comes later is refused.
-            self._state["answers"][key] = answer_of(waiting)
-
-    def answers(self) -> Mapping[tuple[int, str], Waiting]:
-        for key, answer in self._state["answers"].items():
-            if key in self._records["questions"]:
-                place = (answer["position"], answer["branch"])
-                self._waiting[place] = _waiting_of(answer, answer["payload"])
-        return self._waiting
-
-
-def answer_of(waiting: Waiting) -> Answer:
-    """Return a question or an answer as plain data."""
-    payload = None if waiting.payload is None else waiting.payload.decode()
-    return {
-        "position": waiting.position, "branch": waiting.branch, "node_id": waiting.node_id, "reason": waiting.reason,
-        "schema_ref": waiting.schema_ref, "payload": payload,
-    }  # fmt: skip
-
-
-def _waiting_of(one: Answer, payload: str | None) -> Waiting:
-    return Waiting(
-        one["position"], one["branch"], one["node_id"], one["reason"], one["schema_ref"],
-        None if payload is None else payload.encode(),
-    )  # fmt: skip
 
 
 class _RemoteWaits(Waits):
@@ -334,8 +190,8 @@ class _RemoteFlow(FlowDriver):
         self._steps = steps
         self._bodies = bodies
         self._site = site
-        self.values = _Values(site, steps.state)
-        self.session = _StateSession(steps.state, self.values, place.position)
+        self.values = FlowValues(site.payloads, steps.state)
+        self.session = StateSession(steps.state, self.values, place.position)
         ctx = _context_of(steps, site)
         ctx.run_logger = _BodyLogger(ctx.run_id, bodies)
         ctx.session = self.session
