@@ -400,7 +400,7 @@ _ASKS = re.compile(
     r"(?:(?:self\.)?ctx\.fire\.on_\w+ is not None|calls is not None|run\._at_end is not None"
     r"|ctx\.delivers(?: and self\.row is not None)?):"
 )
-_FILES = ("attempt.py", "context.py", "loop.py", "restore.py")
+_FILES = ("attempt.py", "context.py", "loop.py", "open_attempt.py", "restore.py")
 
 
 def strip_questions(package: Path) -> int:

@@ -1,6 +1,8 @@
 """FakeClock."""
 
 import asyncio
+import importlib
+import pkgutil
 import socketserver
 import threading
 import time
@@ -19,6 +21,9 @@ from stroma import (
     RunStatus,
     SQLiteStore,
     StromaRunner,
+    engine,
+    hooks,
+    runner,
     stroma_node,
 )
 from stroma.testing import FakeClock
@@ -58,6 +63,28 @@ def test_it_works_around_code_that_makes_its_own_event_loop():
         return asyncio.get_running_loop().time()
 
     assert abs(asyncio.run(now()) - time.monotonic()) < 600
+
+
+def test_no_module_of_a_run_goes_by_another_clock():
+    """Whatever the engine, the runner and hooks read the time by is the clock's."""
+    found = [
+        importlib.import_module(module.name)
+        for package in (engine, runner, hooks)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    ]
+    real = (time.perf_counter, time.perf_counter_ns, time.monotonic, time.time_ns)
+    readers = [
+        module for module in found if any(value in real for value in vars(module).values() if callable(value))
+    ]
+    assert len(readers) > 10
+    with FakeClock():
+        left = [
+            (module.__name__, name)
+            for module in readers
+            for name, value in vars(module).items()
+            if callable(value) and value in real
+        ]
+    assert left == []
 
 
 async def test_several_sleepers_wake_in_the_order_in_which_they_are_due():

@@ -14,7 +14,22 @@ from pydantic import BaseModel
 
 from stroma.adapters._background_loop import Turn, hand_back, start_in_background
 from stroma.adapters._state_views import given_to, made_by
-from stroma.adapters._step import CallTask, GuardedStep, Halts, InnerCalls, Invoke, count_tokens, find_halt
+from stroma.adapters._step import (
+    CallTask,
+    GuardedStep,
+    Halts,
+    InnerCalls,
+    Invoke,
+    Undeclared,
+    aclose_stream,
+    close_stream,
+    count_tokens,
+    current_task,
+    find_halt,
+    is_cancelled,
+    not_awaitable,
+    stops_caller,
+)
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StepCall
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Node, held_by
@@ -32,10 +47,6 @@ from stroma.hooks.dispatch import HookNotAsync
 from stroma.trace.redaction import scrubbed_error
 
 __all__ = ["Call"]
-
-
-class Undeclared(TypeError):
-    """A plain function returned an awaitable, whose work would not be guarded."""
 
 
 class StepOwner(Protocol):
@@ -108,9 +119,9 @@ class Call:
                 value, error = None, None
                 try:
                     with turn.here():
-                        value = _not_awaitable(self.step, self.func(*self.args, **self.kwargs))
+                        value = not_awaitable(self.step, self.func(*self.args, **self.kwargs))
                 except BaseException as raised:
-                    if _stops_caller(self.step, raised):
+                    if stops_caller(self.step, raised):
                         raise
                     error = raised
                 turn.settle(value, error)
@@ -141,7 +152,7 @@ class Call:
                         turn.settle(end.value, None)
                         break
                     except BaseException as raised:
-                        if _stops_caller(self.step, raised):
+                        if stops_caller(self.step, raised):
                             raise
                         turn.settle(None, raised)
                         break
@@ -150,7 +161,7 @@ class Call:
                         sent = yield chunk
                     except GeneratorExit:
                         with turn.here():
-                            _close(source)
+                            close_stream(source)
                         raise
                     except BaseException as thrown:
                         if not hasattr(source, "throw"):
@@ -173,7 +184,7 @@ class Call:
             self._execute(hand_back(base, inbox.put_nowait)), context=base.copy()
         )
         engine.add_done_callback(lambda _: inbox.put_nowait(None))
-        entry = _current_task()
+        entry = current_task()
         try:
             while (turn := await inbox.get()) is not None:
                 source: Any = None
@@ -188,7 +199,7 @@ class Call:
                         turn.settle(None, None)
                         break
                     except BaseException as raised:
-                        if _stops_caller(self.step, raised) or _is_cancelled(entry):
+                        if stops_caller(self.step, raised) or is_cancelled(entry):
                             raise
                         turn.settle(None, raised)
                         break
@@ -197,7 +208,7 @@ class Call:
                         sent = yield chunk
                     except GeneratorExit:
                         with turn.here():
-                            await _aclose(source)
+                            await aclose_stream(source)
                         raise
                     except BaseException as thrown:
                         if not hasattr(source, "athrow"):
@@ -252,7 +263,7 @@ class Call:
         if parent is not None and parent.ctx is not ctx:
             parent = None
         halts = run.halts if parent is None else InnerCalls.of(parent).halts
-        contract, entry = self._contract(), _current_task()
+        contract, entry = self._contract(), current_task()
         state = given_to(self.seen_input(), contract)
         position, branch, step_call = run.place(parent, step.step_id, state)
         if (refusal := run.refusal(step.step_id) or run.unknown_effects.get(step.step_id)) is not None:
@@ -260,30 +271,7 @@ class Call:
             run.note(refusal)
             return refusal
 
-        async def perform(_: BaseModel) -> Any:
-            self.error, self.raises_own_error = None, False
-            execution = CURRENT.get()
-            assert execution is not None
-            self.execution = execution
-            if (
-                refusal := run.refusal(step.step_id)
-            ) is not None:  # It was cancelled while it waited for another attempt.
-                raise GroupStopped(refusal)
-            inner = InnerCalls.of(execution)
-            execution.enter(perf_counter_ns())
-            try:
-                value, error = await invoke()
-            except BaseException as raised:
-                value, error = None, raised
-            finally:
-                execution.leave(perf_counter_ns())
-            if error is not None:
-                return self._handle_error(execution, inner, error, contract, entry)
-            self.value = value
-            if self.count:
-                value = self._stream_result(value)
-            return self._output_of(execution, value, contract)
-
+        perform = partial(self._perform, invoke, contract, entry)
         place = Place(
             position,
             branch,
@@ -305,6 +293,33 @@ class Call:
         elif contract is not None and contract.effect:
             self._take_stated(outcome)
         return outcome
+
+    async def _perform(
+        self, invoke: Invoke, contract: NodeContract[Any, Any] | None, entry: CallTask, _: BaseModel
+    ) -> Any:
+        """Call once, as the function of a node: the engine has one attempt made by this."""
+        run, step_id = self.run, self.step.step_id
+        self.error, self.raises_own_error = None, False
+        execution = CURRENT.get()
+        assert execution is not None
+        self.execution = execution
+        refusal = run.refusal(step_id)
+        if refusal is not None:  # It was cancelled while it waited for another attempt.
+            raise GroupStopped(refusal)
+        inner = InnerCalls.of(execution)
+        execution.enter(perf_counter_ns())
+        try:
+            value, error = await invoke()
+        except BaseException as raised:
+            value, error = None, raised
+        finally:
+            execution.leave(perf_counter_ns())
+        if error is not None:
+            return self._handle_error(execution, inner, error, contract, entry)
+        self.value = value
+        if self.count:
+            value = self._stream_result(value)
+        return self._output_of(execution, value, contract)
 
     def _take_stated(self, output: BaseModel) -> None:
         """Let the caller have the output of an effect that was stated or recorded, in place of what a call returned."""
@@ -390,7 +405,7 @@ class Call:
             ) from error
         # A CancelledError without a cancellation of the task is a failure like any other.
         if isinstance(error, Exception) or (
-            isinstance_by_type(error, asyncio.CancelledError) and not _is_cancelled(entry)
+            isinstance_by_type(error, asyncio.CancelledError) and not is_cancelled(entry)
         ):
             halt = find_halt(error, inner.halts)
             # It was retried where it happened: not again at each level above, unless the config says so.
@@ -429,43 +444,3 @@ class Call:
 
 def _failure(error: BaseException, kind: FailureClass, where: NodeContext, message: str) -> Failure:
     return Failure(error, kind, where.node_id, where.attempt, message)
-
-
-def _stops_caller(step: GuardedStep, error: BaseException) -> bool:
-    """Return True for a BaseException that stops the caller itself, and is not control flow of the framework."""
-    if isinstance(error, (Exception, asyncio.CancelledError)):
-        return False
-    return step.control is None or step.control(error) is None
-
-
-def _current_task() -> CallTask:
-    task = asyncio.current_task()
-    return task, 0 if task is None else task.cancelling()
-
-
-def _is_cancelled(entry: CallTask) -> bool:
-    """Return True if the running task is being cancelled, since the call entered it."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > (entry[1] if task is entry[0] else 0)
-
-
-def _not_awaitable(step: GuardedStep, value: Any) -> Any:
-    if isinstance(value, Awaitable):
-        close = getattr(value, "close", None)
-        if close is not None:
-            close()
-        raise Undeclared(
-            f"step {step.step_id!r} looks like a plain function and returned a {type(value).__name__}; "
-            "define it with `async def`, or mark it with inspect.markcoroutinefunction"
-        )
-    return value
-
-
-def _close(source: Any) -> None:
-    if hasattr(source, "close"):
-        source.close()
-
-
-async def _aclose(source: Any) -> None:
-    if hasattr(source, "aclose"):
-        await source.aclose()

@@ -23,12 +23,19 @@ __all__ = [
     "Halts",
     "InnerCalls",
     "Invoke",
+    "Undeclared",
+    "aclose_stream",
     "causes",
+    "close_stream",
     "copy_for_retries",
     "count_tokens",
+    "current_task",
     "find_halt",
     "input_of_attempt",
+    "is_cancelled",
     "mark_published",
+    "not_awaitable",
+    "stops_caller",
 ]  # fmt: skip
 
 
@@ -163,3 +170,47 @@ def count_tokens(rows: Sequence[AttemptRow | TraceEvent]) -> tuple[int, int]:
             input_tokens += inner_input
             output_tokens += inner_output
     return input_tokens, output_tokens
+
+
+def current_task() -> CallTask:
+    task = asyncio.current_task()
+    return task, 0 if task is None else task.cancelling()
+
+
+def is_cancelled(entry: CallTask) -> bool:
+    """Return True if the running task is being cancelled, since the call entered it."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > (entry[1] if task is entry[0] else 0)
+
+
+def close_stream(source: Any) -> None:
+    if hasattr(source, "close"):
+        source.close()
+
+
+async def aclose_stream(source: Any) -> None:
+    if hasattr(source, "aclose"):
+        await source.aclose()
+
+
+class Undeclared(TypeError):
+    """A plain function returned an awaitable, whose work would not be guarded."""
+
+
+def stops_caller(step: GuardedStep, error: BaseException) -> bool:
+    """Return True for a BaseException that stops the caller itself, and is not control flow of the framework."""
+    if isinstance(error, (Exception, asyncio.CancelledError)):
+        return False
+    return step.control is None or step.control(error) is None
+
+
+def not_awaitable(step: GuardedStep, value: Any) -> Any:
+    if isinstance(value, Awaitable):
+        close = getattr(value, "close", None)
+        if close is not None:
+            close()
+        raise Undeclared(
+            f"step {step.step_id!r} looks like a plain function and returned a {type(value).__name__}; "
+            "define it with `async def`, or mark it with inspect.markcoroutinefunction"
+        )
+    return value

@@ -98,7 +98,8 @@ class OpenAttempt:
         unread: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
         """Prepare the calls of the hooks of the end; see :class:`stroma.hooks.dispatch.Firing`."""
-        if calls is not None and self.row is not None:
+        assert self.row is not None
+        if calls is not None:
             if self.first_unstarted is not None:
                 calls = tuple([call for call in calls if call[0] < self.first_unstarted])
             event = f"on_node_{self.row.outcome}"

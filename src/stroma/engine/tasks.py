@@ -19,10 +19,12 @@ __all__ = [
     "TaskPool",
     "as_store_error",
     "call_in_thread",
+    "cancel_all",
     "gather",
     "has_running_loop",
     "in_thread",
     "passes_through",
+    "retrieve_exception",
 ]
 
 #: For how long a cancelled task waits for what must not be lost: longer than our own stores try.
@@ -237,6 +239,29 @@ class TaskPool:
         for waiter in (self._has_room, None if self._running else self._is_idle):
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
+
+
+async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks in their order, and await their ends; a cancellation of the caller meanwhile is raised after that."""
+    pending = set(tasks)
+    for task in tasks:
+        task.cancel()
+    cancelled = False
+    while pending:
+        try:
+            ended, pending = await asyncio.wait(pending)
+            for task in ended:
+                retrieve_exception(task)
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
+
+
+def retrieve_exception(task: asyncio.Task[Any]) -> None:
+    """Look at the exception of a task that ended in a tear-down, so that asyncio does not log it as lost."""
+    if task.done() and not task.cancelled():
+        task.exception()
 
 
 def has_running_loop() -> bool:

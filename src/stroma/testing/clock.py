@@ -18,7 +18,8 @@ from stroma.checkpoint.memory import runs as _memory_runs
 from stroma.checkpoint.sqlite import rows as _sqlite_rows
 from stroma.engine import admission as _admission
 from stroma.engine import attempt as _attempt
-from stroma.engine import context
+from stroma.engine import context, tasks
+from stroma.engine import deadlines as _deadlines
 from stroma.engine import loop as _engine
 from stroma.engine import metering as _usage
 from stroma.failures import providers as classifiers
@@ -26,6 +27,7 @@ from stroma.hooks import dispatch
 from stroma.limits import breaker
 from stroma.runner import map as _map
 from stroma.runner import map_progress
+from stroma.runner.flows import body, driver, flow_run, nested, output, steps, waits
 from stroma.runner.flows import suspension as _flow_time
 
 __all__ = ["FakeClock"]
@@ -148,7 +150,8 @@ class FakeClock:
         for module in (cells, _memory_runs, classifiers, breaker):
             self._patch(module, "time", shim)
         self._patch(_sqlite_rows, "_now_ms", lambda: self._time_ns() // 1_000_000)
-        for module in (_attempt, _engine, _admission, _map, context):
+        of_runs = (_attempt, _deadlines, _engine, _admission, _map, context)
+        for module in (*of_runs, body, driver, flow_run, nested, output, steps, waits):
             self._patch(module, "perf_counter_ns", self._ns)
         for module in (_admission, dispatch):
             self._patch(module, "perf_counter", self._perf_counter)
@@ -156,7 +159,7 @@ class FakeClock:
         for module in (context, _flow_time):
             self._patch(module, "time_ns", self._time_ns)
         self._patch(_engine, "sleep", self._sleep)
-        for module in (_attempt, _usage):
+        for module in (tasks, _usage):
             self._patch(module, "in_thread", self._watched(module.in_thread))
         submit = _worker.Worker.submit
         self._patch(_worker.Worker, "submit", lambda worker, work: self._watch(submit(worker, work)))

@@ -88,13 +88,7 @@ def ui(
     loopback, is_generated = _is_loopback(host), token is None
     token = _check_token(token, host, loopback)
     database = Database.from_option(db)
-    store = database.store
-    if not isinstance(store, AsyncStates):
-        raise Problem(
-            f"{database.name} is lost when its process ends",
-            "pass a durable store: --db FILE",
-            code=Code.USAGE,
-        )
+    store = _durable_store(database)
     if trace_url is not None and not trace_url.startswith(("http://", "https://")):
         raise Problem("--trace-url must begin with http:// or https://", code=Code.USAGE)
     pipeline, module = (None, None) if target is None else load_with_module(target)
@@ -106,14 +100,10 @@ def ui(
     private_host = f"stroma-{secrets.token_hex(8)}.localhost:{port}" if loopback and token else None
     address = f"http://{private_host or f'{shown_host}:{port}'}/"
     hosts = [f"{shown_host}:{port}", *names, *([] if private_host is None else [private_host])]
-    if loopback:
-        hosts += [f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"]
-    if port == 80:
-        hosts += [name.rpartition(":")[0] for name in hosts if name.endswith(":80")]
     settings = Settings(
         store=store,
         name=database.name,
-        hosts=hosts,
+        hosts=_with_other_names(hosts, port, loopback),
         token=token or None,
         private_host=None if private_host is None else private_host.removesuffix(":80"),
         redact=None if config is None else config.redact,
@@ -140,6 +130,17 @@ def ui(
     return Code.OK
 
 
+def _durable_store(database: Database) -> AsyncStates:
+    """Return the store of a database. Raises Problem for one in memory, which no other process can read."""
+    if not isinstance(database.store, AsyncStates):
+        raise Problem(
+            f"{database.name} is lost when its process ends",
+            "pass a durable store: --db FILE",
+            code=Code.USAGE,
+        )
+    return database.store
+
+
 def _check_token(token: str | None, host: str, loopback: bool) -> str | None:
     """Return the access token: the given one, or a new one for the loopback interface. Raises Problem."""
     if token is None and loopback:
@@ -153,6 +154,15 @@ def _check_token(token: str | None, host: str, loopback: bool) -> str | None:
     if token and len(token) < 16:
         raise Problem("the token must have at least 16 characters", code=Code.USAGE)
     return token
+
+
+def _with_other_names(hosts: list[str], port: int, loopback: bool) -> list[str]:
+    """Return the hosts that a request may name: also the usual names of this machine, and without the default port."""
+    if loopback:
+        hosts = [*hosts, f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"]
+    if port == 80:
+        hosts = [*hosts, *(name.rpartition(":")[0] for name in hosts if name.endswith(":80"))]
+    return hosts
 
 
 def _is_loopback(host: str) -> bool:

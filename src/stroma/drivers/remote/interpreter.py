@@ -38,6 +38,7 @@ from stroma.drivers.remote.wire import (
     ActivityRequest,
     Answer,
     EffectCall,
+    Event,
     FailureData,
     NodeSpec,
     Operation,
@@ -350,29 +351,7 @@ class Interpreter:
         row = reply.get("row")
         output = reply.get("output")
         if row is not None:
-            room = state["room"]
-            if row["input"] is not None or place.kind == "item":
-                state["room"] -= size_of(row["input"] or value)
-            row["input"] = row["input"] or value
-            if row["failure"] is not None:
-                row["failure"][1] = shortened(row["failure"][1], state["room"])
-            if "failure" in reply:
-                reply["failure"]["message"] = shortened(reply["failure"]["message"], state["room"])
-            state["room"] -= size_of(output) + row_size(row)
-            if place.groups:
-                row["charged"] = room - state["room"]
-            used = row["usage"]
-            if used is not None:
-                self.tracker.spend(used[0], used[2])
-            if not place.branch:
-                self.tracker.latency_ns += row.get("function_ns", row["duration_ns"])
-            tracker = self.tracker
-            state["spent"] = {
-                "tokens": tracker.total_tokens,
-                "cost_usd": tracker.total_cost_usd,
-                "latency_ms": tracker.latency_ns / 1e6,
-            }
-            place.rows.append(row)
+            self._take_row(place, value, row, reply)
         if "broken" in reply:
             if output is not None:
                 self._keep(place, output)
@@ -404,6 +383,32 @@ class Interpreter:
             exceeded["type"],
         ]
         return StoppedExecution({**exceeded, "attempt": row["attempt"]}, output, spent=True)
+
+    def _take_row(self, place: NodePlace, value: Value, row: Event, reply: Reply) -> None:
+        """Append the row of an attempt, and charge the run with its room, its usage and its time."""
+        state, tracker = self.state, self.tracker
+        room = state["room"]
+        if row["input"] is not None or place.kind == "item":
+            state["room"] -= size_of(row["input"] or value)
+        row["input"] = row["input"] or value
+        if row["failure"] is not None:
+            row["failure"][1] = shortened(row["failure"][1], state["room"])
+        if "failure" in reply:
+            reply["failure"]["message"] = shortened(reply["failure"]["message"], state["room"])
+        state["room"] -= size_of(reply.get("output")) + row_size(row)
+        if place.groups:
+            row["charged"] = room - state["room"]
+        used = row["usage"]
+        if used is not None:
+            tracker.spend(used[0], used[2])
+        if not place.branch:
+            tracker.latency_ns += row.get("function_ns", row["duration_ns"])
+        state["spent"] = {
+            "tokens": tracker.total_tokens,
+            "cost_usd": tracker.total_cost_usd,
+            "latency_ms": tracker.latency_ns / 1e6,
+        }
+        place.rows.append(row)
 
     def _exceeded(self, node_id: str) -> FailureData | None:
         exceeded = self.tracker.exceeded(self._budget, node_id)

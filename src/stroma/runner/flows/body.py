@@ -19,9 +19,10 @@ from stroma.engine.current import CURRENT
 from stroma.engine.loop import execute_in_turn
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
 from stroma.engine.restore import restore
+from stroma.engine.tasks import retrieve_exception
 from stroma.failures.failure import ends_run
 from stroma.runner.flows.driver import FlowDriver
-from stroma.runner.flows.flow_run import FlowRun, retrieve_exception
+from stroma.runner.flows.flow_run import FlowRun
 from stroma.runner.flows.journal import FlowJournal
 from stroma.runner.flows.output import commit_output
 from stroma.runner.flows.stuck import CURRENT_DRIVER

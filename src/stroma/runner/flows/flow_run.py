@@ -20,6 +20,7 @@ from stroma.engine.current import CURRENT
 from stroma.engine.execution import NodeExecution
 from stroma.engine.merged_models import spelled_out
 from stroma.engine.outcome import STOPPED
+from stroma.engine.tasks import cancel_all
 from stroma.failures.failure import Failure
 from stroma.runner.flows.descriptions import describe, describe_difference, shorten
 from stroma.runner.flows.driver import FlowDriver
@@ -28,7 +29,7 @@ from stroma.runner.flows.errors import FlowClosed, StepFailed
 from stroma.runner.flows.journal import CallRecord, input_key_of
 from stroma.runner.flows.order import ResultOrder
 
-__all__ = ["FlowRun", "as_output", "retrieve_exception"]
+__all__ = ["FlowRun", "as_output"]
 
 
 class FlowRun:
@@ -74,22 +75,7 @@ class FlowRun:
         self.execution.attempt = 1
         self.execution.remembers = False
         self.path: tuple[str, ...] = (*(() if parent is None else parent.path), node.node_id)
-        recorded = driver.journal.take(position, branch)
-        self.records = recorded.results
-        self.optional = {
-            one
-            for one in recorded.optional
-            if one in recorded.results or driver.journal.has_flow(position, f"{self.prefix}{one}")
-        }
-        if len(self.optional) < len(recorded.optional):
-            driver.journal.note_optional(position, branch, self.optional)
-        identity = branch.rpartition(".")[2]
-        #: All in it need not come again, nor come with the same inputs.
-        self.is_optional: bool = parent is not None and (parent.is_optional or identity in parent.optional)
-        if parent is not None and self.is_optional:
-            parent.optional.discard(identity)
-            self.optional = set(self.records)
-        self.order = ResultOrder(recorded.order, lambda: driver.activity, self._note_order, driver.watch)
+        self._take_records(parent)
         self.calls = StepCalls()
         #: By the nodes that were steps before, what a further call of them need not look at.
         self.known: dict[Any, Any] = {}
@@ -117,21 +103,33 @@ class FlowRun:
         self.attempt = NodeAttempt(ctx)
         self.attempt.begin = 0
         #: Its steps need neither limits nor the attempts of earlier processes.
-        self.is_plain = not (
-            ctx.timed
-            or ctx.limits
-            or ctx.gated
-            or ctx.tried
-            or self.gates
-            or is_map
-            or driver.replay_only
-            or driver.is_remote
-        )
+        needs_more = ctx.timed or ctx.limits or ctx.gated or ctx.tried or self.gates or is_map
+        self.is_plain = not (needs_more or driver.replay_only or driver.is_remote)
         self.has_ended = self.is_sequential = False
         driver.flows.append(self)
         if self.records:
             driver.disturb()
         driver.unreached += sum(self._is_required(identity) for identity in self.records)
+
+    def _take_records(self, parent: FlowRun | None) -> None:
+        """Take over what earlier processes recorded, and find out what of it need not come again."""
+        driver = self.driver
+        recorded = driver.journal.take(self.position, self.branch)
+        self.records = recorded.results
+        self.optional = {
+            one
+            for one in recorded.optional
+            if one in recorded.results or driver.journal.has_flow(self.position, f"{self.prefix}{one}")
+        }
+        if len(self.optional) < len(recorded.optional):
+            driver.journal.note_optional(self.position, self.branch, self.optional)
+        identity = self.branch.rpartition(".")[2]
+        #: All in it need not come again, nor come with the same inputs.
+        self.is_optional: bool = parent is not None and (parent.is_optional or identity in parent.optional)
+        if parent is not None and self.is_optional:
+            parent.optional.discard(identity)
+            self.optional = set(self.records)
+        self.order = ResultOrder(recorded.order, lambda: driver.activity, self._note_order, driver.watch)
 
     def _is_required(self, identity: str) -> bool:
         return identity not in self.optional
@@ -199,19 +197,7 @@ class FlowRun:
                 self.node.node_id,
                 len(tasks),
             )
-        for task in tasks:
-            task.cancel()
-        cancelled = False
-        while tasks:
-            try:
-                ended, _ = await asyncio.wait(tasks)
-                for task in ended:
-                    retrieve_exception(task)
-                    del tasks[task]
-            except asyncio.CancelledError:
-                cancelled = True
-        if cancelled:
-            raise asyncio.CancelledError
+        await cancel_all(tasks)
 
     def missing(self) -> str | None:
         """Return the text for a recorded call that the body did not make; None if it made all."""
@@ -382,24 +368,14 @@ class FlowRun:
         self._note_end("cancelled", identity, len(self.order.delivered))
         return True
 
-    def note_failure(
-        self,
-        identity: str,
-        failure: Failure,
-        input_key: bytes | None,
-    ) -> None:
+    def note_failure(self, identity: str, failure: Failure, input_key: bytes | None) -> None:
         """Record the failure of a call, before the body meets it."""
         driver, branch = self.driver, self.prefix + identity
         driver.journal.note_failure(self.position, branch, failure, input_key)
         key = EndKey(self.position, branch, "failure")
         driver.endings.ended[key] = CallEnd(self, identity, 0, 0, driver.activity)
 
-    def _note_end(
-        self,
-        kind: Literal["failure", "cancelled"],
-        identity: str,
-        index: int,
-    ) -> None:
+    def _note_end(self, kind: Literal["failure", "cancelled"], identity: str, index: int) -> None:
         driver, key = self.driver, EndKey(self.position, self.prefix + identity, kind)
         driver.endings.count += 1
         driver.endings.ended[key] = CallEnd(self, identity, index, driver.endings.count, driver.activity)
@@ -427,11 +403,7 @@ class FlowRun:
         return await order.wait(identity, 2, self.arrivals)
 
     def step_failed(
-        self,
-        failure: Failure,
-        identity: str,
-        index: int,
-        cause: BaseException | None = None,
+        self, failure: Failure, identity: str, index: int, cause: BaseException | None = None
     ) -> StepFailed:
         path = cause.path if isinstance(cause, StepFailed) else (*self.path, failure.node_id)
         error = StepFailed(failure, path)
@@ -459,12 +431,6 @@ class FlowRun:
             execution.busy_ns += self.lone_ns
             execution = execution.parent
         self.lone_ns = 0
-
-
-def retrieve_exception(task: asyncio.Task[Any]) -> None:
-    """Look at the exception of a task that ended in a tear-down, so that asyncio does not log it as lost."""
-    if task.done() and not task.cancelled():
-        task.exception()
 
 
 def as_output(model: BaseModel) -> Any:
