@@ -381,6 +381,47 @@ async def test_items_that_are_done_are_not_run_again(driver: Any, run_id: str) -
     assert [one["length"] for one in resumed.final_state.model_dump()["lengths"]] == [1, 2, 2, 2]
 
 
+@pytest.mark.parametrize("shape", ["parallel", "map", "map of a sequence"])
+async def test_what_crossed_the_budget_inside_of_a_group_is_not_called_again(
+    driver: Any, run_id: str, shape: str
+) -> None:
+    """It was paid for and is committed: a resume with a larger budget goes on with what was not called."""
+    calls: list[str] = []
+
+    class Text(BaseModel):
+        text: str
+
+    class Length(BaseModel):
+        length: int
+
+    async def measured(state: Text) -> Any:
+        calls.append(state.text)
+        return {"length": len(state.text)}, 60
+
+    async def left(state: Num) -> Any:
+        calls.append("l")
+        return {"left": state.n + 1}, 120
+
+    measure = node("length", measured, Text, Length)
+    each = [node("same", lambda state: {"text": state.text}, Text, Text), measure]
+    nodes: list[Any]
+    state: BaseModel
+    if shape == "parallel":
+        state, calls_made, left_over = Num(), ["l"], ["r", "join"]
+        group = parallel(node("l", left, Num, Left), half(calls, "r", "right", Right), max_concurrency=1)
+        nodes = [group, joined(calls)]
+    else:
+        state, calls_made, left_over = Texts(texts=["a", "bb", "cc"]), ["a", "bb"], ["cc"]
+        nodes = [map_over("texts", measure if shape == "map" else each, into="lengths", max_concurrency=1)]
+    async with driver.bind(nodes, budget=ExecutionBudget(max_tokens_total=100)) as bound:
+        result = await bound.run(state, run_id=run_id)
+        assert (result.status, result.total_tokens, calls) == (RunStatus.PARTIAL, 120, calls_made)
+    calls.clear()
+    async with driver.bind(nodes, budget=ExecutionBudget(max_tokens_total=1000)) as bound:
+        resumed = await bound.go_on(state, run_id)
+    assert (resumed.status, calls) == (RunStatus.RESUMED, left_over)
+
+
 async def test_nodes_of_an_item_that_are_done_are_not_run_again(driver: Any, run_id: str) -> None:
     """On resume an item continues with the node that did not finish, and the others with theirs."""
     calls: list[str] = []

@@ -139,11 +139,12 @@ class Children:
         number = 0 if self._each else index
         place = self._place.child(index, spec, number, self.rows, kind, self.traceparent)
         outcome = await self._run.execute(place, value)
+        output = outcome.output if isinstance(outcome, StoppedExecution) else outcome
+        if output is not None and self._map is not None:
+            self._map["outputs"][str(index)] = output
+            self._forget_inside(place)
         if not isinstance(outcome, StoppedExecution):
             self.outputs[index] = outcome
-            if self._map is not None:
-                self._map["outputs"][str(index)] = outcome
-                self._forget_inside(place)
             return
         if outcome.suspended:  # Its siblings go on, so that only the suspended nodes remain to be run.
             self._waits.append(outcome)

@@ -263,8 +263,10 @@ class Interpreter:
             outcome = await self._group(place, value)
         else:
             outcome = await self._node(place, value)
-        if place.branch and not isinstance(outcome, StoppedExecution) and place.kind != "item":
-            self.state["done"][place.key] = outcome
+        # An output that took the run over its budget is committed as well.
+        output = outcome.output if isinstance(outcome, StoppedExecution) else outcome
+        if place.branch and output is not None and place.kind != "item":
+            self.state["done"][place.key] = output
         return outcome
 
     async def _node(self, place: NodePlace, value: Value) -> Value | StoppedExecution:
