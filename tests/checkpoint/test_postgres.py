@@ -552,8 +552,16 @@ async def test_an_opening_whose_answer_is_lost(server: PostgresServer, schema: s
     assert [counted(server, schema, table) for table in ("runs", "steps", "attempts", "inputs")] == [0] * 4
 
 
-async def test_a_server_that_is_killed(server: PostgresServer, store: PostgresStore, schema: str) -> None:
+@pytest.fixture
+def patient_store(server: PostgresServer, schema: str) -> Iterator[PostgresStore]:
+    """A store that waits for the recovery of a server on a busy machine."""
+    with PostgresStore(server.dsn, schema=schema, _patience_seconds=90) as store:
+        yield store
+
+
+async def test_a_server_that_is_killed(server: PostgresServer, patient_store: PostgresStore) -> None:
     """SIGKILL of the server: nothing that was acknowledged is lost, what comes meanwhile waits for the restart."""
+    store = patient_store
     sessions = [await begin(store, f"run {i}", lease_seconds=120) for i in range(4)]
     acknowledged = [0] * 4
     stop = False

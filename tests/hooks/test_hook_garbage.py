@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import pytest
 from pydantic import BaseModel
 
 from stroma import NodeHooks, StromaRunner, map_over
@@ -19,6 +20,7 @@ class Many(BaseModel):
     out: list[dict[str, Any]] = []
 
 
+@pytest.mark.core
 async def test_a_failed_attempt_with_hooks_leaves_no_cycle() -> None:
     """An exception that a map has collected is freed without the garbage collector."""
 

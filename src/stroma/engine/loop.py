@@ -18,7 +18,7 @@ import logging
 from collections.abc import Sequence
 from functools import cache, partial
 from time import perf_counter_ns
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from pydantic import BaseModel
 
@@ -60,9 +60,8 @@ async def execute(
         return halt_of_ended_run(ctx, node.node_id, finished)
     token = CURRENT.set(CURRENT.get())
     try:
-        outcome = await execute_in_turn(ctx, (node,), value, place)
-        assert not isinstance(outcome, Stopped)  # There is no further node.
-        return outcome
+        # STOPPED would be for a further node. No local variable has the outcome: see execute_in_turn().
+        return cast("BaseModel | Halt", await execute_in_turn(ctx, (node,), value, place))
     finally:
         leave(token)
 
@@ -134,19 +133,24 @@ async def execute_in_turn(
                     break
                 decision = _decide(ctx, run, node, outcome, number)
                 if isinstance(decision, Stop):
-                    return _stop(ctx, outcome, decision)
+                    outcome = _stop(ctx, outcome, decision)
+                    break
                 await _wait(ctx, run, outcome, number, decision.delay_seconds)
                 if ctx.cancelled:  # A step of plain code, whose task is the caller's own.
-                    return _stop(ctx, outcome, Stop("the run was cancelled"))
+                    outcome = _stop(ctx, outcome, Stop("the run was cancelled"))
+                    break
                 if task is not None:
                     cancelling = task.cancelling()
         finally:
             if run._at_end is not None:
                 run.close()
-            # The traceback of a failure references this frame: a node that is over must not stand in it (a cycle on 3.12).
+            # The traceback of a failure references this frame: nothing in it may reference the failure (a cycle on 3.12).
             del run
         if type(outcome) is Halt:
-            return outcome
+            try:
+                return outcome
+            finally:
+                del outcome
         value = outcome
     return value
 

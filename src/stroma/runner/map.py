@@ -175,7 +175,10 @@ class MapRun:
         if self.outputs is None:
             self._drop_inside(item.index)
         if isinstance(outcome, Halt):
-            await self._handle_halt(item, outcome)
+            try:
+                await self._handle_halt(item, outcome)
+            finally:
+                del outcome  # As in execute_in_turn().
             return
         if self.outputs is not None:
             self.outputs[item.index] = outcome
