@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
-from tests.simulation.world import CALL_TOKENS, PROCESSES
+from tests.simulation.world import CALL_TOKENS, PROCESSES, REPAIRS
 
 from stroma.limits.budget_state import read_account
 
@@ -89,6 +89,7 @@ class _Run:
         if not self.rewound:  # Else epochs were used twice.
             self.one_owner()
             self.nothing_twice()
+            self.bad_outputs_are_told()
             self.one_answer()
             self.cancels_hold()
 
@@ -185,6 +186,36 @@ class _Run:
                     self.problems.append(f"{more[1]} was committed again by {who} at {when}")
             elif what == "call" and more[1] in entries and more[0] == epoch:
                 self.problems.append(f"{who} called {more[1]} at {when}, which was committed")
+
+    def bad_outputs_are_told(self) -> None:
+        """Whoever calls a node after its recorded bad output is told of it, in whatever process; so often, and no oftener."""
+        made: dict[tuple[str, str], str] = {}
+        recorded: dict[str, str | None] = {}
+        repairs: Counter[str] = Counter()
+        epoch = 0
+        for when, who, what, _, *more in self.events:
+            if what in ("begun", "taken"):
+                epoch = more[0]
+                if what == "begun":
+                    recorded.clear()
+                    repairs.clear()
+            elif what == "finished":  # A resume begins with fresh retries.
+                recorded.clear()
+                repairs.clear()
+            elif what == "bad":
+                made[who, more[1]] = more[2]
+            elif what == "kept" and more[2] == "failure":
+                recorded[more[1]] = made.pop((who, more[1]), None)
+                repairs[more[1]] += recorded[more[1]] is not None
+                if repairs[more[1]] > REPAIRS + 1:
+                    self.problems.append(f"{more[1]} was repaired {repairs[more[1]] - 1} times by {when}")
+            elif what == "call":
+                made.pop((who, more[1]), None)
+                told, expected = more[3], recorded.get(more[1])
+                if more[0] == epoch and told != expected:
+                    self.problems.append(
+                        f"{who} called {more[1]} at {when}: told of {told}, and not of {expected}"
+                    )
 
     def one_history(self) -> None:
         """What each node was given is what the one before it made."""

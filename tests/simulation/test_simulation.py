@@ -1,4 +1,4 @@
-"""Promises about ownership, journals, budgets, answers and cancels, over many simulated histories.
+"""Promises about ownership, journals, repairs, budgets, answers and cancels, over many simulated histories.
 
 `./dev run python -m tests.simulation --first SEED --seeds 1` runs one of them again.
 """
@@ -30,7 +30,7 @@ def test_a_seed_is_one_history() -> None:
 
 
 def test_promises_hold() -> None:
-    """One owner, no lost acknowledgement, no double execution, budgets, answers and cancels, whatever strikes."""
+    """One owner, no lost acknowledgement, no double execution, repairs, budgets, answers and cancels, whatever strikes."""
     outcome = look(range(300), most=1)
 
     assert not outcome.broken, explain(simulate(outcome.broken[0][0]))

@@ -23,6 +23,7 @@ from tests.simulation.scheduler import Clock, Process, Scheduler
 from tests.simulation.store import Database, SimulatedRenewals, SimulatedStore
 
 from stroma import (
+    ContractViolation,
     FailureClass,
     FailurePolicy,
     NodeContract,
@@ -46,7 +47,7 @@ from stroma.engine.admission import Permit
 from stroma.limits import gate as _gate
 from stroma.limits import lease_renewal as _renewals
 
-__all__ = ["CALL_TOKENS", "FAULTS", "World", "simulate"]
+__all__ = ["CALL_TOKENS", "FAULTS", "REPAIRS", "World", "simulate"]
 
 #: What can be put in on purpose: operations that read first and write later; cancels that only the owner of the time
 #: knows of; calls that are settled with a shared budget after their commit, by the process that made them; a store that
@@ -57,6 +58,8 @@ _ENDED = ("COMPLETED", "RESUMED", "CANCELLED", "FAILED", "PARTIAL")
 PROCESSES = 3
 RUNS = 3
 CALL_TOKENS = 100
+#: Attempts to correct a bad output.
+REPAIRS = 2
 LEASE_SECONDS = 2.0
 #: For how long faults strike, in simulated seconds.
 STORM_SECONDS = 9.0
@@ -120,7 +123,7 @@ class World:
         self.problems: list[str] = []
         self.tokens = 0
         self.limit = self.draw.choice((6, 12, 100)) * CALL_TOKENS
-        self.kind = self.draw.choice(("plain", "asks", "group", "items"))
+        self.kind = self.draw.choice(("plain", "asks", "group", "items", "repairs"))
         self.runs = [f"r{n}" for n in range(self.draw.randint(1, RUNS))]
         self.deadly = self.draw.choice((0.0, 1.0, 1.0, 3.0))  # how often processes die, beside the usual
         self.scripts = {
@@ -218,11 +221,16 @@ class World:
                 token = f"{node_id}{self.tokens}"
                 fence: Any = getattr(here.ctx.session, "fence", None)
                 place = f"{here.position}:{here.branch}"
-                self.note(process, "call", here.run_id, fence.epoch, place, token)
+                self.note(
+                    process, "call", here.run_id, fence.epoch, place, token, _rejected(here.last_failure)
+                )
                 await asyncio.sleep(draw.choice((0.001, 0.01, draw.uniform(0, 0.5))))
                 if not self.calm and draw.random() < 0.1:
                     here.report_usage(tokens=CALL_TOKENS)
                     raise Flaky(token)
+                if self.kind == "repairs" and not self.calm and draw.random() < 0.4:
+                    self.note(process, "bad", here.run_id, fence.epoch, place, token)
+                    return {"made": token}, CALL_TOKENS
                 return work(state, token), CALL_TOKENS
 
             return call
@@ -235,7 +243,9 @@ class World:
             here = current_node()
             answer = here.wait_for(Answer, reason="go on?")
             fence: Any = getattr(here.ctx.session, "fence", None)
-            self.note(process, "call", here.run_id, fence.epoch, f"{here.position}:{here.branch}", answer.by)
+            self.note(
+                process, "call", here.run_id, fence.epoch, f"{here.position}:{here.branch}", answer.by, None
+            )
             return State(made=[*state.made, answer.by])
 
         nodes = [node("a", State, State, step), node("b", State, State, step)]
@@ -275,6 +285,7 @@ class World:
             policy_map=policies,
             hooks=NodeHooks(on_node_success=success),
             lease_seconds=LEASE_SECONDS,
+            contract_retries={} if self.kind != "repairs" else dict.fromkeys("abc", REPAIRS),
         )
 
     async def worker(self, process: Process) -> None:
@@ -446,6 +457,12 @@ class World:
                     setattr(owner, name, value)
                 sys.unraisablehook = lost
                 random.setstate(state)
+
+
+def _rejected(failure: Any) -> str | None:
+    """Return the token of the bad output that a call is told to correct; None for any other call."""
+    error = None if failure is None else failure.exception
+    return error.raw["made"] if isinstance(error, ContractViolation) else None
 
 
 def _items_of(state: State) -> list[State]:
