@@ -17,7 +17,18 @@ from typing import Any
 
 from temporalio.client import Client
 from tests.drivers.conftest import TemporalDriver, connect
-from tests.drivers.scenarios import Left, Right, Texts, counted, failing, half, joined, lengths, sleeping
+from tests.drivers.scenarios import (
+    Left,
+    Right,
+    Texts,
+    counted,
+    failing,
+    half,
+    joined,
+    lengths,
+    measuring,
+    sleeping,
+)
 from tests.drivers.test_parity import asking
 from tests.kit import THRICE, Num
 from tests.servers_temporal import TemporalServer
@@ -57,6 +68,14 @@ async def items(driver: TemporalDriver) -> None:
             assert result.status is RunStatus.COMPLETED
 
 
+async def items_in_turn(driver: TemporalDriver) -> None:
+    """A map of several nodes, one of which fails once."""
+    nodes = [map_over("texts", measuring([], failing_once="y"), into="lengths", max_concurrency=4)]
+    async with driver.bind(nodes, policy_map=THRICE) as bound:
+        result = await bound.run(Texts(texts=["x", "y", *["z"] * 8]), run_id="items_in_turn")
+        assert result.status is RunStatus.COMPLETED
+
+
 async def suspended(driver: TemporalDriver) -> None:
     async with driver.bind([asking([], "ask")]) as bound:
         assert (await bound.run(Num(), run_id="suspended")).status is RunStatus.SUSPENDED
@@ -75,7 +94,8 @@ async def cancelled(driver: TemporalDriver) -> None:
 
 
 RECORDINGS: dict[str, Callable[[TemporalDriver], Awaitable[None]]] = {
-    recording.__name__: recording for recording in (retries, groups, items, suspended, cancelled)
+    recording.__name__: recording
+    for recording in (retries, groups, items, items_in_turn, suspended, cancelled)
 }
 
 

@@ -252,6 +252,7 @@ def test_there_are_histories() -> None:
         "retries",
         "groups",
         "items",
+        "items_in_turn",
         "suspended",
         "cancelled",
     }
