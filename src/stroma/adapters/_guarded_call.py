@@ -297,7 +297,7 @@ class Call:
     async def _perform(
         self, invoke: Invoke, contract: NodeContract[Any, Any] | None, entry: CallTask, _: BaseModel
     ) -> Any:
-        """Call once, as the function of a node: the engine has one attempt made by this."""
+        """Make one call, as the function of the node that the engine executes."""
         run, step_id = self.run, self.step.step_id
         self.error, self.raises_own_error = None, False
         execution = CURRENT.get()

@@ -173,6 +173,7 @@ def count_tokens(rows: Sequence[AttemptRow | TraceEvent]) -> tuple[int, int]:
 
 
 def current_task() -> CallTask:
+    """Return the running task, and how many cancellations of it are on their way."""
     task = asyncio.current_task()
     return task, 0 if task is None else task.cancelling()
 
@@ -184,11 +185,13 @@ def is_cancelled(entry: CallTask) -> bool:
 
 
 def close_stream(source: Any) -> None:
+    """Close what a generator function returned, if it can be closed."""
     if hasattr(source, "close"):
         source.close()
 
 
 async def aclose_stream(source: Any) -> None:
+    """Close what an async generator function returned, if it can be closed."""
     if hasattr(source, "aclose"):
         await source.aclose()
 
@@ -205,6 +208,7 @@ def stops_caller(step: GuardedStep, error: BaseException) -> bool:
 
 
 def not_awaitable(step: GuardedStep, value: Any) -> Any:
+    """Return the value of a plain function. Raises Undeclared for an awaitable, which is closed."""
     if isinstance(value, Awaitable):
         close = getattr(value, "close", None)
         if close is not None:
