@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from tests.cli.sarif import problems_of
 
+from stroma.cli.resume_changes import change_lines
+from stroma.runner.compatibility import Incompatibility
+
 FLOW = """
     from pydantic import BaseModel, Field
     from stroma import *
@@ -186,6 +189,16 @@ def test_against_a_run_of_other_schemas(stroma, inside, old, new, words):
     assert "changed  run r1 (PARTIAL) cannot be resumed as it is" in done.out
     assert words in done.out
     assert words in resumed.err
+
+
+def test_items_of_a_map_that_changed_alike_are_one_line():
+    """A run with a map of a thousand items has a line for each node, and not for each item."""
+    items = [Incompatibility(f"1.{n}", "shout", "its output has changed") for n in range(1000)]
+    lines = change_lines([Incompatibility("0", "split", "it is gone"), *items])
+    assert lines == [
+        "0  split: it is gone",
+        "1.0  shout: its output has changed (and 999 other outputs of this node)",
+    ]
 
 
 def test_against_a_run_with_another_input(stroma, inside):

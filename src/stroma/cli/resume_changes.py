@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.entries import Committed, is_of_pipeline
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem
@@ -14,7 +16,7 @@ from stroma.contracts.node import find_node
 from stroma.runner.compatibility import Incompatibility, changes_since
 from stroma.runner.pipeline import Pipeline
 
-__all__ = ["find_changes"]
+__all__ = ["change_lines", "find_changes"]
 
 
 def find_changes(
@@ -32,6 +34,18 @@ def find_changes(
     commits, damaged = _commits(database, record)
     stored_run = changes_since(record.run_id, commits, nodes, ContractRegistry(), pipeline.config)
     return [*changes, *damaged, *stored_run]
+
+
+def change_lines(changes: Sequence[Incompatibility]) -> list[str]:
+    """Return a line for each node: the outputs of all items of a map have mostly changed alike."""
+    by_node: dict[tuple[str, str], list[Incompatibility]] = {}
+    for change in changes:
+        by_node.setdefault((change.at.partition(".")[0], change.node_id), []).append(change)
+    return [
+        f"{first.at}  {clean(first.node_id, 60)}: {clean(first.message, 1000)}"
+        + (f" (and {pluralize(len(others), 'other output')} of this node)" if others else "")
+        for first, *others in by_node.values()
+    ]
 
 
 def _commits(

@@ -10,7 +10,7 @@ from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word
 from stroma.cli.output import emit, err, out
-from stroma.cli.resume_changes import find_changes
+from stroma.cli.resume_changes import change_lines, find_changes
 from stroma.cli.stores import Database
 from stroma.contracts.node import find_node
 from stroma.runner.compatibility import Incompatibility
@@ -97,11 +97,8 @@ def _print_plan(
     if called and not is_complete:
         what = f"{what}, and what follows"
     out.line(f"calls   {what}")
-    for change in changes:
-        out.line(
-            ("changed ", "bold red"),
-            f"{change.at}  {clean(change.node_id, 60)}: {clean(change.message, 1000)}",
-        )
+    for line in change_lines(changes):
+        out.line(("changed ", "bold red"), line)
 
 
 def _print_nodes(restored: list[AttemptRecord]) -> None:

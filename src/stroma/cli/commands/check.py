@@ -15,7 +15,7 @@ from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word
 from stroma.cli.loading import load_pipeline
 from stroma.cli.output import emit, err, out
-from stroma.cli.resume_changes import find_changes
+from stroma.cli.resume_changes import change_lines, find_changes
 from stroma.cli.sarif import to_sarif, write_json
 from stroma.cli.stores import Database, db_option
 from stroma.contracts.checks.check import check_nodes
@@ -110,5 +110,5 @@ def _tell_changes(record: RunRecord, changes: list[Incompatibility], pipeline: P
         return
     other = "" if record.pipeline == pipeline.name else f"; it is a run of {clean(record.pipeline, 100)!r}"
     out.line(("changed ", "bold red"), f" {name} cannot be resumed as it is{other}")
-    for change in changes:
-        out.line(f"         {change.at}  {clean(change.node_id, 60)}: {clean(change.message, 1000)}")
+    for line in change_lines(changes):
+        out.line(f"         {line}")
