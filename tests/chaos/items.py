@@ -102,7 +102,10 @@ def start(url: str, folder: Path) -> subprocess.Popen[bytes]:
     """A process that has imported everything and is about to begin."""
     command = [sys.executable, "-m", "tests.chaos.items", url, str(folder)]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # Unbuffered: readline() would take what communicate() is to return from a process that has ended already.
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    )
     assert process.stdout is not None
     if process.stdout.readline() != b"ready\n":
         raise AssertionError(process.communicate()[1].decode())

@@ -422,6 +422,29 @@ async def test_what_crossed_the_budget_inside_of_a_group_is_not_called_again(
     assert (resumed.status, calls) == (RunStatus.RESUMED, left_over)
 
 
+async def test_an_item_whose_usage_cannot_be_counted_is_a_failure_and_no_output(any_driver: Any) -> None:
+    """A collecting map has each item once, though the output of such an item is committed."""
+
+    class Text(BaseModel):
+        text: str
+
+    class Length(BaseModel):
+        length: int
+
+    async def measured(state: Text) -> Any:
+        model = "nobody-knows" if state.text == "bb" else None
+        return {"length": len(state.text)}, 10, 0, model
+
+    measure = node("length", measured, Text, Length)
+    nodes = [map_over("texts", measure, into="lengths", on_item_failure="collect")]
+    config: dict[str, Any] = {"policy_map": NEVER, "budget": ExecutionBudget(max_cost_usd=1)}
+    async with any_driver.bind(nodes, **config) as bound:
+        result = await bound.run(Texts(texts=["a", "bb", "ccc"]))
+    assert (result.status, result.failed_items) == (RunStatus.COMPLETED, 1)
+    assert result.final_state is not None
+    assert [one["length"] for one in result.final_state.model_dump()["lengths"]] == [1, 3]
+
+
 async def test_nodes_of_an_item_that_are_done_are_not_run_again(driver: Any, run_id: str) -> None:
     """On resume an item continues with the node that did not finish, and the others with theirs."""
     calls: list[str] = []

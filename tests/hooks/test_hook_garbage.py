@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from stroma import NodeHooks, StromaRunner, map_over
+from stroma import NodeHooks, StromaRunner, map_over, parallel
 
 
 class Item(BaseModel):
@@ -21,18 +21,24 @@ class Many(BaseModel):
 
 
 @pytest.mark.core
-async def test_a_failed_attempt_with_hooks_leaves_no_cycle() -> None:
+@pytest.mark.parametrize("shape", ["node", "sequence", "parallel"])
+async def test_a_failed_attempt_with_hooks_leaves_no_cycle(shape: str) -> None:
     """An exception that a map has collected is freed without the garbage collector."""
 
     async def watch(*_: Any) -> None: ...
 
     runner = StromaRunner.quick(hooks=NodeHooks(on_node_failure=watch))
 
+    @runner.node("same", input=Item, output=Item)
+    async def same(state: Item) -> Item:
+        return state
+
     @runner.node("item", input=Item, output=Item)
     async def item(state: Item) -> Item:
         raise LookupError
 
-    nodes: list[Any] = [map_over("items", item, into="out", on_item_failure="collect")]
+    inside: Any = {"node": item, "sequence": [same, item], "parallel": parallel(item)}[shape]
+    nodes: list[Any] = [map_over("items", inside, into="out", on_item_failure="collect")]
     await runner.run(nodes, Many())
     gc.collect()
     gc.disable()

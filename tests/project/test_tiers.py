@@ -98,6 +98,4 @@ def test_a_process_in_the_default_tier_is_noticed(pytester: pytest.Pytester) -> 
     # Its plugin would be unloaded with its hooks left behind: forks of later tests would run them.
     result = pytester.runpytest_inprocess("-p", "no:ddtrace")
     result.assert_outcomes(passed=2, errors=1)
-    result.stdout.fnmatch_lines(
-        ["*test_one started a process (subprocess.Popen*); mark it with @pytest.mark.slow*"]
-    )
+    result.stdout.fnmatch_lines(["*test_one started a process (*); mark it with @pytest.mark.slow*"])

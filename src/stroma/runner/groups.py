@@ -205,7 +205,10 @@ class SequenceGroup(Group):
             )  # fmt: skip
             outcome = await execute(ctx, child, value, place)
             if isinstance(outcome, Halt):
-                raise GroupStopped(outcome)
+                try:
+                    raise GroupStopped(outcome)
+                finally:
+                    del outcome  # As in execute_in_turn().
             value = outcome
         return self.merge(value, [value], ())
 

@@ -13,9 +13,9 @@ from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar
 
 from stroma.cost.budget import BudgetExceeded
+from stroma.engine import tasks
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node_or_none, current_run
-from stroma.engine.tasks import in_thread
 from stroma.failures.classes import FailureClass
 from stroma.hooks.sets import NodeHooks
 from stroma.trace.events import Outcome
@@ -410,7 +410,7 @@ class ExporterHooks(NodeHooks):
             return done[-1]
 
         # A daemon thread: one that hangs blocks neither the loop nor the end of the process.
-        pending: Awaitable[Any] = in_thread(safely, ())
+        pending: Awaitable[Any] = tasks.in_thread(safely, ())
         try:
             return bool(await asyncio.wait_for(pending, seconds))
         except TimeoutError:

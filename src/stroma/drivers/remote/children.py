@@ -139,12 +139,9 @@ class Children:
         number = 0 if self._each else index
         place = self._place.child(index, spec, number, self.rows, kind, self.traceparent)
         outcome = await self._run.execute(place, value)
-        output = outcome.output if isinstance(outcome, StoppedExecution) else outcome
-        if output is not None and self._map is not None:
-            self._map["outputs"][str(index)] = output
-            self._forget_inside(place)
         if not isinstance(outcome, StoppedExecution):
             self.outputs[index] = outcome
+            self._commit_item(index, place, outcome)
             return
         if outcome.suspended:  # Its siblings go on, so that only the suspended nodes remain to be run.
             self._waits.append(outcome)
@@ -162,11 +159,19 @@ class Children:
             self._forget_inside(place)
             return
         self._stops.append(outcome)
+        if outcome.output is not None:
+            self._commit_item(index, place, outcome.output)
         # A crossed limit cancels nobody: siblings in flight were paid for, they finish, and nothing new is called.
         if not self._stops[0].spent:
             self._pool.abort()
 
     # ------------------------------------------------------------------ items
+
+    def _commit_item(self, index: int, place: NodePlace, output: Value) -> None:
+        """Record the output of an item, also of one that took the run over its budget."""
+        if self._map is not None:
+            self._map["outputs"][str(index)] = output
+            self._forget_inside(place)
 
     def _forget_inside(self, place: NodePlace) -> None:
         """Delete what the run holds of the nodes of an item that has ended: a map may have any number of items."""
