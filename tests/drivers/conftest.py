@@ -30,14 +30,14 @@ class Bound:
     driver: str
 
     async def run(self, state: BaseModel, **options: Any) -> ExecutionResult:
-        result: ExecutionResult = await asyncio.wait_for(self.runner.run(self.pipeline, state, **options), 120)
+        result: ExecutionResult = await asyncio.wait_for(self.runner.run(self.pipeline, state, **options), 100)
         return result
 
     async def go_on(self, state: BaseModel, run_id: str) -> ExecutionResult:
         """Go on with a run: where it begins with a group, the local runner wants to know what its input is."""
         options = {"input_schema": type(state)} if self.driver == "local" else {}
         result: ExecutionResult = await asyncio.wait_for(
-            self.runner.resume(self.pipeline, run_id, **options), 120
+            self.runner.resume(self.pipeline, run_id, **options), 100
         )
         return result
 

@@ -44,7 +44,7 @@ async def test_a_flow_comes_to_the_same_under_every_driver(name: str, any_driver
     if any_driver.name == "seam" and (scenario.answers or scenario.at_once):
         pytest.skip("it has one step at a time, and no signals")
     # Without a cache the SDK loses an activation now and then, which the server repeats after ten seconds.
-    result = await asyncio.wait_for(lived(scenario, any_driver, world), 180)
+    result = await asyncio.wait_for(lived(scenario, any_driver, world), 110)
     assert result.status is scenario.status, result.failure
     if scenario.calls:
         assert sorted(world.calls) == sorted(scenario.calls)
