@@ -30,7 +30,9 @@ class Bound:
     driver: str
 
     async def run(self, state: BaseModel, **options: Any) -> ExecutionResult:
-        result: ExecutionResult = await asyncio.wait_for(self.runner.run(self.pipeline, state, **options), 100)
+        result: ExecutionResult = await asyncio.wait_for(
+            self.runner.run(self.pipeline, state, **options), 100
+        )
         return result
 
     async def go_on(self, state: BaseModel, run_id: str) -> ExecutionResult:
