@@ -192,16 +192,16 @@ class _Run:
         made: dict[tuple[str, str], str] = {}
         recorded: dict[str, str | None] = {}
         repairs: Counter[str] = Counter()
-        epoch = 0
+        epoch, has_ended = 0, False
         for when, who, what, _, *more in self.events:
             if what in ("begun", "taken"):
                 epoch = more[0]
-                if what == "begun":
+                if what == "begun" or has_ended:  # A resume of a run that has ended begins with fresh retries.
                     recorded.clear()
                     repairs.clear()
-            elif what == "finished":  # A resume begins with fresh retries.
-                recorded.clear()
-                repairs.clear()
+                has_ended = False
+            elif what == "finished":  # Perhaps by another process, while its owner stood still.
+                has_ended = True
             elif what == "bad":
                 made[who, more[1]] = more[2]
             elif what == "kept" and more[2] == "failure":
