@@ -196,7 +196,9 @@ class _Run:
         for when, who, what, _, *more in self.events:
             if what in ("begun", "taken"):
                 epoch = more[0]
-                if what == "begun" or has_ended:  # A resume of a run that has ended begins with fresh retries.
+                if (
+                    what == "begun" or has_ended
+                ):  # A resume of a run that has ended begins with fresh retries.
                     recorded.clear()
                     repairs.clear()
                 has_ended = False
