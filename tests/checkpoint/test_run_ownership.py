@@ -174,6 +174,24 @@ async def test_a_stopped_process_loses_its_run(machine: Machine) -> None:
 
 
 @pytest.mark.slow
+async def test_a_stopped_process_is_cancelled(machine: Machine) -> None:
+    """A process that is stopped for longer than its lease, while its run is cancelled, calls nothing more when it wakes."""
+    first = await machine.start(waits={"sleep1": 0.3}, lease_seconds=0.5)
+    await first.until("in n1")
+    first.child.send_signal(signal.SIGSTOP)
+    with SQLiteStore(machine.url.removeprefix("sqlite:///")) as store:
+        while store.read(lambda rows: rows.find("owned").holder, None) is not None:  # type: ignore[union-attr]
+            await asyncio.sleep(0.05)
+        assert await store.cancel("owned") is True
+        first.child.send_signal(signal.SIGCONT)
+        assert await first.outcome() == "PARTIAL Fenced Count(n=1)"
+        assert machine.calls() == ["n0", "n1"]
+        run = store.get_run("owned")
+        assert run is not None
+        assert (run.status, run.nodes) == ("CANCELLED", 1)
+
+
+@pytest.mark.slow
 async def test_a_blocked_loop_keeps_its_run(machine: Machine) -> None:
     """A lease is kept up while a node blocks the event loop for longer than it lasts."""
     first = await machine.start(waits={"block1": 4}, lease_seconds=0.3)

@@ -262,8 +262,8 @@ class _Run:
             self.problems.append(f"the answer of {taken} was taken, the node got {answered['made'][-1]}")
 
     def cancels_hold(self) -> None:
-        """After an acknowledged cancel, whoever goes on with the run calls nothing."""
-        cancelled = False
+        """After an acknowledged cancel, whoever goes on with the run calls nothing, and whoever had it stores nothing."""
+        cancelled = ended = False
         late: set[int] = set()
         epoch = 0
         for event in self.events:
@@ -271,14 +271,17 @@ class _Run:
             if what == "cancel asked":
                 cancelled = cancelled or self.is_acknowledged(event)
             elif what in ("begun", "taken"):
-                epoch = more[0]
+                epoch, ended = more[0], False
                 before = more[2]
                 if what == "begun" or (before is not None and before.status == "CANCELLED"):
                     cancelled = False  # Somebody begins it again.
                 if cancelled:
                     late.add(epoch)
+            elif what in ("kept", "finished") and ended and more[1] != "CANCELLED":
+                self.problems.append(f"{who} wrote {more[1]} at {when}, after the run had ended as cancelled")
             elif what == "finished":
-                if cancelled and more[0] in late and more[1] != "CANCELLED":
+                ended = more[1] == "CANCELLED"
+                if cancelled and more[0] in late and not ended:
                     self.problems.append(
                         f"{who} ended it as {more[1]} at {when}, after an acknowledged cancel"
                     )

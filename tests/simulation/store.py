@@ -18,7 +18,7 @@ from stroma.checkpoint import StoreError
 from stroma.checkpoint.durable.leases import _LOOK_SECONDS, LeaseRenewer, _renew
 from stroma.checkpoint.durable.operations import Transaction, fenced_error
 from stroma.checkpoint.durable.owner import Owner
-from stroma.checkpoint.durable.rows import Annotation, Rows, RunRow, StepRow
+from stroma.checkpoint.durable.rows import Annotation, Fence, Rows, RunRow, StepRow
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.durable.store import DurableStore
 from stroma.checkpoint.durable.worker import Connection, Job, generation
@@ -109,6 +109,8 @@ class LoggedRows(SqliteRows):
         return fence
 
     def take_over(self, existing: Any, opening: Any) -> Any:
+        if self.database.shares_epochs and not opening.input:  # A cancel.
+            return Fence(existing.run, existing.execution, existing.epoch, existing.owner, 0.0)
         fence = super().take_over(existing, opening)
         self.log.append(("taken", opening.run_id, fence.epoch, _place(opening.owner), _held(existing)))
         return fence
@@ -220,7 +222,7 @@ class Database:
 
     Attributes:
         ids: run ids by the store's own key.
-        check_then_write, forgets_cancels: faults that are put in on purpose, see the world's.
+        check_then_write, forgets_cancels, shares_epochs: faults that are put in on purpose, see the world's.
     """
 
     #: As a SQLite file, for the connection that stores of files have.
@@ -234,6 +236,7 @@ class Database:
         self.ids: dict[Any, str] = {}
         self.check_then_write = "check-then-write" in world.put_in
         self.forgets_cancels = "cancel-forgotten" in world.put_in
+        self.shares_epochs = "cancel-unfenced" in world.put_in
 
     def open(self) -> sqlite3.Connection:
         return self.db

@@ -18,6 +18,7 @@ FOUND = {
     "settled-apart": "tokens spent, the journal has",
     "check-then-write": "contradictory answers were taken",
     "cancel-forgotten": "after an acknowledged cancel",
+    "cancel-unfenced": "after the run had ended as cancelled",
 }
 
 

@@ -50,9 +50,10 @@ from stroma.limits import lease_renewal as _renewals
 __all__ = ["CALL_TOKENS", "FAULTS", "REPAIRS", "World", "simulate"]
 
 #: What can be put in on purpose: operations that read first and write later; cancels that only the owner of the time
-#: knows of; calls that are settled with a shared budget after their commit, by the process that made them; a store that
-#: comes back as it was a moment ago, which is no fault of ours, but must be noticed.
-FAULTS = ("check-then-write", "cancel-forgotten", "settled-apart", "comes-back-older")
+#: knows of; cancels that leave a run to the owner whose lease ran out; calls that are settled with a shared budget after
+#: their commit, by the process that made them; a store that comes back as it was a moment ago, which is no fault of ours,
+#: but must be noticed.
+FAULTS = ("check-then-write", "cancel-forgotten", "cancel-unfenced", "settled-apart", "comes-back-older")
 _ENDED = ("COMPLETED", "RESUMED", "CANCELLED", "FAILED", "PARTIAL")
 
 PROCESSES = 3

@@ -109,10 +109,11 @@ def fence_error(rows: Rows, fence: Fence, run_id: str) -> StoreError:
 
 
 def fenced_error(run: RunRow | None, run_id: str) -> Fenced:
-    """Return the error for a session whose run was deleted (None) or taken over."""
+    """Return the error for a session whose run was deleted (None), taken over, or cancelled by another process."""
     owner = None if run is None else Owner.read(run.owner)
     if run is None:
         what = f"run {run_id!r} is no longer in the store: it was deleted"
     else:
-        what = f"run {run_id!r} was taken over by {owner.place if owner else 'another process'}"
+        change = "cancelled" if run.status == "CANCELLED" else "taken over"
+        what = f"run {run_id!r} was {change} by {owner.place if owner else 'another process'}"
     return Fenced(f"{what}; this execution records nothing more, see the result of the other one")
