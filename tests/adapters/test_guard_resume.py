@@ -319,28 +319,31 @@ async def test_what_a_framework_continues_past_is_asked_no_more(kind: str) -> No
             with pytest.raises(ZeroDivisionError):
                 await asyncio.to_thread(waits)
             for key in ("first", "second"):
-                await run.ask("tool", key, f"{key}?")
+                await run.questions.ask("tool", key, f"{key}?")
         assert run.result is not None
         assert run.result.status is RunStatus.SUSPENDED
         assert questions() == {"may I?": False, "first?": False, "second?": False}
         await answer("first?", True)
 
         async with guard().begin("another input", True) as run:
-            assert (run.answers, run.answers_to(["first", "second"])) == ([], {"first": True})
+            assert (run.questions.answers_of_steps, run.questions.answers_to(["first", "second"])) == (
+                [],
+                {"first": True},
+            )
             for key in ("first", "second"):
-                await run.ask("tool", key, f"{key}?")
+                await run.questions.ask("tool", key, f"{key}?")
         assert questions() == {"first?": True, "second?": False}
         await answer("second?", {"n": 1})
 
         async with guard().begin("a third one", True) as run:
-            answers = run.answers_to(["first", "second"])
+            answers = run.questions.answers_to(["first", "second"])
             assert answers == {"first": True, "second": {"n": 1}}
-            run.taken.update(answers)
-            await run.ask("tool", "first", "first?")
+            run.questions.taken.update(answers)
+            await run.questions.ask("tool", "first", "first?")
         assert questions() == {"first?": False, "second?": True}
 
         async with guard().begin("and a fourth", True) as run:
-            assert run.answers_to(["first"]) == {}
+            assert run.questions.answers_to(["first"]) == {}
         assert run.result is not None
         assert run.result.status is RunStatus.RESUMED
         assert questions() == {"second?": True}

@@ -25,10 +25,10 @@ def take_answers(guard: Guard, messages: list[Any]) -> list[Any]:
     """Answer the requests among the messages from the store; return them if there is one without an answer."""
     run = guard.current
     requests = [content for message in messages for content in message.contents if content.type == _REQUEST]
-    answers = run.answers_to(request.id for request in requests)
+    answers = run.questions.answers_to(request.id for request in requests)
     if len(answers) < len(requests):
         return requests
-    run.taken.update(answers)
+    run.questions.taken.update(answers)
     for number, message in enumerate(messages):
         if any(content.type == _REQUEST for content in message.contents):
             answered = messages[number] = copy.copy(message)
@@ -50,4 +50,4 @@ async def ask(guard: Guard, requests: Iterable[Any]) -> None:
     """Suspend the run with a question for each request."""
     for request in requests:
         name = getattr(getattr(request, "function_call", None), "name", None) or request.type
-        await guard.current.ask(name, request.id, f"approval of {name}")
+        await guard.current.questions.ask(name, request.id, f"approval of {name}")

@@ -131,7 +131,9 @@ def make_run(
                 raise_fatal(guard)
                 if isinstance(result, HumanFeedbackPending):
                     context = result.context
-                    await guard.current.ask(context.method_name, _question_of(context), context.message)
+                    await guard.current.questions.ask(
+                        context.method_name, _question_of(context), context.message
+                    )
                 return result
 
         bare = inspect.unwrap(entered, stop=lambda func: func is not entered)
@@ -165,6 +167,6 @@ def _stored_feedback(flow: Any, guard: Guard) -> tuple[str, ...]:
     """Return the arguments for ``resume()`` of a flow that is passed no feedback: the stored answer, if there is one."""
     context = flow.pending_feedback
     run = guard.current
-    answers = {} if context is None else run.answers_to([_question_of(context)])
-    run.taken.update(answers)
+    answers = {} if context is None else run.questions.answers_to([_question_of(context)])
+    run.questions.taken.update(answers)
     return tuple(answer if isinstance(answer, str) else json.dumps(answer) for answer in answers.values())

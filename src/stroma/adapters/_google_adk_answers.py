@@ -44,10 +44,10 @@ async def pending_calls(runner: Any, kwargs: dict[str, Any]) -> list[Any]:
 
 def answers_of(guard: Guard, calls: list[Any]) -> Any:
     """Return the message with the stored answers to calls, or None unless all of them are answered."""
-    answers = guard.current.answers_to(call.id for call in calls)
+    answers = guard.current.questions.answers_to(call.id for call in calls)
     if not calls or len(answers) < len(calls):
         return None
-    guard.current.taken.update(answers)
+    guard.current.questions.taken.update(answers)
     parts = []
     for call in calls:
         response = answers[call.id]
@@ -63,6 +63,6 @@ async def ask(guard: Guard, calls: list[Any]) -> None:
     for call in calls:
         original = (call.args or {}).get("originalFunctionCall") or {}
         if call.name == _CONFIRMATION and original.get("name"):
-            await guard.current.ask(original["name"], call.id, f"approval of {original['name']}")
+            await guard.current.questions.ask(original["name"], call.id, f"approval of {original['name']}")
         else:
-            await guard.current.ask(call.name, call.id, call.name)
+            await guard.current.questions.ask(call.name, call.id, call.name)

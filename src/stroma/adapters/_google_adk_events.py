@@ -49,7 +49,7 @@ async def live_events(parts: Callable[..., Any], guard: Guard, kwargs: dict[str,
             used = None if event.partial else usage_of(event, getattr(event, "model_version", None))
             if used is not None:
                 run.report_usage(used)
-            run.check_budget()
+            run.usage.check_budget()
             yield event
 
 

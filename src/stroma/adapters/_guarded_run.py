@@ -16,20 +16,18 @@ from pydantic import BaseModel
 
 from stroma.adapters._background_loop import Changes, applied, changes_since, run_in_background
 from stroma.adapters._guarded_call import Call
+from stroma.adapters._outside_usage import OutsideUsage
+from stroma.adapters._questions import Questions
 from stroma.adapters._state_views import given_to
-from stroma.adapters._step import Halts, count_tokens, find_halt
+from stroma.adapters._step import Halts, find_halt
 from stroma.checkpoint import StepCall
-from stroma.checkpoint.entries import RunControl, Waiting
+from stroma.checkpoint.entries import RunControl
 from stroma.checkpoint.identity import StepCalls
-from stroma.checkpoint.sessions import NullSession
-from stroma.contracts.node import held_by
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
-from stroma.contracts.untyped import UntypedState
-from stroma.cost.prices import estimate_cost_usd, find_pricer
-from stroma.cost.usage import Usage, UsageError
+from stroma.cost.usage import Usage
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import NodeExecution, current_node_or_none
+from stroma.engine.execution import NodeExecution
 from stroma.engine.outcome import Halt
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunCancelled
@@ -45,12 +43,6 @@ ACTIVE: ContextVar[tuple[GuardedRun, ...]] = ContextVar("stroma_guarded_runs", d
 
 
 _NO_MORE: Final = object()
-#: Beginning of the branch at which a question of a framework stands in the journal.
-_ASKS: Final = "asked by the framework: "
-#: The id under which tokens of no step are counted.
-OUTSIDE: Final = "outside of steps"
-#: Key of an execution's note: the tokens inside it that a framework has counted, and the guard has not.
-_UNACCOUNTED: Final = "tokens that are not accounted for"
 
 
 class RunOwner(Protocol):
@@ -78,8 +70,8 @@ class GuardedRun:
         ends: the run ends; that of the guard itself does not.
         is_continuation: its input is what a framework continues its own checkpoint with, such as an answer; under
             ``resume=True`` it may differ from the input that the run began with.
-        unaccounted: tokens that a framework has counted in this run, and the guard has not; see :meth:`compare_usage`.
-        taken: keys of the questions of :meth:`ask` whose answers the framework has got: what asks again is a new question.
+        usage: the usage outside of steps, and what a framework has counted that the guard has not.
+        questions: the questions that the framework asks, and no step.
     """
 
     def __init__(self, guard: RunOwner, ctx: ReliabilityContext, input: Any = None, *, ends: bool) -> None:
@@ -88,7 +80,8 @@ class GuardedRun:
         self.ends = ends
         self.ended = False
         self.is_continuation = False
-        self.unaccounted = 0
+        self.usage = OutsideUsage(ctx)
+        self.questions = Questions(ctx)
         #: What has stopped the run in a tool, where the framework would tell the model of it and continue.
         self.fatal: Exception | None = None
         self.result: ExecutionResult | None = None
@@ -96,7 +89,6 @@ class GuardedRun:
         self.halts: Halts = []
         #: The suspensions of effects whose last call may have happened, by step id: none of them is called again.
         self.unknown_effects: dict[str, Halt] = {}
-        self.taken: set[str] = set()
         self._input = input
         self._lock = threading.Lock()
         self._opened = False
@@ -129,119 +121,12 @@ class GuardedRun:
         if known is None or known.failure.exception is not halt.failure.exception:
             self._stopping = halt
 
-    @property
-    def answers(self) -> list[tuple[str, Any]]:
-        """The stored answers to what steps of this run wait for, with the ids of these steps (``stroma approve``)."""
-        session = self.ctx.session
-        return [
-            (waiting.node_id, held_by(schema_of(UntypedState).decode(waiting.payload)))
-            for place, waiting in session.waiting.items()
-            if waiting.payload is not None
-            and waiting.effect is None
-            and place not in session.restored
-            and not waiting.branch.startswith(_ASKS)
-        ]
-
-    async def ask(self, node_id: str, key: str, reason: str) -> None:
-        """Suspend the run with a question that the framework asks, and no step. ``key``: the framework's id of the question.
-
-        An answer that was stored and not taken stays. Without a journal the framework alone can be answered.
-        """
-        ctx = self.ctx
-        ctx.note_suspended(reason)
-        place, stored = _place_of(key), ctx.session.waiting.get(_place_of(key))
-        if type(ctx.session).ask is NullSession.ask or (  # A store without a journal.
-            stored is not None and stored.payload is not None and key not in self.taken
-        ):
-            return
-        pending = ctx.session.ask(Waiting(*place, node_id, ctx.redactor.mask(reason), ""))
-        if pending is not None:
-            await pending
-
-    def answers_to(self, keys: Iterable[str]) -> dict[str, Any]:
-        """Return the stored answers to questions of :meth:`ask`, by their keys. The caller adds to ``taken`` what it uses."""
-        questions = {key: self.ctx.session.waiting.get(_place_of(key)) for key in keys}
-        return {
-            key: held_by(schema_of(UntypedState).decode(waiting.payload))
-            for key, waiting in questions.items()
-            if waiting is not None and waiting.payload is not None
-        }
-
     def report_usage(self, usage: Usage) -> None:
         """Count tokens that were used in this run and in no step: against its budget, and in its totals.
 
         Raises UsageError for a model without a known price where a cost limit could not count it.
         """
-        model, cost, unpriced = usage.model, usage.cost_usd, None
-        if cost is None and model is not None and find_pricer(model) is None:
-            unpriced = model
-        if cost is None:
-            cost = 0.0
-            if model is not None:
-                cost = estimate_cost_usd(
-                    model,
-                    usage.input_tokens,
-                    usage.output_tokens,
-                    cached_input_tokens=usage.cached_input_tokens,
-                    cache_write_tokens=usage.cache_write_tokens,
-                    tier=usage.tier,
-                )
-        tokens = usage.input_tokens + usage.output_tokens
-        with self._lock:
-            self.ctx.cost_tracker.add(OUTSIDE, tokens, usage.output_tokens, cost, 0, model)
-        if unpriced is not None:
-            self._note_unpriced(unpriced)
-
-    def _note_unpriced(self, model: str) -> None:
-        """Treat a model without a known price as in a step: refuse it under a cost limit, else warn of it once."""
-        ctx, is_noted = self.ctx, model in self.ctx.unpriced
-        if not is_noted:
-            ctx.unpriced.append(model)
-        if ctx.refuses_unpriced(OUTSIDE):
-            raise UsageError(
-                f"run {ctx.run_id!r} used model {model!r} outside of its steps, which has no known price; add it to "
-                'KNOWN_MODELS, or pass unknown_model="warn" to count it as 0 USD'
-            )
-        if not is_noted:
-            ctx.run_logger.warning(
-                "model %r was called outside of steps and has no known price: it counts as 0; add it to KNOWN_MODELS",
-                model,
-            )
-
-    def check_budget(self) -> None:
-        """Raise BudgetExceeded if what the run has used exceeds its budget. For model calls in no step."""
-        if self.ctx.limits:
-            self.ctx.cost_tracker.check_budget(self.ctx.budget, OUTSIDE)
-
-    def compare_usage(self, framework: str, tokens: int) -> None:
-        """Compare a framework's own count of tokens with that of the guard; log a warning if the guard has counted less.
-
-        ``tokens``: inside a step those since its attempt began, elsewhere those of the whole run in this process. The guard
-        may count more: failed attempts, and calls that the framework counts nowhere.
-        """
-        node = current_node_or_none()
-        if node is not None and node.ctx is self.ctx:
-            known: int = node.notes.get(_UNACCOUNTED, 0)
-            counted, place = (
-                node.usage.tokens + sum(count_tokens(node.children or ())),
-                f"step {node.node_id!r}",
-            )
-        else:
-            node, known = None, self.unaccounted
-            counted, place = self.ctx.cost_tracker.total_tokens, f"run {self.ctx.run_id!r}"
-        missing = tokens - counted - known
-        if missing <= 0:
-            return
-        with self._lock:
-            self.unaccounted += missing
-            while node is not None:
-                node.notes[_UNACCOUNTED] = node.notes.get(_UNACCOUNTED, 0) + missing
-                node = node.parent
-        self.ctx.run_logger.warning(
-            "%s counted %d tokens in %s, and the guard %d: %d tokens count against no budget; attach the guard to every "
-            "agent, model and tool that is used there",
-            framework, tokens, place, counted, missing,
-        )  # fmt: skip
+        self.usage.report(usage)
 
     # ------------------------------------------------------------------ cancellation
 
@@ -529,10 +414,6 @@ class GuardedRun:
         await self.close(met)
         if met is not error and met is not None:
             raise met from error
-
-
-def _place_of(key: str) -> tuple[int, str]:
-    return 0, _ASKS + key
 
 
 def active_run() -> GuardedRun | None:

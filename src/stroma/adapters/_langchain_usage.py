@@ -16,7 +16,7 @@ from stroma.adapters._guarded_run import GuardedRun, active_run
 from stroma.adapters._langchain_messages import usage_of
 from stroma.adapters._step import mark_published
 from stroma.cost.budget import budget_exceeded
-from stroma.cost.prices import estimate_cost_usd
+from stroma.cost.prices import cost_of
 from stroma.engine.execution import NodeExecution, current_node_or_none
 
 __all__ = ["acounted", "counted", "counting"]
@@ -69,7 +69,7 @@ def _refuse_beyond_budget(asking: NodeExecution | GuardedRun) -> None:
     """Check the budget before each model call, as a node may make many before the engine's own check."""
     ctx = asking.ctx
     if isinstance(asking, GuardedRun):
-        asking.check_budget()
+        asking.usage.check_budget()
         return
     if not ctx.limits:
         return
@@ -77,9 +77,9 @@ def _refuse_beyond_budget(asking: NodeExecution | GuardedRun) -> None:
     ctx.cost_tracker.check_budget(ctx.budget, node.node_id)
     tokens, cost, inner = 0, 0.0, node
     while True:
-        for input_tokens, output_tokens, model, _ in inner.reported or ():
-            tokens += input_tokens + output_tokens
-            cost += 0.0 if model is None else estimate_cost_usd(model, input_tokens, output_tokens)
+        for report in inner.reported or ():
+            tokens += report[0] + report[1]
+            cost += cost_of(report) or 0.0
         if inner.parent is None:
             break
         inner = inner.parent

@@ -18,12 +18,12 @@ def is_continuation(input: Any) -> bool:
 
 def is_answered(guard: Guard, input: Any) -> bool:
     """Return True if a graph continues and its nodes have stored answers (``stroma approve``)."""
-    return input is None and current_node_or_none() is None and bool(guard.current.answers)
+    return input is None and current_node_or_none() is None and bool(guard.current.questions.answers_of_steps)
 
 
 def answer_of(guard: Guard, state: Any) -> Any:
     """Return the stored answers as LangGraph takes them."""
-    answers = guard.current.answers
+    answers = guard.current.questions.answers_of_steps
     pending = [(task.name, interrupt.id) for task in state.tasks for interrupt in task.interrupts]
     if not pending:
         return None

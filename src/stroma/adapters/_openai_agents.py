@@ -328,7 +328,7 @@ def _install() -> None:
         if run is not None and event.type == "usage":
             name = getattr(self.model, "model", None)
             run.report_usage(usage_from(event.usage, model=name if isinstance(name, str) else None))
-            run.check_budget()
+            run.usage.check_budget()
 
     run_loop.get_model, AgentRunner.run_streamed = get_model, run_streamed
     Agent.get_all_tools = RealtimeAgent.get_all_tools = get_all_tools
@@ -349,7 +349,7 @@ def _compare_at_end(result: Any, run: Any, before: int) -> None:
         used = result.context_wrapper.usage
         if isinstance(used, SDKUsage):
             _STREAMED[place] = _STREAMED.get(place, 0) + used.total_tokens - before
-            run.compare_usage("the OpenAI Agents SDK", _STREAMED[place])
+            run.usage.compare("the OpenAI Agents SDK", _STREAMED[place])
 
     # The name of the task in older releases is the second one.
     task = getattr(result, "run_loop_task", None) or getattr(result, "_run_impl_task", None)

@@ -16,7 +16,7 @@ async def ask(guard: Guard, requests: Any) -> None:
     """Suspend the run with a question for each call that waits for an approval or a result."""
     for kind, calls in (("approval", requests.approvals), ("result", requests.calls)):
         for call in calls:
-            await guard.current.ask(
+            await guard.current.questions.ask(
                 call.tool_name, f"{kind} {call.tool_call_id}", f"{kind} of {call.tool_name}"
             )
 
@@ -33,10 +33,12 @@ def stored_results(guard: Guard, messages: Any) -> DeferredToolResults | None:
     )
     pending = [call.tool_call_id for call in last.tool_calls if call.tool_call_id not in done]
     run = guard.current
-    answers = run.answers_to(f"{kind} {call_id}" for kind in ("approval", "result") for call_id in pending)
+    answers = run.questions.answers_to(
+        f"{kind} {call_id}" for kind in ("approval", "result") for call_id in pending
+    )
     if not pending or len(answers) < len(pending):
         return None
-    run.taken.update(answers)
+    run.questions.taken.update(answers)
     results = DeferredToolResults()
     for key, answer in answers.items():
         kind, _, call_id = key.partition(" ")

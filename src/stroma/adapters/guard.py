@@ -219,14 +219,15 @@ class Guard:
         0 if all spend was seen. Else a warning named the step: its budget does not hold what is missing.
         """
         run = self.current if self.inside or self._last is None else self._last
-        return run.unaccounted
+        return run.usage.unaccounted
 
     def compare_usage(self, framework: str, tokens: int) -> None:
-        """Compare a framework's own count of tokens, at the end of its run, with that of the guard.
+        """Compare a framework's own count of tokens with that of the guard; log a warning if the guard has counted less.
 
-        See :meth:`GuardedRun.compare_usage`.
+        ``tokens``: inside a step those since its attempt began, elsewhere those of the whole run in this process. The guard
+        may count more: failed attempts, and calls that the framework counts nowhere.
         """
-        self.current.compare_usage(framework, tokens)
+        self.current.usage.compare(framework, tokens)
 
     @property
     def last(self) -> GuardedRun | None:

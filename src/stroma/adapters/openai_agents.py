@@ -126,7 +126,7 @@ class GuardedRunner:
     def _begin(self, agent: Any, input: Any, options: dict[str, Any]) -> int:
         """Take the stored answers to what a run waits for; return the tokens that its own figure begins with."""
         if isinstance(input, RunState):
-            for step_id, answer in self.guard.current.answers:
+            for step_id, answer in self.guard.current.questions.answers_of_steps:
                 if step_id == agent.name:
                     _decide(input, answer)
         return used_before(input, options.get("context"))

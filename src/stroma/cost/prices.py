@@ -7,13 +7,21 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
-from stroma.cost.usage import Usage
+from stroma.cost.usage import Report, Usage
 
 if TYPE_CHECKING:
     from genai_prices.data_snapshot import DataSnapshot
     from genai_prices.types import ModelInfo, ModelPrice, Provider
 
-__all__ = ["KNOWN_MODELS", "ModelPrices", "Rates", "estimate_cost_usd", "prices_of", "update_prices"]
+__all__ = [
+    "KNOWN_MODELS",
+    "ModelPrices",
+    "Rates",
+    "cost_of",
+    "estimate_cost_usd",
+    "prices_of",
+    "update_prices",
+]
 
 #: USD per million (input, output) tokens. What stands here wins over the data of ``genai-prices``; add your
 #: own models, or correct a price. List prices of the vendors' pages, November 2026 data of genai-prices.
@@ -279,6 +287,15 @@ def _overlaid(known: tuple[float, float] | None, listing: _Listing | None, tier:
         scaled(rates.cache_write, input_price, standard.input),
         scaled(rates.cache_write_1h, input_price, standard.input),
     )
+
+
+def cost_of(report: Report) -> float | None:
+    """Return what a reported call cost in US dollars: what was charged, else by its model's price. None without a price."""
+    input_tokens, output_tokens, model, detail = report
+    if detail is not None and detail.cost_usd is not None:
+        return detail.cost_usd
+    price = None if model is None else find_pricer(model, detail)
+    return None if price is None else price(input_tokens, output_tokens)
 
 
 def estimate_cost_usd(

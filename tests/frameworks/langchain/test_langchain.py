@@ -17,7 +17,7 @@ from tests.frameworks.contract import CALL, FrameworkContract, Weather, weather
 from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of
 from tests.frameworks.langchain.fakes import Script
 
-from stroma import BudgetExceeded, ExecutionBudget, RunStatus
+from stroma import BudgetExceeded, ExecutionBudget, RunStatus, Usage, current_node
 from stroma.adapters import Guard
 from stroma.adapters.langchain import StromaMiddleware
 
@@ -136,6 +136,22 @@ def test_a_sub_agent_that_goes_round_for_ever_is_stopped() -> None:
         ask(agent_of(Script(answers=[("ask_other", {}), "done"]), guard, [ask_other]))
     assert len(script.asked) == 4
     assert result_of(guard).total_tokens == 50
+
+
+def test_a_cached_prompt_counts_at_its_own_price() -> None:
+    """A call is refused for what the step has spent, and cached tokens cost less than others."""
+    sub = create_agent(Script(answers=["deep"]), [])
+
+    @tool
+    def ask_other() -> str:
+        """Ask the other one."""
+        # 1.25 USD; not cached, it would be 2.50.
+        current_node().report_usage(Usage(1_000_000, cached_input_tokens=1_000_000, model="gpt-4o"))
+        return last(sub.invoke({"messages": [("user", "x")]}))
+
+    guard = guard_of(budget=ExecutionBudget(max_cost_usd=2))
+    assert last(ask(agent_of(Script(answers=[("ask_other", {}), "done"]), guard, [ask_other]))) == "done"
+    assert result_of(guard).total_cost_usd == pytest.approx(1.25, abs=0.001)
 
 
 def test_hooks_of_a_sub_agent_have_the_tool_as_parent() -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
-from stroma.checkpoint.entries import NOT_DONE
 from stroma.cost.budget import ExecutionBudget
 from stroma.drivers.remote.children import Children, busy_ns
+from stroma.drivers.remote.effect_calls import call_effect
 from stroma.drivers.remote.flow_bodies import FlowBodies, run_body
 from stroma.drivers.remote.plans import policies_of
 from stroma.drivers.remote.state import (
@@ -25,20 +25,17 @@ from stroma.drivers.remote.state import (
     NodePlace,
     RunState,
     StoppedExecution,
+    charge_row,
     forget_position,
     new_state,
     next_segment,
     number_states,
-    row_size,
     shortened,
     total_spent,
     tracker_of,
 )
 from stroma.drivers.remote.wire import (
     ActivityRequest,
-    Answer,
-    EffectCall,
-    Event,
     FailureData,
     NodeSpec,
     Operation,
@@ -47,19 +44,16 @@ from stroma.drivers.remote.wire import (
     SegmentReport,
     Value,
     decode_failure,
+    encode_failure,
     fit_context,
     json_size,
-    size_of,
 )
 from stroma.failures.classes import FailureClass
+from stroma.failures.failure import Failure
 from stroma.failures.policy import Retry, Stop, follow_up
 from stroma.trace.result import RunStatus
 
 __all__ = ["Continue", "Driver", "Interpreter", "RunState", "new_state", "next_segment"]
-
-#: Workers that may be lost one after the other in an attempt of an effect.
-_MAX_LOSSES: Final = 5
-_NOT_DONE: Final = NOT_DONE.decode()
 
 
 class Interpreter:
@@ -280,7 +274,7 @@ class Interpreter:
                 answer=self.state["answers"].get(place.key),
             )  # fmt: skip
             if place.spec.get("effect"):
-                reply, cancelled = await self._call_effect(place, request)
+                reply, cancelled = await call_effect(self.driver, self.state, place, request)
             else:
                 reply, cancelled = await self.driver.ask(request)
             outcome = self._settle(place, value, reply)
@@ -299,43 +293,6 @@ class Interpreter:
             after = again.delay_seconds
             await self.driver.sleep(after)
 
-    async def _call_effect(self, place: NodePlace, request: ActivityRequest) -> tuple[Reply, bool]:
-        """Let a worker make one attempt of an effect, after the state has that a call may be made.
-
-        A worker that is lost may have made it: another one asks how it ended, and does not simply call.
-        """
-        effects, key, node_id = self.state["effects"], place.key, place.spec["id"]
-        answer, losses = request["answer"], 0
-        while True:
-            call: EffectCall = {"node_id": node_id, "number": 0, "is_open": False, "cause": ""}
-            if key in effects and effects[key]["node_id"] == node_id:
-                call = effects[key]
-            number = call["number"]
-            if call["is_open"] and (answer is None or answer.get("effect", ["", 0])[1] != number):
-                answer = _question(place, call)
-            if not call["is_open"] or answer is None or answer["payload"] in (None, _NOT_DONE):
-                effects[key] = {"node_id": node_id, "number": number + 1, "is_open": True, "cause": ""}
-            request["effect"], request["answer"] = [number, call["is_open"]], answer
-            reply, cancelled = await self.driver.ask(request)
-            if "lost" not in reply:
-                break
-            effects[key]["cause"] = shortened(reply["lost"], self.state["room"])
-            losses += 1
-            if cancelled:
-                raise asyncio.CancelledError
-            if losses >= _MAX_LOSSES:
-                return reply, cancelled
-        if "effect" not in reply:  # No worker has begun it.
-            effects[key] = call
-        elif place.kind == "item" and "output" in reply:
-            del effects[key]  # A map may have any number of items.
-        else:
-            number, is_open = reply["effect"]
-            unknown = reply["waiting"].get("effect") if "waiting" in reply else None
-            cause = "" if unknown is None else unknown[2]
-            effects[key] = {"node_id": node_id, "number": number, "is_open": is_open, "cause": cause}
-        return reply, cancelled
-
     def _keep(self, place: NodePlace, output: Value) -> None:
         """Record an output that was committed during a cancellation, so that a resume does not run it again."""
         if place.branch:
@@ -353,7 +310,8 @@ class Interpreter:
         row = reply.get("row")
         output = reply.get("output")
         if row is not None:
-            self._take_row(place, value, row, reply)
+            charge_row(state, self.tracker, place, value, reply)
+            place.rows.append(row)
         if "broken" in reply:
             if output is not None:
                 self._keep(place, output)
@@ -386,46 +344,13 @@ class Interpreter:
         ]
         return StoppedExecution({**exceeded, "attempt": row["attempt"]}, output, spent=True)
 
-    def _take_row(self, place: NodePlace, value: Value, row: Event, reply: Reply) -> None:
-        """Append the row of an attempt, and charge the run with its room, its usage and its time."""
-        state, tracker = self.state, self.tracker
-        room = state["room"]
-        if row["input"] is not None or place.kind == "item":
-            state["room"] -= size_of(row["input"] or value)
-        row["input"] = row["input"] or value
-        if row["failure"] is not None:
-            row["failure"][1] = shortened(row["failure"][1], state["room"])
-        if "failure" in reply:
-            reply["failure"]["message"] = shortened(reply["failure"]["message"], state["room"])
-        state["room"] -= size_of(reply.get("output")) + row_size(row)
-        if place.groups:
-            row["charged"] = room - state["room"]
-        used = row["usage"]
-        if used is not None:
-            tracker.spend(used[0], used[2])
-        if not place.branch:
-            tracker.latency_ns += row.get("function_ns", row["duration_ns"])
-        state["spent"] = {
-            "tokens": tracker.total_tokens,
-            "cost_usd": tracker.total_cost_usd,
-            "latency_ms": tracker.latency_ns / 1e6,
-        }
-        place.rows.append(row)
-
     def _exceeded(self, node_id: str) -> FailureData | None:
         exceeded = self.tracker.exceeded(self._budget, node_id)
         if exceeded is None:
             return None
-        return {
-            "failure_class": FailureClass.RECOVERABLE.value,
-            "message": str(exceeded),
-            "reason": "budget",
-            "retry_after": None,
-            "node_id": node_id,
-            "attempt": 1,
-            "type": "BudgetExceeded",
-            "data": [exceeded.dimension, exceeded.limit, exceeded.actual, exceeded.node_id],
-        }
+        return encode_failure(
+            Failure(exceeded, FailureClass.RECOVERABLE, node_id, 1, str(exceeded), "budget")
+        )
 
     def _decide(
         self, spec: NodeSpec, last: FailureData, attempt: int, repairing: bool, repairs: int
@@ -523,11 +448,3 @@ class Interpreter:
             raise asyncio.CancelledError
         children.settled()
         return outcome, reply.get("failure") or NO_FAILURE
-
-
-def _question(place: NodePlace, call: EffectCall) -> Answer:
-    """Return the question how a call of an effect ended."""
-    return {
-        "position": place.position, "branch": place.branch, "node_id": call["node_id"], "reason": "effect",
-        "schema_ref": "", "payload": None, "effect": ["", call["number"], call["cause"] or "the run ended during the call"],
-    }  # fmt: skip

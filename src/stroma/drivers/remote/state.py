@@ -37,6 +37,7 @@ __all__ = [
     "NodePlace",
     "RunState",
     "StoppedExecution",
+    "charge_row",
     "forget_position",
     "new_state",
     "next_segment",
@@ -156,6 +157,31 @@ def shortened(message: str, room: int) -> str:
     if len(message) <= _FIRST_WORDS or room - json_size(message) >= _FOR_STATES:
         return message
     return f"{message[:_FIRST_WORDS]} ... (the run has no room for the rest; see the log of the worker)"
+
+
+def charge_row(state: RunState, tracker: CostTracker, place: NodePlace, value: Value, reply: Reply) -> None:
+    """Charge a run with the row of an attempt in a reply: its room, its usage and its time. ``value``: its input."""
+    row, room = reply["row"], state["room"]
+    if row["input"] is not None or place.kind == "item":
+        state["room"] -= size_of(row["input"] or value)
+    row["input"] = row["input"] or value
+    if row["failure"] is not None:
+        row["failure"][1] = shortened(row["failure"][1], state["room"])
+    if "failure" in reply:
+        reply["failure"]["message"] = shortened(reply["failure"]["message"], state["room"])
+    state["room"] -= size_of(reply.get("output")) + row_size(row)
+    if place.groups:
+        row["charged"] = room - state["room"]
+    used = row["usage"]
+    if used is not None:
+        tracker.spend(used[0], used[2])
+    if not place.branch:
+        tracker.latency_ns += row.get("function_ns", row["duration_ns"])
+    state["spent"] = {
+        "tokens": tracker.total_tokens,
+        "cost_usd": tracker.total_cost_usd,
+        "latency_ms": tracker.latency_ns / 1e6,
+    }
 
 
 def nothing() -> Spent:

@@ -1,0 +1,89 @@
+"""Tokens that are used in a run of a guard and in no step, or that a framework counts and the guard does not see."""
+
+from __future__ import annotations
+
+import threading
+from typing import Final
+
+from stroma.adapters._step import count_tokens
+from stroma.cost.prices import cost_of
+from stroma.cost.usage import Usage, UsageError, as_report
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.execution import current_node_or_none
+
+__all__ = ["OutsideUsage"]
+
+#: The id under which tokens of no step are counted.
+_OUTSIDE: Final = "outside of steps"
+#: Key of an execution's note: the tokens inside it that a framework has counted, and the guard has not.
+_UNACCOUNTED: Final = "tokens that are not accounted for"
+
+
+class OutsideUsage:
+    """The usage of a run outside of its steps. Frameworks report it from any thread.
+
+    Attributes:
+        unaccounted: tokens that a framework has counted in this run, and the guard has not; see :meth:`compare`.
+    """
+
+    def __init__(self, ctx: ReliabilityContext) -> None:
+        self._ctx = ctx
+        self._lock = threading.Lock()
+        self.unaccounted = 0
+
+    def report(self, usage: Usage) -> None:
+        """Count tokens against the budget of the run, and in its totals.
+
+        Raises UsageError for a model without a known price where a cost limit could not count it.
+        """
+        cost = cost_of(as_report(usage))
+        tokens = usage.input_tokens + usage.output_tokens
+        with self._lock:
+            self._ctx.cost_tracker.add(_OUTSIDE, tokens, usage.output_tokens, cost or 0.0, 0, usage.model)
+        if cost is None and usage.model is not None:
+            self._note_unpriced(usage.model)
+
+    def _note_unpriced(self, model: str) -> None:
+        """Treat a model without a known price as in a step: refuse it under a cost limit, else warn of it once."""
+        ctx, is_noted = self._ctx, model in self._ctx.unpriced
+        if not is_noted:
+            ctx.unpriced.append(model)
+        if ctx.refuses_unpriced(_OUTSIDE):
+            raise UsageError(
+                f"run {ctx.run_id!r} used model {model!r} outside of its steps, which has no known price; add it to "
+                'KNOWN_MODELS, or pass unknown_model="warn" to count it as 0 USD'
+            )
+        if not is_noted:
+            ctx.run_logger.warning(
+                "model %r was called outside of steps and has no known price: it counts as 0; add it to KNOWN_MODELS",
+                model,
+            )
+
+    def check_budget(self) -> None:
+        """Raise BudgetExceeded if what the run has used exceeds its budget. For model calls in no step."""
+        if self._ctx.limits:
+            self._ctx.cost_tracker.check_budget(self._ctx.budget, _OUTSIDE)
+
+    def compare(self, framework: str, tokens: int) -> None:
+        """Compare a framework's own count of tokens with that of the guard; see :meth:`stroma.adapters.Guard.compare_usage`."""
+        ctx, node = self._ctx, current_node_or_none()
+        if node is not None and node.ctx is ctx:
+            known: int = node.notes.get(_UNACCOUNTED, 0)
+            counted = node.usage.tokens + sum(count_tokens(node.children or ()))
+            place = f"step {node.node_id!r}"
+        else:
+            node, known = None, self.unaccounted
+            counted, place = ctx.cost_tracker.total_tokens, f"run {ctx.run_id!r}"
+        missing = tokens - counted - known
+        if missing <= 0:
+            return
+        with self._lock:
+            self.unaccounted += missing
+            while node is not None:
+                node.notes[_UNACCOUNTED] = node.notes.get(_UNACCOUNTED, 0) + missing
+                node = node.parent
+        ctx.run_logger.warning(
+            "%s counted %d tokens in %s, and the guard %d: %d tokens count against no budget; attach the guard to every "
+            "agent, model and tool that is used there",
+            framework, tokens, place, counted, missing,
+        )  # fmt: skip
