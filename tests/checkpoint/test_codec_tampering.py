@@ -30,7 +30,7 @@ from stroma import (
 )
 from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.operations import Transaction
-from stroma.checkpoint.durable.rows import Annotation, Fence, Rows, Step
+from stroma.checkpoint.durable.rows import Annotation, Fence, Rows, RunEnd, Step
 
 NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
 KEY = bytes(range(32))
@@ -215,7 +215,7 @@ async def test_messages_and_questions_are_sealed(open_store: Open) -> None:
         result = rows.find("failed", lock=True)
         assert result is not None
         fence = Fence(result.run, result.execution, result.epoch, result.owner or "", 30.0)
-        rows.finish(fence, "FAILED", "all is well")
+        rows.finish(fence, RunEnd("FAILED", "all is well"))
 
     async with open_store(codec=codec()) as store:
         await store._submit(Transaction("failed", forge))

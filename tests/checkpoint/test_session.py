@@ -31,7 +31,7 @@ from stroma.checkpoint import (
 from stroma.checkpoint.durable.annotations import record_due_hooks
 from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner
-from stroma.checkpoint.durable.rows import Annotation, Fence, Step
+from stroma.checkpoint.durable.rows import Annotation, Fence, RunEnd, Step
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.entries import OF_MAP, Committed, Finished, PriorUsage, Tried, Waiting
 from stroma.failures import FailureClass
@@ -212,7 +212,7 @@ async def test_a_run_that_has_finished_is_returned_as_it_is(store: Store, status
     await begin_run(store)
     fence = store.rows.find("r")
     assert fence is not None
-    store.rows.finish(Fence(1, 1, 1, str(fence.owner), 30.0), status, "said")
+    store.rows.finish(Fence(1, 1, 1, str(fence.owner), 30.0), RunEnd(status, "said"))
     store.keep_beside()
     before = store.tables()
     session = store.open(if_exists="return", deliver=True)

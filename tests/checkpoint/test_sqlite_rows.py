@@ -20,6 +20,7 @@ from stroma.checkpoint.durable.rows import (
     AttemptSummary,
     Fence,
     Opening,
+    RunEnd,
     RunExtras,
     RunRow,
     Step,
@@ -113,7 +114,7 @@ def test_the_next_execution_of_a_run(rows: SqliteRows, clock: Clock) -> None:
     """It counts from nothing, under its own name, input and tags; the input of the one before stays."""
     first = rows.begin(None, opening(tags=("old",)))
     rows.commit(first, attempt(), step())
-    rows.finish(first, "FAILED", "why")
+    rows.finish(first, RunEnd("FAILED", "why"))
     clock.now, clock.lease = 2000, 900_000
     result = rows.find("r")
     fence = rows.begin(
@@ -149,7 +150,7 @@ def test_an_execution_goes_on(rows: SqliteRows, clock: Clock) -> None:
     for position in range(4):
         rows.commit(first, attempt(position, 10 + position), step())
     rows.annotate("r", Annotation.WAITING, "3:", "node 3", step())
-    rows.finish(first, "PARTIAL", "why")
+    rows.finish(first, RunEnd("PARTIAL", "why"))
     clock.now, clock.lease = 2000, 600_000
     result = rows.find("r")
     assert result is not None
@@ -269,7 +270,7 @@ def test_the_fence(rows: SqliteRows, clock: Clock, change: dict[str, Any]) -> No
     other = replace(fence, **change)
     assert not rows.commit(other, attempt(), step())
     assert not rows.commit_all([Commit("r", other, attempt(1), step())])
-    assert not rows.finish(other, "FAILED", "why")
+    assert not rows.finish(other, RunEnd("FAILED", "why"))
     rows.renew([other])
     assert table(rows, "runs") == before
     assert table(rows, "steps") == []
@@ -339,7 +340,7 @@ def test_a_commit_at_the_same_place_takes_the_place_of_the_one_before(rows: Sqli
 def test_the_end_gives_up_the_lease(rows: SqliteRows, clock: Clock) -> None:
     fence = rows.begin(None, opening())
     clock.now = 3000
-    assert rows.finish(fence, "PARTIAL", "why")
+    assert rows.finish(fence, RunEnd("PARTIAL", "why"))
     assert table(rows, "runs") == [
         (1, "r", "p", 1, "PARTIAL", "why", 1000, 3000, 0, 0, 0, OURS, 1, None, 0, 0, None)
     ]  # fmt: skip
@@ -583,7 +584,7 @@ def test_which_runs_have_expired(rows: SqliteRows, clock: Clock) -> None:
         clock.now = 5000 - number
         fence = rows.begin(None, opening(str(status)))
         if status is not None:
-            rows.finish(fence, status, None)
+            rows.finish(fence, RunEnd(status, None))
     clock.now = 4000
     rows.annotate("saved", Annotation.SAVED, "n", "n", step())
     ended = ["CANCELLED", "FAILED", "RESUMED", "COMPLETED"]

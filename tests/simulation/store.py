@@ -139,10 +139,10 @@ class LoggedRows(SqliteRows):
         sha = None if step is None else step.sha256.hex()[:8]
         self.log.append(("kept", self.database.ids[fence.run], fence.epoch, place, attempt.outcome, sha))
 
-    def finish(self, fence: Any, status: str, error: str | None, *more: Any) -> Any:
-        done = super().finish(fence, status, error, *more)
+    def finish(self, fence: Any, end: Any) -> Any:
+        done = super().finish(fence, end)
         if done:
-            self.log.append(("finished", self.database.ids[fence.run], fence.epoch, str(status)))
+            self.log.append(("finished", self.database.ids[fence.run], fence.epoch, end.status))
         return done
 
     def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Any) -> None:
@@ -185,9 +185,9 @@ class GatheredRows(LoggedRows):
         self.writes.append(lambda: self._fenced(do(fence, attempt, step, *more), fence))
         return True
 
-    def finish(self, fence: Any, status: str, error: str | None, *more: Any) -> Any:
+    def finish(self, fence: Any, end: Any) -> Any:
         do = super().finish
-        self.writes.append(lambda: self._fenced(do(fence, status, error, *more), fence))
+        self.writes.append(lambda: self._fenced(do(fence, end), fence))
         return True
 
     def _fenced(self, done: Any, fence: Any) -> None:

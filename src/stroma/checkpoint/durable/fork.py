@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from stroma.checkpoint.durable.integrity import checksum, require_undamaged, storable_text, verify_step
-from stroma.checkpoint.durable.rows import Annotation, Opening, Rows, Step
+from stroma.checkpoint.durable.rows import Annotation, Opening, Rows, RunEnd, Step
 from stroma.checkpoint.errors import CheckpointNotFound, RunExists
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.records import Attempt
@@ -62,7 +62,7 @@ def fork_run(
     for row in list(rows.annotations(origin.run, Annotation.TRACE)):
         rows.annotate(opening.run_id, Annotation.TRACE, row.branch, row.node_id, parent)
     why = f"forked from run {source!r} before position {before}"
-    rows.finish(fence, "INTERRUPTED", payloads.seal_text(storable_text(why), new("error")))
+    rows.finish(fence, RunEnd("INTERRUPTED", payloads.seal_text(storable_text(why), new("error"))))
 
 
 def _forked_attempt(number: int, position: int, branch: str, node_id: str, identity: str | None) -> Attempt:

@@ -20,6 +20,7 @@ __all__ = [
     "Fence",
     "Opening",
     "Rows",
+    "RunEnd",
     "RunExtras",
     "RunRow",
     "Step",
@@ -159,6 +160,21 @@ class Opening(NamedTuple):
     execution: int = 1
 
 
+class RunEnd(NamedTuple):
+    """How an execution stopped.
+
+    Attributes:
+        error: why, if it did not complete; in stored form for :meth:`Rows.finish`.
+        wake_ms: from when on a worker may continue a run that stays unfinished; None: never by itself.
+        updated_ms: when it stopped; None: now.
+    """
+
+    status: str
+    error: str | None = None
+    wake_ms: int | None = None
+    updated_ms: int | None = None
+
+
 class AttemptSummary(NamedTuple):
     """An attempt without its output. ``size``: of the stored output; None without a commit. ``epoch``: see Fence."""
 
@@ -225,15 +241,8 @@ class Rows(Protocol):
         """
         ...
 
-    def finish(
-        self,
-        fence: Fence,
-        status: str,
-        error: str | None,
-        updated_ms: int | None = None,
-        wake_ms: int | None = None,
-    ) -> bool:
-        """Record how an execution stopped, and when (None: now), and release the lease. Returns False if fenced off.
+    def finish(self, fence: Fence, end: RunEnd) -> bool:
+        """Record how an execution stopped, and release the lease. Returns False if fenced off.
 
         ``wake_ms`` is stored if the run stays unfinished, unless an earlier time was stored since the run was claimed.
         """

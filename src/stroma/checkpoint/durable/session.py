@@ -30,7 +30,7 @@ from stroma.checkpoint.durable.integrity import checksum, storable_text
 from stroma.checkpoint.durable.operations import CellChange, Commit, Submit, Transaction, fence_error
 from stroma.checkpoint.durable.owner import LIVE_SESSIONS
 from stroma.checkpoint.durable.references import BlobReferences
-from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunRow, Step, StepRow
+from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunEnd, RunRow, Step, StepRow
 from stroma.checkpoint.durable.session_open import RunOpener, finish_execution, record_end
 from stroma.checkpoint.entries import (
     Committed,
@@ -411,22 +411,20 @@ class DurableSession:
                 return None
             status, error = self.finished.status, self.finished.error
         self.ended = True
-        pending = self._submit(
-            Transaction(self.run_id, partial(self._finish, str(status), storable_text(error), wake_ms))
-        )
+        end = RunEnd(str(status), storable_text(error), wake_ms)
+        pending = self._submit(Transaction(self.run_id, partial(self._finish, end)))
         # Only after it is stored: otherwise the run looks like one whose process died.
         pending.add_done_callback(lambda _: self.abandon())
         return pending
 
-    def _finish(self, status: str, error: str | None, wake_ms: int | None, rows: Rows) -> None:
+    def _finish(self, end: RunEnd, rows: Rows) -> None:
         before = self._completed
         self._write_notes(rows, self._pending_notes)
-        if (
-            before is not None and status in COMPLETE
-        ):  # A resume without anything to do leaves the run unchanged.
-            record_end(rows, self.fence, self.run_id, before.status, before.error, before.updated_ms)
-        else:
-            finish_execution(rows, self._payloads, self.fence, self.run_id, status, error, wake_ms)
+        if before is None or end.status not in COMPLETE:
+            finish_execution(rows, self._payloads, self.fence, self.run_id, end)
+        else:  # A resume without anything to do leaves the run unchanged.
+            unchanged = RunEnd(before.status, before.error, updated_ms=before.updated_ms)
+            record_end(rows, self.fence, self.run_id, unchanged)
 
 
 def _settle_charge(charge: Charge, pending: asyncio.Future[Any]) -> None:

@@ -20,7 +20,7 @@ from stroma.checkpoint.durable.conversion import to_committed
 from stroma.checkpoint.durable.integrity import checksum, is_intact, lost_error
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.owner import Owner
-from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunRow, Step
+from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunEnd, RunRow, Step
 from stroma.checkpoint.entries import (
     NO_CONTROL,
     Committed,
@@ -217,9 +217,8 @@ class RunOpener:
         opened.fence = rows.take_over(run, self._opening._replace(discard_from=None))
         opened.finished = finished
         if not self._request.ends:
-            finish_execution(
-                rows, self._payloads, opened.fence, self._run_id, finished.status, finished.error
-            )
+            end = RunEnd(finished.status, finished.error)
+            finish_execution(rows, self._payloads, opened.fence, self._run_id, end)
 
     def _count_deaths(self, rows: Rows, number: int, first_epoch: int) -> None:
         step = Step(str(first_epoch), str(self._opened.fence.epoch), b"", checksum(b""), number)
@@ -329,35 +328,19 @@ _OF_EXECUTION = (
 )
 
 
-def finish_execution(
-    rows: Rows,
-    payloads: Payloads,
-    fence: Fence,
-    run_id: str,
-    status: str,
-    error: str | None,
-    wake_ms: int | None = None,
-) -> None:
-    """Record how an execution stopped. Raises Fenced, CheckpointLost."""
-    error = payloads.seal_text(error, PayloadPlace(run_id, fence.execution, "error"))
-    record_end(rows, fence, run_id, status, error, None, wake_ms)
+def finish_execution(rows: Rows, payloads: Payloads, fence: Fence, run_id: str, end: RunEnd) -> None:
+    """Record how an execution stopped; its error is sealed here. Raises Fenced, CheckpointLost."""
+    error = payloads.seal_text(end.error, PayloadPlace(run_id, fence.execution, "error"))
+    record_end(rows, fence, run_id, end._replace(error=error))
 
 
-def record_end(
-    rows: Rows,
-    fence: Fence,
-    run_id: str,
-    status: str,
-    sealed_error: str | None,
-    updated_ms: int | None,
-    wake_ms: int | None = None,
-) -> None:
-    """Record how an execution stopped, and when (None: now). Raises Fenced, CheckpointLost."""
-    if status == "INTERRUPTED":
-        wake_ms = 0
-    if not rows.finish(fence, status, sealed_error, updated_ms, wake_ms):
+def record_end(rows: Rows, fence: Fence, run_id: str, end: RunEnd) -> None:
+    """Record how an execution stopped, with its error in stored form. Raises Fenced, CheckpointLost."""
+    if end.status == "INTERRUPTED":
+        end = end._replace(wake_ms=0)
+    if not rows.finish(fence, end):
         raise fence_error(rows, fence, run_id)
-    if status == "CANCELLED":
+    if end.status == "CANCELLED":
         forget_requests(rows, fence.run, CANCEL)
 
 

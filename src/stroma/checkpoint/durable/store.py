@@ -33,7 +33,7 @@ from stroma.checkpoint.durable.operations import CellChange, Transaction
 from stroma.checkpoint.durable.owner import new_owner
 from stroma.checkpoint.durable.reader import ReadableStore
 from stroma.checkpoint.durable.retention import Collected, collect_expired
-from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunRow, Step, StepRow
+from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunEnd, RunRow, Step, StepRow
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.durable.session_open import finish_execution, record_end
 from stroma.checkpoint.durable.worker import Connection, Operation, Worker, generation
@@ -178,7 +178,7 @@ class DurableStore(ReadableStore):
                 # An owner that lives, and only lost its lease, must not continue.
                 owner = str(new_owner(self, ends=False))
                 opening = Opening(run_id, run.pipeline, owner, 0.0, "", b"", b"", None)
-                record_end(rows, rows.take_over(run, opening), run_id, "CANCELLED", None, None)
+                record_end(rows, rows.take_over(run, opening), run_id, RunEnd("CANCELLED"))
             return True
 
         return await self._request(run_id, do)
@@ -195,7 +195,7 @@ class DurableStore(ReadableStore):
             request(rows, run_id, PAUSE)
             if run.holder is None:
                 # An owner that lives, and only lost its lease, reads the request and stores what it has paid for.
-                finish_execution(rows, self._payloads, _last_fence(run), run_id, "SUSPENDED", PAUSED)
+                finish_execution(rows, self._payloads, _last_fence(run), run_id, RunEnd("SUSPENDED", PAUSED))
                 rows.wake(run, None)
             return True
 

@@ -15,6 +15,7 @@ from stroma.checkpoint.durable.rows import (
     AttemptSummary,
     Fence,
     Opening,
+    RunEnd,
     RunExtras,
     RunRow,
     Step,
@@ -138,16 +139,8 @@ class PostgresRows:
             self.attempt_counts.append((fence, attempts))
         return is_recorded
 
-    def finish(
-        self,
-        fence: Fence,
-        status: str,
-        error: str | None,
-        updated_ms: int | None = None,
-        wake_ms: int | None = None,
-    ) -> bool:
-        values = {"status": status, "error": error, "updated_ms": updated_ms, "wake_ms": wake_ms}
-        return self._execute(sql.FINISH, {**values, **asdict(fence)}).rowcount == 1
+    def finish(self, fence: Fence, end: RunEnd) -> bool:
+        return self._execute(sql.FINISH, {**end._asdict(), **asdict(fence)}).rowcount == 1
 
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
         self._execute(sql.WAKE, (wake_ms, run.run))

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from stroma.checkpoint.durable.integrity import require_undamaged
 from stroma.checkpoint.durable.operations import fenced_error
-from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, RunRow, Step, StepRow
+from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, RunEnd, RunRow, Step, StepRow
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.records import Attempt
@@ -223,19 +223,12 @@ class RedisRows(RedisReader):
         self._append(fence.run, *commit_values(fence, attempt, step))
         return True
 
-    def finish(
-        self,
-        fence: Fence,
-        status: str,
-        error: str | None,
-        updated_ms: int | None = None,
-        wake_ms: int | None = None,
-    ) -> bool:
+    def finish(self, fence: Fence, end: RunEnd) -> bool:
         run = fence.run
-        ttl = self._ttl if status in ("COMPLETED", "RESUMED") else ""
-        fields = (run.token, fence.execution, fence.epoch, fence.owner, run.version, status)
-        text = "" if error is None else f"={error}"
-        times = ("" if updated_ms is None else updated_ms, "" if wake_ms is None else wake_ms)
+        ttl = self._ttl if end.status in ("COMPLETED", "RESUMED") else ""
+        fields = (run.token, fence.execution, fence.epoch, fence.owner, run.version, end.status)
+        text = "" if end.error is None else f"={end.error}"
+        times = ("" if end.updated_ms is None else end.updated_ms, "" if end.wake_ms is None else end.wake_ms)
         self._append(run, "finish", run.run_id, *fields, text, ttl, *times)
         return True
 

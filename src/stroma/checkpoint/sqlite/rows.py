@@ -15,6 +15,7 @@ from stroma.checkpoint.durable.rows import (
     AttemptSummary,
     Fence,
     Opening,
+    RunEnd,
     RunExtras,
     RunRow,
     Step,
@@ -155,16 +156,10 @@ class SqliteRows:
         is_new = step is not None and not self.db.execute(sql.IS_COMMITTED, place).fetchall()
         return (now_ms, _lease_end(fence.lease_seconds), *_usage(attempt), is_new, *_fence_values(fence))
 
-    def finish(
-        self,
-        fence: Fence,
-        status: str,
-        error: str | None,
-        updated_ms: int | None = None,
-        wake_ms: int | None = None,
-    ) -> bool:
-        at = _now_ms() if updated_ms is None else updated_ms
-        values = (status, error, at, status in UNFINISHED, wake_ms, wake_ms, *_fence_values(fence))
+    def finish(self, fence: Fence, end: RunEnd) -> bool:
+        at = _now_ms() if end.updated_ms is None else end.updated_ms
+        wake = (end.status in UNFINISHED, end.wake_ms, end.wake_ms)
+        values = (end.status, end.error, at, *wake, *_fence_values(fence))
         return self.db.execute(sql.END, values).rowcount == 1
 
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
