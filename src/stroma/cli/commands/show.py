@@ -75,13 +75,11 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
 
         why = "let the workers write to a store (stroma worker --db) and read that"
         reject_local_options(why, "db", "wants_input", "wants_output", "wants_rejected", "redact")
-        record, attempts, waiting = read_run(cluster, run_)
-        selected = _select(attempts, record, view)
-        states: list[list[_State]] = [[] for _ in selected]
+        shown = _Shown.select(*read_run(cluster, run_), view)
         if as_json:
-            emit(_data(record, attempts, waiting, selected, states))
+            emit(_data(shown, [[] for _ in shown.selected]))
             return Code.OK
-        return _print_run(cluster, record, attempts, waiting, selected, view)
+        return _print_run(cluster, shown, view)
     database = Database.from_option(db)
     stored = database.find(run_)
     history = History(database.reader, load_redact(redact))
@@ -89,19 +87,19 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
         record = history.redact_run(stored)
         attempts = in_order(history.redact_attempts(record.run_id, database.reader.attempts(record.run_id)))
         waiting = history.waiting(record.run_id)
-    selected = _select(attempts, record, view)
+    shown = _Shown.select(record, attempts, waiting, view)
     with database.explain_errors():
-        states = _states(history, record, selected, view)
+        states = _states(history, record, shown.selected, view)
     code = Code.ENVIRONMENT if any(one.damaged for one in attempts) else Code.OK
     if as_json:
-        emit(_data(record, attempts, waiting, selected, states))
+        emit(_data(shown, states))
         return code
     if view.wants_input or view.wants_output or view.wants_rejected:
-        return _print_states(selected, states, code)
+        return _print_states(shown.selected, states, code)
     with database.explain_errors():
         waits = history.flow_waits(record, attempts, waiting) if view.as_tree else []
-        rejected = last_rejected(history, record, selected)
-    _print_run(database, record, attempts, waiting, selected, view, waits, rejected)
+        rejected = last_rejected(history, record, shown.selected)
+    _print_run(database, shown, view, waits, rejected)
     return code
 
 
@@ -119,50 +117,55 @@ class _View:
     timing: bool
 
 
-def _select(attempts: list[AttemptRecord], record: RunRecord, view: _View) -> list[AttemptRecord]:
-    """Return the matching attempts. Raises Problem if there is none."""
-    node, attempt = view.node, view.attempt
-    selected = [one for one in attempts if node in (None, one.node_id) and attempt in (None, one.attempt)]
-    if not selected and (node is not None or attempt is not None):
-        raise _no_such_attempt(attempts, record, node, attempt)
-    return selected
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """A run and its attempts. Attributes: ``selected`` are those that the options select."""
+
+    record: RunRecord
+    attempts: list[AttemptRecord]
+    waiting: list[Waiting]
+    selected: list[AttemptRecord]
+
+    @classmethod
+    def select(
+        cls, record: RunRecord, attempts: list[AttemptRecord], waiting: list[Waiting], view: _View
+    ) -> _Shown:
+        """Select attempts. Raises Problem if the options select none."""
+        node, attempt = view.node, view.attempt
+        selected = [one for one in attempts if node in (None, one.node_id) and attempt in (None, one.attempt)]
+        if not selected and (node is not None or attempt is not None):
+            raise _no_such_attempt(attempts, record, node, attempt)
+        return cls(record, attempts, waiting, selected)
 
 
-def _data(
-    record: RunRecord,
-    attempts: list[AttemptRecord],
-    waiting: list[Waiting],
-    selected: list[AttemptRecord],
-    states: list[list[_State]],
-) -> dict[str, Any]:
+def _data(shown: _Shown, states: list[list[_State]]) -> dict[str, Any]:
     """Return the object of ``--json``."""
-    tokens, cost = sum_waste(attempts)
+    record = shown.record
+    tokens, cost = sum_waste(shown.attempts)
     return {
         "schema": "stroma.show/1",
         "run": run_data(record),
-        "suspended": [waiting_data(one) for one in waiting],
+        "suspended": [waiting_data(one) for one in shown.waiting],
         "wasted_tokens": tokens,
         "wasted_cost_usd": cost,
         "attempts": [
             attempt_data(record, one) | {what: payload.value for what, payload in payloads}
-            for one, payloads in zip(selected, states, strict=True)
+            for one, payloads in zip(shown.selected, states, strict=True)
         ],
     }
 
 
 def _print_run(
     database: RunSource,
-    record: RunRecord,
-    attempts: list[AttemptRecord],
-    waiting: list[Waiting],
-    selected: list[AttemptRecord],
+    shown: _Shown,
     view: _View,
     waits: Sequence[Bar] = (),
     rejected: Sequence[tuple[AttemptRecord, RejectedOutput]] = (),
 ) -> int:
-    print_head(record, waiting, len(attempts), *sum_waste(attempts))
-    if selected or waits:
-        print_attempts(attempts, waits, selected, view)
+    record, attempts = shown.record, shown.attempts
+    print_head(record, shown.waiting, len(attempts), *sum_waste(attempts))
+    if shown.selected or waits:
+        print_attempts(attempts, waits, shown.selected, view)
     for attempt, one_rejected in rejected:
         print_rejected(attempt, one_rejected)
     for one in attempts:
@@ -170,7 +173,7 @@ def _print_run(
             output = f"the output of node {clean(one.node_id, 100)!r} at {place_of(one)}"
             err.line(("stroma: ", "bold red"), f"{output} is damaged; resume from there to recompute it")
     if record.status not in FINISHED_WELL:
-        print_next_steps(database, record, unanswered(waiting))
+        print_next_steps(database, record, unanswered(shown.waiting))
     return Code.OK
 
 

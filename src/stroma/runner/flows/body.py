@@ -69,7 +69,7 @@ async def run_flow(
     ctx = driver.ctx
     contract = ctx.contract_of(node)
     assert contract is not None
-    source, target = schema_of(contract.input_schema), schema_of(contract.output_schema)
+    source = schema_of(contract.input_schema)
     try:
         state, snapshot = source.prepare_input(value)
     except BaseException as error:
@@ -93,7 +93,7 @@ async def run_flow(
     if isinstance(outcome, (Halt, Stopped)):
         ctx.cost_tracker.latency_ns += flow.execution.busy_ns
         return outcome
-    return await commit_output(flow, node, target, snapshot, outcome, begin, None)
+    return await commit_output(flow, node, snapshot, outcome, begin, None)
 
 
 async def _drive(flow: FlowRun, node: FlowNode, state: BaseModel) -> Any:

@@ -27,7 +27,7 @@ from stroma.runner.flows.driver import FlowDriver
 from stroma.runner.flows.endings import CallEnd, EndKey
 from stroma.runner.flows.errors import FlowClosed, StepFailed
 from stroma.runner.flows.journal import CallRecord, input_key_of
-from stroma.runner.flows.order import ResultOrder
+from stroma.runner.flows.order import FlowCall, ResultOrder
 
 __all__ = ["FlowRun", "as_output"]
 
@@ -276,6 +276,12 @@ class FlowRun:
         self.keys.add(identity)
         return identity
 
+    def number_call(self, method: str, step_id: str, key: str | None, kind: str = "") -> FlowCall:
+        """Return a call with its number. Raises what :meth:`begin_call` and :meth:`identify` raise."""
+        scope = self.begin_call(method)
+        identity = self.identify(scope, step_id, key, kind)
+        return FlowCall(identity, self.driver.activity, not scope.path)
+
     # ------------------------------------------------------------------ records
 
     async def before_live(self, identity: str) -> None:
@@ -382,7 +388,7 @@ class FlowRun:
 
     # ------------------------------------------------------------------ results
 
-    async def take_turn(self, identity: str, is_recorded: bool, number: int, in_main: bool) -> int:
+    async def take_turn(self, call: FlowCall, is_recorded: bool) -> int:
         """Wait until the result of a call may be handed to the body, and return its number."""
         order = self.order
         if self.is_map:  # Its result is handed out as one.
@@ -392,15 +398,15 @@ class FlowRun:
         if self.alive > 1:
             self.is_concurrent, self.is_sequential = True, False
             self.driver.has_siblings = True
-        elif in_main and self.is_concurrent and all(task.done() for task in self.tasks):
+        elif call.in_main and self.is_concurrent and all(task.done() for task in self.tasks):
             self.tasks.clear()
             self.is_concurrent = False
-        if not self.is_concurrent and order.is_next(identity):
-            return order.deliver(identity, noted=False)
+        if not self.is_concurrent and order.is_next(call.identity):
+            return order.deliver(call.identity, noted=False)
         if is_recorded:
-            return await order.wait(identity, 0 if in_main else 1, number)
+            return await order.wait(call.identity, 0 if call.in_main else 1, call.number)
         self.arrivals += 1
-        return await order.wait(identity, 2, self.arrivals)
+        return await order.wait(call.identity, 2, self.arrivals)
 
     def step_failed(
         self, failure: Failure, identity: str, index: int, cause: BaseException | None = None

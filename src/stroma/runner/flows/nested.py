@@ -21,6 +21,7 @@ from stroma.failures.failure import Failure
 from stroma.runner.flows.errors import StepFailed
 from stroma.runner.flows.flow_run import FlowRun, as_output
 from stroma.runner.flows.journal import encode_input, read_failure
+from stroma.runner.flows.order import FlowCall
 from stroma.runner.flows.output import commit_output
 from stroma.runner.flows.steps import call_step, make_step, restore_step, step_node_of
 from stroma.runner.pipeline import Pipeline
@@ -41,9 +42,7 @@ def call_map(
             raise TypeError(
                 f"the items of {record.node_id!r} must be pydantic models, got {type(state).__name__}"
             )
-    scope = run.begin_call("flow.map")
-    identity = run.identify(scope, record.node_id, key, "*")
-    return _map(run, record, states, max_concurrency, identity, run.driver.activity, not scope.path)
+    return _map(run, record, states, max_concurrency, run.number_call("flow.map", record.node_id, key, "*"))
 
 
 async def _map(
@@ -51,15 +50,15 @@ async def _map(
     node: Node | Group,
     states: list[BaseModel],
     limit: int | None,
-    identity: str,
-    number: int,
-    in_main: bool,
+    call: FlowCall,
 ) -> list[Any]:
     driver = run.driver
 
     async def work() -> tuple[list[Any], bool]:
         # The items are the steps of a part of the flow, by their indexes.
-        items = FlowRun(driver, run, _part_of(run, limit), run.position, run.prefix + identity, is_map=True)
+        items = FlowRun(
+            driver, run, _part_of(run, limit), run.position, run.prefix + call.identity, is_map=True
+        )
         items.path = run.path
         failed = [int(at) for at, record in items.records.items() if record.kind == "failure"]
         if failed:  # Its siblings were cancelled, or are of no use any more.
@@ -71,7 +70,7 @@ async def _map(
         try:
             outputs = await gather(
                 [
-                    make_step(items, node, state, str(index), index, False)
+                    make_step(items, node, state, FlowCall(str(index), index, in_main=False))
                     for index, state in enumerate(states)
                 ]
             )
@@ -81,7 +80,7 @@ async def _map(
         return outputs, is_recorded
 
     size = b"%d items" % len(states)
-    return cast("list[Any]", await _compose(run, work, identity, number, in_main, size))
+    return cast("list[Any]", await _compose(run, work, call, size))
 
 
 def find_flow(obj: Any) -> FlowNode | None:
@@ -98,18 +97,13 @@ def call_flow(run: FlowRun, flow: Any, state: Any, key: str | None) -> Coroutine
         )
     if not isinstance(state, BaseModel):
         raise TypeError(f"the input of {flow.name!r} must be a pydantic model, got {type(state).__name__}")
-    scope = run.begin_call("flow.run")
-    identity = run.identify(scope, flow.name, key)
+    call = run.number_call("flow.run", flow.name, key)
     node = find_flow(flow)
-    if node is None:
-        return _run_pipeline(run, flow, state, identity, run.driver.activity, not scope.path)
-    return _run_flow(run, node, state, identity, run.driver.activity, not scope.path)
+    return _run_pipeline(run, flow, state, call) if node is None else _run_flow(run, node, state, call)
 
 
-async def _run_flow(
-    run: FlowRun, node: FlowNode, state: BaseModel, identity: str, number: int, in_main: bool
-) -> Any:
-    driver, ctx = run.driver, run.driver.ctx
+async def _run_flow(run: FlowRun, node: FlowNode, state: BaseModel, call: FlowCall) -> Any:
+    driver, ctx, identity = run.driver, run.driver.ctx, call.identity
     input_key = encode_input(ctx, node, state)
 
     async def work() -> tuple[Any, bool]:
@@ -128,9 +122,8 @@ async def _run_flow(
         if is_restored:  # Its body was only to be checked.
             driver.flows.remove(child)
             return as_output(cast("BaseModel", await restore_step(run, node, state, identity))), True
-        target = schema_of(contract.output_schema)
-        call = StepCall(OF_FLOW, input_key)
-        outcome = await commit_output(child, node, target, snapshot, returned, begin, call)
+        step = StepCall(OF_FLOW, input_key)
+        outcome = await commit_output(child, node, snapshot, returned, begin, step)
         driver.flows.remove(child)
         driver.journal.forget("started", run.position, run.prefix + identity)
         if isinstance(outcome, Halt):
@@ -139,46 +132,44 @@ async def _run_flow(
             raise _InnerFailed(outcome.failure) from outcome.failure.exception
         return as_output(outcome), False
 
-    return await _compose(run, work, identity, number, in_main, input_key)
+    return await _compose(run, work, call, input_key)
 
 
-async def _run_pipeline(
-    run: FlowRun, pipeline: Pipeline, state: BaseModel, identity: str, number: int, in_main: bool
-) -> Any:
+async def _run_pipeline(run: FlowRun, pipeline: Pipeline, state: BaseModel, call: FlowCall) -> Any:
     driver = run.driver
 
     async def work() -> tuple[Any, bool]:
-        child = FlowRun(driver, run, _part_of(run, None, pipeline.name), run.position, run.prefix + identity)
+        child = FlowRun(
+            driver, run, _part_of(run, None, pipeline.name), run.position, run.prefix + call.identity
+        )
         is_recorded = len(child.records) == len(pipeline.nodes)
         value: Any = state
         scope = SCOPE.get()
         child.begin()
         try:
             for node in pipeline.nodes:
-                call = call_step if find_flow(node) is None else call_flow
-                value = await call(child, node, value, None)
+                make_call = call_step if find_flow(node) is None else call_flow
+                value = await make_call(child, node, value, None)
         finally:
             await child.end()
             SCOPE.set(scope)
         driver.flows.remove(child)
         return value, is_recorded
 
-    return await _compose(run, work, identity, number, in_main, None)
+    return await _compose(run, work, call, None)
 
 
 async def _compose(
     run: FlowRun,
     work: Callable[[], Coroutine[Any, Any, tuple[Any, bool]]],
-    identity: str,
-    number: int,
-    in_main: bool,
+    call: FlowCall,
     input_key: bytes | None,
 ) -> Any:
     """Make a call that is made of other calls, and hand out its result in turn.
 
     ``work`` returns the result, and True if it was all recorded.
     """
-    driver = run.driver
+    driver, identity = run.driver, call.identity
     task = asyncio.current_task()
     assert task is not None
     if driver.closing or run.has_ended:
@@ -209,7 +200,7 @@ async def _compose(
                 inside = f"{run.prefix}{identity}."
                 driver.endings.forget_what_ended(run.position, inside, cause, driver.activity)
                 run.note_failure(identity, failure, input_key)
-        index = await run.take_turn(identity, is_recorded, number, in_main)
+        index = await run.take_turn(call, is_recorded)
         if failure is None:
             return result
         raise run.step_failed(failure, identity, index, cause) from cause

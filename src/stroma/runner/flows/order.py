@@ -10,14 +10,27 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
-__all__ = ["ResultOrder"]
+__all__ = ["FlowCall", "ResultOrder"]
 
 _RECENT: Final = 1000  # results among which one is looked for
 #: Turns of the event loop without a call of the flow, after which its body waits for a result, where other work keeps the loop
 #: busy. The result of a call in a task group, in wait_for(), in gather(), in a task takes about ten to reach the body.
 _QUIET_TURNS: Final = 16
+
+
+class FlowCall(NamedTuple):
+    """A call of a flow, as it was numbered in the task that made it.
+
+    Attributes:
+        number: the driver's activity then: of two recorded calls, the earlier one has its result first.
+        in_main: it was made in the first task of the body.
+    """
+
+    identity: str
+    number: int
+    in_main: bool
 
 
 class ResultOrder:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from stroma.checkpoint import StepCall
 from stroma.contracts.contract import ContractViolation, output_violation
 from stroma.contracts.node import FlowNode
-from stroma.contracts.schema import Schema, Snapshot, schema_of
+from stroma.contracts.schema import Snapshot, schema_of
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine.commit import failed_of, record, settle
 from stroma.engine.outcome import Halt
@@ -27,15 +27,17 @@ __all__ = ["commit_output"]
 async def commit_output(
     flow: FlowRun,
     node: FlowNode,
-    schema: Schema,
     snapshot: Snapshot,
     returned: Any,
     begin: int,
-    call: StepCall | None,
+    step: StepCall | None,
 ) -> BaseModel | Halt:
-    """Validate and commit the output of a flow."""
+    """Validate and commit the output of a flow. ``snapshot``: of its input. ``step``: the step that it is in another flow."""
     driver, execution = flow.driver, flow.execution
     ctx = driver.ctx
+    contract = ctx.contract_of(node)
+    assert contract is not None  # A flow has one.
+    source, schema = schema_of(contract.input_schema), schema_of(contract.output_schema)
     try:
         if isinstance(returned, BaseModel) and not isinstance(returned, schema.model):
             text = (
@@ -62,15 +64,12 @@ async def commit_output(
         )
         if exceeded is not None:
             failure = driver.endings.halt(exceeded, node.node_id).failure
-    contract = ctx.contract_of(node)
-    assert contract is not None  # A flow has one.
-    source = schema_of(contract.input_schema)
     row = AttemptRow(
         node.node_id, 1, begin + ctx.epoch_ns, perf_counter_ns() - begin, snapshot, saved,
         "success" if failure is None else "failure", None if failure is None else failed_of(failure), None,
         flow.position, flow.branch, execution.group, (source, schema, None), None, execution.busy_ns,
     )  # fmt: skip
-    again = partial(record, ctx, row, schema, model, call)
+    again = partial(record, ctx, row, schema, model, step)
     pending = again()
     if pending is not None:
         problem, cancelled = await settle(ctx, row, pending, again)

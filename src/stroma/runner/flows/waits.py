@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from stroma.checkpoint import Waiting, schema_ref
 from stroma.contracts.schema import schema_of
 from stroma.runner.flows.flow_run import FlowRun
+from stroma.runner.flows.order import FlowCall
 from stroma.runner.flows.suspension import EXPIRED, WITHDRAWN, OpenWait, text_of_time
 
 __all__ = ["call_sleep", "call_wait_for", "wake_ms_of"]
@@ -22,19 +23,17 @@ AnswerT = TypeVar("AnswerT", bound=BaseModel)
 
 def call_sleep(run: FlowRun, wake_ms: int, key: str | None) -> Coroutine[Any, Any, None]:
     """Return the coroutine of a timer, which is numbered in the task that calls it."""
-    scope = run.begin_call("flow.sleep")
-    identity = run.identify(scope, "sleep", key, "!")
-    return _sleep(run, wake_ms, identity, run.driver.activity, not scope.path)
+    return _sleep(run, wake_ms, run.number_call("flow.sleep", "sleep", key, "!"))
 
 
-async def _sleep(run: FlowRun, wake_ms: int, identity: str, number: int, in_main: bool) -> None:
-    driver, branch = run.driver, run.prefix + identity
+async def _sleep(run: FlowRun, wake_ms: int, call: FlowCall) -> None:
+    driver, branch = run.driver, run.prefix + call.identity
 
     async def work() -> bool:
-        recorded = await run.find_recorded(identity, None) if run.records else None
+        recorded = await run.find_recorded(call.identity, None) if run.records else None
         wake = wake_ms if recorded is None else cast("int", recorded.data)
         if recorded is None:
-            await run.before_live(identity)
+            await run.before_live(call.identity)
             driver.journal.note_wake(run.position, branch, wake, driver.clock_ms())
             await driver.waits.flush()
         elif wake <= driver.now_ms():
@@ -47,7 +46,7 @@ async def _sleep(run: FlowRun, wake_ms: int, identity: str, number: int, in_main
             driver.waits.remove(wait)
         return False
 
-    await _wait(run, work, identity, number, in_main)
+    await _wait(run, work, call)
 
 
 def call_wait_for(
@@ -56,29 +55,21 @@ def call_wait_for(
     """Return the coroutine of a question, which is numbered in the task that calls it."""
     if not (isinstance(answer, type) and issubclass(answer, BaseModel)):
         raise TypeError(f"flow.wait_for takes a pydantic model, a RootModel for plain values, got {answer!r}")
-    scope = run.begin_call("flow.wait_for")
-    identity = run.identify(scope, "wait", key, "!")
-    question = Waiting(
-        run.position, run.prefix + identity, key or answer.__name__, reason, schema_ref(answer)
-    )
-    return _wait_for(run, answer, question, wake_ms, identity, run.driver.activity, not scope.path)
+    call = run.number_call("flow.wait_for", "wait", key, "!")
+    branch = run.prefix + call.identity
+    question = Waiting(run.position, branch, key or answer.__name__, reason, schema_ref(answer))
+    return _wait_for(run, answer, question, wake_ms, call)
 
 
 async def _wait_for(
-    run: FlowRun,
-    answer: type[AnswerT],
-    question: Waiting,
-    wake_ms: int | None,
-    identity: str,
-    number: int,
-    in_main: bool,
+    run: FlowRun, answer: type[AnswerT], question: Waiting, wake_ms: int | None, call: FlowCall
 ) -> AnswerT:
-    driver, branch = run.driver, run.prefix + identity
+    driver, branch = run.driver, question.branch
     outcomes: list[Any] = []
     questions: list[Waiting] = []
 
     async def work() -> bool:
-        recorded = await run.find_recorded(identity, None) if run.records else None
+        recorded = await run.find_recorded(call.identity, None) if run.records else None
         if recorded is not None and recorded.kind in ("answer", "expired"):
             outcomes.append(EXPIRED if recorded.kind == "expired" else recorded.data)
             return True
@@ -89,7 +80,7 @@ async def _wait_for(
             question.schema_ref,
         )
         if not is_same or (earlier is not None and earlier.payload == WITHDRAWN):
-            await run.before_live(identity)
+            await run.before_live(call.identity)
             if wake is not None and recorded is None:
                 driver.journal.note_wake(run.position, branch, wake, driver.clock_ms())
             questions.append(question)
@@ -111,7 +102,7 @@ async def _wait_for(
             driver.waits.remove(wait)
         return False
 
-    await _wait(run, work, identity, number, in_main, questions)
+    await _wait(run, work, call, questions)
     (outcome,) = outcomes
     if outcome is EXPIRED:
         raise TimeoutError(f"no answer came in time: {question.reason}")
@@ -121,9 +112,7 @@ async def _wait_for(
 async def _wait(
     run: FlowRun,
     work: Callable[[], Coroutine[Any, Any, bool]],
-    identity: str,
-    number: int,
-    in_main: bool,
+    call: FlowCall,
     questions: Sequence[Waiting] = (),
 ) -> None:
     """Wait, and hand out the result in turn.
@@ -131,16 +120,16 @@ async def _wait(
     ``work`` returns True if the wait had ended when the run was resumed. ``questions``: those of the call, once they are stored.
     """
     if run.driver.closing or run.has_ended:
-        run.refuse(identity)
+        run.refuse(call.identity)
     run.alive += 1
     token, begin = object(), perf_counter_ns()
     task = asyncio.current_task()
     assert task is not None
     run.open[token] = task
     try:
-        await run.take_turn(identity, await work(), number, in_main)
+        await run.take_turn(call, await work())
     except asyncio.CancelledError:
-        if run.note_cancelled(identity, begin, None):
+        if run.note_cancelled(call.identity, begin, None):
             for question in questions:  # An answer that comes later is refused.
                 await run.driver.waits.ask(question._replace(payload=WITHDRAWN))
         raise
