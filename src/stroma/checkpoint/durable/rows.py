@@ -161,7 +161,7 @@ class Opening(NamedTuple):
 
 
 class RunEnd(NamedTuple):
-    """How an execution stopped.
+    """The end of an execution.
 
     Attributes:
         error: why, if it did not complete; in stored form for :meth:`Rows.finish`.
