@@ -36,7 +36,7 @@ def test_tokens_that_only_the_framework_has_counted_are_named(caplog: pytest.Log
         agent(10, 10, own=12)  # It has not counted what failed.
         assert (guard.unaccounted, caplog.messages) == (0, [])
         agent(15, 10, own=27)  # What the inner agent has named is not named again.
-    assert (run.usage.unaccounted, guard.unaccounted) == (7, 7)
+    assert (run.unaccounted, guard.unaccounted) == (7, 7)
     assert [message.partition(";")[0] for message in caplog.messages] == [
         "Framework counted 15 tokens in step 'inner', and the guard 10: 5 tokens count against no budget",
         "Framework counted 27 tokens in step 'agent', and the guard 20: 2 tokens count against no budget",
@@ -54,7 +54,7 @@ def test_outside_of_any_step_the_whole_run_is_compared(counted: int) -> None:
         model()
         guard.compare_usage("Framework", counted)
         guard.compare_usage("Framework", counted)
-    assert run.usage.unaccounted == counted - 10
+    assert run.unaccounted == counted - 10
 
 
 def test_usage_outside_of_steps_costs_what_it_costs_in_a_step() -> None:

@@ -121,6 +121,11 @@ class GuardedRun:
         if known is None or known.failure.exception is not halt.failure.exception:
             self._stopping = halt
 
+    @property
+    def unaccounted(self) -> int:
+        """Tokens that a framework has counted in this run, and the guard has not; see :meth:`Guard.compare_usage`."""
+        return self.usage.unaccounted
+
     def report_usage(self, usage: Usage) -> None:
         """Count tokens that were used in this run and in no step: against its budget, and in its totals.
 

@@ -219,7 +219,7 @@ class Guard:
         0 if all spend was seen. Else a warning named the step: its budget does not hold what is missing.
         """
         run = self.current if self.inside or self._last is None else self._last
-        return run.usage.unaccounted
+        return run.unaccounted
 
     def compare_usage(self, framework: str, tokens: int) -> None:
         """Compare a framework's own count of tokens with that of the guard; log a warning if the guard has counted less.
