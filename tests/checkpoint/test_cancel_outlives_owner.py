@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,20 @@ from tests.checkpoint.dying_helper import State, pipeline
 from tests.servers import environment
 from tests.shared_stores import opened
 
-from stroma import ExecutionResult, NodeContract, Pipeline, SQLiteStore, StromaRunner, stroma_node
+from stroma import (
+    ExecutionResult,
+    NodeContract,
+    Pipeline,
+    ReliabilityContext,
+    SQLiteStore,
+    StromaRunner,
+    execute_step,
+    stroma_node,
+)
+from stroma.adapters import Guard
 from stroma.checkpoint import Fenced
 from stroma.checkpoint.durable.leases import LeaseRenewer
+from stroma.failures.errors import RunCancelled
 
 
 @pytest.mark.slow
@@ -53,50 +66,195 @@ def test_killed_before_it_knew(journal: tuple[str, str], tmp_path: Path, way: st
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("method", ["cancel", "pause"])
 async def test_fences_off_an_owner_that_lost_its_lease(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """A cancel ends a run whose live owner could not renew its lease: that one calls and stores nothing more."""
+    """A run whose live owner could not renew its lease is ended, or paused: that one stores nothing more."""
     async with SQLiteStore(tmp_path / "runs.db") as store, SQLiteStore(tmp_path / "runs.db") as other:
-        await _cancel_late_owner(store, other, monkeypatch)
+        await _request_late_owner(store, other, monkeypatch, method)
 
 
 @pytest.mark.slow
-async def test_fences_off_in_every_store(journal: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["cancel", "pause"])
+async def test_fences_off_in_every_store(
+    journal: tuple[str, str], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
     """The same for every store that processes can share."""
     with opened(*journal) as store, opened(*journal) as other:
-        await _cancel_late_owner(store, other, monkeypatch)
+        await _request_late_owner(store, other, monkeypatch, method)
 
 
-async def _cancel_late_owner(store: Any, other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LeaseRenewer, "watch", lambda *_: None)
-    calls: list[str] = []
-    called, gate = asyncio.Event(), asyncio.Event()
-
-    @stroma_node("first", NodeContract(node_id="first", input_schema=State, output_schema=State))
-    async def first(state: State) -> State:
-        calls.append("first")
-        called.set()
-        await gate.wait()
-        return state
-
-    @stroma_node("second", NodeContract(node_id="second", input_schema=State, output_schema=State))
-    async def second(state: State) -> State:
-        calls.append("second")
-        return state
-
+async def _request_late_owner(store: Any, other: Any, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    status = {"cancel": "CANCELLED", "pause": "SUSPENDED"}[method]
+    first, second = Paid("first", waits=True), Paid("second")
     runner = StromaRunner.quick(store=store, lease_seconds=0.1)
-    owner = asyncio.create_task(runner.run(Pipeline("paid", [first, second]), State(), run_id="r"))
-    await called.wait()
-    while other.read(lambda rows: rows.find("r").holder, None) is not None:
-        await asyncio.sleep(0.01)
-    assert await other.cancel("r") is True
-    assert other.get_run("r").status == "CANCELLED"
-    gate.set()
-    result = await owner
+    pipeline = Pipeline("paid", [first.node(), second.node()])
+    async with _late(monkeypatch, other, first, runner.run(pipeline, State(), run_id="r")) as owner:
+        epoch = other.get_run("r").epoch
+        assert await getattr(other, method)("r") is True
+        assert other.get_run("r").status == status
+        assert other.get_run("r").epoch == epoch  # No other process has made attempts.
+        first.gate.set()
+        result = await owner
     assert result.failure is not None
     assert isinstance(result.failure.exception, Fenced)
-    assert "run 'r' was cancelled by process" in str(result.failure.exception)
-    assert calls == ["first"]
-    assert other.get_run("r").status == "CANCELLED"
-    assert await other.cancel("r") is False
+    change = "cancelled" if method == "cancel" else "taken over"
+    assert f"run 'r' was {change} by process" in str(result.failure.exception)
+    assert (first.calls, second.calls) == (1, 0)
+    assert other.get_run("r").status == status
+    assert await other.cancel("r") is (method == "pause")
+
+
+@pytest.mark.core
+async def test_plain_code_that_was_fenced_off_calls_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the step that found another owner, the next steps of its run are not called, and say the same."""
+    first, second = Paid("first", waits=True), Paid("second")
+
+    async def plain() -> list[ExecutionResult]:
+        runner = StromaRunner.quick(store=store, run_id="r", lease_seconds=0.1)
+        async with context_of(runner) as ctx:
+            return [await execute_step(one.step_id, one.node(), State(), ctx) for one in (first, second)]
+
+    async with SQLiteStore(tmp_path / "runs.db") as store, SQLiteStore(tmp_path / "runs.db") as other:
+        async with _late(monkeypatch, other, first, plain()) as owner:
+            assert await other.cancel("r") is True
+            first.gate.set()
+            results = await owner
+        assert [(one.status, one.failure.node_id) for one in results] == [
+            ("PARTIAL", "first"),
+            ("PARTIAL", "second"),
+        ]
+        assert all(isinstance(one.failure.exception, Fenced) for one in results)
+        assert (first.calls, second.calls) == (1, 0)
+        assert other.get_run("r").status == "CANCELLED"
+
+
+@pytest.mark.core
+async def test_a_guard_that_was_fenced_off_calls_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the code around its steps catches their exceptions: the run of the guard is PARTIAL."""
+    first, second = Paid("first", waits=True), Paid("second")
+
+    async def guarded() -> ExecutionResult:
+        guard = Guard(StromaRunner.quick(store=store, run_id="r", lease_seconds=0.1))
+        async with guard.run() as run:
+            for one in (first, second):
+                with contextlib.suppress(Fenced):
+                    await guard.wrap(one.step_id, one)(State())
+        assert run.result is not None
+        return run.result
+
+    async with SQLiteStore(tmp_path / "runs.db") as store, SQLiteStore(tmp_path / "runs.db") as other:
+        async with _late(monkeypatch, other, first, guarded()) as owner:
+            assert await other.cancel("r") is True
+            first.gate.set()
+            result = await owner
+    assert result.status == "PARTIAL"
+    assert (first.calls, second.calls) == (1, 0)
+
+
+@pytest.mark.core
+async def test_plain_code_without_an_end_stores_what_it_calls(tmp_path: Path) -> None:
+    """A cancel does not reach plain code without ``async with``, and does not take its outputs from it."""
+    first, second = Paid("first", waits=True), Paid("second")
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        runner = StromaRunner.quick(store=store, run_id="r")
+        ctx = context_of(runner)
+
+        async def plain() -> list[ExecutionResult]:
+            return [await execute_step(one.step_id, one.node(), State(), ctx) for one in (first, second)]
+
+        owner = asyncio.create_task(plain())
+        await first.called.wait()
+        assert await store.cancel("r") is True
+        first.gate.set()
+        assert [result.status for result in await owner] == ["COMPLETED", "COMPLETED"]
+        assert store.get_run("r").nodes == 2
+
+
+@pytest.mark.core
+async def test_a_guard_without_a_run_of_its_own_is_cancelled(tmp_path: Path) -> None:
+    """A cancel reaches the steps that a guard has outside of ``guard.run()``: what is under way is the last one."""
+    first, second = Paid("first", waits=True), Paid("second")
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        guard = Guard(StromaRunner.quick(store=store, run_id="r"))
+        owner = asyncio.create_task(guard.wrap("first", first)(State()))
+        await first.called.wait()
+        assert await store.cancel("r") is True
+        while not guard.current.cancelling:
+            await asyncio.sleep(0.01)
+        first.gate.set()
+        assert await owner == State()
+        with pytest.raises(RunCancelled):
+            await guard.wrap("second", second)(State())
+        assert (first.calls, second.calls) == (1, 0)
+
+
+@pytest.mark.core
+async def test_is_true_if_the_answer_of_an_earlier_try_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that was lost after it had committed does the operation again: the run was cancelled by this call."""
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        await StromaRunner.quick(store=store, run_id="r").run([Paid("fails", fails=True).node()], State())
+        submit = store._submit
+
+        async def twice(operation: Any) -> Any:
+            await submit(operation)
+            return await submit(operation)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(store, "_submit", twice)
+            assert await store.cancel("r") is True
+        assert await store.cancel("r") is False
+
+
+def context_of(runner: StromaRunner) -> ReliabilityContext:
+    """Return the context of a new run."""
+    return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+
+
+class Paid:
+    """A function that counts its calls, and may wait in one."""
+
+    def __init__(self, step_id: str, *, waits: bool = False, fails: bool = False) -> None:
+        self.step_id = step_id
+        self.calls = 0
+        self.fails = fails
+        self.called, self.gate = asyncio.Event(), asyncio.Event()
+        if not waits:
+            self.gate.set()
+
+    async def __call__(self, state: State) -> State:
+        self.calls += 1
+        self.called.set()
+        await self.gate.wait()
+        if self.fails:
+            raise TimeoutError
+        return state
+
+    def node(self) -> Any:
+        contract = NodeContract(node_id=self.step_id, input_schema=State, output_schema=State)
+
+        @stroma_node(self.step_id, contract)
+        async def node(state: State) -> State:
+            return await self(state)
+
+        return node
+
+
+@contextlib.asynccontextmanager
+async def _late(
+    monkeypatch: pytest.MonkeyPatch, other: Any, first: Paid, work: Coroutine[Any, Any, Any]
+) -> AsyncIterator[asyncio.Task[Any]]:
+    """Yield the task of an owner that is in its first call, once its lease is over."""
+    monkeypatch.setattr(LeaseRenewer, "watch", lambda *_: None)
+    owner = asyncio.create_task(work)
+    await first.called.wait()
+    while other.read(lambda rows: rows.find("r").holder, None) is not None:
+        await asyncio.sleep(0.01)
+    yield owner

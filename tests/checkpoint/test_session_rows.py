@@ -422,7 +422,6 @@ async def test_whose_run_was_deleted_keeps_nothing_more(store: Store) -> None:
         with pytest.raises(Fenced) as caught:
             await pending
         assert str(caught.value) == (
-            "run 'r' is no longer in the store: it was deleted; this execution records nothing more, "
-            "see the result of the other one"
+            "run 'r' is no longer in the store: it was deleted; this execution records nothing more"
         )
     assert store.table("runs") == []

@@ -109,11 +109,13 @@ class LoggedRows(SqliteRows):
         return fence
 
     def take_over(self, existing: Any, opening: Any) -> Any:
-        if self.database.shares_epochs and not opening.input:  # A cancel.
-            return Fence(existing.run, existing.execution, existing.epoch, existing.owner, 0.0)
         fence = super().take_over(existing, opening)
         self.log.append(("taken", opening.run_id, fence.epoch, _place(opening.owner), _held(existing)))
         return fence
+
+    def replace_owner(self, existing: Any, owner: str) -> Any:
+        keeps = self.database.keeps_late_owners
+        return super().replace_owner(existing, existing.owner if keeps else owner)
 
     def annotations(self, run: Any, position: int, branch: str | None = None) -> list[StepRow]:
         if position in (Annotation.REQUEST, Annotation.CONTROL) and self.database.forgets_cancels:
@@ -164,6 +166,10 @@ class GatheredRows(LoggedRows):
 
     def take_over(self, existing: Any, opening: Any) -> Any:
         return self._open(super().take_over, existing, opening)
+
+    def replace_owner(self, existing: Any, owner: str) -> Any:
+        self.writes.append(partial(super().replace_owner, existing, owner))
+        return Fence(existing.run, existing.execution, existing.epoch, owner, 0.0)
 
     def _open(self, do: Callable[..., Any], existing: Any, opening: Any) -> Any:
         # What it makes is known before it is written; it is undone until then.
@@ -222,7 +228,7 @@ class Database:
 
     Attributes:
         ids: run ids by the store's own key.
-        check_then_write, forgets_cancels, shares_epochs: faults that are put in on purpose, see the world's.
+        check_then_write, forgets_cancels, keeps_late_owners: faults that are put in on purpose, see the world's.
     """
 
     #: As a SQLite file, for the connection that stores of files have.
@@ -236,7 +242,7 @@ class Database:
         self.ids: dict[Any, str] = {}
         self.check_then_write = "check-then-write" in world.put_in
         self.forgets_cancels = "cancel-forgotten" in world.put_in
-        self.shares_epochs = "cancel-unfenced" in world.put_in
+        self.keeps_late_owners = "cancel-unfenced" in world.put_in
 
     def open(self) -> sqlite3.Connection:
         return self.db

@@ -20,7 +20,7 @@ from stroma.adapters._outside_usage import OutsideUsage
 from stroma.adapters._questions import Questions
 from stroma.adapters._state_views import given_to
 from stroma.adapters._step import Halts, find_halt
-from stroma.checkpoint import StepCall
+from stroma.checkpoint import Fenced, StepCall
 from stroma.checkpoint.entries import RunControl
 from stroma.checkpoint.identity import StepCalls
 from stroma.contracts.schema import schema_of
@@ -113,9 +113,12 @@ class GuardedRun:
         return None if self._stopping is None else self._stopping.failure
 
     def note(self, halt: Halt) -> None:
-        """Record that a step has stopped. A spent budget is the cause of all later stops."""
+        """Record that a step has stopped. A spent budget, or the loss of the run, is the cause of all later stops."""
         known = self._stopping
         if halt.suspended or (known is not None and known.spent):
+            return
+        if isinstance(halt.failure.exception, Fenced):
+            self._stopping = halt._replace(spent=True)
             return
         # Steps around the failed one fail with the same exception.
         if known is None or known.failure.exception is not halt.failure.exception:
@@ -161,7 +164,10 @@ class GuardedRun:
             self._task.cancel()
 
     def refusal(self, step_id: str) -> Halt | None:
-        """Return the stop of a step that would start now, if the run is to end."""
+        """Return the stop of a step that would start now, if the run is to end, or is another process's."""
+        stopping = self._stopping
+        if stopping is not None and isinstance(stopping.failure.exception, Fenced):
+            return stopping
         if not self.cancelling:
             return None
         error = RunCancelled(

@@ -6,8 +6,10 @@ from typing import Final, Literal, NamedTuple
 
 from stroma.checkpoint.entries import RunRequest, Waiting
 from stroma.checkpoint.errors import PipelineChanged, RunBusy, RunExists, StoreError
+from stroma.failures.errors import BUDGET
 
 __all__ = [
+    "BUDGET_CHANGED",
     "COMPLETE",
     "ENDED",
     "UNFINISHED",
@@ -24,6 +26,8 @@ COMPLETE: Final = ("COMPLETED", "RESUMED")
 ENDED: Final = (*COMPLETE, "FAILED", "CANCELLED")
 #: Statuses of executions that stopped before their end, and may have a time from which they are due.
 UNFINISHED: Final = ("SUSPENDED", "INTERRUPTED")
+#: In place of 0, from when on a run is due whose budget was changed while it ran: only if it waits for its budget in the end.
+BUDGET_CHANGED: Final = 1
 
 
 class LastExecution(NamedTuple):
@@ -48,12 +52,16 @@ def is_due(last: LastExecution, now_ms: int) -> bool:
     return last.status in UNFINISHED and last.wake_ms is not None and last.wake_ms <= now_ms
 
 
-def merge_wake(earlier: int | None, status: str, wake_ms: int | None) -> int | None:
+def merge_wake(earlier: int | None, status: str, error: str | None, wake_ms: int | None) -> int | None:
     """Return from when on a run is due that stops with a status, in ms since the epoch; None: never by itself.
 
     Args:
-        earlier: 0 if an answer was stored since the run was opened. The session may have missed it.
+        earlier: 0 if an answer was stored since the run was opened, BUDGET_CHANGED if its budget was changed. The session
+            may have missed it.
+        error: why it stops.
     """
+    if earlier == BUDGET_CHANGED and error != BUDGET:
+        earlier = None
     if status not in UNFINISHED:
         return None
     known = [ms for ms in (earlier, 0 if status == "INTERRUPTED" else wake_ms) if ms is not None]

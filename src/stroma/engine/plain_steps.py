@@ -23,15 +23,26 @@ class PlainSteps:
         has_end: the code says when its run ends, with ``async with ctx``.
         status: outcome of the last step.
         failure: failure of the last step.
+        fenced: the failure of a step that found that another process owns the run, or has ended it; no other step is called.
     """
 
-    __slots__ = ("_next_position", "_opening", "_positions", "calls", "failure", "has_end", "status")
+    __slots__ = (
+        "_next_position",
+        "_opening",
+        "_positions",
+        "calls",
+        "failure",
+        "fenced",
+        "has_end",
+        "status",
+    )
 
     def __init__(self) -> None:
         self.calls: StepCalls | None = None
         self.has_end = False
         self.status: RunStatus | None = None
         self.failure: Failure | None = None
+        self.fenced: Failure | None = None
         #: Ends when the first step has announced the run.
         self._opening: asyncio.Future[None] | None = None
         self._next_position = 0

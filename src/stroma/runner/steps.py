@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial, update_wrapper
 from textwrap import shorten
 from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
-from stroma.checkpoint import PipelineChanged, StepCall, inside_of
+from stroma.checkpoint import Fenced, PipelineChanged, StepCall, inside_of
 from stroma.checkpoint.entries import INSIDE, RunControl
 from stroma.checkpoint.identity import SCOPE, Identity, StepCalls, is_called
 from stroma.contracts.contract import NodeContract
@@ -95,8 +96,12 @@ async def execute_step(
     task = asyncio.current_task()
     cancelling = task.cancelling() if task is not None else 0
     try:
-        if ctx.cancelled and (position, branch) not in ctx.restored:
-            outcome: BaseModel | Halt = _cancelled_step(ctx, step_id)
+        outcome: BaseModel | Halt
+        is_restored = (position, branch) in ctx.restored
+        if ctx.cancelled and not is_restored:
+            outcome = _cancelled_step(ctx, step_id)
+        elif ctx.plain_steps.fenced is not None and not is_restored:
+            outcome = Halt(replace(ctx.plain_steps.fenced, node_id=step_id), partial=True)
         else:
             place = Place(
                 position, branch, parent=parent, contract=contract, step=call, cancelling=cancelling
@@ -109,6 +114,8 @@ async def execute_step(
         SCOPE.set(scope)  # Steps inside this one have set their own scopes.
         for at in restored:
             cast("dict[Any, Any]", ctx.restored).pop(at, None)
+    if isinstance(outcome, Halt) and isinstance(outcome.failure.exception, Fenced):
+        ctx.plain_steps.fenced = outcome.failure
     if parent is None:
         _record_outcome(ctx, outcome)
     result = _build_result(ctx, outcome, input_state)

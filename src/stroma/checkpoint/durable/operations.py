@@ -110,10 +110,14 @@ def fence_error(rows: Rows, fence: Fence, run_id: str) -> StoreError:
 
 def fenced_error(run: RunRow | None, run_id: str) -> Fenced:
     """Return the error for a session whose run was deleted (None), taken over, or cancelled by another process."""
-    owner = None if run is None else Owner.read(run.owner)
     if run is None:
-        what = f"run {run_id!r} is no longer in the store: it was deleted"
-    else:
-        change = "cancelled" if run.status == "CANCELLED" else "taken over"
-        what = f"run {run_id!r} was {change} by {owner.place if owner else 'another process'}"
-    return Fenced(f"{what}; this execution records nothing more, see the result of the other one")
+        return Fenced(
+            f"run {run_id!r} is no longer in the store: it was deleted; this execution records nothing more"
+        )
+    owner = Owner.read(run.owner)
+    place = owner.place if owner else "another process"
+    if run.status == "CANCELLED":
+        return Fenced(f"run {run_id!r} was cancelled by {place}; this execution records nothing more")
+    return Fenced(
+        f"run {run_id!r} was taken over by {place}; this execution records nothing more, see the result of the other one"
+    )

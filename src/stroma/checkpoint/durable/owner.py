@@ -44,10 +44,15 @@ class Owner(NamedTuple):
         return f"process {self.pid} on {self.host}"
 
     @property
+    def records_end(self) -> bool:
+        """Return True if the session records its end. Without that it has no end, and no requests are read for it."""
+        return not self.token.startswith(_ENDLESS)
+
+    @property
     def may_die(self) -> bool:
         """Return True if a run without an end means that its process died: it records ends, and is not this process."""
         here = _process(os.getpid())
-        return not self.token.startswith(_ENDLESS) and self[:5] != here[:5]
+        return self.records_end and self[:5] != here[:5]
 
     @classmethod
     def read(cls, text: str | None) -> Owner | None:

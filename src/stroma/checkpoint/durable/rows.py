@@ -207,6 +207,10 @@ class Rows(Protocol):
         """Take over the last execution, without its commits from ``discard_from`` on. Increments the epoch."""
         ...
 
+    def replace_owner(self, run: RunRow, owner: str) -> Fence:
+        """Give the last execution to another owner, which only ends it. Fences off the one before."""
+        ...
+
     def input(self, run: Any, execution: int) -> tuple[str, bytes, bytes] | None:
         """Return (contract, input, sha256) of an execution, or None."""
         ...

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from stroma.checkpoint.decisions import COMPLETE, ENDED, UNFINISHED, LastExecution, decide
+from stroma.checkpoint.decisions import BUDGET_CHANGED, COMPLETE, ENDED, UNFINISHED, LastExecution, decide
 from stroma.checkpoint.durable.annotations import (
     open_rejected,
     read_due_hooks,
@@ -34,7 +34,7 @@ from stroma.checkpoint.entries import (
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.records import PICO, Attempt
-from stroma.failures.errors import PAUSED
+from stroma.failures.errors import BUDGET, PAUSED
 from stroma.trace.events import AttemptRow
 
 __all__ = ["OpenedRun", "RunOpener", "finish_execution", "record_end"]
@@ -330,6 +330,10 @@ _OF_EXECUTION = (
 
 def finish_execution(rows: Rows, payloads: Payloads, fence: Fence, run_id: str, end: RunEnd) -> None:
     """Record how an execution stopped; its error is sealed here. Raises Fenced, CheckpointLost."""
+    if end.status in UNFINISHED and end.error != BUDGET:
+        run = rows.find(run_id, lock=True)
+        if run is not None and run.wake_ms == BUDGET_CHANGED:
+            rows.wake(run, None)
     error = payloads.seal_text(end.error, PayloadPlace(run_id, fence.execution, "error"))
     record_end(rows, fence, run_id, end._replace(error=error))
 

@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 from pydantic import BaseModel
 
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.decisions import COMPLETE, ENDED, UNFINISHED, not_waiting
+from stroma.checkpoint.decisions import BUDGET_CHANGED, COMPLETE, ENDED, UNFINISHED, not_waiting
 from stroma.checkpoint.durable.annotations import read_waiting, record_waiting, waiting_key
 from stroma.checkpoint.durable.control import (
     CANCEL,
@@ -30,12 +30,12 @@ from stroma.checkpoint.durable.fork import fork_run
 from stroma.checkpoint.durable.integrity import checksum, is_intact, verify_step
 from stroma.checkpoint.durable.leases import LeaseRenewer
 from stroma.checkpoint.durable.operations import CellChange, Transaction
-from stroma.checkpoint.durable.owner import new_owner
+from stroma.checkpoint.durable.owner import Owner, new_owner
 from stroma.checkpoint.durable.reader import ReadableStore
 from stroma.checkpoint.durable.retention import Collected, collect_expired
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunEnd, RunRow, Step, StepRow
 from stroma.checkpoint.durable.session import DurableSession
-from stroma.checkpoint.durable.session_open import finish_execution, record_end
+from stroma.checkpoint.durable.session_open import finish_execution
 from stroma.checkpoint.durable.worker import Connection, Operation, Worker, generation
 from stroma.checkpoint.entries import Committed, RunRequest, Waiting, count_items, map_not_found
 from stroma.checkpoint.errors import CorruptCheckpoint
@@ -168,17 +168,19 @@ class DurableStore(ReadableStore):
 
         Returns False if the run had ended. Raises CheckpointNotFound, StoreError.
         """
+        new = str(new_owner(self, ends=False))
 
         def do(rows: Rows, run: RunRow) -> bool:
             if run.holder is not None:
                 request(rows, run_id, CANCEL)
             elif run.status in ENDED:
-                return False
+                return run.owner == new  # An earlier try, whose answer was lost, has ended it.
             else:
-                # An owner that lives, and only lost its lease, must not continue.
-                owner = str(new_owner(self, ends=False))
-                opening = Opening(run_id, run.pipeline, owner, 0.0, "", b"", b"", None)
-                record_end(rows, rows.take_over(run, opening), run_id, RunEnd("CANCELLED"))
+                finish_execution(
+                    rows, self._payloads, _fence_off(rows, run, new), run_id, RunEnd("CANCELLED")
+                )
+                if not _records_end(run):
+                    request(rows, run_id, CANCEL)
             return True
 
         return await self._request(run_id, do)
@@ -188,14 +190,15 @@ class DurableStore(ReadableStore):
 
         It stays so until somebody resumes it. Returns False if the run had ended. Raises CheckpointNotFound, StoreError.
         """
+        new = str(new_owner(self, ends=False))
 
         def do(rows: Rows, run: RunRow) -> bool:
             if run.holder is None and run.status not in ("RUNNING", *UNFINISHED):
                 return False
             request(rows, run_id, PAUSE)
             if run.holder is None:
-                # An owner that lives, and only lost its lease, reads the request and stores what it has paid for.
-                finish_execution(rows, self._payloads, _last_fence(run), run_id, RunEnd("SUSPENDED", PAUSED))
+                fence = _fence_off(rows, run, new)
+                finish_execution(rows, self._payloads, fence, run_id, RunEnd("SUSPENDED", PAUSED))
                 rows.wake(run, None)
             return True
 
@@ -228,8 +231,9 @@ class DurableStore(ReadableStore):
                 return False
             request_budget(rows, run_id, run.run, limits)
             place = PayloadPlace(run_id, run.execution, "error")
-            # The owner may be about to end it as one that waits.
-            if run.holder is not None or self._payloads.open_text(run.error, place) == BUDGET:
+            if run.holder is not None:  # It may be about to wait for its budget.
+                rows.wake(run, BUDGET_CHANGED if run.wake_ms is None else run.wake_ms)
+            elif self._payloads.open_text(run.error, place) == BUDGET:
                 rows.wake(run)
             return True
 
@@ -410,8 +414,18 @@ class DurableStore(ReadableStore):
         await self.aclose()
 
 
-def _last_fence(run: RunRow) -> Fence:
-    """Return the fence of the last owner of a run that has none any more."""
+def _records_end(run: RunRow) -> bool:
+    owner = Owner.read(run.owner)
+    return owner is None or owner.records_end
+
+
+def _fence_off(rows: Rows, run: RunRow, owner: str) -> Fence:
+    """Return the fence for the end of a run without an owner. A process that lives, and only lost its lease, loses the run.
+
+    Plain code whose session records no end keeps it: it has no lease to lose, and what it calls is stored.
+    """
+    if _records_end(run):
+        return rows.replace_owner(run, owner)
     return Fence(run.run, run.execution, run.epoch, run.owner or "", 0.0)
 
 

@@ -259,7 +259,7 @@ class MemorySession(NullSession):
             if before is not None and status in COMPLETE and before[2] == _count_attempts(self._run):
                 status, error = before[:2]  # A resume without anything to do leaves the run unchanged.
             self._run.status, self._run.error = status, error
-            self._run.wake_ms = merge_wake(self._run.wake_ms, status, wake_ms)
+            self._run.wake_ms = merge_wake(self._run.wake_ms, status, error, wake_ms)
             self.abandon()
 
     def abandon(self) -> None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from stroma.checkpoint.cells import MemoryCells
 from stroma.checkpoint.decisions import (
+    BUDGET_CHANGED,
     COMPLETE,
     ENDED,
     UNFINISHED,
@@ -105,7 +106,9 @@ class _MemoryStore(MemoryReader, MemoryCells):
         if is_free and run.status in COMPLETE:
             return False
         _request(run, run.control._replace(budget={**run.control.budget, **limits}))
-        if not is_free or run.error == BUDGET:
+        if not is_free:  # It may be about to wait for its budget.
+            run.wake_ms = BUDGET_CHANGED if run.wake_ms is None else run.wake_ms
+        elif run.error == BUDGET:
             run.wake_ms = 0
         return True
 

@@ -98,6 +98,10 @@ class PostgresRows:
         claim = (opening.owner, opening.lease_seconds, run.run)
         return self._fence(run.run, run.execution, opening, self._execute(sql.TAKE_OVER, claim))
 
+    def replace_owner(self, run: RunRow, owner: str) -> Fence:
+        self._execute(sql.REPLACE_OWNER, (owner, run.run))
+        return Fence(run.run, run.execution, run.epoch, owner, 0.0)
+
     def _tag(self, opening: Opening, run: int) -> None:
         if opening.tags:
             self._execute(sql.TAG, (list(opening.tags), run))

@@ -23,6 +23,7 @@ INPUT: Final = "SELECT contract, input, sha256 FROM inputs WHERE run = %s AND ex
 _CLAIM: Final = f"""status = 'RUNNING', error = NULL, updated_ms = {NOW_MS}, lease_owner = %s, lease_until = {_LEASE_END},
     wake_ms = NULL, lease_epoch = lease_epoch + 1 WHERE run = %s RETURNING lease_epoch, attempt_count"""
 TAKE_OVER: Final = f"UPDATE runs SET {_CLAIM}"
+REPLACE_OWNER: Final = "UPDATE runs SET lease_owner = %s WHERE run = %s"
 BEGIN: Final = f"""UPDATE runs SET execution = %s, pipeline = %s, started_ms = {NOW_MS}, tokens = 0, cost_pico = 0,
     latency_ns = 0, attempt_count = 0, commit_count = 0, {_CLAIM}"""
 DISCARD: Final = "DELETE FROM steps WHERE run = %s AND execution = %s AND position >= %s"

@@ -135,6 +135,11 @@ class RedisRows(RedisReader):
         )  # fmt: skip
         return fence
 
+    def replace_owner(self, run: RunRow, owner: str) -> Fence:
+        self._owners[run.run_id] = owner
+        self._write(run.run.prefix, "replace_owner", owner)
+        return Fence(run.run, run.execution, run.epoch, owner, 0.0)
+
     def _claim(self, opening: Opening, run: RedisRun, execution: int) -> Fence:
         self._owners[opening.run_id] = opening.owner
         self._claimed.add(opening.run_id)

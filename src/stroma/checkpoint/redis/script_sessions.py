@@ -91,6 +91,11 @@ function ops.take_over(id, token, old_epoch, old_version, old_annotations, owner
   return version
 end
 
+function ops.replace_owner(owner)
+  redis.call('HSET', run, 'owner', owner)
+  return 0
+end
+
 function ops.commit(token, execution, epoch, owner, acknowledged, lease, at, attempt, cost, tokens, latency, failed, place, node, step, identity, position)
   local attempts = p .. 'attempts:' .. execution
   if redis.call('HGET', run, 'token') == token and redis.call('HEXISTS', attempts, at) == 1 then

@@ -76,6 +76,10 @@ class SqliteRows:
             self.db.execute(sql.DISCARDED, (self.db.execute(sql.DISCARD, place).rowcount, run.run))
         return self._claim(run.run, run.execution, opening)
 
+    def replace_owner(self, run: RunRow, owner: str) -> Fence:
+        self.db.execute(sql.REPLACE_OWNER, (owner, run.run))
+        return Fence(run.run, run.execution, run.epoch, owner, 0.0)
+
     def _new_run(self, run_id: str) -> int:
         now = _now_ms()
         run = self.db.execute(sql.NEW_RUN, (run_id, now, now)).lastrowid

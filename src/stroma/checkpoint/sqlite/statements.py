@@ -17,6 +17,7 @@ NEW_INPUT: Final = "INSERT INTO inputs (run, execution, contract, input, sha256)
 INPUT: Final = "SELECT contract, input, sha256 FROM inputs WHERE run = ? AND execution = ?"
 CLAIM: Final = """UPDATE runs SET status = 'RUNNING', error = NULL, updated_ms = ?, lease_owner = ?, lease_until_ms = ?,
     wake_ms = NULL, lease_epoch = lease_epoch + 1 WHERE run = ? RETURNING lease_epoch, attempt_count"""
+REPLACE_OWNER: Final = "UPDATE runs SET lease_owner = ? WHERE run = ?"
 DISCARD: Final = "DELETE FROM steps WHERE run = ? AND execution = ? AND position >= ?"
 DISCARDED: Final = "UPDATE runs SET commit_count = commit_count - ? WHERE run = ?"
 ROW_COUNTS: Final = """SELECT EXISTS (SELECT 1 FROM inputs WHERE run = :run AND execution = :execution),

@@ -397,6 +397,19 @@ class SignalTests:
         assert await settled(store.set_budget("run", {"max_cost_usd": 9.0})) is False
         assert (await begin(store, if_exists="restart")).control.budget == {}
 
+    async def test_a_budget_that_was_set_makes_no_other_wait_due(self, store: Any) -> None:
+        """A run whose budget was set while it ran, and that then waits for a person, is due with the answer alone."""
+        question = await suspend_run(store, "asks")
+        session = await begin(store, "asks", if_exists="resume")
+        assert await settled(store.set_budget("asks", {"max_cost_usd": 1.0})) is True
+        await finish(session, "SUSPENDED", "ok?")
+        assert store.due_runs("pipeline", 1 << 60, limit=9) == []
+        session = await begin(store, "asks", if_exists="resume")
+        await settled(store.signal("asks", question._replace(payload=b"1")))
+        assert await settled(store.set_budget("asks", {"max_cost_usd": 2.0})) is True
+        await finish(session, "SUSPENDED", "ok?")
+        assert store.due_runs("pipeline", 1, limit=9) == ["asks"]
+
     async def test_a_fork_has_no_requests(self, store: Any) -> None:
         """A fork of a paused run is not paused, and has its own budget."""
         await commit(await begin(store), 0, State())
