@@ -94,7 +94,7 @@ Figures = tuple[str, int, int, float, int, str | None]
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """The events inside a group that were too many to be kept: they are counted.
+    """The events inside a group or node that are counted and not kept.
 
     Attributes:
         events: how many attempts, those inside groups too.
@@ -204,7 +204,8 @@ class TraceEvent:
         branch: "" at the top level; "0", "1", "0.1" for children of groups and items of a map.
         function_ms: for how long its function ran, waits between attempts apart; of a group any function inside it. None of
             an event that somebody else made.
-        left_out: of a map whose items or outputs are not in the state, the events that are counted, not kept.
+        left_out: the events that are counted, not kept: of a map whose items or outputs are not in the state, and of a node
+            that other machines ran, the steps inside it.
     """
 
     node_id: str

@@ -133,6 +133,7 @@ class Event(TypedDict):
     Attributes:
         charged: the bytes that it took of the run's room, if it is inside a group.
         function_ns: for how long functions ran, where that is not ``duration_ns``: of a group.
+        inside: the sums of the steps inside the attempt, as LeftOut has them. Old histories have none.
     """
 
     id: str
@@ -150,6 +151,7 @@ class Event(TypedDict):
     packs: NotRequired[list[Value]]
     charged: NotRequired[int]
     function_ns: NotRequired[int]
+    inside: NotRequired[list[Any]]
 
 
 class Answer(TypedDict):
