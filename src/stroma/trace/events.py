@@ -145,7 +145,22 @@ class BoundedRows(list["AttemptRow | TraceEvent"]):
             if one.output is None:
                 self._lost_tokens += used.tokens
                 self._lost_cost_usd += used.cost_usd
-            stack.extend(one.children or ())
+            inside = one.children or ()
+            if isinstance(inside, BoundedRows) and inside.left_out is not None:
+                self._add(inside.left_out)
+            stack.extend(inside)
+
+    def _add(self, left_out: LeftOut) -> None:
+        """Add the sums of a map inside that has omitted rows itself."""
+        for node_id, tokens, output_tokens, cost, ns, model in left_out.figures:
+            sums = self._sums.get((node_id, model), (0, 0, 0.0, 0))
+            self._sums[node_id, model] = (
+                sums[0] + tokens, sums[1] + output_tokens, sums[2] + cost, sums[3] + ns,
+            )  # fmt: skip
+        self._events += left_out.events
+        self._failures += left_out.failures
+        self._lost_tokens += left_out.lost_tokens
+        self._lost_cost_usd += left_out.lost_cost_usd
 
     @property
     def left_out(self) -> LeftOut | None:
