@@ -426,7 +426,7 @@ def decode_failure(record: FailureData) -> Failure:
     data, name = record["data"], record["type"]
     if name == "ContractViolation" and data is not None:
         exc = ContractViolation(record["node_id"], data[0], data[1], data[2])
-    elif name in ("BudgetExceeded", "_Deadline") and data is not None:
+    elif name in ("BudgetExceeded", "DeadlineExceeded", "_Deadline") and data is not None:
         exc = BudgetExceeded(data[0], data[1], data[2], data[3])
     elif name == "TimeoutError":
         exc = TimeoutError(record["message"])
