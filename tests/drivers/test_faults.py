@@ -19,6 +19,7 @@ from tests.drivers.test_parity import Approval, asking, watching
 from tests.kit import NEVER, ONCE, THRICE, Num, Text, node
 
 from stroma import (
+    BudgetExceeded,
     CheckpointNotFound,
     ExecutionBudget,
     NodeContract,
@@ -105,6 +106,9 @@ async def test_a_limit_to_a_runs_time_holds_inside_of_a_group() -> None:
     assert result.status is RunStatus.PARTIAL
     assert result.failure is not None
     assert "at node 'r'" in result.failure.message
+    exceeded = result.failure.exception
+    assert isinstance(exceeded, BudgetExceeded)
+    assert (exceeded.dimension, exceeded.limit) == ("latency", 1000)
     (group,) = result.trace
     assert group.children[-1].node_id == "r"
     assert group.children[-1].duration_ms < 1000

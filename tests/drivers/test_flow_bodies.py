@@ -13,7 +13,16 @@ from tests.drivers.seam import SeamRunner
 from tests.flows.steps import World
 from tests.kit import NEVER, Num, node
 
-from stroma import Flow, FlowFunction, Pipeline, RunConfig, RunStatus, parallel, stroma_flow
+from stroma import (
+    ExecutionBudget,
+    Flow,
+    FlowFunction,
+    Pipeline,
+    RunConfig,
+    RunStatus,
+    parallel,
+    stroma_flow,
+)
 from stroma.checkpoint.payloads import blob_store
 from stroma.contracts.node import FlowNode
 from stroma.drivers.remote import state as states
@@ -117,3 +126,29 @@ async def test_a_flow_that_is_too_long_stops_before_it_fills_the_run(
     assert (result.status, result.failure.reason) == (RunStatus.PARTIAL, "store")
     assert "more calls than one run can hold" in result.failure.message
     assert 30 < len(world.calls) < 300
+
+
+@pytest.mark.parametrize("full", [True, False])
+async def test_the_time_of_steps_counts_against_the_budget_of_a_flow(full: bool) -> None:
+    """Also where each step is in a history of its own."""
+    calls: list[int] = []
+
+    async def wait(state: Num) -> Num:
+        calls.append(state.n)
+        await asyncio.sleep(0.05)
+        return Num(n=state.n + 1)
+
+    waiting = node("wait", wait)
+
+    async def body(flow: Flow, state: Num) -> Num:
+        for _ in range(40):
+            state = await flow.step(waiting, state)
+        return state
+
+    pipeline = Pipeline("pipe", [stroma_flow("flow", input=Num, output=Num)(body)])
+    config = RunConfig(budget=ExecutionBudget(max_latency_ms=200), policy_map=NEVER)
+    result = await SeamRunner(Attempts([pipeline], config=config), config, full=full).run(pipeline, Num())
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert result.failure.reason == "budget"
+    assert len(calls) <= 4

@@ -428,6 +428,18 @@ def test_what_is_left_out_is_summed_by_node_and_model() -> None:
     assert rows.left_out == LeftOut(2, 0, 14, 1.0, (("node", 14, 4, 1.0, 11_999_998, "m"),))
 
 
+def test_what_a_map_inside_has_left_out_is_left_out_with_it() -> None:
+    """The rows that it kept and the sums of the others: together they are all that it has counted."""
+    rows = BoundedRows(0)
+    rows.append(row("map", took=0, children=sums()))
+    assert rows.left_out is not None
+    assert (rows.left_out.events, rows.left_out.failures) == (8, 2)
+    assert (rows.left_out.lost_tokens, rows.left_out.lost_cost_usd) == (20, 0.5)
+    assert sorted(rows.left_out.figures, key=repr) == sorted(
+        [*LEFT.figures, ("map", 0, 0, 0.0, 0, None), ("kept", 7, 2, 0.5, 100, "m")], key=repr
+    )
+
+
 def test_rows_like_others_have_their_limit_and_sums() -> None:
     """A copy goes on by itself: what it leaves out afterwards the first does not count."""
     rows = sums()

@@ -104,6 +104,10 @@ class CostTracker:
             row[3] += latency_ns
             row[4] = model or row[4]
 
+    def _added(self) -> list[tuple[str, int, int, float, int, str | None]]:
+        """Return the sums by node id that were added here, without those of the engine's attempts."""
+        return [(node_id, *row) for node_id, row in self._nodes.items()]
+
     def spend(self, tokens: int, cost_usd: float) -> None:
         """Add to the totals alone; whoever calls it has the sums per node (see ``per_node``)."""
         self._tokens += tokens
@@ -168,9 +172,7 @@ class CostTracker:
     def summary(self) -> dict[str, NodeUsage]:
         """Return the sums by node id, as new records."""
         sums = CostTracker()
-        for node_id, row in self._nodes.items():
-            sums.add(node_id, row[0], row[1], row[2], row[3], row[4])
-        for figures in self.per_node():
+        for figures in (*self._added(), *self.per_node()):
             sums.add(*figures)
         return {
             node_id: NodeUsage(node_id, row[0], row[2], row[3] // 1_000_000, row[4], row[1])

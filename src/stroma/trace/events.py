@@ -94,7 +94,7 @@ Figures = tuple[str, int, int, float, int, str | None]
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """The events inside a group that were too many to be kept: they are counted.
+    """The events inside a group or node that are counted and not kept.
 
     Attributes:
         events: how many attempts, those inside groups too.
@@ -145,7 +145,22 @@ class BoundedRows(list["AttemptRow | TraceEvent"]):
             if one.output is None:
                 self._lost_tokens += used.tokens
                 self._lost_cost_usd += used.cost_usd
-            stack.extend(one.children or ())
+            inside = one.children or ()
+            if isinstance(inside, BoundedRows) and inside.left_out is not None:
+                self._add(inside.left_out)
+            stack.extend(inside)
+
+    def _add(self, left_out: LeftOut) -> None:
+        """Add the sums of a map inside that has omitted rows itself."""
+        for node_id, tokens, output_tokens, cost, ns, model in left_out.figures:
+            sums = self._sums.get((node_id, model), (0, 0, 0.0, 0))
+            self._sums[node_id, model] = (
+                sums[0] + tokens, sums[1] + output_tokens, sums[2] + cost, sums[3] + ns,
+            )  # fmt: skip
+        self._events += left_out.events
+        self._failures += left_out.failures
+        self._lost_tokens += left_out.lost_tokens
+        self._lost_cost_usd += left_out.lost_cost_usd
 
     @property
     def left_out(self) -> LeftOut | None:
@@ -204,7 +219,8 @@ class TraceEvent:
         branch: "" at the top level; "0", "1", "0.1" for children of groups and items of a map.
         function_ms: for how long its function ran, waits between attempts apart; of a group any function inside it. None of
             an event that somebody else made.
-        left_out: of a map whose items or outputs are not in the state, the events that are counted, not kept.
+        left_out: the events that are counted, not kept: of a map whose items or outputs are not in the state, and of a node
+            that other machines ran, the steps inside it.
     """
 
     node_id: str

@@ -318,7 +318,9 @@ class _RemoteFlow(FlowDriver):
         """Add to the latency of the run the time in which functions of these rows ran and no other did."""
         before = sum(end - begin for begin, end in self._spans)
         self._spans = merged(self._spans + spans_of(rows))
-        self._steps.tracker.latency_ns += sum(end - begin for begin, end in self._spans) - before
+        tracker = self._steps.tracker
+        tracker.latency_ns += sum(end - begin for begin, end in self._spans) - before
+        self._steps.state["spent"]["latency_ms"] = tracker.latency_ns / 1e6
 
 
 def _class_name(cls: type[BaseModel]) -> ClassName:

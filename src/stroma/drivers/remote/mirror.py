@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from dataclasses import replace
 from typing import Any, Final, cast
 
 from pydantic import BaseModel
@@ -19,9 +20,10 @@ from stroma._utils.text import typed
 from stroma.checkpoint import PipelineChanged, RunRequest, Session, Waiting
 from stroma.contracts.schema import Schema, schema_of
 from stroma.drivers.remote.results import Reader, fetch, unpack
+from stroma.drivers.remote.state import decode_inside
 from stroma.drivers.remote.wire import SegmentReport
 from stroma.failures.classes import FailureClass
-from stroma.trace.events import AttemptRow, AttemptUsage, Failed
+from stroma.trace.events import NO_USAGE, AttemptRow, AttemptUsage, Failed
 from stroma.trace.result import RunStatus
 
 __all__ = ["mirror"]
@@ -94,11 +96,11 @@ class _Writer:
         if self._written > _MOST and group is not None:
             self.left_out += 1
             return
-        failure, used = row["failure"], row["usage"]
+        failure = row["failure"]
         mirrored = AttemptRow(
             row["id"], row["attempt"], row["started_ns"], row["duration_ns"], {}, None, row["outcome"],
             None if failure is None else Failed(FailureClass(failure[0]), *failure[1:]),
-            None if used is None else AttemptUsage(*used), row["position"], row["branch"], group, None, None,
+            _usage_of(row), row["position"], row["branch"], group, None, None,
             row.get("function_ns", row["duration_ns"]),
         )  # fmt: skip
         waits = self._waiting.get((row["position"], row["branch"]))
@@ -115,6 +117,21 @@ class _Writer:
             output = await self._reader.state(value)
             schema = schema_of(type(output))
         await _done(self._session.record(mirrored, schema, output))
+
+
+def _usage_of(row: dict[str, Any]) -> AttemptUsage | None:
+    """Return the usage of an attempt with the steps inside it, which have no rows."""
+    used, inside = row["usage"], decode_inside(row.get("inside"))
+    usage = None if used is None else AttemptUsage(*used)
+    if inside is None:
+        return usage
+    usage = usage or NO_USAGE
+    return replace(
+        usage,
+        tokens=usage.tokens + sum(tokens for _, tokens, *_ in inside.figures),
+        output_tokens=usage.output_tokens + sum(output for _, _, output, *_ in inside.figures),
+        cost_usd=usage.cost_usd + sum(cost for _, _, _, cost, *_ in inside.figures),
+    )
 
 
 def is_mirrored(status: str) -> bool:

@@ -28,6 +28,7 @@ from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.drivers.remote.plans import FROZEN, KnownNodes, context_of
 from stroma.drivers.remote.results import fetch, no_room_error
+from stroma.drivers.remote.state import encode_inside
 from stroma.drivers.remote.wire import (
     LARGE,
     ActivityRequest,
@@ -44,7 +45,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.effects import Intent
 from stroma.engine.execution import NodeExecution
 from stroma.failures.failure import message_of
-from stroma.trace.events import AttemptRow
+from stroma.trace.events import AttemptRow, BoundedRows
 from stroma.trace.plain import jsonable
 
 __all__ = ["RequestContext", "WorkerResources"]
@@ -68,6 +69,8 @@ class ReplySession(NullSession):
         self.waiting: Mapping[tuple[int, str], Waiting] = {}
         self._request = request
         self.row: AttemptRow | None = None
+        #: The sums of the steps inside the node.
+        self.inside = BoundedRows(0)
         self.output: Value | None = None
         self.asks: Waiting | None = None
         #: The last call of the effect that the request is for.
@@ -77,17 +80,25 @@ class ReplySession(NullSession):
     def record(
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> Awaitable[None] | None:
-        if row.branch != self._request.request["branch"]:
-            return None  # A step inside the node: the driver receives only its usage.
+        if self._count_inside(row):
+            return None
         self.row = row
         if output is None or schema is None:
             return None
         return self._keep(schema.encode(output).decode())
 
+    def _count_inside(self, row: AttemptRow) -> bool:
+        """Count a step inside the node, of which the driver receives only sums. Return False for the node itself."""
+        if row.branch == self._request.request["branch"]:
+            return False
+        self.inside.append(row._replace(children=None))  # They have come here before it.
+        return True
+
     async def _keep(self, text: str) -> None:
         self.output = await self._request.value(text, self._request.output_class())
 
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
+        self._count_inside(row)
         self.row, self.asks = row, waiting
         return None
 
@@ -274,6 +285,9 @@ class RequestContext:
         }  # fmt: skip
         if row.function_ns != row.duration_ns:
             event["function_ns"] = row.function_ns
+        inside = encode_inside(self.record.inside, self.ctx.cost_tracker)
+        if inside is not None:
+            event["inside"] = inside
         return event
 
     async def _encode_input(self, row: AttemptRow, node: Node | Group) -> Value | None:

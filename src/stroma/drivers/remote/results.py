@@ -18,6 +18,7 @@ from stroma.checkpoint.payloads import BlobStore
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.drivers.remote.plans import KnownNodes
+from stroma.drivers.remote.state import decode_inside
 from stroma.drivers.remote.wire import ClassName, SegmentReport, Value, decode_failure
 from stroma.engine.merged_models import spelled_out
 from stroma.failures.classes import FailureClass
@@ -102,6 +103,7 @@ class Reader:
             usage=NO_USAGE if used is None else AttemptUsage(*used),
             position=row["position"],
             branch=row["branch"],
+            left_out=decode_inside(row.get("inside")),
             function_ms=row.get("function_ns", row["duration_ns"]) // 1_000_000,
         )
 

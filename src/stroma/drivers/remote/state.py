@@ -25,6 +25,7 @@ from stroma.drivers.remote.wire import (
     size_of,
 )
 from stroma.failures.classes import FailureClass
+from stroma.trace.events import BoundedRows, LeftOut
 
 __all__ = [
     "NO_FAILURE",
@@ -38,6 +39,8 @@ __all__ = [
     "RunState",
     "StoppedExecution",
     "charge_row",
+    "decode_inside",
+    "encode_inside",
     "forget_position",
     "new_state",
     "next_segment",
@@ -149,7 +152,28 @@ class RunState(TypedDict):
 
 def row_size(row: Event) -> int:
     """Return the bytes that a row takes of a run's own state, without its states."""
-    return ROW + (0 if row["failure"] is None else json_size(row["failure"][1]))
+    inside = len(json.dumps(row["inside"])) if "inside" in row else 0
+    return ROW + inside + (0 if row["failure"] is None else json_size(row["failure"][1]))
+
+
+def encode_inside(rows: BoundedRows, tracker: CostTracker) -> list[Any] | None:
+    """Return the sums of the steps inside an attempt as plain data; None if there are none.
+
+    ``tracker``: that of the attempt alone, for usage outside of steps.
+    """
+    counted = rows.left_out or LeftOut(0, 0, 0, 0.0, ())
+    figures = [*counted.figures, *tracker._added()]
+    if not figures:
+        return None
+    return [counted.events, counted.failures, counted.lost_tokens, counted.lost_cost_usd, figures]
+
+
+def decode_inside(inside: list[Any] | None) -> LeftOut | None:
+    """Return the sums of the steps inside an attempt; None if there are none, or for a row of an old history."""
+    if inside is None:
+        return None
+    events, failures, lost_tokens, lost_cost_usd, figures = inside
+    return LeftOut(events, failures, lost_tokens, lost_cost_usd, tuple(tuple(one) for one in figures))
 
 
 def shortened(message: str, room: int) -> str:
@@ -175,6 +199,9 @@ def charge_row(state: RunState, tracker: CostTracker, place: NodePlace, value: V
     used = row["usage"]
     if used is not None:
         tracker.spend(used[0], used[2])
+    inside = decode_inside(row.get("inside"))
+    for _, tokens, _, cost_usd, *_ in () if inside is None else inside.figures:
+        tracker.spend(tokens, cost_usd)
     if not place.branch:
         tracker.latency_ns += row.get("function_ns", row["duration_ns"])
     state["spent"] = {

@@ -133,6 +133,7 @@ class Event(TypedDict):
     Attributes:
         charged: the bytes that it took of the run's room, if it is inside a group.
         function_ns: for how long functions ran, where that is not ``duration_ns``: of a group.
+        inside: the sums of the steps inside the attempt, as LeftOut has them. Old histories have none.
     """
 
     id: str
@@ -150,6 +151,7 @@ class Event(TypedDict):
     packs: NotRequired[list[Value]]
     charged: NotRequired[int]
     function_ns: NotRequired[int]
+    inside: NotRequired[list[Any]]
 
 
 class Answer(TypedDict):
@@ -424,7 +426,7 @@ def decode_failure(record: FailureData) -> Failure:
     data, name = record["data"], record["type"]
     if name == "ContractViolation" and data is not None:
         exc = ContractViolation(record["node_id"], data[0], data[1], data[2])
-    elif name in ("BudgetExceeded", "_Deadline") and data is not None:
+    elif name in ("BudgetExceeded", "DeadlineExceeded", "_Deadline") and data is not None:
         exc = BudgetExceeded(data[0], data[1], data[2], data[3])
     elif name == "TimeoutError":
         exc = TimeoutError(record["message"])
