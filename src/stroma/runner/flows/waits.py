@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import Waiting, schema_ref
 from stroma.contracts.schema import schema_of
+from stroma.cost.usage import shown
 from stroma.runner.flows.flow_run import FlowRun
 from stroma.runner.flows.order import FlowCall
 from stroma.runner.flows.suspension import EXPIRED, WITHDRAWN, OpenWait, text_of_time
@@ -55,6 +56,8 @@ def call_wait_for(
     """Return the coroutine of a question, which is numbered in the task that calls it."""
     if not (isinstance(answer, type) and issubclass(answer, BaseModel)):
         raise TypeError(f"flow.wait_for takes a pydantic model, a RootModel for plain values, got {answer!r}")
+    if not isinstance(reason, str):
+        raise TypeError(f"the reason of flow.wait_for must be a string, got {shown(reason)}")
     call = run.number_call("flow.wait_for", "wait", key, "!")
     branch = run.prefix + call.identity
     question = Waiting(run.position, branch, key or answer.__name__, reason, schema_ref(answer))
