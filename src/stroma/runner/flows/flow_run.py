@@ -311,8 +311,7 @@ class FlowRun:
         is_optional = identity in self.optional
         before = input_key_of(recorded)
         if before is not None and input_key is not None and before != input_key:
-            if is_optional:  # It followed a failure that did not happen this time: it is another call.
-                driver.journal.drop(self.position, self.prefix + identity)
+            if is_optional:  # A map of another size: its items are found one by one.
                 return None
             driver.unreached -= 1
             await driver.stop_here(
@@ -335,13 +334,13 @@ class FlowRun:
         return recorded
 
     def identity_for(self, identity: str, input_key: bytes | None) -> str:
-        """Return another identity for a step that followed a retried failure, and is called with another input now.
+        """Return another identity for a call that followed a retried failure, and is made with another input now.
 
         Its idempotency key differs then: what was done under the other one was done for the other input.
         """
-        recorded = self.records.get(identity)
+        recorded = self.records.get(identity) if identity in self.optional else None
         before = None if recorded is None else input_key_of(recorded)
-        if self.is_map or before is None or input_key is None or before == input_key:
+        if before is None or input_key is None or before == input_key:
             return identity
         return f"{identity}@{hashlib.sha256(input_key).hexdigest()[:16]}"
 

@@ -135,14 +135,6 @@ class FlowJournal:
         """Return the records of a flow, and forget them."""
         return self._flows.pop((position, flow), None) or RecordedFlow()
 
-    def drop(self, position: int, branch: str) -> None:
-        """Drop what was restored of a call, with all that is inside it."""
-        inside = f"{branch}."
-        restored: Any = self._ctx.restored
-        for known in (restored, self._flows):
-            for key in [key for key in known if key[0] == position and f"{key[1]}.".startswith(inside)]:
-                del known[key]
-
     def has_flow(self, position: int, flow: str) -> bool:
         """Return True if there are records inside a call that were not taken yet."""
         return (position, flow) in self._flows

@@ -1,0 +1,93 @@
+"""Clean-ups after a failure, and what a resume makes of them once the failed step works."""
+
+from __future__ import annotations
+
+import pytest
+from tests.flows.steps import World, runner_on
+from tests.kit import Num
+from tests.shared_stores import store_of
+
+from stroma import (
+    Flow,
+    NotDone,
+    Pipeline,
+    RunStatus,
+    StromaRunner,
+    current_node,
+    stroma_flow,
+)
+from stroma.runner.flows import driver
+
+
+class Answer(Num):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def _changes_are_found_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "STUCK_SECONDS", 0.05)
+
+
+class Provider:
+    """A provider that makes one charge for each idempotency key."""
+
+    def __init__(self, runner: StromaRunner) -> None:
+        self.charges: dict[str, int] = {}
+        self.calls: list[int] = []
+        self.charge = runner.node("charge", input=Num, output=Num, effect=True, reconcile=self._look)(
+            self._charge
+        )
+
+    async def _charge(self, state: Num) -> Num:
+        self.calls.append(state.n)
+        return Num(n=self.charges.setdefault(current_node().idempotency_key, state.n))
+
+    async def _look(self, _: Num, key: str) -> Num | NotDone:
+        return Num(n=self.charges[key]) if key in self.charges else NotDone()
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("way", ["step", "flow", "pipeline", "map", "more", "fewer"])
+async def test_an_effect_of_a_cleanup_is_made_for_each_input(kind: str, way: str) -> None:
+    """G13. A ``finally`` that makes an effect with another input, once the failure is retried, gets that one's output; an
+    item of a map whose input is the same is not called again."""
+    world = World()
+    world.failing.add("bad")
+    bad = world.step("bad", lambda _: 7)
+    charged: list[list[int]] = []
+
+    with store_of(kind) as store:
+        provider = Provider(StromaRunner.quick(store=store))
+
+        @stroma_flow("inner", input=Num, output=Num)
+        async def inner(flow: Flow, state: Num) -> Num:
+            return await flow.step(provider.charge, state)
+
+        async def settle(flow: Flow, state: Num) -> list[Num]:
+            if way == "step":
+                return [await flow.step(provider.charge, state)]
+            if way in ("flow", "pipeline"):
+                return [await flow.run(inner if way == "flow" else Pipeline("p", [provider.charge]), state)]
+            others = {"map": ([8], [8]), "more": ([], [8, 9]), "fewer": ([8], [])}[way][state.n == 7]
+            items = [Num(n=3), state, *(Num(n=n) for n in others)]
+            return await flow.map(provider.charge, items)
+
+        @stroma_flow("f", input=Num, output=Num)
+        async def f(flow: Flow, state: Num) -> Num:
+            try:
+                state = await flow.step(bad, state)
+            finally:
+                charged.append([one.n for one in await settle(flow, state)])
+            await flow.wait_for(Answer, reason="Go on?")
+            return state
+
+        assert (await runner_on(store).run(f, Num(n=1))).status is RunStatus.PARTIAL
+        world.failing.clear()
+        for _ in range(2):
+            result = await runner_on(store).run(f, Num(n=1))
+            assert result.status is RunStatus.SUSPENDED, result.failure
+    expected = {"more": ([3, 1], [3, 7, 8, 9]), "fewer": ([3, 1, 8], [3, 7]), "map": ([3, 1, 8], [3, 7, 8])}
+    first, second = expected.get(way, ([1], [7]))
+    assert charged == [first, second, second]
+    assert sorted(provider.calls) == sorted({*first, *second})
+    assert sorted(provider.charges.values()) == sorted({*first, *second})
