@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import pytest
 from tests.flows.steps import World, runner_on
 from tests.kit import Num
@@ -12,6 +15,7 @@ from stroma import (
     NotDone,
     Pipeline,
     RunStatus,
+    StepFailed,
     StromaRunner,
     current_node,
     stroma_flow,
@@ -91,3 +95,60 @@ async def test_an_effect_of_a_cleanup_is_made_for_each_input(kind: str, way: str
     assert charged == [first, second, second]
     assert sorted(provider.calls) == sorted({*first, *second})
     assert sorted(provider.charges.values()) == sorted({*first, *second})
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("way", ["step", "map", "flow", "pipeline", "sleep", "question"])
+async def test_a_fallback_that_is_under_way_when_the_flow_ends_need_not_come_again(
+    kind: str, way: str
+) -> None:
+    """A branch falls back on other calls while its sibling ends the flow: no change, once neither step fails."""
+    world = World()
+    world.failing |= {"bad", "worse"}
+    world.turns.update({"notify": 400, "worse": 40})
+    bad, worse, notify = world.step("bad"), world.step("worse"), world.step("notify")
+    fallback = world.step("fallback")
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        for _ in range(50):
+            state = await flow.step(fallback, state)
+        return state
+
+    async def fall_back(flow: Flow, state: Num) -> None:
+        if way == "step":
+            await inner(flow, state)
+        elif way == "map":
+            await flow.map(fallback, [Num(n=n) for n in range(50)], max_concurrency=1)
+        elif way == "flow":
+            await flow.run(inner, state)
+        elif way == "pipeline":
+            await flow.run(Pipeline("p", [fallback] * 50), state)
+        elif way == "sleep":
+            await flow.sleep(1)
+        else:
+            await flow.wait_for(Answer, reason="Go on?", timeout=30)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        async def one() -> None:
+            try:
+                await flow.step(bad, state)
+            except StepFailed:
+                await flow.step(notify, state)
+                raise
+
+        async def other() -> None:
+            try:
+                await flow.step(worse, state)
+            except StepFailed:
+                await fall_back(flow, state)
+
+        await asyncio.gather(one(), other())
+        return state
+
+    with store_of(kind) as store:
+        assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+        world.failing.clear()
+        result = await runner_on(store).run(f, Num())
+    assert result.status is RunStatus.RESUMED, result.failure

@@ -87,10 +87,10 @@ class FlowRun:
         #: Function time of sequential steps that is not in the clock yet, in ns.
         self.lone_ns = 0
         self.keys: set[str] = set()
-        #: Steps that were under way when the body ended.
+        #: Calls that were under way when the body ended.
         self.unfinished: set[str] = set()
         #: The calls that are open, and the tasks that make them. Strong references: the event loop has weak ones.
-        self.open: dict[object, asyncio.Task[Any]] = {}
+        self.open: dict[str, asyncio.Task[Any]] = {}
         #: Tasks of the body besides its first one, and if any of them may be making calls.
         self.tasks: set[asyncio.Task[Any]] = set()
         self.is_concurrent = False
@@ -183,7 +183,7 @@ class FlowRun:
         if not driver.unreached:
             driver.unreached = 0
             driver.release_held()
-        self.unfinished.update(one for one in self.open if isinstance(one, str))
+        self.unfinished.update(self.open)
         if driver.is_collected:
             return
         this = asyncio.current_task()

@@ -178,8 +178,8 @@ async def _compose(
     if driver.closing or run.has_ended:
         run.refuse(identity)
     run.alive += 1
-    token, begin, scope = object(), perf_counter_ns(), SCOPE.get()
-    run.open[token] = task
+    begin, scope = perf_counter_ns(), SCOPE.get()
+    run.open[identity] = task
     result: Any = None
     failure: Failure | None = None
     cause: BaseException | None = None
@@ -213,7 +213,7 @@ async def _compose(
     finally:
         cause = None  # Its traceback references this frame.
         run.alive -= 1
-        del run.open[token]
+        run.open.pop(identity, None)
         SCOPE.set(scope)
         CURRENT.set(None)
         run.look_for_siblings()

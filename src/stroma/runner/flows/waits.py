@@ -125,10 +125,10 @@ async def _wait(
     if run.driver.closing or run.has_ended:
         run.refuse(call.identity)
     run.alive += 1
-    token, begin = object(), perf_counter_ns()
+    begin = perf_counter_ns()
     task = asyncio.current_task()
     assert task is not None
-    run.open[token] = task
+    run.open[call.identity] = task
     try:
         await run.take_turn(call, await work())
     except asyncio.CancelledError:
@@ -138,7 +138,7 @@ async def _wait(
         raise
     finally:
         run.alive -= 1
-        del run.open[token]
+        run.open.pop(call.identity, None)
         run.look_for_siblings()
 
 
