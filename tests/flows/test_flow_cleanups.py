@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 from tests.flows.steps import World, runner_on
@@ -12,6 +11,7 @@ from tests.shared_stores import store_of
 
 from stroma import (
     Flow,
+    InMemoryStore,
     NotDone,
     Pipeline,
     RunStatus,
@@ -151,4 +151,33 @@ async def test_a_fallback_that_is_under_way_when_the_flow_ends_need_not_come_aga
         assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
         world.failing.clear()
         result = await runner_on(store).run(f, Num())
+    assert result.status is RunStatus.RESUMED, result.failure
+
+
+async def test_a_cleanup_may_call_a_node_that_a_cancelled_flow_called() -> None:
+    """A step of a clean-up need not come again, though a step of a flow inside has the same identity there."""
+    world, store = World(), InMemoryStore()
+    world.failing.add("bad")
+    world.turns.update({"bad": 40, "log 0": 10**6})
+    bad, log = world.step("bad"), world.step("log")
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        return await flow.step(log, state)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(flow.step(bad, state))
+                group.create_task(flow.run(inner, state))
+        except ExceptionGroup:
+            await flow.step(log, Num(n=1))
+            raise
+        return state
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    world.failing.clear()
+    world.turns.clear()
+    result = await runner_on(store).run(f, Num())
     assert result.status is RunStatus.RESUMED, result.failure

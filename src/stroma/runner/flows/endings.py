@@ -170,9 +170,8 @@ class Endings:
                 forgotten.add(key)
         for key in forgotten:
             self._journal.forget(key.kind, key.position, key.branch)
-        identities = {ended[key].identity for key in forgotten}
         for run, index in first.items():
-            run.forget_from(index, identities)
+            run.forget_from(index, {end.identity for key in forgotten if (end := ended[key]).run is run})
         for key in ended:  # What is inside a flow that failed is made again, or not at all.
             del self.ended[key]
 
