@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from typing import Any
 
 import pytest
 from tests.flows.steps import World, runner_on
@@ -181,3 +183,159 @@ async def test_a_cleanup_may_call_a_node_that_a_cancelled_flow_called() -> None:
     world.turns.clear()
     result = await runner_on(store).run(f, Num())
     assert result.status is RunStatus.RESUMED, result.failure
+
+
+async def _give_up(call: Any) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(call, 0.01)
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("way", ["step", "map", "flow", "question", "sleep", "late"])
+@pytest.mark.parametrize("ends", ["step", "body"])
+async def test_a_cleanup_that_gives_up_on_a_call_need_not_come_again(kind: str, way: str, ends: str) -> None:
+    """A clean-up that cancels a call and makes another one after it does not hinder the resume."""
+    world = World()
+    world.turns["slow"] = 10**6
+    bad, slow, notify = world.step("bad"), world.step("slow"), world.step("notify")
+    is_failing = True
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        return await flow.step(slow, await flow.step(notify, state))
+
+    async def clean_up(flow: Flow, state: Num) -> None:
+        if way == "step":
+            await _give_up(flow.step(slow, state))
+        elif way == "map":
+            await _give_up(flow.map(slow, [state]))
+        elif way == "flow":
+            await _give_up(flow.run(inner, state))
+        elif way == "question":
+            await _give_up(flow.wait_for(Answer, reason="Go on?", timeout=30))
+        elif way == "sleep":
+            await _give_up(flow.sleep(30))
+        else:
+            later = asyncio.create_task(flow.step(slow, state))
+            await flow.step(notify, state)
+            later.cancel()
+            await asyncio.wait([later])
+        await flow.step(notify, Num(n=9))
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            state = await flow.step(bad, state)
+            if ends == "body" and is_failing:
+                raise KeyError("a bug of the body")
+        except Exception:
+            await clean_up(flow, state)
+            raise
+        return state
+
+    if ends == "step":
+        world.failing.add("bad")
+    with store_of(kind) as store:
+        assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+        world.failing.clear()
+        is_failing = False
+        for _ in range(2):
+            result = await runner_on(store).run(f, Num())
+            assert result.status is RunStatus.RESUMED, result.failure
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+async def test_a_fallback_that_gave_up_on_a_step_need_not_come_again(kind: str) -> None:
+    """A branch gives up on a step after its sibling has failed, and is under way when that ends the flow."""
+    world = World()
+    world.failing |= {"bad", "worse"}
+    world.turns.update({"notify": 400, "worse": 40, "slow": 10**6, "fallback": 10**6})
+    bad, worse, notify = world.step("bad"), world.step("worse"), world.step("notify")
+    fallback, slow = world.step("fallback"), world.step("slow")
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        await flow.step(worse, state)
+        return state
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        async def one() -> None:
+            try:
+                await flow.step(bad, state)
+            except StepFailed:
+                await flow.step(notify, state)
+                raise
+
+        async def other() -> None:
+            try:
+                await flow.run(inner, state)
+            except StepFailed:
+                await _give_up(flow.step(slow, state))
+                await flow.step(fallback, state)
+
+        await asyncio.gather(one(), other())
+        return state
+
+    with store_of(kind) as store:
+        assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+        world.failing.clear()
+        result = await runner_on(store).run(f, Num())
+    assert result.status is RunStatus.RESUMED, result.failure
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("ends", ["step", "body"])
+async def test_a_map_of_a_cleanup_that_failed_need_not_come_again(kind: str, ends: str) -> None:
+    """What a clean-up's map committed before one of its items failed is not taken for the map that comes in its place."""
+    world = World()
+    world.failing.add("mail 11")
+    pay, mail = world.step("pay"), world.step("mail")
+    is_failing = True
+    if ends == "step":
+        world.failing.add("pay")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            state = await flow.step(pay, state)
+            if ends == "body" and is_failing:
+                raise KeyError("a bug of the body")
+        except Exception:
+            await flow.map(mail, [Num(n=10), Num(n=11)], max_concurrency=1)
+            raise
+        return (await flow.map(mail, [Num(n=1), Num(n=2)], max_concurrency=1))[1]
+
+    with store_of(kind) as store:
+        assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+        world.failing.clear()
+        is_failing = False
+        for _ in range(2):
+            result = await runner_on(store).run(f, Num())
+            assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=3)), result.failure
+    assert world.calls[-2:] == ["mail 1", "mail 2"]
+
+
+@pytest.mark.parametrize("awaits", [True, False])
+async def test_the_loser_of_a_race_is_not_called_again(awaits: bool) -> None:
+    """A step that the body gave up on before a later step failed stays cancelled."""
+    world, store = World(), InMemoryStore()
+    world.failing.add("send")
+    world.turns.update({"model 0": 10**6, "send": 40})
+    model, send = world.step("model"), world.step("send")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        tasks = [asyncio.create_task(flow.step(model, Num(n=n))) for n in range(2)]
+        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        if awaits:
+            await asyncio.wait(pending)
+        return await flow.step(send, done.pop().result())
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    world.failing.clear()
+    world.calls.clear()
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.final_state, world.calls) == (RunStatus.RESUMED, Num(n=3), ["send 2"])

@@ -421,12 +421,15 @@ class FlowRun:
         self.driver.journal.note_order(self.position, self.branch, index, identity)
         self.order.recorded[index] = identity
 
-    def forget_from(self, index: int, identities: set[str]) -> None:
-        """Drop the order from a result on. What came after it, but for ``identities``, need not be asked for on a resume."""
+    def forget_from(self, index: int, given_up: set[str], retried: set[str]) -> None:
+        """Drop the order from a result on. What came after it, and ``given_up``, need not be asked for on a resume.
+
+        ``retried``: what failed at ``index``, and is made again.
+        """
         journal, order = self.driver.journal, self.order
         for number in [number for number in order.recorded if number >= index]:
             journal.note_order(self.position, self.branch, number, None)
-        optional = self.optional.union(order.delivered[index:], self.unfinished) - identities
+        optional = self.optional.union(order.delivered[index:], self.unfinished, given_up) - retried
         journal.note_optional(self.position, self.branch, optional)
 
     def _count_lone(self) -> None:
