@@ -339,3 +339,54 @@ async def test_the_loser_of_a_race_is_not_called_again(awaits: bool) -> None:
     world.calls.clear()
     result = await runner_on(store).run(f, Num())
     assert (result.status, result.final_state, world.calls) == (RunStatus.RESUMED, Num(n=3), ["send 2"])
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("way", ["step", "flow", "pipeline", "nested", "failed"])
+async def test_a_cleanup_may_be_finished_by_another_process(kind: str, way: str) -> None:
+    """G5: The process dies in a clean-up, the next one finishes it: a resume makes what the failure cancelled."""
+    world = World()
+    world.failing.add("bad")
+    world.turns.update({"bad": 40, "pack": 10**6})
+    bad, pack, tell, report = (world.step(name) for name in ("bad", "pack", "tell", "report"))
+
+    @stroma_flow("ship", input=Num, output=Num)
+    async def ship(flow: Flow, state: Num) -> Num:
+        if way == "failed":
+            await flow.step(bad, state)
+        return await flow.step(pack, await flow.step(tell, state))
+
+    @stroma_flow("outer", input=Num, output=Num)
+    async def outer(flow: Flow, state: Num) -> Num:
+        return await flow.run(ship, state)
+
+    def send(flow: Flow, state: Num) -> Any:
+        if way == "step":
+            return flow.step(pack, state)
+        inside: Any = {"pipeline": Pipeline("p", [pack]), "nested": outer}.get(way, ship)
+        return flow.run(inside, state)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(flow.step(bad, state))
+                group.create_task(send(flow, state))
+        except ExceptionGroup:
+            await flow.step(tell, Num(n=5))
+            await flow.step(report, Num(n=5))
+            raise
+        return state
+
+    with store_of(kind) as store:
+
+        async def run() -> Any:
+            return await runner_on(store).run(f, Num())
+
+        await world.live(run, "report 5")
+        assert (await world.live(run)).status is RunStatus.PARTIAL
+        world.failing.clear()
+        world.turns.clear()
+        for _ in range(2):
+            result = await world.live(run)
+            assert result.status is RunStatus.RESUMED, result.failure

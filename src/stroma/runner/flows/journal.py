@@ -200,9 +200,20 @@ class FlowJournal:
 
     def forget(self, kind: Kind, position: int, branch: str) -> None:
         """Delete a note, so that a resume makes the call again."""
-        if kind != "started":  # The call may have another input then.
+        if kind == "cancelled":  # It may have failed before, which the body did not meet.
+            self.forget("failure", position, branch)
+        elif kind != "started":  # The call may have another input then.
             self.forget("started", position, branch)
+            self._forget_inside(position, branch)
         self._note(position, next(key for key, of in _KINDS.items() if of == kind), branch, None)
+
+    def _forget_inside(self, position: int, branch: str) -> None:
+        """Delete the ends of calls inside of one that was replayed as a whole."""
+        for (at, flow), recorded in self._flows.items():
+            if at == position and f"{flow}.".startswith(f"{branch}."):
+                for identity, record in recorded.results.items():
+                    if record.kind in ("failure", "cancelled"):
+                        self.forget(record.kind, position, f"{flow}.{identity}")
 
     def value(self, position: int, kind: str, branch: str, make: Any) -> bytes:
         """Return the value that is recorded for a call, else record the one that ``make()`` returns."""
