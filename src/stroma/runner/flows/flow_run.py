@@ -176,7 +176,10 @@ class FlowRun:
         self.has_ended, self.is_sequential = True, False
         self._count_lone()
         driver = self.driver
-        driver.unreached -= sum(self._is_required(identity) for identity in self.records)
+        missing = sum(self._is_required(identity) for identity in self.records)
+        driver.unreached -= missing
+        if missing:
+            driver.journal.drop_held(self.position, self.prefix)
         self.records.clear()
         if self.optional:
             driver.journal.note_optional(self.position, self.branch, self.optional)
@@ -368,7 +371,8 @@ class FlowRun:
         ):
             return False
         branch = self.prefix + identity
-        driver.journal.note_cancelled(self.position, branch, (perf_counter_ns() - begin) / 1e9, input_key)
+        seconds = (perf_counter_ns() - begin) / 1e9
+        driver.journal.note_cancelled(self.position, branch, seconds, input_key, is_held=driver.unreached > 0)
         self.order.withdraw(identity)
         self._note_end("cancelled", identity, len(self.order.delivered))
         return True

@@ -92,6 +92,8 @@ class FlowJournal:
         self._random_bytes = random_bytes
         self._flows: defaultdict[tuple[int, str], RecordedFlow] = defaultdict(RecordedFlow)
         self._values: dict[str, bytes] = {}
+        #: Notes of calls that come while a replay has not reached all that is recorded. None of them has been made yet.
+        self._held: dict[tuple[int, str, str], Any] = {}
         #: Function time of earlier processes that no committed row has, in ns, by the position of the flow.
         self._busy: dict[int, int] = {}
         session = ctx.session
@@ -145,9 +147,23 @@ class FlowJournal:
 
     # ------------------------------------------------------------------ writing
 
-    def _note(self, position: int, kind: str, branch: str, data: Any) -> None:
+    def _note(self, position: int, kind: str, branch: str, data: Any, *, is_held: bool = False) -> None:
+        if is_held:
+            self._held[position, kind, branch] = data
+            return
+        self._held.pop((position, kind, branch), None)
         encoded = None if data is None else json.dumps(data).encode()
         self._ctx.session.note(f"{position}:{kind}:{branch}", encoded)
+
+    def note_held(self) -> None:
+        """Record the notes that were held: all that is recorded was reached."""
+        for (position, kind, branch), data in list(self._held.items()):
+            self._note(position, kind, branch, data)
+
+    def drop_held(self, position: int, prefix: str) -> None:
+        """Drop the notes that were held of the calls of a flow: it ended before all that is recorded was reached."""
+        for place in [one for one in self._held if one[0] == position and one[2].startswith(prefix)]:
+            del self._held[place]
 
     def note_failure(
         self,
@@ -169,16 +185,19 @@ class FlowJournal:
         }
         self._note(position, "f", branch, fields)
 
-    def note_cancelled(self, position: int, branch: str, seconds: float, input_key: bytes | None) -> None:
+    def note_cancelled(
+        self, position: int, branch: str, seconds: float, input_key: bytes | None, *, is_held: bool
+    ) -> None:
         fields = {
             "seconds": round(seconds, 3),
             "input_key": None if input_key is None else input_key.decode(),
         }
-        self._note(position, "c", branch, fields)
+        self._note(position, "c", branch, fields, is_held=is_held)
 
-    def note_started(self, position: int, branch: str, input_key: bytes | None) -> None:
+    def note_started(self, position: int, branch: str, input_key: bytes | None, *, is_held: bool) -> None:
         """Record the input of a call that is made of other calls, before it has a result."""
-        self._note(position, "i", branch, {"input_key": None if input_key is None else input_key.decode()})
+        fields = {"input_key": None if input_key is None else input_key.decode()}
+        self._note(position, "i", branch, fields, is_held=is_held)
 
     def note_wake(self, position: int, branch: str, wake_ms: int, began_ms: float) -> None:
         """Record when a wait ends; its start is for those who look at the run."""

@@ -187,7 +187,8 @@ async def _compose(
         recorded = await run.find_recorded(identity, input_key) if run.records else None
         is_recorded = recorded is not None and recorded.kind != "started"
         if recorded is None:
-            driver.journal.note_started(run.position, f"{run.prefix}{identity}", input_key)
+            branch = f"{run.prefix}{identity}"
+            driver.journal.note_started(run.position, branch, input_key, is_held=driver.unreached > 0)
         if recorded is not None and recorded.kind == "failure":
             failure = read_failure(recorded.data)
             cause = failure.exception
