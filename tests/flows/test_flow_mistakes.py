@@ -140,6 +140,7 @@ async def test_wrong_arguments() -> None:
             lambda: flow.map(add, [1]),
             lambda: flow.map([add, add], [state]),  # type: ignore[arg-type, call-overload]
             lambda: flow.wait_for(int, reason="x"),  # type: ignore[type-var]
+            lambda: flow.wait_for(Num, reason=None),  # type: ignore[arg-type]
             lambda: flow.sleep(1, until=datetime.now()),
             lambda: flow.sleep(until=datetime.now()),
         ]
@@ -163,6 +164,7 @@ async def test_wrong_arguments() -> None:
         "the items of 'add' must be pydantic models, got int",
         "flow.map takes one node, got a list of 2; only map_over takes several nodes: use flow.step(map_over(...), state)",
         "flow.wait_for takes a pydantic model",
+        "the reason of flow.wait_for must be a string, got None",
         "pass a duration or until=, not both",
         "until must be an aware datetime",
     ]

@@ -25,6 +25,7 @@ from stroma import (
     Flow,
     InMemoryStore,
     NodeHooks,
+    Pipeline,
     PipelineChanged,
     RunStatus,
     SQLiteStore,
@@ -466,6 +467,70 @@ async def test_a_changed_flow_is_refused(store: Any, change: str, said: str) -> 
     assert world.calls == []
     changed[0] = False
     assert (await world.live(run)).final_state == Num(n=4)
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
+@pytest.mark.parametrize("way", ["flow", "pipeline", "map", "timeout", "error", "error inside"])
+async def test_a_refused_resume_records_nothing_of_what_it_did_not_call(store: Any, way: str) -> None:
+    """A changed body that is refused leaves the run as it was: with the code restored, it is resumed."""
+    world = World()
+    a, b, c = (world.step(name) for name in "abc")
+    is_changed = False
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        return await flow.step(c, state)
+
+    @stroma_flow("outer", input=Num, output=Num)
+    async def outer(flow: Flow, state: Num) -> Num:
+        state = await flow.step(a, state)
+        if is_changed:
+            task = asyncio.ensure_future(flow.run(inner, state))
+            await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.wait([task])
+            raise KeyError("a bug of the new code")
+        return await flow.step(b, await flow.step(b, state))
+
+    async def do_more(flow: Flow, state: Num) -> None:
+        if way in ("flow", "error"):
+            await flow.run(inner, state)
+        elif way == "pipeline":
+            await flow.run(Pipeline("p", [c]), state)
+        elif way == "map":
+            await flow.map(c, [state])
+        elif way == "timeout":
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(flow.step(c, state), 0.01)
+
+    async def fail() -> None:
+        await asyncio.sleep(0.01)
+        raise KeyError("a bug of the new code")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        if is_changed:
+            work = do_more(flow, state)
+            await (asyncio.gather(work, fail()) if way == "error" else work)
+            state = Num(n=5) if way == "timeout" else state
+        if way == "error inside":
+            return await flow.run(outer, state)
+        state = await flow.step(b, await flow.step(a, state))
+        return await flow.step(b, state)
+
+    async def run() -> Any:
+        return await runner_on(store).run(f, Num())
+
+    await world.live(run, "b 2")
+    world.calls.clear()
+    is_changed = True
+    begin = time.monotonic()
+    result = await world.live(run)
+    assert (result.failure is not None, world.calls) == (True, [])
+    assert time.monotonic() - begin < 20
+    is_changed = False
+    result = await world.live(run)
+    assert result.status is RunStatus.RESUMED, result.failure
 
 
 # ---------------------------------------------------------------------- every boundary

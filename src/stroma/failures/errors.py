@@ -69,6 +69,8 @@ class Suspend(Exception):
 
     def __init__(self, reason: str, *, schema: type[BaseModel] | None = None) -> None:
         super().__init__(reason)
+        if not isinstance(reason, str):
+            raise TypeError(f"the reason of Suspend must be a string, got {shown(reason)}")
         if schema is not None and not (isinstance(schema, type) and issubclass(schema, BaseModel)):
             raise TypeError(
                 f"the schema of Suspend must be a pydantic model, got {shown(schema)}; pass a RootModel for plain values"

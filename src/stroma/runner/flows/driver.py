@@ -176,6 +176,8 @@ class FlowDriver:
             self.release_held()
 
     def release_held(self) -> None:
+        if self.stopping is None and not self.closing:
+            self.journal.note_held()
         if self._held is not None and not self._held.done():
             self._held.set_result(None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from stroma._utils.text import one_line
@@ -31,7 +32,7 @@ class RunningFlow(Protocol):
     execution: NodeExecution
 
     def missing(self) -> str | None: ...
-    def forget_from(self, index: int, identities: set[str]) -> None: ...
+    def forget_from(self, index: int, given_up: set[str], retried: set[str]) -> None: ...
 
 
 class EndKey(NamedTuple):
@@ -144,37 +145,57 @@ class Endings:
             if key.position == position and key.branch.startswith(prefix)
         }  # fmt: skip
         forgotten = {key for one in carried if (key := end_key_of(one)) is not None and key in ended}
+        causes = [end for key in forgotten if (end := ended[key]).number]
+        handled = [
+            one for handlers in self.handlers.values() for one in handlers
+            if any(one.error is other for other in carried)
+        ]  # fmt: skip
         first: dict[RunningFlow, int] = {}
-        for key in forgotten:
-            if ended[key].number:
-                first[ended[key].run] = min(ended[key].place, first.get(ended[key].run, ended[key].place))
-        moments = {end.activity for key in forgotten if (end := ended[key]).number}
-        raised: set[int] = set()
-        for one in [one for handlers in self.handlers.values() for one in handlers]:
-            if any(one.error is other for other in carried):
-                raised.add(one.activity)
-                first[one.run] = min(one.place, first.get(one.run, one.place))
-        failed = [ended[key] for key in forgotten if ended[key].number]
+        places = [(one.run, one.place) for one in causes] + [(one.run, one.place) for one in handled]
+        for run, place in places:
+            first[run] = min(place, first.get(run, place))
+        # A failure in a handler is of a clean-up, which need not come again.
+        retried = [
+            end for end in causes
+            if end.place == first[end.run]
+            and not any(one.run is end.run and one.place <= end.place for one in handled)
+        ]  # fmt: skip
         for key, end in ended.items():
-            if key.kind == "failure":
-                # The body has not met it, or has met it together with one of these or later: it decided nothing by it.
-                is_forgotten = not end.number or end.run.is_map or end.activity in moments
-                is_forgotten = is_forgotten or end.place >= first.get(end.run, end.place + 1)
-            else:
-                is_forgotten = (
-                    end.activity == activity  # The body made no call after it.
-                    or end.activity in raised
-                    or any(one.number < end.number and one.activity == end.activity for one in failed)
-                )
-            if is_forgotten:
+            if key.kind == "cancelled" and _was_caused(end, causes, handled, activity):
+                forgotten.add(key)
+                first[end.run] = min(end.place, first.get(end.run, end.place))
+        moments = {end.activity for end in causes}
+        for key, end in ended.items():
+            # The body has not met it, or has met it together with one of these or later: it decided nothing by it.
+            if key.kind == "failure" and (
+                not end.number
+                or end.run.is_map
+                or end.activity in moments
+                or end.place >= first.get(end.run, end.place + 1)
+            ):
                 forgotten.add(key)
         for key in forgotten:
             self._journal.forget(key.kind, key.position, key.branch)
-        identities = {ended[key].identity for key in forgotten}
         for run, index in first.items():
-            run.forget_from(index, identities)
+            given_up = {
+                end.identity
+                for key in forgotten
+                if key.kind == "cancelled" and (end := ended[key]).run is run
+            }
+            run.forget_from(index, given_up, {end.identity for end in retried if end.run is run})
         for key in ended:  # What is inside a flow that failed is made again, or not at all.
             del self.ended[key]
+
+
+def _was_caused(
+    end: CallEnd, causes: Sequence[CallEnd], handled: Sequence[HandledError], activity: int
+) -> bool:
+    """Return True if the body cancelled a call after what ended the flow, or with it."""
+    if any(one.number < end.number for one in causes):
+        return True
+    if any(one.activity <= end.activity for one in handled):
+        return True
+    return not causes and end.activity == activity  # The body made no call after it.
 
 
 def end_of(error: BaseException, node: Node | Group) -> Halt | BaseException:

@@ -87,10 +87,10 @@ class FlowRun:
         #: Function time of sequential steps that is not in the clock yet, in ns.
         self.lone_ns = 0
         self.keys: set[str] = set()
-        #: Steps that were under way when the body ended.
+        #: Calls that were under way when the body ended.
         self.unfinished: set[str] = set()
         #: The calls that are open, and the tasks that make them. Strong references: the event loop has weak ones.
-        self.open: dict[object, asyncio.Task[Any]] = {}
+        self.open: dict[str, asyncio.Task[Any]] = {}
         #: Tasks of the body besides its first one, and if any of them may be making calls.
         self.tasks: set[asyncio.Task[Any]] = set()
         self.is_concurrent = False
@@ -176,14 +176,17 @@ class FlowRun:
         self.has_ended, self.is_sequential = True, False
         self._count_lone()
         driver = self.driver
-        driver.unreached -= sum(self._is_required(identity) for identity in self.records)
+        missing = sum(self._is_required(identity) for identity in self.records)
+        driver.unreached -= missing
+        if missing:
+            driver.journal.drop_held(self.position, self.prefix)
         self.records.clear()
         if self.optional:
             driver.journal.note_optional(self.position, self.branch, self.optional)
         if not driver.unreached:
             driver.unreached = 0
             driver.release_held()
-        self.unfinished.update(one for one in self.open if isinstance(one, str))
+        self.unfinished.update(self.open)
         if driver.is_collected:
             return
         this = asyncio.current_task()
@@ -311,8 +314,7 @@ class FlowRun:
         is_optional = identity in self.optional
         before = input_key_of(recorded)
         if before is not None and input_key is not None and before != input_key:
-            if is_optional:  # It followed a failure that did not happen this time: it is another call.
-                driver.journal.drop(self.position, self.prefix + identity)
+            if is_optional:  # A map of another size: its items are found one by one.
                 return None
             driver.unreached -= 1
             await driver.stop_here(
@@ -335,13 +337,13 @@ class FlowRun:
         return recorded
 
     def identity_for(self, identity: str, input_key: bytes | None) -> str:
-        """Return another identity for a step that followed a retried failure, and is called with another input now.
+        """Return another identity for a call that followed a retried failure, and is made with another input now.
 
         Its idempotency key differs then: what was done under the other one was done for the other input.
         """
-        recorded = self.records.get(identity)
+        recorded = self.records.get(identity) if identity in self.optional else None
         before = None if recorded is None else input_key_of(recorded)
-        if self.is_map or before is None or input_key is None or before == input_key:
+        if before is None or input_key is None or before == input_key:
             return identity
         return f"{identity}@{hashlib.sha256(input_key).hexdigest()[:16]}"
 
@@ -369,7 +371,8 @@ class FlowRun:
         ):
             return False
         branch = self.prefix + identity
-        driver.journal.note_cancelled(self.position, branch, (perf_counter_ns() - begin) / 1e9, input_key)
+        seconds = (perf_counter_ns() - begin) / 1e9
+        driver.journal.note_cancelled(self.position, branch, seconds, input_key, is_held=driver.unreached > 0)
         self.order.withdraw(identity)
         self._note_end("cancelled", identity, len(self.order.delivered))
         return True
@@ -422,12 +425,15 @@ class FlowRun:
         self.driver.journal.note_order(self.position, self.branch, index, identity)
         self.order.recorded[index] = identity
 
-    def forget_from(self, index: int, identities: set[str]) -> None:
-        """Drop the order from a result on. What came after it, but for ``identities``, need not be asked for on a resume."""
+    def forget_from(self, index: int, given_up: set[str], retried: set[str]) -> None:
+        """Drop the order from a result on. What came after it, and ``given_up``, need not be asked for on a resume.
+
+        ``retried``: what failed at ``index``, and is made again.
+        """
         journal, order = self.driver.journal, self.order
         for number in [number for number in order.recorded if number >= index]:
             journal.note_order(self.position, self.branch, number, None)
-        optional = self.optional.union(order.delivered[index:], self.unfinished) - identities
+        optional = self.optional.union(order.delivered[index:], self.unfinished, given_up) - retried
         journal.note_optional(self.position, self.branch, optional)
 
     def _count_lone(self) -> None:

@@ -92,6 +92,8 @@ class FlowJournal:
         self._random_bytes = random_bytes
         self._flows: defaultdict[tuple[int, str], RecordedFlow] = defaultdict(RecordedFlow)
         self._values: dict[str, bytes] = {}
+        #: Notes of calls that come while a replay has not reached all that is recorded. None of them has been made yet.
+        self._held: dict[tuple[int, str, str], Any] = {}
         #: Function time of earlier processes that no committed row has, in ns, by the position of the flow.
         self._busy: dict[int, int] = {}
         session = ctx.session
@@ -135,14 +137,6 @@ class FlowJournal:
         """Return the records of a flow, and forget them."""
         return self._flows.pop((position, flow), None) or RecordedFlow()
 
-    def drop(self, position: int, branch: str) -> None:
-        """Drop what was restored of a call, with all that is inside it."""
-        inside = f"{branch}."
-        restored: Any = self._ctx.restored
-        for known in (restored, self._flows):
-            for key in [key for key in known if key[0] == position and f"{key[1]}.".startswith(inside)]:
-                del known[key]
-
     def has_flow(self, position: int, flow: str) -> bool:
         """Return True if there are records inside a call that were not taken yet."""
         return (position, flow) in self._flows
@@ -153,9 +147,23 @@ class FlowJournal:
 
     # ------------------------------------------------------------------ writing
 
-    def _note(self, position: int, kind: str, branch: str, data: Any) -> None:
+    def _note(self, position: int, kind: str, branch: str, data: Any, *, is_held: bool = False) -> None:
+        if is_held:
+            self._held[position, kind, branch] = data
+            return
+        self._held.pop((position, kind, branch), None)
         encoded = None if data is None else json.dumps(data).encode()
         self._ctx.session.note(f"{position}:{kind}:{branch}", encoded)
+
+    def note_held(self) -> None:
+        """Record the notes that were held: all that is recorded was reached."""
+        for (position, kind, branch), data in list(self._held.items()):
+            self._note(position, kind, branch, data)
+
+    def drop_held(self, position: int, prefix: str) -> None:
+        """Drop the notes that were held of the calls of a flow: it ended before all that is recorded was reached."""
+        for place in [one for one in self._held if one[0] == position and one[2].startswith(prefix)]:
+            del self._held[place]
 
     def note_failure(
         self,
@@ -177,16 +185,19 @@ class FlowJournal:
         }
         self._note(position, "f", branch, fields)
 
-    def note_cancelled(self, position: int, branch: str, seconds: float, input_key: bytes | None) -> None:
+    def note_cancelled(
+        self, position: int, branch: str, seconds: float, input_key: bytes | None, *, is_held: bool
+    ) -> None:
         fields = {
             "seconds": round(seconds, 3),
             "input_key": None if input_key is None else input_key.decode(),
         }
-        self._note(position, "c", branch, fields)
+        self._note(position, "c", branch, fields, is_held=is_held)
 
-    def note_started(self, position: int, branch: str, input_key: bytes | None) -> None:
+    def note_started(self, position: int, branch: str, input_key: bytes | None, *, is_held: bool) -> None:
         """Record the input of a call that is made of other calls, before it has a result."""
-        self._note(position, "i", branch, {"input_key": None if input_key is None else input_key.decode()})
+        fields = {"input_key": None if input_key is None else input_key.decode()}
+        self._note(position, "i", branch, fields, is_held=is_held)
 
     def note_wake(self, position: int, branch: str, wake_ms: int, began_ms: float) -> None:
         """Record when a wait ends; its start is for those who look at the run."""
@@ -208,9 +219,20 @@ class FlowJournal:
 
     def forget(self, kind: Kind, position: int, branch: str) -> None:
         """Delete a note, so that a resume makes the call again."""
-        if kind != "started":  # The call may have another input then.
+        if kind == "cancelled":  # It may have failed before, which the body did not meet.
+            self.forget("failure", position, branch)
+        elif kind != "started":  # The call may have another input then.
             self.forget("started", position, branch)
+            self._forget_inside(position, branch)
         self._note(position, next(key for key, of in _KINDS.items() if of == kind), branch, None)
+
+    def _forget_inside(self, position: int, branch: str) -> None:
+        """Delete the ends of calls inside of one that was replayed as a whole."""
+        for (at, flow), recorded in self._flows.items():
+            if at == position and f"{flow}.".startswith(f"{branch}."):
+                for identity, record in recorded.results.items():
+                    if record.kind in ("failure", "cancelled"):
+                        self.forget(record.kind, position, f"{flow}.{identity}")
 
     def value(self, position: int, kind: str, branch: str, make: Any) -> bytes:
         """Return the value that is recorded for a call, else record the one that ``make()`` returns."""

@@ -60,11 +60,12 @@ async def _map(
             driver, run, _part_of(run, limit), run.position, run.prefix + call.identity, is_map=True
         )
         items.path = run.path
-        failed = [int(at) for at, record in items.records.items() if record.kind == "failure"]
+        failed = [at for at, record in items.records.items() if record.kind == "failure"]
         if failed:  # Its siblings were cancelled, or are of no use any more.
-            failure = read_failure(items.records[str(min(failed))].data)
+            first = min(failed, key=lambda at: int(at.partition("@")[0]))
+            failure = read_failure(items.records[first].data)
             await items.end()
-            raise items.step_failed(failure, str(min(failed)), 0)
+            raise items.step_failed(failure, first, 0)
         is_recorded = len(items.records) == len(states)
         driver.has_siblings |= len(states) > 1
         try:
@@ -103,8 +104,10 @@ def call_flow(run: FlowRun, flow: Any, state: Any, key: str | None) -> Coroutine
 
 
 async def _run_flow(run: FlowRun, node: FlowNode, state: BaseModel, call: FlowCall) -> Any:
-    driver, ctx, identity = run.driver, run.driver.ctx, call.identity
+    driver, ctx = run.driver, run.driver.ctx
     input_key = encode_input(ctx, node, state)
+    identity = run.identity_for(call.identity, input_key)
+    call = call._replace(identity=identity)
 
     async def work() -> tuple[Any, bool]:
         contract = ctx.contract_of(node)
@@ -175,8 +178,8 @@ async def _compose(
     if driver.closing or run.has_ended:
         run.refuse(identity)
     run.alive += 1
-    token, begin, scope = object(), perf_counter_ns(), SCOPE.get()
-    run.open[token] = task
+    begin, scope = perf_counter_ns(), SCOPE.get()
+    run.open[identity] = task
     result: Any = None
     failure: Failure | None = None
     cause: BaseException | None = None
@@ -184,7 +187,8 @@ async def _compose(
         recorded = await run.find_recorded(identity, input_key) if run.records else None
         is_recorded = recorded is not None and recorded.kind != "started"
         if recorded is None:
-            driver.journal.note_started(run.position, f"{run.prefix}{identity}", input_key)
+            branch = f"{run.prefix}{identity}"
+            driver.journal.note_started(run.position, branch, input_key, is_held=driver.unreached > 0)
         if recorded is not None and recorded.kind == "failure":
             failure = read_failure(recorded.data)
             cause = failure.exception
@@ -210,7 +214,7 @@ async def _compose(
     finally:
         cause = None  # Its traceback references this frame.
         run.alive -= 1
-        del run.open[token]
+        run.open.pop(identity, None)
         SCOPE.set(scope)
         CURRENT.set(None)
         run.look_for_siblings()

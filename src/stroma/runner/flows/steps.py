@@ -212,7 +212,7 @@ async def make_step(run: FlowRun, node: Node | Group, state: BaseModel, call: Fl
         if run.stores_inputs or run.records:
             input_key = encode_input(driver.ctx, node, state)
         if run.records:
-            if run.optional and identity in run.optional:
+            if run.optional:
                 del run.open[identity]
                 identity = run.identity_for(identity, input_key)
                 call = call._replace(identity=identity)

@@ -8,6 +8,8 @@ import gc
 import os
 from typing import Any, Final
 
+from stroma.engine.tasks import TaskPool
+
 __all__ = ["CURRENT_DRIVER", "waits_for_itself"]
 
 #: The driver of the flow in whose body, or in a task of which, the code runs.
@@ -65,4 +67,6 @@ def _is_blocked(task: asyncio.Task[Any], tasks: list[asyncio.Task[Any]]) -> bool
         return False
     if code.co_filename in _BETWEEN_TASKS:
         return bool(code.co_name != "sleep")
+    if code is TaskPool.join.__code__:  # Of a map.
+        return True
     return bool(code.co_filename.startswith(_FLOWS))

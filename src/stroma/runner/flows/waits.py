@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import Waiting, schema_ref
 from stroma.contracts.schema import schema_of
+from stroma.cost.usage import shown
 from stroma.runner.flows.flow_run import FlowRun
 from stroma.runner.flows.order import FlowCall
 from stroma.runner.flows.suspension import EXPIRED, WITHDRAWN, OpenWait, text_of_time
@@ -55,6 +56,8 @@ def call_wait_for(
     """Return the coroutine of a question, which is numbered in the task that calls it."""
     if not (isinstance(answer, type) and issubclass(answer, BaseModel)):
         raise TypeError(f"flow.wait_for takes a pydantic model, a RootModel for plain values, got {answer!r}")
+    if not isinstance(reason, str):
+        raise TypeError(f"the reason of flow.wait_for must be a string, got {shown(reason)}")
     call = run.number_call("flow.wait_for", "wait", key, "!")
     branch = run.prefix + call.identity
     question = Waiting(run.position, branch, key or answer.__name__, reason, schema_ref(answer))
@@ -122,10 +125,10 @@ async def _wait(
     if run.driver.closing or run.has_ended:
         run.refuse(call.identity)
     run.alive += 1
-    token, begin = object(), perf_counter_ns()
+    begin = perf_counter_ns()
     task = asyncio.current_task()
     assert task is not None
-    run.open[token] = task
+    run.open[call.identity] = task
     try:
         await run.take_turn(call, await work())
     except asyncio.CancelledError:
@@ -135,7 +138,7 @@ async def _wait(
         raise
     finally:
         run.alive -= 1
-        del run.open[token]
+        run.open.pop(call.identity, None)
         run.look_for_siblings()
 
 

@@ -1,0 +1,392 @@
+"""Clean-ups after a failure, and what a resume makes of them once the failed step works."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import pytest
+from tests.flows.steps import World, runner_on
+from tests.kit import Num
+from tests.shared_stores import store_of
+
+from stroma import (
+    Flow,
+    InMemoryStore,
+    NotDone,
+    Pipeline,
+    RunStatus,
+    StepFailed,
+    StromaRunner,
+    current_node,
+    stroma_flow,
+)
+from stroma.runner.flows import driver
+
+
+class Answer(Num):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def _changes_are_found_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "STUCK_SECONDS", 0.05)
+
+
+class Provider:
+    """A provider that makes one charge for each idempotency key."""
+
+    def __init__(self, runner: StromaRunner) -> None:
+        self.charges: dict[str, int] = {}
+        self.calls: list[int] = []
+        self.charge = runner.node("charge", input=Num, output=Num, effect=True, reconcile=self._look)(
+            self._charge
+        )
+
+    async def _charge(self, state: Num) -> Num:
+        self.calls.append(state.n)
+        return Num(n=self.charges.setdefault(current_node().idempotency_key, state.n))
+
+    async def _look(self, _: Num, key: str) -> Num | NotDone:
+        return Num(n=self.charges[key]) if key in self.charges else NotDone()
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("way", ["step", "flow", "pipeline", "map", "more", "fewer"])
+async def test_an_effect_of_a_cleanup_is_made_for_each_input(kind: str, way: str) -> None:
+    """G13. A ``finally`` that makes an effect with another input, once the failure is retried, gets that one's output; an
+    item of a map whose input is the same is not called again."""
+    world = World()
+    world.failing.add("bad")
+    bad = world.step("bad", lambda _: 7)
+    charged: list[list[int]] = []
+
+    with store_of(kind) as store:
+        provider = Provider(StromaRunner.quick(store=store))
+
+        @stroma_flow("inner", input=Num, output=Num)
+        async def inner(flow: Flow, state: Num) -> Num:
+            return await flow.step(provider.charge, state)
+
+        async def settle(flow: Flow, state: Num) -> list[Num]:
+            if way == "step":
+                return [await flow.step(provider.charge, state)]
+            if way in ("flow", "pipeline"):
+                return [await flow.run(inner if way == "flow" else Pipeline("p", [provider.charge]), state)]
+            others = {"map": ([8], [8]), "more": ([], [8, 9]), "fewer": ([8], [])}[way][state.n == 7]
+            items = [Num(n=3), state, *(Num(n=n) for n in others)]
+            return await flow.map(provider.charge, items)
+
+        @stroma_flow("f", input=Num, output=Num)
+        async def f(flow: Flow, state: Num) -> Num:
+            try:
+                state = await flow.step(bad, state)
+            finally:
+                charged.append([one.n for one in await settle(flow, state)])
+            await flow.wait_for(Answer, reason="Go on?")
+            return state
+
+        assert (await runner_on(store).run(f, Num(n=1))).status is RunStatus.PARTIAL
+        world.failing.clear()
+        for _ in range(2):
+            result = await runner_on(store).run(f, Num(n=1))
+            assert result.status is RunStatus.SUSPENDED, result.failure
+    expected = {"more": ([3, 1], [3, 7, 8, 9]), "fewer": ([3, 1, 8], [3, 7]), "map": ([3, 1, 8], [3, 7, 8])}
+    first, second = expected.get(way, ([1], [7]))
+    assert charged == [first, second, second]
+    assert sorted(provider.calls) == sorted({*first, *second})
+    assert sorted(provider.charges.values()) == sorted({*first, *second})
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("way", ["step", "map", "flow", "pipeline", "sleep", "question"])
+async def test_a_fallback_that_is_under_way_when_the_flow_ends_need_not_come_again(
+    kind: str, way: str
+) -> None:
+    """A branch falls back on other calls while its sibling ends the flow: no change, once neither step fails."""
+    world = World()
+    world.failing |= {"bad", "worse"}
+    world.turns.update({"notify": 400, "worse": 40})
+    bad, worse, notify = world.step("bad"), world.step("worse"), world.step("notify")
+    fallback = world.step("fallback")
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        for _ in range(50):
+            state = await flow.step(fallback, state)
+        return state
+
+    async def fall_back(flow: Flow, state: Num) -> None:
+        if way == "step":
+            await inner(flow, state)
+        elif way == "map":
+            await flow.map(fallback, [Num(n=n) for n in range(50)], max_concurrency=1)
+        elif way == "flow":
+            await flow.run(inner, state)
+        elif way == "pipeline":
+            await flow.run(Pipeline("p", [fallback] * 50), state)
+        elif way == "sleep":
+            await flow.sleep(1)
+        else:
+            await flow.wait_for(Answer, reason="Go on?", timeout=30)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        async def one() -> None:
+            try:
+                await flow.step(bad, state)
+            except StepFailed:
+                await flow.step(notify, state)
+                raise
+
+        async def other() -> None:
+            try:
+                await flow.step(worse, state)
+            except StepFailed:
+                await fall_back(flow, state)
+
+        await asyncio.gather(one(), other())
+        return state
+
+    with store_of(kind) as store:
+        assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+        world.failing.clear()
+        result = await runner_on(store).run(f, Num())
+    assert result.status is RunStatus.RESUMED, result.failure
+
+
+async def test_a_cleanup_may_call_a_node_that_a_cancelled_flow_called() -> None:
+    """A step of a clean-up need not come again, though a step of a flow inside has the same identity there."""
+    world, store = World(), InMemoryStore()
+    world.failing.add("bad")
+    world.turns.update({"bad": 40, "log 0": 10**6})
+    bad, log = world.step("bad"), world.step("log")
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        return await flow.step(log, state)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(flow.step(bad, state))
+                group.create_task(flow.run(inner, state))
+        except ExceptionGroup:
+            await flow.step(log, Num(n=1))
+            raise
+        return state
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    world.failing.clear()
+    world.turns.clear()
+    result = await runner_on(store).run(f, Num())
+    assert result.status is RunStatus.RESUMED, result.failure
+
+
+async def _give_up(call: Any) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(call, 0.01)
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("way", ["step", "map", "flow", "question", "sleep", "late"])
+@pytest.mark.parametrize("ends", ["step", "body"])
+async def test_a_cleanup_that_gives_up_on_a_call_need_not_come_again(kind: str, way: str, ends: str) -> None:
+    """A clean-up that cancels a call and makes another one after it does not hinder the resume."""
+    world = World()
+    world.turns["slow"] = 10**6
+    bad, slow, notify = world.step("bad"), world.step("slow"), world.step("notify")
+    is_failing = True
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        return await flow.step(slow, await flow.step(notify, state))
+
+    async def clean_up(flow: Flow, state: Num) -> None:
+        if way == "step":
+            await _give_up(flow.step(slow, state))
+        elif way == "map":
+            await _give_up(flow.map(slow, [state]))
+        elif way == "flow":
+            await _give_up(flow.run(inner, state))
+        elif way == "question":
+            await _give_up(flow.wait_for(Answer, reason="Go on?", timeout=30))
+        elif way == "sleep":
+            await _give_up(flow.sleep(30))
+        else:
+            later = asyncio.create_task(flow.step(slow, state))
+            await flow.step(notify, state)
+            later.cancel()
+            await asyncio.wait([later])
+        await flow.step(notify, Num(n=9))
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            state = await flow.step(bad, state)
+            if ends == "body" and is_failing:
+                raise KeyError("a bug of the body")
+        except Exception:
+            await clean_up(flow, state)
+            raise
+        return state
+
+    if ends == "step":
+        world.failing.add("bad")
+    with store_of(kind) as store:
+        assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+        world.failing.clear()
+        is_failing = False
+        for _ in range(2):
+            result = await runner_on(store).run(f, Num())
+            assert result.status is RunStatus.RESUMED, result.failure
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+async def test_a_fallback_that_gave_up_on_a_step_need_not_come_again(kind: str) -> None:
+    """A branch gives up on a step after its sibling has failed, and is under way when that ends the flow."""
+    world = World()
+    world.failing |= {"bad", "worse"}
+    world.turns.update({"notify": 400, "worse": 40, "slow": 10**6, "fallback": 10**6})
+    bad, worse, notify = world.step("bad"), world.step("worse"), world.step("notify")
+    fallback, slow = world.step("fallback"), world.step("slow")
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        await flow.step(worse, state)
+        return state
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        async def one() -> None:
+            try:
+                await flow.step(bad, state)
+            except StepFailed:
+                await flow.step(notify, state)
+                raise
+
+        async def other() -> None:
+            try:
+                await flow.run(inner, state)
+            except StepFailed:
+                await _give_up(flow.step(slow, state))
+                await flow.step(fallback, state)
+
+        await asyncio.gather(one(), other())
+        return state
+
+    with store_of(kind) as store:
+        assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+        world.failing.clear()
+        result = await runner_on(store).run(f, Num())
+    assert result.status is RunStatus.RESUMED, result.failure
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("ends", ["step", "body"])
+async def test_a_map_of_a_cleanup_that_failed_need_not_come_again(kind: str, ends: str) -> None:
+    """What a clean-up's map committed before one of its items failed is not taken for the map that comes in its place."""
+    world = World()
+    world.failing.add("mail 11")
+    pay, mail = world.step("pay"), world.step("mail")
+    is_failing = True
+    if ends == "step":
+        world.failing.add("pay")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            state = await flow.step(pay, state)
+            if ends == "body" and is_failing:
+                raise KeyError("a bug of the body")
+        except Exception:
+            await flow.map(mail, [Num(n=10), Num(n=11)], max_concurrency=1)
+            raise
+        return (await flow.map(mail, [Num(n=1), Num(n=2)], max_concurrency=1))[1]
+
+    with store_of(kind) as store:
+        assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+        world.failing.clear()
+        is_failing = False
+        for _ in range(2):
+            result = await runner_on(store).run(f, Num())
+            assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=3)), result.failure
+    assert world.calls[-2:] == ["mail 1", "mail 2"]
+
+
+@pytest.mark.parametrize("awaits", [True, False])
+async def test_the_loser_of_a_race_is_not_called_again(awaits: bool) -> None:
+    """A step that the body gave up on before a later step failed stays cancelled."""
+    world, store = World(), InMemoryStore()
+    world.failing.add("send")
+    world.turns.update({"model 0": 10**6, "send": 40})
+    model, send = world.step("model"), world.step("send")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        tasks = [asyncio.create_task(flow.step(model, Num(n=n))) for n in range(2)]
+        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        if awaits:
+            await asyncio.wait(pending)
+        return await flow.step(send, done.pop().result())
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    world.failing.clear()
+    world.calls.clear()
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.final_state, world.calls) == (RunStatus.RESUMED, Num(n=3), ["send 2"])
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("way", ["step", "flow", "pipeline", "nested", "failed"])
+async def test_a_cleanup_may_be_finished_by_another_process(kind: str, way: str) -> None:
+    """G5: The process dies in a clean-up, the next one finishes it: a resume makes what the failure cancelled."""
+    world = World()
+    world.failing.add("bad")
+    world.turns.update({"bad": 40, "pack": 10**6})
+    bad, pack, tell, report = (world.step(name) for name in ("bad", "pack", "tell", "report"))
+
+    @stroma_flow("ship", input=Num, output=Num)
+    async def ship(flow: Flow, state: Num) -> Num:
+        if way == "failed":
+            await flow.step(bad, state)
+        return await flow.step(pack, await flow.step(tell, state))
+
+    @stroma_flow("outer", input=Num, output=Num)
+    async def outer(flow: Flow, state: Num) -> Num:
+        return await flow.run(ship, state)
+
+    def send(flow: Flow, state: Num) -> Any:
+        if way == "step":
+            return flow.step(pack, state)
+        inside: Any = {"pipeline": Pipeline("p", [pack]), "nested": outer}.get(way, ship)
+        return flow.run(inside, state)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(flow.step(bad, state))
+                group.create_task(send(flow, state))
+        except ExceptionGroup:
+            await flow.step(tell, Num(n=5))
+            await flow.step(report, Num(n=5))
+            raise
+        return state
+
+    with store_of(kind) as store:
+
+        async def run() -> Any:
+            return await runner_on(store).run(f, Num())
+
+        await world.live(run, "report 5")
+        assert (await world.live(run)).status is RunStatus.PARTIAL
+        world.failing.clear()
+        world.turns.clear()
+        for _ in range(2):
+            result = await world.live(run)
+            assert result.status is RunStatus.RESUMED, result.failure
