@@ -619,7 +619,7 @@ class StromaRunner:
     async def unpause(self, run_id: str) -> bool:
         """Take a pause back, so that a worker continues the run (see :meth:`serve`); :meth:`resume` continues it here.
 
-        Returns False if the run was not paused. Raises CheckpointNotFound, StoreError.
+        Returns False if the run was not paused, or has ended. Raises CheckpointNotFound, StoreError.
         """
         return await self._stored.unpause(run_id)
 
