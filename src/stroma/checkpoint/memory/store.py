@@ -29,11 +29,14 @@ from stroma.failures.errors import BUDGET, PAUSED
 __all__ = ["AsyncInMemoryStore", "InMemoryStore"]
 
 
-def _request(run: MemoryRun, control: RunControl) -> None:
+def _request(run: MemoryRun, control: RunControl) -> bool:
+    """Make requests about a run hold. Returns False if its last session is gone, or reads none."""
     run.control = control
-    session = run.session()
-    if session is not None and session.on_control is not None:
-        session.on_control(control)
+    session = run.last_session()
+    if session is None or session.on_control is None:
+        return False
+    session.on_control(control)
+    return True
 
 
 class _MemoryStore(MemoryReader, MemoryCells):
@@ -65,6 +68,8 @@ class _MemoryStore(MemoryReader, MemoryCells):
         elif run.status in ENDED:
             return False
         else:
+            if not _request(run, run.control._replace(cancel=True)):
+                run.epoch += 1  # Plain code that records no end must not continue.
             run.status, run.error, run.wake_ms = "CANCELLED", None, None
         return True
 
