@@ -41,6 +41,14 @@ def test_a_living_run_is_paused(stroma, inside, fails):
     assert "continue a paused run: stroma resume RUN" in listed.err
 
 
+def test_a_large_limit_is_printed_in_full(stroma, inside):
+    """The new limits of a run are printed with all their digits."""
+    with SQLiteStore(stroma.home / "runs.db") as store:
+        asyncio.run(begin(store, "x")).abandon()
+    done = inside("budget", "x", "--tokens", "12345678", "--cost-usd", "1234567.25", "--db", "runs.db")
+    assert "run x has a new budget: max_tokens_total 12,345,678, max_cost_usd 1,234,567.25\n" in done.err
+
+
 def test_an_owner_that_does_not_read_a_pause(stroma, inside, monkeypatch):
     """The command returns, and says that the owner may begin further attempts."""
     monkeypatch.setattr(requests, "_OWNER_SECONDS", 0.2)
