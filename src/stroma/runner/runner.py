@@ -464,8 +464,8 @@ class StromaRunner:
         start, so it may be a long iterator. ``run_ids`` returns the id of each run for its 0-based number and input;
         ``on_result`` is called with each outcome as it arrives. ``recover``: first resume the interrupted runs of this
         pipeline (see :meth:`recover`); their outcomes are not returned. It raises TypeError if the pipeline starts with a
-        group: call :meth:`recover` first. After a :meth:`shutdown` no further run starts, and only the outcomes of those
-        that did are returned. An exception of ``inputs``, ``run_ids`` or ``on_result`` cancels the runs in flight and is
+        group: there, call :meth:`recover` before, with ``input_schema``. After a :meth:`shutdown` no further run starts,
+        and only the outcomes of those that did are returned. An exception of ``inputs``, ``run_ids`` or ``on_result`` cancels the runs in flight and is
         raised.
         """
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
