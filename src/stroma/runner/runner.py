@@ -465,8 +465,8 @@ class StromaRunner:
         ``on_result`` is called with each outcome as it arrives. ``recover``: first resume the interrupted runs of this
         pipeline (see :meth:`recover`); their outcomes are not returned. It raises TypeError if the pipeline starts with a
         group: there, call :meth:`recover` before, with ``input_schema``. After a :meth:`shutdown` no further run starts,
-        and only the outcomes of those that did are returned. An exception of ``inputs``, ``run_ids`` or ``on_result`` cancels the runs in flight and is
-        raised.
+        and only the outcomes of those that did are returned. An exception of ``inputs``, ``run_ids`` or ``on_result``
+        cancels the runs in flight and is raised.
         """
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         run = partial(self.run, nodes, **options)
