@@ -5,10 +5,19 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 from tests.fixtures import store_fixture
 
-from stroma import ExecutionBudget, RunStatus, StromaRunner, Suspend, current_node
-from stroma.adapters import Guard
+from stroma import (
+    BudgetExceeded,
+    ExecutionBudget,
+    InMemoryStore,
+    RunStatus,
+    StromaRunner,
+    Suspend,
+    current_node,
+)
+from stroma.adapters import Guard, RunCancelled
 
 store = store_fixture("async-memory", "sqlite")
 
@@ -79,3 +88,39 @@ async def test_a_raise_applies_to_the_next_step(store: Any) -> None:
     go.set()
     await task
     assert (calls, store.get_run("x").status) == ([1, 2], "COMPLETED")
+
+
+@pytest.mark.parametrize("request_name", ["cancel", "pause", "set_budget"])
+async def test_requests_reach_the_steps_outside_of_runs(request_name: str) -> None:
+    """Steps outside of ``guard.run()`` heed a request about the run that they belong to; the run has no owner all the same."""
+    store = InMemoryStore()
+    guard, calls, _, _ = guard_of(store)
+
+    @guard.step("work")
+    async def work(n: int) -> int:
+        calls.append(n)
+        current_node().report_usage(input_tokens=3)
+        return n
+
+    await work(1)
+    assert guard.current is not None
+    run_id = guard.current.ctx.run_id
+    limits = {"tokens": 5} if request_name == "set_budget" else {}
+    assert await getattr(guard.runner, request_name)(run_id, **limits) is True
+    record = store.get_run(run_id)
+    assert record is not None
+    stop, status = {
+        "cancel": (RunCancelled, "CANCELLED"),
+        "pause": (Suspend, "SUSPENDED"),
+        "set_budget": (BudgetExceeded, "RUNNING"),
+    }[request_name]
+    assert (record.status, record.holder) == (status, None)
+    for n in (2, 3, 4):
+        with pytest.raises(stop):
+            await work(n)
+    assert calls == (
+        [1, 2] if request_name == "set_budget" else [1]
+    )  # The call that crosses a limit is made.
+    record = store.get_run(run_id)
+    assert record is not None
+    assert record.status == status

@@ -1,9 +1,14 @@
 """`stroma pause`, `stroma resume` of a paused run, and `stroma budget` of a run."""
 
+import asyncio
 import json
 
 import pytest
 from tests.cli.test_operations import GOOD, at_work
+
+from stroma import SQLiteStore
+from stroma.runner import requests
+from stroma.testing.stores import begin
 
 WAITS = """
 from sums import *
@@ -34,6 +39,28 @@ def test_a_living_run_is_paused(stroma, inside, fails):
     listed = inside("runs")
     assert "paused" in listed.out
     assert "continue a paused run: stroma resume RUN" in listed.err
+
+
+def test_a_large_limit_is_printed_in_full(stroma, inside):
+    """The new limits of a run are printed with all their digits."""
+    with SQLiteStore(stroma.home / "runs.db") as store:
+        asyncio.run(begin(store, "x")).abandon()
+    done = inside("budget", "x", "--tokens", "12345678", "--cost-usd", "1234567.25", "--db", "runs.db")
+    assert "run x has a new budget: max_tokens_total 12,345,678, max_cost_usd 1,234,567.25\n" in done.err
+
+
+def test_an_owner_that_does_not_read_a_pause(stroma, inside, monkeypatch):
+    """The command returns, and says that the owner may begin further attempts."""
+    monkeypatch.setattr(requests, "_OWNER_SECONDS", 0.2)
+    with SQLiteStore(stroma.home / "runs.db") as store:
+        session = asyncio.run(begin(store, "x"))
+        done = inside("pause", "x", "--db", "runs.db")
+        assert (done.code, "has not read the request, and may begin further attempts" in done.err) == (
+            0,
+            True,
+        )
+        session.abandon()
+    assert inside("pause", "x", "--db", "runs.db").err.startswith("run x is SUSPENDED, paused")
 
 
 @pytest.mark.slow

@@ -133,6 +133,41 @@ def test_show(filled, inside, fails):
     fails(inside("show", "nope"), 4, "no run whose id begins with 'nope'", "stroma runs")
 
 
+def test_a_cost_without_tokens(stroma, inside):
+    """An attempt that is priced per call has its cost in its progress, in its row and its fold, and in its line of tail."""
+    stroma.file(
+        "images.py",
+        """
+        from pydantic import BaseModel
+        from stroma import Flow, NodeContract, Pipeline, Usage, stroma_flow, stroma_node
+
+        class Prompt(BaseModel):
+            text: str
+
+        @stroma_node("draw", NodeContract(node_id="draw", input_schema=Prompt, output_schema=Prompt))
+        async def draw(prompt):
+            if prompt.text == "bad":
+                raise ValueError("no image")
+            return prompt, Usage(model="dall-e-3", cost_usd=0.04)
+
+        @stroma_flow("draws", input=Prompt, output=Prompt)
+        async def draws(flow: Flow, prompt: Prompt) -> Prompt:
+            for _ in range(20):
+                await flow.step(draw, prompt)
+            return prompt
+
+        one, many = Pipeline("one", [draw]), Pipeline("many", [draws])
+    """,
+    )
+    done = inside("run", "images.py:one", '{"text": "a cat"}', "--run-id", "one")
+    assert re.search(r"draw +ok +\d\.\d\d s, 0 tok, \$0\.040000, dall-e-3\n", done.err), done
+    assert re.search(r"\n0 +draw +1 +success .* s +\$0\.040000 +dall-e-3\n", inside("show", "one").out)
+    assert re.search(r"draw  #1  success .* s  0 tok, \$0\.040000\n", inside("tail", "one").out)
+    assert inside("run", "images.py:many", '{"text": "a cat"}', "--run-id", "many", "-q").code == 0
+    shown = inside("show", "many").out
+    assert re.search(r" s +\$0\.800000 +20 calls: 20 ok", shown), shown
+
+
 def test_an_empty_store(stroma, inside, fails):
     """Before the first run the list is empty and says how to begin; a store that was named must be there."""
     done = inside("runs")

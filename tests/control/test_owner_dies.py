@@ -1,4 +1,4 @@
-"""A pause that was acknowledged holds, whatever becomes of the process that the run was in."""
+"""Requests that were stored hold, whatever becomes of the process that the run was in."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from tests.checkpoint.dying_helper import pipeline
 from tests.servers import environment
-from tests.shared_stores import opened
+from tests.shared_stores import DURABLE, opened, place
 
 from stroma import ExecutionResult, StromaRunner
+from stroma.runner import requests
+from stroma.testing.stores import begin
 
 
 @pytest.mark.slow
@@ -74,3 +76,26 @@ def test_killed_before_it_knew(journal: tuple[str, str], tmp_path: Path, way: st
     else:
         assert result is None  # There was nothing to recover any more.
         assert (status, calls) == ("SUSPENDED", "call\n")
+
+
+@pytest.mark.parametrize("kind", DURABLE)
+@pytest.mark.parametrize("request_name", ["cancel", "pause", "set_budget"])
+async def test_an_owner_that_reads_no_request(
+    kind: str, request_name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A request to an owner that renews its lease and reads nothing returns after a while with a warning, and holds from the next opening on."""
+    monkeypatch.setattr(requests, "_OWNER_SECONDS", 0.3)
+    with place(kind) as where, opened(kind, where) as store, opened(kind, where) as other:
+        session = await begin(store, lease_seconds=2.0)
+        limits = {"tokens": 5} if request_name == "set_budget" else {}
+        asked = getattr(StromaRunner.quick(store=other), request_name)("run", **limits)
+        assert await asyncio.wait_for(asked, 10) is True
+        assert "has not read the request" in caplog.text
+        assert store.get_run("run").holder is not None
+        session.abandon()
+        again = await begin(store, if_exists="resume", only_unfinished=True)
+        if request_name == "set_budget":
+            assert again.control.budget == {"max_tokens_total": 5}
+            again.abandon()
+        else:
+            assert again.finished.status == ("CANCELLED" if request_name == "cancel" else "SUSPENDED")

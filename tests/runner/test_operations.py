@@ -428,6 +428,21 @@ async def test_a_run_that_begins_with_a_group_is_resumed_with_the_class_of_its_i
     assert result.status is RunStatus.RESUMED
 
 
+async def test_the_advice_about_a_group_at_the_beginning_works(store: Any) -> None:
+    """run_many(recover=True) has no input_schema=: its error names the calls that have it, and a first node makes it work."""
+    work = Work()
+    work.gate.set()
+    nodes = [parallel(*work.nodes[:2])]
+    with pytest.raises(
+        TypeError, match=r"to resume\(\), recover\(\) or fork\(\).* start the pipeline with a node"
+    ):
+        await quick(store).run_many(Pipeline("group", nodes), [Num(n=1)], recover=True)
+    assert await quick(store).recover(Pipeline("group", nodes), input_schema=Num) == {}
+    first = Pipeline("node", [work.nodes[2], *nodes])
+    (result,) = await quick(store).run_many(first, [Num(n=1)], recover=True)
+    assert getattr(result, "status", result) is RunStatus.COMPLETED
+
+
 async def test_what_keeps_no_journal_resumes_nothing_by_its_id() -> None:
     class Simple:
         async def save(self, *_: Any) -> None: ...

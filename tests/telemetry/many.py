@@ -40,6 +40,7 @@ from stroma import (
     StepFailed,
     StromaRunner,
     Suspend,
+    Usage,
     current_node,
     map_over,
     parallel,
@@ -193,6 +194,8 @@ class Programs:
             await asyncio.sleep(self._chances.uniform(0, 0.002))
             if self._chances.random() < 0.3:
                 raise Refused("0.01")
+            if self._chances.random() < 0.5:  # Priced per call, without tokens.
+                return state, Usage(model="dall-e-3", cost_usd=0.04)
             return state, 5, 5, MODELS[0]
 
         return stroma_node(

@@ -10,7 +10,7 @@ import structlog
 from pydantic import BaseModel, SecretStr
 from tests.kit import ONCE
 
-from stroma import RunStatus, StromaRunner, current_node
+from stroma import RunStatus, StromaRunner, Usage, current_node
 from stroma.telemetry import DENY_KEYS, log_hooks
 from stroma.telemetry.content import Content
 
@@ -81,6 +81,20 @@ async def test_one_line_per_event(caplog: pytest.LogCaptureFixture) -> None:
     )
     assert (succeeded.attempt, succeeded.tokens, succeeded.model) == (2, 15, "gpt-4o-mini")
     assert (ended.status, ended.tokens) == ("COMPLETED", 15)
+
+
+async def test_a_cost_without_tokens_is_a_field(caplog: pytest.LogCaptureFixture) -> None:
+    """An attempt that is priced per call has its cost and its model in its line."""
+    caplog.set_level(logging.INFO)
+    runner = quick(log_hooks())
+
+    @runner.node("draw", input=State, output=State)
+    async def draw(state: State) -> Any:
+        return state, Usage(model="dall-e-3", cost_usd=0.04)
+
+    await runner.run([draw], State())
+    drawn = events(caplog)[1]
+    assert (drawn.tokens, drawn.cost_usd, drawn.model) == (0, 0.04, "dall-e-3")
 
 
 @pytest.mark.core

@@ -24,7 +24,16 @@ from tests.ui.conftest import BAD, GOOD, Site, State, make_runs, node
 from tests.ui.scenes import lineage, make_map
 from tests.ui.test_security import attempts_of
 
-from stroma import FailurePolicy, NodeContract, Pipeline, SQLiteStore, StromaRunner, current_node, stroma_node
+from stroma import (
+    FailurePolicy,
+    NodeContract,
+    Pipeline,
+    SQLiteStore,
+    StromaRunner,
+    Usage,
+    current_node,
+    stroma_node,
+)
 from stroma.checkpoint import open_store
 from stroma.testing.stores import State as Kept
 from stroma.testing.stores import begin, commit
@@ -171,6 +180,23 @@ def test_attempts(site: Site) -> None:
     assert "Where it failed" not in second
     child = by_title["left, attempt 1"]
     assert "Input of its group." in child
+
+
+def test_a_cost_without_tokens(store: SQLiteStore, serve: Any) -> None:
+    """An attempt that is priced per call has its cost in its row; one that failed says what it spent."""
+
+    async def draw(state: Any) -> Any:
+        current_node().report_usage(Usage(model="dall-e-3", cost_usd=0.04))
+        raise ValueError("no image")
+
+    make_runs(store, ("x", Pipeline("p", [node("draw", draw)])))
+    site = serve(store)
+    row = re.search(r"<tr data-row>.*</tr>", site.get("/run", id="x").text)
+    assert row is not None
+    assert 'data-name="Cost">$0.040000<' in row[0]
+    address = re.search(r'data-open href="([^"]*)"', row[0])
+    assert address is not None
+    assert "Spent without output: 0 tok, $0.040000" in site.ask("GET", html.unescape(address[1])).text
 
 
 def test_the_field_that_broke_is_marked(store: SQLiteStore, serve: Any) -> None:

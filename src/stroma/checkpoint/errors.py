@@ -97,11 +97,12 @@ class RunExists(StoreError):
 
 
 class Fenced(StoreError):
-    """The run has another owner now, or was deleted; this process can no longer write to it.
+    """The run has another owner now, or was cancelled or deleted; this process can no longer write to it.
 
     Where: ``result.failure`` of a PARTIAL run.
-    Cause: the same run id was opened again while this run was in progress, or the run was deleted.
-    Fix: see the result of the new owner; use a separate id for each run.
+    Cause: the same run id was opened again while this run was in progress, or the run was deleted. Or it was
+        cancelled or paused while this process could not renew its lease.
+    Fix: see the result of the new owner, and use a separate id for each run. Resume a cancelled run.
     """
 
     transient = False

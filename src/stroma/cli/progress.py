@@ -190,7 +190,7 @@ class Progress:
             return []
         started = self._started.pop((node.position, node.branch), None)
         used = [format_duration(time.perf_counter() - started)] if started is not None else []
-        if node.usage.tokens:
+        if node.usage.tokens or node.usage.cost_usd:
             used += [format_tokens(node.usage.tokens), format_usd(node.usage.cost_usd)]
         if node.usage.model:
             used.append(clean(node.usage.model, 40))

@@ -269,9 +269,9 @@ class RunReport:
         result = self.result
         wasted_tokens, wasted_cost = _wasted_usage(result)
         parts = [f"{format_tokens(result.total_tokens)}, {format_usd(result.total_cost_usd)}"]
-        if wasted_tokens:
+        if wasted_tokens or wasted_cost:
             parts.append(f"of which wasted {format_tokens(wasted_tokens)}, {format_usd(wasted_cost)}")
-        if self.earlier_tokens:
+        if self.earlier_tokens or self.earlier_cost_usd:
             parts.append(
                 f"before that {format_tokens(self.earlier_tokens)}, {format_usd(self.earlier_cost_usd)}"
             )

@@ -107,7 +107,11 @@ def _print_nodes(restored: list[AttemptRecord]) -> None:
     )
     for one in restored:
         if not one.branch:
-            used = f"  {format_tokens(one.tokens)}, {format_usd(one.cost_usd)}" if one.tokens else ""
+            used = (
+                f"  {format_tokens(one.tokens)}, {format_usd(one.cost_usd)}"
+                if one.tokens or one.cost_usd
+                else ""
+            )
             out.line(
                 f"          {place_of(one):<6} {clean(one.node_id, 60)}  {format_duration(one.duration_ms / 1000)}{used}"
             )

@@ -159,7 +159,7 @@ def _cells(a: AttemptRecord, name: str) -> list[Part]:
         clean(a.reason or "", 20),
         duration(a.duration_ms, a.function_ms or None),
         f"{a.tokens:,}" if a.tokens else "",
-        format_usd(a.cost_usd) if a.tokens else "",
+        format_usd(a.cost_usd) if a.tokens or a.cost_usd else "",
         clean(a.model or "", 30),
         clean(a.text or "", 120),
     ]
@@ -194,7 +194,7 @@ def _fold_cells(entry: OutlineEntry) -> list[Part]:
     cost = sum(bar.cost_usd for bar in spending)
     took = duration(sum(bar.took_ms for bar in entry.bars), None) if entry.bars else ""
     tries = f"{len(entry.bars):,}" if len(entry.bars) > len(entry.entries) else ""
-    figures: list[Part] = [took, f"{tokens:,}" if tokens else "", format_usd(cost) if tokens else ""]
+    figures: list[Part] = [took, f"{tokens:,}" if tokens else "", format_usd(cost) if tokens or cost else ""]
     return [tries, outcome, "", "", *figures, "", message]
 
 

@@ -188,7 +188,7 @@ def _event_parts(event: TraceEvent) -> list[Part]:
         details.insert(0, f"{event.failure}{f' {event.reason}' if event.reason else ''}")
     if event.attempt > 1:
         details.append(f"attempt {event.attempt}")
-    if event.usage.tokens:
+    if event.usage.tokens or event.usage.cost_usd:
         details += [format_tokens(event.usage.tokens), format_usd(event.usage.cost_usd)]
     parts: list[Part] = [name, "  ", (verb.ljust(9), style), " ", ", ".join(details)]
     if event.failure_message and not event.children:  # The child has the same message.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -15,7 +14,7 @@ __all__ = ["limits_of", "request"]
 
 logger = logging.getLogger("stroma")
 
-_OWNER_SECONDS: Final = 5.0  # in which most owners have read a request
+_OWNER_SECONDS: Final = 10.0  # An owner looks for requests twice a second.
 _POLL_SECONDS: Final = (0.01, 0.1)
 
 
@@ -31,18 +30,21 @@ def limits_of(tokens: int | None, cost_usd: float | None, latency_ms: int | None
 async def request(store: Any, run_id: str, method: str, *arguments: Any) -> bool:
     """Call a method of a store about a run, and wait until the owner of the run has read the request.
 
-    Returns what the method does. A stored request holds, whatever becomes of the owner. One whose process is stopped reads
-    nothing, and is waited for until its lease is over. Raises CheckpointNotFound, StoreError.
+    Returns what the method does. A stored request holds, whatever becomes of the owner. An owner that has not read it in 10
+    seconds is not waited for any longer: its process is stopped, or it is plain code that reads no requests. Raises
+    CheckpointNotFound, StoreError.
     """
     done: bool = await getattr(store, method)(run_id, *arguments)
     loop = asyncio.get_running_loop()
     late, pause = loop.time() + _OWNER_SECONDS, _POLL_SECONDS[0]
     while done and await asyncio.to_thread(store.is_request_pending, run_id):
         if loop.time() > late:
-            late = math.inf
             logger.warning(
-                "the owner of run %r has not read the request; waiting until its lease is over", run_id
+                "the owner of run %r has not read the request, and may begin further attempts; "
+                "the request is stored, and holds when the run is opened again",
+                run_id,
             )
+            return done
         await asyncio.sleep(pause)
         pause = min(2 * pause, _POLL_SECONDS[1])
     if done and method in ("cancel", "pause"):

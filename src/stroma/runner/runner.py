@@ -463,7 +463,8 @@ class StromaRunner:
         An exception of ``run()`` takes the place of its result, and stops no other run. ``inputs`` is read only as runs
         start, so it may be a long iterator. ``run_ids`` returns the id of each run for its 0-based number and input;
         ``on_result`` is called with each outcome as it arrives. ``recover``: first resume the interrupted runs of this
-        pipeline (see :meth:`recover`); their outcomes are not returned. After a :meth:`shutdown` no further run starts,
+        pipeline (see :meth:`recover`); their outcomes are not returned. It raises TypeError if the pipeline starts with a
+        group: there, call :meth:`recover` before, with ``input_schema``. After a :meth:`shutdown` no further run starts,
         and only the outcomes of those that did are returned. An exception of ``inputs``, ``run_ids`` or ``on_result``
         cancels the runs in flight and is raised.
         """
@@ -601,7 +602,9 @@ class StromaRunner:
     async def cancel(self, run_id: str) -> bool:
         """End a run as CANCELLED, in whatever process it is. Returns False if it had ended. Raises CheckpointNotFound.
 
-        Once this returns, which takes up to a second, no attempt begins; those at work are cancelled.
+        Once this returns, which takes up to a second, no attempt begins; those at work are cancelled. An owner that does not
+        read the request within 10 seconds is not waited for, with a warning: its process is stopped, or it is plain code
+        without ``async with ctx:``. The request is stored, and holds when the run is opened again.
         """
         return await self._stored.cancel(run_id)
 
@@ -610,16 +613,16 @@ class StromaRunner:
 
         Once this returns, which takes up to a second, no attempt begins: not of children of groups, items, steps or
         retries. Those at work finish, and are committed. Workers and ``recover()`` leave the run alone, even if its process
-        dies before it has read the request; :meth:`resume` and :meth:`unpause` take the pause back. An owner
-        whose process is stopped reads nothing, and is waited for until its lease is over. Returns False if the run had
-        ended. Raises CheckpointNotFound, StoreError.
+        dies before it has read the request; :meth:`resume` and :meth:`unpause` take the pause back. An owner that reads no
+        requests is not waited for, as in :meth:`cancel`. Returns False if the run had ended. Raises CheckpointNotFound,
+        StoreError.
         """
         return await self._stored.pause(run_id)
 
     async def unpause(self, run_id: str) -> bool:
         """Take a pause back, so that a worker continues the run (see :meth:`serve`); :meth:`resume` continues it here.
 
-        Returns False if the run was not paused. Raises CheckpointNotFound, StoreError.
+        Returns False if the run was not paused, or has ended. Raises CheckpointNotFound, StoreError.
         """
         return await self._stored.unpause(run_id)
 
@@ -634,8 +637,8 @@ class StromaRunner:
         """Change limits of a run, in whatever process it is, from the next attempt on; others stay.
 
         They are those of :meth:`with_budget`, and replace the limits of the config in this execution of the run, in every
-        process that continues it. A run that waits for its budget (``RunConfig(on_budget="wait")``) is due at once. Returns
-        False if the run is complete. Raises CheckpointNotFound, StoreError, ValueError without a limit, pydantic's
+        process that continues it. A run that waits for its budget (``RunConfig(on_budget="wait")``) is due at once. An owner
+        that reads no requests is not waited for, as in :meth:`cancel`. Returns False if the run is complete. Raises CheckpointNotFound, StoreError, ValueError without a limit, pydantic's
         ValidationError for one that is not valid.
         """
         return await self._stored.set_budget(run_id, tokens=tokens, cost_usd=cost_usd, latency_ms=latency_ms)

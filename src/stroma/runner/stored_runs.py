@@ -49,7 +49,8 @@ class StoredRuns:
         first = nodes[0] if nodes else None
         if isinstance(first, Group):
             raise TypeError(
-                f"the pipeline starts with {first.node_id!r}; pass the class of its input as input_schema="
+                f"the pipeline starts with {first.node_id!r}; pass the class of its input as input_schema= to resume(), "
+                "recover() or fork(); for serve() or run_many(recover=True), start the pipeline with a node"
             )
         contract = None if first is None else self._registry.find(first.node_id) or first.contract
         return schema_of(output_class(None) if contract is None else contract.input_schema)

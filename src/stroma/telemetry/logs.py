@@ -146,7 +146,7 @@ class _Logs(Observer):
         fields = _of_node(node)
         fields["outcome"] = ended.outcome
         fields["duration_ms"] = round(node.duration_ms or 0.0, 3)
-        if usage.tokens:
+        if usage.tokens or usage.cost_usd:
             fields["tokens"], fields["cost_usd"] = usage.tokens, usage.cost_usd
             fields["model"] = usage.model
         if ended.output is not None:

@@ -222,7 +222,7 @@ class _Prometheus(Observer):
         executions, seconds = metrics.of_attempt(place, ended.outcome, ended.class_name)
         executions.inc(1, exemplar)
         seconds.observe((node.duration_ms or 0.0) / 1000, exemplar)
-        if usage.tokens:
+        if usage.tokens or usage.cost_usd:
             consumed, produced, cost = metrics.of_usage(place, metrics.labels.model(usage.model))
             consumed.inc(usage.input_tokens)
             produced.inc(usage.output_tokens)

@@ -31,7 +31,7 @@ def renderable(story: Story) -> Any:
     head = Text.assemble(
         (f"{clean(story.pipeline or 'run', 60)} ", "bold"), (story.status, tone),
         f"  {clean(story.run_id, 60)}  {format_duration(story.seconds)}, {format_tokens(story.tokens)}, {format_usd(story.cost_usd)}",
-        f" (wasted {format_tokens(tokens)}, {format_usd(cost)})" if tokens else "",
+        f" (wasted {format_tokens(tokens)}, {format_usd(cost)})" if tokens or cost else "",
     )  # fmt: skip
     parts: list[Any] = [head]
     box = story.box
@@ -69,7 +69,7 @@ def renderable(story: Story) -> Any:
             shown += entry.kind not in ("sleep", "question")
             table.add_row(
                 bar.at, name, str(bar.attempt) if entry.kind == "node" else "", _drawn([bar], paused.get(bar.key), end),
-                duration(bar.took_ms, bar.function_ms), f"{bar.tokens:,}" if bar.tokens else "", format_usd(bar.cost_usd) if bar.tokens else "",
+                duration(bar.took_ms, bar.function_ms), f"{bar.tokens:,}" if bar.tokens else "", format_usd(bar.cost_usd) if bar.tokens or bar.cost_usd else "",
             )  # fmt: skip
     parts.append(table)
     left_out = max(0, len(story.bars) - shown) + story.left_out
@@ -90,9 +90,15 @@ def _add_fold(table: Any, entry: OutlineEntry, name: str, end: float) -> None:
     spending = entry.all_bars if entry.kind == "fold" else []
     tokens = sum(bar.tokens for bar in spending)
     took = duration(sum(bar.took_ms for bar in entry.bars), None) if entry.bars else ""
-    cost = format_usd(sum(bar.cost_usd for bar in spending)) if tokens else ""
+    cost = sum(bar.cost_usd for bar in spending)
     table.add_row(
-        entry.at, name, "", _drawn(entry.drawn_bars, None, end), took, f"{tokens:,}" if tokens else "", cost
+        entry.at,
+        name,
+        "",
+        _drawn(entry.drawn_bars, None, end),
+        took,
+        f"{tokens:,}" if tokens else "",
+        format_usd(cost) if tokens or cost else "",
     )
 
 

@@ -136,7 +136,7 @@ def _attempt_row(attempt: AttemptRecord, address: str, place: str, restored: Col
     reason = f" ({clean(attempt.reason, 30)})" if attempt.reason else ""
     mark = ' <span class="dim">restored</span>' if attempt.started_ns in restored else ""
     tokens = f"{attempt.tokens:,}" if attempt.tokens else ""
-    cost = format_usd(attempt.cost_usd) if attempt.tokens else ""
+    cost = format_usd(attempt.cost_usd) if attempt.tokens or attempt.cost_usd else ""
     message = escape(with_marks(clean(attempt.text, 160))) if attempt.text else ""
     return (
         f'<tr data-row><td class="mono" data-name="At">{as_xml(clean(place, 80))}</td>'

@@ -145,7 +145,7 @@ def totals(record: RunRecord, story: Story, limits: Mapping[str, float], failed:
         _card("Cost", format_usd(record.cost_usd), "" if cost is None else f"{_percent(record.cost_usd, cost)} of the budget of {_usd(cost)}", record.cost_usd, cost),
         _card("Tokens", f"{record.tokens:,}", "" if tokens is None else f"{_percent(record.tokens, tokens)} of {tokens:,.0f}", record.tokens, tokens),
         _card("Attempts", f"{len(story.bars) + story.left_out:,}", retried or (f"{pluralize(record.nodes, 'node')} committed" if record.nodes else "")),
-        _card("Wasted", format_usd(wasted_usd), f"{wasted_tokens:,} tokens without output" if wasted_tokens else "nothing without output",
+        _card("Wasted", format_usd(wasted_usd), f"{wasted_tokens:,} tokens without output" if wasted_tokens or wasted_usd else "nothing without output",
               wasted_usd, record.cost_usd if wasted_usd else None, tone="warn"),
     ]  # fmt: skip
 

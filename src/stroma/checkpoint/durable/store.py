@@ -207,13 +207,15 @@ class DurableStore(ReadableStore):
     async def unpause(self, run_id: str) -> bool:
         """Take a pause back: the run is due, so that a worker continues it.
 
-        Returns False if it was not paused. Raises CheckpointNotFound, StoreError.
+        Returns False if it was not paused, or has ended. Raises CheckpointNotFound, StoreError.
         """
 
         def do(rows: Rows, run: RunRow) -> bool:
             if not read_control(rows, run.run).pause:
                 return False
             forget_requests(rows, run.run, PAUSE)
+            if run.holder is None and run.status not in ("RUNNING", *UNFINISHED):
+                return False
             rows.wake(run)
             return True
 

@@ -69,7 +69,8 @@ class MemoryRun:
         control: the requests that hold; the next session takes back a cancel and a pause.
         rejected: outputs that broke their contract; None without any.
         epoch: incremented by each session that opens the run; only the last session may write.
-        session: weak reference to that session.
+        session: weak reference to that session while it owns the run, which only one that records its end does.
+        last_session: weak reference to that session, for requests about the run.
         wake_ms: see :func:`stroma.checkpoint.decisions.merge_wake`.
     """
 
@@ -96,6 +97,7 @@ class MemoryRun:
     error: str | None = None
     epoch: int = 0
     session: Callable[[], Any] = no_session
+    last_session: Callable[[], Any] = no_session
     wake_ms: int | None = None
 
     def discard_execution(self) -> None:

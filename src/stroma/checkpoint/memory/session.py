@@ -107,7 +107,8 @@ class MemorySession(NullSession):
             if request.tags:
                 run.tags = tuple(dict.fromkeys((*run.tags, *request.tags)))
             run.epoch += 1
-            run.session = weakref.ref(self) if request.ends else no_session
+            run.last_session = weakref.ref(self)
+            run.session = run.last_session if request.ends else no_session
         self.execution, self._epoch = run.execution, run.epoch
         self._run, self._states, self._other_rows = run, run.states, run.other_rows
         self._run_id = request.run_id
@@ -264,7 +265,7 @@ class MemorySession(NullSession):
 
     def abandon(self) -> None:
         if self._run.epoch == self._epoch:
-            self._run.session = no_session
+            self._run.session = self._run.last_session = no_session
 
 
 def _held_as(run: MemoryRun, request: RunRequest) -> tuple[str, str | None] | None:
@@ -301,5 +302,5 @@ def _count_attempts(run: MemoryRun) -> int:
 
 def _fenced(run_id: str) -> Fenced:
     return Fenced(
-        f"run {run_id!r} was taken over or deleted; this execution records nothing more, see the result of the other one"
+        f"run {run_id!r} was taken over, cancelled or deleted; this execution records nothing more, see the result of the other one"
     )

@@ -31,8 +31,9 @@ __all__ = ["AsyncInMemoryStore", "InMemoryStore"]
 
 
 def _request(run: MemoryRun, control: RunControl) -> None:
+    """Make requests about a run hold."""
     run.control = control
-    session = run.session()
+    session = run.last_session()
     if session is not None and session.on_control is not None:
         session.on_control(control)
 
@@ -66,7 +67,8 @@ class _MemoryStore(MemoryReader, MemoryCells):
         elif run.status in ENDED:
             return False
         else:
-            run.status, run.wake_ms = "CANCELLED", None
+            _request(run, run.control._replace(cancel=True))
+            run.status, run.error, run.wake_ms = "CANCELLED", None, None
         return True
 
     async def pause(self, run_id: str) -> bool:
@@ -86,12 +88,14 @@ class _MemoryStore(MemoryReader, MemoryCells):
     async def unpause(self, run_id: str) -> bool:
         """Take a pause back: the run is due, so that a worker continues it.
 
-        Returns False if it was not paused. Raises CheckpointNotFound.
+        Returns False if it was not paused, or has ended. Raises CheckpointNotFound.
         """
         run = self._require_run(run_id)
         if not run.control.pause:
             return False
         run.control = run.control._replace(pause=False)
+        if run.session() is None and run.status not in ("RUNNING", *UNFINISHED):
+            return False
         run.wake_ms = 0
         return True
 
@@ -159,6 +163,8 @@ class _MemoryStore(MemoryReader, MemoryCells):
                 copied = saved._replace(row=None)
                 if edited is not None and key == before - 1:
                     copied = copied._replace(schema=edited[0], snapshot=edited[0].snapshot(edited[1]))
+                elif key in source.calls:  # An edited output is not that of the call.
+                    run.calls[key] = source.calls[key]
                 run.states[key] = copied
         run.places = {identity: at for identity, at in source.places.items() if at < before}
         run.execution, run.parent, run.status = 1, run_id, "INTERRUPTED"

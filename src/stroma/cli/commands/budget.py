@@ -111,7 +111,7 @@ def _set_of_run(database: Database, run: str, limits: Mapping[str, float], as_js
     if not is_set:
         err.line(f"run {name} has ended already: it is {after.status}; nothing was changed")
         return
-    shown = ", ".join(f"{field} {limit:g}" for field, limit in limits.items())
+    shown = ", ".join(f"{field} {limit:,}" for field, limit in limits.items())
     err.line(f"run {name} has a new budget: {shown}")
     if after.holder is None:
         err.line(f"continue it: {database.hint('resume', id_word(record.run_id), 'FILE.py:NAME')}")

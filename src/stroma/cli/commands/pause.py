@@ -37,6 +37,8 @@ def pause(run_: str, as_json: bool, db: str | None, **options: Any) -> None:
     record = database.find(run_)
     is_paused = request_of(database, record.run_id, "pause")
     after = database.get_run(record.run_id) or record
+    with database.explain_errors():
+        is_unread = is_paused and database.reader.is_request_pending(record.run_id)
     outcome = "ended" if not is_paused else "paused" if after.holder is None else "asked"
     if as_json:
         emit(
@@ -55,6 +57,10 @@ def pause(run_: str, as_json: bool, db: str | None, **options: Any) -> None:
         return
     if after.holder is None:
         err.line(f"run {name} is {after.status}, paused")
+    elif is_unread:
+        err.line(
+            f"run {name} will be paused: {after.holder} has not read the request, and may begin further attempts"
+        )
     else:
         err.line(f"run {name} is paused: {after.holder} begins no further attempt; those at work finish")
     err.line(f"continue it: {database.hint('resume', id_word(record.run_id))}")

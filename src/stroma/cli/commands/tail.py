@@ -175,7 +175,9 @@ class _Follower:
             if one.failure_class
             else ""
         )
-        used = f"  {format_tokens(one.tokens)}, {format_usd(one.cost_usd)}" if one.tokens else ""
+        used = (
+            f"  {format_tokens(one.tokens)}, {format_usd(one.cost_usd)}" if one.tokens or one.cost_usd else ""
+        )
         message = f"  {clean(one.text, 200)}" if one.text else ""
         out.line(
             *self._name(record), f"{when}  {place_of(one):<6} {clean(one.node_id, 40)}  #{one.attempt}  ",

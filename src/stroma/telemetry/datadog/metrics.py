@@ -72,7 +72,7 @@ class DatadogMetrics:
         outcome, every = self._of_attempt(place, ended.outcome, ended.class_name)
         self._count("stroma.node.executions", 1, outcome)
         self._distribution("stroma.node.duration", (node.duration_ms or 0.0) / 1000, every)
-        if usage.tokens:
+        if usage.tokens or usage.cost_usd:
             consumed, produced, cost = self._of_usage(place, self._labels.model(usage.model))
             self._count("stroma.tokens", usage.input_tokens, consumed)
             self._count("stroma.tokens", usage.output_tokens, produced)

@@ -141,7 +141,7 @@ class OtelMetrics:
         outcome = "stroma.outcome", ended.outcome, "stroma.failure_class", ended.class_name
         self._executions.add(1, self._attributes_of(*place, *outcome))
         self._node_seconds.record((node.duration_ms or 0.0) / 1000, self._attributes_of(*place))
-        if usage.tokens:
+        if usage.tokens or usage.cost_usd:
             place = *place, "stroma.model", self._labels.model(usage.model)
             self._tokens.add(usage.input_tokens, self._attributes_of(*place, "stroma.direction", "input"))
             self._tokens.add(usage.output_tokens, self._attributes_of(*place, "stroma.direction", "output"))

@@ -247,3 +247,20 @@ class ExecutionTests:
             assert [read_output(schema_of(State), resumed, None) for _, resumed in items] == [
                 State(n=index) for index in there
             ]
+
+    async def test_a_fork_has_the_items_of_its_maps(self, store: Any) -> None:
+        """A fork has the items and the failed items of each map before its position, unless the output of the map is replaced."""
+        session, schema = await begin(store), schema_of(State)
+        for index in range(2):
+            await commit(session, 0, State(n=index), branch=str(index))
+        await settled(session.record(row(0, "map"), schema, State(), StepCall(1, OF_MAP + b"2")))
+        await commit(session, 1, State())
+        await finish(session)
+        await settled(store.fork("run", "fork", 1))
+        items = await asyncio.to_thread(store.map_items, "fork", "map", 0, 9)
+        assert [index for index, _ in items] == [0, 1]
+        fork = await begin(store, "fork", if_exists="resume")
+        assert fork.restored[0, ""].failed_items == 1
+        await settled(store.fork("run", "edited", 1, edited=(schema, State(n=9))))
+        with pytest.raises(CheckpointNotFound, match="has no completed map 'map'"):
+            await asyncio.to_thread(store.map_items, "edited", "map", 0, 9)

@@ -108,6 +108,16 @@ class OwnershipTests:
         with pytest.raises(Fenced):
             await commit(stale, 1, State())
 
+    async def test_plain_code_is_cancelled(self, store: Any) -> None:
+        """A run without a recorded end is CANCELLED at once in its own process, and records nothing more."""
+        session = await begin(store, ends=False)
+        await commit(session, 0, State(n=1))
+        assert await settled(store.cancel("run")) is True
+        assert store.get_run("run").status == "CANCELLED"
+        with pytest.raises(Fenced):
+            await commit(session, 1, State())
+        assert (await begin(store, if_exists="resume")).continued
+
     async def test_what_becomes_of_a_run_that_exists(self, store: Any) -> None:
         """if_exists: "error" refuses, "return" leaves a finished run alone and continues any other."""
         session = await begin(store, if_exists="error")

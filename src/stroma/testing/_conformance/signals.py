@@ -262,9 +262,9 @@ class SignalTests:
         """cancel() marks an interrupted run, does nothing to an ended one, and raises for an unknown one."""
         with pytest.raises(CheckpointNotFound):
             await settled(store.cancel("run"))
-        await finish(await begin(store), "INTERRUPTED")
+        await finish(await begin(store), "INTERRUPTED", "why")
         assert await settled(store.cancel("run")) is True
-        assert store.get_run("run").status == "CANCELLED"
+        assert (store.get_run("run").status, store.get_run("run").error) == ("CANCELLED", None)
         assert await settled(store.cancel("run")) is False
         await finish(await begin(store), "COMPLETED")
         assert await settled(store.cancel("run")) is False
@@ -372,6 +372,20 @@ class SignalTests:
         await finish(session, "SUSPENDED", "paused")
         assert store.due_runs("pipeline", 1, limit=9) == ["run"]
         assert (await begin(store, if_exists="resume", due_ms=1)).continued
+
+    async def test_a_pause_of_an_ended_run(self, store: Any) -> None:
+        """unpause() returns False for a run that ended after its pause, and that pause is none of a later resume."""
+        session = await begin(store, "last node")
+        assert await settled(store.pause("last node")) is True
+        await finish(session)
+        await finish(await begin(store, "cancelled"), "INTERRUPTED")
+        assert await settled(store.pause("cancelled")) is True
+        assert await settled(store.cancel("cancelled")) is True
+        for run_id in ("last node", "cancelled"):
+            assert await settled(store.unpause(run_id)) is False
+            assert store.due_runs("pipeline", 1 << 60, limit=9) == []
+            again = await begin(store, run_id, if_exists="resume")
+            assert again.control == RunControl()
 
     async def test_a_budget_holds_for_the_execution(self, store: Any) -> None:
         """Limits that were set hold for all who continue the execution, and not for the next one."""
