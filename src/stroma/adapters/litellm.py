@@ -172,4 +172,4 @@ def _used(response: Any) -> Usage | None:
     if cost is None:
         with contextlib.suppress(Exception):  # It knows no price of the model.
             cost = litellm.completion_cost(completion_response=response)
-    return dataclasses.replace(used, cost_usd=cost) if cost else used
+    return used if cost is None else dataclasses.replace(used, cost_usd=cost)
