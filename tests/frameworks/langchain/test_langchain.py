@@ -11,15 +11,17 @@ from langchain.agents import create_agent
 from langchain.agents.middleware import HumanInTheLoopMiddleware, SummarizationMiddleware
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.types import Command, interrupt
 from pydantic import BaseModel
 from tests.frameworks.contract import CALL, FrameworkContract, Weather, weather
 from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of
 from tests.frameworks.langchain.fakes import Script
 
-from stroma import BudgetExceeded, ExecutionBudget, RunStatus, Usage, current_node
+from stroma import KNOWN_MODELS, BudgetExceeded, ExecutionBudget, RunStatus, Usage, current_node
 from stroma.adapters import Guard
 from stroma.adapters.langchain import StromaMiddleware
+from stroma.adapters.langgraph import attach
 
 KINDS = ["invoke", "ainvoke", "stream", "astream"]
 
@@ -58,6 +60,14 @@ def agent_of(
         return create_agent(script, tools, **options)
     middleware = StromaMiddleware(guard, tools=contracts)
     return middleware.attach(create_agent(script, tools, middleware=[middleware], **options))
+
+
+def ask_in_a_node(model: Any, guard: Guard, times: int = 1) -> None:
+    """Call a graph with one node, which asks a model."""
+    graph = StateGraph(MessagesState)
+    graph.add_node("ask", lambda _: {"messages": [model.invoke("x") for _ in range(times)]})
+    graph.add_edge(START, "ask")
+    attach(graph.compile(), guard).invoke({"messages": []})
 
 
 @holds("sync and async")
@@ -152,6 +162,15 @@ def test_a_cached_prompt_counts_at_its_own_price() -> None:
     guard = guard_of(budget=ExecutionBudget(max_cost_usd=2))
     assert last(ask(agent_of(Script(answers=[("ask_other", {}), "done"]), guard, [ask_other]))) == "done"
     assert result_of(guard).total_cost_usd == pytest.approx(1.25, abs=0.001)
+
+
+def test_a_call_at_exactly_the_limit_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three calls of 0.10 USD are within 0.30 USD, although their sum as binary fractions is above it."""
+    monkeypatch.setitem(KNOWN_MODELS, "gpt-4o", (1000.0, 1000.0))
+    script, guard = Script(answers=["x"] * 4, tokens=100), guard_of(budget=ExecutionBudget(max_cost_usd=0.3))
+    with pytest.raises(BudgetExceeded):
+        ask_in_a_node(script, guard, times=4)
+    assert (len(script.asked), lines_of(guard)) == (4, ["ask failure 400"])
 
 
 def test_hooks_of_a_sub_agent_have_the_tool_as_parent() -> None:
