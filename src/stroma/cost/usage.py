@@ -234,9 +234,6 @@ def _read_figures(usage: Any, level: Any) -> Usage | None:
         if figures is not None:
             input_tokens, output_tokens, cached, written, hour = figures
             model = _text(level, "model", "model_version", "modelVersion")
-            tier = _text(usage, "service_tier") or _text(level, "service_tier")
-            if _text(usage, "speed") == "fast":  # Anthropic
-                tier = "fast"
             # A gateway may count what was cached beside the input: never less than the sum of its parts.
             return Usage(
                 max(input_tokens, cached + written),
@@ -244,10 +241,17 @@ def _read_figures(usage: Any, level: Any) -> Usage | None:
                 cached,
                 written,
                 model,
-                tier,
+                tier_of(usage, level),
                 min(hour, written),
             )
     return None
+
+
+def tier_of(usage: Any, response: Any) -> str | None:
+    """Return the service tier that a usage or the response around it names."""
+    if _text(usage, "speed") == "fast":  # Anthropic
+        return "fast"
+    return _text(usage, "service_tier") or _text(response, "service_tier")
 
 
 def _text(owner: Any, *names: str) -> str | None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import HumanInTheLoopMiddleware, SummarizationMiddleware
+from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
@@ -162,6 +164,34 @@ def test_a_cached_prompt_counts_at_its_own_price() -> None:
     guard = guard_of(budget=ExecutionBudget(max_cost_usd=2))
     assert last(ask(agent_of(Script(answers=[("ask_other", {}), "done"]), guard, [ask_other]))) == "done"
     assert result_of(guard).total_cost_usd == pytest.approx(1.25, abs=0.001)
+
+
+FLEX = {"flex_cache_read": 600_000, "flex": 400_000}
+
+
+@pytest.mark.parametrize(
+    ("details", "metadata", "cost"),
+    [
+        # Anthropic names the kinds of writes beside a sum of 0; releases before had the sum as well.
+        ({"cache_creation": 0, "ephemeral_5m_input_tokens": 1_000_000}, {"model": "claude-haiku-4-5"}, 1.25),
+        ({"cache_creation": 0, "ephemeral_1h_input_tokens": 1_000_000}, {"model": "claude-haiku-4-5"}, 2.00),
+        ({"cache_creation": 1_000_000, "ephemeral_1h_input_tokens": 1_000_000}, {"model": "claude-haiku-4-5"}, 2.00),
+        ({"cache_read": 1_000_000}, {"model": "claude-haiku-4-5"}, 0.10),
+        # OpenAI's tiers have names of their own.
+        (FLEX, {"model_name": "gpt-5", "service_tier": "flex"}, 0.25 + 0.0375),
+        ({}, {"model_name": "gpt-5", "service_tier": "priority"}, 2.50),
+        ({}, {"model": "claude-haiku-4-5", "usage": {"service_tier": "batch"}}, 0.50),
+    ],
+)  # fmt: skip
+def test_caches_and_tiers_have_their_prices(details: Any, metadata: Any, cost: float) -> None:
+    """What a message says of a cache and of the tier of its call counts, in the names of each provider."""
+    used: Any = {"input_tokens": 1_000_000, "output_tokens": 0, "total_tokens": 1_000_000}
+    message = AIMessage(
+        "x", usage_metadata={**used, "input_token_details": details}, response_metadata=metadata
+    )
+    ask_in_a_node(GenericFakeChatModel(messages=iter([message])), guard := guard_of())
+    assert result_of(guard).total_tokens == 1_000_000
+    assert result_of(guard).total_cost_usd == pytest.approx(cost)
 
 
 def test_a_call_at_exactly_the_limit_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
