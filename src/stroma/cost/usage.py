@@ -243,7 +243,7 @@ def _read_figures(usage: Any, level: Any) -> Usage | None:
                 model,
                 tier_of(usage, level),
                 min(hour, written),
-                _cost(usage),
+                cost_of_call(usage),
             )
     return None
 
@@ -259,7 +259,7 @@ def _text(owner: Any, *names: str) -> str | None:
     return next((value for name in names if isinstance(value := safe_get(owner, name), str) and value), None)
 
 
-def _cost(usage: Any) -> float | None:
+def cost_of_call(usage: Any) -> float | None:
     """Return what OpenRouter says that a call cost, in dollars; None where it or another does not say."""
     cost = _dollars(usage, "cost")
     if cost is None or safe_get(usage, "is_byok") is not True:
