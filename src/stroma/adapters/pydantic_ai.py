@@ -216,8 +216,11 @@ def _answer(response: Any) -> dict[str, Any]:
     return {"model": response.model_name, "parts": response.parts}
 
 
-def _used(response: Any) -> Usage:
+def _used(response: Any) -> Any:
+    """Return the usage of a response, or one that leaves it out as it is, which stops a run with a limit."""
     used, details = response.usage, response.provider_details or {}
+    if getattr(used, "unmeasured_requests", 0) and not (used.input_tokens or used.output_tokens):
+        return dataclasses.replace(response, usage=None)
     written = used.cache_write_tokens
     return Usage(
         max(used.input_tokens, used.cache_read_tokens + written),

@@ -355,6 +355,16 @@ def test_your_own_price_wins_over_the_framework_s(kind: str, monkeypatch: pytest
     assert result.total_cost_usd == pytest.approx(result.total_tokens / 1000)
 
 
+def test_a_response_without_usage_stops_a_run_with_a_limit() -> None:
+    """It counts as 0 only where nothing limits what it may use."""
+    usage = RequestUsage(unmeasured_requests=1)
+    if not hasattr(RequestUsage(), "unmeasured_requests"):
+        pytest.skip("this release does not say whether a response has usage")
+    assert charged(usage, "gpt-4o").status is RunStatus.COMPLETED
+    limited = charged(usage, "gpt-4o", budget=ExecutionBudget(max_tokens_total=100))
+    assert (limited.status, limited.failure and limited.failure.reason) == (RunStatus.FAILED, "usage")
+
+
 def test_fifty_runs_at_once_are_counted_apart() -> None:
     """Each run of fifty at the same time has its own spend, as the provider charged it."""
     guard = guard_of()
