@@ -71,6 +71,8 @@ def _of_message(message: Any) -> Usage | None:
     metadata = getattr(message, "usage_metadata", None)
     if not metadata:
         return None
+    if metadata.get("total_cost") == 0:  # So LangChain marks an answer from its own cache.
+        return Usage()
     details = metadata.get("input_token_details") or {}
     # OpenAI's tiers have names of their own: "flex_cache_read".
     cached = _sum_counts(details, lambda name: name.endswith("cache_read"))
@@ -100,7 +102,7 @@ def _sum(parts: list[Usage]) -> Usage:
         sum(part.output_tokens for part in parts),
         sum(part.cached_input_tokens for part in parts),
         sum(part.cache_write_tokens for part in parts),
-        parts[0].model,
-        parts[0].tier,
+        next((part.model for part in parts if part.model is not None), None),
+        next((part.tier for part in parts if part.tier is not None), None),
         sum(part.cache_write_1h_tokens for part in parts),
     )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import HumanInTheLoopMiddleware, SummarizationMiddleware
+from langchain_core.caches import InMemoryCache
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.tools import tool
@@ -192,6 +193,17 @@ def test_caches_and_tiers_have_their_prices(details: Any, metadata: Any, cost: f
     ask_in_a_node(GenericFakeChatModel(messages=iter([message])), guard := guard_of())
     assert result_of(guard).total_tokens == 1_000_000
     assert result_of(guard).total_cost_usd == pytest.approx(cost)
+
+
+def test_an_answer_from_the_cache_of_langchain_costs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """The provider is asked once, and is paid once."""
+    script, guard = (
+        Script(answers=["x"], cache=InMemoryCache()),
+        guard_of(budget=ExecutionBudget(max_tokens_total=15)),
+    )
+    ask_in_a_node(script, guard, times=3)
+    assert (len(script.asked), lines_of(guard)) == (1, ["ask success 10"])
+    assert "does not say what it used" not in caplog.text
 
 
 def test_a_call_at_exactly_the_limit_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
