@@ -13,6 +13,7 @@ from crewai import BaseLLM
 
 from stroma.adapters._delegation import before, guard_methods, within, wrap_method
 from stroma.adapters._state_views import newest_of
+from stroma.adapters._step import report_uncounted
 from stroma.adapters.guard import Guard, what_stopped
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage
@@ -160,7 +161,7 @@ class _Ledger:
         )
         if input_tokens or output_tokens:
             input_tokens = max(input_tokens, cached + written)
-            node.report_usage(Usage(input_tokens, output_tokens, cached, written, llm.model))
+            report_uncounted(node, Usage(input_tokens, output_tokens, cached, written, llm.model))
 
 
 def _input_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from langchain_core.tracers.context import register_configure_hook
 
 from stroma.adapters._guarded_run import GuardedRun, active_run
 from stroma.adapters._langchain_messages import usage_of
-from stroma.adapters._step import mark_published
+from stroma.adapters._step import mark_published, report_uncounted
 from stroma.cost.prices import cost_of
 from stroma.cost.tracker import CostTracker
 from stroma.engine.execution import NodeExecution, current_node_or_none
@@ -53,7 +53,9 @@ class _Counter(BaseCallbackHandler):
         if asked_by is None:
             return
         used = usage_of(response)
-        if used is not None:
+        if used is not None and isinstance(asked_by, NodeExecution):
+            report_uncounted(asked_by, used)
+        elif used is not None:
             asked_by.report_usage(used)
         elif asked_by.ctx.limits:
             asked_by.ctx.run_logger.warning(
