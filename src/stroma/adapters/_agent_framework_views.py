@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from typing import Any, Final
 
 from agent_framework import AgentMiddlewareLayer, MiddlewareTermination
 
@@ -85,9 +85,28 @@ def used_by(response: Any) -> Usage | None:
     used = getattr(response, "usage_details", None)
     if not used:
         return None
-    input_tokens, cached = used.get("input_token_count") or 0, used.get("cache_read_input_token_count") or 0
+    input_tokens = used.get("input_token_count") or 0
+    cached, written = _first_count(used, _CACHE_READS), _first_count(used, _CACHE_WRITES)
+    # Anthropic counts what was cached beside the input.
+    if cached + written > input_tokens or any(name.startswith("anthropic.") for name in used):
+        input_tokens += cached + written
     model = getattr(response, "model", None) or getattr(response, "model_id", None)
-    return Usage(input_tokens, used.get("output_token_count") or 0, min(cached, input_tokens), model=model)
+    return Usage(input_tokens, used.get("output_token_count") or 0, cached, written, model)
+
+
+#: The names that clients have for tokens from a cache, and for tokens to it.
+_CACHE_READS: Final = (
+    "cache_read_input_token_count", "anthropic.cache_read_input_tokens", "openai.cached_input_tokens",
+    "prompt/cached_tokens",
+)  # fmt: skip
+_CACHE_WRITES: Final = (
+    "cache_creation_input_token_count", "anthropic.cache_creation_input_tokens", "openai.cache_write_tokens",
+    "prompt/cache_write_tokens",
+)  # fmt: skip
+
+
+def _first_count(used: Any, names: tuple[str, ...]) -> int:
+    return next((count for name in names if (count := used.get(name))), 0)
 
 
 def names_of(tools: Any, seen: tuple[Any, ...] = ()) -> set[str]:

@@ -13,6 +13,7 @@ from crewai import BaseLLM
 
 from stroma.adapters._delegation import before, guard_methods, within, wrap_method
 from stroma.adapters._state_views import newest_of
+from stroma.adapters._step import report_uncounted
 from stroma.adapters.guard import Guard, what_stopped
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage
@@ -118,9 +119,11 @@ def _count_all() -> None:
         BaseLLM._track_token_usage_internal = track
 
 
-def _counted(llm: Any) -> tuple[int, int, int]:
-    usage = llm._token_usage
-    return usage["prompt_tokens"], usage["completion_tokens"], usage.get("cached_prompt_tokens", 0)
+_COUNTED: Final = ("prompt_tokens", "completion_tokens", "cached_prompt_tokens", "cache_creation_tokens")
+
+
+def _counted(llm: Any) -> tuple[int, ...]:
+    return tuple(llm._token_usage.get(name, 0) for name in _COUNTED)
 
 
 class _Ledger:
@@ -153,10 +156,12 @@ class _Ledger:
         with self._lock:
             now, before = _counted(llm), self._booked
             self._booked = now
-        input_tokens, output_tokens, cached = (max(0, a - b) for a, b in zip(now, before, strict=True))
+        input_tokens, output_tokens, cached, written = (
+            max(0, a - b) for a, b in zip(now, before, strict=True)
+        )
         if input_tokens or output_tokens:
-            cached = min(cached, input_tokens)
-            node.report_usage(Usage(input_tokens, output_tokens, cached, model=llm.model))
+            input_tokens = max(input_tokens, cached + written)
+            report_uncounted(node, Usage(input_tokens, output_tokens, cached, written, llm.model))
 
 
 def _input_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -62,5 +62,8 @@ def usage_of(response: Any, model: str | None) -> Usage | None:
     output_tokens = (used.candidates_token_count or 0) + (getattr(used, "thoughts_token_count", None) or 0)
     if used.candidates_token_count is None:  # The live mode of older releases: the total alone has them.
         output_tokens = max(output_tokens, (used.total_token_count or 0) - input_tokens)
-    cached = min(used.cached_content_token_count or 0, input_tokens)
-    return Usage(input_tokens, output_tokens, cached, model=model)
+    cached = used.cached_content_token_count or 0
+    written = (
+        getattr(used, "cache_creation_input_tokens", None) or 0
+    )  # Set by the models of Anthropic and litellm.
+    return Usage(max(input_tokens, cached + written), output_tokens, cached, written, model)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from langchain_core.messages import ToolMessage
 from langgraph.types import Command
 
 from stroma.adapters._state_views import newest_of
-from stroma.cost.usage import Usage
+from stroma.cost.usage import Usage, tier_of
 
 __all__ = ["answer_of", "asked_of", "result_of", "update", "usage_of"]
 
@@ -70,16 +71,29 @@ def _of_message(message: Any) -> Usage | None:
     metadata = getattr(message, "usage_metadata", None)
     if not metadata:
         return None
-    input_tokens, details = metadata.get("input_tokens", 0), metadata.get("input_token_details") or {}
-    cached = min(details.get("cache_read") or 0, input_tokens)
+    if metadata.get("total_cost") == 0:  # So LangChain marks an answer from its own cache.
+        return Usage()
+    details = metadata.get("input_token_details") or {}
+    # OpenAI's tiers have names of their own: "flex_cache_read".
+    cached = _sum_counts(details, lambda name: name.endswith("cache_read"))
+    # Anthropic's integration has the kinds of writes, and a sum of 0 beside them.
+    hour = details.get("ephemeral_1h_input_tokens") or 0
+    kinds = (details.get("ephemeral_5m_input_tokens") or 0) + hour
+    written = max(kinds, _sum_counts(details, lambda name: name.endswith("cache_creation")))
     response = getattr(message, "response_metadata", None) or {}
     return Usage(
-        input_tokens,
+        max(metadata.get("input_tokens", 0), cached + written),
         metadata.get("output_tokens", 0),
-        cached_input_tokens=cached,
-        cache_write_tokens=min(details.get("cache_creation") or 0, input_tokens - cached),
-        model=response.get("model_name") or response.get("model"),
+        cached,
+        written,
+        response.get("model_name") or response.get("model"),
+        tier_of(response.get("usage"), response),
+        hour,
     )
+
+
+def _sum_counts(details: dict[str, Any], is_counted: Callable[[str], bool]) -> int:
+    return sum(count or 0 for name, count in details.items() if is_counted(name))
 
 
 def _sum(parts: list[Usage]) -> Usage:
@@ -88,5 +102,7 @@ def _sum(parts: list[Usage]) -> Usage:
         sum(part.output_tokens for part in parts),
         sum(part.cached_input_tokens for part in parts),
         sum(part.cache_write_tokens for part in parts),
-        parts[0].model,
+        next((part.model for part in parts if part.model is not None), None),
+        next((part.tier for part in parts if part.tier is not None), None),
+        sum(part.cache_write_1h_tokens for part in parts),
     )

@@ -14,9 +14,9 @@ from langchain_core.tracers.context import register_configure_hook
 
 from stroma.adapters._guarded_run import GuardedRun, active_run
 from stroma.adapters._langchain_messages import usage_of
-from stroma.adapters._step import mark_published
-from stroma.cost.budget import budget_exceeded
+from stroma.adapters._step import mark_published, report_uncounted
 from stroma.cost.prices import cost_of
+from stroma.cost.tracker import CostTracker
 from stroma.engine.execution import NodeExecution, current_node_or_none
 
 __all__ = ["acounted", "counted", "counting"]
@@ -53,7 +53,9 @@ class _Counter(BaseCallbackHandler):
         if asked_by is None:
             return
         used = usage_of(response)
-        if used is not None:
+        if used is not None and isinstance(asked_by, NodeExecution):
+            report_uncounted(asked_by, used)
+        elif used is not None:
             asked_by.report_usage(used)
         elif asked_by.ctx.limits:
             asked_by.ctx.run_logger.warning(
@@ -73,21 +75,18 @@ def _refuse_beyond_budget(asking: NodeExecution | GuardedRun) -> None:
         return
     if not ctx.limits:
         return
-    node = asking
-    ctx.cost_tracker.check_budget(ctx.budget, node.node_id)
-    tokens, cost, inner = 0, 0.0, node
-    while True:
-        for report in inner.reported or ():
-            tokens += report[0] + report[1]
-            cost += cost_of(report) or 0.0
-        if inner.parent is None:
-            break
-        inner = inner.parent
-    more = {"tokens": tokens, "cost": cost}
-    for dimension, limit in ctx.limits:
-        used = ctx.cost_tracker.used(dimension) + more.get(dimension, 0)
-        if used > limit:
-            raise budget_exceeded(ctx.budget, dimension, used, node.node_id)
+    spent = ctx.cost_tracker
+    # What attempts under way have reported is in the totals only when they end.
+    ahead = CostTracker()
+    ahead.prior_tokens = spent.prior_tokens + spent.total_tokens
+    ahead.prior_cost_usd = spent.prior_cost_usd + spent.total_cost_usd
+    ahead.prior_latency_ms = spent.latency_ms
+    node: NodeExecution | None = asking
+    while node is not None:
+        for report in node.reported or ():
+            ahead.spend(report[0] + report[1], cost_of(report) or 0.0)
+        node = node.parent
+    ahead.check_budget(ctx.budget, asking.node_id)
 
 
 _COUNTER = _Counter()

@@ -6,12 +6,13 @@ import asyncio
 import copy
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from stroma.adapters._state_views import View, as_it_is, first_argument
 from stroma.checkpoint.identity import StepCalls
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.copying import replace_records
+from stroma.cost.usage import Usage
 from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.engine.outcome import Halt
 from stroma.trace.events import AttemptRow, TraceEvent
@@ -35,6 +36,8 @@ __all__ = [
     "is_cancelled",
     "mark_published",
     "not_awaitable",
+    "note_counted",
+    "report_uncounted",
     "stops_caller",
 ]  # fmt: skip
 
@@ -170,6 +173,26 @@ def count_tokens(rows: Sequence[AttemptRow | TraceEvent]) -> tuple[int, int]:
             input_tokens += inner_input
             output_tokens += inner_output
     return input_tokens, output_tokens
+
+
+#: Key of an execution's note: the usage that litellm's steps inside it have counted.
+_COUNTED_INSIDE: Final = "usage that litellm has counted"
+
+
+def note_counted(usage: Usage) -> None:
+    """Note on the step around the current one that this call of litellm is counted: its framework may report it too."""
+    node = current_node_or_none()
+    if node is not None and node.parent is not None:
+        counted = node.parent.notes.setdefault(_COUNTED_INSIDE, [])
+        counted.append((usage.input_tokens, usage.output_tokens))
+
+
+def report_uncounted(node: NodeExecution, usage: Usage) -> None:
+    """Report what a framework says of one call of a model on its step, unless a step of litellm inside has counted it."""
+    try:
+        node.notes.get(_COUNTED_INSIDE, []).remove((usage.input_tokens, usage.output_tokens))
+    except ValueError:
+        node.report_usage(usage)
 
 
 def current_task() -> CallTask:

@@ -25,7 +25,7 @@ except ImportError as error:
 from stroma.adapters._background_loop import Changes, applied
 from stroma.adapters._delegation import before, guard_methods, within, wrap_method
 from stroma.adapters._guarded_run import ACTIVE
-from stroma.adapters._step import mark_published
+from stroma.adapters._step import mark_published, report_uncounted
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import usage_from
@@ -141,7 +141,7 @@ def _booking() -> Iterator[None]:
         for model, entries in tracker.usage_data.items():
             for entry in entries:
                 if entry:
-                    node.report_usage(usage_from(entry, model=model.partition("/")[2] or model))
+                    report_uncounted(node, usage_from(entry, model=model.partition("/")[2] or model))
 
 
 def _fields(output: Any) -> Any:

@@ -24,8 +24,9 @@ except ImportError as error:
     raise import_error("litellm", error) from error
 
 from stroma.adapters._state_views import newest_of
+from stroma.adapters._step import note_counted
 from stroma.adapters.guard import Guard
-from stroma.cost.usage import Usage, usage_from
+from stroma.cost.usage import Usage, UsageError, usage_from
 
 warn_if_untested("litellm")
 
@@ -167,9 +168,12 @@ def _used(response: Any) -> Usage | None:
     """Return the usage of a response, and its cost as litellm has it; None for one from litellm's cache."""
     hidden = getattr(response, "_hidden_params", None) or {}
     if hidden.get("cache_hit"):
+        with contextlib.suppress(UsageError):
+            note_counted(usage_from(response))
         return None
     used, cost = usage_from(response), hidden.get("response_cost")
+    note_counted(used)
     if cost is None:
         with contextlib.suppress(Exception):  # It knows no price of the model.
             cost = litellm.completion_cost(completion_response=response)
-    return dataclasses.replace(used, cost_usd=cost) if cost else used
+    return used if cost is None else dataclasses.replace(used, cost_usd=cost)

@@ -31,7 +31,7 @@ from stroma.adapters._guarded_run import active_run
 from stroma.adapters._state_views import newest_of, violation
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
-from stroma.cost.usage import Usage
+from stroma.cost.usage import Usage, cost_of_call, tier_of
 from stroma.engine.execution import current_node, current_node_or_none
 
 warn_if_untested("pydantic-ai")
@@ -216,11 +216,29 @@ def _answer(response: Any) -> dict[str, Any]:
     return {"model": response.model_name, "parts": response.parts}
 
 
-def _used(response: Any) -> Usage:
-    used = response.usage
-    cached = min(used.cache_read_tokens, used.input_tokens)
-    written = min(used.cache_write_tokens, used.input_tokens - cached)
-    return Usage(used.input_tokens, used.output_tokens, cached, written, response.model_name)
+def _used(response: Any) -> Any:
+    """Return the usage of a response, or one that leaves it out as it is, which stops a run with a limit."""
+    used, details = response.usage, response.provider_details or {}
+    if getattr(used, "unmeasured_requests", 0) and not (used.input_tokens or used.output_tokens):
+        return dataclasses.replace(response, usage=None)
+    written = used.cache_write_tokens
+    return Usage(
+        max(used.input_tokens, used.cache_read_tokens + written),
+        used.output_tokens,
+        used.cache_read_tokens,
+        written,
+        response.model_name,
+        tier_of(details, None),
+        min(getattr(used, "cache_write_1h_tokens", 0), written),
+        _charged(used, details),
+    )
+
+
+def _charged(used: Any, details: Any) -> float | None:
+    """Return what a gateway says that a request cost, in dollars; None where it does not say."""
+    cost = getattr(used, "cost", None)  # The framework adds its own estimate only after the step.
+    # OpenRouter's fields are on one level.
+    return cost_of_call({**details, "cost_details": details}) if cost is None else float(cost)
 
 
 def _install() -> None:

@@ -234,9 +234,6 @@ def _read_figures(usage: Any, level: Any) -> Usage | None:
         if figures is not None:
             input_tokens, output_tokens, cached, written, hour = figures
             model = _text(level, "model", "model_version", "modelVersion")
-            tier = _text(usage, "service_tier") or _text(level, "service_tier")
-            if _text(usage, "speed") == "fast":  # Anthropic
-                tier = "fast"
             # A gateway may count what was cached beside the input: never less than the sum of its parts.
             return Usage(
                 max(input_tokens, cached + written),
@@ -244,14 +241,38 @@ def _read_figures(usage: Any, level: Any) -> Usage | None:
                 cached,
                 written,
                 model,
-                tier,
+                tier_of(usage, level),
                 min(hour, written),
+                cost_of_call(usage),
             )
     return None
 
 
+def tier_of(usage: Any, response: Any) -> str | None:
+    """Return the service tier that a usage or the response around it names."""
+    if _text(usage, "speed") == "fast":  # Anthropic
+        return "fast"
+    return _text(usage, "service_tier") or _text(response, "service_tier")
+
+
 def _text(owner: Any, *names: str) -> str | None:
     return next((value for name in names if isinstance(value := safe_get(owner, name), str) and value), None)
+
+
+def cost_of_call(usage: Any) -> float | None:
+    """Return what OpenRouter says that a call cost, in dollars; None where it or another does not say."""
+    cost = _dollars(usage, "cost")
+    if cost is None or safe_get(usage, "is_byok") is not True:
+        return cost
+    # With a key of the caller's own this is the fee; the provider bills the rest.
+    billed = _dollars(safe_get(usage, "cost_details"), "upstream_inference_cost")
+    return None if billed is None else cost + billed
+
+
+def _dollars(owner: Any, name: str) -> float | None:
+    value = safe_get(owner, name)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and 0 <= value < math.inf else None
 
 
 def _count(owner: Any, name: str) -> int | None:
@@ -279,10 +300,21 @@ def _chat(usage: Any) -> _Figures | None:
     # xAI counts reasoning beside what it calls completion; the total has it.
     output_tokens = max(_sum(usage, "completion_tokens"), (_count(usage, "total_tokens") or 0) - input_tokens)
     details = safe_get(usage, "prompt_tokens_details")
-    cached = _count(details, "cached_tokens")
-    if cached is None:
-        cached = _sum(usage, "prompt_cache_hit_tokens")  # DeepSeek
-    return input_tokens, output_tokens, cached, _sum(details, "cache_write_tokens"), 0
+    # Beside OpenAI's names those of Anthropic, where a framework puts its usage in this format.
+    cached = (
+        _sum(details, "cached_tokens")
+        or _sum(usage, "cache_read_input_tokens")
+        or _sum(usage, "prompt_cache_hit_tokens")  # DeepSeek
+    )
+    written = (
+        _sum(details, "cache_write_tokens")
+        or _sum(details, "cache_creation_tokens")  # litellm
+        or _sum(usage, "cache_creation_input_tokens")
+    )
+    hour = _sum(safe_get(usage, "cache_creation"), "ephemeral_1h_input_tokens") or _sum(
+        safe_get(details, "cache_creation_token_details"), "ephemeral_1h_input_tokens"
+    )
+    return input_tokens, output_tokens, cached, written, hour
 
 
 def _google(usage: Any) -> _Figures | None:

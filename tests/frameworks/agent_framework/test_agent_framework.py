@@ -23,7 +23,7 @@ from agent_framework import (
     ResponseStream,
     tool,
 )
-from tests.frameworks.contract import CALL, City, FrameworkContract, Strict, weather
+from tests.frameworks.contract import ANSWER, CALL, City, FrameworkContract, Strict, weather
 from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of, spent
 
 from stroma import BudgetExceeded, ContractViolation, ExecutionBudget, RunStatus, SQLiteStore
@@ -40,6 +40,7 @@ class Script(FunctionInvocationLayer, ChatMiddlewareLayer, BaseChatClient):  # t
         super().__init__()
         self.answers, self.tokens, self.break_after = list(answers), tokens, break_after
         self.asked: list[Any] = []
+        self.usage: Any = {"input_token_count": self.tokens - 1, "output_token_count": 1}
 
     def _next(self, messages: Any) -> Any:
         self.asked.append(list(messages))
@@ -51,7 +52,7 @@ class Script(FunctionInvocationLayer, ChatMiddlewareLayer, BaseChatClient):  # t
         return Content.from_text(answer)
 
     def _inner_get_response(self, *, messages: Any, stream: bool, options: Any, **_: Any) -> Any:
-        usage: Any = {"input_token_count": self.tokens - 1, "output_token_count": 1}
+        usage = self.usage
 
         async def whole() -> Any:
             message = Message("assistant", [self._next(messages)])
@@ -309,6 +310,29 @@ def test_an_agent_outside_is_left_alone() -> None:
     team([], guard)
     ask(Agent(Provider([]), name="other"))
     assert guard.last is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        # Anthropic counts what was cached beside the input.
+        ({"input_token_count": 10, "anthropic.cache_read_input_tokens": 4, "cache_read_input_token_count": 4}, (14, 4, 0)),
+        ({"input_token_count": 10, "anthropic.cache_read_input_tokens": 4, "anthropic.cache_creation_input_tokens": 5}, (19, 4, 5)),
+        ({"input_token_count": 10, "cache_read_input_token_count": 900, "cache_creation_input_token_count": 50}, (960, 900, 50)),
+        ({"input_token_count": 10, "cache_read_input_token_count": 4, "cache_creation_input_token_count": 5}, (10, 4, 5)),
+        ({"input_token_count": 10, "openai.cached_input_tokens": 4, "openai.cache_write_tokens": 5}, (10, 4, 5)),
+    ],
+)  # fmt: skip
+def test_cached_tokens_are_counted_as_such(kind: str, usage: Any, expected: Any) -> None:
+    """What was read from a cache and written to it, beside the input or in it, is input at a price of its own."""
+    script, guard = Script(ANSWER), guard_of()
+    script.usage = usage
+    ask(agent_of(script, guard), kind)
+    (event,) = [event for event in result_of(guard).trace.walk() if event.node_id == "model"]
+    used = event.usage
+    assert (used.input_tokens, used.cached_input_tokens, used.cache_write_tokens) == expected
+    assert guard.unaccounted == 0
 
 
 class Bare(BaseChatClient):  # type: ignore[misc]

@@ -65,6 +65,7 @@ class Script(BaseLLM):
     _answers: list[Any] = PrivateAttr(default_factory=list)
     _asked: list[Any] = PrivateAttr(default_factory=list)
     _tokens: int = PrivateAttr(default=10)
+    _counts: dict[str, int] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def of(cls, *answers: Any, tokens: int = 10) -> Script:
@@ -75,9 +76,8 @@ class Script(BaseLLM):
     def call(self, messages: Any, *_: Any, **__: Any) -> Any:
         self._asked.append(messages)
         answer = self._answers.pop(0)
-        self._track_token_usage_internal(
-            {"prompt_tokens": self._tokens - 1, "completion_tokens": 1, "total_tokens": self._tokens}
-        )
+        counts = {"prompt_tokens": self._tokens - 1, "completion_tokens": 1, "total_tokens": self._tokens}
+        self._track_token_usage_internal({**counts, **self._counts})
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -181,6 +181,21 @@ def test_tokens_are_counted_once_where_they_are_used(kind: str) -> None:
     ]  # fmt: skip
     assert result_of(guard).total_tokens == 30
     assert result_of(guard).total_cost_usd > 0
+
+
+@pytest.mark.parametrize(("name", "cost"), [("cached_prompt_tokens", 0.10), ("cache_creation_tokens", 1.25)])
+def test_cached_tokens_have_their_price(name: str, cost: float) -> None:
+    """What CrewAI counts as read from a cache, or written to it."""
+    llm = guard_llm(Script.of("one"), guard := guard_of())
+    if name not in llm._token_usage:
+        pytest.skip("this release does not count them")
+    llm.model, llm._counts = (
+        "claude-haiku-4-5",
+        {"prompt_tokens": 1_000_000, "completion_tokens": 0, name: 1_000_000},
+    )
+    with guard.run():
+        llm.call("x")
+    assert result_of(guard).total_cost_usd == pytest.approx(cost)
 
 
 def test_an_llm_that_many_share_is_counted_to_the_token() -> None:

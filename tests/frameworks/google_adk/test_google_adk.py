@@ -38,6 +38,7 @@ class Script(BaseLlm):
     _answers: list[Any] = PrivateAttr(default_factory=list)
     _asked: list[Any] = PrivateAttr(default_factory=list)
     _tokens: int = PrivateAttr(default=10)
+    _cached: dict[str, int] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def of(cls, *answers: Any, tokens: int = 10) -> Script:
@@ -64,6 +65,8 @@ class Script(BaseLlm):
         usage = types.GenerateContentResponseUsageMetadata(
             prompt_token_count=self._tokens - 1, candidates_token_count=1, total_token_count=self._tokens
         )
+        for name, count in self._cached.items():  # As ADK's own models set what the class does not have.
+            object.__setattr__(usage, name, count)
         yield LlmResponse(content=content, usage_metadata=usage)
 
 
@@ -139,6 +142,17 @@ class TestGoogleADK(FrameworkContract):
 
     def requests(self, script: Script) -> list[Any]:
         return [request.config.tools for request in script._asked]
+
+
+@pytest.mark.parametrize(
+    ("name", "cost"), [("cached_content_token_count", 0.10), ("cache_creation_input_tokens", 1.25)]
+)
+def test_cached_tokens_have_their_price(name: str, cost: float) -> None:
+    """What a model of ADK says that it read from a cache, or wrote to it."""
+    script, guard = Script.of("x", tokens=1_000_001), guard_of()
+    script.model, script._cached = "claude-haiku-4-5", {"candidates_token_count": 0, name: 1_000_000}
+    ask(agent_of(script, guard), "run_async", guard)
+    assert result_of(guard).total_cost_usd == pytest.approx(cost)
 
 
 def test_a_function_tool_is_a_step_and_is_declared_as_it_was() -> None:

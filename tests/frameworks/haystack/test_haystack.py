@@ -20,7 +20,7 @@ from haystack.dataclasses.streaming_chunk import StreamingCallbackT
 from haystack.tools import ComponentTool, Toolset
 from haystack.utils import Secret
 from tests.frameworks.contract import ANSWER, FrameworkContract, weather
-from tests.frameworks.kit import Seen, guard_of, holds, lines_of, spent, tree
+from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of, spent, tree
 
 from stroma.adapters import Guard
 from stroma.adapters.haystack import attach
@@ -47,9 +47,13 @@ class Script:
     """Answers what it is told to; what is an exception, it raises. Its async method is its sync one."""
 
     def __init__(self, *answers: Any, tokens: int = 10, choices: int = 1) -> None:
-        self.answers, self.tokens, self.choices = list(answers), tokens, choices
+        self.answers, self.choices = list(answers), choices
         self.asked: list[Any] = []
         self.break_after: int | None = None
+        self.meta: Any = {
+            "model": "gpt-4o",
+            "usage": {"prompt_tokens": tokens - 1, "completion_tokens": 1, "total_tokens": tokens},
+        }
 
     @component.output_types(replies=list[ChatMessage])
     def run(self, messages: list[ChatMessage], streaming_callback: Any = None) -> Any:
@@ -62,11 +66,7 @@ class Script:
             if n == self.break_after:
                 raise TimeoutError("lost")
             streaming_callback(StreamingChunk(word))
-        meta = {
-            "model": "gpt-4o",
-            "usage": {"prompt_tokens": self.tokens - 1, "completion_tokens": 1, "total_tokens": self.tokens},
-        }
-        return {"replies": [ChatMessage.from_assistant(answer, meta=meta)] * self.choices}
+        return {"replies": [ChatMessage.from_assistant(answer, meta=self.meta)] * self.choices}
 
     @component.output_types(replies=list[ChatMessage])
     async def run_async(self, messages: list[ChatMessage], streaming_callback: Any = None) -> Any:
@@ -189,6 +189,22 @@ def test_choices_of_one_answer_are_paid_for_once() -> None:
     guard = guard_of()
     run(attach(pipeline_of(Script("hi", choices=3)), guard), "run")
     assert lines_of(guard) == ["ask success", "llm success 10"]
+
+
+@pytest.mark.parametrize(
+    ("cached", "cost"),
+    [
+        ({"cache_read_input_tokens": 1_000_000}, 0.10),
+        ({"cache_creation_input_tokens": 1_000_000}, 1.25),
+        ({"cache_creation_input_tokens": 1_000_000, "cache_creation": {"ephemeral_1h_input_tokens": 1_000_000}}, 2.00),
+    ],
+)  # fmt: skip
+def test_cached_tokens_have_their_price(cached: Any, cost: float) -> None:
+    """Haystack puts the usage of Anthropic in the format of OpenAI, and leaves its names for the cache beside it."""
+    script, guard = Script("hi"), guard_of()
+    script.meta = {"model": "claude-haiku-4-5", "usage": {"prompt_tokens": 1_000_000, **cached}}
+    run(attach(pipeline_of(script), guard), "run")
+    assert result_of(guard).total_cost_usd == pytest.approx(cost)
 
 
 def test_a_pipeline_inside_a_component_is_part_of_the_run() -> None:

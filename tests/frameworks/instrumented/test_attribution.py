@@ -124,6 +124,7 @@ class Client(FunctionInvocationLayer, ChatMiddlewareLayer, ChatTelemetryLayer, B
         super().__init__()
         self.answers, self.tokens, self.break_after = list(answers), 10, None
         self.asked: list[Any] = []
+        self.usage: Any = {"input_token_count": 9, "output_token_count": 1}
 
 
 class AgentFramework(test_agent_framework.TestAgentFramework):

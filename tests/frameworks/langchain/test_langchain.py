@@ -9,17 +9,22 @@ from typing import Any
 import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import HumanInTheLoopMiddleware, SummarizationMiddleware
+from langchain_core.caches import InMemoryCache
+from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.types import Command, interrupt
 from pydantic import BaseModel
 from tests.frameworks.contract import CALL, FrameworkContract, Weather, weather
 from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of
 from tests.frameworks.langchain.fakes import Script
 
-from stroma import BudgetExceeded, ExecutionBudget, RunStatus, Usage, current_node
+from stroma import KNOWN_MODELS, BudgetExceeded, ExecutionBudget, RunStatus, Usage, current_node
 from stroma.adapters import Guard
 from stroma.adapters.langchain import StromaMiddleware
+from stroma.adapters.langgraph import attach
 
 KINDS = ["invoke", "ainvoke", "stream", "astream"]
 
@@ -58,6 +63,14 @@ def agent_of(
         return create_agent(script, tools, **options)
     middleware = StromaMiddleware(guard, tools=contracts)
     return middleware.attach(create_agent(script, tools, middleware=[middleware], **options))
+
+
+def ask_in_a_node(model: Any, guard: Guard, times: int = 1) -> None:
+    """Call a graph with one node, which asks a model."""
+    graph = StateGraph(MessagesState)
+    graph.add_node("ask", lambda _: {"messages": [model.invoke("x") for _ in range(times)]})
+    graph.add_edge(START, "ask")
+    attach(graph.compile(), guard).invoke({"messages": []})
 
 
 @holds("sync and async")
@@ -152,6 +165,54 @@ def test_a_cached_prompt_counts_at_its_own_price() -> None:
     guard = guard_of(budget=ExecutionBudget(max_cost_usd=2))
     assert last(ask(agent_of(Script(answers=[("ask_other", {}), "done"]), guard, [ask_other]))) == "done"
     assert result_of(guard).total_cost_usd == pytest.approx(1.25, abs=0.001)
+
+
+FLEX = {"flex_cache_read": 600_000, "flex": 400_000}
+
+
+@pytest.mark.parametrize(
+    ("details", "metadata", "cost"),
+    [
+        # Anthropic names the kinds of writes beside a sum of 0; releases before had the sum as well.
+        ({"cache_creation": 0, "ephemeral_5m_input_tokens": 1_000_000}, {"model": "claude-haiku-4-5"}, 1.25),
+        ({"cache_creation": 0, "ephemeral_1h_input_tokens": 1_000_000}, {"model": "claude-haiku-4-5"}, 2.00),
+        ({"cache_creation": 1_000_000, "ephemeral_1h_input_tokens": 1_000_000}, {"model": "claude-haiku-4-5"}, 2.00),
+        ({"cache_read": 1_000_000}, {"model": "claude-haiku-4-5"}, 0.10),
+        # OpenAI's tiers have names of their own.
+        (FLEX, {"model_name": "gpt-5", "service_tier": "flex"}, 0.25 + 0.0375),
+        ({}, {"model_name": "gpt-5", "service_tier": "priority"}, 2.50),
+        ({}, {"model": "claude-haiku-4-5", "usage": {"service_tier": "batch"}}, 0.50),
+    ],
+)  # fmt: skip
+def test_caches_and_tiers_have_their_prices(details: Any, metadata: Any, cost: float) -> None:
+    """What a message says of a cache and of the tier of its call counts, in the names of each provider."""
+    used: Any = {"input_tokens": 1_000_000, "output_tokens": 0, "total_tokens": 1_000_000}
+    message = AIMessage(
+        "x", usage_metadata={**used, "input_token_details": details}, response_metadata=metadata
+    )
+    ask_in_a_node(GenericFakeChatModel(messages=iter([message])), guard := guard_of())
+    assert result_of(guard).total_tokens == 1_000_000
+    assert result_of(guard).total_cost_usd == pytest.approx(cost)
+
+
+def test_an_answer_from_the_cache_of_langchain_costs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """The provider is asked once, and is paid once."""
+    script, guard = (
+        Script(answers=["x"], cache=InMemoryCache()),
+        guard_of(budget=ExecutionBudget(max_tokens_total=15)),
+    )
+    ask_in_a_node(script, guard, times=3)
+    assert (len(script.asked), lines_of(guard)) == (1, ["ask success 10"])
+    assert "does not say what it used" not in caplog.text
+
+
+def test_a_call_at_exactly_the_limit_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three calls of 0.10 USD are within 0.30 USD, although their sum as binary fractions is above it."""
+    monkeypatch.setitem(KNOWN_MODELS, "gpt-4o", (1000.0, 1000.0))
+    script, guard = Script(answers=["x"] * 4, tokens=100), guard_of(budget=ExecutionBudget(max_cost_usd=0.3))
+    with pytest.raises(BudgetExceeded):
+        ask_in_a_node(script, guard, times=4)
+    assert (len(script.asked), lines_of(guard)) == (4, ["ask failure 400"])
 
 
 def test_hooks_of_a_sub_agent_have_the_tool_as_parent() -> None:

@@ -190,6 +190,16 @@ def test_what_litellm_says_it_cost_is_what_it_cost(provider: Provider) -> None:
     assert result_of(guard).total_cost_usd == pytest.approx(litellm.completion_cost(response))
 
 
+@pytest.mark.parametrize("options", [{}, STREAMED], ids=["whole", "streamed"])
+def test_a_model_that_costs_nothing_runs_under_a_cost_limit(options: Any, provider: Provider) -> None:
+    """A cost of 0 is a cost, as a local model has it, and no missing price."""
+    attach(litellm, guard := guard_of(budget=ExecutionBudget(max_cost_usd=1)))
+    with guard.run():
+        local = {"model": "ollama/llama3", "mock_response": "It is 4 C"}
+        assert ask("completion", **local, **options) == "It is 4 C"
+    assert (result_of(guard).total_cost_usd, result_of(guard).unpriced_models) == (0, [])
+
+
 def test_another_guard_is_an_error(provider: Provider) -> None:
     """One guard at a time."""
     attach(litellm, Guard())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,17 @@ from pydantic import BaseModel
 from pydantic_ai import Agent, ModelRetry, RunContext
 from pydantic_ai.exceptions import ApprovalRequired, CallDeferred, UnexpectedModelBehavior
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart
-from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
+from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel, FunctionStreamedResponse
 from pydantic_ai.models.test import TestModel
 from pydantic_ai.tools import DeferredToolRequests, DeferredToolResults
 from pydantic_ai.usage import RequestUsage
 from tests.frameworks.contract import FrameworkContract, weather
 from tests.frameworks.kit import guard_of, holds, lines_of, result_of
 
-from stroma import RunStatus, SQLiteStore
+from stroma import KNOWN_MODELS, ExecutionBudget, RunStatus, SQLiteStore, UsageError
 from stroma.adapters import Guard
 from stroma.adapters.pydantic_ai import StromaCapability
+from stroma.trace import ExecutionResult
 
 
 class Script:
@@ -306,6 +309,60 @@ def test_a_stream_is_counted_as_the_framework_counts_it() -> None:
     assert ask(agent, "run_stream") == "one two"
     assert guard.unaccounted == 0
     assert "      model success 7" in lines_of(guard)
+
+
+def charged(usage: RequestUsage, model: str, details: Any = None, **config: Any) -> ExecutionResult:
+    """Return the result of an agent whose model answers once."""
+    guard = guard_of(**config)
+    answer = ModelResponse(
+        parts=[TextPart("x")], usage=usage, model_name=model, provider_name="openai", provider_details=details
+    )
+    model_of = FunctionModel(lambda *_: answer, model_name=model)
+    with contextlib.suppress(UsageError):
+        ask(Agent(model_of, name="forecaster", capabilities=[StromaCapability(guard)]))
+    return result_of(guard)
+
+
+@pytest.mark.parametrize(
+    ("usage", "model", "details", "cost"),
+    [
+        ({"cache_write_tokens": 1_000_000, "cache_write_1h_tokens": 1_000_000}, "claude-haiku-4-5", None, 2.00),
+        ({"cache_write_tokens": 1_000_000}, "claude-haiku-4-5", {"service_tier": "standard"}, 1.25),
+        ({}, "gpt-5", {"service_tier": "priority"}, 2.50),
+        ({}, "gpt-5", {"service_tier": "flex"}, 0.625),
+        # What a gateway says is charged; with a key of one's own at OpenRouter, what its fee is and what the provider bills.
+        ({"cost": Decimal("3.5")}, "gpt-5", None, 3.50),
+        ({"cost": Decimal(0)}, "gpt-5", None, 0.00),
+        ({}, "gpt-5", {"cost": 0.25, "is_byok": False}, 0.25),
+        ({}, "gpt-5", {"cost": 0.25, "is_byok": True, "upstream_inference_cost": 0.5}, 0.75),
+    ],
+)  # fmt: skip
+def test_caches_tiers_and_charges_have_their_prices(
+    usage: Any, model: str, details: Any, cost: float
+) -> None:
+    """What a response says of a cache, of its tier and of its cost counts."""
+    result = charged(RequestUsage(input_tokens=1_000_000, **usage), model, details)
+    assert (result.total_tokens, result.total_cost_usd) == (1_000_000, pytest.approx(cost))
+
+
+@pytest.mark.parametrize("kind", ["run", "run_stream"])
+def test_your_own_price_wins_over_the_framework_s(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Pydantic AI works out itself is no charge of the provider."""
+    monkeypatch.setitem(KNOWN_MODELS, "gpt-4o", (1000.0, 1000.0))
+    monkeypatch.setattr(FunctionStreamedResponse, "provider_name", "openai")
+    ask(agent_of(Script("x"), StromaCapability(guard := guard_of())), kind)
+    result = result_of(guard)
+    assert result.total_cost_usd == pytest.approx(result.total_tokens / 1000)
+
+
+def test_a_response_without_usage_stops_a_run_with_a_limit() -> None:
+    """It counts as 0 only where nothing limits what it may use."""
+    usage = RequestUsage(unmeasured_requests=1)
+    if not hasattr(RequestUsage(), "unmeasured_requests"):
+        pytest.skip("this release does not say whether a response has usage")
+    assert charged(usage, "gpt-4o").status is RunStatus.COMPLETED
+    limited = charged(usage, "gpt-4o", budget=ExecutionBudget(max_tokens_total=100))
+    assert (limited.status, limited.failure and limited.failure.reason) == (RunStatus.FAILED, "usage")
 
 
 def test_fifty_runs_at_once_are_counted_apart() -> None:

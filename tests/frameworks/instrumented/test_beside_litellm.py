@@ -1,0 +1,127 @@
+"""Frameworks whose models call litellm, with a guard on both: each token counts once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import crewai
+import dspy
+import litellm
+import pytest
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage
+from langchain_core.outputs import ChatGeneration, ChatResult
+from langgraph.graph import START, MessagesState, StateGraph
+from pydantic import PrivateAttr
+from tests.frameworks.kit import guard_of, lines_of, result_of
+
+from stroma.adapters import Guard
+from stroma.adapters.crewai import guard_llm
+from stroma.adapters.dspy import attach as attach_dspy
+from stroma.adapters.langgraph import attach as attach_langgraph
+from stroma.adapters.litellm import attach as attach_litellm
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+#: The tokens that litellm counts for a made-up answer.
+TOKENS = 30
+
+
+def complete() -> Any:
+    """Make a request that litellm answers itself."""
+    messages = [{"role": "user", "content": "x"}]
+    return litellm.completion(model="gpt-4o", messages=messages, mock_response="hi")
+
+
+class Chat(BaseChatModel):
+    """A chat model of LangChain that asks litellm, or says itself that it used as many tokens."""
+
+    _asks: list[bool] = PrivateAttr(default_factory=list)
+
+    @property
+    def _llm_type(self) -> str:
+        return "chat"
+
+    def _generate(self, *_: Any, **__: Any) -> ChatResult:
+        input_tokens, output_tokens = 10, 20
+        if self._asks.pop(0):
+            used = complete().usage
+            input_tokens, output_tokens = used.prompt_tokens, used.completion_tokens
+        usage: Any = {"input_tokens": input_tokens, "output_tokens": output_tokens, "total_tokens": TOKENS}
+        message = AIMessage("hi", usage_metadata=usage, response_metadata={"model_name": "gpt-4o"})
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+def langgraph(guard: Guard, *asks: bool) -> None:
+    """Call a node that asks a chat model, as often as there are ``asks``: whether through litellm."""
+    chat = Chat()
+    chat._asks = list(asks)
+    graph = StateGraph(MessagesState)
+    graph.add_node("ask", lambda _: {"messages": [chat.invoke("x") for _ in asks]})
+    graph.add_edge(START, "ask")
+    attach_langgraph(graph.compile(), guard).invoke({"messages": []})
+
+
+class Crew(crewai.BaseLLM):
+    """An LLM of CrewAI that asks litellm."""
+
+    def call(self, *_: Any, **__: Any) -> Any:
+        self._track_token_usage_internal(dict(complete().usage))
+        return "hi"
+
+
+def crew(guard: Guard, *asks: bool) -> None:
+    llm = guard_llm(Crew(model="gpt-4o"), guard)
+    with guard.run():
+        for _ in asks:
+            llm.call("x")
+
+
+def predictor(guard: Guard, *asks: bool) -> None:
+    answer = "[[ ## answer ## ]]\nhi\n\n[[ ## completed ## ]]"
+    options: Any = {"mock_response": answer, "api_key": "none", "cache": False}
+    program = attach_dspy(dspy.Predict("question -> answer"), guard)
+    with dspy.context(lm=dspy.LM("openai/gpt-4o", **options)), guard.run():
+        for _ in asks:
+            program(question="x")
+
+
+@pytest.fixture(autouse=True)
+def _litellm_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("completion", "acompletion", "text_completion", "atext_completion", "embedding"):
+        monkeypatch.setattr(litellm, name, getattr(litellm, name))
+    for name in ("aembedding", "responses", "aresponses"):
+        monkeypatch.setattr(litellm, name, getattr(litellm, name))
+
+
+@pytest.mark.parametrize("program", [langgraph, crew, predictor])
+def test_tokens_are_counted_once_by_the_innermost_step(program: Callable[..., None]) -> None:
+    """The framework reports the same tokens as litellm, which is a step inside of its own."""
+    attach_litellm(litellm, guard := guard_of())
+    program(guard, True, True)
+    assert result_of(guard).total_tokens == 2 * TOKENS
+    counted = [line.strip() for line in lines_of(guard) if line.endswith(f" {TOKENS}")]
+    assert counted == [f"model success {TOKENS}"] * 2
+    assert guard.unaccounted == 0
+
+
+def test_a_call_of_another_provider_counts_beside_one_of_litellm() -> None:
+    """Also if both use as many tokens, in one step."""
+    attach_litellm(litellm, guard := guard_of())
+    langgraph(guard, True, False)
+    assert lines_of(guard) == [f"ask success {TOKENS}", f"  model success {TOKENS}"]
+
+
+def test_an_answer_from_the_cache_of_litellm_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the framework around it reports the tokens of the call that filled the cache."""
+    bare = litellm.completion
+
+    def cached(*args: Any, **kwargs: Any) -> Any:
+        response = bare(*args, **kwargs)
+        response._hidden_params["cache_hit"] = True
+        return response
+
+    monkeypatch.setattr(litellm, "completion", cached)
+    attach_litellm(litellm, guard := guard_of())
+    langgraph(guard, True, True)
+    assert lines_of(guard) == ["ask success", "  model success", "  model success"]
