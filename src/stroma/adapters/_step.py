@@ -12,6 +12,7 @@ from stroma.adapters._state_views import View, as_it_is, first_argument
 from stroma.checkpoint.identity import StepCalls
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.copying import replace_records
+from stroma.cost.usage import Usage, usage_from
 from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.engine.outcome import Halt
 from stroma.trace.events import AttemptRow, TraceEvent
@@ -35,6 +36,7 @@ __all__ = [
     "is_cancelled",
     "mark_published",
     "not_awaitable",
+    "own_usage",
     "stops_caller",
 ]  # fmt: skip
 
@@ -170,6 +172,19 @@ def count_tokens(rows: Sequence[AttemptRow | TraceEvent]) -> tuple[int, int]:
             input_tokens += inner_input
             output_tokens += inner_output
     return input_tokens, output_tokens
+
+
+def own_usage(step: GuardedStep, response: Any, execution: NodeExecution) -> Any:
+    """Return the usage in a response of a step that the calls inside have not counted; None if there is none."""
+    if response is None or not step.usage_includes_calls:
+        return response
+    inner_input, inner_output = count_tokens(execution.children or [])
+    if not (inner_input or inner_output):
+        return response
+    used = response if isinstance(response, Usage) else usage_from(response)
+    own_input = max(0, used.input_tokens - inner_input)
+    own_output = max(0, used.output_tokens - inner_output)
+    return Usage(own_input, own_output, model=used.model) if own_input or own_output else None
 
 
 def current_task() -> CallTask:
