@@ -1010,6 +1010,69 @@ def test_what_an_abandoned_stream_has_used_so_far_counts(kind: str) -> None:
     assert guard.current.ctx.cost_tracker.total_tokens == 2
 
 
+@pytest.mark.parametrize("kind", ["stream", "astream"])
+@pytest.mark.parametrize("collect", [None, lambda chunks: chunks])
+def test_what_a_stream_has_used_before_it_fails_counts(kind: str, collect: Any) -> None:
+    """G6: the provider's last event has arrived and is paid for, so the budget refuses the next call."""
+    calls: list[int] = []
+
+    def source() -> Any:
+        calls.append(1)
+        yield "text"
+        yield Usage(100)
+        raise ConnectionError("the stream broke")
+
+    async def asource() -> Any:
+        for part in source():
+            yield part
+
+    async def read(step: Any) -> None:
+        if kind == "stream":
+            list(step())
+        else:
+            [part async for part in step()]
+
+    def used(chunks: list[Any]) -> Usage | None:
+        return next((chunk for chunk in chunks if isinstance(chunk, Usage)), None)
+
+    guard = guard_of(budget=ExecutionBudget(max_tokens_total=150))
+    step = guard.wrap("it", source if kind == "stream" else asource, usage=used, collect=collect)
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            asyncio.run(read(step))
+    with pytest.raises(BudgetExceeded):
+        asyncio.run(read(step))
+    assert len(calls) == 2
+    events = [(event.outcome, event.usage.tokens) for event in guard.current.ctx.trace]
+    assert events == [("failure", 100), ("failure", 100)]
+    assert guard.current.ctx.cost_tracker.total_tokens == 200
+
+
+async def test_a_stream_that_failed_and_is_cancelled_counts_once() -> None:
+    """G6: its reader is cancelled while the failure is recorded."""
+    began = asyncio.Event()
+
+    async def failing(*_: Any) -> None:
+        began.set()
+        await asyncio.sleep(60)
+
+    async def source() -> Any:
+        yield Usage(100)
+        raise ConnectionError("the stream broke")
+
+    async def read() -> None:
+        async for _ in guard.wrap("it", source, usage=lambda chunks: chunks[0])():
+            pass
+
+    guard = guard_of(hooks=NodeHooks(on_node_failure=failing))
+    reader = asyncio.create_task(read())
+    await began.wait()
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert guard.current.ctx.cost_tracker.total_tokens == 100
+
+
 def test_steps_between_the_chunks_of_a_stream_are_not_inside_it() -> None:
     """What the reader of a stream does between two chunks has the reader's place; what its source does has the stream's."""
     guard = guard_of()

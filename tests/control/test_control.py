@@ -409,6 +409,28 @@ async def test_a_limit_that_is_crossed_when_it_is_set(store: Any) -> None:
     assert (result.status, gate.calls) == ("PARTIAL", ["a"])
 
 
+@pytest.mark.parametrize("kind", ["list", "flow"])
+async def test_a_limit_that_is_crossed_before_a_retry(store: Any, kind: str) -> None:
+    """A node of a run without a budget is not tried again over a limit that is set while it waits for that."""
+
+    async def set_limit(*_: Any) -> None:
+        assert await gate.runner.set_budget("r", tokens=7) is True
+
+    gate = gate_of(store, hooks=NodeHooks(on_node_retry=set_limit), policy_map=_retries(1))
+    step = gate.node("a", tokens=8, fails=1)
+
+    @stroma_flow("flow", input=Num, output=Num)
+    async def flow(flow: Any, state: Num) -> Num:
+        output: Num = await flow.step(step, state)
+        return output
+
+    nodes = flow if kind == "flow" else Pipeline("list", [step])
+    result = await gate.runner.run(nodes, Num(), run_id="r")
+    assert (result.status, gate.calls) == ("PARTIAL", ["a"])
+    assert result.failure is not None
+    assert result.failure.reason == "budget"
+
+
 async def test_a_limit_set_for_a_run_says_where_to_raise_it(store: Any) -> None:
     """It holds in place of a larger budget of the config that resumes the run, and the message names set_budget()."""
     gate = gate_of(store, budget=ExecutionBudget(max_tokens_total=10, max_cost_usd=9))

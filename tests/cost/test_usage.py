@@ -21,6 +21,7 @@ from stroma import (
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
+    NodeHooks,
     RunStatus,
     SQLiteStore,
     StromaRunner,
@@ -516,6 +517,28 @@ async def test_report_usage_refuses_what_makes_no_sense(
     runner, ask = node_of(report)
     result = await runner.run([ask], Text())
     assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 0)
+
+
+@pytest.mark.parametrize("event", ["success", "failure"])
+async def test_report_usage_counts_before_the_end_of_an_attempt(event: str) -> None:
+    """A start hook reports usage of the attempt that begins; a hook of its end is refused, and not ignored."""
+
+    async def report(*_: Any) -> None:
+        current_node().report_usage(input_tokens=10)
+
+    def ask_it() -> dict[str, Any]:
+        if event == "failure":
+            raise ValueError("no")
+        return {"text": "done"}
+
+    ends: Any = {f"on_node_{event}": report}
+    at_once = dict.fromkeys(FailureClass, FailurePolicy(max_retries=0))
+    runner, ask = node_of(ask_it, policy_map=at_once)
+    hooks = NodeHooks(on_node_start=report, **ends)
+    result = await runner.with_hooks(hooks).run([ask], Text())
+    assert result.total_tokens == 10
+    assert [type(one.exception) for one in result.hook_errors] == [UsageError]
+    assert "node 'ask' reported usage after attempt 1 was counted" in str(result.hook_errors[0].exception)
 
 
 async def test_a_tuple_that_is_no_pair_is_what_it_was(provider: Server) -> None:

@@ -29,6 +29,7 @@ from stroma import (
     RunStatus,
     SQLiteStore,
     StromaRunner,
+    UsageError,
     current_node,
     execute_step,
     map_over,
@@ -655,7 +656,8 @@ async def test_tasks_that_a_node_starts_are_its_own() -> None:
 
         async def later() -> str:
             await asyncio.sleep(0.01)
-            run.report_usage(input_tokens=1000)
+            with pytest.raises(UsageError, match="after attempt 1 was counted"):
+                run.report_usage(input_tokens=1000)
             return "done"
 
         left.append(asyncio.create_task(later()))

@@ -92,7 +92,8 @@ class BudgetMachine(_Machine):
     def reserved(self, i: int, node: str | None = None) -> int:
         return sum(c.amounts[i] for c in self.calls if c.until > self.now and node in (None, c.node))
 
-    def expected(self, node: str, declared: tuple[int | None, int | None]) -> tuple[int, int] | None:
+    def expected(self, node: str, declared: tuple[int | None, int | None]) -> tuple[int, int] | bool:
+        """What the call reserves; True if it has to wait, False if it has no room."""
         findings = []
         for i in (0, 1):
             bounds = [(TERMS.limits[i], self.spent(i), self.reserved(i))]
@@ -107,17 +108,28 @@ class BudgetMachine(_Machine):
             ask = max(known) if known else max(1, min(limit - s - r for limit, s, r in bounds))
             for limit, spent, reserved in bounds:
                 if spent + ask + (reserved if ask else 0) > limit:
-                    return None
+                    return spent + ask <= limit
             findings.append(ask)
         return findings[0], findings[1]
 
-    @rule(node=nodes, declared=st.tuples(*(st.none() | st.integers(1, 30) for _ in range(2))))
-    def reserve(self, node: str, declared: tuple[int | None, int | None]) -> None:
+    @rule(
+        node=nodes,
+        declared=st.tuples(*(st.none() | st.integers(1, 30) for _ in range(2))),
+        inside=st.lists(which, max_size=2),
+    )
+    def reserve(self, node: str, declared: tuple[int | None, int | None], inside: list[int]) -> None:
         token, wanted = self.token(), self.expected(node, declared)
-        report = self.change(ledger.reserve(TERMS, ledger.CallRequest(token, node, declared, LEASE_MS)))
-        if wanted is None:
+        around = [self.calls[i % len(self.calls)] for i in inside if self.calls]
+        if wanted is True and any(any(call.amounts) for call in around):
+            for call in around:
+                call.amounts = (0, 0)
+            wanted = self.expected(node, declared)
+        tokens = tuple(call.token for call in around)
+        request = ledger.CallRequest(token, node, declared, LEASE_MS, around=tokens)
+        report = self.change(ledger.reserve(TERMS, request))
+        if isinstance(wanted, bool):
             assert isinstance(report, ledger.Refusal)
-            assert report.waits == (report.spent + report.requested <= report.limit)
+            assert report.waits == wanted == (report.spent + report.requested <= report.limit)
         else:
             assert report == wanted
             self.calls.append(Call(token, node, wanted, self.now + LEASE_MS, self.now))

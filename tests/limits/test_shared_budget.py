@@ -38,13 +38,16 @@ from stroma import (
     StoreError,
     StromaRunner,
     Suspend,
+    Usage,
     current_node,
+    current_run,
     execute_step,
     map_over,
     open_store,
     parallel,
     stroma_node,
 )
+from stroma.adapters import Guard
 from stroma.limits.budget_state import (
     BudgetTerms,
     CallRequest,
@@ -501,6 +504,73 @@ async def test_plain_code_with_steps() -> None:
     assert (result.status, len(calls)) == (RunStatus.PARTIAL, 1)
     assert result.failure is not None
     assert isinstance(result.failure.exception, SharedBudgetExceeded)
+
+
+async def test_a_call_inside_another_one(store: Any) -> None:
+    """It takes what the call around it has reserved, where there is no other room, and does not wait for that."""
+    shared = SharedBudget("team", max_cost_usd=1, store=store, max_wait_seconds=20)
+    call, calls = node("call", cents=10)
+    seen: list[float] = []
+
+    async def nested(state: State) -> None:
+        for _ in range(2):
+            result = await execute_step("call", call, state, current_run(), contract=CONTRACT)
+            assert result.status is RunStatus.COMPLETED, result.failure
+            outcome = await shared.state()
+            assert outcome is not None
+            seen.append(cents(outcome.spent_usd + outcome.reserved_usd))
+
+    outer, _ = node("outer", cents=5, before=nested)
+    runner = StromaRunner.quick(shared_budgets=shared)
+    result = await runner.run([outer], State())
+    assert (result.status, calls, result.trace.marks) == (RunStatus.COMPLETED, [10, 10], [])
+    assert seen == [10, 20]
+    outcome = await _settled(shared)
+    assert (cents(outcome.spent_usd), outcome.reserved_usd, outcome.calls) == (25, 0, 0)
+
+
+@pytest.mark.parametrize("how", ["run", "guard"])
+async def test_a_run_inside_a_call(how: str) -> None:
+    """A run of its own, and a guarded function of sync code, are inside the call as well."""
+    shared = SharedBudget("team", max_cost_usd=1, store=AsyncInMemoryStore(), max_wait_seconds=20)
+    runner = StromaRunner.quick(shared_budgets=shared)
+    call, calls = node("call")
+    guard = Guard(runner)
+    model = guard.wrap("model", lambda: calls.append(10), usage=lambda _: Usage(10, model="cents"))
+
+    async def nested(state: State) -> None:
+        if how == "run":
+            await runner.run([call], state)
+        else:
+            await asyncio.to_thread(guard.wrap("agent", model))
+
+    outer, _ = node("outer", cents=5, before=nested)
+    result = await runner.run([outer], State())
+    assert (result.status, calls) == (RunStatus.COMPLETED, [10])
+    outcome = await _settled(shared)
+    assert (cents(outcome.spent_usd), outcome.reserved_usd, outcome.calls) == (15, 0, 0)
+
+
+@pytest.mark.parametrize("reserve_usd", [None, 0.5])
+async def test_calls_inside_others_do_not_wait_for_each_other(reserve_usd: float | None) -> None:
+    """Calls that have reserved the whole budget give that to those inside them, which pass calls that have not begun."""
+    shared = SharedBudget(
+        "team", max_cost_usd=1, store=AsyncInMemoryStore(), reserve_usd=reserve_usd, max_wait_seconds=20
+    )
+    call, calls = node("call", cents=10, before=lambda state: asyncio.sleep(0.01))
+
+    async def nested(state: State) -> None:
+        await asyncio.sleep(0.05)  # All runs have begun, or wait.
+        result = await execute_step("call", call, state, current_run(), contract=CONTRACT)
+        assert result.status is RunStatus.COMPLETED, result.failure
+
+    outer, _ = node("outer", cents=0, before=nested)
+    runner = StromaRunner.quick(shared_budgets=shared)
+    results = await asyncio.gather(*(runner.run([outer], State()) for _ in range(4)))
+    assert [result.status for result in results] == [RunStatus.COMPLETED] * 4
+    assert len(calls) == 4
+    outcome = await _settled(shared)
+    assert (cents(outcome.spent_usd), outcome.reserved_usd, outcome.calls) == (40, 0, 0)
 
 
 @pytest.mark.core

@@ -23,17 +23,17 @@ from stroma.adapters._step import (
     Undeclared,
     aclose_stream,
     close_stream,
-    count_tokens,
     current_task,
     find_halt,
     is_cancelled,
     not_awaitable,
+    own_usage,
     stops_caller,
 )
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StepCall
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Node, held_by
-from stroma.cost.usage import Usage, UsageError, usage_from
+from stroma.cost.usage import UsageError
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.engine.effects import UnknownOutcome
@@ -74,6 +74,7 @@ class Call:
         "error",
         "execution",
         "func",
+        "is_counted",
         "kwargs",
         "raises_own_error",
         "run",
@@ -97,6 +98,8 @@ class Call:
         self.raises_own_error = False
         self.chunks: list[Any] | None = None
         self.count = 0
+        #: The usage in `chunks`, those of the present attempt, is counted.
+        self.is_counted = False
         self.execution: NodeExecution | None = None
 
     # ------------------------------------------------------------------ kinds of callables
@@ -170,7 +173,7 @@ class Call:
                     else:
                         advance = None if sent is None else partial(source.send, sent)
         except BaseException:
-            self._count_abandoned()
+            self._count_unfinished()
             cancel()
             while isinstance(inbox.get(), Turn):
                 pass
@@ -217,7 +220,7 @@ class Call:
                     else:
                         advance = None if sent is None else partial(source.asend, sent)
         except BaseException:
-            self._count_abandoned()
+            self._count_unfinished()
             engine.cancel()
             await asyncio.wait([engine])
             if not engine.cancelled():
@@ -232,17 +235,19 @@ class Call:
                 self.chunks = []
             self.chunks.append(chunk)
 
-    def _count_abandoned(self) -> None:
-        """Count the usage of a stream that is not read to its end."""
-        if self.count and self.step.usage is not None and self.execution is not None:
-            try:
-                response = self.step.usage(self._stream_result(None))
-                if response is not None:
-                    self.execution.report_usage(response)
-            except Exception:  # The chunk with the usage was not read.
-                self.run.ctx.run_logger.debug(
-                    "step %r was abandoned before it reported its usage", self.step.step_id
-                )
+    def _count_unfinished(self) -> None:
+        """Count the usage of a stream that is not read to its end, or fails on the way there. Once, and never raises."""
+        step, execution = self.step, self.execution
+        if not self.count or step.usage is None or execution is None or self.is_counted:
+            return
+        self.is_counted = True
+        try:
+            parts = self.chunks or []
+            response = own_usage(step, step.usage(step.collect(parts) if step.collect else parts), execution)
+            if response is not None:
+                execution.report_usage(response)
+        except Exception:  # The chunk with the usage was not read.
+            self.run.ctx.run_logger.debug("step %r ended before it reported its usage", step.step_id)
 
     @property
     def _collects(self) -> bool:
@@ -300,6 +305,7 @@ class Call:
         """Make one call, as the function of the node that the engine executes."""
         run, step_id = self.run, self.step.step_id
         self.error, self.raises_own_error = None, False
+        self.chunks, self.is_counted = None, False
         execution = CURRENT.get()
         assert execution is not None
         self.execution = execution
@@ -362,18 +368,9 @@ class Call:
         output = made_by(self._view("output", self.step.output_view, value), contract)
         if self.step.usage is None:
             return output
-        response = self._view("usage", self.step.usage, value)
-        if response is None:
-            return output
-        inner_input, inner_output = (
-            count_tokens(execution.children or []) if self.step.usage_includes_calls else (0, 0)
-        )
-        if not (inner_input or inner_output):
-            return output, response
-        used = response if isinstance(response, Usage) else usage_from(response)
-        own_input = max(0, used.input_tokens - inner_input)
-        own_output = max(0, used.output_tokens - inner_output)
-        return (output, Usage(own_input, own_output, model=used.model)) if own_input or own_output else output
+        self.is_counted = True
+        response = own_usage(self.step, self._view("usage", self.step.usage, value), execution)
+        return output if response is None else (output, response)
 
     def _handle_error(
         self,
@@ -387,6 +384,8 @@ class Call:
         self.error = error
         ctx, step = execution.ctx, self.step
         control = None if step.control is None else self._view("control", step.control, error)
+        if control is None or control.outcome != "returned":
+            self._count_unfinished()
         where = NodeContext(execution.node_id, execution.attempt, ctx.run_id)
         if control is not None:
             self.raises_own_error = True

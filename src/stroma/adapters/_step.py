@@ -12,7 +12,7 @@ from stroma.adapters._state_views import View, as_it_is, first_argument
 from stroma.checkpoint.identity import StepCalls
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.copying import replace_records
-from stroma.cost.usage import Usage
+from stroma.cost.usage import Usage, usage_from
 from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.engine.outcome import Halt
 from stroma.trace.events import AttemptRow, TraceEvent
@@ -37,6 +37,7 @@ __all__ = [
     "mark_published",
     "not_awaitable",
     "note_counted",
+    "own_usage",
     "report_uncounted",
     "stops_caller",
 ]  # fmt: skip
@@ -49,7 +50,7 @@ class Control(NamedTuple):
         outcome: "suspended": the step waits for a person; "returned": it ended with ``value``; "passed": it ends the
             run of the framework, as a terminal failure.
         value: the value that it returned, or the reason of the suspension as text.
-        asks: a suspended step asks the question; False where the adapter does, with :meth:`GuardedRun.ask`.
+        asks: a suspended step asks the question; False where the adapter does, with :meth:`Questions.ask`.
     """
 
     outcome: Literal["suspended", "returned", "passed"]
@@ -193,6 +194,19 @@ def report_uncounted(node: NodeExecution, usage: Usage) -> None:
         node.notes.get(_COUNTED_INSIDE, []).remove((usage.input_tokens, usage.output_tokens))
     except ValueError:
         node.report_usage(usage)
+
+
+def own_usage(step: GuardedStep, response: Any, execution: NodeExecution) -> Any:
+    """Return the usage in a response of a step that the calls inside have not counted; None if there is none."""
+    if response is None or not step.usage_includes_calls:
+        return response
+    inner_input, inner_output = count_tokens(execution.children or [])
+    if not (inner_input or inner_output):
+        return response
+    used = response if isinstance(response, Usage) else usage_from(response)
+    own_input = max(0, used.input_tokens - inner_input)
+    own_output = max(0, used.output_tokens - inner_output)
+    return Usage(own_input, own_output, model=used.model) if own_input or own_output else None
 
 
 def current_task() -> CallTask:

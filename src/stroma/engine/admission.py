@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from stroma.cost.budget import BudgetExceeded, budget_exceeded
 from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
+from stroma.engine.current import RESERVED, leave
 from stroma.engine.execution import NodeExecution
 from stroma.engine.holds import hold, wait_unless_held
 from stroma.engine.outcome import Halt, refuse
@@ -154,7 +155,8 @@ def _caller(ctx: ReliabilityContext, run: NodeExecution) -> Caller:
 
     now = perf_counter_ns() + ctx.epoch_ns
     place = AttemptPlace(run.position, run.branch, run.attempt, now)
-    return caller_of(ctx.session, ctx.run_id, ctx.checkpoint_manager.store, place)
+    caller = caller_of(ctx.session, ctx.run_id, ctx.checkpoint_manager.store, place)
+    return caller._replace(around=RESERVED.get())
 
 
 async def _charged(gate: Gate, token: str, answer: Any) -> Any:
@@ -175,6 +177,7 @@ async def make_in_turn(attempt: NodeAttempt) -> BaseModel | Failure | Halt:
         if permit is not None:
             permit.drop()
         return await hold(ctx, run.node_id, run.attempt)
+    token = RESERVED.set((*RESERVED.get(), permit.token))
     try:
         outcome = await attempt.make()
     except GeneratorExit:
@@ -183,6 +186,8 @@ async def make_in_turn(attempt: NodeAttempt) -> BaseModel | Failure | Halt:
     except BaseException:
         await permit.leave(None)
         raise
+    finally:
+        leave(token)
     if await permit.leave(outcome):
         raise asyncio.CancelledError
     return outcome
@@ -222,7 +227,9 @@ async def admit(ctx: ReliabilityContext, run: NodeExecution) -> Permit | Excepti
 async def _pass(ctx: ReliabilityContext, run: NodeExecution, permit: Permit, gate: Gate) -> Exception | None:
     line, token = gate.line, permit.token
     permit.gates.append(gate)
-    if line.waiting:  # No attempt overtakes those that wait.
+    # No attempt overtakes those that wait. But one inside an attempt does: they may wait for that one.
+    is_inside = gate.kind == "budget" and permit.caller is not None and permit.caller.around
+    if line.waiting and not is_inside:
         wait = line.wait_of_last(perf_counter())
     else:
         first = await gate.ask(run.node_id, token, permit.caller)

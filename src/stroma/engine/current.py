@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextvars import ContextVar, Token
 from typing import Any
 
-__all__ = ["CURRENT", "RUN", "leave"]
+__all__ = ["CURRENT", "RESERVED", "RUN", "leave"]
 
 #: The NodeExecution around this code, or None.
 CURRENT: ContextVar[Any] = ContextVar("stroma_current_node", default=None)
@@ -16,10 +16,13 @@ CURRENT: ContextVar[Any] = ContextVar("stroma_current_node", default=None)
 #: The ReliabilityContext around this code, or None.
 RUN: ContextVar[Any] = ContextVar("stroma_current_run", default=None)
 
+#: Tokens of the attempts around this code that have reserved from shared budgets.
+RESERVED: ContextVar[tuple[str, ...]] = ContextVar("stroma_reserved", default=())
+
 
 def leave(token: Token[Any]) -> None:
-    """End a node's execution: the current node is again what it was before. Never raises."""
+    """Set a variable to what it was before: the current node, at the end of its execution. Never raises."""
     try:
-        CURRENT.reset(token)
+        token.var.reset(token)
     except ValueError:
         pass  # A coroutine that was thrown away is closed in another context.

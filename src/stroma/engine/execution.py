@@ -304,9 +304,14 @@ class NodeExecution:
 
         Takes the provider's response, or the last chunk of its stream (see :func:`stroma.usage_from`), or figures, of
         which the tokens of a cache are parts of the input. What the node returns as usage comes on top. Raises
-        UsageError for what cannot be counted; a response that leaves its usage out counts as 0 with a warning, or
-        under a limit fails the attempt once its output is kept.
+        UsageError for what cannot be counted, and in end hooks, whose attempt is counted already; a response that
+        leaves its usage out counts as 0 with a warning, or under a limit fails the attempt once its output is kept.
         """
+        if self.ended is not None:
+            raise UsageError(
+                f"node {self.node_id!r} reported usage after attempt {self.attempt} was counted; report it in the node's "
+                "function or in its start hooks"
+            )
         if response is not None:
             if input_tokens or output_tokens or cached_input_tokens or cache_write_tokens:
                 raise UsageError(f"node {self.node_id!r} reported a response and figures; report one of them")

@@ -179,6 +179,8 @@ async def try_again(
             if ctx.holds:
                 return await hold(ctx, run.node_id, number), busy_ns
             run.attempt = number
+            if ctx.limits and (exceeded := _crossed_limit(ctx, run)) is not None:
+                return refuse(run, exceeded), busy_ns
             task = asyncio.current_task()
             attempt.prepare(run, node, plan, value, 0 if task is None else task.cancelling())
             outcome = await attempt.make()

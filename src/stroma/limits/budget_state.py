@@ -6,7 +6,7 @@ the store. Money is in whole pico-dollars, so that sums are exact in any order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple, get_args
@@ -91,6 +91,7 @@ class CallRequest(NamedTuple):
         declared: declared usage; None if unknown.
         place: None for a call that no journal records.
         not_in_journal: tokens of expired calls that were not found in their journal.
+        around: tokens of the calls around it.
     """
 
     token: str
@@ -99,6 +100,7 @@ class CallRequest(NamedTuple):
     lease_ms: int | None
     place: JournalPlace | None = None
     not_in_journal: Collection[str] = ()
+    around: Sequence[str] = ()
 
 
 class UnsettledCalls(NamedTuple):
@@ -235,7 +237,8 @@ def reserve(
 ) -> Callable[[bytes | None, int], tuple[bytes | None, Refusal | UnsettledCalls | tuple[int, int]]]:
     """Return a change that reserves what a call may use. It answers the amounts, or why the call may not begin.
 
-    UnsettledCalls comes first: the usage of dead processes belongs to the total.
+    UnsettledCalls comes first: the usage of dead processes belongs to the total. A call that has no other room takes
+    that of the calls around it: they cannot end before it, and what is used is counted where it is used.
     """
 
     def change(
@@ -253,31 +256,49 @@ def reserve(
             }
             if unsettled:
                 return None, UnsettledCalls(unsettled)
-        amounts = [0, 0]
-        for i in (0, 1):
-            bounds = _bounds(state, terms, request.node, i, now)
-            if not bounds:
-                continue
-            lowest = min(limit for limit, *_ in bounds)
-            amount = estimate_usage(state.recent[i], request.node, request.declared[i], lowest)
-            if amount is None:
-                # Without an estimate, reserve the rest, so that no other call begins at the same time.
-                amount = max(1, min(limit - spent - reserved for limit, spent, reserved, _ in bounds))
-            for limit, spent, reserved, capped in bounds:
-                # A call that uses nothing need not wait for reservations.
-                if spent + (reserved if amount else 0) + amount > limit:
-                    waits = spent + amount <= limit
-                    dimension = _DIMENSIONS[i]
-                    refusal = Refusal(
-                        dimension, capped, limit, spent, reserved, amount, state.ends_ms(), waits
-                    )
-                    return None, refusal
-            amounts[i] = amount
-        until = None if request.lease_ms is None else now + request.lease_ms
-        state.holds[request.token] = [until, request.node, *amounts, request.place]
-        return state.pack_state(), (amounts[0], amounts[1])
+        answer = _amounts(state, terms, request, now)
+        if isinstance(answer, Refusal):
+            if not (answer.waits and _give_back(state, request.around)):
+                return None, answer
+            # Also if it has to wait now: calls that wait for each other's surroundings would wait forever.
+            answer = _amounts(state, terms, request, now)
+        if not isinstance(answer, Refusal):
+            until = None if request.lease_ms is None else now + request.lease_ms
+            state.holds[request.token] = [until, request.node, *answer, request.place]
+        return state.pack_state(), answer
 
     return change
+
+
+def _amounts(
+    state: _BudgetCell, terms: BudgetTerms, request: CallRequest, now: int
+) -> tuple[int, int] | Refusal:
+    """Return the amounts that a call reserves, or why there is no room for them."""
+    amounts = [0, 0]
+    for i in (0, 1):
+        bounds = _bounds(state, terms, request.node, i, now)
+        if not bounds:
+            continue
+        lowest = min(limit for limit, *_ in bounds)
+        amount = estimate_usage(state.recent[i], request.node, request.declared[i], lowest)
+        if amount is None:
+            # Without an estimate, reserve the rest, so that no other call begins at the same time.
+            amount = max(1, min(limit - spent - reserved for limit, spent, reserved, _ in bounds))
+        for limit, spent, reserved, capped in bounds:
+            # A call that uses nothing need not wait for reservations.
+            if spent + (reserved if amount else 0) + amount > limit:
+                waits = spent + amount <= limit
+                return Refusal(_DIMENSIONS[i], capped, limit, spent, reserved, amount, state.ends_ms(), waits)
+        amounts[i] = amount
+    return amounts[0], amounts[1]
+
+
+def _give_back(state: _BudgetCell, tokens: Sequence[str]) -> bool:
+    """Reduce reservations to 0. Return True if there were any. Their calls stay in flight, to be settled."""
+    reserved = [hold for token in tokens if (hold := state.holds.get(token)) is not None and any(hold[2:4])]
+    for hold in reserved:
+        hold[2:4] = [0, 0]
+    return bool(reserved)
 
 
 def _select_calls(

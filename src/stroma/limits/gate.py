@@ -79,10 +79,12 @@ class Caller(NamedTuple):
     Attributes:
         place: its place in the journal; None if no other process can read that store.
         journal: the store that records it.
+        around: tokens of the calls around it, which have reserved from shared budgets.
     """
 
     place: JournalPlace | None
     journal: Any
+    around: tuple[str, ...] = ()
 
 
 class BudgetWarning(NamedTuple):

@@ -191,8 +191,9 @@ class SharedBudget(Gate):
         declared = [estimates.get(node_id, estimates.get("")) for estimates in self._declared]
         # Not for a store in memory: its reservations end with this process.
         place = None if caller is None or self.lease_ms is None else caller.place
+        around = () if caller is None else caller.around
         request = CallRequest(
-            token, node_id, (declared[0], declared[1]), self.lease_ms, place, self._not_in_journal
+            token, node_id, (declared[0], declared[1]), self.lease_ms, place, self._not_in_journal, around
         )
         try:
             if self._unwritten:
