@@ -1,4 +1,4 @@
-"""Tests of signals: questions and answers, cancellation, forks, undelivered end hooks."""
+"""Tests of signals: questions and answers, cancellation, undelivered end hooks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from stroma.checkpoint import (
     Waiting,
 )
 from stroma.checkpoint.entries import NOT_DONE, RunControl, UnknownCall, effect_note
-from stroma.contracts.schema import schema_of
 from stroma.testing._conformance.helpers import (
     State,
     begin,
@@ -47,7 +46,7 @@ async def _until_read(store: Any, run_id: str) -> None:
 
 
 class SignalTests:
-    """Tests of signals: questions and answers, cancellation, forks, undelivered end hooks."""
+    """Tests of signals: questions and answers, cancellation, undelivered end hooks."""
 
     async def test_what_nodes_wait_for(self, store: Any) -> None:
         """A question is stored with its attempt, an answer with its question; both belong to the execution."""
@@ -423,38 +422,3 @@ class SignalTests:
         assert await settled(store.set_budget("asks", {"max_cost_usd": 2.0})) is True
         await finish(session, "SUSPENDED", "ok?")
         assert store.due_runs("pipeline", 1, limit=9) == ["asks"]
-
-    async def test_a_fork_has_no_requests(self, store: Any) -> None:
-        """A fork of a paused run is not paused, and has its own budget."""
-        await commit(await begin(store), 0, State())
-        await settled(store.set_budget("run", {"max_cost_usd": 1.0}))
-        await settled(store.pause("run"))
-        await settled(store.fork("run", "fork", 1))
-        session = await begin(store, "fork", if_exists="resume", only_unfinished=True)
-        assert (session.continued, session.control) == (True, RunControl())
-
-    async def test_forks(self, store: Any) -> None:
-        """A fork has the commits of its parent before a position, at no cost, and does not change the parent."""
-        session = await begin(store, state=State(n=-1))
-        for position in range(4):
-            await commit(session, position, State(n=position), f"n{position}", tokens=5)
-        await commit(session, 2, State(n=20), "child", branch="0")
-        await finish(session)
-        before = store.get_run("run")
-        schema = schema_of(State)
-        await settled(store.fork("run", "f", 3, edited=(schema, State(n=99))))
-        assert store.get_run("run") == before
-        fork = store.get_run("f")
-        assert (fork.parent, fork.execution, fork.status, fork.tokens, fork.nodes, fork.holder) == (
-            "run", 1, "INTERRUPTED", 0, 3, None,
-        )  # fmt: skip
-        session = await begin(store, "f", State(n=-1), if_exists="resume")
-        assert restored(session) == {
-            (0, ""): State(n=0), (1, ""): State(n=1), (2, ""): State(n=99), (2, "0"): State(n=20),
-        }  # fmt: skip
-        await settled(store.fork("run", "g", 0, state=(schema, State(n=5))))
-        assert (await begin(store, "g", State(n=5), if_exists="resume")).continued
-        with pytest.raises(CheckpointNotFound):
-            await settled(store.fork("unknown", "h", 1))
-        with pytest.raises(RunExists):
-            await settled(store.fork("run", "f", 1))
