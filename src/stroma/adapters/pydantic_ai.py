@@ -28,10 +28,10 @@ except ImportError as error:
 from pydantic import BaseModel
 
 from stroma.adapters._guarded_run import active_run
+from stroma.adapters._pydantic_ai_usage import usage_of
 from stroma.adapters._state_views import newest_of, violation
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
-from stroma.cost.usage import Usage, cost_of_call, tier_of
 from stroma.engine.execution import current_node, current_node_or_none
 
 warn_if_untested("pydantic-ai")
@@ -171,7 +171,7 @@ class StepModel(WrapperModel):
         about: dict[str, Any] = {
             "input_view": _input_view,
             "output_view": _answer,
-            "usage": _used,
+            "usage": usage_of,
             "control": control,
         }
         self._request = guard.wrap("model", wrapped.request, **about)
@@ -214,31 +214,6 @@ def _input_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]
 
 def _answer(response: Any) -> dict[str, Any]:
     return {"model": response.model_name, "parts": response.parts}
-
-
-def _used(response: Any) -> Any:
-    """Return the usage of a response, or one that leaves it out as it is, which stops a run with a limit."""
-    used, details = response.usage, response.provider_details or {}
-    if getattr(used, "unmeasured_requests", 0) and not (used.input_tokens or used.output_tokens):
-        return dataclasses.replace(response, usage=None)
-    written = used.cache_write_tokens
-    return Usage(
-        max(used.input_tokens, used.cache_read_tokens + written),
-        used.output_tokens,
-        used.cache_read_tokens,
-        written,
-        response.model_name,
-        tier_of(details, None),
-        min(getattr(used, "cache_write_1h_tokens", 0), written),
-        _charged(used, details),
-    )
-
-
-def _charged(used: Any, details: Any) -> float | None:
-    """Return what a gateway says that a request cost, in dollars; None where it does not say."""
-    cost = getattr(used, "cost", None)  # The framework adds its own estimate only after the step.
-    # OpenRouter's fields are on one level.
-    return cost_of_call({**details, "cost_details": details}) if cost is None else float(cost)
 
 
 def _install() -> None:

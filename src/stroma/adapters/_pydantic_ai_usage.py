@@ -1,0 +1,35 @@
+"""The usage that a response of a model says it has, for Pydantic AI."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from stroma.cost.usage import Usage, cost_of_call, tier_of
+
+__all__ = ["usage_of"]
+
+
+def usage_of(response: Any) -> Any:
+    """Return the usage of a response, or one that leaves it out as it is, which stops a run with a limit."""
+    used, details = response.usage, response.provider_details or {}
+    if getattr(used, "unmeasured_requests", 0) and not (used.input_tokens or used.output_tokens):
+        return dataclasses.replace(response, usage=None)
+    written = used.cache_write_tokens
+    return Usage(
+        max(used.input_tokens, used.cache_read_tokens + written),
+        used.output_tokens,
+        used.cache_read_tokens,
+        written,
+        response.model_name,
+        tier_of(details, None),
+        min(getattr(used, "cache_write_1h_tokens", 0), written),
+        _charged(used, details),
+    )
+
+
+def _charged(used: Any, details: Any) -> float | None:
+    """Return what a gateway says that a request cost, in dollars; None where it does not say."""
+    cost = getattr(used, "cost", None)  # The framework adds its own estimate only after the step.
+    # OpenRouter's fields are on one level.
+    return cost_of_call({**details, "cost_details": details}) if cost is None else float(cost)
