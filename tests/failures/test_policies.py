@@ -89,7 +89,7 @@ def test_a_suspension_says_what_it_waits_for() -> None:
     assert Suspend("the boss", schema=Num).reason == "the boss"
     with pytest.raises(TypeError, match=r"^the schema of Suspend must be a pydantic model, got .*int.*"):
         Suspend("the boss", schema=int)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="^the reason of Suspend must be a string, got "):
+    with pytest.raises(TypeError, match=r"^the reason of Suspend must be a string, got "):
         Suspend(None)  # type: ignore[arg-type]
 
 
