@@ -176,9 +176,8 @@ class FlowRun:
         self.has_ended, self.is_sequential = True, False
         self._count_lone()
         driver = self.driver
-        missing = sum(self._is_required(identity) for identity in self.records)
-        driver.unreached -= missing
-        if missing:
+        if missing := sum(self._is_required(identity) for identity in self.records):
+            driver.unreached -= missing
             driver.journal.drop_held(self.position, self.prefix)
         self.records.clear()
         if self.optional:
