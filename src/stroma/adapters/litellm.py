@@ -26,6 +26,7 @@ except ImportError as error:
 from stroma.adapters._state_views import newest_of
 from stroma.adapters._step import note_counted
 from stroma.adapters.guard import Guard
+from stroma.cost.prices import find_pricer
 from stroma.cost.usage import Usage, UsageError, usage_from
 
 warn_if_untested("litellm")
@@ -176,4 +177,6 @@ def _used(response: Any) -> Usage | None:
     if cost is None:
         with contextlib.suppress(Exception):  # It knows no price of the model.
             cost = litellm.completion_cost(completion_response=response)
+    if not cost and used.model is not None and find_pricer(used.model) is not None:
+        cost = None  # Its 0 may also mean that it lists the model without a price.
     return used if cost is None else dataclasses.replace(used, cost_usd=cost)

@@ -200,6 +200,14 @@ def test_a_model_that_costs_nothing_runs_under_a_cost_limit(options: Any, provid
     assert (result_of(guard).total_cost_usd, result_of(guard).unpriced_models) == (0, [])
 
 
+def test_a_model_that_litellm_lists_without_a_price_has_ours(provider: Provider) -> None:
+    """A cost of 0 is none for a model whose price is known."""
+    attach(litellm, guard := guard_of())
+    with guard.run():
+        ask("completion", model="heroku/claude-4-sonnet", mock_response="It is 4 C")
+    assert result_of(guard).total_cost_usd > 0
+
+
 def test_another_guard_is_an_error(provider: Provider) -> None:
     """One guard at a time."""
     attach(litellm, Guard())

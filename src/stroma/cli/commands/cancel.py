@@ -65,7 +65,10 @@ def _cancel_in_store(database: Database, run: str) -> _Cancellation:
         message = f"run {name} is CANCELLED; it had no owner"
         return _Cancellation(record.run_id, "cancelled", None, after.status, message)
     owner = after.holder or record.holder
-    message = f"{owner or 'its owner'} will cancel run {name} within about a second, unless a node blocks it"
+    message = (
+        f"{owner or 'its owner'} will cancel run {name} within about a second, unless a node blocks it or its code reads "
+        "no requests"
+    )
     return _Cancellation(record.run_id, "asked", owner, after.status, message)
 
 
