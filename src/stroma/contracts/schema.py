@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, ValidationError
 
-from stroma.contracts.codec import SchemaCodec, decode_raw, describe_error, has_class_tags
+from stroma.contracts.codec import SchemaCodec, decode_raw, describe_error
 from stroma.contracts.copying import (
     construct,
     copy_containers,
@@ -39,6 +39,7 @@ from stroma.contracts.fingerprint import fingerprint_of
 from stroma.contracts.snapshots import (
     PickledSnapshot,
     SameSnapshot,
+    SchemaSnapshots,
     Snapshot,
     StoredSnapshot,
     as_state_dict,
@@ -58,7 +59,6 @@ __all__ = [
     "schema_of",
 ]
 
-_NO_CLASSES: Final[frozenset[type]] = frozenset()
 _subclasses_of: Final = operator.methodcaller("__subclasses__")
 
 
@@ -78,7 +78,13 @@ class Schema:
         self.is_root: Final = self.traits.is_root
         self.is_flat: Final = self.traits.is_flat
         self._size = len(self.field_names)
-        self._flat_values = _picker(self.field_names)
+        self.decode: Final = self.codec.decode
+        snapshots = SchemaSnapshots(self)
+        self._flat_values: Final = snapshots.flat_values
+        self.snapshot: Final = snapshots.take
+        self.thaw: Final = snapshots.thaw
+        self.thaw_encoded: Final = snapshots.thaw_encoded
+        self.restore: Final = snapshots.restore
         #: The class of the last input, and the number of its values if they can be validated as they are, else -1.
         self._last_source: tuple[type[BaseModel] | None, int] = None, -1
         #: Models, by id, that this class validated and that nobody else can change: they cross without validation.
@@ -127,7 +133,7 @@ class Schema:
             if name in self.traits.opaque_fields:
                 out[name] = isolate(out[name])
             else:
-                out[name] = _convert_records(out[name], declared, accepted.get(name, _NO_CLASSES), renew)
+                out[name] = _convert_records(out[name], declared, accepted.get(name, frozenset()), renew)
         return out
 
     def raw(self, model: BaseModel) -> Any:
@@ -138,9 +144,8 @@ class Schema:
     def state(self, model: BaseModel) -> dict[str, Any]:
         """Return the state as the dict that hooks and the trace show."""
         values = model.__dict__
-        if (
-            self.is_flat and len(values) == self._size
-        ):  # As in fields(), without two more calls for most nodes.
+        # As in fields(), without two more calls for most nodes.
+        if self.is_flat and len(values) == self._size:
             return values.copy()
         return as_state_dict(self.raw(model))
 
@@ -249,7 +254,7 @@ class Schema:
                 return False
             accepted = self.traits.field_classes
             for name, declared in source.traits.field_classes.items():
-                if not declared <= accepted.get(name, _NO_CLASSES):
+                if not declared <= accepted.get(name, frozenset()):
                     return False
         # An instance of a subclass must stay one. Subclasses are looked up on each call: one may be defined at any time.
         return not any(map(_subclasses_of, self.traits.nested_classes))
@@ -365,64 +370,7 @@ class Schema:
         model = self.mark_exclusive(self.construct(values))
         return model, self.snapshot(model)
 
-    # ------------------------------------------------------------------ snapshots and stored forms
-
-    def snapshot(self, model: BaseModel) -> Snapshot:
-        """Return an immutable form of a state; :meth:`thaw` and :meth:`restore` read it."""
-        if self.is_flat:
-            try:
-                return self._flat_values(model.__dict__)
-            except KeyError:  # Constructed without validation, and without some fields.
-                return self.state(model)
-        if self.traits.is_picklable and len(model.__dict__) == self._size:
-            data = pickle_data(model.__dict__)
-            if data is not None:
-                return PickledSnapshot(data)
-        try:
-            return self.encode(model)
-        except NotSerialisable:
-            pass
-        try:
-            return self.clone(model)
-        except Exception:  # It was not validated, and is invalid.
-            return self.state(model)
-
-    def thaw(self, snapshot: Snapshot) -> dict[str, Any]:
-        """Return the state of a snapshot as a dict, new on each call."""
-        if isinstance(snapshot, tuple):
-            return dict(zip(self.field_names, snapshot, strict=True))
-        if isinstance(snapshot, bytes):
-            return self.thaw_encoded(snapshot)
-        if isinstance(snapshot, BaseModel):
-            return self.state(snapshot)
-        if isinstance(snapshot, dict):
-            copied: dict[str, Any] = isolate(snapshot)
-            return copied
-        return snapshot.thaw(self)
-
-    def thaw_encoded(self, data: bytes) -> dict[str, Any]:
-        """Return the state of an encoded snapshot as a dict."""
-        if has_class_tags(data):
-            try:
-                return self.state(self.decode(data))
-            except Exception:  # A class that refuses its own output must not make the trace unreadable.
-                pass
-        return as_state_dict(decode_raw(data))
-
-    def restore(self, snapshot: Snapshot) -> BaseModel:
-        """Return a model equal to the one of which the snapshot was taken."""
-        if isinstance(snapshot, bytes):
-            return self.decode(snapshot)
-        if isinstance(snapshot, BaseModel):
-            return self.clone(snapshot)
-        if isinstance(snapshot, (tuple, dict)):
-            model = self.validators.rebuild(self.thaw(snapshot))
-            if (
-                isinstance(snapshot, tuple) and not self.traits.is_pure
-            ):  # Validators may have changed the values.
-                vars(model).update(zip(self.field_names, snapshot, strict=True))
-            return model
-        return snapshot.restore(self)
+    # ------------------------------------------------------------------ stored forms
 
     def encode(self, model: BaseModel, *, secrets: bool = False) -> bytes:
         """Return the stored form of a model: UTF-8 JSON. Raises NotSerialisable, naming the field.
@@ -430,10 +378,6 @@ class Schema:
         ``secrets``: include secrets, for a store that encrypts what it stores.
         """
         return self.codec.encode_with_secrets(model) if secrets else self.codec.encode(model)
-
-    def decode(self, data: bytes) -> BaseModel:
-        """Return the model that :meth:`encode` encoded. Raises ValueError (pydantic's ValidationError is one)."""
-        return self.codec.decode(data)
 
     @staticmethod
     def decode_raw(data: bytes) -> Any:
@@ -455,13 +399,6 @@ def schema_of(model: type[BaseModel]) -> Schema:
         schema = Schema(model)
         type.__setattr__(model, "__stroma_schema__", schema)
     return schema
-
-
-def _picker(names: tuple[str, ...]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
-    """Return a function that makes a tuple of the named values, and of no cached_property that is in __dict__ too."""
-    if len(names) > 1:
-        return operator.itemgetter(*names)
-    return lambda values: tuple(values[name] for name in names)
 
 
 def _to_plain(value: Any) -> Any:
