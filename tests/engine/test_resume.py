@@ -196,21 +196,6 @@ async def test_the_budget_remembers_failed_attempts_and_money(store: Any) -> Non
     assert result.total_cost_usd == 0
 
 
-async def test_the_budget_remembers_what_is_discarded(store: Any) -> None:
-    """G6: usage before a resume_from counts, also that of outputs which it discards, and a plain resume counts the same."""
-    work = Work("a", "b", "c")
-    await quick(store, budget=ExecutionBudget(max_tokens_total=15)).run(work.nodes, Num())
-    assert work.calls == {"a": 1, "b": 1}
-    limited = quick(store, budget=ExecutionBudget(max_tokens_total=25))
-    for options in ({"resume_from": "b"}, {"resume": True}, {"resume_from": "b"}):
-        result = await limited.run(work.nodes, Num(), **options)
-        assert result.status is RunStatus.PARTIAL
-        assert work.calls == {"a": 1, "b": 2}
-    assert result.failure is not None
-    assert isinstance(result.failure.exception, BudgetExceeded)
-    assert result.failure.exception.actual == 30
-
-
 async def test_an_over_budget_output_is_restored(store: Any) -> None:
     """G4, G5: the output of the attempt that crossed a limit was committed: a resume with more money goes on behind it."""
     work = Work("a", "b")

@@ -281,10 +281,10 @@ class ReliabilityContext:
                 request = self._request(initial_state, discard_from, accept, ends, apart)
                 session = self._opening.start(request._replace(any_input=any_input) if any_input else request)
                 if session is not None:
-                    return self._begin(session)
+                    return self._begin(session, carry=discard_from is None)
             session = await self._opening.wait()
             if self.session is NULL_SESSION:
-                self._begin(session)
+                self._begin(session, carry=discard_from is None)
                 if self.config.shared_budgets and session.epoch > 1:
                     await self._settle_earlier(session)
         return self.session
@@ -384,7 +384,7 @@ class ReliabilityContext:
         """Last output that was committed at the top level. Nothing else can change it."""
         return self.handover.state()
 
-    def _begin(self, session: Session) -> Session:
+    def _begin(self, session: Session, *, carry: bool) -> Session:
         for interceptor in self.interceptors:
             session = interceptor.opened(self, session)
         self.session = session
@@ -399,7 +399,8 @@ class ReliabilityContext:
                 for at, committed in self.restored.items()
                 if committed.step is not None and committed.failed_items
             }
-        if session.continued:
+        if carry and session.continued:
+            # Only a resume that goes on by itself remembers the bill; resume_from starts a new one.
             self.cost_tracker.prior_tokens = session.prior.tokens
             self.cost_tracker.prior_cost_usd = session.prior.cost_usd
             self.cost_tracker.prior_latency_ms = session.prior.latency_ms
