@@ -1073,6 +1073,32 @@ async def test_a_stream_that_failed_and_is_cancelled_counts_once() -> None:
     assert guard.current.ctx.cost_tracker.total_tokens == 100
 
 
+@pytest.mark.parametrize("can_retry", [True, False])
+async def test_a_time_limit_is_no_reason_to_repeat_what_must_not_be_repeated(can_retry: bool) -> None:
+    """A stream that has given a part, and a step with ``can_retry=False``, are not called again after a timeout either."""
+    calls: list[int] = []
+    parts: list[str] = []
+
+    async def stream() -> Any:
+        calls.append(1)
+        yield "a"
+        await asyncio.sleep(60)
+
+    async def slow() -> None:
+        calls.append(1)
+        await asyncio.sleep(60)
+
+    policies: Any = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=2, backoff_seconds=0)}
+    guard = guard_of(node_timeouts={"it": 20}, policy_map=policies)
+    with pytest.raises(TimeoutError, match="did not end within 20 ms"):
+        if can_retry:
+            async for part in guard.wrap("it", stream)():
+                parts.append(part)
+        else:
+            await guard.wrap("it", slow, can_retry=False)()
+    assert (calls, parts) == ([1], ["a"] if can_retry else [])
+
+
 def test_steps_between_the_chunks_of_a_stream_are_not_inside_it() -> None:
     """What the reader of a stream does between two chunks has the reader's place; what its source does has the stream's."""
     guard = guard_of()

@@ -420,6 +420,8 @@ class Call:
                 failure = diagnose(error, where, ctx.classifiers)
                 terminal = failure.failure_class is FailureClass.TERMINAL
                 raise GroupStopped(Halt(failure, partial=not terminal)) from error
+        # A time limit ended it.
+        execution.is_final = bool(self.count) or inner.is_published or not step.can_retry
         raise error
 
     # ------------------------------------------------------------------ result for the caller

@@ -73,6 +73,8 @@ class NodeExecution:
     #: Attempts that were granted to repair an output that broke its contract, and if the next one is.
     repairs: int = 0
     repairing: bool = False
+    #: No further attempt may follow a failure, whatever its policy says.
+    is_final: bool = False
     #: What is wrong with a reported response, if the attempt is to fail of it once its output is safe.
     misreported: UsageError | None = None
     #: What it is to the framework that calls it: "tool" or "agent"; None for any other node.

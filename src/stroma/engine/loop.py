@@ -387,6 +387,8 @@ def _decide(
         return _SPENT
     if ctx.cancelled:  # The node turned it into an error of its own.
         return Stop("the run was cancelled")
+    if run.is_final:
+        return Stop("its caller has a part of the result, or it must not be called twice")
     decision = follow_up(
         failure,
         ctx.step_policies.get(node.node_id) if ctx.step_policies else None,
