@@ -190,6 +190,7 @@ async def _give_up(call: Any) -> None:
         await asyncio.wait_for(call, 0.01)
 
 
+@pytest.mark.core  # Python 3.12 and newer cancel in the task of the body.
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
 @pytest.mark.parametrize("way", ["step", "map", "flow", "question", "sleep", "late"])
 @pytest.mark.parametrize("ends", ["step", "body"])

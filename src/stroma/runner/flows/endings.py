@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import weakref
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from stroma._utils.text import one_line
 from stroma.checkpoint import PipelineChanged
@@ -88,6 +90,8 @@ class Endings:
         self.count = 0
         #: By the scope of the calls. Cleared by the first call that is made outside.
         self.handlers: dict[object, list[HandledError]] = {}
+        #: The task in which a call was cancelled, until the next call.
+        self._thrown_into: weakref.ref[asyncio.Task[Any]] | None = None
 
     def changed(self, message: str, node_id: str) -> Halt:
         """Return the end of a flow whose body does not do what it did before."""
@@ -117,6 +121,10 @@ class Endings:
         )
         return halt
 
+    def note_thrown(self, task: asyncio.Task[Any] | None) -> None:
+        """Note that a call was cancelled in a task, which continues with an exception."""
+        self._thrown_into = None if task is None else weakref.ref(task)
+
     def note_handler(
         self, run: RunningFlow, scope: object, error: BaseException | None, activity: int
     ) -> None:
@@ -125,7 +133,10 @@ class Endings:
         Should that exception end the flow, the body raised it before this call.
         """
         if error is None:
-            self.handlers.pop(scope, None)
+            # Python does not show what a coroutine around handles to one that an exception was thrown into.
+            thrown_into, self._thrown_into = self._thrown_into, None
+            if thrown_into is None or asyncio.current_task() is not thrown_into():
+                self.handlers.pop(scope, None)
             return
         handlers = self.handlers.get(scope, [])
         if handlers and handlers[-1].error is error:

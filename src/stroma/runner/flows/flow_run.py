@@ -281,8 +281,7 @@ class FlowRun:
     def number_call(self, method: str, step_id: str, key: str | None, kind: str = "") -> FlowCall:
         """Return a call with its number. Raises what :meth:`begin_call` and :meth:`identify` raise."""
         scope = self.begin_call(method)
-        identity = self.identify(scope, step_id, key, kind)
-        return FlowCall(identity, self.driver.activity, not scope.path)
+        return FlowCall(self.identify(scope, step_id, key, kind), self.driver.activity, not scope.path)
 
     # ------------------------------------------------------------------ records
 
@@ -373,6 +372,7 @@ class FlowRun:
         seconds = (perf_counter_ns() - begin) / 1e9
         driver.journal.note_cancelled(self.position, branch, seconds, input_key, is_held=driver.unreached > 0)
         self.order.withdraw(identity)
+        driver.endings.note_thrown(current_task(driver.loop))
         self._note_end("cancelled", identity, len(self.order.delivered))
         return True
 
