@@ -133,20 +133,13 @@ async def test_a_fallback_that_is_under_way_when_the_flow_ends_need_not_come_aga
 
     @stroma_flow("f", input=Num, output=Num)
     async def f(flow: Flow, state: Num) -> Num:
-        async def one() -> None:
-            try:
-                await flow.step(bad, state)
-            except StepFailed:
-                await flow.step(notify, state)
-                raise
-
         async def other() -> None:
             try:
                 await flow.step(worse, state)
             except StepFailed:
                 await fall_back(flow, state)
 
-        await asyncio.gather(one(), other())
+        await asyncio.gather(_fail_late(flow, state, bad, notify), other())
         return state
 
     with store_of(kind) as store:
@@ -183,6 +176,15 @@ async def test_a_cleanup_may_call_a_node_that_a_cancelled_flow_called() -> None:
     world.turns.clear()
     result = await runner_on(store).run(f, Num())
     assert result.status is RunStatus.RESUMED, result.failure
+
+
+async def _fail_late(flow: Flow, state: Num, bad: Any, notify: Any) -> None:
+    """Call a step that fails, another one after its failure, and fail."""
+    try:
+        await flow.step(bad, state)
+    except StepFailed:
+        await flow.step(notify, state)
+        raise
 
 
 async def _give_up(call: Any) -> None:
@@ -261,13 +263,6 @@ async def test_a_fallback_that_gave_up_on_a_step_need_not_come_again(kind: str) 
 
     @stroma_flow("f", input=Num, output=Num)
     async def f(flow: Flow, state: Num) -> Num:
-        async def one() -> None:
-            try:
-                await flow.step(bad, state)
-            except StepFailed:
-                await flow.step(notify, state)
-                raise
-
         async def other() -> None:
             try:
                 await flow.run(inner, state)
@@ -275,7 +270,7 @@ async def test_a_fallback_that_gave_up_on_a_step_need_not_come_again(kind: str) 
                 await _give_up(flow.step(slow, state))
                 await flow.step(fallback, state)
 
-        await asyncio.gather(one(), other())
+        await asyncio.gather(_fail_late(flow, state, bad, notify), other())
         return state
 
     with store_of(kind) as store:

@@ -302,5 +302,5 @@ def _count_attempts(run: MemoryRun) -> int:
 
 def _fenced(run_id: str) -> Fenced:
     return Fenced(
-        f"run {run_id!r} was taken over, cancelled or deleted; this execution records nothing more, see the result of the other one"
+        f"run {run_id!r} was taken over or deleted; this execution records nothing more, see the result of the other one"
     )
