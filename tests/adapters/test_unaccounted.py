@@ -1,13 +1,18 @@
-"""A framework's own count of tokens, compared with that of the guard."""
+"""Tokens that no step has used, and a framework's own count of tokens, compared with that of the guard."""
 
 from __future__ import annotations
 
 import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.shared_stores import STORES, store_of
 
-from stroma import ExecutionBudget, StromaRunner, Usage, UsageError
+from stroma import BudgetExceeded, ExecutionBudget, StromaRunner, Usage, UsageError
 from stroma.adapters import Guard
 
 
@@ -87,3 +92,48 @@ def test_a_model_without_a_price_that_no_step_has_called_is_refused_under_a_cost
     assert run.result is not None
     assert (run.result.total_cost_usd, run.result.unpriced_models) == (0.5, ["nobody-knows-it"])
     assert sum("has no known price" in message for message in caplog.messages) == 1
+
+
+KILLED = """
+import os, signal, sys, time
+from stroma import SQLiteStore, StromaRunner, Usage
+from stroma.adapters import Guard
+store = SQLiteStore(sys.argv[1])
+with Guard(StromaRunner.quick(store=store, run_id="r", resume=True, lease_seconds=0.2)).run("q") as run:
+    run.report_usage(Usage(input_tokens=60, model="gpt-4o"))
+    while not store.flow_notes("r"):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_a_resume_counts_what_no_step_has_used(kind: str) -> None:
+    """The budget counts what all processes of the run have used, although no attempt has it; a result has its own."""
+    budget = ExecutionBudget(max_tokens_total=100)
+    with store_of(kind) as store:
+        guard = Guard(StromaRunner.quick(store=store, run_id="r", resume=True, budget=budget))
+        for tokens in (60, 30):
+            with pytest.raises(RuntimeError), guard.run("q") as run:
+                run.report_usage(Usage(input_tokens=tokens))
+                run.usage.check_budget()
+                raise RuntimeError
+            assert run.result is not None
+            assert run.result.total_tokens == tokens
+        with pytest.raises(BudgetExceeded, match="101"), guard.run("q") as run:
+            run.usage.check_budget()
+            run.report_usage(Usage(input_tokens=11))
+            run.usage.check_budget()
+
+
+@pytest.mark.slow
+def test_what_no_step_has_used_is_stored_at_once(tmp_path: Path) -> None:
+    """A process that is killed before the run has a step or an end loses nothing of it."""
+    file = tmp_path / "r.db"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(file)], check=False, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    runner = StromaRunner.quick(
+        store=str(file), run_id="r", resume=True, budget=ExecutionBudget(max_tokens_total=50)
+    )
+    with pytest.raises(BudgetExceeded, match="60"), Guard(runner).run("q") as run:
+        run.usage.check_budget()

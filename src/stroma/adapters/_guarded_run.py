@@ -249,7 +249,8 @@ class GuardedRun:
         )
         await ctx.open(initial, ends=self.ends, any_input=self.is_continuation)
         if self.guard.runner is not None:  # Otherwise the owner of the context handles cancellation.
-            ctx.session.on_control = partial(self._control, asyncio.get_running_loop())
+            self.usage.loop = loop = asyncio.get_running_loop()
+            ctx.session.on_control = partial(self._control, loop)
         if self.ends:
             await ctx.announce_start(initial)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from contextlib import suppress
 from typing import Final
 
 from stroma.adapters._step import count_tokens
+from stroma.checkpoint import StoreError
 from stroma.cost.prices import cost_of
 from stroma.cost.usage import Usage, UsageError, as_report
 from stroma.engine.context import ReliabilityContext
@@ -23,16 +26,18 @@ class OutsideUsage:
     """The usage of a run outside of its steps. Frameworks report it from any thread.
 
     Attributes:
+        loop: that of the run, on which it is stored at once. None: the end of the run stores it.
         unaccounted: tokens that a framework has counted in this run, and the guard has not; see :meth:`compare`.
     """
 
     def __init__(self, ctx: ReliabilityContext) -> None:
         self._ctx = ctx
         self._lock = threading.Lock()
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.unaccounted = 0
 
     def report(self, usage: Usage) -> None:
-        """Count tokens against the budget of the run, and in its totals.
+        """Count tokens against the budget of the run, and in its totals, and store them for a resume.
 
         Raises UsageError for a model without a known price where a cost limit could not count it.
         """
@@ -40,8 +45,20 @@ class OutsideUsage:
         tokens = usage.input_tokens + usage.output_tokens
         with self._lock:
             self._ctx.cost_tracker.add(_OUTSIDE, tokens, usage.output_tokens, cost or 0.0, 0, usage.model)
+        if self.loop is not None:
+            with suppress(RuntimeError):  # The loop was closed under it.
+                self.loop.call_soon_threadsafe(self._store)
         if cost is None and usage.model is not None:
             self._note_unpriced(usage.model)
+
+    def _store(self) -> None:
+        self._ctx.note_usage()
+        with suppress(StoreError):  # The next step meets it too.
+            pending = self._ctx.session.flush()
+            if pending is not None:
+                asyncio.ensure_future(pending).add_done_callback(
+                    lambda done: done.cancelled() or done.exception()
+                )
 
     def _note_unpriced(self, model: str) -> None:
         """Treat a model without a known price as in a step: refuse it under a cost limit, else warn of it once."""

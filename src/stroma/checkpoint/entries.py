@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ __all__ = [
     "NO_CONTROL",
     "OF_FLOW",
     "OF_MAP",
+    "USAGE_NOTE",
     "Committed",
     "Finished",
     "IfExists",
@@ -252,6 +254,16 @@ class PriorUsage(NamedTuple):
     cost_usd: float = 0.0
     latency_ms: float = 0.0
 
+    @classmethod
+    def of_no_attempt(cls, notes: Mapping[str, bytes]) -> PriorUsage:
+        """Return the usage that no attempt has, from the notes of a session."""
+        data = notes.get(USAGE_NOTE)
+        return cls() if data is None else cls(*json.loads(data))
+
+    def as_note(self) -> bytes:
+        """Return the data of :data:`USAGE_NOTE`."""
+        return json.dumps([self.tokens, self.cost_usd]).encode()
+
 
 class UnknownCall(NamedTuple):
     """A call of an effect whose outcome is unknown.
@@ -298,6 +310,10 @@ NOT_DONE: Final = b"not done"
 def effect_note(position: int, branch: str) -> str:
     """Return the key of the note about the calls of an effect. It outlives the discarding of its position."""
     return f"{position}:effect:{branch}"
+
+
+#: Key of the note about the usage of an execution that no attempt has.
+USAGE_NOTE: Final = "0:u:"
 
 
 def is_effect_note(key: str) -> bool:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter_ns, time_ns
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel
 
@@ -21,7 +21,7 @@ from stroma.checkpoint import (
     Session,
     StoreError,
 )
-from stroma.checkpoint.entries import NO_CONTROL, RunControl, Tried
+from stroma.checkpoint.entries import NO_CONTROL, USAGE_NOTE, PriorUsage, RunControl, Tried
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import Node
@@ -57,13 +57,16 @@ _WARN_AT = 0.8
 _NO_FAILED_MAPS: Mapping[tuple[int, str], int] = {}
 
 
+_NOTHING: Final = PriorUsage()
+
+
 @dataclass(eq=False, init=False)
 class ReliabilityContext:
     """Everything that belongs to one run. Create it with :meth:`for_run`."""
 
     # Slots, since several of them are read for each node.
     __slots__ = (
-        "__weakref__", "_notes", "_opening", "_warned", "apart", "budget", "cancelled", "checkpoint_manager", "classifiers",
+        "__weakref__", "_notes", "_opening", "_prior_unrecorded", "_warned", "apart", "budget", "cancelled", "checkpoint_manager", "classifiers",
         "config", "context", "cost_tracker", "delivers", "done", "due_ms", "effects", "elsewhere", "epoch_ns", "failed_items", "failed_maps",
         "fire", "gated", "handover", "holds", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traces", "limits",
         "model_fallbacks", "on_hold", "paused", "pipeline", "plain_steps", "policy_map", "recovers", "redactor", "registry", "restored",
@@ -182,6 +185,8 @@ class ReliabilityContext:
             bool(self.step_timeouts) or self.budget.max_latency_ms is not None or bool(self.interceptors)
         )
         #: Warnings that were logged: dimensions of the budget, and what is wrong with a node.
+        #: Usage of earlier processes that no attempt has.
+        self._prior_unrecorded = _NOTHING
         self._warned: dict[str | tuple[str, str], None] = {}  # A set would take 200 bytes in each run.
         #: The store records which end hooks are due.
         self.delivers = False
@@ -368,6 +373,7 @@ class ReliabilityContext:
                 if opened is None:
                     return False
                 session = opened
+            self.note_usage()
             pending = session.end(status.value, error, self.wake_ms)
             if pending is not None:
                 problem = await shield.finish(pending)
@@ -399,10 +405,12 @@ class ReliabilityContext:
                 for at, committed in self.restored.items()
                 if committed.step is not None and committed.failed_items
             }
+        if session.continued:
+            self._prior_unrecorded = PriorUsage.of_no_attempt(session.notes)
         if carry and session.continued:
             # Only a resume that goes on by itself remembers the bill; resume_from starts a new one.
-            self.cost_tracker.prior_tokens = session.prior.tokens
-            self.cost_tracker.prior_cost_usd = session.prior.cost_usd
+            self.cost_tracker.prior_tokens = session.prior.tokens + self._prior_unrecorded.tokens
+            self.cost_tracker.prior_cost_usd = session.prior.cost_usd + self._prior_unrecorded.cost_usd
             self.cost_tracker.prior_latency_ms = session.prior.latency_ms
         return session
 
@@ -423,6 +431,14 @@ class ReliabilityContext:
         """End what precedes the next attempts. Called in the event loop of the run, once it is held."""
         for end in list(self.on_hold):
             end()
+
+    def note_usage(self) -> None:
+        """Note the usage that no attempt has, so that a resume counts it. The end of the run stores it, or a flush."""
+        tokens, cost_usd = self.cost_tracker.added()
+        if tokens or cost_usd:
+            before = self._prior_unrecorded
+            usage = PriorUsage(before.tokens + tokens, before.cost_usd + cost_usd)
+            self.session.note(USAGE_NOTE, usage.as_note())
 
     def note_suspended(self, reason: str) -> None:
         """Add a reason of the whole run to the result."""
