@@ -10,7 +10,7 @@ import subprocess
 import sys
 import uuid
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, timedelta
 from typing import Any
 
 import pytest
@@ -604,7 +604,7 @@ async def test_limits_of_all_runs_hold_in_every_attempt(
     temporal: TemporalDriver, tmp_path: pathlib.Path
 ) -> None:
     """A shared budget in a store stops the second run, whichever worker it is on; a limit bounds how many run at once."""
-    from stroma import Limit, SharedBudget
+    from stroma import Limit, SharedBudget, SharedBudgetExceeded
 
     running = [0, 0]
 
@@ -616,7 +616,7 @@ async def test_limits_of_all_runs_hold_in_every_attempt(
         return {"n": state.n + 1}, 60
 
     async with SQLiteStore(tmp_path / "shared.db") as store:
-        budget = SharedBudget("team", store=store, max_tokens=100)
+        budget = SharedBudget("team", store=store, max_tokens=100, per="month")
         nodes = [parallel(node("a", spends), node("b", spends))]
         limits = {"calls": Limit(concurrent=1, store=store)}
         async with temporal.bind(
@@ -628,7 +628,11 @@ async def test_limits_of_all_runs_hold_in_every_attempt(
     assert first.total_tokens == 120
     assert (second.status, second.total_tokens) == (RunStatus.PARTIAL, 0)
     assert second.failure is not None
-    assert "team" in second.failure.message
+    refused = second.failure.exception
+    assert isinstance(refused, SharedBudgetExceeded)
+    assert (refused.budget, refused.limit, refused.actual) == ("team", 100, 120)
+    assert refused.resets_at is not None
+    assert refused.resets_at.tzinfo is UTC
 
 
 async def test_a_worker_that_is_killed_loses_only_what_it_was_at(

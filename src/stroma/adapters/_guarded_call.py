@@ -412,7 +412,7 @@ class Call:
                 self.raises_own_error = True
                 terminal = halt.failure.failure_class is FailureClass.TERMINAL
                 raise GroupStopped(
-                    Halt(halt.failure, partial=halt.partial or not terminal, spent=halt.spent)
+                    halt._replace(output=None, partial=halt.partial or not terminal)
                 ) from error
             if self.count or inner.is_published or not step.can_retry:
                 # The caller has received a part of the result already.

@@ -200,11 +200,9 @@ class OpenAttempt:
         if isinstance_by_type(raised, Suspend):
             ctx.redactor.note_secrets(self.snapshot)
             reason = ctx.redactor.mask(message_of(raised))
-            if isinstance_by_type(raised, UnknownOutcome):
-                waiting = raised.waiting(run)
-            else:
-                ref = "" if raised.schema is None else schema_ref(raised.schema)
-                waiting = Waiting(run.position, run.branch, run.node_id, reason, ref)
+            if not _is_asked_inside(raised, run):
+                waiting = _question_of(raised, run, reason)
+                raised.asked_at = ctx.run_id, run.position, run.branch
         else:  # A group; its children have recorded what they wait for.
             assert isinstance_by_type(raised, GroupStopped)
             reason = raised.halt.failure.message
@@ -290,3 +288,24 @@ class OpenAttempt:
                 self.firing.finish_now()
             finally:
                 CURRENT.reset(token)
+
+
+def _is_asked_inside(raised: Suspend, run: NodeExecution) -> bool:
+    """Return True if a step inside of a node has recorded the question that comes out of the node now."""
+    if raised.asked_at is None:
+        return False
+    run_id, position, branch = raised.asked_at
+    inside = f"{run.branch}." if run.branch else ""
+    return (
+        (run_id, position) == (run.ctx.run_id, run.position)
+        and branch != run.branch
+        and branch.startswith(inside)
+    )
+
+
+def _question_of(raised: Suspend, run: NodeExecution, reason: str) -> Waiting:
+    """Return what a node waits for."""
+    if isinstance_by_type(raised, UnknownOutcome):
+        return raised.waiting(run)
+    ref = "" if raised.schema is None else schema_ref(raised.schema)
+    return Waiting(run.position, run.branch, run.node_id, reason, ref)

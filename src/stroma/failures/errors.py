@@ -66,6 +66,8 @@ class Suspend(Exception):
     """
 
     schema: type[BaseModel] | None = None  # Of a subclass that does not say, too.
+    #: The run, position and branch of the step that has asked, while the exception passes the steps around it.
+    asked_at: tuple[str, int, str] | None = None
 
     def __init__(self, reason: str, *, schema: type[BaseModel] | None = None) -> None:
         super().__init__(reason)

@@ -23,9 +23,11 @@ from stroma.checkpoint.payloads import BlobStore
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
+from stroma.drivers.remote.failure_data import decode_failure, encode_failure
 from stroma.drivers.remote.flow_bodies import FlowSite
 from stroma.drivers.remote.mirror import is_mirrored, mirror
 from stroma.drivers.remote.plans import KnownNodes, MissingNode
+from stroma.drivers.remote.questions import answer_of
 from stroma.drivers.remote.request_context import RequestContext, WorkerResources
 from stroma.drivers.remote.results import Reader, result_of, unpack
 from stroma.drivers.remote.wire import (
@@ -34,9 +36,6 @@ from stroma.drivers.remote.wire import (
     Reply,
     SegmentReport,
     Value,
-    clip,
-    decode_failure,
-    encode_failure,
 )
 from stroma.engine.config import RunConfig
 from stroma.engine.current import CURRENT, leave
@@ -218,16 +217,7 @@ class _Work(RequestContext):
                 reply["output"] = self.record.output
         asks = self.record.asks
         if asks is not None:
-            reply["waiting"] = {
-                "position": asks.position,
-                "branch": asks.branch,
-                "node_id": asks.node_id,
-                "reason": asks.reason,
-                "schema_ref": asks.schema_ref,
-                "payload": None,
-            }
-            if asks.effect is not None:
-                reply["waiting"]["effect"] = [*asks.effect[:2], clip(asks.effect.cause)]
+            reply["waiting"] = answer_of(asks)
         if self.record.intent is not None:
             reply["effect"] = [self.record.intent.number, self.record.intent.is_open]
         return self.with_notes(reply)

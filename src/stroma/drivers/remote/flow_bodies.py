@@ -23,8 +23,10 @@ from stroma.contracts.node import FlowNode, Group, Node
 from stroma.contracts.schema import schema_of
 from stroma.cost.tracker import CostTracker
 from stroma.drivers.remote.children import merged, spans_of
-from stroma.drivers.remote.flow_records import FlowValues, StateSession, answer_of
+from stroma.drivers.remote.failure_data import decode_failure, encode_failure
+from stroma.drivers.remote.flow_records import FlowValues, StateSession
 from stroma.drivers.remote.plans import FROZEN, KnownNodes, spec_of
+from stroma.drivers.remote.questions import answer_of
 from stroma.drivers.remote.state import (
     Continue,
     Driver,
@@ -38,8 +40,6 @@ from stroma.drivers.remote.wire import (
     NodeSpec,
     Plan,
     Value,
-    decode_failure,
-    encode_failure,
 )
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext

@@ -14,12 +14,13 @@ from stroma.checkpoint.payloads import BlobStore
 from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema
+from stroma.drivers.remote.questions import answer_of, waiting_of
 from stroma.drivers.remote.results import no_room_error, read_value
 from stroma.drivers.remote.state import FlowRecords, RunState
-from stroma.drivers.remote.wire import LARGE, Answer, ClassName, Value, json_size
+from stroma.drivers.remote.wire import LARGE, ClassName, Value, json_size
 from stroma.trace.events import AttemptRow
 
-__all__ = ["FlowValues", "StateSession", "answer_of"]
+__all__ = ["FlowValues", "StateSession"]
 
 #: Bytes of the record of a step, its input and output apart.
 _STEP: Final = 200
@@ -68,7 +69,8 @@ class StateSession(NullSession):
             if key in state["done"]
         }
         self._waiting = {
-            (one["position"], one["branch"]): _waiting_of(one, None) for one in records["questions"].values()
+            (one["position"], one["branch"]): waiting_of({**one, "payload": None})
+            for one in records["questions"].values()
         }
         self.waiting: Mapping[tuple[int, str], Waiting] = self._waiting
         self.answers()
@@ -139,21 +141,5 @@ class StateSession(NullSession):
         for key, answer in self._state["answers"].items():
             if key in self._records["questions"]:
                 place = (answer["position"], answer["branch"])
-                self._waiting[place] = _waiting_of(answer, answer["payload"])
+                self._waiting[place] = waiting_of(answer)
         return self._waiting
-
-
-def answer_of(waiting: Waiting) -> Answer:
-    """Return a question or an answer as plain data."""
-    payload = None if waiting.payload is None else waiting.payload.decode()
-    return {
-        "position": waiting.position, "branch": waiting.branch, "node_id": waiting.node_id, "reason": waiting.reason,
-        "schema_ref": waiting.schema_ref, "payload": payload,
-    }  # fmt: skip
-
-
-def _waiting_of(one: Answer, payload: str | None) -> Waiting:
-    return Waiting(
-        one["position"], one["branch"], one["node_id"], one["reason"], one["schema_ref"],
-        None if payload is None else payload.encode(),
-    )  # fmt: skip

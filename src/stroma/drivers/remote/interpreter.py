@@ -15,8 +15,10 @@ from typing import Any
 from stroma.cost.budget import ExecutionBudget
 from stroma.drivers.remote.children import Children, busy_ns
 from stroma.drivers.remote.effect_calls import call_effect
+from stroma.drivers.remote.failure_data import decode_failure, encode_failure
 from stroma.drivers.remote.flow_bodies import FlowBodies, run_body
 from stroma.drivers.remote.plans import policies_of
+from stroma.drivers.remote.questions import answers_for, note_question
 from stroma.drivers.remote.state import (
     NO_FAILURE,
     Broken,
@@ -43,8 +45,6 @@ from stroma.drivers.remote.wire import (
     Reply,
     SegmentReport,
     Value,
-    decode_failure,
-    encode_failure,
     fit_context,
     json_size,
 )
@@ -271,7 +271,7 @@ class Interpreter:
             attempt += 1
             request = self.of(
                 place, "attempt", value, attempt=attempt, repairs=repairs, after=after, last=last,
-                answer=self.state["answers"].get(place.key),
+                **answers_for(self.state, place),
             )  # fmt: skip
             if place.spec.get("effect"):
                 reply, cancelled = await call_effect(self.driver, self.state, place, request)
@@ -321,8 +321,7 @@ class Interpreter:
                 self._keep(place, output)
             raise asyncio.CancelledError
         if "waiting" in reply:
-            state["waiting"][place.key] = reply["waiting"]
-            state["answers"].pop(place.key, None)  # It was for an earlier question.
+            note_question(state, reply["waiting"])
         if "halt" in reply:
             halt = reply["halt"]
             return StoppedExecution(

@@ -19,14 +19,16 @@ from stroma.checkpoint import (
     StepCall,
     Waiting,
 )
-from stroma.checkpoint.entries import UnknownCall, effect_note
+from stroma.checkpoint.entries import effect_note
 from stroma.checkpoint.payloads import BlobStore
 from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.contract import ContractRegistry, ContractViolation
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.untyped import UntypedState
+from stroma.drivers.remote.failure_data import decode_failure
 from stroma.drivers.remote.plans import FROZEN, KnownNodes, context_of
+from stroma.drivers.remote.questions import waiting_of
 from stroma.drivers.remote.results import fetch, no_room_error
 from stroma.drivers.remote.state import encode_inside
 from stroma.drivers.remote.wire import (
@@ -37,7 +39,6 @@ from stroma.drivers.remote.wire import (
     Reply,
     Value,
     clip,
-    decode_failure,
     json_size,
 )
 from stroma.engine.config import RunConfig
@@ -73,6 +74,7 @@ class ReplySession(NullSession):
         self.inside = BoundedRows(0)
         self.output: Value | None = None
         self.asks: Waiting | None = None
+        self._asked_inside: Waiting | None = None
         #: The last call of the effect that the request is for.
         self.intent: Intent | None = None
         self.notes: Mapping[str, bytes] = {}
@@ -83,6 +85,8 @@ class ReplySession(NullSession):
         if self._count_inside(row):
             return None
         self.row = row
+        if row.outcome == "suspended":
+            self.asks = self._asked_inside
         if output is None or schema is None:
             return None
         return self._keep(schema.encode(output).decode())
@@ -98,8 +102,10 @@ class ReplySession(NullSession):
         self.output = await self._request.value(text, self._request.output_class())
 
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
-        self._count_inside(row)
-        self.row, self.asks = row, waiting
+        if self._count_inside(row):
+            self._asked_inside = waiting
+        else:
+            self.row, self.asks = row, waiting
         return None
 
     def note(self, key: str, data: bytes | None) -> None:
@@ -217,14 +223,9 @@ class RequestContext:
             violation = run.last_failure.exception
             if contract is not None and isinstance(violation, ContractViolation):
                 violation.schema = contract.output_schema
-        answer = request.get("answer")
-        if answer is not None:
-            payload, call = answer["payload"], answer.get("effect")
-            answered = Waiting(
-                position, branch, node.node_id, answer["reason"], answer["schema_ref"],
-                None if payload is None else payload.encode(), None if call is None else UnknownCall(*call),
-            )  # fmt: skip
-            self.record.waiting = {(position, branch): answered}
+        own = request.get("answer")
+        answers = [*request.get("inside", ()), *(() if own is None else (own,))]
+        self.record.waiting = {(one["position"], one["branch"]): waiting_of(one) for one in answers}
         if "effect" in request:
             number, is_open = request["effect"]
             # An earlier delivery may have called it.

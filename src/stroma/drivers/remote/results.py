@@ -17,9 +17,10 @@ from stroma.checkpoint import StoreError
 from stroma.checkpoint.payloads import BlobStore
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
+from stroma.drivers.remote.failure_data import decode_failure
 from stroma.drivers.remote.plans import KnownNodes
 from stroma.drivers.remote.state import decode_inside
-from stroma.drivers.remote.wire import ClassName, SegmentReport, Value, decode_failure
+from stroma.drivers.remote.wire import ClassName, SegmentReport, Value
 from stroma.engine.merged_models import spelled_out
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RemoteFailure

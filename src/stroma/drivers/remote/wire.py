@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any, Final, Literal, NotRequired, TypedDict
-
-from stroma.contracts.contract import ContractViolation
-from stroma.cost.budget import BudgetExceeded
-from stroma.failures.classes import FailureClass
-from stroma.failures.errors import RemoteFailure
-from stroma.failures.failure import Failure, isinstance_by_type
-from stroma.trace.plain import jsonable
 
 __all__ = [
     "ActivityRequest",
@@ -26,8 +18,6 @@ __all__ = [
     "Spent",
     "Value",
     "clip",
-    "decode_failure",
-    "encode_failure",
     "fit_context",
     "fold",
     "json_size",
@@ -41,11 +31,10 @@ LARGE: Final = 256 * 1024
 #: Bytes of states that one run may hold beside that: half of what a Temporal payload may be, for all else that is in it.
 ROOM: Final = 1024 * 1024
 #: Characters of a message, and bytes of the parts of a contract violation and of one value of the context dict.
-_MAX_TEXT: Final = 16 * 1024
+MAX_TEXT: Final = 16 * 1024
 CONTEXT: Final = 64 * 1024
 #: Bytes of the whole context dict, which goes with every request.
 _CONTEXTS: Final = 256 * 1024
-_ERRORS: Final = 100  # of a state that breaks its contract
 
 Operation = Literal["begin", "attempt", "open", "items", "close", "pack", "end"]
 
@@ -191,6 +180,7 @@ class ActivityRequest(TypedDict):
         span_ns: of "close": when the first function inside the group began, and when the last one ended.
         room: bytes of states that may still come back in the reply itself.
         after: seconds that were waited since the last attempt.
+        inside: answers to steps inside the node.
         effect: number of the last call of an effect, and True if nobody knows how that ended.
         gone: what nodes have taken out of the context dict; a worker's own config may have it, too.
     """
@@ -218,6 +208,7 @@ class ActivityRequest(TypedDict):
     after: NotRequired[float | None]
     last: NotRequired[FailureData | None]
     answer: NotRequired[Answer | None]
+    inside: NotRequired[list[Answer]]
     effect: NotRequired[list[Any]]
     first: NotRequired[int]
     count: NotRequired[int]
@@ -308,8 +299,8 @@ def json_size(text: str) -> int:
 
 def clip(text: str) -> str:
     """Return a message of limited length."""
-    omitted = len(text) - _MAX_TEXT
-    return text if omitted <= 0 else f"{text[:_MAX_TEXT]} ... ({omitted} characters omitted)"
+    omitted = len(text) - MAX_TEXT
+    return text if omitted <= 0 else f"{text[:MAX_TEXT]} ... ({omitted} characters omitted)"
 
 
 def fit_context(context: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -368,80 +359,3 @@ def unfold(folded: dict[str, Any]) -> Any:
 def size_of(value: Value | None) -> int:
     """Return the bytes that a value takes of a run's own state."""
     return 0 if value is None else value["size"] if "text" in value else 100
-
-
-def encode_failure(failure: Failure) -> FailureData:
-    """Return a failure as plain data."""
-    exc = failure.exception
-    data: list[Any] | None = None
-    if isinstance_by_type(exc, ContractViolation):
-        try:
-            data = _violated(exc)
-        except Exception:  # Raised by a node without the usual attributes.
-            data = None
-    elif isinstance_by_type(exc, BudgetExceeded):
-        data = [exc.dimension, exc.limit, exc.actual, exc.node_id]
-    kind = type(exc)
-    encoded: FailureData = {
-        "failure_class": failure.failure_class.value,
-        "message": clip(failure.message),
-        "reason": failure.reason,
-        "retry_after": failure.retry_after_seconds,
-        "node_id": failure.node_id,
-        "attempt": failure.attempt,
-        "type": exc.type_name if isinstance_by_type(exc, RemoteFailure) else kind.__name__,
-        "full_name": exc.full_name if isinstance_by_type(exc, RemoteFailure) else _full_name(kind),
-        "data": data,
-    }
-    if failure.inner is not None:
-        encoded["inner"] = [failure.inner.node_id, failure.inner.attempt]
-    return encoded
-
-
-def _full_name(kind: type) -> str:
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _violated(exc: ContractViolation) -> list[Any]:
-    raw, errors = jsonable(exc.raw), [jsonable(error) for error in exc.errors[:_ERRORS]]
-    if len(json.dumps(raw)) > _MAX_TEXT:
-        raw = {"omitted": "too large to be sent"}
-    if len(json.dumps(errors)) > _MAX_TEXT:
-        errors = [
-            {
-                name: clip(str(e[name])) if name == "msg" else e[name]
-                for name in ("type", "loc", "msg")
-                if name in e
-            }
-            for e in errors
-            if isinstance(e, dict)
-        ]
-    data: list[Any] = json.loads(json.dumps([exc.direction, raw, errors]))
-    return data
-
-
-def decode_failure(record: FailureData) -> Failure:
-    """Return the failure of plain data. Exceptions of Stroma are restored; any other one is a RemoteFailure."""
-    exc: BaseException
-    data, name = record["data"], record["type"]
-    if name == "ContractViolation" and data is not None:
-        exc = ContractViolation(record["node_id"], data[0], data[1], data[2])
-    elif name in ("BudgetExceeded", "DeadlineExceeded", "_Deadline") and data is not None:
-        exc = BudgetExceeded(data[0], data[1], data[2], data[3])
-    elif name == "TimeoutError":
-        exc = TimeoutError(record["message"])
-    else:
-        exc = RemoteFailure(record["message"], name, record.get("full_name"))
-    failure = Failure(
-        exc,
-        FailureClass(record["failure_class"]),
-        record["node_id"],
-        record["attempt"],
-        record["message"],
-        record["reason"],
-        record["retry_after"],
-    )
-    if "inner" not in record:
-        return failure
-    node_id, attempt = record["inner"]
-    return replace(failure, inner=replace(failure, node_id=node_id, attempt=attempt))

@@ -15,15 +15,14 @@ from temporalio.client import (
 from temporalio.service import RPCError, RPCStatusCode
 
 from stroma.checkpoint import StoreError, Waiting
-from stroma.checkpoint.entries import UnknownCall
 from stroma.checkpoint.payloads import BlobStore, blob_store
 from stroma.contracts.contract import ContractRegistry
 from stroma.drivers.remote.plans import KnownNodes, freeze
+from stroma.drivers.remote.questions import answer_of, waiting_of
 from stroma.drivers.remote.results import Reader, result_of
 from stroma.drivers.remote.state import RunState
 from stroma.drivers.remote.wire import (
     LARGE,
-    Answer,
     SegmentReport,
     json_size,
     unfold,
@@ -270,17 +269,7 @@ class TemporalRunner:
                 f"the answer must have fewer than {LARGE} bytes, got {size}; save large data in another store and answer with "
                 "its name"
             )
-        message: Answer = {
-            "position": answered.position,
-            "branch": answered.branch,
-            "node_id": answered.node_id,
-            "reason": answered.reason,
-            "schema_ref": answered.schema_ref,
-            "payload": answered.payload.decode(),
-        }
-        if answered.effect is not None:
-            message["effect"] = list(answered.effect)
-        await self._cluster.handle(run_id).signal(names.ANSWER, message)
+        await self._cluster.handle(run_id).signal(names.ANSWER, answer_of(answered))
 
     async def waiting(self, run_id: str) -> list[Waiting]:
         """Return the requests of suspended nodes of a run, answered ones included. Raises CheckpointNotFound."""
@@ -293,13 +282,9 @@ class TemporalRunner:
         )
         answers = state["answers"]
         return [
-            Waiting(
-                one["position"], one["branch"], one["node_id"], one["reason"], one["schema_ref"],
-                (answers[key]["payload"] or "").encode() if key in answers else None,
-                UnknownCall(*one["effect"]) if "effect" in one else None,
-            )
+            waiting_of({**one, "payload": (answers[key]["payload"] or "") if key in answers else None})
             for key, one in state["waiting"].items()
-        ]  # fmt: skip
+        ]
 
     async def trace(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> ExecutionResult:
         """Return the current result of a run; its status is INTERRUPTED while it runs. Raises CheckpointNotFound."""
