@@ -9,10 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stroma import AsyncInMemoryStore, InMemoryStore, SQLiteStore
 from stroma.checkpoint import PostgresStore, RedisStore, SyncRedisStore
+
+Store = TypeVar("Store")
 
 #: In memory where there is such a place.
 FAST = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -73,3 +75,8 @@ def store_of(kind: str) -> Iterator[Any]:
         return
     with place(kind) as where, opened(kind, where) as store:
         yield store
+
+
+def altered(kind: type[Store], **internals: Any) -> type[Store]:
+    """Return a class of stores with other internals, such as ``_patience_seconds``."""
+    return type(kind.__name__, (kind,), internals)

@@ -21,13 +21,17 @@ def _connect(uri: str) -> sqlite3.Connection:
     return sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, factory=Connection)
 
 
+class _SlowerStore(SQLiteStore):
+    _open_file = staticmethod(_connect)
+
+
 async def opened(address: str, nodes: int) -> tuple[Run, Close]:
     if address.startswith("alone+"):
         address = address.removeprefix("alone+")
         worker._MAX_BATCH_SIZE = 1  # type: ignore[misc]
     store: Any
     if SLOWER and address.startswith("sqlite:///"):
-        store = SQLiteStore(address.removeprefix("sqlite:///"), _connect=_connect)
+        store = _SlowerStore(address.removeprefix("sqlite:///"))
     else:
         store = open_store(address)
     runner = StromaRunner.quick(store=store)

@@ -78,7 +78,7 @@ Event = Write | Truncate | Sync | FailedSync | Name | Mark
 
 @dataclass
 class Disk:
-    """The record of one folder. Its connections are made by :meth:`connect`, which fits SQLiteStore's ``_connect``.
+    """The record of one folder. Its connections are made by :meth:`connect`, which fits SQLiteStore's ``_open_file``.
 
     Attributes:
         pragmas: said to each connection before anything else.

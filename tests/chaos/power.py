@@ -67,7 +67,8 @@ class _Noting:
 
 class RecordedStore(SQLiteStore):
     def __init__(self, path: Path, disk: Disk, **options: Any) -> None:
-        super().__init__(path, _connect=disk.connect, **options)
+        self._open_file = disk.connect
+        super().__init__(path, **options)
         self.disk = disk
 
     def _connect(self) -> Any:

@@ -263,7 +263,7 @@ def test_a_locked_store(stroma, fails):
     assert stroma("run", "sums.py:pipeline", GOOD, "--db", "x.db").code == 0
     code = (
         "import sys; from stroma.checkpoint.sqlite.store import SQLiteStore; from stroma.cli import main\n"
-        "SQLiteStore.__init__.__kwdefaults__['_patience_seconds'] = 0.2\n"
+        "SQLiteStore._patience_seconds = 0.2\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     holder = sqlite3.connect(stroma.home / "x.db", isolation_level=None)

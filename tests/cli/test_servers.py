@@ -92,7 +92,7 @@ def test_a_server_that_cannot_be_used(inside, fails, monkeypatch):
         (PostgresStore, "postgresql://me:geheim@127.0.0.1:1/db"),
         (RedisStore, "redis://:geheim@127.0.0.1:1/0"),
     ):
-        monkeypatch.setitem(store.__init__.__kwdefaults__, "_patience_seconds", 0.1)
+        monkeypatch.setattr(store, "_patience_seconds", 0.1)
         for words in (["runs"], ["show", "last"], ["run", "sums.py:pipeline", GOOD, "-q"]):
             done = inside(*words, "--db", url)
             fails(done, 3, "127.0.0.1:1")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -57,9 +57,10 @@ def nodes_of(pipeline: Pipeline | Iterable[Any]) -> list[Node | Group]:
     return find_nodes(pipeline.nodes if isinstance(pipeline, Pipeline) else pipeline)
 
 
-def override_config(config: RunConfig, run_id: str | None, overrides: dict[str, Any]) -> RunConfig:
-    """Return the config of one run: with its id, and with the overrides that are not None. Raises ValidationError."""
+def override_config(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
+    """Return the config of one run: with an id, and with the overrides that are not None. Raises ValidationError."""
     changes = {name: value for name, value in overrides.items() if value is not None}
+    run_id = changes.pop("run_id", None)
     if run_id is None and (config_run_id := config.take_run_id()) != config.run_id:
         run_id = config_run_id
     if not changes:

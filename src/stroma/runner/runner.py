@@ -301,6 +301,7 @@ class StromaRunner:
         ``RunConfig(check=True)``.
         """
         overrides = {
+            "run_id": run_id,
             "context": context,
             "resume": resume,
             "resume_from": resume_from,
@@ -310,14 +311,13 @@ class StromaRunner:
             "conversation": conversation,
             "user": user,
         }
-        return await self._run(node_sequence, initial_state, run_id, overrides, traceparent)
+        return await self._run(node_sequence, initial_state, overrides, traceparent)
 
     async def _run(
         self,
         node_sequence: Pipeline | Iterable[Any],
         initial_state: BaseModel,
-        run_id: str | None,
-        overrides: dict[str, Any],
+        overrides: Mapping[str, Any],
         traceparent: str | None = None,
         *,
         recovers: bool = False,
@@ -328,7 +328,7 @@ class StromaRunner:
         ``recovers``: raise RunExists for a run that has ended or is suspended. ``due_ms``: raise it for a run that is not
         due at this time.
         """
-        config = override_config(self._config_of(node_sequence), run_id, overrides)
+        config = override_config(self._config_of(node_sequence), overrides)
         nodes = nodes_of(node_sequence)
         if not isinstance(initial_state, BaseModel):
             raise TypeError(f"the initial state must be a pydantic model, not {type(initial_state).__name__}")
@@ -509,7 +509,7 @@ class StromaRunner:
 
         async def resume_run(run_id: str) -> ExecutionResult:
             state = await self._stored.read_input(run_id, schema)
-            return await self._run(nodes, state, run_id, overrides, traceparent, recovers=True)
+            return await self._run(nodes, state, {**overrides, "run_id": run_id}, traceparent, recovers=True)
 
         return await batch.recover_each(resume_run, run_ids, max_concurrency)
 
@@ -535,17 +535,15 @@ class StromaRunner:
         from stroma.runner.worker import RunWorker  # Not loaded by runs.
 
         with self._live.batch() as batch:
-            worker = RunWorker(
-                self._stored, self._resume_due, batch, self._live, max_concurrency, poll_seconds, health
-            )
-            await worker.serve(pipelines, on_result)
+            worker = RunWorker(self._stored, self._resume_due, batch, self._live, health)
+            await worker.serve(pipelines, max_concurrency, poll_seconds, on_result)
 
     async def _resume_due(
         self, pipeline: Pipeline, state: BaseModel, run_id: str, due_ms: int
     ) -> ExecutionResult:
         """Resume a run that is due. Raises RunExists if it is not, RunBusy if it has an owner."""
-        overrides = {"resume": True, "if_running": "error"}
-        return await self._run(pipeline, state, run_id, overrides, due_ms=due_ms)
+        overrides = {"run_id": run_id, "resume": True, "if_running": "error"}
+        return await self._run(pipeline, state, overrides, due_ms=due_ms)
 
     async def fork(
         self,

@@ -91,20 +91,13 @@ class RunWorker:
         resume: Callable[[Pipeline, BaseModel, str, int], Awaitable[ExecutionResult]],
         batch: Batch,
         live: LiveRuns,
-        max_concurrency: int,
-        poll_seconds: float,
         health: WorkerHealth | None = None,
     ) -> None:
-        if max_concurrency < 1:
-            raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency!r}")
-        if not 0 < poll_seconds < float("inf"):
-            raise ValueError(f"poll_seconds must be above 0, got {poll_seconds!r}")
         self._stored = stored
         self._resume = resume
         self._batch = batch
         self._live = live
-        self._max_concurrency = max_concurrency
-        self._poll_seconds = poll_seconds
+        self._max_concurrency, self._poll_seconds = 0, 0.0
         self._active: dict[str, asyncio.Task[None]] = {}
         self._delays: dict[str, _Delay] = {}
         self._failed_polls = 0
@@ -114,10 +107,18 @@ class RunWorker:
         self._random = random.Random()
 
     async def serve(
-        self, pipelines: Sequence[Pipeline], on_result: Callable[[str, Outcome], None] | None
+        self,
+        pipelines: Sequence[Pipeline],
+        max_concurrency: int,
+        poll_seconds: float,
+        on_result: Callable[[str, Outcome], None] | None,
     ) -> None:
         """Continue due runs until the batch is drained; see :meth:`StromaRunner.serve`."""
-        self._on_result = on_result
+        if max_concurrency < 1:
+            raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency!r}")
+        if not 0 < poll_seconds < float("inf"):
+            raise ValueError(f"poll_seconds must be above 0, got {poll_seconds!r}")
+        self._max_concurrency, self._poll_seconds, self._on_result = max_concurrency, poll_seconds, on_result
         served = self._check(pipelines)
         drained = asyncio.ensure_future(self._batch.until_drained())
         try:

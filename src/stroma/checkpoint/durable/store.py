@@ -59,6 +59,8 @@ class DurableStore(ReadableStore):
     """
 
     _thread_name = "stroma-store"
+    #: For how long an operation is tried again while the server is away, or the file is locked.
+    _patience_seconds = 15.0
     #: Identifies the store, without a password: stores of one address have the same rows.
     address: str
 

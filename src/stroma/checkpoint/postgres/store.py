@@ -64,7 +64,6 @@ class PostgresStore(AsyncStates):
         blobs: BlobStore | str | os.PathLike[str] | None = None,
         blob_bytes: int = 1_000_000,
         plain_until_migrated: bool = False,
-        _patience_seconds: float = 15.0,
     ) -> None:
         _require_driver()
         from stroma.checkpoint.postgres.reader import PostgresReader
@@ -77,7 +76,7 @@ class PostgresStore(AsyncStates):
             )
         super().__init__(Payloads(codec, blobs, blob_bytes, plain_until_migrated))
         self.schema = schema
-        self._server = PostgresEndpoint.at(dsn, schema, _patience_seconds)
+        self._server = PostgresEndpoint.at(dsn, schema, self._patience_seconds)
         self.address = f"{self._server.name}#{schema}"
         self._reader = PostgresReader(self._server)
         weakref.finalize(self, self._reader.close).atexit = False

@@ -38,13 +38,12 @@ class _RedisJournal(DurableStore):
         blobs: BlobStore | str | os.PathLike[str] | None = None,
         blob_bytes: int = 1_000_000,
         plain_until_migrated: bool = False,
-        _patience_seconds: float = 15.0,
     ) -> None:
         driver = _driver(type(self).__name__)
         if ttl_seconds is not None and not ttl_seconds > 0:
             raise ValueError(f"ttl_seconds must be positive, or None for no expiry, got {ttl_seconds!r}")
         super().__init__(Payloads(codec, blobs, blob_bytes, plain_until_migrated))
-        self._server = RedisEndpoint(driver, redis_url, _patience_seconds)
+        self._server = RedisEndpoint(driver, redis_url, self._patience_seconds)
         self.address = self._server.name
         self._ttl_ms = None if ttl_seconds is None else int(ttl_seconds * 1000)
         #: Connections for reading in the threads of callers. By generation: a forked child has its own.

@@ -41,6 +41,7 @@ class SQLiteStore(AsyncStates):
     """
 
     _thread_name = "stroma-sqlite"
+    _open_file: Connect = staticmethod(connect)
 
     def __init__(
         self,
@@ -51,8 +52,6 @@ class SQLiteStore(AsyncStates):
         blobs: BlobStore | str | os.PathLike[str] | None = None,
         blob_bytes: int = 1_000_000,
         plain_until_migrated: bool = False,
-        _connect: Connect = connect,
-        _patience_seconds: float = 15.0,
     ) -> None:
         if synchronous not in ("full", "normal"):
             raise ValueError(f'synchronous must be "full" or "normal", got {synchronous!r}')
@@ -65,7 +64,7 @@ class SQLiteStore(AsyncStates):
         self.path = os.path.abspath(name)
         self.address = f"sqlite:{os.path.realpath(name)}"
         self.synchronous = synchronous
-        self._file = DatabaseFile(self.path, synchronous, _connect, _patience_seconds)
+        self._file = DatabaseFile(self.path, synchronous, self._open_file, self._patience_seconds)
 
     def __repr__(self) -> str:
         return f"SQLiteStore({self.path!r}, synchronous={self.synchronous!r})"
