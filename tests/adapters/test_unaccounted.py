@@ -109,7 +109,7 @@ with Guard(StromaRunner.quick(store=store, run_id="r", resume=True, lease_second
 
 @pytest.mark.parametrize("kind", STORES)
 def test_a_resume_counts_what_no_step_has_used(kind: str) -> None:
-    """The budget counts what all processes of the run have used, although no attempt has it; a result has its own."""
+    """G6: usage outside of steps counts against the budget of a resume too, although no attempt has it."""
     budget = ExecutionBudget(max_tokens_total=100)
     with store_of(kind) as store:
         guard = Guard(StromaRunner.quick(store=store, run_id="r", resume=True, budget=budget))
