@@ -21,9 +21,11 @@ from tests.shared_stores import STORES, store_of
 from stroma import (
     FailureClass,
     FailurePolicy,
+    InMemoryStore,
     NodeContract,
     RunStatus,
     StromaRunner,
+    Suspend,
     Usage,
     current_node,
     current_run,
@@ -31,6 +33,11 @@ from stroma import (
     stroma_node,
 )
 from stroma.adapters import Control, Guard
+
+
+class Approval(BaseModel):
+    approved: bool
+
 
 ROOT = Path(__file__).parents[2]
 KILLED = """
@@ -347,3 +354,37 @@ async def test_what_a_framework_continues_past_is_asked_no_more(kind: str) -> No
         assert run.result is not None
         assert run.result.status is RunStatus.RESUMED
         assert questions() == {"second?": True}
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+@pytest.mark.parametrize(
+    "policies", [{}, {"agent": {FailureClass.RECOVERABLE: FailurePolicy(max_retries=2, backoff_seconds=0)}}]
+)
+def test_a_step_that_asks_suspends_the_steps_around_it(policies: Any, is_wrapped: bool) -> None:
+    """They have not failed, ask nothing themselves and are not tried again, whatever their framework makes of the exception."""
+    runner = StromaRunner.quick(store=InMemoryStore(), run_id="r", resume=True, node_policies=policies)
+    guard, calls = Guard(runner), []
+
+    @guard.step("tool")
+    def tool() -> bool:
+        calls.append("tool")
+        return current_node().wait_for(Approval, reason="may I?").approved
+
+    @guard.step("agent")
+    def agent() -> bool:
+        try:
+            return tool()
+        except Suspend as error:
+            if is_wrapped:
+                raise RuntimeError("a tool has failed") from error
+            raise
+
+    with pytest.raises(RuntimeError if is_wrapped else Suspend), guard.run("q") as run:
+        agent()
+    assert run.result is not None
+    assert (run.result.status, run.result.suspended) == (RunStatus.SUSPENDED, ["may I?"])
+    assert [(event.node_id, event.outcome) for event in run.result.trace] == [("agent", "suspended")]
+    asyncio.run(runner.signal("r", {"approved": True}))
+    with guard.run("q"):
+        assert agent() is True
+    assert calls == ["tool", "tool"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.drivers.conftest import LocalDriver, TemporalDriver
-from tests.kit import Num, node
+from tests.kit import NEVER, Num, node
 
 from stroma import Flow, NodeHooks, RunStatus, Suspend, current_node, current_run, parallel, stroma_flow
 from stroma.adapters import Guard
@@ -106,3 +106,67 @@ async def test_steps_inside_the_steps_of_a_flow_ask(driver: LocalDriver | Tempor
             await bound.runner.signal(result.run_id, {"approved": True})
             result = await bound.go_on(Num(n=1), result.run_id)
     assert result.final_state == Num(n=3)
+
+
+class Wrapped(Exception):
+    """What a framework raises in place of an exception of its tools."""
+
+
+@pytest.mark.parametrize("wrapping", ["from", "while", "group", "twice"])
+async def test_a_question_that_a_framework_wraps_is_no_failure(
+    driver: LocalDriver | TemporalDriver, wrapping: str
+) -> None:
+    """Whatever comes out of the node because a step inside of it asks: the node waits, and is not tried again."""
+    calls: Calls = []
+
+    async def func(state: Num) -> Any:
+        calls.append("a")
+        guard = Guard(current_run())
+
+        @guard.step("tool")
+        async def tool() -> bool:
+            return current_node().wait_for(Approval, reason="may I?").approved
+
+        try:
+            return {"n": state.n + await tool()}
+        except Suspend as question:
+            if wrapping == "from":
+                raise Wrapped from question
+            if wrapping == "while":
+                raise Wrapped  # noqa: B904
+            if wrapping == "group":
+                raise ExceptionGroup("tools", [question]) from None
+            raise Wrapped from ExceptionGroup("tools", [question])
+
+    async with driver.bind([node("a", func)]) as bound:
+        result = await bound.run(Num(n=1), run_id="asks-wrapped-" + wrapping)
+        assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["may I?"])
+        await bound.runner.signal(result.run_id, {"approved": True})
+        result = await bound.go_on(Num(n=1), result.run_id)
+    assert (result.final_state, calls) == (Num(n=2), ["a", "a"])
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+async def test_what_fails_beside_a_question_is_a_failure(
+    driver: LocalDriver | TemporalDriver, grouped: bool
+) -> None:
+    """A node that handles the question and fails later, or for another reason too, has failed."""
+
+    async def func(state: Num) -> Any:
+        guard = Guard(current_run())
+
+        @guard.step("tool")
+        async def tool() -> bool:
+            return current_node().wait_for(Approval, reason="may I?").approved
+
+        error: Exception = AssertionError()
+        try:
+            await tool()
+        except Suspend as question:
+            error = ExceptionGroup("tools", [question, ValueError("odd")]) if grouped else ValueError("odd")
+        raise error
+
+    async with driver.bind([node("a", func)], policy_map=NEVER) as bound:
+        result = await bound.run(Num(n=1), run_id=f"fails-beside-{grouped}")
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None

@@ -408,7 +408,8 @@ class Call:
         ):
             halt = find_halt(error, inner.halts)
             # It was retried where it happened: not again at each level above, unless the config says so.
-            if halt is not None and step.step_id not in ctx.step_policies:
+            # A question is never asked again for that.
+            if halt is not None and (halt.suspended or step.step_id not in ctx.step_policies):
                 self.raises_own_error = True
                 terminal = halt.failure.failure_class is FailureClass.TERMINAL
                 raise GroupStopped(

@@ -37,8 +37,8 @@ from stroma.engine.execution import NodeExecution
 from stroma.engine.metering import count_returned, price
 from stroma.engine.open_attempt import OpenAttempt
 from stroma.engine.outcome import GroupStopped, Halt
+from stroma.engine.questions import find_question
 from stroma.engine.tasks import call_in_thread, passes_through
-from stroma.failures.errors import Suspend
 from stroma.failures.failure import (
     Failure,
     ends_run,
@@ -308,12 +308,11 @@ class NodeAttempt(OpenAttempt):
     async def _end_without_output(self, error: BaseException) -> BaseModel | Failure | Halt:
         """End an attempt whose function raised, or whose output is not valid. An effect ends as somebody states about it."""
         effect: Effect | None = self.run.effect
-        if isinstance_by_type(error, Suspend) or (
-            isinstance_by_type(error, GroupStopped) and error.halt.suspended
-        ):
+        question = find_question(error, self.run)
+        if question is not None or (isinstance_by_type(error, GroupStopped) and error.halt.suspended):
             if effect is not None:
                 effect.close()  # It asks a person before it changes anything.
-            return await self._suspend(error)
+            return await self._suspend(question or error)
         usage_error = self.usage_error
         if usage_error is not None and not usage_error.silent:
             # It precedes the other failure: another attempt would buy more of it.

@@ -14,18 +14,18 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma._utils.text import one_line
-from stroma.checkpoint import Waiting, schema_ref
+from stroma.checkpoint import Waiting
 from stroma.contracts.schema import Snapshot
 from stroma.cost.usage import UsageError
 from stroma.engine.commit import failed_of, record, record_failure_site, refer, settle
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.engine.diagnosis import diagnose_attempt
-from stroma.engine.effects import UnknownOutcome
 from stroma.engine.events import failure_arguments, log_failure, warn_of_budget
 from stroma.engine.execution import NodeExecution
 from stroma.engine.metering import price
 from stroma.engine.outcome import GroupStopped, Halt
+from stroma.engine.questions import question_of
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure, isinstance_by_type, message_of
@@ -200,9 +200,7 @@ class OpenAttempt:
         if isinstance_by_type(raised, Suspend):
             ctx.redactor.note_secrets(self.snapshot)
             reason = ctx.redactor.mask(message_of(raised))
-            if not _is_asked_inside(raised, run):
-                waiting = _question_of(raised, run, reason)
-                raised.asked_at = ctx.run_id, run.position, run.branch
+            waiting = question_of(raised, run, reason)
         else:  # A group; its children have recorded what they wait for.
             assert isinstance_by_type(raised, GroupStopped)
             reason = raised.halt.failure.message
@@ -288,24 +286,3 @@ class OpenAttempt:
                 self.firing.finish_now()
             finally:
                 CURRENT.reset(token)
-
-
-def _is_asked_inside(raised: Suspend, run: NodeExecution) -> bool:
-    """Return True if a step inside of a node has recorded the question that comes out of the node now."""
-    if raised.asked_at is None:
-        return False
-    run_id, position, branch = raised.asked_at
-    inside = f"{run.branch}." if run.branch else ""
-    return (
-        (run_id, position) == (run.ctx.run_id, run.position)
-        and branch != run.branch
-        and branch.startswith(inside)
-    )
-
-
-def _question_of(raised: Suspend, run: NodeExecution, reason: str) -> Waiting:
-    """Return what a node waits for."""
-    if isinstance_by_type(raised, UnknownOutcome):
-        return raised.waiting(run)
-    ref = "" if raised.schema is None else schema_ref(raised.schema)
-    return Waiting(run.position, run.branch, run.node_id, reason, ref)

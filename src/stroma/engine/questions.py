@@ -1,0 +1,51 @@
+"""Questions to a person: what a node waits for, and what a step inside of it has asked."""
+
+from __future__ import annotations
+
+from stroma.checkpoint import Waiting, schema_ref
+from stroma.engine.effects import UnknownOutcome
+from stroma.engine.execution import NodeExecution
+from stroma.failures.errors import Suspend
+from stroma.failures.failure import isinstance_by_type
+
+__all__ = ["find_question", "question_of"]
+
+_MAX_CAUSES = 20
+
+
+def find_question(error: BaseException, run: NodeExecution) -> Suspend | None:
+    """Return the question that an exception of a node is, or is raised from: frameworks wrap those of the steps inside.
+
+    In an exception group all members have to be questions: otherwise something else has failed.
+    """
+    cause: BaseException | None = error
+    for _ in range(_MAX_CAUSES if run.children else 1):
+        if cause is None:
+            break
+        if isinstance_by_type(cause, Suspend):
+            return cause if cause is error or _is_asked_inside(cause, run) else None
+        if isinstance_by_type(cause, BaseExceptionGroup):
+            questions = [find_question(one, run) for one in cause.exceptions]
+            return questions[0] if all(questions) else None
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
+
+
+def question_of(raised: Suspend, run: NodeExecution, reason: str) -> Waiting | None:
+    """Return what a node waits for, from now on; None if a step inside of it waits already."""
+    if _is_asked_inside(raised, run):
+        return None
+    raised.asked_at = run.ctx.run_id, run.position, run.branch
+    if isinstance_by_type(raised, UnknownOutcome):
+        return raised.waiting(run)
+    ref = "" if raised.schema is None else schema_ref(raised.schema)
+    return Waiting(run.position, run.branch, run.node_id, reason, ref)
+
+
+def _is_asked_inside(raised: Suspend, run: NodeExecution) -> bool:
+    if raised.asked_at is None:
+        return False
+    run_id, position, branch = raised.asked_at
+    around = f"{run.branch}." if run.branch else ""
+    is_inside = branch != run.branch and branch.startswith(around)
+    return is_inside and (run_id, position) == (run.ctx.run_id, run.position)
