@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tests.fixtures import store_fixture
+from tests.kit import Num, node
 
 from stroma import (
     BudgetExceeded,
@@ -16,6 +17,7 @@ from stroma import (
     StromaRunner,
     Suspend,
     current_node,
+    current_run,
 )
 from stroma.adapters import Guard, RunCancelled
 
@@ -124,3 +126,38 @@ async def test_requests_reach_the_steps_outside_of_runs(request_name: str) -> No
     record = store.get_run(run_id)
     assert record is not None
     assert record.status == status
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+@pytest.mark.parametrize("is_nested", [False, True])
+async def test_a_pause_inside_a_node_asks_nothing(store: Any, is_wrapped: bool, is_nested: bool) -> None:
+    """The node around the step that is not called waits with the run: it has not failed, and there is nothing to answer."""
+    runner, calls = StromaRunner.quick(store=store), list[int]()
+
+    async def func(state: Num) -> dict[str, int]:
+        guard = Guard(current_run())
+
+        @guard.step("tool")
+        async def tool(number: int) -> int:
+            calls.append(number)
+            if calls == [0]:
+                await runner.pause("x")
+            return number
+
+        async def agent() -> int:
+            try:
+                return await tool(0) + await tool(1)
+            except Suspend as error:
+                if is_wrapped:
+                    raise RuntimeError("a tool has failed") from error
+                raise
+
+        return {"n": state.n + await (guard.step("agent")(agent) if is_nested else agent)()}
+
+    nodes = [node("node", func)]
+    result = await runner.run(nodes, Num(n=1), run_id="x")
+    assert (result.status, result.suspended, result.failure) == (RunStatus.SUSPENDED, ["paused"], None)
+    assert [event.outcome for event in result.trace] == ["suspended"]
+    assert store.waiting("x") == []
+    resumed = await runner.resume(nodes, "x")
+    assert (resumed.status, resumed.final_state) == (RunStatus.RESUMED, Num(n=2))

@@ -12,9 +12,13 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.errors import PAUSED, Suspend
 from stroma.failures.failure import Failure
 
-__all__ = ["hold", "paused", "wait_unless_held"]
+__all__ = ["Paused", "hold", "paused", "wait_unless_held"]
 
 T = TypeVar("T")
+
+
+class Paused(Suspend):
+    """The suspension of a paused run: it waits for somebody who resumes it, and for no answer."""
 
 
 async def hold(ctx: ReliabilityContext, node_id: str, attempt: int) -> Halt:
@@ -28,7 +32,7 @@ def paused(ctx: ReliabilityContext, node_id: str, attempt: int) -> Halt:
     """Return the end of a node of a paused run."""
     ctx.note_suspended(PAUSED)
     ctx.run_logger.info("node %r is not called: the run is paused", node_id)
-    failure = Failure(Suspend(PAUSED), FailureClass.RECOVERABLE, node_id, attempt, PAUSED)
+    failure = Failure(Paused(PAUSED), FailureClass.RECOVERABLE, node_id, attempt, PAUSED)
     return Halt(failure, suspended=True)
 
 

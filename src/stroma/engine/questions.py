@@ -5,6 +5,7 @@ from __future__ import annotations
 from stroma.checkpoint import Waiting, schema_ref
 from stroma.engine.effects import UnknownOutcome
 from stroma.engine.execution import NodeExecution
+from stroma.engine.holds import Paused
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import isinstance_by_type
 
@@ -19,11 +20,11 @@ def find_question(error: BaseException, run: NodeExecution) -> Suspend | None:
     In an exception group all members have to be questions: otherwise something else has failed.
     """
     cause: BaseException | None = error
-    for _ in range(_MAX_CAUSES if run.children else 1):
+    for _ in range(_MAX_CAUSES if run.children or run.ctx.paused else 1):
         if cause is None:
             break
         if isinstance_by_type(cause, Suspend):
-            return cause if cause is error or _is_asked_inside(cause, run) else None
+            return cause if cause is error or _is_recorded(cause, run) else None
         if isinstance_by_type(cause, BaseExceptionGroup):
             questions = [find_question(one, run) for one in cause.exceptions]
             return questions[0] if all(questions) else None
@@ -32,8 +33,8 @@ def find_question(error: BaseException, run: NodeExecution) -> Suspend | None:
 
 
 def question_of(raised: Suspend, run: NodeExecution, reason: str) -> Waiting | None:
-    """Return what a node waits for, from now on; None if a step inside of it waits already."""
-    if _is_asked_inside(raised, run):
+    """Return what a node waits for, from now on; None if a step inside of it waits already, or the run is paused."""
+    if _is_recorded(raised, run):
         return None
     raised.asked_at = run.ctx.run_id, run.position, run.branch
     if isinstance_by_type(raised, UnknownOutcome):
@@ -42,9 +43,9 @@ def question_of(raised: Suspend, run: NodeExecution, reason: str) -> Waiting | N
     return Waiting(run.position, run.branch, run.node_id, reason, ref)
 
 
-def _is_asked_inside(raised: Suspend, run: NodeExecution) -> bool:
+def _is_recorded(raised: Suspend, run: NodeExecution) -> bool:
     if raised.asked_at is None:
-        return False
+        return isinstance_by_type(raised, Paused)
     run_id, position, branch = raised.asked_at
     around = f"{run.branch}." if run.branch else ""
     is_inside = branch != run.branch and branch.startswith(around)
