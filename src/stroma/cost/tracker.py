@@ -104,11 +104,6 @@ class CostTracker:
             row[3] += latency_ns
             row[4] = model or row[4]
 
-    def added(self) -> tuple[int, float]:
-        """Return the tokens and USD that were added here, without those of the engine's attempts."""
-        rows = self._nodes.values()
-        return sum(row[0] for row in rows), math.fsum(row[2] for row in rows)
-
     def _added(self) -> list[tuple[str, int, int, float, int, str | None]]:
         """Return the sums by node id that were added here, without those of the engine's attempts."""
         return [(node_id, *row) for node_id, row in self._nodes.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter_ns, time_ns
@@ -434,11 +435,11 @@ class ReliabilityContext:
 
     def note_usage(self) -> None:
         """Note the usage that no attempt has, so that a resume counts it. The end of the run stores it, or a flush."""
-        tokens, cost_usd = self.cost_tracker.added()
-        if tokens or cost_usd:
+        if rows := self.cost_tracker._added():
             before = self._prior_unrecorded
-            usage = PriorUsage(before.tokens + tokens, before.cost_usd + cost_usd)
-            self.session.note(USAGE_NOTE, usage.as_note())
+            tokens = before.tokens + sum(row[1] for row in rows)
+            cost_usd = math.fsum([before.cost_usd, *(row[3] for row in rows)])
+            self.session.note(USAGE_NOTE, PriorUsage(tokens, cost_usd).as_note())
 
     def note_suspended(self, reason: str) -> None:
         """Add a reason of the whole run to the result."""

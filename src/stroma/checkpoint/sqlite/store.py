@@ -41,6 +41,7 @@ class SQLiteStore(AsyncStates):
     """
 
     _thread_name = "stroma-sqlite"
+    #: Tests put faults here.
     _open_file: Connect = staticmethod(connect)
 
     def __init__(

@@ -36,6 +36,7 @@ from stroma.drivers.remote.wire import (
     Reply,
     SegmentReport,
     Value,
+    clip,
 )
 from stroma.engine.config import RunConfig
 from stroma.engine.current import CURRENT, leave
@@ -218,6 +219,8 @@ class _Work(RequestContext):
         asks = self.record.asks
         if asks is not None:
             reply["waiting"] = answer_of(asks)
+            if asks.effect is not None:
+                reply["waiting"]["effect"][2] = clip(asks.effect.cause)
         if self.record.intent is not None:
             reply["effect"] = [self.record.intent.number, self.record.intent.is_open]
         return self.with_notes(reply)

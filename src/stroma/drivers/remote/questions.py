@@ -7,7 +7,7 @@ from typing import Any
 from stroma.checkpoint import Waiting
 from stroma.checkpoint.entries import UnknownCall
 from stroma.drivers.remote.state import NodePlace, RunState
-from stroma.drivers.remote.wire import Answer, clip
+from stroma.drivers.remote.wire import Answer
 
 __all__ = ["answer_of", "answers_for", "note_question", "waiting_of"]
 
@@ -19,7 +19,7 @@ def answer_of(waiting: Waiting) -> Answer:
         "schema_ref": waiting.schema_ref, "payload": None if waiting.payload is None else waiting.payload.decode(),
     }  # fmt: skip
     if waiting.effect is not None:
-        answer["effect"] = [*waiting.effect[:2], clip(waiting.effect.cause)]
+        answer["effect"] = list(waiting.effect)
     return answer
 
 
