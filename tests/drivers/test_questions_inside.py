@@ -11,6 +11,10 @@ from tests.kit import NEVER, Num, node
 
 from stroma import Flow, NodeHooks, RunStatus, Suspend, current_node, current_run, parallel, stroma_flow
 from stroma.adapters import Guard
+from stroma.checkpoint import Waiting
+from stroma.checkpoint.entries import UnknownCall
+from stroma.drivers.remote.questions import answer_of, waiting_of
+from stroma.drivers.remote.wire import clip
 
 Calls = list[str]
 
@@ -170,3 +174,12 @@ async def test_what_fails_beside_a_question_is_a_failure(
         result = await bound.run(Num(n=1), run_id=f"fails-beside-{grouped}")
     assert result.status is RunStatus.PARTIAL
     assert result.failure is not None
+
+
+@pytest.mark.parametrize("length", [3, 100_000])
+def test_an_answer_names_its_question_as_the_run_does(length: int) -> None:
+    """An answer about a call of an effect is accepted for that call only: the message in it is not shortened again."""
+    call = UnknownCall("key", 1, clip("x" * length))
+    question = answer_of(Waiting(0, "", "charge", "effect", "", None, call))
+    answer = answer_of(waiting_of(question)._replace(payload=b"{}"))
+    assert answer == {**question, "payload": "{}"}
