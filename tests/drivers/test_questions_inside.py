@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.drivers.conftest import LocalDriver, TemporalDriver
-from tests.kit import NEVER, Num, node
+from tests.kit import NEVER, THRICE, Num, node
 
 from stroma import Flow, NodeHooks, RunStatus, Suspend, current_node, current_run, parallel, stroma_flow
 from stroma.adapters import Guard
@@ -107,6 +107,37 @@ async def test_steps_inside_the_steps_of_a_flow_ask(driver: LocalDriver | Tempor
         result = await bound.run(Num(n=1), run_id="asks-in-a-flow")
         for _ in range(2):
             assert result.suspended == ["may a do 0?"]
+            await bound.runner.signal(result.run_id, {"approved": True})
+            result = await bound.go_on(Num(n=1), result.run_id)
+    assert result.final_state == Num(n=3)
+
+
+@pytest.mark.parametrize("fails_first", [True, False])
+async def test_another_attempt_of_the_node_does_not_ask_again(
+    driver: LocalDriver | TemporalDriver, fails_first: bool
+) -> None:
+    """The answer to a step is that to the same step of every attempt, whichever of them has asked."""
+    calls: Calls = []
+
+    async def func(state: Num) -> Any:
+        guard, attempt = Guard(current_run()), current_node().attempt
+        calls.append(f"a{attempt}")
+
+        @guard.step("tool")
+        async def tool(number: int) -> bool:
+            return current_node().wait_for(Approval, reason=f"may I do {number}?").approved
+
+        if fails_first and calls == ["a1"]:
+            raise ConnectionError
+        done = await tool(1) + await tool(2)
+        if not fails_first and attempt == 1:
+            raise ConnectionError
+        return {"n": state.n + done}
+
+    async with driver.bind([node("a", func)], policy_map=THRICE) as bound:
+        result = await bound.run(Num(n=1), run_id=f"asks-in-attempts-{fails_first}")
+        for number in (1, 2):
+            assert result.suspended == [f"may I do {number}?"]
             await bound.runner.signal(result.run_id, {"approved": True})
             result = await bound.go_on(Num(n=1), result.run_id)
     assert result.final_state == Num(n=3)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -28,11 +29,13 @@ __all__ = [
     "Scope",
     "StepCalls",
     "child_indexes",
+    "has_input",
     "is_called",
     "place_before",
     "quoted",
     "sequence_id",
     "with_outer",
+    "without_attempts",
 ]
 
 _MARK: Final = "#"  # in each identity, and nowhere else in a branch
@@ -136,6 +139,20 @@ def quoted(step_id: str) -> str:
 def is_called(branch: str) -> bool:
     """Return True if a branch belongs to a step that code calls, or to something inside one."""
     return _MARK in branch
+
+
+#: The numbers of attempts in a part of a branch.
+_ATTEMPTS: Final = re.compile(r"(^|\.)[0-9-]+:")
+
+
+def without_attempts(branch: str) -> str:
+    """Return the branch that a step has in the first attempts of the nodes around it."""
+    return _ATTEMPTS.sub(r"\1", branch)
+
+
+def has_input(branch: str) -> bool:
+    """Return True if a branch names the input of its step: see :meth:`StepCalls.next_of_input`."""
+    return bool(branch.rpartition(".")[2].partition("@")[2])
 
 
 def sequence_id(node_ids: Iterable[str]) -> str:

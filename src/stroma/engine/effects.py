@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import re
 from collections.abc import Awaitable, Mapping
 from inspect import iscoroutinefunction
 from typing import Any, Final, NamedTuple, TypeAlias, final
@@ -20,7 +19,7 @@ from pydantic import BaseModel
 from stroma._utils.text import typed
 from stroma.checkpoint import Committed, CorruptCheckpoint, schema_ref
 from stroma.checkpoint.entries import NOT_DONE, UnknownCall, Waiting, effect_note
-from stroma.checkpoint.identity import is_called
+from stroma.checkpoint.identity import is_called, without_attempts
 from stroma.checkpoint.sessions import SimpleSession
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.effects import NotDone, Unknown
@@ -38,8 +37,6 @@ __all__ = ["REASON", "Effect", "Stated", "UnknownOutcome"]
 
 #: Reason of a suspension.
 REASON: Final = "effect"
-#: The number of an attempt in a part of a branch, see :meth:`NodeExecution.branch_of`.
-_ATTEMPTS: Final = re.compile(r"(^|\.)[0-9-]+:")
 
 
 class Done(NamedTuple):
@@ -112,7 +109,7 @@ class Effect:
 
         Another attempt of a node around it calls it again, in another branch: that is the same effect if the input is.
         """
-        first = _ATTEMPTS.sub(r"\1", run.branch)
+        first = without_attempts(run.branch)
         intent = _read(run, first)
         if first == run.branch or (intent is not None and intent.digest == self._digest):
             return first, intent

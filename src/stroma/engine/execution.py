@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import StepCall, resolve_schema
-from stroma.checkpoint.identity import StepCalls
+from stroma.checkpoint import StepCall, Waiting, resolve_schema
+from stroma.checkpoint.identity import StepCalls, has_input, without_attempts
 from stroma.contracts.node import held_by, output_class
 from stroma.contracts.schema import Snapshot, schema_of
 from stroma.cost.budget import limits
@@ -383,9 +383,23 @@ class NodeExecution:
         except ValueError as error:
             raise Suspend(f"{reason} (invalid answer: {error}; send another one)", schema=schema) from error
 
+    def question(self) -> Waiting | None:
+        """Return what this node waits for, or has waited for.
+
+        A step with the same input in another attempt of the nodes around it has asked the same.
+        """
+        asked, branch = self.ctx.session.waiting, self.branch
+        own = asked.get((self.position, branch))
+        if own is None and asked and has_input(branch):
+            same = self.position, without_attempts(branch)
+            own = next(
+                (one for one in asked.values() if (one.position, without_attempts(one.branch)) == same), None
+            )
+        return None if own is None or own.effect is not None else own
+
     def _answer(self) -> tuple[bytes, str] | None:
-        waiting = self.ctx.session.waiting.get((self.position, self.branch))
-        if waiting is None or waiting.payload is None or waiting.effect is not None:
+        waiting = self.question()
+        if waiting is None or waiting.payload is None:
             return None
         return waiting.payload, waiting.schema_ref
 

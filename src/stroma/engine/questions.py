@@ -39,8 +39,9 @@ def question_of(raised: Suspend, run: NodeExecution, reason: str) -> Waiting | N
     raised.asked_at = run.ctx.run_id, run.position, run.branch
     if isinstance_by_type(raised, UnknownOutcome):
         return raised.waiting(run)
+    before = run.question()
     ref = "" if raised.schema is None else schema_ref(raised.schema)
-    return Waiting(run.position, run.branch, run.node_id, reason, ref)
+    return Waiting(run.position, run.branch if before is None else before.branch, run.node_id, reason, ref)
 
 
 def _is_recorded(raised: Suspend, run: NodeExecution) -> bool:
