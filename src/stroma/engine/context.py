@@ -137,11 +137,13 @@ class ReliabilityContext:
         self.restored: Mapping[tuple[int, str], Committed] = NULL_SESSION.restored
         #: Attempts of processes that died, until their node runs again.
         self.tried: dict[tuple[int, str], Tried] | None = None
+        self._prior_unrecorded = _NOTHING  # Usage of earlier processes that no attempt has.
         self.handover = Handover()
         self.plain_steps = PlainSteps()
         self._opening = RunOpening(self.checkpoint_manager)
         #: See RunRequest.
         self.apart: tuple[tuple[int, str], ...] = ()
+        self.due_ms: int | None = None
         #: Cancelled from elsewhere: nothing is tried again. And no further node is to begin.
         self.cancelled = self.stops = False
         #: No further attempt is to begin: the run is paused, or is being cancelled. Set in any thread.
@@ -150,8 +152,6 @@ class ReliabilityContext:
         self.on_hold: dict[Callable[[], None], None] = {}
         #: Resume the run only if it was interrupted, or its process died.
         self.recovers = False
-        #: See RunRequest.
-        self.due_ms: int | None = None
         #: When the suspended run is due; see Session.end().
         self.wake_ms: int | None = None
         #: How many items of maps failed while the others went on; and of which committed maps how many did.
@@ -186,8 +186,6 @@ class ReliabilityContext:
             bool(self.step_timeouts) or self.budget.max_latency_ms is not None or bool(self.interceptors)
         )
         #: Warnings that were logged: dimensions of the budget, and what is wrong with a node.
-        #: Usage of earlier processes that no attempt has.
-        self._prior_unrecorded = _NOTHING
         self._warned: dict[str | tuple[str, str], None] = {}  # A set would take 200 bytes in each run.
         #: The store records which end hooks are due.
         self.delivers = False
