@@ -388,12 +388,13 @@ class NodeExecution:
 
         A step with the same input in another attempt of the nodes around it has asked the same.
         """
-        asked, branch = self.ctx.session.waiting, self.branch
-        own = asked.get((self.position, branch))
-        if own is None and asked and has_input(branch):
+        waiting, branch = self.ctx.session.waiting, self.branch
+        own = waiting.get((self.position, branch))
+        if own is None and waiting and has_input(branch):
             same = self.position, without_attempts(branch)
             own = next(
-                (one for one in asked.values() if (one.position, without_attempts(one.branch)) == same), None
+                (one for one in waiting.values() if (one.position, without_attempts(one.branch)) == same),
+                None,
             )
         return None if own is None or own.effect is not None else own
 

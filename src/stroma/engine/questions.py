@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from stroma.checkpoint import Waiting, schema_ref
 from stroma.engine.effects import UnknownOutcome
 from stroma.engine.execution import NodeExecution
@@ -11,7 +13,17 @@ from stroma.failures.failure import isinstance_by_type
 
 __all__ = ["find_question", "question_of"]
 
-_MAX_CAUSES = 20
+_MAX_CAUSES: Final = 20
+#: Attributes as the base class has them: those of another class may raise anything.
+_cause, _context, _hides_context, _members = (
+    vars(kind)[name].__get__
+    for kind, name in (
+        (BaseException, "__cause__"),
+        (BaseException, "__context__"),
+        (BaseException, "__suppress_context__"),
+        (BaseExceptionGroup, "exceptions"),
+    )
+)
 
 
 def find_question(error: BaseException, run: NodeExecution) -> Suspend | None:
@@ -26,9 +38,9 @@ def find_question(error: BaseException, run: NodeExecution) -> Suspend | None:
         if isinstance_by_type(cause, Suspend):
             return cause if cause is error or _is_recorded(cause, run) else None
         if isinstance_by_type(cause, BaseExceptionGroup):
-            questions = [find_question(one, run) for one in cause.exceptions]
+            questions = [find_question(one, run) for one in _members(cause)]
             return questions[0] if all(questions) else None
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+        cause = _cause(cause) or (None if _hides_context(cause) else _context(cause))
     return None
 
 
