@@ -14,9 +14,9 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Secret, SecretBytes, SecretStr
+from pydantic import BaseModel, ConfigDict, Secret, SecretBytes, SecretStr, create_model
 
-from stroma.trace.plain import jsonable, secrets_in
+from stroma.trace.plain import jsonable, may_hold_secrets, secrets_in
 
 
 class Colour(StrEnum):
@@ -314,3 +314,19 @@ def test_what_a_secret_hides_is_told_a_hundred_levels_deep(kind: str) -> None:
     assert list(secrets_in([secret(wrap(inner))])) == ["('one',)"]
     assert list(secrets_in(nested(secret(wrap("one")), 100))) == ["one"]
     assert list(secrets_in(nested(secret(wrap("one")), 101))) == [str(wrap("one"))]
+
+
+class Plain(BaseModel):
+    n: int = 0
+
+
+class WithSecret(BaseModel):
+    key: SecretStr = SecretStr("")
+
+
+@pytest.mark.parametrize(("inner", "may"), [(Plain, False), (WithSecret, True)])
+@pytest.mark.parametrize("around", [list, dict, tuple, None])
+def test_a_class_may_hold_the_secrets_of_the_classes_inside(inner: Any, may: bool, around: Any) -> None:
+    """Models inside of containers count: only a class that cannot hold a secret anywhere is not searched for one."""
+    kind = {list: list[inner], dict: dict[str, inner], tuple: tuple[inner, ...], None: inner | None}[around]
+    assert may_hold_secrets(create_model("Outer", field=(kind, ...))) is may
