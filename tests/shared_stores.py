@@ -77,6 +77,6 @@ def store_of(kind: str) -> Iterator[Any]:
         yield store
 
 
-def altered(kind: type[Store], **internals: Any) -> type[Store]:
-    """Return a class of stores with other internals, such as ``_patience_seconds``."""
+def subclass_of(kind: type[Store], **internals: Any) -> type[Store]:
+    """Return a subclass of a store with other internals, such as ``_patience_seconds``."""
     return type(kind.__name__, (kind,), internals)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.shared_stores import altered
+from tests.shared_stores import subclass_of
 from tests.tiers import examples
 
 import stroma
@@ -556,7 +556,7 @@ async def test_an_opening_whose_answer_is_lost(server: PostgresServer, schema: s
 @pytest.fixture
 def patient_store(server: PostgresServer, schema: str) -> Iterator[PostgresStore]:
     """A store that waits for the recovery of a server on a busy machine."""
-    with altered(PostgresStore, _patience_seconds=90)(server.dsn, schema=schema) as store:
+    with subclass_of(PostgresStore, _patience_seconds=90)(server.dsn, schema=schema) as store:
         yield store
 
 
@@ -606,7 +606,7 @@ async def test_a_server_that_stands_still(
 async def test_a_server_that_is_not_there() -> None:
     """After its patience a call ends with an error that names the place and what to do, and no secret."""
     dsn = "postgresql://me:s3cret@127.0.0.1:1/runs"
-    with altered(PostgresStore, _patience_seconds=0.3)(dsn) as store:
+    with subclass_of(PostgresStore, _patience_seconds=0.3)(dsn) as store:
         for call in (store.list_runs, lambda: begin(store), lambda: store.delete("run")):
             with pytest.raises(StoreError) as failed:
                 await settled(call())
@@ -658,7 +658,7 @@ async def test_a_read_only_server(server: PostgresServer, store: PostgresStore, 
     """A replica can be read; writing to it ends with the advice to give the primary."""
     await finish(await begin(store))
     dsn = f"{server.dsn}&options=-cdefault_transaction_read_only%3Don"
-    with altered(PostgresStore, _patience_seconds=0.2)(dsn, schema=schema) as replica:
+    with subclass_of(PostgresStore, _patience_seconds=0.2)(dsn, schema=schema) as replica:
         assert replica.get_run("run").status == "COMPLETED"
         with pytest.raises(StoreError, match="primary"):
             await begin(replica)

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from tests.servers import RedisServer, environment, proxied, shared_redis
-from tests.shared_stores import altered
+from tests.shared_stores import subclass_of
 from tests.tiers import examples
 
 import stroma
@@ -418,7 +418,7 @@ class TestAmbiguous:
 
     async def test_a_server_that_is_not_there(self, server: RedisServer) -> None:
         """After the patience a transient StoreError names host and database, never the password."""
-        store = altered(RedisStore, _patience_seconds=0.2)("redis://me:secret@127.0.0.1:1/3")
+        store = subclass_of(RedisStore, _patience_seconds=0.2)("redis://me:secret@127.0.0.1:1/3")
         waiting = [store.save(f"r{i}", "n", State()) for i in range(5)]
         before = time.monotonic()
         errors = await asyncio.gather(*waiting, begin(store), return_exceptions=True)
@@ -432,7 +432,7 @@ class TestAmbiguous:
             assert "secret" not in f"{error} {store!r}"
         with pytest.raises(StoreError, match="cannot reach"):
             store.list_runs()
-        sync = altered(SyncRedisStore, _patience_seconds=0.1)("redis://127.0.0.1:1")
+        sync = subclass_of(SyncRedisStore, _patience_seconds=0.1)("redis://127.0.0.1:1")
         with pytest.raises(StoreError, match="cannot reach"):
             sync.save("r", "n", State())
         await store.aclose()
@@ -933,7 +933,7 @@ class TestServer:
     async def test_a_replica_takes_no_writes(self) -> None:
         """A server that has become a replica is tried again, since a failover passes; then the error says so."""
         with RedisServer() as server:
-            async with altered(RedisStore, _patience_seconds=0.3)(server.url) as store:
+            async with subclass_of(RedisStore, _patience_seconds=0.3)(server.url) as store:
                 session = await begin(store)
                 server.execute("REPLICAOF", "127.0.0.1", "1")
                 with pytest.raises(StoreError, match="is a replica and refuses writes") as raised:

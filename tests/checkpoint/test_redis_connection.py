@@ -12,7 +12,7 @@ import redis.connection
 import redis.exceptions
 import redis.retry
 from tests.servers import Proxy, RedisServer, proxied, shared_redis
-from tests.shared_stores import altered
+from tests.shared_stores import subclass_of
 
 from stroma.checkpoint import Fenced, StoreError
 from stroma.checkpoint.redis import RedisStore
@@ -161,7 +161,9 @@ class TestStore:
         self, server: RedisServer, protocol: int
     ) -> None:
         """The next commit goes through at once, also where nothing is tried again."""
-        async with altered(RedisStore, _patience_seconds=0.0)(f"{server.url}?protocol={protocol}") as store:
+        async with subclass_of(RedisStore, _patience_seconds=0.0)(
+            f"{server.url}?protocol={protocol}"
+        ) as store:
             session = await begin(store)
             for position in range(3):
                 await commit(session, position, State(n=position))

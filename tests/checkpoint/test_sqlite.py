@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 from tests.checkpoint.damage import loose
-from tests.shared_stores import altered
+from tests.shared_stores import subclass_of
 
 import stroma
 from stroma.checkpoint import (
@@ -309,7 +309,7 @@ class TestCommit:
                 release.wait(10)
 
         armed = False
-        with altered(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
+        with subclass_of(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
             session = await begin(store)
             armed = True
             pending = session.record(row(), SCHEMA, State(n=1))
@@ -334,7 +334,7 @@ class TestCommit:
                 await commit(session, position, i)
             await session.end("COMPLETED", None)
 
-        async with altered(SQLiteStore, _open_file=staticmethod(faulty(count)))(path) as store:
+        async with subclass_of(SQLiteStore, _open_file=staticmethod(faulty(count)))(path) as store:
             await asyncio.gather(*(one(store, i) for i in range(100)))
             runs = store.list_runs(limit=1000)
             assert sorted(run.run_id for run in runs) == sorted(f"run {i}" for i in range(100))
@@ -352,7 +352,7 @@ class TestCommit:
                 run()
                 raise sqlite_error(sqlite3.SQLITE_PROTOCOL)
 
-        with altered(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
+        with subclass_of(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
             session = await begin(store)
             attempt = row(tokens=10, cost=0.1, ms=5)
             lose = True
@@ -412,7 +412,7 @@ class TestCommit:
             if sql == "COMMIT" and fail:
                 raise sqlite_error(sqlite3.SQLITE_FULL)
 
-        with altered(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
+        with subclass_of(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
             session = await begin(store)
             fail = True
             pending = [session.record(row(i), SCHEMA, State(n=i)) for i in range(20)]
@@ -445,7 +445,7 @@ class TestCommit:
                 gathered.wait(5)  # Until all of them are there.
 
         gathered.set()
-        with altered(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
+        with subclass_of(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
             one, two = await begin(store, "one"), await begin(store, "two")
             repeated, failed = row(0, tokens=1), row(1, tokens=2, failure=FailureClass.RECOVERABLE)
             await one.record(repeated, SCHEMA, State(n=1))
@@ -743,7 +743,7 @@ class TestThreads:
         hold = threading.Event()
         slow = lambda run, sql: hold.wait(10) and None if sql == "COMMIT" and armed else None  # noqa: E731
         armed = False
-        with altered(SQLiteStore, _open_file=staticmethod(faulty(slow)))(path) as store:
+        with subclass_of(SQLiteStore, _open_file=staticmethod(faulty(slow)))(path) as store:
             session = await begin(store)
             armed = True
 
@@ -810,7 +810,7 @@ class TestFaults:
         def small(uri: str) -> sqlite3.Connection:
             return sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, factory=Small)
 
-        with altered(SQLiteStore, _open_file=staticmethod(small))(path) as store:
+        with subclass_of(SQLiteStore, _open_file=staticmethod(small))(path) as store:
             session = await begin(store)
             attempt, entry = row(), 0
             with pytest.raises(
@@ -837,7 +837,7 @@ class TestFaults:
             if sql == "COMMIT" and fail:
                 raise sqlite_error(sqlite3.SQLITE_IOERR_FSYNC)
 
-        with altered(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
+        with subclass_of(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
             session = await begin(store)
             await commit(session, 0)
             fail = True
@@ -871,7 +871,7 @@ class TestFaults:
 
     async def test_a_lock_is_not_waited_for_for_ever(self, path: pathlib.Path) -> None:
         """At the end of its patience the store says that the database is locked, and works once it is free."""
-        with altered(SQLiteStore, _patience_seconds=0.2)(path) as store:
+        with subclass_of(SQLiteStore, _patience_seconds=0.2)(path) as store:
             session = await begin(store)
             attempt = row(tokens=1)
             with raw(path) as db:
@@ -1002,7 +1002,7 @@ class TestFaults:
                 raise sqlite_error(code)
 
         fail = False
-        with altered(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
+        with subclass_of(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
             session = await begin(store)
             fail = True
             with pytest.raises(StoreError, match=printed) as raised:
@@ -1018,7 +1018,7 @@ class TestFaults:
             db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)
             return db
 
-        with altered(SQLiteStore, _open_file=staticmethod(connect))(path) as store:
+        with subclass_of(SQLiteStore, _open_file=staticmethod(connect))(path) as store:
             session = await begin(store)
             with pytest.raises(StoreError, match="pass blobs= to the store") as raised:
                 await settle(session.record(row(0), SCHEMA, State(text="x" * 60_000)))
@@ -1033,7 +1033,7 @@ class TestFaults:
             if "journal_mode" in sql and next(times) < 5:
                 raise sqlite_error(sqlite3.SQLITE_BUSY_RECOVERY)
 
-        with altered(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
+        with subclass_of(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
             await begin(store)
 
     async def test_a_file_whose_making_was_cut_off_can_be_read(self, tmp_path: pathlib.Path) -> None:
@@ -1066,7 +1066,7 @@ class TestFaults:
             sqlite_file.DatabaseFile(str(path), "full", sqlite_file.connect, 1.0).open().close()
             return sqlite3.connect(":memory:").execute("SELECT ?", seen)
 
-        with altered(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
+        with subclass_of(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
             await begin(store)
 
     @pytest.mark.slow
@@ -1092,7 +1092,7 @@ class TestFaults:
         def intercept(run: Any, sql: str) -> Any:
             return sqlite3.connect(":memory:").execute("SELECT 'delete'") if "journal_mode" in sql else None
 
-        with altered(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
+        with subclass_of(SQLiteStore, _open_file=staticmethod(faulty(intercept)))(path) as store:
             with pytest.raises(StoreError, match="use a path on a local disk"):
                 await begin(store)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.shared_stores import altered
+from tests.shared_stores import subclass_of
 
 from stroma.checkpoint import SQLiteStore, StoreError
 from stroma.checkpoint.sqlite import file as sqlite_file
@@ -223,7 +223,7 @@ def test_nothing_but_a_lock_is_waited_for(
 
 def test_a_store_waits_for_fifteen_seconds(tmp_path: Path) -> None:
     assert SQLiteStore(tmp_path / "runs.db")._file.patience_seconds == 15.0
-    assert altered(SQLiteStore, _patience_seconds=2.5)(tmp_path / "runs.db")._file.patience_seconds == 2.5
+    assert subclass_of(SQLiteStore, _patience_seconds=2.5)(tmp_path / "runs.db")._file.patience_seconds == 2.5
 
 
 # ---------------------------------------------------------------------- how it is opened
@@ -770,7 +770,7 @@ def test_a_query_reads_within_one_transaction(tmp_path: Path, monkeypatch: pytes
     """Begun before it and ended after it, also if it raises; an empty store gives what it was told for that."""
     SQLiteStore(tmp_path / "runs.db")._file.open().close()
     monkeypatch.setattr(Watched, "executed", [])
-    store = altered(SQLiteStore, _open_file=staticmethod(watched))(tmp_path / "runs.db")
+    store = subclass_of(SQLiteStore, _open_file=staticmethod(watched))(tmp_path / "runs.db")
     assert store.exists()
 
     def counted(rows: Any) -> Any:

@@ -18,7 +18,7 @@ from stroma.drivers.remote.effect_calls import call_effect
 from stroma.drivers.remote.failure_data import decode_failure, encode_failure
 from stroma.drivers.remote.flow_bodies import FlowBodies, run_body
 from stroma.drivers.remote.plans import policies_of
-from stroma.drivers.remote.questions import answers_for, note_question
+from stroma.drivers.remote.questions import answers_for, record_question
 from stroma.drivers.remote.state import (
     NO_FAILURE,
     Broken,
@@ -321,7 +321,7 @@ class Interpreter:
                 self._keep(place, output)
             raise asyncio.CancelledError
         if "waiting" in reply:
-            note_question(state, reply["waiting"])
+            record_question(state, reply["waiting"])
         if "halt" in reply:
             halt = reply["halt"]
             return StoppedExecution(

@@ -9,7 +9,7 @@ from stroma.checkpoint.entries import UnknownCall
 from stroma.drivers.remote.state import NodePlace, RunState
 from stroma.drivers.remote.wire import Answer
 
-__all__ = ["answer_of", "answers_for", "note_question", "waiting_of"]
+__all__ = ["answer_of", "answers_for", "record_question", "waiting_of"]
 
 
 def answer_of(waiting: Waiting) -> Answer:
@@ -32,8 +32,8 @@ def waiting_of(answer: Answer) -> Waiting:
     )  # fmt: skip
 
 
-def note_question(state: RunState, question: Answer) -> None:
-    """Let a run wait for the answer to a question of a node, or of a step inside of it."""
+def record_question(state: RunState, question: Answer) -> None:
+    """Record what a node waits for, or a step inside of it."""
     key = f"{question['position']}|{question['branch']}"
     state["waiting"][key] = question
     state["answers"].pop(key, None)  # It was for an earlier question.
