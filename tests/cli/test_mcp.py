@@ -1,6 +1,7 @@
 """`stroma mcp`, asked by the client of the SDK."""
 
 import asyncio
+import functools
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 pytest.importorskip("mcp")
 from mcp import Client, ClientSession, StdioServerParameters
 from mcp.client.stdio import stdio_client
+from pydantic_core import to_json
 
+from stroma.cli.bounded_json import bound_answer
 from stroma.cli.commands.mcp import RunReader, make_server
 from stroma.cli.redaction import load_redact
 from stroma.cli.stores import Database
@@ -83,30 +86,93 @@ def test_the_redaction_of_the_pipeline_applies(ask):
 
 def test_a_large_state_is_not_sent(ask, monkeypatch):
     """An output beyond the limit is named as too large, and its content stays out."""
-    monkeypatch.setattr("stroma.cli.commands.mcp._MAX_BYTES", 1)
+    monkeypatch.setattr("stroma.cli.commands.mcp.MAX_ANSWER_BYTES", 1)
     attempt = _data(ask("read_attempt", run="good", node="second"))
     assert [list(attempt[state]) for state in ("input", "output")] == [["problem"], ["problem"]]
 
 
-def test_large_differences_are_not_sent(ask, stroma, inside, monkeypatch):
-    """Of values that differ beyond the limit a comparison names the size, of many changes and nodes the first and how many follow."""
-    odd = {"SECOND": "state = Sum(n=10)"}
-    assert (
-        inside(
-            "run", "sums.py:pipeline", '{"start": 5}', "--run-id", "odd", "--db", "r.db", "-q", env=odd
-        ).code
-        == 0
-    )
-    (change,) = _data(ask("compare_runs", a="good", b="odd"))["input"]
-    assert (change["a"], change["b"]) == (1, 5)
-    monkeypatch.setattr("stroma.cli.commands.mcp._MAX_BYTES", 0)
-    monkeypatch.setattr("stroma.cli.commands.mcp._MAX_ATTEMPTS", 2)
-    compared = _data(ask("compare_runs", a="good", b="odd"))
-    assert "too large to show" in compared["input"][0]["a"]["problem"]
-    assert len(compared["nodes"]) == 3
-    assert compared["nodes"][-1] == {"omitted": "1 more nodes that differ"}
-    monkeypatch.setattr("stroma.cli.commands.mcp._MAX_CHANGES", 0)
-    assert _data(ask("compare_runs", a="good", b="odd"))["input"] == [{"omitted": "1 more changes"}]
+ODD = """
+    from typing import Any
+    from pydantic import BaseModel
+    from stroma import Pipeline, StromaRunner
+    class Value(BaseModel):
+        v: Any = None
+    class Number(BaseModel):
+        v: int
+    runner = StromaRunner.quick(keep_rejected="full", policy_map={"AMBIGUOUS": {"max_retries": 3, "backoff_seconds": 0}})
+    @runner.node("half", input=Value, output=Value)
+    async def half(state):
+        return {"v": {"half \\ud83d": ["half \\ud83d", float("nan")]}}
+    @runner.node("strict", input=Value, output=Number)
+    async def strict(state):
+        return {"v": "z" * 3_000_000}
+    @runner.node("speaks", input=Value, output=Value)
+    async def speaks(state):
+        raise ValueError("half \\ud83d" + "m" * 2_000_000)
+    @runner.node("wide", input=Value, output=Value)
+    async def wide(state):
+        return {"v": {f"key {n}": n for n in range(100_000)}}
+    ok = Pipeline("ok", [half])
+    rejected = Pipeline("rejected", [half, strict])
+    message = Pipeline("message", [half, speaks])
+    many = Pipeline("many", [wide, half])
+    """
+QUESTIONS = [
+    ("list_runs", {}),
+    *[("explain_failure", {"run": run}) for run in ("rejected", "message")],
+    *[("read_attempt", {"run": run, "node": node}) for run, node in [("ok", "half"), ("rejected", "strict"), ("message", "speaks"), ("many", "wide")]],
+    *[("compare_runs", {"a": "ok", "b": run}) for run in ("rejected", "message", "many")],
+]  # fmt: skip
+
+
+def test_no_answer_floods_an_agent(ask, stroma, inside):
+    """Every answer has at most 64 KiB and is complete JSON, whatever lone surrogates, messages and states the runs have."""
+    stroma.file("odd.py", ODD)
+    for name in ("ok", "rejected", "message", "many"):
+        result = inside("run", f"odd.py:{name}", "{}", "--run-id", name, "--db", "r.db", "-q")
+        assert result.code in (0, 1), result
+    for tool, arguments in QUESTIONS:
+        answer = ask(tool, **arguments)
+        size = len(answer.content[0].text.encode())
+        assert size <= 64 * 1024, (tool, arguments, size)
+        assert "\ud83d" not in answer.content[0].text
+        if _data(answer).get("cut"):
+            assert "stroma export RUN --db r.db" in _data(answer)["cut"]
+    runs = _data(ask("list_runs"))
+    assert [run["run_id"] for run in runs["runs"]] == ["many", "message", "rejected", "ok", "bad", "good"]
+    why = _data(ask("explain_failure", run="message"))
+    assert "more characters" in why["run"]["error"]
+    assert [one["attempt"] for one in why["failed_attempts"]] == [1, 2, 3, 4]
+    assert _data(ask("read_attempt", run="ok", node="half"))["output"] == {
+        "v": {"half \ufffd": ["half \ufffd", "nan"]}
+    }
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "x" * 1_000_000,
+        '\n\0"' * 100_000,
+        "\U0001f600" * 100_000,
+        ["\ud83d"] * 100_000,
+        {"k" * 5_000 + str(n): "v" * n for n in range(500)},
+        [[["deep"] * 50] * 50] * 50,
+        functools.reduce(lambda inner, _: {"inner": inner, "text": "t" * 1000}, range(100), 1),
+        10**4000,
+    ],
+    ids=["text", "escapes", "wide characters", "halves", "keys", "lists", "depth", "number"],
+)
+def test_small_values_survive_large_ones(value):
+    """An answer is cut to 64 KiB of indented JSON; small fields stay whole beside large ones of any kind."""
+    answer = bound_answer({"status": "FAILED", "value": value, "cost": 0.5}, "read less")
+    assert len(to_json(answer, indent=2)) <= 64 * 1024
+    assert (answer["status"], answer["cost"]) == ("FAILED", 0.5)
+    assert (answer["value"] == value) != ("cut" in answer)
+
+
+def test_an_error_text_is_bounded(ask):
+    """An error message for an agent is bounded too: it may quote the question."""
+    assert len(ask("explain_failure", run="x" * 100_000).content[0].text) <= 66 * 1024
 
 
 @pytest.mark.slow

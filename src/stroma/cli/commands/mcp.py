@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from typing import Any, Final
@@ -19,9 +18,9 @@ from stroma.checkpoint.history import (
     place_of,
     status_of,
     sum_waste,
-    too_large,
 )
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
+from stroma.cli.bounded_json import MAX_ANSWER_BYTES, bound_answer, bound_text
 from stroma.cli.commands.diff import diff_data
 from stroma.cli.commands.runs import run_data
 from stroma.cli.commands.show import attempt_data
@@ -33,9 +32,7 @@ from stroma.trace.redaction import Redact
 __all__ = ["RunReader", "make_server", "mcp"]
 
 _MAX_RUNS: Final = 100
-_MAX_ATTEMPTS: Final = 200  # of one answer: an agent reads every token of it
-_MAX_BYTES: Final = 64 * 1024  # of one state, or of one value that differs
-_MAX_CHANGES: Final = 100  # of one state
+_MAX_ATTEMPTS: Final = 200  # of one answer
 
 
 class RunReader:
@@ -44,6 +41,12 @@ class RunReader:
     def __init__(self, database: Database, redact: Redact | None) -> None:
         self._database = database
         self._redact = redact
+
+    @property
+    def fix(self) -> str:
+        """How to read what was cut of an answer."""
+        everything = self._database.command("export", "RUN")
+        return f"read fewer runs or one attempt, or everything with: {everything}"
 
     @property
     def _history(self) -> History:
@@ -85,7 +88,7 @@ class RunReader:
         }
 
     def read_attempt(self, run: str, node: str, attempt: int | None = None) -> dict[str, Any]:
-        """Read an attempt of a node: its figures, and its input and output up to 64 KiB each. The last one unless one is named."""
+        """Read an attempt of a node: its figures, its input and its output. The last one unless one is named."""
         history, record, attempts = self._read(run)
         matching = [one for one in attempts if one.node_id == node and attempt in (None, one.attempt)]
         if not matching:
@@ -95,8 +98,8 @@ class RunReader:
             )
         one = matching[-1]
         with self._database.explain_errors():
-            state = history.input_of(record.run_id, one, max_bytes=_MAX_BYTES)
-            output = history.output_of(one, max_bytes=_MAX_BYTES)
+            state = history.input_of(record.run_id, one, max_bytes=MAX_ANSWER_BYTES)
+            output = history.output_of(one, max_bytes=MAX_ANSWER_BYTES)
             rejected = history.rejected_of(record.run_id, one)
         return attempt_data(record, one) | {
             "input": state.value if state.problem is None else {"problem": state.problem},
@@ -105,28 +108,14 @@ class RunReader:
         }
 
     def compare_runs(self, a: str, b: str) -> dict[str, Any]:
-        """Compare two runs: what differs in their input, outputs, outcomes, attempts and models, node by node.
-
-        At most 100 changes of each state and 200 nodes; values up to 64 KiB each.
-        """
+        """Compare two runs: what differs in their input, outputs, outcomes, attempts and models, node by node."""
         history, first, left = self._read(a)
         _, second, right = self._read(b)
         with self._database.explain_errors():
             inputs = [history.input_at(record.run_id, 0) for record in (first, second)]
             nodes = compare(left, right, history.output_of)
         started = changes(*(one.value if one.problem is None else one.problem for one in inputs))
-        data = diff_data(first, second, started, nodes, True)
-        omitted = len(data["nodes"]) - _MAX_ATTEMPTS
-        if omitted > 0:
-            data["nodes"] = [
-                *data["nodes"][:_MAX_ATTEMPTS],
-                {"omitted": f"{omitted:,} more nodes that differ"},
-            ]
-        data["input"] = _capped(data["input"])
-        for node in data["nodes"]:
-            if "output" in node:
-                node["output"] = _capped(node["output"])
-        return data
+        return diff_data(first, second, started, nodes, True)
 
     def _read(self, run: str) -> tuple[History, RunRecord, list[AttemptRecord]]:
         """Return a run and its attempts, redacted. Raises Problem."""
@@ -136,20 +125,6 @@ class RunReader:
             record = history.redact_run(stored)
             attempts = in_order(history.redact_attempts(record.run_id, reader.attempts(record.run_id)))
         return history, record, attempts
-
-
-def _capped(differences: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the first differences of a state, with large values replaced by their size."""
-    omitted = len(differences) - _MAX_CHANGES
-    more = [{"omitted": f"{omitted:,} more changes"}] if omitted > 0 else []
-    return [
-        {name: _capped_value(value) for name, value in one.items()} for one in differences[:_MAX_CHANGES]
-    ] + more
-
-
-def _capped_value(value: Any) -> Any:
-    size = len(json.dumps(value, default=str))
-    return value if size <= _MAX_BYTES else {"problem": too_large(size).problem}
 
 
 def make_server(reader: RunReader) -> Any:
@@ -164,7 +139,7 @@ def make_server(reader: RunReader) -> Any:
     )
     for tool in (reader.list_runs, reader.explain_failure, reader.read_attempt, reader.compare_runs):
         hints = ToolAnnotations.model_validate({"readOnlyHint": True})
-        server.tool(annotations=hints)(_with_messages(tool, tool_error))
+        server.tool(annotations=hints)(_with_messages(tool, tool_error, reader.fix))
     return server
 
 
@@ -178,16 +153,16 @@ def _load_sdk() -> tuple[Any, type[Exception]]:
 
 
 def _with_messages(
-    tool: Callable[..., dict[str, Any]], tool_error: type[Exception]
+    tool: Callable[..., dict[str, Any]], tool_error: type[Exception], fix: str
 ) -> Callable[..., dict[str, Any]]:
-    """Return a tool whose problems are messages that the client can read."""
+    """Return a tool with bounded answers, whose problems are messages that the client can read."""
 
     @functools.wraps(tool)
     def answer(*args: Any, **kwargs: Any) -> dict[str, Any]:
         try:
-            return tool(*args, **kwargs)
+            return bound_answer(tool(*args, **kwargs), fix)
         except Problem as problem:
-            raise tool_error("; ".join([problem.message, *problem.more])) from None
+            raise tool_error(bound_text("; ".join([problem.message, *problem.more]))) from None
 
     return answer
 
