@@ -30,6 +30,7 @@ from stroma import (
     stroma_node,
 )
 from stroma.ui import Settings, make_app
+from stroma.ui.server import make_config
 
 #: What a page must never take for its own.
 SCRIPT = "<script>window.pwned=1</script><img src=x onerror='window.pwned=1'>\"'&amp;]]>"
@@ -52,6 +53,7 @@ class Site:
 
     port: int
     store: SQLiteStore
+    app: Any = None
     resumed: list[str] = field(default_factory=list)
 
     @property
@@ -89,7 +91,10 @@ class Site:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Site]]:
-    """Starts a site for a store; the keywords are settings. ``serve.listening()``: a socket to give it, whose port is known."""
+    """Starts a site for a store; the keywords are settings. ``serve.listening()``: a socket to give it, whose port is known.
+
+    ``app``: the application of another site, to be served by one more thread.
+    """
     servers: list[tuple[uvicorn.Server, threading.Thread, socket.socket]] = []
 
     def listen() -> socket.socket:
@@ -98,18 +103,20 @@ def serve() -> Iterator[Callable[..., Site]]:
         listening.listen(128)
         return listening
 
-    def start(store: SQLiteStore, *, listening: socket.socket | None = None, **settings: Any) -> Site:
+    def start(
+        store: SQLiteStore, *, listening: socket.socket | None = None, app: Any = None, **settings: Any
+    ) -> Site:
         listening = listening or listen()
         site = Site(listening.getsockname()[1], store)
-        value = {
+        value: dict[str, Any] = {
             "hosts": [site.host, f"localhost:{site.port}"],
             "resume": site.resumed.append,
             "poll_seconds": 0.05,
         } | settings
-        app = make_app(Settings(store=store, name="runs.db", **value))
-        config = uvicorn.Config(
-            app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1
-        )
+        site.app = app or make_app(Settings(store=store, name="runs.db", **value))
+        config = make_config(site.app)
+        config.log_level = "critical"
+        config.configure_logging()
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()

@@ -6,7 +6,9 @@ import asyncio
 import html
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from pydantic import BaseModel
@@ -68,7 +70,8 @@ def test_an_answer(store: SQLiteStore, serve: Any) -> None:
     assert site.post("/approve", good).status == 303
     assert answered(store, "x")
     assert site.resumed == []
-    assert site.post("/approve", good).status == 409
+    assert site.post("/approve", good).status == 303
+    assert site.post("/approve", {**good, "answer": '{"approved": false, "note": "no"}'}).status == 409
     form = form_of(site.get("/run", id="y").text, "approve")
     assert site.post("/approve", {**form, "answer": good["answer"], "resume": "yes"}).status == 303
     assert site.resumed == ["y"]
@@ -103,6 +106,142 @@ def test_a_fork(store: SQLiteStore, serve: Any) -> None:
     assert "/fork" not in serve(store, pipeline="other", lineage=lineage(BAD)).ask("GET", last).text
     child = next(address for address in addresses if "at=2.0" in address)
     assert "/fork" not in site.ask("GET", child).text
+
+
+def two_threads(store: SQLiteStore, serve: Any, **settings: Any) -> list[Site]:
+    """One application, served by two threads."""
+    sockets = [serve.listening() for _ in range(2)]
+    hosts = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
+    first: Site = serve(store, listening=sockets[0], hosts=hosts, pipeline="flows", **settings)
+    second: Site = serve(store, listening=sockets[1], app=first.app)
+    return [first, second]
+
+
+def send_often(sites: list[Site], path: str, form: dict[str, str]) -> set[str]:
+    """Send a form eight times at once, to each site in turn; return where the answers lead."""
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda n: sites[n % len(sites)].post(path, form), range(8)))
+    assert {answer.status for answer in answers} == {303}
+    return {answer.headers["location"] for answer in answers}
+
+
+def test_one_form_starts_one_run(store: SQLiteStore, serve: Any) -> None:
+    """A form that starts paid work starts it once, however often and to whichever thread of the server it is sent."""
+    make_runs(store, ("bad", BAD), ("x", ASKS))
+    sites = two_threads(store, serve, lineage=lineage(BAD), find_schema=lambda one: Answer)
+    site = sites[0]
+    last = next(address for address in attempts_of(site) if "at=3&" in address)
+    form = form_of(site.ask("GET", last).text, "fork")
+    (location,) = send_often(sites, "/fork", form)
+    forked = location.removeprefix("/run?id=")
+    assert site.resumed == [forked]
+    assert send_often(sites, "/fork", form_of(site.ask("GET", last).text, "fork")) != {location}
+    assert len(site.resumed) == 2
+    resume = form_of(site.get("/run", id="bad").text, "resume")
+    assert send_often(sites, "/resume", resume) == {"/run?id=bad"}
+    many = {"key": form_key(site.get("/").text), "run": "bad"}
+    assert send_often(sites, "/resume-many", many) == {"/"}
+    approve = form_of(site.get("/run", id="x").text, "approve")
+    answer = {**approve, "answer": '{"approved": true, "note": "yes"}', "resume": "yes"}
+    assert send_often(sites, "/approve", answer) == {"/run?id=x"}
+    assert site.resumed[2:] == ["bad", "bad", "x"]
+    # A form of a newer page acts again.
+    assert site.post("/resume", form_of(site.get("/run", id="bad").text, "resume")).status == 303
+    assert site.resumed[5:] == ["bad"]
+
+
+def test_a_form_that_failed_can_be_sent_again(store: SQLiteStore, serve: Any) -> None:
+    """A form whose work could not be started is not used up."""
+    make_runs(store, ("bad", BAD))
+    started: list[str] = []
+
+    def resume(run_id: str) -> None:
+        started.append(run_id)
+        if len(started) == 1:
+            raise OSError("no process left")
+
+    site: Site = serve(store, pipeline="flows", resume=resume)
+    form = form_of(site.get("/run", id="bad").text, "resume")
+    assert [site.post("/resume", form).status for _ in range(3)] == [500, 303, 303]
+    assert started == ["bad", "bad"]
+
+
+class Anything(BaseModel):
+    v: Any = None
+
+
+async def _asks_anything(state: Any) -> Any:
+    answer = current_node().wait_for(Anything, reason="what?")
+    return {"n": 1, "text": repr(answer.v)[:50]}
+
+
+async def _charge(state: Any) -> Any:
+    raise TimeoutError("no answer")
+
+
+ANYTHING = Pipeline("flows", [node("asks", _asks_anything)])
+NUMBERS = {
+    "NaN": "NaN", "Infinity": "-Infinity", "huge float": "1e400", "4,000 digits": "9" * 4_000, "5,000 digits": "9" * 5_000,
+    "20,000 digits": "9" * 20_000, "nested": "[" * 300 + "]" * 300, "deep": "[" * 15_000 + "]" * 15_000, "deep object": '{"a":' * 5_000 + "1" + "}" * 5_000,
+    "surrogate": '"\\ud83d"', "surrogate key": '{"\\ud83d": 1}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
+def test_any_number_is_an_answer_or_a_clear_refusal(store: SQLiteStore, serve: Any, number: str) -> None:
+    """Any JSON in a form is accepted, or refused with a message; every page can still be read, and the run resumes."""
+    make_runs(store, ("x", ANYTHING))
+    runner = StromaRunner.quick(store=store)
+    charge = runner.node("charge", input=State, output=Anything, effect=True)(_charge)
+    asyncio.run(runner.run(Pipeline("flows", [charge]), State(), run_id="effect"))
+    site: Site = serve(store, pipeline="flows", find_schema=lambda one: Anything)
+    approve = form_of(site.get("/run", id="x").text, "approve")
+    stated = form_of(site.get("/run", id="effect").text, "effect")
+    answers = [
+        site.post("/approve", {**approve, "answer": f'{{"v": {number}}}'}),
+        site.post("/effect", {**stated, "happened": "yes", "output": f'{{"v": {number}}}'}),
+    ]
+    for answer in answers:
+        assert answer.status in (303, 422), answer.text
+        assert answer.status == 303 or "the answer" in answer.text or "the output" in answer.text
+    if answers[0].status == 303:
+        result = asyncio.run(runner.run(ANYTHING, State(), run_id="x", resume=True))
+        assert result.status == "RESUMED", result.failure
+    for run_id in ("x", "effect"):
+        for path in [
+            "/",
+            "/overview",
+            "/compare?a=x&b=effect",
+            f"/run?id={run_id}",
+            *attempts_of(site, run_id),
+        ]:
+            assert site.ask("GET", path).status == 200, path
+            assert site.ask("GET", path.replace("/attempt?", "/payload?side=output&")).status in (200, 404), (
+                path
+            )
+        assert site.get("/export", id=run_id, format="html").status == 200
+        assert site.get("/export", id=run_id, format="otlp").status == 200
+
+
+@pytest.mark.parametrize(
+    "number", ["NaN", "-inf", "1e400", "9" * 400, "9" * 5_000, "1e308", "-1", "x", "\u0663", "\ud83d"]
+)
+def test_any_number_is_a_limit_or_a_clear_refusal(store: SQLiteStore, serve: Any, number: str) -> None:
+    """Any number in the form of the budget, or in the query of a page, is taken or refused with a message."""
+    make_runs(store, ("x", ANYTHING), ("good", GOOD))
+    site: Site = serve(store, pipeline="flows", lineage=lineage(GOOD))
+    form = form_of(site.get("/run", id="x").text, "budget")
+    number = number.encode("utf-8", "replace").decode()
+    for field in ("tokens", "cost_usd", "latency_ms"):
+        answer = site.post("/budget", {**form, field: number})
+        assert answer.status in (303, 422), (field, answer.text)
+        assert site.get("/run", id="x").status == 200
+    for path in (
+        f"/run?id=good&from={number}&to={number}", f"/run?id=good&after={number}", f"/run?id=good&from=0&to={number}", f"/?after={number}",
+        f"/attempt?id=good&at={number}", f"/attempt?id=good&at=0&began={number}", f"/payload?id=good&at={number}.{number}&side=input",
+        f"/overview?days={number}", f"/?q=tag:{number}", f"/compare?a={number}&b=good"
+    ):  # fmt: skip
+        assert site.ask("GET", quote(path, safe="/?&=:")).status in (200, 400, 404), path
 
 
 def test_several_runs(store: SQLiteStore, serve: Any) -> None:

@@ -253,6 +253,45 @@ def test_streams_are_bounded(store: SQLiteStore, serve: Any, monkeypatch: pytest
     assert site.get("/events", id="a" * 10_001).status == 414
 
 
+def _connect(site: Site, sent: str = "") -> socket.socket:
+    opened = socket.create_connection(("127.0.0.1", site.port), timeout=30)
+    opened.sendall(sent.format(host=site.host).encode())
+    return opened
+
+
+def test_idle_connections_lock_nobody_out(store: SQLiteStore, serve: Any) -> None:
+    """However many connections send nothing, or half a head, the next request is answered."""
+    site = with_token(store, serve)
+    with contextlib.ExitStack() as opened:
+        idle = [opened.enter_context(_connect(site, "GET / HTTP" if n % 2 else "")) for n in range(400)]
+        for _ in range(3):
+            assert site.ask("GET", "/", authorization=f"Bearer {TOKEN}").status == 200
+        assert idle[0].recv(1) == b""  # The oldest gave way.
+
+
+@pytest.mark.parametrize(
+    "sent", ["", "GET / HTTP/1.1\r\nHost: {host}\r\n", "GET / HTTP/1.1\r\nHost: {host}\r\n\r\nGET / HT"]
+)
+def test_a_head_has_a_time_limit(site: Site, monkeypatch: pytest.MonkeyPatch, sent: str) -> None:
+    """A connection without a complete head is closed, a first or a later one; an open page with events stays."""
+    monkeypatch.setattr("stroma.ui.server._HEAD_SECONDS", 0.2)
+    with _stream(site, "/events") as events, _connect(site, sent) as slow:
+        while slow.recv(65_536):
+            pass
+        events.setblocking(False)
+        assert events.recv(65_536).startswith(b"HTTP/1.1 200")
+        with pytest.raises(BlockingIOError):
+            events.recv(1)
+
+
+def test_a_form_has_a_time_limit(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A form whose body does not arrive is refused, and its connection closed."""
+    monkeypatch.setattr("stroma.ui.actions._FORM_SECONDS", 0.2)
+    head = "POST /delete HTTP/1.1\r\nHost: {host}\r\nContent-Length: 50\r\nContent-Type: application/x-www-form-urlencoded\r\n\r\nid="
+    with _connect(site, head) as slow:
+        assert slow.recv(12) == b"HTTP/1.1 408"
+
+
 def test_marks_of_direction_are_shown(store: SQLiteStore, serve: Any) -> None:
     """What would make a page read as something else is shown as an escape, on every page."""
     turned = "invoice\u202egnp.exe"

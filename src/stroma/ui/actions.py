@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, urlencode
 
 from anyio import to_thread
-from pydantic import ValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -17,7 +17,7 @@ from starlette.responses import RedirectResponse, Response
 from stroma._utils.text import clean
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.entries import Waiting
-from stroma.checkpoint.errors import StoreError
+from stroma.checkpoint.errors import RunExists, StoreError
 from stroma.checkpoint.history import FINISHED
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.contracts.effects import NotDone
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MANY", "Actions", "can_fork", "can_resume", "controls_of"]
 
-_MAX_FORM_BYTES = 100_000
+_MAX_FORM_BYTES: Final = 100_000
+_FORM_SECONDS: Final = 10.0  # for a form to arrive
 #: Action and subject of the form that resumes several runs.
 MANY: Final = ("resume-many", "")
 _MAX_MANY: Final = 50  # one page of runs
@@ -75,12 +76,14 @@ class Actions:
         self._keys = keys
 
     async def resume(self, request: Request) -> Response:
-        record, _ = await self._read_form("resume", request)
+        record, form = await self._read_form("resume", request)
         resume = self._settings.resume
-        if resume is None or not can_resume(self._settings, record):
-            raise HTTPException(409, "this run cannot be resumed here; its page shows the command")
-        await to_thread.run_sync(resume, record.run_id)
-        return RedirectResponse(f"/run?{urlencode({'id': record.run_id})}", 303)
+        with self._keys.once(_identity(form)) as is_first:
+            if resume is None or (is_first and not can_resume(self._settings, record)):
+                raise HTTPException(409, "this run cannot be resumed here; its page shows the command")
+            if is_first:
+                await to_thread.run_sync(resume, record.run_id)
+        return _to_run(record.run_id)
 
     async def resume_many(self, request: Request) -> Response:
         """Resume the selected runs that can be resumed; others are skipped."""
@@ -89,10 +92,11 @@ class Actions:
             raise _no_key()
         resume = self._settings.resume
         run_ids = list(dict.fromkeys(value for name, value in form if name == "run"))[:_MAX_MANY]
-        for run_id in run_ids:
-            record = await self._get_run(run_id)
-            if resume is not None and record is not None and can_resume(self._settings, record):
-                await to_thread.run_sync(resume, run_id)
+        with self._keys.once(_identity(form)) as is_first:
+            for run_id in run_ids if is_first else []:
+                record = await self._get_run(run_id)
+                if resume is not None and record is not None and can_resume(self._settings, record):
+                    await to_thread.run_sync(resume, run_id)
         return RedirectResponse("/", 303)
 
     async def fork(self, request: Request) -> Response:
@@ -105,58 +109,65 @@ class Actions:
         is_number = position.isdecimal() and position.isascii() and len(position) < 10
         if not is_number or int(position) >= len(lineage.top_level):
             raise HTTPException(422, "position must be that of a node of the pipeline")
-        new_run_id = secrets.token_hex(16)
+        new_run_id = self._keys.run_id(form["key"], int(position))
         try:
             await self._settings.store.fork(record.run_id, new_run_id, int(position))
+        except RunExists:  # The form was sent before.
+            return _to_run(new_run_id)
         except StoreError as error:
             raise HTTPException(409, clean(str(error), 1000)) from error
         await to_thread.run_sync(resume, new_run_id)
-        return RedirectResponse(f"/run?{urlencode({'id': new_run_id})}", 303)
+        return _to_run(new_run_id)
 
     async def approve(self, request: Request) -> Response:
         """Store the answer that a node waits for; resume the run if the form says so."""
         record, form = await self._read_form("approve", request)
-        store: Any = self._settings.store
-        pending: list[Waiting] = await to_thread.run_sync(store.waiting, record.run_id)
-        questions = [
-            one for one in pending if f"{one.position}:{one.branch}" == form.get("at") and not one.effect
-        ]
+        with self._keys.once(_identity(form)) as is_first:
+            if is_first:
+                await self._approve(record, form)
+        return _to_run(record.run_id)
+
+    async def _approve(self, record: RunRecord, form: dict[str, str]) -> None:
+        answer = _read_json(form.get("answer", ""), "answer")
+        questions = [one for one in await self._pending(record, form) if not one.effect]
         schema = self._settings.find_schema(questions[0]) if questions and questions[0].schema_ref else None
-        try:
-            answer = json.loads(form.get("answer", ""))
-            answered = match_answer(
-                questions, record.run_id, answer, node_id=None, branch=None, schema=schema
-            )
-            await store.signal(record.run_id, answered)
-        except (ValidationError, json.JSONDecodeError, RecursionError) as error:
-            raise HTTPException(422, f"the answer does not fit: {clean(str(error), 1000)}") from error
-        except StoreError as error:
-            raise HTTPException(409, clean(str(error), 1000)) from error
+        await self._signal(record, questions, answer, schema, "answer")
         resume = self._settings.resume
         if form.get("resume") == "yes" and resume is not None and can_resume(self._settings, record):
             await to_thread.run_sync(resume, record.run_id)
-        return RedirectResponse(f"/run?{urlencode({'id': record.run_id})}", 303)
 
     async def state_effect(self, request: Request) -> Response:
         """Store what a person states about the call of an effect: its output, or that it did not happen."""
         record, form = await self._read_form("effect", request)
+        happened = form.get("happened") == "yes"
+        answer = _read_json(form.get("output", ""), "output") if happened else NotDone()
+        pending = await self._pending(record, form)
+        unknown = [one for one in pending if one.effect and str(one.call_number) == form.get("call", "")]
+        await self._signal(record, unknown, answer, None, "output")
+        return _to_run(record.run_id)
+
+    async def _pending(self, record: RunRecord, form: dict[str, str]) -> list[Waiting]:
+        """Return the questions at the place in a form."""
         store: Any = self._settings.store
         pending: list[Waiting] = await to_thread.run_sync(store.waiting, record.run_id)
-        at = form.get("at", ""), form.get("call", "")
-        unknown = [
-            one
-            for one in pending
-            if (f"{one.position}:{one.branch}", str(one.call_number)) == at and one.effect
-        ]
+        return [one for one in pending if f"{one.position}:{one.branch}" == form.get("at")]
+
+    async def _signal(
+        self,
+        record: RunRecord,
+        pending: list[Waiting],
+        answer: Any,
+        schema: type[BaseModel] | None,
+        what: str,
+    ) -> None:
+        """Store an answer. Raises HTTPException for one that does not fit, or that nothing waits for."""
         try:
-            answer = NotDone() if form.get("happened") != "yes" else json.loads(form.get("output", ""))
-            stated = match_answer(unknown, record.run_id, answer, node_id=None, branch=None, schema=None)
-            await store.signal(record.run_id, stated)
-        except (ValidationError, json.JSONDecodeError, RecursionError) as error:
-            raise HTTPException(422, f"the output does not fit: {clean(str(error), 1000)}") from error
+            stated = match_answer(pending, record.run_id, answer, node_id=None, branch=None, schema=schema)
+            await self._settings.store.signal(record.run_id, stated)
         except StoreError as error:
             raise HTTPException(409, clean(str(error), 1000)) from error
-        return RedirectResponse(f"/run?{urlencode({'id': record.run_id})}", 303)
+        except (ValueError, RecursionError) as error:  # pydantic's ValidationError is a ValueError.
+            raise HTTPException(422, f"the {what} does not fit: {clean(str(error), 1000)}") from error
 
     async def pause(self, request: Request) -> Response:
         return await self._control("pause", "pause", request)
@@ -182,7 +193,7 @@ class Actions:
             raise HTTPException(
                 409, "nothing was changed: the run has ended, or is not paused; reload its page"
             )
-        return RedirectResponse(f"/run?{urlencode({'id': record.run_id})}", 303)
+        return _to_run(record.run_id)
 
     async def delete(self, request: Request) -> Response:
         record, _ = await self._read_form("delete", request)
@@ -214,11 +225,32 @@ async def _read_fields(request: Request) -> list[tuple[str, str]]:
     if request.headers.get("content-type", "").partition(";")[0] != "application/x-www-form-urlencoded":
         raise HTTPException(415, "content type must be application/x-www-form-urlencoded")
     body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _MAX_FORM_BYTES:
-            raise HTTPException(413, "the form is too large")
+    try:
+        async with asyncio.timeout(_FORM_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > _MAX_FORM_BYTES:
+                    raise HTTPException(413, "the form is too large")
+    except TimeoutError as error:
+        raise HTTPException(408, "the form did not arrive in time") from error
     return parse_qsl(body.decode("utf-8", "replace"))
+
+
+def _to_run(run_id: str) -> Response:
+    return RedirectResponse(f"/run?{urlencode({'id': run_id})}", 303)
+
+
+def _identity(form: dict[str, str] | list[tuple[str, str]]) -> str:
+    """Return what tells a form that is sent again from one with other content."""
+    return repr(sorted(form.items() if isinstance(form, dict) else form))
+
+
+def _read_json(text: str, what: str) -> Any:
+    """Return the JSON in a field of a form. Raises HTTPException for anything else, such as 5,000 digits."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(422, f"the {what} is not JSON: {clean(str(error), 300)}") from error
 
 
 def _no_key() -> HTTPException:

@@ -6,7 +6,9 @@ import base64
 import hashlib
 import hmac
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+import threading
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
 from typing import Any, Final
@@ -32,6 +34,8 @@ HEADERS: Final = {
     "cache-control": "no-store",
 }
 _COOKIE: Final = "stroma_ui"
+_NONCE_BYTES: Final = 16
+_MAX_SENT: Final = 10_000  # forms
 _SAFE: Final = ("GET", "HEAD")
 _LOOPBACK: Final = ("127.0.0.1:", "localhost:", "[::1]:")
 _CHALLENGE: Final = [(b"www-authenticate", b'Basic realm="stroma", charset="UTF-8"')]
@@ -49,13 +53,42 @@ class Keys:
 
     token: str | None = None
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+    _sent: dict[str, None] = field(default_factory=dict[str, None], repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def form(self, action: str, subject: str) -> str:
-        """Return the key of a form for one action on one subject, which no other site can compute."""
-        return self._sign(f"form\0{action}\0{subject}")
+        """Return a key for one form, of one action on one subject, which no other site can compute."""
+        return self._form(secrets.token_hex(_NONCE_BYTES), action, subject)
 
     def is_form(self, key: str, action: str, subject: str) -> bool:
-        return hmac.compare_digest(key.encode("utf-8", "replace"), self.form(action, subject).encode())
+        own = self._form(key[: 2 * _NONCE_BYTES], action, subject)
+        return hmac.compare_digest(key.encode("utf-8", "replace"), own.encode("utf-8", "replace"))
+
+    def run_id(self, key: str, position: int) -> str:
+        """Return the id of the run that a form forks: the same one however often the form is sent."""
+        return self._sign(f"run\0{key}\0{position}")[:32]
+
+    @contextmanager
+    def once(self, form: str) -> Iterator[bool]:
+        """Yield True for a form that is sent for the first time, in whichever thread. Remembers the last 10,000.
+
+        A form whose handler raises may be sent again.
+        """
+        digest = self._sign(f"sent\0{form}")
+        with self._lock:
+            is_first = digest not in self._sent
+            if len(self._sent) >= _MAX_SENT:
+                del self._sent[next(iter(self._sent))]
+            self._sent[digest] = None
+        try:
+            yield is_first
+        except BaseException:
+            with self._lock:
+                self._sent.pop(digest, None)
+            raise
+
+    def _form(self, nonce: str, action: str, subject: str) -> str:
+        return nonce + self._sign(f"form\0{action}\0{subject}\0{nonce}")
 
     @property
     def cookie(self) -> str:
