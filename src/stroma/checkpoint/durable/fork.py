@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from stroma.checkpoint.durable.integrity import checksum, require_undamaged, storable_text, verify_step
-from stroma.checkpoint.durable.rows import Annotation, Opening, Rows, RunEnd, Step
+from stroma.checkpoint.durable.rows import FORKED, Annotation, Opening, Rows, RunEnd, Step
 from stroma.checkpoint.errors import CheckpointNotFound, RunExists
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.records import Attempt
@@ -54,13 +54,10 @@ def fork_run(
         rows.commit(fence, _forked_attempt(number, position, branch, node_id, identities.get(position)), step)
     parent = Step("", "", b"", checksum(b""), before)
     rows.annotate(opening.run_id, Annotation.PARENT, "", source, parent)
-    belongs_to = {"session": source} | {
-        row.branch: row.node_id for row in rows.annotations(origin.run, Annotation.ATTRIBUTION)
-    }
-    for kind, value in belongs_to.items():
-        rows.annotate(opening.run_id, Annotation.ATTRIBUTION, kind, value, parent)
-    for row in list(rows.annotations(origin.run, Annotation.TRACE)):
-        rows.annotate(opening.run_id, Annotation.TRACE, row.branch, row.node_id, parent)
+    rows.annotate(opening.run_id, Annotation.ATTRIBUTION, "session", source, parent)
+    for kind in FORKED:
+        for row in list(rows.annotations(origin.run, kind)):
+            rows.annotate(opening.run_id, kind, row.branch, row.node_id, row.step)
     why = f"forked from run {source!r} before position {before}"
     rows.finish(fence, RunEnd("INTERRUPTED", payloads.seal_text(storable_text(why), new("error"))))
 

@@ -15,6 +15,8 @@ from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally
 
 __all__ = [
     "DAMAGED",
+    "FORKED",
+    "OF_EXECUTION",
     "Annotation",
     "AttemptSummary",
     "Fence",
@@ -30,7 +32,10 @@ __all__ = [
 
 
 class Annotation(IntEnum):
-    """Positions, below those of commits, of what a store records of a run besides its commits."""
+    """Positions, below those of commits, of what a store records of a run besides its commits.
+
+    The only list of these kinds: the keys of a store that has one for each kind are made from it.
+    """
 
     SAVED = -1  #: a state from ``save()``; branch: the node id
     WAITING = -2  #: an approval that a node waits for, and its answer; branch: "position:branch"
@@ -45,6 +50,11 @@ class Annotation(IntEnum):
     REJECTED = -11  #: an output that broke its contract; branch: "position:start:branch"
     ATTRIBUTION = -12  #: what the run belongs to, as node id; branch: "conversation", "user", "session"
 
+
+#: Annotations that belong to one execution: a restart deletes them. SAVED and PARENT belong to the run.
+OF_EXECUTION: Final = tuple(kind for kind in Annotation if kind not in (Annotation.SAVED, Annotation.PARENT))
+#: Annotations that a fork copies.
+FORKED: Final = (Annotation.ATTRIBUTION, Annotation.TRACE)
 
 #: The status of a run, and the outcome of an attempt, with values that no store writes.
 DAMAGED: Final = "DAMAGED"

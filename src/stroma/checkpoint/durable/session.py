@@ -351,12 +351,15 @@ class DurableSession:
     def delivered(self, row: AttemptRow) -> None:
         """Record, without waiting, that end hooks were called. If this is lost, they are called again."""
         run, key = self.fence.run, due_hooks_key(to_attempt(row))
-        self._post(lambda rows: rows.delete_annotations(run, Annotation.DUE_HOOKS, key))
+        pending = self._submit(
+            Transaction(self.run_id, lambda rows: rows.delete_annotations(run, Annotation.DUE_HOOKS, key))
+        )
+        pending.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def note_traceparent(self, traceparent: str) -> None:
         """Store the trace context without waiting. If this is lost, the trace of a resumed run is not linked."""
         step = Step("", "", b"", checksum(b""))
-        self._post(lambda rows: rows.annotate(self.run_id, Annotation.TRACE, "", traceparent, step))
+        self._post_fenced(lambda rows: rows.annotate(self.run_id, Annotation.TRACE, "", traceparent, step))
 
     def note_attribution(self, ids: Mapping[str, str]) -> None:
         """Store ids of what the run belongs to, without waiting. If this is lost, a resumed run belongs to nothing."""
@@ -366,10 +369,11 @@ class DurableSession:
             for kind, value in ids.items():
                 rows.annotate(self.run_id, Annotation.ATTRIBUTION, kind, value, step)
 
-        self._post(write)
+        self._post_fenced(write)
 
-    def _post(self, do: Callable[[Rows], Any]) -> None:
-        pending = asyncio.ensure_future(self._submit(Transaction(self.run_id, do)))
+    def _post_fenced(self, do: Callable[[Rows], None]) -> None:
+        """Write without waiting, unless the run was deleted or has another owner: what is written would reach it."""
+        pending = self._submit_fenced(do)
         pending.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None]:

@@ -20,7 +20,16 @@ from stroma.checkpoint.durable.conversion import to_committed
 from stroma.checkpoint.durable.integrity import checksum, is_intact, lost_error
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.owner import Owner
-from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunEnd, RunRow, Step
+from stroma.checkpoint.durable.rows import (
+    OF_EXECUTION,
+    Annotation,
+    Fence,
+    Opening,
+    Rows,
+    RunEnd,
+    RunRow,
+    Step,
+)
 from stroma.checkpoint.entries import (
     NO_CONTROL,
     Committed,
@@ -277,7 +286,7 @@ class RunOpener:
         if is_claimed and self._is_held:
             forget_requests(rows, run.run, CANCEL, PAUSE)  # The caller takes them back.
         if is_claimed and not opened.continued:
-            for kind in _OF_EXECUTION:
+            for kind in OF_EXECUTION:
                 rows.delete_annotations(run.run, kind)
             return  # A store that writes at the end of an operation would still read what was deleted.
         opened.attribution = {
@@ -311,21 +320,6 @@ class RunOpener:
                 rows.delete_annotations(run.run, Annotation.WAITING, row.branch)
             else:
                 opened.waiting[waiting.position, waiting.branch] = waiting
-
-
-#: Annotations that belong to one execution; SAVED and PARENT belong to the run.
-_OF_EXECUTION = (
-    Annotation.ATTRIBUTION,
-    Annotation.TRACE,
-    Annotation.DUE_HOOKS,
-    Annotation.FAILURE_SITE,
-    Annotation.DEATHS,
-    Annotation.WAITING,
-    Annotation.NOTE,
-    Annotation.REQUEST,
-    Annotation.CONTROL,
-    Annotation.REJECTED,
-)
 
 
 def finish_execution(rows: Rows, payloads: Payloads, fence: Fence, run_id: str, end: RunEnd) -> None:

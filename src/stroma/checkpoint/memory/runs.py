@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from stroma.checkpoint.decisions import LastExecution
@@ -30,6 +30,9 @@ __all__ = [
 ]
 
 _NUMBERS: Final = itertools.count(1)
+
+#: What a restart does not delete.
+_OF_RUN: Final = ("execution", "parent", "epoch", "session", "last_session")
 
 Key = int | str | tuple[int, str]
 
@@ -101,16 +104,15 @@ class MemoryRun:
     wake_ms: int | None = None
 
     def discard_execution(self) -> None:
-        """Delete what the last execution recorded. States from ``save()`` belong to no execution and stay."""
-        self.states = {k: v for k, v in self.states.items() if isinstance(k, str)}
-        self.other_rows, self.calls, self.waiting, self.places = [], {}, {}, {}
-        self.traceparent, self.attribution, self.tags, self.notes = None, {}, (), {}
-        self.control = NO_CONTROL
+        """Delete what the last execution recorded: all but what belongs to the run, and states from ``save()``."""
+        new = MemoryRun(states={k: v for k, v in self.states.items() if isinstance(k, str)})
+        for kind in fields(self):
+            if kind.name not in _OF_RUN:
+                setattr(self, kind.name, getattr(new, kind.name))
 
     def start_execution(self) -> None:
         """Record that an execution starts now."""
         self.started_ms, self.number = time.time_ns() // 1_000_000, next(_NUMBERS)
-        self.failure_sites, self.rejected = {}, None
 
     def last_execution(self) -> LastExecution | None:
         """Return the state of the last execution, or None if there is none."""

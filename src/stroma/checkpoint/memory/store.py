@@ -158,6 +158,8 @@ class _MemoryStore(MemoryReader, MemoryCells):
         existing = self._runs.get(check_id(new_run_id, "run id"))
         if existing is not None and existing.execution:
             raise RunExists(f"run {new_run_id!r} already exists; use another id for the fork")
+        if existing is not None:
+            run.states.update(existing.states)  # From save().
         for key, saved in reversed(list(source.newest_states())):
             if not isinstance(key, str) and position_of(key)[0] < before:
                 copied = saved._replace(row=None)

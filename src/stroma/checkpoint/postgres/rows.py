@@ -242,7 +242,7 @@ class PostgresRows:
         if not runs:
             return []
         numbers = [run.run for run in runs]
-        rows = self._execute(sql.EXTRAS, (numbers,)).fetchall()
+        rows = self._execute(sql.EXTRAS, (Annotation.PARENT, numbers)).fetchall()
         extras = {number: (parent, tuple(tags)) for number, parent, tags in rows}
         failures: dict[int, list[Attempt]] = {}
         if failed:

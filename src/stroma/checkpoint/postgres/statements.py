@@ -128,7 +128,7 @@ ATTEMPTS: Final = """SELECT position, started_ns, branch, attempt, node_id, dura
 OUTPUTS: Final = """SELECT epoch, position, started_ns, branch, attempt, contract, schema_ref, output, sha256, number, input_key
     FROM steps WHERE run = %s AND execution = %s AND position >= 0"""
 # For many runs at once: one query for each run would be one round trip for each.
-EXTRAS: Final = """SELECT r.run, (SELECT node_id FROM steps p WHERE p.run = r.run AND p.execution = 0 AND p.position = -4),
+EXTRAS: Final = """SELECT r.run, (SELECT node_id FROM steps p WHERE p.run = r.run AND p.execution = 0 AND p.position = %s),
     ARRAY(SELECT tag FROM tags g WHERE g.run = r.run) FROM runs r WHERE r.run = ANY(%s)"""
 FAILED_ATTEMPTS: Final = """SELECT w.run, f.* FROM unnest(%s::bigint[], %s::bigint[]) AS w(run, execution), LATERAL
     (SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message, reason, tokens,

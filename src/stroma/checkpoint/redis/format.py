@@ -7,10 +7,13 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from stroma.checkpoint.durable.integrity import parse_run
-from stroma.checkpoint.durable.rows import RunRow, Step, StepRow
+from stroma.checkpoint.durable.rows import Annotation, RunRow, Step, StepRow
 
 __all__ = [
+    "EXECUTION_KEYS",
+    "RUN_KEYS",
     "RedisRun",
+    "annotations_key",
     "as_hash",
     "as_text",
     "cell_prefix",
@@ -28,6 +31,16 @@ __all__ = [
     "unpack",
 ]
 
+
+def annotations_key(kind: int) -> str:
+    """Return the key of the annotations of one kind, after the prefix of a run."""
+    return "saved" if kind == Annotation.SAVED else f"annotations:{kind}"
+
+
+#: The keys of a run, after its prefix, except the states from save(), which expire by themselves.
+RUN_KEYS: Final = ("run", "inputs", *map(annotations_key, sorted(set(Annotation) - {Annotation.SAVED})))
+#: The keys of each of its executions; a colon and its number follow.
+EXECUTION_KEYS: Final = ("steps", "nodes", "attempts", "failed", "identities")
 
 _compact: Final = json.JSONEncoder(separators=(",", ":")).encode
 

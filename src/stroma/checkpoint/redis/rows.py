@@ -20,6 +20,7 @@ from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.records import Attempt
 from stroma.checkpoint.redis.format import (
     RedisRun,
+    annotations_key,
     as_hash,
     as_text,
     cell_prefix,
@@ -278,16 +279,17 @@ class RedisRows(RedisReader):
             self._write(prefix_of(run_id), "save", branch, value, self._ttl)
             return
         value = pack([node_id], pack_step(step, 0, 0, 0))
-        self._write(prefix_of(run_id), "annotate", self._owners.get(run_id, ""), int(position), branch, value)
+        key = annotations_key(position)
+        self._write(prefix_of(run_id), "annotate", self._owners.get(run_id, ""), key, branch, value)
 
     def annotations(self, run: RedisRun, position: int, branch: str | None = None) -> list[StepRow]:
         if position == Annotation.PARENT and not run.parent:
             return []
         if branch is None:
-            (reply,) = self._get(("HGETALL", f"{run.prefix}annotations:{position}"))
+            (reply,) = self._get(("HGETALL", f"{run.prefix}{annotations_key(position)}"))
             values = sorted(as_hash(reply).items())
         else:
-            (reply,) = self._get(("HGET", f"{run.prefix}annotations:{position}", branch))
+            (reply,) = self._get(("HGET", f"{run.prefix}{annotations_key(position)}", branch))
             values = [] if reply is None else [(branch, reply)]
         rows = []
         for branch, value in values:
@@ -298,12 +300,12 @@ class RedisRows(RedisReader):
 
     def delete_annotations(self, run: RedisRun, position: int, branch: str | None = None) -> None:
         branches = () if branch is None else (branch,)
-        self._write(
-            run.prefix, "delete_annotations", self._owners.get(run.run_id, ""), int(position), *branches
-        )
+        owner, key = self._owners.get(run.run_id, ""), annotations_key(position)
+        self._write(run.prefix, "delete_annotations", owner, key, *branches)
 
     def with_requests(self, runs: list[RedisRun]) -> list[RedisRun]:
-        replies = self._get(*(("EXISTS", f"{run.prefix}annotations:-3") for run in runs)) if runs else []
+        key = annotations_key(Annotation.REQUEST)
+        replies = self._get(*(("EXISTS", run.prefix + key) for run in runs)) if runs else []
         return [run for run, exists in zip(runs, replies, strict=True) if exists]
 
     def newest_output(self, run_id: str, node_id: str) -> StepRow | None:
@@ -354,7 +356,8 @@ class RedisRows(RedisReader):
         return int(seconds) * 1000 + int(micros) // 1000
 
     def expired_run_ids(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
-        # States from save() expire by themselves, or have no expiry.
+        # States from save() expire by themselves, or have no expiry. Expired runs leave their ids in the lists.
+        self._link.send([script_command("stroma:", "sweep")])
         run_ids: list[str] = []
         start = 0
         while len(run_ids) < limit:

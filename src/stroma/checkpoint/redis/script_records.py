@@ -8,27 +8,27 @@ __all__ = ["RECORDS"]
 
 RECORDS: Final = r"""
 -- With an owner, annotations change only while it owns the run.
-function ops.annotate(owner, position, branch, value)
+function ops.annotate(owner, key, branch, value)
   if owner ~= '' and redis.call('HGET', run, 'owner') ~= owner then return 'changed' end
   local ttl = redis.call('PTTL', run)
   if ttl == -2 then return 0 end
   redis.call('HINCRBY', run, 'annotation_version', 1)
-  redis.call('HSET', p .. 'annotations:' .. position, branch, value)
-  if ttl >= 0 then redis.call('PEXPIRE', p .. 'annotations:' .. position, ttl) end
+  redis.call('HSET', p .. key, branch, value)
+  if ttl >= 0 then redis.call('PEXPIRE', p .. key, ttl) end
   return 0
 end
 
-function ops.delete_annotations(owner, position, branch)
+function ops.delete_annotations(owner, key, branch)
   if owner ~= '' and redis.call('HGET', run, 'owner') ~= owner then return 'changed' end
   local deleted
-  if branch then deleted = redis.call('HDEL', p .. 'annotations:' .. position, branch)
-  else deleted = redis.call('DEL', p .. 'annotations:' .. position) end
+  if branch then deleted = redis.call('HDEL', p .. key, branch)
+  else deleted = redis.call('DEL', p .. key) end
   if deleted > 0 and redis.call('EXISTS', run) == 1 then redis.call('HINCRBY', run, 'annotation_version', 1) end
   return 0
 end
 
 function ops.save(node, value, ttl)
-  local saved, us, expires = p .. 'saved', now_us(), ''
+  local saved, us, expires = p .. SAVED, now_us(), ''
   local remaining = redis.call('PTTL', saved)
   local order = us
   if redis.call('EXISTS', run) == 1 then order = redis.call('HINCRBY', run, 'order', 1) end
@@ -40,7 +40,7 @@ function ops.save(node, value, ttl)
 end
 
 function ops.newest(node)
-  local saved = redis.call('HGET', p .. 'saved', node)
+  local saved = redis.call('HGET', p .. SAVED, node)
   local order, place, step = 0, false, false
   local execution = redis.call('HGET', run, 'execution')
   if execution then
@@ -66,7 +66,7 @@ function ops.delete(id, tombstone)
     executions = executions + 1
   end
   for _, key in ipairs(keys_of(executions)) do redis.call('DEL', key) end
-  redis.call('DEL', p .. 'saved')
+  redis.call('DEL', p .. SAVED)
   redis.call('ZREM', RUNS, id)
   redis.call('ZREM', IDS, id)
   redis.call('ZREM', ENDED, id)
@@ -99,7 +99,7 @@ local function failures(prefix, execution, limit)
 end
 
 function ops.read_extras(execution, limit)
-  return {redis.call('HGETALL', p .. 'annotations:-4'), redis.call('HGET', run, 'tags'),
+  return {redis.call('HGETALL', p .. PARENT), redis.call('HGET', run, 'tags'),
     tonumber(limit) > 0 and failures(p, execution, tonumber(limit)) or {}}
 end
 
@@ -135,7 +135,8 @@ local function matches(filter, id)
     local failed = false
     for _, attempt in ipairs(failures(prefix, f[5], 20)) do
       local header = cjson.decode(string.match(attempt, '^[^\n]*'))[1]
-      failed = failed or ((not filter.node or header[5] == filter.node) and (not filter.class or header[8] == filter.class))
+      failed = failed or ((not filter.node or header[ATTEMPT.node_id] == filter.node)
+        and (not filter.class or header[ATTEMPT.failure_class] == filter.class))
     end
     if not failed then return false end
   end

@@ -16,7 +16,7 @@ function ops.find(id)
     if listed and not redis.call('ZSCORE', ENDED, id) then return 'lost' end
     return false
   end
-  return {now_ms(), f, redis.call('EXISTS', p .. 'annotations:-4')}
+  return {now_ms(), f, redis.call('EXISTS', p .. PARENT)}
 end
 
 -- Returns a JSON list of texts with the missing texts of another list added.
@@ -48,7 +48,7 @@ function ops.begin(id, old_token, old_epoch, old_version, old_annotations, owner
     -- Keys that eviction left of an earlier run of this id.
     for _, key in ipairs(keys_of(0)) do if key ~= run then redis.call('DEL', key) end end
   end
-  for _, name in ipairs({'steps:', 'nodes:', 'attempts:', 'failed:', 'identities:'}) do redis.call('DEL', p .. name .. execution) end
+  for _, name in ipairs(EXECUTION_KEYS) do redis.call('DEL', p .. name .. ':' .. execution) end
   redis.call('HSET', p .. 'inputs', execution, input)
   persist(tonumber(execution))
   redis.call('ZADD', RUNS, us, id)

@@ -16,7 +16,7 @@ The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
     attempts:E    hash: "epoch:position:start:attempt:branch" -> attempt
     identities:E  hash: identity of a step of plain code -> position
     failed:E      list: the fields in attempts:E of the last failed attempts, the latest first
-    annotations:P hash: branch -> annotation, for each position below -1
+    annotations:P hash: branch -> annotation, for each kind of Annotation except states from save()
     saved         hash: node id -> "order until", a newline, and the state from save()
     deleted:TOKEN exists for a while after the run was deleted, to distinguish it from a lost run
 
@@ -29,8 +29,12 @@ stroma:cell:<name, percent-encoded> for each cell, with its data, and the number
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Final
 
+from stroma.checkpoint.durable.rows import Annotation
+from stroma.checkpoint.records import Attempt
+from stroma.checkpoint.redis.format import EXECUTION_KEYS, RUN_KEYS, annotations_key
 from stroma.checkpoint.redis.script_records import RECORDS
 from stroma.checkpoint.redis.script_sessions import SESSIONS
 
@@ -41,6 +45,18 @@ IDS: Final = "stroma:ids"
 
 #: For this time, a session of a deleted run gets the error that it was deleted; after that, that it was lost.
 TOMBSTONE_SECONDS: Final = 24 * 3600
+
+
+def _lua_list(texts: Iterable[str]) -> str:
+    return "{" + ", ".join(f"'{text}'" for text in texts) + "}"
+
+
+# Made from the lists in Python, so that a new kind of record expires and is deleted like all others.
+_NAMES: Final = f"""
+local RUN_KEYS, EXECUTION_KEYS = {_lua_list(RUN_KEYS)}, {_lua_list(EXECUTION_KEYS)}
+local SAVED, PARENT = '{annotations_key(Annotation.SAVED)}', '{annotations_key(Annotation.PARENT)}'
+local ATTEMPT = {{{", ".join(f"{name} = {at}" for at, name in enumerate(Attempt._fields, start=1))}}}
+"""
 
 _COMMON: Final = r"""
 local p, op = KEYS[1], ARGV[1]
@@ -56,10 +72,10 @@ end
 local function now_ms() return math.floor(now_us() / 1000) end
 
 local function keys_of(executions)
-  local keys = {run, p .. 'inputs'}
-  for place = 2, 10 do keys[#keys + 1] = p .. 'annotations:-' .. place end
+  local keys = {}
+  for _, name in ipairs(RUN_KEYS) do keys[#keys + 1] = p .. name end
   for e = 1, math.min(executions, MAX_EXECUTIONS) do
-    for _, name in ipairs({'steps:', 'nodes:', 'attempts:', 'failed:', 'identities:'}) do keys[#keys + 1] = p .. name .. e end
+    for _, name in ipairs(EXECUTION_KEYS) do keys[#keys + 1] = p .. name .. ':' .. e end
   end
   return keys
 end
@@ -163,5 +179,5 @@ if op == 'transact' then return transact() end
 return ops[op](unpack(ARGV, 2))
 """
 
-SCRIPT: Final = _COMMON + SESSIONS + RECORDS + _DISPATCH
+SCRIPT: Final = _NAMES + _COMMON + SESSIONS + RECORDS + _DISPATCH
 SHA: Final = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()

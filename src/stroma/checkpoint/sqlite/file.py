@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeVar
 
+from stroma.checkpoint.durable.rows import Annotation
 from stroma.checkpoint.durable.worker import permanent_error
 from stroma.checkpoint.errors import StoreError
 
@@ -66,7 +67,7 @@ _SCHEMA: Final = (
         reason TEXT, tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, model TEXT,
         function_ns INTEGER NOT NULL, group_id TEXT, identity TEXT, error_type TEXT,
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch, attempt)) WITHOUT ROWID, STRICT""",
-    "CREATE INDEX requests ON steps (run) WHERE position = -3",
+    f"CREATE INDEX requests ON steps (run) WHERE position = {Annotation.REQUEST}",
     "CREATE TABLE cells (name TEXT PRIMARY KEY, data BLOB NOT NULL) STRICT",
     """CREATE TABLE tags (run INTEGER NOT NULL, tag TEXT NOT NULL, started_ms INTEGER NOT NULL,
         PRIMARY KEY (run, tag)) WITHOUT ROWID, STRICT""",

@@ -195,7 +195,7 @@ class SqliteRows:
         self.db.execute(sql.DELETE_ANNOTATIONS, (run, position, branch))
 
     def with_requests(self, runs: list[int]) -> list[int]:
-        rows = self.db.execute("SELECT run FROM steps WHERE position = -3").fetchall()
+        rows = self.db.execute(sql.WITH_REQUESTS).fetchall()
         requested = {run for (run,) in rows}
         return [run for run in runs if run in requested]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from stroma.checkpoint.durable.rows import Annotation
+
 COLUMNS: Final = """r.run, r.run_id, r.pipeline, r.execution, r.status, r.error, r.started_ms, r.updated_ms, r.tokens,
     r.cost_pico, r.latency_ns, r.lease_owner, r.lease_epoch, r.lease_until_ms, (SELECT count(*) FROM steps s
     WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0 AND s.branch = ''), r.attempt_count,
@@ -35,8 +37,8 @@ EXPIRED: Final = """SELECT run_id FROM runs WHERE updated_ms < ?
 BLOBS: Final = """SELECT output FROM steps WHERE substr(output, 1, :length) = :blob
     UNION ALL SELECT input_key FROM steps WHERE substr(input_key, 1, :length) = :blob
     UNION ALL SELECT input FROM inputs WHERE substr(input, 1, :length) = :blob"""
-NEWEST: Final = """SELECT s.position, s.branch, s.node_id, s.contract, s.schema_ref, s.output, s.sha256, s.number, s.input_key
-    FROM runs r JOIN steps s ON s.run = r.run AND (s.execution = r.execution OR s.position = -1)
+NEWEST: Final = f"""SELECT s.position, s.branch, s.node_id, s.contract, s.schema_ref, s.output, s.sha256, s.number, s.input_key
+    FROM runs r JOIN steps s ON s.run = r.run AND (s.execution = r.execution OR s.position = {Annotation.SAVED})
     WHERE r.run_id = ? AND s.node_id = ? ORDER BY s.id DESC LIMIT 1"""
 ATTEMPT: Final = """INSERT INTO attempts (run, execution, epoch, position, started_ns, branch, attempt, node_id,
     duration_ns, outcome, failure_class, message, reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity, error_type)
@@ -102,7 +104,10 @@ FAILED_SINCE: Final = """SELECT position, started_ns, branch, attempt, node_id, 
 # Uses the index `called`, which has no rows of pipelines.
 IDENTITIES: Final = """SELECT DISTINCT identity, position FROM attempts
     WHERE run = ? AND execution = ? AND identity IS NOT NULL"""
-PARENTS: Final = "SELECT node_id FROM steps WHERE run = ? AND execution = 0 AND position = -4"
+PARENTS: Final = (
+    f"SELECT node_id FROM steps WHERE run = ? AND execution = 0 AND position = {Annotation.PARENT}"
+)
+WITH_REQUESTS: Final = f"SELECT run FROM steps WHERE position = {Annotation.REQUEST}"
 # Ids with a prefix: a range of the index. LIKE would interpret wildcards and ignore case.
 BY_PREFIX: Final = """SELECT run_id FROM runs WHERE execution > 0 AND run_id >= ? AND run_id < ?
     AND substr(run_id, 1, ?) = ? ORDER BY run_id = ? DESC, started_ms DESC, run DESC LIMIT ?"""

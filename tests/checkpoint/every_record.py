@@ -1,0 +1,132 @@
+"""Every kind of record of a run in a durable store, and what a store holds, read behind its back."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import redis
+
+from stroma import SQLiteStore
+from stroma.checkpoint import PostgresStore, RedisStore, RunRequest, StepCall
+from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.operations import Transaction
+from stroma.checkpoint.durable.rows import Annotation, Rows, Step
+from stroma.contracts.schema import schema_of
+from stroma.failures import FailureClass
+from stroma.testing.stores import State, row, settled
+from stroma.trace import AttemptUsage
+from stroma.trace.events import Failed
+
+#: Tables and keys that hold no record of a run: versions, what runs share, and numbers of deleted runs.
+OF_NO_RUN = ("meta", "cells", "cell", "deleted")
+#: Columns that hold numbers, ids or checksums only.
+PLAIN = (
+    "run_id", "run_key", "status", "lease_owner", "lease_until", "contract", "schema_ref", "sha256", "branch_key",
+    "outcome", "failure_class", "wake_ms", "number",
+)  # fmt: skip
+
+
+def opened(kind: str, where: str, blobs: Path, **options: Any) -> Any:
+    """Return a durable store that keeps large payloads in a directory."""
+    options |= {"blobs": blobs, "blob_bytes": 1000}
+    if kind == "sqlite":
+        return SQLiteStore(where, **options)
+    if kind == "redis":
+        return RedisStore(where, **options)
+    dsn, _, schema = where.partition("|")
+    return PostgresStore(dsn, schema=schema, **options)
+
+
+async def write_every_kind(store: Any, run_id: str, text: str) -> Any:
+    """Write a record of each kind with a text in it, in a run that is not ended. Return its session."""
+    schema = schema_of(State)
+    state = State(text=text)
+    request = RunRequest(run_id, text, state, schema, tags=(text,), deliver=True)
+    session = await store.open_run(request)
+    session.note_call(0, text)
+    failed = row(0, text, branch=text, failure=FailureClass.TERMINAL, message=text)
+    failed = failed._replace(
+        failure=Failed(FailureClass.TERMINAL, text, text, text),
+        group=text,
+        usage=AttemptUsage(1, 1, 0.1, text),
+    )
+    await settled(session.record(failed, None, None))
+    for position, one in enumerate((state, State(text=text * 1000))):
+        attempt = row(position, text, output=schema.snapshot(one), schema=schema, branch=text)
+        await settled(session.record(attempt, schema, one, StepCall(1, text.encode())))
+    await annotate_all(store, run_id, text)
+    return session
+
+
+async def annotate_all(store: Any, run_id: str, text: str) -> None:
+    """Write an annotation of each kind with a text in each of its fields."""
+
+    def write(rows: Rows) -> None:
+        for kind in Annotation:
+            step = Step(text, text, text.encode(), checksum(text.encode()), 1, text.encode())
+            rows.annotate(run_id, kind, text, text, step)
+
+    await store._submit(Transaction(run_id, write))
+
+
+def contents(kind: str, where: str, blobs: Path) -> dict[str, bytes]:
+    """Return all that a store holds, by column of each table or kind of key."""
+    found: defaultdict[str, bytes] = defaultdict(bytes)
+    for file in blobs.rglob("*"):
+        if file.is_file():
+            found["blobs"] += file.read_bytes()
+    if kind == "redis":
+        with redis.Redis.from_url(where) as client:
+            for key in client.keys("*"):
+                found[key_kind(key.decode())] += key + _value(client, key)
+        return dict(found)
+    for table, columns, rows in _tables(kind, where):
+        for values in rows:
+            for column, value in zip(columns, values, strict=True):
+                if not isinstance(value, int):
+                    found[f"{table}.{column}"] += value if isinstance(value, bytes) else str(value).encode()
+    return dict(found)
+
+
+def key_kind(key: str) -> str:
+    """Return the kind of a key of Redis: its name without ids and numbers of executions."""
+    name = key.rpartition("}:")[2].removeprefix("stroma:")
+    return name if name.startswith("annotations:") else name.partition(":")[0]
+
+
+def _value(client: Any, key: bytes) -> bytes:
+    kind = client.type(key)
+    if kind == b"hash":
+        return b"\n".join(part for item in client.hgetall(key).items() for part in item)
+    if kind == b"list":
+        return b"\n".join(client.lrange(key, 0, -1))
+    return b"\n".join(client.zrange(key, 0, -1)) if kind == b"zset" else client.get(key)
+
+
+def _tables(kind: str, where: str) -> list[tuple[str, list[str], list[Any]]]:
+    if kind == "sqlite":
+        with contextlib.closing(sqlite3.connect(where)) as db:
+            names = [
+                name
+                for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+                if not name.startswith("sqlite")
+            ]
+            return [(name, *_select(db.execute(f"SELECT * FROM {name}"))) for name in names]
+    dsn, _, schema = where.partition("|")
+    with psycopg.connect(dsn, autocommit=True) as db:
+        names = [
+            name
+            for (name,) in db.execute(
+                "SELECT tablename FROM pg_tables WHERE schemaname = %s", (schema,)
+            ).fetchall()
+        ]
+        return [(name, *_select(db.execute(f"SELECT * FROM {schema}.{name}".encode()))) for name in names]
+
+
+def _select(cursor: Any) -> tuple[list[str], list[Any]]:
+    return [column[0] for column in cursor.description], cursor.fetchall()
