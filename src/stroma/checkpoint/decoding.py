@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, NamedTuple, Union, get_args, get_origin,
 
 from stroma.checkpoint.errors import CorruptCheckpoint
 
-__all__ = ["MAX_INT", "RecordName", "decode_json", "decode_number", "decode_text", "fits"]
+__all__ = ["MAX_INT", "RecordName", "decode_json", "decode_number", "decode_text"]
 
 MAX_INT: Final = 2**63 - 1
 #: Levels of a value of any type. Writers nest less: the deepest one is a rejected output.
@@ -70,15 +70,6 @@ def decode_number(text: str | bytes, name: RecordName) -> int:
     if not (text.isdigit() and text.isascii() and len(text) < 20 and int(text) <= MAX_INT):
         raise name.damaged(f"{text[:40]!a} is not a number")
     return int(text)
-
-
-def fits(value: Any, shape: Any) -> bool:
-    """Return True if a value has a type that the store writes; integers from 0 to 2**63 - 1."""
-    try:
-        _checker(shape)(value)
-    except _Misfit:
-        return False
-    return True
 
 
 class _Misfit(Exception):
