@@ -300,6 +300,24 @@ MODULE_ONLY = {
     "failures": ["PolicyMap"],
     "checkpoint": ["CheckpointKey", "schema_ref", "_schema_ref", "resolve_schema", "_resolve_schema"],
 }
+#: Names that a module has besides its own, because the published one imported them; and those of the adapters.
+ALSO_IN = {
+    "failures": ["BudgetExceeded", "ContractViolation"],
+    "trace": ["FailureClass"],
+    "runner": [
+        "CheckpointManager", "Classifier", "ContractRegistry", "ExecutionBudget", "ExecutionResult", "FailureClass",
+        "FallbackPolicy", "NodeContext", "NodeContract", "NodeUsage", "PolicyMap", "ReliabilityContext", "RunStatus",
+        "TraceEvent", "classify", "default_policy_map", "estimate_cost_usd", "resolve_model",
+    ],
+    "middleware": [
+        "CheckpointManager", "Classifier", "ContractRegistry", "CostTracker", "ExecutionBudget", "ExecutionResult",
+        "ExecutionTrace", "FailureClass", "FallbackPolicy", "NodeContext", "NodeContract", "NodeUsage", "PolicyMap",
+        "RetryBudget", "RunStatus", "TraceEvent", "classify", "default_policy_map", "estimate_cost_usd", "resolve_model",
+    ],
+    "adapters.base": [
+        "FrameworkAdapter", "LoopAdapter", "NodeContract", "StepInterceptor", "TurnAdapter", "extract_state_dict",
+    ],
+}  # fmt: skip
 
 
 def names_in(module: str) -> Iterator[tuple[str, ast.stmt]]:
@@ -445,6 +463,14 @@ def test_every_name_has_its_module_and_is_importable_from_stroma(module: str, na
 def test_module_only_names(module: str, name: str) -> None:
     """A few published names live in their module alone."""
     assert hasattr(importlib.import_module(f"stroma.{module}"), name)
+
+
+@pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in ALSO_IN.items() for n in names])
+def test_a_module_has_the_names_that_the_published_one_imported(module: str, name: str) -> None:
+    """Programs may import a published name from every module that had it, and get the object of `stroma`."""
+    namespace: dict[str, Any] = {}
+    exec(f"from stroma.{module} import {name}", namespace)
+    assert namespace[name] is getattr(stroma, name, namespace[name])
 
 
 def test_all_is_sorted_and_complete() -> None:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
+    from stroma.contracts.contract import ContractViolation
+    from stroma.cost.budget import BudgetExceeded
     from stroma.failures.classes import FailureClass
     from stroma.failures.errors import (
         CircuitOpen,
@@ -19,8 +21,10 @@ if TYPE_CHECKING:
     from stroma.failures.policy import FailurePolicy, PolicyMap, RetryBudget, default_policy_map
 
 __all__ = [
+    "BudgetExceeded",
     "CircuitOpen",
     "Classifier",
+    "ContractViolation",
     "Failure",
     "FailureClass",
     "FailurePolicy",
@@ -39,8 +43,10 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BudgetExceeded": "cost.budget",
     "CircuitOpen": "failures.errors",
     "Classifier": "failures.failure",
+    "ContractViolation": "contracts.contract",
     "Failure": "failures.failure",
     "FailureClass": "failures.classes",
     "FailurePolicy": "failures.policy",

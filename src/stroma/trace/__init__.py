@@ -5,16 +5,26 @@ from typing import TYPE_CHECKING
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
+    from stroma.failures.classes import FailureClass
     from stroma.trace.events import AttemptUsage, TraceEvent, TraceMark
     from stroma.trace.result import ExecutionResult, RunStatus
     from stroma.trace.trace import ExecutionTrace
 
-__all__ = ["AttemptUsage", "ExecutionResult", "ExecutionTrace", "RunStatus", "TraceEvent", "TraceMark"]
+__all__ = [
+    "AttemptUsage",
+    "ExecutionResult",
+    "ExecutionTrace",
+    "FailureClass",
+    "RunStatus",
+    "TraceEvent",
+    "TraceMark",
+]
 
 _HOMES = {
     "AttemptUsage": "trace.events",
     "ExecutionResult": "trace.result",
     "ExecutionTrace": "trace.trace",
+    "FailureClass": "failures.classes",
     "RunStatus": "trace.result",
     "TraceEvent": "trace.events",
     "TraceMark": "trace.events",
