@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final, Literal, NamedTuple
 
-from stroma._utils.text import with_marks
+from stroma._utils.text import visible
 
 __all__ = ["Box", "Line", "Link", "as_xml", "svg"]
 
@@ -72,12 +72,12 @@ _PLAIN: Final = re.compile(r"[ !#-%(-;=?-~]*")
 def as_xml(text: str) -> str:
     """Text as it may stand anywhere in XML, quotes included; what XML cannot say, or a terminal would obey, is U+FFFD.
 
-    Marks that turn the direction of a text are shown as escapes.
+    What is invisible, or turns the direction of a text, is shown as an escape.
     """
     if _PLAIN.fullmatch(text):  # 0.4 us instead of 2: pages have tens of thousands of such texts.
         return text
     # A carriage return that is not named is read as a line feed.
-    return escape(with_marks(_NO_XML.sub("\ufffd", text)), quote=True).replace("\r", "&#13;")
+    return escape(visible(_NO_XML.sub("\ufffd", text), "\n\t\r"), quote=True).replace("\r", "&#13;")
 
 
 # Sizes in pixels.

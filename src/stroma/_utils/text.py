@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from typing import Final
 
 __all__ = [
@@ -18,14 +19,19 @@ __all__ = [
     "short_id",
     "typed",
     "visible",
-    "with_marks",
 ]
 
-_TURNS: Final = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-#: Besides those: controls, line and paragraph separators, halves of characters, and what has no width or is not assigned.
-_HIDES: Final = re.compile(
-    "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff0-\uffff]"
+#: Characters to look at: all but ASCII, letters and digits, and the letters that have no shape.
+_ODD: Final = re.compile("[^\\w\x20-\x7e]|[\u115f\u1160\u3164\uffa0]")
+#: Of no shape, although Unicode calls them marks, letters or symbols: fillers, joiners of graphemes, blank Braille, and
+#: selectors of variants but for the two that choose between a character as text and as an emoji.
+_SHAPELESS: Final = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\uffa0\ufe00-\ufe0d\U000e0100-\U000e01ef]"
 )
+#: Emoji sequences and several scripts need the two joiners.
+_JOINERS: Final = "\u200c\u200d"
+#: Blocks of emoji and ideographs, which grow: what this Python does not know there is shown.
+_GROWING: Final = re.compile("[\U0001f000-\U0001faff\U00020000-\U0003ffff]")
 
 _HEX = frozenset("0123456789abcdef")
 
@@ -53,28 +59,38 @@ def break_command(command: str, columns: int) -> str:
 def clean(text: str, limit: int = 300) -> str:
     """Return one line of text that cannot move the cursor or hide anything, cut at ``limit`` characters."""
     text = " ".join(text[: 4 * limit].split())
-    if not text.isprintable():
-        text = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in text)
+    text = _ODD.sub(_shown_in_columns, text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def one_line(text: str) -> str:
-    """Return text in one line that shows as it is: control characters and marks of direction become escapes."""
-    return _HIDES.sub(_escaped, text)
+    """Return text in one line that shows as it is; see :func:`visible`."""
+    return visible(text, "")
 
 
-def visible(text: str) -> str:
-    """Return text that shows as it is, like :func:`one_line`, but with its lines and tabs."""
-    return _HIDES.sub(lambda match: match[0] if match[0] in "\n\t" else _escaped(match), text)
+def visible(text: str, keep: str = "\n\t") -> str:
+    """Return text that shows as it is: what is invisible, or turns the direction of text, becomes the escape of JSON.
+
+    ``keep``: control characters that stay.
+    """
+    return _ODD.sub(lambda match: match[0] if match[0] in keep else _shown(match[0]), text)
 
 
-def with_marks(text: str) -> str:
-    """Return text with its marks of direction as escapes: they can make it read as something else."""
-    return _TURNS.sub(_escaped, text)
+def _shown(ch: str) -> str:
+    return ch if ch in _JOINERS or _has_shape(ch) else json.dumps(ch)[1:-1]
 
 
-def _escaped(match: re.Match[str]) -> str:
-    return json.dumps(match[0])[1:-1]
+def _shown_in_columns(match: re.Match[str]) -> str:
+    ch = match[0]  # A joiner would change the width of the text around it.
+    return ch if _has_shape(ch) else ch.encode("unicode_escape").decode()
+
+
+def _has_shape(ch: str) -> bool:
+    """Return True if a person sees the character: it is no control, mark of direction, tag, or anything unassigned."""
+    category = unicodedata.category(ch)
+    if category == "Cn":
+        return _GROWING.match(ch) is not None
+    return category[0] != "C" and category not in ("Zl", "Zp") and _SHAPELESS.match(ch) is None
 
 
 def typed(kind: str | None, message: str) -> str:

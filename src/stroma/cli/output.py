@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import IO, Any, Final
 
-from stroma._utils.text import break_command
+from stroma._utils.text import break_command, visible
 
 __all__ = [
     "OutputError",
@@ -193,16 +193,11 @@ out = Stream("stdout")
 err = Stream("stderr")
 
 
-# Characters that JSON does not escape and that move the cursor of a terminal or hide text.
-_INVISIBLE: Final = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
-
-
 def emit(data: Any) -> None:
     """Print one JSON value on stdout."""
     file = sys.stdout
     encoding = file.encoding if isinstance(file, io.TextIOWrapper) else "utf-8"
-    text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False)
-    text = _INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    text = visible(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False))
     try:
         text.encode(encoding)
     except UnicodeEncodeError:  # JSON can escape what the encoding lacks.

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from stroma._utils.svg import as_xml
-from stroma._utils.text import clean, format_usd, with_marks
+from stroma._utils.text import clean, format_usd, visible
 from stroma.checkpoint.history import (
     FAILED,
     FINISHED,
@@ -137,7 +137,7 @@ def _attempt_row(attempt: AttemptRecord, address: str, place: str, restored: Col
     mark = ' <span class="dim">restored</span>' if attempt.started_ns in restored else ""
     tokens = f"{attempt.tokens:,}" if attempt.tokens else ""
     cost = format_usd(attempt.cost_usd) if attempt.tokens or attempt.cost_usd else ""
-    message = escape(with_marks(clean(attempt.text, 160))) if attempt.text else ""
+    message = escape(clean(attempt.text, 160)) if attempt.text else ""
     return (
         f'<tr data-row><td class="mono" data-name="At">{as_xml(clean(place, 80))}</td>'
         f'<td data-name="Node"><a data-open href="{as_xml(address)}">{as_xml(clean(attempt.node_id, 60))}</a></td>'
@@ -203,8 +203,8 @@ def state_tree(payload: Payload, invalid_fields: list[str]) -> dict[str, Any]:
 
 
 def mark_controls(value: Any) -> Any:
-    """Return text with its control characters marked, any other value as it is."""
-    return with_marks(value) if type(value) is str else value
+    """Return text with what is invisible as escapes, any other value as it is."""
+    return visible(value, "\n\t\r") if type(value) is str else value
 
 
 def to_json(value: Any) -> str:
