@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: What each guarantee means for whoever relies on it.
 MEANS = {
-    1: "The failure is at the node that returned the bad value, and names the field. The value is stored with the failure for debugging; "
-    "no node, hook or exporter receives it. This holds at every boundary: from node to node, into and out of groups, for single steps, "
+    1: "The failure is at the node that returned the bad value, and names the field. The value is stored with the failure for debugging. "
+    "No node gets it as input, and no hook or exporter as an output. The exception has it: a failure hook that reads `exc.raw` "
+    "sees it (through `redact`), and so does the next attempt of the node in `last_failure`. This holds at every boundary: from node to node, into and out of groups, for single steps, "
     "for values from a store, and inside agent frameworks.",
     2: "So you can write a policy for every case. This includes exceptions whose `str()` raises, classifiers that raise, and exception "
     "groups with several members.",

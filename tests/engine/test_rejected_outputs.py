@@ -428,24 +428,18 @@ def test_other_data_is_no_rejected_output() -> None:
         assert read_rejected(data) is None
 
 
-# ---------------------------------------------------------------------- who does not see it
+# ---------------------------------------------------------------------- where it is seen
 
 
-async def test_no_node_hook_or_exporter_sees_it(tmp_path: Path) -> None:
-    """A rejected output is in nothing that hooks get, not in a pickled result, and in no event of the trace."""
+async def test_results_and_traces_for_hooks_have_no_rejected_output(tmp_path: Path) -> None:
+    """A rejected output is not in the result that hooks get, not in a pickled trace, and in no event of it."""
     seen: list[Any] = []
 
     async def on_run_end(run_id: str, result: Any) -> None:
         seen.append((result._repr_html_(), result.trace.to_json(), pickle.dumps(result.trace)))
         assert result.trace._rejected is None
 
-    async def on_node_failure(run_id: str, node_id: str, error: Any, failure_class: Any) -> None:
-        return None
-
-    runner = quick(
-        store=SQLiteStore(tmp_path / "one.db"),
-        hooks=NodeHooks(on_run_end=on_run_end, on_node_failure=on_node_failure),
-    )
+    runner = quick(store=SQLiteStore(tmp_path / "one.db"), hooks=NodeHooks(on_run_end=on_run_end))
     result = await runner.run([rate([{"stars": "a-word-of-the-model"}])], Num(), run_id="r")
     for text in seen[0]:
         assert "a-word-of-the-model" not in str(text)
@@ -453,6 +447,30 @@ async def test_no_node_hook_or_exporter_sees_it(tmp_path: Path) -> None:
     assert "a-word-of-the-model" not in result.trace.to_json()
     assert b"a-word-of-the-model" not in pickle.dumps(result.trace)
     assert "a-word-of-the-model" in result._repr_html_()
+
+
+async def test_the_exception_has_the_rejected_output() -> None:
+    """`exc.raw` has a rejected output whatever `keep_rejected` says: for hooks through `redact`, for the node as it was."""
+    seen: list[Any] = []
+
+    async def on_node_failure(run_id: str, node_id: str, exc: Any, failure_class: Any) -> None:
+        seen.append(exc.raw)
+
+    async def rate_again(state: Num) -> dict[str, Any]:
+        here = current_node_or_none()
+        if here is not None and here.last_failure is not None:
+            seen.append(vars(here.last_failure.exception)["raw"])
+        return {"stars": "five", "why": "x"}
+
+    runner = quick(
+        keep_rejected="no",
+        redact=lambda state: {**state, "why": "hidden"} if "why" in state else state,
+        contract_retries={"rate": 1},
+        hooks=NodeHooks(on_node_failure=on_node_failure),
+    )
+    assert (await runner.run([node("rate", rate_again, Num, Rating)], Num())).status is RunStatus.FAILED
+    as_it_was, hidden = {"stars": "five", "why": "x"}, {"stars": "five", "why": "hidden"}
+    assert seen == [hidden, as_it_was, hidden]
 
 
 async def test_a_notebook_shows_it_field_by_field() -> None:

@@ -134,7 +134,8 @@ class RunConfig(LazyModel):
             removes from states. A hook that reads ``current_node().last_failure`` gets the same exception as the node.
         keep_rejected: amount of an output that broke its contract to store with the attempt, for ``stroma show``, the web
             interface and notebooks. "redacted": at most 64 KiB, through ``redact``. "full": at most 1 MiB, not through
-            ``redact``. "no": nothing. Secrets are masked in both. No node, hook or exporter receives it.
+            ``redact``. "no": nothing. Secrets are masked in both. It changes nothing about the
+            exception: a failure hook that reads ``exc.raw`` sees the output, through ``redact``.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)

@@ -1,6 +1,6 @@
 """Outputs that broke their contract, as plain data: for the store, and for whoever looks at the run afterwards.
 
-No node, hook or exporter sees them.
+They are for people. Nodes and hooks find such an output in the exception, ``ContractViolation.raw``.
 """
 
 from __future__ import annotations
