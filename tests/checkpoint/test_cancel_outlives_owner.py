@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Coroutine
@@ -23,12 +24,14 @@ from stroma import (
     ReliabilityContext,
     SQLiteStore,
     StromaRunner,
+    current_run,
     execute_step,
     stroma_node,
 )
 from stroma.adapters import Guard
 from stroma.checkpoint import Fenced
 from stroma.checkpoint.durable.leases import LeaseRenewer
+from stroma.checkpoint.durable.owner import Owner
 from stroma.failures.errors import RunCancelled
 
 
@@ -66,17 +69,17 @@ def test_killed_before_it_knew(journal: tuple[str, str], tmp_path: Path, way: st
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("method", ["cancel", "pause"])
+@pytest.mark.parametrize("method", ["cancel", "pause", "set_budget"])
 async def test_fences_off_an_owner_that_lost_its_lease(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """A run whose live owner could not renew its lease is ended, or paused: that one stores nothing more."""
+    """A request about a run whose live owner could not renew its lease fences it off: it stores nothing, and learns why."""
     async with SQLiteStore(tmp_path / "runs.db") as store, SQLiteStore(tmp_path / "runs.db") as other:
         await _request_late_owner(store, other, monkeypatch, method)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["cancel", "pause"])
+@pytest.mark.parametrize("method", ["cancel", "pause", "set_budget"])
 async def test_fences_off_in_every_store(
     journal: tuple[str, str], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -85,25 +88,90 @@ async def test_fences_off_in_every_store(
         await _request_late_owner(store, other, monkeypatch, method)
 
 
+#: By request: the status of the run afterwards, and what the late owner gets to read.
+REFUSALS = {
+    "cancel": ("CANCELLED", "run 'r' was cancelled by {place}; this execution records nothing more"),
+    "pause": (
+        "SUSPENDED",
+        "run 'r' was paused by {place} while this process did not renew its lease; this execution records nothing more, "
+        "resume or unpause the run",
+    ),
+    "set_budget": (
+        "RUNNING",
+        "the budget of run 'r' was changed while this process did not renew its lease; this execution records nothing "
+        "more, resume the run",
+    ),
+}
+
+
 async def _request_late_owner(store: Any, other: Any, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    status = {"cancel": "CANCELLED", "pause": "SUSPENDED"}[method]
+    status, message = REFUSALS[method]
     first, second = Paid("first", waits=True), Paid("second")
     runner = StromaRunner.quick(store=store, lease_seconds=0.1)
     pipeline = Pipeline("paid", [first.node(), second.node()])
+    arguments = ({"max_tokens_total": 7},) if method == "set_budget" else ()
     async with _late(monkeypatch, other, first, runner.run(pipeline, State(), run_id="r")) as owner:
         epoch = other.get_run("r").epoch
-        assert await getattr(other, method)("r") is True
-        assert other.get_run("r").status == status
+        assert await getattr(other, method)("r", *arguments) is True
+        assert (other.get_run("r").status, other.get_run("r").holder) == (status, None)
         assert other.get_run("r").epoch == epoch  # No other process has made attempts.
         first.gate.set()
         result = await owner
     assert result.failure is not None
     assert isinstance(result.failure.exception, Fenced)
-    change = "cancelled" if method == "cancel" else "taken over"
-    assert f"run 'r' was {change} by process" in str(result.failure.exception)
+    place = Owner.read(other.read(lambda rows: rows.find("r").owner, None)).place  # type: ignore[union-attr]
+    assert str(result.failure.exception) == message.format(place=place)
     assert (first.calls, second.calls) == (1, 0)
     assert other.get_run("r").status == status
+    if method == "set_budget":
+        again = await StromaRunner.quick(store=other).resume(pipeline, "r")
+        assert (again.status, second.limits) == ("RESUMED", [7])
     assert await other.cancel("r") is (method == "pause")
+
+
+async def test_a_late_owner_of_a_run_that_was_begun_anew_learns_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A late owner whose run was paused and resumed, or deleted and started again, learns which process has it now."""
+    for way, change in (("paused", "taken over"), ("deleted", "deleted, and started again")):
+        path = tmp_path / f"{way}.db"
+        first = Paid("first", waits=True)
+        async with SQLiteStore(path) as store, SQLiteStore(path) as other:
+            run = StromaRunner.quick(store=store, lease_seconds=0.1).run([first.node()], State(), run_id="r")
+            async with _late(monkeypatch, other, first, run) as owner:
+                node = [Paid("first").node()]
+                if way == "paused":
+                    await other.pause("r")
+                    await StromaRunner.quick(store=other).resume(node, "r")
+                else:
+                    await other.delete("r")
+                    await StromaRunner.quick(store=other).run(node, State(), run_id="r")
+                first.gate.set()
+                result = await owner
+        assert result.failure is not None
+        assert f"run 'r' was {change} by process {os.getpid()} on " in str(result.failure.exception)
+
+
+@pytest.mark.core
+async def test_a_budget_of_a_dead_process_leaves_its_death_to_be_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that kills each process is given up in spite of budgets that are set in between."""
+    gone = Owner("elsewhere", "boot", 1, 1, 1, "token")
+    monkeypatch.setattr("stroma.checkpoint.durable.store.new_owner", lambda *_, **__: gone)
+    monkeypatch.setattr(LeaseRenewer, "watch", lambda *_: None)
+    first = Paid("first", waits=True)
+    async with SQLiteStore(tmp_path / "runs.db") as store, SQLiteStore(tmp_path / "runs.db") as other:
+        run = StromaRunner.quick(store=store, lease_seconds=0.1).run([first.node()], State(), run_id="r")
+        async with _late(monkeypatch, other, first, run) as owner:
+            monkeypatch.undo()
+            assert await other.set_budget("r", {"max_tokens_total": 7}) is True
+            runner = StromaRunner.quick(store=other, max_recoveries=1)
+            result = await runner.resume([Paid("first").node()], "r")
+            assert result.failure is not None
+            assert result.failure.reason == "poison"
+            first.gate.set()
+            await owner
 
 
 @pytest.mark.core
@@ -224,6 +292,7 @@ class Paid:
     def __init__(self, step_id: str, *, waits: bool = False, fails: bool = False) -> None:
         self.step_id = step_id
         self.calls = 0
+        self.limits: list[int | None] = []
         self.fails = fails
         self.called, self.gate = asyncio.Event(), asyncio.Event()
         if not waits:
@@ -231,6 +300,8 @@ class Paid:
 
     async def __call__(self, state: State) -> State:
         self.calls += 1
+        run = current_run()
+        self.limits.append(None if run is None else run.budget.max_tokens_total)
         self.called.set()
         await self.gate.wait()
         if self.fails:

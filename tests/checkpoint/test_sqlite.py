@@ -546,7 +546,7 @@ class TestFence:
             await commit(stale, 0)
         await begin(store)
         await begin(store, "another")
-        with pytest.raises(Fenced, match="taken over"):
+        with pytest.raises(Fenced, match="was deleted, and started again by process"):
             await commit(stale, 0)
         assert store.attempts("run") == store.attempts("another") == []
 

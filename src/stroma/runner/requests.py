@@ -16,6 +16,12 @@ logger = logging.getLogger("stroma")
 
 _OWNER_SECONDS: Final = 10.0  # An owner looks for requests twice a second.
 _POLL_SECONDS: Final = (0.01, 0.1)
+#: By method, the statuses of a run whose owner may not have read a request.
+_UNREAD_IN: Final = {
+    "cancel": ("RUNNING", "INTERRUPTED", "SUSPENDED"),
+    "pause": ("RUNNING", "INTERRUPTED", "SUSPENDED"),
+    "set_budget": ("RUNNING",),
+}
 
 
 def limits_of(tokens: int | None, cost_usd: float | None, latency_ms: int | None) -> Mapping[str, float]:
@@ -47,16 +53,12 @@ async def request(store: Any, run_id: str, method: str, *arguments: Any) -> bool
             return done
         await asyncio.sleep(pause)
         pause = min(2 * pause, _POLL_SECONDS[1])
-    if done and method in ("cancel", "pause"):
-        record = await asyncio.to_thread(store.get_run, run_id)
-        if (
-            record is not None
-            and record.holder is None
-            and record.status in ("RUNNING", "INTERRUPTED", "SUSPENDED")
-        ):
-            # The owner stopped instead of reading it: the run has its status now, and not when somebody opens it.
-            try:
-                await getattr(store, method)(run_id)
-            except CheckpointNotFound:
-                pass
+    record = await asyncio.to_thread(store.get_run, run_id) if done and method in _UNREAD_IN else None
+    if record is not None and record.holder is None and record.status in _UNREAD_IN[method]:
+        # The owner stopped instead of reading it, or lost its lease: what the request does to a run without an owner is
+        # done now, and not when somebody opens the run.
+        try:
+            await getattr(store, method)(run_id, *arguments)
+        except CheckpointNotFound:
+            pass
     return done

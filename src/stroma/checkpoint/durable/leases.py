@@ -83,25 +83,24 @@ class LeaseRenewer:
                 if time.monotonic() - renewed >= min(seconds, self._interval()) * 0.9:
                     renewed = time.monotonic()
                     store.post(partial(_renew, [session.fence for session in sessions]))
-                self._read_requests(
-                    store, {session.fence.run: session for session in sessions if session.on_control}
-                )
+                self._read_requests(store, [session for session in sessions if session.on_control])
             except Exception:  # The thread must survive: it renews all leases of this process.
                 logger.exception("leases could not be renewed; retrying")
             del store, sessions  # The waiting thread must not keep sessions alive.
 
     @staticmethod
-    def _read_requests(store: Store, sessions: dict[Any, DurableSession]) -> None:
+    def _read_requests(store: Store, sessions: list[DurableSession]) -> None:
         if not sessions:
             return
+        keys = list({session.fence.run for session in sessions})
         try:
-            runs = store.read(lambda rows: rows.with_requests(list(sessions)), list[Any]())
+            runs = store.read(lambda rows: rows.with_requests(keys), list[Any]())
         except Exception as error:  # The thread must survive: it renews all leases of this process.
             logger.debug("could not look for requests: %s", error)
             return
-        for run in runs:
-            session = sessions[run]
-            store.post(Transaction(session.run_id, session.read_requests))
+        for session in sessions:  # Of several that this process had of one run, the last one accepts them.
+            if session.fence.run in runs:
+                store.post(Transaction(session.run_id, session.read_requests))
 
 
 def _renew(fences: list[Fence], rows: Rows) -> None:

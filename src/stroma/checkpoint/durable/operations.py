@@ -98,26 +98,41 @@ def fence_error(rows: Rows, fence: Fence, run_id: str) -> StoreError:
     run = rows.find(run_id)
     if run is None:
         if rows.was_deleted(fence.run):
-            return fenced_error(None, run_id)
+            return fenced_error(None, run_id, fence)
         return lost_error(run_id, "it is no longer in the store, and was not deleted")
     if run.run == fence.run and (
         run.epoch < fence.epoch
         or ((run.epoch, run.owner) == (fence.epoch, fence.owner) and run.attempt_count < fence.acknowledged)
     ):
         return lost_error(run_id, "the store is older than what it acknowledged")
-    return fenced_error(run, run_id)
+    return fenced_error(run, run_id, fence)
 
 
-def fenced_error(run: RunRow | None, run_id: str) -> Fenced:
-    """Return the error for a session whose run was deleted (None), taken over, or cancelled by another process."""
+def fenced_error(run: RunRow | None, run_id: str, fence: Fence) -> Fenced:
+    """Return the error for a session that another process fenced off. ``run``: the present row; None if it was deleted."""
     if run is None:
         return Fenced(
             f"run {run_id!r} is no longer in the store: it was deleted; this execution records nothing more"
         )
     owner = Owner.read(run.owner)
     place = owner.place if owner else "another process"
+    if run.run != fence.run:
+        return Fenced(
+            f"run {run_id!r} was deleted, and started again by {place}; this execution records nothing more"
+        )
     if run.status == "CANCELLED":
         return Fenced(f"run {run_id!r} was cancelled by {place}; this execution records nothing more")
+    if run.epoch != fence.epoch:
+        return Fenced(
+            f"run {run_id!r} was taken over by {place}; this execution records nothing more, see the result of the other one"
+        )
+    # No process has taken it over: a request has replaced the owner.
+    if run.status == "SUSPENDED":
+        return Fenced(
+            f"run {run_id!r} was paused by {place} while this process did not renew its lease; this execution records "
+            "nothing more, resume or unpause the run"
+        )
     return Fenced(
-        f"run {run_id!r} was taken over by {place}; this execution records nothing more, see the result of the other one"
+        f"the budget of run {run_id!r} was changed while this process did not renew its lease; this execution records "
+        "nothing more, resume the run"
     )

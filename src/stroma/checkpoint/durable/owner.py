@@ -54,6 +54,10 @@ class Owner(NamedTuple):
         here = _process(os.getpid())
         return self.records_end and self[:5] != here[:5]
 
+    def fenced_off(self) -> Owner:
+        """Return the same process with a token that none of its sessions has."""
+        return self._replace(token=os.urandom(8).hex())
+
     @classmethod
     def read(cls, text: str | None) -> Owner | None:
         """Parse the text that ``str()`` wrote; return None for any other text, since it comes from a store."""

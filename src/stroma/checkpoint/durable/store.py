@@ -226,8 +226,9 @@ class DurableStore(ReadableStore):
     async def set_budget(self, run_id: str, limits: Mapping[str, float]) -> bool:
         """Change limits of a run, by field of ExecutionBudget; one that waits for it is due at once.
 
-        They hold in the present execution, also for those who resume it. Returns False if the run is complete. Raises
-        CheckpointNotFound, StoreError.
+        They hold in the present execution, also for those who resume it. An owner that did not renew its lease loses the run,
+        since it might begin an attempt before it reads them. Returns False if the run is complete. Raises CheckpointNotFound,
+        StoreError.
         """
 
         def do(rows: Rows, run: RunRow) -> bool:
@@ -237,6 +238,11 @@ class DurableStore(ReadableStore):
             place = PayloadPlace(run_id, run.execution, "error")
             if run.holder is not None:  # It may be about to wait for its budget.
                 rows.wake(run, BUDGET_CHANGED if run.wake_ms is None else run.wake_ms)
+            elif run.status == "RUNNING":
+                owner = Owner.read(run.owner)
+                if owner is not None and owner.records_end and run.left_seconds < 0:
+                    # Still a run of that process, which may have died: the one that takes it over counts that.
+                    rows.replace_owner(run, str(owner.fenced_off()))
             elif self._payloads.open_text(run.error, place) == BUDGET:
                 rows.wake(run)
             return True

@@ -130,7 +130,7 @@ class RedisConnection:
                 if isinstance(reply, Exception):
                     raise reply
                 if not is_recorded(commit.fence.run, reply, self.name):
-                    raise fenced_error(RedisRows(link, None).find(commit.run_id), commit.run_id)
+                    raise fenced_error(RedisRows(link, None).find(commit.run_id), commit.run_id, commit.fence)
             except Exception as error:
                 job.error = self._explain(error)
             self._done.add(id(job))

@@ -73,6 +73,13 @@ class RedisRun:
         self.parent = parent
         self.annotation_version = annotation_version
 
+    def __eq__(self, other: object) -> bool:
+        """Return True for a key of the same run: not of another one of its id, before or after it was deleted."""
+        return isinstance(other, RedisRun) and (other.run_id, other.token) == (self.run_id, self.token)
+
+    def __hash__(self) -> int:
+        return hash((self.run_id, self.token))
+
 
 def prefix_of(run_id: str) -> str:
     """Return the prefix of a run's keys."""

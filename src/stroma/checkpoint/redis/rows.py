@@ -121,7 +121,7 @@ class RedisRows(RedisReader):
             fence, read_version = self._claim(opening, key, run.execution + 1), _version_of(run.run)
         data = pack([opening.contract, opening.sha256.hex()], opening.input)
         self._append(
-            fence.run, "begin", opening.run_id, *read_version, opening.owner, fence.run.token, fence.execution,
+            fence, "begin", opening.run_id, *read_version, opening.owner, fence.run.token, fence.execution,
             fence.epoch, opening.pipeline, _lease_ms(fence), data, _tags(opening),
         )  # fmt: skip
         return fence
@@ -131,7 +131,7 @@ class RedisRows(RedisReader):
         fence = self._claim(opening, key, run.execution)
         discard = "" if opening.discard_from is None else max(opening.discard_from, 0)
         self._append(
-            key, "take_over", opening.run_id, *_version_of(run.run), opening.owner, run.execution, fence.epoch,
+            fence, "take_over", opening.run_id, *_version_of(run.run), opening.owner, run.execution, fence.epoch,
             _lease_ms(fence), discard, _tags(opening),
         )  # fmt: skip
         return fence
@@ -226,7 +226,7 @@ class RedisRows(RedisReader):
     def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
         # A refusal raises Fenced in flush(), when the reply is known.
         self._owners[fence.run.run_id] = fence.owner
-        self._append(fence.run, *commit_values(fence, attempt, step))
+        self._append(fence, *commit_values(fence, attempt, step))
         return True
 
     def finish(self, fence: Fence, end: RunEnd) -> bool:
@@ -235,7 +235,7 @@ class RedisRows(RedisReader):
         fields = (run.token, fence.execution, fence.epoch, fence.owner, run.version, end.status)
         text = "" if end.error is None else f"={end.error}"
         times = ("" if end.updated_ms is None else end.updated_ms, "" if end.wake_ms is None else end.wake_ms)
-        self._append(run, "finish", run.run_id, *fields, text, ttl, *times)
+        self._append(fence, "finish", run.run_id, *fields, text, ttl, *times)
         return True
 
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
@@ -261,15 +261,16 @@ class RedisRows(RedisReader):
             if isinstance(reply, int):  # For any other reply, the next commit raises the error.
                 fence.run.version = max(fence.run.version, reply)
 
-    def _append(self, run: RedisRun, *values: Any) -> None:
+    def _append(self, fence: Fence, *values: Any) -> None:
         """Collect a write of a session. If it is refused, flush() raises the reason."""
-        self._writes.append(_Write(run.prefix, values, lambda reply: self._settle(run, reply)))
+        self._writes.append(_Write(fence.run.prefix, values, lambda reply: self._settle(fence, reply)))
 
-    def _settle(self, run: RedisRun, reply: Any) -> None:
+    def _settle(self, fence: Fence, reply: Any) -> None:
         if reply == b"changed":
             raise RunChanged
-        if not is_recorded(run, reply, self._link.server.name):
-            raise fenced_error(self.find(run.run_id), run.run_id)
+        run_id = fence.run.run_id
+        if not is_recorded(fence.run, reply, self._link.server.name):
+            raise fenced_error(self.find(run_id), run_id, fence)
 
     # ------------------------------------------------------------------ annotations
 
