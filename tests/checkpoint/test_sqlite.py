@@ -427,7 +427,7 @@ class TestCommit:
     async def test_one_refused_operation_does_not_harm_its_neighbours(self, store: SQLiteStore) -> None:
         """Operations share a transaction, but each is kept or refused by itself."""
         stale = await begin(store, "stale")
-        await begin(store, "stale")
+        await begin(store, "stale", if_exists="restart")
         good = await begin(store, "good")
         pending = [(stale if i % 2 else good).record(row(i), SCHEMA, State(n=i)) for i in range(20)]
         errors = await asyncio.gather(*pending, return_exceptions=True)
@@ -957,7 +957,7 @@ class TestFaults:
         with raw(path) as db:
             db.execute("UPDATE meta SET v = '999' WHERE k = 'schema_version'")
         with SQLiteStore(path) as store:
-            await commit(await begin(store), 0)
+            await commit(await begin(store, resume=True), 0)
         with raw(path) as db:
             db.execute("UPDATE meta SET v = '999' WHERE k = 'min_reader'")
         with SQLiteStore(path) as store:
@@ -1110,7 +1110,7 @@ class TestFile:
                 assert modes == {"runs.db": 0o600, "runs.db-wal": 0o600, "runs.db-shm": 0o600}
             path.chmod(0o640)
             with SQLiteStore(path) as store:
-                await begin(store)
+                await begin(store, resume=True)
         finally:
             os.umask(before)
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
@@ -1258,7 +1258,7 @@ class TestReading:
         assert (first.duration_ms, first.output) == (7.0, None)
         assert first.started_ms >= 1_700_000_000_000
         assert (second.attempt, second.outcome, second.output) == (2, "success", SCHEMA.encode(State(n=1)))
-        await begin(store)
+        await begin(store, if_exists="restart")
         assert store.attempts("run") == []
         assert store.attempts("run", execution=1) == [first, second]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, Literal, NamedTuple
 
+from stroma._utils.text import pluralize
 from stroma.checkpoint.entries import RunRequest, Waiting
 from stroma.checkpoint.errors import PipelineChanged, RunBusy, RunExists, StoreError
 from stroma.failures.errors import BUDGET
@@ -14,6 +16,7 @@ __all__ = [
     "ENDED",
     "UNFINISHED",
     "LastExecution",
+    "Losses",
     "decide",
     "is_answered_meanwhile",
     "is_due",
@@ -21,9 +24,11 @@ __all__ = [
     "not_waiting",
 ]
 
-#: Statuses of completed executions, and of those that cancel() cannot change any more.
+#: Statuses of completed executions, of those that cancel() cannot change any more, and of those that nobody continues by
+#: himself: a new execution may follow.
 COMPLETE: Final = ("COMPLETED", "RESUMED")
 ENDED: Final = (*COMPLETE, "FAILED", "CANCELLED")
+_GIVEN_UP: Final = (*ENDED, "PARTIAL")
 #: Statuses of executions that stopped before their end, and may have a time from which they are due.
 UNFINISHED: Final = ("SUSPENDED", "INTERRUPTED")
 #: In place of 0, from when on a run is due whose budget was changed while it ran: only if it waits for its budget in the end.
@@ -43,6 +48,39 @@ class LastExecution(NamedTuple):
     holder: str | None = None
     left_seconds: float = 0.0
     wake_ms: int | None = None
+
+
+class Losses(NamedTuple):
+    """What a new execution of a run discards, or does again.
+
+    Attributes:
+        nodes: number of committed nodes.
+        questions, answers: number of questions without and with an answer.
+        effects: ids of the nodes whose effect was called, in any execution.
+    """
+
+    nodes: int
+    questions: int
+    answers: int
+    effects: tuple[str, ...]
+
+    def refusal(self, run_id: str, status: str) -> RunExists:
+        """Return the error for a run that must not begin anew unasked."""
+        counts = (
+            (self.nodes, "committed node"),
+            (self.questions, "open question"),
+            (self.answers, "answered question"),
+        )
+        has_ended = status in _GIVEN_UP
+        lost = [] if has_ended else [pluralize(number, noun) for number, noun in counts if number]
+        harm = [f"would discard {', '.join(lost)}"] if lost else []
+        if self.effects:
+            harm.append(f"may call the effect of {', '.join(map(repr, self.effects))} again")
+        why = f"; a new execution {' and '.join(harm)}" if harm else ""
+        return RunExists(
+            f"run {run_id!r} {'has a recorded effect' if has_ended else 'has not ended'} ({status}){why}; pass resume=True "
+            'to continue it, or if_exists="restart" to run it from the start'
+        )
 
 
 def is_due(last: LastExecution, now_ms: int) -> bool:
@@ -69,9 +107,13 @@ def merge_wake(earlier: int | None, status: str, error: str | None, wake_ms: int
 
 
 def decide(
-    request: RunRequest, last: LastExecution | None, same_input: bool
+    request: RunRequest, last: LastExecution | None, same_input: bool, losses: Callable[[], Losses]
 ) -> Literal["begin", "continue", "return"]:
-    """Return what to do with the last execution. Raises RunBusy, RunExists, PipelineChanged."""
+    """Return what to do with the last execution. Raises RunBusy, RunExists, PipelineChanged.
+
+    Args:
+        losses: called for a request that begins a new execution only if nothing is lost.
+    """
     if last is None:
         return "begin"
     if last.holder is not None and request.if_running != "take_over":
@@ -93,6 +135,11 @@ def decide(
             f"run {request.run_id!r} already exists (execution {last.execution}, {last.status}); use another run id, or pass "
             'if_exists="resume", "return" or "restart"'
         )
+    if request.if_exists == "new":
+        lost = losses()
+        if last.status not in _GIVEN_UP or lost.effects:
+            raise lost.refusal(request.run_id, last.status)
+        return "begin"
     if request.if_exists == "restart":
         return "begin"
     if request.discard_from is None and not (same_input or request.any_input):

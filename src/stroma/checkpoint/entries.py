@@ -44,7 +44,7 @@ __all__ = [
     "map_not_found",
 ]
 
-IfExists = Literal["restart", "resume", "return", "error", "attach"]
+IfExists = Literal["new", "restart", "resume", "return", "error", "attach"]
 IfRunning = Literal["error", "attach", "take_over"]
 
 
@@ -54,8 +54,8 @@ class RunRequest(NamedTuple):
     Attributes:
         initial_state, schema: the input of the run and its Schema; a durable store encodes it.
         if_exists: "resume" continues the last execution. "return" does too, unless it is finished: then it returns it
-            unchanged. "restart" starts a new execution, "error" refuses, "attach" returns the result of the owner that
-            was waited for.
+            unchanged. "restart" starts a new execution; "new" too, unless the last one has not ended, or any one has
+            called an effect. "error" refuses, "attach" returns the result of the owner that was waited for.
         if_running: what to do with a run that has another owner: "take_over" fences it off, anything else is RunBusy.
         lease_seconds: how long the run stays with an owner that does not renew its lease.
         ends: the caller will call end(). Otherwise another request of the same process takes the run over at once.
@@ -77,7 +77,7 @@ class RunRequest(NamedTuple):
     pipeline: str
     initial_state: BaseModel
     schema: Schema
-    if_exists: IfExists = "restart"
+    if_exists: IfExists = "new"
     discard_from: int | None = None
     accept: Callable[[int, str, Committed], None] | None = None
     if_running: IfRunning = "error"

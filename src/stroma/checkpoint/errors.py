@@ -90,9 +90,10 @@ class RunBusy(StoreError):
 class RunExists(StoreError):
     """The run already exists.
 
-    Where: out of ``run()`` with ``if_exists="error"``.
-    Cause: the run id was used before.
-    Fix: use another run id, or pass ``if_exists="resume"``, "return" or "restart".
+    Where: out of ``run()`` before anything is called: always with ``if_exists="error"``, and by default if the run has
+        not ended, or has called an effect.
+    Cause: the run id was used before. A new execution would discard what the message lists.
+    Fix: continue the run with ``resume=True``, discard it with ``if_exists="restart"``, or use another run id.
     """
 
 

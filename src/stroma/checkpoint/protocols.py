@@ -163,6 +163,9 @@ class Session(Protocol):
         Discarding a position discards its notes, except those of effects (:func:`effect_note`).
         """
 
+    def mark_effect(self, node_id: str) -> None:
+        """Store with the next note that the run has called an effect of this node. It outlives the execution."""
+
     def flush(self) -> Awaitable[None] | None:
         """Store the notes now. Awaited: raises Fenced, or another StoreError."""
 

@@ -90,6 +90,9 @@ class NullSession:
     def note(self, key: str, data: bytes | None) -> None:
         return None
 
+    def mark_effect(self, node_id: str) -> None:
+        return None
+
     def flush(self) -> Awaitable[None] | None:
         return None
 

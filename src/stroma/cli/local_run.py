@@ -247,7 +247,10 @@ class LocalRun:
             return self._busy_problem(error)
         if isinstance(error, RunExists):
             return self.db.problem(
-                error, f"resume it: {self._resume_hint()}", "or use another id: --run-id ID"
+                error,
+                f"resume it: {self._resume_hint()}",
+                "or discard what it did: repeat the command with --restart",
+                "or use another id: --run-id ID",
             )
         if isinstance(error, CheckpointNotFound):
             return self.db.problem(error)

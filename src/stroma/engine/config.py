@@ -97,9 +97,11 @@ class RunConfig(LazyModel):
         resume: continue the last execution of this run id at its first position without a commit. The same as
             ``if_exists="resume"``.
         retry_failed_items: on a resume, run the failed items of maps again, and what comes after those maps.
-        if_exists: handling of a run id that was used before. "restart" starts a new execution, "resume" continues the
-            last one, "return" returns the result of a finished run and continues any other, "error" raises RunExists.
-            All except "restart" compare the input.
+        if_exists: handling of a run id that was used before. "new" starts a new execution of a run that has ended; it
+            raises RunExists for a run that has not ended (RUNNING without an owner, INTERRUPTED, SUSPENDED), and for one
+            that has called an effect in any execution. "restart" starts a new execution of any run, and discards the last
+            one. "resume" continues the last one, "return" returns the result of a finished run and continues any other,
+            "error" raises RunExists. "resume" and "return" compare the input.
         if_running: handling of a run that another process owns. "error" raises RunBusy. "attach" waits and returns the
             result, if the input is the same and ``resume_from`` is not set. "take_over" fences that process off: use it
             only if the owner is dead.
@@ -157,7 +159,7 @@ class RunConfig(LazyModel):
     resume_from: str | None = None
     resume: bool = False
     retry_failed_items: bool = False
-    if_exists: Literal["restart", "resume", "return", "error"] = "restart"
+    if_exists: Literal["new", "restart", "resume", "return", "error"] = "new"
     if_running: Literal["error", "attach", "take_over"] = "error"
     max_recoveries: int = Field(default=5, ge=1, le=LARGEST)
     force_resume: bool = False

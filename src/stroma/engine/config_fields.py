@@ -36,7 +36,7 @@ class OtherFields(TypedDict, total=False):
     resume_from: str | None
     resume: bool
     retry_failed_items: bool
-    if_exists: Literal["restart", "resume", "return", "error"]
+    if_exists: Literal["new", "restart", "resume", "return", "error"]
     if_running: Literal["error", "attach", "take_over"]
     max_recoveries: int
     force_resume: bool

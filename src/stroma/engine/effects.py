@@ -125,6 +125,7 @@ class Effect:
         run, before = self._run, self._intent
         call = 1 if before is None else before.number + 1
         self._note(Intent(run.node_id, call, True, run.branch, self._digest))
+        run.ctx.session.mark_effect(run.node_id)
         problem, cancelled = await settle(run.ctx, run, self._flush(), self._flush)
         if problem is None and not cancelled:
             self.is_under_way = True

@@ -193,6 +193,10 @@ class _MortalSession:
         if not self._is_dead:
             self._session.note(key, data)
 
+    def mark_effect(self, node_id: str) -> None:
+        if not self._is_dead:
+            self._session.mark_effect(node_id)
+
     def flush(self) -> Awaitable[None] | None:
         if self._is_dead:
             raise self._deaths.refuse()

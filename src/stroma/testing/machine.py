@@ -48,7 +48,7 @@ _openings = st.builds(
     OpenArguments,
     _run_ids,
     _inputs,
-    if_exists=st.sampled_from(("restart", "resume", "return", "attach", "error")),
+    if_exists=st.sampled_from(("new", "restart", "resume", "return", "attach", "error")),
     if_running=st.sampled_from(("error", "attach", "take_over")),
     pipeline=st.sampled_from(("p", "q")),
     ends=st.sampled_from((True, True, True, False)),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
 from stroma.checkpoint import AttemptRecord, PipelineChanged, RunBusy, RunExists, StoreError
+from stroma.checkpoint.decisions import UNFINISHED
 from stroma.contracts.schema import schema_of
 from stroma.testing.stores import State
 from stroma.trace.events import AttemptRow
@@ -170,6 +171,8 @@ class ModelRun:
             return RunExists
         if not self.executions or opening.if_exists == "restart":
             return "begin"
+        if opening.if_exists == "new":
+            return RunExists if self.last.status in ("RUNNING", *UNFINISHED) else "begin"
         if (opening.first_position is None and not self.has_input(opening.input)) or (
             opening.refuses and self.remaining(opening)
         ):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from stroma.checkpoint.durable.integrity import checksum, is_intact, storable_text
 from stroma.checkpoint.durable.rows import Annotation, Rows, Step, StepRow
@@ -17,6 +16,7 @@ from stroma.trace.events import AttemptRow, AttemptUsage, Failed, Outcome
 from stroma.trace.rejected import RejectedOutput, read_rejected
 
 __all__ = [
+    "Notes",
     "answer_place",
     "due_hooks_key",
     "open_rejected",
@@ -30,6 +30,10 @@ __all__ = [
     "rejected_key",
     "waiting_key",
 ]
+
+
+#: Data by the kind of annotation, NOTE or EFFECT, and its key; None deletes it.
+Notes: TypeAlias = dict[tuple[Annotation, str], bytes | None]
 
 
 def due_hooks_key(attempt: Attempt) -> str:
@@ -147,16 +151,14 @@ def open_rejected(row: StepRow, run_id: str, execution: int, payloads: Payloads)
     return None if text is None else read_rejected(text)
 
 
-def record_notes(
-    rows: Rows, run: Any, run_id: str, execution: int, notes: Mapping[str, bytes | None], payloads: Payloads
-) -> None:
-    """Store notes by key; delete those without data."""
-    for key, data in notes.items():
+def record_notes(rows: Rows, run: Any, run_id: str, execution: int, notes: Notes, payloads: Payloads) -> None:
+    """Store notes; delete those without data."""
+    for (kind, key), data in notes.items():
         if data is None:
-            rows.delete_annotations(run, Annotation.NOTE, key)
+            rows.delete_annotations(run, kind, key)
         else:
             sealed = payloads.seal_now(data, PayloadPlace(run_id, execution, "note", 0, key))
-            rows.annotate(run_id, Annotation.NOTE, key, "note", Step("", "", sealed, checksum(sealed)))
+            rows.annotate(run_id, kind, key, "note", Step("", "", sealed, checksum(sealed)))
 
 
 def read_notes(

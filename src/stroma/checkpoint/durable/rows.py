@@ -49,10 +49,12 @@ class Annotation(IntEnum):
     CONTROL = -10  #: a request that an owner has read and that holds; branch: its key
     REJECTED = -11  #: an output that broke its contract; branch: "position:start:branch"
     ATTRIBUTION = -12  #: what the run belongs to, as node id; branch: "conversation", "user", "session"
+    EFFECT = -13  #: a node whose effect an execution of the run has called; branch: its id
 
 
-#: Annotations that belong to one execution: a restart deletes them. SAVED and PARENT belong to the run.
-OF_EXECUTION: Final = tuple(kind for kind in Annotation if kind not in (Annotation.SAVED, Annotation.PARENT))
+#: Annotations that belong to the run, and those that belong to one execution: a restart deletes them.
+_OF_RUN: Final = (Annotation.SAVED, Annotation.PARENT, Annotation.EFFECT)
+OF_EXECUTION: Final = tuple(kind for kind in Annotation if kind not in _OF_RUN)
 #: Annotations that a fork copies.
 FORKED: Final = (Annotation.ATTRIBUTION, Annotation.TRACE)
 

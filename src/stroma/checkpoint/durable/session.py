@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.decisions import COMPLETE, is_answered_meanwhile
 from stroma.checkpoint.durable.annotations import (
+    Notes,
     due_hooks_key,
     read_waiting,
     record_due_hooks,
@@ -103,8 +104,8 @@ class DurableSession:
         #: Outputs that broke their contract, until their attempts are stored: (start of the attempt, stored form).
         self._rejected: dict[tuple[int, str], tuple[int, bytes]] = {}
         self.charges: dict[tuple[int, str], Charge] = {}
-        #: Notes that no transaction has stored yet.
-        self._pending_notes: dict[str, bytes | None] = {}
+        #: Notes by kind of annotation and key that no transaction has stored yet.
+        self._pending_notes: Notes = {}
         #: The run as it was opened, if it had completed and nothing was recorded since.
         self._completed: RunRow | None = None
         #: The identity of the step of plain code at each position.
@@ -280,7 +281,11 @@ class DurableSession:
 
     def note(self, key: str, data: bytes | None) -> None:
         """See Session."""
-        self._pending_notes[key] = data
+        self._pending_notes[Annotation.NOTE, key] = data
+
+    def mark_effect(self, node_id: str) -> None:
+        """See Session."""
+        self._pending_notes[Annotation.EFFECT, node_id] = b"called"
 
     def flush(self) -> Awaitable[None] | None:
         """Store the notes now. Awaited: raises Fenced, or another StoreError."""
@@ -320,11 +325,11 @@ class DurableSession:
         pending.add_done_callback(partial(self._forget_notes, notes))
         return pending
 
-    def _write_notes(self, rows: Rows, notes: Mapping[str, bytes | None]) -> None:
+    def _write_notes(self, rows: Rows, notes: Notes) -> None:
         if notes:
             record_notes(rows, self.fence.run, self.run_id, self.fence.execution, notes, self._payloads)
 
-    def _forget_notes(self, stored: Mapping[str, bytes | None], pending: asyncio.Future[Any]) -> None:
+    def _forget_notes(self, stored: Notes, pending: asyncio.Future[Any]) -> None:
         """Drop notes that a transaction has stored; others are written again with the next one."""
         if pending.cancelled() or pending.exception() is not None:
             return

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from stroma.checkpoint.decisions import BUDGET_CHANGED, COMPLETE, ENDED, UNFINISHED, LastExecution, decide
+from stroma.checkpoint.decisions import (
+    BUDGET_CHANGED,
+    COMPLETE,
+    ENDED,
+    UNFINISHED,
+    LastExecution,
+    Losses,
+    decide,
+)
 from stroma.checkpoint.durable.annotations import (
     open_rejected,
     read_due_hooks,
@@ -124,6 +132,7 @@ class RunOpener:
             self._request,
             None if run is None or not run.execution else _last_execution(run),
             self._has_same_input(rows, run),
+            lambda: _losses(rows, run),
         )
         if action != "begin" and run is not None and not rows.is_complete(run):
             raise lost_error(self._run_id, "some of its rows are missing")
@@ -275,7 +284,10 @@ class RunOpener:
             what = f"the input of run {self._run_id!r}"
             return self._payloads.open(data, place, what) == self._plain_input
         except StoreError:
-            if self._request.if_exists in ("restart", "error") or self._request.discard_from is not None:
+            if (
+                self._request.if_exists in ("new", "restart", "error")
+                or self._request.discard_from is not None
+            ):
                 return False  # These do not use the old input, so an unreadable one is no error.
             raise
 
@@ -374,6 +386,14 @@ def _count_failed(
             )
             counts[at] = last._replace(repairs=repairs + last.is_repaired)
     return counts
+
+
+def _losses(rows: Rows, run: RunRow | None) -> Losses:
+    if run is None:
+        return Losses(0, 0, 0, ())
+    is_answered = [row.step.number is not None for row in rows.annotations(run.run, Annotation.WAITING)]
+    effects = sorted(row.branch for row in rows.annotations(run.run, Annotation.EFFECT))
+    return Losses(run.nodes, is_answered.count(False), is_answered.count(True), tuple(effects))
 
 
 def _last_execution(run: RunRow) -> LastExecution:

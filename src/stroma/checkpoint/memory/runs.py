@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
-from stroma.checkpoint.decisions import LastExecution
+from stroma.checkpoint.decisions import LastExecution, Losses
 from stroma.checkpoint.entries import NO_CONTROL, RunControl, StepCall, Waiting
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
@@ -75,6 +75,7 @@ class MemoryRun:
         session: weak reference to that session while it owns the run, which only one that records its end does.
         last_session: weak reference to that session, for requests about the run.
         wake_ms: see :func:`stroma.checkpoint.decisions.merge_wake`.
+        effects: ids of the nodes whose effect an execution of the run has called.
     """
 
     execution: int = 0
@@ -102,6 +103,7 @@ class MemoryRun:
     session: Callable[[], Any] = no_session
     last_session: Callable[[], Any] = no_session
     wake_ms: int | None = None
+    effects: frozenset[str] = frozenset()
 
     def discard_execution(self) -> None:
         """Delete what the last execution recorded: all but what belongs to the run, and states from ``save()``."""
@@ -120,6 +122,12 @@ class MemoryRun:
             return None
         holder = "another task of this process" if self.session() is not None else None
         return LastExecution(self.execution, self.status, holder, math.inf, self.wake_ms)
+
+    def losses(self) -> Losses:
+        """Return what a new execution discards."""
+        is_answered = [waiting.payload is not None for waiting in self.waiting.values()]
+        nodes = sum(1 for key in self.states if isinstance(key, int))
+        return Losses(nodes, is_answered.count(False), is_answered.count(True), tuple(sorted(self.effects)))
 
     def attempts(self) -> list[AttemptRow]:
         """Return the rows of the last execution, by position and time."""

@@ -77,7 +77,7 @@ class MemorySession(NullSession):
     def __init__(self, run: MemoryRun, request: RunRequest) -> None:
         initial = request.schema.snapshot(request.initial_state)
         last = run.last_execution()
-        action = "begin" if last is None else decide(request, last, run.input == initial)
+        action = "begin" if last is None else decide(request, last, run.input == initial, run.losses)
         self.continued, self.finished, self.on_control = action == "continue", None, None
         if action != "begin":
             self._continue(run, request)
@@ -237,6 +237,10 @@ class MemorySession(NullSession):
             self._run.notes.pop(key, None)
         else:
             self._run.notes[key] = data
+
+    def mark_effect(self, node_id: str) -> None:
+        if self._run.epoch == self._epoch and node_id not in self._run.effects:
+            self._run.effects |= {node_id}
 
     def flush(self) -> None:
         if self._run.epoch != self._epoch:

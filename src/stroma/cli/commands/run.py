@@ -37,6 +37,7 @@ __all__ = ["ResumedRun", "resume", "resume_on_temporal", "resume_run", "run"]
 @click.argument("input_text", metavar="[INPUT]", required=False)
 @click.option("--run-id", callback=run_id_option, metavar="ID", help="Id of the run.  [default: a new id]")
 @click.option("--resume", is_flag=True, help="Resume the run of --run-id if it exists, else start it.")
+@click.option("--restart", is_flag=True, help="Start the run of --run-id anew, and discard its outputs.")
 @click.option(
     "--tag",
     "tags",
@@ -52,6 +53,7 @@ def run(
     input_text: str | None,
     run_id: str | None,
     resume: bool,
+    restart: bool,
     tags: tuple[str, ...],
     detach: bool,
     db: str | None,
@@ -60,17 +62,22 @@ def run(
     """Run a pipeline and print its final state as JSON on stdout.
 
     NAME is a flow, a Pipeline, or a function without arguments that returns one. Without a config it has the settings of
-    the StromaRunner in its file. INPUT is JSON, @FILE, or - for stdin; {} by default. Progress goes to stderr. With
-    --temporal, workers run the nodes (see `stroma worker`): Ctrl-C cancels the run there, SIGTERM leaves it running.
+    the StromaRunner in its file. INPUT is JSON, @FILE, or - for stdin; {} by default. Progress goes to stderr. A run id
+    that has not ended, or has called an effect, needs --resume or --restart. With --temporal, workers run the nodes (see `stroma worker`): Ctrl-C cancels the run there, SIGTERM leaves it running.
     """
-    if resume and run_id is None:
-        raise click.UsageError("--resume needs --run-id, the id of the run to resume")
+    if (resume or restart) and run_id is None:
+        name = "resume" if resume else "restart"
+        raise click.UsageError(f"--{name} needs --run-id, the id of the run to {name}")
+    if resume and restart:
+        raise click.UsageError("--resume and --restart exclude each other; pass one")
     cluster = _read_cluster(click_options)
     options = RunOptions.from_click(**click_options)
     if cluster is None and detach:
         raise click.UsageError("--detach needs --temporal: a local run ends with this process")
     pipeline = load_pipeline(target)
     config = _add_tags(_configure(pipeline, run_id, options), tags)
+    if restart:
+        config = config.model_copy(update={"if_exists": "restart", "resume": False})
     if cluster is not None:
         may_exist = input_text is None and (resume or options.if_running == "attach")
         exists = may_exist and cluster.run(cluster.has_run(config.run_id))

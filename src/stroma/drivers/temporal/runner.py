@@ -101,7 +101,7 @@ class TemporalRunner:
         run_id: str | None = None,
         context: dict[str, Any] | None = None,
         resume: bool | None = None,
-        if_exists: Literal["restart", "resume", "return", "error"] | None = None,
+        if_exists: Literal["new", "restart", "resume", "return", "error"] | None = None,
         if_running: Literal["error", "attach"] | None = None,
         traceparent: str | None = None,
     ) -> ExecutionResult:

@@ -16,6 +16,7 @@ from temporalio.common import SearchAttributePair, TypedSearchAttributes, Workfl
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from stroma.checkpoint import PipelineChanged, RunBusy, RunExists, StoreError
+from stroma.checkpoint.decisions import UNFINISHED, Losses
 from stroma.checkpoint.payloads import BlobStore
 from stroma.contracts.contract import ContractRegistry, check_id
 from stroma.contracts.schema import schema_of
@@ -140,6 +141,11 @@ class RunStarter:
                 if attaches and same_input:
                     return StartedRun(self, run_id, handle, known, config, 0)
                 raise busy_error(run_id, same_input=same_input)
+        if on_existing == "new":
+            # Of a run that has ended, the cluster does not know which effects were called.
+            report = suspended or await self.cluster.final_report(handle)
+            if report["status"] in UNFINISHED:
+                raise Losses(0, len(report["waiting"]), 0, ()).refusal(run_id, report["status"])
         if on_existing in ("resume", "return") and not same_input:
             raise _another_input(run_id)
         if workflow.status in OPEN:

@@ -17,6 +17,7 @@ from stroma.checkpoint import (
     RunExists,
     StoreError,
 )
+from stroma.checkpoint.entries import Waiting, effect_note
 from stroma.contracts.schema import schema_of
 from stroma.testing._conformance.helpers import (
     ROUNDS,
@@ -42,7 +43,7 @@ class OwnershipTests:
     async def test_a_run_has_one_owner(self, store: Any) -> None:
         """RunBusy names the owner of a run, and says if the input is the same."""
         session = await begin(store, state=State(n=1))
-        for way in ("restart", "resume", "return", "error"):
+        for way in ("new", "restart", "resume", "return", "error"):
             for n in (1, 2):
                 with pytest.raises(RunBusy) as busy:
                     await begin(store, state=State(n=n), if_exists=way)
@@ -135,6 +136,55 @@ class OwnershipTests:
         assert store.get_run("run") == before
         with pytest.raises(PipelineChanged):
             await begin(store, if_exists="return", state=State(n=5))
+
+    async def test_a_run_that_has_not_ended_does_not_begin_anew(self, store: Any) -> None:
+        """By default such a run is RunExists, which counts what a new execution would discard; "restart" discards it."""
+        question = Waiting(1, "", "ask", "may I?", "")
+        for run_id, status in (("s", "SUSPENDED"), ("i", "INTERRUPTED"), ("r", "RUNNING")):
+            session = await begin(store, run_id)
+            await commit(session, 0, State(n=1))
+            await settled(session.suspend(row(1, "ask"), question))
+            if status == "RUNNING":
+                session.abandon()
+            else:
+                await finish(session, status)
+            before = store.get_run(run_id)
+            with pytest.raises(
+                RunExists, match=rf"{status}.*1 committed node, 1 open question;.* resume=True"
+            ):
+                await begin(store, run_id, State(n=5))
+            await settled(store.signal(run_id, question._replace(payload=b"1")))
+            with pytest.raises(RunExists, match="1 answered question"):
+                await begin(store, run_id, if_running="take_over")
+            assert store.get_run(run_id).status == before.status
+            anew = await begin(store, run_id, if_exists="restart")
+            assert (anew.execution, restored(anew), dict(anew.waiting)) == (2, {}, {})
+
+    async def test_a_run_that_has_ended_begins_anew(self, store: Any) -> None:
+        """By default a run that ended, whichever way, begins another execution."""
+        for number, status in enumerate(("COMPLETED", "FAILED", "PARTIAL", "CANCELLED", "RESUMED"), 1):
+            session = await begin(store, state=State(n=number))
+            assert (session.execution, session.continued) == (number, False)
+            await commit(session, 0, State(n=number))
+            await finish(session, status)
+
+    async def test_a_run_that_called_an_effect_does_not_begin_anew(self, store: Any) -> None:
+        """By default it is RunExists, however the run ended, also after it was restarted and called none since."""
+        session = await begin(store)
+        session.note(effect_note(0, ""), b"call 1")
+        session.mark_effect("charge")
+        await settled(session.flush())
+        await commit(session, 0, State(n=1))
+        await finish(session)
+        for _ in range(2):
+            with pytest.raises(RunExists, match=r"recorded effect \(COMPLETED\).*effect of 'charge' again"):
+                await begin(store)
+            anew = await begin(store, if_exists="restart")
+            assert dict(anew.notes) == {}
+            await finish(anew)
+        assert (await begin(store, if_exists="resume")).continued
+        await settled(store.delete("run"))
+        assert not (await begin(store)).continued
 
     async def test_what_a_run_that_was_waited_for_came_to(self, store: Any) -> None:
         """A client that attached gets the end of the run, or may resume a run without an end."""

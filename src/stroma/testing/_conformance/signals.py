@@ -73,7 +73,7 @@ class SignalTests:
         assert dict(earlier.waiting) == {}
         await settled(earlier.suspend(row(1, "ask é"), question))
         await finish(earlier, "SUSPENDED")
-        assert dict((await begin(store)).waiting) == {}
+        assert dict((await begin(store, if_exists="restart")).waiting) == {}
         assert store.waiting("run") == []
         with pytest.raises(StoreError, match="no longer waiting for an answer"):
             await settled(store.signal("run", question._replace(payload=b"1")))
@@ -82,7 +82,7 @@ class SignalTests:
     async def test_a_stale_owner_asks_nothing(self, store: Any) -> None:
         """A question of a stale owner is rejected."""
         stale = await begin(store)
-        await begin(store, if_running="take_over")
+        await begin(store, if_exists="restart", if_running="take_over")
         with pytest.raises(Fenced):
             await settled(stale.suspend(row(0), Waiting(0, "", "node", "may I?", "")))
         assert store.waiting("run") == []
@@ -182,7 +182,7 @@ class SignalTests:
             third = await begin(store, if_exists="resume", deliver=True)
             assert [r.position for r in third.undelivered] == [0, 2, 3]
             third.abandon()
-        assert list((await begin(store, deliver=True)).undelivered) == []
+        assert list((await begin(store, if_exists="restart", deliver=True)).undelivered) == []
         assert (
             list((await begin(store, if_exists="resume", if_running="take_over", deliver=True)).undelivered)
             == []
