@@ -488,6 +488,7 @@ PAGES = {
     "providers.md": providers_page,
     "guarantees.md": own_module("docs.promises").guarantees_page,
     **own_module("docs.reference").PAGES,
+    **own_module("docs.defaults").PAGES,
 }
 
 

@@ -322,6 +322,7 @@ def index_page() -> str:
         NOTE, "", "# Reference", "",
         "Every public name, with the module to import it from. [The command line](../cli.md),",
         "[its options](commands.md), [errors](../errors.md) and [providers](../providers.md) have separate pages.",
+        "[Defaults](defaults.md) states what each default loses.",
     ]  # fmt: skip
     for topic, (title, words, modules) in TOPICS.items():
         lines += ["", f"## [{title}]({topic}.md)", "", words, "", "| name | from | |", "| --- | --- | --- |"]

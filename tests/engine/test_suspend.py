@@ -295,7 +295,8 @@ async def test_an_answer_belongs_to_its_execution(store: Any) -> None:
     desk = Desk()
     await runner(store).run(desk.nodes, Num())
     await runner(store).signal("r", {"approved": True})
-    assert (await runner(store).run(desk.nodes, Num())).status is RunStatus.SUSPENDED
+    anew = await runner(store).run(desk.nodes, Num(), if_exists="restart")
+    assert anew.status is RunStatus.SUSPENDED
     await runner(store).signal("r", {"approved": True})
     result = await runner(store).run(desk.nodes, Num(), resume_from="ask")
     assert result.status is RunStatus.SUSPENDED

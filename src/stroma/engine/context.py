@@ -218,8 +218,11 @@ class ReliabilityContext:
     def for_run(
         cls, config: RunConfig, registry: ContractRegistry, checkpoint_manager: CheckpointManager
     ) -> ReliabilityContext:
-        """Return a context with a fresh tracker, trace and counts; the config's own context dict."""
-        run_id = str(config.run_id)
+        """Return a context with a fresh tracker, trace and counts; the config's own context dict.
+
+        A generated run id belongs to the first context of its config; each later one has a fresh id.
+        """
+        run_id = config.take_run_id()
         # By position: so many keywords take a microsecond to sort.
         return cls(
             run_id, registry, checkpoint_manager, CostTracker(), RetryBudget(), ExecutionTrace(run_id),

@@ -58,11 +58,9 @@ def nodes_of(pipeline: Pipeline | Iterable[Any]) -> list[Node | Group]:
 
 
 def override_config(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
-    """Return the config of one run: with an id, and with the overrides that are not None. Raises ValidationError."""
+    """Return the config with the overrides that are not None. Raises ValidationError."""
     changes = {name: value for name, value in overrides.items() if value is not None}
     run_id = changes.pop("run_id", None)
-    if run_id is None and (config_run_id := config.take_run_id()) != config.run_id:
-        run_id = config_run_id
     if not changes:
         return config if run_id is None else config.with_run_id(run_id)
     if run_id is not None:
