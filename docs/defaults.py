@@ -1,4 +1,4 @@
-"""Write the page about defaults: each parameter of the configuration, the runner and the stores, and what its default loses."""
+"""Write the page about defaults, with each parameter of the configuration, the runner and the stores, and what its default loses."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _PAYLOADS = {
     "plain_until_migrated": "Nothing. With a codec, a plain payload is refused with an error.",
 }
 _TTL = (
-    "A COMPLETED or RESUMED run one hour after its end, with its outputs and the record of its effects. A later `run()` of the id starts "
-    "anew and can call an effect again. Pass None, or more than the time in which a request may be repeated. Other runs do not expire."
+    "A COMPLETED or RESUMED run one hour after its end, with its outputs and the record of its effects. A later `run()` of the id is a "
+    "new run and can call an effect again. Pass None, or more than the time in which a request may be repeated. Other runs do not expire."
 )
 
 #: What each default loses, by parameter, by name of the class or function.
@@ -32,9 +32,9 @@ LOSSES: dict[str, dict[str, str]] = {
         "breaker": "Nothing. Each run finds out by itself that a provider is down.",
         "policy_map": "The price of the attempts that failed: up to 3 retries after a RECOVERABLE failure, 1 after an AMBIGUOUS one.",
         "node_policies": "Nothing. A group is not retried as a whole; a resume calls only its unfinished children.",
-        "hooks": "Nothing. Nobody is notified: failures are in the log, the result and the store.",
+        "hooks": "Nothing. Failures are in the log, the result and the store.",
         "classifiers": "Nothing. The built-in rules classify failures.",
-        "context": "What nodes write into it: it is not stored, and a resume in another process starts without it.",
+        "context": "The changes that nodes make in it: it is not stored, so a resume in another process starts without them.",
         "node_timeouts": "Time: a function that never returns is waited for.",
         "contract_retries": "The price of an answer that broke its contract: the run is FAILED. Outputs before it are stored, for a resume.",
         "resume_from": "Nothing.",
@@ -54,12 +54,12 @@ LOSSES: dict[str, dict[str, str]] = {
         "inline_wait_seconds": "Nothing. A flow that waits longer is SUSPENDED until a worker or a resume continues it.",
         "model_fallbacks": "Nothing. The model stays the same until the budget is used up.",
         "unknown_model": (
-            "Without a cost limit, the price of a model that nobody knows: it counts as 0 USD, is logged, and stands in "
+            "Without a cost limit, the price of an unknown model: it counts as 0 USD, is logged, and appears in "
             "`result.unpriced_models`. Under a cost limit the run stops."
         ),
-        "hook_errors": "The exception of a hook: it is logged and stands in `result.hook_errors`; the run continues.",
+        "hook_errors": "The exception of a hook: it is logged and appears in `result.hook_errors`; the run continues.",
         "hook_delivery": "The end hooks of an attempt whose process died between its commit and the call of the hook.",
-        "hook_timeout_ms": "What a hook would have done after 5 s: it is cancelled, and logged.",
+        "hook_timeout_ms": "The work of a hook after 5 s: the hook is cancelled, and logged.",
         "tags": "Nothing.",
         "conversation": "Nothing.",
         "user": "Nothing.",
@@ -108,7 +108,7 @@ def _documented(name: str) -> Any:
 def defaults_page() -> str:
     lines = [
         NOTE, "", "# Defaults", "",
-        "What each default loses, for anyone who decides which parameters to pass. No default loses finished work of a run that has not ended, "
+        "This page states for each default what it loses, for anyone who decides which parameters to pass. No default loses finished work of a run that has not ended, "
         "an answer, or the record of a call that must not be repeated, unless this page says so.", "",
     ]  # fmt: skip
     for name, losses in LOSSES.items():

@@ -347,9 +347,12 @@ async def no_database(path: Path) -> Any:
     await run([a_node("read", {})], store=SQLiteStore(path / "x.db"))
 
 
+TAKEN: dict[str, Any] = {"if_running": "take_over", "if_exists": "restart"}
+
+
 async def fenced(path: Path) -> Any:
     async def again(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        await run([a_node("read", {})], store=SQLiteStore(path / "x.db"), if_running="take_over")
+        await run([a_node("read", {})], store=SQLiteStore(path / "x.db"), **TAKEN)
 
     hooks = NodeHooks(on_node_start=again)
     await run([a_node("read", {})], store=SQLiteStore(path / "x.db"), hooks=hooks)
@@ -359,7 +362,7 @@ async def fenced_in_memory(path: Path) -> Any:
     store = AsyncInMemoryStore()
 
     async def again(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        await run([a_node("read", {})], store=store, if_running="take_over")
+        await run([a_node("read", {})], store=store, **TAKEN)
 
     await run([a_node("read", {})], store=store, hooks=NodeHooks(on_node_start=again))
 

@@ -233,11 +233,11 @@ async def test_resume_from_before_an_effect_does_not_repeat_it(store: Any) -> No
 
 
 async def test_another_execution_is_another_effect(store: Any) -> None:
-    """A run id that is run again is a new execution, with calls and idempotency keys of its own."""
+    """A run id that is restarted is a new execution, with calls and idempotency keys of its own."""
     shop = Shop()
     runner, nodes = pipeline(shop, store, shop.look)
     for _ in range(2):
-        await runner.run(nodes, Order(), run_id="r")
+        await runner.run(nodes, Order(), run_id="r", if_exists="restart")
     assert (shop.calls, len(set(shop.charges)), shop.asked) == (2, 2, [])
 
 

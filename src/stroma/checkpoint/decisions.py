@@ -16,7 +16,7 @@ __all__ = [
     "ENDED",
     "UNFINISHED",
     "LastExecution",
-    "Losses",
+    "PriorWork",
     "decide",
     "is_answered_meanwhile",
     "is_due",
@@ -50,8 +50,8 @@ class LastExecution(NamedTuple):
     wake_ms: int | None = None
 
 
-class Losses(NamedTuple):
-    """What a new execution of a run discards, or does again.
+class PriorWork(NamedTuple):
+    """Records of a run that a new execution discards, and effects that it may call again.
 
     Attributes:
         nodes: number of committed nodes.
@@ -107,12 +107,12 @@ def merge_wake(earlier: int | None, status: str, error: str | None, wake_ms: int
 
 
 def decide(
-    request: RunRequest, last: LastExecution | None, same_input: bool, losses: Callable[[], Losses]
+    request: RunRequest, last: LastExecution | None, same_input: bool, prior_work: Callable[[], PriorWork]
 ) -> Literal["begin", "continue", "return"]:
     """Return what to do with the last execution. Raises RunBusy, RunExists, PipelineChanged.
 
     Args:
-        losses: called for a request that begins a new execution only if nothing is lost.
+        prior_work: called for a request that begins a new execution only if nothing is lost.
     """
     if last is None:
         return "begin"
@@ -136,7 +136,7 @@ def decide(
             'if_exists="resume", "return" or "restart"'
         )
     if request.if_exists == "new":
-        lost = losses()
+        lost = prior_work()
         if last.status not in _GIVEN_UP or lost.effects:
             raise lost.refusal(request.run_id, last.status)
         return "begin"

@@ -13,7 +13,7 @@ from stroma.checkpoint.decisions import (
     ENDED,
     UNFINISHED,
     LastExecution,
-    Losses,
+    PriorWork,
     decide,
 )
 from stroma.checkpoint.durable.annotations import (
@@ -132,7 +132,7 @@ class RunOpener:
             self._request,
             None if run is None or not run.execution else _last_execution(run),
             self._has_same_input(rows, run),
-            lambda: _losses(rows, run),
+            lambda: _prior_work(rows, run),
         )
         if action != "begin" and run is not None and not rows.is_complete(run):
             raise lost_error(self._run_id, "some of its rows are missing")
@@ -388,12 +388,12 @@ def _count_failed(
     return counts
 
 
-def _losses(rows: Rows, run: RunRow | None) -> Losses:
+def _prior_work(rows: Rows, run: RunRow | None) -> PriorWork:
     if run is None:
-        return Losses(0, 0, 0, ())
+        return PriorWork(0, 0, 0, ())
     is_answered = [row.step.number is not None for row in rows.annotations(run.run, Annotation.WAITING)]
     effects = sorted(row.branch for row in rows.annotations(run.run, Annotation.EFFECT))
-    return Losses(run.nodes, is_answered.count(False), is_answered.count(True), tuple(effects))
+    return PriorWork(run.nodes, is_answered.count(False), is_answered.count(True), tuple(effects))
 
 
 def _last_execution(run: RunRow) -> LastExecution:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
-from stroma.checkpoint.decisions import LastExecution, Losses
+from stroma.checkpoint.decisions import LastExecution, PriorWork
 from stroma.checkpoint.entries import NO_CONTROL, RunControl, StepCall, Waiting
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
@@ -32,7 +32,7 @@ __all__ = [
 _NUMBERS: Final = itertools.count(1)
 
 #: What a restart does not delete.
-_OF_RUN: Final = ("execution", "parent", "epoch", "session", "last_session")
+_OF_RUN: Final = ("execution", "parent", "effects", "epoch", "session", "last_session")
 
 Key = int | str | tuple[int, str]
 
@@ -123,11 +123,13 @@ class MemoryRun:
         holder = "another task of this process" if self.session() is not None else None
         return LastExecution(self.execution, self.status, holder, math.inf, self.wake_ms)
 
-    def losses(self) -> Losses:
+    def prior_work(self) -> PriorWork:
         """Return what a new execution discards."""
         is_answered = [waiting.payload is not None for waiting in self.waiting.values()]
         nodes = sum(1 for key in self.states if isinstance(key, int))
-        return Losses(nodes, is_answered.count(False), is_answered.count(True), tuple(sorted(self.effects)))
+        return PriorWork(
+            nodes, is_answered.count(False), is_answered.count(True), tuple(sorted(self.effects))
+        )
 
     def attempts(self) -> list[AttemptRow]:
         """Return the rows of the last execution, by position and time."""

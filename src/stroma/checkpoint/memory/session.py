@@ -77,7 +77,7 @@ class MemorySession(NullSession):
     def __init__(self, run: MemoryRun, request: RunRequest) -> None:
         initial = request.schema.snapshot(request.initial_state)
         last = run.last_execution()
-        action = "begin" if last is None else decide(request, last, run.input == initial, run.losses)
+        action = "begin" if last is None else decide(request, last, run.input == initial, run.prior_work)
         self.continued, self.finished, self.on_control = action == "continue", None, None
         if action != "begin":
             self._continue(run, request)

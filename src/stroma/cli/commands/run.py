@@ -37,7 +37,7 @@ __all__ = ["ResumedRun", "resume", "resume_on_temporal", "resume_run", "run"]
 @click.argument("input_text", metavar="[INPUT]", required=False)
 @click.option("--run-id", callback=run_id_option, metavar="ID", help="Id of the run.  [default: a new id]")
 @click.option("--resume", is_flag=True, help="Resume the run of --run-id if it exists, else start it.")
-@click.option("--restart", is_flag=True, help="Start the run of --run-id anew, and discard its outputs.")
+@click.option("--restart", is_flag=True, help="Start the run of --run-id again, and discard its outputs.")
 @click.option(
     "--tag",
     "tags",

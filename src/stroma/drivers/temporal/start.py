@@ -16,7 +16,7 @@ from temporalio.common import SearchAttributePair, TypedSearchAttributes, Workfl
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from stroma.checkpoint import PipelineChanged, RunBusy, RunExists, StoreError
-from stroma.checkpoint.decisions import UNFINISHED, Losses
+from stroma.checkpoint.decisions import UNFINISHED, PriorWork
 from stroma.checkpoint.payloads import BlobStore
 from stroma.contracts.contract import ContractRegistry, check_id
 from stroma.contracts.schema import schema_of
@@ -145,7 +145,7 @@ class RunStarter:
             # Of a run that has ended, the cluster does not know which effects were called.
             report = suspended or await self.cluster.final_report(handle)
             if report["status"] in UNFINISHED:
-                raise Losses(0, len(report["waiting"]), 0, ()).refusal(run_id, report["status"])
+                raise PriorWork(0, len(report["waiting"]), 0, ()).refusal(run_id, report["status"])
         if on_existing in ("resume", "return") and not same_input:
             raise _another_input(run_id)
         if workflow.status in OPEN:
