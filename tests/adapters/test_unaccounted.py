@@ -82,7 +82,10 @@ def test_a_model_without_a_price_that_no_step_has_called_is_refused_under_a_cost
     """As in a step: a limit in US dollars could not count it. Otherwise it counts as 0, with a warning."""
     used = Usage(input_tokens=8, output_tokens=2, model="nobody-knows-it")
     limited = Guard(StromaRunner.quick(budget=ExecutionBudget(max_cost_usd=1)))
-    with pytest.raises(UsageError, match="'nobody-knows-it' outside of its steps"), limited.run() as run:
+    with (
+        pytest.raises(UsageError, match="outside of its steps, used model 'nobody-knows-it'"),
+        limited.run() as run,
+    ):
         run.report_usage(used)
     assert run.ctx.cost_tracker.total_tokens == 10
     with Guard().run() as run, caplog.at_level(logging.WARNING):

@@ -433,7 +433,7 @@ async def test_a_limit_that_is_crossed_before_a_retry(store: Any, kind: str) -> 
 
 async def test_a_limit_set_for_a_run_says_where_to_raise_it(store: Any) -> None:
     """It holds in place of a larger budget of the config that resumes the run, and the message names set_budget()."""
-    gate = gate_of(store, budget=ExecutionBudget(max_tokens_total=10, max_cost_usd=9))
+    gate = gate_of(store, budget=ExecutionBudget(max_tokens_total=10, max_cost_usd=9), unknown_model="warn")
     nodes = Pipeline("set", [gate.node("a", tokens=16), gate.node("b")])
     result = await gate.runner.run(nodes, Num(), run_id="r")
     assert result.failure is not None

@@ -12,11 +12,13 @@ from stroma import (
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
+    Flow,
     ReliabilityContext,
     RunConfig,
     RunStatus,
     SharedBudget,
     StromaRunner,
+    Usage,
     UsageError,
     current_node,
     execute_step,
@@ -151,14 +153,78 @@ async def test_a_failed_attempt_of_an_unknown_model_is_not_tried_again_under_a_c
     assert result.failure.exception.__cause__ is not None
 
 
-async def test_published_usage_without_a_model_passes_a_cost_limit(caplog: pytest.LogCaptureFixture) -> None:
-    """``(output, tokens)`` names no model to refuse: it costs 0 USD, and a warning says that no limit counts it."""
-    for limit in LIMITS:
-        caplog.clear()
-        runner = StromaRunner.quick(**limit.values[0]())
-        result = await runner.run([ask_node(runner, [], ({"text": "x"}, 100))], Text())
-        assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 100)
-        assert sum("names no model" in record.getMessage() for record in caplog.records) == 1
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("shape", ["pair", "usage", "report", "step", "parallel", "map", "flow", "cached"])
+async def test_tokens_without_a_model_are_refused_under_a_cost_limit(limit: Any, shape: str) -> None:
+    """Tokens that are reported without any model are those of an unknown model: a limit in US dollars refuses them."""
+    calls: list[str] = []
+    runner = StromaRunner.quick(**limit())
+    returned: Any = ({"text": "kept"}, 100)
+    if shape == "usage":
+        returned = ({"text": "kept"}, Usage(100, 20))
+    if shape in ("report", "cached"):
+
+        @runner.node("ask", input=Text, output=Text)
+        async def ask(state: Text) -> Any:
+            calls.append(state.text)
+            cached = 60 if shape == "cached" else 0
+            current_node().report_usage(input_tokens=100, cached_input_tokens=cached)
+            return {"text": "kept"}
+    else:
+        ask = ask_node(runner, calls, returned)
+    result: Any
+    if shape == "step":
+        ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+        result = await execute_step("ask", ask, Text(), ctx)
+    elif shape == "map":
+        nodes = [map_over("items", ask, into="out", max_concurrency=1)]
+        result = await runner.run(nodes, Texts(items=[Text(), Text(), Text()]))
+    elif shape == "flow":
+
+        @runner.flow("twice", input=Text, output=Text)
+        async def twice(flow: Flow, state: Text) -> Text:
+            return await flow.step(ask, await flow.step(ask, state))
+
+        result = await runner.run(twice, Text())
+    else:
+        result = await runner.run([parallel(ask) if shape == "parallel" else ask, ask], Text())
+    assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
+    assert result.failure is not None
+    assert result.failure.reason == "usage"
+    assert "'ask' reported tokens without a model" in result.failure.message
+    if shape != "step":
+        assert result.unpriced_models == ["(no model)"]
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"unknown_model": "warn", "budget": ExecutionBudget(max_cost_usd=1.0)}]
+)
+async def test_tokens_without_a_model_count_as_nothing_elsewhere(
+    config: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a cost limit, tokens without a model cost 0 USD, with one warning and an entry of the unpriced models."""
+    runner = StromaRunner.quick(**config)
+    ask = ask_node(runner, [], ({"text": "x"}, 100))
+    result = await runner.run([ask, ask], Text())
+    assert (result.status, result.total_tokens, result.total_cost_usd) == (RunStatus.COMPLETED, 200, 0.0)
+    assert result.unpriced_models == ["(no model)"]
+    assert sum("without a model" in record.getMessage() for record in caplog.records) == 1
+
+
+async def test_unknown_model_error_refuses_tokens_without_a_model_without_any_limit() -> None:
+    """``unknown_model="error"`` refuses tokens without a model, whatever the limits are."""
+    runner = StromaRunner.quick(unknown_model="error")
+    result = await runner.run([ask_node(runner, [], ({"text": "x"}, 100))], Text())
+    assert result.status is RunStatus.FAILED
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("used", [0, Usage(), Usage(100, 20, cost_usd=0.5)], ids=["zero", "none", "charged"])
+async def test_a_cost_that_is_reported_needs_no_model(limit: Any, used: Any) -> None:
+    """No tokens, and tokens whose cost is reported, need no model under a limit in US dollars."""
+    runner = StromaRunner.quick(**limit())
+    result = await runner.run([ask_node(runner, [], ({"text": "x"}, used))], Text())
+    assert (result.status, result.unpriced_models) == (RunStatus.COMPLETED, [])
 
 
 @pytest.mark.parametrize("limit", [*LIMITS, lambda: {"shared_budgets": shared(max_tokens=10**9)}])

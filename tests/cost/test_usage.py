@@ -481,16 +481,16 @@ async def test_a_real_stream_that_was_not_asked_for_usage_is_said(
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("limit", "warnings"), [(5.0, 1), (None, 0)])
-async def test_usage_without_a_model_is_said_where_cost_is_limited(
-    limit: float | None, warnings: int, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("limit", "status"), [(5.0, RunStatus.FAILED), (None, RunStatus.COMPLETED)])
+async def test_a_response_that_names_no_model_is_refused_where_cost_is_limited(
+    limit: float | None, status: RunStatus
 ) -> None:
-    """Tokens of no model have no price: one warning for the node where max_cost_usd was to bound them."""
+    """A response with tokens and without a model cannot be counted in dollars: a limit in dollars refuses it."""
     cohere = next(reply for reply in REPLIES if reply.what == "cohere").answer.body
     runner, ask = node_of(({"text": ""}, cohere), budget=ExecutionBudget(max_cost_usd=limit))
-    result = await runner.run([ask, ask], Text())
-    assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 138)
-    assert caplog.text.count("names no model") == warnings
+    result = await runner.run([ask], Text())
+    assert (result.status, result.total_tokens) == (status, 69)
+    assert result.unpriced_models == ["(no model)"]
 
 
 @pytest.mark.parametrize(

@@ -432,7 +432,7 @@ async def test_an_item_whose_usage_cannot_be_counted_is_a_failure_and_no_output(
         length: int
 
     async def measured(state: Text) -> Any:
-        model = "nobody-knows" if state.text == "bb" else None
+        model = "nobody-knows" if state.text == "bb" else "gpt-4o-mini"
         return {"length": len(state.text)}, 10, 0, model
 
     measure = node("length", measured, Text, Length)

@@ -1290,7 +1290,7 @@ async def test_exactly_at_the_limit_is_within_it() -> None:
 async def test_a_limit_of_zero_means_spend_nothing() -> None:
     """A limit of 0 lets free nodes run and stops at the first token."""
     free, _ = spending({"n": 1})
-    dear, calls = spending(({"n": 2}, 1))
+    dear, calls = spending(({"n": 2}, 1, "gpt-4o-mini"))
     budget = ExecutionBudget(max_tokens_total=0, max_cost_usd=0)
     result = await quick(budget=budget).run([node("free", free), node("dear", dear)], Num())
     assert (result.status, result.final_state, len(calls)) == (RunStatus.PARTIAL, Num(n=2), 1)

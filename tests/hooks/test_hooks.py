@@ -450,7 +450,7 @@ async def test_budget_warning(seen: Recorder) -> None:
     def spending(tokens: int) -> Any:
         @node(f"spend {tokens}")
         async def spend(state: State) -> Any:
-            return {}, tokens
+            return {}, tokens, "gpt-4o-mini"
 
         return spend
 

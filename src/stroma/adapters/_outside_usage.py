@@ -10,7 +10,7 @@ from typing import Final
 from stroma.adapters._step import count_tokens
 from stroma.checkpoint import StoreError
 from stroma.cost.prices import cost_of
-from stroma.cost.usage import Usage, UsageError, as_report
+from stroma.cost.usage import Usage, as_report
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import current_node_or_none
 
@@ -39,7 +39,7 @@ class OutsideUsage:
     def report(self, usage: Usage) -> None:
         """Count tokens against the budget of the run, and in its totals, and store them for a resume.
 
-        Raises UsageError for a model without a known price where a cost limit could not count it.
+        Raises UsageError for tokens without a known price where a cost limit could not count them.
         """
         cost = cost_of(as_report(usage))
         tokens = usage.input_tokens + usage.output_tokens
@@ -48,8 +48,11 @@ class OutsideUsage:
         if self.loop is not None:
             with suppress(RuntimeError):  # The loop was closed under it.
                 self.loop.call_soon_threadsafe(self._store)
-        if cost is None and usage.model is not None:
-            self._note_unpriced(usage.model)
+        if cost is None and tokens:
+            place = f"run {self._ctx.run_id!r}, outside of its steps,"
+            problem = self._ctx.note_unpriced(_OUTSIDE, place, usage.model)
+            if problem is not None:
+                raise problem
 
     def _store(self) -> None:
         self._ctx.note_usage()
@@ -59,22 +62,6 @@ class OutsideUsage:
                 asyncio.ensure_future(pending).add_done_callback(
                     lambda done: done.cancelled() or done.exception()
                 )
-
-    def _note_unpriced(self, model: str) -> None:
-        """Treat a model without a known price as in a step: refuse it under a cost limit, else warn of it once."""
-        ctx, is_noted = self._ctx, model in self._ctx.unpriced
-        if not is_noted:
-            ctx.unpriced.append(model)
-        if ctx.refuses_unpriced(_OUTSIDE):
-            raise UsageError(
-                f"run {ctx.run_id!r} used model {model!r} outside of its steps, which has no known price; add it to "
-                'KNOWN_MODELS, or pass unknown_model="warn" to count it as 0 USD'
-            )
-        if not is_noted:
-            ctx.run_logger.warning(
-                "model %r was called outside of steps and has no known price: it counts as 0; add it to KNOWN_MODELS",
-                model,
-            )
 
     def check_budget(self) -> None:
         """Raise BudgetExceeded if what the run has used exceeds its budget. For model calls in no step."""

@@ -13,15 +13,18 @@ __all__ = ["Usage", "UsageError", "usage_from"]
 
 #: Tokens of one report. Beyond it neither floats nor the integers of a store can count the costs.
 MOST_TOKENS: Final = 10**9
+#: Entry of ``unpriced_models`` for tokens that were reported without a model.
+NO_MODEL: Final = "(no model)"
 
 
 class UsageError(ValueError):
-    """A node reported usage that cannot be counted: negative, not finite, not a number, or of an unpriced model.
+    """A node reported usage that cannot be counted: negative, not finite, not a number, or without a known price.
 
     Where: ``result.failure`` of a FAILED run; out of ``CostTracker.record``, ``report_usage`` and ``usage_from``.
-    Cause: the figures or the response a node returned beside its output, or a model without a known price under a
-        cost limit or ``unknown_model="error"``.
-    Fix: report whole numbers of tokens, zero or more; add the model to ``KNOWN_MODELS``. The output is stored.
+    Cause: the figures or the response a node returned beside its output; or tokens without a model, or of a model
+        without a known price, under a cost limit or ``unknown_model="error"``.
+    Fix: report whole numbers of tokens, zero or more, and the model with them; add the model to ``KNOWN_MODELS``. The
+        output is stored.
     """
 
     #: Whether it is a provider's response all the same, which only leaves its usage out.

@@ -118,8 +118,9 @@ class RunConfig(LazyModel):
         inline_wait_seconds: longest wait of a flow inside the process. For a later time the run is SUSPENDED.
         lease_seconds: time after which a run whose owner stopped renewing its lease can be taken over.
         model_fallbacks: cheaper models to signal once their share of ``max_cost_usd`` is spent.
-        unknown_model: handling of a model without a known price. "warn" counts it as 0 USD, "error" stops the run. None:
-            "error" for nodes under a cost limit (``budget.max_cost_usd`` or that of a shared budget), else "warn".
+        unknown_model: handling of tokens without a known price: of an unknown model, or reported without a model. "warn"
+            counts them as 0 USD, "error" stops the run. None: "error" for nodes under a cost limit
+            (``budget.max_cost_usd`` or that of a shared budget), else "warn".
         hook_errors: "isolate" logs exceptions of hooks; "raise" raises HookError once the run is complete (for tests).
         hook_delivery: "at_least_once" records with each attempt that its end hooks are pending. A resume calls them if the
             process died first. ``current_node().redelivered`` is then True, and the exception is a RunFailed with the old

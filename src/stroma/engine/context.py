@@ -30,6 +30,7 @@ from stroma.contracts.schema import schema_of
 from stroma.cost.budget import ExecutionBudget, limits, replace_limits
 from stroma.cost.fallback import FallbackPolicy, FallbackView, fallback_due
 from stroma.cost.tracker import CostTracker
+from stroma.cost.usage import NO_MODEL, UsageError
 from stroma.engine.config import RunConfig
 from stroma.engine.handover import Handover
 from stroma.engine.interceptors import INTERCEPTORS, Interceptor
@@ -531,6 +532,34 @@ class ReliabilityContext:
         """Return whether usage without a known price stops the run: a limit in US dollars could not count it."""
         chosen = self.config.unknown_model
         return self.has_limit("cost", node_id) if chosen is None else chosen == "error"
+
+    def note_unpriced(self, node_id: str, place: str, model: str | None) -> UsageError | None:
+        """List a model without a known price, and return the error where a limit could not count it, else warn once.
+
+        ``model`` is None for tokens that were reported without a model. ``place`` is the subject of the message.
+        """
+        name = NO_MODEL if model is None else model
+        is_listed = name in self.unpriced
+        if not is_listed:
+            self.unpriced.append(name)
+        if not self.refuses_unpriced(node_id):
+            if not is_listed:
+                if model is None:
+                    text = f"{place} reported tokens without a model: they count as 0 USD; report the model with them"
+                else:
+                    text = f"{place} used model {model!r}, which has no known price: it counts as 0 USD; add it to KNOWN_MODELS"
+                self.run_logger.warning("%s", text)
+            return None
+        if model is None:
+            return UsageError(
+                f"{place} reported tokens without a model, so they have no price; report "
+                "usage_from(response, model=...) or (output, input_tokens, output_tokens, model), or pass "
+                'unknown_model="warn" to count them as 0 USD'
+            )
+        return UsageError(
+            f"{place} used model {model!r}, which has no known price; add it to KNOWN_MODELS, or pass "
+            'unknown_model="warn" to count it as 0 USD'
+        )
 
     def due_warnings(self) -> list[tuple[str, float, float]]:
         """Return (dimension, used, limit) of each limit that has just been used to 80 %; each once in a run."""

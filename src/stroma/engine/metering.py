@@ -66,19 +66,13 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
                 cost += detail.cost_usd
                 named = named if model is None else model
                 continue
-        if model is None:
-            if consumed + generated and ctx.has_limit("cost", run.node_id):
-                ctx.warn_once(
-                    run.node_id,
-                    "modelless",
-                    f"node {run.node_id!r} names no model for its tokens: they cost 0, whatever max_cost_usd is; "
-                    "report usage_from(response, model=...) or (output, input_tokens, output_tokens, model)",
-                )
+        if model is None and not consumed + generated:
             continue
-        named = model
+        named = named if model is None else model
         try:
-            pricer = cached_pricer(model, detail)
+            pricer = None if model is None else cached_pricer(model, detail)
             if pricer == "unread":
+                assert model is not None
                 # The price data takes a quarter of a second to import: not on the event loop.
                 await shield.finish(in_thread(find_pricer, (model, detail)))
                 pricer = find_pricer(model, detail)
@@ -91,19 +85,8 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
                 "give KNOWN_MODELS two finite numbers for it, zero or more"
             )
             continue
+        cost += amount
         if pricer is None:
-            if ctx.refuses_unpriced(run.node_id):
-                problem = UsageError(
-                    f"node {run.node_id!r} used model {model!r}, which has no known price; add it to KNOWN_MODELS, or pass "
-                    'unknown_model="warn" to count it as 0 USD'
-                )
-            elif model not in ctx.unpriced:
-                ctx.run_logger.warning(
-                    "no price is known for model %r: it counts as 0; add it to KNOWN_MODELS", model
-                )
-            if model not in ctx.unpriced:
-                ctx.unpriced.append(model)
-        else:
-            cost += amount
+            problem = ctx.note_unpriced(run.node_id, f"node {run.node_id!r}", model) or problem
     run.counted = AttemptUsage(tokens, produced, cost, named, cached, written)
     return shield.is_cancelled, problem

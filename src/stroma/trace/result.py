@@ -90,7 +90,7 @@ class ExecutionResult(Shown, Generic[StateT]):
         suspended: reasons of a SUSPENDED run; one line per node.
         failed_items: number of failed items of its maps that did not stop the run, see ``on_item_failure``.
         hook_errors: exceptions of hooks, which changed nothing.
-        unpriced_models: models without a known price; they count as 0.
+        unpriced_models: models without a known price, which count as 0 USD; "(no model)" for tokens without a model.
     """
 
     run_id: str
