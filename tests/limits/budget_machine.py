@@ -112,20 +112,10 @@ class BudgetMachine(_Machine):
             findings.append(ask)
         return findings[0], findings[1]
 
-    @rule(
-        node=nodes,
-        declared=st.tuples(*(st.none() | st.integers(1, 30) for _ in range(2))),
-        inside=st.lists(which, max_size=2),
-    )
-    def reserve(self, node: str, declared: tuple[int | None, int | None], inside: list[int]) -> None:
+    @rule(node=nodes, declared=st.tuples(*(st.none() | st.integers(1, 30) for _ in range(2))))
+    def reserve(self, node: str, declared: tuple[int | None, int | None]) -> None:
         token, wanted = self.token(), self.expected(node, declared)
-        around = [self.calls[i % len(self.calls)] for i in inside if self.calls]
-        if wanted is True and any(any(call.amounts) for call in around):
-            for call in around:
-                call.amounts = (0, 0)
-            wanted = self.expected(node, declared)
-        tokens = tuple(call.token for call in around)
-        request = ledger.CallRequest(token, node, declared, LEASE_MS, around=tokens)
+        request = ledger.CallRequest(token, node, declared, LEASE_MS)
         report = self.change(ledger.reserve(TERMS, request))
         if isinstance(wanted, bool):
             assert isinstance(report, ledger.Refusal)
@@ -159,6 +149,14 @@ class BudgetMachine(_Machine):
             late = call.until <= self.now
             for d in (0, 1):
                 self.beyond[d] += took[d] if late else max(0, took[d] - call.amounts[d])
+
+    @rule(i=which)
+    def give_back(self, i: int) -> None:
+        """A call inside it has to wait."""
+        if self.calls:
+            call = self.calls[i % len(self.calls)]
+            self.change(ledger.give_back("team", call.token))
+            call.amounts = (0, 0)
 
     @rule(i=which)
     def release(self, i: int) -> None:

@@ -1,7 +1,10 @@
-"""Admission of attempts: through shared budgets, limits and breakers, in this order, and back out of them.
+"""Admission of attempts: through max_threads, breakers, shared budgets and limits, in this order, and back out of them.
 
-Only runs with one of these come here. Waiting is neither the node's time nor one of its retries. Hooks are called when it
-begins, it is a mark of the trace when it ends, and it ends with the run's latency budget.
+An attempt passes all of them or none: while it waits for one it holds nothing of the others, and the calls around it
+return what other calls may wait for. So whoever holds something is at work, and no call waits for calls that wait for it.
+
+Plain functions and runs with one of these come here. Waiting is neither the node's time nor one of its retries. Hooks are
+called when it begins, it is a mark of the trace when it ends, and it ends with the run's latency budget.
 """
 
 from __future__ import annotations
@@ -9,13 +12,17 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+from collections.abc import Coroutine
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from time import perf_counter, perf_counter_ns
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pydantic import BaseModel
 
+from stroma.checkpoint.errors import StoreError
+from stroma.contracts.node import Node
 from stroma.cost.budget import BudgetExceeded, budget_exceeded
 from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
@@ -24,6 +31,7 @@ from stroma.engine.execution import NodeExecution
 from stroma.engine.holds import hold, wait_unless_held
 from stroma.engine.outcome import Halt, refuse
 from stroma.engine.tasks import Shield
+from stroma.engine.threads import ThreadPlaces, thread_places
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import COOLDOWN, CircuitOpen, Wait, WaitedTooLong
 from stroma.failures.failure import Failure
@@ -37,7 +45,7 @@ if TYPE_CHECKING:  # Loaded by who makes one: most runs have none.
     from stroma.limits.gate import BudgetWarning, Caller, CooldownBegun, Gate
     from stroma.trace.events import AttemptUsage, MarkKind
 
-__all__ = ["Permit", "make_in_turn"]
+__all__ = ["Permit", "make"]
 
 _POLL_SECONDS: Final = (
     0.02,
@@ -51,26 +59,129 @@ _MARKS: Final[dict[CircuitState, MarkKind]] = {
 _LOOK_SECONDS: Final = 1.0  # between looks where somebody can: room may come sooner
 
 
+class _Blocked(NamedTuple):
+    """Where an attempt has to wait.
+
+    Attributes:
+        wait: ``ms`` is None if it waits for the end of other calls.
+        seconds: until the circuit of a breaker lets a call pass; 0 while a call probes it.
+    """
+
+    at: Gate | Breaker | ThreadPlaces
+    wait: Wait
+    seconds: float = 0.0
+
+
 class Permit:
-    """Reservations of one attempt while it is made."""
+    """What one attempt holds while it is made: reservations, and its place among the threads."""
 
-    __slots__ = ("answers", "breaker", "caller", "charged", "ctx", "gates", "key", "probe", "run", "token")
+    __slots__ = (
+        "answers", "around", "breaker", "caller", "changed", "charged", "ctx", "gates", "has_place", "is_empty", "key", "needed",
+        "places", "probe", "run", "token", "waited",
+    )  # fmt: skip
 
-    def __init__(self, ctx: ReliabilityContext, run: NodeExecution) -> None:
+    def __init__(self, ctx: ReliabilityContext, run: NodeExecution, *, needs_thread: bool) -> None:
         self.ctx = ctx
         self.run = run
-        # Not from random: programs that seed it alike, in several processes, would share their holds.
-        self.token = os.urandom(8).hex()
-        #: Gates that were asked for admission.
+        self.token = ""
+        config, node_id = ctx.config, run.node_id
+        #: Gates to pass, in an order that is the same for everybody; and those that were asked.
+        self.needed: list[Gate] = [one for one in config.budgets if one.nodes is None or node_id in one.nodes]
         self.gates: list[Gate] = []
         #: The budgets among them that the commit of the attempt settles, and their answers once it has.
         self.charged: list[Gate] = []
         self.answers: dict[Gate, Any] = {}
+        #: The permits of the calls around this one.
+        self.around: tuple[Permit, ...] = RESERVED.get()
         #: None if there are no budgets.
-        self.caller = _caller(ctx, run) if ctx.config.shared_budgets else None
-        self.breaker: Breaker | None = ctx.config.breaker
+        self.caller = _caller(ctx, run) if config.shared_budgets else None
+        self.breaker: Breaker | None = config.breaker
         self.key: str | None = None
-        self.probe = False
+        #: The new state of the circuit that this attempt has changed, to be announced.
+        self.changed: CircuitState | None = None
+        self.probe = self.is_empty = self.has_place = False
+        self.places = thread_places(ctx.registry) if needs_thread else None
+        #: Seconds of waiting, by place.
+        self.waited: dict[Any, float] = {}
+        name = config.limit_of(node_id)
+        label = None
+        if name is not None:
+            limit = config.limits[name].named(name)
+            self.needed.append(limit)
+            label = limit.label
+        if self.breaker is not None:
+            self.key = self.breaker.key_of(node_id, label)
+
+    # ---- to pass the gates
+
+    async def enter(self, first_at: Gate | None = None) -> _Blocked | Exception | None:
+        """Pass all gates. Otherwise return where to wait, or why the attempt may not be made; then it holds nothing.
+
+        ``first_at``: the gate in whose line this attempt is the first. An attempt that waits for the end of other calls
+        makes those around it return what they hold.
+        """
+        answer = await self._try(first_at)
+        if isinstance(answer, _Blocked) and answer.wait.ms is None:
+            returned = [await permit.give_back() for permit in self.around]
+            if any(returned):
+                answer = await self._try(first_at)
+        return answer
+
+    async def _try(self, first_at: Gate | None) -> _Blocked | Exception | None:
+        # Another token for each try: the store may release an earlier one later. Not from random: programs that seed it
+        # alike, in several processes, would share their holds.
+        self.token = os.urandom(8).hex()
+        try:
+            answer = await self._pass(first_at)
+        except BaseException:
+            self.drop()
+            raise
+        if answer is not None:
+            self.drop()
+        return answer
+
+    async def _pass(self, first_at: Gate | None) -> _Blocked | Exception | None:
+        if self.places is not None and not self.has_place:
+            self.has_place = self.places.take(self.ctx.config.max_threads)
+            if not self.has_place:
+                return _Blocked(self.places, Wait("max_threads", None))
+        if self.breaker is not None and self.key is not None:
+            entry = self.breaker.enter(self.key)
+            if entry.wait_seconds is not None:
+                ms = int(entry.wait_seconds * 1000) if entry.wait_seconds else None
+                return _Blocked(self.breaker, Wait(f"circuit {self.key}", ms), entry.wait_seconds)
+            self.probe = entry.probe
+            self.changed = entry.changed or self.changed
+        for gate in self.needed:
+            # No attempt overtakes those that wait. But one inside an attempt does: they may wait for that one.
+            if first_at is None and not self.around and gate.line.waiting:
+                return _Blocked(gate, gate.line.wait_of_last(perf_counter()))
+            self.gates.append(gate)
+            answer = await gate.ask(self.run.node_id, self.token, self.caller)
+            if isinstance(answer, Wait):
+                self.gates.pop()  # It has reserved nothing.
+                if first_at is None:
+                    gate.line.note(answer, perf_counter())
+                return _Blocked(gate, answer)
+            if answer is not None:
+                return answer
+        return None
+
+    async def give_back(self) -> bool:
+        """Return what other calls may wait for, although the attempt continues. Return True if there was anything.
+
+        What the attempt uses is counted at its end all the same.
+        """
+        if self.is_empty or not (self.gates or self.probe):
+            return False
+        self.is_empty = True
+        self._drop_probe()
+        for gate in self.gates:
+            try:
+                await gate.give_back(self.token)
+            except StoreError as error:  # Its lease ends, or the attempt does.
+                self.ctx.run_logger.warning("%s could not take a reservation back: %s", gate.label, error)
+        return True
 
     # ---- as a stroma.checkpoint.protocols.Charge
 
@@ -99,8 +210,19 @@ class Permit:
         for gate in reversed(self.gates):
             gate.abandon(self.run.node_id, self.token, used)
         self.gates = []
+        self._drop_probe()
+        self.leave_place()
+
+    def leave_place(self) -> None:
+        """Return the place among the threads."""
+        if self.places is not None and self.has_place:
+            self.has_place = False
+            self.places.release()
+
+    def _drop_probe(self) -> None:
         if self.breaker is not None and self.probe:
             self.breaker.leave(self.key, None, probe=True)
+            self.probe = False
 
     async def leave(self, outcome: Any) -> bool:
         """Settle what the attempt used, by its outcome. Return True if the task was cancelled meanwhile.
@@ -141,9 +263,8 @@ class Permit:
         key = self.key
         if well is not None and failure is not None and not done:
             key = breaker.learn(self.run.node_id, failure, key)
-        if self.probe and key != self.key:  # The call that was to probe the circuit went elsewhere.
-            breaker.leave(self.key, None, probe=True)
-            self.probe = False
+        if key != self.key:  # The call that was to probe the circuit went elsewhere.
+            self._drop_probe()
         changed = breaker.leave(key, well, probe=self.probe)
         self.probe = False
         if changed is not None and key is not None:
@@ -155,8 +276,7 @@ def _caller(ctx: ReliabilityContext, run: NodeExecution) -> Caller:
 
     now = perf_counter_ns() + ctx.epoch_ns
     place = AttemptPlace(run.position, run.branch, run.attempt, now)
-    caller = caller_of(ctx.session, ctx.run_id, ctx.checkpoint_manager.store, place)
-    return caller._replace(around=RESERVED.get())
+    return caller_of(ctx.session, ctx.run_id, ctx.checkpoint_manager.store, place)
 
 
 async def _charged(gate: Gate, token: str, answer: Any) -> Any:
@@ -167,105 +287,112 @@ async def _collect(ending: Any, due: list[Any]) -> None:
     due.extend(await ending)
 
 
-async def make_in_turn(attempt: NodeAttempt) -> BaseModel | Failure | Halt:
+def make(attempt: NodeAttempt) -> Coroutine[Any, Any, BaseModel | Failure | Halt]:
+    """Make an attempt, after its admission where there is anything to wait for."""
+    node = attempt.node
+    if type(node) is Node and (attempt.ctx.gated or not node.is_async):
+        return _make_in_turn(attempt, needs_thread=not node.is_async)
+    return attempt.make()
+
+
+async def _make_in_turn(attempt: NodeAttempt, *, needs_thread: bool) -> BaseModel | Failure | Halt:
     """Make an attempt between its admission and the settlement of what it took."""
     run, ctx = attempt.run, attempt.ctx
-    permit = await wait_unless_held(ctx, partial(admit, ctx, run))
+    permit = await wait_unless_held(ctx, partial(admit, ctx, run, needs_thread=needs_thread))
     if isinstance(permit, Exception):
         return refuse(run, permit)
     if permit is None or ctx.holds:
         if permit is not None:
             permit.drop()
         return await hold(ctx, run.node_id, run.attempt)
-    token = RESERVED.set((*RESERVED.get(), permit.token))
+    token = RESERVED.set((*permit.around, permit))
     try:
         outcome = await attempt.make()
     except GeneratorExit:
         permit.drop(run.counted)
         raise
     except BaseException:
+        permit.leave_place()
         await permit.leave(None)
         raise
     finally:
+        permit.leave_place()
         leave(token)
     if await permit.leave(outcome):
         raise asyncio.CancelledError
     return outcome
 
 
-async def admit(ctx: ReliabilityContext, run: NodeExecution) -> Permit | Exception:
+async def admit(ctx: ReliabilityContext, run: NodeExecution, *, needs_thread: bool) -> Permit | Exception:
     """Wait for an attempt's turn. Return a permit, or why it may not be made.
 
-    If it is cancelled, or closed, no reservation is left.
+    If it is cancelled, or closed, it holds nothing.
     """
-    config, permit = ctx.config, Permit(ctx, run)
-    name = config.limit_of(run.node_id)
-    limit = None if name is None else config.limits[name].named(name)
-    refused: Exception | None = None
+    permit, queued = Permit(ctx, run, needs_thread=needs_thread), _Queued(ctx, run)
     try:
-        if permit.breaker is not None:
-            permit.key = permit.breaker.key_of(run.node_id, None if limit is None else limit.label)
-        for budget in config.budgets:
-            if refused is None and (budget.nodes is None or run.node_id in budget.nodes):
-                refused = await _pass(ctx, run, permit, budget)
-        if refused is None and limit is not None:
-            refused = await _pass(ctx, run, permit, limit)
-        if refused is None and permit.breaker is not None and permit.key is not None:
-            refused = await _pass_circuit(ctx, run, permit, permit.breaker, permit.key)
+        answer = await permit.enter()
+        while isinstance(answer, _Blocked):
+            answer = await _wait(permit, queued, answer)
+        queued.end()
+        if permit.changed is not None and permit.key is not None:
+            await _announce_circuit(ctx, run, permit.key, permit.changed)
     except BaseException:
+        queued.end()
         permit.drop()
         raise
-    if refused is None:
+    if answer is None:
         if permit.caller is not None and permit.caller.place is not None and permit.gates:
             ctx.session.charges[run.position, run.branch] = permit
         return permit
     permit.drop()
-    mark(ctx, run, "refused", str(refused), 0.0)
-    return refused
+    mark(ctx, run, "refused", str(answer), 0.0)
+    return answer
 
 
-async def _pass(ctx: ReliabilityContext, run: NodeExecution, permit: Permit, gate: Gate) -> Exception | None:
-    line, token = gate.line, permit.token
-    permit.gates.append(gate)
-    # No attempt overtakes those that wait. But one inside an attempt does: they may wait for that one.
-    is_inside = gate.kind == "budget" and permit.caller is not None and permit.caller.around
-    if line.waiting and not is_inside:
-        wait = line.wait_of_last(perf_counter())
-    else:
-        first = await gate.ask(run.node_id, token, permit.caller)
-        if not isinstance(first, Wait):
-            return first
-        line.note(first, perf_counter())
-        wait = first
-    line.waiting += 1
-    queued = _Queued(ctx, run, f"{gate.label}: ")
+async def _wait(permit: Permit, queued: _Queued, blocked: _Blocked) -> _Blocked | Exception | None:
+    """Wait where an attempt is blocked, and try again. Return the same as :meth:`Permit.enter`."""
+    if isinstance(blocked.at, ThreadPlaces):
+        await queued.begin(blocked.wait)
+        await blocked.at.wait(permit.ctx.config.max_threads)
+        permit.has_place = True
+        return await permit.enter()
+    if blocked.at is permit.breaker:
+        return await _wait_at_circuit(permit, queued, blocked)
+    begin = perf_counter()
+    gate: Any = blocked.at
+    gate.line.waiting += 1
     try:
-        await queued.begin(wait)
-        return await _in_line(queued, gate, wait, permit)
+        return await _wait_in_line(permit, queued, gate, blocked.wait)
     finally:
-        queued.end()
-        line.waiting -= 1
+        gate.line.waiting -= 1
+        permit.waited[gate] = permit.waited.get(gate, 0.0) + perf_counter() - begin
 
 
-async def _in_line(queued: _Queued, gate: Gate, wait: Wait, permit: Permit) -> Exception | None:
-    """Ask, once earlier attempts have passed, until the gate admits the call or refuses it."""
-    ctx, run, token = permit.ctx, permit.run, permit.token
-    line, pause, begin = gate.line, _POLL_SECONDS[0], perf_counter()
-    scope = asyncio.timeout(_seconds(ctx, run, gate.max_wait_seconds))
+async def _wait_in_line(
+    permit: Permit, queued: _Queued, gate: Gate, wait: Wait
+) -> _Blocked | Exception | None:
+    """Try again, once earlier attempts have passed, until this gate is not the one to wait at."""
+    ctx, run, line = permit.ctx, permit.run, gate.line
+    await queued.begin(wait, f"{gate.label}: ")
+    begin, pause, at_most = perf_counter(), _POLL_SECONDS[0], gate.max_wait_seconds
+    if at_most is not None:
+        at_most = max(0.0, at_most - permit.waited.get(gate, 0.0))
+    scope = asyncio.timeout(_seconds(ctx, run, at_most))
     try:
-        async with scope, line.turn:
+        async with scope, nullcontext() if permit.around else line.turn:
             while True:
                 line.moved.clear()
-                answer = await gate.ask(run.node_id, token, permit.caller)
-                line.note(answer, perf_counter())
-                if not isinstance(answer, Wait):
+                answer = await permit.enter(gate)
+                if not isinstance(answer, _Blocked) or answer.at is not gate:
+                    line.note(None, perf_counter())
                     return answer
-                if answer.reason == COOLDOWN:
-                    if (refused := _closed_too_long(ctx, run, gate, answer)) is not None:
+                line.note(answer.wait, perf_counter())
+                if answer.wait.reason == COOLDOWN:
+                    if (refused := _closed_too_long(ctx, run, gate, answer.wait)) is not None:
                         return refused
                     if wait.reason != COOLDOWN:
-                        await queued.begin(answer)
-                wait = answer
+                        await queued.begin(answer.wait, f"{gate.label}: ")
+                wait = answer.wait
                 if wait.ms is None:
                     seconds, pause = random.uniform(0.5, 1) * pause, min(pause * 1.5, _POLL_SECONDS[1])
                 else:
@@ -274,8 +401,33 @@ async def _in_line(queued: _Queued, gate: Gate, wait: Wait, permit: Permit) -> E
     except TimeoutError:
         if not scope.expired():
             raise
-        waited = perf_counter() - begin
-        return _late(ctx, run, waited, gate.max_wait_seconds) or await _too_long(gate, wait, run, permit)
+    late = _late(ctx, run, perf_counter() - begin, at_most)
+    if late is None and wait.reason == "in line":  # It was never asked.
+        answer = await permit.enter(gate)
+        if not isinstance(answer, _Blocked) or answer.at is not gate:
+            return answer
+        wait = answer.wait
+    return late or gate.too_long(wait, run.node_id)
+
+
+async def _wait_at_circuit(permit: Permit, queued: _Queued, blocked: _Blocked) -> _Blocked | Exception | None:
+    ctx, run, breaker, key, seconds = permit.ctx, permit.run, permit.breaker, permit.key, blocked.seconds
+    assert breaker is not None
+    assert key is not None
+    limit, waited = breaker.max_wait_seconds, permit.waited.get(breaker)
+    if waited is None:
+        if limit is not None and (seconds > limit or limit == 0):
+            return CircuitOpen(key, seconds)
+        await queued.begin(blocked.wait)
+        waited = 0.0
+    at_most = _seconds(ctx, run, limit)
+    if at_most is not None and waited + seconds > at_most:
+        return _late(ctx, run, at_most, limit) or CircuitOpen(key, seconds)
+    begin = perf_counter()
+    # The end of a probe in flight is unknown.
+    await asyncio.sleep(max(seconds, random.uniform(0.5, 1) * 0.1))
+    permit.waited[breaker] = waited + perf_counter() - begin
+    return await permit.enter()
 
 
 def _closed_too_long(
@@ -292,47 +444,6 @@ def _closed_too_long(
     )
     error.retry_after = seconds
     return error
-
-
-async def _too_long(gate: Gate, wait: Wait, run: NodeExecution, permit: Permit) -> Exception | None:
-    """Return the refusal of an attempt that waited too long. The gate is asked once if it never was."""
-    if wait.reason == "in line":
-        answer = await gate.ask(run.node_id, permit.token, permit.caller)
-        if not isinstance(answer, Wait):
-            return answer
-        wait = answer
-    return gate.too_long(wait, run.node_id)
-
-
-async def _pass_circuit(
-    ctx: ReliabilityContext, run: NodeExecution, permit: Permit, breaker: Breaker, key: str
-) -> Exception | None:
-    entry = breaker.enter(key)
-    if entry.wait_seconds is not None:
-        begin = perf_counter()
-        reason = f"circuit {key}"
-        limit = breaker.max_wait_seconds
-        if limit is not None and (entry.wait_seconds > limit or limit == 0):
-            return CircuitOpen(key, entry.wait_seconds)
-        queued = _Queued(ctx, run)
-        try:
-            await queued.begin(Wait(reason, int(entry.wait_seconds * 1000)))
-            at_most = _seconds(ctx, run, limit)
-            while entry.wait_seconds is not None:
-                waited = perf_counter() - begin
-                if at_most is not None and waited + entry.wait_seconds > at_most:
-                    return _late(ctx, run, at_most, limit) or CircuitOpen(key, entry.wait_seconds)
-                # The end of a probe in flight is unknown.
-                await asyncio.sleep(max(entry.wait_seconds, random.uniform(0.5, 1) * 0.1))
-                entry = breaker.enter(key)
-                if entry.wait_seconds == 0.0 and at_most is not None and perf_counter() - begin > at_most:
-                    return _late(ctx, run, at_most, limit) or CircuitOpen(key, 0.0)
-        finally:
-            queued.end()
-    permit.probe = entry.probe
-    if entry.changed is not None:
-        await _announce_circuit(ctx, run, key, entry.changed)
-    return None
 
 
 # ---------------------------------------------------------------------- time
@@ -388,18 +499,19 @@ def mark(ctx: ReliabilityContext, run: NodeExecution, kind: MarkKind, reason: st
 class _Queued:
     """The wait of an attempt for its turn, for hooks and the trace."""
 
-    def __init__(self, ctx: ReliabilityContext, run: NodeExecution, prefix: str = "") -> None:
+    def __init__(self, ctx: ReliabilityContext, run: NodeExecution) -> None:
         self._ctx = ctx
         self._run = run
-        self._prefix = prefix
         self._reason = ""
         self._begin = 0.0
 
-    async def begin(self, wait: Wait) -> None:
-        """Begin to wait, or go on to wait for another reason."""
+    async def begin(self, wait: Wait, prefix: str = "") -> None:
+        """Begin to wait, or continue for another reason."""
+        ctx, run, reason = self._ctx, self._run, prefix + wait.reason
+        if reason == self._reason:
+            return
         self.end()
-        ctx, run = self._ctx, self._run
-        self._reason = reason = self._prefix + wait.reason
+        self._reason = reason
         self._begin = perf_counter()
         seconds = 0.0 if wait.ms is None else wait.ms / 1000
         ctx.run_logger.info("node %r is queued: %s", run.node_id, reason)
@@ -411,7 +523,8 @@ class _Queued:
 
     def end(self) -> None:
         if self._reason:
-            mark(self._ctx, self._run, "wait", self._reason, (perf_counter() - self._begin) * 1000)
+            self._reason, reason = "", self._reason
+            mark(self._ctx, self._run, "wait", reason, (perf_counter() - self._begin) * 1000)
 
 
 async def _announce(

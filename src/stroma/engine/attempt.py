@@ -38,7 +38,7 @@ from stroma.engine.metering import count_returned, price
 from stroma.engine.open_attempt import OpenAttempt
 from stroma.engine.outcome import GroupStopped, Halt
 from stroma.engine.questions import find_question
-from stroma.engine.tasks import call_in_thread, passes_through
+from stroma.engine.tasks import CONTINUES, call_in_thread, passes_through
 from stroma.failures.failure import (
     Failure,
     ends_run,
@@ -254,7 +254,11 @@ class NodeAttempt(OpenAttempt):
             self.run.start_children()
             return node.run(ctx, self.run, state)
         context = ctx.node_context() if node.wants_context else ctx.context
-        return node.call(state, context) if node.is_async else call_in_thread(node.call, (state, context))
+        if not node.is_async:
+            warn = partial(ctx.run_logger.warning, CONTINUES, node.node_id)
+            return call_in_thread(node.call, (state, context), warn)
+        awaitable: Awaitable[Any] = node.call(state, context)
+        return awaitable
 
     def _stop_clock(self) -> None:
         """Note how long the function took; for a group, from the start of its first function to the end of its last."""

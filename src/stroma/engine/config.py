@@ -121,6 +121,8 @@ class RunConfig(LazyModel):
         unknown_model: handling of tokens without a known price: of an unknown model, or reported without a model. "warn"
             counts them as 0 USD, "error" stops the run. None: "error" for nodes under a cost limit
             (``budget.max_cost_usd`` or that of a shared budget), else "warn".
+        max_threads: maximum number of plain ``def`` nodes of a runner that run at once in an event loop, each in a thread.
+            Others wait for their turn, outside of their time limits. Nodes inside such a node have places of their own.
         hook_errors: "isolate" logs exceptions of hooks; "raise" raises HookError once the run is complete (for tests).
         hook_delivery: "at_least_once" records with each attempt that its end hooks are pending. A resume calls them if the
             process died first. ``current_node().redelivered`` is then True, and the exception is a RunFailed with the old
@@ -171,6 +173,7 @@ class RunConfig(LazyModel):
     inline_wait_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
     model_fallbacks: list[FallbackPolicy] = Field(default_factory=list)
     unknown_model: Literal["warn", "error"] | None = None
+    max_threads: int = Field(default=40, ge=1)
     hook_errors: Literal["isolate", "raise"] = "isolate"
     hook_delivery: Literal["at_most_once", "at_least_once"] = "at_most_once"
     hook_timeout_ms: int | None = Field(default=5000, gt=0, le=LARGEST)

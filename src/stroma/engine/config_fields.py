@@ -47,6 +47,7 @@ class OtherFields(TypedDict, total=False):
     inline_wait_seconds: float
     model_fallbacks: Sequence[FallbackPolicy]
     unknown_model: Literal["warn", "error"] | None
+    max_threads: int
     hook_errors: Literal["isolate", "raise"]
     hook_delivery: Literal["at_most_once", "at_least_once"]
     hook_timeout_ms: int | None

@@ -16,8 +16,8 @@ CURRENT: ContextVar[Any] = ContextVar("stroma_current_node", default=None)
 #: The ReliabilityContext around this code, or None.
 RUN: ContextVar[Any] = ContextVar("stroma_current_run", default=None)
 
-#: Tokens of the attempts around this code that have reserved from shared budgets.
-RESERVED: ContextVar[tuple[str, ...]] = ContextVar("stroma_reserved", default=())
+#: The permits of the attempts around this code, see :class:`stroma.engine.admission.Permit`.
+RESERVED: ContextVar[tuple[Any, ...]] = ContextVar("stroma_reserved", default=())
 
 
 def leave(token: Token[Any]) -> None:

@@ -29,7 +29,7 @@ from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.commit import settle
 from stroma.engine.execution import NodeExecution
 from stroma.engine.restore import read_output
-from stroma.engine.tasks import as_store_error, call_in_thread, passes_through
+from stroma.engine.tasks import CONTINUES, as_store_error, call_in_thread, passes_through
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import kind_of, message_of
 
@@ -198,7 +198,12 @@ class Effect:
                 if iscoroutinefunction(reconcile):
                     stated = await reconcile(state, run.idempotency_key)
                 else:
-                    stated = await call_in_thread(reconcile, (state, run.idempotency_key))
+                    logger, key = run.ctx.run_logger, run.idempotency_key
+                    stated = await call_in_thread(
+                        reconcile,
+                        (state, key),
+                        lambda: logger.warning(CONTINUES, f"reconcile of {run.node_id}"),
+                    )
         except BaseException as error:
             if passes_through(error, cancelling, in_group=False):
                 raise

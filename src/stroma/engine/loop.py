@@ -27,7 +27,7 @@ from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Group, Node, Plan, output_class
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded, budget_exceeded
-from stroma.engine.admission import make_in_turn
+from stroma.engine.admission import make
 from stroma.engine.attempt import NodeAttempt
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
@@ -126,9 +126,7 @@ async def execute_in_turn(
                     if exceeded is not None:
                         # Earlier attempts, siblings or processes have spent it: the next call is never made.
                         return refuse(run, exceeded)
-                attempt.prepare(run, node, plan, value, cancelling)
-                is_gated = ctx.gated and type(node) is Node
-                outcome = await (make_in_turn(attempt) if is_gated else attempt.make())
+                outcome = await make(attempt.prepare(run, node, plan, value, cancelling))
                 if type(outcome) is not Failure:
                     break
                 decision = _decide(ctx, run, node, outcome, number)
@@ -182,8 +180,8 @@ async def try_again(
             if ctx.limits and (exceeded := _crossed_limit(ctx, run)) is not None:
                 return refuse(run, exceeded), busy_ns
             task = asyncio.current_task()
-            attempt.prepare(run, node, plan, value, 0 if task is None else task.cancelling())
-            outcome = await attempt.make()
+            cancelling = 0 if task is None else task.cancelling()
+            outcome = await make(attempt.prepare(run, node, plan, value, cancelling))
             busy_ns += attempt.duration
         return outcome, busy_ns
     finally:
@@ -216,8 +214,7 @@ async def attempt_once(
         attempt = await _prepare(ctx, run, node, value, after_seconds, has_begun=has_begun)
         if isinstance(attempt, Halt):
             return attempt
-        is_gated = ctx.gated and type(node) is Node
-        return await (make_in_turn(attempt) if is_gated else attempt.make())
+        return await make(attempt)
     finally:
         run.close()
         leave(token)

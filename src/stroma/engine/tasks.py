@@ -8,12 +8,14 @@ import functools
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import Any
+from typing import Any, Final
 
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StoreError
+from stroma.engine.threads import enter_scope
 from stroma.hooks.dispatch import HookNotAsync
 
 __all__ = [
+    "CONTINUES",
     "LAST_SECONDS",
     "Shield",
     "TaskPool",
@@ -27,6 +29,8 @@ __all__ = [
     "retrieve_exception",
 ]
 
+#: Warning about a function that was abandoned.
+CONTINUES: Final = "node %r continues in its thread, which cannot be stopped; max_threads no longer counts it"
 #: For how long a cancelled task waits for what must not be lost: longer than our own stores try.
 LAST_SECONDS = 60.0
 
@@ -62,9 +66,29 @@ async def in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     return await done
 
 
-async def call_in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Call in a thread, and await in this task what an awaitable that it returns comes to."""
-    returned = await in_thread(func, args)
+async def call_in_thread(
+    func: Callable[..., Any], args: tuple[Any, ...], abandoned: Callable[[], None]
+) -> Any:
+    """Call in a thread, and await in this task what an awaitable that it returns comes to.
+
+    ``abandoned`` is called if the caller is cancelled while the thread runs: a thread cannot be stopped.
+    """
+    is_running = True
+
+    def call() -> Any:
+        nonlocal is_running
+        enter_scope()
+        try:
+            return func(*args)
+        finally:
+            is_running = False
+
+    try:
+        returned = await in_thread(call, ())
+    except asyncio.CancelledError:
+        if is_running:
+            abandoned()
+        raise
     return await returned if isinstance(returned, Awaitable) else returned
 
 

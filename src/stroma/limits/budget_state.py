@@ -6,7 +6,7 @@ the store. Money is in whole pico-dollars, so that sums are exact in any order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple, get_args
@@ -33,6 +33,7 @@ __all__ = [
     "Per",
     "Refusal",
     "UnsettledCalls",
+    "give_back",
     "read_account",
     "release",
     "renew_calls",
@@ -91,7 +92,6 @@ class CallRequest(NamedTuple):
         declared: declared usage; None if unknown.
         place: None for a call that no journal records.
         not_in_journal: tokens of expired calls that were not found in their journal.
-        around: tokens of the calls around it.
     """
 
     token: str
@@ -100,7 +100,6 @@ class CallRequest(NamedTuple):
     lease_ms: int | None
     place: JournalPlace | None = None
     not_in_journal: Collection[str] = ()
-    around: Sequence[str] = ()
 
 
 class UnsettledCalls(NamedTuple):
@@ -237,8 +236,7 @@ def reserve(
 ) -> Callable[[bytes | None, int], tuple[bytes | None, Refusal | UnsettledCalls | tuple[int, int]]]:
     """Return a change that reserves what a call may use. It answers the amounts, or why the call may not begin.
 
-    UnsettledCalls comes first: the usage of dead processes belongs to the total. A call that has no other room takes
-    that of the calls around it: they cannot end before it, and what is used is counted where it is used.
+    UnsettledCalls comes first: the usage of dead processes belongs to the total.
     """
 
     def change(
@@ -258,13 +256,9 @@ def reserve(
                 return None, UnsettledCalls(unsettled)
         answer = _amounts(state, terms, request, now)
         if isinstance(answer, Refusal):
-            if not (answer.waits and _give_back(state, request.around)):
-                return None, answer
-            # Also if it has to wait now: calls that wait for each other's surroundings would wait forever.
-            answer = _amounts(state, terms, request, now)
-        if not isinstance(answer, Refusal):
-            until = None if request.lease_ms is None else now + request.lease_ms
-            state.holds[request.token] = [until, request.node, *answer, request.place]
+            return None, answer
+        until = None if request.lease_ms is None else now + request.lease_ms
+        state.holds[request.token] = [until, request.node, *answer, request.place]
         return state.pack_state(), answer
 
     return change
@@ -291,14 +285,6 @@ def _amounts(
                 return Refusal(_DIMENSIONS[i], capped, limit, spent, reserved, amount, state.ends_ms(), waits)
         amounts[i] = amount
     return amounts[0], amounts[1]
-
-
-def _give_back(state: _BudgetCell, tokens: Sequence[str]) -> bool:
-    """Reduce reservations to 0. Return True if there were any. Their calls stay in flight, to be settled."""
-    reserved = [hold for token in tokens if (hold := state.holds.get(token)) is not None and any(hold[2:4])]
-    for hold in reserved:
-        hold[2:4] = [0, 0]
-    return bool(reserved)
 
 
 def _select_calls(
@@ -378,6 +364,19 @@ def release(name: str, tokens: Iterable[str]) -> Callable[[bytes | None, int], t
             return None, None
         released = [token for token in tokens if state.holds.pop(token, None) is not None]
         return (state.pack_state() if released else None), None
+
+    return change
+
+
+def give_back(name: str, token: str) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
+    """Return a change that reduces a reservation to 0. Its call stays in flight, to be settled."""
+
+    def change(data: bytes | None, now: int) -> tuple[bytes | None, None]:
+        state = _read(data, name)
+        if state is None or (hold := state.holds.get(token)) is None:
+            return None, None
+        hold[2:4] = [0, 0]
+        return state.pack_state(), None
 
     return change
 

@@ -79,12 +79,10 @@ class Caller(NamedTuple):
     Attributes:
         place: its place in the journal; None if no other process can read that store.
         journal: the store that records it.
-        around: tokens of the calls around it, which have reserved from shared budgets.
     """
 
     place: JournalPlace | None
     journal: Any
-    around: tuple[str, ...] = ()
 
 
 class BudgetWarning(NamedTuple):
@@ -183,6 +181,10 @@ class Gate(ABC):
     def release(self, token: str) -> None:
         """Stop to renew a reservation, and wake the attempts that wait in this event loop."""
         RENEWER.remove(token)
+        self.wake()
+
+    def wake(self) -> None:
+        """Wake the attempts that wait in this event loop."""
         try:
             queue = self._queues.get(asyncio.get_running_loop())
         except RuntimeError:  # A coroutine that was never awaited is closed outside a loop.
@@ -229,6 +231,10 @@ class Gate(ABC):
     @abstractmethod
     def abandon(self, node_id: str, token: str, used: AttemptUsage | None) -> None:
         """Count a call without waiting. ``used`` is None for a call that never began, and may not have been admitted."""
+
+    @abstractmethod
+    async def give_back(self, token: str) -> None:
+        """Return what a call in flight has reserved, which is counted at its end all the same. Raises StoreError."""
 
     @abstractmethod
     def too_long(self, wait: Wait, node_id: str) -> Exception:

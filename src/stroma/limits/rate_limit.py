@@ -24,12 +24,14 @@ from stroma.limits.gate import (
     positive_int,
     positive_number,
 )
+from stroma.limits.lease_renewal import RENEWER
 from stroma.limits.rate_state import (
     CallReport,
     LimitState,
     RateLimits,
     TooLarge,
     acquire,
+    end_lease,
     list_cooldown,
     names_of_cooldowns,
     read_limit_state,
@@ -176,6 +178,12 @@ class RateGate(Gate):
             self.release(token)
             took = None if used is None else used.tokens
             self.post(release_call(self.name, token, took, CallReport(began=used is not None), learns=False))
+
+    async def give_back(self, token: str) -> None:
+        if self._records_end or token in self._probes:
+            RENEWER.remove(token)
+            await self.change(end_lease(self.name, token))
+            self.wake()
 
     def too_long(self, wait: Wait, node_id: str) -> Exception:
         if wait.reason == COOLDOWN:

@@ -33,6 +33,7 @@ __all__ = [
     "RateLimits",
     "TooLarge",
     "acquire",
+    "end_lease",
     "list_cooldown",
     "names_of_cooldowns",
     "read_limit_state",
@@ -281,6 +282,19 @@ def release_call(
         if hold is not None and end.answered and token == state.probe and state.closed_until <= now:
             state.reopen(now)
         return state.pack_state(), max(0, state.closed_until - now) / 1000 if begins else None
+
+    return change
+
+
+def end_lease(name: str, token: str) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
+    """Return a change that no longer counts a call in flight as one, and does not wait for it if it probes."""
+
+    def change(data: bytes | None, now: int) -> tuple[bytes | None, None]:
+        state = _read(data, name)
+        if state is None or (hold := state.holds.get(token)) is None:
+            return None, None
+        hold[0] = now
+        return state.pack_state(), None
 
     return change
 

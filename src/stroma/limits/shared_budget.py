@@ -25,6 +25,7 @@ from stroma.limits.budget_state import (
     Per,
     Refusal,
     UnsettledCalls,
+    give_back,
     read_account,
     release,
     renew_calls,
@@ -191,9 +192,8 @@ class SharedBudget(Gate):
         declared = [estimates.get(node_id, estimates.get("")) for estimates in self._declared]
         # Not for a store in memory: its reservations end with this process.
         place = None if caller is None or self.lease_ms is None else caller.place
-        around = () if caller is None else caller.around
         request = CallRequest(
-            token, node_id, (declared[0], declared[1]), self.lease_ms, place, self._not_in_journal, around
+            token, node_id, (declared[0], declared[1]), self.lease_ms, place, self._not_in_journal
         )
         try:
             if self._unwritten:
@@ -292,6 +292,10 @@ class SharedBudget(Gate):
             self.post(release(self.name, [token]))
         else:
             self.post(settle(self._budget_terms, [self._spend(node_id, token, used, False)]))
+
+    async def give_back(self, token: str) -> None:
+        await self.change(give_back(self.name, token))
+        self.wake()
 
     def too_long(self, wait: Wait, node_id: str) -> Exception:
         assert wait.refusal is not None

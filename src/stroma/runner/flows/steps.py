@@ -19,6 +19,7 @@ from stroma.checkpoint.identity import SCOPE, quoted
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import FlowNode, Group, Node, Plan, find_node
 from stroma.contracts.schema import Schema, schema_of
+from stroma.engine.admission import make
 from stroma.engine.current import CURRENT
 from stroma.engine.execution import NodeExecution
 from stroma.engine.loop import plan_of, try_again
@@ -153,7 +154,7 @@ async def _make_next_step(
                 execution.step = StepCall(OF_FLOW, input_key)
             execution.attempt = 1
             CURRENT.set(execution)
-            outcome = await attempt.prepare(execution, node, plan, state, task.cancelling()).make()
+            outcome = await make(attempt.prepare(execution, node, plan, state, task.cancelling()))
             run.lone_ns += attempt.duration
             if type(outcome) is Failure:
                 outcome, busy_ns = await try_again(ctx, attempt, node, plan, state, outcome)

@@ -1,0 +1,200 @@
+"""Plain ``def`` nodes run in a bounded number of threads."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from stroma import (
+    ExecutionBudget,
+    FailureClass,
+    FailurePolicy,
+    Flow,
+    NodeHooks,
+    RunConfig,
+    RunStatus,
+    StromaRunner,
+    current_run,
+    execute_step,
+    map_over,
+    parallel,
+)
+
+NEVER = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=0)}
+
+
+class State(BaseModel):
+    n: int = 0
+
+
+class States(BaseModel):
+    items: list[State]
+
+
+class Gate:
+    """A plain function that holds its thread until it is opened, and counts the threads in it."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.lock = threading.Lock()
+        self.inside = self.peak = 0
+        self.first = threading.Event()
+
+    def __call__(self, state: State) -> State:
+        with self.lock:
+            self.inside += 1
+            self.peak = max(self.peak, self.inside)
+        self.first.set()
+        assert self.opened.wait(30)
+        with self.lock:
+            self.inside -= 1
+        return state
+
+
+def gated(runner: StromaRunner, gate: Gate, name: str = "sync") -> Any:
+    @runner.node(name, input=State, output=State)
+    def sync(state: State) -> State:
+        return gate(state)
+
+    return sync
+
+
+def opens_at(gate: Gate, count: int) -> NodeHooks:
+    """Return hooks that open the gate when so many nodes wait."""
+    waits: list[str] = []
+
+    async def on_node_wait(_run_id: str, node_id: str, reason: str, _seconds: float) -> None:
+        assert reason == "max_threads"
+        waits.append(node_id)
+        if len(waits) == count:
+            gate.opened.set()
+
+    return NodeHooks(on_node_wait=on_node_wait)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("shape", ["parallel", "map", "runs", "flow", "flows"])
+async def test_at_most_max_threads_plain_nodes_run_at_once(shape: str) -> None:
+    """``max_threads`` bounds the plain nodes of a runner, in groups, maps, flows and over several runs."""
+    gate = Gate()
+    runner = StromaRunner.quick(max_threads=3, hooks=opens_at(gate, 9))
+    sync = gated(runner, gate)
+
+    @runner.flow("flow", input=State, output=State)
+    async def flow(flow: Flow, state: State) -> State:
+        if shape == "flow":
+            await asyncio.gather(*(flow.step(sync, State(n=n)) for n in range(12)))
+        else:
+            await flow.step(sync, state)
+        return state
+
+    if shape == "parallel":
+        await runner.run([parallel(*(gated(runner, gate, f"sync{n}") for n in range(12)))], State())
+    elif shape == "map":
+        items = States(items=[State(n=n) for n in range(12)])
+        await runner.run([map_over("items", sync, into="items", max_concurrency=12)], items)
+    elif shape == "flow":
+        await runner.run(flow, State())
+    else:
+        nodes: Any = [sync] if shape == "runs" else flow
+        results = await asyncio.gather(*(runner.run(nodes, State()) for _ in range(12)))
+        assert {result.status for result in results} == {RunStatus.COMPLETED}
+    assert gate.peak == 3
+
+
+async def test_the_default_is_40_threads() -> None:
+    """Without a setting, 40 plain nodes run at once, and the others wait."""
+    gate = Gate()
+    runner = StromaRunner.quick(hooks=opens_at(gate, 5))
+    result = await runner.run([parallel(*(gated(runner, gate, f"s{n}") for n in range(45)))], State())
+    assert (result.status, gate.peak) == (RunStatus.COMPLETED, 40)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, None])
+def test_max_threads_is_at_least_one(value: Any) -> None:
+    """A bound of no threads, which no plain node could pass, is refused."""
+    with pytest.raises(ValidationError):
+        RunConfig(max_threads=value)
+
+
+async def test_the_wait_for_a_thread_is_in_no_time_limit() -> None:
+    """The wait for a thread is in no node's duration, timeout or latency budget."""
+    gate = Gate()
+    runner = StromaRunner.quick(max_threads=1)
+    holder = asyncio.create_task(runner.run([gated(runner, gate)], State()))
+    await asyncio.to_thread(gate.first.wait)
+
+    async def open_late(*_: Any) -> None:
+        await asyncio.sleep(0.3)
+        gate.opened.set()
+
+    config = {"node_timeouts": {"quick": 200}, "budget": ExecutionBudget(max_latency_ms=250)}
+    runner.config = runner.config.model_copy(update={**config, "hooks": NodeHooks(on_node_wait=open_late)})
+    quick = runner.node("quick", input=State, output=State)(lambda state: state)
+    result = await runner.run([quick], State())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert result.trace[0].duration_ms < 200
+    assert [mark.reason for mark in result.trace.marks] == ["max_threads"]
+    assert (await holder).status is RunStatus.COMPLETED
+
+
+async def test_an_abandoned_thread_gives_its_place_back(caplog: pytest.LogCaptureFixture) -> None:
+    """A node that timed out leaves its thread behind, with a warning, and the next one does not wait for it."""
+    gate = Gate()
+    runner = StromaRunner.quick(max_threads=1, node_timeouts={"sync": 50}, policy_map=NEVER)
+    sync = gated(runner, gate)
+    try:
+        for _ in range(3):
+            async with asyncio.timeout(30):
+                assert (await runner.run([sync], State())).status is RunStatus.PARTIAL
+        assert gate.inside == 3
+        warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert sum("'sync' continues in its thread" in text for text in warnings) == 3
+    finally:
+        gate.opened.set()
+
+
+async def test_a_run_that_waits_for_a_thread_can_be_cancelled() -> None:
+    """A cancelled run leaves the line, and those behind it get their turn."""
+    gate = Gate()
+    runner = StromaRunner.quick(max_threads=1)
+    sync = gated(runner, gate)
+    holder = asyncio.create_task(runner.run([sync], State()))
+    await asyncio.to_thread(gate.first.wait)
+    waiting = [asyncio.create_task(runner.run([sync], State())) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    waiting[0].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting[0]
+    gate.opened.set()
+    results = await asyncio.gather(holder, *waiting[1:])
+    assert {result.status for result in results} == {RunStatus.COMPLETED}
+
+
+@pytest.mark.parametrize("how", ["run_sync", "same loop", "step"])
+async def test_plain_nodes_inside_plain_nodes_have_threads_of_their_own(how: str) -> None:
+    """A plain node that runs plain nodes does not wait for the place that it takes itself."""
+    runner, loop = StromaRunner.quick(max_threads=2), asyncio.get_running_loop()
+    inner = runner.node("inner", input=State, output=State)(lambda state: state)
+
+    @runner.node("outer", input=State, output=State)
+    def outer(state: State) -> State:
+        if how == "run_sync":
+            runner.run_sync([inner, inner], state).raise_for_status()
+        else:
+            work = (
+                runner.run([inner], state)
+                if how == "same loop"
+                else execute_step("inner", inner, state, current_run())
+            )
+            asyncio.run_coroutine_threadsafe(work, loop).result(20).raise_for_status()
+        return state
+
+    async with asyncio.timeout(30):
+        results = await asyncio.gather(*(runner.run([outer], State()) for _ in range(8)))
+    assert {result.status for result in results} == {RunStatus.COMPLETED}

@@ -1,0 +1,245 @@
+"""Calls inside calls that share budgets, limits, circuits and threads: none waits for calls that wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+from tests.tiers import examples
+
+from stroma import (
+    AsyncInMemoryStore,
+    Breaker,
+    FailureClass,
+    FailurePolicy,
+    Limit,
+    NodeHooks,
+    RunStatus,
+    SharedBudget,
+    SQLiteStore,
+    StromaRunner,
+)
+
+_numbers = count()
+
+
+class State(BaseModel):
+    n: int = 0
+
+
+class Step(NamedTuple):
+    """A node, the gates that it passes, and the nodes that its function runs."""
+
+    budgets: frozenset[int]
+    limit: int | None
+    is_sync: bool
+    is_concurrent: bool
+    inner: tuple[Step, ...] = ()
+
+
+def steps(inner: st.SearchStrategy[tuple[Step, ...]]) -> st.SearchStrategy[Step]:
+    return st.builds(
+        Step,
+        st.frozensets(st.integers(0, 2)),
+        st.none() | st.integers(0, 1),
+        st.booleans(),
+        st.booleans(),
+        inner,
+    )
+
+
+def programs(depth: int) -> st.SearchStrategy[tuple[Step, ...]]:
+    inner = st.just(()) if depth == 0 else programs(depth - 1)
+    return st.lists(steps(inner), max_size=2).map(tuple)
+
+
+def size_of(program: tuple[Step, ...]) -> int:
+    return sum(1 + size_of(step.inner) for step in program)
+
+
+class Nest:
+    """The nodes of a program, and a runner of theirs."""
+
+    def __init__(self, program: tuple[Step, ...], store: Any) -> None:
+        self.by_budget: list[list[str]] = [[], [], []]
+        self.node_limits: dict[str, str] = {}
+        self.ids = count()
+        number = next(_numbers)
+        plain = StromaRunner.quick()
+        self.runner = plain
+        self.roots = [self.build(step) for step in program]
+        self.budgets = [
+            # Each call reserves more than half of it, so that one call at a time has room.
+            SharedBudget(
+                f"{number}-{i}",
+                max_tokens=100,
+                reserve_tokens=60,
+                store=store,
+                nodes=ids,
+                max_wait_seconds=None,
+            )
+            for i, ids in enumerate(self.by_budget)
+        ]
+        limits = {f"{i}": Limit(concurrent=1, max_wait_seconds=None) for i in (0, 1)}
+        self.runner = StromaRunner.quick(
+            store=store,
+            shared_budgets=self.budgets,
+            limits={f"{number}-{name}": limit for name, limit in limits.items()},
+            node_limits={node: f"{number}-{name}" for node, name in self.node_limits.items()},
+            breaker=Breaker(min_calls=1, max_wait_seconds=None),
+            max_threads=1,
+        )
+
+    def build(self, step: Step) -> Any:
+        node_id = f"n{next(self.ids)}"
+        for i in step.budgets:
+            self.by_budget[i].append(node_id)
+        if step.limit is not None:
+            self.node_limits[node_id] = str(step.limit)
+        inner = [self.build(one) for one in step.inner]
+
+        async def run_inner(state: State) -> None:
+            if step.is_concurrent:
+                results = await asyncio.gather(*(self.runner.run([one], state) for one in inner))
+            else:
+                results = [await self.runner.run([one], state) for one in inner]
+            assert all(result.status is RunStatus.COMPLETED for result in results), results
+
+        async def call(state: State) -> Any:
+            await asyncio.sleep(0.001)
+            await run_inner(state)
+            return state, 1
+
+        def call_sync(state: State) -> Any:
+            for one in inner:
+                result = self.runner.run_sync([one], state)
+                assert result.status is RunStatus.COMPLETED, result
+            return state, 1
+
+        func: Callable[[State], Any] = call_sync if step.is_sync else call
+        return StromaRunner.quick().node(node_id, input=State, output=State)(func)
+
+    async def run(self) -> list[Any]:
+        async with asyncio.timeout(60):
+            return await asyncio.gather(*(self.runner.run([root], State()) for root in self.roots))
+
+
+async def _check(program: tuple[Step, ...], store: Any) -> None:
+    nest = Nest(program, store)
+    results = await nest.run()
+    assert [result.status for result in results] == [RunStatus.COMPLETED] * len(program), results
+    for budget, nodes in zip(nest.budgets, nest.by_budget, strict=True):
+        state = await budget.state()
+        used = (0, 0) if state is None else (state.spent_tokens, state.reserved_tokens)
+        assert used == (len(nodes), 0)
+
+
+WIDE = st.lists(steps(programs(2)), min_size=2, max_size=4).map(tuple)
+
+
+@examples(60)
+@given(program=WIDE)
+def test_no_call_waits_for_calls_that_wait_for_it(program: tuple[Step, ...]) -> None:
+    """Any nesting of calls that need each other's budgets, limits and threads ends, and each budget has what was used."""
+    asyncio.run(_check(program, AsyncInMemoryStore()))
+
+
+@pytest.mark.slow
+def test_no_call_in_a_file_waits_for_calls_that_wait_for_it(tmp_path: Path) -> None:
+    """The same with budgets in a store of their own."""
+    store = SQLiteStore(tmp_path / "runs.db", synchronous="normal")
+
+    @examples(15)
+    @given(program=WIDE)
+    def check(program: tuple[Step, ...]) -> None:
+        asyncio.run(_check(program, store))
+
+    check()
+    store.close()
+
+
+@pytest.mark.core
+async def test_two_budgets_that_need_each_other() -> None:
+    """Two outer calls that hold what the other's inner call needs both complete, without waiting for a time limit."""
+    program = tuple(
+        Step(frozenset({i}), None, False, False, (Step(frozenset({0, 1}), None, False, False),))
+        for i in (0, 1)
+    )
+    await _check(program, AsyncInMemoryStore())
+
+
+async def test_an_inner_call_uses_the_place_of_the_call_around_it() -> None:
+    """A call inside one that has the only place of ``Limit(concurrent=1)`` does not wait for it."""
+    program = (Step(frozenset(), 0, False, False, (Step(frozenset(), 0, False, False),)),)
+    await _check(program, AsyncInMemoryStore())
+
+
+async def test_an_inner_call_does_not_wait_for_the_probe_around_it() -> None:
+    """The call that probes a circuit leaves that to the call inside it, which needs the same provider."""
+    now, is_down = 0.0, True
+    runner = StromaRunner.quick(
+        breaker=Breaker(min_calls=1, open_seconds=1, max_wait_seconds=None, _clock=lambda: now),
+        limits={"llm": Limit(requests_per_minute=1000)},
+        node_limits={"outer": "llm", "inner": "llm"},
+        policy_map={FailureClass.RECOVERABLE: FailurePolicy(max_retries=0)},
+    )
+
+    @runner.node("inner", input=State, output=State)
+    async def inner(state: State) -> State:
+        if is_down:
+            raise ConnectionError("down")
+        return state
+
+    @runner.node("outer", input=State, output=State)
+    async def outer(state: State) -> State:
+        result = await runner.run([inner], state)
+        result.raise_for_status()
+        return state
+
+    assert (await runner.run([inner], State())).status is RunStatus.PARTIAL
+    now, is_down = 1.5, False
+    async with asyncio.timeout(30):
+        result = await runner.run([outer], State())
+    assert result.status is RunStatus.COMPLETED
+    assert [mark.kind for mark in result.trace.marks] == ["circuit_half_open"]
+
+
+async def test_a_call_that_waits_holds_no_other_budget() -> None:
+    """An attempt that waits for room in one budget reserves nothing in the others meanwhile."""
+    number, store = next(_numbers), AsyncInMemoryStore()
+    one, two = (
+        SharedBudget(f"{number}-{name}", max_tokens=100, reserve_tokens=60, store=store, nodes=nodes)
+        for name, nodes in (("1", ["both"]), ("2", ["both", "busy"]))
+    )
+    runner = StromaRunner.quick(shared_budgets=[one, two])
+    started, gate = asyncio.Event(), asyncio.Event()
+    reserved: list[int] = []
+
+    @runner.node("busy", input=State, output=State)
+    async def busy(state: State) -> Any:
+        started.set()
+        await gate.wait()
+        return state, 1
+
+    @runner.node("both", input=State, output=State)
+    async def both(state: State) -> Any:
+        return state, 1
+
+    async def look(*_: Any) -> None:
+        account = await one.state()
+        reserved.append(0 if account is None else account.reserved_tokens)
+        gate.set()
+
+    runner = runner.with_hooks(NodeHooks(on_node_wait=look))
+    first = asyncio.create_task(runner.run([busy], State()))
+    await started.wait()
+    assert (await runner.run([both], State())).status is RunStatus.COMPLETED
+    assert (await first).status is RunStatus.COMPLETED
+    assert reserved == [0]
