@@ -9,6 +9,7 @@ import inspect
 import itertools
 import os
 import pathlib
+import shutil
 import signal
 import sqlite3
 import stat
@@ -26,6 +27,7 @@ from tests.checkpoint.damage import loose
 from tests.shared_stores import subclass_of
 
 import stroma
+from stroma import StromaRunner
 from stroma.checkpoint import (
     AsyncCheckpointStore,
     AsyncInMemoryStore,
@@ -684,6 +686,75 @@ class TestProcesses:
         )
         with raw(path) as db:
             assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+    @pytest.mark.slow
+    def test_a_child_forked_during_a_transaction_writes(self, path: pathlib.Path) -> None:
+        """A child that is forked while threads of the parent write and read does not find the file locked."""
+        code = """
+            import threading
+
+            async def write(store, run_id, count):
+                session = await begin(store, run_id)
+                for position in range(count):
+                    await commit(session, position)
+
+            def load(number):
+                while not stop.is_set():
+                    asyncio.run(write(store, f"load-{number}", 20))
+                    store.list_runs()
+
+            store, stop = SQLiteStore(sys.argv[1]), threading.Event()
+            asyncio.run(write(store, "before", 1))
+            threads = [threading.Thread(target=load, args=(number,)) for number in range(3)]
+            for thread in threads:
+                thread.start()
+            for number in range(15):
+                pid = os.fork()
+                if pid == 0:
+                    store._patience_seconds = 5.0
+                    asyncio.run(write(store, f"child-{number}", 3))
+                    store.close()
+                    os._exit(0)
+                assert os.waitpid(pid, 0)[1] == 0, number
+            stop.set()
+            for thread in threads:
+                thread.join()
+            store.close()
+        """
+        finish(child(code, path))
+        nodes = {run.run_id: run.nodes for run in SQLiteStore(path).list_runs()}
+        assert {nodes[f"child-{number}"] for number in range(15)} == {3}
+        with raw(path) as db:
+            assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+    def test_a_copy_of_the_file_alone_is_whole_after_run_sync(self, path: pathlib.Path) -> None:
+        """After ``run_sync`` and after ``aclose`` the database without its WAL has every run, whoever has it open."""
+        store, other = SQLiteStore(path), SQLiteStore(path)
+        runner = StromaRunner.quick(store=store)
+
+        @runner.node("add", input=State, output=State)
+        async def add(state: State) -> State:
+            return State(n=state.n + 1)
+
+        runner.run_sync([add, add], State(), run_id="sync")
+        copy = path.with_name("copy.db")
+        shutil.copy(path, copy)
+        assert {run.run_id: run.nodes for run in SQLiteStore(copy).list_runs()} == {"sync": 2}
+
+        async def write() -> None:
+            await StromaRunner.quick(store=other).run([add, add], State(), run_id="other")
+            await other.aclose()
+
+        asyncio.run(write())  # The first store keeps its connection.
+        shutil.copy(path, copy)
+        assert {run.run_id for run in SQLiteStore(copy).list_runs()} == {"sync", "other"}
+        store.close()
+
+    def test_run_sync_that_is_refused_creates_no_file(self, path: pathlib.Path) -> None:
+        """A call that nothing came of leaves no database behind."""
+        with pytest.raises(TypeError):
+            StromaRunner.quick(store=SQLiteStore(path)).run_sync([3], State())
+        assert not path.exists()
 
     @pytest.mark.slow
     def test_the_thread_does_not_keep_the_interpreter_alive(self, path: pathlib.Path) -> None:

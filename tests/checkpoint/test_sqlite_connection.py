@@ -186,6 +186,9 @@ def test_the_connection_is_closed(bench: Bench) -> None:
     assert bench.cells() == ["a", "b"]
 
     class Refuses:
+        def execute(self, statement: str) -> None:
+            raise error_of(sqlite3.SQLITE_BUSY)
+
         def close(self) -> None:
             raise error_of(sqlite3.SQLITE_BUSY)
 

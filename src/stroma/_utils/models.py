@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
@@ -10,6 +11,15 @@ from pydantic import BaseModel, ConfigDict
 __all__ = ["LazyModel"]
 
 _build_lock = threading.RLock()
+
+
+def _after_fork() -> None:
+    global _build_lock
+    _build_lock = threading.RLock()  # The parent may have held it.
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class LazyModel(BaseModel):

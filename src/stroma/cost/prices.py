@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -179,6 +180,15 @@ _looked_up: dict[str, tuple[DataSnapshot, _Listing | None]] = {}
 #: genai_prices.data_snapshot, once it was imported.
 _data: Any = None
 _loading = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _loading
+    _loading = threading.Lock()  # The parent may have held it.
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _load() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -16,6 +17,7 @@ from stroma.checkpoint import (
     AsyncInMemoryStore,
     CheckpointManager,
     CheckpointStore,
+    StoreError,
 )
 from stroma.contracts.contract import ContractRegistry, Decorated, NodeContract, Reconcile
 from stroma.contracts.node import NodeDecorator, mark
@@ -440,12 +442,26 @@ class StromaRunner:
     def run_sync(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload]  # AnyState is a Pipeline.
         self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, **options: Any
     ) -> ExecutionResult[Any]:
-        """Call :meth:`run` without an event loop. Raises RuntimeError where one is running: use ``await run()`` there."""
+        """Call :meth:`run` without an event loop. Raises RuntimeError where one is running: use ``await run()`` there.
+
+        At its end the file of an SQLiteStore is whole without its ``-wal`` file, unless another process uses it.
+        """
         if has_running_loop():
             raise RuntimeError(
                 "an event loop is already running; use `await runner.run(...)` in place of run_sync(...)"
             )
-        return asyncio.run(self.run(node_sequence, initial_state, **options))
+        return asyncio.run(self._run_and_merge(node_sequence, initial_state, options))
+
+    async def _run_and_merge(
+        self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, options: dict[str, Any]
+    ) -> ExecutionResult[Any]:
+        try:
+            return await self.run(node_sequence, initial_state, **options)
+        finally:
+            merge_log = getattr(self.checkpoint_manager.store, "merge_log", None)
+            if merge_log is not None:
+                with suppress(StoreError):  # It stays in the -wal file.
+                    await merge_log()
 
     async def run_many(
         self,

@@ -11,6 +11,7 @@ from stroma.checkpoint.durable.operations import Commit
 from stroma.checkpoint.durable.worker import Job, permanent_error
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.sqlite.file import DatabaseFile, is_fatal
+from stroma.checkpoint.sqlite.forks import FORKS
 from stroma.checkpoint.sqlite.rows import SqliteRows
 
 __all__ = ["SqliteConnection"]
@@ -24,9 +25,14 @@ class SqliteConnection:
         self._file = file
         self._db: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
+        FORKS.idle.add(self)
 
     def apply(self, batch: list[Job], more: Callable[[], bool]) -> Callable[[], StoreError] | None:
         """Perform the batch in one transaction. If an operation fails, repeat it with a savepoint for each operation."""
+        with FORKS.prevent():
+            return self._apply(batch, more)
+
+    def _apply(self, batch: list[Job], more: Callable[[], bool]) -> Callable[[], StoreError] | None:
         file = self._file
         failed: Exception
         try:
@@ -38,6 +44,8 @@ class SqliteConnection:
                     self._perform(rows, job)
             attempt_counts = rows.attempt_counts()
             file.retry_while_locked(lambda: db.execute("COMMIT"))
+            if rows.merges_log:
+                _merge_log(db)
         except (sqlite3.Error, StoreError) as error:
             failed = error
         else:
@@ -59,12 +67,14 @@ class SqliteConnection:
         return self._db
 
     def close(self) -> None:
-        db, self._db = self._db, None
-        if db is not None:
-            try:
-                db.close()
-            except sqlite3.Error:
-                pass  # Acknowledged data is in the WAL, which the next connection reads.
+        with FORKS.prevent():
+            db, self._db = self._db, None
+            if db is not None:
+                try:
+                    _merge_log(db)  # SQLite does so only where no other process has the file open.
+                    db.close()
+                except sqlite3.Error:
+                    pass  # Acknowledged data is in the WAL, which the next connection reads.
 
     def _perform_all(self, rows: SqliteRows, batch: list[Job], more: Callable[[], bool]) -> bool:
         """Perform all operations in a transaction, which stays open. If one fails, roll back and return False."""
@@ -129,6 +139,14 @@ class SqliteConnection:
                 db.execute("ROLLBACK")
         except sqlite3.Error:
             self.close()  # The next operation opens the file again.
+
+
+def _merge_log(db: sqlite3.Connection) -> None:
+    """Copy what is in the WAL into the database file, as far as no reader needs the old pages. Never waits."""
+    try:
+        db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    except sqlite3.Error:
+        pass  # It stays in the WAL, where every connection finds it.
 
 
 def _consecutive_commits(batch: list[Job], first: int) -> list[Commit]:

@@ -16,6 +16,7 @@ from typing import Final, Literal, TypeVar
 from stroma.checkpoint.durable.rows import Annotation
 from stroma.checkpoint.durable.worker import permanent_error
 from stroma.checkpoint.errors import StoreError
+from stroma.checkpoint.sqlite.forks import FORKS
 
 __all__ = ["SCHEMA_VERSION", "Connect", "DatabaseFile", "connect", "is_fatal"]
 
@@ -128,7 +129,8 @@ def _size(path: str) -> int:
 def connect(uri: str) -> sqlite3.Connection:
     """Open a connection without implicit transactions."""
     # timeout=0: SQLite's own waiting starves writers; DatabaseFile.retry_while_locked() is fair.
-    db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
+    # check_same_thread: a thread that forks closes it, while no other uses it.
+    db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA trusted_schema=0")
     return db
 
@@ -183,6 +185,10 @@ class DatabaseFile:
     @contextlib.contextmanager
     def open_to_read(self) -> Iterator[sqlite3.Connection | None]:
         """Open a connection to read; None while the file is empty. Never creates the file. Raises StoreError."""
+        with FORKS.prevent():
+            yield from self._open_to_read()
+
+    def _open_to_read(self) -> Iterator[sqlite3.Connection | None]:
         self._refuse_orphan()
         try:
             if not os.path.exists(self.path):

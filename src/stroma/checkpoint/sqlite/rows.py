@@ -44,6 +44,12 @@ class SqliteRows:
         self.db = db
         #: Fences under which attempts were recorded in this transaction, by identity.
         self._fences: dict[int, Fence] = {}
+        #: The WAL is to be merged into the file after the commit.
+        self.merges_log = False
+
+    def merge_log(self) -> None:
+        """Merge the WAL into the database file once the transaction is committed."""
+        self.merges_log = True
 
     def attempt_counts(self) -> list[tuple[Fence, int]]:
         """Return the fences under which attempts were recorded, and how many attempts their runs have now."""

@@ -28,8 +28,8 @@ class SQLiteStore(AsyncStates):
     its directory must exist.
 
     Async calls write through one thread that commits queued operations together; cancelling a caller does not undo
-    its operation. Errors are StoreErrors that say how to fix them. A forked child opens the file again. Close the store,
-    or use it as a context manager, to merge the ``-wal`` file into the database.
+    its operation. Errors are StoreErrors that say how to fix them. A forked child opens the file again; a fork waits for the
+    end of the present operation. ``run_sync``, ``close`` and ``merge_log`` merge the ``-wal`` file into the database.
 
     Args:
         path: path of the file.
@@ -96,6 +96,14 @@ class SQLiteStore(AsyncStates):
                 # Replace undecodable text, so that other rows stay readable. Only now: it takes three times as long.
                 db.text_factory = lambda data: data.decode("utf-8", "replace")
                 return self._file.retry_while_locked(once)
+
+    async def merge_log(self) -> None:
+        """Merge the ``-wal`` file into the database, so that a copy of the database alone has every run. Raises StoreError.
+
+        Pages that a reader still needs stay in the ``-wal`` file.
+        """
+        if self.exists():
+            await self._submit(lambda rows: rows.merge_log())
 
     def exists(self) -> bool:
         return self._file.identity() is not None
