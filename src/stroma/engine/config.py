@@ -122,7 +122,7 @@ class RunConfig(LazyModel):
             counts them as 0 USD, "error" stops the run. None: "error" for nodes under a cost limit
             (``budget.max_cost_usd`` or that of a shared budget), else "warn".
         max_threads: maximum number of plain ``def`` nodes of a runner that run at once in an event loop, each in a thread.
-            Others wait for their turn, outside of their time limits. Nodes inside such a node have places of their own.
+            Others wait for their turn, outside of their time limits. Nodes inside such a node have separate places.
         hook_errors: "isolate" logs exceptions of hooks; "raise" raises HookError once the run is complete (for tests).
         hook_delivery: "at_least_once" records with each attempt that its end hooks are pending. A resume calls them if the
             process died first. ``current_node().redelivered`` is then True, and the exception is a RunFailed with the old
