@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from pydantic import BaseModel
 from stroma import (
     ContractRegistry,
     FailurePolicy,
+    Flow,
     Limit,
     NodeContract,
     Pipeline,
@@ -48,25 +50,21 @@ async def give_number(state: Any) -> Any:
 
 
 def two_of_one_id(runner: StromaRunner, *, marked: bool = False) -> tuple[Any, Any]:
-    """An old node and a new one with the same id, under different contracts."""
+    """A function that was defined twice with the same id, under different contracts: the old and the new node."""
+
+    def define(decorator: Any) -> Any:
+        async def again(state: Text) -> Any:
+            return {"text": "x", "n": 1}
+
+        return decorator(again)
+
+    old: Any = runner.node("a", input=Text, output=Text)
     if marked:
-        old: Any = stroma_node("a", NodeContract(node_id="a", input_schema=Text, output_schema=Text))
-    else:
-        old = runner.node("a", input=Text, output=Text)
-
-    async def give_first(state: Text) -> Any:
-        return {"text": "x"}
-
-    first = old(give_first)
-
-    @runner.node("a", input=Text, output=Number)
-    async def second(state: Text) -> Any:
-        return {"n": 1}
-
-    return first, second
+        old = stroma_node("a", NodeContract(node_id="a", input_schema=Text, output_schema=Text))
+    return define(old), define(runner.node("a", input=Text, output=Number))
 
 
-REFUSED = r"first at .* cannot run as node 'a': the id was later assigned to <function .*second at .*>, with another contract"
+REFUSED = r"again at .* cannot run as node 'a': the id was later assigned to <function .*again at .*>, with another contract"
 
 
 @pytest.mark.parametrize("marked", [False, True], ids=["by the runner", "by stroma_node"])
@@ -116,6 +114,73 @@ def test_an_old_function_under_a_new_contract_is_refused_by_drivers_on_other_mac
     with pytest.raises(ValueError, match=REFUSED):
         KnownNodes.of(Pipeline("p", [first]), runner.registry)
     KnownNodes.of(Pipeline("p", [second]), runner.registry)
+
+
+def test_an_id_belongs_to_one_function() -> None:
+    """A second function under the id of another one is a ValueError at decoration, and changes nothing."""
+    runner = StromaRunner.quick()
+    runner.node("a", input=Text, output=Text)(give_text)
+    refused = r"^node id 'a' belongs to <function give_text at .*>, and <function {} at .*> cannot have it too; rename one"
+    for output in (Text, Number):
+        with pytest.raises(ValueError, match=refused.format("give_number")):
+            runner.node("a", input=Text, output=output)(give_number)
+
+    async def body(flow: Flow, state: Text) -> Number:
+        return Number()
+
+    with pytest.raises(ValueError, match=refused.format(".*body")):
+        runner.flow("a")(body)
+    assert runner.registry.get("a").output_schema is Text
+    assert runner.registry.decorated["a"].owner == repr(give_text)
+    StromaRunner.quick().node("a", input=Text, output=Number)(give_number)
+
+
+def test_a_flow_and_a_node_share_the_ids_of_a_runner() -> None:
+    """A node under the id of a flow is refused."""
+    runner = StromaRunner.quick()
+
+    @runner.flow("a")
+    async def body(flow: Flow, state: Text) -> Number:
+        return Number()
+
+    with pytest.raises(ValueError, match="node id 'a' belongs to"):
+        runner.node("a", input=Text, output=Text)(give_text)
+
+
+def test_a_module_that_runs_as_a_program_is_the_module_that_others_import() -> None:
+    """``python nodes.py`` and ``import nodes`` define the same functions; a copy in another file is another one."""
+    runner = StromaRunner.quick()
+    code = "async def give(state): return {'text': 'x'}"
+
+    def define(module: str, file: str) -> Any:
+        names: dict[str, Any] = {"__name__": module}
+        exec(compile(code, file, "exec"), names)
+        return names["give"]
+
+    for module, file in [("__main__", "/a/nodes.py"), ("nodes", "/a/nodes.py"), ("nodes", "<cell 5>")]:
+        runner.node("a", input=Text, output=Text)(define(module, file))
+    with pytest.raises(ValueError, match="node id 'a' belongs to"):
+        runner.node("a", input=Text, output=Text)(define("others", "/a/others.py"))
+
+
+def test_objects_that_are_called_are_known_by_their_class() -> None:
+    """Partials are what they call, and instances are of one definition if they are of one class."""
+
+    class First:
+        def __call__(self, state: Text) -> Any: ...
+
+    class Second(First): ...
+
+    runner = StromaRunner.quick()
+    a, b = runner.node("a", input=Text, output=Text), runner.node("b", input=Text, output=Text)
+    for func in (partial(give_text), give_text, partial(partial(give_text))):
+        a(func)
+    for instance in (First(), First()):
+        b(instance)
+    with pytest.raises(ValueError, match="node id 'a' belongs to"):
+        a(partial(give_number))
+    with pytest.raises(ValueError, match="node id 'b' belongs to"):
+        b(Second())
 
 
 async def test_decorating_again_and_running_the_new_function_is_fine() -> None:

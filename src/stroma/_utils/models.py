@@ -1,14 +1,17 @@
-"""The base class of models whose validators are built on first use."""
+"""Base classes of settings: models whose validators are built on first use, and names of arguments that are checked."""
 
 from __future__ import annotations
 
 import os
 import threading
-from typing import Any
+from inspect import CO_VARKEYWORDS
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-__all__ = ["LazyModel"]
+from stroma._utils.text import did_you_mean
+
+__all__ = ["LazyModel", "NamedArguments", "Settings"]
 
 _build_lock = threading.RLock()
 
@@ -34,3 +37,61 @@ class LazyModel(BaseModel):
             _build_lock
         ):  # pydantic before 2.14 has no lock: a second thread could get the validator of no class.
             return super().model_rebuild(**options)
+
+
+class Settings(LazyModel):
+    """A model that refuses unknown fields; its error names the nearest field."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and cls.model_config.get("extra") == "forbid":
+            unknown = value.keys() - cls.model_fields.keys()
+            if unknown and not any(field.validation_alias for field in cls.model_fields.values()):
+                raise _unknown_fields(cls, value, unknown)
+        return value  # With aliases, which a subclass may have, pydantic itself decides.
+
+
+def _unknown_fields(model: type[BaseModel], value: dict[Any, Any], unknown: set[Any]) -> ValidationError:
+    from pydantic_core import InitErrorDetails, PydanticCustomError
+
+    errors: list[InitErrorDetails] = []
+    for name in value:
+        if name in unknown:
+            hint = did_you_mean(str(name), model.model_fields) or _all_of(model.model_fields)
+            # As pydantic itself says it, but for the hint.
+            error = PydanticCustomError(
+                "extra_forbidden", "Extra inputs are not permitted{hint}", {"hint": hint and f"; {hint}"}
+            )
+            errors.append({"type": error, "loc": (str(name),), "input": value[name]})
+    return ValidationError.from_exception_data(model.__name__, errors)
+
+
+class NamedArguments:
+    """Base of classes whose constructor names the nearest argument in its TypeError for an unknown one."""
+
+    __slots__ = ()
+
+    if not TYPE_CHECKING:  # Checkers have the signature of ``__init__``.
+
+        def __new__(cls, *args: Any, **named: Any) -> Self:
+            code = getattr(cls.__init__, "__code__", None)
+            if named and code is not None and not code.co_flags & CO_VARKEYWORDS:
+                known = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+                for name in named:
+                    if name not in known:
+                        raise _unknown_argument(cls, name, known)
+            return super().__new__(cls)
+
+
+def _unknown_argument(cls: type[object], name: str, known: tuple[str, ...]) -> TypeError:
+    public = [one for one in known if not one.startswith("_")]
+    hint = did_you_mean(name, public, 2) or _all_of(public)
+    return TypeError(f"{cls.__name__} has no argument {name!r}{hint and f'; {hint}'}")
+
+
+def _all_of(names: Any) -> str:
+    """Return a sentence that lists the names, if they are few."""
+    return f"the fields are {', '.join(names)}" if len(names) <= 12 else ""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Iterable
 from typing import Final
 
 __all__ = [
     "as_mermaid",
     "break_command",
     "clean",
+    "did_you_mean",
     "format_duration",
     "format_tokens",
     "format_usd",
@@ -34,6 +36,7 @@ _JOINERS: Final = "\u200c\u200d"
 _GROWING: Final = re.compile("[\U0001f000-\U0001faff\U00020000-\U0003ffff]")
 
 _HEX = frozenset("0123456789abcdef")
+_MAX_COMPARED_CHARACTERS: Final = 200  # of a name; comparing takes the square of its length
 
 
 def as_mermaid(text: str) -> str:
@@ -61,6 +64,17 @@ def clean(text: str, limit: int = 300) -> str:
     text = " ".join(text[: 4 * limit].split())
     text = _ODD.sub(_shown_in_columns, text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def did_you_mean(name: str, known: Iterable[str], count: int = 1) -> str:
+    """Return the question that offers the nearest known names, at most ``count`` of them; "" if none is near."""
+    from difflib import get_close_matches  # 5 ms to import, only after a mistake.
+
+    by_lower = {
+        one.lower(): one for one in sorted(known, reverse=True) if len(one) <= _MAX_COMPARED_CHARACTERS
+    }
+    near = get_close_matches(name[:_MAX_COMPARED_CHARACTERS].lower(), by_lower, count)
+    return f"did you mean {' or '.join(repr(by_lower[one]) for one in near)}?" if near else ""
 
 
 def one_line(text: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+from functools import partial
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from stroma._utils.models import LazyModel
+from stroma._utils.models import Settings
 from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.schema import schema_of
 
@@ -59,7 +60,7 @@ def check_id(value: str, what: str) -> str:
     return value
 
 
-class NodeContract(LazyModel, Generic[In, Out]):
+class NodeContract(Settings, Generic[In, Out]):
     """The contract of a node: input that satisfies ``input_schema`` becomes output that satisfies ``output_schema``.
 
     Attributes:
@@ -75,7 +76,7 @@ class NodeContract(LazyModel, Generic[In, Out]):
             "effect" until a person decides.
     """
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     node_id: str
     input_schema: type[In]
@@ -244,10 +245,32 @@ class BoundaryValidator:
 
 
 class Decorated(NamedTuple):
-    """The contract that a decorator registered last for a node id, and the repr of the function that got it."""
+    """The contract that a decorator registered last for a node id, and the function that got it.
+
+    Attributes:
+        owner: repr of the function.
+        place: module, file and qualified name of the function.
+    """
 
     contract: NodeContract[Any, Any]
     owner: str
+    place: tuple[str, str, str]
+
+    @classmethod
+    def of(cls, func: Any, contract: NodeContract[Any, Any]) -> Decorated:
+        """Return the record of a function that a decorator is applied to."""
+        plain = func
+        while isinstance(plain, partial):
+            plain = plain.func
+        named = plain if hasattr(plain, "__qualname__") else type(plain)
+        code = getattr(plain, "__code__", None)
+        file = "" if code is None else code.co_filename
+        return cls(contract, repr(func), (str(named.__module__), file, named.__qualname__))
+
+    def is_redefined_by(self, other: Decorated) -> bool:
+        """Return True for the same definition once more: in a notebook, by a reload, or of a module that runs as a program."""
+        module, file, name = self.place
+        return name == other.place[2] and (module == other.place[0] or file == other.place[1] != "")
 
 
 class ContractRegistry:
@@ -262,6 +285,20 @@ class ContractRegistry:
     def register(self, contract: NodeContract[Any, Any]) -> None:
         """Add a contract, replacing the one that its node id had."""
         self._contracts[contract.node_id] = contract
+
+    def decorate(self, func: Any, contract: NodeContract[Any, Any]) -> None:
+        """Register the contract of a function that a decorator makes a node.
+
+        The same function, defined again, replaces the earlier one. Raises ValueError if the id belongs to another function.
+        """
+        node_id, latest = contract.node_id, Decorated.of(func, contract)
+        earlier = self.decorated.get(node_id)
+        if earlier is not None and not earlier.is_redefined_by(latest):
+            raise ValueError(
+                f"node id {node_id!r} belongs to {earlier.owner}, and {latest.owner} cannot have it too; rename one of them"
+            )
+        self.decorated[node_id] = latest
+        self.register(contract)
 
     @property
     def ids(self) -> set[str]:

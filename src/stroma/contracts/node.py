@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, Type
 
 from pydantic import BaseModel
 
+from stroma.contracts.annotations import check_annotations
 from stroma.contracts.contract import NodeContract, check_id
 
 if TYPE_CHECKING:
@@ -333,9 +335,17 @@ def stroma_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[
     Args:
         node_id: id of the node, unique in its pipeline.
         contract: the classes of its input and output.
+
+    Raises TypeError if the contract is not one, or the function's annotations name other models.
     """
+    if not isinstance(contract, NodeContract):
+        raise TypeError(
+            f"the contract of node {node_id!r} must be a NodeContract, got {contract!r}; "
+            "pass NodeContract(node_id=..., input_schema=..., output_schema=...)"
+        )
 
     def decorate(func: Any) -> Any:
+        check_annotations(f"node {node_id!r}", func, contract, sys._getframe(1))
         return mark(func, node_id, contract)
 
     return decorate

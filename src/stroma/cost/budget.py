@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, Literal
 
-from pydantic import ConfigDict, Field, PrivateAttr
+from pydantic import Field, PrivateAttr
 
-from stroma._utils.models import LazyModel
+from stroma._utils.models import Settings
 
 __all__ = ["BudgetExceeded", "ExecutionBudget"]
 
@@ -71,7 +71,7 @@ _UNITS: Final[dict[str, tuple[str, str, str]]] = {
 LARGEST: Final = 10**30
 
 
-class ExecutionBudget(LazyModel):
+class ExecutionBudget(Settings):
     """Limits of one run; None means no limit. Exactly at a limit is within it; 0 means spend nothing.
 
     Attributes:
@@ -81,8 +81,6 @@ class ExecutionBudget(LazyModel):
 
     Raises pydantic's ValidationError for a limit that it does not know: one that is misspelt would be none.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     max_tokens_total: int | None = Field(default=None, ge=0, le=LARGEST)
     max_cost_usd: float | None = Field(default=None, ge=0, allow_inf_nan=False)

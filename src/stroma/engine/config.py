@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, cast
 
 from pydantic import ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
 
-from stroma._utils.models import LazyModel
+from stroma._utils.models import Settings
 from stroma.contracts.contract import check_id
 from stroma.contracts.copying import construct, replicate
 from stroma.cost.budget import LARGEST, ExecutionBudget
@@ -73,7 +73,7 @@ def _generate_id() -> str:
     return _GeneratedId(new_run_id())
 
 
-class RunConfig(LazyModel):
+class RunConfig(Settings):
     """Configuration of runs. Names of times include their unit.
 
     Attributes:
@@ -143,7 +143,7 @@ class RunConfig(LazyModel):
             exception: a failure hook that reads ``exc.raw`` sees the output, through ``redact``.
     """
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     run_id: str = Field(default_factory=_generate_id)
     pipeline: str = "pipeline"

@@ -6,9 +6,9 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from stroma._utils.models import LazyModel
+from stroma._utils.models import Settings
 from stroma.contracts.copying import replicate
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
@@ -16,7 +16,7 @@ from stroma.failures.failure import Failure
 __all__ = ["FailurePolicy", "PolicyMap", "Retry", "RetryBudget", "Stop", "decide", "default_policy_map"]
 
 
-class FailurePolicy(LazyModel):
+class FailurePolicy(Settings):
     """The number and delays of the retries of a node.
 
     Attributes:
@@ -27,8 +27,6 @@ class FailurePolicy(LazyModel):
         jitter: draw each delay uniformly from 0 to the computed one.
         max_retry_after_seconds: a server that asks to wait longer stops the run as PARTIAL instead.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     max_retries: int = Field(default=3, ge=0)
     backoff_seconds: float = Field(default=1.0, ge=0, allow_inf_nan=False)

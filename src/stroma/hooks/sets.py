@@ -9,6 +9,7 @@ from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, ClassVar, Final
 
+from stroma._utils.models import NamedArguments
 from stroma.failures.classes import FailureClass
 from stroma.trace.result import ExecutionResult
 
@@ -51,7 +52,7 @@ class MapProgress:
 
 
 @dataclass
-class NodeHooks:
+class NodeHooks(NamedArguments):
     """Async callbacks at the boundaries of runs and nodes; each is optional and costs nothing when unset.
 
     Compose sets with ``a | b`` or a list: starts run first to last, ends last to first. While a hook runs, everything

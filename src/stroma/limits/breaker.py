@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from stroma._utils.access import safe_get
+from stroma._utils.models import NamedArguments
 from stroma.cost.usage import shown
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
@@ -67,7 +68,7 @@ def _now() -> float:
     return time.monotonic()
 
 
-class Breaker:
+class Breaker(NamedArguments):
     """A circuit breaker for each provider, shared by all runs of this process that use this object.
 
     The name of a circuit is the provider's host, taken from its exceptions; without one, the limit of the node

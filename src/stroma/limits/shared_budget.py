@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from stroma._utils.models import NamedArguments
 from stroma.checkpoint.cells import CellStore, Change
 from stroma.checkpoint.errors import StoreError
 from stroma.contracts.contract import check_id
@@ -82,7 +83,7 @@ class BudgetState:
     by_node: Mapping[str, tuple[float, int]]
 
 
-class SharedBudget(Gate):
+class SharedBudget(NamedArguments, Gate):
     """A budget that all runs share by its name: in this process, or, with a ``store``, in all processes that use the store.
 
     Before each attempt it reserves the usage that the call may have, and afterwards it counts the actual usage. A call that

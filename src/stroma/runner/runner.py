@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -19,7 +20,8 @@ from stroma.checkpoint import (
     CheckpointStore,
     StoreError,
 )
-from stroma.contracts.contract import ContractRegistry, Decorated, NodeContract, Reconcile
+from stroma.contracts.annotations import check_annotations
+from stroma.contracts.contract import ContractRegistry, NodeContract, Reconcile
 from stroma.contracts.node import NodeDecorator, mark
 from stroma.cost.budget import ExecutionBudget
 from stroma.cost.fallback import FallbackPolicy
@@ -170,15 +172,16 @@ class StromaRunner:
         """Mark a function as a node, and register its contract with this runner. Other runners take the node too.
 
         ``stroma_node`` does the same without a runner, and describes what the function takes and returns.
-        ``effect``, ``reconcile``: for a node that must not be called twice blindly, see NodeContract.
+        ``effect``, ``reconcile``: for a node that must not be called twice blindly, see NodeContract. The decorator raises
+        TypeError for a function whose annotations name other models, ValueError if another function has the id.
         """
         contract: NodeContract[In, Out] = NodeContract(
             node_id=node_id, input_schema=input, output_schema=output, effect=effect, reconcile=reconcile
         )
-        self.registry.register(contract)
 
         def decorate(func: Any) -> Any:
-            self.registry.decorated[node_id] = Decorated(contract, repr(func))
+            check_annotations(f"node {node_id!r}", func, contract, sys._getframe(1))
+            self.registry.decorate(func, contract)
             return mark(func, node_id, contract)
 
         return decorate
@@ -201,11 +204,10 @@ class StromaRunner:
         from stroma.runner.flows.definition import define_flow  # Not loaded by runs without flows.
 
         def decorate(body: Any) -> Any:
-            flow = define_flow(flow_id, body, input, output, max_concurrency)
+            flow = define_flow(flow_id, body, (input, output), max_concurrency, sys._getframe(1))
             contract = flow.node.contract
             assert contract is not None
-            self.registry.register(contract)
-            self.registry.decorated[flow_id] = Decorated(contract, repr(body))
+            self.registry.decorate(body, contract)
             return flow
 
         return decorate

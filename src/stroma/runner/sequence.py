@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
+from stroma._utils.text import did_you_mean
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.engine.config import RunConfig
@@ -21,7 +22,6 @@ __all__ = [
 
 #: The fields of a config that are keyed by node id.
 _BY_NODE: Final = ("node_policies", "node_timeouts", "contract_retries", "node_limits")
-_MAX_COMPARED_CHARACTERS: Final = 200  # of an id; comparing takes the square of its length
 
 
 def find_nodes(nodes: Iterable[Any]) -> list[Node | Group]:
@@ -106,14 +106,7 @@ def warn_of_unused_limits(ctx: ReliabilityContext, nodes: Sequence[Node | Group]
 
 
 def _unknown_id_warning(node_id: str, options: Sequence[str], pipeline: str, known: set[str]) -> str:
-    from difflib import get_close_matches  # 5 ms to import, only after a mistake.
-
-    by_lower = {
-        one.lower(): one for one in sorted(known, reverse=True) if len(one) <= _MAX_COMPARED_CHARACTERS
-    }
-    nearest = get_close_matches(node_id[:_MAX_COMPARED_CHARACTERS].lower(), by_lower, 1)
-    match = repr(by_lower[nearest[0]]) if nearest else None
-    fix = "correct the id" if match is None else f"did you mean {match}?"
+    fix = did_you_mean(node_id, known) or "correct the id"
     name = " and ".join(filter(None, (", ".join(options[:-1]), options[-1])))
     verb = "names" if len(options) == 1 else "name"
     return f"{name} {verb} {node_id!r}, which no node of pipeline {pipeline!r} has; {fix}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import typing
 from collections.abc import Callable, Coroutine
+from types import FrameType
 from typing import Any, Generic, TypeVar, cast, overload
 
 from pydantic import BaseModel
 
+from stroma.contracts.annotations import annotation_of, check_annotations
 from stroma.contracts.contract import NodeContract
 from stroma.runner.flows.flow import Flow, FlowFunction
 
@@ -21,11 +24,14 @@ Out = TypeVar("Out", bound=BaseModel)
 def define_flow(
     flow_id: str,
     body: Any,
-    input_class: type[BaseModel] | None,
-    output_class: type[BaseModel] | None,
+    schemas: tuple[type[BaseModel] | None, type[BaseModel] | None],
     max_concurrency: int | None,
+    scope: FrameType,
 ) -> FlowFunction[Any, Any]:
-    """Return a function as a flow. Raises TypeError for one that cannot be the body of a flow."""
+    """Return a function as a flow. Raises TypeError for one that cannot be the body of a flow.
+
+    ``schemas``: those of input and output; None: as annotated. ``scope``: the frame that decorates.
+    """
     name = getattr(body, "__qualname__", repr(body))
     if inspect.isasyncgenfunction(body):
         raise TypeError(
@@ -38,38 +44,22 @@ def define_flow(
     parameters = list(inspect.signature(body).parameters)
     if len(parameters) < 2:
         raise TypeError(f"flow {flow_id!r}: {name} must take (flow, state), got ({', '.join(parameters)})")
-    hints = _hints_of(body)
-    input_model = _class_of(flow_id, "input", input_class, hints.get(parameters[1]))
-    output_model = _class_of(flow_id, "output", output_class, hints.get("return"))
+    input_model = _class_of(flow_id, "input", schemas[0], annotation_of(body, parameters[1], scope))
+    output_model = _class_of(flow_id, "output", schemas[1], annotation_of(body, "return", scope))
     contract: NodeContract[Any, Any] = NodeContract(
         node_id=flow_id, input_schema=input_model, output_schema=output_model
     )
+    check_annotations(f"flow {flow_id!r}", body, contract, scope, position=1)
     return FlowFunction(flow_id, body, contract, max_concurrency)
 
 
-def _hints_of(body: Any) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(body)
-    except Exception:  # A name that is known to type checkers only.
-        return {}
-
-
 def _class_of(flow_id: str, what: str, passed: Any, annotated: Any) -> type[BaseModel]:
-    is_model = isinstance(annotated, type) and issubclass(annotated, BaseModel)
     if passed is None:
-        if not is_model:
+        if not (isinstance(annotated, type) and issubclass(annotated, BaseModel)):
             raise TypeError(f"flow {flow_id!r} needs {what}=, or the annotation of a pydantic model")
         return cast("type[BaseModel]", annotated)
     if not (isinstance(passed, type) and issubclass(passed, BaseModel)):
         raise TypeError(f"flow {flow_id!r}: {what}= must be a pydantic model, got {passed!r}")
-    agrees = not is_model or (
-        issubclass(passed, annotated) if what == "input" else issubclass(annotated, passed)
-    )
-    if not agrees:
-        raise TypeError(
-            f"flow {flow_id!r} has {what}={passed.__name__}, and its function is annotated with {annotated.__name__}; "
-            "let them agree"
-        )
     return passed
 
 
@@ -106,4 +96,4 @@ def stroma_flow(
         output: pydantic model of its output. Default: the annotation of the returned value.
         max_concurrency: maximum number of its steps that run at the same time; None: no maximum.
     """
-    return lambda body: define_flow(flow_id, body, input, output, max_concurrency)
+    return lambda body: define_flow(flow_id, body, (input, output), max_concurrency, sys._getframe(1))

@@ -1,0 +1,219 @@
+"""Contracts that differ from the annotations of their function."""
+
+# Annotations are strings here, as the names in them may be those of a function.
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Optional, Protocol, TypeVar, Union
+
+import pytest
+from pydantic import BaseModel
+
+from stroma import Flow, NodeContract, StromaRunner, stroma_flow, stroma_node
+
+
+class A(BaseModel):
+    n: int = 0
+
+
+class B(BaseModel):
+    m: int = 0
+
+
+class SubA(A):
+    more: int = 0
+
+
+class HasN(Protocol):
+    n: int
+
+
+Model = TypeVar("Model", bound=BaseModel)
+Alias = A
+
+
+async def takes_b(state: B) -> dict[str, Any]: ...
+async def returns_b(state: A) -> B: ...
+async def returns_usage(state: A) -> tuple[B, int]: ...
+async def returns_maybe(state: A) -> B | None: ...
+async def takes_union(state: B | HasOther, ctx: dict[str, Any]) -> A: ...
+async def takes_quoted(state: "Annotated[B, 1]") -> Any: ...  # noqa: UP037
+def plain(state: B) -> A: ...
+
+
+class HasOther(BaseModel): ...
+
+
+@pytest.mark.parametrize(
+    ("func", "says"),
+    [
+        (takes_b, "input=A, and its function is annotated with B"),
+        (returns_b, "output=A, and its function is annotated with B"),
+        (returns_usage, "output=A, and its function is annotated with B"),
+        (returns_maybe, r"output=A, and its function is annotated with .*B \| None"),
+        (takes_union, r"input=A, and its function is annotated with .*B \| .*HasOther"),
+        (takes_quoted, "input=A, and its function is annotated with B"),
+        (plain, "input=A, and its function is annotated with B"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_contract_that_differs_from_the_annotation_is_refused(func: Any, says: str) -> None:
+    """A model in the contract that the function's annotation rules out is a TypeError at decoration, which names both."""
+    runner = StromaRunner.quick()
+    for decorate in (
+        runner.node("a", input=A, output=A),
+        stroma_node("a", NodeContract(node_id="a", input_schema=A, output_schema=A)),
+    ):
+        with pytest.raises(TypeError, match=f"^node 'a' has {says}; let them agree$"):
+            decorate(func)
+    assert runner.registry.ids == set()
+
+
+def test_classes_of_a_function_are_compared() -> None:
+    """An annotation with a class of the function around is that class, whatever the module calls so."""
+
+    class A(BaseModel): ...
+
+    class C(BaseModel): ...
+
+    runner = StromaRunner.quick()
+
+    @runner.node("local", input=A, output=C)
+    async def local(state: A) -> C: ...
+
+    with pytest.raises(TypeError, match=r"input=.*<locals>.*|input=A"):
+
+        @runner.node("a", input=A, output=C)  # type: ignore[arg-type]
+        async def differs(state: B) -> C: ...
+
+    with pytest.raises(TypeError, match="annotated with C"):
+
+        @runner.node("b", input=A, output=A)  # type: ignore[arg-type]
+        async def also(state: A) -> C: ...
+
+
+async def no_annotation(state): ...  # type: ignore[no-untyped-def]
+async def loose(state: Any) -> Any: ...
+async def returns_dict(state: A) -> dict[str, Any]: ...
+async def returns_tuple(state: A) -> tuple[Any, ...]: ...
+async def returns_some_tuple(state: A) -> tuple: ...  # type: ignore[type-arg]
+async def returns_a_and_usage(state: A) -> tuple[A, int, str]: ...
+async def takes_base(state: BaseModel) -> SubA: ...
+async def takes_sub(state: SubA) -> BaseModel: ...
+async def optional(state: Optional[A]) -> Union[B, A]: ...  # noqa: UP007, UP045
+async def union_with_dict(state: B | dict[str, Any]) -> B | dict[str, Any]: ...
+async def generic(state: Model) -> Model: ...
+async def protocol(state: HasN) -> None: ...
+async def alias(state: Alias) -> Annotated[A, "x"]: ...
+async def unknown(state: NotThere) -> AlsoNot: ...  # type: ignore[name-defined]  # noqa: F821
+def awaitable(state: A) -> Awaitable[B]: ...
+async def only_keywords(*, state: B) -> Any: ...
+
+
+def wraps(func: Callable[[B], Any]) -> Any:
+    @functools.wraps(func)
+    async def wrapper(state: A) -> Any:
+        return func(B())
+
+    return wrapper
+
+
+class Nodes:
+    class A(BaseModel): ...
+
+    async def method(self, state: A) -> A: ...
+
+
+@pytest.mark.parametrize(
+    "func",
+    [
+        no_annotation,
+        loose,
+        returns_dict,
+        returns_tuple,
+        returns_some_tuple,
+        returns_a_and_usage,
+        takes_base,
+        takes_sub,
+        optional,
+        union_with_dict,
+        generic,
+        protocol,
+        alias,
+        unknown,
+        awaitable,
+        only_keywords,
+        wraps(lambda state: state),
+        functools.partial(takes_b),
+        Nodes.method,
+        Nodes().method,
+        print,
+    ],
+    ids=lambda func: getattr(func, "__qualname__", "partial"),
+)
+def test_annotations_that_may_be_right_are_accepted(func: Any) -> None:
+    """Whatever is not certainly another model is accepted."""
+    runner = StromaRunner.quick()
+    runner.node("a", input=A, output=A)(func)
+    assert runner.registry.ids == {"a"}
+
+
+def test_annotations_whose_scope_is_not_known_are_accepted() -> None:
+    """A function that is decorated elsewhere than it was defined may mean any class of its own scope."""
+
+    def make() -> Any:
+        class B(BaseModel): ...
+
+        async def node(state: B) -> B: ...
+
+        return node, B
+
+    func, model = make()
+    runner = StromaRunner.quick()
+    runner.node("a", input=model, output=model)(func)
+    runner.node("b", input=A, output=A)(func)
+
+
+def test_a_class_that_was_defined_again_is_accepted() -> None:
+    """As in a notebook, where the cell of the models ran once more."""
+
+    def define() -> Any:
+        class State(BaseModel): ...
+
+        return State
+
+    old, State = define(), define()
+
+    async def node(state: State) -> State: ...  # type: ignore[valid-type]
+
+    StromaRunner.quick().node("a", input=old, output=old)(node)
+
+
+def test_flows_are_compared_in_the_same_way() -> None:
+    """A flow whose contract differs from its annotation is a TypeError, also with classes of the function around."""
+
+    class Own(BaseModel): ...
+
+    runner = StromaRunner.quick()
+    for decorator in (runner.flow("f", input=A, output=Own), stroma_flow("f", input=A, output=Own)):
+        with pytest.raises(
+            TypeError, match=r"^flow 'f' has input=A, and its function is annotated with B; let them agree$"
+        ):
+
+            @decorator  # type: ignore[arg-type]
+            async def differs(flow: Flow, state: B) -> Own: ...
+
+    @runner.flow("g")
+    async def annotated(flow: Flow, state: Own) -> Own: ...
+
+    assert runner.registry.get("g").input_schema is Own
+
+
+@pytest.mark.parametrize("contract", [A, None, "a"])
+def test_a_node_needs_a_contract(contract: Any) -> None:
+    """A contract that is not one is a TypeError at decoration."""
+    with pytest.raises(
+        TypeError, match=r"contract of node 'a' must be a NodeContract, got .*; pass NodeContract"
+    ):
+        stroma_node("a", contract)

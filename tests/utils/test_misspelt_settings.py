@@ -1,0 +1,112 @@
+"""Misspelt fields and arguments of settings."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, Field, ValidationError
+
+from stroma import (
+    Breaker,
+    ExecutionBudget,
+    FailurePolicy,
+    FallbackPolicy,
+    Limit,
+    NodeContract,
+    NodeHooks,
+    RunConfig,
+    SharedBudget,
+    StromaRunner,
+)
+
+
+class Num(BaseModel):
+    n: int = 0
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "hint"),
+    [
+        (lambda: RunConfig(max_recovery=3), "max_recovery", "did you mean 'max_recoveries'?"),  # type: ignore[call-arg]
+        (lambda: ExecutionBudget(max_cost=1), "max_cost", "did you mean 'max_cost_usd'?"),  # type: ignore[call-arg]
+        (lambda: FailurePolicy(max_retrys=2), "max_retrys", "did you mean 'max_retries'?"),  # type: ignore[call-arg]
+        (lambda: StromaRunner.quick(nod_timeouts={}), "nod_timeouts", "did you mean 'node_timeouts'?"),  # type: ignore[call-arg]
+        (
+            lambda: NodeContract(node_id="a", input_schema=Num, output_schma=Num),  # type: ignore[call-arg]
+            "output_schma",
+            "did you mean 'output_schema'?",
+        ),
+        (
+            lambda: RunConfig(budget={"max_latency": 5}),  # type: ignore[arg-type]
+            "budget.max_latency",
+            "did you mean 'max_latency_ms'?",
+        ),
+        (
+            lambda: ExecutionBudget(zzz=1),  # type: ignore[call-arg]
+            "zzz",
+            "the fields are max_tokens_total, max_cost_usd, max_latency_ms",
+        ),
+    ],
+)
+def test_a_misspelt_field_names_the_nearest_one(make: Any, field: str, hint: str) -> None:
+    """A field that a config, policy, budget or contract does not have is a ValidationError that names the nearest field."""
+    with pytest.raises(ValidationError) as caught:
+        make()
+    (error,) = caught.value.errors()
+    assert (error["type"], ".".join(map(str, error["loc"]))) == ("extra_forbidden", field)
+    assert error["msg"] == f"Extra inputs are not permitted; {hint}"
+
+
+@pytest.mark.parametrize(
+    ("make", "hint"),
+    [
+        (lambda: NodeHooks(on_start=None), "on_start.*'on_run_start' or 'on_node_start'"),  # type: ignore[call-arg]
+        (lambda: Limit(request_per_minute=1), "request_per_minute.*'requests_per_minute'"),  # type: ignore[call-arg]
+        (lambda: SharedBudget("a", max_cost=1), "max_cost.*'max_cost_usd'"),  # type: ignore[call-arg]
+        (lambda: Breaker(failures_rate=1), "failures_rate.*'failure_rate'"),  # type: ignore[call-arg]
+        (lambda: FallbackPolicy("a", "b", at_budget=1), "at_budget.*'at_budget_pct'"),  # type: ignore[call-arg]
+        (lambda: Breaker(zzz=1), "zzz.*the fields are failure_rate, .*max_wait_seconds$"),  # type: ignore[call-arg]
+    ],
+)
+def test_a_misspelt_argument_names_the_nearest_one(make: Any, hint: str) -> None:
+    """An argument that a set of hooks, a limit or a breaker does not have is a TypeError that names the nearest one."""
+    with pytest.raises(TypeError, match=hint):
+        make()
+
+
+def test_an_unknown_field_without_a_near_one_is_named_alone() -> None:
+    """A name like none of a config's many fields is named without a guess."""
+    with pytest.raises(ValidationError) as caught:
+        RunConfig(zzz=1)  # type: ignore[call-arg]
+    assert [(error["loc"], error["msg"]) for error in caught.value.errors()] == [
+        (("zzz",), "Extra inputs are not permitted")
+    ]
+
+
+def test_subclasses_keep_their_own_fields_and_arguments() -> None:
+    """Fields, aliases and arguments that a subclass adds are known."""
+
+    class Ours(RunConfig):
+        team: str = Field("core", alias="squad")
+
+    class Hooks(NodeHooks):
+        def __init__(self, file: str, **others: Any) -> None:
+            super().__init__(**others)
+            self.file = file
+
+    assert Ours(squad="x").team == "x"
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        Ours(tem="x")  # type: ignore[call-arg]
+    assert Hooks(file="x").file == "x"
+    with pytest.raises(TypeError, match="on_strt"):
+        Hooks("x", on_strt=None)
+
+
+def test_settings_are_copied_and_pickled_as_before() -> None:
+    """The check of names concerns calls alone."""
+    for one in (Limit(concurrent=1), NodeHooks(), FallbackPolicy("a", "b")):
+        assert copy.copy(one) == one
+        assert pickle.loads(pickle.dumps(one)) == one
