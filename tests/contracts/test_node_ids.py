@@ -11,11 +11,13 @@ import pytest
 from pydantic import BaseModel
 
 from stroma import (
+    AsyncInMemoryStore,
     ContractRegistry,
     FailurePolicy,
     Flow,
     Limit,
     NodeContract,
+    NodeHooks,
     Pipeline,
     ReliabilityContext,
     RunConfig,
@@ -26,6 +28,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
+from stroma.adapters.guard import Guard
 from stroma.drivers.remote.plans import KnownNodes
 
 
@@ -259,47 +262,162 @@ def extract_node(runner: StromaRunner) -> Any:
     ],
     ids=["node_policies", "node_timeouts", "contract_retries", "node_limits", "several", "case"],
 )
-async def test_an_id_that_no_node_has_gets_one_warning(
-    options: dict[str, Any], says: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """An id in a config that no node has gets one warning in all runs of a runner, which names the nearest."""
-    runner = StromaRunner.quick(**options)
+async def test_an_id_that_no_node_has_is_refused(options: dict[str, Any], says: str) -> None:
+    """An id in a config that neither the pipeline nor the registry has is a ValueError of run(), with the nearest one."""
+    called: list[str] = []
+    runner = StromaRunner.quick(**options, hooks=NodeHooks(on_run_start=starts(called)))
     extract = extract_node(runner)
-    for _ in range(2):
-        assert (await runner.run([extract], Text())).status is RunStatus.COMPLETED
-    async for _ in runner.stream([extract], Text()):
-        pass
-    assert warnings_in(caplog) == [
-        f"{says}, which no node of pipeline 'pipeline' has; did you mean 'extract'?"
-    ]
+    for call in (
+        lambda: runner.run([extract], Text()),
+        lambda: anext(runner.stream([extract], Text())),
+        lambda: runner.serve(Pipeline("pipeline", [extract])),
+    ):
+        with pytest.raises(ValueError) as caught:
+            await call()
+        assert str(caught.value) == (
+            f"{says}, which no node of pipeline 'pipeline' has; did you mean 'extract'?"
+        )
+    assert called == []
 
 
-async def test_every_unknown_id_gets_a_warning_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
-    """Each id has its warning, also one that is like no other, and one of a pipeline's own config."""
+def starts(called: list[str]) -> Any:
+    async def on_run_start(run_id: str, *_: Any) -> None:
+        called.append(run_id)
+
+    return on_run_start
+
+
+async def test_a_fork_under_an_unknown_id_leaves_no_run() -> None:
+    """The config of a fork is refused before the fork is stored."""
+    store = AsyncInMemoryStore()
+    runner = StromaRunner.quick(store=store, run_id="old")
+    extract = extract_node(runner)
+    await runner.run([extract], Text())
+    misspelt = StromaRunner(
+        runner.registry, runner.checkpoint_manager, RunConfig(node_timeouts={"extrct": 1})
+    )
+    with pytest.raises(ValueError, match="'extrct', which no node of pipeline 'pipeline' has"):
+        await misspelt.fork("old", [extract], at="extract", new_run_id="new")
+    assert [run.run_id for run in store.list_runs()] == ["old"]
+
+
+async def test_all_unknown_ids_are_named() -> None:
+    """The error has a line for each id, also for one that is like no other, and one of a pipeline's own config."""
     runner = StromaRunner.quick()
     extract = extract_node(runner)
     config = RunConfig(node_timeouts={"extrct": 10_000, "quite different": 10_000})
-    await runner.run(Pipeline("p", [extract], config=config), Text())
-    assert warnings_in(caplog) == [
+    with pytest.raises(ValueError) as caught:
+        await runner.run(Pipeline("p", [extract], config=config), Text())
+    assert str(caught.value).splitlines() == [
         "node_timeouts names 'extrct', which no node of pipeline 'p' has; did you mean 'extract'?",
-        "node_timeouts names 'quite different', which no node of pipeline 'p' has; correct the id",
+        "node_timeouts names 'quite different', which no node of pipeline 'p' has; correct the id, or register the contract "
+        "of that node",
     ]
 
 
-async def test_ids_that_a_pipeline_or_the_registry_has_get_no_warning(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """The ids of groups, of what is in them, and of other nodes of the runner are known."""
+async def test_ids_that_a_pipeline_or_the_registry_has_are_known() -> None:
+    """The ids of groups, of what is in them, of other nodes of the runner and of guarded steps are known."""
     runner = StromaRunner.quick(
         node_timeouts={
             "parallel(extract)": 10_000,
             "extract": 10_000,
             "elsewhere": 10_000,
             "map_over(items, one)": 1_000,
+            "tool": 10_000,
         }
     )
     extract = extract_node(runner)
     runner.node("elsewhere", input=Text, output=Text)(give_text)
+    Guard(runner).step("tool")(give_number)
     one = runner.node("one", input=Text, output=Text)(give_number)
-    await runner.run([parallel(extract), map_over("items", one, into="out")], Text())
-    assert warnings_in(caplog)[1:] == []  # The first is of a failed attempt.
+    result = await runner.run([parallel(extract), map_over("items", one, into="out")], Text())
+    assert result.failure is not None  # Of the map, whose items the state does not have.
+
+
+async def test_limits_that_no_node_uses_are_refused() -> None:
+    """Limits that no known node has are a ValueError; one node of the runner that has one of them is enough."""
+    limits = {"llm": Limit(requests_per_minute=10), "other": Limit(requests_per_minute=10)}
+    runner = StromaRunner.quick(limits=limits)
+    extract = extract_node(runner)
+    with pytest.raises(
+        ValueError,
+        match=r"^no node of pipeline 'pipeline' uses any of the limits \('llm', 'other'\); assign them with",
+    ):
+        await runner.run([extract], Text())
+    runner.node("llm", input=Text, output=Text)(give_text)
+    assert (await runner.run([extract], Text())).status is RunStatus.COMPLETED
+
+
+# ---------------------------------------------------------------------- ids that are known when they are called
+
+
+def flow_of(runner: StromaRunner) -> Any:
+    marked = stroma_node("marked", NodeContract(node_id="marked", input_schema=Text, output_schema=Text))
+    step = marked(give_text)
+    later = stroma_node("later", NodeContract(node_id="later", input_schema=Text, output_schema=Text))(
+        give_text
+    )
+
+    @runner.flow("flow", input=Text, output=Text)
+    async def flow(flow: Flow, state: Text) -> Text:
+        state = await flow.step(step, state)
+        return await flow.step(later, state) if state.text == "again" else state
+
+    return flow
+
+
+WARNED = "which no node of a run of 'flow' has;"
+
+
+async def test_a_flow_warns_at_its_end_of_ids_that_it_did_not_call(caplog: pytest.LogCaptureFixture) -> None:
+    """Ids that neither a flow nor the registry has get one warning when the flow ends."""
+    runner = StromaRunner.quick(
+        node_timeouts={"flow": 10_000, "marked": 10_000, "markd": 10_000, "registered": 10_000},
+        limits={"llm": Limit(requests_per_minute=10)},
+    )
+    runner.node("registered", input=Text, output=Text)(give_number)
+    flow = flow_of(runner)
+    for _ in range(2):
+        assert (await runner.run(flow, Text())).status is RunStatus.COMPLETED
+    assert warnings_in(caplog) == [
+        f"node_timeouts names 'markd', {WARNED} did you mean 'marked'?",
+        "no node of a run of 'flow' uses any of the limits ('llm'); assign them with node_limits={node id: name}",
+    ]
+
+
+async def test_a_flow_that_did_not_call_all_again_does_not_warn(caplog: pytest.LogCaptureFixture) -> None:
+    """A resumed flow, one that failed and one whose result is returned have not called all of their steps."""
+    config: dict[str, Any] = {"node_timeouts": {"markd": 10_000}, "run_id": "r"}
+    store = AsyncInMemoryStore()
+    failing = StromaRunner.quick(store=store, **config)
+
+    @failing.flow("flow", input=Text, output=Text)
+    async def flow(flow: Flow, state: Text) -> Text:
+        raise ValueError("no")
+
+    assert (await failing.run(flow, Text())).status is not RunStatus.COMPLETED
+    runner = StromaRunner.quick(store=store, **config)
+    again = flow_of(runner)
+    assert (await runner.run(again, Text(), resume=True)).status is RunStatus.RESUMED
+    caplog.clear()
+    for _ in range(2):
+        await runner.run(again, Text(), if_exists="return")
+    assert warnings_in(caplog) == []
+
+
+def test_a_guard_warns_at_the_end_of_ids_that_it_did_not_call(caplog: pytest.LogCaptureFixture) -> None:
+    """Ids of a config that no step of a guarded run has, and none of the guard, get one warning."""
+    runner = StromaRunner.quick(
+        node_timeouts={"tool": 10_000, "other": 10_000, "tol": 10_000}, pipeline="flow"
+    )
+    guard = Guard(runner)
+    guard.step("other")(give_number)
+
+    @guard.step("tool")
+    def tool() -> str:
+        return "x"
+
+    for _ in range(2):
+        with guard.run():
+            tool()
+    assert warnings_in(caplog) == [f"node_timeouts names 'tol', {WARNED} did you mean 'tool'?"]

@@ -34,6 +34,7 @@ from stroma.failures.errors import RunCancelled
 from stroma.failures.failure import Failure, NodeContext, diagnose, text_of
 from stroma.hooks.sets import HookError
 from stroma.runner.runner import StromaRunner
+from stroma.runner.sequence import warn_of_unknown_ids
 from stroma.trace.result import ExecutionResult, RunStatus
 
 __all__ = ["ACTIVE", "GuardedRun", "active_run"]
@@ -270,6 +271,8 @@ class GuardedRun:
             ctx.session.abandon()
             ctx.call_end_hooks_now(self.result)
             return
+        if self.guard.runner is not None:
+            warn_of_unknown_ids(ctx, (), self.result, self.guard.runner.warned)
         cancelled = await ctx.end(status, reason or None)
         self.guard.forget_old(self)
         await ctx.call_end_hooks(self.result)

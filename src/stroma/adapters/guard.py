@@ -272,6 +272,7 @@ class Guard:
         step = GuardedStep(
             check_id(step_id, "step id"), input_view=input_view or arguments_of(func), **options
         )
+        self.registry.step_ids.add(step_id)
         wrapper = wrapped(lambda: self.current, step, func, kind)
         # inspect.signature() follows __wrapped__. A __signature__ would hold `self`, and those who wrap a method copy it.
         functools.update_wrapper(wrapper, func, updated=("__dict__",) if inspect.isroutine(func) else ())

@@ -280,6 +280,8 @@ class ContractRegistry:
         self._contracts: dict[str, NodeContract[Any, Any]] = {}
         #: What ``runner.node`` gave ids to.
         self.decorated: dict[str, Decorated] = {}
+        #: Ids of steps without a contract: tools and nodes of agent frameworks.
+        self.step_ids: set[str] = set()
         self._validator = BoundaryValidator()
 
     def register(self, contract: NodeContract[Any, Any]) -> None:
@@ -304,6 +306,11 @@ class ContractRegistry:
     def ids(self) -> set[str]:
         """Return the node ids that have a contract."""
         return set(self._contracts)
+
+    @property
+    def known_ids(self) -> set[str]:
+        """Return the ids of all nodes and steps that were registered, with a contract or without."""
+        return self._contracts.keys() | self.step_ids
 
     def get(self, node_id: str) -> NodeContract[Any, Any]:
         """Return the contract of a node. Raises KeyError."""

@@ -35,7 +35,7 @@ from stroma.runner.batch import Batch
 from stroma.runner.live_runs import LiveRuns
 from stroma.runner.pipeline import AnyState, Pipeline, nodes_of, override_config
 from stroma.runner.run import RunExecution
-from stroma.runner.sequence import check_owners, find_position, warn_of_unknown_ids, warn_of_unused_limits
+from stroma.runner.sequence import check_owners, find_position, refuse_unknown_ids, warn_of_unknown_ids
 from stroma.runner.stored_runs import StoredRuns
 from stroma.runner.tracing import set_traceparent
 from stroma.trace.result import ExecutionResult
@@ -69,8 +69,8 @@ class StromaRunner:
         self.checkpoint_manager = checkpoint_manager
         self._own_config = config
         self._live = LiveRuns()
-        #: Node ids of the config that no node has, and that were warned of.
-        self._warned: set[str] = set()
+        #: Warnings of ids in the config that no node has.
+        self.warned: set[str] = set()
         #: Sets of exporters of pipelines and runs with hooks of their own.
         self._exporters: list[NodeHooks] = []
         self.config = config if config is not None else default_config()
@@ -300,8 +300,8 @@ class StromaRunner:
         The keywords override the config's fields. ``traceparent`` is a W3C trace context that the run's spans belong to, in
         place of the caller's current span; an invalid one is ignored. A failure inside the pipeline is a result: FAILED or
         PARTIAL, with ``result.failure``. Raises TypeError for anything that is not a node and for a hook that is not async,
-        ValueError for an unknown resume target or a function whose id was later assigned to another one with another
-        contract, StoreError (CheckpointNotFound, PipelineChanged ...) if the run cannot start, CheckFailed with
+        ValueError for an unknown resume target, an id in the config that neither the pipeline nor the registry has, or a
+        function whose id was later assigned to another one with another contract, StoreError (CheckpointNotFound, PipelineChanged ...) if the run cannot start, CheckFailed with
         ``RunConfig(check=True)``.
         """
         overrides = {
@@ -350,13 +350,12 @@ class StromaRunner:
         ctx.due_ms = due_ms
         if isinstance(node_sequence, Pipeline):
             ctx.pipeline = node_sequence.name
-        warn_of_unknown_ids(
-            config, nodes, self.registry, ctx.pipeline, warn=ctx.run_logger.warning, warned=self._warned
-        )
+        refuse_unknown_ids(config, nodes, self.registry, ctx.pipeline)
         if traceparent is not None:
             set_traceparent(ctx, traceparent)
-        warn_of_unused_limits(ctx, nodes)
-        return await self._live.execute(RunExecution(ctx, nodes, initial_state, start))
+        result = await self._live.execute(RunExecution(ctx, nodes, initial_state, start))
+        warn_of_unknown_ids(ctx, nodes, result, self.warned)
+        return result
 
     @overload
     async def resume(
@@ -418,7 +417,7 @@ class StromaRunner:
             watched.__pydantic_fields_set__ = config.model_fields_set | {"hooks"}
             twin = StromaRunner(self.registry, self.checkpoint_manager, watched)
             twin._live = self._live  # So that a shutdown of this runner includes its streams.
-            twin._warned, twin._exporters = self._warned, self._exporters
+            twin.warned, twin._exporters = self.warned, self._exporters
             twin._note_exporters(config.hooks)
             return twin.run(nodes, initial_state, **options)
 
@@ -547,11 +546,14 @@ class StromaRunner:
         ``on_result`` is called with the id and the outcome of each run; ``health`` says meanwhile how the call is doing. A run that cannot be resumed is logged and tried
         again later. Cancelling the call ends its runs as INTERRUPTED. New runs are started by :meth:`run`.
 
-        Raises ValueError for two pipelines of one name and for invalid numbers, TypeError for anything but flows and
+        Raises ValueError for two pipelines of one name, for invalid numbers and for a config with ids of unknown nodes, TypeError for anything but flows and
         Pipelines and for one that starts with a group, StoreError if the store has no journal or cannot be used.
         """
         from stroma.runner.worker import RunWorker  # Not loaded by runs.
 
+        for one in pipelines:
+            if isinstance(one, Pipeline):  # The worker refuses anything else.
+                refuse_unknown_ids(self._config_of(one), nodes_of(one), self.registry, one.name)
         with self._live.batch() as batch:
             worker = RunWorker(self._stored, self._resume_due, batch, self._live, health)
             await worker.serve(pipelines, max_concurrency, poll_seconds, on_result)
@@ -585,6 +587,8 @@ class StromaRunner:
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         records = nodes_of(nodes)
         before = find_position(records, at, "at")
+        config = self._config_of(nodes)
+        refuse_unknown_ids(config, records, self.registry, config.pipeline)  # Before the fork is stored.
         fork_id = new_run_id or fresh_run_id()
         original = self._stored.input_schema(
             records, input_schema or (type(state) if state and not before else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from stroma._utils.text import did_you_mean
@@ -10,14 +10,15 @@ from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
+from stroma.trace.result import ExecutionResult, RunStatus
 
 __all__ = [
     "check_owners",
     "find_nodes",
     "find_position",
     "ids_in",
+    "refuse_unknown_ids",
     "warn_of_unknown_ids",
-    "warn_of_unused_limits",
 ]
 
 #: The fields of a config that are keyed by node id.
@@ -68,45 +69,56 @@ def check_owners(nodes: Sequence[Node | Group], registry: ContractRegistry) -> N
             )
 
 
-def warn_of_unknown_ids(
-    config: RunConfig,
-    nodes: Sequence[Node | Group],
-    registry: ContractRegistry,
-    pipeline: str,
-    *,
-    warn: Callable[[str], None],
-    warned: set[str],
+def refuse_unknown_ids(
+    config: RunConfig, nodes: Sequence[Node | Group], registry: ContractRegistry, pipeline: str
 ) -> None:
-    """Warn of each id that a config names and no node has, once; ``warned`` has those of earlier runs."""
-    if not any(getattr(config, field) for field in _BY_NODE):
+    """Raise ValueError for ids in a config that neither the pipeline nor the registry has, and for limits of no node.
+
+    With a flow in it a pipeline may call any node: see :func:`warn_of_unknown_ids`.
+    """
+    if not _names_ids(config) or FlowNode in set(map(type, nodes)):
         return
-    if FlowNode in set(map(type, nodes)):  # Its steps are known when they are called.
+    mistakes = list(_mistakes_in(config, registry.known_ids.union(ids_in(nodes)), f"pipeline {pipeline!r}"))
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+
+
+def warn_of_unknown_ids(
+    ctx: ReliabilityContext, nodes: Sequence[Node | Group], result: ExecutionResult, warned: set[str]
+) -> None:
+    """Warn once of ids in a config that neither the nodes, the registry nor any call of a complete run has.
+
+    For flows and agent frameworks, whose steps are known when they are called. A resumed run has not called all of them.
+    ``warned`` has the warnings of earlier runs.
+    """
+    session = ctx.session
+    if not _names_ids(ctx.config) or result.status is not RunStatus.COMPLETED:
         return
-    known = set(ids_in(nodes))
+    if session.continued or session.finished is not None:
+        return
+    known = ctx.registry.known_ids.union(ids_in(nodes), (event.node_id for event in result.trace.walk()))
+    for mistake in _mistakes_in(ctx.config, known, f"a run of {ctx.pipeline!r}"):
+        if mistake not in warned:
+            warned.add(mistake)
+            ctx.run_logger.warning("%s", mistake)
+
+
+def _names_ids(config: RunConfig) -> bool:
+    return bool(config.limits or any(getattr(config, field) for field in _BY_NODE))
+
+
+def _mistakes_in(config: RunConfig, known: set[str], where: str) -> Iterator[str]:
+    """Yield a message for each id in a config that is not known, and for limits that none of the known ids has."""
     named: dict[str, list[str]] = {}
     for field in _BY_NODE:
         for node_id in getattr(config, field):
-            if node_id not in known and registry.find(node_id) is None and node_id not in warned:
+            if node_id not in known:
                 named.setdefault(node_id, []).append(field)
-    for node_id, options in named.items():
-        warned.add(node_id)
-        warn(_unknown_id_warning(node_id, options, pipeline, known | registry.ids))
-
-
-def warn_of_unused_limits(ctx: ReliabilityContext, nodes: Sequence[Node | Group]) -> None:
-    """Warn of limits in the config that no node of a run uses."""
-    config = ctx.config
-    if FlowNode in set(map(type, nodes)):  # Whose steps are known when they are called.
-        return
-    if config.limits and not any(config.limit_of(node_id) for node_id in ids_in(nodes)):
-        ctx.run_logger.warning(
-            "no node of pipeline %r uses any of the limits (%s); assign them with node_limits={node id: name}",
-            ctx.pipeline, ", ".join(map(repr, config.limits)),
-        )  # fmt: skip
-
-
-def _unknown_id_warning(node_id: str, options: Sequence[str], pipeline: str, known: set[str]) -> str:
-    fix = did_you_mean(node_id, known) or "correct the id"
-    name = " and ".join(filter(None, (", ".join(options[:-1]), options[-1])))
-    verb = "names" if len(options) == 1 else "name"
-    return f"{name} {verb} {node_id!r}, which no node of pipeline {pipeline!r} has; {fix}"
+    for node_id, fields in named.items():
+        fix = did_you_mean(node_id, known) or "correct the id, or register the contract of that node"
+        names = " and ".join(filter(None, (", ".join(fields[:-1]), fields[-1])))
+        verb = "names" if len(fields) == 1 else "name"
+        yield f"{names} {verb} {node_id!r}, which no node of {where} has; {fix}"
+    if config.limits and not any(map(config.limit_of, known)):
+        limits = ", ".join(map(repr, config.limits))
+        yield f"no node of {where} uses any of the limits ({limits}); assign them with node_limits={{node id: name}}"

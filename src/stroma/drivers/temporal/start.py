@@ -31,7 +31,7 @@ from stroma.drivers.temporal.cluster import OPEN, Cluster, workflow_id
 from stroma.engine.config import RunConfig
 from stroma.failures.failure import NodeContext, diagnose
 from stroma.hooks.sets import HookError
-from stroma.runner.sequence import warn_of_unknown_ids
+from stroma.runner.sequence import refuse_unknown_ids
 from stroma.trace.result import ExecutionResult, RunStatus
 from stroma.trace.trace import ExecutionTrace
 
@@ -86,8 +86,6 @@ class RunStarter:
         self.payloads = payloads
         self._settings = settings
         self._task_timeout = timedelta(seconds=task_seconds)
-        #: Node ids of the config that no node has, and that were warned of.
-        self._warned: set[str] = set()
 
     async def begin(
         self, known: KnownNodes, config: RunConfig, initial: BaseModel, options: StartOptions
@@ -102,9 +100,7 @@ class RunStarter:
         run_id = config.take_run_id() if options.run_id is None else check_id(options.run_id, "run id")
         context = plain_context(config.context if options.context is None else options.context)
         plan = freeze(known.pipeline, known.nodes, config, self.registry, run_id=run_id)
-        warn_of_unknown_ids(
-            config, known.nodes, self.registry, known.pipeline, warn=logger.warning, warned=self._warned
-        )
+        refuse_unknown_ids(config, known.nodes, self.registry, known.pipeline)
         try:
             text = schema_of(type(initial)).encode(initial).decode()
         except NotSerialisable as error:

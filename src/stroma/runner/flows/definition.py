@@ -7,7 +7,7 @@ import sys
 import typing
 from collections.abc import Callable, Coroutine
 from types import FrameType
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import Any, Generic, TypeVar, overload
 
 from pydantic import BaseModel
 
@@ -57,7 +57,7 @@ def _class_of(flow_id: str, what: str, passed: Any, annotated: Any) -> type[Base
     if passed is None:
         if not (isinstance(annotated, type) and issubclass(annotated, BaseModel)):
             raise TypeError(f"flow {flow_id!r} needs {what}=, or the annotation of a pydantic model")
-        return cast("type[BaseModel]", annotated)
+        return annotated
     if not (isinstance(passed, type) and issubclass(passed, BaseModel)):
         raise TypeError(f"flow {flow_id!r}: {what}= must be a pydantic model, got {passed!r}")
     return passed
