@@ -210,7 +210,7 @@ def test_flows_are_compared_in_the_same_way() -> None:
     assert runner.registry.get("g").input_schema is Own
 
 
-@pytest.mark.parametrize("contract", [A, None, "a"])
+@pytest.mark.parametrize("contract", [A, A(), "a"])
 def test_a_node_needs_a_contract(contract: Any) -> None:
     """A contract that is not one is a TypeError at decoration."""
     with pytest.raises(

@@ -334,6 +334,23 @@ async def test_ids_that_a_pipeline_or_the_registry_has_are_known() -> None:
     assert result.failure is not None  # Of the map, whose items the state does not have.
 
 
+async def test_ids_of_other_pipelines_are_known(caplog: pytest.LogCaptureFixture) -> None:
+    """Pipelines may share a config: nodes of other modules are known while somebody has them, groups get a warning."""
+    config: dict[str, Any] = {
+        "node_timeouts": {"extract": 10_000, "elsewhere": 10_000, "parallel(x, y)": 10_000}
+    }
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id="elsewhere", input_schema=Text, output_schema=Text
+    )
+    elsewhere = stroma_node("elsewhere", contract)(give_text)
+    runner = StromaRunner.quick(**config)
+    extract = extract_node(runner)
+    for nodes in ([extract], [elsewhere], [extract]):
+        assert (await runner.run(nodes, Text())).status is RunStatus.COMPLETED
+    (text,) = warnings_in(caplog)
+    assert text.startswith("node_timeouts names 'parallel(x, y)', which no node of a run of 'pipeline' has; ")
+
+
 async def test_limits_that_no_node_uses_are_refused() -> None:
     """Limits that no known node has are a ValueError; one node of the runner that has one of them is enough."""
     limits = {"llm": Limit(requests_per_minute=10), "other": Limit(requests_per_minute=10)}

@@ -578,7 +578,8 @@ async def test_a_hook_of_an_end_that_raises_is_listed(closed: bool) -> None:
 async def test_a_hook_that_is_not_async_is_named(event: str) -> None:
     """The error says which hook of which node it was, and what to do; of a cancelled attempt it stands in the log."""
 
-    def plain(*_: Any) -> None: ...
+    def plain(*_: Any) -> Any:
+        return len(_)
 
     started = asyncio.Event()
 

@@ -227,7 +227,7 @@ async def test_a_child_of_another_group_is_another_pipeline(was: str, store: Any
     """A committed child counts for the group that asked for it: in another group, or alone, it is PipelineChanged."""
     committed = asyncio.Event()
 
-    async def fails(state: Num) -> Any:
+    async def fails(state: Any) -> Any:
         await committed.wait()
         raise ValueError("no")
 

@@ -514,7 +514,8 @@ async def not_called_again(diary: Diary) -> None:
 async def start_is_not_async(diary: Diary) -> None:
     """The sets before the one whose start is not async see the end of what they saw begin, the others nothing."""
 
-    def plain(*_: Any) -> None: ...
+    def plain(*_: Any) -> Any:
+        return len(_)
 
     sets = [diary.hooks("1 "), NodeHooks(on_node_start=plain), diary.hooks("3 ")]  # type: ignore[arg-type]
     await diary.run([giving("a", {"n": 1})], Num(), hooks=sets)
@@ -524,7 +525,8 @@ async def start_is_not_async(diary: Diary) -> None:
 async def cancelled_is_not_async(diary: Diary) -> None:
     """What ended the attempt comes out as itself; that the hook is wrong is in the log."""
 
-    def plain(*_: Any) -> None: ...
+    def plain(*_: Any) -> Any:
+        return len(_)
 
     started = asyncio.Event()
     sets = [diary.hooks("1 "), NodeHooks(on_node_cancelled=plain)]  # type: ignore[arg-type]
@@ -535,7 +537,8 @@ async def cancelled_is_not_async(diary: Diary) -> None:
 async def success_is_not_async(diary: Diary) -> None:
     """The hook's error comes out once the output is kept and every set was told."""
 
-    def plain(*_: Any) -> None: ...
+    def plain(*_: Any) -> Any:
+        return len(_)
 
     sets = [diary.hooks("1 "), NodeHooks(on_node_success=plain)]  # type: ignore[arg-type]
     await diary.run([giving("a", {"n": 1}), giving("b", {})], Num(), hooks=sets)
@@ -849,7 +852,8 @@ async def _stops(*_: Any) -> None:
 async def the_only_start_is_not_async(diary: Diary) -> None:
     """Without another set nobody is told of an end."""
 
-    def plain(*_: Any) -> None: ...
+    def plain(*_: Any) -> Any:
+        return len(_)
 
     await diary.run([giving("a", {})], Num(), hooks=NodeHooks(on_node_start=plain))  # type: ignore[arg-type]
 

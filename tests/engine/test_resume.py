@@ -547,7 +547,7 @@ async def test_changes_may_be_allowed(store: Any) -> None:
     work.failing = {"c"}
     await quick(store).run(work.nodes, Num())
 
-    async def later(state: Num) -> Any:
+    async def later(state: Any) -> Any:
         return {"n": state.n + 100}
 
     nodes = [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.engine.event_log import Diary, swallow
-from tests.kit import NEVER, Num
+from tests.kit import NEVER, Num, sleep_forever
 
 from stroma import (
     BudgetExceeded,
@@ -336,7 +336,9 @@ async def test_a_group_is_not_begun_once_the_budget_is_spent() -> None:
 @pytest.mark.parametrize("kind", ["node", "group"])
 async def test_a_contract_that_cannot_be_read_ends_it(kind: str) -> None:
     """It is one failed attempt, told and kept as one whose input is wrong, and the caller's node is current again."""
-    broken = stroma_node("late", NodeContract(node_id="late", input_schema=Num, output_schema=Late))(same)
+    broken = stroma_node("late", NodeContract(node_id="late", input_schema=Num, output_schema=Late))(
+        sleep_forever
+    )
     with Diary() as diary:
         ctx = context(diary)
         if kind == "node":

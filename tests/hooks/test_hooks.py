@@ -1,10 +1,12 @@
 """Hooks: what each event means, how sets compose, that they can change nothing (G8), and that they pair up (G9)."""
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import gc
 import logging
+import re
 import threading
 import time
 import types
@@ -12,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from opentelemetry import context as otel_context
@@ -49,6 +52,7 @@ from stroma import (
     stroma_node,
 )
 from stroma import NodeContract as Contract
+from stroma.hooks.dispatch import HookNotAsync
 
 START, SUCCESS, FAILURE = "on_node_start", "on_node_success", "on_node_failure"
 CANCELLED, RETRY, SKIPPED = "on_node_cancelled", "on_node_retry", "on_node_skipped"
@@ -615,8 +619,9 @@ async def plus_tokens(state: State) -> Any:
     return {"value": state.value + 1}, 5
 
 
-def sync_hook(*_: Any) -> None:
-    """Not async."""
+def sync_hook(*_: Any) -> Any:
+    """Return no awaitable, which only a call shows."""
+    return len(_)
 
 
 async def test_a_sync_start_in_the_second_set(seen: Recorder) -> None:
@@ -669,7 +674,7 @@ async def test_a_sync_end_leaves_the_other_sets_their_ends(name: str, seen: Reco
 
 async def test_a_sync_run_end_leaves_the_other_sets_theirs(seen: Recorder) -> None:
     """G9: the same holds for on_run_end."""
-    wrong = NodeHooks(on_run_end=sync_hook)  # type: ignore[arg-type]
+    wrong = NodeHooks(on_run_end=sync_hook)
     for sets in ((seen, wrong), (wrong, seen)):
         with pytest.raises(TypeError, match=RUN_END):
             await quick(*sets).run([plus], State())
@@ -681,7 +686,7 @@ async def test_a_sync_run_end_leaves_the_other_sets_theirs(seen: Recorder) -> No
 @pytest.mark.parametrize("first", [True, False])
 async def test_a_sync_end_inside_a_group(first: bool, seen: Recorder) -> None:
     """G9: a child's sync end hook ends its siblings and the group around it too, for every set that saw them start."""
-    wrong = NodeHooks(on_node_success=sync_hook)  # type: ignore[arg-type]
+    wrong = NodeHooks(on_node_success=sync_hook)
     waits, _ = waiting()
     with pytest.raises(TypeError, match=SUCCESS):
         await quick(*((wrong, seen) if first else (seen, wrong))).run([parallel(waits, plus)], State())
@@ -703,6 +708,92 @@ class NotAwaitable:
 
 async def generator_hook(*_: Any) -> AsyncIterator[int]:
     yield 1
+
+
+def plain_hook(*_: Any) -> None:
+    """Not async."""
+
+
+def early_hook(*_: Any) -> None:
+    if _:
+        return
+    plain_hook()
+
+
+class PlainHooks:
+    def __call__(self, *_: Any) -> None:
+        plain_hook()
+
+    def method(self, *_: Any) -> None:
+        with contextlib.suppress(ValueError):
+            return
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "hook", [plain_hook, early_hook, PlainHooks(), PlainHooks().method, functools.partial(plain_hook, 1)]
+)
+def test_a_def_that_returns_nothing_is_no_hook(name: str, hook: Any) -> None:
+    """A plain function, method or callable object that returns nothing is a TypeError of NodeHooks, which names it."""
+    text = f"hook {name} is not async: {hook!r} returns nothing to await; define it with async def"
+    with pytest.raises(TypeError) as caught:
+        NodeHooks(**{name: hook})
+    assert str(caught.value) == text
+    hooks = NodeHooks()
+    setattr(hooks, name, hook)
+    with pytest.raises(TypeError, match=re.escape(text)):
+        RunConfig(hooks=hooks)
+
+
+async def test_a_def_that_returns_nothing_and_was_set_later_raises_at_its_call() -> None:
+    """A sync function that nobody checked makes run() raise the TypeError at its call."""
+    hooks = NodeHooks()
+    runner = quick(hooks)
+    hooks.on_node_start = plain_hook  # type: ignore[assignment]
+    with pytest.raises(HookNotAsync, match=f"hook {START} of node 'plus' is not async: .* returned NoneType"):
+        await runner.run([plus], State())
+
+
+def forwarded(*_: Any) -> Any:
+    return plain_hook()
+
+
+def sometimes_forwarded(*_: Any) -> Any:
+    if _:
+        return forwarded()
+    return None
+
+
+def always_raises(*_: Any) -> Any:
+    raise ValueError
+
+
+def and_forwarded(*_: Any) -> Any:
+    return _ and None
+
+
+@types.coroutine
+def old_coroutine(*_: Any) -> Any:
+    yield
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        forwarded,
+        sometimes_forwarded,
+        always_raises,
+        and_forwarded,
+        old_coroutine,
+        print,
+        AsyncMock(),
+        lambda *_: None,
+    ],
+    ids=lambda hook: getattr(hook, "__name__", type(hook).__name__),
+)
+def test_a_hook_that_may_return_an_awaitable_is_accepted(hook: Any) -> None:
+    """Whether other callables return an awaitable is known when they are called."""
+    assert NodeHooks(on_node_start=hook).on_node_start is hook
 
 
 def scenario(name: str, store: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -759,7 +850,7 @@ async def test_not_async(name: str, hook: Any) -> None:
 async def test_not_async_is_raised_once_all_is_recorded(seen: Recorder) -> None:
     """The TypeError of a sync hook comes after the journal is up to date: the work is kept and resumable."""
     store = AsyncInMemoryStore()
-    wrong = NodeHooks(on_node_success=sync_hook)  # type: ignore[arg-type]
+    wrong = NodeHooks(on_node_success=sync_hook)
     called: list[str] = []
 
     @node("n")
@@ -779,7 +870,7 @@ async def test_not_async_is_raised_once_all_is_recorded(seen: Recorder) -> None:
 
 async def test_the_result_on_the_error_has_the_last_committed_state() -> None:
     """The result on the TypeError ends with the last committed state, and its status is INTERRUPTED."""
-    wrong = NodeHooks(on_node_success=sync_hook)  # type: ignore[arg-type]
+    wrong = NodeHooks(on_node_success=sync_hook)
     with pytest.raises(TypeError) as caught:
         await quick(wrong).run([plus, plus_two], State())
     result = caught.value.result  # type: ignore[attr-defined]
@@ -789,7 +880,7 @@ async def test_the_result_on_the_error_has_the_last_committed_state() -> None:
 
 async def test_run_end_of_a_run_with_a_sync_hook(seen: Recorder) -> None:
     """on_run_end fires also when run() raises: the status of its result is then INTERRUPTED."""
-    wrong = NodeHooks(on_node_start=sync_hook)  # type: ignore[arg-type]
+    wrong = NodeHooks(on_node_start=sync_hook)
     with pytest.raises(TypeError):
         await quick(seen, wrong).run([plus], State())
     ((_, result),) = seen.of(RUN_END)

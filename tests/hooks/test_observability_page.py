@@ -490,13 +490,24 @@ async def test_an_unset_hook_costs_nothing_beside_a_set_one() -> None:
     assert shown == [{"result": 10}]
 
 
-def not_async(*_: Any) -> None:
-    """A hook that somebody forgot to make async."""
+def not_async(*_: Any) -> Any:
+    """A hook that somebody forgot to make async, which only its call shows."""
+    return len(_)
 
 
 @pytest.mark.parametrize("name", THE_THREE)
-def test_construction_accepts_a_sync_hook(name: str) -> None:
-    """A hook that is not async raises at call time: constructing with it is fine."""
+def test_a_sync_hook_raises_at_call_time_at_the_latest(name: str) -> None:
+    """A function that is certainly sync raises the TypeError when the set is made, before any run."""
+
+    def sync(*_: Any) -> None: ...
+
+    with pytest.raises(TypeError, match=f"^hook {name} is not async: .*sync.*; define it with async def$"):
+        NodeHooks(**{name: sync})
+
+
+@pytest.mark.parametrize("name", THE_THREE)
+def test_construction_accepts_what_may_return_an_awaitable(name: str) -> None:
+    """A callable that may return an awaitable raises at call time if it does not: constructing with it is fine."""
     hooks = NodeHooks(**{name: not_async})
     assert RunConfig(hooks=hooks).hooks is hooks
     assert StromaRunner.quick(hooks=hooks).config.hooks is hooks
@@ -536,7 +547,7 @@ async def test_a_sync_hook_raises_at_call_time(name: str) -> None:
 
 async def test_a_sync_hook_that_is_never_due_does_not_raise() -> None:
     """A sync hook raises at its call, so a failure hook that is not async is no trouble to a run without failures."""
-    runner = StromaRunner.quick(hooks=NodeHooks(on_node_failure=not_async))  # type: ignore[arg-type]
+    runner = StromaRunner.quick(hooks=NodeHooks(on_node_failure=not_async))
     result = await runner.run([double_on(runner)], Input(value=5))
     assert result.status is RunStatus.COMPLETED
 

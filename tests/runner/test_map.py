@@ -1145,12 +1145,12 @@ async def test_a_map_as_a_step_of_plain_code(tmp_path: Path, doubler: Doubler) -
 
 def test_what_the_checker_says(doubler: Doubler) -> None:
     """Items from outside are not looked for in the state, and a state that goes on as it is still fits what follows."""
-    after = stroma_node("after", NodeContract(node_id="after", input_schema=State, output_schema=State))(
-        doubler.node
-    )
-    first = stroma_node("first", NodeContract(node_id="first", input_schema=State, output_schema=State))(
-        doubler.node
-    )
+
+    async def same(state: Any) -> Any:
+        return state
+
+    after = stroma_node("after", NodeContract(node_id="after", input_schema=State, output_schema=State))(same)
+    first = stroma_node("first", NodeContract(node_id="first", input_schema=State, output_schema=State))(same)
     runner = StromaRunner.quick()
     for work in (
         map_over(JsonLines("in"), doubler.node, into=JsonLines("out")),
@@ -1165,7 +1165,5 @@ def test_what_the_checker_says(doubler: Doubler) -> None:
         made: list[Made]
         made_failures: list[ItemFailure]
 
-    wants = stroma_node("wants", NodeContract(node_id="wants", input_schema=Wants, output_schema=State))(
-        doubler.node
-    )
+    wants = stroma_node("wants", NodeContract(node_id="wants", input_schema=Wants, output_schema=State))(same)
     assert runner.check([first, collected, wants]) == []

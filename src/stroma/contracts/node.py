@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 import types
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, TypeVar, overload
@@ -26,6 +28,7 @@ __all__ = [
     "find_node",
     "make_node",
     "mark",
+    "marked_ids",
     "stroma_node",
     "stroma_step",
 ]
@@ -95,7 +98,7 @@ class NodeDecorator(Protocol, Generic[In, Out]):
 Plan: TypeAlias = "tuple[Schema | None, Schema, NodeContract[Any, Any] | None]"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Node:
     """One function with an id. Inspected once, when it is made.
 
@@ -270,7 +273,20 @@ def mark(func: Any, node_id: str, contract: NodeContract[Any, Any] | None) -> An
     func._stroma_node_id = node_id
     func._stroma_contract = contract
     func._stroma_node = node
+    with _marked_lock:
+        _marked.add(node)
     return func
+
+
+#: The nodes of this process that decorators made.
+_marked: Final[weakref.WeakSet[Node]] = weakref.WeakSet()
+_marked_lock = threading.Lock()
+
+
+def marked_ids() -> set[str]:
+    """Return the ids of all nodes that decorators made in this process and that somebody still has."""
+    with _marked_lock:
+        return {node.node_id for node in _marked}
 
 
 def _accepts_attributes(func: Any) -> bool:
@@ -338,14 +354,15 @@ def stroma_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[
 
     Raises TypeError if the contract is not one, or the function's annotations name other models.
     """
-    if not isinstance(contract, NodeContract):
+    if contract is not None and not isinstance(contract, NodeContract):
         raise TypeError(
             f"the contract of node {node_id!r} must be a NodeContract, got {contract!r}; "
             "pass NodeContract(node_id=..., input_schema=..., output_schema=...)"
         )
 
     def decorate(func: Any) -> Any:
-        check_annotations(f"node {node_id!r}", func, contract, sys._getframe(1))
+        if contract is not None:
+            check_annotations(f"node {node_id!r}", func, contract, sys._getframe(1))
         return mark(func, node_id, contract)
 
     return decorate

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, ClassVar, Final
 
 from stroma._utils.models import NamedArguments
@@ -54,6 +55,9 @@ class MapProgress:
 @dataclass
 class NodeHooks(NamedArguments):
     """Async callbacks at the boundaries of runs and nodes; each is optional and costs nothing when unset.
+
+    Raises TypeError for a ``def`` that returns nothing, where a hook must be async, and for a hook that does not take the
+    arguments below. Any other callable that returns no awaitable raises the TypeError out of ``run()`` at its call.
 
     Compose sets with ``a | b`` or a list: starts run first to last, ends last to first. While a hook runs, everything
     else about its node (position, attempt, model, cost ...) is at :func:`stroma.current_node`.
@@ -104,11 +108,12 @@ class NodeHooks(NamedArguments):
         self.check()
 
     def check(self) -> None:
-        """Raise TypeError for a hook that cannot be called with its event's arguments, where its signature tells."""
+        """Raise TypeError for a hook that does not take its event's arguments or is not async, where its code tells."""
         for event, arguments in _ARGUMENTS.items():
             hook = getattr(self, event)
             if hook is not None:
                 check_arguments(event, hook, arguments)
+                _check_async(event, hook)
 
     #: False for hooks that make a run wait for its reader.
     _has_time_limit: ClassVar[bool] = True
@@ -169,20 +174,59 @@ def check_arguments(name: str, func: Any, arguments: Sequence[str]) -> None:
         ) from None
 
 
+def _check_async(event: str, hook: Any) -> None:
+    """Raise TypeError for a ``def`` that returns nothing. Any other callable may return an awaitable: its call shows it."""
+    plain = _function_of(hook)
+    if plain is None or plain.__code__.co_flags & _NOT_PLAIN or inspect.iscoroutinefunction(hook):
+        return
+    if plain.__code__.co_name != "<lambda>" and _returns_nothing(plain.__code__):
+        raise TypeError(
+            f"hook {event} is not async: {hook!r} returns nothing to await; define it with async def"
+        )
+
+
+#: A call of such a function returns a coroutine or a generator.
+_NOT_PLAIN: Final = (
+    inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+)
+
+
+def _returns_nothing(code: CodeType) -> bool:
+    """Return True if a function returns None wherever it returns, and does return."""
+    returns, loads_none = False, False
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "RETURN_VALUE":
+            if not loads_none or instruction.is_jump_target:
+                return False
+            returns = True
+        elif instruction.opname == "RETURN_CONST":
+            if instruction.argval is not None:
+                return False
+            returns = True
+        loads_none = instruction.opname == "LOAD_CONST" and instruction.argval is None
+    return returns
+
+
+def _function_of(func: Any) -> FunctionType | None:
+    """Return the function whose code a call of a callable runs, beneath partials and methods; None if unknown."""
+    if type(func) not in (FunctionType, MethodType, partial):
+        func = getattr(type(func), "__call__", None)  # noqa: B004
+    while type(func) is partial:
+        func = func.func
+    func = getattr(func, "__func__", func)
+    return func if type(func) is FunctionType else None
+
+
 def _own_signature(func: Any) -> inspect.Signature | None:
     """Return the signature that a call goes by; None if unknown.
 
     What a decorator says of the function that it wraps (``__wrapped__``, ``__signature__``) is not how it is called itself.
     """
-    if type(func) not in (FunctionType, MethodType, partial):
-        call = getattr(type(func), "__call__", None)  # noqa: B004
-        func = MethodType(call, func) if type(call) is FunctionType else None
-    plain: Any = func
-    while type(plain) is partial:
-        plain = plain.func
-    plain = getattr(plain, "__func__", plain)
-    if type(plain) is not FunctionType or "__signature__" in vars(plain):
+    plain = _function_of(func)
+    if plain is None or "__signature__" in vars(plain):
         return None
+    if type(func) not in (FunctionType, MethodType, partial):
+        func = MethodType(plain, func)
     return inspect.signature(func, follow_wrapped=False)
 
 

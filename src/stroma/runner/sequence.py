@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from stroma._utils.text import did_you_mean
 from stroma.contracts.contract import ContractRegistry
-from stroma.contracts.node import FlowNode, Group, Node, find_node
+from stroma.contracts.node import FlowNode, Group, Node, find_node, marked_ids
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.trace.result import ExecutionResult, RunStatus
@@ -21,6 +21,8 @@ __all__ = [
     "warn_of_unknown_ids",
 ]
 
+#: Beginnings of the ids of groups, which have one only when they are made.
+_GROUP_IDS: Final = ("parallel(", "map_over(")
 #: The fields of a config that are keyed by node id.
 _BY_NODE: Final = ("node_policies", "node_timeouts", "contract_retries", "node_limits")
 
@@ -72,13 +74,16 @@ def check_owners(nodes: Sequence[Node | Group], registry: ContractRegistry) -> N
 def refuse_unknown_ids(
     config: RunConfig, nodes: Sequence[Node | Group], registry: ContractRegistry, pipeline: str
 ) -> None:
-    """Raise ValueError for ids in a config that neither the pipeline nor the registry has, and for limits of no node.
+    """Raise ValueError for ids in a config that nobody knows, and for limits that no node has.
 
-    With a flow in it a pipeline may call any node: see :func:`warn_of_unknown_ids`.
+    Known are the ids of the pipeline, of the registry, and of all nodes of this process: other pipelines may share the
+    config. With a flow in it a pipeline may call any node, and groups have no id before they are made: see
+    :func:`warn_of_unknown_ids`.
     """
     if not _names_ids(config) or FlowNode in set(map(type, nodes)):
         return
-    mistakes = list(_mistakes_in(config, registry.known_ids.union(ids_in(nodes)), f"pipeline {pipeline!r}"))
+    known = registry.known_ids.union(ids_in(nodes))
+    mistakes = list(_mistakes_in(config, known, f"pipeline {pipeline!r}", but=_GROUP_IDS))
     if mistakes:
         raise ValueError("\n".join(mistakes))
 
@@ -86,10 +91,10 @@ def refuse_unknown_ids(
 def warn_of_unknown_ids(
     ctx: ReliabilityContext, nodes: Sequence[Node | Group], result: ExecutionResult, warned: set[str]
 ) -> None:
-    """Warn once of ids in a config that neither the nodes, the registry nor any call of a complete run has.
+    """Warn once of ids in a config that neither a node of this process nor any call of a complete run has.
 
-    For flows and agent frameworks, whose steps are known when they are called. A resumed run has not called all of them.
-    ``warned`` has the warnings of earlier runs.
+    For groups, and for flows and agent frameworks, whose steps are known when they are called. A resumed run has not called
+    all of them. ``warned`` has the warnings of earlier runs.
     """
     session = ctx.session
     if not _names_ids(ctx.config) or result.status is not RunStatus.COMPLETED:
@@ -107,18 +112,23 @@ def _names_ids(config: RunConfig) -> bool:
     return bool(config.limits or any(getattr(config, field) for field in _BY_NODE))
 
 
-def _mistakes_in(config: RunConfig, known: set[str], where: str) -> Iterator[str]:
-    """Yield a message for each id in a config that is not known, and for limits that none of the known ids has."""
+def _mistakes_in(config: RunConfig, known: set[str], where: str, but: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield a message for each id in a config that is not known, and for limits that none of the known ids has.
+
+    ``but``: beginnings of ids that are not looked at.
+    """
     named: dict[str, list[str]] = {}
     for field in _BY_NODE:
         for node_id in getattr(config, field):
-            if node_id not in known:
+            if node_id not in known and not node_id.startswith(but):
                 named.setdefault(node_id, []).append(field)
+    in_process = marked_ids() if named or config.limits else set[str]()
+    named = {node_id: fields for node_id, fields in named.items() if node_id not in in_process}
     for node_id, fields in named.items():
         fix = did_you_mean(node_id, known) or "correct the id, or register the contract of that node"
         names = " and ".join(filter(None, (", ".join(fields[:-1]), fields[-1])))
         verb = "names" if len(fields) == 1 else "name"
         yield f"{names} {verb} {node_id!r}, which no node of {where} has; {fix}"
-    if config.limits and not any(map(config.limit_of, known)):
+    if config.limits and not any(map(config.limit_of, known | in_process)):
         limits = ", ".join(map(repr, config.limits))
         yield f"no node of {where} uses any of the limits ({limits}); assign them with node_limits={{node id: name}}"
