@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from stroma import Flow, NodeContract, StromaRunner, stroma_flow, stroma_node
+from stroma.contracts.node import framework_node
 
 
 class A(BaseModel):
@@ -208,6 +209,13 @@ def test_flows_are_compared_in_the_same_way() -> None:
     async def annotated(flow: Flow, state: Own) -> Own: ...
 
     assert runner.registry.get("g").input_schema is Own
+
+
+def test_functions_of_frameworks_have_annotations_of_their_own() -> None:
+    """A framework calls its functions with its own state, which need not be the contract's."""
+    contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=A, output_schema=A)
+    node: Any = framework_node("a", contract)(takes_b)  # type: ignore[arg-type]
+    assert node._stroma_contract is contract
 
 
 @pytest.mark.parametrize("contract", [A, A(), "a"])

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from stroma._utils.text import did_you_mean
 
-__all__ = ["LazyModel", "NamedArguments", "Settings"]
+__all__ = ["LazyModel", "NamedArguments", "StrictModel"]
 
 _build_lock = threading.RLock()
 
@@ -39,7 +39,7 @@ class LazyModel(BaseModel):
             return super().model_rebuild(**options)
 
 
-class Settings(LazyModel):
+class StrictModel(LazyModel):
     """A model that refuses unknown fields; its error names the nearest field."""
 
     model_config = ConfigDict(extra="forbid")

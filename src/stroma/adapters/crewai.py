@@ -30,7 +30,7 @@ from stroma.adapters._discovery import marked, marks_of
 from stroma.adapters._step import Control
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import ContractRegistry, NodeContract
-from stroma.contracts.node import stroma_node as stroma_crewai_step
+from stroma.contracts.node import framework_node as stroma_crewai_step
 from stroma.runner.runner import StromaRunner
 
 warn_if_untested("crewai")

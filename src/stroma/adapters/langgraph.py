@@ -39,7 +39,7 @@ from stroma.adapters._langchain_usage import acounted, counted, counting
 from stroma.adapters._step import Control, copy_for_retries, input_of_attempt
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import ContractRegistry, NodeContract
-from stroma.contracts.node import stroma_node as stroma_langgraph_node
+from stroma.contracts.node import framework_node as stroma_langgraph_node
 from stroma.runner.runner import StromaRunner
 
 warn_if_untested("langgraph")

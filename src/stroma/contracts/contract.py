@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, Type
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from stroma._utils.models import Settings
+from stroma._utils.models import StrictModel
 from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.schema import schema_of
 
@@ -60,7 +60,7 @@ def check_id(value: str, what: str) -> str:
     return value
 
 
-class NodeContract(Settings, Generic[In, Out]):
+class NodeContract(StrictModel, Generic[In, Out]):
     """The contract of a node: input that satisfies ``input_schema`` becomes output that satisfies ``output_schema``.
 
     Attributes:

@@ -26,6 +26,7 @@ __all__ = [
     "Node",
     "NodeDecorator",
     "find_node",
+    "framework_node",
     "make_node",
     "mark",
     "marked_ids",
@@ -369,6 +370,18 @@ def stroma_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[
 
 
 stroma_step = stroma_node
+
+
+def framework_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[In, Out]:
+    """Mark a function of an agent framework as a node with a contract, as :func:`stroma_node` does.
+
+    Its annotations are not compared with the contract: the framework reads them, and calls it with its own state.
+    """
+
+    def decorate(func: Any) -> Any:
+        return mark(func, node_id, contract)
+
+    return decorate
 
 
 def apart_in(nodes: Sequence[Node | Group]) -> tuple[tuple[int, str], ...]:

@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from pydantic import Field, PrivateAttr
 
-from stroma._utils.models import Settings
+from stroma._utils.models import StrictModel
 
 __all__ = ["BudgetExceeded", "ExecutionBudget"]
 
@@ -71,7 +71,7 @@ _UNITS: Final[dict[str, tuple[str, str, str]]] = {
 LARGEST: Final = 10**30
 
 
-class ExecutionBudget(Settings):
+class ExecutionBudget(StrictModel):
     """Limits of one run; None means no limit. Exactly at a limit is within it; 0 means spend nothing.
 
     Attributes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, cast
 
 from pydantic import ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
 
-from stroma._utils.models import Settings
+from stroma._utils.models import StrictModel
 from stroma.contracts.contract import check_id
 from stroma.contracts.copying import construct, replicate
 from stroma.cost.budget import LARGEST, ExecutionBudget
@@ -73,7 +73,7 @@ def _generate_id() -> str:
     return _GeneratedId(new_run_id())
 
 
-class RunConfig(Settings):
+class RunConfig(StrictModel):
     """Configuration of runs. Names of times include their unit.
 
     Attributes:

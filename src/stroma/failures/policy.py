@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from pydantic import Field
 
-from stroma._utils.models import Settings
+from stroma._utils.models import StrictModel
 from stroma.contracts.copying import replicate
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
@@ -16,7 +16,7 @@ from stroma.failures.failure import Failure
 __all__ = ["FailurePolicy", "PolicyMap", "Retry", "RetryBudget", "Stop", "decide", "default_policy_map"]
 
 
-class FailurePolicy(Settings):
+class FailurePolicy(StrictModel):
     """The number and delays of the retries of a node.
 
     Attributes:
