@@ -14,6 +14,7 @@ from tests.shared_stores import STORES
 from stroma import RunExists
 from stroma.checkpoint.entries import RunRequest, Waiting
 from stroma.contracts.schema import schema_of
+from stroma.testing._conformance.helpers import due_runs
 
 _QUESTION = Waiting(0, "w", "approve", "Well?", "")
 
@@ -35,8 +36,7 @@ async def _end(session: Any, status: str, wake_ms: int | None = None) -> None:
 
 
 async def _due(store: Any, now_ms: int, pipeline: str = "p", limit: int = 100) -> list[str]:
-    due: list[str] = await asyncio.to_thread(store.due_runs, pipeline, now_ms, limit=limit)
-    return due
+    return await due_runs(store, now_ms, pipeline, limit)
 
 
 async def test_an_empty_store_has_no_due_runs(store: Any) -> None:

@@ -80,9 +80,9 @@ async def test_a_run_whose_process_died_too_often(store: Store) -> None:
         assert session.finished is None
         killed(store, session)
     poisoned = store.open(**request)
-    assert poisoned.finished == Finished("FAILED", error, "poison")
+    assert poisoned.finished == Finished("FAILED", error)
     await poisoned.end("FAILED", error)
-    assert store.open(**request).finished == Finished("FAILED", error, "poison")
+    assert store.open(**request).finished == Finished("FAILED", error)
     assert store.open(**request, force=True).finished is None
 
 

@@ -32,6 +32,7 @@ from stroma import (
 from stroma.engine.context import ReliabilityContext
 from stroma.failures import FailurePolicy
 from stroma.runner.steps import execute_step
+from stroma.testing._conformance.helpers import due_runs
 
 store = store_fixture("memory", "sqlite", "redis", "postgres")
 
@@ -267,7 +268,7 @@ async def test_a_pause_ends_the_waits_of_a_flow(store: Any) -> None:
     result = await asyncio.wait_for(run, 5)
     assert (result.status, result.suspended, gate.calls) == ("SUSPENDED", ["paused"], ["a"])
     store_: Any = gate.runner.checkpoint_manager.store
-    assert store_.due_runs("sleeper", 1 << 60, limit=9) == []
+    assert await due_runs(store_, 1 << 60, "sleeper") == []
     assert await gate.runner.unpause("r") is True
     outcomes: dict[str, Any] = {}
     ends: list[Any] = []
@@ -483,7 +484,7 @@ async def test_a_run_waits_for_its_budget(store: Any, kind: str) -> None:
     assert len([name for name in gate.calls if name != "first"]) == 2
     assert (record_of(gate).status, record_of(gate).error) == ("SUSPENDED", "budget")
     store_: Any = gate.runner.checkpoint_manager.store
-    assert store_.due_runs(kind, 1 << 60, limit=9) == []
+    assert await due_runs(store_, 1 << 60, kind) == []
     # A resume without a raise, or with one that is too small, calls nothing.
     assert (await gate.runner.resume(nodes, "r")).suspended == ["budget"]
     assert await gate.runner.set_budget("r", tokens=12) is True
@@ -525,7 +526,7 @@ async def test_a_raise_while_the_run_stops_is_not_lost(store: Any) -> None:
     go.set()
     assert (await run).suspended == ["budget"]
     store_: Any = gate.runner.checkpoint_manager.store
-    assert store_.due_runs("late", 1 << 60, limit=9) == ["r"]
+    assert await due_runs(store_, 1 << 60, "late") == ["r"]
     assert (await gate.runner.resume(nodes, "r")).status == "RESUMED"
     assert gate.calls == ["a", "b"]
 

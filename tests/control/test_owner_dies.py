@@ -93,7 +93,7 @@ async def test_an_owner_that_reads_no_request(
         assert "has not read the request" in caplog.text
         assert store.get_run("run").holder is not None
         session.abandon()
-        again = await begin(store, if_exists="resume", only_unfinished=True)
+        again = await begin(store, if_exists="resume", due_ms=1)
         if request_name == "set_budget":
             assert again.control.budget == {"max_tokens_total": 5}
             again.abandon()

@@ -25,9 +25,11 @@ from stroma import (
     stroma_flow,
 )
 from stroma.checkpoint.entries import RunRequest
+from stroma.checkpoint.queue import Candidate, ClaimRequest
 from stroma.contracts.schema import schema_of
 from stroma.runner.worker import WorkerHealth
 from stroma.testing import FakeClock
+from stroma.testing._conformance.helpers import due_runs
 
 store = store_fixture(*STORES)
 
@@ -256,7 +258,7 @@ async def test_a_cancelled_worker_interrupts_its_runs(store: Any, clock: Clock) 
         await serving.task
     assert serving.statuses("r") == ["INTERRUPTED"]
     assert store.get_run("r").status == "INTERRUPTED"
-    assert await asyncio.to_thread(store.due_runs, "sleepy", clock.ms) == ["r"]
+    assert await due_runs(store, clock.ms, "sleepy") == ["r"]
 
 
 async def test_a_run_that_cannot_be_resumed_does_not_stop_the_others(
@@ -287,16 +289,16 @@ async def test_a_store_that_is_away_is_asked_again(caplog: pytest.LogCaptureFixt
     """A worker outlives a store that cannot be read; its health tells after a minute."""
     store = AsyncInMemoryStore()
     polls, is_away = 0, False
-    due_runs = store.due_runs
+    claim = store.claim
 
-    def failing(*args: Any, **options: Any) -> list[str]:
+    async def failing(request: ClaimRequest) -> list[Candidate]:
         nonlocal polls
         polls += 1
         if is_away:
             raise StoreError("the server is away")
-        return due_runs(*args, **options)
+        return await claim(request)
 
-    store.due_runs = failing  # type: ignore[method-assign]
+    store.claim = failing  # type: ignore[method-assign]
     world = World()
     sleepy = _sleepy(world)
     with FakeClock() as fake:
@@ -333,7 +335,7 @@ async def test_wrong_arguments(tmp_path: Any) -> None:
         await runner.serve(one, max_concurrency=0)
     with pytest.raises(ValueError, match="poll_seconds"):
         await runner.serve(one, poll_seconds=0)
-    with pytest.raises(TypeError, match="takes flows and Pipelines"):
+    with pytest.raises(TypeError, match="pass a flow or Pipeline"):
         await runner.serve([a])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="starts with"):
         await runner.serve(Pipeline("group", [parallel(a, world.step("b"))]))

@@ -23,6 +23,7 @@ from stroma import (
     current_node,
     stroma_node,
 )
+from stroma.testing._conformance.helpers import due_runs
 from stroma.testing.stores import State
 from stroma.ui.rendering import Renderer
 from stroma.ui.shared_pages import SharedPages
@@ -89,7 +90,7 @@ def test_a_page_pauses_a_living_run(store: SQLiteStore, serve: Any, living: Any)
     found = keys(site, "lives")
     assert {"unpause", "budget", "cancel"} <= set(found)
     assert site.post("/unpause", {"id": "lives", "key": found["unpause"]}).status == 303
-    assert store.due_runs("lives", 1 << 60, limit=9) == ["lives"]
+    assert asyncio.run(due_runs(store, 1 << 60, "lives")) == ["lives"]
     assert site.post("/unpause", {"id": "lives", "key": found["unpause"]}).status == 409
     assert site.post("/cancel", {"id": "lives", "key": found["cancel"]}).status == 303
     assert store.get_run("lives").status == "CANCELLED"  # type: ignore[union-attr]

@@ -8,6 +8,7 @@ from typing import Final, Literal, NamedTuple
 from stroma._utils.text import pluralize
 from stroma.checkpoint.entries import RunRequest, Waiting
 from stroma.checkpoint.errors import PipelineChanged, RunBusy, RunExists, StoreError
+from stroma.checkpoint.queue import QUEUED
 from stroma.failures.errors import BUDGET
 
 __all__ = [
@@ -17,7 +18,10 @@ __all__ = [
     "UNFINISHED",
     "LastExecution",
     "PriorWork",
+    "check_resubmission",
     "decide",
+    "expired_error",
+    "has_expired",
     "is_answered_meanwhile",
     "is_due",
     "merge_wake",
@@ -29,8 +33,8 @@ __all__ = [
 COMPLETE: Final = ("COMPLETED", "RESUMED")
 ENDED: Final = (*COMPLETE, "FAILED", "CANCELLED")
 _GIVEN_UP: Final = (*ENDED, "PARTIAL")
-#: Statuses of executions that stopped before their end, and may have a time from which they are due.
-UNFINISHED: Final = ("SUSPENDED", "INTERRUPTED")
+#: Statuses of executions without an owner and an end, which may have a time from which they are due.
+UNFINISHED: Final = ("SUSPENDED", "INTERRUPTED", QUEUED)
 #: In place of 0, from when on a run is due whose budget was changed while it ran: only if it waits for its budget in the end.
 BUDGET_CHANGED: Final = 1
 
@@ -40,6 +44,7 @@ class LastExecution(NamedTuple):
 
     Attributes:
         holder: description of the process that is running it; None if there is none.
+        claim: token of the worker that has claimed it; None if there is no claim, or it has expired.
         wake_ms: see :func:`merge_wake`.
     """
 
@@ -48,6 +53,7 @@ class LastExecution(NamedTuple):
     holder: str | None = None
     left_seconds: float = 0.0
     wake_ms: int | None = None
+    claim: str | None = None
 
 
 class PriorWork(NamedTuple):
@@ -90,6 +96,28 @@ def is_due(last: LastExecution, now_ms: int) -> bool:
     return last.status in UNFINISHED and last.wake_ms is not None and last.wake_ms <= now_ms
 
 
+def check_resubmission(
+    request: RunRequest, pipeline: str, same_input: bool, execution: int, status: str
+) -> None:
+    """Raise RunExists for a run that exists with another pipeline or input than it is submitted with."""
+    if request.pipeline == pipeline and same_input:
+        return
+    what = "input" if request.pipeline == pipeline else "pipeline"
+    raise RunExists(
+        f"run {request.run_id!r} already exists with another {what} (execution {execution}, {status}); use another run id"
+    )
+
+
+def has_expired(status: str, expires_ms: int | None, now_ms: int) -> bool:
+    """Return True if a queued run must not start any more."""
+    return status == QUEUED and expires_ms is not None and now_ms > expires_ms
+
+
+def expired_error(run_id: str) -> str:
+    """Return the error of a run that did not start before its time was over."""
+    return f"expired: run {run_id!r} was not started in time; start more workers, or submit it again with a later expires="
+
+
 def merge_wake(earlier: int | None, status: str, error: str | None, wake_ms: int | None) -> int | None:
     """Return from when on a run is due that stops with a status, in ms since the epoch; None: never by itself.
 
@@ -124,12 +152,14 @@ def decide(
         )
         error.holder, error.left_seconds, error.same_input = last.holder, last.left_seconds, same_input
         raise error
-    if request.only_unfinished and last.status not in ("RUNNING", "INTERRUPTED"):
-        raise RunExists(
-            f"run {request.run_id!r} has nothing to recover, its status is {last.status}; start or resume it instead"
-        )
+    if request.claim is not None and request.claim != last.claim:
+        raise RunExists(f"run {request.run_id!r} is no longer claimed by this worker")
     if request.due_ms is not None and not is_due(last, request.due_ms):
         raise RunExists(f"run {request.run_id!r} is not due, its status is {last.status}; resume it instead")
+    if request.if_exists == "read":
+        if last.status in ("RUNNING", *UNFINISHED):
+            raise RunExists(f"run {request.run_id!r} has not ended, its status is {last.status}")
+        return "return"
     if request.if_exists == "error":
         raise RunExists(
             f"run {request.run_id!r} already exists (execution {last.execution}, {last.status}); use another run id, or pass "

@@ -44,7 +44,7 @@ __all__ = [
     "map_not_found",
 ]
 
-IfExists = Literal["new", "restart", "resume", "return", "error", "attach"]
+IfExists = Literal["new", "restart", "resume", "return", "error", "attach", "read"]
 IfRunning = Literal["error", "attach", "take_over"]
 
 
@@ -55,7 +55,8 @@ class RunRequest(NamedTuple):
         initial_state, schema: the input of the run and its Schema; a durable store encodes it.
         if_exists: "resume" continues the last execution. "return" does too, unless it is finished: then it returns it
             unchanged. "restart" starts a new execution; "new" too, unless the last one has not ended, or any one has
-            called an effect. "error" refuses, "attach" returns the result of the owner that was waited for.
+            called an effect. "error" refuses, "attach" returns the result of the owner that was waited for, "read" returns
+            the outcome of a run that has ended, and refuses any other.
         if_running: what to do with a run that has another owner: "take_over" fences it off, anything else is RunBusy.
         lease_seconds: how long the run stays with an owner that does not renew its lease.
         ends: the caller will call end(). Otherwise another request of the same process takes the run over at once.
@@ -68,8 +69,8 @@ class RunRequest(NamedTuple):
         retry_failed: discard the failed items of maps and what was computed from them, see ItemFailure.
         max_recoveries: end a run as FAILED once its process died so often; None: never.
         force: continue it all the same, and count deaths from 0.
-        only_unfinished: raise RunExists for a run that ended or is suspended.
         due_ms: raise RunExists for a run that is not due at this time, see :func:`stroma.checkpoint.decisions.is_due`.
+        claim: token of the claim of the worker that opens it; see :class:`stroma.checkpoint.queue.ClaimRequest`.
         any_input: continue the run although its input is another one: the caller's own checkpoint has what it began with.
     """
 
@@ -89,14 +90,14 @@ class RunRequest(NamedTuple):
     tags: tuple[str, ...] = ()
     max_recoveries: int | None = None
     force: bool = False
-    only_unfinished: bool = False
     due_ms: int | None = None
     any_input: bool = False
+    claim: str | None = None
 
     @property
     def is_automatic(self) -> bool:
         """True if no person asked for this run to go on: a worker, recover(), or one that waits for its result."""
-        return self.only_unfinished or self.due_ms is not None or self.if_exists == "attach"
+        return self.due_ms is not None or self.if_exists == "attach"
 
     def is_lazily_loaded(self, position: int, branch: str) -> bool:
         """Return True if a commit is not restored at the start."""
@@ -322,11 +323,19 @@ def is_effect_note(key: str) -> bool:
 
 
 class Finished(NamedTuple):
-    """The end of an execution: its status and, unless it completed, the error; ``reason``: a one-word code, or None."""
+    """The end of an execution: its status and, unless it completed, the error."""
 
     status: str
     error: str | None
-    reason: str | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """The reason of a run that ended without a failure of a node: "poison" or "expired"; else None.
+
+        The error of a failed node begins with the type of an exception.
+        """
+        word = (self.error or "").partition(": ")[0]
+        return word if self.status == "FAILED" and word in ("poison", "expired") else None
 
 
 class Tried(NamedTuple):

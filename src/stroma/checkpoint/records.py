@@ -95,6 +95,7 @@ class RunRecord:
         cause: None if no attempt of the last execution failed. Not set by list_runs().
         failures: number of failed attempts, at most 20. Not set by list_runs().
         epoch: incremented by each process that opens the run.
+        due_ms: when a run without an owner is due, in ms since the epoch; None: never by itself.
     """
 
     run_id: str
@@ -114,6 +115,7 @@ class RunRecord:
     cause: Cause | None = field(default=None, compare=False)
     failures: int = field(default=0, compare=False)
     epoch: int = field(default=0, compare=False)
+    due_ms: int | None = field(default=None, compare=False)
 
     @property
     def waits_for(self) -> Literal["resume", "budget"] | None:

@@ -35,7 +35,7 @@ from stroma.engine.config import RunConfig
 from stroma.engine.handover import Handover
 from stroma.engine.interceptors import INTERCEPTORS, Interceptor
 from stroma.engine.merged_models import spelled_out
-from stroma.engine.opening import RunOpening
+from stroma.engine.opening import BY_HAND, RunOpening
 from stroma.engine.plain_steps import PlainSteps
 from stroma.engine.redaction import Redactor
 from stroma.engine.run_hooks import call_run_hooks, call_run_hooks_now
@@ -69,9 +69,9 @@ class ReliabilityContext:
     # Slots, since several of them are read for each node.
     __slots__ = (
         "__weakref__", "_notes", "_opening", "_prior_unrecorded", "_warned", "apart", "budget", "cancelled", "checkpoint_manager", "classifiers",
-        "config", "context", "cost_tracker", "delivers", "done", "due_ms", "effects", "elsewhere", "epoch_ns", "failed_items", "failed_maps",
+        "config", "context", "cost_tracker", "delivers", "dispatch", "done", "effects", "elsewhere", "epoch_ns", "failed_items", "failed_maps",
         "fire", "gated", "handover", "holds", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traces", "limits",
-        "model_fallbacks", "on_hold", "paused", "pipeline", "plain_steps", "policy_map", "recovers", "redactor", "registry", "restored",
+        "model_fallbacks", "on_hold", "paused", "pipeline", "plain_steps", "policy_map", "redactor", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended", "timed",
         "trace", "traceparent", "tried", "unpriced", "wake_ms",
     )  # fmt: skip
@@ -144,15 +144,13 @@ class ReliabilityContext:
         self._opening = RunOpening(self.checkpoint_manager)
         #: See RunRequest.
         self.apart: tuple[tuple[int, str], ...] = ()
-        self.due_ms: int | None = None
+        self.dispatch = BY_HAND
         #: Cancelled from elsewhere: nothing is tried again. And no further node is to begin.
         self.cancelled = self.stops = False
         #: No further attempt is to begin: the run is paused, or is being cancelled. Set in any thread.
         self.holds = self.paused = False
         #: Called in the event loop of the run when it is paused: they end waits.
         self.on_hold: dict[Callable[[], None], None] = {}
-        #: Resume the run only if it was interrupted, or its process died.
-        self.recovers = False
         #: When the suspended run is due; see Session.end().
         self.wake_ms: int | None = None
         #: How many items of maps failed while the others went on; and of which committed maps how many did.
@@ -313,7 +311,7 @@ class ReliabilityContext:
             self.pipeline,
             initial_state,
             schema_of(type(initial_state)),
-            "resume" if resumed else config.if_exists,
+            "read" if self.dispatch.reads else "resume" if resumed else config.if_exists,
             discard_from,
             accept,
             config.if_running,
@@ -325,8 +323,8 @@ class ReliabilityContext:
             config.tags,
             config.max_recoveries,
             config.force_resume,
-            self.recovers,
-            self.due_ms,
+            self.dispatch.due_ms,
+            claim=self.dispatch.claim,
         )
 
     async def _settle_earlier(self, session: Session) -> None:

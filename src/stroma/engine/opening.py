@@ -5,15 +5,36 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable
-from typing import Final, final
+from typing import Final, NamedTuple, final
 
 from stroma.checkpoint import CheckpointManager, RunBusy, RunRequest, Session
 from stroma.engine.tasks import Shield
 
-__all__ = ["RunOpening"]
+__all__ = ["BY_HAND", "Dispatch", "RunOpening"]
 
 #: Between looks at a run that another process owns, in seconds: at first, and at most.
 _ATTACH_DELAYS: Final = (0.02, 1.0)
+
+
+class Dispatch(NamedTuple):
+    """Conditions under which a dispatcher, and not a person, opens a run.
+
+    Attributes:
+        due_ms: raise RunExists for a run that is not due at this time, in ms since the epoch. A store that fails in the
+            middle of the run leaves it INTERRUPTED.
+        max_seconds: end the run at the first step boundary after this time; None: no limit.
+        claim: token of the claim of the worker; RunExists if the run has no such claim.
+        reads: return the outcome of a run that has ended, and raise RunExists for any other.
+    """
+
+    due_ms: int | None = None
+    max_seconds: float | None = None
+    claim: str | None = None
+    reads: bool = False
+
+
+#: A person opens the run.
+BY_HAND: Final = Dispatch()
 
 
 @final

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from stroma.checkpoint.queue import RunLimits
 from stroma.contracts.contract import check_id
 from stroma.contracts.node import Group, Node, find_node
 from stroma.engine.config import RunConfig
@@ -19,11 +20,13 @@ class Pipeline:
     """A named sequence of nodes, with an optional configuration.
 
     Metrics and spans are labelled with the name. Raises TypeError for anything that is not a node, ValueError for a name
-    that a store cannot save.
+    that a store cannot save, and for a limit below 1.
 
     Attributes:
         name: name of the pipeline in stores, metrics and spans.
         nodes: the nodes, groups and pipelines, in order.
+        limits: how many of its runs, and of its runs of one key (see :meth:`StromaRunner.submit`), may have an owner at once,
+            in all workers together. Runs that somebody starts with ``run()`` count, and are not limited.
         config: settings of its runs, for commands and for runners that have no settings. None: commands use those of the
             only StromaRunner with settings in the pipeline's file.
     """
@@ -31,11 +34,24 @@ class Pipeline:
     name: str
     nodes: tuple[Any, ...]
     config: RunConfig | None
+    limits: RunLimits
 
-    def __init__(self, name: str, nodes: Iterable[Any], *, config: RunConfig | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        nodes: Iterable[Any],
+        *,
+        config: RunConfig | None = None,
+        max_runs: int | None = None,
+        max_runs_per_key: int | None = None,
+    ) -> None:
         object.__setattr__(self, "name", check_id(name, "pipeline name"))
         object.__setattr__(self, "nodes", tuple(nodes))
         object.__setattr__(self, "config", config)
+        for what, number in (("max_runs", max_runs), ("max_runs_per_key", max_runs_per_key)):
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise ValueError(f"{what} must be at least 1, or None for no limit, got {number!r}")
+        object.__setattr__(self, "limits", RunLimits(max_runs, max_runs_per_key))
         for node in self.nodes:
             find_node(node)
 

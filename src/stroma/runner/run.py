@@ -178,6 +178,8 @@ class RunExecution:
             await self._skip_to(first)
         outcome: BaseModel | Halt | Stopped = STOPPED
         token = CURRENT.set(CURRENT.get())
+        seconds = ctx.dispatch.max_seconds
+        limit = None if seconds is None else self.loop.call_later(seconds, self.drain)
         try:
             nodes = self.nodes[first:] if first else self.nodes
             if not (ctx.stops and nodes):
@@ -188,6 +190,8 @@ class RunExecution:
                 outcome = await drive(ctx, nodes, self.state, Place(first, cancelling=cancelling))
         finally:
             leave(token)
+            if limit is not None:
+                limit.cancel()
         if isinstance(outcome, Stopped):  # A shutdown, or a pause: no further node was to start.
             if ctx.paused:
                 ctx.note_suspended(PAUSED)
@@ -199,7 +203,11 @@ class RunExecution:
             self._status = self._cancelled_as or RunStatus.SUSPENDED
         elif isinstance(outcome, Halt):
             self._failure = None if outcome.suspended else outcome.failure
-            self._status = self._cancelled_as or outcome.status
+            # A dispatcher continues the run once the store is well again; a person reads the error.
+            is_lost = (
+                outcome.failure.reason == "store" and outcome.partial and ctx.dispatch.due_ms is not None
+            )
+            self._status = self._cancelled_as or (RunStatus.INTERRUPTED if is_lost else outcome.status)
         else:
             self._status = RunStatus.RESUMED if self.continued else RunStatus.COMPLETED
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from contextlib import suppress
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, overload
 
 from pydantic import BaseModel
 
@@ -18,25 +18,31 @@ from stroma.checkpoint import (
     AsyncInMemoryStore,
     CheckpointManager,
     CheckpointStore,
+    PipelineChanged,
     StoreError,
 )
+from stroma.checkpoint.entries import RunRequest
+from stroma.checkpoint.queue import QueueEntry
 from stroma.contracts.annotations import check_annotations
-from stroma.contracts.contract import ContractRegistry, NodeContract, Reconcile
+from stroma.contracts.contract import ContractRegistry, NodeContract, Reconcile, check_id
 from stroma.contracts.node import NodeDecorator, mark
 from stroma.cost.budget import ExecutionBudget
 from stroma.cost.fallback import FallbackPolicy
-from stroma.engine.config import RunConfig, default_config
+from stroma.engine.config import RunConfig, check_label, default_config
 from stroma.engine.config import new_run_id as fresh_run_id
 from stroma.engine.context import ReliabilityContext
+from stroma.engine.opening import BY_HAND, Dispatch
 from stroma.engine.tasks import has_running_loop
 from stroma.failures.failure import Classifier
 from stroma.hooks.sets import AnyHooks, NodeHooks, distinct, flatten
 from stroma.runner.batch import Batch
+from stroma.runner.flows.suspension import now_ms
 from stroma.runner.live_runs import LiveRuns
 from stroma.runner.pipeline import AnyState, Pipeline, nodes_of, override_config
 from stroma.runner.run import RunExecution
 from stroma.runner.sequence import check_owners, find_position, refuse_unknown_ids, warn_of_unknown_ids
-from stroma.runner.stored_runs import StoredRuns
+from stroma.runner.stored_runs import ServedPipeline, StoredRuns
+from stroma.runner.submission import EndWaits, RunHandle, to_ms
 from stroma.runner.tracing import set_traceparent
 from stroma.trace.result import ExecutionResult
 
@@ -45,12 +51,16 @@ if TYPE_CHECKING:
 
     from stroma.contracts.checks.finding import Finding
     from stroma.engine.config_fields import OtherFields, Policies
+    from stroma.runner.drive import DriveOutcome, RunDriver
     from stroma.runner.flows.definition import AnnotatedFlowDecorator, FlowDecorator
-    from stroma.runner.flows.flow import FlowFunction
+    from stroma.runner.flows.flow import FlowFunction, FlowLimits
     from stroma.runner.stream import RunStream
+    from stroma.runner.submission import SubmitOptions
     from stroma.runner.worker import WorkerHealth
 
 __all__ = ["StromaRunner", "with_settings_of"]
+
+_MAX_PRIORITY: Final = 1_000_000_000  # Every store has such numbers exactly.
 
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
@@ -69,6 +79,9 @@ class StromaRunner:
         self.checkpoint_manager = checkpoint_manager
         self._own_config = config
         self._live = LiveRuns()
+        self._end_waits = EndWaits(lambda: self._stored)
+        #: The flows of this runner, by id.
+        self._flows: dict[str, Pipeline] = {}
         #: Warnings of ids in the config that no node has.
         self.warned: set[str] = set()
         #: Sets of exporters of pipelines and runs with hooks of their own.
@@ -188,26 +201,27 @@ class StromaRunner:
 
     @overload
     def flow(
-        self, flow_id: str, *, input: type[In], output: type[Out], max_concurrency: int | None = None
+        self, flow_id: str, *, input: type[In], output: type[Out], **limits: Unpack[FlowLimits]
     ) -> FlowDecorator[In, Out]: ...
     @overload
-    def flow(self, flow_id: str, *, max_concurrency: int | None = None) -> AnnotatedFlowDecorator: ...
+    def flow(self, flow_id: str, **limits: Unpack[FlowLimits]) -> AnnotatedFlowDecorator: ...
     def flow(
         self,
         flow_id: str,
         *,
         input: type[BaseModel] | None = None,
         output: type[BaseModel] | None = None,
-        max_concurrency: int | None = None,
+        **limits: Unpack[FlowLimits],
     ) -> Any:
         """Make a flow of an async function, and register its contract with this runner. See ``stroma_flow``."""
         from stroma.runner.flows.definition import define_flow  # Not loaded by runs without flows.
 
         def decorate(body: Any) -> Any:
-            flow = define_flow(flow_id, body, (input, output), max_concurrency, sys._getframe(1))
+            flow = define_flow(flow_id, body, (input, output), limits, sys._getframe(1))
             contract = flow.node.contract
             assert contract is not None
             self.registry.decorate(body, contract)
+            self._flows[flow_id] = flow
             return flow
 
         return decorate
@@ -323,15 +337,9 @@ class StromaRunner:
         initial_state: BaseModel,
         overrides: Mapping[str, Any],
         traceparent: str | None = None,
-        *,
-        recovers: bool = False,
-        due_ms: int | None = None,
+        dispatch: Dispatch = BY_HAND,
     ) -> ExecutionResult:
-        """Implement :meth:`run`.
-
-        ``recovers``: raise RunExists for a run that has ended or is suspended. ``due_ms``: raise it for a run that is not
-        due at this time.
-        """
+        """Implement :meth:`run`. ``dispatch``: how a dispatcher opens the run."""
         config = override_config(self._config_of(node_sequence), overrides)
         nodes = nodes_of(node_sequence)
         if not isinstance(initial_state, BaseModel):
@@ -346,13 +354,12 @@ class StromaRunner:
         if config.hooks is not self.config.hooks:
             self._note_exporters(config.hooks)
         ctx = ReliabilityContext.for_run(config, self.registry, self.checkpoint_manager)
-        ctx.recovers = recovers
-        ctx.due_ms = due_ms
         if isinstance(node_sequence, Pipeline):
             ctx.pipeline = node_sequence.name
         refuse_unknown_ids(config, nodes, self.registry, ctx.pipeline)
         if traceparent is not None:
             set_traceparent(ctx, traceparent)
+        ctx.dispatch = dispatch
         result = await self._live.execute(RunExecution(ctx, nodes, initial_state, start))
         warn_of_unknown_ids(ctx, nodes, result, self.warned)
         return result
@@ -417,7 +424,7 @@ class StromaRunner:
             watched.__pydantic_fields_set__ = config.model_fields_set | {"hooks"}
             twin = StromaRunner(self.registry, self.checkpoint_manager, watched)
             twin._live = self._live  # So that a shutdown of this runner includes its streams.
-            twin.warned, twin._exporters = self.warned, self._exporters
+            twin.warned, twin._exporters, twin._flows = self.warned, self._exporters, self._flows
             twin._note_exporters(config.hooks)
             return twin.run(nodes, initial_state, **options)
 
@@ -520,15 +527,12 @@ class StromaRunner:
     ) -> dict[str, ExecutionResult | Exception]:
         name = nodes.name if isinstance(nodes, Pipeline) else self.config.pipeline
         run_ids = await self._stored.find_interrupted(name)
-        schema = self._stored.input_schema(nodes_of(nodes), input_schema)
-        overrides = {**options, "resume": True}
-        traceparent = overrides.pop("traceparent", None)
-
-        async def resume_run(run_id: str) -> ExecutionResult:
-            state = await self._stored.read_input(run_id, schema)
-            return await self._run(nodes, state, {**overrides, "run_id": run_id}, traceparent, recovers=True)
-
-        return await batch.recover_each(resume_run, run_ids, max_concurrency)
+        served = ServedPipeline(nodes, self._stored.input_schema(nodes_of(nodes), input_schema))
+        resume = self._driver(batch, options).resume
+        dispatch = Dispatch(now_ms())
+        return await batch.recover_each(
+            lambda run_id: resume(run_id, served, dispatch), run_ids, max_concurrency
+        )
 
     async def serve(
         self,
@@ -555,15 +559,99 @@ class StromaRunner:
             if isinstance(one, Pipeline):  # The worker refuses anything else.
                 refuse_unknown_ids(self._config_of(one), nodes_of(one), self.registry, one.name)
         with self._live.batch() as batch:
-            worker = RunWorker(self._stored, self._resume_due, batch, self._live, health)
+            worker = RunWorker(self._stored, self._driver(batch), batch, self._live, health)
             await worker.serve(pipelines, max_concurrency, poll_seconds, on_result)
 
-    async def _resume_due(
-        self, pipeline: Pipeline, state: BaseModel, run_id: str, due_ms: int
-    ) -> ExecutionResult:
-        """Resume a run that is due. Raises RunExists if it is not, RunBusy if it has an owner."""
-        overrides = {"run_id": run_id, "resume": True, "if_running": "error"}
-        return await self._run(pipeline, state, overrides, due_ms=due_ms)
+    async def drive(
+        self, run_id: str, *, pipelines: Sequence[Pipeline] = (), max_seconds: float | None = 900.0
+    ) -> DriveOutcome:
+        """Continue a run of the store as far as possible, if it is due. Safe to call at any time and as often as you like.
+
+        This is what a dispatcher calls: a worker, Temporal, a job of Kubernetes or Celery. The outcome is a value:
+
+        - ``Ended``: the run has ended, with its status;
+        - ``Suspended``: it waits until a time, or for answers to its questions;
+        - ``Yielded``: ``max_seconds`` were over, or :meth:`shutdown` was called; it was interrupted at a step boundary,
+          and is due at once;
+        - ``Busy``: another process owns it, at least until the time that it names;
+        - ``Blocked``: this code cannot continue it, for the reason that it names; nothing was changed.
+
+        ``pipelines``: flows and Pipelines, in addition to the flows of this runner. The nodes of the run are those of the
+        pipeline with its name. ``max_seconds``: None for no limit. Raises CheckpointNotFound for an unknown run, StoreError if
+        the store has no journal or fails; TypeError for a pipeline that starts with a group.
+        """
+        if max_seconds is not None and not max_seconds > 0:
+            raise ValueError(f"max_seconds must be above 0, got {max_seconds!r}")
+        served = self._stored.served([*self._flows.values(), *pipelines])
+        with self._live.batch() as batch:
+            return await self._driver(batch).drive(run_id, served.get, max_seconds)
+
+    @overload
+    async def submit(
+        self, pipeline: FlowFunction[In, Out], initial_state: In, **options: Unpack[SubmitOptions]
+    ) -> RunHandle[Out]: ...
+    @overload
+    async def submit(
+        self, pipeline: AnyState, initial_state: BaseModel, **options: Unpack[SubmitOptions]
+    ) -> RunHandle[BaseModel]: ...
+    async def submit(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload]  # AnyState is a Pipeline.
+        self, pipeline: Pipeline, initial_state: BaseModel, **options: Unpack[SubmitOptions]
+    ) -> RunHandle[Any]:
+        """Create a run with status QUEUED, which a worker starts (see :meth:`serve`), and return its handle.
+
+        Once this returns, the run is stored. A run of that id with the same pipeline and input gives its handle, whatever
+        its status; nothing is restarted. For the keywords see :class:`SubmitOptions`. Raises pydantic's ValidationError for
+        an input that breaks the contract, TypeError for anything but a flow or Pipeline, and one that starts with a group,
+        RunExists for a run of that id with another pipeline or input, ValueError for an invalid keyword, StoreError.
+        """
+        served = self._stored.served([pipeline])[pipeline.name]
+        config = self._config_of(pipeline)
+        run_id = check_id(options.get("run_id") or config.take_run_id(), "run id")
+        now, expires, key = now_ms(), options.get("expires"), options.get("key")
+        state = served.schema.convert(initial_state)
+        request = RunRequest(run_id, pipeline.name, state, served.schema, tags=config.tags)
+        entry = QueueEntry(
+            to_ms(options.get("delay") or 0, now, "delay"),
+            _check_priority(options.get("priority", 0)),
+            None if key is None else check_label(key, "key"),
+            None if expires is None else to_ms(expires, now, "expires"),
+        )
+        await self._stored.submit(request, entry)
+        return self.handle(run_id, pipeline)
+
+    def handle(self, run_id: str, pipeline: Pipeline | None = None) -> RunHandle[Any]:
+        """Return the handle of a run of any origin.
+
+        ``pipeline``: the flow or Pipeline of the run, for its result; by default the flow of this runner with its name.
+        """
+
+        async def read(run_id: str) -> ExecutionResult[Any]:
+            served = self._stored.served([*self._flows.values()] if pipeline is None else [pipeline])
+            record = await self._stored.get(run_id)
+            if record.pipeline not in served:
+                raise PipelineChanged(
+                    f"run {run_id!r} is of pipeline {record.pipeline!r}, which is not known here; pass it to handle()"
+                )
+            # Without hooks: whoever executes the run calls them.
+            reader = StromaRunner(self.registry, self.checkpoint_manager, RunConfig(run_id=run_id))
+            nodes, schema, _ = served[record.pipeline]
+            state = await self._stored.read_input(run_id, schema)
+            return await reader._run(nodes, state, {}, dispatch=Dispatch(reads=True))
+
+        return RunHandle(run_id, self._stored, self._end_waits, read)
+
+    def _driver(self, batch: Batch, options: Mapping[str, Any] | None = None) -> RunDriver:
+        from stroma.runner.drive import RunDriver  # Not loaded by runs.
+
+        overrides = {**(options or {}), "resume": True, "if_running": "error"}
+        traceparent = overrides.pop("traceparent", None)
+
+        async def run(
+            nodes: Pipeline | list[Any], state: BaseModel, run_id: str, dispatch: Dispatch
+        ) -> ExecutionResult:
+            return await self._run(nodes, state, {**overrides, "run_id": run_id}, traceparent, dispatch)
+
+        return RunDriver(self._stored, batch, run)
 
     async def fork(
         self,
@@ -702,6 +790,14 @@ class StromaRunner:
         if isinstance(nodes, Pipeline) and nodes.config is not None and self._own_config is None:
             return nodes.config
         return self.config
+
+
+def _check_priority(priority: int) -> int:
+    if not isinstance(priority, int) or abs(priority) > _MAX_PRIORITY:
+        raise ValueError(
+            f"priority must be a whole number from -{_MAX_PRIORITY} to {_MAX_PRIORITY}, got {priority!r}"
+        )
+    return priority
 
 
 def with_settings_of(module: ModuleType, pipeline: Pipeline) -> Pipeline:

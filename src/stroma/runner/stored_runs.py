@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import CheckpointManager, CheckpointNotFound, StoreError, Waiting
+from stroma.checkpoint import CheckpointManager, CheckpointNotFound, RunRecord, StoreError, Waiting
+from stroma.checkpoint.entries import RunRequest
+from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, RunLimits
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node, find_node, output_class
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.config import RunConfig
 from stroma.engine.restore import value_of
+from stroma.runner.pipeline import Pipeline, nodes_of
 from stroma.runner.requests import limits_of, request
 from stroma.runner.signals import match_answer
 from stroma.trace.result import RunStatus
 
-__all__ = ["StoredRuns"]
+__all__ = ["ServedPipeline", "StoredRuns"]
 
 logger = logging.getLogger("stroma")
 
 _MAX_RECOVERED = 1_000_000  # runs of one status
 _PAGE_ITEMS = 200  # outputs of a map that are read at once
+
+
+class ServedPipeline(NamedTuple):
+    """Nodes whose runs are continued, and the schema of their input."""
+
+    nodes: Pipeline | list[Any]
+    schema: Schema
+    limits: RunLimits = RunLimits()
 
 
 class StoredRuns:
@@ -54,6 +65,32 @@ class StoredRuns:
             )
         contract = None if first is None else self._registry.find(first.node_id) or first.contract
         return schema_of(output_class(None) if contract is None else contract.input_schema)
+
+    async def get(self, run_id: str) -> RunRecord:
+        """Return a run. Raises CheckpointNotFound."""
+        record: RunRecord | None = await asyncio.to_thread(self._journal("get_run").get_run, run_id)
+        if record is None:
+            raise CheckpointNotFound(f"there is no run {run_id!r} in the store; check the id and the store")
+        return record
+
+    async def read_questions(self, run_id: str) -> list[Waiting]:
+        """Return the questions of a run, answered ones too."""
+        waiting: list[Waiting] = await asyncio.to_thread(self._journal("waiting").waiting, run_id)
+        return waiting
+
+    def served(self, pipelines: Sequence[Any]) -> dict[str, ServedPipeline]:
+        """Return these flows and pipelines by name. Raises ValueError for two of one name, TypeError for anything else."""
+        served: dict[str, ServedPipeline] = {}
+        for one in pipelines:
+            if not isinstance(one, Pipeline):
+                raise TypeError(
+                    f"runs are found by the name of their pipeline, got {type(one).__name__}; pass a flow or "
+                    "Pipeline(name, nodes)"
+                )
+            if one.name in served and served[one.name].nodes is not one:
+                raise ValueError(f"two pipelines have the name {one.name!r}; use distinct names")
+            served[one.name] = ServedPipeline(one, self.input_schema(nodes_of(one), None), one.limits)
+        return served
 
     async def read_input(self, run_id: str, schema: Schema) -> BaseModel:
         """Return the original input of a run."""
@@ -93,15 +130,28 @@ class StoredRuns:
             run_ids += [run.run_id for run in runs if run.holder is None]
         return run_ids
 
-    def require_due_runs(self) -> None:
-        """Raise StoreError if the store cannot tell which runs are due."""
-        self._journal("due_runs")
+    async def submit(self, request: RunRequest, entry: QueueEntry) -> bool:
+        """Create a QUEUED run. Return False if it exists already. Raises RunExists for another pipeline or input."""
+        is_new: bool = await self._journal("submit").submit(request, entry)
+        return is_new
 
-    async def find_due(self, pipeline: str, due_ms: int, limit: int) -> list[str]:
-        """Return ids of runs of a pipeline that are due at a time in ms since the epoch."""
-        due_runs = self._journal("due_runs").due_runs
-        run_ids: list[str] = await asyncio.to_thread(due_runs, pipeline, due_ms, limit=limit)
-        return run_ids
+    def require_queue(self) -> None:
+        """Raise StoreError if the store has no queue of runs."""
+        self._journal("claim")
+
+    async def claim(self, request: ClaimRequest) -> list[Candidate]:
+        """Claim due runs for a worker."""
+        claimed: list[Candidate] = await self._journal("claim").claim(request)
+        return claimed
+
+    async def postpone(self, run_id: str, token: str, due_ms: int) -> None:
+        """Give back a claimed run until a time in ms since the epoch."""
+        await self._journal("postpone").postpone(run_id, token, due_ms)
+
+    async def statuses(self, run_ids: list[str]) -> dict[str, str]:
+        """Return the statuses of these runs by id, without unknown ones."""
+        statuses: dict[str, str] = await asyncio.to_thread(self._journal("statuses").statuses, run_ids)
+        return statuses
 
     async def fork(
         self, run_id: str, fork_id: str, nodes: list[Node | Group], position: int, state: BaseModel | None
@@ -135,9 +185,9 @@ class StoredRuns:
     ) -> None:
         """Store the answer to a suspended node; see :meth:`StromaRunner.signal`."""
         store = self._journal("signal")
-        pending: list[Waiting] = await asyncio.to_thread(store.waiting, run_id)
-        if not pending and await asyncio.to_thread(store.get_run, run_id) is None:
-            raise CheckpointNotFound(f"there is no run {run_id!r} in the store; check the id and the store")
+        pending = await self.read_questions(run_id)
+        if not pending:
+            await self.get(run_id)
         answered = match_answer(pending, run_id, answer, node_id=node_id, branch=branch, schema=schema)
         await store.signal(run_id, answered)
 

@@ -93,13 +93,6 @@ class ReadableStore(ABC):
 
         return self.read(read, RunPage([], None))
 
-    def due_runs(self, pipeline: str, now_ms: int, *, limit: int = 100) -> list[str]:
-        """Return ids of runs of a pipeline that a worker may continue; see :func:`stroma.checkpoint.decisions.is_due`.
-
-        Raises StoreError.
-        """
-        return self.read(lambda rows: rows.due(pipeline, now_ms, limit), list[str]()) if self.exists() else []
-
     def get_run(self, run_id: str) -> RunRecord | None:
         """Return the last execution of a run, or None. Raises ValueError for an illegal id, StoreError."""
         check_id(run_id, "run id")
@@ -409,6 +402,7 @@ def _run_record(row: RunRow, extras: RunExtras, causes: list[Attempt]) -> RunRec
         cause_of(causes),
         len(extras.failed),
         row.epoch,
+        row.wake_ms,
     )
 
 

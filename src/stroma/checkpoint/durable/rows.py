@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import Any, Final, NamedTuple, Protocol
 
 from stroma.checkpoint.durable.owner import Owner, is_gone
+from stroma.checkpoint.queue import Candidate, QueueEntry
 from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally
 
 __all__ = [
@@ -99,6 +100,8 @@ class RunRow(NamedTuple):
         nodes: positions with a commit in the last execution, except those inside groups.
         attempt_count, commit_count: rows that the last execution must have, counted in the transaction of each.
         wake_ms: see :func:`stroma.checkpoint.decisions.merge_wake`.
+        expires_ms: latest start of a queued run.
+        claim: token of the worker that has claimed the run; None if there is no claim, or it has expired.
     """
 
     run: Any
@@ -119,6 +122,8 @@ class RunRow(NamedTuple):
     attempt_count: int = 0
     commit_count: int = 0
     wake_ms: int | None = None
+    expires_ms: int | None = None
+    claim: str | None = None
 
     @property
     def holder(self) -> Owner | None:
@@ -267,11 +272,29 @@ class Rows(Protocol):
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
         """Set from when on a run is due if it is suspended, or will be; 0: at once, None: never by itself."""
 
-    def due(self, pipeline: str, now_ms: int, limit: int) -> list[str]:
-        """Return ids of runs of a pipeline that are due at a time, those first that have been due for longest.
+    # ---- queue
+    def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
+        """Release an execution that has just begun as QUEUED, until a worker opens it."""
+        ...
 
-        See :func:`stroma.checkpoint.decisions.is_due`. A claim deletes the time of a run, so that it is due no more.
+    def candidates(self, pipeline: str, now_ms: int, limit: int) -> list[Candidate]:
+        """Return runs of a pipeline that are due at a time and have no claim; see :func:`stroma.checkpoint.decisions.is_due`.
+
+        The first ``limit`` queued runs of each key, and at most ``limit`` of those that stopped and of those whose owner is
+        gone. No other transaction returns them before this one ends, or claim() does not claim them.
         """
+        ...
+
+    def live_runs(self, pipeline: str) -> dict[str | None, int]:
+        """Return how many runs of a pipeline have an owner or a claim, by key."""
+        ...
+
+    def claim(self, candidates: Sequence[Candidate], token: str, seconds: float) -> list[Candidate]:
+        """Claim runs; return those that were still free. For Redis: known when the transaction has ended."""
+        ...
+
+    def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
+        """Return the statuses of these runs by id, without those that have no execution."""
         ...
 
     def renew(self, fences: list[Fence]) -> None:

@@ -15,6 +15,8 @@ from stroma.checkpoint.decisions import (
     LastExecution,
     PriorWork,
     decide,
+    expired_error,
+    has_expired,
 )
 from stroma.checkpoint.durable.annotations import (
     open_rejected,
@@ -50,6 +52,7 @@ from stroma.checkpoint.entries import (
 )
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
+from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import PICO, Attempt
 from stroma.failures.errors import BUDGET, PAUSED
 from stroma.trace.events import AttemptRow
@@ -131,7 +134,7 @@ class RunOpener:
         action = decide(
             self._request,
             None if run is None or not run.execution else _last_execution(run),
-            self._has_same_input(rows, run),
+            self.has_same_input(rows, run),
             lambda: _prior_work(rows, run),
         )
         if action != "begin" and run is not None and not rows.is_complete(run):
@@ -152,12 +155,15 @@ class RunOpener:
             elif control.pause and request.is_automatic and run.status in ("RUNNING", *UNFINISHED):
                 # As with a cancel; or its time has come, or its answer. Only a person takes the pause back.
                 self._claim_to_end(rows, run, Finished("SUSPENDED", PAUSED))
+            elif run.expires_ms is not None and has_expired(run.status, run.expires_ms, rows.now_ms()):
+                self._claim_to_end(rows, run, Finished("FAILED", expired_error(self._run_id)))
             else:
                 self._recover(rows, run)
                 if run.status in COMPLETE and self._request.discard_from is None:
                     opened.completed = run
                 opened.control = RunControl(budget=control.budget)
-        opened.continued = action == "continue" and opened.finished is None
+        is_first = run is not None and run.status == QUEUED
+        opened.continued = action == "continue" and opened.finished is None and not is_first
         if run is not None:
             self._load_annotations(rows, run)
         return opened
@@ -212,11 +218,11 @@ class RunOpener:
                 "force_resume=True, or stroma resume --force"
             )
             if has_died:
-                self._claim_to_end(rows, run, Finished("FAILED", error, "poison"))
+                self._claim_to_end(rows, run, Finished("FAILED", error))
                 self._count_deaths(rows, number, first_epoch)
             else:
                 opened.fence = _read_only_fence(run)
-                opened.finished = Finished("FAILED", self._error_of(run), "poison")
+                opened.finished = Finished("FAILED", self._error_of(run))
             return
         opened.fence = rows.take_over(run, self._opening)
         if has_died and not request.force:
@@ -269,7 +275,7 @@ class RunOpener:
         sealed = self._payloads.seal_now(self._plain_input, PayloadPlace(self._run_id, execution, "input"))
         return opening._replace(input=sealed, sha256=checksum(sealed), execution=execution)
 
-    def _has_same_input(self, rows: Rows, run: RunRow | None) -> bool:
+    def has_same_input(self, rows: Rows, run: RunRow | None) -> bool:
         """Return True if the input is that of the last execution, or if there is nothing to compare it with."""
         stored = rows.input(run.run, run.execution) if run is not None and run.execution > 0 else None
         # A run without its input is damaged, which is_complete() reports unless the run begins anew.
@@ -398,6 +404,5 @@ def _prior_work(rows: Rows, run: RunRow | None) -> PriorWork:
 
 def _last_execution(run: RunRow) -> LastExecution:
     holder = run.holder
-    return LastExecution(
-        run.execution, run.status, None if holder is None else holder.place, run.left_seconds, run.wake_ms
-    )
+    place = None if holder is None else holder.place
+    return LastExecution(run.execution, run.status, place, run.left_seconds, run.wake_ms, run.claim)

@@ -7,7 +7,7 @@ import logging
 import time
 import weakref
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from operator import itemgetter
@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.decisions import BUDGET_CHANGED, COMPLETE, ENDED, UNFINISHED, not_waiting
 from stroma.checkpoint.durable.annotations import read_waiting, record_waiting, waiting_key
+from stroma.checkpoint.durable.claims import claim_runs, submit_run
 from stroma.checkpoint.durable.control import (
     CANCEL,
     PAUSE,
@@ -35,12 +36,13 @@ from stroma.checkpoint.durable.reader import ReadableStore
 from stroma.checkpoint.durable.retention import Collected, collect_expired
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunEnd, RunRow, Step, StepRow
 from stroma.checkpoint.durable.session import DurableSession
-from stroma.checkpoint.durable.session_open import finish_execution
+from stroma.checkpoint.durable.session_open import RunOpener, finish_execution
 from stroma.checkpoint.durable.worker import Connection, Operation, Worker, generation
 from stroma.checkpoint.entries import Committed, RunRequest, Waiting, count_items, map_not_found
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, BlobStore, PayloadPlace, Payloads
+from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema
 from stroma.failures.errors import BUDGET, PAUSED
@@ -116,19 +118,7 @@ class DurableStore(ReadableStore):
         if not self._payloads.plain:
             last, opened = await asyncio.to_thread(self._decrypt_ahead, request)
         session = DurableSession(request.run_id, self._submit, self._payloads, opened, self.address)
-        sealed = await self._payloads.seal(data, PayloadPlace(request.run_id, last + 1, "input"))
-        opening = Opening(
-            request.run_id,
-            request.pipeline,
-            str(new_owner(session, ends=request.ends)),
-            request.lease_seconds,
-            request.schema.fingerprint,
-            sealed,
-            checksum(sealed),
-            request.discard_from,
-            tuple(dict.fromkeys(request.tags)),
-            last + 1,
-        )
+        opening = await self._opening(request, data, last + 1, new_owner(session, ends=request.ends))
         open_session = partial(session.open, request, opening, data)
         await self._submit(Transaction(request.run_id, open_session, opening, session))
         if session.fence.owner:  # A run that is returned unchanged has no lease.
@@ -137,6 +127,65 @@ class DurableStore(ReadableStore):
                 renewer = self._lease_renewers.setdefault(generation(), LeaseRenewer(self))
             renewer.watch(session)
         return session
+
+    async def _opening(self, request: RunRequest, data: bytes, execution: int, owner: Owner) -> Opening:
+        sealed = await self._payloads.seal(data, PayloadPlace(request.run_id, execution, "input"))
+        return Opening(
+            request.run_id,
+            request.pipeline,
+            str(owner),
+            request.lease_seconds,
+            request.schema.fingerprint,
+            sealed,
+            checksum(sealed),
+            request.discard_from,
+            tuple(dict.fromkeys(request.tags)),
+            execution,
+        )
+
+    # ------------------------------------------------------------------ queue
+
+    async def submit(self, request: RunRequest, entry: QueueEntry) -> bool:
+        """Create a QUEUED run, which a worker starts. Return False if it exists already, whatever its status.
+
+        Raises ValueError for an illegal run id, NotSerialisable, RunExists for a run with another pipeline or input,
+        StoreError.
+        """
+        check_id(request.run_id, "run id")
+        data = self._encode(request.schema, request.initial_state)
+        opening = await self._opening(request, data, 1, new_owner(self, ends=False))
+        opener = RunOpener(self._payloads, request, opening, data, {})
+
+        def submit(rows: Rows) -> bool:
+            return submit_run(rows, request, opening, entry, opener.has_same_input)
+
+        is_new: bool = await self._submit(Transaction(request.run_id, submit, opening))
+        return is_new
+
+    async def claim(self, request: ClaimRequest) -> list[Candidate]:
+        """Claim due runs for a worker, the first ones first. Raises StoreError."""
+        if not self.exists():
+            return []
+        claimed: list[Candidate] = await self._submit(
+            Transaction(None, lambda rows: claim_runs(rows, request))
+        )
+        return claimed
+
+    async def postpone(self, run_id: str, token: str, due_ms: int) -> None:
+        """Give back a claimed run that could not be continued, and make it due at a later time. Raises StoreError."""
+
+        def postpone(rows: Rows) -> None:
+            run = rows.find(run_id, lock=True)
+            if run is not None and run.claim == token:
+                if run.status in UNFINISHED:
+                    rows.wake(run, due_ms)
+                rows.claim([Candidate(run.run, run_id, run.pipeline)], token, -1.0)
+
+        await self._submit(Transaction(run_id, postpone))
+
+    def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
+        """Return the statuses of these runs by id, without unknown ones. Blocking. Raises StoreError."""
+        return self.read(lambda rows: rows.statuses(run_ids), dict[str, str]()) if self.exists() else {}
 
     def _decrypt_ahead(self, request: RunRequest) -> tuple[int, dict[tuple[PayloadPlace, bytes], bytes]]:
         """Return the last execution of a run and its decrypted outputs.

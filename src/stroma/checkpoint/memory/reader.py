@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stroma.checkpoint.decisions import is_due
 from stroma.checkpoint.entries import Committed, Waiting, count_items, map_not_found
 from stroma.checkpoint.errors import CheckpointNotFound
 from stroma.contracts.contract import check_id
@@ -69,16 +69,10 @@ class MemoryReader:
         """
         return self._records.run_page(query, limit, after)
 
-    def due_runs(self, pipeline: str, now_ms: int, *, limit: int = 100) -> list[str]:
-        """Return ids of runs of a pipeline that a worker may continue; see :func:`stroma.checkpoint.decisions.is_due`."""
-        due = [
-            run_id
-            for run_id, run in self._runs.items()
-            if run.pipeline == pipeline
-            and (last := run.last_execution()) is not None
-            and is_due(last, now_ms)
-        ]
-        return due[:limit]
+    def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
+        """Return the statuses of these runs by id, without unknown ones."""
+        runs = ((run_id, self._runs.get(run_id)) for run_id in run_ids)
+        return {run_id: run.status for run_id, run in runs if run is not None and run.execution}
 
     def get_run(self, run_id: str) -> RunRecord | None:
         """Return the last execution of a run, or None. Raises ValueError for an illegal id."""

@@ -138,7 +138,7 @@ def _record(run_id: str, run: MemoryRun) -> RunRecord:
     return RunRecord(
         run_id, run.pipeline, run.status, run.execution, run.started_ms, updated, tokens, cost, nodes, run.error,
         last and last.holder, run.parent, sum(row.function_ns for row in rows if not row.branch) / 1e6,
-        tuple(sorted(run.tags)), cause_of([_attempt(row, run, with_output=False) for row in causes]), len(failed), run.epoch,
+        tuple(sorted(run.tags)), cause_of([_attempt(row, run, with_output=False) for row in causes]), len(failed), run.epoch, run.wake_ms,
     )  # fmt: skip
 
 

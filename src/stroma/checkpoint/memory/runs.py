@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
-from stroma.checkpoint.decisions import LastExecution, PriorWork
+from stroma.checkpoint.decisions import LastExecution, PriorWork, has_expired
 from stroma.checkpoint.entries import NO_CONTROL, RunControl, StepCall, Waiting
+from stroma.checkpoint.queue import QueueEntry
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.trace.events import AttemptRow, contract_of
@@ -76,6 +77,8 @@ class MemoryRun:
         last_session: weak reference to that session, for requests about the run.
         wake_ms: see :func:`stroma.checkpoint.decisions.merge_wake`.
         effects: ids of the nodes whose effect an execution of the run has called.
+        queue: how the run was submitted.
+        claim: token of the worker that has claimed it, and until when by the monotonic clock, in seconds.
     """
 
     execution: int = 0
@@ -104,6 +107,22 @@ class MemoryRun:
     last_session: Callable[[], Any] = no_session
     wake_ms: int | None = None
     effects: frozenset[str] = frozenset()
+    queue: QueueEntry = QueueEntry(0)
+    claim: tuple[str, float] | None = None
+
+    @property
+    def live_claim(self) -> str | None:
+        """The token of the claim; None if there is none, or it has expired."""
+        return self.claim[0] if self.claim is not None and time.monotonic() <= self.claim[1] else None
+
+    def claim_for(self, token: str, seconds: float) -> None:
+        """Keep the run for a worker."""
+        self.claim = (token, time.monotonic() + seconds)
+
+    @property
+    def has_expired(self) -> bool:
+        """Return True if the run is queued, and must not start any more."""
+        return has_expired(self.status, self.queue.expires_ms, time.time_ns() // 1_000_000)
 
     def discard_execution(self) -> None:
         """Delete what the last execution recorded: all but what belongs to the run, and states from ``save()``."""
@@ -121,7 +140,7 @@ class MemoryRun:
         if self.execution == 0:
             return None
         holder = "another task of this process" if self.session() is not None else None
-        return LastExecution(self.execution, self.status, holder, math.inf, self.wake_ms)
+        return LastExecution(self.execution, self.status, holder, math.inf, self.wake_ms, self.live_claim)
 
     def prior_work(self) -> PriorWork:
         """Return what a new execution discards."""

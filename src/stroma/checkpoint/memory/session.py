@@ -12,6 +12,7 @@ from stroma.checkpoint.decisions import (
     ENDED,
     UNFINISHED,
     decide,
+    expired_error,
     is_answered_meanwhile,
     merge_wake,
 )
@@ -36,6 +37,7 @@ from stroma.checkpoint.memory.runs import (
     position_of,
     row_of,
 )
+from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.sessions import NullSession
 from stroma.contracts.schema import Schema
 from stroma.contracts.snapshots import PickledSnapshot
@@ -79,6 +81,7 @@ class MemorySession(NullSession):
         last = run.last_execution()
         action = "begin" if last is None else decide(request, last, run.input == initial, run.prior_work)
         self.continued, self.finished, self.on_control = action == "continue", None, None
+        is_first = run.status == QUEUED
         if action != "begin":
             self._continue(run, request)
         if action == "continue":
@@ -87,6 +90,7 @@ class MemorySession(NullSession):
                 run.status, run.error = held
                 run.wake_ms, action, self.continued = None, "return", False
                 run.epoch += 1
+        self.continued = self.continued and not is_first
         if self.continued or run.status == "CANCELLED":
             run.control = run.control._replace(cancel=False, pause=False)
         #: Status and error of a completed run, and the number of its attempts: end() restores them if none was added.
@@ -103,7 +107,7 @@ class MemorySession(NullSession):
             run.start_execution()
             self.restored, self.prior = _NOTHING_RESTORED, _NO_PRIOR_USAGE
         if action != "return":
-            run.status, run.error, run.wake_ms = "RUNNING", None, None
+            run.status, run.error, run.wake_ms, run.claim = "RUNNING", None, None, None
             if request.tags:
                 run.tags = tuple(dict.fromkeys((*run.tags, *request.tags)))
             run.epoch += 1
@@ -278,6 +282,8 @@ def _held_as(run: MemoryRun, request: RunRequest) -> tuple[str, str | None] | No
         return "CANCELLED", None
     if run.control.pause and request.is_automatic and run.status in ("RUNNING", *UNFINISHED):
         return "SUSPENDED", PAUSED
+    if run.has_expired:
+        return "FAILED", expired_error(request.run_id)
     return None
 
 

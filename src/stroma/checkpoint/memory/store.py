@@ -12,6 +12,8 @@ from stroma.checkpoint.decisions import (
     COMPLETE,
     ENDED,
     UNFINISHED,
+    check_resubmission,
+    is_due,
     not_waiting,
 )
 from stroma.checkpoint.entries import RunControl, RunRequest, Waiting
@@ -23,6 +25,7 @@ from stroma.checkpoint.memory.runs import (
     position_of,
 )
 from stroma.checkpoint.memory.session import MemorySession
+from stroma.checkpoint.queue import QUEUED, Candidate, ClaimRequest, QueueEntry, choose
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema, describe_error, schema_of
 from stroma.failures.errors import BUDGET, PAUSED
@@ -53,6 +56,49 @@ class _MemoryStore(MemoryReader, MemoryCells):
         if run is None:
             run = self._runs[request.run_id] = MemoryRun()
         return MemorySession(run, request)
+
+    # ---- queue
+
+    async def submit(self, request: RunRequest, entry: QueueEntry) -> bool:
+        """Create a QUEUED run, which a worker of this process starts; see DurableStore."""
+        run = self._runs.get(check_id(request.run_id, "run id"))
+        if run is not None and run.execution:
+            same_input = run.input == request.schema.snapshot(request.initial_state)
+            check_resubmission(request, run.pipeline, same_input, run.execution, run.status)
+            return False
+        self.open_run(request).abandon()
+        run = self._runs[request.run_id]
+        run.status, run.wake_ms, run.queue = QUEUED, entry.due_ms, entry
+        return True
+
+    async def claim(self, request: ClaimRequest) -> list[Candidate]:
+        """Claim due runs for a worker of this process, the first ones first."""
+        candidates: list[Candidate] = []
+        live: dict[str, dict[str | None, int]] = {}
+        for run_id, run in self._runs.items():
+            last = run.last_execution()
+            if last is None or run.pipeline not in request.pipelines:
+                continue
+            key = run.queue.key
+            if last.holder is not None or last.claim is not None:
+                counts = live.setdefault(run.pipeline, {})
+                counts[key] = counts.get(key, 0) + 1
+            elif is_due(last, request.now_ms):
+                candidates.append(
+                    Candidate(run, run_id, run.pipeline, run.queue.priority, run.wake_ms or 0, key)
+                )
+        chosen = choose(candidates, live, request)
+        for one in chosen:
+            one.run.claim_for(request.token, request.seconds)
+        return chosen
+
+    async def postpone(self, run_id: str, token: str, due_ms: int) -> None:
+        """Give back a claimed run that could not be continued, and make it due at a later time."""
+        run = self._runs.get(run_id)
+        if run is not None and run.live_claim == token:
+            run.claim = None
+            if run.status in UNFINISHED:
+                run.wake_ms = due_ms
 
     # ---- journal
 

@@ -25,6 +25,7 @@ from stroma.checkpoint.durable.rows import (
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.postgres import statements as sql
 from stroma.checkpoint.postgres.schema import SCHEMA_VERSION, key
+from stroma.checkpoint.queue import Candidate, QueueEntry
 from stroma.checkpoint.records import Attempt, AttemptMark, RunQuery, StoreFacts, Tally, parse_attempt_mark
 from stroma.checkpoint.sql import Dialect, attempt_page, find_runs, tally
 
@@ -149,14 +150,45 @@ class PostgresRows:
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
         self._execute(sql.WAKE, (wake_ms, run.run))
 
-    def due(self, pipeline: str, now_ms: int, limit: int) -> list[str]:
-        run_ids = [run_id for (run_id,) in self._execute(sql.DUE, (pipeline, now_ms, limit)).fetchall()]
-        for run_id, owner, left_seconds in self._execute(
-            sql.RUNNING, (pipeline, machine_prefix())
-        ).fetchall():
-            if len(run_ids) < limit and is_free(owner, left_seconds):
-                run_ids.append(run_id)
-        return run_ids
+    # ------------------------------------------------------------------ queue
+
+    def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
+        self._execute(sql.ENQUEUE, (entry.due_ms, entry.priority, entry.key, entry.expires_ms, fence.run))
+
+    def candidates(self, pipeline: str, now_ms: int, limit: int) -> list[Candidate]:
+        values = {"pipeline": pipeline, "now": now_ms, "limit": limit, "machine": machine_prefix()}
+        candidates = [
+            Candidate._make(row)
+            for statement in (sql.STOPPED, sql.QUEUED, sql.QUEUED_BY_KEY)
+            for row in self._execute(statement, values).fetchall()
+        ]
+        gone = {
+            run: (owner, Candidate(run, run_id, name, priority, 0, key))
+            for run, run_id, name, priority, key, owner, left_seconds in self._execute(
+                sql.RUNNING, values
+            ).fetchall()
+            if is_free(owner, left_seconds)
+        }
+        if gone:
+            chosen = list(gone)[:limit]
+            owners = [gone[run][0] for run in chosen]
+            locked = self._execute(sql.LOCK_RUNNING, (chosen, owners)).fetchall()
+            candidates += [gone[run][1] for (run,) in locked]
+        return candidates
+
+    def live_runs(self, pipeline: str) -> dict[str | None, int]:
+        live: dict[str | None, int] = {}
+        for key_, owner, left_seconds, is_claimed in self._execute(sql.LIVE, (pipeline,)).fetchall():
+            if is_claimed or not is_free(owner, left_seconds):
+                live[key_] = live.get(key_, 0) + 1
+        return live
+
+    def claim(self, candidates: Sequence[Candidate], token: str, seconds: float) -> list[Candidate]:
+        self._execute(sql.CLAIM_RUNS, (token, float(seconds), [one.run for one in candidates]))
+        return list(candidates)
+
+    def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
+        return dict(self._execute(sql.STATUSES, ([key(run_id) for run_id in run_ids],)).fetchall())
 
     def renew(self, fences: list[Fence]) -> None:
         if not fences:

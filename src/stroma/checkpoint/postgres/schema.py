@@ -12,8 +12,8 @@ from stroma.checkpoint.durable.worker import permanent_error
 
 __all__ = ["SCHEMA_VERSION", "is_current", "is_ours", "key", "prepare"]
 
-SCHEMA_VERSION: Final = 3  # what this release writes
-_MIN_READER: Final = 3  # the oldest version that can read what this release writes
+SCHEMA_VERSION: Final = 4  # what this release writes
+_MIN_READER: Final = 4  # the oldest version that can read what this release writes
 
 # ``run`` is never reused, so that a session of a deleted run cannot reach the rows of another one.
 # An index entry holds at most 2.7 kB, and ids have any length: columns named *_key hold key() of an id.
@@ -26,7 +26,8 @@ _MIN_READER: Final = 3  # the oldest version that can read what this release wri
 # attempt_count and commit_count: rows that the last execution must have, counted in the transaction of each.
 # Cells: shared by all runs. They are rewritten often, so their pages have free space.
 # Deleted: runs that were deleted within the last day, to distinguish them from lost runs.
-# wake_ms: from when on a worker continues a run that stopped; every claim deletes it.
+# wake_ms: from when on a worker continues a run that stopped or is queued; every opening deletes it.
+# claim: the worker that is about to open the run, until claim_until.
 # The indexes of runs use columns that no commit changes, and `failed` contains rows that few commits write.
 # Identities: only steps of plain code have one; they can be longer than an index entry.
 _TABLES: Final[tuple[LiteralString, ...]] = (
@@ -38,7 +39,8 @@ _TABLES: Final[tuple[LiteralString, ...]] = (
         started_ms bigint NOT NULL CHECK (started_ms >= 0), updated_ms bigint NOT NULL,
         tokens bigint NOT NULL, cost_pico bigint NOT NULL, latency_ns bigint NOT NULL,
         lease_owner text COLLATE "C", lease_epoch bigint NOT NULL, lease_until timestamptz,
-        attempt_count bigint NOT NULL DEFAULT 0, commit_count bigint NOT NULL DEFAULT 0, wake_ms bigint)
+        attempt_count bigint NOT NULL DEFAULT 0, commit_count bigint NOT NULL DEFAULT 0, wake_ms bigint,
+        priority bigint NOT NULL DEFAULT 0, queue_key text COLLATE "C", expires_ms bigint, claim text, claim_until timestamptz)
         WITH (fillfactor = 70)""",
     "CREATE TABLE deleted (run bigint PRIMARY KEY, deleted_ms bigint NOT NULL)",
     "CREATE INDEX runs_by_start ON runs (started_ms, run)",
@@ -66,6 +68,7 @@ _TABLES: Final[tuple[LiteralString, ...]] = (
     "CREATE INDEX runs_by_pipeline ON runs (pipeline, started_ms, run)",
     "CREATE INDEX runs_by_status ON runs (status, started_ms, run)",
     "CREATE INDEX runs_by_wake ON runs (pipeline, wake_ms) WHERE wake_ms IS NOT NULL",
+    "CREATE INDEX runs_by_queue ON runs (pipeline, priority, wake_ms, run) WHERE status = 'QUEUED'",
     "CREATE INDEX failed ON attempts (run, execution, (started_ns + duration_ns)) WHERE failure_class IS NOT NULL",
     "CREATE INDEX called ON attempts (run, execution, position) WHERE identity IS NOT NULL",
 )  # fmt: skip

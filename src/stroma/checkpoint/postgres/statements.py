@@ -11,7 +11,8 @@ RUN_COLUMNS: Final = """r.run, r.run_id, r.pipeline, r.execution, r.status, r.er
     r.cost_pico, r.latency_ns, r.lease_owner, r.lease_epoch,
     coalesce(extract(epoch FROM r.lease_until - clock_timestamp())::float8, -1.0),
     (SELECT count(*) FROM steps s WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0
-    AND s.branch_key = ''), r.attempt_count, r.commit_count, r.wake_ms"""
+    AND s.branch_key = ''), r.attempt_count, r.commit_count, r.wake_ms, r.expires_ms,
+    CASE WHEN r.claim_until >= clock_timestamp() THEN r.claim END"""
 FIND: Final = f"SELECT {RUN_COLUMNS} FROM runs r WHERE run_key = %s"
 # Two sessions that open a new run wait for the same row: the second one waits for the first, then sees its changes.
 LOCK: Final = f"""INSERT INTO runs AS r (run_key, run_id, pipeline, execution, status, started_ms, updated_ms, tokens,
@@ -21,7 +22,7 @@ LOCK: Final = f"""INSERT INTO runs AS r (run_key, run_id, pipeline, execution, s
 NEW_INPUT: Final = "INSERT INTO inputs (run, execution, contract, input, sha256) VALUES (%s, %s, %s, %s, %s)"
 INPUT: Final = "SELECT contract, input, sha256 FROM inputs WHERE run = %s AND execution = %s"
 _CLAIM: Final = f"""status = 'RUNNING', error = NULL, updated_ms = {NOW_MS}, lease_owner = %s, lease_until = {_LEASE_END},
-    wake_ms = NULL, lease_epoch = lease_epoch + 1 WHERE run = %s RETURNING lease_epoch, attempt_count"""
+    wake_ms = NULL, claim = NULL, claim_until = NULL, lease_epoch = lease_epoch + 1 WHERE run = %s RETURNING lease_epoch, attempt_count"""
 TAKE_OVER: Final = f"UPDATE runs SET {_CLAIM}"
 REPLACE_OWNER: Final = "UPDATE runs SET lease_owner = %s WHERE run = %s"
 BEGIN: Final = f"""UPDATE runs SET execution = %s, pipeline = %s, started_ms = {NOW_MS}, tokens = 0, cost_pico = 0,
@@ -94,13 +95,33 @@ FINISH: Final = f"""UPDATE runs SET status = %(status)s, error = %(error)s,
     updated_ms = coalesce(%(updated_ms)s::bigint, {NOW_MS}), lease_until = NULL, wake_ms = CASE
     WHEN %(status)s::text IN ('SUSPENDED', 'INTERRUPTED') THEN least(wake_ms, %(wake_ms)s::bigint) END {_FENCE}"""
 WAKE: Final = "UPDATE runs SET wake_ms = %s WHERE run = %s"
-DUE: Final = """SELECT run_id FROM runs WHERE pipeline = %s AND wake_ms <= %s AND status IN ('SUSPENDED', 'INTERRUPTED')
-    ORDER BY wake_ms LIMIT %s"""
+ENQUEUE: Final = """UPDATE runs SET status = 'QUEUED', lease_until = NULL, wake_ms = %s, priority = %s, queue_key = %s,
+    expires_ms = %s WHERE run = %s"""
+_FREE: Final = "(r.claim_until IS NULL OR r.claim_until < clock_timestamp())"
+_CANDIDATE: Final = "SELECT r.run, r.run_id, r.pipeline, r.priority, coalesce(r.wake_ms, 0), r.queue_key"
+_DUE: Final = f"FROM runs r WHERE r.pipeline = %(pipeline)s AND r.wake_ms <= %(now)s AND {_FREE}"
+# Other workers skip the rows that one of them is about to claim.
+_LOCKED: Final = "FOR UPDATE OF r SKIP LOCKED"
+STOPPED: Final = f"""{_CANDIDATE} {_DUE} AND r.status IN ('SUSPENDED', 'INTERRUPTED')
+    ORDER BY r.wake_ms LIMIT %(limit)s {_LOCKED}"""
+# Without keys, the rows come from the index in order.
+QUEUED: Final = f"""{_CANDIDATE} {_DUE} AND r.status = 'QUEUED' AND r.queue_key IS NULL
+    ORDER BY r.priority, r.wake_ms, r.run LIMIT %(limit)s {_LOCKED}"""
+QUEUED_BY_KEY: Final = f"""{_CANDIDATE} {_DUE} AND r.status = 'QUEUED' AND r.run IN (SELECT run FROM (SELECT r.run,
+    row_number() OVER (PARTITION BY r.queue_key ORDER BY r.priority, r.wake_ms, r.run) AS place {_DUE}
+    AND r.status = 'QUEUED' AND r.queue_key IS NOT NULL) AS placed WHERE place <= %(limit)s) ORDER BY r.run {_LOCKED}"""
 # Of owners on this machine it is known at once that they are gone; they may be few of very many.
-RUNNING: Final = """SELECT run_id, lease_owner,
-    coalesce(extract(epoch FROM lease_until - clock_timestamp())::float8, -1.0) FROM runs
-    WHERE status = 'RUNNING' AND pipeline = %s AND execution > 0
-    AND (lease_until IS NULL OR lease_until < clock_timestamp() OR starts_with(lease_owner, %s)) ORDER BY started_ms"""
+RUNNING: Final = f"""SELECT run, run_id, pipeline, priority, queue_key, lease_owner,
+    coalesce(extract(epoch FROM lease_until - clock_timestamp())::float8, -1.0) FROM runs r
+    WHERE status = 'RUNNING' AND pipeline = %(pipeline)s AND execution > 0 AND {_FREE}
+    AND (lease_until IS NULL OR lease_until < clock_timestamp() OR starts_with(lease_owner, %(machine)s))
+    ORDER BY started_ms"""
+LIVE: Final = f"""SELECT queue_key, lease_owner, coalesce(extract(epoch FROM lease_until - clock_timestamp())::float8, -1.0),
+    NOT {_FREE} FROM runs r WHERE pipeline = %s AND (status = 'RUNNING' OR r.claim_until >= clock_timestamp())"""
+CLAIM_RUNS: Final = "UPDATE runs SET claim = %s, claim_until = clock_timestamp() + make_interval(secs => %s) WHERE run = ANY(%s)"
+LOCK_RUNNING: Final = f"""SELECT r.run FROM runs r WHERE r.run = ANY(%s) AND r.status = 'RUNNING' AND {_FREE}
+    AND r.lease_owner = ANY(%s) ORDER BY r.run {_LOCKED}"""
+STATUSES: Final = "SELECT run_id, status FROM runs WHERE execution > 0 AND run_key = ANY(%s)"
 # In the order of their runs, to avoid deadlocks.
 RENEW: Final = """WITH fences AS (SELECT * FROM
     unnest(%s::bigint[], %s::bigint[], %s::text[], %s::float8[], %s::bigint[])

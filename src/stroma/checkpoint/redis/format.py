@@ -190,6 +190,8 @@ def _run_row(reply: list[Any], run_id: str) -> RunRow:
         number["attempts"],
         number["commits"],
         _number(f["wake_ms"]) if "wake_ms" in f else None,
+        _number(f["expires_ms"]) if "expires_ms" in f else None,
+        _text(f.get("claim")) if _has_time_left(f.get("claim_until"), now) else None,
     )
     return parse_run(values, run_id)
 
@@ -200,13 +202,35 @@ def read_run_row(reply: Any, run_id: str) -> RunRow:
         return _run_row(reply, run_id)
     if "WRONGTYPE" not in f"{type(reply).__name__}: {reply}":
         raise reply
-    values = (RedisRun(run_id, "", 0, 0), run_id, "", 0, None, None, *[0] * 5, None, 0, -1.0, 0, 0, 0, None)
+    values = (
+        RedisRun(run_id, "", 0, 0),
+        run_id,
+        "",
+        0,
+        None,
+        None,
+        *[0] * 5,
+        None,
+        0,
+        -1.0,
+        0,
+        0,
+        0,
+        None,
+        None,
+        None,
+    )
     return parse_run(values, run_id)
 
 
 def _number(value: bytes) -> Any:
     """Return a number, or the unchanged value if it is not one."""
     return int(value) if value.isdigit() and len(value) < 20 else value
+
+
+def _has_time_left(until_ms: bytes | None, now_ms: int) -> bool:
+    until = None if until_ms is None else _number(until_ms)
+    return isinstance(until, int) and until >= now_ms
 
 
 def _text(value: bytes | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 from urllib.parse import quote, unquote_to_bytes
@@ -10,6 +11,7 @@ from urllib.parse import quote, unquote_to_bytes
 from stroma.checkpoint.durable.integrity import parse_attempt
 from stroma.checkpoint.durable.rows import AttemptSummary, RunExtras, RunRow, Step, StepRow
 from stroma.checkpoint.errors import CheckpointLost
+from stroma.checkpoint.queue import Candidate
 from stroma.checkpoint.records import (
     Attempt,
     RunQuery,
@@ -75,9 +77,28 @@ class RedisReader:
                     return runs, self._next_page(start, run_id)
         return runs, None if end is None else _mark(*end)
 
-    def due(self, pipeline: str, now_ms: int, limit: int) -> list[str]:
-        (run_ids,) = self._get(script_command("stroma:", "due", pipeline, now_ms, limit, _MAX_EXAMINED))
-        return [as_text(run_id) for run_id in run_ids]
+    def candidates(self, pipeline: str, now_ms: int, limit: int) -> list[Candidate]:
+        (reply,) = self._get(script_command("stroma:", "candidates", pipeline, now_ms, limit, _MAX_EXAMINED))
+        rows = sorted(zip(*(reply[at::5] for at in range(5)), strict=True), key=lambda row: int(row[0]))
+        return [
+            Candidate(
+                prefix_of(as_text(run_id)), as_text(run_id), pipeline, int(priority), int(due), _key(key)
+            )
+            for _, run_id, priority, due, key in rows
+        ]
+
+    def live_runs(self, pipeline: str) -> dict[str | None, int]:
+        (reply,) = self._get(script_command("stroma:", "live_runs", pipeline))
+        return Counter(map(_key, reply))
+
+    def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
+        replies = (
+            self._get(*(("HGET", f"{prefix_of(run_id)}run", "status") for run_id in run_ids))
+            if run_ids
+            else []
+        )
+        statuses = zip(run_ids, replies, strict=True)
+        return {run_id: as_text(status) for run_id, status in statuses if status is not None}
 
     def _next_page(self, start: bytes, run_id: bytes) -> str | None:
         """Return the start of the next page, if older runs exist; the next page applies the filter."""
@@ -379,3 +400,8 @@ def _filter_json(query: RunQuery) -> str:
     }
     conditions = {name: value for name, value in conditions.items() if value is not None}
     return json.dumps(conditions) if conditions else ""
+
+
+def _key(value: bytes) -> str | None:
+    """Return the key of a queued run, which has "=" before it; None for a run without a key."""
+    return as_text(value[1:]) if value else None

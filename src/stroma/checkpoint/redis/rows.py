@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from stroma.checkpoint.durable.integrity import require_undamaged
@@ -17,6 +18,7 @@ from stroma.checkpoint.durable.operations import fenced_error
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, RunEnd, RunRow, Step, StepRow
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.checkpoint.payloads import BLOB
+from stroma.checkpoint.queue import Candidate, QueueEntry
 from stroma.checkpoint.records import Attempt
 from stroma.checkpoint.redis.format import (
     RedisRun,
@@ -240,6 +242,25 @@ class RedisRows(RedisReader):
 
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
         self._write(run.run.prefix, "wake", run.run_id, "" if wake_ms is None else wake_ms)
+
+    def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
+        key = "" if entry.key is None else f"={entry.key}"
+        expires = "" if entry.expires_ms is None else entry.expires_ms
+        values = (fence.run.run_id, fence.owner, entry.due_ms, entry.priority, key, expires)
+        self._append(fence, "enqueue", *values)
+
+    def claim(self, candidates: Sequence[Candidate], token: str, seconds: float) -> list[Candidate]:
+        claimed: list[Candidate] = []
+        now_ms = max((one.due_ms for one in candidates), default=0)
+
+        def note(one: Candidate, reply: Any) -> None:
+            if reply == 1:
+                claimed.append(one)
+
+        for one in candidates:
+            values = ("claim", one.run_id, now_ms, token, int(seconds * 1000))
+            self._writes.append(_Write(prefix_of(one.run_id), values, partial(note, one)))
+        return claimed
 
     def is_complete(self, run: RunRow) -> bool:
         return True  # steps() and the claim check this, atomically with what they read.

@@ -65,12 +65,15 @@ function ops.delete(id, tombstone)
   while redis.call('EXISTS', p .. 'attempts:' .. (executions + 1), p .. 'steps:' .. (executions + 1)) > 0 do
     executions = executions + 1
   end
+  if f[3] then
+    leave_queues(id)
+    redis.call('ZREM', DUE .. f[3], id)
+  end
   for _, key in ipairs(keys_of(executions)) do redis.call('DEL', key) end
   redis.call('DEL', p .. SAVED)
   redis.call('ZREM', RUNS, id)
   redis.call('ZREM', IDS, id)
   redis.call('ZREM', ENDED, id)
-  if f[3] then redis.call('ZREM', DUE .. f[3], id) end
   if f[1] then redis.call('SET', p .. 'deleted:' .. f[1], 1, 'PX', tombstone) end
   return 0
 end
@@ -167,22 +170,64 @@ function ops.find_runs(from, before, lowest, limit, prefix, filter_json)
   return reply
 end
 
--- Returns the runs of a pipeline that are due, those first that have been due for longest. Wakes have the clock of the
--- clients, leases that of the server.
-function ops.due(pipeline, now, limit, most)
-  local key, ms, due, gone = DUE .. pipeline, now_ms(), {}, {}
-  now, limit = tonumber(now), tonumber(limit)
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', key, '-inf', math.max(now, ms), 'LIMIT', 0, most)) do
-    if #due >= limit then break end
-    local f = redis.pcall('HMGET', prefix_of(id) .. 'run', 'status', 'until_ms', 'wake_ms', 'pipeline')
-    local stopped = f[1] == 'SUSPENDED' or f[1] == 'INTERRUPTED'
-    if f.err or f[4] ~= pipeline or not (stopped and f[3] or f[1] == 'RUNNING') then gone[#gone + 1] = id
-    elseif stopped and tonumber(f[3]) <= now or not stopped and (tonumber(f[2] or 0) or 0) < ms then
-      due[#due + 1] = id
+-- Returns (order of submission, id, priority, due, '=' and key or '') of runs of a pipeline that are due and have no claim: the first queued runs of
+-- each key, and runs that stopped or whose lease is over. Wakes have the clock of the clients, leases that of the server.
+function ops.candidates(pipeline, now, limit, most)
+  local ms, found, gone, examined = now_ms(), {}, {}, 0
+  now, limit, most = tonumber(now), tonumber(limit), tonumber(most)
+  local function add(id, f, due)
+    for _, value in ipairs({f.order or '0', id, f.priority or 0, due, f.key and '=' .. f.key or ''}) do
+      found[#found + 1] = value
     end
   end
-  for _, id in ipairs(gone) do redis.call('ZREM', key, id) end
-  return due
+  local count = 0
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', DUE .. pipeline, '-inf', math.max(now, ms), 'LIMIT', 0, most)) do
+    if count >= limit then break end
+    local f = redis.pcall('HMGET', prefix_of(id) .. 'run', 'status', 'until_ms', 'wake_ms', 'pipeline', 'claim_until',
+      'priority', 'queue_key')
+    local stopped = f[1] == 'SUSPENDED' or f[1] == 'INTERRUPTED'
+    if f.err or f[4] ~= pipeline or not (stopped and f[3] or f[1] == 'RUNNING') then gone[#gone + 1] = id
+    elseif not is_claimed(f[5], ms) and (stopped and tonumber(f[3]) <= now
+        or not stopped and (tonumber(f[2] or 0) or 0) < ms) then
+      add(id, {priority = f[6], key = f[7]}, stopped and f[3] or 0)
+      count = count + 1
+    end
+  end
+  for _, id in ipairs(gone) do redis.call('ZREM', DUE .. pipeline, id) end
+  local keys = redis.call('SMEMBERS', QUEUE_KEYS .. pipeline)
+  keys[#keys + 1] = ''
+  for _, key in ipairs(keys) do
+    local queue, first, taken = queue_of(pipeline, key), 0, 0
+    while taken < limit and examined < most do
+      local members = redis.call('ZRANGE', queue, first, first + 99, 'WITHSCORES')
+      if #members == 0 then break end
+      for at = 1, #members, 2 do
+        local due, order, id = string.match(members[at], '^(%d+) (%d+):(.*)$')
+        examined = examined + 1
+        if due and taken < limit and tonumber(due) <= now then
+          local f = redis.pcall('HMGET', prefix_of(id) .. 'run', 'status', 'claim_until')
+          if f.err or f[1] ~= 'QUEUED' then redis.call('ZREM', queue, members[at])  -- The run was lost.
+          elseif not is_claimed(f[2], ms) then
+            add(id, {priority = members[at + 1], key = key ~= '' and key or nil, order = order}, tonumber(due))
+            taken = taken + 1
+          end
+        end
+      end
+      first = first + 100
+    end
+  end
+  return found
+end
+
+-- Returns the keys of the runs of a pipeline that have an owner or a claim: '=' and the key, or ''.
+function ops.live_runs(pipeline)
+  local keys, ms = {}, now_ms()
+  redis.call('ZREMRANGEBYSCORE', LIVE .. pipeline, '-inf', '(' .. ms)
+  for _, id in ipairs(redis.call('ZRANGE', LIVE .. pipeline, 0, -1)) do
+    local key = redis.pcall('HGET', prefix_of(id) .. 'run', 'queue_key')
+    keys[#keys + 1] = type(key) == 'string' and '=' .. key or ''
+  end
+  return keys
 end
 
 function ops.sweep()

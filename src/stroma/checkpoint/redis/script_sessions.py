@@ -37,7 +37,11 @@ function ops.begin(id, old_token, old_epoch, old_version, old_annotations, owner
   local us = now_us()
   local ms = math.floor(us / 1000)
   local version = (f[3] or 0) + 1
-  if f[1] then set_wake(id, '') end
+  if f[1] then
+    leave_queues(id)
+    set_wake(id, '')
+    redis.call('HDEL', run, 'priority', 'queue_key', 'expires_ms')
+  end
   redis.call('HSET', run, 'token', token, 'run_id', id, 'pipeline', pipeline, 'execution', execution,
     'status', 'RUNNING', 'started_ms', ms, 'updated_ms', ms, 'tokens', 0, 'cost_pico', 0, 'latency_ns', 0,
     'owner', owner, 'epoch', epoch, 'until_ms', ms + lease, 'nodes', 0, 'commits', 0, 'attempts', 0, 'identities', 0, 'version', version)
@@ -55,6 +59,7 @@ function ops.begin(id, old_token, old_epoch, old_version, old_annotations, owner
   redis.call('ZADD', IDS, 0, id)
   redis.call('ZREM', ENDED, id)
   redis.call('ZADD', DUE .. pipeline, ms + lease, id)
+  set_live(id, pipeline, ms + lease)
   sweep(10)
   return version
 end
@@ -68,8 +73,11 @@ function ops.take_over(id, token, old_epoch, old_version, old_annotations, owner
   local version = f[3] + 1
   redis.call('HSET', run, 'status', 'RUNNING', 'owner', owner, 'epoch', epoch, 'until_ms', ms + lease,
     'updated_ms', ms, 'version', version)
+  leave_queues(id)
   redis.call('HDEL', run, 'error', 'wake_ms')
-  redis.call('ZADD', DUE .. (redis.call('HGET', run, 'pipeline') or ''), ms + lease, id)
+  local pipeline = redis.call('HGET', run, 'pipeline') or ''
+  redis.call('ZADD', DUE .. pipeline, ms + lease, id)
+  set_live(id, pipeline, ms + lease)
   if tags ~= '' then redis.call('HSET', run, 'tags', merge_lists(redis.call('HGET', run, 'tags') or '[]', tags)) end
   if discard ~= '' then
     local steps, nodes, commits, top = p .. 'steps:' .. execution, p .. 'nodes:' .. execution, 0, 0
@@ -141,6 +149,7 @@ function ops.finish(id, token, execution, epoch, owner, acknowledged, status, er
   local problem = fence_problem(token, epoch, owner, acknowledged)
   if problem then return problem end
   local ms = now_ms()
+  leave_queues(id)
   redis.call('HSET', run, 'status', status, 'updated_ms', updated ~= '' and updated or ms)
   if error ~= '' then
     redis.call('HSET', run, 'error', string.sub(error, 2))
@@ -172,7 +181,39 @@ function ops.renew(token, epoch, owner, acknowledged, lease)
   redis.call('HSET', run, 'until_ms', ms + lease)
   local f = redis.call('HMGET', run, 'pipeline', 'run_id')
   redis.call('ZADD', DUE .. (f[1] or ''), 'XX', ms + lease, f[2] or '')
+  set_live(f[2] or '', f[1] or '', ms + lease)
   return redis.call('HINCRBY', run, 'version', 1)
+end
+
+-- Releases an execution that has just begun, until a worker opens it.
+function ops.enqueue(id, owner, due, priority, key, expires)
+  local f = redis.call('HMGET', run, 'owner', 'pipeline')
+  if f[1] ~= owner then return 'changed' end
+  redis.call('ZREM', DUE .. f[2], id)
+  redis.call('ZREM', LIVE .. f[2], id)
+  redis.call('HSET', run, 'status', 'QUEUED', 'priority', priority)
+  redis.call('HDEL', run, 'until_ms')
+  if key ~= '' then redis.call('HSET', run, 'queue_key', string.sub(key, 2)) end
+  if expires ~= '' then redis.call('HSET', run, 'expires_ms', expires) end
+  join_queue(id, due)
+  return redis.call('HINCRBY', run, 'version', 1)
+end
+
+-- Returns true if a worker has claimed a run.
+local function is_claimed(claim_until, ms) return (tonumber(claim_until or 0) or 0) >= ms end
+
+-- Claims a run for a worker; with a negative time, it gives it back. Returns 0 if it is no longer free.
+function ops.claim(id, now, token, claim_ms)
+  local ms = now_ms()
+  local f = redis.call('HMGET', run, 'status', 'until_ms', 'wake_ms', 'claim', 'claim_until', 'pipeline')
+  if not f[1] or is_claimed(f[5], ms) and f[4] ~= token then return 0 end
+  if f[1] == 'RUNNING' then
+    if (tonumber(f[2] or 0) or 0) >= ms then return 0 end
+  elseif not f[3] or tonumber(claim_ms) >= 0 and tonumber(f[3]) > tonumber(now) then return 0 end
+  redis.call('HSET', run, 'claim', token, 'claim_until', ms + claim_ms)
+  if tonumber(claim_ms) < 0 then redis.call('ZREM', LIVE .. f[6], id)
+  else set_live(id, f[6], ms + claim_ms) end
+  return 1
 end
 
 -- Sets from when on a run is due if it is suspended, or will be; '': never by itself.

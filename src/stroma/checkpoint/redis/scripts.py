@@ -22,7 +22,9 @@ The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
 
 and of all runs: stroma:runs (zset: id by start), stroma:ids (zset: id, for prefixes), stroma:ended (zset: id by when its
 keys expire). A run that is in the first but not in the last one, and has no keys, has lost them. stroma:due:<pipeline> (zset:
-id by when a worker may continue it: the end of the lease when it was claimed or renewed, or wake_ms). Shared by all runs: a hash
+id by when a worker may continue it: the end of the lease when it was opened or renewed, or wake_ms), stroma:live:<pipeline>
+(zset: id by the end of its lease or claim), stroma:queue:<pipeline, see queue_of> (zset for each key of queued runs: "due order:id"
+by priority), stroma:queuekeys:<pipeline> (set: the keys of queued runs). Shared by all runs: a hash
 stroma:cell:<name, percent-encoded> for each cell, with its data, and the number and the maker of its last change.
 """
 
@@ -63,6 +65,7 @@ local p, op = KEYS[1], ARGV[1]
 local run = p .. 'run'
 local MAX_EXECUTIONS = 100000  -- a damaged row may have any number
 local RUNS, IDS, ENDED, DUE = 'stroma:runs', 'stroma:ids', 'stroma:ended', 'stroma:due:'
+local LIVE, QUEUE, QUEUE_KEYS = 'stroma:live:', 'stroma:queue:', 'stroma:queuekeys:'
 
 local function now_us()
   local t = redis.call('TIME')
@@ -123,16 +126,51 @@ local function prefix_of(id)
   return 'stroma:{' .. name .. '}:'
 end
 
+-- Returns the key of the queue of a pipeline for runs of one key; '': for runs without a key.
+local function queue_of(pipeline, key) return QUEUE .. #pipeline .. ':' .. pipeline .. ':' .. key end
+
+local function leave_queue()
+  local f = redis.call('HMGET', run, 'queued', 'pipeline', 'queue_key')
+  if not f[1] then return end
+  local key = f[3] or ''
+  local queue = queue_of(f[2], key)
+  redis.call('ZREM', queue, f[1])
+  redis.call('HDEL', run, 'queued')
+  if key ~= '' and redis.call('EXISTS', queue) == 0 then redis.call('SREM', QUEUE_KEYS .. f[2], key) end
+end
+
+local function join_queue(id, due)
+  leave_queue()
+  local f = redis.call('HMGET', run, 'pipeline', 'queue_key', 'priority', 'order')
+  local key, member = f[2] or '', string.format('%015.0f %018.0f:', due, f[4]) .. id
+  redis.call('ZADD', queue_of(f[1], key), f[3], member)
+  redis.call('HSET', run, 'queued', member, 'wake_ms', due)
+  if key ~= '' then redis.call('SADD', QUEUE_KEYS .. f[1], key) end
+end
+
 -- Stores from when on a worker may continue a run that stopped; '': never by itself.
 local function set_wake(id, wake)
   local pipeline = redis.call('HGET', run, 'pipeline') or ''
-  if wake == '' then
+  if wake ~= '' and redis.call('HGET', run, 'status') == 'QUEUED' then join_queue(id, wake)
+  elseif wake == '' then
     redis.call('HDEL', run, 'wake_ms')
     redis.call('ZREM', DUE .. pipeline, id)
   else
     redis.call('HSET', run, 'wake_ms', wake)
     redis.call('ZADD', DUE .. pipeline, wake, id)
   end
+end
+
+-- Records until when a run has an owner or a claim.
+local function set_live(id, pipeline, until_ms)
+  redis.call('ZADD', LIVE .. pipeline, until_ms, id)
+end
+
+-- Ends the claim of a run, and its place in the queue.
+local function leave_queues(id)
+  leave_queue()
+  redis.call('HDEL', run, 'claim', 'claim_until')
+  redis.call('ZREM', LIVE .. (redis.call('HGET', run, 'pipeline') or ''), id)
 end
 
 local ops = {}

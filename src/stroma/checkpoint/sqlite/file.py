@@ -26,8 +26,8 @@ T = TypeVar("T")
 Connect = Callable[[str], sqlite3.Connection]
 
 _APPLICATION_ID: Final = 0x5374726D  # "Strm", in the header of the file
-SCHEMA_VERSION: Final = 4  # what this release writes
-_MIN_READER: Final = 4  # the oldest version that can read what this release writes
+SCHEMA_VERSION: Final = 5  # what this release writes
+_MIN_READER: Final = 5  # the oldest version that can read what this release writes
 _NEEDED_SQLITE: Final = (3, 37, 0)  # the first one with STRICT tables
 
 # STRICT: SQLite refuses values of another type than the column's.
@@ -40,7 +40,8 @@ _NEEDED_SQLITE: Final = (3, 37, 0)  # the first one with STRICT tables
 # durable/rows.py. Ids grow with each commit: the newest output of a node has the highest.
 # Cells: shared by all runs. Deleted: runs that were deleted within the last day, to distinguish them from lost runs.
 # The lease columns: every open_run increments the epoch and writes its owner and the end of its lease.
-# wake_ms: from when on a worker continues a run that stopped; every claim deletes it.
+# wake_ms: from when on a worker continues a run that stopped or is queued; every opening deletes it.
+# claim: the worker that is about to open the run, until claim_until_ms by the clock of leases.
 # The indexes of runs use columns that no commit changes, and `failed` contains rows that few commits write.
 _SCHEMA: Final = (
     "CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID, STRICT",
@@ -50,7 +51,8 @@ _SCHEMA: Final = (
         started_ms INTEGER NOT NULL CHECK (started_ms >= 0), updated_ms INTEGER NOT NULL,
         tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, latency_ns INTEGER NOT NULL,
         lease_owner TEXT, lease_epoch INTEGER NOT NULL, lease_until_ms INTEGER,
-        attempt_count INTEGER NOT NULL DEFAULT 0, commit_count INTEGER NOT NULL DEFAULT 0, wake_ms INTEGER) STRICT""",
+        attempt_count INTEGER NOT NULL DEFAULT 0, commit_count INTEGER NOT NULL DEFAULT 0, wake_ms INTEGER,
+        priority INTEGER NOT NULL DEFAULT 0, queue_key TEXT, expires_ms INTEGER, claim TEXT, claim_until_ms INTEGER) STRICT""",
     "CREATE TABLE deleted (run INTEGER PRIMARY KEY, deleted_ms INTEGER NOT NULL) STRICT",
     "CREATE INDEX runs_by_start ON runs (started_ms, run)",
     """CREATE TABLE inputs (
@@ -76,6 +78,8 @@ _SCHEMA: Final = (
     "CREATE INDEX runs_by_pipeline ON runs (pipeline, started_ms, run)",
     "CREATE INDEX runs_by_status ON runs (status, started_ms, run)",
     "CREATE INDEX runs_by_wake ON runs (pipeline, wake_ms) WHERE wake_ms IS NOT NULL",
+    "CREATE INDEX runs_by_queue ON runs (pipeline, priority, wake_ms, run) WHERE status = 'QUEUED'",
+    "CREATE INDEX runs_by_claim ON runs (pipeline, claim_until_ms) WHERE claim_until_ms IS NOT NULL",
     """CREATE INDEX failed ON attempts (run, execution, started_ns + duration_ns)
         WHERE failure_class IS NOT NULL""",
     "CREATE INDEX called ON attempts (run, execution, identity, position) WHERE identity IS NOT NULL",

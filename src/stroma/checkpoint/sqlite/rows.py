@@ -23,6 +23,7 @@ from stroma.checkpoint.durable.rows import (
     is_free,
 )
 from stroma.checkpoint.payloads import BLOB
+from stroma.checkpoint.queue import MAX_CLAIM_SECONDS, Candidate, QueueEntry
 from stroma.checkpoint.records import Attempt, AttemptMark, RunQuery, StoreFacts, Tally, parse_attempt_mark
 from stroma.checkpoint.sql import Dialect, attempt_page, find_runs, tally
 from stroma.checkpoint.sqlite import statements as sql
@@ -175,12 +176,46 @@ class SqliteRows:
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
         self.db.execute(sql.WAKE, (wake_ms, run.run))
 
-    def due(self, pipeline: str, now_ms: int, limit: int) -> list[str]:
-        run_ids = [run_id for (run_id,) in self.db.execute(sql.DUE, (pipeline, now_ms, limit)).fetchall()]
-        for run_id, owner, until_ms in self.db.execute(sql.RUNNING, (pipeline,)).fetchall():
-            if len(run_ids) < limit and is_free(owner, _seconds_left(owner, until_ms)):
-                run_ids.append(run_id)
-        return run_ids
+    # ------------------------------------------------------------------ queue
+
+    def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
+        self.db.execute(sql.ENQUEUE, (entry.due_ms, entry.priority, entry.key, entry.expires_ms, fence.run))
+
+    def candidates(self, pipeline: str, now_ms: int, limit: int) -> list[Candidate]:
+        values = {"pipeline": pipeline, "now": now_ms, "limit": limit, "clock": _clock_ms()}
+        candidates = [
+            Candidate._make(row)
+            for statement in (sql.STOPPED, sql.QUEUED, sql.QUEUED_BY_KEY)
+            for row in self.db.execute(statement, values).fetchall()
+        ]
+        gone = [
+            Candidate(run, run_id, name, priority, 0, key)
+            for run, run_id, name, priority, key, owner, until_ms, free in self.db.execute(
+                sql.RUNNING, values
+            )
+            if free and is_free(owner, _seconds_left(owner, until_ms))
+        ]
+        return candidates + gone[:limit]
+
+    def live_runs(self, pipeline: str) -> dict[str | None, int]:
+        values = {"pipeline": pipeline, "clock": _clock_ms()}
+        live = dict(self.db.execute(sql.CLAIMED, values).fetchall())
+        for _, _, _, _, key, owner, until_ms, free in self.db.execute(sql.RUNNING, values).fetchall():
+            if not (free and is_free(owner, _seconds_left(owner, until_ms))):
+                live[key] = live.get(key, 0) + 1
+        return live
+
+    def claim(self, candidates: Sequence[Candidate], token: str, seconds: float) -> list[Candidate]:
+        until = _lease_end(seconds)
+        self.db.executemany(sql.KEEP_CLAIM, [(token, until, one.run) for one in candidates])
+        return list(candidates)
+
+    def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
+        statuses: dict[str, str] = {}
+        for first in range(0, len(run_ids), _MAX_VALUES):
+            part = run_ids[first : first + _MAX_VALUES]
+            statuses.update(self.db.execute(sql.STATUSES % ", ".join("?" * len(part)), part).fetchall())
+        return statuses
 
     def renew(self, fences: list[Fence]) -> None:
         self.db.executemany(sql.RENEW, [(_lease_end(f.lease_seconds), *_fence_values(f)) for f in fences])
@@ -317,7 +352,10 @@ def _step_values(fence: Fence, attempt: Attempt, step: Step) -> tuple[Any, ...]:
 
 
 def _run_row(row: Any) -> RunRow:
-    return parse_run((*row[:13], _seconds_left(row[11], row[13]), *row[14:]))
+    *row, claim, claim_until_ms = row
+    left_ms = claim_until_ms - _clock_ms() if isinstance(claim_until_ms, int) else -1
+    has_claim = 0 <= left_ms <= 1000 * MAX_CLAIM_SECONDS
+    return parse_run((*row[:13], _seconds_left(row[11], row[13]), *row[14:], claim if has_claim else None))
 
 
 def _step_row(row: Any) -> StepRow:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Final
 
 from stroma.checkpoint.durable.rows import Annotation
+from stroma.checkpoint.queue import MAX_CLAIM_SECONDS
 
 COLUMNS: Final = """r.run, r.run_id, r.pipeline, r.execution, r.status, r.error, r.started_ms, r.updated_ms, r.tokens,
     r.cost_pico, r.latency_ns, r.lease_owner, r.lease_epoch, r.lease_until_ms, (SELECT count(*) FROM steps s
     WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0 AND s.branch = ''), r.attempt_count,
-    r.commit_count, r.wake_ms"""
+    r.commit_count, r.wake_ms, r.expires_ms, r.claim, r.claim_until_ms"""
 RUN: Final = f"SELECT {COLUMNS} FROM runs r"
 NEW_RUN: Final = """INSERT INTO runs (run_id, pipeline, execution, status, started_ms, updated_ms, tokens, cost_pico,
     latency_ns, lease_epoch, attempt_count, commit_count) VALUES (?, '', 0, 'RUNNING', ?, ?, 0, 0, 0, 0, 0, 0)"""
@@ -18,7 +19,7 @@ RESTART: Final = """UPDATE runs SET execution = ?, pipeline = ?, started_ms = ?,
 NEW_INPUT: Final = "INSERT INTO inputs (run, execution, contract, input, sha256) VALUES (?, ?, ?, ?, ?)"
 INPUT: Final = "SELECT contract, input, sha256 FROM inputs WHERE run = ? AND execution = ?"
 CLAIM: Final = """UPDATE runs SET status = 'RUNNING', error = NULL, updated_ms = ?, lease_owner = ?, lease_until_ms = ?,
-    wake_ms = NULL, lease_epoch = lease_epoch + 1 WHERE run = ? RETURNING lease_epoch, attempt_count"""
+    wake_ms = NULL, claim = NULL, claim_until_ms = NULL, lease_epoch = lease_epoch + 1 WHERE run = ? RETURNING lease_epoch, attempt_count"""
 REPLACE_OWNER: Final = "UPDATE runs SET lease_owner = ? WHERE run = ?"
 DISCARD: Final = "DELETE FROM steps WHERE run = ? AND execution = ? AND position >= ?"
 DISCARDED: Final = "UPDATE runs SET commit_count = commit_count - ? WHERE run = ?"
@@ -58,10 +59,26 @@ ATTEMPT_COUNT: Final = "SELECT attempt_count FROM runs WHERE run = ?"
 END: Final = f"""UPDATE runs SET status = ?, error = ?, updated_ms = ?, lease_until_ms = NULL,
     wake_ms = CASE WHEN ? THEN coalesce(min(wake_ms, ?), wake_ms, ?) END {_FENCE}"""
 WAKE: Final = "UPDATE runs SET wake_ms = ? WHERE run = ?"
-DUE: Final = """SELECT run_id FROM runs WHERE pipeline = ? AND wake_ms <= ? AND status IN ('SUSPENDED', 'INTERRUPTED')
-    ORDER BY wake_ms LIMIT ?"""
-RUNNING: Final = """SELECT run_id, lease_owner, lease_until_ms FROM runs WHERE status = 'RUNNING' AND pipeline = ?
-    AND execution > 0 ORDER BY started_ms"""
+ENQUEUE: Final = """UPDATE runs SET status = 'QUEUED', lease_until_ms = NULL, wake_ms = ?, priority = ?, queue_key = ?,
+    expires_ms = ? WHERE run = ?"""
+_FREE: Final = (
+    f"(claim_until_ms IS NULL OR claim_until_ms NOT BETWEEN :clock AND :clock + {1000 * MAX_CLAIM_SECONDS})"
+)
+_CANDIDATE: Final = "run, run_id, pipeline, priority, wake_ms, queue_key"
+STOPPED: Final = f"""SELECT {_CANDIDATE} FROM runs WHERE pipeline = :pipeline AND wake_ms <= :now
+    AND status IN ('SUSPENDED', 'INTERRUPTED') AND {_FREE} ORDER BY wake_ms LIMIT :limit"""
+# Without keys, the rows come from the index in order.
+QUEUED: Final = f"""SELECT {_CANDIDATE} FROM runs WHERE pipeline = :pipeline AND status = 'QUEUED' AND queue_key IS NULL
+    AND wake_ms <= :now AND {_FREE} ORDER BY priority, wake_ms, run LIMIT :limit"""
+QUEUED_BY_KEY: Final = f"""SELECT {_CANDIDATE} FROM (SELECT *, row_number() OVER (PARTITION BY queue_key
+    ORDER BY priority, wake_ms, run) AS place FROM runs WHERE pipeline = :pipeline AND status = 'QUEUED'
+    AND queue_key IS NOT NULL AND wake_ms <= :now AND {_FREE}) WHERE place <= :limit ORDER BY run"""
+RUNNING: Final = f"""SELECT run, run_id, pipeline, priority, queue_key, lease_owner, lease_until_ms, {_FREE} FROM runs
+    WHERE status = 'RUNNING' AND pipeline = :pipeline AND execution > 0 ORDER BY started_ms"""
+CLAIMED: Final = f"""SELECT queue_key, count(*) FROM runs WHERE pipeline = :pipeline AND claim_until_ms IS NOT NULL
+    AND NOT {_FREE} AND status <> 'RUNNING' GROUP BY queue_key"""
+KEEP_CLAIM: Final = "UPDATE runs SET claim = ?, claim_until_ms = ? WHERE run = ?"
+STATUSES: Final = "SELECT run_id, status FROM runs WHERE execution > 0 AND run_id IN (%s)"
 RENEW: Final = f"UPDATE runs SET lease_until_ms = ? {_FENCE} AND lease_until_ms IS NOT NULL"
 TAG: Final = """INSERT INTO tags (run, tag, started_ms) SELECT run, ?, started_ms FROM runs WHERE run = ?
     ON CONFLICT DO NOTHING"""

@@ -7,13 +7,13 @@ import sys
 import typing
 from collections.abc import Callable, Coroutine
 from types import FrameType
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, Unpack, overload
 
 from pydantic import BaseModel
 
 from stroma.contracts.annotations import annotation_of, check_annotations
 from stroma.contracts.contract import NodeContract
-from stroma.runner.flows.flow import Flow, FlowFunction
+from stroma.runner.flows.flow import Flow, FlowFunction, FlowLimits
 
 __all__ = ["AnnotatedFlowDecorator", "FlowDecorator", "define_flow", "stroma_flow"]
 
@@ -25,7 +25,7 @@ def define_flow(
     flow_id: str,
     body: Any,
     schemas: tuple[type[BaseModel] | None, type[BaseModel] | None],
-    max_concurrency: int | None,
+    limits: FlowLimits,
     scope: FrameType,
 ) -> FlowFunction[Any, Any]:
     """Return a function as a flow. Raises TypeError for one that cannot be the body of a flow.
@@ -39,6 +39,7 @@ def define_flow(
         )
     if not inspect.iscoroutinefunction(body):
         raise TypeError(f"flow {flow_id!r}: {name} must be an `async def` function of (flow, state)")
+    max_concurrency = limits.get("max_concurrency")
     if max_concurrency is not None and (not isinstance(max_concurrency, int) or max_concurrency < 1):
         raise ValueError(f"max_concurrency must be at least 1, or None for no bound, got {max_concurrency!r}")
     parameters = list(inspect.signature(body).parameters)
@@ -50,7 +51,7 @@ def define_flow(
         node_id=flow_id, input_schema=input_model, output_schema=output_model
     )
     check_annotations(f"flow {flow_id!r}", body, contract, scope, position=1)
-    return FlowFunction(flow_id, body, contract, max_concurrency)
+    return FlowFunction(flow_id, body, contract, **limits)
 
 
 def _class_of(flow_id: str, what: str, passed: Any, annotated: Any) -> type[BaseModel]:
@@ -77,16 +78,16 @@ class AnnotatedFlowDecorator(typing.Protocol):
 
 @overload
 def stroma_flow(
-    flow_id: str, *, input: type[In], output: type[Out], max_concurrency: int | None = None
+    flow_id: str, *, input: type[In], output: type[Out], **limits: Unpack[FlowLimits]
 ) -> FlowDecorator[In, Out]: ...
 @overload
-def stroma_flow(flow_id: str, *, max_concurrency: int | None = None) -> AnnotatedFlowDecorator: ...
+def stroma_flow(flow_id: str, **limits: Unpack[FlowLimits]) -> AnnotatedFlowDecorator: ...
 def stroma_flow(
     flow_id: str,
     *,
     input: type[BaseModel] | None = None,
     output: type[BaseModel] | None = None,
-    max_concurrency: int | None = None,
+    **limits: Unpack[FlowLimits],
 ) -> Any:
     """Make a flow of an async function of ``(flow, state)``: a pipeline that decides in plain Python what comes next.
 
@@ -94,6 +95,6 @@ def stroma_flow(
         flow_id: name of the flow in stores, metrics and spans.
         input: pydantic model of its input. Default: the annotation of ``state``.
         output: pydantic model of its output. Default: the annotation of the returned value.
-        max_concurrency: maximum number of its steps that run at the same time; None: no maximum.
+        limits: see FlowLimits.
     """
-    return lambda body: define_flow(flow_id, body, (input, output), max_concurrency, sys._getframe(1))
+    return lambda body: define_flow(flow_id, body, (input, output), limits, sys._getframe(1))

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Coroutine, Iterable
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, Generic, Literal, TypeVar, overload
+from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
 from uuid import UUID
 
 from pydantic import BaseModel
@@ -224,6 +224,19 @@ TakenT = TypeVar("TakenT", bound=BaseModel, contravariant=True)
 OutputT = TypeVar("OutputT", bound=BaseModel, covariant=True)
 
 
+class FlowLimits(TypedDict, total=False):
+    """Limits of a flow; None: no limit.
+
+    Attributes:
+        max_concurrency: maximum number of steps of a run that are executed at the same time.
+        max_runs, max_runs_per_key: see Pipeline.
+    """
+
+    max_concurrency: int | None
+    max_runs: int | None
+    max_runs_per_key: int | None
+
+
 class FlowFunction(Pipeline, Generic[TakenT, OutputT]):
     """A flow: an async function that calls nodes as steps. Run it as a pipeline, or with ``flow.run`` inside another."""
 
@@ -237,7 +250,7 @@ class FlowFunction(Pipeline, Generic[TakenT, OutputT]):
         flow_id: str,
         body: Callable[[Flow, TakenT], Coroutine[Any, Any, OutputT]],
         contract: NodeContract[TakenT, OutputT],
-        max_concurrency: int | None,
+        **limits: Unpack[FlowLimits],
     ) -> None:
         put = partial(object.__setattr__, self)
         check_id(flow_id, "flow id")
@@ -249,12 +262,13 @@ class FlowFunction(Pipeline, Generic[TakenT, OutputT]):
             False,
             True,
             body=lambda run, state: body(Flow(run), state),
-            max_concurrency=max_concurrency,
+            max_concurrency=limits.get("max_concurrency"),
         )
         put("_stroma_node", node)
         put("_stroma_node_id", flow_id)
         put("_stroma_contract", contract)
-        super().__init__(flow_id, (self,))
+        max_runs, per_key = limits.get("max_runs"), limits.get("max_runs_per_key")
+        super().__init__(flow_id, (self,), max_runs=max_runs, max_runs_per_key=per_key)
 
     @property
     def _takes_any_state(self) -> Literal[False]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -12,6 +12,7 @@ from stroma.checkpoint import (
     RunRequest,
     Waiting,
 )
+from stroma.checkpoint.queue import ClaimRequest, RunLimits
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.restore import read_output
 from stroma.failures.classes import FailureClass
@@ -104,6 +105,12 @@ async def begin(store: Any, run_id: str = "run", state: BaseModel | None = None,
     state = State() if state is None else state
     opened = store.open_run(RunRequest(run_id, "pipeline", state, schema_of(type(state)), **request))
     return await settled(opened)
+
+
+async def due_runs(store: Any, now_ms: int, pipeline: str = "pipeline", limit: int = 100) -> list[str]:
+    """Return the ids of the runs that a worker would get at a time; they stay free."""
+    request = ClaimRequest("look", -1.0, limit, now_ms, {pipeline: RunLimits()})
+    return [one.run_id for one in await store.claim(request)]
 
 
 async def settled(value: Any) -> Any:

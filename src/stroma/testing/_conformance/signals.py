@@ -22,6 +22,7 @@ from stroma.testing._conformance.helpers import (
     State,
     begin,
     commit,
+    due_runs,
     fail,
     finish,
     restored,
@@ -305,7 +306,6 @@ class SignalTests:
                     await settled(session.end(status, "waits", 0))
                 automatic_requests: list[dict[str, Any]] = [
                     {"due_ms": 1},
-                    {"only_unfinished": True},
                     {"if_exists": "attach"},
                 ]
                 for automatic in automatic_requests:
@@ -319,7 +319,7 @@ class SignalTests:
                         await finish(ended, "COMPLETED")
                 record = store.get_run(run_id)
                 assert (record.status, record.error, record.holder) == ("SUSPENDED", "paused", None)
-                assert run_id not in store.due_runs("pipeline", 1 << 60, limit=100)
+                assert run_id not in await due_runs(store, 1 << 60)
                 with pytest.raises(Fenced):
                     await commit(session, 1, State())
                 # A resume takes it back, for whoever comes later too.
@@ -338,7 +338,7 @@ class SignalTests:
         await finish(await begin(store), "INTERRUPTED")
         assert await settled(store.pause("run")) is True
         assert (store.get_run("run").status, store.get_run("run").error) == ("SUSPENDED", "paused")
-        assert store.due_runs("pipeline", 1 << 60, limit=9) == []
+        assert await due_runs(store, 1 << 60) == []
         assert await settled(store.pause("run")) is True
         for status in ("COMPLETED", "FAILED", "CANCELLED", "PARTIAL"):
             await finish(await begin(store, status), status, "why")
@@ -350,7 +350,7 @@ class SignalTests:
         worker = await begin(store, "asks", if_exists="resume", due_ms=1)
         assert worker.finished[:2] == ("SUSPENDED", "paused")
         await finish(worker, "SUSPENDED")
-        assert store.due_runs("pipeline", 1 << 60, limit=9) == []
+        assert await due_runs(store, 1 << 60) == []
         again = await begin(store, "asks", if_exists="resume")
         assert again.waiting[1, ""].payload == b"1"
 
@@ -362,14 +362,14 @@ class SignalTests:
         assert await settled(store.unpause("run")) is False
         await settled(store.pause("run"))
         assert await settled(store.unpause("run")) is True
-        assert store.due_runs("pipeline", 1, limit=9) == ["run"]
+        assert await due_runs(store, 1) == ["run"]
         session = await begin(store, if_exists="resume", due_ms=1)
         assert session.continued
         # While its owner lives: the run is due when that has stopped.
         assert await settled(store.pause("run")) is True
         assert await settled(store.unpause("run")) is True
         await finish(session, "SUSPENDED", "paused")
-        assert store.due_runs("pipeline", 1, limit=9) == ["run"]
+        assert await due_runs(store, 1) == ["run"]
         assert (await begin(store, if_exists="resume", due_ms=1)).continued
 
     async def test_a_pause_of_an_ended_run(self, store: Any) -> None:
@@ -382,7 +382,7 @@ class SignalTests:
         assert await settled(store.cancel("cancelled")) is True
         for run_id in ("last node", "cancelled"):
             assert await settled(store.unpause(run_id)) is False
-            assert store.due_runs("pipeline", 1 << 60, limit=9) == []
+            assert await due_runs(store, 1 << 60) == []
             again = await begin(store, run_id, if_exists="resume")
             assert again.control == RunControl()
 
@@ -396,14 +396,14 @@ class SignalTests:
             assert await settled(store.set_budget("run", limits)) is True
         await finish(session, "SUSPENDED", "budget")
         # Its owner may not have read them.
-        assert store.due_runs("pipeline", 1, limit=9) == ["run"]
+        assert await due_runs(store, 1) == ["run"]
         for _ in range(2):
             again = await begin(store, if_exists="resume")
             assert again.control == RunControl(budget={"max_cost_usd": 2.0, "max_tokens_total": 5})
             await finish(again, "SUSPENDED", "budget")
-        assert store.due_runs("pipeline", 1 << 60, limit=9) == []
+        assert await due_runs(store, 1 << 60) == []
         assert await settled(store.set_budget("run", {"max_cost_usd": 4.0})) is True
-        assert store.due_runs("pipeline", 1, limit=9) == ["run"]
+        assert await due_runs(store, 1) == ["run"]
         more = await begin(store, if_exists="resume", due_ms=1)
         assert more.control.budget == {"max_cost_usd": 4.0, "max_tokens_total": 5}
         await finish(more)
@@ -416,9 +416,9 @@ class SignalTests:
         session = await begin(store, "asks", if_exists="resume")
         assert await settled(store.set_budget("asks", {"max_cost_usd": 1.0})) is True
         await finish(session, "SUSPENDED", "ok?")
-        assert store.due_runs("pipeline", 1 << 60, limit=9) == []
+        assert await due_runs(store, 1 << 60) == []
         session = await begin(store, "asks", if_exists="resume")
         await settled(store.signal("asks", question._replace(payload=b"1")))
         assert await settled(store.set_budget("asks", {"max_cost_usd": 2.0})) is True
         await finish(session, "SUSPENDED", "ok?")
-        assert store.due_runs("pipeline", 1, limit=9) == ["asks"]
+        assert await due_runs(store, 1) == ["asks"]

@@ -1,0 +1,102 @@
+"""Runs that wait for a worker, and which of them a worker takes up next. All journal stores decide here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, NamedTuple
+
+__all__ = ["MAX_CLAIM_SECONDS", "QUEUED", "Candidate", "ClaimRequest", "QueueEntry", "RunLimits", "choose"]
+
+#: The status of a submitted run that has not started yet.
+QUEUED: Final = "QUEUED"
+#: A claim that ends later than this is from before a restart of the machine or a step of its clock, and does not count.
+MAX_CLAIM_SECONDS: Final = 60
+
+
+class QueueEntry(NamedTuple):
+    """Place of a submitted run in the queue.
+
+    Attributes:
+        due_ms: earliest start, in ms since the epoch.
+        priority: runs with a lower number start first.
+        key: runs of one key share the workers fairly with those of other keys; None: no key.
+        expires_ms: latest start, in ms since the epoch; a run that starts later is FAILED. None: no limit.
+    """
+
+    due_ms: int
+    priority: int = 0
+    key: str | None = None
+    expires_ms: int | None = None
+
+
+class RunLimits(NamedTuple):
+    """Limits of one pipeline: how many of its runs may have an owner at once, in all processes; None: no limit."""
+
+    max_runs: int | None = None
+    max_runs_per_key: int | None = None
+
+
+class ClaimRequest(NamedTuple):
+    """A worker that can take up runs.
+
+    Attributes:
+        token: names the claim; only an opening with it may use the claim.
+        seconds: how long a claimed run is kept for this worker, if it does not open it; at most MAX_CLAIM_SECONDS.
+        limit: maximum number of runs.
+        now_ms: the time of the worker, in ms since the epoch.
+        pipelines: the pipelines that it serves, by name.
+    """
+
+    token: str
+    seconds: float
+    limit: int
+    now_ms: int
+    pipelines: Mapping[str, RunLimits]
+
+
+class Candidate(NamedTuple):
+    """A run that is due, and has neither an owner nor a claim. ``run``: its key in the store."""
+
+    run: Any
+    run_id: str
+    pipeline: str
+    priority: int = 0
+    due_ms: int = 0
+    key: str | None = None
+
+
+def choose(
+    candidates: Iterable[Candidate],
+    live: Mapping[str, Mapping[str | None, int]],
+    request: ClaimRequest,
+) -> list[Candidate]:
+    """Return the runs to claim, the first one first: by priority, then fair over keys, then by due time.
+
+    The rank of a run within its priority is the number of live runs of its key and of earlier runs of its key among the
+    candidates, so that a key with many runs does not delay the first one of another key. ``candidates``: in the order in
+    which they were submitted, where their times are equal. ``live``: runs with an owner or a claim, by pipeline and key.
+    """
+    ahead = {
+        (name, key): count for name, keys in live.items() for key, count in keys.items() if key is not None
+    }
+    running = {name: sum(keys.values()) for name, keys in live.items()}
+    ranked: list[tuple[int, int, int, Candidate]] = []
+    for one in sorted(candidates, key=lambda one: (one.priority, one.due_ms)):
+        rank = 0
+        if one.key is not None:
+            rank = ahead.get((one.pipeline, one.key), 0)
+            ahead[one.pipeline, one.key] = rank + 1
+        ranked.append((one.priority, rank, one.due_ms, one))
+    ranked.sort(key=lambda row: row[:3])
+    chosen: list[Candidate] = []
+    for _, rank, _, one in ranked:
+        max_runs, max_per_key = request.pipelines[one.pipeline]
+        if len(chosen) == request.limit:
+            break
+        if max_runs is not None and running.get(one.pipeline, 0) >= max_runs:
+            continue
+        if max_per_key is not None and one.key is not None and rank >= max_per_key:
+            continue
+        running[one.pipeline] = running.get(one.pipeline, 0) + 1
+        chosen.append(one)
+    return chosen

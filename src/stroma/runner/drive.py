@@ -1,0 +1,222 @@
+"""Drive a stored run: continue it as far as possible. Every dispatcher (a worker, Temporal, a job) calls this."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from stroma.checkpoint import PipelineChanged, RunBusy, RunExists, RunRecord
+from stroma.checkpoint.decisions import UNFINISHED
+from stroma.checkpoint.entries import Waiting
+from stroma.engine.opening import Dispatch
+from stroma.runner.batch import Batch
+from stroma.runner.flows.suspension import now_ms
+from stroma.runner.pipeline import Pipeline
+from stroma.runner.stored_runs import ServedPipeline, StoredRuns
+from stroma.trace.result import ExecutionResult, RunStatus
+
+__all__ = [
+    "Blocked",
+    "Busy",
+    "DriveOutcome",
+    "Ended",
+    "Question",
+    "RunDriver",
+    "Suspended",
+    "Yielded",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question that a suspended run asks.
+
+    Attributes:
+        id: identifies the question in its run.
+        node_id: the node or flow that asks.
+        reason: the text of the question.
+        schema: "module:qualname" of the class of the answer; "" for any JSON value.
+    """
+
+    id: str
+    node_id: str
+    reason: str
+    schema: str
+
+    @classmethod
+    def of(cls, waiting: Sequence[Waiting]) -> tuple[Question, ...]:
+        """Return the questions without an answer."""
+        return tuple(
+            cls(f"{one.position}:{one.branch}", one.node_id, one.reason, one.schema_ref)
+            for one in waiting
+            if one.payload is None
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The run has ended.
+
+    Attributes:
+        status: COMPLETED, RESUMED, FAILED, PARTIAL or CANCELLED.
+        result: the result, if this call ended the run; None if the run had ended before.
+    """
+
+    run_id: str
+    status: str
+    result: ExecutionResult | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Suspended:
+    """The run is suspended.
+
+    Attributes:
+        until: when the run is due again; None: an answer or a request has to come first.
+        questions: the questions without an answer.
+        result: the result, if this call suspended the run.
+    """
+
+    run_id: str
+    until: datetime | None
+    questions: tuple[Question, ...] = ()
+    result: ExecutionResult | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Yielded:
+    """The run was ended at a step boundary, as INTERRUPTED, and is due at once: its time was over, or a shutdown began."""
+
+    run_id: str
+    result: ExecutionResult | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """Another owner has the run.
+
+    Attributes:
+        until: the end of its lease, which it renews while it lives; None if it has no lease, in a store in memory.
+        owner: the process that owns the run, for messages.
+    """
+
+    run_id: str
+    until: datetime | None
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """This code cannot continue the run; nothing was changed.
+
+    Attributes:
+        reason: what does not fit.
+    """
+
+    run_id: str
+    reason: str
+
+
+DriveOutcome = Ended | Suspended | Yielded | Busy | Blocked
+
+
+class RunDriver:
+    """Continues runs of a store.
+
+    Args:
+        batch: a shutdown drains it; then no further run is continued.
+        run: continues one run, given its nodes, input, id and dispatch.
+    """
+
+    def __init__(
+        self,
+        stored: StoredRuns,
+        batch: Batch,
+        run: Callable[[Pipeline | list[Any], BaseModel, str, Dispatch], Awaitable[ExecutionResult]],
+    ) -> None:
+        self._stored = stored
+        self._batch = batch
+        self._run = run
+
+    async def drive(
+        self, run_id: str, find: Callable[[str], ServedPipeline | None], max_seconds: float | None
+    ) -> DriveOutcome:
+        """Continue a run, if it is due; see :meth:`StromaRunner.drive`. ``find``: the nodes for the name of a pipeline."""
+        while True:
+            record = await self._stored.get(run_id)
+            outcome = await self._settled(record)
+            if outcome is not None:
+                return outcome
+            served = find(record.pipeline)
+            if served is None:
+                return Blocked(
+                    run_id, f"pipeline {record.pipeline!r} is not served here; pass it in pipelines="
+                )
+            outcome = await self.continue_run(run_id, served, max_seconds)
+            if outcome is not None:
+                return outcome
+            if self._batch.draining:
+                return Yielded(run_id)
+
+    async def continue_run(
+        self, run_id: str, served: ServedPipeline, max_seconds: float | None = None, claim: str | None = None
+    ) -> DriveOutcome | None:
+        """Continue a run that was due a moment ago. Return None if it is no longer due, and during a shutdown."""
+        try:
+            result = await self.resume(run_id, served, Dispatch(now_ms(), max_seconds, claim))
+        except RunBusy as busy:
+            return Busy(run_id, _end_of_lease(busy), busy.holder)
+        except RunExists:
+            return None
+        except PipelineChanged as error:
+            return Blocked(run_id, str(error))
+        except ValidationError as error:
+            return Blocked(
+                run_id, f"the input of run {run_id!r} is not a {served.schema.model.__name__}: {error}"
+            )
+        if result.status is RunStatus.SUSPENDED:
+            outcome = await self._settled(await self._stored.get(run_id), result)
+            return outcome or Suspended(
+                run_id, _to_time(now_ms()), (), result
+            )  # An answer has come meanwhile.
+        if result.status is not RunStatus.INTERRUPTED:
+            return Ended(run_id, result.status, result)
+        if result.failure is not None:
+            raise result.failure.exception
+        return Yielded(run_id, result)
+
+    async def resume(self, run_id: str, served: ServedPipeline, dispatch: Dispatch) -> ExecutionResult:
+        """Resume a run that is due.
+
+        Raises RunExists if it is not, and during a shutdown; RunBusy, PipelineChanged, pydantic's ValidationError.
+        """
+        state = await self._stored.read_input(run_id, served.schema)
+        if self._batch.draining:
+            raise RunExists(f"run {run_id!r} is not continued: the runner shuts down")
+        return await self._run(served.nodes, state, run_id, dispatch)
+
+    async def _settled(self, record: RunRecord, result: ExecutionResult | None = None) -> DriveOutcome | None:
+        """Return the outcome for a run that is not due; None for any other run, and one with an owner."""
+        if record.status == "RUNNING":
+            return None
+        if record.status not in UNFINISHED:
+            return Ended(record.run_id, record.status, result)
+        if record.due_ms is not None and record.due_ms <= now_ms():
+            return None
+        until = None if record.due_ms is None else _to_time(record.due_ms)
+        questions = Question.of(await self._stored.read_questions(record.run_id))
+        return Suspended(record.run_id, until, questions, result)
+
+
+def _end_of_lease(busy: RunBusy) -> datetime | None:
+    left_ms = 1000 * max(busy.left_seconds, 0.0)
+    return _to_time(now_ms() + int(left_ms)) if math.isfinite(left_ms) else None
+
+
+def _to_time(ms: int) -> datetime:
+    return datetime.fromtimestamp(ms / 1000, UTC)

@@ -1,0 +1,164 @@
+"""Submitted runs: handles of runs in a store, and one poll for all that wait for their ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
+from typing import Final, Generic, TypedDict, TypeVar
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import CheckpointNotFound, RunExists
+from stroma.checkpoint.decisions import UNFINISHED
+from stroma.runner.stored_runs import StoredRuns
+from stroma.trace.result import ExecutionResult
+
+__all__ = ["EndWaits", "RunHandle", "SubmitOptions", "to_ms"]
+
+Out = TypeVar("Out", bound=BaseModel)
+
+#: Between looks at the runs that somebody waits for, in seconds: at first, and at most.
+_POLL_SECONDS: Final = (0.02, 0.5)
+
+
+class SubmitOptions(TypedDict, total=False):
+    """Keywords of :meth:`StromaRunner.submit`.
+
+    Attributes:
+        run_id: id of the run, any text; by default that of the config, else a new one.
+        delay: earliest start: seconds from now, a timedelta, or a datetime with a time zone.
+        priority: runs with a lower number start first; the default is 0.
+        key: runs of one key share the workers fairly with those of other keys, for instance a customer's id.
+        expires: latest start, as ``delay``. A run that no worker has started by then is FAILED with reason "expired".
+    """
+
+    run_id: str | None
+    delay: float | timedelta | datetime | None
+    priority: int
+    key: str | None
+    expires: float | timedelta | datetime | None
+
+
+def to_ms(value: float | timedelta | datetime, now_ms: int, name: str) -> int:
+    """Return a time in ms since the epoch: so many seconds from now, after a duration, or at a time with a zone.
+
+    Raises ValueError for a negative or infinite number, and for a time without a zone.
+    """
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            raise ValueError(f"{name} must have a time zone, got {value!r}; use datetime.now(UTC) + ...")
+        return int(value.timestamp() * 1000)
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"{name} must be 0 or more seconds, got {value!r}")
+    return now_ms + round(seconds * 1000)
+
+
+class RunHandle(Generic[Out]):
+    """A run in a store, from any process: whoever executes it.
+
+    Attributes:
+        run_id: id of the run.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        stored: StoredRuns,
+        waits: EndWaits,
+        read: Callable[[str], Awaitable[ExecutionResult[Out]]],
+    ) -> None:
+        self.run_id = run_id
+        self._stored = stored
+        self._waits = waits
+        self._read = read
+
+    def __repr__(self) -> str:
+        return f"RunHandle({self.run_id!r})"
+
+    async def status(self) -> str:
+        """Return the status: QUEUED, RUNNING, or that of a result. Raises CheckpointNotFound, StoreError."""
+        return (await self._stored.get(self.run_id)).status
+
+    async def cancel(self) -> bool:
+        """End the run as CANCELLED; see :meth:`StromaRunner.cancel`."""
+        return await self._stored.cancel(self.run_id)
+
+    async def result(self, timeout: float | None = None) -> ExecutionResult[Out]:
+        """Wait for the end of the run, over suspensions, and return its result, whatever the end is.
+
+        All waits of a runner share one query of the store, twice a second at most. Giving up a wait changes nothing.
+        ``timeout``: seconds. Raises TimeoutError, CheckpointNotFound, StoreError; PipelineChanged if this code does not fit
+        the run.
+        """
+        async with asyncio.timeout(timeout):
+            while True:
+                await self._waits.until_ended(self.run_id)
+                try:
+                    return await self._read(self.run_id)
+                except RunExists:  # Somebody has restarted it meanwhile.
+                    continue
+
+
+class EndWaits:
+    """Waits for the ends of runs, in one event loop or several."""
+
+    def __init__(self, stored: Callable[[], StoredRuns]) -> None:
+        self._stored = stored
+        self._polls: dict[asyncio.AbstractEventLoop, _Poll] = {}
+
+    async def until_ended(self, run_id: str) -> None:
+        """Return once a run has ended. Raises CheckpointNotFound, StoreError."""
+        loop = asyncio.get_running_loop()
+        poll = self._polls.get(loop)
+        if poll is None or poll.task.done():
+            self._polls = {one: poll for one, poll in self._polls.items() if not one.is_closed()}
+            poll = self._polls[loop] = _Poll(self._stored())
+        await poll.wait(run_id)
+
+
+class _Poll:
+    """Asks a store for the statuses of runs while somebody waits for them."""
+
+    def __init__(self, stored: StoredRuns) -> None:
+        self._stored = stored
+        self._waiting: dict[str, set[asyncio.Future[None]]] = {}
+        self._delay = _POLL_SECONDS[0]
+        self.task = asyncio.ensure_future(self._poll())
+
+    async def wait(self, run_id: str) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(run_id, set()).add(future)
+        self._delay = _POLL_SECONDS[0]
+        try:
+            await future
+        finally:
+            futures = self._waiting.get(run_id, set())
+            futures.discard(future)
+            if not futures:
+                self._waiting.pop(run_id, None)
+
+    async def _poll(self) -> None:
+        await asyncio.sleep(0)  # The first wait follows.
+        while self._waiting:
+            run_ids = list(self._waiting)
+            try:
+                statuses = await self._stored.statuses(run_ids)
+            except Exception as error:
+                for run_id in run_ids:
+                    self._settle(run_id, error)
+                return
+            for run_id in run_ids:
+                status = statuses.get(run_id)
+                if status is None:
+                    self._settle(run_id, CheckpointNotFound(f"there is no run {run_id!r} in the store"))
+                elif status not in ("RUNNING", *UNFINISHED):
+                    self._settle(run_id, None)
+            await asyncio.sleep(self._delay)
+            self._delay = min(2 * self._delay, _POLL_SECONDS[1])
+
+    def _settle(self, run_id: str, error: Exception | None) -> None:
+        for future in self._waiting.pop(run_id, set()):
+            if not future.done():
+                future.set_result(None) if error is None else future.set_exception(error)

@@ -1,0 +1,245 @@
+"""The queue of runs: submitting, claiming, and which run comes next; over every store."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.fixtures import store_fixture
+from tests.kit import Num
+from tests.shared_stores import STORES
+from tests.tiers import examples
+
+from stroma import RunExists
+from stroma.checkpoint.entries import RunRequest
+from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, RunLimits, choose
+from stroma.contracts.schema import schema_of
+from stroma.testing._conformance.helpers import finish, settled
+
+store = store_fixture(*STORES)
+
+NOW = 1_800_000_000_000
+
+
+def request_of(run_id: str, n: int = 0, pipeline: str = "p", **fields: Any) -> RunRequest:
+    return RunRequest(run_id, pipeline, Num(n=n), schema_of(Num), **fields)
+
+
+async def submit(store: Any, run_id: str, *, n: int = 0, pipeline: str = "p", **entry: Any) -> bool:
+    is_new: bool = await store.submit(request_of(run_id, n, pipeline), QueueEntry(**{"due_ms": NOW, **entry}))
+    return is_new
+
+
+async def claim(
+    store: Any,
+    limit: int = 10,
+    *,
+    now_ms: int = NOW,
+    token: str = "t",
+    seconds: float = 30.0,
+    **pipelines: RunLimits,
+) -> list[str]:
+    """Return the ids of the runs that a worker gets."""
+    claimed = await store.claim(ClaimRequest(token, seconds, limit, now_ms, pipelines or {"p": RunLimits()}))
+    return [one.run_id for one in claimed]
+
+
+async def open_claimed(store: Any, run_id: str, token: str = "t", **fields: Any) -> Any:
+    request = request_of(run_id, if_exists="resume", due_ms=NOW, claim=token, **fields)
+    return await settled(store.open_run(request))
+
+
+async def test_a_submitted_run_is_queued(store: Any) -> None:
+    """A submitted run is stored as QUEUED, is due from its time on, and has no owner."""
+    assert await submit(store, "r", due_ms=NOW + 5)
+    record = store.get_run("r")
+    assert (record.status, record.pipeline, record.holder, record.due_ms) == ("QUEUED", "p", None, NOW + 5)
+    assert store.statuses(["r", "other"]) == {"r": "QUEUED"}
+    assert await claim(store) == []
+    assert await claim(store, now_ms=NOW + 5) == ["r"]
+
+
+async def test_submitting_twice(store: Any) -> None:
+    """A run that is submitted again is the same run, whatever its status; another input or pipeline is RunExists."""
+    assert await submit(store, "r")
+    assert not await submit(store, "r", priority=5)
+    with pytest.raises(RunExists, match="another input"):
+        await submit(store, "r", n=1)
+    with pytest.raises(RunExists, match="another pipeline"):
+        await submit(store, "r", pipeline="other")
+    await claim(store)
+    session = await open_claimed(store, "r")
+    assert not await submit(store, "r")
+    await finish(session)
+    assert not await submit(store, "r")
+    assert store.get_run("r").status == "COMPLETED"
+
+
+async def test_a_claimed_run_starts_once(store: Any) -> None:
+    """A claimed run is not offered again; its opening starts the first execution, with everything of a new run."""
+    await submit(store, "r")
+    assert await claim(store) == ["r"]
+    assert await claim(store, token="other") == []
+    with pytest.raises(RunExists, match="no longer claimed"):
+        await open_claimed(store, "r", "other")
+    session = await open_claimed(store, "r")
+    assert (session.execution, session.continued, session.finished) == (1, False, None)
+    assert store.get_run("r").status == "RUNNING"
+    await finish(session)
+    assert await claim(store) == []
+
+
+async def test_a_lost_claim_is_free_again(store: Any) -> None:
+    """A run whose worker died after its claim is offered again when the claim is over."""
+    await submit(store, "r")
+    assert await claim(store, seconds=-1.0) == ["r"]
+    assert await claim(store, token="other") == ["r"]
+    with pytest.raises(RunExists, match="no longer claimed"):
+        await open_claimed(store, "r")
+
+
+async def test_a_run_that_is_given_back(store: Any) -> None:
+    """A worker that cannot continue a run gives it back until a later time; without its claim, it changes nothing."""
+    await submit(store, "r")
+    await claim(store)
+    await store.postpone("r", "other", NOW + 99)
+    assert await claim(store, token="u") == []
+    await store.postpone("r", "t", NOW + 10)
+    assert await claim(store) == []
+    assert await claim(store, now_ms=NOW + 10) == ["r"]
+
+
+async def test_the_order_of_claims(store: Any) -> None:
+    """Runs start by priority, then due time, then submission."""
+    for run_id, priority, due_ms in (
+        ("late", 0, NOW - 1),
+        ("first", 0, NOW - 2),
+        ("second", 0, NOW - 2),
+        ("urgent", -1, NOW),
+        ("some day", 7, NOW - 9),
+    ):
+        await submit(store, run_id, priority=priority, due_ms=due_ms)
+    assert await claim(store, 1) == ["urgent"]
+    assert await claim(store) == ["first", "second", "late", "some day"]
+
+
+async def test_keys_share_the_workers(store: Any) -> None:
+    """Runs of a key with few runs do not wait for those of a key with many; live runs of a key count."""
+    for number in range(5):
+        await submit(store, f"a{number}", key="a", due_ms=NOW - 9)
+    for number in range(2):
+        await submit(store, f"b{number}", key="b")
+    assert await claim(store, 3) == ["a0", "b0", "a1"]
+    assert await claim(store, 3) == ["b1", "a2", "a3"]
+
+
+async def test_limits_of_runs(store: Any) -> None:
+    """At most max_runs runs of a pipeline, and max_runs_per_key of a key, have an owner or a claim; others wait."""
+    for number in range(4):
+        await submit(store, f"a{number}", key="a")
+        await submit(store, f"b{number}", key="b")
+    limits = RunLimits(max_runs=3, max_runs_per_key=2)
+    assert await claim(store, p=limits) == ["a0", "b0", "a1"]
+    session = await open_claimed(store, "a0")
+    assert await claim(store, p=limits) == []
+    await finish(session)
+    assert await claim(store, p=limits) == ["b1"]
+
+
+async def test_owners_that_are_gone_hold_no_place(store: Any) -> None:
+    """A run whose owner is gone is offered again once its lease is over, and does not count for max_runs."""
+    await submit(store, "r")
+    await claim(store)
+    session = await open_claimed(store, "r", lease_seconds=0.1)
+    session.abandon()
+    del session
+    await submit(store, "s")
+    claimed: list[str] = []
+    async with asyncio.timeout(10):
+        while len(claimed) < 2:
+            claimed += await claim(store, p=RunLimits(max_runs=2))
+    assert sorted(claimed) == ["r", "s"]
+
+
+async def test_runs_of_other_pipelines_are_left_alone(store: Any) -> None:
+    """A worker claims runs of the pipelines that it serves, in one order for all of them."""
+    await submit(store, "r", pipeline="q", priority=1)
+    await submit(store, "s", pipeline="p", priority=2)
+    await submit(store, "t", pipeline="other")
+    assert await claim(store, p=RunLimits(), q=RunLimits()) == ["r", "s"]
+
+
+async def test_an_expired_run_fails(store: Any) -> None:
+    """A run that starts after its latest start is FAILED with reason "expired", and nothing is called."""
+    await submit(store, "r", due_ms=1, expires_ms=2)
+    await claim(store)
+    session = await open_claimed(store, "r")
+    assert session.finished is not None
+    assert (session.finished.status, session.finished.reason) == ("FAILED", "expired")
+    await finish(session, "FAILED", session.finished.error)
+    assert store.get_run("r").status == "FAILED"
+
+
+async def test_control_of_a_queued_run(store: Any) -> None:
+    """A queued run is cancelled or paused at once; a paused one is due again once the pause is taken back."""
+    await submit(store, "r")
+    await submit(store, "s")
+    assert await store.cancel("r")
+    assert await store.pause("s")
+    assert [store.get_run(run_id).status for run_id in ("r", "s")] == ["CANCELLED", "SUSPENDED"]
+    assert await claim(store) == []
+    assert await store.unpause("s")
+    assert await claim(store) == ["s"]
+
+
+async def test_many_workers_claim_each_run_once(store: Any) -> None:
+    """Each of many queued runs is claimed by one of several workers that ask at the same time."""
+    for number in range(30):
+        await submit(store, f"r{number}", key=str(number % 4) if number % 2 else None)
+    rounds = [
+        await asyncio.gather(*(claim(store, 4, token=f"w{worker}") for worker in range(4))) for _ in range(4)
+    ]
+    claimed = [run_id for one in rounds for runs in one for run_id in runs]
+    while rest := await claim(store, 4):
+        claimed += rest
+    assert sorted(claimed) == sorted(f"r{number}" for number in range(30))
+
+
+@examples(200)
+@given(
+    st.lists(
+        st.tuples(st.integers(-1, 1), st.integers(0, 3), st.sampled_from([None, "a", "b", "c"])), max_size=20
+    ),
+    st.dictionaries(st.sampled_from([None, "a", "b"]), st.integers(1, 3), max_size=3),
+    st.integers(1, 25),
+    st.none() | st.integers(1, 10),
+    st.none() | st.integers(1, 3),
+)
+def test_what_is_chosen(
+    queued: list[tuple[int, int, str | None]],
+    live: dict[str | None, int],
+    limit: int,
+    max_runs: int | None,
+    per_key: int | None,
+) -> None:
+    """No limit is passed; a run never precedes one of a lower priority number, nor an earlier one of its key; no place stays free."""
+    candidates = [Candidate(i, str(i), "p", *one) for i, one in enumerate(queued)]
+    request = ClaimRequest("t", 1.0, limit, 0, {"p": RunLimits(max_runs, per_key)})
+    chosen = choose(candidates, {"p": live}, request)
+    assert len(chosen) <= limit
+    assert [one.priority for one in chosen] == sorted(one.priority for one in chosen)
+    running = {key: live.get(key, 0) + sum(one.key == key for one in chosen) for key in (None, "a", "b", "c")}
+    if max_runs is not None:
+        assert not chosen or sum(live.values()) + len(chosen) <= max_runs
+    for key in ("a", "b", "c"):
+        of_key = [one for one in chosen if one.key == key]
+        assert not of_key or per_key is None or running[key] <= per_key
+        left = [one for one in candidates if one.key == key and one not in chosen]
+        assert all((a.priority, a.due_ms) <= (b.priority, b.due_ms) for a in of_key for b in left)
+    left = [one for one in candidates if one not in chosen]
+    if left and len(chosen) < limit and (max_runs is None or sum(live.values()) + len(chosen) < max_runs):
+        assert per_key is not None
+        assert all(one.key is not None and running[one.key] >= per_key for one in left)

@@ -1,0 +1,208 @@
+"""``runner.submit`` and the handle of a run, with workers that execute it; over every store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from tests.fixtures import store_fixture
+from tests.flows.steps import World
+from tests.kit import NEVER, Num, Text, node, record_hooks, same
+from tests.shared_stores import STORES
+
+from stroma import (
+    AsyncInMemoryStore,
+    CheckpointNotFound,
+    Flow,
+    Pipeline,
+    RunExists,
+    RunStatus,
+    StromaRunner,
+    parallel,
+    stroma_flow,
+)
+
+store = store_fixture(*STORES)
+
+
+def _runner(store: Any, **config: Any) -> StromaRunner:
+    return StromaRunner.quick(**{"store": store, "policy_map": NEVER, **config})
+
+
+@asynccontextmanager
+async def serving(store: Any, *pipelines: Any, **options: Any) -> AsyncIterator[StromaRunner]:
+    """Serve pipelines in this process, with another runner than the one that submits."""
+    runner = _runner(store)
+    task = asyncio.ensure_future(runner.serve(*pipelines, **{"poll_seconds": 0.02, **options}))
+    try:
+        yield runner
+    finally:
+        await runner.shutdown()
+        await task
+
+
+async def test_a_worker_executes_a_submitted_run(store: Any) -> None:
+    """A submitted run waits as QUEUED; a worker executes it from the start, and its handle returns the result."""
+    world = World()
+    pipeline = Pipeline("p", [world.step("a"), world.step("b")])
+    handle = await _runner(store).submit(pipeline, Num(n=3), run_id="r")
+    assert (handle.run_id, await handle.status(), world.calls) == ("r", "QUEUED", [])
+    async with serving(store, pipeline):
+        result = await handle.result(timeout=20)
+    assert (result.status, result.output, result.run_id) == (RunStatus.COMPLETED, Num(n=5), "r")
+    assert (await handle.status(), world.calls) == ("COMPLETED", ["a 3", "b 4"])
+
+
+async def test_a_flow_that_asks(store: Any) -> None:
+    """A handle waits over a suspension: the answer of a person continues the run, and result() returns its end."""
+    runner = _runner(store)
+
+    @runner.flow("ask", input=Num, output=Text)
+    async def ask(flow: Flow, state: Num) -> Text:
+        return await flow.wait_for(Text, reason="Well?")
+
+    handle = await runner.submit(ask, Num())
+    async with serving(store, ask):
+        waiting = asyncio.ensure_future(handle.result(timeout=20))
+        while await handle.status() != "SUSPENDED":
+            await asyncio.sleep(0.01)
+        await runner.signal(handle.run_id, Text(text="yes"))
+        assert (await waiting).output == Text(text="yes")
+    assert (await runner.handle(handle.run_id).result(timeout=20)).output == Text(text="yes")
+
+
+async def test_every_end_is_a_result(store: Any) -> None:
+    """result() returns a failed, a cancelled and an expired run as their results, and raises none of it."""
+    world = World()
+    world.failing.add("a")
+    pipeline = Pipeline("p", [world.step("a")])
+    runner = _runner(store)
+    failed = await runner.submit(pipeline, Num())
+    late = await runner.submit(pipeline, Num(), expires=0.0)
+    cancelled = await runner.submit(pipeline, Num())
+    assert await cancelled.cancel()
+    assert (await cancelled.status(), await cancelled.cancel()) == ("CANCELLED", False)
+    await asyncio.sleep(0.01)
+    async with serving(store, pipeline):
+        results = await asyncio.gather(*(one.result(timeout=20) for one in (failed, late, cancelled)))
+    assert [str(result.status) for result in results] == ["PARTIAL", "FAILED", "CANCELLED"]
+    assert results[0].failure is not None and "a 0 failed" in results[0].failure.message
+    assert results[1].failure is not None and results[1].failure.reason == "expired"
+    assert world.calls == ["a 0"]
+
+
+async def test_giving_up_a_wait_changes_nothing(store: Any) -> None:
+    """A result() that times out or is cancelled leaves the run as it is, and others that wait for it."""
+    world = World()
+    pipeline = Pipeline("p", [world.step("a")])
+    handle = await _runner(store).submit(pipeline, Num())
+    with pytest.raises(TimeoutError):
+        await handle.result(timeout=0.05)
+    waits = [asyncio.ensure_future(handle.result(timeout=20)) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    waits[0].cancel()
+    assert await handle.status() == "QUEUED"
+    async with serving(store, pipeline):
+        assert (await waits[1]).status is RunStatus.COMPLETED
+
+
+async def test_submitting_again_restarts_nothing(store: Any) -> None:
+    """The same submission gives the handle of the run that exists, whatever its status; another input is RunExists."""
+    world = World()
+    pipeline = Pipeline("p", [world.step("a")])
+    runner = _runner(store)
+    handle = await runner.submit(pipeline, Num(), run_id="r")
+    async with serving(store, pipeline):
+        await handle.result(timeout=20)
+        again = await runner.submit(pipeline, Num(), run_id="r")
+        assert (await again.result(timeout=20)).output == Num(n=1)
+    assert world.calls == ["a 0"]
+    with pytest.raises(RunExists, match="another input"):
+        await runner.submit(pipeline, Num(n=1), run_id="r")
+
+
+async def test_a_delay(store: Any) -> None:
+    """A run with a delay is due at its time, given as seconds, a duration, or a time with a zone."""
+    pipeline = Pipeline("p", [node("a", same)])
+    runner = _runner(store)
+    before = datetime.now(UTC)
+    for delay in (3600, timedelta(hours=1), before + timedelta(hours=1)):
+        handle = await runner.submit(pipeline, Num(), delay=delay)
+        due = store.get_run(handle.run_id).due_ms / 1000 - before.timestamp()
+        assert 3599 <= due < 3700
+
+
+async def test_hooks_are_called_where_the_run_is_executed(store: Any) -> None:
+    """The worker calls the hooks of the run, once; submitting and waiting for the result call none."""
+    pipeline = Pipeline("p", [node("a", same)])
+    submitter: list[str] = []
+    runner = _runner(store, hooks=record_hooks(submitter))
+    handle = await runner.submit(pipeline, Num())
+    seen: list[str] = []
+    worker = _runner(store, hooks=record_hooks(seen))
+    task = asyncio.ensure_future(worker.serve(pipeline, poll_seconds=0.02))
+    await handle.result(timeout=20)
+    await worker.shutdown()
+    await task
+    assert submitter == []
+    assert seen == ["run_start", "start a", "success a", "run_end"]
+
+
+async def test_wrong_submissions() -> None:
+    """Wrong submissions are refused to the submitter, and nothing is stored."""
+    store = AsyncInMemoryStore()
+    runner = _runner(store)
+    text = node("a", same, input=Text, output=Text)
+    pipeline = Pipeline("p", [text])
+    with pytest.raises(ValidationError):
+        await runner.submit(pipeline, Num())
+    with pytest.raises(TypeError, match="pass a flow or Pipeline"):
+        await runner.submit([text], Text(text="x"))  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="starts with 'parallel"):
+        await runner.submit(Pipeline("g", [parallel(text)]), Text(text="x"))
+    with pytest.raises(ValueError, match="time zone"):
+        await runner.submit(pipeline, Text(text="x"), delay=datetime(2030, 1, 1))
+    with pytest.raises(ValueError, match="delay must be 0 or more"):
+        await runner.submit(pipeline, Text(text="x"), delay=-1)
+    with pytest.raises(ValueError, match="priority"):
+        await runner.submit(pipeline, Text(text="x"), priority=1 << 40)
+    assert store.list_runs() == []
+    with pytest.raises(CheckpointNotFound):
+        await runner.handle("r").result(timeout=1)
+
+
+async def test_limits_hold_over_workers(store: Any) -> None:
+    """At most max_runs runs of a pipeline are executed at once, by however many workers."""
+    active, most = 0, 0
+
+    async def work(state: Num) -> Num:
+        nonlocal active, most
+        active += 1
+        most = max(most, active)
+        await asyncio.sleep(0.01)
+        active -= 1
+        return state
+
+    pipeline = Pipeline("p", [node("work", work)], max_runs=2)
+    runner = _runner(store)
+    handles = [await runner.submit(pipeline, Num(n=n)) for n in range(8)]
+    async with serving(store, pipeline), serving(store, pipeline):
+        await asyncio.gather(*(handle.result(timeout=30) for handle in handles))
+    assert most <= 2
+
+
+async def test_a_flow_has_limits() -> None:
+    """A flow takes the limits of a Pipeline; a limit below 1 is refused."""
+
+    @stroma_flow("f", input=Num, output=Num, max_runs=3, max_runs_per_key=1)
+    async def flow(flow: Flow, state: Num) -> Num:
+        return state
+
+    assert tuple(flow.limits) == (3, 1)
+    with pytest.raises(ValueError, match="max_runs must be at least 1"):
+        Pipeline("p", [], max_runs=0)
