@@ -37,6 +37,17 @@ def shop(stroma):
     return stroma
 
 
+def test_a_recorded_effect_is_not_started_again(shop, inside, fails):
+    """A run id that has called an effect is refused, also when the run is complete; nothing is called."""
+    shop.file("well", "")
+    words = ("run", "shop.py:pipeline", '{"n": 1}', "--run-id", "x", "-q")
+    assert inside(*words).code == 0
+    fails(inside(*words), 2, "has a recorded effect (COMPLETED)", "'charge' again", "--restart")
+    assert (shop.home / "charges").read_text() == "charge "
+    assert inside(*words, "--resume").code == 0
+    assert (shop.home / "charges").read_text() == "charge "
+
+
 def test_an_effect_that_happened(shop, inside, fails):
     """approve --done stores the output of the call, if it fits; the run resumes without a call."""
     done = inside("run", "shop.py:pipeline", '{"n": 1}', "--run-id", "x")

@@ -198,6 +198,22 @@ def test_run_id_again(stroma, inside):
     assert stroma.calls() == ["first", "second", "third"] * 3
 
 
+def test_a_run_that_has_not_ended_needs_resume_or_restart(stroma, inside, fails):
+    """A run id that was interrupted is refused with both commands that continue; --restart calls its nodes again."""
+    words = ("run", "sums.py:pipeline", GOOD, "--run-id", "x", "-q")
+    assert inside(*words, env={"SECOND": "sys.exit('enough')"}).code == 1
+    calls = stroma.calls()
+    fails(
+        inside(*words), 2, "has not ended (INTERRUPTED); a new execution would discard 1 committed node",
+        "resume it: stroma resume x sums.py:pipeline", "repeat the command with --restart",
+    )  # fmt: skip
+    assert stroma.calls() == calls
+    assert json.loads(inside(*words, "--restart").out) == {"n": 4}
+    assert stroma.calls() == [*calls, "first", "second", "third"]
+    fails(inside(*words, "--restart", "--resume"), 2, "exclude each other")
+    fails(inside("run", "sums.py:pipeline", GOOD, "--restart"), 2, "--restart needs --run-id")
+
+
 def test_another_input_is_refused(stroma, inside, fails):
     """--resume with another input than the run began with is a usage error."""
     inside("run", "sums.py:pipeline", GOOD, "--run-id", "x")
