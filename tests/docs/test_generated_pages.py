@@ -157,6 +157,16 @@ def public_errors() -> dict[str, type[BaseException]]:
     return findings
 
 
+def test_the_page_about_defaults_has_every_parameter(generate: Any) -> None:
+    """Each parameter of RunConfig, StromaRunner.quick and the stores has one line, which says what its default loses."""
+    page = generate.own_module("docs.defaults")
+    stores = {name for name in stroma.__all__ if name.endswith("Store") and not name.endswith("CheckpointStore")}
+    assert set(page.LOSSES) == {"RunConfig", "StromaRunner.quick", *stores}
+    assert {name: set(losses) for name, losses in page.LOSSES.items()} == {
+        name: page.names_of(name) for name in page.LOSSES
+    }
+
+
 def test_every_public_error_is_on_the_page(generate: Any) -> None:
     """docs/errors.md has every public exception class with its base, where it arises, its cause and its mend."""
     text = (ROOT / "docs" / "errors.md").read_text("utf-8")

@@ -28,8 +28,8 @@ __all__ = [
     "not_waiting",
 ]
 
-#: Statuses of completed executions, of those that cancel() cannot change any more, and of those that nobody continues by
-#: himself: a new execution may follow.
+#: Statuses of completed executions, of those that cancel() cannot change any more, and of those after which a new
+#: execution may follow unasked.
 COMPLETE: Final = ("COMPLETED", "RESUMED")
 ENDED: Final = (*COMPLETE, "FAILED", "CANCELLED")
 _GIVEN_UP: Final = (*ENDED, "PARTIAL")

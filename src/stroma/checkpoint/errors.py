@@ -92,7 +92,8 @@ class RunExists(StoreError):
 
     Where: out of ``run()`` before anything is called: always with ``if_exists="error"``, and by default if the run has
         not ended, or has called an effect.
-    Cause: the run id was used before. A new execution would discard what the message lists.
+    Cause: the run id was used before. A new execution would discard what the message lists. Plain code around
+        ``execute_step`` without ``async with ctx:`` records no end.
     Fix: continue the run with ``resume=True``, discard it with ``if_exists="restart"``, or use another run id.
     """
 
