@@ -36,6 +36,7 @@ LOSSES: dict[str, dict[str, str]] = {
         "classifiers": "Nothing. The built-in rules classify failures.",
         "context": "The changes that nodes make in it: it is not stored, so a resume in another process starts without them.",
         "node_timeouts": "Time: a function that never returns is waited for.",
+        "max_threads": "Nothing. Plain functions beyond this number wait for a thread.",
         "contract_retries": "The price of an answer that broke its contract: the run is FAILED. Outputs before it are stored, for a resume.",
         "resume_from": "Nothing.",
         "resume": "Nothing. `if_exists` decides.",
@@ -116,6 +117,11 @@ def defaults_page() -> str:
         if not losses:
             lines += ["It has no parameters. Its runs end with the process.", ""]
             continue
+        missing = sorted(names_of(name) - set(losses))
+        if missing:
+            raise ValueError(
+                f"LOSSES in docs/defaults.py has no {', '.join(missing)} of {name}; add what its default loses"
+            )
         lines += ["| parameter | default | what this default loses |", "| --- | --- | --- |"]
         lines += [
             f"| `{one.name}` | {one.default or 'none'} | {losses[one.name]} |"
