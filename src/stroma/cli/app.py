@@ -29,10 +29,12 @@ _COMMANDS: Final = {
         "stroma.cli.commands.run:resume",
         "Resume a stopped run without repeating finished nodes.",
     ),
+    "submit": ("stroma.cli.commands.submit:submit", "Submit a run, which a worker starts."),
     "worker": (
         "stroma.cli.commands.worker:worker",
-        "Continue runs that stopped, until SIGTERM.",
+        "Execute submitted runs and continue stopped ones, until SIGTERM.",
     ),
+    "drive": ("stroma.cli.commands.submit:drive", "Continue one run as far as possible."),
     "approve": ("stroma.cli.commands.approve:approve", "Answer a suspended run."),
     "pause": ("stroma.cli.commands.pause:pause", "Pause a run until it is resumed."),
     "cancel": ("stroma.cli.commands.cancel:cancel", "Cancel a run, whichever process runs it."),

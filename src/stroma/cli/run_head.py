@@ -7,6 +7,7 @@ from typing import Final
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.history import status_of
+from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.formatting import format_age, format_local_time, id_word, style_status
 from stroma.cli.output import Part, err, out
@@ -55,6 +56,8 @@ def print_head(
     if record.status == "RUNNING":
         who = clean(record.holder) if record.holder else ("lost", "yellow")
         lines.append(("owner", [who, f"; last record {format_age(record.updated_ms)}"]))
+    if record.status == QUEUED and record.due_ms is not None:
+        lines.append(("due", [format_local_time(record.due_ms)]))
     for one in waiting if record.status not in FINISHED_WELL else ():
         answered = ", answered" if one.payload is not None else ""
         lines.append(
@@ -75,6 +78,11 @@ def print_next_steps(database: RunSource, record: RunRecord, waiting: list[Waiti
             f"wait for its result: {database.hint('resume', name, target, options=('--attach',))}", place
         )
         err.line(f"or pause it: {database.hint('pause', name)}")
+        err.line(f"or cancel it: {database.hint('cancel', name)}")
+        return
+    if record.status == QUEUED:
+        _print_hint(f"a worker starts it: {database.hint('worker', target)}", place)
+        _print_hint(f"or start it here: {database.hint('drive', name, target)}", place)
         err.line(f"or cancel it: {database.hint('cancel', name)}")
         return
     if record.waits_for is not None:

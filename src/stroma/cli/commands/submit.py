@@ -1,0 +1,210 @@
+"""`stroma submit` and `stroma drive`: hand a run to the workers of a store, and continue one run in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from datetime import timedelta
+from typing import Any, Final
+
+import click
+
+from stroma._utils.text import clean, format_duration, pluralize
+from stroma.checkpoint.errors import StoreError
+from stroma.checkpoint.manager import CheckpointManager
+from stroma.cli.commands.completion import complete_run
+from stroma.cli.durations import SPAN
+from stroma.cli.errors import Code, Problem
+from stroma.cli.exporters import FLUSH_SECONDS
+from stroma.cli.formatting import id_word
+from stroma.cli.inputs import parse_input
+from stroma.cli.loading import load_pipeline
+from stroma.cli.options import run_id_option
+from stroma.cli.output import emit, err, out
+from stroma.cli.signals import StopSignals
+from stroma.cli.stores import Database, db_option
+from stroma.cli.user_errors import describe_error
+from stroma.contracts.contract import ContractRegistry
+from stroma.engine.config import RunConfig, new_run_id
+from stroma.runner.drive import Blocked, Busy, DriveOutcome, Ended, Suspended
+from stroma.runner.pipeline import Pipeline
+from stroma.runner.runner import StromaRunner
+
+__all__ = ["drive", "submit"]
+
+_FAILED: Final = ("FAILED", "PARTIAL", "CANCELLED")
+_DRAIN_SECONDS: Final = 30.0
+
+
+@click.command()
+@click.argument("target", metavar="FILE_OR_MODULE:NAME")
+@click.argument("input_text", metavar="[INPUT]", required=False)
+@click.option("--run-id", callback=run_id_option, metavar="ID", help="Id of the run.  [default: a new id]")
+@click.option("--delay", type=SPAN, metavar="SPAN", help="Earliest start from now on, such as 90s or 2h.")
+@click.option(
+    "--expires", type=SPAN, metavar="SPAN", help="Latest start from now on; the run fails after it."
+)
+@click.option(
+    "--priority", type=int, default=0, show_default=True, metavar="N", help="Lower numbers start first."
+)
+@click.option("--key", metavar="TEXT", help="Runs of one key share the workers fairly with others.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Tag of the run; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.submit/1".')
+@db_option
+def submit(
+    target: str,
+    input_text: str | None,
+    run_id: str | None,
+    tags: tuple[str, ...],
+    as_json: bool,
+    db: str | None,
+    **options: Any,
+) -> int:
+    """Submit a run, which a worker starts (see `stroma worker`), and print its id.
+
+    NAME and INPUT are those of `stroma run`. Submitting the same run id with the same input again changes nothing.
+    """
+    pipeline = load_pipeline(target)
+    database = Database.from_option(db)
+    _require_durable(database)
+    database.prepare()
+    state = parse_input(pipeline, input_text, target)
+    config = pipeline.config or RunConfig()
+    config = config.model_copy(update={"tags": (*config.tags, *tags), "run_id": run_id or new_run_id()})
+    runner = StromaRunner(ContractRegistry(), CheckpointManager(database.store), config)
+    given: dict[str, timedelta | None] = {name: options[name] for name in ("delay", "expires")}
+
+    async def store() -> str:
+        try:
+            handle = await runner.submit(
+                pipeline,
+                state,
+                run_id=config.run_id,
+                priority=options["priority"],
+                key=options["key"],
+                **given,
+            )
+            return await handle.status()
+        finally:
+            await database.close()
+
+    try:
+        status = asyncio.run(store())
+    except StoreError as error:
+        raise database.problem(error) from error
+    except (TypeError, ValueError) as error:
+        raise Problem(f"the run cannot be submitted: {describe_error(error)}", code=Code.USAGE) from error
+    if as_json:
+        emit(
+            {
+                "schema": "stroma.submit/1",
+                "run_id": config.run_id,
+                "pipeline": pipeline.name,
+                "status": status,
+            }
+        )
+        return Code.OK
+    out.line(clean(config.run_id))
+    if status == "QUEUED":
+        err.line(f"queued for a worker: {database.hint('worker', target)}")
+    else:
+        err.line(
+            f"the run exists already, its status is {status}: {database.hint('show', id_word(config.run_id))}"
+        )
+    return Code.OK
+
+
+@click.command()
+@click.argument("run_", metavar="RUN", shell_complete=complete_run)
+@click.argument("targets", metavar="FILE_OR_MODULE:NAME...", nargs=-1, required=True)
+@click.option(
+    "--max-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="End at the first step boundary after this time.",
+)
+@click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.drive/1".')
+@db_option
+def drive(
+    run_: str, targets: tuple[str, ...], max_seconds: float | None, as_json: bool, db: str | None
+) -> int:
+    """Continue one run as far as possible: the job of a scheduler such as Kubernetes.
+
+    RUN is the id of a run of one of the pipelines. A run that is not due, or has an owner, is left alone. SIGTERM and
+    Ctrl-C end the run at the next step boundary; a later call continues it. Exit code 0: it has completed; 1: it has
+    failed; 7: it is suspended; 130: it was interrupted and is due at once; 3: another process owns it, or this code does
+    not fit it.
+    """
+    pipelines = [load_pipeline(target) for target in targets]
+    database = Database.from_option(db)
+    _require_durable(database)
+    record = database.find(run_)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # Output of nodes goes to stderr.
+            outcome = asyncio.run(_drive(database, record.run_id, pipelines, max_seconds))
+    except StoreError as error:
+        raise database.problem(error) from error
+    except (TypeError, ValueError) as error:
+        raise Problem(f"the run cannot be driven: {describe_error(error)}", code=Code.USAGE) from error
+    code, message, data = _describe(outcome)
+    if as_json:
+        emit({"schema": "stroma.drive/1", "run_id": record.run_id, **data})
+    err.line(f"run {clean(record.run_id)} {message}")
+    return code
+
+
+async def _drive(
+    database: Database, run_id: str, pipelines: list[Pipeline], max_seconds: float | None
+) -> DriveOutcome:
+    # Without a config of its own, the runner uses that of each pipeline.
+    runner = StromaRunner(ContractRegistry(), CheckpointManager(database.store))
+    driving = asyncio.ensure_future(runner.drive(run_id, pipelines=pipelines, max_seconds=max_seconds))
+    shutdown_requested = asyncio.Event()
+    waiting = asyncio.ensure_future(shutdown_requested.wait())
+    message = "ending at the next step boundary; repeat the signal to stop at once"
+    StopSignals(
+        waiting,
+        shutdown_requested.set,
+        patience=format_duration(_DRAIN_SECONDS),
+        after="the run can be driven again",
+        messages=dict.fromkeys(("SIGINT", "SIGTERM"), message),
+    )
+    try:
+        await asyncio.wait([driving, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if not driving.done():
+            await runner.shutdown(drain_seconds=_DRAIN_SECONDS)
+        return await driving
+    finally:
+        waiting.cancel()
+        await runner.aclose(timeout_seconds=FLUSH_SECONDS)
+        await database.close()
+
+
+def _describe(outcome: DriveOutcome) -> tuple[Code, str, dict[str, Any]]:
+    """Return the exit code of an outcome, its message, and its fields as JSON."""
+    if isinstance(outcome, Ended):
+        code = Code.FAILED if outcome.status in _FAILED else Code.OK
+        return code, f"has ended: {outcome.status}", {"outcome": "ended", "status": outcome.status}
+    if isinstance(outcome, Suspended):
+        until = None if outcome.until is None else outcome.until.isoformat()
+        asked = f", {pluralize(len(outcome.questions), 'question')} open" if outcome.questions else ""
+        data = {
+            "outcome": "suspended",
+            "until": until,
+            "questions": [one.reason for one in outcome.questions],
+        }
+        return Code.SUSPENDED, f"is suspended{f' until {until}' if until else ''}{asked}", data
+    if isinstance(outcome, Busy):
+        until = None if outcome.until is None else outcome.until.isoformat()
+        data = {"outcome": "busy", "until": until, "owner": outcome.owner}
+        return Code.ENVIRONMENT, f"is owned by {clean(outcome.owner)}, at least until {until}", data
+    if isinstance(outcome, Blocked):
+        data = {"outcome": "blocked", "reason": outcome.reason}
+        return Code.ENVIRONMENT, f"cannot be continued by this code: {clean(outcome.reason, 1000)}", data
+    return Code.INTERRUPTED, "was interrupted at a step boundary, and is due at once", {"outcome": "yielded"}
+
+
+def _require_durable(database: Database) -> None:
+    if not database.is_durable:
+        raise Problem(f"{database.name} is not durable", "name a durable store: --db URL", code=Code.USAGE)
