@@ -226,7 +226,7 @@ def test_an_answer_with_thousands_of_faults_is_said_at_once() -> None:
 
     def count(frame: Any, event: str, _: Any) -> None:
         nonlocal written
-        written += event == "call" and frame.f_code.co_name == "written"
+        written += event == "call" and frame.f_code.co_name == "_input_text"
 
     sys.setprofile(count)
     try:

@@ -17,9 +17,9 @@ from tests.fixtures import store_fixture
 from tests.kit import Num, Text, node, quick
 
 from stroma import NodeHooks, RunConfig, RunStatus, SQLiteStore, current_node_or_none
+from stroma._utils.bounded_copy import BoundedCopy
 from stroma.checkpoint.history import History
 from stroma.engine.rejected import encode_rejected
-from stroma.trace.bounded_copy import BoundedCopy
 from stroma.trace.rejected import MISSING, RecentOutputs, RejectedOutput, read_rejected
 
 store = store_fixture("async-memory", "sqlite", "postgres", "redis")

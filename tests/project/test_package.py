@@ -101,7 +101,7 @@ def test_a_runner_loads_no_more_than_a_run_needs() -> None:
         "temporal",
     )
     parts = ("checkpoint.durable", "checkpoint.history", "checkpoint.memory.records", "checkpoint.payloads", "checkpoint.postgres",
-             "checkpoint.records", "checkpoint.redis", "checkpoint.sql", "checkpoint.sqlite", "contracts.checks", "contracts.masking",
+             "checkpoint.records", "checkpoint.redis", "checkpoint.sql", "checkpoint.sqlite", "contracts.checks",
              "contracts.repair_prompt", "contracts.untyped", "runner.groups", "runner.items", "runner.map", "runner.steps",
              "runner.stream", "trace.gantt", "trace.html", "trace.story", "trace.terminal", "_utils.svg")  # fmt: skip
     for name in rooms + parts:

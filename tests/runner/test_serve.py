@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from pydantic import field_validator
 from tests.fixtures import store_fixture
 from tests.flows.steps import Clock, Text, World
 from tests.kit import NEVER, Num, node
@@ -283,6 +284,49 @@ async def test_a_run_that_cannot_be_resumed_does_not_stop_the_others(
     assert len(serving.outcomes["broken"]) == 1
     message = next(r.getMessage() for r in caplog.records if "broken" in r.getMessage())
     assert message.endswith("trying again in 5 s")
+
+
+async def test_a_stored_input_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The line about a stored input that its class refuses is one line, and has no value of the input."""
+
+    class Strict(Text):
+        @field_validator("text")
+        @classmethod
+        def _known(cls, text: str) -> str:
+            raise ValueError(f"unknown: {text}")
+
+    store = AsyncInMemoryStore()
+    text = "x\nCRITICAL root logged in: patient 4711"
+    opened = store.open_run(RunRequest("broken", "changed", Text(text=text), schema_of(Text)))
+    opened.end("INTERRUPTED", None)
+    pipeline = Pipeline("changed", [node("a", World().step("a"), Strict, Strict)])
+    async with Serving(_runner(store, pipeline="changed"), pipeline) as serving:
+        await serving.until(1)
+    (line,) = [r.getMessage() for r in caplog.records if "broken" in r.getMessage()]
+    assert "Strict: text (value_error); trying again in 5 s" in line
+    assert "4711" not in caplog.text
+    assert "\n" not in line
+
+
+async def test_what_on_result_raises_is_logged_in_single_lines(caplog: pytest.LogCaptureFixture) -> None:
+    """The traceback of an on_result that raises cannot forge a line of the log."""
+
+    def on_result(run_id: str, outcome: Any) -> None:
+        raise ValueError("no\nCRITICAL forged")
+
+    store = AsyncInMemoryStore()
+    opened = store.open_run(RunRequest("broken", "changed", Text(text="x"), schema_of(Text)))
+    opened.end("INTERRUPTED", None)
+    runner = _runner(store, pipeline="changed")
+    serving = asyncio.ensure_future(
+        runner.serve(Pipeline("changed", [World().step("a")]), poll_seconds=0.02, on_result=on_result)
+    )
+    while "forged" not in caplog.text:
+        await asyncio.sleep(0.01)
+    await runner.shutdown()
+    await serving
+    assert "no\\nCRITICAL forged" in caplog.text
+    assert "\nCRITICAL" not in caplog.text
 
 
 async def test_a_store_that_is_away_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:

@@ -272,6 +272,32 @@ async def test_the_engines_own_log_lines_tell_nothing(content: str) -> None:
     assert "777777777777777" not in str(sentry.transport.events)
 
 
+async def test_a_group_that_a_hook_raises_tells_no_secret() -> None:
+    """Sentry's logging integration sends the members of an exception group without the secrets of the state."""
+    from pydantic import BaseModel, SecretStr
+    from sentry_sdk.integrations.logging import LoggingIntegration
+
+    secret = "-".join(["sk", "live", "0123456789"])  # Sentry sends lines of source.
+
+    class Secretive(BaseModel):
+        key: SecretStr = SecretStr(secret)
+
+    async def broken(*_: Any) -> None:
+        raise ExceptionGroup("unhandled errors in a TaskGroup", [ValueError(secret)])
+
+    integrations = [LoggingIntegration(level=logging.INFO, event_level=logging.ERROR)]
+    with RecordedSentry(integrations=integrations) as sentry:
+        runner = quick(sentry, extra=[NodeHooks(on_node_success=broken)])
+
+        @runner.node("a", input=Secretive, output=Secretive)
+        async def a(state: Secretive) -> Secretive:
+            return state
+
+        await runner.run([a], Secretive())
+        assert "unhandled errors in a TaskGroup" in str(sentry.transport.events)
+        assert secret not in str(sentry.transport.events)
+
+
 async def run_bad(runner: StromaRunner) -> None:
     assert (await runner.run([node(runner, "bad", ConnectionError)], State())).failure is not None
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from typing import Any
 
 import pytest
 from pydantic import (
     BaseModel,
-    ConfigDict,
     RootModel,
-    SecretBytes,
-    SecretStr,
 )
 from tests.kit import Num, quick, record_node_hooks
 
@@ -23,47 +19,6 @@ from stroma import (
     StromaRunner,
     stroma_node,
 )
-from stroma.trace.plain import secrets_in
-
-
-@dataclasses.dataclass
-class Key:
-    secret: SecretStr
-
-
-@dataclasses.dataclass(slots=True)
-class Slotted:
-    secret: SecretStr
-
-
-class Open(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-
-def test_secrets_are_found_wherever_a_state_has_them() -> None:
-    """In fields, extras, dataclasses, dicts, lists and bytes; the class of a dataclass is none."""
-    assert set(secrets_in(Key(SecretStr("one")))) == {"one"}
-    assert set(secrets_in([Slotted(SecretStr("one"))])) == {"one"}
-    assert set(secrets_in(Open(token=SecretStr("two")))) == {"two"}
-    assert set(secrets_in({"k": [Key(SecretStr("three"))], "n": (Open(x={"y": SecretStr("four")}),)})) == {
-        "three",
-        "four",
-    }
-    assert set(secrets_in(SecretBytes("gr\u00fcn\\".encode()))) == {"gr\u00fcn\\", "gr\\xc3\\xbcn\\\\"}
-    assert set(secrets_in(SecretBytes(b"\xffraw"))) == {"raw", "\\xffraw"}
-    assert list(secrets_in(Key)) == []
-    assert list(secrets_in(SecretStr(""))) == []
-
-
-def test_a_secret_that_hides_a_structure() -> None:
-    """Every text in what a Secret hides is one, as deep as it goes; numbers too, flags and None not."""
-    from pydantic import Secret
-
-    class Hidden(BaseModel):
-        value: Secret[Any]
-
-    model = Hidden(value={"a": ["x", ("y", {"b": "z"})], "c": None, "d": True, "e": 7})
-    assert set(secrets_in(model)) == {"x", "y", "z", "7"}
 
 
 @pytest.mark.core

@@ -7,13 +7,14 @@ import io
 import logging
 import time
 import zlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
-from pydantic import BaseModel, SecretStr, field_validator
+from pydantic import BaseModel, PrivateAttr, SecretStr, field_validator, model_validator
 from tests.kit import undone_command
 
 from stroma import (
@@ -30,7 +31,7 @@ from stroma import (
 from stroma.cli import main as stroma_command
 from stroma.telemetry import log_hooks
 from stroma.telemetry.content import Content
-from stroma.trace.redaction import hidden_values, scrubbed_error, without
+from stroma.trace.redaction import hidden_values, without
 
 SECRET = "sk-live/abc+def 123456"
 NEVER = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
@@ -167,11 +168,147 @@ async def test_a_raising_hook_tells_no_secret(log: Log) -> None:
     assert SECRET in str(result.hook_errors[0].exception)
 
 
-def test_an_exception_without_secrets_stands_for_itself() -> None:
-    """The very exception is logged where nothing has to be taken out of its messages."""
-    error = ValueError("plain")
-    error.__cause__ = KeyError("also plain")
-    assert scrubbed_error(error, {}) is error
+class NoText(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def chained(first: BaseException, count: int) -> BaseException:
+    for _ in range(count):
+        outer = NoText()
+        outer.__cause__ = first
+        first = outer
+    return first
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ExceptionGroup("unhandled errors in a TaskGroup", [ValueError(SECRET)]),
+        lambda: SyntaxError("cannot evaluate", ("<template>", 1, 1, f"key = '{SECRET}'")),
+        lambda: chained(ValueError(SECRET), 1),
+        lambda: chained(ValueError(SECRET), 12),
+    ],
+    ids=["group", "source", "no text", "deep"],
+)
+async def test_a_logged_traceback_tells_no_secret(log: Log, make: Any) -> None:
+    """The traceback of a hook is logged without the secrets of the state, wherever the exception has them."""
+
+    async def on_node_success(*_: Any) -> None:
+        raise make()
+
+    runner = StromaRunner.quick(hooks=NodeHooks(on_node_success=on_node_success))
+
+    @runner.node("call", input=Call, output=Call)
+    async def call(state: Call) -> Call:
+        return state
+
+    await runner.run([call], Call())
+    assert "in on_node_success" in log.text
+    assert SECRET not in log.text
+
+
+class Client(BaseModel):
+    _key: SecretStr = PrivateAttr(default=SecretStr(SECRET))
+
+
+class Handle:
+    def __init__(self) -> None:
+        self.key = SecretStr(SECRET)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [Client(), Handle(), deque([SecretStr(SECRET)]), {SecretStr(SECRET): 1}],
+    ids=["private", "object", "deque", "key"],
+)
+async def test_secrets_of_objects_in_the_context_are_masked(context: Any) -> None:
+    """A secret in the context is masked, whatever object holds it."""
+    runner = StromaRunner.quick(policy_map=NEVER, context={"client": context})
+    result = await runner.run(failing(runner, ValueError(f"401 for {SECRET}")), Call(token=SecretStr("")))
+    assert result.failure is not None
+    assert result.failure.message == "401 for **********"
+
+
+@pytest.mark.parametrize("place", [0, 1000])
+async def test_each_of_a_thousand_secrets_is_masked(place: int) -> None:
+    """A state with more than a thousand secrets has all of them masked."""
+
+    class Keys(BaseModel):
+        keys: list[SecretStr]
+
+    keys = [f"other-{n:05}" for n in range(1001)]
+    runner = StromaRunner.quick(policy_map=NEVER)
+
+    @runner.node("call", input=Keys, output=Keys)
+    async def call(state: Keys) -> Keys:
+        raise ValueError(f"401 for {keys[place]}")
+
+    result = await runner.run([call], Keys(keys=[SecretStr(one) for one in keys]))
+    assert result.failure is not None
+    assert result.failure.message == "401 for **********"
+
+
+class Folder(BaseModel):
+    child: Folder | None = None
+    password: SecretStr = SecretStr("")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        if "bad" in data:
+            raise ValueError(f"cannot use {data}")
+        return data
+
+
+@pytest.mark.parametrize("depth", [5, 20, 99, 150])
+async def test_a_secret_that_a_schema_declares_is_masked_at_any_depth(log: Log, depth: int) -> None:
+    """A validator that quotes a declared secret shows it in no message, log line or page; beyond 100 levels nothing else."""
+    value: dict[str, Any] = {"password": SECRET, "bad": 1}
+    for _ in range(depth):
+        value = {"child": value}
+    runner = StromaRunner.quick(policy_map=NEVER)
+
+    @runner.node("call", input=Call, output=Folder)
+    async def call(state: Call) -> Any:
+        return value
+
+    result = await runner.run([call], Call(token=SecretStr("")))
+    assert result.failure is not None
+    assert "**********" in result.failure.message
+    for text in (result.failure.message, log.text, result.to_html(), str(result.failure.as_prompt())):
+        assert SECRET not in text
+
+
+class Endless(Mapping[Any, Any]):
+    def __getitem__(self, key: Any) -> Any:
+        return 1
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Any]:
+        n = 0
+        while True:
+            yield (n := n + 1)
+
+
+async def test_an_endless_mapping_does_not_stop_the_event_loop() -> None:
+    """An output with a mapping that never ends is refused, and its trace shown, in bounded time."""
+
+    class Login(BaseModel):
+        password: SecretStr
+        n: int
+
+    runner = StromaRunner.quick(policy_map=NEVER)
+
+    @runner.node("call", input=Call, output=Login)
+    async def call(state: Call) -> Any:
+        return {"password": SECRET, "n": Endless()}
+
+    result = await runner.run([call], Call())
+    assert result.failure is not None
+    assert SECRET not in str(result.failure.as_prompt()) + result.to_html()
 
 
 async def test_a_message_is_one_line_of_a_log(log: Log) -> None:

@@ -44,7 +44,6 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type, message_of
 from stroma.hooks.dispatch import HookNotAsync
-from stroma.trace.redaction import scrubbed_error
 
 __all__ = ["Call"]
 
@@ -350,7 +349,7 @@ class Call:
                 what,
                 self.step.step_id,
                 type(error).__name__,
-                exc_info=scrubbed_error(error, ctx.redactor.secrets),
+                exc_info=ctx.redactor.mask_error(error),
             )
             return None
 

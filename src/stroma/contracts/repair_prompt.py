@@ -12,12 +12,14 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel
 
+from stroma._utils.bounded_copy import BoundedCopy, map_texts
+from stroma._utils.secrets import MASK, DeclaredSecrets, Secrets, declared_secrets
 from stroma._utils.text import one_line
-from stroma.contracts.masking import MASK, Secrets
 
 __all__ = ["complaints", "repair_prompt"]
 
 _VALUE: Final = 200  # characters of one value that came
+_READ: Final = 4000  # bytes of it that are read
 _MESSAGE: Final = 300
 _EXPECTED: Final = 600  # of what was expected of one field
 _DEEP: Final = 4  # levels of nested models that are spelt out
@@ -37,7 +39,8 @@ def repair_prompt(
 ) -> str:
     """Return the errors of each field, the values received, and a compact schema of the fields concerned."""
     looked_at = errors[: max(_FEWEST, max_chars // 20)]  # No line is shorter than that.
-    secrets = Secrets(schema, [raw, *(e.get("input") for e in looked_at if isinstance(e, Mapping))])
+    declared = declared_secrets(schema)
+    secrets = Secrets(schema, [raw, [e.get("input") for e in looked_at if isinstance(e, Mapping)]])
     document = _json_schema(schema)
     head, tail = _HEADS[direction], _TAILS[direction]
     wrong: dict[str, None] = {}  # Of a union, several branches complain; each thing is said once.
@@ -48,17 +51,19 @@ def repair_prompt(
             break
         seen += 1
         if not isinstance(error, Mapping):
-            wrong[f"- {_cut(one_line(secrets.scrub(str(error))), _MESSAGE)}"] = None
+            wrong[f"- {_cut(one_line(secrets.mask(str(error))), _MESSAGE)}"] = None
             continue
         loc = tuple(error.get("loc", ()))
         place = _follow(loc, document)
-        where = secrets.scrub(_written(place.path, each=False)) or "the whole"
+        where = secrets.mask(_written(place.path, each=False)) or "the whole"
         if place.kind:
             where += f" (if it is a {place.kind})"
-        wrong[f"- {where}: {_complaint(error, secrets)}{_came(error, loc, secrets)}"] = None
+        wrong[f"- {where}: {_complaint(error, declared, secrets)}{_came(error, loc, declared, secrets)}"] = (
+            None
+        )
         if document is not None and place.node is not None:
             what = _cut(_shape(place.node, document.get("$defs", {}), _DEEP), _EXPECTED)
-            expected.setdefault(secrets.scrub(_written(place.whole, each=True)), what)
+            expected.setdefault(secrets.mask(_written(place.whole, each=True)), what)
     unseen = len(errors) - seen
     room = max_chars - len(head) - len(tail) - 60
     problems = _fitting(list(wrong), room * 6 // 10 if expected else room, unseen)
@@ -74,17 +79,17 @@ def complaints(
     errors: Sequence[Any], schema: type[BaseModel] | None, secrets: Secrets
 ) -> list[tuple[tuple[str | int, ...], str]]:
     """Return (path, message) of each error as the prompt has them, without secrets and what came."""
-    document = _json_schema(schema)
+    document, declared = _json_schema(schema), declared_secrets(schema)
     faults: dict[tuple[tuple[str | int, ...], str], None] = {}
     for error in errors:
         if isinstance(error, Mapping):
             path = _follow(tuple(error.get("loc", ())), document).path
             masked = tuple(
-                part if isinstance(part, int) else _cut(secrets.scrub(str(part)), _KEY) for part in path
+                part if isinstance(part, int) else _cut(secrets.mask(str(part)), _KEY) for part in path
             )
-            faults[masked, _complaint(error, secrets)] = None
+            faults[masked, _complaint(error, declared, secrets)] = None
         else:
-            faults[(), _cut(one_line(secrets.scrub(str(error))), _MESSAGE)] = None
+            faults[(), _cut(one_line(secrets.mask(str(error))), _MESSAGE)] = None
     return list(faults)
 
 
@@ -103,15 +108,15 @@ def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else (text[: max(0, limit - 1)] + "…")[: max(0, limit)]
 
 
-def _complaint(error: Mapping[str, Any], secrets: Secrets) -> str:
+def _complaint(error: Mapping[str, Any], declared: DeclaredSecrets, secrets: Secrets) -> str:
     message = _WORDS.get(error.get("type", ""), str(error.get("msg", "invalid")))
     if message == _AN_OBJECT and isinstance(error.get("input"), (str, bytes)):
         message += _why_text(error["input"])
-    if secrets.names.intersection(map(str, error.get("loc", ()))) and error.get("type") in _SPOKEN:
+    if declared.names.intersection(map(str, error.get("loc", ()))) and error.get("type") in _SPOKEN:
         message = "is not valid"  # What a validator of the user's says may quote the value.
-    if secrets.is_revealed_in(message):
+    if declared.reveals(message):
         message = "is not valid"
-    return _cut(one_line(secrets.scrub(message)), _MESSAGE).rstrip(".")
+    return _cut(one_line(secrets.mask(message)), _MESSAGE).rstrip(".")
 
 
 def _why_text(text: str | bytes) -> str:
@@ -136,17 +141,24 @@ _WORDS: Final = {
 _SPOKEN: Final = frozenset({"value_error", "assertion_error"})
 
 
-def _came(error: Mapping[str, Any], loc: tuple[Any, ...], secrets: Secrets) -> str:
+def _came(error: Mapping[str, Any], loc: tuple[Any, ...], declared: DeclaredSecrets, secrets: Secrets) -> str:
     if error.get("type") == "missing":
         return ". Nothing came there"
     if "input" not in error:
         return ""
-    if secrets.names.intersection(map(str, loc)):
+    if declared.names.intersection(map(str, loc)):
         return f". This came: {MASK}"
-    text = secrets.written(error["input"])
+    text = _input_text(error["input"], declared, secrets)
     # The quote is closed: what follows is no longer what came.
     quote = '"' if text.startswith('"') and len(text) > _VALUE else ""
     return f". This came: {_cut(text, _VALUE)}{quote}"
+
+
+def _input_text(value: Any, declared: DeclaredSecrets, secrets: Secrets) -> str:
+    """Return the beginning of a value as JSON, without its secrets."""
+    plain = BoundedCopy(_READ, declared.names, MASK).copy(value)
+    plain = map_texts(plain, lambda texts: [MASK if declared.reveals(text) else text for text in texts])
+    return one_line(secrets.mask(json.dumps(plain, ensure_ascii=False))[: 2 * _VALUE])
 
 
 # ---------------------------------------------------------------------- the schema

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import re
 import tempfile
@@ -40,6 +39,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
+from stroma._utils.logs import get_logger
 from stroma.demo.provider import Provider, start_provider
 
 __all__ = ["BASE_URL_VARIABLE", "DOCUMENTS", "Documents", "Extraction", "Folder", "pipeline"]
@@ -54,7 +54,7 @@ LOCAL_TIMEOUT_SECONDS, REMOTE_TIMEOUT_SECONDS = 2.0, 60.0
 _SUFFIXES = {".txt", ".md", ".eml", ".csv"}
 _LARGEST_BYTES = 200_000
 
-logger = logging.getLogger("stroma.demo")
+logger = get_logger("stroma.demo")
 
 
 # ---------------------------------------------------------------------- contracts

@@ -166,6 +166,8 @@ class ReliabilityContext:
         self.kept_traces: dict[str, str] = {}
         self._notes: dict[Any, Any] | None = None
         self.redactor = Redactor(self.config.redact, self.context, self.trace)
+        if isinstance(self.run_logger, RunLogger):
+            self.run_logger.redactor = self.redactor
         #: The last calls of effects in this process, by the keys of their notes; see stroma.engine.effects.
         self.effects: dict[str, Any] = {}
         #: Outputs of a group's children in an earlier attempt of it, for the next one.
@@ -209,7 +211,7 @@ class ReliabilityContext:
             run_id=self.run_id,
             limit_seconds=None if limit is None else limit / 1000,
             failures=self.hook_failures,
-            scrub=self.redactor.scrub_error,
+            mask=self.redactor.mask_error,
             all_ends=self.delivers,
         )
 

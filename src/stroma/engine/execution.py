@@ -18,7 +18,6 @@ from stroma.engine.current import CURRENT, RUN
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure
 from stroma.trace.events import NO_USAGE, AttemptRow, AttemptUsage, Outcome, Schemas, TraceEvent
-from stroma.trace.redaction import scrubbed_error
 
 if TYPE_CHECKING:
     from stroma.engine.context import ReliabilityContext
@@ -237,7 +236,7 @@ class NodeExecution:
             try:
                 callback()
             except Exception as error:
-                shown = scrubbed_error(error, self.ctx.redactor.secrets)
+                shown = self.ctx.redactor.mask_error(error)
                 self.ctx.run_logger.exception(
                     "at_end (%r) raised for node %r", callback, self.node_id, exc_info=shown
                 )

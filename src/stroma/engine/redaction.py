@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, final
 
 from pydantic import BaseModel
 
+from stroma._utils.secrets import Secrets
 from stroma._utils.text import one_line, typed
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.schema import schema_of
 from stroma.contracts.snapshots import PickledSnapshot
 from stroma.failures.failure import Failure, isinstance_by_type, kind_of
 from stroma.trace.events import AttemptRow
-from stroma.trace.plain import secrets_in
-from stroma.trace.redaction import HIDDEN, forms_of, hide_rejected, scrubbed_error, without_secrets
+from stroma.trace.redaction import HIDDEN, hide_rejected
 from stroma.trace.result import ExecutionResult
 from stroma.trace.trace import ExecutionTrace
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["Redactor", "notes_of_error"]
 
 _PLAIN_LEAVES: Final = frozenset({str, int, float, bool, type(None)})
-_MAX_SECRETS: Final = 1000  # that one run remembers
 
 
 def notes_of_error(error: BaseException) -> dict[str, Any]:
@@ -40,7 +38,7 @@ class Redactor:
     """Redacts with the function of the config, if it has one, and keeps secrets of states out of messages.
 
     Attributes:
-        secrets: texts of secrets that the run has met, with their forms in messages; the newest last.
+        secrets: the secrets that the run has met.
     """
 
     __slots__ = ("_context", "_redact", "_trace", "secrets")
@@ -54,7 +52,7 @@ class Redactor:
         self._redact = redact
         self._context = context
         self._trace = trace
-        self.secrets: dict[str, set[str]] = {}
+        self.secrets = Secrets()
 
     @property
     def is_on(self) -> bool:
@@ -81,19 +79,10 @@ class Redactor:
         )
 
     def note_secrets(self, state: Any) -> None:
-        """Remember the secrets in a state, to mask them in messages: the newest thousand."""
+        """Remember the secrets in a state, to mask them in messages."""
         if type(state) is tuple and _PLAIN_LEAVES.issuperset(map(type, state)):
             return  # A flat state without secrets, as most are: a failed attempt takes a tenth less.
-        try:
-            secrets = list(islice(secrets_in(state), _MAX_SECRETS))
-        except Exception:
-            return  # A class of the user's that cannot be read; it is shown as such, too.
-        known = self.secrets
-        for secret in secrets:
-            forms = known.pop(secret) if secret in known else forms_of(secret)
-            known[secret] = forms  # As the newest.
-        while len(known) > _MAX_SECRETS:
-            del known[next(iter(known))]
+        self.secrets.note(state)
 
     def note_context(self) -> None:
         """Remember the secrets of the run's context."""
@@ -106,34 +95,30 @@ class Redactor:
             self.note_secrets(snapshot)
         self.note_context()
 
-    def scrub_error(self, error: BaseException, values: Any = ()) -> BaseException:
+    def mask_error(self, error: BaseException, values: Any = ()) -> BaseException:
         """Return an exception as a log may show it, without the secrets of the run, its context and some values."""
         self.note_context()
         self.note_secrets(values)
-        return scrubbed_error(error, self.secrets)
+        self.secrets.note_error(error)
+        return self.secrets.mask_error(error)
 
     def hide_rejected(self, rejected: RejectedOutput) -> RejectedOutput:
         """Return a rejected output as ``redact`` lets it be seen."""
         return hide_rejected(self._redact, rejected)
 
-    def mask(self, text: str, others: Iterable[str] = ()) -> str:
-        """Return a text without the secrets that this run has met, and without others."""
-        return without_secrets(text, self.secrets | {secret: forms_of(secret) for secret in others})
+    def mask(self, text: str) -> str:
+        """Return a text without the secrets that this run has met."""
+        return self.secrets.mask(text)
 
     def mask_failure(self, failure: Failure, snapshot: Any) -> Failure:
         """Return a failure without the secrets of the run's context and the attempt's input in its message."""
         self.note_attempt(snapshot)
-        message = failure.message
         error = failure.exception
+        self.secrets.note_error(error)
         if isinstance_by_type(error, ContractViolation) and isinstance(error.schema, type):
-            from stroma.contracts.masking import Secrets
-
             # A validator of the user's may quote the value of a field that is declared as a secret.
-            try:
-                message = Secrets(error.schema, [error.raw]).scrub(message)
-            except Exception:
-                pass  # The value cannot be read.
-        message = self.mask(message)
+            self.secrets.note(error.raw, error.schema)
+        message = self.mask(failure.message)
         return failure if message == failure.message else replace(failure, message=message)
 
     def log_text(self, failure: Failure, row: AttemptRow) -> str:

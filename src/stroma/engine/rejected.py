@@ -10,18 +10,16 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 
+from stroma._utils.bounded_copy import BoundedCopy, map_texts
+from stroma._utils.secrets import MASK, declared_secrets
 from stroma.contracts.contract import ContractViolation
-from stroma.contracts.masking import MASK, Secrets
 from stroma.contracts.repair_prompt import complaints
 from stroma.engine.redaction import Redactor
-from stroma.trace.bounded_copy import BoundedCopy, map_texts
 from stroma.trace.rejected import MISSING, Complaint, RejectedOutput
 
 __all__ = ["encode_rejected", "violation_of"]
 
 _MAX_BYTES: Final = {"redacted": 64 * 1024, "full": 1024 * 1024}
-#: So many times what is stored of an output is read: a secret that is met later is masked in what is stored.
-_READ_FACTOR: Final = 2
 _MOST_COMPLAINTS: Final = 50
 _COMPLAINT_BYTES: Final = 16 * 1024
 #: Separates texts that are masked together: looking for many secrets in each of many texts takes seconds.
@@ -33,19 +31,18 @@ def encode_rejected(
 ) -> bytes:
     """Return the stored form of an output, without secrets. Raises what the user's own classes raise."""
     schema = violation.schema
-    secrets = Secrets(schema, [])
-    copy = BoundedCopy(_READ_FACTOR * _MAX_BYTES[keep], frozenset(secrets.names), MASK)
-    value = MASK if secrets.is_secret else copy.copy(output)
-    if not secrets.is_secret:
-        value = map_texts(
-            value, lambda texts: [MASK if secrets.is_revealed_in(text) else text for text in texts]
-        )
+    declared = declared_secrets(schema)
+    redactor.secrets.note(output, schema)
+    copy = BoundedCopy(_MAX_BYTES[keep], declared.names, MASK)
+    value = MASK if declared.is_whole else copy.copy(output)
+    if not declared.is_whole:
+        value = map_texts(value, lambda texts: [MASK if declared.reveals(text) else text for text in texts])
     errors = violation.errors[:_MOST_COMPLAINTS]
-    faults = [Complaint(*one) for one in complaints(errors, schema, secrets)]
+    faults = [Complaint(*one) for one in complaints(errors, schema, redactor.secrets)]
     whole = RejectedOutput(value, copy.is_cut, tuple(faults), len(violation.errors) - len(errors))
     if keep == "redacted":
         whole = redactor.hide_rejected(whole)
-    return _fitted(_masked(whole, redactor, copy.secrets), _MAX_BYTES[keep]).encode()
+    return _fitted(_masked(whole, redactor), _MAX_BYTES[keep]).encode()
 
 
 def violation_of(node_id: str, rejected: RejectedOutput, schema: type[BaseModel]) -> ContractViolation:
@@ -61,11 +58,11 @@ def violation_of(node_id: str, rejected: RejectedOutput, schema: type[BaseModel]
     return violation
 
 
-def _masked(whole: RejectedOutput, redactor: Redactor, secrets: Sequence[str]) -> RejectedOutput:
-    """Return an output without these secrets, and those that the run has met."""
+def _masked(whole: RejectedOutput, redactor: Redactor) -> RejectedOutput:
+    """Return an output without the secrets that the run has met."""
 
     def mask(texts: Sequence[str]) -> list[str]:
-        masked = redactor.mask(_BETWEEN.join(texts), secrets).split(_BETWEEN)
+        masked = redactor.mask(_BETWEEN.join(texts)).split(_BETWEEN)
         # Else a secret, or a text, has what separates them in it.
         return masked if len(masked) == len(texts) else [MASK] * len(texts)
 

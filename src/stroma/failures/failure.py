@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, TypeGuard, TypeVar, cast, final
 
+from stroma._utils.logs import get_logger
 from stroma._utils.text import typed
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.tagged_json import NotSerialisable
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-logger = logging.getLogger("stroma")
+logger = get_logger()
 
 
 @dataclass

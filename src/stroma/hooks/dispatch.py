@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-import logging
 from asyncio import current_task
 from collections.abc import Callable, Generator, Iterator
 from time import perf_counter
 from types import CoroutineType, coroutine
 from typing import Any, Final, final
 
+from stroma._utils.logs import get_logger
 from stroma.hooks.sets import _ENDS, EVENTS, NodeHooks
-from stroma.trace.redaction import scrubbed_error
 from stroma.trace.result import ExecutionResult, HookFailure
 
 __all__ = ["NO_HOOKS", "Calls", "Firing", "HookNotAsync", "HookTimeout", "Hooks"]
 
-logger = logging.getLogger("stroma")
+logger = get_logger()
 
 #: The callables of one event, each with the index of its set, in the order in which they are called.
 Calls = tuple[tuple[int, Callable[..., Any]], ...]
@@ -54,12 +53,12 @@ class Hooks:
     Args:
         failures: list to which exceptions of hooks are added. The list and not its owner: a reference to the run would be
             a cycle that only the garbage collector frees.
-        scrub: returns an exception as the log may show it, without the secrets of the run and of the arguments.
+        mask: returns an exception as the log may show it, without the secrets of the run and of the arguments.
         all_ends: prepare the ends of attempts also where no set has a hook for them.
     """
 
     # Slots, all of them set: two are read for each node, and an attribute of the class takes five times as long.
-    __slots__ = (*EVENTS, "failures", "limits", "run_id", "scrub", "unread", "watchers")
+    __slots__ = (*EVENTS, "failures", "limits", "mask", "run_id", "unread", "watchers")
 
     on_node_start: Calls | None
     on_node_success: Calls | None
@@ -83,12 +82,12 @@ class Hooks:
         run_id: str,
         limit_seconds: float | None,
         failures: list[HookFailure],
-        scrub: Callable[[BaseException, Any], BaseException] | None = None,
+        mask: Callable[[BaseException, Any], BaseException] | None = None,
         all_ends: bool = False,
     ) -> None:
         self.run_id = run_id
         self.failures = failures
-        self.scrub = scrub
+        self.mask = mask
         #: By set, whether it reads no state.
         self.unread = tuple([not one.reads_state for one in sets])
         #: The sets that count what hooks raise.
@@ -130,7 +129,7 @@ class Hooks:
     ) -> None:
         """Log what a hook raised without the secrets in its arguments, and add it to the failures of the run."""
         try:
-            shown = scrubbed_error(error, {}) if self.scrub is None else self.scrub(error, arguments)
+            shown = error if self.mask is None else self.mask(error, arguments)
             logger.error(
                 "hook %s (%r) raised for node %r of run %r; the run goes on", event, hook, node_id, self.run_id,
                 exc_info=shown, extra={"run_id": self.run_id},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import math
 import os
 import weakref
@@ -12,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeVar
 
+from stroma._utils.logs import get_logger
 from stroma.checkpoint.cells import CellStore, Change, MemoryCells
 from stroma.checkpoint.errors import StoreError
 from stroma.contracts.contract import check_id
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-logger = logging.getLogger("stroma")
+logger = get_logger()
 
 OnStoreError = Literal["refuse", "allow"]
 

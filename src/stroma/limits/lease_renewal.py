@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -10,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from stroma._utils.logs import get_logger
+
 __all__ = ["RENEWER"]
 
-logger = logging.getLogger("stroma")
+logger = get_logger()
 
 _RENEWALS_PER_LEASE: Final = 3  # Two may be late or lost.
 _IDLE_SECONDS: Final = 10.0  # The thread ends so long after the last call.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from stroma._utils.logs import get_logger
 from stroma._utils.models import NamedArguments
 from stroma.checkpoint.cells import CellStore, Change
 from stroma.checkpoint.errors import StoreError
@@ -39,7 +40,6 @@ from stroma.limits.gate import (
     Caller,
     Gate,
     OnStoreError,
-    logger,
     optional_seconds,
     positive_int,
     positive_number,
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from stroma.trace.events import AttemptUsage
 
 __all__ = ["AttemptPlace", "BudgetState", "SharedBudget", "caller_of", "check_budgets", "read_budget"]
+
+logger = get_logger()
 
 _MIN_LEASE_SECONDS = 0.1
 

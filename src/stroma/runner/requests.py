@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
+from stroma._utils.logs import get_logger
 from stroma.checkpoint import CheckpointNotFound
 from stroma.cost.budget import ExecutionBudget
 
 __all__ = ["limits_of", "request"]
 
-logger = logging.getLogger("stroma")
+logger = get_logger()
 
 _OWNER_SECONDS: Final = 10.0  # An owner looks for requests twice a second.
 _POLL_SECONDS: Final = (0.01, 0.1)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from stroma._utils.logs import get_logger
 from stroma.checkpoint import CheckpointManager, CheckpointNotFound, RunRecord, StoreError, Waiting
 from stroma.checkpoint.entries import RunRequest
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, RunLimits
@@ -24,7 +24,7 @@ from stroma.trace.result import RunStatus
 
 __all__ = ["ServedPipeline", "StoredRuns"]
 
-logger = logging.getLogger("stroma")
+logger = get_logger()
 
 _MAX_RECOVERED = 1_000_000  # runs of one status
 _PAGE_ITEMS = 200  # outputs of a map that are read at once

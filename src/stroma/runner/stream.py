@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
+from stroma._utils.logs import get_logger
 from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.failures.classes import FailureClass
 from stroma.hooks.sets import MapProgress, NodeHooks
@@ -19,7 +19,7 @@ from stroma.trace.result import ExecutionResult
 
 __all__ = ["RunStream", "StreamEvent"]
 
-logger = logging.getLogger("stroma")
+logger = get_logger()
 
 EventKind = Literal[
     "run_start",

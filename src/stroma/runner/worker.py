@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import random
 import time
@@ -11,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
+from stroma._utils.logs import get_logger
 from stroma.checkpoint import CheckpointNotFound, PipelineChanged, StoreError
 from stroma.checkpoint.queue import ClaimRequest
 from stroma.runner.batch import Batch
@@ -23,7 +23,7 @@ from stroma.trace.result import ExecutionResult
 
 __all__ = ["RunWorker", "WorkerHealth"]
 
-logger = logging.getLogger("stroma")
+logger = get_logger()
 
 _CLAIM_SECONDS: Final = 30.0  # A run that was claimed and not opened is free for others after this time.
 _FIRST_DELAY_SECONDS: Final = 5.0  # before a run that could not be resumed is tried again; doubled each time

@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary
 
 from pydantic import BaseModel
 
+from stroma._utils.secrets import names_of_field
 from stroma._utils.text import visible
 from stroma.contracts.contract import ContractViolation
-from stroma.contracts.masking import names_of_field
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.unread import UnreadState

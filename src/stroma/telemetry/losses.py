@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
+from stroma._utils.logs import get_logger
+
 __all__ = ["LossCounter", "Losses"]
 
-logger = logging.getLogger("stroma.telemetry")
+logger = get_logger("stroma.telemetry")
 _ATTRIBUTE = "_stroma_losses"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar, Token
@@ -12,6 +11,7 @@ from time import monotonic, perf_counter, time
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar
 
+from stroma._utils.logs import get_logger
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine import tasks
 from stroma.engine.context import ReliabilityContext
@@ -50,7 +50,7 @@ WRITING: Final[ContextVar[bool]] = ContextVar("stroma_writing", default=False)
 _HERE: Final[ContextVar[Mapping[int, Any]]] = ContextVar("stroma_here", default=MappingProxyType({}))
 
 T = TypeVar("T")
-logger = logging.getLogger("stroma.telemetry")
+logger = get_logger("stroma.telemetry")
 
 
 class Ended(NamedTuple):
@@ -287,10 +287,12 @@ class Observer:
             kind = f"{event}: {type(error).__name__}"
             self.errors[kind] += 1
             if self.errors[kind] == 1:
-                logger.exception(
+                run = about if isinstance(about, ReliabilityContext) else getattr(about, "ctx", None)
+                logger.error(
                     "%s: %s raised; the run continues, and further exceptions of this kind are only counted (hooks.errors)",
                     self.name,
                     event,
+                    exc_info=error if run is None else run.redactor.mask_error(error),
                 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import weakref
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
+from stroma._utils.logs import get_logger
 from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.rows import Fence, Rows
 from stroma.checkpoint.durable.session import DurableSession
@@ -17,7 +17,7 @@ from stroma.checkpoint.durable.session import DurableSession
 __all__ = ["LeaseRenewer"]
 
 T = TypeVar("T")
-logger = logging.getLogger("stroma")
+logger = get_logger()
 
 _RENEWALS: Final = 3  # per lease: two may be late or lost
 _LOOK_SECONDS: Final = 0.5  # between looks for requests, which apply within a second

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import weakref
 from abc import abstractmethod
@@ -15,6 +14,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel
 
+from stroma._utils.logs import get_logger
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.decisions import BUDGET_CHANGED, COMPLETE, ENDED, UNFINISHED, not_waiting
 from stroma.checkpoint.durable.annotations import read_waiting, record_waiting, waiting_key
@@ -50,7 +50,7 @@ from stroma.failures.errors import BUDGET, PAUSED
 __all__ = ["DurableStore"]
 
 T = TypeVar("T")
-logger = logging.getLogger("stroma")
+logger = get_logger()
 
 
 class DurableStore(ReadableStore):

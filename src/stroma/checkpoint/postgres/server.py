@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import re
 import time
@@ -15,6 +14,7 @@ import psycopg
 from psycopg import conninfo
 from psycopg.types.numeric import Int8BinaryDumper, Int8Dumper
 
+from stroma._utils.logs import get_logger
 from stroma.checkpoint.durable.worker import permanent_error
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.postgres import schema as tables
@@ -23,7 +23,7 @@ __all__ = ["PostgresEndpoint", "is_lost", "is_misdirected", "is_temporary", "pau
 
 T = TypeVar("T")
 
-logger = logging.getLogger("stroma")
+logger = get_logger()
 
 # Every call ends in time. Parameters in the connection string take precedence.
 _CONNECTING: Final = {

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
+from stroma._utils.logs import get_logger
 from stroma.checkpoint.durable.worker import permanent_error
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.redis.format import as_hash, as_text, info_lines
@@ -17,7 +17,7 @@ __all__ = ["RedisEndpoint", "RedisLink", "script_command"]
 
 T = TypeVar("T")
 
-_log = logging.getLogger("stroma")
+_log = get_logger()
 
 _CONNECT_SECONDS: Final = 5.0
 _REPLY_SECONDS: Final = 5.0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from time import time_ns
@@ -15,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from stroma._utils.logs import get_logger
 from stroma.checkpoint import (
     CheckpointManager,
     InMemoryStore,
@@ -51,7 +51,7 @@ from stroma.runner.pipeline import Pipeline
 
 __all__ = ["Attempts"]
 
-logger = logging.getLogger("stroma")
+logger = get_logger()
 
 
 class Attempts:

@@ -173,8 +173,8 @@ class _RemoteWaits(Waits):
 class _BodyLogger(RunLogger):
     """Logger of a run that is silent while the body repeats what it did before."""
 
-    def __init__(self, run_id: str, bodies: FlowBodies) -> None:
-        super().__init__(run_id)
+    def __init__(self, ctx: ReliabilityContext, bodies: FlowBodies) -> None:
+        super().__init__(ctx.run_id, ctx.redactor)
         self._bodies = bodies
 
     def isEnabledFor(self, level: int) -> bool:
@@ -193,7 +193,7 @@ class _RemoteFlow(FlowDriver):
         self.values = FlowValues(site.payloads, steps.state)
         self.session = StateSession(steps.state, self.values, place.position)
         ctx = _context_of(steps, site)
-        ctx.run_logger = _BodyLogger(ctx.run_id, bodies)
+        ctx.run_logger = _BodyLogger(ctx, bodies)
         ctx.session = self.session
         ctx.restored = self.session.restored
         super().__init__(ctx, FlowJournal(ctx, partial(_random_bytes, steps.driver)))

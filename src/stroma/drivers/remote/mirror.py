@@ -10,12 +10,12 @@ runner takes it for an orphaned run (``recover()``).
 from __future__ import annotations
 
 import inspect
-import logging
 from dataclasses import replace
 from typing import Any, Final, cast
 
 from pydantic import BaseModel
 
+from stroma._utils.logs import get_logger
 from stroma._utils.text import typed
 from stroma.checkpoint import PipelineChanged, RunRequest, Session, Waiting
 from stroma.contracts.schema import Schema, schema_of
@@ -28,7 +28,7 @@ from stroma.trace.result import RunStatus
 
 __all__ = ["mirror"]
 
-logger = logging.getLogger("stroma")
+logger = get_logger()
 #: Attempts of one run that are written; a map of more items leaves the others out.
 _MOST: Final = 5_000
 

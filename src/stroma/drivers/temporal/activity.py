@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from time import monotonic
 from typing import Any, Final, cast
 
@@ -13,6 +12,7 @@ from temporalio.client import AsyncActivityCancelledError
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporalio.service import RPCError, RPCStatusCode
 
+from stroma._utils.logs import get_logger
 from stroma.checkpoint import StoreError
 from stroma.drivers.remote.attempts import Attempts
 from stroma.drivers.remote.plans import MissingNode
@@ -21,7 +21,7 @@ from stroma.drivers.temporal import names
 
 __all__ = ["Activities"]
 
-logger = logging.getLogger("stroma")
+logger = get_logger()
 
 _LARGEST: Final = 1_900_000  # bytes; a server takes 2 MiB
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +14,7 @@ from temporalio.client import WorkflowExecutionDescription, WorkflowHandle
 from temporalio.common import SearchAttributePair, TypedSearchAttributes, WorkflowIDConflictPolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
+from stroma._utils.logs import get_logger
 from stroma.checkpoint import PipelineChanged, RunBusy, RunExists, StoreError
 from stroma.checkpoint.decisions import UNFINISHED, PriorWork
 from stroma.checkpoint.payloads import BlobStore
@@ -37,7 +37,7 @@ from stroma.trace.trace import ExecutionTrace
 
 __all__ = ["RunStarter", "StartOptions", "StartedRun", "busy_error"]
 
-logger = logging.getLogger("stroma")
+logger = get_logger()
 
 
 @dataclass(frozen=True, slots=True)

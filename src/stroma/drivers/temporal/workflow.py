@@ -28,6 +28,7 @@ from temporalio.worker import Interceptor, WorkflowInterceptorClassInput
 from temporalio.workflow import ActivityCancellationType, HandlerUnfinishedPolicy
 
 with workflow.unsafe.imports_passed_through():
+    from stroma._utils.text import one_line
     from stroma.checkpoint import StoreError
     from stroma.drivers.remote.attempts import Attempts
     from stroma.drivers.remote.flow_bodies import FlowSite
@@ -334,7 +335,7 @@ class StromaRun:
             # Anybody may send a signal. One that raises would stop the workflow's task for good.
             workflow.logger.warning(
                 "an answer to %s is left out: nothing waits for it, it is for another call, or it has no payload",
-                key,
+                one_line(key),
             )
             return
         state["answers"].setdefault(key, {**waits, "payload": payload})

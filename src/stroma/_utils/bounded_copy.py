@@ -9,21 +9,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
-from itertools import chain, islice
 from pathlib import PurePath
 from typing import Any, Final, final
 from uuid import UUID
 
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 
-from stroma.trace.plain import secrets_in, texts_in
-
 __all__ = ["BoundedCopy", "map_texts"]
 
 _DEEPEST: Final = 50
 _LARGEST_INT: Final = 10_000  # bits; json writes no more than 4,300 digits
-_MOST_SECRETS: Final = 1000  # of one field
 _AS_TEXT: Final = (date, time, timedelta, Decimal, UUID, PurePath, complex)
+_SEQUENCES: Final = (list, tuple, set, frozenset)
 _CUT: Final = "…"
 _TYPE_NAME: Final = type.__dict__["__name__"].__get__
 
@@ -32,7 +29,8 @@ _TYPE_NAME: Final = type.__dict__["__name__"].__get__
 class BoundedCopy:
     """Copies any value as plain JSON data of at most so many bytes. Never raises, whatever the objects in the value do.
 
-    Only the items and fields of objects are read. A value that is not data is replaced by the name of its type.
+    Only the items of builtin containers and the fields of models and dataclasses are read. Any other value, also a mapping
+    of another class, is replaced by the name of its type.
 
     Args:
         max_bytes: of the copy as JSON in UTF-8.
@@ -41,12 +39,10 @@ class BoundedCopy:
 
     Attributes:
         is_cut: the value is larger, or deeper, than the copy.
-        secrets: the texts of the secrets that were met.
     """
 
     def __init__(self, max_bytes: int, hidden: frozenset[str] = frozenset(), mask: str = "") -> None:
         self.is_cut = False
-        self.secrets: list[str] = []
         self._room = max_bytes - 2
         self._hidden = hidden
         self._mask = mask
@@ -88,15 +84,16 @@ class BoundedCopy:
             part = bytes(value[: max(0, self._room) + 1])
             return self._text(part.decode("utf-8", "backslashreplace"))
         if issubclass(kind, (SecretStr, SecretBytes, Secret)):
-            return self._secret(value)
+            return self._secret()
         if issubclass(kind, _AS_TEXT):
             return self._text(str(value))
         if issubclass(kind, type):
             return self._text(f"<class {_name_of(value)}>")
-        if issubclass(kind, (Mapping, BaseModel)) or dataclasses.is_dataclass(kind):
+        if issubclass(kind, (dict, BaseModel)) or dataclasses.is_dataclass(kind):
             return self._container(value, depth, is_mapping=True)
-        if issubclass(kind, (list, tuple, set, frozenset)):
+        if issubclass(kind, _SEQUENCES):
             return self._container(value, depth, is_mapping=False)
+        self.is_cut = self.is_cut or issubclass(kind, Mapping)  # Its items are code of its class.
         return self._text(f"<{_name_of(kind)}>")
 
     def _container(self, value: Any, depth: int, *, is_mapping: bool) -> Any:
@@ -106,7 +103,10 @@ class BoundedCopy:
         self._room -= 3
         self._around.add(id(value))
         try:
-            return self._mapping(_items(value), depth) if is_mapping else self._list(value, depth)
+            if is_mapping:
+                return self._mapping(_items(value), depth)
+            base: Any = next(one for one in _SEQUENCES if issubclass(type(value), one))
+            return self._list(base.__iter__(value), depth)
         finally:
             self._around.discard(id(value))
 
@@ -122,7 +122,7 @@ class BoundedCopy:
             self._room -= 4
             if self._is_full():
                 break
-            copied[name] = self._secret(inner) if name in self._hidden else self._copy(inner, depth + 1)
+            copied[name] = self._secret() if name in self._hidden else self._copy(inner, depth + 1)
         return copied
 
     def _list(self, items: Iterable[Any], depth: int) -> list[Any]:
@@ -140,13 +140,7 @@ class BoundedCopy:
             return True
         return False
 
-    def _secret(self, value: Any) -> str:
-        plain = BoundedCopy(max(0, self._room), mask=self._mask).copy(value)
-        try:
-            texts = islice(chain(secrets_in(value), texts_in(plain)), _MOST_SECRETS)
-            self.secrets += [text for text in texts if text != self._mask]
-        except Exception:  # Code of the object's class.
-            pass
+    def _secret(self) -> str:
         self._room -= len(self._mask) + 2
         return self._mask
 
@@ -185,8 +179,8 @@ def _size(text: str) -> int:
 
 def _items(value: Any) -> Iterable[tuple[Any, Any]]:
     """Return the items of a mapping, or the fields of a model or a dataclass, except those that are never stored."""
-    if isinstance(value, Mapping):
-        return value.items()
+    if issubclass(type(value), dict):
+        return dict.items(value)
     if isinstance(value, BaseModel):
         declared = type(value).model_fields
         fields = {**value.__dict__, **(value.__pydantic_extra__ or {})}
