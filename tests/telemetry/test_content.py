@@ -322,3 +322,71 @@ async def test_encoded_secrets_of_state_and_context_in_messages_and_hook_errors(
         for form in (secret, quote(secret, safe=""), secret.encode().hex(), secret.upper()):
             assert form not in sent, form
         assert base64.b64encode(secret.encode()).decode()[:-4] not in sent
+
+
+# ---------------------------------------------------------------------- names in texts and pairs
+
+
+class Loose(BaseModel):
+    v: Any = None
+
+
+HELD = "hunter2-value"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"arguments": json.dumps({"password": HELD})},
+        {"arguments": json.dumps({"call": {"headers": [["Authorization", HELD]]}})},
+        {"arguments": json.dumps({"inner": json.dumps({"password": HELD})})},
+        {"arguments": " \n" + json.dumps([{"password": HELD}])},
+        {"arguments": json.dumps({"password": HELD})[:-1]},
+        {"arguments": json.dumps({"password": HELD, "more": "x" * 300_000})},
+        {"arguments": json.dumps({"password": HELD}).encode()},
+        {"arguments": str({"password": HELD, "user": "ada"})},
+        {"headers": [["authorization", HELD], ["accept", "text"]]},
+        {"headers": [(b"cookie", HELD.encode())]},
+        {"headers": [{"name": "X-Api-Key", "value": HELD}]},
+        {"headers": [{"key": "token", "values": [HELD]}]},
+    ],
+    ids=str,
+)
+async def test_denied_names_in_texts_and_pairs(value: Any) -> None:
+    """A denied name hides its value in a text of JSON, in a list of pairs and in a list of headers, too."""
+    seen = Seen()
+    runner = quick(seen.hooks(content="redacted"), retries=0)
+
+    @runner.node("a", input=Loose, output=Loose)
+    async def a(state: Loose) -> Loose:
+        return state
+
+    await runner.run([a], Loose(v=value))
+    sent = "".join(span.to_json() for span in seen.spans)
+    assert "[redacted]" in sent
+    assert HELD not in sent
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        json.dumps({"max_tokens": 10, "text": "the password is secret"}),
+        "[note] the password, or token: ask",
+        [["accept", "text"], ["one", "two", "three"]],
+        [{"name": "ada", "value": 3}],
+        "{not json}",
+    ],
+    ids=str,
+)
+async def test_other_texts_and_pairs_are_sent_as_they_are(value: Any) -> None:
+    """A text without a denied name, and a pair of other names, are unchanged."""
+    seen = Seen()
+    runner = quick(seen.hooks(content="redacted"), retries=0)
+
+    @runner.node("a", input=Loose, output=Loose)
+    async def a(state: Loose) -> Loose:
+        return state
+
+    await runner.run([a], Loose(v=value))
+    sent = "".join(span.to_json() for span in seen.spans)
+    assert "[redacted]" not in sent

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, MutableMapping
 from typing import Any, Final
 
+from pydantic_core import ValidationError
+
 from stroma._utils.secrets import Secrets
 from stroma._utils.text import one_line
 
@@ -65,7 +67,7 @@ class SafeLogger(logging.LoggerAdapter[logging.Logger]):
             return one_line(self.mask(argument))
         if argument is None or hasattr(kind, "__float__"):
             return argument
-        if kind.__name__ == "ValidationError" and str(kind.__module__).startswith("pydantic"):
+        if issubclass(kind, ValidationError):
             argument = _without_values(argument)
         return _Line(argument, self.mask)
 
@@ -92,7 +94,7 @@ class _Line:
             return f"<{type(self._value).__name__}>"
 
 
-def _without_values(error: Any) -> str:
+def _without_values(error: ValidationError) -> str:
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     shown = [
         f"{'.'.join(map(str, one['loc'])) or 'the whole'} ({one['type']})" for one in errors[:_MOST_ERRORS]

@@ -50,6 +50,8 @@ __all__ = [
 ]
 
 MASK: Final = "**********"
+#: Stands for every text once a value could not be searched.
+UNSEARCHED: Final = f"{MASK} (a value of the run is too large or too deep to be searched for secrets)"
 MAX_DEPTH: Final = 100
 MAX_ITEMS: Final = 200_000  # values; some 0.1 s
 MAX_SECRETS: Final = 10_000
@@ -61,8 +63,8 @@ _SECRET_TYPES: Final = (SecretStr, SecretBytes, Secret)
 _reveal: Final[Callable[[Any], Any]] = Secret.get_secret_value
 _field: Final[Callable[[Any, str], Any]] = object.__getattribute__
 #: Types that hold nothing else.
-_PLAIN: Final = frozenset({str, int, float, bool, bytes, type(None), datetime})
-_MORE_PLAIN: Final = frozenset({date, time, timedelta, Decimal, UUID})
+_PLAIN: Final[frozenset[type]] = frozenset({str, int, float, bool, bytes, type(None), datetime})
+_MORE_PLAIN: Final[frozenset[type]] = frozenset({date, time, timedelta, Decimal, UUID})
 _WRITTEN: Final = (str, bytes, int, float, date, time, timedelta, Decimal, UUID, PurePath)
 _CONTAINERS: Final = frozenset({dict, list, tuple})
 _SEQUENCES: Final = (list, tuple, set, frozenset, deque)
@@ -455,7 +457,7 @@ class Secrets:
     def mask(self, text: str) -> str:
         """Return a text without the secrets."""
         if self._texts is None:
-            return MASK
+            return UNSEARCHED
         if not self._texts:
             return text
         if self._needles is None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from stroma._utils.secrets import Secrets
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.checkpoint.entries import Waiting
 from stroma.cli.errors import Code, is_debugging
@@ -193,12 +194,14 @@ class RunReport:
                 head, f"run {clean(result.run_id)} is {result.status}: {self._failed_node(failure)}: {reason}"
             )
             err.wrapped(f"  why: {clean(text_of(failure), 1000)}")
-            for line in last_frame(failure.exception, of_any=False):
+            states = [(event.input_state, event.output_state) for event in result.trace.walk()]
+            shown = Secrets(values=states).mask_error(failure.exception)
+            for line in last_frame(shown, of_any=False):
                 err.line(f"  {line}")
             if self.exceeded not in (None, failure.exception):
                 err.line(f"  and: {self.exceeded}")
             if is_debugging():
-                err.write("".join(traceback.format_exception(failure.exception)))
+                err.write("".join(traceback.format_exception(shown)))
         stored = "; finished nodes are stored" if self.db.is_durable else ""
         err.wrapped(f"  spent: {self._usage_text()}{stored}")
         self._print_notes()

@@ -14,7 +14,7 @@ from typing import Any, final
 
 from pydantic import BaseModel
 
-from stroma._utils.text import one_line, typed
+from stroma._utils.text import one_line
 from stroma.checkpoint import Fenced, StoreError
 from stroma.checkpoint.entries import effect_note
 from stroma.contracts.contract import NodeContract, as_violation, output_violation
@@ -43,7 +43,6 @@ from stroma.failures.failure import (
     Failure,
     ends_run,
     isinstance_by_type,
-    kind_of,
     message_of,
 )
 from stroma.failures.refusals import is_refusal
@@ -418,7 +417,7 @@ class NodeAttempt(OpenAttempt):
         if is_refusal(error):
             effect.close()
             return None
-        why = self.ctx.redactor.mask(one_line(typed(kind_of(error), message_of(error))))
+        why = one_line(self.ctx.redactor.error_text(error, self.snapshot))
         self.ctx.run_logger.warning("nobody knows if effect %r happened: %s", self.run.node_id, why)
         return await self._end_as_stated(
             effect, await effect.reconcile(self._fresh_input(), why, self.cancelling)
@@ -432,17 +431,22 @@ class NodeAttempt(OpenAttempt):
             effect.close()
             return None
         if isinstance(stated, Unknown):
-            return await self._suspend(effect.unknown(stated.reason))
+            return await self._suspend_unknown(effect, stated.reason)
         self.output = stated.output
         violation = self._accept_output()
         if violation is not None:
             cause = f"invalid output was stated: {one_line(message_of(violation))}"
-            return await self._suspend(effect.unknown(cause))
+            return await self._suspend_unknown(effect, cause)
         logger.info("effect %r happened already; it is not called", node_id)
         self.is_counted = effect.is_stated = True
         pending = self._commit()
         problem = None if pending is None else await pending
         return await self._announce() if problem is None else await self._fail(problem, is_of_store=True)
+
+    async def _suspend_unknown(self, effect: Effect, cause: str) -> Failure | Halt:
+        """End as suspended until a person has stated what happened."""
+        self.ctx.redactor.note_attempt(self.snapshot)
+        return await self._suspend(effect.unknown(self.ctx.redactor.mask(cause)))
 
     def _fresh_input(self) -> BaseModel:
         """Return the input again, as no function has changed it."""

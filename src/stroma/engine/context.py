@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel
 
-from stroma._utils.text import typed
 from stroma.checkpoint import (
     CheckpointManager,
     Committed,
@@ -43,7 +42,7 @@ from stroma.engine.run_logger import RunLogger
 from stroma.engine.tasks import Shield
 from stroma.engine.trace_contexts import join_traces, trace_of, traces_of
 from stroma.engine.unread import UnreadState
-from stroma.failures.failure import Classifier, Failure, kind_of, message_of
+from stroma.failures.failure import Classifier, Failure
 from stroma.failures.policy import PolicyMap, RetryBudget
 from stroma.hooks.dispatch import NO_HOOKS, HookNotAsync, Hooks
 from stroma.hooks.sets import EVENTS, AnyHooks, distinct, flatten
@@ -265,7 +264,8 @@ class ReliabilityContext:
             return
         message = "; ".join(self.suspended) if status is RunStatus.SUSPENDED else None
         if error is not None:
-            message = typed(kind_of(error), message_of(error))
+            self.redactor.note_run()
+            message = self.redactor.error_text(error)
         cancelled = await self.end_and_announce(status, message, result)
         if cancelled and error is None:
             raise asyncio.CancelledError

@@ -31,7 +31,7 @@ def diagnose_attempt(
     ``is_of_store``: the store refused the commit of an output.
     """
     if isinstance_by_type(error, GroupStopped):
-        inner = error.halt.failure
+        inner = ctx.redactor.mask_failure(error.halt.failure, snapshot)
         failure = Failure(
             inner.exception, inner.failure_class, run.node_id, run.attempt, inner.message, inner.reason,
             inner.retry_after_seconds, inner.inner or inner,

@@ -24,7 +24,7 @@ from stroma.checkpoint.sessions import SimpleSession
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.node import Plan, output_class
-from stroma.contracts.schema import Schema, Snapshot
+from stroma.contracts.schema import Schema, Snapshot, describe_error
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.commit import settle
 from stroma.engine.execution import NodeExecution
@@ -163,9 +163,10 @@ class Effect:
             try:
                 return Done(read_output(schema, committed, self._contract.upcast))
             except ValueError as error:
+                why, cause = describe_error(error)
                 raise CorruptCheckpoint(
-                    f"the output of effect {run.node_id!r} of run {run.run_id!r} cannot be read back: {error}; restore its schema, or start a new run"
-                ) from error
+                    f"the output of effect {run.node_id!r} of run {run.run_id!r} cannot be read back: {why}; restore its schema, or start a new run"
+                ) from cause
         question = session.waiting.get(place)
         why = "the process ended, or the attempt was cancelled, during the call"
         if question is not None and question.call_number == intent.number and question.effect is not None:
@@ -176,7 +177,7 @@ class Effect:
                 try:
                     return Done(schema.decode(question.payload))
                 except ValueError as error:
-                    return Unknown(f"invalid answer: {message_of(error)}")
+                    return Unknown(f"invalid answer: {describe_error(error)[0]}")
         return await self.reconcile(state, why, cancelling)
 
     async def _find_commit(self, branch: str) -> Committed | None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from stroma.checkpoint import StepCall, Waiting, resolve_schema
 from stroma.checkpoint.identity import StepCalls, has_input, without_attempts
 from stroma.contracts.node import held_by, output_class
-from stroma.contracts.schema import Snapshot, schema_of
+from stroma.contracts.schema import Snapshot, describe_error, schema_of
 from stroma.cost.budget import limits
 from stroma.cost.usage import Report, UsageError, check_usage, report_of, report_of_figures, shown
 from stroma.engine.current import CURRENT, RUN
@@ -380,7 +380,8 @@ class NodeExecution:
         try:
             return cast("AnswerT", schema_of(schema).decode(answer[0]))
         except ValueError as error:
-            raise Suspend(f"{reason} (invalid answer: {error}; send another one)", schema=schema) from error
+            why, cause = describe_error(error)
+            raise Suspend(f"{reason} (invalid answer: {why}; send another one)", schema=schema) from cause
 
     def question(self) -> Waiting | None:
         """Return what this node waits for, or has waited for.

@@ -13,7 +13,7 @@ from stroma._utils.text import one_line, typed
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.schema import schema_of
 from stroma.contracts.snapshots import PickledSnapshot
-from stroma.failures.failure import Failure, isinstance_by_type, kind_of
+from stroma.failures.failure import Failure, isinstance_by_type, kind_of, message_of
 from stroma.trace.events import AttemptRow
 from stroma.trace.redaction import HIDDEN, hide_rejected
 from stroma.trace.result import ExecutionResult
@@ -94,6 +94,20 @@ class Redactor:
         if type(snapshot) is not PickledSnapshot and type(snapshot) is not bytes:  # Those hold plain data.
             self.note_secrets(snapshot)
         self.note_context()
+
+    def note_run(self) -> None:
+        """Remember the secrets in the states of the top-level attempts so far."""
+        for row in self._trace.rows:
+            if isinstance(row, AttemptRow):
+                self.note_secrets((row.input, row.output))
+            else:
+                self.note_secrets((row.input_state, row.output_state))
+
+    def error_text(self, error: BaseException, snapshot: Any = ()) -> str:
+        """Return an exception as ``Type: message``, without the secrets of the run, its context and a state."""
+        self.note_attempt(snapshot)
+        self.secrets.note_error(error)
+        return self.mask(typed(kind_of(error), message_of(error)))
 
     def mask_error(self, error: BaseException, values: Any = ()) -> BaseException:
         """Return an exception as a log may show it, without the secrets of the run, its context and some values."""

@@ -9,7 +9,7 @@ from stroma.checkpoint import CheckpointManager, Committed, InMemoryStore, Pipel
 from stroma.checkpoint.identity import child_indexes, is_called
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node
-from stroma.contracts.schema import schema_of
+from stroma.contracts.schema import describe_error, schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
@@ -49,10 +49,11 @@ def changes_since(
         except PipelineChanged as error:
             changes.append(Incompatibility(at, committed.node_id, str(error)))
         except Exception as error:  # A validator or an upcast may raise anything.
+            why = f"{type(error).__name__}: {describe_error(error)[0]}"
             changes.append(
                 Incompatibility(
                     at, committed.node_id,
-                    f"the output of node {committed.node_id!r} cannot be read back: {type(error).__name__}: {error}; "
+                    f"the output of node {committed.node_id!r} cannot be read back: {why}; "
                     "restore its schema, add an upcast to the contract, or resume from there to run it again",
                 )
             )  # fmt: skip

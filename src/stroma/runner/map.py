@@ -158,7 +158,7 @@ class MapRun:
             self._child.node_id, "input", raw, [{"type": "item", "loc": (), "msg": why, "input": item.value}]
         )
         failure = Failure(violation, FailureClass.TERMINAL, self._child.node_id, 0, str(violation))
-        await self._handle_halt(item, Halt(failure))
+        await self._handle_halt(item, Halt(self._ctx.redactor.mask_failure(failure, ())))
 
     # ------------------------------------------------------------------ items
 

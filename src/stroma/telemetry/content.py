@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
 from typing import Any, Final, Literal
@@ -22,17 +21,13 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.unread import UnreadState
 from stroma.failures.errors import RemoteFailure
 from stroma.failures.failure import message_of
+from stroma.telemetry.denied_names import DENY_KEYS, DeniedNames
 from stroma.trace.plain import jsonable
 
 __all__ = ["DENY_KEYS", "Content", "ContentMode", "type_name"]
 
 ContentMode = Literal["none", "redacted"]
 
-#: Names whose values are never sent: those that end with the words of one of these (`openai_api_key`, `dbPassword`).
-DENY_KEYS: Final = (
-    "api_key", "apikey", "access_token", "auth_token", "authorization", "client_secret", "cookie", "credentials",
-    "passphrase", "passwd", "password", "private_key", "pwd", "refresh_token", "secret", "set_cookie", "ssn",
-)  # fmt: skip
 _REDACTED: Final = "[redacted]"
 #: What json.dumps() returns for a text, with and without ``ensure_ascii``, without an encoder for each: 0.2 us and not 1.3.
 _quoted: Final = json.encoder.encode_basestring_ascii
@@ -40,7 +35,13 @@ _quoted_as_is: Final = json.encoder.encode_basestring
 _DEEPEST: Final = 50
 #: Characters that are written beyond the limit, so that a secret at the end is found as a whole.
 _SLACK: Final = 4096
-_MOST_NAMES: Final = 10_000
+#: Characters of a JSON text that is parsed: a longer one that may have a denied name is hidden.
+_LONGEST_JSON: Final = 256 * 1024
+_MOST_NAME_BYTES: Final = 1000
+_JSON_STARTS: Final = ("{", "[")
+#: Keys of a header, or another pair, that is a dict.
+_NAME_KEYS: Final = ("name", "key", "header")
+_VALUE_KEYS: Final = frozenset({"value", "values"})
 #: Fields whose types and sizes are sent.
 _MOST_FIELDS: Final = 2000
 #: Items of a set that are put in order.
@@ -48,8 +49,6 @@ _MOST_SORTED: Final = 1000
 _SIZED: Final = frozenset({str, bytes, list, tuple, set, frozenset, dict})
 _UNSIZED: Final = frozenset({int, float, bool, type(None)})
 _NO_NAMES: Final[Mapping[str, tuple[str, ...]]] = {}
-#: Between the words of a name in camel case.
-_WORD_ENDS: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +57,13 @@ class Content:
 
     Attributes:
         mode: "none" sends names, types and sizes of fields, and of failures the type, class and reason. "redacted"
-            sends states and messages: what ``RunConfig.redact`` leaves of them, without the values of ``deny_keys``,
-            at most ``max_bytes`` of each.
+            sends states and messages: what ``RunConfig.redact`` leaves of them, without the values of ``denied``
+            names, at most ``max_bytes`` of each.
     """
 
     mode: ContentMode
-    deny_keys: frozenset[str]
+    denied: DeniedNames
     max_bytes: int
-    #: Names that were looked at.
-    _known: dict[str, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def make(cls, mode: ContentMode, deny_keys: Collection[str], max_bytes: int) -> Content:
@@ -77,7 +74,7 @@ class Content:
             raise ValueError(f"max_bytes must be at least 1, got {max_bytes!r}")
         if isinstance(deny_keys, str):
             raise TypeError(f"deny_keys must be a collection of names, got {deny_keys!r}")
-        return cls(mode, frozenset(map(_plain, deny_keys)), max_bytes)
+        return cls(mode, DeniedNames(deny_keys), max_bytes)
 
     def state(self, run: ReliabilityContext, state: Mapping[str, Any]) -> str:
         """Return a state as JSON text: its values, or the types and sizes of its fields.
@@ -137,27 +134,6 @@ class Content:
         size = f"{'over ' if has_more else ''}{len(data)} bytes"
         return f"{data[: self.max_bytes].decode('utf-8', 'ignore')}... [truncated, {size}]"
 
-    def is_denied(self, name: str) -> bool:
-        """Return True if a name is, or ends with, a denied one in whole words; "context" does not end with "text"."""
-        known = self._known.get(name)
-        if known is None:
-            if len(self._known) >= _MOST_NAMES:  # Keys of dicts may be anything.
-                self._known.clear()
-            known = self._known[name] = self._ends_denied(name)
-        return known
-
-    def _ends_denied(self, name: str) -> bool:
-        words = _WORD_ENDS.sub("_", name).casefold().replace("-", "_").split("_")
-        longest = max(map(len, self.deny_keys), default=0)
-        tail = ""
-        for word in reversed(words):
-            tail = word + tail
-            if len(tail) > longest:
-                return False
-            if word and tail in self.deny_keys:
-                return True
-        return False
-
 
 class _Full(Exception):
     """No more text is wanted."""
@@ -168,8 +144,10 @@ class _JsonWriter:
 
     def __init__(self, content: Content, limit: int) -> None:
         self._content = content
+        self._denied = content.denied
         self._parts: list[str] = []
         self._room = limit
+        self._has_denied = False
         self.is_full = False
 
     def text_of(self, values: Mapping[Any, Any], model: type[BaseModel] | None) -> str:
@@ -194,20 +172,35 @@ class _JsonWriter:
         self, values: Mapping[Any, Any], depth: int, names: Mapping[str, tuple[str, ...]] | None = None
     ) -> None:
         between = "{"
+        denied = self._denied
+        # A header: {"name": "authorization", "value": "..."}.
+        is_pair = isinstance(values, dict) and any(
+            _is_denied(denied, values[key]) for key in _NAME_KEYS if key in values
+        )
         for key, value in values.items():
             name = key if isinstance(key, str) else str(jsonable(key))
             self._add(between)
             self._text(name)
             self._add(": ")
-            is_denied = self._content.is_denied
-            if is_denied(name) or (names and any(map(is_denied, names.get(name, ())))):
-                self._text(_REDACTED)
+            if (
+                name in denied
+                or (names and any(other in denied for other in names.get(name, ())))
+                or (is_pair and name in _VALUE_KEYS)
+            ):
+                self._hidden()
             else:
                 self._value(value, depth + 1)
             between = ", "
         self._add("{}" if between == "{" else "}")
 
     def _list(self, values: Iterable[Any], depth: int) -> None:
+        if isinstance(values, (list, tuple)) and len(values) == 2 and _is_denied(self._denied, values[0]):
+            self._add("[")
+            self._value(values[0], depth + 1)
+            self._add(", ")
+            self._hidden()
+            self._add("]")
+            return
         between = "["
         for value in values:
             self._add(between)
@@ -215,13 +208,38 @@ class _JsonWriter:
             between = ", "
         self._add("[]" if between == "[" else "]")
 
+    def _hidden(self) -> None:
+        self._has_denied = True
+        self._text(_REDACTED)
+
+    def _any_text(self, text: str, depth: int) -> None:
+        """Write a text: one of JSON without the values of denied names, all of it if it cannot be parsed."""
+        start = text[:1] if text[:1] in _JSON_STARTS else text[:100].lstrip()[:1]
+        if start not in _JSON_STARTS or not self._denied.are_in(text[: self._room + 1]):
+            self._text(text)
+            return
+        try:
+            value = json.loads(text) if len(text) <= _LONGEST_JSON else None
+        except (ValueError, RecursionError):
+            value = None
+        if value is None:
+            self._hidden()
+            return
+        inner = _JsonWriter(self._content, self._room)
+        try:
+            inner._value(value, depth + 1)
+        except _Full:
+            pass
+        self._has_denied = self._has_denied or inner._has_denied
+        self._text("".join(inner._parts) if inner._has_denied else text)
+
     def _value(self, value: Any, depth: int) -> None:
         """Write what jsonable() returns, and make no more of it than is written."""
         kind = type(value)
         if depth > _DEEPEST:
             self._add('"[too deep]"')
         elif kind is str:
-            self._text(value)
+            self._any_text(value, depth)
         elif value is None or kind is bool or kind is int:
             self._add(json.dumps(value))
         elif kind is dict or (isinstance(value, Mapping) and not isinstance(value, Enum)):
@@ -239,7 +257,8 @@ class _JsonWriter:
             fields = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
             self._mapping(fields, depth)
         elif isinstance(value, (bytes, bytearray)):
-            self._text(bytes(value[: self._room + 1]).decode("utf-8", "backslashreplace"))
+            size = _LONGEST_JSON if value[:1] in (b"{", b"[") else self._room
+            self._any_text(bytes(value[: size + 1]).decode("utf-8", "backslashreplace"), depth)
         elif isinstance(value, (set, frozenset)) and len(value) > _MOST_SORTED:
             self._list(value, depth)
         else:
@@ -249,9 +268,16 @@ class _JsonWriter:
             elif isinstance(plain, list):
                 self._list(plain, depth)
             elif isinstance(plain, str):
-                self._text(plain)
+                self._any_text(plain, depth)
             else:
                 self._add(json.dumps(plain))
+
+
+def _is_denied(denied: DeniedNames, name: Any) -> bool:
+    """Return True for a denied name, also as bytes."""
+    if isinstance(name, bytes):
+        name = name[:_MOST_NAME_BYTES].decode("utf-8", "replace")
+    return isinstance(name, str) and name in denied
 
 
 def fields_in(model: BaseModel) -> Mapping[str, Any]:
@@ -300,10 +326,6 @@ def type_name(error: BaseException) -> str:
         return error.full_name
     kind = type(error)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _plain(name: str) -> str:
-    return name.replace("-", "").replace("_", "").casefold()
 
 
 def _shape_text(value: Any) -> str:

@@ -288,7 +288,7 @@ class Observer:
             self.errors[kind] += 1
             if self.errors[kind] == 1:
                 run = about if isinstance(about, ReliabilityContext) else getattr(about, "ctx", None)
-                logger.error(
+                logger.exception(
                     "%s: %s raised; the run continues, and further exceptions of this kind are only counted (hooks.errors)",
                     self.name,
                     event,

@@ -136,6 +136,7 @@ async def _drive(flow: FlowRun, node: FlowNode, state: BaseModel) -> Any:
         raise error
     driver.endings.forget_what_ended(flow.position, "", error, driver.activity)
     driver.endings.handlers.clear()  # Their tracebacks reference the frames of the body.
+    driver.ctx.redactor.note_secrets(state)
     return driver.endings.halt_of(error, node.node_id)
 
 

@@ -115,6 +115,7 @@ class Endings:
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         halt = self.halt(error, node_id)
+        self._ctx.redactor.note_run()
         halt = halt._replace(failure=self._ctx.redactor.mask_failure(halt.failure, ()))
         self._ctx.run_logger.warning(
             "flow %r raised %s: %s", node_id, type(error).__name__, one_line(halt.failure.message)

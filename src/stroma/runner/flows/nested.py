@@ -121,6 +121,7 @@ async def _run_flow(run: FlowRun, node: FlowNode, state: BaseModel, call: FlowCa
             prepared, snapshot = schema_of(contract.input_schema).prepare_input(state)
             returned = await child.call_body(node, prepared)
         except Exception as error:
+            ctx.redactor.note_secrets(state)
             raise _InnerFailed(driver.endings.halt_of(error, node.node_id).failure) from error
         if is_restored:  # Its body was only to be checked.
             driver.flows.remove(child)
