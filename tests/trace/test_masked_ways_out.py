@@ -83,6 +83,24 @@ async def test_the_end_of_plain_code_is_masked(caplog: pytest.LogCaptureFixture)
     assert store.get_run("r").error == "ValueError: 401 for **********"
 
 
+async def test_what_a_classifier_raises_is_masked(caplog: pytest.LogCaptureFixture) -> None:
+    """The traceback of a classifier that raises is logged without the secrets of the attempt's input."""
+
+    def classifier(exc: Exception, _context: Any) -> Any:
+        raise ExceptionGroup("cannot tell", [ValueError(str(exc))])
+
+    runner = quick(classifiers=[classifier])
+
+    @runner.node("call", input=Call, output=Call)
+    async def call(state: Call) -> Call:
+        raise ValueError(state.token.get_secret_value())
+
+    await runner.run([call], Call())
+    assert "in classifier" in caplog.text
+    assert "ValueError: **********" in caplog.text
+    assert SECRET not in caplog.text
+
+
 @pytest.mark.parametrize("nested", [False, True])
 async def test_what_a_flow_raises_is_masked(nested: bool, caplog: pytest.LogCaptureFixture) -> None:
     """The body of a flow can raise with the secret of its input: record, message and log have it masked."""

@@ -39,7 +39,11 @@ def diagnose_attempt(
         if error.halt.spent or error.halt.partial:
             return failure, Halt(failure, partial=error.halt.partial, spent=error.halt.spent)
         return failure, None
-    failure = diagnose(error, NodeContext(run.node_id, run.attempt, ctx.run_id), ctx.classifiers)
+    if ctx.classifiers:  # The log must not show a secret in what one raises.
+        ctx.redactor.note_attempt(snapshot)
+    failure = diagnose(
+        error, NodeContext(run.node_id, run.attempt, ctx.run_id), ctx.classifiers, ctx.run_logger
+    )
     if isinstance_by_type(error, PipelineChanged):  # Of a step inside: another attempt meets the same.
         failure = replace(failure, failure_class=FailureClass.TERMINAL, reason="changed")
     failure = ctx.redactor.mask_failure(failure, snapshot)
@@ -68,7 +72,7 @@ def judge(
         return None, None
     where = NodeContext(run.node_id, run.attempt, ctx.run_id)
     try:
-        return diagnose(error, where, ctx.classifiers), None
+        return diagnose(error, where, ctx.classifiers, ctx.run_logger), None
     except BaseException as interrupt:
         return diagnose(error, where), interrupt
 

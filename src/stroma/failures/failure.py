@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -171,11 +172,17 @@ def classify(
 
 
 def diagnose(
-    exc: BaseException, context: NodeContext, classifiers: Sequence[Classifier] | None = None
+    exc: BaseException,
+    context: NodeContext,
+    classifiers: Sequence[Classifier] | None = None,
+    run_logger: logging.LoggerAdapter[logging.Logger] = logger,
 ) -> Failure:
-    """Classify an exception and keep what its shape says of the reason and the wait."""
+    """Classify an exception and keep what its shape says of the reason and the wait.
+
+    ``run_logger``: gets what a classifier raises.
+    """
     provider = read_provider_error(exc)
-    custom = _ask(exc, context, classifiers) if classifiers else None
+    custom = _ask(exc, context, classifiers, run_logger) if classifiers else None
     failure_class, reason = _built_in(exc)
     # Our own errors are what they are, whatever they were raised from.
     if provider is not None and (failure_class is None or reason in ("timeout", "bug")):
@@ -237,7 +244,12 @@ def _is_bug(exc: BaseException) -> bool:
     return True
 
 
-def _ask(exc: BaseException, context: NodeContext, classifiers: Sequence[Classifier]) -> FailureClass | None:
+def _ask(
+    exc: BaseException,
+    context: NodeContext,
+    classifiers: Sequence[Classifier],
+    logger: logging.LoggerAdapter[logging.Logger],
+) -> FailureClass | None:
     for classifier in classifiers:
         try:
             answer = classifier(exc, context)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -104,7 +104,8 @@ class Endings:
 
     def halt(self, error: BaseException, node_id: str) -> Halt:
         """Return the end of a flow by an exception."""
-        return Halt(diagnose(error, NodeContext(node_id, 1, self._ctx.run_id), self._ctx.classifiers))
+        where = NodeContext(node_id, 1, self._ctx.run_id)
+        return Halt(diagnose(error, where, self._ctx.classifiers, self._ctx.run_logger))
 
     def halt_of(self, error: BaseException, node_id: str) -> Halt:
         """Return the end of a flow whose body raised."""
@@ -114,8 +115,8 @@ class Endings:
             return Halt(first.failure)
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
-        halt = self.halt(error, node_id)
         self._ctx.redactor.note_run()
+        halt = self.halt(error, node_id)
         halt = halt._replace(failure=self._ctx.redactor.mask_failure(halt.failure, ()))
         self._ctx.run_logger.warning(
             "flow %r raised %s: %s", node_id, type(error).__name__, one_line(halt.failure.message)
