@@ -42,7 +42,7 @@ from stroma.engine.loop import execute
 from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
-from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type, message_of
+from stroma.failures.failure import Failure, NodeContext, isinstance_by_type, message_of
 from stroma.hooks.dispatch import HookNotAsync
 
 __all__ = ["Call"]
@@ -417,7 +417,7 @@ class Call:
             if self.count or inner.is_published or not step.can_retry:
                 # The caller has received a part of the result already.
                 self.raises_own_error = True
-                failure = diagnose(error, where, ctx.classifiers)
+                failure = ctx.diagnose(error, where.node_id, where.attempt)
                 terminal = failure.failure_class is FailureClass.TERMINAL
                 raise GroupStopped(Halt(failure, partial=not terminal)) from error
         # A time limit ended it.

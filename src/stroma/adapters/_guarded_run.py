@@ -31,7 +31,7 @@ from stroma.engine.execution import NodeExecution
 from stroma.engine.outcome import Halt
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunCancelled
-from stroma.failures.failure import Failure, NodeContext, diagnose, text_of
+from stroma.failures.failure import Failure, text_of
 from stroma.hooks.sets import HookError
 from stroma.runner.runner import StromaRunner
 from stroma.runner.sequence import warn_of_unknown_ids
@@ -308,7 +308,7 @@ class GuardedRun:
             if recorded is not None and recorded.failure.exception is halt.failure.exception:
                 return halt.status, recorded.failure
             return halt.status, halt.failure
-        failure = diagnose(error, NodeContext("run", 1, self.ctx.run_id), self.ctx.classifiers)
+        failure = self.ctx.diagnose(error, "run", 1)
         terminal = failure.failure_class is FailureClass.TERMINAL
         return RunStatus.FAILED if terminal else RunStatus.PARTIAL, failure
 

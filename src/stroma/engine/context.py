@@ -42,7 +42,7 @@ from stroma.engine.run_logger import RunLogger
 from stroma.engine.tasks import Shield
 from stroma.engine.trace_contexts import join_traces, trace_of, traces_of
 from stroma.engine.unread import UnreadState
-from stroma.failures.failure import Classifier, Failure
+from stroma.failures.failure import Classifier, Failure, NodeContext, diagnose
 from stroma.failures.policy import PolicyMap, RetryBudget
 from stroma.hooks.dispatch import NO_HOOKS, HookNotAsync, Hooks
 from stroma.hooks.sets import EVENTS, AnyHooks, distinct, flatten
@@ -230,6 +230,14 @@ class ReliabilityContext:
             config.node_timeouts, config.model_fallbacks, config.hooks, config.context,
             RunLogger(run_id), config, config.pipeline,
         )  # fmt: skip
+
+    def diagnose(self, error: BaseException, node_id: str, attempt: int, snapshot: Any = ()) -> Failure:
+        """Return what an exception means, without the secrets of the run, its context and a state."""
+        if self.classifiers:  # The log must not show a secret in what one raises.
+            self.redactor.note_attempt(snapshot)
+        where = NodeContext(node_id, attempt, self.run_id)
+        failure = diagnose(error, where, self.classifiers, self.run_logger)
+        return self.redactor.mask_failure(failure, snapshot)
 
     def warn_once(self, node_id: str, what: str, text: str) -> None:
         """Log a warning once, and not for each attempt and item of a node."""

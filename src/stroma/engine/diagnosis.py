@@ -39,14 +39,9 @@ def diagnose_attempt(
         if error.halt.spent or error.halt.partial:
             return failure, Halt(failure, partial=error.halt.partial, spent=error.halt.spent)
         return failure, None
-    if ctx.classifiers:  # The log must not show a secret in what one raises.
-        ctx.redactor.note_attempt(snapshot)
-    failure = diagnose(
-        error, NodeContext(run.node_id, run.attempt, ctx.run_id), ctx.classifiers, ctx.run_logger
-    )
+    failure = ctx.diagnose(error, run.node_id, run.attempt, snapshot)
     if isinstance_by_type(error, PipelineChanged):  # Of a step inside: another attempt meets the same.
         failure = replace(failure, failure_class=FailureClass.TERMINAL, reason="changed")
-    failure = ctx.redactor.mask_failure(failure, snapshot)
     for interceptor in ctx.interceptors:
         failure = interceptor.diagnosed(run, failure)
     if isinstance_by_type(error, ContractViolation) and _may_repair(ctx, run, failure):
@@ -70,11 +65,10 @@ def judge(
     error = usage_error or ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
     if error is None:
         return None, None
-    where = NodeContext(run.node_id, run.attempt, ctx.run_id)
     try:
-        return diagnose(error, where, ctx.classifiers, ctx.run_logger), None
+        return ctx.diagnose(error, run.node_id, run.attempt), None
     except BaseException as interrupt:
-        return diagnose(error, where), interrupt
+        return diagnose(error, NodeContext(run.node_id, run.attempt, ctx.run_id)), interrupt
 
 
 def _may_repair(ctx: ReliabilityContext, run: NodeExecution, failure: Failure) -> bool:

@@ -98,7 +98,7 @@ def refuse(run: NodeExecution, error: Exception) -> Halt:
     """Return the end of a node whose next attempt may not be made."""
     if run.last_failure is not None and error.__cause__ is None:
         error.__cause__ = run.last_failure.exception
-    failure = diagnose(error, NodeContext(run.node_id, run.attempt, run.run_id), run.ctx.classifiers)
+    failure = run.ctx.diagnose(error, run.node_id, run.attempt)
     if isinstance_by_type(error, WaitedTooLong):
         failure = replace(failure, retry_after_seconds=error.retry_after)
     run.ctx.run_logger.info("node %r is not called: %s", run.node_id, one_line(failure.message))

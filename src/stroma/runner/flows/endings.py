@@ -14,7 +14,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.outcome import Halt
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import Failure, NodeContext, diagnose
+from stroma.failures.failure import Failure
 from stroma.runner.flows.errors import StepFailed
 from stroma.runner.flows.journal import FlowJournal
 from stroma.runner.flows.order import ResultOrder
@@ -104,8 +104,7 @@ class Endings:
 
     def halt(self, error: BaseException, node_id: str) -> Halt:
         """Return the end of a flow by an exception."""
-        where = NodeContext(node_id, 1, self._ctx.run_id)
-        return Halt(diagnose(error, where, self._ctx.classifiers, self._ctx.run_logger))
+        return Halt(self._ctx.diagnose(error, node_id, 1))
 
     def halt_of(self, error: BaseException, node_id: str) -> Halt:
         """Return the end of a flow whose body raised."""
@@ -117,7 +116,6 @@ class Endings:
             error = error.exceptions[0]
         self._ctx.redactor.note_run()
         halt = self.halt(error, node_id)
-        halt = halt._replace(failure=self._ctx.redactor.mask_failure(halt.failure, ()))
         self._ctx.run_logger.warning(
             "flow %r raised %s: %s", node_id, type(error).__name__, one_line(halt.failure.message)
         )
