@@ -12,7 +12,7 @@ from pydantic_core import ValidationError
 from stroma._utils.secrets import Secrets
 from stroma._utils.text import one_line
 
-__all__ = ["SafeLogger", "get_logger"]
+__all__ = ["SafeLogger", "get_logger", "refused_fields"]
 
 _NO_SECRETS: Final = Secrets()
 _MOST_ERRORS: Final = 5  # of one model
@@ -68,7 +68,7 @@ class SafeLogger(logging.LoggerAdapter[logging.Logger]):
         if argument is None or hasattr(kind, "__float__"):
             return argument
         if issubclass(kind, ValidationError):
-            argument = _without_values(argument)
+            argument = f"the value does not fit {argument.title}: {refused_fields(argument)}"
         return _Line(argument, self.mask)
 
 
@@ -94,10 +94,11 @@ class _Line:
             return f"<{type(self._value).__name__}>"
 
 
-def _without_values(error: ValidationError) -> str:
+def refused_fields(error: ValidationError) -> str:
+    """Return the places and kinds of the errors, without the refused values and what validators say of them."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     shown = [
         f"{'.'.join(map(str, one['loc'])) or 'the whole'} ({one['type']})" for one in errors[:_MOST_ERRORS]
     ]
     rest = f" and {len(errors) - len(shown)} more" if len(errors) > len(shown) else ""
-    return f"the value does not fit {error.title}: {', '.join(shown)}{rest}"
+    return ", ".join(shown) + rest

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from stroma._utils.logs import refused_fields
 from stroma.checkpoint import PipelineChanged, RunBusy, RunExists, RunRecord
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.entries import Waiting
@@ -176,9 +177,8 @@ class RunDriver:
         except PipelineChanged as error:
             return Blocked(run_id, str(error))
         except ValidationError as error:
-            return Blocked(
-                run_id, f"the input of run {run_id!r} is not a {served.schema.model.__name__}: {error}"
-            )
+            model = served.schema.model.__name__
+            return Blocked(run_id, f"the input of run {run_id!r} is not a {model}: {refused_fields(error)}")
         if result.status is RunStatus.SUSPENDED:
             outcome = await self._settled(await self._stored.get(run_id), result)
             return outcome or Suspended(
