@@ -10,20 +10,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from stroma.adapters._releases import import_error, warn_if_untested
 
 try:
-    from claude_agent_sdk import ClaudeAgentOptions, ResultMessage, query
+    import claude_agent_sdk
+    from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient, ClaudeSDKError, ResultMessage, query
 except ImportError as error:
     raise import_error("claude-agent-sdk", error) from error
 
+from stroma.adapters._guarded_run import active_run
 from stroma.adapters.guard import Contracts, Guard, what_stopped
 from stroma.cost.usage import Usage, usage_from
-from stroma.engine.execution import current_run
+from stroma.engine.execution import current_node_or_none, current_run
 
 warn_if_untested("claude-agent-sdk")
 
@@ -33,6 +38,12 @@ __all__ = ["guarded_query", "guarded_tools"]
 _COUNTS: Final = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens")
 #: What stopped a run inside a tool, by the run: the SDK tells the model of it, and would continue.
 _FATAL: dict[str, BaseException] = {}
+#: HTTP statuses of the errors of an answer.
+_STATUS: Final = {
+    "authentication_failed": 401, "billing_error": 402, "rate_limit": 429, "invalid_request": 400, "server_error": 500,
+}  # fmt: skip
+#: Dollars and tokens of the session that are counted already, by client: its results have those of the session so far.
+_COUNTED: WeakKeyDictionary[Any, Usage] = WeakKeyDictionary()
 
 
 def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
@@ -98,11 +109,52 @@ async def _messages(*, options: Any = None, **kwargs: Any) -> Any:
         left = max(0.0, limit - run.cost_tracker.used("cost"))
         limit = options.max_budget_usd
         options = dataclasses.replace(options, max_budget_usd=left if limit is None else min(left, limit))
-    async for message in query(options=options, **kwargs):
-        fatal = _FATAL.pop(run.run_id, None)
-        if fatal is not None:
-            raise fatal
-        yield message
+    messages: list[Any] = []
+    try:
+        async for message in query(options=options, **kwargs):
+            _raise_fatal(run.run_id)
+            messages.append(message)
+            yield message
+        _raise_fatal(run.run_id)
+    except Exception as error:
+        _note_status(error, messages)
+        raise
+    finally:
+        _FATAL.pop(run.run_id, None)
+    end = _whole(messages)["end"]
+    if end is not None and end.is_error:
+        failed = _error_of(end)
+        _note_status(failed, messages)
+        raise failed
+
+
+def _raise_fatal(run_id: str) -> None:
+    """Raise what stopped the run inside a tool."""
+    fatal = _FATAL.pop(run_id, None)
+    if fatal is not None:
+        raise fatal
+
+
+def _error_of(end: Any) -> Exception:
+    """Return the error of a result, as the SDK raises it where the program ends with one."""
+    what = "; ".join(map(str, getattr(end, "errors", None) or ())) or getattr(end, "result", None)
+    text = f"Claude Code returned an error result: {what or end.subtype}"
+    kind = getattr(claude_agent_sdk, "ResultError", None)  # Not in the lowest release.
+    return ClaudeSDKError(text) if kind is None else kind(text, data=vars(end))
+
+
+def _note_status(error: Any, messages: list[Any]) -> None:
+    """Add the HTTP status of the failed call of the model to an error, which is classified by it."""
+    end = _whole(messages)["end"]
+    if end is None or not end.is_error:
+        return
+    status = getattr(end, "api_error_status", None)
+    if status is None:
+        errors = [message.error for message in messages if getattr(message, "error", None) in _STATUS]
+        prose = re.match(r"API Error: (\d{3})\b", getattr(end, "result", None) or "")
+        status = int(prose[1]) if prose else _STATUS[errors[-1]] if errors else None
+    if status is not None and getattr(error, "status_code", None) is None:
+        error.status_code = status
 
 
 def _whole(messages: list[Any]) -> dict[str, Any]:
@@ -146,3 +198,47 @@ def _result(result: Any) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+# ---------------------------------------------------------------------- the client
+
+
+def _count_results(receive: Any) -> Any:
+    """Return the client's ``receive_messages``, which counts its results in the run of a guard around it."""
+
+    @functools.wraps(receive)
+    async def receive_messages(self: Any) -> AsyncIterator[Any]:
+        messages: list[Any] = []
+        async for message in receive(self):
+            run = active_run() if current_node_or_none() is None else None
+            if run is not None:
+                _raise_fatal(run.ctx.run_id)
+            messages.append(message)
+            if isinstance(message, ResultMessage):
+                used = _since_last_result(self, message, _used(_whole(messages)))
+                messages.clear()
+                if run is not None and used is not None:
+                    run.report_usage(used)
+                    run.usage.check_budget()
+            yield message
+
+    return receive_messages
+
+
+def _since_last_result(client: Any, end: Any, used: Usage | None) -> Usage | None:
+    """Return the usage since the client's last result. ``usage`` is of one turn, the other figures of the session."""
+    if used is None:
+        return None
+    before = _COUNTED.get(client, Usage())
+    _COUNTED[client] = used
+    names = ["cost_usd"]
+    if getattr(end, "model_usage", None):
+        names += ["input_tokens", "output_tokens", "cached_input_tokens", "cache_write_tokens"]
+    changes = {}
+    for name in names:
+        now, then = getattr(used, name), getattr(before, name) or 0
+        changes[name] = now if now is None or now < then else now - then  # Less: another session has begun.
+    return dataclasses.replace(used, **changes)
+
+
+ClaudeSDKClient.receive_messages = _count_results(ClaudeSDKClient.receive_messages)  # type: ignore[method-assign]

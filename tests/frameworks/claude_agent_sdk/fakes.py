@@ -17,6 +17,9 @@ class Script(Transport):
     def __init__(self, *script: Any, tokens: int = 10, fails: Exception | None = None) -> None:
         self.script, self.tokens, self.fails = list(script), tokens, fails
         self.by_model: dict[str, Any] | None = None
+        #: Fields of the result; and whether the program waits for another question after it.
+        self.end: dict[str, Any] = {}
+        self.is_session = False
         self.messages: list[Any] = []
         self._ready = False
         self._calls: Any = None
@@ -90,9 +93,11 @@ class Script(Transport):
                 "usage": usage,
                 "modelUsage": self.by_model,
                 "result": "done",
+                **self.end,
             }
         )
-        await self._out.put(None)
+        if not self.is_session:
+            await self._out.put(None)
 
     async def read_messages(self) -> AsyncIterator[dict[str, Any]]:
         while (message := await self._out.get()) is not None:

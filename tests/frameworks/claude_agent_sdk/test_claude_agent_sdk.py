@@ -10,19 +10,30 @@ import pytest
 from claude_agent_sdk import (
     AssistantMessage,
     ClaudeAgentOptions,
+    ClaudeSDKClient,
+    ClaudeSDKError,
     PermissionResultDeny,
     ResultMessage,
     create_sdk_mcp_server,
     query,
     tool,
 )
+from pydantic import BaseModel
 from tests.frameworks.claude_agent_sdk.fakes import Script
 from tests.frameworks.contract import FrameworkContract, weather
 from tests.frameworks.kit import PAID, Seen, guard_of, holds, lines_of, pay, result_of, spent, tree
 
-from stroma import BudgetExceeded, ExecutionBudget, RunStatus
+from stroma import BudgetExceeded, ContractViolation, ExecutionBudget, FailureClass, RunStatus
 from stroma.adapters import Guard
 from stroma.adapters.claude_agent_sdk import guarded_query, guarded_tools
+
+
+class City(BaseModel):
+    city: str
+
+
+class Cold(BaseModel):
+    frost: int
 
 
 def tool_of(func: Any = weather) -> Any:
@@ -234,3 +245,88 @@ def test_fifty_queries_at_once_spend_what_the_program_says() -> None:
     asyncio.run(main())
     assert spent(seen, guard) == (50, 50 * (10 + PAID))
     assert {tuple(tree(result)) for result in seen.results} == {("query success 10", "  weather success 5")}
+
+
+@pytest.mark.parametrize(
+    ("end", "failure_class", "reason"),
+    [
+        ({"subtype": "error_during_execution"}, FailureClass.AMBIGUOUS, None),
+        ({"subtype": "error_max_turns", "errors": ["too many turns"]}, FailureClass.AMBIGUOUS, None),
+        ({"result": "API Error: 529 overloaded"}, FailureClass.RECOVERABLE, "overloaded"),
+        ({"result": "API Error: 401 no key"}, FailureClass.TERMINAL, None),
+        ({"result": "API Error: 429", "api_error_status": 429}, FailureClass.RECOVERABLE, "rate_limit"),
+    ],
+)
+def test_an_error_result_is_a_failure_of_the_query(
+    end: dict[str, Any], failure_class: FailureClass, reason: str | None
+) -> None:
+    """A result with ``is_error`` is handed on, then raised; the step has failed by its status, and its usage counts."""
+    script, guard, seen = Script("one"), guard_of(), []
+    script.end = {"is_error": True, **end}
+
+    async def main() -> None:
+        async for message in guarded_query(guard)(prompt="x", transport=script):
+            seen.append(type(message))
+
+    with pytest.raises(ClaudeSDKError, match="returned an error result"):
+        asyncio.run(main())
+    assert seen == [AssistantMessage, ResultMessage]
+    result = result_of(guard)
+    assert result.status in (RunStatus.FAILED, RunStatus.PARTIAL)
+    assert (lines_of(guard), result.total_tokens) == (["query failure 10"], 10)
+    failure = guard.stopped
+    assert failure is not None
+    assert failure.failure_class is failure_class
+    assert reason is None or failure.reason == reason
+
+
+def test_a_broken_contract_of_the_last_tool_is_raised_at_the_end() -> None:
+    """The program that says nothing after the tool ends the query with the violation, and nothing of it is left behind."""
+    from stroma.adapters import claude_agent_sdk as adapter
+
+    class Silent(Script):
+        async def _play(self) -> None:
+            if self.messages:
+                await self._out.put(None)
+            else:
+                await super()._play()
+
+    guard = guard_of()
+    with pytest.raises(ContractViolation):
+        ask(Silent(("weather", {"city": "Oslo"})), guard, contracts={"weather": (City, Cold)})
+    assert result_of(guard).status is RunStatus.FAILED
+    assert not adapter._FATAL
+
+
+async def _converse(guard: Guard, script: Script, turns: int = 1) -> None:
+    script.is_session = True
+    async with guard.run():
+        client = ClaudeSDKClient(options=ClaudeAgentOptions(), transport=script)
+        await client.connect()
+        try:
+            for turn in range(1, turns + 1):
+                script.script.append("hi")
+                script.end = {"total_cost_usd": 0.1 * turn}
+                await client.query("?")
+                async for _ in client.receive_response():
+                    pass
+        finally:
+            await client.disconnect()
+
+
+def test_the_client_counts_in_the_run_around_it() -> None:
+    """``ClaudeSDKClient`` in ``guard.run()`` counts the tokens of each turn, and the dollars of its session once."""
+    guard = guard_of()
+    asyncio.run(_converse(guard, Script(), turns=3))
+    result = result_of(guard)
+    assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 30)
+    assert result.total_cost_usd == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("budget", [ExecutionBudget(max_tokens_total=15), ExecutionBudget(max_cost_usd=0.15)])
+def test_a_budget_stops_the_client(budget: ExecutionBudget) -> None:
+    """The result that takes the run over its limit raises BudgetExceeded in place of it."""
+    guard = guard_of(budget=budget)
+    with pytest.raises(BudgetExceeded):
+        asyncio.run(_converse(guard, Script(), turns=3))
+    assert (result_of(guard).status, result_of(guard).total_tokens) == (RunStatus.PARTIAL, 20)
