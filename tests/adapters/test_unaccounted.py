@@ -20,7 +20,7 @@ def test_tokens_that_only_the_framework_has_counted_are_named(caplog: pytest.Log
     """At the end of a framework's run its own usage figure is compared with ours: a difference is a warning that names it."""
     guard = Guard()
 
-    @guard.step("model", usage=lambda _: Usage(input_tokens=8, output_tokens=2))
+    @guard.step("model", usage=lambda _: Usage(input_tokens=8, output_tokens=2, model="gpt-4o"))
     def model() -> str:
         return "answer"
 

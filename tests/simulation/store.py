@@ -447,7 +447,7 @@ class _SimulatedRenewer(LeaseRenewer):
         if now - self._renewed >= self._interval() * 0.9:
             self._renewed = now
             store.post(partial(_renew, [session.fence for session in sessions]))
-        self._read_requests(store, {session.fence.run: session for session in sessions if session.on_control})
+        self._read_requests(store, [session for session in sessions if session.on_control])
         self._next()
 
 

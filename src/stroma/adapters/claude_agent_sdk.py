@@ -140,7 +140,8 @@ def _error_of(end: Any) -> Exception:
     what = "; ".join(map(str, getattr(end, "errors", None) or ())) or getattr(end, "result", None)
     text = f"Claude Code returned an error result: {what or end.subtype}"
     kind = getattr(claude_agent_sdk, "ResultError", None)  # Not in the lowest release.
-    return ClaudeSDKError(text) if kind is None else kind(text, data=vars(end))
+    failed: Exception = ClaudeSDKError(text) if kind is None else kind(text, data=vars(end))
+    return failed
 
 
 def _note_status(error: Any, messages: list[Any]) -> None:
@@ -241,4 +242,4 @@ def _since_last_result(client: Any, end: Any, used: Usage | None) -> Usage | Non
     return dataclasses.replace(used, **changes)
 
 
-ClaudeSDKClient.receive_messages = _count_results(ClaudeSDKClient.receive_messages)  # type: ignore[method-assign]
+ClaudeSDKClient.receive_messages = _count_results(ClaudeSDKClient.receive_messages)
