@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,11 @@ from pydantic import BaseModel
 from stroma import (
     AsyncInMemoryStore,
     CheckpointManager,
+    ContractRegistry,
+    FailureClass,
+    FallbackPolicy,
     InMemoryStore,
+    NodeHooks,
     SQLiteStore,
     StromaRunner,
     open_store,
@@ -80,3 +86,72 @@ def test_every_store_is_one() -> None:
 def test_what_is_no_set_of_hooks_is_told_when_it_is_given(value: Any) -> None:
     with pytest.raises(TypeError, match=r"is not a set of hooks; make one with NodeHooks\(\.\.\.\)$"):
         StromaRunner.quick(hooks=value)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (
+            lambda: StromaRunner.quick(node_timeouts={"a": 0.5}),
+            ValueError,
+            "milliseconds, got 0.5; pass 500 for 0.5 seconds",
+        ),
+        (
+            lambda: StromaRunner.quick(node_timeouts={"a": timedelta(seconds=3)}),  # type: ignore[dict-item]
+            ValueError,
+            r"milliseconds, got datetime.timedelta\(seconds=3\); pass 3000 for 3 seconds",
+        ),
+        (
+            lambda: StromaRunner.quick(contract_retries={"a": -1}),
+            ValueError,
+            r"contract_retries\['a'\] must be at least 0",
+        ),
+        (
+            lambda: StromaRunner.quick(classifiers=[FailureClass.TERMINAL]),  # type: ignore[list-item]
+            TypeError,
+            r"classifiers\[0\] must be callable, got .*; pass a function of \(exception, context\)",
+        ),
+        (
+            lambda: StromaRunner.quick(classifiers=no_classifier),  # type: ignore[arg-type]
+            TypeError,
+            "classifiers must be a list of functions, got <function no_classifier",
+        ),
+        (
+            lambda: StromaRunner.quick(classifiers=[no_classifier]),  # type: ignore[list-item]
+            TypeError,
+            r"classifiers\[0\] must not be async, got .*; define it with def",
+        ),
+        (lambda: StromaRunner.quick(redact=5), TypeError, "redact must be callable, got 5"),  # type: ignore[arg-type]
+        (lambda: NodeHooks(on_node_start=5), TypeError, "on_node_start must be callable, got 5"),  # type: ignore[arg-type]
+        (lambda: StromaRunner.quick().with_context(5), ValueError, "instance of dict"),  # type: ignore[arg-type]
+        (
+            lambda: FallbackPolicy("a", "b", 80),
+            ValueError,
+            "at_budget_pct must be a share from 0 to 1, got 80",
+        ),
+        (
+            lambda: StromaRunner(ContractRegistry(), CheckpointManager(InMemoryStore()), {}),  # type: ignore[arg-type]
+            TypeError,
+            r"config must be a RunConfig, got \{\}; pass RunConfig\(\.\.\.\)",
+        ),
+        (
+            lambda: StromaRunner.quick().run_sync([], State),  # type: ignore[call-overload]
+            TypeError,
+            r"the initial state must be an instance, got the class State; pass State\(\.\.\.\)",
+        ),
+        (
+            lambda: StromaRunner.quick().node("a", input=State, output=State)(State()),  # type: ignore[call-overload]
+            TypeError,
+            "it is not callable",
+        ),
+    ],
+)
+def test_a_setting_of_another_kind_is_refused_where_it_is_written(
+    make: Callable[[], Any], error: type[Exception], text: str
+) -> None:
+    """A setting that cannot mean what was meant is an error that says what to pass."""
+    with pytest.raises(error, match=text):
+        make()
+
+
+async def no_classifier(exception: Exception, context: Any) -> None: ...

@@ -30,12 +30,16 @@ class FallbackPolicy(NamedArguments):
     Attributes:
         preferred_model: the model that the node declares.
         fallback_model: the cheaper model.
-        at_budget_pct: share of ``max_cost_usd`` that must be spent, from 0 to 1.
+        at_budget_pct: share of ``max_cost_usd`` that must be spent, from 0 to 1. Raises ValueError for any other.
     """
 
     preferred_model: str
     fallback_model: str
     at_budget_pct: float = 0.80
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.at_budget_pct <= 1:
+            raise ValueError(f"at_budget_pct must be a share from 0 to 1, got {self.at_budget_pct!r}")
 
 
 def resolve_model(

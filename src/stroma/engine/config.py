@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from functools import partial
+from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, cast
 
 from pydantic import ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
@@ -71,6 +74,13 @@ def check_label(text: str, what: str) -> str:
 
 def _generate_id() -> str:
     return _GeneratedId(new_run_id())
+
+
+def _check_plain(name: str, func: Any, arguments: Sequence[str]) -> None:
+    """Raise TypeError for anything but a plain function of these arguments."""
+    check_arguments(name, func, arguments)
+    if inspect.iscoroutinefunction(func):
+        raise TypeError(f"{name} must not be async, got {func!r}; define it with def")
 
 
 class RunConfig(StrictModel):
@@ -239,15 +249,17 @@ class RunConfig(StrictModel):
     @field_validator("classifiers")
     @classmethod
     def _take_exceptions(cls, value: Any) -> Any:
+        if not isinstance(value, (Iterable, NoneType)):
+            raise TypeError(f"classifiers must be a list of functions, got {value!r}; pass [{value!r}]")
         for index, classifier in enumerate(value or ()):
-            check_arguments(f"classifiers[{index}]", classifier, ("exception", "context"))
+            _check_plain(f"classifiers[{index}]", classifier, ("exception", "context"))
         return value
 
     @field_validator("redact")
     @classmethod
     def _takes_states(cls, value: Any) -> Any:
         if value is not None:
-            check_arguments("redact", value, ("state",))
+            _check_plain("redact", value, ("state",))
         return value
 
     @field_validator("shared_budgets")
@@ -293,6 +305,26 @@ class RunConfig(StrictModel):
     @classmethod
     def _legal_label(cls, value: str | None, info: ValidationInfo) -> str | None:
         return None if value is None else check_label(value, str(info.field_name))
+
+    @field_validator("node_timeouts", mode="before")
+    @classmethod
+    def _milliseconds(cls, value: Any) -> Any:
+        for node_id, limit in value.items() if isinstance(value, dict) else ():
+            seconds = limit.total_seconds() if isinstance(limit, timedelta) else limit
+            if isinstance(limit, timedelta) or (isinstance(limit, float) and limit % 1 > 0):
+                raise ValueError(
+                    f"node_timeouts[{node_id!r}] must be a whole number of milliseconds, got {limit!r}; "
+                    f"pass {seconds * 1000:.0f} for {seconds:g} seconds"
+                )
+        return value
+
+    @field_validator("contract_retries")
+    @classmethod
+    def _not_negative(cls, value: dict[str, int]) -> dict[str, int]:
+        for node_id, count in value.items():
+            if count < 0:
+                raise ValueError(f"contract_retries[{node_id!r}] must be at least 0, got {shown(count)}")
+        return value
 
     @field_validator("node_timeouts")
     @classmethod

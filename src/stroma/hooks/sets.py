@@ -152,7 +152,7 @@ _ARGUMENTS: Final[dict[str, tuple[str, ...]]] = {
 
 
 def check_arguments(name: str, func: Any, arguments: Sequence[str]) -> None:
-    """Raise TypeError for a callable that takes other positional arguments than these, where its signature tells."""
+    """Raise TypeError for an object that is not callable with these positional arguments, where its signature tells."""
     plain, count = func, len(arguments)
     if type(func) is MethodType:
         plain, count = func.__func__, count + 1
@@ -163,6 +163,8 @@ def check_arguments(name: str, func: Any, arguments: Sequence[str]) -> None:
         takes_more = bool(code.co_flags & inspect.CO_VARARGS)
         if required <= count and (count <= code.co_argcount or takes_more) and not code.co_kwonlyargcount:
             return
+    if not callable(func):
+        raise TypeError(f"{name} must be callable, got {func!r}; pass a function of ({', '.join(arguments)})")
     signature = _own_signature(func)
     if signature is None:
         return

@@ -8,7 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, overload
 
 from pydantic import BaseModel
@@ -75,6 +75,8 @@ class StromaRunner:
         checkpoint_manager: CheckpointManager,
         config: RunConfig | None = None,
     ) -> None:
+        if not isinstance(config, (RunConfig, NoneType)):
+            raise TypeError(f"config must be a RunConfig, got {config!r}; pass RunConfig(...)")
         self.registry = registry
         self.checkpoint_manager = checkpoint_manager
         self._own_config = config
@@ -159,7 +161,7 @@ class StromaRunner:
 
     def with_context(self, context: dict[str, Any]) -> StromaRunner:
         """Replace the data that each node receives as ``ctx``."""
-        return self._replace(context=context)
+        return self._replace(context=RunConfig(context=context).context)
 
     def with_policy_map(self, policy_map: Policies) -> StromaRunner:
         """Replace the retry policies by failure class."""
@@ -194,8 +196,9 @@ class StromaRunner:
 
         def decorate(func: Any) -> Any:
             check_annotations(f"node {node_id!r}", func, contract, sys._getframe(1))
+            node = mark(func, node_id, contract)  # Raises TypeError for an object that is not callable.
             self.registry.decorate(func, contract)
-            return mark(func, node_id, contract)
+            return node
 
         return decorate
 
@@ -342,6 +345,9 @@ class StromaRunner:
         """Implement :meth:`run`. ``dispatch``: how a dispatcher opens the run."""
         config = override_config(self._config_of(node_sequence), overrides)
         nodes = nodes_of(node_sequence)
+        if isinstance(initial_state, type) and issubclass(initial_state, BaseModel):
+            name = initial_state.__name__
+            raise TypeError(f"the initial state must be an instance, got the class {name}; pass {name}(...)")
         if not isinstance(initial_state, BaseModel):
             raise TypeError(f"the initial state must be a pydantic model, not {type(initial_state).__name__}")
         check_owners(nodes, self.registry)
