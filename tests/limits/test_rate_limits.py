@@ -608,16 +608,15 @@ def test_a_config_refuses_what_cannot_be() -> None:
     assert copy.deepcopy(config).limits["a:b*é"] is limit
 
 
-async def test_limits_that_no_node_goes_by(caplog: pytest.LogCaptureFixture) -> None:
-    """A run whose nodes go by none of the limits says so in the log, children of groups counted; others do not."""
+async def test_limits_that_no_node_uses() -> None:
+    """A run whose nodes use none of the limits is a ValueError; children of groups count."""
     call, _ = node("call")
     limits = {"llm": Limit(concurrent=1, store=AsyncInMemoryStore())}
-    await StromaRunner.quick(limits=limits, node_limits={"cal": "llm"}).run([call], State())
-    (record,) = [result for result in caplog.records if "uses any of the limits" in result.message]
-    assert "('llm'); assign them with node_limits={node id: name}" in record.message
-    caplog.clear()
+    with pytest.raises(
+        ValueError, match=r"uses any of the limits \('llm'\); assign them with node_limits={node id: name}"
+    ):
+        await StromaRunner.quick(limits=limits, node_limits={"cal": "llm"}).run([call], State())
     await StromaRunner.quick(limits=limits, node_limits={"call": "llm"}).run([parallel(call)], State())
-    assert "goes by any" not in caplog.text
 
 
 def test_two_limits_of_one_name() -> None:
