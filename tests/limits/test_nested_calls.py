@@ -87,12 +87,12 @@ class Nest:
             )
             for i, ids in enumerate(self.by_budget)
         ]
-        limits = {f"{i}": Limit(concurrent=1, max_wait_seconds=None) for i in (0, 1)}
+        named = {node: f"{number}-{name}" for node, name in self.node_limits.items()}
         self.runner = StromaRunner.quick(
             store=store,
             shared_budgets=self.budgets,
-            limits={f"{number}-{name}": limit for name, limit in limits.items()},
-            node_limits={node: f"{number}-{name}" for node, name in self.node_limits.items()},
+            limits={name: Limit(concurrent=1, max_wait_seconds=None) for name in named.values()},
+            node_limits=named,
             breaker=Breaker(min_calls=1, max_wait_seconds=None),
             max_threads=1,
         )
