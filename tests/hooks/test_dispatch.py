@@ -415,27 +415,67 @@ async def test_an_interrupt_goes_before_a_hook_that_is_not_async() -> None:
 # ---------------------------------------------------------------- cancellation
 
 
-@pytest.mark.parametrize("suspends", [False, True])
-@pytest.mark.parametrize("reaction", ["raise", "swallow", "replace", "return"])
+@pytest.mark.parametrize("limit", [None, 3600.0])
+@pytest.mark.parametrize("reaction", ["raise", "swallow", "replace"])
 @pytest.mark.parametrize("sets", [1, 2])
-async def test_a_cancellation_in_a_hook_comes_out_once_all_are_told(
-    suspends: bool, reaction: str, sets: int
+@pytest.mark.parametrize("asks_too", [False, True])
+async def test_a_cancellation_during_a_hook_comes_out_once_all_are_called(
+    limit: float | None, reaction: str, sets: int, asks_too: bool
 ) -> None:
-    """Whatever the hook makes of it; what it raises instead is reported, a cancellation is not."""
+    """It comes out as itself, whatever the hook makes of it; what the hook raises instead is reported."""
     events: list[int] = []
 
     async def hook(*_: Any) -> None:
-        task = asyncio.current_task()
-        assert task is not None
         events.append(1)
         if len(events) > 1:
             return
-        task.cancel()
-        if reaction == "return" and not suspends:
-            return
         try:
-            if suspends:
-                await asyncio.sleep(3600)
+            asyncio.get_running_loop().call_soon(running.cancel, "from outside")
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            if asks_too:
+                running.cancel("of the hook")
+            if reaction == "raise":
+                raise
+            if reaction == "replace":
+                raise ValueError("instead") from None
+
+    fired = Fired(*[hook] * sets, limit=limit)
+    came_out: list[tuple[Any, ...]] = []
+
+    async def run() -> None:
+        try:
+            await fired.fire()
+        except asyncio.CancelledError as error:
+            came_out.append(error.args)
+        await asyncio.sleep(0)
+
+    running = asyncio.create_task(run())
+    await running
+    assert (came_out, events) == ([("from outside",)], [1] * sets)
+    assert [(event, node_id, str(error)) for event, node_id, error in fired.errors] == (
+        [("on_node_start", "node", "instead")] if reaction == "replace" else []
+    )
+
+
+@pytest.mark.parametrize("limit", [None, 3600.0])
+@pytest.mark.parametrize("reaction", ["raise", "swallow", "replace", "return"])
+@pytest.mark.parametrize("waits", ["never", "before", "after", "around"])
+async def test_a_hook_that_cancels_its_own_task_changes_nothing(
+    limit: float | None, reaction: str, waits: str
+) -> None:
+    """G8: a hook that cancels the task that it is called in changes nothing: the other hooks are called, and the task goes on."""
+    events: list[int] = []
+
+    async def hook(*_: Any) -> None:
+        events.append(1)
+        if waits in ("before", "around"):
+            await asyncio.sleep(0)
+        try:
+            running.cancel("of the hook")
+            running.cancel("of the hook")
+            if waits in ("after", "around"):
+                await asyncio.sleep(0)
             elif reaction != "return":
                 raise asyncio.CancelledError
         except asyncio.CancelledError:
@@ -444,22 +484,45 @@ async def test_a_cancellation_in_a_hook_comes_out_once_all_are_told(
             if reaction == "replace":
                 raise ValueError("instead") from None
 
-    fired = Fired(*[hook] * sets)
-    came_out: list[bool] = []
+    fired = Fired(hook, hook, limit=limit)
+
+    async def run() -> str:
+        await fired.fire()
+        for _time in range(3):
+            await asyncio.sleep(0)
+        assert running.cancelling() == 0
+        async with asyncio.timeout(3600):
+            return "went on"
+
+    running = asyncio.create_task(run())
+    assert await running == "went on"
+    assert events == [1, 1]
+    assert all(str(error) == "instead" or type(error) is asyncio.CancelledError for *_, error in fired.errors)
+
+
+async def test_a_hook_that_cancels_its_task_while_that_is_being_cancelled_is_no_second_cancellation() -> None:
+    """G8: in a task that is being cancelled, a hook that cancels it too leaves the first cancellation as it was."""
+
+    async def hook(*_: Any) -> None:
+        running.cancel("of the hook")
+        await asyncio.sleep(0)
+
+    fired = Fired(hook, event="on_node_cancelled")
 
     async def run() -> None:
         try:
-            await fired.fire()
+            await asyncio.sleep(3600)
         except asyncio.CancelledError:
-            came_out.append(True)
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(0)  # Where the hook did not take it, it is still to come.
+            with contextlib.suppress(asyncio.CancelledError):
+                await fired.fire()
+            assert running.cancelling() == 1
+            raise
 
-    await asyncio.create_task(run())
-    assert (came_out, events) == ([True], [1] * sets)
-    assert [(event, node_id, str(error)) for event, node_id, error in fired.errors] == (
-        [("on_node_start", "node", "instead")] if reaction == "replace" else []
-    )
+    running = asyncio.create_task(run())
+    await asyncio.sleep(0)
+    running.cancel("from outside")
+    with pytest.raises(asyncio.CancelledError, match="from outside"):
+        await running
 
 
 async def test_a_cancellation_before_is_not_the_hooks() -> None:

@@ -29,6 +29,7 @@ from stroma.cost.usage import Usage
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.outcome import Halt
+from stroma.engine.tasks import raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunCancelled
 from stroma.failures.failure import Failure, text_of
@@ -188,11 +189,14 @@ class GuardedRun:
         self._task, self._has_cancelled_task = None, False
         if not was_cancelled or task is None:
             return error
+        came: asyncio.CancelledError | None = None
         if error is None:  # The code inside ended before the cancellation arrived.
-            with suppress(asyncio.CancelledError):
+            try:
                 await asyncio.sleep(0)
+            except asyncio.CancelledError as cancelled:
+                came = cancelled.with_traceback(None)
         if task.uncancel() > self._cancelling_at_entry:  # The caller cancelled it too.
-            return asyncio.CancelledError() if error is None else error
+            return (came or asyncio.CancelledError()) if error is None else error
         return self._cancelled() if isinstance(error, asyncio.CancelledError) else error
 
     def _cancelled(self) -> RunCancelled:
@@ -276,8 +280,8 @@ class GuardedRun:
         cancelled = await ctx.end(status, reason or None)
         self.guard.forget_old(self)
         await ctx.call_end_hooks(self.result)
-        if cancelled and error is None:
-            raise asyncio.CancelledError
+        if error is None:
+            raise_if(cancelled)
         if error is None and ctx.hook_failures and ctx.config.hook_errors == "raise":
             first = ctx.hook_failures[0]
             raise HookError(

@@ -30,7 +30,7 @@ from stroma.engine.current import RESERVED, leave
 from stroma.engine.execution import NodeExecution
 from stroma.engine.holds import hold, wait_unless_held
 from stroma.engine.outcome import Halt, refuse
-from stroma.engine.tasks import Shield
+from stroma.engine.tasks import Shield, raise_if
 from stroma.engine.threads import ThreadPlaces, thread_places
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import COOLDOWN, CircuitOpen, Wait, WaitedTooLong
@@ -224,8 +224,8 @@ class Permit:
             self.breaker.leave(self.key, None, probe=True)
             self.probe = False
 
-    async def leave(self, outcome: Any) -> bool:
-        """Settle what the attempt used, by its outcome. Return True if the task was cancelled meanwhile.
+    async def leave(self, outcome: Any) -> asyncio.CancelledError | None:
+        """Settle what the attempt used, by its outcome. Return the cancellation of the task that came meanwhile.
 
         ``outcome``: the output, a Failure, or a Halt; None for an attempt that was cancelled. Raises what a hook may.
         """
@@ -252,7 +252,7 @@ class Permit:
             await self._judge(self.breaker, failure, done)
         for event in due:
             await _announce(ctx, run, event)
-        return shield.is_cancelled
+        return shield.cancellation
 
     def _uncharge(self) -> None:
         if self.caller is not None and self.caller.place is not None:
@@ -332,8 +332,7 @@ async def _make_in_turn(attempt: NodeAttempt, *, needs_thread: bool) -> BaseMode
     finally:
         permit.leave_place()
         leave(token)
-    if await permit.leave(outcome):
-        raise asyncio.CancelledError
+    raise_if(await permit.leave(outcome))
     return outcome
 
 

@@ -6,7 +6,6 @@ Between a valid output and its commit, nothing but the commit is awaited. How an
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Coroutine
 from functools import partial
 from time import perf_counter_ns
@@ -38,7 +37,7 @@ from stroma.engine.metering import count_returned, price
 from stroma.engine.open_attempt import OpenAttempt
 from stroma.engine.outcome import GroupStopped, Halt
 from stroma.engine.questions import find_question
-from stroma.engine.tasks import CONTINUES, call_in_thread, passes_through
+from stroma.engine.tasks import CONTINUES, call_in_thread, passes_through, raise_if
 from stroma.failures.failure import (
     Failure,
     ends_run,
@@ -279,8 +278,7 @@ class NodeAttempt(OpenAttempt):
             self.output, self.usage_error = count_returned(self.run, self.output)
         if self.run.reported is not None:
             cancelled, unpriced = await price(self.ctx, self.run)
-            if cancelled:
-                self.interrupt = asyncio.CancelledError()
+            self.interrupt = self.interrupt or cancelled
             self.usage_error = self.usage_error or unpriced
 
     def _count(self) -> None:
@@ -403,8 +401,7 @@ class NodeAttempt(OpenAttempt):
         problem, cancelled = await effect.begin()
         if problem is not None:
             return await self._fail(problem, is_of_store=True)
-        if cancelled:
-            raise asyncio.CancelledError
+        raise_if(cancelled)
         return None
 
     async def _end_effect(self, effect: Effect, error: BaseException) -> BaseModel | Failure | Halt | None:

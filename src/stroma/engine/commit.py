@@ -95,17 +95,17 @@ async def settle(
     row: AttemptRow | NodeExecution,
     pending: Awaitable[None] | Exception | None,
     again: Callable[[], Awaitable[None] | Exception | None],
-) -> tuple[Exception | None, bool]:
+) -> tuple[Exception | None, asyncio.CancelledError | None]:
     """See a store call through, and repeat one that the store refuses for a moment.
 
-    Return why the store refuses it in the end, and True if the task was cancelled meanwhile.
+    Return why the store refuses it in the end, and the cancellation of the task that came meanwhile.
     """
     shield = Shield()
     delays = iter(_STORE_DELAYS)
     while True:
         error = await shield.finish(pending) if isinstance(pending, Awaitable) else pending
         if error is None or isinstance(error, NotSerialisable):
-            return error, shield.is_cancelled
+            return error, shield.cancellation
         delay = None if isinstance(error, StoreError) and not error.transient else next(delays, None)
         if delay is None:
             break
@@ -115,7 +115,7 @@ async def settle(
         await shield.finish(asyncio.sleep(delay))
         pending = again()
     if isinstance(error, StoreError):
-        return error, shield.is_cancelled
+        return error, shield.cancellation
     wrapped = StoreError(f"the store could not record node {row.node_id!r} of run {ctx.run_id!r}: {error}")
     wrapped.__cause__ = error
-    return wrapped, shield.is_cancelled
+    return wrapped, shield.cancellation

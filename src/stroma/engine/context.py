@@ -39,7 +39,7 @@ from stroma.engine.plain_steps import PlainSteps
 from stroma.engine.redaction import Redactor
 from stroma.engine.run_hooks import call_run_hooks, call_run_hooks_now
 from stroma.engine.run_logger import RunLogger
-from stroma.engine.tasks import Shield
+from stroma.engine.tasks import Shield, raise_if
 from stroma.engine.trace_contexts import join_traces, trace_of, traces_of
 from stroma.engine.unread import UnreadState
 from stroma.failures.failure import Classifier, Failure, NodeContext, diagnose
@@ -275,8 +275,8 @@ class ReliabilityContext:
             self.redactor.note_run()
             message = self.redactor.error_text(error)
         cancelled = await self.end_and_announce(status, message, result)
-        if cancelled and error is None:
-            raise asyncio.CancelledError
+        if error is None:
+            raise_if(cancelled)
 
     async def open(
         self,
@@ -354,8 +354,8 @@ class ReliabilityContext:
 
     async def end_and_announce(
         self, status: RunStatus, error: str | None, result: ExecutionResult | None
-    ) -> bool:
-        """Record in the store how the run ended, and call the hooks. Return True if the task was cancelled meanwhile.
+    ) -> asyncio.CancelledError | None:
+        """Record in the store how the run ended, and call the hooks. Return the cancellation of the task that came meanwhile.
 
         Under ``hook_delivery="at_least_once"`` the hooks come first: a process that resumes a run without an end calls them
         again.
@@ -371,10 +371,10 @@ class ReliabilityContext:
             cancelled = await self.end(status, error)
         return cancelled
 
-    async def end(self, status: RunStatus, error: str | None) -> bool:
+    async def end(self, status: RunStatus, error: str | None) -> asyncio.CancelledError | None:
         """Record in the store how the run ended, also while it is still being opened there.
 
-        Return True if the task was cancelled meanwhile. Never raises: the commits are safe, only this line is not.
+        Return the cancellation of the task that came meanwhile. Never raises: the commits are safe, only this line is not.
         """
         shield = Shield()
         try:
@@ -382,7 +382,7 @@ class ReliabilityContext:
             if session is NULL_SESSION and self._opening.has_begun:
                 opened = await self._opening.finish(shield)
                 if opened is None:
-                    return False
+                    return None
                 session = opened
             self.note_usage()
             pending = session.end(status.value, error, self.wake_ms)
@@ -394,7 +394,7 @@ class ReliabilityContext:
             pass  # Another process owns it.
         except Exception:
             self.run_logger.exception("the end of the run could not be recorded")
-        return shield.is_cancelled
+        return shield.cancellation
 
     @property
     def last_state(self) -> BaseModel | None:

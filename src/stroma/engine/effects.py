@@ -120,7 +120,7 @@ class Effect:
         """True if nobody knows how the last call ended."""
         return self._intent is not None and self._intent.is_open
 
-    async def begin(self) -> tuple[Exception | None, bool]:
+    async def begin(self) -> tuple[Exception | None, asyncio.CancelledError | None]:
         """Store that a call begins. Return why the store refuses it, and True if the task was cancelled meanwhile."""
         run, before = self._run, self._intent
         call = 1 if before is None else before.number + 1

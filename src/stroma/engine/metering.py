@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import Any
 
@@ -48,8 +49,10 @@ def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, 
     return output, None
 
 
-async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, UsageError | None]:
-    """Put a price on what the attempt reported. Return if the task was cancelled meanwhile, and what is wrong."""
+async def price(
+    ctx: ReliabilityContext, run: NodeExecution
+) -> tuple[asyncio.CancelledError | None, UsageError | None]:
+    """Put a price on what the attempt reported. Return the cancellation of the task that came meanwhile, and what is wrong."""
     shield = Shield()
     problem = run.misreported
     if problem is not None:
@@ -89,4 +92,4 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
         if pricer is None:
             problem = ctx.note_unpriced(run.node_id, f"node {run.node_id!r}", model) or problem
     run.counted = AttemptUsage(tokens, produced, cost, named, cached, written)
-    return shield.is_cancelled, problem
+    return shield.cancellation, problem

@@ -188,8 +188,7 @@ class OpenAttempt:
     ) -> Exception | None:
         """See a store call through; a cancellation meanwhile comes out at the end. Return why the store refuses it."""
         problem, cancelled = await settle(self.ctx, row, pending, again)
-        if cancelled and self.interrupt is None:
-            self.interrupt = asyncio.CancelledError()
+        self.interrupt = self.interrupt or cancelled
         return problem
 
     async def _suspend(self, raised: BaseException) -> Failure | Halt:
@@ -233,6 +232,9 @@ class OpenAttempt:
         except GeneratorExit:
             self._close_out()
             raise
+        except asyncio.CancelledError:
+            if not isinstance(interrupt, asyncio.CancelledError):
+                raise  # Otherwise the first one is on its way out.
 
     async def _abandon(self) -> None:
         """End without a verdict: cancelled, or the process is asked to stop. The usage so far is counted.

@@ -26,6 +26,7 @@ __all__ = [
     "has_running_loop",
     "in_thread",
     "passes_through",
+    "raise_if",
     "retrieve_exception",
 ]
 
@@ -112,13 +113,14 @@ class Shield:
     """Awaits work to its very end, although the running task is cancelled; the caller raises the cancellation afterwards.
 
     Attributes:
-        is_cancelled: the task was cancelled meanwhile.
+        cancellation: the first exception by which the task was cancelled meanwhile; None if it was not. Code around the run
+            knows it by its arguments, so no other one may come out in its place.
     """
 
-    __slots__ = ("is_cancelled",)
+    __slots__ = ("cancellation",)
 
     def __init__(self) -> None:
-        self.is_cancelled = False
+        self.cancellation: asyncio.CancelledError | None = None
 
     async def finish(self, work: Awaitable[Any]) -> Exception | None:
         """Await to the end, and return what the work raised.
@@ -141,8 +143,9 @@ class Shield:
             timer = None if remaining is None else loop.call_later(remaining, _wake, waiter, future)
             try:
                 await waiter
-            except asyncio.CancelledError:
-                self.is_cancelled = True
+            except asyncio.CancelledError as came:
+                # Without its traceback: that references this frame.
+                self.cancellation = self.cancellation or came.with_traceback(None)
                 deadline = deadline or loop.time() + LAST_SECONDS
             finally:
                 future.remove_done_callback(wake)
@@ -222,13 +225,13 @@ class TaskPool:
 
     async def join(self) -> None:
         """Await all tasks. A cancellation of the caller cancels them, and is raised when they have ended."""
-        cancelled = False
+        cancelled: asyncio.CancelledError | None = None
         while self._running:
             self._is_idle = asyncio.get_running_loop().create_future()
             try:
                 await self._is_idle
-            except asyncio.CancelledError:
-                cancelled = True
+            except asyncio.CancelledError as came:
+                cancelled = cancelled or came.with_traceback(None)
                 self._abort()
         # The first that was raised, but a KeyboardInterrupt or SystemExit before any Exception.
         error = next(
@@ -236,13 +239,13 @@ class TaskPool:
             self._errors[0] if self._errors else None,
         )
         if (cancelled or self._lost_a_task) and (error is None or isinstance(error, Exception)):
-            raise asyncio.CancelledError
+            error = cancelled or asyncio.CancelledError()
         if error is not None:
             try:
                 raise error
             finally:  # The traceback references this frame: without this, each failure would be a reference cycle.
                 self._errors.clear()
-                del error
+                del error, cancelled
 
     def _abort(self) -> None:
         self._was_aborted = True
@@ -270,16 +273,24 @@ async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
     pending = set(tasks)
     for task in tasks:
         task.cancel()
-    cancelled = False
+    cancelled: asyncio.CancelledError | None = None
     while pending:
         try:
             ended, pending = await asyncio.wait(pending)
             for task in ended:
                 retrieve_exception(task)
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        raise asyncio.CancelledError
+        except asyncio.CancelledError as came:
+            cancelled = cancelled or came
+    raise_if(cancelled)
+
+
+def raise_if(cancelled: asyncio.CancelledError | None) -> None:
+    """Raise the cancellation that came while something was awaited to its end, if there was one."""
+    if cancelled is not None:
+        try:
+            raise cancelled
+        finally:  # Or the exception and this frame would be a cycle.
+            del cancelled
 
 
 def retrieve_exception(task: asyncio.Task[Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import signal
 from asyncio import current_task
 from collections.abc import Callable, Generator, Iterator
 from time import perf_counter
@@ -154,13 +155,14 @@ class Firing:
     :meth:`finish_now` calls the rest where nothing can be awaited. Most hooks never wait and need no coroutine around
     them: 0.5 us a call instead of 1.
 
-    What a hook raises is logged and reported, and changes nothing. HookNotAsync and the cancellation of the running task
-    come out of :meth:`finish` once every hook was called, but for an event that is not an end: the sets after a hook that
-    is not async are not called then. KeyboardInterrupt and SystemExit come out as well, before those. GeneratorExit comes
+    What a hook raises is logged and reported, and changes nothing. A cancellation of the running task that the hook itself
+    asks for is taken back: nothing else runs between two of its awaits, so the counts of the task tell it from another one.
+    HookNotAsync and a cancellation from outside come out of :meth:`finish` once every hook was called, but for an event that
+    is not an end: the sets after a hook that is not async are not called then. KeyboardInterrupt and SystemExit come out as well, before those. GeneratorExit comes
     out of :meth:`finish` at once: it means that the coroutine around is being closed.
     """
 
-    __slots__ = ("_about", "_before", "_begin", "_calls", "_event", "_hooks", "_index", "_make", "_node_id", "_shared", "_stopped", "_unread", "_waiting")  # fmt: skip
+    __slots__ = ("_about", "_before", "_begin", "_calls", "_came", "_event", "_hooks", "_index", "_make", "_node_id", "_shared", "_stopped", "_taken_back", "_unread", "_waiting")  # fmt: skip
 
     def __init__(
         self,
@@ -190,13 +192,18 @@ class Firing:
         #: Of the present call: cancellations of the task before it, and its start.
         self._before = 0
         self._begin = 0.0
+        #: The last cancellation from outside that reached a hook.
+        self._came: asyncio.CancelledError | None = None
+        #: A hook has cancelled the task: its next await may raise, although the cancellation was taken back.
+        self._taken_back = False
 
     def advance(self) -> bool:
         """Call hooks until one waits. Return True if all were called and nothing is to be raised. Safe to call again."""
-        if self._waiting is not None:
+        if self._waiting is not None or self._taken_back:
             return False
         task, calls, limits = current_task(), self._calls, self._hooks.limits
-        while self._index < len(calls):
+        must_absorb = False
+        while self._index < len(calls) and not must_absorb:
             set_index, hook = calls[self._index]
             self._index += 1
             self._before = before = 0 if task is None else task.cancelling()
@@ -213,8 +220,10 @@ class Firing:
                 waiting_for = next(iterator, _OVER)
                 if waiting_for is not _OVER:
                     self._waiting = iterator, waiting_for
+                    self.take_back(task, before)
                     return False
             except BaseException as error:
+                must_absorb = self.take_back(task, before)
                 self._handle(error, task)
             else:
                 # Asked here as well, since two more calls take 0.15 us of the 4 of a hook.
@@ -222,26 +231,22 @@ class Firing:
                 if limit is not None and perf_counter() - begin > limit:
                     self._check_time(set_index, hook)
             if task is not None and task.cancelling() > before:
-                self._check_cancelled(task)
-        return self._stopped is None
+                must_absorb = self.take_back(task, before)
+                if not must_absorb:
+                    self._stopped = self._stopped or asyncio.CancelledError()
+        return self._stopped is None and not must_absorb
 
     async def finish(self) -> None:
         """Await the hook that waits, call the rest, and raise what is to come out."""
         task = current_task()
-        while self._waiting is not None:
-            (iterator, waiting_for), self._waiting = self._waiting, None
-            set_index, hook = self._calls[self._index - 1]
-            try:
-                await _bounded(iterator, waiting_for, self._hooks.limits[set_index])
-            except (
-                GeneratorExit
-            ):  # The coroutine around is being closed; or the hook raised it, which nothing tells apart.
-                raise
-            except BaseException as error:
-                self._handle(error, task)
-            else:
-                self._check_time(set_index, hook)
-            self._check_cancelled(task)
+        while self._waiting is not None or self._taken_back:
+            if self._waiting is not None:
+                await self._finish_waiting(task)
+            if self._taken_back:
+                await self._absorb()
+            if task is not None and task.cancelling() > self._before:
+                self._stopped = self._stopped or self._came or asyncio.CancelledError()
+            self._came = None
             self.advance()
         if self._stopped is not None:
             # Without a reference from here, or the exception and this would be a cycle.
@@ -250,6 +255,50 @@ class Firing:
                 raise stopped
             finally:
                 del stopped
+
+    async def _finish_waiting(self, task: asyncio.Task[Any] | None) -> None:
+        assert self._waiting is not None
+        (iterator, waiting_for), self._waiting = self._waiting, None
+        self._taken_back = False  # What it has asked for itself reaches it at this await.
+        set_index, hook = self._calls[self._index - 1]
+        try:
+            await _bounded(self, iterator, waiting_for, self._hooks.limits[set_index])
+        except (
+            GeneratorExit
+        ):  # The coroutine around is being closed; or the hook raised it, which nothing tells apart.
+            raise
+        except BaseException as error:
+            self._handle(error, task)
+        else:
+            self._check_time(set_index, hook)
+
+    async def _absorb(self) -> None:
+        """Let the CancelledError out that Python, up to 3.12, raises at the next await in spite of uncancel()."""
+        self._taken_back = False
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError as error:
+            if self._before:  # One from before the hook may not have been raised yet.
+                self._stopped = self._stopped or error
+            self._came = self._came or error
+
+    def take_back(self, task: asyncio.Task[Any] | None, before: int) -> bool:
+        """Take back the cancellations that the hook itself has asked for since it was last resumed. Return if there were any."""
+        if task is None or task.cancelling() <= before or _is_interrupted_by_signal():
+            return False
+        while task.cancelling() > before:
+            task.uncancel()
+        self._taken_back = True
+        return True
+
+    def note_cancelled(self, error: BaseException, task: asyncio.Task[Any] | None) -> None:
+        """Note a cancellation that reaches a waiting hook, which may swallow or replace it."""
+        if (
+            isinstance(error, asyncio.CancelledError)
+            and task is not None
+            and task.cancelling() > self._before
+        ):
+            self._came = error
 
     def finish_now(self) -> None:
         """Call the rest where nothing can be awaited: each hook gets as far as it comes without waiting."""
@@ -295,11 +344,6 @@ class Firing:
             hook = self._calls[self._index - 1][1]
             self._hooks.report(self._event, hook, self._node_id, error, self._about)
 
-    def _check_cancelled(self, task: asyncio.Task[Any] | None) -> None:
-        """Note a cancellation of the task, even if the hook swallowed or replaced it."""
-        if task is not None and task.cancelling() > self._before:
-            self._stopped = self._stopped or asyncio.CancelledError()
-
     def _check_time(self, set_index: int, hook: Callable[..., Any]) -> None:
         """Warn of a hook that ended, and yet took longer than its limit: it never let the event loop interrupt it."""
         limit = self._hooks.limits[set_index]
@@ -337,15 +381,17 @@ def _iterator_of(awaitable: Any) -> Any:
 
 
 @coroutine
-def _bounded(iterator: Iterator[Any], waiting_for: Any, limit: float | None) -> Generator[Any, Any, None]:
+def _bounded(
+    firing: Firing, iterator: Iterator[Any], waiting_for: Any, limit: float | None
+) -> Generator[Any, Any, None]:
     """Await the rest of a hook that has suspended, at most for ``limit`` seconds."""
     if limit is None:
-        yield from _rest(iterator, waiting_for)
+        yield from _rest(firing, iterator, waiting_for)
         return
     timeout = asyncio.timeout(limit)
     yield from timeout.__aenter__().__await__()
     try:
-        yield from _rest(iterator, waiting_for, timeout)
+        yield from _rest(firing, iterator, waiting_for, timeout)
     except BaseException as error:
         try:
             yield from timeout.__aexit__(type(error), error, error.__traceback__).__await__()
@@ -358,9 +404,11 @@ def _bounded(iterator: Iterator[Any], waiting_for: Any, limit: float | None) -> 
 
 
 def _rest(
-    iterator: Any, waiting_for: Any, timeout: asyncio.Timeout | None = None
+    firing: Firing, iterator: Any, waiting_for: Any, timeout: asyncio.Timeout | None = None
 ) -> Generator[Any, Any, None]:
     """Drive an awaitable that has yielded once already: ``yield from`` would lose that first value."""
+    task = current_task()
+    before = 0
     try:
         while True:
             try:
@@ -369,8 +417,10 @@ def _rest(
                 iterator.close()
                 raise
             except BaseException as error:
+                firing.note_cancelled(error, task)
                 if not hasattr(iterator, "throw"):
                     raise
+                before = 0 if task is None else task.cancelling()
                 waiting_for = iterator.throw(error)
                 if timeout is not None and timeout.expired():
                     # Its time is up, and it goes on awaiting.
@@ -378,7 +428,19 @@ def _rest(
                         iterator.close()
                     raise
             else:
+                before = 0 if task is None else task.cancelling()
                 # An iterator from __await__ need not be a generator; an event loop sends nothing but None anyway.
                 waiting_for = next(iterator) if sent is None else iterator.send(sent)
+            firing.take_back(task, before)
     except StopIteration:
-        return
+        firing.take_back(task, before)
+    except BaseException:
+        firing.take_back(task, before)
+        raise
+
+
+def _is_interrupted_by_signal() -> bool:
+    """Return True once SIGINT has cancelled the main task of asyncio.run(), which may have been during a hook."""
+    handler = signal.getsignal(signal.SIGINT)
+    runner = getattr(getattr(handler, "func", None), "__self__", None)
+    return isinstance(runner, asyncio.Runner) and bool(getattr(runner, "_interrupt_count", 0))

@@ -24,7 +24,7 @@ from stroma.engine.holds import paused
 from stroma.engine.loop import execute
 from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.engine.restore import check_committed, output_schema, read_output, value_of
-from stroma.engine.tasks import TaskPool
+from stroma.engine.tasks import TaskPool, raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import ItemFailure
 from stroma.failures.failure import Failure, text_of
@@ -236,8 +236,7 @@ class MapRun:
                 )
                 self._stopped = self._stopped or Halt(store_failure, partial=True)
                 raise GroupStopped(self._stopped)
-            if cancelled:
-                raise asyncio.CancelledError
+            raise_if(cancelled)
         if ctx.delivers:
             ctx.session.delivered(row)
         # The log of the attempt shows the message; here there is no state by which redact could hide parts of it.

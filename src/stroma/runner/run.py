@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +21,7 @@ from stroma.engine.loop import execute_in_turn
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
 from stroma.engine.redelivery import redeliver
 from stroma.engine.restore import check_place, output_schema, restore
+from stroma.engine.tasks import raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import BUDGET, PAUSED, RunFailed, SharedBudgetExceeded
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type, text_of
@@ -135,7 +135,11 @@ class RunExecution:
         self._has_ended = True
         ctx.session.on_control = None  # Otherwise the session and the run are a reference cycle.
         if self._has_started or self._failure is not None:
-            self._result = await self._close()
+            try:
+                self._result = await self._close()
+            except asyncio.CancelledError:
+                if is_suppressed or not issubclass(kind, asyncio.CancelledError):
+                    raise  # Otherwise the first one is on its way out.
         return is_suppressed
 
     async def _open(self) -> None:
@@ -228,10 +232,13 @@ class RunExecution:
         """Take back a cancellation of :meth:`cancel` that no node raised; the caller's task is left as it was."""
         if self._cancelled_as is None or self.task is None:
             return
-        with contextlib.suppress(asyncio.CancelledError):
+        came: asyncio.CancelledError | None = None
+        try:
             await asyncio.sleep(0)
+        except asyncio.CancelledError as error:
+            came = error
         if self.task.uncancel() > self._cancelling:
-            raise asyncio.CancelledError
+            raise_if(came or asyncio.CancelledError())
 
     async def _skip_to(self, start: int) -> None:
         """Restore the nodes before a resume target: from the journal, else from the checkpoint of the last of them."""
@@ -287,8 +294,8 @@ class RunExecution:
         error = text_of(failure) if failure is not None else "; ".join(ctx.suspended) or None
         if ctx.run_logger.isEnabledFor(logging.INFO):
             ctx.run_logger.info("run of %r ended: %s", ctx.pipeline, status)
-        if await ctx.end_and_announce(status, error, result if ctx.fire.on_run_end is not None else None):
-            raise asyncio.CancelledError
+        announced = result if ctx.fire.on_run_end is not None else None
+        raise_if(await ctx.end_and_announce(status, error, announced))
         if ctx.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:
             first = ctx.hook_failures[0]
             where = "" if first.node_id is None else f" of {first.node_id!r}"

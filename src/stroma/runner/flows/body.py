@@ -19,7 +19,7 @@ from stroma.engine.current import CURRENT
 from stroma.engine.loop import execute_in_turn
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
 from stroma.engine.restore import restore
-from stroma.engine.tasks import retrieve_exception
+from stroma.engine.tasks import raise_if, retrieve_exception
 from stroma.failures.failure import ends_run
 from stroma.runner.flows.driver import FlowDriver
 from stroma.runner.flows.flow_run import FlowRun
@@ -106,6 +106,7 @@ async def _drive(flow: FlowRun, node: FlowNode, state: BaseModel) -> Any:
     driver.body.add_done_callback(lambda _: driver.wake())
     stop = partial(driver.stop, STOPPED)
     driver.ctx.on_hold[stop] = None
+    cancelled: asyncio.CancelledError | None = None
     try:
         await _watch_over(driver, driver.body)
     finally:
@@ -113,9 +114,10 @@ async def _drive(flow: FlowRun, node: FlowNode, state: BaseModel) -> Any:
         # Whatever ends it: the body has to end before the run does.
         driver.close()
         if not driver.is_collected:
-            await _tear_down(driver, driver.body)
+            cancelled = await _tear_down(driver, driver.body)
         retrieve_exception(driver.body)
         driver.is_over = driver.body.done()
+    raise_if(cancelled)
     body, stopping = driver.body, driver.stopping
     driver.body = None
     if not body.done():  # It goes on, and can do nothing: each of its calls raises FlowClosed.
@@ -172,17 +174,17 @@ async def _is_idle(driver: FlowDriver) -> bool:
     return True
 
 
-async def _tear_down(driver: FlowDriver, body: asyncio.Task[Any]) -> None:
-    """Cancel the body, and wait for its end, for a while."""
+async def _tear_down(driver: FlowDriver, body: asyncio.Task[Any]) -> asyncio.CancelledError | None:
+    """Cancel the body, and wait for its end, for a while. Return the cancellation of the caller that came meanwhile."""
     if not body.done():
         body.cancel()
-    cancelled = False
+    cancelled: asyncio.CancelledError | None = None
     deadline = driver.loop.time() + _TEAR_DOWN_SECONDS
     while not body.done():
         try:
             await asyncio.wait([body], timeout=max(0.0, deadline - driver.loop.time()))
-        except asyncio.CancelledError:
-            cancelled = True
+        except asyncio.CancelledError as came:
+            cancelled = cancelled or came.with_traceback(None)
             continue
         if driver.busy:
             deadline = driver.loop.time() + _TEAR_DOWN_SECONDS  # A commit is under way.
@@ -192,5 +194,4 @@ async def _tear_down(driver: FlowDriver, body: asyncio.Task[Any]) -> None:
                 driver.flow_id,
             )
             break
-    if cancelled:
-        raise asyncio.CancelledError
+    return cancelled

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from time import perf_counter_ns
 from typing import Any
@@ -16,6 +15,7 @@ from stroma.contracts.schema import Snapshot, schema_of
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine.commit import failed_of, record, settle
 from stroma.engine.outcome import Halt
+from stroma.engine.tasks import raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure, ends_run
 from stroma.runner.flows.flow_run import FlowRun
@@ -76,8 +76,7 @@ async def commit_output(
         if problem is not None:
             stored = Failure(problem, FailureClass.RECOVERABLE, node.node_id, 1, str(problem), "store")
             return Halt(stored, partial=True)
-        if cancelled:
-            raise asyncio.CancelledError
+        raise_if(cancelled)
     if ctx.delivers:
         ctx.session.delivered(row)  # A flow has no hooks of its own.
     if not flow.branch:

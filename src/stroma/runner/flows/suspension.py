@@ -12,7 +12,7 @@ from typing import Final, NoReturn, Protocol
 from stroma.checkpoint import StoreError, Waiting
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.outcome import STOPPED, Halt, Stopped
-from stroma.engine.tasks import Shield
+from stroma.engine.tasks import Shield, raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure
@@ -258,8 +258,7 @@ class Waits:
         problem = await shield.finish(pending)
         if problem is not None:
             await self.refuse(problem)
-        if shield.is_cancelled:
-            raise asyncio.CancelledError
+        raise_if(shield.cancellation)
 
     async def refuse(self, error: Exception) -> NoReturn:
         node_id = self._driver.flow_id
