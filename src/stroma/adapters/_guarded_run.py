@@ -272,7 +272,7 @@ class GuardedRun:
         self.guard.ended(self)
         reason = "; ".join(ctx.suspended) if status is RunStatus.SUSPENDED else failure and text_of(failure)
         if isinstance(error, GeneratorExit):  # The code around is being closed: nothing can be awaited.
-            ctx.session.abandon()
+            ctx.abandon()
             ctx.call_end_hooks_now(self.result)
             return
         if self.guard.runner is not None:

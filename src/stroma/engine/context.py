@@ -266,7 +266,7 @@ class ReliabilityContext:
             )
         result = self.build_result(status, self.last_state, steps.failure) if steps.has_begun else None
         if kind is GeneratorExit:
-            self.session.abandon()
+            self.abandon()
             if result is not None:
                 self.call_end_hooks_now(result)
             return
@@ -382,7 +382,7 @@ class ReliabilityContext:
             if session is NULL_SESSION and self._opening.has_begun:
                 opened = await self._opening.finish(shield)
                 if opened is None:
-                    return None
+                    return shield.cancellation
                 session = opened
             self.note_usage()
             pending = session.end(status.value, error, self.wake_ms)
@@ -395,6 +395,13 @@ class ReliabilityContext:
         except Exception:
             self.run_logger.exception("the end of the run could not be recorded")
         return shield.cancellation
+
+    def abandon(self) -> None:
+        """Release the run when nothing can be awaited any more. Nothing is recorded."""
+        if self.session is NULL_SESSION:
+            self._opening.abandon()
+        else:
+            self.session.abandon()
 
     @property
     def last_state(self) -> BaseModel | None:

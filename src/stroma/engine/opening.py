@@ -84,9 +84,16 @@ class RunOpening:
             self._future.cancel()
             return None
         problem = await shield.finish(self._future)
+        if self._future.cancelled():
+            return None  # All tasks were cancelled, and the store has released what it claimed.
         if problem is not None:
             raise problem
         return self._future.result()
+
+    def abandon(self) -> None:
+        """Release the run when nothing can be awaited any more, also once it is opened."""
+        if self._future is not None:
+            self._future.add_done_callback(_abandon)
 
     async def _attach(self, request: RunRequest) -> Session:
         """Open the run once no other process owns it, to return its outcome."""
@@ -104,3 +111,8 @@ class RunOpening:
             await asyncio.sleep(delay)
             self._is_waiting = False
             delay = min(delay * 1.5, longest)
+
+
+def _abandon(opened: asyncio.Future[Session]) -> None:
+    if not opened.cancelled() and opened.exception() is None:
+        opened.result().abandon()

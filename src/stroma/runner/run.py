@@ -126,7 +126,7 @@ class RunExecution:
             if self._cancelled_as is not None and self.task is not None:
                 is_suppressed = self.task.uncancel() <= self._cancelling
         elif issubclass(kind, GeneratorExit):  # The coroutine is being closed: nothing can be awaited.
-            ctx.session.abandon()
+            ctx.abandon()
             if self._has_started:
                 ctx.call_end_hooks_now(ctx.build_result(self._status, self.state))
             self._has_started = False
@@ -151,9 +151,11 @@ class RunExecution:
                 accept=self._check_unchanged,
                 apart=apart_in(self.nodes),
             )
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit) as error:
             # The store may have stored the start of the run already.
-            await ctx.end(self._cancelled_as or RunStatus.CANCELLED, None)
+            is_cancelled = isinstance(error, asyncio.CancelledError)
+            status = RunStatus.CANCELLED if is_cancelled else RunStatus.INTERRUPTED
+            await ctx.end(self._cancelled_as or status, None)
             raise
         self.continued = session.continued or self.start is not None
 

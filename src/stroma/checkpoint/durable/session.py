@@ -64,7 +64,7 @@ class DurableSession:
 
     __slots__ = (
         "__weakref__", "_completed", "_decrypted", "_deliver", "_failure_sites", "_identities", "_payloads",
-        "_pending_notes", "_references", "_rejected", "_submit", "address", "attribution", "charges", "continued",
+        "_pending_notes", "_references", "_rejected", "_release", "_submit", "address", "attribution", "charges", "continued",
         "control", "ended", "execution", "fence", "finished", "notes", "on_control", "places", "prior", "restored",
         "run_id", "traceparent", "tried", "undelivered", "waiting",
     )  # fmt: skip
@@ -108,13 +108,16 @@ class DurableSession:
         self._pending_notes: Notes = {}
         #: The run as it was opened, if it had completed and nothing was recorded since.
         self._completed: RunRow | None = None
+        #: What undoes the claim of the run; None before it.
+        self._release: Callable[[Rows], None] | None = None
         #: The identity of the step of plain code at each position.
         self._identities: dict[int, str] = {}
         self._references = BlobReferences(payloads)
 
     def open(self, request: RunRequest, opening: Opening, plain_input: bytes, rows: Rows) -> DurableSession:
         """Open the run. One operation; see :class:`RunOpener`."""
-        opened = RunOpener(self._payloads, request, opening, plain_input, self._decrypted).open(rows)
+        opener = RunOpener(self._payloads, request, opening, plain_input, self._decrypted)
+        opened = opener.open(rows)
         self.fence, self.execution = opened.fence, opened.fence.execution
         self.finished, self.continued = opened.finished, opened.continued
         self.restored, self.places, self.tried = opened.restored, opened.places, opened.tried
@@ -123,6 +126,7 @@ class DurableSession:
         self.waiting, self.undelivered, self.notes = opened.waiting, opened.undelivered, opened.notes
         self._identities = {position: identity for identity, position in opened.places.items()}
         self._completed = opened.completed
+        self._release = opener.release
         self._deliver = request.deliver
         self._decrypted = {}
         return self
@@ -408,10 +412,17 @@ class DurableSession:
         if control is not None:
             notify(control)
 
+    def release(self, rows: Rows) -> None:
+        """Undo the claim of a run whose session nobody took. One operation; does nothing without a claim."""
+        if self._release is not None and self.fence.owner:
+            self._release(rows)
+        self.abandon()
+
     def abandon(self) -> None:
         """Release the run without waiting: the next session need not wait for the lease to expire."""
         self.ended = True
-        LIVE_SESSIONS.pop(self.fence.owner.rpartition("|")[2], None)
+        if hasattr(self, "fence"):
+            LIVE_SESSIONS.pop(self.fence.owner.rpartition("|")[2], None)
 
     def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
         """Record how the run stopped. Awaited: raises Fenced, or another StoreError."""

@@ -25,7 +25,7 @@ from stroma.checkpoint.durable.annotations import (
     read_waiting,
     rejected_key,
 )
-from stroma.checkpoint.durable.control import CANCEL, PAUSE, forget_requests, read_control
+from stroma.checkpoint.durable.control import CANCEL, PAUSE, forget_requests, read_control, request
 from stroma.checkpoint.durable.conversion import to_committed
 from stroma.checkpoint.durable.integrity import checksum, is_intact, lost_error
 from stroma.checkpoint.durable.operations import fence_error
@@ -125,8 +125,10 @@ class RunOpener:
         self._decrypted = decrypted
         self._run_id = request.run_id
         self._opened = OpenedRun()
-        #: The run is to be cancelled, or is paused.
-        self._is_held = False
+        #: The run as it was, if it is continued.
+        self._before: RunRow | None = None
+        #: The requests that the run is to be cancelled, or is paused.
+        self._held = NO_CONTROL
 
     def open(self, rows: Rows) -> OpenedRun:
         """Return the opened run. Raises RunBusy, RunExists, PipelineChanged, CheckpointLost, CorruptCheckpoint."""
@@ -141,10 +143,11 @@ class RunOpener:
             raise lost_error(self._run_id, "some of its rows are missing")
         opened, request = self._opened, self._request
         control = NO_CONTROL if run is None or action != "continue" else read_control(rows, run.run)
-        self._is_held = control.cancel or control.pause
+        self._held = control._replace(budget={})
         if action == "begin" or run is None:
             opened.fence = rows.begin(run, self._seal_for_next(run))
         else:
+            self._before = run
             self._load(rows, run)
             if action == "return":
                 opened.finished = Finished(run.status, self._error_of(run))
@@ -167,6 +170,20 @@ class RunOpener:
         if run is not None:
             self._load_annotations(rows, run)
         return opened
+
+    def release(self, rows: Rows) -> None:
+        """Undo the claim: the run stands as it did, or as an INTERRUPTED one if it was begun. Raises Fenced."""
+        opened, before = self._opened, self._before
+        if opened.finished is not None:  # It was claimed only to be ended.
+            end = RunEnd(opened.finished.status, opened.finished.error)
+            finish_execution(rows, self._payloads, opened.fence, self._run_id, end)
+        elif before is None or before.status in ("RUNNING", QUEUED) or self._request.discard_from is not None:
+            record_end(rows, opened.fence, self._run_id, RunEnd("INTERRUPTED"))
+        else:
+            end = RunEnd(before.status, before.error, before.wake_ms, before.updated_ms)
+            record_end(rows, opened.fence, self._run_id, end)
+            if self._held.pause:
+                request(rows, self._run_id, PAUSE)
 
     def _load(self, rows: Rows, run: RunRow) -> None:
         """Load usage, steps and commits of the last execution, and resolve what the request discards."""
@@ -301,7 +318,7 @@ class RunOpener:
         """Load the annotations of the execution, and delete those of an earlier one."""
         opened, request = self._opened, self._request
         is_claimed = opened.finished is None
-        if is_claimed and self._is_held:
+        if is_claimed and (self._held.cancel or self._held.pause):
             forget_requests(rows, run.run, CANCEL, PAUSE)  # The caller takes them back.
         if is_claimed and not opened.continued:
             for kind in OF_EXECUTION:

@@ -120,13 +120,30 @@ class DurableStore(ReadableStore):
         session = DurableSession(request.run_id, self._submit, self._payloads, opened, self.address)
         opening = await self._opening(request, data, last + 1, new_owner(session, ends=request.ends))
         open_session = partial(session.open, request, opening, data)
-        await self._submit(Transaction(request.run_id, open_session, opening, session))
+        await self._claim(session, Transaction(request.run_id, open_session, opening, session))
         if session.fence.owner:  # A run that is returned unchanged has no lease.
             renewer = self._lease_renewers.get(generation())
             if renewer is None:
                 renewer = self._lease_renewers.setdefault(generation(), LeaseRenewer(self))
             renewer.watch(session)
         return session
+
+    async def _claim(self, session: DurableSession, claim: Transaction) -> None:
+        """See the claim of a run through. If the task is cancelled meanwhile, nobody takes the session: release the run."""
+        release = Transaction(session.run_id, session.release)
+        claimed = self._submit(claim)
+        try:
+            cancelled = await _see_through(claimed)
+        except BaseException:  # The coroutine is being closed, or interrupted: nothing can be awaited.
+            self.post(release)
+            raise
+        if cancelled is not None:
+            if claimed.exception() is None:
+                released = self._submit(release)
+                await _see_through(released)
+                released.exception()  # Fenced, if another process has taken the run over meanwhile.
+            raise cancelled
+        claimed.result()
 
     async def _opening(self, request: RunRequest, data: bytes, execution: int, owner: Owner) -> Opening:
         sealed = await self._payloads.seal(data, PayloadPlace(request.run_id, execution, "input"))
@@ -471,6 +488,17 @@ class DurableStore(ReadableStore):
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+async def _see_through(pending: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+    """Await an operation to its end. Return the cancellation of the task that came meanwhile."""
+    cancelled: asyncio.CancelledError | None = None
+    while not pending.done():
+        try:
+            await asyncio.wait([pending])
+        except asyncio.CancelledError as came:
+            cancelled = cancelled or came.with_traceback(None)
+    return cancelled
 
 
 def _records_end(run: RunRow) -> bool:
