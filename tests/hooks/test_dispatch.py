@@ -139,8 +139,8 @@ def test_what_is_no_set_is_named(wrong: Any) -> None:
 def test_starts_go_first_to_last_and_ends_last_to_first(event: str) -> None:
     """Only the sets that have a hook are called, each by its place among all."""
 
-    def first(*_: Any) -> None: ...
-    def last(*_: Any) -> None: ...
+    async def first(*_: Any) -> None: ...
+    async def last(*_: Any) -> None: ...
 
     sets = (NodeHooks(**{event: first}), NodeHooks(), NodeHooks(**{event: last}))
     instance = Hooks(sets, run_id="run", limit_seconds=None, failures=[])
@@ -153,7 +153,7 @@ def test_starts_go_first_to_last_and_ends_last_to_first(event: str) -> None:
 def test_all_ends_are_fired_if_asked_for() -> None:
     """Then ends without a hook are there with nobody to tell; starts are not, and hooks stay."""
 
-    def hook(*_: Any) -> Any: ...
+    async def hook(*_: Any) -> Any: ...
 
     sets = (NodeHooks(on_node_success=hook, on_node_start=hook),)
     instance = Hooks(sets, run_id="run", limit_seconds=None, failures=[], all_ends=True)
