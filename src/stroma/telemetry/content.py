@@ -134,6 +134,12 @@ class Content:
         size = f"{'over ' if has_more else ''}{len(data)} bytes"
         return f"{data[: self.max_bytes].decode('utf-8', 'ignore')}... [truncated, {size}]"
 
+    def is_denied(self, name: Any) -> bool:
+        """Return True for a name whose value is never sent; it may be bytes."""
+        if isinstance(name, bytes):
+            name = name[:_MOST_NAME_BYTES].decode("utf-8", "replace")
+        return isinstance(name, str) and name in self.denied
+
 
 class _Full(Exception):
     """No more text is wanted."""
@@ -144,7 +150,6 @@ class _JsonWriter:
 
     def __init__(self, content: Content, limit: int) -> None:
         self._content = content
-        self._denied = content.denied
         self._parts: list[str] = []
         self._room = limit
         self._has_denied = False
@@ -172,10 +177,10 @@ class _JsonWriter:
         self, values: Mapping[Any, Any], depth: int, names: Mapping[str, tuple[str, ...]] | None = None
     ) -> None:
         between = "{"
-        denied = self._denied
+        denied, is_denied = self._content.denied, self._content.is_denied
         # A header: {"name": "authorization", "value": "..."}.
         is_pair = isinstance(values, dict) and any(
-            _is_denied(denied, values[key]) for key in _NAME_KEYS if key in values
+            is_denied(values[key]) for key in _NAME_KEYS if key in values
         )
         for key, value in values.items():
             name = key if isinstance(key, str) else str(jsonable(key))
@@ -194,7 +199,7 @@ class _JsonWriter:
         self._add("{}" if between == "{" else "}")
 
     def _list(self, values: Iterable[Any], depth: int) -> None:
-        if isinstance(values, (list, tuple)) and len(values) == 2 and _is_denied(self._denied, values[0]):
+        if isinstance(values, (list, tuple)) and len(values) == 2 and self._content.is_denied(values[0]):
             self._add("[")
             self._value(values[0], depth + 1)
             self._add(", ")
@@ -215,7 +220,7 @@ class _JsonWriter:
     def _any_text(self, text: str, depth: int) -> None:
         """Write a text: one of JSON without the values of denied names, all of it if it cannot be parsed."""
         start = text[:1] if text[:1] in _JSON_STARTS else text[:100].lstrip()[:1]
-        if start not in _JSON_STARTS or not self._denied.are_in(text[: self._room + 1]):
+        if start not in _JSON_STARTS or not self._content.denied.are_in(text[: self._room + 1]):
             self._text(text)
             return
         try:
@@ -271,13 +276,6 @@ class _JsonWriter:
                 self._any_text(plain, depth)
             else:
                 self._add(json.dumps(plain))
-
-
-def _is_denied(denied: DeniedNames, name: Any) -> bool:
-    """Return True for a denied name, also as bytes."""
-    if isinstance(name, bytes):
-        name = name[:_MOST_NAME_BYTES].decode("utf-8", "replace")
-    return isinstance(name, str) and name in denied
 
 
 def fields_in(model: BaseModel) -> Mapping[str, Any]:
