@@ -24,10 +24,10 @@ from stroma.trace.events import Failed
 
 #: Tables and keys that hold no record of a run: versions, what runs share, and numbers of deleted runs.
 OF_NO_RUN = ("meta", "cells", "cell", "deleted")
-#: Columns that hold numbers, ids or checksums only.
+#: Columns that hold numbers, ids or checksums only, and what only a submitted run has.
 PLAIN = (
     "run_id", "run_key", "status", "lease_owner", "lease_until", "contract", "schema_ref", "sha256", "branch_key",
-    "outcome", "failure_class", "wake_ms", "number",
+    "outcome", "failure_class", "wake_ms", "number", "claim", "claim_until", "claim_until_ms", "expires_ms", "queue_key",
 )  # fmt: skip
 
 
