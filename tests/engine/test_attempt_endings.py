@@ -248,7 +248,7 @@ BAD = {"n": "none"}
 async def test_as_many_repairs_as_are_granted(granted: int, calls: int) -> None:
     """The violations before the last are recoverable, the last is terminal, and policies have no part in it."""
     called: list[str] = []
-    runner = StromaRunner.quick(policy_map=NEVER, contract_retries={"a": granted, "other": 9})
+    runner = StromaRunner.quick(policy_map=NEVER, contract_retries={"a": granted})
     result = await runner.run([counted(called, "a", BAD)], Num())
     assert len(called) == calls
     classes = [event.failure for event in result.trace]
@@ -602,7 +602,7 @@ async def test_a_hook_that_is_not_async_is_named(event: str) -> None:
             await diary.run([node("a", func)], Num(), hooks=hooks, policy_map=ONCE)
             (text,) = [line for line in diary.lines if line.startswith("raised HookNotAsync")]
     assert f"hook on_node_{event} of node 'a' is not async: " in text
-    assert "returned NoneType, which cannot be awaited; define it with async def" in text
+    assert "returned int, which cannot be awaited; define it with async def" in text
 
 
 # ---------------------------------------------------------------- what leaves the process
