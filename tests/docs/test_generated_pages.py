@@ -160,7 +160,9 @@ def public_errors() -> dict[str, type[BaseException]]:
 def test_the_page_about_defaults_has_every_parameter(generate: Any) -> None:
     """Each parameter of RunConfig, StromaRunner.quick and the stores has one line, which says what its default loses."""
     page = generate.own_module("docs.defaults")
-    stores = {name for name in stroma.__all__ if name.endswith("Store") and not name.endswith("CheckpointStore")}
+    stores = {
+        name for name in stroma.__all__ if name.endswith("Store") and not name.endswith("CheckpointStore")
+    }
     assert set(page.LOSSES) == {"RunConfig", "StromaRunner.quick", *stores}
     assert {name: set(losses) for name, losses in page.LOSSES.items()} == {
         name: page.names_of(name) for name in page.LOSSES

@@ -16,6 +16,7 @@ from stroma import (
     ContractRegistry,
     Flow,
     NodeContract,
+    Pipeline,
     ReliabilityContext,
     RunConfig,
     RunExists,
@@ -103,6 +104,22 @@ async def test_an_answer_is_not_thrown_away(store: Any) -> None:
     assert (result.status, result.output) == (RunStatus.RESUMED, Letter(text="Grace"))
     again = await runner.run(letters, Letter(), run_id="o")
     assert again.status is RunStatus.SUSPENDED
+
+
+async def test_a_queued_run_is_not_replaced(store: Any) -> None:
+    """run() of an id that waits for a worker is RunExists; its input stays, and a resume starts it."""
+    runner = StromaRunner.quick(store=store)
+
+    @runner.node("copy", input=Letter, output=Letter)
+    async def copy(letter: Letter) -> Letter:
+        return letter
+
+    letters = Pipeline("letters", [copy])
+    await runner.submit(letters, Letter(text="first"), run_id="q")
+    with pytest.raises(RunExists, match=r"has not ended \(QUEUED\); pass resume=True"):
+        await runner.run(letters, Letter(text="second"), run_id="q")
+    result = await runner.run(letters, Letter(text="first"), run_id="q", resume=True)
+    assert result.final_state == Letter(text="first")
 
 
 async def test_an_interrupted_run_keeps_its_outputs(store: Any) -> None:

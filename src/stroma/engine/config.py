@@ -108,8 +108,8 @@ class RunConfig(StrictModel):
             ``if_exists="resume"``.
         retry_failed_items: on a resume, run the failed items of maps again, and what comes after those maps.
         if_exists: handling of a run id that was used before. "new" starts a new execution of a run that has ended. It
-            raises RunExists for a run that has not ended (RUNNING without an owner, INTERRUPTED, SUSPENDED), and for a run
-            that has called an effect in any execution. "restart" starts a new execution of any run, and discards the last
+            raises RunExists for a run that has not ended (RUNNING without an owner, INTERRUPTED, SUSPENDED, QUEUED), and for a
+            run that has called an effect in any execution. "restart" starts a new execution of any run, and discards the last
             one. "resume" continues the last one, "return" returns the result of a finished run and continues any other,
             "error" raises RunExists. "resume" and "return" compare the input.
         if_running: handling of a run that another process owns. "error" raises RunBusy. "attach" waits and returns the
