@@ -12,7 +12,7 @@ import pytest
 from pydantic import (
     BaseModel,
 )
-from tests.kit import Num, node, quick
+from tests.kit import Num, node, quick, sleep_forever
 
 from stroma import (
     FailureClass,
@@ -82,7 +82,7 @@ class Late(BaseModel):
 
 async def test_the_end_of_a_node_whose_contract_cannot_be_read() -> None:
     """It is an attempt like any other, and drawn like one; its message names what is not defined."""
-    result = await StromaRunner.quick().run([node("one", _same, Late, Num)], Num())
+    result = await StromaRunner.quick().run([node("one", sleep_forever, Late, Num)], Num())
     (event,) = list(result.trace)
     assert (result.status, event.outcome, event.failure) == ("FAILED", "failure", FailureClass.TERMINAL)
     assert "name 'Unknown' is not defined" in str(event.failure_message)
