@@ -9,6 +9,7 @@ import asyncio
 import http.client
 import json
 import logging
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -64,6 +65,54 @@ def error_of(call: Callable[[], Any]) -> Exception:
 
 
 @pytest.mark.core
+def _without_key(client: str) -> Any:
+    """Make a client without a key, and call it where it asks for the key only then."""
+    if client == "openai":
+        return openai.OpenAI()
+    if client == "azure":
+        return openai.AzureOpenAI(azure_endpoint="http://localhost:1", api_version="1")
+    if client == "google":
+        from google import genai
+
+        return genai.Client()
+    if client == "cohere":
+        import cohere
+
+        return cohere.ClientV2()
+    import anthropic
+
+    message: Any = {"role": "user", "content": "hello"}
+    return anthropic.Anthropic(base_url="http://localhost:1").messages.create(
+        model="any", max_tokens=1, messages=[message]
+    )
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("client", ["openai", "azure", "anthropic", "google", "cohere"])
+def test_a_missing_key_is_terminal(monkeypatch: pytest.MonkeyPatch, client: str) -> None:
+    """A client without an API key fails at once, and the same way when it is raised from another exception."""
+    for name in [name for name in os.environ if "KEY" in name or "TOKEN" in name or "GOOGLE" in name]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", "/nowhere")
+    error = error_of(lambda: _without_key(client))
+    failure = diagnose(error, HERE)
+    assert (failure.failure_class, failure.reason) == (FailureClass.TERMINAL, "auth"), error
+    wrapped = RuntimeError("no client")
+    wrapped.__cause__ = error
+    assert diagnose(wrapped, HERE).reason == "auth"
+
+
+def test_own_words_about_keys_are_not_a_clients() -> None:
+    """The same words in an exception of the user's own code say nothing of a provider."""
+
+    def fails(error: Exception) -> None:
+        raise error
+
+    for own in (TypeError("api_key is None"), ValueError("No API key"), RuntimeError("missing credentials")):
+        assert diagnose(error_of(lambda own=own: fails(own)), HERE).failure_class is FailureClass.AMBIGUOUS
+    assert diagnose(ValueError("api_key"), HERE).failure_class is FailureClass.AMBIGUOUS
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_a_providers_error_means(case: Case, provider: Server) -> None:
     """The SDK's own exception, raised by the SDK from the server's answer, has its class and its reason."""

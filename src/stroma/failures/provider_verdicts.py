@@ -152,7 +152,7 @@ GRPC: Final = {
 #: Without a status: the names of an exception's bases that come from a client's package. The first match counts.
 CLIENTS: Final = frozenset(
     {
-        "aiohttp", "anthropic", "botocore", "google", "httpcore", "httpcore2", "httpx", "httpx2", "mistralai",
+        "aiohttp", "anthropic", "botocore", "cohere", "google", "httpcore", "httpcore2", "httpx", "httpx2", "mistralai",
         "openai", "requests", "urllib3",
     }
 )  # fmt: skip

@@ -52,7 +52,10 @@ def _verdict(exc: BaseException, seen: set[int]) -> ProviderVerdict | None:
     for candidate in (exc, _cause(exc)):
         kind = type(candidate)
         if candidate is None or (kind in _SILENT and not candidate.__dict__):
-            continue  # Most errors of the user's own code. Looking for what they do not have would take 30 us.
+            # Most errors of the user's own code. Looking for what they do not have would take 30 us.
+            if kind in _KEYLESS and _lacks_key(candidate):
+                return AUTH
+            continue
         try:
             if issubclass(type(candidate), BaseExceptionGroup):
                 verdict = _worst(cast("BaseExceptionGroup[Any]", candidate), seen)
@@ -77,6 +80,24 @@ _SILENT: Final = frozenset(
     and issubclass(kind, Exception)
     and not issubclass(kind, (OSError, BaseExceptionGroup))
 )
+
+
+#: Builtin exceptions that clients raise for want of a key.
+_KEYLESS: Final = frozenset({TypeError, ValueError})
+_KEY_PHRASES: Final = ("api_key", "api key", "authentication method", "missing credentials")
+
+
+def _lacks_key(exc: BaseException) -> bool:
+    """Return True if a client raised an exception since it has no API key: it names one, and has no answer of a server."""
+    text = exc.args[0] if exc.args else None
+    if not isinstance(text, str):
+        text = safe_get(exc, "body")  # cohere
+    if not isinstance(text, str) or not any(phrase in text[:1000].lower() for phrase in _KEY_PHRASES):
+        return False
+    at, module = exc.__traceback__, ""
+    while at is not None:
+        module, at = at.tb_frame.f_globals.get("__name__", ""), at.tb_next
+    return module.partition(".")[0] in CLIENTS
 
 
 def _worst(group: BaseExceptionGroup[Any], seen: set[int]) -> ProviderVerdict | None:
@@ -151,7 +172,7 @@ def _read(exc: BaseException) -> ProviderVerdict | None:
     if verdict is not None:
         verdict = _read_prose(verdict, levels, packages)
     if status is None:
-        return verdict or _read_by_name(exc)
+        return verdict or _read_by_name(exc) or (AUTH if _lacks_key(exc) else None)
     headers = _headers(exc, packages)
     wish = headers.get("x-should-retry")
     if wish == "false" and status >= 400:
