@@ -14,6 +14,7 @@ from stroma.engine.execution import NodeExecution
 from stroma.engine.outcome import GroupStopped, Halt
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
+from stroma.failures.mistakes import explain_mistake
 
 __all__ = ["diagnose_attempt", "judge"]
 
@@ -42,6 +43,9 @@ def diagnose_attempt(
     failure = ctx.diagnose(error, run.node_id, run.attempt, snapshot)
     if isinstance_by_type(error, PipelineChanged):  # Of a step inside: another attempt meets the same.
         failure = replace(failure, failure_class=FailureClass.TERMINAL, reason="changed")
+    explained = explain_mistake(failure, ctx.context)
+    if explained:
+        failure = replace(failure, message=failure.message + ctx.redactor.mask(explained))
     for interceptor in ctx.interceptors:
         failure = interceptor.diagnosed(run, failure)
     if isinstance_by_type(error, ContractViolation) and _may_repair(ctx, run, failure):

@@ -38,6 +38,7 @@ from stroma.engine.restore import output_schema, restore
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed
 from stroma.failures.failure import Failure, isinstance_by_type
+from stroma.failures.mistakes import is_repeated_mistake
 from stroma.failures.policy import Retry, Stop, follow_up
 from stroma.trace.events import NO_USAGE
 
@@ -386,6 +387,8 @@ def _decide(
         return Stop("the run was cancelled")
     if run.is_final:
         return Stop("its caller has a part of the result, or it must not be called twice")
+    if is_repeated_mistake(run.last_failure, failure):
+        return Stop("two attempts failed in the same way at the same line; it is probably a bug in the node")
     decision = follow_up(
         failure,
         ctx.step_policies.get(node.node_id) if ctx.step_policies else None,

@@ -12,7 +12,15 @@ from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any, Final, NamedTuple
 
-__all__ = ["FailureSite", "Frame", "failure_site_writer", "frames_of", "read_failure_site"]
+__all__ = [
+    "FailureSite",
+    "Frame",
+    "failure_site_writer",
+    "frames_of",
+    "is_library_file",
+    "is_stroma_file",
+    "read_failure_site",
+]
 
 _OURS: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _MOST: Final = 20  # frames of each kind that are kept, the innermost ones
@@ -45,20 +53,24 @@ class FailureSite(NamedTuple):
 
 def frames_of(error: BaseException) -> tuple[list[traceback.FrameSummary], list[traceback.FrameSummary]]:
     """Return the frames of the user's own code, and those of libraries, without Stroma and the interpreter."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if not is_stroma_file(frame.filename)
+    ]
     return (
-        [frame for frame in frames if not _is_library(frame.filename)],
-        [frame for frame in frames if _is_library(frame.filename)],
+        [frame for frame in frames if not is_library_file(frame.filename)],
+        [frame for frame in frames if is_library_file(frame.filename)],
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_ours(file: str) -> bool:
+def is_stroma_file(file: str) -> bool:
+    """Return True for a file of Stroma or of the interpreter itself."""
     return file.startswith((_OURS, "<frozen"))
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_library(file: str) -> bool:
+def is_library_file(file: str) -> bool:
+    """Return True for a file of the standard library or of an installed package."""
     return os.path.realpath(file).startswith(_libraries())
 
 
@@ -77,7 +89,7 @@ def failure_site_writer(error: BaseException) -> Callable[[], bytes]:
     at = error.__traceback__
     while at is not None:
         frame = at.tb_frame
-        if not _is_ours(frame.f_code.co_filename):
+        if not is_stroma_file(frame.f_code.co_filename):
             linecache.lazycache(frame.f_code.co_filename, frame.f_globals)
             places.append((frame.f_code, at.tb_lineno))
         at = at.tb_next
@@ -87,8 +99,8 @@ def failure_site_writer(error: BaseException) -> Callable[[], bytes]:
 def _written(places: Sequence[tuple[CodeType, int]]) -> bytes:
     if not places:
         return b""
-    own = [place for place in places if not _is_library(place[0].co_filename)]
-    others = [place for place in places if _is_library(place[0].co_filename)]
+    own = [place for place in places if not is_library_file(place[0].co_filename)]
+    others = [place for place in places if is_library_file(place[0].co_filename)]
     frames = [
         [
             [

@@ -1,0 +1,101 @@
+"""Exceptions that probably come from a mistake in the code of a node."""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+import re
+from dis import opmap
+from types import TracebackType
+from typing import Any, Final
+
+from stroma._utils.text import clean
+from stroma.cost.fallback import FallbackView
+from stroma.failures.classes import FailureClass
+from stroma.failures.failure import Failure
+from stroma.failures.tracebacks import is_library_file, is_stroma_file
+
+__all__ = ["explain_mistake", "is_repeated_mistake"]
+
+_MISTAKES: Final = frozenset({TypeError, AttributeError})
+_RAISES: Final = frozenset({opmap["RAISE_VARARGS"], opmap["RERAISE"]})
+_SUBSCRIPT: Final = re.compile(r"(\w+)\[[^\[\]]*\]")
+_MAX_KEYS: Final = 20
+
+
+def explain_mistake(failure: Failure, context: Any) -> str:
+    """Return what to add to the message of a failure whose exception the user's own code raised; "" for nothing.
+
+    ``context``: the object that the node gets as its second argument.
+    """
+    error = failure.exception
+    if type(error) is KeyError:
+        return _explain_key(error, context)
+    if _may_be_mistake(failure) and _own_line(error) is not None:
+        return "; this is probably a bug in the node"
+    return ""
+
+
+def is_repeated_mistake(before: Failure | None, failure: Failure) -> bool:
+    """Return True if two attempts failed at the same line of the user's code, with the same TypeError or AttributeError."""
+    if before is None or before is failure or not _may_be_mistake(failure):
+        return False
+    if type(before.exception) is not type(failure.exception) or before.message != failure.message:
+        return False
+    line = _own_line(failure.exception)
+    return line is not None and line == _own_line(before.exception)
+
+
+def _may_be_mistake(failure: Failure) -> bool:
+    return type(failure.exception) in _MISTAKES and failure.failure_class is FailureClass.AMBIGUOUS
+
+
+def _own_line(error: BaseException) -> tuple[str, int] | None:
+    """Return file and line of the innermost frame, if it is of the user's code, and no ``raise`` of it."""
+    at = _innermost(error)
+    if at is None or is_library_file(at.tb_frame.f_code.co_filename):
+        return None
+    if at.tb_next is None and at.tb_frame.f_code.co_code[at.tb_lasti] in _RAISES:
+        return None
+    return at.tb_frame.f_code.co_filename, at.tb_lineno
+
+
+def _innermost(error: BaseException) -> TracebackType | None:
+    """Return the innermost entry of a traceback that is not of Stroma's own code."""
+    at, found = error.__traceback__, None
+    while at is not None:
+        if not is_stroma_file(at.tb_frame.f_code.co_filename):
+            found = at
+        at = at.tb_next
+    return found
+
+
+def _explain_key(error: BaseException, context: Any) -> str:
+    """Return which keys the context has, if ``context[key]`` raised a KeyError."""
+    at = _innermost(error)
+    if at is None or not isinstance(context, dict) or len(error.args) != 1:
+        return ""
+    match = _SUBSCRIPT.fullmatch(_expression(at))
+    value = None if match is None else at.tb_frame.f_locals.get(match[1])
+    if value is not context and type(value) is not FallbackView:
+        return ""
+    keys = ", ".join(map(_key_text, itertools.islice(dict.keys(context), _MAX_KEYS))) or "none"
+    more = f" and {len(context) - _MAX_KEYS:,} more" if len(context) > _MAX_KEYS else ""
+    return f"; the context has no key {_key_text(error.args[0])}, its keys are: {keys}{more}"
+
+
+def _key_text(key: Any) -> str:
+    return clean(repr(key), 100) if type(key) in (str, int) else f"<{type(key).__name__}>"
+
+
+def _expression(at: TracebackType) -> str:
+    """Return the source of the expression that raised; "" where it cannot be read."""
+    code = at.tb_frame.f_code
+    position = next(itertools.islice(code.co_positions(), at.tb_lasti // 2, None), None)
+    if position is None:
+        return ""
+    line, end_line, start, end = position
+    if line is None or line != end_line:
+        return ""
+    source = linecache.getline(code.co_filename, line, at.tb_frame.f_globals)
+    return source.encode("utf-8", "replace")[start:end].decode("utf-8", "replace")
