@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, Field, SecretStr
-from tests.shared_stores import SHARED, place
+from tests.shared_stores import SHARED, opened, place
 
 from stroma import (
     AsyncInMemoryStore,
@@ -300,3 +300,33 @@ def test_payloads_of_a_megabyte_take_no_memory_each(count: int, shape: str, tmp_
             capture_output=True, text=True, check=True, timeout=110,
         )  # fmt: skip
         assert int(done.stdout) < most, mode
+
+
+@pytest.mark.parametrize("kind", SHARED)
+async def test_a_very_large_state_is_a_warning(
+    kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first state of a store that is above the limit is named, with the way out; smaller ones are not."""
+    for module in ("session", "store"):
+        monkeypatch.setattr(f"stroma.checkpoint.durable.{module}.LARGE_BYTES", LARGE)
+    with place(kind) as where:
+        runner = StromaRunner.quick(store=opened(kind, where))
+
+        @runner.node("grow", input=Flat, output=Flat)
+        async def grow(state: Flat) -> Flat:
+            return Flat(text=state.text + "x" * LARGE)
+
+        await runner.run([grow, grow], Flat(), run_id="a")
+        await runner.run([grow], Flat(text="x" * LARGE), run_id="b")
+        await runner.aclose()
+        other = StromaRunner.quick(store=opened(kind, where))
+        await other.run([grow], Flat(text="x" * LARGE), run_id="c")
+        await other.aclose()
+    texts = [one.getMessage() for one in caplog.records if " MB" in one.getMessage()]
+    assert [text.partition(" has ")[0] for text in texts] == [
+        "the output of node 'grow' in run 'a'",
+        "the input of run 'c'",
+    ]
+    assert texts[0].endswith(
+        "store large data in a file or an object store, and pass its path on in the state"
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from stroma import AsyncInMemoryStore, SQLiteStore, StromaRunner, map_over
+from stroma import AsyncInMemoryStore, InMemoryStore, SQLiteStore, StromaRunner, current_node, map_over
 from stroma.contracts.schema import schema_of
 from stroma.testing.stores import State, begin, row, settled
 
@@ -81,3 +81,29 @@ async def test_an_attempt_whose_place_is_committed_again_stays_in_the_history(
         ("1", "success"),
     ]
     assert [has for *_, has in events] == [False, True, True, False, False, False, True]
+
+
+@pytest.mark.parametrize("store", ["default", "async", "sync", "sqlite"])
+async def test_a_suspension_in_memory_is_a_warning(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first run that is suspended in a store in memory is named, with the store to pass; a durable store warns of nothing."""
+    stores = {
+        "default": None,
+        "async": AsyncInMemoryStore(),
+        "sync": InMemoryStore(),
+        "sqlite": SQLiteStore(tmp_path / "x.db"),
+    }
+    runner = StromaRunner.quick(store=stores[store])
+
+    @runner.node("asks", input=Number, output=Number)
+    async def asks(state: Number) -> Number:
+        return current_node().wait_for(Number, reason="how many?")
+
+    for run_id in ("a", "b"):
+        result = await runner.run([asks], Number(n=1), run_id=run_id)
+        assert result.status == "SUSPENDED"
+    texts = [one.getMessage() for one in caplog.records if "in memory" in one.getMessage()]
+    expected = "run 'a' is suspended in memory, and is lost when this process ends; pass a durable store, as in store=\"sqlite:///runs.db\""
+    assert texts == ([] if store == "sqlite" else [expected])
+    await runner.aclose()

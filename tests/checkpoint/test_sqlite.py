@@ -1041,15 +1041,19 @@ class TestFaults:
         with SQLiteStore(path) as store, pytest.raises(StoreError, match="is damaged"):
             await begin(store)
 
-    async def test_a_missing_directory_is_named(self, tmp_path: pathlib.Path) -> None:
-        """A path in a directory that does not exist says so; once it is made, the same store works."""
-        with SQLiteStore(tmp_path / "no" / "runs.db") as store:
+    @pytest.mark.parametrize("make", [SQLiteStore, open_store, lambda path: open_store(f"sqlite:///{path}")])
+    async def test_a_missing_directory_is_named(self, tmp_path: pathlib.Path, make: Any) -> None:
+        """A path in a directory that does not exist is refused when the store is made; once it is there, the path is fine."""
+        for folder in (tmp_path / "no", tmp_path / "file" / "no"):
+            (tmp_path / "file").touch()
             with pytest.raises(
-                StoreError, match=r"there is no directory .*/no; create it, or use another path"
+                StoreError, match=f"there is no directory {folder}; create it, or use another path"
             ):
-                await begin(store)
-            (tmp_path / "no").mkdir()
+                make(str(folder / "runs.db"))
+        (tmp_path / "no").mkdir()
+        with make(str(tmp_path / "no" / "runs.db")) as store:
             await begin(store)
+            (tmp_path / "no" / "runs.db").unlink()
 
     async def test_a_directory_is_no_database(self, tmp_path: pathlib.Path) -> None:
         """A path that is a directory is a StoreError that names it."""
@@ -1390,6 +1394,7 @@ class TestUrls:
         """sqlite:///relative, sqlite:////absolute, a bare path and memory:// are understood."""
         monkeypatch.chdir(tmp_path)
         here = str(tmp_path)
+        (tmp_path / "sub").mkdir()
         for url, expected in {
             "sqlite:///runs.db": f"{here}/runs.db",
             "sqlite:///sub/runs.db": f"{here}/sub/runs.db",
@@ -1407,7 +1412,7 @@ class TestUrls:
         assert normal.synchronous == "normal"
         assert isinstance(open_store(tmp_path / "x.db"), SQLiteStore)
         assert isinstance(open_store("memory://"), AsyncInMemoryStore)
-        assert list(tmp_path.iterdir()) == []
+        assert list(tmp_path.rglob("*")) == [tmp_path / "sub"]
 
     @pytest.mark.parametrize(
         ("url", "printed"),

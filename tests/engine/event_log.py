@@ -101,7 +101,9 @@ class Between:
 
 
 class Journal(AsyncInMemoryStore):
-    """A journal whose sessions are made by a function of the test's."""
+    """A journal whose sessions are made by a function of the test's. It has warned already that it is in memory."""
+
+    _has_warned = True
 
     def __init__(self, between: Any = lambda session: session) -> None:
         super().__init__()

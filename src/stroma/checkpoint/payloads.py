@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import logging
 import os
 import pathlib
 import re
@@ -18,6 +19,7 @@ from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 
 __all__ = [
+    "LARGE_BYTES",
     "BlobStore",
     "Codec",
     "DirectoryBlobs",
@@ -28,6 +30,8 @@ __all__ = [
     "collect",
 ]
 
+logger = logging.getLogger("stroma")
+
 # Prefixes of stored payloads that are not plain JSON, which never begins with either.
 CODED: Final = b"stroma:c1\0"
 BLOB: Final = b"stroma:b1\0"
@@ -35,6 +39,7 @@ BLOB: Final = b"stroma:b1\0"
 _CODED_TEXT: Final = "stroma:c1:"
 _NAME: Final = re.compile(r"[0-9a-f]{64}")
 _THREAD_BYTES: Final = 256 * 1024  # Payloads of this size and above are encoded in a thread.
+LARGE_BYTES: Final = 50_000_000  # a state of which a warning tells
 #: A blob younger than this may belong to a commit in progress.
 _MIN_AGE_SECONDS: Final = 3600.0
 
@@ -228,12 +233,22 @@ class Payloads:
         self._must_be_sealed = codec is not None and not plain_until_migrated
         self.blobs = blob_store(blobs)
         self.blob_bytes = blob_bytes
+        self._has_warned = False
         #: Payloads are stored unchanged.
         self.plain = codec is None and blobs is None
 
     def is_plain(self, stored: bytes) -> bool:
         """Return True if a stored payload is the payload itself, as this store would store it."""
         return self.plain and not stored.startswith((CODED, BLOB))
+
+    def warn_of_size(self, size: int, what: str) -> None:
+        """Warn of the first state above 50 MB, which ``what`` describes. ``size`` is in bytes."""
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s has %s MB, which each node copies, validates and stores; store large data in a file or an object store, and "
+                "pass its path on in the state", what, f"{size / 1e6:,.0f}",
+            )  # fmt: skip
 
     async def seal(self, data: bytes, place: PayloadPlace) -> bytes:
         """Return the stored form of a payload. Raises StoreError."""

@@ -31,7 +31,7 @@ def open_store(url: str | os.PathLike[str]) -> SQLiteStore | PostgresStore | Red
     Args:
         url: the URL, or the path of a SQLite file.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else, StoreError for a SQLite file in a directory that does not exist.
     """
     text = os.fsdecode(url)
     scheme, separator, rest = text.partition("://")

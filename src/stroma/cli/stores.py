@@ -78,6 +78,12 @@ def data_directory() -> Path:
     return Path.home() / ".local" / "share" / "stroma"
 
 
+class _DefaultStore(SQLiteStore):
+    """The store in the data directory, which :meth:`Database.prepare` creates before the first write."""
+
+    _needs_directory = False
+
+
 class RunSource(Protocol):
     """A place where runs are stored: its name, and commands that address it."""
 
@@ -145,7 +151,7 @@ class Database:
                 raise Problem(
                     f"no directory for the store: {error}", "name a store: --db FILE", code=Code.ENVIRONMENT
                 ) from None
-            return cls(str(path), (), True, SQLiteStore(path))
+            return cls(str(path), (), True, _DefaultStore(path))
         masked_address = mask_passwords(address)
         is_secret = masked_address != address
         try:
@@ -159,6 +165,13 @@ class Database:
             )
         except ImportError as error:
             raise Problem(f"--db {clean(masked_address)}: {error}", code=Code.ENVIRONMENT) from error
+        except StoreError as error:
+            what = str(error).partition("; ")[0]
+            raise Problem(
+                f"--db {clean(masked_address)}: {what}",
+                "create it, or name another store: --db FILE",
+                code=Code.ENVIRONMENT,
+            ) from error
         if isinstance(store, SQLiteStore) and os.path.isdir(store.path):
             raise Problem(f"--db {masked_address} is a directory", "name a file in it", code=Code.ENVIRONMENT)
         context = click.get_current_context(silent=True)

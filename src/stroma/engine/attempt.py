@@ -31,6 +31,7 @@ from stroma.engine.events import (
     success_arguments,
     unread_start,
     unread_success,
+    warn_of_blocking,
 )
 from stroma.engine.execution import NodeExecution
 from stroma.engine.metering import count_returned, price
@@ -60,10 +61,11 @@ class NodeAttempt(OpenAttempt):
     Attributes:
         value: the state before the node; ``state`` is the node's own copy of it.
         cancelling: how many cancellations of the task came before.
+        turn: of the event loop, in which the function was called; see LoopTurns.
         output: what the function returned; ``model`` once it is valid, and ``saved`` the snapshot of that.
     """
 
-    __slots__ = ("cancelling", "node", "output", "plan", "saved", "state", "value")
+    __slots__ = ("cancelling", "node", "output", "plan", "saved", "state", "turn", "value")
 
     state: BaseModel
     saved: Snapshot
@@ -241,6 +243,7 @@ class NodeAttempt(OpenAttempt):
 
     def _start_clock(self) -> None:
         """Note that the function begins; a group notes when those inside it do."""
+        self.turn = self.ctx.turns.begin()
         self.begin = perf_counter_ns()
         if self.run.parent is not None and type(self.node) is Node:
             self.run.parent.enter(self.begin)
@@ -269,6 +272,8 @@ class NodeAttempt(OpenAttempt):
         self.duration = now - self.begin
         if run.parent is not None:
             run.parent.leave(now)
+        if self.turn == self.ctx.turns.count and self.duration >= self.ctx.max_block_ns:
+            warn_of_blocking(self.ctx, run, self.duration)
 
     # ------------------------------------------------------------------ count
 

@@ -39,7 +39,7 @@ from stroma.engine.plain_steps import PlainSteps
 from stroma.engine.redaction import Redactor
 from stroma.engine.run_hooks import call_run_hooks, call_run_hooks_now
 from stroma.engine.run_logger import RunLogger
-from stroma.engine.tasks import Shield, raise_if
+from stroma.engine.tasks import LoopTurns, Shield, raise_if
 from stroma.engine.trace_contexts import join_traces, trace_of, traces_of
 from stroma.engine.unread import UnreadState
 from stroma.failures.failure import Classifier, Failure, NodeContext, diagnose
@@ -52,8 +52,10 @@ from stroma.trace.trace import ExecutionTrace
 if TYPE_CHECKING:
     from stroma.cost.budget import Dimension
 
-__all__ = ["ReliabilityContext"]
+__all__ = ["BLOCK_NS", "ReliabilityContext"]
 
+#: A node may keep the event loop for less than this.
+BLOCK_NS: Final = 1_000_000_000
 _WARN_AT = 0.8
 _NO_FAILED_MAPS: Mapping[tuple[int, str], int] = {}
 
@@ -69,10 +71,10 @@ class ReliabilityContext:
     __slots__ = (
         "__weakref__", "_notes", "_opening", "_prior_unrecorded", "_warned", "apart", "budget", "cancelled", "checkpoint_manager", "classifiers",
         "config", "context", "cost_tracker", "delivers", "dispatch", "done", "effects", "elsewhere", "epoch_ns", "failed_items", "failed_maps",
-        "fire", "gated", "handover", "holds", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traces", "limits",
+        "fire", "gated", "handover", "holds", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traces", "limits", "max_block_ns",
         "model_fallbacks", "on_hold", "paused", "pipeline", "plain_steps", "policy_map", "redactor", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended", "timed",
-        "trace", "traceparent", "tried", "unpriced", "wake_ms",
+        "trace", "traceparent", "tried", "turns", "unpriced", "wake_ms",
     )  # fmt: skip
 
     run_id: str
@@ -185,6 +187,9 @@ class ReliabilityContext:
         self.timed = (
             bool(self.step_timeouts) or self.budget.max_latency_ms is not None or bool(self.interceptors)
         )
+        self.turns = LoopTurns()
+        #: The shortest time in ns for which a node must not keep the event loop: the least time limit, at most 1 s.
+        self.max_block_ns = min([BLOCK_NS, *(limit * 1_000_000 for limit in self.step_timeouts.values())])
         #: Warnings that were logged: dimensions of the budget, and what is wrong with a node.
         self._warned: dict[str | tuple[str, str], None] = {}  # A set would take 200 bytes in each run.
         #: The store records which end hooks are due.

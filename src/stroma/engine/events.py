@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma.contracts.schema import Schema
-from stroma.engine.context import ReliabilityContext
+from stroma.engine.context import BLOCK_NS, ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.unread import UnreadState
 from stroma.failures.failure import Failure
@@ -21,6 +21,7 @@ __all__ = [
     "success_arguments",
     "unread_start",
     "unread_success",
+    "warn_of_blocking",
     "warn_of_budget",
 ]
 
@@ -72,6 +73,18 @@ def log_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure, r
             run.attempt,
             failure.failure_class,
             ctx.redactor.log_text(failure, row),
+        )
+
+
+def warn_of_blocking(ctx: ReliabilityContext, run: NodeExecution, duration_ns: int) -> None:
+    """Warn once of a node that kept the event loop, from its call to its end, for 1 s or for its whole time limit."""
+    limit = ctx.step_timeouts.get(run.node_id)
+    if duration_ns >= BLOCK_NS or (limit is not None and duration_ns >= limit * 1_000_000):
+        ctx.warn_once(
+            run.node_id,
+            "blocks",
+            f"node {run.node_id!r} blocked the event loop for {duration_ns / 1e6:,.0f} ms, so that no other task and no time limit "
+            "could run; await in it, or define it with def instead of async def to run it in a thread",
         )
 
 

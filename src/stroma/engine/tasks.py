@@ -17,6 +17,7 @@ from stroma.hooks.dispatch import HookNotAsync
 __all__ = [
     "CONTINUES",
     "LAST_SECONDS",
+    "LoopTurns",
     "Shield",
     "TaskPool",
     "as_store_error",
@@ -190,6 +191,34 @@ def as_store_error(error: BaseException) -> Exception:
     return StoreError(
         f"the store cancelled the operation ({type(error).__name__}); resume the run when the store is available"
     )
+
+
+class LoopTurns:
+    """Counts turns of the event loop, of those in which somebody asks: equal counts mean that the loop made none.
+
+    One callback a turn, however many ask.
+    """
+
+    __slots__ = ("_is_due", "count")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._is_due = False
+
+    def begin(self) -> int:
+        """Return the count, which the next turn changes; -1 without an event loop."""
+        if not self._is_due:
+            try:
+                # An empty context: that of the caller would keep the run alive until the next turn.
+                asyncio.get_running_loop().call_soon(self._turn, context=contextvars.Context())
+            except RuntimeError:
+                return -1
+            self._is_due = True
+        return self.count
+
+    def _turn(self) -> None:
+        self.count += 1
+        self._is_due = False
 
 
 class TaskPool:

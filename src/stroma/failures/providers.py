@@ -87,7 +87,7 @@ _KEYLESS: Final = frozenset({TypeError, ValueError})
 _KEY_PHRASES: Final = ("api_key", "api key", "authentication method", "missing credentials")
 
 
-def _lacks_key(exc: BaseException) -> bool:
+def _lacks_key(exc: Any) -> bool:
     """Return True if a client raised an exception since it has no API key: it names one, and has no answer of a server."""
     text = exc.args[0] if exc.args else None
     if not isinstance(text, str):

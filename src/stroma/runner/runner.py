@@ -105,7 +105,7 @@ class StromaRunner:
 
         ``store``: a store, or the URL or path of one, see :func:`stroma.open_store`. Raises pydantic's ValidationError for
         a keyword that is not a field of RunConfig, TypeError for an object that is not a store, ValueError for an unknown
-        URL.
+        URL, StoreError for a file in a directory that does not exist.
         """
         named = {"budget": budget, "policy_map": policy_map, "classifiers": classifiers, "hooks": hooks}
         fields: dict[str, Any] = {

@@ -44,7 +44,7 @@ from stroma.checkpoint.entries import (
     Waiting,
 )
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import BLOB, PayloadPlace, Payloads
+from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, PayloadPlace, Payloads
 from stroma.checkpoint.protocols import Charge
 from stroma.checkpoint.records import Attempt
 from stroma.contracts.schema import Schema
@@ -145,6 +145,10 @@ class DurableSession:
         if output is None or schema is None:
             return self._submit_commit(Commit(self.run_id, self.fence, self._attempt(row), None))
         data = schema.encode(output, secrets=self._payloads.codec is not None)
+        if len(data) > LARGE_BYTES:
+            self._payloads.warn_of_size(
+                len(data), f"the output of node {row.node_id!r} in run {self.run_id!r}"
+            )
         if not self._payloads.plain:
             return self._record_sealed(row, schema, data, call)
         return self._commit(row, schema, data, call)

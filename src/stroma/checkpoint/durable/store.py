@@ -41,7 +41,7 @@ from stroma.checkpoint.durable.worker import Connection, Operation, Worker, gene
 from stroma.checkpoint.entries import Committed, RunRequest, Waiting, count_items, map_not_found
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import BLOB, BlobStore, PayloadPlace, Payloads
+from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, BlobStore, PayloadPlace, Payloads
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema
@@ -104,7 +104,10 @@ class DurableStore(ReadableStore):
         CorruptCheckpoint, StoreError.
         """
         check_id(request.run_id, "run id")
-        return self._open(request, self._encode(request.schema, request.initial_state))
+        data = self._encode(request.schema, request.initial_state)
+        if len(data) > LARGE_BYTES:
+            self._payloads.warn_of_size(len(data), f"the input of run {request.run_id!r}")
+        return self._open(request, data)
 
     def _encode(self, schema: Schema, state: BaseModel) -> bytes:
         return schema.encode(state, secrets=self._payloads.codec is not None)

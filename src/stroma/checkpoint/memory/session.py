@@ -58,6 +58,7 @@ class MemorySession(NullSession):
         "_calls",
         "_completion",
         "_epoch",
+        "_on_suspension",
         "_other_rows",
         "_run",
         "_run_id",
@@ -76,7 +77,8 @@ class MemorySession(NullSession):
         "waiting",
     )
 
-    def __init__(self, run: MemoryRun, request: RunRequest) -> None:
+    def __init__(self, run: MemoryRun, request: RunRequest, on_suspension: Callable[[str], None]) -> None:
+        self._on_suspension = on_suspension
         initial = request.schema.snapshot(request.initial_state)
         last = run.last_execution()
         action = "begin" if last is None else decide(request, last, run.input == initial, run.prior_work)
@@ -270,6 +272,8 @@ class MemorySession(NullSession):
             self._run.status, self._run.error = status, error
             self._run.wake_ms = merge_wake(self._run.wake_ms, status, error, wake_ms)
             self.abandon()
+            if status == "SUSPENDED":
+                self._on_suspension(self._run_id)
 
     def abandon(self) -> None:
         if self._run.epoch == self._epoch:

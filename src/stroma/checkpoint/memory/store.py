@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from pydantic import BaseModel
@@ -32,6 +33,8 @@ from stroma.failures.errors import BUDGET, PAUSED
 
 __all__ = ["AsyncInMemoryStore", "InMemoryStore"]
 
+logger = logging.getLogger("stroma")
+
 
 def _request(run: MemoryRun, control: RunControl) -> None:
     """Make requests about a run hold."""
@@ -46,6 +49,7 @@ class _MemoryStore(MemoryReader, MemoryCells):
 
     #: Nobody has asked for this store: guards delete what ended long ago, so that memory does not grow.
     is_default = False
+    _has_warned = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +59,17 @@ class _MemoryStore(MemoryReader, MemoryCells):
         run = self._runs.get(request.run_id)
         if run is None:
             run = self._runs[request.run_id] = MemoryRun()
-        return MemorySession(run, request)
+        return MemorySession(run, request, self._warn_of_loss)
+
+    def _warn_of_loss(self, run_id: str) -> None:
+        """Warn of the first suspended run."""
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "run %r is suspended in memory, and is lost when this process ends; pass a durable store, as in "
+                'store="sqlite:///runs.db"',
+                run_id, extra={"run_id": run_id},
+            )  # fmt: skip
 
     # ---- queue
 

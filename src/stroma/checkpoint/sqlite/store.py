@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import stat
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
 from stroma.checkpoint.durable.rows import Rows
 from stroma.checkpoint.durable.states import AsyncStates
+from stroma.checkpoint.durable.worker import permanent_error
 from stroma.checkpoint.payloads import BlobStore, Codec, Payloads
 from stroma.checkpoint.sqlite.connection import SqliteConnection
 from stroma.checkpoint.sqlite.file import Connect, DatabaseFile, connect
@@ -25,7 +27,7 @@ class SQLiteStore(AsyncStates):
     Any number of processes, threads and event loops may use the file. Acknowledged data is on the disk: with
     ``synchronous="full"`` it survives a power failure; ``"normal"`` is faster and survives the death of the process, but
     a power failure may lose the last commits. The file is created by the first write, readable by its owner only;
-    its directory must exist.
+    its directory must exist, else making the store raises StoreError.
 
     Async calls write through one thread that commits queued operations together; cancelling a caller does not undo
     its operation. Errors are StoreErrors that say how to fix them. A forked child opens the file again; a fork waits for the
@@ -41,6 +43,7 @@ class SQLiteStore(AsyncStates):
     """
 
     _thread_name = "stroma-sqlite"
+    _needs_directory = True
     #: Tests put faults here.
     _open_file: Connect = staticmethod(connect)
 
@@ -63,6 +66,8 @@ class SQLiteStore(AsyncStates):
             )
         super().__init__(Payloads(codec, blobs, blob_bytes, plain_until_migrated))
         self.path = os.path.abspath(name)
+        if self._needs_directory:
+            _require_directory(self.path)
         self.address = f"sqlite:{os.path.realpath(name)}"
         self.synchronous = synchronous
         self._file = DatabaseFile(self.path, synchronous, self._open_file, self._patience_seconds)
@@ -107,3 +112,16 @@ class SQLiteStore(AsyncStates):
 
     def exists(self) -> bool:
         return self._file.identity() is not None
+
+
+def _require_directory(path: str) -> None:
+    """Raise StoreError if the directory of a file does not exist: the first write would, once a node is paid for."""
+    directory = os.path.dirname(path)
+    try:
+        is_missing = not stat.S_ISDIR(os.stat(directory).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_missing = True
+    except OSError:  # It may exist.
+        is_missing = False
+    if is_missing:
+        raise permanent_error(f"there is no directory {directory}; create it, or use another path")

@@ -111,13 +111,8 @@ def _store(database: Database) -> Callable[[], Iterator[Diagnosis]]:
                 message = f"{database.name} does not exist yet: the first run creates it"
                 yield Diagnosis("store", "ok", message, f"start one: {database.hint('run', 'FILE.py:NAME')}")
             else:
-                what = "is not there" if not os.path.isdir(directory) else "may not be written to"
-                yield Diagnosis(
-                    "store",
-                    "wrong",
-                    f"{directory} {what}",
-                    "make the directory, or name another store: --db FILE",
-                )
+                fix = "change its permissions, or name another store: --db FILE"
+                yield Diagnosis("store", "wrong", f"{directory} may not be written to", fix)
             return
         began = time.perf_counter()
         try:

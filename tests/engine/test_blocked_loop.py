@@ -1,0 +1,98 @@
+"""Nodes that keep the event loop are named in a warning."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from stroma import StromaRunner, parallel
+from stroma.engine import context
+
+
+class State(BaseModel):
+    items: list[int] = []
+
+
+async def blocks(state: Any) -> Any:
+    time.sleep(0.06)
+    return state
+
+
+def in_thread(state: Any) -> Any:
+    time.sleep(0.06)
+    return state
+
+
+async def waits(state: Any) -> Any:
+    await asyncio.sleep(0.06)
+    return state
+
+
+async def quick(state: Any) -> Any:
+    return state
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "event loop" in record.getMessage()]
+
+
+@pytest.mark.parametrize("limited", [False, True], ids=["for a second", "for its time limit"])
+async def test_a_node_that_blocks_is_named_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, limited: bool
+) -> None:
+    """A node that never awaits for 1 s, or for its time limit, is named; nodes in threads, and those that wait beside it, are not."""
+    if not limited:
+        monkeypatch.setattr(context, "BLOCK_NS", 50_000_000)
+        monkeypatch.setattr("stroma.engine.events.BLOCK_NS", 50_000_000)
+    functions = {"blocks": blocks, "in_thread": in_thread, "waits": waits, "quick": quick}
+    runner = StromaRunner.quick(node_timeouts={"blocks": 50} if limited else {})
+    nodes = {name: runner.node(name, input=State, output=State)(func) for name, func in functions.items()}
+    pipeline = [nodes["quick"], nodes["blocks"], nodes["blocks"], *nodes.values()]
+    result = await runner.run(pipeline, State())
+    assert result.status == "COMPLETED", result.failure
+    beside = await runner.run([parallel(*nodes.values())], State())
+    assert beside.status == "COMPLETED", beside.failure
+    texts = warnings_of(caplog)
+    assert len(texts) == 2  # One of each run.
+    for text in texts:
+        assert text.startswith("node 'blocks' blocked the event loop for ")
+        assert "define it with def instead of async def" in text
+
+
+async def test_a_second_is_the_limit_without_a_time_limit(caplog: pytest.LogCaptureFixture) -> None:
+    """A node that blocks for less than a second, and less than its time limit, is not named."""
+    runner = StromaRunner.quick(node_timeouts={"quick": 10})
+    nodes = [
+        runner.node(name, input=State, output=State)(func)
+        for name, func in (("blocks", blocks), ("quick", quick))
+    ]
+    await runner.run(nodes, State())
+    assert warnings_of(caplog) == []
+
+
+def test_many_nodes_cost_one_callback(caplog: pytest.LogCaptureFixture) -> None:
+    """Nodes that never wait ask the event loop for one turn together."""
+    caplog.set_level(logging.DEBUG)
+    asked: list[Any] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        call_soon = loop.call_soon
+
+        def counted(callback: Any, *args: Any, **kwargs: Any) -> Any:
+            if getattr(callback, "__name__", "") == "_turn":
+                asked.append(callback)
+            return call_soon(callback, *args, **kwargs)
+
+        loop.call_soon = counted  # type: ignore[method-assign]
+        runner = StromaRunner.quick()
+        node = runner.node("quick", input=State, output=State)(quick)
+        await runner.run([node] * 100, State())
+
+    asyncio.run(main())
+    assert len(asked) <= 2
