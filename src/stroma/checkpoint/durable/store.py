@@ -104,10 +104,13 @@ class DurableStore(ReadableStore):
         CorruptCheckpoint, StoreError.
         """
         check_id(request.run_id, "run id")
+        return self._open(request, self._encode_input(request))
+
+    def _encode_input(self, request: RunRequest) -> bytes:
         data = self._encode(request.schema, request.initial_state)
         if len(data) > LARGE_BYTES:
             self._payloads.warn_of_size(len(data), f"the input of run {request.run_id!r}")
-        return self._open(request, data)
+        return data
 
     def _encode(self, schema: Schema, state: BaseModel) -> bytes:
         return schema.encode(state, secrets=self._payloads.codec is not None)
@@ -172,7 +175,7 @@ class DurableStore(ReadableStore):
         StoreError.
         """
         check_id(request.run_id, "run id")
-        data = self._encode(request.schema, request.initial_state)
+        data = self._encode_input(request)
         opening = await self._opening(request, data, 1, new_owner(self, ends=False))
         opener = RunOpener(self._payloads, request, opening, data, {})
 
