@@ -12,7 +12,7 @@ __all__ = ["MAX_ANSWER_BYTES", "bound_answer", "bound_text"]
 
 MAX_ANSWER_BYTES: Final = 64 * 1024
 _NOTE_BYTES: Final = 1024  # room for the note of an answer that is cut
-#: A value that is cut keeps at least this; of a list, as many entries are kept as this allows.
+#: A value that is cut keeps at least this; of a list, as many entries are head as this allows.
 _SHARE_BYTES: Final = 1024
 _MARK_BYTES: Final = 100  # room for the mark of a value that is cut
 _MAX_KEY: Final = 100  # characters
@@ -66,10 +66,10 @@ def _fit(value: Any, room: int, depth: int) -> Any:
     if _size(value, depth) <= room:
         return value
     if isinstance(value, str):
-        kept = value[:room]
-        while _size(kept, depth) > room - _MARK_BYTES:
-            kept = kept[: len(kept) * 3 // 4]
-        return f"{kept}… ({len(value) - len(kept):,} more characters)"
+        head = value[:room]
+        while _size(head, depth) > room - _MARK_BYTES:
+            head = head[: len(head) * 3 // 4]
+        return f"{head}… ({len(value) - len(head):,} more characters)"
     is_list = isinstance(value, list)
     entries = list(enumerate(value)) if is_list else [(key[:_MAX_KEY], inner) for key, inner in value.items()]
     heads = [2 * depth + (4 if is_list else 6 + _size(key, 0)) for key, _ in entries]

@@ -62,12 +62,12 @@ def _own_line(error: BaseException) -> tuple[str, int] | None:
 
 def _innermost(error: BaseException) -> TracebackType | None:
     """Return the innermost entry of a traceback that is not of Stroma's own code."""
-    at, found = error.__traceback__, None
+    at, entry = error.__traceback__, None
     while at is not None:
         if not is_stroma_file(at.tb_frame.f_code.co_filename):
-            found = at
+            entry = at
         at = at.tb_next
-    return found
+    return entry
 
 
 def _explain_key(error: BaseException, context: Any) -> str:

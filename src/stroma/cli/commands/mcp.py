@@ -44,7 +44,7 @@ class RunReader:
 
     @property
     def fix(self) -> str:
-        """How to read what was cut of an answer."""
+        """Advice for reading what was cut of an answer."""
         everything = self._database.command("export", "RUN")
         return f"read fewer runs or one attempt, or everything with: {everything}"
 
