@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import hmac
 import json
-import logging
 import os
 import pathlib
 import re
@@ -16,6 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
+from stroma._utils.logs import get_logger
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
     "collect",
 ]
 
-logger = logging.getLogger("stroma")
+logger = get_logger()
 
 # Prefixes of stored payloads that are not plain JSON, which never begins with either.
 CODED: Final = b"stroma:c1\0"

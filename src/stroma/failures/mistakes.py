@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import linecache
 import re
-from dis import opmap
+from opcode import opmap
 from types import TracebackType
 from typing import Any, Final
 

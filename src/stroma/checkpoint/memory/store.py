@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 from pydantic import BaseModel
 
+from stroma._utils.logs import get_logger
 from stroma.checkpoint.cells import MemoryCells
 from stroma.checkpoint.decisions import (
     BUDGET_CHANGED,
@@ -33,7 +33,7 @@ from stroma.failures.errors import BUDGET, PAUSED
 
 __all__ = ["AsyncInMemoryStore", "InMemoryStore"]
 
-logger = logging.getLogger("stroma")
+logger = get_logger()
 
 
 def _request(run: MemoryRun, control: RunControl) -> None:
