@@ -11,6 +11,9 @@ from typing import Any
 import psycopg
 import redis
 
+from stroma.checkpoint.durable.integrity import seal
+from stroma.checkpoint.durable.rows import Step
+
 #: The stores, each with what loses the first output, the first attempt or the input of run "run".
 SQL = {
     "output": "DELETE FROM {}steps WHERE position = 0 AND execution = 1 AND branch IN ('', '1')",
@@ -113,4 +116,12 @@ def loose(path: Path | str) -> Iterator[sqlite3.Connection]:
             db.execute("UPDATE sqlite_master SET sql = ? WHERE name = ?", (sql, name))
 
 
-__all__ = ["Moment", "loose", "lose"]
+def reseal(db: sqlite3.Connection) -> None:
+    """Give each step of a SQLite store the checksum of what it holds now, as somebody who can write to it would."""
+    columns = "id, position, branch, node_id, contract, schema_ref, output, sha256, number, input_key"
+    for number, position, branch, node_id, *step in db.execute(f"SELECT {columns} FROM steps").fetchall():
+        sha256 = seal(position, branch, node_id, Step(*step)).sha256
+        db.execute("UPDATE steps SET sha256 = ? WHERE id = ?", (sha256, number))
+
+
+__all__ = ["Moment", "loose", "lose", "reseal"]

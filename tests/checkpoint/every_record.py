@@ -13,7 +13,7 @@ import redis
 
 from stroma import SQLiteStore
 from stroma.checkpoint import PostgresStore, RedisStore, RunRequest, StepCall
-from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.annotations import annotate
 from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.rows import Annotation, Rows, Step
 from stroma.contracts.schema import schema_of
@@ -68,8 +68,7 @@ async def annotate_all(store: Any, run_id: str, text: str) -> None:
 
     def write(rows: Rows) -> None:
         for kind in Annotation:
-            step = Step(text, text, text.encode(), checksum(text.encode()), 1, text.encode())
-            rows.annotate(run_id, kind, text, text, step)
+            annotate(rows, run_id, kind, text, text, Step(text, text, text.encode(), b"", 1, text.encode()))
 
     await store._submit(Transaction(run_id, write))
 

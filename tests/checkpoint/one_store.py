@@ -11,11 +11,11 @@ import pytest
 from pydantic import BaseModel
 
 from stroma.checkpoint import RunRequest, StepCall
-from stroma.checkpoint.durable.annotations import record_due_hooks, record_waiting
-from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.annotations import annotate, record_due_hooks, record_waiting
+from stroma.checkpoint.durable.integrity import checksum, seal
 from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.owner import new_owner
-from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, RunRow, Step
+from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, RunRow, Step, StepRow
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.entries import Committed, PriorUsage, Waiting
 from stroma.checkpoint.manager import schema_ref
@@ -37,7 +37,12 @@ class State(BaseModel):
 SCHEMA = schema_of(State)
 REF = schema_ref(State)
 TABLES = ("runs", "inputs", "tags", "attempts", "steps")
-EMPTY = Step("", "", b"", checksum(b""))
+EMPTY = Step("", "", b"", b"")
+
+
+def sealed_row(position: int, branch: str, node_id: str, step: Step = EMPTY) -> StepRow:
+    """Return a row with its checksum."""
+    return StepRow(position, branch, node_id, seal(position, branch, node_id, step))
 
 
 def stored(n: int) -> bytes:
@@ -156,8 +161,8 @@ class Store:
             Annotation.TRACE,
             Annotation.FAILURE_SITE,
         ):
-            self.rows.annotate(run_id, position, "", f"at {position}", EMPTY)
-        self.rows.annotate(run_id, Annotation.REQUEST, "cancel", "at -3", EMPTY)
+            annotate(self.rows, run_id, position, "", f"at {position}")
+        annotate(self.rows, run_id, Annotation.REQUEST, "cancel", "at -3")
         record_due_hooks(self.rows, run_id, attempt(1, 50))
         record_due_hooks(self.rows, run_id, attempt(0, 20))
         for waiting in (Waiting(0, "", "first", "why", "m:Q"), Waiting(2, "0", "second", "what", "", b"7")):

@@ -28,7 +28,8 @@ from stroma import (
     current_node,
     stroma_node,
 )
-from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.annotations import annotate
+from stroma.checkpoint.durable.integrity import seal
 from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.rows import Annotation, Fence, Rows, RunEnd, Step
 
@@ -110,7 +111,8 @@ async def rewrite(store: Any, run_id: str, position: int, step: Callable[[Step],
         attempt = next(a for a, _ in rows.attempts(result.run, result.execution) if a.position == position)
         fence = Fence(result.run, result.execution, result.epoch, result.owner or "", 30.0)
         later = attempt._replace(started_ns=attempt.started_ns + 1)
-        assert rows.commit(fence, later, step(entry.step))
+        changed = seal(entry.position, entry.branch, entry.node_id, step(entry.step))
+        assert rows.commit(fence, later, changed)
 
     await store._submit(Transaction(run_id, do))
 
@@ -126,7 +128,7 @@ async def stored(store: Any, run_id: str, position: int) -> bytes:
 
 
 def put(data: bytes) -> Callable[[Step], Step]:
-    return lambda step: step._replace(output=data, sha256=checksum(data))
+    return lambda step: step._replace(output=data)
 
 
 async def test_an_unsealed_output_is_refused(open_store: Open) -> None:
@@ -176,10 +178,8 @@ async def test_an_answer_answers_one_question(open_store: Open) -> None:
             assert large is not None
             answer = next(iter(rows.annotations(small.run, Annotation.WAITING)))
             request = next(iter(rows.annotations(large.run, Annotation.WAITING)))
-            step = request.step._replace(
-                output=answer.step.output, sha256=answer.step.sha256, number=answer.step.number
-            )
-            rows.annotate("large", Annotation.WAITING, request.branch, request.node_id, step)
+            step = request.step._replace(output=answer.step.output, number=answer.step.number)
+            annotate(rows, "large", Annotation.WAITING, request.branch, request.node_id, step)
 
         await store._submit(Transaction(None, steal))
         calls: list[Any] = []

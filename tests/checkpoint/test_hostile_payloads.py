@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.checkpoint.damage import loose
+from tests.checkpoint.damage import loose, reseal
 
 from stroma import (
     CorruptCheckpoint,
@@ -54,9 +54,11 @@ def _runner(store: Any) -> StromaRunner:
 
 def _tamper(path: Path, payload: bytes, **columns: Any) -> None:
     """Put a payload with a right checksum in the place of a's output."""
-    sha = hashlib.sha256(payload).digest()
     with loose(path) as db:
-        db.execute("UPDATE steps SET output = ?, sha256 = ? WHERE node_id = 'a'", (payload, sha))
+        db.execute("UPDATE steps SET output = ? WHERE node_id = 'a'", (payload,))
+        if "schema_ref" in columns:
+            db.execute("UPDATE steps SET schema_ref = ? WHERE node_id = 'a'", (columns.pop("schema_ref"),))
+        reseal(db)
         for name, value in columns.items():
             db.execute(f"UPDATE steps SET {name} = ? WHERE node_id = 'a'", (value,))
 
@@ -149,10 +151,8 @@ async def test_a_gigabyte_is_a_named_error(tmp_path: Path, place: str) -> None:
         _tamper(path, b"stroma:b1\0" + digest.digest())
     else:
         with contextlib.closing(sqlite3.connect(path)) as db, db:
-            db.execute(
-                "UPDATE steps SET output = zeroblob(?), sha256 = ? WHERE node_id = 'a'",
-                (size, digest.digest()),
-            )
+            db.execute("UPDATE steps SET output = zeroblob(?) WHERE node_id = 'a'", (size,))
+            reseal(db)
     async with SQLiteStore(path, blobs=tmp_path / "blobs") as store:
         with pytest.raises(CorruptCheckpoint, match=r"node 'a'.*run 'r'") as raised:
             await _runner(store).run(_nodes(calls), Anything(), resume=True)

@@ -17,6 +17,7 @@ from tests.checkpoint.one_store import (
     begin_run,
     lose,
     row,
+    sealed_row,
     store_fixture,
     stored,
 )
@@ -151,7 +152,7 @@ async def test_a_session_that_goes_on(store: Store, if_exists: Any) -> None:
 
 
 async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
-    """Who wants to deliver them is given them, the oldest first; what is damaged of them is left out."""
+    """A session that delivers has them, the oldest first; a damaged one stops the resume."""
     await begin_run(store)
     for number, started in enumerate((70, 50, 90)):
         record_due_hooks(
@@ -169,6 +170,9 @@ async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
             ),
         )
     store.rows.annotate("r", Annotation.DUE_HOOKS, "damaged", "node", Step("", "", b"{}", b"wrong"))
+    with pytest.raises(CorruptCheckpoint, match="the due hooks 'damaged' of run 'r' is damaged"):
+        store.open(if_exists="resume", deliver=True)
+    store.rows.delete_annotations(1, Annotation.DUE_HOOKS, "damaged")
     session = store.open(if_exists="resume", deliver=True)
     failed = Failed(FailureClass.TERMINAL, "m", None, "KeyError")
     usage = AttemptUsage(5, 3, 0.25, "m")
@@ -176,7 +180,7 @@ async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
         ("node", 3, started, 7, {}, None, "failure", failed, usage, position, "2", None, None, None, 7)
         for position, started in ((1, 50), (0, 70), (2, 90))
     ]
-    assert len(store.rows.annotations(1, Annotation.DUE_HOOKS)) == 4  # Until they were told.
+    assert len(store.rows.annotations(1, Annotation.DUE_HOOKS)) == 3  # Until they were told.
 
 
 async def test_a_session_that_begins_anew(store: Store) -> None:
@@ -259,18 +263,19 @@ async def test_a_session_that_goes_on_from_an_earlier_position(
     ]
 
 
-async def test_what_was_waited_for_and_is_damaged_is_forgotten(store: Store) -> None:
-    """It alone: the others of the run stay, and so do those of other runs."""
+@pytest.mark.parametrize("branch", ["1:", "x:"])
+async def test_a_damaged_question_stops_a_resume(store: Store, branch: str) -> None:
+    """A question or an answer that is damaged stops the resume of its run, which stays as it is."""
     await begin_run(store)
     store.keep_beside()
-    store.open("s")
-    store.rows.annotate("s", Annotation.WAITING, "0:", "n", Step("", "", b"7", b"wrong", 1))
-    store.rows.annotate("r", Annotation.WAITING, "1:", "n", Step("", "", b"7", b"wrong", 1))
-    store.rows.annotate("r", Annotation.WAITING, "x:", "n", EMPTY)
-    session = store.open(if_exists="resume")
-    assert list(session.waiting) == [(0, ""), (2, "0")]
-    assert [one.branch for one in store.rows.annotations(1, Annotation.WAITING)] == ["0:", "2:0"]
-    assert len(store.rows.annotations(2, Annotation.WAITING)) == 1
+    step = (
+        Step("", "", b"7", b"wrong", 1) if branch == "1:" else sealed_row(Annotation.WAITING, "x:", "n").step
+    )
+    store.rows.annotate("r", Annotation.WAITING, branch, "n", step)
+    before = store.tables()
+    with pytest.raises(CorruptCheckpoint, match=f"the waiting '{branch}' of run 'r' is damaged"):
+        store.open(if_exists="resume")
+    assert store.tables() == before
 
 
 async def test_commits_that_are_apart_are_not_restored(store: Store) -> None:

@@ -14,6 +14,7 @@ from tests.checkpoint.one_store import (
     Store,
     begin_run,
     row,
+    sealed_row,
     store_fixture,
     stored,
 )
@@ -26,7 +27,7 @@ from stroma.checkpoint import (
 from stroma.checkpoint.durable.fork import fork_run
 from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.owner import new_owner
-from stroma.checkpoint.durable.rows import Annotation, Opening, Step, StepRow
+from stroma.checkpoint.durable.rows import Annotation, Opening, Step
 from stroma.checkpoint.entries import PriorUsage
 from stroma.checkpoint.payloads import Payloads
 from stroma.checkpoint.records import Attempt
@@ -68,7 +69,7 @@ async def test_a_fork_has_what_was_committed_before(store: Store) -> None:
     )  # fmt: skip
     assert (result.epoch, result.left_seconds, result.nodes) == (1, -1.0, 2)
     assert store.rows.annotations(2, Annotation.PARENT) == [
-        StepRow(Annotation.PARENT, "", "r", Step("", "", b"", checksum(b""), 2))
+        sealed_row(Annotation.PARENT, "", "r", Step("", "", b"", b"", 2))
     ]
     for name in TABLES:
         assert store.table(name)[: len(before[name])] == before[name] or name == "steps"
@@ -88,12 +89,12 @@ async def test_where_a_run_is_forked(store: Store, before: int, places: list[Any
 async def test_a_fork_with_an_output_of_its_own(store: Store) -> None:
     """It stands in for the last of what was before, and for nothing else; it is filed where that was."""
     await begin_run(store)
-    edited = Step("its own", "m:Q", b"[]", checksum(b"[]"), 1, b"g")
+    edited = Step("its own", "m:Q", b"[]", b"", 1, b"g")
     forked(store, 2, edited=edited)
     entries = {(one.position, one.branch): one.step for one in store.rows.steps(1, 1)}
     outputs = {(one.position, one.branch): one.step for one in store.rows.steps(2, 1)}
     last = (1, "")
-    assert outputs[last] == edited._replace(contract=entries[last].contract)
+    assert outputs[last] == sealed_row(*last, "node", edited._replace(contract=entries[last].contract)).step
     assert {at: one for at, one in outputs.items() if at != last} == {
         at: one for at, one in entries.items() if at[0] < 2 and at != last
     }

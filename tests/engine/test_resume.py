@@ -1,7 +1,6 @@
 """Resume, restart and what a run remembers: one suite over every store that keeps a journal, and the simple protocol."""
 
 import asyncio
-import hashlib
 import re
 import sqlite3
 from collections import Counter
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.checkpoint.damage import reseal
 from tests.fixtures import store_fixture
 from tests.kit import NEVER, Num, node
 from tests.shared_stores import LOCAL
@@ -922,10 +922,8 @@ async def test_a_damaged_child_names_the_group_to_resume_from(tmp_path: Path) ->
         assert result.status is RunStatus.RESUMED
         with sqlite3.connect(tmp_path / "runs.db") as db:
             output = b'["stroma/1",3]'
-            db.execute(
-                "UPDATE steps SET output = ?, sha256 = ? WHERE branch = '0'",
-                (output, hashlib.sha256(output).digest()),
-            )
+            db.execute("UPDATE steps SET output = ? WHERE branch = '0'", (output,))
+            reseal(db)
             db.execute("DELETE FROM steps WHERE branch = ''")
             db.execute("UPDATE runs SET commit_count = (SELECT count(*) FROM steps WHERE position >= 0)")
         db.close()

@@ -102,7 +102,7 @@ def _checker(shape: Any) -> Check:
     if origin is tuple:
         return _fields(tuple(map(_checker, parts)), tuple)
     if origin is dict:
-        return _mapping(_checker(parts[1]))
+        return _mapping(_checker(parts[0]), _checker(parts[1]))
     hints = get_type_hints(shape) if is_typeddict(shape) or hasattr(shape, "_fields") else {}
     checks = {name: _checker(hint) for name, hint in hints.items()}
     if is_typeddict(shape):
@@ -182,11 +182,11 @@ def _fields(checks: tuple[Check, ...], make: Callable[[Any], Any]) -> Check:
     return check
 
 
-def _mapping(item: Check) -> Check:
+def _mapping(key: Check, item: Check) -> Check:
     def check(value: Any) -> Any:
         if type(value) is not dict:
             raise _wrong(value, "an object")
-        return {key: item(inner) for key, inner in value.items()}
+        return {key(name): item(inner) for name, inner in value.items()}
 
     return check
 

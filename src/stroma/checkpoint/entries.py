@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from pydantic import BaseModel
 
+from stroma.checkpoint.decoding import RecordName, decode_json
 from stroma.checkpoint.errors import CheckpointNotFound
 from stroma.checkpoint.identity import place_before, with_outer
 from stroma.contracts.schema import Schema, Snapshot
@@ -256,10 +257,11 @@ class PriorUsage(NamedTuple):
     latency_ms: float = 0.0
 
     @classmethod
-    def of_no_attempt(cls, notes: Mapping[str, bytes]) -> PriorUsage:
-        """Return the usage that no attempt has, from the notes of a session."""
+    def of_no_attempt(cls, notes: Mapping[str, bytes], run_id: str) -> PriorUsage:
+        """Return the usage that no attempt has, from the notes of a session. Raises CorruptCheckpoint."""
         data = notes.get(USAGE_NOTE)
-        return cls() if data is None else cls(*json.loads(data))
+        name = RecordName(run_id, "note", USAGE_NOTE)
+        return cls() if data is None else cls(*decode_json(data, tuple[int, float], name))
 
     def as_note(self) -> bytes:
         """Return the data of :data:`USAGE_NOTE`."""

@@ -37,6 +37,11 @@ CODED: Final = b"stroma:c1\0"
 BLOB: Final = b"stroma:b1\0"
 #: Prefix of an encoded text, in base64: text columns hold no bytes.
 _CODED_TEXT: Final = "stroma:c1:"
+#: In place of a text that cannot be opened.
+_NOT_SEALED: Final = "[not written by the codec of this store]"
+_SEALED: Final = "[sealed; open the store with codec=]"
+_NOT_OPENED: Final = "[sealed, and cannot be opened]"
+UNREADABLE: Final = (_NOT_SEALED, _SEALED, _NOT_OPENED)
 _NAME: Final = re.compile(r"[0-9a-f]{64}")
 _THREAD_BYTES: Final = 256 * 1024  # Payloads of this size and above are encoded in a thread.
 LARGE_BYTES: Final = 50_000_000  # a state of which a warning tells
@@ -286,13 +291,13 @@ class Payloads:
         if stored is None or not isinstance(stored, str):
             return stored
         if not stored.startswith(_CODED_TEXT):
-            return "[not written by the codec of this store]" if self._must_be_sealed else stored
+            return _NOT_SEALED if self._must_be_sealed else stored
         if self.codec is None:
-            return "[sealed; open the store with codec=]"
+            return _SEALED
         try:
             return self._decode(self.codec, base64.b64decode(stored[len(_CODED_TEXT) :]), place, "").decode()
         except (StoreError, TypeError, ValueError):
-            return "[sealed, and cannot be opened]"
+            return _NOT_OPENED
 
     def move(self, stored: bytes, source: PayloadPlace, target: PayloadPlace, what: str) -> bytes:
         """Seal a stored payload for another place. Raises StoreError."""

@@ -429,7 +429,7 @@ class ReliabilityContext:
                 if committed.step is not None and committed.failed_items
             }
         if session.continued:
-            self._prior_unrecorded = PriorUsage.of_no_attempt(session.notes)
+            self._prior_unrecorded = PriorUsage.of_no_attempt(session.notes, self.run_id)
         if carry and session.continued:
             # Only a resume that goes on by itself remembers the bill; resume_from starts a new one.
             self.cost_tracker.prior_tokens = session.prior.tokens + self._prior_unrecorded.tokens

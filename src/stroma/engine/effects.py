@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from stroma._utils.text import typed
 from stroma.checkpoint import Committed, CorruptCheckpoint, schema_ref
+from stroma.checkpoint.decoding import RecordName, decode_json
 from stroma.checkpoint.entries import NOT_DONE, UnknownCall, Waiting, effect_note
 from stroma.checkpoint.identity import is_called, without_attempts
 from stroma.checkpoint.sessions import SimpleSession
@@ -230,7 +231,8 @@ def _read(run: NodeExecution, branch: str) -> Intent | None:
     intent = run.ctx.effects.get(key)
     if intent is None:
         data = run.ctx.session.notes.get(key)
-        intent = None if data is None else Intent(*json.loads(data))
+        name = RecordName(run.run_id, "note", key)
+        intent = None if data is None else decode_json(data, Intent, name)
     return intent if intent is not None and intent.node_id == run.node_id else None
 
 

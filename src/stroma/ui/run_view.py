@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from markupsafe import Markup
 
 from stroma._utils.text import format_duration, format_usd, pluralize
+from stroma.checkpoint.durable.annotations import read_annotation
 from stroma.checkpoint.durable.control import read_control
 from stroma.checkpoint.durable.rows import Annotation, Rows
 from stroma.checkpoint.entries import Waiting
@@ -44,7 +45,7 @@ def read_limits(settings: Settings, record: RunRecord) -> Mapping[str, float]:
 
     def query(rows: Rows) -> dict[str, float]:
         run = rows.find(record.run_id)
-        return {} if run is None else dict(read_control(rows, run.run).budget)
+        return {} if run is None else dict(read_control(rows, run.run, record.run_id).budget)
 
     nothing: dict[str, float] = {}
     own = settings.budget if record.pipeline == settings.pipeline else nothing
@@ -56,8 +57,8 @@ def trace_link(settings: Settings, run_id: str) -> str | None:
 
     def query(rows: Rows) -> str:
         run = rows.find(run_id)
-        traces = [] if run is None else rows.annotations(run.run, Annotation.TRACE)
-        return next((row.node_id for row in traces), "")
+        trace = None if run is None else read_annotation(rows, run.run, run_id, Annotation.TRACE)
+        return "" if trace is None else trace.node_id
 
     match = None if settings.trace_url is None else _TRACEPARENT.fullmatch(settings.store.read(query, ""))
     if match is None or settings.trace_url is None:

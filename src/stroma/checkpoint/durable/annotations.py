@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
 
-from stroma.checkpoint.durable.integrity import checksum, is_intact, storable_text
+from stroma.checkpoint.decoding import RecordName, decode_json, decode_number, decode_text
+from stroma.checkpoint.durable.integrity import is_intact, seal, storable_text
 from stroma.checkpoint.durable.rows import Annotation, Rows, Step, StepRow
 from stroma.checkpoint.entries import UnknownCall, Waiting, is_effect_note
-from stroma.checkpoint.errors import CorruptCheckpoint
-from stroma.checkpoint.payloads import PayloadPlace, Payloads
+from stroma.checkpoint.payloads import UNREADABLE, PayloadPlace, Payloads
 from stroma.checkpoint.records import PICO, Attempt
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import AttemptRow, AttemptUsage, Failed, Outcome
@@ -17,9 +17,13 @@ from stroma.trace.rejected import RejectedOutput, read_rejected
 
 __all__ = [
     "Notes",
+    "annotate",
     "answer_place",
     "due_hooks_key",
+    "name_of",
     "open_rejected",
+    "read_annotation",
+    "read_annotations",
     "read_due_hooks",
     "read_notes",
     "read_waiting",
@@ -34,6 +38,39 @@ __all__ = [
 
 #: Data by the kind of annotation, NOTE or EFFECT, and its key; None deletes it.
 Notes: TypeAlias = dict[tuple[Annotation, str], bytes | None]
+#: A step without anything, for annotations whose value is their node id.
+_NO_STEP: Final = Step("", "", b"", b"")
+
+
+def annotate(
+    rows: Rows, run_id: str, kind: Annotation, branch: str, node_id: str, step: Step = _NO_STEP
+) -> None:
+    """Write an annotation with its checksum, in place of an existing one."""
+    rows.annotate(run_id, kind, branch, node_id, seal(kind, branch, node_id, step))
+
+
+def read_annotations(
+    rows: Rows, run: Any, run_id: str, kind: Annotation, branch: str | None = None
+) -> list[StepRow]:
+    """Return the annotations of one kind; branch None: in all branches. Raises CorruptCheckpoint for a damaged one.
+
+    All reading of annotations goes through here.
+    """
+    found = list(rows.annotations(run, kind, branch))
+    for row in found:
+        if not is_intact(row):
+            raise name_of(row, run_id).damaged()
+    return found
+
+
+def read_annotation(rows: Rows, run: Any, run_id: str, kind: Annotation, branch: str = "") -> StepRow | None:
+    """Return one annotation, or None. Raises CorruptCheckpoint if it is damaged."""
+    return next(iter(read_annotations(rows, run, run_id, kind, branch)), None)
+
+
+def name_of(row: StepRow, run_id: str) -> RecordName:
+    """Return the name of an annotation for messages."""
+    return RecordName(run_id, Annotation(row.position).name.lower().replace("_", " "), str(row.branch))
 
 
 def due_hooks_key(attempt: Attempt) -> str:
@@ -44,36 +81,28 @@ def due_hooks_key(attempt: Attempt) -> str:
 def record_due_hooks(rows: Rows, run_id: str, attempt: Attempt) -> None:
     """Record that the end hooks of an attempt are pending."""
     # The arguments of its hooks, except the output, which is stored with its commit.
-    data = json.dumps(attempt._asdict()).encode()
-    rows.annotate(
-        run_id,
-        Annotation.DUE_HOOKS,
-        due_hooks_key(attempt),
-        attempt.node_id,
-        Step("", "", data, checksum(data)),
-    )
+    step = _NO_STEP._replace(output=json.dumps(attempt).encode())
+    annotate(rows, run_id, Annotation.DUE_HOOKS, due_hooks_key(attempt), attempt.node_id, step)
 
 
-def read_due_hooks(row: StepRow, run_id: str, execution: int, payloads: Payloads) -> AttemptRow | None:
-    """Return the row that :func:`record_due_hooks` stored; None if it is damaged."""
-    if not is_intact(row.step.output, row.step.sha256):
-        return None
-    try:
-        attempt = Attempt(**json.loads(row.step.output))
-        place = PayloadPlace(run_id, execution, "message", attempt.position, attempt.branch)
-        attempt = attempt._replace(message=payloads.open_text(attempt.message, place))
-        usage = AttemptUsage(attempt.tokens, attempt.output_tokens, attempt.cost_pico / PICO, attempt.model)
-        failed = None
-        if attempt.failure_class is not None:
-            failed = Failed(
-                FailureClass(attempt.failure_class), attempt.message or "", attempt.reason, attempt.error_type
-            )
-        elif attempt.message is not None:
-            failed = Failed(
-                FailureClass.RECOVERABLE, attempt.message, attempt.reason
-            )  # The reason of a suspension.
-    except (TypeError, ValueError):
-        return None
+def read_due_hooks(row: StepRow, run_id: str, execution: int, payloads: Payloads) -> AttemptRow:
+    """Return the row that :func:`record_due_hooks` stored. Raises CorruptCheckpoint."""
+    name = name_of(row, run_id)
+    attempt: Attempt = decode_json(row.step.output, Attempt, name)
+    place = PayloadPlace(run_id, execution, "message", attempt.position, attempt.branch)
+    attempt = attempt._replace(message=payloads.open_text(attempt.message, place))
+    usage = AttemptUsage(attempt.tokens, attempt.output_tokens, attempt.cost_pico / PICO, attempt.model)
+    failed = None
+    if attempt.failure_class is not None:
+        if attempt.failure_class not in list(FailureClass):
+            raise name.damaged(f"{attempt.failure_class!r:.40} is not a failure class")
+        failed = Failed(
+            FailureClass(attempt.failure_class), attempt.message or "", attempt.reason, attempt.error_type
+        )
+    elif attempt.message is not None:
+        failed = Failed(
+            FailureClass.RECOVERABLE, attempt.message, attempt.reason
+        )  # The reason of a suspension.
     return AttemptRow(
         attempt.node_id, attempt.attempt, attempt.started_ns, attempt.duration_ns, {}, None,
         cast("Outcome", attempt.outcome), failed, usage, attempt.position, attempt.branch, attempt.group_id, None, None,
@@ -89,8 +118,8 @@ def record_waiting(rows: Rows, run_id: str, execution: int, waiting: Waiting, pa
     place = PayloadPlace(run_id, execution, "question", waiting.position, waiting.branch)
     effect = waiting.effect and waiting.effect._replace(cause=storable_text(waiting.effect.cause) or "")
     question = payloads.seal_text(json.dumps([storable_text(waiting.reason), effect]), place)
-    step = Step(question or "", waiting.schema_ref, data, checksum(data), number)
-    rows.annotate(run_id, Annotation.WAITING, waiting_key(waiting), waiting.node_id, step)
+    step = Step(question or "", waiting.schema_ref, data, b"", number)
+    annotate(rows, run_id, Annotation.WAITING, waiting_key(waiting), waiting.node_id, step)
 
 
 def waiting_key(waiting: Waiting) -> str:
@@ -104,21 +133,17 @@ def answer_place(run_id: str, execution: int, waiting: Waiting) -> PayloadPlace:
     return PayloadPlace(run_id, execution, question, waiting.position, waiting.branch)
 
 
-def read_waiting(row: StepRow, run_id: str, execution: int, payloads: Payloads) -> Waiting | None:
-    """Return the approval that :func:`record_waiting` stored; None for anything else."""
+def read_waiting(row: StepRow, run_id: str, execution: int, payloads: Payloads) -> Waiting:
+    """Return the approval that :func:`record_waiting` stored. Raises StoreError."""
     number, _, branch = row.branch.partition(":")
-    step = row.step
-    if not number.isdecimal() or not is_intact(step.output, step.sha256):
-        return None
-    position = int(number)
-    question = payloads.open_text(
-        step.contract, PayloadPlace(run_id, execution, "question", position, branch)
-    )
-    try:
-        reason, effect = json.loads(question or "")
-        unknown = None if effect is None else UnknownCall(*effect)
-    except (TypeError, ValueError):
-        return None
+    name, step = name_of(row, run_id), row.step
+    position = decode_number(number, name)
+    place = PayloadPlace(run_id, execution, "question", position, branch)
+    question = payloads.open_text(step.contract, place) or ""
+    if question in UNREADABLE:  # It is listed, so that people see that there is one.
+        reason, unknown = question, None
+    else:
+        reason, unknown = decode_json(question, tuple[str, UnknownCall | None], name)
     waiting = Waiting(position, branch, row.node_id, reason, step.schema_ref, None, unknown)
     if step.number is None:
         return waiting
@@ -133,8 +158,8 @@ def record_rejected(
     key = rejected_key(attempt.position, attempt.branch, attempt.started_ns)
     # As a text: one that cannot be opened later must not hide the attempt.
     sealed = payloads.seal_text(data.decode(), PayloadPlace(run_id, execution, "rejected", 0, key)) or ""
-    stored = sealed.encode()
-    rows.annotate(run_id, Annotation.REJECTED, key, attempt.node_id, Step("", "", stored, checksum(stored)))
+    step = _NO_STEP._replace(output=sealed.encode())
+    annotate(rows, run_id, Annotation.REJECTED, key, attempt.node_id, step)
 
 
 def rejected_key(position: int, branch: str, started_ns: int) -> str:
@@ -143,12 +168,17 @@ def rejected_key(position: int, branch: str, started_ns: int) -> str:
 
 
 def open_rejected(row: StepRow, run_id: str, execution: int, payloads: Payloads) -> RejectedOutput | None:
-    """Return the rejected output that :func:`record_rejected` stored; None if it cannot be read."""
-    if not is_intact(row.step.output, row.step.sha256):
-        return None
+    """Return the rejected output that :func:`record_rejected` stored; None if the codec cannot open it.
+
+    Raises CorruptCheckpoint.
+    """
+    name = name_of(row, run_id)
     place = PayloadPlace(run_id, execution, "rejected", 0, row.branch)
-    text = payloads.open_text(row.step.output.decode("utf-8", "replace"), place)
-    return None if text is None else read_rejected(text)
+    text = payloads.open_text(decode_text(row.step.output, name), place) or ""
+    rejected = read_rejected(text)
+    if rejected is None and text not in UNREADABLE:
+        raise name.damaged()
+    return rejected
 
 
 def record_notes(rows: Rows, run: Any, run_id: str, execution: int, notes: Notes, payloads: Payloads) -> None:
@@ -158,7 +188,7 @@ def record_notes(rows: Rows, run: Any, run_id: str, execution: int, notes: Notes
             rows.delete_annotations(run, kind, key)
         else:
             sealed = payloads.seal_now(data, PayloadPlace(run_id, execution, "note", 0, key))
-            rows.annotate(run_id, kind, key, "note", Step("", "", sealed, checksum(sealed)))
+            annotate(rows, run_id, kind, key, "note", _NO_STEP._replace(output=sealed))
 
 
 def read_notes(
@@ -169,13 +199,12 @@ def read_notes(
     Raises StoreError.
     """
     notes: dict[str, bytes] = {}
-    for row in list(rows.annotations(run, Annotation.NOTE)):
-        key, step = row.branch, row.step
-        if first is not None and int(key.partition(":")[0]) >= first and not is_effect_note(key):
+    for row in read_annotations(rows, run, run_id, Annotation.NOTE):
+        key, name = row.branch, name_of(row, run_id)
+        position = decode_number(key.partition(":")[0], name)
+        if first is not None and position >= first and not is_effect_note(key):
             rows.delete_annotations(run, Annotation.NOTE, key)
             continue
-        if not is_intact(step.output, step.sha256):
-            raise CorruptCheckpoint(f"note {key!r} of run {run_id!r} is damaged; start a new run")
         place = PayloadPlace(run_id, execution, "note", 0, key)
-        notes[key] = payloads.open(step.output, place, f"note {key!r} of run {run_id!r}")
+        notes[key] = payloads.open(row.step.output, place, str(name))
     return notes

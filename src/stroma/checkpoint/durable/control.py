@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from stroma.checkpoint.durable.integrity import checksum, is_intact
+from stroma.checkpoint.decoding import decode_json, decode_number
+from stroma.checkpoint.durable.annotations import annotate, name_of, read_annotations
 from stroma.checkpoint.durable.rows import Annotation, Rows, Step, StepRow
 from stroma.checkpoint.entries import RunControl
 
@@ -28,37 +29,40 @@ __all__ = [
 CANCEL: Final = "cancel"
 PAUSE: Final = "pause"
 _BUDGET: Final = "budget"
+BudgetField = Literal["max_tokens_total", "max_cost_usd", "max_latency_ms"]
 _KINDS: Final = (Annotation.CONTROL, Annotation.REQUEST)
 
 
 def request(rows: Rows, run_id: str, key: str, data: bytes = b"") -> None:
     """Store a request about an existing run."""
-    rows.annotate(run_id, Annotation.REQUEST, key, key, Step("", "", data, checksum(data)))
+    annotate(rows, run_id, Annotation.REQUEST, key, key, Step("", "", data, b""))
 
 
 def request_budget(rows: Rows, run_id: str, run: Any, limits: Mapping[str, float]) -> None:
     """Store a request for other limits, by field of ExecutionBudget. ``run``: the run's key in the store, which is locked."""
-    earlier = [row.branch for kind in _KINDS for row in rows.annotations(run, kind)]
-    numbers = [int(key.split()[1]) for key in earlier if key.startswith(_BUDGET)]
+    numbers = [_budget_number(row, run_id) for row in _requests(rows, run, run_id)]
     key = f"{_BUDGET} {max(numbers, default=0) + 1:09d}"
     request(rows, run_id, key, json.dumps(dict(limits)).encode())
 
 
-def read_control(rows: Rows, run: Any) -> RunControl:
-    """Return all requests about a run, read or not. ``run``: its key in the store."""
-    return _to_control([row for kind in _KINDS for row in rows.annotations(run, kind)])
+def read_control(rows: Rows, run: Any, run_id: str) -> RunControl:
+    """Return all requests about a run, read or not. ``run``: its key in the store. Raises CorruptCheckpoint."""
+    return _to_control(_requests(rows, run, run_id), run_id)
 
 
 def accept_requests(rows: Rows, run_id: str, run: Any) -> RunControl | None:
-    """Make the requests that nobody has read hold. Return all that hold; None if none was pending."""
-    pending = list(rows.annotations(run, Annotation.REQUEST))
+    """Make the requests that nobody has read hold. Return all that hold; None if none was pending.
+
+    Raises CorruptCheckpoint.
+    """
+    pending = read_annotations(rows, run, run_id, Annotation.REQUEST)
     if not pending:
         return None
-    holding = list(rows.annotations(run, Annotation.CONTROL))
+    holding = read_annotations(rows, run, run_id, Annotation.CONTROL)
     for row in pending:
         rows.delete_annotations(run, Annotation.REQUEST, row.branch)
-        rows.annotate(run_id, Annotation.CONTROL, row.branch, row.branch, row.step)
-    return _to_control([*holding, *pending])
+        annotate(rows, run_id, Annotation.CONTROL, row.branch, row.branch, row.step)
+    return _to_control([*holding, *pending], run_id)
 
 
 def forget_requests(rows: Rows, run: Any, *keys: str) -> None:
@@ -68,11 +72,25 @@ def forget_requests(rows: Rows, run: Any, *keys: str) -> None:
             rows.delete_annotations(run, kind, key)
 
 
-def _to_control(requests: Iterable[StepRow]) -> RunControl:
-    by_key = {row.branch: row.step for row in requests}
+def _requests(rows: Rows, run: Any, run_id: str) -> list[StepRow]:
+    return [row for kind in _KINDS for row in read_annotations(rows, run, run_id, kind)]
+
+
+def _budget_number(row: StepRow, run_id: str) -> int:
+    """Return the number of a request for other limits; 0 for any other request. Raises CorruptCheckpoint."""
+    kind, _, number = row.branch.partition(" ")
+    if kind == _BUDGET:
+        return decode_number(number, name_of(row, run_id))
+    if row.branch not in (CANCEL, PAUSE):
+        raise name_of(row, run_id).damaged("there is no such request")
+    return 0
+
+
+def _to_control(requests: Iterable[StepRow], run_id: str) -> RunControl:
+    by_number = sorted((_budget_number(row, run_id), row.branch, row) for row in requests)
     budget: dict[str, float] = {}
-    for key in sorted(by_key):
-        step = by_key[key]
-        if key.startswith(_BUDGET) and is_intact(step.output, step.sha256):
-            budget.update(json.loads(step.output))
-    return RunControl(CANCEL in by_key, PAUSE in by_key, budget)
+    for number, _, row in by_number:
+        if number:
+            budget.update(decode_json(row.step.output, dict[BudgetField, float], name_of(row, run_id)))
+    keys = {row.branch for _, _, row in by_number}
+    return RunControl(CANCEL in keys, PAUSE in keys, budget)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from stroma.checkpoint.durable.integrity import checksum, require_undamaged, storable_text, verify_step
+from stroma.checkpoint.durable.annotations import annotate, read_annotations
+from stroma.checkpoint.durable.integrity import checksum, require_undamaged, seal, storable_text, verify_step
 from stroma.checkpoint.durable.rows import FORKED, Annotation, Opening, Rows, RunEnd, Step
 from stroma.checkpoint.errors import CheckpointNotFound, RunExists
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
@@ -51,13 +52,13 @@ def fork_run(
             step = edited._replace(contract=step.contract)
         elif payloads.codec is not None:
             step = _reseal_step(payloads, step, old, new, position, branch)
-        rows.commit(fence, _forked_attempt(number, position, branch, node_id, identities.get(position)), step)
-    parent = Step("", "", b"", checksum(b""), before)
-    rows.annotate(opening.run_id, Annotation.PARENT, "", source, parent)
-    rows.annotate(opening.run_id, Annotation.ATTRIBUTION, "session", source, parent)
+        attempt = _forked_attempt(number, position, branch, node_id, identities.get(position))
+        rows.commit(fence, attempt, seal(position, branch, node_id, step))
+    annotate(rows, opening.run_id, Annotation.PARENT, "", source, Step("", "", b"", b"", before))
+    annotate(rows, opening.run_id, Annotation.ATTRIBUTION, "session", source)
     for kind in FORKED:
-        for row in list(rows.annotations(origin.run, kind)):
-            rows.annotate(opening.run_id, kind, row.branch, row.node_id, row.step)
+        for row in read_annotations(rows, origin.run, source, kind):
+            annotate(rows, opening.run_id, kind, row.branch, row.node_id, row.step)
     why = f"forked from run {source!r} before position {before}"
     rows.finish(fence, RunEnd("INTERRUPTED", payloads.seal_text(storable_text(why), new("error"))))
 
@@ -86,4 +87,4 @@ def _reseal_step(
 
     output = move(step.output, "output")
     input_key = None if step.input_key is None else move(step.input_key, "step input")
-    return step._replace(output=output, sha256=checksum(output), input_key=input_key)
+    return step._replace(output=output, input_key=input_key)

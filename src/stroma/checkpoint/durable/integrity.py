@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, Final, get_type_hints
 
-from stroma.checkpoint.durable.rows import DAMAGED, Annotation, RunRow, Step
+from stroma.checkpoint.durable.rows import DAMAGED, Annotation, RunRow, Step, StepRow
 from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint
 from stroma.checkpoint.records import Attempt
 
@@ -19,7 +20,9 @@ __all__ = [
     "parse_attempt",
     "parse_run",
     "require_undamaged",
+    "seal",
     "storable_text",
+    "verify_input",
     "verify_step",
 ]
 
@@ -121,14 +124,38 @@ def storable_text(value: str | None) -> str | None:
     return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
-def is_intact(data: Any, sha: Any) -> bool:
-    """Return True if data matches its checksum. Both may have any type if the store was damaged."""
-    return isinstance(data, bytes) and checksum(data) == sha
+def seal(position: int, branch: str, node_id: str, step: Step) -> Step:
+    """Return a step with the checksum of all that is stored with it, and of its place."""
+    return step._replace(sha256=_checksum_of(StepRow(position, branch, node_id, step)))
+
+
+def is_intact(row: StepRow) -> bool:
+    """Return True if a row is what was stored. Its values may have any type if the store was damaged."""
+    try:
+        return _checksum_of(row) == row.step.sha256
+    except (TypeError, ValueError):  # A value has a type that no store writes.
+        return False
+
+
+def _checksum_of(row: StepRow) -> bytes:
+    position, branch, node_id, (contract, schema_ref, output, _, number, input_key) = row
+    key_size = None if input_key is None else len(input_key)
+    head = json.dumps([position, branch, node_id, contract, schema_ref, number, key_size])
+    digest = hashlib.sha256(head.encode())
+    digest.update(input_key or b"")
+    digest.update(output)
+    return digest.digest()
+
+
+def verify_input(data: Any, sha256: Any, run_id: str) -> None:
+    """Raise CorruptCheckpoint if an input is not what was stored."""
+    if not isinstance(data, bytes) or checksum(data) != sha256:
+        raise CorruptCheckpoint(f"the input of run {run_id!r} is damaged; start a new run with its input")
 
 
 def verify_step(step: Step, run_id: str, position: int, node_id: str, branch: str = "") -> None:
     """Raise CorruptCheckpoint if an output is not what was committed. The message says how to recompute it."""
-    if is_intact(step.output, step.sha256):
+    if is_intact(StepRow(position, branch, node_id, step)):
         return
     if position == Annotation.SAVED:
         raise CorruptCheckpoint(

@@ -7,8 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from stroma.checkpoint.durable.annotations import open_rejected, read_waiting, rejected_key
-from stroma.checkpoint.durable.integrity import is_intact, verify_step
+from stroma.checkpoint.decoding import decode_number
+from stroma.checkpoint.durable.annotations import (
+    name_of,
+    open_rejected,
+    read_annotation,
+    read_annotations,
+    read_waiting,
+    rejected_key,
+)
+from stroma.checkpoint.durable.integrity import is_intact, verify_input, verify_step
 from stroma.checkpoint.durable.rows import (
     DAMAGED,
     Annotation,
@@ -173,26 +181,28 @@ class ReadableStore(ABC):
         return self.read(query, [])
 
     def failure_site_of(self, run_id: str, position: int, branch: str = "") -> FailureSite | None:
-        """Return where the last failed attempt at a place failed; None if unknown. Raises StoreError."""
+        """Return where the last failed attempt at a place failed; None if unknown. Raises CorruptCheckpoint, StoreError."""
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> StepRow | None:
             run = rows.find(run_id)
             if run is None:
                 return None
-            sites = rows.annotations(run.run, Annotation.FAILURE_SITE, f"{position}:{branch}")
-            return next(iter(sites), None)
+            return read_annotation(rows, run.run, run_id, Annotation.FAILURE_SITE, f"{position}:{branch}")
 
         row = self.read(query, None)
-        step = None if row is None else row.step
-        if step is None or not is_intact(step.output, step.sha256) or not step.contract.isdecimal():
+        if row is None:
             return None
-        return read_failure_site(step.output, step.number or 0, int(step.contract))
+        name, step = name_of(row, run_id), row.step
+        site = read_failure_site(step.output, step.number or 0, decode_number(step.contract, name))
+        if site is None:
+            raise name.damaged()
+        return site
 
     def rejected_of(self, run_id: str, position: int, branch: str, started_ns: int) -> RejectedOutput | None:
-        """Return the output that broke its contract in an attempt of the last execution; None if none can be read.
+        """Return the output that broke its contract in an attempt of the last execution; None if there is none.
 
-        Raises StoreError.
+        Raises CorruptCheckpoint, StoreError.
         """
         check_id(run_id, "run id")
         key = rejected_key(position, branch, started_ns)
@@ -201,7 +211,7 @@ class ReadableStore(ABC):
             run = rows.find(run_id)
             if run is None:
                 return 0, None
-            return run.execution, next(iter(rows.annotations(run.run, Annotation.REJECTED, key)), None)
+            return run.execution, read_annotation(rows, run.run, run_id, Annotation.REJECTED, key)
 
         nothing: tuple[int, StepRow | None] = (0, None)
         execution, row = self.read(query, nothing)
@@ -281,13 +291,15 @@ class ReadableStore(ABC):
         if stored is None:
             raise self._no_run(run_id)
         _, data, sha256 = stored
-        if not is_intact(data, sha256):
-            raise CorruptCheckpoint(f"the input of run {run_id!r} is damaged; start a new run with its input")
+        verify_input(data, sha256, run_id)
         place = PayloadPlace(run_id, execution, "input")
         return self._payloads.open(data, place, f"the input of run {run_id!r}")
 
     def waiting(self, run_id: str) -> list[Waiting]:
-        """Return the approvals that nodes of the last execution wait for, or waited for; [] if unknown. Raises StoreError."""
+        """Return the approvals that nodes of the last execution wait for, or waited for; [] if unknown.
+
+        Raises CorruptCheckpoint, StoreError.
+        """
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> list[Waiting]:
@@ -295,9 +307,8 @@ class ReadableStore(ABC):
             if run is None:
                 return []
             return [
-                waiting
-                for row in rows.annotations(run.run, Annotation.WAITING)
-                if (waiting := read_waiting(row, run_id, run.execution, self._payloads)) is not None
+                read_waiting(row, run_id, run.execution, self._payloads)
+                for row in read_annotations(rows, run.run, run_id, Annotation.WAITING)
             ]
 
         return self.read(query, [])
@@ -318,7 +329,7 @@ class ReadableStore(ABC):
         execution, notes = self.read(query, (0, list[StepRow]()))
         intact: dict[str, bytes] = {}
         for row in notes:
-            if is_intact(row.step.output, row.step.sha256):
+            if is_intact(row):
                 place = PayloadPlace(run_id, execution, "note", 0, row.branch)
                 with contextlib.suppress(CorruptCheckpoint):
                     intact[row.branch] = self._payloads.open(row.step.output, place, f"note {row.branch!r}")
@@ -343,6 +354,7 @@ class ReadableStore(ABC):
         execution, row = self.read(query, nothing)
         if row is None or row.step.number != OF_FLOW or row.step.input_key is None:
             return None
+        verify_step(row.step, run_id, position, row.node_id, branch)
         place = PayloadPlace(run_id, execution, "step input", position, branch)
         return self._payloads.open(
             row.step.input_key, place, f"the input of call {branch!r} of run {run_id!r}"

@@ -17,7 +17,10 @@ from stroma.checkpoint.cells import Change
 from stroma.checkpoint.decisions import COMPLETE, is_answered_meanwhile
 from stroma.checkpoint.durable.annotations import (
     Notes,
+    annotate,
     due_hooks_key,
+    read_annotation,
+    read_annotations,
     read_waiting,
     record_due_hooks,
     record_notes,
@@ -27,7 +30,7 @@ from stroma.checkpoint.durable.annotations import (
 )
 from stroma.checkpoint.durable.control import accept_requests
 from stroma.checkpoint.durable.conversion import payload_reference, to_attempt, to_committed
-from stroma.checkpoint.durable.integrity import checksum, storable_text
+from stroma.checkpoint.durable.integrity import checksum, seal, storable_text
 from stroma.checkpoint.durable.operations import CellChange, Commit, Submit, Transaction, fence_error
 from stroma.checkpoint.durable.owner import LIVE_SESSIONS
 from stroma.checkpoint.durable.references import BlobReferences
@@ -176,7 +179,8 @@ class DurableSession:
     def _commit(self, row: AttemptRow, schema: Schema, data: bytes, call: StepCall | None) -> Awaitable[None]:
         contract, ref = contract_of(row, schema), schema_ref(schema.model)
         number, input_key = (None, None) if call is None else (call.number, call.input_key)
-        step = Step(contract, ref, data, checksum(data), number, input_key)
+        step = Step(contract, ref, data, b"", number, input_key)
+        step = seal(row.position, row.branch, row.node_id, step)
         return self._submit_commit(Commit(self.run_id, self.fence, self._attempt(row), step))
 
     def note_call(self, position: int, identity: str) -> None:
@@ -242,21 +246,16 @@ class DurableSession:
         ):
             return self._submit(commit)
 
-        def annotate(rows: Rows) -> None:
+        def write_site(rows: Rows) -> None:
             if site is not None:
                 number, started_ns, data = site
-                step = Step(str(started_ns), "", data, checksum(data), number)
-                rows.annotate(
-                    self.run_id,
-                    Annotation.FAILURE_SITE,
-                    f"{attempt.position}:{attempt.branch}",
-                    attempt.node_id,
-                    step,
-                )
+                step = Step(str(started_ns), "", data, b"", number)
+                key = f"{attempt.position}:{attempt.branch}"
+                annotate(rows, self.run_id, Annotation.FAILURE_SITE, key, attempt.node_id, step)
 
-        return self._submit_with(commit, annotate)
+        return self._submit_with(commit, write_site)
 
-    def _submit_with(self, commit: Commit, annotate: Callable[[Rows], None]) -> asyncio.Future[Any]:
+    def _submit_with(self, commit: Commit, write: Callable[[Rows], None]) -> asyncio.Future[Any]:
         """Commit together with its annotations and the changes of its cells, in one transaction."""
         attempt, self._completed = commit.attempt, None
         place = attempt.position, attempt.branch
@@ -270,7 +269,7 @@ class DurableSession:
             commit(rows)
             if self._deliver:
                 record_due_hooks(rows, self.run_id, attempt)
-            annotate(rows)
+            write(rows)
             if rejected is not None:
                 execution = self.fence.execution
                 record_rejected(rows, self.run_id, execution, attempt, rejected, self._payloads)
@@ -311,11 +310,11 @@ class DurableSession:
         run, execution = self.fence.run, self.fence.execution
 
         def read(rows: Rows) -> list[StepRow]:
-            return list(rows.annotations(run, Annotation.WAITING))
+            return read_annotations(rows, run, self.run_id, Annotation.WAITING)
 
         annotations = await self._submit(Transaction(self.run_id, read))
         waiting = [read_waiting(row, self.run_id, execution, self._payloads) for row in annotations]
-        self.waiting = {(one.position, one.branch): one for one in waiting if one is not None}
+        self.waiting = {(one.position, one.branch): one for one in waiting}
         return self.waiting
 
     def _submit_fenced(self, do: Callable[[Rows], None]) -> asyncio.Future[Any]:
@@ -371,16 +370,14 @@ class DurableSession:
 
     def note_traceparent(self, traceparent: str) -> None:
         """Store the trace context without waiting. If this is lost, the trace of a resumed run is not linked."""
-        step = Step("", "", b"", checksum(b""))
-        self._post_fenced(lambda rows: rows.annotate(self.run_id, Annotation.TRACE, "", traceparent, step))
+        self._post_fenced(lambda rows: annotate(rows, self.run_id, Annotation.TRACE, "", traceparent))
 
     def note_attribution(self, ids: Mapping[str, str]) -> None:
         """Store ids of what the run belongs to, without waiting. If this is lost, a resumed run belongs to nothing."""
-        step = Step("", "", b"", checksum(b""))
 
         def write(rows: Rows) -> None:
             for kind, value in ids.items():
-                rows.annotate(self.run_id, Annotation.ATTRIBUTION, kind, value, step)
+                annotate(rows, self.run_id, Annotation.ATTRIBUTION, kind, value)
 
         self._post_fenced(write)
 
@@ -399,10 +396,10 @@ class DurableSession:
 
         def ask(rows: Rows) -> None:
             run, key = rows.find(self.run_id, lock=True), waiting_key(waiting)
-            annotations = [] if run is None else rows.annotations(run.run, Annotation.WAITING, key)
-            questions = (read_waiting(row, self.run_id, execution, self._payloads) for row in annotations)
+            found = run and read_annotation(rows, run.run, self.run_id, Annotation.WAITING, key)
+            stored = found and read_waiting(found, self.run_id, execution, self._payloads)
             loaded = self.waiting.get((waiting.position, waiting.branch))
-            if not is_answered_meanwhile(next(questions, None), loaded, waiting):
+            if not is_answered_meanwhile(stored, loaded, waiting):
                 record_waiting(rows, self.run_id, execution, waiting, self._payloads)
 
         return self._submit_with(commit, ask)

@@ -18,8 +18,13 @@ from stroma.checkpoint.decisions import (
     expired_error,
     has_expired,
 )
+from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.annotations import (
+    annotate,
+    name_of,
     open_rejected,
+    read_annotation,
+    read_annotations,
     read_due_hooks,
     read_notes,
     read_waiting,
@@ -27,10 +32,11 @@ from stroma.checkpoint.durable.annotations import (
 )
 from stroma.checkpoint.durable.control import CANCEL, PAUSE, forget_requests, read_control, request
 from stroma.checkpoint.durable.conversion import to_committed
-from stroma.checkpoint.durable.integrity import checksum, is_intact, lost_error
+from stroma.checkpoint.durable.integrity import checksum, lost_error, verify_input
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.owner import Owner
 from stroma.checkpoint.durable.rows import (
+    DAMAGED,
     OF_EXECUTION,
     Annotation,
     Fence,
@@ -39,6 +45,7 @@ from stroma.checkpoint.durable.rows import (
     RunEnd,
     RunRow,
     Step,
+    StepRow,
 )
 from stroma.checkpoint.entries import (
     NO_CONTROL,
@@ -142,7 +149,9 @@ class RunOpener:
         if action != "begin" and run is not None and not rows.is_complete(run):
             raise lost_error(self._run_id, "some of its rows are missing")
         opened, request = self._opened, self._request
-        control = NO_CONTROL if run is None or action != "continue" else read_control(rows, run.run)
+        control = (
+            NO_CONTROL if run is None or action != "continue" else read_control(rows, run.run, self._run_id)
+        )
         self._held = control._replace(budget={})
         if action == "begin" or run is None:
             opened.fence = rows.begin(run, self._seal_for_next(run))
@@ -213,7 +222,7 @@ class RunOpener:
         owner = Owner.read(run.owner)
         has_died = run.status == "RUNNING" and owner is not None and owner.may_die
         deaths = (
-            next(iter(rows.annotations(run.run, Annotation.DEATHS)), None)
+            read_annotation(rows, run.run, self._run_id, Annotation.DEATHS)
             if has_died or run.status == "FAILED" or request.force
             else None
         )
@@ -221,7 +230,7 @@ class RunOpener:
         if deaths is not None:
             number = deaths.step.number or 0
             if deaths.step.schema_ref == str(run.epoch):
-                first_epoch = int(deaths.step.contract)
+                first_epoch = decode_number(deaths.step.contract, name_of(deaths, self._run_id))
         number += has_died
         if request.force:
             rows.delete_annotations(run.run, Annotation.DEATHS)
@@ -246,6 +255,8 @@ class RunOpener:
             self._count_deaths(rows, number, first_epoch)
             if request.discard_from is None:
                 failed = rows.failed_since(run.run, run.execution, first_epoch)
+                if any(one.outcome == DAMAGED for one in failed):
+                    raise RecordName(self._run_id, "list of failed attempts").damaged()
                 tried = _count_failed(map(self._with_message, failed), opened.restored)
                 opened.tried = {at: self._with_rejected(rows, run, at, one) for at, one in tried.items()}
 
@@ -262,8 +273,8 @@ class RunOpener:
             finish_execution(rows, self._payloads, opened.fence, self._run_id, end)
 
     def _count_deaths(self, rows: Rows, number: int, first_epoch: int) -> None:
-        step = Step(str(first_epoch), str(self._opened.fence.epoch), b"", checksum(b""), number)
-        rows.annotate(self._run_id, Annotation.DEATHS, "", "deaths", step)
+        step = Step(str(first_epoch), str(self._opened.fence.epoch), b"", b"", number)
+        annotate(rows, self._run_id, Annotation.DEATHS, "", "deaths", step)
 
     def _error_of(self, run: RunRow) -> str | None:
         return self._payloads.open_text(run.error, PayloadPlace(self._run_id, run.execution, "error"))
@@ -272,7 +283,7 @@ class RunOpener:
         if not tried.is_repaired:
             return tried
         key = rejected_key(*at, tried.started_ns)
-        row = next(iter(rows.annotations(run.run, Annotation.REJECTED, key)), None)
+        row = read_annotation(rows, run.run, self._run_id, Annotation.REJECTED, key)
         if row is None:
             return tried
         return tried._replace(rejected=open_rejected(row, self._run_id, run.execution, self._payloads))
@@ -300,9 +311,10 @@ class RunOpener:
             return True
         # Compare decrypted inputs: a codec may produce different bytes for equal input.
         _, data, sha256 = stored
-        if self._payloads.is_plain(data) or not is_intact(data, sha256):
-            return False
         try:
+            verify_input(data, sha256, self._run_id)
+            if self._payloads.is_plain(data):
+                return False
             place = PayloadPlace(self._run_id, run.execution, "input")
             what = f"the input of run {self._run_id!r}"
             return self._payloads.open(data, place, what) == self._plain_input
@@ -324,34 +336,28 @@ class RunOpener:
             for kind in OF_EXECUTION:
                 rows.delete_annotations(run.run, kind)
             return  # A store that writes at the end of an operation would still read what was deleted.
-        opened.attribution = {
-            row.branch: row.node_id for row in rows.annotations(run.run, Annotation.ATTRIBUTION)
-        }
-        trace = rows.annotations(run.run, Annotation.TRACE)
-        opened.traceparent = next((row.node_id for row in trace), None)
+
+        def read(kind: Annotation) -> list[StepRow]:
+            return read_annotations(rows, run.run, self._run_id, kind)
+
+        opened.attribution = {row.branch: row.node_id for row in read(Annotation.ATTRIBUTION)}
+        opened.traceparent = next((row.node_id for row in read(Annotation.TRACE)), None)
         if is_claimed and opened.continued and request.deliver:
             due = [
                 read_due_hooks(row, self._run_id, run.execution, self._payloads)
-                for row in rows.annotations(run.run, Annotation.DUE_HOOKS)
+                for row in read(Annotation.DUE_HOOKS)
             ]
-            opened.undelivered = sorted(
-                (row for row in due if row is not None), key=lambda row: row.started_ns
-            )
+            opened.undelivered = sorted(due, key=lambda row: row.started_ns)
         if is_claimed:
             opened.notes = read_notes(
                 rows, run.run, self._run_id, run.execution, self._payloads, request.discard_from
             )
-        for row in list(rows.annotations(run.run, Annotation.WAITING)):
+        for row in read(Annotation.WAITING):
             waiting = read_waiting(row, self._run_id, run.execution, self._payloads)
             first = request.discard_from
             # Where the caller's own checkpoint goes on, what is still to be answered is asked again.
-            is_asked_again = (
-                waiting is not None
-                and request.any_input
-                and waiting.payload is None
-                and waiting.effect is None
-            )
-            if waiting is None or is_asked_again or (first is not None and waiting.position >= first):
+            is_asked_again = request.any_input and waiting.payload is None and waiting.effect is None
+            if is_asked_again or (first is not None and waiting.position >= first):
                 rows.delete_annotations(run.run, Annotation.WAITING, row.branch)
             else:
                 opened.waiting[waiting.position, waiting.branch] = waiting
@@ -414,8 +420,12 @@ def _count_failed(
 def _prior_work(rows: Rows, run: RunRow | None) -> PriorWork:
     if run is None:
         return PriorWork(0, 0, 0, ())
-    is_answered = [row.step.number is not None for row in rows.annotations(run.run, Annotation.WAITING)]
-    effects = sorted(row.branch for row in rows.annotations(run.run, Annotation.EFFECT))
+
+    def read(kind: Annotation) -> list[StepRow]:
+        return read_annotations(rows, run.run, run.run_id, kind)
+
+    is_answered = [row.step.number is not None for row in read(Annotation.WAITING)]
+    effects = sorted(row.branch for row in read(Annotation.EFFECT))
     return PriorWork(run.nodes, is_answered.count(False), is_answered.count(True), tuple(effects))
 
 

@@ -6,6 +6,7 @@ import asyncio
 
 from pydantic import BaseModel
 
+from stroma.checkpoint.durable.annotations import annotate
 from stroma.checkpoint.durable.integrity import verify_step
 from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.rows import Annotation, Rows, Step, StepRow
@@ -31,7 +32,7 @@ class AsyncStates(DurableStore):
         place = PayloadPlace(run_id, 0, "output", Annotation.SAVED, node_id)
         step = await self._step(schema, self._encode(schema, state), place)
         await self._submit(
-            Transaction(run_id, lambda rows: rows.annotate(run_id, Annotation.SAVED, node_id, node_id, step))
+            Transaction(run_id, lambda rows: annotate(rows, run_id, Annotation.SAVED, node_id, node_id, step))
         )
 
     async def save_typed(self, run_id: str, node_id: str, state: BaseModel, schema: type[BaseModel]) -> None:

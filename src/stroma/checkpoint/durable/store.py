@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.decisions import BUDGET_CHANGED, COMPLETE, ENDED, UNFINISHED, not_waiting
-from stroma.checkpoint.durable.annotations import read_waiting, record_waiting, waiting_key
+from stroma.checkpoint.durable.annotations import read_annotation, read_waiting, record_waiting, waiting_key
 from stroma.checkpoint.durable.claims import claim_runs, submit_run
 from stroma.checkpoint.durable.control import (
     CANCEL,
@@ -117,7 +117,7 @@ class DurableStore(ReadableStore):
 
     async def _step(self, schema: Schema, data: bytes, place: PayloadPlace) -> Step:
         sealed = await self._payloads.seal(data, place)
-        return Step(schema.fingerprint, schema_ref(schema.model), sealed, checksum(sealed))
+        return Step(schema.fingerprint, schema_ref(schema.model), sealed, b"")
 
     async def _open(self, request: RunRequest, data: bytes) -> DurableSession:
         last, opened = 0, dict[tuple[PayloadPlace, bytes], bytes]()
@@ -224,7 +224,7 @@ class DurableStore(ReadableStore):
             return run.execution, [
                 row
                 for row in rows.steps(run.run, run.execution, request.lazily_loaded)
-                if not row.step.output.startswith(BLOB) and is_intact(row.step.output, row.step.sha256)
+                if not row.step.output.startswith(BLOB) and is_intact(row)
             ]
 
         opened: dict[tuple[PayloadPlace, bytes], bytes] = {}
@@ -285,7 +285,7 @@ class DurableStore(ReadableStore):
         """
 
         def do(rows: Rows, run: RunRow) -> bool:
-            if not read_control(rows, run.run).pause:
+            if not read_control(rows, run.run, run_id).pause:
                 return False
             forget_requests(rows, run.run, PAUSE)
             if run.holder is None and run.status not in ("RUNNING", *UNFINISHED):
@@ -359,13 +359,11 @@ class DurableStore(ReadableStore):
         if run is None:
             raise self._no_run(run_id)
         branch = waiting_key(waiting)
-        question = next(
-            (row for row in rows.annotations(run.run, Annotation.WAITING) if row.branch == branch), None
-        )
+        question = read_annotation(rows, run.run, run_id, Annotation.WAITING, branch)
         if question is None or question.node_id != waiting.node_id:
             raise not_waiting(run_id, waiting)
         stored = read_waiting(question, run_id, run.execution, self._payloads)
-        if stored is None or stored.call_number != waiting.call_number:
+        if stored.call_number != waiting.call_number:
             raise not_waiting(run_id, waiting)
         if stored.payload is None:
             record_waiting(rows, run_id, run.execution, waiting, self._payloads)

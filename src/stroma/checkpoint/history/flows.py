@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from stroma.checkpoint.entries import Waiting
+from stroma.checkpoint.errors import CorruptCheckpoint
+from stroma.checkpoint.flow_notes import decode_flow_note
 from stroma.checkpoint.identity import is_called
 from stroma.trace.outline import parse_call
 from stroma.trace.story import Bar
@@ -40,19 +41,19 @@ def wait_bars(
             continue
         at, place = f"{one.position}.{one.branch}", f"{one.position}:%s:{one.branch}"
         label = f"question: {one.reason}"
-        began = _read(notes.get(place % "w"))
-        began_ms = began if isinstance(began, (int, float)) else until_ms
-        wake = _read(notes.get(place % "s"))
+        began = _read(notes, place % "w")
+        began_ms = until_ms if began is None else began
+        wake = _read(notes, place % "s")
         if place % "x" in notes:
-            add(at, label, "expired", began_ms, wake[0] if isinstance(wake, list) else began_ms, one.node_id)
+            add(at, label, "expired", began_ms, began_ms if wake is None else wake[0], one.node_id)
         elif one.payload is None:
             add(at, label, "open", began_ms, until_ms, one.node_id)
         else:  # When it was answered is not recorded.
             add(at, label, "answered", began_ms, began_ms, one.node_id)
-    for key, data in notes.items():
-        position, kind, branch = key.split(":", 2)
-        at, wake = f"{position}.{branch}", _read(data) if kind == "s" else None
-        if not isinstance(wake, list) or at in bars:  # The time limit of a question.
+    for key in notes:
+        position, kind, branch = [*key.split(":", 2), "", ""][:3]
+        at, wake = f"{position}.{branch}", _read(notes, key) if kind == "s" else None
+        if wake is None or at in bars:  # The time limit of a question.
             continue
         wake_ms, began_ms = wake
         outcome = "slept" if wake_ms <= until_ms else "sleeping"
@@ -62,9 +63,9 @@ def wait_bars(
 
 def failed_input(notes: Mapping[str, bytes], position: int, branch: str) -> bytes | None:
     """Return the input of a call that failed, in stored form; None if there is none."""
-    fields = _read(notes.get(f"{position}:f:{branch}"))
-    text = fields.get("input_key") if isinstance(fields, dict) else None
-    return text.encode() if isinstance(text, str) else None
+    fields = _read(notes, f"{position}:f:{branch}")
+    text = None if fields is None else fields["input_key"]
+    return None if text is None else text.encode()
 
 
 def _is_wait(branch: str) -> bool:
@@ -79,8 +80,10 @@ def _sleep_text(wake_ms: int) -> str:
         return "sleep"
 
 
-def _read(data: bytes | None) -> Any:
+def _read(notes: Mapping[str, bytes], key: str) -> Any:
+    """Return the value of a note; None if there is none, or a damaged one: the rest of the run is still shown."""
+    data = notes.get(key)
     try:
-        return None if data is None else json.loads(data)
-    except ValueError:
+        return None if data is None else decode_flow_note("", key, key.split(":", 2)[1], data)
+    except (CorruptCheckpoint, LookupError):
         return None

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
+from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
 from stroma.checkpoint.durable.integrity import parse_run
 from stroma.checkpoint.durable.rows import Annotation, RunRow, Step, StepRow
+from stroma.checkpoint.errors import CorruptCheckpoint
 
 __all__ = [
     "EXECUTION_KEYS",
     "RUN_KEYS",
     "RedisRun",
+    "annotation_row",
     "annotations_key",
     "as_hash",
     "as_text",
     "cell_prefix",
+    "decode_tags",
     "from_hex",
     "info_lines",
     "node_of",
@@ -98,18 +102,34 @@ def pack(header: list[Any], *parts: bytes) -> bytes:
     return b"".join((line.encode("ascii"), b"\n", *parts))
 
 
-def unpack(value: bytes) -> tuple[list[Any] | None, list[bytes]]:
-    """Return what :func:`pack` packed; (None, []) for data in another format."""
+def unpack(value: bytes, shape: Any, name: RecordName) -> tuple[Any, list[bytes]]:
+    """Return what :func:`pack` packed, with a header of this shape. Raises CorruptCheckpoint."""
     line, _, rest = value.partition(b"\n")
-    try:
-        header, lengths = json.loads(line)
-        parts = []
-        for length in lengths:
-            parts.append(rest[:length])
-            rest = rest[length:]
-    except (ValueError, TypeError):
-        return None, []
-    return (header, parts) if isinstance(header, list) and header and not rest else (None, [])
+    header, lengths = decode_json(line, tuple[shape, list[int]], name)
+    parts = []
+    for length in lengths:
+        parts.append(rest[:length])
+        rest = rest[length:]
+    if rest or [len(part) for part in parts] != lengths:
+        raise name.damaged("it has another length")
+    return header, parts
+
+
+#: The name of a record whose reader reports its damage by its own name.
+_A_STEP: Final = RecordName("", "step")
+
+
+class StepHeader(NamedTuple):
+    """The first line of a stored step, with the place of its attempt."""
+
+    contract: str
+    schema_ref: str
+    sha256: str
+    number: int | None
+    has_input_key: bool
+    epoch: int
+    attempt: int
+    started_ns: int
 
 
 def pack_step(step: Step, epoch: int, attempt: int, started_ns: int) -> bytes:
@@ -119,23 +139,26 @@ def pack_step(step: Step, epoch: int, attempt: int, started_ns: int) -> bytes:
     return pack(header, output, input_key or b"")
 
 
-def read_step(value: bytes) -> tuple[Step, list[Any] | None]:
-    """Return a Step and [epoch, attempt, start] of its attempt. For damaged data: None, and a wrong checksum."""
-    header, parts = unpack(value)
-    if header is None or len(header) != 8 or len(parts) != 2:
-        return Step("", "", value, b""), None
-    contract, schema_ref, sha256, number, has_input_key, *attempt = header
-    input_key = parts[1] if has_input_key else None
-    return Step(contract, schema_ref, parts[0], from_hex(sha256), number, input_key), attempt
-
-
-def read_head(line: bytes) -> tuple[int, list[Any] | None]:
-    """Return the size of an output, and [epoch, attempt, start] of its attempt, from the first line of a step."""
+def read_step(value: bytes) -> tuple[Step, tuple[int, int, int] | None]:
+    """Return a Step and (epoch, attempt, start) of its attempt. For damaged data: None, and a wrong checksum."""
     try:
-        header, lengths = json.loads(line)
-        return int(lengths[0]), header[5:] if len(header) == 8 else None
-    except (ValueError, TypeError, LookupError):
+        header, (output, input_key) = unpack(value, StepHeader, _A_STEP)
+    except (CorruptCheckpoint, ValueError):
+        return Step("", "", value, b""), None
+    step = Step(
+        header.contract, header.schema_ref, output, from_hex(header.sha256), header.number,
+        input_key if header.has_input_key else None,
+    )  # fmt: skip
+    return step, header[5:]
+
+
+def read_head(line: bytes) -> tuple[int, tuple[int, int, int] | None]:
+    """Return the size of an output, and (epoch, attempt, start) of its attempt, from the first line of a step."""
+    try:
+        header, (size, _) = decode_json(line, tuple[StepHeader, tuple[int, int]], _A_STEP)
+    except CorruptCheckpoint:
         return 0, None
+    return size, header[5:]
 
 
 def payloads_of(part: bytes, value: bytes) -> list[bytes]:
@@ -143,7 +166,10 @@ def payloads_of(part: bytes, value: bytes) -> list[bytes]:
     if part == b"saved":
         value = value.partition(b"\n")[2]
     if part in (b"inputs", b"annotations"):
-        parts = unpack(value)[1]
+        try:
+            parts = unpack(value, list, _A_STEP)[1]
+        except CorruptCheckpoint:
+            return []
         if part == b"inputs" or not parts:
             return parts
         value = parts[0]
@@ -151,10 +177,25 @@ def payloads_of(part: bytes, value: bytes) -> list[bytes]:
     return [step.output] if step.input_key is None else [step.output, step.input_key]
 
 
-def step_row(place: str, node_id: str, value: bytes) -> StepRow:
-    """Decode a row of committed outputs."""
+def step_row(run_id: str, place: str, node_id: str, value: bytes) -> StepRow:
+    """Decode a row of committed outputs. Raises CorruptCheckpoint for a damaged place."""
     position, _, branch = place.partition(":")
-    return StepRow(int(position), branch, node_id, read_step(value)[0])
+    name = RecordName(run_id, "commit", place)
+    return StepRow(decode_number(position, name), branch, node_id, read_step(value)[0])
+
+
+def annotation_row(kind: int, branch: str, value: bytes) -> StepRow:
+    """Decode an annotation; a damaged one has a wrong checksum."""
+    try:
+        (node_id,), (data,) = unpack(value, tuple[str], _A_STEP)
+    except (CorruptCheckpoint, ValueError):
+        node_id, data = "?", value
+    return StepRow(kind, branch, node_id, read_step(data)[0])
+
+
+def decode_tags(run_id: str, data: bytes | None) -> tuple[str, ...]:
+    """Return the tags of a run. Raises CorruptCheckpoint."""
+    return () if data is None else tuple(decode_json(data, list[str], RecordName(run_id, "tags")))
 
 
 def _run_row(reply: list[Any], run_id: str) -> RunRow:
@@ -163,6 +204,10 @@ def _run_row(reply: list[Any], run_id: str) -> RunRow:
     f = as_hash(fields)
     number: dict[str, Any] = {name: _number(f.get(name, b"0")) for name in _NUMBERS}
     texts = {name: _text(f.get(name)) for name in ("pipeline", "status", "error", "owner", "token")}
+    try:
+        decode_tags(run_id, f.get("tags"))
+    except CorruptCheckpoint:
+        texts["pipeline"] = f["tags"]  # Of a wrong type: the row is damaged.
     until = _number(f["until_ms"]) if "until_ms" in f else None
     values = (
         RedisRun(

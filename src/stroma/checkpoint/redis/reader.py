@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 from urllib.parse import quote, unquote_to_bytes
 
+from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.integrity import parse_attempt
-from stroma.checkpoint.durable.rows import AttemptSummary, RunExtras, RunRow, Step, StepRow
-from stroma.checkpoint.errors import CheckpointLost
+from stroma.checkpoint.durable.rows import Annotation, AttemptSummary, RunExtras, RunRow, Step, StepRow
+from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint
 from stroma.checkpoint.queue import Candidate
 from stroma.checkpoint.records import (
     Attempt,
@@ -23,8 +24,10 @@ from stroma.checkpoint.records import (
 )
 from stroma.checkpoint.redis.format import (
     RedisRun,
+    annotation_row,
     as_hash,
     as_text,
+    decode_tags,
     info_lines,
     node_of,
     prefix_of,
@@ -240,7 +243,8 @@ class RedisReader:
     def failed_since(self, run: RedisRun, execution: int, epoch: int) -> list[Attempt]:
         # The server lists the last 20.
         (listed,) = self._get(("LRANGE", f"{run.prefix}failed:{execution}", 0, -1))
-        places = [at for at in listed if int(at.partition(b":")[0]) >= epoch]
+        name = RecordName(run.run_id, "list of failed attempts")
+        places = [at for at in listed if decode_number(at.partition(b":")[0], name) >= epoch]
         if not places:
             return []
         (values,) = self._get(("HMGET", f"{run.prefix}attempts:{execution}", *places))
@@ -300,7 +304,7 @@ class RedisReader:
             ("HGET", f"{run.prefix}nodes:{execution}", place),
             ("HGET", f"{run.prefix}steps:{execution}", place),
         )
-        return None if node is None or step is None else step_row(place, node_of(node), step)
+        return None if node is None or step is None else step_row(run.run_id, place, node_of(node), step)
 
     def _get(self, *commands: tuple[Any, ...]) -> list[Any]:
         replies = self._try(*commands)
@@ -329,20 +333,28 @@ def _attempts(reply: Any) -> list[tuple[int, Attempt]]:
     attempts: list[tuple[int, Attempt]] = []
     for at, value in as_hash(reply).items():
         epoch, *place, branch = [*at.split(":", 4), *[""] * 5][:5]
-        if not all(number.isdecimal() and len(number) < 20 for number in (epoch, *place)):
-            continue  # Its key is damaged.
-        header, _ = unpack(value)
-        if header is None or len(header) != len(Attempt._fields):
-            position, started, attempt = map(int, place)
+        numbers = [int(n) if n.isdecimal() and len(n) < 20 else None for n in (epoch, *place)]
+        header = _read_attempt(value)
+        if header is None or None in numbers:
+            position, started, attempt = numbers[1:]
             header = [position, started, branch, attempt, *[None] * (len(Attempt._fields) - 4)]
-        attempts.append((int(epoch), parse_attempt(header)))
+        attempts.append((numbers[0] or 0, parse_attempt(header)))
     attempts.sort(key=lambda one: (one[0], one[1][:4]))
     return attempts
 
 
-def _attempt_key(epoch: int, attempt: Attempt) -> list[int]:
+def _read_attempt(value: bytes) -> list[Any] | None:
+    """Return the values of an attempt; None if there are others."""
+    try:
+        header: list[Any] = unpack(value, list, RecordName("", "attempt"))[0]
+    except CorruptCheckpoint:
+        return None
+    return header if len(header) == len(Attempt._fields) else None
+
+
+def _attempt_key(epoch: int, attempt: Attempt) -> tuple[int, int, int]:
     """Return what a commit stores of its attempt, see read_step()."""
-    return [epoch, attempt.attempt, attempt.started_ns]
+    return epoch, attempt.attempt, attempt.started_ns
 
 
 def _mark(start: bytes, run_id: bytes) -> str:
@@ -371,20 +383,13 @@ def _read_extras(reply: Any) -> RunExtras:
         return RunExtras(None, (), [])  # The keys hold another type.
     annotations, tags, attempts = reply
     parent = next(iter(as_hash(annotations).values()), None)
-    header = None if parent is None else unpack(parent)[0]
-    failed = [
-        parse_attempt(facts)
-        for attempt in attempts
-        if len(facts := unpack(attempt)[0] or []) == len(Attempt._fields)
-    ]
-    return RunExtras(None if header is None else str(header[0]), _tags_of(tags), failed)
-
-
-def _tags_of(data: bytes | None) -> tuple[str, ...]:
+    parent_id = None if parent is None else annotation_row(Annotation.PARENT, "", parent).node_id
+    nothing = [None] * len(Attempt._fields)
+    failed = [parse_attempt(_read_attempt(attempt) or nothing) for attempt in attempts]
     try:
-        return tuple(map(str, json.loads(data))) if data else ()
-    except (ValueError, TypeError):
-        return ()
+        return RunExtras(parent_id, decode_tags("", tags), failed)
+    except CorruptCheckpoint:
+        return RunExtras(parent_id, (), failed)  # Its row is damaged, see read_run_row().
 
 
 def _filter_json(query: RunQuery) -> str:

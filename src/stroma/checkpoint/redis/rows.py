@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
+from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.integrity import require_undamaged
 from stroma.checkpoint.durable.operations import fenced_error
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, RunEnd, RunRow, Step, StepRow
@@ -22,6 +23,7 @@ from stroma.checkpoint.queue import Candidate, QueueEntry
 from stroma.checkpoint.records import Attempt
 from stroma.checkpoint.redis.format import (
     RedisRun,
+    annotation_row,
     annotations_key,
     as_hash,
     as_text,
@@ -155,8 +157,9 @@ class RedisRows(RedisReader):
             raise RunChanged
         if value is None:
             raise run_lost_error(run.run_id, self._link.server.name)
-        header, parts = unpack(value)
-        return (str(header[0]), parts[0], from_hex(header[1])) if header else ("", value, b"")
+        name = RecordName(run.run_id, "input")
+        (contract, digest), (data, *_) = unpack(value, tuple[str, str], name)
+        return contract, data, from_hex(digest)
 
     def steps(
         self, run: RedisRun, execution: int, lazily_loaded: Sequence[tuple[int, str]] = ()
@@ -171,8 +174,8 @@ class RedisRows(RedisReader):
         nodes, steps = as_hash(nodes), as_hash(steps)
         if len(steps) != commits or nodes.keys() != steps.keys():
             raise run_lost_error(run.run_id, self._link.server.name)
-        places = sorted(steps, key=lambda place: _commit_order(nodes[place]))
-        return [step_row(place, node_of(nodes[place]), steps[place]) for place in places]
+        places = sorted(steps, key=lambda place: _commit_order(run, place, nodes[place]))
+        return [step_row(run.run_id, place, node_of(nodes[place]), steps[place]) for place in places]
 
     def _steps_except(
         self, run: RedisRun, execution: int, lazily_loaded: Sequence[tuple[int, str]]
@@ -185,7 +188,7 @@ class RedisRows(RedisReader):
             raise run_lost_error(run.run_id, self._link.server.name)
         prefixes = tuple(f"{position}:{prefix}" for position, prefix in lazily_loaded)
         places = [place for place in nodes if place.endswith(":") or not place.startswith(prefixes)]
-        places.sort(key=lambda place: _commit_order(nodes[place]))
+        places.sort(key=lambda place: _commit_order(run, place, nodes[place]))
         return self._read_steps(run, execution, places, nodes)
 
     def _get_unchanged(self, run: RedisRun, *commands: tuple[Any, ...]) -> list[Any]:
@@ -216,14 +219,17 @@ class RedisRows(RedisReader):
             if None in values:
                 raise run_lost_error(run.run_id, self._link.server.name)
             steps += (
-                step_row(place, node_of(nodes[place]), value)
+                step_row(run.run_id, place, node_of(nodes[place]), value)
                 for place, value in zip(part, values, strict=True)
             )
         return steps
 
     def identities(self, run: RedisRun, execution: int) -> list[tuple[str, int]]:
         (reply,) = self._get(("HGETALL", f"{run.prefix}identities:{execution}"))
-        return [(identity, int(position)) for identity, position in as_hash(reply).items()]
+        return [
+            (identity, decode_number(position, RecordName(run.run_id, "identity", identity)))
+            for identity, position in as_hash(reply).items()
+        ]
 
     def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
         # A refusal raises Fenced in flush(), when the reply is known.
@@ -313,12 +319,7 @@ class RedisRows(RedisReader):
         else:
             (reply,) = self._get(("HGET", f"{run.prefix}{annotations_key(position)}", branch))
             values = [] if reply is None else [(branch, reply)]
-        rows = []
-        for branch, value in values:
-            header, parts = unpack(value)
-            node_id, data = (str(header[0]), parts[0]) if header else ("?", b"")
-            rows.append(StepRow(position, branch, node_id, read_step(data)[0]))
-        return rows
+        return [annotation_row(position, branch, value) for branch, value in values]
 
     def delete_annotations(self, run: RedisRun, position: int, branch: str | None = None) -> None:
         branches = () if branch is None else (branch,)
@@ -332,6 +333,10 @@ class RedisRows(RedisReader):
 
     def newest_output(self, run_id: str, node_id: str) -> StepRow | None:
         (reply,) = self._get(script_command(prefix_of(run_id), "newest", node_id))
+        if isinstance(reply, bytes):
+            raise RecordName(run_id, "commit", as_text(reply)).damaged(
+                "its place in the order is not a number"
+            )
         now, saved, order, place, value, _ = [*reply, None][:6]
         if saved is not None:
             head, _, data = saved.partition(b"\n")
@@ -350,7 +355,7 @@ class RedisRows(RedisReader):
             return None
         if value is None:
             raise run_lost_error(run_id, self._link.server.name)
-        return step_row(place.decode(), node_id, value)
+        return step_row(run_id, as_text(place), node_id, value)
 
     def delete(self, run_id: str) -> None:
         self._write(prefix_of(run_id), "delete", run_id, TOMBSTONE_SECONDS * 1000)
@@ -459,6 +464,6 @@ def _version_of(run: RedisRun) -> tuple[Any, ...]:
     return run.token, run.epoch, run.version, run.annotation_version
 
 
-def _commit_order(node: bytes) -> int:
-    """Return the number of a commit, since hashes have no order."""
-    return int(node.partition(b" ")[0])
+def _commit_order(run: RedisRun, place: str, node: bytes) -> int:
+    """Return the number of a commit, since hashes have no order. Raises CorruptCheckpoint."""
+    return decode_number(node.partition(b" ")[0], RecordName(run.run_id, "commit", place))

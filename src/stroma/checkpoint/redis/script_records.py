@@ -47,8 +47,9 @@ function ops.newest(node)
     local rows = redis.call('HGETALL', p .. 'nodes:' .. execution)
     for i = 1, #rows, 2 do
       local space = string.find(rows[i + 1], ' ', 1, true)
+      local number = space and tonumber(string.sub(rows[i + 1], 1, space - 1))
+      if not number then return rows[i] end  -- damaged
       if string.sub(rows[i + 1], space + 1) == node then
-        local number = tonumber(string.sub(rows[i + 1], 1, space - 1))
         if number > order then order, place = number, rows[i] end
       end
     end

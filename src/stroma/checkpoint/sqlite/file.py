@@ -135,8 +135,17 @@ def connect(uri: str) -> sqlite3.Connection:
     # timeout=0: SQLite's own waiting starves writers; DatabaseFile.retry_while_locked() is fair.
     # check_same_thread: a thread that forks closes it, while no other uses it.
     db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
+    db.text_factory = _decode_text
     db.execute("PRAGMA trusted_schema=0")
     return db
+
+
+def _decode_text(data: bytes) -> str | bytes:
+    """Return a text; a damaged one as bytes, so that only its row is damaged, and not the list that has it."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
 
 
 def _code(error: BaseException) -> int:

@@ -323,7 +323,7 @@ class SqliteRows:
 
     def failed_since(self, run: int, execution: int, epoch: int) -> list[Attempt]:
         rows = self.db.execute(sql.FAILED_SINCE, (run, execution, epoch)).fetchall()
-        return [Attempt._make(row) for row in reversed(rows)]
+        return [parse_attempt(row) for row in reversed(rows)]
 
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
         return tally(self._fetch_all, "?", since_ms, bucket_ms, runs, attempts)

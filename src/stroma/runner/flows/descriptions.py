@@ -38,6 +38,6 @@ def describe_difference(before: bytes, now: bytes) -> str:
     try:
         one, two = json.loads(before), json.loads(now)
         names = [name for name in {**one, **two} if one.get(name) != two.get(name)]
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return "another value"
     return f"other values of {', '.join(map(repr, names))}"

@@ -15,6 +15,8 @@ from typing import Any, Final, Literal, NamedTuple, cast
 from pydantic import BaseModel
 
 from stroma.checkpoint import Committed
+from stroma.checkpoint.decoding import RecordName, decode_number
+from stroma.checkpoint.flow_notes import FailureNote, decode_flow_note
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
@@ -115,21 +117,22 @@ class FlowJournal:
         ctx.cost_tracker.prior_latency_ms += sum(self._busy.values()) / 1e6
 
     def _read_note(self, key: str, data: bytes) -> None:
-        number, kind, rest = key.split(":", 2)
-        position = int(number)
+        run_id = self._ctx.run_id
+        number, kind, rest = [*key.split(":", 2), "", ""][:3]
+        position = decode_number(number, RecordName(run_id, "note", key))
+        value = decode_flow_note(run_id, key, kind, data)
         if kind == "o":
             index, _, flow = rest.partition(":")
-            self._flows[position, flow].order[int(index)] = data.decode()
+            self._flows[position, flow].order[decode_number(index, RecordName(run_id, "note", key))] = value
         elif kind == "b":
-            self._busy[position] = int(data)
+            self._busy[position] = value
         elif kind == "p":
-            self._flows[position, rest].optional.update(json.loads(data))
+            self._flows[position, rest].optional.update(value)
         elif kind in _KINDS:
             flow, _, identity = rest.rpartition(".")
-            fields = json.loads(data)
             # Of a sleep and its start, which is only shown, the end.
-            fields = fields[0] if kind == "s" else fields
-            self._flows[position, flow].add(identity, CallRecord(_KINDS[kind], fields))
+            value = value[0] if kind == "s" else value
+            self._flows[position, flow].add(identity, CallRecord(_KINDS[kind], value))
         else:
             self._values[key] = data
 
@@ -173,9 +176,9 @@ class FlowJournal:
         input_key: bytes | None,
     ) -> None:
         """Record a failure."""
-        fields = {
+        fields: FailureNote = {
             "node": failure.node_id,
-            "class": failure.failure_class.value,
+            "kind": failure.failure_class.value,
             "message": failure.message,
             "reason": failure.reason,
             "attempt": failure.attempt,
@@ -250,10 +253,10 @@ class FlowJournal:
         return self.value(position, "seed", "", lambda: self._random_bytes(16))
 
 
-def read_failure(fields: dict[str, Any]) -> Failure:
+def read_failure(fields: FailureNote) -> Failure:
     """Return the failure that :meth:`FlowJournal.note_failure` recorded."""
     return Failure(
-        RunFailed.recorded(fields["message"], fields["type"]), FailureClass(fields["class"]), fields["node"],
+        RunFailed.recorded(fields["message"], fields["type"]), FailureClass(fields["kind"]), fields["node"],
         fields["attempt"], fields["message"], fields["reason"], fields["retry_after"],
     )  # fmt: skip
 

@@ -1,0 +1,387 @@
+"""Damage of one record is CorruptCheckpoint with its name, or changes nothing; lists show the other runs, on every store."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import psycopg
+import pytest
+import redis
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tests.checkpoint.damage import reseal
+from tests.shared_stores import SHARED, opened, place
+
+from stroma.checkpoint import CheckpointLost, CorruptCheckpoint, RunRequest, StepCall, StoreError
+from stroma.checkpoint.decoding import RecordName, decode_json
+from stroma.checkpoint.durable.annotations import annotate
+from stroma.checkpoint.durable.control import accept_requests
+from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.operations import Transaction
+from stroma.checkpoint.durable.owner import new_owner
+from stroma.checkpoint.durable.rows import DAMAGED, Annotation, Opening, Rows, Step
+from stroma.checkpoint.durable.session import DurableSession
+from stroma.checkpoint.entries import USAGE_NOTE, PriorUsage, Waiting, effect_note
+from stroma.checkpoint.flow_notes import decode_flow_note
+from stroma.contracts.schema import schema_of
+from stroma.failures import FailureClass
+from stroma.failures.tracebacks import read_failure_site
+from stroma.testing.stores import State, begin, commit, row, settled
+from stroma.trace.events import Failed
+from stroma.trace.rejected import Complaint, RejectedOutput
+
+SCHEMA = schema_of(State)
+FRAMES = json.dumps([[["a.py", 1, "f", "x = 1"]], []]).encode()
+REJECTED = RejectedOutput({"n": "x"}, False, (Complaint(("n",), "no number"),)).encode()
+#: Notes of each form.
+NOTES: dict[str, bytes] = {
+    "0:b:": b"7",
+    "0:c:x#0": b'{"seconds": 1.5, "input_key": null}',
+    "0:f:y#0": json.dumps(
+        {"node": "y", "kind": "TERMINAL", "message": "no", "reason": None, "attempt": 1, "type": "ValueError",
+         "retry_after": None, "input_key": "{}"}
+    ).encode(),
+    "0:i:z#0": b'{"input_key": "{}"}',
+    "0:o:0:flow": b"y#0",
+    "0:p:flow": b'["y#0"]',
+    "0:s:!sleep#0": b"[1700000000000, 1.5]",
+    "0:v:!now#0": b"1700000000000",
+    "0:w:!wait#0": b"1.5",
+    "0:x:!wait#0": b"true",
+    "0:seed:": b"\x00\xff",
+    USAGE_NOTE: PriorUsage(3, 0.5).as_note(),
+    effect_note(0, ""): b'["n", 1, true, "", ""]',
+}  # fmt: skip
+#: Rows without a checksum: their damage shows only where a value has a type that no store writes.
+UNSIGNED = ("runs", "tags", "attempts", "run", "failed", "identities", "nodes", "ids", "due")
+
+
+async def fill(store: Any, run_id: str) -> None:
+    """Write a record of each kind, as the library writes it."""
+    await settled(store.save(run_id, "saved", State(n=1)))
+    session = await begin(store, run_id, State(n=1), deliver=True, tags=("a", "b"), lease_seconds=3600.0)
+    session.note_call(0, "call")
+    session.note_traceparent("00-a-b-01")
+    session.note_attribution({"user": "alice"})
+    for key, data in NOTES.items():
+        session.note(key, data)
+    attempt = row(0, "n", output=SCHEMA.snapshot(State(n=2)))
+    await settled(session.record(attempt, SCHEMA, State(n=2), StepCall(1, b"{}")))
+    await commit(session, 1, State(n=3), "m", branch="0")
+    failed = row(1, "m", branch="1", failure=FailureClass.RECOVERABLE, message="no")
+    failed = failed._replace(
+        started_ns=5, failure=Failed(FailureClass.RECOVERABLE, "no", "contract", "ValueError")
+    )
+    session.record_failure_site(1, "1", 1, failed.started_ns, lambda: FRAMES)
+    session.record_rejected(1, "1", failed.started_ns, REJECTED)
+    await settled(session.record(failed, None, None))
+    await settled(session.suspend(row(2, "ask"), Waiting(2, "", "ask", "may I?", "m:Q")))
+    await settled(session.ask(Waiting(3, "", "ask", "and this?", "m:Q", b"7")))
+
+    def control(rows: Rows) -> None:
+        annotate(rows, run_id, Annotation.PARENT, "", "parent", Step("", "", b"", b"", 1))
+        annotate(rows, run_id, Annotation.DEATHS, "", "deaths", Step("1", str(session.epoch), b"", b"", 1))
+        accept_requests(rows, run_id, session.fence.run)
+
+    await store.set_budget(run_id, {"max_tokens_total": 100})
+    await store._submit(Transaction(run_id, control))
+    await store.set_budget(run_id, {"max_cost_usd": 1.5})
+    session.abandon()  # Its process has died.
+
+
+class Looked(StoreError):
+    """Ends a transaction without a change."""
+
+
+async def resumed(store: Any, run_id: str) -> Any:
+    """Return what a session that resumes a run has of it; the store stays as it is."""
+    session = DurableSession(run_id, store._submit, store._payloads)
+    data = SCHEMA.encode(State(n=1))
+    request = RunRequest(
+        run_id, "pipeline", State(n=1), SCHEMA, if_exists="resume", if_running="take_over", deliver=True
+    )
+    opening = Opening(run_id, "pipeline", str(new_owner(session)), 30.0, "", data, checksum(data), None)
+
+    def look(rows: Rows) -> None:
+        session.open(request, opening, data, rows)
+        raise Looked
+
+    with contextlib.suppress(Looked):
+        await store._submit(Transaction(run_id, look))
+    notes = {}
+    for key, value in session.notes.items():
+        if key == USAGE_NOTE:
+            notes[key] = PriorUsage.of_no_attempt(session.notes, run_id)
+        elif "effect" in key:
+            notes[key] = decode_json(value, tuple[str, int, bool, str, str], RecordName(run_id, "note", key))
+        else:
+            notes[key] = decode_flow_note(run_id, key, key.split(":", 2)[1], value)
+    signed = (
+        session.restored,
+        notes,
+        session.waiting,
+        session.control,
+        session.attribution,
+        session.traceparent,
+    )
+    return *signed, session.undelivered
+
+
+#: What reads a run.
+READS: dict[str, Callable[[Any], Any]] = {
+    "resume": lambda store: asyncio.run(resumed(store, "r")),
+    "waiting": lambda store: store.waiting("r"),
+    "input": lambda store: store.input_of("r"),
+    "output": lambda store: (store.output_of("r", 0), store.output_of("r", 1, "0")),
+    "saved": lambda store: asyncio.run(store.load_typed("r", "saved", State)),
+    "newest": lambda store: asyncio.run(store.load_typed("r", "n", State)),
+    "site": lambda store: store.failure_site_of("r", 1, "1"),
+    "rejected": lambda store: store.rejected_of("r", 1, "1", 5),
+}
+#: What reads several runs, or a run with what is damaged of it.
+LISTS: dict[str, Callable[[Any], Any]] = {
+    "list": lambda store: store.list_runs(),
+    "page": lambda store: store.run_page().runs,
+    "found": lambda store: [run for run in (store.get_run(one) for one in ("r", "other")) if run is not None],
+}
+OTHERS: dict[str, Callable[[Any], Any]] = {
+    "due": lambda store: [run for run in store.due_runs("pipeline", 1 << 60) if run != "r"],
+    "attempts": lambda store: len(store.attempts("r")),
+    "attempt page": lambda store: len(store.attempt_page("r").attempts),
+    "notes": lambda store: store.flow_notes("other"),
+    "of another run": lambda store: asyncio.run(resumed(store, "other")),
+}
+
+
+class Record(NamedTuple):
+    """A place of a store that holds a value. ``write`` changes it."""
+
+    table: str
+    column: str
+    value: Any
+    write: Callable[[Any], None]
+
+
+def records(kind: str, where: str) -> list[Record]:
+    """Return all that a store holds of run r, or all rows."""
+    if kind == "redis":
+        return list(_keys(where))
+    return list(_cells(kind, where))
+
+
+def _keys(where: str) -> Iterator[Record]:
+    client = redis.Redis.from_url(where)
+    for key in sorted(client.keys("stroma:{r}:*")):
+        name = key.decode().rpartition("}:")[2].partition(":")[0]
+        if client.type(key) == b"hash":
+            for field, value in sorted(client.hgetall(key).items()):
+                yield Record(name, field.decode(), value, lambda new, k=key, f=field: client.hset(k, f, new))
+        else:
+            for at, value in enumerate(client.lrange(key, 0, -1)):
+                yield Record(name, str(at), value, lambda new, k=key, i=at: client.lset(k, i, new))
+
+
+def _cells(kind: str, where: str) -> Iterator[Record]:
+    dsn, _, schema = where.partition("|")
+    execute = _sqlite(where) if kind == "sqlite" else _postgres(dsn, schema)
+    mark = "?" if kind == "sqlite" else "%s"
+    keys = {"runs": "run", "inputs": "run, execution", "steps": "id", "tags": "run, tag"}
+    keys["attempts"] = "run, execution, epoch, position, started_ns, branch, attempt"
+    for table, key in keys.items():
+        names, rows = execute(f"SELECT * FROM {table}", ())
+        for values in rows:
+            one = dict(zip(names, values, strict=True))
+            if one["run"] != 1:
+                continue
+            at = " AND ".join(f"{name} = {mark}" for name in key.split(", "))
+            for name, value in one.items():
+                if name in key or name in ("run", "id", "run_id", "run_key", "branch_key") or value is None:
+                    continue
+
+                def write(new: Any, table: str = table, name: str = name, one: dict[str, Any] = one, at: str = at,
+                          key: str = key) -> None:  # fmt: skip
+                    # The bytes of a text, which SQLite does not look at.
+                    cast = (
+                        f"CAST({mark} AS TEXT)" if isinstance(one[name], str) and kind == "sqlite" else mark
+                    )
+                    execute(
+                        f"UPDATE {table} SET {name} = {cast} WHERE {at}",
+                        (new, *(one[k] for k in key.split(", "))),
+                    )
+
+                yield Record(table, name, value, write)
+
+
+def _sqlite(where: str) -> Callable[..., Any]:
+    def execute(statement: str, values: Any) -> Any:
+        with contextlib.closing(sqlite3.connect(where, isolation_level=None)) as db:
+            cursor = db.execute(statement, values)
+            return [column[0] for column in cursor.description or ()], cursor.fetchall()
+
+    return execute
+
+
+def _postgres(dsn: str, schema: str) -> Callable[..., Any]:
+    def execute(statement: str, values: Any) -> Any:
+        with psycopg.connect(dsn, autocommit=True, options=f"-c search_path={schema}") as db:
+            cursor = db.execute(statement.encode(), values)
+            return [
+                column[0] for column in cursor.description or ()
+            ], cursor.fetchall() if cursor.description else []
+
+    return execute
+
+
+REPLACEMENTS = (
+    b"", b"[" * 100_000, b'{"a":' * 50_000, b"7", b"-1", b"null", b"true", b'"x"', b"{}", b"[]", b"[[],[]]", b"9" * 5000,
+    b"9" * 19, b"1e999", b"NaN", b"\xff\xfe", b"\xed\xa0\x80", b"\x00", b"x" * 1000,
+)  # fmt: skip
+
+
+@st.composite
+def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
+    """A function that damages some bytes."""
+    way = draw(st.sampled_from(["truncate", "flip", "replace", "replace line", "append"]))
+    at = draw(st.floats(0, 1, exclude_max=True))
+    new = draw(st.sampled_from(REPLACEMENTS))
+    bit = 1 << draw(st.integers(0, 7))
+
+    def damage(data: bytes) -> bytes:
+        index = int(at * len(data))
+        if way == "truncate":
+            return data[:index]
+        if way == "flip":
+            return data[:index] + bytes([data[index] ^ bit]) + data[index + 1 :] if data else b"x"
+        if way == "append":
+            return data + new
+        _, newline, rest = data.partition(b"\n")
+        return new + newline + rest if way == "replace line" else new
+
+    return damage
+
+
+def outcome(read: Callable[[Any], Any], store: Any) -> Any:
+    """Return the result of reading, or the message of a CorruptCheckpoint that names the run."""
+    try:
+        return read(store)
+    except StoreError as error:
+        problem = error
+    assert "'r'" in str(problem), problem
+    assert isinstance(problem, CorruptCheckpoint | CheckpointLost), problem
+    return problem
+
+
+def check(store: Any, whole: dict[str, Any], table: str, *, is_resealed: bool) -> None:
+    """Check what is read of a store in which one record of run r is damaged."""
+    may_differ = table in UNSIGNED or is_resealed
+    for name, read in READS.items():
+        result = outcome(read, store)
+        assert isinstance(result, StoreError) or may_differ or result == whole[name], name
+    for name, read in LISTS.items():
+        runs = {run.run_id: run for run in read(store)}
+        expected = {run.run_id: run for run in whole[name]}
+        assert runs["other"] == expected["other"]
+        if "r" in runs and runs["r"].status != DAMAGED and not may_differ and table != "annotations":
+            assert runs["r"] == expected["r"]
+    for name, read in OTHERS.items():
+        result = outcome(read, store)
+        assert result == whole[name] or (isinstance(result, StoreError) and name.startswith("attempt")), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SHARED)
+def test_damage_of_any_record(kind: str) -> None:
+    """Reading a damaged record is CorruptCheckpoint with the run's id, or gives the same as before; lists go on."""
+    with place(kind) as where, opened(kind, where) as store:
+        for run_id in ("r", "other"):
+            asyncio.run(fill(store, run_id))
+        whole = {name: read(store) for name, read in {**READS, **LISTS, **OTHERS}.items()}
+        assert whole["site"] == read_failure_site(FRAMES, 1, 5)
+        assert len(whole["resume"][1]) == len(NOTES)
+        assert whole["resume"][3].budget == {"max_tokens_total": 100, "max_cost_usd": 1.5}
+        places = records(kind, where)
+
+        @settings(
+            max_examples=60,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            database=None,
+            print_blob=False,
+        )
+        @given(st.integers(0, len(places) - 1), damages(), st.booleans())
+        def damaged(number: int, damage: Callable[[bytes], bytes], is_resealed: bool) -> None:
+            record = places[number]
+            before = record.value if isinstance(record.value, bytes) else str(record.value).encode()
+            new: Any = damage(before)
+            if new == before:
+                return
+            is_resealed = is_resealed and kind == "sqlite" and record.table == "steps"
+            try:
+                record.write(new if isinstance(record.value, bytes) or kind == "sqlite" else new.decode())
+                if is_resealed:
+                    _reseal(where)
+            except (sqlite3.Error, psycopg.Error, UnicodeError):
+                record.write(record.value)
+                return  # The server refuses such a value.
+            try:
+                check(store, whole, record.table, is_resealed=is_resealed)
+            finally:
+                record.write(record.value)
+                if is_resealed:
+                    _reseal(where)
+
+        damaged()
+        assert {name: read(store) for name, read in {**READS, **LISTS, **OTHERS}.items()} == whole
+
+
+def _reseal(where: str) -> None:
+    with contextlib.closing(sqlite3.connect(where, isolation_level=None)) as db:
+        db.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
+        reseal(db)
+
+
+class Pair(NamedTuple):
+    """Two numbers."""
+
+    one: int
+    two: float | None
+
+
+@pytest.mark.parametrize(
+    ("shape", "data", "value"),
+    [
+        (Pair, b"[1, 2.5]", Pair(1, 2.5)),
+        (Pair, b"[1, null]", Pair(1, None)),
+        (dict[str, float], b'{"a": 1}', {"a": 1}),
+        (list[tuple[str, bool]], b'[["a", true]]', [("a", True)]),
+    ],
+)
+def test_decoded_records(shape: Any, data: bytes, value: Any) -> None:
+    """A record of the right shape has its value."""
+    assert decode_json(data, shape, RecordName("r", "note")) == value
+
+
+@given(
+    st.sampled_from([Pair, dict[str, float], list[str], int, float, str, tuple[str, Pair | None]]),
+    st.binary(),
+)
+@example(Pair, b"[1]")
+@example(Pair, b"[true, null]")
+@example(list[str], b"[" * 100_000)
+@example(int, b"9" * 5000)
+@example(int, b"9" * 20)
+@example(float, b"1e999")
+@example(float, b"NaN")
+@example(str, b"\xff")
+def test_records_of_another_shape(shape: Any, data: bytes) -> None:
+    """Any other data is CorruptCheckpoint with the name of the record."""
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(json.loads(data), str | int | float | dict | list):
+            return
+    with pytest.raises(CorruptCheckpoint, match="the note 'k' of run 'r' is damaged"):
+        decode_json(data, shape, RecordName("r", "note", "k"))
