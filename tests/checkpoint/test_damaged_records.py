@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psycopg
 import pytest
 import redis
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, note, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 from tests.checkpoint.damage import reseal
 from tests.shared_stores import SHARED, opened, place
 
+from stroma import Flow, SQLiteStore, StepFailed, StromaRunner
 from stroma.checkpoint import CheckpointLost, CorruptCheckpoint, RunRequest, StepCall, StoreError
 from stroma.checkpoint.decoding import RecordName, decode_json
 from stroma.checkpoint.durable.annotations import annotate
@@ -120,7 +124,7 @@ async def resumed(store: Any, run_id: str) -> Any:
         elif "effect" in key:
             notes[key] = decode_json(value, tuple[str, int, bool, str, str], RecordName(run_id, "note", key))
         else:
-            notes[key] = decode_flow_note(run_id, key, key.split(":", 2)[1], value)
+            notes[key] = decode_flow_note(run_id, key, [*key.split(":", 2), ""][1], value)
     signed = (
         session.restored,
         notes,
@@ -290,7 +294,8 @@ def check(store: Any, whole: dict[str, Any], table: str, *, is_resealed: bool) -
             assert runs["r"] == expected["r"]
     for name, read in OTHERS.items():
         result = outcome(read, store)
-        assert result == whole[name] or (isinstance(result, StoreError) and name.startswith("attempt")), name
+        may_change = name.startswith("attempt") and (table in UNSIGNED or isinstance(result, StoreError))
+        assert result == whole[name] or may_change, name
 
 
 @pytest.mark.slow
@@ -312,6 +317,8 @@ def test_damage_of_any_record(kind: str) -> None:
             suppress_health_check=list(HealthCheck),
             database=None,
             print_blob=False,
+            phases=[Phase.generate],
+            report_multiple_bugs=False,
         )
         @given(st.integers(0, len(places) - 1), damages(), st.booleans())
         def damaged(number: int, damage: Callable[[bytes], bytes], is_resealed: bool) -> None:
@@ -320,6 +327,7 @@ def test_damage_of_any_record(kind: str) -> None:
             new: Any = damage(before)
             if new == before:
                 return
+            note(f"{record.table}, {record.column}: {record.value!r:.60} -> {new!r:.60}")
             is_resealed = is_resealed and kind == "sqlite" and record.table == "steps"
             try:
                 record.write(new if isinstance(record.value, bytes) or kind == "sqlite" else new.decode())
@@ -385,3 +393,106 @@ def test_records_of_another_shape(shape: Any, data: bytes) -> None:
             return
     with pytest.raises(CorruptCheckpoint, match="the note 'k' of run 'r' is damaged"):
         decode_json(data, shape, RecordName("r", "note", "k"))
+
+
+class Num(BaseModel):
+    n: int = 0
+
+
+class Go(BaseModel):
+    ok: bool = True
+
+
+def build(path: Path) -> tuple[StromaRunner, Any]:
+    """Return a runner, and a flow with a failure, a value, and a question with a time limit."""
+    runner = StromaRunner.quick(
+        store=SQLiteStore(path), inline_wait_seconds=0, policy_map={"AMBIGUOUS": {"max_retries": 0}}
+    )
+
+    @runner.node("bad", input=Num, output=Num)
+    async def bad(state: Num) -> Num:
+        raise PermissionError("no")
+
+    @runner.flow("f", input=Num, output=Num)
+    async def body(flow: Flow, state: Num) -> Num:
+        flow.now()
+        with contextlib.suppress(StepFailed):
+            await flow.step(bad, state)
+        await flow.wait_for(Go, reason="go?", timeout=3600)
+        return Num(n=9)
+
+    return runner, body
+
+
+@pytest.mark.parametrize("data", [b"null", b"{}", b'"x"', b"[" * 100_000, b"9" * 5000, b"\xff", b""])
+async def test_notes_of_a_flow_with_foreign_contents(tmp_path: Path, data: bytes) -> None:
+    """A note of a flow that has a right checksum and another form stops its run; a worker goes on with the others."""
+    path = tmp_path / "runs.db"
+    runner, body = build(path)
+    for run_id in ("r", "other"):
+        await runner.run(body, Num(), run_id=run_id)
+        await runner.signal(run_id, {"ok": True}, schema=Go)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        notes = db.execute("SELECT id, branch, output FROM steps WHERE run = 1 AND position = -9").fetchall()
+        assert {branch.split(":")[1] for _, branch, _ in notes} >= {"f", "s", "v", "w"}
+        for number, branch, output in notes:
+            db.execute("UPDATE steps SET output = ? WHERE id = ?", (data, number))
+            reseal(db)
+            with pytest.raises(
+                CorruptCheckpoint, match=f"the note '{re.escape(branch)}' of run 'r' is damaged"
+            ):
+                await runner.resume(body, "r")
+            db.execute("UPDATE steps SET output = ? WHERE id = ?", (output, number))
+        db.execute("UPDATE steps SET output = ? WHERE id = ?", (data, notes[0][0]))
+        reseal(db)
+    ends: dict[str, Any] = {}
+    done = asyncio.Event()
+
+    def on_result(run_id: str, result: Any) -> None:
+        ends[run_id] = result
+        if len(ends) == 2:
+            done.set()
+
+    worker = asyncio.create_task(runner.serve(body, poll_seconds=0.02, on_result=on_result))
+    await asyncio.wait_for(done.wait(), 20)
+    await runner.shutdown()
+    await worker
+    assert isinstance(ends["r"], CorruptCheckpoint)
+    assert ends["other"].status == "RESUMED"
+
+
+async def test_a_damaged_budget_stops_the_run(tmp_path: Path) -> None:
+    """A limit that was set for a run and is damaged stops the run; it is not ignored."""
+    path, calls = tmp_path / "runs.db", list[int]()
+    runner = StromaRunner.quick(store=SQLiteStore(path), policy_map={"AMBIGUOUS": {"max_retries": 0}})
+
+    @runner.node("a", input=Num, output=Num)
+    async def work(state: Num) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise PermissionError("first")
+        return {"n": state.n + 1}, 10
+
+    await runner.run([work] * 5, Num(), run_id="r")
+    await runner.set_budget("r", tokens=15)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("UPDATE steps SET output = CAST('{}' AS BLOB) WHERE position = -3")
+    with pytest.raises(CorruptCheckpoint, match="the request 'budget 000000001' of run 'r' is damaged"):
+        await runner.resume([work] * 5, "r")
+    assert len(calls) == 1
+
+
+async def test_a_damaged_request_pauses_the_owner(tmp_path: Path) -> None:
+    """A damaged request about a run that is in progress pauses it, since it may be a smaller budget."""
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        session = await begin(store, "r")
+        received: list[Any] = []
+        session.on_control = received.append
+
+        def damage(rows: Rows) -> None:
+            rows.annotate("r", Annotation.REQUEST, "budget 000000001", "", Step("", "", b"{}", b"wrong"))
+            session.read_requests(rows)
+
+        await store._submit(Transaction("r", damage))
+        assert received[0].pause
+        session.abandon()

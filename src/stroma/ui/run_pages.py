@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from stroma.checkpoint.entries import Waiting
+from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.history import (
     FAILED,
     FINISHED,
@@ -248,7 +249,10 @@ class RunPages:
         """Return where this attempt failed, if it is the latest failure at its position."""
         if this.failure_class is None:
             return None
-        site = self._store.failure_site_of(record.run_id, this.position, this.branch)
+        try:
+            site = self._store.failure_site_of(record.run_id, this.position, this.branch)
+        except CorruptCheckpoint:  # The rest of the attempt is still shown.
+            return None
         return site if site is not None and site.started_ns == this.started_ns else None
 
     def _find_attempt(self, request: Request, record: RunRecord) -> tuple[list[AttemptRecord], AttemptRecord]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any, Final, get_type_hints
 
 from stroma.checkpoint.durable.rows import DAMAGED, Annotation, RunRow, Step, StepRow
@@ -38,15 +39,21 @@ def lost_error(run_id: str, why: str) -> CheckpointLost:
     )
 
 
-def parse_run(values: Sequence[Any], run_id: str | None = None) -> RunRow:
+def parse_run(
+    values: Sequence[Any], run_id: str | None = None, others: Mapping[str, Any] = MappingProxyType({})
+) -> RunRow:
     """Return the row of a run. If a value has a type that no store writes, its status is DAMAGED, its error says why.
 
-    ``run_id``: its id, if it is known from elsewhere.
+    Args:
+        run_id: its id, if it is known from elsewhere.
+        others: further values of the run that no store writes, by name.
     """
     row = RunRow._make(values)
     fields = zip(row._fields, row, _RUN_TYPES, strict=True)
     wrong = {name: value for name, value, types in fields if not _is_valid(value, types)}
-    if not wrong:
+    if not wrong and row.attempt_count and not row.execution:
+        wrong = {"execution": row.execution}  # It would begin anew, as if nothing had been recorded.
+    if not wrong and not others:
         return row
     defaults = {name: _DEFAULTS.get(name, 0) for name in wrong}
     started = wrong.get("started_ms")
@@ -54,7 +61,7 @@ def parse_run(values: Sequence[Any], run_id: str | None = None) -> RunRow:
         defaults["started_ms"] = int(started)
     if run_id is not None:
         defaults["run_id"] = run_id
-    what = ", ".join(f"{name} is {value!a:.60}" for name, value in wrong.items())
+    what = ", ".join(f"{name} is {value!a:.60}" for name, value in {**wrong, **others}.items())
     error = f"its row in the store is damaged: {what}; delete the run"
     return row._replace(**{**defaults, "status": DAMAGED, "error": error, "owner": None})
 

@@ -16,7 +16,7 @@ from stroma.checkpoint.durable.annotations import (
     read_waiting,
     rejected_key,
 )
-from stroma.checkpoint.durable.integrity import is_intact, verify_input, verify_step
+from stroma.checkpoint.durable.integrity import is_intact, lost_error, verify_input, verify_step
 from stroma.checkpoint.durable.rows import (
     DAMAGED,
     Annotation,
@@ -289,7 +289,7 @@ class ReadableStore(ABC):
         nothing: tuple[int, tuple[str, bytes, bytes] | None] = (0, None)
         execution, stored = self.read(query, nothing)
         if stored is None:
-            raise self._no_run(run_id)
+            raise lost_error(run_id, "its input is missing") if execution else self._no_run(run_id)
         _, data, sha256 = stored
         verify_input(data, sha256, run_id)
         place = PayloadPlace(run_id, execution, "input")

@@ -7,6 +7,7 @@ All decisions are made here and in ``session_open``, once for all stores. A stor
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -46,6 +47,7 @@ from stroma.checkpoint.entries import (
     Tried,
     Waiting,
 )
+from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, PayloadPlace, Payloads
 from stroma.checkpoint.protocols import Charge
@@ -54,6 +56,8 @@ from stroma.contracts.schema import Schema
 from stroma.trace.events import AttemptRow, contract_of
 
 __all__ = ["DurableSession"]
+
+logger = logging.getLogger("stroma")
 
 
 class DurableSession:
@@ -409,7 +413,12 @@ class DurableSession:
         notify, run = self.on_control, rows.find(self.run_id, lock=True)
         if notify is None or run is None or (run.epoch, run.owner) != (self.fence.epoch, self.fence.owner):
             return
-        control = accept_requests(rows, self.run_id, run.run)
+        try:
+            control = accept_requests(rows, self.run_id, run.run)
+        except CorruptCheckpoint as error:
+            # It may be a smaller budget: no further attempt begins, and a resume raises the error.
+            logger.warning("%s; the run pauses", error)
+            control = RunControl(pause=True)
         if control is not None:
             notify(control)
 

@@ -269,10 +269,16 @@ class History:
         return None if data is None else self._decode(data)
 
     def rejected_of(self, run_id: str, attempt: AttemptRecord) -> RejectedOutput | None:
-        """Return the output that broke its contract in an attempt; None if none is stored."""
+        """Return the output that broke its contract in an attempt; None if none is stored.
+
+        In place of a damaged one, its value is the error: the rest of the run is still shown.
+        """
         if attempt.output_bytes is not None or attempt.outcome not in ("failure", "suspended"):
             return None
-        rejected = self.store.rejected_of(run_id, attempt.position, attempt.branch, attempt.started_ns)
+        try:
+            rejected = self.store.rejected_of(run_id, attempt.position, attempt.branch, attempt.started_ns)
+        except CorruptCheckpoint as error:
+            return RejectedOutput(f"[{error}]", True, ())
         return None if rejected is None else hide_rejected(self.redact, rejected)
 
     def output_of(self, attempt: AttemptRecord, *, max_bytes: int | None = None) -> Payload:

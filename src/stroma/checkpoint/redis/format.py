@@ -204,10 +204,12 @@ def _run_row(reply: list[Any], run_id: str) -> RunRow:
     f = as_hash(fields)
     number: dict[str, Any] = {name: _number(f.get(name, b"0")) for name in _NUMBERS}
     texts = {name: _text(f.get(name)) for name in ("pipeline", "status", "error", "owner", "token")}
+    others = {name: f.get(name) for name in ("version", "token") if name not in f}
+    others |= {} if isinstance(number["version"], int) else {"version": f["version"]}
     try:
         decode_tags(run_id, f.get("tags"))
     except CorruptCheckpoint:
-        texts["pipeline"] = f["tags"]  # Of a wrong type: the row is damaged.
+        others["tags"] = f["tags"]
     until = _number(f["until_ms"]) if "until_ms" in f else None
     values = (
         RedisRun(
@@ -238,7 +240,7 @@ def _run_row(reply: list[Any], run_id: str) -> RunRow:
         _number(f["expires_ms"]) if "expires_ms" in f else None,
         _text(f.get("claim")) if _has_time_left(f.get("claim_until"), now) else None,
     )
-    return parse_run(values, run_id)
+    return parse_run(values, run_id, others)
 
 
 def read_run_row(reply: Any, run_id: str) -> RunRow:
