@@ -39,9 +39,9 @@ class RecordName(NamedTuple):
 
     def damaged(self, problem: str = "") -> CorruptCheckpoint:
         """Return the error for the record."""
-        why = problem and f": {problem}"
+        record, why = str(self), problem and f": {problem}"
         return CorruptCheckpoint(
-            f"{self} is damaged{why}; restore the store from a backup, restart the run, or start a new one"
+            f"{record} is damaged{why}; restore the store from a backup, restart the run, or start a new one"
         )
 
 
