@@ -154,7 +154,6 @@ LISTS: dict[str, Callable[[Any], Any]] = {
     "found": lambda store: [run for run in (store.get_run(one) for one in ("r", "other")) if run is not None],
 }
 OTHERS: dict[str, Callable[[Any], Any]] = {
-    "due": lambda store: [run for run in store.due_runs("pipeline", 1 << 60) if run != "r"],
     "attempts": lambda store: len(store.attempts("r")),
     "attempt page": lambda store: len(store.attempt_page("r").attempts),
     "notes": lambda store: store.flow_notes("other"),
