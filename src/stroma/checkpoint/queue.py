@@ -45,6 +45,7 @@ class ClaimRequest(NamedTuple):
         limit: maximum number of runs.
         now_ms: the time of the worker, in ms since the epoch.
         pipelines: the pipelines that it serves, by name.
+        with_lost: also look for runs whose owner is gone. SQL stores read the owner of each running run for that.
     """
 
     token: str
@@ -52,6 +53,7 @@ class ClaimRequest(NamedTuple):
     limit: int
     now_ms: int
     pipelines: Mapping[str, RunLimits]
+    with_lost: bool = True
 
 
 class Candidate(NamedTuple):

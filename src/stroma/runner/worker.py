@@ -85,6 +85,8 @@ class RunWorker:
         self._failures: dict[str, int] = {}
         self._token = os.urandom(8).hex()
         self._failed_polls = 0
+        #: By the clock of the event loop: from when on runs without an owner are looked for again.
+        self._next_look_for_lost = 0.0
         self.health = health or WorkerHealth()
         self._on_result: Callable[[str, Outcome], None] | None = None
         # Not the shared generator: a program that seeds it would make all workers choose the same runs.
@@ -140,7 +142,11 @@ class RunWorker:
         if free < 1:
             return True
         limits = {name: one.limits for name, one in served.items()}
-        request = ClaimRequest(self._token, _CLAIM_SECONDS, free, now_ms(), limits)
+        now = asyncio.get_running_loop().time()
+        with_lost = now >= self._next_look_for_lost
+        if with_lost:
+            self._next_look_for_lost = now + self._poll_seconds / 2
+        request = ClaimRequest(self._token, _CLAIM_SECONDS, free, now_ms(), limits, with_lost)
         try:
             claimed = await self._stored.claim(request)
         except StoreError as error:

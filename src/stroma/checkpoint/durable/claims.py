@@ -33,9 +33,7 @@ def claim_runs(rows: Rows, request: ClaimRequest) -> list[Candidate]:
     limited = [name for name, limits in request.pipelines.items() if any(one is not None for one in limits)]
     for name in sorted(limited):  # Of two workers that count live runs, one waits for the other.
         _, _ = rows.read_cell(f"stroma claims of {name}", lock=True)
-    candidates = [
-        one for name in request.pipelines for one in rows.candidates(name, request.now_ms, request.limit)
-    ]
+    candidates = [one for name in request.pipelines for one in rows.candidates(name, request)]
     counted = {*limited, *(one.pipeline for one in candidates if one.key is not None)}
     chosen = choose(candidates, {name: rows.live_runs(name) for name in counted}, request)
     if not chosen:

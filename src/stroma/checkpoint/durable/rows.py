@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import Any, Final, NamedTuple, Protocol
 
 from stroma.checkpoint.durable.owner import Owner, is_gone
-from stroma.checkpoint.queue import Candidate, QueueEntry
+from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry
 from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally
 
 __all__ = [
@@ -277,8 +277,8 @@ class Rows(Protocol):
         """Release an execution that has just begun as QUEUED, until a worker opens it."""
         ...
 
-    def candidates(self, pipeline: str, now_ms: int, limit: int) -> list[Candidate]:
-        """Return runs of a pipeline that are due at a time and have no claim; see :func:`stroma.checkpoint.decisions.is_due`.
+    def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
+        """Return runs of a pipeline that are due and have no claim; see :func:`stroma.checkpoint.decisions.is_due`.
 
         The first ``limit`` queued runs of each key, and at most ``limit`` of those that stopped and of those whose owner is
         gone. No other transaction returns them before this one ends, or claim() does not claim them.

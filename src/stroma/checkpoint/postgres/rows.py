@@ -25,7 +25,7 @@ from stroma.checkpoint.durable.rows import (
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.postgres import statements as sql
 from stroma.checkpoint.postgres.schema import SCHEMA_VERSION, key
-from stroma.checkpoint.queue import Candidate, QueueEntry
+from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry
 from stroma.checkpoint.records import Attempt, AttemptMark, RunQuery, StoreFacts, Tally, parse_attempt_mark
 from stroma.checkpoint.sql import Dialect, attempt_page, find_runs, tally
 
@@ -155,13 +155,20 @@ class PostgresRows:
     def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
         self._execute(sql.ENQUEUE, (entry.due_ms, entry.priority, entry.key, entry.expires_ms, fence.run))
 
-    def candidates(self, pipeline: str, now_ms: int, limit: int) -> list[Candidate]:
-        values = {"pipeline": pipeline, "now": now_ms, "limit": limit, "machine": machine_prefix()}
+    def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
+        values = {
+            "pipeline": pipeline,
+            "now": request.now_ms,
+            "limit": request.limit,
+            "machine": machine_prefix(),
+        }
         candidates = [
             Candidate._make(row)
             for statement in (sql.STOPPED, sql.QUEUED, sql.QUEUED_BY_KEY)
             for row in self._execute(statement, values).fetchall()
         ]
+        if not request.with_lost:
+            return candidates
         gone = {
             run: (owner, Candidate(run, run_id, name, priority, 0, key))
             for run, run_id, name, priority, key, owner, left_seconds in self._execute(
@@ -170,7 +177,7 @@ class PostgresRows:
             if is_free(owner, left_seconds)
         }
         if gone:
-            chosen = list(gone)[:limit]
+            chosen = list(gone)[: request.limit]
             owners = [gone[run][0] for run in chosen]
             locked = self._execute(sql.LOCK_RUNNING, (chosen, owners)).fetchall()
             candidates += [gone[run][1] for (run,) in locked]

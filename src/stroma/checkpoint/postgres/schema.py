@@ -67,8 +67,10 @@ _TABLES: Final[tuple[LiteralString, ...]] = (
     "CREATE INDEX tags_by_start ON tags (tag, started_ms, run)",
     "CREATE INDEX runs_by_pipeline ON runs (pipeline, started_ms, run)",
     "CREATE INDEX runs_by_status ON runs (status, started_ms, run)",
-    "CREATE INDEX runs_by_wake ON runs (pipeline, wake_ms) WHERE wake_ms IS NOT NULL",
-    "CREATE INDEX runs_by_queue ON runs (pipeline, priority, wake_ms, run) WHERE status = 'QUEUED'",
+    "CREATE INDEX runs_by_wake ON runs (pipeline, wake_ms) WHERE status IN ('SUSPENDED', 'INTERRUPTED')",
+    "CREATE INDEX runs_by_queue ON runs (pipeline, priority, wake_ms, run) WHERE status = 'QUEUED' AND queue_key IS NULL",
+    """CREATE INDEX runs_by_key ON runs (pipeline, queue_key, priority, wake_ms, run)
+        WHERE status = 'QUEUED' AND queue_key IS NOT NULL""",
     "CREATE INDEX failed ON attempts (run, execution, (started_ns + duration_ns)) WHERE failure_class IS NOT NULL",
     "CREATE INDEX called ON attempts (run, execution, position) WHERE identity IS NOT NULL",
 )  # fmt: skip

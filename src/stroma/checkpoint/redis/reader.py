@@ -12,7 +12,7 @@ from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.integrity import parse_attempt
 from stroma.checkpoint.durable.rows import Annotation, AttemptSummary, RunExtras, RunRow, Step, StepRow
 from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint
-from stroma.checkpoint.queue import Candidate
+from stroma.checkpoint.queue import Candidate, ClaimRequest
 from stroma.checkpoint.records import (
     Attempt,
     RunQuery,
@@ -80,8 +80,9 @@ class RedisReader:
                     return runs, self._next_page(start, run_id)
         return runs, None if end is None else _mark(*end)
 
-    def candidates(self, pipeline: str, now_ms: int, limit: int) -> list[Candidate]:
-        (reply,) = self._get(script_command("stroma:", "candidates", pipeline, now_ms, limit, _MAX_EXAMINED))
+    def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
+        values = (pipeline, request.now_ms, request.limit, _MAX_EXAMINED)
+        (reply,) = self._get(script_command("stroma:", "candidates", *values))
         rows = sorted(zip(*(reply[at::5] for at in range(5)), strict=True), key=lambda row: int(row[0]))
         return [
             Candidate(

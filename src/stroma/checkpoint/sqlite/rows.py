@@ -23,7 +23,7 @@ from stroma.checkpoint.durable.rows import (
     is_free,
 )
 from stroma.checkpoint.payloads import BLOB
-from stroma.checkpoint.queue import MAX_CLAIM_SECONDS, Candidate, QueueEntry
+from stroma.checkpoint.queue import MAX_CLAIM_SECONDS, Candidate, ClaimRequest, QueueEntry
 from stroma.checkpoint.records import Attempt, AttemptMark, RunQuery, StoreFacts, Tally, parse_attempt_mark
 from stroma.checkpoint.sql import Dialect, attempt_page, find_runs, tally
 from stroma.checkpoint.sqlite import statements as sql
@@ -181,13 +181,20 @@ class SqliteRows:
     def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
         self.db.execute(sql.ENQUEUE, (entry.due_ms, entry.priority, entry.key, entry.expires_ms, fence.run))
 
-    def candidates(self, pipeline: str, now_ms: int, limit: int) -> list[Candidate]:
-        values = {"pipeline": pipeline, "now": now_ms, "limit": limit, "clock": _clock_ms()}
+    def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
+        values = {
+            "pipeline": pipeline,
+            "now": request.now_ms,
+            "limit": request.limit,
+            "clock": _clock_ms(),
+        }
         candidates = [
             Candidate._make(row)
             for statement in (sql.STOPPED, sql.QUEUED, sql.QUEUED_BY_KEY)
             for row in self.db.execute(statement, values).fetchall()
         ]
+        if not request.with_lost:
+            return candidates
         gone = [
             Candidate(run, run_id, name, priority, 0, key)
             for run, run_id, name, priority, key, owner, until_ms, free in self.db.execute(
@@ -195,7 +202,7 @@ class SqliteRows:
             )
             if free and is_free(owner, _seconds_left(owner, until_ms))
         ]
-        return candidates + gone[:limit]
+        return candidates + gone[: request.limit]
 
     def live_runs(self, pipeline: str) -> dict[str | None, int]:
         values = {"pipeline": pipeline, "clock": _clock_ms()}

@@ -65,13 +65,13 @@ _FREE: Final = (
     f"(claim_until_ms IS NULL OR claim_until_ms NOT BETWEEN :clock AND :clock + {1000 * MAX_CLAIM_SECONDS})"
 )
 _CANDIDATE: Final = "run, run_id, pipeline, priority, wake_ms, queue_key"
-STOPPED: Final = f"""SELECT {_CANDIDATE} FROM runs WHERE pipeline = :pipeline AND wake_ms <= :now
+STOPPED: Final = f"""SELECT {_CANDIDATE} FROM runs INDEXED BY runs_by_wake WHERE pipeline = :pipeline AND wake_ms <= :now
     AND status IN ('SUSPENDED', 'INTERRUPTED') AND {_FREE} ORDER BY wake_ms LIMIT :limit"""
 # Without keys, the rows come from the index in order.
-QUEUED: Final = f"""SELECT {_CANDIDATE} FROM runs WHERE pipeline = :pipeline AND status = 'QUEUED' AND queue_key IS NULL
+QUEUED: Final = f"""SELECT {_CANDIDATE} FROM runs INDEXED BY runs_by_queue WHERE pipeline = :pipeline AND status = 'QUEUED' AND queue_key IS NULL
     AND wake_ms <= :now AND {_FREE} ORDER BY priority, wake_ms, run LIMIT :limit"""
 QUEUED_BY_KEY: Final = f"""SELECT {_CANDIDATE} FROM (SELECT *, row_number() OVER (PARTITION BY queue_key
-    ORDER BY priority, wake_ms, run) AS place FROM runs WHERE pipeline = :pipeline AND status = 'QUEUED'
+    ORDER BY priority, wake_ms, run) AS place FROM runs INDEXED BY runs_by_key WHERE pipeline = :pipeline AND status = 'QUEUED'
     AND queue_key IS NOT NULL AND wake_ms <= :now AND {_FREE}) WHERE place <= :limit ORDER BY run"""
 RUNNING: Final = f"""SELECT run, run_id, pipeline, priority, queue_key, lease_owner, lease_until_ms, {_FREE} FROM runs
     WHERE status = 'RUNNING' AND pipeline = :pipeline AND execution > 0 ORDER BY started_ms"""
