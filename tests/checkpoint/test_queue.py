@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.fixtures import store_fixture
 from tests.kit import Num
-from tests.shared_stores import STORES
+from tests.shared_stores import STORES, opened, place
 from tests.tiers import examples
 
 from stroma import RunExists
@@ -243,3 +243,24 @@ def test_what_is_chosen(
     if left and len(chosen) < limit and (max_runs is None or sum(live.values()) + len(chosen) < max_runs):
         assert per_key is not None
         assert all(one.key is not None and running[one.key] >= per_key for one in left)
+
+
+@pytest.mark.parametrize("kind", ["redis", "postgres"])
+async def test_listeners_learn_of_due_runs(kind: str) -> None:
+    """Another process that listens learns at once of a submitted run, and of one that was made due; without, it polls."""
+    with place(kind) as where, opened(kind, where) as store, opened(kind, where) as other:
+        await submit(store, "first")  # Creates the tables.
+        news, loop = asyncio.Event(), asyncio.get_running_loop()
+        listener = other.listen(lambda: loop.call_soon_threadsafe(news.set))
+        try:
+            async with asyncio.timeout(20):
+                while not news.is_set():  # Until it is connected.
+                    await submit(store, f"r{loop.time()}")
+                    await asyncio.sleep(0.01)
+                await store.pause("first")
+                await asyncio.sleep(0.1)
+                news.clear()
+                await store.unpause("first")
+                await news.wait()
+        finally:
+            listener.close()

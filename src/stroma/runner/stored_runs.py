@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint import CheckpointManager, CheckpointNotFound, RunRecord, StoreError, Waiting
+from stroma.checkpoint.durable.news import Listener
 from stroma.checkpoint.entries import RunRequest
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, RunLimits
 from stroma.contracts.contract import ContractRegistry
@@ -143,6 +144,12 @@ class StoredRuns:
         """Claim due runs for a worker."""
         claimed: list[Candidate] = await self._journal("claim").claim(request)
         return claimed
+
+    def listen(self, on_news: Callable[[], None]) -> Listener | None:
+        """Call a function, in another thread, when another process has made a run due; None if the store cannot tell."""
+        listen = getattr(self._manager.store, "listen", None)
+        listener: Listener | None = None if listen is None else listen(on_news)
+        return listener
 
     async def postpone(self, run_id: str, token: str, due_ms: int) -> None:
         """Give back a claimed run until a time in ms since the epoch."""

@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint import CheckpointNotFound, PipelineChanged, StoreError
@@ -85,6 +85,7 @@ class RunWorker:
         self._failures: dict[str, int] = {}
         self._token = os.urandom(8).hex()
         self._failed_polls = 0
+        self._news = asyncio.Event()
         #: By the clock of the event loop: from when on runs without an owner are looked for again.
         self._next_look_for_lost = 0.0
         self.health = health or WorkerHealth()
@@ -106,20 +107,26 @@ class RunWorker:
             raise ValueError(f"poll_seconds must be above 0, got {poll_seconds!r}")
         self._max_concurrency, self._poll_seconds, self._on_result = max_concurrency, poll_seconds, on_result
         served = self._check(pipelines)
+        loop = asyncio.get_running_loop()
         drained = asyncio.ensure_future(self._batch.until_drained())
+        listener = self._stored.listen(partial(_wake, loop, self._news))
         try:
             while not self._batch.draining:
+                self._news.clear()
                 has_more = await self._take_up(served)
-                waits: set[asyncio.Future[None]] = {drained}
-                if has_more:
-                    waits |= set(self._active.values())
+                news = asyncio.ensure_future(self._news.wait())
+                waits: set[asyncio.Future[Any]] = {drained}
+                waits |= set(self._active.values()) if has_more else {news}
                 timeout = None if has_more else self._next_poll_seconds()
                 await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                news.cancel()
             self.health.is_draining = True
             while self._active:
                 await asyncio.wait(set(self._active.values()))
         finally:
             drained.cancel()
+            if listener is not None:
+                listener.close()
             self._batch.drain()
             await self._live.interrupt(set(self._active.values()))
 
@@ -207,6 +214,13 @@ class RunWorker:
         self.health.active = len(self._active)
         if not task.cancelled() and task.exception() is not None:
             logger.error("continuing run %s failed", run_id, exc_info=task.exception())
+
+
+def _wake(loop: asyncio.AbstractEventLoop, news: asyncio.Event) -> None:
+    try:
+        loop.call_soon_threadsafe(news.set)
+    except RuntimeError:
+        pass  # The loop is closed.
 
 
 def _outcome_of(driven: DriveOutcome) -> Outcome:

@@ -30,6 +30,7 @@ from stroma.checkpoint.durable.control import (
 from stroma.checkpoint.durable.fork import fork_run
 from stroma.checkpoint.durable.integrity import checksum, is_intact, verify_step
 from stroma.checkpoint.durable.leases import LeaseRenewer
+from stroma.checkpoint.durable.news import Listener
 from stroma.checkpoint.durable.operations import CellChange, Transaction
 from stroma.checkpoint.durable.owner import Owner, new_owner
 from stroma.checkpoint.durable.reader import ReadableStore
@@ -193,6 +194,10 @@ class DurableStore(ReadableStore):
             Transaction(None, lambda rows: claim_runs(rows, request))
         )
         return claimed
+
+    def listen(self, on_news: Callable[[], None]) -> Listener | None:
+        """Call a function, in a thread of its own, when another process has made a run due; None if that is not reported."""
+        return None
 
     async def postpone(self, run_id: str, token: str, due_ms: int) -> None:
         """Give back a claimed run that could not be continued, and make it due at a later time. Raises StoreError."""

@@ -149,11 +149,14 @@ class PostgresRows:
 
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
         self._execute(sql.WAKE, (wake_ms, run.run))
+        if wake_ms == 0:
+            self._execute(sql.NOTIFY)
 
     # ------------------------------------------------------------------ queue
 
     def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
         self._execute(sql.ENQUEUE, (entry.due_ms, entry.priority, entry.key, entry.expires_ms, fence.run))
+        self._execute(sql.NOTIFY)
 
     def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
         values = {

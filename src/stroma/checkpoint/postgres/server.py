@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
@@ -46,6 +46,7 @@ _SESSION: Final = {
     "plan_cache_mode": "force_generic_plan",
 }
 
+_NEWS_SECONDS = 5.0  # between looks whether anybody still listens
 _REPLY_SECONDS = 35.0  # Longer than the server's own timeout, whose error has the reason.
 _LOCKED: Final = "55P03"
 # Errors that a retry may resolve: the server starts, stops or is overloaded, or transactions conflict.
@@ -168,6 +169,17 @@ class PostgresEndpoint:
             db.close()
             raise
         return db
+
+    def receive_news(self) -> Iterator[bool]:
+        """Yield True for each notification that a run may be due, and False every few seconds. Raises psycopg.Error."""
+        db = self._connect()
+        try:
+            db.execute(psycopg.sql.SQL("LISTEN {}").format(psycopg.sql.Identifier(f"stroma_{self.schema}")))
+            while True:
+                news = list(db.notifies(timeout=_NEWS_SECONDS, stop_after=1))
+                yield bool(news)
+        finally:
+            db.close()
 
     def _connect(self) -> psycopg.Connection[Any]:
         db = _Connection.connect(self.conninfo, autocommit=True)

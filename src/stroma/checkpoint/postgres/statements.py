@@ -95,6 +95,8 @@ FINISH: Final = f"""UPDATE runs SET status = %(status)s, error = %(error)s,
     updated_ms = coalesce(%(updated_ms)s::bigint, {NOW_MS}), lease_until = NULL, wake_ms = CASE
     WHEN %(status)s::text IN ('SUSPENDED', 'INTERRUPTED') THEN least(wake_ms, %(wake_ms)s::bigint) END {_FENCE}"""
 WAKE: Final = "UPDATE runs SET wake_ms = %s WHERE run = %s"
+# Wakes workers that listen; identical notifications of a transaction are sent once.
+NOTIFY: Final = "SELECT pg_notify('stroma_' || current_schema(), '')"
 ENQUEUE: Final = """UPDATE runs SET status = 'QUEUED', lease_until = NULL, wake_ms = %s, priority = %s, queue_key = %s,
     expires_ms = %s WHERE run = %s"""
 _FREE: Final = "(r.claim_until IS NULL OR r.claim_until < clock_timestamp())"

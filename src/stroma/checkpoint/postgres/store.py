@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from stroma.checkpoint.durable.news import Listener
 from stroma.checkpoint.durable.rows import Rows
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.payloads import BlobStore, Codec, Payloads
@@ -94,6 +95,9 @@ class PostgresStore(AsyncStates):
 
     def read(self, query: Callable[[Rows], T], nothing: T) -> T:
         return self._reader.read(query, nothing)
+
+    def listen(self, on_news: Callable[[], None]) -> Listener | None:
+        return Listener(self._server.receive_news, on_news)
 
     def close(self) -> None:
         """Write queued operations, then disconnect. Blocks until that is done; the store cannot write afterwards."""

@@ -220,7 +220,9 @@ end
 function ops.wake(id, wake)
   local status = redis.call('HGET', run, 'status')
   if not status then return 0 end
-  if status ~= 'RUNNING' then set_wake(id, wake)
+  if status ~= 'RUNNING' then
+    set_wake(id, wake)
+    if wake == '0' then report_news() end
   elseif wake ~= '' then redis.call('HSET', run, 'wake_ms', wake)
   else redis.call('HDEL', run, 'wake_ms') end
   return 0

@@ -139,6 +139,9 @@ local function leave_queue()
   if key ~= '' and redis.call('EXISTS', queue) == 0 then redis.call('SREM', QUEUE_KEYS .. f[2], key) end
 end
 
+-- Wakes workers that listen.
+local function report_news() redis.call('PUBLISH', 'stroma:news', '') end
+
 local function join_queue(id, due)
   leave_queue()
   local f = redis.call('HMGET', run, 'pipeline', 'queue_key', 'priority', 'order')
@@ -146,6 +149,7 @@ local function join_queue(id, due)
   redis.call('ZADD', queue_of(f[1], key), f[3], member)
   redis.call('HSET', run, 'queued', member, 'wake_ms', due)
   if key ~= '' then redis.call('SADD', QUEUE_KEYS .. f[1], key) end
+  report_news()
 end
 
 -- Stores from when on a worker may continue a run that stopped; '': never by itself.

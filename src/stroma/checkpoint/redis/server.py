@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 from stroma._utils.logs import get_logger
@@ -21,6 +21,7 @@ _log = get_logger()
 
 _CONNECT_SECONDS: Final = 5.0
 _REPLY_SECONDS: Final = 5.0
+_NEWS_SECONDS: Final = 3.0  # between looks whether anybody still listens; less than _REPLY_SECONDS
 _MAX_PAUSE_SECONDS: Final = 0.5
 
 # Temporary errors in a reply: the server starts, fails over, or is busy. The driver converts some of their prefixes to
@@ -79,6 +80,17 @@ class RedisEndpoint:
         )
         client.connection_pool.connection_kwargs["decode_responses"] = False
         return client
+
+    def receive_news(self) -> Iterator[bool]:
+        """Yield True for each message that a run may be due, and False every few seconds. Raises the driver's errors."""
+        client = self.client()
+        try:
+            with client.pubsub(ignore_subscribe_messages=True) as channel:
+                channel.subscribe("stroma:news")
+                while True:
+                    yield channel.get_message(timeout=_NEWS_SECONDS) is not None
+        finally:
+            client.close()
 
     # ------------------------------------------------------------------ errors
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from stroma.checkpoint.durable.news import Listener
 from stroma.checkpoint.durable.rows import Rows
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.durable.store import DurableStore
@@ -69,6 +70,9 @@ class _RedisJournal(DurableStore):
             if self._server.is_driver_error(error):
                 raise self._server.explain(error) from error
             raise
+
+    def listen(self, on_news: Callable[[], None]) -> Listener | None:
+        return Listener(self._server.receive_news, on_news)
 
     def close(self) -> None:
         """Write queued operations, then disconnect. Blocks until that is done; the store cannot write afterwards."""
