@@ -9,17 +9,32 @@ from typing import Any
 import pytest
 from tests.fixtures import store_fixture
 from tests.flows.steps import Clock, Text, World
-from tests.kit import NEVER, Num, node
+from tests.kit import NEVER, Num, node, same
 from tests.shared_stores import STORES
 
-from stroma import CheckpointNotFound, Flow, Pipeline, RunStatus, StoreError, StromaRunner, stroma_flow
-from stroma.runner.drive import Blocked, Busy, Ended, Suspended, Yielded
+from stroma import (
+    CheckpointNotFound,
+    ExecutionResult,
+    Flow,
+    Pipeline,
+    RunStatus,
+    StoreError,
+    StromaRunner,
+    stroma_flow,
+)
+from stroma.runner.drive import Blocked, Busy, DriveOutcome, Ended, Suspended, Yielded
 
 store = store_fixture(*STORES)
 
 
 def _runner(store: Any, **config: Any) -> StromaRunner:
     return StromaRunner.quick(**{"store": store, "policy_map": NEVER, **config})
+
+
+def _result(outcome: DriveOutcome) -> ExecutionResult:
+    assert isinstance(outcome, Ended)
+    assert outcome.result is not None
+    return outcome.result
 
 
 async def _interrupt(store: Any, world: World, pipeline: Pipeline, call: str) -> None:
@@ -41,9 +56,10 @@ async def test_an_interrupted_run_is_driven_to_its_end(store: Any) -> None:
     await _interrupt(store, world, pipeline, "b 1")
     ended = await _runner(store).drive("r", pipelines=[pipeline])
     assert ended == Ended("r", "RESUMED")
-    assert isinstance(ended, Ended) and ended.result is not None and ended.result.output == Num(n=2)
+    assert _result(ended).output == Num(n=2)
     assert world.calls == ["a 0", "b 1", "b 1"]
     again = await _runner(store).drive("r", pipelines=[pipeline])
+    assert isinstance(again, Ended)
     assert (again, again.result) == (Ended("r", "RESUMED"), None)
     assert world.calls == ["a 0", "b 1", "b 1"]
 
@@ -55,8 +71,9 @@ async def test_a_failure_is_an_end(store: Any) -> None:
     await _interrupt(store, world, pipeline, "b 1")
     world.failing.add("b")
     ended = await _runner(store).drive("r", pipelines=[pipeline])
-    assert isinstance(ended, Ended) and ended.result is not None and ended.result.failure is not None
-    assert (ended.status, ended.result.failure.message) == ("PARTIAL", "b 1 failed")
+    failure = _result(ended).failure
+    assert failure is not None
+    assert (ended, failure.message) == (Ended("r", "PARTIAL"), "b 1 failed")
 
 
 async def test_a_suspended_run(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,12 +91,13 @@ async def test_a_suspended_run(store: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert await runner.drive("r", pipelines=[ask]) == Suspended("r", due)
     clock.pass_by(hours=1)
     asked = await runner.drive("r", pipelines=[ask])
-    assert isinstance(asked, Suspended) and asked.result is not None
+    assert isinstance(asked, Suspended)
+    assert asked.result is not None
     assert (asked.until, [question.reason for question in asked.questions]) == (None, ["Well?"])
     assert await runner.drive("r", pipelines=[ask]) == asked
     await runner.signal("r", Text(text="yes"))
     ended = await runner.drive("r", pipelines=[ask])
-    assert isinstance(ended, Ended) and ended.result is not None and ended.result.output == Text(text="yes")
+    assert _result(ended).output == Text(text="yes")
 
 
 async def test_a_paused_run_stays_paused(store: Any) -> None:
@@ -102,7 +120,8 @@ async def test_a_run_with_an_owner_is_busy(store: Any) -> None:
     run = asyncio.ensure_future(_runner(store).run(pipeline, Num(), run_id="r"))
     await world.dies.wait()
     busy = await _runner(store).drive("r", pipelines=[pipeline])
-    assert isinstance(busy, Busy) and busy.owner
+    assert isinstance(busy, Busy)
+    assert busy.owner
     if busy.until is not None:  # A store in memory has no leases.
         assert busy.until > datetime.now(UTC) + timedelta(seconds=20)
     run.cancel()
@@ -151,10 +170,12 @@ async def test_code_that_does_not_fit_is_blocked(store: Any) -> None:
     await _interrupt(store, world, Pipeline("p", [a, b]), "b 1")
     runner = _runner(store)
     unknown = await runner.drive("r")
-    assert isinstance(unknown, Blocked) and "'p' is not served here" in unknown.reason
+    assert isinstance(unknown, Blocked)
+    assert "'p' is not served here" in unknown.reason
     changed = await runner.drive("r", pipelines=[Pipeline("p", [world.step("other"), b])])
-    assert isinstance(changed, Blocked) and "other" in changed.reason
-    other_input = await runner.drive("r", pipelines=[Pipeline("p", [node("a", lambda s: s, input=Text)])])
+    assert isinstance(changed, Blocked)
+    assert "other" in changed.reason
+    other_input = await runner.drive("r", pipelines=[Pipeline("p", [node("a", same, input=Text)])])
     assert isinstance(other_input, Blocked)
     record = store.get_run("r")
     assert (record.status, record.holder) == ("INTERRUPTED", None)

@@ -91,8 +91,11 @@ async def test_every_end_is_a_result(store: Any) -> None:
     async with serving(store, pipeline):
         results = await asyncio.gather(*(one.result(timeout=20) for one in (failed, late, cancelled)))
     assert [str(result.status) for result in results] == ["PARTIAL", "FAILED", "CANCELLED"]
-    assert results[0].failure is not None and "a 0 failed" in results[0].failure.message
-    assert results[1].failure is not None and results[1].failure.reason == "expired"
+    failures = [result.failure for result in results]
+    assert failures[0] is not None
+    assert "a 0 failed" in failures[0].message
+    assert failures[1] is not None
+    assert failures[1].reason == "expired"
     assert world.calls == ["a 0"]
 
 

@@ -21,7 +21,7 @@ from tests.receivers.broken import BrokenBackend
 from stroma import RunStatus, StromaRunner, current_node
 from stroma.engine import NodeExecution, ReliabilityContext
 from stroma.telemetry import datadog_hooks, log_hooks, otel_hooks, prometheus_hooks, sentry_hooks
-from stroma.telemetry.observer import Ended, Observer
+from stroma.telemetry.observer import AttemptEnd, Observer
 
 
 class State(BaseModel):
@@ -96,7 +96,7 @@ class FailsLater(Observer):
     def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
         self._gone()
 
-    def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
+    def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         self._gone()
 
     def retrying(self, node: NodeExecution, *_: Any) -> None:

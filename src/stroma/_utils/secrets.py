@@ -553,7 +553,7 @@ def _renamed(error: BaseException, message: str, members: Iterable[BaseException
     """Return an exception of the same name, message and traceback."""
     kind = type(error)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    inner = list(members)
+    inner: Any = list(members)  # A group of BaseExceptions makes one of them.
     stand_in: BaseException
     if inner:
         stand_in = type(kind.__name__, (ExceptionGroup,), names)(message, inner)

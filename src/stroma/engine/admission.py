@@ -60,7 +60,7 @@ _LOOK_SECONDS: Final = 1.0  # between looks where somebody can: room may come so
 
 
 class _Blocked(NamedTuple):
-    """Where an attempt has to wait.
+    """Place where an attempt has to wait.
 
     Attributes:
         wait: ``ms`` is None if it waits for the end of other calls.
@@ -73,7 +73,7 @@ class _Blocked(NamedTuple):
 
 
 class Permit:
-    """What one attempt holds while it is made: reservations, and its place among the threads."""
+    """Reservations and the place among the threads that one attempt holds while it is made."""
 
     __slots__ = (
         "answers", "around", "breaker", "caller", "changed", "charged", "ctx", "gates", "has_place", "is_empty", "key", "needed",

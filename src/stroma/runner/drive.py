@@ -113,7 +113,7 @@ class Busy:
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """This code cannot continue the run; nothing was changed.
+    """The code of this process cannot continue the run; nothing was changed.
 
     Attributes:
         reason: what does not fit.

@@ -226,5 +226,6 @@ def _wake(loop: asyncio.AbstractEventLoop, news: asyncio.Event) -> None:
 def _outcome_of(driven: DriveOutcome) -> Outcome:
     if isinstance(driven, Blocked):
         return PipelineChanged(driven.reason)
-    assert not isinstance(driven, Busy) and driven.result is not None
+    assert not isinstance(driven, Busy)
+    assert driven.result is not None
     return driven.result

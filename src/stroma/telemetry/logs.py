@@ -16,7 +16,14 @@ from stroma.engine.execution import NodeExecution
 from stroma.failures.classes import FailureClass
 from stroma.telemetry.content import DENY_KEYS, Content, ContentMode, type_name
 from stroma.telemetry.conventions import attribution_of, note_run
-from stroma.telemetry.observer import WRITING, Ended, ExporterHooks, Observer, is_returned, seconds_elsewhere
+from stroma.telemetry.observer import (
+    WRITING,
+    AttemptEnd,
+    ExporterHooks,
+    Observer,
+    is_returned,
+    seconds_elsewhere,
+)
 from stroma.trace.result import ExecutionResult
 
 __all__ = ["log_hooks"]
@@ -110,7 +117,7 @@ class _Logs(Observer):
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         started = run.notes.pop(self, None)
-        failed = Ended.finally_(result)
+        failed = AttemptEnd.finally_(result)
         level = logging.INFO if failed is None or is_returned(run) else logging.ERROR
         if self._is_off(level):
             return
@@ -138,7 +145,7 @@ class _Logs(Observer):
         fields = {**_of_node(node), "input": self._content.state(node.ctx, state)}
         self._write(logging.DEBUG, "node started", fields)
 
-    def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
+    def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         level = _LEVELS.get(ended.outcome, logging.INFO)
         if self._is_off(level):
             return
@@ -193,7 +200,7 @@ class _Logs(Observer):
         fields = {**_of_run(run), "limit": limit, "delay_s": round(seconds, 3)}
         self._write(logging.WARNING, "limit cooldown", fields)
 
-    def _failure(self, run: ReliabilityContext, ended: Ended) -> dict[str, Any]:
+    def _failure(self, run: ReliabilityContext, ended: AttemptEnd) -> dict[str, Any]:
         assert ended.error is not None
         fields = {
             "failure_class": ended.class_name,

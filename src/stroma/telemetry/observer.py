@@ -25,7 +25,7 @@ __all__ = [
     "CUT_SHORT",
     "NODE_BUCKETS",
     "WRITING",
-    "Ended",
+    "AttemptEnd",
     "ExporterHooks",
     "Observer",
     "exceeded",
@@ -53,7 +53,7 @@ T = TypeVar("T")
 logger = get_logger("stroma.telemetry")
 
 
-class Ended(NamedTuple):
+class AttemptEnd(NamedTuple):
     """End of an attempt."""
 
     outcome: Outcome
@@ -67,7 +67,7 @@ class Ended(NamedTuple):
         return "" if self.failure_class is None else self.failure_class.value
 
     @classmethod
-    def finally_(cls, result: ExecutionResult) -> Ended | None:
+    def finally_(cls, result: ExecutionResult) -> AttemptEnd | None:
         """Return the failure that ended a run; None if it completed, is suspended, or was cancelled."""
         failed = result.failure
         if failed is None or result.status not in (RunStatus.FAILED, RunStatus.PARTIAL):
@@ -76,7 +76,7 @@ class Ended(NamedTuple):
 
 
 #: The end of a node whose retry does not follow: its last failure was not final.
-CUT_SHORT: Final = Ended("cancelled")
+CUT_SHORT: Final = AttemptEnd("cancelled")
 
 
 def waits_since(node: NodeExecution, key: object) -> None:
@@ -166,7 +166,7 @@ class Observer:
     def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
         """Handle an attempt before its function is called. An input that violates its contract has an end without a start."""
 
-    def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
+    def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         """Handle an attempt that is in the trace; ``node.usage`` and ``node.duration_ms`` are final."""
 
     def node_ended(self, node: NodeExecution) -> None:
@@ -262,7 +262,7 @@ class Observer:
     def _here_key(self) -> int:
         return id(self)
 
-    def _ended(self, event: str, ended: Ended) -> None:
+    def _ended(self, event: str, ended: AttemptEnd) -> None:
         node = current_node_or_none()
         # An end without a start: a violated input contract, or a hook call that is redelivered.
         if self._has_node_end:
@@ -317,20 +317,20 @@ class _HookCalls:
     async def on_node_success(
         self, _run_id: str, _node_id: str, output: dict[str, Any], _tokens: int
     ) -> None:
-        self._exporter._ended("on_node_success", Ended("success", output=output))
+        self._exporter._ended("on_node_success", AttemptEnd("success", output=output))
 
     async def on_node_failure(
         self, _run_id: str, _node_id: str, exc: Exception, failure_class: FailureClass
     ) -> None:
         node = current_node_or_none()
         reason = None if node is None else node.reason
-        self._exporter._ended("on_node_failure", Ended("failure", exc, failure_class, reason=reason))
+        self._exporter._ended("on_node_failure", AttemptEnd("failure", exc, failure_class, reason=reason))
 
     async def on_node_cancelled(self, _run_id: str, _node_id: str) -> None:
-        self._exporter._ended("on_node_cancelled", Ended("cancelled"))
+        self._exporter._ended("on_node_cancelled", AttemptEnd("cancelled"))
 
     async def on_node_suspended(self, _run_id: str, _node_id: str, _reason: str) -> None:
-        self._exporter._ended("on_node_suspended", Ended("suspended"))
+        self._exporter._ended("on_node_suspended", AttemptEnd("suspended"))
 
     async def on_node_retry(
         self, _run_id: str, _node_id: str, attempt: int, delay: float, failure_class: FailureClass

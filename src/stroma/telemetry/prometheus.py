@@ -13,7 +13,7 @@ from stroma.failures.classes import FailureClass
 from stroma.telemetry.labels import MetricLabels
 from stroma.telemetry.observer import (
     NODE_BUCKETS,
-    Ended,
+    AttemptEnd,
     ExporterHooks,
     Observer,
     exceeded,
@@ -216,7 +216,7 @@ class _Prometheus(Observer):
         if run is not None:
             self._metrics.hook_errors(self._metrics.labels.pipeline(run.pipeline), hook).inc()
 
-    def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
+    def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         metrics, usage, exemplar = self._metrics, node.usage, _exemplar()
         place = metrics.labels.place(node.pipeline, node.node_id)
         executions, seconds = metrics.of_attempt(place, ended.outcome, ended.class_name)

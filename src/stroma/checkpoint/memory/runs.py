@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _NUMBERS: Final = itertools.count(1)
+_NOT_QUEUED: Final = QueueEntry(0)
 
 #: What a restart does not delete.
 _OF_RUN: Final = ("execution", "parent", "effects", "epoch", "session", "last_session")
@@ -107,7 +108,7 @@ class MemoryRun:
     last_session: Callable[[], Any] = no_session
     wake_ms: int | None = None
     effects: frozenset[str] = frozenset()
-    queue: QueueEntry = QueueEntry(0)
+    queue: QueueEntry = _NOT_QUEUED
     claim: tuple[str, float] | None = None
 
     @property

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 import psycopg
-from psycopg import conninfo
+from psycopg import conninfo, sql
 from psycopg.types.numeric import Int8BinaryDumper, Int8Dumper
 
 from stroma._utils.logs import get_logger
@@ -174,7 +174,7 @@ class PostgresEndpoint:
         """Yield True for each notification that a run may be due, and False every few seconds. Raises psycopg.Error."""
         db = self._connect()
         try:
-            db.execute(psycopg.sql.SQL("LISTEN {}").format(psycopg.sql.Identifier(f"stroma_{self.schema}")))
+            db.execute(sql.SQL("LISTEN {}").format(sql.Identifier(f"stroma_{self.schema}")))
             while True:
                 news = list(db.notifies(timeout=_NEWS_SECONDS, stop_after=1))
                 yield bool(news)

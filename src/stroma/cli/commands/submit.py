@@ -73,7 +73,7 @@ def submit(
     config = pipeline.config or RunConfig()
     config = config.model_copy(update={"tags": (*config.tags, *tags), "run_id": run_id or new_run_id()})
     runner = StromaRunner(ContractRegistry(), CheckpointManager(database.store), config)
-    given: dict[str, timedelta | None] = {name: options[name] for name in ("delay", "expires")}
+    times: dict[str, timedelta | None] = {name: options[name] for name in ("delay", "expires")}
 
     async def store() -> str:
         try:
@@ -83,7 +83,7 @@ def submit(
                 run_id=config.run_id,
                 priority=options["priority"],
                 key=options["key"],
-                **given,
+                **times,
             )
             return await handle.status()
         finally:
@@ -188,13 +188,13 @@ def _describe(outcome: DriveOutcome) -> tuple[Code, str, dict[str, Any]]:
         return code, f"has ended: {outcome.status}", {"outcome": "ended", "status": outcome.status}
     if isinstance(outcome, Suspended):
         until = None if outcome.until is None else outcome.until.isoformat()
-        asked = f", {pluralize(len(outcome.questions), 'question')} open" if outcome.questions else ""
+        questions = f", {pluralize(len(outcome.questions), 'question')} open" if outcome.questions else ""
         data = {
             "outcome": "suspended",
             "until": until,
             "questions": [one.reason for one in outcome.questions],
         }
-        return Code.SUSPENDED, f"is suspended{f' until {until}' if until else ''}{asked}", data
+        return Code.SUSPENDED, f"is suspended{f' until {until}' if until else ''}{questions}", data
     if isinstance(outcome, Busy):
         until = None if outcome.until is None else outcome.until.isoformat()
         data = {"outcome": "busy", "until": until, "owner": outcome.owner}

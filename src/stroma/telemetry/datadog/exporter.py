@@ -16,7 +16,7 @@ from stroma.telemetry.datadog.spans import DatadogNode, DatadogRun, context_of, 
 from stroma.telemetry.losses import Losses
 from stroma.telemetry.observer import (
     CUT_SHORT,
-    Ended,
+    AttemptEnd,
     Observer,
     is_returned,
     may_be_retried,
@@ -103,7 +103,7 @@ class Datadog(Observer):
         if of_run is None:
             return
         span = of_run.span
-        failed = Ended.finally_(result)
+        failed = AttemptEnd.finally_(result)
         span.set_tag("stroma.status", result.status.value)
         span.set_metric("stroma.tokens", result.total_tokens)
         span.set_metric("stroma.cost_usd", result.total_cost_usd)
@@ -201,7 +201,7 @@ class Datadog(Observer):
         node.notes[self] = record = DatadogNode(span)
         return record
 
-    def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
+    def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         usage = node.usage
         of_node = node.notes.get(self)
         if of_node is None:  # Input that broke its contract, or an end that is reported again after a crash.
@@ -251,12 +251,12 @@ class Datadog(Observer):
 
     # ------------------------------------------------------------------ small things
 
-    def _mark(self, span: Span, run: ReliabilityContext, ended: Ended) -> None:
+    def _mark(self, span: Span, run: ReliabilityContext, ended: AttemptEnd) -> None:
         """Make a span an error. Not set_exc_info(): messages and stacks may hold what nodes were given."""
         span.error = 1
         self._name_error(span, run, ended)
 
-    def _name_error(self, span: Span, run: ReliabilityContext, ended: Ended) -> None:
+    def _name_error(self, span: Span, run: ReliabilityContext, ended: AttemptEnd) -> None:
         assert ended.error is not None
         span.set_tag("error.type", type_name(ended.error))
         span.set_tag("stroma.failure_class", ended.class_name)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.telemetry.labels import MetricLabels
-from stroma.telemetry.observer import Ended, exceeded
+from stroma.telemetry.observer import AttemptEnd, exceeded
 from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class DatadogMetrics:
 
     # ------------------------------------------------------------------ nodes
 
-    def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
+    def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         """Count an attempt: its end and duration, tokens and cost."""
         if self._statsd is None:
             return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddtrace.propagation.http import HTTPPropagator
 
-from stroma.telemetry.observer import Ended
+from stroma.telemetry.observer import AttemptEnd
 
 if TYPE_CHECKING:
     from ddtrace.trace import Context, Span
@@ -40,7 +40,7 @@ class DatadogNode:
         #: Whether the span was made active, and what was before.
         self.active = False
         self.before: Span | Context | None = None
-        self.ended: Ended | None = None
+        self.ended: AttemptEnd | None = None
         self.tokens = 0
         self.cost = 0.0
 

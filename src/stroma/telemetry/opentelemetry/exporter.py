@@ -19,7 +19,7 @@ from stroma.telemetry.inference import InferenceSpans
 from stroma.telemetry.losses import Losses
 from stroma.telemetry.observer import (
     CUT_SHORT,
-    Ended,
+    AttemptEnd,
     Observer,
     is_returned,
     may_be_retried,
@@ -135,7 +135,7 @@ class OpenTelemetry(Observer):
         if of_run is None:
             return
         span = of_run.span
-        failed = Ended.finally_(result)
+        failed = AttemptEnd.finally_(result)
         kind = None if failed is None or failed.error is None else type_name(failed.error)
         self._metrics.run_ended(run, result, perf_counter() - of_run.since, kind)
         if span is None:
@@ -272,7 +272,7 @@ class OpenTelemetry(Observer):
         node.notes[self] = record = NodeSpan(span)
         return record
 
-    def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
+    def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         usage = node.usage
         seconds = (node.duration_ms or 0.0) / 1000
         self._metrics.attempt_ended(node, ended)
@@ -393,7 +393,7 @@ class OpenTelemetry(Observer):
             return content_of(direction, text)
         return {f"stroma.{direction}": text}
 
-    def _bill(self, node: NodeExecution, ended: Ended, around: Context) -> None:
+    def _bill(self, node: NodeExecution, ended: AttemptEnd, around: Context) -> None:
         span, end_ns = self._inference.start(self._tracer, node, around)
         # No error: the call was answered, or another attempt may follow.
         span.set_attribute("stroma.outcome", ended.outcome)
@@ -419,7 +419,7 @@ class OpenTelemetry(Observer):
             about["exception.message"] = message
         return about
 
-    def _mark(self, span: Span, run: ReliabilityContext, ended: Ended) -> None:
+    def _mark(self, span: Span, run: ReliabilityContext, ended: AttemptEnd) -> None:
         """Make a span an error, if the end was one."""
         if ended.error is None:
             return

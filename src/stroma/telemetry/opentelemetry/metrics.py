@@ -10,7 +10,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.telemetry.conventions import SCHEMA_URL, SCOPE, version
 from stroma.telemetry.labels import MetricLabels
-from stroma.telemetry.observer import NODE_BUCKETS, Ended, exceeded
+from stroma.telemetry.observer import NODE_BUCKETS, AttemptEnd, exceeded
 from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class OtelMetrics:
 
     # ------------------------------------------------------------------ nodes
 
-    def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
+    def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         """Record an attempt: its end and duration, tokens and cost."""
         usage, place = node.usage, self._place_of(node)
         outcome = "stroma.outcome", ended.outcome, "stroma.failure_class", ended.class_name

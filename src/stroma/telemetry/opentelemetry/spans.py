@@ -9,7 +9,7 @@ from opentelemetry import trace
 
 from stroma.engine.execution import NodeExecution
 from stroma.telemetry.conventions import SCHEMA_URL, SCOPE, version
-from stroma.telemetry.observer import Ended
+from stroma.telemetry.observer import AttemptEnd
 
 if TYPE_CHECKING:
     from contextvars import Token
@@ -82,7 +82,7 @@ class NodeSpan:
         self.attempt: Span | None = None
         self.attempt_end_ns: int | None = None
         self.attempt_token: Token[Context] | None = None
-        self.ended: Ended | None = None
+        self.ended: AttemptEnd | None = None
         self.tokens = 0
         self.cost = 0.0
 

@@ -18,7 +18,7 @@ from stroma.telemetry.conventions import attribution_of, note_run
 from stroma.telemetry.losses import LossCounter, Losses
 from stroma.telemetry.observer import (
     CUT_SHORT,
-    Ended,
+    AttemptEnd,
     Observer,
     is_returned,
     may_be_retried,
@@ -162,7 +162,7 @@ class Sentry(Observer):
         if of_run is None:
             return
         try:
-            failed = Ended.finally_(result)
+            failed = AttemptEnd.finally_(result)
             if failed is not None and failed.error is not None and result.failure is not None:
                 final = notes_of(failed.error).failed.get(of_run)
                 if final is None:
@@ -314,7 +314,7 @@ class Sentry(Observer):
         of_node.span = span
         node.notes[self] = of_node
 
-    def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
+    def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         of_node: NodeScope | None = node.notes.get(self)
         if of_node is None:  # Input that broke its contract, or an end that is reported again after a crash.
             of_node = NodeScope(None, self._sdk.get_current_scope().fork(), self._of_run(node))

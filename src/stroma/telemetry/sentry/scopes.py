@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from stroma.engine.redaction import notes_of_error
-from stroma.telemetry.observer import Ended
+from stroma.telemetry.observer import AttemptEnd
 
 if TYPE_CHECKING:
     from sentry_sdk import Scope
@@ -75,4 +75,4 @@ class NodeScope:
         self.span, self.scope, self.of_run = span, scope, of_run
         self.isolation: Scope | None = None
         self.entered: ExitStack | None = None
-        self.ended: Ended | None = None
+        self.ended: AttemptEnd | None = None
