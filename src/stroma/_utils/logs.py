@@ -49,12 +49,12 @@ class SafeLogger(logging.LoggerAdapter[logging.Logger]):
             shown = self.mask_error(error) if error else None
             kwargs["exc_info"] = shown and (type(shown), shown, shown.__traceback__)
         kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1
-        msg, kwargs = self.process(msg, kwargs)  # type: ignore[assignment]
+        msg, processed = self.process(msg, kwargs)
         if len(args) == 1 and isinstance(args[0], dict):  # Named placeholders.
             args = ({name: self._shown(value) for name, value in args[0].items()},)
         else:
             args = tuple(map(self._shown, args))
-        self.logger.log(level, msg, *args, **kwargs)
+        self.logger.log(level, msg, *args, **processed)
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         """Return the message and the options of a record, with the fields of this logger."""

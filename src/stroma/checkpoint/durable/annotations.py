@@ -56,11 +56,11 @@ def read_annotations(
 
     All reading of annotations goes through here.
     """
-    found = list(rows.annotations(run, kind, branch))
-    for row in found:
+    annotations = list(rows.annotations(run, kind, branch))
+    for row in annotations:
         if not is_intact(row):
             raise name_of(row, run_id).damaged()
-    return found
+    return annotations
 
 
 def read_annotation(rows: Rows, run: Any, run_id: str, kind: Annotation, branch: str = "") -> StepRow | None:

@@ -400,8 +400,8 @@ class DurableSession:
 
         def ask(rows: Rows) -> None:
             run, key = rows.find(self.run_id, lock=True), waiting_key(waiting)
-            found = run and read_annotation(rows, run.run, self.run_id, Annotation.WAITING, key)
-            stored = found and read_waiting(found, self.run_id, execution, self._payloads)
+            annotation = run and read_annotation(rows, run.run, self.run_id, Annotation.WAITING, key)
+            stored = annotation and read_waiting(annotation, self.run_id, execution, self._payloads)
             loaded = self.waiting.get((waiting.position, waiting.branch))
             if not is_answered_meanwhile(stored, loaded, waiting):
                 record_waiting(rows, self.run_id, execution, waiting, self._payloads)
