@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 from tests.cli.test_signals import wait_for
 
+from stroma import AsyncInMemoryStore
+from stroma.cli.local_worker import LocalWorker
+from stroma.cli.stores import Database
+
 FLOW = """
     import asyncio, pathlib
     from pydantic import BaseModel
@@ -80,6 +84,10 @@ def test_a_worker_process(shell: Any) -> None:
         url = ready.rpartition(", ")[2].strip()
         status, health = _read(url)
         assert (status, health["status"], health["schema"]) == (200, "ok", "stroma.health/1")
+        while health["queued"] is None:
+            health = _read(url)[1]
+        assert health["queued"] == 0
+        assert 0 <= health["oldest_due_seconds"] < 30
         assert _read(url.replace("healthz", "other"))[0] == 404
         wait_for(worker, "run n: RESUMED")
         assert shell("approve", "a", TARGETS[0], '{"add": 5}', "--db", "x.db").code == 0
@@ -101,6 +109,22 @@ def test_a_worker_process(shell: Any) -> None:
         worker.kill()
         worker.communicate()
     assert sorted(shell.calls()) == sorted(["add-0", "add-1", "add-7", "add-10"])
+
+
+@pytest.mark.parametrize(
+    ("queued", "seconds", "text"),
+    [
+        (3, 12.0, "3 runs queued, the oldest due for 12.0 s in"),
+        (1, 0.0, ", 1 run queued in"),
+        (0, 0.0, "continued in"),
+        (None, None, "continued in"),
+    ],
+)
+def test_the_status_line_has_the_queue(queued: int | None, seconds: float | None, text: str) -> None:
+    """The status line of each minute says how many runs are queued, and for how long the oldest due one is due."""
+    worker = LocalWorker([], Database("memory://", (), False, AsyncInMemoryStore()), 1, 1.0, 1.0, None, False)
+    worker._health.queued, worker._health.oldest_due_seconds = queued, seconds
+    assert text in worker._progress(time.monotonic())
 
 
 @pytest.mark.slow

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
-__all__ = ["MAX_CLAIM_SECONDS", "QUEUED", "Candidate", "ClaimRequest", "QueueEntry", "RunLimits", "choose"]
+__all__ = [
+    "MAX_CLAIM_SECONDS",
+    "QUEUED",
+    "Candidate",
+    "ClaimRequest",
+    "QueueEntry",
+    "QueueFigures",
+    "RunLimits",
+    "choose",
+]
 
 #: The status of a submitted run that has not started yet.
 QUEUED: Final = "QUEUED"
@@ -27,6 +36,20 @@ class QueueEntry(NamedTuple):
     priority: int = 0
     key: str | None = None
     expires_ms: int | None = None
+
+
+class QueueFigures(NamedTuple):
+    """The queue of one pipeline at one time.
+
+    Attributes:
+        queued: QUEUED runs, due or not.
+        oldest_due_ms: earliest due time among the runs that are due: queued ones, and those that stopped until a time, such
+            as a sleep; in ms since the epoch. None: no run is due. A run that is due at once, for instance since its
+            question was answered, has no time and does not count.
+    """
+
+    queued: int
+    oldest_due_ms: int | None
 
 
 class RunLimits(NamedTuple):

@@ -48,8 +48,11 @@ class LocalWorker:
     drain_seconds: float
     health_address: tuple[str, int] | None
     quiet: bool
-    _health: WorkerHealth = field(default_factory=WorkerHealth)
+    _health: WorkerHealth = field(init=False)
     _outcomes: collections.Counter[str] = field(default_factory=collections.Counter)
+
+    def __post_init__(self) -> None:
+        self._health = WorkerHealth(reads_queue=self.health_address is not None or not self.quiet)
 
     def execute(self) -> int:
         """Serve until a signal, and return the exit code. Raises Problem."""
@@ -117,6 +120,8 @@ class LocalWorker:
             "status": status,
             "active": health.active,
             "continued": self._outcomes.total(),
+            "queued": health.queued,
+            "oldest_due_seconds": health.oldest_due_seconds,
         }
 
     def _report(self, run_id: str, outcome: ExecutionResult | Exception) -> None:
@@ -143,7 +148,15 @@ class LocalWorker:
         active = f", {self._health.active} in progress" if self._health.active else ""
         total = pluralize(self._outcomes.total(), "run")
         how = f" ({counts})" if counts else ""
-        return f"{total} continued{how}{active} in {format_duration(time.monotonic() - started)}"
+        return (
+            f"{total} continued{how}{active}{self._queue()} in {format_duration(time.monotonic() - started)}"
+        )
+
+    def _queue(self) -> str:
+        """Describe the queue, for the status line."""
+        queued, seconds = self._health.queued, self._health.oldest_due_seconds
+        text = f", {pluralize(queued, 'run')} queued" if queued else ""
+        return f"{text}, the oldest due for {format_duration(seconds)}" if seconds else text
 
     def _print(self, what: str, more: str) -> None:
         if not self.quiet:

@@ -559,13 +559,15 @@ class StromaRunner:
         Raises ValueError for two pipelines of one name, for invalid numbers and for a config with ids of unknown nodes, TypeError for anything but flows and
         Pipelines and for one that starts with a group, StoreError if the store has no journal or cannot be used.
         """
-        from stroma.runner.worker import RunWorker  # Not loaded by runs.
+        from stroma.runner.queue_watch import readers_of  # Not loaded by runs, like the next.
+        from stroma.runner.worker import RunWorker
 
-        for one in pipelines:
-            if isinstance(one, Pipeline):  # The worker refuses anything else.
-                refuse_unknown_ids(self._config_of(one), nodes_of(one), self.registry, one.name)
+        served = [one for one in pipelines if isinstance(one, Pipeline)]  # The worker refuses anything else.
+        for one in served:
+            refuse_unknown_ids(self._config_of(one), nodes_of(one), self.registry, one.name)
         with self._live.batch() as batch:
-            worker = RunWorker(self._stored, self._driver(batch), batch, self._live, health)
+            readers = {one.name: readers_of(self._config_of(one).hooks) for one in served}
+            worker = RunWorker(self._stored, self._driver(batch), batch, self._live, health, readers)
             await worker.serve(pipelines, max_concurrency, poll_seconds, on_result)
 
     async def drive(

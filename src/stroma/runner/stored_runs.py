@@ -12,7 +12,7 @@ from stroma._utils.logs import get_logger
 from stroma.checkpoint import CheckpointManager, CheckpointNotFound, RunRecord, StoreError, Waiting
 from stroma.checkpoint.durable.news import Listener
 from stroma.checkpoint.entries import RunRequest
-from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, RunLimits
+from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, QueueFigures, RunLimits
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node, find_node, output_class
 from stroma.contracts.schema import Schema, schema_of
@@ -159,6 +159,12 @@ class StoredRuns:
         """Return the statuses of these runs by id, without unknown ones."""
         statuses: dict[str, str] = await asyncio.to_thread(self._journal("statuses").statuses, run_ids)
         return statuses
+
+    async def queue_figures(self, pipelines: Sequence[str], now_ms: int) -> dict[str, QueueFigures]:
+        """Return the figures of the queues of these pipelines at a time in ms since the epoch."""
+        read = self._journal("queue_figures").queue_figures
+        figures: dict[str, QueueFigures] = await asyncio.to_thread(read, pipelines, now_ms)
+        return figures
 
     async def fork(
         self, run_id: str, fork_id: str, nodes: list[Node | Group], position: int, state: BaseModel | None

@@ -6,7 +6,7 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from stroma.runner.drive import Blocked, Busy, DriveOutcome, RunDriver
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.live_runs import LiveRuns
 from stroma.runner.pipeline import Pipeline
+from stroma.runner.queue_watch import QueueReader, watch_queues
 from stroma.runner.stored_runs import ServedPipeline, StoredRuns
 from stroma.trace.result import ExecutionResult
 
@@ -40,17 +41,27 @@ class WorkerHealth:
         started: set once the store has been read.
         active: runs in progress.
         is_draining: no further run is continued.
+        reads_queue: the worker reads the next two from the store, every few seconds.
+        queued: QUEUED runs of its pipelines; None: not read yet.
+        oldest_due_seconds: for how long the oldest due run of its pipelines was due at that time; 0: no run was due.
     """
 
     #: A store that cannot be read for so long makes the worker unhealthy.
     MAX_FAILING_SECONDS: Final = 60.0
 
-    def __init__(self) -> None:
+    def __init__(self, *, reads_queue: bool = True) -> None:
         self.started = asyncio.Event()
         self.active = 0
         self.is_draining = False
+        self.reads_queue = reads_queue
+        self.queued: int | None = None
+        self.oldest_due_seconds: float | None = None
         #: By time.monotonic(), while the store cannot be read.
         self.failing_since: float | None = None
+
+    def note_queue(self, queued: int, oldest_due_seconds: float) -> None:
+        """Take over the figures of the queues."""
+        self.queued, self.oldest_due_seconds = queued, oldest_due_seconds
 
     @property
     def is_ok(self) -> bool:
@@ -65,6 +76,8 @@ class RunWorker:
 
     Args:
         batch: a shutdown drains it.
+        health: the condition of the worker, for others.
+        readers: what shows the figures of the queue of each pipeline.
     """
 
     def __init__(
@@ -74,6 +87,7 @@ class RunWorker:
         batch: Batch,
         live: LiveRuns,
         health: WorkerHealth | None = None,
+        readers: Mapping[str, Sequence[QueueReader]] | None = None,
     ) -> None:
         self._stored = stored
         self._driver = driver
@@ -88,7 +102,8 @@ class RunWorker:
         self._news = asyncio.Event()
         #: By the clock of the event loop: from when on runs without an owner are looked for again.
         self._next_look_for_lost = 0.0
-        self.health = health or WorkerHealth()
+        self.health = health or WorkerHealth(reads_queue=False)
+        self._readers = readers or {}
         self._on_result: Callable[[str, Outcome], None] | None = None
         # Not the shared generator: a program that seeds it would make all workers choose the same runs.
         self._random = random.Random()
@@ -110,6 +125,8 @@ class RunWorker:
         loop = asyncio.get_running_loop()
         drained = asyncio.ensure_future(self._batch.until_drained())
         listener = self._stored.listen(partial(_wake, loop, self._news))
+        note = self.health.note_queue if self.health.reads_queue else None
+        watching = asyncio.ensure_future(watch_queues(self._stored, list(served), self._readers, note))
         try:
             while not self._batch.draining:
                 self._news.clear()
@@ -127,6 +144,7 @@ class RunWorker:
             drained.cancel()
             if listener is not None:
                 listener.close()
+            watching.cancel()
             self._batch.drain()
             await self._live.interrupt(set(self._active.values()))
 

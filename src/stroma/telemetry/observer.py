@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic, perf_counter, time
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar
@@ -195,6 +196,12 @@ class Observer:
     def hook_raised(self, run: ReliabilityContext | None, hook: str) -> None:
         """Handle an exception of a hook of any set; ``run`` is None where no run is known."""
 
+    def queue_read(self, pipeline: str, queued: int | None, due_seconds: float | None) -> None:
+        """Handle the figures of a queue that a worker of this process has read; None once it reads them no more.
+
+        ``queued``: QUEUED runs. ``due_seconds``: for how long the oldest due run is due, 0 if no run is.
+        """
+
     def flush(self, timeout_seconds: float) -> bool:
         """Send what is queued, blocking; return True if all of it was sent. Called in a thread."""
         return True
@@ -370,6 +377,13 @@ class ExporterHooks(NodeHooks):
     """
 
     exporter: Observer = field(kw_only=True, repr=False)
+
+    @property
+    def queue_reader(self) -> Callable[[str, int | None, float | None], None] | None:
+        """What a worker calls with figures of its queues, and never raises; None if the exporter shows none."""
+        if type(self.exporter).queue_read is Observer.queue_read:
+            return None
+        return partial(self.exporter._safely, "queue_read", self.exporter.queue_read)
 
     def hook_raised(self, run: Any, event: str) -> None:
         """Have the exporter count an exception of a hook of any set. Never raises."""

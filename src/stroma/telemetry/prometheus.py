@@ -111,6 +111,14 @@ class _Metrics:
                 multiprocess_mode="livesum",
             )
         )
+        self.queued, self.due_seconds = (
+            # Where processes share their metrics: any worker that lives has read the same store.
+            _Children(Gauge(name, text, ("pipeline",), registry=registry, multiprocess_mode="livemax"))
+            for name, text in (
+                ("stroma_runs_queued", "Runs that were submitted and have not started."),
+                ("stroma_runs_oldest_due_seconds", "For how long the oldest due run is due."),
+            )
+        )
         self.run_seconds = _Children(
             Histogram(
                 "stroma_run_duration_seconds", "Wall time of runs.", ("pipeline", "status"),
@@ -166,6 +174,11 @@ class _Children:
             child = self._of[values] = self.metric.labels(*values)
         return child
 
+    def remove(self, *values: str) -> None:
+        """Show no value for these labels any more."""
+        if self._of.pop(values, None) is not None:
+            self.metric.remove(*values)
+
 
 _known: weakref.WeakKeyDictionary[CollectorRegistry, _Metrics] = weakref.WeakKeyDictionary()
 
@@ -215,6 +228,14 @@ class _Prometheus(Observer):
     def hook_raised(self, run: ReliabilityContext | None, hook: str) -> None:
         if run is not None:
             self._metrics.hook_errors(self._metrics.labels.pipeline(run.pipeline), hook).inc()
+
+    def queue_read(self, pipeline: str, queued: int | None, due_seconds: float | None) -> None:
+        label = self._metrics.labels.pipeline(pipeline)
+        for gauge, value in ((self._metrics.queued, queued), (self._metrics.due_seconds, due_seconds)):
+            if value is None:
+                gauge.remove(label)
+            else:
+                gauge(label).set(value)
 
     def attempt_ended(self, node: NodeExecution, ended: AttemptEnd) -> None:
         metrics, usage, exemplar = self._metrics, node.usage, _exemplar()

@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import Any, Final, NamedTuple, Protocol
 
 from stroma.checkpoint.durable.owner import Owner, is_gone
-from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry
+from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, QueueFigures
 from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally
 
 __all__ = [
@@ -291,6 +291,10 @@ class Rows(Protocol):
 
     def claim(self, candidates: Sequence[Candidate], token: str, seconds: float) -> list[Candidate]:
         """Claim runs; return those that were still free. For Redis: known when the transaction has ended."""
+        ...
+
+    def queue_figures(self, pipeline: str, now_ms: int) -> QueueFigures:
+        """Return the figures of the queue of a pipeline at a time."""
         ...
 
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:

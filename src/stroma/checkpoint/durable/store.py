@@ -43,7 +43,7 @@ from stroma.checkpoint.entries import Committed, RunRequest, Waiting, count_item
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, BlobStore, PayloadPlace, Payloads
-from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry
+from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, QueueFigures
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema
 from stroma.failures.errors import BUDGET, PAUSED
@@ -210,6 +210,13 @@ class DurableStore(ReadableStore):
                 rows.claim([Candidate(run.run, run_id, run.pipeline)], token, -1.0)
 
         await self._submit(Transaction(run_id, postpone))
+
+    def queue_figures(self, pipelines: Sequence[str], now_ms: int) -> dict[str, QueueFigures]:
+        """Return the figures of the queues of these pipelines at a time. Blocking. Raises StoreError."""
+        nothing = dict.fromkeys(pipelines, QueueFigures(0, None))
+        if not self.exists():
+            return nothing
+        return self.read(lambda rows: {name: rows.queue_figures(name, now_ms) for name in pipelines}, nothing)
 
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
         """Return the statuses of these runs by id, without unknown ones. Blocking. Raises StoreError."""

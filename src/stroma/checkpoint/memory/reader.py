@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from stroma.checkpoint.decisions import BUDGET_CHANGED, UNFINISHED
 from stroma.checkpoint.entries import Committed, Waiting, count_items, map_not_found
 from stroma.checkpoint.errors import CheckpointNotFound
+from stroma.checkpoint.queue import QUEUED, QueueFigures
 from stroma.contracts.contract import check_id
 
 if TYPE_CHECKING:
@@ -68,6 +70,20 @@ class MemoryReader:
         ``after``: the ``next`` of the previous page. Raises ValueError for any other text.
         """
         return self._records.run_page(query, limit, after)
+
+    def queue_figures(self, pipelines: Sequence[str], now_ms: int) -> dict[str, QueueFigures]:
+        """Return the figures of the queues of these pipelines at a time."""
+        figures = {}
+        for name in pipelines:
+            runs = [run for run in self._runs.values() if run.pipeline == name and run.execution]
+            due = [
+                run.wake_ms
+                for run in runs
+                if run.status in UNFINISHED and BUDGET_CHANGED < (run.wake_ms or 0) <= now_ms
+            ]
+            queued = sum(run.status == QUEUED for run in runs)
+            figures[name] = QueueFigures(queued, min(due, default=None))  # type: ignore[type-var]
+        return figures
 
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
         """Return the statuses of these runs by id, without unknown ones."""

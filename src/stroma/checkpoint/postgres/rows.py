@@ -25,7 +25,7 @@ from stroma.checkpoint.durable.rows import (
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.postgres import statements as sql
 from stroma.checkpoint.postgres.schema import SCHEMA_VERSION, key
-from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry
+from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, QueueFigures
 from stroma.checkpoint.records import Attempt, AttemptMark, RunQuery, StoreFacts, Tally, parse_attempt_mark
 from stroma.checkpoint.sql import Dialect, attempt_page, find_runs, tally
 
@@ -196,6 +196,12 @@ class PostgresRows:
     def claim(self, candidates: Sequence[Candidate], token: str, seconds: float) -> list[Candidate]:
         self._execute(sql.CLAIM_RUNS, (token, float(seconds), [one.run for one in candidates]))
         return list(candidates)
+
+    def queue_figures(self, pipeline: str, now_ms: int) -> QueueFigures:
+        queued, due_ms = self._execute(
+            sql.QUEUE_FIGURES, {"pipeline": pipeline, "now": now_ms}
+        ).fetchone() or (0, None)
+        return QueueFigures(int(queued), due_ms)
 
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
         return dict(self._execute(sql.STATUSES, ([key(run_id) for run_id in run_ids],)).fetchall())

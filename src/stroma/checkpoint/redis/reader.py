@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 from urllib.parse import quote, unquote_to_bytes
 
+from stroma.checkpoint.decisions import BUDGET_CHANGED
 from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.integrity import parse_attempt
 from stroma.checkpoint.durable.rows import Annotation, AttemptSummary, RunExtras, RunRow, Step, StepRow
 from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint
-from stroma.checkpoint.queue import Candidate, ClaimRequest
+from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures
 from stroma.checkpoint.records import (
     Attempt,
     RunQuery,
@@ -94,6 +95,11 @@ class RedisReader:
     def live_runs(self, pipeline: str) -> dict[str | None, int]:
         (reply,) = self._get(script_command("stroma:", "live_runs", pipeline))
         return Counter(map(_key, reply))
+
+    def queue_figures(self, pipeline: str, now_ms: int) -> QueueFigures:
+        values = ("queue_figures", pipeline, now_ms, BUDGET_CHANGED + 1, _MAX_EXAMINED)
+        ((queued, due),) = self._get(script_command("stroma:", *values))
+        return QueueFigures(int(queued), int(due) if due else None)
 
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
         replies = (

@@ -231,6 +231,33 @@ function ops.live_runs(pipeline)
   return keys
 end
 
+-- Returns how many runs of a pipeline are queued, and the earliest due time, or '', of queued and stopped runs that are due
+-- at a time: of each key and priority, the first member of a queue is due first.
+function ops.queue_figures(pipeline, now, least, most)
+  local queued, oldest, examined = 0, nil, 0
+  now, most = tonumber(now), tonumber(most)
+  local keys = redis.call('SMEMBERS', QUEUE_KEYS .. pipeline)
+  keys[#keys + 1] = ''
+  for _, key in ipairs(keys) do
+    local queue, above = queue_of(pipeline, key), '-inf'
+    queued = queued + redis.call('ZCARD', queue)
+    while examined < most do
+      local first = redis.call('ZRANGEBYSCORE', queue, above, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+      if #first == 0 then break end
+      local due = tonumber(string.match(first[1], '^%d+'))
+      if due <= now and (not oldest or due < oldest) then oldest = due end
+      above, examined = '(' .. first[2], examined + 1
+    end
+  end
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', DUE .. pipeline, least, now, 'LIMIT', 0, most)) do
+    local f = redis.pcall('HMGET', prefix_of(id) .. 'run', 'status', 'wake_ms')
+    local due = not f.err and (f[1] == 'SUSPENDED' or f[1] == 'INTERRUPTED') and tonumber(f[2])
+    if due and (not oldest or due < oldest) then oldest = due end
+    if due then break end
+  end
+  return {queued, oldest and string.format('%.0f', oldest) or ''}
+end
+
 function ops.sweep()
   sweep(1000)
   return 0

@@ -23,7 +23,7 @@ from stroma.checkpoint.durable.rows import (
     is_free,
 )
 from stroma.checkpoint.payloads import BLOB
-from stroma.checkpoint.queue import MAX_CLAIM_SECONDS, Candidate, ClaimRequest, QueueEntry
+from stroma.checkpoint.queue import MAX_CLAIM_SECONDS, Candidate, ClaimRequest, QueueEntry, QueueFigures
 from stroma.checkpoint.records import Attempt, AttemptMark, RunQuery, StoreFacts, Tally, parse_attempt_mark
 from stroma.checkpoint.sql import Dialect, attempt_page, find_runs, tally
 from stroma.checkpoint.sqlite import statements as sql
@@ -216,6 +216,12 @@ class SqliteRows:
         until = _lease_end(seconds)
         self.db.executemany(sql.KEEP_CLAIM, [(token, until, one.run) for one in candidates])
         return list(candidates)
+
+    def queue_figures(self, pipeline: str, now_ms: int) -> QueueFigures:
+        queued, due_ms = self.db.execute(
+            sql.QUEUE_FIGURES, {"pipeline": pipeline, "now": now_ms}
+        ).fetchone() or (0, None)
+        return QueueFigures(int(queued), due_ms)
 
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
         statuses: dict[str, str] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from stroma.checkpoint.decisions import BUDGET_CHANGED
 from stroma.checkpoint.durable.rows import Annotation
 from stroma.checkpoint.queue import MAX_CLAIM_SECONDS
 
@@ -73,6 +74,15 @@ QUEUED: Final = f"""SELECT {_CANDIDATE} FROM runs INDEXED BY runs_by_queue WHERE
 QUEUED_BY_KEY: Final = f"""SELECT {_CANDIDATE} FROM (SELECT *, row_number() OVER (PARTITION BY queue_key
     ORDER BY priority, wake_ms, run) AS place FROM runs INDEXED BY runs_by_key WHERE pipeline = :pipeline AND status = 'QUEUED'
     AND queue_key IS NOT NULL AND wake_ms <= :now AND {_FREE}) WHERE place <= :limit ORDER BY run"""
+# Each part is one scan of an index.
+QUEUE_FIGURES: Final = f"""SELECT sum(queued), min(due_ms) FROM (
+    SELECT count(*) AS queued, min(CASE WHEN wake_ms <= :now THEN wake_ms END) AS due_ms
+    FROM runs INDEXED BY runs_by_queue WHERE pipeline = :pipeline AND status = 'QUEUED' AND queue_key IS NULL
+    UNION ALL SELECT count(*), min(CASE WHEN wake_ms <= :now THEN wake_ms END)
+    FROM runs INDEXED BY runs_by_key WHERE pipeline = :pipeline AND status = 'QUEUED' AND queue_key IS NOT NULL
+    UNION ALL SELECT 0, (SELECT wake_ms FROM runs INDEXED BY runs_by_wake WHERE pipeline = :pipeline
+    AND status IN ('SUSPENDED', 'INTERRUPTED') AND wake_ms <= :now AND wake_ms > {BUDGET_CHANGED} ORDER BY wake_ms LIMIT 1)
+    )"""
 RUNNING: Final = f"""SELECT run, run_id, pipeline, priority, queue_key, lease_owner, lease_until_ms, {_FREE} FROM runs
     WHERE status = 'RUNNING' AND pipeline = :pipeline AND execution > 0 ORDER BY started_ms"""
 CLAIMED: Final = f"""SELECT queue_key, count(*) FROM runs WHERE pipeline = :pipeline AND claim_until_ms IS NOT NULL

@@ -162,6 +162,9 @@ class OpenTelemetry(Observer):
         if run is not None:
             self._metrics.hook_raised(run, hook)
 
+    def queue_read(self, pipeline: str, queued: int | None, due_seconds: float | None) -> None:
+        self._metrics.queue_read(pipeline, queued, due_seconds)
+
     def _ending(self, run: ReliabilityContext, result: ExecutionResult) -> RunSpan:
         """Return the record of a run that started in another process."""
         record = RunSpan()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from opentelemetry import metrics
@@ -81,6 +82,10 @@ class OtelMetrics:
         self._warnings = meter.create_counter(
             "stroma.budget.warnings", "{run}", "Runs that used 80 % of a limit of their budget"
         )
+        self._meter = meter
+        #: Figures of the queues that workers of this process serve, by the label of the pipeline.
+        self._queues: dict[str, tuple[int, float]] = {}
+        self._shows_queues = False
         self._returned = meter.create_counter(
             "stroma.runs.returned", "{run}", "Calls that got the result of a run that they did not run"
         )
@@ -132,6 +137,27 @@ class OtelMetrics:
     def hook_raised(self, run: ReliabilityContext, hook: str) -> None:
         """Count an exception of a hook."""
         self._hook_errors.add(1, self._of_run(run, "stroma.hook", hook))
+
+    def queue_read(self, pipeline: str, queued: int | None, due_seconds: float | None) -> None:
+        """Show the figures of a queue, until they are None."""
+        label = self._labels.pipeline(pipeline)
+        if queued is None or due_seconds is None:
+            self._queues.pop(label, None)
+            return
+        self._queues[label] = queued, due_seconds
+        if not self._shows_queues:  # Where no worker serves, the gauges would only be empty.
+            self._shows_queues = True
+            for at, name, unit, text in (
+                (0, "stroma.runs.queued", "{run}", "Runs that were submitted and have not started"),
+                (1, "stroma.runs.oldest_due", "s", "For how long the oldest due run is due"),
+            ):
+                self._meter.create_observable_gauge(name, [partial(self._observe, at)], unit, text)
+
+    def _observe(self, at: int, _: metrics.CallbackOptions) -> list[metrics.Observation]:
+        return [
+            metrics.Observation(figures[at], self._attributes_of("stroma.pipeline", label))
+            for label, figures in list(self._queues.items())  # Called in the thread of a reader.
+        ]
 
     # ------------------------------------------------------------------ nodes
 

@@ -1,0 +1,99 @@
+"""Figures of queues that workers read from a store: gauges of Prometheus and OpenTelemetry, and the worker's health."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+from tests.fixtures import store_fixture
+from tests.kit import Num, node
+from tests.shared_stores import STORES
+from tests.telemetry.test_labels import Systems
+
+from stroma import Pipeline, RunConfig, StromaRunner
+from stroma.runner import queue_watch
+from stroma.runner.worker import WorkerHealth
+
+store = store_fixture(*STORES)
+
+NAMES = (
+    ("stroma.runs.queued", "stroma_runs_queued", ""),
+    (
+        "stroma.runs.oldest_due",
+        "stroma_runs_oldest_due_seconds",
+        "",
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def read_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_watch, "_READ_SECONDS", 0.02)
+
+
+async def until(condition: Any) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def test_a_worker_shows_the_queues_that_it_serves(store: Any) -> None:
+    """A worker whose places are taken shows how many runs are queued, and since when the oldest is due; a worker that has
+    ended shows nothing, and no run id or key is a label."""
+    systems, gate, entered = Systems(), asyncio.Event(), asyncio.Event()
+
+    async def wait(state: Num) -> Num:
+        entered.set()
+        await gate.wait()
+        return state
+
+    config = RunConfig(hooks=systems.hooks())
+    pipeline, idle = (
+        Pipeline("p", [node("a", wait)], config=config),
+        Pipeline("idle", [node("b", wait)], config=config),
+    )
+    runner = StromaRunner.quick(store=store)
+    for number in range(3):
+        await runner.submit(pipeline, Num(), run_id=f"secret-{number}", key="secret")
+    await runner.submit(pipeline, Num(), run_id="later", delay=3600)
+    health = WorkerHealth()
+    served = asyncio.ensure_future(
+        runner.serve(pipeline, idle, max_concurrency=1, poll_seconds=0.02, health=health)
+    )
+
+    def figures(at: int) -> list[dict[tuple[str, ...], float]]:
+        return systems.counts(*NAMES[at])[:2]
+
+    await entered.wait()
+    await until(lambda: figures(0) == [{("p",): 3, ("idle",): 0}] * 2)
+    await until(lambda: min(one.get(("p",), 0) for one in figures(1)) > 0.05)
+    assert all(0.05 < one["p",] < 60 and one["idle",] == 0 for one in figures(1))
+    await until(lambda: health.queued == 3 and 0.05 < (health.oldest_due_seconds or 0) < 60)
+    gate.set()
+    await until(lambda: figures(0) == [{("p",): 1, ("idle",): 0}] * 2)
+    assert all(one["p",] == 0 for one in figures(1))
+    assert "secret" not in systems.page()
+    await runner.shutdown()
+    await served
+    assert [figures(0), figures(1)] == [[{}, {}]] * 2
+
+
+async def test_nobody_reads_without_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker without such an exporter and without a health never asks the store for its figures."""
+    runner = StromaRunner.quick()
+    asked: list[Any] = []
+    monkeypatch.setattr(type(runner.checkpoint_manager.store), "queue_figures", asked.append)
+
+    async def end(state: Num) -> Num:
+        return state
+
+    pipeline = Pipeline("p", [node("a", end)])
+    handle = await runner.submit(pipeline, Num())
+    served = asyncio.ensure_future(runner.serve(pipeline, poll_seconds=0.02))
+    await handle.result(timeout=20)
+    await runner.shutdown()
+    await served
+    assert asked == []
