@@ -223,13 +223,13 @@ async def test_an_older_format_is_brought_up_to_date(
     session = await begin(store)
     await commit(session, 0, State(n=1))
     await finish(session)
-    migrations = {3: ("ALTER TABLE runs ADD COLUMN fresh int",), 4: ("CREATE TABLE more (x int)",)}
-    monkeypatch.setattr(_postgres_schema, "SCHEMA_VERSION", 5)
+    migrations = {4: ("ALTER TABLE runs ADD COLUMN fresh int",), 5: ("CREATE TABLE more (x int)",)}
+    monkeypatch.setattr(_postgres_schema, "SCHEMA_VERSION", 6)
     monkeypatch.setattr(_postgres_schema, "_MIGRATIONS", migrations)
     assert store.get_run("run").nodes == 1
     assert server.execute(f"SELECT k, v FROM {schema}.meta ORDER BY k") == [
-        ("min_reader", "3"),
-        ("schema_version", "5"),
+        ("min_reader", "4"),
+        ("schema_version", "6"),
     ]
     assert server.execute(f"SELECT count(*) FROM {schema}.more") == [(0,)]
     assert server.execute(f"SELECT fresh FROM {schema}.runs") == [(None,)]
@@ -541,7 +541,7 @@ async def test_an_opening_whose_answer_is_lost(server: PostgresServer, schema: s
         assert (again.execution, again.continued, again.fence.epoch) == (1, True, 2)
         assert restored(again) == {(0, ""): State(n=1)}
         armed.set()
-        fresh = await begin(store, if_running="take_over")
+        fresh = await begin(store, if_exists="restart", if_running="take_over")
         assert (fresh.execution, fresh.fence.epoch, dict(fresh.restored)) == (2, 3, {})
         await commit(fresh, 0, State(n=2))
         armed.set()

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, Field
-from tests.checkpoint.damage import loose
+from tests.checkpoint.damage import loose, reseal
 from tests.shared_stores import subclass_of
 
 import stroma
@@ -779,7 +779,7 @@ class TestProcesses:
                 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
                 async with SQLiteStore(sys.argv[1]) as store:
                     session = await begin(store)
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, hard))
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, hard))
                     for position in range(1000):
                         attempt = row(position, tokens=1)
                         try:
@@ -1381,6 +1381,7 @@ class TestReading:
         ):
             with raw(path) as db:
                 db.execute("UPDATE steps SET schema_ref = ?", (ref,))
+                reseal(db)
             with pytest.raises(StoreError, match=rf"{printed}.*load_typed"):
                 await store.load("run", "node")
         assert "this" not in sys.modules

@@ -259,8 +259,8 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
     assert [stat.S_IMODE(one.stat().st_mode) for one in sorted(tmp_path.iterdir())] == [0o600] * 3
     assert pragma(db, "application_id") == int.from_bytes(b"Strm", "big") == 0x5374726D
     assert db.execute("SELECT k, v FROM meta ORDER BY k").fetchall() == [
-        ("min_reader", "4"),
-        ("schema_version", "4"),
+        ("min_reader", "5"),
+        ("schema_version", "5"),
     ]
     result = db.execute(
         "SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2"
@@ -269,8 +269,8 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
         "attempts", "cells", "deleted", "inputs", "meta", "runs", "steps", "tags"
     ]  # fmt: skip
     assert [name for kind, name in result if kind == "index"] == [
-        "called", "failed", "requests", "runs_by_pipeline", "runs_by_start", "runs_by_status",
-        "runs_by_wake", "tags_by_start"
+        "called", "failed", "requests", "runs_by_claim", "runs_by_key", "runs_by_pipeline", "runs_by_queue",
+        "runs_by_start", "runs_by_status", "runs_by_wake", "tags_by_start"
     ]  # fmt: skip
     assert not db.in_transaction
     db.execute("INSERT INTO cells VALUES ('c', x'01')")
@@ -404,7 +404,7 @@ def no_number(db: sqlite3.Connection) -> None:
 
 def newer(db: sqlite3.Connection) -> None:
     _ours(db)
-    db.execute("INSERT INTO meta VALUES ('min_reader', '5'), ('schema_version', '6')")
+    db.execute("INSERT INTO meta VALUES ('min_reader', '6'), ('schema_version', '6')")
 
 
 def _ours(db: sqlite3.Connection) -> None:
@@ -413,7 +413,7 @@ def _ours(db: sqlite3.Connection) -> None:
 
 
 DAMAGED = "{} is damaged: its format is missing; restore it from a backup"
-NEWER = "{} was written by a newer stroma (its format is 5, this one reads up to 4); upgrade stroma, or use another path"
+NEWER = "{} was written by a newer stroma (its format is 6, this one reads up to 5); upgrade stroma, or use another path"
 
 
 @pytest.mark.parametrize(
@@ -601,7 +601,7 @@ def test_a_file_of_a_format_that_was_never_released_is_refused(tmp_path: Path, b
     assert shape(path) == before
 
 
-@pytest.mark.parametrize("version", ["4", "5", "10"])
+@pytest.mark.parametrize("version", ["5", "6", "10"])
 def test_a_newer_file_that_may_be_read_stays_as_it_is(tmp_path: Path, version: str) -> None:
     """It is read and written, and says what it said."""
     path = tmp_path / "runs.db"
@@ -614,7 +614,7 @@ def test_a_newer_file_that_may_be_read_stays_as_it_is(tmp_path: Path, version: s
     database(path).open().close()
     assert read(database(path))
     names, _, facts = shape(path)
-    assert facts == [("min_reader", "4"), ("schema_version", version)]
+    assert facts == [("min_reader", "5"), ("schema_version", version)]
     assert ("table", "cells") not in names
 
 
@@ -790,7 +790,7 @@ def test_a_query_reads_within_one_transaction(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_damaged_text_is_read_as_far_as_it_can(tmp_path: Path) -> None:
-    """What is no UTF-8 in it is told as replacement characters; any other error of a query is told."""
+    """Text that is not UTF-8 is read as bytes, which no record takes; any other error of a query is raised."""
     store = SQLiteStore(tmp_path / "runs.db")
     db = store._file.open()
     db.execute("INSERT INTO meta VALUES ('k', CAST(x'61ff62' AS TEXT)), ('l', 'é')")
@@ -799,7 +799,7 @@ def test_a_damaged_text_is_read_as_far_as_it_can(tmp_path: Path) -> None:
     def texts(rows: Any) -> Any:
         return rows.db.execute("SELECT v FROM meta WHERE k IN ('k', 'l') ORDER BY k").fetchall()
 
-    assert store.read(texts, None) == [("a\ufffdb",), ("é",)]
+    assert store.read(texts, None) == [(b"a\xffb",), ("é",)]
     tries = list[int]()
 
     def wrong(rows: Any) -> None:

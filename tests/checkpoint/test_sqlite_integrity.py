@@ -51,7 +51,7 @@ async def test_a_refused_operation_leaves_nothing_behind(store: SQLiteStore) -> 
     """What a stale session tried to keep beside another run's commits is not there, in its own execution either."""
     request = RunRequest("stale", "pipeline", Num(), schema_of(Num))
     stale = await store.open_run(request)
-    await store.open_run(request._replace(if_running="take_over"))
+    await store.open_run(request._replace(if_exists="restart", if_running="take_over"))
     good = await store.open_run(request._replace(run_id="good"))
 
     def row(position: int) -> AttemptRow:

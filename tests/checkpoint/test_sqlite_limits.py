@@ -107,4 +107,5 @@ def test_the_positions_of_what_stands_beside_a_run_differ() -> None:
         "CONTROL": -10,
         "REJECTED": -11,
         "ATTRIBUTION": -12,
+        "EFFECT": -13,
     }

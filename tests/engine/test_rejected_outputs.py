@@ -561,13 +561,15 @@ async def test_a_store_that_refuses_once_stores_it_with_the_next_try(tmp_path: P
 
 
 def test_a_damaged_row_is_no_output(tmp_path: Path) -> None:
-    """A rejected output that was changed in the store is not shown."""
+    """A rejected output that was changed in the store is not shown: its error stands in its place."""
     import sqlite3
 
     asyncio.run(stored(tmp_path, BAD))
     with sqlite3.connect(tmp_path / "0.db") as db:
         assert db.execute("UPDATE steps SET output = x'7b7d' WHERE position = -11").rowcount == 1
-    assert rejected_outputs(SQLiteStore(tmp_path / "0.db"), "r") == [None]
+    (shown,) = rejected_outputs(SQLiteStore(tmp_path / "0.db"), "r")
+    assert shown is not None
+    assert (shown.value.startswith("[the rejected"), "is damaged" in shown.value) == (True, True)
 
 
 def test_what_the_users_classes_raise_is_no_failure_of_its_own() -> None:

@@ -148,7 +148,7 @@ async def test_every_record_carries_the_run_id(caplog: pytest.LogCaptureFixture)
         "follows in",
         "raised for",
         "blocked",
-        "no price",
+        "no known price",
         "refused",
         "ended",
     ):

@@ -31,7 +31,7 @@ async def test_a_result_serialises_without_its_trace(kind: type[ExecutionResult]
         "total_cost_usd": 0.0,
         "total_tokens": 7,
         "failure": None,
-        "unpriced_models": [],
+        "unpriced_models": ["(no model)"],
         "suspended": [],
         "failed_items": 0,
     }

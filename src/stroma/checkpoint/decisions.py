@@ -15,6 +15,7 @@ __all__ = [
     "BUDGET_CHANGED",
     "COMPLETE",
     "ENDED",
+    "FORK_DUE_MS",
     "UNFINISHED",
     "LastExecution",
     "PriorWork",
@@ -37,6 +38,8 @@ _GIVEN_UP: Final = (*ENDED, "PARTIAL")
 UNFINISHED: Final = ("SUSPENDED", "INTERRUPTED", QUEUED)
 #: In place of 0, from when on a run is due whose budget was changed while it ran: only if it waits for its budget in the end.
 BUDGET_CHANGED: Final = 1
+#: A fork that its process does not open in this time is due.
+FORK_DUE_MS: Final = 60_000
 
 
 class LastExecution(NamedTuple):

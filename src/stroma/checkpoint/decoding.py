@@ -122,9 +122,13 @@ def _check_depth(value: Any, depth: int = 0) -> Any:
 
 
 def _check_float(value: Any) -> float:
-    if type(value) not in (int, float) or abs(value) > MAX_INT or not math.isfinite(value):
+    if type(value) not in (int, float) or not _is_finite(value):
         raise _wrong(value, "a number")
     return value  # type: ignore[no-any-return]
+
+
+def _is_finite(value: float) -> bool:
+    return math.isfinite(value) if type(value) is float else abs(value) <= MAX_INT
 
 
 def _check_int(value: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from stroma.checkpoint.decisions import FORK_DUE_MS
 from stroma.checkpoint.durable.annotations import annotate, read_annotations
 from stroma.checkpoint.durable.integrity import checksum, require_undamaged, seal, storable_text, verify_step
 from stroma.checkpoint.durable.rows import FORKED, Annotation, Opening, Rows, RunEnd, Step
@@ -60,7 +61,8 @@ def fork_run(
         for row in read_annotations(rows, origin.run, source, kind):
             annotate(rows, opening.run_id, kind, row.branch, row.node_id, row.step)
     why = f"forked from run {source!r} before position {before}"
-    rows.finish(fence, RunEnd("INTERRUPTED", payloads.seal_text(storable_text(why), new("error"))))
+    error = payloads.seal_text(storable_text(why), new("error"))
+    rows.finish(fence, RunEnd("INTERRUPTED", error, rows.now_ms() + FORK_DUE_MS))
 
 
 def _forked_attempt(number: int, position: int, branch: str, node_id: str, identity: str | None) -> Attempt:

@@ -7,13 +7,13 @@ All decisions are made here and in ``session_open``, once for all stores. A stor
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
+from stroma._utils.logs import get_logger
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.decisions import COMPLETE, is_answered_meanwhile
 from stroma.checkpoint.durable.annotations import (
@@ -57,7 +57,7 @@ from stroma.trace.events import AttemptRow, contract_of
 
 __all__ = ["DurableSession"]
 
-logger = logging.getLogger("stroma")
+logger = get_logger()
 
 
 class DurableSession:

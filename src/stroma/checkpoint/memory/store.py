@@ -12,6 +12,7 @@ from stroma.checkpoint.decisions import (
     BUDGET_CHANGED,
     COMPLETE,
     ENDED,
+    FORK_DUE_MS,
     UNFINISHED,
     check_resubmission,
     is_due,
@@ -233,6 +234,7 @@ class _MemoryStore(MemoryReader, MemoryCells):
         run.pipeline, run.schema, run.input = source.pipeline, source.schema, source.input
         run.attribution, run.traceparent = {"session": run_id, **source.attribution}, source.traceparent
         run.start_execution()
+        run.wake_ms = run.started_ms + FORK_DUE_MS
         if initial is not None:
             run.schema, run.input = initial[0], initial[0].snapshot(initial[1])
         self._runs[new_run_id] = run

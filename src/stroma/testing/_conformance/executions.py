@@ -272,7 +272,7 @@ class ExecutionTests:
         await settled(store.set_budget("run", {"max_cost_usd": 1.0}))
         await settled(store.pause("run"))
         await settled(store.fork("run", "fork", 1))
-        session = await begin(store, "fork", if_exists="resume", due_ms=1)
+        session = await begin(store, "fork", if_exists="resume", due_ms=1 << 60)
         assert (session.continued, session.control) == (True, RunControl())
 
     async def test_forks(self, store: Any) -> None:
