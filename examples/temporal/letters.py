@@ -30,6 +30,11 @@ class Digest(BaseModel):
     words: int
 
 
+@stroma_node("read", NodeContract(node_id="read", input_schema=Batch, output_schema=Batch))
+async def read(state: Batch) -> dict[str, list[str]]:
+    return {"letters": [letter.strip() for letter in state.letters]}
+
+
 @stroma_node("answer", NodeContract(node_id="answer", input_schema=Letter, output_schema=Answer))
 async def answer(state: Letter) -> dict[str, str]:
     await asyncio.sleep(0.05)
@@ -43,7 +48,7 @@ async def digest(state: Answered) -> dict[str, int]:
 
 pipeline = Pipeline(
     "letters",
-    [map_over("letters", answer, into="answers", max_concurrency=20), digest],
+    [read, map_over("letters", answer, into="answers", max_concurrency=20), digest],
     config=RunConfig(
         policy_map={FailureClass.RECOVERABLE: FailurePolicy(max_retries=3, backoff_seconds=1.0)}
     ),

@@ -4,8 +4,7 @@ usage: ./dev chaos [--fault NAME ...] [--rounds N] [--store URL] [--seed S] [--f
 
 Each fault prints one line of figures. Its rounds are drawn from the seed and their number, so that one of them can be
 repeated with --first N --rounds 1; when a signal arrives is up to the machine all the same. The fault "items" (a map
-over 100,000 items, a minute for each round) and those of a Temporal cluster ("temporal-worker", "temporal-server",
-"temporal-stop", "temporal-items") strike only where they are named.
+over 100,000 items, a minute for each round) strikes only where it is named.
 
 Exit code 0 if every invariant held, 1 if one was broken, 2 for wrong arguments.
 """
@@ -16,7 +15,7 @@ import argparse
 import sys
 import time
 
-from tests.chaos import cluster, effects, flows, items, power, restored, rounds, servers, unrest
+from tests.chaos import effects, flows, items, power, restored, rounds, servers, unrest
 from tests.chaos.check import Figures
 
 STRIKES = {
@@ -24,11 +23,9 @@ STRIKES = {
     "powercut": "cuts",
     "fsync": "failures",
     **unrest.STRIKES,
-    **cluster.STRIKES,
 }
-CLUSTER = (*cluster.FAULTS, "temporal-items")
 PROCESSES = {**rounds.FAULTS, **flows.FAULTS, **unrest.FAULTS, **restored.FAULTS, **effects.FAULTS}
-FAULTS = (*PROCESSES, *power.FAULTS, *items.FAULTS, *CLUSTER)
+FAULTS = (*PROCESSES, *power.FAULTS, *items.FAULTS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +39,6 @@ def main(argv: list[str] | None = None) -> int:
         default="sqlite",
         help="sqlite (new files), postgres, redis (a server of the tests), or the URL of a store to fill",
     )
-    parser.add_argument("--items", type=int, default=20_000, help="of a map in temporal-items (20000)")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="what chance begins with")
     parser.add_argument("--first", type=int, default=0, help="the number of the first round")
     value = parser.parse_args(argv)
@@ -53,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 
         def can_have(fault: str) -> bool:
             # Only a store of its own file can lose its power without its neighbours. A map of 100,000 items takes a
-            # minute for each round, a cluster has no store of ours: they are struck where somebody asks for it.
-            if fault in (*items.FAULTS, *CLUSTER):
+            # minute for each round: it is struck where somebody asks for it.
+            if fault in items.FAULTS:
                 return bool(value.fault)
             return (
                 value.store == "sqlite"
@@ -79,12 +75,6 @@ def main(argv: list[str] | None = None) -> int:
             if fault in PROCESSES:
                 strike = PROCESSES[fault]
                 figures = rounds.rounds(fault, strike, url, server, value.seed, numbers, broke)
-            elif fault == "temporal-items":
-                from tests.chaos import cluster_items
-
-                figures = cluster_items.rounds(value.seed, numbers, broke, value.items)
-            elif fault in cluster.FAULTS:
-                figures = cluster.rounds(fault, value.seed, numbers, broke)
             elif fault in items.FAULTS:
                 figures = items.rounds(fault, url, value.seed, numbers, broke)
             else:

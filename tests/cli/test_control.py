@@ -120,8 +120,3 @@ def test_a_limit_of_resume_precedes_an_earlier_one(stroma, inside):
     assert inside("resume", "x", "waits.py:pipeline", "-q").code == 7
     done = inside("resume", "x", "waits.py:pipeline", "-q", "--budget-tokens", "100000")
     assert done.code == 0, done.err
-
-
-def test_not_on_temporal(inside, fails):
-    """A pause of a run on Temporal is refused with what to do in its place."""
-    fails(inside("pause", "x", "--temporal", "localhost:1"), 2, "cannot be paused", "stroma cancel")

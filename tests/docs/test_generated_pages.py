@@ -42,7 +42,6 @@ from stroma import (
     NodeHooks,
     NodeUsage,
     NotSerialisable,
-    Pipeline,
     PipelineChanged,
     RunBusy,
     RunExists,
@@ -60,7 +59,6 @@ from stroma import (
     stroma_node,
 )
 from stroma.adapters import Guard, RunCancelled, UnknownNode
-from stroma.drivers.remote.plans import KnownNodes, MissingNode
 from stroma.hooks.dispatch import HookNotAsync, HookTimeout
 
 ROOT = Path(__file__).parents[2]
@@ -317,11 +315,6 @@ async def not_found(path: Path) -> Any:
     await run([a_node("read", {}), a_node("shorten", {})], resume_from="shorten")
 
 
-async def missing_node(path: Path) -> Any:
-    known = KnownNodes.of(Pipeline("pipe", [a_node("read", {})]), ContractRegistry())
-    known.find({"id": "cut", "kind": "node"})
-
-
 async def changed(path: Path) -> Any:
     store = AsyncInMemoryStore()
     await run([a_node("read", {}), a_node("shorten", {})], store=store)
@@ -552,7 +545,6 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (unpriced, UsageError, ["'shorten'", "'no-such-model'"], "add it to KNOWN_MODELS"),
     (unserialisable, NotSerialisable, ["Secret.key"], ""),
     (not_found, CheckpointNotFound, ["'run-7'", "'read'", "'shorten'"], "run the pipeline from its start"),
-    (missing_node, MissingNode, ["'cut'", "'pipe'", "it has 'read'"], "deploy the code with it"),
     (changed, PipelineChanged, ["'run-7'", "'shorten'", "'cut'", "position 1"], "restore the order of nodes, or start a new run"),
     (other_input, PipelineChanged, ["'run-7'"], "pass the same input, or use another run id"),
     (no_journal, StoreError, ["'run-7'", "Simple"], "use resume_from=, or a journal store such as SQLiteStore"),
@@ -603,7 +595,6 @@ def test_every_public_error_is_met() -> None:
         "Problem",
         "Suspend",
         "CheckpointLost",
-        "RemoteFailure",
         "Crashed",
         "StepFailed",
         "Transient",

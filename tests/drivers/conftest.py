@@ -1,4 +1,4 @@
-"""The drivers that the suite of behaviour is run over."""
+"""The ways to run a pipeline that the suite of behaviour is run over: all of them are one engine on a store."""
 
 from __future__ import annotations
 
@@ -12,116 +12,106 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from temporalio.client import Client
-from temporalio.service import RPCError
-from tests.drivers.seam import SeamDriver
 from tests.servers_temporal import TemporalServer
+from tests.shared_stores import store_of
 
-from stroma import AsyncInMemoryStore, CheckpointManager, ContractRegistry, Pipeline, RunConfig, StromaRunner
+from stroma import CheckpointManager, ContractRegistry, Pipeline, RunConfig, StromaRunner
 from stroma.temporal import TemporalRunner, stroma_worker
 from stroma.trace import ExecutionResult
+
+#: The suite of behaviour, embedded and over each way to distribute runs.
+WAYS = ("embedded", "workers-sqlite", "workers-redis", "workers-postgres", "temporal")
 
 
 @dataclass
 class Bound:
-    """A runner of either kind, bound to one pipeline."""
+    """A way to run one pipeline.
 
-    runner: Any
+    Attributes:
+        control: signals, pauses, cancels and changes budgets.
+    """
+
     pipeline: Pipeline
-    driver: str
+    control: Any
+    store: Any
 
-    async def run(self, state: BaseModel, **options: Any) -> ExecutionResult:
-        result: ExecutionResult = await asyncio.wait_for(
-            self.runner.run(self.pipeline, state, **options), 100
-        )
+    async def run(self, state: BaseModel, run_id: str | None = None) -> ExecutionResult:
+        """Run it until it ends or is suspended."""
+        raise NotImplementedError
+
+    async def go_on(self, run_id: str) -> ExecutionResult:
+        """Wait until a run that was answered or released ends, or is suspended again."""
+        raise NotImplementedError
+
+
+class Embedded(Bound):
+    async def run(self, state: BaseModel, run_id: str | None = None) -> ExecutionResult:
+        result: ExecutionResult = await self.control.run(self.pipeline, state, run_id=run_id)
         return result
 
-    async def go_on(self, state: BaseModel, run_id: str) -> ExecutionResult:
-        """Go on with a run: where it begins with a group, the local runner wants to know what its input is."""
-        options = {"input_schema": type(state)} if self.driver == "local" else {}
-        result: ExecutionResult = await asyncio.wait_for(
-            self.runner.resume(self.pipeline, run_id, **options), 100
-        )
+    async def go_on(self, run_id: str) -> ExecutionResult:
+        schema = getattr(self, "schema", None)
+        result: ExecutionResult = await self.control.resume(self.pipeline, run_id, input_schema=schema)
         return result
 
 
-class LocalDriver:
-    name = "local"
+class Dispatched(Bound):
+    async def run(self, state: BaseModel, run_id: str | None = None) -> ExecutionResult:
+        handle = await self.control.submit(self.pipeline, state, run_id=run_id)
+        result: ExecutionResult = await asyncio.wait_for(handle.until_stopped(), 60)
+        return result
 
-    def __init__(self) -> None:
-        self.store = AsyncInMemoryStore()
-
-    @contextlib.asynccontextmanager
-    async def bind(self, nodes: list[Any], **config: Any) -> AsyncIterator[Bound]:
-        runner = StromaRunner(ContractRegistry(), CheckpointManager(self.store), RunConfig(**config))
-        yield Bound(runner, Pipeline("pipe", nodes), self.name)
+    async def go_on(self, run_id: str) -> ExecutionResult:
+        handle = self.control.handle(run_id, self.pipeline)
+        result: ExecutionResult = await asyncio.wait_for(handle.until_stopped(), 60)
+        return result
 
 
 @dataclass
-class TemporalDriver:
-    client: Client
-    name: str = "temporal"
-    options: dict[str, Any] = field(default_factory=dict)
-    #: Beats are frequent, so that cancellations arrive soon; on a slow machine a worker is not lost for that.
-    worker_options: dict[str, Any] = field(default_factory=lambda: {"beat_seconds": 0.2})
+class Way:
+    """Binds pipelines to one way of running them."""
+
+    name: str
+    store: Any
+    server: TemporalServer | None = None
     queue: str = field(default_factory=lambda: f"q-{uuid.uuid4().hex}")
 
     @contextlib.asynccontextmanager
-    async def bind(self, nodes: list[Any], **config: Any) -> AsyncIterator[Bound]:
-        pipeline = Pipeline("pipe", nodes)
+    async def bind(self, pipeline: Any, **config: Any) -> AsyncIterator[Bound]:
+        if not isinstance(pipeline, Pipeline):
+            pipeline = Pipeline("pipe", pipeline)
         settings = RunConfig(**config)
-        worker = stroma_worker(self.client, self.queue, [pipeline], config=settings, **self.worker_options)
-        async with worker:
-            yield Bound(self.runner(settings), pipeline, self.name)
-
-    def runner(self, config: RunConfig | None = None) -> TemporalRunner:
-        options = {"heartbeat_seconds": 30.0, "deliveries": 2, "redelivery_seconds": 0.1, **self.options}
-        return TemporalRunner(self.client, self.queue, config=config, **options)
-
-
-@pytest.fixture(scope="session")
-def temporal_server() -> Iterator[TemporalServer]:
-    server = TemporalServer()
-    yield server
-    server.kill()
-
-
-async def connect(server: TemporalServer, **options: Any) -> Client:
-    """A client of a server that may not be quite ready."""
-    for _ in range(200):
-        try:
-            client = await Client.connect(server.address, **options)
-            await client.service_client.check_health()
-            await client.count_workflows()
-            return client
-        except (RPCError, RuntimeError):
-            await asyncio.sleep(0.1)
-    raise TimeoutError(server.address)
+        manager = CheckpointManager(self.store)
+        runner = StromaRunner(ContractRegistry(), manager, settings)
+        if self.name == "embedded":
+            yield Embedded(pipeline, runner, self.store)
+        elif self.server is None:
+            serving = asyncio.ensure_future(runner.serve(pipeline, poll_seconds=0.02))
+            try:
+                yield Dispatched(pipeline, StromaRunner(ContractRegistry(), manager), self.store)
+            finally:
+                await runner.shutdown()
+                await serving
+        else:
+            client = await Client.connect(self.server.address)
+            worker = stroma_worker(client, self.queue, [pipeline], store=self.store, config=settings)
+            async with worker:
+                control = TemporalRunner(client, self.queue, self.store)
+                yield Dispatched(pipeline, control, self.store)
 
 
-@pytest.fixture
-async def temporal(temporal_server: TemporalServer) -> TemporalDriver:
-    return TemporalDriver(await connect(temporal_server))
+@contextlib.contextmanager
+def embedded() -> Iterator[Way]:
+    """Return the way to run pipelines in this process, on a store of its own."""
+    with store_of("sqlite") as store:
+        yield Way("embedded", store)
 
 
-@pytest.fixture(params=["local", "temporal", "temporal-uncached"])
-async def driver(request: pytest.FixtureRequest) -> Any:
-    return await prepared_driver(request)
-
-
-@pytest.fixture(params=["local", "seam", "temporal", "temporal-uncached"])
-async def any_driver(request: pytest.FixtureRequest) -> Any:
-    """Those that can only run, too."""
-    return await prepared_driver(request)
-
-
-async def prepared_driver(request: pytest.FixtureRequest) -> Any:
-    if request.param == "local":
-        return LocalDriver()
-    if request.param == "seam":
-        return SeamDriver()
-    server: TemporalServer = request.getfixturevalue("temporal_server")
-    driver = TemporalDriver(await connect(server))
-    if request.param == "temporal-uncached":
-        # Every workflow task replays the whole history: what is not the same in a replay is found.
-        driver.worker_options["max_cached_workflows"] = 0
-    return driver
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> Iterator[Way]:
+    """Each way to run pipelines, on an empty store."""
+    name = request.param
+    kind = {"embedded": "sqlite", "temporal": "postgres"}.get(name, name.removeprefix("workers-"))
+    server = request.getfixturevalue("temporal_server") if name == "temporal" else None
+    with store_of(kind) as store:
+        yield Way(name, store, server)

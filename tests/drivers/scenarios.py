@@ -21,7 +21,6 @@ from stroma import (
     parallel,
 )
 from stroma.cost import KNOWN_MODELS
-from stroma.trace import ExecutionResult, TraceEvent
 
 
 class Positive(BaseModel):
@@ -549,38 +548,3 @@ def usage_node(calls: list[str]) -> Any:
         return {"n": state.n + ctx["found"]}
 
     return node("b", func)
-
-
-# ---------------------------------------------------------------------- what a result says, but for ids and times
-
-
-def event_told(event: TraceEvent) -> Any:
-    inside = sorted((event_told(child) for child in event.children), key=repr)
-    return {
-        "at": (event.node_id, event.position, event.branch, event.attempt),
-        "input": event.input_state,
-        "output": event.output_state,
-        "outcome": event.outcome,
-        "failure": (event.failure, event.failure_message, event.reason),
-        "usage": event.usage,
-        "children": inside,
-    }
-
-
-def result_told(result: ExecutionResult) -> Any:
-    failed = result.failure
-    state = result.final_state
-    return {
-        "status": result.status,
-        "final": None if state is None else (type(state).__name__, state.model_dump()),
-        "trace": [event_told(event) for event in result.trace],
-        "tokens": result.total_tokens,
-        "cost": result.total_cost_usd,
-        "failure": None if failed is None else (
-            failed.failure_class, failed.message, failed.reason, failed.node_id, failed.attempt
-        ),
-        "unpriced": result.unpriced_models,
-        "suspended": result.suspended,
-        "failed items": result.failed_items,
-        "hooks": [(error.hook, error.node_id, str(error.exception)) for error in result.hook_errors],
-    }  # fmt: skip

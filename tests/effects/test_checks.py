@@ -1,26 +1,19 @@
-"""What is said of effects before a run: by the checker, by type checkers, and by drivers on other machines."""
+"""What is said of effects before a run: by the checker and the command line."""
 
 from typing import Any
 
-import pytest
 from tests.effects.shop import Order, Receipt, Shop
 from tests.kit import NEVER, THRICE
 
 from stroma import (
     NodeContract,
     Pipeline,
-    ReliabilityContext,
-    RunStatus,
     StromaRunner,
-    execute_step,
     map_over,
     parallel,
     stroma_node,
 )
 from stroma.cli import main
-from stroma.contracts.contract import ContractRegistry
-from stroma.contracts.node import find_node
-from stroma.drivers.remote.plans import KnownNodes, MissingNode, spec_of
 
 
 def effect(*, reconciles: bool) -> Any:
@@ -52,37 +45,6 @@ def test_effects_that_a_check_warns_of() -> None:
     assert findings(plain, Pipeline("p", [group], config=runner.config)) == [
         ("warning", "effect", "0.0", False)
     ]
-
-
-@pytest.mark.parametrize("is_effect", [True, False])
-def test_a_node_that_becomes_an_effect_is_another_one(is_effect: bool) -> None:
-    """A worker refuses to call as an effect what was none when the run began elsewhere, and the other way round."""
-    charge, registry = find_node(effect(reconciles=True)), ContractRegistry()
-    spec = spec_of(charge, registry)
-    known = KnownNodes("shop", [charge], registry)
-    assert known.find(spec) is charge
-    if is_effect:
-        del spec["effect"]
-    else:
-        contract = NodeContract(node_id="charge", input_schema=Order, output_schema=Receipt)
-        known = KnownNodes("shop", [find_node(stroma_node("charge", contract)(Shop().charge))], registry)
-    with pytest.raises(MissingNode, match="another effect contract"):
-        known.find(spec)
-
-
-async def test_an_effect_that_a_remote_run_calls_is_refused() -> None:
-    """An effect that a node of a run on other machines calls is a bug, and not called."""
-    runner, shop = StromaRunner.quick(), Shop()
-    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
-    ctx.elsewhere = True
-    contract = NodeContract(node_id="charge", input_schema=Order, output_schema=Receipt, effect=True)
-    result = await execute_step("charge", shop.charge, Order(), ctx, contract=contract)
-    assert (result.status, shop.calls) == (RunStatus.FAILED, 0)
-    assert result.failure is not None
-    assert (result.failure.reason, "make it a node of the pipeline" in result.failure.message) == (
-        "bug",
-        True,
-    )
 
 
 def test_the_command_warns(tmp_path: Any, capsys: Any) -> None:

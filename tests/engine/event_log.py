@@ -14,7 +14,6 @@ from time import perf_counter_ns, time_ns
 from typing import Any
 
 from pydantic import BaseModel
-from tests.drivers.seam import SeamRunner
 from tests.kit import NEVER, Num, node
 
 from stroma import (
@@ -24,20 +23,16 @@ from stroma import (
     Failure,
     NodeContract,
     NodeHooks,
-    Pipeline,
-    RunConfig,
     StromaRunner,
     current_node_or_none,
     current_run,
 )
 from stroma.checkpoint.history import in_order
-from stroma.drivers.remote.attempts import Attempts
 from stroma.hooks import MapProgress
 
 __all__ = [
     "Between",
     "Diary",
-    "Elsewhere",
     "Journal",
     "M",
     "ThrownAway",
@@ -296,20 +291,6 @@ class ThrownAway:
     async def _wake(self, task: asyncio.Task[Any]) -> None:
         await self._begun.wait()
         task.cancel()
-
-
-class Elsewhere(Diary):
-    """The same of a run whose attempts are made as on other machines, each by a request; there is no journal."""
-
-    async def run(self, nodes: list[Any], state: Any, **config: Any) -> None:
-        settings, pipeline = RunConfig(**self.config(**config)), Pipeline("pipeline", nodes)
-        runner = SeamRunner(Attempts([pipeline], config=settings), settings)
-        try:
-            self.result(await runner.run(pipeline, state, run_id="r"))
-        except AssertionError:
-            raise
-        except BaseException as error:
-            self.lines.append(f"raised {_told(error)}")
 
 
 def _at(position: int, branch: str) -> str:

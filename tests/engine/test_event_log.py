@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, field_validator
-from tests.engine.event_log import Between, Diary, Elsewhere, Journal
+from tests.engine.event_log import Between, Diary, Journal
 from tests.kit import ONCE, Num, here, node
 
 from stroma import (
@@ -945,44 +944,6 @@ async def test_a_run_that_nobody_watches_comes_to_the_same(name: str) -> None:
 def _ends_early(report: list[str]) -> bool:
     """Whether it has no result, which is what has the trace."""
     return not any(line.startswith("result ") for line in report)
-
-
-# ---------------------------------------------------------------- attempts on other machines
-
-#: Those without a store or a coroutine of their own, without a group that must be cut short from outside, without an
-#: interrupt, which ends the driver of attempts elsewhere, and without what only one process knows of a map or a group.
-ELSEWHERE = [
-    "a_chain", "an_id_with_two_contracts", "no_contracts", "tried_again", "given_up", "bad_input",
-    "bad_input_of_the_next", "bad_output", "repaired", "not_repaired", "over_budget", "failed_over_budget",
-    "bad_usage", "unpriced", "asks", "asks_inside", "too_late", "side_by_side", "a_child_fails",
-    "a_group_gives_nonsense", "not_called", "not_called_again", "start_is_not_async", "cancelled_is_not_async",
-    "success_is_not_async", "cancelled", "cancelled_inside", "cancelled_in_a_start_hook",
-    "cancelled_in_an_end_hook", "its_own_cancellation", "its_own_timeout", "priced", "cancelled_and_priced",
-    "dear_and_bad", "warned", "warned_by_a_failure", "hidden", "hidden_input",
-]  # fmt: skip
-#: What differs: the log and the journal are those of each machine, a failure crosses as its text, a retry is decided on
-#: where the attempt is not current any more, and a cancelled run has a result.
-DIFFERENT = ("log ", "journal ", "row ", "raised CancelledError", "result CANCELLED")
-CROSSED = [
-    (re.compile(r"^(result .* USD) \w+(?= (?:RECOVERABLE|TERMINAL|AMBIGUOUS) )"), r"\1"),
-    (re.compile(r"^(node_failure \S.*?) \w+(\(.*\) \w+ @ group )"), r"\1\2"),
-    (re.compile(r"^(node_retry .* after .* \(\w+\)) failure .*"), r"\1"),
-]
-
-
-def in_common(lines: list[str]) -> list[str]:
-    findings = [line for line in lines if not line.startswith(DIFFERENT)]
-    for pattern, replacement in CROSSED:
-        findings = [pattern.sub(replacement, line) for line in findings]
-    return findings
-
-
-@pytest.mark.parametrize("name", ELSEWHERE)
-async def test_attempts_elsewhere_are_told_like_those_here(name: str) -> None:
-    """Attempts that are made one by one, by requests, call the hooks like those of a run in one process."""
-    with Elsewhere() as diary:
-        await SCENARIOS[name](diary)
-    assert in_common(diary.lines) == in_common(recorded(name))
 
 
 def test_every_scenario_is_told() -> None:

@@ -1537,8 +1537,6 @@ def test_only_the_engine_calls_a_nodes_function() -> None:
         ("hooks/sets.py", "_function_of"),  # It unwraps partials.
         ("contracts/contract.py", "of"),  # It unwraps partials.
         ("contracts/node.py", "call"),
-        ("drivers/remote/flow_nodes.py", "nodes_of_flow"),  # It reads the names in the body of a flow.
-        ("drivers/remote/flow_nodes.py", "_parts"),  # It unwraps partials.
         ("contracts/node.py", "gives_coroutine"),  # It unwraps partials.
         ("contracts/node.py", "find_node"),  # It asks whose function it is.
     }

@@ -24,9 +24,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 from prometheus_client import CollectorRegistry, generate_latest
 from pydantic import BaseModel
-from tests.drivers.scenarios import failing
-from tests.drivers.seam import SeamDriver
-from tests.kit import ONCE, THRICE, Num, retry_policies
+from tests.kit import ONCE, retry_policies
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_counted_once import Otel, Statsd, Tracer, runner_of, total
 
@@ -40,7 +38,6 @@ from stroma import (
     Pipeline,
     ReliabilityContext,
     RunConfig,
-    RunStatus,
     StromaRunner,
     current_node,
     current_node_or_none,
@@ -381,21 +378,6 @@ async def test_only_the_last_of_failed_attempts_is_an_error(final: bool) -> None
     error = StatusCode.ERROR if final else StatusCode.UNSET
     assert [span.status.status_code for span in attempts] == [StatusCode.UNSET, error]
     assert all(a.end_time <= b.start_time for a, b in pairwise(attempts))  # type: ignore[operator]
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("attempts", ["events", "spans"])
-async def test_on_other_machines_no_attempt_that_is_tried_again_is_an_error(attempts: Any) -> None:
-    """Where another process decides about retries, only the run's end is an error."""
-    otel = Otel()
-    nodes = [failing([], "a", TimeoutError("slow"))]
-    hooks = otel.hooks(attempts=attempts)
-    async with SeamDriver().bind(nodes, hooks=hooks, policy_map=THRICE) as bound:
-        result = await bound.run(Num())
-    assert result.status is RunStatus.COMPLETED
-    spans = otel.spans.get_finished_spans()
-    assert [span.name for span in spans if not span.status.is_unset] == []
-    assert "TimeoutError" in {(span.attributes or {}).get("error.type") for span in spans}
 
 
 @pytest.mark.core

@@ -160,8 +160,10 @@ def decide(
     if request.due_ms is not None and not is_due(last, request.due_ms):
         raise RunExists(f"run {request.run_id!r} is not due, its status is {last.status}; resume it instead")
     if request.if_exists == "read":
-        if last.status in ("RUNNING", *UNFINISHED):
-            raise RunExists(f"run {request.run_id!r} has not ended, its status is {last.status}")
+        if last.status in ("RUNNING", "INTERRUPTED", QUEUED):
+            raise RunExists(
+                f"run {request.run_id!r} has neither ended nor been suspended, its status is {last.status}"
+            )
         return "return"
     if request.if_exists == "error":
         raise RunExists(

@@ -6,18 +6,18 @@ import asyncio
 import contextlib
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
 from stroma._utils.text import clean
-from stroma.checkpoint.errors import CheckpointNotFound, PipelineChanged, RunBusy, RunExists, StoreError
-from stroma.cli.errors import Code, Problem, command
+from stroma.cli.errors import Code, Problem
+from stroma.cli.stores import Database
 
 if TYPE_CHECKING:
-    from temporalio.client import Client, WorkflowExecution
+    from temporalio.client import Client
 
     from stroma.drivers.temporal.runner import TemporalRunner
     from stroma.engine.config import RunConfig
@@ -28,8 +28,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 #: Default task queue of runs and workers.
 TASK_QUEUE: Final = "stroma"
-#: Time limit of one query; a worker answers queries about a run.
-_ANSWER_SECONDS: Final = 10.0
 #: Seconds after its last poll within which a worker counts as alive.
 _POLLS_SECONDS: Final = 90.0
 
@@ -46,7 +44,6 @@ def _address(_ctx: click.Context, _parameter: click.Parameter, value: str | None
 
 def _shared(func: F) -> F:
     for option in (
-        click.option("--payloads", envvar="STROMA_PAYLOADS", metavar="DIR_OR_URL", help="Shared storage for states of 256 KiB and more.  [env: STROMA_PAYLOADS]"),
         click.option("--tls", is_flag=True, help="Use TLS, with TEMPORAL_TLS_... and TEMPORAL_API_KEY."),
         click.option("--namespace", metavar="NAME", help="Namespace on the server.  [env: TEMPORAL_NAMESPACE; default: default]"),
         click.option("--task-queue", metavar="QUEUE", help=f"Task queue of the workers.  [default: {TASK_QUEUE}]"),
@@ -56,8 +53,8 @@ def _shared(func: F) -> F:
 
 
 def temporal_options(func: F) -> F:
-    """Add --temporal and its options to a command that also works on a store."""
-    help_text = "Temporal server that runs it, instead of this process."
+    """Add --temporal and its options to a command; the runs are in the store of --db."""
+    help_text = "Temporal server that chooses the worker of each run."
     return click.option("--temporal", "address", callback=_address, metavar="HOST:PORT", help=help_text)(
         _shared(func)
     )
@@ -74,30 +71,25 @@ def reject_local_options(why: str, *names: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TemporalCluster:
-    """Temporal server and task queue of a command, and the options that select them again."""
+    """Temporal server and task queue of a command, and the options that select them again: ``words``."""
 
     address: str
     task_queue: str
     namespace: str | None
     tls: bool
-    payloads: str | None
     words: tuple[str, ...]
-
-    is_durable = True
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> TemporalCluster | None:
         """Remove the Temporal options from ``options`` and return them; None without --temporal."""
-        settings = {
-            name: options.pop(name) for name in ("address", "task_queue", "namespace", "tls", "payloads")
-        }
+        settings = {name: options.pop(name) for name in ("address", "task_queue", "namespace", "tls")}
         if settings["address"] is None:
             unused = [name for name in ("task_queue", "namespace", "tls") if settings[name]]
             if unused:
                 raise click.UsageError(f"--{unused[0].replace('_', '-')} needs --temporal HOST:PORT")
             return None
         words = ["--temporal", settings["address"]]
-        for name in ("task_queue", "namespace", "payloads"):
+        for name in ("task_queue", "namespace"):
             if settings[name] is not None:
                 words += [f"--{name.replace('_', '-')}", settings[name]]
         if settings["tls"]:
@@ -108,15 +100,9 @@ class TemporalCluster:
     def name(self) -> str:
         return f"task queue {clean(self.task_queue, 100)!r} of {self.address}"
 
-    def command(self, name: str, *arguments: str, options: Sequence[str] = ()) -> str:
-        """Return a stroma command line for the same server and task queue."""
-        return command(name, *arguments, options=(*options, *self.words))
-
-    hint = command
-
-    @property
-    def worker_hint(self) -> str:
-        return self.command("worker", "FILE.py:NAME")
+    def worker_command(self, database: Database, target: str = "FILE.py:NAME") -> str:
+        """Return the command line that starts a worker of the same task queue and store."""
+        return database.hint("worker", target, options=self.words)
 
     # ------------------------------------------------------------------ connection
 
@@ -162,10 +148,12 @@ class TemporalCluster:
                 code=Code.ENVIRONMENT,
             ) from error
 
-    def runner(self, client: Client, config: RunConfig | None = None) -> TemporalRunner:
+    async def runner(self, database: Database, config: RunConfig | None = None) -> TemporalRunner:
+        """Connect, and return a runner for the runs of a store. Raises Problem."""
+        client = await self.connect()
         from stroma.drivers.temporal.runner import TemporalRunner
 
-        return TemporalRunner(client, self.task_queue, config=config, payloads=self.payloads)
+        return TemporalRunner(client, self.task_queue, database.store, config)
 
     @contextlib.contextmanager
     def explain_errors(self) -> Iterator[None]:
@@ -174,24 +162,6 @@ class TemporalCluster:
             yield
         except Problem:
             raise
-        except CheckpointNotFound as error:
-            see = f"list the runs: {self.hint('runs')}"
-            raise Problem(clean(str(error), 1000), see, code=Code.NOT_FOUND) from error
-        except RunBusy as error:
-            raise Problem(
-                clean(str(error), 1000),
-                f"or cancel it: {self.hint('cancel', 'RUN')}",
-                code=Code.ENVIRONMENT,
-            ) from error
-        except StoreError as error:
-            usage = isinstance(error, (PipelineChanged, RunExists))
-            raise Problem(clean(str(error), 1000), code=Code.USAGE if usage else Code.ENVIRONMENT) from error
-        except TimeoutError as error:
-            raise Problem(
-                f"no worker of {self.name} answered within {_ANSWER_SECONDS:g} s: none is running, or all are busy",
-                f"start one: {self.worker_hint}",
-                code=Code.ENVIRONMENT,
-            ) from error
         except Exception as error:
             problem = self._of_server(error)
             if problem is None:
@@ -200,15 +170,8 @@ class TemporalCluster:
 
     def _of_server(self, error: Exception) -> Problem | None:
         """Return the Problem for an error of the server; None for any other exception."""
-        from temporalio.client import WorkflowFailureError, WorkflowQueryFailedError
         from temporalio.service import RPCError, RPCStatusCode
 
-        if isinstance(error, (WorkflowFailureError, WorkflowQueryFailedError)):
-            return Problem(
-                f"the workflow is not a Stroma run, or cannot be replayed: {clean(str(error.cause or error), 300)}",
-                f"inspect it with Temporal's own tools, or list the runs: {self.hint('runs')}",
-                code=Code.ENVIRONMENT,
-            )
         if not isinstance(error, RPCError):
             return None
         message = clean(error.message, 300)
@@ -226,11 +189,9 @@ class TemporalCluster:
             )
         return Problem(
             f"{self.address} failed with {error.status.name}: {message}",
-            "finished nodes are stored there; repeat the command when the server is available",
+            "repeat the command when the server is available",
             code=Code.ENVIRONMENT,
         )
-
-    # ------------------------------------------------------------------ queries
 
     async def has_workers(self, client: Client) -> bool:
         """Return True if a worker has polled the task queue recently."""
@@ -247,69 +208,3 @@ class TemporalCluster:
         )
         since = time.time() - _POLLS_SECONDS
         return any(poller.last_access_time.ToSeconds() >= since for poller in executions.pollers)
-
-    async def query(self, question: Coroutine[Any, Any, T]) -> T:
-        """Await a query that a worker answers. Raises TimeoutError if no worker does."""
-        async with asyncio.timeout(_ANSWER_SECONDS):
-            return await question
-
-    async def has_run(self, run_id: str) -> bool:
-        """Return True if there is a run with exactly this id."""
-        from temporalio.service import RPCError, RPCStatusCode
-
-        client = await self.connect()
-        try:
-            await client.get_workflow_handle(run_id).describe()
-        except RPCError as error:
-            if error.status != RPCStatusCode.NOT_FOUND:
-                raise
-            return False
-        return True
-
-    async def find_id(self, run: str) -> str:
-        """Return the run id of :meth:`find`."""
-        return (await self.find(await self.connect(), run)).id
-
-    async def find(self, client: Client, run: str) -> WorkflowExecution:
-        """Return the latest workflow of the run that an id, a prefix of one, or "last" names. Raises Problem."""
-        from temporalio.service import RPCError, RPCStatusCode
-
-        if run != "last":
-            try:
-                return await client.get_workflow_handle(run).describe()
-            except RPCError as error:
-                if error.status not in (RPCStatusCode.NOT_FOUND, RPCStatusCode.INVALID_ARGUMENT):
-                    raise
-        executions = await self.list(client, limit=20, beginning="" if run == "last" else run)
-        if run == "last":
-            executions = executions[:1]
-        ids = list(dict.fromkeys(one.id for one in executions))
-        if len(ids) == 1:
-            return executions[0]
-        if ids:
-            lines = [clean(one, 80) for one in ids]
-            raise Problem(
-                f"{run!r} is a prefix of {len(ids)} run ids; pass more characters",
-                *lines,
-                code=Code.USAGE,
-            )
-        what = "no runs" if run == "last" else f"no run whose id begins with {run!r}"
-        raise Problem(f"{what} on {self.address}", f"list the runs: {self.hint('runs')}", code=Code.NOT_FOUND)
-
-    async def list(
-        self, client: Client, *, limit: int, beginning: str = "", where: Sequence[str] = ()
-    ) -> list[WorkflowExecution]:
-        """Return workflows of runs, newest first."""
-        from stroma.drivers.temporal.names import FLOW, WORKFLOW
-
-        conditions = [f"WorkflowType IN ({_quoted(WORKFLOW)}, {_quoted(FLOW)})", *where]
-        if beginning:
-            conditions.append(f"WorkflowId STARTS_WITH {_quoted(beginning)}")
-        executions: list[WorkflowExecution] = []
-        async for one in client.list_workflows(" AND ".join(conditions), limit=limit):
-            executions.append(one)
-        return executions
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,1 +1,1 @@
-"""Runs on other machines: the remote protocol and the Temporal driver."""
+"""Dispatchers: they decide which process drives a run; the engine and the store decide what is done."""

@@ -15,7 +15,6 @@ from pydantic import BaseModel
 
 from stroma._utils.text import one_line
 from stroma.checkpoint import Fenced, StoreError
-from stroma.checkpoint.entries import effect_note
 from stroma.contracts.contract import NodeContract, as_violation, output_violation
 from stroma.contracts.effects import NotDone, Unknown
 from stroma.contracts.node import Group, Node, Plan
@@ -76,7 +75,7 @@ class NodeAttempt(OpenAttempt):
     def prepare(
         self, run: NodeExecution, node: Node | Group, plan: Plan, value: BaseModel, cancelling: int
     ) -> NodeAttempt:
-        """Begin the next attempt; call one of :meth:`make`, :meth:`begin_only` and :meth:`reject` after it."""
+        """Begin the next attempt; call :meth:`make` or :meth:`reject` after it."""
         self.run = run
         self.node = node
         self.plan = plan
@@ -149,21 +148,6 @@ class NodeAttempt(OpenAttempt):
             # failure: otherwise each failed run is a cycle that only the garbage collector frees.
             del self.run, problem
             self.firing = None  # Its arguments refer to the failure, and this frame is in its traceback.
-
-    async def begin_only(self) -> Failure | Halt | None:
-        """Make the part of the attempt that precedes the call. Return its end if the input is not valid."""
-        try:
-            violation = self._take_input()
-            if violation is not None:
-                return await self._fail(violation)
-            if self.ctx.fire.on_node_start is not None:
-                await self._finish_start_hooks(self._start_hooks())
-            return None
-        except BaseException as interrupt:
-            await self._end_interrupted(interrupt)
-            raise
-        finally:
-            del self.run  # As in make().
 
     async def reject(self, error: Exception) -> Failure | Halt:
         """End as failed, since there is no schema to validate the input with."""
@@ -386,12 +370,6 @@ class NodeAttempt(OpenAttempt):
         """Store that an effect is to be called. Return the end of an attempt that must not call it."""
         run = self.run
         self.begin = self.begin or perf_counter_ns()
-        if self.ctx.elsewhere and effect_note(run.position, run.branch) not in self.ctx.session.notes:
-            error = (
-                f"effect {run.node_id!r} is called inside a node of a run on other machines, which would not know of the call; "
-                "make it a node of the pipeline, or a step of a flow"
-            )
-            return await self._fail(NotImplementedError(error))
         effect: Effect | None = run.effect
         if effect is None:
             effect = run.effect = Effect(run, contract, self.plan, self.snapshot)

@@ -70,7 +70,7 @@ class ReliabilityContext:
     # Slots, since several of them are read for each node.
     __slots__ = (
         "__weakref__", "_notes", "_opening", "_prior_unrecorded", "_warned", "apart", "budget", "cancelled", "checkpoint_manager", "classifiers",
-        "config", "context", "cost_tracker", "delivers", "dispatch", "done", "effects", "elsewhere", "epoch_ns", "failed_items", "failed_maps",
+        "config", "context", "cost_tracker", "delivers", "dispatch", "done", "effects", "epoch_ns", "failed_items", "failed_maps",
         "fire", "gated", "handover", "holds", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traces", "limits", "max_block_ns",
         "model_fallbacks", "on_hold", "paused", "pipeline", "plain_steps", "policy_map", "redactor", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended", "timed",
@@ -157,8 +157,6 @@ class ReliabilityContext:
         #: How many items of maps failed while the others went on; and of which committed maps how many did.
         self.failed_items = 0
         self.failed_maps: Mapping[tuple[int, str], int] = _NO_FAILED_MAPS
-        #: Other processes begin and end the run, and make its other attempts.
-        self.elsewhere = False
         #: Ends the run once a shutdown has asked that nothing new is begun; None before.
         self.interrupt: Callable[[], None] | None = None
         #: The W3C trace context of the caller, and those for processes that resume the run, by the system that made

@@ -42,7 +42,7 @@ from stroma.failures.mistakes import is_repeated_mistake
 from stroma.failures.policy import Retry, Stop, follow_up
 from stroma.trace.events import NO_USAGE
 
-__all__ = ["attempt_once", "begin_group", "execute", "execute_in_turn", "plan_of", "try_again"]
+__all__ = ["execute", "execute_in_turn", "plan_of", "try_again"]
 
 _SPENT: Final = Stop("the budget is spent")
 sleep = asyncio.sleep
@@ -190,83 +190,6 @@ async def try_again(
 
 
 # ---------------------------------------------------------------------- one attempt, for drivers that decide themselves
-
-
-async def attempt_once(
-    ctx: ReliabilityContext,
-    run: NodeExecution,
-    node: Node | Group,
-    value: BaseModel,
-    *,
-    after_seconds: float | None = None,
-    has_begun: bool = False,
-) -> BaseModel | Failure | Halt:
-    """Make exactly one attempt, for a driver that counts them and decides what follows (see ``stroma.drivers.remote``).
-
-    Args:
-        run: names the attempt, the last failure and the repairs.
-        after_seconds: the wait of the driver before it, for the hooks; None for a first attempt.
-        has_begun: the group was begun by :func:`begin_group`.
-
-    A Failure is one for :func:`stroma.failures.policy.follow_up`; all else is as in :func:`execute`.
-    """
-    token = CURRENT.set(run)
-    try:
-        attempt = await _prepare(ctx, run, node, value, after_seconds, has_begun=has_begun)
-        if isinstance(attempt, Halt):
-            return attempt
-        return await make(attempt)
-    finally:
-        run.close()
-        leave(token)
-
-
-async def begin_group(
-    ctx: ReliabilityContext,
-    run: NodeExecution,
-    group: Group,
-    value: BaseModel,
-    *,
-    after_seconds: float | None = None,
-) -> Halt | None:
-    """Make the part of :func:`attempt_once` that precedes the children of a group, if those run elsewhere.
-
-    A Halt is a group that is not begun.
-    """
-    token = CURRENT.set(run)
-    try:
-        attempt = await _prepare(ctx, run, group, value, after_seconds)
-        if isinstance(attempt, Halt):
-            return attempt
-        ended = await attempt.begin_only()
-        return Halt(ended) if isinstance(ended, Failure) else ended
-    finally:
-        run.close()
-        leave(token)
-
-
-async def _prepare(
-    ctx: ReliabilityContext,
-    run: NodeExecution,
-    node: Node | Group,
-    value: BaseModel,
-    after_seconds: float | None,
-    *,
-    has_begun: bool = False,
-) -> NodeAttempt | Halt:
-    """Return the attempt to make, or the end of a node of which none may be made."""
-    try:
-        plan = plan_of(ctx, run, node, value, None)
-    except Exception as error:
-        return await _without_plan(ctx, run, node, value, error)
-    if after_seconds is not None and run.last_failure is not None:
-        await _announce_retry(ctx, run, run.last_failure, run.attempt, after_seconds)
-    if ctx.limits and not has_begun:
-        exceeded = _crossed_limit(ctx, run)
-        if exceeded is not None:
-            return refuse(run, exceeded)
-    task = asyncio.current_task()
-    return NodeAttempt(ctx).prepare(run, node, plan, value, 0 if task is None else task.cancelling())
 
 
 # ---------------------------------------------------------------------- before an attempt

@@ -24,7 +24,7 @@ class Dispatch(NamedTuple):
             middle of the run leaves it INTERRUPTED.
         max_seconds: end the run at the first step boundary after this time; None: no limit.
         claim: token of the claim of the worker; RunExists if the run has no such claim.
-        reads: return the outcome of a run that has ended, and raise RunExists for any other.
+        reads: return the outcome of a run that has ended or is suspended, and raise RunExists for any other.
     """
 
     due_ms: int | None = None

@@ -18,7 +18,6 @@ __all__ = [
     "CircuitOpen",
     "ItemFailure",
     "LimitError",
-    "RemoteFailure",
     "RunCancelled",
     "RunFailed",
     "SharedBudgetExceeded",
@@ -231,24 +230,3 @@ class RunCancelled(Exception):
     Cause: ``stroma cancel`` or ``store.cancel()``, in this process or another one.
     Fix: none is needed: finished outputs are stored. Call again in a separate run.
     """
-
-
-class RemoteFailure(Exception):
-    """An exception that a node raised in another process: the name of its type and its message, without the object.
-
-    Attributes:
-        type_name: of the exception.
-        full_name: the same with its module, as in a traceback, so that failures are grouped as those of a local run.
-
-    Where: ``result.failure`` of a run that was driven on other machines.
-    Cause: the node raised an exception of a class that is not Stroma's own.
-    Fix: look at the log of the worker for its traceback.
-    """
-
-    def __init__(self, message: str, type_name: str = "Exception", full_name: str | None = None) -> None:
-        super().__init__(message)
-        self.type_name = type_name
-        self.full_name = type_name if full_name is None else full_name
-
-    def __reduce__(self) -> Any:
-        return type(self), (str(self), self.type_name, self.full_name)

@@ -145,7 +145,7 @@ def kind_of(exc: BaseException) -> str | None:
     None for a RunFailed whose message is that of a whole run: it begins with the type.
     """
     name = getattr(type(exc), "__name__", "Exception")
-    if name in ("RemoteFailure", "RunFailed"):  # It stands for one of another process.
+    if name == "RunFailed":  # It stands for one of another process.
         name = vars(exc).get("type_name", name)
         return None if name == "RunFailed" else str(name)
     return str(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from stroma.runner.batch import Batch
 from stroma.runner.run import RunExecution
@@ -39,6 +40,22 @@ class LiveRuns:
             yield batch
         finally:
             self.batches.pop(batch, None)
+
+    def drain(self, run_id: str) -> None:
+        """End a run at its next step boundary, as INTERRUPTED. Called in the event loop of the run."""
+        for run in list(self.runs):
+            if run.ctx.run_id == run_id:
+                _ = run.drain()
+
+    def progress(self, run_id: str) -> dict[str, Any]:
+        """Return the last finished step of a run in this process, and its cost so far. May be called in any thread."""
+        progress: dict[str, Any] = {}
+        for run in list(self.runs):
+            if run.ctx.run_id == run_id:
+                rows = run.ctx.trace.rows
+                cost = run.ctx.cost_tracker.total_cost_usd
+                progress = {"step": rows[-1].node_id if rows else None, "cost_usd": cost}
+        return progress
 
     async def interrupt(self, tasks: set[asyncio.Task[None]]) -> None:
         """End the runs of these tasks as INTERRUPTED, and await the tasks."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from typing import Final, Generic, TypedDict, TypeVar
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import CheckpointNotFound, RunExists
+from stroma.checkpoint import CheckpointNotFound, RunBusy, RunExists
 from stroma.checkpoint.decisions import UNFINISHED
+from stroma.checkpoint.queue import QUEUED
+from stroma.runner.flows.suspension import now_ms
 from stroma.runner.stored_runs import StoredRuns
-from stroma.trace.result import ExecutionResult
+from stroma.trace.result import ExecutionResult, RunStatus
 
 __all__ = ["EndWaits", "RunHandle", "SubmitOptions", "to_ms"]
 
@@ -96,9 +99,26 @@ class RunHandle(Generic[Out]):
             while True:
                 await self._waits.until_ended(self.run_id)
                 try:
-                    return await self._read(self.run_id)
-                except RunExists:  # Somebody has restarted it meanwhile.
+                    result = await self._read(self.run_id)
+                except (RunBusy, RunExists):  # Somebody has restarted it meanwhile.
                     continue
+                if result.status is not RunStatus.SUSPENDED:
+                    return result
+
+    async def until_stopped(self) -> ExecutionResult[Out]:
+        """Wait until the run has ended or is suspended, and return its result, as ``run()`` does.
+
+        A suspended run that is due is waited for. Raises as :meth:`result`.
+        """
+        delay = _POLL_SECONDS[0]
+        while True:
+            record = await self._stored.get(self.run_id)
+            is_due = record.due_ms is not None and record.due_ms <= now_ms()
+            if record.status not in ("RUNNING", RunStatus.INTERRUPTED, QUEUED) and not is_due:
+                with contextlib.suppress(RunBusy, RunExists):  # Somebody has continued it meanwhile.
+                    return await self._read(self.run_id)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _POLL_SECONDS[1])
 
 
 class EndWaits:

@@ -19,7 +19,6 @@ from stroma.contracts.contract import ContractViolation
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.unread import UnreadState
-from stroma.failures.errors import RemoteFailure
 from stroma.failures.failure import message_of
 from stroma.telemetry.denied_names import DENY_KEYS, DeniedNames
 from stroma.trace.plain import jsonable
@@ -320,8 +319,6 @@ def _names_of(model: type[BaseModel]) -> Mapping[str, tuple[str, ...]]:
 
 def type_name(error: BaseException) -> str:
     """Return the full name of an exception's class."""
-    if isinstance(error, RemoteFailure):  # It stands for one of another process.
-        return error.full_name
     kind = type(error)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 

@@ -16,14 +16,7 @@ from stroma.engine.execution import NodeExecution
 from stroma.failures.classes import FailureClass
 from stroma.telemetry.content import DENY_KEYS, Content, ContentMode, type_name
 from stroma.telemetry.conventions import attribution_of, note_run
-from stroma.telemetry.observer import (
-    WRITING,
-    AttemptEnd,
-    ExporterHooks,
-    Observer,
-    is_returned,
-    seconds_elsewhere,
-)
+from stroma.telemetry.observer import WRITING, AttemptEnd, ExporterHooks, Observer, is_returned
 from stroma.trace.result import ExecutionResult
 
 __all__ = ["log_hooks"]
@@ -121,10 +114,7 @@ class _Logs(Observer):
         level = logging.INFO if failed is None or is_returned(run) else logging.ERROR
         if self._is_off(level):
             return
-        took = seconds_elsewhere(result) if run.elsewhere else None
-        if started is not None:
-            took = perf_counter() - started
-        seconds = {} if took is None else {"duration_s": round(took, 6)}
+        seconds = {} if started is None else {"duration_s": round(perf_counter() - started, 6)}
         fields = {
             **_of_run(run),
             "status": result.status.value,

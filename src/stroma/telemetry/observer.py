@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from functools import partial
-from time import monotonic, perf_counter, time
+from time import monotonic, perf_counter
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -31,9 +31,7 @@ __all__ = [
     "Observer",
     "exceeded",
     "is_returned",
-    "may_be_retried",
     "missing",
-    "seconds_elsewhere",
     "waited_seconds",
     "waits_since",
 ]
@@ -96,11 +94,6 @@ def waited_seconds(node: NodeExecution, key: object) -> float:
     return float(notes.get((key, "waited"), 0.0))
 
 
-def may_be_retried(node: NodeExecution) -> bool:
-    """Return True where the driver of another process decides about retries: there, only the end of the run is final."""
-    return node.ctx.elsewhere and node.kind != "group"
-
-
 def is_returned(run: ReliabilityContext) -> bool:
     """Return True if a run only returns a stored result, which was counted when it ran."""
     return run.session.finished is not None
@@ -110,12 +103,6 @@ def exceeded(result: ExecutionResult) -> str | None:
     """Return the dimension of the budget that ended a run, or None."""
     error = None if result.failure is None else result.failure.exception
     return error.dimension if isinstance(error, BudgetExceeded) else None
-
-
-def seconds_elsewhere(result: ExecutionResult) -> float:
-    """Return the seconds since the first attempt of a run that started in another process."""
-    first = next(iter(result.trace), None)
-    return 0.0 if first is None else max(0.0, time() - first.timestamp_utc.timestamp())
 
 
 class Observer:

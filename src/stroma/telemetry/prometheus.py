@@ -19,7 +19,6 @@ from stroma.telemetry.observer import (
     exceeded,
     is_returned,
     missing,
-    seconds_elsewhere,
 )
 from stroma.trace.result import ExecutionResult
 
@@ -199,8 +198,6 @@ class _Prometheus(Observer):
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
         if is_returned(run):
             return
-        if run.elsewhere:  # It may end in another process: what went up here would never come down.
-            return
         run.notes[self] = perf_counter()
         self._metrics.in_progress(self._metrics.labels.pipeline(run.pipeline)).inc()
 
@@ -211,13 +208,10 @@ class _Prometheus(Observer):
         if is_returned(run):
             metrics.returned(pipeline, status).inc()
             return
-        if started is not None:
-            metrics.in_progress(pipeline).dec()
-            seconds = perf_counter() - started
-        elif run.elsewhere:
-            seconds = seconds_elsewhere(result)
-        else:
+        if started is None:
             return
+        metrics.in_progress(pipeline).dec()
+        seconds = perf_counter() - started
         exemplar = _exemplar()
         metrics.runs(pipeline, status).inc(1, exemplar)
         metrics.run_seconds(pipeline, status).observe(seconds, exemplar)

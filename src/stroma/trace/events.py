@@ -219,8 +219,7 @@ class TraceEvent:
         branch: "" at the top level; "0", "1", "0.1" for children of groups and items of a map.
         function_ms: for how long its function ran, waits between attempts apart; of a group any function inside it. None of
             an event that somebody else made.
-        left_out: the events that are counted, not kept: of a map whose items or outputs are not in the state, and of a node
-            that other machines ran, the steps inside it.
+        left_out: the events that are counted, not kept: of a map whose items or outputs are not in the state.
     """
 
     node_id: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 import weakref
@@ -27,14 +28,16 @@ _IDLE_SECONDS: Final = 10.0  # The thread ends so long after the last run.
 class Store(Protocol):
     """The methods of a store that the renewer calls in its thread."""
 
-    def post(self, operation: Callable[[Rows], Any]) -> None: ...
+    lease_listeners: list[Callable[[str], None]]
+
+    def post(self, operation: Callable[[Rows], T], then: Callable[[T], None] | None = None) -> None: ...
     def read(self, query: Callable[[Rows], T], nothing: T) -> T: ...
 
 
 class LeaseRenewer:
     """Renews the leases of the runs of this process from a thread, so that a blocked event loop loses none.
 
-    It also looks for requests. A stopped process renews nothing, and leases of collected sessions are not renewed.
+    It also looks for requests, and calls the listeners of the store. A stopped process renews nothing, and leases of collected sessions are not renewed.
     """
 
     def __init__(self, store: Store) -> None:
@@ -42,6 +45,8 @@ class LeaseRenewer:
         self._sessions: weakref.WeakSet[DurableSession] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._wake = threading.Event()
+        #: Fences whose leases the store has renewed, for the listeners.
+        self._renewed: queue.SimpleQueue[list[Fence]] = queue.SimpleQueue()
         self._running = False
         self._stopped = False
 
@@ -82,11 +87,27 @@ class LeaseRenewer:
             try:
                 if time.monotonic() - renewed >= min(seconds, self._interval()) * 0.9:
                     renewed = time.monotonic()
-                    store.post(partial(_renew, [session.fence for session in sessions]))
+                    then = self._note_renewed if store.lease_listeners else None
+                    store.post(partial(_renew, [session.fence for session in sessions]), then)
+                self._call_listeners(store, sessions)
                 self._read_requests(store, [session for session in sessions if session.on_control])
             except Exception:  # The thread must survive: it renews all leases of this process.
                 logger.exception("leases could not be renewed; retrying")
             del store, sessions  # The waiting thread must not keep sessions alive.
+
+    def _note_renewed(self, fences: list[Fence]) -> None:
+        """Have the listeners called. Called in the thread of the store, which must not wait for them."""
+        self._renewed.put(fences)
+        self._wake.set()
+
+    def _call_listeners(self, store: Store, sessions: list[DurableSession]) -> None:
+        run_ids = {id(session.fence): session.run_id for session in sessions}
+        while not self._renewed.empty():
+            for fence in self._renewed.get():
+                run_id = run_ids.get(id(fence))
+                if run_id is not None:
+                    for call in list(store.lease_listeners):
+                        call(run_id)
 
     @staticmethod
     def _read_requests(store: Store, sessions: list[DurableSession]) -> None:
@@ -103,5 +124,5 @@ class LeaseRenewer:
                 store.post(Transaction(session.run_id, session.read_requests))
 
 
-def _renew(fences: list[Fence], rows: Rows) -> None:
-    rows.renew(fences)
+def _renew(fences: list[Fence], rows: Rows) -> list[Fence]:
+    return rows.renew(fences)

@@ -301,8 +301,9 @@ class Rows(Protocol):
         """Return the statuses of these runs by id, without those that have no execution."""
         ...
 
-    def renew(self, fences: list[Fence]) -> None:
-        """Renew leases, except those of runs that another session has taken over."""
+    def renew(self, fences: list[Fence]) -> list[Fence]:
+        """Renew leases, except those of runs that another session has taken over. Return the renewed ones."""
+        ...
 
     # ---- annotations
     def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:

@@ -72,6 +72,8 @@ class DurableStore(ReadableStore):
         #: By generation: a forked child sees its parent's worker here, but does not have its thread.
         self._workers: dict[int, Worker] = {}
         self._lease_renewers: dict[int, LeaseRenewer] = {}
+        #: Called with the id of a run of this process whenever its lease was renewed, in the thread that renews leases.
+        self.lease_listeners: list[Callable[[str], None]] = []
 
     @abstractmethod
     def _connect(self) -> Connection:
@@ -88,9 +90,9 @@ class DurableStore(ReadableStore):
                 fresh.start()
         return worker
 
-    def post(self, operation: Callable[[Any], None]) -> None:
-        """Submit an operation without waiting. May be called from any thread."""
-        self._worker().post(operation)
+    def post(self, operation: Callable[[Any], T], then: Callable[[T], None] | None = None) -> None:
+        """Submit an operation without waiting; see :meth:`Worker.post`. May be called from any thread."""
+        self._worker().post(operation, then)
 
     def _submit(self, operation: Operation) -> asyncio.Future[Any]:
         return self._worker().submit(operation)
@@ -303,6 +305,26 @@ class DurableStore(ReadableStore):
             if run.holder is None and run.status not in ("RUNNING", *UNFINISHED):
                 return False
             rows.wake(run)
+            return True
+
+        return await self._request(run_id, do)
+
+    async def reopen(self, run_id: str) -> bool:
+        """Make a run due that stopped: one that failed or was cancelled too. Takes a pause and a cancellation back.
+
+        Returns False if it is complete, or has an owner. Raises CheckpointNotFound, StoreError.
+        """
+        new = str(new_owner(self, ends=False))
+
+        def do(rows: Rows, run: RunRow) -> bool:
+            if run.holder is not None or run.status in COMPLETE:
+                return False
+            forget_requests(rows, run.run, CANCEL, PAUSE)
+            if run.status in UNFINISHED:
+                rows.wake(run)
+            elif run.status != "RUNNING":  # One whose owner died is due as it is.
+                fence = _fence_off(rows, run, new)
+                finish_execution(rows, self._payloads, fence, run_id, RunEnd("INTERRUPTED"))
             return True
 
         return await self._request(run_id, do)

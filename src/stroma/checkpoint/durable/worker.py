@@ -51,10 +51,17 @@ def permanent_error(message: str) -> StoreError:
 class Job:
     """One operation, the future that waits for it, and its result."""
 
-    __slots__ = ("error", "future", "loop", "operation", "value")
+    __slots__ = ("error", "future", "loop", "operation", "then", "value")
 
-    def __init__(self, operation: Operation, future: asyncio.Future[Any] | None) -> None:
+    def __init__(
+        self,
+        operation: Operation,
+        future: asyncio.Future[Any] | None,
+        then: Callable[[Any], None] | None = None,
+    ) -> None:
         self.operation = operation
+        #: Called with the result once it is stored, in the thread of the store.
+        self.then = then
         self.future = future
         self.loop = None if future is None else future.get_loop()
         self.value: Any = None
@@ -118,9 +125,12 @@ class Worker:
         self._put(Job(operation, future))
         return future
 
-    def post(self, operation: Operation) -> None:
-        """Queue an operation without waiting for it. May be called from any thread."""
-        self._put(Job(operation, None))
+    def post(self, operation: Operation, then: Callable[[Any], None] | None = None) -> None:
+        """Queue an operation without waiting for it. May be called from any thread.
+
+        ``then``: called with its result once it is stored, in the thread of the store; it must neither wait nor raise.
+        """
+        self._put(Job(operation, None, then))
 
     def _put(self, job: Job) -> None:
         self._queue.put(job)
@@ -184,6 +194,8 @@ class Worker:
         for job in self._batch:
             if job.loop is not None:
                 waiting.setdefault(job.loop, []).append(job)
+            elif job.then is not None and job.error is None:
+                job.then(job.value)
         self._batch = []
         for loop, jobs in waiting.items():
             try:

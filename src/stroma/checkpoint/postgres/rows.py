@@ -206,11 +206,13 @@ class PostgresRows:
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
         return dict(self._execute(sql.STATUSES, ([key(run_id) for run_id in run_ids],)).fetchall())
 
-    def renew(self, fences: list[Fence]) -> None:
+    def renew(self, fences: list[Fence]) -> list[Fence]:
         if not fences:
-            return
+            return []
         columns = [(f.run, f.epoch, f.owner, float(f.lease_seconds), f.acknowledged) for f in fences]
-        self._execute(sql.RENEW, [list(column) for column in zip(*columns, strict=True)])
+        rows = self._execute(sql.RENEW, [list(column) for column in zip(*columns, strict=True)]).fetchall()
+        renewed = {(run, epoch) for run, epoch in rows}
+        return [fence for fence in fences if (fence.run, fence.epoch) in renewed]
 
     # ------------------------------------------------------------------ annotations
 

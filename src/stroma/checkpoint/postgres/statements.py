@@ -142,7 +142,7 @@ RENEW: Final = """WITH fences AS (SELECT * FROM
     owned AS (SELECT r.run, f.seconds FROM runs r JOIN fences f ON r.run = f.run AND r.lease_epoch = f.epoch
     AND r.lease_owner = f.owner AND r.attempt_count >= f.acknowledged WHERE r.lease_until IS NOT NULL ORDER BY r.run FOR UPDATE OF r)
     UPDATE runs r SET lease_until = clock_timestamp() + make_interval(secs => owned.seconds)
-    FROM owned WHERE r.run = owned.run"""
+    FROM owned WHERE r.run = owned.run RETURNING r.run, r.lease_epoch"""
 # For a day, a session of a deleted run gets the error that it was deleted; after that, that it was lost.
 RECORD_DELETED: Final = f"INSERT INTO deleted (run, deleted_ms) VALUES (%s, {NOW_MS}) ON CONFLICT DO NOTHING"
 FORGET_DELETED: Final = f"DELETE FROM deleted WHERE deleted_ms < {NOW_MS} - 24 * 3600 * 1000"

@@ -275,7 +275,7 @@ class RedisRows(RedisReader):
         (exists,) = self._get(("EXISTS", f"{run.prefix}deleted:{run.token}"))
         return bool(exists)
 
-    def renew(self, fences: list[Fence]) -> None:
+    def renew(self, fences: list[Fence]) -> list[Fence]:
         replies = self._link.send(
             [
                 script_command(
@@ -284,9 +284,12 @@ class RedisRows(RedisReader):
                 for f in fences
             ]
         )
+        renewed: list[Fence] = []
         for fence, reply in zip(fences, replies, strict=True):
             if isinstance(reply, int):  # For any other reply, the next commit raises the error.
                 fence.run.version = max(fence.run.version, reply)
+                renewed.append(fence)
+        return renewed
 
     def _append(self, fence: Fence, *values: Any) -> None:
         """Collect a write of a session. If it is refused, flush() raises the reason."""

@@ -230,8 +230,12 @@ class SqliteRows:
             statuses.update(self.db.execute(sql.STATUSES % ", ".join("?" * len(part)), part).fetchall())
         return statuses
 
-    def renew(self, fences: list[Fence]) -> None:
-        self.db.executemany(sql.RENEW, [(_lease_end(f.lease_seconds), *_fence_values(f)) for f in fences])
+    def renew(self, fences: list[Fence]) -> list[Fence]:
+        def renew(fence: Fence) -> int:
+            values = (_lease_end(fence.lease_seconds), *_fence_values(fence))
+            return self.db.execute(sql.RENEW, values).rowcount
+
+        return [fence for fence in fences if renew(fence)]
 
     # ------------------------------------------------------------------ annotations
 

@@ -14,7 +14,7 @@ from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
-from stroma.cli.commands.run import ResumedRun, resume_on_temporal, resume_run
+from stroma.cli.commands.run import ResumedRun, resume_run
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import parse_as, parse_json
@@ -31,7 +31,6 @@ from stroma.cli.suspended import (
     unanswered,
     waiting_data,
 )
-from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.effects import NotDone
 from stroma.runner.runner import StromaRunner
@@ -57,7 +56,6 @@ _COMPLETE = ("COMPLETED", "RESUMED")
     help='Print one JSON object, schema "stroma.approve/1"; with --resume "stroma.run/1".',
 )
 @db_option
-@temporal_options
 def approve(
     run_: str,
     target: str,
@@ -69,39 +67,35 @@ def approve(
     resume: bool,
     as_json: bool,
     db: str | None,
-    **options: Any,
 ) -> int:
     """Answer a suspended run.
 
     RUN is a run id, its beginning, or "last". FILE_OR_MODULE:NAME is its pipeline, or the agent or graph of a framework,
     whose own call then continues it. ANSWER is JSON, @FILE, or - for stdin, and must satisfy the class that the
-    node requires, which is looked up in the pipeline. Continue the run with `stroma resume`, or with --resume. With
-    --temporal it continues by itself; --resume then waits for its result.
+    node requires, which is looked up in the pipeline. Workers of its pipeline continue the run; without any, use
+    `stroma resume`, or --resume.
 
     For an effect whose last call has an unknown outcome, pass the outcome in place of ANSWER: --done with its output, or
     --not-done.
     """
-    cluster = TemporalCluster.from_options(options)
-    if cluster is not None:
-        reject_local_options("the run is on the cluster, not in a store", "db")
-    source = cluster or Database.from_option(db)
-    record, questions = _read_questions(source, run_)
+    database = Database.from_option(db)
+    record = database.find(run_)
+    questions = database.waiting(record.run_id)
     request = _Approval(target, _one_of(answer_text, done, not_done), node, branch)
-    one = _find_waiting(source, record, questions, request)
+    one = _find_waiting(database, record, questions, request)
     loaded = load_object(target)
     # What a framework has in place of a pipeline is continued by the framework.
     pipeline = loaded.to_pipeline() if resume or loaded.is_pipeline else None
-    answer, model = _parse_answer(source, record, one, loaded.module, request)
-    _send_answer(source, record.run_id, answer, one, model)
+    answer, model = _parse_answer(database, record, one, loaded.module, request)
+    with database.explain_errors():
+        asyncio.run(_signal(database, record.run_id, answer, one, model))
     if resume and pipeline is not None:
         err.line(f"{place_text(one)} is answered")
         run_options = RunOptions(as_json=as_json)
-        if isinstance(source, TemporalCluster):
-            return resume_on_temporal(source, record.run_id, pipeline, target, run_options)
         return resume_run(ResumedRun(Database.from_option(db), record, pipeline, target), run_options)
     remaining = unanswered([other for other in questions if other[:3] != one[:3]])
     resumable = None if pipeline is None else target
-    _report(source, record.run_id, resumable, one, remaining, as_json)
+    _report(database, record.run_id, resumable, one, remaining, as_json)
     return Code.OK
 
 
@@ -141,35 +135,6 @@ class _Approval:
         """Options that select the same node."""
         options = () if self.node is None else ("--node", self.node)
         return options if self.branch is None else (*options, "--branch", self.branch)
-
-
-def _read_questions(source: Database | TemporalCluster, run: str) -> tuple[RunRecord, list[Waiting]]:
-    if isinstance(source, Database):
-        record = source.find(run)
-        return record, source.waiting(record.run_id)
-    from stroma.cli.temporal_show import record_of
-
-    async def read() -> tuple[RunRecord, list[Waiting]]:
-        client = await source.connect()
-        record = await record_of(source, client, await source.find(client, run))
-        return record, await source.query(source.runner(client).waiting(record.run_id))
-
-    return source.run(read())
-
-
-def _send_answer(
-    source: Database | TemporalCluster, run_id: str, answer: Any, one: Waiting, model: Any
-) -> None:
-    if isinstance(source, Database):
-        with source.explain_errors():
-            asyncio.run(_signal(source, run_id, answer, one, model))
-        return
-
-    async def send() -> None:
-        runner = source.runner(await source.connect())
-        await runner.signal(run_id, answer, node_id=one.node_id, branch=one.branch, schema=model)
-
-    source.run(send())
 
 
 def _parse_answer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 
@@ -11,7 +11,6 @@ from stroma._utils.text import clean
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.output import emit, err
 from stroma.cli.stores import Database, db_option
-from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
 
 __all__ = ["cancel"]
 
@@ -20,20 +19,14 @@ __all__ = ["cancel"]
 @click.argument("run_", metavar="RUN", shell_complete=complete_run)
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.cancel/1".')
 @db_option
-@temporal_options
-def cancel(run_: str, as_json: bool, db: str | None, **options: Any) -> None:
+def cancel(run_: str, as_json: bool, db: str | None) -> None:
     """Cancel a run.
 
     The process that runs it, wherever it is, ends it as CANCELLED within about a second; a run without an owner is
     CANCELLED at once. Finished nodes are stored, and the run can be resumed. RUN is a run id, a prefix of one, or
-    "last". With --temporal, workers cancel it within a heartbeat.
+    "last".
     """
-    cluster = TemporalCluster.from_options(options)
-    if cluster is not None:
-        reject_local_options("the run is on the cluster, not in a store", "db")
-        done = _cancel_on_temporal(cluster, run_)
-    else:
-        done = _cancel_in_store(Database.from_option(db), run_)
+    done = _cancel_in_store(Database.from_option(db), run_)
     if as_json:
         data = done._asdict()
         del data["message"]
@@ -70,20 +63,6 @@ def _cancel_in_store(database: Database, run: str) -> _Cancellation:
         "no requests"
     )
     return _Cancellation(record.run_id, "asked", owner, after.status, message)
-
-
-def _cancel_on_temporal(cluster: TemporalCluster, run: str) -> _Cancellation:
-    async def request_cancel() -> tuple[str, bool]:
-        client = await cluster.connect()
-        run_id = (await cluster.find(client, run)).id
-        return run_id, await cluster.runner(client).cancel(run_id)
-
-    run_id, is_requested = cluster.run(request_cancel())
-    if is_requested:
-        message = f"the workers of {cluster.name} will cancel run {clean(run_id)}"
-    else:
-        message = f"run {clean(run_id)} has ended already; nothing was changed"
-    return _Cancellation(run_id, "asked" if is_requested else "ended", None, None, message)
 
 
 async def _cancel(database: Database, run_id: str) -> bool:

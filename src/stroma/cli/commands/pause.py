@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from stroma._utils.text import clean
@@ -12,7 +10,6 @@ from stroma.cli.formatting import id_word
 from stroma.cli.output import emit, err
 from stroma.cli.requests import request_of
 from stroma.cli.stores import Database, db_option
-from stroma.cli.temporal import TemporalCluster, temporal_options
 
 __all__ = ["pause"]
 
@@ -21,18 +18,13 @@ __all__ = ["pause"]
 @click.argument("run_", metavar="RUN", shell_complete=complete_run)
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.pause/1".')
 @db_option
-@temporal_options
-def pause(run_: str, as_json: bool, db: str | None, **options: Any) -> None:
+def pause(run_: str, as_json: bool, db: str | None) -> None:
     """Pause a run until it is resumed.
 
     When this command ends, within about a second, no process starts another attempt of the run. Attempts in flight finish
     and are stored; then the run is SUSPENDED. Workers do not continue it until `stroma resume RUN` removes the pause.
     RUN is a run id, a prefix of one, or "last".
     """
-    if TemporalCluster.from_options(options) is not None:
-        raise click.UsageError(
-            "a run on Temporal cannot be paused; cancel it (stroma cancel), or stop its workers: they continue later"
-        )
     database = Database.from_option(db)
     record = database.find(run_)
     is_paused = request_of(database, record.run_id, "pause")

@@ -29,7 +29,7 @@ from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig, new_run_id
 from stroma.runner.pipeline import Pipeline
 
-__all__ = ["ResumedRun", "resume", "resume_on_temporal", "resume_run", "run"]
+__all__ = ["ResumedRun", "resume", "resume_run", "run"]
 
 
 @click.command()
@@ -63,7 +63,9 @@ def run(
 
     NAME is a flow, a Pipeline, or a function without arguments that returns one. Without a config it has the settings of
     the StromaRunner in its file. INPUT is JSON, @FILE, or - for stdin; {} by default. Progress goes to stderr. A run id
-    that has not ended, or has called an effect, needs --resume or --restart. With --temporal, workers run the nodes (see `stroma worker`): Ctrl-C cancels the run there, SIGTERM leaves it running.
+    that has not ended, or has called an effect, needs --resume or --restart. With --temporal, workers run the nodes (see
+    `stroma worker`), with the configuration that they have of the pipeline: Ctrl-C cancels the run there, SIGTERM leaves it
+    running.
     """
     if (resume or restart) and run_id is None:
         name = "resume" if resume else "restart"
@@ -78,19 +80,17 @@ def run(
     config = _add_tags(_configure(pipeline, run_id, options), tags)
     if restart:
         config = config.model_copy(update={"if_exists": "restart", "resume": False})
-    if cluster is not None:
-        may_exist = input_text is None and (resume or options.if_running == "attach")
-        exists = may_exist and cluster.run(cluster.has_run(config.run_id))
-        initial = None if exists else parse_input(pipeline, input_text, target)
-        return TemporalRun(target, pipeline, config, initial, cluster, options, resume, detach).execute()
     database = Database.from_option(db)
-    record = database.get_run(config.run_id) if resume else None
+    is_attached = cluster is not None and options.if_running == "attach"
+    record = database.get_run(config.run_id) if resume or is_attached else None
     if record is not None and input_text is None:
         state = stored_input(database, record, pipeline, target)
     else:
         state = parse_input(pipeline, input_text, target)
-    job = LocalRun(target, pipeline, config, state, database, record, None, options)
-    return job.execute()
+    if cluster is not None:
+        job = TemporalRun(target, pipeline, config, state, cluster, database, options, resume, detach)
+        return job.execute()
+    return LocalRun(target, pipeline, config, state, database, record, None, options).execute()
 
 
 @click.command()
@@ -111,7 +111,6 @@ def run(
 )
 @click.option("--dry-run", is_flag=True, help="Print restored outputs, savings and calls; run nothing.")
 @run_options
-@temporal_options
 def resume(
     run_: str,
     target: str | None,
@@ -132,19 +131,7 @@ def resume(
     Without --from, --budget-usd and --budget-tokens set the limit of the run, for each process that continues it. It
     replaces the config's until `stroma budget` or another resume changes it.
     """
-    cluster = _read_cluster(click_options)
     options = RunOptions.from_click(**click_options)
-    if cluster is not None:
-        reject_local_options(
-            "on Temporal a run always continues where it stopped",
-            "start_at",
-            "fork",
-            "retry_failed",
-            "force",
-            "state",
-            "dry_run",
-        )
-        return _resume_run_on_temporal(cluster, run_, target, options)
     _check_options(start_at, options, fork=fork, retry_failed=retry_failed, has_state=state is not None)
     database = Database.from_option(db)
     record = database.find(run_)
@@ -203,34 +190,18 @@ def _read_cluster(click_options: dict[str, Any]) -> TemporalCluster | None:
     """Return the cluster of --temporal; raise UsageError if a local option is passed with it. None without it."""
     cluster = TemporalCluster.from_options(click_options)
     if cluster is not None:
-        reject_local_options("the workers write to a store: stroma worker --db", "db")
         reject_local_options(
             "the workers send telemetry: stroma worker", "otel", "prometheus", "sentry", "datadog"
         )
         reject_local_options("the run outlives this command: see --detach", "drain")
         reject_local_options("the server reassigns runs of lost workers by itself", "take_over")
-    return cluster
-
-
-def _resume_run_on_temporal(
-    cluster: TemporalCluster, run: str, target: str | None, options: RunOptions
-) -> int:
-    run_id = cluster.run(cluster.find_id(run))
-    if target is None:
-        raise Problem(
-            "pass the pipeline of the run",
-            cluster.hint("resume", id_word(run_id), "FILE.py:NAME"),
-            code=Code.USAGE,
+        reject_local_options("a run is submitted once: use another run id", "restart")
+        reject_local_options(
+            "workers have the configuration of the pipeline; change a run with `stroma budget`",
+            "budget_usd",
+            "budget_tokens",
         )
-    return resume_on_temporal(cluster, run_id, load_pipeline(target), target, options)
-
-
-def resume_on_temporal(
-    cluster: TemporalCluster, run_id: str, pipeline: Pipeline, target: str, options: RunOptions
-) -> int:
-    """Resume a run on Temporal and return the exit code. Raises Problem."""
-    config = _configure(pipeline, run_id, options)
-    return TemporalRun(target, pipeline, config, None, cluster, options).execute()
+    return cluster
 
 
 class ResumedRun(NamedTuple):

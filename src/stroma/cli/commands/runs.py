@@ -16,7 +16,6 @@ from stroma.cli.formatting import format_age, format_local_time, style_status, t
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, RunSource, db_option
-from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
 from stroma.failures.classes import FailureClass
 from stroma.trace.result import RunStatus
 
@@ -91,7 +90,6 @@ def cause_data(cause: Cause) -> dict[str, Any]:
 @redact_option
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.runs/1".')
 @db_option
-@temporal_options
 def runs(
     limit: int,
     failed: bool,
@@ -104,22 +102,13 @@ def runs(
 ) -> None:
     """List the runs in a store, newest first.
 
-    NODES counts finished positions. A run whose process died is INTERRUPTED until it is resumed. With --temporal: the runs
-    of its task queue.
+    NODES counts finished positions. A run whose process died is INTERRUPTED until it is resumed.
     """
-    cluster = TemporalCluster.from_options(options)
     if failed and statuses:
         raise click.UsageError("--failed is short for --status FAILED --status PARTIAL; pass one of them")
     wanted_statuses = FAILED if failed else tuple(dict.fromkeys(status.upper() for status in statuses))
     since_ms = None if since is None else int((time.time() - since.total_seconds()) * 1000)
     query = RunQuery(statuses=wanted_statuses, since_ms=since_ms, **options)
-    if cluster is not None:
-        from stroma.cli.temporal_show import list_runs
-
-        why = "a store finds runs by that: have the workers write to one, stroma worker --db, and ask it"
-        reject_local_options(why, "db", "tag", "failure_class", "node", "text", "redact")
-        _print(cluster, list_runs(cluster, query, limit), query, limit, as_json)
-        return
     database = Database.from_option(db)
     store = database.reader
     records: list[RunRecord] = []

@@ -33,7 +33,6 @@ from stroma.cli.suspended import (
     unanswered,
     waiting_data,
 )
-from stroma.cli.temporal import TemporalCluster, reject_local_options, temporal_options
 from stroma.trace.rejected import RejectedOutput
 from stroma.trace.story import Bar
 
@@ -55,7 +54,6 @@ __all__ = ["attempt_data", "show"]
 @redact_option
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.show/1".')
 @db_option
-@temporal_options
 def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options: Any) -> int:
     """Show one run, attempt by attempt.
 
@@ -65,21 +63,8 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
 
     With --input, --output or --rejected, stdout has one JSON value per attempt; if there are several, a line names the
     attempt of each.
-
-    With --temporal: a run on Temporal, so far.
     """
-    cluster = TemporalCluster.from_options(options)
     view = _View(**options)
-    if cluster is not None:
-        from stroma.cli.temporal_show import read_run
-
-        why = "let the workers write to a store (stroma worker --db) and read that"
-        reject_local_options(why, "db", "wants_input", "wants_output", "wants_rejected", "redact")
-        shown = _Shown.select(*read_run(cluster, run_), view)
-        if as_json:
-            emit(_data(shown, [[] for _ in shown.selected]))
-            return Code.OK
-        return _print_run(cluster, shown, view)
     database = Database.from_option(db)
     stored = database.find(run_)
     history = History(database.reader, load_redact(redact))

@@ -24,6 +24,7 @@ from stroma.cli.options import run_id_option
 from stroma.cli.output import emit, err, out
 from stroma.cli.signals import StopSignals
 from stroma.cli.stores import Database, db_option
+from stroma.cli.temporal import TemporalCluster, temporal_options
 from stroma.cli.user_errors import describe_error
 from stroma.contracts.contract import ContractRegistry
 from stroma.engine.config import RunConfig, new_run_id
@@ -52,6 +53,7 @@ _DRAIN_SECONDS: Final = 30.0
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="Tag of the run; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.submit/1".')
 @db_option
+@temporal_options
 def submit(
     target: str,
     input_text: str | None,
@@ -63,8 +65,10 @@ def submit(
 ) -> int:
     """Submit a run, which a worker starts (see `stroma worker`), and print its id.
 
-    NAME and INPUT are those of `stroma run`. Submitting the same run id with the same input again changes nothing.
+    NAME and INPUT are those of `stroma run`. Submitting the same run id with the same input again changes nothing. With
+    --temporal, its server chooses the worker.
     """
+    cluster = TemporalCluster.from_options(options)
     pipeline = load_pipeline(target)
     database = Database.from_option(db)
     _require_durable(database)
@@ -72,11 +76,12 @@ def submit(
     state = parse_input(pipeline, input_text, target)
     config = pipeline.config or RunConfig()
     config = config.model_copy(update={"tags": (*config.tags, *tags), "run_id": run_id or new_run_id()})
-    runner = StromaRunner(ContractRegistry(), CheckpointManager(database.store), config)
+    local = StromaRunner(ContractRegistry(), CheckpointManager(database.store), config)
     times: dict[str, timedelta | None] = {name: options[name] for name in ("delay", "expires")}
 
     async def store() -> str:
         try:
+            runner = local if cluster is None else await cluster.runner(database, config)
             handle = await runner.submit(
                 pipeline,
                 state,
@@ -90,7 +95,7 @@ def submit(
             await database.close()
 
     try:
-        status = asyncio.run(store())
+        status = asyncio.run(store()) if cluster is None else cluster.run(store())
     except StoreError as error:
         raise database.problem(error) from error
     except (TypeError, ValueError) as error:
@@ -107,7 +112,8 @@ def submit(
         return Code.OK
     out.line(clean(config.run_id))
     if status == "QUEUED":
-        err.line(f"queued for a worker: {database.hint('worker', target)}")
+        words = () if cluster is None else cluster.words
+        err.line(f"queued for a worker: {database.hint('worker', target, options=words)}")
     else:
         err.line(
             f"the run exists already, its status is {status}: {database.hint('show', id_word(config.run_id))}"

@@ -1,7 +1,7 @@
-"""Driver for Temporal clusters: a pipeline for StromaRunner runs there unchanged.
+"""Temporal as a dispatcher: it decides which worker drives a run, and starts another one if that worker is lost.
 
-``TemporalRunner`` begins runs and waits for them; :func:`stroma_worker` is what does the work, on any number of machines.
-Importing this package needs ``temporalio``.
+:class:`TemporalRunner` submits runs, :func:`stroma_worker` drives them, on any number of machines. The runs are in a store
+that all of them share. Importing this package needs ``temporalio``.
 """
 
 from __future__ import annotations
@@ -13,18 +13,7 @@ except ImportError as error:
         "temporalio is required for stroma.temporal; install it with: pip install 'stroma-runner[temporal]'"
     ) from error
 
-from stroma.drivers.remote.plans import MissingNode
-from stroma.drivers.temporal.plugin import StromaPlugin, register_search_attributes, stroma_worker
 from stroma.drivers.temporal.runner import TemporalRunner
-from stroma.drivers.temporal.stream import TemporalStream
-from stroma.failures.errors import RemoteFailure
+from stroma.drivers.temporal.worker import StromaPlugin, register_search_attributes, stroma_worker
 
-__all__ = [
-    "MissingNode",
-    "RemoteFailure",
-    "StromaPlugin",
-    "TemporalRunner",
-    "TemporalStream",
-    "register_search_attributes",
-    "stroma_worker",
-]
+__all__ = ["StromaPlugin", "TemporalRunner", "register_search_attributes", "stroma_worker"]

@@ -1,148 +1,159 @@
-"""The activity: the seam's ``perform``, with a heart that beats."""
+"""The activity that drives a run."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from time import monotonic
-from typing import Any, Final, cast
+import contextvars
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
 
 from temporalio import activity
-from temporalio.client import AsyncActivityCancelledError
-from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
-from temporalio.service import RPCError, RPCStatusCode
 
 from stroma._utils.logs import get_logger
-from stroma.checkpoint import StoreError
-from stroma.drivers.remote.attempts import Attempts
-from stroma.drivers.remote.plans import MissingNode
-from stroma.drivers.remote.wire import ActivityRequest, Reply
-from stroma.drivers.temporal import names
+from stroma.checkpoint import CheckpointNotFound
+from stroma.drivers.temporal.workflow import DRIVE, Answer
+from stroma.runner.drive import Blocked, Busy, DriveOutcome, Ended, Suspended
+from stroma.runner.pipeline import Pipeline
+from stroma.runner.runner import StromaRunner
 
-__all__ = ["Activities"]
+__all__ = ["DriveActivity"]
 
 logger = get_logger()
 
-_LARGEST: Final = 1_900_000  # bytes; a server takes 2 MiB
 
+class DriveActivity:
+    """Drives runs of some pipelines in one worker.
 
-class Activities:
-    """The activities that a worker registers."""
+    Args:
+        max_seconds: slice of a run in one activity.
+    """
 
-    def __init__(self, attempts: Attempts, beat_seconds: float | None = None) -> None:
-        self._attempts = attempts
-        self._beat_seconds = beat_seconds
+    def __init__(self, runner: StromaRunner, pipelines: Sequence[Pipeline], max_seconds: float) -> None:
+        self._runner = runner
+        self._pipelines = pipelines
+        self._max_seconds = max_seconds
+        self._pulses: dict[str, list[_Pulse]] = {}
 
-    @activity.defn(name=names.NODE)
-    async def node(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Exactly one attempt of a node, or one end of a group."""
-        return await self._perform(request)
-
-    @activity.defn(name=names.RUN)
-    async def run(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Perform the start or end of a run: call its hooks."""
-        return await self._perform(request)
-
-    async def _perform(self, request: dict[str, Any]) -> dict[str, Any]:
-        info = activity.info()
-        timeout = info.heartbeat_timeout
-        heart: _Heart | None = None
-        if timeout is not None:
-            limit = timeout.total_seconds()
-            heart = _Heart(self._beat_seconds or limit / 2, limit, str(request.get("run_id")))
+    @activity.defn(name=DRIVE)
+    async def drive(self, run_id: str, pipeline: str, cancels: bool = False) -> dict[str, Any]:
+        """Continue a run as far as possible, or cancel it first. Every outcome of ``drive`` is an answer."""
         try:
-            reply = await self._attempts.perform(
-                cast("ActivityRequest", request), redelivered=info.attempt > 1, confirm=_confirm
-            )
-        except (MissingNode, StoreError) as error:
-            # Nothing was begun. Another worker of this queue may have the node, while new code is rolled out, say; and a
-            # payload store may be there again in a moment.
-            last = isinstance(error, StoreError) and not error.transient
-            raise ApplicationError(str(error), type=type(error).__name__, non_retryable=last) from error
-        except ApplicationError:
-            raise
-        except Exception as error:
-            # The node may have run: nobody runs it again because of something else.
-            raise ApplicationError(str(error), type=type(error).__name__, non_retryable=True) from error
+            if cancels:
+                await self._runner.cancel(run_id)
+            with self._pulse(run_id):
+                outcome = await self._drive(run_id)
+        except CheckpointNotFound as error:
+            outcome = Blocked(run_id, f"{error}; do all workers use the same store?")
+        if isinstance(outcome, Blocked):
+            logger.warning("run %r of %r is blocked: %s", run_id, pipeline, outcome.reason)
+        return dict(_to_answer(outcome))
+
+    async def _drive(self, run_id: str) -> DriveOutcome:
+        driving = asyncio.ensure_future(
+            self._runner.drive(run_id, pipelines=self._pipelines, max_seconds=self._max_seconds)
+        )
+        leaving = asyncio.ensure_future(activity.wait_for_worker_shutdown())
+        reactions: list[asyncio.Future[Any]] = []
+        waiting: set[asyncio.Future[Any]] = {driving, leaving}
+        try:
+            while not driving.done():
+                try:
+                    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                except asyncio.CancelledError:
+                    reactions.append(asyncio.ensure_future(self._react(run_id)))
+                if leaving.done() and leaving in waiting:
+                    waiting.discard(leaving)
+                    logger.info("run %r ends at its next step boundary: its worker is shut down", run_id)
+                    reactions.append(asyncio.ensure_future(self._runner.shutdown(drain_seconds=math.inf)))
+            details = activity.cancellation_details()
+            if details is not None and (details.paused or details.reset) and driving.exception() is None:
+                raise asyncio.CancelledError  # The server starts another attempt in its time.
+            return driving.result()
         finally:
-            if heart is not None:
-                heart.stop()
-        return cast("dict[str, Any]", _reply_when_stopped(reply, request))
+            leaving.cancel()
+            for reaction in reactions:
+                reaction.cancel()
 
-
-async def _confirm() -> None:
-    """Raise StoreError if the server takes this worker for lost, and another one may have the attempt."""
-    try:
-        await activity.client().get_async_activity_handle(task_token=activity.info().task_token).heartbeat()
-    except AsyncActivityCancelledError:
-        await activity.wait_for_cancelled()  # The attempt ends as cancelled.
-    except RPCError as error:
-        refusal = StoreError(
-            f"the server refuses that this worker continues its attempt: {error}; the effect is not called, and another attempt follows"
-        )
-        refusal.transient = error.status != RPCStatusCode.NOT_FOUND
-        raise refusal from error
-
-
-class _Heart:
-    """Beats let the server know a worker that is lost, and let the worker know of a cancellation."""
-
-    def __init__(self, every_seconds: float, timeout_seconds: float, run: str) -> None:
-        self._every, self._timeout, self._run = every_seconds, timeout_seconds, run
-        self._since = monotonic()
-        self._beating = asyncio.create_task(self._beat())
-
-    async def _beat(self) -> None:
-        while True:
-            self._look()
-            activity.heartbeat()
-            await asyncio.sleep(self._every)
-
-    def _look(self) -> None:
-        silent, self._since = monotonic() - self._since, monotonic()
-        if silent > self._timeout:
+    async def _react(self, run_id: str) -> None:
+        """React to a cancellation of the activity. ``drive`` then returns."""
+        details = activity.cancellation_details()
+        if details is not None and details.cancel_requested:
+            await self._runner.cancel(run_id)
+        elif details is not None and details.worker_shutdown:
+            await self._runner.shutdown(drain_seconds=0.0)  # The graceful time is over.
+        else:
+            # Paid steps in flight are committed.
             logger.warning(
-                "the event loop of this worker was blocked for %.1f s: run %r, like all that it was at, is taken for lost "
-                "and begun again; put blocking work of nodes into threads (asyncio.to_thread), or raise heartbeat_seconds=",
-                silent,
-                self._run,
+                "run %r ends at its next step boundary: its workflow was terminated or reset, or heartbeats were late",
+                run_id,
             )
+            self._runner._live.drain(run_id)
 
-    def stop(self) -> None:
-        self._beating.cancel()
-        self._look()
+    # ------------------------------------------------------------------ heartbeats
 
+    @contextmanager
+    def _pulse(self, run_id: str) -> Iterator[None]:
+        pulse = _Pulse()
+        pulses = self._pulses.setdefault(run_id, [])
+        pulses.append(pulse)
+        try:
+            yield
+        finally:
+            pulse.end()
+            pulses.remove(pulse)
+            if not pulses:
+                del self._pulses[run_id]
 
-def _reply_when_stopped(reply: Reply, request: dict[str, Any]) -> Reply:
-    details = activity.cancellation_details()
-    was_requested = details is not None and details.cancel_requested
-    if reply.get("cancelled") and not was_requested and not request.get("cancelled"):
-        # It is this worker that ends, not the run.
-        if "output" not in reply:
-            may_have_happened = reply.get("effect", [0, True])[1]
-            kind = "WorkerShutdown" if may_have_happened else "NotCalled"
-            raise ApplicationError("the worker was shut down", type=kind)
-        del reply["cancelled"]
-    _check_size(reply)
-    if "failure" in reply and not reply.get("halt", {}).get("suspended") and "broken" not in reply:
-        failure = reply["failure"]
-        # So that an operator sees it. Its words may hold values of states: they go with the rest, through the codec.
-        raise ApplicationError(
-            f"node {failure['node_id']!r} failed ({failure['failure_class']}, {failure['reason'] or failure['type']})",
-            reply,
-            type=names.FAILURE + failure["failure_class"],
-            non_retryable=True,
-            category=ApplicationErrorCategory.BENIGN,
-        )
-    return reply
+    def beat(self, run_id: str) -> None:
+        """Send heartbeats: the lease of a run was renewed. Called in the thread that renews leases."""
+        try:
+            details = {"status": "RUNNING", **self._runner._live.progress(run_id)}
+            for pulse in list(self._pulses.get(run_id, ())):
+                pulse.beat(details)
+        except Exception:  # The thread must survive: it renews the leases of this process.
+            logger.exception("a heartbeat of run %r could not be sent", run_id)
 
 
-def _check_size(reply: Reply) -> None:
-    size = len(json.dumps(reply))
-    if size > _LARGEST:
-        # The server would refuse it, and have the node called again.
-        raise ApplicationError(
-            f"the reply has {size} bytes, and Temporal takes {_LARGEST}; let the node say less",
-            type="TooLarge",
-            non_retryable=True,
-        )
+class _Pulse:
+    """Heartbeats of one activity, sent from another thread, so that a blocked event loop stops none."""
+
+    def __init__(self) -> None:
+        self._context = contextvars.copy_context()
+        self._lock = threading.Lock()
+        self._has_ended = False
+
+    def beat(self, details: dict[str, Any]) -> None:
+        with self._lock:
+            if not self._has_ended:
+                self._context.run(asyncio.run, _send(details))
+
+    def end(self) -> None:
+        """Send no more; return once a heartbeat under way was sent."""
+        with self._lock:
+            self._has_ended = True
+
+
+async def _send(details: dict[str, Any]) -> None:
+    # The SDK encodes the details in a task of the running event loop, then hands them to its core, in any thread.
+    activity.heartbeat(details)
+    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
+
+
+def _to_answer(outcome: DriveOutcome) -> Answer:
+    if isinstance(outcome, Ended):
+        return {"outcome": "ended", "status": str(outcome.status)}
+    if isinstance(outcome, Suspended):
+        return {"outcome": "suspended", "status": "SUSPENDED", "until_ms": _to_ms(outcome.until)}
+    if isinstance(outcome, Busy):
+        return {"outcome": "busy", "status": "RUNNING", "until_ms": _to_ms(outcome.until)}
+    if isinstance(outcome, Blocked):
+        return {"outcome": "blocked", "status": "BLOCKED"}
+    return {"outcome": "yielded", "status": "INTERRUPTED"}
+
+
+def _to_ms(time: datetime | None) -> int | None:
+    return None if time is None else int(time.timestamp() * 1000)

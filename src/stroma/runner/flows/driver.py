@@ -49,9 +49,6 @@ class FlowDriver:
         "waits", "waker",
     )  # fmt: skip
 
-    #: Others than this process make the steps.
-    is_remote = False
-
     def __init__(self, ctx: ReliabilityContext, journal: FlowJournal) -> None:
         self.ctx = ctx
         self.journal = journal
@@ -74,8 +71,6 @@ class FlowDriver:
         self.endings = Endings(ctx, journal)
         self.replay_only = REPLAY_ONLY.get()
 
-    # ------------------------------------------------------------------ what other drivers do in their own way
-
     def now_ms(self) -> int:
         """Return the time in ms since the epoch."""
         return now_ms()
@@ -83,9 +78,6 @@ class FlowDriver:
     def clock_ms(self) -> float:
         """Return the time in ms since the epoch on the clock of the attempts: waits and steps are shown in their order."""
         return (perf_counter_ns() + self.ctx.epoch_ns) / 1e6
-
-    async def admit(self) -> None:
-        """Wait until a call may be made that is not recorded."""
 
     def execute(
         self, node: Node | Group, state: BaseModel, place: Place

@@ -104,7 +104,7 @@ class FlowRun:
         self.attempt.begin = 0
         #: Its steps need neither limits nor the attempts of earlier processes.
         needs_more = ctx.timed or ctx.limits or ctx.gated or ctx.tried or self.gates or is_map
-        self.is_plain = not (needs_more or driver.replay_only or driver.is_remote)
+        self.is_plain = not (needs_more or driver.replay_only)
         self.has_ended = self.is_sequential = False
         driver.flows.append(self)
         if self.records:
@@ -214,8 +214,7 @@ class FlowRun:
         """Check that a call may be made here, and return the scope of the task that makes it."""
         driver = self.driver
         task: asyncio.Task[Any] | None = None
-        # The event loop of a remote driver moves from thread to thread.
-        if get_ident() == driver.thread_id or (driver.is_remote and not driver.is_collected):
+        if get_ident() == driver.thread_id:
             task = current_task(driver.loop)
         if driver.is_over:
             raise RuntimeError(
@@ -290,8 +289,6 @@ class FlowRun:
         driver = self.driver
         if driver.unreached:
             await driver.replayed()
-        if driver.is_remote:
-            await driver.admit()
         if driver.replay_only:
             await driver.stop_here(
                 driver.changed(

@@ -36,12 +36,8 @@ def waits_for_itself(driver: object, loop: asyncio.AbstractEventLoop) -> bool:
 
 
 def _timers_of(loop: Any) -> list[Any] | None:
-    """Return the timers of asyncio's event loop or Temporal's, of asyncio.timeout() and the like; None for others, such as uvloop."""
-    if hasattr(loop, "_scheduled"):
-        return list(loop._scheduled)
-    if hasattr(loop, "_pending_timers"):
-        return list(loop._pending_timers.values())
-    return None
+    """Return the timers of asyncio's event loop, of asyncio.timeout() and the like; None for others, such as uvloop."""
+    return list(loop._scheduled) if hasattr(loop, "_scheduled") else None
 
 
 def _context_of(task: asyncio.Task[Any]) -> contextvars.Context:

@@ -19,8 +19,6 @@ from stroma.telemetry.observer import (
     AttemptEnd,
     Observer,
     is_returned,
-    may_be_retried,
-    seconds_elsewhere,
     waited_seconds,
     waits_since,
 )
@@ -85,9 +83,6 @@ class Datadog(Observer):
         if first is not None:
             span.link_span(first, {"stroma.link": "resumed from"})
         run.keep_trace(self.system, traceparent_of(span))
-        if run.elsewhere:  # No span can end where it has not begun: this one is what the others stand under.
-            span.finish()
-            return
         run.notes[self] = of_run
         of_run.here = self.enter(of_run)
         of_run.before = self._tracer.context_provider.active()
@@ -98,8 +93,6 @@ class Datadog(Observer):
         if is_returned(run):
             self._metrics.run_returned(run, result.status.value)
             return
-        if of_run is None and run.elsewhere:
-            of_run = self._ending(run, result)
         if of_run is None:
             return
         span = of_run.span
@@ -140,23 +133,6 @@ class Datadog(Observer):
     def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
         self._metrics.circuit_changed(run, key, state)
 
-    def _ending(self, run: ReliabilityContext, result: ExecutionResult) -> DatadogRun:
-        """Return the record of a run that started in another process."""
-        record = DatadogRun(
-            self._tracer.start_span(
-                "stroma.run_end",
-                child_of=self._outer(run),
-                service=self._service,
-                resource=run.pipeline,
-                span_type="worker",
-            )
-        )
-        record.since -= seconds_elsewhere(result)
-        record.span.set_tag("stroma.run.id", run.run_id)
-        record.span.set_tag("stroma.pipeline", run.pipeline)
-        _attribute(record.span, run)
-        return record
-
     # ------------------------------------------------------------------ nodes
 
     def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
@@ -164,9 +140,6 @@ class Datadog(Observer):
             before = self._tracer.context_provider.active()
             of_node = self._begin(node, activate=True)
             of_node.active, of_node.before = True, before
-            if node.ctx.elsewhere and node.kind == "group":
-                # What is inside stands under this span, wherever it runs; as with the run, the end has one of its own.
-                node.ctx.keep_trace(self.system, traceparent_of(of_node.span))
             of_node.span.set_tag("stroma.input", self._content.state(node.ctx, state))
         waited = waited_seconds(node, self)
         if waited:
@@ -179,12 +152,8 @@ class Datadog(Observer):
             current = self._tracer.current_trace_context()
             if around is None or (current is not None and current.trace_id == above.trace_id):
                 above = current  # Else not the current span: see Observer.around().
-        if node.ctx.elsewhere and node.ctx.traceparent is not None:
-            above = self._outer(node.ctx)
         span = self._tracer.start_span(
-            "stroma.node_end"
-            if node.ctx.elsewhere and node.kind == "group" and not activate
-            else "stroma.node",
+            "stroma.node",
             child_of=above,
             service=self._service,
             resource=node.node_id,
@@ -237,10 +206,7 @@ class Datadog(Observer):
         if ended is not None:
             span.set_tag("stroma.outcome", ended.outcome)
             if ended.error is not None:
-                if may_be_retried(node):
-                    self._name_error(span, node.ctx, ended)
-                else:
-                    self._mark(span, node.ctx, ended)
+                self._mark(span, node.ctx, ended)
         if node.redelivered and node.started_ns is not None:
             span.finish((node.started_ns + (node.duration_ms or 0.0) * 1e6) / 1e9)
         else:

@@ -22,8 +22,6 @@ from stroma.telemetry.observer import (
     AttemptEnd,
     Observer,
     is_returned,
-    may_be_retried,
-    seconds_elsewhere,
     waited_seconds,
     waits_since,
 )
@@ -94,8 +92,7 @@ class OpenTelemetry(Observer):
         of_run = RunSpan()
         note_run(run)
         self._watch_spans_of_others()
-        if not run.elsewhere:  # It may end in another process: what went up here would never come down.
-            self._metrics.run_started(run)
+        self._metrics.run_started(run)
         parent = self._outer(run)
         links = []
         began = run.first_trace(self.system)
@@ -118,9 +115,6 @@ class OpenTelemetry(Observer):
         self._keep_trace(run, span)
         if span.is_recording():
             span.set_attributes(self._shown("input", run, state))
-        if run.elsewhere:  # No span can end where it has not begun: this one is what the others stand under.
-            span.end()
-            return
         run.notes[self] = of_run
         of_run.here = self.enter(of_run)
         of_run.token = attach(span, run, baggage=self._baggage)
@@ -130,8 +124,6 @@ class OpenTelemetry(Observer):
         if is_returned(run):
             self._metrics.run_returned(run, result.status.value)
             return
-        if of_run is None and run.elsewhere:
-            of_run = self._ending(run, result)
         if of_run is None:
             return
         span = of_run.span
@@ -164,17 +156,6 @@ class OpenTelemetry(Observer):
 
     def queue_read(self, pipeline: str, queued: int | None, due_seconds: float | None) -> None:
         self._metrics.queue_read(pipeline, queued, due_seconds)
-
-    def _ending(self, run: ReliabilityContext, result: ExecutionResult) -> RunSpan:
-        """Return the record of a run that started in another process."""
-        record = RunSpan()
-        record.since -= seconds_elsewhere(result)
-        record.span = self._tracer.start_span(
-            f"stroma.run_end {run.pipeline}",
-            context=self._outer(run),
-            attributes={**about_run(run), **self._kind_of(None)},
-        )
-        return record
 
     def skipped(self, node: NodeExecution) -> None:
         if is_returned(node.ctx):
@@ -226,9 +207,6 @@ class OpenTelemetry(Observer):
         if of_node is None:
             self._inference.note_surroundings(node, trace.get_current_span())
             of_node = self._begin(node)
-            if node.ctx.elsewhere and node.kind == "group":
-                # What is inside stands under this span, wherever it runs; as with the run, the end has one of its own.
-                self._keep_trace(node.ctx, of_node.span)
             of_node.token = attach(of_node.span, node.ctx, baggage=self._baggage)
             if of_node.span.is_recording():
                 of_node.span.set_attributes(self._shown("input", node.ctx, state))
@@ -255,12 +233,9 @@ class OpenTelemetry(Observer):
         if above is not None and node.is_called:
             above = current_below(above)
         parent = None if above is None else trace.set_span_in_context(above)
-        what, ctx = "node", node.ctx
-        if ctx.elsewhere:
-            what = "node_end" if node.kind == "group" and start_ns is not None else what
-            parent = self._outer(ctx)
+        ctx = node.ctx
         span = self._tracer.start_span(
-            f"stroma.{what} {node.node_id}",
+            f"stroma.node {node.node_id}",
             context=parent,
             start_time=start_ns,
             attributes={
@@ -345,7 +320,7 @@ class OpenTelemetry(Observer):
             detach(of_node.attempt_token)
             detach(of_node.token)
         if of_node.attempt is not None:
-            if ended is not None and not may_be_retried(node):
+            if ended is not None:
                 self._mark(of_node.attempt, node.ctx, ended)
             self._end_attempt(of_node)
         if span.is_recording():
@@ -360,11 +335,7 @@ class OpenTelemetry(Observer):
                 about["stroma.outcome"] = ended.outcome
             span.set_attributes(about)
         if ended is not None:
-            if not may_be_retried(node):
-                self._mark(span, node.ctx, ended)
-            elif ended.error is not None:
-                span.set_attribute("error.type", type_name(ended.error))
-                span.set_attribute("stroma.failure_class", ended.class_name)
+            self._mark(span, node.ctx, ended)
         if node.redelivered and node.started_ns is not None:
             span.end(node.started_ns + int((node.duration_ms or 0.0) * 1e6))
         else:

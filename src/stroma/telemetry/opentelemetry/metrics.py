@@ -103,8 +103,7 @@ class OtelMetrics:
         self, run: ReliabilityContext, result: ExecutionResult, seconds: float, error_type: str | None
     ) -> None:
         """Record a run that ended, by its status and the type of the exception that ended it."""
-        if not run.elsewhere:
-            self._active.add(-1, self._of_run(run))
+        self._active.add(-1, self._of_run(run))
         outcome = {"stroma.status": result.status.value}
         if error_type is not None:
             outcome["error.type"] = error_type

@@ -9,7 +9,6 @@ from sentry_sdk import get_client
 from sentry_sdk.utils import event_from_exception
 
 from stroma.engine.context import ReliabilityContext
-from stroma.failures.errors import RemoteFailure
 from stroma.telemetry.content import Content, type_name
 from stroma.telemetry.observer import WRITING
 from stroma.telemetry.sentry.scopes import FailedAttempt
@@ -39,10 +38,6 @@ def event_of(
             value["value"] = " ".join(filter(None, (failed.class_name, failed.reason)))
         elif value.get("value"):
             value["value"] = content.message(run, failure_text)
-    if isinstance(error, RemoteFailure):
-        for value in event.get("exception", {}).get("values", ())[-1:]:
-            module, _, value["type"] = error.full_name.rpartition(".")
-            value["module"] = module or "builtins"
     for frame in _frames_of(event):
         if str(frame.get("module")).startswith("stroma."):
             frame["in_app"] = False  # The engine called the node; it is the node that failed.

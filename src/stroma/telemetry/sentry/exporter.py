@@ -21,7 +21,6 @@ from stroma.telemetry.observer import (
     AttemptEnd,
     Observer,
     is_returned,
-    may_be_retried,
     waited_seconds,
     waits_since,
 )
@@ -146,10 +145,6 @@ class Sentry(Observer):
         if getattr(span, "sampled", False):
             run.keep_trace(self.system, f"00-{span.trace_id}-{span.span_id}-01")
             spans.put(span, "stroma.input", self._content.state(run, state))
-        if run.elsewhere:  # No span can end where it has not begun: this one is what the others stand under.
-            del run.notes[self]
-            spans.end(span, "ok", scope)
-            of_run.scopes.close()
 
     def _run_here(self) -> RunScope | None:
         here = self.here()
@@ -157,8 +152,6 @@ class Sentry(Observer):
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         of_run: RunScope | None = run.notes.pop(self, None)
-        if of_run is None and run.elsewhere:
-            of_run = self._ending(run)
         if of_run is None:
             return
         try:
@@ -189,19 +182,6 @@ class Sentry(Observer):
             scope = scope.fork()
             scope.set_client(self._client)
         return scope
-
-    def _ending(self, run: ReliabilityContext) -> RunScope:
-        """Return the record of a run that started in another process."""
-        record = RunScope(self._run_here())
-        isolation = self._isolate(record, record, record.scopes)
-        scope = self._sdk.get_current_scope()
-        _name_run(isolation, scope, run)
-        traceparent = run.outer_trace(self.system)
-        record.span = self._spans.start(
-            scope, run.pipeline, "stroma.run_end", None, traceparent, is_root=True
-        )
-        self._attribute(record.span, run)
-        return record
 
     def _isolate(self, of_run: RunScope, record: RunScope | NodeScope, scopes: ExitStack) -> Scope:
         """Until ``scopes`` are closed, what is tagged is seen by this run, or node, alone."""
@@ -260,9 +240,6 @@ class Sentry(Observer):
             span = of_node.span
             if getattr(span, "sampled", False):
                 self._spans.put(span, "stroma.input", self._content.state(node.ctx, state))
-                if node.ctx.elsewhere and node.kind == "group":
-                    # What is inside stands under this span, wherever it runs; as with the run, the end has one of its own.
-                    node.ctx.keep_trace(self.system, f"00-{span.trace_id}-{span.span_id}-01")
         waited = waited_seconds(node, self)
         if waited:
             self._spans.put(of_node.span, "stroma.node.wait_s", waited)
@@ -272,8 +249,6 @@ class Sentry(Observer):
         of_node = NodeScope(None, self._sdk.get_current_scope(), of_run)
         isolation = self._isolate(of_run, of_node, entered)
         of_node.scope, of_node.entered = self._sdk.get_current_scope(), entered
-        if node.ctx.elsewhere:
-            _name_run(isolation, of_node.scope, node.ctx)
         of_node.isolation = isolation
         self._begin(node, of_node, above)
         return of_node
@@ -297,15 +272,9 @@ class Sentry(Observer):
             node.is_called and getattr(above, "trace_id", above) == getattr(around.span, "trace_id", None)
         ):
             above = around.span  # Not the current span: see Observer.around().
-        op, traceparent = "gen_ai.execute_tool", None
-        if node.ctx.elsewhere:
-            traceparent, above = node.ctx.outer_trace(self.system), None
-            if node.kind == "group" and ended:
-                op = "stroma.node_end"
-        span = spans.start(scope, node.node_id, op, above, traceparent, is_root=node.ctx.elsewhere)
-        if op == "gen_ai.execute_tool":
-            spans.put(span, "gen_ai.operation.name", "execute_tool")
-            spans.put(span, "gen_ai.tool.name", node.node_id)
+        span = spans.start(scope, node.node_id, "gen_ai.execute_tool", above, None)
+        spans.put(span, "gen_ai.operation.name", "execute_tool")
+        spans.put(span, "gen_ai.tool.name", node.node_id)
         spans.put(span, "stroma.node.id", node.node_id)
         spans.put(span, "stroma.node.kind", node.kind)
         self._attribute(span, node.ctx)
@@ -359,13 +328,7 @@ class Sentry(Observer):
         if of_node is None:
             return
         ended, spans = of_node.ended, self._spans
-        if (
-            ended is not None
-            and ended.error is not None
-            and self._alone(node)
-            and not node.redelivered
-            and not node.ctx.elsewhere
-        ):
+        if ended is not None and ended.error is not None and self._alone(node) and not node.redelivered:
             # Nobody will say how the run ended: a failure is final here, unless it was to be tried again.
             of_step = of_node.of_run
             final = notes_of(ended.error).failed.get(of_step)
@@ -375,8 +338,7 @@ class Sentry(Observer):
         spans.put(of_node.span, "stroma.attempts", node.attempt)
         spans.put(of_node.span, "stroma.outcome", outcome)
         # Not "cancelled": the SDK streams spans of gen_ai operations, where every status but "ok" is an error.
-        is_error = outcome == "failure" and not may_be_retried(node)
-        spans.end(of_node.span, "internal_error" if is_error else "ok", of_node.scope)
+        spans.end(of_node.span, "internal_error" if outcome == "failure" else "ok", of_node.scope)
         if of_node.entered is not None and current_node_or_none() is node:
             of_node.entered.close()
 

@@ -20,7 +20,7 @@ class Transactions:
         return scope.span
 
     def start(
-        self, scope: Any, name: str, op: str, above: Any, traceparent: str | None, *, is_root: bool
+        self, scope: Any, name: str, op: str, above: Any, traceparent: str | None, *, is_root: bool = False
     ) -> Any:
         """Start a span under ``above``, or in the trace of ``traceparent``, and make it current in a scope."""
         about = {"op": op, "name": name}
@@ -59,7 +59,7 @@ class SpanStream:
         return scope.streamed_span
 
     def start(
-        self, scope: Any, name: str, op: str, above: Any, traceparent: str | None, *, is_root: bool
+        self, scope: Any, name: str, op: str, above: Any, traceparent: str | None, *, is_root: bool = False
     ) -> Any:
         """Start a span under ``above``, or in the trace of ``traceparent``, and make it current in a scope."""
         with self._sdk.scope.use_scope(scope):

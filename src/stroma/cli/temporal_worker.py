@@ -1,0 +1,106 @@
+"""Drive runs that Temporal assigns to this process, until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stroma._utils.text import clean, format_duration, pluralize
+from stroma.cli.errors import Code, Problem
+from stroma.cli.progress import timed_line
+from stroma.cli.signals import StopSignals
+from stroma.cli.stores import Database
+from stroma.cli.temporal import TemporalCluster
+from stroma.cli.user_errors import describe_error, last_frame
+from stroma.runner.pipeline import Pipeline
+
+__all__ = ["TemporalWorker"]
+
+
+@dataclass(frozen=True, slots=True)
+class TemporalWorker:
+    """One worker, from its first poll to its end."""
+
+    cluster: TemporalCluster
+    pipelines: Sequence[Pipeline]
+    database: Database
+    max_concurrency: int
+    drain_seconds: float
+    quiet: bool
+
+    def execute(self) -> int:
+        """Serve until a signal, and return the exit code. Raises Problem."""
+        self.database.prepare()
+        # Output of nodes goes to stderr.
+        with contextlib.redirect_stdout(sys.stderr):
+            return self.cluster.run(self._serve())
+
+    async def _serve(self) -> int:
+        client = await self.cluster.connect()
+        from stroma.drivers.temporal.worker import stroma_worker
+
+        # Fails at once for a wrong namespace or key, which the worker would retry for ever.
+        await self.cluster.has_workers(client)
+        try:
+            worker = stroma_worker(
+                client,
+                self.cluster.task_queue,
+                self.pipelines,
+                store=self.database.store,
+                max_concurrency=self.max_concurrency,
+                drain_seconds=self.drain_seconds,
+                identity=f"{os.getpid()}@{socket.gethostname()}",
+            )
+        except (TypeError, ValueError) as error:
+            raise Problem(
+                f"the worker cannot start: {describe_error(error)}", *last_frame(error), code=Code.USAGE
+            ) from error
+        running = asyncio.ensure_future(worker.run())
+        shutdown_requested = asyncio.Event()
+        waiting = asyncio.ensure_future(shutdown_requested.wait())
+        patience = format_duration(self.drain_seconds)
+        message = (
+            f"draining: runs in progress end after their current step, within {patience}; another worker continues them. "
+            "Repeat the signal to stop at once"
+        )
+        stop = StopSignals(
+            waiting,
+            shutdown_requested.set,
+            patience=patience,
+            after="another worker continues the runs that were in progress",
+            messages=dict.fromkeys(("SIGINT", "SIGTERM"), message),
+        )
+        started = time.monotonic()
+        self._print("ready", self._describe())
+        try:
+            await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                await worker.shutdown()
+            await running
+        except Exception as error:
+            raise Problem(
+                f"the worker of {self.cluster.name} ended: {describe_error(error)}",
+                *last_frame(error),
+                "fix that, then restart it; its runs are waiting",
+                code=Code.ENVIRONMENT,
+            ) from error
+        finally:
+            waiting.cancel()
+            await self.database.close()
+        self._print("drained", f"after {stop.signal}, {format_duration(time.monotonic() - started)}")
+        return Code.OK
+
+    def _describe(self) -> str:
+        names = ", ".join(repr(clean(one.name, 60)) for one in self.pipelines)
+        runs = pluralize(self.max_concurrency, "run")
+        return f"{names} on {self.cluster.name}, in {self.database.name}, {runs} at once"
+
+    def _print(self, what: str, more: str) -> None:
+        if not self.quiet:
+            timed_line("worker ", (what, "green"), f": {more}")

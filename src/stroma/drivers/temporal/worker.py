@@ -1,0 +1,192 @@
+"""Workers that drive runs for Temporal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any, Final
+
+from temporalio.api.enums.v1 import IndexedValueType
+from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest
+from temporalio.client import Client
+from temporalio.plugin import SimplePlugin
+from temporalio.service import RPCError, RPCStatusCode
+from temporalio.worker import Worker
+
+from stroma._utils.logs import get_logger
+from stroma.checkpoint import StoreError, open_store
+from stroma.checkpoint.durable.states import AsyncStates
+from stroma.checkpoint.manager import CheckpointManager
+from stroma.checkpoint.queue import QUEUED
+from stroma.checkpoint.records import RunQuery
+from stroma.contracts.contract import ContractRegistry
+from stroma.drivers.temporal.activity import DriveActivity
+from stroma.drivers.temporal.dispatch import Dispatcher
+from stroma.drivers.temporal.workflow import PIPELINE_KEY, STATUS_KEY, LeaseSettings, StromaRun
+from stroma.engine.config import RunConfig
+from stroma.runner.pipeline import Pipeline
+from stroma.runner.runner import StromaRunner
+
+__all__ = ["StromaPlugin", "register_search_attributes", "shared_store", "stroma_worker"]
+
+logger = get_logger()
+
+#: Between looks for submitted runs without a workflow, whose submitter died, and the age from which a run is one.
+REPAIR_SECONDS: float = 30.0
+MIN_AGE_SECONDS: float = 5.0
+_PAGE_RUNS: Final = 500
+_THROTTLE: Final = timedelta(seconds=1)  # The answer to a heartbeat tells of a cancellation.
+
+
+def shared_store(store: Any) -> AsyncStates:
+    """Return a store, or open one at a URL or path. Raises StoreError if processes cannot share it, ValueError for a URL."""
+    opened = open_store(store) if isinstance(store, (str, os.PathLike)) else store
+    if not isinstance(opened, AsyncStates):
+        raise StoreError(
+            f"{type(opened).__name__} cannot be shared by processes; use a store such as PostgresStore or RedisStore"
+        )
+    return opened
+
+
+class StromaPlugin(SimplePlugin):
+    """Lets a worker drive runs of Stroma beside its other work. For one task queue and one worker.
+
+    Args:
+        client, task_queue: those of the worker.
+        pipelines: flows and Pipelines whose runs it drives.
+        store: the store of the runs, or its URL.
+        config: configuration of all runs; by default each pipeline's own.
+        max_seconds: after this time a run goes to the next free worker, at a step boundary.
+
+    Raises ValueError for two pipelines of one name, TypeError for anything but flows and Pipelines, StoreError.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        task_queue: str,
+        pipelines: Sequence[Pipeline],
+        *,
+        store: Any,
+        config: RunConfig | None = None,
+        max_seconds: float = 900.0,
+    ) -> None:
+        self._store = shared_store(store)
+        self._dispatcher = Dispatcher(client, task_queue)
+        self._runner = StromaRunner(ContractRegistry(), CheckpointManager(self._store), config)
+        served = self._runner._stored.served(pipelines)
+        self._leases = {
+            name: self._runner._config_of(one.nodes).lease_seconds for name, one in served.items()
+        }
+        self._activity = DriveActivity(self._runner, list(pipelines), max_seconds)
+        #: Queued runs that have a workflow.
+        self._started: set[str] = set()
+        super().__init__(
+            "stroma",
+            activities=[self._activity.drive],
+            workflows=[StromaRun],
+            interceptors=[LeaseSettings(self._lease_of)],
+            run_context=self._serve,
+        )
+
+    def _lease_of(self, pipeline: str) -> float:
+        """Return the lease of the runs of a pipeline in seconds; a run of any other pipeline is blocked at once."""
+        return self._leases.get(pipeline, 30.0)
+
+    @asynccontextmanager
+    async def _serve(self) -> AsyncIterator[None]:
+        self._store.lease_listeners.append(self._activity.beat)
+        repairing = asyncio.ensure_future(self._repair())
+        try:
+            yield
+        finally:
+            repairing.cancel()
+            self._store.lease_listeners.remove(self._activity.beat)
+
+    async def _repair(self) -> None:
+        """Start the workflows of submitted runs that have none: their submitter died, or knows nothing of Temporal."""
+        while True:
+            try:
+                queued = await asyncio.to_thread(self._find_queued)
+                for run_id, pipeline in queued:
+                    if run_id not in self._started:
+                        await self._dispatcher.start_first(run_id, pipeline)
+                self._started = {run_id for run_id, _ in queued}
+            except (StoreError, RPCError) as error:
+                logger.warning("runs without a workflow could not be looked for: %s; trying again", error)
+            await asyncio.sleep(REPAIR_SECONDS)
+
+    def _find_queued(self) -> list[tuple[str, str]]:
+        latest_ms = (time.time() - MIN_AGE_SECONDS) * 1000
+        queued: list[tuple[str, str]] = []
+        if not self._store.exists():
+            return queued
+        for pipeline in self._leases:
+            after: str | None = None
+            while True:
+                query = RunQuery(pipeline=pipeline, statuses=(QUEUED,))
+                page = self._store.run_page(query, limit=_PAGE_RUNS, after=after)
+                queued += [(run.run_id, pipeline) for run in page.runs if run.started_ms <= latest_ms]
+                after = page.next
+                if after is None:
+                    break
+        return queued
+
+
+def stroma_worker(
+    client: Client,
+    task_queue: str,
+    pipelines: Sequence[Pipeline],
+    *,
+    store: Any,
+    config: RunConfig | None = None,
+    max_concurrency: int = 100,
+    max_seconds: float = 900.0,
+    drain_seconds: float = 30.0,
+    **options: Any,
+) -> Worker:
+    """Create a worker that drives runs of flows and pipelines; ``await worker.run()``, or ``async with worker:``.
+
+    Args:
+        store: the store of the runs, or its URL: Postgres, Redis, or a SQLite file for workers on one machine.
+        config: configuration of all runs; by default each pipeline's own.
+        max_concurrency: maximum number of runs at once.
+        max_seconds: after this time a run goes to the next free worker, at a step boundary.
+        drain_seconds: time of the steps in flight once the worker is shut down; then they are cancelled.
+        options: those of ``temporalio.worker.Worker``.
+
+    Raises ValueError for two pipelines of one name, TypeError for anything but flows and Pipelines, StoreError for a store
+    that processes cannot share.
+    """
+    plugin = StromaPlugin(client, task_queue, pipelines, store=store, config=config, max_seconds=max_seconds)
+    settings = {
+        "max_concurrent_activities": max_concurrency,
+        "graceful_shutdown_timeout": timedelta(seconds=drain_seconds),
+        "max_heartbeat_throttle_interval": _THROTTLE,
+        "default_heartbeat_throttle_interval": _THROTTLE,
+        # After the loss of a worker its workflows are taken over after this time; the default is 10 s.
+        "sticky_queue_schedule_to_start_timeout": timedelta(seconds=1),
+        **options,
+        "plugins": [plugin, *options.get("plugins", ())],
+    }
+    return Worker(client, task_queue=task_queue, **settings)
+
+
+async def register_search_attributes(client: Client) -> None:
+    """Create the search attributes ``StromaPipeline`` and ``StromaStatus`` on the server, once, as an administrator.
+
+    Runs get them where they are registered, and go without where they are not.
+    """
+    keyword = IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD
+    wanted = {PIPELINE_KEY.name: keyword, STATUS_KEY.name: keyword}
+    try:
+        await client.operator_service.add_search_attributes(
+            AddSearchAttributesRequest(namespace=client.namespace, search_attributes=wanted)
+        )
+    except RPCError as error:
+        if error.status != RPCStatusCode.ALREADY_EXISTS:
+            raise

@@ -1,0 +1,149 @@
+"""What people and programs do to a run in progress is the same, whichever process drives it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from tests.drivers.conftest import Way
+from tests.kit import NEVER, Num, node, same
+
+from stroma import (
+    ExecutionBudget,
+    NodeContract,
+    NotDone,
+    RunStatus,
+    SharedBudget,
+    current_node,
+    stroma_node,
+)
+
+
+class Gate:
+    """A node whose call waits until the gate opens."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = asyncio.Event(), asyncio.Event()
+        self.calls: list[str] = []
+
+    def node(self, node_id: str, *, waits: bool = False, tokens: int = 0) -> Any:
+        async def call(state: Num) -> Num:
+            self.calls.append(node_id)
+            if tokens:
+                here = current_node()
+                here.report_usage(input_tokens=tokens)
+            if waits:
+                self.reached.set()
+                await self.opened.wait()
+            return Num(n=state.n + 1)
+
+        return node(node_id, call)
+
+
+async def test_a_pause_and_its_end(way: Way) -> None:
+    """A paused run commits the node in flight and starts no further one; it continues when the pause is taken back."""
+    gate = Gate()
+    async with way.bind([gate.node("a", waits=True), gate.node("b")], policy_map=NEVER) as bound:
+        running = asyncio.ensure_future(bound.run(Num(), run_id="r"))
+        await asyncio.wait_for(gate.reached.wait(), 60)
+        pausing = asyncio.ensure_future(bound.control.pause("r"))
+        await asyncio.sleep(0)
+        while not way.store.is_request_pending("r") and not pausing.done():
+            await asyncio.sleep(0.01)
+        await pausing
+        gate.opened.set()
+        result = await running
+        assert (result.status, result.suspended, gate.calls) == (RunStatus.SUSPENDED, ["paused"], ["a"])
+        assert await bound.control.unpause("r")
+        result = await bound.go_on("r")
+    assert (result.status, result.final_state, gate.calls) == (RunStatus.RESUMED, Num(n=2), ["a", "b"])
+
+
+async def test_a_cancellation(way: Way) -> None:
+    """A cancelled run ends as CANCELLED, with the outputs that were committed."""
+    gate = Gate()
+    async with way.bind([gate.node("a"), gate.node("b", waits=True)]) as bound:
+        running = asyncio.ensure_future(bound.run(Num(), run_id="r"))
+        await asyncio.wait_for(gate.reached.wait(), 60)
+        assert await bound.control.cancel("r")
+        result = await running
+    assert (result.status, result.final_state) == (RunStatus.CANCELLED, Num(n=1))
+    assert way.store.get_run("r").status == "CANCELLED"
+
+
+async def test_a_budget_that_is_raised(way: Way) -> None:
+    """A run that waits for its budget continues when the limit is raised, and calls no committed node again."""
+    gate = Gate()
+    nodes = [gate.node("a", tokens=8), gate.node("b", tokens=8), gate.node("c")]
+    budget = ExecutionBudget(max_tokens_total=10)
+    async with way.bind(nodes, budget=budget, on_budget="wait", policy_map=NEVER) as bound:
+        result = await bound.run(Num(), run_id="r")
+        assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["budget"])
+        assert await bound.control.set_budget("r", tokens=100)
+        result = await bound.go_on("r")
+    assert (result.status, result.final_state, gate.calls) == (RunStatus.RESUMED, Num(n=3), ["a", "b", "c"])
+    assert way.store.get_run("r").tokens == 16
+
+
+async def test_a_shared_budget(way: Way) -> None:
+    """A shared budget counts the runs of all processes: the run that would cross it ends as PARTIAL."""
+    gate = Gate()
+    shared = SharedBudget("team", max_tokens=10, reserve_tokens=6, store=way.store)
+    async with way.bind([gate.node("a", tokens=6)], shared_budgets=[shared], policy_map=NEVER) as bound:
+        first = await bound.run(Num(), run_id="one")
+        second = await bound.run(Num(), run_id="two")
+    assert (first.status, second.status, gate.calls) == (RunStatus.COMPLETED, RunStatus.PARTIAL, ["a"])
+
+
+class Receipt(BaseModel):
+    number: int
+
+
+@pytest.mark.parametrize("reconciles", [True, False])
+async def test_an_effect_whose_outcome_is_unknown(way: Way, reconciles: bool) -> None:
+    """G13. After a call with an unknown outcome reconcile, or a person, states it; the effect is not called again."""
+    calls: list[int] = []
+
+    async def look(state: Num, key: str) -> Receipt | NotDone:
+        return Receipt(number=len(calls))
+
+    async def charge(state: Num) -> Receipt:
+        calls.append(state.n)
+        raise TimeoutError("no answer")
+
+    contract = NodeContract(
+        node_id="charge",
+        input_schema=Num,
+        output_schema=Receipt,
+        effect=True,
+        reconcile=look if reconciles else None,
+    )
+    async with way.bind([node("first", same), stroma_node("charge", contract)(charge)]) as bound:
+        result = await bound.run(Num(), run_id="r")
+        if not reconciles:
+            assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["effect"])
+            await bound.control.signal("r", Receipt(number=1))
+            result = await bound.go_on("r")
+    assert (result.final_state, calls) == (Receipt(number=1), [0])
+
+
+async def test_steps_inside_a_node(way: Way) -> None:
+    """Steps that a node calls are part of its attempt: they are retried and recorded inside it."""
+    calls: list[str] = []
+
+    async def inner(state: Num) -> Num:
+        calls.append("inner")
+        return Num(n=state.n + 1)
+
+    async def outer(state: Num) -> Num:
+        calls.append("outer")
+        output = await inner_node(state)
+        assert isinstance(output, Num)
+        return output
+
+    inner_node = node("inner", inner)
+    async with way.bind([node("outer", outer)], policy_map=NEVER) as bound:
+        result = await bound.run(Num())
+    assert (result.status, result.final_state, calls) == (RunStatus.COMPLETED, Num(n=1), ["outer", "inner"])

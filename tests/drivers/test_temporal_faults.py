@@ -1,0 +1,161 @@
+"""Workers and the server of Temporal are killed and stopped: no committed node is called again, and every run ends."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import pathlib
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from temporalio.client import Client
+from tests.drivers.worker_helper import NODES, pipeline
+from tests.kit import Num
+from tests.servers_temporal import TemporalServer, wait_until_ready
+from tests.shared_stores import opened, place
+
+from stroma import RunStatus
+from stroma.temporal import TemporalRunner
+
+pytestmark = pytest.mark.nightly
+
+
+class Fleet:
+    """Worker processes on one task queue and one store, and the diary of their calls."""
+
+    def __init__(self, server: TemporalServer, where: str, folder: pathlib.Path) -> None:
+        self.server, self.where = server, where
+        self.diary = folder / "diary"
+        self.queue, self.run_id = f"q-{uuid.uuid4().hex}", f"run-{uuid.uuid4().hex}"
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start a worker; it is ready when this returns."""
+        words = [self.server.address, self.queue, self.where, str(self.diary)]
+        command = [sys.executable, "-m", "tests.drivers.worker_helper", *words]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=pathlib.Path(__file__).parents[2])
+        self.processes.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        return process
+
+    def lines(self, what: str) -> list[tuple[int, int]]:
+        """Return the node and the process of each call, or of each end of a call."""
+        if not self.diary.exists():
+            return []
+        rows = [line.split() for line in self.diary.read_text().splitlines()]
+        return [(int(node), int(pid)) for kind, node, pid in rows if kind == what]
+
+    async def until(self, is_so: Callable[[], Any]) -> None:
+        async with asyncio.timeout(90):
+            while not is_so():
+                await asyncio.sleep(0.02)
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@contextlib.asynccontextmanager
+async def fleet_of(
+    server: TemporalServer, tmp_path: pathlib.Path
+) -> AsyncIterator[tuple[Fleet, TemporalRunner, Any]]:
+    with place("postgres") as where, opened("postgres", where) as store:
+        fleet = Fleet(server, where, tmp_path)
+        runner = TemporalRunner(await Client.connect(server.address), fleet.queue, store)
+        try:
+            yield fleet, runner, store
+        finally:
+            fleet.end()
+
+
+def check_records(fleet: Fleet, store: Any, *, in_flight: int) -> None:
+    """Check that each node has one output, and that only calls in flight were repeated."""
+    outputs = [one.node_id for one in store.attempts(fleet.run_id) if one.output is not None]
+    assert sorted(outputs) == [f"n{number}" for number in range(NODES)]
+    calls = collections.Counter(node for node, _ in fleet.lines("call"))
+    assert set(calls) == set(range(NODES))
+    assert sum(calls.values()) <= NODES + in_flight
+
+
+async def test_a_worker_that_is_killed(temporal_server: TemporalServer, tmp_path: pathlib.Path) -> None:
+    """After SIGKILL of its worker another one continues the run; only the call in flight is repeated."""
+    async with fleet_of(temporal_server, tmp_path) as (fleet, runner, store):
+        first = fleet.start()
+        handle = await runner.submit(pipeline(), Num(), run_id=fleet.run_id)
+        await fleet.until(lambda: len(fleet.lines("call")) >= 3)
+        second = fleet.start()
+        first.kill()
+        result = await handle.result(timeout=90)
+        assert (result.status, result.output) == (RunStatus.RESUMED, Num(n=NODES))
+        check_records(fleet, store, in_flight=1)
+        assert {pid for _, pid in fleet.lines("call")} == {first.pid, second.pid}
+
+
+async def test_a_worker_that_is_stopped(temporal_server: TemporalServer, tmp_path: pathlib.Path) -> None:
+    """A worker that is stopped for longer than its lease loses the run, and the store refuses its late results."""
+    async with fleet_of(temporal_server, tmp_path) as (fleet, runner, store):
+        first = fleet.start()
+        handle = await runner.submit(pipeline(), Num(), run_id=fleet.run_id)
+        await fleet.until(lambda: len(fleet.lines("call")) >= 3)
+        first.send_signal(signal.SIGSTOP)
+        second = fleet.start()
+        await fleet.until(lambda: any(pid == second.pid for _, pid in fleet.lines("call")))
+        first.send_signal(signal.SIGCONT)
+        result = await handle.result(timeout=90)
+        assert result.output == Num(n=NODES)
+        check_records(fleet, store, in_flight=1)
+        late = [pid for _, pid in fleet.lines("call")]
+        assert late[late.index(second.pid) :].count(first.pid) == 0
+        assert first.poll() is None
+
+
+async def test_a_server_that_is_killed(tmp_path: pathlib.Path) -> None:
+    """Steps need the store only: a run in progress continues while the server is away, and ends after it is back."""
+    server = TemporalServer(tmp_path / "temporal.db")
+    try:
+        await asyncio.to_thread(wait_until_ready, server.address)
+        async with fleet_of(server, tmp_path) as (fleet, runner, store):
+            fleet.start()
+            handle = await runner.submit(pipeline(), Num(), run_id=fleet.run_id)
+            await fleet.until(lambda: len(fleet.lines("call")) >= 2)
+            server.kill()
+            await fleet.until(lambda: len(fleet.lines("done")) >= 5)
+            server.start()
+            result = await handle.result(timeout=90)
+            assert result.output == Num(n=NODES)
+            check_records(fleet, store, in_flight=0)
+            async with asyncio.timeout(90):
+                while True:
+                    with contextlib.suppress(Exception):
+                        client = await Client.connect(server.address)
+                        assert await client.get_workflow_handle(fleet.run_id).result() in (
+                            "COMPLETED",
+                            "RESUMED",
+                        )
+                        break
+                    await asyncio.sleep(0.2)
+    finally:
+        server.kill()
+
+
+async def test_a_worker_that_gets_sigterm(temporal_server: TemporalServer, tmp_path: pathlib.Path) -> None:
+    """After SIGTERM a worker commits the step in flight and exits; another one continues, and repeats no call."""
+    async with fleet_of(temporal_server, tmp_path) as (fleet, runner, store):
+        first = fleet.start()
+        handle = await runner.submit(pipeline(), Num(), run_id=fleet.run_id)
+        await fleet.until(lambda: len(fleet.lines("call")) >= 3)
+        first.terminate()
+        assert await asyncio.to_thread(first.wait, 60) == 0
+        assert await handle.status() == "INTERRUPTED"
+        fleet.start()
+        result = await handle.result(timeout=90)
+        assert result.output == Num(n=NODES)
+        check_records(fleet, store, in_flight=0)
