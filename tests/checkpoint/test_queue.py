@@ -62,6 +62,23 @@ async def test_a_submitted_run_is_queued(store: Any) -> None:
     assert await claim(store, now_ms=NOW + 5) == ["r"]
 
 
+async def test_a_record_has_the_place_in_the_queue(store: Any) -> None:
+    """The record of a queued run has its priority, key and latest start; once it has started, it has none of them."""
+    await submit(store, "r", priority=-3, key="k", expires_ms=NOW + 9)
+    await submit(store, "plain")
+    for record, expected in (
+        (store.get_run("r"), (-3, "k", NOW + 9)),
+        (store.list_runs()[-1], (-3, "k", NOW + 9)),
+        (store.get_run("plain"), (0, None, None)),
+    ):
+        assert (record.priority, record.key, record.expires_ms) == expected
+    assert await claim(store, limit=1) == ["r"]
+    session = await open_claimed(store, "r")
+    record = store.get_run("r")
+    assert (record.status, record.priority, record.key, record.expires_ms) == ("RUNNING", 0, None, None)
+    await finish(session)
+
+
 async def test_submitting_twice(store: Any) -> None:
     """A run that is submitted again is the same run, whatever its status; another input or pipeline is RunExists."""
     assert await submit(store, "r")

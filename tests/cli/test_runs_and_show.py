@@ -67,7 +67,7 @@ def test_runs(filled, inside):
     assert only["schema"] == "stroma.runs/1"
     (run,) = only["runs"]
     assert run["run_id"] == "run-b"
-    assert set(run) == {"run_id", "pipeline", "status", "execution", "started", "updated", "seconds", "nodes",
+    assert set(run) == {"run_id", "pipeline", "status", "execution", "started", "updated", "due", "seconds", "nodes",
                         "tokens", "cost_usd", "error", "holder", "parent", "tags", "cause"}  # fmt: skip
     assert [r["run_id"] for r in json.loads(inside("runs", "--json", "--limit", "2").out)["runs"]] == [
         "other",

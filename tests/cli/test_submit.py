@@ -1,8 +1,13 @@
 """`stroma submit` and `stroma drive`: a run that a worker or a scheduler executes."""
 
 import json
+import re
 import signal
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from datetime import datetime, timedelta
 
 import pytest
 from tests.cli.test_worker import FLOW
@@ -48,6 +53,49 @@ def test_submitting_again(stroma, inside, fails):
     assert "the run exists already, its status is COMPLETED: stroma show r" in done.err
     fails(inside("submit", "sums.py:pipeline", '{"start": 4}', "--run-id", "r", *DB), 2, "another input")
     fails(inside("submit", "sums.py:pipeline", '{"start": "x"}', *DB), 2, "start")
+
+
+def test_queued_runs_are_listed(stroma, inside):
+    """`runs` finds queued runs by their status, and says when each is due; so does its JSON, and null for a run that has ended."""
+    inside("submit", "sums.py:pipeline", INPUT, "--run-id", "r", "--delay", "2h", *DB)
+    inside("submit", "sums.py:pipeline", INPUT, "--run-id", "done", *DB)
+    inside("drive", "done", "sums.py:pipeline", *DB)
+    assert "due at 20" in inside("runs", "--status", "QUEUED", *DB).out
+    runs = {run["run_id"]: run for run in json.loads(inside("runs", "--json", *DB).out)["runs"]}
+    assert runs["done"]["due"] is None
+    wait = datetime.fromisoformat(runs["r"]["due"]) - datetime.fromisoformat(runs["r"]["started"])
+    assert timedelta(hours=1, minutes=59) < wait < timedelta(hours=2, minutes=1)
+
+
+@pytest.mark.slow
+def test_a_page_submits_a_run(stroma, inside):
+    """`stroma ui` with a pipeline has a form that submits its runs, validated with its first contract."""
+    process = stroma.popen("ui", "sums.py:pipeline", *DB, "--port", "0", "--token", "")
+    try:
+        url = process.stdout.readline().strip()
+        with urllib.request.urlopen(f"{url}submit", timeout=30) as answer:
+            key = re.findall('name="key" value="([^"]*)"', answer.read().decode())[0]
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            send(url, key, '{"start": "x"}')
+        assert refused.value.code == 422
+        assert "start" in refused.value.read().decode()
+        assert "queued" in send(url, key, INPUT).lower()
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+    ((run_id, status),) = [
+        (run["run_id"], run["status"]) for run in json.loads(inside("runs", "--json", *DB).out)["runs"]
+    ]
+    assert status == "QUEUED"
+    assert inside("drive", run_id, "sums.py:pipeline", *DB).code == 0
+
+
+def send(url, key, text):
+    """Submit the form, and return the page of the run."""
+    data = urllib.parse.urlencode({"key": key, "input": text}).encode()
+    request = urllib.request.Request(f"{url}submit", data, {"Origin": url.rstrip("/")})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return answer.read().decode()
 
 
 def test_a_delayed_run_is_left_alone(stroma, inside, fails):

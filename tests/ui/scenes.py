@@ -216,6 +216,18 @@ async def fill(store: SQLiteStore) -> None:
         store=store, run_id="fails-1", policy_map=broken.config.policy_map, tags=("nightly",)
     )
     await quick.run(broken, Invoice())
+    runner = StromaRunner.quick(store=store)
+    for number, options in enumerate[dict[str, Any]](
+        ({"key": "eu-west", "priority": 5, "expires": 7200}, {})
+    ):
+        invoice = Invoice(number=f"2027-{number:04}")
+        await runner.submit(
+            invoices(dice), invoice, run_id=("queued-1", "later-1")[number], delay=600, **options
+        )
+
+
+async def submit_nothing(state: object, options: object) -> None:
+    """Take part as what submits runs."""
 
 
 def spread(path: Path, days: float = 6.5) -> None:

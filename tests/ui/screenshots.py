@@ -19,6 +19,7 @@ from tests.ui.test_large_run import make_large_run
 
 from stroma import SQLiteStore
 from stroma.ui import Settings, make_app
+from stroma.ui.settings import Submission
 
 _TALLEST = 3000  # pixels of a page, below which it is cut
 SIZES = {"wide": (1280, 860), "narrow": (400, 860), "large": (2560, 1300)}
@@ -46,6 +47,7 @@ def main() -> None:
             about = {
                 "pipeline": "invoices", "resume": lambda run_id: None, "lineage": scenes.lineage(pipeline),
                 "budget": {"max_cost_usd": scenes.BUDGET},
+                "submission": Submission(scenes.Invoice, scenes.submit_nothing),
             }  # fmt: skip
             servers = [_serve(store, listening, about), _serve(empty, bare, {})]
             try:
@@ -81,7 +83,7 @@ def shoot(browser: Browser, url: str, empty_url: str, directory: Path, only: str
         "suspended": f"/run?id={known.asking}", "flow": f"/run?id={known.flow}", "map": f"/run?id={known.map}",
         "large": "/run?id=large", "items": "/run?id=book-10000", "attempt": f"/attempt?id={known.failed}&at=3",
         "retried": f"/attempt?id={known.failed}&at=2", "compare": f"/compare?a={known.asking}&b={known.failed}",
-        "overview": "/overview?days=7", "pipeline": "/pipeline", "problem": "/run?id=nowhere",
+        "queued": "/run?id=queued-1", "submit": "/submit", "overview": "/overview?days=7", "pipeline": "/pipeline", "problem": "/run?id=nowhere",
     }  # fmt: skip
     addresses = {name: url + path for name, path in pages.items()}
     addresses |= {

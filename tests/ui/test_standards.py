@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,7 +15,8 @@ from tests.ui.page_tools import AXE, missing, page_tools, validate
 from tests.ui.scenes import lineage
 from tests.ui.test_security import attempts_of
 
-from stroma import Pipeline, SQLiteStore, Suspend
+from stroma import Pipeline, SQLiteStore, StromaRunner, Suspend
+from stroma.ui.settings import Submission
 
 
 @pytest.fixture
@@ -37,10 +39,13 @@ def pages(tmp_path: Path, serve: Any) -> list[str]:
     waits = Pipeline("flows", [node("asks", _asks)])
     make_runs(store, ("good", GOOD), ("bad", BAD), ("waits", waits), tags=("nightly", SCRIPT[:40]))
     make_runs(store, (SCRIPT, BAD), state=State(text="a\x00b\u202e"))
-    site: Site = serve(store, pipeline="flows", lineage=lineage(GOOD))
+    runner = StromaRunner.quick(store=store)
+    asyncio.run(runner.submit(GOOD, State(), run_id="queued", key=SCRIPT, delay=60, expires=99))
+    submission = Submission(State, lambda state, options: runner.submit(GOOD, state, **options))
+    site: Site = serve(store, pipeline="flows", lineage=lineage(GOOD), submission=submission)
     bare: Site = serve(empty)
     requests = [
-        "/", "/?q=nowhere", "/?status=failed&class=TERMINAL", "/run?id=bad", "/run?id=good", "/run?id=waits", *attempts_of(site),
+        "/", "/?q=nowhere", "/?status=failed&class=TERMINAL", "/run?id=bad", "/run?id=good", "/run?id=waits", "/run?id=queued", "/submit", *attempts_of(site),
         *attempts_of(site, SCRIPT), "/compare?a=good&b=bad", "/compare?a=good", "/overview", "/overview?days=1", "/pipeline", "/run?id=nope",
         "/export?id=bad&format=html",
     ]  # fmt: skip

@@ -95,7 +95,8 @@ class RunRecord:
         cause: None if no attempt of the last execution failed. Not set by list_runs().
         failures: number of failed attempts, at most 20. Not set by list_runs().
         epoch: incremented by each process that opens the run.
-        due_ms: when a run without an owner is due, in ms since the epoch; None: never by itself.
+        due_ms: when a run without an owner is due, in ms since the epoch, 0: at once; None: never by itself.
+        priority, key, expires_ms: of a queued run; see :class:`stroma.checkpoint.queue.QueueEntry`.
     """
 
     run_id: str
@@ -116,6 +117,9 @@ class RunRecord:
     failures: int = field(default=0, compare=False)
     epoch: int = field(default=0, compare=False)
     due_ms: int | None = field(default=None, compare=False)
+    priority: int = field(default=0, compare=False)
+    key: str | None = field(default=None, compare=False)
+    expires_ms: int | None = field(default=None, compare=False)
 
     @property
     def waits_for(self) -> Literal["resume", "budget"] | None:

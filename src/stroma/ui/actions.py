@@ -19,6 +19,7 @@ from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.errors import RunExists, StoreError
 from stroma.checkpoint.history import FINISHED
+from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.contracts.effects import NotDone
 from stroma.runner.requests import limits_of
@@ -29,7 +30,17 @@ if TYPE_CHECKING:
     from stroma.ui.security import Keys
     from stroma.ui.settings import Settings
 
-__all__ = ["MANY", "Actions", "can_fork", "can_resume", "controls_of"]
+__all__ = [
+    "MANY",
+    "Actions",
+    "can_fork",
+    "can_resume",
+    "controls_of",
+    "identity_of",
+    "no_key",
+    "read_fields",
+    "to_run",
+]
 
 _MAX_FORM_BYTES: Final = 100_000
 _FORM_SECONDS: Final = 10.0  # for a form to arrive
@@ -39,11 +50,11 @@ _MAX_MANY: Final = 50  # one page of runs
 
 
 def can_resume(settings: Settings, record: RunRecord) -> bool:
-    """Return True if a page may resume a run: an unfinished one of this pipeline without an owner."""
+    """Return True if a page may resume a run: a started, unfinished one of this pipeline without an owner."""
     return (
         settings.resume is not None
         and record.pipeline == settings.pipeline
-        and record.status not in FINISHED
+        and record.status not in (*FINISHED, QUEUED)
         and record.holder is None
         and record.run_id != "last"  # The command would resume the latest run.
     )
@@ -78,21 +89,21 @@ class Actions:
     async def resume(self, request: Request) -> Response:
         record, form = await self._read_form("resume", request)
         resume = self._settings.resume
-        with self._keys.once(_identity(form)) as is_first:
+        with self._keys.once(identity_of(form)) as is_first:
             if resume is None or (is_first and not can_resume(self._settings, record)):
                 raise HTTPException(409, "this run cannot be resumed here; its page shows the command")
             if is_first:
                 await to_thread.run_sync(resume, record.run_id)
-        return _to_run(record.run_id)
+        return to_run(record.run_id)
 
     async def resume_many(self, request: Request) -> Response:
         """Resume the selected runs that can be resumed; others are skipped."""
-        form = await _read_fields(request)
+        form = await read_fields(request)
         if not self._keys.is_form(dict(form).get("key", ""), *MANY):
-            raise _no_key()
+            raise no_key()
         resume = self._settings.resume
         run_ids = list(dict.fromkeys(value for name, value in form if name == "run"))[:_MAX_MANY]
-        with self._keys.once(_identity(form)) as is_first:
+        with self._keys.once(identity_of(form)) as is_first:
             for run_id in run_ids if is_first else []:
                 record = await self._get_run(run_id)
                 if resume is not None and record is not None and can_resume(self._settings, record):
@@ -113,19 +124,19 @@ class Actions:
         try:
             await self._settings.store.fork(record.run_id, new_run_id, int(position))
         except RunExists:  # The form was sent before.
-            return _to_run(new_run_id)
+            return to_run(new_run_id)
         except StoreError as error:
             raise HTTPException(409, clean(str(error), 1000)) from error
         await to_thread.run_sync(resume, new_run_id)
-        return _to_run(new_run_id)
+        return to_run(new_run_id)
 
     async def approve(self, request: Request) -> Response:
         """Store the answer that a node waits for; resume the run if the form says so."""
         record, form = await self._read_form("approve", request)
-        with self._keys.once(_identity(form)) as is_first:
+        with self._keys.once(identity_of(form)) as is_first:
             if is_first:
                 await self._approve(record, form)
-        return _to_run(record.run_id)
+        return to_run(record.run_id)
 
     async def _approve(self, record: RunRecord, form: dict[str, str]) -> None:
         answer = _read_json(form.get("answer", ""), "answer")
@@ -144,7 +155,7 @@ class Actions:
         pending = await self._pending(record, form)
         unknown = [one for one in pending if one.effect and str(one.call_number) == form.get("call", "")]
         await self._signal(record, unknown, answer, None, "output")
-        return _to_run(record.run_id)
+        return to_run(record.run_id)
 
     async def _pending(self, record: RunRecord, form: dict[str, str]) -> list[Waiting]:
         """Return the questions at the place in a form."""
@@ -193,7 +204,7 @@ class Actions:
             raise HTTPException(
                 409, "nothing was changed: the run has ended, or is not paused; reload its page"
             )
-        return _to_run(record.run_id)
+        return to_run(record.run_id)
 
     async def delete(self, request: Request) -> Response:
         record, _ = await self._read_form("delete", request)
@@ -204,10 +215,10 @@ class Actions:
 
     async def _read_form(self, action: str, request: Request) -> tuple[RunRecord, dict[str, str]]:
         """Return the run of a form, and its fields. Raises HTTPException for a form without a valid key."""
-        form = dict(await _read_fields(request))
+        form = dict(await read_fields(request))
         run_id = form.get("id", "")
         if not self._keys.is_form(form.get("key", ""), action, run_id):
-            raise _no_key()
+            raise no_key()
         record = await self._get_run(run_id)
         if record is None:
             raise HTTPException(404, "the run does not exist any more")
@@ -220,7 +231,7 @@ class Actions:
             return None
 
 
-async def _read_fields(request: Request) -> list[tuple[str, str]]:
+async def read_fields(request: Request) -> list[tuple[str, str]]:
     """Return the fields of a form. Raises HTTPException for anything else, and for too large a one."""
     if request.headers.get("content-type", "").partition(";")[0] != "application/x-www-form-urlencoded":
         raise HTTPException(415, "content type must be application/x-www-form-urlencoded")
@@ -236,11 +247,12 @@ async def _read_fields(request: Request) -> list[tuple[str, str]]:
     return parse_qsl(body.decode("utf-8", "replace"))
 
 
-def _to_run(run_id: str) -> Response:
+def to_run(run_id: str) -> Response:
+    """Lead to the page of a run."""
     return RedirectResponse(f"/run?{urlencode({'id': run_id})}", 303)
 
 
-def _identity(form: dict[str, str] | list[tuple[str, str]]) -> str:
+def identity_of(form: dict[str, str] | list[tuple[str, str]]) -> str:
     """Return what tells a form that is sent again from one with other content."""
     return repr(sorted(form.items() if isinstance(form, dict) else form))
 
@@ -253,7 +265,8 @@ def _read_json(text: str, what: str) -> Any:
         raise HTTPException(422, f"the {what} is not JSON: {clean(str(error), 300)}") from error
 
 
-def _no_key() -> HTTPException:
+def no_key() -> HTTPException:
+    """Return the error for a form without a key of this process."""
     return HTTPException(
         403, "the form is not from a page of this server, or the server was restarted; reload the page"
     )

@@ -22,6 +22,7 @@ from stroma.ui.rendering import Renderer
 from stroma.ui.run_pages import RunPages
 from stroma.ui.security import ASGIApp, Keys, SecurityMiddleware
 from stroma.ui.settings import Settings
+from stroma.ui.submission import SubmitForm
 
 __all__ = ["make_app"]
 
@@ -35,6 +36,7 @@ def make_app(settings: Settings) -> ASGIApp:
     renderer = Renderer(settings, history, keys)
     pages, run_pages = Pages(renderer), RunPages(renderer)
     actions = Actions(settings, keys)
+    submit_form = SubmitForm(renderer)
     events = Events(settings, renderer.shared)
 
     routes: list[Any] = [
@@ -49,6 +51,8 @@ def make_app(settings: Settings) -> ASGIApp:
         Route("/steps.svg", pages.steps),
         Route("/export", run_pages.export),
         Route("/trace", run_pages.trace),
+        Route("/submit", submit_form.page),
+        Route("/submit", submit_form.submit, methods=["POST"]),
         Route("/resume", actions.resume, methods=["POST"]),
         Route("/resume-many", actions.resume_many, methods=["POST"]),
         Route("/fork", actions.fork, methods=["POST"]),

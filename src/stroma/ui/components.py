@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from stroma._utils.svg import as_xml
 from stroma.checkpoint.history import FAILED, FINISHED
+from stroma.checkpoint.queue import QUEUED
 
 __all__ = ["Column", "chip", "icon", "meter", "sparkline", "stacked", "tone_of"]
 
@@ -18,18 +19,20 @@ _ICONS: Final = {
     "COMPLETED": "check", "RESUMED": "check", "success": "check", "restored": "check", "forked": "fork", "FAILED": "cross",
     "PARTIAL": "cross", "failure": "cross", "collected": "cross", "TERMINAL": "cross", "RECOVERABLE": "again", "AMBIGUOUS": "ask",
     "RUNNING": "run", "SUSPENDED": "hand", "suspended": "hand", "CANCELLED": "ban", "cancelled": "ban", "INTERRUPTED": "alert",
-    "DAMAGED": "alert", "PAUSED": "pause",
+    "DAMAGED": "alert", "PAUSED": "pause", "QUEUED": "queue",
 }  # fmt: skip
 _RUNNING: Final = ("RUNNING", "running")
 _NEUTRAL: Final = ("CANCELLED", "cancelled", "forked")
 
 
 def tone_of(status: str) -> str:
-    """Return the colour class of a status or outcome: "good", "bad", "warn", "run" or "dim"."""
+    """Return the colour class of a status or outcome: "good", "bad", "warn", "run", "queued" or "dim"."""
     if status in (*FINISHED, "success"):
         return "good"
     if status in (*FAILED, "failure", "collected", "TERMINAL"):
         return "bad"
+    if status == QUEUED:
+        return "queued"
     return "run" if status in _RUNNING else "dim" if status in _NEUTRAL else "warn"
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 from urllib.parse import quote_plus, urlencode
 
 from markupsafe import Markup, escape
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
@@ -41,6 +42,7 @@ __all__ = [
     "compare_facts",
     "compress",
     "duration_text",
+    "example_json",
     "json_file",
     "mark_controls",
     "parse_search",
@@ -53,6 +55,7 @@ __all__ = [
 ]
 
 _LARGE_PAGE: Final = 50_000  # bytes
+_EXAMPLES: Final[dict[Any, Any]] = {str: "", int: 0, float: 0.0, bool: True}
 _FILTERS: Final = ("tag", "node", "class", "pipeline")
 
 
@@ -210,6 +213,16 @@ def mark_controls(value: Any) -> Any:
 def to_json(value: Any) -> str:
     """Encode a value as JSON of at most 300 characters, all printable."""
     return clean(json.dumps(value, ensure_ascii=False), 300)
+
+
+def example_json(model: type[BaseModel]) -> str:
+    """Return the beginning of an instance as JSON: an object with the fields that its class requires."""
+    fields = {
+        name: _EXAMPLES.get(info.annotation, None)
+        for name, info in model.model_fields.items()
+        if info.is_required()
+    }
+    return to_json(fields)
 
 
 def accepts_gzip(request: Request) -> bool:

@@ -190,6 +190,7 @@ _TONES: Final = {
     "bad": "failed",
     "warn": "suspended or interrupted",
     "run": "in progress",
+    "queued": "queued",
     "dim": "cancelled",
 }
 

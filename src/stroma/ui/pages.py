@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from stroma._utils.text import clean, format_duration
 from stroma.checkpoint.history import FAILED, FINISHED, Payload, changes, compare, status_of
+from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
 from stroma.trace.result import RunStatus
@@ -34,7 +35,7 @@ _SPANS: Final = (1, 7, 30)  # days
 _MAX_SUMMED: Final = 200_000  # attempts
 _MAX_CHARTED: Final = 1000  # runs
 _MAX_HELD: Final = 8  # suspended runs of the overview
-_STATUSES: Final = ["RUNNING", *RunStatus]
+_STATUSES: Final = [QUEUED, "RUNNING", *RunStatus]
 _MAX_TEXT: Final = 4000  # characters of a parameter
 
 
@@ -98,7 +99,7 @@ class Pages:
         label = f"durations of the last {len(columns)} runs, {bad} of them failed"
         recent = {
             "runs": len(records), "rate": f"{done / (done + failed):.1%}" if done + failed else "no result", "running": counts.get("RUNNING", 0),
-            "waiting": counts.get("SUSPENDED", 0), "cost": sum(record.cost_usd for record in records), "drawn": len(columns),
+            "queued": counts.get(QUEUED, 0), "waiting": counts.get("SUSPENDED", 0), "cost": sum(record.cost_usd for record in records), "drawn": len(columns),
             "words": f"succeeded, {failed:,} failed", "spark": sparkline(columns, label, _SPARK),
         }  # fmt: skip
         filters: list[dict[str, Any]] = [{"status": "", "name": "All", "count": None}]
@@ -177,6 +178,7 @@ class Pages:
         it = Overview.of(self._store.tally(since_ms, bucket_ms) if exists else [])
         newest = self._store.list_runs(limit=_MAX_CHARTED) if exists else []
         runs = [one for one in newest if one.started_ms >= since_ms]
+        queued = sum(one.status == QUEUED for one in newest)
         suspended = [one for one in newest if one.status == "SUSPENDED"]
         held = [self._history.redact_run(one) for one in suspended[:_MAX_HELD]]
         failed = []
@@ -186,7 +188,7 @@ class Pages:
         stopped = sum(one.status in FAILED for one in runs)
         return self._renderer.page(
             "overview.html", here="overview", it=it, days=days, spans=_SPANS, chart=it.chart(buckets), costs=it.cost_chart(buckets),
-            runs_chart=runs_chart(runs, buckets), capped=it.total.attempts >= _MAX_SUMMED, buckets=buckets, held=held, runs=len(runs),
+            runs_chart=runs_chart(runs, buckets), capped=it.total.attempts >= _MAX_SUMMED, buckets=buckets, held=held, runs=len(runs), queued=queued,
             stopped=stopped, reasons=stopped_by(failed), rate=f"{done / (done + stopped):.1%}" if done + stopped else "no result",
         )  # fmt: skip
 

@@ -64,6 +64,8 @@ class Renderer:
             "store_name": settings.name,
             "pipeline_name": settings.pipeline,
             "cooldowns": self._cooldowns,
+            "can_submit": settings.submission is not None,
+            "worker_command": lambda: settings.command("worker", "FILE.py:NAME"),
             "chip": chip,
             "icon": icon,
             "meter": meter,

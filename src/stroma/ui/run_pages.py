@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any, Final
+from typing import Final
 
 from markupsafe import Markup
 from starlette.exceptions import HTTPException
@@ -23,6 +23,7 @@ from stroma.checkpoint.history import (
     place_of,
     status_of,
 )
+from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunRecord, end_of_page
 from stroma.failures.tracebacks import FailureSite
 from stroma.telemetry.otlp_json import otlp_spans
@@ -38,12 +39,12 @@ from stroma.ui.formatting import (
     attempt_rows,
     compare_facts,
     compress,
+    example_json,
     json_file,
     restored_starts,
     split_price,
     state_tree,
     to_address,
-    to_json,
 )
 from stroma.ui.rendering import MAX_SHOWN_BYTES, Renderer
 from stroma.ui.run_view import (
@@ -64,7 +65,6 @@ _LISTED_OF_MORE: Final = 500
 _MAX_DRAWN: Final = 12_000
 _MAX_EXPORTED: Final = 100_000
 _MAX_TEXT: Final = 4000  # characters of a message
-_EXAMPLES: Final[dict[Any, Any]] = {str: "", int: 0, float: 0.0, bool: True}
 
 
 class RunPages:
@@ -111,6 +111,7 @@ class RunPages:
             control_keys={action: self._renderer.keys.form(action, run_id) for action in controls_of(record)}, working=is_at_work(record),
             command=self._resume_command(record), folded=timeline.fold_idle, idle=idle_ms(story.bars) > 0, at=after,
             zoomed=timeline.window is not None, trace=trace_link(self._settings, run_id),
+            queued=self._store.queue_figures([record.pipeline], 0)[record.pipeline].queued if record.status == QUEUED else 0,
         )  # fmt: skip
         return compress(request, page_response)
 
@@ -177,12 +178,7 @@ class RunPages:
         model = self._settings.find_schema(one) if one.schema_ref else None
         if model is None:
             return "true" if not one.schema_ref else "{}"
-        fields = {
-            name: _EXAMPLES.get(info.annotation, None)
-            for name, info in model.model_fields.items()
-            if info.is_required()
-        }
-        return to_json(fields)
+        return example_json(model)
 
     def _story(self, record: RunRecord, bars: list[Bar]) -> Story:
         box, why = None, record.cause
@@ -210,7 +206,7 @@ class RunPages:
         )  # fmt: skip
 
     def _resume_command(self, record: RunRecord) -> str:
-        if record.status in FINISHED:
+        if record.status in (*FINISHED, QUEUED):
             return ""
         return self._settings.command("resume", record.run_id, "FILE.py:NAME")
 

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Waiting
 from stroma.contracts.checks.lineage import Lineage
+from stroma.runner.submission import SubmitOptions
 from stroma.trace.redaction import Redact
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "Submission"]
+
+
+class Submission(NamedTuple):
+    """How runs of the pipeline are submitted.
+
+    Attributes:
+        model: class of the input.
+        submit: submits a run, given its input and the keywords of :meth:`StromaRunner.submit`.
+    """
+
+    model: type[BaseModel]
+    submit: Callable[[BaseModel, SubmitOptions], Awaitable[object]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +42,7 @@ class Settings:
         redact: see RunConfig; applied to every state.
         pipeline: name of the pipeline whose runs can be resumed; None if none can.
         resume: resumes a run by its id, in a process of its own.
+        submission: how runs of ``pipeline`` are submitted; None if they cannot be.
         command: returns a command line for the same store: ``command("resume", "RUN")``.
         lineage: the lineage of ``pipeline``.
         budget: limits in the config of ``pipeline``, by field of ExecutionBudget.
@@ -45,6 +59,7 @@ class Settings:
     redact: Redact | None = None
     pipeline: str | None = None
     resume: Callable[[str], None] | None = None
+    submission: Submission | None = None
     command: Callable[..., str] = field(default=lambda *parts: " ".join(["stroma", *parts]))
     lineage: Lineage | None = None
     budget: Mapping[str, float] = field(default_factory=dict[str, Any])

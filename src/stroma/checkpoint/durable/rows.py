@@ -100,7 +100,8 @@ class RunRow(NamedTuple):
         nodes: positions with a commit in the last execution, except those inside groups.
         attempt_count, commit_count: rows that the last execution must have, counted in the transaction of each.
         wake_ms: see :func:`stroma.checkpoint.decisions.merge_wake`.
-        expires_ms: latest start of a queued run.
+        expires_ms, priority, key: see :class:`stroma.checkpoint.queue.QueueEntry`; None of a run that was not submitted, and
+            some stores have 0 for its priority.
         claim: token of the worker that has claimed the run; None if there is no claim, or it has expired.
     """
 
@@ -123,6 +124,8 @@ class RunRow(NamedTuple):
     commit_count: int = 0
     wake_ms: int | None = None
     expires_ms: int | None = None
+    priority: int | None = None
+    key: str | None = None
     claim: str | None = None
 
     @property

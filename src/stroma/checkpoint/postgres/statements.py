@@ -13,7 +13,7 @@ RUN_COLUMNS: Final = """r.run, r.run_id, r.pipeline, r.execution, r.status, r.er
     r.cost_pico, r.latency_ns, r.lease_owner, r.lease_epoch,
     coalesce(extract(epoch FROM r.lease_until - clock_timestamp())::float8, -1.0),
     (SELECT count(*) FROM steps s WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0
-    AND s.branch_key = ''), r.attempt_count, r.commit_count, r.wake_ms, r.expires_ms,
+    AND s.branch_key = ''), r.attempt_count, r.commit_count, r.wake_ms, r.expires_ms, r.priority, r.queue_key,
     CASE WHEN r.claim_until >= clock_timestamp() THEN r.claim END"""
 FIND: Final = f"SELECT {RUN_COLUMNS} FROM runs r WHERE run_key = %s"
 # Two sessions that open a new run wait for the same row: the second one waits for the first, then sees its changes.

@@ -238,6 +238,8 @@ def _run_row(reply: list[Any], run_id: str) -> RunRow:
         number["commits"],
         _number(f["wake_ms"]) if "wake_ms" in f else None,
         _number(f["expires_ms"]) if "expires_ms" in f else None,
+        _signed(f["priority"]) if "priority" in f else None,
+        _text(f.get("queue_key")),
         _text(f.get("claim")) if _has_time_left(f.get("claim_until"), now) else None,
     )
     return parse_run(values, run_id, others)
@@ -263,9 +265,7 @@ def read_run_row(reply: Any, run_id: str) -> RunRow:
         0,
         0,
         0,
-        None,
-        None,
-        None,
+        *[None] * 5,
     )
     return parse_run(values, run_id)
 
@@ -273,6 +273,12 @@ def read_run_row(reply: Any, run_id: str) -> RunRow:
 def _number(value: bytes) -> Any:
     """Return a number, or the unchanged value if it is not one."""
     return int(value) if value.isdigit() and len(value) < 20 else value
+
+
+def _signed(value: bytes) -> Any:
+    """Return a number, which may be negative, or the unchanged value if it is not one."""
+    number = _number(value.removeprefix(b"-"))
+    return value if not isinstance(number, int) else -number if value.startswith(b"-") else number
 
 
 def _has_time_left(until_ms: bytes | None, now_ms: int) -> bool:

@@ -11,7 +11,7 @@ from stroma.checkpoint.queue import MAX_CLAIM_SECONDS
 COLUMNS: Final = """r.run, r.run_id, r.pipeline, r.execution, r.status, r.error, r.started_ms, r.updated_ms, r.tokens,
     r.cost_pico, r.latency_ns, r.lease_owner, r.lease_epoch, r.lease_until_ms, (SELECT count(*) FROM steps s
     WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0 AND s.branch = ''), r.attempt_count,
-    r.commit_count, r.wake_ms, r.expires_ms, r.claim, r.claim_until_ms"""
+    r.commit_count, r.wake_ms, r.expires_ms, r.priority, r.queue_key, r.claim, r.claim_until_ms"""
 RUN: Final = f"SELECT {COLUMNS} FROM runs r"
 NEW_RUN: Final = """INSERT INTO runs (run_id, pipeline, execution, status, started_ms, updated_ms, tokens, cost_pico,
     latency_ns, lease_epoch, attempt_count, commit_count) VALUES (?, '', 0, 'RUNNING', ?, ?, 0, 0, 0, 0, 0, 0)"""

@@ -9,7 +9,9 @@ from typing import Any, Final, Literal
 import click
 
 from stroma._utils.text import clean, format_duration, format_usd, short_id
+from stroma.checkpoint.decisions import BUDGET_CHANGED, UNFINISHED
 from stroma.checkpoint.history import FAILED, History, is_interrupted, status_of
+from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import Cause, RunQuery, RunRecord
 from stroma.cli.durations import SPAN
 from stroma.cli.formatting import format_age, format_local_time, style_status, to_iso
@@ -21,7 +23,7 @@ from stroma.trace.result import RunStatus
 
 __all__ = ["run_data", "runs"]
 
-_STATUSES: Final = ["RUNNING", *RunStatus]
+_STATUSES: Final = [QUEUED, "RUNNING", *RunStatus]
 
 
 def run_data(record: RunRecord) -> dict[str, Any]:
@@ -33,6 +35,7 @@ def run_data(record: RunRecord) -> dict[str, Any]:
         "execution": record.execution,
         "started": to_iso(record.started_ms),
         "updated": to_iso(record.updated_ms),
+        "due": None if (due_ms := _due_ms(record)) is None else to_iso(due_ms),
         "seconds": max(0, record.updated_ms - record.started_ms) / 1000,
         "nodes": record.nodes,
         "tokens": record.tokens,
@@ -43,6 +46,15 @@ def run_data(record: RunRecord) -> dict[str, Any]:
         "tags": list(record.tags),
         "cause": None if record.cause is None else cause_data(record.cause),
     }
+
+
+def _due_ms(record: RunRecord) -> int | None:
+    """Return when a run became due or will be, in ms since the epoch; None: never by itself, or it is running."""
+    if record.due_ms is None or record.status not in UNFINISHED:
+        return None
+    return (
+        record.updated_ms if record.due_ms <= BUDGET_CHANGED else record.due_ms
+    )  # At once since its last record.
 
 
 def cause_data(cause: Cause) -> dict[str, Any]:
@@ -155,6 +167,8 @@ def _row(record: RunRecord) -> list[Part]:
     if record.status == "RUNNING":
         who = f"run by {clean(record.holder, 80)} for {_elapsed(record)}" if record.holder else "owner lost"
         error = f"{who}; last record {format_age(record.updated_ms)}"
+    elif record.status == QUEUED:
+        error = f"due at {format_local_time(record.due_ms or 0)}"
     elif record.waits_for == "budget":
         error = "waits for a larger budget"
     return [

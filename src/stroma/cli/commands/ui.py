@@ -13,21 +13,27 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import click
+from pydantic import BaseModel
 
 from stroma._utils.child_process import child_command, child_environment
 from stroma.checkpoint.durable.states import AsyncStates
+from stroma.checkpoint.manager import CheckpointManager
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
+from stroma.cli.inputs import input_model
 from stroma.cli.loading import load_with_module
 from stroma.cli.output import err, out
 from stroma.cli.stores import Database, db_option
 from stroma.cli.suspended import find_schema
 from stroma.contracts.contract import ContractRegistry
-from stroma.contracts.node import find_node
+from stroma.contracts.node import Group, find_node
 from stroma.runner.pipeline import Pipeline
+from stroma.runner.runner import StromaRunner
 
 if TYPE_CHECKING:
     from stroma.contracts.checks.lineage import Lineage
+    from stroma.runner.submission import SubmitOptions
+    from stroma.ui.settings import Submission
 
 __all__ = ["ui"]
 
@@ -78,7 +84,7 @@ def ui(
 ) -> int:
     """Serve the web interface of a store on this machine.
 
-    With a pipeline, its runs can be resumed from their pages, the redact of its config applies, and its lineage is drawn.
+    With a pipeline, its runs can be submitted and resumed from pages, the redact of its config applies, and its lineage is drawn.
     Only the buttons change or run anything.
     """
     try:
@@ -109,6 +115,7 @@ def ui(
         redact=None if config is None else config.redact,
         pipeline=None if pipeline is None else pipeline.name,
         resume=None if target is None else _resumer(database, target, db),
+        submission=None if pipeline is None else _submission(store, pipeline),
         command=_hint(database, target),
         lineage=None if pipeline is None else _lineage(pipeline),
         budget={} if config is None or config.budget is None else config.budget.model_dump(exclude_none=True),
@@ -224,6 +231,20 @@ def _resumer(database: Database, target: str, db: str | None) -> Callable[[str],
         threading.Thread(target=process.wait, daemon=True).start()  # Or it would stay as a zombie.
 
     return resume
+
+
+def _submission(store: AsyncStates, pipeline: Pipeline) -> Submission | None:
+    """Return how runs of a pipeline are submitted; None if it starts with a group, which no worker serves."""
+    from stroma.ui.settings import Submission
+
+    if not pipeline.nodes or isinstance(find_node(pipeline.nodes[0]), Group):
+        return None
+    runner = StromaRunner(ContractRegistry(), CheckpointManager(store))
+
+    async def submit(state: BaseModel, options: SubmitOptions) -> None:
+        await runner.submit(pipeline, state, **options)
+
+    return Submission(input_model(pipeline), submit)
 
 
 def _lineage(pipeline: Pipeline) -> Lineage:

@@ -1,0 +1,149 @@
+"""Queued runs on the pages, and the form that submits a run."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import re
+from typing import Any
+
+import pytest
+from tests.ui.browser import Browser
+from tests.ui.conftest import GOOD, SCRIPT, Site, State, make_runs
+from tests.ui.test_actions import form_of
+from tests.ui.test_security import keys
+
+from stroma import SQLiteStore, StromaRunner
+from stroma.checkpoint.records import RunQuery
+from stroma.ui.settings import Submission
+
+LATER = 3600.0
+
+
+@pytest.fixture
+def site(store: SQLiteStore, serve: Any) -> Site:
+    """A site that submits runs of a pipeline."""
+
+    async def submit(state: Any, options: Any) -> None:
+        await StromaRunner.quick(store=store).submit(GOOD, state, **options)
+
+    result: Site = serve(store, pipeline="flows", submission=Submission(State, submit))
+    return result
+
+
+def submit(store: Any, run_id: str, **options: Any) -> None:
+    asyncio.run(StromaRunner.quick(store=store).submit(GOOD, State(), run_id=run_id, **options))
+
+
+def queued(store: SQLiteStore) -> list[str]:
+    if not store.exists():
+        return []
+    return [one.run_id for one in store.run_page(RunQuery(statuses=("QUEUED",))).runs]
+
+
+def text_of(page: str) -> str:
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
+
+
+def test_a_queued_run(store: SQLiteStore, site: Site) -> None:
+    """The page of a queued run says since when it is queued, when it is due, and with which priority, key and latest start;
+    the lists count it."""
+    make_runs(store, ("good", GOOD))
+    submit(store, "one", priority=-4, key=SCRIPT, delay=LATER, expires=2 * LATER)
+    submit(store, "two")
+    page = text_of(site.get("/run", id="one").text)
+    for expected in (
+        "QUEUED",
+        "Submitted 2",
+        "Due 2",
+        "Priority -4",
+        f"Key {SCRIPT[:30]}",
+        "Expires 2",
+        "one of 2 queued runs",
+    ):
+        assert expected in page, expected
+    assert SCRIPT not in site.get("/run", id="one").text
+    plain = text_of(site.get("/run", id="two").text)
+    assert not re.search(r"\bKey\b|Expires", plain)
+    listed = site.get("/").text
+    assert "Queued <b>2</b>" in listed
+    assert ", 2 queued" in text_of(listed)
+    assert "good" not in text_of(site.get("/", status="QUEUED").text)
+    assert ", 2 queued" in text_of(site.get("/overview").text)
+
+
+def test_control_of_a_queued_run(store: SQLiteStore, site: Site) -> None:
+    """A queued run can be cancelled and paused from its page; it cannot be resumed there, since it has not started."""
+    submit(store, "one")
+    submit(store, "two")
+    found = keys(site, "one")
+    assert {"cancel", "pause", "delete"} <= set(found)
+    assert "resume" not in found
+    assert site.post("/cancel", {"id": "one", "key": found["cancel"]}).status == 303
+    assert store.get_run("one").status == "CANCELLED"
+    assert site.post("/pause", {"id": "two", "key": keys(site, "two")["pause"]}).status == 303
+    assert (store.get_run("two").status, store.get_run("two").waits_for) == ("SUSPENDED", "resume")
+    assert "unpause" in keys(site, "two")
+
+
+@pytest.mark.core
+def test_one_form_submits_one_run(store: SQLiteStore, site: Site) -> None:
+    """A form that is sent twice submits one run, and leads to its page; with other content it submits another one."""
+    form = form_of(site.get("/submit").text, "submit") | {
+        "input": '{"n": 3}',
+        "priority": "2",
+        "queue_key": "k",
+    }
+    answers = [site.post("/submit", form) for _ in range(2)]
+    assert {one.status for one in answers} == {303}
+    assert answers[0].headers["location"] == answers[1].headers["location"]
+    (run_id,) = queued(store)
+    assert answers[0].headers["location"] == f"/run?id={run_id}"
+    record = store.get_run(run_id)
+    assert (record.pipeline, record.priority, record.key) == ("flows", 2, "k")
+    assert "QUEUED" in site.get("/run", id=run_id).text
+    assert site.post("/submit", form | {"input": '{"n": 4}'}).status == 303
+    assert len(queued(store)) == 2
+
+
+def test_a_wrong_input(store: SQLiteStore, site: Site) -> None:
+    """Errors of the input stand by field on the form, which keeps what was entered; nothing is submitted."""
+    form = form_of(site.get("/submit").text, "submit")
+    for value, options, expected in (
+        ('{"n": "x", "text": 5}', {}, "n: Input should be a valid integer"),
+        ('{"n": "x", "text": 5}', {}, "text: Input should be a valid string"),
+        ("{", {}, "Invalid JSON"),
+        ("", {}, "Invalid JSON"),
+        ("{}", {"priority": "soon"}, "priority: not a whole number"),
+        ("{}", {"priority": "9" * 30}, "priority"),
+        ("{}", {"queue_key": "k" * 5000}, "key"),
+    ):
+        answer = site.post("/submit", form | {"input": value} | options)
+        shown = " ".join(html.unescape(re.sub(r"</?\w[^>]*>", "", answer.text)).split())
+        assert (answer.status, expected in shown) == (422, True), (value, options, shown)
+        assert form_of(answer.text, "submit")["key"] == form["key"]
+        assert html.escape(value, quote=True).replace("&quot;", "&#34;") in answer.text
+    assert queued(store) == []
+
+
+def test_who_may_submit(store: SQLiteStore, serve: Any, site: Site) -> None:
+    """Without a pipeline there is no form; a form needs the key of this server."""
+    without: Site = serve(store)
+    assert without.get("/submit").status == 404
+    assert "/submit" not in without.get("/").text
+    submit(store, "one", delay=LATER)
+    for key in ("", "x", keys(site, "one")["delete"], keys(site, "one")["cancel"]):
+        assert site.post("/submit", {"key": key, "input": "{}"}).status == 403
+    assert queued(store) == ["one"]
+
+
+@pytest.mark.slow
+def test_a_form_in_a_browser(store: SQLiteStore, site: Site, chromium: Browser) -> None:
+    """A person submits a run with the form of the pipeline, and sees that it is queued."""
+    chromium.without_scripts(False)
+    chromium.goto(f"{site.url}/submit")
+    chromium.eval("document.querySelector('textarea[name=input]').value = '{\"n\": 7}'")
+    chromium.submit("form[action='/submit'] button")
+    (run_id,) = queued(store)
+    assert chromium.eval("location.pathname + location.search") == f"/run?id={run_id}"
+    assert "Queued" in chromium.eval("document.querySelector('h1 + .chip').innerText")
