@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from stroma.checkpoint.queue import RunLimits
-from stroma.contracts.contract import check_id
-from stroma.contracts.node import Group, Node, find_node
+from stroma.contracts.contract import ContractRegistry, check_id
+from stroma.contracts.node import Group, Node, find_node, output_class
+from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.config import RunConfig
 from stroma.runner.sequence import find_nodes
 
-__all__ = ["AnyState", "Pipeline", "nodes_of", "override_config"]
+__all__ = ["AnyState", "Pipeline", "input_schema_of", "nodes_of", "override_config"]
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -71,6 +72,18 @@ class AnyState(Protocol):
 def nodes_of(pipeline: Pipeline | Iterable[Any]) -> list[Node | Group]:
     """Return the nodes of a pipeline or sequence. Raises TypeError for anything that is not a node."""
     return find_nodes(pipeline.nodes if isinstance(pipeline, Pipeline) else pipeline)
+
+
+def input_schema_of(nodes: Sequence[Node | Group], registry: ContractRegistry) -> Schema:
+    """Return the schema of the input of a run of these nodes. Raises TypeError if they start with a group."""
+    first = nodes[0] if nodes else None
+    if isinstance(first, Group):
+        raise TypeError(
+            f"the pipeline starts with {first.node_id!r}; pass the class of its input as input_schema= to resume(), "
+            "recover() or fork(); for submit(), serve() or run_many(recover=True), start the pipeline with a node"
+        )
+    contract = None if first is None else registry.find(first.node_id) or first.contract
+    return schema_of(output_class(None) if contract is None else contract.input_schema)
 
 
 def override_config(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:

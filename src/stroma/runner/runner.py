@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from contextlib import suppress
 from functools import partial
 from types import ModuleType, NoneType
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pydantic import BaseModel
 
@@ -22,13 +22,12 @@ from stroma.checkpoint import (
     StoreError,
 )
 from stroma.checkpoint.entries import RunRequest
-from stroma.checkpoint.queue import QueueEntry
 from stroma.contracts.annotations import check_annotations
 from stroma.contracts.contract import ContractRegistry, NodeContract, Reconcile, check_id
 from stroma.contracts.node import NodeDecorator, mark
 from stroma.cost.budget import ExecutionBudget
 from stroma.cost.fallback import FallbackPolicy
-from stroma.engine.config import RunConfig, check_label, default_config
+from stroma.engine.config import RunConfig, default_config
 from stroma.engine.config import new_run_id as fresh_run_id
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.opening import BY_HAND, Dispatch
@@ -42,7 +41,8 @@ from stroma.runner.pipeline import AnyState, Pipeline, nodes_of, override_config
 from stroma.runner.run import RunExecution
 from stroma.runner.sequence import check_owners, find_position, refuse_unknown_ids, warn_of_unknown_ids
 from stroma.runner.stored_runs import ServedPipeline, StoredRuns
-from stroma.runner.submission import EndWaits, RunHandle, to_ms
+from stroma.runner.submission import EndWaits, RunHandle
+from stroma.runner.submit_options import queue_entry
 from stroma.runner.tracing import set_traceparent
 from stroma.trace.result import ExecutionResult
 
@@ -55,12 +55,11 @@ if TYPE_CHECKING:
     from stroma.runner.flows.definition import AnnotatedFlowDecorator, FlowDecorator
     from stroma.runner.flows.flow import FlowFunction, FlowLimits
     from stroma.runner.stream import RunStream
-    from stroma.runner.submission import SubmitOptions
+    from stroma.runner.submit_options import SubmitOptions
     from stroma.runner.worker import WorkerHealth
 
 __all__ = ["StromaRunner", "with_settings_of"]
 
-_MAX_PRIORITY: Final = 1_000_000_000  # Every store has such numbers exactly.
 
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
@@ -615,16 +614,9 @@ class StromaRunner:
         served = self._stored.served([pipeline])[pipeline.name]
         config = self._config_of(pipeline)
         run_id = check_id(options.get("run_id") or config.take_run_id(), "run id")
-        now, expires, key = now_ms(), options.get("expires"), options.get("key")
         state = served.schema.convert(initial_state)
         request = RunRequest(run_id, pipeline.name, state, served.schema, tags=config.tags)
-        entry = QueueEntry(
-            to_ms(options.get("delay") or 0, now, "delay"),
-            _check_priority(options.get("priority", 0)),
-            None if key is None else check_label(key, "key"),
-            None if expires is None else to_ms(expires, now, "expires"),
-        )
-        await self._stored.submit(request, entry)
+        await self._stored.submit(request, queue_entry(options, now_ms()))
         return self.handle(run_id, pipeline)
 
     def handle(self, run_id: str, pipeline: Pipeline | None = None) -> RunHandle[Any]:
@@ -798,14 +790,6 @@ class StromaRunner:
         if isinstance(nodes, Pipeline) and nodes.config is not None and self._own_config is None:
             return nodes.config
         return self.config
-
-
-def _check_priority(priority: int) -> int:
-    if not isinstance(priority, int) or abs(priority) > _MAX_PRIORITY:
-        raise ValueError(
-            f"priority must be a whole number from -{_MAX_PRIORITY} to {_MAX_PRIORITY}, got {priority!r}"
-        )
-    return priority
 
 
 def with_settings_of(module: ModuleType, pipeline: Pipeline) -> Pipeline:

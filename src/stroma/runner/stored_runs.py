@@ -18,7 +18,7 @@ from stroma.contracts.node import Group, Node, find_node, output_class
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.config import RunConfig
 from stroma.engine.restore import value_of
-from stroma.runner.pipeline import Pipeline, nodes_of
+from stroma.runner.pipeline import Pipeline, input_schema_of, nodes_of
 from stroma.runner.requests import limits_of, request
 from stroma.runner.signals import match_answer
 from stroma.trace.result import RunStatus
@@ -56,16 +56,7 @@ class StoredRuns:
 
     def input_schema(self, nodes: list[Node | Group], input_class: type[BaseModel] | None) -> Schema:
         """Return the schema of the input of a run of these nodes. Raises TypeError if they start with a group."""
-        if input_class is not None:
-            return schema_of(input_class)
-        first = nodes[0] if nodes else None
-        if isinstance(first, Group):
-            raise TypeError(
-                f"the pipeline starts with {first.node_id!r}; pass the class of its input as input_schema= to resume(), "
-                "recover() or fork(); for serve() or run_many(recover=True), start the pipeline with a node"
-            )
-        contract = None if first is None else self._registry.find(first.node_id) or first.contract
-        return schema_of(output_class(None) if contract is None else contract.input_schema)
+        return input_schema_of(nodes, self._registry) if input_class is None else schema_of(input_class)
 
     async def get(self, run_id: str) -> RunRecord:
         """Return a run. Raises CheckpointNotFound."""

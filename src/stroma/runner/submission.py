@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from datetime import datetime, timedelta
-from typing import Final, Generic, TypedDict, TypeVar
+from typing import Final, Generic, TypeVar
 
 from pydantic import BaseModel
 
@@ -17,45 +16,12 @@ from stroma.runner.flows.suspension import now_ms
 from stroma.runner.stored_runs import StoredRuns
 from stroma.trace.result import ExecutionResult, RunStatus
 
-__all__ = ["EndWaits", "RunHandle", "SubmitOptions", "to_ms"]
+__all__ = ["EndWaits", "RunHandle"]
 
 Out = TypeVar("Out", bound=BaseModel)
 
 #: Between looks at the runs that somebody waits for, in seconds: at first, and at most.
 _POLL_SECONDS: Final = (0.02, 0.5)
-
-
-class SubmitOptions(TypedDict, total=False):
-    """Keywords of :meth:`StromaRunner.submit`.
-
-    Attributes:
-        run_id: id of the run, any text; by default that of the config, else a new one.
-        delay: earliest start: seconds from now, a timedelta, or a datetime with a time zone.
-        priority: runs with a lower number start first; the default is 0.
-        key: runs of one key share the workers fairly with those of other keys, for instance a customer's id.
-        expires: latest start, as ``delay``. A run that no worker has started by then is FAILED with reason "expired".
-    """
-
-    run_id: str | None
-    delay: float | timedelta | datetime | None
-    priority: int
-    key: str | None
-    expires: float | timedelta | datetime | None
-
-
-def to_ms(value: float | timedelta | datetime, now_ms: int, name: str) -> int:
-    """Return a time in ms since the epoch: so many seconds from now, after a duration, or at a time with a zone.
-
-    Raises ValueError for a negative or infinite number, and for a time without a zone.
-    """
-    if isinstance(value, datetime):
-        if value.tzinfo is None:
-            raise ValueError(f"{name} must have a time zone, got {value!r}; use datetime.now(UTC) + ...")
-        return int(value.timestamp() * 1000)
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if not 0 <= seconds < float("inf"):
-        raise ValueError(f"{name} must be 0 or more seconds, got {value!r}")
-    return now_ms + round(seconds * 1000)
 
 
 class RunHandle(Generic[Out]):

@@ -21,7 +21,8 @@ from stroma.trace.result import ExecutionResult
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from stroma.runner.submission import RunHandle, SubmitOptions
+    from stroma.runner.submission import RunHandle
+    from stroma.runner.submit_options import SubmitOptions
 
 __all__ = ["TemporalRunner"]
 

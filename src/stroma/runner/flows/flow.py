@@ -17,8 +17,10 @@ from stroma.contracts.node import FlowNode, Group, LooseContextNode, LooseNode
 from stroma.runner.flows.flow_run import FlowRun
 from stroma.runner.flows.nested import call_flow, call_map
 from stroma.runner.flows.steps import call_step
+from stroma.runner.flows.submit import call_submit
 from stroma.runner.flows.waits import call_sleep, call_wait_for, wake_ms_of
 from stroma.runner.pipeline import AnyState, Pipeline
+from stroma.runner.submit_options import SubmitOptions
 
 __all__ = ["Flow", "FlowFunction"]
 
@@ -152,6 +154,24 @@ class Flow:
         Raises StepFailed if it failed.
         """
         return call_flow(self._run, flow, state, key)
+
+    @overload
+    def submit(
+        self, flow: FlowFunction[In, Out], state: In, **options: Unpack[SubmitOptions]
+    ) -> Coroutine[Any, Any, str]: ...
+    @overload
+    def submit(
+        self, flow: AnyState, state: BaseModel, **options: Unpack[SubmitOptions]
+    ) -> Coroutine[Any, Any, str]: ...
+    def submit(self, flow: Any, state: Any, **options: Unpack[SubmitOptions]) -> Coroutine[Any, Any, str]:
+        """Submit a run of its own, which a worker starts, and return its id.
+
+        A recorded step: it submits one run, also if the process dies meanwhile. For the keywords see
+        :meth:`StromaRunner.submit`; without ``run_id`` the id is made of this call's idempotency key. The runs share neither
+        budget nor trace, and neither ends the other. Raises StepFailed if the run cannot be submitted, TypeError for a
+        pipeline that starts with a group, ValueError for an invalid keyword.
+        """
+        return call_submit(self._run, flow, state, options)
 
     # ------------------------------------------------------------------ time and people
 

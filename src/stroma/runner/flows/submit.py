@@ -1,0 +1,73 @@
+"""Runs that a flow submits: each is a recorded step of the flow, and a run of its own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Coroutine
+from typing import Any
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import StoreError
+from stroma.checkpoint.entries import RunRequest
+from stroma.contracts.contract import NodeContract, check_id
+from stroma.contracts.node import Node
+from stroma.engine.execution import current_node
+from stroma.runner.flows.flow_run import FlowRun
+from stroma.runner.flows.order import FlowCall
+from stroma.runner.flows.steps import make_step
+from stroma.runner.flows.suspension import now_ms
+from stroma.runner.pipeline import Pipeline, input_schema_of, nodes_of
+from stroma.runner.submit_options import SubmitOptions, queue_entry
+
+__all__ = ["call_submit"]
+
+
+class SubmittedRun(BaseModel):
+    """Output of the step that submits a run."""
+
+    run_id: str
+
+
+def call_submit(
+    run: FlowRun, pipeline: Pipeline, state: BaseModel, options: SubmitOptions
+) -> Coroutine[Any, Any, str]:
+    """Return the coroutine of a submission, which is numbered in the task that calls it."""
+    if not isinstance(pipeline, Pipeline):
+        raise TypeError(f"flow.submit takes a flow or a Pipeline, got {type(pipeline).__name__}")
+    if not isinstance(state, BaseModel):
+        raise TypeError(
+            f"the input of {pipeline.name!r} must be a pydantic model, got {type(state).__name__}"
+        )
+    ctx = run.driver.ctx
+    schema = input_schema_of(nodes_of(pipeline), ctx.registry)
+    given_id = options.get("run_id")
+    if given_id is not None:
+        check_id(given_id, "run id")
+    queue_entry(options, 0)  # Checks the keywords.
+
+    async def submit(state: BaseModel) -> SubmittedRun:
+        store: Any = ctx.checkpoint_manager.store
+        if not hasattr(store, "submit"):
+            raise StoreError(
+                f"{type(store).__name__} has no queue of runs; use a journal store such as SQLiteStore"
+            )
+        # A repeated step has the same key: it finds the run that it has submitted before.
+        own_id = hashlib.sha256(current_node().idempotency_key.encode("utf-8", "surrogatepass")).hexdigest()[
+            :32
+        ]
+        run_id = given_id or own_id
+        tags = (pipeline.config or ctx.config).tags
+        request = RunRequest(run_id, pipeline.name, schema.convert(state), schema, tags=tags)
+        await store.submit(request, queue_entry(options, now_ms()))
+        return SubmittedRun(run_id=run_id)
+
+    node_id = f"submit {pipeline.name}"
+    contract = NodeContract(node_id=node_id, input_schema=schema.model, output_schema=SubmittedRun)
+    call = run.number_call("flow.submit", node_id, None)
+    return _submit(run, Node(node_id, submit, contract, False, True), state, call)
+
+
+async def _submit(run: FlowRun, node: Node, state: BaseModel, call: FlowCall) -> str:
+    submitted: SubmittedRun = await make_step(run, node, state, call)
+    return submitted.run_id
