@@ -16,7 +16,12 @@ from tests.docs.test_pages import ALL
 DOCS = ROOT / "docs"
 EXAMPLES = ROOT / "examples"
 #: Import packages that are not in the lock, without which their types are not known.
-UNTYPED = [*EXAMPLES.glob("adapter_*.py"), EXAMPLES / "fastapi_service.py", EXAMPLES / "rag_ingestion.py"]
+UNTYPED = [
+    *EXAMPLES.glob("adapter_*.py"),
+    EXAMPLES / "dispatch_arq.py",
+    EXAMPLES / "fastapi_service.py",
+    EXAMPLES / "rag_ingestion.py",
+]
 
 
 def lay_out(folder: Path) -> list[Path]:

@@ -7,9 +7,11 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,14 @@ import httpx
 import nbformat
 import pytest
 import uvicorn
+from arq import create_pool
+from arq.connections import RedisSettings
+from arq.worker import Worker
 from nbclient import NotebookClient
+from tests.docs.blocks import run_python
+from tests.servers import RedisServer
+
+from stroma import NodeHooks
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -77,16 +86,20 @@ def events(text: str) -> list[dict[str, Any]]:
     return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
 
 
+def imported(name: str) -> Any:
+    """Return the module of an example. FastAPI's annotations are looked up in it."""
+    spec = importlib.util.spec_from_file_location(f"{name}_example", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 async def site(tmp_path: Path) -> AsyncIterator[str]:
     """Where the service of the example is served."""
-    spec = importlib.util.spec_from_file_location("fastapi_example", EXAMPLES / "fastapi_service.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    # FastAPI's annotations are looked up in the module.
-    sys.modules["fastapi_example"] = module
+    module = imported("fastapi_service")
     server = uvicorn.Server(uvicorn.Config(module.service(tmp_path / "runs.db"), port=0, log_level="error"))
     serving = asyncio.create_task(server.serve())
     async with asyncio.timeout(60):
@@ -97,6 +110,102 @@ async def site(tmp_path: Path) -> AsyncIterator[str]:
     finally:
         server.should_exit = True
         await serving
+
+
+async def test_a_task_queue_drives_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of arq drive a run over its sleep to its end, and a task that comes twice calls no step twice."""
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs.db"))
+    server = RedisServer()
+    try:
+        module = imported("dispatch_arq")
+        settings = RedisSettings(unix_socket_path=server.socket)
+        queue = await create_pool(settings)
+        calls: list[str] = []
+        for _ in range(2):
+            await module.submit(queue, "r", module.Letter(text="hello"))
+        module.runner.config = module.runner.config.model_copy(
+            update={"hooks": NodeHooks(on_node_start=partial(note, calls))}
+        )
+        worker = Worker(
+            [module.drive],
+            redis_settings=settings,
+            burst=True,
+            poll_delay=0.05,
+            handle_signals=False,
+            max_burst_jobs=9,
+        )
+        waiting = asyncio.ensure_future(module.runner.handle("r").result(timeout=60))
+        while not waiting.done():
+            await worker.async_run()
+        result = await waiting
+        assert (str(result.status), result.output) == ("RESUMED", module.Letter(text="sent: hello"))
+        assert calls.count("send") == 1
+        await worker.close()
+        await queue.aclose()
+    finally:
+        server.close()
+
+
+SLOW = """
+import asyncio, pathlib
+import dispatch_arq
+from dispatch_arq import WorkerSettings
+from stroma import NodeHooks
+
+async def wait(run_id, node_id, input_state):
+    pathlib.Path("entered").touch()
+    await asyncio.sleep(1)
+
+update = {"hooks": NodeHooks(on_node_start=wait), "inline_wait_seconds": 5}
+dispatch_arq.runner.config = dispatch_arq.runner.config.model_copy(update=update)
+"""
+
+
+async def test_the_end_of_a_queue_worker_cancels_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At SIGTERM arq cancels its tasks; the run in progress ends its step, is not CANCELLED, and its task comes again."""
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs.db"))
+    (tmp_path / "slow.py").write_text(SLOW)
+    server = RedisServer()
+    try:
+        module = imported("dispatch_arq")
+        queue = await create_pool(RedisSettings(unix_socket_path=server.socket))
+        await module.submit(queue, "r", module.Letter(text="hello"))
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(tmp_path)]),
+            "REDIS_URL": server.url,
+        }
+        command = [sys.executable, "-m", "arq", "slow.WorkerSettings"]
+        worker = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+        async with asyncio.timeout(60):
+            while not (tmp_path / "entered").exists():
+                assert worker.poll() is None, worker.communicate()
+                await asyncio.sleep(0.02)
+        worker.send_signal(signal.SIGTERM)
+        err = (await asyncio.to_thread(worker.communicate, timeout=60))[1]
+        assert await module.runner.handle("r").status() in ("INTERRUPTED", "COMPLETED"), err
+        assert await queue.zcard("arq:queue") == 1, err
+        await queue.aclose()
+    finally:
+        server.close()
+
+
+def test_the_page_about_dispatch_with_fastapi() -> None:
+    """The endpoints of the page are endpoints of a FastAPI application too."""
+    page = (ROOT / "docs" / "howto" / "dispatch-runs.md").read_text("utf-8")
+    text = page.replace(
+        "from starlette.applications import Starlette", "from fastapi import FastAPI as Starlette"
+    )
+    assert text != page
+    printed = [line for _, _, lines in run_python(text, "dispatch_fastapi") for line in lines]
+    assert printed[:2] == ["202 {'status': 'QUEUED'}"] * 2
+    assert "a report about otters" in printed[-1]
+
+
+async def note(calls: list[str], run_id: str, node_id: str, input_state: dict[str, Any]) -> None:
+    calls.append(node_id)
 
 
 async def test_the_service_behind_a_real_server(site: str) -> None:

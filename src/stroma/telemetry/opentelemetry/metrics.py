@@ -146,11 +146,18 @@ class OtelMetrics:
         self._queues[label] = queued, due_seconds
         if not self._shows_queues:  # Where no worker serves, the gauges would only be empty.
             self._shows_queues = True
-            for at, name, unit, text in (
-                (0, "stroma.runs.queued", "{run}", "Runs that were submitted and have not started"),
-                (1, "stroma.runs.oldest_due", "s", "For how long the oldest due run is due"),
-            ):
-                self._meter.create_observable_gauge(name, [partial(self._observe, at)], unit, text)
+            self._meter.create_observable_gauge(
+                "stroma.runs.queued",
+                [partial(self._observe, 0)],
+                "{run}",
+                "Runs that were submitted and have not started",
+            )
+            self._meter.create_observable_gauge(
+                "stroma.runs.oldest_due",
+                [partial(self._observe, 1)],
+                "s",
+                "For how long the oldest due run is due",
+            )
 
     def _observe(self, at: int, _: metrics.CallbackOptions) -> list[metrics.Observation]:
         return [
