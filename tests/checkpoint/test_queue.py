@@ -305,3 +305,19 @@ async def test_listeners_learn_of_due_runs(kind: str) -> None:
                 await news.wait()
         finally:
             listener.close()
+
+
+async def test_a_lost_run_that_is_given_back(store: Any) -> None:
+    """A run whose owner is gone, and that a worker cannot continue, is kept from all workers for a while, and holds no place."""
+    await submit(store, "r")
+    await claim(store)
+    session = await open_claimed(store, "r", lease_seconds=0.1)
+    session.abandon()
+    del session
+    async with asyncio.timeout(10):
+        while await claim(store) != ["r"]:
+            pass
+    await store.postpone("r", "t", 1 << 60)
+    assert await claim(store) == []
+    await submit(store, "s")
+    assert await claim(store, p=RunLimits(max_runs=1)) == ["s"]

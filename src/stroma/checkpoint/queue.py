@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 
 __all__ = [
     "MAX_CLAIM_SECONDS",
+    "POSTPONED",
     "QUEUED",
     "Candidate",
     "ClaimRequest",
@@ -18,6 +19,8 @@ __all__ = [
 
 #: The status of a submitted run that has not started yet.
 QUEUED: Final = "QUEUED"
+#: Token of a claim that keeps a run from all workers for a while, and holds no place.
+POSTPONED: Final = ""
 #: A claim that ends later than this is from before a restart of the machine or a step of its clock, and does not count.
 MAX_CLAIM_SECONDS: Final = 60
 

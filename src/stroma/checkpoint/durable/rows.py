@@ -289,7 +289,7 @@ class Rows(Protocol):
         ...
 
     def live_runs(self, pipeline: str) -> dict[str | None, int]:
-        """Return how many runs of a pipeline have an owner or a claim, by key."""
+        """Return how many runs of a pipeline have an owner, or a claim of a worker, by key."""
         ...
 
     def claim(self, candidates: Sequence[Candidate], token: str, seconds: float) -> list[Candidate]:

@@ -43,7 +43,14 @@ from stroma.checkpoint.entries import Committed, RunRequest, Waiting, count_item
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, BlobStore, PayloadPlace, Payloads
-from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, QueueFigures
+from stroma.checkpoint.queue import (
+    MAX_CLAIM_SECONDS,
+    POSTPONED,
+    Candidate,
+    ClaimRequest,
+    QueueEntry,
+    QueueFigures,
+)
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema
 from stroma.failures.errors import BUDGET, PAUSED
@@ -207,9 +214,13 @@ class DurableStore(ReadableStore):
         def postpone(rows: Rows) -> None:
             run = rows.find(run_id, lock=True)
             if run is not None and run.claim == token:
+                one = Candidate(run.run, run_id, run.pipeline)
                 if run.status in UNFINISHED:
                     rows.wake(run, due_ms)
-                rows.claim([Candidate(run.run, run_id, run.pipeline)], token, -1.0)
+                    rows.claim([one], token, -1.0)
+                else:  # Its owner is gone, and how often that happened is counted when somebody opens it.
+                    seconds = (due_ms - rows.now_ms()) / 1000
+                    rows.claim([one], POSTPONED, min(seconds, MAX_CLAIM_SECONDS))
 
         await self._submit(Transaction(run_id, postpone))
 

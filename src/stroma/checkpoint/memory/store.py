@@ -27,7 +27,7 @@ from stroma.checkpoint.memory.runs import (
     position_of,
 )
 from stroma.checkpoint.memory.session import MemorySession
-from stroma.checkpoint.queue import QUEUED, Candidate, ClaimRequest, QueueEntry, choose
+from stroma.checkpoint.queue import POSTPONED, QUEUED, Candidate, ClaimRequest, QueueEntry, choose
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema, describe_error, schema_of
 from stroma.failures.errors import BUDGET, PAUSED
@@ -35,6 +35,9 @@ from stroma.failures.errors import BUDGET, PAUSED
 __all__ = ["AsyncInMemoryStore", "InMemoryStore"]
 
 logger = get_logger()
+
+
+_POSTPONED_SECONDS = 5.0  # of a run whose owner was garbage-collected
 
 
 def _request(run: MemoryRun, control: RunControl) -> None:
@@ -95,6 +98,8 @@ class _MemoryStore(MemoryReader, MemoryCells):
             if last is None or run.pipeline not in request.pipelines:
                 continue
             key = run.queue.key
+            if last.claim == POSTPONED:
+                continue
             if last.holder is not None or last.claim is not None:
                 counts = live.setdefault(run.pipeline, {})
                 counts[key] = counts.get(key, 0) + 1
@@ -114,6 +119,8 @@ class _MemoryStore(MemoryReader, MemoryCells):
             run.claim = None
             if run.status in UNFINISHED:
                 run.wake_ms = due_ms
+            else:
+                run.claim_for(POSTPONED, _POSTPONED_SECONDS)
 
     # ---- journal
 

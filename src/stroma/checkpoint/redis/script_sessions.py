@@ -202,16 +202,17 @@ end
 -- Returns true if a worker has claimed a run.
 local function is_claimed(claim_until, ms) return (tonumber(claim_until or 0) or 0) >= ms end
 
--- Claims a run for a worker; with a negative time, it gives it back. Returns 0 if it is no longer free.
+-- Claims a run for a worker; with a negative time, it gives it back; with the token '', it keeps it from all workers.
+-- Returns 0 if it is no longer free.
 function ops.claim(id, now, token, claim_ms)
   local ms = now_ms()
   local f = redis.call('HMGET', run, 'status', 'until_ms', 'wake_ms', 'claim', 'claim_until', 'pipeline')
-  if not f[1] or is_claimed(f[5], ms) and f[4] ~= token then return 0 end
+  if not f[1] or token ~= '' and is_claimed(f[5], ms) and f[4] ~= token then return 0 end
   if f[1] == 'RUNNING' then
     if (tonumber(f[2] or 0) or 0) >= ms then return 0 end
   elseif not f[3] or tonumber(claim_ms) >= 0 and tonumber(f[3]) > tonumber(now) then return 0 end
   redis.call('HSET', run, 'claim', token, 'claim_until', ms + claim_ms)
-  if tonumber(claim_ms) < 0 then redis.call('ZREM', LIVE .. f[6], id)
+  if tonumber(claim_ms) < 0 or token == '' then redis.call('ZREM', LIVE .. f[6], id)
   else set_live(id, f[6], ms + claim_ms) end
   return 1
 end

@@ -23,7 +23,14 @@ from stroma.checkpoint.durable.rows import (
     is_free,
 )
 from stroma.checkpoint.payloads import BLOB
-from stroma.checkpoint.queue import MAX_CLAIM_SECONDS, Candidate, ClaimRequest, QueueEntry, QueueFigures
+from stroma.checkpoint.queue import (
+    MAX_CLAIM_SECONDS,
+    POSTPONED,
+    Candidate,
+    ClaimRequest,
+    QueueEntry,
+    QueueFigures,
+)
 from stroma.checkpoint.records import Attempt, AttemptMark, RunQuery, StoreFacts, Tally, parse_attempt_mark
 from stroma.checkpoint.sql import Dialect, attempt_page, find_runs, tally
 from stroma.checkpoint.sqlite import statements as sql
@@ -197,7 +204,7 @@ class SqliteRows:
             return candidates
         gone = [
             Candidate(run, run_id, name, priority, 0, key)
-            for run, run_id, name, priority, key, owner, until_ms, free in self.db.execute(
+            for run, run_id, name, priority, key, owner, until_ms, free, _ in self.db.execute(
                 sql.RUNNING, values
             )
             if free and is_free(owner, _seconds_left(owner, until_ms))
@@ -207,8 +214,9 @@ class SqliteRows:
     def live_runs(self, pipeline: str) -> dict[str | None, int]:
         values = {"pipeline": pipeline, "clock": _clock_ms()}
         live = dict(self.db.execute(sql.CLAIMED, values).fetchall())
-        for _, _, _, _, key, owner, until_ms, free in self.db.execute(sql.RUNNING, values).fetchall():
-            if not (free and is_free(owner, _seconds_left(owner, until_ms))):
+        for *_, key, owner, until_ms, free, claim in self.db.execute(sql.RUNNING, values).fetchall():
+            is_claimed = not free and claim != POSTPONED
+            if is_claimed or not is_free(owner, _seconds_left(owner, until_ms)):
                 live[key] = live.get(key, 0) + 1
         return live
 

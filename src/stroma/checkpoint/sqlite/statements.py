@@ -83,7 +83,7 @@ QUEUE_FIGURES: Final = f"""SELECT sum(queued), min(due_ms) FROM (
     UNION ALL SELECT 0, (SELECT wake_ms FROM runs INDEXED BY runs_by_wake WHERE pipeline = :pipeline
     AND status IN ('SUSPENDED', 'INTERRUPTED') AND wake_ms <= :now AND wake_ms > {BUDGET_CHANGED} ORDER BY wake_ms LIMIT 1)
     )"""
-RUNNING: Final = f"""SELECT run, run_id, pipeline, priority, queue_key, lease_owner, lease_until_ms, {_FREE} FROM runs
+RUNNING: Final = f"""SELECT run, run_id, pipeline, priority, queue_key, lease_owner, lease_until_ms, {_FREE}, claim FROM runs
     WHERE status = 'RUNNING' AND pipeline = :pipeline AND execution > 0 ORDER BY started_ms"""
 CLAIMED: Final = f"""SELECT queue_key, count(*) FROM runs WHERE pipeline = :pipeline AND claim_until_ms IS NOT NULL
     AND NOT {_FREE} AND status <> 'RUNNING' GROUP BY queue_key"""
