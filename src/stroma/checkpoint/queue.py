@@ -83,7 +83,12 @@ class ClaimRequest(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A run that is due, and has neither an owner nor a claim. ``run``: its key in the store."""
+    """A run that is due, and has neither an owner nor a claim.
+
+    Attributes:
+        run: its key in the store.
+        input: its input in stored form, once it is claimed; None if the store reads it later.
+    """
 
     run: Any
     run_id: str
@@ -91,6 +96,7 @@ class Candidate(NamedTuple):
     priority: int = 0
     due_ms: int = 0
     key: str | None = None
+    input: bytes | None = None
 
 
 def choose(

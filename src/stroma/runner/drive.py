@@ -158,18 +158,21 @@ class RunDriver:
                 return Blocked(
                     run_id, f"pipeline {record.pipeline!r} is not served here; pass it in pipelines="
                 )
-            outcome = await self.continue_run(run_id, served, max_seconds)
+            outcome = await self.continue_run(run_id, served, Dispatch(now_ms(), max_seconds))
             if outcome is not None:
                 return outcome
             if self._batch.draining:
                 return Yielded(run_id)
 
     async def continue_run(
-        self, run_id: str, served: ServedPipeline, max_seconds: float | None = None, claim: str | None = None
+        self, run_id: str, served: ServedPipeline, dispatch: Dispatch, data: bytes | None = None
     ) -> DriveOutcome | None:
-        """Continue a run that was due a moment ago. Return None if it is no longer due, and during a shutdown."""
+        """Continue a run that was due a moment ago. Return None if it is no longer due, and during a shutdown.
+
+        ``data``: its input in stored form, if that has been read.
+        """
         try:
-            result = await self.resume(run_id, served, Dispatch(now_ms(), max_seconds, claim))
+            result = await self.resume(run_id, served, dispatch, data)
         except RunBusy as busy:
             return Busy(run_id, _end_of_lease(busy), busy.holder)
         except RunExists:
@@ -190,12 +193,17 @@ class RunDriver:
             raise result.failure.exception
         return Yielded(run_id, result)
 
-    async def resume(self, run_id: str, served: ServedPipeline, dispatch: Dispatch) -> ExecutionResult:
+    async def resume(
+        self, run_id: str, served: ServedPipeline, dispatch: Dispatch, data: bytes | None = None
+    ) -> ExecutionResult:
         """Resume a run that is due.
 
         Raises RunExists if it is not, and during a shutdown; RunBusy, PipelineChanged, pydantic's ValidationError.
         """
-        state = await self._stored.read_input(run_id, served.schema)
+        if data is None:
+            state = await self._stored.read_input(run_id, served.schema)
+        else:
+            state = served.schema.decode(data)
         if self._batch.draining:
             raise RunExists(f"run {run_id!r} is not continued: the runner shuts down")
         return await self._run(served.nodes, state, run_id, dispatch)

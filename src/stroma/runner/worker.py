@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint import CheckpointNotFound, PipelineChanged, StoreError
-from stroma.checkpoint.queue import ClaimRequest
+from stroma.checkpoint.queue import Candidate, ClaimRequest
+from stroma.engine.opening import Dispatch
 from stroma.runner.batch import Batch
 from stroma.runner.drive import Blocked, Busy, DriveOutcome, RunDriver
 from stroma.runner.flows.suspension import now_ms
@@ -189,16 +190,18 @@ class RunWorker:
         for one in claimed:
             if one.run_id in self._active:
                 continue
-            task = asyncio.create_task(self._continue(served[one.pipeline], one.run_id))
+            task = asyncio.create_task(self._continue(served[one.pipeline], one))
             self._active[one.run_id] = task
             self.health.active = len(self._active)
             task.add_done_callback(partial(self._finish, one.run_id))
         return len(claimed) >= free
 
-    async def _continue(self, served: ServedPipeline, run_id: str) -> None:
+    async def _continue(self, served: ServedPipeline, claimed: Candidate) -> None:
         outcome: Outcome
+        run_id = claimed.run_id
         try:
-            driven = await self._driver.continue_run(run_id, served, claim=self._token)
+            dispatch = Dispatch(now_ms(), claim=self._token)
+            driven = await self._driver.continue_run(run_id, served, dispatch, claimed.input)
             if driven is None or isinstance(driven, Busy):
                 logger.debug("run %s is not continued here: %s", run_id, driven)
                 if self._batch.draining:

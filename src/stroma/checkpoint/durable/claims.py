@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from stroma.checkpoint.decisions import check_resubmission
+from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.rows import Opening, Rows, RunRow
 from stroma.checkpoint.entries import RunRequest
+from stroma.checkpoint.payloads import Payloads
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, choose
 
 __all__ = ["claim_runs", "submit_run"]
@@ -28,7 +30,7 @@ def submit_run(
     return True
 
 
-def claim_runs(rows: Rows, request: ClaimRequest) -> list[Candidate]:
+def claim_runs(rows: Rows, payloads: Payloads, request: ClaimRequest) -> list[Candidate]:
     """Claim due runs for a worker, the first ones first; see :func:`stroma.checkpoint.queue.choose`."""
     limited = [name for name, limits in request.pipelines.items() if any(one is not None for one in limits)]
     for name in sorted(limited):  # Of two workers that count live runs, one waits for the other.
@@ -40,4 +42,13 @@ def claim_runs(rows: Rows, request: ClaimRequest) -> list[Candidate]:
         return []
     for name in limited:
         rows.write_cell(f"stroma claims of {name}", request.token.encode())
-    return rows.claim(chosen, request.token, request.seconds)
+    claimed = rows.claim(chosen, request.token, request.seconds)
+    inputs = rows.inputs_of(chosen)
+    if not inputs:
+        return claimed
+    return [one._replace(input=_plain_input(payloads, *inputs[one.run])) for one in claimed]
+
+
+def _plain_input(payloads: Payloads, data: bytes, sha256: bytes) -> bytes | None:
+    """Return an input that needs no decoding; damage is reported when the run is opened."""
+    return data if payloads.is_plain(data) and checksum(data) == sha256 else None

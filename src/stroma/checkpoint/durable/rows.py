@@ -300,6 +300,10 @@ class Rows(Protocol):
         """Return the figures of the queue of a pipeline at a time."""
         ...
 
+    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
+        """Return (input, sha256) of the last executions of these runs, by their keys; {} if input() is as quick."""
+        ...
+
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
         """Return the statuses of these runs by id, without those that have no execution."""
         ...

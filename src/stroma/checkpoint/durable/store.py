@@ -200,7 +200,7 @@ class DurableStore(ReadableStore):
         if not self.exists():
             return []
         claimed: list[Candidate] = await self._submit(
-            Transaction(None, lambda rows: claim_runs(rows, request))
+            Transaction(None, lambda rows: claim_runs(rows, self._payloads, request))
         )
         return claimed
 

@@ -166,7 +166,7 @@ class PostgresRows:
             "machine": machine_prefix(),
         }
         candidates = [
-            Candidate._make(row)
+            Candidate(*row)
             for statement in (sql.STOPPED, sql.QUEUED, sql.QUEUED_BY_KEY)
             for row in self._execute(statement, values).fetchall()
         ]
@@ -202,6 +202,10 @@ class PostgresRows:
             sql.QUEUE_FIGURES, {"pipeline": pipeline, "now": now_ms}
         ).fetchone() or (0, None)
         return QueueFigures(int(queued), due_ms)
+
+    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
+        rows = self._execute(sql.INPUTS, ([one.run for one in candidates],)).fetchall()
+        return {run: (data, sha256) for run, data, sha256 in rows}
 
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
         return dict(self._execute(sql.STATUSES, ([key(run_id) for run_id in run_ids],)).fetchall())

@@ -131,6 +131,8 @@ RUNNING: Final = f"""SELECT run, run_id, pipeline, priority, queue_key, lease_ow
     ORDER BY started_ms"""
 LIVE: Final = f"""SELECT queue_key, lease_owner, coalesce(extract(epoch FROM lease_until - clock_timestamp())::float8, -1.0),
     NOT {_FREE} AND r.claim <> '' FROM runs r WHERE pipeline = %s AND (status = 'RUNNING' OR r.claim_until >= clock_timestamp())"""
+INPUTS: Final = """SELECT r.run, i.input, i.sha256 FROM runs r JOIN inputs i ON i.run = r.run AND i.execution = r.execution
+    WHERE r.run = ANY(%s)"""
 CLAIM_RUNS: Final = "UPDATE runs SET claim = %s, claim_until = clock_timestamp() + make_interval(secs => %s) WHERE run = ANY(%s)"
 LOCK_RUNNING: Final = f"""SELECT r.run FROM runs r WHERE r.run = ANY(%s) AND r.status = 'RUNNING' AND {_FREE}
     AND r.lease_owner = ANY(%s) ORDER BY r.run {_LOCKED}"""

@@ -101,6 +101,9 @@ class RedisReader:
         ((queued, due),) = self._get(script_command("stroma:", *values))
         return QueueFigures(int(queued), int(due) if due else None)
 
+    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
+        return {}
+
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
         replies = (
             self._get(*(("HGET", f"{prefix_of(run_id)}run", "status") for run_id in run_ids))

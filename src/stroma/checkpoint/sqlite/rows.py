@@ -196,7 +196,7 @@ class SqliteRows:
             "clock": _clock_ms(),
         }
         candidates = [
-            Candidate._make(row)
+            Candidate(*row)
             for statement in (sql.STOPPED, sql.QUEUED, sql.QUEUED_BY_KEY)
             for row in self.db.execute(statement, values).fetchall()
         ]
@@ -230,6 +230,15 @@ class SqliteRows:
             sql.QUEUE_FIGURES, {"pipeline": pipeline, "now": now_ms}
         ).fetchone() or (0, None)
         return QueueFigures(int(queued), due_ms)
+
+    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
+        inputs: dict[Any, tuple[bytes, bytes]] = {}
+        runs = [one.run for one in candidates]
+        for first in range(0, len(runs), _MAX_VALUES):
+            part = runs[first : first + _MAX_VALUES]
+            rows = self.db.execute(sql.INPUTS % ", ".join("?" * len(part)), part).fetchall()
+            inputs.update((run, (data, sha256)) for run, data, sha256 in rows)
+        return inputs
 
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
         statuses: dict[str, str] = {}

@@ -87,6 +87,8 @@ RUNNING: Final = f"""SELECT run, run_id, pipeline, priority, queue_key, lease_ow
     WHERE status = 'RUNNING' AND pipeline = :pipeline AND execution > 0 ORDER BY started_ms"""
 CLAIMED: Final = f"""SELECT queue_key, count(*) FROM runs WHERE pipeline = :pipeline AND claim_until_ms IS NOT NULL
     AND NOT {_FREE} AND status <> 'RUNNING' GROUP BY queue_key"""
+INPUTS: Final = """SELECT r.run, i.input, i.sha256 FROM runs r JOIN inputs i ON i.run = r.run AND i.execution = r.execution
+    WHERE r.run IN (%s)"""
 KEEP_CLAIM: Final = "UPDATE runs SET claim = ?, claim_until_ms = ? WHERE run = ?"
 STATUSES: Final = "SELECT run_id, status FROM runs WHERE execution > 0 AND run_id IN (%s)"
 RENEW: Final = f"UPDATE runs SET lease_until_ms = ? {_FENCE} AND lease_until_ms IS NOT NULL"
