@@ -182,7 +182,30 @@ async def test_keys_in_redis_that_hold_something_else(key: str, value: str) -> N
 
 def test_what_a_row_may_hold() -> None:
     """Every value that no store writes is named; each one in a row that is right makes a damaged one of it."""
-    right = (1, "r", "p", 1, "RUNNING", None, 1, 2, 3, 4, 5, "owner", 1, -1.5, 0, 0, 0, 9)
+    right = (
+        1,
+        "r",
+        "p",
+        1,
+        "RUNNING",
+        None,
+        1,
+        2,
+        3,
+        4,
+        5,
+        "owner",
+        1,
+        -1.5,
+        0,
+        0,
+        0,
+        9,
+        7,
+        0,
+        "key",
+        "claim",
+    )
     assert parse_run(right) == right
     for at in range(1, len(right)):
         for wrong in (b"x", 1.5 if at != 13 else None, [], "x" if isinstance(right[at], int | float) else 7):

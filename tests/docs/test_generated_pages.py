@@ -110,7 +110,10 @@ def test_every_parameter_has_a_type_a_default_and_a_description() -> None:
                 parameter, kind, default, unit, meaning = row.strip("|").split("|")
                 assert "<code>" in kind, (name, row)
                 assert len(meaning.strip()) > 10, (name, row)
-                assert default.strip() or parameter.strip() in ("`nodes`", "`options`"), (name, row)
+                assert default.strip() or parameter.strip() in ("`nodes`", "`options`", "`limits`"), (
+                    name,
+                    row,
+                )
                 in_name = re.search(r"_(ms|seconds|usd|bytes)`", parameter)
                 assert unit.strip() or in_name is None, (name, row)
     none = {"InMemoryStore", "AsyncInMemoryStore"}  # They take no argument.

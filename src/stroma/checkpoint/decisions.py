@@ -156,13 +156,15 @@ def decide(
         error.holder, error.left_seconds, error.same_input = last.holder, last.left_seconds, same_input
         raise error
     if request.claim is not None and request.claim != last.claim:
-        raise RunExists(f"run {request.run_id!r} is no longer claimed by this worker")
+        raise RunExists(
+            f"run {request.run_id!r} is no longer claimed by this worker; another one may continue it"
+        )
     if request.due_ms is not None and not is_due(last, request.due_ms):
         raise RunExists(f"run {request.run_id!r} is not due, its status is {last.status}; resume it instead")
     if request.if_exists == "read":
         if last.status in ("RUNNING", "INTERRUPTED", QUEUED):
             raise RunExists(
-                f"run {request.run_id!r} has neither ended nor been suspended, its status is {last.status}"
+                f"run {request.run_id!r} has neither ended nor been suspended, its status is {last.status}; wait for it"
             )
         return "return"
     if request.if_exists == "error":

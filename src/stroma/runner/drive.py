@@ -6,12 +6,12 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
 from stroma._utils.logs import refused_fields
-from stroma.checkpoint import PipelineChanged, RunBusy, RunExists, RunRecord
+from stroma.checkpoint import PipelineChanged, RunBusy, RunExists
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.entries import Waiting
 from stroma.engine.opening import Dispatch
@@ -20,6 +20,9 @@ from stroma.runner.flows.suspension import now_ms
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.stored_runs import ServedPipeline, StoredRuns
 from stroma.trace.result import ExecutionResult, RunStatus
+
+if TYPE_CHECKING:
+    from stroma.checkpoint import RunRecord
 
 __all__ = [
     "Blocked",
@@ -205,7 +208,9 @@ class RunDriver:
         else:
             state = served.schema.decode(data)
         if self._batch.draining:
-            raise RunExists(f"run {run_id!r} is not continued: the runner shuts down")
+            raise RunExists(
+                f"run {run_id!r} is not continued: the runner shuts down; another process may continue it"
+            )
         return await self._run(served.nodes, state, run_id, dispatch)
 
     async def _settled(self, record: RunRecord, result: ExecutionResult | None = None) -> DriveOutcome | None:

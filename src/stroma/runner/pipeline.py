@@ -26,10 +26,14 @@ class Pipeline:
     Attributes:
         name: name of the pipeline in stores, metrics and spans.
         nodes: the nodes, groups and pipelines, in order.
-        limits: how many of its runs, and of its runs of one key (see :meth:`StromaRunner.submit`), may have an owner at once,
-            in all workers together. Runs that somebody starts with ``run()`` count, and are not limited.
+        limits: ``max_runs`` and ``max_runs_per_key``.
         config: settings of its runs, for commands and for runners that have no settings. None: commands use those of the
             only StromaRunner with settings in the pipeline's file.
+
+    Args:
+        max_runs: how many of its runs may have an owner at once, in all workers together; None: no limit. Runs that
+            ``run()`` starts count, and are not limited.
+        max_runs_per_key: the same for the runs of one key, see :meth:`StromaRunner.submit`.
     """
 
     name: str

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel
 
 from stroma._utils.logs import get_logger
-from stroma.checkpoint import CheckpointManager, CheckpointNotFound, RunRecord, StoreError, Waiting
-from stroma.checkpoint.durable.news import Listener
+from stroma.checkpoint import CheckpointManager, CheckpointNotFound, StoreError, Waiting
 from stroma.checkpoint.entries import RunRequest
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueEntry, QueueFigures, RunLimits
 from stroma.contracts.contract import ContractRegistry
@@ -22,6 +21,10 @@ from stroma.runner.pipeline import Pipeline, input_schema_of, nodes_of
 from stroma.runner.requests import limits_of, request
 from stroma.runner.signals import match_answer
 from stroma.trace.result import RunStatus
+
+if TYPE_CHECKING:  # Loaded with a durable store.
+    from stroma.checkpoint import RunRecord
+    from stroma.checkpoint.durable.news import Listener
 
 __all__ = ["ServedPipeline", "StoredRuns"]
 

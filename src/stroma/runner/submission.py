@@ -138,7 +138,12 @@ class _Poll:
             for run_id in run_ids:
                 status = statuses.get(run_id)
                 if status is None:
-                    self._settle(run_id, CheckpointNotFound(f"there is no run {run_id!r} in the store"))
+                    self._settle(
+                        run_id,
+                        CheckpointNotFound(
+                            f"there is no run {run_id!r} in the store; check the id and the store"
+                        ),
+                    )
                 elif status not in ("RUNNING", *UNFINISHED):
                     self._settle(run_id, None)
             await asyncio.sleep(self._delay)

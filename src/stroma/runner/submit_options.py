@@ -1,4 +1,4 @@
-"""How a run is submitted: its place in the queue, from the keywords of those who submit it."""
+"""Keywords of a submission, and the place in the queue that they make."""
 
 from __future__ import annotations
 

@@ -367,7 +367,7 @@ class ExporterHooks(NodeHooks):
 
     @property
     def queue_reader(self) -> Callable[[str, int | None, float | None], None] | None:
-        """What a worker calls with figures of its queues, and never raises; None if the exporter shows none."""
+        """Return the function that a worker calls with figures of its queues, and that never raises; None if they are not shown."""
         if type(self.exporter).queue_read is Observer.queue_read:
             return None
         return partial(self.exporter._safely, "queue_read", self.exporter.queue_read)

@@ -18,7 +18,7 @@ __all__ = ["Settings", "Submission"]
 
 
 class Submission(NamedTuple):
-    """How runs of the pipeline are submitted.
+    """Settings of the form that submits runs of the pipeline.
 
     Attributes:
         model: class of the input.

@@ -76,8 +76,8 @@ def _parse(model: type[BaseModel], text: str) -> BaseModel | list[tuple[str, str
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)
-        return [(".".join(map(str, one["loc"])), clean(one["msg"], 300)) for one in found[:_MAX_ERRORS]]
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        return [(".".join(map(str, one["loc"])), clean(one["msg"], 300)) for one in errors[:_MAX_ERRORS]]
     except Exception as error:  # A validator of the model may raise anything.
         return [("", clean(f"{type(error).__name__}: {error}", 300))]
 

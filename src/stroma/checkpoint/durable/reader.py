@@ -30,7 +30,6 @@ from stroma.checkpoint.durable.rows import (
 from stroma.checkpoint.entries import OF_FLOW, Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
-from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import (
     PICO,
     Attempt,
@@ -416,7 +415,9 @@ def _run_record(row: RunRow, extras: RunExtras, causes: list[Attempt]) -> RunRec
         len(extras.failed),
         row.epoch,
         row.wake_ms,
-        *((row.priority or 0, row.key, row.expires_ms) if row.status == QUEUED else ()),
+        row.priority or 0,
+        row.key,
+        row.expires_ms,
     )
 
 

@@ -76,13 +76,10 @@ class MemoryReader:
         figures = {}
         for name in pipelines:
             runs = [run for run in self._runs.values() if run.pipeline == name and run.execution]
-            due = [
-                run.wake_ms
-                for run in runs
-                if run.status in UNFINISHED and BUDGET_CHANGED < (run.wake_ms or 0) <= now_ms
-            ]
+            wakes = [run.wake_ms or 0 for run in runs if run.status in UNFINISHED]
+            due = [ms for ms in wakes if BUDGET_CHANGED < ms <= now_ms]
             queued = sum(run.status == QUEUED for run in runs)
-            figures[name] = QueueFigures(queued, min(due, default=None))  # type: ignore[type-var]
+            figures[name] = QueueFigures(queued, min(due, default=None))
         return figures
 
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:

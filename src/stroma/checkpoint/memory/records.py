@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Final
 
 from stroma.checkpoint.memory.runs import MemoryRun, SavedState, as_state, encode_state, row_of
-from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import (
     PICO,
     AttemptMark,
@@ -140,7 +139,7 @@ def _record(run_id: str, run: MemoryRun) -> RunRecord:
         run_id, run.pipeline, run.status, run.execution, run.started_ms, updated, tokens, cost, nodes, run.error,
         last and last.holder, run.parent, sum(row.function_ns for row in rows if not row.branch) / 1e6,
         tuple(sorted(run.tags)), cause_of([_attempt(row, run, with_output=False) for row in causes]), len(failed), run.epoch, run.wake_ms,
-        *((run.queue.priority, run.queue.key, run.queue.expires_ms) if run.status == QUEUED else ()),
+        run.queue.priority, run.queue.key, run.queue.expires_ms,
     )  # fmt: skip
 
 
