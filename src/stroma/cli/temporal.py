@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
+import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -18,6 +18,7 @@ from stroma.cli.stores import Database
 
 if TYPE_CHECKING:
     from temporalio.client import Client
+    from temporalio.service import RPCError
 
     from stroma.drivers.temporal.runner import TemporalRunner
     from stroma.engine.config import RunConfig
@@ -42,22 +43,16 @@ def _address(_ctx: click.Context, _parameter: click.Parameter, value: str | None
     return value
 
 
-def _shared(func: F) -> F:
+def temporal_options(func: F) -> F:
+    """Add --temporal and its options to a command; the runs are in the store of --db."""
     for option in (
         click.option("--tls", is_flag=True, help="Use TLS, with TEMPORAL_TLS_... and TEMPORAL_API_KEY."),
         click.option("--namespace", metavar="NAME", help="Namespace on the server.  [env: TEMPORAL_NAMESPACE; default: default]"),
         click.option("--task-queue", metavar="QUEUE", help=f"Task queue of the workers.  [default: {TASK_QUEUE}]"),
+        click.option("--temporal", "address", callback=_address, metavar="HOST:PORT", help="Temporal server that chooses the worker of each run."),
     ):  # fmt: skip
         func = option(func)
     return func
-
-
-def temporal_options(func: F) -> F:
-    """Add --temporal and its options to a command; the runs are in the store of --db."""
-    help_text = "Temporal server that chooses the worker of each run."
-    return click.option("--temporal", "address", callback=_address, metavar="HOST:PORT", help=help_text)(
-        _shared(func)
-    )
 
 
 def reject_local_options(why: str, *names: str) -> None:
@@ -100,16 +95,15 @@ class TemporalCluster:
     def name(self) -> str:
         return f"task queue {clean(self.task_queue, 100)!r} of {self.address}"
 
-    def worker_command(self, database: Database, target: str = "FILE.py:NAME") -> str:
-        """Return the command line that starts a worker of the same task queue and store."""
-        return database.hint("worker", target, options=self.words)
-
-    # ------------------------------------------------------------------ connection
-
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine that talks to the server. Raises Problem."""
-        with self.explain_errors():
+        try:
             return asyncio.run(work)
+        except Exception as error:
+            rpc_error = getattr(sys.modules.get("temporalio.service"), "RPCError", ())
+            if not isinstance(error, rpc_error):
+                raise
+            raise self._problem(error) from error
 
     async def connect(self) -> Client:
         """Return a connected client. Raises Problem."""
@@ -155,43 +149,17 @@ class TemporalCluster:
 
         return TemporalRunner(client, self.task_queue, database.store, config)
 
-    @contextlib.contextmanager
-    def explain_errors(self) -> Iterator[None]:
-        """Turn exceptions of the client into a Problem with the fix."""
-        try:
-            yield
-        except Problem:
-            raise
-        except Exception as error:
-            problem = self._of_server(error)
-            if problem is None:
-                raise
-            raise problem from error
-
-    def _of_server(self, error: Exception) -> Problem | None:
-        """Return the Problem for an error of the server; None for any other exception."""
-        from temporalio.service import RPCError, RPCStatusCode
-
-        if not isinstance(error, RPCError):
-            return None
-        message = clean(error.message, 300)
-        if error.status == RPCStatusCode.NOT_FOUND and "amespace" in error.message:
-            return Problem(
-                f"{self.address} does not have the namespace: {message}",
-                "check --namespace",
-                code=Code.NOT_FOUND,
+    def _problem(self, error: RPCError) -> Problem:
+        """Return the Problem for an error of the server."""
+        what, fix = f"failed with {error.status.name}", "repeat the command when the server is available"
+        if error.status.name == "NOT_FOUND" and "amespace" in error.message:
+            what, fix = "does not have the namespace", "check --namespace"
+        elif error.status.name in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
+            what = "denied access"
+            fix = (
+                "set TEMPORAL_API_KEY, or the certificates in TEMPORAL_TLS_CLIENT_CERT_PATH and ..._KEY_PATH"
             )
-        if error.status in (RPCStatusCode.PERMISSION_DENIED, RPCStatusCode.UNAUTHENTICATED):
-            return Problem(
-                f"{self.address} denied access: {message}",
-                "set TEMPORAL_API_KEY, or the certificates in TEMPORAL_TLS_CLIENT_CERT_PATH and ..._KEY_PATH",
-                code=Code.ENVIRONMENT,
-            )
-        return Problem(
-            f"{self.address} failed with {error.status.name}: {message}",
-            "repeat the command when the server is available",
-            code=Code.ENVIRONMENT,
-        )
+        return Problem(f"{self.address} {what}: {clean(error.message, 300)}", fix, code=Code.ENVIRONMENT)
 
     async def has_workers(self, client: Client) -> bool:
         """Return True if a worker has polled the task queue recently."""

@@ -138,6 +138,6 @@ class TemporalRun:
                 err.line(
                     ("note: ", "yellow"),
                     f"no worker polls {self.cluster.name}; start one: ",
-                    self.cluster.worker_command(self.database, self.target),
+                    self.database.hint("worker", self.target, options=self.cluster.words),
                 )
                 delay = 60.0

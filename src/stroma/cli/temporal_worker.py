@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -55,7 +53,6 @@ class TemporalWorker:
                 store=self.database.store,
                 max_concurrency=self.max_concurrency,
                 drain_seconds=self.drain_seconds,
-                identity=f"{os.getpid()}@{socket.gethostname()}",
             )
         except (TypeError, ValueError) as error:
             raise Problem(

@@ -200,16 +200,6 @@ class Group:
         """Return the class of the group's output for the classes of its input and of its children's outputs."""
         raise NotImplementedError
 
-    def merge(
-        self, value: BaseModel, outputs: Sequence[BaseModel], failures: Sequence[Any]
-    ) -> dict[str, Any]:
-        """Return the fields of the group's output for its input, the outputs in order, and the items that failed."""
-        raise NotImplementedError
-
-    def read_items(self, registry: Any, value: BaseModel, page: slice) -> tuple[int, list[BaseModel]]:
-        """Return how many items the input of a map holds, and those of one page as inputs of the child."""
-        raise NotImplementedError
-
 
 def first_in(node: Node | Group) -> Node | Group:
     """Return the first node of a sequence, which receives its input; any other node or group unchanged."""

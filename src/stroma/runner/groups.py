@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import inside_of
 from stroma.checkpoint.identity import sequence_id
-from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.context import ReliabilityContext
@@ -156,7 +155,10 @@ class ParallelGroup(Group):
         outputs = await gather([run(index, child) for index, child in enumerate(self.children)])
         for halt in (*stopped, *suspended):
             raise GroupStopped(halt)
-        return self.merge(value, cast("list[BaseModel]", outputs), ())
+        merged: dict[str, Any] = {}
+        for output in cast("list[BaseModel]", outputs):
+            merged.update(fields_of_output(output))
+        return merged
 
     async def call_directly(self, state: BaseModel) -> dict[str, Any]:
         gate = _gate(self.max_concurrency)
@@ -174,14 +176,6 @@ class ParallelGroup(Group):
         self, input_class: type[BaseModel], child_classes: Sequence[type[BaseModel]]
     ) -> type[BaseModel]:
         return merged_model(self.node_id, tuple(child_classes))
-
-    def merge(
-        self, value: BaseModel, outputs: Sequence[BaseModel], failures: Sequence[ItemFailure]
-    ) -> dict[str, Any]:
-        merged: dict[str, Any] = {}
-        for output in outputs:
-            merged.update(fields_of_output(output))
-        return merged
 
 
 class SequenceGroup(Group):
@@ -210,7 +204,7 @@ class SequenceGroup(Group):
                 finally:
                     del outcome  # As in execute_in_turn().
             value = outcome
-        return self.merge(value, [value], ())
+        return schema_of(type(value)).values(value)
 
     async def call_directly(self, state: BaseModel) -> dict[str, Any]:
         fields: dict[str, Any] = {}
@@ -225,11 +219,6 @@ class SequenceGroup(Group):
         self, input_class: type[BaseModel], child_classes: Sequence[type[BaseModel]]
     ) -> type[BaseModel]:
         return child_classes[-1]
-
-    def merge(
-        self, value: BaseModel, outputs: Sequence[BaseModel], failures: Sequence[ItemFailure]
-    ) -> dict[str, Any]:
-        return schema_of(type(outputs[-1])).values(outputs[-1])
 
 
 class MapGroup(Group):
@@ -297,17 +286,6 @@ class MapGroup(Group):
         if not self.output_field:
             return input_class
         return with_list(self.node_id, input_class, self.output_field, child_classes[0], self._failures_field)
-
-    def merge(
-        self, value: BaseModel, outputs: Sequence[BaseModel], failures: Sequence[ItemFailure]
-    ) -> dict[str, Any]:
-        return self._add_outputs(fields_of_state(value, Schema.values), outputs, failures)
-
-    def read_items(
-        self, registry: ContractRegistry, value: BaseModel, page: slice
-    ) -> tuple[int, list[BaseModel]]:
-        items = items_in(value, self.items_field)
-        return len(items), [item_state(registry, self.children[0], item) for item in items[page]]
 
     def _add_outputs(
         self, state: dict[str, Any], outputs: Sequence[BaseModel], failures: Sequence[ItemFailure]

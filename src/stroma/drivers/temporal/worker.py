@@ -15,7 +15,7 @@ from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest
 from temporalio.client import Client
 from temporalio.plugin import SimplePlugin
 from temporalio.service import RPCError, RPCStatusCode
-from temporalio.worker import Worker
+from temporalio.worker import Worker, WorkerConfig
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint import StoreError, open_store
@@ -39,7 +39,7 @@ logger = get_logger()
 REPAIR_SECONDS: float = 30.0
 MIN_AGE_SECONDS: float = 5.0
 _PAGE_RUNS: Final = 500
-_THROTTLE: Final = timedelta(seconds=1)  # The answer to a heartbeat tells of a cancellation.
+_THROTTLE: Final = timedelta(seconds=1)
 
 
 def shared_store(store: Any) -> AsyncStates:
@@ -76,12 +76,18 @@ class StromaPlugin(SimplePlugin):
         max_seconds: float = 900.0,
     ) -> None:
         self._store = shared_store(store)
+        self._owns_store = self._store is not store
         self._dispatcher = Dispatcher(client, task_queue)
         self._runner = StromaRunner(ContractRegistry(), CheckpointManager(self._store), config)
         served = self._runner._stored.served(pipelines)
         self._leases = {
             name: self._runner._config_of(one.nodes).lease_seconds for name, one in served.items()
         }
+        for name in (name for name, one in served.items() if any(one.limits)):
+            logger.warning(
+                "max_runs and max_runs_per_key of pipeline %r do not apply on Temporal; use its task queues",
+                name,
+            )
         self._activity = DriveActivity(self._runner, list(pipelines), max_seconds)
         #: Queued runs that have a workflow.
         self._started: set[str] = set()
@@ -89,9 +95,16 @@ class StromaPlugin(SimplePlugin):
             "stroma",
             activities=[self._activity.drive],
             workflows=[StromaRun],
-            interceptors=[LeaseSettings(self._lease_of)],
             run_context=self._serve,
         )
+
+    def configure_worker(self, config: WorkerConfig) -> WorkerConfig:
+        """Add what a worker needs, with frequent heartbeats: the answer to one tells of a cancellation."""
+        config = super().configure_worker(config)
+        config["interceptors"] = [*(config.get("interceptors") or ()), LeaseSettings(self._lease_of)]
+        config["max_heartbeat_throttle_interval"] = _THROTTLE
+        config["default_heartbeat_throttle_interval"] = _THROTTLE
+        return config
 
     def _lease_of(self, pipeline: str) -> float:
         """Return the lease of the runs of a pipeline in seconds; a run of any other pipeline is blocked at once."""
@@ -106,6 +119,9 @@ class StromaPlugin(SimplePlugin):
         finally:
             repairing.cancel()
             self._store.lease_listeners.remove(self._activity.beat)
+            await self._runner.aclose()
+            if self._owns_store:
+                await self._store.aclose()
 
     async def _repair(self) -> None:
         """Start the workflows of submitted runs that have none: their submitter died, or knows nothing of Temporal."""
@@ -116,7 +132,7 @@ class StromaPlugin(SimplePlugin):
                     if run_id not in self._started:
                         await self._dispatcher.start_first(run_id, pipeline)
                 self._started = {run_id for run_id, _ in queued}
-            except (StoreError, RPCError) as error:
+            except Exception as error:  # The next look may succeed.
                 logger.warning("runs without a workflow could not be looked for: %s; trying again", error)
             await asyncio.sleep(REPAIR_SECONDS)
 
@@ -166,8 +182,6 @@ def stroma_worker(
     settings = {
         "max_concurrent_activities": max_concurrency,
         "graceful_shutdown_timeout": timedelta(seconds=drain_seconds),
-        "max_heartbeat_throttle_interval": _THROTTLE,
-        "default_heartbeat_throttle_interval": _THROTTLE,
         # After the loss of a worker its workflows are taken over after this time; the default is 10 s.
         "sticky_queue_schedule_to_start_timeout": timedelta(seconds=1),
         **options,

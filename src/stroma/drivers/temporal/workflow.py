@@ -76,7 +76,8 @@ class StromaRun:
                 raise
             answer = await self._drive(run_id, pipeline, cancels=True)
             status = answer["status"] if answer["outcome"] == "ended" else "CANCELLED"
-        if status == "CANCELLED" and workflow.cancellation_reason() is not None:
+        task = asyncio.current_task()
+        if status == "CANCELLED" and task is not None and task.cancelling():
             raise asyncio.CancelledError  # The workflow is shown as cancelled, too.
         return status
 
