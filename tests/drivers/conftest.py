@@ -50,8 +50,7 @@ class Embedded(Bound):
         return result
 
     async def go_on(self, run_id: str) -> ExecutionResult:
-        schema = getattr(self, "schema", None)
-        result: ExecutionResult = await self.control.resume(self.pipeline, run_id, input_schema=schema)
+        result: ExecutionResult = await self.control.resume(self.pipeline, run_id)
         return result
 
 
@@ -75,6 +74,11 @@ class Way:
     store: Any
     server: TemporalServer | None = None
     queue: str = field(default_factory=lambda: f"q-{uuid.uuid4().hex}")
+
+    @property
+    def run_id(self) -> str:
+        """A run id for this test alone: a server outlives its tests."""
+        return f"run-{self.queue}"
 
     @contextlib.asynccontextmanager
     async def bind(self, pipeline: Any, **config: Any) -> AsyncIterator[Bound]:

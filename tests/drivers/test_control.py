@@ -46,18 +46,18 @@ async def test_a_pause_and_its_end(way: Way) -> None:
     """A paused run commits the node in flight and starts no further one; it continues when the pause is taken back."""
     gate = Gate()
     async with way.bind([gate.node("a", waits=True), gate.node("b")], policy_map=NEVER) as bound:
-        running = asyncio.ensure_future(bound.run(Num(), run_id="r"))
+        running = asyncio.ensure_future(bound.run(Num(), run_id=way.run_id))
         await asyncio.wait_for(gate.reached.wait(), 60)
-        pausing = asyncio.ensure_future(bound.control.pause("r"))
+        pausing = asyncio.ensure_future(bound.control.pause(way.run_id))
         await asyncio.sleep(0)
-        while not way.store.is_request_pending("r") and not pausing.done():
+        while not way.store.is_request_pending(way.run_id) and not pausing.done():
             await asyncio.sleep(0.01)
         await pausing
         gate.opened.set()
         result = await running
         assert (result.status, result.suspended, gate.calls) == (RunStatus.SUSPENDED, ["paused"], ["a"])
-        assert await bound.control.unpause("r")
-        result = await bound.go_on("r")
+        assert await bound.control.unpause(way.run_id)
+        result = await bound.go_on(way.run_id)
     assert (result.status, result.final_state, gate.calls) == (RunStatus.RESUMED, Num(n=2), ["a", "b"])
 
 
@@ -65,12 +65,12 @@ async def test_a_cancellation(way: Way) -> None:
     """A cancelled run ends as CANCELLED, with the outputs that were committed."""
     gate = Gate()
     async with way.bind([gate.node("a"), gate.node("b", waits=True)]) as bound:
-        running = asyncio.ensure_future(bound.run(Num(), run_id="r"))
+        running = asyncio.ensure_future(bound.run(Num(), run_id=way.run_id))
         await asyncio.wait_for(gate.reached.wait(), 60)
-        assert await bound.control.cancel("r")
+        assert await bound.control.cancel(way.run_id)
         result = await running
     assert (result.status, result.final_state) == (RunStatus.CANCELLED, Num(n=1))
-    assert way.store.get_run("r").status == "CANCELLED"
+    assert way.store.get_run(way.run_id).status == "CANCELLED"
 
 
 async def test_a_budget_that_is_raised(way: Way) -> None:
@@ -79,12 +79,12 @@ async def test_a_budget_that_is_raised(way: Way) -> None:
     nodes = [gate.node("a", tokens=8), gate.node("b", tokens=8), gate.node("c")]
     budget = ExecutionBudget(max_tokens_total=10)
     async with way.bind(nodes, budget=budget, on_budget="wait", policy_map=NEVER) as bound:
-        result = await bound.run(Num(), run_id="r")
+        result = await bound.run(Num(), run_id=way.run_id)
         assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["budget"])
-        assert await bound.control.set_budget("r", tokens=100)
-        result = await bound.go_on("r")
+        assert await bound.control.set_budget(way.run_id, tokens=100)
+        result = await bound.go_on(way.run_id)
     assert (result.status, result.final_state, gate.calls) == (RunStatus.RESUMED, Num(n=3), ["a", "b", "c"])
-    assert way.store.get_run("r").tokens == 16
+    assert way.store.get_run(way.run_id).tokens == 16
 
 
 async def test_a_shared_budget(way: Way) -> None:
@@ -92,8 +92,8 @@ async def test_a_shared_budget(way: Way) -> None:
     gate = Gate()
     shared = SharedBudget("team", max_tokens=10, reserve_tokens=6, store=way.store)
     async with way.bind([gate.node("a", tokens=6)], shared_budgets=[shared], policy_map=NEVER) as bound:
-        first = await bound.run(Num(), run_id="one")
-        second = await bound.run(Num(), run_id="two")
+        first = await bound.run(Num(), run_id=f"{way.run_id}-1")
+        second = await bound.run(Num(), run_id=f"{way.run_id}-2")
     assert (first.status, second.status, gate.calls) == (RunStatus.COMPLETED, RunStatus.PARTIAL, ["a"])
 
 
@@ -121,11 +121,11 @@ async def test_an_effect_whose_outcome_is_unknown(way: Way, reconciles: bool) ->
         reconcile=look if reconciles else None,
     )
     async with way.bind([node("first", same), stroma_node("charge", contract)(charge)]) as bound:
-        result = await bound.run(Num(), run_id="r")
+        result = await bound.run(Num(), run_id=way.run_id)
         if not reconciles:
             assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["effect"])
-            await bound.control.signal("r", Receipt(number=1))
-            result = await bound.go_on("r")
+            await bound.control.signal(way.run_id, Receipt(number=1))
+            result = await bound.go_on(way.run_id)
     assert (result.final_state, calls) == (Receipt(number=1), [0])
 
 

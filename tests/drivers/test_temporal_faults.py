@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from temporalio.client import Client
+from temporalio.client import Client, WorkflowFailureError
+from temporalio.exceptions import CancelledError
 from tests.drivers.worker_helper import NODES, pipeline
 from tests.kit import Num
 from tests.servers_temporal import TemporalServer, wait_until_ready
@@ -28,6 +29,8 @@ pytestmark = pytest.mark.nightly
 
 class Fleet:
     """Worker processes on one task queue and one store, and the diary of their calls."""
+
+    client: Client
 
     def __init__(self, server: TemporalServer, where: str, folder: pathlib.Path) -> None:
         self.server, self.where = server, where
@@ -69,7 +72,8 @@ async def fleet_of(
 ) -> AsyncIterator[tuple[Fleet, TemporalRunner, Any]]:
     with place("postgres") as where, opened("postgres", where) as store:
         fleet = Fleet(server, where, tmp_path)
-        runner = TemporalRunner(await Client.connect(server.address), fleet.queue, store)
+        fleet.client = await Client.connect(server.address)
+        runner = TemporalRunner(fleet.client, fleet.queue, store)
         try:
             yield fleet, runner, store
         finally:
@@ -115,6 +119,30 @@ async def test_a_worker_that_is_stopped(temporal_server: TemporalServer, tmp_pat
         late = [pid for _, pid in fleet.lines("call")]
         assert late[late.index(second.pid) :].count(first.pid) == 0
         assert first.poll() is None
+
+
+async def test_a_cancellation_of_a_run_whose_worker_is_lost(
+    temporal_server: TemporalServer, tmp_path: pathlib.Path
+) -> None:
+    """A cancellation that the worker of the run did not live to read is carried out by another worker."""
+    async with fleet_of(temporal_server, tmp_path) as (fleet, runner, store):
+        first = fleet.start()
+        await runner.submit(pipeline(), Num(), run_id=fleet.run_id)
+        await fleet.until(lambda: len(fleet.lines("call")) >= 2)
+        workflow = fleet.client.get_workflow_handle(fleet.run_id)
+        await workflow.cancel()
+        while not any(
+            event.HasField("activity_task_cancel_requested_event_attributes")
+            for event in (await workflow.fetch_history()).events
+        ):
+            await asyncio.sleep(0)
+        first.kill()
+        second = fleet.start()
+        with pytest.raises(WorkflowFailureError) as caught:
+            await asyncio.wait_for(workflow.result(), 90)
+        assert isinstance(caught.value.cause, CancelledError)
+        assert store.get_run(fleet.run_id).status == "CANCELLED"
+        assert second.pid not in {pid for _, pid in fleet.lines("call")}
 
 
 async def test_a_server_that_is_killed(tmp_path: pathlib.Path) -> None:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
 
@@ -103,7 +103,7 @@ class TemporalCluster:
             rpc_error = getattr(sys.modules.get("temporalio.service"), "RPCError", ())
             if not isinstance(error, rpc_error):
                 raise
-            raise self._problem(error) from error
+            raise self._problem(cast("RPCError", error)) from error
 
     async def connect(self) -> Client:
         """Return a connected client. Raises Problem."""

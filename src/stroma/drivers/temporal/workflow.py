@@ -13,19 +13,10 @@ from typing import Final, Literal, NotRequired, TypedDict, cast
 
 from temporalio import workflow
 from temporalio.common import RetryPolicy, SearchAttributeKey
-from temporalio.exceptions import ActivityError, is_cancelled_exception
+from temporalio.exceptions import ActivityError
 from temporalio.worker import Interceptor, WorkflowInterceptorClassInput
 
-__all__ = [
-    "DRIVE",
-    "PIPELINE_KEY",
-    "STATUS_KEY",
-    "WAKE",
-    "WORKFLOW",
-    "Answer",
-    "LeaseSettings",
-    "StromaRun",
-]
+__all__ = ["DRIVE", "PIPELINE_KEY", "STATUS_KEY", "WAKE", "WORKFLOW", "Answer", "LeaseSettings", "StromaRun"]
 
 WORKFLOW: Final = "stroma.run"
 DRIVE: Final = "stroma.drive"
@@ -71,13 +62,13 @@ class StromaRun:
         """Drive the run until it has ended, and return its status."""
         try:
             status = await self._dispatch(run_id, pipeline)
-        except (asyncio.CancelledError, ActivityError) as error:
-            if not is_cancelled_exception(error):
+        except (asyncio.CancelledError, ActivityError):
+            # The server does not try a cancelled activity again, not even if its worker was lost.
+            if not _is_cancelled():
                 raise
             answer = await self._drive(run_id, pipeline, cancels=True)
             status = answer["status"] if answer["outcome"] == "ended" else "CANCELLED"
-        task = asyncio.current_task()
-        if status == "CANCELLED" and task is not None and task.cancelling():
+        if status == "CANCELLED" and _is_cancelled():
             raise asyncio.CancelledError  # The workflow is shown as cancelled, too.
         return status
 
@@ -123,6 +114,12 @@ class StromaRun:
     def wake(self) -> None:
         """Drive the run: somebody has changed it in the store."""
         self._is_woken = True
+
+
+def _is_cancelled() -> bool:
+    """Return True if somebody has cancelled this workflow."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class LeaseSettings(Interceptor):
