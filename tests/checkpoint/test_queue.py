@@ -63,7 +63,7 @@ async def test_a_submitted_run_is_queued(store: Any) -> None:
 
 
 async def test_a_record_has_the_place_in_the_queue(store: Any) -> None:
-    """The record of a queued run has its priority, key and latest start; once it has started, it has none of them."""
+    """The record of a submitted run has its priority, key and latest start, also once it has started."""
     await submit(store, "r", priority=-3, key="k", expires_ms=NOW + 9)
     await submit(store, "plain")
     for record, expected in (
@@ -75,7 +75,7 @@ async def test_a_record_has_the_place_in_the_queue(store: Any) -> None:
     assert await claim(store, limit=1) == ["r"]
     session = await open_claimed(store, "r")
     record = store.get_run("r")
-    assert (record.status, record.priority, record.key, record.expires_ms) == ("RUNNING", 0, None, None)
+    assert (record.status, record.priority, record.key, record.expires_ms) == ("RUNNING", -3, "k", NOW + 9)
     await finish(session)
 
 

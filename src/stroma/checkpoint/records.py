@@ -96,7 +96,7 @@ class RunRecord:
         failures: number of failed attempts, at most 20. Not set by list_runs().
         epoch: incremented by each process that opens the run.
         due_ms: when a run without an owner is due, in ms since the epoch, 0: at once; None: never by itself.
-        priority, key, expires_ms: of a queued run; see :class:`stroma.checkpoint.queue.QueueEntry`.
+        priority, key, expires_ms: of a submitted run; see :class:`stroma.checkpoint.queue.QueueEntry`.
     """
 
     run_id: str

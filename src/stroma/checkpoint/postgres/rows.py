@@ -8,6 +8,7 @@ from typing import Any, Final, LiteralString
 
 import psycopg
 
+from stroma.checkpoint.decisions import BUDGET_CHANGED
 from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, require_undamaged
 from stroma.checkpoint.durable.owner import machine_prefix
 from stroma.checkpoint.durable.rows import (
@@ -199,7 +200,7 @@ class PostgresRows:
 
     def queue_figures(self, pipeline: str, now_ms: int) -> QueueFigures:
         queued, due_ms = self._execute(
-            sql.QUEUE_FIGURES, {"pipeline": pipeline, "now": now_ms}
+            sql.QUEUE_FIGURES, {"pipeline": pipeline, "now": now_ms, "changed": BUDGET_CHANGED}
         ).fetchone() or (0, None)
         return QueueFigures(int(queued), due_ms)
 

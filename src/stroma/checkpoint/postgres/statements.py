@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from stroma.checkpoint.decisions import BUDGET_CHANGED
-
 # Leases and times use the server's clock, which is the same for all processes.
 NOW_MS: Final = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
 _LEASE_END: Final = "clock_timestamp() + make_interval(secs => %s)"
@@ -115,13 +113,13 @@ QUEUED_BY_KEY: Final = f"""{_CANDIDATE} {_DUE} AND r.status = 'QUEUED' AND r.run
     row_number() OVER (PARTITION BY r.queue_key ORDER BY r.priority, r.wake_ms, r.run) AS place {_DUE}
     AND r.status = 'QUEUED' AND r.queue_key IS NOT NULL) AS placed WHERE place <= %(limit)s) ORDER BY r.run {_LOCKED}"""
 # Each part is one scan of an index.
-QUEUE_FIGURES: Final = f"""SELECT sum(queued), min(due_ms) FROM (
+QUEUE_FIGURES: Final = """SELECT sum(queued), min(due_ms) FROM (
     SELECT count(*) AS queued, min(CASE WHEN wake_ms <= %(now)s THEN wake_ms END) AS due_ms
     FROM runs WHERE pipeline = %(pipeline)s AND status = 'QUEUED' AND queue_key IS NULL
     UNION ALL SELECT count(*), min(CASE WHEN wake_ms <= %(now)s THEN wake_ms END)
     FROM runs WHERE pipeline = %(pipeline)s AND status = 'QUEUED' AND queue_key IS NOT NULL
     UNION ALL SELECT 0, (SELECT wake_ms FROM runs WHERE pipeline = %(pipeline)s
-    AND status IN ('SUSPENDED', 'INTERRUPTED') AND wake_ms <= %(now)s AND wake_ms > {BUDGET_CHANGED} ORDER BY wake_ms LIMIT 1)
+    AND status IN ('SUSPENDED', 'INTERRUPTED') AND wake_ms <= %(now)s AND wake_ms > %(changed)s ORDER BY wake_ms LIMIT 1)
     ) AS parts"""
 # Of owners on this machine it is known at once that they are gone; they may be few of very many.
 RUNNING: Final = f"""SELECT run, run_id, pipeline, priority, queue_key, lease_owner,
