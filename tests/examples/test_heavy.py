@@ -192,8 +192,9 @@ async def test_the_end_of_a_queue_worker_cancels_no_run(
         server.close()
 
 
-def test_the_page_about_dispatch_with_fastapi() -> None:
+def test_the_page_about_dispatch_with_fastapi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The endpoints of the page are endpoints of a FastAPI application too."""
+    monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "howto" / "dispatch-runs.md").read_text("utf-8")
     text = page.replace(
         "from starlette.applications import Starlette", "from fastapi import FastAPI as Starlette"
