@@ -37,7 +37,7 @@ from stroma.engine.metering import count_returned, price
 from stroma.engine.open_attempt import OpenAttempt
 from stroma.engine.outcome import GroupStopped, Halt
 from stroma.engine.questions import find_question
-from stroma.engine.tasks import CONTINUES, call_in_thread, passes_through, raise_if
+from stroma.engine.tasks import CONTINUES, LOOP_TICKS, call_in_thread, passes_through, raise_if
 from stroma.failures.failure import (
     Failure,
     ends_run,
@@ -60,7 +60,7 @@ class NodeAttempt(OpenAttempt):
     Attributes:
         value: the state before the node; ``state`` is the node's own copy of it.
         cancelling: how many cancellations of the task came before.
-        turn: of the event loop, in which the function was called; see LoopTurns.
+        turn: ticks of the event loop when the function was called; see LOOP_TICKS.
         output: what the function returned; ``model`` once it is valid, and ``saved`` the snapshot of that.
     """
 
@@ -227,7 +227,7 @@ class NodeAttempt(OpenAttempt):
 
     def _start_clock(self) -> None:
         """Note that the function begins; a group notes when those inside it do."""
-        self.turn = self.ctx.turns.begin()
+        self.turn = LOOP_TICKS.begin()
         self.begin = perf_counter_ns()
         if self.run.parent is not None and type(self.node) is Node:
             self.run.parent.enter(self.begin)
@@ -256,7 +256,7 @@ class NodeAttempt(OpenAttempt):
         self.duration = now - self.begin
         if run.parent is not None:
             run.parent.leave(now)
-        if self.turn == self.ctx.turns.count and self.duration >= self.ctx.max_block_ns:
+        if self.duration >= self.ctx.max_block_ns and self.turn == LOOP_TICKS.count:
             warn_of_blocking(self.ctx, run, self.duration)
 
     # ------------------------------------------------------------------ count

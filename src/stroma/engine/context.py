@@ -39,7 +39,7 @@ from stroma.engine.plain_steps import PlainSteps
 from stroma.engine.redaction import Redactor
 from stroma.engine.run_hooks import call_run_hooks, call_run_hooks_now
 from stroma.engine.run_logger import RunLogger
-from stroma.engine.tasks import LoopTurns, Shield, raise_if
+from stroma.engine.tasks import TICK_SECONDS, Shield, raise_if
 from stroma.engine.trace_contexts import join_traces, trace_of, traces_of
 from stroma.engine.unread import UnreadState
 from stroma.failures.failure import Classifier, Failure, NodeContext, diagnose
@@ -61,6 +61,8 @@ _NO_FAILED_MAPS: Mapping[tuple[int, str], int] = {}
 
 
 _NOTHING: Final = PriorUsage()
+#: A shorter time is not seen: the loop has its next tick after it.
+_MIN_BLOCK_NS: Final = int(2 * TICK_SECONDS * 1e9)
 
 
 @dataclass(eq=False, init=False)
@@ -74,7 +76,7 @@ class ReliabilityContext:
         "fire", "gated", "handover", "holds", "hook_failures", "hooks", "interceptors", "interrupt", "kept_traces", "limits", "max_block_ns",
         "model_fallbacks", "on_hold", "paused", "pipeline", "plain_steps", "policy_map", "redactor", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "session", "step_policies", "step_timeouts", "stops", "suspended", "timed",
-        "trace", "traceparent", "tried", "turns", "unpriced", "wake_ms",
+        "trace", "traceparent", "tried", "unpriced", "wake_ms",
     )  # fmt: skip
 
     run_id: str
@@ -185,9 +187,9 @@ class ReliabilityContext:
         self.timed = (
             bool(self.step_timeouts) or self.budget.max_latency_ms is not None or bool(self.interceptors)
         )
-        self.turns = LoopTurns()
         #: The shortest time in ns for which a node must not keep the event loop: the least time limit, at most 1 s.
-        self.max_block_ns = min([BLOCK_NS, *(limit * 1_000_000 for limit in self.step_timeouts.values())])
+        limits_ns = (limit * 1_000_000 for limit in self.step_timeouts.values())
+        self.max_block_ns = max(_MIN_BLOCK_NS, min([BLOCK_NS, *limits_ns]))
         #: Warnings that were logged: dimensions of the budget, and what is wrong with a node.
         self._warned: dict[str | tuple[str, str], None] = {}  # A set would take 200 bytes in each run.
         #: The store records which end hooks are due.

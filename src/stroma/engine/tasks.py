@@ -17,7 +17,8 @@ from stroma.hooks.dispatch import HookNotAsync
 __all__ = [
     "CONTINUES",
     "LAST_SECONDS",
-    "LoopTurns",
+    "LOOP_TICKS",
+    "TICK_SECONDS",
     "Shield",
     "TaskPool",
     "as_store_error",
@@ -193,32 +194,36 @@ def as_store_error(error: BaseException) -> Exception:
     )
 
 
-class LoopTurns:
-    """Counts turns of the event loop, of those in which somebody asks: equal counts mean that the loop made none.
+class _LoopTicks(threading.local):
+    """Counts ticks of the event loop of each thread while attempts begin: equal counts mean that the loop ran no timer.
 
-    One callback a turn, however many ask.
+    A timer, and not a callback of the next turn: that would cost each step of a flow a turn of the loop.
     """
-
-    __slots__ = ("_is_due", "count")
 
     def __init__(self) -> None:
         self.count = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._is_due = False
 
     def begin(self) -> int:
-        """Return the count, which the next turn changes; -1 without an event loop."""
-        if not self._is_due:
-            try:
-                # An empty context: that of the caller would keep the run alive until the next turn.
-                asyncio.get_running_loop().call_soon(self._turn, context=contextvars.Context())
-            except RuntimeError:
-                return -1
-            self._is_due = True
+        """Return the count, which changes within TICK_SECONDS unless the loop is blocked; -1 without an event loop."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return -1
+        if not self._is_due or self._loop is not loop:
+            # An empty context: that of the caller would keep the run alive until the timer.
+            loop.call_later(TICK_SECONDS, self._tick, context=contextvars.Context())
+            self._loop, self._is_due = loop, True
         return self.count
 
-    def _turn(self) -> None:
+    def _tick(self) -> None:
         self.count += 1
         self._is_due = False
+
+
+TICK_SECONDS: Final = 0.02
+LOOP_TICKS: Final = _LoopTicks()
 
 
 class TaskPool:
