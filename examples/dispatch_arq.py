@@ -47,8 +47,8 @@ async def remind(flow: Flow, letter: Letter) -> Letter:
 async def drive(ctx: dict[str, Any], run_id: str) -> str:
     """Continue a run, and enqueue the next task if there is more to do."""
     queue: ArqRedis = ctx["redis"]
-    # arq cancels a task at its time limit and at the end of the process. Cancelling drive() would cancel the run.
-    outcome = await asyncio.shield(asyncio.ensure_future(runner.drive(run_id, max_seconds=240)))
+    # arq cancels a task at its time limit and at the end of the process: the next task continues the run.
+    outcome = await runner.drive(run_id, max_seconds=240)
     if isinstance(outcome, Yielded):
         await queue.enqueue_job("drive", run_id)
     elif isinstance(outcome, Suspended | Busy) and outcome.until is not None:

@@ -234,3 +234,19 @@ async def _session_of(store: Any, run_id: str) -> Any:
     session = await begin(store, run_id)
     session.abandon()
     return session
+
+
+async def test_a_cancelled_call_leaves_the_run_to_others(store: Any) -> None:
+    """Cancelling the task that drives a run leaves it INTERRUPTED and due, so that the next call continues it."""
+    world = World()
+    pipeline = Pipeline("p", [world.step("a"), world.step("b")])
+    await _interrupt(store, world, pipeline, "a 0")
+    world.dies_in = "b 1"
+    driving = asyncio.ensure_future(_runner(store).drive("r", pipelines=[pipeline]))
+    await world.dies.wait()
+    driving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await driving
+    world.dies_in = None
+    assert store.get_run("r").status == "INTERRUPTED"
+    assert await _runner(store).drive("r", pipelines=[pipeline]) == Ended("r", "RESUMED")

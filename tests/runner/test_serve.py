@@ -396,3 +396,27 @@ async def test_wrong_arguments(tmp_path: Any) -> None:
     broken.write_text("no database, but text that is long enough to be read as the header of one" * 20)
     with pytest.raises(StoreError):
         await _runner(open_kind("sqlite", str(broken))).serve(one)
+
+
+async def test_an_answer_that_comes_while_a_run_is_suspended_is_taken_at_once(store: Any) -> None:
+    """A run that is answered before the worker has left it is continued by that worker, without waiting for a claim to end."""
+
+    @stroma_flow("ask", input=Num, output=Text)
+    async def ask(flow: Flow, state: Num) -> Text:
+        return await flow.wait_for(Text, reason="Well?")
+
+    runner = _runner(store)
+    handles = [await runner.submit(ask, Num(), run_id=f"r{number}") for number in range(20)]
+
+    async def answer(run_id: str) -> None:
+        while True:
+            try:
+                return await runner.signal(run_id, Text(text="yes"))
+            except StoreError:  # It has not asked yet.
+                await asyncio.sleep(0)
+
+    async with Serving(_runner(store), ask, poll_seconds=0.01):
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(answer(handle.run_id) for handle in handles))
+            results = await asyncio.gather(*(handle.result() for handle in handles))
+    assert [result.output for result in results] == [Text(text="yes")] * 20

@@ -57,6 +57,12 @@ class RunExecution:
         self._cancelled_as: RunStatus | None = None
         self._cancelling = 0 if self.task is None else self.task.cancelling()
 
+    @property
+    def _when_cancelled(self) -> RunStatus:
+        """The status when the caller's task is cancelled: the end of a dispatcher is not that of the run."""
+        by_dispatcher = self.ctx.dispatch.due_ms is not None
+        return RunStatus.INTERRUPTED if by_dispatcher else RunStatus.CANCELLED
+
     def cancel(self, status: RunStatus = RunStatus.CANCELLED) -> None:
         """End the run with a status; its caller gets the result and no exception. Safe to call from any thread."""
         self._call_soon(self._cancel, status)
@@ -122,7 +128,7 @@ class RunExecution:
             kind or object
         )  # Not isinstance(): an exception of a node may raise when asked for its __class__.
         if issubclass(kind, asyncio.CancelledError):
-            self._status = self._cancelled_as or RunStatus.CANCELLED
+            self._status = self._cancelled_as or self._when_cancelled
             if self._cancelled_as is not None and self.task is not None:
                 is_suppressed = self.task.uncancel() <= self._cancelling
         elif issubclass(kind, GeneratorExit):  # The coroutine is being closed: nothing can be awaited.
@@ -154,7 +160,7 @@ class RunExecution:
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit) as error:
             # The store may have stored the start of the run already.
             is_cancelled = isinstance(error, asyncio.CancelledError)
-            status = RunStatus.CANCELLED if is_cancelled else RunStatus.INTERRUPTED
+            status = self._when_cancelled if is_cancelled else RunStatus.INTERRUPTED
             await ctx.end(self._cancelled_as or status, None)
             raise
         self.continued = session.continued or self.start is not None

@@ -585,7 +585,8 @@ class StromaRunner:
 
         ``pipelines``: flows and Pipelines, in addition to the flows of this runner. The nodes of the run are those of the
         pipeline with its name. ``max_seconds``: None for no limit. Raises CheckpointNotFound for an unknown run, StoreError if
-        the store has no journal or fails; TypeError for a pipeline that starts with a group.
+        the store has no journal or fails; TypeError for a pipeline that starts with a group. Cancelling the call leaves the
+        run INTERRUPTED, and due.
         """
         if max_seconds is not None and not max_seconds > 0:
             raise ValueError(f"max_seconds must be above 0, got {max_seconds!r}")

@@ -188,17 +188,21 @@ class RunWorker:
             self._failed_polls, self.health.failing_since = 0, None
             logger.info("the store can be asked for due runs again")
         for one in claimed:
-            if one.run_id in self._active:
-                continue
-            task = asyncio.create_task(self._continue(served[one.pipeline], one))
+            # The run may have become due again while the last call for it is about to end.
+            before = self._active.get(one.run_id)
+            task = asyncio.create_task(self._continue(served[one.pipeline], one, before))
             self._active[one.run_id] = task
             self.health.active = len(self._active)
             task.add_done_callback(partial(self._finish, one.run_id))
         return len(claimed) >= free
 
-    async def _continue(self, served: ServedPipeline, claimed: Candidate) -> None:
+    async def _continue(
+        self, served: ServedPipeline, claimed: Candidate, before: asyncio.Task[None] | None
+    ) -> None:
         outcome: Outcome
         run_id = claimed.run_id
+        if before is not None:
+            await asyncio.wait([before])
         try:
             dispatch = Dispatch(now_ms(), claim=self._token)
             driven = await self._driver.continue_run(run_id, served, dispatch, claimed.input)
@@ -231,7 +235,8 @@ class RunWorker:
             logger.debug("run %s could not be given back: %s", run_id, problem)
 
     def _finish(self, run_id: str, task: asyncio.Task[None]) -> None:
-        del self._active[run_id]
+        if self._active.get(run_id) is task:
+            del self._active[run_id]
         self.health.active = len(self._active)
         if not task.cancelled() and task.exception() is not None:
             logger.error("continuing run %s failed", run_id, exc_info=task.exception())
