@@ -188,8 +188,10 @@ class ReliabilityContext:
             bool(self.step_timeouts) or self.budget.max_latency_ms is not None or bool(self.interceptors)
         )
         #: The shortest time in ns for which a node must not keep the event loop: the least time limit, at most 1 s.
-        limits_ns = (limit * 1_000_000 for limit in self.step_timeouts.values())
-        self.max_block_ns = max(_MIN_BLOCK_NS, min([BLOCK_NS, *limits_ns]))
+        self.max_block_ns = BLOCK_NS
+        if self.step_timeouts:
+            least_ms = min(self.step_timeouts.values())
+            self.max_block_ns = max(_MIN_BLOCK_NS, min(BLOCK_NS, least_ms * 1_000_000))
         #: Warnings that were logged: dimensions of the budget, and what is wrong with a node.
         self._warned: dict[str | tuple[str, str], None] = {}  # A set would take 200 bytes in each run.
         #: The store records which end hooks are due.

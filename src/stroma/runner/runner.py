@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from types import ModuleType, NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -41,7 +41,6 @@ from stroma.runner.pipeline import AnyState, Pipeline, nodes_of, override_config
 from stroma.runner.run import RunExecution
 from stroma.runner.sequence import check_owners, find_position, refuse_unknown_ids, warn_of_unknown_ids
 from stroma.runner.stored_runs import ServedPipeline, StoredRuns
-from stroma.runner.submission import EndWaits, RunHandle
 from stroma.runner.submit_options import queue_entry
 from stroma.runner.tracing import set_traceparent
 from stroma.trace.result import ExecutionResult
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from stroma.runner.flows.definition import AnnotatedFlowDecorator, FlowDecorator
     from stroma.runner.flows.flow import FlowFunction, FlowLimits
     from stroma.runner.stream import RunStream
+    from stroma.runner.submission import EndWaits, RunHandle
     from stroma.runner.submit_options import SubmitOptions
     from stroma.runner.worker import WorkerHealth
 
@@ -80,7 +80,6 @@ class StromaRunner:
         self.checkpoint_manager = checkpoint_manager
         self._own_config = config
         self._live = LiveRuns()
-        self._end_waits = EndWaits(lambda: self._stored)
         #: The flows of this runner, by id.
         self._flows: dict[str, Pipeline] = {}
         #: Warnings of ids in the config that no node has.
@@ -625,6 +624,7 @@ class StromaRunner:
 
         ``pipeline``: the flow or Pipeline of the run, for its result; by default the flow of this runner with its name.
         """
+        from stroma.runner.submission import RunHandle  # Not loaded by runs.
 
         async def read(run_id: str) -> ExecutionResult[Any]:
             served = self._stored.served([*self._flows.values()] if pipeline is None else [pipeline])
@@ -782,6 +782,12 @@ class StromaRunner:
         exporters = [one for one in flatten(hooks) if hasattr(one, "flush")]
         if exporters:
             self._exporters[:] = distinct((*self._exporters, *exporters))
+
+    @cached_property
+    def _end_waits(self) -> EndWaits:
+        from stroma.runner.submission import EndWaits  # Not loaded by runs.
+
+        return EndWaits(lambda: self._stored)
 
     @property
     def _stored(self) -> StoredRuns:
