@@ -37,7 +37,7 @@ from stroma.engine.metering import count_returned, price
 from stroma.engine.open_attempt import OpenAttempt
 from stroma.engine.outcome import GroupStopped, Halt
 from stroma.engine.questions import find_question
-from stroma.engine.tasks import CONTINUES, LOOP_TICKS, call_in_thread, passes_through, raise_if
+from stroma.engine.tasks import CONTINUES, call_in_thread, loop_ticks, passes_through, raise_if
 from stroma.failures.failure import (
     Failure,
     ends_run,
@@ -60,17 +60,18 @@ class NodeAttempt(OpenAttempt):
     Attributes:
         value: the state before the node; ``state`` is the node's own copy of it.
         cancelling: how many cancellations of the task came before.
-        turn: ticks of the event loop when the function was called; see LOOP_TICKS.
+        tick: the count of the event loop's ``ticks`` when the function was called.
         output: what the function returned; ``model`` once it is valid, and ``saved`` the snapshot of that.
     """
 
-    __slots__ = ("cancelling", "node", "output", "plan", "saved", "state", "turn", "value")
+    __slots__ = ("cancelling", "node", "output", "plan", "saved", "state", "tick", "ticks", "value")
 
     state: BaseModel
     saved: Snapshot
 
     def __init__(self, ctx: ReliabilityContext) -> None:
         self.ctx = ctx
+        self.ticks = loop_ticks()
 
     def prepare(
         self, run: NodeExecution, node: Node | Group, plan: Plan, value: BaseModel, cancelling: int
@@ -227,7 +228,10 @@ class NodeAttempt(OpenAttempt):
 
     def _start_clock(self) -> None:
         """Note that the function begins; a group notes when those inside it do."""
-        self.turn = LOOP_TICKS.begin()
+        ticks = self.ticks
+        if not ticks.is_due:
+            ticks.start()
+        self.tick = ticks.count
         self.begin = perf_counter_ns()
         if self.run.parent is not None and type(self.node) is Node:
             self.run.parent.enter(self.begin)
@@ -256,7 +260,7 @@ class NodeAttempt(OpenAttempt):
         self.duration = now - self.begin
         if run.parent is not None:
             run.parent.leave(now)
-        if self.duration >= self.ctx.max_block_ns and self.turn == LOOP_TICKS.count:
+        if self.duration >= self.ctx.max_block_ns and self.ticks.is_blocked_since(self.tick):
             warn_of_blocking(self.ctx, run, self.duration)
 
     # ------------------------------------------------------------------ count

@@ -17,8 +17,8 @@ from stroma.hooks.dispatch import HookNotAsync
 __all__ = [
     "CONTINUES",
     "LAST_SECONDS",
-    "LOOP_TICKS",
     "TICK_SECONDS",
+    "LoopTicks",
     "Shield",
     "TaskPool",
     "as_store_error",
@@ -27,6 +27,7 @@ __all__ = [
     "gather",
     "has_running_loop",
     "in_thread",
+    "loop_ticks",
     "passes_through",
     "raise_if",
     "retrieve_exception",
@@ -194,36 +195,50 @@ def as_store_error(error: BaseException) -> Exception:
     )
 
 
-class _LoopTicks(threading.local):
-    """Counts ticks of the event loop of each thread while attempts begin: equal counts mean that the loop ran no timer.
+class LoopTicks:
+    """Counts ticks of an event loop while attempts begin.
 
     A timer, and not a callback of the next turn: that would cost each step of a flow a turn of the loop.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._is_due = False
+    __slots__ = ("count", "is_due", "loop")
 
-    def begin(self) -> int:
-        """Return the count, which changes within TICK_SECONDS unless the loop is blocked; -1 without an event loop."""
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            return -1
-        if not self._is_due or self._loop is not loop:
+    def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        self.loop = loop
+        self.count = 0
+        #: The next tick is coming.
+        self.is_due = False
+
+    def start(self) -> None:
+        """Change the count after TICK_SECONDS, or as soon as the loop is free again."""
+        if self.loop is not None:
             # An empty context: that of the caller would keep the run alive until the timer.
-            loop.call_later(TICK_SECONDS, self._tick, context=contextvars.Context())
-            self._loop, self._is_due = loop, True
-        return self.count
+            self.loop.call_later(TICK_SECONDS, self._tick, context=contextvars.Context())
+            self.is_due = True
+
+    def is_blocked_since(self, count: int) -> bool:
+        """Return True if the loop has run nothing else since that count."""
+        return self.loop is not None and self.count == count
 
     def _tick(self) -> None:
         self.count += 1
-        self._is_due = False
+        self.is_due = False
 
 
 TICK_SECONDS: Final = 0.02
-LOOP_TICKS: Final = _LoopTicks()
+_local: Final = threading.local()
+
+
+def loop_ticks() -> LoopTicks:
+    """Return the ticks of the running event loop."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return LoopTicks(None)
+    ticks: LoopTicks | None = getattr(_local, "ticks", None)
+    if ticks is None or ticks.loop is not loop:
+        ticks = _local.ticks = LoopTicks(loop)
+    return ticks
 
 
 class TaskPool:
