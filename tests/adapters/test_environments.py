@@ -12,11 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / "tests" / "frameworks").glob("*/requirements.in"))
-#: Of a driver in sketch, of backends of telemetry and of instrumentations of several frameworks, and of frameworks without
-#: an adapter, which no extra has.
-DRIVERS = {"dbos"}
+#: Of backends of telemetry and of instrumentations of several frameworks, which no extra has.
 BACKENDS = {"grafana", "instrumented", "mlflow", "phoenix"}
-ADAPTED = [folder for folder in FOLDERS if folder.name not in DRIVERS | BACKENDS | {"others"}]
+ADAPTED = [folder for folder in FOLDERS if folder.name not in BACKENDS | {"others"}]
 EXTRAS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
     "optional-dependencies"
 ]
@@ -59,14 +57,6 @@ def test_every_framework_has_tests_a_page_and_an_example(folder: Path) -> None:
     assert f"(adapters/{folder.name}.md)" in (ROOT / "docs" / "adapters.md").read_text()
     module = ROOT / "src" / "stroma" / "adapters" / f"{folder.name}.py"
     assert len(module.read_text().splitlines()) < 250
-
-
-def test_a_driver_in_sketch_has_tests_and_names_its_limits() -> None:
-    """What it cannot do is written down."""
-    assert {folder.name for folder in FOLDERS} >= DRIVERS
-    for name in DRIVERS:
-        assert list((ROOT / "tests" / "frameworks" / name).glob("test_*.py"))
-        assert "What it cannot do" in (ROOT / "tests" / "drivers" / f"{name}_.py").read_text()
 
 
 @pytest.mark.slow

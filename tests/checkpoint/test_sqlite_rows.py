@@ -108,7 +108,9 @@ def test_the_first_execution_of_a_run(rows: SqliteRows) -> None:
     ]  # fmt: skip
     assert table(rows, "inputs") == [(1, 1, "c", INPUT, checksum(INPUT))]
     assert table(rows, "tags") == [(1, "a", 1000), (1, "b", 1000)]
-    assert rows.find("r") == RunRow(1, "r", "p", 1, "RUNNING", None, 1000, 1000, 0, 0, 0, OURS, 1, 30.0, 0)
+    assert rows.find("r") == RunRow(
+        1, "r", "p", 1, "RUNNING", None, 1000, 1000, 0, 0, 0, OURS, 1, 30.0, 0, priority=0
+    )
     assert rows.find("r", lock=True) == rows.find("r")
     assert rows.input(1, 1) == ("c", INPUT, checksum(INPUT))
     assert rows.input(1, 2) is None
