@@ -18,7 +18,7 @@ from stroma.cli.errors import Code, Problem
 from stroma.cli.exporters import FLUSH_SECONDS
 from stroma.cli.health import serve_health
 from stroma.cli.progress import timed_line
-from stroma.cli.signals import StopSignals
+from stroma.cli.signals import drain_on_signal
 from stroma.cli.stores import Database
 from stroma.cli.user_errors import describe_error, last_frame
 from stroma.contracts.contract import ContractRegistry
@@ -67,18 +67,7 @@ class LocalWorker:
         started = time.monotonic()
         shutdown_requested = asyncio.Event()
         waiting = asyncio.ensure_future(shutdown_requested.wait())
-        patience = format_duration(self.drain_seconds)
-        message = (
-            f"draining: runs in progress end after their current step, within {patience}; another worker continues them. "
-            "Repeat the signal to stop at once"
-        )
-        stop = StopSignals(
-            waiting,
-            shutdown_requested.set,
-            patience=patience,
-            after="another worker continues the runs that were in progress",
-            messages=dict.fromkeys(("SIGINT", "SIGTERM"), message),
-        )
+        stop = drain_on_signal(waiting, shutdown_requested.set, self.drain_seconds)
         try:
             async with serve_health(self.health_address, self._read_health) as url:
                 serving = asyncio.ensure_future(

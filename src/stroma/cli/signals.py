@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Final
 
+from stroma._utils.text import format_duration
 from stroma.cli.errors import Code
 
-__all__ = ["StopSignals"]
+__all__ = ["StopSignals", "drain_on_signal"]
 
 #: Seconds within which a second signal counts as the first: a terminal and a parent both send one.
 _ECHO: Final = 0.5
@@ -86,3 +87,19 @@ def _write_stderr(text: str) -> None:
         os.write(2, text.encode(errors="backslashreplace"))
     except OSError:
         pass
+
+
+def drain_on_signal(task: asyncio.Task[object], drain: Callable[[], None], seconds: float) -> StopSignals:
+    """Install the handlers of a worker: the first signal drains it, within ``seconds``."""
+    patience = format_duration(seconds)
+    message = (
+        f"draining: runs in progress end after their current step, within {patience}; another worker continues them. "
+        "Repeat the signal to stop at once"
+    )
+    return StopSignals(
+        task,
+        drain,
+        patience=patience,
+        after="another worker continues the runs that were in progress",
+        messages=dict.fromkeys(("SIGINT", "SIGTERM"), message),
+    )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from stroma._utils.text import clean, format_duration, pluralize
 from stroma.cli.errors import Code, Problem
 from stroma.cli.progress import timed_line
-from stroma.cli.signals import StopSignals
+from stroma.cli.signals import drain_on_signal
 from stroma.cli.stores import Database
 from stroma.cli.temporal import TemporalCluster
 from stroma.cli.user_errors import describe_error, last_frame
@@ -61,18 +61,7 @@ class TemporalWorker:
         running = asyncio.ensure_future(worker.run())
         shutdown_requested = asyncio.Event()
         waiting = asyncio.ensure_future(shutdown_requested.wait())
-        patience = format_duration(self.drain_seconds)
-        message = (
-            f"draining: runs in progress end after their current step, within {patience}; another worker continues them. "
-            "Repeat the signal to stop at once"
-        )
-        stop = StopSignals(
-            waiting,
-            shutdown_requested.set,
-            patience=patience,
-            after="another worker continues the runs that were in progress",
-            messages=dict.fromkeys(("SIGINT", "SIGTERM"), message),
-        )
+        stop = drain_on_signal(waiting, shutdown_requested.set, self.drain_seconds)
         started = time.monotonic()
         self._print("ready", self._describe())
         try:
