@@ -343,15 +343,15 @@ async def test_ids_of_other_pipelines_are_known(caplog: pytest.LogCaptureFixture
 
 async def test_limits_that_no_node_uses_are_refused() -> None:
     """Limits that no known node has are a ValueError; one node of the runner that has one of them is enough."""
-    limits = {"llm": Limit(requests_per_minute=10), "other": Limit(requests_per_minute=10)}
+    limits = {"answer_llm": Limit(requests_per_minute=10), "other_llm": Limit(requests_per_minute=10)}
     runner = StromaRunner.quick(limits=limits)
     extract = extract_node(runner)
     with pytest.raises(
         ValueError,
-        match=r"^no node of pipeline 'pipeline' uses any of the limits \('llm', 'other'\); assign them with",
+        match=r"^no node of pipeline 'pipeline' uses any of the limits \('answer_llm', 'other_llm'\); assign them with",
     ):
         await runner.run([extract], Text())
-    runner.node("llm", input=Text, output=Text)(give_text)
+    runner.node("answer_llm", input=Text, output=Text)(give_text)
     assert (await runner.run([extract], Text())).status is RunStatus.COMPLETED
 
 
