@@ -124,7 +124,8 @@ def _why_text(text: str | bytes) -> str:
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
-        return f"; this is text, and no JSON: {error.msg} at character {error.pos}"
+        why = error.msg.removesuffix(" at")
+        return f"; this is text, and no JSON: {why} at character {error.pos}"
     except (ValueError, RecursionError):
         return "; this is text, and no JSON"
     return "; this is text"
