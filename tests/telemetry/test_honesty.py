@@ -357,7 +357,8 @@ async def test_events_of_a_node_with_many_attempts() -> None:
     (node, _) = otel.spans.get_finished_spans()
     assert node.dropped_events == 0
     assert node.attributes is not None
-    assert node.attributes["stroma.events.dropped"] == 61 * 2 + 60 - len(node.events)
+    assert node.events[-1].name == "exception"
+    assert node.attributes["stroma.events.dropped"] == 61 + 60 + 1 - len(node.events)
 
 
 @pytest.mark.core

@@ -58,7 +58,7 @@ class Item(BaseModel):
 
 
 #: The events of a node that fails once.
-RETRIED = ["exception", "stroma.attempt", "stroma.retry", "stroma.attempt"]
+RETRIED = ["stroma.attempt", "stroma.retry", "stroma.attempt"]
 
 
 class Seen:
@@ -286,10 +286,35 @@ class TestEndings:
         attributes = dict(span.attributes)
         assert (attributes["stroma.node.attempts"], attributes["stroma.outcome"]) == (2, "success")
         assert attributes["stroma.tokens"] == 15
-        failed = dict(span.events[1].attributes)
+        failed = dict(span.events[0].attributes)
         assert (failed["error.type"], failed["stroma.failure_class"]) == ("ConnectionError", "RECOVERABLE")
         assert failed["stroma.reason"] == "connection"
         assert seen.span("invoke_workflow pipeline").status.status_code is StatusCode.UNSET
+
+    @pytest.mark.parametrize("attempts", ["events", "spans"])
+    async def test_only_final_failures_have_an_exception_event(self, seen: Seen, attempts: Any) -> None:
+        """A failure that is tried again leaves no "exception" event on any span, which MLflow would show as an error."""
+        runner = quick(seen.hooks(attempts=attempts, content="redacted"))
+        await runner.run([flaky(runner)], State())
+        assert not any("exception" in events(span) for span in seen.spans)
+        (message,) = [
+            attributes["stroma.message"]
+            for span in seen.spans
+            for attributes in (span.attributes, *(event.attributes for event in span.events))
+            if "stroma.message" in attributes
+        ]
+        assert message == "no answer for **********"
+        await runner.run([flaky(runner, "broken", failures=9)], State())
+        failed = [span for span in seen.spans if span.status.status_code is StatusCode.ERROR]
+        assert [span.name for span in failed] == [
+            *(["stroma.attempt broken"] if attempts == "spans" else []),
+            "stroma.node broken", "invoke_workflow pipeline",
+        ]  # fmt: skip
+        for span in failed:
+            (exception,) = [event for event in span.events if event.name == "exception"]
+            assert dict(exception.attributes) == {
+                "exception.type": "ConnectionError", "exception.message": "no answer for **********",
+            }  # fmt: skip
 
     @pytest.mark.core
     async def test_attempts_as_spans(self, seen: Seen) -> None:

@@ -57,7 +57,9 @@ def otlp_spans(record: RunRecord, attempts: Sequence[AttemptRecord]) -> dict[str
         spans.append(_node_span(ids, record, tried, extents[position, branch]))
         for number, attempt in enumerate(tried):
             attempt_span = _derive_id(f"{seed}\0{position}\0{branch}\0{number}", 8)
-            spans.append(_attempt_span(_Ids(trace, attempt_span, node_span), attempt))
+            spans.append(
+                _attempt_span(_Ids(trace, attempt_span, node_span), attempt, is_final=attempt is tried[-1])
+            )
     resource = {"attributes": _attributes({"service.name": "stroma"})}
     return {
         "resourceSpans": [
@@ -107,13 +109,14 @@ def _node_span(
     return _span(ids, name, extent, attributes, _error_text(last))
 
 
-def _attempt_span(ids: _Ids, attempt: AttemptRecord) -> dict[str, Any]:
+def _attempt_span(ids: _Ids, attempt: AttemptRecord, *, is_final: bool) -> dict[str, Any]:
     attributes = {
         "stroma.node.id": attempt.node_id,
         "stroma.node.attempt": attempt.attempt,
         "stroma.outcome": attempt.outcome,
         "stroma.failure_class": attempt.failure_class,
         "stroma.reason": attempt.reason,
+        "stroma.message": attempt.text or None,
         "stroma.model": attempt.model,
         "stroma.duration_s": attempt.duration_ms / 1000,
         "stroma.tokens": attempt.tokens,
@@ -121,7 +124,7 @@ def _attempt_span(ids: _Ids, attempt: AttemptRecord) -> dict[str, Any]:
     }
     name = f"stroma.attempt {attempt.node_id}"
     extent = attempt.started_ns, _ended_ns(attempt)
-    return _span(ids, name, extent, attributes, _error_text(attempt))
+    return _span(ids, name, extent, attributes, _error_text(attempt) if is_final else None)
 
 
 def _ended_ns(attempt: AttemptRecord) -> int:

@@ -276,10 +276,9 @@ class OpenTelemetry(Observer):
                 }
                 if ended.reason is not None:
                     about_attempt["stroma.reason"] = ended.reason
-                if of_node.attempt is None:
-                    of_node.events.add(span, "exception", self._exception(node, ended.error))
-                else:
-                    of_node.attempt.add_event("exception", self._exception(node, ended.error))
+                message = self._content.message(node.ctx, ended.error)
+                if message is not None:
+                    about_attempt["stroma.message"] = message
             if of_node.attempt is None:
                 of_node.events.add(span, "stroma.attempt", about_attempt)
             else:
@@ -386,21 +385,16 @@ class OpenTelemetry(Observer):
         self._watched = provider
         self._inference.can_see = True
 
-    def _exception(self, node: NodeExecution, error: BaseException) -> dict[str, Any]:
-        about = {"exception.type": type_name(error)}
-        message = self._content.message(node.ctx, error)
-        if message is not None:
-            about["exception.message"] = message
-        return about
-
     def _mark(self, span: Span, run: ReliabilityContext, ended: AttemptEnd) -> None:
-        """Make a span an error, if the end was one."""
+        """Make a span an error, if the end was one. Some backends show each span with an "exception" event as an error."""
         if ended.error is None:
             return
-        description = self._content.message(run, ended.error)
+        description, kind = self._content.message(run, ended.error), type_name(ended.error)
+        about = {"exception.type": kind} | ({} if description is None else {"exception.message": description})
+        span.add_event("exception", about)
         if description is None:
             description = " ".join(filter(None, (ended.class_name, ended.reason)))
-        span.set_attribute("error.type", type_name(ended.error))
+        span.set_attribute("error.type", kind)
         span.set_attribute("stroma.failure_class", ended.class_name)
         span.set_status(trace.Status(trace.StatusCode.ERROR, description))
 
