@@ -41,33 +41,91 @@ def effect(runner: StromaRunner, shop: Shop, *, reconciles: bool = True) -> Any:
     )(shop.charge)
 
 
-@pytest.mark.core
-async def test_a_child_of_a_group(store: Any) -> None:
-    """G13. A sibling's failure that cancels an effect, and a retry of the group, do not repeat its call."""
-    shop, charged, tries = Shop(), asyncio.Event(), []
-    runner = StromaRunner.quick(
-        store=store, policy_map=NEVER, node_policies={"parallel(charge, fail)": THRICE}
-    )
+class Siblings:
+    """An effect that its provider answers slowly, and a node that fails during the call."""
 
-    async def charge(order: Order) -> Any:
-        await shop.charge(order)
-        charged.set()
-        await asyncio.Event().wait()
+    def __init__(self, runner: StromaRunner, fails: int = 1) -> None:
+        self.shop, self.charged, self.answered = Shop(), asyncio.Event(), asyncio.Event()
+        self.tries, self.fails = 0, fails
+        self.charge = runner.node(
+            "charge", input=Order, output=Receipt, effect=True, reconcile=self.shop.look
+        )(self._charge)
+        self.fail = runner.node("fail", input=Order, output=Order)(self._fail)
 
-    async def fail(order: Order) -> Order:
-        await charged.wait()
-        tries.append(1)
-        if len(tries) < 3:
+    async def _charge(self, order: Order) -> Any:
+        receipt = await self.shop.charge(order)
+        self.charged.set()
+        await self.answered.wait()
+        return receipt
+
+    async def _fail(self, order: Order) -> Order:
+        await self.charged.wait()
+        self.tries += 1
+        if self.tries <= self.fails:
+            asyncio.get_running_loop().call_later(0.01, self.answered.set)
             raise ConnectionResetError
         return order
 
-    group = parallel(
-        runner.node("charge", input=Order, output=Receipt, effect=True, reconcile=shop.look)(charge),
-        runner.node("fail", input=Order, output=Order)(fail),
+
+@pytest.mark.core
+async def test_a_child_of_a_group(store: Any) -> None:
+    """G13. An effect whose sibling fails runs to its end; a retry of the group uses its output, and asks nobody."""
+    runner = StromaRunner.quick(
+        store=store, policy_map=NEVER, node_policies={"parallel(charge, fail)": THRICE}
     )
-    result = await runner.run([group], Order(), run_id="r")
-    assert (result.status, shop.calls, len(tries)) == (RunStatus.COMPLETED, 1, 3)
-    assert len(shop.charges) == 1
+    siblings = Siblings(runner, fails=2)
+    result = await runner.run([parallel(siblings.charge, siblings.fail)], Order(), run_id="r")
+    assert (result.status, siblings.shop.calls, siblings.tries) == (RunStatus.COMPLETED, 1, 3)
+    assert siblings.shop.asked == []
+    outcomes = [event.outcome for event in result.trace.walk() if event.node_id == "charge"]
+    assert outcomes == ["success"]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("kind", ["nested", "item", "step"])
+async def test_an_effect_further_inside(store: Any, kind: str) -> None:
+    """G13. A sibling's failure lets an effect in a group inside, in a map and in a step of a node run to its end, too."""
+    runner = StromaRunner.quick(store=store, policy_map=NEVER)
+    siblings, after = Siblings(runner), []
+
+    @runner.node("agent", input=Order, output=Receipt)
+    async def agent(order: Order) -> Any:
+        run = current_run()
+        assert run is not None
+        step = await execute_step("charge", siblings.charge, order, run)
+        await asyncio.sleep(0)
+        after.append(step)
+        return step.final_state
+
+    inside: dict[str, Any] = {
+        "nested": parallel(siblings.charge),
+        "item": map_over(lambda order: [Order(cents=1)], siblings.charge, into="receipts"),
+        "step": agent,
+    }
+    nodes = [parallel(inside[kind], siblings.fail)]
+    result = await runner.run(nodes, Order(), run_id="r")
+    assert (result.status, siblings.shop.calls) == (RunStatus.PARTIAL, 1)
+    assert after == [], "the code after the effect is cancelled"
+    result = await runner.run(nodes, Order(), run_id="r", resume=True)
+    assert (result.status, siblings.shop.calls, siblings.shop.asked) == (RunStatus.RESUMED, 1, [])
+
+
+@pytest.mark.core
+async def test_a_cancellation_from_outside_does_not_wait(store: Any) -> None:
+    """A run that is cancelled while a failed group waits for an effect cuts the effect off; the resume asks."""
+    runner = StromaRunner.quick(store=store, policy_map=NEVER)
+    siblings = Siblings(runner)
+    siblings.answered.set = lambda: None  # type: ignore[method-assign]
+    nodes = [parallel(siblings.charge, siblings.fail)]
+    task = asyncio.create_task(runner.run(nodes, Order(), run_id="r"))
+    while not siblings.tries:
+        await asyncio.sleep(0.01)
+    assert not task.done()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    result = await runner.run(nodes, Order(), run_id="r", resume=True)
+    assert (result.status, siblings.shop.calls, len(siblings.shop.asked)) == (RunStatus.RESUMED, 1, 1)
 
 
 async def test_a_suspended_child_lets_its_siblings_end(store: Any) -> None:

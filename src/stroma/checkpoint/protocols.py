@@ -120,6 +120,10 @@ class Session(Protocol):
         """Return the commits in some branches of a position, including those of this process. Raises StoreError."""
         ...
 
+    def holds_lease(self) -> bool:
+        """Return False if another process may have taken the run over. May be called from any thread; reads no store."""
+        ...
+
     def delivered(self, row: AttemptRow) -> None:
         """Record, without waiting, that the end hooks of an attempt were called. Only called if the request has ``deliver``."""
 

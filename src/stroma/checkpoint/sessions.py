@@ -67,6 +67,9 @@ class NullSession:
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
         return None
 
+    def holds_lease(self) -> bool:
+        return True
+
     def delivered(self, row: AttemptRow) -> None:
         return None
 

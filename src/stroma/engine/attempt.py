@@ -147,7 +147,10 @@ class NodeAttempt(OpenAttempt):
         finally:
             # What the function raised references the frames that it passed, they this attempt, and the execution its last
             # failure: otherwise each failed run is a cycle that only the garbage collector frees.
-            del self.run, problem
+            effect = self.run.effect
+            if effect is not None:
+                effect.end_attempt()
+            del self.run, problem, effect
             self.firing = None  # Its arguments refer to the failure, and this frame is in its traceback.
 
     async def reject(self, error: Exception) -> Failure | Halt:
@@ -242,11 +245,12 @@ class NodeAttempt(OpenAttempt):
         if isinstance(node, Group):
             self.run.start_children()
             return node.run(ctx, self.run, state)
-        context = ctx.node_context() if node.wants_context else ctx.context
+        context, effect = ctx.node_context() if node.wants_context else ctx.context, self.run.effect
+        call = node.call if effect is None else partial(effect.call, node.call)
         if not node.is_async:
             warn = partial(ctx.run_logger.warning, CONTINUES, node.node_id)
-            return call_in_thread(node.call, (state, context), warn)
-        awaitable: Awaitable[Any] = node.call(state, context)
+            return call_in_thread(call, (state, context), warn)
+        awaitable: Awaitable[Any] = call(state, context)
         return awaitable
 
     def _stop_clock(self) -> None:
@@ -396,6 +400,9 @@ class NodeAttempt(OpenAttempt):
         effect.is_under_way = False
         if isinstance_by_type(error, GroupStopped):
             error = error.halt.failure.exception
+        if effect.is_refused:
+            effect.close()
+            return await self._fail(error, is_of_store=True)
         if isinstance_by_type(error, Fenced):
             return None  # Another process owns the run, and asks. The intent stays open.
         if is_refusal(error):

@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from inspect import iscoroutinefunction
 from typing import Any, Final, NamedTuple, TypeAlias, final
 
 from pydantic import BaseModel
 
 from stroma._utils.text import typed
-from stroma.checkpoint import Committed, CorruptCheckpoint, schema_ref
+from stroma.checkpoint import Committed, CorruptCheckpoint, Fenced, schema_ref
 from stroma.checkpoint.decoding import RecordName, decode_json
 from stroma.checkpoint.entries import NOT_DONE, UnknownCall, Waiting, effect_note
 from stroma.checkpoint.identity import is_called, without_attempts
@@ -29,6 +29,7 @@ from stroma.contracts.schema import Schema, Snapshot, describe_error
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.commit import settle
 from stroma.engine.execution import NodeExecution
+from stroma.engine.in_flight import begin_flight, end_flight
 from stroma.engine.restore import read_output
 from stroma.engine.tasks import CONTINUES, as_store_error, call_in_thread, passes_through
 from stroma.failures.errors import Suspend
@@ -88,11 +89,13 @@ class Effect:
     Attributes:
         branch: of its note and its idempotency key: that of the execution, without the numbers of attempts around it.
         is_under_way: the present attempt has begun a call, whose end is not known.
+        is_refused: the call was not made, since another process may own the run.
         is_stated: the output was stated, and not returned by the function.
     """
 
     __slots__ = (
-        "_contract", "_digest", "_intent", "_key", "_run", "_schemas", "branch", "is_stated", "is_under_way",
+        "_contract", "_digest", "_flight", "_intent", "_key", "_run", "_schemas", "branch", "is_refused", "is_stated",
+        "is_under_way",
     )  # fmt: skip
 
     def __init__(
@@ -103,7 +106,8 @@ class Effect:
         self._digest = _digest(plan[0], snapshot) if is_called(run.branch) else ""
         self.branch, self._intent = self._find(run)
         self._key = effect_note(run.position, self.branch)
-        self.is_under_way = self.is_stated = False
+        self.is_under_way = self.is_stated = self.is_refused = False
+        self._flight: asyncio.Task[Any] | None = None
 
     def _find(self, run: NodeExecution) -> tuple[str, Intent | None]:
         """Return the branch that the effect is known by, and its last call.
@@ -130,9 +134,26 @@ class Effect:
         problem, cancelled = await settle(run.ctx, run, self._flush(), self._flush)
         if problem is None and not cancelled:
             self.is_under_way = True
+            self._flight = begin_flight()
         else:
             self.close()
         return problem, cancelled
+
+    def call(self, function: Callable[..., Any], state: BaseModel, context: Any) -> Any:
+        """Call the function. Raises Fenced instead if another process may own the run: this one stood still since its intent."""
+        run = self._run
+        if not run.ctx.session.holds_lease():
+            self.is_refused = True
+            raise Fenced(
+                f"the lease of run {run.run_id!r} ended before effect {run.node_id!r} was called, and it is not called: this "
+                "process stood still, or did not reach the store; see who owns the run, or resume it"
+            )
+        return function(state, context)
+
+    def end_attempt(self) -> None:
+        """End the flight of the call that the attempt has made, if it has made one."""
+        flight, self._flight = self._flight, None
+        end_flight(flight)
 
     def close(self) -> None:
         """Note that the last call did not happen; it is stored with the attempt."""

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Final
 
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StoreError
+from stroma.engine.in_flight import give_up, is_given_up
 from stroma.engine.threads import enter_scope
 from stroma.hooks.dispatch import HookNotAsync
 
@@ -242,7 +243,7 @@ def loop_ticks() -> LoopTicks:
 
 
 class TaskPool:
-    """Tasks of which the first that raises cancels the rest and is raised by :meth:`join`.
+    """Tasks of which the first that raises gives the rest up and is raised by :meth:`join`.
 
     Not a TaskGroup: up to Python 3.12 that cancels the task around it to wake it, and so can swallow a cancellation
     from outside that comes at the same moment, or leave its own behind.
@@ -273,7 +274,10 @@ class TaskPool:
             await self._has_room
 
     async def join(self) -> None:
-        """Await all tasks. A cancellation of the caller cancels them, and is raised when they have ended."""
+        """Await all tasks. A cancellation of the caller cancels them, and is raised when they have ended.
+
+        If the caller is given up, so are they (see :func:`stroma.engine.in_flight.give_up`).
+        """
         cancelled: asyncio.CancelledError | None = None
         while self._running:
             self._is_idle = asyncio.get_running_loop().create_future()
@@ -281,7 +285,7 @@ class TaskPool:
                 await self._is_idle
             except asyncio.CancelledError as came:
                 cancelled = cancelled or came.with_traceback(None)
-                self._abort()
+                self._abort(give_up if is_given_up(came) else asyncio.Task.cancel)
         # The first that was raised, but a KeyboardInterrupt or SystemExit before any Exception.
         error = next(
             (e for e in self._errors if not isinstance(e, Exception)),
@@ -296,10 +300,10 @@ class TaskPool:
                 self._errors.clear()
                 del error, cancelled
 
-    def _abort(self) -> None:
+    def _abort(self, cancel: Callable[[asyncio.Task[Any]], object]) -> None:
         self._was_aborted = True
         for task in self._running:
-            task.cancel()
+            cancel(task)
 
     def _finish(self, task: asyncio.Task[Any]) -> None:
         self._running.pop(task, None)
@@ -311,7 +315,7 @@ class TaskPool:
         if error is not None:
             self._errors.append(error)
             if len(self._errors) == 1:
-                self._abort()
+                self._abort(give_up if isinstance(error, Exception) else asyncio.Task.cancel)
         for waiter in (self._has_room, None if self._running else self._is_idle):
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.durable.operations import Transaction
-from stroma.checkpoint.durable.rows import Fence, Rows
+from stroma.checkpoint.durable.rows import Fence, Rows, lease_clock
 from stroma.checkpoint.durable.session import DurableSession
 
 __all__ = ["LeaseRenewer"]
@@ -72,7 +71,7 @@ class LeaseRenewer:
         return min(leases, default=_IDLE_SECONDS * _RENEWALS) / _RENEWALS
 
     def _work(self) -> None:
-        renewed = time.monotonic()
+        renewed = lease_clock()
         while True:
             with self._lock:
                 seconds = self._interval()
@@ -85,9 +84,9 @@ class LeaseRenewer:
                     self._running = False
                     return
             try:
-                if time.monotonic() - renewed >= min(seconds, self._interval()) * 0.9:
-                    renewed = time.monotonic()
-                    then = self._note_renewed if store.lease_listeners else None
+                if lease_clock() - renewed >= min(seconds, self._interval()) * 0.9:
+                    renewed = lease_clock()
+                    then = partial(self._note_renewed, renewed, has_listeners=bool(store.lease_listeners))
                     store.post(partial(_renew, [session.fence for session in sessions]), then)
                 self._call_listeners(store, sessions)
                 self._read_requests(store, [session for session in sessions if session.on_control])
@@ -95,10 +94,13 @@ class LeaseRenewer:
                 logger.exception("leases could not be renewed; retrying")
             del store, sessions  # The waiting thread must not keep sessions alive.
 
-    def _note_renewed(self, fences: list[Fence]) -> None:
+    def _note_renewed(self, asked_at: float, fences: list[Fence], *, has_listeners: bool) -> None:
         """Have the listeners called. Called in the thread of the store, which must not wait for them."""
-        self._renewed.put(fences)
-        self._wake.set()
+        for fence in fences:
+            fence.leased_at = asked_at
+        if has_listeners:
+            self._renewed.put(fences)
+            self._wake.set()
 
     def _call_listeners(self, store: Store, sessions: list[DurableSession]) -> None:
         run_ids = {id(session.fence): session.run_id for session in sessions}

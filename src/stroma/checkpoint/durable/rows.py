@@ -5,6 +5,8 @@ Decisions about them are made in ``session`` and ``session_open``, once for all 
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -29,6 +31,7 @@ __all__ = [
     "Step",
     "StepRow",
     "is_free",
+    "lease_clock",
 ]
 
 
@@ -69,12 +72,25 @@ def is_free(owner: str | None, left_seconds: float) -> bool:
     return holder is None or left_seconds < 0 or is_gone(holder)
 
 
+#: Unlike the monotonic clock of Linux, it also counts while the machine is suspended.
+_LEASE_CLOCK: Final[int | None] = getattr(time, "CLOCK_BOOTTIME", None)
+#: The last part of a lease, which is left for the start of a call and for clocks that run at different rates.
+_MARGIN: Final = 0.1
+
+
+def lease_clock() -> float:
+    """Return the seconds by which this process measures its own leases. It never jumps, whoever sets the time."""
+    return time.monotonic() if _LEASE_CLOCK is None else time.clock_gettime(_LEASE_CLOCK)
+
+
 @dataclass(slots=True)
 class Fence:
     """The right of a session to write: rows change only while these are the last epoch and owner of the run.
 
     Attributes:
         run: the key of the run in the store; never reused for another run.
+        leased_at: when the last lease that the store has acknowledged was asked for, by :func:`lease_clock`. It ends
+            ``lease_seconds`` later at the earliest.
         acknowledged: attempts of the execution that the store has acknowledged; a run that counts fewer has lost some.
             Written by the thread that writes to the store, after each transaction.
     """
@@ -85,6 +101,11 @@ class Fence:
     owner: str
     lease_seconds: float
     acknowledged: int = field(default=0, compare=False)
+    leased_at: float = field(default=-math.inf, compare=False)
+
+    def holds_lease(self) -> bool:
+        """Return True if no other process can have taken the run over, and there is time to begin a call."""
+        return lease_clock() - self.leased_at < self.lease_seconds * (1 - _MARGIN)
 
     def acknowledge(self, attempts: int) -> None:
         """Record that the store committed a transaction after which the execution has so many attempts."""

@@ -210,6 +210,10 @@ class DurableSession:
         """Incremented by each session that opens the run."""
         return self.fence.epoch
 
+    def holds_lease(self) -> bool:
+        """See Session."""
+        return self.fence.holds_lease()
+
     def record_failure_site(
         self, position: int, branch: str, attempt: int, started_ns: int, write: Callable[[], bytes]
     ) -> None:

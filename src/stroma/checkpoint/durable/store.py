@@ -35,7 +35,17 @@ from stroma.checkpoint.durable.operations import CellChange, Transaction
 from stroma.checkpoint.durable.owner import Owner, new_owner
 from stroma.checkpoint.durable.reader import ReadableStore
 from stroma.checkpoint.durable.retention import Collected, collect_expired
-from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunEnd, RunRow, Step, StepRow
+from stroma.checkpoint.durable.rows import (
+    Annotation,
+    Fence,
+    Opening,
+    Rows,
+    RunEnd,
+    RunRow,
+    Step,
+    StepRow,
+    lease_clock,
+)
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.durable.session_open import RunOpener, finish_execution
 from stroma.checkpoint.durable.worker import Connection, Operation, Worker, generation
@@ -136,8 +146,10 @@ class DurableStore(ReadableStore):
         session = DurableSession(request.run_id, self._submit, self._payloads, opened, self.address)
         opening = await self._opening(request, data, last + 1, new_owner(session, ends=request.ends))
         open_session = partial(session.open, request, opening, data)
+        asked_at = lease_clock()
         await self._claim(session, Transaction(request.run_id, open_session, opening, session))
         if session.fence.owner:  # A run that is returned unchanged has no lease.
+            session.fence.leased_at = asked_at
             renewer = self._lease_renewers.get(generation())
             if renewer is None:
                 renewer = self._lease_renewers.setdefault(generation(), LeaseRenewer(self))

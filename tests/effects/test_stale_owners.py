@@ -1,0 +1,126 @@
+"""Owners that stand still between the intent of an effect and its call, for longer than their lease."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.effects.shop import Order, Receipt, Shop
+from tests.fixtures import store_fixture
+
+from stroma import Fenced, NotDone, RunStatus, SQLiteStore, StromaRunner, current_node
+from stroma.checkpoint.durable import rows
+from stroma.checkpoint.sqlite.connection import SqliteConnection
+from stroma.engine.effects import Effect
+
+store = store_fixture("sqlite", "postgres", "redis")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_call_after_the_lease(store: Any, monkeypatch: Any, is_async: bool) -> None:
+    """G13. An owner whose lease is over after the commit of the intent makes no call; a resume makes it, and asks nobody."""
+    shop = Shop()
+    runner = StromaRunner.quick(store=store)
+
+    def charge_sync(order: Order) -> Any:
+        return asyncio.run(shop.charge(order))
+
+    charge = runner.node("charge", input=Order, output=Receipt, effect=True)(
+        shop.charge if is_async else charge_sync
+    )
+    begin, main, clock, is_late = Effect.begin, threading.current_thread(), rows.lease_clock, []
+
+    async def stand_still(effect: Effect) -> Any:
+        ended = await begin(effect)
+        is_late.append(True)
+        return ended
+
+    def late_clock() -> float:
+        # The node in a thread stands still after the thread has started.
+        is_there = is_async or threading.current_thread() is not main
+        return clock() + (60 if is_late and is_there else 0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Effect, "begin", stand_still)
+        patched.setattr(rows, "lease_clock", late_clock)
+        result = await runner.run([charge], Order(), run_id="r")
+    assert (result.status, shop.calls) == (RunStatus.PARTIAL, 0)
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, Fenced)
+    assert "'charge' was called" in result.failure.message
+    result = await runner.run([charge], Order(), run_id="r", resume=True)
+    assert (result.status, shop.calls) == (RunStatus.RESUMED, 1)
+
+
+async def test_a_renewed_lease_is_held(store: Any, monkeypatch: Any) -> None:
+    """A node before the effect may take longer than the lease: the lease is renewed meanwhile, and the effect is called."""
+    shop = Shop()
+    runner = StromaRunner.quick(store=store, lease_seconds=1.0)
+
+    @runner.node("think", input=Order, output=Order)
+    async def think(order: Order) -> Order:
+        await asyncio.sleep(1.2)
+        return order
+
+    charge = runner.node("charge", input=Order, output=Receipt, effect=True)(shop.charge)
+    result = await runner.run([think, charge], Order(), run_id="r")
+    assert (result.status, shop.calls) == (RunStatus.COMPLETED, 1)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_after_the_intent(tmp_path: Path) -> None:
+    """G13. A process that is stopped after its intent, and goes on when another one has ended the run, charges nothing."""
+    ledger = tmp_path / "ledger"
+    ledger.touch()
+
+    def run(*, stops: bool) -> None:
+        runner = StromaRunner.quick(store=SQLiteStore(tmp_path / "runs.db"), lease_seconds=1.0)
+
+        async def find(order: Order, key: str) -> Any:
+            return {"number": 1} if key in ledger.read_text() else NotDone()
+
+        @runner.node("charge", input=Order, output=Receipt, effect=True, reconcile=find)
+        async def charge(order: Order) -> Any:
+            with ledger.open("a") as file:
+                file.write(f"{current_node().idempotency_key}\n")
+            return {"number": 1}
+
+        apply, count = SqliteConnection.apply, [0]
+
+        def stop(self: Any, *args: Any) -> Any:
+            done = apply(self, *args)
+            count[0] += 1
+            if count[0] == 2:  # The first transaction opens the run, the second one has the intent.
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return done
+
+        if stops:
+            SqliteConnection.apply = stop  # type: ignore[method-assign]
+        asyncio.run(runner.run([charge], Order(), run_id="r", resume=True))
+
+    def fork(*, stops: bool) -> int:
+        pid = os.fork()
+        if not pid:
+            try:
+                run(stops=stops)
+            finally:
+                os._exit(0)
+        return pid
+
+    stale = fork(stops=True)
+    try:
+        assert os.WIFSTOPPED(os.waitpid(stale, os.WUNTRACED)[1])
+        time.sleep(1.2)  # Its lease is over.
+        os.waitpid(fork(stops=False), 0)
+        assert len(ledger.read_text().split()) == 1
+    finally:
+        os.kill(stale, signal.SIGCONT)
+        os.waitpid(stale, 0)
+    assert len(ledger.read_text().split()) == 1
