@@ -50,7 +50,8 @@ def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
     """Run nodes side by side on copies of the same state; their outputs merge in argument order, later ones win.
 
     Each child is a full node: contracts, timeout, retries, usage, hooks, a record of its own. The first that stops
-    for good cancels its siblings, and the group fails with that child's exception. Groups nest.
+    for good cancels its siblings, and the group fails with that child's exception; an effect that is being called runs
+    to its end first. Groups nest.
 
     Args:
         nodes: the children: nodes or groups.
