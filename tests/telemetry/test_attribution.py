@@ -354,8 +354,8 @@ async def test_guarded_runs_are_attributed(seen: Seen) -> None:
         await librarian()
     assert about(seen.span("call")).items() >= {"user.id": "u-7", "gen_ai.conversation.id": "c-1"}.items()
     kinds = {span.name: dict(span.attributes or {}).get("openinference.span.kind") for span in seen.spans}
-    assert (kinds["stroma.node search"], kinds["stroma.node ask"]) == ("TOOL", "TOOL")
-    assert kinds["stroma.node librarian"] == "AGENT"
+    assert (kinds["execute_tool search"], kinds["execute_tool ask"]) == ("TOOL", "TOOL")
+    assert kinds["invoke_agent librarian"] == "AGENT"
     for wrong in ({"user": ""}, {"conversation": "x" * 201}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             guard.run(**wrong)  # type: ignore[arg-type]

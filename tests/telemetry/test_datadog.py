@@ -74,7 +74,7 @@ async def main() -> None:
         with tracer.trace("in thread"):
             return state
 
-    thread = runner.node("thread", input=State, output=State)(in_thread)
+    thread = runner.node("thread", input=State, output=State, role="tool")(in_thread)
 
     @runner.node("bad", input=State, output=State)
     async def bad(state: State) -> Any:
@@ -115,7 +115,7 @@ def spans(agent: DatadogAgent, content: str, statsd: StatsdSocket) -> list[dict[
 
 @pytest.mark.core
 def test_spans_at_the_agent(datadog_agent: DatadogAgent, statsd: StatsdSocket) -> None:
-    """Runs and nodes arrive with resource, parents, links, errors, conversation, user and tags, and with no content."""
+    """Runs and nodes arrive with resource, operation, parents, links, errors, conversation, user and tags, and with no content."""
     result = spans(datadog_agent, "none", statsd)
     ids = {span["span_id"]: span for span in result}
 
@@ -144,6 +144,18 @@ def test_spans_at_the_agent(datadog_agent: DatadogAgent, statsd: StatsdSocket) -
     assert places["stroma.node", "thread"] == ("stroma.node", "parallel(thread, bad)")
     assert places["in thread", "in thread"] == ("stroma.node", "thread")
     assert places["inner", "inner"] == ("stroma.node", "flaky")
+    operations = {
+        span["resource"]: [
+            span["meta"].get(f"gen_ai.{name}") for name in ("operation.name", "tool.name", "agent.name")
+        ]
+        for span in result
+        if span["name"].startswith("stroma")
+    }
+    assert operations == {
+        "letters": ["invoke_workflow", None, "letters"],
+        "thread": ["execute_tool", "thread", None],
+        **{name: [None, None, None] for name in ("flaky", "parallel(thread, bad)", "bad")},
+    }
     errors = {span["resource"] for span in result if span["error"] and span["name"].startswith("stroma")}
     assert errors == {"letters", "bad", "parallel(thread, bad)"}
     assert under_request["error"] == 0

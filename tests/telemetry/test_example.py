@@ -34,7 +34,8 @@ def test_the_example() -> None:
     assert TREE in done.stdout
     assert 'stroma_runs_total{pipeline="invoices",status="RESUMED"} 1.0' in done.stdout
     assert (
-        'stroma_cost_usd_total{model="gpt-4o",node_id="extract",pipeline="invoices"} 0.002885' in done.stdout
+        'stroma_cost_usd_total{agent="",model="gpt-4o",node_id="extract",pipeline="invoices"} 0.002885'
+        in done.stdout
     )
     assert [line.split()[0] for line in done.stderr.splitlines()].count("ERROR") == 1
     assert "Acme" not in done.stdout + done.stderr

@@ -90,5 +90,5 @@ def test_a_redelivered_end_is_a_whole_span(
     assert dict(report.attributes or {})["stroma.tokens"] == (15 if event == "success" else 0)
     labels = {"pipeline": "pipeline", "node_id": "flaky", "outcome": "success", "failure_class": ""}
     assert registry.get_sample_value("stroma_node_executions_total", labels) == 1
-    assert len(nodes) == len([span for span in sentry.transport.spans if span["op"] == "gen_ai.execute_tool"])
+    assert len(nodes) == len([span for span in sentry.transport.spans if span["op"] == "function"])
     assert sentry.transport.events == []

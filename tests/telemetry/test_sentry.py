@@ -76,7 +76,7 @@ async def test_a_final_failure_is_one_issue_at_the_nodes_span(sentry: RecordedSe
     run = sentry.transport.span("letters")
     assert span["parent_span_id"] == run["span_id"]
     assert [s["status"] for s in (run, span, sentry.transport.span("good"))] == [
-        "unavailable", "error", "ok",
+        "unavailable", "internal_error", "ok",
     ]  # fmt: skip
     # The frames are those of the node, the engine's are not the application's.
     frames = event["exception"]["values"][-1]["stacktrace"]["frames"]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 from agents import Agent, FunctionTool, Model, ModelProvider, MultiProvider, RunContextWrapper, RunState
 from agents import Usage as SDKUsage
+from agents import run as agents_run
 from agents.exceptions import (
     InputGuardrailTripwireTriggered,
     OutputGuardrailTripwireTriggered,
@@ -331,8 +332,47 @@ def _install() -> None:
             run.usage.check_budget()
 
     run_loop.get_model, AgentRunner.run_streamed = get_model, run_streamed
+    for module, name in ((agents_run, "run_single_turn"), (run_loop, "run_single_turn_streamed")):
+        setattr(module, name, _turns_in_agents(getattr(module, name)))
     Agent.get_all_tools = RealtimeAgent.get_all_tools = get_all_tools
     RealtimeSession.on_event = on_event
+
+
+def _turns_in_agents(bare_turn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that makes a turn as a step of its agent if the step of another agent is around it.
+
+    So the spend of an agent that was handed to, or is a tool, is in its own steps.
+    """
+
+    @functools.wraps(bare_turn)
+    async def turn(*args: Any, **kwargs: Any) -> Any:
+        node, run = current_node_or_none(), active_run()
+        bound = next((one for one in (*args, *kwargs.values()) if hasattr(one, "public_agent")), None)
+        agent = getattr(bound, "public_agent", None) or kwargs.get("agent")
+        around = None if node is None or run is None or node.ctx is not run.ctx else node.agent
+        if agent is None or around is None or around == agent.name:
+            return await bare_turn(*args, **kwargs)
+        step = GuardedStep(
+            agent.name,
+            input_view=lambda *_: {"agent": agent.name},
+            output_view=_turn_view,
+            control=control,
+            can_retry=False,
+            role="agent",
+        )
+        return await _guard_of(run).acall(step, bare_turn, *args, **kwargs)
+
+    return turn
+
+
+def _turn_view(result: Any) -> dict[str, Any]:
+    """Return the answer of an agent, or the agent that it hands to, as far as a turn has either."""
+    ended = result.next_step
+    next_agent = getattr(ended, "new_agent", None)
+    return {
+        "final_output": getattr(ended, "output", None),
+        "handoff": None if next_agent is None else next_agent.name,
+    }
 
 
 def used_before(input: Any, context: Any) -> int:

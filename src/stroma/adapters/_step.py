@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from stroma.adapters._state_views import View, as_it_is, first_argument
 from stroma.checkpoint.identity import StepCalls
-from stroma.contracts.contract import NodeContract
+from stroma.contracts.contract import NodeContract, Role
 from stroma.contracts.copying import replace_records
 from stroma.cost.usage import Usage, usage_from
 from stroma.engine.execution import NodeExecution, current_node_or_none
@@ -71,7 +71,7 @@ class GuardedStep:
         collect: returns the result of a stream for the list of its chunks. Without it a stream's result is their number,
             or the list if the step has a contract or reads usage.
         can_retry: the step may be called again after a failure.
-        role: what traces show the step as: "tool" or "agent"; None for any other.
+        role: what traces show the step as, unless its contract says it.
         usage_includes_calls: ``usage`` includes that of the guarded calls inside, which is deducted.
     """
 
@@ -84,7 +84,7 @@ class GuardedStep:
     collect: Callable[[list[Any]], Any] | None = None
     can_retry: bool = True
     usage_includes_calls: bool = True
-    role: Literal["tool", "agent"] | None = None
+    role: Role | None = None
     plan: list[Any] = field(default_factory=lambda: [None], repr=False)
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "ContractViolation",
     "NodeContract",
     "Reconcile",
+    "Role",
     "StepContract",
     "StepViolation",
     "check_id",
@@ -29,6 +30,8 @@ __all__ = [
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
 Direction = Literal["input", "output"]
+#: What traces show a node as; None shows it as a step of the pipeline.
+Role = Literal["agent", "tool", "chain", "retriever"]
 
 #: States, for the input and the idempotency key of an effect, if its last call happened: its output, or a statement.
 Reconcile: TypeAlias = Callable[
@@ -74,6 +77,7 @@ class NodeContract(StrictModel, Generic[In, Out]):
         reconcile: function, async or not, of the state and the idempotency key. It returns the output of the call,
             NotDone() or Unknown(). Without it, or if it returns Unknown() or raises, the run is SUSPENDED with reason
             "effect" until a person decides.
+        role: "agent", "tool", "retriever" or "chain", as which traces show the node.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -84,6 +88,7 @@ class NodeContract(StrictModel, Generic[In, Out]):
     upcast: Callable[[Any], Any] | None = None
     effect: bool = False
     reconcile: Callable[[Any, str], Any] | None = None
+    role: Role | None = None
 
     if TYPE_CHECKING:
         # pydantic's mypy plugin would take the classes as Any, and the node's types would go unchecked.
@@ -96,6 +101,7 @@ class NodeContract(StrictModel, Generic[In, Out]):
             upcast: Callable[[Any], Any] | None = None,
             effect: bool = False,
             reconcile: Reconcile[In, Out] | None = None,
+            role: Role | None = None,
         ) -> None: ...
 
     @field_validator("node_id")

@@ -20,6 +20,7 @@ from stroma.failures.failure import Failure
 from stroma.trace.events import NO_USAGE, AttemptRow, AttemptUsage, Outcome, Schemas, TraceEvent
 
 if TYPE_CHECKING:
+    from stroma.contracts.contract import Role
     from stroma.engine.context import ReliabilityContext
 
 __all__ = ["NodeExecution", "RemainingBudget", "current_node", "current_node_or_none", "current_run"]
@@ -76,8 +77,8 @@ class NodeExecution:
     is_final: bool = False
     #: What is wrong with a reported response, if the attempt is to fail of it once its output is safe.
     misreported: UsageError | None = None
-    #: What it is to the framework that calls it: "tool" or "agent"; None for any other node.
-    role: str | None = None
+    #: What it is to the framework that calls it; None for any other node.
+    framework_role: Role | None = None
     #: Code calls it through a guard, in the context of the caller: the span that is current there is the one around it.
     is_called: bool = False
     #: Its calls, an Effect of stroma.engine.effects, once it is known to be one.
@@ -182,6 +183,20 @@ class NodeExecution:
     def pipeline(self) -> str:
         """Label of metrics and spans."""
         return self.ctx.pipeline
+
+    @property
+    def role(self) -> Role | None:
+        """The role in which traces show it: that of its contract, else of its framework; None without either."""
+        contract = self.ctx.registry.find(self.node_id) if self.schemas is None else self.schemas[2]
+        return getattr(contract, "role", None) or self.framework_role
+
+    @property
+    def agent(self) -> str | None:
+        """Id of the innermost agent around it, which is itself if it is one; None outside of agents."""
+        node: NodeExecution | None = self
+        while node is not None and node.role != "agent":
+            node = node.parent
+        return None if node is None else node.node_id
 
     @property
     def outcome(self) -> Outcome | None:

@@ -109,7 +109,7 @@ async def execute_in_turn(
         if is_called:
             run.is_called = True
         if role is not None:
-            run.role = role
+            run.framework_role = role
         CURRENT.set(run)
         number = 0  # Not read from the execution, which hooks can change.
         try:

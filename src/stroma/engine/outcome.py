@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from stroma._utils.text import one_line
 from stroma.checkpoint import Finished, StepCall, StoreError
-from stroma.contracts.contract import NodeContract
+from stroma.contracts.contract import NodeContract, Role
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import Kind, NodeExecution
@@ -78,7 +78,7 @@ class Place(NamedTuple):
         contract: precedes the registry, which precedes the marker.
         cancelling: the running task's count of cancellations when the driver began (0 in a task of its own), to tell a
             new one from a node's stray CancelledError.
-        role, is_called: see NodeExecution.
+        role: its framework_role; is_called: see NodeExecution.
         restores: return the output that is committed there already; otherwise the function is called all the same.
     """
 
@@ -90,7 +90,7 @@ class Place(NamedTuple):
     step: StepCall | None = None
     cancelling: int = 0
     restores: bool = True
-    role: str | None = None
+    role: Role | None = None
     is_called: bool = False
 
 

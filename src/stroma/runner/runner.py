@@ -23,7 +23,7 @@ from stroma.checkpoint import (
 )
 from stroma.checkpoint.entries import RunRequest
 from stroma.contracts.annotations import check_annotations
-from stroma.contracts.contract import ContractRegistry, NodeContract, Reconcile, check_id
+from stroma.contracts.contract import ContractRegistry, NodeContract, Reconcile, Role, check_id
 from stroma.contracts.node import NodeDecorator, mark
 from stroma.cost.budget import ExecutionBudget
 from stroma.cost.fallback import FallbackPolicy
@@ -181,15 +181,21 @@ class StromaRunner:
         output: type[Out],
         effect: bool = False,
         reconcile: Reconcile[In, Out] | None = None,
+        role: Role | None = None,
     ) -> NodeDecorator[In, Out]:
         """Mark a function as a node, and register its contract with this runner. Other runners take the node too.
 
         ``stroma_node`` does the same without a runner, and describes what the function takes and returns.
-        ``effect``, ``reconcile``: for a node that must not be called twice blindly, see NodeContract. The decorator raises
+        ``effect``, ``reconcile``: for a node that must not be called twice blindly, ``role``: for traces; see NodeContract. It raises
         TypeError for a function whose annotations name other models, ValueError if another function has the id.
         """
         contract: NodeContract[In, Out] = NodeContract(
-            node_id=node_id, input_schema=input, output_schema=output, effect=effect, reconcile=reconcile
+            node_id=node_id,
+            input_schema=input,
+            output_schema=output,
+            effect=effect,
+            reconcile=reconcile,
+            role=role,
         )
 
         def decorate(func: Any) -> Any:

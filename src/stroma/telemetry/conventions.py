@@ -9,7 +9,9 @@ import os
 from importlib import metadata
 from typing import Any, Final, Literal
 
+from stroma.contracts.contract import Role
 from stroma.engine.context import ReliabilityContext
+from stroma.engine.execution import NodeExecution
 
 __all__ = [
     "NODE_ID",
@@ -22,6 +24,7 @@ __all__ = [
     "attribution_of",
     "content_of",
     "note_run",
+    "operation_of",
     "version",
     "wants_earlier_names",
 ]
@@ -39,6 +42,12 @@ NODE_ID: Final = "stroma.node.id"
 OF_RUN: Final = (
     "stroma.pipeline", "stroma.run.id", "session.id", "gen_ai.conversation.id", "user.id", "stroma.tags",
 )  # fmt: skip
+#: The operation of a node by its role, and the attribute with its name. Neither has one for a step of a pipeline.
+_OPERATIONS: Final[dict[Role | None, tuple[str, str | None]]] = {
+    "agent": ("invoke_agent", "gen_ai.agent.name"),
+    "tool": ("execute_tool", "gen_ai.tool.name"),
+    "retriever": ("retrieval", None),
+}
 #: Keys of the attributes in the notes of a run.
 _ABOUT: Final = "attributes of spans"
 _ATTRIBUTION: Final = "attribution"
@@ -98,6 +107,14 @@ def attribution_of(run: ReliabilityContext) -> dict[str, Any]:
     if run.config.tags:
         attribution["stroma.tags"] = run.config.tags
     return attribution
+
+
+def operation_of(node: NodeExecution) -> dict[str, str]:
+    """Return what the conventions call a node that is an agent, a tool or a retriever; {} for any other."""
+    operation, name = _OPERATIONS.get(node.role, (None, None))
+    if operation is None:
+        return {}
+    return {"gen_ai.operation.name": operation} | ({} if name is None else {name: node.node_id})
 
 
 def content_of(direction: Literal["input", "output"], text: str) -> dict[str, str]:

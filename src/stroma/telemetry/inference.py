@@ -110,6 +110,7 @@ class InferenceSpans:
             "gen_ai.usage.output_tokens": usage.output_tokens,
             "gen_ai.usage.cache_read.input_tokens": cached,
             "gen_ai.usage.cache_creation.input_tokens": written,
+            "gen_ai.agent.name": node.agent,
             "gen_ai.usage.cost": usage.cost_usd,
             "operation.cost": usage.cost_usd,
             "stroma.node.id": node.node_id,

@@ -81,13 +81,13 @@ class _Metrics:
             self._attempts[place, outcome, failure_class] = children
         return children
 
-    def of_usage(self, place: tuple[str, str], model: str) -> tuple[Any, Any, Any]:
-        """Return the counters of input tokens, output tokens and cost of a node with a model."""
-        children = self._usages.get((place, model))
+    def of_usage(self, place: tuple[str, str], model: str, agent: str) -> tuple[Any, Any, Any]:
+        """Return the counters of input tokens, output tokens and cost of a node with a model, in an agent or none."""
+        children = self._usages.get((place, model, agent))
         if children is None:
-            tokens, cost = self.tokens, self.cost(*place, model)
-            children = tokens(*place, model, "input"), tokens(*place, model, "output"), cost
-            self._usages[place, model] = children
+            tokens, at = self.tokens, (*place, model, agent)
+            children = tokens(*at, "input"), tokens(*at, "output"), self.cost(*at)
+            self._usages[place, model, agent] = children
         return children
 
     def _make(self, registry: CollectorRegistry) -> None:
@@ -139,8 +139,10 @@ class _Metrics:
         self.skipped = counter(
             "stroma_nodes_skipped", "Outputs that were restored from the journal.", "node_id"
         )
-        self.tokens = counter("stroma_tokens", "Tokens that nodes reported.", "node_id", "model", "direction")
-        self.cost = counter("stroma_cost_usd", "What they cost, in US dollars.", "node_id", "model")
+        self.tokens = counter(
+            "stroma_tokens", "Tokens that nodes reported.", "node_id", "model", "agent", "direction"
+        )
+        self.cost = counter("stroma_cost_usd", "What they cost, in US dollars.", "node_id", "model", "agent")
         self.warnings = counter(
             "stroma_budget_warnings", "Runs that used 80 % of a limit of their budget.", "dimension"
         )
@@ -238,7 +240,8 @@ class _Prometheus(Observer):
         executions.inc(1, exemplar)
         seconds.observe((node.duration_ms or 0.0) / 1000, exemplar)
         if usage.tokens or usage.cost_usd:
-            consumed, produced, cost = metrics.of_usage(place, metrics.labels.model(usage.model))
+            model, agent = metrics.labels.model(usage.model), metrics.labels.agent(node.agent)
+            consumed, produced, cost = metrics.of_usage(place, model, agent)
             consumed.inc(usage.input_tokens)
             produced.inc(usage.output_tokens)
             cost.inc(usage.cost_usd)

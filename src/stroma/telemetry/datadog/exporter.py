@@ -9,7 +9,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.failures.classes import FailureClass
 from stroma.telemetry.content import Content, type_name
-from stroma.telemetry.conventions import attribution_of, note_run
+from stroma.telemetry.conventions import attribution_of, note_run, operation_of
 from stroma.telemetry.datadog.losses import watch_client, watch_writer
 from stroma.telemetry.datadog.metrics import DatadogMetrics
 from stroma.telemetry.datadog.spans import DatadogNode, DatadogRun, context_of, traceparent_of
@@ -76,6 +76,7 @@ class Datadog(Observer):
         of_run = DatadogRun(span)
         span.set_tag("stroma.run.id", run.run_id)
         span.set_tag("stroma.pipeline", run.pipeline)
+        span.set_tags({"gen_ai.operation.name": "invoke_workflow", "gen_ai.agent.name": run.pipeline})
         _attribute(span, run)
         span.set_tag("stroma.input", self._content.state(run, state))
         began = run.first_trace(self.system)
@@ -162,6 +163,7 @@ class Datadog(Observer):
         for name, value in (("run.id", node.run_id), ("pipeline", node.pipeline), ("node.id", node.node_id)):
             span.set_tag(f"stroma.{name}", value)
         span.set_tag("stroma.node.kind", node.kind)
+        span.set_tags(operation_of(node))
         _attribute(span, node.ctx)
         if node.branch:
             span.set_tag("stroma.node.branch", node.branch)

@@ -73,7 +73,9 @@ class DatadogMetrics:
         self._count("stroma.node.executions", 1, outcome)
         self._distribution("stroma.node.duration", (node.duration_ms or 0.0) / 1000, every)
         if usage.tokens or usage.cost_usd:
-            consumed, produced, cost = self._of_usage(place, self._labels.model(usage.model))
+            consumed, produced, cost = self._of_usage(
+                place, self._labels.model(usage.model), self._labels.agent(node.agent)
+            )
             self._count("stroma.tokens", usage.input_tokens, consumed)
             self._count("stroma.tokens", usage.output_tokens, produced)
             self._count("stroma.cost_usd", usage.cost_usd, cost)
@@ -112,13 +114,15 @@ class DatadogMetrics:
             tags = self._attempts[place, outcome, failure_class] = ended, self._tags_of(*at)
         return tags
 
-    def _of_usage(self, place: tuple[str, str], model: str) -> tuple[list[str], list[str], list[str]]:
-        """Return the tags of input tokens, output tokens and cost of a node with a model."""
-        tags = self._usages.get((place, model))
+    def _of_usage(
+        self, place: tuple[str, str], model: str, agent: str
+    ) -> tuple[list[str], list[str], list[str]]:
+        """Return the tags of input tokens, output tokens and cost of a node with a model, in an agent or none."""
+        tags = self._usages.get((place, model, agent))
         if tags is None:
-            at = "pipeline", place[0], "node_id", place[1], "model", model
+            at = "pipeline", place[0], "node_id", place[1], "model", model, "agent", agent
             consumed, produced = (self._tags_of(*at, "direction", way) for way in ("input", "output"))
-            tags = self._usages[place, model] = consumed, produced, self._tags_of(*at)
+            tags = self._usages[place, model, agent] = consumed, produced, self._tags_of(*at)
         return tags
 
     def _tags_of(self, *pairs: str) -> list[str]:

@@ -14,7 +14,7 @@ from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.engine.unread import UnreadState
 from stroma.failures.classes import FailureClass
 from stroma.telemetry.content import Content, type_name
-from stroma.telemetry.conventions import Vocabulary, about_run, content_of, note_run
+from stroma.telemetry.conventions import Vocabulary, about_run, content_of, note_run, operation_of
 from stroma.telemetry.inference import InferenceSpans
 from stroma.telemetry.losses import Losses
 from stroma.telemetry.observer import (
@@ -233,14 +233,15 @@ class OpenTelemetry(Observer):
         if above is not None and node.is_called:
             above = current_below(above)
         parent = None if above is None else trace.set_span_in_context(above)
-        ctx = node.ctx
+        ctx, operation = node.ctx, operation_of(node)
         span = self._tracer.start_span(
-            f"stroma.node {node.node_id}",
+            f"{operation.get('gen_ai.operation.name', 'stroma.node')} {node.node_id}",
             context=parent,
             start_time=start_ns,
             attributes={
                 "stroma.node.id": node.node_id,
                 "stroma.node.kind": node.kind,
+                **operation,
                 **about_run(ctx),
                 **self._kind_of(node.role),
                 **place_of(node),

@@ -174,7 +174,8 @@ class OtelMetrics:
         self._executions.add(1, self._attributes_of(*place, *outcome))
         self._node_seconds.record((node.duration_ms or 0.0) / 1000, self._attributes_of(*place))
         if usage.tokens or usage.cost_usd:
-            place = *place, "stroma.model", self._labels.model(usage.model)
+            model, agent = self._labels.model(usage.model), self._labels.agent(node.agent)
+            place = *place, "stroma.model", model, "gen_ai.agent.name", agent
             self._tokens.add(usage.input_tokens, self._attributes_of(*place, "stroma.direction", "input"))
             self._tokens.add(usage.output_tokens, self._attributes_of(*place, "stroma.direction", "output"))
             self._cost.add(usage.cost_usd, self._attributes_of(*place))

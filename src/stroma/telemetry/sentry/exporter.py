@@ -14,7 +14,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution, current_node_or_none
 from stroma.failures.classes import FailureClass
 from stroma.telemetry.content import Content, type_name
-from stroma.telemetry.conventions import attribution_of, note_run
+from stroma.telemetry.conventions import attribution_of, note_run, operation_of
 from stroma.telemetry.losses import LossCounter, Losses
 from stroma.telemetry.observer import (
     CUT_SHORT,
@@ -272,9 +272,11 @@ class Sentry(Observer):
             node.is_called and getattr(above, "trace_id", above) == getattr(around.span, "trace_id", None)
         ):
             above = around.span  # Not the current span: see Observer.around().
-        span = spans.start(scope, node.node_id, "gen_ai.execute_tool", above, None)
-        spans.put(span, "gen_ai.operation.name", "execute_tool")
-        spans.put(span, "gen_ai.tool.name", node.node_id)
+        operation = operation_of(node)
+        kind = operation.get("gen_ai.operation.name")
+        span = spans.start(scope, node.node_id, "function" if kind is None else f"gen_ai.{kind}", above, None)
+        for name, value in operation.items():
+            spans.put(span, name, value)
         spans.put(span, "stroma.node.id", node.node_id)
         spans.put(span, "stroma.node.kind", node.kind)
         self._attribute(span, node.ctx)
